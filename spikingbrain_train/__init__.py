@@ -1,0 +1,3 @@
+"""Distributed training for SpikingBrain-style hybrid linear-attention language models."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""What a run is: typed dataclasses, cross-field checks, errors that say what to change. Imports no torch."""

@@ -1,0 +1,27 @@
+"""The errors a user can cause, each carrying one sentence that says what to change.
+
+Command-line entries catch :class:`SpikingBrainError`, print ``error: <sentence>`` and exit with code 2 on every rank;
+any other exception is a defect of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class SpikingBrainError(Exception):
+    """Base of every error that the user can fix."""
+
+
+class ConfigurationError(SpikingBrainError):
+    """A setting is unknown, out of range, or contradicts another one."""
+
+
+class PlatformError(SpikingBrainError):
+    """The machine lacks what the config asks for: an accelerator, a package, a working backend."""
+
+
+class DataError(SpikingBrainError):
+    """A text file, tokenizer or indexed dataset is missing, malformed or too small."""
+
+
+class CheckpointError(SpikingBrainError):
+    """A checkpoint is missing, truncated, of another architecture, or cannot be written."""

@@ -1,0 +1,222 @@
+"""What one run is: everything that `train.py` needs, stored beside every checkpoint it writes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from omegaconf import MISSING
+
+from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.config.parallel import ClusterConfig, ParallelConfig
+
+
+class Precision(str, Enum):
+    """Number format of weights and activations; the optimizer always keeps fp32 main weights."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class StageKind(str, Enum):
+    """What a stage trains (SpikingBrain, arXiv 2509.05276, section 3)."""
+
+    align = "align"
+    """New mixers learn, layer by layer, to reproduce the dense source's attention output; all else is frozen."""
+    cpt = "cpt"
+    """Continual pretraining: all parameters on next-token loss, optionally with distillation."""
+
+
+@dataclass
+class DistillationConfig:
+    """Learning from the dense source's logits during continual pretraining. Off when ``weight`` is 0."""
+
+    weight: float = 0.0
+    """Share of the KL term: loss = (1 - weight) * cross entropy + weight * temperature^2 * KL(teacher || student)."""
+    temperature: float = 1.0
+    """Softens both distributions before the KL."""
+
+
+@dataclass
+class StageConfig:
+    """One stage of training. Stages run one after the other, each from the checkpoint of the one before."""
+
+    kind: StageKind = StageKind.cpt
+    """What is trained: align or cpt."""
+    train_iters: int = MISSING
+    """Optimizer steps."""
+    seq_length: int = MISSING
+    """Tokens of one sequence."""
+    micro_batch_size: int = 1
+    """Sequences that one rank processes at a time."""
+    global_batch_size: int = MISSING
+    """Sequences of one optimizer step over all ranks; the rest is gradient accumulation."""
+    teacher: str | None = None
+    """Megatron checkpoint folder of the dense source; needed by align and by distillation."""
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    """Knowledge distillation in cpt stages."""
+
+
+@dataclass
+class DataConfig:
+    """The tokens."""
+
+    train: list[str] = field(default_factory=list)
+    """Prefixes of indexed datasets (the path without .bin/.idx) made by tools/preprocess_data.py; several are blended by
+    their size unless train_weights says otherwise."""
+    train_weights: list[float] | None = None
+    """Sampling weights of the train prefixes."""
+    valid: list[str] = field(default_factory=list)
+    """Prefixes of held-out datasets for evaluation; empty skips evaluation."""
+    tokenizer: str | None = None
+    """Hugging Face tokenizer folder or sentencepiece .model. Null takes the one stored with the checkpoint."""
+    num_workers: int = 0
+    """Loader processes per rank."""
+
+
+class LRDecayStyle(str, Enum):
+    """Shape of the learning rate after warm-up (Megatron's names)."""
+
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+    WSD = "WSD"
+
+
+class WSDDecayStyle(str, Enum):
+    """Shape of the final decay of a warmup-stable-decay schedule."""
+
+    linear = "linear"
+    cosine = "cosine"
+    exponential = "exponential"
+    minus_sqrt = "minus_sqrt"
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and its schedule."""
+
+    lr: float = 5e-4
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the decay."""
+    new_parameter_lr_mult: float = 1.0
+    """Multiplier for parameters the source did not have (gate projections and output norms of linear attention)."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of matrices; norms and biases have none."""
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+    adam_beta2: float = 0.95
+    """Decay of the second moment."""
+    adam_eps: float = 1e-8
+    """Term added to the denominator."""
+    clip_grad: float = 1.0
+    """Global gradient norm above which gradients are scaled down; 0 turns clipping off."""
+    lr_decay_style: LRDecayStyle = LRDecayStyle.cosine
+    """Shape of the decay."""
+    lr_warmup_iters: int = 0
+    """Steps of linear warm-up from 0."""
+    lr_wsd_decay_iters: int | None = None
+    """Steps of the final decay when lr_decay_style is WSD."""
+    lr_wsd_decay_style: WSDDecayStyle = WSDDecayStyle.minus_sqrt
+    """Shape of that final decay."""
+
+
+class Resume(str, Enum):
+    """What a run does with checkpoints in its own output folder."""
+
+    auto = "auto"
+    """Continue from the newest one if there is one."""
+    must = "must"
+    """Continue from the newest one; an empty folder is an error."""
+    never = "never"
+    """Refuse to start where checkpoints already lie."""
+
+
+@dataclass
+class CheckpointConfig:
+    """Where weights come from and where they go."""
+
+    load: str | None = None
+    """Megatron checkpoint folder that a new run starts from (weights only). Null starts from random weights."""
+    resume: Resume = Resume.auto
+    """What happens to checkpoints that this run has already written to its output_dir."""
+    save_interval: int = 1000
+    """Steps between checkpoints; one is always written at the end."""
+    keep_last: int | None = None
+    """How many of this run's checkpoints to keep; null keeps all."""
+
+
+class WandbMode(str, Enum):
+    """How Weights & Biases is used."""
+
+    disabled = "disabled"
+    offline = "offline"
+    """Written to the output folder, no account needed; `wandb sync` uploads it later."""
+    online = "online"
+
+
+@dataclass
+class LoggingConfig:
+    """What is reported, how often, and where to."""
+
+    log_interval: int = 10
+    """Steps between progress lines and metric points."""
+    eval_interval: int = 0
+    """Steps between evaluations on the held-out data; 0 evaluates only at the end."""
+    eval_iters: int = 16
+    """Global batches of one evaluation, at most."""
+    tensorboard: bool = True
+    """Write TensorBoard events to <output_dir>/tensorboard."""
+    wandb: WandbMode = WandbMode.disabled
+    """Weights & Biases mode."""
+    wandb_project: str = "spikingbrain-train"
+    """Project that runs are filed under."""
+    wandb_name: str | None = None
+    """Display name of the run."""
+
+
+@dataclass
+class ConversionConfig:
+    """How a dense source becomes a hybrid (tools/convert_checkpoint.py)."""
+
+    gate_bias: float = 3.0
+    """Initial bias of the gate: the per-step decay starts at sigmoid(gate_bias)^(1/gate_logit_normalizer)."""
+    gate_init_std: float = 0.02
+    """Standard deviation of both gate matrices."""
+    out_norm_weight: float = 0.3
+    """Initial weight of the per-head norm behind linear attention."""
+    seed: int = 1234
+    """Seed of the new parameters."""
+
+
+@dataclass
+class RunConfig:
+    """One training run. `python train.py --cfg job` prints it in full."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The network; `model=from_checkpoint` (the default) takes it from checkpoint.load."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Parallel degrees."""
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    """Platform."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Tokens."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Optimizer and schedule."""
+    stage: StageConfig = field(default_factory=StageConfig)
+    """What is trained and for how long."""
+    conversion: ConversionConfig = field(default_factory=ConversionConfig)
+    """Initial values of new parameters."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Loading and saving."""
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    """Reporting."""
+    output_dir: str = MISSING
+    """Folder of this run: checkpoints, metrics, logs."""
+    precision: Precision = Precision.bf16
+    """Number format of weights and activations."""
+    seed: int = 1234
+    """Seed of initial weights, data order and dropout."""
+    dry_run: bool = False
+    """Print the resolved plan and exit without training."""
