@@ -27,6 +27,12 @@ class GatedLinearAttentionConfig:
     """Width of the gate's bottleneck: W1 is [gate_low_rank_dim, hidden_size] without bias."""
     gate_logit_normalizer: float = 16.0
     """Divisor of the log gate; larger means slower forgetting."""
+    init_gate_bias: float = 3.0
+    """Initial b2: the decay of one step starts at sigmoid(init_gate_bias) ** (1 / gate_logit_normalizer)."""
+    init_gate_std: float = 0.02
+    """Standard deviation of the initial W1 and W2."""
+    init_out_norm: float = 0.3
+    """Initial weight of the per-head RMSNorm behind the recurrence."""
 
 
 @dataclass

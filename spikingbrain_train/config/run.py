@@ -177,20 +177,6 @@ class LoggingConfig:
 
 
 @dataclass
-class ConversionConfig:
-    """How a dense source becomes a hybrid (tools/convert_checkpoint.py)."""
-
-    gate_bias: float = 3.0
-    """Initial bias of the gate: the per-step decay starts at sigmoid(gate_bias)^(1/gate_logit_normalizer)."""
-    gate_init_std: float = 0.02
-    """Standard deviation of both gate matrices."""
-    out_norm_weight: float = 0.3
-    """Initial weight of the per-head norm behind linear attention."""
-    seed: int = 1234
-    """Seed of the new parameters."""
-
-
-@dataclass
 class RunConfig:
     """One training run. `python train.py --cfg job` prints it in full."""
 
@@ -206,8 +192,6 @@ class RunConfig:
     """Optimizer and schedule."""
     stage: StageConfig = field(default_factory=StageConfig)
     """What is trained and for how long."""
-    conversion: ConversionConfig = field(default_factory=ConversionConfig)
-    """Initial values of new parameters."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Loading and saving."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
