@@ -1,0 +1,84 @@
+#!/usr/bin/env bash
+# Creates the virtual environment that the Makefile's targets run in, or returns at once when it is up to date.
+#
+#   scripts/setup_environment.sh [FOLDER]      FOLDER defaults to .venv
+#
+# PYTHON chooses the interpreter (3.10 to 3.12); without it the first suitable one is taken.
+# pip's own variables apply: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu gets torch without CUDA libraries.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+venv=${1:-$root/.venv}
+stamp=$venv/.installed
+
+fail() {
+    printf 'error: %s\n' "$1" >&2
+    exit 2
+}
+
+# Prints "3.11" for an interpreter that starts and is supported. A pyenv shim of an inactive version fails here.
+supported_version() {
+    "$1" -c 'import sys
+v = sys.version_info[:2]
+print("%d.%d" % v) if (3, 10) <= v <= (3, 12) else sys.exit(1)' 2>/dev/null
+}
+
+has_venv() { "$1" -c 'import ensurepip, venv' 2>/dev/null; }
+
+find_python() {
+    local candidate without_venv=
+    if [ -n "${PYTHON:-}" ]; then
+        supported_version "$PYTHON" >/dev/null ||
+            fail "PYTHON=$PYTHON is not a working Python 3.10, 3.11 or 3.12; set PYTHON to one that is"
+        has_venv "$PYTHON" ||
+            fail "PYTHON=$PYTHON has no venv module; install it (Debian, Ubuntu: apt-get install python3-venv)"
+        printf '%s\n' "$PYTHON"
+        return
+    fi
+    for candidate in python3.11 python3.12 python3.10 python3 python \
+        "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.1[0-2].*/bin/python; do
+        supported_version "$candidate" >/dev/null || continue
+        if has_venv "$candidate"; then
+            printf '%s\n' "$candidate"
+            return
+        fi
+        without_venv=${without_venv:-$candidate}
+    done
+    [ -z "$without_venv" ] ||
+        fail "$without_venv has no venv module; install it (Debian, Ubuntu: apt-get install python3-venv) or set PYTHON"
+    fail "no working Python 3.10, 3.11 or 3.12 found; install one or set PYTHON=/path/to/python"
+}
+
+# The environment is current while its interpreter and everything that decides its contents are the same.
+fingerprint() {
+    printf 'python %s\n' "$1"
+    cat "$root/pyproject.toml" "$root/constraints/py${1/./}.txt" "${BASH_SOURCE[0]}" | cksum
+}
+
+if [ -n "${PYTHON:-}" ] || [ ! -x "$venv/bin/python" ]; then
+    python=$(find_python)
+else
+    python=$venv/bin/python
+fi
+if ! version=$(supported_version "$python"); then # an environment whose interpreter has since gone
+    python=$(find_python)
+    version=$(supported_version "$python")
+fi
+constraints=$root/constraints/py${version/./}.txt
+[ -f "$constraints" ] || fail "there are no tested versions for Python $version ($constraints is missing)"
+
+if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$(fingerprint "$version")" ]; then
+    exit 0
+fi
+
+rm -f "$stamp" # a failed install must not look finished
+if [ "$(supported_version "$venv/bin/python" || true)" != "$version" ]; then
+    printf 'Creating %s with %s (Python %s)\n' "$venv" "$python" "$version"
+    "$python" -m venv --clear "$venv" || fail "could not create $venv with $python"
+fi
+printf 'Installing the versions of %s; this takes some minutes the first time\n' "${constraints#"$root"/}"
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check 'pip>=23.1'
+(cd "$root" && "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+    --constraint "$constraints" --editable '.[dev,demo]') ||
+    fail "the installation into $venv failed; pip's message is above, and the next make tries again"
+fingerprint "$version" >"$stamp"
+printf 'Ready: %s\n' "$venv"
