@@ -1,0 +1,1 @@
+"""Sequence mixers: drop-ins for a layer's ``self_attention``."""

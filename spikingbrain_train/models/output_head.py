@@ -1,0 +1,86 @@
+"""The loss of the last pipeline stage with the vocabulary split over tensor-parallel ranks."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from torch import Tensor
+
+from spikingbrain_train.ops.linear_cross_entropy import Distillation, TokenLosses, linear_cross_entropy
+
+
+def gather_hidden_states(
+    hidden_states: Tensor, *, sequence_parallel: bool, tp_group: torch.distributed.ProcessGroup
+) -> Tensor:
+    """Bring final hidden states in front of the vocabulary-parallel projection.
+
+    Args:
+        hidden_states: [T, B, D], or this rank's share of T under sequence parallelism.
+        sequence_parallel: whether it is a share.
+        tp_group: tensor-parallel ranks.
+
+    Returns:
+        [T, B, D]; its gradient is summed over the ranks (and split again under sequence parallelism).
+    """
+    if sequence_parallel:
+        return gather_from_sequence_parallel_region(hidden_states, group=tp_group)
+    return copy_to_tensor_model_parallel_region(hidden_states, group=tp_group)
+
+
+def vocab_parallel_linear_cross_entropy(
+    hidden_states: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    loss_weights: Tensor,
+    *,
+    vocab_size: int,
+    sequence_parallel: bool,
+    tp_group: torch.distributed.ProcessGroup,
+    distillation: Distillation | None = None,
+) -> tuple[Tensor, TokenLosses]:
+    """Weighted sum of next-token losses; the same numbers on any number of tensor-parallel ranks.
+
+    Args:
+        hidden_states: [T, B, D] final hidden states (this rank's share under sequence parallelism).
+        weight: [V_local, D] this rank's rows of the output projection, padding included.
+        labels: [B, T] int64.
+        loss_weights: [B, T] float32 weight of each token; 0 masks it.
+        vocab_size: rows of the whole vocabulary without padding; padding takes no part in the softmax.
+        sequence_parallel: whether hidden_states is a share of the sequence.
+        tp_group: tensor-parallel ranks.
+        distillation: soft targets; its hidden states are [B * T, D] in the same (batch-major) token order.
+
+    Returns:
+        The scalar sum and the per-token losses, [B * T] in batch-major order.
+    """
+    hidden = gather_hidden_states(hidden_states, sequence_parallel=sequence_parallel, tp_group=tp_group)
+    vocab_start = tp_group.rank() * weight.shape[0]
+    valid_rows = valid_vocab_rows(weight.shape[0], vocab_size, tp_group)
+    reductions = {}
+    if tp_group.size() > 1:
+        reductions = {"reduce_max": _reduction("MAX", tp_group), "reduce_sum": _reduction("SUM", tp_group)}
+    return linear_cross_entropy(
+        hidden.transpose(0, 1).flatten(0, 1),
+        weight[:valid_rows],
+        labels.flatten(),
+        loss_weights.flatten(),
+        vocab_start=vocab_start,
+        distillation=distillation,
+        **reductions,
+    )
+
+
+def valid_vocab_rows(local_rows: int, vocab_size: int, tp_group: torch.distributed.ProcessGroup) -> int:
+    """How many of this rank's vocabulary rows are real, the rest being padding."""
+    return min(max(vocab_size - tp_group.rank() * local_rows, 0), local_rows)
+
+
+def _reduction(operation: str, group: torch.distributed.ProcessGroup):
+    def reduce(x: Tensor) -> Tensor:
+        torch.distributed.all_reduce(x, op=getattr(torch.distributed.ReduceOp, operation), group=group)
+        return x
+
+    return reduce
