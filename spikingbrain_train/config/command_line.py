@@ -1,0 +1,90 @@
+"""How every command of this project ends: one line ``error: <sentence>`` and exit code 2 for what a user can fix,
+a traceback for what is a defect of ours."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from spikingbrain_train.config.errors import SpikingBrainError
+
+USER_ERROR = 2
+"""Exit code for an error that the user can fix (argparse's own code for a wrong command line)."""
+
+_ADVICE = {
+    errno.ENOSPC: "free some space or choose another folder",
+    errno.EDQUOT: "raise the quota or choose another folder",
+    errno.EACCES: "change its permissions or choose another path",
+    errno.EPERM: "change its permissions or choose another path",
+    errno.EROFS: "choose a path on a writable file system",
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "a file stands where a folder is needed; choose another path",
+    errno.EISDIR: "a folder stands where a file is needed; choose another path",
+    errno.EEXIST: "remove it or choose another path",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+
+
+def sentence_of(error: BaseException) -> str | None:
+    """The sentence for an error that the user can fix, None for any other.
+
+    Besides SpikingBrainError these are operating-system errors over a named file (missing, forbidden, read-only)
+    and a full disk, which the system reports without a name.
+    """
+    if isinstance(error, SpikingBrainError):
+        return " ".join(str(error).split())
+    if not isinstance(error, OSError) or error.errno not in _ADVICE:
+        return None
+    advice = _ADVICE[error.errno]
+    if error.filename is not None:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}; {advice}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{error.strerror} while writing; {advice}"
+    return None
+
+
+def _say(sentence: str) -> None:
+    # One write call, so that the lines of several ranks do not run into each other.
+    sys.stderr.write(f"error: {sentence}\n")
+    sys.stderr.flush()
+
+
+@contextmanager
+def user_errors(same_on_all_ranks: bool = False) -> Iterator[None]:
+    """End the process with one sentence and exit code 2 when the body raises an error that the user can fix.
+
+    Args:
+        same_on_all_ranks: the body decides from the command line and shared files only, so every rank of a node comes to
+            the same end by itself. Then only local rank 0 prints, and SIGTERM waits until the body is through: a launcher
+            that stops the other ranks when the first one ends would otherwise stop rank 0 before it has spoken.
+            Otherwise every rank that fails prints, because no other may know.
+
+    Raises:
+        SystemExit: code 2 for errors that the user can fix, 130 for an interrupt from the keyboard.
+        Exception: any other error, unchanged.
+    """
+    # Windows and threads other than the main one cannot hold signals back; they lose nothing but this courtesy.
+    hold = same_on_all_ranks and "LOCAL_RANK" in os.environ and hasattr(signal, "pthread_sigmask")
+    if hold:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except Exception as error:
+        sentence = sentence_of(error)
+        if sentence is None:
+            raise
+        rank = os.environ.get("RANK")
+        if not same_on_all_ranks:
+            _say(f"{sentence} (rank {rank})" if rank not in (None, "0") else sentence)
+        elif os.environ.get("LOCAL_RANK", "0") == "0":
+            _say(sentence)
+        # SIGTERM stays held back: every rank leaves with its own exit code.
+        raise SystemExit(USER_ERROR) from None
+    if hold:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})

@@ -1,0 +1,133 @@
+"""The Hydra side of a run: compose the config from the command line, and say in one sentence why it cannot be."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from spikingbrain_train.config.errors import ConfigurationError
+from spikingbrain_train.config.load import conf_folder, register_resolvers
+from spikingbrain_train.config.run import RunConfig
+from spikingbrain_train.config.schema import explain, setting_types
+
+_OWN_FLAGS = "--help, --cfg job, --resolve, --info, --hydra-help"
+
+
+def register_schema() -> None:
+    """Put RunConfig into Hydra's ConfigStore as ``run_schema``, the first entry of conf/config.yaml."""
+    ConfigStore.instance().store(name="run_schema", node=RunConfig)
+    register_resolvers()
+
+
+def groups() -> dict[str, list[str]]:
+    """The choices of every config group in conf/."""
+    root = conf_folder()
+    return {
+        folder.name: sorted(choice.stem for choice in folder.glob("*.yaml"))
+        for folder in sorted(root.iterdir())
+        if folder.is_dir()
+    }
+
+
+def _did_you_mean(word: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def explain_composition(error: BaseException) -> ConfigurationError | None:
+    """The sentence for an error that Hydra raised while composing, or None for a foreign error."""
+    if isinstance(error, OverrideParseException):
+        return ConfigurationError(
+            f"the override {error.override!r} cannot be read; write name=value, in shell quotes if it has "
+            f"brackets, commas, spaces or $, e.g. 'data.train=[a,b]'"
+        )
+    if isinstance(error, MissingConfigException):
+        group, _, choice = (error.missing_cfg_file or "").rpartition("/")
+        choices = [option for option in error.options or [] if isinstance(option, str)]
+        if group:
+            hint = _did_you_mean(choice, choices) or ";"
+            return ConfigurationError(
+                f"{group}={choice} does not exist{hint} {group} is one of {', '.join(choices)}"
+            )
+    text = str(error)
+    no_group = re.match(r"Could not override '([^']*)'\. No match in the defaults list", text)
+    if no_group:
+        names = [name for name in groups() if name != "conversion"]
+        if no_group[1] == "conversion":
+            return ConfigurationError(
+                "conversion is no part of a training run but of tools/convert_checkpoint.py; a run chooses from "
+                + ", ".join(names)
+            )
+        return ConfigurationError(
+            f"{no_group[1]} is not a group of this config; choose from {', '.join(names)}"
+        )
+    unknown = re.match(r"Could not override '([^'.]*)'\.", text)
+    if unknown and unknown[1] not in dict(setting_types(RunConfig)):
+        hint = _did_you_mean(unknown[1], list(groups()))
+        if hint:
+            return ConfigurationError(f"{unknown[1]} is neither a group nor a setting{hint}")
+    explained = explain(error, RunConfig)
+    if isinstance(explained, ConfigurationError):
+        return explained
+    if isinstance(error, (HydraException, OmegaConfBaseException)):
+        return ConfigurationError(" ".join(text.split()))
+    return None
+
+
+@contextmanager
+def _raised_errors() -> Iterator[None]:
+    """Have Hydra raise its errors (it would print several lines and exit 1), and raise them as one sentence."""
+    before = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    except Exception as error:
+        explained = explain_composition(error)
+        if explained is None:
+            raise
+        raise explained from error
+    finally:
+        if before is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = before
+
+
+def compose_from_command_line() -> DictConfig | None:
+    """Compose the run that ``sys.argv`` asks for.
+
+    Returns:
+        The composed config with interpolations still in it, or None when the command line only asked to be
+        shown something (``--help``, ``--cfg job`` ...), which is then already printed.
+
+    Raises:
+        ConfigurationError: a flag, group, choice, setting or value that does not exist or does not fit.
+    """
+    for argument in sys.argv[1:]:
+        flag, equals, value = argument.lstrip("-").partition("=")
+        if argument.startswith("--") and equals and flag.split(".")[0] in dict(setting_types(RunConfig)):
+            raise ConfigurationError(
+                f"settings are written without dashes: {flag}={value}; flags are {_OWN_FLAGS}"
+            )
+        if argument in ("--multirun", "-m"):
+            raise ConfigurationError(
+                "--multirun would train several runs in one process; start one train.py a run"
+            )
+    register_schema()
+    composed: list[DictConfig] = []
+    task = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(
+        composed.append
+    )
+    with _raised_errors():
+        task()
+    return composed[0] if composed else None

@@ -1,0 +1,189 @@
+"""The files a run names: datasets and checkpoints that must be there, a folder that must be writable. Changes nothing on disk."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from spikingbrain_train.config.checkpoint_folder import MODEL_CONFIG_FILE, latest_checkpoint, latest_iteration
+from spikingbrain_train.config.errors import CheckpointError, ConfigurationError, DataError
+from spikingbrain_train.config.load import load_model_config
+from spikingbrain_train.config.model import Mixer, ModelConfig
+from spikingbrain_train.config.run import DataConfig, Resume, RunConfig, StageKind
+
+_PROBE_BYTES = 1 << 16
+
+
+def check_prefix(setting: str, prefix: str) -> None:
+    """Both halves of an indexed dataset exist. Raises DataError."""
+    path = Path(prefix)
+    if path.suffix in (".bin", ".idx") and path.is_file():
+        raise DataError(
+            f"{setting}={prefix} is a file of an indexed dataset; name its prefix {path.with_suffix('')}"
+        )
+    for suffix in (".bin", ".idx"):
+        if not Path(prefix + suffix).is_file():
+            raise DataError(
+                f"{setting}={prefix}: there is no {prefix}{suffix}; make it with tools/preprocess_data.py, "
+                f"or correct the prefix (the path without .bin and .idx)"
+            )
+
+
+def check_data(data: DataConfig) -> None:
+    """Datasets, their weights and the tokenizer. Raises ConfigurationError or DataError."""
+    if not data.train:
+        raise ConfigurationError(
+            "data.train is empty; name the prefixes that tools/preprocess_data.py wrote, e.g. 'data.train=[data/train]'"
+        )
+    for setting, prefixes in (("data.train", data.train), ("data.valid", data.valid)):
+        for prefix in prefixes:
+            check_prefix(setting, prefix)
+    weights = data.train_weights
+    if weights is not None:
+        if len(weights) != len(data.train):
+            raise ConfigurationError(
+                f"data.train_weights has {len(weights)} weights for {len(data.train)} prefixes in data.train; "
+                f"give {len(data.train)}, or null to blend by size"
+            )
+        if min(weights) < 0 or sum(weights) <= 0:
+            raise ConfigurationError(
+                f"data.train_weights={weights} must not be negative, and at least one must be greater than 0"
+            )
+    if data.tokenizer is not None and not Path(data.tokenizer).exists():
+        raise DataError(
+            f"data.tokenizer={data.tokenizer} does not exist; name a Hugging Face tokenizer folder or a sentencepiece "
+            f".model file, or null for the one stored with the checkpoint"
+        )
+
+
+def check_output_folder(folder: str | Path, setting: str = "output_dir") -> None:
+    """``folder`` is writable, or can be made, on a disk that still takes data.
+
+    Tried with a nameless file in the nearest folder that exists, so nothing is created and ranks do not meet.
+
+    Raises:
+        ConfigurationError: naming ``setting``, the folder and the reason.
+    """
+    wanted = Path(folder)
+    nearest = Path(os.path.abspath(wanted))
+    while not os.path.lexists(nearest):
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise ConfigurationError(
+            f"{setting}={wanted} cannot be a folder: {nearest} is a file; choose another path"
+        )
+    try:
+        with tempfile.TemporaryFile(dir=nearest) as probe:
+            probe.write(b"\0" * _PROBE_BYTES)
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as error:
+        raise ConfigurationError(
+            f"{setting}={wanted} cannot be written: {nearest}: {error.strerror or error}; "
+            f"choose a folder on a disk with free space where you may write"
+        ) from error
+
+
+_SAME_WEIGHTS = (
+    *(
+        "num_layers",
+        "hidden_size",
+        "ffn_hidden_size",
+        "num_attention_heads",
+        "num_query_groups",
+        "kv_channels",
+    ),
+    *("vocab_size", "add_qkv_bias", "qk_layernorm", "share_embeddings_and_output_weights"),
+)
+
+
+def _check_same_weights(setting: str, stored: ModelConfig, model: ModelConfig) -> None:
+    """The weights of ``stored`` fit into ``model``. Raises CheckpointError."""
+    for name in _SAME_WEIGHTS:
+        theirs, ours = getattr(stored, name), getattr(model, name)
+        if theirs != ours:
+            raise CheckpointError(
+                f"{setting} holds a model with {name}={theirs}, but model.{name}={ours}; "
+                f"use model=from_checkpoint, or name a checkpoint of this architecture"
+            )
+
+
+def check_loaded_checkpoint(config: RunConfig) -> None:
+    """checkpoint.load is whole, and its weights fit the model. Raises CheckpointError."""
+    load = config.checkpoint.load
+    if load is None:
+        return
+    stored = load_model_config(latest_checkpoint(load, "checkpoint.load") / MODEL_CONFIG_FILE)
+    model, setting = config.model, f"checkpoint.load={load}"
+    _check_same_weights(setting, stored, model)
+    for layer, (theirs, ours) in enumerate(zip(stored.layer_mixers(), model.layer_mixers(), strict=True)):
+        if (theirs is Mixer.gla) != (ours is Mixer.gla):
+            raise CheckpointError(
+                f"{setting} has mixer {theirs.name} in layer {layer}, but model.mixers says {ours.name}; "
+                f"change mixers with tools/convert_checkpoint.py, or use model=from_checkpoint"
+            )
+    if Mixer.gla in model.layer_mixers() and stored.gla.gate_low_rank_dim != model.gla.gate_low_rank_dim:
+        raise CheckpointError(
+            f"{setting} holds gates of gate_low_rank_dim={stored.gla.gate_low_rank_dim}, but "
+            f"model.gla.gate_low_rank_dim={model.gla.gate_low_rank_dim}; use model=from_checkpoint"
+        )
+
+
+def check_teacher(config: RunConfig) -> None:
+    """stage.teacher is whole and can teach this model. Raises CheckpointError or ConfigurationError."""
+    stage, model = config.stage, config.model
+    aligns = stage.kind is StageKind.align
+    if stage.teacher is None or not (aligns or stage.distillation.weight > 0):
+        return
+    setting = f"stage.teacher={stage.teacher}"
+    teacher = load_model_config(latest_checkpoint(stage.teacher, "stage.teacher") / MODEL_CONFIG_FILE)
+    if not aligns:
+        if teacher.vocab_size != model.vocab_size:
+            raise CheckpointError(
+                f"{setting} has a vocabulary of {teacher.vocab_size}, but model.vocab_size={model.vocab_size}; "
+                f"distillation needs a teacher with the same tokenizer"
+            )
+        return
+    _check_same_weights(setting, teacher, model)
+    if teacher.layer_mixers() == model.layer_mixers():
+        raise ConfigurationError(
+            f"{setting} has the same mixers as the model, so stage.kind=align has nothing to learn; "
+            f"name the dense source as stage.teacher"
+        )
+
+
+def check_own_checkpoints(config: RunConfig) -> None:
+    """What output_dir already holds agrees with checkpoint.resume. Raises ConfigurationError or CheckpointError."""
+    output, resume = config.output_dir, config.checkpoint.resume
+    for setting, other in (
+        ("checkpoint.load", config.checkpoint.load),
+        ("stage.teacher", config.stage.teacher),
+    ):
+        if other is not None and os.path.realpath(other) == os.path.realpath(output):
+            raise ConfigurationError(
+                f"output_dir and {setting} are both {output}, and the run would write over what it starts from; "
+                f"choose another output_dir"
+            )
+    newest = latest_iteration(output)
+    if resume is Resume.never and newest is not None:
+        raise ConfigurationError(
+            f"output_dir={output} already holds iteration {newest} and checkpoint.resume=never; "
+            f"choose another output_dir, or checkpoint.resume=auto to continue from it"
+        )
+    if resume is Resume.must and newest is None:
+        raise CheckpointError(
+            f"output_dir={output} holds no checkpoint and checkpoint.resume=must; "
+            f"correct output_dir, or checkpoint.resume=auto to start from the beginning"
+        )
+    if resume is not Resume.never and newest is not None:
+        latest_checkpoint(output, "output_dir")
+
+
+def check_files(config: RunConfig) -> None:
+    """Everything on disk that the run names. Raises ConfigurationError, DataError or CheckpointError."""
+    check_own_checkpoints(config)
+    check_loaded_checkpoint(config)
+    check_teacher(config)
+    check_data(config.data)
+    check_output_folder(config.output_dir)

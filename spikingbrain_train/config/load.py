@@ -1,0 +1,173 @@
+"""From YAML and Hydra's composed config to the typed objects of a run, and back to YAML beside a checkpoint."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import yaml
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from spikingbrain_train.config.checkpoint_folder import MODEL_CONFIG_FILE, latest_checkpoint
+from spikingbrain_train.config.conversion import ConversionConfig
+from spikingbrain_train.config.errors import CheckpointError, ConfigurationError
+from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.config.run import RunConfig
+from spikingbrain_train.config.schema import explain, unknown_setting, unknown_settings
+
+Config = TypeVar("Config", RunConfig, ModelConfig, ConversionConfig)
+
+
+def conf_folder() -> Path:
+    """The folder of Hydra groups: ``conf/`` of the checkout, or the copy that an installed package carries."""
+    package = Path(__file__).resolve().parents[1]
+    for candidate in (package.parent / "conf", package / "conf"):
+        if (candidate / "config.yaml").is_file():
+            return candidate
+    raise ConfigurationError(
+        f"the conf folder is in neither {package.parent} nor {package}; reinstall the package or run from a checkout"
+    )
+
+
+@lru_cache(maxsize=8)
+def _model_of_checkpoint(folder: str) -> ModelConfig:
+    return load_model_config(latest_checkpoint(folder, "checkpoint.load") / MODEL_CONFIG_FILE)
+
+
+def _resolve_model_of_checkpoint(folder: str | None, setting: str) -> Any:
+    """Value of one model setting in the checkpoint that ``checkpoint.load`` names (conf/model/from_checkpoint.yaml)."""
+    if folder is None:
+        raise ConfigurationError(
+            "model=from_checkpoint takes the architecture from checkpoint.load, which is null; "
+            "set checkpoint.load=<folder>, or choose a size such as model=smollm2_135m_hybrid to start from random weights"
+        )
+    value: Any = _model_of_checkpoint(folder)
+    for name in setting.split("."):
+        value = getattr(value, name)
+    return [mixer.name for mixer in value] if setting == "mixers" else value
+
+
+def register_resolvers() -> None:
+    """Make ``${model_of_checkpoint:...}`` known to OmegaConf. Calling it again changes nothing."""
+    OmegaConf.register_new_resolver("model_of_checkpoint", _resolve_model_of_checkpoint, replace=True)
+
+
+def _to_typed(values: DictConfig | ListConfig, schema: type[Config]) -> Config:
+    """Check ``values`` against ``schema``, resolve interpolations, and build the object.
+
+    Raises:
+        ConfigurationError: an unknown setting, a value of the wrong kind, or a setting without value.
+    """
+    try:
+        unknown = unknown_settings(values, schema) if isinstance(values, DictConfig) else []
+        if unknown:
+            raise unknown_setting(unknown[0], schema)
+        config = OmegaConf.merge(OmegaConf.structured(schema), values)
+        OmegaConf.resolve(config)
+        missing = sorted(OmegaConf.missing_keys(config))
+        if missing:
+            verb = "has no value" if len(missing) == 1 else "have no value"
+            raise ConfigurationError(f"{', '.join(missing)} {verb}; set {missing[0]}=... and the like")
+        return cast(Config, OmegaConf.to_object(config))
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
+        explained = explain(error, schema)
+        if explained is None:
+            raise
+        raise explained from error
+
+
+def to_run_config(composed: DictConfig) -> RunConfig:
+    """The typed run of a composed config. A dry run needs no ``output_dir``: it gets the current folder, unused.
+
+    Raises:
+        ConfigurationError: see :func:`_to_typed`.
+        CheckpointError: ``model=from_checkpoint`` and checkpoint.load is not a checkpoint folder.
+    """
+    register_resolvers()
+    if OmegaConf.is_missing(composed, "output_dir") and composed.get("dry_run"):
+        composed = composed.copy()
+        composed.output_dir = "."
+    return _to_typed(composed, RunConfig)
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    try:
+        values = OmegaConf.load(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(
+            f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is not text'}"
+        ) from error
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ConfigurationError(f"{path} is not valid YAML: {reason}") from error
+    if not isinstance(values, DictConfig):
+        raise ConfigurationError(f"{path} must hold name: value lines")
+    return values
+
+
+def _load(path: str | Path, schema: type[Config]) -> Config:
+    try:
+        return _to_typed(_read_yaml(Path(path)), schema)
+    except ConfigurationError as error:
+        sentence = str(error) if str(path) in str(error) else f"{path}: {error}"
+        raise CheckpointError(sentence) from error
+
+
+def load_model_config(path: str | Path) -> ModelConfig:
+    """Read ``model_config.yaml`` of a checkpoint. Raises CheckpointError, naming the file, if it does not fit."""
+    return _load(path, ModelConfig)
+
+
+def load_run_config(path: str | Path) -> RunConfig:
+    """Read ``run_config.yaml`` of a checkpoint. Raises CheckpointError, naming the file, if it does not fit."""
+    return _load(path, RunConfig)
+
+
+def save_config(config: RunConfig | ModelConfig | ConversionConfig, path: str | Path) -> None:
+    """Write a config as YAML that :func:`load_run_config` or :func:`load_model_config` reads back to an equal object.
+
+    The file appears whole or not at all: it is written under a temporary name beside ``path`` and renamed.
+    """
+    path = Path(path)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w") as stream:
+            stream.write(OmegaConf.to_yaml(OmegaConf.structured(config)))
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def load_conversion(name_or_path: str, overrides: list[str] | None = None) -> ConversionConfig:
+    """The conversion recipe ``conf/conversion/<name>.yaml``, or a YAML file anywhere, with ``name=value`` overrides on top.
+
+    Raises:
+        ConfigurationError: no such recipe, an override that is not ``name=value``, or one that does not fit.
+    """
+    recipes = conf_folder() / "conversion"
+    path = (
+        Path(name_or_path) if name_or_path.endswith((".yaml", ".yml")) else recipes / f"{name_or_path}.yaml"
+    )
+    if not path.is_file():
+        known = ", ".join(sorted(recipe.stem for recipe in recipes.glob("*.yaml")))
+        raise ConfigurationError(
+            f"there is no conversion {name_or_path}; choose one of {known}, or name a .yaml file"
+        )
+    values = _read_yaml(path)
+    for override in overrides or []:
+        name, equals, value = override.partition("=")
+        if not equals or not name:
+            raise ConfigurationError(f"the override {override!r} is not name=value, e.g. sliding_window=2048")
+        try:
+            OmegaConf.update(values, name, yaml.safe_load(value), force_add=True)
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            raise ConfigurationError(f"the override {override!r} cannot be read; write name=value") from error
+    return _to_typed(values, ConversionConfig)

@@ -1,0 +1,137 @@
+"""What the typed dataclasses allow, in words: setting names, what each takes, and the sentence for a value that does not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterator
+from enum import Enum
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationResolutionError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
+
+from spikingbrain_train.config.errors import ConfigurationError, SpikingBrainError
+
+Schema = type[Any]
+"""A dataclass that describes a config, such as RunConfig."""
+
+
+def setting_types(schema: Schema, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting below ``schema`` as (dotted name, annotated type), groups of settings included."""
+    annotations = typing.get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        name = f"{prefix}{field.name}"
+        yield name, annotations[field.name]
+        if dataclasses.is_dataclass(annotations[field.name]):
+            yield from setting_types(annotations[field.name], f"{name}.")
+
+
+def _without_none(annotation: Any) -> tuple[Any, bool]:
+    """``X | None`` as (X, True); anything else as (annotation, False)."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        members = [member for member in typing.get_args(annotation) if member is not type(None)]
+        return members[0], len(members) < len(typing.get_args(annotation))
+    return annotation, False
+
+
+def what_it_takes(annotation: Any) -> str:
+    """The values of a setting in words: "a whole number", "one of fp32, bf16", "a list of ... or null"."""
+    annotation, optional = _without_none(annotation)
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}.get(
+        annotation, "a value"
+    )
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
+        words = "one of " + ", ".join(member.name for member in annotation)
+    elif dataclasses.is_dataclass(annotation):
+        words = "a group of settings: " + ", ".join(field.name for field in dataclasses.fields(annotation))
+    elif typing.get_origin(annotation) is list:
+        words = f"a list [a,b,...], each {what_it_takes(typing.get_args(annotation)[0])}"
+    return f"{words}, or null" if optional else words
+
+
+def unknown_setting(name: str, schema: Schema) -> ConfigurationError:
+    """The error for a setting that ``schema`` does not have, with the nearest that it has."""
+    settings = dict(setting_types(schema))
+    same_leaf = [known for known in settings if known.split(".")[-1] == name.split(".")[-1]]
+    near_whole = difflib.get_close_matches(name, settings, n=1, cutoff=0.7)
+    leaves = {known.split(".")[-1]: known for known in settings}
+    near_leaf = difflib.get_close_matches(name.split(".")[-1], leaves, n=1, cutoff=0.75)
+    guess = near_whole or same_leaf[:1] or [leaves[leaf] for leaf in near_leaf]
+    hint = f"; did you mean {guess[0]}?" if guess else ""
+    parent = name.rpartition(".")[0]
+    annotation = settings.get(parent)
+    if annotation is not None and dataclasses.is_dataclass(annotation):
+        valid = f"{parent} has " + ", ".join(field.name for field in dataclasses.fields(annotation))
+    else:
+        valid = "there are " + ", ".join(field.name for field in dataclasses.fields(schema))
+    return ConfigurationError(f"{name} is not a setting{hint or ';'} {valid}")
+
+
+def _wrong_value(name: str, message: str, schema: Schema) -> ConfigurationError:
+    """The error for a value of the wrong kind; ``message`` is OmegaConf's."""
+    settings = dict(setting_types(schema))
+    annotation = settings.get(re.sub(r"\[\d+\]", "", name))
+    if annotation is not None and name.endswith("]"):
+        annotation = typing.get_args(_without_none(annotation)[0])[0]
+    if annotation is None:
+        return ConfigurationError(f"{name}: {message}")
+    quoted = re.search(r"[Vv]alue '(.*?)'|value: (\S+)|field '.*' is not (Optional)", message, re.DOTALL)
+    found = next((group for group in quoted.groups() if group), "") if quoted else ""
+    found = "null" if found == "Optional" else found
+    hint = ""
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
+        near = difflib.get_close_matches(found, [member.name for member in annotation], n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+    shown = f"{name}={found}" if found else name
+    return ConfigurationError(f"{shown} does not fit: {name} takes {what_it_takes(annotation)}{hint}")
+
+
+def explain(error: BaseException, schema: Schema) -> SpikingBrainError | None:
+    """The sentence for an error that OmegaConf raised over a config of type ``schema``, or None for a foreign error."""
+    chain: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in chain:
+        chain.append(link)
+        link = link.__cause__ or link.__context__
+    for link in chain:
+        if isinstance(link, SpikingBrainError):
+            return link
+    for link in chain:
+        if not isinstance(link, OmegaConfBaseException):
+            continue
+        name, message = str(link.full_key or ""), str(link).splitlines()[0]
+        if not name or name.split(".")[0] == "hydra":
+            return ConfigurationError(f"{name}: {message}" if name else message)
+        if isinstance(link, (ConfigKeyError, ConfigAttributeError)):
+            return unknown_setting(name, schema)
+        if isinstance(link, MissingMandatoryValue):
+            return ConfigurationError(f"{name} has no value; set it with {name}=...")
+        if isinstance(link, InterpolationResolutionError):
+            return ConfigurationError(f"{name} refers to something that is not there: {message}")
+        return _wrong_value(name, message, schema)
+    return None
+
+
+def unknown_settings(config: Any, schema: Schema) -> list[str]:
+    """Dotted names in an OmegaConf ``config`` that ``schema`` does not have, in the order they appear."""
+    settings = dict(setting_types(schema))
+
+    def walk(node: Any, prefix: str) -> Iterator[str]:
+        for key in node:
+            name = f"{prefix}{key}"
+            if name not in settings:
+                yield name
+            elif dataclasses.is_dataclass(settings[name]) and OmegaConf.is_dict(node._get_node(key)):
+                yield from walk(node._get_node(key), f"{name}.")
+
+    return list(walk(config, ""))

@@ -1,0 +1,38 @@
+"""Train one stage of a model: `python train.py --help`.
+
+Composes the config, checks it before torch is even imported, and hands it to `spikingbrain_train.training.run`.
+"""
+
+from __future__ import annotations
+
+from spikingbrain_train.config.command_line import user_errors
+
+
+def main() -> None:
+    with user_errors(same_on_all_ranks=True):
+        from spikingbrain_train.config.checks import check_run_config
+        from spikingbrain_train.config.compose import compose_from_command_line
+        from spikingbrain_train.config.load import to_run_config
+        from spikingbrain_train.parallel.planner import check_disk_space, launched_world_size, plan_run
+
+        composed = compose_from_command_line()
+        if composed is None:  # --help, --cfg job and the like have printed what they were asked for
+            return
+        config = to_run_config(composed)
+        world_size = launched_world_size(config)
+        check_run_config(config, world_size)
+        plan = plan_run(config, world_size)
+        if config.dry_run:
+            print(plan.render())
+            return
+        check_disk_space(plan, config.output_dir)
+
+    with user_errors():
+        from spikingbrain_train.training import run
+
+        run(config)
+
+
+# dist_checkpointing starts its writers with "spawn", which imports this file again in each of them.
+if __name__ == "__main__":
+    main()
