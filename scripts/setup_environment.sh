@@ -76,8 +76,8 @@ if [ "$(supported_version "$venv/bin/python" || true)" != "$version" ]; then
     "$python" -m venv --clear "$venv" || fail "could not create $venv with $python"
 fi
 printf 'Installing the versions of %s; this takes some minutes the first time\n' "${constraints#"$root"/}"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check 'pip>=23.1'
-(cd "$root" && "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+"$venv/bin/python" -m pip install -qq --disable-pip-version-check 'pip>=23.1'
+(cd "$root" && "$venv/bin/python" -m pip install -qq --disable-pip-version-check \
     --constraint "$constraints" --editable '.[dev,demo]') ||
     fail "the installation into $venv failed; pip's message is above, and the next make tries again"
 fingerprint "$version" >"$stamp"

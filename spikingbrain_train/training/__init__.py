@@ -1,0 +1,1 @@
+"""The loop, optimizer and schedules, checkpoints, metrics and recovery."""

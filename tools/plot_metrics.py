@@ -1,0 +1,36 @@
+#!/usr/bin/env python
+"""Draw the loss curves of one or several runs, side by side, into a PNG.
+
+python tools/plot_metrics.py outputs/demo/align outputs/demo/cpt --output loss.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from spikingbrain_train.config.errors import SpikingBrainError
+from spikingbrain_train.training.plots import plot_loss_curves
+
+
+def main() -> int:
+    """Parse the command line and draw. Returns the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "output_dirs", nargs="+", metavar="FOLDER", help="output_dir of a run (holds metrics.jsonl)"
+    )
+    parser.add_argument("--output", default="loss.png", help="picture to write (default: loss.png)")
+    arguments = parser.parse_args()
+    try:
+        plot_loss_curves(arguments.output_dirs, arguments.output)
+    except SpikingBrainError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(arguments.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
