@@ -1,0 +1,301 @@
+"""Where documents come from: text files, JSON-lines files (plain, .gz, .zst), folders, globs, Python's own
+manual.
+
+Reading is split in two so that worker processes can share the work: :meth:`Source.read` cuts a file into raw
+documents (cheap, in order), :meth:`RawDocument.text` decodes and checks one (the worker's part).
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import zstandard
+
+from spikingbrain_train.config.errors import DataError
+
+PYDOC_TOPICS = "pydoc-topics"
+"""Input name of the documentation topics that every Python carries (``pydoc_data.topics``, PSF licence)."""
+
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+"""One JSON object a line."""
+TEXT_SUFFIXES = (".txt", ".md", ".rst")
+"""One document a file."""
+COMPRESSION_SUFFIXES = (".gz", ".zst")
+"""What may follow either."""
+
+_BLOCK_BYTES = 1 << 20
+_ZSTD_MAX_WINDOW = 1 << 31
+"""Archives made with `zstd --long=31` need windows above the library's default limit of 128 MiB."""
+
+
+@dataclass(frozen=True)
+class RawDocument:
+    """One document before decoding."""
+
+    origin: str
+    """File and line (``docs.jsonl:17``), for error messages."""
+    payload: bytes
+    """The line, or the whole text."""
+    is_json: bool
+    """Whether the payload is a JSON object that holds the text."""
+    position: int
+    """Bytes of the source file (as stored, so compressed ones where it is compressed) read up to here."""
+
+    def text(self, text_key: str) -> str:
+        """The document's text, which is never empty and always encodable as UTF-8.
+
+        Args:
+            text_key: field of a JSON document that holds the text.
+
+        Raises:
+            DataError: names :attr:`origin` and says what is wrong there.
+        """
+        try:
+            decoded = self.payload.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{self.origin}: not valid UTF-8 (byte {error.start}): convert the file to UTF-8"
+            ) from error
+        text = self._field(decoded, text_key) if self.is_json else decoded
+        if not text or text.isspace():
+            raise DataError(f"{self.origin}: the document is empty: remove it")
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            # JSON can spell half of a surrogate pair, which is no character and which tokenizers reject.
+            raise DataError(
+                f"{self.origin}: the text contains an unpaired surrogate: repair or remove the document"
+            ) from error
+        return text
+
+    def _field(self, line: str, text_key: str) -> str:
+        if not line or line.isspace():
+            raise DataError(f"{self.origin}: the line is empty: remove it, every line holds one JSON object")
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            reason = (
+                f"{error.msg} at column {error.colno}"
+                if isinstance(error, json.JSONDecodeError)
+                else str(error)
+            )
+            raise DataError(f"{self.origin}: not a JSON object ({reason}): every line holds one") from error
+        if not isinstance(record, dict):
+            raise DataError(
+                f"{self.origin}: a JSON {type(record).__name__} instead of an object: every line holds one "
+                "object"
+            )
+        if text_key not in record:
+            fields = ", ".join(sorted(record)[:8]) or "none"
+            raise DataError(
+                f"{self.origin}: no field {text_key!r} (fields: {fields}): name the text with --text-key"
+            )
+        if not isinstance(record[text_key], str):
+            raise DataError(
+                f"{self.origin}: the field {text_key!r} is not a string: name the text with --text-key"
+            )
+        return record[text_key]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file of documents, or Python's documentation topics."""
+
+    name: str
+    """Path as given, or ``pydoc-topics``."""
+    size: int
+    """Bytes on disk."""
+
+    def read(self, max_text_chars: int | None = None) -> Iterator[RawDocument]:
+        """All documents in order.
+
+        Args:
+            max_text_chars: cut plain-text files at blank lines into documents of at most that many
+                characters; None keeps a file as one document. JSON documents are never cut.
+
+        Raises:
+            DataError: the file is empty, unreadable, damaged or cut short.
+        """
+        count = 0
+        for document in self._read(max_text_chars):
+            count += 1
+            yield document
+        if count == 0:
+            raise DataError(f"{self.name} is empty: remove it from the inputs or give a file with documents")
+
+    def _read(self, max_text_chars: int | None) -> Iterator[RawDocument]:
+        if self.name == PYDOC_TOPICS:
+            yield from _pydoc_topics()
+            return
+        kind, compression = _require_format(self.name)
+        try:
+            with open(self.name, "rb") as file:
+                blocks = _decompressed_blocks(file, compression)
+                if kind == "json":
+                    for number, line in enumerate(_lines(blocks), start=1):
+                        if number == 1:
+                            line = line.removeprefix(b"\xef\xbb\xbf")  # byte-order mark
+                        yield RawDocument(f"{self.name}:{number}", line, True, file.tell())
+                else:
+                    content = b"".join(blocks).removeprefix(b"\xef\xbb\xbf")
+                    if content.strip():
+                        yield from _text_documents(self.name, content, file.tell(), max_text_chars)
+        except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
+            raise DataError(
+                f"{self.name} is damaged or cut short ({str(error).rstrip('.')}): compress or copy it again"
+            ) from error
+        except OSError as error:
+            raise DataError(f"cannot read {self.name}: {error.strerror or error}") from error
+
+
+def find_sources(inputs: Iterable[str]) -> list[Source]:
+    """Expand files, folders (searched recursively), globs and ``pydoc-topics`` into sources.
+
+    The order is that of the inputs, alphabetical inside a folder or glob; a file that is found twice counts
+    once.
+
+    Raises:
+        DataError: an input that matches nothing, or a file of an unsupported type.
+    """
+    sources: dict[str, Source] = {}
+    for given in inputs:
+        if given == PYDOC_TOPICS:
+            sources.setdefault(PYDOC_TOPICS, Source(PYDOC_TOPICS, _pydoc_size()))
+            continue
+        for path in _expand(given):
+            sources.setdefault(str(path.resolve()), Source(str(path), path.stat().st_size))
+    if not sources:
+        raise DataError("no inputs: name text or JSON-lines files, folders or globs with --input")
+    return list(sources.values())
+
+
+def _expand(given: str) -> list[Path]:
+    path = Path(given)
+    if path.is_dir():
+        found = sorted(p for p in path.rglob("*") if p.is_file() and _format_of(p.name))
+        if not found:
+            raise DataError(f"the folder {given} holds no {_supported()} files")
+        return found
+    if path.is_file():
+        _require_format(given)
+        return [path]
+    found = sorted(Path(match) for match in glob.glob(given, recursive=True) if Path(match).is_file())
+    if not found:
+        raise DataError(f"there is no file, folder or glob match {given}: check --input")
+    for match in found:
+        _require_format(str(match))
+    return found
+
+
+def _format_of(name: str) -> tuple[str, str] | None:
+    """("json" or "text", compression suffix) from the file name; None for an unsupported type."""
+    stem = name.lower()
+    compression = next((suffix for suffix in COMPRESSION_SUFFIXES if stem.endswith(suffix)), "")
+    stem = stem.removesuffix(compression)
+    if stem.endswith(JSON_SUFFIXES):
+        return "json", compression
+    return ("text", compression) if stem.endswith(TEXT_SUFFIXES) else None
+
+
+def _require_format(name: str) -> tuple[str, str]:
+    found = _format_of(name)
+    if found is None:
+        raise DataError(f"{name} is of an unsupported type: give {_supported()} files")
+    return found
+
+
+def _supported() -> str:
+    return f"{', '.join(JSON_SUFFIXES + TEXT_SUFFIXES)} (each also with .gz or .zst)"
+
+
+def _decompressed_blocks(file: BinaryIO, compression: str) -> Iterator[bytes]:
+    """Blocks of decompressed bytes; raises when a compressed stream ends early."""
+    if compression == ".zst":
+        yield from _zstandard_blocks(file)
+        return
+    stream: io.BufferedIOBase | BinaryIO = gzip.GzipFile(fileobj=file) if compression == ".gz" else file
+    while block := stream.read(_BLOCK_BYTES):
+        yield block
+
+
+def _zstandard_blocks(file: BinaryIO) -> Iterator[bytes]:
+    """Like zstandard's stream_reader, which however ends in silence when the last frame is cut short."""
+    decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_MAX_WINDOW)
+    frame = None
+    while block := file.read(_BLOCK_BYTES // 4):
+        while block:
+            frame = frame or decompressor.decompressobj()
+            yield frame.decompress(block)
+            block = b""
+            if frame.eof:
+                block, frame = frame.unused_data, None
+    if frame is not None:
+        raise EOFError("the last zstandard frame is incomplete")
+
+
+def _lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
+    """Lines without their end; a line feed at the very end of the file starts no further line."""
+    pending: list[bytes] = []
+    for block in blocks:
+        first, *rest = block.split(b"\n")
+        pending.append(first)
+        if rest:
+            yield b"".join(pending)
+            yield from rest[:-1]
+            pending = [rest[-1]]
+    if last := b"".join(pending):
+        yield last
+
+
+def _text_documents(name: str, content: bytes, position: int, max_chars: int | None) -> Iterator[RawDocument]:
+    if max_chars is None:
+        yield RawDocument(name, content, False, position)
+        return
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name}: not valid UTF-8 (byte {error.start}): convert the file to UTF-8") from error
+    for number, piece in enumerate(cut_text(text, max_chars), start=1):
+        yield RawDocument(f"{name}#{number}", piece.encode("utf-8"), False, position)
+
+
+def cut_text(text: str, max_chars: int) -> Iterator[str]:
+    """Cut ``text`` into pieces of at most ``max_chars`` characters, preferably behind a blank line, else
+    behind a line, else behind a space. Pieces that are only white space are dropped."""
+    start = 0
+    while start < len(text):
+        end = min(start + max_chars, len(text))
+        if end < len(text):
+            for separator in ("\n\n", "\n", " "):
+                at = text.rfind(separator, start, end)
+                if at > start:
+                    end = at + len(separator)
+                    break
+        piece = text[start:end]
+        if piece.strip():
+            yield piece
+        start = end
+
+
+def _pydoc_topics() -> Iterator[RawDocument]:
+    from pydoc_data.topics import topics
+
+    position = 0
+    for key in sorted(topics):
+        payload = topics[key].encode("utf-8")
+        position += len(payload)
+        yield RawDocument(f"{PYDOC_TOPICS}:{key}", payload, False, position)
+
+
+def _pydoc_size() -> int:
+    from pydoc_data.topics import topics
+
+    return sum(len(text.encode("utf-8")) for text in topics.values())

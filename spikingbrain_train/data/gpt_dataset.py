@@ -1,0 +1,260 @@
+"""Training and held-out samples: windows of indexed tokens, a pure function of (seed, sample index).
+
+Why not megatron-core's GPTDataset: its order depends on the number of samples asked for (a run that is
+prolonged and resumed would see other data), rank 0 builds and pickles index files beside the tokens while the
+others wait at a barrier (an error on rank 0 hangs them), and it shuffles held-out data and drops or repeats
+its end. Cutting the concatenated tokens into windows needs no index at all. Reading the files and blending
+are megatron-core's.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from spikingbrain_train.config.errors import ConfigurationError, DataError
+from spikingbrain_train.config.run import DataConfig
+from spikingbrain_train.data.indexed import (
+    check_same_tokenizer,
+    num_tokens,
+    open_indexed_dataset,
+    read_tokens,
+)
+from spikingbrain_train.data.tokenizers import Tokenizer
+
+if TYPE_CHECKING:
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+logger = logging.getLogger(__name__)
+
+Sample = dict[str, torch.Tensor]
+"""tokens [seq_length] int64; labels [seq_length] int64, the token that follows each; loss_mask [seq_length]
+float32, 0 where a label is padding; position_ids [seq_length] int64."""
+
+
+class ShuffledWindows:
+    """Endless epochs over one indexed dataset, each in its own order.
+
+    The documents are taken as one stream, as they lie on disk, and cut into windows of seq_length tokens and
+    their labels. What is left when the stream doesn't divide is skipped at a place that changes with the
+    epoch.
+
+    Args:
+        dataset: the tokens.
+        seq_length: tokens of a sample.
+        seed: (run seed, number of the dataset in the blend); both decide the order.
+    """
+
+    def __init__(self, dataset: IndexedDataset, seq_length: int, seed: tuple[int, int]) -> None:
+        self.dataset = dataset
+        self.seq_length = seq_length
+        self.seed = seed
+        self.num_tokens = num_tokens(dataset)
+        self.windows_per_epoch = (self.num_tokens - 1) // seq_length
+        self._epoch: tuple[int, int, np.ndarray] | None = None  # (number, first token, order)
+
+    def tokens_at(self, index: int) -> np.ndarray:
+        """Tokens [seq_length + 1] int64 of the ``index``-th sample, counted over all epochs."""
+        epoch, position = divmod(index, self.windows_per_epoch)
+        if self._epoch is None or self._epoch[0] != epoch:
+            self._epoch = (epoch, *self._shuffle(epoch))
+        _, first, order = self._epoch
+        return read_tokens(self.dataset, first + int(order[position]) * self.seq_length, self.seq_length + 1)
+
+    def _shuffle(self, epoch: int) -> tuple[int, np.ndarray]:
+        """First token of the first window, and the order of the windows, in ``epoch``."""
+        # RandomState, not Generator: NumPy guarantees its stream for ever, so a resumed run may have a newer
+        # NumPy.
+        random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([*self.seed, epoch])))
+        left_over = self.num_tokens - 1 - self.windows_per_epoch * self.seq_length
+        return int(random.randint(left_over + 1)), random.permutation(self.windows_per_epoch)
+
+
+class TrainDataset(torch.utils.data.Dataset[Sample]):
+    """A blend of shuffled datasets, ``num_samples`` long.
+
+    Sample i is the same whatever num_samples is: prolonging a run changes nothing that was seen before.
+
+    Args:
+        parts: the datasets.
+        weights: sampling weight of each, any positive scale.
+        num_samples: length.
+    """
+
+    def __init__(self, parts: Sequence[ShuffledWindows], weights: Sequence[float], num_samples: int) -> None:
+        self.parts = list(parts)
+        self.weights = np.asarray(weights, dtype=np.float64) / math.fsum(weights)
+        self.num_samples = num_samples
+        self._part_of_sample: np.ndarray | None = None
+        self._index_in_part: np.ndarray | None = None
+        if len(self.parts) > 1:
+            from megatron.core.datasets.helpers_cpp import build_blending_indices
+
+            self._part_of_sample = np.zeros(num_samples, dtype=np.int16)
+            self._index_in_part = np.zeros(num_samples, dtype=np.int64)
+            # Greedy: each sample comes from the dataset that lags most behind its share, so after any number
+            # of samples every dataset is within one sample (or few, with many datasets) of weight * samples.
+            build_blending_indices(
+                self._part_of_sample, self._index_in_part, self.weights, len(self.parts), num_samples, False
+            )
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, index: int | None) -> Sample:
+        """The ``index``-th sample; None gives one without loss that fills up a batch."""
+        if index is None:
+            return _without_loss(self[0])
+        if not 0 <= index < self.num_samples:
+            raise IndexError(index)
+        part = 0 if self._part_of_sample is None else int(self._part_of_sample[index])
+        local = index if self._index_in_part is None else int(self._index_in_part[index])
+        return _sample(self.parts[part].tokens_at(local), self.parts[part].seq_length)
+
+    def samples_per_part(self) -> list[int]:
+        """How many of the samples come from each dataset."""
+        if self._part_of_sample is None:
+            return [self.num_samples]
+        return np.bincount(self._part_of_sample, minlength=len(self.parts)).tolist()
+
+
+class ValidDataset(torch.utils.data.Dataset[Sample]):
+    """Held-out tokens, once, in order, in windows that share no label.
+
+    Every token but the first of each dataset is a label exactly once; the last window of each dataset is
+    padded.
+
+    Args:
+        datasets: the held-out datasets, one behind the other.
+        seq_length: tokens of a sample.
+        num_samples: take at most that many windows; None takes all.
+    """
+
+    def __init__(self, datasets: Sequence[IndexedDataset], seq_length: int, num_samples: int | None) -> None:
+        self.datasets = list(datasets)
+        self.seq_length = seq_length
+        windows = [math.ceil((num_tokens(dataset) - 1) / seq_length) for dataset in self.datasets]
+        self._ends = np.cumsum(windows)
+        available = int(self._ends[-1])
+        self.num_samples = available if num_samples is None else min(num_samples, available)
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, index: int | None) -> Sample:
+        """The ``index``-th window; None gives one without loss that fills up a batch."""
+        if index is None:
+            return _without_loss(self[0])
+        if not 0 <= index < self.num_samples:
+            raise IndexError(index)
+        which = int(np.searchsorted(self._ends, index, side="right"))
+        first = (index - (int(self._ends[which - 1]) if which else 0)) * self.seq_length
+        dataset = self.datasets[which]
+        count = min(self.seq_length + 1, num_tokens(dataset) - first)
+        return _sample(read_tokens(dataset, first, count), self.seq_length)
+
+
+def build_datasets(
+    data: DataConfig,
+    seq_length: int,
+    train_samples: int,
+    valid_samples: int | None = None,
+    seed: int = 1234,
+    vocab_size: int | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> tuple[TrainDataset, ValidDataset | None]:
+    """Open, check and blend the datasets of a run.
+
+    Only reads files: every rank calls it and reaches the same result or the same error without communication.
+
+    Args:
+        data: prefixes and weights.
+        seq_length: tokens of a sample.
+        train_samples: samples of the whole run (train_iters * global_batch_size), whatever was consumed
+            already.
+        valid_samples: held-out windows to use at most; None for all.
+        seed: decides the order of training samples.
+        vocab_size: the model's vocabulary; None skips that check.
+        tokenizer: the run's tokenizer; the datasets must have been made with it. None skips that check.
+
+    Returns:
+        Training samples, and held-out samples or None when data.valid is empty.
+
+    Raises:
+        ConfigurationError: no train prefix, or weights that don't fit them.
+        DataError: missing, damaged or too short datasets, or tokens of another tokenizer.
+    """
+    weights = _check_weights(data)
+    for prefix in [*data.train, *data.valid]:
+        if tokenizer is not None:
+            check_same_tokenizer(prefix, tokenizer)
+    train = [open_indexed_dataset(prefix, vocab_size) for prefix in data.train]
+    valid = [open_indexed_dataset(prefix, vocab_size) for prefix in data.valid]
+    for prefix, dataset in zip(data.train, train, strict=True):
+        if num_tokens(dataset) < seq_length + 1:
+            raise DataError(
+                f"the train dataset {prefix} has {num_tokens(dataset)} tokens but one sample needs "
+                f"{seq_length + 1} (stage.seq_length + 1): add text or lower stage.seq_length to at most "
+                f"{num_tokens(dataset) - 1}"
+            )
+    for prefix, dataset in zip(data.valid, valid, strict=True):
+        if num_tokens(dataset) < 2:
+            raise DataError(
+                f"the valid dataset {prefix} has 1 token, which predicts nothing: hold out more text"
+            )
+    parts = [ShuffledWindows(dataset, seq_length, (seed, number)) for number, dataset in enumerate(train)]
+    if weights is None:
+        weights = [float(part.windows_per_epoch) for part in parts]
+    train_dataset = TrainDataset(parts, weights, train_samples)
+    for prefix, part, samples in zip(data.train, parts, train_dataset.samples_per_part(), strict=True):
+        logger.info(
+            "train dataset %s: %d tokens, %d samples, %.2f epochs",
+            prefix,
+            part.num_tokens,
+            samples,
+            samples / part.windows_per_epoch,
+        )
+    return train_dataset, ValidDataset(valid, seq_length, valid_samples) if valid else None
+
+
+def _check_weights(data: DataConfig) -> list[float] | None:
+    if not data.train:
+        raise ConfigurationError("data.train is empty: name the prefix of at least one indexed dataset")
+    weights = data.train_weights
+    if weights is None:
+        return None
+    if len(weights) != len(data.train):
+        raise ConfigurationError(
+            f"data.train_weights has {len(weights)} entries for {len(data.train)} data.train prefixes: give "
+            "one each"
+        )
+    if not all(math.isfinite(weight) and weight > 0 for weight in weights):
+        raise ConfigurationError(
+            f"data.train_weights {list(weights)} must be positive numbers: leave a dataset out instead of "
+            "weighting it 0"
+        )
+    return list(weights)
+
+
+def _sample(tokens: np.ndarray, seq_length: int) -> Sample:
+    """Split [n <= seq_length + 1] tokens into inputs and labels, padded with masked zeros to seq_length."""
+    padded = np.zeros(seq_length + 1, dtype=np.int64)
+    padded[: len(tokens)] = tokens
+    loss_mask = np.zeros(seq_length, dtype=np.float32)
+    loss_mask[: len(tokens) - 1] = 1.0
+    window = torch.from_numpy(padded)
+    return {
+        "tokens": window[:-1].clone(),
+        "labels": window[1:].clone(),
+        "loss_mask": torch.from_numpy(loss_mask),
+        "position_ids": torch.arange(seq_length),
+    }
+
+
+def _without_loss(sample: Sample) -> Sample:
+    return {**sample, "loss_mask": torch.zeros_like(sample["loss_mask"])}

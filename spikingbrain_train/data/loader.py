@@ -1,0 +1,118 @@
+"""Batches for one data-parallel rank, from any point of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import DataLoader
+
+from spikingbrain_train.config.errors import ConfigurationError
+from spikingbrain_train.data.gpt_dataset import Sample, TrainDataset, ValidDataset
+
+
+class DataParallelBatchSampler(torch.utils.data.Sampler[list[int | None]]):
+    """Indices of one rank's micro-batches.
+
+    Micro-step m of the whole run takes the samples [m * step, (m + 1) * step), step = micro_batch_size *
+    data_parallel_size, and rank r the r-th slice of it. So a global batch holds the same samples in the same
+    order for every data_parallel_size and micro_batch_size. Where the dataset ends inside a global batch,
+    None fills it up.
+
+    Args:
+        num_samples: length of the dataset.
+        consumed_samples: samples of all ranks that earlier steps have used.
+        micro_batch_size: samples of one rank's micro-batch.
+        data_parallel_rank: this rank.
+        data_parallel_size: number of ranks with different data.
+        global_batch_size: samples of an optimizer step; the end is filled up to a multiple of it.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        consumed_samples: int,
+        micro_batch_size: int,
+        data_parallel_rank: int,
+        data_parallel_size: int,
+        global_batch_size: int,
+    ) -> None:
+        self.num_samples = num_samples
+        self.consumed_samples = consumed_samples
+        self.micro_batch_size = micro_batch_size
+        self.rank = data_parallel_rank
+        self.step = micro_batch_size * data_parallel_size
+        if global_batch_size % self.step:
+            raise ConfigurationError(
+                f"stage.global_batch_size {global_batch_size} is not divisible by stage.micro_batch_size * "
+                f"data-parallel size = {micro_batch_size} * {data_parallel_size}: give a multiple of "
+                f"{self.step}"
+            )
+        self.end = -(-num_samples // global_batch_size) * global_batch_size
+
+    def __len__(self) -> int:
+        return max(0, self.end - self.consumed_samples) // self.step
+
+    def __iter__(self) -> Iterator[list[int | None]]:
+        for start in range(self.consumed_samples, self.end, self.step):
+            first = start + self.rank * self.micro_batch_size
+            yield [
+                index if index < self.num_samples else None
+                for index in range(first, first + self.micro_batch_size)
+            ]
+
+
+def build_data_loader(
+    dataset: TrainDataset | ValidDataset,
+    *,
+    consumed_samples: int,
+    micro_batch_size: int,
+    data_parallel_rank: int,
+    data_parallel_size: int,
+    global_batch_size: int | None = None,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+    seed: int = 1234,
+) -> Iterator[Sample]:
+    """Iterate over one rank's micro-batches, starting behind ``consumed_samples``.
+
+    All ranks of one tensor/pipeline-parallel group ask for the same data_parallel_rank and read the same
+    batches from disk; nothing is broadcast.
+
+    Args:
+        dataset: from :func:`~spikingbrain_train.data.gpt_dataset.build_datasets`.
+        consumed_samples: samples of all ranks used so far; 0 for evaluation.
+        micro_batch_size: samples of a batch.
+        data_parallel_rank: this rank among those with different data.
+        data_parallel_size: their number.
+        global_batch_size: the number of batches is filled up, with samples that carry no loss, so that it
+            makes up whole global batches of this size; None stands for micro_batch_size * data_parallel_size.
+        num_workers: loader processes.
+        pin_memory: put batches into page-locked memory, for faster copies to a GPU.
+        seed: of the loader's own generator.
+
+    Returns:
+        Iterator of dicts: tokens, labels, position_ids [micro_batch_size, seq_length] int64 and loss_mask
+        [micro_batch_size, seq_length] float32, on CPU. The same number on every rank.
+
+    Raises:
+        ConfigurationError: the batch sizes don't divide.
+    """
+    sampler = DataParallelBatchSampler(
+        len(dataset),
+        consumed_samples,
+        micro_batch_size,
+        data_parallel_rank,
+        data_parallel_size,
+        global_batch_size or micro_batch_size * data_parallel_size,
+    )
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        # Without its own generator a loader draws from the global one when it starts, and a resumed run,
+        # which starts one loader more, would see other dropout masks than an uninterrupted one.
+        generator=torch.Generator().manual_seed(seed),
+    )
+    return iter(loader)

@@ -1,0 +1,253 @@
+"""Text to token ids and back: Hugging Face tokenizer folders and sentencepiece models behind one protocol.
+
+Everything is read from local files: no network, no code from a tokenizer folder. Documents are encoded
+without the special tokens that a tokenizer would put around a prompt; the end-of-sequence token that
+separates documents is added by whoever writes them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from spikingbrain_train.config.errors import DataError
+
+_PROBE = "The quick brown fox, 12345 × 0.5!\n\tdef f(x):\r\n  return x  # naïve — 脑 脉冲 🧠"
+"""Encoded into the fingerprint, so that equal vocabularies with different merges or normalisers do not look
+alike."""
+
+_HUGGING_FACE_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+_SENTENCEPIECE_FILE = "tokenizer.model"
+
+
+class Tokenizer(Protocol):
+    """What the project needs from a tokenizer. Instances can be pickled and sent to worker processes."""
+
+    name: str
+    """Folder or file name, for messages and sidecar files."""
+    vocab_size: int
+    """Largest token id + 1."""
+    eos_id: int
+    """Id of the end-of-sequence token, which ends every document."""
+    fingerprint: str
+    """SHA-256 over the vocabulary and the encoding of a fixed text: equal for tokenizers that do the same."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of ``text``, with no special tokens around them."""
+        ...
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """:meth:`encode` of every text, faster than one by one."""
+        ...
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ``ids``, special tokens included."""
+        ...
+
+    def save_to(self, folder: str | Path) -> None:
+        """Write files to ``folder`` from which :func:`load_tokenizer` gets the same tokenizer.
+
+        Raises:
+            DataError: the folder cannot be written.
+        """
+        ...
+
+
+class HuggingFaceTokenizer:
+    """A tokenizer folder as ``transformers`` saves it, run by the Rust library ``tokenizers``.
+
+    ``transformers.AutoTokenizer`` reads the folder, because a tokenizer class may rebuild parts of its
+    pipeline on loading; only its Rust backend is kept, so that worker processes start without importing
+    ``transformers``.
+
+    Args:
+        folder: folder with tokenizer.json (or files that convert to it) and tokenizer_config.json.
+
+    Raises:
+        DataError: nothing loadable, only a Python ("slow") tokenizer, or no end-of-sequence token.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        from transformers import AutoTokenizer  # takes seconds, and sentencepiece users do not need it
+
+        self.folder = Path(folder)
+        self.name = self.folder.resolve().name
+        try:
+            # False, not the default None: None asks on the terminal whether to run the folder's code.
+            loaded = AutoTokenizer.from_pretrained(
+                str(self.folder), local_files_only=True, trust_remote_code=False, use_fast=True
+            )
+        except Exception as error:  # the Rust side raises plain Exception
+            raise DataError(
+                f"{self.folder} holds no tokenizer that transformers can load ({_first_line(error)}): give a "
+                "folder with tokenizer.json and tokenizer_config.json, or a sentencepiece .model file"
+            ) from error
+        if not getattr(loaded, "is_fast", False):
+            raise DataError(
+                f"the tokenizer in {self.folder} exists only in Python ({type(loaded).__name__}): give a "
+                "folder with a tokenizer.json, or the sentencepiece .model file itself"
+            )
+        if loaded.eos_token_id is None:
+            raise DataError(
+                f"the tokenizer in {self.folder} names no end-of-sequence token: set eos_token in its "
+                "tokenizer_config.json"
+            )
+        self._backend = loaded.backend_tokenizer
+        # A folder may store the truncation and padding of its last use; documents are never cut.
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values()) + 1
+        self.eos_id = int(loaded.eos_token_id)
+        pieces = sorted((index, token) for token, index in vocabulary.items())
+        self.fingerprint = _fingerprint(pieces, self.encode(_PROBE), self.eos_id)
+
+    def encode(self, text: str) -> list[int]:
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [item.ids for item in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._backend.decode(list(ids), skip_special_tokens=False)
+
+    def save_to(self, folder: str | Path) -> None:
+        # The source's own files, not save_pretrained: transformers 5 writes class names that 4.x cannot read.
+        names = [name for name in _HUGGING_FACE_FILES if (self.folder / name).is_file()]
+        _write_files(folder, {name: (self.folder / name).read_bytes() for name in names})
+
+
+class SentencePieceTokenizer:
+    """A sentencepiece ``.model`` file.
+
+    Args:
+        path: the .model file.
+
+    Raises:
+        DataError: not a sentencepiece model, or one trained without an end-of-sequence piece.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        self.path = Path(path)
+        self.name = self.path.name
+        try:
+            self._proto = self.path.read_bytes()
+            self._processor: Any = SentencePieceProcessor(model_proto=self._proto)
+            self.vocab_size = int(self._processor.vocab_size())
+        except (OSError, RuntimeError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{self.path} is not a readable sentencepiece model ({_first_line(error)}): give the .model "
+                "file that sentencepiece wrote, or a Hugging Face tokenizer folder"
+            ) from error
+        self.eos_id = int(self._processor.eos_id())
+        if self.vocab_size == 0 or self.eos_id < 0:
+            raise DataError(
+                f"the sentencepiece model {self.path} has no end-of-sequence piece: train it with eos_id >= 0"
+            )
+        pieces = [(index, self._processor.id_to_piece(index)) for index in range(self.vocab_size)]
+        self.fingerprint = _fingerprint(pieces, self.encode(_PROBE), self.eos_id)
+
+    def encode(self, text: str) -> list[int]:
+        return self._processor.encode(text)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        # One thread: preprocessing already runs one process per core.
+        return self._processor.encode(list(texts), num_threads=1)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._processor.decode([int(index) for index in ids])
+
+    def save_to(self, folder: str | Path) -> None:
+        _write_files(folder, {_SENTENCEPIECE_FILE: self._proto})
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """Load the tokenizer at ``path``: a Hugging Face folder, a sentencepiece ``.model`` file, or a folder
+    whose only tokenizer file is a sentencepiece ``tokenizer.model``.
+
+    Raises:
+        DataError: missing or invalid; the sentence says what was expected.
+    """
+    path = Path(path)
+    if path.is_file():
+        if path.suffix == ".model":
+            return SentencePieceTokenizer(path)
+        raise DataError(
+            f"{path} is not a tokenizer: give the folder that holds tokenizer.json, or a sentencepiece "
+            ".model file"
+        )
+    if not path.is_dir():
+        raise DataError(
+            f"there is no tokenizer at {path}: give a local Hugging Face tokenizer folder or a sentencepiece "
+            ".model file"
+        )
+    found = [name for name in _HUGGING_FACE_FILES if (path / name).is_file()]
+    if not found:
+        raise DataError(
+            f"the folder {path} holds no tokenizer files: give a folder with tokenizer.json and "
+            "tokenizer_config.json, or a sentencepiece .model file"
+        )
+    if found == [_SENTENCEPIECE_FILE]:
+        return SentencePieceTokenizer(path / _SENTENCEPIECE_FILE)
+    return HuggingFaceTokenizer(path)
+
+
+def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> None:
+    """Refuse a tokenizer that can produce ids which the model has no embedding for.
+
+    Model vocabularies are often padded beyond the tokenizer's; that is fine.
+
+    Raises:
+        DataError: the tokenizer's vocabulary is larger than the model's.
+    """
+    if tokenizer.vocab_size > model_vocab_size:
+        raise DataError(
+            f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids but the model's vocabulary only "
+            f"{model_vocab_size}: use the tokenizer that belongs to the model"
+        )
+
+
+def _fingerprint(pieces: Sequence[tuple[int, str]], probe_ids: Sequence[int], eos_id: int) -> str:
+    """SHA-256 that depends on what the tokenizer does, not on how a library version serialises it."""
+    content = json.dumps([list(pieces), list(probe_ids), eos_id], ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(content.encode("ascii")).hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    """The library's own words, short enough to stand inside a sentence."""
+    text = str(error).strip()
+    return text.splitlines()[0][:200].rstrip(".:") if text else type(error).__name__
+
+
+def _write_files(folder: str | Path, files: dict[str, bytes]) -> None:
+    """Write ``files`` into ``folder``, each under a temporary name that is renamed when it is complete."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            temporary = folder / f".{name}.tmp"
+            try:
+                temporary.write_bytes(content)
+                shutil.move(temporary, folder / name)
+            finally:
+                temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise DataError(f"cannot write the tokenizer to {folder}: {error.strerror or error}") from error
