@@ -1,0 +1,202 @@
+"""What makes megatron-core train over gloo on a machine without GPUs.
+
+megatron-core is written for CUDA. Each entry of :data:`PATCHES` names one thing that it assumes, what is put in its place, and
+why. :func:`apply` installs them all, once per process, and refuses to on a GPU platform: there, nothing is patched.
+Valid for megatron-core 0.16.1 to 0.19.x.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from spikingbrain_train.parallel.accelerator import Accelerator
+from spikingbrain_train.parallel.host_torch import RebindOnImport, rebind_loaded_modules
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One assumption of megatron-core that does not hold on CPU."""
+
+    name: str
+    changes: str
+    """What is replaced."""
+    reason: str
+    """What would happen without it."""
+    install: Callable[[], None]
+
+
+PATCHES: list[Patch] = []
+_applied: list[str] = []
+
+
+def apply(accelerator: Accelerator) -> tuple[str, ...]:
+    """Install every patch that is not yet installed in this process.
+
+    Returns:
+        Names of all installed patches, for the log; the same ones however often this is called.
+
+    Raises:
+        RuntimeError: ``accelerator`` is a GPU. Nothing has been patched then.
+    """
+    if accelerator.is_gpu:
+        raise RuntimeError(f"megatron-core is never patched on a GPU platform ({accelerator.kind.value})")
+    for patch in PATCHES:
+        if patch.name not in _applied:
+            patch.install()
+            _applied.append(patch.name)
+    return tuple(_applied)
+
+
+def applied() -> tuple[str, ...]:
+    """Names of the patches installed in this process."""
+    return tuple(_applied)
+
+
+def _patch(changes: str, reason: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
+    def register(install: Callable[[], None]) -> Callable[[], None]:
+        PATCHES.append(Patch(install.__name__.strip("_"), changes, reason, install))
+        return install
+
+    return register
+
+
+def _megatron_modules() -> Iterator[ModuleType]:
+    for name, module in list(sys.modules.items()):
+        if module is not None and name.startswith("megatron.core"):
+            yield module
+
+
+def _replace_everywhere(old: Any, new: Any) -> None:
+    """Rebind a function in every megatron module that imported it by name."""
+    for module in _megatron_modules():
+        for name, value in list(vars(module).items()):
+            if value is old:
+                setattr(module, name, new)
+
+
+@_patch(
+    changes="torch.compile around megatron's small fused functions (megatron.core.jit.jit_fuser)",
+    reason="on CPU it needs a C++ compiler on the user's machine and seconds of compilation for no gain",
+)
+def _no_compiled_fusions() -> None:
+    from megatron.core import jit
+
+    jit.disable_jit_fuser()  # for modules imported from now on
+    for module in _megatron_modules():
+        jitted = [(name, value) for name, value in vars(module).items() if _is_compiled(value)]
+        for name, value in jitted:
+            setattr(module, name, value._torchdynamo_orig_callable)
+        for owner in [
+            v for v in vars(module).values() if isinstance(v, type) and v.__module__ == module.__name__
+        ]:
+            for name, value in [item for item in vars(owner).items() if _is_compiled(item[1])]:
+                setattr(owner, name, value._torchdynamo_orig_callable)
+
+
+def _is_compiled(value: Any) -> bool:
+    return callable(value) and "_torchdynamo_orig_callable" in getattr(value, "__dict__", {})
+
+
+@_patch(
+    changes="the name torch inside megatron.core.* modules (host_torch.HOST_TORCH; also in modules imported later)",
+    reason='factories are called with device="cuda", and torch.cuda.current_device, synchronize, streams and seeds are used',
+)
+def _torch_namespace() -> None:
+    import megatron.core  # noqa: F401  (the package must be there before its modules are looked through)
+
+    sys.meta_path.insert(0, RebindOnImport("megatron"))
+    rebind_loaded_modules("megatron")
+
+
+@_patch(
+    changes="torch.Tensor.cuda returns the tensor itself",
+    reason="tied embeddings under pipeline parallelism, broadcast_data and checkpoint exchange call .cuda() on tensors",
+)
+def _tensor_cuda_method() -> None:
+    def cuda(self: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
+        return self
+
+    torch.Tensor.cuda = cuda  # type: ignore[method-assign, assignment]
+
+
+@_patch(
+    changes="tensor_parallel.random._get/_set_cuda_rng_state read and write the CPU generator; one warning is filtered",
+    reason="the model-parallel RNG tracker and activation recomputation fork and restore the GPU's generator; the warning says "
+    "that the CPU generator moved inside such a fork, which here is the purpose",
+)
+def _rng_states() -> None:
+    from megatron.core.tensor_parallel import random
+
+    def get_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_state(new_state: torch.Tensor, device: Any = -1, graph_safe: bool = False) -> None:
+        torch.set_rng_state(new_state)
+
+    random._get_cuda_rng_state = get_state
+    random._set_cuda_rng_state = set_state
+    logging.getLogger(random.__name__).addFilter(
+        lambda record: "CPU RNG state changed within GPU RNG context" not in record.getMessage()
+    )
+
+
+@_patch(
+    changes="the tensor types that Float16Module converts (transformer.module._FLOAT_TYPES and its two siblings)",
+    reason="isinstance(x, torch.cuda.HalfTensor) raises where CUDA is missing",
+)
+def _float_type_tuples() -> None:
+    from megatron.core.transformer import module
+
+    module._FLOAT_TYPES = (torch.FloatTensor,)
+    module._HALF_TYPES = (torch.HalfTensor,)
+    module._BF16_TYPES = (torch.BFloat16Tensor,)
+
+
+@_patch(
+    changes="Tensor.type() says torch.cuda.* while gradient clipping and the two mixed-precision optimizers' constructors run",
+    reason="they recognise parameters and gradients by names such as 'torch.cuda.FloatTensor'",
+)
+def _tensor_type_names() -> None:
+    from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
+
+    clip = clip_grads.clip_grad_by_total_norm_fp32
+    _replace_everywhere(clip, _with_cuda_type_names(clip))
+    for owner in (optimizer.Float16OptimizerWithFloat16Params, distrib_optimizer.DistributedOptimizer):
+        owner.__init__ = _with_cuda_type_names(owner.__init__)
+
+
+def _with_cuda_type_names(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with _cuda_type_names():
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+@contextlib.contextmanager
+def _cuda_type_names() -> Iterator[None]:
+    if "type" in vars(torch.Tensor):  # already active: an optimizer's constructor calls its parent's
+        yield
+        return
+    original = torch.Tensor.type
+
+    def type_name(self: torch.Tensor, dtype: Any = None, **kwargs: Any) -> Any:
+        if dtype is not None:
+            return original(self, dtype, **kwargs)
+        return original(self).replace("torch.", "torch.cuda.", 1)
+
+    torch.Tensor.type = type_name  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        del torch.Tensor.type  # type: ignore[attr-defined]  # the inherited method shows again

@@ -1,0 +1,294 @@
+"""Forms the process groups of a run from its ParallelConfig and the launcher's environment.
+
+Launchers (torchrun, or scripts/slurm) say who this process is through RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE,
+MASTER_ADDR and MASTER_PORT. Without them the process is a world of its own: ``python train.py`` needs no launcher.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import random
+import socket
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy
+import torch
+
+from spikingbrain_train.config.errors import ConfigurationError, PlatformError
+from spikingbrain_train.config.parallel import ParallelConfig
+from spikingbrain_train.parallel import megatron_cpu
+from spikingbrain_train.parallel.accelerator import Accelerator
+
+if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Who this process is, as its launcher says."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    master_addr: str | None = None
+    """Host of the rendezvous store; None for a process that was started without a launcher."""
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] | None = None) -> Launch:
+        """Read the launcher's variables.
+
+        Raises:
+            PlatformError: only some of them are there, or one is not a number.
+        """
+        environment = os.environ if environment is None else environment
+        if "RANK" not in environment and "WORLD_SIZE" not in environment:
+            return cls()
+        required = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        missing = [name for name in required if not environment.get(name)]
+        if missing:
+            raise PlatformError(
+                f"the launcher set only some of {', '.join(required)}; missing: {', '.join(missing)}. Start with torchrun or "
+                "a script of scripts/slurm, or unset them all to run one process."
+            )
+        try:
+            rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+            local_rank = int(environment.get("LOCAL_RANK", rank))
+            local_world_size = int(environment.get("LOCAL_WORLD_SIZE", world_size))
+        except ValueError as error:
+            raise PlatformError(
+                f"RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE must be numbers: {error}."
+            ) from None
+        return cls(rank, world_size, local_rank, local_world_size, environment["MASTER_ADDR"])
+
+
+@dataclass(frozen=True)
+class ProcessGroups:
+    """The layout of a run as this rank sees it. Made once by :func:`initialize`."""
+
+    accelerator: Accelerator
+    device: torch.device
+    """Where this rank's tensors live."""
+    rank: int
+    world_size: int
+    local_rank: int
+    tensor_model_parallel_rank: int
+    tensor_model_parallel_size: int
+    pipeline_model_parallel_rank: int
+    pipeline_model_parallel_size: int
+    data_parallel_rank: int
+    data_parallel_size: int
+    collection: ProcessGroupCollection
+    """megatron-core's groups by name (``tp``, ``pp``, ``dp``, ``dp_cp``, ``mp``, ``embd``, ...), for its ``pg_collection`` arguments."""
+    cpu_patches: tuple[str, ...]
+    """Names of the compatibility patches in force (see megatron_cpu.PATCHES); always empty on GPUs."""
+
+    @property
+    def is_main_process(self) -> bool:
+        """True on rank 0: the one that prints and writes shared files."""
+        return self.rank == 0
+
+    @property
+    def is_pipeline_first_stage(self) -> bool:
+        """True where the embedding is."""
+        return self.pipeline_model_parallel_rank == 0
+
+    @property
+    def is_pipeline_last_stage(self) -> bool:
+        """True where the loss is."""
+        return self.pipeline_model_parallel_rank == self.pipeline_model_parallel_size - 1
+
+    def sum_from_last_stage(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum ``values`` of the last pipeline stage over data-parallel ranks and hand the result to every rank, in place."""
+        torch.distributed.all_reduce(values, group=self.collection.dp)
+        if self.pipeline_model_parallel_size > 1:
+            last = torch.distributed.get_global_rank(
+                self.collection.pp, self.pipeline_model_parallel_size - 1
+            )
+            torch.distributed.broadcast(values, src=last, group=self.collection.pp)
+        return values
+
+    def describe(self) -> str:
+        """One line for the log."""
+        text = (
+            f"{self.world_size} rank(s) = tensor {self.tensor_model_parallel_size} x pipeline "
+            f"{self.pipeline_model_parallel_size} x data {self.data_parallel_size}, {torch.get_num_threads()} CPU thread(s) each"
+        )
+        return text + (f"; megatron-core on CPU: {', '.join(self.cpu_patches)}" if self.cpu_patches else "")
+
+
+def initialize(
+    parallel: ParallelConfig, accelerator: Accelerator, *, seed: int, timeout_minutes: float = 10.0
+) -> ProcessGroups:
+    """Join the world, form megatron-core's groups, and seed every generator.
+
+    Order of work: refuse layouts that do not fit the world, bind the device, set CPU threads, patch megatron-core on CPU, form the
+    groups, seed. Call it once, before the model is built; :func:`destroy` undoes it.
+
+    Args:
+        parallel: parallel degrees.
+        accelerator: platform of this process, from :func:`spikingbrain_train.parallel.accelerator.detect`.
+        seed: base seed. Weights initialised under tensor parallelism, and dropout, draw from streams derived from it per rank.
+        timeout_minutes: a collective that waits longer fails.
+
+    Raises:
+        ConfigurationError: the degrees do not divide the world size, or ``data_parallel_size`` is not what is left.
+        PlatformError: the launcher's environment is incomplete, the rendezvous host is unknown, or a rank has no GPU.
+    """
+    launch = Launch.from_environment()
+    check_world_size(parallel, launch.world_size)
+    device = accelerator.bind(launch.local_rank)
+    patches: tuple[str, ...] = ()
+    if not accelerator.is_gpu:
+        torch.set_num_threads(threads_per_rank(launch.local_world_size))
+        patches = megatron_cpu.apply(accelerator)
+    _join_world(launch, accelerator, timedelta(minutes=timeout_minutes))
+
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        distributed_timeout_minutes=timeout_minutes,  # type: ignore[arg-type]  # goes into timedelta(minutes=)
+        create_gloo_process_groups=False,
+    )
+    _seed(seed)
+    return ProcessGroups(
+        accelerator=accelerator,
+        device=device,
+        rank=launch.rank,
+        world_size=launch.world_size,
+        local_rank=launch.local_rank,
+        tensor_model_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        collection=ProcessGroupCollection.use_mpu_process_groups(),
+        cpu_patches=patches,
+    )
+
+
+def destroy() -> None:
+    """Leave every group. Harmless if :func:`initialize` was not called or failed half-way."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def is_main_process() -> bool:
+    """True on rank 0, and in a process that has joined no world."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def check_world_size(parallel: ParallelConfig, world_size: int) -> None:
+    """Raise :class:`ConfigurationError` if ``world_size`` ranks cannot hold whole copies of the model."""
+    one_copy = parallel.model_parallel_size
+    if world_size % one_copy:
+        raise ConfigurationError(
+            f"world size {world_size} is not a multiple of parallel.tensor_model_parallel_size="
+            f"{parallel.tensor_model_parallel_size} x parallel.pipeline_model_parallel_size="
+            f"{parallel.pipeline_model_parallel_size}; start a multiple of {one_copy} ranks or lower the degrees."
+        )
+    left = world_size // one_copy
+    if parallel.data_parallel_size not in (None, left):
+        raise ConfigurationError(
+            f"parallel.data_parallel_size={parallel.data_parallel_size}, but {world_size} ranks with {one_copy} per copy of the "
+            f"model leave {left}; set it to {left} or null, or start {one_copy * (parallel.data_parallel_size or 1)} ranks."
+        )
+
+
+def threads_per_rank(local_world_size: int, environment: Mapping[str, str] | None = None) -> int:
+    """CPU threads for one rank: OMP_NUM_THREADS where somebody chose it, else this node's cores divided over its ranks.
+
+    torchrun itself exports OMP_NUM_THREADS=1 to every worker of a multi-worker node; that is a default and not a choice, so a 1
+    under torchrun counts as unset.
+    """
+    environment = os.environ if environment is None else environment
+    chosen = environment.get("OMP_NUM_THREADS", "")
+    torchrun_default = chosen == "1" and "TORCHELASTIC_RUN_ID" in environment and local_world_size > 1
+    if chosen.isdigit() and int(chosen) > 0 and not torchrun_default:
+        return int(chosen)
+    return max(1, _available_cores() // local_world_size)
+
+
+def _available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _seed(seed: int) -> None:
+    from megatron.core import parallel_state, tensor_parallel
+
+    stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()  # Megatron's convention
+    random.seed(stage_seed)
+    numpy.random.seed(stage_seed % 2**32)
+    torch.manual_seed(stage_seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(stage_seed)
+
+
+def _join_world(launch: Launch, accelerator: Accelerator, timeout: timedelta) -> None:
+    backend = accelerator.collective_backend
+    if launch.master_addr is None:
+        torch.distributed.init_process_group(
+            backend, store=torch.distributed.HashStore(), rank=0, world_size=1, timeout=timeout
+        )
+        return
+    one_node = launch.local_world_size == launch.world_size
+    os.environ["MASTER_ADDR"] = master = _reachable_master(launch.master_addr, one_node)
+    if backend == "gloo" and "GLOO_SOCKET_IFNAME" not in os.environ:
+        interface = _interface_towards(master)
+        if interface is not None:
+            os.environ["GLOO_SOCKET_IFNAME"] = interface
+    torch.distributed.init_process_group(
+        backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout
+    )
+
+
+def _reachable_master(master_addr: str, one_node: bool) -> str:
+    try:
+        socket.getaddrinfo(master_addr, None)
+    except OSError:
+        if one_node:
+            return "127.0.0.1"  # the store is on this machine, whatever the machine calls itself
+        raise PlatformError(
+            f"MASTER_ADDR={master_addr} cannot be resolved on {socket.gethostname()}; set it to an address that every node can "
+            "reach."
+        ) from None
+    return master_addr
+
+
+def _interface_towards(host: str) -> str | None:
+    """Name of the network interface whose address this machine uses to talk to ``host``.
+
+    gloo otherwise binds to what the machine's own name resolves to: an error where it does not resolve, and on Debian
+    127.0.1.1, which other nodes cannot reach.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, 9, socket.AF_INET, socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)  # a datagram socket only looks up the route; nothing is sent
+            own_address = probe.getsockname()[0]
+    except OSError:
+        return None
+    if not Path("/sys/class/net").is_dir():  # SIOCGIFADDR below is Linux's; gloo's own choice elsewhere
+        return None
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as query:
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name.encode()[:15])
+            try:
+                reply = fcntl.ioctl(query.fileno(), 0x8915, request)  # SIOCGIFADDR
+            except OSError:  # an interface without an IPv4 address
+                continue
+            if socket.inet_ntoa(reply[20:24]) == own_address:
+                return name
+    return None
