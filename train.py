@@ -1,9 +1,11 @@
 """Train one stage of a model: `python train.py --help`.
 
-Composes the config, checks it before torch is even imported, and hands it to `spikingbrain_train.training.run`.
+Composes the config, checks it before torch is imported, and hands it to `spikingbrain_train.training.run`.
 """
 
 from __future__ import annotations
+
+import os
 
 from spikingbrain_train.config.command_line import user_errors
 
@@ -23,9 +25,10 @@ def main() -> None:
         check_run_config(config, world_size)
         plan = plan_run(config, world_size)
         if config.dry_run:
-            print(plan.render())
+            if os.environ.get("RANK", "0") == "0":
+                print(plan.render())
             return
-        check_disk_space(plan, config.output_dir)
+        check_disk_space(plan)
 
     with user_errors():
         from spikingbrain_train.training import run

@@ -1,4 +1,4 @@
-"""Where things lie in a checkpoint folder. Reads only small text files, so that a run can check them before torch is there.
+"""Where things lie in a checkpoint folder. Reads small text files only: torch is not needed.
 
 <folder>/latest_checkpointed_iteration.txt      the newest iteration, a number
 <folder>/iter_0000100/model_config.yaml         the architecture
@@ -18,6 +18,8 @@ LATEST_ITERATION_FILE = "latest_checkpointed_iteration.txt"
 MODEL_CONFIG_FILE = "model_config.yaml"
 RUN_CONFIG_FILE = "run_config.yaml"
 HF_SOURCE_FOLDER = "hf_source"
+CHECKPOINT_FOLDER = "checkpoints"
+"""Checkpoint folder of a run, in its output_dir."""
 
 
 def iteration_folder(folder: str | Path, iteration: int) -> Path:
@@ -47,7 +49,7 @@ def latest_checkpoint(folder: str | Path, setting: str) -> Path:
     """The folder of the newest iteration in a checkpoint folder that ``setting`` names.
 
     Raises:
-        CheckpointError: the folder is missing, holds no checkpoint, or an incomplete one; the sentence names ``setting``.
+        CheckpointError: the folder is missing, holds no checkpoint, or an incomplete one; names ``setting``.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -58,7 +60,12 @@ def latest_checkpoint(folder: str | Path, setting: str) -> Path:
     if iteration is None:
         if re.fullmatch(r"iter_\d{7}", folder.name):
             raise CheckpointError(
-                f"{setting}={folder} is a single iteration; name the folder above it: {setting}={folder.parent}"
+                f"{setting}={folder} is one iteration; name the folder above it: {setting}={folder.parent}"
+            )
+        if (folder / CHECKPOINT_FOLDER / LATEST_ITERATION_FILE).is_file():
+            raise CheckpointError(
+                f"{setting}={folder} is the folder of a run; name its checkpoints: "
+                f"{setting}={folder / CHECKPOINT_FOLDER}"
             )
         raise CheckpointError(
             f"{setting}={folder} has no {LATEST_ITERATION_FILE}, so it is not a checkpoint folder; "
@@ -68,7 +75,8 @@ def latest_checkpoint(folder: str | Path, setting: str) -> Path:
     for needed in (MODEL_CONFIG_FILE, ".metadata"):
         if not (checkpoint / needed).is_file():
             raise CheckpointError(
-                f"{setting}={folder} names iteration {iteration} as its newest, but {checkpoint / needed} is missing; "
+                f"{setting}={folder} names iteration {iteration} as its newest, but {checkpoint / needed} is "
+                f"missing; "
                 f"write the number of a complete iter_* folder into {LATEST_ITERATION_FILE}"
             )
     return checkpoint

@@ -1,4 +1,4 @@
-"""The settings of a run against each other and against the world size. Decides without torch, in the first second.
+"""The settings of a run against each other and the world size. Decides without torch, in the first second.
 
 Every error is one ConfigurationError that names the setting and says what would be valid.
 """
@@ -88,7 +88,8 @@ def check_model(model: ModelConfig) -> None:
     )
     _require(
         len(model.mixers) <= model.num_layers,
-        f"model.mixers lists {len(model.mixers)} mixers for model.num_layers={model.num_layers}; list at most one a layer",
+        f"model.mixers lists {len(model.mixers)} mixers for model.num_layers={model.num_layers}; "
+        f"list at most one a layer",
     )
     heads, groups = model.num_attention_heads, model.num_query_groups
     _require(
@@ -99,7 +100,8 @@ def check_model(model: ModelConfig) -> None:
     if set(model.layer_mixers()) & {Mixer.full, Mixer.swa}:
         _require(
             model.kv_channels % 2 == 0,
-            f"model.kv_channels={model.kv_channels} is odd, but rotary positions turn pairs of channels; use an even number",
+            f"model.kv_channels={model.kv_channels} is odd, but rotary positions turn pairs of channels; "
+            f"use an even number",
         )
     _above_zero(model, "model", "rotary_base", "norm_epsilon")
     _at_least(model, "model", 0, "init_method_std")
@@ -135,9 +137,9 @@ def check_world_size(parallel: ParallelConfig, world_size: int) -> None:
     replicas = world_size // copy
     _require(
         parallel.data_parallel_size in (None, replicas),
-        f"parallel.data_parallel_size={parallel.data_parallel_size} does not fit: {world_size} ranks / ({tensor} tensor x "
-        f"{pipeline} pipeline) are {replicas} replicas; set it to {replicas} or null, or start "
-        f"{copy * (parallel.data_parallel_size or 1)} ranks",
+        f"parallel.data_parallel_size={parallel.data_parallel_size} does not fit: {world_size} ranks / "
+        f"({tensor} tensor x {pipeline} pipeline) are {replicas} replicas; "
+        f"set it to {replicas} or null, or start {copy * (parallel.data_parallel_size or 1)} ranks",
     )
 
 
@@ -154,8 +156,8 @@ def check_split(model: ModelConfig, parallel: ParallelConfig) -> None:
         )
     _require(
         model.num_layers % pipeline == 0,
-        f"parallel.pipeline_model_parallel_size={pipeline} does not divide model.num_layers={model.num_layers}; "
-        f"valid are {_either(divisors(model.num_layers))}",
+        f"parallel.pipeline_model_parallel_size={pipeline} does not divide "
+        f"model.num_layers={model.num_layers}; valid are {_either(divisors(model.num_layers))}",
     )
     _require(
         not (parallel.sequence_parallel and tensor == 1),
@@ -180,13 +182,15 @@ def check_stage(stage: StageConfig, model: ModelConfig, parallel: ParallelConfig
         below, above = stage.seq_length // tensor * tensor, -(-stage.seq_length // tensor) * tensor
         _require(
             stage.seq_length % tensor == 0,
-            f"stage.seq_length={stage.seq_length} is not divisible by parallel.tensor_model_parallel_size={tensor}, which "
-            f"parallel.sequence_parallel=true asks for; use {_either([n for n in (below, above) if n > 0])}",
+            f"stage.seq_length={stage.seq_length} is not divisible by "
+            f"parallel.tensor_model_parallel_size={tensor}, which parallel.sequence_parallel=true "
+            f"asks for; use {_either([n for n in (below, above) if n > 0])}",
         )
     _require(
         stage.seq_length <= model.max_position_embeddings,
-        f"stage.seq_length={stage.seq_length} is longer than model.max_position_embeddings={model.max_position_embeddings}; "
-        f"shorten it, or extend the model's context with model.max_position_embeddings={stage.seq_length}",
+        f"stage.seq_length={stage.seq_length} is longer than "
+        f"model.max_position_embeddings={model.max_position_embeddings}; shorten it, or extend "
+        f"the model's context with model.max_position_embeddings={stage.seq_length}",
     )
     replicas = world_size // parallel.model_parallel_size
     step = stage.micro_batch_size * replicas
@@ -209,7 +213,8 @@ def check_stage(stage: StageConfig, model: ModelConfig, parallel: ParallelConfig
     if stage.kind is StageKind.align:
         _require(
             distillation.weight == 0,
-            "stage.distillation.weight must be 0 in stage.kind=align, which has no logits; distil in stage.kind=cpt",
+            "stage.distillation.weight must be 0 in stage.kind=align, which has no logits; "
+            "distil in stage.kind=cpt",
         )
     for reason, needed in (
         ("stage.kind=align", stage.kind is StageKind.align),
@@ -237,7 +242,8 @@ def check_optimizer(optimizer: OptimizerConfig, train_iters: int) -> None:
     )
     _require(
         optimizer.min_lr <= optimizer.lr,
-        f"optimizer.min_lr={optimizer.min_lr} is above optimizer.lr={optimizer.lr}; it is the rate at the end of the decay",
+        f"optimizer.min_lr={optimizer.min_lr} is above optimizer.lr={optimizer.lr}; "
+        f"it is the rate at the end of the decay",
     )
     for name in ("adam_beta1", "adam_beta2"):
         beta = getattr(optimizer, name)

@@ -1,5 +1,5 @@
-"""How every command of this project ends: one line ``error: <sentence>`` and exit code 2 for what a user can fix,
-a traceback for what is a defect of ours."""
+"""How every command of this project ends: one line ``error: <sentence>`` and exit code 2 for what a user can
+fix, a traceback for what is a defect of ours."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ _ADVICE = {
 def sentence_of(error: BaseException) -> str | None:
     """The sentence for an error that the user can fix, None for any other.
 
-    Besides SpikingBrainError these are operating-system errors over a named file (missing, forbidden, read-only)
-    and a full disk, which the system reports without a name.
+    Besides SpikingBrainError these are operating-system errors over a named file (missing, forbidden ...) and
+    a full disk, which the system reports without a name.
     """
     if isinstance(error, SpikingBrainError):
         return " ".join(str(error).split())
@@ -58,17 +58,17 @@ def user_errors(same_on_all_ranks: bool = False) -> Iterator[None]:
     """End the process with one sentence and exit code 2 when the body raises an error that the user can fix.
 
     Args:
-        same_on_all_ranks: the body decides from the command line and shared files only, so every rank of a node comes to
-            the same end by itself. Then only local rank 0 prints, and SIGTERM waits until the body is through: a launcher
-            that stops the other ranks when the first one ends would otherwise stop rank 0 before it has spoken.
-            Otherwise every rank that fails prints, because no other may know.
+        same_on_all_ranks: the body decides from the command line and shared files only, so every rank of a
+            node comes to the same end by itself. Then only local rank 0 prints, and SIGTERM waits until the
+            body is through: a launcher that stops all ranks when the first one ends would otherwise stop rank 0
+            before it has spoken. If false, every rank that fails prints, because no other may know.
 
     Raises:
         SystemExit: code 2 for errors that the user can fix, 130 for an interrupt from the keyboard.
         Exception: any other error, unchanged.
     """
-    # Windows and threads other than the main one cannot hold signals back; they lose nothing but this courtesy.
-    hold = same_on_all_ranks and "LOCAL_RANK" in os.environ and hasattr(signal, "pthread_sigmask")
+    # Without a launcher there is no rank to wait for.
+    hold = same_on_all_ranks and "LOCAL_RANK" in os.environ
     if hold:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:

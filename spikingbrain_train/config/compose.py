@@ -1,4 +1,4 @@
-"""The Hydra side of a run: compose the config from the command line, and say in one sentence why it cannot be."""
+"""The Hydra side of a run: compose the config from the command line, or say in one sentence why not."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def explain_composition(error: BaseException) -> ConfigurationError | None:
         names = [name for name in groups() if name != "conversion"]
         if no_group[1] == "conversion":
             return ConfigurationError(
-                "conversion is no part of a training run but of tools/convert_checkpoint.py; a run chooses from "
+                "conversion is a part of tools/convert_checkpoint.py; a training run chooses from "
                 + ", ".join(names)
             )
         return ConfigurationError(
@@ -86,7 +86,7 @@ def explain_composition(error: BaseException) -> ConfigurationError | None:
 
 @contextmanager
 def _raised_errors() -> Iterator[None]:
-    """Have Hydra raise its errors (it would print several lines and exit 1), and raise them as one sentence."""
+    """Have Hydra raise its errors (else it prints several lines and exits 1), and make them one sentence."""
     before = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:

@@ -1,4 +1,4 @@
-"""The files a run names: datasets and checkpoints that must be there, a folder that must be writable. Changes nothing on disk."""
+"""The files a run names: datasets and checkpoints exist, its folder is writable. Changes nothing on disk."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ import os
 import tempfile
 from pathlib import Path
 
-from spikingbrain_train.config.checkpoint_folder import MODEL_CONFIG_FILE, latest_checkpoint, latest_iteration
+from spikingbrain_train.config.checkpoint_folder import (
+    CHECKPOINT_FOLDER,
+    MODEL_CONFIG_FILE,
+    latest_checkpoint,
+    latest_iteration,
+)
 from spikingbrain_train.config.errors import CheckpointError, ConfigurationError, DataError
 from spikingbrain_train.config.load import load_model_config
 from spikingbrain_train.config.model import Mixer, ModelConfig
@@ -34,7 +39,8 @@ def check_data(data: DataConfig) -> None:
     """Datasets, their weights and the tokenizer. Raises ConfigurationError or DataError."""
     if not data.train:
         raise ConfigurationError(
-            "data.train is empty; name the prefixes that tools/preprocess_data.py wrote, e.g. 'data.train=[data/train]'"
+            "data.train is empty; name the prefixes that tools/preprocess_data.py wrote, "
+            "e.g. 'data.train=[data/train]'"
         )
     for setting, prefixes in (("data.train", data.train), ("data.valid", data.valid)):
         for prefix in prefixes:
@@ -43,8 +49,8 @@ def check_data(data: DataConfig) -> None:
     if weights is not None:
         if len(weights) != len(data.train):
             raise ConfigurationError(
-                f"data.train_weights has {len(weights)} weights for {len(data.train)} prefixes in data.train; "
-                f"give {len(data.train)}, or null to blend by size"
+                f"data.train_weights has {len(weights)} weights for {len(data.train)} prefixes in "
+                f"data.train; give {len(data.train)}, or null to blend by size"
             )
         if min(weights) < 0 or sum(weights) <= 0:
             raise ConfigurationError(
@@ -52,8 +58,8 @@ def check_data(data: DataConfig) -> None:
             )
     if data.tokenizer is not None and not Path(data.tokenizer).exists():
         raise DataError(
-            f"data.tokenizer={data.tokenizer} does not exist; name a Hugging Face tokenizer folder or a sentencepiece "
-            f".model file, or null for the one stored with the checkpoint"
+            f"data.tokenizer={data.tokenizer} does not exist; name a Hugging Face tokenizer folder or a "
+            f"sentencepiece .model file, or null for the one stored with the checkpoint"
         )
 
 
@@ -141,8 +147,8 @@ def check_teacher(config: RunConfig) -> None:
     if not aligns:
         if teacher.vocab_size != model.vocab_size:
             raise CheckpointError(
-                f"{setting} has a vocabulary of {teacher.vocab_size}, but model.vocab_size={model.vocab_size}; "
-                f"distillation needs a teacher with the same tokenizer"
+                f"{setting} has a vocabulary of {teacher.vocab_size}, but model.vocab_size="
+                f"{model.vocab_size}; distillation needs a teacher with the same tokenizer"
             )
         return
     _check_same_weights(setting, teacher, model)
@@ -154,26 +160,26 @@ def check_teacher(config: RunConfig) -> None:
 
 
 def check_own_checkpoints(config: RunConfig) -> None:
-    """What output_dir already holds agrees with checkpoint.resume. Raises ConfigurationError or CheckpointError."""
-    output, resume = config.output_dir, config.checkpoint.resume
+    """output_dir's own checkpoints agree with checkpoint.resume. Raises a SpikingBrainError."""
+    output, resume = Path(config.output_dir) / CHECKPOINT_FOLDER, config.checkpoint.resume
     for setting, other in (
         ("checkpoint.load", config.checkpoint.load),
         ("stage.teacher", config.stage.teacher),
     ):
         if other is not None and os.path.realpath(other) == os.path.realpath(output):
             raise ConfigurationError(
-                f"output_dir and {setting} are both {output}, and the run would write over what it starts from; "
-                f"choose another output_dir"
+                f"{setting} is {output}, where this run with output_dir={config.output_dir} would write "
+                f"over what it starts from; choose another output_dir"
             )
     newest = latest_iteration(output)
     if resume is Resume.never and newest is not None:
         raise ConfigurationError(
-            f"output_dir={output} already holds iteration {newest} and checkpoint.resume=never; "
+            f"output_dir={config.output_dir} already holds iteration {newest} and checkpoint.resume=never; "
             f"choose another output_dir, or checkpoint.resume=auto to continue from it"
         )
     if resume is Resume.must and newest is None:
         raise CheckpointError(
-            f"output_dir={output} holds no checkpoint and checkpoint.resume=must; "
+            f"output_dir={config.output_dir} holds no checkpoint and checkpoint.resume=must; "
             f"correct output_dir, or checkpoint.resume=auto to start from the beginning"
         )
     if resume is not Resume.never and newest is not None:

@@ -1,4 +1,4 @@
-"""From YAML and Hydra's composed config to the typed objects of a run, and back to YAML beside a checkpoint."""
+"""From YAML or Hydra's composed config to typed objects, and back to YAML beside a checkpoint."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ Config = TypeVar("Config", RunConfig, ModelConfig, ConversionConfig)
 
 
 def conf_folder() -> Path:
-    """The folder of Hydra groups: ``conf/`` of the checkout, or the copy that an installed package carries."""
+    """The folder of Hydra groups: ``conf/`` of the checkout, or the copy that an installed package has."""
     package = Path(__file__).resolve().parents[1]
     for candidate in (package.parent / "conf", package / "conf"):
         if (candidate / "config.yaml").is_file():
             return candidate
     raise ConfigurationError(
-        f"the conf folder is in neither {package.parent} nor {package}; reinstall the package or run from a checkout"
+        f"the conf folder is in neither {package.parent} nor {package}; reinstall, or run from a checkout"
     )
 
 
@@ -39,11 +39,12 @@ def _model_of_checkpoint(folder: str) -> ModelConfig:
 
 
 def _resolve_model_of_checkpoint(folder: str | None, setting: str) -> Any:
-    """Value of one model setting in the checkpoint that ``checkpoint.load`` names (conf/model/from_checkpoint.yaml)."""
+    """One setting of the model in checkpoint.load; conf/model/from_checkpoint.yaml asks for each."""
     if folder is None:
         raise ConfigurationError(
             "model=from_checkpoint takes the architecture from checkpoint.load, which is null; "
-            "set checkpoint.load=<folder>, or choose a size such as model=smollm2_135m_hybrid to start from random weights"
+            "set checkpoint.load=<folder>, or choose a size such as model=smollm2_135m_hybrid "
+            "to start from random weights"
         )
     value: Any = _model_of_checkpoint(folder)
     for name in setting.split("."):
@@ -81,7 +82,7 @@ def _to_typed(values: DictConfig | ListConfig, schema: type[Config]) -> Config:
 
 
 def to_run_config(composed: DictConfig) -> RunConfig:
-    """The typed run of a composed config. A dry run needs no ``output_dir``: it gets the current folder, unused.
+    """The typed run of a composed config. A dry run needs no output_dir: it gets the current folder, unused.
 
     Raises:
         ConfigurationError: see :func:`_to_typed`.
@@ -118,17 +119,17 @@ def _load(path: str | Path, schema: type[Config]) -> Config:
 
 
 def load_model_config(path: str | Path) -> ModelConfig:
-    """Read ``model_config.yaml`` of a checkpoint. Raises CheckpointError, naming the file, if it does not fit."""
+    """Read a checkpoint's ``model_config.yaml``. Raises CheckpointError, naming the file."""
     return _load(path, ModelConfig)
 
 
 def load_run_config(path: str | Path) -> RunConfig:
-    """Read ``run_config.yaml`` of a checkpoint. Raises CheckpointError, naming the file, if it does not fit."""
+    """Read a checkpoint's ``run_config.yaml``. Raises CheckpointError, naming the file."""
     return _load(path, RunConfig)
 
 
 def save_config(config: RunConfig | ModelConfig | ConversionConfig, path: str | Path) -> None:
-    """Write a config as YAML that :func:`load_run_config` or :func:`load_model_config` reads back to an equal object.
+    """Write a config as YAML that :func:`load_run_config` and its siblings read back to an equal object.
 
     The file appears whole or not at all: it is written under a temporary name beside ``path`` and renamed.
     """
@@ -147,7 +148,7 @@ def save_config(config: RunConfig | ModelConfig | ConversionConfig, path: str | 
 
 
 def load_conversion(name_or_path: str, overrides: list[str] | None = None) -> ConversionConfig:
-    """The conversion recipe ``conf/conversion/<name>.yaml``, or a YAML file anywhere, with ``name=value`` overrides on top.
+    """The recipe ``conf/conversion/<name>.yaml``, or any YAML file, with ``name=value`` overrides on top.
 
     Raises:
         ConfigurationError: no such recipe, an override that is not ``name=value``, or one that does not fit.

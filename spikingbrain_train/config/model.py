@@ -21,7 +21,7 @@ class Mixer(str, Enum):
 
 @dataclass
 class GatedLinearAttentionConfig:
-    """The 7B form of gated linear attention: ``log g = logsigmoid(W2 (W1 x) + b2) / gate_logit_normalizer``."""
+    """The 7B form: ``log g = logsigmoid(W2 (W1 x) + b2) / gate_logit_normalizer`` (eq. 10-11)."""
 
     gate_low_rank_dim: int = 16
     """Width of the gate's bottleneck: W1 is [gate_low_rank_dim, hidden_size] without bias."""

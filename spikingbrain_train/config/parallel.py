@@ -26,7 +26,7 @@ class ParallelConfig:
     sequence_parallel: bool = False
     """Split norms and residuals along the sequence over the tensor-parallel ranks."""
     data_parallel_size: int | None = None
-    """Expected number of replicas. Null takes world size / (tensor x pipeline); a number is checked against it."""
+    """Expected replicas. Null takes world size / (tensor x pipeline); a number is checked against that."""
     use_distributed_optimizer: bool = False
     """Shard optimizer state and fp32 main weights over data-parallel ranks (ZeRO-1)."""
     overlap_grad_reduce: bool = False
@@ -94,7 +94,7 @@ class ParallelLinearBackend(str, Enum):
 
 @dataclass
 class KernelConfig:
-    """Which library does the heavy work. ``auto`` falls back and says so in the log; a name that is missing is an error."""
+    """Which library does the heavy work. ``auto`` falls back and logs it; a missing name is an error."""
 
     gated_linear_attention: LinearAttentionBackend = LinearAttentionBackend.auto
     """Backend of GLA layers."""

@@ -22,7 +22,7 @@ class StageKind(str, Enum):
     """What a stage trains (SpikingBrain, arXiv 2509.05276, section 3)."""
 
     align = "align"
-    """New mixers learn, layer by layer, to reproduce the dense source's attention output; all else is frozen."""
+    """New mixers learn, layer by layer, to reproduce the dense source's attention; all else is frozen."""
     cpt = "cpt"
     """Continual pretraining: all parameters on next-token loss, optionally with distillation."""
 
@@ -32,7 +32,8 @@ class DistillationConfig:
     """Learning from the dense source's logits during continual pretraining. Off when ``weight`` is 0."""
 
     weight: float = 0.0
-    """Share of the KL term: loss = (1 - weight) * cross entropy + weight * temperature^2 * KL(teacher || student)."""
+    """Share of the KL term:
+    loss = (1 - weight) * cross entropy + weight * temperature^2 * KL(teacher || student)."""
     temperature: float = 1.0
     """Softens both distributions before the KL."""
 
@@ -62,14 +63,14 @@ class DataConfig:
     """The tokens."""
 
     train: list[str] = field(default_factory=list)
-    """Prefixes of indexed datasets (the path without .bin/.idx) made by tools/preprocess_data.py; several are blended by
-    their size unless train_weights says otherwise."""
+    """Prefixes of indexed datasets (the path without .bin/.idx) made by tools/preprocess_data.py; several are
+    blended by their size unless train_weights says otherwise."""
     train_weights: list[float] | None = None
     """Sampling weights of the train prefixes."""
     valid: list[str] = field(default_factory=list)
     """Prefixes of held-out datasets for evaluation; empty skips evaluation."""
     tokenizer: str | None = None
-    """Hugging Face tokenizer folder or sentencepiece .model. Null takes the one stored with the checkpoint."""
+    """Hugging Face tokenizer folder or sentencepiece .model. Null takes the checkpoint's own."""
     num_workers: int = 0
     """Loader processes per rank."""
 
@@ -101,7 +102,7 @@ class OptimizerConfig:
     min_lr: float = 0.0
     """Learning rate at the end of the decay."""
     new_parameter_lr_mult: float = 1.0
-    """Multiplier for parameters the source did not have (gate projections and output norms of linear attention)."""
+    """Multiplier for parameters the source did not have (gates and output norms of linear attention)."""
     weight_decay: float = 0.1
     """Decoupled weight decay of matrices; norms and biases have none."""
     adam_beta1: float = 0.9
@@ -138,7 +139,7 @@ class CheckpointConfig:
     """Where weights come from and where they go."""
 
     load: str | None = None
-    """Megatron checkpoint folder that a new run starts from (weights only). Null starts from random weights."""
+    """Megatron checkpoint folder a new run starts from (weights only). Null starts from random weights."""
     resume: Resume = Resume.auto
     """What happens to checkpoints that this run has already written to its output_dir."""
     save_interval: int = 1000

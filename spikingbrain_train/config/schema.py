@@ -1,4 +1,4 @@
-"""What the typed dataclasses allow, in words: setting names, what each takes, and the sentence for a value that does not fit."""
+"""What the dataclasses allow, in words: names, what each takes, the sentence for what does not fit."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def _wrong_value(name: str, message: str, schema: Schema) -> ConfigurationError:
 
 
 def explain(error: BaseException, schema: Schema) -> SpikingBrainError | None:
-    """The sentence for an error that OmegaConf raised over a config of type ``schema``, or None for a foreign error."""
+    """The sentence for OmegaConf's error over a config of type ``schema``, None for a foreign error."""
     chain: list[BaseException] = []
     link: BaseException | None = error
     while link is not None and link not in chain:
