@@ -1,0 +1,163 @@
+"""What a `gla_swa` model remembers between tokens. Part of the modelling code of a checkpoint (see
+modeling_gla_swa.py).
+
+A GLA layer keeps one state [B, G, K, V] in float32, whatever the length of the text; a sliding-window layer
+the keys and values of the last sliding_window - 1 tokens (with the next token's own they make a full window);
+a full-attention layer all of them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from .configuration_gla_swa import GLAswaConfig
+
+
+class RecurrentStateLayer:
+    """The state of one GLA layer; `state_BGKV` is None before the first token."""
+
+    is_compileable = False
+
+    def __init__(self) -> None:
+        self.state_BGKV: Tensor | None = None
+
+    def reset(self) -> None:
+        self.state_BGKV = None
+
+    def select(self, indices: Tensor) -> None:
+        """Keep the rows `indices` of the batch, in that order, with repetitions."""
+        if self.state_BGKV is not None:
+            self.state_BGKV = self.state_BGKV.index_select(0, indices.to(self.state_BGKV.device))
+
+    def nbytes(self) -> int:
+        return 0 if self.state_BGKV is None else self.state_BGKV.untyped_storage().nbytes()
+
+
+class KeyValueLayer:
+    """Keys (rotated at their true positions) and values of one softmax layer, [B, G, S, head_dim]."""
+
+    is_compileable = False
+
+    def __init__(self, window: int | None) -> None:
+        self.window = window
+        self.k_BGSK: Tensor | None = None
+        self.v_BGSV: Tensor | None = None
+
+    def update(self, k_BGTK: Tensor, v_BGTV: Tensor) -> tuple[Tensor, Tensor]:
+        """Append the keys and values of new tokens; return all that the new tokens can see."""
+        if self.k_BGSK is not None and self.v_BGSV is not None:
+            k_BGTK = torch.cat([self.k_BGSK, k_BGTK], dim=2)
+            v_BGTV = torch.cat([self.v_BGSV, v_BGTV], dim=2)
+        self.k_BGSK, self.v_BGSV = self._trim(k_BGTK), self._trim(v_BGTV)
+        return k_BGTK, v_BGTV
+
+    def reset(self) -> None:
+        self.k_BGSK = self.v_BGSV = None
+
+    def select(self, indices: Tensor) -> None:
+        """Keep the rows `indices` of the batch, in that order, with repetitions."""
+        if self.k_BGSK is not None and self.v_BGSV is not None:
+            indices = indices.to(self.k_BGSK.device)
+            self.k_BGSK = self.k_BGSK.index_select(0, indices)
+            self.v_BGSV = self.v_BGSV.index_select(0, indices)
+
+    def nbytes(self) -> int:
+        return sum(x.untyped_storage().nbytes() for x in (self.k_BGSK, self.v_BGSV) if x is not None)
+
+    def _trim(self, x: Tensor) -> Tensor:
+        if self.window is None or x.shape[2] < self.window:
+            return x
+        # A view would keep the memory of the whole prompt alive.
+        return x[:, :, x.shape[2] - (self.window - 1) :].clone()
+
+
+class GLAswaCache(Cache):
+    """The cache of a `gla_swa` model; passed as `past_key_values`, it makes the model go on where the text
+    stopped.
+
+    It can be reordered (beam search), repeated and reset, but not shortened: a recurrent state does not
+    remember which token contributed what.
+    """
+
+    is_compileable = False
+    is_croppable = False
+
+    # Cache.__init__ differs between transformers 4.51 and 5 and knows neither kind of layer used here;
+    # it is not called.
+    def __init__(self, config: GLAswaConfig) -> None:
+        mixers = [config.mixer_type(i) for i in range(config.num_hidden_layers)]
+        window = {"swa": config.sliding_window, "full": None}
+        self.layers: list[RecurrentStateLayer | KeyValueLayer] = [
+            RecurrentStateLayer() if mixer == "gla" else KeyValueLayer(window[mixer]) for mixer in mixers
+        ]
+        self.layer_class_to_replicate = None
+        self.offloading = False
+        self.num_tokens = 0
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def recurrent_state_layer(self, layer_idx: int) -> RecurrentStateLayer:
+        """What GLA layer `layer_idx` remembers."""
+        layer = self.layers[layer_idx]
+        assert isinstance(layer, RecurrentStateLayer), f"layer {layer_idx} is no GLA layer"
+        return layer
+
+    def key_value_layer(self, layer_idx: int) -> KeyValueLayer:
+        """What softmax layer `layer_idx` remembers."""
+        layer = self.layers[layer_idx]
+        assert isinstance(layer, KeyValueLayer), f"layer {layer_idx} is no softmax layer"
+        return layer
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens read so far, padding included; the same for every layer."""
+        return self.num_tokens
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """-1: there is no maximum."""
+        return -1
+
+    def get_max_cache_shape(self, layer_idx: int | None = None) -> int:
+        """The name of `get_max_length` in transformers 4."""
+        return -1
+
+    def nbytes(self) -> int:
+        """Bytes of memory held by all layers."""
+        return sum(layer.nbytes() for layer in self.layers)
+
+    def reset(self) -> None:
+        """Forget the text."""
+        self.num_tokens = 0
+        for layer in self.layers:
+            layer.reset()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row i continues what row beam_idx[i] was."""
+        for layer in self.layers:
+            layer.select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows of the batch."""
+        self.reorder_cache(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row of the batch `repeats` times."""
+        for layer in self.layers:
+            kept = layer.state_BGKV if isinstance(layer, RecurrentStateLayer) else layer.k_BGSK
+            if kept is not None:
+                layer.select(torch.arange(kept.shape[0], device=kept.device).repeat_interleave(repeats))
+
+    def crop(self, *args: object, **kwargs: object) -> None:
+        """Not possible.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "A recurrent state cannot forget its last tokens: decode again from the start of the text."
+        )
+
+
+__all__ = ["GLAswaCache"]

@@ -1,0 +1,185 @@
+"""Configuration of the SpikingBrain-7B architecture in Hugging Face form (``model_type: "gla_swa"``).
+
+Part of the modelling code of a checkpoint (see modeling_gla_swa.py); needs transformers only.
+
+Keys of the published format keep their names and meaning. Further keys are optional, and their defaults mean
+what the published class always does, so that a published config.json loads unchanged.
+"""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig
+
+
+class GLAswaConfig(PretrainedConfig):
+    """Shape and mixers of a decoder whose layers are gated linear attention (GLA) or softmax attention.
+
+    Published keys (SpikingBrain, arXiv 2509.05276, section 2.2):
+
+    Args:
+        vocab_size, hidden_size, num_hidden_layers, intermediate_size: sizes, as in Llama and Qwen2.
+        num_attention_heads: query heads.
+        num_key_value_heads: groups that share one key, value and gate; None means one per query head.
+        hidden_act: activation of the gated FFN; "swish" is SiLU.
+        norm_eps: epsilon of every RMSNorm.
+        rope_theta: base of the rotary embedding of softmax layers. GLA layers have no rotary embedding.
+        sliding_window: tokens that a softmax layer sees, the current one included; None means all (full
+            attention).
+        attn_layers: 0-based indices of the softmax layers; all others are GLA. None means the odd layers.
+        max_position_embeddings: longest text the model was trained on; nothing is allocated from it.
+        attention_dropout: dropout on softmax attention weights while training.
+        initializer_range: standard deviation of randomly initialised matrices.
+        attn_mode, fuse_cross_entropy, conv_size: kernel choices of the published class; carried along,
+            without effect on results.
+        use_short_conv, elementwise_affine: must keep the published values (False, True); anything else is
+            refused.
+
+    Optional keys:
+
+    Args:
+        head_dim: key, query and value size of a head; None means hidden_size // num_attention_heads.
+        attention_bias: whether q, k and v projections have a bias (Qwen2: yes; Llama, Qwen3: no).
+        qk_norm: RMSNorm over head_dim on queries and keys of every layer, before rotary embedding or ReLU
+            (Qwen3).
+        full_attention_layers: those of `attn_layers` that ignore `sliding_window`; None means none.
+        rope_scaling: None, or Llama 3's frequency scaling ({"rope_type": "llama3", "factor": ...,
+            "low_freq_factor": ..., "high_freq_factor": ..., "original_max_position_embeddings": ...}).
+        gate_low_rank_dim: rank of the gate projection.
+        gate_logit_normalizer: log gate = logsigmoid(gate logit) / gate_logit_normalizer.
+
+    Raises:
+        ValueError: a setting that contradicts another one or that this code does not compute; the message
+            names it.
+    """
+
+    model_type = "gla_swa"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    # transformers 5 turns this name into a property over `rope_parameters`; here it is the plain config
+    # key it has always been.
+    rope_scaling = None
+
+    def __init__(
+        self,
+        vocab_size: int = 152064,
+        hidden_size: int = 3584,
+        num_hidden_layers: int = 28,
+        num_attention_heads: int = 28,
+        num_key_value_heads: int | None = 4,
+        intermediate_size: int = 18944,
+        hidden_act: str = "swish",
+        norm_eps: float = 1e-6,
+        rope_theta: float = 1000000.0,
+        sliding_window: int | None = 4096,
+        attn_layers: list[int] | None = None,
+        max_position_embeddings: int = 131072,
+        attention_dropout: float = 0.0,
+        initializer_range: float = 0.02,
+        attn_mode: str = "chunk",
+        use_short_conv: bool = False,
+        conv_size: int = 4,
+        elementwise_affine: bool = True,
+        fuse_cross_entropy: bool = True,
+        use_cache: bool = True,
+        bos_token_id: int | None = None,
+        eos_token_id: int | list[int] | None = None,
+        pad_token_id: int | None = None,
+        tie_word_embeddings: bool = False,
+        head_dim: int | None = None,
+        attention_bias: bool = True,
+        qk_norm: bool = False,
+        full_attention_layers: list[int] | None = None,
+        rope_scaling: dict | None = None,
+        gate_low_rank_dim: int = 16,
+        gate_logit_normalizer: float = 16,
+        **kwargs,
+    ):
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
+        self.intermediate_size = intermediate_size
+        self.hidden_act = hidden_act
+        self.norm_eps = norm_eps
+        self.rope_theta = rope_theta
+        self.sliding_window = sliding_window
+        self.attn_layers = (
+            list(range(1, num_hidden_layers, 2)) if attn_layers is None else sorted(attn_layers)
+        )
+        self.max_position_embeddings = max_position_embeddings
+        self.attention_dropout = attention_dropout
+        self.initializer_range = initializer_range
+        self.attn_mode = attn_mode
+        self.use_short_conv = use_short_conv
+        self.conv_size = conv_size
+        self.elementwise_affine = elementwise_affine
+        self.fuse_cross_entropy = fuse_cross_entropy
+        self.use_cache = use_cache
+
+        if head_dim is None and hidden_size % num_attention_heads != 0:
+            raise ValueError(
+                f"hidden_size {hidden_size} is not divisible by num_attention_heads {num_attention_heads}: "
+                "set head_dim."
+            )
+        self.head_dim = hidden_size // num_attention_heads if head_dim is None else head_dim
+        self.attention_bias = attention_bias
+        self.qk_norm = qk_norm
+        self.full_attention_layers = sorted(full_attention_layers or [])
+        self.rope_scaling = rope_scaling
+        self.gate_low_rank_dim = gate_low_rank_dim
+        self.gate_logit_normalizer = gate_logit_normalizer
+        self._validate(kwargs)
+
+        super().__init__(
+            bos_token_id=bos_token_id,
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
+            tie_word_embeddings=tie_word_embeddings,
+            **kwargs,
+        )
+
+    def mixer_type(self, layer_idx: int) -> str:
+        """The mixer of layer `layer_idx` (0-based): "gla", "swa" or "full"."""
+        if layer_idx not in self.attn_layers:
+            return "gla"
+        if self.sliding_window is None or layer_idx in self.full_attention_layers:
+            return "full"
+        return "swa"
+
+    def _validate(self, other_keys: dict) -> None:
+        if self.num_attention_heads % self.num_key_value_heads != 0:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} must be a multiple of num_key_value_heads "
+                f"{self.num_key_value_heads}."
+            )
+        if self.head_dim % 2 != 0:
+            raise ValueError(f"head_dim must be even for rotary embedding, got {self.head_dim}.")
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(
+                f"sliding_window must be at least 1, or null for full attention; got {self.sliding_window}."
+            )
+        unknown = [i for i in self.attn_layers if not 0 <= i < self.num_hidden_layers]
+        if unknown:
+            raise ValueError(
+                f"attn_layers names layers {unknown}, but there are {self.num_hidden_layers} layers."
+            )
+        stray = sorted(set(self.full_attention_layers) - set(self.attn_layers))
+        if stray:
+            raise ValueError(f"full_attention_layers {stray} must also be listed in attn_layers.")
+        if self.use_short_conv:
+            raise ValueError(
+                "use_short_conv must be false: short convolutions are not part of SpikingBrain-7B."
+            )
+        if not self.elementwise_affine:
+            raise ValueError("elementwise_affine must be true: g_norm always has a weight.")
+        if "quant_weight_group_size" in other_keys:
+            raise ValueError(
+                "quant_weight_group_size marks a W8ASpike checkpoint; this class computes plain ones."
+            )
+        scaling = self.rope_scaling or {}
+        rope_type = scaling.get("rope_type", scaling.get("type", "default"))
+        if rope_type not in ("default", "llama3"):
+            raise ValueError(f'rope_scaling type "{rope_type}" is not supported; use null or "llama3".')
+
+
+__all__ = ["GLAswaConfig"]
