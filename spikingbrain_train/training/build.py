@@ -1,0 +1,77 @@
+"""Builds the models of a run: the one that trains and the frozen dense source it may learn from."""
+
+from __future__ import annotations
+
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+
+from spikingbrain_train.config.checkpoint_folder import MODEL_CONFIG_FILE, latest_checkpoint
+from spikingbrain_train.config.load import load_model_config
+from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.config.parallel import KernelConfig, ParallelConfig
+from spikingbrain_train.config.run import RunConfig
+from spikingbrain_train.models.gpt_model import HybridGPTModel, build_model
+from spikingbrain_train.models.transformer_config import transformer_config
+from spikingbrain_train.parallel.process_groups import ProcessGroups
+from spikingbrain_train.training.checkpoint import load_weights
+
+
+def build_student(config: RunConfig, kernels: KernelConfig, groups: ProcessGroups) -> HybridGPTModel:
+    """The model that trains, from ``checkpoint.load`` or from random weights."""
+    from_checkpoint = config.checkpoint.load is not None
+    model = _build(config.model, config, kernels, groups, initialize=not from_checkpoint)
+    if from_checkpoint:
+        load_weights(config.checkpoint.load, "checkpoint.load", model)
+    return model
+
+
+def build_teacher(config: RunConfig, kernels: KernelConfig, groups: ProcessGroups) -> HybridGPTModel:
+    """The frozen dense source from ``stage.teacher``, in the same topology and precision."""
+    checkpoint = latest_checkpoint(config.stage.teacher, "stage.teacher")
+    model = load_model_config(checkpoint / MODEL_CONFIG_FILE)
+    teacher = _build(model, config, kernels, groups, initialize=False)
+    load_weights(config.stage.teacher, "stage.teacher", teacher)
+    return teacher.requires_grad_(False).eval()
+
+
+def _build(
+    model: ModelConfig, config: RunConfig, kernels: KernelConfig, groups: ProcessGroups, *, initialize: bool
+) -> HybridGPTModel:
+    megatron_config = transformer_config(
+        model,
+        config.parallel,
+        config.precision,
+        on_cpu=not groups.accelerator.is_gpu,
+        initialize=initialize,
+    )
+    return build_model(model, megatron_config, kernels, groups.device)
+
+
+def wrap_data_parallel(model: HybridGPTModel, parallel: ParallelConfig) -> DistributedDataParallel:
+    """megatron-core's data parallelism: gradient buffers in fp32, summed over replicas and divided by tokens later."""
+    model.config.calculate_per_token_loss = True
+    model.config.finalize_model_grads_func = finalize_model_grads
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+    )
+    wrapped = DistributedDataParallel(model.config, ddp_config, model)
+    if parallel.overlap_grad_reduce:
+        model.config.no_sync_func = wrapped.no_sync
+    if parallel.overlap_param_gather:
+        model.config.param_sync_func = wrapped.start_param_sync
+    wrapped.broadcast_params()
+    return wrapped
+
+
+def parameter_counts(model: HybridGPTModel) -> tuple[int, int]:
+    """Parameters of this rank: all, and those that train."""
+    total = sum(p.numel() for p in model.parameters())
+    return total, sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+

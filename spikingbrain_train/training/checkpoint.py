@@ -1,0 +1,282 @@
+"""Saving and restoring a run: weights, optimizer, schedule, generators and data position, at any topology.
+
+A checkpoint is written under a temporary name and renamed when every rank is done, and only then does
+``latest_checkpointed_iteration.txt`` point to it, so an interrupted save leaves the previous checkpoint in force.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+from spikingbrain_train.config.checkpoint_folder import (
+    HF_SOURCE_FOLDER,
+    LATEST_ITERATION_FILE,
+    MODEL_CONFIG_FILE,
+    RUN_CONFIG_FILE,
+    iteration_folder,
+    latest_checkpoint,
+)
+from spikingbrain_train.config.errors import CheckpointError
+from spikingbrain_train.config.load import load_model_config, load_run_config, save_config
+from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.config.run import RunConfig
+from spikingbrain_train.models.gpt_model import HybridGPTModel
+from spikingbrain_train.parallel.process_groups import ProcessGroups
+
+# Per-layer keys, because layers differ; optimizer state as whole parameters, so that any topology can read it.
+SHARDING = {
+    "non_homogeneous_layers": True,
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,
+}
+
+
+@dataclass
+class TrainingState:
+    """What changes while a run trains."""
+
+    model: HybridGPTModel
+    """This rank's pipeline stage."""
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    iteration: int = 0
+    """Optimizer steps done."""
+    consumed_samples: int = 0
+    """Sequences read from the training data so far."""
+
+
+def save_checkpoint(
+    folder: Path, state: TrainingState, config: RunConfig, groups: ProcessGroups, hf_source: Path | None
+) -> Path:
+    """Write ``<folder>/iter_<iteration>`` from all ranks and make it the newest.
+
+    Args:
+        folder: checkpoint folder of the run.
+        state: what to write.
+        config: stored beside the weights.
+        groups: process groups.
+        hf_source: folder with the source's configuration and tokenizer, copied along for the export; None to leave out.
+
+    Raises:
+        CheckpointError: the folder cannot be written or the disk is full; earlier checkpoints are untouched.
+    """
+    final = iteration_folder(folder, state.iteration)
+    temporary = final.with_name(f".{final.name}.incomplete")
+    failure = None
+    try:
+        if groups.is_main_process:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+    except OSError as error:
+        failure = error
+    _raise_if_any(failure, temporary, groups)
+    try:
+        dist_checkpointing.save(_sharded_state(state, groups, is_loading=False), str(temporary))
+        if groups.is_main_process:
+            save_config(config, temporary / RUN_CONFIG_FILE)
+            save_config(state.model.model_config, temporary / MODEL_CONFIG_FILE)
+            if hf_source is not None:
+                shutil.copytree(hf_source, temporary / HF_SOURCE_FOLDER)
+    except (OSError, CheckpointingException, RuntimeError) as error:
+        failure = error
+    _raise_if_any(failure, temporary, groups)
+    if groups.is_main_process:
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+        tracker = folder / f".{LATEST_ITERATION_FILE}"
+        tracker.write_text(f"{state.iteration}\n")
+        os.replace(tracker, folder / LATEST_ITERATION_FILE)
+    torch.distributed.barrier()
+    return final
+
+
+def _raise_if_any(failure: Exception | None, folder: Path, groups: ProcessGroups) -> None:
+    """Let all ranks fail together when one could not write, and clean up."""
+    failed = torch.tensor([failure is not None], dtype=torch.int, device=groups.device)
+    torch.distributed.all_reduce(failed)
+    if not failed.item():
+        return
+    if groups.is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+    reason = "another rank failed" if failure is None else str(failure).splitlines()[0]
+    raise CheckpointError(
+        f"the checkpoint {folder.parent} cannot be written ({reason}); free space there or choose another output_dir. "
+        "Earlier checkpoints are untouched."
+    ) from failure
+
+
+def prune_checkpoints(folder: Path, keep_last: int | None, groups: ProcessGroups) -> None:
+    """Remove all but the ``keep_last`` newest checkpoints of the run."""
+    if keep_last is None or not groups.is_main_process:
+        return
+    ours = sorted(path for path in folder.iterdir() if re.fullmatch(r"iter_\d{7}", path.name))
+    for path in ours[:-keep_last]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def load_weights(folder: str, setting: str, model: HybridGPTModel) -> None:
+    """Fill ``model`` from the newest checkpoint in ``folder``, whatever topology wrote it.
+
+    Args:
+        folder: checkpoint folder.
+        setting: the config setting that named it, for error messages.
+        model: this rank's stage, already built.
+
+    Raises:
+        CheckpointError: it is missing, damaged or of another architecture.
+    """
+    checkpoint = latest_checkpoint(folder, setting)
+    check_same_architecture(load_model_config(checkpoint / MODEL_CONFIG_FILE), model.model_config, setting, folder)
+    loaded = _load({"model": _sharded_weights(model)}, checkpoint, setting)
+    _fill(model, loaded["model"])
+
+
+def resume(
+    folder: Path, state: TrainingState, config: RunConfig, groups: ProcessGroups
+) -> None:
+    """Restore everything from the run's newest checkpoint, at this or another topology.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, of another architecture, or of a run whose optimizer state has another
+            form.
+    """
+    checkpoint = latest_checkpoint(folder, "output_dir")
+    check_same_architecture(
+        load_model_config(checkpoint / MODEL_CONFIG_FILE), state.model.model_config, "output_dir", str(folder)
+    )
+    written_by = load_run_config(checkpoint / RUN_CONFIG_FILE)
+    _check_same_run(written_by, config, checkpoint)
+    loaded = _load(
+        _sharded_state(state, groups, is_loading=True, same_topology=_topology(written_by) == _topology(config)),
+        checkpoint,
+        "output_dir",
+    )
+    _fill(state.model, loaded["model"])
+    state.optimizer.load_state_dict(loaded["optimizer"])
+    state.scheduler.load_state_dict(loaded["scheduler"])
+    state.iteration = loaded["iteration"]
+    state.consumed_samples = loaded["consumed_samples"]
+    if "generators" in loaded:
+        _restore_generators(loaded["generators"], groups)
+
+
+def check_same_architecture(found: ModelConfig, wanted: ModelConfig, setting: str, folder: str) -> None:
+    """Raise :class:`CheckpointError` if weights of ``found`` do not fit ``wanted``; name the first field that differs."""
+    for field in (
+        "num_layers",
+        "hidden_size",
+        "ffn_hidden_size",
+        "num_attention_heads",
+        "num_query_groups",
+        "kv_channels",
+        "vocab_size",
+        "add_qkv_bias",
+        "qk_layernorm",
+        "share_embeddings_and_output_weights",
+    ):
+        if getattr(found, field) != getattr(wanted, field):
+            raise CheckpointError(
+                f"{setting}={folder} holds a model with {field}={getattr(found, field)}, but model.{field}="
+                f"{getattr(wanted, field)}; choose model=from_checkpoint or another checkpoint."
+            )
+    pairs = zip(found.layer_mixers(), wanted.layer_mixers(), strict=True)
+    for layer, (theirs, ours) in enumerate(pairs):
+        if ("gla" in (theirs.value, ours.value)) and theirs is not ours:
+            raise CheckpointError(
+                f"{setting}={folder} has mixer {theirs.value} in layer {layer}, but model.mixers gives {ours.value}; choose "
+                "model=from_checkpoint, or convert the source with other mixers."
+            )
+
+
+def _check_same_run(written_by: RunConfig, config: RunConfig, checkpoint: Path) -> None:
+    for setting in ("stage.kind", "stage.global_batch_size", "stage.seq_length", "parallel.use_distributed_optimizer"):
+        section, name = setting.split(".")
+        theirs, ours = getattr(getattr(written_by, section), name), getattr(getattr(config, section), name)
+        if theirs != ours:
+            raise CheckpointError(
+                f"{checkpoint} was written with {setting}={getattr(theirs, 'value', theirs)} and cannot be resumed with "
+                f"{getattr(ours, 'value', ours)}; restore the setting, or start a new run with another output_dir and "
+                f"checkpoint.load={checkpoint.parent}."
+            )
+
+
+def _topology(config: RunConfig) -> tuple[int, ...]:
+    parallel = config.parallel
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    data_parallel = parallel.data_parallel_size or world // parallel.model_parallel_size
+    return parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, data_parallel
+
+
+def _sharded_state(
+    state: TrainingState, groups: ProcessGroups, *, is_loading: bool, same_topology: bool = True
+) -> dict[str, Any]:
+    model = _sharded_weights(state.model)
+    sharded: dict[str, Any] = {
+        "model": model,
+        "optimizer": state.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=SHARDING),
+        "scheduler": state.scheduler.state_dict(),
+        "iteration": state.iteration,
+        "consumed_samples": state.consumed_samples,
+    }
+    if same_topology:
+        sharded["generators"] = _generators(groups)
+    return sharded
+
+
+def _sharded_weights(model: HybridGPTModel) -> dict[str, Any]:
+    """The weights without the ``_extra_state`` objects of Transformer Engine's FP8 recipes, which we do not use: a
+    checkpoint holds tensors only, so reading one never unpickles an object."""
+    sharded = model.sharded_state_dict(metadata=SHARDING)
+    return {name: value for name, value in sharded.items() if not name.endswith("_extra_state")}
+
+
+def _fill(model: HybridGPTModel, weights: dict[str, torch.Tensor]) -> None:
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    missing = [name for name in missing if not name.endswith("_extra_state")]
+    assert not missing and not unexpected, f"weights do not fit the model: {missing} {unexpected}"
+
+
+def _generators(groups: ProcessGroups) -> dict[str, ShardedTensor]:
+    """Every rank's random generators as rows of one tensor each."""
+    states = {f"torch_{name}": value for name, value in groups.accelerator.get_rng_state().items()}
+    states |= {f"tracker_{name}": value for name, value in get_cuda_rng_tracker().get_states().items()}
+    return {
+        name: ShardedTensor.from_rank_offsets(
+            f"generators.{name}", value.cpu()[None], (0, groups.rank, groups.world_size)
+        )
+        for name, value in states.items()
+    }
+
+
+def _restore_generators(rows: dict[str, torch.Tensor], groups: ProcessGroups) -> None:
+    states = {name: row.squeeze(0) for name, row in rows.items()}
+    groups.accelerator.set_rng_state(
+        {name.removeprefix("torch_"): value for name, value in states.items() if name.startswith("torch_")}
+    )
+    get_cuda_rng_tracker().set_states(
+        {name.removeprefix("tracker_"): value for name, value in states.items() if name.startswith("tracker_")}
+    )
+
+
+def _load(sharded: dict[str, Any], checkpoint: Path, setting: str) -> dict[str, Any]:
+    try:
+        return dist_checkpointing.load(sharded, str(checkpoint), common_strategy=TorchCommonLoadStrategy())
+    except (CheckpointingException, OSError, RuntimeError, KeyError, EOFError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{setting}: the checkpoint {checkpoint} cannot be read ({reason}); it is damaged or of another architecture."
+        ) from error

@@ -1,0 +1,124 @@
+"""Continual pretraining: all parameters on next-token loss, optionally with distillation from the dense source."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from spikingbrain_train.config.run import StageConfig
+from spikingbrain_train.models.gpt_model import HybridGPTModel
+from spikingbrain_train.models.output_head import gather_hidden_states, vocab_parallel_linear_cross_entropy
+from spikingbrain_train.ops.linear_cross_entropy import Distillation, TokenLosses
+from spikingbrain_train.parallel.process_groups import ProcessGroups
+from spikingbrain_train.training.stage_step import Batch
+
+
+class ContinualPretraining:
+    """Next-token training over megatron-core's schedules (1F1B under pipeline parallelism).
+
+    With a teacher, each pipeline stage runs the teacher's layers beside the student's and the tensors sent between stages
+    carry both hidden states side by side, so distillation works under every topology.
+
+    Args:
+        stage: sequence length, batch sizes, distillation settings.
+        groups: process groups.
+        teacher: the frozen dense source in the same topology; needed when ``stage.distillation.weight`` is above 0.
+    """
+
+    def __init__(
+        self, stage: StageConfig, groups: ProcessGroups, teacher: HybridGPTModel | None = None
+    ) -> None:
+        assert (teacher is not None) == (stage.distillation.weight > 0)
+        self.stage = stage
+        self.groups = groups
+        self.teacher = teacher
+
+    def freeze(self, model: HybridGPTModel) -> None:
+        """Nothing is frozen."""
+
+    def forward_backward(
+        self, model: DistributedDataParallel, batches: Iterator[Batch], num_microbatches: int
+    ) -> dict[str, float]:
+        """Accumulate gradients of the mean loss over the global batch's unmasked tokens."""
+        widen = {}
+        if self.teacher is not None and self.groups.pipeline_model_parallel_size > 1:
+            widen["adjust_tensor_shapes_fn"] = self._widen_for_teacher
+        reports = get_forward_backward_func()(
+            forward_step_func=self._forward_step,
+            data_iterator=batches,
+            model=[model],
+            num_microbatches=num_microbatches,
+            seq_length=self.stage.seq_length,
+            micro_batch_size=self.stage.micro_batch_size,
+            forward_only=False,
+            **widen,
+        )
+        sums = sum(reports) if reports else torch.zeros(3, dtype=torch.float64, device=self.groups.device)
+        tokens, cross_entropy, kl_divergence = self.groups.sum_from_last_stage(sums).tolist()
+        metrics = {"train/loss": cross_entropy / tokens}
+        if self.teacher is not None:
+            metrics["train/kl_divergence"] = kl_divergence / tokens
+        return metrics
+
+    def _widen_for_teacher(self, receive: list[tuple], send: list[tuple]) -> tuple[list[tuple], list[tuple]]:
+        extra = self.teacher.config.hidden_size
+        return (
+            [(*shape[:-1], shape[-1] + extra) for shape in receive],
+            [(*shape[:-1], shape[-1] + extra) for shape in send],
+        )
+
+    def _forward_step(self, batches: Iterator[Batch], model: DistributedDataParallel):
+        batch = next(batches)
+        if self.teacher is None:
+            output = model(batch["tokens"], batch["position_ids"], batch["labels"], batch["loss_mask"])
+        else:
+            output = self._forward_beside_teacher(batch, model)
+        return output, partial(self._loss, batch["loss_mask"])
+
+    def _forward_beside_teacher(self, batch: Batch, model: DistributedDataParallel):
+        student: HybridGPTModel = model.module
+        if not student.pre_process:
+            both = student.decoder.input_tensor
+            width = student.config.hidden_size
+            student.set_input_tensor(both[..., :width].contiguous())
+            self.teacher.set_input_tensor(both[..., width:].detach().contiguous())
+        with torch.no_grad():
+            teacher_hidden = self.teacher(batch["tokens"], batch["position_ids"], return_hidden_states=True)
+        student_hidden = model(batch["tokens"], batch["position_ids"], return_hidden_states=True)
+        if not student.post_process:
+            return torch.cat([student_hidden, teacher_hidden], dim=-1)
+        tp_group = self.groups.collection.tp
+        sequence_parallel = student.config.sequence_parallel
+        with torch.no_grad():
+            teacher_hidden = gather_hidden_states(
+                teacher_hidden, sequence_parallel=sequence_parallel, tp_group=tp_group
+            )
+        return vocab_parallel_linear_cross_entropy(
+            student_hidden,
+            student.output_weight(),
+            batch["labels"],
+            batch["loss_mask"],
+            vocab_size=student.model_config.vocab_size,
+            sequence_parallel=sequence_parallel,
+            tp_group=tp_group,
+            distillation=Distillation(
+                teacher_hidden.transpose(0, 1).flatten(0, 1),
+                self.teacher.output_weight(),
+                weight=self.stage.distillation.weight,
+                temperature=self.stage.distillation.temperature,
+            ),
+        )
+
+    def _loss(self, loss_mask: Tensor, output: tuple[Tensor, TokenLosses]) -> tuple[Tensor, Tensor, Tensor]:
+        """megatron-core's per-token form: the sum of losses, the number of tokens, and what is reported."""
+        total, losses = output
+        mask = loss_mask.flatten()
+        tokens = mask.sum()
+        kl_divergence = losses.kl_divergence @ mask if losses.kl_divergence is not None else torch.zeros_like(tokens)
+        report = torch.stack([tokens, losses.cross_entropy @ mask, kl_divergence]).double()
+        return total, tokens.to(torch.int), report

@@ -1,0 +1,30 @@
+"""What every stage of training has in common: one forward and backward pass over a global batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Protocol
+
+from megatron.core.distributed import DistributedDataParallel
+from torch import Tensor
+
+from spikingbrain_train.models.gpt_model import HybridGPTModel
+
+Batch = Mapping[str, Tensor]
+"""tokens, labels, position_ids [B, T] int64 and loss_mask [B, T] float32 on this rank's device."""
+
+
+class StageStep(Protocol):
+    """One kind of stage. The trainer owns the optimizer; a stage says what is trained and fills the gradients."""
+
+    def freeze(self, model: HybridGPTModel) -> None:
+        """Switch off gradients of what the stage does not train; called before gradient buffers are made."""
+
+    def forward_backward(
+        self, model: DistributedDataParallel, batches: Iterator[Batch], num_microbatches: int
+    ) -> dict[str, float]:
+        """Accumulate and reduce the gradients of one global batch.
+
+        Returns:
+            Metrics, the same on every rank; ``train/loss`` is among them.
+        """

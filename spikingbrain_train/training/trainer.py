@@ -1,0 +1,283 @@
+"""The training loop: build, load or resume, then step, report, evaluate and save until the stage is done."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
+
+from spikingbrain_train.config.checkpoint_folder import (
+    HF_SOURCE_FOLDER,
+    latest_checkpoint,
+    latest_iteration,
+)
+from spikingbrain_train.config.errors import ConfigurationError
+from spikingbrain_train.config.run import Resume, RunConfig, StageKind
+from spikingbrain_train.data.gpt_dataset import build_datasets
+from spikingbrain_train.data.loader import build_data_loader
+from spikingbrain_train.data.tokenizers import load_tokenizer
+from spikingbrain_train.evaluation.held_out import held_out_cross_entropy
+from spikingbrain_train.models.transformer_config import PARAMS_DTYPE
+from spikingbrain_train.parallel.accelerator import detect
+from spikingbrain_train.parallel.kernels import describe_kernels, resolve_kernels
+from spikingbrain_train.parallel.planner import plan_run
+from spikingbrain_train.parallel.process_groups import ProcessGroups, destroy, initialize
+from spikingbrain_train.training.alignment import Alignment
+from spikingbrain_train.training.build import (
+    build_student,
+    build_teacher,
+    parameter_counts,
+    wrap_data_parallel,
+)
+from spikingbrain_train.training.checkpoint import TrainingState, prune_checkpoints, resume, save_checkpoint
+from spikingbrain_train.training.metrics import MetricsLogger
+from spikingbrain_train.training.optimizer import build_optimizer, build_scheduler
+from spikingbrain_train.training.pretraining import ContinualPretraining
+from spikingbrain_train.training.progress import ProgressPrinter
+from spikingbrain_train.training.stage_step import Batch, StageStep
+from spikingbrain_train.training.throughput import (
+    ThroughputTimer,
+    measure_peak_tflops,
+    model_flops_utilization,
+)
+
+CHECKPOINT_FOLDER = "checkpoints"
+"""Where a run's checkpoints lie below its output_dir."""
+
+
+def run(config: RunConfig) -> None:
+    """Train one stage on all ranks of this launch.
+
+    Raises:
+        SpikingBrainError: something the user can fix; every rank raises it or is stopped by the launcher.
+    """
+    accelerator = detect(config.cluster.accelerator)
+    accelerator.require_dtype(PARAMS_DTYPE[config.precision])
+    groups = initialize(
+        config.parallel, accelerator, seed=config.seed, timeout_minutes=config.cluster.timeout_minutes
+    )
+    try:
+        Trainer(config, groups).train()
+    finally:
+        destroy()
+
+
+class Trainer:
+    """One stage of one run.
+
+    Args:
+        config: the run.
+        groups: process groups, already formed.
+    """
+
+    def __init__(self, config: RunConfig, groups: ProcessGroups) -> None:
+        self.config = config
+        self.groups = groups
+        self.checkpoints = Path(config.output_dir) / CHECKPOINT_FOLDER
+        self.progress = ProgressPrinter(config.stage.train_iters)
+        resuming = self._is_resuming()
+        self._open_data()
+
+        kernels = resolve_kernels(config.cluster.kernels, groups.accelerator)
+        for line in (groups.accelerator.describe(), groups.describe(), describe_kernels(kernels)):
+            self._say(line)
+        init_num_microbatches_calculator(
+            groups.rank, None, config.stage.global_batch_size, config.stage.micro_batch_size, groups.data_parallel_size
+        )
+        self.num_microbatches = config.stage.global_batch_size // (
+            config.stage.micro_batch_size * groups.data_parallel_size
+        )
+        teacher = build_teacher(config, kernels, groups) if self._needs_teacher() else None
+        student = build_student(config, kernels, groups)
+        self.step: StageStep = (
+            Alignment(config.stage, groups, teacher)
+            if config.stage.kind is StageKind.align
+            else ContinualPretraining(config.stage, groups, teacher)
+        )
+        self.step.freeze(student)
+        total, trainable = parameter_counts(student)
+        self._say(f"rank 0 holds {total:,} parameters, {trainable:,} of them trainable")
+        self.model = wrap_data_parallel(student, config.parallel)
+        optimizer = build_optimizer(config.optimizer, config.parallel, config.precision, self.model)
+        scheduler = build_scheduler(config.optimizer, config.stage.train_iters, optimizer)
+        self.state = TrainingState(student, optimizer, scheduler)
+        if resuming:
+            resume(self.checkpoints, self.state, config, groups)
+            self._say(f"resumed from {self.checkpoints} at iteration {self.state.iteration}")
+        self.metrics = MetricsLogger(
+            config.logging,
+            config.output_dir,
+            is_logging_rank=groups.is_main_process,
+            resumed_iteration=self.state.iteration,
+        )
+
+    def train(self) -> None:
+        """Run from the current iteration to the last."""
+        config, state = self.config, self.state
+        with self.metrics:
+            timer = ThroughputTimer()
+            flops_per_token, peak_tflops = self._speed_of_light()
+            if state.iteration == 0:
+                with timer.pause():
+                    self._evaluate()
+            tokens_per_step = config.stage.global_batch_size * config.stage.seq_length
+            batches = self._train_batches()
+            while state.iteration < config.stage.train_iters:
+                metrics = self._train_step(batches)
+                timer.step(tokens_per_step)
+                last = state.iteration == config.stage.train_iters
+                self._tell_step()
+                if last or state.iteration % config.logging.log_interval == 0:
+                    speed = timer.interval()
+                    metrics |= {
+                        "train/tokens_per_second": speed.tokens_per_second,
+                        "train/tokens": float(state.consumed_samples * config.stage.seq_length),
+                        "train/memory_gib": self.groups.accelerator.peak_memory_bytes() / 2**30,
+                        "train/mfu": model_flops_utilization(
+                            speed.tokens_per_second, flops_per_token, peak_tflops, self.groups.world_size
+                        ),
+                    }
+                    self._report(metrics, speed.seconds_per_iteration)
+                with timer.pause():
+                    if last or _is_due(state.iteration, config.logging.eval_interval):
+                        self._evaluate()
+                    if last or _is_due(state.iteration, config.checkpoint.save_interval):
+                        self._save()
+
+    def _train_step(self, batches: Iterator[Batch]) -> dict[str, float]:
+        config, state = self.config, self.state
+        self.model.zero_grad_buffer()
+        state.optimizer.zero_grad()
+        metrics = self.step.forward_backward(self.model, batches, self.num_microbatches)
+        if not math.isfinite(metrics["train/loss"]):
+            raise ConfigurationError(
+                f"the loss became {metrics['train/loss']} at iteration {state.iteration + 1}; lower optimizer.lr "
+                f"(now {config.optimizer.lr}) or lengthen optimizer.lr_warmup_iters, and resume from the last checkpoint."
+            )
+        state.scheduler.step(increment=1)
+        _, grad_norm, _ = state.optimizer.step()
+        state.iteration += 1
+        state.consumed_samples += config.stage.global_batch_size
+        metrics["train/grad_norm"] = float(grad_norm) if grad_norm is not None else 0.0
+        metrics["train/learning_rate"] = self._learning_rate()
+        return metrics
+
+    def _learning_rate(self) -> float:
+        """The rate of parameters that the source already had, or of the new ones where only those train."""
+        rates = [group["lr"] for group in self.state.optimizer.param_groups]
+        return min(rates) if rates else 0.0
+
+    def _evaluate(self) -> None:
+        if self.valid_dataset is None:
+            return
+        stage = self.config.stage
+        loader = build_data_loader(
+            self.valid_dataset,
+            consumed_samples=0,
+            micro_batch_size=stage.micro_batch_size,
+            data_parallel_rank=self.groups.data_parallel_rank,
+            data_parallel_size=self.groups.data_parallel_size,
+        )
+        per_step = stage.micro_batch_size * self.groups.data_parallel_size
+        cross_entropy = held_out_cross_entropy(
+            self.state.model,
+            self._on_device(loader),
+            -(-len(self.valid_dataset) // per_step),
+            seq_length=stage.seq_length,
+            micro_batch_size=stage.micro_batch_size,
+            groups=self.groups,
+        )
+        self._report({"valid/cross_entropy": cross_entropy})
+
+    def _save(self) -> None:
+        folder = save_checkpoint(self.checkpoints, self.state, self.config, self.groups, self._hf_source())
+        prune_checkpoints(self.checkpoints, self.config.checkpoint.keep_last, self.groups)
+        self._say(f"saved {folder}")
+
+    def _hf_source(self) -> Path | None:
+        """The source's configuration and tokenizer, handed on from checkpoint to checkpoint for the export."""
+        load = self.config.checkpoint.load
+        if load is None:
+            return None
+        source = latest_checkpoint(load, "checkpoint.load") / HF_SOURCE_FOLDER
+        return source if source.is_dir() else None
+
+    def _open_data(self) -> None:
+        config = self.config
+        stage = config.stage
+        tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
+        self.train_dataset, self.valid_dataset = build_datasets(
+            config.data,
+            stage.seq_length,
+            train_samples=stage.train_iters * stage.global_batch_size,
+            valid_samples=config.logging.eval_iters * stage.global_batch_size,
+            seed=config.seed,
+            vocab_size=config.model.vocab_size,
+            tokenizer=tokenizer,
+        )
+
+    def _train_batches(self) -> Iterator[Batch]:
+        stage = self.config.stage
+        loader = build_data_loader(
+            self.train_dataset,
+            consumed_samples=self.state.consumed_samples,
+            micro_batch_size=stage.micro_batch_size,
+            data_parallel_rank=self.groups.data_parallel_rank,
+            data_parallel_size=self.groups.data_parallel_size,
+            global_batch_size=stage.global_batch_size,
+            num_workers=self.config.data.num_workers,
+            pin_memory=self.groups.accelerator.is_gpu,
+            seed=self.config.seed,
+        )
+        return self._on_device(loader)
+
+    def _on_device(self, loader: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in loader:
+            yield {name: tensor.to(self.groups.device, non_blocking=True) for name, tensor in batch.items()}
+
+    def _needs_teacher(self) -> bool:
+        stage = self.config.stage
+        return stage.kind is StageKind.align or stage.distillation.weight > 0
+
+    def _is_resuming(self) -> bool:
+        found = latest_iteration(self.checkpoints) is not None
+        choice = self.config.checkpoint.resume
+        if choice is Resume.must and not found:
+            raise ConfigurationError(
+                f"checkpoint.resume=must, but {self.checkpoints} holds no checkpoint; choose checkpoint.resume=auto to start there."
+            )
+        if choice is Resume.never and found:
+            raise ConfigurationError(
+                f"checkpoint.resume=never, but {self.checkpoints} already holds checkpoints; choose another output_dir or "
+                "checkpoint.resume=auto."
+            )
+        return found
+
+    def _speed_of_light(self) -> tuple[float, float]:
+        """FLOPs of one token, and the peak TFLOP/s of one rank that they are held against."""
+        flops = plan_run(self.config, self.groups.world_size).flops_per_token
+        peak = self.config.cluster.peak_tflops
+        if peak is None:
+            peak = measure_peak_tflops(self.groups.device, PARAMS_DTYPE[self.config.precision])
+            self._say(f"measured peak of one rank: {peak:.2f} TFLOP/s in {self.config.precision.value}")
+        return flops, peak
+
+    def _report(self, metrics: dict[str, float], seconds_per_iteration: float | None = None) -> None:
+        if self.groups.is_main_process:
+            self.metrics.log(self.state.iteration, metrics)
+            self.progress.report(self.state.iteration, metrics, seconds_per_iteration=seconds_per_iteration)
+
+    def _tell_step(self) -> None:
+        if self.groups.is_main_process:
+            self.progress.step(self.state.iteration)
+
+    def _say(self, text: str) -> None:
+        if self.groups.is_main_process:
+            self.progress.message(text)
+
+
+def _is_due(iteration: int, interval: int) -> bool:
+    return interval > 0 and iteration % interval == 0
