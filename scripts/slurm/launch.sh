@@ -1,0 +1,105 @@
+#!/usr/bin/env bash
+# Runs train.py on every node of a Slurm allocation: one torchrun a node, meeting on the first one.
+# nvidia.sbatch and metax.sbatch end in this script; its arguments go to train.py as they are.
+#
+# Variables, all optional:
+#   NPROC_PER_NODE    ranks per node                          (default: the GPUs that Slurm gave each node)
+#   PYTHON            interpreter                             (default: .venv/bin/python, in a container python)
+#   ENTRY             script to run                           (default: train.py)
+#   MASTER_ADDR       host of the rendezvous                  (default: first node of the allocation)
+#   MASTER_PORT       its port                                (default: from the job id, 15000-29999)
+#   LOG_DIR           one log file per node goes there        (default: outputs/slurm/<job id>)
+#   CONTAINER_IMAGE   a .sif file runs under apptainer; anything else is given to srun's pyxis plugin
+#   CONTAINER_MOUNTS  source:target[,source:target...]        (default: this checkout, at its own path)
+#   CONTAINER_ARGS    further words for `apptainer exec` or `srun`, such as --nv
+set -euo pipefail
+
+fail() {
+    printf 'error: %s\n' "$1" >&2
+    exit 2
+}
+
+[ -n "${SLURM_JOB_ID:-}" ] ||
+    fail "no Slurm allocation; submit with \`sbatch scripts/slurm/nvidia.sbatch ...\` or metax.sbatch"
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+entry=${ENTRY:-train.py}
+nodes=${SLURM_JOB_NUM_NODES:?Slurm sets it}
+ranks=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}
+[ -n "$ranks" ] || fail "Slurm gave this job no GPUs; ask for them (sbatch --gpus-per-node=8) or set NPROC_PER_NODE"
+restarts=${SLURM_RESTART_COUNT:-0}
+log_dir=${LOG_DIR:-$root/outputs/slurm/$SLURM_JOB_ID}
+
+if [ -z "${MASTER_ADDR:-}" ]; then
+    hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    MASTER_ADDR=${hosts%%$'\n'*}
+fi
+# Jobs that share a node get different ports; the range lies below the ephemeral ports that clients are given.
+MASTER_PORT=${MASTER_PORT:-$((15000 + SLURM_JOB_ID % 15000))}
+
+# torch's CPU threads: each rank its share of the node's cores.
+cores=${SLURM_CPUS_PER_TASK:-$ranks}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores >= ranks ? cores / ranks : 1))}
+
+srun_options=(
+    --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpus-per-task="$cores"
+    --kill-on-bad-exit=1 # one failed node ends the step instead of hanging the others
+    --output="$log_dir/node%n.log" --open-mode=append # after a requeue the logs go on
+)
+inside=()
+if [ -n "${CONTAINER_IMAGE:-}" ]; then
+    mounts=${CONTAINER_MOUNTS:-$root:$root}
+    read -r -a container_args <<<"${CONTAINER_ARGS:-}"
+    case $CONTAINER_IMAGE in
+    *.sif) inside=(apptainer exec --pwd "$root" --bind "$mounts" "${container_args[@]}" "$CONTAINER_IMAGE") ;;
+    *) srun_options+=(--container-image="$CONTAINER_IMAGE" --container-mounts="$mounts" --container-workdir="$root"
+        "${container_args[@]}") ;;
+    esac
+    python=${PYTHON:-python}
+elif [ -n "${PYTHON:-}" ] || [ ! -x "$root/.venv/bin/python" ]; then
+    python=${PYTHON:-python}
+else
+    python=$root/.venv/bin/python
+fi
+
+arguments=("$@")
+if [ "$restarts" -gt 0 ]; then
+    # A requeued job goes on from its newest checkpoint, whatever its first start was told. The last word wins.
+    arguments+=(checkpoint.resume=auto)
+fi
+torchrun=("$python" -m torch.distributed.run --nnodes="$nodes" --nproc-per-node="$ranks"
+    --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" "$entry" "${arguments[@]}")
+
+cd "$root"
+mkdir -p "$log_dir" || fail "$log_dir cannot be created; set LOG_DIR to a folder that every node can write"
+printf 'job %s, start %d: %d nodes x %d ranks, rendezvous %s:%s\nlogs: %s/node*.log\nrun: %s\n' \
+    "$SLURM_JOB_ID" "$((restarts + 1))" "$nodes" "$ranks" "$MASTER_ADDR" "$MASTER_PORT" "$log_dir" "${torchrun[*]@Q}"
+
+# Slurm sends SIGUSR1 ahead of the time limit and of a preemption (#SBATCH --signal): back into the queue in time.
+interrupted=no
+requeued=no
+# shellcheck disable=SC2317  # called by the trap
+requeue() {
+    interrupted=yes
+    printf 'job %s: stopping soon, requeueing; it will continue from its newest checkpoint\n' "$SLURM_JOB_ID"
+    if scontrol requeue "$SLURM_JOB_ID"; then
+        requeued=yes
+    else
+        printf 'job %s could not be requeued; submit it again to continue\n' "$SLURM_JOB_ID" >&2
+    fi
+}
+trap requeue USR1
+
+# torchrun takes its options from PET_* variables too; the node's rank is the one that is known only on the node.
+# shellcheck disable=SC2016
+srun "${srun_options[@]}" bash -c 'export PET_NODE_RANK=$SLURM_NODEID; exec "$@"' on_node "${inside[@]}" "${torchrun[@]}" &
+step=$!
+while :; do # a trapped signal ends `wait`, not the step
+    interrupted=no
+    status=0
+    wait "$step" || status=$?
+    [ "$interrupted" = yes ] || break
+done
+[ "$requeued" = no ] || exit 0
+[ "$status" -eq 0 ] ||
+    printf 'job %s failed with exit code %d; see %s/node*.log\n' "$SLURM_JOB_ID" "$status" "$log_dir" >&2
+exit "$status"

@@ -1,0 +1,146 @@
+"""How the environment is made: the choice of the interpreter, and what a failed installation leaves
+behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TOOLS = ("bash", "cat", "chmod", "cksum", "cp", "dirname", "mkdir", "rm")
+
+# Answers the questions that the script asks an interpreter; `-m venv` copies it, `-m pip` records its
+# arguments.
+INTERPRETER = """#!/usr/bin/env bash
+case $* in
+*version_info*) case @VERSION@ in 3.10|3.11|3.12) echo @VERSION@ ;; *) exit 1 ;; esac ;;
+*ensurepip*) exit @NO_VENV@ ;;
+"-m venv "*) mkdir -p "$4/bin"; cp "$0" "$4/bin/python" ;;
+"-m pip "*) printf '%s\\n' "$*" >> "$PIP_LOG"; exit "${PIP_EXIT:-0}" ;;
+esac
+"""
+SHIM_OF_ANOTHER_VERSION = "#!/usr/bin/env bash\necho 'pyenv: python3.11: command not found' >&2\nexit 127\n"
+
+pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="the script needs bash")
+
+
+class Machine:
+    """A machine with nothing on its PATH but a few tools and the given interpreters."""
+
+    def __init__(self, folder: Path) -> None:
+        self.programs = folder / "bin"
+        self.programs.mkdir()
+        for tool in TOOLS:
+            path = shutil.which(tool)
+            assert path is not None
+            (self.programs / tool).symlink_to(path)
+        self.venv = folder / "venv"
+        self.pip_log = folder / "pip.log"
+        self.environment = {
+            "PATH": str(self.programs),
+            "HOME": str(folder),
+            "PIP_LOG": str(self.pip_log),
+        }
+
+    def add(self, name: str, version: str = "", *, has_venv: bool = True, text: str = INTERPRETER) -> None:
+        program = self.programs / name
+        # `env` is not on this PATH, so the interpreter is named by its full path.
+        text = text.replace("/usr/bin/env bash", str(shutil.which("bash")))
+        program.write_text(text.replace("@VERSION@", version).replace("@NO_VENV@", "0" if has_venv else "1"))
+        program.chmod(0o755)
+
+    def setup(self, **variables: str) -> subprocess.CompletedProcess[str]:
+        command = [str(shutil.which("bash")), str(ROOT / "scripts" / "setup_environment.sh"), str(self.venv)]
+        return subprocess.run(
+            command, env={**self.environment, **variables}, capture_output=True, text=True, timeout=30
+        )
+
+    def pip_calls(self) -> list[str]:
+        return self.pip_log.read_text().splitlines() if self.pip_log.exists() else []
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    return Machine(tmp_path)
+
+
+def assert_one_sentence(result: subprocess.CompletedProcess[str], *words: str) -> None:
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1, result.stderr
+    for word in words:
+        assert word in result.stderr
+
+
+def test_first_working_interpreter_is_taken_and_its_tested_versions(machine: Machine) -> None:
+    machine.add("python3.11", text=SHIM_OF_ANOTHER_VERSION)
+    machine.add("python3.10", "3.10", has_venv=False)
+    machine.add("python3", "3.11")
+    result = machine.setup()
+    assert result.returncode == 0, result.stderr
+    assert "python3 (Python 3.11)" in result.stdout
+    assert f"--constraint {ROOT}/constraints/py311.txt --editable .[dev,demo]" in machine.pip_calls()[-1]
+
+
+def test_python_variable_decides(machine: Machine) -> None:
+    machine.add("python3.11", "3.11")
+    machine.add("mine", "3.11")
+    assert "mine (Python 3.11)" in machine.setup(PYTHON="mine").stdout
+    assert_one_sentence(machine.setup(PYTHON="python3.9"), "PYTHON=python3.9", "3.10, 3.11 or 3.12")
+
+
+def test_interpreters_of_pyenv_are_found_behind_its_shims(machine: Machine, tmp_path: Path) -> None:
+    machine.add("python3.11", text=SHIM_OF_ANOTHER_VERSION)
+    machine.add("hidden", "3.11")
+    folder = tmp_path / ".pyenv" / "versions" / "3.11.7" / "bin"
+    folder.mkdir(parents=True)
+    os.rename(machine.programs / "hidden", folder / "python")
+    assert "versions/3.11.7/bin/python (Python 3.11)" in machine.setup().stdout
+
+
+def test_no_suitable_interpreter_is_one_sentence(machine: Machine) -> None:
+    machine.add("python3", "3.9")
+    assert_one_sentence(machine.setup(), "no working Python 3.10, 3.11 or 3.12", "PYTHON=")
+    assert not machine.venv.exists()
+
+
+def test_interpreter_without_venv_says_how_to_get_it(machine: Machine) -> None:
+    machine.add("python3", "3.11", has_venv=False)
+    assert_one_sentence(machine.setup(), "no venv module", "apt-get install python3-venv")
+
+
+def test_second_call_does_nothing(machine: Machine) -> None:
+    machine.add("python3.11", "3.11")
+    machine.setup()
+    calls = machine.pip_calls()
+    result = machine.setup()
+    assert result.returncode == 0 and result.stdout == ""
+    assert machine.pip_calls() == calls
+
+
+def test_failed_installation_is_tried_again(machine: Machine) -> None:
+    machine.add("python3.11", "3.11")
+    assert machine.setup(PIP_EXIT="1").returncode != 0
+    assert not (machine.venv / ".installed").exists()
+    assert machine.setup().returncode == 0
+    assert (machine.venv / ".installed").exists()
+
+
+def test_another_python_makes_the_environment_anew(machine: Machine) -> None:
+    machine.add("python3.11", "3.11")
+    machine.add("python3.12", "3.12")
+    machine.setup()
+    assert "Python 3.12" in machine.setup(PYTHON="python3.12").stdout
+    assert "py312.txt" in machine.pip_calls()[-1]
+
+
+def test_changed_requirements_are_installed(machine: Machine) -> None:
+    machine.add("python3.11", "3.11")
+    machine.setup()
+    calls = len(machine.pip_calls())
+    (machine.venv / ".installed").write_text("of an older pyproject.toml\n")
+    assert machine.setup().returncode == 0
+    assert len(machine.pip_calls()) > calls

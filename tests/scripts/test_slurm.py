@@ -1,0 +1,239 @@
+"""The Slurm launchers, with stand-ins for srun, scontrol and Python that write down how they were called."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SLURM = ROOT / "scripts" / "slurm"
+
+# Runs what srun was given once per node, as srun would.
+SRUN = """#!/usr/bin/env bash
+printf '%s\\n' "$@" > "$RECORD/srun"
+while [ "$1" != bash ]; do shift; done
+for node in 0 1; do SLURM_NODEID=$node "$@" || exit; done
+"""
+SCONTROL = """#!/usr/bin/env bash
+if [ "$1" = show ]; then printf 'node-a\\nnode-b\\n'; else printf '%s\\n' "$@" > "$RECORD/scontrol"; fi
+"""
+PYTHON = """#!/usr/bin/env bash
+printf '%s\\n' "$@" > "$RECORD/torchrun$PET_NODE_RANK"
+env > "$RECORD/env$PET_NODE_RANK"
+[ -z "$WAIT_FOR" ] || while [ ! -e "$WAIT_FOR" ]; do sleep 0.05; done
+exit "${EXIT_CODE:-0}"
+"""
+APPTAINER = """#!/usr/bin/env bash
+printf '%s\\n' "$@" > "$RECORD/apptainer$PET_NODE_RANK"
+while [ "${1##*.}" != sif ]; do shift; done
+shift
+exec "$@"
+"""
+
+pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="the launchers are bash scripts")
+
+
+class Allocation:
+    """An allocation of two nodes with eight GPUs each, as Slurm describes it to a batch script."""
+
+    def __init__(self, folder: Path) -> None:
+        self.record = folder / "record"
+        programs = folder / "bin"
+        self.record.mkdir()
+        programs.mkdir()
+        for name, text in {
+            "srun": SRUN,
+            "scontrol": SCONTROL,
+            "python": PYTHON,
+            "apptainer": APPTAINER,
+        }.items():
+            (programs / name).write_text(text)
+            (programs / name).chmod(0o755)
+        self.log_dir = folder / "logs"
+        self.environment = {
+            "PATH": f"{programs}:{os.environ['PATH']}",
+            "RECORD": str(self.record),
+            "PYTHON": str(programs / "python"),
+            "LOG_DIR": str(self.log_dir),
+            "SLURM_JOB_ID": "31007",
+            "SLURM_JOB_NUM_NODES": "2",
+            "SLURM_JOB_NODELIST": "node-[a-b]",
+            "SLURM_GPUS_ON_NODE": "8",
+            "SLURM_CPUS_PER_TASK": "64",
+            "SLURM_SUBMIT_DIR": str(ROOT),
+        }
+
+    def command(self, *arguments: str, script: str = "launch.sh") -> list[str]:
+        return ["bash", str(SLURM / script), *arguments]
+
+    def run(
+        self, *arguments: str, script: str = "launch.sh", **variables: str | None
+    ) -> subprocess.CompletedProcess[str]:
+        environment = {k: v for k, v in {**self.environment, **variables}.items() if v is not None}
+        command = self.command(*arguments, script=script)
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30)
+
+    def called(self, name: str) -> list[str]:
+        """Arguments of the last call of a stand-in."""
+        return (self.record / name).read_text().splitlines()
+
+
+@pytest.fixture
+def allocation(tmp_path: Path) -> Allocation:
+    return Allocation(tmp_path)
+
+
+@pytest.mark.parametrize("script", sorted(SLURM.iterdir()), ids=lambda path: path.name)
+def test_script_is_valid_bash(script: Path) -> None:
+    subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+def test_one_torchrun_a_node_meets_on_the_first_node(allocation: Allocation) -> None:
+    result = allocation.run("experiment=spikingbrain_7b_8k", 'data.train=[a b,"c"]')
+    assert result.returncode == 0, result.stderr
+    for node in (0, 1):  # the recorded file name carries the rank that torchrun was given on that node
+        assert allocation.called(f"torchrun{node}") == [
+            "-m",
+            "torch.distributed.run",
+            "--nnodes=2",
+            "--nproc-per-node=8",
+            "--master-addr=node-a",
+            "--master-port=16007",
+            "train.py",
+            "experiment=spikingbrain_7b_8k",
+            'data.train=[a b,"c"]',
+        ]
+        assert "OMP_NUM_THREADS=8" in allocation.called(f"env{node}")
+    options = allocation.called("srun")[: allocation.called("srun").index("bash")]
+    assert options == [
+        "--nodes=2",
+        "--ntasks=2",
+        "--ntasks-per-node=1",
+        "--cpus-per-task=64",
+        "--kill-on-bad-exit=1",
+        f"--output={allocation.log_dir}/node%n.log",
+        "--open-mode=append",
+    ]
+    assert allocation.log_dir.is_dir()
+
+
+def test_variables_override_what_slurm_says(allocation: Allocation) -> None:
+    allocation.run(
+        NPROC_PER_NODE="2", MASTER_ADDR="10.0.0.7", MASTER_PORT="1234", ENTRY="other.py", OMP_NUM_THREADS="3"
+    )
+    assert allocation.called("torchrun1")[2:] == [
+        "--nnodes=2",
+        "--nproc-per-node=2",
+        "--master-addr=10.0.0.7",
+        "--master-port=1234",
+        "other.py",
+    ]
+    assert "OMP_NUM_THREADS=3" in allocation.called("env1")
+
+
+@pytest.mark.parametrize(
+    ("script", "cluster", "variable"),
+    [
+        ("nvidia.sbatch", "cluster=nvidia", "CUDA_DEVICE_MAX_CONNECTIONS=1"),
+        ("metax.sbatch", "cluster=metax", "CUDA_PATH=/opt/elsewhere/tools/cu-bridge"),
+    ],
+)
+def test_batch_script_chooses_its_cluster_first(
+    allocation: Allocation, script: str, cluster: str, variable: str
+) -> None:
+    result = allocation.run("stage.train_iters=3", script=script, MACA_PATH="/opt/elsewhere")
+    assert result.returncode == 0, result.stderr
+    # First, so that a cluster=... of the user's, which comes later, wins.
+    assert allocation.called("torchrun0")[-3:] == ["train.py", cluster, "stage.train_iters=3"]
+    assert variable in allocation.called("env0")
+
+
+def test_requeued_job_resumes_whatever_it_was_told_first(allocation: Allocation) -> None:
+    allocation.run("checkpoint.resume=never", SLURM_RESTART_COUNT="1")
+    assert allocation.called("torchrun0")[-2:] == ["checkpoint.resume=never", "checkpoint.resume=auto"]
+    allocation.run("checkpoint.resume=never", SLURM_RESTART_COUNT="0")
+    assert allocation.called("torchrun0")[-1] == "checkpoint.resume=never"
+
+
+def test_early_warning_requeues_and_lets_the_step_run(allocation: Allocation, tmp_path: Path) -> None:
+    finish = tmp_path / "finish"
+    environment = {**allocation.environment, "WAIT_FOR": str(finish)}
+    with subprocess.Popen(allocation.command(), env=environment, text=True, stdout=subprocess.PIPE) as job:
+        wait_for(allocation.record / "env0")
+        job.send_signal(signal.SIGUSR1)
+        wait_for(allocation.record / "scontrol")
+        assert allocation.called("scontrol") == ["requeue", "31007"]
+        time.sleep(0.2)
+        assert job.poll() is None, "the step has not ended, so neither has the job"
+        finish.touch()
+        output, _ = job.communicate(timeout=30)
+    assert job.returncode == 0
+    assert "requeueing" in output
+
+
+def test_failure_on_a_node_fails_the_job_and_names_the_logs(allocation: Allocation) -> None:
+    result = allocation.run(EXIT_CODE="3")
+    assert result.returncode == 3
+    assert f"failed with exit code 3; see {allocation.log_dir}/node*.log" in result.stderr
+
+
+def test_image_file_runs_under_apptainer(allocation: Allocation) -> None:
+    result = allocation.run(
+        script="nvidia.sbatch", CONTAINER_IMAGE="/images/train.sif", CONTAINER_MOUNTS="/data:/data"
+    )
+    assert result.returncode == 0, result.stderr
+    image = allocation.called("apptainer1").index("/images/train.sif")
+    assert allocation.called("apptainer1")[:image] == [
+        "exec",
+        "--pwd",
+        str(ROOT),
+        "--bind",
+        "/data:/data",
+        "--nv",
+    ]
+    assert allocation.called("torchrun1")[:2] == ["-m", "torch.distributed.run"]
+
+
+def test_other_images_are_pyxis_options(allocation: Allocation) -> None:
+    allocation.run(
+        CONTAINER_IMAGE="registry#team/image:1", CONTAINER_ARGS="--no-container-mount-home --export=ALL"
+    )
+    options = allocation.called("srun")[: allocation.called("srun").index("bash")]
+    assert options[-5:] == [
+        "--container-image=registry#team/image:1",
+        f"--container-mounts={ROOT}:{ROOT}",
+        f"--container-workdir={ROOT}",
+        "--no-container-mount-home",
+        "--export=ALL",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("script", "missing", "advice"),
+    [
+        ("launch.sh", "SLURM_JOB_ID", "sbatch scripts/slurm/nvidia.sbatch"),
+        ("launch.sh", "SLURM_GPUS_ON_NODE", "set NPROC_PER_NODE"),
+        ("nvidia.sbatch", "SLURM_SUBMIT_DIR", "submit from the root of the checkout"),
+    ],
+)
+def test_missing_piece_is_one_sentence(
+    allocation: Allocation, script: str, missing: str, advice: str
+) -> None:
+    variables = {missing: None if missing != "SLURM_SUBMIT_DIR" else "/nowhere"}
+    result = allocation.run(script=script, **variables)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert advice in result.stderr
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 10
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.02)
