@@ -1,0 +1,211 @@
+"""Arguments of tools/convert_checkpoint.py and tools/export.py. Imports torch only after they have been
+understood."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from spikingbrain_train.config.command_line import user_errors
+from spikingbrain_train.config.errors import ConfigurationError
+from spikingbrain_train.config.load import load_conversion
+
+_DESCRIPTION = """\
+Convert checkpoints between Hugging Face and Megatron, swapping sequence mixers on the way in.
+Runs in one CPU process, tensor by tensor: a machine that can store a checkpoint can convert it.
+"""
+
+_IMPORT_DESCRIPTION = """\
+Read a Llama, Qwen2, Qwen2.5, Qwen3 or published SpikingBrain-7B folder (safetensors) and write a
+Megatron checkpoint that loads at any tensor and pipeline parallel size.
+"""
+
+_EXPORT_DESCRIPTION = """\
+Write a Megatron checkpoint as a Hugging Face folder: safetensors, config.json, tokenizer, and for
+hybrids the modelling code. Dense models return to their own family, bit for bit.
+"""
+
+_IMPORT_EXAMPLES = """\
+examples:
+  # the SpikingBrain-7B pattern (GLA, SWA, GLA, SWA ...) from a dense model
+  python tools/convert_checkpoint.py import --hf Qwen2.5-7B --output checkpoints/hybrid \\
+      --conversion spikingbrain_7b
+
+  # what that would do, without writing anything
+  python tools/convert_checkpoint.py import --hf Qwen2.5-7B --output checkpoints/hybrid \\
+      --conversion spikingbrain_7b --dry-run
+
+  # the same with a shorter window and another seed for the new parameters
+  python tools/convert_checkpoint.py import --hf Qwen2.5-7B --output checkpoints/hybrid \\
+      --conversion spikingbrain_7b sliding_window=2048 seed=7
+
+  # an exact Megatron copy: the teacher of an align stage
+  python tools/convert_checkpoint.py import --hf Qwen2.5-7B --output checkpoints/dense
+
+A recipe is a file of conf/conversion (by name) or any YAML file with the fields of ConversionConfig:
+  mixers: [gla, gla, gla, full]    # repeated until all layers have one; gla, swa or full
+  sliding_window: 4096             # tokens a swa layer sees
+  gla: {init_gate_bias: 3.0}       # start of the new parameters
+  seed: 1234
+"""
+
+_EXPORT_EXAMPLES = """\
+examples:
+  # the newest checkpoint of a run, for AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)
+  python tools/export.py --checkpoint outputs/cpt --output exports/my-hybrid
+
+  # one certain checkpoint, in bfloat16, in files of at most 2 GB
+  python tools/export.py --checkpoint outputs/cpt/iter_0001000 --output exports/my-hybrid \\
+      --dtype bfloat16 --max-shard-size 2GB
+"""
+
+_DTYPES = ("float32", "bfloat16", "float16")
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def convert_checkpoint(arguments: Sequence[str] | None = None) -> None:
+    """tools/convert_checkpoint.py: ``import``, ``export`` and ``inspect``."""
+    parser = argparse.ArgumentParser(
+        prog="convert_checkpoint.py",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Each command explains itself: convert_checkpoint.py import --help",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{import,export,inspect}")
+    importer = commands.add_parser(
+        "import",
+        help="Hugging Face -> Megatron",
+        description=_IMPORT_DESCRIPTION,
+        epilog=_IMPORT_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_import_arguments(importer)
+    importer.set_defaults(handler=_import)
+    exporter = commands.add_parser(
+        "export", help="Megatron -> Hugging Face (also: tools/export.py)", **_export_texts()
+    )
+    _add_export_arguments(exporter)
+    exporter.set_defaults(handler=_export)
+    inspector = commands.add_parser(
+        "inspect", help="say what a checkpoint folder holds, and whether it is complete"
+    )
+    inspector.add_argument("folder", type=Path, help="Hugging Face folder, run folder, or one iter_* folder")
+    inspector.set_defaults(handler=_inspect)
+    _run(parser, arguments)
+
+
+def export(arguments: Sequence[str] | None = None) -> None:
+    """tools/export.py: the ``export`` command on its own."""
+    parser = argparse.ArgumentParser(prog="export.py", **_export_texts())
+    _add_export_arguments(parser)
+    parser.set_defaults(handler=_export)
+    _run(parser, arguments)
+
+
+def _run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> None:
+    with user_errors():
+        parsed = parser.parse_args(arguments)
+        print(parsed.handler(parsed))
+        sys.stdout.flush()
+
+
+def _add_import_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--hf", type=Path, required=True, metavar="DIR", help="folder with config.json and safetensors"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder to make; iter_0000000 in it holds the weights",
+    )
+    parser.add_argument(
+        "--conversion",
+        metavar="RECIPE",
+        help="spikingbrain_7b, dense, another file of conf/conversion, or a .yaml path. Without it, "
+        "layers stay as they are",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier result in --output")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything and print the report without writing"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="changes to the recipe, e.g. sliding_window=2048"
+    )
+
+
+def _export_texts() -> dict:
+    return {
+        "description": _EXPORT_DESCRIPTION,
+        "epilog": _EXPORT_EXAMPLES,
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+    }
+
+
+def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="run folder (newest checkpoint) or one iter_* folder",
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to make")
+    parser.add_argument("--dtype", choices=_DTYPES, help="number format of the weights; default: as stored")
+    parser.add_argument(
+        "--max-shard-size", default="5GB", metavar="SIZE", help="largest file, e.g. 500MB (default: 5GB)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in --output")
+
+
+def _import(arguments: argparse.Namespace) -> str:
+    if arguments.overrides and arguments.conversion is None:
+        raise ConfigurationError(
+            f"{arguments.overrides[0]} changes a recipe, but none is given; add --conversion"
+        )
+    recipe = arguments.conversion and load_conversion(arguments.conversion, arguments.overrides)
+    from spikingbrain_train.conversion.import_checkpoint import import_checkpoint
+
+    return import_checkpoint(
+        arguments.hf,
+        arguments.output,
+        recipe,
+        overwrite=arguments.overwrite,
+        dry_run=arguments.dry_run,
+        progress=True,
+    ).table()
+
+
+def _export(arguments: argparse.Namespace) -> str:
+    max_shard_size = _bytes(arguments.max_shard_size)
+    import torch
+
+    from spikingbrain_train.conversion.export_checkpoint import export_checkpoint
+
+    return export_checkpoint(
+        arguments.checkpoint,
+        arguments.output,
+        dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
+        max_shard_size=max_shard_size,
+        overwrite=arguments.overwrite,
+        progress=True,
+    ).table()
+
+
+def _inspect(arguments: argparse.Namespace) -> str:
+    from spikingbrain_train.conversion.inspect_checkpoint import inspect_checkpoint
+
+    return inspect_checkpoint(arguments.folder)
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+)\s*([KMG]i?B|)", text.strip(), re.IGNORECASE)
+    if match is None or int(match[1]) == 0:
+        raise ConfigurationError(
+            f"--max-shard-size {text} is not a size; write a number with a unit, e.g. 500MB or 5GB"
+        )
+    return int(match[1]) * _UNITS[match[2].upper()]

@@ -1,0 +1,169 @@
+"""Megatron checkpoint -> Hugging Face folder that transformers loads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from spikingbrain_train.config.checkpoint_folder import HF_SOURCE_FOLDER, MODEL_CONFIG_FILE
+from spikingbrain_train.config.checks import check_model
+from spikingbrain_train.config.errors import CheckpointError
+from spikingbrain_train.config.load import load_model_config
+from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.conversion.companion_files import copy_companion_files, has_tokenizer
+from spikingbrain_train.conversion.hf_config import (
+    CONFIG_FILE,
+    GLA_SWA,
+    export_family,
+    hf_config,
+    load_config_json,
+)
+from spikingbrain_train.conversion.mapping import Parameter, model_parameters
+from spikingbrain_train.conversion.megatron_checkpoint import MegatronCheckpointReader, resolve_checkpoint
+from spikingbrain_train.conversion.output_folder import check_output_folder, complete_folder
+from spikingbrain_train.conversion.report import ConversionReport, describe_mixers
+from spikingbrain_train.conversion.safetensors_io import DTYPE_CODES, SafetensorsWriter, TensorSpec
+from spikingbrain_train.hf import modelling_files
+
+DEFAULT_SHARD_SIZE = 5 * 10**9
+_MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")
+
+
+def export_checkpoint(
+    checkpoint: Path,
+    output: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int = DEFAULT_SHARD_SIZE,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> ConversionReport:
+    """Write a Megatron checkpoint as a Hugging Face folder: safetensors, config, tokenizer, modelling code of
+    a hybrid.
+
+    A dense model goes back to the family it came from, bit for bit. Tensors stream one by one.
+
+    Args:
+        checkpoint: a run folder (its newest checkpoint is taken) or one ``iter_*`` folder.
+        output: folder to be made; it appears whole or not at all.
+        dtype: number format of the weights; None keeps the stored one.
+        max_shard_size: largest safetensors file, in bytes.
+        overwrite: replace an earlier export in ``output``.
+        progress: draw a progress bar on a terminal.
+
+    Raises:
+        CheckpointError: the checkpoint is incomplete, damaged or of another architecture, or the output
+    cannot be written.
+    """
+    started = time.monotonic()
+    folder = resolve_checkpoint(checkpoint)
+    model = load_model_config(folder / MODEL_CONFIG_FILE)
+    check_model(model)
+    family = export_family(model)
+    reader = MegatronCheckpointReader(folder)
+    stored = check_tensors(reader, model)
+    hf_source = folder / HF_SOURCE_FOLDER
+    source_config = load_config_json(hf_source) if (hf_source / CONFIG_FILE).is_file() else None
+
+    parameters = sorted(
+        model_parameters(model), key=lambda parameter: -(dtype or stored[parameter.name]).itemsize
+    )
+    specs = [
+        TensorSpec(name, shape, dtype or stored[parameter.name])
+        for parameter in parameters
+        for name, shape in zip(parameter.hf_names(family.names), parameter.hf_shapes, strict=True)
+    ]
+    config = hf_config(model, source_config, _dtype_name(specs))
+    report = ConversionReport(
+        source=str(folder),
+        output=str(output),
+        architecture=family.architecture,
+        mixers=describe_mixers(model),
+        dry_run=False,
+        bytes=sum(spec.nbytes for spec in specs),
+    )
+    check_output_folder(
+        output, source=folder, overwrite=overwrite, marker=CONFIG_FILE, needed_bytes=report.bytes
+    )
+    with complete_folder(output) as temporary:
+        if hf_source.is_dir():
+            copy_companion_files(hf_source, temporary)
+        (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if family is GLA_SWA:
+            for path in modelling_files():
+                shutil.copyfile(path, temporary / path.name)
+        if not has_tokenizer(temporary):
+            report.notes.append(
+                f"{folder} carries no tokenizer; copy one into {output} before generating text"
+            )
+        with (
+            SafetensorsWriter(temporary, specs, max_shard_size) as writer,
+            tqdm(
+                total=report.bytes,
+                desc="exporting",
+                unit="B",
+                unit_scale=True,
+                disable=None if progress else True,
+            ) as bar,
+        ):
+            for parameter in parameters:
+                parts = parameter.split(_read_parameter(reader, parameter))
+                for name, part in zip(parameter.hf_names(family.names), parts, strict=True):
+                    part = part if dtype is None else part.to(dtype)
+                    writer.write(name, part)
+                    bar.update(part.nbytes)
+                report.count(parameter.rule.group, "copied", parameter.numel)
+        report.seconds = time.monotonic() - started
+    return report
+
+
+def check_tensors(reader: MegatronCheckpointReader, model: ModelConfig) -> dict[str, torch.dtype]:
+    """Hold the checkpoint's tensors against its model_config.yaml; return the dtype of each parameter."""
+    dtypes = {}
+    for parameter in model_parameters(model):
+        entry = reader.tensors.get(parameter.name)
+        if entry is None:
+            raise CheckpointError(
+                f"{reader.folder}: the parameter {parameter.name} is missing; {MODEL_CONFIG_FILE} describes "
+                f"another model"
+            )
+        rows, *columns = entry.size
+        fits = rows >= parameter.shape[0] if parameter.rule.pads_vocabulary else rows == parameter.shape[0]
+        if not fits or tuple(columns) != parameter.shape[1:]:
+            raise CheckpointError(
+                f"{reader.folder}: {parameter.name} has shape {list(entry.size)}, but {MODEL_CONFIG_FILE} "
+                f"asks for "
+                f"{list(parameter.shape)}"
+            )
+        dtypes[parameter.name] = entry.properties.dtype
+        if dtypes[parameter.name] not in DTYPE_CODES:
+            raise CheckpointError(
+                f"{reader.folder}: {parameter.name} has dtype {entry.properties.dtype}, which has no export"
+            )
+    for name in reader.tensors:
+        if name.startswith(_MODEL_PREFIXES) and name not in dtypes:
+            raise CheckpointError(
+                f"{reader.folder}: the parameter {name} is not part of the model that {MODEL_CONFIG_FILE} "
+                f"describes; "
+                "exporting without it would change the model"
+            )
+    return dtypes
+
+
+def _read_parameter(reader: MegatronCheckpointReader, parameter: Parameter) -> Tensor:
+    """A parameter without the vocabulary padding that a tensor-parallel run added."""
+    return reader.read(parameter.name)[: parameter.shape[0]]
+
+
+def _dtype_name(specs: list[TensorSpec]) -> str:
+    """The dtype that most weights have, as config.json spells it."""
+    sizes: dict[torch.dtype, int] = {}
+    for spec in specs:
+        sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.nbytes
+    return str(max(sizes, key=lambda dtype: sizes[dtype])).removeprefix("torch.")

@@ -1,0 +1,228 @@
+"""Hugging Face checkpoint -> Megatron checkpoint, with the mixer swap on the way."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from spikingbrain_train.config.checkpoint_folder import (
+    HF_SOURCE_FOLDER,
+    LATEST_ITERATION_FILE,
+    MODEL_CONFIG_FILE,
+    iteration_folder,
+)
+from spikingbrain_train.config.checks import check_model
+from spikingbrain_train.config.conversion import ConversionConfig
+from spikingbrain_train.config.errors import CheckpointError
+from spikingbrain_train.config.load import save_config
+from spikingbrain_train.config.model import Mixer, ModelConfig
+from spikingbrain_train.conversion.companion_files import copy_companion_files, has_tokenizer
+from spikingbrain_train.conversion.hf_config import CONFIG_FILE, Family, read_hf_config
+from spikingbrain_train.conversion.mapping import Parameter, model_parameters
+from spikingbrain_train.conversion.megatron_checkpoint import MegatronCheckpointWriter
+from spikingbrain_train.conversion.new_parameters import initialisation, new_parameter
+from spikingbrain_train.conversion.output_folder import check_output_folder, complete_folder
+from spikingbrain_train.conversion.report import ConversionReport, describe_mixers
+from spikingbrain_train.conversion.safetensors_io import SafetensorsReader
+
+_RECOMPUTED = re.compile(r"\.rotary_emb\.inv_freq$")  # a buffer that old transformers versions stored
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """One parameter of the result: where it comes from and its dtype."""
+
+    parameter: Parameter
+    dtype: torch.dtype
+    source: Parameter | None
+    """The same parameter in the source's shape, or None for a new one."""
+
+    @property
+    def nbytes(self) -> int:
+        return self.parameter.numel * self.dtype.itemsize
+
+
+def import_checkpoint(
+    hf_folder: Path,
+    output: Path,
+    conversion: ConversionConfig | None = None,
+    *,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: bool = False,
+) -> ConversionReport:
+    """Write the Hugging Face checkpoint ``hf_folder`` as the Megatron checkpoint ``output/iter_0000000``.
+
+    Tensors stream one by one: memory does not grow with the model. No GPU, no process group.
+
+    Args:
+        hf_folder: config.json and safetensors of a Llama, Qwen2, Qwen2.5, Qwen3 or published SpikingBrain-7B
+            model.
+        output: folder to be made; it appears whole or not at all.
+        conversion: mixers of the result. None keeps the source's.
+        overwrite: replace an earlier result in ``output``.
+        dry_run: check everything and report without writing.
+        progress: draw a progress bar on a terminal.
+
+    Raises:
+        CheckpointError: the source is malformed or unsupported, or the output cannot be written.
+        ConfigurationError: the recipe does not fit the source.
+    """
+    started = time.monotonic()
+    family, source = read_hf_config(hf_folder)
+    target = _target(source, conversion, hf_folder)
+    check_model(target)
+    reader = SafetensorsReader(hf_folder)
+    ignored = _check_source(reader, family, source)
+    plan = _plan(reader, family, source, target)
+    report = _report(plan, hf_folder, output, family, target, ignored, dry_run)
+    if report.new_parameters and conversion is not None:
+        report.notes.append(f"new parameters are drawn with seed {conversion.seed}")
+    if not has_tokenizer(hf_folder):
+        report.notes.append(f"{hf_folder} has no tokenizer; name one with data.tokenizer when training")
+    check_output_folder(
+        output, source=hf_folder, overwrite=overwrite, marker=LATEST_ITERATION_FILE, needed_bytes=report.bytes
+    )
+    if dry_run:
+        return report
+
+    seed = conversion.seed if conversion is not None else 0  # without a recipe nothing is new
+    with complete_folder(output) as folder:
+        checkpoint = iteration_folder(folder, 0)
+        (checkpoint / HF_SOURCE_FOLDER).mkdir(parents=True)
+        copy_companion_files(hf_folder, checkpoint / HF_SOURCE_FOLDER)
+        with (
+            MegatronCheckpointWriter(checkpoint) as writer,
+            tqdm(
+                total=report.bytes,
+                desc="importing",
+                unit="B",
+                unit_scale=True,
+                disable=None if progress else True,
+            ) as bar,
+        ):
+            for planned in plan:
+                if planned.source is None:
+                    tensor = new_parameter(planned.parameter, seed, planned.dtype)
+                else:
+                    names = planned.source.hf_names(family.names)
+                    tensor = planned.source.fuse([reader.read(name) for name in names])
+                writer.write(planned.parameter.name, tensor)
+                bar.update(planned.nbytes)
+        save_config(target, checkpoint / MODEL_CONFIG_FILE)
+        report.seconds = time.monotonic() - started
+        report.save(folder)
+        (folder / LATEST_ITERATION_FILE).write_text("0", encoding="utf-8")
+    return report
+
+
+def _target(source: ModelConfig, conversion: ConversionConfig | None, hf_folder: Path) -> ModelConfig:
+    """The architecture of the result: the source with the recipe's mixers."""
+    if conversion is None:
+        return source
+    if any(mixer is not Mixer.full for mixer in source.layer_mixers()):
+        raise CheckpointError(
+            f"{hf_folder} is a hybrid already and its layers are not converted again; leave --conversion out "
+            f"to keep them"
+        )
+    return replace(
+        source, mixers=list(conversion.mixers), sliding_window=conversion.sliding_window, gla=conversion.gla
+    )
+
+
+def _check_source(reader: SafetensorsReader, family: Family, source: ModelConfig) -> list[str]:
+    """Hold the source's tensors against its architecture; return what may be left out, with the reason.
+
+    Raises:
+        CheckpointError: a tensor is missing, has another shape, differs in dtype from those it is fused with,
+    or is unknown.
+    """
+    expected = set()
+    for parameter in model_parameters(source):
+        names = parameter.hf_names(family.names)
+        for name, shape in zip(names, parameter.hf_shapes, strict=True):
+            expected.add(name)
+            if name not in reader.specs:
+                raise CheckpointError(
+                    f"{reader.folder}: the tensor {name} of {family.architecture} is missing; copy the "
+                    f"folder again, or "
+                    f"correct {CONFIG_FILE} if it describes another model"
+                )
+            stored = reader.specs[name].shape
+            if stored != shape:
+                raise CheckpointError(
+                    f"{reader.file_of(name)}: {name} has shape {list(stored)}, but {CONFIG_FILE} asks for "
+                    f"{list(shape)}; "
+                    "take both from the same model"
+                )
+        dtypes = {name: reader.specs[name].dtype for name in names}
+        if len(set(dtypes.values())) > 1:
+            listed = ", ".join(
+                f"{name} is {str(dtype).removeprefix('torch.')}" for name, dtype in dtypes.items()
+            )
+            raise CheckpointError(
+                f"{reader.folder}: tensors that become one parameter differ in dtype: {listed}; save the "
+                f"model in one dtype"
+            )
+    ignored = []
+    for name in sorted(set(reader.specs) - expected):
+        if _RECOMPUTED.search(name):
+            ignored.append(f"{name} (recomputed from rope_theta)")
+        elif name == family.names["output"] and source.share_embeddings_and_output_weights:
+            if not torch.equal(reader.read(name), reader.read(family.names["embedding"])):
+                raise CheckpointError(
+                    f"{reader.file_of(name)}: {name} differs from the embedding although {CONFIG_FILE} has "
+                    "tie_word_embeddings = true; set it to false if the output layer is its own"
+                )
+            ignored.append(f"{name} (identical to the tied embedding)")
+        else:
+            raise CheckpointError(
+                f"{reader.file_of(name)}: the tensor {name} is not part of {family.architecture} as "
+                f"{CONFIG_FILE} describes "
+                "it; importing without it would change the model"
+            )
+    return ignored
+
+
+def _plan(
+    reader: SafetensorsReader, family: Family, source: ModelConfig, target: ModelConfig
+) -> list[_Planned]:
+    sources = {parameter.name: parameter for parameter in model_parameters(source)}
+    plan = []
+    layer_dtype = torch.float32
+    for parameter in model_parameters(target):
+        origin = sources.get(parameter.name)
+        if origin is not None:
+            layer_dtype = reader.specs[origin.hf_names(family.names)[0]].dtype
+        # New parameters take the dtype of the projection before them.
+        plan.append(_Planned(parameter, layer_dtype, origin))
+    return plan
+
+
+def _report(
+    plan: list[_Planned],
+    hf_folder: Path,
+    output: Path,
+    family: Family,
+    target: ModelConfig,
+    ignored: list[str],
+    dry_run: bool,
+) -> ConversionReport:
+    report = ConversionReport(
+        source=str(hf_folder),
+        output=str(output),
+        architecture=family.architecture,
+        mixers=describe_mixers(target),
+        dry_run=dry_run,
+        ignored=ignored,
+        bytes=sum(planned.nbytes for planned in plan),
+    )
+    for planned in plan:
+        origin = "copied" if planned.source is not None else f"new: {initialisation(planned.parameter)}"
+        report.count(planned.parameter.rule.group, origin, planned.parameter.numel)
+    return report

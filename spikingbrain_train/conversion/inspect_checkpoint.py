@@ -1,0 +1,84 @@
+"""What is in a checkpoint folder, Hugging Face or Megatron, told without reading weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import prod
+from pathlib import Path
+
+import torch
+
+from spikingbrain_train.config.checkpoint_folder import HF_SOURCE_FOLDER, MODEL_CONFIG_FILE
+from spikingbrain_train.config.load import load_model_config
+from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.conversion.companion_files import has_tokenizer
+from spikingbrain_train.conversion.export_checkpoint import check_tensors
+from spikingbrain_train.conversion.hf_config import CONFIG_FILE, export_family, read_hf_config
+from spikingbrain_train.conversion.megatron_checkpoint import MegatronCheckpointReader, resolve_checkpoint
+from spikingbrain_train.conversion.report import describe_mixers
+from spikingbrain_train.conversion.safetensors_io import SafetensorsReader
+
+
+def inspect_checkpoint(folder: Path) -> str:
+    """A few lines about the checkpoint in ``folder``; it is checked for completeness on the way.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it is incomplete or damaged.
+    """
+    if (folder / CONFIG_FILE).is_file():
+        return _inspect_hf(folder)
+    return _inspect_megatron(resolve_checkpoint(folder))
+
+
+def _inspect_hf(folder: Path) -> str:
+    family, model = read_hf_config(folder)
+    specs = SafetensorsReader(folder).specs.values()
+    return "\n".join(
+        [
+            f"{folder}: Hugging Face checkpoint, {family.architecture}",
+            *_describe_model(model),
+            _describe_tensors("weights", [(spec.shape, spec.dtype) for spec in specs]),
+            f"tokenizer:  {'yes' if has_tokenizer(folder) else 'no'}",
+        ]
+    )
+
+
+def _inspect_megatron(folder: Path) -> str:
+    model = load_model_config(folder / MODEL_CONFIG_FILE)
+    reader = MegatronCheckpointReader(folder)
+    parameters = check_tensors(reader, model)
+    entries = {name: (tuple(entry.size), entry.properties.dtype) for name, entry in reader.tensors.items()}
+    others = [entry for name, entry in entries.items() if name not in parameters]
+    lines = [
+        f"{folder}: Megatron torch_dist checkpoint, exports as {export_family(model).architecture}",
+        *_describe_model(model),
+        _describe_tensors("weights", [entries[name] for name in parameters]),
+    ]
+    if others:
+        lines.append(_describe_tensors("training", others) + " (optimizer and other training state)")
+    lines.append(f"tokenizer:  {'yes' if has_tokenizer(folder / HF_SOURCE_FOLDER) else 'no'}")
+    return "\n".join(lines)
+
+
+def _describe_model(model: ModelConfig) -> list[str]:
+    tied = "tied" if model.share_embeddings_and_output_weights else "untied"
+    extras = [
+        name for name, on in (("q/k/v bias", model.add_qkv_bias), ("q/k norm", model.qk_layernorm)) if on
+    ]
+    return [
+        f"layers:     {describe_mixers(model)}",
+        f"sizes:      hidden {model.hidden_size}, feed-forward {model.ffn_hidden_size}, "
+        f"{model.num_attention_heads} heads of "
+        f"{model.kv_channels} in {model.num_query_groups} groups",
+        f"vocabulary: {model.vocab_size}, {tied} embeddings",
+        f"positions:  up to {model.max_position_embeddings}, rotary base {model.rotary_base:g}",
+        *([f"extras:     {', '.join(extras)}"] if extras else []),
+    ]
+
+
+def _describe_tensors(title: str, tensors: Iterable[tuple[tuple[int, ...], torch.dtype]]) -> str:
+    listed = list(tensors)
+    numbers = sum(prod(shape) for shape, _ in listed)
+    size = sum(prod(shape) * dtype.itemsize for shape, dtype in listed)
+    dtypes = ", ".join(sorted({str(dtype).removeprefix("torch.") for _, dtype in listed}))
+    return f"{title + ':':<11} {len(listed)} tensors, {numbers:,} numbers, {size / 1e6:,.1f} MB, {dtypes}"

@@ -1,0 +1,277 @@
+"""Megatron ``torch_dist`` checkpoints, one tensor at a time, without process groups and without
+megatron-core.
+
+The format is torch.distributed.checkpoint's: ``__*_*.distcp`` files hold tensors back to back, each in
+``torch.save`` form; the pickled ``.metadata`` says which chunk of which tensor lies where. megatron-core adds
+``metadata.json`` (the backend) and ``common.pt`` (everything that is not a sharded tensor). Both 0.16 and
+0.19 read what :class:`MegatronCheckpointWriter` writes, at any tensor and pipeline parallel size;
+:class:`MegatronCheckpointReader` reads what either writes.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from io import IOBase
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, BinaryIO, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.utils import _create_file_view
+
+from spikingbrain_train.config.checkpoint_folder import latest_checkpoint
+from spikingbrain_train.config.errors import CheckpointError
+
+METADATA_FILE = ".metadata"
+_FILE_BYTES = 5 * 1024**3  # a data file is closed when it has grown beyond this
+
+
+def resolve_checkpoint(path: Path) -> Path:
+    """The folder of one checkpoint: ``path`` itself if it is an ``iter_*`` folder, or the newest one in
+    ``path``.
+
+    Raises:
+        CheckpointError: there is no complete Megatron checkpoint.
+    """
+    return path if (path / METADATA_FILE).is_file() else latest_checkpoint(path, "--checkpoint")
+
+
+class MegatronCheckpointWriter:
+    """Writes one checkpoint folder; tensors come one after the other through :meth:`write`.
+
+    Args:
+        folder: existing empty folder, the future ``iter_*``.
+        iteration: optimizer steps that the weights have seen.
+    """
+
+    def __init__(self, folder: Path, iteration: int = 0):
+        self.folder = folder
+        self.iteration = iteration
+        self._metadata = Metadata(state_dict_metadata={}, storage_data={})
+        self._file: BinaryIO | None = None
+        self._file_number = -1
+
+    def __enter__(self) -> MegatronCheckpointWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+        if kind is not None:
+            return
+        common = {
+            "iteration": self.iteration,
+            # How the model must build its sharded state dict so that the keys are these: one key per layer.
+            "content_metadata": {"non_homogeneous_layers": True},
+        }
+        torch.save(common, self.folder / "common.pt")
+        backend = {
+            "sharded_backend": "torch_dist",
+            "sharded_backend_version": 1,
+            "common_backend": "torch",
+            "common_backend_version": 1,
+        }
+        (self.folder / "metadata.json").write_text(json.dumps(backend), encoding="utf-8")
+        with (self.folder / METADATA_FILE).open("wb") as file:
+            pickle.dump(self._metadata, file)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Append ``tensor`` (on CPU) under the key ``name`` as one chunk."""
+        tensor = tensor.detach().contiguous()
+        if tensor.untyped_storage().nbytes() != tensor.nbytes:
+            tensor = tensor.clone()  # torch.save writes whole storages
+        if self._file is None or self._file.tell() > _FILE_BYTES:
+            self._next_file()
+        assert self._file is not None
+        offset = self._file.tell()
+        stream = _DiskErrors(self._file)
+        try:
+            torch.save(tensor, stream)  # type: ignore[arg-type]
+        except RuntimeError:
+            if stream.error is not None:
+                raise stream.error from None
+            raise
+        length = self._file.tell() - offset
+        origin = torch.Size([0] * tensor.dim())
+        self._metadata.state_dict_metadata[name] = TensorStorageMetadata(
+            properties=TensorProperties.create_from_tensor(tensor),
+            size=tensor.shape,
+            chunks=[ChunkStorageMetadata(offsets=origin, sizes=tensor.shape)],
+        )
+        self._metadata.storage_data[MetadataIndex(name, origin, index=0)] = _StorageInfo(
+            relative_path=f"__0_{self._file_number}.distcp", offset=offset, length=length
+        )
+
+    def _next_file(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        self._file_number += 1
+        self._file = (self.folder / f"__0_{self._file_number}.distcp").open("wb")
+
+
+class _DiskErrors:
+    """Passes writes on and remembers the OSError that torch.save replaces by a RuntimeError of its own."""
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+class MegatronCheckpointReader:
+    """The tensors of one checkpoint folder. Opening reads ``.metadata`` only; values are read by
+    :meth:`read`.
+
+    Nothing in the folder is trusted: ``.metadata`` is unpickled against a list of permitted classes, tensors
+    with ``weights_only=True``.
+
+    Raises:
+        CheckpointError: ``.metadata`` is missing, damaged or holds anything unexpected.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        metadata = read_metadata(folder)
+        self._storage: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
+        self.tensors: dict[str, TensorStorageMetadata] = {
+            name: entry
+            for name, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+
+    def read(self, name: str) -> Tensor:
+        """The whole tensor ``name`` on CPU, put together from the chunks that ranks wrote.
+
+        Raises:
+            CheckpointError: the tensor or a file is missing, truncated or damaged.
+        """
+        if name not in self.tensors:
+            raise CheckpointError(
+                f"{self.folder} holds no tensor {name}; is it a checkpoint of another architecture?"
+            )
+        entry = self.tensors[name]
+        tensor: Tensor | None = None
+        covered = 0
+        for chunk in entry.chunks:
+            part = self._read_chunk(name, chunk)
+            if part.shape != chunk.sizes or part.dtype != entry.properties.dtype:
+                raise CheckpointError(
+                    f"{self.folder}: {name} is damaged (a chunk does not have its declared shape and dtype)"
+                )
+            if part.shape == entry.size:
+                return part
+            if tensor is None:
+                tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+            index = tuple(slice(at, at + size) for at, size in zip(chunk.offsets, chunk.sizes, strict=True))
+            if tensor[index].shape != part.shape:
+                raise CheckpointError(
+                    f"{self.folder}: {name} is damaged (a chunk lies outside of the tensor)"
+                )
+            tensor[index] = part
+            covered += part.numel()
+        if tensor is None or covered != tensor.numel():
+            raise CheckpointError(f"{self.folder}: {name} is damaged (its chunks do not add up to its shape)")
+        return tensor
+
+    def _read_chunk(self, name: str, chunk: ChunkStorageMetadata) -> Tensor:
+        place = self._storage.get(MetadataIndex(name, chunk.offsets))
+        if place is None or Path(place.relative_path).name != place.relative_path:
+            raise CheckpointError(
+                f"{self.folder}: {METADATA_FILE} does not say where {name} lies; copy the folder again"
+            )
+        if getattr(place, "transform_descriptors", None):
+            raise CheckpointError(f"{self.folder}: {name} is compressed or encrypted, which is not supported")
+        path = self.folder / place.relative_path
+        try:
+            with path.open("rb") as file:
+                view = cast(IO[bytes], _create_file_view(cast(IOBase, file), place.offset, place.length))
+                tensor = torch.load(view, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} is missing; copy the whole checkpoint folder again") from None
+        except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise CheckpointError(
+                f"{path}: {name} cannot be read ({reason}); copy the checkpoint again"
+            ) from None
+        if not isinstance(tensor, Tensor):
+            raise CheckpointError(f"{path}: {name} is not a tensor; copy the checkpoint again")
+        return tensor
+
+
+_DCP = "torch.distributed.checkpoint."
+_PERMITTED_GLOBALS = {
+    ("torch", "Size"): torch.Size,
+    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
+    **{
+        (_DCP + module, name): getattr(__import__(_DCP + module, fromlist=[name]), name)
+        for module, names in {
+            "metadata": (
+                "Metadata",
+                "MetadataIndex",
+                "StorageMeta",
+                "TensorStorageMetadata",
+                "BytesStorageMetadata",
+                "ChunkStorageMetadata",
+                "TensorProperties",
+                "_MEM_FORMAT_ENCODING",
+            ),
+            "filesystem": ("_StorageInfo", "_StoragePrefix"),
+            "planner": ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"),
+        }.items()
+        for name in names
+    },
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Unpickles the classes of which ``.metadata`` consists and nothing else, so that no code of the file
+    runs."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _PERMITTED_GLOBALS:
+            return _PERMITTED_GLOBALS[(module, name)]
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}")
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """``.metadata`` of a checkpoint folder, unpickled without running anything that the file asks for.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or refers to anything but checkpoint metadata.
+    """
+    path = folder / METADATA_FILE
+    try:
+        with path.open("rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; {folder} is not a complete Megatron checkpoint") from None
+    except Exception as error:  # a damaged pickle can raise almost anything
+        raise CheckpointError(
+            f"{path} is damaged or not checkpoint metadata ({error}); copy the folder again"
+        ) from None
+    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+        raise CheckpointError(f"{path} does not hold checkpoint metadata; copy the folder again")
+    return metadata
