@@ -7,14 +7,13 @@ python tools/plot_metrics.py outputs/demo/align outputs/demo/cpt --output loss.p
 from __future__ import annotations
 
 import argparse
-import sys
 
-from spikingbrain_train.config.errors import SpikingBrainError
+from spikingbrain_train.config.command_line import user_errors
 from spikingbrain_train.training.plots import plot_loss_curves
 
 
-def main() -> int:
-    """Parse the command line and draw. Returns the exit code."""
+def main() -> None:
+    """Parse the command line and draw."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -23,14 +22,10 @@ def main() -> int:
     )
     parser.add_argument("--output", default="loss.png", help="picture to write (default: loss.png)")
     arguments = parser.parse_args()
-    try:
+    with user_errors():
         plot_loss_curves(arguments.output_dirs, arguments.output)
-    except SpikingBrainError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(arguments.output)
-    return 0
+        print(arguments.output)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

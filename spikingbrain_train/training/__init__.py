@@ -1,5 +1,13 @@
-"""The loop, its stages, optimizer, checkpoints and metrics. Read :mod:`~spikingbrain_train.training.trainer` first."""
+"""The loop, its stages, optimizer, checkpoints, metrics. See :mod:`~spikingbrain_train.training.trainer`."""
 
-from spikingbrain_train.training.trainer import run
+from __future__ import annotations
 
-__all__ = ["run"]
+from spikingbrain_train.config.run import RunConfig
+
+
+def run(config: RunConfig) -> None:
+    """Train one stage as the config says; see :func:`spikingbrain_train.training.trainer.run`."""
+    # Imported here because it brings torch and megatron-core, which drawing a loss curve does not need.
+    from spikingbrain_train.training import trainer
+
+    trainer.run(config)
