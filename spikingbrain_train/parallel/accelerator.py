@@ -1,8 +1,8 @@
 """Which platform this process runs on, and everything that differs between platforms.
 
-Three platforms exist: NVIDIA GPUs (``cuda``), MetaX GPUs (``metax``, which also appear through ``torch.cuda``), and the CPU
-with gloo collectives (``cpu``). :func:`detect` looks once and returns a frozen :class:`Accelerator`; the rest of the
-project asks that object instead of calling ``torch.cuda``.
+Three platforms exist: NVIDIA GPUs (``cuda``), MetaX GPUs (``metax``, which also appear through
+``torch.cuda``), and the CPU with gloo collectives (``cpu``). :func:`detect` looks once and returns a frozen
+:class:`Accelerator`; the rest of the project asks that object instead of calling ``torch.cuda``.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ class Accelerator:
         if dtype not in self.supported_dtypes:
             names = ", ".join(str(d).removeprefix("torch.") for d in self.supported_dtypes)
             raise PlatformError(
-                f"{self.device_name} does not support {str(dtype).removeprefix('torch.')}; choose one of {names}."
+                f"{self.device_name} does not support {str(dtype).removeprefix('torch.')}; "
+                f"choose one of {names}."
             )
 
     def device(self, local_rank: int = 0) -> torch.device:
@@ -108,7 +109,7 @@ class Accelerator:
         return device
 
     def has(self, package: str) -> bool:
-        """True if ``package`` (a key of ``OPTIONAL_PACKAGES``) is installed and its kernels can run on this platform."""
+        """True if ``package`` (a key of ``OPTIONAL_PACKAGES``) is installed and its kernels run here."""
         if package not in OPTIONAL_PACKAGES:
             raise ValueError(
                 f"{package!r} is not an optional package of this project: {sorted(OPTIONAL_PACKAGES)}"
@@ -120,7 +121,8 @@ class Accelerator:
 
         Args:
             package: a key of ``OPTIONAL_PACKAGES``.
-            setting: the config setting that asks, as the user writes it (``cluster.kernels.parallel_linear=transformer_engine``).
+            setting: the config setting that asks, as the user writes it
+                (``cluster.kernels.parallel_linear=transformer_engine``).
 
         Raises:
             PlatformError: it is not installed, is broken, or cannot run on this platform.
@@ -147,8 +149,9 @@ class Accelerator:
         usable = [f"{name} {version}" for name, version in self.packages.items() if self.has(name)]
         idle = [name for name in self.packages if not self.has(name)]
         text = (
-            f"platform {self.kind.value}: {count}{self.device_name}, collectives over {self.collective_backend}, "
-            f"torch {torch.__version__}, Python {platform.python_version()}, optional packages: {', '.join(usable) or 'none'}"
+            f"platform {self.kind.value}: {count}{self.device_name}, "
+            f"collectives over {self.collective_backend}, torch {torch.__version__}, "
+            f"Python {platform.python_version()}, optional packages: {', '.join(usable) or 'none'}"
         )
         return text + (f" (installed, but idle without a GPU: {', '.join(idle)})" if idle else "")
 
@@ -172,14 +175,17 @@ class Accelerator:
         return self.peak_memory_bytes()
 
     def peak_memory_bytes(self) -> int:
-        """Most memory held so far: tensors since :meth:`reset_peak_memory` on a GPU, resident set on CPU. Bytes."""
+        """Most memory held so far, in bytes.
+
+        On a GPU: allocated tensors since :meth:`reset_peak_memory`. On CPU: resident set since the start.
+        """
         if self.is_gpu:
             return torch.cuda.max_memory_allocated()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB, macOS bytes
 
     def reset_peak_memory(self) -> None:
-        """Start a new peak on a GPU. The kernel keeps a process's high-water mark, so the CPU peak is for the whole run."""
+        """Start a new peak on a GPU; on CPU the kernel keeps one high-water mark per process."""
         if self.is_gpu:
             torch.cuda.reset_peak_memory_stats()
 
@@ -190,14 +196,14 @@ class Accelerator:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
     def get_rng_state(self) -> dict[str, torch.Tensor]:
-        """States of torch's generators that this platform draws from: uint8 tensors under ``cpu`` and, on a GPU, ``cuda``."""
+        """States of the generators in use: uint8 tensors under ``cpu`` and, on a GPU, ``cuda``."""
         states = {"cpu": torch.get_rng_state()}
         if self.is_gpu:
             states["cuda"] = torch.cuda.get_rng_state()
         return states
 
     def set_rng_state(self, states: Mapping[str, torch.Tensor]) -> None:
-        """Restore what :meth:`get_rng_state` returned. A ``cuda`` state from another platform is left aside on CPU."""
+        """Restore what :meth:`get_rng_state` returned; a GPU's state is left aside on CPU."""
         torch.set_rng_state(states["cpu"])
         if self.is_gpu and "cuda" in states:
             torch.cuda.set_rng_state(states["cuda"])
@@ -207,8 +213,8 @@ def detect(requested: AcceleratorKind | str = AcceleratorKind.auto) -> Accelerat
     """Look at this machine and return its accelerator.
 
     Args:
-        requested: ``auto`` takes a GPU if torch sees one, else the CPU; any other kind is an order. ``cpu`` on a machine with
-            GPUs leaves them alone.
+        requested: ``auto`` takes a GPU if torch sees one, else the CPU; any other kind is an order. ``cpu``
+            on a machine with GPUs leaves them alone.
 
     Raises:
         PlatformError: the requested platform is not here.
@@ -225,8 +231,8 @@ def detect(requested: AcceleratorKind | str = AcceleratorKind.auto) -> Accelerat
         return Accelerator(AcceleratorKind.cpu, _cpu_name(), 0, packages)
     if not torch.cuda.is_available():
         raise PlatformError(
-            f"cluster.accelerator={requested.value}, but torch {torch.__version__} sees no GPU{_maca_hint()}; "
-            "choose cluster.accelerator=cpu or auto, or install a torch build for this machine."
+            f"cluster.accelerator={requested.value}, but torch {torch.__version__} sees no GPU{_maca_hint()}"
+            "; choose cluster.accelerator=cpu or auto, or install a torch build for this machine."
         )
     name = torch.cuda.get_device_name(0)
     found = AcceleratorKind.metax if _is_metax(name, torch.__version__) else AcceleratorKind.cuda
@@ -257,7 +263,7 @@ def _version(distribution: str) -> str | None:
 
 
 def _is_nvidia_apex(locations: object) -> bool:
-    """PyPI's ``apex`` is an unrelated web toolkit: only NVIDIA's has fused optimizers and the multi-tensor applier."""
+    """Tell NVIDIA's apex from PyPI's unrelated web toolkit of that name by the folders it brings."""
     return any(
         (Path(str(place)) / "multi_tensor_apply").is_dir() and (Path(str(place)) / "optimizers").is_dir()
         for place in (locations or ())  # type: ignore[attr-defined]

@@ -1,10 +1,11 @@
 """A view of ``torch`` for megatron-core's modules in which "cuda" means this host's memory.
 
-megatron-core names the GPU in many places: ``torch.zeros(1, device="cuda")``, ``torch.cuda.current_device()``,
-``torch.cuda.synchronize()``. Instead of changing torch for the whole process, or taxing every operation with a
-``TorchFunctionMode``, the global name ``torch`` inside megatron's modules is bound to :data:`HOST_TORCH`: a module object with
-torch's own attributes, except for the factories that take ``device=`` and the ``cuda`` submodule. Everything outside megatron
-keeps the real torch, and operations on tensors cost what they always cost.
+megatron-core names the GPU in many places: ``torch.zeros(1, device="cuda")``,
+``torch.cuda.current_device()``, ``torch.cuda.synchronize()``. Instead of changing torch for the whole
+process, or taxing every operation with a ``TorchFunctionMode``, the global name ``torch`` inside megatron's
+modules is bound to :data:`HOST_TORCH`: a module object with torch's own attributes, except for the factories
+that take ``device=`` and the ``cuda`` submodule. Everything outside megatron keeps the real torch, and
+operations on tensors cost what they always cost.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ FACTORIES = (
 
 
 class HostStream:
-    """Stands for a CUDA stream: work on the host is done when the call returns, so there is nothing to wait for."""
+    """Stands for a CUDA stream: host work is done when the call returns, so nothing is ever pending."""
 
     def __init__(self, *_args: Any, **_kwargs: Any) -> None:
         pass

@@ -1,8 +1,8 @@
 """What makes megatron-core train over gloo on a machine without GPUs.
 
-megatron-core is written for CUDA. Each entry of :data:`PATCHES` names one thing that it assumes, what is put in its place, and
-why. :func:`apply` installs them all, once per process, and refuses to on a GPU platform: there, nothing is patched.
-Valid for megatron-core 0.16.1 to 0.19.x.
+megatron-core is written for CUDA. Each entry of :data:`PATCHES` names one thing that it assumes, what is put
+in its place, and why. :func:`apply` installs them all, once per process, and refuses to on a GPU platform:
+there, nothing is patched. Valid for megatron-core 0.16.1 to 0.19.x.
 """
 
 from __future__ import annotations
@@ -107,8 +107,8 @@ def _is_compiled(value: Any) -> bool:
 
 
 @_patch(
-    changes="the name torch inside megatron.core.* modules (host_torch.HOST_TORCH; also in modules imported later)",
-    reason='factories are called with device="cuda", and torch.cuda.current_device, synchronize, streams and seeds are used',
+    changes="the name torch inside megatron's modules, those imported later too (host_torch.HOST_TORCH)",
+    reason='factories get device="cuda"; torch.cuda supplies current_device, synchronize, streams and seeds',
 )
 def _torch_namespace() -> None:
     import megatron.core  # noqa: F401  (the package must be there before its modules are looked through)
@@ -119,7 +119,7 @@ def _torch_namespace() -> None:
 
 @_patch(
     changes="torch.Tensor.cuda returns the tensor itself",
-    reason="tied embeddings under pipeline parallelism, broadcast_data and checkpoint exchange call .cuda() on tensors",
+    reason="tied embeddings under pipeline parallelism and checkpoint exchange call .cuda() on tensors",
 )
 def _tensor_cuda_method() -> None:
     def cuda(self: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
@@ -129,9 +129,9 @@ def _tensor_cuda_method() -> None:
 
 
 @_patch(
-    changes="tensor_parallel.random._get/_set_cuda_rng_state read and write the CPU generator; one warning is filtered",
-    reason="the model-parallel RNG tracker and activation recomputation fork and restore the GPU's generator; the warning says "
-    "that the CPU generator moved inside such a fork, which here is the purpose",
+    changes="tensor_parallel.random._get/_set_cuda_rng_state use the CPU generator; one warning is filtered",
+    reason="the model-parallel RNG tracker and activation recomputation fork and restore the GPU's "
+    "generator; the warning says that the CPU generator moved inside such a fork, which here is the purpose",
 )
 def _rng_states() -> None:
     from megatron.core.tensor_parallel import random
@@ -150,7 +150,7 @@ def _rng_states() -> None:
 
 
 @_patch(
-    changes="the tensor types that Float16Module converts (transformer.module._FLOAT_TYPES and its two siblings)",
+    changes="the tensor types that Float16Module converts (_FLOAT_TYPES and siblings of transformer.module)",
     reason="isinstance(x, torch.cuda.HalfTensor) raises where CUDA is missing",
 )
 def _float_type_tuples() -> None:
@@ -162,7 +162,7 @@ def _float_type_tuples() -> None:
 
 
 @_patch(
-    changes="Tensor.type() says torch.cuda.* while gradient clipping and the two mixed-precision optimizers' constructors run",
+    changes="Tensor.type() says torch.cuda.* inside gradient clipping and two optimizers' constructors",
     reason="they recognise parameters and gradients by names such as 'torch.cuda.FloatTensor'",
 )
 def _tensor_type_names() -> None:
@@ -199,4 +199,4 @@ def _cuda_type_names() -> Iterator[None]:
     try:
         yield
     finally:
-        del torch.Tensor.type  # type: ignore[attr-defined]  # the inherited method shows again
+        del torch.Tensor.type  # the inherited method shows again

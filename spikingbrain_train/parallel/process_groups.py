@@ -1,7 +1,8 @@
 """Forms the process groups of a run from its ParallelConfig and the launcher's environment.
 
-Launchers (torchrun, or scripts/slurm) say who this process is through RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE,
-MASTER_ADDR and MASTER_PORT. Without them the process is a world of its own: ``python train.py`` needs no launcher.
+Launchers (torchrun, or scripts/slurm) say who this process is through RANK, WORLD_SIZE, LOCAL_RANK,
+LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Without them the process is a world of its own: ``python
+train.py`` needs no launcher.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 
 from spikingbrain_train.config.errors import ConfigurationError, PlatformError
 from spikingbrain_train.config.parallel import ParallelConfig
-from spikingbrain_train.parallel import megatron_cpu
+from spikingbrain_train.parallel import megatron_cpu, megatron_versions
 from spikingbrain_train.parallel.accelerator import Accelerator
 
 if TYPE_CHECKING:
@@ -54,8 +55,8 @@ class Launch:
         missing = [name for name in required if not environment.get(name)]
         if missing:
             raise PlatformError(
-                f"the launcher set only some of {', '.join(required)}; missing: {', '.join(missing)}. Start with torchrun or "
-                "a script of scripts/slurm, or unset them all to run one process."
+                f"the launcher set only some of {', '.join(required)}; missing: {', '.join(missing)}. Start "
+                "with torchrun or a script of scripts/slurm, or unset them all to run one process."
             )
         try:
             rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
@@ -85,7 +86,9 @@ class ProcessGroups:
     data_parallel_rank: int
     data_parallel_size: int
     collection: ProcessGroupCollection
-    """megatron-core's groups by name (``tp``, ``pp``, ``dp``, ``dp_cp``, ``mp``, ``embd``, ...), for its ``pg_collection`` arguments."""
+    """megatron-core's groups by name (``tp``, ``pp``, ``dp``, ``dp_cp``, ``mp``, ``embd``, ...), for its
+    ``pg_collection`` arguments.
+    """
     cpu_patches: tuple[str, ...]
     """Names of the compatibility patches in force (see megatron_cpu.PATCHES); always empty on GPUs."""
 
@@ -105,7 +108,9 @@ class ProcessGroups:
         return self.pipeline_model_parallel_rank == self.pipeline_model_parallel_size - 1
 
     def sum_from_last_stage(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum ``values`` of the last pipeline stage over data-parallel ranks and hand the result to every rank, in place."""
+        """Sum ``values`` of the last pipeline stage over data-parallel ranks and hand the result to every
+        rank, in place.
+        """
         torch.distributed.all_reduce(values, group=self.collection.dp)
         if self.pipeline_model_parallel_size > 1:
             last = torch.distributed.get_global_rank(
@@ -118,7 +123,8 @@ class ProcessGroups:
         """One line for the log."""
         text = (
             f"{self.world_size} rank(s) = tensor {self.tensor_model_parallel_size} x pipeline "
-            f"{self.pipeline_model_parallel_size} x data {self.data_parallel_size}, {torch.get_num_threads()} CPU thread(s) each"
+            f"{self.pipeline_model_parallel_size} x data {self.data_parallel_size}, "
+            f"{torch.get_num_threads()} CPU thread(s) each"
         )
         return text + (f"; megatron-core on CPU: {', '.join(self.cpu_patches)}" if self.cpu_patches else "")
 
@@ -128,19 +134,25 @@ def initialize(
 ) -> ProcessGroups:
     """Join the world, form megatron-core's groups, and seed every generator.
 
-    Order of work: refuse layouts that do not fit the world, bind the device, set CPU threads, patch megatron-core on CPU, form the
-    groups, seed. Call it once, before the model is built; :func:`destroy` undoes it.
+    Order of work: refuse layouts that do not fit the world, bind the device, set CPU threads, patch
+    megatron-core on CPU, form the groups, seed. Call it once, before the model is built; :func:`destroy`
+    undoes it.
 
     Args:
         parallel: parallel degrees.
         accelerator: platform of this process, from :func:`spikingbrain_train.parallel.accelerator.detect`.
-        seed: base seed. Weights initialised under tensor parallelism, and dropout, draw from streams derived from it per rank.
+        seed: base seed. Weights initialised under tensor parallelism, and dropout, draw from streams derived
+            from it per rank.
         timeout_minutes: a collective that waits longer fails.
 
     Raises:
-        ConfigurationError: the degrees do not divide the world size, or ``data_parallel_size`` is not what is left.
-        PlatformError: the launcher's environment is incomplete, the rendezvous host is unknown, or a rank has no GPU.
+        ConfigurationError: the degrees do not divide the world size, or ``data_parallel_size`` is not what
+        is left.
+        PlatformError: the launcher's environment is incomplete, the rendezvous host is unknown, or a rank
+        has no GPU.
     """
+    megatron_versions.check_version()
+    megatron_versions.silence_deprecation_notices()
     launch = Launch.from_environment()
     check_world_size(parallel, launch.world_size)
     device = accelerator.bind(launch.local_rank)
@@ -156,7 +168,7 @@ def initialize(
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        distributed_timeout_minutes=timeout_minutes,  # type: ignore[arg-type]  # goes into timedelta(minutes=)
+        distributed_timeout_minutes=timeout_minutes,
         create_gloo_process_groups=False,
     )
     _seed(seed)
@@ -198,21 +210,24 @@ def check_world_size(parallel: ParallelConfig, world_size: int) -> None:
         raise ConfigurationError(
             f"world size {world_size} is not a multiple of parallel.tensor_model_parallel_size="
             f"{parallel.tensor_model_parallel_size} x parallel.pipeline_model_parallel_size="
-            f"{parallel.pipeline_model_parallel_size}; start a multiple of {one_copy} ranks or lower the degrees."
+            f"{parallel.pipeline_model_parallel_size}; start a multiple of {one_copy} ranks or lower the "
+            "degrees."
         )
     left = world_size // one_copy
     if parallel.data_parallel_size not in (None, left):
         raise ConfigurationError(
-            f"parallel.data_parallel_size={parallel.data_parallel_size}, but {world_size} ranks with {one_copy} per copy of the "
-            f"model leave {left}; set it to {left} or null, or start {one_copy * (parallel.data_parallel_size or 1)} ranks."
+            f"parallel.data_parallel_size={parallel.data_parallel_size}, but {world_size} ranks with "
+            f"{one_copy} per copy of the model leave {left}; set it to {left} or null, or start "
+            f"{one_copy * (parallel.data_parallel_size or 1)} ranks."
         )
 
 
 def threads_per_rank(local_world_size: int, environment: Mapping[str, str] | None = None) -> int:
-    """CPU threads for one rank: OMP_NUM_THREADS where somebody chose it, else this node's cores divided over its ranks.
+    """CPU threads for one rank: OMP_NUM_THREADS where somebody chose it, else this node's cores divided over
+    its ranks.
 
-    torchrun itself exports OMP_NUM_THREADS=1 to every worker of a multi-worker node; that is a default and not a choice, so a 1
-    under torchrun counts as unset.
+    torchrun itself exports OMP_NUM_THREADS=1 to every worker of a multi-worker node; that is a default and
+    not a choice, so a 1 under torchrun counts as unset.
     """
     environment = os.environ if environment is None else environment
     chosen = environment.get("OMP_NUM_THREADS", "")
@@ -261,8 +276,8 @@ def _reachable_master(master_addr: str, one_node: bool) -> str:
         if one_node:
             return "127.0.0.1"  # the store is on this machine, whatever the machine calls itself
         raise PlatformError(
-            f"MASTER_ADDR={master_addr} cannot be resolved on {socket.gethostname()}; set it to an address that every node can "
-            "reach."
+            f"MASTER_ADDR={master_addr} cannot be resolved on {socket.gethostname()}; set it to an address "
+            "that every node can reach."
         ) from None
     return master_addr
 
@@ -270,8 +285,8 @@ def _reachable_master(master_addr: str, one_node: bool) -> str:
 def _interface_towards(host: str) -> str | None:
     """Name of the network interface whose address this machine uses to talk to ``host``.
 
-    gloo otherwise binds to what the machine's own name resolves to: an error where it does not resolve, and on Debian
-    127.0.1.1, which other nodes cannot reach.
+    gloo otherwise binds to what the machine's own name resolves to: an error where it does not resolve, and
+    on Debian 127.0.1.1, which other nodes cannot reach.
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, 9, socket.AF_INET, socket.SOCK_DGRAM)[0]

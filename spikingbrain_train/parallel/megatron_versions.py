@@ -1,0 +1,112 @@
+"""The differences between megatron-core 0.16.1 and 0.19.x that this project meets, in one place.
+
+0.16.1 is the last version for Python 3.10 and 3.11; 0.17 and later need 3.12. What was compared and is the
+same in both for our purposes needs nothing here: ``get_megatron_optimizer(config_overrides=...)`` with
+``ParamKey``, ``DistributedDataParallel``, ``finalize_model_grads``, ``get_forward_backward_func`` with
+``adjust_tensor_shapes_fn``, ``OptimizerParamScheduler``, ``model_parallel_cuda_manual_seed``,
+``ProcessGroupCollection.use_mpu_process_groups`` and the sharding metadata (``non_homogeneous_layers``,
+``distrib_optim_sharding_type="fully_reshardable"``). What differs:
+
+- Values of a checkpoint that are not tensors: 0.16.1 keeps them in the file ``common.pt``, 0.19 in an object
+  ``common_state`` among the shards (it still reads the file where there is one).
+- ``dist_checkpointing.load``: 0.16.1 takes ``common_strategy``, which 0.19 lacks.
+- ``metadata.json``: 0.19 leaves out ``common_backend``, which 0.16.1 looks for.
+- 0.19 logs that ``GPTModel`` and parts of ``dist_checkpointing`` will be removed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from packaging.version import Version
+
+from spikingbrain_train.config.errors import PlatformError
+
+MEGATRON_VERSION = Version(version("megatron-core"))
+OLDEST, FIRST_UNTESTED = Version("0.16.1"), Version("0.20")
+
+COMMON_STATE_FILE = "common.pt"
+_COMMON_STATE_IN_FILE = MEGATRON_VERSION.release < (0, 17)
+
+
+def check_version(found: Version = MEGATRON_VERSION) -> None:
+    """Raise :class:`PlatformError` if the installed megatron-core is not one that this project supports."""
+    if not OLDEST <= found < FIRST_UNTESTED:
+        raise PlatformError(
+            f"megatron-core {found} is not supported; install megatron-core>={OLDEST},<{FIRST_UNTESTED} "
+            "(0.16.1 on Python 3.10 and 3.11)."
+        )
+
+
+def save_checkpoint(sharded_state_dict: dict[str, Any], folder: Path) -> None:
+    """Write a ``torch_dist`` checkpoint from all ranks, readable by every supported version.
+
+    Args:
+        sharded_state_dict: sharded tensors, and plain values that are the same on every rank.
+        folder: an existing, empty folder.
+
+    Raises:
+        CheckpointingException, OSError: from megatron-core and the file system.
+    """
+    from megatron.core import dist_checkpointing
+
+    dist_checkpointing.save(sharded_state_dict, str(folder))
+    if not _COMMON_STATE_IN_FILE:
+        if torch.distributed.get_rank() == 0:  # 0.16 looks for the plain values in this file and nowhere else
+            common = dist_checkpointing.load_common_state_dict(str(folder))
+            temporary = folder / f".{COMMON_STATE_FILE}"
+            torch.save(common, temporary)
+            os.replace(temporary, folder / COMMON_STATE_FILE)
+        torch.distributed.barrier()
+
+
+def load_checkpoint(sharded_state_dict: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Read a ``torch_dist`` checkpoint that any supported version wrote, on all ranks.
+
+    Args:
+        sharded_state_dict: which shards to read; their tensors are filled in place.
+        folder: the folder that holds ``metadata.json``.
+
+    Returns:
+        The loaded tensors under the same keys, and the plain values that were saved.
+
+    Raises:
+        CheckpointingException, OSError, KeyError, RuntimeError: the checkpoint is missing, damaged or of
+        another shape.
+    """
+    from megatron.core import dist_checkpointing
+
+    if not _COMMON_STATE_IN_FILE:
+        return dist_checkpointing.load(sharded_state_dict, str(folder))
+    from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
+
+    if not (folder / COMMON_STATE_FILE).is_file():  # 0.16.1 itself fails here with an AttributeError
+        raise FileNotFoundError(f"{folder / COMMON_STATE_FILE} is missing")
+    return dist_checkpointing.load(sharded_state_dict, str(folder), common_strategy=TorchCommonLoadStrategy())
+
+
+def silence_deprecation_notices() -> None:
+    """Drop the log lines in which 0.19 announces removals that this module already deals with."""
+    for logger_name, beginning in _NOTICES:
+        logging.getLogger(logger_name).addFilter(_DropMessagesStartingWith(beginning))
+
+
+_NOTICES = (
+    ("megatron.core.models.gpt.gpt_model", "GPTModel IS DEPRECATED"),
+    ("megatron.core.dist_checkpointing.strategies.common", "load_common is deprecated"),
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCore's async save is deprecated"),
+)
+
+
+class _DropMessagesStartingWith(logging.Filter):
+    def __init__(self, beginning: str) -> None:
+        super().__init__()
+        self.beginning = beginning
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(self.beginning)
