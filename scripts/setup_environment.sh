@@ -8,6 +8,7 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${1:-$root/.venv}
+case $venv in /*) ;; *) venv=$PWD/$venv ;; esac
 stamp=$venv/.installed
 
 fail() {
@@ -76,9 +77,11 @@ if [ "$(supported_version "$venv/bin/python" || true)" != "$version" ]; then
     "$python" -m venv --clear "$venv" || fail "could not create $venv with $python"
 fi
 printf 'Installing the versions of %s; this takes some minutes the first time\n' "${constraints#"$root"/}"
-"$venv/bin/python" -m pip install -qq --disable-pip-version-check 'pip>=23.1'
-(cd "$root" && "$venv/bin/python" -m pip install -qq --disable-pip-version-check \
-    --constraint "$constraints" --editable '.[dev,demo]') ||
-    fail "the installation into $venv failed; pip's message is above, and the next make tries again"
+pip_install() {
+    (cd "$root" && "$venv/bin/python" -m pip install -qq --disable-pip-version-check "$@") ||
+        fail "the installation into $venv failed (pip's message is above); the next call tries again"
+}
+pip_install 'pip>=23.1' # older ones cannot install this project in editable form
+pip_install --constraint "$constraints" --editable '.[dev,demo]'
 fingerprint "$version" >"$stamp"
 printf 'Ready: %s\n' "$venv"
