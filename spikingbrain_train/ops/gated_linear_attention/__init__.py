@@ -1,0 +1,10 @@
+"""Gated linear attention (SpikingBrain, arXiv 2509.05276, eq. 10-11).
+
+To understand it, read ``recurrent`` first (the definition), then ``factored`` (what usually runs on CPU),
+``chunk`` (how segments and the backward pass are put together) and ``subdivided`` (very strong decay).
+"""
+
+from spikingbrain_train.ops.gated_linear_attention.dispatch import gated_linear_attention
+from spikingbrain_train.ops.gated_linear_attention.recurrent import gated_linear_attention_step
+
+__all__ = ["gated_linear_attention", "gated_linear_attention_step"]

@@ -1,0 +1,39 @@
+"""Gated linear attention by the Triton kernels of flash-linear-attention (``fla.ops.gla``), for GPUs."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def fla_gated_linear_attention(
+    q_BTHK: Tensor,
+    k_BTGK: Tensor,
+    v_BTGV: Tensor,
+    log_gate_BTGK: Tensor,
+    initial_state_BGKV: Tensor | None,
+    *,
+    scale: float,
+    output_final_state: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Output [B, T, H, V] and final state [B, G, K, V] float32, or None unless asked for.
+
+    The kernels know one head a state, so k, v, the gate and the initial state are repeated from groups to
+    heads. All heads of a group then end in the same state, of which the first is returned.
+    """
+    from fla.ops.gla import chunk_gla  # imported here: fla needs Triton, which only GPU machines have
+
+    heads_per_group = q_BTHK.shape[2] // k_BTGK.shape[2]
+    k, v, log_gate = (x.repeat_interleave(heads_per_group, dim=2) for x in (k_BTGK, v_BTGV, log_gate_BTGK))
+    initial_state = initial_state_BGKV
+    if initial_state is not None:
+        initial_state = initial_state.float().repeat_interleave(heads_per_group, dim=1)
+    o, final_state = chunk_gla(
+        q_BTHK,
+        k,
+        v,
+        log_gate,
+        scale=scale,
+        initial_state=initial_state,
+        output_final_state=output_final_state,
+    )
+    return o, None if final_state is None else final_state[:, ::heads_per_group]
