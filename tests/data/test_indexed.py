@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+from spikingbrain_train.config.errors import DataError
+from spikingbrain_train.data.indexed import (
+    check_same_tokenizer,
+    num_tokens,
+    open_indexed_dataset,
+    read_tokens,
+)
+from spikingbrain_train.data.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer
+
+FILES = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+DOCUMENTS = [[5, 6, 7, 0], [8, 0], [9, 10, 11, 12, 13, 0]]
+
+
+def test_tokens_are_read_across_documents(write_tokens) -> None:
+    dataset = open_indexed_dataset(write_tokens("d", DOCUMENTS))
+    stream = sum(DOCUMENTS, [])
+    assert num_tokens(dataset) == len(stream)
+    for start in range(len(stream)):
+        for count in range(1, len(stream) - start + 1):
+            tokens = read_tokens(dataset, start, count)
+            assert tokens.dtype == np.int64
+            assert tokens.tolist() == stream[start : start + count]
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_a_missing_file_is_named(write_tokens, suffix: str) -> None:
+    prefix = write_tokens("d", DOCUMENTS)
+    Path(prefix + suffix).unlink()
+    with pytest.raises(DataError, match=rf"no indexed dataset at .*d \(.*d\{suffix} is missing\)"):
+        open_indexed_dataset(prefix)
+
+
+@FILES
+@given(st.data())
+def test_a_truncated_file_is_refused(write_tokens, tmp_path: Path, data: st.DataObject) -> None:
+    prefix = str(tmp_path / "d") if (tmp_path / "d.bin").exists() else write_tokens("d", DOCUMENTS)
+    path = Path(prefix + data.draw(st.sampled_from([".bin", ".idx"])))
+    content = path.read_bytes()
+    path.write_bytes(content[: data.draw(st.integers(0, len(content) - 1))])
+    try:
+        with pytest.raises(DataError, match=str(path)):
+            open_indexed_dataset(prefix)
+    finally:
+        path.write_bytes(content)
+
+
+@FILES
+@given(st.data())
+def test_a_damaged_index_is_refused_or_harmless(write_tokens, tmp_path: Path, data: st.DataObject) -> None:
+    prefix = str(tmp_path / "d") if (tmp_path / "d.bin").exists() else write_tokens("d", DOCUMENTS)
+    path = Path(prefix + ".idx")
+    content = path.read_bytes()
+    damaged = bytearray(content)
+    damaged[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
+    path.write_bytes(damaged)
+    try:
+        dataset = open_indexed_dataset(prefix)
+    except DataError:
+        pass
+    else:
+        # Only inner document boundaries may differ, which the token stream does not depend on.
+        assert read_tokens(dataset, 0, num_tokens(dataset)).tolist() == sum(DOCUMENTS, [])
+    finally:
+        path.write_bytes(content)
+
+
+def test_files_of_different_runs_are_refused(write_tokens) -> None:
+    first, second = write_tokens("a", DOCUMENTS), write_tokens("b", DOCUMENTS[:2])
+    Path(first + ".json").write_bytes(Path(second + ".json").read_bytes())
+    with pytest.raises(DataError, match="speaks of 6 tokens but .* holds 12"):
+        open_indexed_dataset(first)
+    Path(first + ".idx").write_bytes(Path(second + ".idx").read_bytes())
+    with pytest.raises(DataError, match="a.bin is 48 bytes long instead of 24"):
+        open_indexed_dataset(first)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"tokens": 12}', '{"tokens": "many"}'])
+def test_a_malformed_sidecar_is_refused(write_tokens, content: str) -> None:
+    prefix = write_tokens("d", DOCUMENTS)
+    Path(prefix + ".json").write_text(content)
+    with pytest.raises(DataError, match="d.json is not the description of an indexed dataset"):
+        open_indexed_dataset(prefix)
+
+
+def test_a_dataset_without_tokens_is_refused(write_tokens) -> None:
+    with pytest.raises(DataError, match="holds no tokens"):
+        open_indexed_dataset(write_tokens("d", []))
+
+
+def test_a_vocabulary_larger_than_the_models_is_refused(write_tokens) -> None:
+    prefix = write_tokens("d", DOCUMENTS)
+    open_indexed_dataset(prefix, vocab_size=100_000)
+    with pytest.raises(DataError, match="100000 ids but the model's vocabulary has only 49152"):
+        open_indexed_dataset(prefix, vocab_size=49152)
+
+
+def test_tokens_of_another_tokenizer_are_refused(
+    write_tokens, hf_tokenizer: HuggingFaceTokenizer, spm_tokenizer: SentencePieceTokenizer
+) -> None:
+    prefix = write_tokens("d", DOCUMENTS, hf_tokenizer)
+    check_same_tokenizer(prefix, hf_tokenizer)
+    with pytest.raises(DataError, match="which is not the run's tokenizer tiny.model"):
+        check_same_tokenizer(prefix, spm_tokenizer)
+
+
+def test_a_dataset_that_megatron_wrote_works_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    builder = IndexedDatasetBuilder(str(tmp_path / "m.bin"), dtype=np.int32)
+    for document in DOCUMENTS:
+        builder.add_document(np.asarray(document), [len(document)])
+    builder.finalize(str(tmp_path / "m.idx"))
+    with caplog.at_level(logging.WARNING):
+        dataset = open_indexed_dataset(tmp_path / "m", vocab_size=10)
+    assert num_tokens(dataset) == 12
+    assert "its tokenizer is unknown" in caplog.text
+
+
+def test_the_sidecar_is_plain_json(write_tokens) -> None:
+    fields = json.loads(Path(write_tokens("d", DOCUMENTS) + ".json").read_text())
+    assert (fields["documents"], fields["tokens"], fields["dtype"]) == (3, 12, "int32")
