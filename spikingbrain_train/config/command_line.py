@@ -60,11 +60,12 @@ def user_errors(same_on_all_ranks: bool = False) -> Iterator[None]:
     Args:
         same_on_all_ranks: the body decides from the command line and shared files only, so every rank of a
             node comes to the same end by itself. Then only local rank 0 prints, and SIGTERM waits until the
-            body is through: a launcher that stops all ranks when the first one ends would otherwise stop rank 0
-            before it has spoken. If false, every rank that fails prints, because no other may know.
+            body is through: a launcher that stops all ranks when the first one ends would else stop rank 0
+            before it has spoken. Otherwise every rank that fails prints, because no other may know.
 
     Raises:
-        SystemExit: code 2 for errors that the user can fix, 130 for an interrupt from the keyboard.
+        SystemExit: code 2 for errors that the user can fix, 130 for an interrupt from the keyboard, 141 when
+            the reader of standard output has left.
         Exception: any other error, unchanged.
     """
     # Without a launcher there is no rank to wait for.
@@ -75,6 +76,10 @@ def user_errors(same_on_all_ranks: bool = False) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+    except BrokenPipeError:
+        # The reader of our output (`| head`) has left; Python would complain again as it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(128 + signal.SIGPIPE) from None
     except Exception as error:
         sentence = sentence_of(error)
         if sentence is None:

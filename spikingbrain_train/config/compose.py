@@ -8,14 +8,15 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from spikingbrain_train.config.errors import ConfigurationError
+from spikingbrain_train.config.errors import ConfigurationError, SpikingBrainError
 from spikingbrain_train.config.load import conf_folder, register_resolvers
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.config.schema import explain, setting_types
@@ -23,20 +24,37 @@ from spikingbrain_train.config.schema import explain, setting_types
 _OWN_FLAGS = "--help, --cfg job, --resolve, --info, --hydra-help"
 
 
+def _purpose(choice: Path) -> str:
+    comments = [line.lstrip("# ") for line in choice.read_text().splitlines() if line.startswith("#")]
+    return next((comment for comment in comments if not comment.startswith("@package")), "")
+
+
+def groups() -> dict[str, dict[str, str]]:
+    """Every config group of a run: its choices, each with the comment on top of its file, what it is for."""
+    return {
+        folder.name: {choice.stem: _purpose(choice) for choice in sorted(folder.glob("*.yaml"))}
+        for folder in sorted(conf_folder().iterdir())
+        if folder.is_dir() and folder.name != "conversion"
+    }
+
+
+def describe_groups() -> str:
+    """The groups and their choices as text for ``--help``."""
+    defaults = OmegaConf.load(conf_folder() / "config.yaml").defaults
+    lines = []
+    for group, choices in groups().items():
+        lines.append(group)
+        for choice, purpose in choices.items():
+            mark = "*" if {group: choice} in defaults else " "
+            lines.append(f"  {mark} {choice:<20} {purpose}")
+    return "\n".join(lines)
+
+
 def register_schema() -> None:
-    """Put RunConfig into Hydra's ConfigStore as ``run_schema``, the first entry of conf/config.yaml."""
+    """Tell Hydra what conf/config.yaml refers to: RunConfig as ``run_schema``, and the resolvers."""
     ConfigStore.instance().store(name="run_schema", node=RunConfig)
     register_resolvers()
-
-
-def groups() -> dict[str, list[str]]:
-    """The choices of every config group in conf/."""
-    root = conf_folder()
-    return {
-        folder.name: sorted(choice.stem for choice in folder.glob("*.yaml"))
-        for folder in sorted(root.iterdir())
-        if folder.is_dir()
-    }
+    OmegaConf.register_new_resolver("describe_groups", describe_groups, replace=True)
 
 
 def _did_you_mean(word: str, known: list[str]) -> str:
@@ -44,7 +62,7 @@ def _did_you_mean(word: str, known: list[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def explain_composition(error: BaseException) -> ConfigurationError | None:
+def explain_composition(error: BaseException) -> SpikingBrainError | None:
     """The sentence for an error that Hydra raised while composing, or None for a foreign error."""
     if isinstance(error, OverrideParseException):
         return ConfigurationError(
@@ -62,7 +80,7 @@ def explain_composition(error: BaseException) -> ConfigurationError | None:
     text = str(error)
     no_group = re.match(r"Could not override '([^']*)'\. No match in the defaults list", text)
     if no_group:
-        names = [name for name in groups() if name != "conversion"]
+        names = list(groups())
         if no_group[1] == "conversion":
             return ConfigurationError(
                 "conversion is a part of tools/convert_checkpoint.py; a training run chooses from "
@@ -77,7 +95,7 @@ def explain_composition(error: BaseException) -> ConfigurationError | None:
         if hint:
             return ConfigurationError(f"{unknown[1]} is neither a group nor a setting{hint}")
     explained = explain(error, RunConfig)
-    if isinstance(explained, ConfigurationError):
+    if explained is not None:
         return explained
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         return ConfigurationError(" ".join(text.split()))

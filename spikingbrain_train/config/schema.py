@@ -62,13 +62,17 @@ def what_it_takes(annotation: Any) -> str:
 def unknown_setting(name: str, schema: Schema) -> ConfigurationError:
     """The error for a setting that ``schema`` does not have, with the nearest that it has."""
     settings = dict(setting_types(schema))
-    same_leaf = [known for known in settings if known.split(".")[-1] == name.split(".")[-1]]
-    near_whole = difflib.get_close_matches(name, settings, n=1, cutoff=0.7)
-    leaves = {known.split(".")[-1]: known for known in settings}
-    near_leaf = difflib.get_close_matches(name.split(".")[-1], leaves, n=1, cutoff=0.75)
-    guess = near_whole or same_leaf[:1] or [leaves[leaf] for leaf in near_leaf]
+    parent, _, leaf = name.rpartition(".")
+    leaves = {known.rpartition(".")[2]: known for known in settings}
+    siblings = [known for known in settings if known.rpartition(".")[0] == parent]
+    guess = (
+        [leaves[leaf]]
+        if leaf in leaves
+        else difflib.get_close_matches(name, siblings, n=1, cutoff=0.85)
+        or difflib.get_close_matches(name, settings, n=1, cutoff=0.85)
+        or [leaves[near] for near in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.75)]
+    )
     hint = f"; did you mean {guess[0]}?" if guess else ""
-    parent = name.rpartition(".")[0]
     annotation = settings.get(parent)
     if annotation is not None and dataclasses.is_dataclass(annotation):
         valid = f"{parent} has " + ", ".join(field.name for field in dataclasses.fields(annotation))
@@ -110,14 +114,15 @@ def explain(error: BaseException, schema: Schema) -> SpikingBrainError | None:
         if not isinstance(link, OmegaConfBaseException):
             continue
         name, message = str(link.full_key or ""), str(link).splitlines()[0]
+        if isinstance(link, InterpolationResolutionError):
+            where = f"{name} refers" if name else "a ${...} in the config refers"
+            return ConfigurationError(f"{where} to something that is not there: {message}")
         if not name or name.split(".")[0] == "hydra":
             return ConfigurationError(f"{name}: {message}" if name else message)
         if isinstance(link, (ConfigKeyError, ConfigAttributeError)):
             return unknown_setting(name, schema)
         if isinstance(link, MissingMandatoryValue):
             return ConfigurationError(f"{name} has no value; set it with {name}=...")
-        if isinstance(link, InterpolationResolutionError):
-            return ConfigurationError(f"{name} refers to something that is not there: {message}")
         return _wrong_value(name, message, schema)
     return None
 

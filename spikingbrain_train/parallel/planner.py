@@ -117,7 +117,7 @@ def _activation_bytes(config: RunConfig, stage: int, micro_batches: int) -> floa
     tokens = config.stage.micro_batch_size * config.stage.seq_length
     mixers = [model.layer_mixers()[layer] for layer in stage_layers(model, parallel, stage)]
     if config.stage.kind is StageKind.align:
-        # Each swapped mixer has its forward and backward pass at once, between layers of the teacher, which keep
+        # Each swapped mixer runs forward and backward at once, between layers of the teacher, which keep
         # nothing: the largest counts, with its input, and its output and target in fp32.
         boundary = model.hidden_size * (element + 2 * _FP32)
         swapped = [mixer for mixer in mixers if mixer is not Mixer.full]

@@ -1,0 +1,220 @@
+"""train.py as a user meets it: help, printed configs, dry runs, one-line errors and exit codes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import runpy
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from spikingbrain_train.config.command_line import USER_ERROR, sentence_of, user_errors
+from spikingbrain_train.config.errors import ConfigurationError, DataError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+# Runs train.py as the program, then says on standard error if torch came along.
+WATCH_TORCH = """
+import runpy, sys
+try:
+    sys.argv = sys.argv[1:]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    print("torch imported" if "torch" in sys.modules else "torch not imported", file=sys.stderr)
+"""
+
+
+def train(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    launcher = {
+        name: os.environ[name] for name in os.environ if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    }
+    return subprocess.run(
+        [sys.executable, "-c", WATCH_TORCH, str(REPOSITORY / "train.py"), *arguments],
+        cwd=cwd,
+        env={**launcher, "PYTHONPATH": str(REPOSITORY), **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def errors_of(result: subprocess.CompletedProcess[str]) -> list[str]:
+    *lines, torch = result.stderr.splitlines()
+    assert torch == "torch not imported"
+    return lines
+
+
+def test_help_teaches_usage_groups_settings_and_examples(tmp_path):
+    result = train("--help", cwd=tmp_path)
+    assert result.returncode == 0 and errors_of(result) == []
+    for expected in (
+        "torchrun --nproc-per-node",
+        "experiment=",
+        "dry_run=true",
+        "tiny_hybrid",
+        "seq_length: 2048",
+    ):
+        assert expected in result.stdout
+
+
+def test_printing_the_config_shows_every_section(tmp_path):
+    result = train("--cfg", "job", "model=tiny_hybrid", cwd=tmp_path)
+    assert result.returncode == 0 and errors_of(result) == []
+    for expected in ("num_layers: 4", "gate_low_rank_dim: 16", "adam_beta2: 0.95", "output_dir: ???"):
+        assert expected in result.stdout
+
+
+def test_a_dry_run_prints_the_plan_and_leaves_nothing_behind(tmp_path):
+    result = train("experiment=spikingbrain_7b_8k", "dry_run=true", cwd=tmp_path)
+    assert result.returncode == 0 and errors_of(result) == []
+    for expected in ("14 gla + 14 swa", "32 = 8 data x 1 tensor x 4 pipeline", "4,194,304 tokens", "21-27"):
+        assert expected in result.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_plans_for_the_ranks_that_were_started(tmp_path):
+    arguments = ("model=tiny_hybrid", "parallel=tp2", "dry_run=true")
+    result = train(*arguments, cwd=tmp_path, RANK="0", LOCAL_RANK="0", WORLD_SIZE="8")
+    assert "8 = 4 data x 2 tensor x 1 pipeline" in result.stdout
+    assert train(*arguments, cwd=tmp_path, RANK="3", LOCAL_RANK="3", WORLD_SIZE="8").stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["optimizer.lrr=1"], ["optimizer.lrr", "did you mean optimizer.lr?"]),
+        (["+optimizer.lrr=1", "model=tiny_hybrid"], ["optimizer.lrr", "did you mean optimizer.lr?"]),
+        (["train_iters=3"], ["train_iters", "did you mean stage.train_iters?"]),
+        (["modell=tiny_hybrid"], ["modell", "did you mean model?"]),
+        (["model=tiny_hybird"], ["model=tiny_hybird", "did you mean tiny_hybrid?", "qwen2_5_7b"]),
+        (["precision=fp16"], ["precision=fp16", "fp32, bf16"]),
+        (["optimizer.lr=fast"], ["optimizer.lr=fast", "a number"]),
+        (["stage.train_iters=null"], ["stage.train_iters=null", "a whole number"]),
+        (["model=tiny_hybrid", "stage.teacher=${nowhere}"], ["${...}", "'nowhere' not found"]),
+        (["optimizer.lr"], ["'optimizer.lr'", "name=value"]),
+        (["data.train=[a"], ["'data.train=[a'", "quotes"]),
+        (["--dry_run=true"], ["without dashes", "dry_run=true"]),
+        (["conversion=dense"], ["tools/convert_checkpoint.py"]),
+        (["dry_run=true"], ["checkpoint.load", "null"]),
+        (["--cfg", "job", "--resolve", "checkpoint.load=nowhere"], ["checkpoint.load=nowhere"]),
+        (
+            ["model=tiny_hybrid", "dry_run=true", "parallel.tensor_model_parallel_size=4"],
+            ["num_query_groups=2"],
+        ),
+        (["model=tiny_hybrid", "output_dir=run", "data.train=[nowhere]"], ["nowhere.bin"]),
+        (
+            ["model=tiny_hybrid", "output_dir=run", "data.train=[a]", "parallel=pp2"],
+            ["world size 1", "2 ranks"],
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value[0], str) else None,
+)
+def test_a_wrong_command_line_is_one_sentence_and_exit_code_2(
+    tmp_path, monkeypatch, capsys, arguments, parts
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(REPOSITORY / "train.py"), run_name="__main__")
+    assert end.value.code == USER_ERROR
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    for part in parts:
+        assert part in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_run_is_refused_within_seconds_and_without_torch(tmp_path):
+    begin = time.monotonic()
+    result = train("model=tiny_hybrid", "output_dir=run", "data.train=[nowhere]", cwd=tmp_path)
+    seconds = time.monotonic() - begin
+    assert result.returncode == USER_ERROR
+    (line,) = errors_of(result)
+    assert line.startswith("error: data.train=nowhere")
+    assert list(tmp_path.iterdir()) == []
+    assert seconds < 10  # half a second of work; the rest is for busy machines
+
+
+def test_only_the_first_rank_of_a_node_speaks_and_all_end_with_code_2(tmp_path):
+    ranks = [
+        train("precision=fp16", cwd=tmp_path, RANK=rank, LOCAL_RANK=local_rank, WORLD_SIZE="4")
+        for rank, local_rank in (("2", "0"), ("3", "1"))
+    ]
+    assert [rank.returncode for rank in ranks] == [USER_ERROR] * 2
+    assert [len(errors_of(rank)) for rank in ranks] == [1, 0]
+
+
+@pytest.mark.slow
+def test_under_torchrun_every_rank_ends_with_an_error_that_is_said_once(tmp_path):
+    pytest.importorskip("torch")
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(REPOSITORY / "train.py")]
+        + ["model=tiny_hybrid", "output_dir=run", "data.train=[nowhere]"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode != 0
+    assert result.stderr.count("error: data.train=nowhere") == 1
+    assert "exitcode  : 2" in result.stderr and "exitcode  : -15" not in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+class TestUserErrors:
+    @pytest.fixture(autouse=True)
+    def no_launcher(self, monkeypatch):
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            monkeypatch.delenv(name, raising=False)
+
+    def test_errors_of_ours_become_one_line(self, capsys):
+        with pytest.raises(SystemExit) as end, user_errors():
+            raise DataError("a.jsonl, line 3:\n  not JSON")
+        assert end.value.code == USER_ERROR
+        assert capsys.readouterr().err == "error: a.jsonl, line 3: not JSON\n"
+
+    def test_any_rank_may_speak_when_the_others_may_not_know(self, capsys, monkeypatch):
+        monkeypatch.setenv("RANK", "3")
+        monkeypatch.setenv("LOCAL_RANK", "3")
+        with pytest.raises(SystemExit), user_errors():
+            raise DataError("no data here")
+        assert capsys.readouterr().err == "error: no data here (rank 3)\n"
+
+    def test_defects_keep_their_traceback(self):
+        with pytest.raises(ZeroDivisionError), user_errors():
+            raise ZeroDivisionError
+
+    def test_a_body_without_errors_goes_on(self):
+        with user_errors(same_on_all_ranks=True):
+            pass
+
+    def test_it_can_decorate_an_entry_point(self, capsys):
+        @user_errors()
+        def main() -> None:
+            raise ConfigurationError("change this")
+
+        with pytest.raises(SystemExit):
+            main()
+        assert capsys.readouterr().err == "error: change this\n"
+
+    def test_an_interrupt_is_silent(self, capsys):
+        with pytest.raises(SystemExit) as end, user_errors():
+            raise KeyboardInterrupt
+        assert end.value.code == 130 and capsys.readouterr().err == ""
+
+    @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.ENOENT, errno.ENOTDIR])
+    def test_operating_system_errors_over_a_file_name_it(self, number):
+        sentence = sentence_of(OSError(number, os.strerror(number), "runs/a.pt"))
+        assert sentence is not None and sentence.startswith(f"runs/a.pt: {os.strerror(number)}; ")
+
+    def test_a_full_disk_needs_no_name(self):
+        assert "free some space" in str(sentence_of(OSError(errno.ENOSPC, "No space left on device")))
+
+    def test_other_operating_system_errors_are_defects(self):
+        assert sentence_of(OSError(errno.ENOENT, "No such file or directory")) is None
+        assert sentence_of(OSError(errno.EBADF, "Bad file descriptor", "a")) is None

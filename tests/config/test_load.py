@@ -1,0 +1,179 @@
+"""YAML to typed objects and back; what does not fit is one sentence."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from omegaconf import OmegaConf
+
+from spikingbrain_train.config.conversion import ConversionConfig
+from spikingbrain_train.config.errors import CheckpointError, ConfigurationError
+from spikingbrain_train.config.load import (
+    load_conversion,
+    load_model_config,
+    load_run_config,
+    save_config,
+    to_run_config,
+)
+from spikingbrain_train.config.model import GatedLinearAttentionConfig, Mixer, ModelConfig
+from spikingbrain_train.config.run import Precision, RunConfig, StageConfig, WandbMode
+
+MODEL = ModelConfig(
+    num_layers=3,
+    hidden_size=64,
+    ffn_hidden_size=128,
+    num_attention_heads=4,
+    num_query_groups=2,
+    kv_channels=16,
+    vocab_size=512,
+    max_position_embeddings=1024,
+    mixers=[Mixer.gla, Mixer.full],
+    gla=GatedLinearAttentionConfig(init_gate_bias=2.5),
+    norm_epsilon=1e-5,
+)
+RUN = RunConfig(
+    model=MODEL,
+    stage=StageConfig(train_iters=10, seq_length=64, global_batch_size=1),
+    output_dir="outputs/a run: #1",
+    precision=Precision.fp32,
+)
+RUN.logging.wandb = WandbMode.offline
+
+
+def test_a_model_survives_the_way_through_yaml(tmp_path):
+    save_config(MODEL, tmp_path / "model_config.yaml")
+    assert load_model_config(tmp_path / "model_config.yaml") == MODEL
+
+
+def test_a_run_survives_the_way_through_yaml(tmp_path):
+    save_config(RUN, tmp_path / "run_config.yaml")
+    assert load_run_config(tmp_path / "run_config.yaml") == RUN
+
+
+def test_saving_leaves_one_whole_file_or_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "model_config.yaml"
+    path.write_text("old")
+
+    def full(config):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(OmegaConf, "to_yaml", full)
+        save_config(MODEL, path)
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+    assert path.read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("num_layer: 3", ["num_layer is not a setting", "did you mean num_layers?"]),
+        ("gla: {rank: 3}", ["gla.rank is not a setting", "gla has gate_low_rank_dim"]),
+        ("num_layers: three", ["num_layers=three", "a whole number"]),
+        ("mixers: [gla, sva]", ["mixers[1]=sva", "one of full, swa, gla", "did you mean swa?"]),
+        ("mixers: gla", ["mixers", "a list", "one of full, swa, gla"]),
+        ("qk_layernorm: maybe", ["qk_layernorm=maybe", "true or false"]),
+        ("num_layers: 3", ["hidden_size", "no value"]),
+        ("- gla", ["name: value"]),
+        ("num_layers: [", ["not valid YAML"]),
+    ],
+)
+def test_a_stored_model_that_does_not_fit_is_named(tmp_path, text, parts):
+    path = tmp_path / "model_config.yaml"
+    path.write_text(text)
+    with pytest.raises(CheckpointError) as refusal:
+        load_model_config(path)
+    sentence = str(refusal.value)
+    assert "\n" not in sentence and str(path) in sentence
+    for part in parts:
+        assert part in sentence
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match="cannot read .*nowhere.yaml: No such file"):
+        load_run_config(tmp_path / "nowhere.yaml")
+
+
+def composed(**changes):
+    config = OmegaConf.structured(RUN)
+    OmegaConf.set_struct(config, False)
+    return OmegaConf.merge(config, changes)
+
+
+def test_a_dry_run_needs_no_output_folder():
+    config = composed(dry_run=True)
+    config.output_dir = "???"
+    assert to_run_config(config).dry_run
+    config.dry_run = False
+    with pytest.raises(ConfigurationError, match="output_dir has no value"):
+        to_run_config(config)
+
+
+class TestModelFromCheckpoint:
+    @pytest.fixture
+    def from_checkpoint(self, tmp_path):
+        checkpoint = tmp_path / "hybrid" / "iter_0000003"
+        checkpoint.mkdir(parents=True)
+        save_config(MODEL, checkpoint / "model_config.yaml")
+        (checkpoint / ".metadata").touch()
+        (tmp_path / "hybrid" / "latest_checkpointed_iteration.txt").write_text("3\n")
+        from spikingbrain_train.config.load import conf_folder
+
+        model = OmegaConf.load(conf_folder() / "model" / "from_checkpoint.yaml")
+        config = OmegaConf.structured(dataclasses.replace(RUN, model=ModelConfig()))
+        config.checkpoint.load = str(tmp_path / "hybrid")
+        return OmegaConf.merge(config, {"model": model})
+
+    def test_every_setting_comes_from_the_checkpoint(self, from_checkpoint):
+        # MODEL differs from the defaults, so a setting that from_checkpoint.yaml forgets would show.
+        assert to_run_config(from_checkpoint).model == MODEL
+
+    def test_single_settings_can_be_overridden(self, from_checkpoint):
+        from_checkpoint.model.max_position_embeddings = 32768
+        from_checkpoint.model.gla.init_gate_bias = 1.0
+        model = to_run_config(from_checkpoint).model
+        assert model.max_position_embeddings == 32768
+        assert model.gla == GatedLinearAttentionConfig(init_gate_bias=1.0)
+        assert model.num_layers == 3
+
+    def test_without_a_checkpoint_the_alternatives_are_named(self, from_checkpoint):
+        from_checkpoint.checkpoint.load = None
+        with pytest.raises(ConfigurationError, match="checkpoint.load.*null.*model=smollm2_135m_hybrid"):
+            to_run_config(from_checkpoint)
+
+    def test_a_folder_that_is_no_checkpoint_is_named(self, from_checkpoint):
+        from_checkpoint.checkpoint.load = "nowhere"
+        with pytest.raises(CheckpointError, match="checkpoint.load=nowhere is not a folder"):
+            to_run_config(from_checkpoint)
+
+
+class TestConversion:
+    def test_recipes_by_name(self):
+        assert load_conversion("dense") == ConversionConfig(mixers=[Mixer.full])
+        assert load_conversion("spikingbrain_7b") == ConversionConfig()
+
+    def test_a_recipe_from_a_file_with_overrides(self, tmp_path):
+        path = tmp_path / "mine.yaml"
+        path.write_text("mixers: [gla, full]\ngla: {gate_low_rank_dim: 8}\n")
+        recipe = load_conversion(str(path), ["sliding_window=128", "gla.init_gate_bias=1e-1", "mixers=[swa]"])
+        assert recipe.mixers == [Mixer.swa]
+        assert (recipe.sliding_window, recipe.gla.gate_low_rank_dim) == (128, 8)
+        assert recipe.gla.init_gate_bias == 0.1
+
+    @pytest.mark.parametrize(
+        ("name", "overrides", "parts"),
+        [
+            ("spikingbrain", [], ["no conversion spikingbrain", "dense, spikingbrain_7b"]),
+            ("dense", ["window=3"], ["window is not a setting", "sliding_window"]),
+            ("dense", ["sliding_window"], ["'sliding_window' is not name=value"]),
+            ("dense", ["sliding_window=wide"], ["sliding_window=wide", "a whole number"]),
+            ("dense", ["mixers=[softmax]"], ["mixers[0]=softmax", "one of full, swa, gla"]),
+            ("dense", ["mixers=[gla"], ["cannot be read"]),
+        ],
+    )
+    def test_a_recipe_that_does_not_fit_is_refused(self, name, overrides, parts):
+        with pytest.raises(ConfigurationError) as refusal:
+            load_conversion(name, overrides)
+        for part in parts:
+            assert part in str(refusal.value)
