@@ -206,7 +206,7 @@ def _family(values: dict[str, Any], path: Path) -> Family:
 
 
 def _rope(settings: _Settings) -> tuple[float, RopeScalingConfig]:
-    """Rotary base and scaling: ``rope_theta`` and ``rope_scaling``, or ``rope_parameters`` in transformers 5."""
+    """Rotary base and scaling: ``rope_theta``, ``rope_scaling``, or transformers 5's ``rope_parameters``."""
     values = settings.values
     key = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
     rope = (

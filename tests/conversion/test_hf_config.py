@@ -1,0 +1,218 @@
+"""config.json is understood in every spelling, and refused where the model would compute something else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spikingbrain_train.config.errors import CheckpointError
+from spikingbrain_train.config.model import Mixer, ModelConfig
+from spikingbrain_train.conversion.hf_config import hf_config, parse_hf_config, read_hf_config
+
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+}
+QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+QWEN3 = LLAMA | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+# The published SpikingBrain-7B config.json, in small.
+GLA_SWA: dict[str, Any] = {
+    "architectures": ["GLAswaForCausalLM"],
+    "model_type": "gla_swa",
+    "auto_map": {
+        "AutoConfig": "configuration_gla_swa.GLAswaConfig",
+        "AutoModelForCausalLM": "modeling_gla_swa.GLAswaForCausalLM",
+    },
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "hidden_act": "swish",
+    "norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "sliding_window": 4096,
+    "attn_mode": "chunk",
+    "use_short_conv": False,
+    "conv_size": 4,
+    "elementwise_affine": True,
+    "attention_dropout": 0.0,
+    "fuse_cross_entropy": True,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.02,
+    "attn_layers": [1, 3, 5],
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+EVERY_FAMILY = [LLAMA, LLAMA | {"rope_scaling": LLAMA3_ROPE}, QWEN2, QWEN3, GLA_SWA]
+
+
+def parse(values: dict[str, Any]) -> ModelConfig:
+    return parse_hf_config(values, Path("config.json"))[1]
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_theta": 500000.0},
+        {"rope_theta": 500000.0, "rope_scaling": None},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
+        {"rope_theta": 500000.0, "rope_parameters": {"rope_theta": 500000.0}},
+    ],
+)
+def test_every_spelling_of_the_rotary_base(rope: dict[str, Any]) -> None:
+    assert parse(LLAMA | rope).rotary_base == 500000.0
+    assert parse(LLAMA | rope).rope_scaling.factor == 1.0
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_theta": 500000.0, "rope_scaling": LLAMA3_ROPE},
+        {"rope_parameters": LLAMA3_ROPE | {"rope_theta": 500000.0}},
+        {
+            "rope_theta": 500000.0,
+            "rope_scaling": {"type" if k == "rope_type" else k: v for k, v in LLAMA3_ROPE.items()},
+        },
+    ],
+)
+def test_every_spelling_of_llama3_scaling(rope: dict[str, Any]) -> None:
+    model = parse(LLAMA | rope)
+    assert model.rotary_base == 500000.0
+    assert (model.rope_scaling.factor, model.rope_scaling.original_max_position_embeddings) == (8.0, 64)
+
+
+def test_families_differ_in_bias_norm_and_head_width() -> None:
+    llama, qwen2, qwen3 = parse(LLAMA), parse(QWEN2), parse(QWEN3)
+    assert [m.add_qkv_bias for m in (llama, qwen2, qwen3)] == [False, True, False]
+    assert [m.qk_layernorm for m in (llama, qwen2, qwen3)] == [False, False, True]
+    assert [m.kv_channels for m in (llama, qwen2, qwen3)] == [
+        8,
+        8,
+        128,
+    ]  # 128: transformers' default of Qwen3
+
+
+def test_published_hybrid() -> None:
+    model = parse(GLA_SWA)
+    assert model.mixers == [Mixer.gla, Mixer.swa]
+    assert model.add_qkv_bias
+    assert (model.gla.gate_low_rank_dim, model.gla.gate_logit_normalizer) == (16, 16.0)
+    del_layers = {key: value for key, value in GLA_SWA.items() if key != "attn_layers"}
+    assert parse(del_layers) == model  # the published class recomputes attn_layers as the odd ones
+
+
+@pytest.mark.parametrize(
+    ("base", "change", "sentence"),
+    [
+        (LLAMA, {"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM is not supported"),
+        (LLAMA, {"architectures": ["LlamaModel"]}, "LlamaModel is not supported"),
+        (LLAMA, {"architectures": None, "model_type": "gpt2"}, "architectures must name one of"),
+        (LLAMA, {"architectures": "LlamaForCausalLM"}, "architectures must name one of"),
+        (LLAMA, {"attention_bias": True}, "attention_bias = true puts a bias on the output projection"),
+        (QWEN3, {"attention_bias": True}, "attention_bias = true puts a bias on the output projection"),
+        (LLAMA, {"mlp_bias": True}, "mlp_bias = true"),
+        (LLAMA, {"hidden_act": "gelu"}, 'hidden_act = "gelu" is not supported'),
+        (
+            LLAMA,
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+            "rope_scaling .* unsupported rope_type",
+        ),
+        (
+            LLAMA,
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
+            "rope_parameters .* unsupported",
+        ),
+        (LLAMA, {"rope_scaling": {"rope_type": "llama3"}}, "factor is missing"),
+        (
+            LLAMA,
+            {"rope_theta": 1.0, "rope_parameters": {"rope_theta": 2.0}},
+            "rope_theta = 1.0 contradicts",
+        ),
+        (LLAMA, {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "one set of rotary settings"),
+        (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+        (LLAMA, {"quantization_config": {"bits": 4}}, "import the unquantised checkpoint"),
+        (LLAMA, {"num_key_value_heads": 3}, "num_key_value_heads = 3 does not divide num_attention_heads"),
+        (LLAMA, {"hidden_size": "32"}, 'hidden_size = "32" must be a whole number'),
+        (LLAMA, {"hidden_size": 30}, "hidden_size = 30 is not divisible"),
+        (LLAMA, {"vocab_size": 0}, "vocab_size = 0 must be a whole number of at least 1"),
+        (LLAMA, {"num_hidden_layers": None}, "num_hidden_layers is missing"),
+        (LLAMA, {"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        (LLAMA, {"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
+        (QWEN2, {"use_sliding_window": True, "max_window_layers": 2}, "use_sliding_window = true gives some"),
+        (QWEN2, {"layer_types": ["full_attention"] * 3 + ["sliding_attention"]}, "layer_types"),
+        (GLA_SWA, {"use_short_conv": True}, "use_short_conv = true is not supported"),
+        (GLA_SWA, {"elementwise_affine": False}, "elementwise_affine"),
+        (GLA_SWA, {"attn_layers": [1, 6]}, "attn_layers .* below num_hidden_layers = 6"),
+        (GLA_SWA, {"full_attention_layers": [0]}, "full_attention_layers .* attn_layers"),
+        (GLA_SWA, {"quant_weight_group_size": 128}, "W8ASpike"),
+    ],
+)
+def test_what_would_be_computed_differently_is_refused(
+    base: dict[str, Any], change: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(CheckpointError, match=sentence):
+        parse(base | change)
+
+
+def test_a_window_beyond_the_last_layer_is_none() -> None:
+    """Qwen2.5 ships use_sliding_window false, others true with max_window_layers = num_hidden_layers."""
+    assert parse(QWEN2 | {"use_sliding_window": True, "max_window_layers": 4}).mixers == [Mixer.full]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '"x"', "\udcff", "[" * 100000])
+def test_malformed_json_is_refused_with_its_path(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        read_hf_config(tmp_path)
+
+
+@pytest.mark.parametrize("config", EVERY_FAMILY)
+def test_an_unchanged_model_keeps_its_config(config: dict[str, Any]) -> None:
+    assert hf_config(parse(config), config, "float32") == config | {"dtype": "float32"}
+
+
+@pytest.mark.parametrize("config", EVERY_FAMILY)
+def test_a_config_written_from_nothing_means_the_same(config: dict[str, Any]) -> None:
+    model = parse(config)
+    written = hf_config(model, None, "float32")
+    assert written["architectures"] == config["architectures"]
+    assert parse(json.loads(json.dumps(written))) == model
+
+
+@pytest.mark.parametrize("rope", [{"rope_theta": 1e4}, {"rope_parameters": {"rope_theta": 1e4}}])
+def test_a_longer_context_is_written_over_the_source(rope: dict[str, Any]) -> None:
+    """A later stage may raise the rotary base; the export says so in whatever spelling the source has."""
+    model = parse(LLAMA | rope)
+    model.rotary_base, model.max_position_embeddings = 5e6, 4096
+    written = hf_config(model, LLAMA | rope, "bfloat16")
+    assert parse(written).rotary_base == 5e6
+    assert parse(written).max_position_embeddings == 4096
+    assert written.keys() >= rope.keys()
+
+
+def test_a_hybrid_takes_token_ids_from_its_source() -> None:
+    model = parse(QWEN2)
+    model.mixers = [Mixer.gla, Mixer.swa]
+    written = hf_config(model, QWEN2 | {"eos_token_id": [7, 8], "rope_theta": 1e4}, "bfloat16")
+    assert written["eos_token_id"] == [7, 8]
+    assert written["attn_layers"] == [1, 3]
+    assert written["model_type"] == "gla_swa"

@@ -1,0 +1,146 @@
+"""The mapping table: row permutations, shapes and completeness."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spikingbrain_train.config.errors import CheckpointError
+from spikingbrain_train.config.model import Mixer, ModelConfig
+from spikingbrain_train.conversion.mapping import (
+    GLA_SWA_NAMES,
+    LLAMA_NAMES,
+    Parameter,
+    model_parameters,
+)
+
+
+def small_model(**changes: object) -> ModelConfig:
+    sizes = {
+        "num_layers": 4,
+        "hidden_size": 24,
+        "ffn_hidden_size": 40,
+        "num_attention_heads": 6,
+        "num_query_groups": 2,
+        "kv_channels": 4,
+        "vocab_size": 11,
+        "max_position_embeddings": 64,
+    }
+    return ModelConfig(**{**sizes, **changes})  # type: ignore[arg-type]
+
+
+def parameter(model: ModelConfig, name: str) -> Parameter:
+    return next(candidate for candidate in model_parameters(model) if candidate.name == name)
+
+
+def test_fused_qkv_rows_lie_group_by_group() -> None:
+    """Against the layout written out as a loop: for each group its q heads, then its k, then its v."""
+    model = small_model(mixers=[Mixer.full])
+    rows = [
+        torch.arange(24) + 1000,
+        torch.arange(8) + 2000,
+        torch.arange(8) + 3000,
+    ]
+    qkv = parameter(
+        small_model(mixers=[Mixer.full], add_qkv_bias=True), "decoder.layers.0.self_attention.linear_qkv.bias"
+    )
+    expected = []
+    for group in range(model.num_query_groups):
+        for head in range(3 * group, 3 * group + 3):
+            expected += rows[0][4 * head : 4 * head + 4].tolist()
+        expected += rows[1][4 * group : 4 * group + 4].tolist()
+        expected += rows[2][4 * group : 4 * group + 4].tolist()
+    assert qkv.fuse(rows).tolist() == expected
+
+
+def test_gate_comes_before_up_in_fc1() -> None:
+    fc1 = parameter(small_model(), "decoder.layers.0.mlp.linear_fc1.weight")
+    gate, up = torch.zeros(40, 24), torch.ones(40, 24)
+    assert fc1.hf_names(LLAMA_NAMES)[0].endswith("gate_proj.weight")
+    assert fc1.fuse([gate, up])[:40].sum() == 0
+    assert fc1.fuse([gate, up])[40:].min() == 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    groups=st.integers(1, 4),
+    heads_per_group=st.integers(1, 4),
+    half_head=st.integers(1, 4),
+    hidden=st.integers(1, 9),
+    bias=st.booleans(),
+    norm=st.booleans(),
+    tied=st.booleans(),
+    mixers=st.lists(st.sampled_from(list(Mixer)), min_size=1, max_size=4),
+)
+def test_splitting_a_fused_parameter_gives_the_parts_back(
+    groups: int,
+    heads_per_group: int,
+    half_head: int,
+    hidden: int,
+    bias: bool,
+    norm: bool,
+    tied: bool,
+    mixers: list[Mixer],
+) -> None:
+    model = small_model(
+        hidden_size=hidden,
+        num_attention_heads=groups * heads_per_group,
+        num_query_groups=groups,
+        kv_channels=2 * half_head,
+        add_qkv_bias=bias,
+        qk_layernorm=norm,
+        share_embeddings_and_output_weights=tied,
+        mixers=mixers,
+    )
+    for entry in model_parameters(model):
+        parts = [torch.randn(shape) for shape in entry.hf_shapes]
+        fused = entry.fuse(parts)
+        assert tuple(fused.shape) == entry.shape
+        for part, original in zip(entry.split(fused), parts, strict=True):
+            assert torch.equal(part, original)
+
+
+def test_names_are_unique_in_both_directions() -> None:
+    model = small_model(add_qkv_bias=True, qk_layernorm=True, mixers=[Mixer.gla, Mixer.swa, Mixer.full])
+    parameters = list(model_parameters(model))
+    names = [entry.name for entry in parameters]
+    hf_names = [name for entry in parameters for name in entry.hf_names(GLA_SWA_NAMES)]
+    assert len(set(names)) == len(names)
+    assert len(set(hf_names)) == len(hf_names)
+
+
+def test_published_hybrid_has_exactly_the_documented_tensors() -> None:
+    """The names of one GLA and one SWA layer as the published SpikingBrain-7B checkpoint spells them."""
+    model = small_model(num_layers=2, add_qkv_bias=True, mixers=[Mixer.gla, Mixer.swa])
+    names = {name for entry in model_parameters(model) for name in entry.hf_names(GLA_SWA_NAMES)}
+    expected = {"model.embeddings.weight", "model.norm.weight", "lm_head.weight"}
+    for layer in (0, 1):
+        expected |= {
+            f"model.layers.{layer}.attn.{p}_proj.{kind}" for p in "qkv" for kind in ("weight", "bias")
+        }
+        expected |= {
+            f"model.layers.{layer}.{name}.weight"
+            for name in (
+                "attn_norm",
+                "mlp_norm",
+                "attn.o_proj",
+                "mlp.gate_proj",
+                "mlp.up_proj",
+                "mlp.down_proj",
+            )
+        }
+    expected |= {
+        "model.layers.0.attn.gk_proj.0.weight",
+        "model.layers.0.attn.gk_proj.1.weight",
+        "model.layers.0.attn.gk_proj.1.bias",
+        "model.layers.0.attn.g_norm.weight",
+    }
+    assert names == expected
+
+
+def test_a_gate_has_no_place_in_a_dense_family() -> None:
+    gate = parameter(small_model(), "decoder.layers.0.self_attention.out_norm.weight")
+    with pytest.raises(CheckpointError, match=r"out_norm.weight has no counterpart"):
+        gate.hf_names(LLAMA_NAMES)

@@ -1,0 +1,107 @@
+"""The command lines, as a user types them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from spikingbrain_train.conversion.command_line import convert_checkpoint, export
+from tests.conversion.hf_models import HFCheckpoint, all_tensors
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def failure(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        convert_checkpoint([str(argument) for argument in arguments])
+    assert exit_.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return captured.err
+
+
+def test_import_inspect_export(
+    hf_checkpoint: HFCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, _ = hf_checkpoint("qwen2")
+    hybrid = tmp_path / "hybrid"
+    convert_checkpoint(
+        ["import", "--hf", str(source), "--output", str(hybrid), "--conversion", "spikingbrain_7b"]
+        + ["sliding_window=64", "gla.init_gate_bias=1.5"]
+    )
+    out = capsys.readouterr().out
+    assert "2 gla + 2 swa (window 64)" in out
+    assert "constant 1.5" in out
+    convert_checkpoint(["inspect", str(hybrid)])
+    assert "exports as GLAswaForCausalLM" in capsys.readouterr().out
+    export(
+        ["--checkpoint", str(hybrid), "--output", str(tmp_path / "hf"), "--dtype", "bfloat16"]
+        + ["--max-shard-size", "10KB"]
+    )
+    assert {str(tensor.dtype) for tensor in all_tensors(tmp_path / "hf").values()} == {"torch.bfloat16"}
+    assert len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 1
+    convert_checkpoint(["inspect", str(tmp_path / "hf")])
+    assert "Hugging Face checkpoint, GLAswaForCausalLM" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["sliding_window=3"], "sliding_window=3 changes a recipe, but none is given; add --conversion"),
+        (["--conversion", "spikingbrain_8b"], "there is no conversion spikingbrain_8b"),
+        (["--conversion", "spikingbrain_7b", "mixers=[gla,mamba]"], "mamba"),
+        (["--conversion", "spikingbrain_7b", "slidingwindow=3"], "slidingwindow"),
+    ],
+)
+def test_a_wrong_recipe_is_one_sentence(
+    hf_checkpoint: HFCheckpoint,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    sentence: str,
+) -> None:
+    source, _ = hf_checkpoint()
+    error = failure(capsys, "import", "--hf", source, "--output", tmp_path / "out", *arguments)
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert sentence in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("size", ["5 apples", "0GB", "-1GB", ""])
+def test_a_wrong_shard_size_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], size: str
+) -> None:
+    error = failure(
+        capsys, "export", "--checkpoint", tmp_path, "--output", tmp_path / "o", f"--max-shard-size={size}"
+    )
+    assert error.startswith(f"error: --max-shard-size {size}".rstrip())
+
+
+def test_the_scripts_run_and_fail_with_exit_code_2(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    for script, arguments in (
+        ("convert_checkpoint.py", ["import", "--hf", "nowhere", "--output", str(tmp_path / "out")]),
+        ("export.py", ["--checkpoint", "nowhere", "--output", str(tmp_path / "out")]),
+    ):
+        command = [sys.executable, str(REPOSITORY / "tools" / script)]
+        failed = subprocess.run(command + arguments, env=environment, capture_output=True, text=True)
+        assert failed.returncode == 2
+        assert "nowhere" in failed.stderr
+        assert failed.stderr.splitlines()[-1].startswith("error: ")
+        assert "Traceback" not in failed.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["import", "--help"], ["export", "--help"]])
+def test_help_teaches(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        convert_checkpoint(arguments)
+    assert exit_.value.code == 0
+    out = capsys.readouterr().out
+    assert "Hugging Face" in out
+    assert arguments == ["--help"] or "examples:" in out
