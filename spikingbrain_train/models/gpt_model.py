@@ -7,6 +7,8 @@ import math
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
@@ -149,10 +151,30 @@ def build_model(
 ) -> HybridGPTModel:
     """Build this rank's pipeline stage on ``device``. Process groups must be initialised."""
     with torch.device(device):
-        return HybridGPTModel(
+        built = HybridGPTModel(
             model,
             config,
             kernels,
             pre_process=parallel_state.is_pipeline_first_stage(),
             post_process=parallel_state.is_pipeline_last_stage(),
         ).to(device)
+    _mark_split_weights(built)
+    return built
+
+
+def _mark_split_weights(model: HybridGPTModel) -> None:
+    """Say which weights are split over tensor-parallel ranks.
+
+    megatron-core marks them while it fills them with random numbers, so a model that skips initialisation because a
+    checkpoint follows would count only rank 0's share in the gradient norm.
+    """
+    for module in model.modules():
+        if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding)):
+            partition_dim = 0
+        elif isinstance(module, RowParallelLinear):
+            partition_dim = 1
+        else:
+            continue
+        weight = module.weight
+        if weight is not None and not getattr(weight, "tensor_model_parallel", False):
+            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=partition_dim, stride=1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
@@ -51,7 +53,8 @@ def vocab_parallel_linear_cross_entropy(
         vocab_size: rows of the whole vocabulary without padding; padding takes no part in the softmax.
         sequence_parallel: whether hidden_states is a share of the sequence.
         tp_group: tensor-parallel ranks.
-        distillation: soft targets; its hidden states are [B * T, D] in the same (batch-major) token order.
+        distillation: soft targets; its hidden states are [B * T, D] in the same (batch-major) token order and its
+            weight has this rank's rows, padding included.
 
     Returns:
         The scalar sum and the per-token losses, [B * T] in batch-major order.
@@ -59,6 +62,8 @@ def vocab_parallel_linear_cross_entropy(
     hidden = gather_hidden_states(hidden_states, sequence_parallel=sequence_parallel, tp_group=tp_group)
     vocab_start = tp_group.rank() * weight.shape[0]
     valid_rows = valid_vocab_rows(weight.shape[0], vocab_size, tp_group)
+    if distillation is not None:
+        distillation = replace(distillation, teacher_weight=distillation.teacher_weight[:valid_rows])
     reductions = {}
     if tp_group.size() > 1:
         reductions = {"reduce_max": _reduction("MAX", tp_group), "reduce_sum": _reduction("SUM", tp_group)}
