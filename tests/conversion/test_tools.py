@@ -103,5 +103,5 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str], arguments: list[str]) 
         convert_checkpoint(arguments)
     assert exit_.value.code == 0
     out = capsys.readouterr().out
-    assert "Hugging Face" in out
+    assert "Megatron" in out
     assert arguments == ["--help"] or "examples:" in out
