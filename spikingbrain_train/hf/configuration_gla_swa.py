@@ -182,4 +182,7 @@ class GLAswaConfig(PretrainedConfig):
             raise ValueError(f'rope_scaling type "{rope_type}" is not supported; use null or "llama3".')
 
 
+# save_pretrained then copies this file and names it in config.json, also in a folder saved after training.
+GLAswaConfig.register_for_auto_class()
+
 __all__ = ["GLAswaConfig"]

@@ -397,4 +397,7 @@ def _valid_tokens(attention_mask: Tensor | None, batch_size: int, num_tokens: in
     return None if bool(valid_BS.all()) else valid_BS
 
 
+# save_pretrained then copies the modelling files and names them in config.json.
+GLAswaForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+
 __all__ = ["GLAswaCache", "GLAswaForCausalLM", "GLAswaModel", "GLAswaPreTrainedModel"]

@@ -38,7 +38,7 @@ SIZES = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
     "rms_norm_eps": 1e-5,
-    "initializer_range": 0.2,
+    "initializer_range": 0.1,
 }
 
 
@@ -76,6 +76,7 @@ def qwen3() -> tuple[PreTrainedModel, dict]:
 def test_logits_equal_those_of_the_dense_family(
     random_model: Callable, family: Callable, window: int | None
 ) -> None:
+    torch.manual_seed(0)
     dense, changes = family()
     generator = torch.Generator().manual_seed(0)
     for name, parameter in dense.named_parameters():
@@ -92,7 +93,7 @@ def test_logits_equal_those_of_the_dense_family(
     ids = torch.randint(1, 97, (2, 130), generator=generator)
     with torch.no_grad():
         expected = dense.eval()(ids).logits
-        # float32 rounding over three layers; logits are of size 1 to 10.
+        # float32 rounding over three layers; logits are of size 1 to 3.
         torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=1e-5)
         generate = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
         assert torch.equal(model.generate(ids, **generate), dense.generate(ids, **generate))
