@@ -1,0 +1,278 @@
+"""Causal sliding-window attention on CPU: O(T * window) work, O(T) memory, no T x T mask.
+
+Queries are taken in tiles; a tile meets the keys of its windows in one matrix product, and the heads of a
+group are rows of it, so keys and values are never repeated. Only the two corners of the product that the
+window cuts are masked. The backward pass recomputes the probabilities from the saved log-sum-exp.
+
+CPU matrix products of bfloat16 operands return bfloat16, too coarse for scores that are exponentiated. So
+what is subtracted from a score (the row's maximum, its log-sum-exp, or its share of ``sum(o * grad_o)``)
+rides inside the product as two more columns, against two columns of ones: the difference is formed in float32
+and what counts, the probabilities that are not small, is rounded where it is close to zero. That also saves a
+pass over the scores.
+
+Shape legend: B batch, T time, H query heads, G groups, R = H // G, K key dim, V value dim; C queries of a
+tile, S keys that a tile may see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from spikingbrain_train.ops.sliding_window_attention.torch_sdpa import sdpa_sliding_window_attention
+
+# Rows of one product (heads of a group times queries of a tile): enough for full speed, small for the caches.
+_TILE_ROWS = 768
+_ALIGNMENT = 16
+# Keys at the very start often receive most of the attention, so they are worth a look when a maximum is
+# guessed.
+_PROBED_FIRST_KEYS = 16
+# A guess that is too low by more than log(this) would cost bfloat16 digits: then the true maximum is
+# computed.
+_MAX_UNNORMALISED_SUM = 1e4
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """Which queries and keys one product is about."""
+
+    batch: int
+    group: int
+    queries: slice
+    keys: slice
+    window: int
+
+    def mask_(self, scores_RCS: Tensor, value: float) -> Tensor:
+        """Overwrite, in place, what lies outside the windows: after the query, or ``window`` or more before
+        it."""
+        C = self.queries.stop - self.queries.start
+        corner = scores_RCS[..., -C:]
+        # Row i is query queries.start + i; column j of the left corner is key keys.start + j.
+        first_visible = self.queries.start - self.window + 1 - self.keys.start
+        left = scores_RCS[..., : max(0, first_visible + C - 1)]
+        if value == 0.0:
+            corner.tril_()
+            if left.shape[-1]:
+                left.triu_(first_visible)
+        else:
+            visible = torch.ones(C, scores_RCS.shape[-1], dtype=torch.bool, device=scores_RCS.device)
+            visible[:, -C:].tril_()
+            visible[:, : left.shape[-1]].triu_(first_visible)
+            scores_RCS.masked_fill_(~visible, value)
+        return scores_RCS
+
+
+def _tiles(B: int, G: int, padded_T: int, tile: int, window: int) -> Iterator[_Tile]:
+    for batch in range(B):
+        for group in range(G):
+            for start in range(0, padded_T, tile):
+                stop = min(start + tile, padded_T)
+                first = max(0, start - window + 1) // _ALIGNMENT * _ALIGNMENT
+                yield _Tile(batch, group, slice(start, stop), slice(first, stop), window)
+
+
+def _tile_length(R: int, T: int) -> int:
+    """Queries of a tile, a power of two so that tiles stay aligned."""
+    length = 1 << (max(1, _TILE_ROWS // R).bit_length() - 1)
+    return max(_ALIGNMENT, min(length, 256, 1 << (T - 1).bit_length()))
+
+
+def _by_group(x_BTGD: Tensor, T: int) -> tuple[Tensor, Tensor]:
+    """x as contiguous [B, G, T, D], padded with zeros, without and with two more columns of ones."""
+    B, length, G, D = x_BTGD.shape
+    with_ones = x_BTGD.new_zeros(B, G, T, D + 2)
+    with_ones[:, :, :length, :D] = x_BTGD.transpose(1, 2)
+    with_ones[..., D:] = 1.0
+    return with_ones[..., :D].contiguous(), with_ones
+
+
+def _subtract_in_product_(rows: Tensor, amount: Tensor) -> Tensor:
+    """Set the last two columns of rows so that a product with two columns of ones loses ``amount``
+    (float32)."""
+    high = amount.to(rows.dtype)
+    rows[..., -2] = high.neg()
+    rows[..., -1] = (high.to(amount.dtype) - amount).to(rows.dtype)
+    return rows
+
+
+class _Sequences:
+    """Inputs of one call, laid out for the products: k and v with two columns of ones, everything padded to
+    tiles."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> None:
+        self.B, self.T, self.H, self.K = q.shape
+        self.G, self.V = v.shape[2:]
+        self.R = self.H // self.G
+        self.dtype = q.dtype
+        self.sum_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        self.scale = scale
+        tile = _tile_length(self.R, self.T)
+        self.padded_T = -(-self.T // _ALIGNMENT) * _ALIGNMENT
+        self.q = q.unflatten(2, (self.G, self.R))
+        self.k, self.k_and_ones = _by_group(k, self.padded_T)
+        self.v, self.v_and_ones = _by_group(v, self.padded_T)
+        self.tiles = list(_tiles(self.B, self.G, self.padded_T, tile, window))
+        most_keys = max(t.keys.stop - t.keys.start for t in self.tiles)
+        self.scratch = q.new_empty(self.R * tile * most_keys)
+
+    def rows(self, x_BTGRD: Tensor, tile: _Tile, factor: float | None = None) -> Tensor:
+        """Queries of a tile (times factor) as [R, C, D + 2], the last two columns zero, padding zero."""
+        x = x_BTGRD[tile.batch, tile.queries, tile.group].transpose(0, 1)
+        out = x.new_zeros(self.R, tile.queries.stop - tile.queries.start, x.shape[-1] + 2)
+        target = out[:, : x.shape[1], :-2]
+        if factor is None:
+            target.copy_(x)
+        else:
+            torch.mul(x, factor, out=target)
+        return out
+
+    def row_values(self, x_BTGR: Tensor, tile: _Tile) -> Tensor:
+        """One number a query of a tile, [R, C], zero for padding."""
+        x = x_BTGR[tile.batch, tile.queries, tile.group].transpose(0, 1)
+        return F.pad(x, (0, tile.queries.stop - tile.queries.start - x.shape[1]))
+
+    @staticmethod
+    def write(target_BTGRx: Tensor, tile: _Tile, x_RCx: Tensor) -> None:
+        """Put rows of a tile back, without the padding."""
+        target = target_BTGRx[tile.batch, tile.queries, tile.group]
+        target.copy_(x_RCx.transpose(0, 1)[: target.shape[0]])
+
+
+def _products(rows_RCD: Tensor, columns_SD: Tensor, scratch: Tensor) -> Tensor:
+    """[R, C, D] x [S, D] -> [R, C, S] at the start of ``scratch``: new memory for every tile would cost page
+    faults."""
+    R, C, _ = rows_RCD.shape
+    out = scratch[: R * C * len(columns_SD)].view(R * C, -1)
+    return torch.mm(rows_RCD.flatten(0, 1), columns_SD.t(), out=out).view(R, C, -1)
+
+
+def _row_sums(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sum over the last dimension in ``dtype``: partial sums in x's own dtype are much faster and then
+    averaged out."""
+    S = x.shape[-1]
+    return x.unflatten(-1, (S // _ALIGNMENT, _ALIGNMENT)).sum(-2).sum(-1, dtype=dtype)
+
+
+def _guess_maximum(sequences: _Sequences, tile: _Tile, q_RCK: Tensor) -> Tensor:
+    """A cheap lower bound of each row's largest score, usually close: its own tile's keys and the first few
+    keys."""
+    k, scratch = sequences.k_and_ones[tile.batch, tile.group], sequences.scratch
+    own_tile = _Tile(tile.batch, tile.group, tile.queries, tile.queries, tile.window)
+    guess = own_tile.mask_(_products(q_RCK, k[tile.queries], scratch), float("-inf")).amax(-1)
+    if tile.queries.start >= _PROBED_FIRST_KEYS and tile.queries.stop <= tile.window:
+        guess = torch.maximum(guess, _products(q_RCK, k[:_PROBED_FIRST_KEYS], scratch).amax(-1))
+    return guess.to(sequences.sum_dtype)
+
+
+def _tile_forward(sequences: _Sequences, tile: _Tile) -> tuple[Tensor, Tensor]:
+    """Output [R, C, V] and log-sum-exp [R, C] of one tile."""
+    q = sequences.rows(sequences.q, tile, sequences.scale)
+    k = sequences.k_and_ones[tile.batch, tile.group, tile.keys]
+    v = sequences.v[tile.batch, tile.group, tile.keys]
+    maximum = _guess_maximum(sequences, tile, q)
+
+    def unnormalised() -> tuple[Tensor, Tensor]:
+        p = tile.mask_(_products(_subtract_in_product_(q, maximum), k, sequences.scratch).exp_(), 0.0)
+        return p, _row_sums(p, sequences.sum_dtype)
+
+    p, sums = unnormalised()
+    if not sums.max().item() <= _MAX_UNNORMALISED_SUM + len(k):
+        scores = tile.mask_(_products(q, k, sequences.scratch), float("-inf"))
+        maximum = maximum + scores.amax(-1).to(maximum.dtype)
+        p, sums = unnormalised()
+    o = torch.mm(p.flatten(0, 1), v).view(*p.shape[:2], -1)
+    return o / sums.unsqueeze(-1), maximum + sums.log()
+
+
+class _BlockedSlidingWindowAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, window: int, scale: float) -> Tensor:
+        sequences = _Sequences(q, k, v, window, scale)
+        B, T, H, _ = q.shape
+        o = q.new_empty(B, T, sequences.G, sequences.R, sequences.V)
+        log_sum_exp = q.new_empty(B, T, sequences.G, sequences.R, dtype=sequences.sum_dtype)
+        for tile in sequences.tiles:
+            o_tile, log_sum_exp_tile = _tile_forward(sequences, tile)
+            sequences.write(o, tile, o_tile)
+            sequences.write(log_sum_exp, tile, log_sum_exp_tile)
+        o = o.view(B, T, H, -1)
+        ctx.save_for_backward(q, k, v, o, log_sum_exp)
+        ctx.window, ctx.scale = window, scale
+        return o
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_o: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, o, log_sum_exp = ctx.saved_tensors
+        sequences = _Sequences(q, k, v, ctx.window, ctx.scale)
+        B, T, G, R = sequences.B, sequences.T, sequences.G, sequences.R
+        # What the softmax subtracts from every gradient of a row's probabilities.
+        means = (grad_o * o).sum(-1, dtype=sequences.sum_dtype).view(B, T, G, R)
+        grad_o = grad_o.unflatten(2, (G, R))
+        grad_q = q.new_empty(B, T, G, R, sequences.K)
+        # Transposed, so that the products that fill them need no transposed copy of the scores.
+        grad_k = q.new_zeros(B, G, sequences.K, sequences.padded_T, dtype=sequences.sum_dtype)
+        grad_v = q.new_zeros(B, G, sequences.V, sequences.padded_T, dtype=sequences.sum_dtype)
+        scratch = torch.empty_like(sequences.scratch)
+        for tile in sequences.tiles:
+            _tile_backward(sequences, tile, grad_o, log_sum_exp, means, grad_q, grad_k, grad_v, scratch)
+        return (
+            grad_q.view_as(q),
+            grad_k[..., :T].permute(0, 3, 1, 2).to(k.dtype),
+            grad_v[..., :T].permute(0, 3, 1, 2).to(v.dtype),
+            None,
+            None,
+        )
+
+
+def _tile_backward(
+    sequences: _Sequences,
+    tile: _Tile,
+    grad_o_BTGRV: Tensor,
+    log_sum_exp_BTGR: Tensor,
+    means_BTGR: Tensor,
+    grad_q_BTGRK: Tensor,
+    grad_k_BGKT: Tensor,
+    grad_v_BGVT: Tensor,
+    scratch: Tensor,
+) -> None:
+    """Write the tile's part of grad_q and add its parts of grad_k and grad_v."""
+    q = sequences.rows(sequences.q, tile, sequences.scale)
+    grad_o = sequences.rows(grad_o_BTGRV, tile)
+    # Copies without the extra columns, before these are filled, transposed for the gradients of k and v.
+    q_KX, grad_o_VX = (x[..., :-2].flatten(0, 1).t().contiguous() for x in (q, grad_o))
+    _subtract_in_product_(q, sequences.row_values(log_sum_exp_BTGR, tile))
+    _subtract_in_product_(grad_o, sequences.row_values(means_BTGR, tile))
+
+    here = (tile.batch, tile.group)
+    p = tile.mask_(_products(q, sequences.k_and_ones[here][tile.keys], sequences.scratch).exp_(), 0.0)
+    grad_scores = _products(grad_o, sequences.v_and_ones[here][tile.keys], scratch).mul_(p).flatten(0, 1)
+    grad_v_BGVT[here][:, tile.keys] += torch.mm(grad_o_VX, p.flatten(0, 1))
+    grad_k_BGKT[here][:, tile.keys] += torch.mm(q_KX, grad_scores)
+    grad_q = torch.mm(grad_scores, sequences.k[here][tile.keys]).mul_(sequences.scale)
+    sequences.write(grad_q_BTGRK, tile, grad_q.view(*p.shape[:2], -1))
+
+
+def blocked_sliding_window_attention(
+    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, *, window: int | None, scale: float
+) -> Tensor:
+    """Output [B, T, H, V] in q's dtype; gradients reach q, k and v.
+
+    Without a window, torch's own flash kernel is as exact and somewhat faster for float32, so it is used
+    there.
+    """
+    T = q_BTHK.shape[1]
+    window = T if window is None else min(window, T)
+    if window == T and q_BTHK.dtype == torch.float32:
+        return sdpa_sliding_window_attention(q_BTHK, k_BTGK, v_BTGV, window=None, scale=scale)
+    if q_BTHK.dtype == torch.float16:
+        # float16 has too few exponent bits for probabilities that are not normalised yet.
+        q, k, v = (x.float() for x in (q_BTHK, k_BTGK, v_BTGV))
+        return _BlockedSlidingWindowAttention.apply(q, k, v, window, scale).half()
+    return _BlockedSlidingWindowAttention.apply(q_BTHK, k_BTGK, v_BTGV, window, scale)
