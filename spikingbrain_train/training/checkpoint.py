@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
@@ -35,14 +33,18 @@ from spikingbrain_train.config.load import load_model_config, load_run_config, s
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.models.gpt_model import HybridGPTModel
+from spikingbrain_train.parallel import megatron_versions
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 
-# Per-layer keys, because layers differ; optimizer state as whole parameters, so that any topology can read it.
-SHARDING = {
-    "non_homogeneous_layers": True,
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "chained_optim_avoid_prefix": True,
-}
+
+def _sharding() -> dict[str, Any]:
+    """How tensors are named and split: per-layer keys, because layers differ, and optimizer state as whole parameters, so
+    that any topology can read it. A new dict each time: megatron-core puts this run's process groups into it."""
+    return {
+        "non_homogeneous_layers": True,
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "chained_optim_avoid_prefix": True,
+    }
 
 
 @dataclass
@@ -85,7 +87,7 @@ def save_checkpoint(
         failure = error
     _raise_if_any(failure, temporary, groups)
     try:
-        dist_checkpointing.save(_sharded_state(state, groups, is_loading=False), str(temporary))
+        megatron_versions.save_checkpoint(_sharded_state(state, groups, is_loading=False), temporary)
         if groups.is_main_process:
             save_config(config, temporary / RUN_CONFIG_FILE)
             save_config(state.model.model_config, temporary / MODEL_CONFIG_FILE)
@@ -227,7 +229,7 @@ def _sharded_state(
     model = _sharded_weights(state.model)
     sharded: dict[str, Any] = {
         "model": model,
-        "optimizer": state.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=SHARDING),
+        "optimizer": state.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_sharding()),
         "scheduler": state.scheduler.state_dict(),
         "iteration": state.iteration,
         "consumed_samples": state.consumed_samples,
@@ -240,7 +242,7 @@ def _sharded_state(
 def _sharded_weights(model: HybridGPTModel) -> dict[str, Any]:
     """The weights without the ``_extra_state`` objects of Transformer Engine's FP8 recipes, which we do not use: a
     checkpoint holds tensors only, so reading one never unpickles an object."""
-    sharded = model.sharded_state_dict(metadata=SHARDING)
+    sharded = model.sharded_state_dict(metadata=_sharding())
     return {name: value for name, value in sharded.items() if not name.endswith("_extra_state")}
 
 
@@ -274,7 +276,7 @@ def _restore_generators(rows: dict[str, torch.Tensor], groups: ProcessGroups) ->
 
 def _load(sharded: dict[str, Any], checkpoint: Path, setting: str) -> dict[str, Any]:
     try:
-        return dist_checkpointing.load(sharded, str(checkpoint), common_strategy=TorchCommonLoadStrategy())
+        return megatron_versions.load_checkpoint(sharded, checkpoint)
     except (CheckpointingException, OSError, RuntimeError, KeyError, EOFError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(

@@ -6,9 +6,6 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
-
 from spikingbrain_train.config.checkpoint_folder import (
     HF_SOURCE_FOLDER,
     latest_checkpoint,
@@ -84,9 +81,6 @@ class Trainer:
         kernels = resolve_kernels(config.cluster.kernels, groups.accelerator)
         for line in (groups.accelerator.describe(), groups.describe(), describe_kernels(kernels)):
             self._say(line)
-        init_num_microbatches_calculator(
-            groups.rank, None, config.stage.global_batch_size, config.stage.micro_batch_size, groups.data_parallel_size
-        )
         self.num_microbatches = config.stage.global_batch_size // (
             config.stage.micro_batch_size * groups.data_parallel_size
         )

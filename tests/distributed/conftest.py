@@ -1,0 +1,51 @@
+"""A tokenized text and the checkpoints that distributed training tests start from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import numpy
+import pytest
+
+from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.config.parallel import ParallelConfig
+from spikingbrain_train.config.run import StageConfig
+from spikingbrain_train.data.indexed import IndexedDatasetWriter
+from tests.distributed import small_runs
+from tests.distributed.pool import RankPool
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prefix of an indexed dataset: Python's documentation of assignments, one token a byte."""
+    folder = tmp_path_factory.mktemp("text")
+    staging = folder / "staging"
+    staging.mkdir()
+    tokenizer = small_runs.ByteTokenizer()
+    writer = IndexedDatasetWriter(folder / "assignment", tokenizer, staging)
+    tokens = numpy.asarray(tokenizer.encode(topics["assignment"]), dtype=writer.dtype)
+    writer.add_document(tokens, text_bytes=len(tokens))
+    writer.finish()
+    writer.publish()
+    return folder / "assignment"
+
+
+def _random_checkpoint(ranks: RankPool, folder: Path, text: Path, model: ModelConfig) -> Path:
+    config = small_runs.run_config(folder, text, model=model)
+    config.stage = StageConfig(train_iters=1, seq_length=32, global_batch_size=1)
+    config.optimizer.lr_warmup_iters = 0
+    ranks.run(small_runs.train, config, world_size=1, parallel=ParallelConfig())
+    return folder / "checkpoints"
+
+
+@pytest.fixture(scope="session")
+def hybrid_checkpoint(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
+    """A hybrid with every mixer, one step away from random weights."""
+    return _random_checkpoint(ranks, tmp_path_factory.mktemp("hybrid"), text, small_runs.MODEL)
+
+
+@pytest.fixture(scope="session")
+def dense_checkpoint(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
+    """Its dense teacher, of other random weights."""
+    return _random_checkpoint(ranks, tmp_path_factory.mktemp("dense"), text, small_runs.DENSE)

@@ -1,0 +1,117 @@
+"""Small training runs for distributed tests: a model with every mixer, a real tokenized text, and a checkpoint to start from.
+
+:func:`train` is what runs on every rank of the pool; it goes through the same Trainer as ``train.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from spikingbrain_train.config.model import Mixer, ModelConfig
+from spikingbrain_train.config.parallel import ClusterConfig, ParallelConfig
+from spikingbrain_train.config.run import (
+    CheckpointConfig,
+    DataConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    Precision,
+    RunConfig,
+    StageConfig,
+)
+from spikingbrain_train.parallel.process_groups import ProcessGroups
+
+# Every mixer, biases and q/k norms; 130 tokens leave the vocabulary's last tensor-parallel rank mostly padding.
+MODEL = ModelConfig(
+    num_layers=4,
+    hidden_size=32,
+    ffn_hidden_size=48,
+    num_attention_heads=4,
+    num_query_groups=2,
+    kv_channels=8,
+    vocab_size=130,
+    max_position_embeddings=128,
+    mixers=[Mixer.gla, Mixer.swa, Mixer.gla, Mixer.full],
+    sliding_window=9,
+    add_qkv_bias=True,
+    qk_layernorm=True,
+    share_embeddings_and_output_weights=True,
+)
+DENSE = replace(MODEL, mixers=[Mixer.full])
+
+
+class ByteTokenizer:
+    """One token a byte, for texts in ASCII."""
+
+    name = "bytes"
+    fingerprint = "bytes-130"
+    vocab_size = 130
+    eos_id = 129
+
+    def encode(self, text: str) -> list[int]:
+        return [*text.encode("ascii", "replace"), self.eos_id]
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(i for i in ids if i < 128).decode("ascii")
+
+    def save_to(self, folder: Path) -> None:
+        raise NotImplementedError("tests do not save it")
+
+
+def run_config(output_dir: Path, data: Path, *, model: ModelConfig = MODEL, **changes: Any) -> RunConfig:
+    """Ten fp32 steps of four sequences of 32 tokens; ``changes`` replace fields of RunConfig."""
+    config = RunConfig(
+        model=model,
+        cluster=ClusterConfig(peak_tflops=0.1),
+        data=DataConfig(train=[str(data)]),
+        optimizer=OptimizerConfig(lr=1e-2, lr_warmup_iters=2, clip_grad=0.5, new_parameter_lr_mult=3.0),
+        stage=StageConfig(train_iters=10, seq_length=32, global_batch_size=4, micro_batch_size=1),
+        logging=LoggingConfig(log_interval=1, tensorboard=False),
+        output_dir=str(output_dir),
+        precision=Precision.fp32,
+    )
+    return replace(config, **changes)
+
+
+def train(groups: ProcessGroups, config: RunConfig) -> list[tuple[float, float]]:
+    """Train and return (loss, gradient norm) of every step since the last resume, the same on every rank."""
+    from spikingbrain_train.training.trainer import Trainer
+
+    trainer = Trainer(config, groups)
+    steps: list[tuple[float, float]] = []
+    train_step = trainer._train_step
+
+    def remember(batches: Any) -> dict[str, float]:
+        metrics = train_step(batches)
+        steps.append((metrics["train/loss"], metrics["train/grad_norm"]))
+        return metrics
+
+    trainer._train_step = remember  # type: ignore[method-assign]
+    trainer.train()
+    return steps
+
+
+TOPOLOGIES: dict[str, tuple[int, ParallelConfig]] = {
+    "TP 2": (2, ParallelConfig(tensor_model_parallel_size=2)),
+    "TP 2 + sequence parallel": (2, ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)),
+    "PP 2": (2, ParallelConfig(pipeline_model_parallel_size=2)),
+    "DP 2": (2, ParallelConfig()),
+    "DP 2, distributed optimizer": (2, ParallelConfig(use_distributed_optimizer=True)),
+    "TP 2 x PP 2": (4, ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)),
+    "TP 2 + sequence parallel x DP 2, overlapped distributed optimizer": (
+        4,
+        ParallelConfig(
+            tensor_model_parallel_size=2,
+            sequence_parallel=True,
+            use_distributed_optimizer=True,
+            overlap_grad_reduce=True,
+            overlap_param_gather=True,
+        ),
+    ),
+}
+
+
+def checkpoint_config(load: Path | None = None, **changes: Any) -> CheckpointConfig:
+    """Start from ``load``; save only at the end unless ``changes`` say otherwise."""
+    return CheckpointConfig(load=None if load is None else str(load), **changes)

@@ -1,0 +1,153 @@
+"""An interrupted run goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from spikingbrain_train.config.checkpoint_folder import LATEST_ITERATION_FILE, iteration_folder
+from spikingbrain_train.config.errors import CheckpointError
+from spikingbrain_train.config.parallel import ParallelConfig
+from spikingbrain_train.config.run import Precision, RunConfig
+from spikingbrain_train.training.metrics import read_metrics
+from tests.distributed.pool import RankFailure, RankPool
+from tests.distributed.small_runs import checkpoint_config, run_config, train
+
+
+def _interrupt_after(output_dir: Path, iteration: int) -> None:
+    """Leave ``output_dir`` as it was when ``iteration`` had been saved."""
+    checkpoints = output_dir / "checkpoints"
+    for folder in checkpoints.glob("iter_*"):
+        if folder != iteration_folder(checkpoints, iteration):
+            shutil.rmtree(folder)
+    (checkpoints / LATEST_ITERATION_FILE).write_text(f"{iteration}\n")
+
+
+LAYOUTS = {
+    "one rank, bf16": (1, ParallelConfig(), Precision.bf16),
+    "one rank, fp32": (1, ParallelConfig(), Precision.fp32),
+    "TP 2 x PP 2": (
+        4,
+        ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2),
+        Precision.fp32,
+    ),
+    "DP 2, distributed optimizer, bf16": (2, ParallelConfig(use_distributed_optimizer=True), Precision.bf16),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(
+    layout: str, ranks: RankPool, tmp_path: Path, text: Path, hybrid_checkpoint: Path
+) -> None:
+    world_size, parallel, precision = LAYOUTS[layout]
+    config = run_config(
+        tmp_path,
+        text,
+        parallel=parallel,
+        precision=precision,
+        checkpoint=checkpoint_config(hybrid_checkpoint, save_interval=6),
+    )
+    uninterrupted = ranks.run(train, config, world_size=world_size, parallel=parallel)
+    points = read_metrics(tmp_path)
+    _interrupt_after(tmp_path, 6)
+
+    resumed = ranks.run(train, config, world_size=world_size, parallel=parallel)
+
+    assert [len(steps) for steps in resumed] == [4] * world_size
+    assert resumed == [steps[6:] for steps in uninterrupted]
+    assert [point["train/loss"] for point in read_metrics(tmp_path)] == [
+        point["train/loss"] for point in points
+    ]
+
+
+@pytest.mark.parametrize("distributed_optimizer", [False, True], ids=["plain", "distributed optimizer"])
+def test_a_run_saved_at_tp2_pp2_resumes_at_dp2(
+    distributed_optimizer: bool, ranks: RankPool, tmp_path: Path, text: Path, hybrid_checkpoint: Path
+) -> None:
+    split = ParallelConfig(
+        tensor_model_parallel_size=2,
+        pipeline_model_parallel_size=2,
+        use_distributed_optimizer=distributed_optimizer,
+    )
+    config = run_config(
+        tmp_path, text, parallel=split, checkpoint=checkpoint_config(hybrid_checkpoint, save_interval=5)
+    )
+    uninterrupted, *_ = ranks.run(train, config, world_size=4, parallel=split)
+    _interrupt_after(tmp_path, 5)
+    replicas = ParallelConfig(use_distributed_optimizer=distributed_optimizer)
+
+    resumed, *_ = ranks.run(train, replace(config, parallel=replicas), world_size=2, parallel=replicas)
+
+    # Other sums, other rounding: the issue's bound is 1e-4, what is seen is below 1e-5.
+    assert [loss for loss, _ in resumed] == pytest.approx([loss for loss, _ in uninterrupted[5:]], rel=1e-4)
+
+
+def test_a_run_that_is_done_resumes_to_nothing(
+    ranks: RankPool, tmp_path: Path, text: Path, hybrid_checkpoint: Path
+) -> None:
+    config = run_config(tmp_path, text, checkpoint=checkpoint_config(hybrid_checkpoint))
+    ranks.run(train, config, world_size=1, parallel=ParallelConfig())
+
+    assert ranks.run(train, config, world_size=1, parallel=ParallelConfig()) == [[]]
+
+
+def test_old_checkpoints_are_removed_when_only_the_last_are_kept(
+    ranks: RankPool, tmp_path: Path, text: Path, hybrid_checkpoint: Path
+) -> None:
+    config = run_config(
+        tmp_path, text, checkpoint=checkpoint_config(hybrid_checkpoint, save_interval=2, keep_last=2)
+    )
+    ranks.run(train, config, world_size=1, parallel=ParallelConfig())
+
+    assert sorted(path.name for path in (tmp_path / "checkpoints").glob("iter_*")) == [
+        "iter_0000008",
+        "iter_0000010",
+    ]
+
+
+def _message_of_failure(groups, config: RunConfig) -> str:
+    try:
+        train(groups, config)
+    except CheckpointError as error:
+        return str(error)
+    return "no error"
+
+
+def test_a_checkpoint_of_another_architecture_is_refused_on_every_rank(
+    ranks: RankPool, tmp_path: Path, text: Path, hybrid_checkpoint: Path
+) -> None:
+    config = run_config(tmp_path, text, checkpoint=checkpoint_config(hybrid_checkpoint))
+    config.model = replace(config.model, ffn_hidden_size=64)
+
+    messages = ranks.run(_message_of_failure, config, world_size=2, parallel=ParallelConfig())
+
+    for message in messages:
+        assert "ffn_hidden_size=48" in message and "model=from_checkpoint" in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_truncated_checkpoint_is_refused_on_every_rank(
+    ranks: RankPool, tmp_path: Path, text: Path, hybrid_checkpoint: Path
+) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(hybrid_checkpoint, damaged)
+    for shard in damaged.glob("iter_*/*.distcp"):
+        shard.write_bytes(shard.read_bytes()[: shard.stat().st_size // 2])
+    config = run_config(tmp_path / "out", text, checkpoint=checkpoint_config(damaged))
+
+    messages = ranks.run(_message_of_failure, config, world_size=2, parallel=ParallelConfig())
+
+    assert all("checkpoint.load" in message and "damaged" in message for message in messages)
+
+
+def test_a_diverging_run_stops_with_advice(
+    ranks: RankPool, tmp_path: Path, text: Path, hybrid_checkpoint: Path
+) -> None:
+    config = run_config(tmp_path, text, checkpoint=checkpoint_config(hybrid_checkpoint))
+    config.optimizer = replace(config.optimizer, lr=1e30, clip_grad=0.0)
+
+    with pytest.raises(RankFailure, match=r"lower optimizer\.lr"):
+        ranks.run(train, config, world_size=1, parallel=ParallelConfig())
