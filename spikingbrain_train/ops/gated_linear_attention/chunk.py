@@ -31,6 +31,9 @@ _SEGMENT_ELEMENTS = 1 << 20
 # exp(40) leaves room for products with float32 and bfloat16 operands, and exp(-40) is far from their
 # underflow.
 _MAX_FACTORED_DECAY = 40.0
+# The factored gradient of a log gate is a difference of terms of which the true value may be the share
+# exp(log gate).
+_MAX_FACTORED_STEP = 5.0
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -83,6 +86,9 @@ class _Segment:
 
     def factored_operands(self, scale: float) -> factored.FactoredOperands | None:
         """Operands of the factored form, or None where the decay inside some chunk is too strong for it."""
+        # The conditions are written so that NaN gates fail them.
+        if not self.log_gate.min().item() >= -_MAX_FACTORED_STEP:
+            return None
         # exp2 is vectorised for every dtype; exp in float32 may go through a slower library call.
         b_log2 = torch.cumsum(self.log_gate * math.log2(math.e), dim=-2)
         if not b_log2[..., -1, :].min().item() >= -_MAX_FACTORED_DECAY * math.log2(math.e):
