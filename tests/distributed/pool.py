@@ -1,0 +1,302 @@
+"""A pool of persistent gloo ranks for tests.
+
+A distributed test is one module-level function that runs on every rank::
+
+    def _all_ranks_agree(groups: ProcessGroups, start: float) -> float:
+        ...
+        return loss
+
+
+    def test_all_ranks_agree(ranks: RankPool) -> None:
+        losses = ranks.run(
+            _all_ranks_agree, 1.0, world_size=2, parallel=ParallelConfig(tensor_model_parallel_size=2)
+        )
+        assert losses[0] == losses[1]
+
+Importing torch and megatron-core takes seconds, so the processes live as long as the test session: a world
+of n ranks is the first n of them, with process groups of its own that are formed before the function runs and
+left after it. Each rank has one torch thread. Use the ``ranks`` fixture of tests/conftest.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import importlib.util
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from spikingbrain_train.config.parallel import ParallelConfig
+
+SEED = 1234
+_START_SECONDS = 240.0  # importing torch and megatron-core on a busy machine
+_GRACE_SECONDS = 3.0  # how long the other ranks may still report once one has failed
+_LOG_LINES = 25
+_READY = "ready"
+
+
+class RankFailure(AssertionError):
+    """At least one rank raised, died or hung; the message says which and shows what it left behind."""
+
+
+@dataclass
+class _Rank:
+    process: BaseProcess
+    connection: Connection
+    log: Path
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One call of a test function, as it travels to the workers."""
+
+    module_name: str
+    module_file: str
+    function: str
+    arguments: bytes
+    parallel: ParallelConfig | None
+    timeout: float
+
+
+@dataclass(frozen=True)
+class _Report:
+    """What a worker sends back: a pickled result, or a traceback."""
+
+    result: bytes | None
+    failure: str | None = None
+
+
+class RankPool:
+    """Processes that wait for test functions. Started when first needed, reused, replaced after a failure."""
+
+    def __init__(self) -> None:
+        self._ranks: list[_Rank] = []
+        self._logs = tempfile.TemporaryDirectory(prefix="rank-pool-")
+
+    def run(
+        self,
+        function: Callable[..., Any],
+        *arguments: Any,
+        world_size: int,
+        parallel: ParallelConfig | None = None,
+        timeout: float = 120.0,
+    ) -> list[Any]:
+        """Call ``function(groups, *arguments)`` on every rank and return the results in rank order.
+
+        Args:
+            function: defined at the top level of a test module, which every rank imports.
+            arguments: picklable.
+            world_size: number of ranks.
+            parallel: degrees of the groups to form. None forms none: the function is called without
+                ``groups``, in the environment that a launcher makes, and can call
+                ``process_groups.initialize`` itself.
+            timeout: seconds until the ranks count as hanging; starting the processes does not count.
+
+        Raises:
+            RankFailure: a rank raised, died, or did not finish in time. The ranks involved are replaced.
+        """
+        from torch.distributed import TCPStore
+
+        self._start_missing(world_size)
+        # The pool plays torchrun's agent and hosts the store, so no rank has to win a race for a port. Each
+        # world needs a fresh one: keys of the last world would send ranks to addresses that are gone.
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        job = _make_job(function, arguments, parallel, timeout)
+        for rank in range(world_size):
+            environment = _launcher_environment(rank, world_size, store.port)
+            self._ranks[rank].connection.send((job, environment))
+        reports = self._collect(world_size, timeout)
+        problems = self._problems(reports, world_size, timeout)
+        if problems:
+            self._stop(self._ranks[:world_size])
+            del self._ranks[:world_size]
+            raise RankFailure("\n\n".join(problems))
+        return [pickle.loads(reports[rank].result or b"") for rank in range(world_size)]
+
+    def close(self) -> None:
+        """End every process."""
+        self._stop(self._ranks)
+        self._ranks.clear()
+        self._logs.cleanup()
+
+    def _start_missing(self, world_size: int) -> None:
+        # One process imports the slow packages once and forks every rank from there, replacements too.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["megatron.core.models.gpt"])
+        started = []
+        while len(self._ranks) < world_size:
+            ours, theirs = context.Pipe()
+            descriptor, log = tempfile.mkstemp(dir=self._logs.name, suffix=".log")
+            os.close(descriptor)
+            process = context.Process(target=_serve, args=(theirs, log), name="gloo-rank")
+            with _environment({"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}):
+                process.start()
+            theirs.close()
+            self._ranks.append(_Rank(process, ours, Path(log)))
+            started.append(self._ranks[-1])
+        for worker in started:
+            if not worker.connection.poll(_START_SECONDS) or not _says_ready(worker.connection):
+                log_tail = _tail(worker.log)
+                self._stop(self._ranks)
+                self._ranks.clear()
+                raise RankFailure(f"a rank did not start within {_START_SECONDS:g} s:\n{log_tail}")
+
+    def _collect(self, world_size: int, timeout: float) -> dict[int, _Report]:
+        """Reports by rank; ranks that died or hang are missing."""
+        reports: dict[int, _Report] = {}
+        waiting = {self._ranks[rank].connection: rank for rank in range(world_size)}
+        deadline = time.monotonic() + timeout
+        while waiting and (left := deadline - time.monotonic()) > 0:
+            for ready in wait(list(waiting), left):
+                rank = waiting.pop(ready)  # type: ignore[arg-type]
+                with contextlib.suppress(EOFError, ConnectionResetError):
+                    reports[rank] = ready.recv()  # type: ignore[union-attr]
+                if rank not in reports or reports[rank].failure:
+                    deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
+        return reports
+
+    def _problems(self, reports: dict[int, _Report], world_size: int, timeout: float) -> list[str]:
+        raised, died, hung = [], [], []
+        for rank in range(world_size):
+            title, worker = f"rank {rank} of {world_size}", self._ranks[rank]
+            if rank in reports:
+                if failure := reports[rank].failure:
+                    raised.append(f"{title} failed:\n{failure}")
+                continue
+            worker.process.join(0.5)
+            if worker.process.exitcode is not None:
+                died.append(f"{title} died with exit code {worker.process.exitcode}:\n{_tail(worker.log)}")
+            else:
+                where = _where_it_hangs(worker)
+                hung.append(f"{title} did not finish within {timeout:g} s:\n{where}")
+        if raised or died:  # ranks that wait for a failed one are a consequence
+            hung = [problem.splitlines()[0].split(" did not")[0] + " was still waiting." for problem in hung]
+        return raised + died + hung
+
+    @staticmethod
+    def _stop(ranks: list[_Rank]) -> None:
+        for rank in ranks:
+            rank.connection.close()
+            rank.process.kill()
+        for rank in ranks:
+            rank.process.join()
+
+
+def _make_job(
+    function: Callable[..., Any], arguments: tuple[Any, ...], parallel: ParallelConfig | None, timeout: float
+) -> _Job:
+    module = sys.modules[function.__module__]
+    assert module.__file__ is not None and function.__qualname__ == function.__name__, (
+        f"{function.__qualname__} must be defined at the top level of a test module"
+    )
+    return _Job(
+        module.__name__, module.__file__, function.__name__, pickle.dumps(arguments), parallel, timeout
+    )
+
+
+def _launcher_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+
+
+def _says_ready(connection: Connection) -> bool:
+    with contextlib.suppress(EOFError, ConnectionResetError):
+        return connection.recv() == _READY
+    return False
+
+
+def _where_it_hangs(worker: _Rank) -> str:
+    if worker.process.pid is not None:
+        os.kill(worker.process.pid, signal.SIGUSR1)  # makes the worker write its stacks to its log
+        time.sleep(0.5)
+    return _tail(worker.log)
+
+
+def _tail(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-_LOG_LINES:]) or "(no output)"
+
+
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Any:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _serve(connection: Connection, log: str) -> None:
+    """A worker: run jobs until the pool hangs up."""
+    output = open(log, "a", buffering=1)  # noqa: SIM115  (open for as long as the process lives)
+    os.dup2(output.fileno(), 1)
+    os.dup2(output.fileno(), 2)
+    faulthandler.register(signal.SIGUSR1, file=output, all_threads=True)
+    import torch
+
+    torch.set_num_threads(1)
+    connection.send(_READY)
+    while True:
+        try:
+            job, environment = connection.recv()
+        except (EOFError, OSError):
+            return
+        connection.send(_run(job, environment))
+
+
+def _run(job: _Job, environment: dict[str, str]) -> _Report:
+    from spikingbrain_train.parallel import process_groups
+    from spikingbrain_train.parallel.accelerator import detect
+
+    try:
+        with _environment(environment):
+            function = getattr(_import(job.module_name, job.module_file), job.function)
+            arguments = pickle.loads(job.arguments)
+            if job.parallel is None:
+                return _Report(pickle.dumps(function(*arguments)))
+            groups = process_groups.initialize(
+                job.parallel, detect("cpu"), seed=SEED, timeout_minutes=job.timeout / 60
+            )
+            return _Report(pickle.dumps(function(groups, *arguments)))
+    except BaseException:
+        return _Report(None, traceback.format_exc())
+    finally:
+        process_groups.destroy()
+
+
+def _import(name: str, file: str) -> ModuleType:
+    """Import a test module under the name it has in the pytest process, wherever it lies."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, file)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]

@@ -1,0 +1,97 @@
+"""The pool of gloo ranks reports what its ranks do, also when they fail."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+import torch
+
+from spikingbrain_train.config.parallel import ParallelConfig
+from spikingbrain_train.parallel import process_groups
+from spikingbrain_train.parallel.accelerator import detect
+from spikingbrain_train.parallel.process_groups import ProcessGroups
+from tests.distributed.pool import RankFailure, RankPool
+
+
+def _sum_of_ranks(groups: ProcessGroups, scale: float) -> tuple[int, float]:
+    total = torch.tensor([scale * groups.rank])
+    torch.distributed.all_reduce(total)
+    return os.getpid(), total.item()
+
+
+def _raise_on_last_rank(groups: ProcessGroups) -> None:
+    if groups.rank == groups.world_size - 1:
+        raise ValueError("this rank has no luck")
+    torch.distributed.barrier()
+
+
+def _die(groups: ProcessGroups) -> None:
+    if groups.rank == 1:
+        print("last words", flush=True)
+        os._exit(7)
+    torch.distributed.barrier()
+
+
+def _sleep(groups: ProcessGroups) -> None:
+    time.sleep(60)
+
+
+def _own_groups() -> tuple[int, int]:
+    groups = process_groups.initialize(
+        ParallelConfig(tensor_model_parallel_size=2), detect("cpu"), seed=0, timeout_minutes=1
+    )
+    return groups.tensor_model_parallel_rank, torch.get_num_threads()
+
+
+def _return_what_came(groups: ProcessGroups, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor + groups.rank
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_function_runs_on_every_rank_and_results_come_back_in_order(ranks: RankPool, world_size: int) -> None:
+    results = ranks.run(_sum_of_ranks, 10.0, world_size=world_size, parallel=ParallelConfig())
+    assert [total for _, total in results] == [10.0 * sum(range(world_size))] * world_size
+    assert len({pid for pid, _ in results}) == world_size
+
+
+def test_processes_are_reused(ranks: RankPool) -> None:
+    first = ranks.run(_sum_of_ranks, 1.0, world_size=2, parallel=ParallelConfig())
+    second = ranks.run(
+        _sum_of_ranks, 1.0, world_size=2, parallel=ParallelConfig(tensor_model_parallel_size=2)
+    )
+    assert [pid for pid, _ in first] == [pid for pid, _ in second]
+
+
+def test_tensors_travel_both_ways(ranks: RankPool) -> None:
+    results = ranks.run(_return_what_came, torch.arange(3), world_size=2, parallel=ParallelConfig())
+    assert torch.equal(results[1], torch.tensor([1, 2, 3]))
+
+
+def test_function_can_form_its_own_groups(ranks: RankPool) -> None:
+    assert ranks.run(_own_groups, world_size=2) == [(0, 1), (1, 1)]
+
+
+def test_exception_names_the_rank_and_carries_its_traceback(ranks: RankPool) -> None:
+    started = time.monotonic()
+    with pytest.raises(
+        RankFailure, match="(?s)rank 1 of 2 failed.*_raise_on_last_rank.*this rank has no luck"
+    ):
+        ranks.run(_raise_on_last_rank, world_size=2, parallel=ParallelConfig())
+    assert time.monotonic() - started < 60  # rank 0 waits in a barrier and is not waited for
+
+
+def test_death_of_a_rank_is_reported_and_the_pool_recovers(ranks: RankPool) -> None:
+    with pytest.raises(RankFailure, match="(?s)rank 1 of 2 died with exit code 7.*last words"):
+        ranks.run(_die, world_size=2, parallel=ParallelConfig())
+    results = ranks.run(_sum_of_ranks, 1.0, world_size=2, parallel=ParallelConfig())
+    assert [total for _, total in results] == [1.0, 1.0]
+
+
+def test_hanging_rank_is_reported_with_the_place_where_it_hangs(ranks: RankPool) -> None:
+    ranks.run(
+        _sum_of_ranks, 1.0, world_size=1, parallel=ParallelConfig()
+    )  # so that starting up does not count
+    with pytest.raises(RankFailure, match="(?s)did not finish within 2 s.*in _sleep"):
+        ranks.run(_sleep, world_size=1, parallel=ParallelConfig(), timeout=2)
