@@ -1,0 +1,171 @@
+"""Process groups form from the config and the launcher's environment, or refuse with one sentence."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import pytest
+import torch
+
+from spikingbrain_train.config.errors import ConfigurationError, PlatformError
+from spikingbrain_train.config.parallel import ParallelConfig
+from spikingbrain_train.parallel import process_groups
+from spikingbrain_train.parallel.accelerator import detect
+from spikingbrain_train.parallel.process_groups import Launch, ProcessGroups, threads_per_rank
+from tests.distributed.pool import RankPool
+
+LAUNCHED = {"RANK": "3", "WORLD_SIZE": "8", "MASTER_ADDR": "node-a", "MASTER_PORT": "29500"}
+
+
+def test_process_without_a_launcher_is_a_world_of_its_own() -> None:
+    assert Launch.from_environment({"PATH": "/bin"}) == Launch(0, 1, 0, 1, None)
+
+
+def test_launcher_variables_are_read() -> None:
+    node = {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    assert Launch.from_environment(LAUNCHED | node) == Launch(3, 8, 1, 2, "node-a")
+
+
+def test_incomplete_launch_names_what_is_missing() -> None:
+    with pytest.raises(PlatformError, match="missing: MASTER_ADDR, MASTER_PORT"):
+        Launch.from_environment({"RANK": "0", "WORLD_SIZE": "2"})
+
+
+def test_launch_variable_that_is_no_number_is_refused() -> None:
+    with pytest.raises(PlatformError, match="must be numbers"):
+        Launch.from_environment(LAUNCHED | {"RANK": "three"})
+
+
+@pytest.mark.parametrize(
+    ("parallel", "world_size", "sentence"),
+    [
+        (ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2), 6, "a multiple of 4"),
+        (ParallelConfig(tensor_model_parallel_size=2), 1, "a multiple of 2"),
+        (ParallelConfig(tensor_model_parallel_size=2, data_parallel_size=3), 4, "leave 2; .* start 6 ranks"),
+    ],
+)
+def test_world_that_does_not_fit_is_refused(parallel: ParallelConfig, world_size: int, sentence: str) -> None:
+    with pytest.raises(ConfigurationError, match=sentence):
+        process_groups.check_world_size(parallel, world_size)
+
+
+def test_world_that_fits_is_accepted() -> None:
+    process_groups.check_world_size(ParallelConfig(tensor_model_parallel_size=2, data_parallel_size=3), 6)
+
+
+def test_cores_are_divided_over_the_ranks_of_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process_groups, "_available_cores", lambda: 8)
+    torchrun = {"TORCHELASTIC_RUN_ID": "none", "OMP_NUM_THREADS": "1"}
+    assert threads_per_rank(1, {}) == 8
+    assert threads_per_rank(2, {}) == 4
+    assert threads_per_rank(16, {}) == 1
+    assert threads_per_rank(2, torchrun) == 4  # torchrun's default, nobody's choice
+    assert threads_per_rank(2, torchrun | {"OMP_NUM_THREADS": "3"}) == 3
+    assert threads_per_rank(1, {"OMP_NUM_THREADS": "1"}) == 1
+    assert threads_per_rank(2, {"OMP_NUM_THREADS": "many"}) == 4
+
+
+def test_rendezvous_host_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: object) -> None:
+        raise socket.gaierror("Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    assert process_groups._reachable_master("this-machine", one_node=True) == "127.0.0.1"
+    with pytest.raises(PlatformError, match="MASTER_ADDR=node-a cannot be resolved"):
+        process_groups._reachable_master("node-a", one_node=False)
+    assert process_groups._interface_towards("node-a") is None
+
+
+@pytest.mark.skipif(not os.path.isdir("/sys/class/net/lo"), reason="asks for Linux's loopback device")
+def test_interface_is_the_one_that_reaches_the_host() -> None:
+    assert process_groups._interface_towards("127.0.0.1") == "lo"
+
+
+def _layout(groups: ProcessGroups) -> dict[str, object]:
+    total = torch.tensor([float(groups.rank)])
+    torch.distributed.all_reduce(total, group=groups.collection.mp)
+    return {
+        "tp": groups.tensor_model_parallel_rank,
+        "pp": groups.pipeline_model_parallel_rank,
+        "dp": groups.data_parallel_rank,
+        "size": (
+            groups.tensor_model_parallel_size,
+            groups.pipeline_model_parallel_size,
+            groups.data_parallel_size,
+        ),
+        "stage": (groups.is_pipeline_first_stage, groups.is_pipeline_last_stage),
+        "main": (groups.is_main_process, process_groups.is_main_process()),
+        "model parallel sum": total.item(),
+        "device": str(groups.device),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def test_ranks_are_laid_out_tensor_first_then_data_then_pipeline(ranks: RankPool) -> None:
+    tp_pp = ranks.run(
+        _layout,
+        world_size=4,
+        parallel=ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2),
+    )
+    assert [(rank["tp"], rank["pp"], rank["dp"]) for rank in tp_pp] == [
+        (0, 0, 0),
+        (1, 0, 0),
+        (0, 1, 0),
+        (1, 1, 0),
+    ]
+    assert all(rank["size"] == (2, 2, 1) and rank["model parallel sum"] == 6.0 for rank in tp_pp)
+    assert [rank["stage"] for rank in tp_pp] == [(True, False)] * 2 + [(False, True)] * 2
+    assert [rank["main"] for rank in tp_pp] == [(True, True)] + [(False, False)] * 3
+    assert all(rank["device"] == "cpu" and rank["threads"] == 1 for rank in tp_pp)
+
+    tp_dp = ranks.run(_layout, world_size=4, parallel=ParallelConfig(tensor_model_parallel_size=2))
+    assert [(rank["tp"], rank["dp"]) for rank in tp_dp] == [(0, 0), (1, 0), (0, 1), (1, 1)]
+
+
+def _without_a_launcher() -> tuple[int, bool, str]:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name)
+    for _ in range(2):  # a second world after the first one is left
+        groups = process_groups.initialize(ParallelConfig(), detect("cpu"), seed=3)
+        torch.distributed.all_reduce(torch.ones(1), group=groups.collection.dp)
+        process_groups.destroy()
+    process_groups.destroy()
+    return groups.world_size, process_groups.is_main_process(), groups.describe()
+
+
+def test_one_process_needs_no_launcher(ranks: RankPool) -> None:
+    [(world_size, is_main, line)] = ranks.run(_without_a_launcher, world_size=1)
+    assert world_size == 1 and is_main
+    assert line.startswith("1 rank(s) = tensor 1 x pipeline 1 x data 1, 1 CPU thread(s) each; megatron-core")
+
+
+def _refused_world() -> tuple[str, bool]:
+    with pytest.raises(ConfigurationError) as caught:
+        process_groups.initialize(ParallelConfig(tensor_model_parallel_size=4), detect("cpu"), seed=0)
+    return str(caught.value), torch.distributed.is_initialized()
+
+
+def test_refusal_comes_before_any_group_forms(ranks: RankPool) -> None:
+    for sentence, joined in ranks.run(_refused_world, world_size=2):
+        assert "world size 2" in sentence and not joined
+
+
+def _random_numbers(groups: ProcessGroups) -> tuple[float, float]:
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    with get_cuda_rng_tracker().fork():
+        in_model = torch.rand(1).item()
+    return in_model, torch.rand(1).item()
+
+
+def test_seeds_follow_megatrons_rule(ranks: RankPool) -> None:
+    """Tensor-parallel ranks differ inside the tracker's fork and agree outside; runs repeat themselves."""
+    tensor = ParallelConfig(tensor_model_parallel_size=2)
+    first = ranks.run(_random_numbers, world_size=2, parallel=tensor)
+    assert first == ranks.run(_random_numbers, world_size=2, parallel=tensor)
+    assert first[0][0] != first[1][0] and first[0][1] == first[1][1]
+    replicas = ranks.run(_random_numbers, world_size=2, parallel=ParallelConfig())
+    assert replicas[0] == replicas[1]
+    stages = ranks.run(_random_numbers, world_size=2, parallel=ParallelConfig(pipeline_model_parallel_size=2))
+    assert stages[0] != stages[1]
