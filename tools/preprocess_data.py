@@ -13,9 +13,9 @@ from spikingbrain_train.data.preprocess import PreprocessOptions, plan_preproces
 
 EXAMPLES = """\
 examples:
-  # Python's own documentation, 5 % of the topics held out: writes data/pydoc_train.* and data/pydoc_valid.*
+  # Python's own documentation, 15 % of the topics held out: writes data/pydoc_train.* and data/pydoc_valid.*
   tools/preprocess_data.py --input pydoc-topics --tokenizer models/SmolLM2-135M --output-prefix data/pydoc \\
-      --valid-fraction 0.05
+      --valid-fraction 0.15
 
   # compressed JSON lines whose text is in the field "content", on 8 processes
   tools/preprocess_data.py --input 'corpus/*.jsonl.zst' --text-key content --tokenizer models/Qwen2.5-7B \\

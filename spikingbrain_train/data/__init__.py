@@ -1,0 +1,1 @@
+"""From text to batches: tokenizers and documents -> preprocess -> indexed -> gpt_dataset -> loader."""
