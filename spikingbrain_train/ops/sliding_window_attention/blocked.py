@@ -30,8 +30,9 @@ from spikingbrain_train.ops.sliding_window_attention.torch_sdpa import sdpa_slid
 # Rows of one product (heads of a group times queries of a tile): enough for full speed, small for the caches.
 _TILE_ROWS = 768
 _ALIGNMENT = 16
-# Keys at the very start often receive most of the attention, so they are worth a look when a maximum is
-# guessed.
+# A row's maximum is guessed from this many keys before its tile, those of the tile, and the first few of the
+# sequence, which often receive most of the attention.
+_PROBED_KEYS_BEFORE = 64
 _PROBED_FIRST_KEYS = 16
 # A guess that is too low by more than log(this) would cost bfloat16 digits: then the true maximum is
 # computed.
@@ -160,12 +161,18 @@ def _row_sums(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _guess_maximum(sequences: _Sequences, tile: _Tile, q_RCK: Tensor) -> Tensor:
-    """A cheap lower bound of each row's largest score, usually close: its own tile's keys and the first few
-    keys."""
+    """A cheap lower bound of each row's largest score, usually close: of the nearest and first keys."""
     k, scratch = sequences.k_and_ones[tile.batch, tile.group], sequences.scratch
-    own_tile = _Tile(tile.batch, tile.group, tile.queries, tile.queries, tile.window)
-    guess = own_tile.mask_(_products(q_RCK, k[tile.queries], scratch), float("-inf")).amax(-1)
-    if tile.queries.start >= _PROBED_FIRST_KEYS and tile.queries.stop <= tile.window:
+    start, stop = tile.queries.start, tile.queries.stop
+    near = _Tile(
+        tile.batch,
+        tile.group,
+        tile.queries,
+        slice(max(tile.keys.start, start - _PROBED_KEYS_BEFORE), stop),
+        tile.window,
+    )
+    guess = near.mask_(_products(q_RCK, k[near.keys], scratch), float("-inf")).amax(-1)
+    if start >= _PROBED_FIRST_KEYS and stop <= tile.window:
         guess = torch.maximum(guess, _products(q_RCK, k[:_PROBED_FIRST_KEYS], scratch).amax(-1))
     return guess.to(sequences.sum_dtype)
 
