@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import logging
 import os
+import queue
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,12 @@ def save_checkpoint(sharded_state_dict: dict[str, Any], folder: Path) -> None:
         CheckpointingException, OSError: from megatron-core and the file system.
     """
     from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+    # Writers report through this queue. megatron-core's own is served by a manager process that every rank spawns
+    # (seconds, 270 MB, and it outlives a killed rank) for the sake of saving from another process, which we don't do.
+    if filesystem_async._results_queue is None:
+        filesystem_async._results_queue = queue.Queue()
     dist_checkpointing.save(sharded_state_dict, str(folder))
     if not _COMMON_STATE_IN_FILE:
         if torch.distributed.get_rank() == 0:  # 0.16 looks for the plain values in this file and nowhere else

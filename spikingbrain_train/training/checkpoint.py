@@ -20,6 +20,8 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
+from torch.distributed.checkpoint.api import CheckpointException
+
 from spikingbrain_train.config.checkpoint_folder import (
     HF_SOURCE_FOLDER,
     LATEST_ITERATION_FILE,
@@ -78,7 +80,7 @@ def save_checkpoint(
     """
     final = iteration_folder(folder, state.iteration)
     temporary = final.with_name(f".{final.name}.incomplete")
-    failure = None
+    failure: BaseException | None = None
     try:
         if groups.is_main_process:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -93,7 +95,7 @@ def save_checkpoint(
             save_config(state.model.model_config, temporary / MODEL_CONFIG_FILE)
             if hf_source is not None:
                 shutil.copytree(hf_source, temporary / HF_SOURCE_FOLDER)
-    except (OSError, CheckpointingException, RuntimeError) as error:
+    except (OSError, CheckpointingException, CheckpointException, RuntimeError) as error:
         failure = error
     _raise_if_any(failure, temporary, groups)
     if groups.is_main_process:
@@ -106,7 +108,7 @@ def save_checkpoint(
     return final
 
 
-def _raise_if_any(failure: Exception | None, folder: Path, groups: ProcessGroups) -> None:
+def _raise_if_any(failure: BaseException | None, folder: Path, groups: ProcessGroups) -> None:
     """Let all ranks fail together when one could not write, and clean up."""
     failed = torch.tensor([failure is not None], dtype=torch.int, device=groups.device)
     torch.distributed.all_reduce(failed)
@@ -114,7 +116,7 @@ def _raise_if_any(failure: Exception | None, folder: Path, groups: ProcessGroups
         return
     if groups.is_main_process:
         shutil.rmtree(folder, ignore_errors=True)
-    reason = "another rank failed" if failure is None else str(failure).splitlines()[0]
+    reason = "another rank failed" if failure is None else _reason(failure)
     raise CheckpointError(
         f"the checkpoint {folder.parent} cannot be written ({reason}); free space there or choose another output_dir. "
         "Earlier checkpoints are untouched."
@@ -277,8 +279,15 @@ def _restore_generators(rows: dict[str, torch.Tensor], groups: ProcessGroups) ->
 def _load(sharded: dict[str, Any], checkpoint: Path, setting: str) -> dict[str, Any]:
     try:
         return megatron_versions.load_checkpoint(sharded, checkpoint)
-    except (CheckpointingException, OSError, RuntimeError, KeyError, EOFError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    except (CheckpointingException, CheckpointException, OSError, RuntimeError, KeyError, EOFError) as error:
         raise CheckpointError(
-            f"{setting}: the checkpoint {checkpoint} cannot be read ({reason}); it is damaged or of another architecture."
+            f"{setting}: the checkpoint {checkpoint} cannot be read ({_reason(error)}); it is damaged or of another "
+            "architecture."
         ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what went wrong, on the first rank where it did."""
+    if isinstance(error, CheckpointException):  # torch's collection of what each rank met
+        error = next(iter(error.failures.values()))[0]
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

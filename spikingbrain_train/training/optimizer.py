@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
@@ -47,27 +46,53 @@ def build_optimizer(
         overrides[ParamKey(attr="is_new_parameter")] = ParamGroupOverride(
             max_lr=optimizer.lr * optimizer.new_parameter_lr_mult,
             min_lr=optimizer.min_lr * optimizer.new_parameter_lr_mult,
+            # The schedule ignores it, but checkpoints tell parameter groups apart by it.
+            lr_mult=optimizer.new_parameter_lr_mult,  # type: ignore[typeddict-unknown-key]
         )
     built = get_megatron_optimizer(config, [model], config_overrides=overrides, use_gloo_process_groups=False)
-    _use_fused_adamw(built)
+    _prepare_torch_adamw(built)
     return built
 
 
-def _use_fused_adamw(optimizer: MegatronOptimizer) -> None:
-    """Without Transformer Engine or Apex megatron-core takes torch's AdamW, whose default loops over tensors op by op.
+def _prepare_torch_adamw(optimizer: MegatronOptimizer) -> None:
+    """Without Transformer Engine or Apex megatron-core takes torch's AdamW, whose default loops over tensors op by op;
+    the fused form does the same arithmetic in one pass over memory, on CPU and GPU alike.
 
-    torch's fused form does the same arithmetic in one pass over memory, on CPU and GPU alike.
+    Its state is made here, because megatron-core's distributed optimizer cannot describe (and so not load) one that is
+    still empty.
     """
-    for inner in _torch_optimizers(optimizer):
-        if isinstance(inner, torch.optim.AdamW):
-            for group in inner.param_groups:
-                group["fused"], group["foreach"] = True, False
-
-
-def _torch_optimizers(optimizer: MegatronOptimizer) -> Iterator[torch.optim.Optimizer]:
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if part.optimizer is not None:
-            yield part.optimizer
+        inner = part.optimizer
+        if not isinstance(inner, torch.optim.AdamW):
+            continue
+        if isinstance(part, DistributedOptimizer):
+            _keep_step_when_loading(part)
+        for group in inner.param_groups:
+            group["fused"], group["foreach"] = True, False
+            for parameter in group["params"]:
+                inner.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+
+
+def _keep_step_when_loading(optimizer: DistributedOptimizer) -> None:
+    """Make the distributed optimizer restore torch's AdamW.
+
+    megatron-core first gives all parameters one step tensor, which the optimizer would then advance once for each of them,
+    and then copies every state tensor from the checkpoint, where a step for each parameter is not. So each parameter gets a
+    step of its own and keeps it.
+    """
+    copy_states = optimizer._set_main_param_and_optimizer_states
+
+    def copy_states_but_step(model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
+        group, order = optimizer.model_param_group_index_map[model_param]
+        state = optimizer.optimizer.state[optimizer.optimizer.param_groups[group]["params"][order]]
+        state["step"] = state["step"].clone()
+        copy_states(model_param, {"step": state["step"], **tensors})
+
+    optimizer._set_main_param_and_optimizer_states = copy_states_but_step
 
 
 def build_scheduler(

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from spikingbrain_train.config.checkpoint_folder import (
+    CHECKPOINT_FOLDER,
     HF_SOURCE_FOLDER,
     latest_checkpoint,
     latest_iteration,
@@ -40,10 +41,6 @@ from spikingbrain_train.training.throughput import (
     measure_peak_tflops,
     model_flops_utilization,
 )
-
-CHECKPOINT_FOLDER = "checkpoints"
-"""Where a run's checkpoints lie below its output_dir."""
-
 
 def run(config: RunConfig) -> None:
     """Train one stage on all ranks of this launch.
