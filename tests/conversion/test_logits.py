@@ -1,0 +1,109 @@
+"""The converted weights compute what transformers computes from the source and from the export.
+
+Bound of every comparison: 2e-4 on float32 logits of order 1-10; two correct implementations differ by
+summation order, which stays below 1e-5 here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from spikingbrain_train.config.conversion import ConversionConfig
+from spikingbrain_train.config.model import Mixer
+from spikingbrain_train.config.parallel import ParallelConfig
+from spikingbrain_train.conversion.export_checkpoint import export_checkpoint
+from spikingbrain_train.conversion.import_checkpoint import import_checkpoint
+from spikingbrain_train.conversion.megatron_checkpoint import MegatronCheckpointReader
+from tests.conversion.hf_models import HFCheckpoint, all_tensors
+from tests.conversion.megatron_models import TOKENS, logits_and_save, megatron_logits, parameters_of_stage
+from tests.distributed.pool import RankPool
+
+TOLERANCE = 2e-4
+ONE_RANK = ParallelConfig()
+TENSOR_PARALLEL = ParallelConfig(tensor_model_parallel_size=2)
+PIPELINE_PARALLEL = ParallelConfig(pipeline_model_parallel_size=2)
+
+
+def transformers_logits(folder: Path) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    with torch.no_grad():
+        return model.eval()(TOKENS).logits
+
+
+def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    assert theirs.std() > 0.1  # logits that say nothing would agree, too
+    assert (ours - theirs).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("family", ["llama", "llama3_rope", "qwen2", "qwen3"])
+def test_imported_dense_model_agrees_with_transformers(
+    ranks: RankPool, hf_checkpoint: HFCheckpoint, tmp_path: Path, family: str, tied: bool
+) -> None:
+    source, _ = hf_checkpoint(family, tie_word_embeddings=tied)
+    import_checkpoint(source, tmp_path / "megatron")
+    (logits,) = ranks.run(megatron_logits, tmp_path / "megatron", world_size=1, parallel=ONE_RANK)
+    assert_close(logits, transformers_logits(source))
+
+
+@pytest.mark.parametrize("family", ["llama3_rope", "qwen2", "qwen3"])
+def test_exported_hybrid_agrees_with_the_megatron_model(
+    ranks: RankPool, hf_checkpoint: HFCheckpoint, tmp_path: Path, family: str
+) -> None:
+    source, _ = hf_checkpoint(family)
+    recipe = ConversionConfig(mixers=[Mixer.gla, Mixer.swa, Mixer.gla, Mixer.full], sliding_window=7)
+    recipe.gla.init_gate_std = 1.0  # gates that differ between tokens and channels
+    import_checkpoint(source, tmp_path / "megatron", recipe)
+    export_checkpoint(tmp_path / "megatron", tmp_path / "hybrid")
+    (logits,) = ranks.run(megatron_logits, tmp_path / "megatron", world_size=1, parallel=ONE_RANK)
+    assert_close(logits, transformers_logits(tmp_path / "hybrid"))
+
+
+@pytest.mark.parametrize(("family", "tied"), [("qwen2", False), ("qwen3", True)], ids=["untied", "tied"])
+def test_tensor_parallel_ranks_agree_and_what_they_save_exports_bit_identically(
+    ranks: RankPool, hf_checkpoint: HFCheckpoint, tmp_path: Path, family: str, tied: bool
+) -> None:
+    """101 vocabulary rows become 256 over two ranks, and 101 again; q/k/v and gates are split by groups."""
+    source, _ = hf_checkpoint(family, tie_word_embeddings=tied)
+    import_checkpoint(source, tmp_path / "megatron", ConversionConfig(sliding_window=7))
+    export_checkpoint(tmp_path / "megatron", tmp_path / "hybrid")
+    logits = ranks.run(
+        logits_and_save, tmp_path / "megatron", tmp_path / "saved", world_size=2, parallel=TENSOR_PARALLEL
+    )
+    assert_close(logits[0], transformers_logits(tmp_path / "hybrid"))
+
+    saved = MegatronCheckpointReader(tmp_path / "saved/iter_0000003").tensors
+    written = MegatronCheckpointReader(tmp_path / "megatron/iter_0000000").tensors
+    assert saved.keys() == written.keys()  # the mapping table knows a real model's keys
+    assert saved["embedding.word_embeddings.weight"].size[0] == 256
+    assert len(saved["decoder.layers.0.mlp.linear_fc2.weight"].chunks) == 2
+    export_checkpoint(tmp_path / "saved", tmp_path / "hybrid_again")
+    ours, theirs = all_tensors(tmp_path / "hybrid_again"), all_tensors(tmp_path / "hybrid")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_pipeline_stages_hold_the_layers_of_their_half(
+    ranks: RankPool, hf_checkpoint: HFCheckpoint, tmp_path: Path, tied: bool
+) -> None:
+    source, _ = hf_checkpoint("qwen2", tie_word_embeddings=tied)
+    import_checkpoint(source, tmp_path / "megatron", ConversionConfig())
+    reader = MegatronCheckpointReader(tmp_path / "megatron/iter_0000000")
+    stages = ranks.run(parameters_of_stage, tmp_path / "megatron", world_size=2, parallel=PIPELINE_PARALLEL)
+    seen = set()
+    for first_layer, held in zip((0, 2), stages, strict=True):
+        for name, tensor in held.items():
+            layer = name.removeprefix("decoder.layers.").partition(".")[0]
+            if layer.isdecimal():
+                name = name.replace(f"layers.{layer}.", f"layers.{int(layer) + first_layer}.", 1)
+            if tied and name == "output_layer.weight":  # the last stage's copy of the embedding
+                name = "embedding.word_embeddings.weight"
+            expected = reader.read(name)
+            assert torch.equal(tensor[: len(expected)], expected), name
+            seen.add(name)
+    assert seen == reader.tensors.keys()
