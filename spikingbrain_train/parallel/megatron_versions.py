@@ -11,20 +11,25 @@ same in both for our purposes needs nothing here: ``get_megatron_optimizer(confi
   ``common_state`` among the shards (it still reads the file where there is one).
 - ``dist_checkpointing.load``: 0.16.1 takes ``common_strategy``, which 0.19 lacks.
 - ``metadata.json``: 0.19 leaves out ``common_backend``, which 0.16.1 looks for.
+- A failing read or write: torch's ``CheckpointException`` is a ``BaseException`` in both and is turned into
+  megatron-core's ``CheckpointingException`` here.
 - 0.19 logs that ``GPTModel`` and parts of ``dist_checkpointing`` will be removed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from packaging.version import Version
+from torch.distributed.checkpoint.api import CheckpointException
 
 from spikingbrain_train.config.errors import PlatformError
 
@@ -57,11 +62,13 @@ def save_checkpoint(sharded_state_dict: dict[str, Any], folder: Path) -> None:
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    # Writers report through this queue. megatron-core's own is served by a manager process that every rank spawns
-    # (seconds, 270 MB, and it outlives a killed rank) for the sake of saving from another process, which we don't do.
+    # Writers report through this queue. megatron-core's own is served by a manager process that every rank
+    # spawns (seconds, 270 MB, and it outlives a killed rank) for the sake of saving from another process,
+    # which we don't do.
     if filesystem_async._results_queue is None:
         filesystem_async._results_queue = queue.Queue()
-    dist_checkpointing.save(sharded_state_dict, str(folder))
+    with _torch_failures_as_exceptions():
+        dist_checkpointing.save(sharded_state_dict, str(folder))
     if not _COMMON_STATE_IN_FILE:
         if torch.distributed.get_rank() == 0:  # 0.16 looks for the plain values in this file and nowhere else
             common = dist_checkpointing.load_common_state_dict(str(folder))
@@ -88,12 +95,27 @@ def load_checkpoint(sharded_state_dict: dict[str, Any], folder: Path) -> dict[st
     from megatron.core import dist_checkpointing
 
     if not _COMMON_STATE_IN_FILE:
-        return dist_checkpointing.load(sharded_state_dict, str(folder))
+        with _torch_failures_as_exceptions():
+            return dist_checkpointing.load(sharded_state_dict, str(folder))
     from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
 
     if not (folder / COMMON_STATE_FILE).is_file():  # 0.16.1 itself fails here with an AttributeError
         raise FileNotFoundError(f"{folder / COMMON_STATE_FILE} is missing")
-    return dist_checkpointing.load(sharded_state_dict, str(folder), common_strategy=TorchCommonLoadStrategy())
+    strategy = TorchCommonLoadStrategy()
+    with _torch_failures_as_exceptions():
+        return dist_checkpointing.load(sharded_state_dict, str(folder), common_strategy=strategy)
+
+
+@contextlib.contextmanager
+def _torch_failures_as_exceptions() -> Iterator[None]:
+    """torch's CheckpointException is no Exception, only a BaseException, and holds the reasons by rank."""
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (reason, _) = next(iter(error.failures.items()))
+        raise CheckpointingException(f"rank {rank}: {reason}") from error
 
 
 def silence_deprecation_notices() -> None:
