@@ -194,18 +194,13 @@ def build_datasets(
         if tokenizer is not None:
             check_same_tokenizer(prefix, tokenizer)
     train = [open_indexed_dataset(prefix, vocab_size) for prefix in data.train]
-    valid = [open_indexed_dataset(prefix, vocab_size) for prefix in data.valid]
+    valid = open_valid_dataset(data.valid, seq_length, valid_samples, vocab_size) if data.valid else None
     for prefix, dataset in zip(data.train, train, strict=True):
         if num_tokens(dataset) < seq_length + 1:
             raise DataError(
                 f"the train dataset {prefix} has {num_tokens(dataset)} tokens but one sample needs "
                 f"{seq_length + 1} (stage.seq_length + 1): add text or lower stage.seq_length to at most "
                 f"{num_tokens(dataset) - 1}"
-            )
-    for prefix, dataset in zip(data.valid, valid, strict=True):
-        if num_tokens(dataset) < 2:
-            raise DataError(
-                f"the valid dataset {prefix} has 1 token, which predicts nothing: hold out more text"
             )
     parts = [ShuffledWindows(dataset, seq_length, (seed, number)) for number, dataset in enumerate(train)]
     if weights is None:
@@ -219,7 +214,33 @@ def build_datasets(
             samples,
             samples / part.windows_per_epoch,
         )
-    return train_dataset, ValidDataset(valid, seq_length, valid_samples) if valid else None
+    return train_dataset, valid
+
+
+def open_valid_dataset(
+    prefixes: Sequence[str],
+    seq_length: int,
+    num_samples: int | None = None,
+    vocab_size: int | None = None,
+) -> ValidDataset:
+    """Open and check held-out datasets: the windows that a run with ``data.valid=prefixes`` evaluates on.
+
+    Args:
+        prefixes: indexed datasets, at least one.
+        seq_length: tokens of a window.
+        num_samples: windows to use at most; None for all.
+        vocab_size: the model's vocabulary; None skips that check.
+
+    Raises:
+        DataError: missing, damaged or too short datasets, or tokens that the model has no embedding for.
+    """
+    datasets = [open_indexed_dataset(prefix, vocab_size) for prefix in prefixes]
+    for prefix, dataset in zip(prefixes, datasets, strict=True):
+        if num_tokens(dataset) < 2:
+            raise DataError(
+                f"the valid dataset {prefix} has 1 token, which predicts nothing: hold out more text"
+            )
+    return ValidDataset(datasets, seq_length, num_samples)
 
 
 def _check_weights(data: DataConfig) -> list[float] | None:

@@ -1,0 +1,197 @@
+"""Arguments of tools/evaluate.py and tools/generate.py. Imports torch only after they have been understood."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from spikingbrain_train.config.command_line import user_errors
+from spikingbrain_train.config.errors import ConfigurationError
+
+_EVALUATE_DESCRIPTION = """\
+Measure the held-out cross entropy and perplexity of a Hugging Face model: a dense source, or a hybrid that
+tools/export.py wrote. The windows are those that train.py evaluates on with the same stage.seq_length.
+"""
+
+_EVALUATE_EXAMPLES = """\
+examples:
+  # a dense model on all held-out tokens, in windows of 1024
+  python tools/evaluate.py --model models/SmolLM2-135M-Instruct --data outputs/smollm2/data/text_valid --seq-length 1024
+
+  # an exported hybrid, whose folder brings its own modelling code
+  python tools/evaluate.py --model outputs/smollm2/export --data outputs/smollm2/data/text_valid --seq-length 1024 \\
+      --trust-remote-code
+"""
+
+_GENERATE_DESCRIPTION = """\
+Continue a prompt with a Hugging Face model, and say how fast that was and how much memory the text took:
+a hybrid keeps recurrent states of constant size and the last tokens of its windows.
+"""
+
+_GENERATE_EXAMPLES = """\
+examples:
+  python tools/generate.py --model outputs/smollm2/export --prompt "The for statement" --trust-remote-code
+
+  # the likeliest token each time
+  python tools/generate.py --model outputs/smollm2/export --prompt "The for statement" --temperature 0 \\
+      --max-new-tokens 64 --trust-remote-code
+"""
+
+
+def evaluate(arguments: Sequence[str] | None = None) -> None:
+    """tools/evaluate.py."""
+    parser = _parser("evaluate.py", _EVALUATE_DESCRIPTION, _EVALUATE_EXAMPLES)
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        required=True,
+        metavar="PREFIX",
+        help="held-out indexed datasets, without .bin/.idx",
+    )
+    parser.add_argument(
+        "--seq-length", type=int, default=2048, metavar="N", help="tokens of a window (default: %(default)s)"
+    )
+    parser.add_argument("--max-windows", type=int, metavar="N", help="use the first N windows (default: all)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="also write the numbers as JSON")
+    _run(parser, _evaluate, arguments)
+
+
+def generate(arguments: Sequence[str] | None = None) -> None:
+    """tools/generate.py."""
+    parser = _parser("generate.py", _GENERATE_DESCRIPTION, _GENERATE_EXAMPLES)
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to go on from")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=128, metavar="N", help="tokens to add (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, metavar="X", help="0 is greedy (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=0.95,
+        metavar="P",
+        help="choose among the likeliest tokens that together have probability P (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=1234, help="of the sampling (default: %(default)s)")
+    _run(parser, _generate, arguments)
+
+
+def _parser(prog: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--model", type=Path, required=True, metavar="DIR", help="Hugging Face folder with safetensors"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="number format to compute in (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda", "metax"),
+        default="auto",
+        help="auto takes a GPU if there is one (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the modelling code that lies in the model's folder; every exported hybrid brings some",
+    )
+    return parser
+
+
+def _run(
+    parser: argparse.ArgumentParser,
+    handler: Callable[[argparse.Namespace], None],
+    arguments: Sequence[str] | None,
+) -> None:
+    with user_errors():
+        handler(parser.parse_args(arguments))
+        sys.stdout.flush()
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    for name in ("seq_length", "max_windows"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ConfigurationError(f"--{name.replace('_', '-')} is {value}; give at least 1")
+    model = _load_model(arguments)
+    from spikingbrain_train.data.gpt_dataset import open_valid_dataset
+    from spikingbrain_train.data.indexed import check_same_tokenizer
+    from spikingbrain_train.data.tokenizers import load_tokenizer
+    from spikingbrain_train.evaluation.perplexity import measure_perplexity
+
+    tokenizer = load_tokenizer(arguments.model)
+    for prefix in arguments.data:
+        check_same_tokenizer(prefix, tokenizer)
+    dataset = open_valid_dataset(
+        arguments.data, arguments.seq_length, arguments.max_windows, model.config.vocab_size
+    )
+    measured = measure_perplexity(model, dataset, progress=True)
+    print(f"model          {arguments.model} ({type(model).__name__}, {arguments.dtype})")
+    print(f"held-out text  {measured.tokens:,} tokens in {measured.windows} windows of {measured.seq_length}")
+    print(f"cross entropy  {measured.cross_entropy:.4f} nats per token")
+    print(f"perplexity     {measured.perplexity:.3f}")
+    if arguments.output is not None:
+        _write_json(arguments.output, {**asdict(measured), "perplexity": measured.perplexity})
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    from spikingbrain_train.evaluation.generation import Sampling, generate_text
+
+    sampling = Sampling(
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+    )
+    from spikingbrain_train.evaluation.pretrained import load_text_tokenizer
+
+    model = _load_model(arguments)
+    generation = generate_text(
+        model, load_text_tokenizer(arguments.model), arguments.prompt, sampling, _show_text
+    )
+    speed = generation.tokens_per_second
+    print(f"\n\n{generation.prompt_tokens} tokens read, {generation.new_tokens} written", end="")
+    print("" if speed is None else f" at {speed:.1f} tokens/s")
+    print(f"cache: {generation.cache.describe()}")
+
+
+def _load_model(arguments: argparse.Namespace):
+    import torch
+
+    from spikingbrain_train.config.parallel import AcceleratorKind
+    from spikingbrain_train.evaluation.pretrained import load_causal_lm
+    from spikingbrain_train.parallel.accelerator import detect
+
+    accelerator = detect(AcceleratorKind(arguments.device))
+    return load_causal_lm(
+        arguments.model,
+        trust_remote_code=arguments.trust_remote_code,
+        dtype=getattr(torch, arguments.dtype),
+        device=accelerator.device(),
+    )
+
+
+def _show_text(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _write_json(path: Path, numbers: dict[str, float]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,178 @@
+"""Text from a Hugging Face model, shown as it comes, with its speed and the memory that it needed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
+
+from spikingbrain_train.config.errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.8
+    """0 takes the likeliest token."""
+    top_p: float = 0.95
+    """Choose among the likeliest tokens whose probabilities sum to this."""
+    seed: int = 1234
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ConfigurationError(f"--max-new-tokens is {self.max_new_tokens}; give at least 1")
+        if not 0.0 <= self.temperature < float("inf"):
+            raise ConfigurationError(
+                f"--temperature is {self.temperature}; give 0 (greedy) or a positive number"
+            )
+        if not 0.0 < self.top_p <= 1.0:
+            raise ConfigurationError(f"--top-p is {self.top_p}; give a number above 0 and up to 1")
+
+
+@dataclass(frozen=True)
+class CacheSize:
+    """Bytes that a model keeps between tokens."""
+
+    recurrent: int = 0
+    """In recurrent states: the same for every length of text."""
+    windowed: int = 0
+    """In keys and values of sliding windows."""
+    windowed_limit: int = 0
+    """What ``windowed`` grows to, once the text is longer than the windows."""
+    unbounded: int = 0
+    """In keys and values that grow with every token."""
+
+    def describe(self) -> str:
+        """One phrase, in megabytes."""
+        parts = []
+        if self.recurrent:
+            parts.append(f"{self.recurrent / 1e6:.2f} MB in recurrent states, whatever the length")
+        if self.windowed:
+            parts.append(
+                f"{self.windowed / 1e6:.2f} MB in windows, never above {self.windowed_limit / 1e6:.1f} MB"
+            )
+        if self.unbounded:
+            parts.append(f"{self.unbounded / 1e6:.2f} MB in keys and values, growing with every token")
+        return "; ".join(parts) or "empty"
+
+
+@dataclass
+class Generation:
+    """What came out."""
+
+    prompt_tokens: int
+    new_tokens: int
+    tokens_per_second: float | None
+    """Of the recurrence: the first new token, which reads the prompt, is left out. None with one token."""
+    cache: CacheSize
+    token_ids: list[int] = field(default_factory=list)
+    """Prompt and new tokens."""
+
+
+class _TimedStreamer(TextStreamer):
+    """Hands text on as soon as it is complete, and notes when tokens came."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, show: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_special_tokens=True)
+        self._show = show
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        self.times.append(time.perf_counter())
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._show(text)
+
+
+def generate_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    sampling: Sampling,
+    show: Callable[[str], None],
+) -> Generation:
+    """Continue ``prompt``.
+
+    Args:
+        model: any causal language model of transformers; its generation_config is replaced.
+        tokenizer: its tokenizer.
+        prompt: text; at least one token.
+        sampling: how.
+        show: called with pieces of text, the prompt first.
+
+    Raises:
+        ConfigurationError: the prompt has no token.
+    """
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    if inputs["input_ids"].shape[1] == 0:
+        raise ConfigurationError("--prompt is empty; give at least one word to go on from")
+    torch.manual_seed(sampling.seed)
+    streamer = _TimedStreamer(tokenizer, show)
+    # Replaced, not passed: generate() fills what a passed config leaves open with the model's own sampling settings.
+    model.generation_config = _generation_config(model, tokenizer, sampling)
+    output: Any = model.generate(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        streamer=streamer,
+        return_dict_in_generate=True,
+    )
+    # The streamer is given the prompt once, then one token at a time.
+    steps = len(streamer.times) - 2
+    seconds = streamer.times[-1] - streamer.times[1] if steps > 0 else 0.0
+    prompt_tokens = inputs["input_ids"].shape[1]
+    return Generation(
+        prompt_tokens=prompt_tokens,
+        new_tokens=output.sequences.shape[1] - prompt_tokens,
+        tokens_per_second=steps / seconds if seconds > 0 else None,
+        cache=cache_size(output.past_key_values),
+        token_ids=output.sequences[0].tolist(),
+    )
+
+
+def _generation_config(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: Sampling
+) -> GenerationConfig:
+    # The source's own generation_config names its end tokens; chat models have several.
+    end = model.generation_config.eos_token_id if model.generation_config is not None else None
+    end = tokenizer.eos_token_id if end is None else end
+    choice = (
+        {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        if sampling.temperature > 0
+        else {"do_sample": False}
+    )
+    return GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens,
+        eos_token_id=end,
+        pad_token_id=end[0] if isinstance(end, list) else end,
+        **choice,
+    )
+
+
+def cache_size(cache: Any) -> CacheSize:
+    """Bytes in a cache of transformers, or in the ``GLAswaCache`` of an exported hybrid (batch of one)."""
+    recurrent = windowed = windowed_limit = unbounded = 0
+    for layer in getattr(cache, "layers", ()):
+        if hasattr(layer, "state_BGKV"):
+            recurrent += layer.nbytes()
+        elif hasattr(layer, "k_BGSK"):
+            if layer.window is None:
+                unbounded += layer.nbytes()
+            elif layer.k_BGSK is not None:
+                windowed += layer.nbytes()
+                windowed_limit += layer.nbytes() // layer.k_BGSK.shape[2] * (layer.window - 1)
+        elif layer.keys is not None:
+            held = sum(x.untyped_storage().nbytes() for x in (layer.keys, layer.values))
+            if getattr(layer, "is_sliding", False):
+                windowed += held
+                windowed_limit += held // layer.keys.shape[-2] * (layer.sliding_window - 1)
+            else:
+                unbounded += held
+    return CacheSize(recurrent, windowed, windowed_limit, unbounded)

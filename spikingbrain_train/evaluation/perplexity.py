@@ -1,0 +1,105 @@
+"""Held-out cross entropy of a Hugging Face model, over the same windows as training's own evaluation.
+
+The independent check of an export: transformers' model, transformers' weights, only the windows are ours.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from spikingbrain_train.data.gpt_dataset import ValidDataset
+
+_LOGIT_BYTES = 256 << 20
+"""Memory for the float32 logits of one chunk of positions."""
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """What was measured, and over how much."""
+
+    cross_entropy: float
+    """Nats per predicted token."""
+    windows: int
+    seq_length: int
+    tokens: int
+    """Predicted tokens: labels that carry loss."""
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the cross entropy; infinite where that has no float."""
+        try:
+            return math.exp(self.cross_entropy)
+        except OverflowError:
+            return math.inf
+
+
+@torch.no_grad()
+def measure_perplexity(
+    model: PreTrainedModel, dataset: ValidDataset, *, progress: bool = False
+) -> Perplexity:
+    """Mean cross entropy over every unmasked label of ``dataset``, one window at a time.
+
+    Args:
+        model: any causal language model of transformers, in evaluation mode.
+        dataset: held-out windows, at least one.
+        progress: show a bar on standard error if that is a terminal.
+    """
+    losses_of = _CausalLosses(model)
+    total = torch.zeros((), dtype=torch.float64)
+    tokens = 0.0
+    windows: Iterator[int] = tqdm(
+        range(len(dataset)), desc="evaluating", unit="window", disable=None if progress else True
+    )
+    for index in windows:
+        sample = dataset[index]
+        losses = losses_of(sample["tokens"].to(model.device), sample["labels"].to(model.device)).cpu()
+        # Not a product: 0 * inf would be NaN.
+        counted = losses[sample["loss_mask"] > 0]
+        total += counted.double().sum()
+        tokens += counted.numel()
+    return Perplexity(
+        cross_entropy=total.item() / tokens,
+        windows=len(dataset),
+        seq_length=dataset.seq_length,
+        tokens=int(tokens),
+    )
+
+
+class _CausalLosses:
+    """Per-token losses of one window, without the float32 logits of all its positions at once.
+
+    The decoder runs once; the output embedding is applied to chunks of its hidden states. Models that do more to
+    their logits (scaling, soft-capping) are found out on a few tokens, and run whole.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.head = model.get_output_embeddings()
+        probe = torch.arange(8, device=model.device).remainder(model.config.vocab_size).unsqueeze(0)
+        logits = model(input_ids=probe, use_cache=False).logits
+        self.chunked = self.head is not None and torch.equal(self.head(self._hidden(probe)), logits)
+
+    def __call__(self, tokens_T: Tensor, labels_T: Tensor) -> Tensor:
+        """Cross entropy [T] float32 of ``labels_T`` given the tokens up to each position."""
+        if not self.chunked:
+            logits_TV = self.model(input_ids=tokens_T.unsqueeze(0), use_cache=False).logits[0]
+            return F.cross_entropy(logits_TV.float(), labels_T, reduction="none")
+        hidden_TD = self._hidden(tokens_T.unsqueeze(0))[0]
+        positions = max(1, _LOGIT_BYTES // (4 * self.head.weight.shape[0]))
+        return torch.cat(
+            [
+                F.cross_entropy(self.head(hidden).float(), labels, reduction="none")
+                for hidden, labels in zip(hidden_TD.split(positions), labels_T.split(positions), strict=True)
+            ]
+        )
+
+    def _hidden(self, tokens_BT: Tensor) -> Tensor:
+        return self.model.base_model(input_ids=tokens_BT, use_cache=False).last_hidden_state

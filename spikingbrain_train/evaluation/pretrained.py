@@ -1,0 +1,118 @@
+"""Hugging Face folders, ready to evaluate and to generate: the dense source or an exported hybrid."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from spikingbrain_train.config.errors import CheckpointError, ConfigurationError, DataError
+
+CONFIG_FILE = "config.json"
+
+
+def load_causal_lm(
+    folder: str | Path, *, trust_remote_code: bool, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """Load a causal language model from a local folder, for inference.
+
+    Only safetensors are read: a pickle can run code.
+
+    Args:
+        folder: what ``save_pretrained`` or tools/export.py wrote.
+        trust_remote_code: run the modelling code that lies in the folder, if it needs any.
+        dtype: number format of weights and activations.
+        device: where to.
+
+    Raises:
+        ConfigurationError: the folder brings code that it may not run.
+        CheckpointError: missing, incomplete or unreadable; the sentence carries transformers' own words.
+    """
+    folder = Path(folder)
+    _check_code_is_trusted(folder, trust_remote_code)
+    dtype_name = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
+    try:
+        with _quiet():
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                str(folder),
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                **{dtype_name: dtype},
+            )
+    except Exception as error:  # transformers, safetensors and the folder's own code raise whatever they like
+        raise CheckpointError(
+            f"{folder} cannot be loaded by transformers ({_first_line(error)}); check that its files are complete"
+        ) from error
+    if loading["missing_keys"]:
+        # transformers fills them with random numbers and goes on.
+        raise CheckpointError(
+            f"{folder} lacks {len(loading['missing_keys'])} tensors of its model, {min(loading['missing_keys'])} among them; "
+            "restore the missing file or export again"
+        )
+    return model.to(device).eval()
+
+
+def load_text_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a model's folder, without running code from there.
+
+    Raises:
+        DataError: there is none that transformers can load.
+    """
+    try:
+        with _quiet():
+            return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise DataError(
+            f"{folder} holds no tokenizer that transformers can load ({_first_line(error)}); copy the source model's "
+            "tokenizer files into it"
+        ) from error
+
+
+def _check_code_is_trusted(folder: Path, trust_remote_code: bool) -> None:
+    if not (folder / CONFIG_FILE).is_file():
+        raise CheckpointError(
+            f"{folder} is not a Hugging Face folder ({CONFIG_FILE} is missing); name one that tools/export.py or "
+            "save_pretrained wrote"
+        )
+    try:
+        config: Any = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        needs_code = "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING
+    except (ValueError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{folder / CONFIG_FILE} is not a JSON object; restore the file") from error
+    if needs_code and not trust_remote_code:
+        raise ConfigurationError(
+            f"{folder} brings its own modelling code ({', '.join(sorted(p.name for p in folder.glob('*.py')))}); read it, and "
+            "add --trust-remote-code if it may run here"
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No bars and remarks from transformers while it loads; what matters is checked and raised here."""
+    log = transformers.utils.logging
+    verbosity, bar = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        log.set_verbosity(verbosity)
+        if bar:
+            log.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200].rstrip(".:") if lines else type(error).__name__
