@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Measure the held-out cross entropy and perplexity of a Hugging Face model, dense source or exported hybrid."""
+"""Measure the held-out cross entropy of a Hugging Face model: `python tools/evaluate.py --help`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Arguments of tools/evaluate.py and tools/generate.py. Imports torch only after they have been understood."""
+"""Arguments of tools/evaluate.py and tools/generate.py. Imports torch only after they have been
+understood."""
 
 from __future__ import annotations
 
@@ -9,9 +10,13 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from spikingbrain_train.config.command_line import user_errors
 from spikingbrain_train.config.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _EVALUATE_DESCRIPTION = """\
 Measure the held-out cross entropy and perplexity of a Hugging Face model: a dense source, or a hybrid that
@@ -21,11 +26,12 @@ tools/export.py wrote. The windows are those that train.py evaluates on with the
 _EVALUATE_EXAMPLES = """\
 examples:
   # a dense model on all held-out tokens, in windows of 1024
-  python tools/evaluate.py --model models/SmolLM2-135M-Instruct --data outputs/smollm2/data/text_valid --seq-length 1024
+  python tools/evaluate.py --model models/SmolLM2-135M-Instruct --data outputs/smollm2/data/text_valid \\
+      --seq-length 1024
 
   # an exported hybrid, whose folder brings its own modelling code
-  python tools/evaluate.py --model outputs/smollm2/export --data outputs/smollm2/data/text_valid --seq-length 1024 \\
-      --trust-remote-code
+  python tools/evaluate.py --model outputs/smollm2/export --data outputs/smollm2/data/text_valid \\
+      --seq-length 1024 --trust-remote-code
 """
 
 _GENERATE_DESCRIPTION = """\
@@ -57,7 +63,6 @@ def evaluate(arguments: Sequence[str] | None = None) -> None:
         "--seq-length", type=int, default=2048, metavar="N", help="tokens of a window (default: %(default)s)"
     )
     parser.add_argument("--max-windows", type=int, metavar="N", help="use the first N windows (default: all)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="also write the numbers as JSON")
     _run(parser, _evaluate, arguments)
 
 
@@ -92,6 +97,7 @@ def _parser(prog: str, description: str, epilog: str) -> argparse.ArgumentParser
     parser.add_argument(
         "--model", type=Path, required=True, metavar="DIR", help="Hugging Face folder with safetensors"
     )
+    parser.add_argument("--output", type=Path, metavar="FILE", help="also write the result as JSON")
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16", "float16"),
@@ -167,9 +173,11 @@ def _generate(arguments: argparse.Namespace) -> None:
     print(f"\n\n{generation.prompt_tokens} tokens read, {generation.new_tokens} written", end="")
     print("" if speed is None else f" at {speed:.1f} tokens/s")
     print(f"cache: {generation.cache.describe()}")
+    if arguments.output is not None:
+        _write_json(arguments.output, asdict(generation))
 
 
-def _load_model(arguments: argparse.Namespace):
+def _load_model(arguments: argparse.Namespace) -> PreTrainedModel:
     import torch
 
     from spikingbrain_train.config.parallel import AcceleratorKind
@@ -190,8 +198,8 @@ def _show_text(text: str) -> None:
     sys.stdout.flush()
 
 
-def _write_json(path: Path, numbers: dict[str, float]) -> None:
+def _write_json(path: Path, result: dict[str, Any]) -> None:
     temporary = path.with_name(path.name + ".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)

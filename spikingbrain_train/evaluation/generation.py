@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -72,8 +72,8 @@ class Generation:
     tokens_per_second: float | None
     """Of the recurrence: the first new token, which reads the prompt, is left out. None with one token."""
     cache: CacheSize
-    token_ids: list[int] = field(default_factory=list)
-    """Prompt and new tokens."""
+    text: str
+    """Prompt and what follows it."""
 
 
 class _TimedStreamer(TextStreamer):
@@ -116,7 +116,8 @@ def generate_text(
         raise ConfigurationError("--prompt is empty; give at least one word to go on from")
     torch.manual_seed(sampling.seed)
     streamer = _TimedStreamer(tokenizer, show)
-    # Replaced, not passed: generate() fills what a passed config leaves open with the model's own sampling settings.
+    # Replaced, not passed: generate() fills what a passed config leaves open with the model's own sampling
+    # settings.
     model.generation_config = _generation_config(model, tokenizer, sampling)
     output: Any = model.generate(
         input_ids=inputs["input_ids"],
@@ -133,7 +134,7 @@ def generate_text(
         new_tokens=output.sequences.shape[1] - prompt_tokens,
         tokens_per_second=steps / seconds if seconds > 0 else None,
         cache=cache_size(output.past_key_values),
-        token_ids=output.sequences[0].tolist(),
+        text=str(tokenizer.decode(output.sequences[0], skip_special_tokens=True)),
     )
 
 

@@ -6,7 +6,7 @@ The independent check of an export: transformers' model, transformers' weights, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import time
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +31,8 @@ class Perplexity:
     seq_length: int
     tokens: int
     """Predicted tokens: labels that carry loss."""
+    seconds: float
+    """Wall time, without loading the model."""
 
     @property
     def perplexity(self) -> float:
@@ -55,10 +57,9 @@ def measure_perplexity(
     losses_of = _CausalLosses(model)
     total = torch.zeros((), dtype=torch.float64)
     tokens = 0.0
-    windows: Iterator[int] = tqdm(
-        range(len(dataset)), desc="evaluating", unit="window", disable=None if progress else True
-    )
-    for index in windows:
+    started = time.perf_counter()
+    hidden = None if progress else True  # None: shown on a terminal
+    for index in tqdm(range(len(dataset)), desc="evaluating", unit="window", disable=hidden):
         sample = dataset[index]
         losses = losses_of(sample["tokens"].to(model.device), sample["labels"].to(model.device)).cpu()
         # Not a product: 0 * inf would be NaN.
@@ -70,14 +71,15 @@ def measure_perplexity(
         windows=len(dataset),
         seq_length=dataset.seq_length,
         tokens=int(tokens),
+        seconds=time.perf_counter() - started,
     )
 
 
 class _CausalLosses:
     """Per-token losses of one window, without the float32 logits of all its positions at once.
 
-    The decoder runs once; the output embedding is applied to chunks of its hidden states. Models that do more to
-    their logits (scaling, soft-capping) are found out on a few tokens, and run whole.
+    The decoder runs once; the output embedding is applied to chunks of its hidden states. Models that do
+    more to their logits (scaling, soft-capping) are found out on a few tokens, and run whole.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:

@@ -51,13 +51,15 @@ def load_causal_lm(
             )
     except Exception as error:  # transformers, safetensors and the folder's own code raise whatever they like
         raise CheckpointError(
-            f"{folder} cannot be loaded by transformers ({_first_line(error)}); check that its files are complete"
+            f"{folder} cannot be loaded by transformers ({_first_line(error)}); check that its "
+            "files are complete"
         ) from error
     if loading["missing_keys"]:
         # transformers fills them with random numbers and goes on.
+        missing = sorted(loading["missing_keys"])
         raise CheckpointError(
-            f"{folder} lacks {len(loading['missing_keys'])} tensors of its model, {min(loading['missing_keys'])} among them; "
-            "restore the missing file or export again"
+            f"{folder} lacks {len(missing)} tensors of its model, {missing[0]} among them; restore the "
+            "missing file or export again"
         )
     return model.to(device).eval()
 
@@ -73,16 +75,16 @@ def load_text_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
             return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise DataError(
-            f"{folder} holds no tokenizer that transformers can load ({_first_line(error)}); copy the source model's "
-            "tokenizer files into it"
+            f"{folder} holds no tokenizer that transformers can load ({_first_line(error)}); copy the "
+            "source model's tokenizer files into it"
         ) from error
 
 
 def _check_code_is_trusted(folder: Path, trust_remote_code: bool) -> None:
     if not (folder / CONFIG_FILE).is_file():
         raise CheckpointError(
-            f"{folder} is not a Hugging Face folder ({CONFIG_FILE} is missing); name one that tools/export.py or "
-            "save_pretrained wrote"
+            f"{folder} is not a Hugging Face folder ({CONFIG_FILE} is missing); name one that "
+            "tools/export.py or save_pretrained wrote"
         )
     try:
         config: Any = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
@@ -90,9 +92,10 @@ def _check_code_is_trusted(folder: Path, trust_remote_code: bool) -> None:
     except (ValueError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{folder / CONFIG_FILE} is not a JSON object; restore the file") from error
     if needs_code and not trust_remote_code:
+        files = ", ".join(sorted(path.name for path in folder.glob("*.py")))
         raise ConfigurationError(
-            f"{folder} brings its own modelling code ({', '.join(sorted(p.name for p in folder.glob('*.py')))}); read it, and "
-            "add --trust-remote-code if it may run here"
+            f"{folder} brings its own modelling code ({files}); read it, and add --trust-remote-code "
+            "if it may run here"
         )
 
 
