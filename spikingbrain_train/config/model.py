@@ -27,12 +27,21 @@ class GatedLinearAttentionConfig:
     """Width of the gate's bottleneck: W1 is [gate_low_rank_dim, hidden_size] without bias."""
     gate_logit_normalizer: float = 16.0
     """Divisor of the log gate; larger means slower forgetting."""
-    init_gate_bias: float = 3.0
-    """Initial b2: the decay of one step starts at sigmoid(init_gate_bias) ** (1 / gate_logit_normalizer)."""
+    init_gate_bias_min: float = -16.0
+    """Initial b2 of a head's first channel, the fastest to forget: its decay of one step starts at
+    sigmoid(init_gate_bias_min) ** (1 / gate_logit_normalizer)."""
+    init_gate_bias_max: float = 4.0
+    """Initial b2 of a head's last channel, the slowest; those between are spread evenly, so that every head starts with
+    memories from about one token to about a thousand."""
     init_gate_std: float = 0.02
     """Standard deviation of the initial W1 and W2."""
     init_out_norm: float = 0.3
     """Initial weight of the per-head RMSNorm behind the recurrence."""
+
+    def init_gate_bias(self, kv_channels: int) -> list[float]:
+        """Initial b2 of the channels of one head (the same in every head)."""
+        step = (self.init_gate_bias_max - self.init_gate_bias_min) / max(kv_channels - 1, 1)
+        return [self.init_gate_bias_min + step * channel for channel in range(kv_channels)]
 
 
 @dataclass

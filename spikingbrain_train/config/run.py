@@ -28,6 +28,18 @@ class StageKind(str, Enum):
 
 
 @dataclass
+class AlignmentConfig:
+    """How an align stage starts the mixers before it trains them."""
+
+    calibration_tokens: int = 8192
+    """Tokens on which the output projection of every linear attention layer is fitted to the dense layer's output by
+    least squares before the first step; 0 keeps the source's projection. Rounded up to whole global batches, and no
+    more than the stage itself reads."""
+    calibration_ridge: float = 0.3
+    """Pull of that fit towards the source's projection, in units of the mean squared feature."""
+
+
+@dataclass
 class DistillationConfig:
     """Learning from the dense source's logits during continual pretraining. Off when ``weight`` is 0."""
 
@@ -54,6 +66,8 @@ class StageConfig:
     """Sequences of one optimizer step over all ranks; the rest is gradient accumulation."""
     teacher: str | None = None
     """Megatron checkpoint folder of the dense source; needed by align and by distillation."""
+    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
+    """Start of align stages."""
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     """Knowledge distillation in cpt stages."""
 

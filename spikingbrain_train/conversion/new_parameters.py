@@ -18,36 +18,46 @@ from spikingbrain_train.conversion.mapping import Parameter
 
 @dataclass(frozen=True)
 class Initialisation:
-    """A constant, or a normal distribution around it where ``std`` is above 0."""
+    """Values that repeat along the first dimension (a constant is one value), or a normal distribution around them where
+    ``std`` is above 0."""
 
-    mean: float
+    values: tuple[float, ...]
     std: float = 0.0
 
     def __str__(self) -> str:
-        return f"normal, std {self.std:g}" if self.std else f"constant {self.mean:g}"
+        if self.std:
+            return f"normal, std {self.std:g}"
+        if len(self.values) == 1:
+            return f"constant {self.values[0]:g}"
+        return f"from {self.values[0]:g} to {self.values[-1]:g} over the channels of each head"
 
 
 def initialisation(parameter: Parameter) -> Initialisation:
     """How a new parameter starts.
 
-    The gate's bias opens the gate (slow forgetting) and the small output norm keeps the new mixer's
-    contribution near zero until alignment has trained it.
+    The gate's bias spreads the channels of a head from fast to slow forgetting, and the small output norm
+    keeps the new mixer's contribution low until alignment has trained it.
     """
     gla: GatedLinearAttentionConfig = parameter.model.gla
     return {
-        "gate_down_weight": Initialisation(0.0, gla.init_gate_std),
-        "gate_up_weight": Initialisation(0.0, gla.init_gate_std),
-        "gate_up_bias": Initialisation(gla.init_gate_bias),
-        "out_norm": Initialisation(gla.init_out_norm),
+        "gate_down_weight": Initialisation((0.0,), gla.init_gate_std),
+        "gate_up_weight": Initialisation((0.0,), gla.init_gate_std),
+        "gate_up_bias": Initialisation(tuple(gla.init_gate_bias(parameter.model.kv_channels))),
+        "out_norm": Initialisation((gla.init_out_norm,)),
     }[parameter.rule.roles[0]]
 
 
 def new_parameter(parameter: Parameter, seed: int, dtype: torch.dtype) -> Tensor:
     """The values of a new parameter, of its shape and ``dtype``, on CPU."""
     start = initialisation(parameter)
-    tensor = torch.full(parameter.shape, start.mean, dtype=torch.float32)
     if start.std > 0:
         digest = hashlib.sha256(f"{seed}/{parameter.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        tensor.normal_(start.mean, start.std, generator=generator)
-    return tensor.to(dtype)
+        tensor = torch.empty(parameter.shape, dtype=torch.float32).normal_(
+            0.0, start.std, generator=generator
+        )
+    else:
+        tensor = (
+            torch.tensor(start.values).repeat(parameter.shape[0] // len(start.values)).expand(parameter.shape)
+        )
+    return tensor.to(dtype, copy=True)

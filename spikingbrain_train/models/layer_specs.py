@@ -37,7 +37,10 @@ class ParallelLinears:
     def of(backend: ParallelLinearBackend) -> ParallelLinears:
         """The classes of a resolved backend (``auto`` is resolved by the accelerator seam before)."""
         if backend is ParallelLinearBackend.transformer_engine:
-            from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
+            from megatron.core.extensions.transformer_engine import (
+                TEColumnParallelLinear,
+                TERowParallelLinear,
+            )
 
             return ParallelLinears(TEColumnParallelLinear, TERowParallelLinear)
         assert backend is ParallelLinearBackend.megatron, f"unresolved parallel_linear backend {backend}"

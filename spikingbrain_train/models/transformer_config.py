@@ -33,7 +33,11 @@ def transformer_config(
     dtype = PARAMS_DTYPE[precision]
     recompute = {}
     if parallel.recompute is Recompute.full:
-        recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+        recompute = {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 1,
+        }
     return TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,

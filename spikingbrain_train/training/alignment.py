@@ -7,18 +7,21 @@ backward pass runs on the spot: no activations are kept across layers and nothin
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from spikingbrain_train.config.errors import ConfigurationError
 from spikingbrain_train.config.run import StageConfig
 from spikingbrain_train.models.gpt_model import HybridGPTModel
+from spikingbrain_train.models.mixers.gated_linear_attention import GatedLinearAttention
 from spikingbrain_train.parallel.process_groups import ProcessGroups
+from spikingbrain_train.training.calibration import ProjectionFit, balance_keys
 from spikingbrain_train.training.stage_step import Batch
 
 
@@ -63,27 +66,75 @@ class Alignment:
 
     def freeze(self, model: HybridGPTModel) -> None:
         """Leave gradients on in the replaced mixers only."""
-        replaced = set(self.replaced_layers(model))
         model.requires_grad_(False)
-        for layer in model.decoder.layers:
-            if layer.layer_number - 1 in replaced:
-                layer.self_attention.requires_grad_(True)
+        for mixer in self._replaced_mixers(model):
+            mixer.requires_grad_(True)
+
+    def prepare(self, model: HybridGPTModel, batches: Iterator[Batch], num_microbatches: int) -> None:
+        """Balance the keys and fit the output projections of the replaced linear attention layers (see
+        :mod:`~spikingbrain_train.training.calibration`)."""
+        settings = self.stage.alignment
+        if settings.calibration_tokens == 0:
+            return
+        tokens_per_step = self.stage.global_batch_size * self.stage.seq_length
+        steps = min(-(-settings.calibration_tokens // tokens_per_step), self.stage.train_iters)
+        fits = {
+            mixer: ProjectionFit(mixer, self.groups)
+            for mixer in self._replaced_mixers(model)
+            if isinstance(mixer, GatedLinearAttention)
+        }
+        for mixer in fits:
+            balance_keys(mixer)
+
+        def add(
+            fit: ProjectionFit, attention: torch.nn.Module, args: tuple, kwargs: dict, output: tuple
+        ) -> None:
+            fit.add(args[0], output[0])
+
+        hooks = {mixer: partial(add, fit) for mixer, fit in fits.items()}
+        self._run_teacher(model, batches, steps * num_microbatches, hooks)
+        for fit in fits.values():
+            fit.solve(settings.calibration_ridge)
 
     def forward_backward(
         self, model: DistributedDataParallel, batches: Iterator[Batch], num_microbatches: int
     ) -> dict[str, float]:
         """Accumulate gradients of the mean relative error over the global batch."""
         student: HybridGPTModel = model.module
-        replaced = self.replaced_layers(student)
-        scale = 1.0 / (num_microbatches * len(replaced))
+        scale = 1.0 / (num_microbatches * len(self.replaced_layers(student)))
         errors = torch.zeros(student.config.num_layers, dtype=torch.float64, device=self.groups.device)
-        hooks = [
-            layer.self_attention.register_forward_hook(
-                partial(self._align_layer, student.decoder.layers[index].self_attention, errors, scale),
-                with_kwargs=True,
-            )
-            for index, layer in enumerate(self.teacher.decoder.layers)
-            if layer.layer_number - 1 in replaced
+        hooks = {
+            mixer: partial(self._align_layer, mixer, errors, scale)
+            for mixer in self._replaced_mixers(student)
+        }
+        self._run_teacher(model, batches, num_microbatches, hooks)
+        # Gradients are sums over data-parallel ranks; dividing by their number makes them those of the mean.
+        replicas = torch.ones((), dtype=torch.int, device=self.groups.device)
+        finalize_model_grads([model], replicas)
+        for group in (self.groups.collection.dp, self.groups.collection.pp):
+            torch.distributed.all_reduce(errors, group=group)
+        return {"train/loss": errors.sum().item() * scale / self.groups.data_parallel_size}
+
+    def _replaced_mixers(self, student: HybridGPTModel) -> list[torch.nn.Module]:
+        """The mixers of this pipeline stage that stand where the teacher has attention."""
+        replaced = set(self.replaced_layers(student))
+        return [
+            layer.self_attention for layer in student.decoder.layers if layer.layer_number - 1 in replaced
+        ]
+
+    def _run_teacher(
+        self,
+        model: torch.nn.Module,
+        batches: Iterator[Batch],
+        num_microbatches: int,
+        hooks: Mapping[torch.nn.Module, Callable],
+    ) -> None:
+        """Send micro-batches through the teacher; ``hooks`` are called with what its attention at their mixer's layer got and
+        gave, as PyTorch's forward hooks with keyword arguments are."""
+        attention = {layer.layer_number: layer.self_attention for layer in self.teacher.decoder.layers}
+        handles = [
+            attention[mixer.layer_number].register_forward_hook(hook, with_kwargs=True)
+            for mixer, hook in hooks.items()
         ]
         try:
             get_forward_backward_func()(
@@ -96,19 +147,13 @@ class Alignment:
                 forward_only=True,
             )
         finally:
-            for hook in hooks:
-                hook.remove()
-        # Gradients are sums over data-parallel ranks; dividing by their number makes them those of the mean.
-        replicas = torch.ones((), dtype=torch.int, device=self.groups.device)
-        finalize_model_grads([model], replicas)
-        for group in (self.groups.collection.dp, self.groups.collection.pp):
-            torch.distributed.all_reduce(errors, group=group)
-        return {"train/loss": errors.sum().item() * scale / self.groups.data_parallel_size}
+            for handle in handles:
+                handle.remove()
 
-    def _forward_step(self, batches: Iterator[Batch], model: DistributedDataParallel):
+    def _forward_step(self, batches: Iterator[Batch], model: torch.nn.Module):
         batch = next(batches)
         if not self.teacher.pre_process:
-            self.teacher.set_input_tensor(model.module.decoder.input_tensor)
+            self.teacher.set_input_tensor(unwrap_model(model).decoder.input_tensor)
         with torch.no_grad():
             hidden = self.teacher(batch["tokens"], batch["position_ids"], return_hidden_states=True)
         return hidden, lambda output: (output.new_zeros(()), output.new_zeros((), dtype=torch.int), None)

@@ -73,5 +73,3 @@ def parameter_counts(model: HybridGPTModel) -> tuple[int, int]:
     """Parameters of this rank: all, and those that train."""
     total = sum(p.numel() for p in model.parameters())
     return total, sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-

@@ -144,14 +144,14 @@ def load_weights(folder: str, setting: str, model: HybridGPTModel) -> None:
         CheckpointError: it is missing, damaged or of another architecture.
     """
     checkpoint = latest_checkpoint(folder, setting)
-    check_same_architecture(load_model_config(checkpoint / MODEL_CONFIG_FILE), model.model_config, setting, folder)
+    check_same_architecture(
+        load_model_config(checkpoint / MODEL_CONFIG_FILE), model.model_config, setting, folder
+    )
     loaded = _load({"model": _sharded_weights(model)}, checkpoint, setting)
     _fill(model, loaded["model"])
 
 
-def resume(
-    folder: Path, state: TrainingState, config: RunConfig, groups: ProcessGroups
-) -> None:
+def resume(folder: Path, state: TrainingState, config: RunConfig, groups: ProcessGroups) -> None:
     """Restore everything from the run's newest checkpoint, at this or another topology.
 
     Raises:
@@ -165,7 +165,9 @@ def resume(
     written_by = load_run_config(checkpoint / RUN_CONFIG_FILE)
     _check_same_run(written_by, config, checkpoint)
     loaded = _load(
-        _sharded_state(state, groups, is_loading=True, same_topology=_topology(written_by) == _topology(config)),
+        _sharded_state(
+            state, groups, is_loading=True, same_topology=_topology(written_by) == _topology(config)
+        ),
         checkpoint,
         "output_dir",
     )
@@ -207,7 +209,12 @@ def check_same_architecture(found: ModelConfig, wanted: ModelConfig, setting: st
 
 
 def _check_same_run(written_by: RunConfig, config: RunConfig, checkpoint: Path) -> None:
-    for setting in ("stage.kind", "stage.global_batch_size", "stage.seq_length", "parallel.use_distributed_optimizer"):
+    for setting in (
+        "stage.kind",
+        "stage.global_batch_size",
+        "stage.seq_length",
+        "parallel.use_distributed_optimizer",
+    ):
         section, name = setting.split(".")
         theirs, ours = getattr(getattr(written_by, section), name), getattr(getattr(config, section), name)
         if theirs != ours:
@@ -272,7 +279,11 @@ def _restore_generators(rows: dict[str, torch.Tensor], groups: ProcessGroups) ->
         {name.removeprefix("torch_"): value for name, value in states.items() if name.startswith("torch_")}
     )
     get_cuda_rng_tracker().set_states(
-        {name.removeprefix("tracker_"): value for name, value in states.items() if name.startswith("tracker_")}
+        {
+            name.removeprefix("tracker_"): value
+            for name, value in states.items()
+            if name.startswith("tracker_")
+        }
     )
 
 

@@ -41,6 +41,9 @@ class ContinualPretraining:
     def freeze(self, model: HybridGPTModel) -> None:
         """Nothing is frozen."""
 
+    def prepare(self, model: HybridGPTModel, batches: Iterator[Batch], num_microbatches: int) -> None:
+        """Nothing needs preparing."""
+
     def forward_backward(
         self, model: DistributedDataParallel, batches: Iterator[Batch], num_microbatches: int
     ) -> dict[str, float]:
@@ -119,6 +122,8 @@ class ContinualPretraining:
         total, losses = output
         mask = loss_mask.flatten()
         tokens = mask.sum()
-        kl_divergence = losses.kl_divergence @ mask if losses.kl_divergence is not None else torch.zeros_like(tokens)
+        kl_divergence = (
+            losses.kl_divergence @ mask if losses.kl_divergence is not None else torch.zeros_like(tokens)
+        )
         report = torch.stack([tokens, losses.cross_entropy @ mask, kl_divergence]).double()
         return total, tokens.to(torch.int), report

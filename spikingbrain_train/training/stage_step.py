@@ -20,6 +20,15 @@ class StageStep(Protocol):
     def freeze(self, model: HybridGPTModel) -> None:
         """Switch off gradients of what the stage does not train; called before gradient buffers are made."""
 
+    def prepare(self, model: HybridGPTModel, batches: Iterator[Batch], num_microbatches: int) -> None:
+        """Set in closed form what needs no gradient, on the first training batches; called once, before the first step.
+
+        Args:
+            model: this rank's pipeline stage.
+            batches: training batches from the first one on.
+            num_microbatches: micro-batches of a global batch on this rank.
+        """
+
     def forward_backward(
         self, model: DistributedDataParallel, batches: Iterator[Batch], num_microbatches: int
     ) -> dict[str, float]:

@@ -42,6 +42,7 @@ from spikingbrain_train.training.throughput import (
     model_flops_utilization,
 )
 
+
 def run(config: RunConfig) -> None:
     """Train one stage on all ranks of this launch.
 
@@ -114,8 +115,9 @@ class Trainer:
             if state.iteration == 0:
                 with timer.pause():
                     self._evaluate()
+                    self._prepare()
             tokens_per_step = config.stage.global_batch_size * config.stage.seq_length
-            batches = self._train_batches()
+            batches = self._train_batches(state.consumed_samples)
             while state.iteration < config.stage.train_iters:
                 metrics = self._train_step(batches)
                 timer.step(tokens_per_step)
@@ -210,11 +212,16 @@ class Trainer:
             tokenizer=tokenizer,
         )
 
-    def _train_batches(self) -> Iterator[Batch]:
+    def _prepare(self) -> None:
+        """Let the stage set what it can in closed form, and the optimizer's fp32 weights follow."""
+        self.step.prepare(self.state.model, self._train_batches(consumed_samples=0), self.num_microbatches)
+        self.state.optimizer.reload_model_params()
+
+    def _train_batches(self, consumed_samples: int) -> Iterator[Batch]:
         stage = self.config.stage
         loader = build_data_loader(
             self.train_dataset,
-            consumed_samples=self.state.consumed_samples,
+            consumed_samples=consumed_samples,
             micro_batch_size=stage.micro_batch_size,
             data_parallel_rank=self.groups.data_parallel_rank,
             data_parallel_size=self.groups.data_parallel_size,

@@ -29,7 +29,7 @@ MODEL = ModelConfig(
     vocab_size=512,
     max_position_embeddings=1024,
     mixers=[Mixer.gla, Mixer.full],
-    gla=GatedLinearAttentionConfig(init_gate_bias=2.5),
+    gla=GatedLinearAttentionConfig(init_gate_bias_max=2.5),
     norm_epsilon=1e-5,
 )
 RUN = RunConfig(
@@ -131,10 +131,10 @@ class TestModelFromCheckpoint:
 
     def test_single_settings_can_be_overridden(self, from_checkpoint):
         from_checkpoint.model.max_position_embeddings = 32768
-        from_checkpoint.model.gla.init_gate_bias = 1.0
+        from_checkpoint.model.gla.init_gate_bias_max = 1.0
         model = to_run_config(from_checkpoint).model
         assert model.max_position_embeddings == 32768
-        assert model.gla == GatedLinearAttentionConfig(init_gate_bias=1.0)
+        assert model.gla == GatedLinearAttentionConfig(init_gate_bias_max=1.0)
         assert model.num_layers == 3
 
     def test_without_a_checkpoint_the_alternatives_are_named(self, from_checkpoint):
@@ -156,10 +156,10 @@ class TestConversion:
     def test_a_recipe_from_a_file_with_overrides(self, tmp_path):
         path = tmp_path / "mine.yaml"
         path.write_text("mixers: [gla, full]\ngla: {gate_low_rank_dim: 8}\n")
-        recipe = load_conversion(str(path), ["sliding_window=128", "gla.init_gate_bias=1e-1", "mixers=[swa]"])
+        recipe = load_conversion(str(path), ["sliding_window=128", "gla.init_gate_bias_max=1e-1", "mixers=[swa]"])
         assert recipe.mixers == [Mixer.swa]
         assert (recipe.sliding_window, recipe.gla.gate_low_rank_dim) == (128, 8)
-        assert recipe.gla.init_gate_bias == 0.1
+        assert recipe.gla.init_gate_bias_max == 0.1
 
     @pytest.mark.parametrize(
         ("name", "overrides", "parts"),

@@ -36,7 +36,11 @@ def test_only_gla_layers_get_new_parameters(hf_checkpoint: HFCheckpoint, tmp_pat
 def test_values_follow_the_recipe(hf_checkpoint: HFCheckpoint, tmp_path: Path) -> None:
     source, _ = hf_checkpoint(dtype=torch.bfloat16, hidden_size=256)
     gla = GatedLinearAttentionConfig(
-        gate_low_rank_dim=64, init_gate_bias=2.5, init_gate_std=0.05, init_out_norm=0.25
+        gate_low_rank_dim=64,
+        init_gate_bias_min=-7.0,
+        init_gate_bias_max=0.5,
+        init_gate_std=0.05,
+        init_out_norm=0.25,
     )
     reader = convert(source, tmp_path / "out", mixers=[Mixer.gla], gla=gla)
     attention = ATTENTION.format(layer=3)
@@ -44,7 +48,9 @@ def test_values_follow_the_recipe(hf_checkpoint: HFCheckpoint, tmp_path: Path) -
     assert down.dtype == torch.bfloat16  # as the projections around it
     assert down.shape == (64, 256)
     assert abs(down.float().std().item() - 0.05) < 0.003  # 16384 samples: 5 standard errors are 0.0014
-    assert torch.all(reader.read(attention + "linear_gate_up_proj.bias") == 2.5)
+    spread = torch.linspace(-7.0, 0.5, 64).repeat(2)  # the channels of a head, in each of the 2 groups
+    bias = reader.read(attention + "linear_gate_up_proj.bias")
+    assert torch.allclose(bias.float(), spread, atol=0.02)  # half a unit of bfloat16 below 8 is 0.0156
     assert torch.all(reader.read(attention + "out_norm.weight") == 0.25)
 
 
@@ -70,9 +76,12 @@ def test_report_counts_every_parameter(hf_checkpoint: HFCheckpoint, tmp_path: Pa
     assert report.new_parameters == 2 * (16 * 32 + 32 * 16 + 32 + 16)
     saved = json.loads((tmp_path / "out/conversion_report.json").read_text())
     assert saved["new_parameters"] == report.new_parameters
-    assert {"name": "GLA gate b2", "origin": "new: constant 3", "tensors": 2, "parameters": 64} in saved[
-        "groups"
-    ]
+    assert {
+        "name": "GLA gate b2",
+        "origin": "new: from -16 to 4 over the channels of each head",
+        "tensors": 2,
+        "parameters": 64,
+    } in saved["groups"]
     table = report.table()
     assert "2 gla + 2 swa (window 4096) layers" in table
     assert f"{100 * report.new_parameters / report.parameters:.3g} % new" in table

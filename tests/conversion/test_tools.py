@@ -32,11 +32,11 @@ def test_import_inspect_export(
     hybrid = tmp_path / "hybrid"
     convert_checkpoint(
         ["import", "--hf", str(source), "--output", str(hybrid), "--conversion", "spikingbrain_7b"]
-        + ["sliding_window=64", "gla.init_gate_bias=1.5"]
+        + ["sliding_window=64", "gla.init_gate_bias_max=1.5"]
     )
     out = capsys.readouterr().out
     assert "2 gla + 2 swa (window 64)" in out
-    assert "constant 1.5" in out
+    assert "from -16 to 1.5" in out
     convert_checkpoint(["inspect", str(hybrid)])
     assert "exports as GLAswaForCausalLM" in capsys.readouterr().out
     export(

@@ -98,7 +98,8 @@ class GatedLinearAttention(SelfAttention):
         )
         if config.perform_initialization:
             with torch.no_grad():
-                self.linear_gate_up_proj.bias.fill_(gla.init_gate_bias)
+                bias_GK = self.linear_gate_up_proj.bias.view(-1, config.kv_channels)
+                bias_GK.copy_(torch.tensor(gla.init_gate_bias(config.kv_channels)))
                 self.out_norm.weight.fill_(gla.init_out_norm)
         for parameter in (
             self.linear_gate_down_proj.weight,
@@ -134,6 +135,17 @@ class GatedLinearAttention(SelfAttention):
             Output of the same shape and the output projection's bias (None).
         """
         assert attention_mask is None, "linear attention is causal by construction; pass attention_mask=None"
+        return self.linear_proj(self.normed_heads(hidden_states))
+
+    def normed_heads(self, hidden_states: Tensor) -> Tensor:
+        """What the output projection sees.
+
+        Args:
+            hidden_states: as in :meth:`forward`.
+
+        Returns:
+            [T, B, H * V] normalised outputs of this rank's heads over the whole sequence.
+        """
         q_TBHK, k_TBGK, v_TBGV = self.get_query_key_value_tensors(hidden_states)
         q_BTHK, k_BTGK, v_BTGV, log_gate_BTGK = (
             x.transpose(0, 1)
@@ -142,10 +154,8 @@ class GatedLinearAttention(SelfAttention):
         o_BTHV, _ = gated_linear_attention(
             q_BTHK, k_BTGK, v_BTGV, log_gate_BTGK, scale=self.scale, backend=self.backend
         )
-        return self.linear_proj(self._normalise_heads(o_BTHV).transpose(0, 1).flatten(2))
-
-    def _normalise_heads(self, o_BTHV: Tensor) -> Tensor:
         # Each rank normalises its own heads with the one shared weight, so its gradient is a partial sum; entering the
         # tensor-parallel region through megatron-core's copy adds the parts up in the backward pass.
         weight = copy_to_tensor_model_parallel_region(self.out_norm.weight, group=self.pg_collection.tp)
-        return torch.nn.functional.rms_norm(o_BTHV, weight.shape, weight, self.out_norm.eps)
+        normed_BTHV = torch.nn.functional.rms_norm(o_BTHV, weight.shape, weight, self.out_norm.eps)
+        return normed_BTHV.transpose(0, 1).flatten(2)

@@ -1,11 +1,11 @@
 """The fast CPU form of gated linear attention: chunks in parallel, states in sequence, a hand-derived
 backward pass.
 
-The sequence is walked in segments that fit the cache. Inside a segment, chunks of ``_CHUNK`` tokens attend to
-themselves and read the state before them. How the decay inside a chunk is applied depends on how strong it
-is, segment by segment: ``factored`` (fast) where ``exp(-b)`` is harmless, ``subdivided`` (any log gate in
-[-inf, 0]) elsewhere; both compute the same recurrence. Saved for the backward pass: the inputs and one state
-a segment.
+The sequence is walked in segments that fit the cache. Inside a segment, chunks of tokens attend to themselves
+and read the state before them. How the decay inside a chunk is applied depends on how strong it is, segment by
+segment: ``factored`` (fast) in the longest chunks for which ``exp(-b)`` is harmless, ``subdivided`` (any log
+gate in [-inf, 0]) where even the shortest are too long; all compute the same recurrence. Saved for the backward
+pass: the inputs and one state a segment.
 
 Shape legend: B batch, T time, H query heads, G key/value groups, R = H // G, K key dim, V value dim; N chunks
 of C tokens.
@@ -23,7 +23,8 @@ from torch.nn import functional as F
 
 from spikingbrain_train.ops.gated_linear_attention import factored, subdivided
 
-_CHUNK = 64
+# Lengths of chunks, each twice the one before: long ones cost fewer states, short ones stand more decay.
+_CHUNKS = (16, 32, 64)
 _MIN_CHUNK = 8
 # Segments of this many query elements (T * B * H * K) keep the operands of one segment in the last-level
 # cache.
@@ -84,21 +85,36 @@ class _Segment:
         x = x_NBGCD.permute(1, 0, 3, 2, 4).flatten(1, 2)
         target_BTGD[:, self.start : self.stop].copy_(x[:, : self.stop - self.start])
 
-    def factored_operands(self, scale: float) -> factored.FactoredOperands | None:
-        """Operands of the factored form, or None where the decay inside some chunk is too strong for it."""
-        # The conditions are written so that NaN gates fail them.
-        if not self.log_gate.min().item() >= -_MAX_FACTORED_STEP:
-            return None
+    def factored_operands(self, scale: float) -> factored.FactoredOperands:
+        """Operands of the factored form; the decay inside every chunk must be mild enough for it."""
         # exp2 is vectorised for every dtype; exp in float32 may go through a slower library call.
         b_log2 = torch.cumsum(self.log_gate * math.log2(math.e), dim=-2)
-        if not b_log2[..., -1, :].min().item() >= -_MAX_FACTORED_DECAY * math.log2(math.e):
-            return None
         return factored.factor(self.q, self.k, b_log2.exp2_(), scale)
 
     def subdivided_inputs(self, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Scaled q, k, v and log gate in the state dtype, for the form that takes any gate."""
         dtype = self.state_dtype
         return self.q.to(dtype) * scale, self.k.to(dtype), self.v.to(dtype), self.log_gate
+
+
+def _factored_chunk(log_gate_BTGK: Tensor, longest: int) -> int | None:
+    """The longest chunk, up to ``longest``, inside which no channel decays too far for the factored form; None where
+    even the shortest one does."""
+    # The conditions are written so that NaN gates fail them.
+    if not log_gate_BTGK.min().item() >= -_MAX_FACTORED_STEP:
+        return None
+    shortest = min(longest, _CHUNKS[0])
+    padding = -log_gate_BTGK.shape[1] % longest
+    decay = F.pad(log_gate_BTGK, (0, 0, 0, 0, 0, padding)) if padding else log_gate_BTGK
+    decay = decay.unflatten(1, (-1, shortest)).sum(2)
+    fitting, chunk = None, shortest
+    while decay.min().item() >= -_MAX_FACTORED_DECAY:
+        fitting = chunk
+        if chunk == longest:
+            break
+        chunk *= 2
+        decay = decay.unflatten(1, (-1, 2)).sum(2)
+    return fitting
 
 
 def _segment_bounds(q_BTHK: Tensor, chunk: int) -> list[tuple[int, int]]:
@@ -108,7 +124,7 @@ def _segment_bounds(q_BTHK: Tensor, chunk: int) -> list[tuple[int, int]]:
 
 
 def _chunk_size(T: int) -> int:
-    return min(_CHUNK, max(_MIN_CHUNK, 1 << (T - 1).bit_length()))
+    return min(_CHUNKS[-1], max(_MIN_CHUNK, 1 << (T - 1).bit_length()))
 
 
 class _ChunkGatedLinearAttention(torch.autograd.Function):
@@ -121,11 +137,12 @@ class _ChunkGatedLinearAttention(torch.autograd.Function):
         chunk = _chunk_size(q.shape[1])
         for start, stop in _segment_bounds(q, chunk):
             states.append(state)
-            segment = _Segment(q, k, v, log_gate, start, stop, chunk)
-            operands = segment.factored_operands(scale)
-            if operands is None:
+            factored_chunk = _factored_chunk(log_gate[:, start:stop], chunk)
+            segment = _Segment(q, k, v, log_gate, start, stop, factored_chunk or chunk)
+            if factored_chunk is None:
                 o_segment, state = subdivided.segment_forward(*segment.subdivided_inputs(scale), state)
             else:
+                operands = segment.factored_operands(scale)
                 o_segment, state = factored.segment_forward(operands, segment.v, state)
             segment.write_heads(o, o_segment)
         ctx.save_for_backward(q, k, v, log_gate, torch.stack(states))
@@ -143,12 +160,13 @@ class _ChunkGatedLinearAttention(torch.autograd.Function):
         grad_log_gate = torch.empty_like(log_gate, memory_format=torch.contiguous_format)
         bounds = _segment_bounds(q, chunk)
         for (start, stop), state in zip(reversed(bounds), reversed(states.unbind(0)), strict=True):
-            segment = _Segment(q, k, v, log_gate, start, stop, chunk)
+            factored_chunk = _factored_chunk(log_gate[:, start:stop], chunk)
+            segment = _Segment(q, k, v, log_gate, start, stop, factored_chunk or chunk)
             grad_o_segment = segment.split_heads(grad_o)
-            operands = segment.factored_operands(scale)
-            if operands is None:
+            if factored_chunk is None:
                 grads = _subdivided_backward(segment, scale, state, grad_o_segment, grad_state)
             else:
+                operands = segment.factored_operands(scale)
                 grads = factored.segment_backward(operands, segment.v, state, grad_o_segment, grad_state)
             segment.write_heads(grad_q, grads.q_NBGRCK)
             segment.write_groups(grad_k, grads.k_NBGCK)
