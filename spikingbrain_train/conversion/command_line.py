@@ -48,7 +48,7 @@ examples:
 A recipe is a file of conf/conversion (by name) or any YAML file with the fields of ConversionConfig:
   mixers: [gla, gla, gla, full]    # repeated until all layers have one; gla, swa or full
   sliding_window: 4096             # tokens a swa layer sees
-  gla: {init_gate_bias_max: 4.0}       # start of the new parameters
+  gla: {init_gate_bias_max: 4.0}   # start of the new parameters
   seed: 1234
 """
 

@@ -18,10 +18,9 @@ from spikingbrain_train.conversion.mapping import Parameter
 
 @dataclass(frozen=True)
 class Initialisation:
-    """Values that repeat along the first dimension (a constant is one value), or a normal distribution around them where
-    ``std`` is above 0."""
+    """A normal distribution where ``std`` is above 0, else values that repeat along the first dimension."""
 
-    values: tuple[float, ...]
+    values: tuple[float, ...] = (0.0,)
     std: float = 0.0
 
     def __str__(self) -> str:
@@ -40,8 +39,8 @@ def initialisation(parameter: Parameter) -> Initialisation:
     """
     gla: GatedLinearAttentionConfig = parameter.model.gla
     return {
-        "gate_down_weight": Initialisation((0.0,), gla.init_gate_std),
-        "gate_up_weight": Initialisation((0.0,), gla.init_gate_std),
+        "gate_down_weight": Initialisation(std=gla.init_gate_std),
+        "gate_up_weight": Initialisation(std=gla.init_gate_std),
         "gate_up_bias": Initialisation(tuple(gla.init_gate_bias(parameter.model.kv_channels))),
         "out_norm": Initialisation((gla.init_out_norm,)),
     }[parameter.rule.roles[0]]
@@ -53,11 +52,7 @@ def new_parameter(parameter: Parameter, seed: int, dtype: torch.dtype) -> Tensor
     if start.std > 0:
         digest = hashlib.sha256(f"{seed}/{parameter.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        tensor = torch.empty(parameter.shape, dtype=torch.float32).normal_(
-            0.0, start.std, generator=generator
-        )
-    else:
-        tensor = (
-            torch.tensor(start.values).repeat(parameter.shape[0] // len(start.values)).expand(parameter.shape)
-        )
-    return tensor.to(dtype, copy=True)
+        return torch.empty(parameter.shape).normal_(0.0, start.std, generator=generator).to(dtype)
+    rows, *columns = parameter.shape
+    column = torch.tensor(start.values).repeat(rows // len(start.values))
+    return column.view(rows, *[1] * len(columns)).expand(parameter.shape).to(dtype, copy=True)

@@ -54,6 +54,14 @@ def test_values_follow_the_recipe(hf_checkpoint: HFCheckpoint, tmp_path: Path) -
     assert torch.all(reader.read(attention + "out_norm.weight") == 0.25)
 
 
+def test_gates_without_noise(hf_checkpoint: HFCheckpoint, tmp_path: Path) -> None:
+    source, _ = hf_checkpoint()
+    gla = GatedLinearAttentionConfig(init_gate_std=0.0)
+    reader = convert(source, tmp_path / "out", mixers=[Mixer.gla], gla=gla)
+    down = reader.read(ATTENTION.format(layer=0) + "linear_gate_down_proj.weight")
+    assert torch.equal(down, torch.zeros(16, 32))
+
+
 def test_seed_and_name_decide_the_values(hf_checkpoint: HFCheckpoint, tmp_path: Path) -> None:
     """A deeper model, another pattern and another family draw the same values for the same parameter."""
     name = ATTENTION.format(layer=2) + "linear_gate_down_proj.weight"
