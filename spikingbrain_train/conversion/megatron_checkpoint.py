@@ -147,7 +147,8 @@ class MegatronCheckpointReader:
     with ``weights_only=True``.
 
     Raises:
-        CheckpointError: ``.metadata`` is missing, damaged or holds anything unexpected.
+        CheckpointError: ``.metadata`` is missing, damaged or holds anything unexpected, or a data file is
+            missing or truncated.
     """
 
     def __init__(self, folder: Path):
@@ -159,6 +160,27 @@ class MegatronCheckpointReader:
             for name, entry in metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
+        self._check_files()
+
+    def _check_files(self) -> None:
+        """Every file that ``.metadata`` speaks of is there and long enough."""
+        ends: dict[str, int] = {}
+        for place in self._storage.values():
+            name, end = str(place.relative_path), int(place.offset) + int(place.length)
+            if Path(name).name != name:
+                raise CheckpointError(
+                    f"{self.folder}: {METADATA_FILE} points outside of the folder, at {name}"
+                )
+            ends[name] = max(end, ends.get(name, 0))
+        for name, end in ends.items():
+            path = self.folder / name
+            if not path.is_file():
+                raise CheckpointError(f"{path} is missing; copy the whole checkpoint folder again")
+            size = path.stat().st_size
+            if size < end:
+                raise CheckpointError(
+                    f"{path} is truncated ({size} of {end} bytes); copy the checkpoint again"
+                )
 
     def read(self, name: str) -> Tensor:
         """The whole tensor ``name`` on CPU, put together from the chunks that ranks wrote.
@@ -196,7 +218,7 @@ class MegatronCheckpointReader:
 
     def _read_chunk(self, name: str, chunk: ChunkStorageMetadata) -> Tensor:
         place = self._storage.get(MetadataIndex(name, chunk.offsets))
-        if place is None or Path(place.relative_path).name != place.relative_path:
+        if place is None:
             raise CheckpointError(
                 f"{self.folder}: {METADATA_FILE} does not say where {name} lies; copy the folder again"
             )
@@ -207,8 +229,6 @@ class MegatronCheckpointReader:
             with path.open("rb") as file:
                 view = cast(IO[bytes], _create_file_view(cast(IOBase, file), place.offset, place.length))
                 tensor = torch.load(view, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            raise CheckpointError(f"{path} is missing; copy the whole checkpoint folder again") from None
         except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CheckpointError(

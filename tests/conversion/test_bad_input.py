@@ -314,6 +314,24 @@ def test_a_truncated_data_file_is_refused(megatron_folder: Path, tmp_path: Path,
     assert not (tmp_path / "out").exists()
 
 
+def test_damaged_bytes_within_a_data_file_are_refused(megatron_folder: Path, tmp_path: Path) -> None:
+    data = megatron_folder / "__0_0.distcp"
+    data.write_bytes(bytes(data.stat().st_size))
+    with pytest.raises(CheckpointError, match=r"__0_0\.distcp: .* cannot be read"):
+        export_checkpoint(megatron_folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_metadata_that_points_outside_of_the_folder_is_refused(megatron_folder: Path) -> None:
+    path = megatron_folder / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    for place in metadata.storage_data.values():
+        place.relative_path = "../../secret"
+    path.write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match=r"points outside of the folder, at \.\./\.\./secret"):
+        MegatronCheckpointReader(megatron_folder)
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(share=st.floats(0, 0.999))
 def test_truncated_metadata_is_refused(megatron_folder: Path, share: float) -> None:
