@@ -1,28 +1,37 @@
 """Output projection and loss in one op, a chunk of tokens at a time.
 
-The float32 logits of a whole sequence never exist, and no logits are computed twice: the forward pass already forms the
-gradients, because the only gradient that can come from above is one scalar. Distillation from a teacher's logits rides
-in the same pass.
+The float32 logits of a whole sequence never exist, and no logits are computed twice: the forward pass
+already forms the gradients, because the only gradient that can come from above is one scalar. Distillation
+from a teacher's logits rides in the same pass.
 
-Vocabulary-parallel use: each rank passes its rows of the weight and two reductions over the ranks that share the
-vocabulary; the gradient of ``hidden`` is then this rank's part of a sum.
+Two sizes matter. A *chunk* of tokens is large enough for full-speed matrix products and for few accumulations
+of the weight's gradient; its logits exist in the model's dtype. Inside it, a *block* of rows is small enough
+that the passes of a softmax over its float32 logits stay in a core's cache; its gradient replaces its logits.
+
+Vocabulary-parallel use: each rank passes its rows of the weight and two reductions over the ranks that share
+the vocabulary; the gradient of ``hidden`` is then this rank's part of a sum.
 
 Shape letters: N tokens, D hidden size, V vocabulary rows of this rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 Reduction = Callable[[Tensor], Tensor]
-"""Reduces a [N] float32 tensor over the ranks that share the vocabulary and returns the result."""
+"""Reduces a [n] tensor over the ranks that share the vocabulary and returns the result."""
 
-CHUNK_TOKENS = 512
-"""Tokens whose logits exist at a time: large enough for full-speed matrix products, small enough for caches and memory."""
+# Bytes of one chunk's logits: 2048 tokens of a vocabulary of 49152 in bfloat16 on CPU.
+_CHUNK_BYTES = {"cpu": 1 << 28, "gpu": 1 << 30}
+# Elements of one block: a few rows in the cache of a core, or enough to fill a GPU.
+_BLOCK_ELEMENTS = {"cpu": 1 << 19, "gpu": 1 << 27}
 
 
 def _local(x: Tensor) -> Tensor:
@@ -31,7 +40,8 @@ def _local(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Distillation:
-    """Soft targets: ``loss = (1 - weight) * cross entropy + weight * temperature^2 * KL(teacher || student)``.
+    """Soft targets:
+    ``loss = (1 - weight) * cross entropy + weight * temperature^2 * KL(teacher || student)``.
 
     Hinton et al., arXiv 1503.02531; the factor temperature^2 keeps the gradient's scale.
     """
@@ -48,7 +58,7 @@ class Distillation:
 
 @dataclass(frozen=True)
 class TokenLosses:
-    """Per-token values for reporting, [N] float32 each, without gradient."""
+    """Per-token values for reporting, [N] float32 each (float64 for float64 inputs), without gradient."""
 
     cross_entropy: Tensor
     """Next-token cross entropy in nats."""
@@ -80,115 +90,211 @@ def linear_cross_entropy(
         reduce_sum: sum over the ranks that share the vocabulary.
 
     Returns:
-        The scalar ``sum(loss_weights * loss)`` in float32, differentiable in ``hidden`` and ``weight``, and the
-        per-token losses for reporting.
+        The scalar ``sum(loss_weights * loss)`` in float32 (float64 for float64 inputs), differentiable once
+        in ``hidden`` and ``weight``, and the per-token losses for reporting.
     """
+    vocabulary = _Vocabulary(vocab_start, len(weight), reduce_max, reduce_sum)
     total, cross_entropy, kl_divergence = _LinearCrossEntropy.apply(
-        hidden, weight, labels, loss_weights, vocab_start, distillation, reduce_max, reduce_sum
+        hidden, weight, labels, loss_weights, vocabulary, distillation
     )
     return total, TokenLosses(cross_entropy, kl_divergence if distillation is not None else None)
 
 
+@dataclass(frozen=True)
+class _Vocabulary:
+    """This rank's part of the vocabulary and how to ask the ranks that have the rest."""
+
+    start: int
+    rows: int
+    reduce_max: Reduction
+    reduce_sum: Reduction
+
+    @property
+    def is_shared(self) -> bool:
+        return self.reduce_sum is not _local
+
+    def rowwise_max(self, x: Tensor) -> Tensor:
+        if self.rows == 0:
+            return self.reduce_max(x.new_full((len(x),), float("-inf")))
+        return self.reduce_max(x.amax(dim=1))
+
+    def rowwise_sum(self, x: Tensor) -> Tensor:
+        return self.reduce_sum(x.sum(dim=1))
+
+
+class _Targets:
+    """Labels as columns of this rank's logits."""
+
+    def __init__(self, labels: Tensor, vocabulary: _Vocabulary) -> None:
+        column = labels - vocabulary.start
+        self.vocabulary = vocabulary
+        self.is_here = (column >= 0) & (column < vocabulary.rows)
+        self.column = column.clamp_(0, max(vocabulary.rows - 1, 0)).unsqueeze(1)
+
+    def logits(self, x: Tensor, rows: slice) -> Tensor:
+        """x[i, label of i] on every rank, whichever rank has it."""
+        if self.vocabulary.rows == 0:
+            return self.vocabulary.reduce_sum(x.new_zeros(len(x)))
+        found = x.gather(1, self.column[rows]).squeeze(1)
+        return self.vocabulary.reduce_sum(torch.where(self.is_here[rows], found, 0.0))
+
+    def subtract_(self, x: Tensor, rows: slice, amount: Tensor) -> Tensor:
+        """x[i, label of i] -= amount[i] on the rank that has it."""
+        if self.vocabulary.rows > 0:
+            amount = torch.where(self.is_here[rows], amount, 0.0)
+            x.scatter_add_(1, self.column[rows], amount.neg().unsqueeze(1))
+        return x
+
+
+def _spans(length: int, parts: int) -> Iterator[slice]:
+    """``length`` in at most ``parts`` slices of equal size, the last one perhaps shorter."""
+    size = max(1, -(-length // max(parts, 1)))
+    for start in range(0, length, size):
+        yield slice(start, min(start + size, length))
+
+
+def _chunks(hidden: Tensor, vocab_rows: int) -> Iterator[slice]:
+    bytes_of_all = len(hidden) * vocab_rows * hidden.element_size()
+    limit = _CHUNK_BYTES["cpu" if hidden.device.type == "cpu" else "gpu"]
+    return _spans(len(hidden), -(-bytes_of_all // limit))
+
+
+def _blocks(logits: Tensor, vocabulary: _Vocabulary) -> Iterator[slice]:
+    # Every block of a shared vocabulary costs collectives, so there are few of them.
+    size = _BLOCK_ELEMENTS["cpu" if logits.device.type == "cpu" and not vocabulary.is_shared else "gpu"]
+    return _spans(len(logits), -(-logits.numel() // size))
+
+
+def _exp_(x: Tensor) -> Tensor:
+    """exp in place; torch's exp2 is vectorised on CPU, where its float32 exp is several times slower."""
+    return x.mul_(math.log2(math.e)).exp2_()
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, loss_weights, vocab_start, distillation, reduce_max, reduce_sum):
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        loss_weights: Tensor,
+        vocabulary: _Vocabulary,
+        distillation: Distillation | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        loss_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        cross_entropy = torch.empty(len(hidden), dtype=loss_dtype, device=hidden.device)
+        kl_divergence = cross_entropy.new_empty(len(hidden) if distillation is not None else 0)
         grad_hidden = torch.empty_like(hidden) if needs_grad else None
-        # One accumulation in the weight's dtype is exact enough for one chunk; more chunks accumulate in float32.
         grad_weight = None
-        cross_entropy = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        kl_divergence = torch.zeros_like(cross_entropy) if distillation is not None else None
-        for start in range(0, len(hidden), CHUNK_TOKENS):
-            rows = slice(start, start + CHUNK_TOKENS)
-            chunk = _Chunk(hidden[rows] @ weight.t(), labels[rows], vocab_start, reduce_max, reduce_sum)
-            cross_entropy[rows] = chunk.cross_entropy
+        chunks = list(_chunks(hidden, vocabulary.rows))
+        for chunk in chunks:
+            logits = hidden[chunk] @ weight.t()
+            targets = _Targets(labels[chunk], vocabulary)
             if distillation is not None:
-                teacher_logits = distillation.teacher_hidden[rows] @ distillation.teacher_weight.t()
-                kl_divergence[rows], grad_logits = chunk.distil(teacher_logits, distillation, needs_grad)
-            elif needs_grad:
-                grad_logits = chunk.cross_entropy_gradient(1.0)
-            if needs_grad:
-                grad_logits = grad_logits.mul_(loss_weights[rows, None]).to(hidden.dtype)
-                torch.mm(grad_logits, weight, out=grad_hidden[rows])
-                part = grad_logits.t() @ hidden[rows]
+                teacher_logits = distillation.teacher_hidden[chunk] @ distillation.teacher_weight.t()
+            for block in _blocks(logits, vocabulary):
+                rows = slice(chunk.start + block.start, chunk.start + block.stop)
+                grad_scale = loss_weights[rows, None].to(loss_dtype) if needs_grad else None
+                x = logits[block].to(loss_dtype)
+                if distillation is None:
+                    cross_entropy[rows] = _cross_entropy_(x, targets, block, grad_scale)
+                else:
+                    teacher = teacher_logits[block].to(loss_dtype)
+                    cross_entropy[rows], kl_divergence[rows] = _distil_(
+                        x, teacher, targets, block, grad_scale, distillation
+                    )
+                if needs_grad and x.dtype != logits.dtype:
+                    logits[block] = x
+            if grad_hidden is not None:
+                torch.mm(logits, weight, out=grad_hidden[chunk])
+                part = logits.t() @ hidden[chunk]
+                # One product is as exact as its dtype allows; sums of several are kept in float32.
                 if grad_weight is None:
-                    grad_weight = part if len(hidden) <= CHUNK_TOKENS else part.float()
+                    grad_weight = part if len(chunks) == 1 else part.to(loss_dtype)
                 else:
                     grad_weight += part
         if needs_grad:
             grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype)
             ctx.save_for_backward(grad_hidden, grad_weight)
-        total = cross_entropy @ loss_weights
+        total = cross_entropy @ loss_weights.to(loss_dtype)
         if distillation is not None:
             w = distillation.weight
-            total = (1 - w) * total + w * distillation.temperature**2 * (kl_divergence @ loss_weights)
-        else:
-            kl_divergence = cross_entropy.new_empty(0)
+            kl_total = kl_divergence @ loss_weights.to(loss_dtype)
+            total = (1 - w) * total + w * distillation.temperature**2 * kl_total
         ctx.mark_non_differentiable(cross_entropy, kl_divergence)
         return total, cross_entropy, kl_divergence
 
     @staticmethod
-    def backward(ctx, grad_total, *_):
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        scale = grad_total.to(grad_hidden.dtype)
-        return grad_hidden * scale, grad_weight * scale, None, None, None, None, None, None
+        # Reading the scalar would stall a GPU; on CPU it saves a pass over the largest gradient of the model.
+        if grad_total.device.type != "cpu" or grad_total.item() != 1.0:
+            scale = grad_total.to(grad_hidden.dtype)
+            grad_hidden, grad_weight = grad_hidden * scale, grad_weight * scale
+        return grad_hidden, grad_weight, None, None, None, None
 
 
-class _Chunk:
-    """Softmax quantities of one chunk of logits, whose vocabulary may be spread over ranks."""
+def _cross_entropy_(x: Tensor, targets: _Targets, rows: slice, grad_scale: Tensor | None) -> Tensor:
+    """Cross entropy [n] of a block of logits x [n, V], which are overwritten by the gradient.
 
-    def __init__(self, logits, labels, vocab_start, reduce_max, reduce_sum):
-        self.reduce_max, self.reduce_sum = reduce_max, reduce_sum
-        self.logits = logits.float()
-        self.log_normaliser = self._log_sum_exp(self.logits)
-        local = labels - vocab_start
-        self.has_label = (local >= 0) & (local < logits.shape[1])
-        self.label_row = torch.nonzero(self.has_label).squeeze(1)
-        self.label_column = local[self.label_row]
-        label_logit = self.logits.new_zeros(len(labels))
-        label_logit[self.label_row] = self.logits[self.label_row, self.label_column]
-        self.cross_entropy = self.log_normaliser - self.reduce_sum(label_logit)
+    Args:
+        rows: where the block lies among the targets.
+        grad_scale: [n, 1] weight of each row in the gradient; None leaves the block in no useful state.
+    """
+    vocabulary = targets.vocabulary
+    top = vocabulary.rowwise_max(x)
+    label_logits = targets.logits(x, rows)
+    exponentials = _exp_(x.sub_(top[:, None]))
+    normaliser = vocabulary.rowwise_sum(exponentials)
+    if grad_scale is not None:
+        exponentials.mul_(grad_scale / normaliser[:, None])
+        targets.subtract_(exponentials, rows, grad_scale.squeeze(1))
+    return normaliser.log() + top - label_logits
 
-    def _log_sum_exp(self, logits: Tensor) -> Tensor:
-        if logits.shape[1] == 0:
-            top = logits.new_full((len(logits),), float("-inf"))
-        else:
-            top = logits.amax(dim=1)
-        top = self.reduce_max(top)
-        return self.reduce_sum((logits - top[:, None]).exp_().sum(dim=1)).log_() + top
 
-    def cross_entropy_gradient(self, factor: float) -> Tensor:
-        """factor * d cross_entropy / d logits, in place of the logits."""
-        grad = self.logits.sub_(self.log_normaliser[:, None]).exp_()
-        if factor != 1.0:
-            grad.mul_(factor)
-        grad[self.label_row, self.label_column] -= factor
-        return grad
+def _distil_(
+    x: Tensor,
+    teacher: Tensor,
+    targets: _Targets,
+    rows: slice,
+    grad_scale: Tensor | None,
+    distillation: Distillation,
+) -> tuple[Tensor, Tensor]:
+    """Cross entropy and KL(teacher || student) [n] of a block of logits x [n, V], which are overwritten by the
+    gradient of the mixed loss; the teacher's logits [n, V] are overwritten, too."""
+    vocabulary = targets.vocabulary
+    temperature, w = distillation.temperature, distillation.weight
+    top = vocabulary.rowwise_max(x)
+    teacher_top = vocabulary.rowwise_max(teacher)
+    label_logits = targets.logits(x, rows)
 
-    def distil(
-        self, teacher_logits: Tensor, distillation: Distillation, needs_grad: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """KL(teacher || student) at the temperature, and the gradient of the mixed loss with respect to the logits."""
-        temperature, w = distillation.temperature, distillation.weight
-        teacher = teacher_logits.float()
-        student = self.logits
-        if temperature != 1.0:
-            teacher = teacher / temperature
-            student = student / temperature
-            student_normaliser = self._log_sum_exp(student)
-        else:
-            student_normaliser = self.log_normaliser
-        teacher = teacher - self._log_sum_exp(teacher)[:, None]
-        log_ratio = teacher - student + student_normaliser[:, None]
-        teacher_probability = teacher.exp_()
-        kl_divergence = self.reduce_sum((teacher_probability * log_ratio).sum(dim=1))
-        if not needs_grad:
-            return kl_divergence, None
-        # temperature^2 * d KL / d logits = temperature * (student - teacher probabilities)
+    student_scores = x.sub_(top[:, None])
+    log_ratio = teacher.sub_(teacher_top[:, None]).sub(student_scores).div_(temperature)
+    teacher_soft = _exp_(teacher.div_(temperature))
+    teacher_normaliser = vocabulary.rowwise_sum(teacher_soft)
+    log_ratio_mean = vocabulary.rowwise_sum(log_ratio.mul_(teacher_soft)) / teacher_normaliser
+    if temperature == 1.0:
+        student_soft = student = _exp_(student_scores)
+        student_normaliser = soft_normaliser = vocabulary.rowwise_sum(student)
+    else:
+        student_soft = _exp_(student_scores / temperature)
+        soft_normaliser = vocabulary.rowwise_sum(student_soft)
+        student = _exp_(student_scores)
+        student_normaliser = vocabulary.rowwise_sum(student)
+    cross_entropy = student_normaliser.log() + top - label_logits
+    kl_divergence = log_ratio_mean - teacher_normaliser.log() + soft_normaliser.log()
+
+    if grad_scale is not None:
+        # d CE / d logits = softmax - one hot
+        # temperature^2 * d KL / d logits = temperature * (student's softmax - teacher's softmax)
+        kl_scale = grad_scale * (w * temperature)
         if temperature == 1.0:
-            soft = teacher_probability
-            grad = self.logits.sub_(self.log_normaliser[:, None]).exp_().sub_(soft, alpha=w)
-            grad[self.label_row, self.label_column] -= 1 - w
-            return kl_divergence, grad
-        soft = (student - student_normaliser[:, None]).exp_().sub_(teacher_probability)
-        return kl_divergence, self.cross_entropy_gradient(1 - w).add_(soft, alpha=w * temperature)
+            student.mul_(grad_scale / student_normaliser[:, None])
+        else:
+            student.mul_(grad_scale * (1 - w) / student_normaliser[:, None])
+            student.addcmul_(student_soft, kl_scale / soft_normaliser[:, None])
+        student.addcmul_(teacher_soft, kl_scale / teacher_normaliser[:, None], value=-1.0)
+        targets.subtract_(student, rows, grad_scale.squeeze(1) * (1 - w))
+    return cross_entropy, kl_divergence
