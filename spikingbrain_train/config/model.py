@@ -31,8 +31,9 @@ class GatedLinearAttentionConfig:
     """Initial b2 of a head's first channel, the fastest to forget: its decay of one step starts at
     sigmoid(init_gate_bias_min) ** (1 / gate_logit_normalizer)."""
     init_gate_bias_max: float = 4.0
-    """Initial b2 of a head's last channel, the slowest; those between are spread evenly, so that every head starts with
-    memories from about one token to about a thousand."""
+    """Initial b2 of a head's last channel, the slowest; those between are spread evenly, so that every head
+    starts with memories from about one token to about a thousand.
+    """
     init_gate_std: float = 0.02
     """Standard deviation of the initial W1 and W2."""
     init_out_norm: float = 0.3

@@ -32,9 +32,10 @@ class AlignmentConfig:
     """How an align stage starts the mixers before it trains them."""
 
     calibration_tokens: int = 8192
-    """Tokens on which the output projection of every linear attention layer is fitted to the dense layer's output by
-    least squares before the first step; 0 keeps the source's projection. Rounded up to whole global batches, and no
-    more than the stage itself reads."""
+    """Tokens on which the output projection of every linear attention layer is fitted to the dense layer's
+    output by least squares before the first step; 0 keeps the source's projection. Rounded up to whole global
+    batches, and no more than the stage itself reads.
+    """
     calibration_ridge: float = 0.3
     """Pull of that fit towards the source's projection, in units of the mean squared feature."""
 

@@ -1,4 +1,4 @@
-"""The decoder: megatron-core's GPTModel with one spec per layer, exact losses over the unpadded vocabulary."""
+"""The decoder: megatron-core's GPTModel with one spec per layer, exact loss over the unpadded vocabulary."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from spikingbrain_train.ops.linear_cross_entropy import TokenLosses
 class HybridGPTModel(GPTModel):
     """GPTModel whose layers differ in their mixers.
 
-    Two things are added to megatron-core's model: the loss is computed from hidden states in chunks of tokens, so the
-    float32 logits of a whole sequence never exist and padded vocabulary rows take no part in the softmax; and the final
-    hidden states can be returned instead, for distillation.
+    Two things are added to megatron-core's model: the loss is computed from hidden states in chunks of
+    tokens, so the float32 logits of a whole sequence never exist and padded vocabulary rows take no part in
+    the softmax; and the final hidden states can be returned instead, for distillation.
 
     Args:
         model: architecture.
@@ -63,7 +63,7 @@ class HybridGPTModel(GPTModel):
                 self.rotary_pos_emb.inv_freq, model.rope_scaling
             )
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         tokens: Tensor,
         position_ids: Tensor,
@@ -82,10 +82,10 @@ class HybridGPTModel(GPTModel):
             return_hidden_states: on the last stage, stop at the final hidden states.
 
         Returns:
-            Before the last stage: hidden states [T, B, hidden_size]. On the last stage: with labels the weighted sum of
-            losses (scalar float32) and the per-token losses; the final hidden states [T, B, hidden_size] if asked for;
-            else logits [B, T, padded vocabulary of this tensor-parallel rank]. Under sequence parallelism the T of
-            hidden states is this rank's share.
+            Before the last stage: hidden states [T, B, hidden_size]. On the last stage: with labels the
+            weighted sum of losses (scalar float32) and the per-token losses; the final hidden states [T, B,
+            hidden_size] if asked for; else logits [B, T, padded vocabulary of this tensor-parallel rank].
+            Under sequence parallelism the T of hidden states is this rank's share.
         """
         if loss_weights is None and labels is not None:
             loss_weights = torch.ones_like(labels, dtype=torch.float32)
@@ -99,7 +99,7 @@ class HybridGPTModel(GPTModel):
         )
 
     def output_weight(self) -> Tensor:
-        """The output projection's shard on this rank: [padded vocab_size / tensor_model_parallel_size, hidden_size]."""
+        """This rank's output projection: [padded vocab_size / tensor_model_parallel_size, hidden_size]."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
@@ -116,6 +116,7 @@ class HybridGPTModel(GPTModel):
             return hidden_states
         if labels is None:
             return super()._postprocess(hidden_states, *args, labels=None, **kwargs)
+        assert loss_mask is not None  # forward() gives labels without weights a weight of 1
         return vocab_parallel_linear_cross_entropy(
             hidden_states,
             self.output_weight(),
@@ -165,8 +166,8 @@ def build_model(
 def _mark_split_weights(model: HybridGPTModel) -> None:
     """Say which weights are split over tensor-parallel ranks.
 
-    megatron-core marks them while it fills them with random numbers, so a model that skips initialisation because a
-    checkpoint follows would count only rank 0's share in the gradient norm.
+    megatron-core marks them while it fills them with random numbers, so a model that skips initialisation
+    because a checkpoint follows would count only rank 0's share in the gradient norm.
     """
     for module in model.modules():
         if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding)):

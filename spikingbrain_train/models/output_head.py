@@ -53,8 +53,8 @@ def vocab_parallel_linear_cross_entropy(
         vocab_size: rows of the whole vocabulary without padding; padding takes no part in the softmax.
         sequence_parallel: whether hidden_states is a share of the sequence.
         tp_group: tensor-parallel ranks.
-        distillation: soft targets; its hidden states are [B * T, D] in the same (batch-major) token order and its
-            weight has this rank's rows, padding included.
+        distillation: soft targets; its hidden states are [B * T, D] in the same (batch-major) token order and
+            its weight has this rank's rows, padding included.
 
     Returns:
         The scalar sum and the per-token losses, [B * T] in batch-major order.

@@ -14,9 +14,9 @@ from torch import Tensor
 class RMSNorm(torch.nn.Module):
     """``x / rms(x) * weight`` over the last dimension, with float32 statistics.
 
-    The weight is replicated over tensor-parallel ranks. Under sequence parallelism each rank normalises its own share of
-    the sequence, so the weight's gradients are partial sums; the ``sequence_parallel`` mark on the parameter makes
-    megatron-core's ``finalize_model_grads`` add them up.
+    The weight is replicated over tensor-parallel ranks. Under sequence parallelism each rank normalises its
+    own share of the sequence, so the weight's gradients are partial sums; the ``sequence_parallel`` mark on
+    the parameter makes megatron-core's ``finalize_model_grads`` add them up.
 
     Args:
         config: transformer config of the model.

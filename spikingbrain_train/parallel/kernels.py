@@ -1,6 +1,6 @@
 """Turns the config's kernel choices into ones that this machine has.
 
-A backend that is asked for by name and missing is an error; ``auto`` falls back, and the log line says to what.
+A backend that is asked for by name and missing is an error; ``auto`` falls back, and the log says to what.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Alignment: the mixers that replaced attention learn to reproduce it, layer by layer.
 
-The dense source runs forward once. At each replaced layer its attention's input goes through the student's mixer too,
-and the mixer's output is pulled towards the attention's output. Layers do not depend on each other, so each layer's
-backward pass runs on the spot: no activations are kept across layers and nothing travels backwards between pipeline stages.
+The dense source runs forward once. At each replaced layer its attention's input goes through the student's
+mixer too, and the mixer's output is pulled towards the attention's output. Layers do not depend on each
+other, so each layer's backward pass runs on the spot: no activations are kept across layers and nothing
+travels backwards between pipeline stages.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from functools import partial
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
@@ -28,8 +30,9 @@ from spikingbrain_train.training.stage_step import Batch
 class Alignment:
     """Trains the mixers whose kind differs from the teacher's; everything else is frozen.
 
-    The loss of a layer is ``||mixer(x) - attention(x)||^2 / ||attention(x)||^2``, both norms over one micro-batch: relative,
-    so that layers of different scale weigh the same. The stage's loss is the mean over replaced layers.
+    The loss of a layer is ``||mixer(x) - attention(x)||^2 / ||attention(x)||^2``, both norms over one
+    micro-batch: relative, so that layers of different scale weigh the same. The stage's loss is the mean over
+    replaced layers.
 
     Args:
         stage: sequence length and batch sizes.
@@ -51,16 +54,17 @@ class Alignment:
         ours, theirs = student.model_config, self.teacher.model_config
         if (ours.num_layers, ours.hidden_size) != (theirs.num_layers, theirs.hidden_size):
             raise ConfigurationError(
-                f"stage.teacher has {theirs.num_layers} layers of width {theirs.hidden_size} but the model has "
-                f"{ours.num_layers} of width {ours.hidden_size}; align against the dense checkpoint that this model was "
-                "converted from."
+                f"stage.teacher has {theirs.num_layers} layers of width {theirs.hidden_size} but the model "
+                f"has {ours.num_layers} of width {ours.hidden_size}; align against the dense checkpoint that "
+                "this model was converted from."
             )
         pairs = zip(ours.layer_mixers(), theirs.layer_mixers(), strict=True)
         layers = [layer for layer, (mine, other) in enumerate(pairs) if mine is not other]
         if not layers:
             raise ConfigurationError(
-                "stage.kind=align has nothing to train: every layer of the model has the teacher's mixer; convert the source "
-                "with tools/convert_checkpoint.py import --conversion spikingbrain_7b first."
+                "stage.kind=align has nothing to train: every layer of the model has the teacher's mixer; "
+                "convert the source with tools/convert_checkpoint.py import --conversion spikingbrain_7b "
+                "first."
             )
         return layers
 
@@ -115,7 +119,7 @@ class Alignment:
             torch.distributed.all_reduce(errors, group=group)
         return {"train/loss": errors.sum().item() * scale / self.groups.data_parallel_size}
 
-    def _replaced_mixers(self, student: HybridGPTModel) -> list[torch.nn.Module]:
+    def _replaced_mixers(self, student: HybridGPTModel) -> list[SelfAttention]:
         """The mixers of this pipeline stage that stand where the teacher has attention."""
         replaced = set(self.replaced_layers(student))
         return [
@@ -127,10 +131,11 @@ class Alignment:
         model: torch.nn.Module,
         batches: Iterator[Batch],
         num_microbatches: int,
-        hooks: Mapping[torch.nn.Module, Callable],
+        hooks: Mapping[SelfAttention, Callable],
     ) -> None:
-        """Send micro-batches through the teacher; ``hooks`` are called with what its attention at their mixer's layer got and
-        gave, as PyTorch's forward hooks with keyword arguments are."""
+        """Send micro-batches through the teacher; ``hooks`` are called with what its attention at their
+        mixer's layer got and gave, as PyTorch's forward hooks with keyword arguments are.
+        """
         attention = {layer.layer_number: layer.self_attention for layer in self.teacher.decoder.layers}
         handles = [
             attention[mixer.layer_number].register_forward_hook(hook, with_kwargs=True)
@@ -160,7 +165,7 @@ class Alignment:
 
     def _align_layer(
         self,
-        mixer: torch.nn.Module,
+        mixer: SelfAttention,
         errors: Tensor,
         scale: float,
         attention: torch.nn.Module,

@@ -21,15 +21,16 @@ from spikingbrain_train.training.checkpoint import load_weights
 
 def build_student(config: RunConfig, kernels: KernelConfig, groups: ProcessGroups) -> HybridGPTModel:
     """The model that trains, from ``checkpoint.load`` or from random weights."""
-    from_checkpoint = config.checkpoint.load is not None
-    model = _build(config.model, config, kernels, groups, initialize=not from_checkpoint)
-    if from_checkpoint:
-        load_weights(config.checkpoint.load, "checkpoint.load", model)
+    checkpoint = config.checkpoint.load
+    model = _build(config.model, config, kernels, groups, initialize=checkpoint is None)
+    if checkpoint is not None:
+        load_weights(checkpoint, "checkpoint.load", model)
     return model
 
 
 def build_teacher(config: RunConfig, kernels: KernelConfig, groups: ProcessGroups) -> HybridGPTModel:
     """The frozen dense source from ``stage.teacher``, in the same topology and precision."""
+    assert config.stage.teacher is not None  # config.checks asks for it where a stage needs it
     checkpoint = latest_checkpoint(config.stage.teacher, "stage.teacher")
     model = load_model_config(checkpoint / MODEL_CONFIG_FILE)
     teacher = _build(model, config, kernels, groups, initialize=False)
@@ -51,7 +52,7 @@ def _build(
 
 
 def wrap_data_parallel(model: HybridGPTModel, parallel: ParallelConfig) -> DistributedDataParallel:
-    """megatron-core's data parallelism: gradient buffers in fp32, summed over replicas and divided by tokens later."""
+    """megatron-core's data parallelism: fp32 gradients, summed over replicas and divided by tokens later."""
     model.config.calculate_per_token_loss = True
     model.config.finalize_model_grads_func = finalize_model_grads
     ddp_config = DistributedDataParallelConfig(

@@ -2,10 +2,11 @@
 
 Two things are wrong with a freshly swapped linear attention layer, and neither needs training to mend:
 
-- A channel that forgets slowly sums up many keys, one that forgets fast only a few, so slow channels drown the others.
-  Each channel's keys are scaled by the share that one step adds, ``1 - g``, as if the state were a moving average.
-- The output projection was made for another attention's output. It is fitted again, by least squares on a few thousand
-  tokens, pulled towards the source's projection so that rarely seen directions keep their meaning.
+- A channel that forgets slowly sums up many keys, one that forgets fast only a few, so slow channels drown
+  the others. Each channel's keys are scaled by the share that one step adds, ``1 - g``, as if the state were
+  a moving average.
+- The output projection was made for another attention's output. It is fitted again, by least squares on a few
+  thousand tokens, pulled towards the source's projection so that rarely seen directions keep their meaning.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from spikingbrain_train.parallel.process_groups import ProcessGroups
 
 @torch.no_grad()
 def balance_keys(mixer: GatedLinearAttention) -> None:
-    """Scale every key channel by ``(1 - g) / max(1 - g)``, g being the decay that the gate's bias alone gives.
+    """Scale every key channel by ``(1 - g) / max(1 - g)``; g is the decay that the gate's bias alone gives.
 
-    ReLU features pass a positive factor through, and so does the norm behind the recurrence up to the channels' balance,
-    which is what changes. With q/k norms the factor goes into the key norm's weight, else into the key rows of ``linear_qkv``.
+    ReLU features pass a positive factor through, and so does the norm behind the recurrence up to the
+    channels' balance, which is what changes. With q/k norms the factor goes into the key norm's weight, else
+    into the key rows of ``linear_qkv``.
     """
     bias_GK = mixer.linear_gate_up_proj.bias.float().view(-1, mixer.key_hidden_size)
     share_GK = -torch.expm1(torch.nn.functional.logsigmoid(bias_GK) / mixer.gate_logit_normalizer)
@@ -46,12 +48,14 @@ def balance_keys(mixer: GatedLinearAttention) -> None:
 class ProjectionFit:
     """Ridge regression of one layer's output projection: ``min |Y W^T - A|^2 + r |W - s W0|^2``.
 
-    Y are the layer's normalised heads, A the dense layer's outputs on the same inputs, W0 the source's projection and s the
-    factor that suits W0 best. r is ``ridge`` times the mean squared feature summed over tokens.
+    Y are the layer's normalised heads, A the dense layer's outputs on the same inputs, W0 the source's
+    projection and s the factor that suits W0 best. r is ``ridge`` times the mean squared feature summed over
+    tokens.
 
     Args:
         mixer: the layer; its ``linear_proj`` is replaced by :meth:`solve`.
-        groups: process groups; features are gathered over tensor-parallel ranks, sums reduced over data-parallel ones.
+        groups: process groups; features are gathered over tensor-parallel ranks, sums reduced over
+            data-parallel ones.
     """
 
     def __init__(self, mixer: GatedLinearAttention, groups: ProcessGroups) -> None:
@@ -67,7 +71,8 @@ class ProjectionFit:
         """Take one micro-batch into the sums.
 
         Args:
-            hidden_states: [T, B, hidden_size] normed input of the layer (this rank's share under sequence parallelism).
+            hidden_states: [T, B, hidden_size] normed input of the layer (this rank's share under sequence
+                parallelism).
             target: output of the dense layer, shaped like ``hidden_states``.
         """
         tp_group = self.groups.collection.tp
@@ -80,7 +85,7 @@ class ProjectionFit:
 
     @torch.no_grad()
     def solve(self, ridge: float) -> None:
-        """Replace the projection by the fitted one; every rank solves the same system and keeps its columns."""
+        """Replace the projection by the fitted one; every rank solves the same system, keeps its columns."""
         for sums in (self.gram, self.cross):
             torch.distributed.all_reduce(sums, group=self.groups.collection.dp)
         tp_group = self.groups.collection.tp

@@ -1,7 +1,7 @@
 """Saving and restoring a run: weights, optimizer, schedule, generators and data position, at any topology.
 
 A checkpoint is written under a temporary name and renamed when every rank is done, and only then does
-``latest_checkpointed_iteration.txt`` point to it, so an interrupted save leaves the previous checkpoint in force.
+``latest_checkpointed_iteration.txt`` point to it: after an interrupted save the previous one is in force.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
-
 from torch.distributed.checkpoint.api import CheckpointException
 
 from spikingbrain_train.config.checkpoint_folder import (
@@ -40,8 +39,10 @@ from spikingbrain_train.parallel.process_groups import ProcessGroups
 
 
 def _sharding() -> dict[str, Any]:
-    """How tensors are named and split: per-layer keys, because layers differ, and optimizer state as whole parameters, so
-    that any topology can read it. A new dict each time: megatron-core puts this run's process groups into it."""
+    """How tensors are named and split: per-layer keys, because layers differ, and optimizer state as whole
+    parameters, so that any topology can read it. A new dict each time: megatron-core puts this run's process
+    groups into it.
+    """
     return {
         "non_homogeneous_layers": True,
         "distrib_optim_sharding_type": "fully_reshardable",
@@ -73,7 +74,8 @@ def save_checkpoint(
         state: what to write.
         config: stored beside the weights.
         groups: process groups.
-        hf_source: folder with the source's configuration and tokenizer, copied along for the export; None to leave out.
+        hf_source: folder with the source's configuration and tokenizer, copied along for the export; None to
+            leave out.
 
     Raises:
         CheckpointError: the folder cannot be written or the disk is full; earlier checkpoints are untouched.
@@ -118,8 +120,8 @@ def _raise_if_any(failure: BaseException | None, folder: Path, groups: ProcessGr
         shutil.rmtree(folder, ignore_errors=True)
     reason = "another rank failed" if failure is None else _reason(failure)
     raise CheckpointError(
-        f"the checkpoint {folder.parent} cannot be written ({reason}); free space there or choose another output_dir. "
-        "Earlier checkpoints are untouched."
+        f"the checkpoint {folder.parent} cannot be written ({reason}); free space there or choose another "
+        "output_dir. Earlier checkpoints are untouched."
     ) from failure
 
 
@@ -155,8 +157,8 @@ def resume(folder: Path, state: TrainingState, config: RunConfig, groups: Proces
     """Restore everything from the run's newest checkpoint, at this or another topology.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, of another architecture, or of a run whose optimizer state has another
-            form.
+        CheckpointError: the checkpoint is damaged, of another architecture, or of a run whose optimizer state
+            has another form.
     """
     checkpoint = latest_checkpoint(folder, "output_dir")
     check_same_architecture(
@@ -181,7 +183,7 @@ def resume(folder: Path, state: TrainingState, config: RunConfig, groups: Proces
 
 
 def check_same_architecture(found: ModelConfig, wanted: ModelConfig, setting: str, folder: str) -> None:
-    """Raise :class:`CheckpointError` if weights of ``found`` do not fit ``wanted``; name the first field that differs."""
+    """Raise :class:`CheckpointError` naming the first field in which ``found`` does not fit ``wanted``."""
     for field in (
         "num_layers",
         "hidden_size",
@@ -203,8 +205,8 @@ def check_same_architecture(found: ModelConfig, wanted: ModelConfig, setting: st
     for layer, (theirs, ours) in enumerate(pairs):
         if ("gla" in (theirs.value, ours.value)) and theirs is not ours:
             raise CheckpointError(
-                f"{setting}={folder} has mixer {theirs.value} in layer {layer}, but model.mixers gives {ours.value}; choose "
-                "model=from_checkpoint, or convert the source with other mixers."
+                f"{setting}={folder} has mixer {theirs.value} in layer {layer}, but model.mixers gives "
+                f"{ours.value}; choose model=from_checkpoint, or convert the source with other mixers."
             )
 
 
@@ -219,9 +221,9 @@ def _check_same_run(written_by: RunConfig, config: RunConfig, checkpoint: Path) 
         theirs, ours = getattr(getattr(written_by, section), name), getattr(getattr(config, section), name)
         if theirs != ours:
             raise CheckpointError(
-                f"{checkpoint} was written with {setting}={getattr(theirs, 'value', theirs)} and cannot be resumed with "
-                f"{getattr(ours, 'value', ours)}; restore the setting, or start a new run with another output_dir and "
-                f"checkpoint.load={checkpoint.parent}."
+                f"{checkpoint} was written with {setting}={getattr(theirs, 'value', theirs)} and cannot be "
+                f"resumed with {getattr(ours, 'value', ours)}; restore the setting, or start a new run with "
+                f"another output_dir and checkpoint.load={checkpoint.parent}."
             )
 
 
@@ -249,8 +251,9 @@ def _sharded_state(
 
 
 def _sharded_weights(model: HybridGPTModel) -> dict[str, Any]:
-    """The weights without the ``_extra_state`` objects of Transformer Engine's FP8 recipes, which we do not use: a
-    checkpoint holds tensors only, so reading one never unpickles an object."""
+    """The weights without the ``_extra_state`` objects of Transformer Engine's FP8 recipes, which we do not
+    use: a checkpoint holds tensors only, so reading one never unpickles an object.
+    """
     sharded = model.sharded_state_dict(metadata=_sharding())
     return {name: value for name, value in sharded.items() if not name.endswith("_extra_state")}
 
@@ -292,8 +295,8 @@ def _load(sharded: dict[str, Any], checkpoint: Path, setting: str) -> dict[str, 
         return megatron_versions.load_checkpoint(sharded, checkpoint)
     except (CheckpointingException, CheckpointException, OSError, RuntimeError, KeyError, EOFError) as error:
         raise CheckpointError(
-            f"{setting}: the checkpoint {checkpoint} cannot be read ({_reason(error)}); it is damaged or of another "
-            "architecture."
+            f"{setting}: the checkpoint {checkpoint} cannot be read ({_reason(error)}); it is damaged or of "
+            "another architecture."
         ) from error
 
 

@@ -21,8 +21,8 @@ def build_optimizer(
 ) -> MegatronOptimizer:
     """AdamW over the model's trainable parameters, with fp32 main weights under bf16.
 
-    Parameter groups: norms and biases have no weight decay; parameters marked ``is_new_parameter`` (those the dense source
-    does not have) learn at ``lr * new_parameter_lr_mult``.
+    Parameter groups: norms and biases have no weight decay; parameters marked ``is_new_parameter`` (those the
+    dense source does not have) learn at ``lr * new_parameter_lr_mult``.
     """
     config = MegatronOptimizerConfig(
         optimizer="adam",
@@ -47,7 +47,7 @@ def build_optimizer(
             max_lr=optimizer.lr * optimizer.new_parameter_lr_mult,
             min_lr=optimizer.min_lr * optimizer.new_parameter_lr_mult,
             # The schedule ignores it, but checkpoints tell parameter groups apart by it.
-            lr_mult=optimizer.new_parameter_lr_mult,  # type: ignore[typeddict-unknown-key]
+            lr_mult=optimizer.new_parameter_lr_mult,
         )
     built = get_megatron_optimizer(config, [model], config_overrides=overrides, use_gloo_process_groups=False)
     _prepare_torch_adamw(built)
@@ -55,11 +55,11 @@ def build_optimizer(
 
 
 def _prepare_torch_adamw(optimizer: MegatronOptimizer) -> None:
-    """Without Transformer Engine or Apex megatron-core takes torch's AdamW, whose default loops over tensors op by op;
-    the fused form does the same arithmetic in one pass over memory, on CPU and GPU alike.
+    """Without Transformer Engine or Apex megatron-core takes torch's AdamW, whose default loops over tensors
+    op by op; the fused form does the same arithmetic in one pass over memory, on CPU and GPU alike.
 
-    Its state is made here, because megatron-core's distributed optimizer cannot describe (and so not load) one that is
-    still empty.
+    Its state is made here, because megatron-core's distributed optimizer cannot describe (and so not load)
+    one that is still empty.
     """
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         inner = part.optimizer
@@ -80,9 +80,9 @@ def _prepare_torch_adamw(optimizer: MegatronOptimizer) -> None:
 def _keep_step_when_loading(optimizer: DistributedOptimizer) -> None:
     """Make the distributed optimizer restore torch's AdamW.
 
-    megatron-core first gives all parameters one step tensor, which the optimizer would then advance once for each of them,
-    and then copies every state tensor from the checkpoint, where a step for each parameter is not. So each parameter gets a
-    step of its own and keeps it.
+    megatron-core first gives all parameters one step tensor, which the optimizer would then advance once for
+    each of them, and then copies every state tensor from the checkpoint, where a step for each parameter is
+    not. So each parameter gets a step of its own and keeps it.
     """
     copy_states = optimizer._set_main_param_and_optimizer_states
 
@@ -98,7 +98,7 @@ def _keep_step_when_loading(optimizer: DistributedOptimizer) -> None:
 def build_scheduler(
     optimizer: OptimizerConfig, train_iters: int, built: MegatronOptimizer
 ) -> OptimizerParamScheduler:
-    """The learning rate after each step: linear warm-up, then the decay; ``min_lr`` is reached at the last step."""
+    """The learning rate after each step: linear warm-up, then the decay to ``min_lr`` at the last step."""
     return OptimizerParamScheduler(
         built,
         init_lr=0.0,

@@ -1,4 +1,4 @@
-"""Continual pretraining: all parameters on next-token loss, optionally with distillation from the dense source."""
+"""Continual pretraining: all parameters on next-token loss, optionally with the dense source as teacher."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ from spikingbrain_train.training.stage_step import Batch
 class ContinualPretraining:
     """Next-token training over megatron-core's schedules (1F1B under pipeline parallelism).
 
-    With a teacher, each pipeline stage runs the teacher's layers beside the student's and the tensors sent between stages
-    carry both hidden states side by side, so distillation works under every topology.
+    With a teacher, each pipeline stage runs the teacher's layers beside the student's and the tensors sent
+    between stages carry both hidden states side by side, so distillation works under every topology.
 
     Args:
         stage: sequence length, batch sizes, distillation settings.
         groups: process groups.
-        teacher: the frozen dense source in the same topology; needed when ``stage.distillation.weight`` is above 0.
+        teacher: the frozen dense source in the same topology; needed when ``stage.distillation.weight`` is
+            above 0.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class ContinualPretraining:
         """Accumulate gradients of the mean loss over the global batch's unmasked tokens."""
         widen = {}
         if self.teacher is not None and self.groups.pipeline_model_parallel_size > 1:
-            widen["adjust_tensor_shapes_fn"] = self._widen_for_teacher
+            widen["adjust_tensor_shapes_fn"] = partial(_widen, self.teacher.config.hidden_size)
         reports = get_forward_backward_func()(
             forward_step_func=self._forward_step,
             data_iterator=batches,
@@ -68,30 +69,23 @@ class ContinualPretraining:
             metrics["train/kl_divergence"] = kl_divergence / tokens
         return metrics
 
-    def _widen_for_teacher(self, receive: list[tuple], send: list[tuple]) -> tuple[list[tuple], list[tuple]]:
-        extra = self.teacher.config.hidden_size
-        return (
-            [(*shape[:-1], shape[-1] + extra) for shape in receive],
-            [(*shape[:-1], shape[-1] + extra) for shape in send],
-        )
-
     def _forward_step(self, batches: Iterator[Batch], model: DistributedDataParallel):
         batch = next(batches)
         if self.teacher is None:
             output = model(batch["tokens"], batch["position_ids"], batch["labels"], batch["loss_mask"])
         else:
-            output = self._forward_beside_teacher(batch, model)
+            output = self._forward_beside_teacher(self.teacher, batch, model)
         return output, partial(self._loss, batch["loss_mask"])
 
-    def _forward_beside_teacher(self, batch: Batch, model: DistributedDataParallel):
+    def _forward_beside_teacher(self, teacher: HybridGPTModel, batch: Batch, model: DistributedDataParallel):
         student: HybridGPTModel = model.module
         if not student.pre_process:
             both = student.decoder.input_tensor
             width = student.config.hidden_size
             student.set_input_tensor(both[..., :width].contiguous())
-            self.teacher.set_input_tensor(both[..., width:].detach().contiguous())
+            teacher.set_input_tensor(both[..., width:].detach().contiguous())
         with torch.no_grad():
-            teacher_hidden = self.teacher(batch["tokens"], batch["position_ids"], return_hidden_states=True)
+            teacher_hidden = teacher(batch["tokens"], batch["position_ids"], return_hidden_states=True)
         student_hidden = model(batch["tokens"], batch["position_ids"], return_hidden_states=True)
         if not student.post_process:
             return torch.cat([student_hidden, teacher_hidden], dim=-1)
@@ -111,7 +105,7 @@ class ContinualPretraining:
             tp_group=tp_group,
             distillation=Distillation(
                 teacher_hidden.transpose(0, 1).flatten(0, 1),
-                self.teacher.output_weight(),
+                teacher.output_weight(),
                 weight=self.stage.distillation.weight,
                 temperature=self.stage.distillation.temperature,
             ),
@@ -127,3 +121,11 @@ class ContinualPretraining:
         )
         report = torch.stack([tokens, losses.cross_entropy @ mask, kl_divergence]).double()
         return total, tokens.to(torch.int), report
+
+
+def _widen(extra: int, receive: list[tuple], send: list[tuple]) -> tuple[list[tuple], list[tuple]]:
+    """Shapes between pipeline stages, ``extra`` wider so that the teacher's hidden states fit beside."""
+    return (
+        [(*shape[:-1], shape[-1] + extra) for shape in receive],
+        [(*shape[:-1], shape[-1] + extra) for shape in send],
+    )

@@ -15,13 +15,13 @@ Batch = Mapping[str, Tensor]
 
 
 class StageStep(Protocol):
-    """One kind of stage. The trainer owns the optimizer; a stage says what is trained and fills the gradients."""
+    """One kind of stage. It says what is trained and fills the gradients; the trainer owns the optimizer."""
 
     def freeze(self, model: HybridGPTModel) -> None:
         """Switch off gradients of what the stage does not train; called before gradient buffers are made."""
 
     def prepare(self, model: HybridGPTModel, batches: Iterator[Batch], num_microbatches: int) -> None:
-        """Set in closed form what needs no gradient, on the first training batches; called once, before the first step.
+        """Set in closed form what needs no gradient, on the first batches; called once before the first step.
 
         Args:
             model: this rank's pipeline stage.

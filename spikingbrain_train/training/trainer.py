@@ -84,11 +84,12 @@ class Trainer:
         )
         teacher = build_teacher(config, kernels, groups) if self._needs_teacher() else None
         student = build_student(config, kernels, groups)
-        self.step: StageStep = (
-            Alignment(config.stage, groups, teacher)
-            if config.stage.kind is StageKind.align
-            else ContinualPretraining(config.stage, groups, teacher)
-        )
+        self.step: StageStep
+        if config.stage.kind is StageKind.align:
+            assert teacher is not None
+            self.step = Alignment(config.stage, groups, teacher)
+        else:
+            self.step = ContinualPretraining(config.stage, groups, teacher)
         self.step.freeze(student)
         total, trainable = parameter_counts(student)
         self._say(f"rank 0 holds {total:,} parameters, {trainable:,} of them trainable")
@@ -147,8 +148,9 @@ class Trainer:
         metrics = self.step.forward_backward(self.model, batches, self.num_microbatches)
         if not math.isfinite(metrics["train/loss"]):
             raise ConfigurationError(
-                f"the loss became {metrics['train/loss']} at iteration {state.iteration + 1}; lower optimizer.lr "
-                f"(now {config.optimizer.lr}) or lengthen optimizer.lr_warmup_iters, and resume from the last checkpoint."
+                f"the loss became {metrics['train/loss']} at iteration {state.iteration + 1}; lower "
+                f"optimizer.lr (now {config.optimizer.lr}) or lengthen optimizer.lr_warmup_iters, and resume "
+                "from the last checkpoint."
             )
         state.scheduler.step(increment=1)
         _, grad_norm, _ = state.optimizer.step()
@@ -191,7 +193,7 @@ class Trainer:
         self._say(f"saved {folder}")
 
     def _hf_source(self) -> Path | None:
-        """The source's configuration and tokenizer, handed on from checkpoint to checkpoint for the export."""
+        """The source's configuration and tokenizer, handed from checkpoint to checkpoint for the export."""
         load = self.config.checkpoint.load
         if load is None:
             return None
@@ -245,12 +247,13 @@ class Trainer:
         choice = self.config.checkpoint.resume
         if choice is Resume.must and not found:
             raise ConfigurationError(
-                f"checkpoint.resume=must, but {self.checkpoints} holds no checkpoint; choose checkpoint.resume=auto to start there."
+                f"checkpoint.resume=must, but {self.checkpoints} holds no checkpoint; choose "
+                "checkpoint.resume=auto to start there."
             )
         if choice is Resume.never and found:
             raise ConfigurationError(
-                f"checkpoint.resume=never, but {self.checkpoints} already holds checkpoints; choose another output_dir or "
-                "checkpoint.resume=auto."
+                f"checkpoint.resume=never, but {self.checkpoints} already holds checkpoints; choose another "
+                "output_dir or checkpoint.resume=auto."
             )
         return found
 

@@ -1,4 +1,4 @@
-"""Small training runs for distributed tests: a model with every mixer, a real tokenized text, and a checkpoint to start from.
+"""Small training runs for distributed tests: a model with every mixer, real text, and a first checkpoint.
 
 :func:`train` is what runs on every rank of the pool; it goes through the same Trainer as ``train.py``.
 """
@@ -22,7 +22,7 @@ from spikingbrain_train.config.run import (
 )
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 
-# Every mixer, biases and q/k norms; 130 tokens leave the vocabulary's last tensor-parallel rank mostly padding.
+# Every mixer, biases, q/k norms; 130 tokens leave the vocabulary's last tensor-parallel rank mostly padding.
 MODEL = ModelConfig(
     num_layers=4,
     hidden_size=32,
@@ -34,8 +34,8 @@ MODEL = ModelConfig(
     max_position_embeddings=128,
     mixers=[Mixer.gla, Mixer.swa, Mixer.gla, Mixer.full],
     sliding_window=9,
-    # ReLU features make some outputs of so small a model (almost) zero; the norm behind them divides by sqrt(epsilon), and a
-    # feature that rounding pushes across zero would show as a jump of the gradient.
+    # ReLU features make some outputs of so small a model (almost) zero; the norm behind them divides by
+    # sqrt(epsilon), and a feature that rounding pushes across zero would show as a jump of the gradient.
     norm_epsilon=1e-2,
     add_qkv_bias=True,
     qk_layernorm=True,
@@ -68,8 +68,8 @@ def run_config(output_dir: Path, data: Path, *, model: ModelConfig = MODEL, **ch
         model=model,
         cluster=ClusterConfig(peak_tflops=0.1),
         data=DataConfig(train=[str(data)]),
-        # AdamW turns a gradient that is all rounding into a full step; an eps above rounding keeps such noise out of
-        # comparisons between topologies.
+        # AdamW turns a gradient that is all rounding into a full step; an eps above rounding keeps such noise
+        # out of comparisons between topologies.
         optimizer=OptimizerConfig(
             lr=1e-2, lr_warmup_iters=2, clip_grad=0.5, new_parameter_lr_mult=3.0, adam_eps=1e-6
         ),

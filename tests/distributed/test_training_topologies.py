@@ -1,7 +1,8 @@
 """Training gives the same numbers on every topology.
 
-Tolerance 1e-5 relative over ten fp32 steps, for losses and gradient norms: splitting a sum over ranks changes its rounding
-(about 1e-7 a step), and ten steps of AdamW at a high learning rate amplify that by less than a hundred.
+Tolerance 1e-5 relative over ten fp32 steps, for losses and gradient norms: splitting a sum over ranks changes
+its rounding (about 1e-7 a step), and ten steps of AdamW at a high learning rate amplify that by less than a
+hundred.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from tests.distributed.small_runs import TOPOLOGIES, checkpoint_config, run_conf
 
 TOLERANCE = 1e-5
 
-# The whole matrix for plain training; the two stages that add communication of their own on what they add it to.
+# The whole matrix for plain training; the two stages that add communication of their own on what they touch.
 CASES = [("cpt", name) for name in TOPOLOGIES]
 CASES += [
     (kind, name)

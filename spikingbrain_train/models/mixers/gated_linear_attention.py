@@ -1,7 +1,7 @@
 """Gated linear attention in the SpikingBrain-7B form, on megatron-core's parallel linears.
 
-Per head, with keys, values and gates shared by the heads of a group (SpikingBrain, arXiv 2509.05276, eq. 10-11; Yang
-et al., arXiv 2312.06635):
+Per head, with keys, values and gates shared by the heads of a group (SpikingBrain, arXiv 2509.05276, eq.
+10-11; Yang et al., arXiv 2312.06635):
 
     q, k = relu(q), relu(k)
     log g = logsigmoid(W2 (W1 x) + b2) / gate_logit_normalizer
@@ -10,7 +10,8 @@ et al., arXiv 2312.06635):
 
 No rotary positions: the gate carries the order.
 
-Shape letters: T time, B batch, H query heads and G groups of this tensor-parallel rank, K key and V value width.
+Shape letters: T time, B batch, H query heads and G groups of this tensor-parallel rank, K key and V value
+width.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ from spikingbrain_train.ops.gated_linear_attention import gated_linear_attention
 class LowRankDownProjection(torch.nn.Module):
     """W1 of the gate: hidden -> gate_low_rank_dim without bias, replicated over tensor-parallel ranks.
 
-    Under sequence parallelism each rank projects its own share of the sequence, so only gate_low_rank_dim numbers per
-    token are gathered later; the weight's gradients are then partial sums, which the ``sequence_parallel`` mark makes
-    megatron-core add up.
+    Under sequence parallelism each rank projects its own share of the sequence, so only gate_low_rank_dim
+    numbers per token are gathered later; the weight's gradients are then partial sums, which the
+    ``sequence_parallel`` mark makes megatron-core add up.
     """
 
     def __init__(self, config: TransformerConfig, output_size: int, init_std: float) -> None:
@@ -55,9 +56,9 @@ class LowRankDownProjection(torch.nn.Module):
 class GatedLinearAttention(SelfAttention):
     """A drop-in for SelfAttention whose core is gated linear attention.
 
-    It keeps SelfAttention's fused ``linear_qkv`` (with bias or q/k norms where the source has them) and ``linear_proj``,
-    so a dense layer's weights fit unchanged, and adds ``linear_gate_down_proj``, ``linear_gate_up_proj`` and
-    ``out_norm``: the only parameters the source does not have.
+    It keeps SelfAttention's fused ``linear_qkv`` (with bias or q/k norms where the source has them) and
+    ``linear_proj``, so a dense layer's weights fit unchanged, and adds ``linear_gate_down_proj``,
+    ``linear_gate_up_proj`` and ``out_norm``: the only parameters the source does not have.
     """
 
     def __init__(
@@ -107,13 +108,14 @@ class GatedLinearAttention(SelfAttention):
             self.linear_gate_up_proj.bias,
             self.out_norm.weight,
         ):
-            parameter.is_new_parameter = True  # type: ignore[attr-defined]
+            parameter.is_new_parameter = True  # type: ignore[union-attr]
 
     def log_gate(self, hidden_states: Tensor) -> Tensor:
         """Logarithm of the per-channel decay.
 
         Args:
-            hidden_states: [T, B, hidden_size], or this rank's share of the sequence under sequence parallelism.
+            hidden_states: [T, B, hidden_size], or this rank's share of the sequence under sequence
+                parallelism.
 
         Returns:
             [T, B, G, K] over the whole sequence, float32, in (-inf, 0].
@@ -122,7 +124,7 @@ class GatedLinearAttention(SelfAttention):
         log_gate = torch.nn.functional.logsigmoid(logits.float()) / self.gate_logit_normalizer
         return log_gate.unflatten(-1, (self.num_query_groups_per_partition, self.key_hidden_size))
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **_: object
     ) -> tuple[Tensor, Tensor | None]:
         """Mix along the sequence, from an empty state.
@@ -154,8 +156,8 @@ class GatedLinearAttention(SelfAttention):
         o_BTHV, _ = gated_linear_attention(
             q_BTHK, k_BTGK, v_BTGV, log_gate_BTGK, scale=self.scale, backend=self.backend
         )
-        # Each rank normalises its own heads with the one shared weight, so its gradient is a partial sum; entering the
-        # tensor-parallel region through megatron-core's copy adds the parts up in the backward pass.
+        # Each rank normalises its own heads with the one shared weight, so its gradient is a partial sum;
+        # megatron-core's copy into the tensor-parallel region adds the parts up in the backward pass.
         weight = copy_to_tensor_model_parallel_region(self.out_norm.weight, group=self.pg_collection.tp)
         normed_BTHV = torch.nn.functional.rms_norm(o_BTHV, weight.shape, weight, self.out_norm.eps)
         return normed_BTHV.transpose(0, 1).flatten(2)

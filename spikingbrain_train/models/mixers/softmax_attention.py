@@ -1,7 +1,7 @@
 """Full and sliding-window softmax attention as the core of megatron-core's SelfAttention.
 
-SelfAttention keeps its projections, rotary positions, q/k norms and tensor parallelism; only the part between the
-projections is ours (SpikingBrain, arXiv 2509.05276, eq. 1-2).
+SelfAttention keeps its projections, rotary positions, q/k norms and tensor parallelism; only the part between
+the projections is ours (SpikingBrain, arXiv 2509.05276, eq. 1-2).
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 backward pass.
 
 The sequence is walked in segments that fit the cache. Inside a segment, chunks of tokens attend to themselves
-and read the state before them. How the decay inside a chunk is applied depends on how strong it is, segment by
-segment: ``factored`` (fast) in the longest chunks for which ``exp(-b)`` is harmless, ``subdivided`` (any log
-gate in [-inf, 0]) where even the shortest are too long; all compute the same recurrence. Saved for the backward
-pass: the inputs and one state a segment.
+and read the state before them. How the decay inside a chunk is applied depends on how strong it is, segment
+by segment: ``factored`` (fast) in the longest chunks for which ``exp(-b)`` is harmless, ``subdivided`` (any
+log gate in [-inf, 0]) where even the shortest are too long; all compute the same recurrence. Saved for the
+backward pass: the inputs and one state a segment.
 
 Shape legend: B batch, T time, H query heads, G key/value groups, R = H // G, K key dim, V value dim; N chunks
 of C tokens.
@@ -98,8 +98,9 @@ class _Segment:
 
 
 def _factored_chunk(log_gate_BTGK: Tensor, longest: int) -> int | None:
-    """The longest chunk, up to ``longest``, inside which no channel decays too far for the factored form; None where
-    even the shortest one does."""
+    """The longest chunk, up to ``longest``, inside which no channel decays too far for the factored form;
+    None where even the shortest one does.
+    """
     # The conditions are written so that NaN gates fail them.
     if not log_gate_BTGK.min().item() >= -_MAX_FACTORED_STEP:
         return None
