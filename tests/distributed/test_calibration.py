@@ -1,0 +1,120 @@
+"""What an alignment stage sets in closed form, against the same formulas written out on whole tensors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from spikingbrain_train.config.model import Mixer
+from spikingbrain_train.config.parallel import (
+    KernelConfig,
+    LinearAttentionBackend,
+    ParallelConfig,
+    ParallelLinearBackend,
+    SoftmaxAttentionBackend,
+)
+from spikingbrain_train.config.run import Precision
+from spikingbrain_train.parallel.process_groups import ProcessGroups
+from tests.distributed.pool import RankPool
+from tests.distributed.small_runs import MODEL
+
+KERNELS = KernelConfig(
+    LinearAttentionBackend.chunk, SoftmaxAttentionBackend.blocked, ParallelLinearBackend.megatron
+)
+
+
+def _mixer(groups: ProcessGroups, parallel: ParallelConfig, qk_layernorm: bool):
+    """The only layer of a one-layer GLA model; its weights do not depend on the topology."""
+    from spikingbrain_train.models.gpt_model import build_model
+    from spikingbrain_train.models.transformer_config import transformer_config
+
+    model = replace(MODEL, num_layers=1, mixers=[Mixer.gla], qk_layernorm=qk_layernorm)
+    config = transformer_config(model, parallel, Precision.fp32, on_cpu=True)
+    torch.manual_seed(0)
+    return build_model(model, config, KERNELS, groups.device).decoder.layers[0].self_attention
+
+
+def _balanced_keys(
+    groups: ProcessGroups, qk_layernorm: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    from spikingbrain_train.training.calibration import balance_keys
+
+    mixer = _mixer(groups, ParallelConfig(), qk_layernorm)
+    torch.nn.init.normal_(mixer.linear_qkv.bias)
+    hidden = torch.randn(5, 2, MODEL.hidden_size)
+    before = mixer.get_query_key_value_tensors(hidden)
+    balance_keys(mixer)
+    after = mixer.get_query_key_value_tensors(hidden)
+    assert torch.equal(before[0], after[0]) and torch.equal(before[2], after[2])
+    return before[1].detach(), after[1].detach(), mixer.linear_gate_up_proj.bias.detach()
+
+
+@pytest.mark.parametrize("qk_layernorm", [False, True], ids=["key rows", "key norm"])
+def test_keys_are_scaled_by_what_one_step_adds_to_a_moving_average(
+    qk_layernorm: bool, ranks: RankPool
+) -> None:
+    ((before, after, bias),) = ranks.run(
+        _balanced_keys, qk_layernorm, world_size=1, parallel=ParallelConfig()
+    )
+
+    decay = torch.sigmoid(bias.double()) ** (1 / MODEL.gla.gate_logit_normalizer)
+    share = (1 - decay).view(MODEL.num_query_groups, MODEL.kv_channels)
+    expected = before.double() * share / share.max()
+    assert torch.allclose(after.double(), expected, rtol=1e-5)  # float32 weights
+
+
+def _fitted_projection(groups: ProcessGroups, parallel: ParallelConfig) -> dict[str, torch.Tensor]:
+    from megatron.core.tensor_parallel.mappings import (
+        gather_from_tensor_model_parallel_region,
+        scatter_to_sequence_parallel_region,
+    )
+
+    from spikingbrain_train.training.calibration import ProjectionFit
+
+    mixer = _mixer(groups, parallel, qk_layernorm=False)
+    tp_group = groups.collection.tp
+
+    def whole(x: torch.Tensor) -> torch.Tensor:
+        return gather_from_tensor_model_parallel_region(x.detach(), group=tp_group).clone()
+
+    def share(x: torch.Tensor) -> torch.Tensor:
+        return scatter_to_sequence_parallel_region(x, group=tp_group) if parallel.sequence_parallel else x
+
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(24, 2, MODEL.hidden_size, generator=generator)
+    target = torch.randn(24, 2, MODEL.hidden_size, generator=generator)
+    result = {"source": whole(mixer.linear_proj.weight), "features": whole(mixer.normed_heads(share(hidden)))}
+    fit = ProjectionFit(mixer, groups)
+    fit.add(share(hidden), share(target))
+    fit.solve(ridge=0.3)
+    return result | {"target": target, "fitted": whole(mixer.linear_proj.weight)}
+
+
+@pytest.mark.parametrize(
+    ("world_size", "parallel"),
+    [
+        (1, ParallelConfig()),
+        (2, ParallelConfig(tensor_model_parallel_size=2)),
+        (2, ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)),
+    ],
+    ids=["one rank", "TP 2", "TP 2 + sequence parallel"],
+)
+def test_the_projection_solves_the_ridge_regression(
+    world_size: int, parallel: ParallelConfig, ranks: RankPool
+) -> None:
+    result, *others = ranks.run(_fitted_projection, parallel, world_size=world_size, parallel=parallel)
+
+    y, target = (result[name].double().flatten(0, 1) for name in ("features", "target"))
+    source = result["source"].double()
+    scale = ((y @ source.T) * target).sum() / (y @ source.T).square().sum()
+    # The normal equations of the augmented system: rows of sqrt(r) I pull towards the scaled source.
+    pull = (0.3 * y.square().sum(0).mean()).sqrt() * torch.eye(y.shape[1], dtype=torch.float64)
+    expected = torch.linalg.lstsq(
+        torch.cat([y, pull]), torch.cat([target, pull @ (scale * source.T)])
+    ).solution.T
+    # Sums over 48 tokens in float32.
+    assert torch.allclose(result["fitted"].double(), expected, rtol=1e-4, atol=1e-5)
+    for other in others:
+        assert torch.equal(other["fitted"], result["fitted"])
