@@ -262,8 +262,8 @@ def _distil_(
     grad_scale: Tensor | None,
     distillation: Distillation,
 ) -> tuple[Tensor, Tensor]:
-    """Cross entropy and KL(teacher || student) [n] of a block of logits x [n, V], which are overwritten by the
-    gradient of the mixed loss; the teacher's logits [n, V] are overwritten, too."""
+    """Cross entropy and KL(teacher || student) [n] of a block of logits x [n, V], which are overwritten by
+    the gradient of the mixed loss; the teacher's logits [n, V] are overwritten, too."""
     vocabulary = targets.vocabulary
     temperature, w = distillation.temperature, distillation.weight
     top = vocabulary.rowwise_max(x)
