@@ -156,7 +156,9 @@ class TestConversion:
     def test_a_recipe_from_a_file_with_overrides(self, tmp_path):
         path = tmp_path / "mine.yaml"
         path.write_text("mixers: [gla, full]\ngla: {gate_low_rank_dim: 8}\n")
-        recipe = load_conversion(str(path), ["sliding_window=128", "gla.init_gate_bias_max=1e-1", "mixers=[swa]"])
+        recipe = load_conversion(
+            str(path), ["sliding_window=128", "gla.init_gate_bias_max=1e-1", "mixers=[swa]"]
+        )
         assert recipe.mixers == [Mixer.swa]
         assert (recipe.sliding_window, recipe.gla.gate_low_rank_dim) == (128, 8)
         assert recipe.gla.init_gate_bias_max == 0.1
