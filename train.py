@@ -6,6 +6,7 @@ Composes the config, checks it before torch is imported, and hands it to `spikin
 from __future__ import annotations
 
 import os
+import warnings
 
 from spikingbrain_train.config.command_line import user_errors
 
@@ -30,6 +31,9 @@ def main() -> None:
             return
         check_disk_space(plan)
 
+    # On every start megatron-core tells that Apex is absent and which of its own calls are deprecated.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"megatron\.")
     with user_errors():
         from spikingbrain_train.training import run
 

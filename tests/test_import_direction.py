@@ -27,6 +27,7 @@ FLOORS = {
     "evaluation": 3,
     "training": 4,
     "conversion": 4,
+    "demo": 5,
 }
 # Libraries that a room must do without, whichever file and function asks for them.
 FORBIDDEN_LIBRARIES = {

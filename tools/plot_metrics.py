@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Draw the loss curves of one or several runs, side by side, into a PNG.
+"""Draw the loss curves of one model's stages, one after the other, into a PNG.
 
 python tools/plot_metrics.py outputs/demo/align outputs/demo/cpt --output loss.png
 """
@@ -21,9 +21,17 @@ def main() -> None:
         "output_dirs", nargs="+", metavar="FOLDER", help="output_dir of a run (holds metrics.jsonl)"
     )
     parser.add_argument("--output", default="loss.png", help="picture to write (default: loss.png)")
+    parser.add_argument(
+        "--dense-cross-entropy",
+        type=float,
+        metavar="X",
+        help="held-out cross entropy of the dense source (tools/evaluate.py), drawn as the line to reach",
+    )
     arguments = parser.parse_args()
     with user_errors():
-        plot_loss_curves(arguments.output_dirs, arguments.output)
+        plot_loss_curves(
+            arguments.output_dirs, arguments.output, dense_cross_entropy=arguments.dense_cross_entropy
+        )
         print(arguments.output)
 
 

@@ -149,3 +149,17 @@ def compose_from_command_line() -> DictConfig | None:
     with _raised_errors():
         task()
     return composed[0] if composed else None
+
+
+def compose_run(overrides: list[str]) -> DictConfig:
+    """Compose the run that ``train.py`` with these arguments would get, interpolations still in it.
+
+    Raises:
+        ConfigurationError: as :func:`compose_from_command_line`.
+    """
+    register_schema()
+    with (
+        hydra.initialize_config_dir(version_base="1.3", config_dir=str(conf_folder())),
+        _raised_errors(),
+    ):
+        return hydra.compose("config", overrides=overrides)

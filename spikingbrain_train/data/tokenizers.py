@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from spikingbrain_train.config.errors import DataError
+from spikingbrain_train.data.quiet_transformers import quiet_transformers
 
 _PROBE = "The quick brown fox, 12345 × 0.5!\n\tdef f(x):\r\n  return x  # naïve — 脑 脉冲 🧠"
 """Encoded into the fingerprint, so that equal vocabularies with different merges or normalisers do not look
@@ -90,9 +91,10 @@ class HuggingFaceTokenizer:
         self.name = self.folder.resolve().name
         try:
             # False, not the default None: None asks on the terminal whether to run the folder's code.
-            loaded = AutoTokenizer.from_pretrained(
-                str(self.folder), local_files_only=True, trust_remote_code=False, use_fast=True
-            )
+            with quiet_transformers():
+                loaded = AutoTokenizer.from_pretrained(
+                    str(self.folder), local_files_only=True, trust_remote_code=False, use_fast=True
+                )
         except Exception as error:  # the Rust side raises plain Exception
             raise DataError(
                 f"{self.folder} holds no tokenizer that transformers can load ({_first_line(error)}): give a "

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from spikingbrain_train.config.errors import CheckpointError, ConfigurationError, DataError
+from spikingbrain_train.data.quiet_transformers import quiet_transformers
 
 CONFIG_FILE = "config.json"
 
@@ -40,7 +38,7 @@ def load_causal_lm(
     _check_code_is_trusted(folder, trust_remote_code)
     dtype_name = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
     try:
-        with _quiet():
+        with quiet_transformers():
             model, loading = AutoModelForCausalLM.from_pretrained(
                 str(folder),
                 local_files_only=True,
@@ -71,7 +69,7 @@ def load_text_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         DataError: there is none that transformers can load.
     """
     try:
-        with _quiet():
+        with quiet_transformers():
             return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise DataError(
@@ -97,23 +95,6 @@ def _check_code_is_trusted(folder: Path, trust_remote_code: bool) -> None:
             f"{folder} brings its own modelling code ({files}); read it, and add --trust-remote-code "
             "if it may run here"
         )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No bars and remarks from transformers while it loads; what matters is checked and raised here."""
-    log = transformers.utils.logging
-    verbosity, bar = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        log.set_verbosity(verbosity)
-        if bar:
-            log.enable_progress_bar()
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,0 +1,131 @@
+"""Runs steps once: a second run skips what is finished, and an interrupted one goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from spikingbrain_train.config.command_line import USER_ERROR
+from spikingbrain_train.config.errors import ConfigurationError, SpikingBrainError
+from spikingbrain_train.demo.steps import Step, step_keys
+from spikingbrain_train.training.progress import format_duration
+
+STATE_FILE = "demo_state.json"
+
+
+@dataclass
+class StepRecord:
+    """What is remembered of a step."""
+
+    key: str
+    """Digest of the command and everything before it; another one makes the result stale."""
+    seconds: float = 0.0
+    """Wall time, over all attempts."""
+
+
+class Runner:
+    """Runs the demo's steps in ``output`` and remembers which are finished.
+
+    Raises:
+        ConfigurationError: ``output`` holds files that the demo did not make.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self.path = output / STATE_FILE
+        if output.exists() and not output.is_dir():
+            raise ConfigurationError(f"--output {output} is a file; choose a folder")
+        if output.is_dir() and any(output.iterdir()) and not self.path.is_file():
+            raise ConfigurationError(
+                f"--output {output} is not empty and was not made by the demo; choose another folder"
+            )
+        self.records: dict[str, StepRecord] = {}
+        if self.path.is_file():
+            try:
+                stored = json.loads(self.path.read_text(encoding="utf-8"))
+                self.records = {name: StepRecord(**record) for name, record in stored.items()}
+            except (ValueError, TypeError, AttributeError):
+                raise ConfigurationError(
+                    f"{self.path} is damaged; remove {output} or choose another --output"
+                ) from None
+
+    def forget(self) -> None:
+        """Start over: nothing counts as finished any more."""
+        self.records = {}
+
+    def run(self, steps: Sequence[Step]) -> None:
+        """Run what is not finished yet.
+
+        Raises:
+            SpikingBrainError: a command failed.
+            SystemExit: a command failed and has said what the user can do.
+        """
+        self.output.mkdir(parents=True, exist_ok=True)
+        for number, (step, key) in enumerate(zip(steps, step_keys(steps), strict=True), start=1):
+            heading = f"[{number}/{len(steps)}] {step.title}"
+            record = self.records.get(step.name)
+            ours = record is not None and record.key == key
+            if record is not None and ours and step.is_complete():
+                print(f"{heading}: done ({format_duration(record.seconds)})", flush=True)
+                continue
+            # An interrupted training goes on from its own checkpoints; everything else starts again.
+            if record is None or not ours or step.train_iters is None:
+                _remove(step.makes)
+                record = self.records[step.name] = StepRecord(key)
+            print(f"\n{heading}\n  {printable(step.command)}\n", flush=True)
+            self._run(step, record)
+
+    def _run(self, step: Step, record: StepRecord) -> None:
+        started, before = time.monotonic(), record.seconds
+        # Before the command too, so that what an interrupted one leaves is known as ours.
+        self._save()
+        try:
+            code = subprocess.run(step.command, stdin=subprocess.DEVNULL).returncode
+        finally:
+            record.seconds = before + time.monotonic() - started
+            self._save()
+        if code == 0 and step.is_complete():
+            return
+        if code == USER_ERROR:  # the command has printed its sentence
+            print("Finished steps are kept: the same command goes on from here.", file=sys.stderr)
+            raise SystemExit(USER_ERROR)
+        outcome = "left no complete result" if code == 0 else f"failed with exit code {code}"
+        raise SpikingBrainError(
+            f"the step {step.name!r} {outcome}, see above; finished steps are kept, and the same command goes "
+            "on from here"
+        )
+
+    def _save(self) -> None:
+        temporary = self.path.with_name(self.path.name + ".tmp")
+        stored = {name: asdict(record) for name, record in self.records.items()}
+        temporary.write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, self.path)
+
+
+def printable(command: Sequence[str]) -> str:
+    """The command as it can be pasted into a shell in the current folder."""
+    here = Path.cwd()
+    words = []
+    for word in command:
+        path = Path(word)
+        # Not resolved: .venv/bin/python is a link to an interpreter without our packages.
+        words.append(
+            str(path.relative_to(here)) if path.is_absolute() and path.is_relative_to(here) else word
+        )
+    return shlex.join(words)
+
+
+def _remove(paths: Sequence[Path]) -> None:
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
