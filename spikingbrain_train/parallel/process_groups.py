@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING
 import numpy
 import torch
 
-from spikingbrain_train.config.errors import ConfigurationError, PlatformError
+from spikingbrain_train.config.checks import check_world_size
+from spikingbrain_train.config.errors import PlatformError
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.parallel import megatron_cpu, megatron_versions
 from spikingbrain_train.parallel.accelerator import Accelerator
@@ -201,25 +202,6 @@ def destroy() -> None:
 def is_main_process() -> bool:
     """True on rank 0, and in a process that has joined no world."""
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-
-
-def check_world_size(parallel: ParallelConfig, world_size: int) -> None:
-    """Raise :class:`ConfigurationError` if ``world_size`` ranks cannot hold whole copies of the model."""
-    one_copy = parallel.model_parallel_size
-    if world_size % one_copy:
-        raise ConfigurationError(
-            f"world size {world_size} is not a multiple of parallel.tensor_model_parallel_size="
-            f"{parallel.tensor_model_parallel_size} x parallel.pipeline_model_parallel_size="
-            f"{parallel.pipeline_model_parallel_size}; start a multiple of {one_copy} ranks or lower the "
-            "degrees."
-        )
-    left = world_size // one_copy
-    if parallel.data_parallel_size not in (None, left):
-        raise ConfigurationError(
-            f"parallel.data_parallel_size={parallel.data_parallel_size}, but {world_size} ranks with "
-            f"{one_copy} per copy of the model leave {left}; set it to {left} or null, or start "
-            f"{one_copy * (parallel.data_parallel_size or 1)} ranks."
-        )
 
 
 def threads_per_rank(local_world_size: int, environment: Mapping[str, str] | None = None) -> int:

@@ -40,18 +40,18 @@ def test_launch_variable_that_is_no_number_is_refused() -> None:
 @pytest.mark.parametrize(
     ("parallel", "world_size", "sentence"),
     [
-        (ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2), 6, "a multiple of 4"),
-        (ParallelConfig(tensor_model_parallel_size=2), 1, "a multiple of 2"),
-        (ParallelConfig(tensor_model_parallel_size=2, data_parallel_size=3), 4, "leave 2; .* start 6 ranks"),
+        (ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2), 6, "start 4 ranks or"),
+        (ParallelConfig(tensor_model_parallel_size=2), 1, "start 2 ranks or a multiple"),
+        (ParallelConfig(tensor_model_parallel_size=2, data_parallel_size=3), 4, "are 2 replicas; .* start 6"),
     ],
 )
-def test_world_that_does_not_fit_is_refused(parallel: ParallelConfig, world_size: int, sentence: str) -> None:
+def test_world_that_does_not_fit_is_refused_before_ranks_meet(
+    monkeypatch: pytest.MonkeyPatch, parallel: ParallelConfig, world_size: int, sentence: str
+) -> None:
+    for name, value in (LAUNCHED | {"RANK": "0", "WORLD_SIZE": str(world_size)}).items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(ConfigurationError, match=sentence):
-        process_groups.check_world_size(parallel, world_size)
-
-
-def test_world_that_fits_is_accepted() -> None:
-    process_groups.check_world_size(ParallelConfig(tensor_model_parallel_size=2, data_parallel_size=3), 6)
+        process_groups.initialize(parallel, detect("cpu"), seed=0)
 
 
 def test_cores_are_divided_over_the_ranks_of_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
