@@ -15,6 +15,7 @@ from typing import Any
 from spikingbrain_train.config.errors import CheckpointError
 from spikingbrain_train.config.model import GatedLinearAttentionConfig, Mixer, ModelConfig, RopeScalingConfig
 from spikingbrain_train.conversion.mapping import GLA_SWA_NAMES, LLAMA_NAMES
+from spikingbrain_train.hf import ARCHITECTURES, AUTO_MAP
 
 CONFIG_FILE = "config.json"
 DEFAULT_ROPE_THETA = 10000.0  # transformers' default in every family read here
@@ -35,7 +36,7 @@ class Family:
 LLAMA = Family("LlamaForCausalLM", "llama", LLAMA_NAMES)
 QWEN2 = Family("Qwen2ForCausalLM", "qwen2", LLAMA_NAMES)
 QWEN3 = Family("Qwen3ForCausalLM", "qwen3", LLAMA_NAMES)
-GLA_SWA = Family("GLAswaForCausalLM", "gla_swa", GLA_SWA_NAMES)
+GLA_SWA = Family(ARCHITECTURES[0], "gla_swa", GLA_SWA_NAMES)
 FAMILIES = {family.architecture: family for family in (LLAMA, QWEN2, QWEN3, GLA_SWA)}
 
 
@@ -372,10 +373,7 @@ def _hybrid_keys(model: ModelConfig) -> dict[str, Any]:
     mixers = model.layer_mixers()
     full_layers = [layer for layer, mixer in enumerate(mixers) if mixer is Mixer.full]
     return {
-        "auto_map": {
-            "AutoConfig": "configuration_gla_swa.GLAswaConfig",
-            "AutoModelForCausalLM": "modeling_gla_swa.GLAswaForCausalLM",
-        },
+        "auto_map": dict(AUTO_MAP),
         "attn_layers": [layer for layer, mixer in enumerate(mixers) if mixer is not Mixer.gla],
         "full_attention_layers": full_layers,
         "sliding_window": model.sliding_window,
