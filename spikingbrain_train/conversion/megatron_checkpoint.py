@@ -15,7 +15,7 @@ import pickle
 from io import IOBase
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, BinaryIO, cast
+from typing import IO, BinaryIO, cast
 
 import torch
 from torch import Tensor
@@ -31,8 +31,8 @@ from torch.distributed.checkpoint.utils import _create_file_view
 
 from spikingbrain_train.config.checkpoint_folder import latest_checkpoint
 from spikingbrain_train.config.errors import CheckpointError
+from spikingbrain_train.parallel.checkpoint_metadata import METADATA_FILE, read_metadata
 
-METADATA_FILE = ".metadata"
 _FILE_BYTES = 5 * 1024**3  # a data file is closed when it has grown beyond this
 
 
@@ -237,61 +237,3 @@ class MegatronCheckpointReader:
         if not isinstance(tensor, Tensor):
             raise CheckpointError(f"{path}: {name} is not a tensor; copy the checkpoint again")
         return tensor
-
-
-_DCP = "torch.distributed.checkpoint."
-_PERMITTED_GLOBALS = {
-    ("torch", "Size"): torch.Size,
-    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
-    **{
-        (_DCP + module, name): getattr(__import__(_DCP + module, fromlist=[name]), name)
-        for module, names in {
-            "metadata": (
-                "Metadata",
-                "MetadataIndex",
-                "StorageMeta",
-                "TensorStorageMetadata",
-                "BytesStorageMetadata",
-                "ChunkStorageMetadata",
-                "TensorProperties",
-                "_MEM_FORMAT_ENCODING",
-            ),
-            "filesystem": ("_StorageInfo", "_StoragePrefix"),
-            "planner": ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"),
-        }.items()
-        for name in names
-    },
-}
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Unpickles the classes of which ``.metadata`` consists and nothing else, so that no code of the file
-    runs."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _PERMITTED_GLOBALS:
-            return _PERMITTED_GLOBALS[(module, name)]
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        raise pickle.UnpicklingError(f"it refers to {module}.{name}")
-
-
-def read_metadata(folder: Path) -> Metadata:
-    """``.metadata`` of a checkpoint folder, unpickled without running anything that the file asks for.
-
-    Raises:
-        CheckpointError: the file is missing, damaged or refers to anything but checkpoint metadata.
-    """
-    path = folder / METADATA_FILE
-    try:
-        with path.open("rb") as file:
-            metadata = _MetadataUnpickler(file).load()
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing; {folder} is not a complete Megatron checkpoint") from None
-    except Exception as error:  # a damaged pickle can raise almost anything
-        raise CheckpointError(
-            f"{path} is damaged or not checkpoint metadata ({error}); copy the folder again"
-        ) from None
-    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
-        raise CheckpointError(f"{path} does not hold checkpoint metadata; copy the folder again")
-    return metadata

@@ -32,6 +32,7 @@ from packaging.version import Version
 from torch.distributed.checkpoint.api import CheckpointException
 
 from spikingbrain_train.config.errors import PlatformError
+from spikingbrain_train.parallel.checkpoint_metadata import read_metadata
 
 MEGATRON_VERSION = Version(version("megatron-core"))
 OLDEST, FIRST_UNTESTED = Version("0.16.1"), Version("0.20")
@@ -81,6 +82,9 @@ def save_checkpoint(sharded_state_dict: dict[str, Any], folder: Path) -> None:
 def load_checkpoint(sharded_state_dict: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Read a ``torch_dist`` checkpoint that any supported version wrote, on all ranks.
 
+    The folder may come from anywhere: what is pickled in it is read with unpicklers that run none of its
+    code.
+
     Args:
         sharded_state_dict: which shards to read; their tensors are filled in place.
         folder: the folder that holds ``metadata.json``.
@@ -89,20 +93,22 @@ def load_checkpoint(sharded_state_dict: dict[str, Any], folder: Path) -> dict[st
         The loaded tensors under the same keys, and the plain values that were saved.
 
     Raises:
-        CheckpointingException, OSError, KeyError, RuntimeError: the checkpoint is missing, damaged or of
-        another shape.
+        CheckpointError: ``.metadata`` is missing, damaged, or refers to anything but checkpoint metadata.
+        CheckpointingException, OSError, KeyError, RuntimeError: something else is missing, damaged or of
+            another shape.
     """
     from megatron.core import dist_checkpointing
 
+    read_metadata(folder)  # refuses what megatron-core would unpickle as it is
     if not _COMMON_STATE_IN_FILE:
-        with _torch_failures_as_exceptions():
+        with _torch_failures_as_exceptions(), _restricted_unpickling():
             return dist_checkpointing.load(sharded_state_dict, str(folder))
     from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
 
     if not (folder / COMMON_STATE_FILE).is_file():  # 0.16.1 itself fails here with an AttributeError
         raise FileNotFoundError(f"{folder / COMMON_STATE_FILE} is missing")
     strategy = TorchCommonLoadStrategy()
-    with _torch_failures_as_exceptions():
+    with _torch_failures_as_exceptions(), _restricted_unpickling():
         return dist_checkpointing.load(sharded_state_dict, str(folder), common_strategy=strategy)
 
 
@@ -116,6 +122,25 @@ def _torch_failures_as_exceptions() -> Iterator[None]:
     except CheckpointException as error:
         rank, (reason, _) = next(iter(error.failures.items()))
         raise CheckpointingException(f"rank {rank}: {reason}") from error
+
+
+@contextlib.contextmanager
+def _restricted_unpickling() -> Iterator[None]:
+    """Every torch.load unpickles tensors and plain values only, as with ``weights_only=True``.
+
+    torch's checkpoint reader asks for ``weights_only=False`` where ``.metadata`` declares an entry to be an
+    object; this variable of torch overrules it.
+    """
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def silence_deprecation_notices() -> None:

@@ -1,0 +1,71 @@
+"""``.metadata`` of torch.distributed.checkpoint: a pickle, read without trusting whoever wrote it."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata
+
+from spikingbrain_train.config.errors import CheckpointError
+
+METADATA_FILE = ".metadata"
+
+_DCP = "torch.distributed.checkpoint."
+_PERMITTED_GLOBALS = {
+    ("torch", "Size"): torch.Size,
+    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
+    **{
+        (_DCP + module, name): getattr(__import__(_DCP + module, fromlist=[name]), name)
+        for module, names in {
+            "metadata": (
+                "Metadata",
+                "MetadataIndex",
+                "StorageMeta",
+                "TensorStorageMetadata",
+                "BytesStorageMetadata",
+                "ChunkStorageMetadata",
+                "TensorProperties",
+                "_MEM_FORMAT_ENCODING",
+            ),
+            "filesystem": ("_StorageInfo", "_StoragePrefix"),
+            "planner": ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"),
+        }.items()
+        for name in names
+    },
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Unpickles the classes of which ``.metadata`` consists and nothing else, so that no code of the file
+    runs."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _PERMITTED_GLOBALS:
+            return _PERMITTED_GLOBALS[(module, name)]
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}")
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """``.metadata`` of a checkpoint folder, unpickled without running anything that the file asks for.
+
+    Raises:
+        CheckpointError: the file is missing, damaged or refers to anything but checkpoint metadata.
+    """
+    path = folder / METADATA_FILE
+    try:
+        with path.open("rb") as file:
+            metadata = _MetadataUnpickler(file).load()
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; {folder} is not a complete Megatron checkpoint") from None
+    except Exception as error:  # a damaged pickle can raise almost anything
+        raise CheckpointError(
+            f"{path} is damaged or not checkpoint metadata ({error}); copy the folder again"
+        ) from None
+    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+        raise CheckpointError(f"{path} does not hold checkpoint metadata; copy the folder again")
+    return metadata
