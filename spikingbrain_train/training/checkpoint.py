@@ -252,7 +252,7 @@ def _sharded_state(
 
 def _sharded_weights(model: HybridGPTModel) -> dict[str, Any]:
     """The weights without the ``_extra_state`` objects of Transformer Engine's FP8 recipes, which we do not
-    use: a checkpoint holds tensors only, so reading one never unpickles an object.
+    use: the weights of a checkpoint are tensors only.
     """
     sharded = model.sharded_state_dict(metadata=_sharding())
     return {name: value for name, value in sharded.items() if not name.endswith("_extra_state")}
