@@ -1,5 +1,5 @@
-"""Claim: on two CPU cores the hybrid trains at >= 1.5 x the tokens/s of transformers training its dense source
-at 2048 tokens, >= 2 x at 8192 and >= 3 x at 16384.
+"""Claim: on two CPU cores the hybrid trains at >= 1.5 x the tokens/s of transformers training its dense
+source at 2048 tokens, >= 2 x at 8192 and >= 3 x at 16384.
 
 One optimizer step each (forward, backward, clipping, AdamW; bf16, batch 1): ours through the same pieces as
 train.py, and transformers in two common ways, bf16 autocast over float32 weights and bf16 weights with
@@ -9,7 +9,7 @@ large bf16 matrix product, measured in the same run.
 
 Activations of a long sequence may not fit in memory (transformers keeps the float32 logits of all tokens,
 too). A step's time is linear in the number of layers, so `--layers 2 6` measures two depths and also prints
-the line through them at the full depth, for every contender alike.
+the line through them at the full depth, for each contender.
 
 Where there is a GPU:
   python benchmarks/training_step.py --device cuda --seq-lengths 8192
@@ -206,7 +206,7 @@ def parse() -> argparse.Namespace:
         type=int,
         nargs="+",
         metavar="N",
-        help="depths to measure, on both sides (default: the model's); two also give the line to the full one",
+        help="depths to measure, on both sides (default: the model's); two also give the line to full depth",
     )
     parser.add_argument(
         "--peers",

@@ -99,8 +99,8 @@ class Runner:
             raise SystemExit(USER_ERROR)
         outcome = "left no complete result" if code == 0 else f"failed with exit code {code}"
         raise SpikingBrainError(
-            f"the step {step.name!r} {outcome}, see above; finished steps are kept, and the same command goes "
-            "on from here"
+            f"the step {step.name!r} {outcome}, see above; finished steps are kept, and the same command "
+            "goes on from here"
         )
 
     def _save(self) -> None:
