@@ -1,0 +1,127 @@
+"""The demo from end to end, as `make demo` runs it, on a model and stages of a size for tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from spikingbrain_train.data.gpt_dataset import open_valid_dataset
+from tests.small_source import save_small_source
+
+ROOT = Path(__file__).parents[2]
+STAGE = ["stage.seq_length=64", "optimizer.lr_warmup_iters=0", "logging.log_interval=1"]
+ALIGN = [*STAGE, "stage.train_iters=3"]
+CPT = [*STAGE, "stage.train_iters=2", "logging.tensorboard=false"]
+
+
+def demo(folder: Path, *, cpt: list[str] = CPT, extra: tuple[str, ...] = ()) -> str:
+    """Run the demo in ``folder`` and return what it printed."""
+    command = [sys.executable, str(ROOT / "tools" / "demo.py"), "--output", "the output"]
+    command += ["--model", "source", "--data", "text.jsonl", "--prompt", "The for", *extra]
+    command += ["--align-args", *ALIGN, "--cpt-args", *cpt]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo")
+    save_small_source(folder / "source")
+    documents = [{"text": f"The for statement number {n} iterates. " * 12} for n in range(40)]
+    (folder / "text.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def first_run(workplace: Path) -> str:
+    return demo(workplace)
+
+
+def rows(workplace: Path) -> dict[str, dict[str, float | None]]:
+    report = json.loads((workplace / "the output" / "demo_report.json").read_text())
+    return {row.pop("label"): row for row in report["rows"]}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_table_holds_what_was_measured(workplace: Path, first_run: str) -> None:
+    table = rows(workplace)
+    assert table["dense source"]["tokens_seen"] == table["right after the swap"]["tokens_seen"] == 0
+    assert table["after the align stage"]["tokens_seen"] == 3 * 64
+    assert table["after the cpt stage"]["tokens_seen"] == (3 + 2) * 64
+    measured = {label: row["cross_entropy"] for label, row in table.items() if row["cross_entropy"]}
+    assert list(measured) == [
+        "dense source",
+        "right after the swap",
+        "after the align stage",
+        "after the cpt stage",
+        "export, read back by transformers",
+    ]
+    # The export computes in float32 what training computed in bf16: three digits of the logits differ.
+    assert measured["export, read back by transformers"] == pytest.approx(
+        measured["after the cpt stage"], abs=0.02
+    )
+    for label, value in measured.items():
+        assert value is not None
+        assert any(label in line and f"{value:.3f}" in line for line in first_run.splitlines()), label
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_dense_row_equals_a_direct_computation(workplace: Path, first_run: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(workplace / "source").float().eval()
+    dataset = open_valid_dataset([str(workplace / "the output" / "data" / "text_valid")], 64, 16)
+    total, tokens = 0.0, 0
+    for index in range(len(dataset)):
+        sample = dataset[index]
+        with torch.no_grad():
+            logits = model(sample["tokens"][None]).logits[0]
+        kept = sample["loss_mask"] > 0
+        total += float(
+            torch.nn.functional.cross_entropy(logits[kept], sample["labels"][kept], reduction="sum")
+        )
+        tokens += int(kept.sum())
+    assert rows(workplace)["dense source"]["cross_entropy"] == pytest.approx(total / tokens, rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_export_loads_with_transformers_and_report_lies_beside_it(workplace: Path, first_run: str) -> None:
+    output = workplace / "the output"
+    model = AutoModelForCausalLM.from_pretrained(output / "export", trust_remote_code=True)
+    assert model.config.model_type == "gla_swa"
+    ids = AutoTokenizer.from_pretrained(output / "export")("The for", return_tensors="pt")
+    assert model.generate(**ids, max_new_tokens=3, min_new_tokens=3).shape[1] == ids["input_ids"].shape[1] + 3
+    assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
+    report = (output / "demo_report.md").read_text()
+    assert "![loss curves](loss.png)" in report and "> The for" in report
+    assert "python" in report and "train.py experiment=smollm2_align" in report
+    assert not list(output.rglob("*.tmp"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_second_run_does_no_work_and_a_changed_stage_only_what_follows(
+    workplace: Path, first_run: str
+) -> None:
+    output = workplace / "the output"
+    before = {path: path.stat().st_mtime_ns for path in output.glob("*/**/*") if path.is_file()}
+    again = demo(workplace)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert again.count(": done (") == 9 and "train.py" not in again
+    assert again.splitlines()[-12:] == first_run.splitlines()[-12:]
+
+    changed = demo(workplace, cpt=[*CPT, "optimizer.lr=1e-3"])
+    assert changed.count(": done (") == 5
+    assert "train.py experiment=smollm2_cpt" in changed and "smollm2_align" not in changed
