@@ -69,3 +69,27 @@ def read_metadata(folder: Path) -> Metadata:
     if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
         raise CheckpointError(f"{path} does not hold checkpoint metadata; copy the folder again")
     return metadata
+
+
+def check_shards_are_whole(metadata: Metadata, folder: Path) -> None:
+    """Compare the files of a checkpoint with what its ``.metadata`` says they hold.
+
+    An interrupted copy is found at once, even where the part that a run would read has arrived.
+
+    Raises:
+        CheckpointError: a file is missing, too short or outside of the folder.
+    """
+    ends: dict[str, int] = {}
+    for place in metadata.storage_data.values():
+        name = str(place.relative_path)
+        ends[name] = max(ends.get(name, 0), int(place.offset) + int(place.length))
+    for name, end in sorted(ends.items()):
+        if Path(name).name != name:
+            raise CheckpointError(f"{folder}: {METADATA_FILE} points outside of the folder, at {name}")
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing; copy the checkpoint again")
+        if path.stat().st_size < end:
+            raise CheckpointError(
+                f"{path} is damaged: it has {path.stat().st_size} bytes of {end}; copy the checkpoint again"
+            )

@@ -32,7 +32,7 @@ from packaging.version import Version
 from torch.distributed.checkpoint.api import CheckpointException
 
 from spikingbrain_train.config.errors import PlatformError
-from spikingbrain_train.parallel.checkpoint_metadata import read_metadata
+from spikingbrain_train.parallel.checkpoint_metadata import check_shards_are_whole, read_metadata
 
 MEGATRON_VERSION = Version(version("megatron-core"))
 OLDEST, FIRST_UNTESTED = Version("0.16.1"), Version("0.20")
@@ -93,13 +93,15 @@ def load_checkpoint(sharded_state_dict: dict[str, Any], folder: Path) -> dict[st
         The loaded tensors under the same keys, and the plain values that were saved.
 
     Raises:
-        CheckpointError: ``.metadata`` is missing, damaged, or refers to anything but checkpoint metadata.
+        CheckpointError: ``.metadata`` is missing, damaged, or refers to anything but checkpoint metadata; or
+            a file of shards is missing or shorter than it says.
         CheckpointingException, OSError, KeyError, RuntimeError: something else is missing, damaged or of
             another shape.
     """
     from megatron.core import dist_checkpointing
 
-    read_metadata(folder)  # refuses what megatron-core would unpickle as it is
+    metadata = read_metadata(folder)  # refuses what megatron-core would unpickle as it is
+    check_shards_are_whole(metadata, folder)
     if not _COMMON_STATE_IN_FILE:
         with _torch_failures_as_exceptions(), _restricted_unpickling():
             return dist_checkpointing.load(sharded_state_dict, str(folder))
@@ -121,7 +123,7 @@ def _torch_failures_as_exceptions() -> Iterator[None]:
         yield
     except CheckpointException as error:
         rank, (reason, _) = next(iter(error.failures.items()))
-        raise CheckpointingException(f"rank {rank}: {reason}") from error
+        raise CheckpointingException(f"rank {rank}: {str(reason) or type(reason).__name__}") from error
 
 
 @contextlib.contextmanager

@@ -293,6 +293,8 @@ def _restore_generators(rows: dict[str, torch.Tensor], groups: ProcessGroups) ->
 def _load(sharded: dict[str, Any], checkpoint: Path, setting: str) -> dict[str, Any]:
     try:
         return megatron_versions.load_checkpoint(sharded, checkpoint)
+    except CheckpointError as error:
+        raise CheckpointError(f"{setting}: {error}") from error
     except (CheckpointingException, CheckpointException, OSError, RuntimeError, KeyError, EOFError) as error:
         raise CheckpointError(
             f"{setting}: the checkpoint {checkpoint} cannot be read ({_reason(error)}); it is damaged or of "

@@ -81,21 +81,41 @@ def test_metadata_without_the_common_backend_is_read(ranks: RankPool, tmp_path: 
     assert torch.equal(weights, FULL) and iteration == 7
 
 
-def test_missing_shard_is_an_ordinary_exception_that_names_the_file(ranks: RankPool, tmp_path: Path) -> None:
-    """torch raises a BaseException there, which would slip through every `except Exception`."""
+def test_missing_shard_is_refused(ranks: RankPool, tmp_path: Path) -> None:
     ranks.run(_save, tmp_path, world_size=1, parallel=ParallelConfig())
     for shard in tmp_path.glob("*.distcp"):
         shard.unlink()
     [(kind, sentence)] = ranks.run(_load_error, tmp_path, world_size=1, parallel=ParallelConfig())
-    assert kind == "CheckpointingException" and ".distcp" in sentence
+    assert kind == "CheckpointError" and ".distcp is missing" in sentence
 
 
-def test_missing_common_state_is_an_ordinary_exception(ranks: RankPool, tmp_path: Path) -> None:
+def test_shard_that_lacks_its_last_byte_is_refused(ranks: RankPool, tmp_path: Path) -> None:
     ranks.run(_save, tmp_path, world_size=1, parallel=ParallelConfig())
-    for file in [*tmp_path.glob("*.distcp"), tmp_path / "common.pt"]:
-        file.unlink()
-    [(kind, _)] = ranks.run(_load_error, tmp_path, world_size=1, parallel=ParallelConfig())
-    assert kind in ("CheckpointingException", "FileNotFoundError")
+    [shard] = tmp_path.glob("*.distcp")
+    shard.write_bytes(shard.read_bytes()[:-1])
+    [(kind, sentence)] = ranks.run(_load_error, tmp_path, world_size=1, parallel=ParallelConfig())
+    assert kind == "CheckpointError" and "is damaged: it has" in sentence
+
+
+def test_failure_inside_torch_is_an_ordinary_exception(ranks: RankPool, tmp_path: Path) -> None:
+    """torch raises a BaseException there, which would slip through every `except Exception`."""
+    ranks.run(_save, tmp_path, world_size=1, parallel=ParallelConfig())
+    [shard] = tmp_path.glob("*.distcp")
+    shard.write_bytes(b"?" * shard.stat().st_size)
+    [(kind, sentence)] = ranks.run(_load_error, tmp_path, world_size=1, parallel=ParallelConfig())
+    assert kind in ("CheckpointingException", "UnpicklingError", "RuntimeError") and sentence
+
+
+def test_checkpoint_without_common_pt_needs_a_version_that_does_without(
+    ranks: RankPool, tmp_path: Path
+) -> None:
+    ranks.run(_save, tmp_path, world_size=1, parallel=ParallelConfig())
+    (tmp_path / "common.pt").unlink()
+    [(kind, sentence)] = ranks.run(_load_error, tmp_path, world_size=1, parallel=ParallelConfig())
+    if megatron_versions.MEGATRON_VERSION.release < (0, 17):
+        assert kind == "FileNotFoundError" and "common.pt is missing" in sentence
+    else:
+        assert kind == ""
 
 
 def test_deprecation_notices_are_dropped_and_other_messages_kept(caplog: pytest.LogCaptureFixture) -> None:
