@@ -31,7 +31,11 @@ from torch.distributed.checkpoint.utils import _create_file_view
 
 from spikingbrain_train.config.checkpoint_folder import latest_checkpoint
 from spikingbrain_train.config.errors import CheckpointError
-from spikingbrain_train.parallel.checkpoint_metadata import METADATA_FILE, read_metadata
+from spikingbrain_train.parallel.checkpoint_metadata import (
+    METADATA_FILE,
+    check_shards_are_whole,
+    read_metadata,
+)
 
 _FILE_BYTES = 5 * 1024**3  # a data file is closed when it has grown beyond this
 
@@ -160,27 +164,7 @@ class MegatronCheckpointReader:
             for name, entry in metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
-        self._check_files()
-
-    def _check_files(self) -> None:
-        """Every file that ``.metadata`` speaks of is there and long enough."""
-        ends: dict[str, int] = {}
-        for place in self._storage.values():
-            name, end = str(place.relative_path), int(place.offset) + int(place.length)
-            if Path(name).name != name:
-                raise CheckpointError(
-                    f"{self.folder}: {METADATA_FILE} points outside of the folder, at {name}"
-                )
-            ends[name] = max(end, ends.get(name, 0))
-        for name, end in ends.items():
-            path = self.folder / name
-            if not path.is_file():
-                raise CheckpointError(f"{path} is missing; copy the whole checkpoint folder again")
-            size = path.stat().st_size
-            if size < end:
-                raise CheckpointError(
-                    f"{path} is truncated ({size} of {end} bytes); copy the checkpoint again"
-                )
+        check_shards_are_whole(metadata, folder)
 
     def read(self, name: str) -> Tensor:
         """The whole tensor ``name`` on CPU, put together from the chunks that ranks wrote.
