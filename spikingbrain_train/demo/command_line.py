@@ -30,6 +30,8 @@ examples:
 
   # only show the commands
   python tools/demo.py --output outputs/demo --dry-run
+
+The downloaded model is kept in .cache of the checkout, or in the folder that SPIKINGBRAIN_CACHE names.
 """
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -97,7 +98,12 @@ class Runner:
         if code == USER_ERROR:  # the command has printed its sentence
             print("Finished steps are kept: the same command goes on from here.", file=sys.stderr)
             raise SystemExit(USER_ERROR)
-        outcome = "left no complete result" if code == 0 else f"failed with exit code {code}"
+        if code == 0:
+            outcome = "left no complete result"
+        elif code == -signal.SIGKILL:
+            outcome = "was killed, as the system does when memory runs out"
+        else:
+            outcome = f"failed with exit code {code}"
         raise SpikingBrainError(
             f"the step {step.name!r} {outcome}, see above; finished steps are kept, and the same command "
             "goes on from here"

@@ -113,12 +113,14 @@ def _draw_held_out(panel: Any, runs: Sequence[_Curves], dense_cross_entropy: flo
             # A later stage starts where the one before it ended: one label is enough there.
             shown = {0: number == 0, len(x) - 1: True}
             for index in sorted(index for index, wanted in shown.items() if wanted):
+                # Above the part of the curve that follows, which is flatter than the one before.
+                at_the_end = run is runs[-1] and index == len(x) - 1 and index > 0
                 panel.annotate(
                     f"{y[index]:.2f}",
                     (x[index], y[index]),
-                    xytext=(7 if index == 0 else -2, 7),
+                    xytext=(-2 if at_the_end else 6, 7),
                     textcoords="offset points",
-                    ha="left" if index == 0 else "right",
+                    ha="right" if at_the_end else "left",
                     color=_INK,
                     fontsize=11,
                     fontweight="bold",
