@@ -12,6 +12,7 @@ import os
 import random
 import socket
 import struct
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -29,6 +30,9 @@ from spikingbrain_train.parallel.accelerator import Accelerator
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
+
+
+_GLOO_SETTLE_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -194,6 +198,11 @@ def destroy() -> None:
     """Leave every group. Harmless if :func:`initialize` was not called or failed half-way."""
     from megatron.core import parallel_state
 
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+        # A gloo worker that has just finished a collective frees its tensors, for which it needs Python's
+        # lock while it holds its group's; destroying that group waits for the worker with Python's lock held
+        # (seen with torch 2.6). Sleeping lends the lock to the workers first.
+        time.sleep(_GLOO_SETTLE_SECONDS)
     parallel_state.destroy_model_parallel()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
