@@ -62,6 +62,8 @@ def vocab_parallel_linear_cross_entropy(
     hidden = gather_hidden_states(hidden_states, sequence_parallel=sequence_parallel, tp_group=tp_group)
     vocab_start = tp_group.rank() * weight.shape[0]
     valid_rows = valid_vocab_rows(weight.shape[0], vocab_size, tp_group)
+    if valid_rows < weight.shape[0]:  # a slice of everything would cost a pass over its gradient
+        weight = weight[:valid_rows]
     if distillation is not None:
         distillation = replace(distillation, teacher_weight=distillation.teacher_weight[:valid_rows])
     reductions = {}
@@ -69,7 +71,7 @@ def vocab_parallel_linear_cross_entropy(
         reductions = {"reduce_max": _reduction("MAX", tp_group), "reduce_sum": _reduction("SUM", tp_group)}
     return linear_cross_entropy(
         hidden.transpose(0, 1).flatten(0, 1),
-        weight[:valid_rows],
+        weight,
         labels.flatten(),
         loss_weights.flatten(),
         vocab_start=vocab_start,

@@ -10,6 +10,8 @@ import torch
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
+from spikingbrain_train.ops.rms_norm import rms_norm
+
 
 class RMSNorm(torch.nn.Module):
     """``x / rms(x) * weight`` over the last dimension, with float32 statistics.
@@ -43,4 +45,4 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x`` [..., hidden_size]; the result has its dtype."""
-        return torch.nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)

@@ -27,6 +27,7 @@ from spikingbrain_train.config.errors import PlatformError
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.parallel import megatron_cpu, megatron_versions
 from spikingbrain_train.parallel.accelerator import Accelerator
+from spikingbrain_train.parallel.host_memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -164,6 +165,7 @@ def initialize(
     patches: tuple[str, ...] = ()
     if not accelerator.is_gpu:
         torch.set_num_threads(threads_per_rank(launch.local_world_size))
+        keep_freed_memory()
         patches = megatron_cpu.apply(accelerator)
     _join_world(launch, accelerator, timedelta(minutes=timeout_minutes))
 

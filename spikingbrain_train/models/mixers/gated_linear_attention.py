@@ -29,6 +29,7 @@ from spikingbrain_train.config.model import GatedLinearAttentionConfig
 from spikingbrain_train.config.parallel import LinearAttentionBackend
 from spikingbrain_train.models.rms_norm import RMSNorm
 from spikingbrain_train.ops.gated_linear_attention import gated_linear_attention
+from spikingbrain_train.ops.rms_norm import rms_norm
 
 
 class LowRankDownProjection(torch.nn.Module):
@@ -159,5 +160,5 @@ class GatedLinearAttention(SelfAttention):
         # Each rank normalises its own heads with the one shared weight, so its gradient is a partial sum;
         # megatron-core's copy into the tensor-parallel region adds the parts up in the backward pass.
         weight = copy_to_tensor_model_parallel_region(self.out_norm.weight, group=self.pg_collection.tp)
-        normed_BTHV = torch.nn.functional.rms_norm(o_BTHV, weight.shape, weight, self.out_norm.eps)
+        normed_BTHV = rms_norm(o_BTHV, weight, self.out_norm.eps)
         return normed_BTHV.transpose(0, 1).flatten(2)
