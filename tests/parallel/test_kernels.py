@@ -1,0 +1,86 @@
+"""How the config's kernel choices become ones that a machine has."""
+
+from __future__ import annotations
+
+import pytest
+
+from spikingbrain_train.config.errors import PlatformError
+from spikingbrain_train.config.parallel import (
+    AcceleratorKind,
+    KernelConfig,
+    LinearAttentionBackend,
+    ParallelLinearBackend,
+    SoftmaxAttentionBackend,
+)
+from spikingbrain_train.parallel.accelerator import Accelerator
+from spikingbrain_train.parallel.kernels import describe_kernels, resolve_kernels
+
+EVERYTHING = {"fla": "0.6", "flash_attn": "2.7", "transformer_engine": "2.0"}
+
+
+def machine(kind: AcceleratorKind, packages: dict[str, str]) -> Accelerator:
+    return Accelerator(kind, "a device", 0 if kind is AcceleratorKind.cpu else 1, packages)
+
+
+def names(kernels: KernelConfig) -> tuple[str, str, str]:
+    return (
+        kernels.gated_linear_attention.value,
+        kernels.softmax_attention.value,
+        kernels.parallel_linear.value,
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "packages", "expected"),
+    [
+        (AcceleratorKind.cpu, {}, ("chunk", "blocked", "megatron")),
+        (AcceleratorKind.cpu, EVERYTHING, ("chunk", "blocked", "megatron")),
+        (AcceleratorKind.cuda, {}, ("chunk", "flex", "megatron")),
+        (AcceleratorKind.cuda, EVERYTHING, ("fla", "flash_attn", "transformer_engine")),
+        (AcceleratorKind.metax, EVERYTHING, ("fla", "flash_attn", "megatron")),
+    ],
+    ids=["cpu", "cpu with GPU packages", "bare GPU", "NVIDIA with everything", "MetaX"],
+)
+def test_auto_takes_the_best_that_is_there(
+    kind: AcceleratorKind, packages: dict[str, str], expected: tuple[str, str, str]
+) -> None:
+    assert names(resolve_kernels(KernelConfig(), machine(kind, packages))) == expected
+
+
+def test_an_explicit_choice_is_kept() -> None:
+    chosen = KernelConfig(
+        gated_linear_attention=LinearAttentionBackend.recurrent,
+        softmax_attention=SoftmaxAttentionBackend.reference,
+        parallel_linear=ParallelLinearBackend.megatron,
+    )
+    resolved = resolve_kernels(chosen, machine(AcceleratorKind.cuda, EVERYTHING))
+    assert names(resolved) == ("recurrent", "reference", "megatron")
+    line = describe_kernels(resolved)
+    assert all(name in line for name in names(resolved))
+
+
+GPU_CHOICES = [
+    ("gated_linear_attention", LinearAttentionBackend.fla),
+    ("softmax_attention", SoftmaxAttentionBackend.flash_attn),
+    ("softmax_attention", SoftmaxAttentionBackend.flex),
+    ("parallel_linear", ParallelLinearBackend.transformer_engine),
+]
+
+
+@pytest.mark.parametrize(("field", "choice"), GPU_CHOICES, ids=lambda x: getattr(x, "value", x))
+def test_gpu_kernels_are_refused_on_cpu(field: str, choice) -> None:
+    with pytest.raises(
+        PlatformError, match=rf"cluster\.kernels\.{field}={choice.value} needs a GPU; choose auto"
+    ):
+        resolve_kernels(KernelConfig(**{field: choice}), machine(AcceleratorKind.cpu, EVERYTHING))
+
+
+@pytest.mark.parametrize(
+    ("field", "choice"),
+    [case for case in GPU_CHOICES if case[1] is not SoftmaxAttentionBackend.flex],
+    ids=lambda x: getattr(x, "value", x),
+)
+def test_a_missing_package_is_named_with_the_setting(field: str, choice) -> None:
+    with pytest.raises(PlatformError) as refusal:
+        resolve_kernels(KernelConfig(**{field: choice}), machine(AcceleratorKind.cuda, {}))
+    assert f"cluster.kernels.{field}={choice.value}" in str(refusal.value)
