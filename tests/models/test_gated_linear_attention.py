@@ -45,7 +45,7 @@ def model_config(*, bias: bool, qk_norm: bool) -> ModelConfig:
 def run_module(
     groups: ProcessGroups, model: ModelConfig
 ) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    """Weights, input, output, and gradients of input and weights for the loss ``sum(output * cos(index))``."""
+    """Weights, input, output, gradients of input and weights for the loss ``sum(output * cos(index))``."""
     from megatron.core.transformer.spec_utils import build_module
 
     from spikingbrain_train.models.layer_specs import layer_spec
