@@ -31,7 +31,7 @@ Reduction = Callable[[Tensor], Tensor]
 # Bytes of one chunk's logits: 2048 tokens of a vocabulary of 49152 in bfloat16 on CPU.
 _CHUNK_BYTES = {"cpu": 1 << 28, "gpu": 1 << 30}
 # Elements of one block: a few rows in the cache of a core, or enough to fill a GPU.
-_BLOCK_ELEMENTS = {"cpu": 1 << 19, "gpu": 1 << 27}
+_BLOCK_ELEMENTS = {"cpu": 1 << 19, "gpu": 1 << 25}
 
 
 def _local(x: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from spikingbrain_train.parallel.costs import (
 
 GIB = 2**30
 _FP32 = 4
-_LOSS_CHUNK_TOKENS = 512  # the fused output projection and loss hold the logits of this many tokens
+_LOSS_CHUNK_BYTES = 1 << 30  # the fused output projection and loss hold at most so many logits (on a GPU)
 _GLA_CHUNK_TOKENS = 64  # linear attention keeps one fp32 state per chunk for its backward pass
 
 
@@ -132,8 +132,8 @@ def _activation_bytes(config: RunConfig, stage: int, micro_batches: int) -> floa
         total = tokens * in_flight * sum(layers)
     if stage == stages - 1:
         rows = model.padded_vocab_size(tensor) / tensor
-        # Logits and their gradient for one chunk, the gradients of the projection and of the hidden states.
-        total += min(tokens, _LOSS_CHUNK_TOKENS) * rows * 2 * _FP32
+        # The logits of one chunk, which become their gradient; the gradients of projection and hidden states.
+        total += min(tokens * rows * element, _LOSS_CHUNK_BYTES)
         total += (rows + tokens) * model.hidden_size * element
     return total
 
