@@ -3,13 +3,42 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum
 
-from spikingbrain_train.config.model import GatedLinearAttentionConfig, Mixer
+from spikingbrain_train.config.model import (
+    FeedForward,
+    GatedLinearAttentionConfig,
+    Mixer,
+    MoEConfig,
+    ParallelHybridConfig,
+    SpikingConfig,
+)
+
+
+class UpcyclingForm(str, Enum):
+    """How the experts that are copies of a dense feed-forward are scaled; S shared, top k of N routed experts."""
+
+    published = "published"
+    """All three matrices by (S + k/N) ** (-1/3), with a random router (SpikingBrain, arXiv 2509.05276, eq. 15-18)."""
+    exact = "exact"
+    """Only the down projection, by 1 / (S + k/N), with a zero router: the dense function at initialisation."""
+
+
+@dataclass
+class UpcyclingConfig:
+    """Dense feed-forwards become mixtures of experts; used in layers whose feed-forward is ``moe``."""
+
+    form: UpcyclingForm = UpcyclingForm.published
+    """Scaling of the copies and start of the router."""
+    router_init_std: float = 0.02
+    """Standard deviation of the random router of the published form."""
+    reinit_fraction: float = 0.0
+    """Share of each routed expert's intermediate channels that is drawn anew, for diversity; 0 copies everything."""
 
 
 @dataclass
 class ConversionConfig:
-    """The swap of sequence mixers. Everything else of the source is kept as it is."""
+    """The swap of sequence mixers and feed-forwards. Everything else of the source is kept as it is."""
 
     mixers: list[Mixer] = field(default_factory=lambda: [Mixer.gla, Mixer.swa])
     """Mixer of each layer, repeated until the layers are filled: [gla, swa] is SpikingBrain-7B, [full] keeps
@@ -17,6 +46,18 @@ class ConversionConfig:
     sliding_window: int = 4096
     """Keys (the current token included) that a sliding-window layer sees."""
     gla: GatedLinearAttentionConfig = field(default_factory=GatedLinearAttentionConfig)
-    """Shape and initial values of the new gate and norm of linear attention layers."""
+    """Form, shape and initial values of linear attention."""
+    parallel_hybrid: ParallelHybridConfig = field(default_factory=ParallelHybridConfig)
+    """Initial values of layers with two branches."""
+    num_sink_tokens: int = 0
+    """Learnable embeddings in front of every sequence."""
+    feed_forwards: list[FeedForward] = field(default_factory=lambda: [FeedForward.dense])
+    """Feed-forward of each layer, repeated until the layers are filled."""
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    """Shape of the mixture-of-experts layers."""
+    upcycling: UpcyclingConfig = field(default_factory=UpcyclingConfig)
+    """Start of the experts and routers."""
+    spiking: SpikingConfig = field(default_factory=SpikingConfig)
+    """Spike encoding that the result is declared for; it adds no parameters."""
     seed: int = 1234
     """Seed of the new parameters: a name and this seed decide a tensor's values, in any order or topology."""

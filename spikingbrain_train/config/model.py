@@ -16,13 +16,55 @@ class Mixer(str, Enum):
     swa = "swa"
     """Sliding-window softmax attention with rotary positions (eq. 2)."""
     gla = "gla"
-    """Gated linear attention with ReLU features and a low-rank gate, no positions (eq. 10-11)."""
+    """Gated linear attention, no positions (eq. 10-11)."""
+    gla_swa = "gla_swa"
+    """Parallel hybrid: a gated linear and a sliding-window branch read the same input (eq. 6)."""
+    gla_full = "gla_full"
+    """Parallel hybrid: a gated linear and a full-attention branch read the same input (eq. 6)."""
+
+    @property
+    def has_linear_branch(self) -> bool:
+        """Whether gated linear attention is (a part of) it."""
+        return self in (Mixer.gla, Mixer.gla_swa, Mixer.gla_full)
+
+    @property
+    def softmax_branch(self) -> Mixer | None:
+        """``full`` or ``swa``: the softmax attention that is (a part of) it."""
+        branches = {Mixer.gla_swa: Mixer.swa, Mixer.gla_full: Mixer.full, Mixer.gla: None}
+        return branches.get(self, self)
+
+    @property
+    def is_parallel_hybrid(self) -> bool:
+        """Whether it has two branches."""
+        return self.has_linear_branch and self.softmax_branch is not None
+
+
+class FeatureMap(str, Enum):
+    """The non-negative function of q and k in gated linear attention."""
+
+    relu = "relu"
+    """SpikingBrain-7B."""
+    sigmoid = "sigmoid"
+    """SpikingBrain-76B."""
+
+
+class GateKind(str, Enum):
+    """Where the forget gate of gated linear attention comes from."""
+
+    low_rank = "low_rank"
+    """``log g = logsigmoid(W2 (W1 x) + b2) / gate_logit_normalizer``: SpikingBrain-7B."""
+    tied = "tied"
+    """``g = 1 - k``, no parameters of its own; k must be a sigmoid: SpikingBrain-76B."""
 
 
 @dataclass
 class GatedLinearAttentionConfig:
-    """The 7B form: ``log g = logsigmoid(W2 (W1 x) + b2) / gate_logit_normalizer`` (eq. 10-11)."""
+    """Both forms of the linear attention (eq. 10-11). The settings of the gate belong to ``gate=low_rank``."""
 
+    feature_map: FeatureMap = FeatureMap.relu
+    """What q and k pass through."""
+    gate: GateKind = GateKind.low_rank
+    """Kind of the forget gate."""
     gate_low_rank_dim: int = 16
     """Width of the gate's bottleneck: W1 is [gate_low_rank_dim, hidden_size] without bias."""
     gate_logit_normalizer: float = 16.0
@@ -43,6 +85,73 @@ class GatedLinearAttentionConfig:
         """Initial b2 of the channels of one head (the same in every head)."""
         step = (self.init_gate_bias_max - self.init_gate_bias_min) / max(kv_channels - 1, 1)
         return [self.init_gate_bias_min + step * channel for channel in range(kv_channels)]
+
+
+@dataclass
+class ParallelHybridConfig:
+    """Layers with two branches: ``w1 RMSNorm(o_softmax) + w2 RMSNorm(o_linear)`` (eq. 6)."""
+
+    init_softmax_weight: float = 1.0
+    """Initial w1."""
+    init_linear_weight: float = 0.0
+    """Initial w2; 0 starts a converted model as close to its source as the softmax branch alone is."""
+
+
+class FeedForward(str, Enum):
+    """The feed-forward of one layer."""
+
+    dense = "dense"
+    """SwiGLU of ffn_hidden_size."""
+    moe = "moe"
+    """Mixture of SwiGLU experts (SpikingBrain, arXiv 2509.05276, section 2.3)."""
+
+
+@dataclass
+class MoEConfig:
+    """Mixture-of-experts layers: softmax router, top-k routed experts, shared experts that see every token."""
+
+    num_experts: int = 16
+    """Routed experts of a layer."""
+    router_topk: int = 1
+    """Routed experts that each token visits."""
+    num_shared_experts: int = 1
+    """Experts that every token visits, computed as one SwiGLU of num_shared_experts * moe_ffn_hidden_size."""
+    moe_ffn_hidden_size: int | None = None
+    """Width of one expert; null takes ffn_hidden_size."""
+    aux_loss_coeff: float = 1.0e-2
+    """Weight of the load-balancing loss."""
+    z_loss_coeff: float = 1.0e-3
+    """Weight of the router z-loss, the mean squared log-sum-exp of its logits."""
+    capacity_factor: float | None = None
+    """Tokens that an expert takes at most, in multiples of tokens * router_topk / num_experts; what is beyond is
+    dropped. Null drops nothing."""
+    pad_to_capacity: bool = False
+    """Give every expert exactly its capacity, padded with zeros (length alignment); needs capacity_factor."""
+
+
+class SpikingProjection(str, Enum):
+    """A group of linear projections whose input can be encoded as spikes."""
+
+    qkv = "qkv"
+    """The fused q, k and v projection of every mixer."""
+    gate = "gate"
+    """Both matrices of the low-rank gate."""
+    attention_output = "attention_output"
+    """The output projection of every mixer."""
+    mlp_fc1 = "mlp_fc1"
+    """Gate and up projection of dense feed-forwards, routed and shared experts."""
+    mlp_fc2 = "mlp_fc2"
+    """Down projection of dense feed-forwards, routed and shared experts."""
+
+
+@dataclass
+class SpikingConfig:
+    """Adaptive-threshold spikes in front of linear projections (eq. 19-21)."""
+
+    projections: list[SpikingProjection] = field(default_factory=list)
+    """Which projections read spikes; empty is a model without spikes."""
+    k: float = 3.0
+    """Vth(x) = mean(|x|) / k over the whole input of one token; larger k means more and finer spikes."""
 
 
 @dataclass
@@ -85,6 +194,16 @@ class ModelConfig:
     """Keys (the current token included) that a sliding-window layer sees."""
     gla: GatedLinearAttentionConfig = field(default_factory=GatedLinearAttentionConfig)
     """Settings of the gated linear attention layers."""
+    parallel_hybrid: ParallelHybridConfig = field(default_factory=ParallelHybridConfig)
+    """Settings of layers with two branches."""
+    num_sink_tokens: int = 0
+    """Learnable embeddings in front of every sequence, seen by all its tokens (section 2.2)."""
+    feed_forwards: list[FeedForward] = field(default_factory=lambda: [FeedForward.dense])
+    """Feed-forward of each layer, repeated until num_layers are filled."""
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    """Settings of the mixture-of-experts layers."""
+    spiking: SpikingConfig = field(default_factory=SpikingConfig)
+    """Spike encoding in front of projections."""
     rotary_base: float = 10000.0
     """Base of the rotary position frequencies (1e6 for Qwen2.5)."""
     rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
@@ -105,6 +224,15 @@ class ModelConfig:
     def layer_mixers(self) -> list[Mixer]:
         """The mixer of every layer, in order."""
         return [self.mixers[layer % len(self.mixers)] for layer in range(self.num_layers)]
+
+    def layer_feed_forwards(self) -> list[FeedForward]:
+        """The feed-forward of every layer, in order."""
+        return [self.feed_forwards[layer % len(self.feed_forwards)] for layer in range(self.num_layers)]
+
+    @property
+    def expert_ffn_hidden_size(self) -> int:
+        """Width of one expert."""
+        return self.moe.moe_ffn_hidden_size or self.ffn_hidden_size
 
     def padded_vocab_size(self, tensor_model_parallel_size: int) -> int:
         """Rows of the embedding matrix, over all tensor-parallel ranks."""

@@ -11,22 +11,67 @@ class Recompute(str, Enum):
 
     none = "none"
     """Keep everything: fastest, most memory."""
+    moe_activation = "moe_activation"
+    """Compute the router and the experts' activation function again (SpikingBrain, arXiv 2509.05276, section 4.1,
+    level 1)."""
+    moe_feed_forward = "moe_feed_forward"
+    """Compute the experts' feed-forward and the shared expert again (level 2)."""
+    moe_layer = "moe_layer"
+    """Compute whole mixture-of-experts layers again, communication included (level 3)."""
     full = "full"
     """Keep only each layer's input: about a third more work, least memory."""
 
 
+class LinearAttentionContextParallel(str, Enum):
+    """How the state of gated linear attention travels along context-parallel ranks."""
+
+    allgather = "allgather"
+    """All ranks gather every rank's state and decay, then each combines those before it (LASP-2)."""
+    allscan = "allscan"
+    """The running state is passed from neighbour to neighbour in blocks, while local work goes on (ZeCO)."""
+
+
+class SlidingWindowContextParallel(str, Enum):
+    """How sliding-window attention sees keys of other context-parallel ranks."""
+
+    halo = "halo"
+    """The ranks before send the keys and values that the window reaches."""
+    ulysses = "ulysses"
+    """All-to-all: every rank takes the whole sequence of a share of the heads."""
+
+
+@dataclass
+class ContextParallelConfig:
+    """How each kind of mixer works on a sequence that is split over ranks. Full attention always uses Ulysses."""
+
+    gated_linear_attention: LinearAttentionContextParallel = LinearAttentionContextParallel.allgather
+    """Method of linear attention."""
+    sliding_window_attention: SlidingWindowContextParallel = SlidingWindowContextParallel.halo
+    """Method of sliding windows."""
+    head_padding: bool = True
+    """Pad heads with zeros where Ulysses cannot divide them; false refuses such layouts."""
+
+
 @dataclass
 class ParallelConfig:
-    """Parallel degrees. data parallelism takes what tensor x pipeline leave of the world."""
+    """Parallel degrees. Data parallelism takes what tensor x pipeline x context leave of the world."""
 
     tensor_model_parallel_size: int = 1
     """Ranks over which heads, feed-forward columns and the vocabulary are split."""
     pipeline_model_parallel_size: int = 1
     """Pipeline stages; num_layers must be divisible by it."""
+    context_parallel_size: int = 1
+    """Ranks over which every sequence is split in contiguous slices."""
+    expert_model_parallel_size: int = 1
+    """Ranks over which the routed experts are spread; taken from the data- and context-parallel ranks."""
+    expert_tensor_parallel_size: int | None = None
+    """Ranks over which every routed expert is split; null takes tensor_model_parallel_size."""
+    context_parallel: ContextParallelConfig = field(default_factory=ContextParallelConfig)
+    """Communication of each kind of mixer under context parallelism."""
     sequence_parallel: bool = False
     """Split norms and residuals along the sequence over the tensor-parallel ranks."""
     data_parallel_size: int | None = None
-    """Expected replicas. Null takes world size / (tensor x pipeline); a number is checked against that."""
+    """Expected replicas. Null takes world size / (tensor x pipeline x context); a number is checked against it."""
     use_distributed_optimizer: bool = False
     """Shard optimizer state and fp32 main weights over data-parallel ranks (ZeRO-1)."""
     overlap_grad_reduce: bool = False
@@ -38,8 +83,10 @@ class ParallelConfig:
 
     @property
     def model_parallel_size(self) -> int:
-        """Ranks that hold one copy of the model."""
-        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+        """Ranks that work on one sequence: tensor x pipeline x context."""
+        return (
+            self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+        )
 
 
 class AcceleratorKind(str, Enum):

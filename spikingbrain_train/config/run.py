@@ -52,6 +52,16 @@ class DistillationConfig:
 
 
 @dataclass
+class SpikeAnnealingConfig:
+    """Spikes grow coarser over the first steps: k goes from ``init_k`` to ``model.spiking.k`` geometrically."""
+
+    init_k: float | None = None
+    """k at the first step, usually larger than model.spiking.k. Null starts with model.spiking.k."""
+    anneal_iters: int = 0
+    """Steps until k has reached model.spiking.k."""
+
+
+@dataclass
 class StageConfig:
     """One stage of training. Stages run one after the other, each from the checkpoint of the one before."""
 
@@ -71,6 +81,8 @@ class StageConfig:
     """Start of align stages."""
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     """Knowledge distillation in cpt stages."""
+    spike_annealing: SpikeAnnealingConfig = field(default_factory=SpikeAnnealingConfig)
+    """Schedule of the spike threshold."""
 
 
 @dataclass
@@ -86,6 +98,9 @@ class DataConfig:
     """Prefixes of held-out datasets for evaluation; empty skips evaluation."""
     tokenizer: str | None = None
     """Hugging Face tokenizer folder or sentencepiece .model. Null takes the checkpoint's own."""
+    reset_at_documents: bool = False
+    """Keep the documents packed into one sequence apart: attention is masked and linear attention's state starts
+    anew at their boundaries, and positions restart."""
     num_workers: int = 0
     """Loader processes per rank."""
 
@@ -219,4 +234,6 @@ class RunConfig:
     seed: int = 1234
     """Seed of initial weights, data order and dropout."""
     dry_run: bool = False
-    """Print the resolved plan and exit without training."""
+    """Print the resolved plan, build one rank's share of the model without memory, and exit without training."""
+    dry_run_rank: int = 0
+    """The rank that a dry run builds."""
