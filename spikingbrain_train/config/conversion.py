@@ -16,12 +16,12 @@ from spikingbrain_train.config.model import (
 
 
 class UpcyclingForm(str, Enum):
-    """How the experts that are copies of a dense feed-forward are scaled; S shared, top k of N routed experts."""
+    """How copies of a dense feed-forward are scaled as experts; S shared, top k of N routed ones."""
 
     published = "published"
-    """All three matrices by (S + k/N) ** (-1/3), with a random router (SpikingBrain, arXiv 2509.05276, eq. 15-18)."""
+    """All three matrices by (S + k/N) ** (-1/3), random router (arXiv 2509.05276, eq. 15-18)."""
     exact = "exact"
-    """Only the down projection, by 1 / (S + k/N), with a zero router: the dense function at initialisation."""
+    """Only the down projection, by 1 / (S + k/N), and a zero router: the dense function at initialisation."""
 
 
 @dataclass
@@ -33,7 +33,7 @@ class UpcyclingConfig:
     router_init_std: float = 0.02
     """Standard deviation of the random router of the published form."""
     reinit_fraction: float = 0.0
-    """Share of each routed expert's intermediate channels that is drawn anew, for diversity; 0 copies everything."""
+    """Share of each routed expert's intermediate channels that is drawn anew, for diversity; 0 copies all."""
 
 
 @dataclass

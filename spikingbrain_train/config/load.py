@@ -49,7 +49,7 @@ def _resolve_model_of_checkpoint(folder: str | None, setting: str) -> Any:
     value: Any = _model_of_checkpoint(folder)
     for name in setting.split("."):
         value = getattr(value, name)
-    return [mixer.name for mixer in value] if setting == "mixers" else value
+    return [choice.name for choice in value] if isinstance(value, list) else value
 
 
 def register_resolvers() -> None:

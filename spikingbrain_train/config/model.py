@@ -59,7 +59,7 @@ class GateKind(str, Enum):
 
 @dataclass
 class GatedLinearAttentionConfig:
-    """Both forms of the linear attention (eq. 10-11). The settings of the gate belong to ``gate=low_rank``."""
+    """Both forms of linear attention (eq. 10-11). The gate's sizes and starts belong to ``gate=low_rank``."""
 
     feature_map: FeatureMap = FeatureMap.relu
     """What q and k pass through."""
@@ -108,7 +108,7 @@ class FeedForward(str, Enum):
 
 @dataclass
 class MoEConfig:
-    """Mixture-of-experts layers: softmax router, top-k routed experts, shared experts that see every token."""
+    """Mixture-of-experts layers: softmax router, top-k routed experts, shared experts that see all tokens."""
 
     num_experts: int = 16
     """Routed experts of a layer."""
@@ -123,8 +123,8 @@ class MoEConfig:
     z_loss_coeff: float = 1.0e-3
     """Weight of the router z-loss, the mean squared log-sum-exp of its logits."""
     capacity_factor: float | None = None
-    """Tokens that an expert takes at most, in multiples of tokens * router_topk / num_experts; what is beyond is
-    dropped. Null drops nothing."""
+    """Tokens that an expert takes at most, in multiples of tokens * router_topk / num_experts; what is beyond
+    is dropped. Null drops nothing."""
     pad_to_capacity: bool = False
     """Give every expert exactly its capacity, padded with zeros (length alignment); needs capacity_factor."""
 

@@ -12,8 +12,8 @@ class Recompute(str, Enum):
     none = "none"
     """Keep everything: fastest, most memory."""
     moe_activation = "moe_activation"
-    """Compute the router and the experts' activation function again (SpikingBrain, arXiv 2509.05276, section 4.1,
-    level 1)."""
+    """Compute the router and the experts' activation function again (SpikingBrain, arXiv 2509.05276, section
+    4.1, level 1)."""
     moe_feed_forward = "moe_feed_forward"
     """Compute the experts' feed-forward and the shared expert again (level 2)."""
     moe_layer = "moe_layer"
@@ -42,7 +42,7 @@ class SlidingWindowContextParallel(str, Enum):
 
 @dataclass
 class ContextParallelConfig:
-    """How each kind of mixer works on a sequence that is split over ranks. Full attention always uses Ulysses."""
+    """How mixers work on a sequence that is split over ranks. Full attention always uses Ulysses."""
 
     gated_linear_attention: LinearAttentionContextParallel = LinearAttentionContextParallel.allgather
     """Method of linear attention."""
@@ -71,7 +71,8 @@ class ParallelConfig:
     sequence_parallel: bool = False
     """Split norms and residuals along the sequence over the tensor-parallel ranks."""
     data_parallel_size: int | None = None
-    """Expected replicas. Null takes world size / (tensor x pipeline x context); a number is checked against it."""
+    """Expected replicas. Null takes world size / (tensor x pipeline x context); a number is checked against
+    it."""
     use_distributed_optimizer: bool = False
     """Shard optimizer state and fp32 main weights over data-parallel ranks (ZeRO-1)."""
     overlap_grad_reduce: bool = False

@@ -53,7 +53,7 @@ class DistillationConfig:
 
 @dataclass
 class SpikeAnnealingConfig:
-    """Spikes grow coarser over the first steps: k goes from ``init_k`` to ``model.spiking.k`` geometrically."""
+    """Spikes grow coarser over the first steps: k goes geometrically from ``init_k`` to model.spiking.k."""
 
     init_k: float | None = None
     """k at the first step, usually larger than model.spiking.k. Null starts with model.spiking.k."""
@@ -99,8 +99,8 @@ class DataConfig:
     tokenizer: str | None = None
     """Hugging Face tokenizer folder or sentencepiece .model. Null takes the checkpoint's own."""
     reset_at_documents: bool = False
-    """Keep the documents packed into one sequence apart: attention is masked and linear attention's state starts
-    anew at their boundaries, and positions restart."""
+    """Keep the documents packed into one sequence apart: attention is masked and linear attention's state
+    starts anew at their boundaries, and positions restart."""
     num_workers: int = 0
     """Loader processes per rank."""
 
@@ -234,6 +234,6 @@ class RunConfig:
     seed: int = 1234
     """Seed of initial weights, data order and dropout."""
     dry_run: bool = False
-    """Print the resolved plan, build one rank's share of the model without memory, and exit without training."""
+    """Print the plan, build one rank's share of the model without memory, and exit without training."""
     dry_run_rank: int = 0
     """The rank that a dry run builds."""

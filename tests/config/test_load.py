@@ -16,7 +16,18 @@ from spikingbrain_train.config.load import (
     save_config,
     to_run_config,
 )
-from spikingbrain_train.config.model import GatedLinearAttentionConfig, Mixer, ModelConfig
+from spikingbrain_train.config.model import (
+    FeatureMap,
+    FeedForward,
+    GatedLinearAttentionConfig,
+    GateKind,
+    Mixer,
+    ModelConfig,
+    MoEConfig,
+    ParallelHybridConfig,
+    SpikingConfig,
+    SpikingProjection,
+)
 from spikingbrain_train.config.run import Precision, RunConfig, StageConfig, WandbMode
 
 MODEL = ModelConfig(
@@ -28,8 +39,15 @@ MODEL = ModelConfig(
     kv_channels=16,
     vocab_size=512,
     max_position_embeddings=1024,
-    mixers=[Mixer.gla, Mixer.full],
-    gla=GatedLinearAttentionConfig(init_gate_bias_max=2.5),
+    mixers=[Mixer.gla_swa, Mixer.full],
+    gla=GatedLinearAttentionConfig(
+        feature_map=FeatureMap.sigmoid, gate=GateKind.tied, init_gate_bias_max=2.5
+    ),
+    parallel_hybrid=ParallelHybridConfig(init_linear_weight=0.25),
+    num_sink_tokens=8,
+    feed_forwards=[FeedForward.dense, FeedForward.moe],
+    moe=MoEConfig(num_experts=4, moe_ffn_hidden_size=96, capacity_factor=1.5, pad_to_capacity=True),
+    spiking=SpikingConfig(projections=[SpikingProjection.qkv, SpikingProjection.mlp_fc2], k=4.0),
     norm_epsilon=1e-5,
 )
 RUN = RunConfig(
@@ -69,7 +87,7 @@ def test_saving_leaves_one_whole_file_or_the_old_one(tmp_path, monkeypatch):
     ("text", "parts"),
     [
         ("num_layer: 3", ["num_layer is not a setting", "did you mean num_layers?"]),
-        ("gla: {rank: 3}", ["gla.rank is not a setting", "gla has gate_low_rank_dim"]),
+        ("gla: {rank: 3}", ["gla.rank is not a setting", "gla has feature_map, gate, gate_low_rank_dim"]),
         ("num_layers: three", ["num_layers=three", "a whole number"]),
         ("mixers: [gla, sva]", ["mixers[1]=sva", "one of full, swa, gla", "did you mean swa?"]),
         ("mixers: gla", ["mixers", "a list", "one of full, swa, gla"]),
@@ -134,7 +152,7 @@ class TestModelFromCheckpoint:
         from_checkpoint.model.gla.init_gate_bias_max = 1.0
         model = to_run_config(from_checkpoint).model
         assert model.max_position_embeddings == 32768
-        assert model.gla == GatedLinearAttentionConfig(init_gate_bias_max=1.0)
+        assert model.gla == dataclasses.replace(MODEL.gla, init_gate_bias_max=1.0)
         assert model.num_layers == 3
 
     def test_without_a_checkpoint_the_alternatives_are_named(self, from_checkpoint):
