@@ -89,11 +89,19 @@ class ProcessGroups:
     tensor_model_parallel_size: int
     pipeline_model_parallel_rank: int
     pipeline_model_parallel_size: int
+    context_parallel_rank: int
+    """Which slice of every sequence this rank holds."""
+    context_parallel_size: int
     data_parallel_rank: int
     data_parallel_size: int
+    """Replicas, each of which reads sequences of its own (context-parallel ranks share theirs)."""
+    expert_model_parallel_rank: int
+    """Which share of every layer's routed experts this rank holds."""
+    expert_model_parallel_size: int
+    expert_tensor_parallel_size: int
     collection: ProcessGroupCollection
-    """megatron-core's groups by name (``tp``, ``pp``, ``dp``, ``dp_cp``, ``mp``, ``embd``, ...), for its
-    ``pg_collection`` arguments.
+    """megatron-core's groups by name (``tp``, ``pp``, ``cp``, ``dp``, ``dp_cp``, ``ep``, ``expt_dp``, ...),
+    for its ``pg_collection`` arguments.
     """
     cpu_patches: tuple[str, ...]
     """Names of the compatibility patches in force (see megatron_cpu.PATCHES); always empty on GPUs."""
@@ -114,10 +122,10 @@ class ProcessGroups:
         return self.pipeline_model_parallel_rank == self.pipeline_model_parallel_size - 1
 
     def sum_from_last_stage(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum ``values`` of the last pipeline stage over data-parallel ranks and hand the result to every
-        rank, in place.
+        """Sum ``values`` of the last pipeline stage over data- and context-parallel ranks and hand the result
+        to every rank, in place.
         """
-        torch.distributed.all_reduce(values, group=self.collection.dp)
+        torch.distributed.all_reduce(values, group=self.collection.dp_cp)
         if self.pipeline_model_parallel_size > 1:
             last = torch.distributed.get_global_rank(
                 self.collection.pp, self.pipeline_model_parallel_size - 1
@@ -129,9 +137,16 @@ class ProcessGroups:
         """One line for the log."""
         text = (
             f"{self.world_size} rank(s) = tensor {self.tensor_model_parallel_size} x pipeline "
-            f"{self.pipeline_model_parallel_size} x data {self.data_parallel_size}, "
-            f"{torch.get_num_threads()} CPU thread(s) each"
+            f"{self.pipeline_model_parallel_size}"
         )
+        if self.context_parallel_size > 1:
+            text += f" x context {self.context_parallel_size}"
+        text += f" x data {self.data_parallel_size}"
+        if self.expert_model_parallel_size > 1:
+            text += f"; experts over {self.expert_model_parallel_size} ranks"
+        if self.expert_tensor_parallel_size != self.tensor_model_parallel_size:
+            text += f"; each expert over {self.expert_tensor_parallel_size} rank(s)"
+        text += f", {torch.get_num_threads()} CPU thread(s) each"
         return text + (f"; megatron-core on CPU: {', '.join(self.cpu_patches)}" if self.cpu_patches else "")
 
 
@@ -175,6 +190,9 @@ def initialize(
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         distributed_timeout_minutes=timeout_minutes,
         create_gloo_process_groups=False,
     )
@@ -189,8 +207,13 @@ def initialize(
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_rank=parallel_state.get_context_parallel_rank(),
+        context_parallel_size=parallel.context_parallel_size,
         data_parallel_rank=parallel_state.get_data_parallel_rank(),
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        expert_model_parallel_rank=parallel_state.get_expert_model_parallel_rank(),
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel_state.get_expert_tensor_parallel_world_size(),
         collection=ProcessGroupCollection.use_mpu_process_groups(),
         cpu_patches=patches,
     )

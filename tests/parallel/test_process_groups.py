@@ -88,7 +88,9 @@ def _layout(groups: ProcessGroups) -> dict[str, object]:
     return {
         "tp": groups.tensor_model_parallel_rank,
         "pp": groups.pipeline_model_parallel_rank,
+        "cp": groups.context_parallel_rank,
         "dp": groups.data_parallel_rank,
+        "ep": (groups.expert_model_parallel_rank, groups.expert_model_parallel_size),
         "size": (
             groups.tensor_model_parallel_size,
             groups.pipeline_model_parallel_size,
@@ -121,6 +123,31 @@ def test_ranks_are_laid_out_tensor_first_then_data_then_pipeline(ranks: RankPool
 
     tp_dp = ranks.run(_layout, world_size=4, parallel=ParallelConfig(tensor_model_parallel_size=2))
     assert [(rank["tp"], rank["dp"]) for rank in tp_dp] == [(0, 0), (1, 0), (0, 1), (1, 1)]
+
+
+def test_context_ranks_are_neighbours_and_experts_spread_over_data_and_context_ranks(ranks: RankPool) -> None:
+    layout = ranks.run(
+        _layout,
+        world_size=4,
+        parallel=ParallelConfig(context_parallel_size=2, expert_model_parallel_size=4),
+    )
+    assert [(rank["cp"], rank["dp"]) for rank in layout] == [(0, 0), (1, 0), (0, 1), (1, 1)]
+    assert [rank["ep"] for rank in layout] == [(0, 4), (1, 4), (2, 4), (3, 4)]
+
+
+def _sum_over_slices_and_replicas(groups: ProcessGroups) -> tuple[float, str]:
+    value = torch.tensor([float(groups.rank)]) if groups.is_pipeline_last_stage else torch.zeros(1)
+    return groups.sum_from_last_stage(value).item(), groups.describe()
+
+
+def test_sums_of_the_last_stage_are_over_slices_and_replicas(ranks: RankPool) -> None:
+    split = ParallelConfig(context_parallel_size=2, expert_model_parallel_size=2)
+    staged = ParallelConfig(context_parallel_size=2, pipeline_model_parallel_size=2)
+    unstaged = ranks.run(_sum_over_slices_and_replicas, world_size=4, parallel=split)
+    assert [value for value, _ in unstaged] == [0 + 1 + 2 + 3] * 4
+    assert "x context 2 x data 2; experts over 2 ranks" in unstaged[0][1]
+    of_last_stage = ranks.run(_sum_over_slices_and_replicas, world_size=4, parallel=staged)
+    assert [value for value, _ in of_last_stage] == [2 + 3] * 4
 
 
 def _without_a_launcher() -> tuple[int, bool, str]:
