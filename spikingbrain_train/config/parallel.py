@@ -89,6 +89,11 @@ class ParallelConfig:
             self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
         )
 
+    @property
+    def expert_tensor_size(self) -> int:
+        """Ranks over which every routed expert is split."""
+        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
+
 
 class AcceleratorKind(str, Enum):
     """The platform a run asks for."""

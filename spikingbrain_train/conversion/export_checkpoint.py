@@ -12,10 +12,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from spikingbrain_train.config.checkpoint_folder import HF_SOURCE_FOLDER, MODEL_CONFIG_FILE
-from spikingbrain_train.config.checks import check_model
 from spikingbrain_train.config.errors import CheckpointError
 from spikingbrain_train.config.load import load_model_config
 from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.config.model_checks import check_model
 from spikingbrain_train.conversion.companion_files import copy_companion_files, has_tokenizer
 from spikingbrain_train.conversion.hf_config import (
     CONFIG_FILE,

@@ -16,11 +16,11 @@ from spikingbrain_train.config.checkpoint_folder import (
     MODEL_CONFIG_FILE,
     iteration_folder,
 )
-from spikingbrain_train.config.checks import check_model
 from spikingbrain_train.config.conversion import ConversionConfig
 from spikingbrain_train.config.errors import CheckpointError
 from spikingbrain_train.config.load import save_config
 from spikingbrain_train.config.model import Mixer, ModelConfig
+from spikingbrain_train.config.model_checks import check_model
 from spikingbrain_train.conversion.companion_files import copy_companion_files, has_tokenizer
 from spikingbrain_train.conversion.hf_config import CONFIG_FILE, Family, read_hf_config
 from spikingbrain_train.conversion.mapping import Parameter, model_parameters

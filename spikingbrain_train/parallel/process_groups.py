@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING
 import numpy
 import torch
 
-from spikingbrain_train.config.checks import check_world_size
 from spikingbrain_train.config.errors import PlatformError
 from spikingbrain_train.config.parallel import ParallelConfig
+from spikingbrain_train.config.parallel_checks import check_world_size
 from spikingbrain_train.parallel import megatron_cpu, megatron_versions
 from spikingbrain_train.parallel.accelerator import Accelerator
 from spikingbrain_train.parallel.host_memory import keep_freed_memory

@@ -7,10 +7,20 @@ from typing import Any
 
 import pytest
 
-from spikingbrain_train.config.checks import check_run_config, divisors
+from spikingbrain_train.config.checks import check_run_config
+from spikingbrain_train.config.conversion import ConversionConfig, UpcyclingConfig
 from spikingbrain_train.config.errors import ConfigurationError
-from spikingbrain_train.config.model import Mixer, ModelConfig
-from spikingbrain_train.config.parallel import AcceleratorKind, LinearAttentionBackend
+from spikingbrain_train.config.model import FeedForward, GateKind, Mixer, ModelConfig
+from spikingbrain_train.config.model_checks import check_conversion
+from spikingbrain_train.config.parallel import (
+    AcceleratorKind,
+    LinearAttentionBackend,
+    ParallelConfig,
+    Recompute,
+    SlidingWindowContextParallel,
+)
+from spikingbrain_train.config.parallel_checks import check_world_size
+from spikingbrain_train.config.require import divisors, either, multiples_around
 from spikingbrain_train.config.run import LRDecayStyle, RunConfig, StageConfig, StageKind
 
 
@@ -51,6 +61,13 @@ def test_a_valid_run_is_accepted_at_every_world_size_that_fits():
 
 
 TP, PP = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"
+CP, EP = "parallel.context_parallel_size", "parallel.expert_model_parallel_size"
+ETP, SP = "parallel.expert_tensor_parallel_size", "parallel.sequence_parallel"
+ULYSSES = {
+    "parallel.context_parallel.sliding_window_attention": SlidingWindowContextParallel.ulysses,
+    "parallel.context_parallel.head_padding": False,
+}
+MOE = {"model.feed_forwards": [FeedForward.dense, FeedForward.moe]}
 NAN, INFINITY = float("nan"), float("inf")
 
 # (settings, world size, parts of the sentence)
@@ -73,7 +90,91 @@ REFUSED: list[tuple[dict[str, Any], int, list[str]]] = [
         2,
         ["parallel.overlap_grad_reduce=true"],
     ),
+    ({PP: 2, CP: 2, TP: 1}, 2, ["world size 2", f"{PP}=2", f"{CP}=2", "4 ranks"]),
+    ({CP: 0}, 1, [f"{CP}=0", "at least 1"]),
+    # experts over the ranks
+    ({EP: 0}, 1, [f"{EP}=0", "at least 1"]),
+    ({ETP: 0}, 1, [f"{ETP}=0", "at least 1"]),
+    ({EP: 2}, 2, [f"{EP}=2", "model.feed_forwards has no moe layer", "set it to 1"]),
+    ({ETP: 1}, 2, [f"{ETP}=1", "model.feed_forwards has no moe layer", "set it to null"]),
+    (MOE | {EP: 4}, 2, [f"{EP}=4", "the 2 ranks of a pipeline stage", "1 or 2"]),
+    (MOE | {EP: 4, PP: 2, CP: 2}, 4, [f"{EP}=4", "1 tensor x 2 context x 1 data", "1 or 2"]),
+    (MOE | {EP: 4, TP: 2, SP: True}, 4, [f"{EP}=4 x 2 expert tensor ranks", "4 ranks", "1 or 2"]),
+    (MOE | {ETP: 3}, 2, [f"{ETP}=3", "the 2 ranks", "1 or 2"]),
+    (MOE | {EP: 8, "model.moe.num_experts": 4}, 8, [f"{EP}=8", "model.moe.num_experts=4", "1, 2 or 4"]),
+    (MOE | {EP: 4, "model.moe.num_experts": 6}, 4, [f"{EP}=4", "model.moe.num_experts=6", "1, 2, 3 or 6"]),
+    (MOE | {TP: 2}, 2, [f"{TP}=2", "mixture-of-experts", "parallel.sequence_parallel=true"]),
+    (
+        MOE | {ETP: 4, "model.moe.moe_ffn_hidden_size": 98},
+        4,
+        [f"{ETP}=4", "model.moe.moe_ffn_hidden_size=98", "1, 2, 7, 14, 49 or 98"],
+    ),
+    (
+        MOE | {TP: 4, SP: True, ETP: 1, "model.moe.moe_ffn_hidden_size": 98},
+        4,
+        [f"{TP}=4", "shared experts", "model.moe.moe_ffn_hidden_size=98", "1 or 2"],
+    ),
+    (
+        {"parallel.recompute": Recompute.moe_layer},
+        1,
+        ["parallel.recompute=moe_layer", "no moe layer", "none or full"],
+    ),
+    # sequences over the ranks
+    ({CP: 4, "stage.seq_length": 62}, 4, ["stage.seq_length=62", f"{CP}=4", "60 or 64"]),
+    (
+        {CP: 4, "model.num_sink_tokens": 6},
+        4,
+        ["stage.seq_length=64 + model.num_sink_tokens=6 = 70", f"{CP}=4", "62 or 66"],
+    ),
+    (
+        {CP: 2, TP: 2, SP: True, "stage.seq_length": 62},
+        4,
+        ["stage.seq_length=62", f"{CP}=2", f"{TP}=2", "4 slices", "60 or 64"],
+    ),
+    (
+        {CP: 4, "model.num_sink_tokens": 32},
+        4,
+        ["model.num_sink_tokens=32", "first", "slices of 24 tokens", "96 or more"],
+    ),
+    (
+        {CP: 3, "model.mixers": [Mixer.gla, Mixer.gla_full], "parallel.context_parallel.head_padding": False}
+        | {"stage.seq_length": 63, "stage.global_batch_size": 1},
+        3,
+        [f"{CP}=3", "8 query heads", "full attention", "head_padding=true", "1, 2, 4 or 8"],
+    ),
+    (
+        ULYSSES | {CP: 3, "stage.seq_length": 63, "stage.global_batch_size": 1},
+        3,
+        [f"{CP}=3", "8 query heads", "sliding_window_attention=halo", "1, 2, 4 or 8"],
+    ),
+    ({"dry_run_rank": 2}, 2, ["dry_run_rank=2", "0 to 1"]),
+    ({"dry_run_rank": -1}, 2, ["dry_run_rank=-1", "0 to 1"]),
     # the network itself
+    ({"model.feed_forwards": []}, 1, ["model.feed_forwards is empty", "[dense]"]),
+    (
+        {"model.feed_forwards": [FeedForward.moe] * 9},
+        1,
+        ["model.feed_forwards", "9 feed-forwards", "model.num_layers=8"],
+    ),
+    ({"model.sliding_window": -5}, 1, ["model.sliding_window=-5", "at least 1"]),
+    ({"model.num_sink_tokens": -1}, 1, ["model.num_sink_tokens=-1", "at least 0"]),
+    (
+        {"model.gla.gate": GateKind.tied},
+        1,
+        ["model.gla.gate=tied", "model.gla.feature_map=relu", "feature_map=sigmoid", "gate=low_rank"],
+    ),
+    ({"model.moe.num_experts": 0}, 1, ["model.moe.num_experts=0", "at least 1"]),
+    (
+        {"model.moe.router_topk": 5, "model.moe.num_experts": 4},
+        1,
+        ["model.moe.router_topk=5", "model.moe.num_experts=4", "4 at most"],
+    ),
+    ({"model.moe.num_shared_experts": -1}, 1, ["model.moe.num_shared_experts=-1", "at least 0"]),
+    ({"model.moe.aux_loss_coeff": -0.1}, 1, ["model.moe.aux_loss_coeff=-0.1", "at least 0"]),
+    ({"model.moe.capacity_factor": 0.0}, 1, ["model.moe.capacity_factor=0.0", "greater than 0"]),
+    ({"model.moe.pad_to_capacity": True}, 1, ["model.moe.pad_to_capacity=true", "capacity_factor", "1.25"]),
+    ({"model.moe.z_loss_coeff": NAN}, 1, ["model.moe.z_loss_coeff=nan", "finite"]),
+    ({"model.mixers": [Mixer.gla_swa], "model.kv_channels": 15}, 1, ["model.kv_channels=15", "even"]),
     ({"model.mixers": []}, 1, ["model.mixers is empty", "[gla,swa]"]),
     ({"model.mixers": [Mixer.gla] * 9}, 1, ["model.mixers", "9 mixers", "model.num_layers=8"]),
     ({"model.sliding_window": 0}, 1, ["model.sliding_window=0", "at least 1"]),
@@ -181,6 +282,57 @@ def test_warm_up_may_take_all_but_the_last_step():
 
 def test_odd_head_width_is_fine_without_rotary_positions():
     check_run_config(changed(valid_run(), {"model.kv_channels": 15, "model.mixers": [Mixer.gla]}), 1)
+
+
+def test_accepted_are_topologies_that_share_ranks_between_data_context_and_experts():
+    experts = {EP: 4, CP: 2, "model.num_sink_tokens": 8, "stage.seq_length": 120}
+    check_run_config(changed(valid_run(), MOE | experts), 8)
+    check_run_config(changed(valid_run(), MOE | {TP: 2, SP: True, ETP: 1, EP: 4}), 4)
+    check_run_config(changed(valid_run(), MOE | {"parallel.recompute": Recompute.moe_layer}), 1)
+
+
+def test_heads_that_do_not_divide_are_fine_where_they_may_be_padded_or_are_not_dealt_out():
+    layout = {CP: 3, "stage.seq_length": 63, "stage.global_batch_size": 1}
+    check_run_config(
+        changed(valid_run(), ULYSSES | layout | {"parallel.context_parallel.head_padding": True}), 3
+    )
+    halo = {"parallel.context_parallel.head_padding": False}
+    check_run_config(changed(valid_run(), layout | halo), 3)
+
+
+def test_sinks_may_fill_the_first_slice():
+    layout = {CP: 4, "model.num_sink_tokens": 32, "stage.seq_length": 96}
+    check_run_config(changed(valid_run(), layout), 4)
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.1])
+def test_more_than_all_channels_cannot_be_drawn_anew(fraction):
+    with pytest.raises(ConfigurationError, match="upcycling.reinit_fraction=.* between 0 .* and 1"):
+        check_conversion(ConversionConfig(upcycling=UpcyclingConfig(reinit_fraction=fraction)))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 8, 12, 16])
+def test_expert_degrees_are_accepted_where_megatron_can_form_its_groups(world_size):
+    # megatron-core: expert tensor x expert model x pipeline must divide the world.
+    for pipeline in divisors(world_size):
+        for expert_tensor in range(1, 5):
+            for expert in range(1, 9):
+                parallel = ParallelConfig(
+                    pipeline_model_parallel_size=pipeline,
+                    expert_model_parallel_size=expert,
+                    expert_tensor_parallel_size=expert_tensor,
+                )
+                try:
+                    check_world_size(parallel, world_size)
+                    accepted = True
+                except ConfigurationError:
+                    accepted = False
+                assert accepted == (world_size % (expert_tensor * expert * pipeline) == 0)
+
+
+def test_choices_in_words():
+    assert either([4]) == "4" and either([1, 2, 4]) == "1, 2 or 4"
+    assert multiples_around(63, 4) == [60, 64] and multiples_around(3, 4) == [4]
 
 
 @pytest.mark.parametrize("number", [1, 2, 9, 12, 28, 97, 18944])

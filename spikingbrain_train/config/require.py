@@ -1,0 +1,48 @@
+"""How a check says no: one ConfigurationError that names the setting and says what would be valid."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from spikingbrain_train.config.errors import ConfigurationError
+
+
+def require(condition: bool, sentence: str) -> None:
+    """Raise ConfigurationError with ``sentence`` unless ``condition`` holds."""
+    if not condition:
+        raise ConfigurationError(sentence)
+
+
+def at_least(config: Any, prefix: str, minimum: float, *names: str) -> None:
+    """The settings ``names`` of the dataclass ``config`` are null or at least ``minimum``."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None:
+            require(value >= minimum, f"{prefix}.{name}={value} must be at least {minimum}")
+
+
+def above_zero(config: Any, prefix: str, *names: str) -> None:
+    """The settings ``names`` of the dataclass ``config`` are null or greater than 0."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None:
+            require(value > 0, f"{prefix}.{name}={value} must be greater than 0")
+
+
+def divisors(number: int) -> list[int]:
+    """All positive divisors, ascending."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return small + [number // d for d in reversed(small) if d * d != number]
+
+
+def either(values: Iterable[int]) -> str:
+    """Numbers as a choice in words: "1, 2 or 4"."""
+    *others, last = map(str, values)
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def multiples_around(number: int, step: int) -> list[int]:
+    """The multiples of ``step`` just below and above ``number``, those above 0."""
+    return [n for n in (number // step * step, -(-number // step) * step) if n > 0]
