@@ -1,0 +1,63 @@
+"""Streaming statistics of spike counts: how many channels fire, how often, and how full a window of steps is.
+
+Spikes are counted as the paper counts them (SpikingBrain, arXiv 2509.05276, section 5.5): in the bitwise
+ternary coding, where every 1 in the binary form of |s_int| is one spike that carries the sign. What its
+numbers can and cannot mean is worked out in docs/spiking.md.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NUM_BINS = 1024
+"""Bins of the histogram: |s_int| = 0, 1, ..., NUM_BINS - 2, and everything above in the last."""
+
+_MAGNITUDES = torch.arange(NUM_BINS)
+_SPIKES = torch.tensor([bin(count).count("1") for count in range(NUM_BINS)])
+
+
+class SpikeStatistics:
+    """A histogram of |s_int|, and what follows from it. Every share is NaN before anything was counted.
+
+    Counts of several ranks are combined by adding up their ``histogram``.
+
+    Args:
+        device: where the histogram is kept.
+
+    Attributes:
+        histogram: [NUM_BINS] int64, how many channels of tokens had each |s_int|.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.histogram = torch.zeros(NUM_BINS, dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def add(self, s_int: Tensor) -> None:
+        """Count the channels of some tokens.
+
+        Args:
+            s_int: any shape and dtype; whole numbers of either sign, on the histogram's device.
+        """
+        magnitudes = s_int.abs().clamp(max=NUM_BINS - 1).flatten().to(torch.int64)
+        self.histogram += torch.bincount(magnitudes, minlength=NUM_BINS)
+
+    def share_up_to(self, count: int) -> float:
+        """Share of channels with |s_int| <= count; 0 gives the silent ones."""
+        return self._mean(count >= _MAGNITUDES)
+
+    def mean_spikes(self) -> float:
+        """Spikes of an average channel in the bitwise ternary coding, over as many steps as it takes."""
+        return self._mean(_SPIKES)
+
+    def sparsity(self, steps: int = 3) -> float:
+        """Share of a window's (channel, step) slots that hold no spike.
+
+        Step t carries bit t of |s_int|; bits that do not fit are not sent, as in the published coding with
+        T steps (Int2Spike, ``SpikeCountBitwiseNode``).
+        """
+        return 1 - self._mean(_SPIKES[_MAGNITUDES % 2**steps]) / steps
+
+    def _mean(self, values: Tensor) -> float:
+        histogram = self.histogram.cpu().double()
+        return float(histogram @ values.double() / histogram.sum())
