@@ -20,7 +20,9 @@ import torch
 
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.run import CheckpointConfig, Precision, RunConfig, StageConfig
+from spikingbrain_train.data.loader import MicroBatch
 from spikingbrain_train.parallel.accelerator import detect
+from spikingbrain_train.parallel.context_parallel.sequence_layout import SequenceLayout
 from spikingbrain_train.parallel.costs import dense_twin
 
 SEED = 1234
@@ -99,12 +101,12 @@ class Ours:
         )
 
     def step(self, tokens: torch.Tensor) -> float:
-        batch = {
-            "tokens": tokens[:, :-1],
-            "labels": tokens[:, 1:],
-            "position_ids": torch.arange(tokens.shape[1] - 1, device=tokens.device)[None],
-            "loss_mask": torch.ones_like(tokens[:, 1:], dtype=torch.float32),
-        }
+        batch = MicroBatch(
+            tokens=tokens[:, :-1],
+            labels=tokens[:, 1:],
+            loss_mask=torch.ones_like(tokens[:, 1:], dtype=torch.float32),
+            layout=SequenceLayout(tokens.shape[1] - 1),
+        )
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         metrics = self.stage_step.forward_backward(self.model, iter([batch]), 1)

@@ -21,6 +21,7 @@ from spikingbrain_train.config.errors import ConfigurationError, DataError
 from spikingbrain_train.config.run import DataConfig
 from spikingbrain_train.data.indexed import (
     check_same_tokenizer,
+    document_starts,
     num_tokens,
     open_indexed_dataset,
     read_tokens,
@@ -34,7 +35,35 @@ logger = logging.getLogger(__name__)
 
 Sample = dict[str, torch.Tensor]
 """tokens [seq_length] int64; labels [seq_length] int64, the token that follows each; loss_mask [seq_length]
-float32, 0 where a label is padding; position_ids [seq_length] int64."""
+float32, 0 where a label is padding. Where documents are kept apart also cu_seqlens [documents + 1] int64,
+from 0 to seq_length, and loss_mask is 0 where the label is the first token of another document."""
+
+
+class _Windows:
+    """Any stretch of the concatenated documents of an indexed dataset as a sample."""
+
+    def __init__(self, dataset: IndexedDataset, seq_length: int, reset_at_documents: bool) -> None:
+        self.dataset = dataset
+        self.seq_length = seq_length
+        self.num_tokens = num_tokens(dataset)
+        self._document_starts = document_starts(dataset) if reset_at_documents else None
+
+    def sample(self, first: int) -> Sample:
+        """The sample that starts at token ``first``; padded with masked zeros where the tokens end."""
+        count = min(self.seq_length + 1, self.num_tokens - first)
+        padded = np.zeros(self.seq_length + 1, dtype=np.int64)
+        padded[:count] = read_tokens(self.dataset, first, count)
+        loss_mask = np.zeros(self.seq_length, dtype=np.float32)
+        loss_mask[: count - 1] = 1.0
+        window = torch.from_numpy(padded)
+        sample = {"tokens": window[:-1].clone(), "labels": window[1:].clone()}
+        if self._document_starts is not None:
+            low, high = np.searchsorted(self._document_starts, (first + 1, first + count))
+            starts = self._document_starts[low:high] - first
+            loss_mask[starts - 1] = 0.0
+            inside = starts[starts < self.seq_length]
+            sample["cu_seqlens"] = torch.from_numpy(np.concatenate(([0], inside, [self.seq_length])))
+        return {**sample, "loss_mask": torch.from_numpy(loss_mask)}
 
 
 class ShuffledWindows:
@@ -48,23 +77,31 @@ class ShuffledWindows:
         dataset: the tokens.
         seq_length: tokens of a sample.
         seed: (run seed, number of the dataset in the blend); both decide the order.
+        reset_at_documents: keep the documents of a sample apart.
     """
 
-    def __init__(self, dataset: IndexedDataset, seq_length: int, seed: tuple[int, int]) -> None:
-        self.dataset = dataset
+    def __init__(
+        self,
+        dataset: IndexedDataset,
+        seq_length: int,
+        seed: tuple[int, int],
+        *,
+        reset_at_documents: bool = False,
+    ) -> None:
+        self._windows = _Windows(dataset, seq_length, reset_at_documents)
         self.seq_length = seq_length
         self.seed = seed
-        self.num_tokens = num_tokens(dataset)
+        self.num_tokens = self._windows.num_tokens
         self.windows_per_epoch = (self.num_tokens - 1) // seq_length
         self._epoch: tuple[int, int, np.ndarray] | None = None  # (number, first token, order)
 
-    def tokens_at(self, index: int) -> np.ndarray:
-        """Tokens [seq_length + 1] int64 of the ``index``-th sample, counted over all epochs."""
+    def sample(self, index: int) -> Sample:
+        """The ``index``-th sample, counted over all epochs."""
         epoch, position = divmod(index, self.windows_per_epoch)
         if self._epoch is None or self._epoch[0] != epoch:
             self._epoch = (epoch, *self._shuffle(epoch))
         _, first, order = self._epoch
-        return read_tokens(self.dataset, first + int(order[position]) * self.seq_length, self.seq_length + 1)
+        return self._windows.sample(first + int(order[position]) * self.seq_length)
 
     def _shuffle(self, epoch: int) -> tuple[int, np.ndarray]:
         """First token of the first window, and the order of the windows, in ``epoch``."""
@@ -114,7 +151,7 @@ class TrainDataset(torch.utils.data.Dataset[Sample]):
             raise IndexError(index)
         part = 0 if self._part_of_sample is None else int(self._part_of_sample[index])
         local = index if self._index_in_part is None else int(self._index_in_part[index])
-        return _sample(self.parts[part].tokens_at(local), self.parts[part].seq_length)
+        return self.parts[part].sample(local)
 
     def samples_per_part(self) -> list[int]:
         """How many of the samples come from each dataset."""
@@ -133,12 +170,20 @@ class ValidDataset(torch.utils.data.Dataset[Sample]):
         datasets: the held-out datasets, one behind the other.
         seq_length: tokens of a sample.
         num_samples: take at most that many windows; None takes all.
+        reset_at_documents: keep the documents of a window apart.
     """
 
-    def __init__(self, datasets: Sequence[IndexedDataset], seq_length: int, num_samples: int | None) -> None:
-        self.datasets = list(datasets)
+    def __init__(
+        self,
+        datasets: Sequence[IndexedDataset],
+        seq_length: int,
+        num_samples: int | None,
+        *,
+        reset_at_documents: bool = False,
+    ) -> None:
+        self._datasets = [_Windows(dataset, seq_length, reset_at_documents) for dataset in datasets]
         self.seq_length = seq_length
-        windows = [math.ceil((num_tokens(dataset) - 1) / seq_length) for dataset in self.datasets]
+        windows = [math.ceil((dataset.num_tokens - 1) / seq_length) for dataset in self._datasets]
         self._ends = np.cumsum(windows)
         available = int(self._ends[-1])
         self.num_samples = available if num_samples is None else min(num_samples, available)
@@ -154,9 +199,7 @@ class ValidDataset(torch.utils.data.Dataset[Sample]):
             raise IndexError(index)
         which = int(np.searchsorted(self._ends, index, side="right"))
         first = (index - (int(self._ends[which - 1]) if which else 0)) * self.seq_length
-        dataset = self.datasets[which]
-        count = min(self.seq_length + 1, num_tokens(dataset) - first)
-        return _sample(read_tokens(dataset, first, count), self.seq_length)
+        return self._datasets[which].sample(first)
 
 
 def build_datasets(
@@ -194,7 +237,11 @@ def build_datasets(
         if tokenizer is not None:
             check_same_tokenizer(prefix, tokenizer)
     train = [open_indexed_dataset(prefix, vocab_size) for prefix in data.train]
-    valid = open_valid_dataset(data.valid, seq_length, valid_samples, vocab_size) if data.valid else None
+    valid = None
+    if data.valid:
+        valid = open_valid_dataset(
+            data.valid, seq_length, valid_samples, vocab_size, reset_at_documents=data.reset_at_documents
+        )
     for prefix, dataset in zip(data.train, train, strict=True):
         if num_tokens(dataset) < seq_length + 1:
             raise DataError(
@@ -202,7 +249,10 @@ def build_datasets(
                 f"{seq_length + 1} (stage.seq_length + 1): add text or lower stage.seq_length to at most "
                 f"{num_tokens(dataset) - 1}"
             )
-    parts = [ShuffledWindows(dataset, seq_length, (seed, number)) for number, dataset in enumerate(train)]
+    parts = [
+        ShuffledWindows(dataset, seq_length, (seed, number), reset_at_documents=data.reset_at_documents)
+        for number, dataset in enumerate(train)
+    ]
     if weights is None:
         weights = [float(part.windows_per_epoch) for part in parts]
     train_dataset = TrainDataset(parts, weights, train_samples)
@@ -222,6 +272,8 @@ def open_valid_dataset(
     seq_length: int,
     num_samples: int | None = None,
     vocab_size: int | None = None,
+    *,
+    reset_at_documents: bool = False,
 ) -> ValidDataset:
     """Open and check held-out datasets: the windows that a run with ``data.valid=prefixes`` evaluates on.
 
@@ -230,6 +282,7 @@ def open_valid_dataset(
         seq_length: tokens of a window.
         num_samples: windows to use at most; None for all.
         vocab_size: the model's vocabulary; None skips that check.
+        reset_at_documents: keep the documents of a window apart.
 
     Raises:
         DataError: missing, damaged or too short datasets, or tokens that the model has no embedding for.
@@ -240,7 +293,7 @@ def open_valid_dataset(
             raise DataError(
                 f"the valid dataset {prefix} has 1 token, which predicts nothing: hold out more text"
             )
-    return ValidDataset(datasets, seq_length, num_samples)
+    return ValidDataset(datasets, seq_length, num_samples, reset_at_documents=reset_at_documents)
 
 
 def _check_weights(data: DataConfig) -> list[float] | None:
@@ -260,21 +313,6 @@ def _check_weights(data: DataConfig) -> list[float] | None:
             "weighting it 0"
         )
     return list(weights)
-
-
-def _sample(tokens: np.ndarray, seq_length: int) -> Sample:
-    """Split [n <= seq_length + 1] tokens into inputs and labels, padded with masked zeros to seq_length."""
-    padded = np.zeros(seq_length + 1, dtype=np.int64)
-    padded[: len(tokens)] = tokens
-    loss_mask = np.zeros(seq_length, dtype=np.float32)
-    loss_mask[: len(tokens) - 1] = 1.0
-    window = torch.from_numpy(padded)
-    return {
-        "tokens": window[:-1].clone(),
-        "labels": window[1:].clone(),
-        "loss_mask": torch.from_numpy(loss_mask),
-        "position_ids": torch.arange(seq_length),
-    }
 
 
 def _without_loss(sample: Sample) -> Sample:

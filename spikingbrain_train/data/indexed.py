@@ -215,6 +215,13 @@ def read_tokens(dataset: IndexedDataset, start: int, count: int) -> np.ndarray:
     return dataset.bin_reader.read(dataset.index.dtype, count, start * itemsize).astype(np.int64)
 
 
+def document_starts(dataset: IndexedDataset) -> np.ndarray:
+    """Positions [documents + 1] int64 of each document's first token in the concatenated documents, ascending
+    and without empty documents; the last entry is the number of tokens."""
+    ends = np.cumsum(dataset.sequence_lengths, dtype=np.int64)
+    return np.unique(np.concatenate(([0], ends))[dataset.document_indices])
+
+
 def _check_files(prefix: str) -> None:
     """Compare header and file sizes. megatron-core only asserts part of this, and maps short files as they
     are."""

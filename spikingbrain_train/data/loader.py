@@ -1,14 +1,84 @@
-"""Batches for one data-parallel rank, from any point of the run."""
+"""Micro-batches for one rank, from any point of the run.
+
+Each rank reads whole samples and keeps the slice of the sequence that its context-parallel rank holds.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 from torch.utils.data import DataLoader
 
 from spikingbrain_train.config.errors import ConfigurationError
 from spikingbrain_train.data.gpt_dataset import Sample, TrainDataset, ValidDataset
+from spikingbrain_train.parallel.context_parallel.sequence_layout import SequenceLayout
+
+
+class WholeBatch(TypedDict):
+    """Samples of a micro-batch as read from disk, whole sequences on the CPU."""
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    loss_mask: torch.Tensor
+    cu_seqlens: tuple[tuple[int, ...], ...] | None
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one rank computes on at a time."""
+
+    tokens: torch.Tensor
+    """[B, T] int64, the text that this rank holds."""
+    labels: torch.Tensor
+    """[B, T] int64, the token that follows each."""
+    loss_mask: torch.Tensor
+    """[B, T] float32, 0 where a label carries no loss."""
+    layout: SequenceLayout
+    """Where this rank's text lies in the sequences, and their sinks and documents."""
+
+
+def collate(samples: list[Sample]) -> WholeBatch:
+    """Stack samples; their documents stay plain numbers, which nothing on the device needs to wait for."""
+    cu_seqlens = None
+    if "cu_seqlens" in samples[0]:
+        cu_seqlens = tuple(tuple(sample["cu_seqlens"].tolist()) for sample in samples)
+    return {
+        "tokens": torch.stack([sample["tokens"] for sample in samples]),
+        "labels": torch.stack([sample["labels"] for sample in samples]),
+        "loss_mask": torch.stack([sample["loss_mask"] for sample in samples]),
+        "cu_seqlens": cu_seqlens,
+    }
+
+
+def local_micro_batch(
+    whole: WholeBatch,
+    device: torch.device,
+    *,
+    num_sink_tokens: int = 0,
+    context_parallel_rank: int = 0,
+    context_parallel_size: int = 1,
+) -> MicroBatch:
+    """This context-parallel rank's slice of a micro-batch, on ``device``.
+
+    Raises:
+        ConfigurationError: sinks and text do not divide over the ranks.
+    """
+    layout = SequenceLayout(
+        text_length=whole["tokens"].shape[1],
+        num_sink_tokens=num_sink_tokens,
+        context_parallel_rank=context_parallel_rank,
+        context_parallel_size=context_parallel_size,
+        cu_seqlens=whole["cu_seqlens"],
+    )
+    text = layout.text_range()
+    tokens, labels, loss_mask = (
+        whole[name][:, text.start : text.stop].to(device, non_blocking=True)  # type: ignore[literal-required]
+        for name in ("tokens", "labels", "loss_mask")
+    )
+    return MicroBatch(tokens, labels, loss_mask, layout)
 
 
 class DataParallelBatchSampler(torch.utils.data.Sampler[list[int | None]]):
@@ -73,7 +143,7 @@ def build_data_loader(
     num_workers: int = 0,
     pin_memory: bool = False,
     seed: int = 1234,
-) -> Iterator[Sample]:
+) -> Iterator[WholeBatch]:
     """Iterate over one rank's micro-batches, starting behind ``consumed_samples``.
 
     All ranks of one tensor/pipeline-parallel group ask for the same data_parallel_rank and read the same
@@ -92,8 +162,9 @@ def build_data_loader(
         seed: of the loader's own generator.
 
     Returns:
-        Iterator of dicts: tokens, labels, position_ids [micro_batch_size, seq_length] int64 and loss_mask
-        [micro_batch_size, seq_length] float32, on CPU. The same number on every rank.
+        Iterator of whole batches: tokens and labels [micro_batch_size, seq_length] int64, loss_mask
+        [micro_batch_size, seq_length] float32, on CPU, and document bounds. The same number on every rank.
+        :func:`local_micro_batch` cuts them to a rank's slice.
 
     Raises:
         ConfigurationError: the batch sizes don't divide.
@@ -111,6 +182,7 @@ def build_data_loader(
         batch_sampler=sampler,
         num_workers=num_workers,
         pin_memory=pin_memory,
+        collate_fn=collate,
         # Without its own generator a loader draws from the global one when it starts, and a resumed run,
         # which starts one loader more, would see other dropout masks than an uninterrupted one.
         generator=torch.Generator().manual_seed(seed),

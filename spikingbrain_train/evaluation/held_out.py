@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from torch import Tensor
 
+from spikingbrain_train.data.loader import MicroBatch
 from spikingbrain_train.models.gpt_model import HybridGPTModel
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 
 
 def held_out_cross_entropy(
     model: HybridGPTModel,
-    batches: Iterator[Mapping[str, Tensor]],
+    batches: Iterator[MicroBatch],
     num_batches: int,
     *,
     seq_length: int,
@@ -27,7 +27,7 @@ def held_out_cross_entropy(
         model: this rank's pipeline stage.
         batches: this data-parallel rank's micro-batches, on its device.
         num_batches: how many to take; the same on every rank.
-        seq_length: tokens of a sequence.
+        seq_length: tokens of text of a sequence.
         micro_batch_size: sequences of a micro-batch.
         groups: process groups.
 
@@ -35,10 +35,10 @@ def held_out_cross_entropy(
         Nats per token, the same on every rank.
     """
 
-    def forward_step(iterator: Iterator[Mapping[str, Tensor]], stage: HybridGPTModel):
+    def forward_step(iterator: Iterator[MicroBatch], stage: HybridGPTModel):
         batch = next(iterator)
-        output = stage(batch["tokens"], batch["position_ids"], batch["labels"], batch["loss_mask"])
-        mask = batch["loss_mask"].flatten()
+        output = stage(batch.tokens, batch.labels, batch.loss_mask, layout=batch.layout)
+        mask = batch.loss_mask.flatten()
 
         def count(result):
             total, losses = result
@@ -47,6 +47,7 @@ def held_out_cross_entropy(
 
         return output, count
 
+    num_sink_tokens = model.model_config.num_sink_tokens
     was_training = model.training
     model.eval()
     with torch.no_grad():
@@ -55,7 +56,7 @@ def held_out_cross_entropy(
             data_iterator=batches,
             model=[model],
             num_microbatches=num_batches,
-            seq_length=seq_length,
+            seq_length=seq_length + num_sink_tokens,
             micro_batch_size=micro_batch_size,
             forward_only=True,
         )

@@ -1,28 +1,51 @@
-"""The decoder: megatron-core's GPTModel with one spec per layer, exact loss over the unpadded vocabulary."""
+"""The decoder: megatron-core's GPTModel with one spec per layer, sinks in front of the text, and an exact
+loss over the unpadded vocabulary."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from spikingbrain_train.config.model import ModelConfig, RopeScalingConfig
-from spikingbrain_train.config.parallel import KernelConfig
+from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.config.parallel import ContextParallelConfig, KernelConfig
 from spikingbrain_train.models.layer_specs import block_spec
 from spikingbrain_train.models.output_head import vocab_parallel_linear_cross_entropy
+from spikingbrain_train.models.rotary import RotaryPositions
 from spikingbrain_train.ops.linear_cross_entropy import TokenLosses
+from spikingbrain_train.parallel.context_parallel.sequence_layout import SequenceLayout
+
+
+class SinkEmbedding(torch.nn.Module):
+    """Learnable tokens in front of every sequence (SpikingBrain, arXiv 2509.05276, section 2.2)."""
+
+    def __init__(self, num_sink_tokens: int, config: TransformerConfig) -> None:
+        super().__init__()
+        weight = torch.empty(num_sink_tokens, config.hidden_size, dtype=config.params_dtype)
+        self.weight = torch.nn.Parameter(weight)
+        self.weight.is_new_parameter = True  # type: ignore[attr-defined]
+        if config.perform_initialization:
+            torch.nn.init.normal_(self.weight, std=config.init_method_std)
+
+    def forward(self, embeddings_TBD: Tensor, layout: SequenceLayout) -> Tensor:
+        """Text embeddings of this rank with the sinks in front where it holds them: [slice_length, B, D]."""
+        if layout.local_sink_tokens == 0:
+            # Other context-parallel ranks have no sinks, but their data-parallel buckets wait for a gradient.
+            return embeddings_TBD + 0.0 * self.weight.sum()
+        sinks_NBD = self.weight.unsqueeze(1).expand(-1, embeddings_TBD.shape[1], -1)
+        return torch.cat((sinks_NBD, embeddings_TBD))
 
 
 class HybridGPTModel(GPTModel):
-    """GPTModel whose layers differ in their mixers.
+    """GPTModel whose layers differ in their mixers and feed-forwards.
 
-    Two things are added to megatron-core's model: the loss is computed from hidden states in chunks of
+    Added to megatron-core's model: sequences may start with sinks, hold several documents and be split in
+    contiguous slices over context-parallel ranks; the loss is computed from hidden states in chunks of
     tokens, so the float32 logits of a whole sequence never exist and padded vocabulary rows take no part in
     the softmax; and the final hidden states can be returned instead, for distillation.
 
@@ -30,6 +53,7 @@ class HybridGPTModel(GPTModel):
         model: architecture.
         config: megatron-core's view of it.
         kernels: resolved kernel choices.
+        context_parallel: how mixers work on split sequences.
         pre_process: this stage embeds tokens.
         post_process: this stage computes logits and losses.
     """
@@ -39,6 +63,7 @@ class HybridGPTModel(GPTModel):
         model: ModelConfig,
         config: TransformerConfig,
         kernels: KernelConfig,
+        context_parallel: ContextParallelConfig | None = None,
         *,
         pre_process: bool = True,
         post_process: bool = True,
@@ -47,56 +72,77 @@ class HybridGPTModel(GPTModel):
         first_layer = parallel_state.get_pipeline_model_parallel_rank() * layers_per_stage
         super().__init__(
             config=config,
-            transformer_layer_spec=block_spec(model, kernels, first_layer, layers_per_stage),
+            transformer_layer_spec=block_spec(
+                model, kernels, first_layer, layers_per_stage, context_parallel
+            ),
             vocab_size=model.padded_vocab_size(config.tensor_model_parallel_size),
             max_sequence_length=model.max_position_embeddings,
             pre_process=pre_process,
             post_process=post_process,
             share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
             position_embedding_type="rope",
-            rotary_base=model.rotary_base,
+            scatter_embedding_sequence_parallel=False,  # sinks join before the sequence is split
         )
         self.model_config = model
+        self.rotary_pos_emb = RotaryPositions(model, on_cpu=config.use_cpu_initialization)
+        if pre_process and model.num_sink_tokens > 0:
+            self.sink_embedding = SinkEmbedding(model.num_sink_tokens, config)
         self._stop_at_hidden_states = False
-        if model.rope_scaling.factor != 1.0:
-            self.rotary_pos_emb.inv_freq = scale_rotary_frequencies(
-                self.rotary_pos_emb.inv_freq, model.rope_scaling
-            )
 
     def forward(
         self,
         tokens: Tensor,
-        position_ids: Tensor,
         labels: Tensor | None = None,
         loss_weights: Tensor | None = None,
         *,
+        layout: SequenceLayout | None = None,
         return_hidden_states: bool = False,
     ) -> Tensor | tuple[Tensor, TokenLosses]:
         """Run this pipeline stage.
 
         Args:
-            tokens: [B, T] int64 token ids.
-            position_ids: [B, T] int64.
+            tokens: [B, T] int64 token ids: the text that this rank holds.
             labels: [B, T] int64 next tokens; None asks for logits.
             loss_weights: [B, T] float32 weight of each token's loss; None weighs all 1.
+            layout: how the sequences lie on context-parallel ranks, their sinks and documents; None is one
+                document a row, all of it here.
             return_hidden_states: on the last stage, stop at the final hidden states.
 
         Returns:
-            Before the last stage: hidden states [T, B, hidden_size]. On the last stage: with labels the
-            weighted sum of losses (scalar float32) and the per-token losses; the final hidden states [T, B,
-            hidden_size] if asked for; else logits [B, T, padded vocabulary of this tensor-parallel rank].
-            Under sequence parallelism the T of hidden states is this rank's share.
+            Before the last stage: hidden states [layout.slice_length, B, hidden_size], sinks included. On the
+            last stage: with labels the weighted sum of losses (scalar float32) and the per-token losses; the
+            final hidden states [layout.slice_length, B, hidden_size] if asked for; else logits [B, T, padded
+            vocabulary of this tensor-parallel rank]. Under sequence parallelism the first dimension of hidden
+            states is this rank's share.
         """
+        if layout is None:
+            layout = SequenceLayout(tokens.shape[1], self.model_config.num_sink_tokens)
         if loss_weights is None and labels is not None:
             loss_weights = torch.ones_like(labels, dtype=torch.float32)
         self._stop_at_hidden_states = return_hidden_states
         return super().forward(
             input_ids=tokens,
-            position_ids=position_ids,
+            position_ids=None,
             attention_mask=None,
+            decoder_input=self._embed(tokens, layout) if self.pre_process else None,
             labels=labels,
             loss_mask=loss_weights,
+            packed_seq_params=layout,
         )
+
+    def _embed(self, tokens: Tensor, layout: SequenceLayout) -> Tensor:
+        """Hidden states [slice_length, B, hidden_size] in front of the first layer (a share of them under
+        sequence parallelism)."""
+        embeddings = self.embedding(tokens, None)
+        if self.model_config.num_sink_tokens > 0:
+            embeddings = self.sink_embedding(embeddings, layout)
+        elif layout.local_sink_tokens > 0:
+            assert layout.sinks_are_padding, "the layout has sinks but the model has none"
+            padding = embeddings.new_zeros(layout.local_sink_tokens, *embeddings.shape[1:])
+            embeddings = torch.cat((padding, embeddings))
+        if self.config.sequence_parallel:
+            return scatter_to_sequence_parallel_region(embeddings, group=self.pg_collection.tp)
+        return embeddings
 
     def output_weight(self) -> Tensor:
         """This rank's output projection: [padded vocab_size / tensor_model_parallel_size, hidden_size]."""
@@ -108,40 +154,30 @@ class HybridGPTModel(GPTModel):
         self,
         hidden_states: Tensor,
         *args: object,
+        packed_seq_params: SequenceLayout,
         labels: Tensor | None = None,
         loss_mask: Tensor | None = None,
         **kwargs: object,
     ) -> Tensor | tuple[Tensor, TokenLosses]:
         if not self.post_process or self._stop_at_hidden_states:
             return hidden_states
+        sinks = packed_seq_params.local_sink_tokens
         if labels is None:
-            return super()._postprocess(hidden_states, *args, labels=None, **kwargs)
+            logits = super()._postprocess(
+                hidden_states, *args, labels=None, packed_seq_params=packed_seq_params, **kwargs
+            )
+            return logits[:, sinks:]
         assert loss_mask is not None  # forward() gives labels without weights a weight of 1
         return vocab_parallel_linear_cross_entropy(
             hidden_states,
             self.output_weight(),
             labels,
             loss_mask,
+            num_sink_tokens=sinks,
             vocab_size=self.model_config.vocab_size,
             sequence_parallel=self.config.sequence_parallel,
             tp_group=self.pg_collection.tp,
         )
-
-
-def scale_rotary_frequencies(inv_freq: Tensor, scaling: RopeScalingConfig) -> Tensor:
-    """Llama-3 frequency scaling: long wavelengths slow down by ``factor``, short ones stay, a ramp between.
-
-    Args:
-        inv_freq: [kv_channels / 2] float32 angular frequencies per token.
-        scaling: its parameters.
-    """
-    original = scaling.original_max_position_embeddings
-    wavelength = 2 * math.pi / inv_freq
-    smooth = (original / wavelength - scaling.low_freq_factor) / (
-        scaling.high_freq_factor - scaling.low_freq_factor
-    )
-    smooth = smooth.clamp(0.0, 1.0)
-    return (1 - smooth) * inv_freq / scaling.factor + smooth * inv_freq
 
 
 def build_model(
@@ -149,6 +185,7 @@ def build_model(
     config: TransformerConfig,
     kernels: KernelConfig,
     device: torch.device,
+    context_parallel: ContextParallelConfig | None = None,
 ) -> HybridGPTModel:
     """Build this rank's pipeline stage on ``device``. Process groups must be initialised."""
     with torch.device(device):
@@ -156,6 +193,7 @@ def build_model(
             model,
             config,
             kernels,
+            context_parallel,
             pre_process=parallel_state.is_pipeline_first_stage(),
             post_process=parallel_state.is_pipeline_last_stage(),
         ).to(device)

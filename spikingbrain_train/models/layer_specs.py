@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -19,98 +19,127 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from spikingbrain_train.config.model import Mixer, ModelConfig
-from spikingbrain_train.config.parallel import KernelConfig, ParallelLinearBackend
-from spikingbrain_train.models.mixers.gated_linear_attention import GatedLinearAttention
-from spikingbrain_train.models.mixers.softmax_attention import SoftmaxCoreAttention
+from spikingbrain_train.config.model import Mixer, ModelConfig, SpikingProjection
+from spikingbrain_train.config.parallel import ContextParallelConfig, KernelConfig
+from spikingbrain_train.models.mixers.gated_linear_attention import (
+    GatedLinearAttention,
+    LowRankDownProjection,
+)
+from spikingbrain_train.models.mixers.parallel_hybrid import ParallelHybrid, ParallelHybridSubmodules
+from spikingbrain_train.models.mixers.softmax_attention import SoftmaxAttention
+from spikingbrain_train.models.parallel_linears import ParallelLinears
 from spikingbrain_train.models.rms_norm import RMSNorm
 
 
 @dataclass(frozen=True)
-class ParallelLinears:
-    """The classes behind the projections of every layer."""
+class MixerBuild:
+    """What the spec of a mixer is made from."""
 
-    column: type
-    row: type
-
-    @staticmethod
-    def of(backend: ParallelLinearBackend) -> ParallelLinears:
-        """The classes of a resolved backend (``auto`` is resolved by the accelerator seam before)."""
-        if backend is ParallelLinearBackend.transformer_engine:
-            from megatron.core.extensions.transformer_engine import (
-                TEColumnParallelLinear,
-                TERowParallelLinear,
-            )
-
-            return ParallelLinears(TEColumnParallelLinear, TERowParallelLinear)
-        assert backend is ParallelLinearBackend.megatron, f"unresolved parallel_linear backend {backend}"
-        return ParallelLinears(ColumnParallelLinear, RowParallelLinear)
+    model: ModelConfig
+    kernels: KernelConfig
+    context_parallel: ContextParallelConfig
+    linears: ParallelLinears
 
 
-def _attention_submodules(
-    model: ModelConfig, linears: ParallelLinears, core_attention: Callable
-) -> SelfAttentionSubmodules:
-    qk_norm = RMSNorm if model.qk_layernorm else IdentityOp
+def _attention_submodules(build: MixerBuild) -> SelfAttentionSubmodules:
+    qk_norm = RMSNorm if build.model.qk_layernorm else IdentityOp
     return SelfAttentionSubmodules(
-        linear_qkv=linears.column,
-        core_attention=core_attention,
-        linear_proj=linears.row,
+        linear_qkv=build.linears.column(SpikingProjection.qkv),
+        core_attention=IdentityOp,  # our mixers compute what is between the projections themselves
+        linear_proj=build.linears.row(SpikingProjection.attention_output),
         q_layernorm=qk_norm,
         k_layernorm=qk_norm,
     )
 
 
-def _softmax_attention(
-    model: ModelConfig, kernels: KernelConfig, linears: ParallelLinears, window: int | None
-) -> ModuleSpec:
-    core = partial(SoftmaxCoreAttention, window=window, backend=kernels.softmax_attention)
+def _softmax_attention(build: MixerBuild, window: int | None) -> ModuleSpec:
     return ModuleSpec(
-        module=SelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
-        submodules=_attention_submodules(model, linears, core),
+        module=SoftmaxAttention,
+        params={
+            "attn_mask_type": AttnMaskType.causal,
+            "window": window,
+            "backend": build.kernels.softmax_attention,
+            "context_parallel": build.context_parallel.sliding_window_attention,
+        },
+        submodules=_attention_submodules(build),
     )
 
 
-def _full(model: ModelConfig, kernels: KernelConfig, linears: ParallelLinears) -> ModuleSpec:
-    return _softmax_attention(model, kernels, linears, window=None)
+def _full(build: MixerBuild) -> ModuleSpec:
+    return _softmax_attention(build, window=None)
 
 
-def _swa(model: ModelConfig, kernels: KernelConfig, linears: ParallelLinears) -> ModuleSpec:
-    return _softmax_attention(model, kernels, linears, window=model.sliding_window)
+def _swa(build: MixerBuild) -> ModuleSpec:
+    return _softmax_attention(build, window=build.model.sliding_window)
 
 
-def _gla(model: ModelConfig, kernels: KernelConfig, linears: ParallelLinears) -> ModuleSpec:
+def _gla(build: MixerBuild) -> ModuleSpec:
     return ModuleSpec(
         module=GatedLinearAttention,
-        params={"gla": model.gla, "backend": kernels.gated_linear_attention},
-        submodules=_attention_submodules(model, linears, IdentityOp),
+        params={
+            "attn_mask_type": AttnMaskType.causal,
+            "gla": build.model.gla,
+            "backend": build.kernels.gated_linear_attention,
+            "context_parallel": build.context_parallel.gated_linear_attention,
+            "gate_down_proj": build.linears.encoded(SpikingProjection.gate, LowRankDownProjection),
+            "gate_up_proj": build.linears.encoded(SpikingProjection.gate, ColumnParallelLinear),
+        },
+        submodules=_attention_submodules(build),
     )
 
 
-SELF_ATTENTION: dict[Mixer, Callable[[ModelConfig, KernelConfig, ParallelLinears], ModuleSpec]] = {
+def _parallel_hybrid(build: MixerBuild, softmax_branch: Callable[[MixerBuild], ModuleSpec]) -> ModuleSpec:
+    return ModuleSpec(
+        module=ParallelHybrid,
+        params={"parallel_hybrid": build.model.parallel_hybrid},
+        submodules=ParallelHybridSubmodules(
+            softmax_attention=softmax_branch(build), linear_attention=_gla(build)
+        ),
+    )
+
+
+SELF_ATTENTION: dict[Mixer, Callable[[MixerBuild], ModuleSpec]] = {
     Mixer.full: _full,
     Mixer.swa: _swa,
     Mixer.gla: _gla,
+    Mixer.gla_swa: partial(_parallel_hybrid, softmax_branch=_swa),
+    Mixer.gla_full: partial(_parallel_hybrid, softmax_branch=_full),
 }
 """The registry of mixers: what stands in for ``self_attention`` in a layer of each kind."""
 
 
 def mlp_spec(linears: ParallelLinears) -> ModuleSpec | partial:
     """SwiGLU feed-forward (megatron-core 0.19 wants a builder where 0.16 wants a ModuleSpec)."""
-    submodules = MLPSubmodules(linear_fc1=linears.column, linear_fc2=linears.row)
+    submodules = MLPSubmodules(
+        linear_fc1=linears.column(SpikingProjection.mlp_fc1),
+        linear_fc2=linears.row(SpikingProjection.mlp_fc2),
+    )
     if hasattr(MLP, "as_mlp_submodule"):
         return partial(MLP.as_mlp_submodule, submodules=submodules)
     return ModuleSpec(module=MLP, submodules=submodules)
 
 
-def layer_spec(mixer: Mixer, model: ModelConfig, kernels: KernelConfig) -> ModuleSpec:
-    """One decoder layer: norm, mixer, residual, norm, feed-forward, residual."""
-    linears = ParallelLinears.of(kernels.parallel_linear)
+def layer_spec(
+    mixer: Mixer,
+    model: ModelConfig,
+    kernels: KernelConfig,
+    context_parallel: ContextParallelConfig | None = None,
+) -> ModuleSpec:
+    """One decoder layer: norm, mixer, residual, norm, feed-forward, residual.
+
+    Args:
+        mixer: the layer's sequence mixer.
+        model: architecture of the whole decoder.
+        kernels: resolved kernel choices.
+        context_parallel: how mixers work on split sequences; None takes the defaults.
+    """
+    linears = ParallelLinears(kernels.parallel_linear, model.spiking)
+    build = MixerBuild(model, kernels, context_parallel or ContextParallelConfig(), linears)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
-            self_attention=SELF_ATTENTION[mixer](model, kernels, linears),
+            self_attention=SELF_ATTENTION[mixer](build),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
             mlp=mlp_spec(linears),
@@ -120,7 +149,11 @@ def layer_spec(mixer: Mixer, model: ModelConfig, kernels: KernelConfig) -> Modul
 
 
 def block_spec(
-    model: ModelConfig, kernels: KernelConfig, first_layer: int, num_layers: int
+    model: ModelConfig,
+    kernels: KernelConfig,
+    first_layer: int,
+    num_layers: int,
+    context_parallel: ContextParallelConfig | None = None,
 ) -> TransformerBlockSubmodules:
     """The layers of one pipeline stage.
 
@@ -129,8 +162,10 @@ def block_spec(
         kernels: resolved kernel choices.
         first_layer: 0-based index of the stage's first layer.
         num_layers: layers of the stage.
+        context_parallel: as in :func:`layer_spec`.
     """
     mixers = model.layer_mixers()[first_layer : first_layer + num_layers]
     return TransformerBlockSubmodules(
-        layer_specs=[layer_spec(mixer, model, kernels) for mixer in mixers], layer_norm=RMSNorm
+        layer_specs=[layer_spec(mixer, model, kernels, context_parallel) for mixer in mixers],
+        layer_norm=RMSNorm,
     )

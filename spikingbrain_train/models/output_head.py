@@ -15,12 +15,17 @@ from spikingbrain_train.ops.linear_cross_entropy import Distillation, TokenLosse
 
 
 def gather_hidden_states(
-    hidden_states: Tensor, *, sequence_parallel: bool, tp_group: torch.distributed.ProcessGroup
+    hidden_states: Tensor,
+    *,
+    num_sink_tokens: int,
+    sequence_parallel: bool,
+    tp_group: torch.distributed.ProcessGroup,
 ) -> Tensor:
     """Bring final hidden states in front of the vocabulary-parallel projection.
 
     Args:
-        hidden_states: [T, B, D], or this rank's share of T under sequence parallelism.
+        hidden_states: [N + T, B, D], or this rank's share of it under sequence parallelism.
+        num_sink_tokens: N, tokens in front of the text, which have no loss.
         sequence_parallel: whether it is a share.
         tp_group: tensor-parallel ranks.
 
@@ -28,8 +33,10 @@ def gather_hidden_states(
         [T, B, D]; its gradient is summed over the ranks (and split again under sequence parallelism).
     """
     if sequence_parallel:
-        return gather_from_sequence_parallel_region(hidden_states, group=tp_group)
-    return copy_to_tensor_model_parallel_region(hidden_states, group=tp_group)
+        hidden_states = gather_from_sequence_parallel_region(hidden_states, group=tp_group)
+    else:
+        hidden_states = copy_to_tensor_model_parallel_region(hidden_states, group=tp_group)
+    return hidden_states[num_sink_tokens:] if num_sink_tokens > 0 else hidden_states
 
 
 def vocab_parallel_linear_cross_entropy(
@@ -39,6 +46,7 @@ def vocab_parallel_linear_cross_entropy(
     loss_weights: Tensor,
     *,
     vocab_size: int,
+    num_sink_tokens: int,
     sequence_parallel: bool,
     tp_group: torch.distributed.ProcessGroup,
     distillation: Distillation | None = None,
@@ -46,11 +54,13 @@ def vocab_parallel_linear_cross_entropy(
     """Weighted sum of next-token losses; the same numbers on any number of tensor-parallel ranks.
 
     Args:
-        hidden_states: [T, B, D] final hidden states (this rank's share under sequence parallelism).
+        hidden_states: [N + T, B, D] final hidden states, N sinks first (this rank's share under sequence
+            parallelism).
         weight: [V_local, D] this rank's rows of the output projection, padding included.
         labels: [B, T] int64.
         loss_weights: [B, T] float32 weight of each token; 0 masks it.
         vocab_size: rows of the whole vocabulary without padding; padding takes no part in the softmax.
+        num_sink_tokens: N.
         sequence_parallel: whether hidden_states is a share of the sequence.
         tp_group: tensor-parallel ranks.
         distillation: soft targets; its hidden states are [B * T, D] in the same (batch-major) token order and
@@ -59,7 +69,12 @@ def vocab_parallel_linear_cross_entropy(
     Returns:
         The scalar sum and the per-token losses, [B * T] in batch-major order.
     """
-    hidden = gather_hidden_states(hidden_states, sequence_parallel=sequence_parallel, tp_group=tp_group)
+    hidden = gather_hidden_states(
+        hidden_states,
+        num_sink_tokens=num_sink_tokens,
+        sequence_parallel=sequence_parallel,
+        tp_group=tp_group,
+    )
     vocab_start = tp_group.rank() * weight.shape[0]
     valid_rows = valid_vocab_rows(weight.shape[0], vocab_size, tp_group)
     if valid_rows < weight.shape[0]:  # a slice of everything would cost a pass over its gradient

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from spikingbrain_train.config.errors import ConfigurationError
 from spikingbrain_train.config.run import StageConfig
+from spikingbrain_train.data.loader import MicroBatch
 from spikingbrain_train.models.gpt_model import HybridGPTModel
 from spikingbrain_train.models.mixers.gated_linear_attention import GatedLinearAttention
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.training.calibration import ProjectionFit, balance_keys
-from spikingbrain_train.training.stage_step import Batch
 
 
 class Alignment:
@@ -74,7 +74,7 @@ class Alignment:
         for mixer in self._replaced_mixers(model):
             mixer.requires_grad_(True)
 
-    def prepare(self, model: HybridGPTModel, batches: Iterator[Batch], num_microbatches: int) -> None:
+    def prepare(self, model: HybridGPTModel, batches: Iterator[MicroBatch], num_microbatches: int) -> None:
         """Balance the keys and fit the output projections of the replaced linear attention layers (see
         :mod:`~spikingbrain_train.training.calibration`)."""
         settings = self.stage.alignment
@@ -93,7 +93,7 @@ class Alignment:
         def add(
             fit: ProjectionFit, attention: torch.nn.Module, args: tuple, kwargs: dict, output: tuple
         ) -> None:
-            fit.add(args[0], output[0])
+            fit.add(args[0], output[0], kwargs["packed_seq_params"])
 
         hooks = {mixer: partial(add, fit) for mixer, fit in fits.items()}
         self._run_teacher(model, batches, steps * num_microbatches, hooks)
@@ -101,7 +101,7 @@ class Alignment:
             fit.solve(settings.calibration_ridge)
 
     def forward_backward(
-        self, model: DistributedDataParallel, batches: Iterator[Batch], num_microbatches: int
+        self, model: DistributedDataParallel, batches: Iterator[MicroBatch], num_microbatches: int
     ) -> dict[str, float]:
         """Accumulate gradients of the mean relative error over the global batch."""
         student: HybridGPTModel = model.module
@@ -112,10 +112,12 @@ class Alignment:
             for mixer in self._replaced_mixers(student)
         }
         self._run_teacher(model, batches, num_microbatches, hooks)
-        # Gradients are sums over data-parallel ranks; dividing by their number makes them those of the mean.
-        replicas = torch.ones((), dtype=torch.int, device=self.groups.device)
+        # Gradients are sums over data- and context-parallel ranks; dividing by the number of replicas makes
+        # them those of the mean. Each replica counts once, on its first context-parallel rank.
+        counts = self.groups.context_parallel_rank == 0
+        replicas = torch.tensor(int(counts), dtype=torch.int, device=self.groups.device)
         finalize_model_grads([model], replicas)
-        for group in (self.groups.collection.dp, self.groups.collection.pp):
+        for group in (self.groups.collection.dp_cp, self.groups.collection.pp):
             torch.distributed.all_reduce(errors, group=group)
         return {"train/loss": errors.sum().item() * scale / self.groups.data_parallel_size}
 
@@ -129,7 +131,7 @@ class Alignment:
     def _run_teacher(
         self,
         model: torch.nn.Module,
-        batches: Iterator[Batch],
+        batches: Iterator[MicroBatch],
         num_microbatches: int,
         hooks: Mapping[SelfAttention, Callable],
     ) -> None:
@@ -155,12 +157,12 @@ class Alignment:
             for handle in handles:
                 handle.remove()
 
-    def _forward_step(self, batches: Iterator[Batch], model: torch.nn.Module):
+    def _forward_step(self, batches: Iterator[MicroBatch], model: torch.nn.Module):
         batch = next(batches)
         if not self.teacher.pre_process:
             self.teacher.set_input_tensor(unwrap_model(model).decoder.input_tensor)
         with torch.no_grad():
-            hidden = self.teacher(batch["tokens"], batch["position_ids"], return_hidden_states=True)
+            hidden = self.teacher(batch.tokens, layout=batch.layout, return_hidden_states=True)
         return hidden, lambda output: (output.new_zeros(()), output.new_zeros((), dtype=torch.int), None)
 
     def _align_layer(
@@ -178,17 +180,13 @@ class Alignment:
         with torch.enable_grad():
             prediction, _ = mixer(*(x.detach() if torch.is_tensor(x) else x for x in args), **kwargs)
             error = (prediction.float() - target).square().sum()
+            # Each rank may hold a share of the sequence: the power is that of all of it.
+            torch.distributed.all_reduce(power, group=self.groups.collection.cp)
             if mixer.config.sequence_parallel:
-                # Each rank holds its share of the sequence: the norms are over all of it.
-                power = self._sum_over_tensor_parallel(power)
+                torch.distributed.all_reduce(power, group=self.groups.collection.tp)
             loss = error / power
             (loss * scale).backward()
         loss = loss.detach()
         if mixer.config.sequence_parallel:
-            loss = self._sum_over_tensor_parallel(loss)
+            torch.distributed.all_reduce(loss, group=self.groups.collection.tp)
         errors[mixer.layer_number - 1] += loss
-
-    def _sum_over_tensor_parallel(self, value: Tensor) -> Tensor:
-        value = value.clone()
-        torch.distributed.all_reduce(value, group=self.groups.collection.tp)
-        return value

@@ -48,7 +48,7 @@ def _build(
         on_cpu=not groups.accelerator.is_gpu,
         initialize=initialize,
     )
-    return build_model(model, megatron_config, kernels, groups.device)
+    return build_model(model, megatron_config, kernels, groups.device, config.parallel.context_parallel)
 
 
 def wrap_data_parallel(model: HybridGPTModel, parallel: ParallelConfig) -> DistributedDataParallel:

@@ -19,6 +19,7 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 
 from spikingbrain_train.models.mixers.gated_linear_attention import GatedLinearAttention
+from spikingbrain_train.parallel.context_parallel.sequence_layout import SequenceLayout
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 
 
@@ -54,8 +55,8 @@ class ProjectionFit:
 
     Args:
         mixer: the layer; its ``linear_proj`` is replaced by :meth:`solve`.
-        groups: process groups; features are gathered over tensor-parallel ranks, sums reduced over
-            data-parallel ones.
+        groups: process groups; features are gathered over tensor-parallel ranks, sums reduced over data-
+            and context-parallel ones.
     """
 
     def __init__(self, mixer: GatedLinearAttention, groups: ProcessGroups) -> None:
@@ -67,16 +68,18 @@ class ProjectionFit:
         self.cross = torch.zeros(features, mixer.config.hidden_size, dtype=torch.float32, device=device)
 
     @torch.no_grad()
-    def add(self, hidden_states: Tensor, target: Tensor) -> None:
+    def add(self, hidden_states: Tensor, target: Tensor, layout: SequenceLayout | None = None) -> None:
         """Take one micro-batch into the sums.
 
         Args:
             hidden_states: [T, B, hidden_size] normed input of the layer (this rank's share under sequence
                 parallelism).
             target: output of the dense layer, shaped like ``hidden_states``.
+            layout: how the sequences lie on context-parallel ranks, and their documents.
         """
         tp_group = self.groups.collection.tp
-        y = gather_from_tensor_model_parallel_region(self.mixer.normed_heads(hidden_states), group=tp_group)
+        heads = self.mixer.normed_heads(hidden_states, layout)
+        y = gather_from_tensor_model_parallel_region(heads, group=tp_group)
         if self.mixer.config.sequence_parallel:
             target = gather_from_sequence_parallel_region(target, group=tp_group)
         y, target = y.flatten(0, 1).float(), target.flatten(0, 1).float()
@@ -87,7 +90,7 @@ class ProjectionFit:
     def solve(self, ridge: float) -> None:
         """Replace the projection by the fitted one; every rank solves the same system, keeps its columns."""
         for sums in (self.gram, self.cross):
-            torch.distributed.all_reduce(sums, group=self.groups.collection.dp)
+            torch.distributed.all_reduce(sums, group=self.groups.collection.dp_cp)
         tp_group = self.groups.collection.tp
         local = self.mixer.linear_proj.weight
         source = gather_from_tensor_model_parallel_region(local.float(), group=tp_group).double()

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from spikingbrain_train.config.run import StageConfig
+from spikingbrain_train.data.loader import MicroBatch
 from spikingbrain_train.models.gpt_model import HybridGPTModel
 from spikingbrain_train.models.output_head import gather_hidden_states, vocab_parallel_linear_cross_entropy
 from spikingbrain_train.ops.linear_cross_entropy import Distillation, TokenLosses
 from spikingbrain_train.parallel.process_groups import ProcessGroups
-from spikingbrain_train.training.stage_step import Batch
 
 
 class ContinualPretraining:
@@ -42,13 +44,14 @@ class ContinualPretraining:
     def freeze(self, model: HybridGPTModel) -> None:
         """Nothing is frozen."""
 
-    def prepare(self, model: HybridGPTModel, batches: Iterator[Batch], num_microbatches: int) -> None:
+    def prepare(self, model: HybridGPTModel, batches: Iterator[MicroBatch], num_microbatches: int) -> None:
         """Nothing needs preparing."""
 
     def forward_backward(
-        self, model: DistributedDataParallel, batches: Iterator[Batch], num_microbatches: int
+        self, model: DistributedDataParallel, batches: Iterator[MicroBatch], num_microbatches: int
     ) -> dict[str, float]:
         """Accumulate gradients of the mean loss over the global batch's unmasked tokens."""
+        num_sink_tokens = unwrap_model(model).model_config.num_sink_tokens
         widen = {}
         if self.teacher is not None and self.groups.pipeline_model_parallel_size > 1:
             widen["adjust_tensor_shapes_fn"] = partial(_widen, self.teacher.config.hidden_size)
@@ -57,7 +60,7 @@ class ContinualPretraining:
             data_iterator=batches,
             model=[model],
             num_microbatches=num_microbatches,
-            seq_length=self.stage.seq_length,
+            seq_length=self.stage.seq_length + num_sink_tokens,
             micro_batch_size=self.stage.micro_batch_size,
             forward_only=False,
             **widen,
@@ -69,15 +72,17 @@ class ContinualPretraining:
             metrics["train/kl_divergence"] = kl_divergence / tokens
         return metrics
 
-    def _forward_step(self, batches: Iterator[Batch], model: DistributedDataParallel):
+    def _forward_step(self, batches: Iterator[MicroBatch], model: DistributedDataParallel):
         batch = next(batches)
         if self.teacher is None:
-            output = model(batch["tokens"], batch["position_ids"], batch["labels"], batch["loss_mask"])
+            output = model(batch.tokens, batch.labels, batch.loss_mask, layout=batch.layout)
         else:
             output = self._forward_beside_teacher(self.teacher, batch, model)
-        return output, partial(self._loss, batch["loss_mask"])
+        return output, partial(self._loss, batch.loss_mask)
 
-    def _forward_beside_teacher(self, teacher: HybridGPTModel, batch: Batch, model: DistributedDataParallel):
+    def _forward_beside_teacher(
+        self, teacher: HybridGPTModel, batch: MicroBatch, model: DistributedDataParallel
+    ):
         student: HybridGPTModel = model.module
         if not student.pre_process:
             both = student.decoder.input_tensor
@@ -85,24 +90,26 @@ class ContinualPretraining:
             student.set_input_tensor(both[..., :width].contiguous())
             teacher.set_input_tensor(both[..., width:].detach().contiguous())
         with torch.no_grad():
-            teacher_hidden = teacher(batch["tokens"], batch["position_ids"], return_hidden_states=True)
-        student_hidden = model(batch["tokens"], batch["position_ids"], return_hidden_states=True)
+            # Without sinks of its own, the teacher carries as many rows of padding: one shape for both.
+            beside = replace(batch.layout, sinks_are_padding=True)
+            teacher_hidden = teacher(batch.tokens, layout=beside, return_hidden_states=True)
+        student_hidden = model(batch.tokens, layout=batch.layout, return_hidden_states=True)
         if not student.post_process:
             return torch.cat([student_hidden, teacher_hidden], dim=-1)
-        tp_group = self.groups.collection.tp
-        sequence_parallel = student.config.sequence_parallel
+        split = {
+            "num_sink_tokens": batch.layout.local_sink_tokens,
+            "sequence_parallel": student.config.sequence_parallel,
+            "tp_group": self.groups.collection.tp,
+        }
         with torch.no_grad():
-            teacher_hidden = gather_hidden_states(
-                teacher_hidden, sequence_parallel=sequence_parallel, tp_group=tp_group
-            )
+            teacher_hidden = gather_hidden_states(teacher_hidden, **split)
         return vocab_parallel_linear_cross_entropy(
             student_hidden,
             student.output_weight(),
-            batch["labels"],
-            batch["loss_mask"],
+            batch.labels,
+            batch.loss_mask,
             vocab_size=student.model_config.vocab_size,
-            sequence_parallel=sequence_parallel,
-            tp_group=tp_group,
+            **split,
             distillation=Distillation(
                 teacher_hidden.transpose(0, 1).flatten(0, 1),
                 teacher.output_weight(),

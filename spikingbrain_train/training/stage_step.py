@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Protocol
 
 from megatron.core.distributed import DistributedDataParallel
-from torch import Tensor
 
+from spikingbrain_train.data.loader import MicroBatch
 from spikingbrain_train.models.gpt_model import HybridGPTModel
-
-Batch = Mapping[str, Tensor]
-"""tokens, labels, position_ids [B, T] int64 and loss_mask [B, T] float32 on this rank's device."""
 
 
 class StageStep(Protocol):
@@ -20,7 +17,7 @@ class StageStep(Protocol):
     def freeze(self, model: HybridGPTModel) -> None:
         """Switch off gradients of what the stage does not train; called before gradient buffers are made."""
 
-    def prepare(self, model: HybridGPTModel, batches: Iterator[Batch], num_microbatches: int) -> None:
+    def prepare(self, model: HybridGPTModel, batches: Iterator[MicroBatch], num_microbatches: int) -> None:
         """Set in closed form what needs no gradient, on the first batches; called once before the first step.
 
         Args:
@@ -30,7 +27,7 @@ class StageStep(Protocol):
         """
 
     def forward_backward(
-        self, model: DistributedDataParallel, batches: Iterator[Batch], num_microbatches: int
+        self, model: DistributedDataParallel, batches: Iterator[MicroBatch], num_microbatches: int
     ) -> dict[str, float]:
         """Accumulate and reduce the gradients of one global batch.
 

@@ -15,7 +15,7 @@ from spikingbrain_train.config.checkpoint_folder import (
 from spikingbrain_train.config.errors import ConfigurationError
 from spikingbrain_train.config.run import Resume, RunConfig, StageKind
 from spikingbrain_train.data.gpt_dataset import build_datasets
-from spikingbrain_train.data.loader import build_data_loader
+from spikingbrain_train.data.loader import MicroBatch, WholeBatch, build_data_loader, local_micro_batch
 from spikingbrain_train.data.tokenizers import load_tokenizer
 from spikingbrain_train.evaluation.held_out import held_out_cross_entropy
 from spikingbrain_train.models.transformer_config import PARAMS_DTYPE
@@ -35,7 +35,7 @@ from spikingbrain_train.training.metrics import MetricsLogger
 from spikingbrain_train.training.optimizer import build_optimizer, build_scheduler
 from spikingbrain_train.training.pretraining import ContinualPretraining
 from spikingbrain_train.training.progress import ProgressPrinter
-from spikingbrain_train.training.stage_step import Batch, StageStep
+from spikingbrain_train.training.stage_step import StageStep
 from spikingbrain_train.training.throughput import (
     ThroughputTimer,
     measure_peak_tflops,
@@ -141,7 +141,7 @@ class Trainer:
                     if last or _is_due(state.iteration, config.checkpoint.save_interval):
                         self._save()
 
-    def _train_step(self, batches: Iterator[Batch]) -> dict[str, float]:
+    def _train_step(self, batches: Iterator[MicroBatch]) -> dict[str, float]:
         config, state = self.config, self.state
         self.model.zero_grad_buffer()
         state.optimizer.zero_grad()
@@ -179,7 +179,7 @@ class Trainer:
         per_step = stage.micro_batch_size * self.groups.data_parallel_size
         cross_entropy = held_out_cross_entropy(
             self.state.model,
-            self._on_device(loader),
+            self._local(loader, self.config.model.num_sink_tokens),
             -(-len(self.valid_dataset) // per_step),
             seq_length=stage.seq_length,
             micro_batch_size=stage.micro_batch_size,
@@ -219,7 +219,7 @@ class Trainer:
         self.step.prepare(self.state.model, self._train_batches(consumed_samples=0), self.num_microbatches)
         self.state.optimizer.reload_model_params()
 
-    def _train_batches(self, consumed_samples: int) -> Iterator[Batch]:
+    def _train_batches(self, consumed_samples: int) -> Iterator[MicroBatch]:
         stage = self.config.stage
         loader = build_data_loader(
             self.train_dataset,
@@ -232,11 +232,20 @@ class Trainer:
             pin_memory=self.groups.accelerator.is_gpu,
             seed=self.config.seed,
         )
-        return self._on_device(loader)
+        # Alignment works on the hidden states of the dense source, which has no sinks.
+        aligning = stage.kind is StageKind.align
+        return self._local(loader, 0 if aligning else self.config.model.num_sink_tokens)
 
-    def _on_device(self, loader: Iterator[Batch]) -> Iterator[Batch]:
-        for batch in loader:
-            yield {name: tensor.to(self.groups.device, non_blocking=True) for name, tensor in batch.items()}
+    def _local(self, loader: Iterator[WholeBatch], num_sink_tokens: int) -> Iterator[MicroBatch]:
+        """This rank's part of every micro-batch, on its device."""
+        for whole in loader:
+            yield local_micro_batch(
+                whole,
+                self.groups.device,
+                num_sink_tokens=num_sink_tokens,
+                context_parallel_rank=self.groups.context_parallel_rank,
+                context_parallel_size=self.groups.context_parallel_size,
+            )
 
     def _needs_teacher(self) -> bool:
         stage = self.config.stage

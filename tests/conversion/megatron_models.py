@@ -59,7 +59,7 @@ def megatron_logits(groups: ProcessGroups, folder: Path) -> torch.Tensor:
 
 def _logits(groups: ProcessGroups, model: HybridGPTModel) -> torch.Tensor:
     with torch.no_grad():
-        logits = model(TOKENS, torch.arange(TOKENS.shape[1]).expand_as(TOKENS))
+        logits = model(TOKENS)
     assert isinstance(logits, torch.Tensor)
     parts = [torch.empty_like(logits) for _ in range(groups.tensor_model_parallel_size)]
     torch.distributed.all_gather(parts, logits.contiguous(), group=groups.collection.tp)

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from spikingbrain_train.config.errors import ConfigurationError, DataError
 from spikingbrain_train.config.run import DataConfig
-from spikingbrain_train.data.gpt_dataset import Sample, TrainDataset, ValidDataset, build_datasets
+from spikingbrain_train.data.gpt_dataset import TrainDataset, ValidDataset, build_datasets
 from spikingbrain_train.data.indexed import open_indexed_dataset
-from spikingbrain_train.data.loader import build_data_loader
+from spikingbrain_train.data.loader import WholeBatch, build_data_loader, local_micro_batch
 
 SEQ = 8
 PINNED_ORDER = [34, 114, 2, 186, 82, 178, 138, 154]
@@ -40,7 +40,7 @@ def train_dataset(prefix: str | list[str], samples: int, **changes: object) -> T
     return build_datasets(data, SEQ, samples, **changes)[0]  # type: ignore[arg-type]
 
 
-def batches(dataset: TrainDataset | ValidDataset, **changes: object) -> list[Sample]:
+def batches(dataset: TrainDataset | ValidDataset, **changes: object) -> list[WholeBatch]:
     arguments: dict = {
         "consumed_samples": 0,
         "micro_batch_size": 1,
@@ -48,6 +48,13 @@ def batches(dataset: TrainDataset | ValidDataset, **changes: object) -> list[Sam
         "data_parallel_size": 1,
     }
     return list(build_data_loader(dataset, **{**arguments, **changes}))
+
+
+def assert_same(expected: WholeBatch, found: WholeBatch) -> None:
+    assert expected.keys() == found.keys()
+    assert expected["cu_seqlens"] == found["cu_seqlens"]
+    for name in ("tokens", "labels", "loss_mask"):
+        assert torch.equal(expected[name], found[name])  # type: ignore[literal-required]
 
 
 def firsts(dataset: TrainDataset | ValidDataset) -> list[int]:
@@ -60,13 +67,11 @@ def test_a_sample_is_a_window_with_its_next_tokens(counted: str) -> None:
     start = int(sample["tokens"][0])
     assert sample["tokens"].tolist() == list(range(start, start + SEQ))
     assert sample["labels"].tolist() == list(range(start + 1, start + SEQ + 1))
-    assert sample["position_ids"].tolist() == list(range(SEQ))
     assert sample["loss_mask"].tolist() == [1.0] * SEQ
     dtypes = {name: tensor.dtype for name, tensor in sample.items()}
     assert dtypes == {
         "tokens": torch.int64,
         "labels": torch.int64,
-        "position_ids": torch.int64,
         "loss_mask": torch.float32,
     }
 
@@ -130,8 +135,56 @@ def test_resuming_mid_epoch_repeats_the_uninterrupted_run(counted: str, num_work
     )
     assert len(resumed) == 13
     for expected, found in zip(whole[17:], resumed, strict=True):
-        assert expected.keys() == found.keys()
-        assert all(torch.equal(expected[name], found[name]) for name in expected)
+        assert_same(expected, found)
+
+
+def test_documents_can_be_kept_apart(counted: str) -> None:
+    """Tokens of `counted` are their positions, and its documents start at 0, 3, 50, 51 and 120."""
+    data = DataConfig(train=[counted], valid=[counted], reset_at_documents=True)
+    train, valid = build_datasets(data, SEQ, 25)
+    assert valid is not None
+    for dataset in (train, valid):
+        for index in range(25):
+            sample = dataset[index]
+            first = int(sample["tokens"][0])
+            starts = [start - first for start in (3, 50, 51, 120) if first < start < first + SEQ]
+            assert sample["cu_seqlens"].tolist() == [0, *starts, SEQ]
+            crosses = [float(label not in (3, 50, 51, 120)) for label in sample["labels"].tolist()]
+            assert sample["loss_mask"].tolist() == crosses
+    last = valid[25]  # tokens 200, 201 and their labels, then padding
+    assert last["cu_seqlens"].tolist() == [0, SEQ]
+    assert last["loss_mask"].tolist() == [1.0, 1.0] + [0.0] * 6
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_document_bounds_travel_with_their_batch(counted: str, num_workers: int) -> None:
+    data = DataConfig(train=[counted], reset_at_documents=True)
+    dataset, _ = build_datasets(data, SEQ, 24)
+    for step, batch in enumerate(batches(dataset, micro_batch_size=3, num_workers=num_workers)):
+        expected = [tuple(dataset[3 * step + row]["cu_seqlens"].tolist()) for row in range(3)]
+        assert batch["cu_seqlens"] == tuple(expected)
+
+
+@pytest.mark.parametrize("num_sink_tokens", [0, 1])
+def test_context_parallel_slices_make_up_the_whole_text(counted: str, num_sink_tokens: int) -> None:
+    data = DataConfig(train=[counted], reset_at_documents=True)
+    dataset, _ = build_datasets(data, 11 - num_sink_tokens + 4, 4)
+    (whole, *_) = batches(dataset, micro_batch_size=2)
+    slices = [
+        local_micro_batch(
+            whole,
+            torch.device("cpu"),
+            num_sink_tokens=num_sink_tokens,
+            context_parallel_rank=rank,
+            context_parallel_size=3,
+        )
+        for rank in range(3)
+    ]
+    for name in ("tokens", "labels", "loss_mask"):
+        together = torch.cat([getattr(part, name) for part in slices], dim=1)
+        assert torch.equal(together, whole[name])  # type: ignore[literal-required]
+    assert [part.tokens.shape[1] for part in slices] == [5 - num_sink_tokens, 5, 5]
+    assert all(part.layout.cu_seqlens == whole["cu_seqlens"] for part in slices)
 
 
 def test_a_loader_leaves_the_global_random_state_alone(counted: str) -> None:

@@ -6,19 +6,23 @@ from dataclasses import replace
 
 import pytest
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
 
 from spikingbrain_train.config.model import Mixer, ModelConfig
 from spikingbrain_train.config.parallel import (
+    ContextParallelConfig,
     KernelConfig,
     LinearAttentionBackend,
+    LinearAttentionContextParallel,
     ParallelLinearBackend,
+    SlidingWindowContextParallel,
     SoftmaxAttentionBackend,
 )
 from spikingbrain_train.models.layer_specs import SELF_ATTENTION, ParallelLinears, block_spec, layer_spec
 from spikingbrain_train.models.mixers.gated_linear_attention import GatedLinearAttention
-from spikingbrain_train.models.mixers.softmax_attention import SoftmaxCoreAttention
+from spikingbrain_train.models.mixers.parallel_hybrid import ParallelHybrid
+from spikingbrain_train.models.mixers.softmax_attention import SoftmaxAttention
 from spikingbrain_train.models.rms_norm import RMSNorm
 
 MODEL = ModelConfig(
@@ -40,40 +44,58 @@ KERNELS = KernelConfig(
 )
 
 
-def window(mixer: Mixer) -> int | None:
-    core = layer_spec(mixer, MODEL, KERNELS).submodules.self_attention.submodules.core_attention
-    assert core.func is SoftmaxCoreAttention
-    assert core.keywords["backend"] is SoftmaxAttentionBackend.reference
-    return core.keywords["window"]
+CONTEXT_PARALLEL = ContextParallelConfig(
+    gated_linear_attention=LinearAttentionContextParallel.allscan,
+    sliding_window_attention=SlidingWindowContextParallel.ulysses,
+)
+
+
+def mixer_spec(mixer: Mixer, model: ModelConfig = MODEL) -> ModuleSpec:
+    return layer_spec(mixer, model, KERNELS, CONTEXT_PARALLEL).submodules.self_attention
+
+
+def branches(spec: ModuleSpec) -> list[ModuleSpec]:
+    if spec.module is ParallelHybrid:
+        return [spec.submodules.softmax_attention, spec.submodules.linear_attention]
+    return [spec]
 
 
 def test_every_mixer_of_the_config_has_a_spec() -> None:
     assert SELF_ATTENTION.keys() == set(Mixer)
 
 
-def test_softmax_mixers_differ_in_their_window() -> None:
-    assert window(Mixer.swa) == 5
-    assert window(Mixer.full) is None
+@pytest.mark.parametrize(
+    ("mixer", "window"), [(Mixer.swa, 5), (Mixer.gla_swa, 5), (Mixer.full, None), (Mixer.gla_full, None)]
+)
+def test_softmax_mixers_differ_in_their_window(mixer: Mixer, window: int | None) -> None:
+    spec = branches(mixer_spec(mixer))[0]
+    assert spec.module is SoftmaxAttention
+    assert spec.params["window"] == window
+    assert spec.params["backend"] is SoftmaxAttentionBackend.reference
+    assert spec.params["context_parallel"] is SlidingWindowContextParallel.ulysses
 
 
-def test_linear_attention_gets_its_settings_and_backend() -> None:
-    spec = layer_spec(Mixer.gla, MODEL, KERNELS).submodules.self_attention
+@pytest.mark.parametrize("mixer", [Mixer.gla, Mixer.gla_swa, Mixer.gla_full])
+def test_linear_attention_gets_its_settings_and_backend(mixer: Mixer) -> None:
+    spec = branches(mixer_spec(mixer))[-1]
     assert spec.module is GatedLinearAttention
-    assert spec.params == {"gla": MODEL.gla, "backend": LinearAttentionBackend.recurrent}
+    assert spec.params["gla"] == MODEL.gla
+    assert spec.params["backend"] is LinearAttentionBackend.recurrent
+    assert spec.params["context_parallel"] is LinearAttentionContextParallel.allscan
 
 
 def test_a_stage_gets_its_own_part_of_the_pattern() -> None:
     specs = block_spec(MODEL, KERNELS, first_layer=2, num_layers=2).layer_specs
     modules = [spec.submodules.self_attention.module for spec in specs]
-    assert modules == [SelfAttention, GatedLinearAttention]  # layers 2 (full) and 3 (gla)
+    assert modules == [SoftmaxAttention, GatedLinearAttention]  # layers 2 (full) and 3 (gla)
 
 
 @pytest.mark.parametrize("mixer", list(Mixer))
 @pytest.mark.parametrize(("qk_layernorm", "expected"), [(True, RMSNorm), (False, IdentityOp)])
 def test_query_and_key_norms_follow_the_config(mixer: Mixer, qk_layernorm: bool, expected: type) -> None:
     model = replace(MODEL, qk_layernorm=qk_layernorm)
-    submodules = layer_spec(mixer, model, KERNELS).submodules.self_attention.submodules
-    assert (submodules.q_layernorm, submodules.k_layernorm) == (expected, expected)
+    for spec in branches(mixer_spec(mixer, model)):
+        assert (spec.submodules.q_layernorm, spec.submodules.k_layernorm) == (expected, expected)
 
 
 def test_projections_are_megatrons_parallel_linears() -> None:

@@ -1,10 +1,10 @@
-"""Gated linear attention in the SpikingBrain-7B form, on megatron-core's parallel linears.
+"""Gated linear attention in both SpikingBrain forms, on megatron-core's parallel linears.
 
 Per head, with keys, values and gates shared by the heads of a group (SpikingBrain, arXiv 2509.05276, eq.
 10-11; Yang et al., arXiv 2312.06635):
 
-    q, k = relu(q), relu(k)
-    log g = logsigmoid(W2 (W1 x) + b2) / gate_logit_normalizer
+    7B:  q, k = relu(q), relu(k)           log g = logsigmoid(W2 (W1 x) + b2) / gate_logit_normalizer
+    76B: q, k = sigmoid(q), sigmoid(k)     g = 1 - k, no parameters of its own
     S_t = diag(g_t) S_{t-1} + k_t^T v_t,   o_t = K^-0.5 q_t S_t
     y = W_o RMSNorm(o)        (one norm weight of head width, shared by all heads)
 
@@ -25,11 +25,14 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
-from spikingbrain_train.config.model import GatedLinearAttentionConfig
-from spikingbrain_train.config.parallel import LinearAttentionBackend
+from spikingbrain_train.config.model import FeatureMap, GatedLinearAttentionConfig, GateKind
+from spikingbrain_train.config.parallel import LinearAttentionBackend, LinearAttentionContextParallel
 from spikingbrain_train.models.rms_norm import RMSNorm
-from spikingbrain_train.ops.gated_linear_attention import gated_linear_attention
 from spikingbrain_train.ops.rms_norm import rms_norm
+from spikingbrain_train.parallel.context_parallel.linear_attention import context_parallel_linear_attention
+from spikingbrain_train.parallel.context_parallel.sequence_layout import SequenceLayout
+
+_FEATURES = {FeatureMap.relu: torch.relu, FeatureMap.sigmoid: torch.sigmoid}
 
 
 class LowRankDownProjection(torch.nn.Module):
@@ -58,8 +61,8 @@ class GatedLinearAttention(SelfAttention):
     """A drop-in for SelfAttention whose core is gated linear attention.
 
     It keeps SelfAttention's fused ``linear_qkv`` (with bias or q/k norms where the source has them) and
-    ``linear_proj``, so a dense layer's weights fit unchanged, and adds ``linear_gate_down_proj``,
-    ``linear_gate_up_proj`` and ``out_norm``: the only parameters the source does not have.
+    ``linear_proj``, so a dense layer's weights fit unchanged, and adds ``out_norm`` and, with a low-rank
+    gate, ``linear_gate_down_proj`` and ``linear_gate_up_proj``: the only parameters the source does not have.
     """
 
     def __init__(
@@ -73,6 +76,9 @@ class GatedLinearAttention(SelfAttention):
         *,
         gla: GatedLinearAttentionConfig,
         backend: LinearAttentionBackend,
+        context_parallel: LinearAttentionContextParallel,
+        gate_down_proj: type = LowRankDownProjection,
+        gate_up_proj: type = ColumnParallelLinear,
         **kwargs: object,
     ) -> None:
         super().__init__(
@@ -80,12 +86,28 @@ class GatedLinearAttention(SelfAttention):
         )
         assert config.kv_channels is not None and config.num_query_groups is not None
         self.backend = backend.value
+        self.context_parallel = context_parallel
+        self.features = _FEATURES[gla.feature_map]
+        self.gate = gla.gate
         self.gate_logit_normalizer = gla.gate_logit_normalizer
         self.scale = config.kv_channels**-0.5
-        self.linear_gate_down_proj = LowRankDownProjection(
+        self.out_norm = RMSNorm(
+            config, config.kv_channels, eps=config.layernorm_epsilon, sequence_parallel=False
+        )
+        self.out_norm.weight.is_new_parameter = True  # type: ignore[attr-defined]
+        if config.perform_initialization:
+            torch.nn.init.constant_(self.out_norm.weight, gla.init_out_norm)
+        if self.gate is GateKind.low_rank:
+            self._build_low_rank_gate(gla, gate_down_proj, gate_up_proj)
+
+    def _build_low_rank_gate(
+        self, gla: GatedLinearAttentionConfig, gate_down_proj: type, gate_up_proj: type
+    ) -> None:
+        config = self.config
+        self.linear_gate_down_proj = gate_down_proj(
             config, gla.gate_low_rank_dim, init_std=gla.init_gate_std
         )
-        self.linear_gate_up_proj = ColumnParallelLinear(
+        self.linear_gate_up_proj = gate_up_proj(
             gla.gate_low_rank_dim,
             config.num_query_groups * config.kv_channels,
             config=config,
@@ -95,67 +117,79 @@ class GatedLinearAttention(SelfAttention):
             skip_bias_add=False,
             tp_group=self.pg_collection.tp,
         )
-        self.out_norm = RMSNorm(
-            config, config.kv_channels, eps=config.layernorm_epsilon, sequence_parallel=False
-        )
+        up = self.linear_gate_up_proj
         if config.perform_initialization:
             with torch.no_grad():
-                bias_GK = self.linear_gate_up_proj.bias.view(-1, config.kv_channels)
+                bias_GK = up.bias.view(-1, config.kv_channels)
                 bias_GK.copy_(torch.tensor(gla.init_gate_bias(config.kv_channels)))
-                self.out_norm.weight.fill_(gla.init_out_norm)
-        for parameter in (
-            self.linear_gate_down_proj.weight,
-            self.linear_gate_up_proj.weight,
-            self.linear_gate_up_proj.bias,
-            self.out_norm.weight,
-        ):
+        for parameter in (self.linear_gate_down_proj.weight, up.weight, up.bias):
             parameter.is_new_parameter = True  # type: ignore[union-attr]
 
-    def log_gate(self, hidden_states: Tensor) -> Tensor:
+    def log_gate(self, hidden_states: Tensor, key_logits_TBGK: Tensor) -> Tensor:
         """Logarithm of the per-channel decay.
 
         Args:
             hidden_states: [T, B, hidden_size], or this rank's share of the sequence under sequence
                 parallelism.
+            key_logits_TBGK: keys before their feature map, over the whole slice.
 
         Returns:
-            [T, B, G, K] over the whole sequence, float32, in (-inf, 0].
+            [T, B, G, K] over the whole slice, float32, in (-inf, 0].
         """
+        if self.gate is GateKind.tied:
+            # log(1 - sigmoid(x)) = logsigmoid(-x), which keeps its digits where k rounds to 1.
+            return torch.nn.functional.logsigmoid(-key_logits_TBGK.float())
         logits, _ = self.linear_gate_up_proj(self.linear_gate_down_proj(hidden_states))
         log_gate = torch.nn.functional.logsigmoid(logits.float()) / self.gate_logit_normalizer
         return log_gate.unflatten(-1, (self.num_query_groups_per_partition, self.key_hidden_size))
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **_: object
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        packed_seq_params: SequenceLayout | None = None,
+        **_: object,
     ) -> tuple[Tensor, Tensor | None]:
         """Mix along the sequence, from an empty state.
 
         Args:
-            hidden_states: [T, B, hidden_size] normed input (this rank's share under sequence parallelism).
+            hidden_states: [T, B, hidden_size] normed input: this rank's slice of the sequence, sinks first
+                (its share of that under sequence parallelism).
             attention_mask: must be None; the recurrence is causal.
+            packed_seq_params: layout of the sequences; None is one document a row on one rank, no sinks.
 
         Returns:
             Output of the same shape and the output projection's bias (None).
         """
         assert attention_mask is None, "linear attention is causal by construction; pass attention_mask=None"
-        return self.linear_proj(self.normed_heads(hidden_states))
+        return self.linear_proj(self.normed_heads(hidden_states, packed_seq_params))
 
-    def normed_heads(self, hidden_states: Tensor) -> Tensor:
+    def normed_heads(self, hidden_states: Tensor, layout: SequenceLayout | None = None) -> Tensor:
         """What the output projection sees.
 
         Args:
             hidden_states: as in :meth:`forward`.
+            layout: as ``packed_seq_params`` there.
 
         Returns:
-            [T, B, H * V] normalised outputs of this rank's heads over the whole sequence.
+            [T, B, H * V] normalised outputs of this rank's heads over the whole slice.
         """
         q_TBHK, k_TBGK, v_TBGV = self.get_query_key_value_tensors(hidden_states)
+        log_gate_TBGK = self.log_gate(hidden_states, k_TBGK)
         q_BTHK, k_BTGK, v_BTGV, log_gate_BTGK = (
-            x.transpose(0, 1)
-            for x in (torch.relu(q_TBHK), torch.relu(k_TBGK), v_TBGV, self.log_gate(hidden_states))
+            x.transpose(0, 1) for x in (self.features(q_TBHK), self.features(k_TBGK), v_TBGV, log_gate_TBGK)
         )
-        o_BTHV, _ = gated_linear_attention(
-            q_BTHK, k_BTGK, v_BTGV, log_gate_BTGK, scale=self.scale, backend=self.backend
+        o_BTHV = context_parallel_linear_attention(
+            q_BTHK,
+            k_BTGK,
+            v_BTGV,
+            log_gate_BTGK,
+            layout=layout,
+            cp_group=self.pg_collection.cp,
+            method=self.context_parallel,
+            scale=self.scale,
+            backend=self.backend,
         )
         # Each rank normalises its own heads with the one shared weight, so its gradient is a partial sum;
         # megatron-core's copy into the tensor-parallel region adds the parts up in the backward pass.

@@ -1,66 +1,94 @@
-"""Full and sliding-window softmax attention as the core of megatron-core's SelfAttention.
+"""Full and sliding-window softmax attention (SpikingBrain, arXiv 2509.05276, eq. 1-2).
 
-SelfAttention keeps its projections, rotary positions, q/k norms and tensor parallelism; only the part between
-the projections is ours (SpikingBrain, arXiv 2509.05276, eq. 1-2).
+SelfAttention's projections, biases, q/k norms and tensor parallelism are megatron-core's; what lies between
+the projections is ours, because a sequence may hold sinks and several documents and may be split over
+context-parallel ranks in contiguous slices.
 """
 
 from __future__ import annotations
 
-import torch
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
-from spikingbrain_train.config.parallel import SoftmaxAttentionBackend
-from spikingbrain_train.ops.sliding_window_attention import sliding_window_attention
+from spikingbrain_train.config.parallel import SlidingWindowContextParallel, SoftmaxAttentionBackend
+from spikingbrain_train.parallel.context_parallel.sequence_layout import SequenceLayout
+from spikingbrain_train.parallel.context_parallel.softmax_attention import context_parallel_softmax_attention
 
 
-class SoftmaxCoreAttention(torch.nn.Module):
-    """Causal attention over this rank's heads; a drop-in for megatron-core's DotProductAttention.
+class SoftmaxAttention(SelfAttention):
+    """Causal attention with rotary positions, over everything before a token or over a window.
 
     Args:
-        config: transformer config of the model.
         window: keys (the current one included) that a query sees; None for all before it.
         backend: kernel choice, see :class:`~spikingbrain_train.config.parallel.SoftmaxAttentionBackend`.
-        softmax_scale: factor on the logits; None for ``kv_channels ** -0.5``.
+        context_parallel: how keys of other context-parallel ranks are seen. Full attention always uses
+            Ulysses, whatever is given here.
     """
 
     def __init__(
         self,
         config: TransformerConfig,
+        submodules: SelfAttentionSubmodules,
+        layer_number: int,
+        attn_mask_type: AttnMaskType = AttnMaskType.causal,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
         *,
         window: int | None,
         backend: SoftmaxAttentionBackend,
-        softmax_scale: float | None = None,
-        **_: object,
+        context_parallel: SlidingWindowContextParallel,
+        **kwargs: object,
     ) -> None:
-        super().__init__()
+        super().__init__(
+            config, submodules, layer_number, attn_mask_type, cp_comm_type, pg_collection, **kwargs
+        )
         assert config.kv_channels is not None
         self.window = window
         self.backend = backend.value
-        self.scale = config.kv_channels**-0.5 if softmax_scale is None else softmax_scale
+        self.context_parallel = context_parallel if window is not None else None
+        self.scale = config.kv_channels**-0.5
 
     def forward(
         self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
+        hidden_states: Tensor,
         attention_mask: Tensor | None = None,
+        *,
+        rotary_pos_emb: Tensor | None = None,
+        packed_seq_params: SequenceLayout | None = None,
         **_: object,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         """Attend.
 
         Args:
-            query: [T, B, H, K] rotated queries of this rank's heads.
-            key: [T, B, G, K] rotated keys of this rank's groups.
-            value: [T, B, G, K].
-            attention_mask: must be None; causality and the window are built in.
+            hidden_states: [T, B, hidden_size] normed input: this rank's slice of the sequence, sinks first
+                (its share of that under sequence parallelism).
+            attention_mask: must be None; causality, windows, sinks and documents are built in.
+            rotary_pos_emb: [T, 1 or B, 1, kv_channels] rotary angles of the slice's tokens; None turns
+                nothing.
+            packed_seq_params: layout of the sequences; None is one document a row on one rank, no sinks.
 
         Returns:
-            [T, B, H * K].
+            Output of the same shape and the output projection's bias (None).
         """
-        assert attention_mask is None, "causal and window masks are built in; pass attention_mask=None"
-        q_BTHK, k_BTGK, v_BTGK = (x.transpose(0, 1) for x in (query, key, value))
-        o_BTHK = sliding_window_attention(
-            q_BTHK, k_BTGK, v_BTGK, window=self.window, scale=self.scale, backend=self.backend
+        assert attention_mask is None, "masks are built in; pass attention_mask=None"
+        q_TBHK, k_TBGK, v_TBGK = self.get_query_key_value_tensors(hidden_states)
+        if rotary_pos_emb is not None:
+            q_TBHK = apply_rotary_pos_emb(q_TBHK, rotary_pos_emb, self.config)
+            k_TBGK = apply_rotary_pos_emb(k_TBGK, rotary_pos_emb, self.config)
+        q_BTHK, k_BTGK, v_BTGK = (x.transpose(0, 1) for x in (q_TBHK, k_TBGK, v_TBGK))
+        o_BTHK = context_parallel_softmax_attention(
+            q_BTHK,
+            k_BTGK,
+            v_BTGK,
+            window=self.window,
+            layout=packed_seq_params,
+            cp_group=self.pg_collection.cp,
+            method=self.context_parallel,
+            scale=self.scale,
+            backend=self.backend,
         )
-        return o_BTHK.transpose(0, 1).flatten(2)
+        return self.linear_proj(o_BTHK.transpose(0, 1).flatten(2))

@@ -52,7 +52,7 @@ class SequenceLayout:
                 f"parallel.context_parallel_size={self.context_parallel_size} does not divide the sequence: "
                 f"{self.num_sink_tokens} sink tokens + {self.text_length} tokens of text = {length}"
             )
-        if self.num_sink_tokens > self.slice_length:
+        if self.num_sink_tokens >= self.slice_length:
             raise ConfigurationError(
                 f"model.num_sink_tokens={self.num_sink_tokens} do not fit into the first context-parallel slice "
                 f"of {self.slice_length} tokens"

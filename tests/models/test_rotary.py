@@ -8,7 +8,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from spikingbrain_train.config.model import RopeScalingConfig
-from spikingbrain_train.models.gpt_model import scale_rotary_frequencies
+from spikingbrain_train.models.rotary import scale_rotary_frequencies
 
 
 @pytest.mark.parametrize(

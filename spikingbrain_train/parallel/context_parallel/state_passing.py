@@ -1,0 +1,240 @@
+"""How the states of linear attention travel along context-parallel ranks, forward and backward.
+
+Every rank's slice maps the state before it to the state after it: ``S_out = decay * S_in + S_local``. From
+``(S_local, decay)`` of all ranks each rank gets its ``S_in``; from the gradients of all ``S_in`` each gets those
+of its own ``S_local`` and ``decay``, by the same recurrence from the last rank to the first::
+
+    S_in[r + 1] = decay[r] * S_in[r] + S_local[r]
+    grad S_local[r] = grad S_out[r] = decay[r + 1] * grad S_out[r + 1] + (grad S_in[r + 1] of rank r + 1 itself)
+
+What travels does not depend on the length of the sequence, and with the all-scan not on the number of ranks.
+A pass is started, and waited for later; local work goes on in between, in the backward pass too.
+
+Shape legend: B batch, G key/value groups, K key dim, V value dim; n ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from spikingbrain_train.config.parallel import LinearAttentionContextParallel
+
+# The all-scan cuts a state into blocks of about this size: small enough that n ranks work at the same time, large
+# enough to be worth a message.
+_BLOCK_BYTES = 128 * 1024
+
+Pending = Callable[[], Tensor]
+"""Waits for a communication under way and returns what it brought."""
+
+
+class _Exchange(Protocol):
+    """One method's communication for one pass and its backward pass."""
+
+    def start_forward(self, state_BGKV: Tensor, decay_BGK: Tensor) -> Pending:
+        """From S_local and decay, S_in of this rank."""
+
+    def start_backward(self, grad_BGKV: Tensor) -> Pending:
+        """From the gradient of S_in, the gradient of S_out of this rank."""
+
+
+class _AllGather:
+    """Every rank gets every rank's pair and runs the recurrence over those before it (LASP-2)."""
+
+    def __init__(self, group: torch.distributed.ProcessGroup) -> None:
+        self._group = group
+
+    def start_forward(self, state_BGKV: Tensor, decay_BGK: Tensor) -> Pending:
+        pending = self._gather(torch.cat((state_BGKV, decay_BGK.unsqueeze(-1)), dim=-1))
+
+        def wait() -> Tensor:
+            states_nBGKV, decays_nBGK1 = pending().split([state_BGKV.shape[-1], 1], dim=-1)
+            self._decays_nBGK1 = decays_nBGK1.clone()
+            return self._combine(states_nBGKV, range(self._group.rank()))
+
+        return wait
+
+    def start_backward(self, grad_BGKV: Tensor) -> Pending:
+        pending = self._gather(grad_BGKV)
+        ranks = range(self._group.size() - 1, self._group.rank(), -1)
+        return lambda: self._combine(pending(), ranks)
+
+    def _gather(self, x: Tensor) -> Pending:
+        x = x.contiguous()
+        gathered = x.new_empty(self._group.size(), *x.shape)
+        work = torch.distributed.all_gather_into_tensor(
+            gathered.flatten(0, 1), x, group=self._group, async_op=True
+        )
+
+        def wait() -> Tensor:
+            work.wait()
+            return gathered
+
+        return wait
+
+    def _combine(self, x_nBGKV: Tensor, ranks: range) -> Tensor:
+        total = torch.zeros_like(x_nBGKV[0])
+        for rank in ranks:
+            total = torch.addcmul(x_nBGKV[rank], self._decays_nBGK1[rank], total)
+        return total
+
+
+class _AllScan:
+    """The recurrence itself walks along the ranks, in blocks of K so that it is on many ranks at once (ZeCO)."""
+
+    def __init__(self, group: torch.distributed.ProcessGroup) -> None:
+        self._group = group
+
+    def start_forward(self, state_BGKV: Tensor, decay_BGK: Tensor) -> Pending:
+        self._decay_BGK1 = decay_BGK.unsqueeze(-1)
+        return _in_background(lambda: self._scan(state_BGKV, step=1), state_BGKV.device)
+
+    def start_backward(self, grad_BGKV: Tensor) -> Pending:
+        return _in_background(lambda: self._scan(grad_BGKV, step=-1), grad_BGKV.device)
+
+    def _scan(self, local_BGKV: Tensor, step: int) -> Tensor:
+        """What the neighbour at ``-step`` passes to this rank, after passing on what follows from it."""
+        received, sends = [], []
+        blocks = min(local_BGKV.shape[2], -(-local_BGKV.nbytes // _BLOCK_BYTES))
+        source, target = self._neighbour(-step), self._neighbour(step)
+        for local, decay in zip(
+            local_BGKV.chunk(blocks, dim=2), self._decay_BGK1.chunk(blocks, dim=2), strict=True
+        ):
+            if source is None:
+                block, onward = torch.zeros_like(local), local
+            else:
+                block = torch.empty_like(local, memory_format=torch.contiguous_format)
+                torch.distributed.recv(block, source, self._group)
+                onward = torch.addcmul(local, decay, block)
+            received.append(block)
+            if target is not None:
+                onward = onward.contiguous()
+                sends.append((torch.distributed.isend(onward, target, self._group), onward))
+        for work, _ in sends:  # the blocks live until they are sent
+            work.wait()
+        return torch.cat(received, dim=2)
+
+    def _neighbour(self, step: int) -> int | None:
+        """Global rank of a neighbour in the group; None beyond its ends."""
+        rank = self._group.rank() + step
+        inside = 0 <= rank < self._group.size()
+        return torch.distributed.get_global_rank(self._group, rank) if inside else None
+
+
+def _in_background(communicate: Callable[[], Tensor], device: torch.device) -> Pending:
+    """Let messages and the arithmetic between them go on beside the caller's work: on a stream of its own on GPUs,
+    in a thread on CPU."""
+    if device.type != "cuda":
+        # Grad mode belongs to a thread.
+        return _thread().submit(torch.no_grad()(communicate)).result
+    stream = _stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        result = communicate()
+
+    def wait() -> Tensor:
+        current = torch.cuda.current_stream(device)
+        current.wait_stream(stream)
+        result.record_stream(current)
+        # Holds the inputs, which belong to the caller's stream, until that stream has waited.
+        del communicate_until_now[:]
+        return result
+
+    communicate_until_now = [communicate]
+    return wait
+
+
+@cache
+def _thread() -> ThreadPoolExecutor:
+    # One thread: passes keep the order in which they were started, which is the same on every rank.
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="all-scan")
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+_EXCHANGES: dict[
+    LinearAttentionContextParallel, Callable[[torch.distributed.ProcessGroup], _Exchange]
+] = {
+    LinearAttentionContextParallel.allgather: _AllGather,
+    LinearAttentionContextParallel.allscan: _AllScan,
+}
+
+
+class StatePassing:
+    """A pass that is under way. Its two ends are separate nodes of the autograd graph, so that in the backward
+    pass, too, the communication starts at one and is waited for at the other."""
+
+    def __init__(self, group: torch.distributed.ProcessGroup, method: LinearAttentionContextParallel) -> None:
+        self.exchange = _EXCHANGES[method](group)
+        self.pending_state: Pending | None = None
+        self.pending_grad: Pending | None = None
+        self.token: Tensor | None = None
+
+    def wait(self) -> Tensor:
+        """S_in of this rank [B, G, K, V], zeros on the first. Call it once; the loss of every rank must depend on
+        the result (a product with zero is enough), or the others wait for it in the backward pass."""
+        token, self.token = self.token, None  # it would tie the graph to this object, which the graph holds
+        return _Wait.apply(token, self)
+
+
+class _Start(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, state: Tensor, decay: Tensor, passing: StatePassing) -> Tensor:
+        ctx.passing = passing
+        passing.pending_state = passing.exchange.start_forward(state.detach(), decay.detach())
+        return state.new_zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor) -> tuple[Tensor, Tensor, None]:
+        grad_state_out, state_in = ctx.passing.pending_grad()
+        ctx.passing.pending_grad = None
+        return grad_state_out, (grad_state_out * state_in).sum(-1), None
+
+
+class _Wait(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, token: Tensor, passing: StatePassing) -> Tensor:
+        assert passing.pending_state is not None, "a pass is waited for once"
+        state_in, passing.pending_state = passing.pending_state(), None
+        ctx.passing = passing
+        ctx.save_for_backward(state_in)
+        return state_in
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.passing.start_backward(grad, *ctx.saved_tensors)
+        return grad.new_zeros(()), None
+
+
+def start_state_passing(
+    state_BGKV: Tensor,
+    decay_BGK: Tensor,
+    group: torch.distributed.ProcessGroup,
+    method: LinearAttentionContextParallel,
+) -> StatePassing:
+    """Start to compute the state before every rank's slice; every rank of the group must call this.
+
+    Args:
+        state_BGKV: S_local, the state after this rank's slice from a zero state (or from the beginning of its
+            last document, if one begins here), float32 or float64.
+        decay_BGK: how much of a state before the slice survives it; zeros where a document begins in it.
+        group: the context-parallel ranks in the order of their slices.
+        method: ``allgather`` sends every state to every rank, ``allscan`` one state to the next rank.
+    """
+    passing = StatePassing(group, method)
+    if torch.is_grad_enabled() and not state_BGKV.requires_grad:
+        # The ranks need not agree on what has a gradient; all of them must take part in the backward pass.
+        state_BGKV = state_BGKV.detach().requires_grad_()
+    passing.token = _Start.apply(state_BGKV, decay_BGK, passing)
+    return passing
