@@ -9,34 +9,51 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
+from enum import Enum
+from math import lcm
 from pathlib import Path
 
 from spikingbrain_train.config.errors import ConfigurationError
-from spikingbrain_train.config.model import Mixer, ModelConfig
-from spikingbrain_train.config.parallel import Recompute
-from spikingbrain_train.config.run import Precision, RunConfig, StageKind
+from spikingbrain_train.config.model import FeedForward, Mixer
+from spikingbrain_train.config.model_checks import has_experts
+from spikingbrain_train.config.parallel import ParallelConfig
+from spikingbrain_train.config.run import RunConfig, StageKind
 from spikingbrain_train.parallel.costs import (
-    dense_twin,
+    active_parameters,
     mixer_parameters,
-    new_mixer_parameters,
+    new_parameters,
     stage_layers,
     stage_parameters,
     swapped_layers,
     total_parameters,
     training_flops_per_token,
 )
+from spikingbrain_train.parallel.memory import (
+    MemoryEstimate,
+    bytes_per_element,
+    estimate_memory,
+    needs_teacher,
+    optimizer_bytes,
+)
 
 GIB = 2**30
-_FP32 = 4
-_LOSS_CHUNK_BYTES = 1 << 30  # the fused output projection and loss hold at most so many logits (on a GPU)
-_GLA_CHUNK_TOKENS = 64  # linear attention keeps one fp32 state per chunk for its backward pass
+
+
+def smallest_stage(parallel: ParallelConfig) -> int:
+    """The fewest ranks of a pipeline stage in which every degree but data parallelism is whole: tensor x
+    context ranks and expert tensor x expert model ranks are two ways to deal out the same ranks.
+    """
+    dense = parallel.tensor_model_parallel_size * parallel.context_parallel_size
+    return lcm(dense, parallel.expert_tensor_size * parallel.expert_model_parallel_size)
 
 
 def launched_world_size(config: RunConfig) -> int:
     """The number of ranks: the launcher's WORLD_SIZE; without one, 1.
 
-    A dry run without a launcher plans for parallel.data_parallel_size (1 if null) copies of the model.
+    A dry run without a launcher plans for parallel.data_parallel_size copies of the model; if that is null,
+    for as few as the degrees allow.
 
     Raises:
         ConfigurationError: WORLD_SIZE is not a positive number.
@@ -44,7 +61,11 @@ def launched_world_size(config: RunConfig) -> int:
     launched = os.environ.get("WORLD_SIZE")
     if launched is None:
         parallel = config.parallel
-        return (parallel.data_parallel_size or 1) * parallel.model_parallel_size if config.dry_run else 1
+        if not config.dry_run:
+            return 1
+        if parallel.data_parallel_size is None:
+            return smallest_stage(parallel) * parallel.pipeline_model_parallel_size
+        return parallel.data_parallel_size * parallel.model_parallel_size
     if not launched.isdecimal() or int(launched) < 1:
         raise ConfigurationError(
             f"the environment variable WORLD_SIZE={launched} is not a positive number; "
@@ -54,130 +75,25 @@ def launched_world_size(config: RunConfig) -> int:
 
 
 @dataclass(frozen=True)
-class MemoryEstimate:
-    """Bytes on one rank."""
-
-    weights: float
-    """Weights of the model in the run's precision."""
-    gradients: float
-    """fp32 gradient buffers of the trainable parameters."""
-    optimizer: float
-    """Two fp32 moments and, under bf16, fp32 main weights; a share of them with the distributed optimizer."""
-    activations: float
-    """Kept for the backward pass, for the micro-batches in flight; and the output projection's logits."""
-    teacher: float
-    """Weights of the dense source, in stages that learn from it."""
-
-    @property
-    def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.activations + self.teacher
-
-
-@dataclass(frozen=True)
 class StagePlan:
     """One pipeline stage, as each of its ranks sees it."""
 
     layers: range
     mixers: list[Mixer]
+    feed_forwards: list[FeedForward]
     parameters: int
     """Parameters on one rank."""
     memory: MemoryEstimate
 
 
-def bytes_per_element(precision: Precision) -> int:
-    """Bytes of a weight or activation."""
-    return 2 if precision is Precision.bf16 else _FP32
-
-
-def _mixer_activations(model: ModelConfig, mixer: Mixer, tensor: int, element: int) -> float:
-    """Bytes per token that a mixer keeps for its backward pass on one rank, its normed input left out."""
-    heads, groups, width = model.num_attention_heads, model.num_query_groups, model.kv_channels
-    # q, k, v as projected; q and k once more after rotation or ReLU; the output.
-    kept: float = ((heads + 2 * groups) + (heads + groups) + heads) * width * element
-    if mixer is Mixer.gla:
-        kept += heads * width * element  # the output before its norm
-        kept += 2 * groups * width * _FP32  # gate logits and log gate
-        kept += groups * width * width * _FP32 / _GLA_CHUNK_TOKENS
-    return kept / tensor
-
-
-def _layer_activations(model: ModelConfig, mixer: Mixer, config: RunConfig) -> float:
-    """Bytes per token that a whole layer keeps on one rank: residuals and norms, the mixer, the SwiGLU."""
-    tensor, element = config.parallel.tensor_model_parallel_size, bytes_per_element(config.precision)
-    residual = 4 * model.hidden_size * element / (tensor if config.parallel.sequence_parallel else 1)
-    feed_forward = 3 * model.ffn_hidden_size * element / tensor
-    return residual + _mixer_activations(model, mixer, tensor, element) + feed_forward
-
-
-def _activation_bytes(config: RunConfig, stage: int, micro_batches: int) -> float:
-    """Activations on a rank of pipeline stage ``stage``, under 1F1B."""
-    model, parallel = config.model, config.parallel
-    tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    element = bytes_per_element(config.precision)
-    tokens = config.stage.micro_batch_size * config.stage.seq_length
-    mixers = [model.layer_mixers()[layer] for layer in stage_layers(model, parallel, stage)]
-    if config.stage.kind is StageKind.align:
-        # Each swapped mixer runs forward and backward at once, between layers of the teacher, which keep
-        # nothing: the largest counts, with its input, and its output and target in fp32.
-        boundary = model.hidden_size * (element + 2 * _FP32)
-        swapped = [mixer for mixer in mixers if mixer is not Mixer.full]
-        kept = [_mixer_activations(model, mixer, tensor, element) + boundary for mixer in swapped]
-        return tokens * max(kept, default=0.0)
-    in_flight = min(stages - stage, micro_batches)
-    layers = [_layer_activations(model, mixer, config) for mixer in mixers]
-    if parallel.recompute is Recompute.full:
-        layer_input = model.hidden_size * element / (tensor if parallel.sequence_parallel else 1)
-        total = tokens * (in_flight * len(layers) * layer_input + max(layers))
-    else:
-        total = tokens * in_flight * sum(layers)
-    if stage == stages - 1:
-        rows = model.padded_vocab_size(tensor) / tensor
-        # The logits of one chunk, which become their gradient; the gradients of projection and hidden states.
-        total += min(tokens * rows * element, _LOSS_CHUNK_BYTES)
-        total += (rows + tokens) * model.hidden_size * element
-    return total
-
-
-def _trainable_parameters(config: RunConfig, stage: int) -> int:
-    """Parameters with a gradient on a rank of pipeline stage ``stage``."""
-    model, parallel = config.model, config.parallel
-    if config.stage.kind is StageKind.cpt:
-        return stage_parameters(model, parallel, stage)
-    mixers, layers = model.layer_mixers(), stage_layers(model, parallel, stage)
-    return sum(
-        mixer_parameters(model, mixers[layer], parallel.tensor_model_parallel_size)
-        for layer in swapped_layers(model)
-        if layer in layers
-    )
-
-
-def _optimizer_bytes(precision: Precision) -> int:
-    return 3 * _FP32 if precision is Precision.bf16 else 2 * _FP32
-
-
-def needs_teacher(config: RunConfig) -> bool:
-    """Whether the stage learns from the dense source."""
-    return config.stage.kind is StageKind.align or config.stage.distillation.weight > 0
-
-
-def _plan_stage(config: RunConfig, stage: int, data_parallel_size: int, micro_batches: int) -> StagePlan:
-    model, parallel = config.model, config.parallel
-    element = bytes_per_element(config.precision)
-    layers, mixers = stage_layers(model, parallel, stage), model.layer_mixers()
-    parameters, trainable = stage_parameters(model, parallel, stage), _trainable_parameters(config, stage)
-    shards = data_parallel_size if parallel.use_distributed_optimizer else 1
-    teacher = stage_parameters(dense_twin(model), parallel, stage) if needs_teacher(config) else 0
+def _plan_stage(config: RunConfig, stage: int, world_size: int, micro_batches: int) -> StagePlan:
+    model, layers = config.model, stage_layers(config.model, config.parallel, stage)
     return StagePlan(
         layers=layers,
-        mixers=[mixers[layer] for layer in layers],
-        parameters=parameters,
-        memory=MemoryEstimate(
-            weights=parameters * element,
-            gradients=trainable * _FP32,
-            optimizer=trainable * _optimizer_bytes(config.precision) / shards,
-            activations=_activation_bytes(config, stage, micro_batches),
-            teacher=teacher * element,
-        ),
+        mixers=[model.layer_mixers()[layer] for layer in layers],
+        feed_forwards=[model.layer_feed_forwards()[layer] for layer in layers],
+        parameters=stage_parameters(model, config.parallel, stage),
+        memory=estimate_memory(config, stage, world_size, micro_batches),
     )
 
 
@@ -226,58 +142,25 @@ class Plan:
         if self.config.stage.kind is StageKind.align:
             mixers = model.layer_mixers()
             trainable = sum(mixer_parameters(model, mixers[layer]) for layer in swapped_layers(model))
-        return total_parameters(model) * bytes_per_element(precision) + trainable * _optimizer_bytes(
-            precision
-        )
+        return total_parameters(model) * bytes_per_element(precision) + trainable * optimizer_bytes(precision)
 
     def render(self) -> str:
         """The plan as text for a terminal."""
         return "\n".join([*self._facts(), "", *self._stage_table()])
 
     def _facts(self) -> list[str]:
-        config, model, parallel = self.config, self.config.model, self.config.parallel
-        mixers = Counter(mixer.name for mixer in model.layer_mixers())
-        counts = " + ".join(f"{count} {name}" for name, count in mixers.items())
-        new = mixers["gla"] * new_mixer_parameters(model)
-        padded = model.padded_vocab_size(parallel.tensor_model_parallel_size)
-        tied = "tied" if model.share_embeddings_and_output_weights else "untied"
-        switches = [
-            name
-            for name in (
-                "sequence_parallel",
-                "use_distributed_optimizer",
-                "overlap_grad_reduce",
-                "overlap_param_gather",
-            )
-            if getattr(parallel, name)
-        ]
-        stage = config.stage
+        stage, model, config = self.config.stage, self.config.model, self.config
         learns = "" if not needs_teacher(config) else f", learning from {stage.teacher}"
         bubble = f", pipeline bubble {self.pipeline_bubble:.1%}" if len(self.stages) > 1 else ""
+        sinks = f" behind {model.num_sink_tokens} sinks" if model.num_sink_tokens else ""
         rows = [
             ("stage", f"{stage.kind.name} in {config.precision.name}{learns}"),
-            (
-                "model",
-                f"{quantity(total_parameters(model))} parameters ({quantity(new)} new): "
-                f"{model.num_layers} layers ({counts}), hidden {model.hidden_size}, "
-                f"FFN {model.ffn_hidden_size}",
-            ),
-            (
-                "",
-                f"{model.num_attention_heads} heads in {model.num_query_groups} groups of width "
-                f"{model.kv_channels}, vocabulary {model.vocab_size} (padded to {padded}, {tied})",
-            ),
-            (
-                "ranks",
-                f"{self.world_size} = {self.data_parallel_size} data x "
-                f"{parallel.tensor_model_parallel_size} tensor x "
-                f"{parallel.pipeline_model_parallel_size} pipeline; "
-                + ", ".join([*switches, f"recompute {parallel.recompute.name}"]),
-            ),
+            *(("model" if index == 0 else "", text) for index, text in enumerate(self._model_facts())),
+            ("ranks", self._rank_facts()),
             (
                 "step",
                 f"{self.tokens_per_step:,} tokens: {stage.global_batch_size} sequences of "
-                f"{stage.seq_length} = {self.data_parallel_size} replicas x {self.micro_batches} "
+                f"{stage.seq_length}{sinks} = {self.data_parallel_size} replicas x {self.micro_batches} "
                 f"micro-batches of {stage.micro_batch_size}{bubble}",
             ),
             ("length", f"{stage.train_iters:,} steps, {quantity(self.total_tokens)} tokens"),
@@ -294,11 +177,57 @@ class Plan:
         ]
         return [f"{name:<12}{text}" for name, text in rows]
 
+    def _model_facts(self) -> list[str]:
+        model = self.config.model
+        padded = model.padded_vocab_size(self.config.parallel.tensor_model_parallel_size)
+        tied = "tied" if model.share_embeddings_and_output_weights else "untied"
+        active = ""
+        if has_experts(model):
+            active = f"{quantity(active_parameters(model))} active per token, vocabulary included; "
+        facts = [
+            f"{quantity(total_parameters(model))} parameters ({active}{quantity(new_parameters(model))} "
+            f"new): {model.num_layers} layers ({_counts(model.layer_mixers())}), hidden {model.hidden_size}, "
+            f"FFN {model.ffn_hidden_size}",
+            f"{model.num_attention_heads} heads in {model.num_query_groups} groups of width "
+            f"{model.kv_channels}, vocabulary {model.vocab_size} (padded to {padded}, {tied})",
+        ]
+        if has_experts(model):
+            moe = model.moe
+            facts.append(
+                f"feed-forwards: {_counts(model.layer_feed_forwards())}; {moe.num_experts} experts, "
+                f"top-{moe.router_topk}, + {moe.num_shared_experts} shared of width "
+                f"{model.expert_ffn_hidden_size}"
+            )
+        if model.spiking.projections:
+            names = ", ".join(projection.name for projection in model.spiking.projections)
+            facts.append(f"spikes with k {model.spiking.k:g} in front of {names}")
+        return facts
+
+    def _rank_facts(self) -> str:
+        parallel = self.config.parallel
+        degrees = [
+            (self.data_parallel_size, "data"),
+            (parallel.tensor_model_parallel_size, "tensor"),
+            (parallel.pipeline_model_parallel_size, "pipeline"),
+            (parallel.context_parallel_size, "context"),
+        ]
+        facts = [" x ".join(f"{degree} {name}" for degree, name in degrees)]
+        if has_experts(self.config.model):
+            facts.append(
+                f"experts over {parallel.expert_model_parallel_size} expert x "
+                f"{parallel.expert_tensor_size} expert tensor ranks of a stage"
+            )
+        switches = ["sequence_parallel", "use_distributed_optimizer", "overlap_grad_reduce"]
+        chosen = [name for name in [*switches, "overlap_param_gather"] if getattr(parallel, name)]
+        facts.append(", ".join([*chosen, f"recompute {parallel.recompute.name}"]))
+        return f"{self.world_size} = " + "; ".join(facts)
+
     def _stage_table(self) -> list[str]:
         header = [
             "pipeline stage",
             "layers",
             "mixers",
+            "feed-forwards",
             "parameters",
             "weights",
             "gradients",
@@ -312,12 +241,12 @@ class Plan:
             memory = stage.memory
             parts = [memory.weights, memory.gradients, memory.optimizer, memory.activations]
             parts += [memory.teacher, memory.total] if with_teacher else [memory.total]
-            counts = Counter(mixer.name for mixer in stage.mixers)
             rows.append(
                 [
                     str(index),
                     f"{stage.layers.start}-{stage.layers.stop - 1}",
-                    " + ".join(f"{count} {name}" for name, count in counts.items()),
+                    _counts(stage.mixers),
+                    _counts(stage.feed_forwards),
                     f"{stage.parameters:,}",
                     *(f"{part / GIB:.2f}" for part in parts),
                 ]
@@ -325,12 +254,17 @@ class Plan:
         widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
         text = [
             "  ".join(
-                cell.ljust(width) if column < 3 else cell.rjust(width)
+                cell.ljust(width) if column < 4 else cell.rjust(width)
                 for column, (cell, width) in enumerate(zip(row, widths, strict=True))
             ).rstrip()
             for row in rows
         ]
         return ["per rank: exact parameters, estimated memory in GiB", text[0], "-" * len(text[0]), *text[1:]]
+
+
+def _counts(kinds: Iterable[Enum]) -> str:
+    """How often each occurs: "14 gla + 14 swa"."""
+    return " + ".join(f"{count} {name}" for name, count in Counter(kind.name for kind in kinds).items())
 
 
 def quantity(number: float) -> str:
@@ -353,7 +287,7 @@ def plan_run(config: RunConfig, world_size: int) -> Plan:
         config=config,
         world_size=world_size,
         stages=[
-            _plan_stage(config, stage, replicas, micro_batches)
+            _plan_stage(config, stage, world_size, micro_batches)
             for stage in range(config.parallel.pipeline_model_parallel_size)
         ],
         flops_per_token=training_flops_per_token(config),
