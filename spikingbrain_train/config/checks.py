@@ -23,6 +23,7 @@ from spikingbrain_train.config.parallel import (
 from spikingbrain_train.config.parallel_checks import check_sequence_split, check_split, check_world_size
 from spikingbrain_train.config.require import above_zero, at_least, either, multiples_around, require
 from spikingbrain_train.config.run import LRDecayStyle, OptimizerConfig, RunConfig, StageConfig, StageKind
+from spikingbrain_train.config.spiking_checks import check_spiking
 
 
 def _floats(config: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
@@ -164,6 +165,7 @@ def check_run_config(config: RunConfig, world_size: int) -> None:
     check_model(config.model)
     check_world_size(config.parallel, world_size)
     check_split(config.model, config.parallel)
+    check_spiking(config.model, config.stage)
     check_stage(config.stage, config.model, config.parallel, world_size)
     check_optimizer(config.optimizer, config.stage.train_iters)
     check_platform(config)

@@ -50,7 +50,7 @@ class SpikingInput(torch.nn.Module):
         settings = [value for value in (*args, *kwargs.values()) if isinstance(value, ModelParallelConfig)]
         assert settings, f"{type(self).__name__} is built without megatron-core's config"
         self._is_expert = bool(kwargs.get("is_expert", False))
-        # Experts get their tokens from the dispatcher, which gathers them over the expert-tensor-parallel group.
+        # The token dispatcher gives all ranks of an expert's tensor-parallel group the same tokens.
         self._input_is_replicated = self._is_expert or not settings[0].sequence_parallel
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> Any:

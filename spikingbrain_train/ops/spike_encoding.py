@@ -48,8 +48,8 @@ def spike_encoding(
 
     Returns:
         [..., D] in x's dtype; thresholds and counts are computed in float32 (float64 for float64 inputs), and
-        the product is rounded once. Differs from x by at most Vth / 2 a channel, as long as Vth is not clamped
-        from above, and by the rounding to x's dtype. The gradient with respect to x is the identity.
+        the product is rounded once, to x's dtype. Differs from x by at most Vth / 2 a channel beside that
+        rounding. The gradient with respect to x is the identity.
     """
     return _StraightThrough.apply(x, token_threshold(x, k, magnitudes=magnitudes, width=width))
 

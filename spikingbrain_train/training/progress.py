@@ -16,6 +16,7 @@ _FIELDS: dict[str, Callable[[float], str]] = {
     "train/tokens_per_second": lambda value: f"{value:,.0f} tokens/s",
     "train/mfu": lambda value: f"MFU {100 * value:.1f}%",
     "train/memory_gib": lambda value: f"{value:.1f} GiB",
+    "spiking/k": lambda value: f"k {value:.3g}",
     "valid/cross_entropy": lambda value: f"held-out CE {value:.4f}",
 }
 _REFRESH_SECONDS = 0.2

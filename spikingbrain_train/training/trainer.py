@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from spikingbrain_train.config.checkpoint_folder import (
     CHECKPOINT_FOLDER,
     HF_SOURCE_FOLDER,
@@ -18,6 +20,7 @@ from spikingbrain_train.data.gpt_dataset import build_datasets
 from spikingbrain_train.data.loader import MicroBatch, WholeBatch, build_data_loader, local_micro_batch
 from spikingbrain_train.data.tokenizers import load_tokenizer
 from spikingbrain_train.evaluation.held_out import held_out_cross_entropy
+from spikingbrain_train.models.spiking_linear import collect_spike_statistics, set_spike_k
 from spikingbrain_train.models.transformer_config import PARAMS_DTYPE
 from spikingbrain_train.parallel.accelerator import detect
 from spikingbrain_train.parallel.kernels import describe_kernels, resolve_kernels
@@ -35,6 +38,7 @@ from spikingbrain_train.training.metrics import MetricsLogger
 from spikingbrain_train.training.optimizer import build_optimizer, build_scheduler
 from spikingbrain_train.training.pretraining import ContinualPretraining
 from spikingbrain_train.training.progress import ProgressPrinter
+from spikingbrain_train.training.spike_annealing import spike_k
 from spikingbrain_train.training.stage_step import StageStep
 from spikingbrain_train.training.throughput import (
     ThroughputTimer,
@@ -143,6 +147,7 @@ class Trainer:
 
     def _train_step(self, batches: Iterator[MicroBatch]) -> dict[str, float]:
         config, state = self.config, self.state
+        spiking = self._set_spike_k()
         self.model.zero_grad_buffer()
         state.optimizer.zero_grad()
         metrics = self.step.forward_backward(self.model, batches, self.num_microbatches)
@@ -158,7 +163,15 @@ class Trainer:
         state.consumed_samples += config.stage.global_batch_size
         metrics["train/grad_norm"] = float(grad_norm) if grad_norm is not None else 0.0
         metrics["train/learning_rate"] = self._learning_rate()
-        return metrics
+        return metrics | spiking
+
+    def _set_spike_k(self) -> dict[str, float]:
+        """Give the model the k of the current iteration; returns it as a metric."""
+        if not self.config.model.spiking.projections:
+            return {}
+        k = spike_k(self.config.stage.spike_annealing, self.config.model.spiking, self.state.iteration)
+        set_spike_k(self.state.model, k)
+        return {"spiking/k": k}
 
     def _learning_rate(self) -> float:
         """The rate of parameters that the source already had, or of the new ones where only those train."""
@@ -169,6 +182,7 @@ class Trainer:
         if self.valid_dataset is None:
             return
         stage = self.config.stage
+        metrics = self._set_spike_k()
         loader = build_data_loader(
             self.valid_dataset,
             consumed_samples=0,
@@ -177,15 +191,22 @@ class Trainer:
             data_parallel_size=self.groups.data_parallel_size,
         )
         per_step = stage.micro_batch_size * self.groups.data_parallel_size
-        cross_entropy = held_out_cross_entropy(
-            self.state.model,
-            self._local(loader, self.config.model.num_sink_tokens),
-            -(-len(self.valid_dataset) // per_step),
-            seq_length=stage.seq_length,
-            micro_batch_size=stage.micro_batch_size,
-            groups=self.groups,
-        )
-        self._report({"valid/cross_entropy": cross_entropy})
+        with collect_spike_statistics(self.state.model, self.groups.device) as spikes:
+            cross_entropy = held_out_cross_entropy(
+                self.state.model,
+                self._local(loader, self.config.model.num_sink_tokens),
+                -(-len(self.valid_dataset) // per_step),
+                seq_length=stage.seq_length,
+                micro_batch_size=stage.micro_batch_size,
+                groups=self.groups,
+            )
+        if metrics:
+            torch.distributed.all_reduce(spikes.histogram)
+            metrics |= {
+                "spiking/sparsity": spikes.sparsity(),
+                "spiking/share_up_to_7": spikes.share_up_to(7),
+            }
+        self._report(metrics | {"valid/cross_entropy": cross_entropy})
 
     def _save(self) -> None:
         folder = save_checkpoint(self.checkpoints, self.state, self.config, self.groups, self._hf_source())
@@ -216,6 +237,7 @@ class Trainer:
 
     def _prepare(self) -> None:
         """Let the stage set what it can in closed form, and the optimizer's fp32 weights follow."""
+        self._set_spike_k()
         self.step.prepare(self.state.model, self._train_batches(consumed_samples=0), self.num_microbatches)
         self.state.optimizer.reload_model_params()
 
