@@ -1,8 +1,10 @@
-"""Causal softmax attention, full or over a sliding window (SpikingBrain, arXiv 2509.05276, eq. 1-2).
+"""Causal softmax attention, full or over a sliding window (SpikingBrain, arXiv 2509.05276, eq. 1-2), with
+sink tokens and several documents in a sequence.
 
 To understand it, read ``reference`` first (the definition), then ``blocked`` (what runs on CPU).
 """
 
 from spikingbrain_train.ops.sliding_window_attention.dispatch import sliding_window_attention
+from spikingbrain_train.ops.sliding_window_attention.torch_sdpa import bidirectional_attention
 
-__all__ = ["sliding_window_attention"]
+__all__ = ["bidirectional_attention", "sliding_window_attention"]

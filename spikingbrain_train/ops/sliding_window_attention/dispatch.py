@@ -3,26 +3,36 @@ backend."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from spikingbrain_train.ops.backends import has_package, require_gpu, require_package, unknown_backend
 from spikingbrain_train.ops.sliding_window_attention.blocked import blocked_sliding_window_attention
-from spikingbrain_train.ops.sliding_window_attention.gpu_kernels import (
-    flash_attn_sliding_window_attention,
-    flex_sliding_window_attention,
+from spikingbrain_train.ops.sliding_window_attention.documents import (
+    Documents,
+    as_documents,
+    for_each_document,
 )
+from spikingbrain_train.ops.sliding_window_attention.flash import (
+    flash_attn_can,
+    flash_attn_sliding_window_attention,
+)
+from spikingbrain_train.ops.sliding_window_attention.flex import flex_sliding_window_attention
 from spikingbrain_train.ops.sliding_window_attention.reference import reference_sliding_window_attention
 from spikingbrain_train.ops.sliding_window_attention.torch_sdpa import sdpa_sliding_window_attention
 
-_RUN = {
+_ONE_DOCUMENT = {
     "reference": reference_sliding_window_attention,
     "blocked": blocked_sliding_window_attention,
     "sdpa": sdpa_sliding_window_attention,
+}
+_ANY_DOCUMENTS = {
     "flash_attn": flash_attn_sliding_window_attention,
     "flex": flex_sliding_window_attention,
 }
-BACKENDS = ("auto", *_RUN)
+BACKENDS = ("auto", *_ONE_DOCUMENT, *_ANY_DOCUMENTS)
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -34,48 +44,77 @@ def sliding_window_attention(
     window: int | None,
     scale: float | None = None,
     backend: str = "auto",
+    num_sink_tokens: int = 0,
+    cu_seqlens_q: Sequence[int] | Tensor | None = None,
+    cu_seqlens_k: Sequence[int] | Tensor | None = None,
 ) -> Tensor:
-    """Causal softmax attention in which query t sees keys ``t - window + 1 .. t``.
+    """Causal softmax attention: a query at text key t sees all sinks and text ``t - window + 1 .. t``.
 
     Source: SpikingBrain, arXiv 2509.05276, eq. 1 (full) and eq. 2 (window). Head h reads group ``h // (H //
     G)``. Positions must be encoded into q and k before (RoPE).
 
+    Keys are ``num_sink_tokens`` sinks followed by Tk >= Tq keys of text. The last query stands at the last
+    key, as in flash-attn: query i at text key ``Tk - Tq + i``. With ``cu_seqlens_q`` and ``cu_seqlens_k`` the
+    text is several documents that do not see each other; the last query of each stands at its last key, and
+    all of them see all sinks.
+
     Args:
-        q: queries [B, T, H, K], floating point.
-        k: keys [B, T, G, K] in q's dtype; H is a multiple of G.
-        v: values [B, T, G, V] in q's dtype.
-        window: number of keys that a query sees, itself included; None or at least T is full causal
+        q: queries [B, Tq, H, K], floating point.
+        k: keys [B, num_sink_tokens + Tk, G, K] in q's dtype; H is a multiple of G.
+        v: values [B, num_sink_tokens + Tk, G, V] in q's dtype.
+        window: number of text keys that a query sees, its own included; None or at least Tk is full causal
             attention.
         scale: factor of the scores, K ** -0.5 by default.
         backend: ``reference`` (masked softmax, slow), ``blocked`` (O(T * window) work, O(T) memory, made for
-            CPU), ``sdpa`` (torch; a short window costs a T x T mask), ``flash_attn`` and ``flex`` (GPU), or
-            ``auto``: blocked on CPU; on a GPU flash_attn where it is installed and fits the dtype, else sdpa
-            for full causal attention and flex for windows.
+            CPU), ``sdpa`` (torch; a short window costs a Tq x Tk mask), ``flash_attn`` and ``flex`` (GPU), or
+            ``auto``: blocked on CPU; on a GPU flash_attn where it is installed and can express the dtype and
+            the sinks, else sdpa for full causal attention and flex for windows and documents.
+        num_sink_tokens: keys in front of the text that every query sees.
+        cu_seqlens_q: bounds of the documents among the queries [0, ..., Tq], integers; B must be 1. A tensor
+            on a GPU is waited for.
+        cu_seqlens_k: bounds of the same documents among the text keys [0, ..., Tk]. A document may have keys
+            without queries, but no queries without keys.
 
     Returns:
-        o [B, T, H, V] in q's dtype.
+        o [B, Tq, H, V] in q's dtype.
 
     Raises:
-        ValueError: shapes, dtypes, the window or the backend name do not fit.
+        ValueError: shapes, dtypes, the window, the bounds or the backend name do not fit, or flash_attn is
+            asked for a window and sinks together.
         PlatformError: the backend asked for needs a package or a GPU that is missing.
     """
-    _check(q, k, v, window)
+    _check(q, k, v, window, num_sink_tokens)
+    Tq, Tk = q.shape[1], k.shape[1] - num_sink_tokens
+    documents = as_documents(cu_seqlens_q, cu_seqlens_k, B=q.shape[0], Tq=Tq, Tk=Tk)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _RUN[_resolve(backend, q, window)](q, k, v, window=window, scale=scale)
+    name = _resolve(backend, q, Tk, window, num_sink_tokens, documents)
+    if name in _ANY_DOCUMENTS:
+        return _ANY_DOCUMENTS[name](
+            q, k, v, window=window, scale=scale, num_sink_tokens=num_sink_tokens, documents=documents
+        )
+    run = _ONE_DOCUMENT[name]
+    if documents is None:
+        return run(q, k, v, window=window, scale=scale, num_sink_tokens=num_sink_tokens)
+    return for_each_document(
+        run, q, k, v, documents, window=window, scale=scale, num_sink_tokens=num_sink_tokens
+    )
 
 
-def _resolve(backend: str, q: Tensor, window: int | None) -> str:
+def _resolve(
+    backend: str, q: Tensor, Tk: int, window: int | None, num_sink_tokens: int, documents: Documents | None
+) -> str:
     setting = f"softmax_attention={backend}"
     if backend not in BACKENDS:
         raise unknown_backend(setting, BACKENDS)
     on_gpu = q.device.type == "cuda"
+    can_flash = flash_attn_can(window, Tk, num_sink_tokens)
     if backend == "auto":
         if not on_gpu:
             return "blocked"
-        if has_package("flash_attn") and q.dtype in _HALF:
+        if has_package("flash_attn") and q.dtype in _HALF and can_flash:
             return "flash_attn"
-        return "sdpa" if window is None or window >= q.shape[1] else "flex"
-    if backend in ("flash_attn", "flex"):
+        return "sdpa" if documents is None and (window is None or window >= Tk) else "flex"
+    if backend in _ANY_DOCUMENTS:
         require_gpu(q.device.type, setting)
     if backend == "flash_attn":
         require_package("flash_attn", "flash-attn", setting)
@@ -83,22 +122,32 @@ def _resolve(backend: str, q: Tensor, window: int | None) -> str:
             raise ValueError(
                 f"{setting} needs float16 or bfloat16, not {q.dtype}: choose auto or train in bfloat16."
             )
+        if not can_flash:
+            raise ValueError(
+                f"{setting} cannot combine {num_sink_tokens} sink tokens with a window of {window}: choose "
+                "auto or flex."
+            )
     return backend
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None, num_sink_tokens: int) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != 4:
             raise ValueError(
                 f"{name} must have four dimensions [B, T, heads or groups, dim], not {list(x.shape)}."
             )
-    B, T, H, K = q.shape
-    G, V = v.shape[2:]
-    if T == 0:
-        raise ValueError("sliding_window_attention needs at least one token: T is 0.")
+    B, Tq, H, K = q.shape
+    S, G, V = v.shape[1:]
+    if Tq == 0:
+        raise ValueError("sliding_window_attention needs at least one query: T is 0.")
+    if num_sink_tokens < 0 or S - num_sink_tokens < Tq:
+        raise ValueError(
+            f"v holds {S} tokens: too few for num_sink_tokens={num_sink_tokens} and a key for each "
+            f"of {Tq} queries."
+        )
     if G == 0 or H % G:
         raise ValueError(f"The number of query heads ({H}) must be a multiple of the number of groups ({G}).")
-    for name, x, expected in (("k", k, (B, T, G, K)), ("v", v, (B, T, G, V))):
+    for name, x, expected in (("k", k, (B, S, G, K)), ("v", v, (B, S, G, V))):
         if x.shape != expected:
             raise ValueError(f"{name} must be {list(expected)} to go with q and v, not {list(x.shape)}.")
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
