@@ -145,6 +145,19 @@ class ParallelLinearBackend(str, Enum):
     """megatron-core's own parallel linears."""
 
 
+class ExpertBackend(str, Enum):
+    """Who multiplies the routed experts of a mixture-of-experts layer."""
+
+    auto = "auto"
+    """transformer_engine where parallel_linear is, else grouped_gemm if it is installed, else sequential."""
+    transformer_engine = "transformer_engine"
+    """One grouped GEMM of Transformer Engine for all experts of a rank; needs its parallel linears."""
+    grouped_gemm = "grouped_gemm"
+    """One grouped GEMM of the grouped_gemm package (GPU, megatron-core 0.16, no spikes inside experts)."""
+    sequential = "sequential"
+    """One expert after the other, with the classes of parallel_linear."""
+
+
 @dataclass
 class KernelConfig:
     """Which library does the heavy work. ``auto`` falls back and logs it; a missing name is an error."""
@@ -155,6 +168,8 @@ class KernelConfig:
     """Backend of full and sliding-window layers."""
     parallel_linear: ParallelLinearBackend = ParallelLinearBackend.auto
     """Backend of the projections."""
+    experts: ExpertBackend = ExpertBackend.auto
+    """Backend of routed experts."""
 
 
 @dataclass

@@ -14,13 +14,13 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from spikingbrain_train.config.model import Mixer, ModelConfig, SpikingProjection
+from spikingbrain_train.config.model import FeedForward, Mixer, ModelConfig, SpikingProjection
 from spikingbrain_train.config.parallel import ContextParallelConfig, KernelConfig
+from spikingbrain_train.models.feed_forward import feed_forward_spec
 from spikingbrain_train.models.mixers.gated_linear_attention import (
     GatedLinearAttention,
     LowRankDownProjection,
@@ -108,22 +108,13 @@ SELF_ATTENTION: dict[Mixer, Callable[[MixerBuild], ModuleSpec]] = {
 """The registry of mixers: what stands in for ``self_attention`` in a layer of each kind."""
 
 
-def mlp_spec(linears: ParallelLinears) -> ModuleSpec | partial:
-    """SwiGLU feed-forward (megatron-core 0.19 wants a builder where 0.16 wants a ModuleSpec)."""
-    submodules = MLPSubmodules(
-        linear_fc1=linears.column(SpikingProjection.mlp_fc1),
-        linear_fc2=linears.row(SpikingProjection.mlp_fc2),
-    )
-    if hasattr(MLP, "as_mlp_submodule"):
-        return partial(MLP.as_mlp_submodule, submodules=submodules)
-    return ModuleSpec(module=MLP, submodules=submodules)
-
-
 def layer_spec(
     mixer: Mixer,
     model: ModelConfig,
     kernels: KernelConfig,
     context_parallel: ContextParallelConfig | None = None,
+    *,
+    feed_forward: FeedForward = FeedForward.dense,
 ) -> ModuleSpec:
     """One decoder layer: norm, mixer, residual, norm, feed-forward, residual.
 
@@ -132,6 +123,7 @@ def layer_spec(
         model: architecture of the whole decoder.
         kernels: resolved kernel choices.
         context_parallel: how mixers work on split sequences; None takes the defaults.
+        feed_forward: the layer's feed-forward.
     """
     linears = ParallelLinears(kernels.parallel_linear, model.spiking)
     build = MixerBuild(model, kernels, context_parallel or ContextParallelConfig(), linears)
@@ -142,7 +134,7 @@ def layer_spec(
             self_attention=SELF_ATTENTION[mixer](build),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=mlp_spec(linears),
+            mlp=feed_forward_spec(feed_forward, kernels, linears),
             mlp_bda=get_bias_dropout_add,
         ),
     )
@@ -164,8 +156,11 @@ def block_spec(
         num_layers: layers of the stage.
         context_parallel: as in :func:`layer_spec`.
     """
-    mixers = model.layer_mixers()[first_layer : first_layer + num_layers]
+    layers = list(zip(model.layer_mixers(), model.layer_feed_forwards(), strict=True))
     return TransformerBlockSubmodules(
-        layer_specs=[layer_spec(mixer, model, kernels, context_parallel) for mixer in mixers],
+        layer_specs=[
+            layer_spec(mixer, model, kernels, context_parallel, feed_forward=feed_forward)
+            for mixer, feed_forward in layers[first_layer : first_layer + num_layers]
+        ],
         layer_norm=RMSNorm,
     )

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from megatron.core.transformer import TransformerConfig
 
-from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.config.model import FeedForward, ModelConfig
 from spikingbrain_train.config.parallel import ParallelConfig, Recompute
 from spikingbrain_train.config.run import Precision
 
 PARAMS_DTYPE = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 """The dtype of weights and activations for each precision."""
+
+
+@dataclass
+class HybridTransformerConfig(TransformerConfig):
+    """TransformerConfig with what megatron-core has no field for."""
+
+    recompute: Recompute = Recompute.none
+    """Activation recomputation; those levels that our modules carry out themselves read it."""
 
 
 def transformer_config(
@@ -20,7 +31,7 @@ def transformer_config(
     *,
     on_cpu: bool,
     initialize: bool = True,
-) -> TransformerConfig:
+) -> HybridTransformerConfig:
     """Describe the decoder to megatron-core.
 
     Args:
@@ -31,14 +42,7 @@ def transformer_config(
         initialize: fill the weights; False when a checkpoint is about to be loaded.
     """
     dtype = PARAMS_DTYPE[precision]
-    recompute = {}
-    if parallel.recompute is Recompute.full:
-        recompute = {
-            "recompute_granularity": "full",
-            "recompute_method": "uniform",
-            "recompute_num_layers": 1,
-        }
-    return TransformerConfig(
+    return HybridTransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
@@ -60,6 +64,7 @@ def transformer_config(
         use_cpu_initialization=on_cpu,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -69,5 +74,47 @@ def transformer_config(
         apply_rope_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
-        **recompute,
+        recompute=parallel.recompute,
+        **_RECOMPUTE.get(parallel.recompute, {}),
+        **_mixture_of_experts(model, parallel),
     )
+
+
+_RECOMPUTE: dict[Recompute, dict[str, Any]] = {
+    Recompute.full: {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    },
+    Recompute.moe_layer: {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
+    Recompute.moe_feed_forward: {
+        "recompute_granularity": "selective",
+        "recompute_modules": ["shared_experts"],
+    },
+}
+"""What megatron-core itself computes again; our router and experts do the rest (models/moe)."""
+
+
+def _mixture_of_experts(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
+    """Nothing for a model without experts, also where another one of the run has them (a dense teacher)."""
+    kinds, moe = model.layer_feed_forwards(), model.moe
+    if FeedForward.moe not in kinds:
+        return {}
+    width = model.expert_ffn_hidden_size
+    return {
+        "num_moe_experts": moe.num_experts,
+        "moe_layer_freq": [int(kind is FeedForward.moe) for kind in kinds],
+        "moe_ffn_hidden_size": width,
+        "moe_shared_expert_intermediate_size": moe.num_shared_experts * width or None,
+        "moe_router_topk": moe.router_topk,
+        "moe_router_pre_softmax": True,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "seq_aux_loss",
+        "moe_aux_loss_coeff": moe.aux_loss_coeff,
+        "moe_z_loss_coeff": moe.z_loss_coeff,
+        "moe_expert_capacity_factor": moe.capacity_factor,
+        "moe_pad_expert_input_to_capacity": moe.pad_to_capacity,
+        "moe_token_dispatcher_type": "alltoall",
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
+    }

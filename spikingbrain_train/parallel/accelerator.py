@@ -31,13 +31,14 @@ OPTIONAL_PACKAGES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "apex": ("apex",),
         "flash_attn": ("flash-attn", "flash_attn"),
         "fla": ("flash-linear-attention", "fla-core"),
+        "grouped_gemm": ("grouped-gemm", "nv-grouped-gemm"),
         "triton": ("triton",),
         "deepspeed": ("deepspeed",),
     }
 )
 
 # These import on a CPU-only machine but their kernels run on GPUs alone.
-GPU_ONLY_PACKAGES = frozenset({"transformer_engine", "apex", "flash_attn", "fla", "triton"})
+GPU_ONLY_PACKAGES = frozenset({"transformer_engine", "apex", "flash_attn", "fla", "grouped_gemm", "triton"})
 
 
 @dataclass(frozen=True)

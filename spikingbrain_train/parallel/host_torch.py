@@ -37,6 +37,10 @@ class HostStream:
     def synchronize(self) -> None:
         """Nothing is pending."""
 
+    def record_event(self) -> HostStream:
+        """An event that has happened: something with a ``synchronize`` that need not wait."""
+        return self
+
 
 HOST_STREAM = HostStream()
 

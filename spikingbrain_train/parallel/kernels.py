@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from spikingbrain_train.config.errors import PlatformError
 from spikingbrain_train.config.parallel import (
     AcceleratorKind,
+    ExpertBackend,
     KernelConfig,
     LinearAttentionBackend,
     ParallelLinearBackend,
     SoftmaxAttentionBackend,
 )
 from spikingbrain_train.parallel.accelerator import Accelerator
+from spikingbrain_train.parallel.megatron_versions import HAS_GROUPED_MLP, MEGATRON_VERSION
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,10 @@ _NEEDS: dict[str, dict[str, _Need]] = {
     "gated_linear_attention": {"fla": _Need("fla", gpu=True)},
     "softmax_attention": {"flash_attn": _Need("flash_attn", gpu=True), "flex": _Need(gpu=True)},
     "parallel_linear": {"transformer_engine": _Need("transformer_engine", gpu=True)},
+    "experts": {
+        "transformer_engine": _Need("transformer_engine", gpu=True),
+        "grouped_gemm": _Need("grouped_gemm", gpu=True),
+    },
 }
 
 
@@ -49,10 +55,12 @@ def resolve_kernels(kernels: KernelConfig, accelerator: Accelerator) -> KernelCo
             raise PlatformError(f"{setting} needs a GPU; choose auto.")
         if need.package is not None:
             accelerator.require(need.package, setting)
+    parallel_linear = _parallel_linear(kernels.parallel_linear, accelerator)
     return KernelConfig(
         gated_linear_attention=_linear_attention(kernels.gated_linear_attention, accelerator),
         softmax_attention=_softmax_attention(kernels.softmax_attention, accelerator),
-        parallel_linear=_parallel_linear(kernels.parallel_linear, accelerator),
+        parallel_linear=parallel_linear,
+        experts=_experts(kernels.experts, parallel_linear, accelerator),
     )
 
 
@@ -60,7 +68,8 @@ def describe_kernels(kernels: KernelConfig) -> str:
     """One line for the log."""
     return (
         f"kernels: gated linear attention {kernels.gated_linear_attention.value}, softmax attention "
-        f"{kernels.softmax_attention.value}, parallel linears {kernels.parallel_linear.value}"
+        f"{kernels.softmax_attention.value}, parallel linears {kernels.parallel_linear.value}, experts "
+        f"{kernels.experts.value}"
     )
 
 
@@ -87,3 +96,26 @@ def _parallel_linear(choice: ParallelLinearBackend, accelerator: Accelerator) ->
     if accelerator.kind is AcceleratorKind.cuda and accelerator.has("transformer_engine"):
         return ParallelLinearBackend.transformer_engine
     return ParallelLinearBackend.megatron
+
+
+def _experts(
+    choice: ExpertBackend, parallel_linear: ParallelLinearBackend, accelerator: Accelerator
+) -> ExpertBackend:
+    on_transformer_engine = parallel_linear is ParallelLinearBackend.transformer_engine
+    if choice is ExpertBackend.transformer_engine and not on_transformer_engine:
+        raise PlatformError(
+            "cluster.kernels.experts=transformer_engine needs cluster.kernels.parallel_linear="
+            f"transformer_engine, which is {parallel_linear.value}; choose auto."
+        )
+    if choice is ExpertBackend.grouped_gemm and not HAS_GROUPED_MLP:
+        raise PlatformError(
+            f"cluster.kernels.experts=grouped_gemm needs megatron-core 0.16, but {MEGATRON_VERSION} is "
+            "installed; choose auto."
+        )
+    if choice is not ExpertBackend.auto:
+        return choice
+    if on_transformer_engine:
+        return ExpertBackend.transformer_engine
+    if accelerator.has("grouped_gemm") and HAS_GROUPED_MLP:
+        return ExpertBackend.grouped_gemm
+    return ExpertBackend.sequential

@@ -200,3 +200,20 @@ def _cuda_type_names() -> Iterator[None]:
         yield
     finally:
         del torch.Tensor.type  # the inherited method shows again
+
+
+@_patch(
+    changes="moe_utils.maybe_move_tensor_to_cpu turns tensors that already are on the CPU into NumPy arrays",
+    reason="the all-to-all dispatcher asks for split sizes as arrays while it copies them from the GPU; left "
+    "as tensors they are refused by all_to_all_single",
+)
+def _split_sizes_as_arrays() -> None:
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher  # noqa: F401  (it imports the name)
+
+    move = moe_utils.maybe_move_tensor_to_cpu
+
+    @functools.wraps(move)
+    def maybe_move_tensor_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    _replace_everywhere(move, maybe_move_tensor_to_cpu)

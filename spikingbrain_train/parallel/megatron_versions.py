@@ -13,6 +13,12 @@ same in both for our purposes needs nothing here: ``get_megatron_optimizer(confi
 - ``metadata.json``: 0.19 leaves out ``common_backend``, which 0.16.1 looks for.
 - A failing read or write: torch's ``CheckpointException`` is a ``BaseException`` in both and is turned into
   megatron-core's ``CheckpointingException`` here.
+- Experts in one grouped GEMM: 0.16.1 has a ``GroupedMLP`` on the package grouped_gemm beside Transformer
+  Engine's, later versions only the latter.
+- The ``mlp`` and the parts of a mixture of experts are ModuleSpecs in 0.16.1 and callables that build them in
+  0.19 (models/feed_forward.py).
+- The balancing losses of megatron-core's own router: under tensor and context parallelism 0.16.1 scales them
+  down by the number of ranks; ours is the same in both (models/moe/router.py).
 - 0.19 logs that ``GPTModel`` and parts of ``dist_checkpointing`` will be removed.
 """
 
@@ -36,6 +42,9 @@ from spikingbrain_train.parallel.checkpoint_metadata import check_shards_are_who
 
 MEGATRON_VERSION = Version(version("megatron-core"))
 OLDEST, FIRST_UNTESTED = Version("0.16.1"), Version("0.20")
+
+HAS_GROUPED_MLP = MEGATRON_VERSION.release < (0, 17)
+"""Whether it has experts on the package grouped_gemm."""
 
 COMMON_STATE_FILE = "common.pt"
 _COMMON_STATE_IN_FILE = MEGATRON_VERSION.release < (0, 17)

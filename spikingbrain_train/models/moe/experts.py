@@ -1,0 +1,155 @@
+"""The feed-forwards of a mixture-of-experts layer, with the recomputation levels of SpikingBrain.
+
+Routed experts come in three forms with the same mathematics and the same keys in checkpoints: one after the
+other (any platform), Transformer Engine's grouped GEMM, and the grouped_gemm package's through megatron-core
+0.16's GroupedMLP (GPUs without Transformer Engine).
+
+Levels (SpikingBrain, arXiv 2509.05276, section 4.1). ``moe_activation`` keeps the output of the first
+projection and computes the activation again; ``moe_feed_forward`` keeps only an expert's input. The router's
+part of the first level is in :mod:`~spikingbrain_train.models.moe.router`; the shared expert's part of the
+second and whole layers are megatron-core's ``recompute_modules`` (see transformer_config).
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl, weighted_bias_swiglu_impl
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe import experts as megatron_experts
+from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from torch import Tensor
+
+from spikingbrain_train.config.parallel import Recompute
+from spikingbrain_train.models.transformer_config import HybridTransformerConfig
+
+
+def _swiglu(gate_up: Tensor, scale: Tensor | None, *, fused: bool) -> Tensor:
+    """silu(gate) * up, times ``scale`` [tokens] where tokens are weighted, in the dtype of ``gate_up``."""
+    if fused and scale is not None:
+        return weighted_bias_swiglu_impl(gate_up, None, scale.unsqueeze(-1), False)
+    if fused:
+        return bias_swiglu_impl(gate_up, None)
+    gate, up = gate_up.chunk(2, dim=-1)
+    activation = torch.nn.functional.silu(gate) * up
+    return activation if scale is None else (activation * scale.unsqueeze(-1)).to(gate_up.dtype)
+
+
+def _forward_with_recomputed_activation(mlp: MLP, hidden: Tensor, scale: Tensor | None = None) -> Tensor:
+    """``mlp(hidden, scale)`` whose activation is freed after the second projection and computed again for
+    its backward pass."""
+    gate_up, _ = mlp.linear_fc1(hidden)
+    # None says "no FP8": megatron-core asks `fp8 is not None`.
+    checkpoint = CheckpointWithoutOutput(fp8=None)
+    swiglu = partial(_swiglu, fused=mlp.config.bias_activation_fusion)
+    activation = checkpoint.checkpoint(swiglu, gate_up, scale)
+    output, _ = mlp.linear_fc2(activation)
+    checkpoint.discard_output_and_register_recompute(output)
+    return output
+
+
+class _RoutedExperts(torch.nn.Module):
+    """What all forms of routed experts have in common; stands before megatron-core's class."""
+
+    config: HybridTransformerConfig
+
+    def forward(
+        self, hidden: Tensor, tokens_per_expert: Tensor, probs: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """The experts of this rank on the tokens sent to it.
+
+        Args:
+            hidden: [tokens, hidden_size], sorted by expert.
+            tokens_per_expert: [local experts] int64, on the CPU.
+            probs: [tokens] float32 weight of each token's output.
+        """
+        if self.config.recompute is Recompute.moe_feed_forward and self.training:
+            return tensor_parallel.checkpoint(super().forward, False, hidden, tokens_per_expert, probs)
+        return super().forward(hidden, tokens_per_expert, probs)
+
+    def _mark_parameters(self) -> None:
+        """Hand the weights to megatron-core's expert data-parallel groups and expert optimizer.
+
+        megatron-core does so only where experts are spread over ranks. Doing it always gives optimizer states
+        of the same form at every degree, and sums the gradients over tensor-parallel ranks that hold the same
+        whole experts (expert_tensor_parallel_size=1).
+        """
+        for parameter in self.parameters():
+            parameter.allreduce = False  # type: ignore[attr-defined]
+
+
+class SequentialExperts(_RoutedExperts, SequentialMLP):
+    """One expert after the other.
+
+    On the CPU their initial weights do not depend on how experts are spread: every rank draws those of all
+    experts and keeps its own. On GPUs each rank draws its own, as it does for its share of a dense layer.
+    """
+
+    local_experts: torch.nn.ModuleList
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: HybridTransformerConfig,
+        submodules: MLPSubmodules,
+        pg_collection: ProcessGroupCollection,
+        **kwargs: Any,  # 0.19 adds a name
+    ) -> None:
+        draws_all = config.use_cpu_initialization and config.perform_initialization
+        number = config.num_moe_experts if draws_all else num_local_experts
+        super().__init__(number, config, submodules, pg_collection=pg_collection, **kwargs)
+        if draws_all:
+            first = pg_collection.ep.rank() * num_local_experts
+            own = list(self.local_experts)[first : first + num_local_experts]
+            self.local_experts = torch.nn.ModuleList(own)
+            self.num_local_experts = num_local_experts
+        self._mark_parameters()
+
+    def forward(
+        self, hidden: Tensor, tokens_per_expert: Tensor, probs: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """See :class:`_RoutedExperts`."""
+        if self.config.recompute is not Recompute.moe_activation or not self.training:
+            return super().forward(hidden, tokens_per_expert, probs)
+        sizes = tokens_per_expert.tolist()
+        inputs = zip(self.local_experts, hidden.split(sizes), probs.split(sizes), strict=True)
+        return torch.cat([_forward_with_recomputed_activation(*each) for each in inputs]), None
+
+
+class TEGroupedExperts(_RoutedExperts, TEGroupedMLP):
+    """All experts of a rank in one grouped GEMM of Transformer Engine."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.activation_recompute = self.config.recompute is Recompute.moe_activation
+        self._mark_parameters()
+
+
+if hasattr(megatron_experts, "GroupedMLP"):  # 0.16; later versions know Transformer Engine's form only
+
+    class GroupedGemmExperts(_RoutedExperts, megatron_experts.GroupedMLP):
+        """All experts of a rank in one grouped GEMM of the grouped_gemm package. Holds the weights itself, so
+        it has no linear layers that could encode spikes."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.activation_recompute = self.config.recompute is Recompute.moe_activation
+            self._mark_parameters()
+
+
+class SharedExperts(SharedExpertMLP):
+    """The experts that every token visits, as one wide SwiGLU without a gate."""
+
+    config: HybridTransformerConfig
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[T, B, hidden_size] -> the same shape."""
+        if self.config.recompute is Recompute.moe_activation and self.training:
+            return _forward_with_recomputed_activation(self, hidden_states)
+        return super().forward(hidden_states)
