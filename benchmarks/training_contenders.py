@@ -125,7 +125,7 @@ def _share_weights(model: torch.nn.Module, file: Path) -> None:
 def _transformers_model(setting: Setting, dtype: torch.dtype) -> torch.nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from spikingbrain_train.conversion.hf_config import hf_config
+    from spikingbrain_train.conversion.export_config import hf_config
 
     if setting.hf_folder is not None:
         config = AutoConfig.from_pretrained(setting.hf_folder)

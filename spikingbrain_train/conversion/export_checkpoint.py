@@ -17,22 +17,17 @@ from spikingbrain_train.config.load import load_model_config
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.model_checks import check_model
 from spikingbrain_train.conversion.companion_files import copy_companion_files, has_tokenizer
-from spikingbrain_train.conversion.hf_config import (
-    CONFIG_FILE,
-    GLA_SWA,
-    export_family,
-    hf_config,
-    load_config_json,
-)
+from spikingbrain_train.conversion.export_config import export_family, hf_config
+from spikingbrain_train.conversion.hf_config import CONFIG_FILE, GLA_SWA, load_config_json
 from spikingbrain_train.conversion.mapping import Parameter, model_parameters
 from spikingbrain_train.conversion.megatron_checkpoint import MegatronCheckpointReader, resolve_checkpoint
 from spikingbrain_train.conversion.output_folder import check_output_folder, complete_folder
-from spikingbrain_train.conversion.report import ConversionReport, describe_mixers
+from spikingbrain_train.conversion.report import ConversionReport, describe_layers
 from spikingbrain_train.conversion.safetensors_io import DTYPE_CODES, SafetensorsWriter, TensorSpec
 from spikingbrain_train.hf import modelling_files
 
 DEFAULT_SHARD_SIZE = 5 * 10**9
-_MODEL_PREFIXES = ("embedding.", "decoder.", "output_layer.")
+_MODEL_PREFIXES = ("embedding.", "sink_embedding.", "decoder.", "output_layer.")
 
 
 def export_checkpoint(
@@ -47,7 +42,8 @@ def export_checkpoint(
     """Write a Megatron checkpoint as a Hugging Face folder: safetensors, config, tokenizer, modelling code of
     a hybrid.
 
-    A dense model goes back to the family it came from, bit for bit. Tensors stream one by one.
+    A dense model goes back to the family it came from, bit for bit. Tensors stream one by one. Spikes are
+    left out, with a note in the report: they add no weights, and no format has a setting for them.
 
     Args:
         checkpoint: a run folder (its newest checkpoint is taken) or one ``iter_*`` folder.
@@ -58,8 +54,8 @@ def export_checkpoint(
         progress: draw a progress bar on a terminal.
 
     Raises:
-        CheckpointError: the checkpoint is incomplete, damaged or of another architecture, or the output
-    cannot be written.
+        CheckpointError: the checkpoint is incomplete, damaged or of another architecture, no Hugging Face
+            format holds it, or the output cannot be written.
     """
     started = time.monotonic()
     folder = resolve_checkpoint(checkpoint)
@@ -84,10 +80,15 @@ def export_checkpoint(
         source=str(folder),
         output=str(output),
         architecture=family.architecture,
-        mixers=describe_mixers(model),
+        layers=describe_layers(model),
         dry_run=False,
         bytes=sum(spec.nbytes for spec in specs),
     )
+    if model.spiking.projections:
+        report.notes.append(
+            "the model encodes activations as spikes, for which the format has no setting; the export "
+            "computes without them"
+        )
     check_output_folder(
         output, source=folder, overwrite=overwrite, marker=CONFIG_FILE, needed_bytes=report.bytes
     )

@@ -1,4 +1,4 @@
-"""config.json of a Hugging Face checkpoint <-> :class:`ModelConfig`.
+"""config.json of a Hugging Face checkpoint -> :class:`ModelConfig`.
 
 Reading refuses, with a sentence, every setting that the model would compute differently; it never guesses.
 """
@@ -13,9 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from spikingbrain_train.config.errors import CheckpointError
-from spikingbrain_train.config.model import GatedLinearAttentionConfig, Mixer, ModelConfig, RopeScalingConfig
-from spikingbrain_train.conversion.mapping import GLA_SWA_NAMES, LLAMA_NAMES
-from spikingbrain_train.hf import ARCHITECTURES, AUTO_MAP
+from spikingbrain_train.config.model import (
+    GatedLinearAttentionConfig,
+    Mixer,
+    ModelConfig,
+    RopeScalingConfig,
+)
+from spikingbrain_train.conversion.hf_names import GLA_SWA_NAMES, LLAMA_NAMES
+from spikingbrain_train.hf import ARCHITECTURES
 
 CONFIG_FILE = "config.json"
 DEFAULT_ROPE_THETA = 10000.0  # transformers' default in every family read here
@@ -287,103 +292,3 @@ def shortest_pattern(mixers: list[Mixer]) -> list[Mixer]:
         if all(mixer is mixers[layer % length] for layer, mixer in enumerate(mixers)):
             return mixers[:length]
     return mixers
-
-
-def export_family(model: ModelConfig) -> Family:
-    """The Hugging Face architecture that computes exactly what ``model`` computes.
-
-    Raises:
-        CheckpointError: no architecture does.
-    """
-    if any(mixer is not Mixer.full for mixer in model.layer_mixers()):
-        return GLA_SWA
-    if model.add_qkv_bias and model.qk_layernorm:
-        raise CheckpointError(
-            "no dense Hugging Face family has both add_qkv_bias and qk_layernorm; export a hybrid instead"
-        )
-    return QWEN2 if model.add_qkv_bias else QWEN3 if model.qk_layernorm else LLAMA
-
-
-def hf_config(model: ModelConfig, source: dict[str, Any] | None, dtype: str) -> dict[str, Any]:
-    """config.json for ``model``.
-
-    Args:
-        model: the architecture.
-        source: config.json of the checkpoint that the model was imported from. A dense model of the same
-            family keeps it, and only what ``model`` changed is replaced; a hybrid takes token ids and dropout
-            from it.
-        dtype: name of the exported number format, such as ``"bfloat16"``.
-
-    Raises:
-        CheckpointError: no Hugging Face architecture computes this model.
-    """
-    family = export_family(model)
-    source = source or {}
-    same_family = source.get("architectures") == [family.architecture]
-    if same_family:
-        config = dict(source)
-        if parse_hf_config(source, Path(CONFIG_FILE))[1] != model:
-            config.update(_architecture(model, family, config))
-    else:
-        kept = ("bos_token_id", "eos_token_id", "pad_token_id", "attention_dropout", "use_cache")
-        config = {key: source[key] for key in kept if key in source}
-        config.update(_architecture(model, family, {}))
-    config["torch_dtype" if "torch_dtype" in source and "dtype" not in source else "dtype"] = dtype
-    return config
-
-
-def _architecture(model: ModelConfig, family: Family, config: dict[str, Any]) -> dict[str, Any]:
-    """The keys that ``model`` decides, in ``family``'s spelling. ``config`` shows which spelling of rope to
-    use."""
-    keys: dict[str, Any] = {
-        "architectures": [family.architecture],
-        "model_type": family.model_type,
-        "vocab_size": model.vocab_size,
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.ffn_hidden_size,
-        "num_hidden_layers": model.num_layers,
-        "num_attention_heads": model.num_attention_heads,
-        "num_key_value_heads": model.num_query_groups,
-        "head_dim": model.kv_channels,
-        "max_position_embeddings": model.max_position_embeddings,
-        "tie_word_embeddings": model.share_embeddings_and_output_weights,
-        "initializer_range": model.init_method_std,
-        "norm_eps" if family is GLA_SWA else "rms_norm_eps": model.norm_epsilon,
-        "hidden_act": "swish" if family is GLA_SWA else "silu",
-    }
-    scaling = model.rope_scaling
-    rope: dict[str, Any] | None = None
-    if scaling.factor != 1.0:
-        rope = {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_position_embeddings,
-        }
-    if "rope_parameters" in config:
-        keys["rope_parameters"] = {"rope_type": "default", **(rope or {}), "rope_theta": model.rotary_base}
-        keys.update({"rope_theta": model.rotary_base} if "rope_theta" in config else {})
-    else:
-        keys.update(rope_theta=model.rotary_base, rope_scaling=rope)
-    return keys | (_hybrid_keys(model) if family is GLA_SWA else {})
-
-
-def _hybrid_keys(model: ModelConfig) -> dict[str, Any]:
-    mixers = model.layer_mixers()
-    full_layers = [layer for layer, mixer in enumerate(mixers) if mixer is Mixer.full]
-    return {
-        "auto_map": dict(AUTO_MAP),
-        "attn_layers": [layer for layer, mixer in enumerate(mixers) if mixer is not Mixer.gla],
-        "full_attention_layers": full_layers,
-        "sliding_window": model.sliding_window,
-        "attention_bias": model.add_qkv_bias,
-        "qk_norm": model.qk_layernorm,
-        "gate_low_rank_dim": model.gla.gate_low_rank_dim,
-        "gate_logit_normalizer": model.gla.gate_logit_normalizer,
-        "attn_mode": "chunk",
-        "use_short_conv": False,
-        "conv_size": 4,
-        "elementwise_affine": True,
-        "fuse_cross_entropy": True,
-    }

@@ -1,13 +1,15 @@
-"""Hugging Face checkpoint -> Megatron checkpoint, with the mixer swap on the way."""
+"""Hugging Face checkpoint -> Megatron checkpoint, with the mixer swap and the upcycling on the way."""
 
 from __future__ import annotations
 
 import re
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from spikingbrain_train.config.checkpoint_folder import (
@@ -16,31 +18,34 @@ from spikingbrain_train.config.checkpoint_folder import (
     MODEL_CONFIG_FILE,
     iteration_folder,
 )
-from spikingbrain_train.config.conversion import ConversionConfig
+from spikingbrain_train.config.conversion import ConversionConfig, UpcyclingForm
 from spikingbrain_train.config.errors import CheckpointError
 from spikingbrain_train.config.load import save_config
-from spikingbrain_train.config.model import Mixer, ModelConfig
+from spikingbrain_train.config.model import FeedForward, Mixer, ModelConfig
 from spikingbrain_train.config.model_checks import check_model
 from spikingbrain_train.conversion.companion_files import copy_companion_files, has_tokenizer
 from spikingbrain_train.conversion.hf_config import CONFIG_FILE, Family, read_hf_config
 from spikingbrain_train.conversion.mapping import Parameter, model_parameters
 from spikingbrain_train.conversion.megatron_checkpoint import MegatronCheckpointWriter
-from spikingbrain_train.conversion.new_parameters import initialisation, new_parameter
+from spikingbrain_train.conversion.new_parameters import NewParameters
 from spikingbrain_train.conversion.output_folder import check_output_folder, complete_folder
-from spikingbrain_train.conversion.report import ConversionReport, describe_mixers
+from spikingbrain_train.conversion.report import NEW, ConversionReport, describe_layers
 from spikingbrain_train.conversion.safetensors_io import SafetensorsReader
+from spikingbrain_train.conversion.source import Source
+from spikingbrain_train.conversion.transforms import Shape
+from spikingbrain_train.conversion.upcycling import check_expert_width, describe_copies, expert_chunks
 
 _RECOMPUTED = re.compile(r"\.rotary_emb\.inv_freq$")  # a buffer that old transformers versions stored
 
 
 @dataclass(frozen=True)
 class _Planned:
-    """One parameter of the result: where it comes from and its dtype."""
+    """One parameter of the result."""
 
     parameter: Parameter
     dtype: torch.dtype
-    source: Parameter | None
-    """The same parameter in the source's shape, or None for a new one."""
+    in_source: bool
+    """Whether it is made of the source's tensors; else it is new."""
 
     @property
     def nbytes(self) -> int:
@@ -64,7 +69,7 @@ def import_checkpoint(
         hf_folder: config.json and safetensors of a Llama, Qwen2, Qwen2.5, Qwen3 or published SpikingBrain-7B
             model.
         output: folder to be made; it appears whole or not at all.
-        conversion: mixers of the result. None keeps the source's.
+        conversion: mixers, feed-forwards and sinks of the result. None keeps the source's.
         overwrite: replace an earlier result in ``output``.
         dry_run: check everything and report without writing.
         progress: draw a progress bar on a terminal.
@@ -79,10 +84,22 @@ def import_checkpoint(
     check_model(target)
     reader = SafetensorsReader(hf_folder)
     ignored = _check_source(reader, family, source)
-    plan = _plan(reader, family, source, target)
-    report = _report(plan, hf_folder, output, family, target, ignored, dry_run)
-    if report.new_parameters and conversion is not None:
-        report.notes.append(f"new parameters are drawn with seed {conversion.seed}")
+    recipe = conversion or ConversionConfig()  # without one the source is copied, and none of it is used
+    converter = _Converter(Source(reader, family, source), recipe)
+    plan = converter.plan(target)
+    report = ConversionReport(
+        source=str(hf_folder),
+        output=str(output),
+        architecture=family.architecture,
+        layers=describe_layers(target),
+        dry_run=dry_run,
+        ignored=ignored,
+        bytes=sum(planned.nbytes for planned in plan),
+    )
+    for planned in plan:
+        group = planned.parameter.rule.group
+        report.count(group, converter.origin(planned), planned.parameter.numel)
+    report.notes += _notes(target, recipe, drawn=report.new_parameters > 0)
     if not has_tokenizer(hf_folder):
         report.notes.append(f"{hf_folder} has no tokenizer; name one with data.tokenizer when training")
     check_output_folder(
@@ -91,7 +108,6 @@ def import_checkpoint(
     if dry_run:
         return report
 
-    seed = conversion.seed if conversion is not None else 0  # without a recipe nothing is new
     with complete_folder(output) as folder:
         checkpoint = iteration_folder(folder, 0)
         (checkpoint / HF_SOURCE_FOLDER).mkdir(parents=True)
@@ -107,13 +123,10 @@ def import_checkpoint(
             ) as bar,
         ):
             for planned in plan:
-                if planned.source is None:
-                    tensor = new_parameter(planned.parameter, seed, planned.dtype)
-                else:
-                    names = planned.source.hf_names(family.names)
-                    tensor = planned.source.fuse([reader.read(name) for name in names])
-                writer.write(planned.parameter.name, tensor)
-                bar.update(planned.nbytes)
+                name, shape = planned.parameter.name, planned.parameter.shape
+                for offset, chunk in converter.chunks(planned):
+                    writer.write_chunk(name, shape, offset, chunk)
+                    bar.update(chunk.nbytes)
         save_config(target, checkpoint / MODEL_CONFIG_FILE)
         report.seconds = time.monotonic() - started
         report.save(folder)
@@ -122,7 +135,7 @@ def import_checkpoint(
 
 
 def _target(source: ModelConfig, conversion: ConversionConfig | None, hf_folder: Path) -> ModelConfig:
-    """The architecture of the result: the source with the recipe's mixers."""
+    """The architecture of the result: the source's sizes with the recipe's layers."""
     if conversion is None:
         return source
     if any(mixer is not Mixer.full for mixer in source.layer_mixers()):
@@ -130,9 +143,19 @@ def _target(source: ModelConfig, conversion: ConversionConfig | None, hf_folder:
             f"{hf_folder} is a hybrid already and its layers are not converted again; leave --conversion out "
             f"to keep them"
         )
-    return replace(
-        source, mixers=list(conversion.mixers), sliding_window=conversion.sliding_window, gla=conversion.gla
+    target = replace(
+        source,
+        mixers=list(conversion.mixers),
+        sliding_window=conversion.sliding_window,
+        gla=conversion.gla,
+        parallel_hybrid=conversion.parallel_hybrid,
+        num_sink_tokens=conversion.num_sink_tokens,
+        feed_forwards=list(conversion.feed_forwards),
+        moe=conversion.moe,
+        spiking=conversion.spiking,
     )
+    check_expert_width(target)
+    return target
 
 
 def _check_source(reader: SafetensorsReader, family: Family, source: ModelConfig) -> list[str]:
@@ -189,40 +212,56 @@ def _check_source(reader: SafetensorsReader, family: Family, source: ModelConfig
     return ignored
 
 
-def _plan(
-    reader: SafetensorsReader, family: Family, source: ModelConfig, target: ModelConfig
-) -> list[_Planned]:
-    sources = {parameter.name: parameter for parameter in model_parameters(source)}
-    plan = []
-    layer_dtype = torch.float32
-    for parameter in model_parameters(target):
-        origin = sources.get(parameter.name)
-        if origin is not None:
-            layer_dtype = reader.specs[origin.hf_names(family.names)[0]].dtype
-        # New parameters take the dtype of the projection before them.
-        plan.append(_Planned(parameter, layer_dtype, origin))
-    return plan
+def _notes(target: ModelConfig, recipe: ConversionConfig, *, drawn: bool) -> list[str]:
+    """What the table of the report cannot say."""
+    notes = [f"new parameters are drawn with seed {recipe.seed}"] if drawn else []
+    experts = FeedForward.moe in target.layer_feed_forwards()
+    if experts and recipe.upcycling.form is UpcyclingForm.exact and recipe.upcycling.reinit_fraction:
+        notes.append(
+            "upcycling.reinit_fraction replaces a part of the copies, so the result starts near the dense "
+            "function, not at it"
+        )
+    return notes
 
 
-def _report(
-    plan: list[_Planned],
-    hf_folder: Path,
-    output: Path,
-    family: Family,
-    target: ModelConfig,
-    ignored: list[str],
-    dry_run: bool,
-) -> ConversionReport:
-    report = ConversionReport(
-        source=str(hf_folder),
-        output=str(output),
-        architecture=family.architecture,
-        mixers=describe_mixers(target),
-        dry_run=dry_run,
-        ignored=ignored,
-        bytes=sum(planned.nbytes for planned in plan),
-    )
-    for planned in plan:
-        origin = "copied" if planned.source is not None else f"new: {initialisation(planned.parameter)}"
-        report.count(planned.parameter.rule.group, origin, planned.parameter.numel)
-    return report
+class _Converter:
+    """Where every parameter of the result comes from, and its values."""
+
+    def __init__(self, source: Source, recipe: ConversionConfig) -> None:
+        self.source = source
+        self.recipe = recipe
+        self.new = NewParameters(source, recipe)
+
+    def plan(self, target: ModelConfig) -> list[_Planned]:
+        """Every parameter of ``target``, in forward order."""
+        plan = []
+        dtype = torch.float32
+        for parameter in model_parameters(target):
+            in_source = self.source.has(parameter)
+            if in_source:
+                dtype = self.source.dtype(parameter)
+            plan.append(
+                _Planned(parameter, dtype, in_source)
+            )  # new ones take the dtype of what precedes them
+        return plan
+
+    def origin(self, planned: _Planned) -> str:
+        """Where a parameter comes from, in words."""
+        if not planned.in_source:
+            return NEW + self.new.describe(planned.parameter)
+        if planned.parameter.rule.copies is not None:
+            return describe_copies(planned.parameter, self.recipe.upcycling)
+        return "copied"
+
+    def chunks(self, planned: _Planned) -> Iterator[tuple[Shape, Tensor]]:
+        """Offsets and values of the parts that make up a parameter: experts one by one, all else whole."""
+        parameter = planned.parameter
+        if planned.in_source and parameter.rule.copies is not None:
+            parts = self.source.parts(parameter)
+            yield from expert_chunks(parameter, parts, self.recipe.upcycling, self.recipe.seed)
+            return
+        if planned.in_source:
+            tensor = parameter.fuse(self.source.parts(parameter))
+        else:
+            tensor = self.new.draw(parameter, planned.dtype)
+        yield (0,) * tensor.dim(), tensor

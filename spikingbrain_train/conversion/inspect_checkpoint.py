@@ -13,9 +13,10 @@ from spikingbrain_train.config.load import load_model_config
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.conversion.companion_files import has_tokenizer
 from spikingbrain_train.conversion.export_checkpoint import check_tensors
-from spikingbrain_train.conversion.hf_config import CONFIG_FILE, export_family, read_hf_config
+from spikingbrain_train.conversion.export_config import export_family, unexportable_parts
+from spikingbrain_train.conversion.hf_config import CONFIG_FILE, read_hf_config
 from spikingbrain_train.conversion.megatron_checkpoint import MegatronCheckpointReader, resolve_checkpoint
-from spikingbrain_train.conversion.report import describe_mixers
+from spikingbrain_train.conversion.report import describe_layers
 from spikingbrain_train.conversion.safetensors_io import SafetensorsReader
 
 
@@ -49,8 +50,12 @@ def _inspect_megatron(folder: Path) -> str:
     parameters = check_tensors(reader, model)
     entries = {name: (tuple(entry.size), entry.properties.dtype) for name, entry in reader.tensors.items()}
     others = [entry for name, entry in entries.items() if name not in parameters]
+    if unexportable_parts(model):
+        export = f"has no Hugging Face format ({', '.join(unexportable_parts(model))})"
+    else:
+        export = f"exports as {export_family(model).architecture}"
     lines = [
-        f"{folder}: Megatron torch_dist checkpoint, exports as {export_family(model).architecture}",
+        f"{folder}: Megatron torch_dist checkpoint, {export}",
         *_describe_model(model),
         _describe_tensors("weights", [entries[name] for name in parameters]),
     ]
@@ -62,11 +67,19 @@ def _inspect_megatron(folder: Path) -> str:
 
 def _describe_model(model: ModelConfig) -> list[str]:
     tied = "tied" if model.share_embeddings_and_output_weights else "untied"
+    projections = ", ".join(projection.value for projection in model.spiking.projections)
     extras = [
-        name for name, on in (("q/k/v bias", model.add_qkv_bias), ("q/k norm", model.qk_layernorm)) if on
+        name
+        for name, on in (
+            ("q/k/v bias", model.add_qkv_bias),
+            ("q/k norm", model.qk_layernorm),
+            (f"{model.num_sink_tokens} sink tokens", model.num_sink_tokens),
+            (f"spikes (k = {model.spiking.k:g}) in front of {projections}", model.spiking.projections),
+        )
+        if on
     ]
     return [
-        f"layers:     {describe_mixers(model)}",
+        f"layers:     {describe_layers(model)}",
         f"sizes:      hidden {model.hidden_size}, feed-forward {model.ffn_hidden_size}, "
         f"{model.num_attention_heads} heads of "
         f"{model.kv_channels} in {model.num_query_groups} groups",

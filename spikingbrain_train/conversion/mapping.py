@@ -1,9 +1,14 @@
-"""The mapping table: which Hugging Face tensors make up which Megatron parameter, in both directions.
+"""The mapping table: which source tensors make up which Megatron parameter.
 
-One table, :data:`RULES`, lists the parameters of the decoder once. A source family contributes only its
-spelling of the tensor roles (:data:`LLAMA_NAMES`, :data:`GLA_SWA_NAMES`). A rule reads: *this Megatron
-parameter is made of these roles by this transform, in models and layers where the condition holds*. All
-transforms move rows and never touch values, so both directions are exact.
+One table, :data:`RULES`, lists the parameters of the decoder once. A rule reads: *this Megatron parameter is
+made of these roles by this transform, in models and layers where the condition holds*; a source family
+contributes only its spelling of the roles (:mod:`~spikingbrain_train.conversion.hf_names`). A role that the
+source lacks makes the parameter a new one.
+
+Most rules are one-to-one and serve both directions, exactly, because transforms move rows and never touch
+values. Two kinds only lead inwards, and models that have them are refused on export: both branches of a
+parallel hybrid layer start from the source's one attention, and :class:`Copies` make experts of its one
+feed-forward.
 
 Adding a mixer or a feed-forward means rules for its parameters and names for its roles; nothing else changes.
 """
@@ -14,58 +19,31 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
-import torch
 from torch import Tensor
 
 from spikingbrain_train.config.errors import CheckpointError
-from spikingbrain_train.config.model import Mixer, ModelConfig
-
-Shape = tuple[int, ...]
-
-
-def fuse_rows(parts: list[Tensor], model: ModelConfig) -> Tensor:
-    """Stack the parts along dim 0: one part stays as it is, gate and up projection become Megatron's
-    ``linear_fc1``."""
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=0)
-
-
-def split_rows(fused: Tensor, shapes: list[Shape], model: ModelConfig) -> list[Tensor]:
-    """Undo :func:`fuse_rows`."""
-    return list(torch.split(fused, [shape[0] for shape in shapes], dim=0))
-
-
-def fuse_query_groups(parts: list[Tensor], model: ModelConfig) -> Tensor:
-    """q, k and v rows (all q heads, then all k, then all v) to Megatron's layout: per group its q heads, its
-    k, its v.
-
-    Weights are [heads * kv_channels, hidden_size], biases [heads * kv_channels]; the result stacks
-    ``num_query_groups`` blocks of ``(heads per group + 2) * kv_channels`` rows.
-    """
-    groups = model.num_query_groups
-    blocks = [part.reshape(groups, -1, model.kv_channels, *part.shape[1:]) for part in parts]
-    return torch.cat(blocks, dim=1).reshape(-1, *parts[0].shape[1:])
-
-
-def split_query_groups(fused: Tensor, shapes: list[Shape], model: ModelConfig) -> list[Tensor]:
-    """Undo :func:`fuse_query_groups`."""
-    heads_per_group = model.num_attention_heads // model.num_query_groups
-    blocks = fused.reshape(model.num_query_groups, heads_per_group + 2, model.kv_channels, *fused.shape[1:])
-    parts = torch.split(blocks, [heads_per_group, 1, 1], dim=1)
-    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+from spikingbrain_train.config.model import FeedForward, GateKind, Mixer, ModelConfig
+from spikingbrain_train.conversion.transforms import QUERY_GROUPS, ROWS, Shape, Transform
 
 
 @dataclass(frozen=True)
-class Transform:
-    """A row permutation between several Hugging Face tensors and one Megatron parameter."""
+class LayerKind:
+    """What decides which parameters a layer has."""
 
-    fuse: Callable[[list[Tensor], ModelConfig], Tensor]
-    """Hugging Face tensors, in the rule's role order, to the Megatron parameter."""
-    split: Callable[[Tensor, list[Shape], ModelConfig], list[Tensor]]
-    """The Megatron parameter to the Hugging Face tensors, given their shapes."""
+    mixer: Mixer
+    feed_forward: FeedForward
 
 
-ROWS = Transform(fuse_rows, split_rows)
-QUERY_GROUPS = Transform(fuse_query_groups, split_query_groups)
+@dataclass(frozen=True)
+class Copies:
+    """Experts made of one dense feed-forward."""
+
+    routed: bool
+    """One copy per routed expert, along a leading axis; else the shared experts, side by side in one wide
+    SwiGLU."""
+    channel_axis: int
+    """Axis of the intermediate channels in the dense tensors: 0 of gate and up projection, 1 of the down
+    projection."""
 
 
 @dataclass(frozen=True)
@@ -74,14 +52,16 @@ class Rule:
 
     megatron_name: str
     roles: tuple[str, ...]
-    """What each Hugging Face tensor is; a family's name table spells it."""
+    """What each source tensor is; a family's name table spells it."""
     shapes: Callable[[ModelConfig], tuple[Shape, ...]]
-    """Shape of each Hugging Face tensor, in role order."""
+    """Shape of each source tensor, in role order."""
     group: str
     """Heading under which the conversion report counts it."""
     transform: Transform = ROWS
-    applies: Callable[[ModelConfig, Mixer], bool] = lambda model, mixer: True
-    """Whether the parameter exists in a layer with this mixer (per-model rules see the first layer's)."""
+    applies: Callable[[ModelConfig, LayerKind], bool] = lambda model, layer: True
+    """Whether the parameter exists in such a layer (per-model rules see the first layer's kind)."""
+    copies: Copies | None = None
+    """How experts repeat the source tensors; None for parameters that hold them once."""
     pads_vocabulary: bool = False
     """Whether Megatron may hold more rows than the vocabulary; they are stripped on export."""
 
@@ -91,17 +71,122 @@ class Rule:
         return "{layer}" in self.megatron_name
 
 
-def _gla(model: ModelConfig, mixer: Mixer) -> bool:
-    return mixer is Mixer.gla
-
-
 def _qkv_shapes(model: ModelConfig, *columns: int) -> tuple[Shape, ...]:
     query, group = model.num_attention_heads * model.kv_channels, model.num_query_groups * model.kv_channels
     return (query, *columns), (group, *columns), (group, *columns)
 
 
+def _hidden(model: ModelConfig) -> tuple[Shape, ...]:
+    return ((model.hidden_size,),)
+
+
+def _head(model: ModelConfig) -> tuple[Shape, ...]:
+    return ((model.kv_channels,),)
+
+
+def _dense(model: ModelConfig, layer: LayerKind) -> bool:
+    return layer.feed_forward is FeedForward.dense
+
+
+def _moe(model: ModelConfig, layer: LayerKind) -> bool:
+    return layer.feed_forward is FeedForward.moe
+
+
+def _shared(model: ModelConfig, layer: LayerKind) -> bool:
+    return _moe(model, layer) and model.moe.num_shared_experts > 0
+
+
+def _parallel(model: ModelConfig, layer: LayerKind) -> bool:
+    return layer.mixer.is_parallel_hybrid
+
+
 _LAYER = "decoder.layers.{layer}."
 _ATTENTION = _LAYER + "self_attention."
+
+
+def _attention_rules(prefix: str, group: str, is_here: Callable[[Mixer], bool]) -> tuple[Rule, ...]:
+    """Projections of one attention, softmax or linear, under ``prefix`` in layers where ``is_here``."""
+    return (
+        Rule(
+            prefix + "linear_qkv.weight",
+            ("q_weight", "k_weight", "v_weight"),
+            lambda m: _qkv_shapes(m, m.hidden_size),
+            group=f"{group} q/k/v",
+            transform=QUERY_GROUPS,
+            applies=lambda model, layer: is_here(layer.mixer),
+        ),
+        Rule(
+            prefix + "linear_qkv.bias",
+            ("q_bias", "k_bias", "v_bias"),
+            _qkv_shapes,
+            group=f"{group} q/k/v",
+            transform=QUERY_GROUPS,
+            applies=lambda model, layer: is_here(layer.mixer) and model.add_qkv_bias,
+        ),
+        Rule(
+            prefix + "q_layernorm.weight",
+            ("q_norm",),
+            _head,
+            group="norms",
+            applies=lambda model, layer: is_here(layer.mixer) and model.qk_layernorm,
+        ),
+        Rule(
+            prefix + "k_layernorm.weight",
+            ("k_norm",),
+            _head,
+            group="norms",
+            applies=lambda model, layer: is_here(layer.mixer) and model.qk_layernorm,
+        ),
+        Rule(
+            prefix + "linear_proj.weight",
+            ("o_weight",),
+            lambda m: ((m.hidden_size, m.num_attention_heads * m.kv_channels),),
+            group=f"{group} output",
+            applies=lambda model, layer: is_here(layer.mixer),
+        ),
+    )
+
+
+def _linear_attention_rules(prefix: str, is_here: Callable[[Mixer], bool]) -> tuple[Rule, ...]:
+    """What linear attention adds: the low-rank gate (a tied one has no parameters) and the output norm."""
+
+    def gated(model: ModelConfig, layer: LayerKind) -> bool:
+        return is_here(layer.mixer) and model.gla.gate is GateKind.low_rank
+
+    return (
+        Rule(
+            prefix + "linear_gate_down_proj.weight",
+            ("gate_down_weight",),
+            lambda m: ((m.gla.gate_low_rank_dim, m.hidden_size),),
+            group="GLA gate W1",
+            applies=gated,
+        ),
+        Rule(
+            prefix + "linear_gate_up_proj.weight",
+            ("gate_up_weight",),
+            lambda m: ((m.num_query_groups * m.kv_channels, m.gla.gate_low_rank_dim),),
+            group="GLA gate W2",
+            applies=gated,
+        ),
+        Rule(
+            prefix + "linear_gate_up_proj.bias",
+            ("gate_up_bias",),
+            lambda m: ((m.num_query_groups * m.kv_channels,),),
+            group="GLA gate b2",
+            applies=gated,
+        ),
+        Rule(
+            prefix + "out_norm.weight",
+            ("out_norm",),
+            _head,
+            group="GLA output norm",
+            applies=lambda model, layer: is_here(layer.mixer),
+        ),
+    )
+
+
+_SOFTMAX_BRANCH = _ATTENTION + "softmax_attention."
+_LINEAR_BRANCH = _ATTENTION + "linear_attention."
 
 RULES: tuple[Rule, ...] = (
     Rule(
@@ -112,155 +197,102 @@ RULES: tuple[Rule, ...] = (
         pads_vocabulary=True,
     ),
     Rule(
-        _LAYER + "input_layernorm.weight",
-        ("input_norm",),
-        lambda m: ((m.hidden_size,),),
-        group="norms",
+        "sink_embedding.weight",
+        ("sinks",),
+        lambda m: ((m.num_sink_tokens, m.hidden_size),),
+        group="sink tokens",
+        applies=lambda model, layer: model.num_sink_tokens > 0,
+    ),
+    Rule(_LAYER + "input_layernorm.weight", ("input_norm",), _hidden, group="norms"),
+    *_attention_rules(_ATTENTION, "attention", lambda mixer: not mixer.is_parallel_hybrid),
+    *_linear_attention_rules(_ATTENTION, lambda mixer: mixer is Mixer.gla),
+    *_attention_rules(_SOFTMAX_BRANCH, "softmax branch", lambda mixer: mixer.is_parallel_hybrid),
+    *_attention_rules(_LINEAR_BRANCH, "linear branch", lambda mixer: mixer.is_parallel_hybrid),
+    *_linear_attention_rules(_LINEAR_BRANCH, lambda mixer: mixer.is_parallel_hybrid),
+    Rule(
+        _ATTENTION + "softmax_norm.weight",
+        ("softmax_norm",),
+        _hidden,
+        group="branch norms",
+        applies=_parallel,
     ),
     Rule(
-        _ATTENTION + "linear_qkv.weight",
-        ("q_weight", "k_weight", "v_weight"),
-        lambda m: _qkv_shapes(m, m.hidden_size),
-        group="attention q/k/v",
-        transform=QUERY_GROUPS,
+        _ATTENTION + "linear_norm.weight", ("linear_norm",), _hidden, group="branch norms", applies=_parallel
     ),
     Rule(
-        _ATTENTION + "linear_qkv.bias",
-        ("q_bias", "k_bias", "v_bias"),
-        _qkv_shapes,
-        group="attention q/k/v",
-        transform=QUERY_GROUPS,
-        applies=lambda model, mixer: model.add_qkv_bias,
+        _ATTENTION + "branch_weights",
+        ("branch_weights",),
+        lambda m: ((2,),),
+        group="branch weights (softmax, linear)",
+        applies=_parallel,
     ),
-    Rule(
-        _ATTENTION + "q_layernorm.weight",
-        ("q_norm",),
-        lambda m: ((m.kv_channels,),),
-        group="norms",
-        applies=lambda model, mixer: model.qk_layernorm,
-    ),
-    Rule(
-        _ATTENTION + "k_layernorm.weight",
-        ("k_norm",),
-        lambda m: ((m.kv_channels,),),
-        group="norms",
-        applies=lambda model, mixer: model.qk_layernorm,
-    ),
-    Rule(
-        _ATTENTION + "linear_proj.weight",
-        ("o_weight",),
-        lambda m: ((m.hidden_size, m.num_attention_heads * m.kv_channels),),
-        group="attention output",
-    ),
-    Rule(
-        _ATTENTION + "linear_gate_down_proj.weight",
-        ("gate_down_weight",),
-        lambda m: ((m.gla.gate_low_rank_dim, m.hidden_size),),
-        group="GLA gate W1",
-        applies=_gla,
-    ),
-    Rule(
-        _ATTENTION + "linear_gate_up_proj.weight",
-        ("gate_up_weight",),
-        lambda m: ((m.num_query_groups * m.kv_channels, m.gla.gate_low_rank_dim),),
-        group="GLA gate W2",
-        applies=_gla,
-    ),
-    Rule(
-        _ATTENTION + "linear_gate_up_proj.bias",
-        ("gate_up_bias",),
-        lambda m: ((m.num_query_groups * m.kv_channels,),),
-        group="GLA gate b2",
-        applies=_gla,
-    ),
-    Rule(
-        _ATTENTION + "out_norm.weight",
-        ("out_norm",),
-        lambda m: ((m.kv_channels,),),
-        group="GLA output norm",
-        applies=_gla,
-    ),
-    Rule(
-        _LAYER + "pre_mlp_layernorm.weight",
-        ("mlp_norm",),
-        lambda m: ((m.hidden_size,),),
-        group="norms",
-    ),
+    Rule(_LAYER + "pre_mlp_layernorm.weight", ("mlp_norm",), _hidden, group="norms"),
     Rule(
         _LAYER + "mlp.linear_fc1.weight",
         ("mlp_gate_weight", "mlp_up_weight"),
         lambda m: ((m.ffn_hidden_size, m.hidden_size),) * 2,
         group="feed-forward",
+        applies=_dense,
     ),
     Rule(
         _LAYER + "mlp.linear_fc2.weight",
         ("mlp_down_weight",),
         lambda m: ((m.hidden_size, m.ffn_hidden_size),),
         group="feed-forward",
+        applies=_dense,
     ),
     Rule(
-        "decoder.final_layernorm.weight",
-        ("final_norm",),
-        lambda m: ((m.hidden_size,),),
-        group="norms",
+        _LAYER + "mlp.router.weight",
+        ("router",),
+        lambda m: ((m.moe.num_experts, m.hidden_size),),
+        group="router",
+        applies=_moe,
     ),
+    Rule(
+        _LAYER + "mlp.experts.experts.linear_fc1.weight",
+        ("mlp_gate_weight", "mlp_up_weight"),
+        lambda m: ((m.expert_ffn_hidden_size, m.hidden_size),) * 2,
+        group="routed experts",
+        applies=_moe,
+        copies=Copies(routed=True, channel_axis=0),
+    ),
+    Rule(
+        _LAYER + "mlp.experts.experts.linear_fc2.weight",
+        ("mlp_down_weight",),
+        lambda m: ((m.hidden_size, m.expert_ffn_hidden_size),),
+        group="routed experts",
+        applies=_moe,
+        copies=Copies(routed=True, channel_axis=1),
+    ),
+    Rule(
+        _LAYER + "mlp.shared_experts.linear_fc1.weight",
+        ("mlp_gate_weight", "mlp_up_weight"),
+        lambda m: ((m.expert_ffn_hidden_size, m.hidden_size),) * 2,
+        group="shared experts",
+        applies=_shared,
+        copies=Copies(routed=False, channel_axis=0),
+    ),
+    Rule(
+        _LAYER + "mlp.shared_experts.linear_fc2.weight",
+        ("mlp_down_weight",),
+        lambda m: ((m.hidden_size, m.expert_ffn_hidden_size),),
+        group="shared experts",
+        applies=_shared,
+        copies=Copies(routed=False, channel_axis=1),
+    ),
+    Rule("decoder.final_layernorm.weight", ("final_norm",), _hidden, group="norms"),
     Rule(
         "output_layer.weight",
         ("output",),
         lambda m: ((m.vocab_size, m.hidden_size),),
         group="output layer",
-        applies=lambda model, mixer: not model.share_embeddings_and_output_weights,
+        applies=lambda model, layer: not model.share_embeddings_and_output_weights,
         pads_vocabulary=True,
     ),
 )
-"""Every parameter of the decoder, in the order in which a forward pass meets it."""
-
-LLAMA_NAMES: Mapping[str, str] = {
-    "embedding": "model.embed_tokens.weight",
-    "input_norm": "model.layers.{layer}.input_layernorm.weight",
-    "q_weight": "model.layers.{layer}.self_attn.q_proj.weight",
-    "k_weight": "model.layers.{layer}.self_attn.k_proj.weight",
-    "v_weight": "model.layers.{layer}.self_attn.v_proj.weight",
-    "q_bias": "model.layers.{layer}.self_attn.q_proj.bias",
-    "k_bias": "model.layers.{layer}.self_attn.k_proj.bias",
-    "v_bias": "model.layers.{layer}.self_attn.v_proj.bias",
-    "q_norm": "model.layers.{layer}.self_attn.q_norm.weight",
-    "k_norm": "model.layers.{layer}.self_attn.k_norm.weight",
-    "o_weight": "model.layers.{layer}.self_attn.o_proj.weight",
-    "mlp_norm": "model.layers.{layer}.post_attention_layernorm.weight",
-    "mlp_gate_weight": "model.layers.{layer}.mlp.gate_proj.weight",
-    "mlp_up_weight": "model.layers.{layer}.mlp.up_proj.weight",
-    "mlp_down_weight": "model.layers.{layer}.mlp.down_proj.weight",
-    "final_norm": "model.norm.weight",
-    "output": "lm_head.weight",
-}
-"""Role names of Llama, Qwen2, Qwen2.5 and Qwen3, which spell them alike."""
-
-GLA_SWA_NAMES: Mapping[str, str] = {
-    "embedding": "model.embeddings.weight",
-    "input_norm": "model.layers.{layer}.attn_norm.weight",
-    "q_weight": "model.layers.{layer}.attn.q_proj.weight",
-    "k_weight": "model.layers.{layer}.attn.k_proj.weight",
-    "v_weight": "model.layers.{layer}.attn.v_proj.weight",
-    "q_bias": "model.layers.{layer}.attn.q_proj.bias",
-    "k_bias": "model.layers.{layer}.attn.k_proj.bias",
-    "v_bias": "model.layers.{layer}.attn.v_proj.bias",
-    "q_norm": "model.layers.{layer}.attn.q_norm.weight",
-    "k_norm": "model.layers.{layer}.attn.k_norm.weight",
-    "o_weight": "model.layers.{layer}.attn.o_proj.weight",
-    "gate_down_weight": "model.layers.{layer}.attn.gk_proj.0.weight",
-    "gate_up_weight": "model.layers.{layer}.attn.gk_proj.1.weight",
-    "gate_up_bias": "model.layers.{layer}.attn.gk_proj.1.bias",
-    "out_norm": "model.layers.{layer}.attn.g_norm.weight",
-    "mlp_norm": "model.layers.{layer}.mlp_norm.weight",
-    "mlp_gate_weight": "model.layers.{layer}.mlp.gate_proj.weight",
-    "mlp_up_weight": "model.layers.{layer}.mlp.up_proj.weight",
-    "mlp_down_weight": "model.layers.{layer}.mlp.down_proj.weight",
-    "final_norm": "model.norm.weight",
-    "output": "lm_head.weight",
-}
-"""Role names of the published SpikingBrain-7B checkpoint; q_norm and k_norm exist only in conversions of
-Qwen3."""
+"""Every parameter of the decoder, in the order in which a forward pass meets it. Names are the keys of
+megatron-core's distributed checkpoints: those of the routed experts hold all experts of a layer, whatever the
+topology."""
 
 
 @dataclass(frozen=True)
@@ -273,19 +305,25 @@ class Parameter:
 
     @property
     def name(self) -> str:
-        """Megatron parameter name, which is also its key in a distributed checkpoint."""
+        """Its key in a Megatron checkpoint, which is the parameter's name except for routed experts."""
         return self.rule.megatron_name.format(layer=self.layer)
 
     @property
     def hf_shapes(self) -> list[Shape]:
-        """Shapes of the Hugging Face tensors it is made of."""
+        """Shapes of the source tensors it is made of."""
         return list(self.rule.shapes(self.model))
 
     @property
     def shape(self) -> Shape:
-        """Shape of the Megatron parameter, without vocabulary padding."""
-        shapes = self.hf_shapes
-        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+        """Shape of the Megatron parameter, without vocabulary padding; [experts, rows, columns] if routed."""
+        shapes, copies = self.hf_shapes, self.rule.copies
+        stacked = [sum(shape[0] for shape in shapes), *shapes[0][1:]]
+        if copies is None:
+            return tuple(stacked)
+        if copies.routed:
+            return (self.model.moe.num_experts, *stacked)
+        stacked[copies.channel_axis] *= self.model.moe.num_shared_experts
+        return tuple(stacked)
 
     @property
     def numel(self) -> int:
@@ -293,7 +331,7 @@ class Parameter:
         return prod(self.shape)
 
     def hf_names(self, names: Mapping[str, str]) -> list[str]:
-        """Names of its Hugging Face tensors in the spelling of a family.
+        """Names of its source tensors in the spelling of a family.
 
         Raises:
             CheckpointError: the family has no place for this parameter.
@@ -314,16 +352,16 @@ class Parameter:
 
 def model_parameters(model: ModelConfig) -> Iterator[Parameter]:
     """Every parameter of ``model``, in forward order: embedding, layer by layer, final norm, output layer."""
-    mixers = model.layer_mixers()
+    kinds = [LayerKind(*kind) for kind in zip(model.layer_mixers(), model.layer_feed_forwards(), strict=True)]
     first_layer_rule = next(index for index, rule in enumerate(RULES) if rule.per_layer)
     last_layer_rule = max(index for index, rule in enumerate(RULES) if rule.per_layer)
     for rule in RULES[:first_layer_rule]:
-        if rule.applies(model, mixers[0]):
+        if rule.applies(model, kinds[0]):
             yield Parameter(rule, None, model)
-    for layer, mixer in enumerate(mixers):
+    for layer, kind in enumerate(kinds):
         for rule in RULES[first_layer_rule : last_layer_rule + 1]:
-            if rule.applies(model, mixer):
+            if rule.applies(model, kind):
                 yield Parameter(rule, layer, model)
     for rule in RULES[last_layer_rule + 1 :]:
-        if rule.applies(model, mixers[0]):
+        if rule.applies(model, kinds[0]):
             yield Parameter(rule, None, model)

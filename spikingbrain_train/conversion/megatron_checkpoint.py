@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from collections.abc import Sequence
 from io import IOBase
 from pathlib import Path
 from types import TracebackType
@@ -51,7 +52,8 @@ def resolve_checkpoint(path: Path) -> Path:
 
 
 class MegatronCheckpointWriter:
-    """Writes one checkpoint folder; tensors come one after the other through :meth:`write`.
+    """Writes one checkpoint folder; tensors come one after the other through :meth:`write`, or in parts
+    through :meth:`write_chunk`.
 
     Args:
         folder: existing empty folder, the future ``iter_*``.
@@ -93,29 +95,42 @@ class MegatronCheckpointWriter:
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Append ``tensor`` (on CPU) under the key ``name`` as one chunk."""
-        tensor = tensor.detach().contiguous()
-        if tensor.untyped_storage().nbytes() != tensor.nbytes:
-            tensor = tensor.clone()  # torch.save writes whole storages
+        self.write_chunk(name, tensor.shape, (0,) * tensor.dim(), tensor)
+
+    def write_chunk(self, name: str, size: Sequence[int], offset: Sequence[int], chunk: Tensor) -> None:
+        """Append a part (on CPU) of the tensor ``name``, whose other parts come in further calls.
+
+        Args:
+            name: key of the tensor.
+            size: shape of the whole tensor.
+            offset: where in it the part begins.
+            chunk: the part, with as many dimensions as the whole.
+        """
+        chunk = chunk.detach().contiguous()
+        if chunk.untyped_storage().nbytes() != chunk.nbytes:
+            chunk = chunk.clone()  # torch.save writes whole storages
         if self._file is None or self._file.tell() > _FILE_BYTES:
             self._next_file()
         assert self._file is not None
-        offset = self._file.tell()
+        start = self._file.tell()
         stream = _DiskErrors(self._file)
         try:
-            torch.save(tensor, stream)  # type: ignore[arg-type]
+            torch.save(chunk, stream)  # type: ignore[arg-type]
         except RuntimeError:
             if stream.error is not None:
                 raise stream.error from None
             raise
-        length = self._file.tell() - offset
-        origin = torch.Size([0] * tensor.dim())
-        self._metadata.state_dict_metadata[name] = TensorStorageMetadata(
-            properties=TensorProperties.create_from_tensor(tensor),
-            size=tensor.shape,
-            chunks=[ChunkStorageMetadata(offsets=origin, sizes=tensor.shape)],
-        )
-        self._metadata.storage_data[MetadataIndex(name, origin, index=0)] = _StorageInfo(
-            relative_path=f"__0_{self._file_number}.distcp", offset=offset, length=length
+        entry = self._metadata.state_dict_metadata.get(name)
+        if entry is None:
+            entry = TensorStorageMetadata(
+                properties=TensorProperties.create_from_tensor(chunk), size=torch.Size(size), chunks=[]
+            )
+            self._metadata.state_dict_metadata[name] = entry
+        assert isinstance(entry, TensorStorageMetadata)
+        place = MetadataIndex(name, torch.Size(offset), index=len(entry.chunks))
+        entry.chunks.append(ChunkStorageMetadata(offsets=torch.Size(offset), sizes=chunk.shape))
+        self._metadata.storage_data[place] = _StorageInfo(
+            relative_path=f"__0_{self._file_number}.distcp", offset=start, length=self._file.tell() - start
         )
 
     def _next_file(self) -> None:

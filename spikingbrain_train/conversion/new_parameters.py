@@ -1,58 +1,98 @@
-"""Initial values of the parameters that a dense source does not have.
-
-The values depend on the seed and the parameter's name alone, so they are the same whatever the number of
-layers, the order of conversion or the topology that later loads them.
-"""
+"""Initial values of the parameters that a dense source does not have."""
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from spikingbrain_train.config.model import GatedLinearAttentionConfig
+from spikingbrain_train.config.conversion import ConversionConfig, UpcyclingForm
+from spikingbrain_train.conversion.attention_scale import AttentionScale
 from spikingbrain_train.conversion.mapping import Parameter
+from spikingbrain_train.conversion.seeds import generator
+from spikingbrain_train.conversion.source import Source
 
 
 @dataclass(frozen=True)
 class Initialisation:
-    """A normal distribution where ``std`` is above 0, else values that repeat along the first dimension."""
+    """How one kind of parameter starts."""
 
-    values: tuple[float, ...] = (0.0,)
-    std: float = 0.0
-
-    def __str__(self) -> str:
-        if self.std:
-            return f"normal, std {self.std:g}"
-        if len(self.values) == 1:
-            return f"constant {self.values[0]:g}"
-        return f"from {self.values[0]:g} to {self.values[-1]:g} over the channels of each head"
+    description: str
+    """For the report."""
+    values: Callable[[Parameter], Tensor]
+    """float32 values that broadcast to the parameter's shape."""
 
 
-def initialisation(parameter: Parameter) -> Initialisation:
-    """How a new parameter starts.
+class NewParameters:
+    """Initial values by role.
 
-    The gate's bias spreads the channels of a head from fast to slow forgetting, and the small output norm
-    keeps the new mixer's contribution low until alignment has trained it.
+    Random values depend on the recipe's seed and the parameter's name alone, so they are the same whatever
+    the number of layers, the order of conversion or the topology that later loads them.
+
+    Args:
+        source: the checkpoint that is converted.
+        conversion: the recipe.
     """
-    gla: GatedLinearAttentionConfig = parameter.model.gla
-    return {
-        "gate_down_weight": Initialisation(std=gla.init_gate_std),
-        "gate_up_weight": Initialisation(std=gla.init_gate_std),
-        "gate_up_bias": Initialisation(tuple(gla.init_gate_bias(parameter.model.kv_channels))),
-        "out_norm": Initialisation((gla.init_out_norm,)),
-    }[parameter.rule.roles[0]]
 
+    def __init__(self, source: Source, conversion: ConversionConfig) -> None:
+        self.source = source
+        self.conversion = conversion
+        self.attention_scale = AttentionScale(source, conversion.seed)
+        gla, hybrid, upcycling = conversion.gla, conversion.parallel_hybrid, conversion.upcycling
+        spread = gla.init_gate_bias(source.model.kv_channels)
+        branch_norm = Initialisation("size of the source's attention output", self._attention_size)
+        self._starts = {
+            "gate_down_weight": self._normal(gla.init_gate_std),
+            "gate_up_weight": self._normal(gla.init_gate_std),
+            # The bias spreads the channels of a head from fast to slow forgetting.
+            "gate_up_bias": Initialisation(
+                f"from {spread[0]:g} to {spread[-1]:g} over the channels of each head",
+                lambda parameter: torch.tensor(spread).repeat(parameter.model.num_query_groups),
+            ),
+            # A small output norm keeps the new mixer's contribution low until alignment has trained it.
+            "out_norm": self._constant(gla.init_out_norm),
+            "softmax_norm": branch_norm,
+            "linear_norm": branch_norm,
+            "branch_weights": Initialisation(
+                f"{hybrid.init_softmax_weight:g} softmax, {hybrid.init_linear_weight:g} linear",
+                lambda _: torch.tensor([hybrid.init_softmax_weight, hybrid.init_linear_weight]),
+            ),
+            "sinks": Initialisation(
+                "normal, mean and std of the embedding's rows in every channel", self._like_embedding_rows
+            ),
+            "router": self._constant(0.0)
+            if upcycling.form is UpcyclingForm.exact
+            else self._normal(upcycling.router_init_std),
+        }
 
-def new_parameter(parameter: Parameter, seed: int, dtype: torch.dtype) -> Tensor:
-    """The values of a new parameter, of its shape and ``dtype``, on CPU."""
-    start = initialisation(parameter)
-    if start.std > 0:
-        digest = hashlib.sha256(f"{seed}/{parameter.name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        return torch.empty(parameter.shape).normal_(0.0, start.std, generator=generator).to(dtype)
-    rows, *columns = parameter.shape
-    column = torch.tensor(start.values).repeat(rows // len(start.values))
-    return column.view(rows, *[1] * len(columns)).expand(parameter.shape).to(dtype, copy=True)
+    def describe(self, parameter: Parameter) -> str:
+        """How a new parameter starts, in words."""
+        return self._start(parameter).description
+
+    def draw(self, parameter: Parameter, dtype: torch.dtype) -> Tensor:
+        """The values of a new parameter, of its shape and ``dtype``, on CPU."""
+        return self._start(parameter).values(parameter).expand(parameter.shape).to(dtype, copy=True)
+
+    def _start(self, parameter: Parameter) -> Initialisation:
+        return self._starts[parameter.rule.roles[0]]
+
+    def _noise(self, parameter: Parameter) -> Tensor:
+        return torch.empty(parameter.shape).normal_(generator=generator(self.conversion.seed, parameter.name))
+
+    def _normal(self, std: float) -> Initialisation:
+        if std == 0:
+            return self._constant(0.0)
+        return Initialisation(f"normal, std {std:g}", lambda parameter: std * self._noise(parameter))
+
+    def _constant(self, value: float) -> Initialisation:
+        return Initialisation(f"constant {value:g}", lambda _: torch.tensor(value))
+
+    def _attention_size(self, parameter: Parameter) -> Tensor:
+        assert parameter.layer is not None
+        return torch.tensor(self.attention_scale.of_layer(parameter.layer))
+
+    def _like_embedding_rows(self, parameter: Parameter) -> Tensor:
+        rows = self.source.read("embedding").float()
+        return rows.mean(dim=0) + rows.std(dim=0) * self._noise(parameter)

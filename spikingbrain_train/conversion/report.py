@@ -6,9 +6,11 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from spikingbrain_train.config.model import Mixer, ModelConfig
+from spikingbrain_train.config.model import FeedForward, Mixer, ModelConfig
 
 REPORT_FILE = "conversion_report.json"
+NEW = "new: "
+"""How the origin of parameters begins that the source does not have."""
 
 
 @dataclass
@@ -17,7 +19,7 @@ class Group:
 
     name: str
     origin: str
-    """``copied``, or how new parameters were initialised."""
+    """``copied``, ``copied and scaled by 0.98``, or ``new:`` and how the parameters were initialised."""
     tensors: int = 0
     parameters: int = 0
 
@@ -30,8 +32,8 @@ class ConversionReport:
     output: str
     architecture: str
     """Hugging Face class that was read or written."""
-    mixers: str
-    """Layers of each mixer, such as ``14 gla + 14 swa``."""
+    layers: str
+    """Layers of each kind, such as ``14 gla + 14 swa (window 4096)``."""
     dry_run: bool
     groups: list[Group] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
@@ -59,7 +61,7 @@ class ConversionReport:
     @property
     def new_parameters(self) -> int:
         """Parameters that the source did not have."""
-        return sum(group.parameters for group in self.groups if group.origin != "copied")
+        return sum(group.parameters for group in self.groups if group.origin.startswith(NEW))
 
     def table(self) -> str:
         """The report for a terminal."""
@@ -73,7 +75,7 @@ class ConversionReport:
         rule = "-" * max(map(len, lines))
         body = [
             f"{self.source} -> {self.output}",
-            f"{self.architecture}, {self.mixers} layers",
+            f"{self.architecture}, {self.layers} layers",
             "",
             lines[0],
             rule,
@@ -99,10 +101,21 @@ class ConversionReport:
         (folder / REPORT_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def describe_mixers(model: ModelConfig) -> str:
-    """Layers of each mixer: ``14 gla + 14 swa (window 4096)``."""
-    layers = model.layer_mixers()
-    window = {Mixer.swa: f" (window {model.sliding_window})"}
-    return " + ".join(
-        f"{layers.count(mixer)} {mixer.value}{window.get(mixer, '')}" for mixer in dict.fromkeys(layers)
+def describe_layers(model: ModelConfig) -> str:
+    """Layers of each mixer and feed-forward: ``14 gla + 14 swa (window 4096)``, ``24 gla_swa (window 4096)
+    + 4 gla_full; 7 dense + 21 moe (16 experts, top 1, 1 shared)``."""
+    mixers = model.layer_mixers()
+    text = " + ".join(
+        f"{mixers.count(mixer)} {mixer.value}"
+        + (f" (window {model.sliding_window})" if mixer.softmax_branch is Mixer.swa else "")
+        for mixer in dict.fromkeys(mixers)
+    )
+    feed_forwards = model.layer_feed_forwards()
+    if FeedForward.moe not in feed_forwards:
+        return text
+    moe = model.moe
+    experts = f" ({moe.num_experts} experts, top {moe.router_topk}, {moe.num_shared_experts} shared)"
+    return f"{text}; " + " + ".join(
+        f"{feed_forwards.count(kind)} {kind.value}{experts if kind is FeedForward.moe else ''}"
+        for kind in dict.fromkeys(feed_forwards)
     )

@@ -10,7 +10,8 @@ import pytest
 
 from spikingbrain_train.config.errors import CheckpointError
 from spikingbrain_train.config.model import Mixer, ModelConfig
-from spikingbrain_train.conversion.hf_config import hf_config, parse_hf_config, read_hf_config
+from spikingbrain_train.conversion.export_config import hf_config
+from spikingbrain_train.conversion.hf_config import parse_hf_config, read_hf_config
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

@@ -9,12 +9,8 @@ from hypothesis import strategies as st
 
 from spikingbrain_train.config.errors import CheckpointError
 from spikingbrain_train.config.model import Mixer, ModelConfig
-from spikingbrain_train.conversion.mapping import (
-    GLA_SWA_NAMES,
-    LLAMA_NAMES,
-    Parameter,
-    model_parameters,
-)
+from spikingbrain_train.conversion.hf_names import GLA_SWA_NAMES, LLAMA_NAMES
+from spikingbrain_train.conversion.mapping import Parameter, model_parameters
 
 
 def small_model(**changes: object) -> ModelConfig:

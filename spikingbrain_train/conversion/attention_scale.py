@@ -1,0 +1,108 @@
+"""How large the source's attention outputs are, layer by layer, estimated without data.
+
+A parallel hybrid layer normalises the output of each branch (SpikingBrain, arXiv 2509.05276, eq. 6), and the
+weight of that norm has to give back the size that the source's residual stream expects. Matrix norms miss it
+by factors of 2 to 10, different in every layer, because attention averages over tokens. A few hundred tokens
+that run through the source's layers find it; drawn from the vocabulary they serve nearly as well as real text
+(docs/parallel_hybrid.md has the comparison).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
+
+from spikingbrain_train.conversion.seeds import generator
+from spikingbrain_train.conversion.source import Source
+
+NUM_TOKENS = 256
+
+
+class AttentionScale:
+    """Runs a dense source on random tokens, as far as it is asked for and no further.
+
+    Holds the hidden states of :data:`NUM_TOKENS` tokens and one weight at a time, in float32.
+
+    Args:
+        source: a dense checkpoint.
+        seed: seed of the tokens.
+    """
+
+    def __init__(self, source: Source, seed: int) -> None:
+        self.source = source
+        self.seed = seed
+        self._scales: list[float] = []
+        self._hidden_TD: Tensor | None = None
+
+    def of_layer(self, layer: int) -> float:
+        """Geometric mean over tokens of the root mean square of one layer's attention output.
+
+        The geometric mean keeps the few tokens with outputs many times larger than all others from deciding.
+        """
+        while len(self._scales) <= layer:
+            self._scales.append(self._next_layer(len(self._scales)))
+        return self._scales[layer]
+
+    @torch.no_grad()
+    def _next_layer(self, layer: int) -> float:
+        if self._hidden_TD is None:
+            self._hidden_TD = self.source.read("embedding")[self._tokens()].float()
+        elif layer > 0:
+            self._hidden_TD = self._hidden_TD + self._feed_forward(layer - 1)
+        output_TD = self._attention(layer)
+        self._hidden_TD = self._hidden_TD + output_TD
+        size_T = output_TD.pow(2).mean(dim=-1).sqrt()
+        return size_T.clamp(min=torch.finfo(torch.float32).tiny).log().mean().exp().item()
+
+    def _tokens(self) -> Tensor:
+        """Ids with probability ~ 1 / id: byte-pair vocabularies begin with what is frequent (Zipf's law)."""
+        uniform = torch.rand(NUM_TOKENS, generator=generator(self.seed, "tokens"))
+        ids = torch.exp(uniform * math.log(self.source.model.vocab_size)).long()
+        return ids.clamp(max=self.source.model.vocab_size - 1)
+
+    def _project(self, x: Tensor, role: str, layer: int, bias: str | None = None) -> Tensor:
+        values = None if bias is None else self.source.read(bias, layer).float()
+        return linear(x, self.source.read(role, layer).float(), values)
+
+    def _norm(self, x: Tensor, role: str, layer: int) -> Tensor:
+        weight = self.source.read(role, layer).float()
+        return rms_norm(x, weight.shape, weight, self.source.model.norm_epsilon)
+
+    def _attention(self, layer: int) -> Tensor:
+        model = self.source.model
+        assert self._hidden_TD is not None
+        x_TD = self._norm(self._hidden_TD, "input_norm", layer)
+        heads = []
+        for letter in "qkv":
+            bias = f"{letter}_bias" if model.add_qkv_bias else None
+            projected = self._project(x_TD, f"{letter}_weight", layer, bias)
+            x_HTK = projected.unflatten(-1, (-1, model.kv_channels)).transpose(0, 1)
+            if model.qk_layernorm and letter != "v":
+                x_HTK = self._norm(x_HTK, f"{letter}_norm", layer)
+            heads.append(x_HTK if letter == "v" else self._rotate(x_HTK))
+        q_HTK, k_GTK, v_GTK = heads
+        repeats = model.num_attention_heads // model.num_query_groups
+        o_HTK = scaled_dot_product_attention(
+            q_HTK[None],
+            k_GTK.repeat_interleave(repeats, 0)[None],
+            v_GTK.repeat_interleave(repeats, 0)[None],
+            is_causal=True,
+        )[0]
+        return self._project(o_HTK.transpose(0, 1).flatten(1), "o_weight", layer)
+
+    def _rotate(self, x_HTK: Tensor) -> Tensor:
+        """Rotary positions. Llama-3's scaling is left out: it slows down turns longer than these tokens."""
+        half = x_HTK.shape[-1] // 2
+        frequencies = self.source.model.rotary_base ** (-torch.arange(half) / half)
+        angles_TK = torch.outer(torch.arange(x_HTK.shape[1]).float(), frequencies).repeat(1, 2)
+        turned = torch.cat([-x_HTK[..., half:], x_HTK[..., :half]], dim=-1)
+        return x_HTK * angles_TK.cos() + turned * angles_TK.sin()
+
+    def _feed_forward(self, layer: int) -> Tensor:
+        assert self._hidden_TD is not None
+        x_TD = self._norm(self._hidden_TD, "mlp_norm", layer)
+        gate_TF = silu(self._project(x_TD, "mlp_gate_weight", layer))
+        return self._project(gate_TF * self._project(x_TD, "mlp_up_weight", layer), "mlp_down_weight", layer)

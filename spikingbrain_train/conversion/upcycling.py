@@ -1,0 +1,129 @@
+"""Experts as copies of a dense feed-forward ("upcycling").
+
+Let S shared experts and k of N routed ones work on every token. Right after the conversion each expert
+computes the dense function up to scale, and the k routed ones count with the router's probabilities, about
+1/N each. So the layer would give S + k/N times the dense output; two ways to bring that back to one:
+
+- ``published``: every one of the three matrices times ``alpha = (S + k/N) ** (-1/3)``, since three of them
+  multiply (SpikingBrain, arXiv 2509.05276, eq. 15-18). SiLU is not homogeneous and a random router is not
+  uniform, so the dense function is reproduced roughly.
+- ``exact``: only the down projection, which is linear, times ``1 / (S + k/N)``. With a router of zeros every
+  probability is 1/N exactly, and so is the dense function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from spikingbrain_train.config.conversion import UpcyclingConfig, UpcyclingForm
+from spikingbrain_train.config.errors import ConfigurationError
+from spikingbrain_train.config.model import FeedForward, ModelConfig, MoEConfig
+from spikingbrain_train.conversion.mapping import Parameter
+from spikingbrain_train.conversion.seeds import generator
+from spikingbrain_train.conversion.transforms import Shape
+
+_DOWN = "mlp_down_weight"
+
+
+def expert_scale(form: UpcyclingForm, moe: MoEConfig, role: str) -> float:
+    """Factor on a copied matrix of every routed and shared expert.
+
+    Args:
+        form: how the scale is spread over the matrices.
+        moe: S, k and N.
+        role: which matrix, ``mlp_gate_weight``, ``mlp_up_weight`` or ``mlp_down_weight``.
+    """
+    experts_per_token = moe.num_shared_experts + moe.router_topk / moe.num_experts
+    if form is UpcyclingForm.published:
+        return experts_per_token ** (-1 / 3)
+    return 1 / experts_per_token if role == _DOWN else 1.0
+
+
+def check_expert_width(target: ModelConfig) -> None:
+    """Refuse experts that are not as wide as the source's feed-forward.
+
+    Raises:
+        ConfigurationError: copies of the feed-forward do not fit into them.
+    """
+    if (
+        FeedForward.moe in target.layer_feed_forwards()
+        and target.expert_ffn_hidden_size != target.ffn_hidden_size
+    ):
+        raise ConfigurationError(
+            f"moe.moe_ffn_hidden_size={target.moe.moe_ffn_hidden_size} differs from the source's "
+            f"feed-forward of {target.ffn_hidden_size}, of which every expert is a copy; set it to "
+            f"{target.ffn_hidden_size} or null"
+        )
+
+
+def describe_copies(parameter: Parameter, upcycling: UpcyclingConfig) -> str:
+    """Where an expert parameter comes from, for the conversion report."""
+    assert parameter.rule.copies is not None
+    scale = expert_scale(upcycling.form, parameter.model.moe, parameter.rule.roles[-1])
+    text = "copied" if scale == 1 else f"copied and scaled by {scale:.4g}"
+    if parameter.rule.copies.routed and upcycling.reinit_fraction:
+        text += f", {100 * upcycling.reinit_fraction:g} % of the channels drawn anew"
+    return text
+
+
+def expert_chunks(
+    parameter: Parameter, parts: list[Tensor], upcycling: UpcyclingConfig, seed: int
+) -> Iterator[tuple[Shape, Tensor]]:
+    """The pieces of a routed or shared experts' parameter, one after the other.
+
+    Args:
+        parameter: one whose rule has ``copies``.
+        parts: tensors of the dense feed-forward, in the order of the rule's roles.
+        upcycling: scaling and re-initialisation.
+        seed: seed of what is drawn anew.
+
+    Yields:
+        Offset in the whole parameter and values in the dtype of ``parts``, scaled in float32 and rounded
+        once.
+    """
+    copies, moe = parameter.rule.copies, parameter.model.moe
+    assert copies is not None
+    scaled = [
+        part.float().mul_(expert_scale(upcycling.form, moe, role)).to(part.dtype)
+        for role, part in zip(parameter.rule.roles, parts, strict=True)
+    ]
+    if not copies.routed:
+        side_by_side = [
+            torch.cat([part] * moe.num_shared_experts, dim=copies.channel_axis) for part in scaled
+        ]
+        yield (0, 0), parameter.fuse(side_by_side)
+        return
+    for expert in range(moe.num_experts):
+        own = scaled
+        if upcycling.reinit_fraction:
+            own = _redraw(scaled, parameter, expert, upcycling.reinit_fraction, seed)
+        yield (expert, 0, 0), parameter.fuse(own).unsqueeze(0)
+
+
+def _redraw(
+    parts: list[Tensor], parameter: Parameter, expert: int, fraction: float, seed: int
+) -> list[Tensor]:
+    """``parts`` with a share of the intermediate channels drawn anew, other ones in every expert.
+
+    A channel is a row of the gate and up projection and a column of the down projection; all three are
+    replaced. Values are normal with the mean and standard deviation of what they replace in that matrix
+    (Drop-Upcycling, Nakamura et al., arXiv 2502.19261, section 3).
+    """
+    assert parameter.rule.copies is not None
+    axis = parameter.rule.copies.channel_axis
+    name = f"decoder.layers.{parameter.layer}.mlp.experts.{expert}"
+    width = parts[0].shape[axis]
+    channels = torch.randperm(width, generator=generator(seed, f"{name}.channels"))[: round(fraction * width)]
+    drawn = []
+    for role, part in zip(parameter.rule.roles, parts, strict=True):
+        old = part.index_select(axis, channels).float()
+        if old.numel() > 1:
+            new = torch.empty_like(old).normal_(
+                old.mean().item(), old.std().item(), generator=generator(seed, f"{name}.{role}")
+            )
+            part = part.index_copy(axis, channels, new.to(part.dtype))
+        drawn.append(part)
+    return drawn
