@@ -104,9 +104,7 @@ class GatedLinearAttention(SelfAttention):
         self, gla: GatedLinearAttentionConfig, gate_down_proj: type, gate_up_proj: type
     ) -> None:
         config = self.config
-        self.linear_gate_down_proj = gate_down_proj(
-            config, gla.gate_low_rank_dim, init_std=gla.init_gate_std
-        )
+        self.linear_gate_down_proj = gate_down_proj(config, gla.gate_low_rank_dim, init_std=gla.init_gate_std)
         self.linear_gate_up_proj = gate_up_proj(
             gla.gate_low_rank_dim,
             config.num_query_groups * config.kv_channels,

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule, TransformerConfig
-from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from torch import Tensor
 
@@ -42,7 +41,6 @@ class ParallelHybrid(MegatronModule):
         config: TransformerConfig,
         submodules: ParallelHybridSubmodules,
         layer_number: int,
-        attn_mask_type: AttnMaskType = AttnMaskType.causal,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         *,
@@ -54,7 +52,6 @@ class ParallelHybrid(MegatronModule):
         branch = {
             "config": config,
             "layer_number": layer_number,
-            "attn_mask_type": attn_mask_type,
             "cp_comm_type": cp_comm_type,
             "pg_collection": pg_collection,
             **kwargs,

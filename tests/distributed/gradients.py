@@ -1,0 +1,217 @@
+"""Loss and gradients of small models in any topology, as whole tensors that can be compared.
+
+Weights are a function of their names and of where a rank's share lies in the whole tensor, as
+megatron-core's sharded state dict says; gradients come back under the same names and are put together the
+same way. So nothing here knows how any layer is split.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from spikingbrain_train.config.model import (
+    FeatureMap,
+    FeedForward,
+    GatedLinearAttentionConfig,
+    GateKind,
+    Mixer,
+    ModelConfig,
+    MoEConfig,
+    ParallelHybridConfig,
+    SpikingConfig,
+    SpikingProjection,
+)
+from spikingbrain_train.config.parallel import KernelConfig, ParallelConfig
+from spikingbrain_train.config.run import Precision, StageConfig
+
+if TYPE_CHECKING:
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor
+
+    from spikingbrain_train.models.gpt_model import HybridGPTModel
+    from spikingbrain_train.parallel.process_groups import ProcessGroups
+
+SEQUENCES = 4
+LENGTH = 64  # sinks and text together
+
+_7B = ModelConfig(
+    num_layers=2,
+    hidden_size=32,
+    ffn_hidden_size=48,
+    num_attention_heads=4,
+    num_query_groups=2,
+    kv_channels=8,
+    vocab_size=130,  # leaves the last tensor-parallel rank mostly padding
+    max_position_embeddings=LENGTH,
+    mixers=[Mixer.gla, Mixer.swa],
+    sliding_window=21,  # reaches over two slices of 16 tokens
+    # The norm behind linear attention divides by sqrt(epsilon) where ReLU features leave (almost) nothing.
+    norm_epsilon=1e-2,
+    add_qkv_bias=True,
+)
+_76B = replace(
+    _7B,
+    mixers=[Mixer.gla_swa, Mixer.gla_full],
+    gla=GatedLinearAttentionConfig(feature_map=FeatureMap.sigmoid, gate=GateKind.tied),
+    parallel_hybrid=ParallelHybridConfig(0.7, 0.5),
+    num_sink_tokens=6,
+    feed_forwards=[FeedForward.dense, FeedForward.moe],
+    moe=MoEConfig(num_experts=4, router_topk=1, num_shared_experts=1),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and how its sequences are packed."""
+
+    model: ModelConfig
+    packed: bool = False
+    """Whether sequences hold several documents that do not see each other."""
+
+
+CASES: Mapping[str, Case] = {
+    "full attention": Case(replace(_7B, mixers=[Mixer.full])),
+    "sliding window": Case(replace(_7B, mixers=[Mixer.swa])),
+    "GLA, low-rank gate": Case(replace(_7B, mixers=[Mixer.gla])),
+    "GLA, tied gate": Case(replace(_7B, mixers=[Mixer.gla], gla=_76B.gla)),
+    "parallel hybrid": Case(replace(_76B, num_sink_tokens=0, feed_forwards=[FeedForward.dense])),
+    "sinks": Case(replace(_7B, mixers=[Mixer.gla, Mixer.full], num_sink_tokens=6)),
+    "MoE": Case(
+        replace(
+            _7B,
+            mixers=[Mixer.swa],
+            feed_forwards=[FeedForward.moe],
+            moe=MoEConfig(num_experts=4, router_topk=2, num_shared_experts=2),
+        )
+    ),
+    "spiking": Case(
+        replace(_7B, spiking=SpikingConfig(projections=list(SpikingProjection), k=3.0)),
+    ),
+    "7B-like, packed documents": Case(replace(_7B, num_layers=4, qk_layernorm=True), packed=True),
+    "76B-like": Case(replace(_76B, num_layers=4)),
+    "76B-like, packed documents": Case(replace(_76B, num_layers=4), packed=True),
+}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A rank's part of one gradient."""
+
+    key: str
+    global_shape: tuple[int, ...]
+    global_offset: tuple[int, ...]
+    value: Tensor
+
+
+def loss_and_gradients(
+    groups: ProcessGroups, name: str, parallel: ParallelConfig
+) -> tuple[float, list[Shard]]:
+    """The loss of a global batch and this rank's parts of its gradients, for one of ``CASES``."""
+    from spikingbrain_train.data.loader import local_micro_batch
+    from spikingbrain_train.models.gpt_model import build_model
+    from spikingbrain_train.models.transformer_config import transformer_config
+    from spikingbrain_train.parallel.kernels import resolve_kernels
+    from spikingbrain_train.training.build import wrap_data_parallel
+    from spikingbrain_train.training.pretraining import ContinualPretraining
+
+    case = CASES[name]
+    config = transformer_config(case.model, parallel, Precision.fp32, on_cpu=True)
+    kernels = resolve_kernels(KernelConfig(), groups.accelerator)
+    model = build_model(case.model, config, kernels, groups.device, parallel.context_parallel)
+    with torch.no_grad():
+        for shard in _shards(model):
+            assert shard.data is not None
+            shard.data.copy_(_values(shard))
+    wrapped = wrap_data_parallel(model, parallel)
+    wrapped.zero_grad_buffer()
+    text = LENGTH - case.model.num_sink_tokens
+    stage = StageConfig(seq_length=text, micro_batch_size=1, global_batch_size=SEQUENCES, train_iters=1)
+    batches = (
+        local_micro_batch(
+            whole,
+            groups.device,
+            num_sink_tokens=case.model.num_sink_tokens,
+            context_parallel_rank=groups.context_parallel_rank,
+            context_parallel_size=groups.context_parallel_size,
+        )
+        for whole in _whole_batches(case, text, groups.data_parallel_rank, groups.data_parallel_size)
+    )
+    step = ContinualPretraining(stage, groups)
+    metrics = step.forward_backward(wrapped, batches, SEQUENCES // groups.data_parallel_size)
+    for parameter in model.parameters():
+        parameter.data = parameter.main_grad.clone()  # type: ignore[attr-defined]
+    shards = [
+        Shard(shard.key, shard.global_shape, shard.global_offset, shard.data.clone())  # type: ignore[union-attr]
+        for shard in _shards(model)
+    ]
+    return metrics["train/loss"], shards
+
+
+def _whole_batches(case: Case, text: int, rank: int, size: int) -> Iterator[Any]:
+    """Every data-parallel rank's sequences, the same ones in total for every topology."""
+    generator = torch.Generator().manual_seed(7)
+    tokens = torch.randint(0, case.model.vocab_size, (SEQUENCES, text + 1), generator=generator)
+    mask = (torch.rand(SEQUENCES, text, generator=generator) > 0.1).float()
+    # Documents of one token, of more than two slices, and bounds at the edges of slices.
+    bounds = ((0, 1, 30, text), (0, 10, 26, 42, text), (0, text - 1, text), (0, 5, 6, 7, 50, text))
+    for row in range(rank, SEQUENCES, size):
+        yield {
+            "tokens": tokens[row : row + 1, :-1],
+            "labels": tokens[row : row + 1, 1:],
+            "loss_mask": mask[row : row + 1],
+            "cu_seqlens": (bounds[row],) if case.packed else None,
+        }
+
+
+def _shards(model: HybridGPTModel) -> list[ShardedTensor]:
+    """This rank's weights with their places in the whole tensors; ``data`` are views of the parameters."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+    sharded = model.sharded_state_dict(metadata={"non_homogeneous_layers": True})
+    apply_factories(sharded)
+    return [value for value in nested_values(sharded) if isinstance(value, ShardedTensor)]
+
+
+def _values(shard: ShardedTensor) -> Tensor:
+    """The weights of a shard: a slice of numbers that the name alone decides."""
+    digest = hashlib.sha256(shard.key.encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:6], "little"))
+    whole = torch.randn(shard.global_shape, generator=generator)
+    if shard.key.endswith("norm.weight"):
+        whole = 1 + 0.1 * whole
+    elif shard.key.endswith("linear_gate_up_proj.bias"):
+        whole = 4 * whole - 4
+    elif shard.key.endswith("branch_weights"):
+        whole = 0.7 + 0.2 * whole
+    else:
+        whole = 0.15 * whole
+    return whole[_place(shard.global_offset, shard.local_shape, shard.global_shape)].view(shard.local_shape)
+
+
+def _place(
+    offset: tuple[int, ...], local_shape: tuple[int, ...], global_shape: tuple[int, ...]
+) -> tuple[slice, ...]:
+    shape = (1,) * (len(global_shape) - len(local_shape)) + tuple(local_shape)
+    return tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+
+
+def assemble(ranks: list[list[Shard]]) -> dict[str, Tensor]:
+    """Whole gradients by name. Every element must be there; replicas must agree to rounding."""
+    whole: dict[str, Tensor] = {}
+    for shard in (shard for shards in ranks for shard in shards):
+        target = whole.setdefault(shard.key, torch.full(shard.global_shape, float("nan")))
+        place = target[_place(shard.global_offset, tuple(shard.value.shape), shard.global_shape)]
+        value = shard.value.view(place.shape)
+        known = ~place.isnan()
+        scale = value.abs().max().clamp_min(1e-30)
+        assert ((place - value)[known].abs() <= 1e-5 * scale).all(), f"replicas of {shard.key} differ"
+        place.copy_(value)
+    missing = [key for key, value in whole.items() if value.isnan().any()]
+    assert not missing, f"no rank holds all of {missing}"
+    return whole

@@ -1,0 +1,106 @@
+"""Every part of both architectures computes the same loss and gradients on any topology as on one rank.
+
+All in float32. Tolerance 1e-5 of a tensor's largest gradient: splitting a sum over ranks changes its rounding
+(6e-8 a term), and a backward pass through a few layers amplifies that by less than a hundred.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+import torch
+
+from spikingbrain_train.config.model import FeedForward
+from spikingbrain_train.config.parallel import (
+    ContextParallelConfig,
+    LinearAttentionContextParallel,
+    ParallelConfig,
+    SlidingWindowContextParallel,
+)
+from tests.distributed.gradients import CASES, assemble, loss_and_gradients
+from tests.distributed.pool import RankPool
+
+TOLERANCE = 1e-5
+
+ALLGATHER_HALO = ContextParallelConfig()
+ALLSCAN_ULYSSES = ContextParallelConfig(
+    gated_linear_attention=LinearAttentionContextParallel.allscan,
+    sliding_window_attention=SlidingWindowContextParallel.ulysses,
+)
+
+TOPOLOGIES: dict[str, ParallelConfig] = {
+    "TP 2": ParallelConfig(tensor_model_parallel_size=2),
+    "TP 2 + sequence parallel": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
+    "PP 2": ParallelConfig(pipeline_model_parallel_size=2),
+    "EP 2": ParallelConfig(expert_model_parallel_size=2),
+    "CP 2, all-gather and halo": ParallelConfig(context_parallel_size=2, context_parallel=ALLGATHER_HALO),
+    "CP 2, all-scan and Ulysses": ParallelConfig(context_parallel_size=2, context_parallel=ALLSCAN_ULYSSES),
+    "CP 4, all-gather and halo": ParallelConfig(context_parallel_size=4, context_parallel=ALLGATHER_HALO),
+    "CP 4, all-scan and Ulysses": ParallelConfig(context_parallel_size=4, context_parallel=ALLSCAN_ULYSSES),
+    "TP 2 + sequence parallel x CP 2": ParallelConfig(
+        tensor_model_parallel_size=2,
+        sequence_parallel=True,
+        context_parallel_size=2,
+        context_parallel=ALLSCAN_ULYSSES,
+    ),
+    "PP 2 x EP 2": ParallelConfig(pipeline_model_parallel_size=2, expert_model_parallel_size=2),
+    "EP 2 x CP 2": ParallelConfig(
+        expert_model_parallel_size=2, context_parallel_size=2, context_parallel=ALLGATHER_HALO
+    ),
+}
+
+
+def world_size(parallel: ParallelConfig) -> int:
+    """The fewest ranks: EP is taken from data- and context-parallel ranks."""
+    replicas = max(1, parallel.expert_model_parallel_size // parallel.context_parallel_size)
+    return parallel.model_parallel_size * replicas
+
+
+def fits(case: str, parallel: ParallelConfig) -> bool:
+    """Experts under tensor parallelism need sequence parallelism; EP needs experts."""
+    has_experts = FeedForward.moe in CASES[case].model.feed_forwards
+    if parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
+        return not has_experts
+    return has_experts or parallel.expert_model_parallel_size == 1
+
+
+PAIRS = [
+    (topology, case) for topology, parallel in TOPOLOGIES.items() for case in CASES if fits(case, parallel)
+]
+
+Results = Callable[[str | None, str], tuple[float, dict[str, torch.Tensor]]]
+
+
+@pytest.fixture(scope="module")
+def results(ranks: RankPool) -> Results:
+    """``results(topology, case)``: loss and whole gradients; the topology None is one rank."""
+
+    @cache
+    def of(topology: str | None, case: str) -> tuple[float, dict[str, torch.Tensor]]:
+        parallel = ParallelConfig() if topology is None else TOPOLOGIES[topology]
+        per_rank = ranks.run(
+            loss_and_gradients, case, parallel, world_size=world_size(parallel), parallel=parallel
+        )
+        losses = {loss for loss, _ in per_rank}
+        assert len(losses) == 1, f"ranks report different losses {losses}"
+        return losses.pop(), assemble([shards for _, shards in per_rank])
+
+    return of
+
+
+@pytest.mark.parametrize(("topology", "case"), PAIRS, ids=[f"{case}: {topology}" for topology, case in PAIRS])
+def test_loss_and_every_gradient_equal_those_of_one_rank(topology: str, case: str, results: Results) -> None:
+    expected_loss, expected = results(None, case)
+    loss, gradients = results(topology, case)
+
+    assert loss == pytest.approx(expected_loss, rel=TOLERANCE)
+    assert gradients.keys() == expected.keys()
+    errors = {
+        name: ((gradients[name] - expected[name]).abs().max() / expected[name].abs().max()).item()
+        for name in expected
+    }
+    worst = max(errors, key=lambda name: errors[name])
+    assert errors[worst] <= TOLERANCE, f"{worst} differs by {errors[worst]:.2e} of its largest gradient"
+    assert all(value.abs().max() > 0 for value in expected.values())
