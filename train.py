@@ -26,18 +26,24 @@ def main() -> None:
         check_run_config(config, world_size)
         plan = plan_run(config, world_size)
         if config.dry_run:
-            if os.environ.get("RANK", "0") == "0":
-                print(plan.render())
-            return
-        check_disk_space(plan)
+            if os.environ.get("RANK", "0") != "0":
+                return
+            print(plan.render(), flush=True)
+        else:
+            check_disk_space(plan)
 
     # On every start megatron-core tells that Apex is absent and which of its own calls are deprecated.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"megatron\.")
     with user_errors():
-        from spikingbrain_train.training import run
+        if config.dry_run:
+            from spikingbrain_train.training.dry_run import build_share
 
-        run(config)
+            print(f"\n{build_share(plan).render()}")
+        else:
+            from spikingbrain_train.training import run
+
+            run(config)
 
 
 # dist_checkpointing starts its writers with "spawn", which imports this file again in each of them.

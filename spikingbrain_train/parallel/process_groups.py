@@ -183,20 +183,12 @@ def initialize(
         keep_freed_memory()
         patches = megatron_cpu.apply(accelerator)
     _join_world(launch, accelerator, timedelta(minutes=timeout_minutes))
+    form_groups(parallel, timeout_minutes=timeout_minutes)
+    _seed(seed)
 
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        context_parallel_size=parallel.context_parallel_size,
-        expert_model_parallel_size=parallel.expert_model_parallel_size,
-        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
-        distributed_timeout_minutes=timeout_minutes,
-        create_gloo_process_groups=False,
-    )
-    _seed(seed)
     return ProcessGroups(
         accelerator=accelerator,
         device=device,
@@ -216,6 +208,21 @@ def initialize(
         expert_tensor_parallel_size=parallel_state.get_expert_tensor_parallel_world_size(),
         collection=ProcessGroupCollection.use_mpu_process_groups(),
         cpu_patches=patches,
+    )
+
+
+def form_groups(parallel: ParallelConfig, *, timeout_minutes: float) -> None:
+    """Form megatron-core's groups in the world that this process has joined."""
+    from megatron.core import parallel_state
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+        distributed_timeout_minutes=timeout_minutes,
+        create_gloo_process_groups=False,
     )
 
 

@@ -1,0 +1,193 @@
+"""Builds one rank's share of a run without memory for it, to see that the plan is what the modules are.
+
+The parameters are tensors on torch's meta device, and the process groups talk to nobody: torch's "fake"
+process group, in a world with as few data-parallel replicas as the degrees allow, since they change no shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+# torch has no other place for it; importing the module registers the backend.
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from spikingbrain_train.config.model import FeedForward, Mixer
+from spikingbrain_train.config.parallel import AcceleratorKind, KernelConfig
+from spikingbrain_train.parallel import megatron_cpu, megatron_versions
+from spikingbrain_train.parallel.accelerator import detect
+from spikingbrain_train.parallel.costs import active_parameters, total_parameters
+from spikingbrain_train.parallel.kernels import resolve_kernels
+from spikingbrain_train.parallel.memory import MemoryEstimate
+from spikingbrain_train.parallel.planner import GIB, Plan, quantity, smallest_stage
+from spikingbrain_train.parallel.process_groups import destroy, form_groups
+
+
+@dataclass(frozen=True)
+class BuiltLayer:
+    """A decoder layer as it was built."""
+
+    layer: int
+    """0-based, over the whole model."""
+    mixer: Mixer
+    feed_forward: FeedForward
+    mixer_parameters: int
+    feed_forward_parameters: int
+    parameters: int
+    """Both and the norms in front of them."""
+
+
+@dataclass(frozen=True)
+class RankShare:
+    """What one rank of a run holds. ``print(share.render())`` shows it."""
+
+    plan: Plan
+    rank: int
+    places: dict[str, int]
+    """The rank's 0-based place along every kind of parallelism."""
+    parameters: int
+    layers: list[BuiltLayer]
+
+    @property
+    def memory(self) -> MemoryEstimate:
+        """Bytes on this rank."""
+        return self.plan.stages[self.places["pipeline"]].memory
+
+    def render(self) -> str:
+        """The share as text for a terminal."""
+        model, parallel = self.plan.config.model, self.plan.config.parallel
+        places = ", ".join(f"{kind} {place}" for kind, place in self.places.items())
+        memory = {name: getattr(self.memory, name) / GIB for name in vars(self.memory)}
+        parts = ", ".join(f"{name} {size:.2f}" for name, size in memory.items() if size > 0)
+        rows = [
+            ("rank", f"{self.rank} of {self.plan.world_size}: {places} (counted from 0)"),
+            ("parameters", f"{self.parameters:,} built on this rank, as planned"),
+            (
+                "active",
+                f"{quantity(active_parameters(model))} of the model's {quantity(total_parameters(model))} "
+                f"for each token, vocabulary included",
+            ),
+            ("memory", f"{self.memory.total / GIB:.2f} GiB: {parts}"),
+        ]
+        if any(layer.feed_forward is FeedForward.moe for layer in self.layers):
+            held = model.moe.num_experts // parallel.expert_model_parallel_size
+            first = self.places["expert"] * held
+            rows.append(("experts", f"{first} to {first + held - 1} of each layer's {model.moe.num_experts}"))
+        head = f"{'layer':>5}  {'mixer':<8}  {'feed-forward':<12}"
+        head += f"  {'mixer':>13}  {'feed-forward':>13}  {'all':>13}"
+        table = [
+            f"{layer.layer:>5}  {layer.mixer.name:<8}  {layer.feed_forward.name:<12}  "
+            f"{layer.mixer_parameters:>13,}  {layer.feed_forward_parameters:>13,}  {layer.parameters:>13,}"
+            for layer in self.layers
+        ]
+        facts = [f"{name:<12}{text}" for name, text in rows]
+        return "\n".join([*facts, "", "parameters of this rank's layers", head, "-" * len(head), *table])
+
+
+def _places(plan: Plan, rank: int) -> dict[str, int]:
+    """Where ``rank`` stands, in megatron-core's order: tensor, context, data, pipeline (and the same ranks of
+    a stage once more as expert tensor, expert, expert data).
+    """
+    parallel = plan.config.parallel
+    pipeline, in_stage = divmod(rank, plan.world_size // parallel.pipeline_model_parallel_size)
+    replica, in_replica = divmod(
+        in_stage, parallel.tensor_model_parallel_size * parallel.context_parallel_size
+    )
+    context, tensor = divmod(in_replica, parallel.tensor_model_parallel_size)
+    expert, expert_tensor = divmod(in_stage, parallel.expert_tensor_size)
+    return {
+        "data": replica,
+        "tensor": tensor,
+        "pipeline": pipeline,
+        "context": context,
+        "expert": expert % parallel.expert_model_parallel_size,
+        "expert tensor": expert_tensor,
+    }
+
+
+@contextmanager
+def _reduced_world(plan: Plan, rank: int) -> Iterator[None]:
+    """Process groups as ``rank`` has them, with as few replicas as the degrees allow."""
+    parallel = plan.config.parallel
+    pipeline, in_stage = divmod(rank, plan.world_size // parallel.pipeline_model_parallel_size)
+    # Every degree but data parallelism divides the reduced stage, so the remainder keeps the rank's places.
+    stage_ranks = smallest_stage(parallel)
+    try:
+        torch.distributed.init_process_group(
+            "fake",
+            store=FakeStore(),
+            rank=pipeline * stage_ranks + in_stage % stage_ranks,
+            world_size=parallel.pipeline_model_parallel_size * stage_ranks,
+        )
+        form_groups(parallel, timeout_minutes=plan.config.cluster.timeout_minutes)
+        yield
+    finally:
+        destroy()
+
+
+def build_share(plan: Plan) -> RankShare:
+    """Build what rank ``dry_run_rank`` of the planned run would hold.
+
+    Call it in a process that has joined no world. The host's kernels stand in for those of the config: no
+    shape depends on them.
+
+    Raises:
+        RuntimeError: the modules are not what the plan says, which is a mistake of this project.
+    """
+    config, rank = plan.config, plan.config.dry_run_rank
+    megatron_versions.check_version()
+    megatron_versions.silence_deprecation_notices()
+    host = detect(AcceleratorKind.cpu)
+    megatron_cpu.apply(host)
+    from spikingbrain_train.models.gpt_model import build_model
+    from spikingbrain_train.models.transformer_config import transformer_config
+
+    places = _places(plan, rank)
+    with _reduced_world(plan, rank):
+        megatron_config = transformer_config(
+            config.model, config.parallel, config.precision, on_cpu=True, initialize=False
+        )
+        kernels = resolve_kernels(KernelConfig(), host)
+        model = build_model(config.model, megatron_config, kernels, torch.device("meta"))
+    stage = plan.stages[places["pipeline"]]
+    share = RankShare(plan, rank, places, _count(model), [_describe(layer) for layer in model.decoder.layers])
+    built = (share.parameters, *((layer.mixer, layer.feed_forward) for layer in share.layers))
+    planned = (stage.parameters, *zip(stage.mixers, stage.feed_forwards, strict=True))
+    if built != planned:
+        raise RuntimeError(
+            f"rank {rank} was built with parameters and layers {built}, but planned with {planned}; "
+            f"parallel/costs.py does not describe the modules"
+        )
+    return share
+
+
+def _describe(layer: Any) -> BuiltLayer:
+    """What a megatron-core TransformerLayer consists of."""
+    return BuiltLayer(
+        layer=layer.layer_number - 1,
+        mixer=_mixer_of(layer.self_attention),
+        feed_forward=FeedForward.moe if hasattr(layer.mlp, "experts") else FeedForward.dense,
+        mixer_parameters=_count(layer.self_attention),
+        feed_forward_parameters=_count(layer.mlp),
+        parameters=_count(layer),
+    )
+
+
+def _mixer_of(attention: torch.nn.Module) -> Mixer:
+    from spikingbrain_train.models.mixers.gated_linear_attention import GatedLinearAttention
+    from spikingbrain_train.models.mixers.parallel_hybrid import ParallelHybrid
+
+    if isinstance(attention, GatedLinearAttention):
+        return Mixer.gla
+    if isinstance(attention, ParallelHybrid):
+        softmax = _mixer_of(attention.softmax_attention)
+        return Mixer.gla_full if softmax is Mixer.full else Mixer.gla_swa
+    return Mixer.full if attention.window is None else Mixer.swa
+
+
+def _count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
