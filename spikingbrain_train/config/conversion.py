@@ -21,7 +21,8 @@ class UpcyclingForm(str, Enum):
     published = "published"
     """All three matrices by (S + k/N) ** (-1/3), random router (arXiv 2509.05276, eq. 15-18)."""
     exact = "exact"
-    """Only the down projection, by 1 / (S + k/N), and a zero router: the dense function at initialisation."""
+    """Only the down projection, by 1 / (S + k/N), and a router of nearly zeros, which merely spreads the
+    tokens over the experts: the dense function at initialisation."""
 
 
 @dataclass

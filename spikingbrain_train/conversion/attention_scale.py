@@ -18,13 +18,13 @@ from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, 
 from spikingbrain_train.conversion.seeds import generator
 from spikingbrain_train.conversion.source import Source
 
-NUM_TOKENS = 256
+SEQUENCES, LENGTH = 4, 64
 
 
 class AttentionScale:
     """Runs a dense source on random tokens, as far as it is asked for and no further.
 
-    Holds the hidden states of :data:`NUM_TOKENS` tokens and one weight at a time, in float32.
+    Holds the hidden states of SEQUENCES x LENGTH tokens and one weight at a time, in float32.
 
     Args:
         source: a dense checkpoint.
@@ -35,7 +35,7 @@ class AttentionScale:
         self.source = source
         self.seed = seed
         self._scales: list[float] = []
-        self._hidden_TD: Tensor | None = None
+        self._hidden_BTD: Tensor | None = None
 
     def of_layer(self, layer: int) -> float:
         """Geometric mean over tokens of the root mean square of one layer's attention output.
@@ -48,18 +48,18 @@ class AttentionScale:
 
     @torch.no_grad()
     def _next_layer(self, layer: int) -> float:
-        if self._hidden_TD is None:
-            self._hidden_TD = self.source.read("embedding")[self._tokens()].float()
+        if self._hidden_BTD is None:
+            self._hidden_BTD = self.source.read("embedding")[self._tokens()].float()
         elif layer > 0:
-            self._hidden_TD = self._hidden_TD + self._feed_forward(layer - 1)
-        output_TD = self._attention(layer)
-        self._hidden_TD = self._hidden_TD + output_TD
-        size_T = output_TD.pow(2).mean(dim=-1).sqrt()
-        return size_T.clamp(min=torch.finfo(torch.float32).tiny).log().mean().exp().item()
+            self._hidden_BTD = self._hidden_BTD + self._feed_forward(layer - 1)
+        output_BTD = self._attention(layer)
+        self._hidden_BTD = self._hidden_BTD + output_BTD
+        size_BT = output_BTD.pow(2).mean(dim=-1).sqrt()
+        return size_BT.clamp(min=torch.finfo(torch.float32).tiny).log().mean().exp().item()
 
     def _tokens(self) -> Tensor:
         """Ids with probability ~ 1 / id: byte-pair vocabularies begin with what is frequent (Zipf's law)."""
-        uniform = torch.rand(NUM_TOKENS, generator=generator(self.seed, "tokens"))
+        uniform = torch.rand(SEQUENCES, LENGTH, generator=generator(self.seed, "tokens"))
         ids = torch.exp(uniform * math.log(self.source.model.vocab_size)).long()
         return ids.clamp(max=self.source.model.vocab_size - 1)
 
@@ -73,36 +73,34 @@ class AttentionScale:
 
     def _attention(self, layer: int) -> Tensor:
         model = self.source.model
-        assert self._hidden_TD is not None
-        x_TD = self._norm(self._hidden_TD, "input_norm", layer)
+        assert self._hidden_BTD is not None
+        x_BTD = self._norm(self._hidden_BTD, "input_norm", layer)
         heads = []
         for letter in "qkv":
             bias = f"{letter}_bias" if model.add_qkv_bias else None
-            projected = self._project(x_TD, f"{letter}_weight", layer, bias)
-            x_HTK = projected.unflatten(-1, (-1, model.kv_channels)).transpose(0, 1)
+            projected = self._project(x_BTD, f"{letter}_weight", layer, bias)
+            x_BHTK = projected.unflatten(-1, (-1, model.kv_channels)).transpose(1, 2)
             if model.qk_layernorm and letter != "v":
-                x_HTK = self._norm(x_HTK, f"{letter}_norm", layer)
-            heads.append(x_HTK if letter == "v" else self._rotate(x_HTK))
-        q_HTK, k_GTK, v_GTK = heads
+                x_BHTK = self._norm(x_BHTK, f"{letter}_norm", layer)
+            heads.append(x_BHTK if letter == "v" else self._rotate(x_BHTK))
+        q_BHTK, k_BGTK, v_BGTK = heads
         repeats = model.num_attention_heads // model.num_query_groups
-        o_HTK = scaled_dot_product_attention(
-            q_HTK[None],
-            k_GTK.repeat_interleave(repeats, 0)[None],
-            v_GTK.repeat_interleave(repeats, 0)[None],
-            is_causal=True,
-        )[0]
-        return self._project(o_HTK.transpose(0, 1).flatten(1), "o_weight", layer)
+        k_BHTK, v_BHTK = (x.repeat_interleave(repeats, dim=1) for x in (k_BGTK, v_BGTK))
+        o_BHTK = scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, is_causal=True)
+        return self._project(o_BHTK.transpose(1, 2).flatten(2), "o_weight", layer)
 
-    def _rotate(self, x_HTK: Tensor) -> Tensor:
+    def _rotate(self, x_BHTK: Tensor) -> Tensor:
         """Rotary positions. Llama-3's scaling is left out: it slows down turns longer than these tokens."""
-        half = x_HTK.shape[-1] // 2
+        half = x_BHTK.shape[-1] // 2
         frequencies = self.source.model.rotary_base ** (-torch.arange(half) / half)
-        angles_TK = torch.outer(torch.arange(x_HTK.shape[1]).float(), frequencies).repeat(1, 2)
-        turned = torch.cat([-x_HTK[..., half:], x_HTK[..., :half]], dim=-1)
-        return x_HTK * angles_TK.cos() + turned * angles_TK.sin()
+        angles_TK = torch.outer(torch.arange(x_BHTK.shape[-2]).float(), frequencies).repeat(1, 2)
+        turned = torch.cat([-x_BHTK[..., half:], x_BHTK[..., :half]], dim=-1)
+        return x_BHTK * angles_TK.cos() + turned * angles_TK.sin()
 
     def _feed_forward(self, layer: int) -> Tensor:
-        assert self._hidden_TD is not None
-        x_TD = self._norm(self._hidden_TD, "mlp_norm", layer)
-        gate_TF = silu(self._project(x_TD, "mlp_gate_weight", layer))
-        return self._project(gate_TF * self._project(x_TD, "mlp_up_weight", layer), "mlp_down_weight", layer)
+        assert self._hidden_BTD is not None
+        x_BTD = self._norm(self._hidden_BTD, "mlp_norm", layer)
+        gate_BTF = silu(self._project(x_BTD, "mlp_gate_weight", layer))
+        return self._project(
+            gate_BTF * self._project(x_BTD, "mlp_up_weight", layer), "mlp_down_weight", layer
+        )

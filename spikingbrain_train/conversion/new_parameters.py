@@ -14,6 +14,10 @@ from spikingbrain_train.conversion.mapping import Parameter
 from spikingbrain_train.conversion.seeds import generator
 from spikingbrain_train.conversion.source import Source
 
+TIE_BREAKING_STD = 1e-7
+"""Router of exactly upcycled experts. Zeros would send every token to the expert that wins ties; this
+spreads tokens and moves probabilities by less than 1e-5 of their value."""
+
 
 @dataclass(frozen=True)
 class Initialisation:
@@ -62,9 +66,9 @@ class NewParameters:
             "sinks": Initialisation(
                 "normal, mean and std of the embedding's rows in every channel", self._like_embedding_rows
             ),
-            "router": self._constant(0.0)
-            if upcycling.form is UpcyclingForm.exact
-            else self._normal(upcycling.router_init_std),
+            "router": self._normal(
+                TIE_BREAKING_STD if upcycling.form is UpcyclingForm.exact else upcycling.router_init_std
+            ),
         }
 
     def describe(self, parameter: Parameter) -> str:

@@ -7,8 +7,8 @@ computes the dense function up to scale, and the k routed ones count with the ro
 - ``published``: every one of the three matrices times ``alpha = (S + k/N) ** (-1/3)``, since three of them
   multiply (SpikingBrain, arXiv 2509.05276, eq. 15-18). SiLU is not homogeneous and a random router is not
   uniform, so the dense function is reproduced roughly.
-- ``exact``: only the down projection, which is linear, times ``1 / (S + k/N)``. With a router of zeros every
-  probability is 1/N exactly, and so is the dense function.
+- ``exact``: only the down projection, which is linear, times ``1 / (S + k/N)``. With a router of (nearly)
+  zeros every probability is 1/N, and the layer gives the dense output.
 """
 
 from __future__ import annotations

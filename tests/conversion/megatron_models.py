@@ -32,6 +32,8 @@ def load_megatron_model(groups: ProcessGroups, folder: Path) -> HybridGPTModel:
     parallel = ParallelConfig(
         tensor_model_parallel_size=groups.tensor_model_parallel_size,
         pipeline_model_parallel_size=groups.pipeline_model_parallel_size,
+        expert_model_parallel_size=groups.expert_model_parallel_size,
+        expert_tensor_parallel_size=groups.expert_tensor_parallel_size,
     )
     megatron = transformer_config(config, parallel, Precision.fp32, on_cpu=True)
     kernels = resolve_kernels(KernelConfig(), groups.accelerator)
@@ -51,22 +53,32 @@ def _sharded_weights(model: HybridGPTModel) -> dict[str, Any]:
     return {name: value for name, value in sharded.items() if not name.endswith("_extra_state")}
 
 
-def megatron_logits(groups: ProcessGroups, folder: Path) -> torch.Tensor:
-    """[B, T, vocab_size] logits of TOKENS without padding; tensor-parallel ranks gather theirs."""
+def megatron_logits(groups: ProcessGroups, folder: Path) -> torch.Tensor | None:
+    """[B, T, vocab_size] logits of TOKENS without padding, the same on every rank of the last pipeline stage
+    (tensor-parallel ranks gather theirs); None on stages before it."""
     model = load_megatron_model(groups, folder)
     return _logits(groups, model)
 
 
-def _logits(groups: ProcessGroups, model: HybridGPTModel) -> torch.Tensor:
+def _logits(groups: ProcessGroups, model: HybridGPTModel) -> torch.Tensor | None:
+    stages, stage = groups.collection.pp, groups.pipeline_model_parallel_rank
+    config = model.model_config
+    if not groups.is_pipeline_first_stage:
+        hidden = torch.empty(config.num_sink_tokens + TOKENS.shape[1], len(TOKENS), config.hidden_size)
+        torch.distributed.recv(hidden, torch.distributed.get_global_rank(stages, stage - 1))
+        model.set_input_tensor([hidden])
     with torch.no_grad():
-        logits = model(TOKENS)
-    assert isinstance(logits, torch.Tensor)
-    parts = [torch.empty_like(logits) for _ in range(groups.tensor_model_parallel_size)]
-    torch.distributed.all_gather(parts, logits.contiguous(), group=groups.collection.tp)
-    return torch.cat(parts, dim=-1)[..., : model.model_config.vocab_size]
+        output = model(TOKENS)
+    assert isinstance(output, torch.Tensor)
+    if not groups.is_pipeline_last_stage:
+        torch.distributed.send(output, torch.distributed.get_global_rank(stages, stage + 1))
+        return None
+    parts = [torch.empty_like(output) for _ in range(groups.tensor_model_parallel_size)]
+    torch.distributed.all_gather(parts, output.contiguous(), group=groups.collection.tp)
+    return torch.cat(parts, dim=-1)[..., : config.vocab_size]
 
 
-def logits_and_save(groups: ProcessGroups, folder: Path, target: Path) -> torch.Tensor:
+def logits_and_save(groups: ProcessGroups, folder: Path, target: Path) -> torch.Tensor | None:
     """Logits of the checkpoint in ``folder``, and its weights saved again from these ranks to ``target``."""
     from spikingbrain_train.parallel.megatron_versions import save_checkpoint
 
