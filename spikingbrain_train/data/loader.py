@@ -75,7 +75,7 @@ def local_micro_batch(
     )
     text = layout.text_range()
     tokens, labels, loss_mask = (
-        whole[name][:, text.start : text.stop].to(device, non_blocking=True)  # type: ignore[literal-required]
+        whole[name][:, text.start : text.stop].to(device, non_blocking=True)
         for name in ("tokens", "labels", "loss_mask")
     )
     return MicroBatch(tokens, labels, loss_mask, layout)

@@ -20,18 +20,20 @@ class RotaryPositions(RotaryEmbedding):
     and sinks stand at position 0, which leaves them as they are.
     """
 
+    inv_freq: Tensor
+
     def __init__(self, model: ModelConfig, *, on_cpu: bool) -> None:
         super().__init__(
             kv_channels=model.kv_channels,
             rotary_percent=1.0,
-            rotary_base=model.rotary_base,  # type: ignore[arg-type]
+            rotary_base=model.rotary_base,
             use_cpu_initialization=on_cpu,
         )
         if model.rope_scaling.factor != 1.0:
             self.inv_freq = scale_rotary_frequencies(self.inv_freq, model.rope_scaling)
         self._last: tuple[SequenceLayout, Tensor] | None = None
 
-    def get_rotary_seq_len(  # type: ignore[override]
+    def get_rotary_seq_len(
         self,
         inference_context: object,
         transformer: object,
@@ -42,7 +44,7 @@ class RotaryPositions(RotaryEmbedding):
         """GPTModel asks for a length here and hands it to :meth:`forward`; the layout says more."""
         return packed_seq_params
 
-    def forward(self, layout: SequenceLayout, **_: object) -> Tensor:  # type: ignore[override]
+    def forward(self, layout: SequenceLayout, **_: object) -> Tensor:
         """Angles of the slice's tokens: [slice_length, 1 or B, 1, kv_channels] float32."""
         if self._last is None or self._last[0] != layout:
             self._last = (layout, self._angles(layout))

@@ -23,6 +23,7 @@ from spikingbrain_train.config.run import StageConfig
 from spikingbrain_train.data.loader import MicroBatch
 from spikingbrain_train.models.gpt_model import HybridGPTModel
 from spikingbrain_train.models.mixers.gated_linear_attention import GatedLinearAttention
+from spikingbrain_train.models.mixers.parallel_hybrid import ParallelHybrid
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.training.calibration import ProjectionFit, balance_keys
 
@@ -121,7 +122,7 @@ class Alignment:
             torch.distributed.all_reduce(errors, group=group)
         return {"train/loss": errors.sum().item() * scale / self.groups.data_parallel_size}
 
-    def _replaced_mixers(self, student: HybridGPTModel) -> list[SelfAttention]:
+    def _replaced_mixers(self, student: HybridGPTModel) -> list[SelfAttention | ParallelHybrid]:
         """The mixers of this pipeline stage that stand where the teacher has attention."""
         replaced = set(self.replaced_layers(student))
         return [
@@ -133,7 +134,7 @@ class Alignment:
         model: torch.nn.Module,
         batches: Iterator[MicroBatch],
         num_microbatches: int,
-        hooks: Mapping[SelfAttention, Callable],
+        hooks: Mapping[SelfAttention | ParallelHybrid, Callable],
     ) -> None:
         """Send micro-batches through the teacher; ``hooks`` are called with what its attention at their
         mixer's layer got and gave, as PyTorch's forward hooks with keyword arguments are.
@@ -167,7 +168,7 @@ class Alignment:
 
     def _align_layer(
         self,
-        mixer: SelfAttention,
+        mixer: SelfAttention | ParallelHybrid,
         errors: Tensor,
         scale: float,
         attention: torch.nn.Module,

@@ -18,14 +18,16 @@ from tests.distributed.pool import RankPool
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Prefix of an indexed dataset: Python's documentation of assignments, one token a byte."""
+    """Prefix of an indexed dataset: Python's documentation of assignments, one token a byte and one document
+    a line."""
     folder = tmp_path_factory.mktemp("text")
     staging = folder / "staging"
     staging.mkdir()
     tokenizer = small_runs.ByteTokenizer()
     writer = IndexedDatasetWriter(folder / "assignment", tokenizer, staging)
-    tokens = numpy.asarray(tokenizer.encode(topics["assignment"]), dtype=writer.dtype)
-    writer.add_document(tokens, text_bytes=len(tokens))
+    for line in topics["assignment"].splitlines():
+        tokens = numpy.asarray(tokenizer.encode(line), dtype=writer.dtype)
+        writer.add_document(tokens, text_bytes=len(tokens))
     writer.finish()
     writer.publish()
     return folder / "assignment"
@@ -43,6 +45,12 @@ def _random_checkpoint(ranks: RankPool, folder: Path, text: Path, model: ModelCo
 def hybrid_checkpoint(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
     """A hybrid with every mixer, one step away from random weights."""
     return _random_checkpoint(ranks, tmp_path_factory.mktemp("hybrid"), text, small_runs.MODEL)
+
+
+@pytest.fixture(scope="session")
+def hybrid_76b_checkpoint(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
+    """The same with two branches a layer, sinks and experts."""
+    return _random_checkpoint(ranks, tmp_path_factory.mktemp("hybrid_76b"), text, small_runs.MODEL_76B)
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from spikingbrain_train.config.model import Mixer, ModelConfig
-from spikingbrain_train.config.parallel import ClusterConfig, ParallelConfig
+from spikingbrain_train.config.model import (
+    FeatureMap,
+    FeedForward,
+    GatedLinearAttentionConfig,
+    GateKind,
+    Mixer,
+    ModelConfig,
+    MoEConfig,
+    ParallelHybridConfig,
+)
+from spikingbrain_train.config.parallel import (
+    ClusterConfig,
+    ContextParallelConfig,
+    LinearAttentionContextParallel,
+    ParallelConfig,
+)
 from spikingbrain_train.config.run import (
     CheckpointConfig,
     DataConfig,
@@ -42,6 +56,15 @@ MODEL = ModelConfig(
     share_embeddings_and_output_weights=True,
 )
 DENSE = replace(MODEL, mixers=[Mixer.full])
+MODEL_76B = replace(
+    MODEL,
+    mixers=[Mixer.gla_swa, Mixer.gla_full],
+    gla=GatedLinearAttentionConfig(feature_map=FeatureMap.sigmoid, gate=GateKind.tied),
+    parallel_hybrid=ParallelHybridConfig(init_softmax_weight=0.8, init_linear_weight=0.4),
+    num_sink_tokens=4,
+    feed_forwards=[FeedForward.dense, FeedForward.moe],
+    moe=MoEConfig(num_experts=4, router_topk=1, num_shared_experts=1),
+)
 
 
 class ByteTokenizer:
@@ -105,6 +128,23 @@ TOPOLOGIES: dict[str, tuple[int, ParallelConfig]] = {
     "PP 2": (2, ParallelConfig(pipeline_model_parallel_size=2)),
     "DP 2": (2, ParallelConfig()),
     "DP 2, distributed optimizer": (2, ParallelConfig(use_distributed_optimizer=True)),
+    "CP 2": (2, ParallelConfig(context_parallel_size=2)),
+    "CP 2 with all-scan, distributed optimizer": (
+        2,
+        ParallelConfig(
+            context_parallel_size=2,
+            context_parallel=ContextParallelConfig(
+                gated_linear_attention=LinearAttentionContextParallel.allscan
+            ),
+            use_distributed_optimizer=True,
+            overlap_grad_reduce=True,
+        ),
+    ),
+    "TP 2 + sequence parallel x CP 2": (
+        4,
+        ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, context_parallel_size=2),
+    ),
+    "PP 2 x CP 2": (4, ParallelConfig(pipeline_model_parallel_size=2, context_parallel_size=2)),
     "TP 2 x PP 2": (4, ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)),
     "TP 2 + sequence parallel x DP 2, overlapped distributed optimizer": (
         4,

@@ -14,46 +14,74 @@ import pytest
 from spikingbrain_train.config.parallel import ParallelConfig, Recompute
 from spikingbrain_train.config.run import DistillationConfig, RunConfig, StageConfig, StageKind
 from tests.distributed.pool import RankPool
-from tests.distributed.small_runs import TOPOLOGIES, checkpoint_config, run_config, train
+from tests.distributed.small_runs import (
+    MODEL,
+    MODEL_76B,
+    TOPOLOGIES,
+    checkpoint_config,
+    run_config,
+    train,
+)
 
 TOLERANCE = 1e-5
 
-# The whole matrix for plain training; the two stages that add communication of their own on what they touch.
+# The whole matrix for plain training; what adds communication of its own on what it touches.
 CASES = [("cpt", name) for name in TOPOLOGIES]
 CASES += [
     (kind, name)
     for kind in ("align", "distill")
-    for name in ("TP 2 + sequence parallel", "TP 2 x PP 2", "DP 2, distributed optimizer")
+    for name in (
+        "TP 2 + sequence parallel",
+        "TP 2 x PP 2",
+        "DP 2, distributed optimizer",
+        "TP 2 + sequence parallel x CP 2",
+    )
 ]
+CASES += [
+    (kind, name)
+    for kind in ("packed", "76B", "76B align", "76B distill")
+    for name in ("TP 2 + sequence parallel x CP 2", "PP 2 x CP 2")
+]
+KINDS = sorted({kind for kind, _ in CASES})
+
+
+@pytest.fixture(scope="module")
+def checkpoints(
+    hybrid_checkpoint: Path, hybrid_76b_checkpoint: Path, dense_checkpoint: Path
+) -> dict[str, Path]:
+    """Where the runs start, and their teacher."""
+    return {"7B": hybrid_checkpoint, "76B": hybrid_76b_checkpoint, "teacher": dense_checkpoint}
 
 
 def _config(
-    kind: str, output_dir: Path, text: Path, hybrid: Path, dense: Path, parallel: ParallelConfig | None = None
+    kind: str, output_dir: Path, text: Path, checkpoints: dict[str, Path], parallel: ParallelConfig
 ) -> RunConfig:
+    size = "76B" if kind.startswith("76B") else "7B"
     config = run_config(
-        output_dir, text, parallel=parallel or ParallelConfig(), checkpoint=checkpoint_config(hybrid)
+        output_dir,
+        text,
+        model=MODEL_76B if size == "76B" else MODEL,
+        parallel=parallel,
+        checkpoint=checkpoint_config(checkpoints[size]),
     )
-    if kind == "align":
-        config.stage.kind, config.stage.teacher = StageKind.align, str(dense)
+    config.data.reset_at_documents = kind == "packed" or size == "76B"
+    if kind.endswith("align"):
+        config.stage.kind, config.stage.teacher = StageKind.align, str(checkpoints["teacher"])
         config.optimizer.lr = 5e-4  # calibration leaves it close to a minimum
-    elif kind == "distill":
-        config.stage.teacher = str(dense)
+    elif kind.endswith("distill"):
+        config.stage.teacher = str(checkpoints["teacher"])
         config.stage.distillation = DistillationConfig(weight=0.6, temperature=2.0)
     return config
 
 
 @pytest.fixture(scope="module")
 def one_rank(
-    ranks: RankPool,
-    tmp_path_factory: pytest.TempPathFactory,
-    text: Path,
-    hybrid_checkpoint: Path,
-    dense_checkpoint: Path,
+    ranks: RankPool, tmp_path_factory: pytest.TempPathFactory, text: Path, checkpoints: dict[str, Path]
 ) -> dict[str, list[tuple[float, float]]]:
-    """Losses and gradient norms of every kind of stage on one rank."""
+    """Losses and gradient norms of every kind of run on one rank."""
     results = {}
-    for kind in ("cpt", "align", "distill"):
-        config = _config(kind, tmp_path_factory.mktemp(kind), text, hybrid_checkpoint, dense_checkpoint)
+    for kind in KINDS:
+        config = _config(kind, tmp_path_factory.mktemp("run"), text, checkpoints, ParallelConfig())
         (results[kind],) = ranks.run(train, config, world_size=1, parallel=ParallelConfig())
     return results
 
@@ -66,11 +94,10 @@ def test_losses_and_gradient_norms_equal_those_of_one_rank(
     ranks: RankPool,
     tmp_path: Path,
     text: Path,
-    hybrid_checkpoint: Path,
-    dense_checkpoint: Path,
+    checkpoints: dict[str, Path],
 ) -> None:
     world_size, parallel = TOPOLOGIES[name]
-    config = _config(kind, tmp_path, text, hybrid_checkpoint, dense_checkpoint, parallel)
+    config = _config(kind, tmp_path, text, checkpoints, parallel)
 
     results = ranks.run(train, config, world_size=world_size, parallel=parallel)
 

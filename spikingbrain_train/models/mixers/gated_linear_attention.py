@@ -121,7 +121,7 @@ class GatedLinearAttention(SelfAttention):
                 bias_GK = up.bias.view(-1, config.kv_channels)
                 bias_GK.copy_(torch.tensor(gla.init_gate_bias(config.kv_channels)))
         for parameter in (self.linear_gate_down_proj.weight, up.weight, up.bias):
-            parameter.is_new_parameter = True  # type: ignore[union-attr]
+            parameter.is_new_parameter = True
 
     def log_gate(self, hidden_states: Tensor, key_logits_TBGK: Tensor) -> Tensor:
         """Logarithm of the per-channel decay.
