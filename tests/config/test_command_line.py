@@ -42,9 +42,9 @@ def train(*arguments: str, cwd: Path, **environment: str) -> subprocess.Complete
     )
 
 
-def errors_of(result: subprocess.CompletedProcess[str]) -> list[str]:
+def errors_of(result: subprocess.CompletedProcess[str], *, with_torch: bool = False) -> list[str]:
     *lines, torch = result.stderr.splitlines()
-    assert torch == "torch not imported"
+    assert torch == ("torch imported" if with_torch else "torch not imported")
     return lines
 
 
@@ -68,10 +68,13 @@ def test_printing_the_config_shows_every_section(tmp_path):
         assert expected in result.stdout
 
 
-def test_a_dry_run_prints_the_plan_and_leaves_nothing_behind(tmp_path):
-    result = train("experiment=spikingbrain_7b_8k", "dry_run=true", cwd=tmp_path)
-    assert result.returncode == 0 and errors_of(result) == []
-    for expected in ("14 gla + 14 swa", "32 = 8 data x 1 tensor x 4 pipeline", "4,194,304 tokens", "21-27"):
+def test_a_dry_run_prints_the_plan_and_one_rank_and_leaves_nothing_behind(tmp_path):
+    result = train("experiment=spikingbrain_7b_8k", "dry_run=true", "dry_run_rank=31", cwd=tmp_path)
+    assert result.returncode == 0 and errors_of(result, with_torch=True) == []
+    for expected in (
+        *("14 gla + 14 swa", "32 = 8 data x 1 tensor x 4 pipeline", "4,194,304 tokens", "21-27"),
+        *("31 of 32: data 7, tensor 0, pipeline 3", "2,176,604,032 built on this rank"),
+    ):
         assert expected in result.stdout
     assert list(tmp_path.iterdir()) == []
 

@@ -10,16 +10,33 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from spikingbrain_train.config.compose import compose_run
 from spikingbrain_train.config.errors import ConfigurationError
-from spikingbrain_train.config.model import GatedLinearAttentionConfig, Mixer, ModelConfig
+from spikingbrain_train.config.load import to_run_config
+from spikingbrain_train.config.model import (
+    FeatureMap,
+    FeedForward,
+    GatedLinearAttentionConfig,
+    GateKind,
+    Mixer,
+    ModelConfig,
+    MoEConfig,
+    SpikingConfig,
+    SpikingProjection,
+)
+from spikingbrain_train.config.model_checks import has_experts
 from spikingbrain_train.config.parallel import KernelConfig, ParallelConfig, Recompute
 from spikingbrain_train.config.run import DistillationConfig, Precision, RunConfig, StageConfig, StageKind
 from spikingbrain_train.parallel.accelerator import detect
 from spikingbrain_train.parallel.costs import (
+    active_parameters,
     dense_twin,
     forward_flops_per_token,
     mixer_core_flops,
+    new_parameters,
     stage_parameters,
+    stage_routed_expert_parameters,
+    swiglu,
     total_parameters,
     training_flops_per_token,
     visible_keys,
@@ -62,31 +79,125 @@ def run_of(model: ModelConfig, parallel: ParallelConfig | None = None, **stage: 
     )
 
 
-def _built_parameters(groups: ProcessGroups, parallel: ParallelConfig) -> tuple[int, dict[str, int]]:
+EXPERTS = dataclasses.replace(
+    LLAMA,
+    feed_forwards=[FeedForward.dense, FeedForward.moe],
+    moe=MoEConfig(num_experts=4, router_topk=2, num_shared_experts=2, moe_ffn_hidden_size=40),
+)
+SPIKINGBRAIN_76B_LIKE = dataclasses.replace(
+    EXPERTS,
+    mixers=[Mixer.gla_swa, Mixer.gla_full],
+    gla=GatedLinearAttentionConfig(feature_map=FeatureMap.sigmoid, gate=GateKind.tied),
+    num_sink_tokens=6,
+    add_qkv_bias=True,
+)
+HYBRIDS = {
+    "two branches, low-rank gate, sinks": dataclasses.replace(
+        LLAMA, mixers=[Mixer.gla_swa, Mixer.gla_full], num_sink_tokens=6, qk_layernorm=True
+    ),
+    "experts": EXPERTS,
+    "experts only, none shared": dataclasses.replace(
+        LLAMA, feed_forwards=[FeedForward.moe], moe=MoEConfig(num_experts=8, num_shared_experts=0)
+    ),
+    "76B-like": SPIKINGBRAIN_76B_LIKE,
+    "76B-like, spiking": dataclasses.replace(
+        SPIKINGBRAIN_76B_LIKE, spiking=SpikingConfig(projections=list(SpikingProjection))
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """Parameters on one rank."""
+
+    all: int
+    routed_experts: int
+    """Those that data-parallel ranks don't reduce together; only marked where experts are spread."""
+    new: int
+
+
+def _built_parameters(
+    groups: ProcessGroups, parallel: ParallelConfig, names: list[str]
+) -> tuple[int, dict[str, Counts]]:
     """This rank's pipeline stage, and the parameters of the modules that megatron-core builds for it."""
     from spikingbrain_train.models.gpt_model import build_model
     from spikingbrain_train.models.transformer_config import transformer_config
 
     kernels = resolve_kernels(KernelConfig(), detect("cpu"))
-    parameters = {}
-    for name, model in MODELS.items():
+    counts = {}
+    for name in names:
+        model = (MODELS | HYBRIDS)[name]
         config = transformer_config(model, parallel, Precision.fp32, on_cpu=True)
-        built = build_model(model, config, kernels, groups.device)
-        parameters[name] = sum(parameter.numel() for parameter in built.parameters())
-    return torch.distributed.get_rank(groups.collection.pp), parameters
+        parameters = list(build_model(model, config, kernels, groups.device).parameters())
+        counts[name] = Counts(
+            all=sum(p.numel() for p in parameters),
+            routed_experts=sum(p.numel() for p in parameters if not getattr(p, "allreduce", True)),
+            new=sum(p.numel() for p in parameters if getattr(p, "is_new_parameter", False)),
+        )
+    return groups.pipeline_model_parallel_rank, counts
 
 
-@pytest.mark.parametrize(("tensor", "pipeline"), [(1, 1), (2, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize(
+    ("degrees", "world_size"),
+    [
+        ({}, 1),
+        ({"tensor": 2, "sequence_parallel": True}, 2),
+        ({"tensor": 2, "sequence_parallel": True, "pipeline": 2}, 4),
+        ({"pipeline": 2}, 2),
+        ({"context": 2}, 2),
+        ({"expert": 2}, 2),
+        ({"expert": 2, "context": 2}, 2),
+        ({"expert": 2, "pipeline": 2}, 4),
+        ({"tensor": 2, "sequence_parallel": True, "expert": 2, "expert_tensor_parallel_size": 1}, 2),
+        ({"tensor": 2, "sequence_parallel": True, "expert": 2}, 4),
+    ],
+    ids=str,
+)
 def test_parameters_per_rank_are_those_of_the_built_model(
-    ranks: RankPool, tensor: int, pipeline: int
+    ranks: RankPool, degrees: dict, world_size: int
 ) -> None:
-    parallel = ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
+    shards = {"tensor", "pipeline", "expert"}
+    settings = {f"{name}_model_parallel_size" if name in shards else name: n for name, n in degrees.items()}
+    if "context" in settings:
+        settings["context_parallel_size"] = settings.pop("context")
+    parallel = ParallelConfig(**settings)
+    models = {name: m for name, m in (MODELS | HYBRIDS).items() if has_experts(m) or "expert" not in degrees}
     results = ranks.run(
-        _built_parameters, parallel, world_size=tensor * pipeline, parallel=parallel, timeout=240
+        _built_parameters, parallel, list(models), world_size=world_size, parallel=parallel, timeout=240
     )
-    assert {stage for stage, _ in results} == set(range(pipeline))
+    assert {stage for stage, _ in results} == set(range(parallel.pipeline_model_parallel_size))
     for stage, built in results:
-        assert built == {name: stage_parameters(model, parallel, stage) for name, model in MODELS.items()}
+        for name, model in models.items():
+            assert built[name].all == stage_parameters(model, parallel, stage), name
+            if parallel.expert_model_parallel_size > 1:
+                planned = stage_routed_expert_parameters(model, parallel, stage)
+                assert built[name].routed_experts == planned, name
+    if world_size == 1:
+        _, built = results[0]
+        assert {name: counts.new for name, counts in built.items()} == {
+            name: new_parameters(model) for name, model in models.items()
+        }
+
+
+def test_the_76b_has_the_parameters_of_its_parts() -> None:
+    hidden, width, heads, groups, ffn, vocabulary = 3584, 128, 28, 4, 18944, 152064
+    projections = hidden * width * (heads + groups + groups) + width * (heads + 2 * groups) + hidden * hidden
+    mixer = 2 * projections + width + 2 * hidden + 2  # two branches, output norm, branch norms and weights
+    swiglu = 3 * hidden * ffn
+    dense, experts = 7 * swiglu, 21 * (16 * swiglu + swiglu + 16 * hidden)
+    rest = 28 * 2 * hidden + hidden + 2 * vocabulary * hidden + 128 * hidden
+    model = to_run_config(compose_run(["model=spikingbrain_76b", "dry_run=true"])).model
+    assert total_parameters(model) == 28 * mixer + dense + experts + rest
+    assert active_parameters(model) == total_parameters(model) - 21 * 15 * swiglu
+
+
+def test_the_ranks_of_all_stages_hold_the_model_once() -> None:
+    parallel = ParallelConfig(pipeline_model_parallel_size=2, expert_model_parallel_size=2)
+    model = dataclasses.replace(SPIKINGBRAIN_76B_LIKE, vocab_size=512)  # needs no padding
+    stages = range(parallel.pipeline_model_parallel_size)
+    once = sum(stage_parameters(model, parallel, stage) for stage in stages)
+    others = sum(stage_routed_expert_parameters(model, parallel, stage) for stage in stages)
+    assert once + others == total_parameters(model)
 
 
 def transformers_model(model: ModelConfig):
@@ -147,6 +258,34 @@ def test_linear_attention_costs_the_same_per_token_at_any_length() -> None:
     windowed = dataclasses.replace(LLAMA, sliding_window=16)
     assert mixer_core_flops(windowed, Mixer.swa, 131072) < 4 * 4 * 16 * 16
     assert mixer_core_flops(LLAMA, Mixer.full, 131072) > 1000 * mixer_core_flops(windowed, Mixer.swa, 131072)
+
+
+def test_two_branches_cost_as_much_as_both_alone() -> None:
+    for softmax, both in ((Mixer.swa, Mixer.gla_swa), (Mixer.full, Mixer.gla_full)):
+        alone = mixer_core_flops(LLAMA, softmax, 64) + mixer_core_flops(LLAMA, Mixer.gla, 64)
+        assert mixer_core_flops(LLAMA, both, 64) == alone
+
+
+@pytest.mark.parametrize("window", [None, 8, 64])
+def test_sinks_are_keys_of_every_token_and_queries_of_their_own(window: int | None) -> None:
+    length, sinks = 40, 6
+    mask = torch.ones(length, length).tril()
+    mask = mask if window is None else mask.triu(1 - window)
+    pairs = mask.sum().item() + (length + sinks) * sinks  # sinks see sinks, and text sees sinks
+    model = dataclasses.replace(LLAMA, sliding_window=window or 1, num_sink_tokens=sinks)
+    flops = mixer_core_flops(model, Mixer.full if window is None else Mixer.swa, length)
+    per_pair = 4 * model.num_attention_heads * model.kv_channels
+    assert flops * length == pytest.approx(pairs * per_pair, rel=1e-12)
+
+
+def test_a_token_pays_for_the_experts_it_visits() -> None:
+    experts, more = EXPERTS, dataclasses.replace(EXPERTS.moe, num_experts=64)
+    routers = 2 * (64 - 4) * LLAMA.hidden_size * 2  # two layers of experts, two FLOPs per element
+    wider = dataclasses.replace(experts, moe=more)
+    assert forward_flops_per_token(wider, 64) - forward_flops_per_token(experts, 64) == routers
+    visits = dataclasses.replace(experts, moe=dataclasses.replace(experts.moe, router_topk=3))
+    expert = 2 * 2 * swiglu(experts, 40)
+    assert forward_flops_per_token(visits, 64) - forward_flops_per_token(experts, 64) == expert
 
 
 def test_training_counts_backward_twice_and_the_teacher_once() -> None:
@@ -216,6 +355,31 @@ class TestMemory:
         first, second, third, _ = (stage.memory.activations for stage in stages)
         assert first == pytest.approx(2 * third) and second == pytest.approx(1.5 * third)
 
+    def test_a_slice_of_the_sequence_takes_its_share_of_the_activations(self) -> None:
+        # Without a vocabulary to speak of, whose gradient is as large on any slice.
+        model = dataclasses.replace(SPIKINGBRAIN_76B_LIKE, vocab_size=1, make_vocab_size_divisible_by=1)
+        long = {"seq_length": 250, "global_batch_size": 4}
+        (whole,) = plan_run(run_of(model, **long), 1).stages
+        (slice_,) = plan_run(run_of(model, ParallelConfig(context_parallel_size=4), **long), 4).stages
+        assert slice_.memory.activations == pytest.approx(whole.memory.activations / 4, rel=1e-3)
+        assert slice_.parameters == whole.parameters
+
+    def test_every_level_of_recomputation_keeps_less(self) -> None:
+        levels = [Recompute.none, Recompute.moe_activation, Recompute.moe_feed_forward, Recompute.moe_layer]
+        deep = dataclasses.replace(SPIKINGBRAIN_76B_LIKE, num_layers=32)
+        totals = [self.total(run_of(deep, ParallelConfig(recompute=level))) for level in levels]
+        assert totals == sorted(totals, reverse=True) and len(set(totals)) == len(levels)
+        assert self.total(run_of(deep, ParallelConfig(recompute=Recompute.full))) < totals[-1]
+
+    def test_experts_are_sharded_over_the_ranks_that_hold_the_same_ones(self) -> None:
+        parallel = ParallelConfig(
+            context_parallel_size=2, expert_model_parallel_size=4, use_distributed_optimizer=True
+        )
+        (stage,) = plan_run(run_of(EXPERTS, parallel), 8).stages
+        experts = stage_routed_expert_parameters(EXPERTS, parallel, 0)
+        # 8 ranks: all hold the other parameters, 8 / 4 each expert.
+        assert stage.memory.optimizer == 12 * (experts / 2 + (stage.parameters - experts) / 8)
+
     def test_alignment_trains_little_and_keeps_a_teacher(self) -> None:
         (trained,) = plan_run(run_of(LLAMA), 1).stages
         (aligned,) = plan_run(run_of(LLAMA, kind=StageKind.align, teacher="dense"), 1).stages
@@ -238,6 +402,10 @@ class TestWorldSize:
         config = run_of(LLAMA, ParallelConfig(pipeline_model_parallel_size=4, data_parallel_size=8))
         config.dry_run = True
         assert launched_world_size(config) == 32
+        config.parallel.data_parallel_size = None
+        assert launched_world_size(config) == 4
+        config.parallel.expert_model_parallel_size = 6
+        assert launched_world_size(config) == 24
 
     @pytest.mark.parametrize("value", ["0", "two", "-1", ""])
     def test_a_damaged_environment_is_refused(self, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
