@@ -1,0 +1,100 @@
+"""Training with spikes: annealed, resumed, reported, and split over ranks.
+
+A count that lies on a rounding boundary can go either way when a matrix product is split differently (see
+tests/models/test_spiking_linear.py), and every step of training moves thousands of counts. So topologies are
+held together where that cannot happen by chance: at the first step, from the same weights, to 1e-5 in the
+loss. A resume on the same topology repeats every bit.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from spikingbrain_train.config.checkpoint_folder import LATEST_ITERATION_FILE, iteration_folder
+from spikingbrain_train.config.model import SpikingConfig, SpikingProjection
+from spikingbrain_train.config.parallel import ParallelConfig
+from spikingbrain_train.config.run import DataConfig, LoggingConfig, RunConfig, SpikeAnnealingConfig
+from spikingbrain_train.training.metrics import read_metrics
+from tests.distributed.pool import RankPool
+from tests.distributed.small_runs import MODEL, TOPOLOGIES, checkpoint_config, run_config, train
+
+SPIKING = replace(MODEL, spiking=SpikingConfig(projections=list(SpikingProjection), k=3.0))
+
+
+def _config(output_dir: Path, text: Path, checkpoint: Path, parallel: ParallelConfig) -> RunConfig:
+    config = run_config(
+        output_dir,
+        text,
+        model=SPIKING,
+        parallel=parallel,
+        logging=LoggingConfig(log_interval=1, eval_interval=3, eval_iters=1, tensorboard=False),
+        checkpoint=checkpoint_config(checkpoint, save_interval=6),
+    )
+    config.data = DataConfig(train=[str(text)], valid=[str(text)])
+    config.stage.spike_annealing = SpikeAnnealingConfig(init_k=48.0, anneal_iters=8)
+    return config
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [ParallelConfig(), ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)],
+    ids=["one rank", "TP 2 + sequence parallel"],
+)
+def test_a_resumed_annealing_repeats_the_uninterrupted_one_bit_for_bit(
+    parallel: ParallelConfig, ranks: RankPool, tmp_path: Path, text: Path, hybrid_checkpoint: Path
+) -> None:
+    config = _config(tmp_path, text, hybrid_checkpoint, parallel)
+    world_size = parallel.tensor_model_parallel_size
+    uninterrupted = ranks.run(train, config, world_size=world_size, parallel=parallel)
+    points = read_metrics(tmp_path)
+    checkpoints = tmp_path / "checkpoints"
+    shutil.rmtree(iteration_folder(checkpoints, 10))
+    (checkpoints / LATEST_ITERATION_FILE).write_text("6\n")
+
+    resumed = ranks.run(train, config, world_size=world_size, parallel=parallel)
+
+    assert resumed == [steps[6:] for steps in uninterrupted]
+    names = ("train/loss", "spiking/k", "spiking/sparsity", "spiking/share_up_to_7", "valid/cross_entropy")
+    assert [{name: point.get(name) for name in names} for point in read_metrics(tmp_path)] == [
+        {name: point.get(name) for name in names} for point in points
+    ]
+
+
+def test_k_and_the_spikes_are_reported(
+    ranks: RankPool, tmp_path: Path, text: Path, hybrid_checkpoint: Path
+) -> None:
+    config = _config(tmp_path, text, hybrid_checkpoint, ParallelConfig())
+    ranks.run(train, config, world_size=1, parallel=ParallelConfig())
+    points = read_metrics(tmp_path)
+    steps = [point["spiking/k"] for point in points if "train/loss" in point]
+    assert steps == pytest.approx([48 * 0.5 ** (step / 2) for step in range(8)] + [3.0, 3.0])
+    evaluations = [point for point in points if "valid/cross_entropy" in point]
+    assert [point["spiking/k"] for point in evaluations] == pytest.approx([48, 48 / 2**1.5, 6, 3, 3])
+    # Fewer spikes as k falls: more channels within 7 counts, and fewer of their bits set.
+    shares = [point["spiking/share_up_to_7"] for point in evaluations]
+    assert shares == sorted(shares) and shares[0] < 0.3 and shares[-1] > 0.85
+    assert evaluations[-1]["spiking/sparsity"] > evaluations[0]["spiking/sparsity"]
+
+
+@pytest.mark.parametrize("name", ["TP 2", "TP 2 + sequence parallel", "PP 2", "DP 2", "TP 2 x PP 2"])
+def test_the_first_step_and_evaluation_equal_those_of_one_rank(
+    name: str, ranks: RankPool, tmp_path: Path, text: Path, hybrid_checkpoint: Path
+) -> None:
+    world_size, parallel = TOPOLOGIES[name]
+    results = []
+    for folder, split, size in (("one", ParallelConfig(), 1), ("split", parallel, world_size)):
+        config = _config(tmp_path / folder, text, hybrid_checkpoint, split)
+        config.stage = replace(config.stage, train_iters=1, spike_annealing=SpikeAnnealingConfig())
+        config.optimizer.lr_warmup_iters = 0
+        steps = ranks.run(train, config, world_size=size, parallel=split)
+        results.append((steps[0], read_metrics(tmp_path / folder)[0]))
+    ((expected_step, *_), expected), ((step, *_), found) = results
+    assert step[0] == pytest.approx(expected_step[0], rel=1e-5)
+    assert step[1] == pytest.approx(expected_step[1], rel=1e-4)
+    assert found["valid/cross_entropy"] == pytest.approx(expected["valid/cross_entropy"], rel=1e-5)
+    for statistic in ("spiking/sparsity", "spiking/share_up_to_7"):
+        assert found[statistic] == pytest.approx(expected[statistic], abs=1e-4)
