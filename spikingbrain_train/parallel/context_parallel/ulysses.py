@@ -1,0 +1,127 @@
+"""Ulysses: an all-to-all turns a slice of all heads into the whole sequence of a share of them, and back.
+
+Heads are shared out in order and as evenly as whole heads allow, rank r of P gets heads ``r * H // P`` to
+``(r + 1) * H // P``; with them travel only the groups of keys and values that these heads read:
+
+- P divides G: every rank gets G / P groups; nothing is sent twice.
+- G divides P: every rank gets one group, P / G ranks the same one, and shares its heads with them.
+- otherwise a group whose heads lie on two ranks goes to both.
+
+Where heads don't divide (7 heads of a group on 2 ranks: 3 and 4; 28 heads on 8 ranks: 3 or 4 each), the ranks
+with fewer compute less: the same as padding with heads of zeros, without sending or computing them. Only a
+rank that gets no head at all computes one of zeros, so that it takes part in the backward pass.
+
+Queries, keys and values travel in one message, token by token, so what the ranks send lies in memory as the
+whole sequence, and is not copied again.
+
+Shape legend: B batch, T tokens of a slice, S = P * T tokens of the sequence, H heads, G groups, K key dim, V
+value dim; h heads and g groups of one rank's share.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from spikingbrain_train.parallel.context_parallel.all_to_all import all_to_all
+
+
+@dataclass(frozen=True)
+class HeadShare:
+    """The heads of one rank, and the groups that they read."""
+
+    heads: range
+    groups: range
+    heads_of_groups: tuple[int, ...]
+    """Of every such group, the heads that are this rank's."""
+
+
+def head_shares(num_heads: int, num_groups: int, num_ranks: int) -> list[HeadShare]:
+    """The share of every rank; ``num_heads`` is a multiple of ``num_groups``."""
+    per_group = num_heads // num_groups
+    shares = []
+    for rank in range(num_ranks):
+        heads = range(rank * num_heads // num_ranks, (rank + 1) * num_heads // num_ranks)
+        groups = range(heads.start // per_group, -(-heads.stop // per_group)) if heads else range(0)
+        counts = tuple(
+            min(heads.stop, (group + 1) * per_group) - max(heads.start, group * per_group) for group in groups
+        )
+        shares.append(HeadShare(heads, groups, counts))
+    return shares
+
+
+def to_whole_sequences(
+    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, group: torch.distributed.ProcessGroup
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The whole sequences of this rank's share of the heads.
+
+    Args:
+        q_BTHK: queries of this rank's slice, all heads.
+        k_BTGK: keys in q's dtype; H is a multiple of G.
+        v_BTGV: values in q's dtype.
+        group: ranks in the order of their slices, all of the same length.
+
+    Returns:
+        q [B, S, h, K], k [B, S, g, K] and v [B, S, g, V]; h is a multiple of g and head i reads group
+        ``i // (h // g)``. Where a share has not the same number of heads of every group, keys and values are
+        repeated here, after the transport, until that holds.
+    """
+    (B, T, H, K), (G, V) = q_BTHK.shape, v_BTGV.shape[2:]
+    shares = head_shares(H, G, group.size())
+    q_of_ranks = q_BTHK.split([len(share.heads) for share in shares], dim=2)
+    # Split once into groups, of which several ranks may get the same: gradients are then added by group.
+    k_groups, v_groups = k_BTGK.split(1, dim=2), v_BTGV.split(1, dim=2)
+    messages = []
+    for share, q in zip(shares, q_of_ranks, strict=True):
+        parts = [q, *(k_groups[i] for i in share.groups), *(v_groups[i] for i in share.groups)]
+        messages.append(torch.cat([x.flatten(2) for x in parts], dim=2).transpose(0, 1).flatten())
+    mine = shares[group.rank()]
+    h, g = len(mine.heads), len(mine.groups)
+    columns = h * K + g * (K + V)
+    received = all_to_all(
+        torch.cat(messages), [x.numel() for x in messages], [T * B * columns] * group.size(), group
+    )
+    whole = received.view(T * group.size(), B, columns).transpose(0, 1)
+    q, k, v = whole.split([h * K, g * K, g * V], dim=2)
+    return _evenly_grouped(
+        q.unflatten(2, (h, K)), k.unflatten(2, (g, K)), v.unflatten(2, (g, V)), mine.heads_of_groups
+    )
+
+
+def _evenly_grouped(
+    q_BShK: Tensor, k_BSgK: Tensor, v_BSgV: Tensor, heads_of_groups: tuple[int, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not heads_of_groups:
+        one_more = (0, 0, 0, 1)
+        return F.pad(q_BShK, one_more), F.pad(k_BSgK, one_more), F.pad(v_BSgV, one_more)
+    per_group = math.gcd(*heads_of_groups)
+    if max(heads_of_groups) > per_group:
+        repeats = torch.tensor([count // per_group for count in heads_of_groups], device=q_BShK.device)
+        k_BSgK, v_BSgV = (x.repeat_interleave(repeats, dim=2) for x in (k_BSgK, v_BSgV))
+    return q_BShK, k_BSgK, v_BSgV
+
+
+def to_slices(o_BShV: Tensor, num_heads: int, group: torch.distributed.ProcessGroup) -> Tensor:
+    """The way back: from the whole sequences of a share of the heads to this rank's slice of all of them.
+
+    Args:
+        o_BShV: output for the queries of :func:`to_whole_sequences`.
+        num_heads: H, heads of all ranks.
+        group: the same ranks.
+
+    Returns:
+        o [B, T, H, V].
+    """
+    B, S, _, V = o_BShV.shape
+    T = S // group.size()
+    counts = [len(share.heads) for share in head_shares(num_heads, num_heads, group.size())]
+    mine = counts[group.rank()]
+    messages = o_BShV[:, :, :mine].transpose(0, 1).flatten()
+    sizes = [T * B * count * V for count in counts]
+    received = all_to_all(messages, [T * B * mine * V] * group.size(), sizes, group)
+    parts = [x.view(T, B, count, V) for x, count in zip(received.split(sizes), counts, strict=True)]
+    return torch.cat(parts, dim=2).transpose(0, 1)
