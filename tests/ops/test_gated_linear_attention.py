@@ -17,6 +17,7 @@ from spikingbrain_train.config.errors import PlatformError
 from spikingbrain_train.ops.gated_linear_attention import (
     chunk,
     gated_linear_attention,
+    gated_linear_attention_end_state,
     gated_linear_attention_step,
 )
 
@@ -198,6 +199,102 @@ def test_steps_equal_the_chunked_form() -> None:
         o, state = gated_linear_attention_step(q[:, t], k[:, t], v[:, t], log_gate[:, t], state)
         torch.testing.assert_close(o, expected[:, t])
     torch.testing.assert_close(state, expected_state)
+
+
+@pytest.mark.parametrize("backend", ["chunk", "recurrent"])
+def test_documents_do_not_see_each_other(backend: str) -> None:
+    bounds = [0, 1, 2, 90, 150]
+    q, k, v, log_gate, _ = make_inputs(1, 150, 6, 2, 16, 8, "medium")
+    state = torch.randn(4, 2, 16, 8).double()
+    leaves = [x.requires_grad_() for x in (q, k, v, log_gate, state)]
+    o, final = gated_linear_attention(
+        *leaves[:4], initial_state=state, output_final_state=True, backend=backend, cu_seqlens=bounds
+    )
+    parts = [
+        gated_linear_attention(
+            *(x[:, start:stop] for x in leaves[:4]),
+            initial_state=state[document : document + 1],
+            output_final_state=True,
+            backend="recurrent",
+        )
+        for document, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False))
+    ]
+    expected, expected_final = (
+        torch.cat(x, dim) for x, dim in zip(zip(*parts, strict=True), (1, 0), strict=True)
+    )
+    torch.testing.assert_close(o, expected)
+    torch.testing.assert_close(final, expected_final)
+    torch.manual_seed(1)
+    weights = torch.randn_like(o), torch.randn_like(final)
+    actual = torch.autograd.grad((o, final), leaves, weights)
+    exact_gradients = torch.autograd.grad((expected, expected_final), leaves, weights)
+    for gradient, exact in zip(actual, exact_gradients, strict=True):
+        torch.testing.assert_close(gradient, exact)
+
+
+def test_documents_may_be_a_tensor_and_start_from_zeros_by_default() -> None:
+    q, k, v, log_gate, _ = make_inputs(1, 20, 4, 2, 8, 8, "7B")
+    o, final = gated_linear_attention(
+        q, k, v, log_gate, output_final_state=True, cu_seqlens=torch.tensor([0, 12, 20], dtype=torch.int32)
+    )
+    alone, alone_final = gated_linear_attention(
+        *(x[:, 12:] for x in (q, k, v, log_gate)), output_final_state=True
+    )
+    torch.testing.assert_close(o[:, 12:], alone)
+    torch.testing.assert_close(final[1:], alone_final)
+
+
+@pytest.mark.parametrize(
+    ("cu_seqlens", "sentence"),
+    [
+        ([0, 3, 3, 5], "must rise from 0 to T = 5 without empty documents: \\[0, 3, 3, 5\\]"),
+        ([0, 4], "must rise from 0 to T = 5"),
+        ([5], "must rise from 0 to T = 5"),
+        (torch.tensor([0.0, 5.0]), "must be integers"),
+    ],
+)
+def test_documents_that_do_not_cover_the_sequence_are_refused(
+    cu_seqlens: list[int] | torch.Tensor, sentence: str
+) -> None:
+    x = torch.zeros(1, 5, 2, 4)
+    with pytest.raises(ValueError, match=sentence):
+        gated_linear_attention(x, x, x, x, cu_seqlens=cu_seqlens)
+
+
+def test_documents_of_several_rows_are_refused() -> None:
+    x = torch.zeros(2, 5, 2, 4)
+    with pytest.raises(ValueError, match="cu_seqlens needs B = 1, not 2: flatten the rows"):
+        gated_linear_attention(x, x, x, x, cu_seqlens=[0, 5])
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "infinite"])
+@pytest.mark.parametrize("T", [1, 150])
+def test_end_state_and_decay_are_those_of_the_recurrence(kind: str, T: int) -> None:
+    q, *leaves = make_inputs(2, T, 4, 2, 8, 6, kind)
+    k, v, log_gate, before = (x.requires_grad_() for x in leaves)
+    state, decay = gated_linear_attention_end_state(k, v, log_gate)
+    after = state + decay.unsqueeze(-1) * before
+    _, expected = gated_linear_attention(
+        q, k, v, log_gate, initial_state=before, output_final_state=True, backend="recurrent"
+    )
+    torch.manual_seed(1)
+    weight = torch.randn(after.shape).double()
+    inputs = [k, v, log_gate, before]
+    actual = [after, *torch.autograd.grad((after * weight).sum(), inputs)]
+    exact = [expected, *torch.autograd.grad((expected * weight).sum(), inputs)]
+    for name, a, e in zip(("state", "k", "v", "log_gate", "initial"), actual, exact, strict=True):
+        # Float64 sums of the same terms in another order.
+        assert (a - e).norm() <= 1e-11 * e.norm(), name
+
+
+def test_end_state_needs_tokens_and_fitting_shapes() -> None:
+    x = torch.zeros(1, 0, 2, 4)
+    with pytest.raises(ValueError, match="at least one token"):
+        gated_linear_attention_end_state(x, x, x)
+    with pytest.raises(ValueError, match="k and log_gate must be"):
+        gated_linear_attention_end_state(
+            torch.zeros(1, 5, 2, 4), torch.zeros(1, 4, 2, 4), torch.zeros(1, 5, 2, 4)
+        )
 
 
 def _naive_recurrent_gla() -> Callable[..., tuple[Tensor, Tensor]]:

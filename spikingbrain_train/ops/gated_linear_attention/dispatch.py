@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -23,6 +26,7 @@ def gated_linear_attention(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     backend: str = "auto",
+    cu_seqlens: Sequence[int] | Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Gated linear attention: ``S_t = diag(exp(log_gate_t)) S_{t-1} + k_t^T v_t``, ``o_t = scale * q_t S_t``.
 
@@ -37,34 +41,85 @@ def gated_linear_attention(
         log_gate: natural logarithm of the forget gate [B, T, G, K], each in [-inf, 0]; any floating dtype,
             float32 recommended (bfloat16 gates close to 1 are too coarse). ``fla`` needs finite values.
         scale: factor of the output, K ** -0.5 by default.
-        initial_state: state before the first token [B, G, K, V]; zeros by default.
+        initial_state: state before the first token [B, G, K, V]; zeros by default. With ``cu_seqlens``,
+            before
+            the first token of every document [D, G, K, V].
         output_final_state: also return the state after the last token.
         backend: ``recurrent`` (reference, slow), ``chunk`` (PyTorch, any device), ``fla`` (Triton kernels on
             GPUs), or ``auto``: fla on a GPU that has it, else chunk.
+        cu_seqlens: D documents that do not see each other, as in fla: [0, end of the first, ..., T], D + 1
+            integers. B must be 1.
 
     Returns:
-        o [B, T, H, V] in q's dtype, and the final state [B, G, K, V] in float32 (float64 for float64 inputs)
-        or None.
+        o [B, T, H, V] in q's dtype, and the final state [B, G, K, V] (with ``cu_seqlens`` [D, G, K, V]) in
+        float32 (float64 for float64 inputs) or None.
 
     Raises:
-        ValueError: shapes, dtypes or the backend name do not fit.
+        ValueError: shapes, dtypes, documents or the backend name do not fit.
         PlatformError: the backend asked for needs a package or a GPU that is missing.
     """
-    _check(q, k, v, log_gate, initial_state)
+    bounds = None if cu_seqlens is None else _document_bounds(cu_seqlens, q)
+    _check(q, k, v, log_gate, initial_state, bounds)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if _resolve(backend, q) == "fla":
         return fla_gated_linear_attention(
-            q, k, v, log_gate, initial_state, scale=scale, output_final_state=output_final_state
+            q,
+            k,
+            v,
+            log_gate,
+            initial_state,
+            scale=scale,
+            output_final_state=output_final_state,
+            cu_seqlens=bounds,
         )
     state_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     if initial_state is None:
         B, _, G, K = k.shape
-        state = torch.zeros(B, G, K, v.shape[-1], dtype=state_dtype, device=q.device)
+        num_states = B if bounds is None else len(bounds) - 1
+        state = torch.zeros(num_states, G, K, v.shape[-1], dtype=state_dtype, device=q.device)
     else:
         state = initial_state.to(state_dtype)
     run = recurrent_gated_linear_attention if backend == "recurrent" else chunk_gated_linear_attention
-    o, final_state = run(q, k, v, log_gate, state, scale=scale)
+    if bounds is None or len(bounds) == 2:
+        o, final_state = run(q, k, v, log_gate, state, scale=scale)
+    else:
+        o, final_state = _run_documents(run, q, k, v, log_gate, state, bounds, scale)
     return o, final_state if output_final_state else None
+
+
+def _run_documents(
+    run: Callable[..., tuple[Tensor, Tensor]],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_gate: Tensor,
+    state_DGKV: Tensor,
+    bounds: tuple[int, ...],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Run documents one by one. Split rather than sliced: the gradients of D slices are D tensors of full
+    size.
+    """
+    lengths = [end - start for start, end in pairwise(bounds)]
+    documents = zip(*(x.split(lengths, dim=1) for x in (q, k, v, log_gate)), state_DGKV.split(1), strict=True)
+    outputs, final_states = zip(*(run(*document, scale=scale) for document in documents), strict=True)
+    return torch.cat(outputs, dim=1), torch.cat(final_states)
+
+
+def _document_bounds(cu_seqlens: Sequence[int] | Tensor, q: Tensor) -> tuple[int, ...]:
+    if isinstance(cu_seqlens, Tensor):
+        if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point():
+            raise ValueError(
+                f"cu_seqlens must be integers [D + 1], not {cu_seqlens.dtype} {list(cu_seqlens.shape)}."
+            )
+        cu_seqlens = cu_seqlens.tolist()
+    bounds = tuple(cu_seqlens)
+    if q.dim() == 4 and q.shape[0] != 1:
+        raise ValueError(f"cu_seqlens needs B = 1, not {q.shape[0]}: flatten the rows into one sequence.")
+    T = q.shape[1]
+    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != T or any(a >= b for a, b in pairwise(bounds)):
+        raise ValueError(f"cu_seqlens must rise from 0 to T = {T} without empty documents: {list(bounds)}.")
+    return bounds
 
 
 def _resolve(backend: str, q: Tensor) -> str:
@@ -79,7 +134,14 @@ def _resolve(backend: str, q: Tensor) -> str:
     return backend
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor, initial_state: Tensor | None) -> None:
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_gate: Tensor,
+    initial_state: Tensor | None,
+    bounds: tuple[int, ...] | None,
+) -> None:
     for name, x in (("q", q), ("k", k), ("v", v), ("log_gate", log_gate)):
         if x.dim() != 4:
             raise ValueError(
@@ -98,8 +160,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor, initial_state: Ten
     ):
         if x.shape != expected:
             raise ValueError(f"{name} must be {list(expected)} to go with q and v, not {list(x.shape)}.")
-    if initial_state is not None and initial_state.shape != (B, G, K, V):
-        raise ValueError(f"initial_state must be {[B, G, K, V]}, not {list(initial_state.shape)}.")
+    num_states = B if bounds is None else len(bounds) - 1
+    if initial_state is not None and initial_state.shape != (num_states, G, K, V):
+        raise ValueError(f"initial_state must be {[num_states, G, K, V]}, not {list(initial_state.shape)}.")
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
         raise ValueError(f"q, k and v must share one floating dtype, not {q.dtype}, {k.dtype} and {v.dtype}.")
     if not log_gate.is_floating_point():

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
+import torch
 from torch import Tensor
+
+
+@lru_cache(maxsize=64)
+def _on_device(cu_seqlens: tuple[int, ...], device: torch.device) -> Tensor:
+    """The same tensor for the same documents, so that fla prepares its chunk indices once and not in every
+    layer.
+    """
+    return torch.tensor(cu_seqlens, dtype=torch.int64, device=device)
 
 
 def fla_gated_linear_attention(
@@ -14,9 +25,11 @@ def fla_gated_linear_attention(
     *,
     scale: float,
     output_final_state: bool,
+    cu_seqlens: tuple[int, ...] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Output [B, T, H, V] and final state [B, G, K, V] float32, or None unless asked for.
 
+    With ``cu_seqlens`` [0, end of the first document, ..., T] B is 1 and the states are one a document.
     The kernels know one head a state, so k, v, the gate and the initial state are repeated from groups to
     heads. All heads of a group then end in the same state, of which the first is returned.
     """
@@ -35,5 +48,6 @@ def fla_gated_linear_attention(
         scale=scale,
         initial_state=initial_state,
         output_final_state=output_final_state,
+        cu_seqlens=None if cu_seqlens is None else _on_device(cu_seqlens, q_BTHK.device),
     )
     return o, None if final_state is None else final_state[:, ::heads_per_group]

@@ -18,19 +18,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spikingbrain_train.ops.gated_linear_attention.decay import sum_from_start, sum_to_end
+
 _LEAF = 8
-
-
-def _sum_from_start(log_gate: Tensor) -> Tensor:
-    """Sum of the log gates up to and including each token (dim -2): the decay that a query sees of a state
-    before it."""
-    return log_gate.cumsum(-2)
-
-
-def _sum_to_end(log_gate: Tensor) -> Tensor:
-    """Sum of the log gates after each token (dim -2): the decay of a key on its way to the end."""
-    after = torch.cat((log_gate[..., 1:, :], torch.zeros_like(log_gate[..., :1, :])), dim=-2)
-    return after.flip(-2).cumsum(-2).flip(-2)
 
 
 def _leaf_output(q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor) -> Tensor:
@@ -60,8 +50,8 @@ def _intra_chunk_output(q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor) -> Te
         return x.unflatten(-2, (2, half)).transpose(-4, -3)
 
     q, k, v, log_gate = split(q), split(k), split(v), split(log_gate)
-    right_q = q[..., 1, :, :, :] * _sum_from_start(log_gate[..., 1, :, :, :]).exp()
-    left_k = k[..., 0, :, :, :] * _sum_to_end(log_gate[..., 0, :, :, :]).exp()
+    right_q = q[..., 1, :, :, :] * sum_from_start(log_gate[..., 1, :, :, :], dim=-2).exp()
+    left_k = k[..., 0, :, :, :] * sum_to_end(log_gate[..., 0, :, :, :], dim=-2).exp()
     right_o = right_q @ left_k.transpose(-1, -2) @ v[..., 0, :, :, :]
     o = _intra_chunk_output(q, k, v, log_gate) + torch.stack((torch.zeros_like(right_o), right_o), dim=-4)
     return o.transpose(-4, -3).flatten(-3, -2)
@@ -72,8 +62,8 @@ def segment_forward(
 ) -> tuple[Tensor, Tensor]:
     """Differentiable output [N, B, G, R, C, V] and final state [B, G, K, V]; q is already scaled, all in one
     dtype."""
-    to_end = _sum_to_end(log_gate_NBGCK)
-    from_start = _sum_from_start(log_gate_NBGCK)
+    to_end = sum_to_end(log_gate_NBGCK, dim=-2)
+    from_start = sum_from_start(log_gate_NBGCK, dim=-2)
     updates = (k_NBGCK * to_end.exp()).transpose(-1, -2) @ v_NBGCV
     decays = from_start[..., -1, :].exp().unsqueeze(-1)
     states = []

@@ -34,7 +34,8 @@ def broadcast_from_first_rank(x: Tensor, group: torch.distributed.ProcessGroup |
     """Give every rank the first rank's tensor; its gradient is the sum of all ranks' gradients.
 
     Every rank of the group must call this, and every rank's loss must depend on the result (a product with
-    zero is enough): otherwise the others wait for it in the backward pass.
+    zero is enough): otherwise the others wait for it in the backward pass. ``torch.autograd.grad`` skips what
+    its inputs do not need, so with it x must depend on them on the other ranks, too.
 
     Args:
         x: any shape. The first rank's is the data; the other ranks give a tensor of the same shape, dtype and

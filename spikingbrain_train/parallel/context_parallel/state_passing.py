@@ -1,11 +1,11 @@
 """How the states of linear attention travel along context-parallel ranks, forward and backward.
 
 Every rank's slice maps the state before it to the state after it: ``S_out = decay * S_in + S_local``. From
-``(S_local, decay)`` of all ranks each rank gets its ``S_in``; from the gradients of all ``S_in`` each gets those
-of its own ``S_local`` and ``decay``, by the same recurrence from the last rank to the first::
+``(S_local, decay)`` of all ranks each rank gets its ``S_in``; from the gradients of all ``S_in`` each gets
+those of its own ``S_local`` and ``decay``, by the same recurrence from the last rank to the first::
 
     S_in[r + 1] = decay[r] * S_in[r] + S_local[r]
-    grad S_local[r] = grad S_out[r] = decay[r + 1] * grad S_out[r + 1] + (grad S_in[r + 1] of rank r + 1 itself)
+    grad S_local[r] = grad S_out[r] = decay[r + 1] * grad S_out[r + 1] + (own gradient of S_in[r + 1])
 
 What travels does not depend on the length of the sequence, and with the all-scan not on the number of ranks.
 A pass is started, and waited for later; local work goes on in between, in the backward pass too.
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from typing import Any, Protocol
 
 import torch
@@ -26,8 +26,8 @@ from torch.autograd.function import once_differentiable
 
 from spikingbrain_train.config.parallel import LinearAttentionContextParallel
 
-# The all-scan cuts a state into blocks of about this size: small enough that n ranks work at the same time, large
-# enough to be worth a message.
+# The all-scan cuts a state into blocks of about this size: small enough that n ranks work at the same time,
+# large enough to be worth a message.
 _BLOCK_BYTES = 128 * 1024
 
 Pending = Callable[[], Tensor]
@@ -86,7 +86,7 @@ class _AllGather:
 
 
 class _AllScan:
-    """The recurrence itself walks along the ranks, in blocks of K so that it is on many ranks at once (ZeCO)."""
+    """The recurrence itself walks along the ranks, in blocks of K: many ranks work at once (ZeCO)."""
 
     def __init__(self, group: torch.distributed.ProcessGroup) -> None:
         self._group = group
@@ -115,9 +115,11 @@ class _AllScan:
             received.append(block)
             if target is not None:
                 onward = onward.contiguous()
-                sends.append((torch.distributed.isend(onward, target, self._group), onward))
-        for work, _ in sends:  # the blocks live until they are sent
-            work.wait()
+                send = torch.distributed.isend(onward, target, self._group)
+                assert send is not None, "this rank belongs to the group"
+                sends.append((send, onward))
+        for send, _ in sends:  # the blocks live until they are sent
+            send.wait()
         return torch.cat(received, dim=2)
 
     def _neighbour(self, step: int) -> int | None:
@@ -128,8 +130,9 @@ class _AllScan:
 
 
 def _in_background(communicate: Callable[[], Tensor], device: torch.device) -> Pending:
-    """Let messages and the arithmetic between them go on beside the caller's work: on a stream of its own on GPUs,
-    in a thread on CPU."""
+    """Let messages and the arithmetic between them go on beside the caller's work: on a stream of its own on
+    GPUs, in a thread on CPU.
+    """
     if device.type != "cuda":
         # Grad mode belongs to a thread.
         return _thread().submit(torch.no_grad()(communicate)).result
@@ -137,17 +140,17 @@ def _in_background(communicate: Callable[[], Tensor], device: torch.device) -> P
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         result = communicate()
+    return partial(_wait_for_stream, stream, result, communicate)
 
-    def wait() -> Tensor:
-        current = torch.cuda.current_stream(device)
-        current.wait_stream(stream)
-        result.record_stream(current)
-        # Holds the inputs, which belong to the caller's stream, until that stream has waited.
-        del communicate_until_now[:]
-        return result
 
-    communicate_until_now = [communicate]
-    return wait
+def _wait_for_stream(stream: torch.cuda.Stream, result: Tensor, _communicate: Callable[[], Tensor]) -> Tensor:
+    """``_communicate`` is here to live until now: its inputs are memory of the caller's stream, which waits
+    only here.
+    """
+    current = torch.cuda.current_stream(result.device)
+    current.wait_stream(stream)
+    result.record_stream(current)
+    return result
 
 
 @cache
@@ -161,27 +164,27 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-_EXCHANGES: dict[
-    LinearAttentionContextParallel, Callable[[torch.distributed.ProcessGroup], _Exchange]
-] = {
+_EXCHANGES: dict[LinearAttentionContextParallel, Callable[[torch.distributed.ProcessGroup], _Exchange]] = {
     LinearAttentionContextParallel.allgather: _AllGather,
     LinearAttentionContextParallel.allscan: _AllScan,
 }
 
 
 class StatePassing:
-    """A pass that is under way. Its two ends are separate nodes of the autograd graph, so that in the backward
-    pass, too, the communication starts at one and is waited for at the other."""
+    """A pass that is under way. Its two ends are separate nodes of the autograd graph, so that in the
+    backward pass, too, the communication starts at one and is waited for at the other.
+    """
 
     def __init__(self, group: torch.distributed.ProcessGroup, method: LinearAttentionContextParallel) -> None:
         self.exchange = _EXCHANGES[method](group)
         self.pending_state: Pending | None = None
-        self.pending_grad: Pending | None = None
+        self.pending_grad: tuple[Pending, Tensor] | None = None
         self.token: Tensor | None = None
 
     def wait(self) -> Tensor:
-        """S_in of this rank [B, G, K, V], zeros on the first. Call it once; the loss of every rank must depend on
-        the result (a product with zero is enough), or the others wait for it in the backward pass."""
+        """S_in of this rank [B, G, K, V], zeros on the first. Call it once; the loss of every rank must
+        depend on the result (a product with zero is enough), or the others wait for it in the backward pass.
+        """
         token, self.token = self.token, None  # it would tie the graph to this object, which the graph holds
         return _Wait.apply(token, self)
 
@@ -196,8 +199,8 @@ class _Start(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor, Tensor, None]:
-        grad_state_out, state_in = ctx.passing.pending_grad()
-        ctx.passing.pending_grad = None
+        (pending, state_in), ctx.passing.pending_grad = ctx.passing.pending_grad, None
+        grad_state_out = pending()
         return grad_state_out, (grad_state_out * state_in).sum(-1), None
 
 
@@ -213,7 +216,8 @@ class _Wait(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        ctx.passing.start_backward(grad, *ctx.saved_tensors)
+        (state_in,) = ctx.saved_tensors
+        ctx.passing.pending_grad = ctx.passing.exchange.start_backward(grad), state_in
         return grad.new_zeros(()), None
 
 
