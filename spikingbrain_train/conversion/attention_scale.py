@@ -9,14 +9,13 @@ that run through the source's layers find it; drawn from the vocabulary they ser
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
 
 from spikingbrain_train.conversion.seeds import generator
 from spikingbrain_train.conversion.source import Source
+from spikingbrain_train.conversion.vocabulary import draw_tokens
 
 SEQUENCES, LENGTH = 4, 64
 
@@ -58,10 +57,9 @@ class AttentionScale:
         return size_BT.clamp(min=torch.finfo(torch.float32).tiny).log().mean().exp().item()
 
     def _tokens(self) -> Tensor:
-        """Ids with probability ~ 1 / id: byte-pair vocabularies begin with what is frequent (Zipf's law)."""
-        uniform = torch.rand(SEQUENCES, LENGTH, generator=generator(self.seed, "tokens"))
-        ids = torch.exp(uniform * math.log(self.source.model.vocab_size)).long()
-        return ids.clamp(max=self.source.model.vocab_size - 1)
+        random = generator(self.seed, "tokens of the attention scale")
+        tokens = draw_tokens(self.source.model.vocab_size, SEQUENCES * LENGTH, random, distinct=False)
+        return tokens.view(SEQUENCES, LENGTH)
 
     def _project(self, x: Tensor, role: str, layer: int, bias: str | None = None) -> Tensor:
         values = None if bias is None else self.source.read(bias, layer).float()
@@ -101,6 +99,5 @@ class AttentionScale:
         assert self._hidden_BTD is not None
         x_BTD = self._norm(self._hidden_BTD, "mlp_norm", layer)
         gate_BTF = silu(self._project(x_BTD, "mlp_gate_weight", layer))
-        return self._project(
-            gate_BTF * self._project(x_BTD, "mlp_up_weight", layer), "mlp_down_weight", layer
-        )
+        up_BTF = self._project(x_BTD, "mlp_up_weight", layer)
+        return self._project(gate_BTF * up_BTF, "mlp_down_weight", layer)

@@ -20,12 +20,13 @@ Runs in one CPU process, tensor by tensor: a machine that can store a checkpoint
 
 _IMPORT_DESCRIPTION = """\
 Read a Llama, Qwen2, Qwen2.5, Qwen3 or published SpikingBrain-7B folder (safetensors) and write a
-Megatron checkpoint that loads at any tensor and pipeline parallel size.
+Megatron checkpoint that loads at any tensor, pipeline and expert parallel size.
 """
 
 _EXPORT_DESCRIPTION = """\
 Write a Megatron checkpoint as a Hugging Face folder: safetensors, config.json, tokenizer, and for
-hybrids the modelling code. Dense models return to their own family, bit for bit.
+hybrids the modelling code. Dense models return to their own family, bit for bit. Models with two
+branches in a layer, experts, sink tokens or a tied gate have no Hugging Face format and are refused.
 """
 
 _IMPORT_EXAMPLES = """\
@@ -42,13 +43,20 @@ examples:
   python tools/convert_checkpoint.py import --hf Qwen2.5-7B --output checkpoints/hybrid \\
       --conversion spikingbrain_7b sliding_window=2048 seed=7
 
+  # the SpikingBrain-76B pattern, from a dense model of 28 layers: two branches in every layer,
+  # sink tokens, and experts as copies of the feed-forwards (_exact: scaled to change nothing)
+  python tools/convert_checkpoint.py import --hf Qwen2.5-7B --output checkpoints/hybrid_moe \\
+      --conversion spikingbrain_76b
+
   # an exact Megatron copy: the teacher of an align stage
   python tools/convert_checkpoint.py import --hf Qwen2.5-7B --output checkpoints/dense
 
 A recipe is a file of conf/conversion (by name) or any YAML file with the fields of ConversionConfig:
-  mixers: [gla, gla, gla, full]    # repeated until all layers have one; gla, swa or full
+  mixers: [gla, gla, gla, full]    # repeated until all layers have one; gla, swa, full, gla_swa, gla_full
   sliding_window: 4096             # tokens a swa layer sees
   gla: {init_gate_bias_max: 4.0}   # start of the new parameters
+  feed_forwards: [dense, moe]      # likewise repeated
+  moe: {num_experts: 8}            # any number of experts, each as wide as the source's feed-forward
   seed: 1234
 """
 
@@ -126,8 +134,8 @@ def _add_import_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--conversion",
         metavar="RECIPE",
-        help="spikingbrain_7b, dense, another file of conf/conversion, or a .yaml path. Without it, "
-        "layers stay as they are",
+        help="spikingbrain_7b, spikingbrain_76b, dense, another file of conf/conversion, or a .yaml path. "
+        "Without it, layers stay as they are",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier result in --output")
     parser.add_argument(

@@ -19,7 +19,7 @@ from spikingbrain_train.config.checkpoint_folder import (
     iteration_folder,
 )
 from spikingbrain_train.config.conversion import ConversionConfig, UpcyclingForm
-from spikingbrain_train.config.errors import CheckpointError
+from spikingbrain_train.config.errors import CheckpointError, ConfigurationError
 from spikingbrain_train.config.load import save_config
 from spikingbrain_train.config.model import FeedForward, Mixer, ModelConfig
 from spikingbrain_train.config.model_checks import check_model
@@ -155,6 +155,11 @@ def _target(source: ModelConfig, conversion: ConversionConfig | None, hf_folder:
         spiking=conversion.spiking,
     )
     check_expert_width(target)
+    if target.num_sink_tokens > target.vocab_size:
+        raise ConfigurationError(
+            f"num_sink_tokens={target.num_sink_tokens} is more than the source has embeddings to start them "
+            f"from; use at most {target.vocab_size}"
+        )
     return target
 
 

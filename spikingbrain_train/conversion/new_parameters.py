@@ -13,6 +13,7 @@ from spikingbrain_train.conversion.attention_scale import AttentionScale
 from spikingbrain_train.conversion.mapping import Parameter
 from spikingbrain_train.conversion.seeds import generator
 from spikingbrain_train.conversion.source import Source
+from spikingbrain_train.conversion.vocabulary import draw_tokens
 
 TIE_BREAKING_STD = 1e-7
 """Router of exactly upcycled experts. Zeros would send every token to the expert that wins ties; this
@@ -46,7 +47,9 @@ class NewParameters:
         self.attention_scale = AttentionScale(source, conversion.seed)
         gla, hybrid, upcycling = conversion.gla, conversion.parallel_hybrid, conversion.upcycling
         spread = gla.init_gate_bias(source.model.kv_channels)
-        branch_norm = Initialisation("size of the source's attention output", self._attention_size)
+        branch_norm = Initialisation(
+            "size of the source's attention output, layer by layer", self._attention_size
+        )
         self._starts = {
             "gate_down_weight": self._normal(gla.init_gate_std),
             "gate_up_weight": self._normal(gla.init_gate_std),
@@ -60,12 +63,10 @@ class NewParameters:
             "softmax_norm": branch_norm,
             "linear_norm": branch_norm,
             "branch_weights": Initialisation(
-                f"{hybrid.init_softmax_weight:g} softmax, {hybrid.init_linear_weight:g} linear",
+                f"{hybrid.init_softmax_weight:g} and {hybrid.init_linear_weight:g}",
                 lambda _: torch.tensor([hybrid.init_softmax_weight, hybrid.init_linear_weight]),
             ),
-            "sinks": Initialisation(
-                "normal, mean and std of the embedding's rows in every channel", self._like_embedding_rows
-            ),
+            "sinks": Initialisation("rows of the embedding, frequent tokens preferred", self._embedding_rows),
             "router": self._normal(
                 TIE_BREAKING_STD if upcycling.form is UpcyclingForm.exact else upcycling.router_init_std
             ),
@@ -97,6 +98,8 @@ class NewParameters:
         assert parameter.layer is not None
         return torch.tensor(self.attention_scale.of_layer(parameter.layer))
 
-    def _like_embedding_rows(self, parameter: Parameter) -> Tensor:
-        rows = self.source.read("embedding").float()
-        return rows.mean(dim=0) + rows.std(dim=0) * self._noise(parameter)
+    def _embedding_rows(self, parameter: Parameter) -> Tensor:
+        random = generator(self.conversion.seed, parameter.name)
+        number = parameter.model.num_sink_tokens
+        tokens = draw_tokens(parameter.model.vocab_size, number, random, distinct=True)
+        return self.source.read("embedding")[tokens].float()

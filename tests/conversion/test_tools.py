@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,29 @@ def test_import_inspect_export(
     assert len(list((tmp_path / "hf").glob("model-*.safetensors"))) > 1
     convert_checkpoint(["inspect", str(tmp_path / "hf")])
     assert "Hugging Face checkpoint, GLAswaForCausalLM" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("conversion", "scaled"), [("spikingbrain_76b", "0.98"), ("spikingbrain_76b_exact", "0.9412")]
+)
+def test_dry_run_of_the_76b_recipe(
+    hf_checkpoint: HFCheckpoint,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    conversion: str,
+    scaled: str,
+) -> None:
+    """Its pattern is for 28 layers; 0.9412 = 16/17."""
+    source, _ = hf_checkpoint("qwen2", vocab_size=200, num_hidden_layers=28)
+    output = tmp_path / "out"
+    convert_checkpoint(
+        ["import", "--hf", str(source), "--output", str(output), "--conversion", conversion, "--dry-run"]
+    )
+    out = capsys.readouterr().out
+    assert "24 gla_swa (window 4096) + 4 gla_full; 7 dense + 21 moe (16 experts, top 1, 1 shared)" in out
+    assert re.search(rf"routed experts +\d+ .* copied and scaled by {re.escape(scaled)}\n", out)
+    assert re.search(r"sink tokens +1 +4,096 +new: ", out)
+    assert not output.exists()
 
 
 @pytest.mark.parametrize(
