@@ -15,7 +15,7 @@ class Recompute(str, Enum):
     """Compute the router and the experts' activation function again (SpikingBrain, arXiv 2509.05276, section
     4.1, level 1)."""
     moe_feed_forward = "moe_feed_forward"
-    """Compute the experts' feed-forward and the shared expert again (level 2)."""
+    """Also compute the experts' feed-forward and the shared expert again (level 2)."""
     moe_layer = "moe_layer"
     """Compute whole mixture-of-experts layers again, communication included (level 3)."""
     full = "full"

@@ -217,3 +217,42 @@ def _split_sizes_as_arrays() -> None:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     _replace_everywhere(move, maybe_move_tensor_to_cpu)
+
+
+@_patch(
+    changes="tensor_parallel.mappings._gather_along_first_dim and _reduce_scatter_along_first_dim pad pieces "
+    "of different lengths to the longest",
+    reason="experts that are split over tensor-parallel ranks gather tokens in pieces of different lengths, "
+    "which gloo refuses",
+)
+def _collectives_of_uneven_pieces() -> None:
+    from megatron.core.tensor_parallel import mappings
+
+    gather, reduce_scatter = mappings._gather_along_first_dim, mappings._reduce_scatter_along_first_dim
+
+    @functools.wraps(gather)
+    def gather_pieces(
+        input_: torch.Tensor, group: Any, output_split_sizes: Any = None, use_global_buffer: bool = False
+    ) -> torch.Tensor:
+        if output_split_sizes is None or group.size() == 1:
+            return gather(input_, group, use_global_buffer=use_global_buffer)
+        longest = max(1, *output_split_sizes)
+        pieces = gather(_padded(input_, longest), group).split(longest)
+        return torch.cat([piece[:size] for piece, size in zip(pieces, output_split_sizes, strict=True)])
+
+    @functools.wraps(reduce_scatter)
+    def reduce_scatter_pieces(
+        input_: torch.Tensor, group: Any, input_split_sizes: Any = None, use_global_buffer: bool = False
+    ) -> torch.Tensor:
+        if input_split_sizes is None or group.size() == 1:
+            return reduce_scatter(input_, group, use_global_buffer=use_global_buffer)
+        longest = max(1, *input_split_sizes)
+        pieces = torch.cat([_padded(piece, longest) for piece in input_.split(input_split_sizes)])
+        return reduce_scatter(pieces, group)[: input_split_sizes[group.rank()]]
+
+    _replace_everywhere(gather, gather_pieces)
+    _replace_everywhere(reduce_scatter, reduce_scatter_pieces)
+
+
+def _padded(rows: torch.Tensor, number: int) -> torch.Tensor:
+    return torch.nn.functional.pad(rows, (0, 0) * (rows.dim() - 1) + (0, number - rows.shape[0]))

@@ -62,12 +62,13 @@ def test_host_torch_allocates_on_the_host_where_cuda_is_asked_for(name: str) -> 
 
 def test_host_torch_is_torch_in_everything_else() -> None:
     own = {"cuda", *FACTORIES}
+    wrapped_later = {"manual_seed"}  # by torch._dynamo, if it is imported after HOST_TORCH is made
     differing = [
         name
         for name in vars(torch)
         if not name.startswith("_") and getattr(HOST_TORCH, name) is not getattr(torch, name)
     ]
-    assert set(differing) == own
+    assert set(differing) - wrapped_later == own
     with pytest.raises(AttributeError):
         HOST_TORCH.no_such_function  # noqa: B018  (the lookup is what is tested)
 

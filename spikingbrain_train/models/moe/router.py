@@ -91,7 +91,8 @@ class SequenceBalancedRouter(TopKRouter):
             of who visits whom. Under padding to capacity the map also holds visitors of probability 0.
         """
         assert padding_mask is None, "tokens are never masked out of routing"
-        if self.config.recompute is Recompute.moe_activation and self.training:
+        levels = (Recompute.moe_activation, Recompute.moe_feed_forward)
+        if self.config.recompute in levels and self.training:
             return tensor_parallel.checkpoint(self._route, False, input)
         return self._route(input)
 
