@@ -277,6 +277,25 @@ def test_flex_block_mask_says_what_is_visible(visibility: flex.Visibility) -> No
     assert full.any() == (N >= 128 or visibility.window >= 383)
 
 
+@pytest.mark.parametrize("visibility", flex_layouts())
+def test_flex_equals_a_masked_softmax_where_it_is_not_compiled(
+    visibility: flex.Visibility, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    monkeypatch.setattr(flex, "_compiled_flex_attention", lambda: flex_attention)
+    N, documents = visibility.num_sink_tokens, visibility.documents
+    q, k, v = make_inputs(2 if documents is None else 1, N + visibility.Tk, 4, 2, 16, 16)
+    q = q[:, : visibility.Tq]
+    actual = flex.flex_sliding_window_attention(
+        q, k, v, window=visibility.window, scale=0.25, num_sink_tokens=N, documents=documents
+    )
+    query_lengths = documents.query_lengths if documents else [visibility.Tq]
+    key_lengths = documents.key_lengths if documents else [visibility.Tk]
+    mask = visible_pairs(visibility.window, N, query_lengths, key_lengths)
+    torch.testing.assert_close(actual, masked_softmax([q, k, v], mask)[0], rtol=0, atol=1e-12)
+
+
 def _flash_attn_like(q: Tensor, k: Tensor, v: Tensor, window_size: tuple[int, int], scale: float) -> Tensor:
     """flash-attn's documented causal semantics: the last query stands at the last key, -1 is no limit."""
     left, right = window_size
