@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from spikingbrain_train.config.file_checks import check_files
-from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.config.model import ModelConfig, SpikingProjection
 from spikingbrain_train.config.model_checks import check_model
 from spikingbrain_train.config.parallel import (
     AcceleratorKind,
+    ExpertBackend,
     LinearAttentionBackend,
     ParallelConfig,
     ParallelLinearBackend,
@@ -126,8 +127,14 @@ def check_optimizer(optimizer: OptimizerConfig, train_iters: int) -> None:
 
 def check_platform(config: RunConfig) -> None:
     """Kernels against the accelerator that is asked for. Raises ConfigurationError."""
-    cluster = config.cluster
+    cluster, spiking = config.cluster, config.model.spiking.projections
     above_zero(cluster, "cluster", "timeout_minutes", "peak_tflops")
+    require(
+        cluster.kernels.experts is not ExpertBackend.grouped_gemm
+        or not {SpikingProjection.mlp_fc1, SpikingProjection.mlp_fc2} & set(spiking),
+        "cluster.kernels.experts=grouped_gemm cannot encode spikes inside experts, which mlp_fc1 and mlp_fc2 "
+        "in model.spiking.projections ask for; choose cluster.kernels.experts=sequential",
+    )
     if cluster.accelerator is not AcceleratorKind.cpu:
         return
     kernels = cluster.kernels
@@ -139,6 +146,7 @@ def check_platform(config: RunConfig) -> None:
             {SoftmaxAttentionBackend.flash_attn, SoftmaxAttentionBackend.flex},
         ),
         ("parallel_linear", kernels.parallel_linear, {ParallelLinearBackend.transformer_engine}),
+        ("experts", kernels.experts, {ExpertBackend.transformer_engine, ExpertBackend.grouped_gemm}),
     ):
         valid = [member.name for member in type(backend) if member not in on_gpu_only]
         require(

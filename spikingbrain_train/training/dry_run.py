@@ -129,6 +129,19 @@ def _reduced_world(plan: Plan, rank: int) -> Iterator[None]:
         destroy()
 
 
+@contextmanager
+def _without_all_reduce() -> Iterator[None]:
+    """While it builds, megatron-core adds up tied vocabulary matrices of the first and last stage; torch 2.6
+    cannot do that on the meta device, not even with a group that talks to nobody.
+    """
+    all_reduce = torch.distributed.all_reduce
+    torch.distributed.all_reduce = lambda *_args, **_kwargs: None
+    try:
+        yield
+    finally:
+        torch.distributed.all_reduce = all_reduce
+
+
 def build_share(plan: Plan) -> RankShare:
     """Build what rank ``dry_run_rank`` of the planned run would hold.
 
@@ -147,7 +160,7 @@ def build_share(plan: Plan) -> RankShare:
     from spikingbrain_train.models.transformer_config import transformer_config
 
     places = _places(plan, rank)
-    with _reduced_world(plan, rank):
+    with _reduced_world(plan, rank), _without_all_reduce():
         megatron_config = transformer_config(
             config.model, config.parallel, config.precision, on_cpu=True, initialize=False
         )

@@ -10,10 +10,11 @@ import pytest
 from spikingbrain_train.config.checks import check_run_config
 from spikingbrain_train.config.conversion import ConversionConfig, UpcyclingConfig
 from spikingbrain_train.config.errors import ConfigurationError
-from spikingbrain_train.config.model import FeedForward, GateKind, Mixer, ModelConfig
+from spikingbrain_train.config.model import FeedForward, GateKind, Mixer, ModelConfig, SpikingProjection
 from spikingbrain_train.config.model_checks import check_conversion
 from spikingbrain_train.config.parallel import (
     AcceleratorKind,
+    ExpertBackend,
     LinearAttentionBackend,
     ParallelConfig,
     Recompute,
@@ -260,6 +261,22 @@ REFUSED: list[tuple[dict[str, Any], int, list[str]]] = [
         },
         1,
         ["cluster.kernels.gated_linear_attention=fla", "auto or chunk or recurrent"],
+    ),
+    (
+        {
+            "cluster.accelerator": AcceleratorKind.cpu,
+            "cluster.kernels.experts": ExpertBackend.grouped_gemm,
+        },
+        1,
+        ["cluster.kernels.experts=grouped_gemm", "auto or sequential"],
+    ),
+    (
+        {
+            "cluster.kernels.experts": ExpertBackend.grouped_gemm,
+            "model.spiking.projections": [SpikingProjection.mlp_fc2],
+        },
+        1,
+        ["cluster.kernels.experts=grouped_gemm", "model.spiking.projections", "experts=sequential"],
     ),
 ]
 
