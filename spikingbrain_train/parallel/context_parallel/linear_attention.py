@@ -21,6 +21,7 @@ from spikingbrain_train.ops.gated_linear_attention import (
     gated_linear_attention,
     gated_linear_attention_end_state,
 )
+from spikingbrain_train.parallel.context_parallel.arguments import checked_group
 from spikingbrain_train.parallel.context_parallel.communication import broadcast_from_first_rank
 from spikingbrain_train.parallel.context_parallel.sequence_layout import SequenceLayout
 from spikingbrain_train.parallel.context_parallel.state_passing import start_state_passing
@@ -79,8 +80,7 @@ def context_parallel_linear_attention(
     Raises:
         ValueError: tensors, layout and group do not fit each other.
     """
-    group = cp_group if cp_group is not None and cp_group.size() > 1 else None
-    _check(q_BTHK, layout, group)
+    group = checked_group(q_BTHK, layout, cp_group)
     rows = [_segments(layout, row, q_BTHK.shape[1]) for row in range(q_BTHK.shape[0])]
     sink_state = None
     if layout is not None and layout.cu_seqlens is not None and _sinks_are_seen(layout):
@@ -237,23 +237,3 @@ def _add_previous(
     o = o + previous.reshape(*o.shape[:3], V)
     return o if split[1] == 0 else torch.cat((o, o_BTHV.split(split, dim=1)[1]), dim=1)
 
-
-def _check(
-    q_BTHK: Tensor, layout: SequenceLayout | None, group: torch.distributed.ProcessGroup | None
-) -> None:
-    size, rank = (1, 0) if group is None else (group.size(), group.rank())
-    if layout is None:
-        if group is not None:
-            raise ValueError(f"context parallelism over {size} ranks needs a layout: who holds what.")
-        return
-    if (layout.context_parallel_size, layout.context_parallel_rank) != (size, rank):
-        raise ValueError(
-            f"the layout is that of rank {layout.context_parallel_rank} of {layout.context_parallel_size}, "
-            f"the context-parallel group has rank {rank} of {size}."
-        )
-    if q_BTHK.shape[1] != layout.slice_length:
-        raise ValueError(f"q has {q_BTHK.shape[1]} tokens, the layout's slices have {layout.slice_length}.")
-    if layout.cu_seqlens is not None and len(layout.cu_seqlens) != q_BTHK.shape[0]:
-        raise ValueError(
-            f"the layout lists the documents of {len(layout.cu_seqlens)} rows, q has {q_BTHK.shape[0]}."
-        )
