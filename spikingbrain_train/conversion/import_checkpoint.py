@@ -22,7 +22,7 @@ from spikingbrain_train.config.conversion import ConversionConfig, UpcyclingForm
 from spikingbrain_train.config.errors import CheckpointError, ConfigurationError
 from spikingbrain_train.config.load import save_config
 from spikingbrain_train.config.model import FeedForward, Mixer, ModelConfig
-from spikingbrain_train.config.model_checks import check_model
+from spikingbrain_train.config.model_checks import check_conversion, check_model
 from spikingbrain_train.conversion.companion_files import copy_companion_files, has_tokenizer
 from spikingbrain_train.conversion.hf_config import CONFIG_FILE, Family, read_hf_config
 from spikingbrain_train.conversion.mapping import Parameter, model_parameters
@@ -82,6 +82,8 @@ def import_checkpoint(
     family, source = read_hf_config(hf_folder)
     target = _target(source, conversion, hf_folder)
     check_model(target)
+    if conversion is not None:
+        check_conversion(conversion)
     reader = SafetensorsReader(hf_folder)
     ignored = _check_source(reader, family, source)
     recipe = conversion or ConversionConfig()  # without one the source is copied, and none of it is used

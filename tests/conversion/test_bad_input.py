@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from spikingbrain_train.config.conversion import ConversionConfig
+from spikingbrain_train.config.conversion import ConversionConfig, UpcyclingConfig
 from spikingbrain_train.config.errors import CheckpointError, ConfigurationError
 from spikingbrain_train.config.model import Mixer
 from spikingbrain_train.conversion import output_folder
@@ -260,6 +260,9 @@ def test_a_recipe_that_does_not_fit(hf_checkpoint: HFCheckpoint, tmp_path: Path)
         import_checkpoint(source, tmp_path / "out", ConversionConfig(sliding_window=0))
     with pytest.raises(ConfigurationError, match="mixers"):
         import_checkpoint(source, tmp_path / "out", ConversionConfig(mixers=[Mixer.gla] * 3))
+    with pytest.raises(ConfigurationError, match=r"upcycling\.reinit_fraction=2 must be between 0"):
+        recipe = ConversionConfig(upcycling=UpcyclingConfig(reinit_fraction=2))
+        import_checkpoint(source, tmp_path / "out", recipe)
 
 
 # Megatron checkpoints
