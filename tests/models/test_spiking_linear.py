@@ -195,6 +195,36 @@ def test_experts_reduce_over_their_own_tensor_parallel_group(tokens: int, ranks:
             torch.testing.assert_close(output.double(), expected, rtol=0, atol=TOLERANCE * 4)
 
 
+def run_grouped(groups: ProcessGroups, parallel: ParallelConfig) -> tuple[Tensor, list[int]]:
+    """A row-parallel linear in the shape of Transformer Engine's grouped one, on this rank's channels."""
+    from spikingbrain_train.models.spiking_linear import spiking
+    from spikingbrain_train.models.transformer_config import transformer_config
+
+    class GroupedLinear(torch.nn.Module):
+        """Takes splits beside the input, hides its group for experts, and keeps the real one."""
+
+        def __init__(self, num_gemms: int, *, config: Any, is_expert: bool) -> None:
+            super().__init__()
+            self.tp_group, self._tp_group = None, groups.collection.expt_tp
+
+        def forward(self, x: Tensor, m_splits: list[int]) -> tuple[Tensor, list[int]]:
+            return x, m_splits
+
+    config = transformer_config(MODEL, parallel, Precision.fp32, on_cpu=True)
+    grouped = spiking(GroupedLinear, k=K, row_parallel=True)(2, config=config, is_expert=True)
+    tp = groups.collection.expt_tp
+    x = mlp_tensors()[2].flatten(0, 1).chunk(tp.size(), dim=-1)[tp.rank()]
+    return grouped(x, [20, 4])
+
+
+def test_grouped_experts_are_encoded_over_their_group_and_keep_their_splits(ranks: RankPool) -> None:
+    parallel = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
+    results = ranks.run(run_grouped, parallel, world_size=2, parallel=parallel)
+    encoded = torch.cat([part for part, _ in results], dim=-1)
+    assert torch.equal(encoded, spike_encoding_reference(mlp_tensors()[2].flatten(0, 1), K))
+    assert [splits for _, splits in results] == [[20, 4], [20, 4]]
+
+
 def build(groups: ProcessGroups, model: ModelConfig, parallel: ParallelConfig) -> Any:
     from spikingbrain_train.models.gpt_model import build_model
     from spikingbrain_train.models.transformer_config import transformer_config
