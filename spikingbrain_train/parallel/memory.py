@@ -102,8 +102,8 @@ def _feed_forward_activations(config: RunConfig, feed_forward: FeedForward) -> A
     # The tokens of a sequence are dealt to the tensor-parallel ranks; the experts' tensor ranks gather them.
     router = 2 * moe.num_experts * _FP32 / tensor  # logits and probabilities
     dispatched = visits * 2 * model.hidden_size * element * parallel.expert_tensor_size / tensor  # in and out
-    activation = visits * width * element / tensor
-    matrices = 2 * activation + 3 * moe.num_shared_experts * width * element / tensor
+    activation = (visits + moe.num_shared_experts) * width * element / tensor
+    matrices = 2 * activation  # gate and up
     everything = router + dispatched + activation + matrices
     recomputed = {
         Recompute.moe_activation: router + activation,

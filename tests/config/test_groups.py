@@ -52,7 +52,7 @@ def test_every_choice_makes_a_plan(group, choice, monkeypatch):
     overrides = [f"{group}={choice}"]
     if group == "parallel":
         overrides.append("stage.global_batch_size=128")  # as many as the largest number of replicas
-    if group == "parallel" and "ep8" in choice:
+    if group == "parallel" and "ep" in choice:
         overrides += ["model=tiny_76b", "model.moe.num_experts=8"]
     elif group not in ("model", "experiment"):
         overrides.append("model=tiny_hybrid")

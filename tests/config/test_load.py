@@ -184,7 +184,14 @@ class TestConversion:
     @pytest.mark.parametrize(
         ("name", "overrides", "parts"),
         [
-            ("spikingbrain", [], ["no conversion spikingbrain", "dense, spikingbrain_7b"]),
+            (
+                "spikingbrain",
+                [],
+                [
+                    "no conversion spikingbrain",
+                    "dense, spikingbrain_76b, spikingbrain_76b_exact, spikingbrain_7b",
+                ],
+            ),
             ("dense", ["window=3"], ["window is not a setting", "sliding_window"]),
             ("dense", ["sliding_window"], ["'sliding_window' is not name=value"]),
             ("dense", ["sliding_window=wide"], ["sliding_window=wide", "a whole number"]),
