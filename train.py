@@ -35,6 +35,8 @@ def main() -> None:
     # On every start megatron-core tells that Apex is absent and which of its own calls are deprecated.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"megatron\.")
+    # torch 2.13 renames collectives that torch 2.6 knows by the old names only.
+    warnings.filterwarnings("ignore", category=FutureWarning, message=r"`torch\.distributed\.")
     with user_errors():
         if config.dry_run:
             from spikingbrain_train.training.dry_run import build_share
