@@ -51,7 +51,7 @@ def test_tokens_follow_the_seed_and_prefer_small_ids(hf_checkpoint: HFCheckpoint
     assert not torch.equal(first, other)
     assert first.min() >= 0
     assert first.max() < 5000
-    assert first.float().median() < 500  # log-uniform: 70 in expectation; uniform would be 2500
+    assert first.float().median() < 1500  # 900 in expectation; equal probabilities would give 2500
 
 
 def test_an_attention_that_gives_nothing_is_no_error(hf_checkpoint: HFCheckpoint) -> None:
