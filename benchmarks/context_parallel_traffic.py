@@ -1,8 +1,9 @@
 """Claim: under context parallelism, linear attention sends the same bytes at every sequence length, with the
 all-scan also at every number of ranks, and every mixer sends what its formula says.
 
-Every mixer runs forward and backward on slices of sequences of 4k to 64k tokens, on 1 to 8 gloo processes. The
-payload of torch.distributed's functions is counted as it leaves a rank; the rank that sends most is reported.
+Every mixer runs forward and backward on slices of sequences of 4k to 64k tokens, on 1 to 8 gloo processes
+(full attention at 4k only: Ulysses sends the same with and without a window). The payload of
+torch.distributed's functions is counted as it leaves a rank; the rank that sends most is reported.
 The heads are few and narrow: bytes scale with them, and the point is what else they scale with.
 
 The kernel's own count of the loopback device, in a network of its own, as a check of the counting:
@@ -33,14 +34,22 @@ from torch import distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from spikingbrain_train.config.parallel import LinearAttentionContextParallel  # noqa: E402
+from spikingbrain_train.config.parallel import (  # noqa: E402
+    LinearAttentionContextParallel,
+    SlidingWindowContextParallel,
+)
 from spikingbrain_train.parallel.context_parallel.linear_attention import (  # noqa: E402
     context_parallel_linear_attention,
 )
 from spikingbrain_train.parallel.context_parallel.sequence_layout import SequenceLayout  # noqa: E402
+from spikingbrain_train.parallel.context_parallel.softmax_attention import (  # noqa: E402
+    context_parallel_softmax_attention,
+)
 
 FLOAT32_BYTES = 4
 LENGTHS = (1 << 12, 1 << 14, 1 << 16)
+WINDOW = 512  # the shortest slice, so that the window reaches one rank
+SINKS = 128
 
 
 @dataclass(frozen=True)
@@ -51,7 +60,7 @@ class Setting:
     num_ranks: int
     num_sink_tokens: int = 0
     has_documents: bool = False
-    num_heads: int = 4
+    num_heads: int = 8
     num_groups: int = 2
     head_dim: int = 16
 
@@ -64,6 +73,19 @@ class Setting:
     def decay_bytes(self) -> int:
         """The decay of a state, G K."""
         return self.num_groups * self.head_dim * FLOAT32_BYTES
+
+    @property
+    def token_bytes(self) -> int:
+        """Keys and values of a token, G 2 K."""
+        return self.num_groups * 2 * self.head_dim * FLOAT32_BYTES
+
+    @property
+    def share_bytes(self) -> int:
+        """What Ulysses sends in a pass: queries, keys and values of its T / n tokens to the n - 1 other ranks,
+        H / n heads and max(G, n) / n groups each, and outputs of its own heads for their tokens."""
+        heads = self.num_heads + max(self.num_groups, self.num_ranks)
+        tokens = (self.num_ranks - 1) * self.tokens // self.num_ranks
+        return tokens * 2 * heads // self.num_ranks * self.head_dim * FLOAT32_BYTES
 
     def layout(self, rank: int) -> SequenceLayout:
         """Slices of this setting; the documents are uneven and reach over edges of slices."""
@@ -87,6 +109,8 @@ class Row:
     backward_bytes: Callable[[Setting], int]
     num_sink_tokens: int = 0
     has_documents: bool = False
+    longest: int | None = None
+    """Longer sequences would take too long."""
 
 
 def slice_inputs(setting: Setting) -> list[Tensor]:
@@ -115,8 +139,33 @@ def linear_attention(
     return o, [q, k, v, log_gate]
 
 
+def softmax_attention(
+    window: int | None,
+    method: SlidingWindowContextParallel | None,
+    setting: Setting,
+    group: dist.ProcessGroup,
+) -> tuple[Tensor, list[Tensor]]:
+    q, k, v = slice_inputs(setting)
+    o = context_parallel_softmax_attention(
+        q,
+        k,
+        v,
+        window=window,
+        layout=setting.layout(group.rank()),
+        cp_group=group,
+        method=method,
+        scale=setting.head_dim**-0.5,
+        backend="auto",
+    )
+    return o, [q, k, v]
+
+
 allgather = partial(linear_attention, LinearAttentionContextParallel.allgather)
 allscan = partial(linear_attention, LinearAttentionContextParallel.allscan)
+halo = partial(softmax_attention, WINDOW, SlidingWindowContextParallel.halo)
+ulysses = partial(softmax_attention, WINDOW, SlidingWindowContextParallel.ulysses)
+full = partial(softmax_attention, None, None)
+ULYSSES_FORMULA = "(n - 1) / n T 2 (H + max(G, n)) K / n, twice"
 
 ROWS = [
     Row(
@@ -128,13 +177,44 @@ ROWS = [
     ),
     Row("linear, allscan", allscan, "state + state", lambda s: s.state_bytes, lambda s: s.state_bytes),
     Row(
-        "linear, allscan, 128 sinks, documents",
+        f"linear, allscan, {SINKS} sinks, documents",
         allscan,
         "2 state + 2 state",
         lambda s: 2 * s.state_bytes,
         lambda s: 2 * s.state_bytes,
-        num_sink_tokens=128,
+        num_sink_tokens=SINKS,
         has_documents=True,
+    ),
+    Row(
+        f"window {WINDOW}, halo",
+        halo,
+        "(w - 1) 2 G K, twice",
+        lambda s: (WINDOW - 1) * s.token_bytes,
+        lambda s: (WINDOW - 1) * s.token_bytes,
+    ),
+    Row(
+        f"window {WINDOW}, halo, {SINKS} sinks",
+        halo,
+        "(w - 1 + sinks) 2 G K, twice",
+        lambda s: (WINDOW - 1 + SINKS) * s.token_bytes,
+        lambda s: (WINDOW - 1 + SINKS) * s.token_bytes,
+        num_sink_tokens=SINKS,
+    ),
+    Row(
+        f"window {WINDOW}, ulysses",
+        ulysses,
+        ULYSSES_FORMULA,
+        lambda s: s.share_bytes,
+        lambda s: s.share_bytes,
+    ),
+    Row(
+        f"full, ulysses, {SINKS} sinks",
+        full,
+        ULYSSES_FORMULA,
+        lambda s: s.share_bytes,
+        lambda s: s.share_bytes,
+        num_sink_tokens=SINKS,
+        longest=1 << 12,
     ),
 ]
 
@@ -208,6 +288,7 @@ def settings(row: Row, args: argparse.Namespace) -> list[Setting]:
         Setting(tokens, n, row.num_sink_tokens, row.has_documents, head_dim=args.head_dim)
         for n in args.ranks
         for tokens in args.lengths
+        if row.longest is None or tokens <= row.longest
     ]
 
 
@@ -221,7 +302,7 @@ def received_by_loopback() -> int:
 
 
 def serve(rank: int, port: int, args: argparse.Namespace, connection: Connection) -> None:
-    """One rank: run every setting that needs it and report (forward, backward) bytes; None where it is idle."""
+    """One rank: run every setting that needs it and report (forward, backward) bytes; None if idle."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message=".*all_gather_into_tensor. is deprecated")
     world_size = max(args.ranks)
