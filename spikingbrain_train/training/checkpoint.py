@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from spikingbrain_train.config.checkpoint_folder import (
 )
 from spikingbrain_train.config.errors import CheckpointError
 from spikingbrain_train.config.load import load_model_config, load_run_config, save_config
-from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.config.model import FeedForward, Mixer, ModelConfig
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.models.gpt_model import HybridGPTModel
 from spikingbrain_train.parallel import megatron_versions
@@ -93,7 +94,7 @@ def save_checkpoint(
     try:
         megatron_versions.save_checkpoint(_sharded_state(state, groups, is_loading=False), temporary)
         if groups.is_main_process:
-            save_config(config, temporary / RUN_CONFIG_FILE)
+            save_config(_with_degrees(config, groups), temporary / RUN_CONFIG_FILE)
             save_config(state.model.model_config, temporary / MODEL_CONFIG_FILE)
             if hf_source is not None:
                 shutil.copytree(hf_source, temporary / HF_SOURCE_FOLDER)
@@ -166,10 +167,9 @@ def resume(folder: Path, state: TrainingState, config: RunConfig, groups: Proces
     )
     written_by = load_run_config(checkpoint / RUN_CONFIG_FILE)
     _check_same_run(written_by, config, checkpoint)
+    same_topology = _topology(written_by) == _topology(_with_degrees(config, groups))
     loaded = _load(
-        _sharded_state(
-            state, groups, is_loading=True, same_topology=_topology(written_by) == _topology(config)
-        ),
+        _sharded_state(state, groups, is_loading=True, same_topology=same_topology),
         checkpoint,
         "output_dir",
     )
@@ -195,19 +195,41 @@ def check_same_architecture(found: ModelConfig, wanted: ModelConfig, setting: st
         "add_qkv_bias",
         "qk_layernorm",
         "share_embeddings_and_output_weights",
+        "num_sink_tokens",
     ):
-        if getattr(found, field) != getattr(wanted, field):
-            raise CheckpointError(
-                f"{setting}={folder} holds a model with {field}={getattr(found, field)}, but model.{field}="
-                f"{getattr(wanted, field)}; choose model=from_checkpoint or another checkpoint."
-            )
+        _check_same_field(found, wanted, field, setting, folder)
     pairs = zip(found.layer_mixers(), wanted.layer_mixers(), strict=True)
     for layer, (theirs, ours) in enumerate(pairs):
-        if ("gla" in (theirs.value, ours.value)) and theirs is not ours:
+        if _branches(theirs) != _branches(ours):
             raise CheckpointError(
                 f"{setting}={folder} has mixer {theirs.value} in layer {layer}, but model.mixers gives "
                 f"{ours.value}; choose model=from_checkpoint, or convert the source with other mixers."
             )
+    kinds = zip(found.layer_feed_forwards(), wanted.layer_feed_forwards(), strict=True)
+    for layer, (feed_forward, wanted_feed_forward) in enumerate(kinds):
+        if feed_forward is not wanted_feed_forward:
+            raise CheckpointError(
+                f"{setting}={folder} has a feed-forward {feed_forward.value} in layer {layer}, but "
+                f"model.feed_forwards gives {wanted_feed_forward.value}; choose model=from_checkpoint, or "
+                "convert the source with other feed-forwards."
+            )
+    if FeedForward.moe in wanted.layer_feed_forwards():
+        for field in ("moe.num_experts", "moe.num_shared_experts", "expert_ffn_hidden_size"):
+            _check_same_field(found, wanted, field, setting, folder)
+
+
+def _check_same_field(found: ModelConfig, wanted: ModelConfig, field: str, setting: str, folder: str) -> None:
+    theirs, ours = attrgetter(field)(found), attrgetter(field)(wanted)
+    if theirs != ours:
+        raise CheckpointError(
+            f"{setting}={folder} holds a model with {field}={theirs}, but model.{field}={ours}; choose "
+            "model=from_checkpoint or another checkpoint."
+        )
+
+
+def _branches(mixer: Mixer) -> tuple[bool, bool]:
+    """What decides the parameters of a mixer: full and sliding-window attention have the same."""
+    return mixer.has_linear_branch, mixer.softmax_branch is not None
 
 
 def _check_same_run(written_by: RunConfig, config: RunConfig, checkpoint: Path) -> None:
@@ -227,11 +249,26 @@ def _check_same_run(written_by: RunConfig, config: RunConfig, checkpoint: Path) 
             )
 
 
-def _topology(config: RunConfig) -> tuple[int, ...]:
+def _with_degrees(config: RunConfig, groups: ProcessGroups) -> RunConfig:
+    """``config`` with the degrees that its nulls stand for on this launch."""
+    degrees = replace(
+        config.parallel,
+        data_parallel_size=groups.data_parallel_size,
+        expert_tensor_parallel_size=groups.expert_tensor_parallel_size,
+    )
+    return replace(config, parallel=degrees)
+
+
+def _topology(config: RunConfig) -> tuple[int | None, ...]:
     parallel = config.parallel
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    data_parallel = parallel.data_parallel_size or world // parallel.model_parallel_size
-    return parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, data_parallel
+    return (
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.context_parallel_size,
+        parallel.data_parallel_size,
+        parallel.expert_model_parallel_size,
+        parallel.expert_tensor_parallel_size,
+    )
 
 
 def _sharded_state(

@@ -2,7 +2,8 @@
 
 Metric names are ``group/name``. The training loop writes ``train/loss``, ``train/learning_rate``,
 ``train/grad_norm``, ``train/tokens_per_second``, ``train/mfu`` (0-1), ``train/memory_gib`` and, on held-out
-data, ``valid/cross_entropy`` (nats per token).
+data, ``valid/cross_entropy`` (nats per token). Models with experts add ``moe/...`` (see
+:mod:`~spikingbrain_train.training.expert_load`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any, TextIO
 
 from spikingbrain_train.config.errors import DataError, PlatformError
 from spikingbrain_train.config.run import LoggingConfig, WandbMode
+from spikingbrain_train.training.heat_map import HeatMap
 
 METRICS_FILE = "metrics.jsonl"
 WANDB_RUN_ID_FILE = "wandb_run_id.txt"
@@ -80,21 +82,30 @@ class MetricsLogger:
         if config.wandb is not WandbMode.disabled:
             self._wandb = _start_wandb(config, self.path.parent, run_config, new_run=resumed_iteration == 0)
 
-    def log(self, iteration: int, metrics: Mapping[str, float]) -> None:
+    def log(
+        self,
+        iteration: int,
+        metrics: Mapping[str, float],
+        heat_maps: Mapping[str, HeatMap] | None = None,
+    ) -> None:
         """Write one point: the state after ``iteration`` optimizer steps.
 
         Args:
             iteration: steps done so far; 0 is before the first.
             metrics: name -> Python number. In the file a NaN or infinity becomes ``null``, which any JSON
                 reader takes.
+            heat_maps: name -> table; rows of numbers in the file, pictures elsewhere.
 
         Raises:
             PlatformError: the metrics file cannot be written, for example because the disk is full.
         """
         if self._file is None:
             return
-        point: dict[str, float | None] = {"iteration": iteration, "time": round(time.time(), 3)}
-        point.update({name: value if math.isfinite(value) else None for name, value in metrics.items()})
+        heat_maps = heat_maps or {}
+        point: dict[str, Any] = {"iteration": iteration, "time": round(time.time(), 3)}
+        point.update({name: _finite(value) for name, value in metrics.items()})
+        for name, table in heat_maps.items():
+            point[name] = [[_finite(value, digits=4) for value in row] for row in table.rows]
         try:
             self._file.write(json.dumps(point) + "\n")
             self._file.flush()
@@ -103,8 +114,13 @@ class MetricsLogger:
         if self._tensorboard is not None:
             for name, value in metrics.items():
                 self._tensorboard.add_scalar(name, value, iteration)
+            for name, table in heat_maps.items():
+                self._tensorboard.add_figure(name, table.draw(), iteration)
         if self._wandb is not None:
-            self._wandb.log({"iteration": iteration, **metrics})
+            from wandb import Image
+
+            pictures = {name: Image(table.draw()) for name, table in heat_maps.items()}
+            self._wandb.log({"iteration": iteration, **metrics, **pictures})
 
     def close(self) -> None:
         """Flush and close every sink; may be called twice."""
@@ -125,6 +141,12 @@ class MetricsLogger:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _finite(value: float, digits: int | None = None) -> float | None:
+    if not math.isfinite(value):
+        return None
+    return value if digits is None else round(value, digits)
 
 
 def read_metrics(output_dir: str | Path) -> list[dict[str, Any]]:

@@ -34,6 +34,8 @@ from spikingbrain_train.training.build import (
     wrap_data_parallel,
 )
 from spikingbrain_train.training.checkpoint import TrainingState, prune_checkpoints, resume, save_checkpoint
+from spikingbrain_train.training.expert_load import ExpertLoadCounter
+from spikingbrain_train.training.heat_map import HeatMap
 from spikingbrain_train.training.metrics import MetricsLogger
 from spikingbrain_train.training.optimizer import build_optimizer, build_scheduler
 from spikingbrain_train.training.pretraining import ContinualPretraining
@@ -101,6 +103,7 @@ class Trainer:
         optimizer = build_optimizer(config.optimizer, config.parallel, config.precision, self.model)
         scheduler = build_scheduler(config.optimizer, config.stage.train_iters, optimizer)
         self.state = TrainingState(student, optimizer, scheduler)
+        self.expert_load = ExpertLoadCounter(student, groups)
         if resuming:
             resume(self.checkpoints, self.state, config, groups)
             self._say(f"resumed from {self.checkpoints} at iteration {self.state.iteration}")
@@ -138,7 +141,11 @@ class Trainer:
                             speed.tokens_per_second, flops_per_token, peak_tflops, self.groups.world_size
                         ),
                     }
-                    self._report(metrics, speed.seconds_per_iteration)
+                    heat_maps: dict[str, HeatMap] = {}
+                    if load := self.expert_load.collect():
+                        metrics |= load.metrics()
+                        heat_maps["moe/expert_load"] = load.heat_map()
+                    self._report(metrics, speed.seconds_per_iteration, heat_maps)
                 with timer.pause():
                     if last or _is_due(state.iteration, config.logging.eval_interval):
                         self._evaluate()
@@ -148,6 +155,7 @@ class Trainer:
     def _train_step(self, batches: Iterator[MicroBatch]) -> dict[str, float]:
         config, state = self.config, self.state
         spiking = self._set_spike_k()
+        self.expert_load.reset()
         self.model.zero_grad_buffer()
         state.optimizer.zero_grad()
         metrics = self.step.forward_backward(self.model, batches, self.num_microbatches)
@@ -297,9 +305,14 @@ class Trainer:
             self._say(f"measured peak of one rank: {peak:.2f} TFLOP/s in {self.config.precision.value}")
         return flops, peak
 
-    def _report(self, metrics: dict[str, float], seconds_per_iteration: float | None = None) -> None:
+    def _report(
+        self,
+        metrics: dict[str, float],
+        seconds_per_iteration: float | None = None,
+        heat_maps: dict[str, HeatMap] | None = None,
+    ) -> None:
         if self.groups.is_main_process:
-            self.metrics.log(self.state.iteration, metrics)
+            self.metrics.log(self.state.iteration, metrics, heat_maps)
             self.progress.report(self.state.iteration, metrics, seconds_per_iteration=seconds_per_iteration)
 
     def _tell_step(self) -> None:

@@ -7,11 +7,13 @@ import pytest
 from spikingbrain_train.config.errors import PlatformError
 from spikingbrain_train.config.parallel import (
     AcceleratorKind,
+    ExpertBackend,
     KernelConfig,
     LinearAttentionBackend,
     ParallelLinearBackend,
     SoftmaxAttentionBackend,
 )
+from spikingbrain_train.parallel import kernels as kernels_module
 from spikingbrain_train.parallel.accelerator import Accelerator
 from spikingbrain_train.parallel.kernels import describe_kernels, resolve_kernels
 
@@ -59,11 +61,50 @@ def test_an_explicit_choice_is_kept() -> None:
     assert all(name in line for name in names(resolved))
 
 
+@pytest.mark.parametrize(
+    ("kind", "packages", "has_grouped_mlp", "expected"),
+    [
+        (AcceleratorKind.cpu, EVERYTHING | {"grouped_gemm": "1.1"}, True, "sequential"),
+        (AcceleratorKind.cuda, EVERYTHING, True, "transformer_engine"),
+        (AcceleratorKind.metax, {"grouped_gemm": "1.1"}, True, "grouped_gemm"),
+        (AcceleratorKind.metax, {"grouped_gemm": "1.1"}, False, "sequential"),
+        (AcceleratorKind.metax, {}, True, "sequential"),
+    ],
+    ids=["cpu", "NVIDIA", "MetaX with grouped_gemm", "the same on megatron-core 0.19", "bare MetaX"],
+)
+def test_experts_follow_the_linears_or_the_packages(
+    monkeypatch: pytest.MonkeyPatch,
+    kind: AcceleratorKind,
+    packages: dict[str, str],
+    has_grouped_mlp: bool,
+    expected: str,
+) -> None:
+    monkeypatch.setattr(kernels_module, "HAS_GROUPED_MLP", has_grouped_mlp)
+    resolved = resolve_kernels(KernelConfig(), machine(kind, packages))
+    assert resolved.experts.value == expected
+    assert f"experts {expected}" in describe_kernels(resolved)
+
+
+def test_grouped_experts_are_refused_where_they_cannot_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = machine(AcceleratorKind.cuda, EVERYTHING | {"grouped_gemm": "1.1"})
+    monkeypatch.setattr(Accelerator, "require", lambda *_: None)  # would import the package
+    monkeypatch.setattr(kernels_module, "HAS_GROUPED_MLP", False)
+    with pytest.raises(PlatformError, match=r"experts=grouped_gemm needs megatron-core 0\.16"):
+        resolve_kernels(KernelConfig(experts=ExpertBackend.grouped_gemm), gpu)
+    mixed = KernelConfig(
+        experts=ExpertBackend.transformer_engine, parallel_linear=ParallelLinearBackend.megatron
+    )
+    with pytest.raises(PlatformError, match=r"needs cluster\.kernels\.parallel_linear=transformer_engine"):
+        resolve_kernels(mixed, gpu)
+
+
 GPU_CHOICES = [
     ("gated_linear_attention", LinearAttentionBackend.fla),
     ("softmax_attention", SoftmaxAttentionBackend.flash_attn),
     ("softmax_attention", SoftmaxAttentionBackend.flex),
     ("parallel_linear", ParallelLinearBackend.transformer_engine),
+    ("experts", ExpertBackend.transformer_engine),
+    ("experts", ExpertBackend.grouped_gemm),
 ]
 
 

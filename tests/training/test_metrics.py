@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from spikingbrain_train.config.errors import DataError, PlatformError
 from spikingbrain_train.config.run import LoggingConfig, WandbMode
+from spikingbrain_train.training.heat_map import HeatMap
 from spikingbrain_train.training.metrics import METRICS_FILE, WANDB_RUN_ID_FILE, MetricsLogger, read_metrics
 
 FILE_ONLY = LoggingConfig(tensorboard=False)
@@ -52,6 +53,20 @@ def test_points_are_readable_by_any_json_reader(tmp_path: Path) -> None:
     assert point["iteration"] == 1
     assert point["train/loss"] == 2.5
     assert point["train/grad_norm"] is None and point["valid/cross_entropy"] is None
+
+
+def test_a_heat_map_is_rows_of_numbers_in_the_file_and_a_picture_in_tensorboard(tmp_path: Path) -> None:
+    table = HeatMap([[1.5, 0.123456], [0.0, math.nan]], ["layer 1", "layer 3"], "expert", "load over mean")
+    with MetricsLogger(LoggingConfig(tensorboard=True), tmp_path, is_logging_rank=True) as logger:
+        logger.log(1, {"train/loss": 2.5}, {"moe/expert_load": table})
+
+    (point,) = read_metrics(tmp_path)
+    assert point["train/loss"] == 2.5
+    assert point["moe/expert_load"] == [[1.5, 0.1235], [0.0, None]]
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (picture,) = events.Images("moe/expert_load")
+    assert picture.step == 1 and picture.width > 100 and picture.height > 100
 
 
 def test_each_point_is_on_disk_before_the_run_ends(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import torch
 from megatron.core import tensor_parallel
 from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl, weighted_bias_swiglu_impl
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe import experts as megatron_experts
@@ -141,6 +142,10 @@ if hasattr(megatron_experts, "GroupedMLP"):  # 0.16; later versions know Transfo
             super().__init__(*args, **kwargs)
             self.activation_recompute = self.config.recompute is Recompute.moe_activation
             self._mark_parameters()
+            if not self.config.perform_initialization:
+                # megatron-core marks split weights while it fills them; the gradient norm asks for the mark.
+                for weight, dim in ((self.weight1, 1), (self.weight2, 0)):
+                    set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dim, stride=1)
 
 
 class SharedExperts(SharedExpertMLP):
