@@ -81,7 +81,7 @@ class Setting:
 
     @property
     def share_bytes(self) -> int:
-        """What Ulysses sends in a pass: queries, keys and values of its T / n tokens to the n - 1 other ranks,
+        """What Ulysses sends in a pass: queries, keys and values of its T / n tokens to n - 1 other ranks,
         H / n heads and max(G, n) / n groups each, and outputs of its own heads for their tokens."""
         heads = self.num_heads + max(self.num_groups, self.num_ranks)
         tokens = (self.num_ranks - 1) * self.tokens // self.num_ranks
