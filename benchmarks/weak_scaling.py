@@ -1,5 +1,5 @@
-"""Claim: with as many tokens a rank, what linear and sliding-window attention cost a rank does not grow with
-the number of ranks; full attention, whose work grows with the sequence, is printed beside them.
+"""Claim: with as many tokens a rank, what linear attention and a halo cost a rank does not grow with the
+number of ranks. Ulysses over windows and over everything, whose work grows with the sequence, is printed too.
 
 Every rank holds a slice of ``--slice-length`` tokens, so n ranks work on a sequence n times as long. Measured
 are the forward pass and a training step (forward and backward) of what lies between a mixer's projections,
