@@ -3,9 +3,9 @@ backward pass.
 
 The sequence is walked in segments that fit the cache. Inside a segment, chunks of tokens attend to themselves
 and read the state before them. How the decay inside a chunk is applied depends on how strong it is, segment
-by segment: ``factored`` (fast) in the longest chunks for which ``exp(-b)`` is harmless, ``subdivided`` (any
-log gate in [-inf, 0]) where even the shortest are too long; all compute the same recurrence. Saved for the
-backward pass: the inputs and one state a segment.
+by segment: ``factored`` (fastest) in the longest chunks for which ``exp(-b)`` is harmless, ``subdivided``
+(any log gate in [-inf, 0], as in the 76B's tied gates) where even the shortest are too long; all compute the
+same recurrence. Saved for the backward pass: the inputs and one state a segment.
 
 Shape legend: B batch, T time, H query heads, G key/value groups, R = H // G, K key dim, V value dim; N chunks
 of C tokens.
@@ -180,12 +180,10 @@ class _ChunkGatedLinearAttention(torch.autograd.Function):
 def _subdivided_backward(
     segment: _Segment, scale: float, state: Tensor, grad_o: Tensor, grad_state: Tensor
 ) -> factored.SegmentGradients:
-    """Gradients of one segment by differentiating its forward pass again."""
-    with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in (*segment.subdivided_inputs(scale), state)]
-        outputs = subdivided.segment_forward(*leaves)
-    grad_q, *grads = torch.autograd.grad(outputs, leaves, (grad_o.to(state.dtype), grad_state))
-    return factored.SegmentGradients(grad_q * scale, *grads)
+    """Gradients of one segment with respect to unscaled q."""
+    inputs = segment.subdivided_inputs(scale)
+    grads = subdivided.segment_backward(*inputs, state, grad_o.to(state.dtype), grad_state)
+    return grads._replace(q_NBGRCK=grads.q_NBGRCK * scale)
 
 
 def chunk_gated_linear_attention(

@@ -9,8 +9,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spikingbrain_train.ops.gated_linear_attention.decay import sum_to_end
-
 
 def gated_linear_attention_end_state(
     k_BTGK: Tensor, v_BTGV: Tensor, log_gate_BTGK: Tensor
@@ -41,5 +39,8 @@ def gated_linear_attention_end_state(
         raise ValueError("gated_linear_attention_end_state needs at least one token: T is 0.")
     dtype = torch.float64 if k_BTGK.dtype == torch.float64 else torch.float32
     k_BGTK, v_BGTV, log_gate_BGTK = (x.to(dtype).transpose(1, 2) for x in (k_BTGK, v_BTGV, log_gate_BTGK))
-    decayed_k_BGTK = k_BGTK * sum_to_end(log_gate_BGTK, dim=2).exp()
+    # A key decays by the gates after it. Summed from the end: differences of sums from the start would lose
+    # precision next to a log gate of -50 and be NaN next to one of -inf.
+    after_BGTK = torch.cat((log_gate_BGTK[:, :, 1:], torch.zeros_like(log_gate_BGTK[:, :, :1])), dim=2)
+    decayed_k_BGTK = k_BGTK * after_BGTK.flip(2).cumsum(2).flip(2).exp()
     return decayed_k_BGTK.transpose(2, 3) @ v_BGTV, log_gate_BGTK.sum(2).exp()

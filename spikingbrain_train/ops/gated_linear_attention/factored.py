@@ -21,6 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from spikingbrain_train.ops.gated_linear_attention.chunk_states import scan_gradients, scan_states
+
 
 class FactoredOperands(NamedTuple):
     """What both passes need: q~ and k~ and the gates they were made with."""
@@ -46,19 +48,12 @@ def factor(q_NBGRCK: Tensor, k_NBGCK: Tensor, decay_NBGCK: Tensor, scale: float)
     return FactoredOperands(q, k, query_decay, inverse_decay, decay_NBGCK[..., -1, :].unsqueeze(-1))
 
 
-def scan_states(operands: FactoredOperands, v_MCV: Tensor, state_BGKV: Tensor) -> Tensor:
+def _states(operands: FactoredOperands, v_MCV: Tensor, state_BGKV: Tensor) -> Tensor:
     """States before each chunk and after the last, [N + 1, B, G, K, V]."""
     N, B, G, C, K = operands.k_NBGCK.shape
     update = torch.bmm(operands.k_NBGCK.view(-1, C, K).transpose(1, 2), v_MCV)
     update = operands.chunk_decay_NBGK1 * update.view(N, B, G, K, -1)
-    states = state_BGKV.new_empty(N + 1, *state_BGKV.shape)
-    states[0] = state_BGKV
-    views = states.unbind(0)
-    for n, (chunk_update, chunk_decay) in enumerate(
-        zip(update.unbind(0), operands.chunk_decay_NBGK1.unbind(0), strict=True)
-    ):
-        torch.addcmul(chunk_update, views[n], chunk_decay, out=views[n + 1])
-    return states
+    return scan_states(update, operands.chunk_decay_NBGK1, state_BGKV)
 
 
 def _causal_products(rows_MRCD: Tensor, columns_MCD: Tensor) -> Tensor:
@@ -75,7 +70,7 @@ def segment_forward(operands: FactoredOperands, v_NBGCV: Tensor, state_BGKV: Ten
     M, V = N * B * G, v_NBGCV.shape[-1]
     v = v_NBGCV.reshape(M, C, V)
     q = operands.q_NBGRCK.view(M, R, C, K)
-    states = scan_states(operands, v, state_BGKV)
+    states = _states(operands, v, state_BGKV)
     o = torch.bmm(_causal_products(q, operands.k_NBGCK.view(M, C, K)), v)
     o.baddbmm_(q.view(M, R * C, K), states[:-1].to(o.dtype).view(M, K, V))
     return o.view(N, B, G, R, C, V), states[-1]
@@ -111,13 +106,9 @@ def segment_backward(
     q = operands.q_NBGRCK.view(M, R * C, K)
     grad_o = grad_o_NBGRCV.reshape(M, R * C, V)
 
-    states = scan_states(operands, v, state_BGKV)
+    states = _states(operands, v, state_BGKV)
     through_output = torch.bmm(q.transpose(1, 2), grad_o).view(N, B, G, K, V).to(state_BGKV.dtype)
-    grad_states = torch.empty_like(states)
-    grad_states[N] = grad_state_BGKV
-    views = grad_states.unbind(0)
-    for n in reversed(range(N)):
-        torch.addcmul(through_output[n], views[n + 1], operands.chunk_decay_NBGK1[n], out=views[n])
+    grad_states = scan_gradients(through_output, operands.chunk_decay_NBGK1, grad_state_BGKV)
     grad_chunk_decay = (states[1:] * grad_states[1:]).sum(-1)
     # What k~^T v receives: it decays to the end of its chunk like the state that it joins.
     grad_update_MKV = (grad_states[1:] * operands.chunk_decay_NBGK1).to(dtype).view(M, K, V)
