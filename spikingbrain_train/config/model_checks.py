@@ -89,6 +89,12 @@ def _check_experts(moe: MoEConfig) -> None:
         "model.moe.pad_to_capacity=true needs model.moe.capacity_factor, the length to pad to, e.g. 1.25; "
         "without one set it to false",
     )
+    most = moe.num_experts / moe.router_topk
+    require(
+        not moe.pad_to_capacity or (moe.capacity_factor or 0.0) <= most,
+        f"model.moe.capacity_factor={moe.capacity_factor} with model.moe.pad_to_capacity=true gives every "
+        f"expert more places than there are tokens; use at most num_experts / router_topk = {most:g}",
+    )
 
 
 def _check_rope_scaling(scaling: RopeScalingConfig) -> None:

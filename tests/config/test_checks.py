@@ -174,6 +174,11 @@ REFUSED: list[tuple[dict[str, Any], int, list[str]]] = [
     ({"model.moe.aux_loss_coeff": -0.1}, 1, ["model.moe.aux_loss_coeff=-0.1", "at least 0"]),
     ({"model.moe.capacity_factor": 0.0}, 1, ["model.moe.capacity_factor=0.0", "greater than 0"]),
     ({"model.moe.pad_to_capacity": True}, 1, ["model.moe.pad_to_capacity=true", "capacity_factor", "1.25"]),
+    (
+        {"model.moe.num_experts": 4, "model.moe.capacity_factor": 4.5, "model.moe.pad_to_capacity": True},
+        1,
+        ["model.moe.capacity_factor=4.5", "more places than there are tokens", "at most", "= 4"],
+    ),
     ({"model.moe.z_loss_coeff": NAN}, 1, ["model.moe.z_loss_coeff=nan", "finite"]),
     ({"model.mixers": [Mixer.gla_swa], "model.kv_channels": 15}, 1, ["model.kv_channels=15", "even"]),
     ({"model.mixers": []}, 1, ["model.mixers is empty", "[gla,swa]"]),

@@ -9,7 +9,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from spikingbrain_train.config.model import Mixer, ModelConfig
+from spikingbrain_train.config.model import Mixer, ModelConfig, SpikingProjection
 from spikingbrain_train.config.parallel import (
     ContextParallelConfig,
     KernelConfig,
@@ -98,11 +98,12 @@ def test_query_and_key_norms_follow_the_config(mixer: Mixer, qk_layernorm: bool,
         assert (spec.submodules.q_layernorm, spec.submodules.k_layernorm) == (expected, expected)
 
 
-def test_projections_are_megatrons_parallel_linears() -> None:
-    linears = ParallelLinears.of(ParallelLinearBackend.megatron)
-    assert (linears.column, linears.row) == (ColumnParallelLinear, RowParallelLinear)
+@pytest.mark.parametrize("projection", SpikingProjection, ids=lambda projection: projection.value)
+def test_projections_are_megatrons_parallel_linears(projection: SpikingProjection) -> None:
+    linears = ParallelLinears(ParallelLinearBackend.megatron)
+    assert (linears.column(projection), linears.row(projection)) == (ColumnParallelLinear, RowParallelLinear)
 
 
 def test_an_unresolved_backend_is_a_defect() -> None:
     with pytest.raises(AssertionError, match="unresolved"):
-        ParallelLinears.of(ParallelLinearBackend.auto)
+        ParallelLinears(ParallelLinearBackend.auto)

@@ -1,0 +1,123 @@
+"""Which feed-forward stands in which layer, and what megatron-core is told about it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.moe.moe_layer import MoELayer
+
+from spikingbrain_train.config.errors import CheckpointError, ConfigurationError
+from spikingbrain_train.config.model import (
+    FeedForward,
+    Mixer,
+    ModelConfig,
+    MoEConfig,
+    SpikingConfig,
+    SpikingProjection,
+)
+from spikingbrain_train.config.parallel import (
+    ExpertBackend,
+    KernelConfig,
+    LinearAttentionBackend,
+    ParallelConfig,
+    ParallelLinearBackend,
+    Recompute,
+    SoftmaxAttentionBackend,
+)
+from spikingbrain_train.config.run import Precision
+from spikingbrain_train.models.feed_forward import feed_forward_spec
+from spikingbrain_train.models.layer_specs import block_spec
+from spikingbrain_train.models.parallel_linears import ParallelLinears
+from spikingbrain_train.models.transformer_config import transformer_config
+from spikingbrain_train.training.checkpoint import check_same_architecture
+
+KERNELS = KernelConfig(
+    gated_linear_attention=LinearAttentionBackend.chunk,
+    softmax_attention=SoftmaxAttentionBackend.blocked,
+    parallel_linear=ParallelLinearBackend.megatron,
+    experts=ExpertBackend.sequential,
+)
+MODEL = ModelConfig(
+    num_layers=6,
+    hidden_size=16,
+    ffn_hidden_size=32,
+    num_attention_heads=2,
+    num_query_groups=2,
+    kv_channels=8,
+    vocab_size=64,
+    max_position_embeddings=64,
+    mixers=[Mixer.full],
+    feed_forwards=[FeedForward.dense, FeedForward.dense, FeedForward.moe],
+    moe=MoEConfig(num_experts=4, num_shared_experts=2, moe_ffn_hidden_size=24),
+)
+
+
+def _module(spec: Any) -> Any:
+    """The class behind a ModuleSpec (megatron-core 0.16) or a builder (0.19)."""
+    module = spec.module if hasattr(spec, "module") else spec.func
+    return getattr(module, "__self__", module)
+
+
+def test_experts_are_in_the_layers_that_the_config_names() -> None:
+    specs = block_spec(MODEL, KERNELS, first_layer=1, num_layers=4).layer_specs
+    assert [_module(spec.submodules.mlp) for spec in specs] == [MLP, MoELayer, MLP, MLP]
+
+
+def test_megatron_core_is_told_the_sizes_of_experts() -> None:
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=2,
+        sequence_parallel=True,
+        expert_model_parallel_size=4,
+        expert_tensor_parallel_size=1,
+    )
+    config = transformer_config(MODEL, parallel, Precision.fp32, on_cpu=True)
+    assert config.moe_layer_freq == [0, 0, 1, 0, 0, 1]
+    assert (config.num_moe_experts, config.moe_ffn_hidden_size) == (4, 24)
+    assert config.moe_shared_expert_intermediate_size == 48
+    assert (config.expert_model_parallel_size, config.expert_tensor_parallel_size) == (4, 1)
+
+
+def test_a_dense_teacher_stands_beside_a_student_whose_experts_are_spread() -> None:
+    dense = replace(MODEL, feed_forwards=[FeedForward.dense])
+    config = transformer_config(
+        dense, ParallelConfig(expert_model_parallel_size=2), Precision.fp32, on_cpu=True
+    )
+    assert config.num_moe_experts is None and config.expert_model_parallel_size == 1
+
+
+@pytest.mark.parametrize("level", Recompute, ids=lambda level: level.value)
+def test_every_level_of_recomputation_is_accepted_by_megatron_core(level: Recompute) -> None:
+    config = transformer_config(MODEL, ParallelConfig(recompute=level), Precision.fp32, on_cpu=True)
+    assert config.recompute is level
+    assert (config.recompute_granularity == "full") == (level is Recompute.full)
+
+
+def test_spikes_inside_experts_without_linear_layers_are_refused() -> None:
+    spiking = SpikingConfig(projections=[SpikingProjection.mlp_fc1])
+    kernels = replace(KERNELS, experts=ExpertBackend.grouped_gemm)
+    with pytest.raises(ConfigurationError, match=r"choose cluster\.kernels\.experts=sequential"):
+        feed_forward_spec(FeedForward.moe, kernels, ParallelLinears(ParallelLinearBackend.megatron, spiking))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"feed_forwards": [FeedForward.dense]}, r"has a feed-forward dense in layer 2.*gives moe"),
+        ({"moe": replace(MODEL.moe, num_experts=8)}, r"moe\.num_experts=8, but model\.moe\.num_experts=4"),
+        ({"moe": replace(MODEL.moe, moe_ffn_hidden_size=32)}, r"expert_ffn_hidden_size=32"),
+        ({"mixers": [Mixer.gla_full]}, r"has mixer gla_full in layer 0, but model\.mixers gives full"),
+        ({"num_sink_tokens": 4}, r"num_sink_tokens=4"),
+    ],
+)
+def test_a_checkpoint_with_other_feed_forwards_is_refused(change: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(CheckpointError, match=sentence):
+        check_same_architecture(replace(MODEL, **change), MODEL, "checkpoint.load", "folder")
+
+
+def test_settings_that_change_no_parameter_may_differ_from_the_checkpoint() -> None:
+    tuned = replace(MODEL.moe, router_topk=2, aux_loss_coeff=0.0, capacity_factor=1.5)
+    other = replace(MODEL, moe=tuned, mixers=[Mixer.swa])
+    check_same_architecture(other, MODEL, "checkpoint.load", "folder")
