@@ -41,6 +41,14 @@ def make_inputs(B: int, T: int, H: int, G: int, D: int, dtype: torch.dtype) -> l
     return [x.requires_grad_() for x in (q.relu(), k.relu(), v, log_gate)]
 
 
+def make_tied_inputs(B: int, T: int, H: int, G: int, D: int, dtype: torch.dtype) -> list[Tensor]:
+    """q, k, v and log gate with the 76B model's tied gate, g = 1 - k and k = sigmoid(x): some steps decay by
+    more than exp(-5), which takes the form of the op that stands any gate."""
+    q, v = (torch.randn(B, T, heads, D).to(dtype) for heads in (H, G))
+    x = 1.5 * torch.randn(B, T, G, D)
+    return [x.requires_grad_() for x in (q.sigmoid(), x.sigmoid().to(dtype), v, F.logsigmoid(-x))]
+
+
 def sdpa(q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor) -> Tensor:
     return sliding_window_attention(q, k, v, window=None, backend="sdpa")
 
@@ -122,6 +130,17 @@ def main() -> None:
             fastest({"chunk": chunk, "sdpa": sdpa}, inputs, repeats, clock),
         )
         T *= 2
+    for B, T, H, G, D, dtype in (
+        (2, 2048, 9, 9, 64, torch.float32),
+        (1, 4096, 9, 3, 64, torch.bfloat16),
+        (1, 4096, 8, 2, 128, torch.bfloat16),
+    ):
+        weak = fastest({"chunk": chunk}, make_inputs(B, T, H, G, D, dtype), {"chunk": args.repeats}, clock)
+        tied = fastest(
+            {"chunk": chunk}, make_tied_inputs(B, T, H, G, D, dtype), {"chunk": args.repeats}, clock
+        )
+        shape = f"{str(dtype).removeprefix('torch.')} B {B}, T {T}, H {H}, G {G}, K V {D}"
+        print_row(shape, {"chunk": weak["chunk"], "tied_gate": tied["chunk"]})
 
 
 if __name__ == "__main__":

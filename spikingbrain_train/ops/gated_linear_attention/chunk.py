@@ -92,9 +92,8 @@ class _Segment:
         return factored.factor(self.q, self.k, b_log2.exp2_(), scale)
 
     def subdivided_inputs(self, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Scaled q, k, v and log gate in the state dtype, for the form that takes any gate."""
-        dtype = self.state_dtype
-        return self.q.to(dtype) * scale, self.k.to(dtype), self.v.to(dtype), self.log_gate
+        """Scaled q, k, v and log gate, for the form that takes any gate."""
+        return self.q * scale, self.k, self.v, self.log_gate
 
 
 def _factored_chunk(log_gate_BTGK: Tensor, longest: int) -> int | None:
@@ -182,7 +181,7 @@ def _subdivided_backward(
 ) -> factored.SegmentGradients:
     """Gradients of one segment with respect to unscaled q."""
     inputs = segment.subdivided_inputs(scale)
-    grads = subdivided.segment_backward(*inputs, state, grad_o.to(state.dtype), grad_state)
+    grads = subdivided.segment_backward(*inputs, state, grad_o, grad_state)
     return grads._replace(q_NBGRCK=grads.q_NBGRCK * scale)
 
 

@@ -10,7 +10,8 @@ precision next to a gate of exp(-50), and a gate of 0 makes no NaN.
 The backward pass is derived by hand. The gradient of a log gate is the sum of what the squares that span its
 token receive, collected from the whole chunk down to single tokens: sums only, so nothing cancels.
 
-Everything runs in the dtype of the gates: float32, or float64 for float64 inputs.
+Products run in the dtype of q; decays, states and the gradient of the log gate are kept in the dtype of the
+gates: float32, or float64 for float64 inputs.
 
 Shape legend: N chunks of C tokens (a power of two), B batch, G groups, R heads of a group, K key dim, V value
 dim; M = N * B * G; L = C / (2 h) blocks of two halves of h tokens.
@@ -58,12 +59,13 @@ def _right(x: Tensor, half: int) -> Tensor:
     return x.unflatten(-2, (-1, 2, half))[..., 1, :, :]
 
 
-def _decays(gate_MCK: Tensor) -> _Decays:
+def _decays(gate_MCK: Tensor, dtype: torch.dtype) -> _Decays:
     """Gates are inclusive for queries (a state decays before a token reads it), exclusive for keys."""
     from_start, to_end = gate_MCK.clone(), torch.ones_like(gate_MCK)
     levels, half = [], 1
     while half < gate_MCK.shape[1]:
-        levels.append(_Level(_right(from_start, half).clone(), _left(to_end, half).clone()))
+        query, key = _right(from_start, half), _left(to_end, half)
+        levels.append(_Level(query.to(dtype, copy=True), key.to(dtype, copy=True)))
         left, right = (x(from_start, half)[..., -1:, :].clone() for x in (_left, _right))
         _right(from_start, half).mul_(left)
         _left(to_end, half).mul_(right)
@@ -113,17 +115,18 @@ def _chunks(x: Tensor) -> Tensor:
 def segment_forward(
     q_NBGRCK: Tensor, k_NBGCK: Tensor, v_NBGCV: Tensor, log_gate_NBGCK: Tensor, state_BGKV: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Output [N, B, G, R, C, V] and final state [B, G, K, V]; q is already scaled, all in one dtype."""
+    """Output [N, B, G, R, C, V] in q's dtype and final state [B, G, K, V]; q is already scaled."""
     N, B, G, R, C, K = q_NBGRCK.shape
     M, V = N * B * G, v_NBGCV.shape[-1]
     q, k, v = _chunks(q_NBGRCK), _chunks(k_NBGCK), _chunks(v_NBGCV)
-    decays = _decays(_chunks(log_gate_NBGCK).exp())
+    decays = _decays(_chunks(log_gate_NBGCK).exp(), q.dtype)
     scores = _diagonal_scores(q, k)
     for operands in _operands(q, k, decays):
         _write_scores(scores, operands)
     states = _states(k, v, decays, state_BGKV, N)
     o = torch.bmm(scores.view(M, R * C, C), v)
-    o.baddbmm_((q * decays.from_start_MCK.unsqueeze(1)).view(M, R * C, K), states[:-1].view(M, K, V))
+    q_from_start = q * decays.from_start_MCK.to(q.dtype).unsqueeze(1)
+    o.baddbmm_(q_from_start.view(M, R * C, K), states[:-1].to(o.dtype).view(M, K, V))
     return o.view(N, B, G, R, C, V), states[-1]
 
 
@@ -133,7 +136,8 @@ def _chunk_decay(decays: _Decays, state_BGKV: Tensor, num_chunks: int) -> Tensor
 
 
 def _states(k_MCK: Tensor, v_MCV: Tensor, decays: _Decays, state_BGKV: Tensor, num_chunks: int) -> Tensor:
-    update = torch.bmm((k_MCK * decays.to_end_MCK).transpose(1, 2), v_MCV)
+    k_to_end = k_MCK * decays.to_end_MCK.to(k_MCK.dtype)
+    update = torch.bmm(k_to_end.transpose(1, 2), v_MCV).to(state_BGKV.dtype)
     chunk_decay = _chunk_decay(decays, state_BGKV, num_chunks)
     return scan_states(update.view(num_chunks, *state_BGKV.shape), chunk_decay, state_BGKV)
 
@@ -147,30 +151,34 @@ def segment_backward(
     grad_o_NBGRCV: Tensor,
     grad_state_BGKV: Tensor,
 ) -> SegmentGradients:
-    """Gradients with respect to the scaled q, k, v, the log gate and the state before the segment."""
+    """Gradients with respect to the scaled q, k, v (in their dtype), the log gate and the state before the
+    segment."""
     N, B, G, R, C, K = q_NBGRCK.shape
     M, V = N * B * G, v_NBGCV.shape[-1]
     q, k, v = _chunks(q_NBGRCK), _chunks(k_NBGCK), _chunks(v_NBGCV)
     grad_o = grad_o_NBGRCV.reshape(M, R * C, V)
-    decays = _decays(_chunks(log_gate_NBGCK).exp())
+    decays = _decays(_chunks(log_gate_NBGCK).exp(), q.dtype)
 
     # Through the states.
+    dtype, state_dtype = q.dtype, state_BGKV.dtype
+    query_decay = decays.from_start_MCK.to(dtype).unsqueeze(1)
+    key_decay = decays.to_end_MCK.to(dtype)
     states = _states(k, v, decays, state_BGKV, N)
     chunk_decay = _chunk_decay(decays, state_BGKV, N)
-    q_from_start = (q * decays.from_start_MCK.unsqueeze(1)).view(M, R * C, K)
-    through_output = torch.bmm(q_from_start.transpose(1, 2), grad_o).view(N, B, G, K, V)
+    q_from_start = (q * query_decay).view(M, R * C, K)
+    through_output = torch.bmm(q_from_start.transpose(1, 2), grad_o).view(N, B, G, K, V).to(state_dtype)
     grad_states = scan_gradients(through_output, chunk_decay, grad_state_BGKV)
-    grad_update = grad_states[1:].view(M, K, V)
-    k_to_end = k * decays.to_end_MCK
-    grad_q = torch.bmm(grad_o, states[:-1].view(M, K, V).transpose(1, 2))
+    grad_update = grad_states[1:].to(dtype).view(M, K, V)
+    k_to_end = k * key_decay
+    grad_q = torch.bmm(grad_o, states[:-1].to(dtype).view(M, K, V).transpose(1, 2))
     grad_k = torch.bmm(v, grad_update.transpose(1, 2))
     grad_v = torch.bmm(k_to_end, grad_update)
     # Gradients of the sums of log gates from the start of a chunk and to its end.
-    grad_from_start = (q_from_start * grad_q).view(M, R, C, K).sum(1)
+    grad_from_start = (q_from_start * grad_q).view(M, R, C, K).sum(1, dtype=state_dtype)
     grad_from_start[:, -1] += (grad_states[1:] * states[:-1]).sum(-1).mul_(chunk_decay.squeeze(-1)).view(M, K)
-    grad_to_end = k_to_end * grad_k
-    grad_q = grad_q.view(M, R, C, K).mul_(decays.from_start_MCK.unsqueeze(1))
-    grad_k.mul_(decays.to_end_MCK)
+    grad_to_end = (k_to_end * grad_k).to(state_dtype)
+    grad_q = grad_q.view(M, R, C, K).mul_(query_decay)
+    grad_k.mul_(key_decay)
 
     # Through the scores.
     scores = _diagonal_scores(q, k)
@@ -181,7 +189,7 @@ def segment_backward(
     grad_levels = []
     for operands in _operands(q, k, decays):
         _write_scores(scores, operands)
-        grad_levels.append(_level_backward(operands, grad_scores, grad_q, grad_k))
+        grad_levels.append(_level_backward(operands, grad_scores, grad_q, grad_k, state_dtype))
     grad_v.baddbmm_(scores.view(M, R * C, C).transpose(1, 2), grad_o)
 
     _collect(grad_from_start, grad_to_end, grad_levels)
@@ -195,7 +203,11 @@ def segment_backward(
 
 
 def _level_backward(
-    operands: _Operands, grad_scores_MRCC: Tensor, grad_q_MRCK: Tensor, grad_k_MCK: Tensor
+    operands: _Operands,
+    grad_scores_MRCC: Tensor,
+    grad_q_MRCK: Tensor,
+    grad_k_MCK: Tensor,
+    sum_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Add one level's share to the gradients of q and k; return those of the logarithms of its decays."""
     half, level, q_MLRhK, k_MLhK = operands
@@ -205,7 +217,7 @@ def _level_backward(
     grad_k = torch.bmm(grad_squares.transpose(1, 2), q_MLRhK.view(M * L, R * half, K)).view(M, L, half, K)
     _right(grad_q_MRCK, half).addcmul_(grad_q.transpose(1, 2), level.query_MLhK.unsqueeze(1))
     _left(grad_k_MCK, half).addcmul_(grad_k, level.key_MLhK)
-    return grad_q.mul_(q_MLRhK).sum(2), grad_k.mul_(k_MLhK)
+    return grad_q.mul_(q_MLRhK).sum(2, dtype=sum_dtype), grad_k.mul_(k_MLhK)
 
 
 def _collect(
