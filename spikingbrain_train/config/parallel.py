@@ -49,7 +49,8 @@ class ContextParallelConfig:
     sliding_window_attention: SlidingWindowContextParallel = SlidingWindowContextParallel.halo
     """Method of sliding windows."""
     head_padding: bool = True
-    """Pad heads with zeros where Ulysses cannot divide them; false refuses such layouts."""
+    """Let Ulysses take heads that do not divide over the ranks: ranks get unequal shares, and one that would
+    have none is padded with a head of zeros. false refuses such layouts."""
 
 
 @dataclass
