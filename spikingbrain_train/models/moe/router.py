@@ -18,7 +18,8 @@ from spikingbrain_train.models.transformer_config import HybridTransformerConfig
 
 @dataclass(frozen=True)
 class RouterStatistics:
-    """What one router did since :meth:`SequenceBalancedRouter.reset_statistics`: over a rank's tokens."""
+    """What one router did since its :meth:`~SequenceBalancedRouter.reset_statistics`: sums over this rank's
+    tokens."""
 
     expert_assignments: Tensor
     """[num_experts] (token, expert) pairs that the router chose, before any was dropped."""
