@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from spikingbrain_train.config.file_checks import check_files
-from spikingbrain_train.config.model import ModelConfig, SpikingProjection
+from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.model_checks import check_model
 from spikingbrain_train.config.parallel import (
     AcceleratorKind,
@@ -127,11 +127,10 @@ def check_optimizer(optimizer: OptimizerConfig, train_iters: int) -> None:
 
 def check_platform(config: RunConfig) -> None:
     """Kernels against the accelerator that is asked for. Raises ConfigurationError."""
-    cluster, spiking = config.cluster, config.model.spiking.projections
+    cluster = config.cluster
     above_zero(cluster, "cluster", "timeout_minutes", "peak_tflops")
     require(
-        cluster.kernels.experts is not ExpertBackend.grouped_gemm
-        or not {SpikingProjection.mlp_fc1, SpikingProjection.mlp_fc2} & set(spiking),
+        cluster.kernels.experts is not ExpertBackend.grouped_gemm or not config.model.spiking.in_experts,
         "cluster.kernels.experts=grouped_gemm cannot encode spikes inside experts, which mlp_fc1 and mlp_fc2 "
         "in model.spiking.projections ask for; choose cluster.kernels.experts=sequential",
     )

@@ -153,6 +153,11 @@ class SpikingConfig:
     k: float = 3.0
     """Vth(x) = mean(|x|) / k over the whole input of one token; larger k means more and finer spikes."""
 
+    @property
+    def in_experts(self) -> bool:
+        """Whether projections inside feed-forwards, experts among them, read spikes."""
+        return bool({SpikingProjection.mlp_fc1, SpikingProjection.mlp_fc2} & set(self.projections))
+
 
 @dataclass
 class RopeScalingConfig:

@@ -181,8 +181,8 @@ def check_sequence_split(seq_length: int, model: ModelConfig, parallel: Parallel
         f"slices; use stage.seq_length={either(valid)}",
     )
     require(
-        sinks <= length // context,
-        f"model.num_sink_tokens={sinks} do not fit into the first of parallel.context_parallel_size="
+        sinks < length // context,
+        f"model.num_sink_tokens={sinks} leave no text in the first of parallel.context_parallel_size="
         f"{context} slices of {length // context} tokens; use a stage.seq_length of "
-        f"{sinks * (context - 1)} or more, fewer sinks, or a lower context degree",
+        f"{sinks * (context - 1) + slices} or more, fewer sinks, or a lower context degree",
     )

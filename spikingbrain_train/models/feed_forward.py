@@ -62,7 +62,7 @@ def _routed_experts(
     if backend is ExpertBackend.sequential:
         return _module(SequentialExperts, dense)
     if backend is ExpertBackend.grouped_gemm:
-        if {SpikingProjection.mlp_fc1, SpikingProjection.mlp_fc2} & set(linears.spiking.projections):
+        if linears.spiking.in_experts:
             raise ConfigurationError(
                 "cluster.kernels.experts=grouped_gemm cannot encode spikes inside experts, which "
                 "model.spiking.projections asks for; choose cluster.kernels.experts=sequential."

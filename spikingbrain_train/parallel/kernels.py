@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from spikingbrain_train.config.errors import PlatformError
+from spikingbrain_train.config.model import SpikingConfig
 from spikingbrain_train.config.parallel import (
     AcceleratorKind,
     ExpertBackend,
@@ -39,8 +40,15 @@ _NEEDS: dict[str, dict[str, _Need]] = {
 }
 
 
-def resolve_kernels(kernels: KernelConfig, accelerator: Accelerator) -> KernelConfig:
+def resolve_kernels(
+    kernels: KernelConfig, accelerator: Accelerator, *, spiking: SpikingConfig | None = None
+) -> KernelConfig:
     """Replace every ``auto`` by the best backend here and check the rest.
+
+    Args:
+        kernels: choices of the config.
+        accelerator: this process's platform and packages.
+        spiking: spikes of the model, which not every backend can encode; None is a model without.
 
     Raises:
         PlatformError: a backend is asked for by name whose package or GPU is missing.
@@ -60,7 +68,7 @@ def resolve_kernels(kernels: KernelConfig, accelerator: Accelerator) -> KernelCo
         gated_linear_attention=_linear_attention(kernels.gated_linear_attention, accelerator),
         softmax_attention=_softmax_attention(kernels.softmax_attention, accelerator),
         parallel_linear=parallel_linear,
-        experts=_experts(kernels.experts, parallel_linear, accelerator),
+        experts=_experts(kernels.experts, parallel_linear, accelerator, spiking or SpikingConfig()),
     )
 
 
@@ -99,7 +107,10 @@ def _parallel_linear(choice: ParallelLinearBackend, accelerator: Accelerator) ->
 
 
 def _experts(
-    choice: ExpertBackend, parallel_linear: ParallelLinearBackend, accelerator: Accelerator
+    choice: ExpertBackend,
+    parallel_linear: ParallelLinearBackend,
+    accelerator: Accelerator,
+    spiking: SpikingConfig,
 ) -> ExpertBackend:
     on_transformer_engine = parallel_linear is ParallelLinearBackend.transformer_engine
     if choice is ExpertBackend.transformer_engine and not on_transformer_engine:
@@ -116,6 +127,6 @@ def _experts(
         return choice
     if on_transformer_engine:
         return ExpertBackend.transformer_engine
-    if accelerator.has("grouped_gemm") and HAS_GROUPED_MLP:
+    if accelerator.has("grouped_gemm") and HAS_GROUPED_MLP and not spiking.in_experts:
         return ExpertBackend.grouped_gemm
     return ExpertBackend.sequential

@@ -82,7 +82,7 @@ class Trainer:
         resuming = self._is_resuming()
         self._open_data()
 
-        kernels = resolve_kernels(config.cluster.kernels, groups.accelerator)
+        kernels = resolve_kernels(config.cluster.kernels, groups.accelerator, spiking=config.model.spiking)
         for line in (groups.accelerator.describe(), groups.describe(), describe_kernels(kernels)):
             self._say(line)
         self.num_microbatches = config.stage.global_batch_size // (

@@ -135,7 +135,7 @@ REFUSED: list[tuple[dict[str, Any], int, list[str]]] = [
     (
         {CP: 4, "model.num_sink_tokens": 32},
         4,
-        ["model.num_sink_tokens=32", "first", "slices of 24 tokens", "96 or more"],
+        ["model.num_sink_tokens=32", "first", "slices of 24 tokens", "100 or more"],
     ),
     (
         {CP: 3, "model.mixers": [Mixer.gla, Mixer.gla_full], "parallel.context_parallel.head_padding": False}
@@ -322,9 +322,11 @@ def test_heads_that_do_not_divide_are_fine_where_they_may_be_padded_or_are_not_d
     check_run_config(changed(valid_run(), layout | halo), 3)
 
 
-def test_sinks_may_fill_the_first_slice():
-    layout = {CP: 4, "model.num_sink_tokens": 32, "stage.seq_length": 96}
-    check_run_config(changed(valid_run(), layout), 4)
+def test_the_shortest_text_that_the_refusal_names_leaves_some_in_every_slice():
+    layout = {CP: 4, "model.num_sink_tokens": 32}
+    check_run_config(changed(valid_run(), layout | {"stage.seq_length": 100}), 4)
+    with pytest.raises(ConfigurationError, match="leave no text in the first"):
+        check_run_config(changed(valid_run(), layout | {"stage.seq_length": 96}), 4)
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from spikingbrain_train.config.errors import PlatformError
+from spikingbrain_train.config.model import SpikingConfig, SpikingProjection
 from spikingbrain_train.config.parallel import (
     AcceleratorKind,
     ExpertBackend,
@@ -125,3 +126,9 @@ def test_a_missing_package_is_named_with_the_setting(field: str, choice) -> None
     with pytest.raises(PlatformError) as refusal:
         resolve_kernels(KernelConfig(**{field: choice}), machine(AcceleratorKind.cuda, {}))
     assert f"cluster.kernels.{field}={choice.value}" in str(refusal.value)
+
+
+def test_experts_that_encode_spikes_are_made_of_linears() -> None:
+    on_metax = machine(AcceleratorKind.metax, {"grouped_gemm": "1.1"})
+    spiking = SpikingConfig(projections=[SpikingProjection.mlp_fc2])
+    assert resolve_kernels(KernelConfig(), on_metax, spiking=spiking).experts is ExpertBackend.sequential

@@ -236,4 +236,3 @@ def _add_previous(
     previous = torch.einsum("btgrk,bgkv->btgrv", q_BTGRK, state_in_BGKV.to(q.dtype))
     o = o + previous.reshape(*o.shape[:3], V)
     return o if split[1] == 0 else torch.cat((o, o_BTHV.split(split, dim=1)[1]), dim=1)
-

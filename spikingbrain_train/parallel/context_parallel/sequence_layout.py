@@ -1,8 +1,8 @@
 """Which part of a batch of sequences a rank holds, and where documents begin. Pure Python: no torch.
 
-A sequence is ``num_sink_tokens`` learnable tokens followed by ``text_length`` tokens of text. Context parallelism
-cuts it into equal contiguous slices: rank r holds the r-th, so rank 0 holds all sinks and the first text. Text
-positions count from the first token of text, whatever the number of sinks.
+A sequence is ``num_sink_tokens`` learnable tokens followed by ``text_length`` tokens of text. Context
+parallelism cuts it into equal contiguous slices: rank r holds the r-th, so rank 0 holds all sinks and the
+first text. Text positions count from the first token of text, whatever the number of sinks.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from spikingbrain_train.config.errors import ConfigurationError
 
 DocumentBounds = tuple[int, ...]
-"""Text positions [0, end of document 1, ..., text_length] of one row: ``cu_seqlens`` as in flash-attn and fla."""
+"""Text positions [0, end of document 1, ..., text_length] of one row: ``cu_seqlens`` as in flash-attn and
+fla."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class SequenceLayout:
     cu_seqlens: tuple[DocumentBounds, ...] | None = None
     """Documents of every row that do not see each other; None where each row is one document."""
     sinks_are_padding: bool = False
-    """The rows in front are only there to give a model without sinks the shape of one with: nothing sees them."""
+    """The tokens in front only give a model without sinks the shape of one with: nothing sees them."""
 
     qkv_format = "sbhd"  # megatron-core looks at this field of what travels as ``packed_seq_params``
     cp_group = None
@@ -54,8 +55,8 @@ class SequenceLayout:
             )
         if self.num_sink_tokens >= self.slice_length:
             raise ConfigurationError(
-                f"model.num_sink_tokens={self.num_sink_tokens} do not fit into the first context-parallel slice "
-                f"of {self.slice_length} tokens"
+                f"model.num_sink_tokens={self.num_sink_tokens} leave no text in the first context-parallel "
+                f"slice of {self.slice_length} tokens"
             )
         for bounds in self.cu_seqlens or ():
             steps = zip(bounds, bounds[1:], strict=False)

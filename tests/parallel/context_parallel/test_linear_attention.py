@@ -189,7 +189,7 @@ def test_activations_can_be_computed_again(ranks: RankPool) -> None:
 
 
 def _frozen_slice(groups: ProcessGroups) -> list[Tensor]:
-    """Only the last rank's values have a gradient: the other ranks must still take part in the backward pass."""
+    """Only the last rank's values have a gradient: the others must still take part in the backward pass."""
     cp_group = groups.collection.cp
     case = Case(13, num_sink_tokens=3, cu_seqlens=((0, 1, 10, 13),))
     *inputs, _ = (x.chunk(4, dim=1)[cp_group.rank()] for x in case.inputs())

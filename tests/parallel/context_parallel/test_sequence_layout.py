@@ -52,7 +52,7 @@ def test_local_documents_say_what_lies_before_them(ranks: list[SequenceLayout]) 
     ("arguments", "reason"),
     [
         ({"text_length": 10, "context_parallel_size": 4}, "does not divide the sequence: 0 sink tokens"),
-        ({"text_length": 8, "num_sink_tokens": 4, "context_parallel_size": 3}, "do not fit into the first"),
+        ({"text_length": 8, "num_sink_tokens": 4, "context_parallel_size": 3}, "leave no text in the first"),
     ],
 )
 def test_sequences_that_cannot_be_cut_are_refused(arguments: dict, reason: str) -> None:
