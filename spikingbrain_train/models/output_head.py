@@ -30,13 +30,16 @@ def gather_hidden_states(
         tp_group: tensor-parallel ranks.
 
     Returns:
-        [T, B, D]; its gradient is summed over the ranks (and split again under sequence parallelism).
+        [B * T, D], batch-major; its gradient is summed over the ranks (and split again under sequence
+        parallelism).
     """
     if sequence_parallel:
         hidden_states = gather_from_sequence_parallel_region(hidden_states, group=tp_group)
-    else:
-        hidden_states = copy_to_tensor_model_parallel_region(hidden_states, group=tp_group)
-    return hidden_states[num_sink_tokens:] if num_sink_tokens > 0 else hidden_states
+    text_BTD = hidden_states[num_sink_tokens:].transpose(0, 1)
+    if not sequence_parallel:
+        # Contiguous first: of other gradients megatron-core 0.16 sums a copy and returns the unsummed one.
+        text_BTD = copy_to_tensor_model_parallel_region(text_BTD.contiguous(), group=tp_group)
+    return text_BTD.flatten(0, 1)
 
 
 def vocab_parallel_linear_cross_entropy(
@@ -85,7 +88,7 @@ def vocab_parallel_linear_cross_entropy(
     if tp_group.size() > 1:
         reductions = {"reduce_max": _reduction("MAX", tp_group), "reduce_sum": _reduction("SUM", tp_group)}
     return linear_cross_entropy(
-        hidden.transpose(0, 1).flatten(0, 1),
+        hidden,
         weight,
         labels.flatten(),
         loss_weights.flatten(),

@@ -111,7 +111,7 @@ class ContinualPretraining:
             vocab_size=student.model_config.vocab_size,
             **split,
             distillation=Distillation(
-                teacher_hidden.transpose(0, 1).flatten(0, 1),
+                teacher_hidden,
                 teacher.output_weight(),
                 weight=self.stage.distillation.weight,
                 temperature=self.stage.distillation.temperature,

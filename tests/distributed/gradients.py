@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from spikingbrain_train.parallel.process_groups import ProcessGroups
 
 SEQUENCES = 4
+MICRO_BATCH = 2  # rows with documents of their own; every collective of gloo costs a millisecond, so not 1
 LENGTH = 64  # sinks and text together
 
 _7B = ModelConfig(
@@ -130,7 +131,9 @@ def loss_and_gradients(
     wrapped = wrap_data_parallel(model, parallel)
     wrapped.zero_grad_buffer()
     text = LENGTH - case.model.num_sink_tokens
-    stage = StageConfig(seq_length=text, micro_batch_size=1, global_batch_size=SEQUENCES, train_iters=1)
+    stage = StageConfig(
+        seq_length=text, micro_batch_size=MICRO_BATCH, global_batch_size=SEQUENCES, train_iters=1
+    )
     batches = (
         local_micro_batch(
             whole,
@@ -142,7 +145,7 @@ def loss_and_gradients(
         for whole in _whole_batches(case, text, groups.data_parallel_rank, groups.data_parallel_size)
     )
     step = ContinualPretraining(stage, groups)
-    metrics = step.forward_backward(wrapped, batches, SEQUENCES // groups.data_parallel_size)
+    metrics = step.forward_backward(wrapped, batches, SEQUENCES // (MICRO_BATCH * groups.data_parallel_size))
     for parameter in model.parameters():
         parameter.data = parameter.main_grad.clone()  # type: ignore[attr-defined]
     shards = [
@@ -159,12 +162,13 @@ def _whole_batches(case: Case, text: int, rank: int, size: int) -> Iterator[Any]
     mask = (torch.rand(SEQUENCES, text, generator=generator) > 0.1).float()
     # Documents of one token, of more than two slices, and bounds at the edges of slices.
     bounds = ((0, 1, 30, text), (0, 10, 26, 42, text), (0, text - 1, text), (0, 5, 6, 7, 50, text))
-    for row in range(rank, SEQUENCES, size):
+    for first in range(rank * MICRO_BATCH, SEQUENCES, size * MICRO_BATCH):
+        rows = slice(first, first + MICRO_BATCH)
         yield {
-            "tokens": tokens[row : row + 1, :-1],
-            "labels": tokens[row : row + 1, 1:],
-            "loss_mask": mask[row : row + 1],
-            "cu_seqlens": (bounds[row],) if case.packed else None,
+            "tokens": tokens[rows, :-1],
+            "labels": tokens[rows, 1:],
+            "loss_mask": mask[rows],
+            "cu_seqlens": bounds[rows] if case.packed else None,
         }
 
 

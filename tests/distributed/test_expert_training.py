@@ -101,6 +101,7 @@ def test_losses_gradient_norms_and_router_metrics_equal_those_of_one_rank(
 ) -> None:
     world_size, parallel = TOPOLOGIES[name]
     config = _config(tmp_path, text, hybrid_76b_checkpoint, parallel)
+    config.stage.micro_batch_size = 2 if world_size == 2 else 1  # fewer of gloo's slow collectives
     expected_steps, expected_points = one_rank
 
     for steps in ranks.run(train, config, world_size=world_size, parallel=parallel):
