@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import importlib.util
 import multiprocessing
 import os
@@ -32,7 +33,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -45,6 +46,11 @@ SEED = 1234
 _START_SECONDS = 240.0  # importing torch and megatron-core on a busy machine
 _GRACE_SECONDS = 3.0  # how long the other ranks may still report once one has failed
 _LOG_LINES = 25
+# Some models outlive their job: where a module keeps a tensor of the last forward pass (megatron-core's token
+# dispatchers do), its graph refers to the model out of sight of Python's collector. With each of them live
+# the process groups of its world, three threads and some sockets a group; a rank is replaced before that
+# slows it down.
+_MAX_THREADS = 250
 _READY = "ready"
 
 
@@ -77,10 +83,13 @@ class _Report:
 
     result: bytes | None
     failure: str | None = None
+    threads: int = 0
+    """Threads that the worker has afterwards."""
 
 
 class RankPool:
-    """Processes that wait for test functions. Started when first needed, reused, replaced after a failure."""
+    """Processes that wait for test functions. Started when first needed, reused, replaced after a failure or
+    when they have gathered too many threads."""
 
     def __init__(self) -> None:
         self._ranks: list[_Rank] = []
@@ -124,6 +133,9 @@ class RankPool:
             self._stop(self._ranks[:world_size])
             del self._ranks[:world_size]
             raise RankFailure("\n\n".join(problems))
+        if max(reports[rank].threads for rank in range(world_size)) > _MAX_THREADS:
+            self._stop(self._ranks[:world_size])
+            del self._ranks[:world_size]
         return [pickle.loads(reports[rank].result or b"") for rank in range(world_size)]
 
     def close(self) -> None:
@@ -258,13 +270,15 @@ def _serve(connection: Connection, log: str) -> None:
     import torch
 
     torch.set_num_threads(1)
+    gc.freeze()  # what is imported stays: collections after each job look at what the job left only
     connection.send(_READY)
     while True:
         try:
             job, environment = connection.recv()
         except (EOFError, OSError):
             return
-        connection.send(_run(job, environment))
+        report = _run(job, environment)
+        connection.send(replace(report, threads=len(os.listdir("/proc/self/task"))))
 
 
 def _run(job: _Job, environment: dict[str, str]) -> _Report:
@@ -285,6 +299,7 @@ def _run(job: _Job, environment: dict[str, str]) -> _Report:
         return _Report(None, traceback.format_exc())
     finally:
         process_groups.destroy()
+        gc.collect()  # models are cyclic garbage that holds process groups, with their threads and sockets
 
 
 def _import(name: str, file: str) -> ModuleType:
