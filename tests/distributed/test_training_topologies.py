@@ -98,8 +98,10 @@ def test_losses_and_gradient_norms_equal_those_of_one_rank(
 ) -> None:
     world_size, parallel = TOPOLOGIES[name]
     config = _config(kind, tmp_path, text, checkpoints, parallel)
-    if parallel.context_parallel_size > 1:
-        config.stage.micro_batch_size = 2  # fewer collectives, each of which costs gloo a millisecond
+    # Fewer collectives, each of which costs gloo a millisecond. Alignment's loss is relative to the power of
+    # a micro-batch, so there its size matters.
+    if parallel.context_parallel_size > 1 and config.stage.kind is StageKind.cpt:
+        config.stage.micro_batch_size = 2
 
     results = ranks.run(train, config, world_size=world_size, parallel=parallel)
 
