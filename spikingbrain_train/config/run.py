@@ -134,7 +134,7 @@ class OptimizerConfig:
     new_parameter_lr_mult: float = 1.0
     """Multiplier for parameters the source did not have (gates and output norms of linear attention)."""
     weight_decay: float = 0.1
-    """Decoupled weight decay of matrices; norms and biases have none."""
+    """Decoupled weight decay of matrices; norms, biases and branch weights have none."""
     adam_beta1: float = 0.9
     """Decay of the first moment."""
     adam_beta2: float = 0.95

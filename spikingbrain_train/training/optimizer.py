@@ -21,8 +21,8 @@ def build_optimizer(
 ) -> MegatronOptimizer:
     """AdamW over the model's trainable parameters, with fp32 main weights under bf16.
 
-    Parameter groups: norms and biases have no weight decay; parameters marked ``is_new_parameter`` (those the
-    dense source does not have) learn at ``lr * new_parameter_lr_mult``.
+    Parameter groups: norms, biases and branch weights have no weight decay; parameters marked
+    ``is_new_parameter`` (those the dense source does not have) learn at ``lr * new_parameter_lr_mult``.
     """
     config = MegatronOptimizerConfig(
         optimizer="adam",
@@ -41,6 +41,7 @@ def build_optimizer(
     overrides = {
         ParamKey(name="*.bias"): ParamGroupOverride(wd_mult=0.0),
         ParamKey(name="*norm.weight"): ParamGroupOverride(wd_mult=0.0),
+        ParamKey(name="*branch_weights"): ParamGroupOverride(wd_mult=0.0),
     }
     if optimizer.new_parameter_lr_mult != 1.0:
         overrides[ParamKey(attr="is_new_parameter")] = ParamGroupOverride(
