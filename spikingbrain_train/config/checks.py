@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from spikingbrain_train.config.file_checks import check_files
@@ -41,6 +42,8 @@ def check_stage(stage: StageConfig, model: ModelConfig, parallel: ParallelConfig
     """Batch sizes, lengths and the teacher. Raises ConfigurationError."""
     at_least(stage, "stage", 1, "train_iters", "seq_length", "micro_batch_size", "global_batch_size")
     check_sequence_split(stage.seq_length, model, parallel)
+    if stage.kind is StageKind.align:  # trains on the dense source's sequences, which have no sinks
+        check_sequence_split(stage.seq_length, replace(model, num_sink_tokens=0), parallel)
     require(
         stage.seq_length <= model.max_position_embeddings,
         f"stage.seq_length={stage.seq_length} is longer than "

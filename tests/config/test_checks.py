@@ -215,6 +215,12 @@ REFUSED: list[tuple[dict[str, Any], int, list[str]]] = [
     ({"stage.train_iters": 0}, 1, ["stage.train_iters=0", "at least 1"]),
     # teachers
     ({"stage.kind": StageKind.align}, 1, ["stage.kind=align", "stage.teacher is null"]),
+    (
+        {"stage.kind": StageKind.align, "stage.teacher": "dense", CP: 4, "model.num_sink_tokens": 6}
+        | {"stage.seq_length": 62},
+        4,
+        ["stage.seq_length=62 is not divisible", f"{CP}=4", "60 or 64"],
+    ),
     ({"stage.distillation.weight": 0.5}, 1, ["stage.distillation.weight=0.5", "stage.teacher is null"]),
     ({"stage.distillation.weight": 1.5}, 1, ["stage.distillation.weight=1.5", "between 0", "and 1"]),
     ({"stage.distillation.temperature": 0.0}, 1, ["stage.distillation.temperature", "greater than 0"]),
