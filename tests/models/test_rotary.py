@@ -1,14 +1,17 @@
-"""Llama-3 rotary scaling against transformers' own."""
+"""Rotary positions of slices, and Llama-3 scaling against transformers' own."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from spikingbrain_train.config.model import RopeScalingConfig
-from spikingbrain_train.models.rotary import scale_rotary_frequencies
+from spikingbrain_train.config.model import ModelConfig, RopeScalingConfig
+from spikingbrain_train.models.rotary import RotaryPositions, scale_rotary_frequencies
+from spikingbrain_train.parallel.context_parallel.sequence_layout import SequenceLayout
+from tests.parallel.context_parallel.test_sequence_layout import layouts
 
 
 @pytest.mark.parametrize(
@@ -37,3 +40,13 @@ def test_scaled_frequencies_are_those_of_transformers(base: float, scaling: Rope
     torch.testing.assert_close(scaled, expected, rtol=1e-6, atol=0)  # float32 rounding
     assert (scaled[:4] == inv_freq[:4]).all()  # the fastest are left alone
     torch.testing.assert_close(scaled[-1], inv_freq[-1] / scaling.factor)  # the slowest are scaled in full
+
+
+@given(layouts())
+def test_positions_restart_with_every_document(ranks: list[SequenceLayout]) -> None:
+    rotary = RotaryPositions(ModelConfig(kv_channels=4), on_cpu=True)
+    bounds = ranks[0].bounds(0)
+    expected = [p for a, b in zip(bounds, bounds[1:], strict=False) for p in range(b - a)]
+    # The first channel turns by one radian a token, so its angle is the position. Sinks stand at 0.
+    positions = [angle for layout in ranks for angle in rotary(layout)[:, 0, 0, 0].tolist()]
+    assert positions == [0] * ranks[0].num_sink_tokens + expected

@@ -93,11 +93,3 @@ class SequenceLayout:
             if start < stop:
                 documents.append(LocalDocument(start, stop - start, start - first))
         return documents
-
-    def local_positions(self, row: int) -> list[int]:
-        """Position of every local token of text within its document; sinks are not listed."""
-        return [
-            document.before + offset
-            for document in self.local_documents(row)
-            for offset in range(document.length)
-        ]

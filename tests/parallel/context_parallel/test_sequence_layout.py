@@ -34,13 +34,6 @@ def test_slices_are_the_sequence_cut_in_equal_parts(ranks: list[SequenceLayout])
 
 
 @given(layouts())
-def test_positions_restart_with_every_document(ranks: list[SequenceLayout]) -> None:
-    bounds = ranks[0].bounds(0)
-    expected = [p for a, b in zip(bounds, bounds[1:], strict=False) for p in range(b - a)]
-    assert [position for layout in ranks for position in layout.local_positions(0)] == expected
-
-
-@given(layouts())
 def test_local_documents_say_what_lies_before_them(ranks: list[SequenceLayout]) -> None:
     for layout in ranks:
         for document in layout.local_documents(0):
