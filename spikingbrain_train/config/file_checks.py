@@ -14,8 +14,8 @@ from spikingbrain_train.config.checkpoint_folder import (
 )
 from spikingbrain_train.config.errors import CheckpointError, ConfigurationError, DataError
 from spikingbrain_train.config.load import load_model_config
-from spikingbrain_train.config.model import Mixer, ModelConfig
 from spikingbrain_train.config.run import DataConfig, Resume, RunConfig, StageKind
+from spikingbrain_train.config.same_architecture import check_same_sizes, check_same_weights
 
 _PROBE_BYTES = 1 << 16
 
@@ -91,49 +91,13 @@ def check_output_folder(folder: str | Path, setting: str = "output_dir") -> None
         ) from error
 
 
-_SAME_WEIGHTS = (
-    *(
-        "num_layers",
-        "hidden_size",
-        "ffn_hidden_size",
-        "num_attention_heads",
-        "num_query_groups",
-        "kv_channels",
-    ),
-    *("vocab_size", "add_qkv_bias", "qk_layernorm", "share_embeddings_and_output_weights"),
-)
-
-
-def _check_same_weights(setting: str, stored: ModelConfig, model: ModelConfig) -> None:
-    """The weights of ``stored`` fit into ``model``. Raises CheckpointError."""
-    for name in _SAME_WEIGHTS:
-        theirs, ours = getattr(stored, name), getattr(model, name)
-        if theirs != ours:
-            raise CheckpointError(
-                f"{setting} holds a model with {name}={theirs}, but model.{name}={ours}; "
-                f"use model=from_checkpoint, or name a checkpoint of this architecture"
-            )
-
-
 def check_loaded_checkpoint(config: RunConfig) -> None:
     """checkpoint.load is whole, and its weights fit the model. Raises CheckpointError."""
     load = config.checkpoint.load
     if load is None:
         return
     stored = load_model_config(latest_checkpoint(load, "checkpoint.load") / MODEL_CONFIG_FILE)
-    model, setting = config.model, f"checkpoint.load={load}"
-    _check_same_weights(setting, stored, model)
-    for layer, (theirs, ours) in enumerate(zip(stored.layer_mixers(), model.layer_mixers(), strict=True)):
-        if (theirs is Mixer.gla) != (ours is Mixer.gla):
-            raise CheckpointError(
-                f"{setting} has mixer {theirs.name} in layer {layer}, but model.mixers says {ours.name}; "
-                f"change mixers with tools/convert_checkpoint.py, or use model=from_checkpoint"
-            )
-    if Mixer.gla in model.layer_mixers() and stored.gla.gate_low_rank_dim != model.gla.gate_low_rank_dim:
-        raise CheckpointError(
-            f"{setting} holds gates of gate_low_rank_dim={stored.gla.gate_low_rank_dim}, but "
-            f"model.gla.gate_low_rank_dim={model.gla.gate_low_rank_dim}; use model=from_checkpoint"
-        )
+    check_same_weights(stored, config.model, f"checkpoint.load={load}")
 
 
 def check_teacher(config: RunConfig) -> None:
@@ -151,7 +115,7 @@ def check_teacher(config: RunConfig) -> None:
                 f"{model.vocab_size}; distillation needs a teacher with the same tokenizer"
             )
         return
-    _check_same_weights(setting, teacher, model)
+    check_same_sizes(teacher, model, setting)
     if teacher.layer_mixers() == model.layer_mixers():
         raise ConfigurationError(
             f"{setting} has the same mixers as the model, so stage.kind=align has nothing to learn; "

@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 from dataclasses import dataclass, replace
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +31,8 @@ from spikingbrain_train.config.checkpoint_folder import (
 )
 from spikingbrain_train.config.errors import CheckpointError
 from spikingbrain_train.config.load import load_model_config, load_run_config, save_config
-from spikingbrain_train.config.model import FeedForward, Mixer, ModelConfig
 from spikingbrain_train.config.run import RunConfig
+from spikingbrain_train.config.same_architecture import check_same_weights
 from spikingbrain_train.models.gpt_model import HybridGPTModel
 from spikingbrain_train.parallel import megatron_versions
 from spikingbrain_train.parallel.process_groups import ProcessGroups
@@ -147,9 +146,8 @@ def load_weights(folder: str, setting: str, model: HybridGPTModel) -> None:
         CheckpointError: it is missing, damaged or of another architecture.
     """
     checkpoint = latest_checkpoint(folder, setting)
-    check_same_architecture(
-        load_model_config(checkpoint / MODEL_CONFIG_FILE), model.model_config, setting, folder
-    )
+    stored = load_model_config(checkpoint / MODEL_CONFIG_FILE)
+    check_same_weights(stored, model.model_config, f"{setting}={folder}")
     loaded = _load({"model": _sharded_weights(model)}, checkpoint, setting)
     _fill(model, loaded["model"])
 
@@ -162,9 +160,8 @@ def resume(folder: Path, state: TrainingState, config: RunConfig, groups: Proces
             has another form.
     """
     checkpoint = latest_checkpoint(folder, "output_dir")
-    check_same_architecture(
-        load_model_config(checkpoint / MODEL_CONFIG_FILE), state.model.model_config, "output_dir", str(folder)
-    )
+    stored = load_model_config(checkpoint / MODEL_CONFIG_FILE)
+    check_same_weights(stored, state.model.model_config, f"output_dir={folder}")
     written_by = load_run_config(checkpoint / RUN_CONFIG_FILE)
     _check_same_run(written_by, config, checkpoint)
     same_topology = _topology(written_by) == _topology(_with_degrees(config, groups))
@@ -180,56 +177,6 @@ def resume(folder: Path, state: TrainingState, config: RunConfig, groups: Proces
     state.consumed_samples = loaded["consumed_samples"]
     if "generators" in loaded:
         _restore_generators(loaded["generators"], groups)
-
-
-def check_same_architecture(found: ModelConfig, wanted: ModelConfig, setting: str, folder: str) -> None:
-    """Raise :class:`CheckpointError` naming the first field in which ``found`` does not fit ``wanted``."""
-    for field in (
-        "num_layers",
-        "hidden_size",
-        "ffn_hidden_size",
-        "num_attention_heads",
-        "num_query_groups",
-        "kv_channels",
-        "vocab_size",
-        "add_qkv_bias",
-        "qk_layernorm",
-        "share_embeddings_and_output_weights",
-        "num_sink_tokens",
-    ):
-        _check_same_field(found, wanted, field, setting, folder)
-    pairs = zip(found.layer_mixers(), wanted.layer_mixers(), strict=True)
-    for layer, (theirs, ours) in enumerate(pairs):
-        if _branches(theirs) != _branches(ours):
-            raise CheckpointError(
-                f"{setting}={folder} has mixer {theirs.value} in layer {layer}, but model.mixers gives "
-                f"{ours.value}; choose model=from_checkpoint, or convert the source with other mixers."
-            )
-    kinds = zip(found.layer_feed_forwards(), wanted.layer_feed_forwards(), strict=True)
-    for layer, (feed_forward, wanted_feed_forward) in enumerate(kinds):
-        if feed_forward is not wanted_feed_forward:
-            raise CheckpointError(
-                f"{setting}={folder} has a feed-forward {feed_forward.value} in layer {layer}, but "
-                f"model.feed_forwards gives {wanted_feed_forward.value}; choose model=from_checkpoint, or "
-                "convert the source with other feed-forwards."
-            )
-    if FeedForward.moe in wanted.layer_feed_forwards():
-        for field in ("moe.num_experts", "moe.num_shared_experts", "expert_ffn_hidden_size"):
-            _check_same_field(found, wanted, field, setting, folder)
-
-
-def _check_same_field(found: ModelConfig, wanted: ModelConfig, field: str, setting: str, folder: str) -> None:
-    theirs, ours = attrgetter(field)(found), attrgetter(field)(wanted)
-    if theirs != ours:
-        raise CheckpointError(
-            f"{setting}={folder} holds a model with {field}={theirs}, but model.{field}={ours}; choose "
-            "model=from_checkpoint or another checkpoint."
-        )
-
-
-def _branches(mixer: Mixer) -> tuple[bool, bool]:
-    """What decides the parameters of a mixer: full and sliding-window attention have the same."""
-    return mixer.has_linear_branch, mixer.softmax_branch is not None
 
 
 def _check_same_run(written_by: RunConfig, config: RunConfig, checkpoint: Path) -> None:

@@ -13,7 +13,14 @@ from spikingbrain_train.config.checks import check_run_config
 from spikingbrain_train.config.errors import CheckpointError, ConfigurationError, DataError
 from spikingbrain_train.config.file_checks import check_output_folder
 from spikingbrain_train.config.load import save_config
-from spikingbrain_train.config.model import Mixer, ModelConfig
+from spikingbrain_train.config.model import (
+    FeatureMap,
+    FeedForward,
+    GatedLinearAttentionConfig,
+    GateKind,
+    Mixer,
+    ModelConfig,
+)
 from spikingbrain_train.config.run import DataConfig, Resume, RunConfig, StageConfig, StageKind
 
 HYBRID = ModelConfig(
@@ -180,8 +187,18 @@ class TestLoadedCheckpoint:
         [
             ({"num_layers": 2}, ["num_layers=2", "model.num_layers=4"]),
             ({"vocab_size": 1024}, ["vocab_size=1024", "model.vocab_size=512"]),
-            ({"add_qkv_bias": True}, ["add_qkv_bias=True"]),
+            ({"add_qkv_bias": True}, ["add_qkv_bias=true", "model.add_qkv_bias=false"]),
             ({"mixers": [Mixer.swa, Mixer.gla]}, ["mixer swa in layer 0", "model.mixers says gla"]),
+            ({"mixers": [Mixer.gla, Mixer.gla_swa]}, ["mixer gla_swa in layer 1", "model.mixers says swa"]),
+            ({"num_sink_tokens": 6}, ["num_sink_tokens=6", "model.num_sink_tokens=0"]),
+            (
+                {"feed_forwards": [FeedForward.moe]},
+                ["feed-forward moe in layer 0", "model.feed_forwards says dense"],
+            ),
+            (
+                {"gla": GatedLinearAttentionConfig(feature_map=FeatureMap.sigmoid, gate=GateKind.tied)},
+                ["gla.gate=tied", "model.gla.gate=low_rank"],
+            ),
         ],
     )
     def test_another_architecture(self, run, tmp_path, change, parts):
