@@ -9,8 +9,25 @@ DATA ?=
 PYTEST_ARGS ?=
 # One thread per process: the distributed tests run up to four gloo ranks, which would fight over the cores.
 OMP_NUM_THREADS ?= 1
-BIN := $(VENV)/bin
 CHECKED := spikingbrain_train tools tests benchmarks $(wildcard train.py)
+
+# What a user gives is taken as it stands: no character of it means anything to make or to the shell. Recipes say
+# $(call quoted,MODEL), never "$(MODEL)".
+define newline
+
+
+endef
+define literally
+override $(1) := $$(value $(1))
+$$(if $$(findstring $$(newline),$$(value $(1))),$$(error $(1) must be one line))
+endef
+$(foreach variable,VENV PYTHON OUTPUT MODEL DATA PYTEST_ARGS OMP_NUM_THREADS,$(eval $(call literally,$(variable))))
+escaped = $(subst `,\`,$(subst $$,\$$,$(subst ",\",$(subst \,\\,$($(1))))))
+quoted = "$(call escaped,$(1))"
+program = "$(call escaped,VENV)/bin/$(1)"
+# pytest itself takes PYTEST_ADDOPTS apart into words, as a shell would.
+pytest = OMP_NUM_THREADS=$(call quoted,OMP_NUM_THREADS) \
+	PYTEST_ADDOPTS="$$PYTEST_ADDOPTS "'$(1) '$(call quoted,PYTEST_ARGS) $(call program,python) -m pytest
 
 .PHONY: help
 help: ## Show this list
@@ -18,39 +35,39 @@ help: ## Show this list
 
 .PHONY: environment
 environment: ## Create or refresh .venv (every target below does it by itself)
-	@PYTHON="$(PYTHON)" scripts/setup_environment.sh "$(VENV)"
+	@PYTHON=$(call quoted,PYTHON) scripts/setup_environment.sh $(call quoted,VENV)
 
 .PHONY: demo
 demo: environment ## Dense model to exported hybrid on real text (MODEL=folder DATA=file OUTPUT=folder)
-	@$(BIN)/python tools/demo.py --output "$(OUTPUT)" $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)")
+	@$(call program,python) tools/demo.py --output $(call quoted,OUTPUT) $(if $(MODEL),--model $(call quoted,MODEL)) $(if $(DATA),--data $(call quoted,DATA))
 
 .PHONY: test
 test: environment ## Run the whole test suite
-	@OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(call pytest)
 
 .PHONY: test-fast
 test-fast: environment ## Run the tests that take seconds
-	@OMP_NUM_THREADS=$(OMP_NUM_THREADS) $(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	@$(call pytest,-m "not slow")
 
 .PHONY: test-matrix
 test-matrix: ## Run the suite on every supported Python and megatron-core that this machine can install
-	@scripts/test_matrix.sh
+	@OMP_NUM_THREADS=$(call quoted,OMP_NUM_THREADS) PYTEST_ARGS=$(call quoted,PYTEST_ARGS) scripts/test_matrix.sh
 
 .PHONY: lint
 lint: environment ## Check style: ruff's rules and formatting
-	@$(BIN)/ruff check $(CHECKED)
-	@$(BIN)/ruff format --check $(CHECKED)
+	@$(call program,ruff) check $(CHECKED)
+	@$(call program,ruff) format --check $(CHECKED)
 
 .PHONY: typecheck
 typecheck: environment ## Check types with mypy
-	@$(BIN)/mypy
+	@$(call program,mypy)
 
 .PHONY: format
 format: environment ## Rewrite the code in the project's style
-	@$(BIN)/ruff check --fix $(CHECKED)
-	@$(BIN)/ruff format $(CHECKED)
+	@$(call program,ruff) check --fix $(CHECKED)
+	@$(call program,ruff) format $(CHECKED)
 
 .PHONY: clean
 clean: ## Remove the environment and caches; outputs/ stays
-	rm -rf "$(VENV)" .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info build
+	rm -rf -- $(call quoted,VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info build
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
