@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -35,27 +36,34 @@ def check_prefix(setting: str, prefix: str) -> None:
             )
 
 
-def check_data(data: DataConfig) -> None:
-    """Datasets, their weights and the tokenizer. Raises ConfigurationError or DataError."""
+def check_train_weights(data: DataConfig) -> None:
+    """data.train names datasets, and data.train_weights fits them. Raises ConfigurationError."""
     if not data.train:
         raise ConfigurationError(
             "data.train is empty; name the prefixes that tools/preprocess_data.py wrote, "
             "e.g. 'data.train=[data/train]'"
         )
+    weights = data.train_weights
+    if weights is None:
+        return
+    if len(weights) != len(data.train):
+        raise ConfigurationError(
+            f"data.train_weights has {len(weights)} weights for {len(data.train)} prefixes in "
+            f"data.train; give {len(data.train)}, or null to blend by size"
+        )
+    if not all(weight > 0 for weight in weights) or not math.isfinite(sum(weights)):
+        raise ConfigurationError(
+            f"data.train_weights={list(weights)} must be positive, finite numbers; leave a dataset out of "
+            f"data.train instead of weighting it 0"
+        )
+
+
+def check_data(data: DataConfig) -> None:
+    """Datasets, their weights and the tokenizer. Raises ConfigurationError or DataError."""
+    check_train_weights(data)
     for setting, prefixes in (("data.train", data.train), ("data.valid", data.valid)):
         for prefix in prefixes:
             check_prefix(setting, prefix)
-    weights = data.train_weights
-    if weights is not None:
-        if len(weights) != len(data.train):
-            raise ConfigurationError(
-                f"data.train_weights has {len(weights)} weights for {len(data.train)} prefixes in "
-                f"data.train; give {len(data.train)}, or null to blend by size"
-            )
-        if min(weights) < 0 or sum(weights) <= 0:
-            raise ConfigurationError(
-                f"data.train_weights={weights} must not be negative, and at least one must be greater than 0"
-            )
     if data.tokenizer is not None and not Path(data.tokenizer).exists():
         raise DataError(
             f"data.tokenizer={data.tokenizer} does not exist; name a Hugging Face tokenizer folder or a "

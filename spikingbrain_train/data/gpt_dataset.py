@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from spikingbrain_train.config.errors import ConfigurationError, DataError
+from spikingbrain_train.config.errors import DataError
+from spikingbrain_train.config.file_checks import check_train_weights
 from spikingbrain_train.config.run import DataConfig
 from spikingbrain_train.data.indexed import (
     check_same_tokenizer,
@@ -232,7 +233,7 @@ def build_datasets(
         ConfigurationError: no train prefix, or weights that don't fit them.
         DataError: missing, damaged or too short datasets, or tokens of another tokenizer.
     """
-    weights = _check_weights(data)
+    check_train_weights(data)
     for prefix in [*data.train, *data.valid]:
         if tokenizer is not None:
             check_same_tokenizer(prefix, tokenizer)
@@ -253,6 +254,7 @@ def build_datasets(
         ShuffledWindows(dataset, seq_length, (seed, number), reset_at_documents=data.reset_at_documents)
         for number, dataset in enumerate(train)
     ]
+    weights = data.train_weights
     if weights is None:
         weights = [float(part.windows_per_epoch) for part in parts]
     train_dataset = TrainDataset(parts, weights, train_samples)
@@ -294,25 +296,6 @@ def open_valid_dataset(
                 f"the valid dataset {prefix} has 1 token, which predicts nothing: hold out more text"
             )
     return ValidDataset(datasets, seq_length, num_samples, reset_at_documents=reset_at_documents)
-
-
-def _check_weights(data: DataConfig) -> list[float] | None:
-    if not data.train:
-        raise ConfigurationError("data.train is empty: name the prefix of at least one indexed dataset")
-    weights = data.train_weights
-    if weights is None:
-        return None
-    if len(weights) != len(data.train):
-        raise ConfigurationError(
-            f"data.train_weights has {len(weights)} entries for {len(data.train)} data.train prefixes: give "
-            "one each"
-        )
-    if not all(math.isfinite(weight) and weight > 0 for weight in weights):
-        raise ConfigurationError(
-            f"data.train_weights {list(weights)} must be positive numbers: leave a dataset out instead of "
-            "weighting it 0"
-        )
-    return list(weights)
 
 
 def _without_loss(sample: Sample) -> Sample:

@@ -22,6 +22,7 @@ from spikingbrain_train.config.model import (
     ModelConfig,
 )
 from spikingbrain_train.config.run import DataConfig, Resume, RunConfig, StageConfig, StageKind
+from spikingbrain_train.data.gpt_dataset import build_datasets
 
 HYBRID = ModelConfig(
     num_layers=4,
@@ -95,8 +96,17 @@ def test_a_dataset_named_by_its_file_is_told_its_prefix(run, tmp_path):
 def test_weights_must_match_the_prefixes(run):
     run.data.train_weights = [1.0, 2.0]
     assert "data.train_weights has 2 weights for 1" in refusal(run, ConfigurationError)
-    run.data.train_weights = [-1.0]
-    assert "data.train_weights=[-1.0] must not be negative" in refusal(run, ConfigurationError)
+
+
+@pytest.mark.parametrize("weights", [[-1.0, 1.0], [1.0, 0.0], [1e308, 1e308]])
+def test_weights_that_training_would_refuse_are_refused_at_start(run, weights):
+    run.data.train *= 2
+    run.data.train_weights = weights
+    sentence = refusal(run, ConfigurationError)
+    assert "must be positive, finite numbers" in sentence
+    with pytest.raises(ConfigurationError) as caught:
+        build_datasets(run.data, 64, 1)
+    assert str(caught.value) == sentence
 
 
 def test_tokenizer_must_exist(run, tmp_path):

@@ -277,7 +277,7 @@ def test_a_short_held_out_dataset_is_padded_but_one_token_is_refused(counted: st
     ("data", "reason"),
     [
         (DataConfig(), "data.train is empty"),
-        (DataConfig(train=["a", "b"], train_weights=[1.0]), "has 1 entries for 2 data.train prefixes"),
+        (DataConfig(train=["a", "b"], train_weights=[1.0]), "has 1 weights for 2 prefixes in data.train"),
         (DataConfig(train=["a", "b"], train_weights=[1.0, 0.0]), "must be positive"),
         (DataConfig(train=["a"], train_weights=[float("nan")]), "must be positive"),
     ],
