@@ -65,10 +65,10 @@ class _Settings:
             )
         return default
 
-    def integer(self, key: str, default: int | None = None) -> int:
+    def integer(self, key: str, default: int | None = None, minimum: int = 1) -> int:
         value = self._get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise self.refuse(key, "must be a whole number of at least 1")
+        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise self.refuse(key, f"must be a whole number of at least {minimum}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -245,14 +245,18 @@ def _rope(settings: _Settings) -> tuple[float, RopeScalingConfig]:
 
 def _refuse_windows(settings: _Settings, num_layers: int) -> None:
     """A dense source attends to everything: Qwen's optional sliding windows are refused where they take
-    effect."""
+    effect, which is as transformers' Qwen2Config has it: ``layer_types`` decides if it is there, else layers
+    from ``max_window_layers`` on have the window, unless ``sliding_window`` is null."""
     layer_types = settings.values.get("layer_types") or []
+    if not isinstance(layer_types, list):
+        raise settings.refuse("layer_types", "must list the kind of attention of each layer")
     if any(kind != "full_attention" for kind in layer_types):
         raise settings.refuse(
             "layer_types", "has layers other than full_attention, which a dense source must not have"
         )
-    windowed = settings.boolean("use_sliding_window", False) and not layer_types
-    if windowed and settings.integer("max_window_layers", 28) < num_layers:
+    has_window = settings.values.get("sliding_window", 4096) is not None
+    windowed = settings.boolean("use_sliding_window", False) and has_window and not layer_types
+    if windowed and settings.integer("max_window_layers", 28, minimum=0) < num_layers:
         raise settings.refuse(
             "use_sliding_window", "gives some layers a window; a dense source must attend to everything"
         )

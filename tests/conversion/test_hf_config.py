@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import Qwen2Config
 
 from spikingbrain_train.config.errors import CheckpointError
 from spikingbrain_train.config.model import Mixer, ModelConfig
@@ -159,6 +160,9 @@ def test_published_hybrid() -> None:
         (LLAMA, {"rms_norm_eps": float("nan")}, "rms_norm_eps"),
         (LLAMA, {"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
         (QWEN2, {"use_sliding_window": True, "max_window_layers": 2}, "use_sliding_window = true gives some"),
+        (QWEN2, {"use_sliding_window": True, "max_window_layers": 0}, "use_sliding_window = true gives some"),
+        (QWEN2, {"max_window_layers": -1, "use_sliding_window": True}, "whole number of at least 0"),
+        (QWEN2, {"layer_types": 3}, "layer_types = 3 must list"),
         (QWEN2, {"layer_types": ["full_attention"] * 3 + ["sliding_attention"]}, "layer_types"),
         (GLA_SWA, {"use_short_conv": True}, "use_short_conv = true is not supported"),
         (GLA_SWA, {"elementwise_affine": False}, "elementwise_affine"),
@@ -177,6 +181,25 @@ def test_what_would_be_computed_differently_is_refused(
 def test_a_window_beyond_the_last_layer_is_none() -> None:
     """Qwen2.5 ships use_sliding_window false, others true with max_window_layers = num_hidden_layers."""
     assert parse(QWEN2 | {"use_sliding_window": True, "max_window_layers": 4}).mixers == [Mixer.full]
+
+
+@pytest.mark.parametrize("max_window_layers", [0, 2, 4])
+@pytest.mark.parametrize("use_sliding_window", [True, False])
+@pytest.mark.parametrize("sliding_window", [{}, {"sliding_window": 8}, {"sliding_window": None}])
+def test_a_window_is_refused_exactly_where_transformers_has_one(
+    max_window_layers: int, use_sliding_window: bool, sliding_window: dict[str, Any]
+) -> None:
+    windows = sliding_window | {
+        "use_sliding_window": use_sliding_window,
+        "max_window_layers": max_window_layers,
+    }
+    # transformers 5 takes the type from the class.
+    known = {key: value for key, value in QWEN2.items() if key not in ("architectures", "model_type")}
+    if set(Qwen2Config(**known, **windows).layer_types) == {"full_attention"}:
+        assert parse(QWEN2 | windows).mixers == [Mixer.full]
+    else:
+        with pytest.raises(CheckpointError, match="use_sliding_window = true gives some"):
+            parse(QWEN2 | windows)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '"x"', "\udcff", "[" * 100000])
