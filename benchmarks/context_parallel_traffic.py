@@ -79,13 +79,13 @@ class Setting:
         """Keys and values of a token, G 2 K."""
         return self.num_groups * 2 * self.head_dim * FLOAT32_BYTES
 
-    @property
-    def share_bytes(self) -> int:
-        """What Ulysses sends in a pass: queries, keys and values of its T / n tokens to n - 1 other ranks,
-        H / n heads and max(G, n) / n groups each, and outputs of its own heads for their tokens."""
-        heads = self.num_heads + max(self.num_groups, self.num_ranks)
+    def share_bytes(self, per_group: int = 2) -> int:
+        """What Ulysses sends in a pass: queries and ``per_group`` tensors of the groups (keys and values; in
+        linear attention gates, too) of its T / n tokens to n - 1 other ranks, H / n heads and max(G, n) / n
+        groups each, and outputs of its own heads for their tokens."""
+        heads = 2 * self.num_heads + per_group * max(self.num_groups, self.num_ranks)
         tokens = (self.num_ranks - 1) * self.tokens // self.num_ranks
-        return tokens * 2 * heads // self.num_ranks * self.head_dim * FLOAT32_BYTES
+        return tokens * heads // self.num_ranks * self.head_dim * FLOAT32_BYTES
 
     def layout(self, rank: int) -> SequenceLayout:
         """Slices of this setting; the documents are uneven and reach over edges of slices."""
@@ -165,6 +165,7 @@ allscan = partial(linear_attention, LinearAttentionContextParallel.allscan)
 halo = partial(softmax_attention, WINDOW, SlidingWindowContextParallel.halo)
 ulysses = partial(softmax_attention, WINDOW, SlidingWindowContextParallel.ulysses)
 full = partial(softmax_attention, None, None)
+linear_ulysses = partial(linear_attention, LinearAttentionContextParallel.ulysses)
 ULYSSES_FORMULA = "(n - 1) / n T 2 (H + max(G, n)) K / n, twice"
 
 ROWS = [
@@ -186,6 +187,13 @@ ROWS = [
         has_documents=True,
     ),
     Row(
+        "linear, ulysses",
+        linear_ulysses,
+        "(n - 1) / n T (2 H + 3 max(G, n)) K / n, twice",
+        lambda s: s.share_bytes(per_group=3),
+        lambda s: s.share_bytes(per_group=3),
+    ),
+    Row(
         f"window {WINDOW}, halo",
         halo,
         "(w - 1) 2 G K, twice",
@@ -204,15 +212,15 @@ ROWS = [
         f"window {WINDOW}, ulysses",
         ulysses,
         ULYSSES_FORMULA,
-        lambda s: s.share_bytes,
-        lambda s: s.share_bytes,
+        lambda s: s.share_bytes(),
+        lambda s: s.share_bytes(),
     ),
     Row(
         f"full, ulysses, {SINKS} sinks",
         full,
         ULYSSES_FORMULA,
-        lambda s: s.share_bytes,
-        lambda s: s.share_bytes,
+        lambda s: s.share_bytes(),
+        lambda s: s.share_bytes(),
         num_sink_tokens=SINKS,
         longest=1 << 12,
     ),

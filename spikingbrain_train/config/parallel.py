@@ -23,12 +23,14 @@ class Recompute(str, Enum):
 
 
 class LinearAttentionContextParallel(str, Enum):
-    """How the state of gated linear attention travels along context-parallel ranks."""
+    """How gated linear attention knows what lies on the context-parallel ranks before."""
 
     allgather = "allgather"
     """All ranks gather every rank's state and decay, then each combines those before it (LASP-2)."""
     allscan = "allscan"
     """The running state is passed from neighbour to neighbour in blocks, while local work goes on (ZeCO)."""
+    ulysses = "ulysses"
+    """All-to-all: every rank takes the whole sequence of a share of the heads."""
 
 
 class SlidingWindowContextParallel(str, Enum):

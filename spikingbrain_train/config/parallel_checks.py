@@ -6,7 +6,12 @@ from math import gcd
 
 from spikingbrain_train.config.model import Mixer, ModelConfig
 from spikingbrain_train.config.model_checks import has_experts
-from spikingbrain_train.config.parallel import ParallelConfig, Recompute, SlidingWindowContextParallel
+from spikingbrain_train.config.parallel import (
+    LinearAttentionContextParallel,
+    ParallelConfig,
+    Recompute,
+    SlidingWindowContextParallel,
+)
 from spikingbrain_train.config.require import at_least, divisors, either, multiples_around, require
 
 
@@ -142,20 +147,25 @@ def _check_heads_over_context(model: ModelConfig, parallel: ParallelConfig) -> N
     """Ulysses deals whole heads to the context-parallel ranks."""
     context, method = parallel.context_parallel_size, parallel.context_parallel
     heads = model.num_attention_heads // parallel.tensor_model_parallel_size
-    branches = {mixer.softmax_branch for mixer in model.layer_mixers()}
-    for branch, asks, instead in (
-        (Mixer.full, "full attention", ""),
+    mixers = set(model.layer_mixers())
+    softmax = {mixer.softmax_branch for mixer in mixers}
+    windows, linear = method.sliding_window_attention, method.gated_linear_attention
+    for uses_ulysses, asks, instead in (
+        (Mixer.full in softmax, "full attention", ""),
         (
-            Mixer.swa,
+            Mixer.swa in softmax and windows is SlidingWindowContextParallel.ulysses,
             "parallel.context_parallel.sliding_window_attention=ulysses",
             "sliding_window_attention=halo, ",
         ),
+        (
+            any(mixer.has_linear_branch for mixer in mixers)
+            and linear is LinearAttentionContextParallel.ulysses,
+            "parallel.context_parallel.gated_linear_attention=ulysses",
+            "gated_linear_attention=allgather, ",
+        ),
     ):
-        ulysses = (
-            branch is Mixer.full or method.sliding_window_attention is SlidingWindowContextParallel.ulysses
-        )
         require(
-            branch not in branches or not ulysses or method.head_padding or heads % context == 0,
+            not uses_ulysses or method.head_padding or heads % context == 0,
             f"parallel.context_parallel_size={context} does not divide the {heads} query heads of a "
             f"tensor-parallel rank, as {asks} needs with parallel.context_parallel.head_padding=false; "
             f"set head_padding=true, {instead}or a context degree of {either(divisors(heads))}",

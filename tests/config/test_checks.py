@@ -16,6 +16,7 @@ from spikingbrain_train.config.parallel import (
     AcceleratorKind,
     ExpertBackend,
     LinearAttentionBackend,
+    LinearAttentionContextParallel,
     ParallelConfig,
     Recompute,
     SlidingWindowContextParallel,
@@ -64,6 +65,7 @@ def test_a_valid_run_is_accepted_at_every_world_size_that_fits():
 TP, PP = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"
 CP, EP = "parallel.context_parallel_size", "parallel.expert_model_parallel_size"
 ETP, SP = "parallel.expert_tensor_parallel_size", "parallel.sequence_parallel"
+LINEAR_CP = "parallel.context_parallel.gated_linear_attention"
 ULYSSES = {
     "parallel.context_parallel.sliding_window_attention": SlidingWindowContextParallel.ulysses,
     "parallel.context_parallel.head_padding": False,
@@ -147,6 +149,12 @@ REFUSED: list[tuple[dict[str, Any], int, list[str]]] = [
         ULYSSES | {CP: 3, "stage.seq_length": 63, "stage.global_batch_size": 1},
         3,
         [f"{CP}=3", "8 query heads", "sliding_window_attention=halo", "1, 2, 4 or 8"],
+    ),
+    (
+        {LINEAR_CP: LinearAttentionContextParallel.ulysses, "parallel.context_parallel.head_padding": False}
+        | {CP: 3, "stage.seq_length": 63, "stage.global_batch_size": 1},
+        3,
+        [f"{CP}=3", "8 query heads", "gated_linear_attention=allgather", "1, 2, 4 or 8"],
     ),
     ({"dry_run_rank": 2}, 2, ["dry_run_rank=2", "0 to 1"]),
     ({"dry_run_rank": -1}, 2, ["dry_run_rank=-1", "0 to 1"]),

@@ -29,6 +29,10 @@ ALLSCAN_ULYSSES = ContextParallelConfig(
     gated_linear_attention=LinearAttentionContextParallel.allscan,
     sliding_window_attention=SlidingWindowContextParallel.ulysses,
 )
+ULYSSES = ContextParallelConfig(
+    gated_linear_attention=LinearAttentionContextParallel.ulysses,
+    sliding_window_attention=SlidingWindowContextParallel.ulysses,
+)
 
 TOPOLOGIES: dict[str, ParallelConfig] = {
     "TP 2": ParallelConfig(tensor_model_parallel_size=2),
@@ -39,6 +43,7 @@ TOPOLOGIES: dict[str, ParallelConfig] = {
     "CP 2, all-scan and Ulysses": ParallelConfig(context_parallel_size=2, context_parallel=ALLSCAN_ULYSSES),
     "CP 4, all-gather and halo": ParallelConfig(context_parallel_size=4, context_parallel=ALLGATHER_HALO),
     "CP 4, all-scan and Ulysses": ParallelConfig(context_parallel_size=4, context_parallel=ALLSCAN_ULYSSES),
+    "CP 4, Ulysses in every mixer": ParallelConfig(context_parallel_size=4, context_parallel=ULYSSES),
     "TP 2 + sequence parallel x CP 2": ParallelConfig(
         tensor_model_parallel_size=2,
         sequence_parallel=True,

@@ -61,4 +61,7 @@ def all_to_all(
 
     Every rank's loss must depend on the result, else the others wait for it in the backward pass.
     """
+    if torch.is_grad_enabled() and not messages.requires_grad:
+        # The ranks need not agree on whether messages have a gradient; all of them must exchange it.
+        messages = messages.detach().requires_grad_()
     return _AllToAll.apply(messages, tuple(send), tuple(receive), group)

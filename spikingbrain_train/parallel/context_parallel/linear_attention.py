@@ -2,14 +2,15 @@
 
 A slice is a list of segments, each with the state it begins with: zeros, the state after the sinks (a
 document that begins here), or the state that the rank before hands over (a document that goes on).
-Communication is in ``state_passing``; here is what goes in and what is made of it.
+Communication is in ``state_passing``, or in ``ulysses``, which makes whole sequences of slices; here is what
+goes in and what is made of it.
 
 Shape legend: B batch, T local time, H query heads, G key/value groups, K key dim, V value dim.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import accumulate
 
@@ -25,6 +26,7 @@ from spikingbrain_train.parallel.context_parallel.arguments import checked_group
 from spikingbrain_train.parallel.context_parallel.communication import broadcast_from_first_rank
 from spikingbrain_train.parallel.context_parallel.sequence_layout import SequenceLayout
 from spikingbrain_train.parallel.context_parallel.state_passing import start_state_passing
+from spikingbrain_train.parallel.context_parallel.ulysses import to_slices, to_whole_sequences
 
 
 class _Start(Enum):
@@ -59,9 +61,10 @@ def context_parallel_linear_attention(
     10-11).
 
     Sinks are an ordinary recurrence from a zero state. Without documents the text goes on from there; with
-    documents each starts from the state after the sinks. With several ranks the first step is the cheap end
-    state of the slice. Then ``allgather`` waits for the states before the slice and runs the slice from
-    there, while ``allscan`` runs the slice from zeros meanwhile and adds the output of the state before it.
+    documents each starts from the state after the sinks. With several ranks ``ulysses`` runs whole sequences
+    of a share of the heads. For the other methods the first step is the cheap end state of the slice. Then
+    ``allgather`` waits for the states before the slice and runs the slice from there, while ``allscan`` runs
+    the slice from zeros meanwhile and adds the output of the state before it.
 
     Args:
         q_BTHK: queries of this rank's slice, sinks first: T is ``layout.slice_length``.
@@ -81,6 +84,20 @@ def context_parallel_linear_attention(
         ValueError: tensors, layout and group do not fit each other.
     """
     group = checked_group(q_BTHK, layout, cp_group)
+    if group is not None and layout is not None and method is LinearAttentionContextParallel.ulysses:
+        q, (k, v, log_gate) = to_whole_sequences(q_BTHK, (k_BTGK, v_BTGV, log_gate_BTGK), group)
+        o_BShV = context_parallel_linear_attention(
+            q,
+            k,
+            v,
+            log_gate,
+            layout=replace(layout, context_parallel_rank=0, context_parallel_size=1),
+            cp_group=None,
+            method=method,
+            scale=scale,
+            backend=backend,
+        )
+        return to_slices(o_BShV, q_BTHK.shape[2], group)
     rows = [_segments(layout, row, q_BTHK.shape[1]) for row in range(q_BTHK.shape[0])]
     sink_state = None
     if layout is not None and layout.cu_seqlens is not None and _sinks_are_seen(layout):

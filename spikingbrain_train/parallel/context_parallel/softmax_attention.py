@@ -69,8 +69,8 @@ def context_parallel_softmax_attention(
         return _attend_whole(q_BTHK, k_BTGK, v_BTGV, layout, attend, scale)
     if window is not None and method is SlidingWindowContextParallel.halo:
         return _attend_with_halo(q_BTHK, k_BTGK, v_BTGV, window, layout, group, attend, scale)
-    whole = to_whole_sequences(q_BTHK, k_BTGK, v_BTGV, group)
-    return to_slices(_attend_whole(*whole, layout, attend, scale), q_BTHK.shape[2], group)
+    q, (k, v) = to_whole_sequences(q_BTHK, (k_BTGK, v_BTGV), group)
+    return to_slices(_attend_whole(q, k, v, layout, attend, scale), q_BTHK.shape[2], group)
 
 
 def _attend_whole(

@@ -1,7 +1,8 @@
 """Ulysses: an all-to-all turns a slice of all heads into the whole sequence of a share of them, and back.
 
 Heads are shared out in order and as evenly as whole heads allow, rank r of P gets heads ``r * H // P`` to
-``(r + 1) * H // P``; with them travel only the groups of keys and values that these heads read:
+``(r + 1) * H // P``; with them travel only the groups of keys and values (in linear attention also of gates)
+that these heads read:
 
 - P divides G: every rank gets G / P groups; nothing is sent twice.
 - G divides P: every rank gets one group, P / G ranks the same one, and shares its heads with them.
@@ -11,8 +12,8 @@ Where heads don't divide (7 heads of a group on 2 ranks: 3 and 4; 28 heads on 8 
 with fewer compute less: the same as padding with heads of zeros, without sending or computing them. Only a
 rank that gets no head at all computes one of zeros, so that it takes part in the backward pass.
 
-Queries, keys and values travel in one message, token by token, so what the ranks send lies in memory as the
-whole sequence, and is not copied again.
+What has one dtype travels in one message, token by token, so what the ranks send lies in memory as the whole
+sequence, and is not copied again.
 
 Shape legend: B batch, T tokens of a slice, S = P * T tokens of the sequence, H heads, G groups, K key dim, V
 value dim; h heads and g groups of one rank's share.
@@ -21,6 +22,7 @@ value dim; h heads and g groups of one rank's share.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,54 +57,63 @@ def head_shares(num_heads: int, num_groups: int, num_ranks: int) -> list[HeadSha
 
 
 def to_whole_sequences(
-    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, group: torch.distributed.ProcessGroup
-) -> tuple[Tensor, Tensor, Tensor]:
+    q_BTHK: Tensor, of_groups: Sequence[Tensor], group: torch.distributed.ProcessGroup
+) -> tuple[Tensor, list[Tensor]]:
     """The whole sequences of this rank's share of the heads.
 
     Args:
         q_BTHK: queries of this rank's slice, all heads.
-        k_BTGK: keys in q's dtype; H is a multiple of G.
-        v_BTGV: values in q's dtype.
+        of_groups: what heads share, [B, T, G, any] each: keys, values, and gates of linear attention. H is a
+            multiple of G. What has q's dtype travels in one message with q, and every other dtype in one of
+            its own, so that float32 gates stay float32.
         group: ranks in the order of their slices, all of the same length.
 
     Returns:
-        q [B, S, h, K], k [B, S, g, K] and v [B, S, g, V]; h is a multiple of g and head i reads group
-        ``i // (h // g)``. Where a share has not the same number of heads of every group, keys and values are
+        q [B, S, h, K] and each of ``of_groups`` as [B, S, g, any]; h is a multiple of g and head i reads
+        group ``i // (h // g)``. Where a share has not the same number of heads of every group, groups are
         repeated here, after the transport, until that holds.
     """
-    (B, T, H, K), (G, V) = q_BTHK.shape, v_BTGV.shape[2:]
-    shares = head_shares(H, G, group.size())
-    q_of_ranks = q_BTHK.split([len(share.heads) for share in shares], dim=2)
-    # Split once into groups, of which several ranks may get the same: gradients are then added by group.
-    k_groups, v_groups = k_BTGK.split(1, dim=2), v_BTGV.split(1, dim=2)
-    messages = []
-    for share, q in zip(shares, q_of_ranks, strict=True):
-        parts = [q, *(k_groups[i] for i in share.groups), *(v_groups[i] for i in share.groups)]
-        messages.append(torch.cat([x.flatten(2) for x in parts], dim=2).transpose(0, 1).flatten())
+    B, T, H, _ = q_BTHK.shape
+    shares = head_shares(H, of_groups[0].shape[2], group.size())
     mine = shares[group.rank()]
-    h, g = len(mine.heads), len(mine.groups)
-    columns = h * K + g * (K + V)
-    received = all_to_all(
-        torch.cat(messages), [x.numel() for x in messages], [T * B * columns] * group.size(), group
-    )
-    whole = received.view(T * group.size(), B, columns).transpose(0, 1)
-    q, k, v = whole.split([h * K, g * K, g * V], dim=2)
-    return _evenly_grouped(
-        q.unflatten(2, (h, K)), k.unflatten(2, (g, K)), v.unflatten(2, (g, V)), mine.heads_of_groups
-    )
+    tensors = [q_BTHK, *of_groups]
+    parts = [[[x] for x in q_BTHK.split([len(share.heads) for share in shares], dim=2)]]
+    for x in of_groups:
+        # Split once into groups, of which several ranks may get the same: gradients are then added by group.
+        groups = x.split(1, dim=2)
+        parts.append([[groups[i] for i in share.groups] or [x[:, :, :0]] for share in shares])
+    widths = [len(mine.heads if x is q_BTHK else mine.groups) * x.shape[3] for x in tensors]
+    received: dict[int, Tensor] = {}
+    # All messages leave before anything is made of one: on every rank their gradients then travel back in the
+    # same order, whatever the rank's share needs afterwards.
+    for dtype in dict.fromkeys(x.dtype for x in tensors):
+        members = [i for i, x in enumerate(tensors) if x.dtype == dtype]
+        messages = [
+            torch.cat([x.flatten(2) for i in members for x in parts[i][rank]], dim=2)
+            .transpose(0, 1)
+            .flatten()
+            for rank in range(group.size())
+        ]
+        columns = [widths[i] for i in members]
+        sizes = [x.numel() for x in messages]
+        whole = all_to_all(torch.cat(messages), sizes, [T * B * sum(columns)] * group.size(), group)
+        whole_BSx = whole.view(T * group.size(), B, sum(columns)).transpose(0, 1)
+        received |= dict(zip(members, whole_BSx.split(columns, dim=2), strict=True))
+    q, *shared = (received[i].unflatten(2, (-1, x.shape[3])) for i, x in enumerate(tensors))
+    return _evenly_grouped(q, shared, mine.heads_of_groups)
 
 
 def _evenly_grouped(
-    q_BShK: Tensor, k_BSgK: Tensor, v_BSgV: Tensor, heads_of_groups: tuple[int, ...]
-) -> tuple[Tensor, Tensor, Tensor]:
+    q_BShK: Tensor, of_groups: list[Tensor], heads_of_groups: tuple[int, ...]
+) -> tuple[Tensor, list[Tensor]]:
     if not heads_of_groups:
         one_more = (0, 0, 0, 1)
-        return F.pad(q_BShK, one_more), F.pad(k_BSgK, one_more), F.pad(v_BSgV, one_more)
+        return F.pad(q_BShK, one_more), [F.pad(x, one_more) for x in of_groups]
     per_group = math.gcd(*heads_of_groups)
     if max(heads_of_groups) > per_group:
         repeats = torch.tensor([count // per_group for count in heads_of_groups], device=q_BShK.device)
-        k_BSgK, v_BSgV = (x.repeat_interleave(repeats, dim=2) for x in (k_BSgK, v_BSgV))
-    return q_BShK, k_BSgK, v_BSgV
+        of_groups = [x.repeat_interleave(repeats, dim=2) for x in of_groups]
+    return q_BShK, of_groups
 
 
 def to_slices(o_BShV: Tensor, num_heads: int, group: torch.distributed.ProcessGroup) -> Tensor:

@@ -16,6 +16,7 @@ from spikingbrain_train.ops.gated_linear_attention import gated_linear_attention
 from spikingbrain_train.parallel.context_parallel import linear_attention
 from spikingbrain_train.parallel.context_parallel.linear_attention import context_parallel_linear_attention
 from spikingbrain_train.parallel.context_parallel.sequence_layout import DocumentBounds, SequenceLayout
+from spikingbrain_train.parallel.context_parallel.ulysses import to_whole_sequences
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from tests.distributed.pool import RankPool
 
@@ -36,6 +37,8 @@ class Case:
     num_rows: int = 1
     sinks_are_padding: bool = False
     gate: str = "mild"
+    num_heads: int = H
+    num_groups: int = G
 
     def layout(self, rank: int = 0, size: int = 1) -> SequenceLayout:
         return SequenceLayout(
@@ -48,9 +51,14 @@ class Case:
         shape = (self.num_rows, self.num_sink_tokens + self.text_length)
         q, k, v, o_weight = (
             torch.randn(*shape, heads, dim, dtype=torch.float64)
-            for heads, dim in ((H, K), (G, K), (G, V), (H, V))
+            for heads, dim in (
+                (self.num_heads, K),
+                (self.num_groups, K),
+                (self.num_groups, V),
+                (self.num_heads, V),
+            )
         )
-        x = torch.rand(*shape, G, K, dtype=torch.float64)
+        x = torch.rand(*shape, self.num_groups, K, dtype=torch.float64)
         log_gate = {"mild": -x, "strong": -50 * x, "some infinite": torch.where(x < 0.1, -torch.inf, -x)}
         return [q, k, v, log_gate[self.gate], o_weight]
 
@@ -183,6 +191,44 @@ def test_long_slices_go_through_chunks_and_segments(ranks: RankPool) -> None:
     assert_equal_to_whole_sequence(ranks, cases, 3)
 
 
+@pytest.mark.parametrize(
+    ("num_heads", "num_groups"), [(7, 1), (6, 2), (4, 4), (12, 3), (3, 3), (2, 1), (9, 3), (14, 2)]
+)
+def test_heads_and_groups_that_do_not_divide(ranks: RankPool, num_heads: int, num_groups: int) -> None:
+    cases = [
+        Case(45, num_sink_tokens=3, num_rows=2, num_heads=num_heads, num_groups=num_groups),
+        Case(45, 3, ((0, 20, 45), (0, 9, 10, 45)), num_rows=2, num_heads=num_heads, num_groups=num_groups),
+    ]
+    assert_equal_to_whole_sequence(ranks, cases, 4)
+
+
+def _share_in_bfloat16(groups: ProcessGroups, case: Case) -> list[Tensor]:
+    """This rank's share of the heads, and the gradients of its slice: the rank's number plus one."""
+    cp_group = groups.collection.cp
+    q, k, _, log_gate = (x.chunk(cp_group.size(), dim=1)[cp_group.rank()] for x in case.inputs()[:4])
+    leaves = [q.bfloat16().requires_grad_(), k.bfloat16().requires_grad_(), log_gate.float().requires_grad_()]
+    share_q, shared = to_whole_sequences(leaves[0], leaves[1:], cp_group)
+    torch.autograd.backward(
+        [share_q, *shared], [torch.full_like(x, cp_group.rank() + 1) for x in (share_q, *shared)]
+    )
+    return [share_q.detach(), *(x.detach() for x in shared), *(x.grad for x in leaves)]  # type: ignore[misc]
+
+
+def test_gates_stay_float32_beside_bfloat16(ranks: RankPool) -> None:
+    case = Case(57, num_sink_tokens=3, num_heads=7, num_groups=1)
+    shares = ranks.run(
+        _share_in_bfloat16, case, world_size=3, parallel=ParallelConfig(context_parallel_size=3)
+    )
+    q, k, _, log_gate, _ = case.inputs()
+    heads = torch.tensor([1, 1, 2, 2, 3, 3, 3])  # plus one: the rank that gets each
+    for _, share_k, share_gate, grad_q, grad_k, grad_gate in shares:
+        assert torch.equal(share_k, k.bfloat16()) and torch.equal(share_gate, log_gate.float())
+        assert torch.equal(grad_q, heads.to(grad_q).view(7, 1).expand_as(grad_q))
+        assert (grad_k == 1 + 2 + 3).all() and (grad_gate == 1 + 2 + 3).all()
+        assert grad_gate.dtype == torch.float32
+    assert torch.equal(torch.cat([of_rank[0] for of_rank in shares], dim=2), q.bfloat16())
+
+
 def test_activations_can_be_computed_again(ranks: RankPool) -> None:
     cases = [Case(21, num_sink_tokens=3, cu_seqlens=((0, 2, 19, 21),)), Case(21)]
     assert_equal_to_whole_sequence(ranks, cases, 3, recompute=True)
@@ -217,9 +263,10 @@ def test_ranks_without_gradients_of_their_own_do_not_make_others_wait(ranks: Ran
     gradients = ranks.run(
         _frozen_slice, world_size=4, parallel=ParallelConfig(context_parallel_size=4), timeout=30
     )
-    allgather, allscan = gradients[3]
-    torch.testing.assert_close(allgather, allscan)
-    assert allgather.norm() > 0.1
+    allgather, *others = gradients[3]
+    for other in others:
+        torch.testing.assert_close(other, allgather)
+    assert len(others) == len(METHODS) - 1 and allgather.norm() > 0.1
 
 
 def local_mixer(layout: SequenceLayout | None, num_rows: int = 1, T: int = 8) -> Tensor:
