@@ -17,6 +17,7 @@ from spikingbrain_train.models.gpt_model import HybridGPTModel, build_model
 from spikingbrain_train.models.transformer_config import transformer_config
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.training.checkpoint import load_weights
+from spikingbrain_train.training.current_weights import gather_before_reading
 
 
 def build_student(config: RunConfig, kernels: KernelConfig, groups: ProcessGroups) -> HybridGPTModel:
@@ -66,6 +67,7 @@ def wrap_data_parallel(model: HybridGPTModel, parallel: ParallelConfig) -> Distr
         model.config.no_sync_func = wrapped.no_sync
     if parallel.overlap_param_gather:
         model.config.param_sync_func = wrapped.start_param_sync
+        gather_before_reading(wrapped)
     wrapped.broadcast_params()
     return wrapped
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
@@ -36,6 +37,7 @@ from spikingbrain_train.config.same_architecture import check_same_weights
 from spikingbrain_train.models.gpt_model import HybridGPTModel
 from spikingbrain_train.parallel import megatron_versions
 from spikingbrain_train.parallel.process_groups import ProcessGroups
+from spikingbrain_train.training.current_weights import gather_updated_weights
 
 
 def _sharding() -> dict[str, Any]:
@@ -54,14 +56,19 @@ def _sharding() -> dict[str, Any]:
 class TrainingState:
     """What changes while a run trains."""
 
-    model: HybridGPTModel
-    """This rank's pipeline stage."""
+    data_parallel: DistributedDataParallel
+    """This rank's pipeline stage, as it trains."""
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     iteration: int = 0
     """Optimizer steps done."""
     consumed_samples: int = 0
     """Sequences read from the training data so far."""
+
+    @property
+    def model(self) -> HybridGPTModel:
+        """This rank's pipeline stage itself."""
+        return self.data_parallel.module
 
 
 def save_checkpoint(
@@ -80,6 +87,7 @@ def save_checkpoint(
     Raises:
         CheckpointError: the folder cannot be written or the disk is full; earlier checkpoints are untouched.
     """
+    gather_updated_weights(state.data_parallel)
     final = iteration_folder(folder, state.iteration)
     temporary = final.with_name(f".{final.name}.incomplete")
     failure: BaseException | None = None

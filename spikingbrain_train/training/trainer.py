@@ -102,7 +102,7 @@ class Trainer:
         self.model = wrap_data_parallel(student, config.parallel)
         optimizer = build_optimizer(config.optimizer, config.parallel, config.precision, self.model)
         scheduler = build_scheduler(config.optimizer, config.stage.train_iters, optimizer)
-        self.state = TrainingState(student, optimizer, scheduler)
+        self.state = TrainingState(self.model, optimizer, scheduler)
         self.expert_load = ExpertLoadCounter(student, groups)
         if resuming:
             resume(self.checkpoints, self.state, config, groups)

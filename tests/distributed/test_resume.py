@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+from omegaconf import OmegaConf
 
-from spikingbrain_train.config.checkpoint_folder import LATEST_ITERATION_FILE, iteration_folder
+from spikingbrain_train.config.checkpoint_folder import (
+    CHECKPOINT_FOLDER,
+    LATEST_ITERATION_FILE,
+    iteration_folder,
+    latest_checkpoint,
+)
 from spikingbrain_train.config.errors import CheckpointError
+from spikingbrain_train.config.load import conf_folder
+from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import Precision, RunConfig
+from spikingbrain_train.conversion.megatron_checkpoint import MegatronCheckpointReader
 from spikingbrain_train.training.metrics import read_metrics
 from tests.distributed.pool import RankFailure, RankPool
-from tests.distributed.small_runs import checkpoint_config, run_config, train
+from tests.distributed.small_runs import MODEL, MODEL_76B, checkpoint_config, run_config, train
 
 
 def _interrupt_after(output_dir: Path, iteration: int) -> None:
@@ -61,6 +72,105 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(
     assert [point["train/loss"] for point in read_metrics(tmp_path)] == [
         point["train/loss"] for point in points
     ]
+
+
+def _shrunk(name: str) -> tuple[int, ParallelConfig]:
+    """A layout of conf/parallel with degrees of at most 2 on at most four ranks, and the number of ranks."""
+    settings = OmegaConf.merge(
+        OmegaConf.structured(ParallelConfig), OmegaConf.load(conf_folder() / "parallel" / f"{name}.yaml")
+    )
+    degrees = [setting for setting in settings if setting.endswith("_parallel_size")]
+    for degree in degrees:
+        if (settings[degree] or 1) > 1:
+            settings[degree] = 2
+    parallel = OmegaConf.to_object(settings)
+    parallel.data_parallel_size = 2 if parallel.model_parallel_size <= 2 else 1
+    return parallel.model_parallel_size * parallel.data_parallel_size, parallel
+
+
+def _layouts_of_experiments() -> dict[str, tuple[int, ParallelConfig]]:
+    """Number of ranks and small form of every layout in conf/parallel that an experiment chooses, and of the
+    one that the README gives for many GPUs; one of those that become the same."""
+    names = {"dp_zero1"}
+    for experiment in (conf_folder() / "experiment").glob("*.yaml"):
+        for choice in OmegaConf.load(experiment).get("defaults", []):
+            if OmegaConf.is_dict(choice) and "override /parallel" in choice:
+                names.add(choice["override /parallel"])
+    small = {repr(_shrunk(name)): name for name in sorted(names)}
+    return {name: _shrunk(name) for name in small.values()}
+
+
+LAYOUTS_OF_EXPERIMENTS = _layouts_of_experiments()
+
+
+@pytest.mark.parametrize("precision", [Precision.bf16, Precision.fp32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("layout", LAYOUTS_OF_EXPERIMENTS)
+def test_a_resumed_run_repeats_the_uninterrupted_one_in_the_experiments_layouts(
+    layout: str,
+    precision: Precision,
+    ranks: RankPool,
+    tmp_path: Path,
+    text: Path,
+    hybrid_checkpoint: Path,
+    hybrid_76b_checkpoint: Path,
+) -> None:
+    world_size, parallel = LAYOUTS_OF_EXPERIMENTS[layout]
+    has_experts = parallel.expert_model_parallel_size > 1
+    config = run_config(
+        tmp_path,
+        text,
+        model=MODEL_76B if has_experts else MODEL,
+        parallel=parallel,
+        precision=precision,
+        checkpoint=checkpoint_config(
+            hybrid_76b_checkpoint if has_experts else hybrid_checkpoint, save_interval=2
+        ),
+    )
+    config.stage = replace(config.stage, train_iters=4)
+    uninterrupted = ranks.run(train, config, world_size=world_size, parallel=parallel)
+    _interrupt_after(tmp_path, 2)
+
+    resumed = ranks.run(train, config, world_size=world_size, parallel=parallel)
+
+    assert [len(steps) for steps in resumed] == [2] * world_size
+    assert resumed == [steps[2:] for steps in uninterrupted]
+
+
+def _train_with_buckets_of_one_parameter(groups, config: RunConfig) -> list[tuple[float, float]]:
+    from spikingbrain_train.training import build
+
+    ddp_config = build.DistributedDataParallelConfig
+    build.DistributedDataParallelConfig = partial(ddp_config, bucket_size=1)
+    try:
+        return train(groups, config)
+    finally:
+        build.DistributedDataParallelConfig = ddp_config
+
+
+@pytest.mark.parametrize("precision", [Precision.bf16, Precision.fp32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize(
+    "model", [replace(MODEL, share_embeddings_and_output_weights=False), MODEL_76B], ids=["hybrid", "76b"]
+)
+def test_overlapped_gathering_trains_and_saves_as_gathering_at_once_does(
+    model: ModelConfig, precision: Precision, ranks: RankPool, tmp_path: Path, text: Path
+) -> None:
+    """A large model's weights lie in many buckets, each gathered when a module first reads from it."""
+    at_once = ParallelConfig(use_distributed_optimizer=True, overlap_grad_reduce=True)
+    overlapped = replace(at_once, overlap_param_gather=True)
+    losses, saved = [], []
+    for name, parallel in {"at_once": at_once, "overlapped": overlapped}.items():
+        config = run_config(tmp_path / name, text, model=model, parallel=parallel, precision=precision)
+        config.stage = replace(config.stage, train_iters=4)
+        losses.append(
+            ranks.run(_train_with_buckets_of_one_parameter, config, world_size=2, parallel=parallel)
+        )
+        saved.append(
+            MegatronCheckpointReader(latest_checkpoint(tmp_path / name / CHECKPOINT_FOLDER, "output_dir"))
+        )
+    assert losses[0] == losses[1]
+    assert saved[0].tensors.keys() == saved[1].tensors.keys()
+    for name in saved[0].tensors:
+        assert torch.equal(saved[0].read(name), saved[1].read(name)), name
 
 
 @pytest.mark.parametrize("distributed_optimizer", [False, True], ids=["plain", "distributed optimizer"])
