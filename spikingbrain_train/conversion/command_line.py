@@ -20,7 +20,9 @@ Runs in one CPU process, tensor by tensor: a machine that can store a checkpoint
 
 _IMPORT_DESCRIPTION = """\
 Read a Llama, Qwen2, Qwen2.5, Qwen3 or published SpikingBrain-7B folder (safetensors) and write a
-Megatron checkpoint that loads at any tensor, pipeline and expert parallel size.
+Megatron checkpoint that loads at any tensor, pipeline and expert parallel size. Configuration,
+tokenizer and licence files travel along, without code and without links that leave the folder (weights
+may be such links: nothing but tensors is read from them).
 """
 
 _EXPORT_DESCRIPTION = """\

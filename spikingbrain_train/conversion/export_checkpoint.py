@@ -16,7 +16,7 @@ from spikingbrain_train.config.errors import CheckpointError
 from spikingbrain_train.config.load import load_model_config
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.model_checks import check_model
-from spikingbrain_train.conversion.companion_files import copy_companion_files, has_tokenizer
+from spikingbrain_train.conversion.companion_files import find_companion_files, has_tokenizer
 from spikingbrain_train.conversion.export_config import export_family, hf_config
 from spikingbrain_train.conversion.hf_config import CONFIG_FILE, GLA_SWA, load_config_json
 from spikingbrain_train.conversion.mapping import Parameter, model_parameters
@@ -94,7 +94,9 @@ def export_checkpoint(
     )
     with complete_folder(output) as temporary:
         if hf_source.is_dir():
-            copy_companion_files(hf_source, temporary)
+            companions = find_companion_files(hf_source)
+            companions.copy_to(temporary)
+            report.notes += companions.left_behind
         (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if family is GLA_SWA:
             for path in modelling_files():

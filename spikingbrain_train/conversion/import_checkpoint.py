@@ -23,7 +23,7 @@ from spikingbrain_train.config.errors import CheckpointError, ConfigurationError
 from spikingbrain_train.config.load import save_config
 from spikingbrain_train.config.model import FeedForward, Mixer, ModelConfig
 from spikingbrain_train.config.model_checks import check_conversion, check_model
-from spikingbrain_train.conversion.companion_files import copy_companion_files, has_tokenizer
+from spikingbrain_train.conversion.companion_files import find_companion_files, has_tokenizer
 from spikingbrain_train.conversion.hf_config import CONFIG_FILE, Family, read_hf_config
 from spikingbrain_train.conversion.mapping import Parameter, model_parameters
 from spikingbrain_train.conversion.megatron_checkpoint import MegatronCheckpointWriter
@@ -102,6 +102,8 @@ def import_checkpoint(
         group = planned.parameter.rule.group
         report.count(group, converter.origin(planned), planned.parameter.numel)
     report.notes += _notes(target, recipe, drawn=report.new_parameters > 0)
+    companions = find_companion_files(hf_folder)
+    report.notes += companions.left_behind
     if not has_tokenizer(hf_folder):
         report.notes.append(f"{hf_folder} has no tokenizer; name one with data.tokenizer when training")
     check_output_folder(
@@ -113,7 +115,7 @@ def import_checkpoint(
     with complete_folder(output) as folder:
         checkpoint = iteration_folder(folder, 0)
         (checkpoint / HF_SOURCE_FOLDER).mkdir(parents=True)
-        copy_companion_files(hf_folder, checkpoint / HF_SOURCE_FOLDER)
+        companions.copy_to(checkpoint / HF_SOURCE_FOLDER)
         with (
             MegatronCheckpointWriter(checkpoint) as writer,
             tqdm(

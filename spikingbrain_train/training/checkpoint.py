@@ -104,7 +104,8 @@ def save_checkpoint(
             save_config(_with_degrees(config, groups), temporary / RUN_CONFIG_FILE)
             save_config(state.model.model_config, temporary / MODEL_CONFIG_FILE)
             if hf_source is not None:
-                shutil.copytree(hf_source, temporary / HF_SOURCE_FOLDER)
+                # Links stay links: no file from elsewhere moves into the checkpoint.
+                shutil.copytree(hf_source, temporary / HF_SOURCE_FOLDER, symlinks=True)
     except (OSError, CheckpointingException, CheckpointException, RuntimeError) as error:
         failure = error
     _raise_if_any(failure, temporary, groups)
