@@ -1,0 +1,67 @@
+"""Keeps one notice of torch away from every command.
+
+A torch that was built for CUDA, on a machine that has a CUDA toolkit (a CUDA_HOME, an nvcc) but no GPU, says
+"No CUDA runtime is found, using CUDA_HOME=..." on standard error as soon as torch.utils.cpp_extension is
+imported, which megatron-core does. torch 2.6 prints it, later versions log it; neither asks first. Which
+platform a run is on is said by the run itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import io
+import logging
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
+_MODULE = "torch.utils.cpp_extension"
+_NOTICE = "No CUDA runtime is found"
+
+
+class _WithoutNotice(importlib.abc.Loader):
+    """Another loader's module, less the notice; whatever else it writes to standard error is passed on."""
+
+    def __init__(self, loader: importlib.abc.Loader) -> None:
+        self.loader = loader
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        said = io.StringIO()
+        logging.getLogger(_MODULE).addFilter(_is_not_the_notice)
+        try:
+            with contextlib.redirect_stderr(said):
+                self.loader.exec_module(module)
+        finally:
+            lines = said.getvalue().splitlines(keepends=True)
+            sys.stderr.write("".join(line for line in lines if _NOTICE not in line))
+
+
+def _is_not_the_notice(record: logging.LogRecord) -> bool:
+    return _NOTICE not in str(record.msg)
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds torch.utils.cpp_extension where it lies, once, and nothing else."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != _MODULE:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _WithoutNotice(spec.loader)
+        return spec
+
+
+def drop_cuda_notice() -> None:
+    """Leave the notice out when torch.utils.cpp_extension is imported. Calling it again changes nothing."""
+    if _MODULE not in sys.modules and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
