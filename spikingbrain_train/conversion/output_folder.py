@@ -9,12 +9,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from spikingbrain_train.config.errors import CheckpointError
+from spikingbrain_train.config.temporary_folder import REPLACED, remove_abandoned, temporary_folder
 
 
 def check_output_folder(
-    output: Path, *, source: Path, overwrite: bool, marker: str, needed_bytes: int
+    output: Path, *, source: Path, overwrite: bool, marker: str, needed_bytes: int, dry_run: bool = False
 ) -> None:
     """Refuse, before any work, an output folder that cannot or must not be written.
+
+    What killed calls have left beside it is removed first, as its room may be needed.
 
     Args:
         output: the folder to be made.
@@ -22,6 +25,7 @@ def check_output_folder(
         overwrite: whether an existing folder with content may be replaced.
         marker: file that only a folder made by the same command has; a folder without it is never replaced.
         needed_bytes: size of what will be written.
+        dry_run: remove nothing.
 
     Raises:
         CheckpointError: with the reason and what to change.
@@ -31,6 +35,8 @@ def check_output_folder(
         raise CheckpointError(
             f"--output {output} and the source {source} overlap; choose a folder outside the source"
         )
+    if not dry_run:
+        remove_abandoned(resolved)
     if output.exists() and not output.is_dir():
         raise CheckpointError(f"--output {output} is a file; choose another folder")
     parent = next(folder for folder in resolved.parents if folder.exists())
@@ -61,40 +67,35 @@ def check_output_folder(
 
 @contextmanager
 def complete_folder(output: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside ``output`` that takes its place when the block ends without an error.
+    """Yield a temporary folder that takes the place of ``output`` when the block ends without an error.
 
-    On any error the temporary folder is removed and what lay at ``output`` is untouched.
+    On any error the temporary folder is removed and what lay at ``output`` is untouched; when the process is
+    killed, the next call for the same ``output`` removes it.
 
     Raises:
         CheckpointError: the disk is full or the folder cannot be written.
     """
     output = output.resolve()
-    temporary = output.with_name(f"{output.name}.tmp-{os.getpid()}")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        yield temporary
-        _take_place(temporary, output)
-    except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError):
-            reason = error.strerror or str(error)
-            raise CheckpointError(
-                f"{output} cannot be written ({reason}); nothing was changed there"
-            ) from error
-        raise
+        with temporary_folder(output) as workspace:
+            new = workspace / "new"
+            new.mkdir()
+            yield new
+            _take_place(new, output, workspace / REPLACED)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise CheckpointError(f"{output} cannot be written ({reason}); nothing was changed there") from error
 
 
-def _take_place(temporary: Path, output: Path) -> None:
+def _take_place(new: Path, output: Path, replaced: Path) -> None:
     if not output.exists():
-        temporary.rename(output)
+        new.rename(output)
         return
-    replaced = output.with_name(f"{output.name}.old-{os.getpid()}")
-    output.rename(replaced)
     try:
-        temporary.rename(output)
-    except OSError:
-        replaced.rename(output)
+        output.rename(replaced)
+        new.rename(output)
+    except BaseException:
+        if replaced.exists() and not output.exists():
+            replaced.rename(output)
         raise
-    shutil.rmtree(replaced, ignore_errors=True)

