@@ -141,7 +141,14 @@ def _add_import_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier result in --output")
     parser.add_argument(
-        "--dry-run", action="store_true", help="check everything and print the report without writing"
+        "--allow-damaged-weights",
+        action="store_true",
+        help="import tensors that hold NaN, infinities or nothing but zeros, instead of refusing them",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything but the values and print the report without writing",
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="changes to the recipe, e.g. sliding_window=2048"
@@ -170,6 +177,11 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-shard-size", default="5GB", metavar="SIZE", help="largest file, e.g. 500MB (default: 5GB)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in --output")
+    parser.add_argument(
+        "--allow-damaged-weights",
+        action="store_true",
+        help="export tensors that hold NaN or infinities, instead of refusing them",
+    )
 
 
 def _import(arguments: argparse.Namespace) -> str:
@@ -185,6 +197,7 @@ def _import(arguments: argparse.Namespace) -> str:
         arguments.output,
         recipe,
         overwrite=arguments.overwrite,
+        allow_damaged_weights=arguments.allow_damaged_weights,
         dry_run=arguments.dry_run,
         progress=True,
     ).table()
@@ -202,6 +215,7 @@ def _export(arguments: argparse.Namespace) -> str:
         dtype=getattr(torch, arguments.dtype) if arguments.dtype else None,
         max_shard_size=max_shard_size,
         overwrite=arguments.overwrite,
+        allow_damaged_weights=arguments.allow_damaged_weights,
         progress=True,
     ).table()
 

@@ -24,6 +24,12 @@ from spikingbrain_train.conversion.megatron_checkpoint import MegatronCheckpoint
 from spikingbrain_train.conversion.output_folder import check_output_folder, complete_folder
 from spikingbrain_train.conversion.report import ConversionReport, describe_layers
 from spikingbrain_train.conversion.safetensors_io import DTYPE_CODES, SafetensorsWriter, TensorSpec
+from spikingbrain_train.conversion.weight_values import (
+    ALLOW_DAMAGED_WEIGHTS,
+    check_number_of_layers,
+    describe_damage,
+    fault_of,
+)
 from spikingbrain_train.hf import modelling_files
 
 DEFAULT_SHARD_SIZE = 5 * 10**9
@@ -37,6 +43,7 @@ def export_checkpoint(
     dtype: torch.dtype | None = None,
     max_shard_size: int = DEFAULT_SHARD_SIZE,
     overwrite: bool = False,
+    allow_damaged_weights: bool = False,
     progress: bool = False,
 ) -> ConversionReport:
     """Write a Megatron checkpoint as a Hugging Face folder: safetensors, config, tokenizer, modelling code of
@@ -51,6 +58,7 @@ def export_checkpoint(
         dtype: number format of the weights; None keeps the stored one.
         max_shard_size: largest safetensors file, in bytes.
         overwrite: replace an earlier export in ``output``.
+        allow_damaged_weights: export tensors that hold NaN or infinities, with a note.
         progress: draw a progress bar on a terminal.
 
     Raises:
@@ -60,9 +68,12 @@ def export_checkpoint(
     started = time.monotonic()
     folder = resolve_checkpoint(checkpoint)
     model = load_model_config(folder / MODEL_CONFIG_FILE)
+    reader = MegatronCheckpointReader(folder)
+    check_number_of_layers(
+        f"{folder / MODEL_CONFIG_FILE}: num_layers", model.num_layers, lambda: reader.tensors
+    )
     check_model(model)
     family = export_family(model)
-    reader = MegatronCheckpointReader(folder)
     stored = check_tensors(reader, model)
     hf_source = folder / HF_SOURCE_FOLDER
     source_config = load_config_json(hf_source) if (hf_source / CONFIG_FILE).is_file() else None
@@ -92,6 +103,7 @@ def export_checkpoint(
     check_output_folder(
         output, source=folder, overwrite=overwrite, marker=CONFIG_FILE, needed_bytes=report.bytes
     )
+    damaged: dict[str, str] = {}
     with complete_folder(output) as temporary:
         if hf_source.is_dir():
             companions = find_companion_files(hf_source)
@@ -119,9 +131,15 @@ def export_checkpoint(
                 parts = parameter.split(_read_parameter(reader, parameter))
                 for name, part in zip(parameter.hf_names(family.names), parts, strict=True):
                     part = part if dtype is None else part.to(dtype)
+                    fault = fault_of(part, may_be_zero=True)
+                    if fault is not None and not allow_damaged_weights:
+                        raise CheckpointError(_damage(folder, parameter.name, fault, dtype))
+                    if fault is not None:
+                        damaged[name] = fault
                     writer.write(name, part)
                     bar.update(part.nbytes)
                 report.count(parameter.rule.group, "copied", parameter.numel)
+        report.notes += describe_damage(damaged)
         report.seconds = time.monotonic() - started
     return report
 
@@ -162,6 +180,12 @@ def check_tensors(reader: MegatronCheckpointReader, model: ModelConfig) -> dict[
 def _read_parameter(reader: MegatronCheckpointReader, parameter: Parameter) -> Tensor:
     """A parameter without the vocabulary padding that a tensor-parallel run added."""
     return reader.read(parameter.name)[: parameter.shape[0]]
+
+
+def _damage(folder: Path, name: str, fault: str, dtype: torch.dtype | None) -> str:
+    narrow = " in float16, whose largest number is 65504; choose --dtype bfloat16"
+    advice = narrow if dtype is torch.float16 else "; export an earlier checkpoint of the run"
+    return f"{folder}: {name} {fault}{advice}, or add {ALLOW_DAMAGED_WEIGHTS} to export it as it is"
 
 
 def _dtype_name(specs: list[TensorSpec]) -> str:

@@ -20,6 +20,8 @@ from spikingbrain_train.config.model import (
     RopeScalingConfig,
 )
 from spikingbrain_train.conversion.hf_names import GLA_SWA_NAMES, LLAMA_NAMES
+from spikingbrain_train.conversion.safetensors_io import SafetensorsReader
+from spikingbrain_train.conversion.weight_values import check_number_of_layers
 from spikingbrain_train.hf import ARCHITECTURES
 
 CONFIG_FILE = "config.json"
@@ -124,7 +126,10 @@ def read_hf_config(folder: Path) -> tuple[Family, ModelConfig]:
         CheckpointError: config.json is missing or malformed, or describes something this model does not
     compute.
     """
-    return parse_hf_config(load_config_json(folder), folder / CONFIG_FILE)
+    values = load_config_json(folder)
+    setting = f"{folder / CONFIG_FILE}: num_hidden_layers"
+    check_number_of_layers(setting, values.get("num_hidden_layers"), lambda: SafetensorsReader(folder).specs)
+    return parse_hf_config(values, folder / CONFIG_FILE)
 
 
 def parse_hf_config(values: dict[str, Any], path: Path) -> tuple[Family, ModelConfig]:

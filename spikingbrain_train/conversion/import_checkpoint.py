@@ -34,6 +34,7 @@ from spikingbrain_train.conversion.safetensors_io import SafetensorsReader
 from spikingbrain_train.conversion.source import Source
 from spikingbrain_train.conversion.transforms import Shape
 from spikingbrain_train.conversion.upcycling import check_expert_width, describe_copies, expert_chunks
+from spikingbrain_train.conversion.weight_values import describe_damage
 
 _RECOMPUTED = re.compile(r"\.rotary_emb\.inv_freq$")  # a buffer that old transformers versions stored
 
@@ -58,6 +59,7 @@ def import_checkpoint(
     conversion: ConversionConfig | None = None,
     *,
     overwrite: bool = False,
+    allow_damaged_weights: bool = False,
     dry_run: bool = False,
     progress: bool = False,
 ) -> ConversionReport:
@@ -71,11 +73,12 @@ def import_checkpoint(
         output: folder to be made; it appears whole or not at all.
         conversion: mixers, feed-forwards and sinks of the result. None keeps the source's.
         overwrite: replace an earlier result in ``output``.
-        dry_run: check everything and report without writing.
+        allow_damaged_weights: import tensors that hold NaN, infinities or only zeros, with a note.
+        dry_run: check everything but the values and report without writing.
         progress: draw a progress bar on a terminal.
 
     Raises:
-        CheckpointError: the source is malformed or unsupported, or the output cannot be written.
+        CheckpointError: the source is malformed, damaged or unsupported, or the output cannot be written.
         ConfigurationError: the recipe does not fit the source.
     """
     started = time.monotonic()
@@ -87,7 +90,8 @@ def import_checkpoint(
     reader = SafetensorsReader(hf_folder)
     ignored = _check_source(reader, family, source)
     recipe = conversion or ConversionConfig()  # without one the source is copied, and none of it is used
-    converter = _Converter(Source(reader, family, source), recipe)
+    tensors = Source(reader, family, source, allow_damaged_weights=allow_damaged_weights)
+    converter = _Converter(tensors, recipe)
     plan = converter.plan(target)
     report = ConversionReport(
         source=str(hf_folder),
@@ -107,7 +111,12 @@ def import_checkpoint(
     if not has_tokenizer(hf_folder):
         report.notes.append(f"{hf_folder} has no tokenizer; name one with data.tokenizer when training")
     check_output_folder(
-        output, source=hf_folder, overwrite=overwrite, marker=LATEST_ITERATION_FILE, needed_bytes=report.bytes
+        output,
+        source=hf_folder,
+        overwrite=overwrite,
+        marker=LATEST_ITERATION_FILE,
+        needed_bytes=report.bytes,
+        dry_run=dry_run,
     )
     if dry_run:
         return report
@@ -132,6 +141,7 @@ def import_checkpoint(
                     writer.write_chunk(name, shape, offset, chunk)
                     bar.update(chunk.nbytes)
         save_config(target, checkpoint / MODEL_CONFIG_FILE)
+        report.notes += describe_damage(tensors.damaged)
         report.seconds = time.monotonic() - started
         report.save(folder)
         (folder / LATEST_ITERATION_FILE).write_text("0", encoding="utf-8")

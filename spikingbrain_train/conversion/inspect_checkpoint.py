@@ -18,6 +18,7 @@ from spikingbrain_train.conversion.hf_config import CONFIG_FILE, read_hf_config
 from spikingbrain_train.conversion.megatron_checkpoint import MegatronCheckpointReader, resolve_checkpoint
 from spikingbrain_train.conversion.report import describe_layers
 from spikingbrain_train.conversion.safetensors_io import SafetensorsReader
+from spikingbrain_train.conversion.weight_values import check_number_of_layers
 
 
 def inspect_checkpoint(folder: Path) -> str:
@@ -47,6 +48,9 @@ def _inspect_hf(folder: Path) -> str:
 def _inspect_megatron(folder: Path) -> str:
     model = load_model_config(folder / MODEL_CONFIG_FILE)
     reader = MegatronCheckpointReader(folder)
+    check_number_of_layers(
+        f"{folder / MODEL_CONFIG_FILE}: num_layers", model.num_layers, lambda: reader.tensors
+    )
     parameters = check_tensors(reader, model)
     entries = {name: (tuple(entry.size), entry.properties.dtype) for name, entry in reader.tensors.items()}
     others = [entry for name, entry in entries.items() if name not in parameters]

@@ -5,10 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spikingbrain_train.config.errors import CheckpointError
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.conversion.hf_config import Family
 from spikingbrain_train.conversion.mapping import Parameter, model_parameters
 from spikingbrain_train.conversion.safetensors_io import SafetensorsReader
+from spikingbrain_train.conversion.weight_values import ALLOW_DAMAGED_WEIGHTS, fault_of
+
+_MAY_BE_ZERO = ("_bias", "gate_down_weight", "gate_up_weight", "out_norm")
+"""Ends of roles: biases, and what a recipe may start at zero."""
 
 
 class Source:
@@ -18,12 +23,25 @@ class Source:
         reader: its safetensors.
         family: its architecture.
         model: its sizes.
+        allow_damaged_weights: note tensors of NaNs, infinities or zeros in :attr:`damaged` instead of
+            refusing them.
     """
 
-    def __init__(self, reader: SafetensorsReader, family: Family, model: ModelConfig) -> None:
+    def __init__(
+        self,
+        reader: SafetensorsReader,
+        family: Family,
+        model: ModelConfig,
+        *,
+        allow_damaged_weights: bool = False,
+    ) -> None:
         self.reader = reader
         self.family = family
         self.model = model
+        self.allow_damaged_weights = allow_damaged_weights
+        self.damaged: dict[str, str] = {}
+        """Tensors read so far whose numbers are those of no trained model, and what they hold."""
+        self._checked: set[str] = set()
         self._roles = {
             (role, parameter.layer) for parameter in model_parameters(model) for role in parameter.rule.roles
         }
@@ -41,8 +59,28 @@ class Source:
         return self.reader.specs[self.name(parameter.rule.roles[0], parameter.layer)].dtype
 
     def read(self, role: str, layer: int | None = None) -> Tensor:
-        """The tensor with ``role`` in ``layer``, on CPU, in its stored shape and dtype."""
-        return self.reader.read(self.name(role, layer))
+        """The tensor with ``role`` in ``layer``, on CPU, in its stored shape and dtype.
+
+        Raises:
+            CheckpointError: it cannot be read, or holds a NaN, an infinity or, in a matrix or norm, only
+                zeros.
+        """
+        name = self.name(role, layer)
+        tensor = self.reader.read(name)
+        if name not in self._checked:
+            self._checked.add(name)
+            fault = fault_of(tensor, may_be_zero=role.endswith(_MAY_BE_ZERO))
+            if fault is not None:
+                self._note(name, fault)
+        return tensor
+
+    def _note(self, name: str, fault: str) -> None:
+        if not self.allow_damaged_weights:
+            raise CheckpointError(
+                f"{self.reader.file_of(name)}: {name} {fault}; copy the file again from its source, or add "
+                f"{ALLOW_DAMAGED_WEIGHTS} if the model is meant to be so"
+            )
+        self.damaged[name] = fault
 
     def parts(self, parameter: Parameter) -> list[Tensor]:
         """The tensors that ``parameter`` is made of, in the order of its rule's roles."""
