@@ -38,6 +38,7 @@ from spikingbrain_train.models.gpt_model import HybridGPTModel
 from spikingbrain_train.parallel import megatron_versions
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.training.current_weights import gather_updated_weights
+from spikingbrain_train.training.optimizer_state import load_state, state_to_load
 
 
 def _sharding() -> dict[str, Any]:
@@ -180,7 +181,7 @@ def resume(folder: Path, state: TrainingState, config: RunConfig, groups: Proces
         "output_dir",
     )
     _fill(state.model, loaded["model"])
-    state.optimizer.load_state_dict(loaded["optimizer"])
+    load_state(state.optimizer, loaded["optimizer"])
     state.scheduler.load_state_dict(loaded["scheduler"])
     state.iteration = loaded["iteration"]
     state.consumed_samples = loaded["consumed_samples"]
@@ -233,7 +234,9 @@ def _sharded_state(
     model = _sharded_weights(state.model)
     sharded: dict[str, Any] = {
         "model": model,
-        "optimizer": state.optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_sharding()),
+        "optimizer": state_to_load(state.optimizer, model, _sharding())
+        if is_loading
+        else state.optimizer.sharded_state_dict(model, metadata=_sharding()),
         "scheduler": state.scheduler.state_dict(),
         "iteration": state.iteration,
         "consumed_samples": state.consumed_samples,

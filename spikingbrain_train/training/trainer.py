@@ -183,8 +183,9 @@ class Trainer:
 
     def _learning_rate(self) -> float:
         """The rate of parameters that the source already had, or of the new ones where only those train."""
-        rates = [group["lr"] for group in self.state.optimizer.param_groups]
-        return min(rates) if rates else 0.0
+        groups = self.state.optimizer.param_groups
+        rates = [group["lr"] for group in groups if group["default_config"]] or [g["lr"] for g in groups]
+        return rates[0] if rates else 0.0
 
     def _evaluate(self) -> None:
         if self.valid_dataset is None:

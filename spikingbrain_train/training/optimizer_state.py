@@ -1,0 +1,75 @@
+"""The optimizer's part of a checkpoint: moments and fp32 weights of every parameter, and the number of steps.
+
+megatron-core also stores the parameter groups: their rates, betas, eps and weight decay. On loading it looks
+for a stored group of the same settings and takes all of them over, so that a changed setting is either
+ignored (a rate, a beta) or not found (a multiplier; in 0.19 also a rate). Here a run keeps its own groups and
+takes only the step count from those stored: tensors are found by the names of their parameters, whatever
+groups those were in. What the groups say is compared before, in config/resume.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+
+_MAIN_PARAMS = "fp32_from_fp16_params"
+_MAIN_PARAMS_BY_PLACE = "main_params_by_place"
+
+
+def _parts(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> list[tuple[Any, dict[str, Any]]]:
+    """Each optimizer of a chain (experts have one of their own) with its part of ``state``."""
+    chain = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [(chain[0], state)] if len(chain) == 1 else [(part, state[n]) for n, part in enumerate(chain)]
+
+
+def _inner(state: dict[str, Any]) -> dict[str, Any]:
+    """Where the state of torch's optimizer lies: megatron-core's mixed-precision forms wrap it."""
+    inner: dict[str, Any] = state.get("optimizer", state)
+    return inner
+
+
+def state_to_load(
+    optimizer: MegatronOptimizer, weights: dict[str, Any], metadata: dict[str, Any]
+) -> dict[Any, Any]:
+    """What to read from a checkpoint that any optimizer settings wrote.
+
+    Args:
+        optimizer: this run's, already built.
+        weights: the model's sharded state.
+        metadata: megatron-core's sharding options.
+
+    Returns:
+        Sharded tensors under places of :func:`load_state`'s own; nothing that depends on parameter groups of
+        the checkpoint.
+    """
+    sharded = optimizer.sharded_state_dict(weights, is_loading=True, metadata=metadata)
+    for _, state in _parts(optimizer, sharded):
+        _inner(state).pop("param_groups")
+        # Lists would be held against those of the checkpoint, group by group; a dict has no length to differ
+        # in, and an empty group (of a rank without such parameters) keeps its place.
+        groups = state.pop(_MAIN_PARAMS, None)
+        if groups is not None:
+            state[_MAIN_PARAMS_BY_PLACE] = {n: dict(enumerate(group)) for n, group in enumerate(groups)}
+    return sharded
+
+
+def load_state(optimizer: MegatronOptimizer, loaded: dict[Any, Any]) -> None:
+    """Give ``optimizer`` the tensors and steps of a checkpoint; its settings stay.
+
+    Args:
+        optimizer: this run's.
+        loaded: what was read for :func:`state_to_load`.
+    """
+    for part, state in _parts(optimizer, loaded):
+        stored, own = _inner(state), part.optimizer.state_dict()["param_groups"]
+        # Some optimizers count steps in their groups (Transformer Engine's not in empty ones).
+        steps = [group["step"] for group in stored["param_groups"] if group.get("step") is not None]
+        stored["param_groups"] = [{**group, "step": max(steps)} if steps else group for group in own]
+        if hasattr(part, "fp32_from_float16_groups"):
+            by_place = state.pop(_MAIN_PARAMS_BY_PLACE, {})
+            state[_MAIN_PARAMS] = [
+                [by_place[n][place] for place in range(len(group))]
+                for n, group in enumerate(part.fp32_from_float16_groups)
+            ]
+    optimizer.load_state_dict(loaded)

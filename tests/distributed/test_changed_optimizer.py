@@ -1,0 +1,162 @@
+"""Optimizer settings that a resumed run changes take effect from its first step, in every form of optimizer.
+
+The oracle is one uninterrupted run whose parameter groups are rewritten by hand at the same step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spikingbrain_train.config.model import Mixer, ModelConfig
+from spikingbrain_train.config.parallel import ParallelConfig
+from spikingbrain_train.config.run import LRDecayStyle, OptimizerConfig, Precision, RunConfig, StageConfig
+from spikingbrain_train.parallel.process_groups import ProcessGroups
+from tests.distributed.pool import RankPool
+from tests.distributed.small_runs import MODEL, MODEL_76B, run_config, train
+
+CHANGED_AFTER, STEPS = 2, 4
+
+BEFORE = OptimizerConfig(
+    lr=1e-2, min_lr=1e-3, lr_decay_style=LRDecayStyle.constant, clip_grad=0.0, adam_eps=1e-6
+)
+AFTER = OptimizerConfig(
+    lr=1e-4,
+    min_lr=1e-5,
+    lr_decay_style=LRDecayStyle.constant,
+    clip_grad=0.3,
+    weight_decay=0.5,
+    adam_beta1=0.5,
+    adam_beta2=0.7,
+    adam_eps=1e-3,
+)
+# The first stage has all new parameters, so that the second one's group of them is empty.
+NEW_PARAMETERS_IN_FRONT = replace(MODEL, mixers=[Mixer.gla, Mixer.gla, Mixer.full, Mixer.swa])
+FORMS: dict[str, tuple[int, ParallelConfig, Precision, ModelConfig]] = {
+    "fp32": (1, ParallelConfig(), Precision.fp32, MODEL),
+    "bf16": (1, ParallelConfig(), Precision.bf16, MODEL),
+    "bf16, PP 2, new parameters on one stage": (
+        2,
+        ParallelConfig(pipeline_model_parallel_size=2),
+        Precision.bf16,
+        NEW_PARAMETERS_IN_FRONT,
+    ),
+    "bf16, DP 2, distributed optimizer": (
+        2,
+        ParallelConfig(use_distributed_optimizer=True),
+        Precision.bf16,
+        MODEL,
+    ),
+    "fp32, EP 2, experts": (2, ParallelConfig(expert_model_parallel_size=2), Precision.fp32, MODEL_76B),
+    "fp32, EP 2, experts, distributed optimizer": (
+        2,
+        ParallelConfig(expert_model_parallel_size=2, use_distributed_optimizer=True),
+        Precision.fp32,
+        MODEL_76B,
+    ),
+}
+MULTIPLIERS = {"3 -> 3": (3.0, 3.0), "3 -> 30": (3.0, 30.0), "1 -> 10": (1.0, 10.0), "10 -> 1": (10.0, 1.0)}
+
+
+def _rewrite(trainer: Any, settings: OptimizerConfig) -> None:
+    """Give every group the rates, betas, eps and decay of ``settings``."""
+    optimizer = trainer.state.optimizer
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        part.config.clip_grad = settings.clip_grad
+        for group in part.param_groups:
+            multiplier = settings.new_parameter_lr_mult if group["lr_mult"] != 1.0 else 1.0
+            group["max_lr"], group["min_lr"] = settings.lr * multiplier, settings.min_lr * multiplier
+            group["betas"], group["eps"] = (settings.adam_beta1, settings.adam_beta2), settings.adam_eps
+    optimizer.config.clip_grad = settings.clip_grad
+    scheduler = trainer.state.scheduler
+    scheduler.start_wd = scheduler.end_wd = settings.weight_decay
+    scheduler.step(increment=0)
+
+
+def _train_and_change_by_hand(
+    groups: ProcessGroups, config: RunConfig, first: OptimizerConfig, then: OptimizerConfig
+) -> list[float]:
+    """Losses of all steps of ``config``, with the settings ``first`` for the steps until the change."""
+    from spikingbrain_train.training.trainer import Trainer
+
+    trainer = Trainer(config, groups)
+    _rewrite(trainer, first)
+    losses: list[float] = []
+    train_step = trainer._train_step
+
+    def step(batches: Any) -> dict[str, float]:
+        if len(losses) == CHANGED_AFTER:
+            _rewrite(trainer, then)
+        metrics = train_step(batches)
+        losses.append(metrics["train/loss"])
+        return metrics
+
+    trainer._train_step = step  # type: ignore[method-assign]
+    trainer.train()
+    return losses
+
+
+def _rates_and_losses(groups: ProcessGroups, config: RunConfig) -> tuple[list[float], list[float]]:
+    """Rates of the groups that hold parameters, after a resumed run; and its losses."""
+    from spikingbrain_train.training.trainer import Trainer
+
+    trainer = Trainer(config, groups)
+    losses: list[float] = []
+    train_step = trainer._train_step
+
+    def step(batches: Any) -> dict[str, float]:
+        metrics = train_step(batches)
+        losses.append(metrics["train/loss"])
+        return metrics
+
+    trainer._train_step = step  # type: ignore[method-assign]
+    trainer.train()
+    return [group["lr"] for group in trainer.state.optimizer.param_groups if group["params"]], losses
+
+
+@pytest.mark.parametrize(
+    ("form", "multipliers"),
+    [
+        *(("fp32", change) for change in MULTIPLIERS),
+        ("bf16", "1 -> 10"),
+        ("bf16, PP 2, new parameters on one stage", "3 -> 30"),
+        ("bf16, DP 2, distributed optimizer", "1 -> 10"),
+        ("fp32, EP 2, experts", "10 -> 1"),
+        ("fp32, EP 2, experts, distributed optimizer", "1 -> 10"),
+    ],
+)
+def test_changed_settings_take_effect_from_the_first_resumed_step(
+    form: str, multipliers: str, ranks: RankPool, tmp_path: Path, text: Path
+) -> None:
+    world_size, parallel, precision, model = FORMS[form]
+    mult_before, mult_after = MULTIPLIERS[multipliers]
+    before = replace(BEFORE, new_parameter_lr_mult=mult_before)
+    after = replace(AFTER, new_parameter_lr_mult=mult_after)
+
+    def config(name: str, optimizer: OptimizerConfig, steps: int) -> RunConfig:
+        stage = StageConfig(train_iters=steps, seq_length=32, global_batch_size=4)
+        return run_config(
+            tmp_path / name,
+            text,
+            model=model,
+            parallel=parallel,
+            precision=precision,
+            optimizer=optimizer,
+            stage=stage,
+        )
+
+    # Built with the settings that tell new parameters apart, so that both have a group to rewrite.
+    oracle = config("oracle", after if mult_after != 1.0 else before, STEPS)
+    expected = ranks.run(
+        _train_and_change_by_hand, oracle, before, after, world_size=world_size, parallel=parallel
+    )
+    ranks.run(train, config("resumed", before, CHANGED_AFTER), world_size=world_size, parallel=parallel)
+    resumed = ranks.run(
+        _rates_and_losses, config("resumed", after, STEPS), world_size=world_size, parallel=parallel
+    )
+
+    assert {rate for own, _ in resumed for rate in own} == {after.lr, after.lr * mult_after}
+    assert [losses for _, losses in resumed] == [losses[CHANGED_AFTER:] for losses in expected]
