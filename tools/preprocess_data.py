@@ -27,7 +27,8 @@ examples:
 inputs:
   .jsonl, .ndjson, .json   one JSON object a line, the text in --text-key
   .txt, .md, .rst          one document a file (--max-text-chars cuts long ones)
-  each also with .gz or .zst; folders are searched recursively; globs are expanded
+  each also with .gz or .zst; globs are expanded; folders are searched recursively, links are followed, hidden
+  sub-folders and the .json files of tokenized datasets are left out; what is not read is counted at the end
   pydoc-topics             the documentation topics that every Python carries
 
 Every document ends with the tokenizer's end-of-sequence token. The output does not depend on --workers, and

@@ -20,6 +20,7 @@ from typing import BinaryIO
 import zstandard
 
 from spikingbrain_train.config.errors import DataError
+from spikingbrain_train.data.folders import DANGLING, OTHER_TYPE, SIDECAR, LeftOut, files_below, is_sidecar
 
 PYDOC_TOPICS = "pydoc-topics"
 """Input name of the documentation topics that every Python carries (``pydoc_data.topics``, PSF licence)."""
@@ -156,43 +157,69 @@ class Source:
             raise DataError(f"cannot read {self.name}: {error.strerror or error}") from error
 
 
-def find_sources(inputs: Iterable[str]) -> list[Source]:
+def find_sources(inputs: Iterable[str], left_out: LeftOut | None = None) -> list[Source]:
     """Expand files, folders (searched recursively), globs and ``pydoc-topics`` into sources.
 
     The order is that of the inputs, alphabetical inside a folder or glob; a file that is found twice counts
-    once.
+    once. Links are followed. Not read are hidden folders, and the sidecars of tokenized datasets, which a run
+    into an input folder leaves there.
+
+    Args:
+        inputs: as a user gives them.
+        left_out: notes here what folders and globs hold besides.
 
     Raises:
         DataError: an input that matches nothing, or a file of an unsupported type.
     """
+    left_out = left_out if left_out is not None else LeftOut()
     sources: dict[str, Source] = {}
     for given in inputs:
         if given == PYDOC_TOPICS:
             sources.setdefault(PYDOC_TOPICS, Source(PYDOC_TOPICS, _pydoc_size()))
             continue
-        for path in _expand(given):
+        for path in _expand(given, left_out):
             sources.setdefault(str(path.resolve()), Source(str(path), path.stat().st_size))
     if not sources:
         raise DataError("no inputs: name text or JSON-lines files, folders or globs with --input")
     return list(sources.values())
 
 
-def _expand(given: str) -> list[Path]:
+def _expand(given: str, left_out: LeftOut) -> list[Path]:
     path = Path(given)
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.is_file() and _format_of(p.name))
+        found = sorted(_documents_in(path, left_out))
         if not found:
-            raise DataError(f"the folder {given} holds no {_supported()} files")
+            besides = "".join(f"; {line}" for line in left_out.describe())
+            raise DataError(f"the folder {given} holds no {_supported()} files{besides}")
         return found
     if path.is_file():
         _require_format(given)
         return [path]
-    found = sorted(Path(match) for match in glob.glob(given, recursive=True) if Path(match).is_file())
+    matches = [Path(match) for match in sorted(glob.glob(given, recursive=True))]
+    found = []
+    for match in matches:
+        if match.is_dir():
+            found += sorted(_documents_in(match, left_out))
+        elif not match.is_file():
+            left_out.add(DANGLING, match)
+        elif is_sidecar(match):
+            left_out.add(SIDECAR, match)
+        else:
+            _require_format(str(match))
+            found.append(match)
     if not found:
         raise DataError(f"there is no file, folder or glob match {given}: check --input")
-    for match in found:
-        _require_format(str(match))
     return found
+
+
+def _documents_in(folder: Path, left_out: LeftOut) -> Iterator[Path]:
+    for path in files_below(folder, left_out):
+        if _format_of(path.name) is None:
+            left_out.add(OTHER_TYPE, path)
+        elif is_sidecar(path):
+            left_out.add(SIDECAR, path)
+        else:
+            yield path
 
 
 def _format_of(name: str) -> tuple[str, str] | None:

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from spikingbrain_train.config.errors import ConfigurationError, DataError
 from spikingbrain_train.config.temporary_folder import temporary_folder
 from spikingbrain_train.data.documents import RawDocument, Source, find_sources
+from spikingbrain_train.data.folders import LeftOut
 from spikingbrain_train.data.tokenizers import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -100,6 +101,8 @@ class PreprocessPlan:
     sampled_tokens: int
     whole: bool
     """Whether the sample is all there is."""
+    left_out: list[str] = field(default_factory=list)
+    """What lies among the inputs and is not read, a line for each kind."""
 
     def describe(self) -> str:
         """What a run would do, for people."""
@@ -113,6 +116,7 @@ class PreprocessPlan:
                 f"{'all' if self.whole else 'first'} {self.sampled_documents:,} documents: "
                 f"{self.sampled_bytes / 1e6:,.1f} MB of text, {self.sampled_tokens:,} tokens, "
                 f"{per_token:.2f} bytes per token",
+                *self.left_out,
                 f"would write: {', '.join(f'{prefix}.{{bin,idx,json}}' for prefix in self.outputs)}",
             ]
         )
@@ -126,6 +130,8 @@ class PreprocessReport:
     """Sidecar of each output prefix."""
     skipped: list[str] = field(default_factory=list)
     """One sentence for each document left out, with file and line."""
+    left_out: list[str] = field(default_factory=list)
+    """What lies among the inputs and was not read, a line for each kind."""
     seconds: float = 0.0
     """Wall time, loading the tokenizer excluded."""
 
@@ -146,7 +152,7 @@ class PreprocessReport:
         )
         if self.skipped:
             lines.append(f"skipped {len(self.skipped):,} bad documents; the first: {self.skipped[0]}")
-        return "\n".join(lines)
+        return "\n".join(lines + self.left_out)
 
 
 @dataclass(frozen=True)
@@ -169,7 +175,8 @@ def plan_preprocessing(options: PreprocessOptions) -> PreprocessPlan:
     """
     from spikingbrain_train.data.indexed import token_dtype
 
-    sources, tokenizer = _prepare(options)
+    left_out = LeftOut()
+    sources, tokenizer = _prepare(options, left_out)
     documents = text_bytes = tokens = 0
     whole = True
     for chunk in _chunks(sources, options):
@@ -182,7 +189,15 @@ def plan_preprocessing(options: PreprocessOptions) -> PreprocessPlan:
             break
     dtype = np.dtype(token_dtype(tokenizer.vocab_size)).name
     return PreprocessPlan(
-        sources, tokenizer, options.output_prefixes, dtype, documents, text_bytes, tokens, whole
+        sources,
+        tokenizer,
+        options.output_prefixes,
+        dtype,
+        documents,
+        text_bytes,
+        tokens,
+        whole,
+        left_out.describe(),
     )
 
 
@@ -200,8 +215,9 @@ def preprocess(options: PreprocessOptions, progress: bool | None = None) -> Prep
     """
     from spikingbrain_train.data.indexed import IndexedDatasetWriter
 
-    sources, tokenizer = _prepare(options)
-    report = PreprocessReport()
+    left_out = LeftOut()
+    sources, tokenizer = _prepare(options, left_out)
+    report = PreprocessReport(left_out=left_out.describe())
     started = time.perf_counter()
     with _staging_folder(options.output_prefix) as staging:
         writers: list[IndexedDatasetWriter] = []
@@ -231,11 +247,19 @@ def is_held_out(text: str, valid_fraction: float) -> bool:
     return int.from_bytes(digest, "big") < valid_fraction * 2.0**64
 
 
-def _prepare(options: PreprocessOptions) -> tuple[list[Source], Tokenizer]:
+def _prepare(options: PreprocessOptions, left_out: LeftOut) -> tuple[list[Source], Tokenizer]:
     """Everything that can be refused before work starts."""
-    from spikingbrain_train.data.indexed import existing_files
+    from spikingbrain_train.data.indexed import SUFFIXES, existing_files
 
-    sources = find_sources(options.inputs)
+    sources = find_sources(options.inputs, left_out)
+    written = {
+        os.path.realpath(f"{prefix}{suffix}") for prefix in options.output_prefixes for suffix in SUFFIXES
+    }
+    for source in sources:
+        if os.path.realpath(source.name) in written:
+            raise DataError(
+                f"{source.name} is an input and would be written over: choose another --output-prefix"
+            )
     if not options.overwrite:
         existing = [path for prefix in options.output_prefixes for path in existing_files(prefix)]
         if existing:

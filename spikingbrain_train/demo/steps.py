@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from spikingbrain_train.config.checkpoint_folder import CHECKPOINT_FOLDER, latest_iteration
 from spikingbrain_train.config.compose import compose_run
 from spikingbrain_train.config.errors import ConfigurationError, DataError
+from spikingbrain_train.data.folders import LeftOut, files_below
 from spikingbrain_train.demo.smollm2 import NAME
 
 _TEXT_SUFFIXES = (".txt", ".md", ".rst")
@@ -277,6 +278,6 @@ def _stamp(options: DemoOptions) -> str:
     """Names, sizes and times of the user's files, so that a changed input is noticed."""
     given = [str(options.model)] if options.model is not None else []
     found = (Path(path) for name in [*given, *options.data] for path in glob.glob(name, recursive=True))
-    files = (file for path in found for file in (path.rglob("*") if path.is_dir() else [path]))
+    files = (file for path in found for file in (files_below(path, LeftOut()) if path.is_dir() else [path]))
     marks = ((str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file())
     return json.dumps(sorted(marks))

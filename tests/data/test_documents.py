@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 import spikingbrain_train.data.documents as documents_module
 from spikingbrain_train.config.errors import DataError
 from spikingbrain_train.data.documents import PYDOC_TOPICS, RawDocument, cut_text, find_sources
+from spikingbrain_train.data.folders import LeftOut
 
 WORDS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40).filter(
     lambda text: not text.isspace()
@@ -172,3 +174,56 @@ def test_positions_reach_the_size_on_disk(tmp_path: Path) -> None:
     found: list[RawDocument] = list(find_sources([str(path)])[0].read())
     assert [d.position for d in found] == sorted(d.position for d in found)
     assert found[-1].position == path.stat().st_size
+
+
+def left_out(*inputs: str | Path) -> list[str]:
+    noted = LeftOut()
+    find_sources([str(given) for given in inputs], noted)
+    return noted.describe()
+
+
+def test_links_to_folders_are_followed_and_loops_end(tmp_path: Path) -> None:
+    corpus, real = tmp_path / "corpus", tmp_path / "real"
+    for path, text in ((corpus / "c.jsonl", "here"), (real / "deep/r.jsonl", "there")):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(jsonl([text]))
+    (corpus / "linked").symlink_to("../real")
+    (real / "deep/up").symlink_to("../..")
+    (corpus / "self").symlink_to(".")
+    (corpus / "copy.jsonl").symlink_to("c.jsonl")
+    assert sorted(read(corpus)) == ["here", "there"]
+    assert not left_out(corpus)
+    assert sorted(read(str(corpus / "*"))) == ["here", "there"]
+
+
+def test_what_is_not_read_is_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "table.parquet").write_bytes(b"PAR1")
+    (tmp_path / "gone.txt").symlink_to("nowhere")
+    (tmp_path / "loop.txt").symlink_to("loop.txt")
+    for name in (".ipynb_checkpoints", "deep/.ipynb_checkpoints"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "a-checkpoint.txt").write_text("a copy")
+    assert read(tmp_path) == ["a"]
+    assert left_out(tmp_path, tmp_path) == [
+        f"not read: 2 x hidden folder, first {tmp_path}/.ipynb_checkpoints",
+        f"not read: 2 x link to nothing, first {tmp_path}/gone.txt",
+        f"not read: 1 x file of another type, first {tmp_path}/table.parquet",
+    ]
+    assert read(tmp_path / ".ipynb_checkpoints") == ["a copy"]  # who names it wants it
+    assert left_out(str(tmp_path / "*.txt")) == [f"not read: 2 x link to nothing, first {tmp_path}/gone.txt"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_folder_that_may_not_be_read_is_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "locked").mkdir(mode=0)
+    assert left_out(tmp_path) == [f"not read: 1 x folder that may not be read, first {tmp_path}/locked"]
+
+
+def test_a_folder_without_documents_says_what_it_holds(tmp_path: Path) -> None:
+    (tmp_path / "gone.txt").symlink_to("nowhere")
+    with pytest.raises(
+        DataError, match=r"holds no \.jsonl.*; not read: 1 x link to nothing, first .*gone\.txt"
+    ):
+        read(tmp_path)

@@ -174,6 +174,33 @@ def test_nothing_but_bad_documents_is_an_error(tmp_path: Path, hf_folder: Path) 
         preprocess(given)
 
 
+def test_a_second_run_into_its_input_folder_does_not_read_the_first_ones_files(
+    corpus: Path, hf_folder: Path
+) -> None:
+    given = options(corpus, hf_folder, inputs=[str(corpus.parent)], output_prefix=str(corpus.parent / "data"))
+    first = preprocess(given)
+    second = preprocess(replace(given, overwrite=True))
+    other = preprocess(
+        replace(given, output_prefix=str(corpus.parent / "other"), inputs=[f"{corpus.parent}/*.js*"])
+    )
+    counts = [info.documents for report in (first, second, other) for info in report.datasets.values()]
+    assert counts == [len(TEXTS)] * 3
+    assert not first.left_out
+    said = f"not read: 1 x description of a tokenized dataset, first {corpus.parent}/data.json"
+    assert said in second.describe() and other.left_out == [said]
+    plan = plan_preprocessing(replace(given, overwrite=True)).describe()
+    assert said.replace("1 x", "2 x") in plan
+
+
+def test_an_input_is_never_written_over(corpus: Path, hf_folder: Path) -> None:
+    document = corpus.rename(corpus.with_suffix(".json"))
+    before = document.read_bytes()
+    given = options(document, hf_folder, output_prefix=str(document.with_suffix("")), overwrite=True)
+    with pytest.raises(DataError, match=r"corpus\.json is an input and would be written over"):
+        preprocess(given)
+    assert document.read_bytes() == before
+
+
 def test_an_interrupt_leaves_nothing_behind(
     corpus: Path, hf_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
