@@ -90,7 +90,12 @@ class Ours:
         )
         groups = initialize(self.config.parallel, accelerator, seed=SEED)
         torch.set_num_threads(setting.threads)
-        kernels = resolve_kernels(self.config.cluster.kernels, accelerator, spiking=setting.model.spiking)
+        kernels = resolve_kernels(
+            self.config.cluster.kernels,
+            accelerator,
+            spiking=setting.model.spiking,
+            precision=setting.precision,
+        )
         student = build_student(self.config, kernels, groups)
         if setting.weights is not None:
             _share_weights(student, setting.weights)

@@ -12,7 +12,8 @@ from dataclasses import replace
 from typing import Any
 
 from spikingbrain_train.config.file_checks import check_files
-from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.config.kernel_limits import SoftmaxAttentionCall, flash_attn_limit
+from spikingbrain_train.config.model import Mixer, ModelConfig
 from spikingbrain_train.config.model_checks import check_model
 from spikingbrain_train.config.parallel import (
     AcceleratorKind,
@@ -24,7 +25,14 @@ from spikingbrain_train.config.parallel import (
 )
 from spikingbrain_train.config.parallel_checks import check_sequence_split, check_split, check_world_size
 from spikingbrain_train.config.require import above_zero, at_least, either, multiples_around, require
-from spikingbrain_train.config.run import LRDecayStyle, OptimizerConfig, RunConfig, StageConfig, StageKind
+from spikingbrain_train.config.run import (
+    LRDecayStyle,
+    OptimizerConfig,
+    Precision,
+    RunConfig,
+    StageConfig,
+    StageKind,
+)
 from spikingbrain_train.config.spiking_checks import check_spiking
 
 
@@ -132,6 +140,7 @@ def check_platform(config: RunConfig) -> None:
     """Kernels against the accelerator that is asked for. Raises ConfigurationError."""
     cluster = config.cluster
     above_zero(cluster, "cluster", "timeout_minutes", "peak_tflops")
+    _check_kernels(config)
     require(
         cluster.kernels.experts is not ExpertBackend.grouped_gemm or not config.model.spiking.in_experts,
         "cluster.kernels.experts=grouped_gemm cannot encode spikes inside experts, which mlp_fc1 and mlp_fc2 "
@@ -155,6 +164,33 @@ def check_platform(config: RunConfig) -> None:
             backend not in on_gpu_only,
             f"cluster.kernels.{name}={backend.name} runs on GPUs only, but cluster.accelerator is cpu; "
             f"on the CPU choose {' or '.join(valid)}",
+        )
+
+
+def _check_kernels(config: RunConfig) -> None:
+    """Kernels asked for by name against what the network needs of them."""
+    kernels, model, fp32 = config.cluster.kernels, config.model, config.precision is Precision.fp32
+    require(
+        kernels.experts is not ExpertBackend.grouped_gemm or not fp32,
+        "cluster.kernels.experts=grouped_gemm multiplies bfloat16 only, but precision=fp32; choose "
+        "cluster.kernels.experts=auto, or precision=bf16",
+    )
+    if kernels.softmax_attention is not SoftmaxAttentionBackend.flash_attn:
+        return
+    for branch in {mixer.softmax_branch for mixer in model.layer_mixers()} - {None}:
+        limit = flash_attn_limit(
+            SoftmaxAttentionCall(
+                dtype="float32" if fp32 else "bfloat16",
+                key_dim=model.kv_channels,
+                value_dim=model.kv_channels,
+                num_text_keys=config.stage.seq_length,
+                window=model.sliding_window if branch is Mixer.swa else None,
+                num_sink_tokens=model.num_sink_tokens,
+            )
+        )
+        require(
+            limit is None,
+            f"cluster.kernels.softmax_attention=flash_attn {limit}; choose auto, which takes it where it can",
         )
 
 

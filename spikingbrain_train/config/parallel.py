@@ -124,11 +124,11 @@ class SoftmaxAttentionBackend(str, Enum):
     """Kernels of full and sliding-window attention."""
 
     auto = "auto"
-    """flash-attn, else flex attention or SDPA on GPUs; blocked on CPU."""
+    """flash-attn where it can compute a call, else flex attention or SDPA on GPUs; blocked on CPU."""
     flash_attn = "flash_attn"
     """The flash-attn package (GPU)."""
     flex = "flex"
-    """torch's compiled flex attention (GPU)."""
+    """torch's compiled flex attention (GPU with Triton)."""
     sdpa = "sdpa"
     """torch's scaled_dot_product_attention over the whole sequence; a finite window costs a T x T mask."""
     blocked = "blocked"
@@ -152,18 +152,20 @@ class ExpertBackend(str, Enum):
     """Who multiplies the routed experts of a mixture-of-experts layer."""
 
     auto = "auto"
-    """transformer_engine where parallel_linear is, else grouped_gemm if it is installed, else sequential."""
+    """transformer_engine where parallel_linear is, else grouped_gemm where it can, else sequential."""
     transformer_engine = "transformer_engine"
     """One grouped GEMM of Transformer Engine for all experts of a rank; needs its parallel linears."""
     grouped_gemm = "grouped_gemm"
-    """One grouped GEMM of the grouped_gemm package (GPU, megatron-core 0.16, no spikes inside experts)."""
+    """One grouped GEMM of the package grouped_gemm: on GPUs, in bf16, with megatron-core 0.16, without spikes
+    inside experts."""
     sequential = "sequential"
     """One expert after the other, with the classes of parallel_linear."""
 
 
 @dataclass
 class KernelConfig:
-    """Which library does the heavy work. ``auto`` falls back and logs it; a missing name is an error."""
+    """Which library does the heavy work. ``auto`` takes the best that is here and can do it, call by call for
+    attention, and logs it; a name that is missing or cannot do it is an error."""
 
     gated_linear_attention: LinearAttentionBackend = LinearAttentionBackend.auto
     """Backend of GLA layers."""

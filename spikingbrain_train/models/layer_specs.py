@@ -121,7 +121,7 @@ def layer_spec(
     Args:
         mixer: the layer's sequence mixer.
         model: architecture of the whole decoder.
-        kernels: resolved kernel choices.
+        kernels: choices with linears and experts resolved.
         context_parallel: how mixers work on split sequences; None takes the defaults.
         feed_forward: the layer's feed-forward.
     """
@@ -151,7 +151,7 @@ def block_spec(
 
     Args:
         model: architecture of the whole decoder.
-        kernels: resolved kernel choices.
+        kernels: choices with linears and experts resolved.
         first_layer: 0-based index of the stage's first layer.
         num_layers: layers of the stage.
         context_parallel: as in :func:`layer_spec`.

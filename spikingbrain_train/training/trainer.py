@@ -23,7 +23,7 @@ from spikingbrain_train.evaluation.held_out import held_out_cross_entropy
 from spikingbrain_train.models.spiking_linear import collect_spike_statistics, set_spike_k
 from spikingbrain_train.models.transformer_config import PARAMS_DTYPE
 from spikingbrain_train.parallel.accelerator import detect
-from spikingbrain_train.parallel.kernels import describe_kernels, resolve_kernels
+from spikingbrain_train.parallel.kernels import attention_choices, describe_kernels, resolve_kernels
 from spikingbrain_train.parallel.planner import plan_run
 from spikingbrain_train.parallel.process_groups import ProcessGroups, destroy, initialize
 from spikingbrain_train.training.alignment import Alignment
@@ -82,8 +82,12 @@ class Trainer:
         resuming = self._is_resuming()
         self._open_data()
 
-        kernels = resolve_kernels(config.cluster.kernels, groups.accelerator, spiking=config.model.spiking)
-        for line in (groups.accelerator.describe(), groups.describe(), describe_kernels(kernels)):
+        accelerator = groups.accelerator
+        kernels = resolve_kernels(
+            config.cluster.kernels, accelerator, spiking=config.model.spiking, precision=config.precision
+        )
+        chosen = describe_kernels(kernels, attention_choices(config, kernels, accelerator))
+        for line in (accelerator.describe(), groups.describe(), chosen):
             self._say(line)
         self.num_microbatches = config.stage.global_batch_size // (
             config.stage.micro_batch_size * groups.data_parallel_size

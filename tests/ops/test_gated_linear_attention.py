@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import runpy
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,12 +16,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from spikingbrain_train.config.errors import PlatformError
+from spikingbrain_train.ops import backends
 from spikingbrain_train.ops.gated_linear_attention import (
+    choose_backend,
     chunk,
     gated_linear_attention,
     gated_linear_attention_end_state,
     gated_linear_attention_step,
 )
+from spikingbrain_train.ops.gated_linear_attention.flash_linear_attention import fla_gated_linear_attention
 
 NAMES = ("o", "final_state", "grad_q", "grad_k", "grad_v", "grad_log_gate", "grad_initial_state")
 
@@ -358,3 +363,51 @@ def test_missing_or_unknown_backend_is_named() -> None:
         gated_linear_attention(x, x, x, x, backend="fla")
     with pytest.raises(ValueError, match="gated_linear_attention=triton is unknown: choose one of auto"):
         gated_linear_attention(x, x, x, x, backend="triton")
+
+
+def _chunk_gla(q, k, v, g, *, scale, initial_state, output_final_state, cu_seqlens):  # type: ignore[no-untyped-def]
+    """What fla's kernels do with log gates: differences of their running sums."""
+    b = g.float().cumsum(1)
+    decay = (b.unsqueeze(2) - b.unsqueeze(1)).exp()
+    scores = torch.einsum("bthk,bshk,btshk->btsh", q, k, decay) * scale
+    causal = torch.ones(q.shape[1], q.shape[1]).tril()[None, :, :, None]
+    return torch.einsum("btsh,bshv->bthv", torch.where(causal > 0, scores, 0.0), v), None
+
+
+def test_fla_gets_gates_that_it_can_sum_and_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    package = types.ModuleType("fla.ops.gla")
+    vars(package).update(chunk_gla=_chunk_gla)
+    monkeypatch.setitem(sys.modules, "fla.ops.gla", package)
+    q, k, v, log_gate, _ = make_inputs(1, 12, 2, 1, 3, 4, kind="medium")
+    q, k, v, log_gate = (x.float() for x in (q, k, v, log_gate))
+    log_gate[:, 5] = float("-inf")
+    log_gate[:, 8] = -1e30
+    o, _ = fla_gated_linear_attention(q, k, v, log_gate, None, scale=0.5, output_final_state=False)
+    expected, _ = gated_linear_attention(q, k, v, log_gate, scale=0.5, backend="recurrent")
+    torch.testing.assert_close(o, expected)
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "device", "installed", "expected"),
+    [
+        ("auto", torch.bfloat16, "cpu", True, "chunk"),
+        ("auto", torch.bfloat16, "cuda", False, "chunk"),
+        ("auto", torch.bfloat16, "cuda", True, "fla"),
+        ("auto", torch.float32, "cuda", True, "fla"),
+        ("auto", torch.float64, "cuda", True, "chunk"),
+        ("recurrent", torch.float64, "cuda", True, "recurrent"),
+    ],
+)
+def test_auto_takes_a_kernel_that_is_here_and_can(
+    backend: str,
+    dtype: torch.dtype,
+    device: str,
+    installed: bool,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(backends, "package_failure", lambda name: None if installed else "is not installed")
+    assert choose_backend(backend, dtype, device) == expected
+    if dtype == torch.float64:
+        with pytest.raises(ValueError, match="gated_linear_attention=fla computes in float32, not"):
+            choose_backend("fla", dtype, device)

@@ -12,13 +12,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.attention import flex_attention as flex_attention_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spikingbrain_train.config.errors import PlatformError
+from spikingbrain_train.config.kernel_limits import SoftmaxAttentionCall
+from spikingbrain_train.ops import backends
 from spikingbrain_train.ops.sliding_window_attention import (
     bidirectional_attention,
     blocked,
-    dispatch,
+    choose_backend,
     flex,
     sliding_window_attention,
 )
@@ -430,37 +433,79 @@ def test_documents_of_several_rows_are_refused() -> None:
         sliding_window_attention(x, x, x, window=None, cu_seqlens_q=[0, 5], cu_seqlens_k=[0, 5])
 
 
-class _OnGpu:
-    """What the choice of a backend asks of a tensor."""
-
-    device = torch.device("cuda")
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+def _call(
+    window: int | None, num_sink_tokens: int, dtype: str = "bfloat16", head_dim: int = 64, **more: Any
+) -> SoftmaxAttentionCall:
+    return SoftmaxAttentionCall(dtype, head_dim, head_dim, 100, window, num_sink_tokens, **more)
 
 
-@pytest.mark.parametrize("installed", [True, False])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("documents", [None, Documents((0, 50, 100), (0, 50, 100))])
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Packages that can be called; a test adds to them."""
+    names: set[str] = set()
+    monkeypatch.setattr(
+        backends, "package_failure", lambda name: None if name in names else "is not installed"
+    )
+    return names
+
+
+@pytest.mark.parametrize("has_flash", [True, False])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("has_documents", [False, True])
 def test_auto_takes_a_gpu_kernel_that_can_express_the_call(
-    installed: bool, dtype: torch.dtype, documents: Documents | None, monkeypatch: pytest.MonkeyPatch
+    has_flash: bool, dtype: str, has_documents: bool, installed: set[str]
 ) -> None:
-    monkeypatch.setattr(dispatch, "has_package", lambda name: installed)
+    installed |= {"triton", "flash_attn"} if has_flash else {"triton"}
 
     def choice(window: int | None, num_sink_tokens: int) -> str:
-        return dispatch._resolve("auto", _OnGpu(dtype), 100, window, num_sink_tokens, documents)
+        call = _call(window, num_sink_tokens, dtype, has_documents=has_documents)
+        return choose_backend("auto", call, "cuda")
 
-    flash = installed and dtype == torch.bfloat16
-    full = "flex" if documents else "sdpa"
+    flash = has_flash and dtype == "bfloat16"
+    full = "flex" if has_documents else "sdpa"
     assert choice(None, 0) == choice(None, 8) == choice(100, 8) == ("flash_attn" if flash else full)
     assert choice(30, 0) == ("flash_attn" if flash else "flex")
     assert choice(30, 8) == "flex"
 
 
-def test_flash_attn_with_window_and_sinks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "require_package", lambda *_: None)
-    with pytest.raises(ValueError, match="cannot combine 8 sink tokens with a window of 30: choose auto"):
-        dispatch._resolve("flash_attn", _OnGpu(torch.bfloat16), 100, 30, 8, None)
+def test_auto_does_without_flex_where_it_cannot_be_compiled(
+    installed: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert choose_backend("auto", _call(30, 8), "cuda") == "blocked"
+    assert choose_backend("auto", _call(None, 8, has_documents=True), "cuda") == "sdpa"
+    with pytest.raises(PlatformError, match="flex needs the package triton, which is not installed"):
+        choose_backend("flex", _call(30, 8), "cuda")
+    installed.add("triton")
+    assert choose_backend("auto", _call(30, 8, head_dim=8), "cuda") == "blocked"
+    with pytest.raises(ValueError, match="flex needs heads of width 16 or more, not 8: choose auto"):
+        choose_backend("flex", _call(30, 8, head_dim=8), "cuda")
+    # torch 2.6 has this name, and takes powers of 2 only.
+    monkeypatch.setattr(flex_attention_module, "_supported_head_dim", None, raising=False)
+    assert choose_backend("auto", _call(30, 8, head_dim=96), "cuda") == "blocked"
+    assert choose_backend("auto", _call(30, 8, head_dim=128), "cuda") == "flex"
+
+
+def test_auto_gives_heads_too_wide_for_flash_attn_to_another_kernel(installed: set[str]) -> None:
+    installed |= {"triton", "flash_attn"}
+    assert choose_backend("auto", _call(None, 0, head_dim=512), "cuda") == "sdpa"
+    assert choose_backend("auto", _call(30, 0, head_dim=256), "cuda") == "flash_attn"
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (_call(30, 8), "cannot combine 8 sink tokens with a window of 30: choose auto"),
+        (_call(None, 0, "float32"), "needs float16 or bfloat16, not float32: choose auto"),
+        (_call(None, 0, head_dim=512), "needs heads of one width up to 256 .* not 512 and 512: choose auto"),
+    ],
+    ids=["sinks and a window", "float32", "wide heads"],
+)
+def test_flash_attn_by_name_is_refused_where_it_cannot(
+    call: SoftmaxAttentionCall, sentence: str, installed: set[str]
+) -> None:
+    installed.add("flash_attn")
+    with pytest.raises(ValueError, match=f"softmax_attention=flash_attn {sentence}"):
+        choose_backend("flash_attn", call, "cuda")
 
 
 @pytest.mark.parametrize("backend", ["flash_attn", "flex"])

@@ -1,10 +1,13 @@
-"""How the config's kernel choices become ones that a machine has."""
+"""How the config's kernel choices become ones that a machine has.
+
+Packages are made up: those of a test are installed and can be called, and no others.
+"""
 
 from __future__ import annotations
 
 import pytest
 
-from spikingbrain_train.config.errors import PlatformError
+from spikingbrain_train.config.errors import ConfigurationError, PlatformError
 from spikingbrain_train.config.model import SpikingConfig, SpikingProjection
 from spikingbrain_train.config.parallel import (
     AcceleratorKind,
@@ -14,11 +17,22 @@ from spikingbrain_train.config.parallel import (
     ParallelLinearBackend,
     SoftmaxAttentionBackend,
 )
+from spikingbrain_train.config.run import Precision
+from spikingbrain_train.ops import backends
 from spikingbrain_train.parallel import kernels as kernels_module
 from spikingbrain_train.parallel.accelerator import Accelerator
-from spikingbrain_train.parallel.kernels import describe_kernels, resolve_kernels
+from spikingbrain_train.parallel.kernels import AttentionChoices, describe_kernels, resolve_kernels
 
-EVERYTHING = {"fla": "0.6", "flash_attn": "2.7", "transformer_engine": "2.0"}
+EVERYTHING = {"fla": "0.6", "flash_attn": "2.7", "transformer_engine": "2.0", "triton": "3.2"}
+CAN_BE_CALLED = {*EVERYTHING, "grouped_gemm"}
+
+
+@pytest.fixture(autouse=True)
+def installed_packages_can_be_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        backends, "package_failure", lambda name: None if name in CAN_BE_CALLED else "is not installed"
+    )
+    monkeypatch.setattr(kernels_module, "_has_grouped_linears", lambda: True)
 
 
 def machine(kind: AcceleratorKind, packages: dict[str, str]) -> Accelerator:
@@ -36,18 +50,19 @@ def names(kernels: KernelConfig) -> tuple[str, str, str]:
 @pytest.mark.parametrize(
     ("kind", "packages", "expected"),
     [
-        (AcceleratorKind.cpu, {}, ("chunk", "blocked", "megatron")),
-        (AcceleratorKind.cpu, EVERYTHING, ("chunk", "blocked", "megatron")),
-        (AcceleratorKind.cuda, {}, ("chunk", "flex", "megatron")),
-        (AcceleratorKind.cuda, EVERYTHING, ("fla", "flash_attn", "transformer_engine")),
-        (AcceleratorKind.metax, EVERYTHING, ("fla", "flash_attn", "megatron")),
+        (AcceleratorKind.cpu, {}, "megatron"),
+        (AcceleratorKind.cpu, EVERYTHING, "megatron"),
+        (AcceleratorKind.cuda, {}, "megatron"),
+        (AcceleratorKind.cuda, EVERYTHING, "transformer_engine"),
+        (AcceleratorKind.metax, EVERYTHING, "megatron"),
     ],
     ids=["cpu", "cpu with GPU packages", "bare GPU", "NVIDIA with everything", "MetaX"],
 )
-def test_auto_takes_the_best_that_is_there(
-    kind: AcceleratorKind, packages: dict[str, str], expected: tuple[str, str, str]
+def test_auto_takes_the_best_linears_and_leaves_attention_to_its_calls(
+    kind: AcceleratorKind, packages: dict[str, str], expected: str
 ) -> None:
-    assert names(resolve_kernels(KernelConfig(), machine(kind, packages))) == expected
+    resolved = resolve_kernels(KernelConfig(), machine(kind, packages))
+    assert names(resolved) == ("auto", "auto", expected)
 
 
 def test_an_explicit_choice_is_kept() -> None:
@@ -58,8 +73,11 @@ def test_an_explicit_choice_is_kept() -> None:
     )
     resolved = resolve_kernels(chosen, machine(AcceleratorKind.cuda, EVERYTHING))
     assert names(resolved) == ("recurrent", "reference", "megatron")
-    line = describe_kernels(resolved)
-    assert all(name in line for name in names(resolved))
+    line = describe_kernels(
+        resolved, AttentionChoices({"recurrent": ["gla"]}, {"reference": ["full"], "flex": ["swa"]}, {})
+    )
+    assert "gated linear attention recurrent, softmax attention reference (full) and flex (swa)" in line
+    assert "parallel linears megatron" in line
 
 
 @pytest.mark.parametrize(
@@ -83,7 +101,7 @@ def test_experts_follow_the_linears_or_the_packages(
     monkeypatch.setattr(kernels_module, "HAS_GROUPED_MLP", has_grouped_mlp)
     resolved = resolve_kernels(KernelConfig(), machine(kind, packages))
     assert resolved.experts.value == expected
-    assert f"experts {expected}" in describe_kernels(resolved)
+    assert f"experts {expected}" in describe_kernels(resolved, AttentionChoices({}, {}, {}))
 
 
 def test_grouped_experts_are_refused_where_they_cannot_work(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,11 +135,7 @@ def test_gpu_kernels_are_refused_on_cpu(field: str, choice) -> None:
         resolve_kernels(KernelConfig(**{field: choice}), machine(AcceleratorKind.cpu, EVERYTHING))
 
 
-@pytest.mark.parametrize(
-    ("field", "choice"),
-    [case for case in GPU_CHOICES if case[1] is not SoftmaxAttentionBackend.flex],
-    ids=lambda x: getattr(x, "value", x),
-)
+@pytest.mark.parametrize(("field", "choice"), GPU_CHOICES, ids=lambda x: getattr(x, "value", x))
 def test_a_missing_package_is_named_with_the_setting(field: str, choice) -> None:
     with pytest.raises(PlatformError) as refusal:
         resolve_kernels(KernelConfig(**{field: choice}), machine(AcceleratorKind.cuda, {}))
@@ -132,3 +146,32 @@ def test_experts_that_encode_spikes_are_made_of_linears() -> None:
     on_metax = machine(AcceleratorKind.metax, {"grouped_gemm": "1.1"})
     spiking = SpikingConfig(projections=[SpikingProjection.mlp_fc2])
     assert resolve_kernels(KernelConfig(), on_metax, spiking=spiking).experts is ExpertBackend.sequential
+
+
+def test_grouped_gemm_multiplies_bfloat16_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Accelerator, "require", lambda *_: None)  # would import the package
+    monkeypatch.setattr(kernels_module, "HAS_GROUPED_MLP", True)
+    on_metax = machine(AcceleratorKind.metax, {"grouped_gemm": "1.1"})
+    by_itself = resolve_kernels(KernelConfig(), on_metax, precision=Precision.fp32)
+    assert by_itself.experts is ExpertBackend.sequential
+    with pytest.raises(ConfigurationError, match="grouped_gemm multiplies bfloat16 only"):
+        resolve_kernels(KernelConfig(experts=ExpertBackend.grouped_gemm), on_metax, precision=Precision.fp32)
+
+
+def test_an_old_transformer_engine_without_grouped_linears_is_used_for_what_it_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Accelerator, "require", lambda *_: None)
+    monkeypatch.setattr(kernels_module, "_has_grouped_linears", lambda: False)
+    on_nvidia = machine(AcceleratorKind.cuda, {"transformer_engine": "1.7"})
+    resolved = resolve_kernels(KernelConfig(), on_nvidia)
+    assert resolved.parallel_linear is ParallelLinearBackend.transformer_engine
+    assert resolved.experts is ExpertBackend.sequential
+    with pytest.raises(PlatformError, match=r"experts=transformer_engine needs Transformer Engine 1\.9"):
+        resolve_kernels(KernelConfig(experts=ExpertBackend.transformer_engine), on_nvidia)
+
+
+def test_auto_passes_over_a_package_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "package_failure", lambda name: "is installed but does not import (ABI)")
+    resolved = resolve_kernels(KernelConfig(), machine(AcceleratorKind.cuda, EVERYTHING))
+    assert names(resolved) == ("auto", "auto", "megatron")

@@ -4,8 +4,13 @@ To understand it, read ``recurrent`` first (the definition), then ``factored`` (
 ``chunk`` (how segments and the backward pass are put together) and ``subdivided`` (very strong decay).
 """
 
-from spikingbrain_train.ops.gated_linear_attention.dispatch import gated_linear_attention
+from spikingbrain_train.ops.gated_linear_attention.dispatch import choose_backend, gated_linear_attention
 from spikingbrain_train.ops.gated_linear_attention.end_state import gated_linear_attention_end_state
 from spikingbrain_train.ops.gated_linear_attention.recurrent import gated_linear_attention_step
 
-__all__ = ["gated_linear_attention", "gated_linear_attention_end_state", "gated_linear_attention_step"]
+__all__ = [
+    "choose_backend",
+    "gated_linear_attention",
+    "gated_linear_attention_end_state",
+    "gated_linear_attention_step",
+]

@@ -39,14 +39,14 @@ def gated_linear_attention(
         k: keys [B, T, G, K] in q's dtype; H is a multiple of G.
         v: values [B, T, G, V] in q's dtype.
         log_gate: natural logarithm of the forget gate [B, T, G, K], each in [-inf, 0]; any floating dtype,
-            float32 recommended (bfloat16 gates close to 1 are too coarse). ``fla`` needs finite values.
+            float32 recommended (bfloat16 gates close to 1 are too coarse).
         scale: factor of the output, K ** -0.5 by default.
         initial_state: state before the first token [B, G, K, V]; zeros by default. With ``cu_seqlens``,
             before
             the first token of every document [D, G, K, V].
         output_final_state: also return the state after the last token.
         backend: ``recurrent`` (reference, slow), ``chunk`` (PyTorch, any device), ``fla`` (Triton kernels on
-            GPUs), or ``auto``: fla on a GPU that has it, else chunk.
+            GPUs), or ``auto``: see :func:`choose_backend`.
         cu_seqlens: D documents that do not see each other, as in fla: [0, end of the first, ..., T], D + 1
             integers. B must be 1.
 
@@ -55,13 +55,15 @@ def gated_linear_attention(
         float32 (float64 for float64 inputs) or None.
 
     Raises:
-        ValueError: shapes, dtypes, documents or the backend name do not fit.
+        ValueError: shapes, dtypes, documents or the backend name do not fit, or the backend asked for cannot
+            do what is asked of it.
         PlatformError: the backend asked for needs a package or a GPU that is missing.
     """
     bounds = None if cu_seqlens is None else _document_bounds(cu_seqlens, q)
     _check(q, k, v, log_gate, initial_state, bounds)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if _resolve(backend, q) == "fla":
+    name = choose_backend(backend, q.dtype, q.device.type)
+    if name == "fla":
         return fla_gated_linear_attention(
             q,
             k,
@@ -79,7 +81,7 @@ def gated_linear_attention(
         state = torch.zeros(num_states, G, K, v.shape[-1], dtype=state_dtype, device=q.device)
     else:
         state = initial_state.to(state_dtype)
-    run = recurrent_gated_linear_attention if backend == "recurrent" else chunk_gated_linear_attention
+    run = recurrent_gated_linear_attention if name == "recurrent" else chunk_gated_linear_attention
     if bounds is None or len(bounds) == 2:
         o, final_state = run(q, k, v, log_gate, state, scale=scale)
     else:
@@ -122,15 +124,31 @@ def _document_bounds(cu_seqlens: Sequence[int] | Tensor, q: Tensor) -> tuple[int
     return bounds
 
 
-def _resolve(backend: str, q: Tensor) -> str:
+def choose_backend(backend: str, dtype: torch.dtype, device_type: str) -> str:
+    """The kernel that computes a call: the one asked for, or under ``auto`` the best that is here and can.
+
+    ``auto`` is fla on a GPU that has it, except for float64, else chunk. It never refuses.
+
+    Args:
+        backend: as in :func:`gated_linear_attention`.
+        dtype: of q, k and v.
+        device_type: ``cuda``, ``cpu`` or another of torch's.
+
+    Raises:
+        ValueError: the name does not exist, or what it names cannot do this.
+        PlatformError: what it names needs a package or a GPU that is missing.
+    """
     setting = f"gated_linear_attention={backend}"
     if backend not in BACKENDS:
         raise unknown_backend(setting, BACKENDS)
-    if backend == "fla":
-        require_gpu(q.device.type, setting)
-        require_package("fla", "flash-linear-attention", setting)
     if backend == "auto":
-        return "fla" if q.device.type == "cuda" and has_package("fla") else "chunk"
+        can_fla = device_type == "cuda" and dtype != torch.float64 and has_package("fla")
+        return "fla" if can_fla else "chunk"
+    if backend == "fla":
+        require_gpu(device_type, setting)
+        require_package("fla", "flash-linear-attention", setting)
+        if dtype == torch.float64:
+            raise ValueError(f"{setting} computes in float32, not {dtype}: choose auto.")
     return backend
 
 

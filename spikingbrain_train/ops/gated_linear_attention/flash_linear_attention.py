@@ -7,6 +7,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+# exp(-100) is below the smallest normal float32: such a gate has forgotten everything. fla takes differences
+# of summed log gates, so -inf would give NaN, and sums of far stronger ones leave no digits for weak ones.
+_STRONGEST_LOG_GATE = -100.0
+
 
 @lru_cache(maxsize=64)
 def _on_device(cu_seqlens: tuple[int, ...], device: torch.device) -> Tensor:
@@ -30,11 +34,13 @@ def fla_gated_linear_attention(
     """Output [B, T, H, V] and final state [B, G, K, V] float32, or None unless asked for.
 
     With ``cu_seqlens`` [0, end of the first document, ..., T] B is 1 and the states are one a document.
-    The kernels know one head a state, so k, v, the gate and the initial state are repeated from groups to
-    heads. All heads of a group then end in the same state, of which the first is returned.
+    Log gates may be anything in [-inf, 0]. The kernels know one head a state, so k, v, the gate and the
+    initial state are repeated from groups to heads. All heads of a group then end in the same state, of
+    which the first is returned.
     """
     from fla.ops.gla import chunk_gla  # imported here: fla needs Triton, which only GPU machines have
 
+    log_gate_BTGK = log_gate_BTGK.clamp(min=_STRONGEST_LOG_GATE)
     heads_per_group = q_BTHK.shape[2] // k_BTGK.shape[2]
     k, v, log_gate = (x.repeat_interleave(heads_per_group, dim=2) for x in (k_BTGK, v_BTGV, log_gate_BTGK))
     initial_state = initial_state_BGKV

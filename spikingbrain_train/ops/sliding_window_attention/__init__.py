@@ -4,7 +4,10 @@ sink tokens and several documents in a sequence.
 To understand it, read ``reference`` first (the definition), then ``blocked`` (what runs on CPU).
 """
 
-from spikingbrain_train.ops.sliding_window_attention.dispatch import sliding_window_attention
+from spikingbrain_train.ops.sliding_window_attention.dispatch import (
+    choose_backend,
+    sliding_window_attention,
+)
 from spikingbrain_train.ops.sliding_window_attention.torch_sdpa import bidirectional_attention
 
-__all__ = ["bidirectional_attention", "sliding_window_attention"]
+__all__ = ["bidirectional_attention", "choose_backend", "sliding_window_attention"]

@@ -5,21 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
+from spikingbrain_train.config.kernel_limits import SoftmaxAttentionCall, flash_attn_limit
 from spikingbrain_train.ops.backends import has_package, require_gpu, require_package, unknown_backend
 from spikingbrain_train.ops.sliding_window_attention.blocked import blocked_sliding_window_attention
-from spikingbrain_train.ops.sliding_window_attention.documents import (
-    Documents,
-    as_documents,
-    for_each_document,
-)
-from spikingbrain_train.ops.sliding_window_attention.flash import (
-    flash_attn_can,
-    flash_attn_sliding_window_attention,
-)
-from spikingbrain_train.ops.sliding_window_attention.flex import flex_sliding_window_attention
+from spikingbrain_train.ops.sliding_window_attention.documents import as_documents, for_each_document
+from spikingbrain_train.ops.sliding_window_attention.flash import flash_attn_sliding_window_attention
+from spikingbrain_train.ops.sliding_window_attention.flex import flex_limit, flex_sliding_window_attention
 from spikingbrain_train.ops.sliding_window_attention.reference import reference_sliding_window_attention
 from spikingbrain_train.ops.sliding_window_attention.torch_sdpa import sdpa_sliding_window_attention
 
@@ -33,7 +26,6 @@ _ANY_DOCUMENTS = {
     "flex": flex_sliding_window_attention,
 }
 BACKENDS = ("auto", *_ONE_DOCUMENT, *_ANY_DOCUMENTS)
-_HALF = (torch.float16, torch.bfloat16)
 
 
 def sliding_window_attention(
@@ -67,8 +59,7 @@ def sliding_window_attention(
         scale: factor of the scores, K ** -0.5 by default.
         backend: ``reference`` (masked softmax, slow), ``blocked`` (O(T * window) work, O(T) memory, made for
             CPU), ``sdpa`` (torch; a short window costs a Tq x Tk mask), ``flash_attn`` and ``flex`` (GPU), or
-            ``auto``: blocked on CPU; on a GPU flash_attn where it is installed and can express the dtype and
-            the sinks, else sdpa for full causal attention and flex for windows and documents.
+            ``auto``: see :func:`choose_backend`.
         num_sink_tokens: keys in front of the text that every query sees.
         cu_seqlens_q: bounds of the documents among the queries [0, ..., Tq], integers; B must be 1. A tensor
             on a GPU is waited for.
@@ -79,15 +70,24 @@ def sliding_window_attention(
         o [B, Tq, H, V] in q's dtype.
 
     Raises:
-        ValueError: shapes, dtypes, the window, the bounds or the backend name do not fit, or flash_attn is
-            asked for a window and sinks together.
+        ValueError: shapes, dtypes, the window, the bounds or the backend name do not fit, or the backend
+            asked for cannot do what is asked of it.
         PlatformError: the backend asked for needs a package or a GPU that is missing.
     """
     _check(q, k, v, window, num_sink_tokens)
     Tq, Tk = q.shape[1], k.shape[1] - num_sink_tokens
     documents = as_documents(cu_seqlens_q, cu_seqlens_k, B=q.shape[0], Tq=Tq, Tk=Tk)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    name = _resolve(backend, q, Tk, window, num_sink_tokens, documents)
+    call = SoftmaxAttentionCall(
+        dtype=str(q.dtype).removeprefix("torch."),
+        key_dim=q.shape[-1],
+        value_dim=v.shape[-1],
+        num_text_keys=Tk,
+        window=window,
+        num_sink_tokens=num_sink_tokens,
+        has_documents=documents is not None,
+    )
+    name = choose_backend(backend, call, q.device.type)
     if name in _ANY_DOCUMENTS:
         return _ANY_DOCUMENTS[name](
             q, k, v, window=window, scale=scale, num_sink_tokens=num_sink_tokens, documents=documents
@@ -100,34 +100,50 @@ def sliding_window_attention(
     )
 
 
-def _resolve(
-    backend: str, q: Tensor, Tk: int, window: int | None, num_sink_tokens: int, documents: Documents | None
-) -> str:
+def choose_backend(backend: str, call: SoftmaxAttentionCall, device_type: str) -> str:
+    """The kernel that computes a call: the one asked for, or under ``auto`` the best that is here and can.
+
+    ``auto`` is blocked on CPU. On a GPU it is flash_attn where that can do it, sdpa for full attention in one
+    document, flex for windows and documents; where flex cannot be compiled, sdpa (document by document) for
+    full attention and blocked for windows. It never refuses.
+
+    Args:
+        backend: as in :func:`sliding_window_attention`.
+        call: what is to be computed.
+        device_type: ``cuda``, ``cpu`` or another of torch's.
+
+    Raises:
+        ValueError: the name does not exist, or what it names cannot do this.
+        PlatformError: what it names needs a package or a GPU that is missing.
+    """
     setting = f"softmax_attention={backend}"
     if backend not in BACKENDS:
         raise unknown_backend(setting, BACKENDS)
-    on_gpu = q.device.type == "cuda"
-    can_flash = flash_attn_can(window, Tk, num_sink_tokens)
     if backend == "auto":
-        if not on_gpu:
-            return "blocked"
-        if has_package("flash_attn") and q.dtype in _HALF and can_flash:
-            return "flash_attn"
-        return "sdpa" if documents is None and (window is None or window >= Tk) else "flex"
+        return _best_backend(call) if device_type == "cuda" else "blocked"
     if backend in _ANY_DOCUMENTS:
-        require_gpu(q.device.type, setting)
+        require_gpu(device_type, setting)
     if backend == "flash_attn":
         require_package("flash_attn", "flash-attn", setting)
-        if q.dtype not in _HALF:
-            raise ValueError(
-                f"{setting} needs float16 or bfloat16, not {q.dtype}: choose auto or train in bfloat16."
-            )
-        if not can_flash:
-            raise ValueError(
-                f"{setting} cannot combine {num_sink_tokens} sink tokens with a window of {window}: choose "
-                "auto or flex."
-            )
+        limit = flash_attn_limit(call)
+    elif backend == "flex":
+        require_package("triton", "triton", setting)
+        limit = flex_limit(call)
+    else:
+        limit = None
+    if limit is not None:
+        raise ValueError(f"{setting} {limit}: choose auto.")
     return backend
+
+
+def _best_backend(call: SoftmaxAttentionCall) -> str:
+    if flash_attn_limit(call) is None and has_package("flash_attn"):
+        return "flash_attn"
+    if call.is_full and not call.has_documents:
+        return "sdpa"
+    if flex_limit(call) is None and has_package("triton"):
+        return "flex"
+    return "sdpa" if call.is_full else "blocked"
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None, num_sink_tokens: int) -> None:

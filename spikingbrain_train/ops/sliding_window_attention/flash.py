@@ -10,13 +10,6 @@ from torch import Tensor
 from spikingbrain_train.ops.sliding_window_attention.documents import Documents
 
 
-def flash_attn_can(window: int | None, Tk: int, num_sink_tokens: int) -> bool:
-    """Whether flash-attn can express the visibility: sinks are the first keys of a causal sequence, but its
-    windows leave out whatever lies before them.
-    """
-    return num_sink_tokens == 0 or window is None or window >= Tk
-
-
 def flash_attn_sliding_window_attention(
     q_BTHK: Tensor,
     k_BTGK: Tensor,
@@ -30,7 +23,7 @@ def flash_attn_sliding_window_attention(
     """Output [B, Tq, H, V] in q's dtype, float16 or bfloat16; groups are shared by heads inside the kernel.
 
     flash-attn aligns the last query with the last key, as we do. A window and sinks together are more than it
-    can (see :func:`flash_attn_can`).
+    can (see :func:`~spikingbrain_train.config.kernel_limits.flash_attn_limit`).
     """
     from flash_attn import flash_attn_func, flash_attn_varlen_func  # imported here: only GPU machines have it
 

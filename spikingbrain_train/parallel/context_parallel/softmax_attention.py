@@ -29,6 +29,20 @@ _RowDocuments = tuple[DocumentBounds, DocumentBounds]
 """Bounds of a row's documents among its queries and among its text keys, as in flash-attn's varlen calls."""
 
 
+def num_text_keys(
+    layout: SequenceLayout, window: int | None, method: SlidingWindowContextParallel | None
+) -> int:
+    """Keys of text that the op gets on a rank: the whole text, or a slice and what its windows reach before.
+
+    Under ``halo`` that is a fixed number whatever the documents are, because GPU kernels are compiled for
+    every shape: what no query sees is a document without queries.
+    """
+    if layout.context_parallel_size == 1 or window is None or method is not SlidingWindowContextParallel.halo:
+        return layout.text_length
+    text = layout.text_range()
+    return len(text) + min(window - 1, text.start)
+
+
 def context_parallel_softmax_attention(
     q_BTHK: Tensor,
     k_BTGK: Tensor,
@@ -103,10 +117,10 @@ def _attend_with_halo(
     kv = torch.cat((k, v), dim=3)
     kv_sinks, kv_text = kv.split([own_sinks, kv.shape[1] - own_sinks], dim=1)
     kv_halo = halo_exchange(kv_text, layout=layout, window=window, group=group)
-    # A fixed number of keys whatever the documents are, because GPU kernels are compiled for every shape:
-    # what no query sees is a document without queries.
-    reach = min(window - 1, layout.text_range().start)
-    visible = [F.pad(kv_halo, (0, 0, 0, 0, reach - kv_halo.shape[1], 0)), kv_text]
+    unseen = num_text_keys(layout, window, SlidingWindowContextParallel.halo) - (
+        kv_text.shape[1] + kv_halo.shape[1]
+    )
+    visible = [F.pad(kv_halo, (0, 0, 0, 0, unseen, 0)), kv_text]
     if layout.num_sink_tokens and not layout.sinks_are_padding:
         # Elsewhere text stands in for the sinks: a part of the graph, so that all ranks meet in the backward.
         sinks_or_text = kv[:, : layout.num_sink_tokens]
