@@ -36,7 +36,15 @@ FORBIDDEN_LIBRARIES = {
     "hf": {"megatron", "fla", "omegaconf", "hydra"},
 }
 # Pure-Python files in rooms that otherwise use torch: they run before torch is there.
-WITHOUT_TORCH = ["parallel/__init__.py", "parallel/planner.py", "parallel/costs.py", "parallel/memory.py"]
+WITHOUT_TORCH = [
+    "parallel/__init__.py",
+    "parallel/planner.py",
+    "parallel/costs.py",
+    "parallel/memory.py",
+    "parallel/activations.py",
+    "parallel/context_parallel/__init__.py",
+    "parallel/context_parallel/head_shares.py",
+]
 WITHOUT_TORCH_MODULES = {f"{PACKAGE}.{name.removesuffix('.py').replace('/', '.')}" for name in WITHOUT_TORCH}
 
 FILES = sorted((ROOT / PACKAGE).rglob("*.py"))

@@ -15,9 +15,11 @@ class Recompute(str, Enum):
     """Compute the router and the experts' activation function again (SpikingBrain, arXiv 2509.05276, section
     4.1, level 1)."""
     moe_feed_forward = "moe_feed_forward"
-    """Also compute the experts' feed-forward and the shared expert again (level 2)."""
+    """Also compute the feed-forwards again: those of experts and shared experts (level 2), and, which the
+    report does not say, those of the model's dense layers."""
     moe_layer = "moe_layer"
-    """Compute whole mixture-of-experts layers again, communication included (level 3)."""
+    """Compute whole mixture-of-experts layers again, communication included (level 3), and dense
+    feed-forwards."""
     full = "full"
     """Keep only each layer's input: about a third more work, least memory."""
 

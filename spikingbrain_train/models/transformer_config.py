@@ -86,13 +86,14 @@ _RECOMPUTE: dict[Recompute, dict[str, Any]] = {
         "recompute_method": "uniform",
         "recompute_num_layers": 1,
     },
-    Recompute.moe_layer: {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
+    Recompute.moe_layer: {"recompute_granularity": "selective", "recompute_modules": ["moe", "mlp"]},
     Recompute.moe_feed_forward: {
         "recompute_granularity": "selective",
-        "recompute_modules": ["shared_experts"],
+        "recompute_modules": ["shared_experts", "mlp"],
     },
 }
-"""What megatron-core itself computes again; our router and experts do the rest (models/moe)."""
+"""What megatron-core itself computes again ("mlp": dense feed-forwards); our router and experts do the rest
+(models/moe)."""
 
 
 def _mixture_of_experts(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from spikingbrain_train.config.model import FeedForward, Mixer
 from spikingbrain_train.config.model_checks import has_experts
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import RunConfig, StageKind
+from spikingbrain_train.parallel.activations import bytes_per_element
 from spikingbrain_train.parallel.costs import (
     active_parameters,
     mixer_parameters,
@@ -32,7 +33,6 @@ from spikingbrain_train.parallel.costs import (
 )
 from spikingbrain_train.parallel.memory import (
     MemoryEstimate,
-    bytes_per_element,
     estimate_memory,
     needs_teacher,
     optimizer_bytes,

@@ -131,9 +131,8 @@ def test_published_topologies_make_a_plan_on_both_platforms(choice, cluster, mon
     plan = plan_run(config, launched_world_size(config))
     assert config.stage.seq_length == seq_length
     assert plan.total_tokens == pytest.approx(billions * 1e9, rel=1e-3)
-    # What fits where: MetaX C550 has 64 GB, which the 76B at 8k only meets with recompute=full.
-    limit = 80e9 if choice == "spikingbrain_76b_8k" else 64e9
-    assert max(stage.memory.total for stage in plan.stages) < limit
+    # MetaX C550 has 64 GB; a tenth of that is for what the estimate leaves out (workspaces, NCCL, fragments).
+    assert max(stage.memory.total for stage in plan.stages) < 0.91 * 64e9
 
 
 def test_the_stages_of_a_model_follow_each_other(monkeypatch):

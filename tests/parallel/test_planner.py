@@ -358,10 +358,12 @@ class TestMemory:
     def test_a_slice_of_the_sequence_takes_its_share_of_the_activations(self) -> None:
         # Without a vocabulary to speak of, whose gradient is as large on any slice.
         model = dataclasses.replace(SPIKINGBRAIN_76B_LIKE, vocab_size=1, make_vocab_size_divisible_by=1)
-        long = {"seq_length": 250, "global_batch_size": 4}
+        long = {"seq_length": (1 << 20) - model.num_sink_tokens, "global_batch_size": 4}
         (whole,) = plan_run(run_of(model, **long), 1).stages
         (slice_,) = plan_run(run_of(model, ParallelConfig(context_parallel_size=4), **long), 4).stages
-        assert slice_.memory.activations == pytest.approx(whole.memory.activations / 4, rel=1e-3)
+        # And what mixers keep to see beyond a slice; tests/parallel/test_activations.py measures it.
+        share = whole.memory.activations / 4
+        assert share < slice_.memory.activations < 1.25 * share
         assert slice_.parameters == whole.parameters
 
     def test_every_level_of_recomputation_keeps_less(self) -> None:
