@@ -16,6 +16,8 @@ def main() -> None:
         from spikingbrain_train.config.checks import check_run_config
         from spikingbrain_train.config.compose import compose_from_command_line
         from spikingbrain_train.config.load import to_run_config
+        from spikingbrain_train.parallel.host_capacity import check_host
+        from spikingbrain_train.parallel.launch import Launch
         from spikingbrain_train.parallel.planner import check_disk_space, launched_world_size, plan_run
 
         composed = compose_from_command_line()
@@ -29,7 +31,12 @@ def main() -> None:
             if os.environ.get("RANK", "0") != "0":
                 return
             print(plan.render(), flush=True)
-        else:
+
+    if not config.dry_run:
+        with user_errors():  # a rank's own variables: no other rank may see that they are wrong
+            launch = Launch.from_environment()
+        with user_errors(same_on_all_ranks=True):
+            check_host(plan, launch)
             check_disk_space(plan)
 
     # On every start megatron-core tells that Apex is absent and which of its own calls are deprecated.

@@ -44,7 +44,8 @@ WITHOUT_TORCH = [
     "parallel/activations.py",
     "parallel/context_parallel/__init__.py",
     "parallel/context_parallel/head_shares.py",
-    "parallel/precision.py",
+    "parallel/launch.py",
+    "parallel/host_capacity.py",
 ]
 WITHOUT_TORCH_MODULES = {f"{PACKAGE}.{name.removesuffix('.py').replace('/', '.')}" for name in WITHOUT_TORCH}
 

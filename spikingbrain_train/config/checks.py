@@ -35,20 +35,48 @@ from spikingbrain_train.config.run import (
 )
 from spikingbrain_train.config.spiking_checks import check_spiking
 
+_LARGEST = 2**32
+"""Whole numbers stay below it: products of two still fit into the 64 bits of an index."""
+_LONGEST_TIMEOUT = 7 * 24 * 60  # minutes
 
-def _floats(config: Any, prefix: str = "") -> Iterator[tuple[str, float]]:
+
+def _values(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every single value of a config with its dotted name; those of a list one by one."""
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
+        value, name = getattr(config, field.name), f"{prefix}{field.name}"
         if dataclasses.is_dataclass(value):
-            yield from _floats(value, f"{prefix}{field.name}.")
-        for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, float):
-                yield f"{prefix}{field.name}", number
+            yield from _values(value, f"{name}.")
+        else:
+            yield from ((name, item) for item in (value if isinstance(value, list) else [value]))
+
+
+def check_values(config: RunConfig) -> None:
+    """What holds for every number and text, whatever it is for. Raises ConfigurationError."""
+    for name, value in _values(config):
+        if isinstance(value, float):
+            require(math.isfinite(value), f"{name}={value} must be a finite number")
+        elif isinstance(value, int):  # truth values are small ones
+            require(
+                abs(value) < _LARGEST, f"{name}={value} is too large; it must be below 2**32 = {_LARGEST}"
+            )
+        elif type(value) is str:
+            require(
+                value.strip() != "" and "\0" not in value,
+                f"{name} must not be empty; give it a value, or leave it out",
+            )
 
 
 def check_stage(stage: StageConfig, model: ModelConfig, parallel: ParallelConfig, world_size: int) -> None:
     """Batch sizes, lengths and the teacher. Raises ConfigurationError."""
     at_least(stage, "stage", 1, "train_iters", "seq_length", "micro_batch_size", "global_batch_size")
+    tokens = stage.train_iters * stage.global_batch_size * stage.seq_length
+    require(
+        tokens < 2**63,
+        f"stage.train_iters={stage.train_iters} x stage.global_batch_size={stage.global_batch_size} x "
+        f"stage.seq_length={stage.seq_length} = {tokens:.3g} tokens are more than 64 bits count; lower one",
+    )
+    at_least(stage.alignment, "stage.alignment", 0, "calibration_tokens")
+    above_zero(stage.alignment, "stage.alignment", "calibration_ridge")
     check_sequence_split(stage.seq_length, model, parallel)
     if stage.kind is StageKind.align:  # trains on the dense source's sequences, which have no sinks
         check_sequence_split(stage.seq_length, replace(model, num_sink_tokens=0), parallel)
@@ -142,6 +170,10 @@ def check_platform(config: RunConfig) -> None:
     above_zero(cluster, "cluster", "timeout_minutes", "peak_tflops")
     _check_kernels(config)
     require(
+        cluster.timeout_minutes <= _LONGEST_TIMEOUT,
+        f"cluster.timeout_minutes={cluster.timeout_minutes} must be at most {_LONGEST_TIMEOUT}, a week",
+    )
+    require(
         cluster.kernels.experts is not ExpertBackend.grouped_gemm or not config.model.spiking.in_experts,
         "cluster.kernels.experts=grouped_gemm cannot encode spikes inside experts, which mlp_fc1 and mlp_fc2 "
         "in model.spiking.projections ask for; choose cluster.kernels.experts=sequential",
@@ -206,8 +238,7 @@ def check_run_config(config: RunConfig, world_size: int) -> None:
         CheckpointError: a checkpoint folder that is named but incomplete.
         DataError: an indexed dataset that is named but not there.
     """
-    for name, number in _floats(config):
-        require(math.isfinite(number), f"{name}={number} must be a finite number")
+    check_values(config)
     check_model(config.model)
     check_world_size(config.parallel, world_size)
     check_split(config.model, config.parallel)

@@ -6,12 +6,13 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -97,9 +98,45 @@ def explain_composition(error: BaseException) -> SpikingBrainError | None:
     explained = explain(error, RunConfig)
     if explained is not None:
         return explained
-    if isinstance(error, (HydraException, OmegaConfBaseException)):
+    # Hydra checks some arguments with plain ValueErrors.
+    if isinstance(error, (HydraException, OmegaConfBaseException)) or _raised_in(error, "hydra"):
         return ConfigurationError(" ".join(text.split()))
     return None
+
+
+def _raised_in(error: BaseException, package: str) -> bool:
+    """Whether a function of ``package`` raised ``error``."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).split(".")[0] == package
+
+
+def check_choices(arguments: Sequence[str]) -> None:
+    """Each group gets one choice, and Hydra's own settings none: Hydra would merge a list of choices, and
+    with settings of its own run several times or write elsewhere.
+
+    Raises:
+        ConfigurationError: naming the group and its choices, or the setting.
+    """
+    known = groups()
+    for argument in arguments:
+        name, equals, _ = argument.partition("=")
+        name = name.lstrip("+~")
+        if equals and re.split(r"[./]", name)[0] == "hydra" and name != "hydra.searchpath":
+            raise ConfigurationError(f"{name} is a setting of Hydra itself, not of a run; leave it out")
+        if name not in known:
+            continue
+        choices = ", ".join(known[name])
+        if argument.startswith("~"):
+            raise ConfigurationError(f"{argument} takes a group away; choose {name}=... from {choices}")
+        try:
+            value = OverridesParser.create().parse_override(argument).value()
+        except HydraException:
+            continue  # Hydra is about to say why
+        if not isinstance(value, (str, dict)):
+            hint = "; leave it out to have none" if name == "experiment" else ""
+            raise ConfigurationError(f"{argument} does not fit: {name} takes one of {choices}{hint}")
 
 
 @contextmanager
@@ -141,6 +178,7 @@ def compose_from_command_line() -> DictConfig | None:
             raise ConfigurationError(
                 "--multirun would train several runs in one process; start one train.py a run"
             )
+    check_choices(sys.argv[1:])
     register_schema()
     composed: list[DictConfig] = []
     task = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(
@@ -157,6 +195,7 @@ def compose_run(overrides: list[str]) -> DictConfig:
     Raises:
         ConfigurationError: as :func:`compose_from_command_line`.
     """
+    check_choices(overrides)
     register_schema()
     with (
         hydra.initialize_config_dir(version_base="1.3", config_dir=str(conf_folder())),

@@ -17,7 +17,7 @@ from spikingbrain_train.config.conversion import ConversionConfig
 from spikingbrain_train.config.errors import CheckpointError, ConfigurationError
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.run import RunConfig
-from spikingbrain_train.config.schema import explain, unknown_setting, unknown_settings
+from spikingbrain_train.config.schema import check_lists, explain, unknown_setting, unknown_settings
 
 Config = TypeVar("Config", RunConfig, ModelConfig, ConversionConfig)
 
@@ -73,7 +73,9 @@ def _to_typed(values: DictConfig | ListConfig, schema: type[Config]) -> Config:
         if missing:
             verb = "has no value" if len(missing) == 1 else "have no value"
             raise ConfigurationError(f"{', '.join(missing)} {verb}; set {missing[0]}=... and the like")
-        return cast(Config, OmegaConf.to_object(config))
+        typed = cast(Config, OmegaConf.to_object(config))
+        check_lists(typed)
+        return typed
     except (OmegaConfBaseException, ValueError, TypeError) as error:
         explained = explain(error, schema)
         if explained is None:

@@ -14,6 +14,9 @@ from spikingbrain_train.config.model import (
 )
 from spikingbrain_train.config.require import above_zero, at_least, divisors, either, require
 
+_MOST_LAYERS = 1000
+"""As many as the deepest published transformer has; beyond, a typing error would keep the planner busy."""
+
 
 def check_model(model: ModelConfig) -> None:
     """Sizes of the network on their own. Raises ConfigurationError."""
@@ -30,6 +33,10 @@ def check_model(model: ModelConfig) -> None:
             "kv_channels",
         ),
         *("vocab_size", "max_position_embeddings", "sliding_window", "make_vocab_size_divisible_by"),
+    )
+    require(
+        model.num_layers <= _MOST_LAYERS,
+        f"model.num_layers={model.num_layers} must be at most {_MOST_LAYERS}",
     )
     at_least(model, "model", 0, "init_method_std", "num_sink_tokens")
     above_zero(model, "model", "rotary_base", "norm_epsilon")

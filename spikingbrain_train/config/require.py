@@ -37,9 +37,14 @@ def divisors(number: int) -> list[int]:
     return small + [number // d for d in reversed(small) if d * d != number]
 
 
+_LONGEST_CHOICE = 12
+
+
 def either(values: Iterable[int]) -> str:
-    """Numbers as a choice in words: "1, 2 or 4"."""
+    """Numbers as a choice in words: "1, 2 or 4"; of many the first ones and the last."""
     *others, last = map(str, values)
+    if len(others) > _LONGEST_CHOICE:
+        others = [*others[: _LONGEST_CHOICE - 2], "..."]
     return f"{', '.join(others)} or {last}" if others else last
 
 

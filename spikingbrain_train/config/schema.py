@@ -140,3 +140,23 @@ def unknown_settings(config: Any, schema: Schema) -> list[str]:
                 yield from walk(node._get_node(key), f"{name}.")
 
     return list(walk(config, ""))
+
+
+def check_lists(config: Any, prefix: str = "") -> None:
+    """Lists hold single values of their type: OmegaConf lets a list in a list pass.
+
+    Raises:
+        ConfigurationError: naming the setting and the place.
+    """
+    annotations = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        name, value = f"{prefix}{field.name}", getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            check_lists(value, f"{name}.")
+        elif isinstance(value, list):
+            (item_type,) = typing.get_args(_without_none(annotations[field.name])[0])
+            for index, item in enumerate(value):
+                if not isinstance(item, item_type):
+                    place = f"{name}[{index}]"
+                    takes = what_it_takes(item_type)
+                    raise ConfigurationError(f"{place}={item} does not fit: {place} takes {takes}")

@@ -1,9 +1,4 @@
-"""Forms the process groups of a run from its ParallelConfig and the launcher's environment.
-
-Launchers (torchrun, or scripts/slurm) say who this process is through RANK, WORLD_SIZE, LOCAL_RANK,
-LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Without them the process is a world of its own: ``python
-train.py`` needs no launcher.
-"""
+"""Forms the process groups of a run from its ParallelConfig and the launcher's environment."""
 
 from __future__ import annotations
 
@@ -28,51 +23,13 @@ from spikingbrain_train.config.parallel_checks import check_world_size
 from spikingbrain_train.parallel import megatron_cpu, megatron_versions
 from spikingbrain_train.parallel.accelerator import Accelerator
 from spikingbrain_train.parallel.host_memory import keep_freed_memory
+from spikingbrain_train.parallel.launch import Launch, available_cores
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
 
 _GLOO_SETTLE_SECONDS = 0.05
-
-
-@dataclass(frozen=True)
-class Launch:
-    """Who this process is, as its launcher says."""
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-    local_world_size: int = 1
-    master_addr: str | None = None
-    """Host of the rendezvous store; None for a process that was started without a launcher."""
-
-    @classmethod
-    def from_environment(cls, environment: Mapping[str, str] | None = None) -> Launch:
-        """Read the launcher's variables.
-
-        Raises:
-            PlatformError: only some of them are there, or one is not a number.
-        """
-        environment = os.environ if environment is None else environment
-        if "RANK" not in environment and "WORLD_SIZE" not in environment:
-            return cls()
-        required = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        missing = [name for name in required if not environment.get(name)]
-        if missing:
-            raise PlatformError(
-                f"the launcher set only some of {', '.join(required)}; missing: {', '.join(missing)}. Start "
-                "with torchrun or a script of scripts/slurm, or unset them all to run one process."
-            )
-        try:
-            rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-            local_rank = int(environment.get("LOCAL_RANK", rank))
-            local_world_size = int(environment.get("LOCAL_WORLD_SIZE", world_size))
-        except ValueError as error:
-            raise PlatformError(
-                f"RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE must be numbers: {error}."
-            ) from None
-        return cls(rank, world_size, local_rank, local_world_size, environment["MASTER_ADDR"])
 
 
 @dataclass(frozen=True)
@@ -257,11 +214,7 @@ def threads_per_rank(local_world_size: int, environment: Mapping[str, str] | Non
     torchrun_default = chosen == "1" and "TORCHELASTIC_RUN_ID" in environment and local_world_size > 1
     if chosen.isdigit() and int(chosen) > 0 and not torchrun_default:
         return int(chosen)
-    return max(1, _available_cores() // local_world_size)
-
-
-def _available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, available_cores() // local_world_size)
 
 
 def _seed(seed: int) -> None:

@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
+from spikingbrain_train.config.errors import ConfigurationError
 from spikingbrain_train.models.mixers.gated_linear_attention import GatedLinearAttention
 from spikingbrain_train.parallel.context_parallel.sequence_layout import SequenceLayout
 from spikingbrain_train.parallel.process_groups import ProcessGroups
@@ -88,7 +89,11 @@ class ProjectionFit:
 
     @torch.no_grad()
     def solve(self, ridge: float) -> None:
-        """Replace the projection by the fitted one; every rank solves the same system, keeps its columns."""
+        """Replace the projection by the fitted one; every rank solves the same system, keeps its columns.
+
+        Raises:
+            ConfigurationError: the system has no single solution.
+        """
         for sums in (self.gram, self.cross):
             torch.distributed.all_reduce(sums, group=self.groups.collection.dp_cp)
         tp_group = self.groups.collection.tp
@@ -98,5 +103,11 @@ class ProjectionFit:
         scale = (source.t() * cross).sum() / (source @ gram * source).sum()
         pull = ridge * gram.diagonal().mean()
         gram.diagonal().add_(pull)
-        fitted = torch.linalg.solve(gram, cross + pull * scale * source.t()).t()
+        try:
+            fitted = torch.linalg.solve(gram, cross + pull * scale * source.t()).t()
+        except torch.linalg.LinAlgError as error:
+            raise ConfigurationError(
+                f"stage.alignment.calibration_ridge={ridge} is too small, so that the fit has no single "
+                "solution; raise it, e.g. to 0.3, or raise stage.alignment.calibration_tokens"
+            ) from error
         local.copy_(fitted.chunk(tp_group.size(), dim=1)[tp_group.rank()])

@@ -12,7 +12,8 @@ from spikingbrain_train.config.errors import ConfigurationError, PlatformError
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.parallel import process_groups
 from spikingbrain_train.parallel.accelerator import detect
-from spikingbrain_train.parallel.process_groups import Launch, ProcessGroups, threads_per_rank
+from spikingbrain_train.parallel.launch import Launch
+from spikingbrain_train.parallel.process_groups import ProcessGroups, threads_per_rank
 from tests.distributed.pool import RankPool
 
 LAUNCHED = {"RANK": "3", "WORLD_SIZE": "8", "MASTER_ADDR": "node-a", "MASTER_PORT": "29500"}
@@ -55,7 +56,7 @@ def test_world_that_does_not_fit_is_refused_before_ranks_meet(
 
 
 def test_cores_are_divided_over_the_ranks_of_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process_groups, "_available_cores", lambda: 8)
+    monkeypatch.setattr(process_groups, "available_cores", lambda: 8)
     torchrun = {"TORCHELASTIC_RUN_ID": "none", "OMP_NUM_THREADS": "1"}
     assert threads_per_rank(1, {}) == 8
     assert threads_per_rank(2, {}) == 4
