@@ -46,6 +46,7 @@ WITHOUT_TORCH = [
     "parallel/context_parallel/head_shares.py",
     "parallel/launch.py",
     "parallel/host_capacity.py",
+    "parallel/precision.py",
 ]
 WITHOUT_TORCH_MODULES = {f"{PACKAGE}.{name.removesuffix('.py').replace('/', '.')}" for name in WITHOUT_TORCH}
 

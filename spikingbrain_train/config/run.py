@@ -14,6 +14,9 @@ from spikingbrain_train.config.parallel import ClusterConfig, ParallelConfig
 class Precision(str, Enum):
     """Number format of weights and activations; the optimizer always keeps fp32 main weights."""
 
+    auto = "auto"
+    """bf16 where the hardware multiplies it, else fp32: decided once for all ranks, and kept on resume. The
+    log of a run and its stored run_config.yaml name what it became."""
     fp32 = "fp32"
     bf16 = "bf16"
 
@@ -229,7 +232,7 @@ class RunConfig:
     """Reporting."""
     output_dir: str = MISSING
     """Folder of this run: checkpoints, metrics, logs."""
-    precision: Precision = Precision.bf16
+    precision: Precision = Precision.auto
     """Number format of weights and activations."""
     seed: int = 1234
     """Seed of initial weights, data order and dropout."""

@@ -100,9 +100,10 @@ def _parser(prog: str, description: str, epilog: str) -> argparse.ArgumentParser
     parser.add_argument("--output", type=Path, metavar="FILE", help="also write the result as JSON")
     parser.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="number format to compute in (default: %(default)s)",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="number format to compute in; auto takes bfloat16 where the hardware multiplies it, else "
+        "float32 (default: %(default)s)",
     )
     parser.add_argument(
         "--device",
@@ -146,7 +147,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         arguments.data, arguments.seq_length, arguments.max_windows, model.config.vocab_size
     )
     measured = measure_perplexity(model, dataset, progress=True)
-    print(f"model          {arguments.model} ({type(model).__name__}, {arguments.dtype})")
+    print(f"model          {arguments.model} ({type(model).__name__}, {_dtype_name(model.dtype)})")
     print(f"held-out text  {measured.tokens:,} tokens in {measured.windows} windows of {measured.seq_length}")
     print(f"cross entropy  {measured.cross_entropy:.4f} nats per token")
     print(f"perplexity     {measured.perplexity:.3f}")
@@ -181,16 +182,30 @@ def _load_model(arguments: argparse.Namespace) -> PreTrainedModel:
     import torch
 
     from spikingbrain_train.config.parallel import AcceleratorKind
+    from spikingbrain_train.config.run import Precision
     from spikingbrain_train.evaluation.pretrained import load_causal_lm
     from spikingbrain_train.parallel.accelerator import detect
+    from spikingbrain_train.parallel.bf16 import choose_precision, slow_format_warning
 
     accelerator = detect(AcceleratorKind(arguments.device))
+    if arguments.dtype == "auto":
+        bf16 = choose_precision(accelerator).precision is Precision.bf16
+        dtype = torch.bfloat16 if bf16 else torch.float32
+    else:
+        dtype = getattr(torch, arguments.dtype)
+        slow = slow_format_warning(f"--dtype {arguments.dtype}", dtype, accelerator)
+        if slow is not None:
+            print(slow, file=sys.stderr, flush=True)
     return load_causal_lm(
         arguments.model,
         trust_remote_code=arguments.trust_remote_code,
-        dtype=getattr(torch, arguments.dtype),
+        dtype=dtype,
         device=accelerator.device(),
     )
+
+
+def _dtype_name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _show_text(text: str) -> None:

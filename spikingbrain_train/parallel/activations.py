@@ -32,7 +32,7 @@ _CHUNK_SEGMENT_ELEMENTS = 1 << 20  # ops/gated_linear_attention/chunk.py keeps a
 
 def bytes_per_element(precision: Precision) -> int:
     """Bytes of a weight or activation."""
-    return 2 if precision is Precision.bf16 else FP32
+    return {Precision.bf16: 2, Precision.fp32: FP32}[precision]
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ class MemoryEstimate:
 
 def optimizer_bytes(precision: Precision) -> int:
     """Bytes of optimizer state per trainable parameter."""
-    return 3 * FP32 if precision is Precision.bf16 else 2 * FP32
+    return {Precision.bf16: 3 * FP32, Precision.fp32: 2 * FP32}[precision]
 
 
 def needs_teacher(config: RunConfig) -> bool:

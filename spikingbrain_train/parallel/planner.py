@@ -10,7 +10,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from math import lcm
 from pathlib import Path
@@ -37,6 +37,7 @@ from spikingbrain_train.parallel.memory import (
     needs_teacher,
     optimizer_bytes,
 )
+from spikingbrain_train.parallel.precision import PrecisionChoice, expected_precision
 
 GIB = 2**30
 
@@ -102,6 +103,9 @@ class Plan:
     """What a run will do. ``print(plan.render())`` shows it."""
 
     config: RunConfig
+    """The run; its precision is never ``auto``."""
+    precision: PrecisionChoice
+    """Why it has that precision."""
     world_size: int
     stages: list[StagePlan]
     flops_per_token: float
@@ -153,8 +157,10 @@ class Plan:
         learns = "" if not needs_teacher(config) else f", learning from {stage.teacher}"
         bubble = f", pipeline bubble {self.pipeline_bubble:.1%}" if len(self.stages) > 1 else ""
         sinks = f" behind {model.num_sink_tokens} sinks" if model.num_sink_tokens else ""
+        chosen = [("precision", self.precision.describe())] if self.precision.reason else []
         rows = [
             ("stage", f"{stage.kind.name} in {config.precision.name}{learns}"),
+            *chosen,
             *(("model" if index == 0 else "", text) for index, text in enumerate(self._model_facts())),
             ("ranks", self._rank_facts()),
             (
@@ -280,11 +286,18 @@ def _size(number: float) -> str:
 
 
 def plan_run(config: RunConfig, world_size: int) -> Plan:
-    """Lay a checked run out over ``world_size`` ranks (config.checks.check_run_config has accepted it)."""
+    """Lay a checked run out over ``world_size`` ranks (config.checks.check_run_config has accepted it).
+
+    Raises:
+        CheckpointError: a checkpoint of this run, whose precision it would keep, is damaged.
+    """
+    precision = expected_precision(config)
+    config = replace(config, precision=precision.precision)
     replicas = world_size // config.parallel.model_parallel_size
     micro_batches = config.stage.global_batch_size // (config.stage.micro_batch_size * replicas)
     return Plan(
         config=config,
+        precision=precision,
         world_size=world_size,
         stages=[
             _plan_stage(config, stage, world_size, micro_batches)

@@ -20,10 +20,12 @@ from spikingbrain_train.config.model import FeedForward, Mixer
 from spikingbrain_train.config.parallel import AcceleratorKind, KernelConfig
 from spikingbrain_train.parallel import megatron_cpu, megatron_versions
 from spikingbrain_train.parallel.accelerator import detect
+from spikingbrain_train.parallel.bf16 import choose_precision
 from spikingbrain_train.parallel.costs import active_parameters, total_parameters
 from spikingbrain_train.parallel.kernels import resolve_kernels
 from spikingbrain_train.parallel.memory import MemoryEstimate
 from spikingbrain_train.parallel.planner import GIB, Plan, quantity, smallest_stage
+from spikingbrain_train.parallel.precision import PrecisionChoice
 from spikingbrain_train.parallel.process_groups import destroy, form_groups
 
 
@@ -51,6 +53,8 @@ class RankShare:
     """The rank's 0-based place along every kind of parallelism."""
     parameters: int
     layers: list[BuiltLayer]
+    otherwise: PrecisionChoice | None = None
+    """What torch makes of ``precision=auto`` on this machine, where that is not what the plan expected."""
 
     @property
     def memory(self) -> MemoryEstimate:
@@ -73,6 +77,8 @@ class RankShare:
             ),
             ("memory", f"{self.memory.total / GIB:.2f} GiB: {parts}"),
         ]
+        if self.otherwise is not None:
+            rows.append(("warning", f"a run here would have {self.otherwise.describe()}, unlike the plan"))
         if any(layer.feed_forward is FeedForward.moe for layer in self.layers):
             held = model.moe.num_experts // parallel.expert_model_parallel_size
             first = self.places["expert"] * held
@@ -167,7 +173,8 @@ def build_share(plan: Plan) -> RankShare:
         kernels = resolve_kernels(KernelConfig(), host)
         model = build_model(config.model, megatron_config, kernels, torch.device("meta"))
     stage = plan.stages[places["pipeline"]]
-    share = RankShare(plan, rank, places, _count(model), [_describe(layer) for layer in model.decoder.layers])
+    layers = [_describe(layer) for layer in model.decoder.layers]
+    share = RankShare(plan, rank, places, _count(model), layers, _other_precision(plan))
     built = (share.parameters, *((layer.mixer, layer.feed_forward) for layer in share.layers))
     planned = (stage.parameters, *zip(stage.mixers, stage.feed_forwards, strict=True))
     if built != planned:
@@ -176,6 +183,15 @@ def build_share(plan: Plan) -> RankShare:
             f"parallel/costs.py does not describe the modules"
         )
     return share
+
+
+def _other_precision(plan: Plan) -> PrecisionChoice | None:
+    """torch's choice of the precision if it differs from the plan's; None for a plan of another machine."""
+    kind = plan.config.cluster.accelerator
+    if not plan.precision.assumed or kind not in (AcceleratorKind.cpu, AcceleratorKind.auto):
+        return None
+    choice = choose_precision(detect(kind))
+    return None if choice.precision is plan.precision.precision else choice
 
 
 def _describe(layer: Any) -> BuiltLayer:

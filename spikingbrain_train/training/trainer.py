@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from spikingbrain_train.evaluation.held_out import held_out_cross_entropy
 from spikingbrain_train.models.spiking_linear import collect_spike_statistics, set_spike_k
 from spikingbrain_train.models.transformer_config import PARAMS_DTYPE
 from spikingbrain_train.parallel.accelerator import detect
+from spikingbrain_train.parallel.bf16 import agree_on_precision, slow_format_warning
 from spikingbrain_train.parallel.kernels import attention_choices, describe_kernels, resolve_kernels
 from spikingbrain_train.parallel.planner import plan_run
 from spikingbrain_train.parallel.process_groups import ProcessGroups, destroy, initialize
@@ -56,12 +58,17 @@ def run(config: RunConfig) -> None:
         SpikingBrainError: something the user can fix; every rank raises it or is stopped by the launcher.
     """
     accelerator = detect(config.cluster.accelerator)
-    accelerator.require_dtype(PARAMS_DTYPE[config.precision])
     groups = initialize(
         config.parallel, accelerator, seed=config.seed, timeout_minutes=config.cluster.timeout_minutes
     )
     try:
-        Trainer(config, groups).train()
+        choice = agree_on_precision(config, groups)
+        dtype = PARAMS_DTYPE[choice.precision]
+        accelerator.require_dtype(dtype)
+        if groups.is_main_process:
+            slow = slow_format_warning(f"precision={choice.precision.value}", dtype, accelerator)
+            print(*(line for line in (choice.describe(), slow) if line), sep="\n", flush=True)
+        Trainer(replace(config, precision=choice.precision), groups).train()
     finally:
         destroy()
 
@@ -70,7 +77,7 @@ class Trainer:
     """One stage of one run.
 
     Args:
-        config: the run.
+        config: the run; its precision is settled (see :func:`run`).
         groups: process groups, already formed.
     """
 

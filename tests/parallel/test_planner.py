@@ -75,7 +75,11 @@ MODELS = {
 def run_of(model: ModelConfig, parallel: ParallelConfig | None = None, **stage: object) -> RunConfig:
     settings: dict = {"train_iters": 100, "seq_length": 64, "global_batch_size": 8, **stage}
     return RunConfig(
-        model=model, parallel=parallel or ParallelConfig(), stage=StageConfig(**settings), output_dir="run"
+        model=model,
+        parallel=parallel or ParallelConfig(),
+        stage=StageConfig(**settings),
+        precision=Precision.bf16,
+        output_dir="run",
     )
 
 
