@@ -12,6 +12,7 @@ from pathlib import Path
 from spikingbrain_train.config.command_line import user_errors
 from spikingbrain_train.config.errors import ConfigurationError
 from spikingbrain_train.config.load import load_conversion
+from spikingbrain_train.conversion.window_convention import WindowConvention
 
 _DESCRIPTION = """\
 Convert checkpoints between Hugging Face and Megatron, swapping sequence mixers on the way in.
@@ -139,6 +140,13 @@ def _add_import_arguments(parser: argparse.ArgumentParser) -> None:
         help="spikingbrain_7b, spikingbrain_76b, dense, another file of conf/conversion, or a .yaml path. "
         "Without it, layers stay as they are",
     )
+    parser.add_argument(
+        "--window-convention",
+        choices=[convention.value for convention in WindowConvention],
+        help="what sliding_window of a published SpikingBrain-7B folder counts: the tokens before the "
+        "current one, as its default code does (published; taken if you do not say), or those with it, as "
+        "its SDPA variant and cache do (inclusive)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier result in --output")
     parser.add_argument(
         "--allow-damaged-weights",
@@ -169,7 +177,7 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="DIR",
-        help="run folder (newest checkpoint) or one iter_* folder",
+        help="run folder or its checkpoints (the newest is taken), or one iter_* folder",
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to make")
     parser.add_argument("--dtype", choices=_DTYPES, help="number format of the weights; default: as stored")
@@ -196,6 +204,7 @@ def _import(arguments: argparse.Namespace) -> str:
         arguments.hf,
         arguments.output,
         recipe,
+        window_convention=arguments.window_convention and WindowConvention(arguments.window_convention),
         overwrite=arguments.overwrite,
         allow_damaged_weights=arguments.allow_damaged_weights,
         dry_run=arguments.dry_run,

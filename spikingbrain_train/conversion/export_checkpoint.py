@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from math import prod
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from spikingbrain_train.conversion.hf_config import CONFIG_FILE, GLA_SWA, load_c
 from spikingbrain_train.conversion.mapping import Parameter, model_parameters
 from spikingbrain_train.conversion.megatron_checkpoint import MegatronCheckpointReader, resolve_checkpoint
 from spikingbrain_train.conversion.output_folder import check_output_folder, complete_folder
+from spikingbrain_train.conversion.published_form import Completion, completions, published_class_lacks
 from spikingbrain_train.conversion.report import ConversionReport, describe_layers
 from spikingbrain_train.conversion.safetensors_io import DTYPE_CODES, SafetensorsWriter, TensorSpec
 from spikingbrain_train.conversion.weight_values import (
@@ -78,14 +80,18 @@ def export_checkpoint(
     hf_source = folder / HF_SOURCE_FOLDER
     source_config = load_config_json(hf_source) if (hf_source / CONFIG_FILE).is_file() else None
 
-    parameters = sorted(
-        model_parameters(model), key=lambda parameter: -(dtype or stored[parameter.name]).itemsize
-    )
-    specs = [
-        TensorSpec(name, shape, dtype or stored[parameter.name])
-        for parameter in parameters
-        for name, shape in zip(parameter.hf_names(family.names), parameter.hf_shapes, strict=True)
-    ]
+    pieces: list[Parameter | Completion] = list(model_parameters(model))
+    if family is GLA_SWA:
+        pieces += completions(model)
+
+    def specs_of(piece: Parameter | Completion) -> list[TensorSpec]:
+        if isinstance(piece, Completion):
+            return [TensorSpec(piece.name, piece.shape, dtype or stored[piece.beside.name])]
+        tensors = zip(piece.hf_names(family.names), piece.hf_shapes, strict=True)
+        return [TensorSpec(name, shape, dtype or stored[piece.name]) for name, shape in tensors]
+
+    pieces.sort(key=lambda piece: -specs_of(piece)[0].dtype.itemsize)
+    specs = [spec for piece in pieces for spec in specs_of(piece)]
     config = hf_config(model, source_config, _dtype_name(specs))
     report = ConversionReport(
         source=str(folder),
@@ -99,6 +105,11 @@ def export_checkpoint(
         report.notes.append(
             "the model encodes activations as spikes, for which the format has no setting; the export "
             "computes without them"
+        )
+    if family is GLA_SWA and published_class_lacks(model):
+        report.notes.append(
+            f"the published modelling code has no {' and no '.join(published_class_lacks(model))}; load the "
+            "folder with the code that it carries (trust_remote_code=True)"
         )
     check_output_folder(
         output, source=folder, overwrite=overwrite, marker=CONFIG_FILE, needed_bytes=report.bytes
@@ -127,18 +138,25 @@ def export_checkpoint(
                 disable=None if progress else True,
             ) as bar,
         ):
-            for parameter in parameters:
-                parts = parameter.split(_read_parameter(reader, parameter))
-                for name, part in zip(parameter.hf_names(family.names), parts, strict=True):
-                    part = part if dtype is None else part.to(dtype)
+            for piece in pieces:
+                for spec, part in zip(specs_of(piece), _values(reader, piece), strict=True):
+                    part = part.to(spec.dtype)
                     fault = fault_of(part, may_be_zero=True)
                     if fault is not None and not allow_damaged_weights:
+                        parameter = piece.beside if isinstance(piece, Completion) else piece
                         raise CheckpointError(_damage(folder, parameter.name, fault, dtype))
                     if fault is not None:
-                        damaged[name] = fault
-                    writer.write(name, part)
+                        damaged[spec.name] = fault
+                    writer.write(spec.name, part)
                     bar.update(part.nbytes)
-                report.count(parameter.rule.group, "copied", parameter.numel)
+                if isinstance(piece, Parameter):
+                    report.count(piece.rule.group, "copied", piece.numel)
+                elif piece.is_copy:
+                    report.count("output layer", "copy of the tied embedding", prod(piece.shape))
+                else:
+                    report.count(
+                        piece.beside.rule.group, "zero biases for the published class", prod(piece.shape)
+                    )
         report.notes += describe_damage(damaged)
         report.seconds = time.monotonic() - started
     return report
@@ -177,9 +195,13 @@ def check_tensors(reader: MegatronCheckpointReader, model: ModelConfig) -> dict[
     return dtypes
 
 
-def _read_parameter(reader: MegatronCheckpointReader, parameter: Parameter) -> Tensor:
-    """A parameter without the vocabulary padding that a tensor-parallel run added."""
-    return reader.read(parameter.name)[: parameter.shape[0]]
+def _values(reader: MegatronCheckpointReader, piece: Parameter | Completion) -> list[Tensor]:
+    """What is written for ``piece``, without the vocabulary padding that a tensor-parallel run added."""
+    if isinstance(piece, Parameter):
+        return piece.split(reader.read(piece.name)[: piece.shape[0]])
+    if piece.is_copy:
+        return _values(reader, piece.beside)
+    return [torch.zeros(piece.shape)]
 
 
 def _damage(folder: Path, name: str, fault: str, dtype: torch.dtype | None) -> str:

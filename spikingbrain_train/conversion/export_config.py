@@ -17,7 +17,12 @@ from spikingbrain_train.conversion.hf_config import (
     Family,
     parse_hf_config,
 )
+from spikingbrain_train.conversion.published_form import published_class_lacks
+from spikingbrain_train.conversion.window_convention import WINDOW_KEY
 from spikingbrain_train.hf import AUTO_MAP
+
+_OWN_KEYS = "spikingbrain_train"
+"""Key of what config.json says for readers of the file alone."""
 
 
 def unexportable_parts(model: ModelConfig) -> list[str]:
@@ -79,14 +84,27 @@ def hf_config(model: ModelConfig, source: dict[str, Any] | None, dtype: str) -> 
     if same_family:
         config = dict(source)
         from_source = parse_hf_config(source, Path(CONFIG_FILE))[1]
-        if from_source != replace(model, spiking=from_source.spiking):
+        if family is GLA_SWA or from_source != replace(model, spiking=from_source.spiking):
             config.update(_architecture(model, family, config))
     else:
         kept = ("bos_token_id", "eos_token_id", "pad_token_id", "attention_dropout", "use_cache")
         config = {key: source[key] for key in kept if key in source}
         config.update(_architecture(model, family, {}))
+    if family is GLA_SWA:
+        config.pop("rope_scaling", None)  # rope_parameters instead, see below
+        # transformers 4.5x reads torch_dtype only, 5 reads both.
+        return config | _readers_keys(model) | {"dtype": dtype, "torch_dtype": dtype}
     config["torch_dtype" if "torch_dtype" in source and "dtype" not in source else "dtype"] = dtype
     return config
+
+
+def _readers_keys(model: ModelConfig) -> dict[str, Any]:
+    """What a hybrid's config.json says beside its architecture, whatever its source said."""
+    keys: dict[str, Any] = {WINDOW_KEY: model.sliding_window}
+    # AutoTokenizer without remote code reads a model type that it does not know as a plain PretrainedConfig:
+    # with a warning, unless a part of the file has the plain configuration's empty model type.
+    keys[_OWN_KEYS] = {"model_type": "", "beyond_the_published_class": published_class_lacks(model)}
+    return keys
 
 
 def _architecture(model: ModelConfig, family: Family, config: dict[str, Any]) -> dict[str, Any]:
@@ -118,7 +136,11 @@ def _architecture(model: ModelConfig, family: Family, config: dict[str, Any]) ->
             "high_freq_factor": scaling.high_freq_factor,
             "original_max_position_embeddings": scaling.original_max_position_embeddings,
         }
-    if "rope_parameters" in config:
+    if family is GLA_SWA:
+        # Not rope_scaling: transformers 5 fails on it where it reads the file as a plain PretrainedConfig.
+        keys["rope_theta"] = model.rotary_base
+        keys["rope_parameters"] = {**rope, "rope_theta": model.rotary_base} if rope else None
+    elif "rope_parameters" in config:
         keys["rope_parameters"] = {"rope_type": "default", **(rope or {}), "rope_theta": model.rotary_base}
         keys.update({"rope_theta": model.rotary_base} if "rope_theta" in config else {})
     else:
@@ -127,13 +149,14 @@ def _architecture(model: ModelConfig, family: Family, config: dict[str, Any]) ->
 
 
 def _hybrid_keys(model: ModelConfig) -> dict[str, Any]:
+    """``sliding_window`` is what makes the published default code see as many tokens as ``model``."""
     mixers = model.layer_mixers()
     full_layers = [layer for layer, mixer in enumerate(mixers) if mixer is Mixer.full]
     return {
         "auto_map": dict(AUTO_MAP),
         "attn_layers": [layer for layer, mixer in enumerate(mixers) if mixer is not Mixer.gla],
         "full_attention_layers": full_layers,
-        "sliding_window": model.sliding_window,
+        "sliding_window": model.sliding_window - 1,
         "attention_bias": model.add_qkv_bias,
         "qk_norm": model.qk_layernorm,
         "gate_low_rank_dim": model.gla.gate_low_rank_dim,

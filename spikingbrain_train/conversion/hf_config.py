@@ -22,6 +22,11 @@ from spikingbrain_train.config.model import (
 from spikingbrain_train.conversion.hf_names import GLA_SWA_NAMES, LLAMA_NAMES
 from spikingbrain_train.conversion.safetensors_io import SafetensorsReader
 from spikingbrain_train.conversion.weight_values import check_number_of_layers
+from spikingbrain_train.conversion.window_convention import (
+    WINDOW_KEY,
+    WindowConvention,
+    default_convention,
+)
 from spikingbrain_train.hf import ARCHITECTURES
 
 CONFIG_FILE = "config.json"
@@ -119,8 +124,15 @@ def load_config_json(folder: Path) -> dict[str, Any]:
     return values
 
 
-def read_hf_config(folder: Path) -> tuple[Family, ModelConfig]:
+def read_hf_config(
+    folder: Path, window_convention: WindowConvention | None = None
+) -> tuple[Family, ModelConfig]:
     """Family and architecture of the checkpoint in ``folder``, from its config.json.
+
+    Args:
+        folder: where config.json lies.
+        window_convention: how to read ``sliding_window`` of a gla_swa config that does not say what it
+            counts; None reads it as the published default code does.
 
     Raises:
         CheckpointError: config.json is missing or malformed, or describes something this model does not
@@ -129,10 +141,12 @@ def read_hf_config(folder: Path) -> tuple[Family, ModelConfig]:
     values = load_config_json(folder)
     setting = f"{folder / CONFIG_FILE}: num_hidden_layers"
     check_number_of_layers(setting, values.get("num_hidden_layers"), lambda: SafetensorsReader(folder).specs)
-    return parse_hf_config(values, folder / CONFIG_FILE)
+    return parse_hf_config(values, folder / CONFIG_FILE, window_convention)
 
 
-def parse_hf_config(values: dict[str, Any], path: Path) -> tuple[Family, ModelConfig]:
+def parse_hf_config(
+    values: dict[str, Any], path: Path, window_convention: WindowConvention | None = None
+) -> tuple[Family, ModelConfig]:
     """:func:`read_hf_config` for a config that is already loaded; ``path`` is what messages call it."""
     family = _family(values, path)
     settings = _Settings(values, path)
@@ -190,7 +204,7 @@ def parse_hf_config(values: dict[str, Any], path: Path) -> tuple[Family, ModelCo
         init_method_std=settings.number("initializer_range", 0.02),
     )
     if family is GLA_SWA:
-        _read_hybrid(settings, model)
+        _read_hybrid(settings, model, window_convention or default_convention(values))
     else:
         _refuse_windows(settings, num_layers)
     return family, model
@@ -267,7 +281,7 @@ def _refuse_windows(settings: _Settings, num_layers: int) -> None:
         )
 
 
-def _read_hybrid(settings: _Settings, model: ModelConfig) -> None:
+def _read_hybrid(settings: _Settings, model: ModelConfig, convention: WindowConvention) -> None:
     """The keys that only the published gla_swa format (and this project's optional additions) has."""
     if settings.boolean("use_short_conv", False):
         raise settings.refuse("use_short_conv", "is not supported; GLA layers have no short convolution")
@@ -285,8 +299,10 @@ def _read_hybrid(settings: _Settings, model: ModelConfig) -> None:
         raise settings.refuse("full_attention_layers", "must also be listed in attn_layers")
     if "sliding_window" in settings.values and settings.values["sliding_window"] is None:
         full_layers = softmax_layers
+    elif settings.values.get(WINDOW_KEY) is not None:
+        model.sliding_window = settings.integer(WINDOW_KEY)
     else:
-        model.sliding_window = settings.integer("sliding_window", 4096)
+        model.sliding_window = convention.window(settings.integer("sliding_window", 4096))
     model.mixers = shortest_pattern(
         [
             Mixer.gla if layer not in softmax_layers else Mixer.full if layer in full_layers else Mixer.swa

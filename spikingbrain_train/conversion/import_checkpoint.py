@@ -24,17 +24,30 @@ from spikingbrain_train.config.load import save_config
 from spikingbrain_train.config.model import FeedForward, Mixer, ModelConfig
 from spikingbrain_train.config.model_checks import check_conversion, check_model
 from spikingbrain_train.conversion.companion_files import find_companion_files, has_tokenizer
-from spikingbrain_train.conversion.hf_config import CONFIG_FILE, Family, read_hf_config
+from spikingbrain_train.conversion.hf_config import (
+    CONFIG_FILE,
+    GLA_SWA,
+    Family,
+    load_config_json,
+    read_hf_config,
+)
 from spikingbrain_train.conversion.mapping import Parameter, model_parameters
 from spikingbrain_train.conversion.megatron_checkpoint import MegatronCheckpointWriter
 from spikingbrain_train.conversion.new_parameters import NewParameters
 from spikingbrain_train.conversion.output_folder import check_output_folder, complete_folder
+from spikingbrain_train.conversion.published_form import completions
 from spikingbrain_train.conversion.report import NEW, ConversionReport, describe_layers
-from spikingbrain_train.conversion.safetensors_io import SafetensorsReader
+from spikingbrain_train.conversion.safetensors_io import SafetensorsReader, refuse_quantised
 from spikingbrain_train.conversion.source import Source
 from spikingbrain_train.conversion.transforms import Shape
 from spikingbrain_train.conversion.upcycling import check_expert_width, describe_copies, expert_chunks
 from spikingbrain_train.conversion.weight_values import describe_damage
+from spikingbrain_train.conversion.window_convention import (
+    WINDOW_KEY,
+    WindowConvention,
+    default_convention,
+    says_its_window,
+)
 
 _RECOMPUTED = re.compile(r"\.rotary_emb\.inv_freq$")  # a buffer that old transformers versions stored
 
@@ -58,6 +71,7 @@ def import_checkpoint(
     output: Path,
     conversion: ConversionConfig | None = None,
     *,
+    window_convention: WindowConvention | None = None,
     overwrite: bool = False,
     allow_damaged_weights: bool = False,
     dry_run: bool = False,
@@ -72,6 +86,8 @@ def import_checkpoint(
             model.
         output: folder to be made; it appears whole or not at all.
         conversion: mixers, feed-forwards and sinks of the result. None keeps the source's.
+        window_convention: what ``sliding_window`` of a published SpikingBrain-7B folder counts; None takes
+            it as the published default code does, and the report says so.
         overwrite: replace an earlier result in ``output``.
         allow_damaged_weights: import tensors that hold NaN, infinities or only zeros, with a note.
         dry_run: check everything but the values and report without writing.
@@ -79,10 +95,12 @@ def import_checkpoint(
 
     Raises:
         CheckpointError: the source is malformed, damaged or unsupported, or the output cannot be written.
-        ConfigurationError: the recipe does not fit the source.
+        ConfigurationError: the recipe does not fit the source, or the source leaves nothing for
+            ``window_convention`` to say.
     """
     started = time.monotonic()
-    family, source = read_hf_config(hf_folder)
+    window_note = _window_note(hf_folder, window_convention)
+    family, source = read_hf_config(hf_folder, window_convention)
     target = _target(source, conversion, hf_folder)
     check_model(target)
     if conversion is not None:
@@ -105,7 +123,7 @@ def import_checkpoint(
     for planned in plan:
         group = planned.parameter.rule.group
         report.count(group, converter.origin(planned), planned.parameter.numel)
-    report.notes += _notes(target, recipe, drawn=report.new_parameters > 0)
+    report.notes += window_note + _notes(target, recipe, drawn=report.new_parameters > 0)
     companions = find_companion_files(hf_folder)
     report.notes += companions.left_behind
     if not has_tokenizer(hf_folder):
@@ -148,6 +166,27 @@ def import_checkpoint(
     return report
 
 
+def _window_note(hf_folder: Path, chosen: WindowConvention | None) -> list[str]:
+    """How the window of a source that does not say what it counts is read; nothing for other sources."""
+    config = load_config_json(hf_folder)
+    family, model = read_hf_config(hf_folder, chosen)
+    if family is not GLA_SWA or says_its_window(config) or Mixer.swa not in model.layer_mixers():
+        if chosen is not None:
+            raise ConfigurationError(
+                f"--window-convention {chosen.value} has nothing to say about {hf_folder}, which is no "
+                f"published SpikingBrain-7B folder with windows, or names them in {WINDOW_KEY}; leave the "
+                "option out"
+            )
+        return []
+    convention = chosen or default_convention(config)
+    other = next(one for one in WindowConvention if one is not convention)
+    reader = "its default code does" if convention is WindowConvention.published else "its SDPA variant does"
+    return [
+        f"sliding_window is read as {reader}: a token sees {model.sliding_window} tokens, itself included "
+        f"(--window-convention {convention.value}; --window-convention {other.value} is the other reading)"
+    ]
+
+
 def _target(source: ModelConfig, conversion: ConversionConfig | None, hf_folder: Path) -> ModelConfig:
     """The architecture of the result: the source's sizes with the recipe's layers."""
     if conversion is None:
@@ -184,6 +223,7 @@ def _check_source(reader: SafetensorsReader, family: Family, source: ModelConfig
         CheckpointError: a tensor is missing, has another shape, differs in dtype from those it is fused with,
     or is unknown.
     """
+    refuse_quantised(reader)
     expected = set()
     for parameter in model_parameters(source):
         names = parameter.hf_names(family.names)
@@ -212,7 +252,10 @@ def _check_source(reader: SafetensorsReader, family: Family, source: ModelConfig
                 f"model in one dtype"
             )
     ignored = []
-    for name in sorted(set(reader.specs) - expected):
+    zero_biases = _zero_biases(reader, source) if family is GLA_SWA else set()
+    if zero_biases:
+        ignored.append(f"{len(zero_biases)} q/k/v biases (zero, for classes that always have them)")
+    for name in sorted(set(reader.specs) - expected - zero_biases):
         if _RECOMPUTED.search(name):
             ignored.append(f"{name} (recomputed from rope_theta)")
         elif name == family.names["output"] and source.share_embeddings_and_output_weights:
@@ -229,6 +272,22 @@ def _check_source(reader: SafetensorsReader, family: Family, source: ModelConfig
                 "it; importing without it would change the model"
             )
     return ignored
+
+
+def _zero_biases(reader: SafetensorsReader, source: ModelConfig) -> set[str]:
+    """Names of the biases that an export holds for the published class and the model does not have.
+
+    Raises:
+        CheckpointError: one is not zero.
+    """
+    names = {entry.name for entry in completions(source) if not entry.is_copy} & set(reader.specs)
+    for name in sorted(names):
+        if reader.read(name).any():
+            raise CheckpointError(
+                f"{reader.file_of(name)}: {name} is not zero although {CONFIG_FILE} has attention_bias = "
+                "false; set it to true if the biases were trained"
+            )
+    return names
 
 
 def _notes(target: ModelConfig, recipe: ConversionConfig, *, drawn: bool) -> list[str]:

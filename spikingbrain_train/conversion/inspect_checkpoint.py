@@ -17,7 +17,7 @@ from spikingbrain_train.conversion.export_config import export_family, unexporta
 from spikingbrain_train.conversion.hf_config import CONFIG_FILE, read_hf_config
 from spikingbrain_train.conversion.megatron_checkpoint import MegatronCheckpointReader, resolve_checkpoint
 from spikingbrain_train.conversion.report import describe_layers
-from spikingbrain_train.conversion.safetensors_io import SafetensorsReader
+from spikingbrain_train.conversion.safetensors_io import SafetensorsReader, refuse_quantised
 from spikingbrain_train.conversion.weight_values import check_number_of_layers
 
 
@@ -34,7 +34,9 @@ def inspect_checkpoint(folder: Path) -> str:
 
 def _inspect_hf(folder: Path) -> str:
     family, model = read_hf_config(folder)
-    specs = SafetensorsReader(folder).specs.values()
+    reader = SafetensorsReader(folder)
+    refuse_quantised(reader)
+    specs = reader.specs.values()
     return "\n".join(
         [
             f"{folder}: Hugging Face checkpoint, {family.architecture}",

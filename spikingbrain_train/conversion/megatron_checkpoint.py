@@ -30,7 +30,11 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from spikingbrain_train.config.checkpoint_folder import latest_checkpoint
+from spikingbrain_train.config.checkpoint_folder import (
+    CHECKPOINT_FOLDER,
+    LATEST_ITERATION_FILE,
+    latest_checkpoint,
+)
 from spikingbrain_train.config.errors import CheckpointError
 from spikingbrain_train.parallel.checkpoint_metadata import (
     METADATA_FILE,
@@ -43,12 +47,15 @@ _FILE_BYTES = 5 * 1024**3  # a data file is closed when it has grown beyond this
 
 def resolve_checkpoint(path: Path) -> Path:
     """The folder of one checkpoint: ``path`` itself if it is an ``iter_*`` folder, or the newest one in
-    ``path``.
+    ``path``, a checkpoint folder or the folder of a run.
 
     Raises:
         CheckpointError: there is no complete Megatron checkpoint.
     """
-    return path if (path / METADATA_FILE).is_file() else latest_checkpoint(path, "--checkpoint")
+    if (path / METADATA_FILE).is_file():
+        return path
+    is_run = not (path / LATEST_ITERATION_FILE).is_file() and (path / CHECKPOINT_FOLDER).is_dir()
+    return latest_checkpoint(path / CHECKPOINT_FOLDER if is_run else path, "--checkpoint")
 
 
 class MegatronCheckpointWriter:

@@ -23,6 +23,8 @@ INDEX_FILE = "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
+_QUANTISER_SCALES = ".weight_quantizer.scales"  # how the published W8ASpike class names them
+
 
 @dataclass(frozen=True)
 class TensorSpec:
@@ -133,6 +135,22 @@ class SafetensorsReader:
             raise CheckpointError(
                 f"{path} is not a complete safetensors file ({error}); copy it again from its source"
             ) from None
+
+
+def refuse_quantised(reader: SafetensorsReader) -> None:
+    """Refuse a published W8ASpike folder, which config.json does not tell from the plain SpikingBrain-7B.
+
+    Its weights are ordinary floats; what they are rounded to is stored beside them.
+
+    Raises:
+        CheckpointError: there are scales of a weight quantiser.
+    """
+    scales = sorted(name for name in reader.specs if name.endswith(_QUANTISER_SCALES))
+    if scales:
+        raise CheckpointError(
+            f"{reader.folder} is a quantised W8ASpike checkpoint: {len(scales)} tensors such as {scales[0]} "
+            "hold the scales of its weights; use the unquantised SpikingBrain-7B checkpoint"
+        )
 
 
 class SafetensorsWriter:

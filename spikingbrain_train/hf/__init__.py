@@ -19,5 +19,5 @@ AUTO_MAP = {
 def modelling_files() -> list[Path]:
     """The Python files that must lie next to config.json in an exported folder."""
     folder = Path(__file__).resolve().parent
-    names = ("configuration", "modeling", "ops", "cache")
+    names = ("configuration", "modeling", "ops", "cache", "layout")
     return [folder / f"{name}_gla_swa.py" for name in names]

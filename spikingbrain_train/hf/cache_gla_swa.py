@@ -2,8 +2,8 @@
 modeling_gla_swa.py).
 
 A GLA layer keeps one state [B, G, K, V] in float32, whatever the length of the text; a sliding-window layer
-the keys and values of the last sliding_window - 1 tokens (with the next token's own they make a full window);
-a full-attention layer all of them.
+the keys and values of the last attention_window - 1 tokens of text (with the next token's own they make a
+full window), and of padding between them; a full-attention layer all of them.
 """
 
 from __future__ import annotations
@@ -45,12 +45,16 @@ class KeyValueLayer:
         self.k_BGSK: Tensor | None = None
         self.v_BGSV: Tensor | None = None
 
-    def update(self, k_BGTK: Tensor, v_BGTV: Tensor) -> tuple[Tensor, Tensor]:
-        """Append the keys and values of new tokens; return all that the new tokens can see."""
+    def update(self, k_BGTK: Tensor, v_BGTV: Tensor, num_kept: int | None) -> tuple[Tensor, Tensor]:
+        """Append the keys and values of new tokens; return all that the new tokens can see.
+
+        Args:
+            num_kept: tokens to remember for the next call; a layer without a window remembers all.
+        """
         if self.k_BGSK is not None and self.v_BGSV is not None:
             k_BGTK = torch.cat([self.k_BGSK, k_BGTK], dim=2)
             v_BGTV = torch.cat([self.v_BGSV, v_BGTV], dim=2)
-        self.k_BGSK, self.v_BGSV = self._trim(k_BGTK), self._trim(v_BGTV)
+        self.k_BGSK, self.v_BGSV = self._trim(k_BGTK, num_kept), self._trim(v_BGTV, num_kept)
         return k_BGTK, v_BGTV
 
     def reset(self) -> None:
@@ -66,11 +70,11 @@ class KeyValueLayer:
     def nbytes(self) -> int:
         return sum(x.untyped_storage().nbytes() for x in (self.k_BGSK, self.v_BGSV) if x is not None)
 
-    def _trim(self, x: Tensor) -> Tensor:
-        if self.window is None or x.shape[2] < self.window:
+    def _trim(self, x: Tensor, num_kept: int | None) -> Tensor:
+        if self.window is None or num_kept is None or x.shape[2] <= num_kept:
             return x
         # A view would keep the memory of the whole prompt alive.
-        return x[:, :, x.shape[2] - (self.window - 1) :].clone()
+        return x[:, :, x.shape[2] - num_kept :].clone()
 
 
 class GLAswaCache(Cache):
@@ -88,7 +92,7 @@ class GLAswaCache(Cache):
     # it is not called.
     def __init__(self, config: GLAswaConfig) -> None:
         mixers = [config.mixer_type(i) for i in range(config.num_hidden_layers)]
-        window = {"swa": config.sliding_window, "full": None}
+        window = {"swa": config.attention_window, "full": None}
         self.layers: list[RecurrentStateLayer | KeyValueLayer] = [
             RecurrentStateLayer() if mixer == "gla" else KeyValueLayer(window[mixer]) for mixer in mixers
         ]

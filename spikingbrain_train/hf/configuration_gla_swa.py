@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
+DEFAULT_ROPE_THETA = 1000000.0
+
 
 class GLAswaConfig(PretrainedConfig):
     """Shape and mixers of a decoder whose layers are gated linear attention (GLA) or softmax attention.
@@ -22,9 +24,11 @@ class GLAswaConfig(PretrainedConfig):
         num_key_value_heads: groups that share one key, value and gate; None means one per query head.
         hidden_act: activation of the gated FFN; "swish" is SiLU.
         norm_eps: epsilon of every RMSNorm.
-        rope_theta: base of the rotary embedding of softmax layers. GLA layers have no rotary embedding.
-        sliding_window: tokens that a softmax layer sees, the current one included; None means all (full
-            attention).
+        rope_theta: base of the rotary embedding of softmax layers, 1000000 by default. GLA layers have no
+            rotary embedding.
+        sliding_window: tokens before the current one that a softmax layer sees, as the published default
+            code computes it (flash-attention's window_size = (sliding_window, 0)); None means all (full
+            attention). The published SDPA variant and cache see one token less.
         attn_layers: 0-based indices of the softmax layers; all others are GLA. None means the odd layers.
         max_position_embeddings: longest text the model was trained on; nothing is allocated from it.
         attention_dropout: dropout on softmax attention weights while training.
@@ -38,12 +42,17 @@ class GLAswaConfig(PretrainedConfig):
 
     Args:
         head_dim: key, query and value size of a head; None means hidden_size // num_attention_heads.
-        attention_bias: whether q, k and v projections have a bias (Qwen2: yes; Llama, Qwen3: no).
+        attention_window: tokens that a softmax layer sees, the current one included. It decides if it is
+            given, and sliding_window becomes attention_window - 1; None means sliding_window + 1.
+        attention_bias: whether q, k and v projections have a bias that is trained (Qwen2: yes; Llama, Qwen3:
+            no). If not, zeros are stored, for classes that always have one.
         qk_norm: RMSNorm over head_dim on queries and keys of every layer, before rotary embedding or ReLU
             (Qwen3).
         full_attention_layers: those of `attn_layers` that ignore `sliding_window`; None means none.
-        rope_scaling: None, or Llama 3's frequency scaling ({"rope_type": "llama3", "factor": ...,
-            "low_freq_factor": ..., "high_freq_factor": ..., "original_max_position_embeddings": ...}).
+        rope_parameters: None, or Llama 3's frequency scaling ({"rope_type": "llama3", "factor": ...,
+            "low_freq_factor": ..., "high_freq_factor": ..., "original_max_position_embeddings": ...}), with
+            or without rope_theta.
+        rope_scaling: the same under its older name; read, but not written.
         gate_low_rank_dim: rank of the gate projection.
         gate_logit_normalizer: log gate = logsigmoid(gate logit) / gate_logit_normalizer.
 
@@ -68,7 +77,7 @@ class GLAswaConfig(PretrainedConfig):
         intermediate_size: int = 18944,
         hidden_act: str = "swish",
         norm_eps: float = 1e-6,
-        rope_theta: float = 1000000.0,
+        rope_theta: float | None = None,
         sliding_window: int | None = 4096,
         attn_layers: list[int] | None = None,
         max_position_embeddings: int = 131072,
@@ -85,10 +94,12 @@ class GLAswaConfig(PretrainedConfig):
         pad_token_id: int | None = None,
         tie_word_embeddings: bool = False,
         head_dim: int | None = None,
+        attention_window: int | None = None,
         attention_bias: bool = True,
         qk_norm: bool = False,
         full_attention_layers: list[int] | None = None,
         rope_scaling: dict | None = None,
+        rope_parameters: dict | None = None,
         gate_low_rank_dim: int = 16,
         gate_logit_normalizer: float = 16,
         **kwargs,
@@ -101,8 +112,8 @@ class GLAswaConfig(PretrainedConfig):
         self.intermediate_size = intermediate_size
         self.hidden_act = hidden_act
         self.norm_eps = norm_eps
-        self.rope_theta = rope_theta
-        self.sliding_window = sliding_window
+        self.rope_scaling, self.rope_theta = _rope(rope_scaling, rope_parameters, rope_theta)
+        self.sliding_window, self.attention_window = _windows(sliding_window, attention_window)
         self.attn_layers = (
             list(range(1, num_hidden_layers, 2)) if attn_layers is None else sorted(attn_layers)
         )
@@ -125,10 +136,13 @@ class GLAswaConfig(PretrainedConfig):
         self.attention_bias = attention_bias
         self.qk_norm = qk_norm
         self.full_attention_layers = sorted(full_attention_layers or [])
-        self.rope_scaling = rope_scaling
         self.gate_low_rank_dim = gate_low_rank_dim
         self.gate_logit_normalizer = gate_logit_normalizer
         self._validate(kwargs)
+        if not (hasattr(PretrainedConfig, "dtype") or hasattr(PretrainedConfig, "torch_dtype")):
+            # transformers before 4.56 would carry a dtype along that says nothing about its own torch_dtype.
+            dtype = kwargs.pop("dtype", None)
+            kwargs.setdefault("torch_dtype", dtype)
 
         super().__init__(
             bos_token_id=bos_token_id,
@@ -146,6 +160,14 @@ class GLAswaConfig(PretrainedConfig):
             return "full"
         return "swa"
 
+    def to_dict(self) -> dict:
+        """The keys of config.json, with rotary scaling under the name that plain configurations read, too."""
+        values = super().to_dict()
+        scaling = values.pop("rope_scaling", None)
+        if scaling:
+            values["rope_parameters"] = {**scaling, "rope_theta": self.rope_theta}
+        return values
+
     def _validate(self, other_keys: dict) -> None:
         if self.num_attention_heads % self.num_key_value_heads != 0:
             raise ValueError(
@@ -154,10 +176,6 @@ class GLAswaConfig(PretrainedConfig):
             )
         if self.head_dim % 2 != 0:
             raise ValueError(f"head_dim must be even for rotary embedding, got {self.head_dim}.")
-        if self.sliding_window is not None and self.sliding_window < 1:
-            raise ValueError(
-                f"sliding_window must be at least 1, or null for full attention; got {self.sliding_window}."
-            )
         unknown = [i for i in self.attn_layers if not 0 <= i < self.num_hidden_layers]
         if unknown:
             raise ValueError(
@@ -180,6 +198,36 @@ class GLAswaConfig(PretrainedConfig):
         rope_type = scaling.get("rope_type", scaling.get("type", "default"))
         if rope_type not in ("default", "llama3"):
             raise ValueError(f'rope_scaling type "{rope_type}" is not supported; use null or "llama3".')
+
+
+def _windows(sliding_window: int | None, attention_window: int | None) -> tuple[int | None, int | None]:
+    """The published key and the number of tokens that a query sees, made to say the same."""
+    if attention_window is not None:
+        if sliding_window is None:
+            raise ValueError(
+                f"sliding_window is null (full attention), but attention_window {attention_window}."
+            )
+        if attention_window < 1:
+            raise ValueError(f"attention_window must be at least 1, got {attention_window}.")
+        return attention_window - 1, attention_window
+    if sliding_window is None:
+        return None, None
+    if sliding_window < 1:
+        raise ValueError(
+            f"sliding_window must be at least 1, or null for full attention; got {sliding_window}."
+        )
+    return sliding_window, sliding_window + 1
+
+
+def _rope(
+    rope_scaling: dict | None, rope_parameters: dict | None, rope_theta: float | None
+) -> tuple[dict | None, float]:
+    """Scaling without its base (None if there is none), and the base."""
+    scaling = dict(rope_parameters or rope_scaling or {})
+    base = scaling.pop("rope_theta", rope_theta)
+    if rope_theta not in (None, base):
+        raise ValueError(f"rope_theta {rope_theta} contradicts rope_theta {base} in rope_parameters.")
+    return scaling or None, DEFAULT_ROPE_THETA if base is None else base
 
 
 # save_pretrained then copies this file and names it in config.json, also in a folder saved after training.

@@ -1,21 +1,22 @@
 """SpikingBrain-7B in Hugging Face transformers: gated linear attention (GLA) and sliding-window attention.
 
-SpikingBrain, arXiv 2509.05276. Four files make up the modelling code of a checkpoint:
+SpikingBrain, arXiv 2509.05276. Five files make up the modelling code of a checkpoint:
 configuration_gla_swa.py, ops_gla_swa.py (the two ways of mixing a sequence), cache_gla_swa.py (what is
-remembered while generating) and this one. They need torch and transformers >= 4.51 only; flash-linear-
-attention is used on CUDA where it is installed.
+remembered while generating), layout_gla_swa.py (padding and documents) and this one. They need torch and
+transformers >= 4.51 only; flash-linear-attention is used on CUDA where it is installed.
 
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
 The model trains like any other (labels, gradient checkpointing, Trainer) and generates with a recurrent
-state, so that the memory per token does not grow with the text. Padding may be on either side: it writes
-nothing into the state and does not decay it.
+state, so that the memory per token does not grow with the text. Padding may be on either side, or inside a
+text: it writes nothing into the state, does not decay it, and windows do not count it. Packed documents
+(position_ids that start again, cu_seqlens, seq_idx) do not see each other.
 
 Tensors: model.embeddings.weight; model.layers.{i}.attn_norm.weight; .attn.{q,k,v}_proj.{weight, bias};
 .attn.o_proj.weight; .mlp_norm.weight; .mlp.{gate,up,down}_proj.weight; in GLA layers .attn.gk_proj.0.weight,
 .attn.gk_proj.1.{weight, bias}, .attn.g_norm.weight; model.norm.weight; lm_head.weight. With attention_bias
-false there are no biases; with qk_norm .attn.{q,k}_norm.weight are added; with tie_word_embeddings
-lm_head.weight is not stored.
+false the biases are zeros that are not trained; with qk_norm .attn.{q,k}_norm.weight are added; with
+tie_word_embeddings save_pretrained leaves lm_head.weight out.
 """
 
 from __future__ import annotations
@@ -31,7 +32,19 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .cache_gla_swa import GLAswaCache
 from .configuration_gla_swa import GLAswaConfig
+from .layout_gla_swa import (
+    PACKING_KEYWORDS,
+    TokenLayout,
+    document_starts,
+    positions_in_documents,
+    token_layout,
+    valid_tokens,
+)
 from .ops_gla_swa import apply_rotary, causal_attention, gated_linear_attention, rotary_frequencies
+
+# What collators and transformers pass that changes nothing here, and what goes to the loss.
+_IDLE_KEYWORDS = ("max_length_q", "max_length_k", "max_seqlen", "cache_position")
+_LOSS_KEYWORDS = ("num_items_in_batch", "ignore_index", "shift_labels")
 
 
 class GLAswaRMSNorm(nn.Module):
@@ -62,6 +75,23 @@ class GLAswaMLP(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
+class GLAswaUnbiasedLinear(nn.Linear):
+    """A linear layer without a trained bias. Zeros are stored in its place, for the published class, which
+    always has one and would draw what it does not find."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+        del self.bias
+        self.register_buffer("bias", torch.zeros(out_features))
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, *others
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *others)
+        if prefix + "bias" in missing_keys:
+            missing_keys.remove(prefix + "bias")
+
+
 class GLAswaAttention(nn.Module):
     """The projections that both mixers share: q, k, v and output, and norms on q and k if there are any."""
 
@@ -72,9 +102,10 @@ class GLAswaAttention(nn.Module):
         self.num_heads = config.num_attention_heads
         self.num_groups = config.num_key_value_heads
         q_size, kv_size = self.num_heads * self.head_dim, self.num_groups * self.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+        linear = nn.Linear if config.attention_bias else GLAswaUnbiasedLinear
+        self.q_proj = linear(config.hidden_size, q_size)
+        self.k_proj = linear(config.hidden_size, kv_size)
+        self.v_proj = linear(config.hidden_size, kv_size)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
         self.q_norm = GLAswaRMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = GLAswaRMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
@@ -103,7 +134,7 @@ class GLAswaLinearAttention(GLAswaAttention):
         self,
         x_BTD: Tensor,
         rotary: tuple[Tensor, Tensor] | None,
-        valid_BS: Tensor | None,
+        layout: TokenLayout,
         cache: GLAswaCache | None,
     ) -> Tensor:
         q, k, v = self.project(x_BTD)
@@ -111,13 +142,14 @@ class GLAswaLinearAttention(GLAswaAttention):
         gate_logit = self.gk_proj(x_BTD).view_as(k)
         gate_logit = gate_logit.to(torch.promote_types(gate_logit.dtype, torch.float32))
         log_gate = F.logsigmoid(gate_logit) / self.gate_logit_normalizer
-        if valid_BS is not None:
+        if layout.valid_BS is not None:
             # Padding leaves the state as it is: it adds nothing (v = 0) and does not decay it (log gate = 0).
-            valid = valid_BS[:, -x_BTD.shape[1] :, None, None]
+            valid = layout.valid_BS[:, -x_BTD.shape[1] :, None, None]
             v = v.masked_fill(~valid, 0.0)
             log_gate = log_gate.masked_fill(~valid, 0.0)
         layer = None if cache is None else cache.recurrent_state_layer(self.layer_idx)
-        o_BTHV, state = gated_linear_attention(q, k, v, log_gate, None if layer is None else layer.state_BGKV)
+        state = None if layer is None else layer.state_BGKV
+        o_BTHV, state = gated_linear_attention(q, k, v, log_gate, state, layout.starts_BT)
         if layer is not None:
             layer.state_BGKV = state
         return self.o_proj(self.g_norm(o_BTHV).flatten(-2))
@@ -128,20 +160,23 @@ class GLAswaSoftmaxAttention(GLAswaAttention):
 
     def __init__(self, config: GLAswaConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        self.window = config.sliding_window if config.mixer_type(layer_idx) == "swa" else None
+        self.window = config.attention_window if config.mixer_type(layer_idx) == "swa" else None
         self.attention_dropout = config.attention_dropout
 
     def forward(
-        self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], valid_BS: Tensor | None, cache: GLAswaCache | None
+        self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], layout: TokenLayout, cache: GLAswaCache | None
     ) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in self.project(x_BTD))
         q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
         if cache is not None:
-            k, v = cache.key_value_layer(self.layer_idx).update(k, v)
-        if valid_BS is not None:
-            valid_BS = valid_BS[:, -k.shape[2] :]
+            k, v = cache.key_value_layer(self.layer_idx).update(k, v, layout.num_cached)
+        valid_BS, text_index_BS = (
+            None if x is None else x[:, -k.shape[2] :] for x in (layout.valid_BS, layout.text_index_BS)
+        )
         dropout = self.attention_dropout if self.training else 0.0
-        o_BHTV = causal_attention(q, k, v, self.window, valid_BS, dropout)
+        o_BHTV = causal_attention(
+            q, k, v, self.window, valid_BS, dropout, text_index_BS, layout.document_BT()
+        )
         return self.o_proj(o_BHTV.transpose(1, 2).flatten(-2))
 
 
@@ -157,9 +192,9 @@ class GLAswaBlock(nn.Module):
         self.mlp = GLAswaMLP(config)
 
     def forward(
-        self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], valid_BS: Tensor | None, cache: GLAswaCache | None
+        self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], layout: TokenLayout, cache: GLAswaCache | None
     ) -> Tensor:
-        x_BTD = x_BTD + self.attn(self.attn_norm(x_BTD), rotary, valid_BS, cache)
+        x_BTD = x_BTD + self.attn(self.attn_norm(x_BTD), rotary, layout, cache)
         return x_BTD + self.mlp(self.mlp_norm(x_BTD))
 
 
@@ -176,6 +211,11 @@ class GLAswaPreTrainedModel(PreTrainedModel):
     _supports_cache_class = True
     # A recurrent state cannot be rolled back: generate() refuses assisted decoding and the like.
     _is_stateful = True
+
+    def __init__(self, config: GLAswaConfig) -> None:
+        super().__init__(config)
+        if not config.attention_bias:
+            self._keys_to_ignore_on_load_missing = [r"\.attn\.[qkv]_proj\.bias$"]
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
@@ -223,18 +263,27 @@ class GLAswaModel(GLAswaPreTrainedModel):
             input_ids: [B, T] int64; or `inputs_embeds` [B, T, hidden_size] instead.
             attention_mask: [B, S], nonzero where a token is text and zero where it is padding, for all S
                 tokens: those in the cache and the new ones. None means no padding.
-            position_ids: [B or 1, T]; None means that positions count all tokens from 0.
+            position_ids: [B or 1, T]; None means that positions count all tokens from 0, or those of each
+                document.
             past_key_values: a `GLAswaCache`, updated in place; None with use_cache makes a new one.
-            use_cache: whether to return a cache; None means config.use_cache, but not while training.
+            use_cache: whether to return a cache; None means config.use_cache, but not while training or for
+                packed documents.
+            kwargs: what else packing collators pass. Several documents may stand in a row, without a cache:
+                one begins where position_ids are not above those before, or at the bounds of `cu_seqlens` or
+                `cu_seq_lens_q` [N + 1] (a batch of one), or where `seq_idx` [B, T] changes; its state, window
+                and positions start anew.
 
         Raises:
             ValueError: inputs that contradict each other; the message says what is expected.
+            TypeError: a keyword that means nothing here.
         """
+        known = _known_keywords(kwargs, PACKING_KEYWORDS)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass either input_ids or inputs_embeds.")
         hidden = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         batch_size, num_new = hidden.shape[:2]
 
+        wants_cache = bool(use_cache)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if self.gradient_checkpointing and self.training:
@@ -250,14 +299,25 @@ class GLAswaModel(GLAswaPreTrainedModel):
                 "states: pass a GLAswaCache, or None to let it make one."
             )
         cache = past_key_values
-        if use_cache and cache is None:
-            cache = GLAswaCache(self.config)
         num_past = 0 if cache is None else cache.num_tokens
+        packing = {name: torch.as_tensor(x, device=hidden.device) for name, x in known.items()}
+        position_ids = None if position_ids is None else position_ids.to(hidden.device)
+        valid_BS = valid_tokens(attention_mask, batch_size, num_past + num_new)
+        starts_BT = document_starts(packing, position_ids, valid_BS, (batch_size, num_new), num_past)
+        if starts_BT is not None and (cache is not None or wants_cache):
+            raise ValueError(
+                "Several documents in a row cannot be remembered in a cache: pass use_cache=False and no "
+                "past_key_values, or one document a row."
+            )
+        if use_cache and cache is None and starts_BT is None:
+            cache = GLAswaCache(self.config)
 
-        valid_BS = _valid_tokens(attention_mask, batch_size, num_past + num_new)
-        if position_ids is None:
+        if position_ids is None and starts_BT is not None:
+            position_ids = positions_in_documents(starts_BT)
+        elif position_ids is None:
             position_ids = torch.arange(num_past, num_past + num_new, device=hidden.device).unsqueeze(0)
         rotary = self._rotary(position_ids, hidden)
+        layout = token_layout(valid_BS, self.config.attention_window, starts_BT)
 
         output_hidden_states = (
             self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
@@ -267,9 +327,9 @@ class GLAswaModel(GLAswaPreTrainedModel):
             if output_hidden_states:
                 all_hidden_states.append(hidden)
             if self.gradient_checkpointing and self.training:
-                hidden = self._gradient_checkpointing_func(block.__call__, hidden, rotary, valid_BS, cache)
+                hidden = self._gradient_checkpointing_func(block.__call__, hidden, rotary, layout, cache)
             else:
-                hidden = block(hidden, rotary, valid_BS, cache)
+                hidden = block(hidden, rotary, layout, cache)
         hidden = self.norm(hidden)
         if output_hidden_states:
             all_hidden_states.append(hidden)
@@ -288,7 +348,7 @@ class GLAswaModel(GLAswaPreTrainedModel):
         """cos and sin [B or 1, T, head_dim] in the dtype of `hidden`, of float32 angles as in Llama."""
         config = self.config
         frequency = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, hidden.device)
-        angle = position_ids[..., None].to(hidden.device, torch.float32) * frequency
+        angle = position_ids[..., None].to(torch.float32) * frequency
         angle = torch.cat([angle, angle], dim=-1)
         return angle.cos().to(hidden.dtype), angle.sin().to(hidden.dtype)
 
@@ -314,6 +374,20 @@ class GLAswaForCausalLM(GLAswaPreTrainedModel, GenerationMixin):
     def _supports_default_dynamic_cache(cls) -> bool:
         # generate() must not make a key/value cache: the first forward pass makes a GLAswaCache.
         return False
+
+    def generate(self, *args, **kwargs):
+        """As in transformers. With `prefill_chunk_size` the prompt is read in pieces of that many tokens."""
+        config = kwargs.get("generation_config") or self.generation_config
+        chunk_size = kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
+        if chunk_size is not None:
+            if chunk_size < 1:
+                raise ValueError(f"prefill_chunk_size must be at least 1, got {chunk_size}.")
+            if not kwargs.get("use_cache", config.use_cache):
+                raise ValueError("prefill_chunk_size reads a prompt into a cache: it needs use_cache=True.")
+            if kwargs.get("past_key_values") is None:
+                # transformers makes none for a model without key/value cache, and then refuses to go on.
+                kwargs["past_key_values"] = GLAswaCache(self.config)
+        return super().generate(*args, **kwargs)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.model.embeddings
@@ -354,9 +428,13 @@ class GLAswaForCausalLM(GLAswaPreTrainedModel, GenerationMixin):
                 no loss.
             logits_to_keep: compute logits of the last n positions only (0: of all), or of the positions given
                 as a tensor.
+            kwargs: what transformers passes to the loss (`num_items_in_batch`, `shift_labels`), and packed
+                documents as in `GLAswaModel.forward`. Collators set the label of a document's first token to
+                -100, since the token before it does not predict it.
 
         The other arguments are those of `GLAswaModel.forward`.
         """
+        known = _known_keywords(kwargs, (*PACKING_KEYWORDS, *_LOSS_KEYWORDS))
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -366,13 +444,15 @@ class GLAswaForCausalLM(GLAswaPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             return_dict=True,
+            **{name: value for name, value in known.items() if name in PACKING_KEYWORDS},
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
+            for_loss = {name: value for name, value in known.items() if name in _LOSS_KEYWORDS}
             loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **for_loss
             )
         output = CausalLMOutputWithPast(
             loss=loss,
@@ -384,17 +464,15 @@ class GLAswaForCausalLM(GLAswaPreTrainedModel, GenerationMixin):
         return output if return_dict else output.to_tuple()
 
 
-def _valid_tokens(attention_mask: Tensor | None, batch_size: int, num_tokens: int) -> Tensor | None:
-    """The mask as bool [B, S], or None if nothing is padding."""
-    if attention_mask is None:
-        return None
-    if attention_mask.shape != (batch_size, num_tokens):
-        raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}, expected {(batch_size, num_tokens)}: "
-            "one entry for every token, those in the cache included."
+def _known_keywords(keywords: dict, known: tuple[str, ...]) -> dict:
+    """Those of `keywords` that have a value and a meaning here; what is switched off or idle is left out."""
+    given = {name: x for name, x in keywords.items() if x is not None and x is not False}
+    unknown = sorted(set(given) - set(known) - set(_IDLE_KEYWORDS))
+    if unknown:
+        raise TypeError(
+            f"This model has no use for {', '.join(unknown)}: leave it out, since nothing would depend on it."
         )
-    valid_BS = attention_mask.bool()
-    return None if bool(valid_BS.all()) else valid_BS
+    return {name: x for name, x in given.items() if name in known}
 
 
 # save_pretrained then copies the modelling files and names them in config.json.

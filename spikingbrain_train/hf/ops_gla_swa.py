@@ -22,7 +22,12 @@ QUERY_BLOCK_SIZE = 512
 
 
 def gated_linear_attention(
-    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, log_gate_BTGK: Tensor, state_BGKV: Tensor | None
+    q_BTHK: Tensor,
+    k_BTGK: Tensor,
+    v_BTGV: Tensor,
+    log_gate_BTGK: Tensor,
+    state_BGKV: Tensor | None,
+    starts_BT: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gated linear attention (SpikingBrain, arXiv 2509.05276, eq. 10-11).
 
@@ -35,6 +40,8 @@ def gated_linear_attention(
     Args:
         log_gate_BTGK: log decay, any values in [-inf, 0].
         state_BGKV: state before the first token; None means zeros.
+        starts_BT: bool, [B or 1, T], True where the state starts anew, at zeros; None means nowhere. Not
+            together with a state.
 
     Returns:
         Outputs [B, T, H, V] in q's dtype, and the state after the last token, float32 (float64 for float64
@@ -45,7 +52,12 @@ def gated_linear_attention(
         return recurrent_step(q_BTHK, k_BTGK, v_BTGV, log_gate_BTGK, state_BGKV)
     kernel = _chunk_gla_kernel() if _half_precision_on_cuda(q_BTHK) else None
     if kernel is not None:
-        return gated_linear_attention_by_kernel(kernel, q_BTHK, k_BTGK, v_BTGV, log_gate_BTGK, state_BGKV)
+        return gated_linear_attention_by_kernel(
+            kernel, q_BTHK, k_BTGK, v_BTGV, log_gate_BTGK, state_BGKV, starts_BT
+        )
+    if starts_BT is not None:
+        # Nothing is left of the state before: exp(-inf) = 0.
+        log_gate_BTGK = log_gate_BTGK.masked_fill(starts_BT[..., None, None], -torch.inf)
     return chunked_gated_linear_attention(q_BTHK, k_BTGK, v_BTGV, log_gate_BTGK, state_BGKV)
 
 
@@ -157,14 +169,38 @@ def gated_linear_attention_by_kernel(
     v_BTGV: Tensor,
     log_gate_BTGK: Tensor,
     state_BGKV: Tensor | None,
+    starts_BT: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The same through a kernel with the signature of `fla.ops.gla.chunk_gla`: k, v, gate for every head."""
+    """The same through a kernel with the signature of `fla.ops.gla.chunk_gla`: k, v, gate for every head.
+
+    Documents are given to it as one row of sequences.
+    """
+    B, T = q_BTHK.shape[:2]
+    lengths = {}
+    if starts_BT is not None:
+        first = F.pad(starts_BT.expand(B, T)[:, 1:], (1, 0), value=True).flatten()
+        bounds = F.pad(first.nonzero().squeeze(-1), (0, 1), value=B * T)
+        lengths = {"cu_seqlens": bounds}
+        q_BTHK, k_BTGK, v_BTGV, log_gate_BTGK = (
+            x.reshape(1, B * T, *x.shape[2:]) for x in (q_BTHK, k_BTGK, v_BTGV, log_gate_BTGK)
+        )
     heads_per_group = q_BTHK.shape[2] // k_BTGK.shape[2]
     k, v, log_gate = (x.repeat_interleave(heads_per_group, dim=2) for x in (k_BTGK, v_BTGV, log_gate_BTGK))
     state = None if state_BGKV is None else state_BGKV.repeat_interleave(heads_per_group, dim=1)
     o_BTHV, state = kernel(
-        q_BTHK, k.to(q_BTHK.dtype), v, log_gate, scale=1.0, initial_state=state, output_final_state=True
+        q_BTHK,
+        k.to(q_BTHK.dtype),
+        v,
+        log_gate,
+        scale=1.0,
+        initial_state=state,
+        output_final_state=True,
+        **lengths,
     )
+    if starts_BT is not None:
+        ends_of_rows = T * torch.arange(1, B + 1, device=bounds.device)
+        o_BTHV = o_BTHV.reshape(B, T, *o_BTHV.shape[2:])
+        state = state[torch.searchsorted(bounds, ends_of_rows) - 1]
     return o_BTHV, state[:, ::heads_per_group].contiguous()
 
 
@@ -191,24 +227,30 @@ def causal_attention(
     window: int | None,
     valid_BS: Tensor | None = None,
     dropout: float = 0.0,
+    text_index_BS: Tensor | None = None,
+    document_BS: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention in which query t sees the last `window` keys up to its own (SpikingBrain, eq. 1-2).
 
     The queries are the last T of the S tokens whose keys are given. No mask larger than `QUERY_BLOCK_SIZE` x
     (window + `QUERY_BLOCK_SIZE`) is built (`QUERY_BLOCK_SIZE` x S without a window), and memory and work are
-    O(T * window).
+    O(T * window); padding inside the text adds to them.
 
     Args:
         window: keys that a query sees, its own included; None means all.
         valid_BS: bool, False where a key is padding; None means that all are text.
         dropout: probability of dropping an attention weight.
+        text_index_BS: number of text tokens up to each key, its own included, where the window counts those;
+            None means that it counts all keys.
+        document_BS: number of each token's document, [B or 1, S]; a query sees its own document only. None
+            means one document.
 
     Returns:
         [B, H, T, V]. Where a query sees no valid key, it attends to itself.
     """
     B, H, T, K = q_BHTK.shape
     G, S = k_BGSK.shape[1], k_BGSK.shape[2]
-    if T == 1 and (window is None or window >= S):
+    if T == 1 and document_BS is None and (window is None or window >= S):
         # One query sees every key: the heads of a group can stand in as queries, without repeating keys.
         mask = None if valid_BS is None else _self_visible(valid_BS[:, None, None, :], S - 1)
         q_BGRK = q_BHTK.view(B, G, H // G, K)
@@ -216,7 +258,7 @@ def causal_attention(
 
     k_BHSK = k_BGSK.repeat_interleave(H // G, dim=1)
     v_BHSV = v_BGSV.repeat_interleave(H // G, dim=1)
-    if T == S and valid_BS is None and (window is None or window >= S):
+    if T == S and valid_BS is None and document_BS is None and (window is None or window >= S):
         return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSV, dropout_p=dropout, is_causal=True)
 
     outputs = []
@@ -224,12 +266,21 @@ def causal_attention(
         stop = min(start + QUERY_BLOCK_SIZE, T)
         first = S - T + start  # index among the keys of the block's first query
         low = 0 if window is None else max(0, first - window + 1)
+        if window is not None and text_index_BS is not None:
+            out_of_sight = text_index_BS <= text_index_BS[:, first : first + 1] - window
+            low = int(out_of_sight.sum(-1).min())
         high = S - T + stop
         query = torch.arange(first, high, device=q_BHTK.device)[:, None]
         key = torch.arange(low, high, device=q_BHTK.device)[None, :]
         mask = key <= query
-        if window is not None:
+        if window is not None and text_index_BS is not None:
+            query_index, key_index = text_index_BS[:, first:high], text_index_BS[:, low:high]
+            mask = mask & (key_index[:, None, None, :] > query_index[:, None, :, None] - window)
+        elif window is not None:
             mask = mask & (key > query - window)
+        if document_BS is not None:
+            query_document, key_document = document_BS[:, first:high], document_BS[:, low:high]
+            mask = mask & (key_document[:, None, None, :] == query_document[:, None, :, None])
         if valid_BS is not None:
             mask = (mask & valid_BS[:, None, None, low:high]) | (key == query)
         outputs.append(

@@ -13,6 +13,7 @@ from spikingbrain_train.config.errors import CheckpointError
 from spikingbrain_train.config.model import Mixer, ModelConfig
 from spikingbrain_train.conversion.export_config import hf_config
 from spikingbrain_train.conversion.hf_config import parse_hf_config, read_hf_config
+from spikingbrain_train.conversion.window_convention import WindowConvention
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -209,9 +210,24 @@ def test_malformed_json_is_refused_with_its_path(tmp_path: Path, text: str) -> N
         read_hf_config(tmp_path)
 
 
-@pytest.mark.parametrize("config", EVERY_FAMILY)
+@pytest.mark.parametrize("config", EVERY_FAMILY[:-1])
 def test_an_unchanged_model_keeps_its_config(config: dict[str, Any]) -> None:
     assert hf_config(parse(config), config, "float32") == config | {"dtype": "float32"}
+
+
+def test_an_unchanged_published_model_keeps_its_keys_beside_those_of_this_project() -> None:
+    written = hf_config(parse(GLA_SWA), GLA_SWA, "float32")
+    assert {key: written[key] for key in GLA_SWA} == GLA_SWA
+    assert (written["dtype"], written["torch_dtype"]) == ("float32", "float32")
+    assert written["attention_window"] == GLA_SWA["sliding_window"] + 1
+
+
+@pytest.mark.parametrize(("convention", "window"), [(None, 4097), ("published", 4097), ("inclusive", 4096)])
+def test_the_window_of_a_published_config_is_read_as_chosen(convention: str | None, window: int) -> None:
+    chosen = convention and WindowConvention(convention)
+    assert parse_hf_config(GLA_SWA, Path("config.json"), chosen)[1].sliding_window == window
+    explicit = GLA_SWA | {"attention_window": 99}
+    assert parse_hf_config(explicit, Path("config.json"), chosen)[1].sliding_window == 99
 
 
 @pytest.mark.parametrize("config", EVERY_FAMILY)

@@ -129,3 +129,21 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str], arguments: list[str]) 
     out = capsys.readouterr().out
     assert "Megatron" in out
     assert arguments == ["--help"] or "examples:" in out
+
+
+def test_export_takes_the_folder_of_a_run(
+    hf_checkpoint: HFCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As its help shows: outputs/cpt, whose checkpoints lie in outputs/cpt/checkpoints."""
+    source, _ = hf_checkpoint("qwen2")
+    run = tmp_path / "outputs/cpt"
+    convert_checkpoint(["import", "--hf", str(source), "--output", str(run / "checkpoints")])
+    for number, folder in enumerate((run, run / "checkpoints", run / "checkpoints/iter_0000000")):
+        export(["--checkpoint", str(folder), "--output", str(tmp_path / f"hf{number}")])
+        assert f"{run / 'checkpoints/iter_0000000'} -> " in capsys.readouterr().out
+    convert_checkpoint(["inspect", str(run)])
+    assert "exports as Qwen2ForCausalLM" in capsys.readouterr().out
+    (run / "checkpoints/latest_checkpointed_iteration.txt").write_text("7")
+    assert "names iteration 7 as its newest" in failure(
+        capsys, "export", "--checkpoint", run, "--output", tmp_path / "none"
+    )

@@ -24,10 +24,12 @@ def tiny_config() -> Callable[..., GLAswaConfig]:
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
             "intermediate_size": 48,
-            "sliding_window": 7,
+            "attention_window": 7,
             "max_position_embeddings": 1024,
             "rope_theta": 10000.0,
         }
+        if "sliding_window" in changes:
+            del settings["attention_window"]
         return GLAswaConfig(**{**settings, **changes})
 
     return make

@@ -29,7 +29,7 @@ def greedy_by_rereading(model: GLAswaForCausalLM, ids: Tensor, steps: int) -> Te
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"sliding_window": 100, "head_dim": 16}, {"full_attention_layers": [3], "sliding_window": 1}],
+    [{}, {"attention_window": 100, "head_dim": 16}, {"full_attention_layers": [3], "attention_window": 1}],
     ids=["window 7", "window 100", "full and window 1"],
 )
 @torch.no_grad()
@@ -168,3 +168,64 @@ def test_assisted_decoding_is_refused(random_model: Callable) -> None:
     model = random_model()
     with pytest.raises(ValueError, match="stateful"):
         model.generate(random_ids(1, 5), assistant_model=random_model(), max_new_tokens=2, **GREEDY)
+
+
+@torch.no_grad()
+def test_a_hole_in_a_text_is_not_counted_by_windows(random_model: Callable) -> None:
+    """In the whole text, in pieces, and token by token: as if the unattended tokens were not there.
+
+    The published code takes them out. With equal positions for both, only rounding is left: 5e-5 on logits of
+    size 5.
+    """
+    model = random_model()
+    text = random_ids(1, 60)
+    holes = {3: 1, 20: 9, 33: 2, 34: 30}  # before which token of the text, and how long
+    ids, mask = [], []
+    for index in range(60):
+        ids += [5] * holes.get(index, 0) + [int(text[0, index])]
+        mask += [0] * holes.get(index, 0) + [1]
+    other = random_ids(1, len(ids))  # a row without holes beside it
+    ids = torch.cat([torch.tensor([ids]), other])
+    mask = torch.stack([torch.tensor(mask), torch.ones(len(mask), dtype=torch.long)])
+    positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)
+    attended = mask[0].bool()
+    expected = model(text).logits[0], model(other).logits[0]
+    for sizes in ([ids.shape[1]], [22, 8, 1, 71], [1] * ids.shape[1]):
+        cache, logits, read = None, [], 0
+        for piece, position in zip(ids.split(sizes, dim=1), positions.split(sizes, dim=1), strict=True):
+            read += piece.shape[1]
+            outputs = model(
+                piece,
+                attention_mask=mask[:, :read],
+                position_ids=position,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            cache = outputs.past_key_values
+            logits.append(outputs.logits)
+        both = torch.cat(logits, dim=1)
+        torch.testing.assert_close(both[0, attended], expected[0], rtol=0, atol=5e-5)
+        torch.testing.assert_close(both[1], expected[1], rtol=0, atol=5e-5)
+        # What the window needs, not the hole of 30 tokens that has left it.
+        assert cache.key_value_layer(1).k_BGSK.shape[2] == 6
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 500])
+def test_a_prompt_may_be_prefilled_in_chunks(random_model: Callable, chunk_size: int) -> None:
+    model = random_model()
+    ids = random_ids(2, 33)
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    expected = model.generate(ids, attention_mask=mask, max_new_tokens=9, **GREEDY)
+    actual = model.generate(
+        ids, attention_mask=mask, max_new_tokens=9, prefill_chunk_size=chunk_size, **GREEDY
+    )
+    assert torch.equal(actual, expected)
+
+
+def test_a_prefill_that_cannot_be_is_refused(random_model: Callable) -> None:
+    model = random_model()
+    with pytest.raises(ValueError, match="prefill_chunk_size must be at least 1, got 0"):
+        model.generate(random_ids(1, 5), prefill_chunk_size=0, max_new_tokens=2, **GREEDY)
+    with pytest.raises(ValueError, match="it needs use_cache=True"):
+        model.generate(random_ids(1, 5), prefill_chunk_size=2, use_cache=False, max_new_tokens=2, **GREEDY)

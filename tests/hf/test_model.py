@@ -55,7 +55,7 @@ def reference_logits(config: GLAswaConfig, w: Tensors, ids: list[int]) -> Tensor
                 mixed = [norm(o, p["attn.g_norm.weight"], config.norm_eps) for o in mixed]
             else:
                 past.append((rotate(k, t, config.rope_theta), v))
-                seen = past if full or config.sliding_window is None else past[-config.sliding_window :]
+                seen = past if full or config.attention_window is None else past[-config.attention_window :]
                 keys, values = (torch.stack(x) for x in zip(*seen, strict=True))
                 q = rotate(q, t, config.rope_theta)
                 mixed = []
