@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from spikingbrain_train.config.checkpoint_folder import MODEL_CONFIG_FILE, latest_checkpoint
 from spikingbrain_train.config.conversion import ConversionConfig
 from spikingbrain_train.config.errors import CheckpointError, ConfigurationError
-from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.config.model import GateEncoding, ModelConfig, SpikingProjection
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.config.schema import check_lists, explain, unknown_setting, unknown_settings
 
@@ -112,9 +112,23 @@ def _read_yaml(path: Path) -> DictConfig:
     return values
 
 
+def _complete_old_model(model: Any) -> None:
+    """Write out what a stored model without a setting meant when it was stored, where that is no longer the
+    default: a spiking gate was once encoded in front of each matrix.
+    """
+    spiking = model.get("spiking") if isinstance(model, DictConfig) else None
+    if not isinstance(spiking, DictConfig):
+        return
+    projections = spiking.get("projections")
+    if isinstance(projections, ListConfig) and SpikingProjection.gate.name in projections:
+        spiking.setdefault("gate_encoding", GateEncoding.each_matrix.name)
+
+
 def _load(path: str | Path, schema: type[Config]) -> Config:
     try:
-        return _to_typed(_read_yaml(Path(path)), schema)
+        values = _read_yaml(Path(path))
+        _complete_old_model(values.get("model") if schema is RunConfig else values)
+        return _to_typed(values, schema)
     except ConfigurationError as error:
         sentence = str(error) if str(path) in str(error) else f"{path}: {error}"
         raise CheckpointError(sentence) from error

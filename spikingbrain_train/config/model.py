@@ -135,7 +135,7 @@ class SpikingProjection(str, Enum):
     qkv = "qkv"
     """The fused q, k and v projection of every mixer."""
     gate = "gate"
-    """Both matrices of the low-rank gate."""
+    """The low-rank gate; model.spiking.gate_encoding says in front of which of its two matrices."""
     attention_output = "attention_output"
     """The output projection of every mixer."""
     mlp_fc1 = "mlp_fc1"
@@ -144,14 +144,34 @@ class SpikingProjection(str, Enum):
     """Down projection of dense feed-forwards, routed and shared experts."""
 
 
+class GateEncoding(str, Enum):
+    """Where the low-rank gate reads spikes, if it is among the projections that do."""
+
+    once = "once"
+    """In front of W1: the hidden state is encoded, and W2 W1 acts as one matrix, which is what the published
+    code makes of them."""
+    each_matrix = "each_matrix"
+    """In front of W1 and of W2: the gate_low_rank_dim values between them are encoded as well."""
+
+
 @dataclass
 class SpikingConfig:
     """Adaptive-threshold spikes in front of linear projections (eq. 19-21)."""
 
     projections: list[SpikingProjection] = field(default_factory=list)
     """Which projections read spikes; empty is a model without spikes."""
+    gate_encoding: GateEncoding = GateEncoding.once
+    """What it means that the gate is among them."""
     k: float = 3.0
     """Vth(x) = mean(|x|) / k over the whole input of one token; larger k means more and finer spikes."""
+
+    def describe(self) -> str:
+        """The projections that read spikes, in words: ``qkv, gate (each matrix)``."""
+        where = " (each matrix)" if self.gate_encoding is GateEncoding.each_matrix else ""
+        return ", ".join(
+            projection.name + (where if projection is SpikingProjection.gate else "")
+            for projection in self.projections
+        )
 
     @property
     def in_experts(self) -> bool:

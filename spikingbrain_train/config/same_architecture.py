@@ -12,7 +12,7 @@ from enum import Enum
 from typing import Any
 
 from spikingbrain_train.config.errors import CheckpointError
-from spikingbrain_train.config.model import FeedForward, GateKind, Mixer, ModelConfig
+from spikingbrain_train.config.model import FeedForward, GateKind, Mixer, ModelConfig, SpikingProjection
 
 
 class Role(Enum):
@@ -61,6 +61,7 @@ ROLES: dict[str, Role] = {
     "moe.capacity_factor": Role.training,
     "moe.pad_to_capacity": Role.training,
     "spiking.projections": Role.function,
+    "spiking.gate_encoding": Role.function,
     "spiking.k": Role.training,
     "rotary_base": Role.function,
     "rope_scaling.factor": Role.function,
@@ -121,6 +122,7 @@ def settings_in_use(model: ModelConfig) -> dict[str, Any]:
         "gla.init_gate_bias_max": has_gate,
         "gla.init_gate_std": has_gate,
         "spiking.k": bool(model.spiking.projections),
+        "spiking.gate_encoding": SpikingProjection.gate in model.spiking.projections,
         "rope_scaling.factor": has_softmax,
         "moe": FeedForward.moe in feed_forwards,
         "gla": has_linear,

@@ -73,14 +73,16 @@ def _inspect_megatron(folder: Path) -> str:
 
 def _describe_model(model: ModelConfig) -> list[str]:
     tied = "tied" if model.share_embeddings_and_output_weights else "untied"
-    projections = ", ".join(projection.value for projection in model.spiking.projections)
     extras = [
         name
         for name, on in (
             ("q/k/v bias", model.add_qkv_bias),
             ("q/k norm", model.qk_layernorm),
             (f"{model.num_sink_tokens} sink tokens", model.num_sink_tokens),
-            (f"spikes (k = {model.spiking.k:g}) in front of {projections}", model.spiking.projections),
+            (
+                f"spikes (k = {model.spiking.k:g}) in front of {model.spiking.describe()}",
+                model.spiking.projections,
+            ),
         )
         if on
     ]

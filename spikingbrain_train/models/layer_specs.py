@@ -18,7 +18,13 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from spikingbrain_train.config.model import FeedForward, Mixer, ModelConfig, SpikingProjection
+from spikingbrain_train.config.model import (
+    FeedForward,
+    GateEncoding,
+    Mixer,
+    ModelConfig,
+    SpikingProjection,
+)
 from spikingbrain_train.config.parallel import ContextParallelConfig, KernelConfig
 from spikingbrain_train.models.feed_forward import feed_forward_spec
 from spikingbrain_train.models.mixers.gated_linear_attention import (
@@ -73,6 +79,15 @@ def _swa(build: MixerBuild) -> ModuleSpec:
     return _softmax_attention(build, window=build.model.sliding_window)
 
 
+def _gate_projections(build: MixerBuild) -> dict[str, type]:
+    """Classes of W1 and W2 of the low-rank gate. Encoded once, W2 reads what W1 made of spikes."""
+    up: type = ColumnParallelLinear
+    if build.model.spiking.gate_encoding is GateEncoding.each_matrix:
+        up = build.linears.encoded(SpikingProjection.gate, up)
+    down = build.linears.encoded(SpikingProjection.gate, LowRankDownProjection)
+    return {"gate_down_proj": down, "gate_up_proj": up}
+
+
 def _gla(build: MixerBuild) -> ModuleSpec:
     return ModuleSpec(
         module=GatedLinearAttention,
@@ -81,8 +96,7 @@ def _gla(build: MixerBuild) -> ModuleSpec:
             "gla": build.model.gla,
             "backend": build.kernels.gated_linear_attention,
             "context_parallel": build.context_parallel.gated_linear_attention,
-            "gate_down_proj": build.linears.encoded(SpikingProjection.gate, LowRankDownProjection),
-            "gate_up_proj": build.linears.encoded(SpikingProjection.gate, ColumnParallelLinear),
+            **_gate_projections(build),
         },
         submodules=_attention_submodules(build),
     )

@@ -205,8 +205,7 @@ class Plan:
                 f"{model.expert_ffn_hidden_size}"
             )
         if model.spiking.projections:
-            names = ", ".join(projection.name for projection in model.spiking.projections)
-            facts.append(f"spikes with k {model.spiking.k:g} in front of {names}")
+            facts.append(f"spikes with k {model.spiking.k:g} in front of {model.spiking.describe()}")
         return facts
 
     def _rank_facts(self) -> str:

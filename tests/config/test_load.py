@@ -20,6 +20,7 @@ from spikingbrain_train.config.model import (
     FeatureMap,
     FeedForward,
     GatedLinearAttentionConfig,
+    GateEncoding,
     GateKind,
     Mixer,
     ModelConfig,
@@ -67,6 +68,40 @@ def test_a_model_survives_the_way_through_yaml(tmp_path):
 def test_a_run_survives_the_way_through_yaml(tmp_path):
     save_config(RUN, tmp_path / "run_config.yaml")
     assert load_run_config(tmp_path / "run_config.yaml") == RUN
+
+
+def _without_gate_encoding(path):
+    """What was stored before the setting existed."""
+    lines = path.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if "gate_encoding" not in line]
+    assert len(kept) == len(lines) - 1
+    path.write_text("".join(kept))
+
+
+@pytest.mark.parametrize(
+    ("projections", "encoding"),
+    [
+        ([SpikingProjection.qkv, SpikingProjection.gate], GateEncoding.each_matrix),
+        ([SpikingProjection.qkv], GateEncoding.once),
+        ([], GateEncoding.once),
+    ],
+    ids=["gate", "no gate", "no spikes"],
+)
+def test_a_stored_gate_without_an_encoding_keeps_the_spikes_it_was_trained_with(
+    tmp_path, projections, encoding
+):
+    spiking = SpikingConfig(projections, GateEncoding.once, k=4.0)
+    model = dataclasses.replace(MODEL, spiking=spiking)
+    as_trained = dataclasses.replace(model, spiking=dataclasses.replace(spiking, gate_encoding=encoding))
+    save_config(model, tmp_path / "model.yaml")
+    _without_gate_encoding(tmp_path / "model.yaml")
+    assert load_model_config(tmp_path / "model.yaml") == as_trained
+    save_config(dataclasses.replace(RUN, model=model), tmp_path / "run.yaml")
+    _without_gate_encoding(tmp_path / "run.yaml")
+    assert load_run_config(tmp_path / "run.yaml").model == as_trained
+    # One that is stored with it is what it says.
+    save_config(model, tmp_path / "model.yaml")
+    assert load_model_config(tmp_path / "model.yaml") == model
 
 
 def test_saving_leaves_one_whole_file_or_the_old_one(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from spikingbrain_train.config.model import (
     FeatureMap,
     FeedForward,
     GatedLinearAttentionConfig,
+    GateEncoding,
     GateKind,
     Mixer,
     ModelConfig,
@@ -174,6 +175,8 @@ def _other(value: Any) -> Any:
         return 1.5
     if isinstance(value, FeatureMap):
         return FeatureMap.sigmoid
+    if isinstance(value, GateEncoding):
+        return GateEncoding.each_matrix
     assert value == []
     return [SpikingProjection.qkv]
 
@@ -203,3 +206,6 @@ def test_settings_without_a_part_in_the_model_are_left_out() -> None:
     assert not {name for name in settings_in_use(MODEL) if name.startswith(("moe.", "parallel_hybrid."))}
     assert "sliding_window" not in settings_in_use(replace(MODEL, mixers=[Mixer.gla, Mixer.full]))
     assert "gla.gate_low_rank_dim" not in settings_in_use(replace(MODEL, gla=TIED))
+    assert "spiking.gate_encoding" not in settings_in_use(MODEL)
+    spiking = SpikingConfig([SpikingProjection.gate])
+    assert "spiking.gate_encoding" in settings_in_use(replace(MODEL, spiking=spiking))

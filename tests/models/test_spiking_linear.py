@@ -18,7 +18,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from spikingbrain_train.config.model import Mixer, ModelConfig, SpikingConfig, SpikingProjection
+from spikingbrain_train.config.model import (
+    GateEncoding,
+    Mixer,
+    ModelConfig,
+    SpikingConfig,
+    SpikingProjection,
+)
 from spikingbrain_train.config.parallel import KernelConfig, ParallelConfig, ParallelLinearBackend
 from spikingbrain_train.config.run import Precision
 from spikingbrain_train.ops.spike_encoding import spike_encoding_reference
@@ -259,7 +265,7 @@ def test_a_model_that_spikes_everywhere_approaches_the_plain_one_as_k_grows(rank
     ((plain, spiking, linears),) = ranks.run(
         logits_at, [3.0, 30.0, 300.0, 1e4], world_size=1, parallel=ParallelConfig()
     )
-    assert linears == 4 * 4 + 2 * 2  # qkv, output, fc1 and fc2 of four layers; both gate matrices of two
+    assert linears == 4 * 4 + 2  # qkv, output, fc1 and fc2 of four layers; the gate of two
     errors = [((logits - plain).norm() / plain.norm()).item() for logits in spiking]
     assert errors == sorted(errors, reverse=True)
     assert errors[0] > 1e-2, "three spikes an average channel are coarse"
@@ -273,18 +279,25 @@ def test_only_the_projections_that_are_listed_read_spikes(
 ) -> None:
     expected = {
         SpikingProjection.qkv: {"linear_qkv": 4},
-        SpikingProjection.gate: {"linear_gate_down_proj": 2, "linear_gate_up_proj": 2},
+        SpikingProjection.gate: {"linear_gate_down_proj": 2},
         SpikingProjection.attention_output: {"linear_proj": 4},
         SpikingProjection.mlp_fc1: {"linear_fc1": 4},
         SpikingProjection.mlp_fc2: {"linear_fc2": 4},
     }[projection]
-    assert ranks.run(spiking_names, projection, world_size=1, parallel=ParallelConfig()) == [expected]
+    spiking = SpikingConfig([projection], k=2.5)
+    assert ranks.run(spiking_names, spiking, world_size=1, parallel=ParallelConfig()) == [expected]
 
 
-def spiking_names(groups: ProcessGroups, projection: SpikingProjection) -> dict[str, int]:
+def test_a_gate_can_read_spikes_in_front_of_each_of_its_matrices(ranks: RankPool) -> None:
+    spiking = SpikingConfig([SpikingProjection.gate], GateEncoding.each_matrix, k=2.5)
+    expected = {"linear_gate_down_proj": 2, "linear_gate_up_proj": 2}
+    assert ranks.run(spiking_names, spiking, world_size=1, parallel=ParallelConfig()) == [expected]
+
+
+def spiking_names(groups: ProcessGroups, spiking: SpikingConfig) -> dict[str, int]:
     from spikingbrain_train.models.spiking_linear import SpikingInput
 
-    model = build(groups, replace(MODEL, spiking=SpikingConfig([projection], k=2.5)), ParallelConfig())
+    model = build(groups, replace(MODEL, spiking=spiking), ParallelConfig())
     names: dict[str, int] = {}
     for name, module in model.named_modules():
         if isinstance(module, SpikingInput):
@@ -294,13 +307,37 @@ def spiking_names(groups: ProcessGroups, projection: SpikingProjection) -> dict[
     return names
 
 
+def gate_and_published_gate(groups: ProcessGroups, encoding: GateEncoding) -> tuple[Tensor, Tensor]:
+    """The log gate of a layer with spikes, and what the published code computes of the same weights."""
+    spiking = SpikingConfig([SpikingProjection.gate], encoding, k=K)
+    layer = build(groups, replace(MODEL, spiking=spiking), ParallelConfig()).decoder.layers[0].self_attention
+    hidden = torch.randn(T, B, HIDDEN, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        gate = layer.log_gate(hidden, torch.empty(0)).flatten(2)
+        down, up = layer.linear_gate_down_proj.weight, layer.linear_gate_up_proj
+        logits = linear(spike_encoding_reference(hidden, K), up.weight @ down, up.bias)
+        return gate, torch.nn.functional.logsigmoid(logits) / MODEL.gla.gate_logit_normalizer
+
+
+def test_a_gate_encoded_once_is_the_published_merged_projection(ranks: RankPool) -> None:
+    def run(encoding: GateEncoding) -> tuple[Tensor, Tensor]:
+        (result,) = ranks.run(gate_and_published_gate, encoding, world_size=1, parallel=ParallelConfig())
+        return result
+
+    assert SpikingConfig().gate_encoding is GateEncoding.once
+    torch.testing.assert_close(*run(GateEncoding.once), rtol=1e-5, atol=1e-7)
+    twice, published = run(GateEncoding.each_matrix)
+    assert (twice - published).abs().max() > 1e-4 * published.abs().max()
+
+
 def histogram(groups: ProcessGroups, parallel: ParallelConfig) -> Tensor:
     """Spike counts of one forward pass, summed over ranks."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from spikingbrain_train.models.spiking_linear import collect_spike_statistics, spiking_modules
 
-    model = build(groups, MODEL, parallel)
+    everywhere = replace(MODEL.spiking, gate_encoding=GateEncoding.each_matrix)
+    model = build(groups, replace(MODEL, spiking=everywhere), parallel)
     with collect_spike_statistics(model, groups.device) as statistics, torch.no_grad():
         get_forward_backward_func()(
             forward_step_func=lambda _, stage: (stage(some_tokens()), lambda logits: (logits.sum(), {})),
