@@ -53,8 +53,9 @@ class SpikeStatistics:
     def sparsity(self, steps: int = 3) -> float:
         """Share of a window's (channel, step) slots that hold no spike.
 
-        Step t carries bit t of |s_int|; bits that do not fit are not sent, as in the published coding with
-        T steps (Int2Spike, ``SpikeCountBitwiseNode``).
+        Step t carries the t-th least significant bit of |s_int| (SpikingBrain, arXiv 2509.05276, eq. 23);
+        bits that do not fit are not sent. The definition behind the published shares is not stated, and this
+        one does not reproduce them: see docs/spiking.md.
         """
         return 1 - self._mean(_SPIKES[_MAGNITUDES % 2**steps]) / steps
 
