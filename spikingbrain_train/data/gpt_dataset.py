@@ -3,8 +3,8 @@
 Why not megatron-core's GPTDataset: its order depends on the number of samples asked for (a run that is
 prolonged and resumed would see other data), rank 0 builds and pickles index files beside the tokens while the
 others wait at a barrier (an error on rank 0 hangs them), and it shuffles held-out data and drops or repeats
-its end. Cutting the concatenated tokens into windows needs no index at all. Reading the files and blending
-are megatron-core's.
+its end. Cutting the concatenated tokens into windows needs no index at all. The file format and blending are
+megatron-core's.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from spikingbrain_train.config.errors import DataError
 from spikingbrain_train.config.file_checks import check_train_weights
 from spikingbrain_train.config.run import DataConfig
 from spikingbrain_train.data.indexed import (
+    TokenFile,
     check_same_tokenizer,
     document_starts,
     num_tokens,
@@ -28,9 +28,6 @@ from spikingbrain_train.data.indexed import (
     read_tokens,
 )
 from spikingbrain_train.data.tokenizers import Tokenizer
-
-if TYPE_CHECKING:
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +40,7 @@ from 0 to seq_length, and loss_mask is 0 where the label is the first token of a
 class _Windows:
     """Any stretch of the concatenated documents of an indexed dataset as a sample."""
 
-    def __init__(self, dataset: IndexedDataset, seq_length: int, reset_at_documents: bool) -> None:
+    def __init__(self, dataset: TokenFile, seq_length: int, reset_at_documents: bool) -> None:
         self.dataset = dataset
         self.seq_length = seq_length
         self.num_tokens = num_tokens(dataset)
@@ -83,7 +80,7 @@ class ShuffledWindows:
 
     def __init__(
         self,
-        dataset: IndexedDataset,
+        dataset: TokenFile,
         seq_length: int,
         seed: tuple[int, int],
         *,
@@ -176,7 +173,7 @@ class ValidDataset(torch.utils.data.Dataset[Sample]):
 
     def __init__(
         self,
-        datasets: Sequence[IndexedDataset],
+        datasets: Sequence[TokenFile],
         seq_length: int,
         num_samples: int | None,
         *,

@@ -1,9 +1,9 @@
 """Tokens on disk: Megatron indexed datasets (``<prefix>.bin`` and ``<prefix>.idx``) with a sidecar
 ``<prefix>.json``.
 
-The two binary files are megatron-core's own format, written and read by its classes, so that Megatron-LM's
-datasets work here and ours work there. The sidecar says which tokenizer made the tokens; datasets from
-elsewhere have none.
+The two binary files are megatron-core's own format and written by its classes, so that Megatron-LM's datasets
+work here (:mod:`~spikingbrain_train.data.token_file` reads them) and ours work there. The sidecar says which
+tokenizer made the tokens; datasets from elsewhere have none.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import struct
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,19 +19,31 @@ from typing import Any
 import numpy as np
 
 from spikingbrain_train.config.errors import DataError
+from spikingbrain_train.data.token_file import TokenFile, document_starts, num_tokens, read_tokens
+from spikingbrain_train.data.token_ids import check_token_ids
 from spikingbrain_train.data.tokenizers import Tokenizer
 
 with warnings.catch_warnings():
     # megatron-core announces several times on import that Transformer Engine and Apex are absent: of no
     # concern here.
     warnings.simplefilter("ignore")
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+__all__ = [
+    "DatasetInfo",
+    "IndexedDatasetWriter",
+    "TokenFile",
+    "check_same_tokenizer",
+    "document_starts",
+    "existing_files",
+    "num_tokens",
+    "open_indexed_dataset",
+    "read_info",
+    "read_tokens",
+    "token_dtype",
+]
 
 logger = logging.getLogger(__name__)
-
-_HEADER = struct.Struct("<9sQBQQ")
-"""Start of an .idx file: magic, version, dtype code, number of sequences, number of document boundaries."""
-_MAGIC = b"MMIDIDX\x00\x00"
 
 SUFFIXES = (".bin", ".idx", ".json")
 """The files of one dataset, in the order in which they are put in place."""
@@ -150,41 +161,39 @@ def read_info(prefix: str | Path) -> DatasetInfo | None:
         ) from error
 
 
-def open_indexed_dataset(prefix: str | Path, vocab_size: int | None = None) -> IndexedDataset:
+def open_indexed_dataset(prefix: str | Path, vocab_size: int | None = None) -> TokenFile:
     """Open an indexed dataset after checking that its files are complete and belong together.
 
-    Only reads files: in a distributed run every rank may call it and comes to the same conclusion without
-    talking to the others.
+    In a distributed run every rank may call it and comes to the same conclusion without talking to the
+    others.
 
     Args:
         prefix: path without .bin/.idx.
-        vocab_size: the model's vocabulary; None skips that check.
-
-    Returns:
-        megatron-core's IndexedDataset, memory-mapped. Its sequences lie in the .bin file one behind the
-        other.
+        vocab_size: the model's vocabulary, which all tokens must be of (read once, see
+            :func:`~spikingbrain_train.data.token_ids.check_token_ids`); None skips that check.
 
     Raises:
-        DataError: missing, truncated or mismatched files, or a tokenizer with more ids than ``vocab_size``.
+        DataError: missing, truncated or mismatched files, a tokenizer with more ids than ``vocab_size``, or a
+            token beyond it.
     """
     prefix = str(prefix)
-    _check_files(prefix)
+    dataset = TokenFile(prefix)
     info = read_info(prefix)
-    dataset = IndexedDataset(prefix)
     if info is None:
         logger.warning("%s has no %s.json: its tokenizer is unknown and goes unchecked", prefix, prefix)
-        return dataset
-    if info.tokens != num_tokens(dataset):
+    elif info.tokens != num_tokens(dataset):
         raise DataError(
             f"{prefix}.json speaks of {info.tokens} tokens but {prefix}.bin holds {num_tokens(dataset)}: the "
             "files are of different runs, preprocess again with --overwrite"
         )
-    if vocab_size is not None and info.vocab_size > vocab_size:
+    elif vocab_size is not None and info.vocab_size > vocab_size:
         raise DataError(
             f"the tokens of {prefix} were made by the tokenizer {info.tokenizer} with {info.vocab_size} ids "
             f"but the model's vocabulary has only {vocab_size}: preprocess with the tokenizer that belongs "
             "to the model"
         )
+    if vocab_size is not None:
+        check_token_ids(dataset, vocab_size)
     return dataset
 
 
@@ -201,73 +210,3 @@ def check_same_tokenizer(prefix: str | Path, tokenizer: Tokenizer) -> None:
             f"which is not the run's tokenizer {tokenizer.name} ({tokenizer.vocab_size} ids): preprocess "
             "again with the latter"
         )
-
-
-def num_tokens(dataset: IndexedDataset) -> int:
-    """Number of tokens in an indexed dataset."""
-    return int(dataset.sequence_lengths.sum(dtype=np.int64))
-
-
-def read_tokens(dataset: IndexedDataset, start: int, count: int) -> np.ndarray:
-    """Tokens [count] int64 from position ``start`` of the concatenated documents."""
-    itemsize = np.dtype(dataset.index.dtype).itemsize
-    # A copy, because the memory map is read-only and PyTorch wants writable memory.
-    return dataset.bin_reader.read(dataset.index.dtype, count, start * itemsize).astype(np.int64)
-
-
-def document_starts(dataset: IndexedDataset) -> np.ndarray:
-    """Positions [documents + 1] int64 of each document's first token in the concatenated documents, ascending
-    and without empty documents; the last entry is the number of tokens."""
-    ends = np.cumsum(dataset.sequence_lengths, dtype=np.int64)
-    return np.unique(np.concatenate(([0], ends))[dataset.document_indices])
-
-
-def _check_files(prefix: str) -> None:
-    """Compare header and file sizes. megatron-core only asserts part of this, and maps short files as they
-    are."""
-    for suffix in (".idx", ".bin"):
-        if not os.path.isfile(prefix + suffix):
-            raise DataError(
-                f"there is no indexed dataset at {prefix} ({prefix}{suffix} is missing): give the path "
-                "without .bin/.idx, and make it with tools/preprocess_data.py"
-            )
-    try:
-        with open(prefix + ".idx", "rb") as file:
-            header = file.read(_HEADER.size)
-            if len(header) < _HEADER.size:
-                raise _truncated(prefix, ".idx", _HEADER.size, len(header))
-            magic, version, code, sequences, boundaries = _HEADER.unpack(header)
-            if magic != _MAGIC or version != 1 or code not in {int(member.value) for member in DType}:
-                raise DataError(f"{prefix}.idx is not the index of a Megatron dataset: check the prefix")
-            index_size = _HEADER.size + sequences * (4 + 8) + boundaries * 8
-            found = os.path.getsize(prefix + ".idx")
-            # A multimodal index has one more byte a sequence.
-            if found not in (index_size, index_size + sequences):
-                raise _truncated(prefix, ".idx", index_size, found)
-            lengths = np.fromfile(file, dtype=np.int32, count=sequences)
-            pointers = np.fromfile(file, dtype=np.int64, count=sequences)
-            ends = np.fromfile(file, dtype=np.int64, count=boundaries)
-        itemsize = DType.size(int(code))
-        starts = np.cumsum(lengths, dtype=np.int64) - lengths
-        if (
-            (lengths < 0).any()
-            or boundaries == 0
-            or ends[-1] != sequences
-            or (pointers != starts * itemsize).any()
-        ):
-            raise DataError(f"{prefix}.idx contradicts itself: preprocess again with --overwrite")
-        data_size = int(lengths.sum(dtype=np.int64)) * itemsize
-        found = os.path.getsize(prefix + ".bin")
-        if found != data_size:
-            raise _truncated(prefix, ".bin", data_size, found)
-        if data_size == 0:
-            raise DataError(f"{prefix} holds no tokens: preprocess inputs that have documents")
-    except OSError as error:
-        raise DataError(f"cannot read the indexed dataset {prefix}: {error.strerror or error}") from error
-
-
-def _truncated(prefix: str, suffix: str, expected: int, found: int) -> DataError:
-    return DataError(
-        f"{prefix}{suffix} is {found} bytes long instead of {expected}: it is truncated or of another run, "
-        "preprocess again with --overwrite"
-    )

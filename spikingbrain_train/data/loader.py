@@ -12,7 +12,7 @@ from typing import TypedDict
 import torch
 from torch.utils.data import DataLoader
 
-from spikingbrain_train.config.errors import ConfigurationError
+from spikingbrain_train.config.errors import ConfigurationError, DataError
 from spikingbrain_train.data.gpt_dataset import Sample, TrainDataset, ValidDataset
 from spikingbrain_train.parallel.context_parallel.sequence_layout import SequenceLayout
 
@@ -187,4 +187,13 @@ def build_data_loader(
         # which starts one loader more, would see other dropout masks than an uninterrupted one.
         generator=torch.Generator().manual_seed(seed),
     )
-    return iter(loader)
+    return _in_own_words(loader)
+
+
+def _in_own_words(loader: DataLoader) -> Iterator[WholeBatch]:
+    """The loader's batches. What goes wrong in one of its processes arrives inside that process's traceback,
+    of which only the sentence is kept."""
+    try:
+        yield from loader
+    except DataError as error:
+        raise DataError(str(error).rpartition(f"{DataError.__name__}: ")[2].strip()) from error

@@ -36,6 +36,7 @@ from spikingbrain_train.training.build import (
     wrap_data_parallel,
 )
 from spikingbrain_train.training.checkpoint import TrainingState, prune_checkpoints, resume, save_checkpoint
+from spikingbrain_train.training.data_check import check_tokens_together
 from spikingbrain_train.training.expert_load import ExpertLoadCounter
 from spikingbrain_train.training.heat_map import HeatMap
 from spikingbrain_train.training.metrics import MetricsLogger
@@ -245,6 +246,9 @@ class Trainer:
         config = self.config
         stage = config.stage
         tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
+        prefixes = [*config.data.train, *config.data.valid]
+        output_dir = Path(config.output_dir)
+        check_tokens_together(prefixes, config.model.vocab_size, self.groups, output_dir, self._say)
         self.train_dataset, self.valid_dataset = build_datasets(
             config.data,
             stage.seq_length,

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
 
 import numpy as np
 import pytest
@@ -307,3 +309,29 @@ def test_the_log_says_how_many_epochs_a_dataset_is_read(
     with caplog.at_level(logging.INFO, logger="spikingbrain_train"):
         train_dataset(counted, 50)
     assert "203 tokens, 50 samples, 2.00 epochs" in caplog.text
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_file_that_is_cut_short_while_it_is_read_is_named(counted: str, num_workers: int) -> None:
+    dataset = train_dataset(counted, 64)
+    loader = build_data_loader(
+        dataset,
+        consumed_samples=0,
+        micro_batch_size=1,
+        data_parallel_rank=0,
+        data_parallel_size=1,
+        num_workers=num_workers,
+    )
+    if num_workers == 0:
+        dataset[0]  # the file is open
+    os.truncate(f"{counted}.bin", 0)
+    with pytest.raises(DataError) as caught:
+        list(loader)
+    assert re.fullmatch(r"\S+counted\.bin (ends at byte|is 0 bytes long).*[^.]", str(caught.value))
+
+
+def test_a_file_that_is_replaced_while_it_is_read_keeps_its_tokens(counted: str, write_tokens) -> None:
+    dataset = train_dataset(counted, 2)
+    first = dataset[0]["tokens"].tolist()
+    os.replace(f"{write_tokens('other', [range(7, 9)])}.bin", f"{counted}.bin")
+    assert dataset[0]["tokens"].tolist() == first
