@@ -8,6 +8,7 @@ each contender its own. The processes take turns; whoever does not run sleeps on
 from __future__ import annotations
 
 import itertools
+import math
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator
@@ -285,7 +286,8 @@ def _peak(setting: Setting) -> float:
     from spikingbrain_train.models.transformer_config import PARAMS_DTYPE
     from spikingbrain_train.training.throughput import measure_peak_tflops
 
-    return measure_peak_tflops(setting.device, PARAMS_DTYPE[setting.precision])
+    peak = measure_peak_tflops(setting.device, PARAMS_DTYPE[setting.precision])
+    return math.nan if peak is None else peak
 
 
 def _peak_by_cpu_time() -> float:

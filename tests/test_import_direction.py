@@ -1,6 +1,6 @@
 """Imports point downwards only:
 
-training, conversion, evaluation -> models, data -> parallel, ops, spiking -> config; hf stands alone.
+training, conversion, evaluation -> models, data -> parallel, ops, spiking, reporting -> config; hf alone.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = {
     "hf": 0,
     "config": 0,
+    "reporting": 1,
     "ops": 1,
     "spiking": 1,
     "parallel": 2,
@@ -34,6 +35,7 @@ FORBIDDEN_LIBRARIES = {
     "config": {"torch", "megatron", "transformers", "fla", "numpy"},
     "ops": {"megatron", "transformers"},
     "hf": {"megatron", "fla", "omegaconf", "hydra"},
+    "reporting": {"torch", "megatron", "transformers", "numpy"},
 }
 # Pure-Python files in rooms that otherwise use torch: they run before torch is there.
 WITHOUT_TORCH = [

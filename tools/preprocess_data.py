@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         options = PreprocessOptions(**parsed)
-        outcome = plan_preprocessing(options) if dry_run else preprocess(options)
+        outcome = plan_preprocessing(options) if dry_run else preprocess(options, progress=True)
         print(outcome.describe())
     except SpikingBrainError as error:
         print(f"error: {error}", file=sys.stderr)

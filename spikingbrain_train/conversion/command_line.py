@@ -13,6 +13,7 @@ from spikingbrain_train.config.command_line import user_errors
 from spikingbrain_train.config.errors import ConfigurationError
 from spikingbrain_train.config.load import load_conversion
 from spikingbrain_train.conversion.window_convention import WindowConvention
+from spikingbrain_train.reporting.activity import activity
 
 _DESCRIPTION = """\
 Convert checkpoints between Hugging Face and Megatron, swapping sequence mixers on the way in.
@@ -198,7 +199,8 @@ def _import(arguments: argparse.Namespace) -> str:
             f"{arguments.overrides[0]} changes a recipe, but none is given; add --conversion"
         )
     recipe = arguments.conversion and load_conversion(arguments.conversion, arguments.overrides)
-    from spikingbrain_train.conversion.import_checkpoint import import_checkpoint
+    with activity("importing torch"):
+        from spikingbrain_train.conversion.import_checkpoint import import_checkpoint
 
     return import_checkpoint(
         arguments.hf,
@@ -214,9 +216,10 @@ def _import(arguments: argparse.Namespace) -> str:
 
 def _export(arguments: argparse.Namespace) -> str:
     max_shard_size = _bytes(arguments.max_shard_size)
-    import torch
+    with activity("importing torch"):
+        import torch
 
-    from spikingbrain_train.conversion.export_checkpoint import export_checkpoint
+        from spikingbrain_train.conversion.export_checkpoint import export_checkpoint
 
     return export_checkpoint(
         arguments.checkpoint,

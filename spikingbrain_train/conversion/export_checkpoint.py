@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from spikingbrain_train.config.checkpoint_folder import HF_SOURCE_FOLDER, MODEL_CONFIG_FILE
 from spikingbrain_train.config.errors import CheckpointError
@@ -33,6 +32,7 @@ from spikingbrain_train.conversion.weight_values import (
     fault_of,
 )
 from spikingbrain_train.hf import modelling_files
+from spikingbrain_train.reporting.activity import activity
 
 DEFAULT_SHARD_SIZE = 5 * 10**9
 _MODEL_PREFIXES = ("embedding.", "sink_embedding.", "decoder.", "output_layer.")
@@ -61,7 +61,7 @@ def export_checkpoint(
         max_shard_size: largest safetensors file, in bytes.
         overwrite: replace an earlier export in ``output``.
         allow_damaged_weights: export tensors that hold NaN or infinities, with a note.
-        progress: draw a progress bar on a terminal.
+        progress: say on standard error how far it is.
 
     Raises:
         CheckpointError: the checkpoint is incomplete, damaged or of another architecture, no Hugging Face
@@ -129,14 +129,8 @@ def export_checkpoint(
                 f"{folder} carries no tokenizer; copy one into {output} before generating text"
             )
         with (
+            activity("exporting", report.bytes, "B", shown=progress) as done,
             SafetensorsWriter(temporary, specs, max_shard_size) as writer,
-            tqdm(
-                total=report.bytes,
-                desc="exporting",
-                unit="B",
-                unit_scale=True,
-                disable=None if progress else True,
-            ) as bar,
         ):
             for piece in pieces:
                 for spec, part in zip(specs_of(piece), _values(reader, piece), strict=True):
@@ -148,7 +142,7 @@ def export_checkpoint(
                     if fault is not None:
                         damaged[spec.name] = fault
                     writer.write(spec.name, part)
-                    bar.update(part.nbytes)
+                    done.advance(part.nbytes)
                 if isinstance(piece, Parameter):
                     report.count(piece.rule.group, "copied", piece.numel)
                 elif piece.is_copy:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from spikingbrain_train.config.checkpoint_folder import (
     HF_SOURCE_FOLDER,
@@ -48,6 +47,7 @@ from spikingbrain_train.conversion.window_convention import (
     default_convention,
     says_its_window,
 )
+from spikingbrain_train.reporting.activity import activity
 
 _RECOMPUTED = re.compile(r"\.rotary_emb\.inv_freq$")  # a buffer that old transformers versions stored
 
@@ -91,7 +91,7 @@ def import_checkpoint(
         overwrite: replace an earlier result in ``output``.
         allow_damaged_weights: import tensors that hold NaN, infinities or only zeros, with a note.
         dry_run: check everything but the values and report without writing.
-        progress: draw a progress bar on a terminal.
+        progress: say on standard error how far it is.
 
     Raises:
         CheckpointError: the source is malformed, damaged or unsupported, or the output cannot be written.
@@ -144,20 +144,14 @@ def import_checkpoint(
         (checkpoint / HF_SOURCE_FOLDER).mkdir(parents=True)
         companions.copy_to(checkpoint / HF_SOURCE_FOLDER)
         with (
+            activity("importing", report.bytes, "B", shown=progress) as done,
             MegatronCheckpointWriter(checkpoint) as writer,
-            tqdm(
-                total=report.bytes,
-                desc="importing",
-                unit="B",
-                unit_scale=True,
-                disable=None if progress else True,
-            ) as bar,
         ):
             for planned in plan:
                 name, shape = planned.parameter.name, planned.parameter.shape
                 for offset, chunk in converter.chunks(planned):
                     writer.write_chunk(name, shape, offset, chunk)
-                    bar.update(chunk.nbytes)
+                    done.advance(chunk.nbytes)
         save_config(target, checkpoint / MODEL_CONFIG_FILE)
         report.notes += describe_damage(tensors.damaged)
         report.seconds = time.monotonic() - started

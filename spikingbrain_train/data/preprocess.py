@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from tqdm import tqdm
 
 from spikingbrain_train.config.errors import ConfigurationError, DataError
 from spikingbrain_train.config.temporary_folder import temporary_folder
 from spikingbrain_train.data.documents import RawDocument, Source, find_sources
 from spikingbrain_train.data.folders import LeftOut
 from spikingbrain_train.data.tokenizers import Tokenizer, load_tokenizer
+from spikingbrain_train.reporting.activity import activity
 
 if TYPE_CHECKING:
     # Worker processes import this module and have no use for megatron-core, whose import takes seconds.
@@ -201,12 +201,12 @@ def plan_preprocessing(options: PreprocessOptions) -> PreprocessPlan:
     )
 
 
-def preprocess(options: PreprocessOptions, progress: bool | None = None) -> PreprocessReport:
+def preprocess(options: PreprocessOptions, progress: bool = False) -> PreprocessReport:
     """Tokenize all inputs into indexed datasets.
 
     Args:
         options: what to do.
-        progress: show a progress bar; None shows it on terminals only.
+        progress: say on standard error how far it is.
 
     Raises:
         DataError: bad input (with file and line), existing output, an unwritable or full output folder.
@@ -216,7 +216,8 @@ def preprocess(options: PreprocessOptions, progress: bool | None = None) -> Prep
     from spikingbrain_train.data.indexed import IndexedDatasetWriter
 
     left_out = LeftOut()
-    sources, tokenizer = _prepare(options, left_out)
+    with activity("opening the inputs", shown=progress):
+        sources, tokenizer = _prepare(options, left_out)
     report = PreprocessReport(left_out=left_out.describe())
     started = time.perf_counter()
     with _staging_folder(options.output_prefix) as staging:
@@ -275,18 +276,10 @@ def _write_all(
     options: PreprocessOptions,
     writers: list[IndexedDatasetWriter],
     report: PreprocessReport,
-    progress: bool | None,
+    progress: bool,
 ) -> None:
-    text_bytes = tokens = 0
-    started = time.perf_counter()
-    bar = tqdm(
-        total=sum(source.size for source in sources),
-        unit="B",
-        unit_scale=True,
-        desc="tokenizing",
-        disable=None if progress is None else not progress,
-    )
-    with bar:
+    read = 0
+    with activity("tokenizing", sum(source.size for source in sources), "B", shown=progress) as done:
         for chunk, result in _tokenize_all(_chunks(sources, options), tokenizer, options, writers[0].dtype):
             end = 0
             for length, size, held_out in zip(
@@ -295,13 +288,8 @@ def _write_all(
                 end += length
                 writers[held_out].add_document(result.token_ids[end - length : end], size)
             report.skipped += result.skipped
-            text_bytes += sum(result.text_bytes)
-            tokens += end
-            seconds = max(time.perf_counter() - started, 1e-9)
-            bar.set_postfix_str(
-                f"{text_bytes / seconds / 1e6:.2f} MB/s of text, {tokens:,} tokens", refresh=False
-            )
-            bar.update(chunk.position - bar.n)
+            done.advance(chunk.position - read)
+            read = chunk.position
 
 
 @dataclass(frozen=True)

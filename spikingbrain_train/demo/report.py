@@ -14,9 +14,9 @@ from typing import Any
 from spikingbrain_train.config.errors import DataError
 from spikingbrain_train.demo.runner import StepRecord, printable
 from spikingbrain_train.demo.steps import DemoOptions, Step
+from spikingbrain_train.reporting.activity import format_duration
 from spikingbrain_train.training.metrics import read_metrics
 from spikingbrain_train.training.plots import plot_loss_curves
-from spikingbrain_train.training.progress import format_duration
 
 PICTURE, MARKDOWN, JSON = "loss.png", "demo_report.md", "demo_report.json"
 

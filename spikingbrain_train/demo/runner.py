@@ -17,7 +17,7 @@ from pathlib import Path
 from spikingbrain_train.config.command_line import USER_ERROR
 from spikingbrain_train.config.errors import ConfigurationError, SpikingBrainError
 from spikingbrain_train.demo.steps import Step, step_keys
-from spikingbrain_train.training.progress import format_duration
+from spikingbrain_train.reporting.activity import format_duration
 
 STATE_FILE = "demo_state.json"
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from spikingbrain_train.config.command_line import user_errors
 from spikingbrain_train.config.errors import ConfigurationError
+from spikingbrain_train.reporting.activity import activity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,7 +52,8 @@ examples:
 
 def evaluate(arguments: Sequence[str] | None = None) -> None:
     """tools/evaluate.py."""
-    parser = _parser("evaluate.py", _EVALUATE_DESCRIPTION, _EVALUATE_EXAMPLES)
+    # float32 measures the same on every machine.
+    parser = _parser("evaluate.py", _EVALUATE_DESCRIPTION, _EVALUATE_EXAMPLES, dtype="float32")
     parser.add_argument(
         "--data",
         nargs="+",
@@ -68,7 +70,7 @@ def evaluate(arguments: Sequence[str] | None = None) -> None:
 
 def generate(arguments: Sequence[str] | None = None) -> None:
     """tools/generate.py."""
-    parser = _parser("generate.py", _GENERATE_DESCRIPTION, _GENERATE_EXAMPLES)
+    parser = _parser("generate.py", _GENERATE_DESCRIPTION, _GENERATE_EXAMPLES, dtype="auto")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to go on from")
     parser.add_argument(
         "--max-new-tokens", type=int, default=128, metavar="N", help="tokens to add (default: %(default)s)"
@@ -87,7 +89,7 @@ def generate(arguments: Sequence[str] | None = None) -> None:
     _run(parser, _generate, arguments)
 
 
-def _parser(prog: str, description: str, epilog: str) -> argparse.ArgumentParser:
+def _parser(prog: str, description: str, epilog: str, *, dtype: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog,
         description=description,
@@ -101,7 +103,7 @@ def _parser(prog: str, description: str, epilog: str) -> argparse.ArgumentParser
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
+        default=dtype,
         help="number format to compute in; auto takes bfloat16 where the hardware multiplies it, else "
         "float32 (default: %(default)s)",
     )
@@ -135,17 +137,18 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         if value is not None and value < 1:
             raise ConfigurationError(f"--{name.replace('_', '-')} is {value}; give at least 1")
     model = _load_model(arguments)
-    from spikingbrain_train.data.gpt_dataset import open_valid_dataset
-    from spikingbrain_train.data.indexed import check_same_tokenizer
-    from spikingbrain_train.data.tokenizers import load_tokenizer
-    from spikingbrain_train.evaluation.perplexity import measure_perplexity
+    with activity("opening the data"):
+        from spikingbrain_train.data.gpt_dataset import open_valid_dataset
+        from spikingbrain_train.data.indexed import check_same_tokenizer
+        from spikingbrain_train.data.tokenizers import load_tokenizer
+        from spikingbrain_train.evaluation.perplexity import measure_perplexity
 
-    tokenizer = load_tokenizer(arguments.model)
-    for prefix in arguments.data:
-        check_same_tokenizer(prefix, tokenizer)
-    dataset = open_valid_dataset(
-        arguments.data, arguments.seq_length, arguments.max_windows, model.config.vocab_size
-    )
+        tokenizer = load_tokenizer(arguments.model)
+        for prefix in arguments.data:
+            check_same_tokenizer(prefix, tokenizer)
+        dataset = open_valid_dataset(
+            arguments.data, arguments.seq_length, arguments.max_windows, model.config.vocab_size
+        )
     measured = measure_perplexity(model, dataset, progress=True)
     print(f"model          {arguments.model} ({type(model).__name__}, {_dtype_name(model.dtype)})")
     print(f"held-out text  {measured.tokens:,} tokens in {measured.windows} windows of {measured.seq_length}")
@@ -156,7 +159,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    from spikingbrain_train.evaluation.generation import Sampling, generate_text
+    with activity("importing torch and transformers"):
+        from spikingbrain_train.evaluation.generation import Sampling, generate_text
+        from spikingbrain_train.evaluation.pretrained import load_text_tokenizer
 
     sampling = Sampling(
         max_new_tokens=arguments.max_new_tokens,
@@ -164,8 +169,6 @@ def _generate(arguments: argparse.Namespace) -> None:
         top_p=arguments.top_p,
         seed=arguments.seed,
     )
-    from spikingbrain_train.evaluation.pretrained import load_text_tokenizer
-
     model = _load_model(arguments)
     generation = generate_text(
         model, load_text_tokenizer(arguments.model), arguments.prompt, sampling, _show_text
@@ -179,13 +182,14 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 
 def _load_model(arguments: argparse.Namespace) -> PreTrainedModel:
-    import torch
+    with activity("importing torch and transformers"):
+        import torch
 
-    from spikingbrain_train.config.parallel import AcceleratorKind
-    from spikingbrain_train.config.run import Precision
-    from spikingbrain_train.evaluation.pretrained import load_causal_lm
-    from spikingbrain_train.parallel.accelerator import detect
-    from spikingbrain_train.parallel.bf16 import choose_precision, slow_format_warning
+        from spikingbrain_train.config.parallel import AcceleratorKind
+        from spikingbrain_train.config.run import Precision
+        from spikingbrain_train.evaluation.pretrained import load_causal_lm
+        from spikingbrain_train.parallel.accelerator import detect
+        from spikingbrain_train.parallel.bf16 import choose_precision, slow_format_warning
 
     accelerator = detect(AcceleratorKind(arguments.device))
     if arguments.dtype == "auto":
@@ -196,12 +200,13 @@ def _load_model(arguments: argparse.Namespace) -> PreTrainedModel:
         slow = slow_format_warning(f"--dtype {arguments.dtype}", dtype, accelerator)
         if slow is not None:
             print(slow, file=sys.stderr, flush=True)
-    return load_causal_lm(
-        arguments.model,
-        trust_remote_code=arguments.trust_remote_code,
-        dtype=dtype,
-        device=accelerator.device(),
-    )
+    with activity(f"loading {arguments.model}"):
+        return load_causal_lm(
+            arguments.model,
+            trust_remote_code=arguments.trust_remote_code,
+            dtype=dtype,
+            device=accelerator.device(),
+        )
 
 
 def _dtype_name(dtype: Any) -> str:

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from spikingbrain_train.data.gpt_dataset import ValidDataset
+from spikingbrain_train.reporting.activity import activity
 
 _LOGIT_BYTES = 256 << 20
 """Memory for the float32 logits of one chunk of positions."""
@@ -52,20 +52,20 @@ def measure_perplexity(
     Args:
         model: any causal language model of transformers, in evaluation mode.
         dataset: held-out windows, at least one.
-        progress: show a bar on standard error if that is a terminal.
+        progress: say on standard error how far it is.
     """
     losses_of = _CausalLosses(model)
     total = torch.zeros((), dtype=torch.float64)
     tokens = 0.0
     started = time.perf_counter()
-    hidden = None if progress else True  # None: shown on a terminal
-    for index in tqdm(range(len(dataset)), desc="evaluating", unit="window", disable=hidden):
-        sample = dataset[index]
-        losses = losses_of(sample["tokens"].to(model.device), sample["labels"].to(model.device)).cpu()
-        # Not a product: 0 * inf would be NaN.
-        counted = losses[sample["loss_mask"] > 0]
-        total += counted.double().sum()
-        tokens += counted.numel()
+    with activity("evaluating", len(dataset), "windows", shown=progress) as done:
+        for index in done.over(range(len(dataset))):
+            sample = dataset[index]
+            losses = losses_of(sample["tokens"].to(model.device), sample["labels"].to(model.device)).cpu()
+            # Not a product: 0 * inf would be NaN.
+            counted = losses[sample["loss_mask"] > 0]
+            total += counted.double().sum()
+            tokens += counted.numel()
     return Perplexity(
         cross_entropy=total.item() / tokens,
         windows=len(dataset),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +30,8 @@ from spikingbrain_train.parallel.bf16 import agree_on_precision, slow_format_war
 from spikingbrain_train.parallel.kernels import attention_choices, describe_kernels, resolve_kernels
 from spikingbrain_train.parallel.planner import plan_run
 from spikingbrain_train.parallel.process_groups import ProcessGroups, destroy, initialize
+from spikingbrain_train.reporting.activity import Activity, activity
+from spikingbrain_train.reporting.progress import ProgressPrinter
 from spikingbrain_train.training.alignment import Alignment
 from spikingbrain_train.training.build import (
     build_student,
@@ -42,7 +46,6 @@ from spikingbrain_train.training.heat_map import HeatMap
 from spikingbrain_train.training.metrics import MetricsLogger
 from spikingbrain_train.training.optimizer import build_optimizer, build_scheduler
 from spikingbrain_train.training.pretraining import ContinualPretraining
-from spikingbrain_train.training.progress import ProgressPrinter
 from spikingbrain_train.training.spike_annealing import spike_k
 from spikingbrain_train.training.stage_step import StageStep
 from spikingbrain_train.training.throughput import (
@@ -59,9 +62,9 @@ def run(config: RunConfig) -> None:
         SpikingBrainError: something the user can fix; every rank raises it or is stopped by the launcher.
     """
     accelerator = detect(config.cluster.accelerator)
-    groups = initialize(
-        config.parallel, accelerator, seed=config.seed, timeout_minutes=config.cluster.timeout_minutes
-    )
+    timeout = config.cluster.timeout_minutes
+    with activity("waiting for all ranks", shown=os.environ.get("RANK", "0") == "0"):
+        groups = initialize(config.parallel, accelerator, seed=config.seed, timeout_minutes=timeout)
     try:
         choice = agree_on_precision(config, groups)
         dtype = PARAMS_DTYPE[choice.precision]
@@ -88,7 +91,8 @@ class Trainer:
         self.checkpoints = Path(config.output_dir) / CHECKPOINT_FOLDER
         self.progress = ProgressPrinter(config.stage.train_iters)
         resuming = self._is_resuming()
-        self._open_data()
+        with self._activity("opening the data"):
+            self._open_data()
 
         accelerator = groups.accelerator
         kernels = resolve_kernels(
@@ -100,8 +104,9 @@ class Trainer:
         self.num_microbatches = config.stage.global_batch_size // (
             config.stage.micro_batch_size * groups.data_parallel_size
         )
-        teacher = build_teacher(config, kernels, groups) if self._needs_teacher() else None
-        student = build_student(config, kernels, groups)
+        with self._activity("building and loading the model"):
+            teacher = build_teacher(config, kernels, groups) if self._needs_teacher() else None
+            student = build_student(config, kernels, groups)
         self.step: StageStep
         if config.stage.kind is StageKind.align:
             assert teacher is not None
@@ -117,7 +122,8 @@ class Trainer:
         self.state = TrainingState(self.model, optimizer, scheduler)
         self.expert_load = ExpertLoadCounter(student, groups)
         if resuming:
-            resume(self.checkpoints, self.state, config, groups)
+            with self._activity("loading the checkpoint"):
+                resume(self.checkpoints, self.state, config, groups)
             self._say(f"resumed from {self.checkpoints} at iteration {self.state.iteration}")
         self.metrics = MetricsLogger(
             config.logging,
@@ -129,7 +135,7 @@ class Trainer:
     def train(self) -> None:
         """Run from the current iteration to the last."""
         config, state = self.config, self.state
-        with self.metrics:
+        with self.metrics, self.progress.watched():
             timer = ThroughputTimer()
             flops_per_token, peak_tflops = self._speed_of_light()
             if state.iteration == 0:
@@ -149,10 +155,11 @@ class Trainer:
                         "train/tokens_per_second": speed.tokens_per_second,
                         "train/tokens": float(state.consumed_samples * config.stage.seq_length),
                         "train/memory_gib": self.groups.accelerator.peak_memory_bytes() / 2**30,
-                        "train/mfu": model_flops_utilization(
-                            speed.tokens_per_second, flops_per_token, peak_tflops, self.groups.world_size
-                        ),
                     }
+                    if peak_tflops is not None:
+                        metrics["train/mfu"] = model_flops_utilization(
+                            speed.tokens_per_second, flops_per_token, peak_tflops, self.groups.world_size
+                        )
                     heat_maps: dict[str, HeatMap] = {}
                     if load := self.expert_load.collect():
                         metrics |= load.metrics()
@@ -212,11 +219,15 @@ class Trainer:
             data_parallel_size=self.groups.data_parallel_size,
         )
         per_step = stage.micro_batch_size * self.groups.data_parallel_size
-        with collect_spike_statistics(self.state.model, self.groups.device) as spikes:
+        batches = -(-len(self.valid_dataset) // per_step)
+        with (
+            collect_spike_statistics(self.state.model, self.groups.device) as spikes,
+            self._activity("evaluating", batches, "batches") as progress,
+        ):
             cross_entropy = held_out_cross_entropy(
                 self.state.model,
-                self._local(loader, self.config.model.num_sink_tokens),
-                -(-len(self.valid_dataset) // per_step),
+                progress.over(self._local(loader, self.config.model.num_sink_tokens)),
+                batches,
                 seq_length=stage.seq_length,
                 micro_batch_size=stage.micro_batch_size,
                 groups=self.groups,
@@ -230,8 +241,11 @@ class Trainer:
         self._report(metrics | {"valid/cross_entropy": cross_entropy})
 
     def _save(self) -> None:
-        folder = save_checkpoint(self.checkpoints, self.state, self.config, self.groups, self._hf_source())
-        prune_checkpoints(self.checkpoints, self.config.checkpoint.keep_last, self.groups)
+        with self._activity("saving"):
+            folder = save_checkpoint(
+                self.checkpoints, self.state, self.config, self.groups, self._hf_source()
+            )
+            prune_checkpoints(self.checkpoints, self.config.checkpoint.keep_last, self.groups)
         self._say(f"saved {folder}")
 
     def _hf_source(self) -> Path | None:
@@ -262,8 +276,12 @@ class Trainer:
     def _prepare(self) -> None:
         """Let the stage set what it can in closed form, and the optimizer's fp32 weights follow."""
         self._set_spike_k()
-        self.step.prepare(self.state.model, self._train_batches(consumed_samples=0), self.num_microbatches)
-        self.state.optimizer.reload_model_params()
+        with self._activity(
+            f"preparing the {self.config.stage.kind.value} stage", unit="batches"
+        ) as progress:
+            batches = progress.over(self._train_batches(consumed_samples=0))
+            self.step.prepare(self.state.model, batches, self.num_microbatches)
+            self.state.optimizer.reload_model_params()
 
     def _train_batches(self, consumed_samples: int) -> Iterator[MicroBatch]:
         stage = self.config.stage
@@ -312,13 +330,18 @@ class Trainer:
             )
         return found
 
-    def _speed_of_light(self) -> tuple[float, float]:
-        """FLOPs of one token, and the peak TFLOP/s of one rank that they are held against."""
+    def _speed_of_light(self) -> tuple[float, float | None]:
+        """FLOPs of one token, and the peak TFLOP/s of one rank that they are held against, if it is known."""
         flops = plan_run(self.config, self.groups.world_size).flops_per_token
         peak = self.config.cluster.peak_tflops
         if peak is None:
-            peak = measure_peak_tflops(self.groups.device, PARAMS_DTYPE[self.config.precision])
-            self._say(f"measured peak of one rank: {peak:.2f} TFLOP/s in {self.config.precision.value}")
+            with self._activity("measuring the peak of a matrix product"):
+                peak = measure_peak_tflops(self.groups.device, PARAMS_DTYPE[self.config.precision])
+            measured = "not known, and neither is MFU: this machine is too busy to measure it"
+            if peak is not None:
+                digits = f"{peak:.2f}" if peak >= 0.1 else f"{peak:.2g}"
+                measured = f"{digits} TFLOP/s in {self.config.precision.value} (measured)"
+            self._say(f"peak of one rank: {measured}")
         return flops, peak
 
     def _report(
@@ -334,6 +357,14 @@ class Trainer:
     def _tell_step(self) -> None:
         if self.groups.is_main_process:
             self.progress.step(self.state.iteration)
+
+    def _activity(
+        self, what: str, total: int | None = None, unit: str = ""
+    ) -> AbstractContextManager[Activity]:
+        """Let the log say that this still runs; on rank 0."""
+        if self.groups.is_main_process:
+            return self.progress.status.activity(what, total, unit)
+        return nullcontext(Activity(None, what, total, unit))
 
     def _say(self, text: str) -> None:
         if self.groups.is_main_process:

@@ -18,6 +18,8 @@ from spikingbrain_train.evaluation import perplexity
 from spikingbrain_train.evaluation.command_line import evaluate
 from spikingbrain_train.evaluation.perplexity import measure_perplexity
 from spikingbrain_train.evaluation.pretrained import load_causal_lm
+from spikingbrain_train.parallel import bf16
+from spikingbrain_train.reporting import activity
 from tests.small_source import MODEL_VOCAB_SIZE, save_small_source
 
 SEQ_LENGTH = 48
@@ -154,3 +156,33 @@ def test_wrong_arguments_are_one_sentence(
     assert exit_.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and sentence in error
+
+
+@pytest.mark.parametrize(("able", "expected"), [(True, "bfloat16"), (False, "float32")])
+def test_auto_takes_the_format_that_the_hardware_multiplies(
+    source: Path,
+    prefix: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    able: bool,
+    expected: str,
+) -> None:
+    monkeypatch.setattr(bf16, "bf16_instructions", lambda: able)
+    monkeypatch.setattr(bf16, "_onednn_takes_bf16", lambda: able)
+    monkeypatch.setattr(bf16, "product_slowdown", lambda dtype: 29.0)
+    command = ["--model", str(source), "--data", prefix, "--seq-length", str(SEQ_LENGTH)]
+    evaluate([*command, "--max-windows", "1", "--device", "cpu", "--dtype", "auto"])
+    assert f"({type(load(source)).__name__}, {expected})" in capsys.readouterr().out
+    evaluate([*command, "--max-windows", "1", "--device", "cpu", "--dtype", "bfloat16"])
+    said = capsys.readouterr()
+    assert ("29 times slower than fp32" in said.err) is not able and "bfloat16)" in said.out
+
+
+def test_evaluation_says_how_far_it_is_in_a_log(
+    source: Path, prefix: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(activity, "_QUIET_SECONDS", 0.0)
+    monkeypatch.setattr(activity, "_TICK_SECONDS", 0.001)
+    evaluate(["--model", str(source), "--data", prefix, "--seq-length", str(SEQ_LENGTH), "--device", "cpu"])
+    said = capsys.readouterr().err
+    assert f"loading {source} ..." in said and "windows ..." in said

@@ -1,12 +1,14 @@
-"""What a person watching a run reads: one line per report, and on a terminal a status that is updated in
-place."""
+"""What a person watching a training run reads: one line per report, and a status in between."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import TextIO
+
+from spikingbrain_train.reporting.activity import StatusLine, format_duration
 
 # Metric name -> how it is shown, in this order.
 _FIELDS: dict[str, Callable[[float], str]] = {
@@ -19,15 +21,10 @@ _FIELDS: dict[str, Callable[[float], str]] = {
     "spiking/k": lambda value: f"k {value:.3g}",
     "valid/cross_entropy": lambda value: f"held-out CE {value:.4f}",
 }
-_REFRESH_SECONDS = 0.2
 
 
 class ProgressPrinter:
-    """Prints the progress of one training stage.
-
-    Into a file (a Slurm log, a pipe) only whole lines go. On a terminal the current iteration is also shown
-    below them, rewritten in place.
-    """
+    """Prints the progress of one training stage (see :mod:`~spikingbrain_train.reporting.activity`)."""
 
     def __init__(
         self,
@@ -44,21 +41,15 @@ class ProgressPrinter:
             clock: returns seconds.
         """
         self._total = total_iterations
-        self._stream = sys.stdout if stream is None else stream
-        self._clock = clock
-        self._is_terminal = self._stream.isatty()
-        self._status_width = 0
-        self._last_refresh = float("-inf")
+        self.status = StatusLine(sys.stdout if stream is None else stream, clock)
 
     def step(self, iteration: int) -> None:
-        """Show on a terminal that ``iteration`` is done; at most five times a second."""
-        now = self._clock()
-        if self._is_terminal and now - self._last_refresh >= _REFRESH_SECONDS:
-            self._last_refresh = now
-            status = f"iteration {iteration}/{self._total} ..."
-            self._stream.write("\r" + status.ljust(self._status_width))
-            self._stream.flush()
-            self._status_width = len(status)
+        """Show that ``iteration`` is done."""
+        self.status.show(f"iteration {iteration}/{self._total} ...")
+
+    def watched(self) -> contextlib.AbstractContextManager[None]:
+        """While the body runs, say every few seconds that the current step still does."""
+        return self.status.watched()
 
     def report(
         self, iteration: int, metrics: Mapping[str, float], *, seconds_per_iteration: float | None = None
@@ -76,11 +67,7 @@ class ProgressPrinter:
 
     def message(self, text: str) -> None:
         """Print any other line (a checkpoint, a warning) without tearing the status."""
-        if self._status_width:
-            self._stream.write("\r" + " " * self._status_width + "\r")
-            self._status_width = 0
-        self._stream.write(text + "\n")
-        self._stream.flush()
+        self.status.message(text)
 
 
 def format_progress(
@@ -96,18 +83,3 @@ def format_progress(
     if seconds_per_iteration is not None and iteration < total_iterations:
         parts.append(f"ETA {format_duration((total_iterations - iteration) * seconds_per_iteration)}")
     return " | ".join(parts)
-
-
-def format_duration(seconds: float) -> str:
-    """``45s``, ``3m 05s``, ``2h 07m`` or ``3d 04h``: the two largest units, rounded to the smaller of
-    them."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m {whole % 60:02d}s"
-    minutes = round(seconds / 60)
-    if minutes < 24 * 60:
-        return f"{minutes // 60}h {minutes % 60:02d}m"
-    hours = round(seconds / 3600)
-    return f"{hours // 24}d {hours % 24:02d}h"

@@ -6,7 +6,8 @@ import io
 
 import pytest
 
-from spikingbrain_train.training.progress import ProgressPrinter, format_duration, format_progress
+from spikingbrain_train.reporting.activity import format_duration
+from spikingbrain_train.reporting.progress import ProgressPrinter, format_progress
 
 
 class Terminal(io.StringIO):
