@@ -108,8 +108,12 @@ EXPERIMENTS = {
     "spikingbrain_7b_32k": ((32, 1, 1, 2, 1), 32768, 25),
     "spikingbrain_7b_128k": ((32, 1, 1, 8, 1), 131072, 25),
     "spikingbrain_76b_8k": ((128, 1, 4, 1, 8), 8192, 100),
-    "spikingbrain_76b_32k": ((32, 1, 4, 4, 8), 32768, 25),
-    "spikingbrain_76b_128k": ((16, 1, 4, 8, 8), 131072, 25),
+    "spikingbrain_76b_32k": ((128, 1, 4, 4, 8), 32768, 30),
+    "spikingbrain_76b_128k": ((128, 1, 4, 8, 8), 131072, 30),
+    # ours beside the published ones
+    "spikingbrain_7b_128k parallel=dp32_cp8_halo": ((32, 1, 1, 8, 1), 131072, 25),
+    "spikingbrain_76b_32k parallel=dp32_cp4_ep8_pp4": ((32, 1, 4, 4, 8), 32768, 30),
+    "spikingbrain_76b_128k parallel=dp16_cp8_ep8_pp4": ((16, 1, 4, 8, 8), 131072, 30),
 }
 
 
@@ -118,7 +122,7 @@ EXPERIMENTS = {
 def test_published_topologies_make_a_plan_on_both_platforms(choice, cluster, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     degrees, seq_length, billions = EXPERIMENTS[choice]
-    config = dry_run(f"experiment={choice}", f"cluster={cluster}")
+    config = dry_run(*f"experiment={choice}".split(), f"cluster={cluster}")
     parallel = config.parallel
     assert degrees == (
         parallel.data_parallel_size,
@@ -133,6 +137,29 @@ def test_published_topologies_make_a_plan_on_both_platforms(choice, cluster, mon
     assert plan.total_tokens == pytest.approx(billions * 1e9, rel=1e-3)
     # MetaX C550 has 64 GB; a tenth of that is for what the estimate leaves out (workspaces, NCCL, fragments).
     assert max(stage.memory.total for stage in plan.stages) < 0.91 * 64e9
+
+
+def test_the_tokens_of_all_stages_are_those_of_table_2(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for model, billions in (("spikingbrain_7b", 150), ("spikingbrain_76b", 160)):
+        stages = [dry_run(f"experiment={model}_{length}") for length in ("8k", "32k", "128k")]
+        plans = [plan_run(config, launched_world_size(config)) for config in stages]
+        assert sum(plan.total_tokens for plan in plans) == pytest.approx(billions * 1e9, rel=1e-3)
+
+
+def test_published_layouts_use_the_published_communication():
+    # Section 4: Ulysses in the 7B; in training of the 76B Ulysses for softmax, LASP-2 for linear branches.
+    for experiment, linear in (
+        ("spikingbrain_7b_128k", "ulysses"),
+        ("spikingbrain_76b_32k", "allgather"),
+        ("spikingbrain_76b_128k", "allgather"),
+    ):
+        method = dry_run(f"experiment={experiment}").parallel.context_parallel
+        assert (method.gated_linear_attention.name, method.sliding_window_attention.name) == (
+            linear,
+            "ulysses",
+        )
+        assert method.head_padding
 
 
 def test_the_stages_of_a_model_follow_each_other(monkeypatch):

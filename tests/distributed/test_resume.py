@@ -89,13 +89,9 @@ def _shrunk(name: str) -> tuple[int, ParallelConfig]:
 
 
 def _layouts_of_experiments() -> dict[str, tuple[int, ParallelConfig]]:
-    """Number of ranks and small form of every layout in conf/parallel that an experiment chooses, and of the
-    one that the README gives for many GPUs; one of those that become the same."""
-    names = {"dp_zero1"}
-    for experiment in (conf_folder() / "experiment").glob("*.yaml"):
-        for choice in OmegaConf.load(experiment).get("defaults", []):
-            if OmegaConf.is_dict(choice) and "override /parallel" in choice:
-                names.add(choice["override /parallel"])
+    """Number of ranks and small form of every layout in conf/parallel that is for experiments or many GPUs;
+    one of those that become the same."""
+    names = {layout.stem for layout in (conf_folder() / "parallel").glob("dp*.yaml")}
     small = {repr(_shrunk(name)): name for name in sorted(names)}
     return {name: _shrunk(name) for name in small.values()}
 

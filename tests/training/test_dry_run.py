@@ -155,7 +155,9 @@ def test_a_plan_that_is_not_what_was_built_is_an_error(process, change) -> None:
 
 
 def test_the_report_says_what_the_rank_holds(process) -> None:
-    share, _, _ = process.submit(_build, plan_of("experiment=spikingbrain_76b_32k"), 137).result()
+    share, _, _ = process.submit(
+        _build, plan_of("experiment=spikingbrain_76b_32k", "parallel=dp32_cp4_ep8_pp4"), 137
+    ).result()
     text = share.render()
     for expected in (
         "137 of 512: data 2, tensor 0, pipeline 1, context 1, expert 1, expert tensor 0",
