@@ -25,6 +25,7 @@ from spikingbrain_train.conversion.output_folder import check_output_folder, com
 from spikingbrain_train.conversion.published_form import Completion, completions, published_class_lacks
 from spikingbrain_train.conversion.report import ConversionReport, describe_layers
 from spikingbrain_train.conversion.safetensors_io import DTYPE_CODES, SafetensorsWriter, TensorSpec
+from spikingbrain_train.conversion.tokenizer_files import keep_tokenizer_class
 from spikingbrain_train.conversion.weight_values import (
     ALLOW_DAMAGED_WEIGHTS,
     check_number_of_layers,
@@ -124,6 +125,7 @@ def export_checkpoint(
         if family is GLA_SWA:
             for path in modelling_files():
                 shutil.copyfile(path, temporary / path.name)
+            report.notes += keep_tokenizer_class(hf_source, temporary)
         if not has_tokenizer(temporary):
             report.notes.append(
                 f"{folder} carries no tokenizer; copy one into {output} before generating text"

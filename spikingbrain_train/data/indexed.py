@@ -21,7 +21,7 @@ import numpy as np
 from spikingbrain_train.config.errors import DataError
 from spikingbrain_train.data.token_file import TokenFile, document_starts, num_tokens, read_tokens
 from spikingbrain_train.data.token_ids import check_token_ids
-from spikingbrain_train.data.tokenizers import Tokenizer
+from spikingbrain_train.data.tokenizers import Tokenizer, was_made_by
 
 with warnings.catch_warnings():
     # megatron-core announces several times on import that Transformer Engine and Apex are absent: of no
@@ -204,7 +204,7 @@ def check_same_tokenizer(prefix: str | Path, tokenizer: Tokenizer) -> None:
         DataError: the fingerprints differ.
     """
     info = read_info(prefix)
-    if info is not None and info.tokenizer_fingerprint != tokenizer.fingerprint:
+    if info is not None and not was_made_by(info.tokenizer_fingerprint, tokenizer):
         raise DataError(
             f"the tokens of {prefix} were made by the tokenizer {info.tokenizer} ({info.vocab_size} ids), "
             f"which is not the run's tokenizer {tokenizer.name} ({tokenizer.vocab_size} ids): preprocess "

@@ -10,16 +10,31 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from spikingbrain_train.config.errors import DataError
-from spikingbrain_train.data.quiet_transformers import quiet_transformers
+from spikingbrain_train.data.tokenizer_folder import (
+    TOKENIZER_CONFIG_FILE,
+    name_tokenizer_class,
+    read_tokenizer_folder,
+)
 
-_PROBE = "The quick brown fox, 12345 × 0.5!\n\tdef f(x):\r\n  return x  # naïve — 脑 脉冲 🧠"
-"""Encoded into the fingerprint, so that equal vocabularies with different merges or normalisers do not look
-alike."""
+PROBES = (
+    "The quick brown fox, 12345 × 0.5!\n\tdef f(x):\r\n  return x  # naïve — 脑 脉冲 🧠",
+    "It's what WE'LL do; they've said I'd 'don't', O'Neill",
+    "0 12 345 6789 1234567 3.14159 1,000,000 1e-10 0xFF v2.0.1 ½ ² Ⅳ ٣",
+    "two  three   four    spaces\ttab\t\ttabs\n\n\nlines\r\n\r\nends   \n   indented\n\n",
+    " leading, and trailing ",
+    "e\u0301 \u00e9 ﬁ Å \u212b ＦＵＬＬ ①",
+    "中文，测试。日本語のテキスト 한국어 עברית العربية हिन्दी ไทย Ελληνικά Русский",
+    "👩‍👩‍👧 🇩🇪 👍🏽 ♥️ ∑∫√ π≈3 → ⇒ \u200b\u00a0\ufeff",
+    "CamelCase snake_case kebab-case UPPER https://example.org/a?b=c&d=#e a@b.de C:\\x",
+    '{"key": [1, 2.5, null]}\n<p class="x">a &amp; b</p>\n$x_{i+1}^2$ **bold** `code`',
+)
+"""Texts on which tokenizers with equal vocabularies part: merges, normalisers, how words, digits, spaces and
+lines are split."""
 
 _HUGGING_FACE_FILES = (
     "added_tokens.json",
@@ -30,7 +45,7 @@ _HUGGING_FACE_FILES = (
     "spiece.model",
     "tokenizer.json",
     "tokenizer.model",
-    "tokenizer_config.json",
+    TOKENIZER_CONFIG_FILE,
     "vocab.json",
     "vocab.txt",
 )
@@ -47,7 +62,7 @@ class Tokenizer(Protocol):
     eos_id: int
     """Id of the end-of-sequence token, which ends every document."""
     fingerprint: str
-    """SHA-256 over the vocabulary and the encoding of a fixed text: equal for tokenizers that do the same."""
+    """Of what the tokenizer does: equal for tokenizers that give texts the same ids, see `was_made_by`."""
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``, with no special tokens around them."""
@@ -73,9 +88,9 @@ class Tokenizer(Protocol):
 class HuggingFaceTokenizer:
     """A tokenizer folder as ``transformers`` saves it, run by the Rust library ``tokenizers``.
 
-    ``transformers.AutoTokenizer`` reads the folder, because a tokenizer class may rebuild parts of its
-    pipeline on loading; only its Rust backend is kept, so that worker processes start without importing
-    ``transformers``.
+    ``transformers.AutoTokenizer`` chooses the class and reads the folder, because a tokenizer class may
+    rebuild parts of its pipeline on loading; only its Rust backend is kept, so that worker processes start
+    without importing ``transformers``.
 
     Args:
         folder: folder with tokenizer.json (or files that convert to it) and tokenizer_config.json.
@@ -85,16 +100,10 @@ class HuggingFaceTokenizer:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        from transformers import AutoTokenizer  # takes seconds, and sentencepiece users do not need it
-
         self.folder = Path(folder)
         self.name = self.folder.resolve().name
         try:
-            # False, not the default None: None asks on the terminal whether to run the folder's code.
-            with quiet_transformers():
-                loaded = AutoTokenizer.from_pretrained(
-                    str(self.folder), local_files_only=True, trust_remote_code=False, use_fast=True
-                )
+            loaded = read_tokenizer_folder(self.folder)
         except Exception as error:  # the Rust side raises plain Exception
             raise DataError(
                 f"{self.folder} holds no tokenizer that transformers can load ({_first_line(error)}): give a "
@@ -117,8 +126,10 @@ class HuggingFaceTokenizer:
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
         self.eos_id = int(loaded.eos_token_id)
-        pieces = sorted((index, token) for token, index in vocabulary.items())
-        self.fingerprint = _fingerprint(pieces, self.encode(_PROBE), self.eos_id)
+        self._class_name = type(loaded).__name__
+        own = self._backend.get_vocab(with_added_tokens=False)
+        self.fingerprint = _fingerprint(own, self.encode_batch(PROBES), self.eos_id)
+        self.earlier_fingerprint = _earlier_fingerprint(vocabulary, self.encode(PROBES[0]), self.eos_id)
 
     def encode(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=False).ids
@@ -132,7 +143,10 @@ class HuggingFaceTokenizer:
     def save_to(self, folder: str | Path) -> None:
         # The source's own files, not save_pretrained: transformers 5 writes class names that 4.x cannot read.
         names = [name for name in _HUGGING_FACE_FILES if (self.folder / name).is_file()]
-        _write_files(folder, {name: (self.folder / name).read_bytes() for name in names})
+        files = {name: (self.folder / name).read_bytes() for name in names}
+        # Without the config.json beside them, transformers would not find the class by the model's type.
+        described = name_tokenizer_class(files.get(TOKENIZER_CONFIG_FILE, b"{}"), self._class_name)
+        _write_files(folder, files | {TOKENIZER_CONFIG_FILE: described})
 
 
 class SentencePieceTokenizer:
@@ -164,8 +178,9 @@ class SentencePieceTokenizer:
             raise DataError(
                 f"the sentencepiece model {self.path} has no end-of-sequence piece: train it with eos_id >= 0"
             )
-        pieces = [(index, self._processor.id_to_piece(index)) for index in range(self.vocab_size)]
-        self.fingerprint = _fingerprint(pieces, self.encode(_PROBE), self.eos_id)
+        pieces = {self._processor.id_to_piece(index): index for index in range(self.vocab_size)}
+        self.fingerprint = _fingerprint(pieces, self.encode_batch(PROBES), self.eos_id)
+        self.earlier_fingerprint = _earlier_fingerprint(pieces, self.encode(PROBES[0]), self.eos_id)
 
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(text)
@@ -212,6 +227,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return HuggingFaceTokenizer(path)
 
 
+def was_made_by(fingerprint: str, tokenizer: Tokenizer) -> bool:
+    """Whether ``fingerprint`` is that of ``tokenizer``, also in the form that earlier versions wrote."""
+    return fingerprint in (tokenizer.fingerprint, getattr(tokenizer, "earlier_fingerprint", None))
+
+
 def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> None:
     """Refuse a tokenizer that can produce ids which the model has no embedding for.
 
@@ -227,10 +247,27 @@ def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> None:
         )
 
 
-def _fingerprint(pieces: Sequence[tuple[int, str]], probe_ids: Sequence[int], eos_id: int) -> str:
-    """SHA-256 that depends on what the tokenizer does, not on how a library version serialises it."""
-    content = json.dumps([list(pieces), list(probe_ids), eos_id], ensure_ascii=True, separators=(",", ":"))
-    return hashlib.sha256(content.encode("ascii")).hexdigest()
+def _fingerprint(vocabulary: Mapping[str, int], probe_ids: Sequence[Sequence[int]], eos_id: int) -> str:
+    """SHA-256 over what the tokenizer does to texts, not over how a library serialises it.
+
+    Tokens that a tokenizer class adds on loading are left out of ``vocabulary``: texts do not contain them.
+    """
+    return "ids-" + _digest([_pieces(vocabulary), [list(ids) for ids in probe_ids], eos_id])
+
+
+def _earlier_fingerprint(vocabulary: Mapping[str, int], probe_ids: Sequence[int], eos_id: int) -> str:
+    """What sidecars of datasets hold that were made before there were several probes."""
+    return _digest([_pieces(vocabulary), list(probe_ids), eos_id])
+
+
+def _pieces(vocabulary: Mapping[str, int]) -> list[list[Any]]:
+    return [list(piece) for piece in sorted((index, token) for token, index in vocabulary.items())]
+
+
+def _digest(content: list[Any]) -> str:
+    return hashlib.sha256(
+        json.dumps(content, ensure_ascii=True, separators=(",", ":")).encode("ascii")
+    ).hexdigest()
 
 
 def _first_line(error: BaseException) -> str:

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from spikingbrain_train.config.errors import CheckpointError, ConfigurationError, DataError
 from spikingbrain_train.data.quiet_transformers import quiet_transformers
+from spikingbrain_train.data.tokenizer_folder import read_tokenizer_folder
 
 CONFIG_FILE = "config.json"
 
@@ -69,8 +70,7 @@ def load_text_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         DataError: there is none that transformers can load.
     """
     try:
-        with quiet_transformers():
-            return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        return read_tokenizer_folder(Path(folder))
     except Exception as error:
         raise DataError(
             f"{folder} holds no tokenizer that transformers can load ({_first_line(error)}); copy the "

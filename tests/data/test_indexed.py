@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from pathlib import Path
@@ -110,6 +111,24 @@ def test_tokens_of_another_tokenizer_are_refused(
     write_tokens, hf_tokenizer: HuggingFaceTokenizer, spm_tokenizer: SentencePieceTokenizer
 ) -> None:
     prefix = write_tokens("d", DOCUMENTS, hf_tokenizer)
+    check_same_tokenizer(prefix, hf_tokenizer)
+    with pytest.raises(DataError, match="which is not the run's tokenizer tiny.model"):
+        check_same_tokenizer(prefix, spm_tokenizer)
+
+
+def test_a_dataset_with_a_fingerprint_of_an_earlier_version_is_known(
+    write_tokens, hf_tokenizer: HuggingFaceTokenizer, spm_tokenizer: SentencePieceTokenizer
+) -> None:
+    """SHA-256 of the vocabulary, the ids of one probe and the end-of-sequence id, as JSON."""
+    vocabulary = json.loads((hf_tokenizer.folder / "tokenizer.json").read_text())["model"]["vocab"]
+    pieces = sorted([index, token] for token, index in vocabulary.items())
+    probe = "The quick brown fox, 12345 × 0.5!\n\tdef f(x):\r\n  return x  # naïve — 脑 脉冲 🧠"
+    content = json.dumps([pieces, hf_tokenizer.encode(probe), hf_tokenizer.eos_id], separators=(",", ":"))
+    prefix = write_tokens("d", DOCUMENTS)
+    sidecar = Path(prefix + ".json")
+    fields = json.loads(sidecar.read_text())
+    fields["tokenizer_fingerprint"] = hashlib.sha256(content.encode("ascii")).hexdigest()
+    sidecar.write_text(json.dumps(fields))
     check_same_tokenizer(prefix, hf_tokenizer)
     with pytest.raises(DataError, match="which is not the run's tokenizer tiny.model"):
         check_same_tokenizer(prefix, spm_tokenizer)

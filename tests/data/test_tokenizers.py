@@ -194,3 +194,42 @@ def _transformers_tokenizer(folder: Path) -> AutoTokenizer:
     if folder not in _loaded:
         _loaded[folder] = AutoTokenizer.from_pretrained(str(folder))
     return _loaded[folder]
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("normalizer", {"type": "NFC"}),
+        ("normalizer", {"type": "Lowercase"}),
+        ("pre_tokenizer", {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True}),
+        (
+            "pre_tokenizer",
+            {
+                "type": "Sequence",
+                "pretokenizers": [
+                    {"type": "Split", "pattern": {"String": "e"}, "behavior": "Isolated", "invert": False},
+                    {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+                ],
+            },
+        ),
+    ],
+    ids=["composed characters", "case", "leading space", "words"],
+)
+def test_fingerprint_tells_apart_what_splits_text_differently(
+    hf_folder: Path, hf_tokenizer: HuggingFaceTokenizer, tmp_path: Path, part: str, change: dict
+) -> None:
+    other = shutil.copytree(hf_folder, tmp_path / "other")
+    content = json.loads((other / "tokenizer.json").read_text())
+    content[part] = change
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    assert load_tokenizer(other).fingerprint != hf_tokenizer.fingerprint
+
+
+def test_fingerprint_does_not_depend_on_tokens_that_a_class_adds(
+    hf_folder: Path, hf_tokenizer: HuggingFaceTokenizer, tmp_path: Path
+) -> None:
+    other = shutil.copytree(hf_folder, tmp_path / "other")
+    config = json.loads((other / "tokenizer_config.json").read_text())
+    (other / "tokenizer_config.json").write_text(json.dumps(config | {"pad_token": "<|pad|>"}))
+    assert load_tokenizer(other).vocab_size == hf_tokenizer.vocab_size + 1
+    assert load_tokenizer(other).fingerprint == hf_tokenizer.fingerprint

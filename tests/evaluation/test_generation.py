@@ -36,7 +36,7 @@ def hybrid() -> GLAswaForCausalLM:
             num_attention_heads=4,
             num_key_value_heads=2,
             intermediate_size=48,
-            sliding_window=7,
+            attention_window=7,
             eos_token_id=None,
         )
     ).eval()

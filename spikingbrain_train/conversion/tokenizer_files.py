@@ -1,0 +1,58 @@
+"""The tokenizer of an export: the source's files, read as the class that the source's had."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from spikingbrain_train.config.errors import CheckpointError
+from spikingbrain_train.conversion.companion_files import has_tokenizer
+from spikingbrain_train.data.tokenizer_folder import (
+    TOKENIZER_CONFIG_FILE,
+    name_tokenizer_class,
+    read_tokenizer_folder,
+)
+from spikingbrain_train.data.tokenizers import PROBES
+
+
+def keep_tokenizer_class(source: Path, export: Path) -> list[str]:
+    """Make the tokenizer files in ``export`` read as those in ``source`` do, beside another config.json.
+
+    Args:
+        source: folder with config.json and tokenizer of the Hugging Face source.
+        export: folder with copies of the tokenizer files and the export's own config.json;
+            tokenizer_config.json is rewritten where it names another class.
+
+    Returns:
+        Notes for the report.
+
+    Raises:
+        CheckpointError: the two still give some text different ids.
+    """
+    if not has_tokenizer(source):
+        return []
+    try:
+        theirs = read_tokenizer_folder(source)
+    except Exception as error:  # transformers and its Rust side raise whatever they like
+        return [
+            f"the tokenizer of the source cannot be loaded here ({type(error).__name__}), so nobody has "
+            "checked that it gives the same ids from the export"
+        ]
+    described = export / TOKENIZER_CONFIG_FILE
+    content = described.read_bytes() if described.is_file() else b"{}"
+    named = name_tokenizer_class(content, type(theirs).__name__)
+    if named != content:
+        described.write_bytes(named)
+    try:
+        ours = read_tokenizer_folder(export)
+        same = all(ours(text)["input_ids"] == theirs(text)["input_ids"] for text in PROBES)
+    except Exception as error:
+        raise CheckpointError(
+            f"the tokenizer of {source} cannot be loaded from an export ({type(error).__name__}); put a "
+            f"tokenizer there whose {TOKENIZER_CONFIG_FILE} names its class"
+        ) from error
+    if not same or ours.eos_token_id != theirs.eos_token_id:
+        raise CheckpointError(
+            f"the tokenizer of {source} gives other ids when it is loaded from an export; put a tokenizer "
+            f"there whose {TOKENIZER_CONFIG_FILE} names a class that does not depend on the model"
+        )
+    return []
