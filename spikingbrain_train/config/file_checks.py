@@ -15,6 +15,7 @@ from spikingbrain_train.config.checkpoint_folder import (
 )
 from spikingbrain_train.config.errors import CheckpointError, ConfigurationError, DataError
 from spikingbrain_train.config.load import load_model_config
+from spikingbrain_train.config.resume import check_settings, check_training_data, run_to_resume
 from spikingbrain_train.config.run import DataConfig, Resume, RunConfig, StageKind
 from spikingbrain_train.config.same_architecture import check_same_sizes, check_same_weights
 
@@ -161,7 +162,13 @@ def check_own_checkpoints(config: RunConfig) -> None:
 def check_files(config: RunConfig) -> None:
     """Everything on disk that the run names. Raises ConfigurationError, DataError or CheckpointError."""
     check_own_checkpoints(config)
-    check_loaded_checkpoint(config)
+    stored = run_to_resume(config)
+    if stored is None:
+        check_loaded_checkpoint(config)
+    else:  # whose weights are its own by now
+        check_settings(stored, config)
     check_teacher(config)
     check_data(config.data)
+    if stored is not None:
+        check_training_data(stored, config)
     check_output_folder(config.output_dir)

@@ -20,11 +20,16 @@ from spikingbrain_train.training.checkpoint import load_weights
 from spikingbrain_train.training.current_weights import gather_before_reading
 
 
-def build_student(config: RunConfig, kernels: KernelConfig, groups: ProcessGroups) -> HybridGPTModel:
-    """The model that trains, from ``checkpoint.load`` or from random weights."""
+def build_student(
+    config: RunConfig, kernels: KernelConfig, groups: ProcessGroups, *, resuming: bool = False
+) -> HybridGPTModel:
+    """The model that trains, from ``checkpoint.load`` or from random weights.
+
+    Where ``resuming``, its weights are the checkpoint's of the run, which are read later.
+    """
     checkpoint = config.checkpoint.load
     model = _build(config.model, config, kernels, groups, initialize=checkpoint is None)
-    if checkpoint is not None:
+    if checkpoint is not None and not resuming:
         load_weights(checkpoint, "checkpoint.load", model)
     return model
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,16 @@ from spikingbrain_train.config.checkpoint_folder import (
     latest_checkpoint,
 )
 from spikingbrain_train.config.errors import CheckpointError
-from spikingbrain_train.config.load import load_model_config, load_run_config, save_config
+from spikingbrain_train.config.load import load_model_config, save_config
+from spikingbrain_train.config.resume import (
+    StoredRun,
+    check_settings,
+    check_training_data,
+    is_same_topology,
+    read_stored_run,
+)
 from spikingbrain_train.config.run import RunConfig
+from spikingbrain_train.config.run_record import RunRecord, write_record
 from spikingbrain_train.config.same_architecture import check_same_weights
 from spikingbrain_train.models.gpt_model import HybridGPTModel
 from spikingbrain_train.parallel import megatron_versions
@@ -73,7 +81,12 @@ class TrainingState:
 
 
 def save_checkpoint(
-    folder: Path, state: TrainingState, config: RunConfig, groups: ProcessGroups, hf_source: Path | None
+    folder: Path,
+    state: TrainingState,
+    config: RunConfig,
+    record: RunRecord,
+    groups: ProcessGroups,
+    hf_source: Path | None,
 ) -> Path:
     """Write ``<folder>/iter_<iteration>`` from all ranks and make it the newest.
 
@@ -81,6 +94,7 @@ def save_checkpoint(
         folder: checkpoint folder of the run.
         state: what to write.
         config: stored beside the weights.
+        record: of this run, likewise.
         groups: process groups.
         hf_source: folder with the source's configuration and tokenizer, copied along for the export; None to
             leave out.
@@ -102,7 +116,8 @@ def save_checkpoint(
     try:
         megatron_versions.save_checkpoint(_sharded_state(state, groups, is_loading=False), temporary)
         if groups.is_main_process:
-            save_config(_with_degrees(config, groups), temporary / RUN_CONFIG_FILE)
+            save_config(config, temporary / RUN_CONFIG_FILE)
+            write_record(record, temporary)
             save_config(state.model.model_config, temporary / MODEL_CONFIG_FILE)
             if hf_source is not None:
                 # Links stay links: no file from elsewhere moves into the checkpoint.
@@ -162,19 +177,21 @@ def load_weights(folder: str, setting: str, model: HybridGPTModel) -> None:
     _fill(model, loaded["model"])
 
 
-def resume(folder: Path, state: TrainingState, config: RunConfig, groups: ProcessGroups) -> None:
+def resume(folder: Path, state: TrainingState, config: RunConfig, groups: ProcessGroups) -> StoredRun:
     """Restore everything from the run's newest checkpoint, at this or another topology.
+
+    Returns:
+        The run as it was when it wrote that checkpoint.
 
     Raises:
         CheckpointError: the checkpoint is damaged, of another architecture, or of a run whose optimizer state
             has another form.
     """
     checkpoint = latest_checkpoint(folder, "output_dir")
-    stored = load_model_config(checkpoint / MODEL_CONFIG_FILE)
-    check_same_weights(stored, state.model.model_config, f"output_dir={folder}")
-    written_by = load_run_config(checkpoint / RUN_CONFIG_FILE)
-    _check_same_run(written_by, config, checkpoint)
-    same_topology = _topology(written_by) == _topology(_with_degrees(config, groups))
+    stored = read_stored_run(checkpoint)
+    check_settings(stored, config)
+    check_training_data(stored, config)
+    same_topology = is_same_topology(stored, config, groups.world_size)
     loaded = _load(
         _sharded_state(state, groups, is_loading=True, same_topology=same_topology),
         checkpoint,
@@ -187,45 +204,7 @@ def resume(folder: Path, state: TrainingState, config: RunConfig, groups: Proces
     state.consumed_samples = loaded["consumed_samples"]
     if "generators" in loaded:
         _restore_generators(loaded["generators"], groups)
-
-
-def _check_same_run(written_by: RunConfig, config: RunConfig, checkpoint: Path) -> None:
-    for setting in (
-        "stage.kind",
-        "stage.global_batch_size",
-        "stage.seq_length",
-        "parallel.use_distributed_optimizer",
-    ):
-        section, name = setting.split(".")
-        theirs, ours = getattr(getattr(written_by, section), name), getattr(getattr(config, section), name)
-        if theirs != ours:
-            raise CheckpointError(
-                f"{checkpoint} was written with {setting}={getattr(theirs, 'value', theirs)} and cannot be "
-                f"resumed with {getattr(ours, 'value', ours)}; restore the setting, or start a new run with "
-                f"another output_dir and checkpoint.load={checkpoint.parent}."
-            )
-
-
-def _with_degrees(config: RunConfig, groups: ProcessGroups) -> RunConfig:
-    """``config`` with the degrees that its nulls stand for on this launch."""
-    degrees = replace(
-        config.parallel,
-        data_parallel_size=groups.data_parallel_size,
-        expert_tensor_parallel_size=groups.expert_tensor_parallel_size,
-    )
-    return replace(config, parallel=degrees)
-
-
-def _topology(config: RunConfig) -> tuple[int | None, ...]:
-    parallel = config.parallel
-    return (
-        parallel.tensor_model_parallel_size,
-        parallel.pipeline_model_parallel_size,
-        parallel.context_parallel_size,
-        parallel.data_parallel_size,
-        parallel.expert_model_parallel_size,
-        parallel.expert_tensor_parallel_size,
-    )
+    return stored
 
 
 def _sharded_state(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
@@ -119,3 +122,11 @@ def build_scheduler(
         else None,
         lr_wsd_decay_style=optimizer.lr_wsd_decay_style.value,
     )
+
+
+def learning_rate_at(step: int, optimizer: OptimizerConfig, train_iters: int) -> float:
+    """The rate of the ``step``-th optimizer step, counted from 1, of parameters that the source had, too."""
+    nothing: Any = SimpleNamespace(param_groups=[])
+    scheduler = build_scheduler(optimizer, train_iters, nothing)
+    scheduler.num_steps = step
+    return float(scheduler.get_lr({}))

@@ -19,6 +19,7 @@ from spikingbrain_train.config.checkpoint_folder import (
 )
 from spikingbrain_train.config.errors import ConfigurationError
 from spikingbrain_train.config.run import Resume, RunConfig, StageKind
+from spikingbrain_train.config.run_record import record_of
 from spikingbrain_train.data.gpt_dataset import build_datasets
 from spikingbrain_train.data.loader import MicroBatch, WholeBatch, build_data_loader, local_micro_batch
 from spikingbrain_train.data.tokenizers import load_tokenizer
@@ -33,6 +34,7 @@ from spikingbrain_train.parallel.process_groups import ProcessGroups, destroy, i
 from spikingbrain_train.reporting.activity import Activity, activity
 from spikingbrain_train.reporting.progress import ProgressPrinter
 from spikingbrain_train.training.alignment import Alignment
+from spikingbrain_train.training.beginning import resumed, started
 from spikingbrain_train.training.build import (
     build_student,
     build_teacher,
@@ -106,7 +108,7 @@ class Trainer:
         )
         with self._activity("building and loading the model"):
             teacher = build_teacher(config, kernels, groups) if self._needs_teacher() else None
-            student = build_student(config, kernels, groups)
+            student = build_student(config, kernels, groups, resuming=resuming)
         self.step: StageStep
         if config.stage.kind is StageKind.align:
             assert teacher is not None
@@ -123,8 +125,11 @@ class Trainer:
         self.expert_load = ExpertLoadCounter(student, groups)
         if resuming:
             with self._activity("loading the checkpoint"):
-                resume(self.checkpoints, self.state, config, groups)
-            self._say(f"resumed from {self.checkpoints} at iteration {self.state.iteration}")
+                stored = resume(self.checkpoints, self.state, config, groups)
+            for line in resumed(stored, config, self.state.consumed_samples, groups.world_size):
+                self._say(line)
+        else:
+            self._say(started(config))
         self.metrics = MetricsLogger(
             config.logging,
             config.output_dir,
@@ -243,22 +248,25 @@ class Trainer:
     def _save(self) -> None:
         with self._activity("saving"):
             folder = save_checkpoint(
-                self.checkpoints, self.state, self.config, self.groups, self._hf_source()
+                self.checkpoints, self.state, self.config, self.record, self.groups, self._hf_source()
             )
             prune_checkpoints(self.checkpoints, self.config.checkpoint.keep_last, self.groups)
         self._say(f"saved {folder}")
 
     def _hf_source(self) -> Path | None:
         """The source's configuration and tokenizer, handed from checkpoint to checkpoint for the export."""
-        load = self.config.checkpoint.load
-        if load is None:
+        if latest_iteration(self.checkpoints) is not None:  # a resumed run need not have its source any more
+            source = latest_checkpoint(self.checkpoints, "output_dir") / HF_SOURCE_FOLDER
+        elif self.config.checkpoint.load is not None:
+            source = latest_checkpoint(self.config.checkpoint.load, "checkpoint.load") / HF_SOURCE_FOLDER
+        else:
             return None
-        source = latest_checkpoint(load, "checkpoint.load") / HF_SOURCE_FOLDER
         return source if source.is_dir() else None
 
     def _open_data(self) -> None:
         config = self.config
         stage = config.stage
+        self.record = record_of(config, self.groups.world_size)
         tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
         prefixes = [*config.data.train, *config.data.valid]
         output_dir = Path(config.output_dir)

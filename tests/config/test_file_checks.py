@@ -148,7 +148,9 @@ def test_output_must_not_be_where_the_run_starts_from(run, tmp_path):
 def test_resume_agrees_with_what_lies_in_the_output(run, tmp_path):
     run.checkpoint.resume = Resume.must
     assert "checkpoint.resume=auto" in refusal(run, CheckpointError)
-    write_checkpoint(Path(run.output_dir) / "checkpoints", HYBRID, iteration=30)
+    written = write_checkpoint(Path(run.output_dir) / "checkpoints", HYBRID, iteration=30)
+    save_config(dataclasses.replace(run), Path(written) / "iter_0000030" / "run_config.yaml")
+    run.stage.train_iters = 40
     check_run_config(run, world_size=1)
     run.checkpoint.resume = Resume.never
     sentence = refusal(run, ConfigurationError)

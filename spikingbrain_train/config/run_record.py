@@ -1,0 +1,131 @@
+"""What a checkpoint says of its run besides the config: how many ranks there were, and which tokens.
+
+``iter_0000100/run_record.json``. A path can hold other tokens tomorrow; with them the order of all that is
+still to be read would be another one. Without torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import struct
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from spikingbrain_train.config.errors import CheckpointError, DataError
+from spikingbrain_train.config.run import RunConfig
+
+RUN_RECORD_FILE = "run_record.json"
+
+_HEADER = struct.Struct("<9sQBQQ")
+"""Start of an .idx file: magic, version, dtype code, number of sequences, number of document boundaries."""
+_TOKEN_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 8, 7: 4, 8: 2}
+"""Bytes of a token by megatron-core's dtype code."""
+_SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
+
+
+@dataclass(frozen=True)
+class DatasetFingerprint:
+    """An indexed dataset as it can be told from another one without reading all of it."""
+
+    tokens: int
+    documents: int
+    digest: str
+    """Of the sizes of both files and of 16 stretches of 64 KiB, spread evenly over each; a change between
+    those is not seen unless it moves what lies behind it."""
+
+    def describe(self) -> str:
+        """The dataset in words."""
+        return f"{self.tokens:,} tokens in {self.documents:,} documents, digest {self.digest}"
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What wrote a checkpoint."""
+
+    world_size: int
+    """Ranks of the run."""
+    training_data: list[DatasetFingerprint]
+    """One for each prefix of data.train, in its order."""
+
+
+def fingerprint(prefix: str) -> DatasetFingerprint:
+    """Tell an indexed dataset from others, reading at most 2 MiB.
+
+    Raises:
+        DataError: the index is damaged or unreadable.
+    """
+    try:
+        with open(f"{prefix}.idx", "rb") as index, open(f"{prefix}.bin", "rb") as tokens:
+            header = index.read(_HEADER.size)
+            if len(header) < _HEADER.size:
+                raise DataError(f"{prefix}.idx is not the index of a Megatron dataset: check the prefix")
+            _, _, code, _, boundaries = _HEADER.unpack(header)
+            digest = hashlib.sha256()
+            for file in (index, tokens):
+                _add_samples(digest, file)
+            size = os.fstat(tokens.fileno()).st_size
+    except OSError as error:
+        raise DataError(f"cannot read the indexed dataset {prefix}: {error.strerror or error}") from error
+    return DatasetFingerprint(
+        tokens=size // _TOKEN_BYTES.get(code, 1),
+        documents=max(boundaries - 1, 0),
+        digest=digest.hexdigest()[:16],
+    )
+
+
+def _add_samples(digest: Any, file: BinaryIO) -> None:
+    size = os.fstat(file.fileno()).st_size
+    digest.update(str(size).encode())
+    last = max(size - _SAMPLE_BYTES, 0)
+    for offset in sorted({last * sample // (_SAMPLES - 1) for sample in range(_SAMPLES)}):
+        file.seek(offset)
+        digest.update(file.read(_SAMPLE_BYTES))
+
+
+def record_of(config: RunConfig, world_size: int) -> RunRecord:
+    """The record of a run that starts or goes on now. Raises DataError."""
+    return RunRecord(world_size, [fingerprint(prefix) for prefix in config.data.train])
+
+
+def write_record(record: RunRecord, checkpoint: Path) -> None:
+    """Put it into a checkpoint folder that is being written."""
+    (checkpoint / RUN_RECORD_FILE).write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
+
+
+def read_record(checkpoint: Path) -> RunRecord | None:
+    """The record in a checkpoint folder, None in checkpoints of earlier releases.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    path = checkpoint / RUN_RECORD_FILE
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        return RunRecord(
+            int(fields["world_size"]), [DatasetFingerprint(**each) for each in fields["training_data"]]
+        )
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(
+            f"{path} does not describe a run ({error or type(error).__name__}); copy the checkpoint again"
+        ) from error
+
+
+def blend_shares(
+    weights: Sequence[float] | None, datasets: Sequence[DatasetFingerprint], seq_length: int
+) -> list[float] | None:
+    """The share of every dataset, from data.train_weights or, where it is null, from the datasets' sizes; to
+    the last bit as data/gpt_dataset.py blends them. None where weights and datasets do not fit.
+    """
+    if weights is not None and len(weights) != len(datasets):
+        return None
+    if weights is None:
+        weights = [float(max(dataset.tokens - 1, 0) // seq_length) for dataset in datasets]
+    total = math.fsum(weights)
+    return [weight / total for weight in weights] if total > 0 else None

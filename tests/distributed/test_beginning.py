@@ -1,0 +1,118 @@
+"""A run says at its beginning what it loaded, what is fresh, and what has changed since its checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from spikingbrain_train.config.checkpoint_folder import iteration_folder
+from spikingbrain_train.config.load import load_run_config
+from spikingbrain_train.config.parallel import ParallelConfig
+from spikingbrain_train.config.run import LRDecayStyle, OptimizerConfig, Precision, RunConfig, StageConfig
+from spikingbrain_train.parallel.process_groups import ProcessGroups
+from spikingbrain_train.training.metrics import read_metrics
+from tests.distributed.pool import RankPool
+from tests.distributed.small_runs import checkpoint_config, run_config, train
+
+ONE = ParallelConfig()
+
+
+def _lines(groups: ProcessGroups, config: RunConfig) -> list[str]:
+    """Everything that a run prints; the sentence of its error, if it ends with one."""
+    from spikingbrain_train.config.errors import SpikingBrainError
+
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        try:
+            train(groups, config)
+        except SpikingBrainError as error:
+            print(f"error: {error}")
+    return printed.getvalue().splitlines()
+
+
+def _saying(lines: list[str], beginning: str) -> str:
+    (line,) = (line for line in lines if line.startswith(beginning))
+    return line
+
+
+def _config(output_dir: Path, text: Path, train_iters: int, optimizer: OptimizerConfig) -> RunConfig:
+    stage = StageConfig(train_iters=train_iters, seq_length=32, global_batch_size=4)
+    return run_config(output_dir, text, stage=stage, optimizer=optimizer)
+
+
+def test_a_start_says_which_weights_it_has_and_what_is_fresh(
+    ranks: RankPool, tmp_path: Path, text: Path, hybrid_checkpoint: Path
+) -> None:
+    config = _config(tmp_path / "random", text, 1, OptimizerConfig())
+    (lines,) = ranks.run(_lines, config, world_size=1, parallel=ONE)
+    assert "starts from random weights of seed=1234" in lines
+    config = replace(config, output_dir=str(tmp_path / "o"), checkpoint=checkpoint_config(hybrid_checkpoint))
+    (lines,) = ranks.run(_lines, config, world_size=1, parallel=ONE)
+    assert (
+        f"starts from the weights of {hybrid_checkpoint} at iteration 1; optimizer, schedule and data order "
+        "start anew"
+    ) in lines
+
+
+def test_a_changed_rate_is_said_used_and_recorded(ranks: RankPool, tmp_path: Path, text: Path) -> None:
+    constant = OptimizerConfig(lr=1e-3, lr_decay_style=LRDecayStyle.constant)
+    ranks.run(train, _config(tmp_path, text, 2, constant), world_size=1, parallel=ONE)
+
+    changed = _config(tmp_path, text, 4, replace(constant, lr=1e-5, new_parameter_lr_mult=10.0))
+    (lines,) = ranks.run(_lines, changed, world_size=1, parallel=ONE)
+
+    assert _saying(lines, "resumed from ").endswith(
+        "iter_0000002 at iteration 2 with its weights, optimizer, schedule, place in the data and random "
+        "generators (8 sequences read)"
+    )
+    assert _saying(lines, "changed since the checkpoint: ") == (
+        "changed since the checkpoint: optimizer.lr 0.001 -> 1e-05, optimizer.new_parameter_lr_mult 1 -> 10, "
+        "stage.train_iters 2 -> 4, so that the learning rate of step 3 is 1e-05 instead of 0.001"
+    )
+    rates = [point["train/learning_rate"] for point in read_metrics(tmp_path) if "train/loss" in point]
+    assert rates == [1e-3, 1e-3, 1e-5, 1e-5]
+    stored = load_run_config(iteration_folder(tmp_path / "checkpoints", 4) / "run_config.yaml")
+    assert (stored.optimizer.lr, stored.optimizer.new_parameter_lr_mult) == (1e-5, 10.0)
+
+
+def test_a_longer_schedule_says_to_which_rate_it_lifts_the_next_step(
+    ranks: RankPool, tmp_path: Path, text: Path
+) -> None:
+    cosine = OptimizerConfig(lr=1e-3, min_lr=5e-5, lr_decay_style=LRDecayStyle.cosine)
+    ranks.run(train, _config(tmp_path, text, 2, cosine), world_size=1, parallel=ONE)
+    (finished,) = ranks.run(_lines, _config(tmp_path, text, 2, cosine), world_size=1, parallel=ONE)
+    assert "changed since the checkpoint: nothing" in finished
+    assert "is at iteration 2 of stage.train_iters=2" in _saying(finished, "nothing is left to do: ")
+
+    longer = _config(tmp_path, text, 4, cosine)
+    lines, _ = ranks.run(_lines, longer, world_size=2, parallel=ONE)
+
+    expected = 5e-5 + 0.5 * (1 + math.cos(math.pi * 3 / 4)) * (1e-3 - 5e-5)
+    assert "random generators start anew" in _saying(lines, "resumed from ")
+    assert _saying(lines, "changed since the checkpoint: ") == (
+        "changed since the checkpoint: parallel.data_parallel_size 1 -> 2, stage.train_iters 2 -> 4, "
+        f"so that the learning rate of step 3 is {expected:.3g} instead of 5e-05"
+    )
+    rates = [point["train/learning_rate"] for point in read_metrics(tmp_path) if "train/loss" in point]
+    assert rates[2] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "part"),
+    [
+        ({"precision": Precision.bf16}, "was written with precision=fp32 and cannot be resumed with bf16"),
+        ({"seed": 99}, "was written with seed=1234 and cannot be resumed with 99"),
+    ],
+)
+def test_a_run_that_must_not_go_on_is_refused_on_every_rank(
+    change: dict[str, object], part: str, ranks: RankPool, tmp_path: Path, text: Path
+) -> None:
+    config = _config(tmp_path, text, 1, OptimizerConfig())
+    ranks.run(train, config, world_size=1, parallel=ONE)
+    longer = replace(config, stage=replace(config.stage, train_iters=2), **change)
+    for lines in ranks.run(_lines, longer, world_size=2, parallel=ONE):
+        assert part in _saying(lines, "error: ")
