@@ -16,7 +16,7 @@ def main() -> None:
         from spikingbrain_train.config.checks import check_run_config
         from spikingbrain_train.config.compose import compose_from_command_line
         from spikingbrain_train.config.load import to_run_config
-        from spikingbrain_train.config.resume import nothing_left, run_to_resume
+        from spikingbrain_train.config.resume import nothing_left_of
         from spikingbrain_train.parallel.host_capacity import check_host
         from spikingbrain_train.parallel.launch import Launch
         from spikingbrain_train.parallel.planner import check_disk_space, launched_world_size, plan_run
@@ -27,11 +27,7 @@ def main() -> None:
         config = to_run_config(composed)
         world_size = launched_world_size(config)
         check_run_config(config, world_size)
-        if (
-            not config.dry_run
-            and (stored := run_to_resume(config))
-            and (done := nothing_left(config, stored))
-        ):
+        if not config.dry_run and (done := nothing_left_of(config)):
             if os.environ.get("RANK", "0") == "0":
                 print(done, flush=True)
             return

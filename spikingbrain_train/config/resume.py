@@ -20,7 +20,7 @@ from spikingbrain_train.config.checkpoint_folder import (
 from spikingbrain_train.config.errors import CheckpointError
 from spikingbrain_train.config.load import load_run_config
 from spikingbrain_train.config.model_checks import has_experts
-from spikingbrain_train.config.run import Resume, RunConfig
+from spikingbrain_train.config.run import Precision, Resume, RunConfig
 from spikingbrain_train.config.run_record import (
     DatasetFingerprint,
     RunRecord,
@@ -198,6 +198,12 @@ def nothing_left(config: RunConfig, stored: StoredRun) -> str | None:
     )
 
 
+def nothing_left_of(config: RunConfig) -> str | None:
+    """The sentence for a run that would go on and has no step left, else None. Raises CheckpointError."""
+    stored = run_to_resume(config)
+    return None if stored is None else nothing_left(config, stored)
+
+
 def topology(config: RunConfig, world_size: int) -> dict[str, int]:
     """The degrees of parallelism of ``world_size`` ranks, with those that nulls stand for."""
     parallel = config.parallel
@@ -227,7 +233,7 @@ def _settings(config: RunConfig, world_size: int) -> dict[str, Any]:
     }
     found |= {f"model.{name}": value for name, value in settings_in_use(config.model).items()}
     found |= topology(config, world_size)
-    if config.precision.value == "auto":  # stands for whatever the run had
+    if config.precision is Precision.auto:  # stands for whatever the run had
         del found["precision"]
     return found
 

@@ -104,7 +104,7 @@ def other(value: Any) -> Any:
     if isinstance(value, bool):
         return not value
     if isinstance(value, Enum):
-        return next(member for member in type(value) if member is not value)
+        return next(member for member in type(value) if member not in (value, Precision.auto))
     if isinstance(value, (int, float)):
         return value + 1
     if isinstance(value, str):
@@ -204,14 +204,11 @@ def test_what_must_stay_is_refused_naming_both_values(
 
 
 def test_a_precision_that_is_left_open_is_that_of_the_run(run: RunConfig) -> None:
-    automatic = Precision.__members__.get("auto")
-    if automatic is None:
-        pytest.skip("precision has no auto")
     save(run)
     stored = run_to_resume(run)
     assert stored is not None
-    check_settings(stored, changed(run, "precision", automatic))
-    assert changes_since(stored, changed(run, "precision", automatic), world_size=1) == []
+    check_settings(stored, changed(run, "precision", Precision.auto))
+    assert changes_since(stored, changed(run, "precision", Precision.auto), world_size=1) == []
 
 
 class TestTrainingData:
