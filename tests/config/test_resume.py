@@ -55,7 +55,7 @@ MODEL = ModelConfig(
     mixers=[Mixer.gla, Mixer.swa, Mixer.gla_full, Mixer.full],
     feed_forwards=[FeedForward.dense, FeedForward.moe],
     moe=MoEConfig(num_experts=4, capacity_factor=2.0),
-    spiking=SpikingConfig(projections=[SpikingProjection.qkv]),
+    spiking=SpikingConfig(projections=[SpikingProjection.qkv, SpikingProjection.gate]),
     rope_scaling=RopeScalingConfig(factor=8.0),
 )
 
