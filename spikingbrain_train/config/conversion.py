@@ -32,7 +32,7 @@ class UpcyclingConfig:
     form: UpcyclingForm = UpcyclingForm.published
     """Scaling of the copies and start of the router."""
     router_init_std: float = 0.02
-    """Standard deviation of the random router of the published form."""
+    """Standard deviation of the random router of the published form; the report does not give it."""
     reinit_fraction: float = 0.0
     """Share of each routed expert's intermediate channels that is drawn anew, for diversity; 0 copies all."""
 

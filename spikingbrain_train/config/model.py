@@ -9,7 +9,7 @@ from omegaconf import MISSING
 
 
 class Mixer(str, Enum):
-    """The sequence mixer of one layer (SpikingBrain, arXiv 2509.05276, section 2.1)."""
+    """The sequence mixer of one layer (SpikingBrain, arXiv 2509.05276, section 2)."""
 
     full = "full"
     """Causal softmax attention with rotary positions."""
@@ -89,7 +89,11 @@ class GatedLinearAttentionConfig:
 
 @dataclass
 class ParallelHybridConfig:
-    """Layers with two branches: ``w1 RMSNorm(o_softmax) + w2 RMSNorm(o_linear)`` (eq. 6)."""
+    """Layers with two branches: ``w1 RMSNorm(o_softmax) + w2 RMSNorm(o_linear)`` (eq. 6).
+
+    The report states neither where the norms stand nor whether w1 and w2 learn; here the norms stand behind
+    the output projections, and both weights learn.
+    """
 
     init_softmax_weight: float = 1.0
     """Initial w1."""
@@ -103,7 +107,7 @@ class FeedForward(str, Enum):
     dense = "dense"
     """SwiGLU of ffn_hidden_size."""
     moe = "moe"
-    """Mixture of SwiGLU experts (SpikingBrain, arXiv 2509.05276, section 2.3)."""
+    """Mixture of SwiGLU experts (SpikingBrain, arXiv 2509.05276, section 2)."""
 
 
 @dataclass
@@ -119,9 +123,10 @@ class MoEConfig:
     moe_ffn_hidden_size: int | None = None
     """Width of one expert; null takes ffn_hidden_size."""
     aux_loss_coeff: float = 1.0e-2
-    """Weight of the load-balancing loss."""
+    """Weight of the load-balancing loss; chosen here, as the report gives none."""
     z_loss_coeff: float = 1.0e-3
-    """Weight of the router z-loss, the mean squared log-sum-exp of its logits."""
+    """Weight of the router z-loss, the mean squared log-sum-exp of its logits, which the report does not
+    mention."""
     capacity_factor: float | None = None
     """Tokens that an expert takes at most, in multiples of tokens * router_topk / num_experts; what is beyond
     is dropped. Null drops nothing."""

@@ -22,17 +22,19 @@ class Precision(str, Enum):
 
 
 class StageKind(str, Enum):
-    """What a stage trains (SpikingBrain, arXiv 2509.05276, section 3)."""
+    """What a stage trains."""
 
     align = "align"
-    """New mixers learn, layer by layer, to reproduce the dense source's attention; all else is frozen."""
+    """New mixers learn, layer by layer, to reproduce the dense source's attention; all else is frozen. This
+    project's own: SpikingBrain's report trains all parameters from the first step on."""
     cpt = "cpt"
-    """Continual pretraining: all parameters on next-token loss, optionally with distillation."""
+    """Continual pretraining: all parameters on next-token loss (SpikingBrain, arXiv 2509.05276, section
+    3.4), optionally with distillation."""
 
 
 @dataclass
 class AlignmentConfig:
-    """How an align stage starts the mixers before it trains them."""
+    """How an align stage starts the mixers before it trains them (docs/recipe.md)."""
 
     calibration_tokens: int = 8192
     """Tokens on which the output projection of every linear attention layer is fitted to the dense layer's
@@ -45,7 +47,8 @@ class AlignmentConfig:
 
 @dataclass
 class DistillationConfig:
-    """Learning from the dense source's logits during continual pretraining. Off when ``weight`` is 0."""
+    """Learning from the dense source's logits during continual pretraining, which SpikingBrain's report does
+    without. Off when ``weight`` is 0."""
 
     weight: float = 0.0
     """Share of the KL term:
@@ -56,7 +59,8 @@ class DistillationConfig:
 
 @dataclass
 class SpikeAnnealingConfig:
-    """Spikes grow coarser over the first steps: k goes geometrically from ``init_k`` to model.spiking.k."""
+    """Spikes grow coarser over the first steps: k goes geometrically from ``init_k`` to model.spiking.k. This
+    project's own; SpikingBrain's report names no such schedule."""
 
     init_k: float | None = None
     """k at the first step, usually larger than model.spiking.k. Null starts with model.spiking.k."""
@@ -128,7 +132,7 @@ class WSDDecayStyle(str, Enum):
 
 @dataclass
 class OptimizerConfig:
-    """AdamW and its schedule."""
+    """AdamW and its schedule. Chosen here: SpikingBrain's report gives no such numbers for its stages."""
 
     lr: float = 5e-4
     """Peak learning rate."""

@@ -17,7 +17,7 @@ class RotaryPositions(RotaryEmbedding):
 
     megatron-core itself counts from the start of the sequence and, under context parallelism, cuts it in the
     zigzag order of its own attention. Here positions come from the layout: they restart with every document,
-    and sinks stand at position 0, which leaves them as they are.
+    and sinks stand at position 0, which leaves them as they are (SpikingBrain's report does not say where).
     """
 
     inv_freq: Tensor

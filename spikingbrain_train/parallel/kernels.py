@@ -107,7 +107,7 @@ def _usable(package: str, accelerator: Accelerator) -> bool:
 def _parallel_linear(choice: ParallelLinearBackend, accelerator: Accelerator) -> ParallelLinearBackend:
     if choice is not ParallelLinearBackend.auto:
         return choice
-    # MetaX images carry no Transformer Engine, and builds that claim to are not NVIDIA's.
+    # Transformer Engine is written for NVIDIA's GPUs; a package of that name elsewhere is not known to work.
     if accelerator.kind is AcceleratorKind.cuda and _usable("transformer_engine", accelerator):
         return ParallelLinearBackend.transformer_engine
     return ParallelLinearBackend.megatron

@@ -4,6 +4,8 @@ The dense source runs forward once. At each replaced layer its attention's input
 mixer too, and the mixer's output is pulled towards the attention's output. Layers do not depend on each
 other, so each layer's backward pass runs on the spot: no activations are kept across layers and nothing
 travels backwards between pipeline stages.
+
+The stage is this project's own; SpikingBrain's report (arXiv 2509.05276) has none.
 """
 
 from __future__ import annotations

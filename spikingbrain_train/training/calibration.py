@@ -7,6 +7,8 @@ Two things are wrong with a freshly swapped linear attention layer, and neither 
   a moving average.
 - The output projection was made for another attention's output. It is fitted again, by least squares on a few
   thousand tokens, pulled towards the source's projection so that rarely seen directions keep their meaning.
+
+Both are this project's own (docs/recipe.md), not a part of SpikingBrain's report.
 """
 
 from __future__ import annotations

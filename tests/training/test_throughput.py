@@ -69,8 +69,8 @@ def test_speed_of_nothing_is_zero() -> None:
 
 
 def test_mfu_reproduces_the_published_figure() -> None:
-    # SpikingBrain section 4: 1558 tokens/s per GPU is an MFU of 23.4 %. With 6 x 7.6e9 FLOPs a token
-    # (attention left out) that is a peak of 304 TFLOP/s per GPU.
+    # SpikingBrain section 5.4: 1558 tokens/s per GPU is an MFU of 23.4 %; neither formula nor peak is stated.
+    # With 6 x 7.6e9 FLOPs a token (attention left out) that is a peak of 304 TFLOP/s per GPU.
     mfu = model_flops_utilization(32 * 1558, 6 * 7.6e9, peak_tflops=303.6, world_size=32)
     assert mfu == pytest.approx(0.234, rel=1e-3)
 

@@ -2,9 +2,11 @@
 
     y = w1 RMSNorm(o_softmax) + w2 RMSNorm(o_linear)        (SpikingBrain, arXiv 2509.05276, eq. 6 and fig. 3)
 
-Each branch is a whole mixer with q/k/v and output projections of its own. The norms stand behind the output
-projections: a norm in front would blow up heads that attend to nothing and undo the balance between heads
-that the source has learnt.
+Each branch is a whole mixer with q/k/v and output projections of its own. The report says that branch outputs
+are normed and weighted. It does not say whether branches share projections, where the norms stand, and
+whether w1 and w2 learn; that is decided here. The norms stand behind the output projections: a norm in front
+would blow up heads that attend to nothing and undo the balance between heads that the source has learnt. w1
+and w2 are parameters, so that a converted model can start as its softmax branch alone.
 """
 
 from __future__ import annotations
