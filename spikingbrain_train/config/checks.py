@@ -13,7 +13,7 @@ from typing import Any
 
 from spikingbrain_train.config.file_checks import check_files
 from spikingbrain_train.config.kernel_limits import SoftmaxAttentionCall, flash_attn_limit
-from spikingbrain_train.config.model import Mixer, ModelConfig
+from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.model_checks import check_model
 from spikingbrain_train.config.parallel import (
     AcceleratorKind,
@@ -78,7 +78,7 @@ def check_stage(stage: StageConfig, model: ModelConfig, parallel: ParallelConfig
     at_least(stage.alignment, "stage.alignment", 0, "calibration_tokens")
     above_zero(stage.alignment, "stage.alignment", "calibration_ridge")
     check_sequence_split(stage.seq_length, model, parallel)
-    if stage.kind is StageKind.align:  # trains on the dense source's sequences, which have no sinks
+    if not stage.kind.traits.sees_sinks:
         check_sequence_split(stage.seq_length, replace(model, num_sink_tokens=0), parallel)
     require(
         stage.seq_length <= model.max_position_embeddings,
@@ -107,7 +107,7 @@ def check_stage(stage: StageConfig, model: ModelConfig, parallel: ParallelConfig
             "distil in stage.kind=cpt",
         )
     for reason, needed in (
-        ("stage.kind=align", stage.kind is StageKind.align),
+        (f"stage.kind={stage.kind.name}", stage.kind.traits.needs_teacher),
         (f"stage.distillation.weight={distillation.weight}", distillation.weight > 0),
     ):
         require(
@@ -209,14 +209,14 @@ def _check_kernels(config: RunConfig) -> None:
     )
     if kernels.softmax_attention is not SoftmaxAttentionBackend.flash_attn:
         return
-    for branch in {mixer.softmax_branch for mixer in model.layer_mixers()} - {None}:
+    for branch in {branch for mixer in model.layer_mixers() if (branch := mixer.softmax_branch)}:
         limit = flash_attn_limit(
             SoftmaxAttentionCall(
                 dtype="float32" if fp32 else "bfloat16",
                 key_dim=model.kv_channels,
                 value_dim=model.kv_channels,
                 num_text_keys=config.stage.seq_length,
-                window=model.sliding_window if branch is Mixer.swa else None,
+                window=model.window_of(branch),
                 num_sink_tokens=model.num_sink_tokens,
             )
         )

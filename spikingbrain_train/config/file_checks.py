@@ -16,7 +16,7 @@ from spikingbrain_train.config.checkpoint_folder import (
 from spikingbrain_train.config.errors import CheckpointError, ConfigurationError, DataError
 from spikingbrain_train.config.load import load_model_config
 from spikingbrain_train.config.resume import check_settings, check_training_data, run_to_resume
-from spikingbrain_train.config.run import DataConfig, Resume, RunConfig, StageKind
+from spikingbrain_train.config.run import DataConfig, Resume, RunConfig
 from spikingbrain_train.config.same_architecture import check_same_sizes, check_same_weights
 
 _PROBE_BYTES = 1 << 16
@@ -112,7 +112,7 @@ def check_loaded_checkpoint(config: RunConfig) -> None:
 def check_teacher(config: RunConfig) -> None:
     """stage.teacher is whole and can teach this model. Raises CheckpointError or ConfigurationError."""
     stage, model = config.stage, config.model
-    aligns = stage.kind is StageKind.align
+    aligns = stage.kind.traits.needs_teacher
     if stage.teacher is None or not (aligns or stage.distillation.weight > 0):
         return
     setting = f"stage.teacher={stage.teacher}"
@@ -127,8 +127,8 @@ def check_teacher(config: RunConfig) -> None:
     check_same_sizes(teacher, model, setting)
     if teacher.layer_mixers() == model.layer_mixers():
         raise ConfigurationError(
-            f"{setting} has the same mixers as the model, so stage.kind=align has nothing to learn; "
-            f"name the dense source as stage.teacher"
+            f"{setting} has the same mixers as the model, so stage.kind={stage.kind.name} has nothing to "
+            f"learn; name the dense source as stage.teacher"
         )
 
 

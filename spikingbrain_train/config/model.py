@@ -7,6 +7,8 @@ from enum import Enum
 
 from omegaconf import MISSING
 
+from spikingbrain_train.config.kinds import of_kind
+
 
 class Mixer(str, Enum):
     """The sequence mixer of one layer (SpikingBrain, arXiv 2509.05276, section 2)."""
@@ -23,20 +25,34 @@ class Mixer(str, Enum):
     """Parallel hybrid: a gated linear and a full-attention branch read the same input (eq. 6)."""
 
     @property
+    def branches(self) -> tuple[Mixer, ...]:
+        """The attentions that it consists of, each with projections of its own: full, swa or gla; the linear
+        one last."""
+        return of_kind(self, _BRANCHES, "the branches of a mixer")
+
+    @property
     def has_linear_branch(self) -> bool:
         """Whether gated linear attention is (a part of) it."""
-        return self in (Mixer.gla, Mixer.gla_swa, Mixer.gla_full)
+        return Mixer.gla in self.branches
 
     @property
     def softmax_branch(self) -> Mixer | None:
         """``full`` or ``swa``: the softmax attention that is (a part of) it."""
-        branches = {Mixer.gla_swa: Mixer.swa, Mixer.gla_full: Mixer.full, Mixer.gla: None}
-        return branches.get(self, self)
+        return next((branch for branch in self.branches if branch is not Mixer.gla), None)
 
     @property
     def is_parallel_hybrid(self) -> bool:
         """Whether it has two branches."""
-        return self.has_linear_branch and self.softmax_branch is not None
+        return len(self.branches) > 1
+
+
+_BRANCHES: dict[Mixer, tuple[Mixer, ...]] = {
+    Mixer.full: (Mixer.full,),
+    Mixer.swa: (Mixer.swa,),
+    Mixer.gla: (Mixer.gla,),
+    Mixer.gla_swa: (Mixer.swa, Mixer.gla),
+    Mixer.gla_full: (Mixer.full, Mixer.gla),
+}
 
 
 class FeatureMap(str, Enum):
@@ -55,6 +71,14 @@ class GateKind(str, Enum):
     """``log g = logsigmoid(W2 (W1 x) + b2) / gate_logit_normalizer``: SpikingBrain-7B."""
     tied = "tied"
     """``g = 1 - k``, no parameters of its own; k must be a sigmoid: SpikingBrain-76B."""
+
+    @property
+    def has_parameters(self) -> bool:
+        """Whether it is computed by matrices of its own."""
+        return of_kind(self, _GATES_WITH_PARAMETERS, "the parameters of a gate")
+
+
+_GATES_WITH_PARAMETERS = {GateKind.low_rank: True, GateKind.tied: False}
 
 
 @dataclass
@@ -258,6 +282,11 @@ class ModelConfig:
     def layer_feed_forwards(self) -> list[FeedForward]:
         """The feed-forward of every layer, in order."""
         return [self.feed_forwards[layer % len(self.feed_forwards)] for layer in range(self.num_layers)]
+
+    def window_of(self, softmax_branch: Mixer) -> int | None:
+        """Keys (the current token included) that full or sliding-window attention sees; None is all."""
+        windows = {Mixer.full: None, Mixer.swa: self.sliding_window}
+        return of_kind(softmax_branch, windows, "the keys that softmax attention sees")
 
     @property
     def expert_ffn_hidden_size(self) -> int:

@@ -7,6 +7,7 @@ from enum import Enum
 
 from omegaconf import MISSING
 
+from spikingbrain_train.config.kinds import of_kind
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ClusterConfig, ParallelConfig
 
@@ -21,6 +22,18 @@ class Precision(str, Enum):
     bf16 = "bf16"
 
 
+@dataclass(frozen=True)
+class StageTraits:
+    """What the rest of the system has to know about a kind of stage."""
+
+    needs_teacher: bool
+    """Whether it learns from the dense source whatever its other settings are."""
+    sees_sinks: bool
+    """Whether its training sequences begin with the model's sinks."""
+    trains_all: bool
+    """Whether all parameters train, or the swapped mixers alone."""
+
+
 class StageKind(str, Enum):
     """What a stage trains."""
 
@@ -30,6 +43,18 @@ class StageKind(str, Enum):
     cpt = "cpt"
     """Continual pretraining: all parameters on next-token loss (SpikingBrain, arXiv 2509.05276, section
     3.4), optionally with distillation."""
+
+    @property
+    def traits(self) -> StageTraits:
+        """What it is, for everybody who must not ask which it is."""
+        return of_kind(self, _STAGE_TRAITS, "the traits of a stage")
+
+
+_STAGE_TRAITS: dict[StageKind, StageTraits] = {
+    # Alignment works on the hidden states of the dense source, which has no sinks.
+    StageKind.align: StageTraits(needs_teacher=True, sees_sinks=False, trains_all=False),
+    StageKind.cpt: StageTraits(needs_teacher=False, sees_sinks=True, trains_all=True),
+}
 
 
 @dataclass

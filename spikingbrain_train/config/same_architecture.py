@@ -12,7 +12,7 @@ from enum import Enum
 from typing import Any
 
 from spikingbrain_train.config.errors import CheckpointError
-from spikingbrain_train.config.model import FeedForward, GateKind, Mixer, ModelConfig, SpikingProjection
+from spikingbrain_train.config.model import FeedForward, Mixer, ModelConfig, SpikingProjection
 
 
 class Role(Enum):
@@ -110,7 +110,7 @@ def settings_in_use(model: ModelConfig) -> dict[str, Any]:
         "moe.moe_ffn_hidden_size": model.expert_ffn_hidden_size,
     }
     has_linear = any(mixer.has_linear_branch for mixer in mixers)
-    has_gate = has_linear and model.gla.gate is GateKind.low_rank
+    has_gate = has_linear and model.gla.gate.has_parameters
     has_softmax = any(mixer.softmax_branch for mixer in mixers)
     has_scaling = has_softmax and model.rope_scaling.factor != 1
     present = {

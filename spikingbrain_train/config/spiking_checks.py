@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from spikingbrain_train.config.model import GateKind, ModelConfig, SpikingProjection
+from spikingbrain_train.config.model import ModelConfig, SpikingProjection
 from spikingbrain_train.config.require import above_zero, at_least, require
 from spikingbrain_train.config.run import StageConfig
 
@@ -22,7 +22,7 @@ def _check_projections(model: ModelConfig) -> None:
         not twice,
         f"model.spiking.projections lists {' and '.join(twice)} more than once; list each projection once",
     )
-    has_gate = model.gla.gate is GateKind.low_rank and any(
+    has_gate = model.gla.gate.has_parameters and any(
         mixer.has_linear_branch for mixer in model.layer_mixers()
     )
     require(

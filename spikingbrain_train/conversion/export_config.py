@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from spikingbrain_train.config.errors import CheckpointError
+from spikingbrain_train.config.kinds import of_kind
 from spikingbrain_train.config.model import FeatureMap, FeedForward, GateKind, Mixer, ModelConfig
 from spikingbrain_train.conversion.hf_config import (
     CONFIG_FILE,
@@ -30,8 +31,10 @@ def unexportable_parts(model: ModelConfig) -> list[str]:
     mixers = model.layer_mixers()
     parallel = [mixer.value for mixer in dict.fromkeys(mixers) if mixer.is_parallel_hybrid]
     parts = [f"layers with two branches ({', '.join(parallel)})"] if parallel else []
-    if FeedForward.moe in model.layer_feed_forwards():
-        parts.append("mixture-of-experts layers")
+    for kind in dict.fromkeys(model.layer_feed_forwards()):
+        words = {FeedForward.dense: None, FeedForward.moe: "mixture-of-experts layers"}
+        if (part := of_kind(kind, words, "Hugging Face formats")) is not None:
+            parts.append(part)
     if model.num_sink_tokens:
         parts.append(f"{model.num_sink_tokens} sink tokens")
     if any(mixer.has_linear_branch for mixer in mixers):

@@ -22,7 +22,8 @@ from math import prod
 from torch import Tensor
 
 from spikingbrain_train.config.errors import CheckpointError
-from spikingbrain_train.config.model import FeedForward, GateKind, Mixer, ModelConfig
+from spikingbrain_train.config.kinds import of_kind
+from spikingbrain_train.config.model import FeedForward, Mixer, ModelConfig
 from spikingbrain_train.conversion.transforms import QUERY_GROUPS, ROWS, Shape, Transform
 
 
@@ -32,6 +33,15 @@ class LayerKind:
 
     mixer: Mixer
     feed_forward: FeedForward
+
+    def __post_init__(self) -> None:
+        # Whoever has no rules would silently have no parameters.
+        of_kind(self.mixer, _MIXERS_WITH_RULES, "the parameters of a mixer")
+        of_kind(self.feed_forward, _FEED_FORWARDS_WITH_RULES, "the parameters of a feed-forward")
+
+
+_MIXERS_WITH_RULES = dict.fromkeys((Mixer.full, Mixer.swa, Mixer.gla, Mixer.gla_swa, Mixer.gla_full))
+_FEED_FORWARDS_WITH_RULES = dict.fromkeys((FeedForward.dense, FeedForward.moe))
 
 
 @dataclass(frozen=True)
@@ -151,7 +161,7 @@ def _linear_attention_rules(prefix: str, is_here: Callable[[Mixer], bool]) -> tu
     """What linear attention adds: the low-rank gate (a tied one has no parameters) and the output norm."""
 
     def gated(model: ModelConfig, layer: LayerKind) -> bool:
-        return is_here(layer.mixer) and model.gla.gate is GateKind.low_rank
+        return is_here(layer.mixer) and model.gla.gate.has_parameters
 
     return (
         Rule(

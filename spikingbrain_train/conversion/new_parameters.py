@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from spikingbrain_train.config.conversion import ConversionConfig, UpcyclingForm
+from spikingbrain_train.config.kinds import of_kind
 from spikingbrain_train.conversion.attention_scale import AttentionScale
 from spikingbrain_train.conversion.mapping import Parameter
 from spikingbrain_train.conversion.seeds import generator
@@ -50,6 +51,10 @@ class NewParameters:
         branch_norm = Initialisation(
             "size of the source's attention output, layer by layer", self._attention_size
         )
+        router_std = {
+            UpcyclingForm.exact: TIE_BREAKING_STD,
+            UpcyclingForm.published: upcycling.router_init_std,
+        }
         self._starts = {
             "gate_down_weight": self._normal(gla.init_gate_std),
             "gate_up_weight": self._normal(gla.init_gate_std),
@@ -67,9 +72,7 @@ class NewParameters:
                 lambda _: torch.tensor([hybrid.init_softmax_weight, hybrid.init_linear_weight]),
             ),
             "sinks": Initialisation("rows of the embedding, frequent tokens preferred", self._embedding_rows),
-            "router": self._normal(
-                TIE_BREAKING_STD if upcycling.form is UpcyclingForm.exact else upcycling.router_init_std
-            ),
+            "router": self._normal(of_kind(upcycling.form, router_std, "the routers' starts")),
         }
 
     def describe(self, parameter: Parameter) -> str:

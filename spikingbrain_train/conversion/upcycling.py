@@ -20,6 +20,7 @@ from torch import Tensor
 
 from spikingbrain_train.config.conversion import UpcyclingConfig, UpcyclingForm
 from spikingbrain_train.config.errors import ConfigurationError
+from spikingbrain_train.config.kinds import of_kind
 from spikingbrain_train.config.model import FeedForward, ModelConfig, MoEConfig
 from spikingbrain_train.conversion.mapping import Parameter
 from spikingbrain_train.conversion.seeds import generator
@@ -37,9 +38,11 @@ def expert_scale(form: UpcyclingForm, moe: MoEConfig, role: str) -> float:
         role: which matrix, ``mlp_gate_weight``, ``mlp_up_weight`` or ``mlp_down_weight``.
     """
     experts_per_token = moe.num_shared_experts + moe.router_topk / moe.num_experts
-    if form is UpcyclingForm.published:
-        return experts_per_token ** (-1 / 3)
-    return 1 / experts_per_token if role == _DOWN else 1.0
+    scales = {
+        UpcyclingForm.published: experts_per_token ** (-1 / 3),
+        UpcyclingForm.exact: 1 / experts_per_token if role == _DOWN else 1.0,
+    }
+    return of_kind(form, scales, "the scales of experts")
 
 
 def check_expert_width(target: ModelConfig) -> None:

@@ -11,6 +11,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from spikingbrain_train.config.errors import ConfigurationError
+from spikingbrain_train.config.kinds import of_kind
 from spikingbrain_train.config.model import FeedForward, SpikingProjection
 from spikingbrain_train.config.parallel import ExpertBackend, KernelConfig
 from spikingbrain_train.models.moe import experts as expert_classes
@@ -34,20 +35,38 @@ def feed_forward_spec(
     Raises:
         ConfigurationError: spikes are asked for inside experts that have no linear layers.
     """
-    dense = MLPSubmodules(
+    build = of_kind(kind, FEED_FORWARDS, "the modules of a feed-forward")
+    swiglu = MLPSubmodules(
         linear_fc1=linears.column(SpikingProjection.mlp_fc1),
         linear_fc2=linears.row(SpikingProjection.mlp_fc2),
     )
-    if kind is FeedForward.dense:
-        if _BUILDERS_INSTEAD_OF_SPECS:
-            return partial(MLP.as_mlp_submodule, submodules=dense)
-        return ModuleSpec(module=MLP, submodules=dense)
+    return build(swiglu, kernels, linears)
+
+
+def _dense(
+    swiglu: MLPSubmodules, kernels: KernelConfig, linears: ParallelLinears
+) -> ModuleSpec | Callable[..., Any]:
+    if _BUILDERS_INSTEAD_OF_SPECS:
+        return partial(MLP.as_mlp_submodule, submodules=swiglu)
+    return ModuleSpec(module=MLP, submodules=swiglu)
+
+
+def _mixture_of_experts(
+    swiglu: MLPSubmodules, kernels: KernelConfig, linears: ParallelLinears
+) -> ModuleSpec | Callable[..., Any]:
     submodules = MoESubmodules(
-        experts=_routed_experts(kernels.experts, dense, linears),
-        shared_experts=_module(SharedExperts, dense),
+        experts=_routed_experts(kernels.experts, swiglu, linears),
+        shared_experts=_module(SharedExperts, swiglu),
         router=SequenceBalancedRouter,
     )
     return _module(MoELayer, submodules)
+
+
+FEED_FORWARDS: dict[
+    FeedForward,
+    Callable[[MLPSubmodules, KernelConfig, ParallelLinears], ModuleSpec | Callable[..., Any]],
+] = {FeedForward.dense: _dense, FeedForward.moe: _mixture_of_experts}
+"""The registry of feed-forwards: what stands for ``mlp`` in a layer of each kind."""
 
 
 def _module(module: type, submodules: Any = None) -> ModuleSpec | Callable[..., Any]:

@@ -18,6 +18,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from spikingbrain_train.config.kinds import of_kind
 from spikingbrain_train.config.model import (
     FeedForward,
     GateEncoding,
@@ -145,7 +146,7 @@ def layer_spec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
-            self_attention=SELF_ATTENTION[mixer](build),
+            self_attention=of_kind(mixer, SELF_ATTENTION, "the modules of a mixer")(build),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
             mlp=feed_forward_spec(feed_forward, kernels, linears),

@@ -6,9 +6,12 @@ from dataclasses import dataclass, field
 
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
+from spikingbrain_train.config.kinds import of_kind
 from spikingbrain_train.config.model import SpikingConfig, SpikingProjection
 from spikingbrain_train.config.parallel import ParallelLinearBackend
 from spikingbrain_train.models.spiking_linear import spiking
+
+_PROVIDERS = dict.fromkeys((ParallelLinearBackend.megatron, ParallelLinearBackend.transformer_engine))
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class ParallelLinears:
 
     def __post_init__(self) -> None:
         assert self.backend is not ParallelLinearBackend.auto, f"unresolved backend {self.backend}"
+        of_kind(self.backend, _PROVIDERS, "the classes of linears")
 
     def column(self, projection: SpikingProjection) -> type:
         """A linear whose output is split over tensor-parallel ranks; its input is whole."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from megatron.core.transformer import TransformerConfig
 
+from spikingbrain_train.config.kinds import of_kind
 from spikingbrain_train.config.model import FeedForward, ModelConfig
 from spikingbrain_train.config.parallel import ParallelConfig, Recompute
 from spikingbrain_train.config.run import Precision
@@ -75,12 +76,14 @@ def transformer_config(
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         recompute=parallel.recompute,
-        **_RECOMPUTE.get(parallel.recompute, {}),
+        **of_kind(parallel.recompute, _RECOMPUTE, "megatron-core's settings of recomputation"),
         **_mixture_of_experts(model, parallel),
     )
 
 
 _RECOMPUTE: dict[Recompute, dict[str, Any]] = {
+    Recompute.none: {},
+    Recompute.moe_activation: {},
     Recompute.full: {
         "recompute_granularity": "full",
         "recompute_method": "uniform",

@@ -10,9 +10,12 @@ rank; n context-parallel ranks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
-from spikingbrain_train.config.model import FeedForward, GateKind, Mixer, SpikingProjection
+from spikingbrain_train.config.kinds import of_kind
+from spikingbrain_train.config.model import FeedForward, Mixer, SpikingProjection
 from spikingbrain_train.config.parallel import (
     AcceleratorKind,
     LinearAttentionBackend,
@@ -20,7 +23,7 @@ from spikingbrain_train.config.parallel import (
     Recompute,
     SlidingWindowContextParallel,
 )
-from spikingbrain_train.config.run import Precision, RunConfig, StageKind
+from spikingbrain_train.config.run import Precision, RunConfig
 from spikingbrain_train.parallel.context_parallel.head_shares import head_shares
 from spikingbrain_train.parallel.costs import branches, stage_layers
 
@@ -123,7 +126,7 @@ def _linear_branch(config: RunConfig) -> float:
     kept: float = (heads + groups + 2 * heads) * width + heads * FP32
     # What the gate's sigmoid sees; on CPUs torch keeps a second tensor for its gradient.
     kept += groups * fp32_width * (2 if config.cluster.accelerator is AcceleratorKind.cpu else 1)
-    if model.gla.gate is GateKind.low_rank:
+    if model.gla.gate.has_parameters:
         kept += model.gla.gate_low_rank_dim * element
     if model.qk_layernorm:
         kept += heads * width
@@ -147,19 +150,24 @@ def _linear_branch(config: RunConfig) -> float:
     return kept + states * state
 
 
+_BRANCHES: dict[Mixer, Callable[[RunConfig], float]] = {
+    Mixer.full: partial(_softmax_branch, branch=Mixer.full),
+    Mixer.swa: partial(_softmax_branch, branch=Mixer.swa),
+    Mixer.gla: _linear_branch,
+}
+
+
 def mixer_activations(config: RunConfig, mixer: Mixer) -> float:
     """Bytes per token that a mixer keeps for its backward pass on one rank, its normed input left out."""
     model, parallel = config.model, config.parallel
     shared_out = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
     row = model.hidden_size * bytes_per_element(config.precision) / shared_out
     kinds = branches(mixer)
-    total = sum(
-        _linear_branch(config) if kind is Mixer.gla else _softmax_branch(config, kind) for kind in kinds
-    )
+    total = sum(of_kind(kind, _BRANCHES, "the activations of an attention")(config) for kind in kinds)
     if mixer.is_parallel_hybrid:  # the output of each branch, before and after its norm
         total += 4 * row
     # What reads spikes keeps its own encoded input; the first of these stands for the normed input.
-    spikes, low_rank = model.spiking.projections, Mixer.gla in kinds and model.gla.gate is GateKind.low_rank
+    spikes, low_rank = model.spiking.projections, Mixer.gla in kinds and model.gla.gate.has_parameters
     readers = len(kinds) * (SpikingProjection.qkv in spikes) + low_rank * (SpikingProjection.gate in spikes)
     if readers:
         unencoded = SpikingProjection.qkv not in spikes or (low_rank and SpikingProjection.gate not in spikes)
@@ -168,14 +176,23 @@ def mixer_activations(config: RunConfig, mixer: Mixer) -> float:
 
 
 def _feed_forward_activations(config: RunConfig, feed_forward: FeedForward) -> Activations:
-    """A layer's feed-forward without its normed input. Experts are taken to be evenly loaded."""
+    """A layer's feed-forward without its normed input."""
+    kinds = {FeedForward.dense: _dense_feed_forward, FeedForward.moe: _experts}
+    return of_kind(feed_forward, kinds, "the activations of a feed-forward")(config)
+
+
+def _dense_feed_forward(config: RunConfig) -> Activations:
+    # Gate, up and their product.
+    element, tensor = bytes_per_element(config.precision), config.parallel.tensor_model_parallel_size
+    dense = 3 * config.model.ffn_hidden_size * element / tensor
+    again = config.parallel.recompute in (Recompute.moe_feed_forward, Recompute.moe_layer)
+    return Activations(0.0, dense) if again else Activations(dense)
+
+
+def _experts(config: RunConfig) -> Activations:
+    """Experts are taken to be evenly loaded."""
     model, parallel = config.model, config.parallel
     tensor, element = parallel.tensor_model_parallel_size, bytes_per_element(config.precision)
-    level = parallel.recompute
-    if feed_forward is FeedForward.dense:
-        dense = 3 * model.ffn_hidden_size * element / tensor  # gate, up and their product
-        again = level in (Recompute.moe_feed_forward, Recompute.moe_layer)
-        return Activations(0.0, dense) if again else Activations(dense)
     moe, width = model.moe, model.expert_ffn_hidden_size
     visits: float = moe.router_topk
     if moe.capacity_factor is not None:
@@ -191,11 +208,14 @@ def _feed_forward_activations(config: RunConfig, feed_forward: FeedForward) -> A
         encoded = row if parallel.sequence_parallel else row * tensor  # what the shared expert reads
     everything = router + dispatched + activation + matrices + encoded
     spikes = SpikingProjection.mlp_fc2 in model.spiking.projections  # what fc2 keeps is not the activation
-    recomputed = {
+    levels = {
+        Recompute.none: 0.0,
+        Recompute.full: 0.0,  # with the whole layer
         Recompute.moe_activation: router + (0.0 if spikes else activation),
         Recompute.moe_feed_forward: router + activation + matrices + encoded,
         Recompute.moe_layer: everything,
-    }.get(level, 0.0)
+    }
+    recomputed = of_kind(parallel.recompute, levels, "the activations of experts")
     return Activations(everything - recomputed, recomputed)
 
 
@@ -219,7 +239,7 @@ def activation_bytes(config: RunConfig, stage: int, micro_batches: int) -> float
     element, tokens = bytes_per_element(config.precision), rank_tokens(config)
     layers = stage_layers(model, parallel, stage)
     mixers = [model.layer_mixers()[layer] for layer in layers]
-    if config.stage.kind is StageKind.align:
+    if not config.stage.kind.traits.trains_all:
         # Each swapped mixer runs forward and backward at once, between layers of the teacher, which keep
         # nothing: the largest counts, with its input, and its output and target in fp32.
         boundary = model.hidden_size * (element + 2 * FP32)

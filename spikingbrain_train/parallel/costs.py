@@ -8,7 +8,9 @@ tensor-parallel degree.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
+from spikingbrain_train.config.kinds import of_kind
 from spikingbrain_train.config.model import FeedForward, GateKind, Mixer, ModelConfig, SpikingConfig
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import RunConfig, StageKind
@@ -37,8 +39,7 @@ def swapped_layers(model: ModelConfig) -> list[int]:
 
 def branches(mixer: Mixer) -> list[Mixer]:
     """The attentions that a mixer consists of, each with projections of its own: full, swa or gla."""
-    softmax = [mixer.softmax_branch] if mixer.softmax_branch else []
-    return softmax + ([Mixer.gla] if mixer.has_linear_branch else [])
+    return list(mixer.branches)
 
 
 def qkv_matrix(model: ModelConfig) -> int:
@@ -60,11 +61,16 @@ def new_mixer_parameters(model: ModelConfig, mixer: Mixer, parallel: ParallelCon
     """
     new = 2 * model.hidden_size + 2 if mixer.is_parallel_hybrid else 0
     if mixer.has_linear_branch:
-        new += model.kv_channels
-        if model.gla.gate is GateKind.low_rank:
-            gate, rank = model.num_query_groups * model.kv_channels, model.gla.gate_low_rank_dim
-            new += rank * model.hidden_size + gate * (rank + 1) // parallel.tensor_model_parallel_size
+        down, up, bias = gate_matrices(model)
+        new += model.kv_channels + down + (up + bias) // parallel.tensor_model_parallel_size
     return new
+
+
+def gate_matrices(model: ModelConfig) -> tuple[int, int, int]:
+    """Elements of the forget gate's W1 (r h), W2 (G d r) and b2 (G d); a tied gate has none."""
+    gate, rank = model.num_query_groups * model.kv_channels, model.gla.gate_low_rank_dim
+    sizes = {GateKind.low_rank: (rank * model.hidden_size, gate * rank, gate), GateKind.tied: (0, 0, 0)}
+    return of_kind(model.gla.gate, sizes, "the parameters of a gate")
 
 
 def mixer_parameters(model: ModelConfig, mixer: Mixer, parallel: ParallelConfig = ONE_RANK) -> int:
@@ -97,14 +103,14 @@ def feed_forward_parameters(
     model: ModelConfig, feed_forward: FeedForward, parallel: ParallelConfig = ONE_RANK
 ) -> int:
     """Parameters of one layer's feed-forward on one rank: SwiGLU, or router, routed and shared experts."""
-    if feed_forward is FeedForward.dense:
-        return swiglu(model, model.ffn_hidden_size) // parallel.tensor_model_parallel_size
+    tensor = parallel.tensor_model_parallel_size
     shared = model.moe.num_shared_experts * swiglu(model, model.expert_ffn_hidden_size)
-    return (
-        router_parameters(model)
-        + routed_expert_parameters(model, parallel)
-        + shared // parallel.tensor_model_parallel_size
-    )
+    routed = routed_expert_parameters(model, parallel)
+    parameters = {
+        FeedForward.dense: swiglu(model, model.ffn_hidden_size) // tensor,
+        FeedForward.moe: router_parameters(model) + routed + shared // tensor,
+    }
+    return of_kind(feed_forward, parameters, "the parameters of a feed-forward")
 
 
 def layer_parameters(model: ModelConfig, layer: int, parallel: ParallelConfig = ONE_RANK) -> int:
@@ -193,34 +199,37 @@ def mixer_core_flops(model: ModelConfig, mixer: Mixer, seq_length: int) -> float
     """
     heads, groups, width = model.num_attention_heads, model.num_query_groups, model.kv_channels
     sinks = model.num_sink_tokens
-    flops = 0.0
-    for branch in branches(mixer):
-        if branch is Mixer.gla:
-            flops += 2.0 * (heads + groups) * width * width * (1 + sinks / seq_length)
-        else:
-            window = model.sliding_window if branch is Mixer.swa else None
-            keys = visible_keys(seq_length, window) + sinks + sinks * sinks / seq_length
-            flops += 4.0 * heads * width * keys
-    return flops
+
+    def softmax(branch: Mixer) -> float:
+        keys = visible_keys(seq_length, model.window_of(branch)) + sinks + sinks * sinks / seq_length
+        return 4.0 * heads * width * keys
+
+    flops = {
+        Mixer.gla: 2.0 * (heads + groups) * width * width * (1 + sinks / seq_length),
+        Mixer.swa: softmax(Mixer.swa),
+        Mixer.full: softmax(Mixer.full),
+    }
+    return sum(of_kind(branch, flops, "the FLOPs of an attention") for branch in branches(mixer))
 
 
 def mixer_projections(model: ModelConfig, mixer: Mixer) -> tuple[int, int]:
     """Matrix elements of a mixer's projections, as (those that read the layer's input, the others)."""
     copies = len(branches(mixer))
     reading, other = copies * qkv_matrix(model), copies * output_matrix(model)
-    if mixer.has_linear_branch and model.gla.gate is GateKind.low_rank:
-        rank = model.gla.gate_low_rank_dim
-        reading += rank * model.hidden_size
-        other += model.num_query_groups * model.kv_channels * rank
+    if mixer.has_linear_branch:
+        down, up, _ = gate_matrices(model)
+        reading, other = reading + down, other + up
     return reading, other
 
 
 def feed_forward_matrices(model: ModelConfig, feed_forward: FeedForward) -> int:
     """Matrix elements of a feed-forward that one token meets: router, its experts, and the shared ones."""
-    if feed_forward is FeedForward.dense:
-        return swiglu(model, model.ffn_hidden_size)
     experts = model.moe.router_topk + model.moe.num_shared_experts
-    return router_parameters(model) + experts * swiglu(model, model.expert_ffn_hidden_size)
+    met = {
+        FeedForward.dense: swiglu(model, model.ffn_hidden_size),
+        FeedForward.moe: router_parameters(model) + experts * swiglu(model, model.expert_ffn_hidden_size),
+    }
+    return of_kind(feed_forward, met, "the matrices of a feed-forward")
 
 
 def forward_flops_per_token(model: ModelConfig, seq_length: int, *, output_layer: bool = True) -> float:
@@ -249,13 +258,20 @@ def training_flops_per_token(config: RunConfig, teacher: ModelConfig | None = No
         config: the run.
         teacher: architecture of the teacher; None takes the dense twin of the model.
     """
+    price = of_kind(config.stage.kind, _TRAINING_FLOPS, "the FLOPs of a stage")
+    return price(config, teacher or dense_twin(config.model))
+
+
+def _pretraining_flops(config: RunConfig, teacher: ModelConfig) -> float:
+    stage = config.stage
+    flops = 3 * forward_flops_per_token(config.model, stage.seq_length)
+    if stage.distillation.weight > 0:
+        flops += forward_flops_per_token(teacher, stage.seq_length)
+    return flops
+
+
+def _alignment_flops(config: RunConfig, teacher: ModelConfig) -> float:
     model, stage = config.model, config.stage
-    teacher = teacher or dense_twin(model)
-    if stage.kind is StageKind.cpt:
-        flops = 3 * forward_flops_per_token(model, stage.seq_length)
-        if stage.distillation.weight > 0:
-            flops += forward_flops_per_token(teacher, stage.seq_length)
-        return flops
     flops = forward_flops_per_token(teacher, stage.seq_length, output_layer=False)
     mixers, tokens = model.layer_mixers(), 1 + model.num_sink_tokens / stage.seq_length
     for layer in swapped_layers(model):
@@ -263,3 +279,9 @@ def training_flops_per_token(config: RunConfig, teacher: ModelConfig | None = No
         flops += tokens * (4.0 * reading + 6.0 * other)
         flops += 3 * mixer_core_flops(model, mixers[layer], stage.seq_length)
     return flops
+
+
+_TRAINING_FLOPS: dict[StageKind, Callable[[RunConfig, ModelConfig], float]] = {
+    StageKind.cpt: _pretraining_flops,
+    StageKind.align: _alignment_flops,
+}

@@ -22,7 +22,7 @@ from spikingbrain_train.config.parallel import (
     KernelConfig,
     ParallelLinearBackend,
 )
-from spikingbrain_train.config.run import Precision, RunConfig, StageKind
+from spikingbrain_train.config.run import Precision, RunConfig
 from spikingbrain_train.ops import gated_linear_attention, sliding_window_attention
 from spikingbrain_train.ops.backends import has_package, package_failure, require_package
 from spikingbrain_train.parallel.accelerator import Accelerator
@@ -235,15 +235,15 @@ def _describe(choices: dict[str, list[str]]) -> str:
 def softmax_attention_calls(config: RunConfig) -> Iterator[tuple[str, SoftmaxAttentionCall]]:
     """The calls of softmax attention that all ranks of a run will make, each with whose attention it is."""
     model, stage = config.model, config.stage
-    # Training batches of an align stage have no sinks; those of its evaluations have.
+    # Evaluations see the sinks in any stage.
     sinks = {model.num_sink_tokens}
-    students = [("", model, sinks | {0} if stage.kind is StageKind.align else sinks)]
+    students = [("", model, sinks if stage.kind.traits.sees_sinks else sinks | {0})]
     teachers = [("the teacher's ", dense_twin(model), {0})] if needs_teacher(config) else []
     for whose, network, sink_counts in [*students, *teachers]:
         branches = {branch for mixer in network.layer_mixers() if (branch := mixer.softmax_branch)}
         for branch in sorted(branches):
             for num_sink_tokens in sorted(sink_counts):
-                window = network.sliding_window if branch is Mixer.swa else None
+                window = network.window_of(branch)
                 for call in _calls(config, network, window, num_sink_tokens):
                     documents = " of several documents" if call.has_documents else ""
                     yield f"{whose}{branch.name}{documents}", call

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from spikingbrain_train.config.run import Precision, RunConfig, StageKind
+from spikingbrain_train.config.run import Precision, RunConfig
 from spikingbrain_train.parallel.activations import FP32, activation_bytes, bytes_per_element
 from spikingbrain_train.parallel.costs import (
     dense_twin,
@@ -46,13 +46,13 @@ def optimizer_bytes(precision: Precision) -> int:
 
 def needs_teacher(config: RunConfig) -> bool:
     """Whether the stage learns from the dense source."""
-    return config.stage.kind is StageKind.align or config.stage.distillation.weight > 0
+    return config.stage.kind.traits.needs_teacher or config.stage.distillation.weight > 0
 
 
 def trainable_parameters(config: RunConfig, stage: int) -> tuple[int, int]:
     """Parameters with a gradient on a rank of pipeline stage ``stage``, as (routed experts, all others)."""
     model, parallel = config.model, config.parallel
-    if config.stage.kind is StageKind.cpt:
+    if config.stage.kind.traits.trains_all:
         experts = stage_routed_expert_parameters(model, parallel, stage)
         return experts, stage_parameters(model, parallel, stage) - experts
     mixers, layers = model.layer_mixers(), stage_layers(model, parallel, stage)

@@ -19,7 +19,7 @@ from spikingbrain_train.config.errors import ConfigurationError
 from spikingbrain_train.config.model import FeedForward, Mixer
 from spikingbrain_train.config.model_checks import has_experts
 from spikingbrain_train.config.parallel import ParallelConfig
-from spikingbrain_train.config.run import RunConfig, StageKind
+from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.parallel.activations import bytes_per_element
 from spikingbrain_train.parallel.costs import (
     active_parameters,
@@ -143,7 +143,7 @@ class Plan:
         """Size of one checkpoint: weights and optimizer state."""
         model, precision = self.config.model, self.config.precision
         trainable = total_parameters(model)
-        if self.config.stage.kind is StageKind.align:
+        if not self.config.stage.kind.traits.trains_all:
             mixers = model.layer_mixers()
             trainable = sum(mixer_parameters(model, mixers[layer]) for layer in swapped_layers(model))
         return total_parameters(model) * bytes_per_element(precision) + trainable * optimizer_bytes(precision)

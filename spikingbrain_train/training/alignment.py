@@ -40,10 +40,13 @@ class Alignment:
     Args:
         stage: sequence length and batch sizes.
         groups: process groups.
-        teacher: the frozen dense source in the same topology.
+        teacher: the frozen dense source in the same topology; it is needed.
     """
 
-    def __init__(self, stage: StageConfig, groups: ProcessGroups, teacher: HybridGPTModel) -> None:
+    def __init__(
+        self, stage: StageConfig, groups: ProcessGroups, teacher: HybridGPTModel | None = None
+    ) -> None:
+        assert teacher is not None, "alignment learns from a teacher"
         self.stage = stage
         self.groups = groups
         self.teacher = teacher

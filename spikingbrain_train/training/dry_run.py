@@ -199,7 +199,7 @@ def _describe(layer: Any) -> BuiltLayer:
     return BuiltLayer(
         layer=layer.layer_number - 1,
         mixer=_mixer_of(layer.self_attention),
-        feed_forward=FeedForward.moe if hasattr(layer.mlp, "experts") else FeedForward.dense,
+        feed_forward=_feed_forward_of(layer.mlp),
         mixer_parameters=_count(layer.self_attention),
         feed_forward_parameters=_count(layer.mlp),
         parameters=_count(layer),
@@ -209,13 +209,26 @@ def _describe(layer: Any) -> BuiltLayer:
 def _mixer_of(attention: torch.nn.Module) -> Mixer:
     from spikingbrain_train.models.mixers.gated_linear_attention import GatedLinearAttention
     from spikingbrain_train.models.mixers.parallel_hybrid import ParallelHybrid
+    from spikingbrain_train.models.mixers.softmax_attention import SoftmaxAttention
 
     if isinstance(attention, GatedLinearAttention):
         return Mixer.gla
     if isinstance(attention, ParallelHybrid):
         softmax = _mixer_of(attention.softmax_attention)
-        return Mixer.gla_full if softmax is Mixer.full else Mixer.gla_swa
-    return Mixer.full if attention.window is None else Mixer.swa
+        return {Mixer.full: Mixer.gla_full, Mixer.swa: Mixer.gla_swa}[softmax]
+    if isinstance(attention, SoftmaxAttention):
+        return Mixer.full if attention.window is None else Mixer.swa
+    raise NotImplementedError(f"{type(attention).__name__} is no mixer that a dry run knows; name it here")
+
+
+def _feed_forward_of(mlp: torch.nn.Module) -> FeedForward:
+    from megatron.core.transformer.mlp import MLP
+    from megatron.core.transformer.moe.moe_layer import MoELayer
+
+    for module, kind in ((MoELayer, FeedForward.moe), (MLP, FeedForward.dense)):
+        if isinstance(mlp, module):
+            return kind
+    raise NotImplementedError(f"{type(mlp).__name__} is no feed-forward that a dry run knows; name it here")
 
 
 def _count(module: torch.nn.Module) -> int:

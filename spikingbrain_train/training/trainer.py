@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -18,17 +18,20 @@ from spikingbrain_train.config.checkpoint_folder import (
     latest_iteration,
 )
 from spikingbrain_train.config.errors import ConfigurationError
-from spikingbrain_train.config.run import Resume, RunConfig, StageKind
+from spikingbrain_train.config.kinds import of_kind
+from spikingbrain_train.config.run import Resume, RunConfig, StageConfig, StageKind
 from spikingbrain_train.config.run_record import record_of
 from spikingbrain_train.data.gpt_dataset import build_datasets
 from spikingbrain_train.data.loader import MicroBatch, WholeBatch, build_data_loader, local_micro_batch
 from spikingbrain_train.data.tokenizers import load_tokenizer
 from spikingbrain_train.evaluation.held_out import held_out_cross_entropy
+from spikingbrain_train.models.gpt_model import HybridGPTModel
 from spikingbrain_train.models.spiking_linear import collect_spike_statistics, set_spike_k
 from spikingbrain_train.models.transformer_config import PARAMS_DTYPE
 from spikingbrain_train.parallel.accelerator import detect
 from spikingbrain_train.parallel.bf16 import agree_on_precision, slow_format_warning
 from spikingbrain_train.parallel.kernels import attention_choices, describe_kernels, resolve_kernels
+from spikingbrain_train.parallel.memory import needs_teacher
 from spikingbrain_train.parallel.planner import plan_run
 from spikingbrain_train.parallel.process_groups import ProcessGroups, destroy, initialize
 from spikingbrain_train.reporting.activity import Activity, activity
@@ -79,6 +82,14 @@ def run(config: RunConfig) -> None:
         destroy()
 
 
+_STEPS: dict[StageKind, Callable[[StageConfig, ProcessGroups, HybridGPTModel | None], StageStep]] = {
+    StageKind.align: Alignment,
+    StageKind.cpt: ContinualPretraining,
+}
+"""The registry of stages: what is trained and how gradients are made. The teacher is None where the config
+asks for none."""
+
+
 class Trainer:
     """One stage of one run.
 
@@ -107,14 +118,10 @@ class Trainer:
             config.stage.micro_batch_size * groups.data_parallel_size
         )
         with self._activity("building and loading the model"):
-            teacher = build_teacher(config, kernels, groups) if self._needs_teacher() else None
+            teacher = build_teacher(config, kernels, groups) if needs_teacher(config) else None
             student = build_student(config, kernels, groups, resuming=resuming)
-        self.step: StageStep
-        if config.stage.kind is StageKind.align:
-            assert teacher is not None
-            self.step = Alignment(config.stage, groups, teacher)
-        else:
-            self.step = ContinualPretraining(config.stage, groups, teacher)
+        make_step = of_kind(config.stage.kind, _STEPS, "the steps of a stage")
+        self.step: StageStep = make_step(config.stage, groups, teacher)
         self.step.freeze(student)
         total, trainable = parameter_counts(student)
         self._say(f"rank 0 holds {total:,} parameters, {trainable:,} of them trainable")
@@ -304,9 +311,8 @@ class Trainer:
             pin_memory=self.groups.accelerator.is_gpu,
             seed=self.config.seed,
         )
-        # Alignment works on the hidden states of the dense source, which has no sinks.
-        aligning = stage.kind is StageKind.align
-        return self._local(loader, 0 if aligning else self.config.model.num_sink_tokens)
+        sinks = self.config.model.num_sink_tokens if stage.kind.traits.sees_sinks else 0
+        return self._local(loader, sinks)
 
     def _local(self, loader: Iterator[WholeBatch], num_sink_tokens: int) -> Iterator[MicroBatch]:
         """This rank's part of every micro-batch, on its device."""
@@ -318,10 +324,6 @@ class Trainer:
                 context_parallel_rank=self.groups.context_parallel_rank,
                 context_parallel_size=self.groups.context_parallel_size,
             )
-
-    def _needs_teacher(self) -> bool:
-        stage = self.config.stage
-        return stage.kind is StageKind.align or stage.distillation.weight > 0
 
     def _is_resuming(self) -> bool:
         found = latest_iteration(self.checkpoints) is not None

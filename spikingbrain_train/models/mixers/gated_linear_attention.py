@@ -25,6 +25,7 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
+from spikingbrain_train.config.kinds import of_kind
 from spikingbrain_train.config.model import FeatureMap, GatedLinearAttentionConfig, GateKind
 from spikingbrain_train.config.parallel import LinearAttentionBackend, LinearAttentionContextParallel
 from spikingbrain_train.models.rms_norm import RMSNorm
@@ -87,7 +88,7 @@ class GatedLinearAttention(SelfAttention):
         assert config.kv_channels is not None and config.num_query_groups is not None
         self.backend = backend.value
         self.context_parallel = context_parallel
-        self.features = _FEATURES[gla.feature_map]
+        self.features = of_kind(gla.feature_map, _FEATURES, "the features of linear attention")
         self.gate = gla.gate
         self.gate_logit_normalizer = gla.gate_logit_normalizer
         self.scale = config.kv_channels**-0.5
@@ -97,6 +98,7 @@ class GatedLinearAttention(SelfAttention):
         self.out_norm.weight.is_new_parameter = True  # type: ignore[attr-defined]
         if config.perform_initialization:
             torch.nn.init.constant_(self.out_norm.weight, gla.init_out_norm)
+        of_kind(self.gate, _LOG_GATES, "the log gates of linear attention")
         if self.gate is GateKind.low_rank:
             self._build_low_rank_gate(gla, gate_down_proj, gate_up_proj)
 
@@ -134,9 +136,14 @@ class GatedLinearAttention(SelfAttention):
         Returns:
             [T, B, G, K] over the whole slice, float32, in (-inf, 0].
         """
-        if self.gate is GateKind.tied:
-            # log(1 - sigmoid(x)) = logsigmoid(-x), which keeps its digits where k rounds to 1.
-            return torch.nn.functional.logsigmoid(-key_logits_TBGK.float())
+        gate = of_kind(self.gate, _LOG_GATES, "the log gates of linear attention")
+        return gate(self, hidden_states, key_logits_TBGK)
+
+    def _tied_log_gate(self, _hidden_states: Tensor, key_logits_TBGK: Tensor) -> Tensor:
+        # log(1 - sigmoid(x)) = logsigmoid(-x), which keeps its digits where k rounds to 1.
+        return torch.nn.functional.logsigmoid(-key_logits_TBGK.float())
+
+    def _low_rank_log_gate(self, hidden_states: Tensor, _key_logits_TBGK: Tensor) -> Tensor:
         logits, _ = self.linear_gate_up_proj(self.linear_gate_down_proj(hidden_states))
         log_gate = torch.nn.functional.logsigmoid(logits.float()) / self.gate_logit_normalizer
         return log_gate.unflatten(-1, (self.num_query_groups_per_partition, self.key_hidden_size))
@@ -194,3 +201,9 @@ class GatedLinearAttention(SelfAttention):
         weight = copy_to_tensor_model_parallel_region(self.out_norm.weight, group=self.pg_collection.tp)
         normed_BTHV = rms_norm(o_BTHV, weight, self.out_norm.eps)
         return normed_BTHV.transpose(0, 1).flatten(2)
+
+
+_LOG_GATES = {
+    GateKind.low_rank: GatedLinearAttention._low_rank_log_gate,
+    GateKind.tied: GatedLinearAttention._tied_log_gate,
+}

@@ -29,6 +29,13 @@ _RowDocuments = tuple[DocumentBounds, DocumentBounds]
 """Bounds of a row's documents among its queries and among its text keys, as in flash-attn's varlen calls."""
 
 
+_USES_HALO: dict[SlidingWindowContextParallel | None, bool] = {
+    SlidingWindowContextParallel.halo: True,
+    SlidingWindowContextParallel.ulysses: False,
+    None: False,
+}
+
+
 def num_text_keys(
     layout: SequenceLayout, window: int | None, method: SlidingWindowContextParallel | None
 ) -> int:
@@ -37,7 +44,7 @@ def num_text_keys(
     Under ``halo`` that is a fixed number whatever the documents are, because GPU kernels are compiled for
     every shape: what no query sees is a document without queries.
     """
-    if layout.context_parallel_size == 1 or window is None or method is not SlidingWindowContextParallel.halo:
+    if layout.context_parallel_size == 1 or window is None or not _USES_HALO[method]:
         return layout.text_length
     text = layout.text_range()
     return len(text) + min(window - 1, text.start)
@@ -81,7 +88,7 @@ def context_parallel_softmax_attention(
         return attend(q_BTHK, k_BTGK, v_BTGV)
     if group is None:
         return _attend_whole(q_BTHK, k_BTGK, v_BTGV, layout, attend, scale)
-    if window is not None and method is SlidingWindowContextParallel.halo:
+    if window is not None and _USES_HALO[method]:
         return _attend_with_halo(q_BTHK, k_BTGK, v_BTGV, window, layout, group, attend, scale)
     q, (k, v) = to_whole_sequences(q_BTHK, (k_BTGK, v_BTGV), group)
     return to_slices(_attend_whole(q, k, v, layout, attend, scale), q_BTHK.shape[2], group)

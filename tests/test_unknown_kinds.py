@@ -1,0 +1,147 @@
+"""A kind that nobody knows is an error wherever its kind matters, and never taken for one of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from enum import Enum
+from typing import Any, TypeVar
+
+import pytest
+import torch
+
+from spikingbrain_train.config.checks import check_stage
+from spikingbrain_train.config.conversion import UpcyclingForm
+from spikingbrain_train.config.kinds import of_kind
+from spikingbrain_train.config.model import (
+    FeedForward,
+    GatedLinearAttentionConfig,
+    GateKind,
+    Mixer,
+    ModelConfig,
+    MoEConfig,
+)
+from spikingbrain_train.config.parallel import (
+    KernelConfig,
+    LinearAttentionBackend,
+    ParallelConfig,
+    ParallelLinearBackend,
+    Recompute,
+)
+from spikingbrain_train.config.run import Precision, RunConfig, StageConfig, StageKind
+from spikingbrain_train.config.same_architecture import check_same_weights
+from spikingbrain_train.config.spiking_checks import check_spiking
+from spikingbrain_train.conversion.export_config import export_family, unexportable_parts
+from spikingbrain_train.conversion.mapping import model_parameters
+from spikingbrain_train.conversion.report import describe_layers
+from spikingbrain_train.conversion.upcycling import expert_scale
+from spikingbrain_train.models.feed_forward import feed_forward_spec
+from spikingbrain_train.models.layer_specs import layer_spec
+from spikingbrain_train.models.parallel_linears import ParallelLinears
+from spikingbrain_train.models.transformer_config import transformer_config
+from spikingbrain_train.parallel import activations, costs, memory
+from spikingbrain_train.parallel.planner import plan_run
+from spikingbrain_train.training.dry_run import _feed_forward_of, _mixer_of
+from spikingbrain_train.training.trainer import _STEPS
+
+Kind = TypeVar("Kind", bound=Enum)
+
+
+def foreign(kinds: type[Kind]) -> Kind:
+    """A member that the enum does not have: what a plugin, or tomorrow, brings."""
+    member = str.__new__(kinds, "foreign")  # type: ignore[type-var]
+    member._name_, member._value_ = "foreign", "foreign"
+    return member
+
+
+MODEL = ModelConfig(
+    num_layers=2,
+    hidden_size=32,
+    ffn_hidden_size=64,
+    num_attention_heads=4,
+    num_query_groups=2,
+    kv_channels=8,
+    vocab_size=128,
+    max_position_embeddings=64,
+    mixers=[Mixer.gla, Mixer.swa],
+    sliding_window=8,
+    moe=MoEConfig(num_experts=4),
+)
+STAGE = StageConfig(train_iters=2, seq_length=16, global_batch_size=2)
+RUN = RunConfig(model=MODEL, stage=STAGE, precision=Precision.fp32, output_dir="unused")
+KERNELS = KernelConfig(
+    gated_linear_attention=LinearAttentionBackend.chunk, parallel_linear=ParallelLinearBackend.megatron
+)
+LINEARS = ParallelLinears(ParallelLinearBackend.megatron)
+
+MIXER, FEED_FORWARD, STAGE_KIND = foreign(Mixer), foreign(FeedForward), foreign(StageKind)
+WITH_MIXER = replace(MODEL, mixers=[MIXER, Mixer.swa])
+WITH_FEED_FORWARD = replace(MODEL, feed_forwards=[FEED_FORWARD])
+WITH_GATE = replace(MODEL, gla=GatedLinearAttentionConfig(gate=foreign(GateKind)))
+WITH_STAGE = replace(RUN, stage=replace(STAGE, kind=STAGE_KIND))
+WITH_RECOMPUTE = replace(
+    RUN,
+    model=replace(MODEL, feed_forwards=[FeedForward.moe]),
+    parallel=ParallelConfig(recompute=foreign(Recompute)),
+)
+
+ASKED: dict[str, Callable[[], Any]] = {
+    "mixer: branches": lambda: MIXER.branches,
+    "mixer: softmax branch": lambda: MIXER.softmax_branch,
+    "mixer: linear branch": lambda: MIXER.has_linear_branch,
+    "mixer: parallel hybrid": lambda: MIXER.is_parallel_hybrid,
+    "mixer: window": lambda: MODEL.window_of(MIXER),
+    "mixer: parameters": lambda: costs.mixer_parameters(MODEL, MIXER),
+    "mixer: new parameters": lambda: costs.new_parameters(WITH_MIXER),
+    "mixer: FLOPs between projections": lambda: costs.mixer_core_flops(MODEL, MIXER, 16),
+    "mixer: projections": lambda: costs.mixer_projections(MODEL, MIXER),
+    "mixer: activations": lambda: activations.mixer_activations(RUN, MIXER),
+    "mixer: plan": lambda: plan_run(replace(RUN, model=WITH_MIXER), 1),
+    "mixer: modules": lambda: layer_spec(MIXER, MODEL, KERNELS),
+    "mixer: weight mapping": lambda: list(model_parameters(WITH_MIXER)),
+    "mixer: export": lambda: export_family(WITH_MIXER),
+    "mixer: report": lambda: describe_layers(WITH_MIXER),
+    "mixer: same weights": lambda: check_same_weights(WITH_MIXER, WITH_MIXER, "a folder"),
+    "mixer: spikes": lambda: check_spiking(WITH_MIXER, STAGE),
+    "mixer: what was built": lambda: _mixer_of(torch.nn.Linear(1, 1)),
+    "feed-forward: parameters": lambda: costs.feed_forward_parameters(MODEL, FEED_FORWARD),
+    "feed-forward: matrices": lambda: costs.feed_forward_matrices(MODEL, FEED_FORWARD),
+    "feed-forward: activations": lambda: activations.layer_activations(RUN, Mixer.full, FEED_FORWARD),
+    "feed-forward: plan": lambda: plan_run(replace(RUN, model=WITH_FEED_FORWARD), 1),
+    "feed-forward: modules": lambda: feed_forward_spec(FEED_FORWARD, KERNELS, LINEARS),
+    "feed-forward: weight mapping": lambda: list(model_parameters(WITH_FEED_FORWARD)),
+    "feed-forward: export": lambda: unexportable_parts(WITH_FEED_FORWARD),
+    "feed-forward: what was built": lambda: _feed_forward_of(torch.nn.Linear(1, 1)),
+    "gate: parameters": lambda: costs.new_mixer_parameters(WITH_GATE, Mixer.gla),
+    "gate: projections": lambda: costs.mixer_projections(WITH_GATE, Mixer.gla),
+    "gate: weight mapping": lambda: list(model_parameters(WITH_GATE)),
+    "gate: plan": lambda: plan_run(replace(RUN, model=WITH_GATE), 1),
+    "gate: spikes": lambda: check_spiking(WITH_GATE, STAGE),
+    "stage: FLOPs": lambda: costs.training_flops_per_token(WITH_STAGE),
+    "stage: teacher": lambda: memory.needs_teacher(WITH_STAGE),
+    "stage: trainable parameters": lambda: memory.trainable_parameters(WITH_STAGE, 0),
+    "stage: activations": lambda: activations.activation_bytes(WITH_STAGE, 0, 1),
+    "stage: plan": lambda: plan_run(WITH_STAGE, 1),
+    "stage: checks": lambda: check_stage(WITH_STAGE.stage, MODEL, ParallelConfig(), 1),
+    "stage: steps": lambda: of_kind(STAGE_KIND, _STEPS, "the steps of a stage"),
+    "upcycling: scales": lambda: expert_scale(foreign(UpcyclingForm), MODEL.moe, "mlp_up_weight"),
+    "linears: classes": lambda: ParallelLinears(foreign(ParallelLinearBackend)),
+    "recomputation: activations": lambda: activations.activation_bytes(WITH_RECOMPUTE, 0, 1),
+    "recomputation: settings": lambda: transformer_config(
+        MODEL, WITH_RECOMPUTE.parallel, Precision.fp32, on_cpu=True
+    ),
+}
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_an_unknown_kind_is_an_error(asked: str) -> None:
+    with pytest.raises(NotImplementedError) as error:
+        ASKED[asked]()
+    assert "foreign is not known where" in str(error.value) or "Linear is no" in str(error.value)
+
+
+@pytest.mark.parametrize("kinds", [Mixer, GateKind, StageKind], ids=lambda kinds: kinds.__name__)
+def test_every_member_has_its_traits(kinds: type[Enum]) -> None:
+    for kind in kinds:
+        properties = [name for name, value in vars(kinds).items() if isinstance(value, property)]
+        assert properties and all(getattr(kind, name) is not ... for name in properties)
