@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,20 @@ from torch import Tensor
 # exp(-100) is below the smallest normal float32: such a gate has forgotten everything. fla takes differences
 # of summed log gates, so -inf would give NaN, and sums of far stronger ones leave no digits for weak ones.
 _STRONGEST_LOG_GATE = -100.0
+
+
+class _Summable(torch.autograd.Function):
+    """Log gates that fla can sum. The gradient passes: it is none to float32 where gates are cut off, and
+    telling those apart would keep the gates for the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, log_gate: Tensor) -> Tensor:
+        return log_gate.clamp(min=_STRONGEST_LOG_GATE)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
 
 
 @lru_cache(maxsize=64)
@@ -40,7 +55,7 @@ def fla_gated_linear_attention(
     """
     from fla.ops.gla import chunk_gla  # imported here: fla needs Triton, which only GPU machines have
 
-    log_gate_BTGK = log_gate_BTGK.clamp(min=_STRONGEST_LOG_GATE)
+    log_gate_BTGK = _Summable.apply(log_gate_BTGK)
     heads_per_group = q_BTHK.shape[2] // k_BTGK.shape[2]
     k, v, log_gate = (x.repeat_interleave(heads_per_group, dim=2) for x in (k_BTGK, v_BTGV, log_gate_BTGK))
     initial_state = initial_state_BGKV
