@@ -21,8 +21,9 @@ from spikingbrain_train.config.errors import ConfigurationError, SpikingBrainErr
 from spikingbrain_train.config.load import conf_folder, register_resolvers
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.config.schema import explain, setting_types
+from spikingbrain_train.config.stored_config import with_stored_config
 
-_OWN_FLAGS = "--help, --cfg job, --resolve, --info, --hydra-help"
+_OWN_FLAGS = "--config run_config.yaml, --help, --cfg job, --resolve, --info, --hydra-help"
 
 
 def _purpose(choice: Path) -> str:
@@ -180,13 +181,25 @@ def compose_from_command_line() -> DictConfig | None:
             )
     check_choices(sys.argv[1:])
     register_schema()
+    arguments = with_stored_config(sys.argv[1:], groups())
     composed: list[DictConfig] = []
     task = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(
         composed.append
     )
-    with _raised_errors():
+    with _raised_errors(), _arguments(arguments):
         task()
     return composed[0] if composed else None
+
+
+@contextmanager
+def _arguments(arguments: list[str]) -> Iterator[None]:
+    """Hydra reads them from nowhere but sys.argv."""
+    before = sys.argv
+    sys.argv = [before[0], *arguments]
+    try:
+        yield
+    finally:
+        sys.argv = before
 
 
 def compose_run(overrides: list[str]) -> DictConfig:

@@ -1,0 +1,133 @@
+"""The run_config.yaml of a checkpoint can be given back as the config of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from spikingbrain_train.config.checks import check_run_config
+from spikingbrain_train.config.compose import compose_from_command_line
+from spikingbrain_train.config.errors import CheckpointError, ConfigurationError
+from spikingbrain_train.config.load import save_config, to_run_config
+from spikingbrain_train.config.model import Mixer, ModelConfig
+from spikingbrain_train.config.parallel import ParallelConfig
+from spikingbrain_train.config.run import (
+    CheckpointConfig,
+    DataConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    Precision,
+    RunConfig,
+    StageConfig,
+    WandbMode,
+)
+from tests.config.small_dataset import write_dataset
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> RunConfig:
+    """A run that differs from the defaults in every section."""
+    return RunConfig(
+        model=ModelConfig(
+            num_layers=4,
+            hidden_size=64,
+            ffn_hidden_size=128,
+            num_attention_heads=4,
+            num_query_groups=2,
+            kv_channels=16,
+            vocab_size=512,
+            max_position_embeddings=1024,
+            mixers=[Mixer.full, Mixer.gla_swa],
+        ),
+        stage=StageConfig(train_iters=7, seq_length=16, global_batch_size=2),
+        data=DataConfig(train=[write_dataset(tmp_path / "tokens", documents=5)], train_weights=[2.0]),
+        optimizer=OptimizerConfig(lr=3e-3, min_lr=1e-4),
+        checkpoint=CheckpointConfig(save_interval=3),
+        logging=LoggingConfig(log_interval=2, wandb=WandbMode.offline),
+        output_dir=str(tmp_path / "a run: #1"),
+        precision=Precision.fp32,
+        seed=7,
+    )
+
+
+@pytest.fixture
+def file(tmp_path: Path, stored: RunConfig) -> Path:
+    save_config(stored, tmp_path / "run_config.yaml")
+    return tmp_path / "run_config.yaml"
+
+
+def given(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> RunConfig:
+    """The run that ``train.py`` with these arguments is."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    composed = compose_from_command_line()
+    assert composed is not None
+    assert sys.argv == ["train.py", *arguments]
+    return to_run_config(composed)
+
+
+def test_a_stored_config_is_the_same_run_again(monkeypatch, stored, file, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    for arguments in (
+        ("--config", str(file)),
+        (f"--config={file}",),
+        ("--config", str(file.parent)),
+        ("--config-dir", str(file.parent), "--config-name", "run_config"),
+    ):
+        assert given(monkeypatch, *arguments) == stored
+    check_run_config(stored, world_size=1)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_single_settings_override_it(monkeypatch, stored, file):
+    run = given(monkeypatch, "optimizer.lr=1e-5", "--config", str(file), "output_dir=elsewhere", "seed=9")
+    assert (run.optimizer.lr, run.output_dir, run.seed) == (1e-5, "elsewhere", 9)
+    assert dataclasses.replace(run.optimizer, lr=3e-3) == stored.optimizer and run.model == stored.model
+
+
+def test_a_choice_from_a_group_takes_the_place_of_its_section(monkeypatch, stored, file):
+    run = given(monkeypatch, "--config", str(file), "parallel=pp2", "logging=default")
+    assert run.parallel == ParallelConfig(pipeline_model_parallel_size=2)
+    assert run.logging == LoggingConfig()
+    assert run.stage == stored.stage
+
+
+def test_an_experiment_beside_it_is_refused(monkeypatch, file):
+    with pytest.raises(ConfigurationError, match="leaves no place for an experiment"):
+        given(monkeypatch, "--config", str(file), "experiment=smollm2_cpt")
+
+
+def test_a_file_that_is_no_config_of_a_run_is_named(monkeypatch, file, tmp_path):
+    with pytest.raises(CheckpointError, match=r"cannot read .*nowhere\.yaml"):
+        given(monkeypatch, "--config", str(tmp_path / "nowhere.yaml"))
+    file.write_text(file.read_text().replace("seed:", "sead:"))
+    with pytest.raises(CheckpointError, match=r"run_config\.yaml: sead is not a setting; did you mean seed"):
+        given(monkeypatch, "--config", str(file))
+    with pytest.raises(ConfigurationError, match=r"--config <run_config\.yaml>"):
+        given(monkeypatch, "--config")
+
+
+def test_degrees_that_earlier_releases_wrote_out_are_accepted(monkeypatch, stored, file):
+    degrees = dataclasses.replace(stored.parallel, data_parallel_size=1, expert_tensor_parallel_size=1)
+    save_config(dataclasses.replace(stored, parallel=degrees), file)
+    check_run_config(given(monkeypatch, "--config", str(file)), world_size=1)
+
+
+def test_a_finished_run_given_back_says_so_before_torch_and_ends_well(monkeypatch, capsys, stored, tmp_path):
+    checkpoint = Path(stored.output_dir) / "checkpoints" / "iter_0000007"
+    checkpoint.mkdir(parents=True)
+    save_config(stored.model, checkpoint / "model_config.yaml")
+    save_config(stored, checkpoint / "run_config.yaml")
+    (checkpoint / ".metadata").touch()
+    (checkpoint.parent / "latest_checkpointed_iteration.txt").write_text("7\n")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(checkpoint / "run_config.yaml")])
+    runpy.run_path(str(REPOSITORY / "train.py"), run_name="__main__")
+    assert capsys.readouterr().out.startswith(f"nothing is left to do: {checkpoint} is at iteration 7 of ")
+    assert sorted(tmp_path.rglob("*")) == before
