@@ -16,6 +16,7 @@ from spikingbrain_train.config.errors import CheckpointError
 from spikingbrain_train.config.load import load_model_config
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.model_checks import check_model
+from spikingbrain_train.config.stored_layers import check_number_of_layers
 from spikingbrain_train.conversion.companion_files import find_companion_files, has_tokenizer
 from spikingbrain_train.conversion.export_config import export_family, hf_config
 from spikingbrain_train.conversion.hf_config import CONFIG_FILE, GLA_SWA, load_config_json
@@ -28,7 +29,6 @@ from spikingbrain_train.conversion.safetensors_io import DTYPE_CODES, Safetensor
 from spikingbrain_train.conversion.tokenizer_files import keep_tokenizer_class
 from spikingbrain_train.conversion.weight_values import (
     ALLOW_DAMAGED_WEIGHTS,
-    check_number_of_layers,
     describe_damage,
     fault_of,
 )

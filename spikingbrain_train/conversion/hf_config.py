@@ -19,9 +19,9 @@ from spikingbrain_train.config.model import (
     ModelConfig,
     RopeScalingConfig,
 )
+from spikingbrain_train.config.stored_layers import check_number_of_layers
 from spikingbrain_train.conversion.hf_names import GLA_SWA_NAMES, LLAMA_NAMES
 from spikingbrain_train.conversion.safetensors_io import SafetensorsReader
-from spikingbrain_train.conversion.weight_values import check_number_of_layers
 from spikingbrain_train.conversion.window_convention import (
     WINDOW_KEY,
     WindowConvention,

@@ -11,6 +11,7 @@ import torch
 from spikingbrain_train.config.checkpoint_folder import HF_SOURCE_FOLDER, MODEL_CONFIG_FILE
 from spikingbrain_train.config.load import load_model_config
 from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.config.stored_layers import check_number_of_layers
 from spikingbrain_train.conversion.companion_files import has_tokenizer
 from spikingbrain_train.conversion.export_checkpoint import check_tensors
 from spikingbrain_train.conversion.export_config import export_family, unexportable_parts
@@ -18,7 +19,6 @@ from spikingbrain_train.conversion.hf_config import CONFIG_FILE, read_hf_config
 from spikingbrain_train.conversion.megatron_checkpoint import MegatronCheckpointReader, resolve_checkpoint
 from spikingbrain_train.conversion.report import describe_layers
 from spikingbrain_train.conversion.safetensors_io import SafetensorsReader, refuse_quantised
-from spikingbrain_train.conversion.weight_values import check_number_of_layers
 
 
 def inspect_checkpoint(folder: Path) -> str:

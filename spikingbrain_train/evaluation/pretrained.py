@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from spikingbrain_train.config.errors import CheckpointError, ConfigurationError, DataError
+from spikingbrain_train.config.errors import CheckpointError, DataError
 from spikingbrain_train.data.quiet_transformers import quiet_transformers
 from spikingbrain_train.data.tokenizer_folder import read_tokenizer_folder
-
-CONFIG_FILE = "config.json"
+from spikingbrain_train.evaluation.folder_checks import check_folder, keep_to_local_kernels
 
 
 def load_causal_lm(
@@ -23,7 +19,7 @@ def load_causal_lm(
 ) -> PreTrainedModel:
     """Load a causal language model from a local folder, for inference.
 
-    Only safetensors are read: a pickle can run code.
+    Only safetensors are read: a pickle can run code. Nothing is fetched, whatever the folder's files name.
 
     Args:
         folder: what ``save_pretrained`` or tools/export.py wrote.
@@ -33,15 +29,21 @@ def load_causal_lm(
 
     Raises:
         ConfigurationError: the folder brings code that it may not run.
-        CheckpointError: missing, incomplete or unreadable; the sentence carries transformers' own words.
+        CheckpointError: missing, incomplete, quantised or unreadable; the sentence carries transformers' own
+            words.
     """
     folder = Path(folder)
-    _check_code_is_trusted(folder, trust_remote_code)
+    check_folder(folder, trust_remote_code)
     dtype_name = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
     try:
         with quiet_transformers():
+            config = AutoConfig.from_pretrained(
+                str(folder), local_files_only=True, trust_remote_code=trust_remote_code
+            )
+            keep_to_local_kernels(config)
             model, loading = AutoModelForCausalLM.from_pretrained(
                 str(folder),
+                config=config,
                 local_files_only=True,
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,
@@ -76,25 +78,6 @@ def load_text_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
             f"{folder} holds no tokenizer that transformers can load ({_first_line(error)}); copy the "
             "source model's tokenizer files into it"
         ) from error
-
-
-def _check_code_is_trusted(folder: Path, trust_remote_code: bool) -> None:
-    if not (folder / CONFIG_FILE).is_file():
-        raise CheckpointError(
-            f"{folder} is not a Hugging Face folder ({CONFIG_FILE} is missing); name one that "
-            "tools/export.py or save_pretrained wrote"
-        )
-    try:
-        config: Any = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        needs_code = "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING
-    except (ValueError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{folder / CONFIG_FILE} is not a JSON object; restore the file") from error
-    if needs_code and not trust_remote_code:
-        files = ", ".join(sorted(path.name for path in folder.glob("*.py")))
-        raise ConfigurationError(
-            f"{folder} brings its own modelling code ({files}); read it, and add --trust-remote-code "
-            "if it may run here"
-        )
 
 
 def _first_line(error: BaseException) -> str:
