@@ -13,7 +13,7 @@ class Recompute(str, Enum):
     """Keep everything: fastest, most memory."""
     moe_activation = "moe_activation"
     """Compute the router and the experts' activation function again (SpikingBrain, arXiv 2509.05276, section
-    4.1, level 1)."""
+    4.1, level 1). With spikes in front of mlp_fc2 only the router: the spikes are kept."""
     moe_feed_forward = "moe_feed_forward"
     """Also compute the feed-forwards again: those of experts and shared experts (level 2), and, which the
     report does not say, those of the model's dense layers."""
@@ -79,7 +79,8 @@ class ParallelConfig:
     """Expected replicas. Null takes world size / (tensor x pipeline x context); a number is checked against
     it."""
     use_distributed_optimizer: bool = False
-    """Shard optimizer state and fp32 main weights over data-parallel ranks (ZeRO-1)."""
+    """Shard optimizer state and fp32 main weights over data-parallel ranks. Gradients are reduce-scattered,
+    but every rank keeps the whole fp32 buffer of them: ZeRO-1 in memory, not ZeRO-2."""
     overlap_grad_reduce: bool = False
     """Reduce gradients while the backward pass still runs."""
     overlap_param_gather: bool = False
