@@ -1,0 +1,61 @@
+"""Files and folders that a power loss leaves in their old or their new state, never in between.
+
+A rename is safe when what it makes visible has reached the disk before, and the folder that holds the name
+after. Reads and writes plain files: torch is not needed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+_CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # what file systems say that sync no folders
+
+
+def sync_file(path: Path) -> None:
+    """Wait until the content of a file is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_folder(path: Path) -> None:
+    """Wait until the names in a folder are on the disk, where the file system can do that."""
+    try:
+        sync_file(path)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC:
+            raise
+
+
+def sync_tree(root: Path) -> None:
+    """Wait until a folder with all that is in it is on the disk."""
+    for folder, _, names in os.walk(root):
+        for name in names:
+            if not (path := Path(folder) / name).is_symlink():
+                sync_file(path)
+        sync_folder(Path(folder))
+
+
+def rename_durably(complete: Path, final: Path) -> None:
+    """Give a file or folder, complete and synced, its final name; ``final`` must not be a folder.
+
+    Both lie in one folder.
+    """
+    os.replace(complete, final)
+    sync_folder(final.parent)
+
+
+def write_text_durably(path: Path, text: str) -> None:
+    """Replace a small text file by ``text``."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        sync_file(temporary)
+        rename_durably(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
