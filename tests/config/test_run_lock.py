@@ -1,0 +1,144 @@
+"""Two runs never share an output_dir, and a killed one does not block the next."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from spikingbrain_train.config.errors import ConfigurationError
+from spikingbrain_train.config.run_lock import LOCK_FILE, run_lock
+
+HOLD = """
+import sys
+from spikingbrain_train.config.run_lock import run_lock
+with run_lock(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def _other_run(folder: Path) -> Iterator[subprocess.Popen]:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None and process.stdout.readline() == "held\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def test_a_second_run_is_refused_and_told_who_the_first_is(tmp_path: Path) -> None:
+    with _other_run(tmp_path) as first, pytest.raises(ConfigurationError) as refusal, run_lock(tmp_path):
+        pytest.fail("two runs hold the lock")
+    sentence = str(refusal.value)
+    assert f"output_dir={tmp_path} is in use" in sentence
+    assert f"process {first.pid} on {socket.gethostname()}, started 20" in sentence
+
+
+def test_a_killed_run_leaves_nothing_to_clean_up(tmp_path: Path) -> None:
+    with _other_run(tmp_path) as first:
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+        assert (tmp_path / LOCK_FILE).is_file()
+        with run_lock(tmp_path):
+            assert json.loads((tmp_path / LOCK_FILE).read_text())["pid"] == os.getpid()
+
+
+def test_a_run_that_ends_lets_the_next_one_in(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "new"
+    with run_lock(folder):
+        (folder / "metrics.jsonl").touch()
+    assert [path.name for path in folder.iterdir()] == ["metrics.jsonl"]
+    with pytest.raises(ZeroDivisionError), run_lock(folder):
+        raise ZeroDivisionError
+    with run_lock(folder):
+        pass
+
+
+def test_a_run_that_leaves_nothing_leaves_no_folder(tmp_path: Path) -> None:
+    with run_lock(tmp_path / "new"):
+        pass
+    assert not (tmp_path / "new").exists()
+
+
+def _lock_of(folder: Path, **changes: object) -> None:
+    holder = {
+        "host": "node17",
+        "pid": 4711,
+        "started": "2026-11-26 03:00:00",
+        "process_started": "99",
+        "slurm_job": "",
+    }
+    (folder / LOCK_FILE).write_text(json.dumps(holder | changes))
+
+
+def test_a_run_on_another_machine_is_named_with_the_file_to_remove(tmp_path: Path) -> None:
+    _lock_of(tmp_path)
+    with pytest.raises(ConfigurationError) as refusal, run_lock(tmp_path):
+        pytest.fail("nobody knows whether that run still lives")
+    sentence = str(refusal.value)
+    assert "process 4711 on node17, started 2026-11-26 03:00:00" in sentence
+    assert sentence.endswith(f"if that run has ended, remove {tmp_path / LOCK_FILE}.")
+    assert (tmp_path / LOCK_FILE).exists()
+
+
+def test_a_requeued_slurm_job_takes_over_what_it_left_on_another_node(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _lock_of(tmp_path, slurm_job="31")
+    monkeypatch.setenv("SLURM_JOB_ID", "32")
+    with pytest.raises(ConfigurationError, match="Slurm job 31"), run_lock(tmp_path):
+        pytest.fail("another job may still run")
+    monkeypatch.setenv("SLURM_JOB_ID", "31")
+    with run_lock(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"host": 3}'])
+def test_a_lock_file_that_says_nothing_is_taken(tmp_path: Path, content: str) -> None:
+    (tmp_path / LOCK_FILE).write_text(content)
+    with run_lock(tmp_path):
+        pass
+
+
+class TestFileSystemsWithoutLocks:
+    """The process number decides there."""
+
+    @pytest.fixture(autouse=True)
+    def _without_locks(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def refuse(descriptor: int, operation: int) -> None:
+            raise OSError(37, "No locks available")
+
+        monkeypatch.setattr(fcntl, "lockf", refuse)
+
+    def test_a_live_process_is_refused(self, tmp_path: Path) -> None:
+        with (
+            _other_run(tmp_path) as first,
+            pytest.raises(ConfigurationError, match=f"process {first.pid}"),
+            run_lock(tmp_path),
+        ):
+            pytest.fail("two runs hold the lock")
+
+    def test_a_dead_process_is_not(self, tmp_path: Path) -> None:
+        with _other_run(tmp_path) as first:
+            first.kill()
+            first.wait()
+            with run_lock(tmp_path):
+                pass
+
+    def test_nor_is_a_later_process_with_its_number(self, tmp_path: Path) -> None:
+        _lock_of(tmp_path, host=socket.gethostname(), pid=os.getppid(), process_started="1")
+        with run_lock(tmp_path):
+            pass
