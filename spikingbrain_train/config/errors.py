@@ -25,3 +25,7 @@ class DataError(SpikingBrainError):
 
 class CheckpointError(SpikingBrainError):
     """A checkpoint is missing, truncated, of another architecture, or cannot be written."""
+
+
+class NumericalError(SpikingBrainError):
+    """A loss, a gradient or a weight is NaN or infinite: the run diverged, whatever its settings say."""

@@ -10,8 +10,10 @@ from pathlib import Path
 from spikingbrain_train.config.checkpoint_folder import (
     CHECKPOINT_FOLDER,
     MODEL_CONFIG_FILE,
+    iterations,
     latest_checkpoint,
     latest_iteration,
+    newest_iteration,
 )
 from spikingbrain_train.config.errors import CheckpointError, ConfigurationError, DataError
 from spikingbrain_train.config.load import load_model_config
@@ -134,7 +136,7 @@ def check_teacher(config: RunConfig) -> None:
 
 def check_own_checkpoints(config: RunConfig) -> None:
     """output_dir's own checkpoints agree with checkpoint.resume. Raises a SpikingBrainError."""
-    output, resume = Path(config.output_dir) / CHECKPOINT_FOLDER, config.checkpoint.resume
+    output = Path(config.output_dir) / CHECKPOINT_FOLDER
     for setting, other in (
         ("checkpoint.load", config.checkpoint.load),
         ("stage.teacher", config.stage.teacher),
@@ -144,19 +146,34 @@ def check_own_checkpoints(config: RunConfig) -> None:
                 f"{setting} is {output}, where this run with output_dir={config.output_dir} would write "
                 f"over what it starts from; choose another output_dir"
             )
-    newest = latest_iteration(output)
-    if resume is Resume.never and newest is not None:
+    if iteration_to_resume(config) is not None and latest_iteration(output) is not None:
+        latest_checkpoint(output, "output_dir")
+
+
+def iteration_to_resume(config: RunConfig) -> int | None:
+    """The iteration that the run goes on from, None where it starts at 0.
+
+    Folders decide: a lost ``latest_checkpointed_iteration.txt`` does not make a run start over.
+
+    Raises:
+        ConfigurationError: there are checkpoints and checkpoint.resume=never.
+        CheckpointError: there are none and checkpoint.resume=must, or none of them is complete.
+    """
+    checkpoints, resume = Path(config.output_dir) / CHECKPOINT_FOLDER, config.checkpoint.resume
+    tracked = latest_iteration(checkpoints)
+    found = iterations(checkpoints) if tracked is None else [tracked]
+    if resume is Resume.never and found:
         raise ConfigurationError(
-            f"output_dir={config.output_dir} already holds iteration {newest} and checkpoint.resume=never; "
-            f"choose another output_dir, or checkpoint.resume=auto to continue from it"
+            f"output_dir={config.output_dir} already holds iteration {found[-1]} and "
+            "checkpoint.resume=never; choose another output_dir, or checkpoint.resume=auto to go on from it"
         )
+    newest = newest_iteration(checkpoints)
     if resume is Resume.must and newest is None:
         raise CheckpointError(
             f"output_dir={config.output_dir} holds no checkpoint and checkpoint.resume=must; "
             f"correct output_dir, or checkpoint.resume=auto to start from the beginning"
         )
-    if resume is not Resume.never and newest is not None:
-        latest_checkpoint(output, "output_dir")
+    return newest
 
 
 def check_files(config: RunConfig) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import zlib
 from collections.abc import Sequence
 from io import IOBase
 from pathlib import Path
@@ -35,9 +36,11 @@ from spikingbrain_train.config.checkpoint_folder import (
     LATEST_ITERATION_FILE,
     latest_checkpoint,
 )
+from spikingbrain_train.config.checkpoint_manifest import Parts, checksums, read_manifest, write_manifest
 from spikingbrain_train.config.errors import CheckpointError
 from spikingbrain_train.parallel.checkpoint_metadata import (
     METADATA_FILE,
+    WHOLE_FILES,
     check_shards_are_whole,
     read_metadata,
 )
@@ -71,6 +74,7 @@ class MegatronCheckpointWriter:
         self.folder = folder
         self.iteration = iteration
         self._metadata = Metadata(state_dict_metadata={}, storage_data={})
+        self._checksums: dict[str, Parts] = {}
         self._file: BinaryIO | None = None
         self._file_number = -1
 
@@ -99,6 +103,9 @@ class MegatronCheckpointWriter:
         (self.folder / "metadata.json").write_text(json.dumps(backend), encoding="utf-8")
         with (self.folder / METADATA_FILE).open("wb") as file:
             pickle.dump(self._metadata, file)
+        for name in WHOLE_FILES:
+            self._checksums[name] = checksums(self.folder / name)
+        write_manifest(self.folder, self._checksums)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Append ``tensor`` (on CPU) under the key ``name`` as one chunk."""
@@ -120,7 +127,7 @@ class MegatronCheckpointWriter:
             self._next_file()
         assert self._file is not None
         start = self._file.tell()
-        stream = _DiskErrors(self._file)
+        stream = _CheckedWrites(self._file)
         try:
             torch.save(chunk, stream)  # type: ignore[arg-type]
         except RuntimeError:
@@ -136,9 +143,9 @@ class MegatronCheckpointWriter:
         assert isinstance(entry, TensorStorageMetadata)
         place = MetadataIndex(name, torch.Size(offset), index=len(entry.chunks))
         entry.chunks.append(ChunkStorageMetadata(offsets=torch.Size(offset), sizes=chunk.shape))
-        self._metadata.storage_data[place] = _StorageInfo(
-            relative_path=f"__0_{self._file_number}.distcp", offset=start, length=self._file.tell() - start
-        )
+        name_of_file, length = f"__0_{self._file_number}.distcp", self._file.tell() - start
+        self._metadata.storage_data[place] = _StorageInfo(name_of_file, offset=start, length=length)
+        self._checksums.setdefault(name_of_file, []).append((start, length, stream.crc32))
 
     def _next_file(self) -> None:
         if self._file is not None:
@@ -147,14 +154,17 @@ class MegatronCheckpointWriter:
         self._file = (self.folder / f"__0_{self._file_number}.distcp").open("wb")
 
 
-class _DiskErrors:
-    """Passes writes on and remembers the OSError that torch.save replaces by a RuntimeError of its own."""
+class _CheckedWrites:
+    """Passes writes on with their checksum, and remembers the OSError that torch.save replaces by a
+    RuntimeError of its own."""
 
     def __init__(self, file: BinaryIO):
         self.file = file
+        self.crc32 = 0
         self.error: OSError | None = None
 
     def write(self, data: bytes) -> int:
+        self.crc32 = zlib.crc32(data, self.crc32)
         try:
             return self.file.write(data)
         except OSError as error:
@@ -179,6 +189,10 @@ class MegatronCheckpointReader:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self._manifest = read_manifest(folder)
+        if self._manifest is not None:
+            self._manifest.check_sizes()
+            self._manifest.check_file(METADATA_FILE)
         metadata = read_metadata(folder)
         self._storage: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
         self.tensors: dict[str, TensorStorageMetadata] = {
@@ -231,6 +245,8 @@ class MegatronCheckpointReader:
         if getattr(place, "transform_descriptors", None):
             raise CheckpointError(f"{self.folder}: {name} is compressed or encrypted, which is not supported")
         path = self.folder / place.relative_path
+        if self._manifest is not None:
+            self._manifest.check_part(place.relative_path, place.offset, place.length)
         try:
             with path.open("rb") as file:
                 view = cast(IO[bytes], _create_file_view(cast(IOBase, file), place.offset, place.length))

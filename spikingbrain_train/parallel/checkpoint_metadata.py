@@ -12,6 +12,10 @@ from torch.distributed.checkpoint.metadata import Metadata
 from spikingbrain_train.config.errors import CheckpointError
 
 METADATA_FILE = ".metadata"
+COMMON_STATE_FILE = "common.pt"
+BACKEND_FILE = "metadata.json"
+WHOLE_FILES = (METADATA_FILE, COMMON_STATE_FILE, BACKEND_FILE)
+"""The small files of a checkpoint, which are read at once."""
 
 _DCP = "torch.distributed.checkpoint."
 _PERMITTED_GLOBALS = {
@@ -93,3 +97,17 @@ def check_shards_are_whole(metadata: Metadata, folder: Path) -> None:
             raise CheckpointError(
                 f"{path} is damaged: it has {path.stat().st_size} bytes of {end}; copy the checkpoint again"
             )
+
+
+def shard_ranges(metadata: Metadata, skip: tuple[str, ...] = ()) -> dict[str, list[tuple[int, int]]]:
+    """File name -> (offset, bytes) of every chunk that it holds.
+
+    Args:
+        metadata: of the checkpoint.
+        skip: beginnings of keys whose chunks are left out.
+    """
+    ranges: dict[str, list[tuple[int, int]]] = {}
+    for index, place in metadata.storage_data.items():
+        if not index.fqn.startswith(skip):
+            ranges.setdefault(str(place.relative_path), []).append((int(place.offset), int(place.length)))
+    return ranges

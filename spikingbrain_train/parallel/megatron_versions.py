@@ -25,6 +25,7 @@ same in both for our purposes needs nothing here: ``get_megatron_optimizer(confi
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import queue
@@ -36,9 +37,18 @@ from typing import Any
 import torch
 from packaging.version import Version
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
 
-from spikingbrain_train.config.errors import PlatformError
-from spikingbrain_train.parallel.checkpoint_metadata import check_shards_are_whole, read_metadata
+from spikingbrain_train.config.checkpoint_manifest import Parts, checksums, read_manifest
+from spikingbrain_train.config.errors import CheckpointError, PlatformError
+from spikingbrain_train.parallel.checkpoint_metadata import (
+    BACKEND_FILE,
+    COMMON_STATE_FILE,
+    WHOLE_FILES,
+    check_shards_are_whole,
+    read_metadata,
+    shard_ranges,
+)
 
 MEGATRON_VERSION = Version(version("megatron-core"))
 OLDEST, FIRST_UNTESTED = Version("0.16.1"), Version("0.20")
@@ -46,8 +56,12 @@ OLDEST, FIRST_UNTESTED = Version("0.16.1"), Version("0.20")
 HAS_GROUPED_MLP = MEGATRON_VERSION.release < (0, 17)
 """Whether it has experts on the package grouped_gemm."""
 
-COMMON_STATE_FILE = "common.pt"
+_OPTIMIZER = "optimizer."  # how keys of optimizer states begin
 _COMMON_STATE_IN_FILE = MEGATRON_VERSION.release < (0, 17)
+
+
+class FailedElsewhere(RuntimeError):
+    """A read or write failed on another rank, which knows why."""
 
 
 def check_version(found: Version = MEGATRON_VERSION) -> None:
@@ -79,13 +93,23 @@ def save_checkpoint(sharded_state_dict: dict[str, Any], folder: Path) -> None:
         filesystem_async._results_queue = queue.Queue()
     with _torch_failures_as_exceptions():
         dist_checkpointing.save(sharded_state_dict, str(folder))
-    if not _COMMON_STATE_IN_FILE:
-        if torch.distributed.get_rank() == 0:  # 0.16 looks for the plain values in this file and nowhere else
-            common = dist_checkpointing.load_common_state_dict(str(folder))
-            temporary = folder / f".{COMMON_STATE_FILE}"
-            torch.save(common, temporary)
-            os.replace(temporary, folder / COMMON_STATE_FILE)
-        torch.distributed.barrier()
+    if not _COMMON_STATE_IN_FILE and torch.distributed.get_rank() == 0:
+        # 0.16 looks for the plain values in this file and nowhere else
+        common = dist_checkpointing.load_common_state_dict(str(folder))
+        torch.save(common, folder / COMMON_STATE_FILE)
+
+
+def checksums_of_rank(folder: Path) -> dict[str, Parts]:
+    """Checksums of the files that this rank has just written; they are read back from the system's memory."""
+    rank = torch.distributed.get_rank()
+    written = {
+        name: checksums(folder / name, parts)
+        for name, parts in shard_ranges(read_metadata(folder)).items()
+        if name.startswith(f"__{rank}_")
+    }
+    if rank == 0:
+        written |= {name: checksums(folder / name) for name in WHOLE_FILES}
+    return written
 
 
 def load_checkpoint(sharded_state_dict: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -109,18 +133,83 @@ def load_checkpoint(sharded_state_dict: dict[str, Any], folder: Path) -> dict[st
     """
     from megatron.core import dist_checkpointing
 
+    _check_whole_files(folder)
     metadata = read_metadata(folder)  # refuses what megatron-core would unpickle as it is
     check_shards_are_whole(metadata, folder)
+    _check_contents(metadata, folder, sharded_state_dict)
     if not _COMMON_STATE_IN_FILE:
         with _torch_failures_as_exceptions(), _restricted_unpickling():
             return dist_checkpointing.load(sharded_state_dict, str(folder))
     from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
 
-    if not (folder / COMMON_STATE_FILE).is_file():  # 0.16.1 itself fails here with an AttributeError
-        raise FileNotFoundError(f"{folder / COMMON_STATE_FILE} is missing")
     strategy = TorchCommonLoadStrategy()
     with _torch_failures_as_exceptions(), _restricted_unpickling():
         return dist_checkpointing.load(sharded_state_dict, str(folder), common_strategy=strategy)
+
+
+def _check_whole_files(folder: Path) -> None:
+    """The small files beside the shards, whose damage megatron-core meets with whatever exception it causes.
+
+    Raises:
+        CheckpointError: names the file.
+    """
+    if manifest := read_manifest(folder):
+        manifest.check_sizes()
+        for name in WHOLE_FILES:
+            manifest.check_file(name)
+    path = folder / BACKEND_FILE
+    try:
+        backend = json.loads(path.read_text(encoding="utf-8"))["sharded_backend"]
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; copy the checkpoint again") from None
+    except (ValueError, TypeError, KeyError):
+        raise CheckpointError(f"{path} is damaged; copy the checkpoint again") from None
+    if backend != "torch_dist":
+        raise CheckpointError(f"{path} names the format {backend}; only torch_dist checkpoints can be read")
+    path = folder / COMMON_STATE_FILE
+    if not path.is_file():
+        if not _COMMON_STATE_IN_FILE:
+            return
+        raise CheckpointError(f"{path} is missing; copy the checkpoint again")
+    try:
+        common = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle can raise almost anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path} is damaged ({reason}); copy the checkpoint again") from None
+    if not isinstance(common, dict):
+        raise CheckpointError(f"{path} does not hold values by name; copy the checkpoint again")
+
+
+def _check_contents(metadata: Metadata, folder: Path, sharded_state_dict: dict[str, Any]) -> None:
+    """Hold what is about to be read against the manifest: each rank a share of it, and all agree.
+
+    Raises:
+        CheckpointError: on every rank, naming the file.
+    """
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedBase
+
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return
+    keys = [value.key for value in nested_values(sharded_state_dict) if isinstance(value, ShardedBase)]
+    asks_for_optimizer = any(key.startswith(_OPTIMIZER) for key in keys)
+    ranges = shard_ranges(metadata, skip=() if asks_for_optimizer else (_OPTIMIZER,))
+    parts = [(name, *part) for name, every in sorted(ranges.items()) for part in sorted(every)]
+    share = sum(length for _, _, length in parts) / torch.distributed.get_world_size()
+    rank, before, reason = torch.distributed.get_rank(), 0, None
+    try:
+        for name, offset, length in parts:
+            if share * rank <= before < share * (rank + 1):  # neighbours in a file are read by one rank
+                manifest.check_part(name, offset, length)
+            before += length
+    except (CheckpointError, OSError) as error:
+        reason = str(error)
+    reasons: list[str | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(reasons, reason)
+    for said in reasons:
+        if said is not None:
+            raise CheckpointError(said)
 
 
 @contextlib.contextmanager
@@ -131,6 +220,8 @@ def _torch_failures_as_exceptions() -> Iterator[None]:
     try:
         yield
     except CheckpointException as error:
+        if not error.failures:  # megatron-core tells the reasons of a failed save to rank 0 alone
+            raise FailedElsewhere from error
         rank, (reason, _) = next(iter(error.failures.items()))
         raise CheckpointingException(f"rank {rank}: {str(reason) or type(reason).__name__}") from error
 

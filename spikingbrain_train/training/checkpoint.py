@@ -1,14 +1,15 @@
 """Saving and restoring a run: weights, optimizer, schedule, generators and data position, at any topology.
 
-A checkpoint is written under a temporary name and renamed when every rank is done, and only then does
-``latest_checkpointed_iteration.txt`` point to it: after an interrupted save the previous one is in force.
+A checkpoint is written under a temporary name and renamed when every rank is done and all of it is on the
+disk, and only then does ``latest_checkpointed_iteration.txt`` point to it: after an interrupted save or a
+power loss the previous one is in force. What is not finite is not saved.
 """
 
 from __future__ import annotations
 
-import os
-import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,22 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from spikingbrain_train.config.checkpoint_folder import (
     HF_SOURCE_FOLDER,
-    LATEST_ITERATION_FILE,
     MODEL_CONFIG_FILE,
     RUN_CONFIG_FILE,
+    advice_to_go_back,
+    incomplete_folder,
     iteration_folder,
+    iteration_of,
+    iterations,
     latest_checkpoint,
+    latest_iteration,
+    remove_incomplete,
+    set_aside,
+    set_latest_iteration,
 )
-from spikingbrain_train.config.errors import CheckpointError
+from spikingbrain_train.config.checkpoint_manifest import Parts, write_manifest
+from spikingbrain_train.config.durable_files import rename_durably, sync_tree
+from spikingbrain_train.config.errors import CheckpointError, NumericalError
 from spikingbrain_train.config.load import load_model_config, save_config
 from spikingbrain_train.config.resume import (
     StoredRun,
@@ -44,8 +54,10 @@ from spikingbrain_train.config.run_record import RunRecord, write_record
 from spikingbrain_train.config.same_architecture import check_same_weights
 from spikingbrain_train.models.gpt_model import HybridGPTModel
 from spikingbrain_train.parallel import megatron_versions
+from spikingbrain_train.parallel.agreement import FAILED_ELSEWHERE, first_failure
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.training.current_weights import gather_updated_weights
+from spikingbrain_train.training.finite_checks import first_not_finite_of_run, way_back
 from spikingbrain_train.training.optimizer_state import load_state, state_to_load
 
 
@@ -101,62 +113,71 @@ def save_checkpoint(
 
     Raises:
         CheckpointError: the folder cannot be written or the disk is full; earlier checkpoints are untouched.
+        NumericalError: a weight, a main weight or an optimizer moment is NaN or infinite; nothing is written.
     """
     gather_updated_weights(state.data_parallel)
+    if spoiled := first_not_finite_of_run(state.model, state.optimizer, groups):
+        raise NumericalError(
+            f"iteration {state.iteration} is not saved, because it holds NaN or infinity ({spoiled}); "
+            f"{way_back(folder)}."
+        )
     final = iteration_folder(folder, state.iteration)
-    temporary = final.with_name(f".{final.name}.incomplete")
-    failure: BaseException | None = None
-    try:
+    temporary = incomplete_folder(final)
+    with _failing_together(temporary, groups):
         if groups.is_main_process:
-            shutil.rmtree(temporary, ignore_errors=True)
+            remove_incomplete(folder)
             temporary.mkdir(parents=True)
-    except OSError as error:
-        failure = error
-    _raise_if_any(failure, temporary, groups)
-    try:
+    with _failing_together(temporary, groups):
         megatron_versions.save_checkpoint(_sharded_state(state, groups, is_loading=False), temporary)
-        if groups.is_main_process:
+    checksums: dict[str, Parts] = {}
+    with _failing_together(temporary, groups):
+        checksums = megatron_versions.checksums_of_rank(temporary)
+    gathered: list[dict[str, Parts]] | None = [{}] * groups.world_size if groups.is_main_process else None
+    torch.distributed.gather_object(checksums, gathered)
+    with _failing_together(temporary, groups):
+        if gathered is not None:
+            write_manifest(temporary, {name: parts for each in gathered for name, parts in each.items()})
             save_config(config, temporary / RUN_CONFIG_FILE)
             write_record(record, temporary)
             save_config(state.model.model_config, temporary / MODEL_CONFIG_FILE)
             if hf_source is not None:
                 # Links stay links: no file from elsewhere moves into the checkpoint.
                 shutil.copytree(hf_source, temporary / HF_SOURCE_FOLDER, symlinks=True)
-    except (OSError, CheckpointingException, CheckpointException, RuntimeError) as error:
-        failure = error
-    _raise_if_any(failure, temporary, groups)
-    if groups.is_main_process:
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
-        tracker = folder / f".{LATEST_ITERATION_FILE}"
-        tracker.write_text(f"{state.iteration}\n")
-        os.replace(tracker, folder / LATEST_ITERATION_FILE)
-    torch.distributed.barrier()
+            sync_tree(temporary)
+            if final.exists():  # of another life of this run: only who wrote it may remove it
+                set_aside(final)
+            rename_durably(temporary, final)
+            set_latest_iteration(folder, state.iteration)
     return final
 
 
-def _raise_if_any(failure: BaseException | None, folder: Path, groups: ProcessGroups) -> None:
-    """Let all ranks fail together when one could not write, and clean up."""
-    failed = torch.tensor([failure is not None], dtype=torch.int, device=groups.device)
-    torch.distributed.all_reduce(failed)
-    if not failed.item():
+@contextmanager
+def _failing_together(temporary: Path, groups: ProcessGroups) -> Iterator[None]:
+    """Let all ranks fail with one sentence when one could not write, and clean up."""
+    failure: BaseException | None = None
+    try:
+        yield
+    except (OSError, CheckpointingException, CheckpointException, RuntimeError, CheckpointError) as error:
+        failure = error
+    reason = first_failure(None if failure is None else _reason(failure), groups)
+    if reason is None:
         return
     if groups.is_main_process:
-        shutil.rmtree(folder, ignore_errors=True)
-    reason = "another rank failed" if failure is None else _reason(failure)
+        shutil.rmtree(temporary, ignore_errors=True)
     raise CheckpointError(
-        f"the checkpoint {folder.parent} cannot be written ({reason}); free space there or choose another "
+        f"the checkpoint {temporary.parent} cannot be written ({reason}); free space there or choose another "
         "output_dir. Earlier checkpoints are untouched."
     ) from failure
 
 
 def prune_checkpoints(folder: Path, keep_last: int | None, groups: ProcessGroups) -> None:
-    """Remove all but the ``keep_last`` newest checkpoints of the run."""
+    """Remove all but the ``keep_last`` newest checkpoints of the run, never the one that counts as newest."""
     if keep_last is None or not groups.is_main_process:
         return
-    ours = sorted(path for path in folder.iterdir() if re.fullmatch(r"iter_\d{7}", path.name))
-    for path in ours[:-keep_last]:
-        shutil.rmtree(path, ignore_errors=True)
+    kept = latest_iteration(folder)
+    for iteration in iterations(folder)[:-keep_last]:
+        if iteration != kept:
+            shutil.rmtree(iteration_folder(folder, iteration), ignore_errors=True)
 
 
 def load_weights(folder: str, setting: str, model: HybridGPTModel) -> None:
@@ -204,6 +225,11 @@ def resume(folder: Path, state: TrainingState, config: RunConfig, groups: Proces
     state.consumed_samples = loaded["consumed_samples"]
     if "generators" in loaded:
         _restore_generators(loaded["generators"], groups)
+    if spoiled := first_not_finite_of_run(state.model, state.optimizer, groups):
+        raise CheckpointError(
+            f"output_dir: the checkpoint {checkpoint} holds NaN or infinity ({spoiled}); "
+            f"{_advice(checkpoint)}"
+        )
     return stored
 
 
@@ -269,16 +295,22 @@ def _load(sharded: dict[str, Any], checkpoint: Path, setting: str) -> dict[str, 
     try:
         return megatron_versions.load_checkpoint(sharded, checkpoint)
     except CheckpointError as error:
-        raise CheckpointError(f"{setting}: {error}") from error
+        raise CheckpointError(f"{setting}: {error}; {_advice(checkpoint)}") from error
     except (CheckpointingException, CheckpointException, OSError, RuntimeError, KeyError, EOFError) as error:
         raise CheckpointError(
             f"{setting}: the checkpoint {checkpoint} cannot be read ({_reason(error)}); it is damaged or of "
-            "another architecture."
+            f"another architecture; {_advice(checkpoint)}"
         ) from error
+
+
+def _advice(checkpoint: Path) -> str:
+    return advice_to_go_back(checkpoint.parent, iteration_of(checkpoint))
 
 
 def _reason(error: BaseException) -> str:
     """The first line of what went wrong, on the first rank where it did."""
+    if isinstance(error, megatron_versions.FailedElsewhere):
+        return FAILED_ELSEWHERE
     if isinstance(error, CheckpointException):  # torch's collection of what each rank met
         error = next(iter(error.failures.values()))[0]
     return str(error).splitlines()[0] if str(error) else type(error).__name__

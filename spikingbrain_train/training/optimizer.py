@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 
@@ -54,8 +55,34 @@ def build_optimizer(
             lr_mult=optimizer.new_parameter_lr_mult,
         )
     built = get_megatron_optimizer(config, [model], config_overrides=overrides, use_gloo_process_groups=False)
+    assert isinstance(built, ChainedOptimizer)  # update_weights relies on how it steps
     _prepare_torch_adamw(built)
     return built
+
+
+def update_weights(optimizer: MegatronOptimizer, check: Callable[[float], None]) -> float:
+    """One optimizer step, unless ``check`` raises: it is told the gradient norm before anything changes.
+
+    Args:
+        optimizer: from :func:`build_optimizer`, its gradients ready.
+        check: called with the norm, which is the same on every rank.
+
+    Returns:
+        Norm of all gradients before they are clipped.
+    """
+    norms: list[float] = []
+
+    def checked_norm() -> float:
+        norms.append(float(ChainedOptimizer.get_grad_norm(optimizer) or 0.0))
+        check(norms[0])
+        return norms[0]
+
+    optimizer.get_grad_norm = checked_norm
+    try:
+        optimizer.step()
+    finally:
+        del optimizer.get_grad_norm
+    return norms[0]
 
 
 def _prepare_torch_adamw(optimizer: MegatronOptimizer) -> None:

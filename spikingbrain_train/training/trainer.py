@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -14,12 +13,15 @@ import torch
 from spikingbrain_train.config.checkpoint_folder import (
     CHECKPOINT_FOLDER,
     HF_SOURCE_FOLDER,
+    LATEST_ITERATION_FILE,
     latest_checkpoint,
     latest_iteration,
+    set_aside_newer,
+    set_latest_iteration,
 )
-from spikingbrain_train.config.errors import ConfigurationError
+from spikingbrain_train.config.file_checks import iteration_to_resume
 from spikingbrain_train.config.kinds import of_kind
-from spikingbrain_train.config.run import Resume, RunConfig, StageConfig, StageKind
+from spikingbrain_train.config.run import RunConfig, StageConfig, StageKind
 from spikingbrain_train.config.run_record import record_of
 from spikingbrain_train.data.gpt_dataset import build_datasets
 from spikingbrain_train.data.loader import MicroBatch, WholeBatch, build_data_loader, local_micro_batch
@@ -29,6 +31,7 @@ from spikingbrain_train.models.gpt_model import HybridGPTModel
 from spikingbrain_train.models.spiking_linear import collect_spike_statistics, set_spike_k
 from spikingbrain_train.models.transformer_config import PARAMS_DTYPE
 from spikingbrain_train.parallel.accelerator import detect
+from spikingbrain_train.parallel.agreement import locked_output_dir, on_main_process
 from spikingbrain_train.parallel.bf16 import agree_on_precision, slow_format_warning
 from spikingbrain_train.parallel.kernels import attention_choices, describe_kernels, resolve_kernels
 from spikingbrain_train.parallel.memory import needs_teacher
@@ -47,9 +50,10 @@ from spikingbrain_train.training.build import (
 from spikingbrain_train.training.checkpoint import TrainingState, prune_checkpoints, resume, save_checkpoint
 from spikingbrain_train.training.data_check import check_tokens_together
 from spikingbrain_train.training.expert_load import ExpertLoadCounter
+from spikingbrain_train.training.finite_checks import require_finite
 from spikingbrain_train.training.heat_map import HeatMap
 from spikingbrain_train.training.metrics import MetricsLogger
-from spikingbrain_train.training.optimizer import build_optimizer, build_scheduler
+from spikingbrain_train.training.optimizer import build_optimizer, build_scheduler, update_weights
 from spikingbrain_train.training.pretraining import ContinualPretraining
 from spikingbrain_train.training.spike_annealing import spike_k
 from spikingbrain_train.training.stage_step import StageStep
@@ -77,7 +81,8 @@ def run(config: RunConfig) -> None:
         if groups.is_main_process:
             slow = slow_format_warning(f"precision={choice.precision.value}", dtype, accelerator)
             print(*(line for line in (choice.describe(), slow) if line), sep="\n", flush=True)
-        Trainer(replace(config, precision=choice.precision), groups).train()
+        with locked_output_dir(config.output_dir, groups):
+            Trainer(replace(config, precision=choice.precision), groups).train()
     finally:
         destroy()
 
@@ -135,6 +140,7 @@ class Trainer:
                 stored = resume(self.checkpoints, self.state, config, groups)
             for line in resumed(stored, config, self.state.consumed_samples, groups.world_size):
                 self._say(line)
+            self._set_newer_aside()
         else:
             self._say(started(config))
         self.metrics = MetricsLogger(
@@ -190,19 +196,18 @@ class Trainer:
         self.model.zero_grad_buffer()
         state.optimizer.zero_grad()
         metrics = self.step.forward_backward(self.model, batches, self.num_microbatches)
-        if not math.isfinite(metrics["train/loss"]):
-            raise ConfigurationError(
-                f"the loss became {metrics['train/loss']} at iteration {state.iteration + 1}; lower "
-                f"optimizer.lr (now {config.optimizer.lr}) or lengthen optimizer.lr_warmup_iters, and resume "
-                "from the last checkpoint."
-            )
+        self._require_finite(metrics["train/loss"], "loss", state.iteration + 1)
         state.scheduler.step(increment=1)
-        _, grad_norm, _ = state.optimizer.step()
+        metrics["train/grad_norm"] = update_weights(
+            state.optimizer, lambda norm: self._require_finite(norm, "gradient norm", state.iteration + 1)
+        )
         state.iteration += 1
         state.consumed_samples += config.stage.global_batch_size
-        metrics["train/grad_norm"] = float(grad_norm) if grad_norm is not None else 0.0
         metrics["train/learning_rate"] = self._learning_rate()
         return metrics | spiking
+
+    def _require_finite(self, value: float, what: str, iteration: int) -> None:
+        require_finite(value, what, iteration, self.config.optimizer, self.checkpoints)
 
     def _set_spike_k(self) -> dict[str, float]:
         """Give the model the k of the current iteration; returns it as a metric."""
@@ -244,6 +249,7 @@ class Trainer:
                 micro_batch_size=stage.micro_batch_size,
                 groups=self.groups,
             )
+        self._require_finite(cross_entropy, "held-out cross entropy", self.state.iteration)
         if metrics:
             torch.distributed.all_reduce(spikes.histogram)
             metrics |= {
@@ -326,19 +332,27 @@ class Trainer:
             )
 
     def _is_resuming(self) -> bool:
-        found = latest_iteration(self.checkpoints) is not None
-        choice = self.config.checkpoint.resume
-        if choice is Resume.must and not found:
-            raise ConfigurationError(
-                f"checkpoint.resume=must, but {self.checkpoints} holds no checkpoint; choose "
-                "checkpoint.resume=auto to start there."
-            )
-        if choice is Resume.never and found:
-            raise ConfigurationError(
-                f"checkpoint.resume=never, but {self.checkpoints} already holds checkpoints; choose another "
-                "output_dir or checkpoint.resume=auto."
-            )
-        return found
+        newest = iteration_to_resume(self.config)
+
+        def restore_lost_tracker() -> None:
+            if newest is not None and latest_iteration(self.checkpoints) is None:
+                self._say(
+                    f"{self.checkpoints} has lost its {LATEST_ITERATION_FILE}; going on from iteration "
+                    f"{newest}, the newest complete one"
+                )
+                set_latest_iteration(self.checkpoints, newest)
+
+        on_main_process(restore_lost_tracker, self.groups)
+        return newest is not None
+
+    def _set_newer_aside(self) -> None:
+        """Keep the checkpoints beyond the one that the run goes on from out of its way."""
+
+        def rename() -> None:
+            for folder in set_aside_newer(self.checkpoints, self.state.iteration):
+                self._say(f"set aside a checkpoint newer than iteration {self.state.iteration}: {folder}")
+
+        on_main_process(rename, self.groups)
 
     def _speed_of_light(self) -> tuple[float, float | None]:
         """FLOPs of one token, and the peak TFLOP/s of one rank that they are held against, if it is known."""

@@ -293,31 +293,38 @@ def megatron_folder(hf_checkpoint: HFCheckpoint, tmp_path: Path) -> Path:
     return tmp_path / "megatron/iter_0000000"
 
 
+@pytest.fixture
+def unlisted_folder(megatron_folder: Path) -> Path:
+    """The same without checksums, as from Megatron-LM or from somebody who knows better."""
+    (megatron_folder / "manifest.json").unlink()
+    return megatron_folder
+
+
 class _Attack:
     def __reduce__(self):
         return os.mkdir, ("attacked",)
 
 
 def test_metadata_that_would_run_code_is_refused_and_does_not(
-    megatron_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    unlisted_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (megatron_folder / ".metadata").write_bytes(pickle.dumps(_Attack()))
+    (unlisted_folder / ".metadata").write_bytes(pickle.dumps(_Attack()))
     with pytest.raises(CheckpointError, match=r"\.metadata is damaged or not checkpoint metadata .*mkdir"):
-        MegatronCheckpointReader(megatron_folder)
+        MegatronCheckpointReader(unlisted_folder)
     assert not (tmp_path / "attacked").exists()
 
 
 def test_weights_that_would_run_code_are_refused_and_do_not(
-    megatron_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    unlisted_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    data = megatron_folder / "__0_0.distcp"
+    data = unlisted_folder / "__0_0.distcp"
     torch.save(_Attack(), tmp_path / "attack")
     attack = (tmp_path / "attack").read_bytes()
     data.write_bytes(attack + b"\0" * max(0, data.stat().st_size - len(attack)))
     with pytest.raises(CheckpointError, match=r"__0_0\.distcp: .* cannot be read"):
-        MegatronCheckpointReader(megatron_folder).read("embedding.word_embeddings.weight")
+        MegatronCheckpointReader(unlisted_folder).read("embedding.word_embeddings.weight")
     assert not (tmp_path / "attacked").exists()
 
 
@@ -335,22 +342,32 @@ def test_a_truncated_data_file_is_refused(megatron_folder: Path, tmp_path: Path,
     assert not (tmp_path / "out").exists()
 
 
-def test_damaged_bytes_within_a_data_file_are_refused(megatron_folder: Path, tmp_path: Path) -> None:
+def test_bytes_that_differ_from_what_was_imported_are_refused(megatron_folder: Path, tmp_path: Path) -> None:
     data = megatron_folder / "__0_0.distcp"
-    data.write_bytes(bytes(data.stat().st_size))
-    with pytest.raises(CheckpointError, match=r"__0_0\.distcp: .* cannot be read"):
+    content = bytearray(data.read_bytes())
+    content[-200] ^= 1
+    data.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"__0_0\.distcp is damaged or of another save"):
         export_checkpoint(megatron_folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_metadata_that_points_outside_of_the_folder_is_refused(megatron_folder: Path) -> None:
-    path = megatron_folder / ".metadata"
+def test_damaged_bytes_within_a_data_file_are_refused(unlisted_folder: Path, tmp_path: Path) -> None:
+    data = unlisted_folder / "__0_0.distcp"
+    data.write_bytes(bytes(data.stat().st_size))
+    with pytest.raises(CheckpointError, match=r"__0_0\.distcp: .* cannot be read"):
+        export_checkpoint(unlisted_folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_metadata_that_points_outside_of_the_folder_is_refused(unlisted_folder: Path) -> None:
+    path = unlisted_folder / ".metadata"
     metadata = pickle.loads(path.read_bytes())
     for place in metadata.storage_data.values():
         place.relative_path = "../../secret"
     path.write_bytes(pickle.dumps(metadata))
     with pytest.raises(CheckpointError, match=r"points outside of the folder, at \.\./\.\./secret"):
-        MegatronCheckpointReader(megatron_folder)
+        MegatronCheckpointReader(unlisted_folder)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

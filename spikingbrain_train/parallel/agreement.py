@@ -1,0 +1,73 @@
+"""Ranks that fail together, with one reason, where something went wrong on some of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+from spikingbrain_train.config.errors import SpikingBrainError
+from spikingbrain_train.config.run_lock import run_lock
+from spikingbrain_train.parallel.process_groups import ProcessGroups
+
+FAILED_ELSEWHERE = ""
+"""The reason of a rank that knows only that another one failed."""
+
+
+def first_failure(reason: str | None, groups: ProcessGroups) -> str | None:
+    """Why the first rank that knows a reason failed, the same on every rank; None where none failed.
+
+    A collective of all ranks: one number where all went well.
+
+    Args:
+        reason: what went wrong on this rank, :data:`FAILED_ELSEWHERE`, or None where nothing did.
+        groups: process groups.
+    """
+    failed = torch.tensor([reason is not None], dtype=torch.int, device=groups.device)
+    torch.distributed.all_reduce(failed, op=torch.distributed.ReduceOp.MAX)
+    if not failed.item():
+        return None
+    reasons: list[str | None] = [None] * groups.world_size
+    torch.distributed.all_gather_object(reasons, reason)
+    for rank, said in enumerate(reasons):
+        if said:
+            return said if groups.world_size == 1 else f"rank {rank}: {said}"
+    return "another rank failed"
+
+
+def on_main_process(action: Callable[[], object], groups: ProcessGroups) -> None:
+    """Call ``action`` on the main process and wait for it on all others; every rank raises what it raised.
+
+    Args:
+        action: writes shared files.
+        groups: process groups.
+
+    Raises:
+        SpikingBrainError, OSError: from ``action``, on every rank.
+    """
+    failure: BaseException | None = None
+    if groups.is_main_process:
+        try:
+            action()
+        except (SpikingBrainError, OSError) as error:
+            failure = error
+    failed = torch.tensor([failure is not None], dtype=torch.int, device=groups.device)
+    torch.distributed.broadcast(failed, src=0)
+    if failed.item():
+        failures = [failure]
+        torch.distributed.broadcast_object_list(failures, src=0)
+        assert failures[0] is not None
+        raise failures[0]
+
+
+@contextmanager
+def locked_output_dir(output_dir: str, groups: ProcessGroups) -> Iterator[None]:
+    """Hold the lock of a run's folder on the main process while the block runs on all ranks.
+
+    Raises:
+        ConfigurationError: on every rank, where another run holds it.
+    """
+    with ExitStack() as lock:
+        on_main_process(lambda: lock.enter_context(run_lock(output_dir)), groups)
+        yield
