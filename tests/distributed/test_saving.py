@@ -25,7 +25,7 @@ from spikingbrain_train.config.errors import CheckpointError, ConfigurationError
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import Resume, RunConfig
 from spikingbrain_train.conversion.megatron_checkpoint import MegatronCheckpointReader
-from spikingbrain_train.parallel.checkpoint_metadata import read_metadata, shard_ranges
+from spikingbrain_train.parallel.checkpoint_metadata import WHOLE_FILES, read_metadata, shard_ranges
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from tests.distributed.pool import RankPool
 from tests.distributed.small_runs import MODEL, MODEL_76B, checkpoint_config, run_config, train
@@ -424,10 +424,9 @@ def test_a_second_run_in_a_folder_is_refused_and_touches_nothing(
     assert latest_iteration(run / "checkpoints") == 8
 
 
-def test_every_file_of_a_checkpoint_is_in_its_manifest(finished: Path) -> None:
+def test_all_weights_of_a_checkpoint_are_in_its_manifest(finished: Path) -> None:
     checkpoint = _iteration(finished, 6)
     listed = json.loads((checkpoint / MANIFEST_FILE).read_text())["files"]
-    files = {path.name for path in checkpoint.iterdir() if path.suffix != ".yaml"} - {MANIFEST_FILE}
-    assert set(listed) == files
+    assert set(listed) == {path.name for path in checkpoint.glob("*.distcp")} | set(WHOLE_FILES)
     for name, parts in listed.items():
         assert sum(length for _, length, _ in parts) == (checkpoint / name).stat().st_size
