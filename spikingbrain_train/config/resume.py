@@ -15,7 +15,7 @@ from spikingbrain_train.config.checkpoint_folder import (
     CHECKPOINT_FOLDER,
     RUN_CONFIG_FILE,
     iteration_folder,
-    latest_iteration,
+    newest_iteration,
 )
 from spikingbrain_train.config.errors import CheckpointError
 from spikingbrain_train.config.load import load_run_config
@@ -182,7 +182,7 @@ def run_to_resume(config: RunConfig) -> StoredRun | None:
         CheckpointError: what lies in its output_dir is damaged.
     """
     checkpoints = Path(config.output_dir) / CHECKPOINT_FOLDER
-    newest = None if config.checkpoint.resume is Resume.never else latest_iteration(checkpoints)
+    newest = None if config.checkpoint.resume is Resume.never else newest_iteration(checkpoints)
     return None if newest is None else read_stored_run(iteration_folder(checkpoints, newest))
 
 

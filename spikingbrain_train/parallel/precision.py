@@ -17,7 +17,7 @@ from spikingbrain_train.config.checkpoint_folder import (
     CHECKPOINT_FOLDER,
     RUN_CONFIG_FILE,
     iteration_folder,
-    latest_iteration,
+    newest_iteration,
 )
 from spikingbrain_train.config.load import load_run_config
 from spikingbrain_train.config.parallel import AcceleratorKind
@@ -80,7 +80,7 @@ def stored_precision(config: RunConfig) -> Precision | None:
         CheckpointError: what it left is damaged.
     """
     checkpoints = Path(config.output_dir) / CHECKPOINT_FOLDER
-    iteration = None if config.checkpoint.resume is Resume.never else latest_iteration(checkpoints)
+    iteration = None if config.checkpoint.resume is Resume.never else newest_iteration(checkpoints)
     if iteration is None:
         return None
     stored = iteration_folder(checkpoints, iteration) / RUN_CONFIG_FILE
