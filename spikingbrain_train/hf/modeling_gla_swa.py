@@ -389,6 +389,24 @@ class GLAswaForCausalLM(GLAswaPreTrainedModel, GenerationMixin):
                 kwargs["past_key_values"] = GLAswaCache(self.config)
         return super().generate(*args, **kwargs)
 
+    def _prefill_chunking(self, input_ids, generation_config, **model_kwargs):
+        """transformers 4 calls this to read all of a prompt but its last token. Its own compiles the model,
+        which a growing cache is not for, and count padding in positions."""
+        cache, mask = model_kwargs["past_key_values"], model_kwargs.get("attention_mask")
+        mask = torch.ones_like(input_ids) if mask is None else mask
+        position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+        last = input_ids.shape[1] - 1
+        for start in range(cache.num_tokens, last, generation_config.prefill_chunk_size):
+            stop = min(start + generation_config.prefill_chunk_size, last)
+            self(
+                input_ids[:, start:stop],
+                attention_mask=mask[:, :stop],
+                position_ids=position_ids[:, start:stop],
+                past_key_values=cache,
+                logits_to_keep=1,
+            )
+        return model_kwargs | {"cache_position": torch.tensor([last], device=input_ids.device)}
+
     def get_input_embeddings(self) -> nn.Embedding:
         return self.model.embeddings
 
