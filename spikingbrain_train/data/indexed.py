@@ -23,12 +23,6 @@ from spikingbrain_train.data.token_file import TokenFile, document_starts, num_t
 from spikingbrain_train.data.token_ids import check_token_ids
 from spikingbrain_train.data.tokenizers import Tokenizer, was_made_by
 
-with warnings.catch_warnings():
-    # megatron-core announces several times on import that Transformer Engine and Apex are absent: of no
-    # concern here.
-    warnings.simplefilter("ignore")
-    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-
 __all__ = [
     "DatasetInfo",
     "IndexedDatasetWriter",
@@ -71,6 +65,15 @@ class DatasetInfo:
     """UTF-8 bytes of the texts."""
 
 
+def _megatron() -> Any:
+    """megatron-core's module of indexed datasets: ten seconds, and readers do not need it."""
+    with warnings.catch_warnings():
+        # It announces on import that Transformer Engine and Apex are absent: of no concern here.
+        warnings.simplefilter("ignore")
+        from megatron.core.datasets import indexed_dataset
+    return indexed_dataset
+
+
 class IndexedDatasetWriter:
     """Writes one dataset into a staging folder and moves it into place when it is complete.
 
@@ -85,7 +88,7 @@ class IndexedDatasetWriter:
         self._tokenizer = tokenizer
         self._staged = str(staging / Path(prefix).name)
         self.dtype = token_dtype(tokenizer.vocab_size)
-        self._builder = IndexedDatasetBuilder(self._staged + ".bin", dtype=self.dtype)
+        self._builder = _megatron().IndexedDatasetBuilder(self._staged + ".bin", dtype=self.dtype)
         self.documents = 0
         self.tokens = 0
         self.text_bytes = 0
@@ -128,7 +131,7 @@ class IndexedDatasetWriter:
 
 def token_dtype(vocab_size: int) -> type[np.number]:
     """NumPy type in which token ids of that vocabulary are stored: uint16 below 65500 ids, else int32."""
-    return DType.optimal_dtype(vocab_size)
+    return _megatron().DType.optimal_dtype(vocab_size)
 
 
 def existing_files(prefix: str | Path) -> list[str]:

@@ -42,7 +42,10 @@ def test_two_ranks_train_and_the_export_agrees_with_their_model(
     """Two steps under tensor parallelism with optimizer state in the checkpoint. Bound as in test_logits."""
     source, _ = hf_checkpoint("qwen2", vocab_size=130)
     import_checkpoint(source, tmp_path / "megatron", ConversionConfig(sliding_window=7))
-    model = load_model_config(latest_checkpoint(tmp_path / "megatron", "folder") / MODEL_CONFIG_FILE)
+    checkpoint = latest_checkpoint(tmp_path / "megatron", "folder")
+    (tmp_path / "secret").write_text("a file of this machine")
+    (checkpoint / "hf_source/LICENSE").symlink_to(tmp_path / "secret")
+    model = load_model_config(checkpoint / MODEL_CONFIG_FILE)
     parallel = ParallelConfig(tensor_model_parallel_size=2, use_distributed_optimizer=True)
     config = small_runs.run_config(
         tmp_path / "run",
@@ -60,6 +63,8 @@ def test_two_ranks_train_and_the_export_agrees_with_their_model(
     assert "iter_0000002" in told
     assert "optimizer" in told
     export_checkpoint(trained, tmp_path / "hf")
+    assert not any(path.is_file() and not path.is_symlink() for path in (tmp_path / "run").rglob("LICENSE"))
+    assert not (tmp_path / "hf/LICENSE").exists()
     before, after = all_tensors(source), all_tensors(tmp_path / "hf")
     assert not torch.equal(before["lm_head.weight"], after["lm_head.weight"])  # it has learned something
 
