@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -14,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from spikingbrain_train.config.checkpoint_folder import MODEL_CONFIG_FILE, latest_checkpoint
 from spikingbrain_train.config.conversion import ConversionConfig
+from spikingbrain_train.config.durable_files import write_text_durably
 from spikingbrain_train.config.errors import CheckpointError, ConfigurationError
 from spikingbrain_train.config.model import GateEncoding, ModelConfig, SpikingProjection
 from spikingbrain_train.config.run import RunConfig
@@ -147,20 +146,9 @@ def load_run_config(path: str | Path) -> RunConfig:
 def save_config(config: RunConfig | ModelConfig | ConversionConfig, path: str | Path) -> None:
     """Write a config as YAML that :func:`load_run_config` and its siblings read back to an equal object.
 
-    The file appears whole or not at all: it is written under a temporary name beside ``path`` and renamed.
+    The file appears whole or not at all, also after a power loss.
     """
-    path = Path(path)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w") as stream:
-            stream.write(OmegaConf.to_yaml(OmegaConf.structured(config)))
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_text_durably(Path(path), OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
 def load_conversion(name_or_path: str, overrides: list[str] | None = None) -> ConversionConfig:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from spikingbrain_train.config.durable_files import rename_durably, sync_tree
 from spikingbrain_train.config.errors import CheckpointError
 from spikingbrain_train.config.temporary_folder import REPLACED, remove_abandoned, temporary_folder
 
@@ -89,12 +90,13 @@ def complete_folder(output: Path) -> Iterator[Path]:
 
 
 def _take_place(new: Path, output: Path, replaced: Path) -> None:
+    sync_tree(new)
     if not output.exists():
-        new.rename(output)
+        rename_durably(new, output)
         return
     try:
         output.rename(replaced)
-        new.rename(output)
+        rename_durably(new, output)
     except BaseException:
         if replaced.exists() and not output.exists():
             replaced.rename(output)
