@@ -285,3 +285,29 @@ def test_a_model_keeps_what_is_planned_before_its_logits(level: Recompute, ranks
     passing = LENGTH * max(layer_activations(config, *layer).recomputed for layer in layers)
     passing += LENGTH * model.vocab_size * 2
     assert activation_bytes(config, 0, 1) - passing == pytest.approx(held, rel=BOUND)
+
+
+def _gradients(groups: ProcessGroups, cases: list[Case]) -> list[dict[str, Tensor]]:
+    """Of the same weights and tokens."""
+    first, results = None, []
+    for case in cases:
+        model = _model(groups, case)
+        first = first or {name: x.clone() for name, x in model.named_parameters()}
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(first[name])
+        tokens = torch.arange(LENGTH - case.model.num_sink_tokens).unsqueeze(0)
+        with torch.compiler.set_stance("force_eager"):
+            loss, _ = model(tokens, tokens)
+            loss.backward()
+        results.append({name: x.grad for name, x in model.named_parameters()})
+    return results
+
+
+def test_computing_dense_feed_forwards_again_changes_no_gradient(ranks: RankPool) -> None:
+    model = replace(EXPERTS, num_layers=2, feed_forwards=[FeedForward.dense, FeedForward.moe])
+    levels = (Recompute.none, Recompute.moe_feed_forward, Recompute.moe_layer)
+    cases = [Case(model, recompute=level) for level in levels]
+    ((kept, *again),) = ranks.run(_gradients, cases, world_size=1, parallel=ParallelConfig())
+    for gradients in again:
+        assert all(torch.equal(gradients[name], kept[name]) for name in kept)
