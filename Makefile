@@ -1,4 +1,4 @@
-# Run `make` or `make help` for what there is. Variables: PYTHON (3.10-3.12), VENV, MODEL, DATA, OUTPUT, PYTEST_ARGS.
+# Run `make` or `make help` for what there is. Variables: PYTHON (3.10-3.12), VENV, MODEL, DATA, OUTPUT, BUDGET, PYTEST_ARGS.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
@@ -6,6 +6,7 @@ VENV ?= .venv
 OUTPUT ?= outputs/demo
 MODEL ?=
 DATA ?=
+BUDGET ?=
 PYTEST_ARGS ?=
 # One thread per process: the distributed tests run up to four gloo ranks, which would fight over the cores.
 OMP_NUM_THREADS ?= 1
@@ -21,7 +22,7 @@ define literally
 override $(1) := $$(value $(1))
 $$(if $$(findstring $$(newline),$$(value $(1))),$$(error $(1) must be one line))
 endef
-$(foreach variable,VENV PYTHON OUTPUT MODEL DATA PYTEST_ARGS OMP_NUM_THREADS,$(eval $(call literally,$(variable))))
+$(foreach variable,VENV PYTHON OUTPUT MODEL DATA BUDGET PYTEST_ARGS OMP_NUM_THREADS,$(eval $(call literally,$(variable))))
 escaped = $(subst `,\`,$(subst $$,\$$,$(subst ",\",$(subst \,\\,$($(1))))))
 quoted = "$(call escaped,$(1))"
 program = "$(call escaped,VENV)/bin/$(1)"
@@ -38,8 +39,8 @@ environment: ## Create or refresh .venv (every target below does it by itself)
 	@PYTHON=$(call quoted,PYTHON) scripts/setup_environment.sh $(call quoted,VENV)
 
 .PHONY: demo
-demo: environment ## Dense model to exported hybrid on real text (MODEL=folder DATA=file OUTPUT=folder)
-	@$(call program,python) tools/demo.py --output $(call quoted,OUTPUT) $(if $(MODEL),--model $(call quoted,MODEL)) $(if $(DATA),--data $(call quoted,DATA))
+demo: environment ## Dense model to exported hybrid on real text (MODEL=folder DATA=file OUTPUT=folder BUDGET=minutes)
+	@$(call program,python) tools/demo.py --output $(call quoted,OUTPUT) $(if $(MODEL),--model $(call quoted,MODEL)) $(if $(DATA),--data $(call quoted,DATA))$(if $(BUDGET), --budget $(call quoted,BUDGET))
 
 .PHONY: test
 test: environment ## Run the whole test suite

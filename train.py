@@ -6,9 +6,9 @@ Composes the config, checks it before torch is imported, and hands it to `spikin
 from __future__ import annotations
 
 import os
-import warnings
 
 from spikingbrain_train.config.command_line import user_errors
+from spikingbrain_train.config.quiet_torch import ignore_megatron_warnings
 
 
 def main() -> None:
@@ -44,11 +44,7 @@ def main() -> None:
             check_host(plan, launch)
             check_disk_space(plan)
 
-    # On every start megatron-core tells that Apex is absent and which of its own calls are deprecated.
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"megatron\.")
-    # torch 2.13 renames collectives that torch 2.6 knows by the old names only.
-    warnings.filterwarnings("ignore", category=FutureWarning, message=r"`torch\.distributed\.")
+    ignore_megatron_warnings()
     with user_errors():
         if config.dry_run:
             from spikingbrain_train.training.dry_run import build_share

@@ -1,4 +1,4 @@
-"""Keeps one notice of torch away from every command.
+"""Keeps notices of torch and megatron-core away that no user of this project can do anything about.
 
 A torch that was built for CUDA, on a machine that has a CUDA toolkit (a CUDA_HOME, an nvcc) but no GPU, says
 "No CUDA runtime is found, using CUDA_HOME=..." on standard error as soon as torch.utils.cpp_extension is
@@ -15,6 +15,7 @@ import importlib.util
 import io
 import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -65,3 +66,12 @@ def drop_cuda_notice() -> None:
     """Leave the notice out when torch.utils.cpp_extension is imported. Calling it again changes nothing."""
     if _MODULE not in sys.modules and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
+
+
+def ignore_megatron_warnings() -> None:
+    """For commands that build models: drop what megatron-core and torch warn of on every start."""
+    # On every start megatron-core tells that Apex is absent and which of its own calls are deprecated.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"megatron\.")
+    # torch 2.13 renames collectives that torch 2.6 knows by the old names only.
+    warnings.filterwarnings("ignore", category=FutureWarning, message=r"`torch\.distributed\.")

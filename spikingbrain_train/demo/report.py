@@ -76,6 +76,7 @@ def table_rows(options: DemoOptions, steps: Sequence[Step], records: Mapping[str
         "download": ("download", None, None, None),
         "preprocess": ("tokenize", None, None, None),
         "dense": ("copy to Megatron's format", None, None, None),
+        "measure": ("measure this machine", None, None, None),
         "evaluate_dense": ("dense source", 0, dense["cross_entropy"], dense["tokens"] / dense["seconds"]),
         "hybrid": ("right after the swap", 0, align.first_cross_entropy, None),
         "align": ("after the align stage", align.tokens, align.last_cross_entropy, align.tokens_per_second),
@@ -89,7 +90,8 @@ def table_rows(options: DemoOptions, steps: Sequence[Step], records: Mapping[str
         ),
         "generate": ("generate", None, None, generation["tokens_per_second"]),
     }
-    rows = [Row(*measured[step.name], seconds=records[step.name].seconds) for step in steps]
+    ran = {step.name for step in steps}
+    rows = [Row(*cells, seconds=records[name].seconds) for name, cells in measured.items() if name in ran]
     return [*rows, Row("in all", seconds=sum(records[step.name].seconds for step in steps))]
 
 
@@ -153,6 +155,7 @@ def write_report(options: DemoOptions, steps: Sequence[Step], records: Mapping[s
         "data": list(options.data),
         "held_out": {key: dense[key] for key in ("tokens", "windows", "seq_length")},
         "machine": machine,
+        "lengths": options.lengths.sentence,
         "rows": [asdict(row) for row in rows],
         "generation": generation,
         "commands": [printable(step.command) for step in steps],
@@ -170,6 +173,7 @@ def write_report(options: DemoOptions, steps: Sequence[Step], records: Mapping[s
         "Machine: {processor}, {cores} cores, Python {python}, torch {torch}, megatron-core {megatron-core}, "
         "transformers {transformers}.".format(**machine),
         "",
+        *([f"Lengths: {options.lengths.sentence}.", ""] if options.lengths.sentence else []),
         f"![loss curves]({PICTURE})",
         "",
         "## Generated",

@@ -62,8 +62,12 @@ class Runner:
         """Start over: nothing counts as finished any more."""
         self.records = {}
 
-    def run(self, steps: Sequence[Step]) -> None:
+    def run(self, steps: Sequence[Step], through: str | None = None) -> None:
         """Run what is not finished yet.
+
+        Args:
+            steps: all steps of the demo.
+            through: name of the last one to run; None runs all.
 
         Raises:
             SpikingBrainError: a command failed.
@@ -76,6 +80,8 @@ class Runner:
             ours = record is not None and record.key == key
             if record is not None and ours and step.is_complete():
                 print(f"{heading}: done ({format_duration(record.seconds)})", flush=True)
+                if step.name == through:
+                    return
                 continue
             # An interrupted training goes on from its own checkpoints; everything else starts again.
             if record is None or not ours or step.train_iters is None:
@@ -83,6 +89,14 @@ class Runner:
                 record = self.records[step.name] = StepRecord(key)
             print(f"\n{heading}\n  {printable(step.command)}\n", flush=True)
             self._run(step, record)
+            if step.name == through:
+                return
+
+    def seconds(self, steps: Sequence[Step], through: str) -> float:
+        """Wall time that the finished steps up to ``through`` have taken."""
+        names = [step.name for step in steps]
+        done = names[: names.index(through) + 1]
+        return sum(self.records[name].seconds for name in done if name in self.records)
 
     def _run(self, step: Step, record: StepRecord) -> None:
         started, before = time.monotonic(), record.seconds

@@ -17,12 +17,15 @@ from spikingbrain_train.config.checkpoint_folder import CHECKPOINT_FOLDER, lates
 from spikingbrain_train.config.compose import compose_run
 from spikingbrain_train.config.errors import ConfigurationError, DataError
 from spikingbrain_train.data.folders import LeftOut, files_below
+from spikingbrain_train.demo.budget import Lengths, fit, read_speed
 from spikingbrain_train.demo.smollm2 import NAME
 
 _TEXT_SUFFIXES = (".txt", ".md", ".rst")
 _DOCUMENT_CHARS = 4000
 """A book is cut into documents of that size, or there would be nothing to hold out."""
 PYDOC_TOPICS = "pydoc-topics"
+MEASURE = "measure"
+SPEED_FILE = "demo_speed.json"
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,13 @@ class DemoOptions:
     """Further arguments of train.py in the align stage."""
     cpt_args: Sequence[str] = ()
     """Further arguments of train.py in the cpt stage."""
+    lengths: Lengths = field(default_factory=Lengths)
+    """How long the stages are on this machine; the two fields above come behind it and win."""
+
+    @property
+    def fits_lengths(self) -> bool:
+        """Whether the stages' lengths are fitted to the machine: not if the user names both."""
+        return not all(_names(args, "stage.train_iters") for args in (self.align_args, self.cpt_args))
 
     @property
     def source(self) -> Path:
@@ -92,11 +102,13 @@ def demo_steps(options: DemoOptions) -> list[Step]:
     text, held_out = output / "data" / "text", output / "data" / "text_valid"
     dense, hybrid = output / "dense", output / "hybrid"
     align, cpt, export = output / "align", output / "cpt", output / "export"
+    places = {
+        "align": _stage_arguments("align", hybrid, align, text, dense),
+        "cpt": _stage_arguments("cpt", align / CHECKPOINT_FOLDER, cpt, text, dense),
+    }
     stages = {
-        "align": _stage_arguments("align", options, hybrid, align, text, dense, options.align_args),
-        "cpt": _stage_arguments(
-            "cpt", options, align / CHECKPOINT_FOLDER, cpt, text, dense, options.cpt_args
-        ),
+        "align": [*places["align"], *options.lengths.align_args, *options.align_args],
+        "cpt": [*places["cpt"], *options.lengths.cpt_args, *options.cpt_args],
     }
     runs = {name: compose_run(arguments) for name, arguments in stages.items()}
     windows = {name: _windows(run) for name, run in runs.items()}
@@ -122,7 +134,7 @@ def demo_steps(options: DemoOptions) -> list[Step]:
         return [*script, *window, "--output", str(result), *extra]
 
     dense_result, export_result = output / "evaluate_dense.json", output / "evaluate_export.json"
-    generation = output / "generate.json"
+    generation, speed = output / "generate.json", output / SPEED_FILE
     steps = [
         Step(
             "preprocess",
@@ -140,18 +152,30 @@ def demo_steps(options: DemoOptions) -> list[Step]:
             proof=[dense / "latest_checkpointed_iteration.txt"],
         ),
         Step(
-            "evaluate_dense",
-            "evaluate the dense model with transformers",
-            evaluate(source, dense_result),
-            makes=[dense_result],
-            proof=[dense_result],
-        ),
-        Step(
             "hybrid",
             "swap its attention for GLA, SWA, GLA, SWA ...",
             convert("spikingbrain_7b", hybrid),
             makes=[hybrid],
             proof=[hybrid / "latest_checkpointed_iteration.txt"],
+        ),
+        Step(
+            MEASURE,
+            "measure how fast this machine trains",
+            [
+                *(python, str(tools / "measure_speed.py"), "--output", str(speed)),
+                *("--align", *places["align"], *options.align_args),
+                # The pretraining stage starts from what alignment has yet to write: from the hybrid here.
+                *("--cpt", *_stage_arguments("cpt", hybrid, cpt, text, dense), *options.cpt_args),
+            ],
+            makes=[speed],
+            proof=[speed],
+        ),
+        Step(
+            "evaluate_dense",
+            "evaluate the dense model with transformers",
+            evaluate(source, dense_result),
+            makes=[dense_result],
+            proof=[dense_result],
         ),
         Step(
             "align",
@@ -199,6 +223,8 @@ def demo_steps(options: DemoOptions) -> list[Step]:
             proof=[generation],
         ),
     ]
+    if not options.fits_lengths:
+        steps = [step for step in steps if step.name != MEASURE]
     if options.model is None:
         download = [python, str(tools / "download_smollm2.py"), "--output", str(source)]
         steps.insert(0, Step("download", f"get {NAME}", download, proof=[source / "config.json"]))
@@ -235,15 +261,44 @@ def _preprocess(options: DemoOptions, prefix: Path) -> list[str]:
     return command
 
 
-def _stage_arguments(
-    stage: str,
-    options: DemoOptions,
-    load: Path,
-    run: Path,
-    text: Path,
-    teacher: Path,
-    further: Sequence[str],
-) -> list[str]:
+def fitted_lengths(options: DemoOptions, minutes: float, spent: float) -> Lengths:
+    """How long the stages are on this machine, whose speed lies measured in ``options.output``.
+
+    Args:
+        options: of the demo.
+        minutes: what it may take.
+        spent: seconds that it has taken so far.
+
+    Raises:
+        ConfigurationError: what was measured cannot be read.
+    """
+    output = options.output
+    here = (output, output, output / "data" / "text", output / "dense")
+    align, cpt = (
+        compose_run([*_stage_arguments(stage, *here), *args])
+        for stage, args in (("align", options.align_args), ("cpt", options.cpt_args))
+    )
+    free = not any(
+        _names(args, setting)
+        for args in (options.align_args, options.cpt_args)
+        for setting in ("stage.seq_length", "stage.global_batch_size")
+    )
+    held_out = _read_tokens(output / "data" / "text_valid.json")
+    return fit(read_speed(output / SPEED_FILE), align, cpt, minutes, spent, held_out, may_shorten=free)
+
+
+def _read_tokens(sidecar: Path) -> int:
+    try:
+        return int(json.loads(sidecar.read_text(encoding="utf-8"))["tokens"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise DataError(f"{sidecar} cannot be read; run the demo with --fresh") from None
+
+
+def _names(arguments: Sequence[str], setting: str) -> bool:
+    return any(argument.lstrip("+").partition("=")[0] == setting for argument in arguments)
+
+
+def _stage_arguments(stage: str, load: Path, run: Path, text: Path, teacher: Path) -> list[str]:
     return [
         f"experiment=smollm2_{stage}",
         f"checkpoint.load={_hydra_value(load)}",
@@ -251,7 +306,6 @@ def _stage_arguments(
         f"data.train=[{_hydra_value(f'{text}_train')}]",
         f"data.valid=[{_hydra_value(f'{text}_valid')}]",
         f"output_dir={_hydra_value(run)}",
-        *further,
     ]
 
 

@@ -1,0 +1,222 @@
+"""The demo fits its stages to the machine, says what it chose, and keeps the choice."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig
+
+from spikingbrain_train.config.compose import compose_run
+from spikingbrain_train.config.errors import ConfigurationError
+from spikingbrain_train.demo import command_line
+from spikingbrain_train.demo.budget import Lengths, Speed, check_minutes, fit, recall, remember
+from spikingbrain_train.demo.runner import Runner
+from spikingbrain_train.demo.steps import SPEED_FILE, DemoOptions, demo_steps, fitted_lengths, step_keys
+
+ROOT = Path(__file__).parents[2]
+HELD_OUT = 11_329
+# Measured by hand on two cores without bf16 instructions.
+SLOW = Speed(
+    precision="fp32",
+    reason="because this CPU has no bf16 instructions",
+    align=1 / 130,
+    cpt=1 / 87,
+    evaluation=1 / 260,
+    start=12.0,
+)
+FAST = Speed("bf16", "because this CPU multiplies bf16 in hardware", 1 / 600, 1 / 400, 1 / 1500, 8.0)
+
+
+@cache
+def stage(name: str, *overrides: str) -> DictConfig:
+    return compose_run([f"experiment=smollm2_{name}", *overrides])
+
+
+def chosen(speed: Speed, minutes: float = 12, spent: float = 60) -> tuple[Lengths, DictConfig, DictConfig]:
+    """The choice and the stages that it makes."""
+    lengths = fit(speed, stage("align"), stage("cpt"), minutes, spent, HELD_OUT)
+    return lengths, stage("align", *lengths.align_args), stage("cpt", *lengths.cpt_args)
+
+
+def tokens(run: DictConfig) -> int:
+    return run.stage.train_iters * run.stage.seq_length * run.stage.global_batch_size
+
+
+def minutes_of(speed: Speed, align: DictConfig, cpt: DictConfig, spent: float) -> float:
+    """What the stages will take, in all."""
+    teacher = speed.evaluation if cpt.stage.distillation.weight > 0 else 0.0
+    windows = min(align.logging.eval_iters * align.stage.seq_length, HELD_OUT)
+    evaluations = 2 * (3 if speed.precision == "bf16" else 1)
+    for run in (align, cpt):
+        interval = run.logging.eval_interval or run.stage.train_iters
+        evaluations += 1 + -(-run.stage.train_iters // interval)
+    seconds = spent + 6 * speed.start + windows * evaluations * speed.evaluation
+    seconds += (tokens(align) + align.stage.alignment.calibration_tokens / 2) * speed.align
+    return (seconds + tokens(cpt) * (speed.cpt + teacher)) / 60
+
+
+def slower(factor: float) -> Speed:
+    times = {name: getattr(SLOW, name) * factor for name in ("align", "cpt", "evaluation")}
+    return replace(SLOW, **times)
+
+
+def test_a_fast_machine_gets_the_whole_recipe() -> None:
+    lengths, align, cpt = chosen(FAST)
+    assert (lengths.align_args, lengths.cpt_args) == ([], [])
+    assert (tokens(align), tokens(cpt)) == (81_920, 40_960)
+    assert "the whole recipe" in lengths.sentence and "multiplies bf16" in lengths.sentence
+
+
+@pytest.mark.parametrize(("factor", "minutes"), [(0.4, 12), (0.7, 20), (1.0, 12), (1.5, 12)])
+def test_a_slow_machine_ends_in_time_and_uses_it(factor: float, minutes: float) -> None:
+    speed = slower(factor)
+    _, align, cpt = chosen(speed, minutes)
+    taken = minutes_of(speed, align, cpt, 60)
+    whole = tokens(align) >= 81_000 and tokens(cpt) >= 40_000
+    assert taken <= minutes and (taken >= 0.85 * minutes or whole)
+
+
+def test_it_says_what_it_chose_and_why() -> None:
+    lengths, align, cpt = chosen(SLOW)
+    for said in (
+        "aligns 130 and pretrains 87 tokens a second in fp32",
+        "no bf16 instructions",
+        "within 12 minutes",
+        f"{tokens(align):,} and {tokens(cpt):,} tokens",
+        "81,920 tokens of alignment and 40,960 of pretraining",
+        f"{align.logging.eval_iters} windows",
+    ):
+        assert said in lengths.sentence
+
+
+def test_stages_of_a_slow_machine_are_evaluated_on_the_same_windows_and_only_at_their_ends() -> None:
+    _, align, cpt = chosen(SLOW)
+    assert align.stage.seq_length == cpt.stage.seq_length
+    assert align.logging.eval_iters == cpt.logging.eval_iters >= 4
+    assert align.logging.eval_interval == cpt.logging.eval_interval == 0
+
+
+def test_time_that_is_spent_is_not_spent_again() -> None:
+    early, late = chosen(SLOW, spent=30), chosen(SLOW, spent=200)
+    assert tokens(late[1]) < tokens(early[1]) and tokens(late[2]) < tokens(early[2])
+
+
+def test_even_a_hopeless_budget_trains_a_little() -> None:
+    _, align, cpt = chosen(slower(20), minutes=1, spent=600)
+    assert align.stage.train_iters >= 8 and cpt.stage.train_iters >= 8
+    with pytest.raises(ConfigurationError, match="--budget is 0 minutes"):
+        check_minutes(0)
+
+
+def test_what_the_user_sets_is_kept() -> None:
+    own = ("stage.seq_length=256", "stage.global_batch_size=4")
+    align, cpt = stage("align", *own), stage("cpt", *own)
+    lengths = fit(slower(3), align, cpt, 12, 60, HELD_OUT, may_shorten=False)
+    short = [
+        stage(name, *args, *own) for name, args in (("align", lengths.align_args), ("cpt", lengths.cpt_args))
+    ]
+    assert minutes_of(slower(3), *short, 60) <= 12
+    assert short[0].stage.train_iters < align.stage.train_iters * 4
+
+
+def options(tmp_path: Path, **changes: object) -> DemoOptions:
+    settings: dict[str, object] = {"root": ROOT, "output": tmp_path / "out", "cache": tmp_path / "cache"}
+    return DemoOptions(**{**settings, **changes})  # type: ignore[arg-type]
+
+
+def test_nothing_is_measured_where_both_lengths_are_named(tmp_path: Path) -> None:
+    own = ["stage.train_iters=3"]
+    names = [step.name for step in demo_steps(options(tmp_path, align_args=own, cpt_args=own))]
+    assert "measure" not in names
+    names = [step.name for step in demo_steps(options(tmp_path, align_args=own))]
+    assert names.index("hybrid") < names.index("measure") < names.index("evaluate_dense")
+
+
+def test_measurement_does_not_depend_on_the_choice_that_follows_from_it(tmp_path: Path) -> None:
+    first = demo_steps(options(tmp_path))
+    second = demo_steps(options(tmp_path, lengths=chosen(SLOW)[0]))
+    keys = [
+        dict(zip([step.name for step in steps], step_keys(steps), strict=True)) for steps in (first, second)
+    ]
+    assert keys[0]["measure"] == keys[1]["measure"]
+    assert keys[0]["evaluate_dense"] != keys[1]["evaluate_dense"]
+
+
+class TestSecondCall:
+    """tools/demo.py, with commands that only pretend to work."""
+
+    @pytest.fixture
+    def calls(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        """Names of the steps that ran."""
+        ran: list[str] = []
+
+        def pretend(runner: Runner, step, record) -> None:
+            ran.append(step.name)
+            record.seconds += 5.0
+            for path in step.proof:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps({"tokens": HELD_OUT}))
+            if step.name == "measure":
+                step.proof[0].write_text(json.dumps(asdict(replace(SLOW, start=2.0 + len(ran)))))
+            if step.train_iters is not None:
+                tracker = step.makes[0] / "checkpoints" / "latest_checkpointed_iteration.txt"
+                folder = tracker.parent / f"iter_{step.train_iters:07d}"
+                folder.mkdir(parents=True)
+                for name in ("model_config.yaml", ".metadata", "metadata.json", "common.pt"):
+                    (folder / name).touch()
+                tracker.write_text(str(step.train_iters))
+            runner._save()
+
+        monkeypatch.setattr(Runner, "_run", pretend)
+        monkeypatch.setattr(command_line, "write_report", lambda *_: "the table")
+        return ran
+
+    def demo(self, tmp_path: Path, *arguments: str) -> None:
+        command_line.demo(ROOT, ["--output", str(tmp_path / "out"), *arguments])
+
+    def test_keeps_the_choice_and_does_nothing_again(
+        self, tmp_path: Path, calls: list[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        self.demo(tmp_path)
+        assert calls.count("measure") == 1 and calls[-1] == "generate"
+        first = capsys.readouterr().out
+        done = len(calls)
+        self.demo(tmp_path)
+        assert len(calls) == done
+        sentence = next(line for line in first.splitlines() if "within 12 minutes" in line)
+        assert sentence in capsys.readouterr().out
+
+    def test_with_another_budget_does_again_what_depends_on_it(
+        self, tmp_path: Path, calls: list[str]
+    ) -> None:
+        self.demo(tmp_path)
+        del calls[:]
+        self.demo(tmp_path, "--budget", "20")
+        assert calls[0] == "evaluate_dense" and "align" in calls and "measure" not in calls
+
+    def test_fresh_measures_again(self, tmp_path: Path, calls: list[str]) -> None:
+        self.demo(tmp_path)
+        del calls[:]
+        self.demo(tmp_path, "--fresh")
+        assert "measure" in calls
+
+
+def test_damaged_choice_is_made_again(tmp_path: Path) -> None:
+    remember(tmp_path, "key", Lengths(["a=1"], ["b=2"], "because"))
+    assert recall(tmp_path, "key") == Lengths(["a=1"], ["b=2"], "because")
+    assert recall(tmp_path, "another key") is None
+    (tmp_path / "demo_lengths.json").write_text("{")
+    assert recall(tmp_path, "key") is None
+
+
+def test_damaged_measurement_is_named(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    (output / "data").mkdir(parents=True)
+    (output / "data" / "text_valid.json").write_text(json.dumps({"tokens": HELD_OUT}))
+    (output / SPEED_FILE).write_text("{}")
+    with pytest.raises(ConfigurationError, match=SPEED_FILE):
+        fitted_lengths(options(tmp_path), 12, 60)
