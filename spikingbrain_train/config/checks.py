@@ -131,7 +131,7 @@ def check_optimizer(optimizer: OptimizerConfig, train_iters: int) -> None:
         "lr_warmup_iters",
     )
     require(
-        optimizer.min_lr <= optimizer.lr,
+        optimizer.lr_decay_style is LRDecayStyle.constant or optimizer.min_lr <= optimizer.lr,
         f"optimizer.min_lr={optimizer.min_lr} is above optimizer.lr={optimizer.lr}; "
         f"it is the rate at the end of the decay",
     )

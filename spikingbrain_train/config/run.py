@@ -162,7 +162,7 @@ class OptimizerConfig:
     lr: float = 5e-4
     """Peak learning rate."""
     min_lr: float = 0.0
-    """Learning rate at the end of the decay."""
+    """Learning rate at the end of the decay; without a part in a constant schedule."""
     new_parameter_lr_mult: float = 1.0
     """Multiplier for parameters the source did not have (gates and output norms of linear attention)."""
     weight_decay: float = 0.1

@@ -31,7 +31,7 @@ def build_optimizer(
     config = MegatronOptimizerConfig(
         optimizer="adam",
         lr=optimizer.lr,
-        min_lr=optimizer.min_lr,
+        min_lr=_last_lr(optimizer),
         weight_decay=optimizer.weight_decay,
         adam_beta1=optimizer.adam_beta1,
         adam_beta2=optimizer.adam_beta2,
@@ -50,7 +50,7 @@ def build_optimizer(
     if optimizer.new_parameter_lr_mult != 1.0:
         overrides[ParamKey(attr="is_new_parameter")] = ParamGroupOverride(
             max_lr=optimizer.lr * optimizer.new_parameter_lr_mult,
-            min_lr=optimizer.min_lr * optimizer.new_parameter_lr_mult,
+            min_lr=_last_lr(optimizer) * optimizer.new_parameter_lr_mult,
             # The schedule ignores it, but checkpoints tell parameter groups apart by it.
             lr_mult=optimizer.new_parameter_lr_mult,
         )
@@ -83,6 +83,12 @@ def update_weights(optimizer: MegatronOptimizer, check: Callable[[float], None])
     finally:
         del optimizer.get_grad_norm
     return norms[0]
+
+
+def _last_lr(optimizer: OptimizerConfig) -> float:
+    """min_lr, which a constant schedule never reaches; megatron-core still wants it below the rate."""
+    constant = optimizer.lr_decay_style is LRDecayStyle.constant
+    return min(optimizer.min_lr, optimizer.lr) if constant else optimizer.min_lr
 
 
 def _prepare_torch_adamw(optimizer: MegatronOptimizer) -> None:
@@ -134,7 +140,7 @@ def build_scheduler(
         built,
         init_lr=0.0,
         max_lr=optimizer.lr,
-        min_lr=optimizer.min_lr,
+        min_lr=_last_lr(optimizer),
         lr_warmup_steps=optimizer.lr_warmup_iters,
         lr_decay_steps=train_iters,
         lr_decay_style=optimizer.lr_decay_style.value,

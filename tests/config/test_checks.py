@@ -316,6 +316,11 @@ def test_warm_up_may_take_all_but_the_last_step():
     check_run_config(changed(valid_run(), {"optimizer.lr_warmup_iters": 99}), 1)
 
 
+def test_the_last_rate_has_no_part_in_a_constant_schedule():
+    constant = {"optimizer.lr_decay_style": LRDecayStyle.constant, "optimizer.min_lr": 1.0}
+    check_run_config(changed(valid_run(), constant), 1)
+
+
 def test_odd_head_width_is_fine_without_rotary_positions():
     check_run_config(changed(valid_run(), {"model.kv_channels": 15, "model.mixers": [Mixer.gla]}), 1)
 

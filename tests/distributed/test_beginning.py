@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -59,7 +60,8 @@ def test_a_start_says_which_weights_it_has_and_what_is_fresh(
 
 
 def test_a_changed_rate_is_said_used_and_recorded(ranks: RankPool, tmp_path: Path, text: Path) -> None:
-    constant = OptimizerConfig(lr=1e-3, lr_decay_style=LRDecayStyle.constant)
+    # min_lr as in the preset, above the later rate: it has no part in a constant schedule.
+    constant = OptimizerConfig(lr=1e-3, min_lr=5e-5, lr_decay_style=LRDecayStyle.constant)
     ranks.run(train, _config(tmp_path, text, 2, constant), world_size=1, parallel=ONE)
 
     changed = _config(tmp_path, text, 4, replace(constant, lr=1e-5, new_parameter_lr_mult=10.0))
@@ -99,6 +101,24 @@ def test_a_longer_schedule_says_to_which_rate_it_lifts_the_next_step(
     )
     rates = [point["train/learning_rate"] for point in read_metrics(tmp_path) if "train/loss" in point]
     assert rates[2] == pytest.approx(expected)
+
+
+def test_a_resumed_run_needs_nothing_of_what_it_started_from(
+    ranks: RankPool, tmp_path: Path, text: Path, hybrid_checkpoint: Path
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(hybrid_checkpoint, source)
+    (iteration_folder(source, 1) / "hf_source").mkdir()
+    (iteration_folder(source, 1) / "hf_source" / "config.json").write_text("{}")
+    config = _config(tmp_path / "o", text, 1, OptimizerConfig())
+    config = replace(config, checkpoint=checkpoint_config(source))
+    ranks.run(train, config, world_size=1, parallel=ONE)
+    shutil.rmtree(source)
+
+    longer = replace(config, stage=replace(config.stage, train_iters=2))
+    assert len(ranks.run(train, longer, world_size=1, parallel=ONE)[0]) == 1
+
+    assert (iteration_folder(tmp_path / "o" / "checkpoints", 2) / "hf_source" / "config.json").is_file()
 
 
 @pytest.mark.parametrize(
