@@ -21,6 +21,7 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 
 from spikingbrain_train.config.errors import ConfigurationError
+from spikingbrain_train.config.model import FeatureMap, GateKind
 from spikingbrain_train.models.mixers.gated_linear_attention import GatedLinearAttention
 from spikingbrain_train.parallel.context_parallel.sequence_layout import SequenceLayout
 from spikingbrain_train.parallel.process_groups import ProcessGroups
@@ -33,7 +34,12 @@ def balance_keys(mixer: GatedLinearAttention) -> None:
     ReLU features pass a positive factor through, and so does the norm behind the recurrence up to the
     channels' balance, which is what changes. With q/k norms the factor goes into the key norm's weight, else
     into the key rows of ``linear_qkv``.
+
+    Other mixers are left as they are: the keys of a tied gate are that share already, and sigmoid features do
+    not scale with their logits.
     """
+    if mixer.gate is not GateKind.low_rank or mixer.feature_map is not FeatureMap.relu:
+        return
     bias_GK = mixer.linear_gate_up_proj.bias.float().view(-1, mixer.key_hidden_size)
     share_GK = -torch.expm1(torch.nn.functional.logsigmoid(bias_GK) / mixer.gate_logit_normalizer)
     factor_GK = share_GK / share_GK.amax(dim=-1, keepdim=True)

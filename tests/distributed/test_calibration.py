@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from spikingbrain_train.config.model import Mixer
+from spikingbrain_train.config.model import FeatureMap, GatedLinearAttentionConfig, GateKind, Mixer
 from spikingbrain_train.config.parallel import (
     KernelConfig,
     LinearAttentionBackend,
@@ -25,12 +25,17 @@ KERNELS = KernelConfig(
 )
 
 
-def _mixer(groups: ProcessGroups, parallel: ParallelConfig, qk_layernorm: bool):
+def _mixer(
+    groups: ProcessGroups,
+    parallel: ParallelConfig,
+    qk_layernorm: bool,
+    gla: GatedLinearAttentionConfig = MODEL.gla,
+):
     """The only layer of a one-layer GLA model; its weights do not depend on the topology."""
     from spikingbrain_train.models.gpt_model import build_model
     from spikingbrain_train.models.transformer_config import transformer_config
 
-    model = replace(MODEL, num_layers=1, mixers=[Mixer.gla], qk_layernorm=qk_layernorm)
+    model = replace(MODEL, num_layers=1, mixers=[Mixer.gla], qk_layernorm=qk_layernorm, gla=gla)
     config = transformer_config(model, parallel, Precision.fp32, on_cpu=True)
     torch.manual_seed(0)
     return build_model(model, config, KERNELS, groups.device).decoder.layers[0].self_attention
@@ -63,6 +68,21 @@ def test_keys_are_scaled_by_what_one_step_adds_to_a_moving_average(
     share = (1 - decay).view(MODEL.num_query_groups, MODEL.kv_channels)
     expected = before.double() * share / share.max()
     assert torch.allclose(after.double(), expected, rtol=1e-5)  # float32 weights
+
+
+def _changed_by_balancing(groups: ProcessGroups, gate: GateKind) -> bool:
+    from spikingbrain_train.training.calibration import balance_keys
+
+    gla = GatedLinearAttentionConfig(feature_map=FeatureMap.sigmoid, gate=gate)
+    mixer = _mixer(groups, ParallelConfig(), qk_layernorm=False, gla=gla)
+    before = mixer.linear_qkv.weight.detach().clone()
+    balance_keys(mixer)
+    return not torch.equal(before, mixer.linear_qkv.weight)
+
+
+@pytest.mark.parametrize("gate", GateKind)
+def test_keys_of_sigmoid_features_are_left_alone(gate: GateKind, ranks: RankPool) -> None:
+    assert ranks.run(_changed_by_balancing, gate, world_size=1, parallel=ParallelConfig()) == [False]
 
 
 def _fitted_projection(groups: ProcessGroups, parallel: ParallelConfig) -> dict[str, torch.Tensor]:

@@ -88,6 +88,7 @@ class GatedLinearAttention(SelfAttention):
         assert config.kv_channels is not None and config.num_query_groups is not None
         self.backend = backend.value
         self.context_parallel = context_parallel
+        self.feature_map = gla.feature_map
         self.features = of_kind(gla.feature_map, _FEATURES, "the features of linear attention")
         self.gate = gla.gate
         self.gate_logit_normalizer = gla.gate_logit_normalizer
