@@ -77,7 +77,7 @@ RUNS = [f"model={name}" for name in MODELS] + [f"experiment={name}" for name in 
 def composed(run: str) -> RunConfig:
     """A run of conf/; a bare model gets a stage, and what takes its model from a file a preset instead."""
     group, _, name = run.partition("=")
-    overrides = [run, "output_dir=unused"]
+    overrides = [run, "output_dir=unused", "precision=bf16"]
     if group == "model":
         overrides += ["stage.train_iters=1", "stage.seq_length=8192", "stage.global_batch_size=8"]
     elif "override /model" not in (conf_folder() / group / f"{name}.yaml").read_text():
