@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from spikingbrain_train.config.errors import DataError
 from spikingbrain_train.data.token_file import TokenFile, document_at
@@ -49,8 +48,7 @@ def check_token_ids(dataset: TokenFile, vocab_size: int) -> None:
     """
     ids = recall(dataset)
     if ids is None:
-        with progress_bar(dataset) as bar:
-            ids = scan(dataset, vocab_size, 0, dataset.num_tokens, bar.update)
+        ids = scan(dataset, vocab_size, 0, dataset.num_tokens)
         remember(dataset, ids)
     elif not fits(ids, vocab_size):
         ids = scan(dataset, vocab_size, 0, dataset.num_tokens)
@@ -80,7 +78,7 @@ def scan(
     vocab_size: int,
     first: int,
     end: int,
-    advance: Callable[[int], Any] = lambda tokens: None,
+    advance: Callable[[int], Any] = lambda size: None,
 ) -> IdRange:
     """Look at the tokens from position ``first`` up to below ``end``.
 
@@ -89,7 +87,7 @@ def scan(
         vocab_size: of the model.
         first: where to begin.
         end: where to stop.
-        advance: called with the number of tokens that were looked at since the last call.
+        advance: called with the number of bytes that were looked at since the last call.
     """
     smallest, largest, first_outside = np.iinfo(np.int64).max, np.iinfo(np.int64).min, None
     for start in range(first, end, _CHUNK_TOKENS):
@@ -98,15 +96,8 @@ def scan(
         if first_outside is None and (low < 0 or high >= vocab_size):
             first_outside = start + int(np.argmax((tokens < 0) | (tokens >= vocab_size)))
         smallest, largest = min(smallest, low), max(largest, high)
-        advance(len(tokens))
+        advance(tokens.nbytes)
     return IdRange(smallest, largest, first_outside)
-
-
-def progress_bar(dataset: TokenFile, share: int = 1, disable: bool | None = None) -> tqdm:
-    """A bar on terminals, for looking at one of ``share`` parts."""
-    tokens = dataset.num_tokens // share
-    description = f"checking the tokens of {dataset.prefix}"
-    return tqdm(total=tokens, unit="tokens", unit_scale=True, desc=description, disable=disable, leave=False)
 
 
 def recall(dataset: TokenFile, folder: Path | None = None) -> IdRange | None:

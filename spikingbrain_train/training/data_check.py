@@ -6,6 +6,7 @@ One rank would let the others wait for as long as a corpus takes to read, which 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -15,13 +16,13 @@ from spikingbrain_train.data.token_file import TokenFile
 from spikingbrain_train.data.token_ids import (
     IdRange,
     fits,
-    progress_bar,
     recall,
     remember,
     require_fit,
     scan,
 )
 from spikingbrain_train.parallel.process_groups import ProcessGroups
+from spikingbrain_train.reporting.activity import Activity
 
 
 def check_tokens_together(
@@ -29,7 +30,7 @@ def check_tokens_together(
     vocab_size: int,
     groups: ProcessGroups,
     folder: Path,
-    say: Callable[[str], None],
+    activity: Callable[[str, int, str], AbstractContextManager[Activity]],
 ) -> None:
     """Every token of the datasets is at least 0 and below ``vocab_size``. A collective of all ranks.
 
@@ -40,17 +41,21 @@ def check_tokens_together(
         vocab_size: ids that the model has embeddings for, without rows of padding.
         groups: process groups.
         folder: the run's own folder.
-        say: prints a line of the main process.
+        activity: shows that this runs, and how far it is, on the main process.
 
     Raises:
         DataError: on every rank; names file, document and token of the first that is not of the vocabulary.
     """
     for prefix in dict.fromkeys(prefixes):
-        _check(prefix, vocab_size, groups, folder, say)
+        _check(prefix, vocab_size, groups, folder, activity)
 
 
 def _check(
-    prefix: str, vocab_size: int, groups: ProcessGroups, folder: Path, say: Callable[[str], None]
+    prefix: str,
+    vocab_size: int,
+    groups: ProcessGroups,
+    folder: Path,
+    activity: Callable[[str, int, str], AbstractContextManager[Activity]],
 ) -> None:
     dataset: TokenFile | None = None
     ids: IdRange | None = None
@@ -68,13 +73,12 @@ def _check(
         remember(dataset, ids, write=False)
         return
 
-    say(f"checking the {dataset.num_tokens:,} tokens of {prefix} against the vocabulary, once for this file")
     first, end = (dataset.num_tokens * rank // groups.world_size for rank in (groups.rank, groups.rank + 1))
     share = IdRange(0, 0)
     try:
-        hide = None if groups.is_main_process else True
-        with progress_bar(dataset, groups.world_size, disable=hide) as bar:
-            share = scan(dataset, vocab_size, first, end, bar.update)
+        size = (end - first) * dataset.dtype.itemsize
+        with activity(f"checking the tokens of {prefix}, once for this file,", size, "B") as done:
+            share = scan(dataset, vocab_size, first, end, done.advance)
     except DataError as error:
         failure = error
     beyond = dataset.num_tokens

@@ -283,7 +283,7 @@ class Trainer:
         tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else None
         prefixes = [*config.data.train, *config.data.valid]
         output_dir = Path(config.output_dir)
-        check_tokens_together(prefixes, config.model.vocab_size, self.groups, output_dir, self._say)
+        check_tokens_together(prefixes, config.model.vocab_size, self.groups, output_dir, self._activity)
         self.train_dataset, self.valid_dataset = build_datasets(
             config.data,
             stage.seq_length,

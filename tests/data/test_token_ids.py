@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from spikingbrain_train.config.errors import DataError
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.data import token_ids
 from spikingbrain_train.data.indexed import TokenFile, open_indexed_dataset
+from spikingbrain_train.reporting.activity import Activity
 from spikingbrain_train.training.data_check import check_tokens_together
 from tests.distributed.small_runs import MODEL, run_config
 
@@ -125,13 +127,18 @@ def test_numbers_that_are_no_tokens_are_refused(tmp_path: Path) -> None:
 def _check_on_this_rank(
     groups: ProcessGroups, prefix: str, vocab_size: int, folder: Path
 ) -> tuple[str, list[str]]:
-    said: list[str] = []
+    looked_at: list[str] = []
+
+    def activity(what: str, total: int, unit: str) -> nullcontext[Activity]:
+        looked_at.append(what)
+        return nullcontext(Activity(None, what, total, unit))
+
     token_ids._known.clear()
     try:
-        check_tokens_together([prefix], vocab_size, groups, folder, said.append)
+        check_tokens_together([prefix], vocab_size, groups, folder, activity)
     except DataError as error:
-        return str(error), said
-    return "", said
+        return str(error), looked_at
+    return "", looked_at
 
 
 def test_ranks_share_the_work_and_come_to_one_end(ranks: RankPool, tmp_path: Path) -> None:
