@@ -33,6 +33,7 @@ from spikingbrain_train.conversion.weight_values import (
     fault_of,
 )
 from spikingbrain_train.hf import modelling_files
+from spikingbrain_train.parallel.checkpoint_metadata import read_metadata
 from spikingbrain_train.reporting.activity import activity
 
 DEFAULT_SHARD_SIZE = 5 * 10**9
@@ -71,12 +72,14 @@ def export_checkpoint(
     started = time.monotonic()
     folder = resolve_checkpoint(checkpoint)
     model = load_model_config(folder / MODEL_CONFIG_FILE)
-    reader = MegatronCheckpointReader(folder)
     check_number_of_layers(
-        f"{folder / MODEL_CONFIG_FILE}: num_layers", model.num_layers, lambda: reader.tensors
+        f"{folder / MODEL_CONFIG_FILE}: num_layers",
+        model.num_layers,
+        lambda: read_metadata(folder).state_dict_metadata,
     )
     check_model(model)
     family = export_family(model)
+    reader = MegatronCheckpointReader(folder)
     stored = check_tensors(reader, model)
     hf_source = folder / HF_SOURCE_FOLDER
     source_config = load_config_json(hf_source) if (hf_source / CONFIG_FILE).is_file() else None

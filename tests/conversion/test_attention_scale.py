@@ -16,7 +16,8 @@ from tests.conversion.hf_models import HFCheckpoint
 
 
 def scale_of(folder: Path, seed: int = 0) -> AttentionScale:
-    return AttentionScale(Source(SafetensorsReader(folder), *read_hf_config(folder)), seed)
+    source = Source(SafetensorsReader(folder), *read_hf_config(folder), allow_damaged_weights=True)
+    return AttentionScale(source, seed)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])

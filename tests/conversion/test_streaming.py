@@ -52,7 +52,7 @@ def write_llama(folder: Path, num_layers: int) -> int:
     """A Llama of ``num_layers`` layers of 13 MB in one file; returns the size of its weights in bytes."""
     sizes = SIZES | {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": num_layers}
     hidden, ffn = 512, 1536
-    tensors = {"model.embed_tokens.weight": torch.zeros(101, hidden), "model.norm.weight": torch.ones(hidden)}
+    tensors = {"model.embed_tokens.weight": torch.ones(101, hidden), "model.norm.weight": torch.ones(hidden)}
     for layer in range(num_layers):
         prefix = f"model.layers.{layer}."
         for name, shape in {
@@ -66,7 +66,7 @@ def write_llama(folder: Path, num_layers: int) -> int:
             "mlp.up_proj": (ffn, hidden),
             "mlp.down_proj": (hidden, ffn),
         }.items():
-            tensors[f"{prefix}{name}.weight"] = torch.zeros(shape)
+            tensors[f"{prefix}{name}.weight"] = torch.ones(shape)
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = sizes | {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True}
