@@ -22,6 +22,8 @@ from spikingbrain_train.conversion.published_form import published_class_lacks
 from spikingbrain_train.conversion.window_convention import WINDOW_KEY
 from spikingbrain_train.hf import AUTO_MAP
 
+_KERNEL_CHOICES = {"attn_mode": "chunk", "conv_size": 4, "fuse_cross_entropy": True}
+"""Keys of the published class that change no result; a source's own are kept."""
 _OWN_KEYS = "spikingbrain_train"
 """Key of what config.json says for readers of the file alone."""
 
@@ -148,7 +150,9 @@ def _architecture(model: ModelConfig, family: Family, config: dict[str, Any]) ->
         keys.update({"rope_theta": model.rotary_base} if "rope_theta" in config else {})
     else:
         keys.update(rope_theta=model.rotary_base, rope_scaling=rope)
-    return keys | (_hybrid_keys(model) if family is GLA_SWA else {})
+    if family is GLA_SWA:
+        keys |= {key: config.get(key, value) for key, value in _KERNEL_CHOICES.items()} | _hybrid_keys(model)
+    return keys
 
 
 def _hybrid_keys(model: ModelConfig) -> dict[str, Any]:
@@ -164,9 +168,6 @@ def _hybrid_keys(model: ModelConfig) -> dict[str, Any]:
         "qk_norm": model.qk_layernorm,
         "gate_low_rank_dim": model.gla.gate_low_rank_dim,
         "gate_logit_normalizer": model.gla.gate_logit_normalizer,
-        "attn_mode": "chunk",
         "use_short_conv": False,
-        "conv_size": 4,
         "elementwise_affine": True,
-        "fuse_cross_entropy": True,
     }

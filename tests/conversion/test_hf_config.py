@@ -216,8 +216,9 @@ def test_an_unchanged_model_keeps_its_config(config: dict[str, Any]) -> None:
 
 
 def test_an_unchanged_published_model_keeps_its_keys_beside_those_of_this_project() -> None:
-    written = hf_config(parse(GLA_SWA), GLA_SWA, "float32")
-    assert {key: written[key] for key in GLA_SWA} == GLA_SWA
+    published = GLA_SWA | {"attn_mode": "fused_chunk", "fuse_cross_entropy": False}
+    written = hf_config(parse(published), published, "float32")
+    assert {key: written[key] for key in published} == published
     assert (written["dtype"], written["torch_dtype"]) == ("float32", "float32")
     assert written["attention_window"] == GLA_SWA["sliding_window"] + 1
 
