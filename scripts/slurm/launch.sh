@@ -9,6 +9,7 @@
 #   MASTER_ADDR       host of the rendezvous                  (default: first node of the allocation)
 #   MASTER_PORT       its port                                (default: from the job id, 15000-29999)
 #   LOG_DIR           one log file per node goes there        (default: outputs/slurm/<job id>)
+#   STOP_SECONDS      from the warning on, how long a run may take to save   (default: 540)
 #   CONTAINER_IMAGE   a .sif file runs under apptainer; anything else is given to srun's pyxis plugin
 #   CONTAINER_MOUNTS  source:target[,source:target...]        (default: this checkout, at its own path)
 #   CONTAINER_ARGS    further words for `apptainer exec` or `srun`, such as --nv
@@ -74,31 +75,53 @@ mkdir -p "$log_dir" || fail "$log_dir cannot be created; set LOG_DIR to a folder
 printf 'job %s, start %d: %d nodes x %d ranks, rendezvous %s:%s\nlogs: %s/node*.log\nrun: %s\n' \
     "$SLURM_JOB_ID" "$((restarts + 1))" "$nodes" "$ranks" "$MASTER_ADDR" "$MASTER_PORT" "$log_dir" "${torchrun[*]@Q}"
 
-# Slurm sends SIGUSR1 ahead of the time limit and of a preemption (#SBATCH --signal): back into the queue in time.
+# Slurm sends SIGUSR1 to this script ahead of the time limit and of a preemption (#SBATCH --signal). It is handed
+# to srun, and so to every rank: they finish the step, save, and end with exit code 75, which torchrun turns
+# into 1. The job goes back into the queue then, or after STOP_SECONDS, whatever comes first: requeueing ends
+# what still runs.
+step=
 interrupted=no
+warned=no
 requeued=no
-# shellcheck disable=SC2317  # called by the trap
-requeue() {
+# shellcheck disable=SC2317  # called by the traps
+warn() {
     interrupted=yes
-    printf 'job %s: stopping soon, requeueing; it will continue from its newest checkpoint\n' "$SLURM_JOB_ID"
+    [ "$warned" = no ] || return 0
+    warned=yes
+    printf 'job %s: stopping soon; the run saves, then the job is requeued\n' "$SLURM_JOB_ID"
+    [ -z "$step" ] || kill -USR1 "$step" || true
+    (sleep "${STOP_SECONDS:-540}" && kill -USR2 $$) >/dev/null 2>&1 &
+}
+# shellcheck disable=SC2317
+overdue() {
+    interrupted=yes
+    printf 'job %s: the run has not saved in time\n' "$SLURM_JOB_ID" >&2
+    requeue
+}
+requeue() {
+    printf 'job %s: requeueing; it will continue from its newest checkpoint\n' "$SLURM_JOB_ID"
     if scontrol requeue "$SLURM_JOB_ID"; then
         requeued=yes
     else
         printf 'job %s could not be requeued; submit it again to continue\n' "$SLURM_JOB_ID" >&2
     fi
 }
-trap requeue USR1
+trap warn USR1
+trap overdue USR2
 
 # torchrun takes its options from PET_* variables too; the node's rank is the one that is known only on the node.
+# torchrun would die of SIGUSR1; the ranks, which it starts, take it up again.
 # shellcheck disable=SC2016
-srun "${srun_options[@]}" bash -c 'export PET_NODE_RANK=$SLURM_NODEID; exec "$@"' on_node "${inside[@]}" "${torchrun[@]}" &
+srun "${srun_options[@]}" bash -c 'trap "" USR1; export PET_NODE_RANK=$SLURM_NODEID; exec "$@"' on_node "${inside[@]}" "${torchrun[@]}" &
 step=$!
+[ "$warned" = no ] || kill -USR1 "$step" || true
 while :; do # a trapped signal ends `wait`, not the step
     interrupted=no
     status=0
     wait "$step" || status=$?
     [ "$interrupted" = yes ] || break
 done
+[ "$requeued" = no ] && [ "$warned" = yes ] && [ "$status" -ne 0 ] && requeue
 [ "$requeued" = no ] || exit 0
 [ "$status" -eq 0 ] ||
     printf 'job %s failed with exit code %d; see %s/node*.log\n' "$SLURM_JOB_ID" "$status" "$log_dir" >&2

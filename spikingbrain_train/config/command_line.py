@@ -14,6 +14,8 @@ from spikingbrain_train.config.errors import SpikingBrainError
 
 USER_ERROR = 2
 """Exit code for an error that the user can fix (argparse's own code for a wrong command line)."""
+START_AGAIN = 75
+"""Exit code of a run that was asked to stop and has saved: the same command goes on (EX_TEMPFAIL)."""
 
 _ADVICE = {
     errno.ENOSPC: "free some space or choose another folder",

@@ -5,6 +5,7 @@ Each rank reads whole samples and keeps the slice of the sequence that its conte
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypedDict
@@ -183,6 +184,7 @@ def build_data_loader(
         num_workers=num_workers,
         pin_memory=pin_memory,
         collate_fn=collate,
+        worker_init_fn=_leave_signals_to_parent,
         # Without its own generator a loader draws from the global one when it starts, and a resumed run,
         # which starts one loader more, would see other dropout masks than an uninterrupted one.
         generator=torch.Generator().manual_seed(seed),
@@ -197,3 +199,10 @@ def _in_own_words(loader: DataLoader) -> Iterator[WholeBatch]:
         yield from loader
     except DataError as error:
         raise DataError(str(error).rpartition(f"{DataError.__name__}: ")[2].strip()) from error
+
+
+def _leave_signals_to_parent(_worker: int) -> None:
+    """A signal to the whole group asks the run to stop after its step, which still needs its loaders; the
+    trainer ends them itself.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1})

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import torch
+from omegaconf import OmegaConf
 
 from spikingbrain_train.config.checkpoint_folder import (
     CHECKPOINT_FOLDER,
@@ -19,6 +21,7 @@ from spikingbrain_train.config.checkpoint_folder import (
     set_aside_newer,
     set_latest_iteration,
 )
+from spikingbrain_train.config.command_line import START_AGAIN
 from spikingbrain_train.config.file_checks import iteration_to_resume
 from spikingbrain_train.config.kinds import of_kind
 from spikingbrain_train.config.run import RunConfig, StageConfig, StageKind
@@ -55,6 +58,7 @@ from spikingbrain_train.training.heat_map import HeatMap
 from spikingbrain_train.training.metrics import MetricsLogger
 from spikingbrain_train.training.optimizer import build_optimizer, build_scheduler, update_weights
 from spikingbrain_train.training.pretraining import ContinualPretraining
+from spikingbrain_train.training.signals import StopSignals
 from spikingbrain_train.training.spike_annealing import spike_k
 from spikingbrain_train.training.stage_step import StageStep
 from spikingbrain_train.training.throughput import (
@@ -69,6 +73,7 @@ def run(config: RunConfig) -> None:
 
     Raises:
         SpikingBrainError: something the user can fix; every rank raises it or is stopped by the launcher.
+        SystemExit: with code START_AGAIN on every rank, when the run was asked to stop and has saved.
     """
     accelerator = detect(config.cluster.accelerator)
     timeout = config.cluster.timeout_minutes
@@ -82,9 +87,14 @@ def run(config: RunConfig) -> None:
             slow = slow_format_warning(f"precision={choice.precision.value}", dtype, accelerator)
             print(*(line for line in (choice.describe(), slow) if line), sep="\n", flush=True)
         with locked_output_dir(config.output_dir, groups):
-            Trainer(replace(config, precision=choice.precision), groups).train()
+            finished = Trainer(replace(config, precision=choice.precision), groups).train()
+        if not finished and groups.world_size > 1:
+            # torchrun ends the others as soon as one is gone; rank 0 may still have been closing its metrics.
+            torch.distributed.barrier()
     finally:
         destroy()
+    if not finished:
+        raise SystemExit(START_AGAIN)
 
 
 _STEPS: dict[StageKind, Callable[[StageConfig, ProcessGroups, HybridGPTModel | None], StageStep]] = {
@@ -108,6 +118,7 @@ class Trainer:
         self.groups = groups
         self.checkpoints = Path(config.output_dir) / CHECKPOINT_FOLDER
         self.progress = ProgressPrinter(config.stage.train_iters)
+        self.stop_signals = StopSignals(groups)
         resuming = self._is_resuming()
         with self._activity("opening the data"):
             self._open_data()
@@ -148,12 +159,21 @@ class Trainer:
             config.output_dir,
             is_logging_rank=groups.is_main_process,
             resumed_iteration=self.state.iteration,
+            run_config=cast(
+                dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+            ),
         )
 
-    def train(self) -> None:
-        """Run from the current iteration to the last."""
+    def train(self) -> bool:
+        """Run from the current iteration to the last, or until a signal asks to stop (see StopSignals).
+
+        Returns:
+            Whether the last iteration is done. Either way the newest checkpoint is that of the current one.
+        """
         config, state = self.config, self.state
-        with self.metrics, self.progress.watched():
+        with ExitStack() as stack:
+            stack.enter_context(self.metrics)
+            stack.enter_context(self.progress.watched())
             timer = ThroughputTimer()
             flops_per_token, peak_tflops = self._speed_of_light()
             if state.iteration == 0:
@@ -162,10 +182,12 @@ class Trainer:
                     self._prepare()
             tokens_per_step = config.stage.global_batch_size * config.stage.seq_length
             batches = self._train_batches(state.consumed_samples)
+            stop = stack.enter_context(self.stop_signals)
             while state.iteration < config.stage.train_iters:
                 metrics = self._train_step(batches)
                 timer.step(tokens_per_step)
                 last = state.iteration == config.stage.train_iters
+                asked = stop.requested()
                 self._tell_step()
                 if last or state.iteration % config.logging.log_interval == 0:
                     speed = timer.interval()
@@ -184,10 +206,15 @@ class Trainer:
                         heat_maps["moe/expert_load"] = load.heat_map()
                     self._report(metrics, speed.seconds_per_iteration, heat_maps)
                 with timer.pause():
-                    if last or _is_due(state.iteration, config.logging.eval_interval):
+                    # Who asks to stop does not wait long: the checkpoint comes first, and nothing after it.
+                    if last or (not asked and _is_due(state.iteration, config.logging.eval_interval)):
                         self._evaluate()
-                    if last or _is_due(state.iteration, config.checkpoint.save_interval):
+                    if last or asked or _is_due(state.iteration, config.checkpoint.save_interval):
                         self._save()
+                if asked and not last:
+                    self._say(f"{asked.name}: stopped at iteration {state.iteration}; start again to go on")
+                    return False
+        return True
 
     def _train_step(self, batches: Iterator[MicroBatch]) -> dict[str, float]:
         config, state = self.config, self.state

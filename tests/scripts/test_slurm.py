@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -14,19 +15,29 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SLURM = ROOT / "scripts" / "slurm"
 
-# Runs what srun was given once per node, as srun would.
+# Runs what srun was given once per node, as srun would, and hands SIGUSR1 on to all of it.
 SRUN = """#!/usr/bin/env bash
 printf '%s\\n' "$@" > "$RECORD/srun"
 while [ "$1" != bash ]; do shift; done
-for node in 0 1; do SLURM_NODEID=$node "$@" || exit; done
+tasks=()
+trap 'kill -USR1 "${tasks[@]}"' USR1
+for node in 0 1; do SLURM_NODEID=$node "$@" & tasks+=($!); done
+for task in "${tasks[@]}"; do
+    while wait "$task"; code=$?; kill -0 "$task" 2> /dev/null; do :; done
+    [ "$code" = 0 ] || exit "$code"
+done
 """
 SCONTROL = """#!/usr/bin/env bash
-if [ "$1" = show ]; then printf 'node-a\\nnode-b\\n'; else printf '%s\\n' "$@" > "$RECORD/scontrol"; fi
+if [ "$1" = show ]; then printf 'node-a\\nnode-b\\n'; else
+    (cd "$RECORD" && ls -d saved* 2> /dev/null) > "$RECORD/.saved"
+    mv "$RECORD/.saved" "$RECORD/saved_when_requeued"
+    printf '%s\\n' "$@" > "$RECORD/scontrol"
+fi
 """
 PYTHON = """#!/usr/bin/env bash
 printf '%s\\n' "$@" > "$RECORD/torchrun$PET_NODE_RANK"
 env > "$RECORD/env$PET_NODE_RANK"
-[ -z "$WAIT_FOR" ] || while [ ! -e "$WAIT_FOR" ]; do sleep 0.05; done
+[ -z "$TRAINER" ] || exec "$TRAINER_PYTHON" "$TRAINER"
 exit "${EXIT_CODE:-0}"
 """
 APPTAINER = """#!/usr/bin/env bash
@@ -161,20 +172,72 @@ def test_requeued_job_resumes_whatever_it_was_told_first(allocation: Allocation)
     assert allocation.called("torchrun0")[-1] == "checkpoint.resume=never"
 
 
-def test_early_warning_requeues_and_lets_the_step_run(allocation: Allocation, tmp_path: Path) -> None:
-    finish = tmp_path / "finish"
-    environment = {**allocation.environment, "WAIT_FOR": str(finish)}
-    with subprocess.Popen(allocation.command(), env=environment, text=True, stdout=subprocess.PIPE) as job:
-        wait_for(allocation.record / "env0")
-        job.send_signal(signal.SIGUSR1)
-        wait_for(allocation.record / "scontrol")
+# A run that saves when it is told to stop, and ends as torchrun does then.
+TRAINER = """
+import os, signal, sys, time
+from pathlib import Path
+assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN, "torchrun would die of it"
+warned = []
+signal.signal(signal.SIGUSR1, lambda *_: warned.append(True))
+record, node = Path(os.environ["RECORD"]), os.environ["PET_NODE_RANK"]
+(record / f"ready{node}").touch()
+while not warned:
+    time.sleep(0.02)
+time.sleep(float(os.environ["SAVING_TAKES"]))
+(record / f"saved{node}").touch()
+sys.exit(int(os.environ["EXIT_CODE"]))
+"""
+
+
+class TestWarning:
+    """Slurm's SIGUSR1 ahead of the end."""
+
+    @pytest.fixture
+    def warned(self, allocation: Allocation, tmp_path: Path):
+        """Runs a job, warns it, and returns (exit code, output, who had saved when the job was requeued)."""
+        trainer = tmp_path / "trainer.py"
+        trainer.write_text(TRAINER)
+
+        def run(**variables: str) -> tuple[int, str, list[str]]:
+            environment = {
+                **allocation.environment,
+                **{"TRAINER": str(trainer), "TRAINER_PYTHON": sys.executable},
+                **{"EXIT_CODE": "1", "SAVING_TAKES": "0.3", **variables},
+            }
+            with subprocess.Popen(
+                allocation.command(),
+                env=environment,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            ) as job:
+                for node in (0, 1):
+                    wait_for(allocation.record / f"ready{node}")
+                job.send_signal(signal.SIGUSR1)
+                output, _ = job.communicate(timeout=30)
+            requeued = allocation.record / "saved_when_requeued"
+            return job.returncode, output, requeued.read_text().split() if requeued.exists() else []
+
+        return run
+
+    def test_the_ranks_of_all_nodes_save_before_the_job_is_requeued(
+        self, allocation: Allocation, warned
+    ) -> None:
+        code, output, saved = warned()
         assert allocation.called("scontrol") == ["requeue", "31007"]
-        time.sleep(0.2)
-        assert job.poll() is None, "the step has not ended, so neither has the job"
-        finish.touch()
-        output, _ = job.communicate(timeout=30)
-    assert job.returncode == 0
-    assert "requeueing" in output
+        assert saved == ["saved0", "saved1"]
+        assert code == 0 and "requeueing" in output and "failed" not in output
+
+    def test_a_run_that_does_not_save_in_time_is_requeued_all_the_same(
+        self, allocation: Allocation, warned
+    ) -> None:
+        code, output, saved = warned(STOP_SECONDS="0.2", SAVING_TAKES="2")
+        assert allocation.called("scontrol") == ["requeue", "31007"]
+        assert saved == [] and code == 0 and "has not saved in time" in output
+
+    def test_a_run_that_ends_by_itself_is_not_requeued(self, allocation: Allocation, warned) -> None:
+        code, output, _ = warned(EXIT_CODE="0")
+        assert code == 0 and not (allocation.record / "scontrol").exists()
 
 
 def test_failure_on_a_node_fails_the_job_and_names_the_logs(allocation: Allocation) -> None:

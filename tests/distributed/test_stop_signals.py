@@ -1,0 +1,192 @@
+"""A run that is asked to stop finishes its step, saves, and goes on later as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from spikingbrain_train.config.checkpoint_folder import latest_iteration
+from spikingbrain_train.config.command_line import START_AGAIN
+from spikingbrain_train.config.parallel import ParallelConfig
+from spikingbrain_train.config.run import RunConfig
+from spikingbrain_train.parallel.process_groups import ProcessGroups
+from spikingbrain_train.training.metrics import METRICS_FILE, read_metrics
+from spikingbrain_train.training.signals import STOPPING, StopSignals
+from tests.distributed.pool import RankPool
+from tests.distributed.small_runs import checkpoint_config, run_config, train
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in STOPPING}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+class _OneRank:
+    world_size = 1
+
+
+@pytest.mark.parametrize("number", STOPPING)
+def test_a_signal_is_held_back_until_the_run_asks(number: signal.Signals, handlers: None) -> None:
+    stop = StopSignals(_OneRank())  # type: ignore[arg-type]
+    with stop:
+        assert stop.requested() is None
+        os.kill(os.getpid(), number)
+        assert stop.requested() is number
+    # Nothing that the launcher sends now may change how the process ends.
+    assert signal.getsignal(number) is signal.SIG_IGN
+
+
+def test_the_second_interrupt_ends_at_once(handlers: None) -> None:
+    with pytest.raises(KeyboardInterrupt), StopSignals(_OneRank()):  # type: ignore[arg-type]
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_without_a_signal_everything_is_as_before(handlers: None) -> None:
+    before = {number: signal.getsignal(number) for number in STOPPING}
+    stop = StopSignals(_OneRank())  # type: ignore[arg-type]
+    with stop:
+        assert stop.requested() is None
+    assert {number: signal.getsignal(number) for number in STOPPING} == before
+
+
+def test_a_warning_that_comes_before_the_first_step_is_not_missed(handlers: None) -> None:
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # as launch.sh starts a run
+    stop = StopSignals(_OneRank())  # type: ignore[arg-type]
+    os.kill(os.getpid(), signal.SIGUSR1)
+    with stop:
+        assert stop.requested() is signal.SIGUSR1
+
+
+def _train_and_interrupt(
+    groups: ProcessGroups, config: RunConfig, rank: int, iteration: int, number: signal.Signals
+) -> tuple[bool, int, list[float]]:
+    """Train, with ``number`` sent to one rank in mid-step. Returns (finished, iteration, losses)."""
+    from spikingbrain_train.training.trainer import Trainer
+
+    before = {other: signal.getsignal(other) for other in STOPPING}
+    trainer = Trainer(config, groups)
+    forward_backward, steps = trainer.step.forward_backward, []
+
+    def interrupted(*arguments: object) -> dict[str, float]:
+        if groups.rank == rank and trainer.state.iteration == iteration - 1:
+            os.kill(os.getpid(), number)
+        metrics = forward_backward(*arguments)
+        steps.append(metrics["train/loss"])
+        return metrics
+
+    trainer.step.forward_backward = interrupted  # type: ignore[method-assign]
+    try:
+        return trainer.train(), trainer.state.iteration, steps
+    finally:
+        for other, handler in before.items():
+            signal.signal(other, handler)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "rank", "number"),
+    [
+        (ParallelConfig(tensor_model_parallel_size=2), 1, signal.SIGUSR1),
+        (ParallelConfig(use_distributed_optimizer=True), 0, signal.SIGTERM),
+    ],
+    ids=["TP 2, one rank warned", "DP 2, distributed optimizer, one rank terminated"],
+)
+def test_all_ranks_stop_after_the_same_step_and_the_resumed_losses_are_bit_identical(
+    parallel: ParallelConfig,
+    rank: int,
+    number: signal.Signals,
+    ranks: RankPool,
+    tmp_path: Path,
+    text: Path,
+    hybrid_checkpoint: Path,
+) -> None:
+    whole, parts = (
+        run_config(tmp_path / name, text, parallel=parallel, checkpoint=checkpoint_config(hybrid_checkpoint))
+        for name in ("whole", "parts")
+    )
+    uninterrupted = ranks.run(train, whole, world_size=2, parallel=parallel)
+
+    stopped = ranks.run(_train_and_interrupt, parts, rank, 3, number, world_size=2, parallel=parallel)
+    assert [(finished, iteration) for finished, iteration, _ in stopped] == [(False, 3)] * 2
+    assert latest_iteration(tmp_path / "parts" / "checkpoints") == 3
+
+    resumed = ranks.run(train, parts, world_size=2, parallel=parallel)
+    assert resumed == [steps[3:] for steps in uninterrupted]
+    points, expected = read_metrics(tmp_path / "parts"), read_metrics(tmp_path / "whole")
+    assert [point.get("train/loss") for point in points] == [point.get("train/loss") for point in expected]
+
+
+def _start(folder: Path, text: Path, *launcher: str) -> subprocess.Popen[str]:
+    arguments = [
+        *("model=tiny_hybrid", "model.vocab_size=130", "cluster=cpu", "precision=fp32", "parallel=single"),
+        *(f"data.train=[{text}]", "stage.seq_length=64", "stage.global_batch_size=2", "output_dir=run"),
+        *("stage.train_iters=100000", "logging.log_interval=1", "logging.tensorboard=false"),
+        *("cluster.peak_tflops=1", "model.share_embeddings_and_output_weights=true"),
+    ]
+    return subprocess.Popen(
+        [sys.executable, *launcher, str(REPOSITORY / "train.py"), *arguments],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def _wait_for_steps(process: subprocess.Popen[str], folder: Path) -> None:
+    metrics, deadline = folder / "run" / METRICS_FILE, time.monotonic() + 200
+    while not metrics.exists() or metrics.read_text().count("\n") < 3:
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            raise AssertionError(process.communicate()[0])
+        time.sleep(0.1)
+
+
+def _end(process: subprocess.Popen[str]) -> str:
+    try:
+        return process.communicate(timeout=120)[0]
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", STOPPING)
+def test_a_process_that_is_asked_to_stop_saves_and_says_start_again(
+    number: signal.Signals, tmp_path: Path, text: Path
+) -> None:
+    process = _start(tmp_path, text)
+    _wait_for_steps(process, tmp_path)
+    process.send_signal(number)
+    output = _end(process)
+    assert process.returncode == START_AGAIN, output
+    assert f"{number.name}: stopped at iteration" in output and "Traceback" not in output
+    last = json.loads((tmp_path / "run" / METRICS_FILE).read_text().splitlines()[-1])
+    assert latest_iteration(tmp_path / "run" / "checkpoints") == last["iteration"]
+
+
+@pytest.mark.slow
+def test_torchrun_hands_its_signal_on_and_every_rank_ends_with_the_code(tmp_path: Path, text: Path) -> None:
+    process = _start(tmp_path, text, "-m", "torch.distributed.run", "--nproc-per-node", "2")
+    _wait_for_steps(process, tmp_path)
+    process.send_signal(signal.SIGTERM)
+    output = _end(process)
+    assert "SIGTERM: stopped at iteration" in output, output
+    assert process.returncode != 0
+    last = json.loads((tmp_path / "run" / METRICS_FILE).read_text().splitlines()[-1])
+    assert latest_iteration(tmp_path / "run" / "checkpoints") == last["iteration"]
