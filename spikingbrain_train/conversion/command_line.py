@@ -9,9 +9,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from spikingbrain_train.config.checkpoint_folder import LATEST_ITERATION_FILE, MODEL_CONFIG_FILE
 from spikingbrain_train.config.command_line import user_errors
 from spikingbrain_train.config.errors import ConfigurationError
-from spikingbrain_train.config.load import load_conversion
+from spikingbrain_train.config.load import load_conversion, load_model_config
+from spikingbrain_train.config.model_checks import check_conversion, check_model
+from spikingbrain_train.conversion.checkpoint_paths import resolve_checkpoint
+from spikingbrain_train.conversion.hf_folder import CONFIG_FILE, load_config_json, read_weight_map
+from spikingbrain_train.conversion.output_folder import check_output_folder
 from spikingbrain_train.conversion.window_convention import WindowConvention
 from spikingbrain_train.reporting.activity import activity
 
@@ -199,6 +204,11 @@ def _import(arguments: argparse.Namespace) -> str:
             f"{arguments.overrides[0]} changes a recipe, but none is given; add --conversion"
         )
     recipe = arguments.conversion and load_conversion(arguments.conversion, arguments.overrides)
+    if recipe:
+        check_conversion(recipe)
+    load_config_json(arguments.hf)
+    read_weight_map(arguments.hf)
+    _check_output(arguments, arguments.hf, LATEST_ITERATION_FILE)
     with activity("importing torch"):
         from spikingbrain_train.conversion.import_checkpoint import import_checkpoint
 
@@ -216,6 +226,9 @@ def _import(arguments: argparse.Namespace) -> str:
 
 def _export(arguments: argparse.Namespace) -> str:
     max_shard_size = _bytes(arguments.max_shard_size)
+    checkpoint = resolve_checkpoint(arguments.checkpoint)
+    check_model(load_model_config(checkpoint / MODEL_CONFIG_FILE))
+    _check_output(arguments, checkpoint, CONFIG_FILE)
     with activity("importing torch"):
         import torch
 
@@ -232,7 +245,24 @@ def _export(arguments: argparse.Namespace) -> str:
     ).table()
 
 
+def _check_output(arguments: argparse.Namespace, source: Path, marker: str) -> None:
+    """Before torch is imported; what will be written is only known after it."""
+    check_output_folder(
+        arguments.output,
+        source=source,
+        overwrite=arguments.overwrite,
+        marker=marker,
+        needed_bytes=0,
+        dry_run=True,
+    )
+
+
 def _inspect(arguments: argparse.Namespace) -> str:
+    if (arguments.folder / CONFIG_FILE).is_file():
+        load_config_json(arguments.folder)
+        read_weight_map(arguments.folder)
+    else:
+        resolve_checkpoint(arguments.folder)
     from spikingbrain_train.conversion.inspect_checkpoint import inspect_checkpoint
 
     return inspect_checkpoint(arguments.folder)

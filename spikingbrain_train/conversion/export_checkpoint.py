@@ -17,11 +17,12 @@ from spikingbrain_train.config.load import load_model_config
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.model_checks import check_model
 from spikingbrain_train.config.stored_layers import check_number_of_layers
+from spikingbrain_train.conversion.checkpoint_paths import resolve_checkpoint
 from spikingbrain_train.conversion.companion_files import find_companion_files, has_tokenizer
 from spikingbrain_train.conversion.export_config import export_family, hf_config
 from spikingbrain_train.conversion.hf_config import CONFIG_FILE, GLA_SWA, load_config_json
 from spikingbrain_train.conversion.mapping import Parameter, model_parameters
-from spikingbrain_train.conversion.megatron_checkpoint import MegatronCheckpointReader, resolve_checkpoint
+from spikingbrain_train.conversion.megatron_checkpoint import MegatronCheckpointReader
 from spikingbrain_train.conversion.output_folder import check_output_folder, complete_folder
 from spikingbrain_train.conversion.published_form import Completion, completions, published_class_lacks
 from spikingbrain_train.conversion.report import ConversionReport, describe_layers

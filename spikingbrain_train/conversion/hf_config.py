@@ -20,6 +20,7 @@ from spikingbrain_train.config.model import (
     RopeScalingConfig,
 )
 from spikingbrain_train.config.stored_layers import check_number_of_layers
+from spikingbrain_train.conversion.hf_folder import CONFIG_FILE, load_config_json
 from spikingbrain_train.conversion.hf_names import GLA_SWA_NAMES, LLAMA_NAMES
 from spikingbrain_train.conversion.safetensors_io import SafetensorsReader
 from spikingbrain_train.conversion.window_convention import (
@@ -29,7 +30,6 @@ from spikingbrain_train.conversion.window_convention import (
 )
 from spikingbrain_train.hf import ARCHITECTURES
 
-CONFIG_FILE = "config.json"
 DEFAULT_ROPE_THETA = 10000.0  # transformers' default in every family read here
 
 
@@ -96,32 +96,6 @@ class _Settings:
         if not isinstance(value, list) or not all(type(i) is int and 0 <= i < num_layers for i in value):
             raise self.refuse(key, f"must list 0-based layer indices below num_hidden_layers = {num_layers}")
         return value
-
-
-def load_config_json(folder: Path) -> dict[str, Any]:
-    """The dictionary in ``folder/config.json``.
-
-    Raises:
-        CheckpointError: the folder or file is missing, or it is not a JSON object.
-    """
-    path = folder / CONFIG_FILE
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        if not folder.is_dir():
-            raise CheckpointError(
-                f"{folder} is not a folder; give the folder of a Hugging Face checkpoint"
-            ) from None
-        raise CheckpointError(
-            f"{folder} has no {CONFIG_FILE}; give the folder of a Hugging Face checkpoint"
-        ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read as JSON ({error}); copy it again from its source"
-        ) from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} does not hold a JSON object; copy it again from its source")
-    return values
 
 
 def read_hf_config(

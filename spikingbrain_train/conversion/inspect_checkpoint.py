@@ -12,11 +12,12 @@ from spikingbrain_train.config.checkpoint_folder import HF_SOURCE_FOLDER, MODEL_
 from spikingbrain_train.config.load import load_model_config
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.stored_layers import check_number_of_layers
+from spikingbrain_train.conversion.checkpoint_paths import resolve_checkpoint
 from spikingbrain_train.conversion.companion_files import has_tokenizer
 from spikingbrain_train.conversion.export_checkpoint import check_tensors
 from spikingbrain_train.conversion.export_config import export_family, unexportable_parts
 from spikingbrain_train.conversion.hf_config import CONFIG_FILE, read_hf_config
-from spikingbrain_train.conversion.megatron_checkpoint import MegatronCheckpointReader, resolve_checkpoint
+from spikingbrain_train.conversion.megatron_checkpoint import MegatronCheckpointReader
 from spikingbrain_train.conversion.report import describe_layers
 from spikingbrain_train.conversion.safetensors_io import SafetensorsReader, refuse_quantised
 

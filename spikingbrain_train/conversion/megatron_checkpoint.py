@@ -31,11 +31,6 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from spikingbrain_train.config.checkpoint_folder import (
-    CHECKPOINT_FOLDER,
-    LATEST_ITERATION_FILE,
-    latest_checkpoint,
-)
 from spikingbrain_train.config.checkpoint_manifest import Parts, checksums, read_manifest, write_manifest
 from spikingbrain_train.config.errors import CheckpointError
 from spikingbrain_train.parallel.checkpoint_metadata import (
@@ -46,19 +41,6 @@ from spikingbrain_train.parallel.checkpoint_metadata import (
 )
 
 _FILE_BYTES = 5 * 1024**3  # a data file is closed when it has grown beyond this
-
-
-def resolve_checkpoint(path: Path) -> Path:
-    """The folder of one checkpoint: ``path`` itself if it is an ``iter_*`` folder, or the newest one in
-    ``path``, a checkpoint folder or the folder of a run.
-
-    Raises:
-        CheckpointError: there is no complete Megatron checkpoint.
-    """
-    if (path / METADATA_FILE).is_file():
-        return path
-    is_run = not (path / LATEST_ITERATION_FILE).is_file() and (path / CHECKPOINT_FOLDER).is_dir()
-    return latest_checkpoint(path / CHECKPOINT_FOLDER if is_run else path, "--checkpoint")
 
 
 class MegatronCheckpointWriter:

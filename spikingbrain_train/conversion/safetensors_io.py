@@ -17,9 +17,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from spikingbrain_train.config.errors import CheckpointError
+from spikingbrain_train.conversion.hf_folder import INDEX_FILE, SINGLE_FILE, read_weight_map
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
 
@@ -54,7 +53,7 @@ class SafetensorsReader:
         self.folder = folder
         self.specs: dict[str, TensorSpec] = {}
         self._files: dict[str, Path] = {}
-        weight_map = self._weight_map()
+        weight_map = read_weight_map(folder)
         for file_name in dict.fromkeys(weight_map.values()) if weight_map else [SINGLE_FILE]:
             self._read_header(folder / file_name)
         for name, file_name in weight_map.items():
@@ -83,33 +82,6 @@ class SafetensorsReader:
                 return file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: {name} cannot be read ({error}); copy the file again") from None
-
-    def _weight_map(self) -> dict[str, str]:
-        """Tensor name -> shard file name; empty for a checkpoint in one file."""
-        if (self.folder / SINGLE_FILE).exists():  # transformers prefers it over an index, too
-            return {}
-        path = self.folder / INDEX_FILE
-        try:
-            weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        except FileNotFoundError:
-            raise CheckpointError(
-                f"{self.folder} has neither {SINGLE_FILE} nor {INDEX_FILE}; save the model with "
-                "save_pretrained(..., safe_serialization=True) first"
-            ) from None
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise CheckpointError(f"{path} is malformed ({error!r}); copy it again from its source") from None
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{path}: weight_map lists no tensors; copy it again from its source")
-        for name, file_name in weight_map.items():
-            if (
-                not isinstance(file_name, str)
-                or file_name in (".", "..", "")
-                or set(file_name) & set("/\\\0")
-            ):
-                raise CheckpointError(
-                    f"{path}: the shard of {name} must be a file name inside the folder, got {file_name!r}"
-                )
-        return weight_map
 
     def _read_header(self, path: Path) -> None:
         try:

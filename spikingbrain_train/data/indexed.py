@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from spikingbrain_train.config.errors import DataError
+from spikingbrain_train.data.dataset_files import SUFFIXES, existing_files
 from spikingbrain_train.data.token_file import TokenFile, document_starts, num_tokens, read_tokens
 from spikingbrain_train.data.token_ids import check_token_ids
 from spikingbrain_train.data.tokenizers import Tokenizer, was_made_by
@@ -38,9 +39,6 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
-
-SUFFIXES = (".bin", ".idx", ".json")
-"""The files of one dataset, in the order in which they are put in place."""
 
 
 @dataclass(frozen=True)
@@ -132,11 +130,6 @@ class IndexedDatasetWriter:
 def token_dtype(vocab_size: int) -> type[np.number]:
     """NumPy type in which token ids of that vocabulary are stored: uint16 below 65500 ids, else int32."""
     return _megatron().DType.optimal_dtype(vocab_size)
-
-
-def existing_files(prefix: str | Path) -> list[str]:
-    """Files of a dataset that already lie at ``prefix``."""
-    return [f"{prefix}{suffix}" for suffix in SUFFIXES if os.path.exists(f"{prefix}{suffix}")]
 
 
 def read_info(prefix: str | Path) -> DatasetInfo | None:

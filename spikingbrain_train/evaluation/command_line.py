@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from spikingbrain_train.config.command_line import user_errors
 from spikingbrain_train.config.errors import ConfigurationError
+from spikingbrain_train.config.file_checks import check_prefix
+from spikingbrain_train.evaluation.model_folder import check_model_folder, check_output_file
+from spikingbrain_train.evaluation.sampling import Sampling
 from spikingbrain_train.reporting.activity import activity
 
 if TYPE_CHECKING:
@@ -136,6 +139,11 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ConfigurationError(f"--{name.replace('_', '-')} is {value}; give at least 1")
+        if value is not None and value >= 2**31:
+            raise ConfigurationError(f"--{name.replace('_', '-')} is {value}; give less than 2**31")
+    _check_files(arguments)
+    for prefix in arguments.data:
+        check_prefix("--data", prefix)
     model = _load_model(arguments)
     with activity("opening the data"):
         from spikingbrain_train.data.gpt_dataset import open_valid_dataset
@@ -159,16 +167,19 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    with activity("importing torch and transformers"):
-        from spikingbrain_train.evaluation.generation import Sampling, generate_text
-        from spikingbrain_train.evaluation.pretrained import load_text_tokenizer
-
     sampling = Sampling(
         max_new_tokens=arguments.max_new_tokens,
         temperature=arguments.temperature,
         top_p=arguments.top_p,
         seed=arguments.seed,
     )
+    if not arguments.prompt:
+        raise ConfigurationError("--prompt is empty; give at least one word to go on from")
+    _check_files(arguments)
+    with activity("importing torch and transformers"):
+        from spikingbrain_train.evaluation.generation import generate_text
+        from spikingbrain_train.evaluation.pretrained import load_text_tokenizer
+
     model = _load_model(arguments)
     generation = generate_text(
         model, load_text_tokenizer(arguments.model), arguments.prompt, sampling, _show_text
@@ -179,6 +190,11 @@ def _generate(arguments: argparse.Namespace) -> None:
     print(f"cache: {generation.cache.describe()}")
     if arguments.output is not None:
         _write_json(arguments.output, asdict(generation))
+
+
+def _check_files(arguments: argparse.Namespace) -> None:
+    check_model_folder(arguments.model, arguments.trust_remote_code)
+    check_output_file(arguments.output, "--output")
 
 
 def _load_model(arguments: argparse.Namespace) -> PreTrainedModel:

@@ -6,7 +6,6 @@ itself runs with the user's leave only; everything else is refused here, or left
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,12 +15,12 @@ from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from spikingbrain_train.config.errors import CheckpointError, ConfigurationError
+from spikingbrain_train.config.errors import CheckpointError
 from spikingbrain_train.config.stored_layers import check_number_of_layers
+from spikingbrain_train.evaluation.model_folder import CONFIG_FILE, read_config, untrusted_code
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILE = "config.json"
 ADAPTER_FILE = "adapter_config.json"
 _QUANTISERS = ("quantization_config", "compression_config")
 _LOCAL_ATTENTION = (None, "eager", "sdpa")
@@ -36,14 +35,10 @@ def check_folder(folder: Path, trust_remote_code: bool) -> None:
         CheckpointError: it is no model folder, is quantised or an adapter, names code elsewhere, or claims
             more layers than it has.
     """
-    config = _read_config(folder)
+    config = read_config(folder)
     references = [str(value) for value in _values_of("auto_map", config)]
     if references and config.get("model_type") not in CONFIG_MAPPING and not trust_remote_code:
-        files = ", ".join(sorted(path.name for path in folder.glob("*.py")))
-        raise ConfigurationError(
-            f"{folder} brings its own modelling code ({files}); read it, and add --trust-remote-code "
-            "if it may run here"
-        )
+        raise untrusted_code(folder)
     if trust_remote_code and any("--" in reference for reference in references):
         raise CheckpointError(
             f"{folder / CONFIG_FILE}: auto_map names code of another repository ({', '.join(references)}); "
@@ -87,22 +82,6 @@ def _with_parts(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
     for value in list(vars(config).values()):
         if isinstance(value, PretrainedConfig):
             yield from _with_parts(value)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise CheckpointError(
-            f"{folder} is not a Hugging Face folder ({CONFIG_FILE} is missing); name one that "
-            "tools/export.py or save_pretrained wrote"
-        )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        config = None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} is not a JSON object; restore the file")
-    return config
 
 
 def _values_of(key: str, config: object) -> Iterator[Any]:

@@ -12,28 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from spikingbrain_train.config.errors import ConfigurationError
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen."""
-
-    max_new_tokens: int = 128
-    temperature: float = 0.8
-    """0 takes the likeliest token."""
-    top_p: float = 0.95
-    """Choose among the likeliest tokens whose probabilities sum to this."""
-    seed: int = 1234
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ConfigurationError(f"--max-new-tokens is {self.max_new_tokens}; give at least 1")
-        if not 0.0 <= self.temperature < float("inf"):
-            raise ConfigurationError(
-                f"--temperature is {self.temperature}; give 0 (greedy) or a positive number"
-            )
-        if not 0.0 < self.top_p <= 1.0:
-            raise ConfigurationError(f"--top-p is {self.top_p}; give a number above 0 and up to 1")
+from spikingbrain_train.evaluation.sampling import Sampling
 
 
 @dataclass(frozen=True)

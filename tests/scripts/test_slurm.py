@@ -24,8 +24,9 @@ trap 'kill -USR1 "${tasks[@]}"' USR1
 for node in 0 1; do SLURM_NODEID=$node "$@" & tasks+=($!); done
 for task in "${tasks[@]}"; do
     while wait "$task"; code=$?; kill -0 "$task" 2> /dev/null; do :; done
-    [ "$code" = 0 ] || exit "$code"
+    [ "$code" = 0 ] || worst=$code
 done
+exit "${worst:-0}"
 """
 SCONTROL = """#!/usr/bin/env bash
 if [ "$1" = show ]; then printf 'node-a\\nnode-b\\n'; else

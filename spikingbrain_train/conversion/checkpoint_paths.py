@@ -1,0 +1,27 @@
+"""Which checkpoint a path means. Decided before torch is there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from spikingbrain_train.config.checkpoint_folder import (
+    CHECKPOINT_FOLDER,
+    LATEST_ITERATION_FILE,
+    latest_checkpoint,
+)
+
+METADATA_FILE = ".metadata"
+"""File that only the folder of one checkpoint in torch's format has."""
+
+
+def resolve_checkpoint(path: Path) -> Path:
+    """The folder of one checkpoint: ``path`` itself if it is an ``iter_*`` folder, or the newest one in
+    ``path``, a checkpoint folder or the folder of a run.
+
+    Raises:
+        CheckpointError: there is no complete Megatron checkpoint.
+    """
+    if (path / METADATA_FILE).is_file():
+        return path
+    is_run = not (path / LATEST_ITERATION_FILE).is_file() and (path / CHECKPOINT_FOLDER).is_dir()
+    return latest_checkpoint(path / CHECKPOINT_FOLDER if is_run else path, "--checkpoint")

@@ -1,0 +1,69 @@
+"""What can be said of a model's folder, and of a file to write, before torch and transformers are there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from spikingbrain_train.config.errors import CheckpointError, ConfigurationError
+from spikingbrain_train.config.file_checks import check_output_folder
+from spikingbrain_train.hf import ARCHITECTURES
+
+CONFIG_FILE = "config.json"
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a Hugging Face folder.
+
+    Raises:
+        CheckpointError: it is missing, or no JSON object.
+    """
+    if not (folder / CONFIG_FILE).is_file():
+        raise CheckpointError(
+            f"{folder} is not a Hugging Face folder ({CONFIG_FILE} is missing); name one that "
+            "tools/export.py or save_pretrained wrote"
+        )
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{folder / CONFIG_FILE} is not a JSON object; restore the file")
+    return config
+
+
+def untrusted_code(folder: Path) -> ConfigurationError:
+    """The error for a folder that brings code which it may not run."""
+    files = ", ".join(sorted(path.name for path in folder.glob("*.py")))
+    return ConfigurationError(
+        f"{folder} brings its own modelling code ({files}); read it, and add --trust-remote-code "
+        "if it may run here"
+    )
+
+
+def check_model_folder(folder: Path, trust_remote_code: bool) -> None:
+    """Refuse what transformers cannot load anyway; :func:`~.folder_checks.check_folder` knows the rest.
+
+    Raises:
+        CheckpointError: config.json is missing or no JSON object, or there are no safetensors.
+        ConfigurationError: the folder is an export whose code it may not run.
+    """
+    config = read_config(folder)
+    # Which architectures need no code is only known to transformers, but ours is not among them.
+    if config.get("architectures") == ARCHITECTURES and "auto_map" in config and not trust_remote_code:
+        raise untrusted_code(folder)
+    if not any(folder.glob("*.safetensors")):
+        raise CheckpointError(
+            f"{folder} holds no weights in safetensors; copy the missing files, or write them with "
+            "save_pretrained"
+        )
+
+
+def check_output_file(path: Path | None, flag: str) -> None:
+    """``path`` can be written. Raises ConfigurationError, naming ``flag``."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise ConfigurationError(f"{flag} {path} is a folder; name a file")
+    check_output_folder(path.parent, flag)

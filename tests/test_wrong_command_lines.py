@@ -1,0 +1,161 @@
+"""Whatever is wrong with a tool's command line is said in one sentence, with exit code 2, before torch is
+imported: in a second instead of the twenty that torch and transformers take."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+# Runs one command line after the other as programs in one process, and says how each ended.
+RUN_ALL = """
+import contextlib, io, json, runpy, signal, sys
+
+def hang(*_):
+    raise TimeoutError("it hangs")
+
+signal.signal(signal.SIGALRM, hang)
+for line in sys.stdin:
+    sys.argv = json.loads(line)
+    said, code, modules = io.StringIO(), 0, None
+    signal.alarm(60)
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        code = end.code
+    except BaseException as error:
+        code = repr(error)
+    signal.alarm(0)
+    print(json.dumps([code, said.getvalue(), "torch" in sys.modules]), flush=True)
+"""
+
+EVALUATE = ("evaluate", "--model", "model", "--data", "text")
+GENERATE = ("generate", "--model", "model", "--prompt", "x")
+IMPORT = ("convert_checkpoint", "import", "--hf", "model", "--output", "out")
+EXPORT = ("export", "--checkpoint", "checkpoint", "--output", "out")
+PREPROCESS = ("preprocess_data", "--input", "text.txt", "--tokenizer", "model", "--output-prefix", "out/text")
+DEMO = ("demo", "--output", "out", "--model", "model")
+NUMBERS = ("-1", "0", "nan", "1e999", "many", "", "[1]", "99999999999999999999999")
+
+# (command line, words of the sentence); "model" has no weights, "checkpoint" is empty, "file" is a file
+WRONG: list[tuple[tuple[str, ...], str]] = [
+    # paths
+    (EVALUATE, "model holds no weights in safetensors"),
+    (("evaluate", "--model", "nowhere", "--data", "text"), "nowhere is not a Hugging Face folder"),
+    (("evaluate", "--model", "broken", "--data", "text"), "broken/config.json is not a JSON object"),
+    (("evaluate", "--model", "export", "--data", "text"), "add --trust-remote-code"),
+    (("evaluate", "--model", "whole", "--data", "nowhere"), "--data=nowhere: there is no nowhere.bin"),
+    (("evaluate", "--model", "whole", "--data", "text", "--output", "model"), "--output model is a folder"),
+    (("evaluate", "--model", "whole", "--data", "text", "--output", "file/x"), "--output=file"),
+    (GENERATE, "model holds no weights in safetensors"),
+    (("generate", "--model", "nowhere", "--prompt", "x"), "nowhere is not a Hugging Face folder"),
+    (("generate", "--model", "whole", "--prompt", ""), "--prompt is empty"),
+    (("convert_checkpoint", "import", "--hf", "nowhere", "--output", "out"), "nowhere is not a folder"),
+    (("convert_checkpoint", "import", "--hf", "file", "--output", "out"), "file"),
+    (("convert_checkpoint", "import", "--hf", "broken", "--output", "out"), "cannot be read as JSON"),
+    (("convert_checkpoint", "import", "--hf", "whole", "--output", "file"), "--output file is a file"),
+    (("convert_checkpoint", "import", "--hf", "whole", "--output", "model"), "--output model is not empty"),
+    (("convert_checkpoint", "import", "--hf", "whole", "--output", "whole/x"), "overlap"),
+    (IMPORT, "model.safetensors"),
+    ((*IMPORT, "--conversion", "nothing"), "there is no conversion nothing"),
+    ((*IMPORT, "--conversion", "broken/config.json.yaml"), "there is no conversion"),
+    ((*IMPORT, "seed=3"), "add --conversion"),
+    ((*IMPORT, "--conversion", "dense", "seed"), "name=value"),
+    ((*IMPORT, "--conversion", "dense", "seeed=3"), "did you mean seed?"),
+    ((*IMPORT, "--conversion", "dense", "mixers=[nothing]"), "mixers"),
+    ((*IMPORT, "--conversion", "dense", "mixers=[[gla]]"), "mixers[0]"),
+    ((*IMPORT, "--conversion", "dense", "gla=null"), "gla"),
+    ((*IMPORT, "--conversion", "dense", "sliding_window=nan"), "sliding_window"),
+    (("convert_checkpoint", *EXPORT[:2], "nowhere", "--output", "out"), "nowhere is not a folder"),
+    (("convert_checkpoint", "inspect", "nowhere"), "nowhere is not a folder"),
+    (("convert_checkpoint", "inspect", "broken"), "cannot be read as JSON"),
+    (("convert_checkpoint", "inspect", "checkpoint"), "latest_checkpointed_iteration.txt"),
+    (EXPORT, "latest_checkpointed_iteration.txt"),
+    (("export", "--checkpoint", "nowhere", "--output", "out"), "nowhere is not a folder"),
+    ((*EXPORT, "--max-shard-size", "5XB"), "--max-shard-size 5XB is not a size"),
+    (("preprocess_data", "--input", "nowhere", *PREPROCESS[3:]), "nowhere"),
+    ((*PREPROCESS[:4], "nowhere", *PREPROCESS[5:]), "there is no tokenizer at nowhere"),
+    ((*PREPROCESS[:4], "file", *PREPROCESS[5:]), "file is not a tokenizer"),
+    (PREPROCESS, "holds no tokenizer files"),
+    ((*PREPROCESS[:6], "out/"), "--output-prefix"),
+    ((*PREPROCESS[:6], "text"), "exists already"),
+    ((*PREPROCESS, "--workers", "9999999"), "--workers is 9999999"),
+    (("plot_metrics", "nowhere"), "nowhere/metrics.jsonl does not exist"),
+    (("plot_metrics", "file"), "file"),
+    (("demo", "--output", "out", "--model", "nowhere"), "nowhere is not a Hugging Face folder"),
+    ((*DEMO, "--align-args", "optimizer.lr=fast"), "optimizer.lr=fast"),
+    ((*DEMO, "--cpt-args", "stage=null"), "stage=null"),
+    ((*DEMO, "--cpt-args", "model=[tiny_hybrid,tiny_76b]"), "model"),
+    (("download_smollm2", "--output", "file"), "file"),
+    (("download_smollm2", "--output", "checkpoint"), "checkpoint exists"),
+    # numbers: some are legal, and the folder is refused
+    *(((*EVALUATE, flag, value), "") for flag in ("--seq-length", "--max-windows") for value in NUMBERS),
+    *(
+        ((*GENERATE, flag, value), "")
+        for flag in ("--max-new-tokens", "--temperature", "--top-p", "--seed")
+        for value in NUMBERS
+    ),
+    *(
+        ((*PREPROCESS, flag, value), "")
+        for flag in ("--workers", "--valid-fraction", "--max-text-chars")
+        for value in NUMBERS
+    ),
+    *(((*EXPORT, "--max-shard-size", value), "") for value in NUMBERS),
+    *(((*IMPORT, "--conversion", "dense", f"seed={value}"), "") for value in NUMBERS if value != "0"),
+    # flags
+    *(((tool, "--nothing"), "") for tool in ("evaluate", "generate", "export", "preprocess_data", "demo")),
+    *(((tool,), "") for tool in ("evaluate", "generate", "export", "convert_checkpoint", "plot_metrics")),
+    ((*EVALUATE, "--dtype", "int3"), "invalid choice"),
+    ((*GENERATE, "--device", "tpu"), "invalid choice"),
+]
+
+
+@pytest.fixture(scope="module")
+def endings(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int | str, str, bool]]:
+    """How every command line of WRONG ended: (exit code, what it said, whether torch was imported)."""
+    folder = tmp_path_factory.mktemp("tools")
+    dense = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    export = {"architectures": ["GLAswaForCausalLM"], "auto_map": {"AutoConfig": "x.X"}}
+    for name, config in (("model", dense), ("whole", dense), ("export", export), ("broken", None)):
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text("{" if config is None else json.dumps(config))
+    (folder / "whole" / "model.safetensors").write_bytes(b"\0" * 8)
+    (folder / "checkpoint").mkdir()
+    for name in ("file", "text.txt", "text.bin", "text.idx"):
+        (folder / name).write_text("text")
+    before = sorted(str(path) for path in folder.rglob("*"))
+    lines = [json.dumps([str(REPOSITORY / "tools" / f"{tool}.py"), *rest]) for (tool, *rest), _ in WRONG]
+    done = subprocess.run(
+        [sys.executable, "-c", RUN_ALL],
+        input="\n".join(lines),
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(str(path) for path in folder.rglob("*")) == before, "something was written"
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("number", range(len(WRONG)), ids=[" ".join(line) for line, _ in WRONG])
+def test_a_wrong_command_line_is_one_sentence_without_torch(endings, number: int) -> None:
+    code, said, torch = endings[number]
+    line, words = WRONG[number]
+    assert code == 2, (line, code, said)
+    *usage, sentence = said.strip().splitlines()
+    assert "error: " in sentence and words in sentence
+    assert not usage or usage[0].startswith("usage: "), "more than a sentence"
+    assert not torch, "torch was imported first"
+
+
+def test_there_are_a_hundred_of_them() -> None:
+    assert len(set(WRONG)) == len(WRONG) >= 100
