@@ -21,9 +21,9 @@ from spikingbrain_train.config.errors import CheckpointError
 from spikingbrain_train.config.load import conf_folder
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ParallelConfig
-from spikingbrain_train.config.run import Precision, RunConfig
+from spikingbrain_train.config.run import Precision, RunConfig, WandbMode
 from spikingbrain_train.conversion.megatron_checkpoint import MegatronCheckpointReader
-from spikingbrain_train.training.metrics import read_metrics
+from spikingbrain_train.training.metrics import WANDB_RUN_ID_FILE, read_metrics
 from tests.distributed.pool import RankFailure, RankPool
 from tests.distributed.small_runs import MODEL, MODEL_76B, checkpoint_config, run_config, train
 
@@ -257,3 +257,29 @@ def test_a_diverging_run_stops_with_advice(
 
     with pytest.raises(RankFailure, match=r"lower optimizer\.lr"):
         ranks.run(train, config, world_size=1, parallel=ParallelConfig())
+
+
+def _config_in_wandb(groups, config: RunConfig) -> tuple[str, dict]:
+    """The id and the config of the W&B run that a trainer opens."""
+    from spikingbrain_train.training.trainer import Trainer
+
+    trainer = Trainer(config, groups)
+    with trainer.metrics as metrics:
+        return metrics._wandb.id, dict(metrics._wandb.config)
+
+
+def test_a_run_in_wandb_carries_its_config_and_goes_on_under_its_id(
+    ranks: RankPool, tmp_path: Path, text: Path, hybrid_checkpoint: Path
+) -> None:
+    config = run_config(tmp_path, text, checkpoint=checkpoint_config(hybrid_checkpoint, save_interval=6))
+    config.logging = replace(config.logging, wandb=WandbMode.offline)
+    config.stage = replace(config.stage, train_iters=6)
+    ranks.run(train, config, world_size=1, parallel=ParallelConfig())
+    first = (tmp_path / WANDB_RUN_ID_FILE).read_text().strip()
+
+    config.stage = replace(config.stage, train_iters=10)
+    ((run_id, shown),) = ranks.run(_config_in_wandb, config, world_size=1, parallel=ParallelConfig())
+
+    assert run_id == first
+    assert shown["stage"]["train_iters"] == 10 and shown["model"]["mixers"][0] == "gla"
+    assert shown["optimizer"]["lr"] == config.optimizer.lr and shown["precision"] == "fp32"

@@ -144,7 +144,7 @@ def test_weights_in_a_pickle_are_not_opened(source: Path, tmp_path: Path) -> Non
     [
         (["--seq-length", "0"], "--seq-length is 0"),
         (["--max-windows", "0"], "--max-windows is 0"),
-        (["--data", "nowhere"], "there is no indexed dataset at nowhere"),
+        (["--data", "nowhere"], "there is no nowhere.bin"),
         (["--model", "nowhere"], "nowhere is not a Hugging Face folder"),
     ],
 )
