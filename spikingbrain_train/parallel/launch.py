@@ -27,6 +27,8 @@ class Launch:
     local_world_size: int = 1
     master_addr: str | None = None
     """Host of the rendezvous store; None for a process that was started without a launcher."""
+    master_port: int = 0
+    """Its port; 0 without a launcher."""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> Launch:
@@ -69,11 +71,10 @@ class Launch:
                 f"the environment says LOCAL_WORLD_SIZE={local_world_size}, more than "
                 f"WORLD_SIZE={world_size}; correct the launcher's variables, or start with torchrun."
             )
-        if not 0 < int(environment["MASTER_PORT"]) < 1 << 16:
-            raise PlatformError(
-                f"MASTER_PORT={environment['MASTER_PORT']} is no port; choose one of 1024 to 65535."
-            )
-        return cls(rank, world_size, local_rank, local_world_size, environment["MASTER_ADDR"])
+        port = int(environment["MASTER_PORT"])
+        if not 0 < port < 1 << 16:
+            raise PlatformError(f"MASTER_PORT={port} is no port; choose one of 1024 to 65535.")
+        return cls(rank, world_size, local_rank, local_world_size, environment["MASTER_ADDR"], port)
 
 
 def available_cores() -> int:

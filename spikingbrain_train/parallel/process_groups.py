@@ -240,9 +240,32 @@ def _join_world(launch: Launch, accelerator: Accelerator, timeout: timedelta) ->
         interface = _interface_towards(master)
         if interface is not None:
             os.environ["GLOO_SOCKET_IFNAME"] = interface
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or backend != "gloo":
+        torch.distributed.init_process_group(
+            backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout
+        )
+        return
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    if not one_node and restarts != "0":
+        raise PlatformError(
+            f"torchrun --max-restarts={restarts} cannot restart gloo ranks on several nodes, which do not "
+            "agree on how often that was done; leave it out, and start the run again when it has failed."
+        )
+    # torchrun's store outlives a restart (torch 2.13 no longer puts a prefix before its keys), and new ranks
+    # would dial the addresses that the dead ones have left there.
+    store = torch.distributed.TCPStore(master, launch.master_port, is_master=False, timeout=timeout)
     torch.distributed.init_process_group(
-        backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout
+        backend,
+        store=torch.distributed.PrefixStore(f"ranks/{restart_prefix()}", store),
+        rank=launch.rank,
+        world_size=launch.world_size,
+        timeout=timeout,
     )
+
+
+def restart_prefix() -> str:
+    """Different after every restart by torchrun, the same on all ranks of a node."""
+    return f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
 def _reachable_master(master_addr: str, one_node: bool) -> str:

@@ -36,6 +36,7 @@ from spikingbrain_train.models.transformer_config import PARAMS_DTYPE
 from spikingbrain_train.parallel.accelerator import detect
 from spikingbrain_train.parallel.agreement import locked_output_dir, on_main_process
 from spikingbrain_train.parallel.bf16 import agree_on_precision, slow_format_warning
+from spikingbrain_train.parallel.heartbeats import Heartbeats
 from spikingbrain_train.parallel.kernels import attention_choices, describe_kernels, resolve_kernels
 from spikingbrain_train.parallel.memory import needs_teacher
 from spikingbrain_train.parallel.planner import plan_run
@@ -80,17 +81,20 @@ def run(config: RunConfig) -> None:
     with activity("waiting for all ranks", shown=os.environ.get("RANK", "0") == "0"):
         groups = initialize(config.parallel, accelerator, seed=config.seed, timeout_minutes=timeout)
     try:
-        choice = agree_on_precision(config, groups)
-        dtype = PARAMS_DTYPE[choice.precision]
-        accelerator.require_dtype(dtype)
-        if groups.is_main_process:
-            slow = slow_format_warning(f"precision={choice.precision.value}", dtype, accelerator)
-            print(*(line for line in (choice.describe(), slow) if line), sep="\n", flush=True)
-        with locked_output_dir(config.output_dir, groups):
-            finished = Trainer(replace(config, precision=choice.precision), groups).train()
-        if not finished and groups.world_size > 1:
-            # torchrun ends the others as soon as one is gone; rank 0 may still have been closing its metrics.
-            torch.distributed.barrier()
+        with Heartbeats(groups, timeout) as heartbeats:
+            choice = agree_on_precision(config, groups)
+            dtype = PARAMS_DTYPE[choice.precision]
+            accelerator.require_dtype(dtype)
+            if groups.is_main_process:
+                slow = slow_format_warning(f"precision={choice.precision.value}", dtype, accelerator)
+                print(*(line for line in (choice.describe(), slow) if line), sep="\n", flush=True)
+            with locked_output_dir(config.output_dir, groups):
+                trainer = Trainer(replace(config, precision=choice.precision), groups)
+                heartbeats.follow(lambda: trainer.state.iteration)
+                finished = trainer.train()
+            if not finished and groups.world_size > 1:
+                # torchrun ends the others when the first is gone; rank 0 may still close its metrics.
+                torch.distributed.barrier()
     finally:
         destroy()
     if not finished:

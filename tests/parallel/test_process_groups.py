@@ -25,7 +25,7 @@ def test_process_without_a_launcher_is_a_world_of_its_own() -> None:
 
 def test_launcher_variables_are_read() -> None:
     node = {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
-    assert Launch.from_environment(LAUNCHED | node) == Launch(3, 8, 1, 2, "node-a")
+    assert Launch.from_environment(LAUNCHED | node) == Launch(3, 8, 1, 2, "node-a", 29500)
 
 
 def test_incomplete_launch_names_what_is_missing() -> None:
