@@ -3,6 +3,7 @@
 <folder>/latest_checkpointed_iteration.txt      the newest iteration, a number
 <folder>/iter_0000100/model_config.yaml         the architecture
 <folder>/iter_0000100/run_config.yaml           the run that wrote it (training only)
+<folder>/iter_0000100/run_record.json           its ranks and fingerprints of its tokens (training only)
 <folder>/iter_0000100/hf_source/                configuration and tokenizer of the Hugging Face source
 <folder>/iter_0000100/.metadata, *.distcp, ...  weights in megatron-core's torch_dist format
 <folder>/iter_0000100/manifest.json             checksums of those

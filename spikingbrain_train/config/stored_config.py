@@ -15,7 +15,12 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from spikingbrain_train.config.checkpoint_folder import RUN_CONFIG_FILE
+from spikingbrain_train.config.checkpoint_folder import (
+    CHECKPOINT_FOLDER,
+    RUN_CONFIG_FILE,
+    iteration_folder,
+    newest_iteration,
+)
 from spikingbrain_train.config.errors import ConfigurationError
 from spikingbrain_train.config.load import load_run_config
 from spikingbrain_train.config.model_checks import has_experts
@@ -36,14 +41,14 @@ def with_stored_config(arguments: Sequence[str], groups: Collection[str]) -> lis
         The arguments as they are where they name no stored config.
 
     Raises:
-        ConfigurationError: the flag has no file, or an experiment is chosen besides.
+        ConfigurationError: the flag has no file, or others or an experiment stand beside it.
         CheckpointError: the file is missing, or is not the config of a run.
     """
     path, rest = _named_file(arguments)
     if path is None:
         return rest
     if path.is_dir():
-        path /= RUN_CONFIG_FILE
+        path = _config_in(path)
     run = load_run_config(path)
     if not has_experts(run.model):  # earlier releases stored what its null stands for, which no run may say
         run.parallel.expert_tensor_parallel_size = None
@@ -59,6 +64,14 @@ def with_stored_config(arguments: Sequence[str], groups: Collection[str]) -> lis
     return [*rest, f"experiment={_CHOICE}"]
 
 
+def _config_in(folder: Path) -> Path:
+    """The config in the folder of an iteration, or in that of a run: of its newest checkpoint."""
+    newest = newest_iteration(folder / CHECKPOINT_FOLDER)
+    if newest is not None:
+        folder = iteration_folder(folder / CHECKPOINT_FOLDER, newest)
+    return folder / RUN_CONFIG_FILE
+
+
 def _named_file(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--config")
@@ -71,6 +84,10 @@ def _named_file(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
             f"{error.argument_name} needs a value: --config <run_config.yaml>"
         ) from error
     if flags.config is not None:
+        if flags.config_dir is not None or flags.config_name is not None:
+            raise ConfigurationError(
+                f"--config {flags.config} names a whole run; leave --config-dir and --config-name out"
+            )
         return Path(flags.config), rest
     if flags.config_dir is not None and flags.config_name is not None:
         name = flags.config_name.removesuffix(".yaml")

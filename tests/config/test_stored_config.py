@@ -101,6 +101,8 @@ def test_a_choice_from_a_group_takes_the_place_of_its_section(monkeypatch, store
 def test_an_experiment_beside_it_is_refused(monkeypatch, file):
     with pytest.raises(ConfigurationError, match="leaves no place for an experiment"):
         given(monkeypatch, "--config", str(file), "experiment=smollm2_cpt")
+    with pytest.raises(ConfigurationError, match="leave --config-dir and --config-name out"):
+        given(monkeypatch, "--config", str(file), "--config-dir", "conf")
 
 
 def test_a_file_that_is_no_config_of_a_run_is_named(monkeypatch, file, tmp_path):
@@ -127,7 +129,9 @@ def test_a_finished_run_given_back_says_so_before_torch_and_ends_well(monkeypatc
     (checkpoint / ".metadata").touch()
     (checkpoint.parent / "latest_checkpointed_iteration.txt").write_text("7\n")
     before = sorted(tmp_path.rglob("*"))
-    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(checkpoint / "run_config.yaml")])
-    runpy.run_path(str(REPOSITORY / "train.py"), run_name="__main__")
-    assert capsys.readouterr().out.startswith(f"nothing is left to do: {checkpoint} is at iteration 7 of ")
+    for named in (checkpoint / "run_config.yaml", checkpoint, stored.output_dir):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(named)])
+        runpy.run_path(str(REPOSITORY / "train.py"), run_name="__main__")
+        said = capsys.readouterr().out
+        assert said.startswith(f"nothing is left to do: {checkpoint} is at iteration 7 of ")
     assert sorted(tmp_path.rglob("*")) == before
