@@ -119,13 +119,14 @@ class StageConfig:
 
 @dataclass
 class DataConfig:
-    """The tokens."""
+    """The tokens. Each file is looked at once for ids beyond the model's vocabulary; ``<prefix>.checked``, or
+    ``checked_data.json`` in output_dir, remembers it."""
 
     train: list[str] = field(default_factory=list)
     """Prefixes of indexed datasets (the path without .bin/.idx) made by tools/preprocess_data.py; several are
     blended by their size unless train_weights says otherwise."""
     train_weights: list[float] | None = None
-    """Sampling weights of the train prefixes."""
+    """Sampling weights of the train prefixes, all above 0."""
     valid: list[str] = field(default_factory=list)
     """Prefixes of held-out datasets for evaluation; empty skips evaluation."""
     tokenizer: str | None = None
