@@ -51,6 +51,8 @@ def remove_incomplete(folder: str | Path) -> None:
     """Remove what killed runs left of checkpoints that they were writing."""
     for left in Path(folder).glob(".iter_*.incomplete"):
         shutil.rmtree(left, ignore_errors=True)
+    for left in Path(folder).glob(f".{LATEST_ITERATION_FILE}.*"):
+        left.unlink(missing_ok=True)
 
 
 def latest_iteration(folder: str | Path) -> int | None:

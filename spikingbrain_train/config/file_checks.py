@@ -19,6 +19,7 @@ from spikingbrain_train.config.errors import CheckpointError, ConfigurationError
 from spikingbrain_train.config.load import load_model_config
 from spikingbrain_train.config.resume import check_settings, check_training_data, run_to_resume
 from spikingbrain_train.config.run import DataConfig, Resume, RunConfig
+from spikingbrain_train.config.run_lock import check_not_in_use
 from spikingbrain_train.config.same_architecture import check_same_sizes, check_same_weights
 
 _PROBE_BYTES = 1 << 16
@@ -178,6 +179,8 @@ def iteration_to_resume(config: RunConfig) -> int | None:
 
 def check_files(config: RunConfig) -> None:
     """Everything on disk that the run names. Raises ConfigurationError, DataError or CheckpointError."""
+    if not config.dry_run:
+        check_not_in_use(config.output_dir)
     check_own_checkpoints(config)
     stored = run_to_resume(config)
     if stored is None:

@@ -82,6 +82,33 @@ def _start_of(pid: int) -> str:
         return ""
 
 
+def check_not_in_use(output_dir: str | Path) -> None:
+    """Say early that another run is in a folder; :func:`run_lock` decides. Changes nothing.
+
+    Raises:
+        ConfigurationError: as :func:`run_lock` does.
+    """
+    path = Path(output_dir) / LOCK_FILE
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return  # free, or for others to explain
+    try:
+        system_locks = True
+        try:
+            # Shared: the ranks that look at the same time do not see each other.
+            fcntl.lockf(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in _HELD:
+                raise _in_use(path, _Holder.read(descriptor)) from None
+            system_locks = False
+        holder = _Holder.read(descriptor)
+        if holder is not None and holder.may_live(system_locks=system_locks):
+            raise _in_use(path, holder)
+    finally:
+        os.close(descriptor)
+
+
 @contextmanager
 def run_lock(output_dir: str | Path) -> Iterator[None]:
     """Hold the lock of a run while the block runs; it makes the folder if there is none.

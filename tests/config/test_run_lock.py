@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from spikingbrain_train.config.errors import ConfigurationError
-from spikingbrain_train.config.run_lock import LOCK_FILE, run_lock
+from spikingbrain_train.config.run_lock import LOCK_FILE, check_not_in_use, run_lock
 
 HOLD = """
 import sys
@@ -45,6 +45,19 @@ def test_a_second_run_is_refused_and_told_who_the_first_is(tmp_path: Path) -> No
     sentence = str(refusal.value)
     assert f"output_dir={tmp_path} is in use" in sentence
     assert f"process {first.pid} on {socket.gethostname()}, started 20" in sentence
+
+
+def test_a_second_run_is_refused_before_anything_is_imported_too(tmp_path: Path) -> None:
+    check_not_in_use(tmp_path)
+    with _other_run(tmp_path) as first:
+        with pytest.raises(ConfigurationError, match=f"process {first.pid}"):
+            check_not_in_use(tmp_path)
+        first.kill()
+        first.wait()
+        check_not_in_use(tmp_path)
+    _lock_of(tmp_path)
+    with pytest.raises(ConfigurationError, match="node17"):
+        check_not_in_use(tmp_path)
 
 
 def test_a_killed_run_leaves_nothing_to_clean_up(tmp_path: Path) -> None:
