@@ -31,8 +31,8 @@ def first_failure(reason: str | None, groups: ProcessGroups) -> str | None:
     reasons: list[str | None] = [None] * groups.world_size
     torch.distributed.all_gather_object(reasons, reason)
     for rank, said in enumerate(reasons):
-        if said:
-            return said if groups.world_size == 1 else f"rank {rank}: {said}"
+        if said:  # megatron-core may have told rank 0 already which rank it was
+            return said if groups.world_size == 1 or said.startswith("rank ") else f"rank {rank}: {said}"
     return "another rank failed"
 
 

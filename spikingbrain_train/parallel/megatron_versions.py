@@ -223,7 +223,8 @@ def _torch_failures_as_exceptions() -> Iterator[None]:
         if not error.failures:  # megatron-core tells the reasons of a failed save to rank 0 alone
             raise FailedElsewhere from error
         rank, (reason, _) = next(iter(error.failures.items()))
-        raise CheckpointingException(f"rank {rank}: {str(reason) or type(reason).__name__}") from error
+        sentence = str(reason).removeprefix("Worker failure: ") or type(reason).__name__
+        raise CheckpointingException(f"rank {rank}: {sentence}") from error
 
 
 @contextlib.contextmanager

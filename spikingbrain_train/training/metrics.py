@@ -125,8 +125,11 @@ class MetricsLogger:
     def close(self) -> None:
         """Flush and close every sink; may be called twice."""
         if self._file is not None:
-            self._file.close()
-            self._file = None
+            file, self._file = self._file, None
+            try:
+                file.close()  # tries once more what a full disk kept from being written
+            except OSError as error:
+                raise _cannot_write(self.path, error) from error
         if self._tensorboard is not None:
             self._tensorboard.close()
             self._tensorboard = None
