@@ -377,12 +377,13 @@ class GLAswaForCausalLM(GLAswaPreTrainedModel, GenerationMixin):
 
     def generate(self, *args, **kwargs):
         """As in transformers. With `prefill_chunk_size` the prompt is read in pieces of that many tokens."""
-        config = kwargs.get("generation_config") or self.generation_config
+        given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+        config = self.generation_config if given is None else given
         chunk_size = kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
         if chunk_size is not None:
             if chunk_size < 1:
                 raise ValueError(f"prefill_chunk_size must be at least 1, got {chunk_size}.")
-            if not kwargs.get("use_cache", config.use_cache):
+            if kwargs.get("use_cache", config.use_cache) is False:
                 raise ValueError("prefill_chunk_size reads a prompt into a cache: it needs use_cache=True.")
             if kwargs.get("past_key_values") is None:
                 # transformers makes none for a model without key/value cache, and then refuses to go on.

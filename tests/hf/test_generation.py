@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 from spikingbrain_train.hf.cache_gla_swa import GLAswaCache
 from spikingbrain_train.hf.modeling_gla_swa import GLAswaForCausalLM
@@ -221,6 +221,8 @@ def test_a_prompt_may_be_prefilled_in_chunks(random_model: Callable, chunk_size:
         ids, attention_mask=mask, max_new_tokens=9, prefill_chunk_size=chunk_size, **GREEDY
     )
     assert torch.equal(actual, expected)
+    config = GenerationConfig(max_new_tokens=9, prefill_chunk_size=chunk_size, **GREEDY)
+    assert torch.equal(model.generate(ids, config, attention_mask=mask), expected)
 
 
 def test_a_prefill_that_cannot_be_is_refused(random_model: Callable) -> None:
