@@ -12,7 +12,11 @@ from dataclasses import replace
 from typing import Any
 
 from spikingbrain_train.config.file_checks import check_files
-from spikingbrain_train.config.kernel_limits import SoftmaxAttentionCall, flash_attn_limit
+from spikingbrain_train.config.kernel_limits import (
+    SoftmaxAttentionCall,
+    flash_attn_limit,
+    grouped_gemm_limit,
+)
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.model_checks import check_model
 from spikingbrain_train.config.parallel import (
@@ -173,11 +177,6 @@ def check_platform(config: RunConfig) -> None:
         cluster.timeout_minutes <= _LONGEST_TIMEOUT,
         f"cluster.timeout_minutes={cluster.timeout_minutes} must be at most {_LONGEST_TIMEOUT}, a week",
     )
-    require(
-        cluster.kernels.experts is not ExpertBackend.grouped_gemm or not config.model.spiking.in_experts,
-        "cluster.kernels.experts=grouped_gemm cannot encode spikes inside experts, which mlp_fc1 and mlp_fc2 "
-        "in model.spiking.projections ask for; choose cluster.kernels.experts=sequential",
-    )
     if cluster.accelerator is not AcceleratorKind.cpu:
         return
     kernels = cluster.kernels
@@ -201,18 +200,20 @@ def check_platform(config: RunConfig) -> None:
 
 def _check_kernels(config: RunConfig) -> None:
     """Kernels asked for by name against what the network needs of them."""
-    kernels, model, fp32 = config.cluster.kernels, config.model, config.precision is Precision.fp32
-    require(
-        kernels.experts is not ExpertBackend.grouped_gemm or not fp32,
-        "cluster.kernels.experts=grouped_gemm multiplies bfloat16 only, but precision=fp32; choose "
-        "cluster.kernels.experts=auto, or precision=bf16",
-    )
+    kernels, model = config.cluster.kernels, config.model
+    if kernels.experts is ExpertBackend.grouped_gemm:
+        limit = grouped_gemm_limit(config.precision, model.spiking)
+        require(
+            limit is None,
+            f"cluster.kernels.experts=grouped_gemm {limit}; choose cluster.kernels.experts=sequential or "
+            f"auto",
+        )
     if kernels.softmax_attention is not SoftmaxAttentionBackend.flash_attn:
         return
     for branch in {branch for mixer in model.layer_mixers() if (branch := mixer.softmax_branch)}:
         limit = flash_attn_limit(
             SoftmaxAttentionCall(
-                dtype="float32" if fp32 else "bfloat16",
+                dtype="float32" if config.precision is Precision.fp32 else "bfloat16",
                 key_dim=model.kv_channels,
                 value_dim=model.kv_channels,
                 num_text_keys=config.stage.seq_length,

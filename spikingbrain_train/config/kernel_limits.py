@@ -6,6 +6,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from spikingbrain_train.config.model import SpikingConfig
+from spikingbrain_train.config.run import Precision
+
 _FLASH_ATTN_DTYPES = ("float16", "bfloat16")
 _FLASH_ATTN_HEAD_DIM = 256
 
@@ -46,4 +49,16 @@ def flash_attn_limit(call: SoftmaxAttentionCall) -> str | None:
         )
     if call.num_sink_tokens > 0 and not call.is_full:
         return f"cannot combine {call.num_sink_tokens} sink tokens with a window of {call.window}"
+    return None
+
+
+def grouped_gemm_limit(precision: Precision, spiking: SpikingConfig) -> str | None:
+    """What the package grouped_gemm cannot do for the experts of a run, None if it can do all."""
+    if precision is Precision.fp32:
+        return "multiplies bfloat16 only, but precision=fp32"
+    if spiking.in_experts:
+        return (
+            "cannot encode spikes inside experts, which mlp_fc1 and mlp_fc2 in model.spiking.projections ask "
+            "for"
+        )
     return None

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from spikingbrain_train.config.errors import ConfigurationError, PlatformError
-from spikingbrain_train.config.kernel_limits import SoftmaxAttentionCall
+from spikingbrain_train.config.kernel_limits import SoftmaxAttentionCall, grouped_gemm_limit
 from spikingbrain_train.config.model import Mixer, ModelConfig, SpikingConfig
 from spikingbrain_train.config.parallel import (
     AcceleratorKind,
@@ -132,7 +132,7 @@ def _experts(
             "linears; update it or choose auto."
         )
     if choice is ExpertBackend.grouped_gemm:
-        limit = _grouped_gemm_limit(spiking, precision)
+        limit = grouped_gemm_limit(precision, spiking)
         if not HAS_GROUPED_MLP:
             raise PlatformError(
                 "cluster.kernels.experts=grouped_gemm needs megatron-core 0.16, but "
@@ -147,20 +147,11 @@ def _experts(
             return ExpertBackend.transformer_engine
     elif (
         HAS_GROUPED_MLP
-        and _grouped_gemm_limit(spiking, precision) is None
+        and grouped_gemm_limit(precision, spiking) is None
         and _usable("grouped_gemm", accelerator)
     ):
         return ExpertBackend.grouped_gemm
     return ExpertBackend.sequential
-
-
-def _grouped_gemm_limit(spiking: SpikingConfig, precision: Precision) -> str | None:
-    """What the package grouped_gemm cannot do of a run, None if it can do all."""
-    if precision is not Precision.bf16:
-        return f"multiplies bfloat16 only, not precision={precision.name}"
-    if spiking.in_experts:
-        return "cannot encode spikes inside experts, which model.spiking.projections asks for"
-    return None
 
 
 def _has_grouped_linears() -> bool:
