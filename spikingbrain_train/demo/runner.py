@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from spikingbrain_train.config.command_line import USER_ERROR
+from spikingbrain_train.config.command_line import START_AGAIN, USER_ERROR
 from spikingbrain_train.config.errors import ConfigurationError, SpikingBrainError
 from spikingbrain_train.demo.steps import Step, step_keys
 from spikingbrain_train.reporting.activity import format_duration
@@ -103,15 +103,15 @@ class Runner:
         # Before the command too, so that what an interrupted one leaves is known as ours.
         self._save()
         try:
-            code = subprocess.run(step.command, stdin=subprocess.DEVNULL).returncode
+            code = _call(step.command)
         finally:
             record.seconds = before + time.monotonic() - started
             self._save()
         if code == 0 and step.is_complete():
             return
-        if code == USER_ERROR:  # the command has printed its sentence
+        if code in (USER_ERROR, START_AGAIN):  # the command has printed its sentence
             print("Finished steps are kept: the same command goes on from here.", file=sys.stderr)
-            raise SystemExit(USER_ERROR)
+            raise SystemExit(code)
         if code == 0:
             outcome = "left no complete result"
         elif code == -signal.SIGKILL:
@@ -128,6 +128,25 @@ class Runner:
         stored = {name: asdict(record) for name, record in self.records.items()}
         temporary.write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
         os.replace(temporary, self.path)
+
+
+def _call(command: Sequence[str]) -> int:
+    """Run a command to its end and return its exit code. Ctrl-C reaches the command, too, which may have
+    something to save first; a second one ends it.
+
+    Raises:
+        KeyboardInterrupt: there was one, and the command has not saved to go on later.
+    """
+    interrupted = False
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL) as process:
+        while process.returncode is None:
+            try:
+                process.wait()
+            except KeyboardInterrupt:
+                interrupted = True
+    if interrupted and process.returncode != START_AGAIN:
+        raise KeyboardInterrupt
+    return process.returncode
 
 
 def printable(command: Sequence[str]) -> str:

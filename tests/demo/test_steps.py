@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -170,6 +172,36 @@ class TestRepetition:
             Runner(tmp_path / "out").run([step])
         assert exit_.value.code == 2
         assert "goes on from here" in capsys.readouterr().err
+
+    def test_interrupted_command_may_save_first_and_ends_the_demo_with_its_code(self, tmp_path: Path) -> None:
+        saves = (
+            "import pathlib, signal, sys, time\n"
+            f"folder = pathlib.Path({str(tmp_path)!r})\n"
+            "def save(*_):\n"
+            "    time.sleep(1)  # longer than subprocess.run would wait\n"
+            "    (folder / 'saved').touch()\n"
+            "    sys.exit(75)\n"
+            "signal.signal(signal.SIGINT, save)\n"
+            "(folder / 'ready').touch()\n"
+            "time.sleep(60)\n"
+        )
+        runs = (
+            "import signal, sys\n"
+            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+            "from spikingbrain_train.demo.runner import Runner\n"
+            "from spikingbrain_train.demo.steps import Step\n"
+            f"step = Step('only', 'only', [sys.executable, '-c', {saves!r}])\n"
+            f"Runner(__import__('pathlib').Path({str(tmp_path / 'out')!r})).run([step])\n"
+        )
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        with subprocess.Popen(
+            [sys.executable, "-c", runs], env=environment, start_new_session=True
+        ) as process:
+            while not (tmp_path / "ready").exists():
+                assert process.poll() is None
+                time.sleep(0.02)
+            os.killpg(process.pid, signal.SIGINT)
+        assert (tmp_path / "saved").exists() and process.returncode == 75
 
     def test_command_without_its_result_is_not_taken_for_finished(self, tmp_path: Path) -> None:
         step = Step("only", "only", fails(0), proof=[tmp_path / "never"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from datetime import timedelta
 
 import pytest
 import torch
@@ -76,6 +77,15 @@ def test_rendezvous_host_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(PlatformError, match="MASTER_ADDR=node-a cannot be resolved"):
         process_groups._reachable_master("node-a", one_node=False)
     assert process_groups._interface_towards("node-a") is None
+
+
+def test_restarts_on_several_nodes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    launch = Launch(0, 4, 0, 2, "127.0.0.1", 29500)
+    with pytest.raises(PlatformError, match="--max-restarts=3 cannot restart gloo ranks on several nodes"):
+        process_groups._join_world(launch, detect("cpu"), timedelta(seconds=1))
 
 
 @pytest.mark.skipif(not os.path.isdir("/sys/class/net/lo"), reason="asks for Linux's loopback device")
