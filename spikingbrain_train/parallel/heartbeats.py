@@ -25,6 +25,7 @@ _LONGEST_INTERVAL, _INTERVALS_PER_TIMEOUT = 5.0, 12
 _PATIENCE = 2.5
 """Intervals in which a living rank writes at least once, however busy its machine."""
 _STORE_SECONDS = 20.0
+_BROKEN = r"gloo|connection (closed|reset) by peer|broken pipe"
 
 
 class Heartbeats:
@@ -60,8 +61,9 @@ class Heartbeats:
         PlatformError: ``error`` is a failed collective; on one rank, the others end with USER_ERROR.
         """
         try:
-            if error is not None and self._thread is not None and is_failed_collective(error):
-                self._explain(error)
+            failed = failed_collective(error)
+            if failed is not None and self._thread is not None:
+                self._explain(failed)
         finally:
             self._ended.set()
 
@@ -135,11 +137,12 @@ class Heartbeats:
         ) from error
 
 
-def is_failed_collective(error: BaseException) -> bool:
-    """Whether a collective failed for want of another rank: it timed out, or the connection broke."""
-    if not isinstance(error, RuntimeError):
-        return False
-    if isinstance(error, torch.distributed.DistBackendError):
-        return True
-    broken = r"gloo|connection (closed|reset) by peer|broken pipe"
-    return re.search(broken, str(error), re.IGNORECASE) is not None
+def failed_collective(error: BaseException | None) -> RuntimeError | None:
+    """``error``, or what it came from, if that is a collective that timed out or lost its connection."""
+    while error is not None:
+        if isinstance(error, torch.distributed.DistBackendError):
+            return error
+        if isinstance(error, RuntimeError) and re.search(_BROKEN, str(error), re.IGNORECASE):
+            return error
+        error = error.__cause__
+    return None

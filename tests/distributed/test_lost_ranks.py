@@ -13,7 +13,8 @@ import pytest
 
 from spikingbrain_train.config.checkpoint_folder import latest_iteration
 from spikingbrain_train.config.command_line import USER_ERROR
-from spikingbrain_train.parallel.heartbeats import is_failed_collective
+from spikingbrain_train.config.errors import CheckpointError
+from spikingbrain_train.parallel.heartbeats import failed_collective
 from spikingbrain_train.training.metrics import METRICS_FILE, read_metrics
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -22,10 +23,15 @@ TIMEOUT_SECONDS = 15.0
 
 def test_a_failed_collective_is_told_from_other_errors() -> None:
     timed_out = "[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 6000ms for recv operation"
-    assert is_failed_collective(RuntimeError(timed_out))
-    assert is_failed_collective(RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer"))
-    assert not is_failed_collective(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
-    assert not is_failed_collective(ValueError(timed_out))
+    for words in (timed_out, "[gloo/transport/tcp/pair.cc:534] Connection closed by peer"):
+        error = RuntimeError(words)
+        assert failed_collective(error) is error
+        wrapped = CheckpointError("the checkpoint cannot be read")
+        wrapped.__cause__ = error
+        assert failed_collective(wrapped) is error
+    assert failed_collective(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+    assert failed_collective(ValueError(timed_out)) is None
+    assert failed_collective(None) is None
 
 
 class Run:
