@@ -109,10 +109,31 @@ requeue() {
 trap warn USR1
 trap overdue USR2
 
-# torchrun takes its options from PET_* variables too; the node's rank is the one that is known only on the node.
-# torchrun would die of SIGUSR1; the ranks, which it starts, take it up again.
+# Runs on every node. torchrun takes its options from PET_* variables too; the node's rank is the one that is known
+# only on the node. torchrun would die of SIGUSR1, so it is started with the signal ignored; the ranks, which it
+# starts, take it up again. Whether Slurm hands a signal to all processes of a step or to its first one only is up to
+# the site: this first one passes it on to those below it. SIGTERM, which all get, it leaves to torchrun.
 # shellcheck disable=SC2016
-srun "${srun_options[@]}" bash -c 'trap "" USR1; export PET_NODE_RANK=$SLURM_NODEID; exec "$@"' on_node "${inside[@]}" "${torchrun[@]}" &
+on_node='
+export PET_NODE_RANK=$SLURM_NODEID
+tell() {
+    local child
+    for child in $(cat "/proc/$1/task"/*/children 2>/dev/null); do
+        kill -USR1 "$child" 2>/dev/null
+        tell "$child"
+    done
+}
+trap "interrupted=yes; tell $$" USR1
+trap "interrupted=yes" TERM INT
+(trap "" USR1; exec "$@") &
+run=$!
+while :; do
+    interrupted=no
+    wait "$run"
+    status=$?
+    [ "$interrupted" = yes ] || exit "$status"
+done'
+srun "${srun_options[@]}" bash -c "$on_node" on_node "${inside[@]}" "${torchrun[@]}" &
 step=$!
 [ "$warned" = no ] || kill -USR1 "$step" || true
 while :; do # a trapped signal ends `wait`, not the step

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -130,13 +131,17 @@ def test_all_ranks_stop_after_the_same_step_and_the_resumed_losses_are_bit_ident
     assert [point.get("train/loss") for point in points] == [point.get("train/loss") for point in expected]
 
 
-def _start(folder: Path, text: Path, *launcher: str) -> subprocess.Popen[str]:
-    arguments = [
+def _settings(folder: Path, text: Path) -> list[str]:
+    return [
         *("model=tiny_hybrid", "model.vocab_size=130", "cluster=cpu", "precision=fp32", "parallel=single"),
-        *(f"data.train=[{text}]", "stage.seq_length=64", "stage.global_batch_size=2", "output_dir=run"),
-        *("stage.train_iters=100000", "logging.log_interval=1", "logging.tensorboard=false"),
-        *("cluster.peak_tflops=1", "model.share_embeddings_and_output_weights=true"),
+        *(f"data.train=[{text}]", "stage.seq_length=64", "stage.global_batch_size=2"),
+        *(f"output_dir={folder / 'run'}", "stage.train_iters=100000", "logging.log_interval=1"),
+        *("logging.tensorboard=false", "cluster.peak_tflops=1"),
     ]
+
+
+def _start(folder: Path, text: Path, *launcher: str) -> subprocess.Popen[str]:
+    arguments = _settings(folder, text)
     return subprocess.Popen(
         [sys.executable, *launcher, str(REPOSITORY / "train.py"), *arguments],
         cwd=folder,
@@ -190,3 +195,48 @@ def test_torchrun_hands_its_signal_on_and_every_rank_ends_with_the_code(tmp_path
     assert process.returncode != 0
     last = json.loads((tmp_path / "run" / METRICS_FILE).read_text().splitlines()[-1])
     assert latest_iteration(tmp_path / "run" / "checkpoints") == last["iteration"]
+
+
+# One node of Slurm; the signal reaches the first process of a step only.
+SRUN = """#!/usr/bin/env bash
+while [ "$1" != bash ]; do shift; done
+trap 'kill -USR1 "$task"' USR1
+SLURM_NODEID=0 "$@" & task=$!
+while wait "$task"; code=$?; kill -0 "$task" 2> /dev/null; do :; done
+exit "$code"
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("bash") is None, reason="the launchers are bash scripts")
+def test_slurms_warning_reaches_the_ranks_and_the_job_is_requeued_when_they_have_saved(
+    tmp_path: Path, text: Path
+) -> None:
+    programs, log = tmp_path / "bin", tmp_path / "scontrol.log"
+    programs.mkdir()
+    scontrol = f'#!/usr/bin/env bash\n(echo "$@"; ls {tmp_path}/run/checkpoints) >> {log}\n'
+    for name, script in (("srun", SRUN), ("scontrol", scontrol)):
+        (programs / name).write_text(script)
+        (programs / name).chmod(0o755)
+    environment = {
+        **os.environ,
+        **{"PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": str(REPOSITORY)},
+        **{"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NUM_NODES": "1", "LOG_DIR": str(tmp_path / "logs")},
+        **{"NPROC_PER_NODE": "2", "MASTER_ADDR": "127.0.0.1", "PYTHON": sys.executable},
+    }
+    process = subprocess.Popen(
+        ["bash", str(REPOSITORY / "scripts" / "slurm" / "launch.sh"), *_settings(tmp_path, text)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    _wait_for_steps(process, tmp_path)
+    process.send_signal(signal.SIGUSR1)
+    output = _end(process)
+    assert "SIGUSR1: stopped at iteration" in output, output
+    assert process.returncode == 0 and "requeueing" in output
+    last = json.loads((tmp_path / "run" / METRICS_FILE).read_text().splitlines()[-1])["iteration"]
+    called, *saved = log.read_text().splitlines()
+    assert called == f"requeue {os.getpid()}" and f"iter_{last:07d}" in saved
