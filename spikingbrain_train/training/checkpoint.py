@@ -60,6 +60,8 @@ from spikingbrain_train.training.current_weights import gather_updated_weights
 from spikingbrain_train.training.finite_checks import first_not_finite_of_run, way_back
 from spikingbrain_train.training.optimizer_state import load_state, state_to_load
 
+_FULL_BYTES = 1 << 20  # below what the smallest file of weights takes
+
 
 def _sharding() -> dict[str, Any]:
     """How tensors are named and split: per-layer keys, because layers differ, and optimizer state as whole
@@ -159,7 +161,10 @@ def _failing_together(temporary: Path, groups: ProcessGroups) -> Iterator[None]:
         yield
     except (OSError, CheckpointingException, CheckpointException, RuntimeError, CheckpointError) as error:
         failure = error
-    reason = first_failure(None if failure is None else _reason(failure), groups)
+    reason = None if failure is None else _reason(failure)
+    if reason and _is_full(temporary.parent):  # megatron-core 0.19 does not say so
+        reason = f"the disk is full, {reason}"
+    reason = first_failure(reason, groups)
     if reason is None:
         return
     if groups.is_main_process:
@@ -168,6 +173,13 @@ def _failing_together(temporary: Path, groups: ProcessGroups) -> Iterator[None]:
         f"the checkpoint {temporary.parent} cannot be written ({reason}); free space there or choose another "
         "output_dir. Earlier checkpoints are untouched."
     ) from failure
+
+
+def _is_full(folder: Path) -> bool:
+    try:
+        return shutil.disk_usage(folder).free < _FULL_BYTES
+    except OSError:
+        return False
 
 
 def prune_checkpoints(folder: Path, keep_last: int | None, groups: ProcessGroups) -> None:
