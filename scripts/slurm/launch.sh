@@ -80,6 +80,7 @@ printf 'job %s, start %d: %d nodes x %d ranks, rendezvous %s:%s\nlogs: %s/node*.
 # into 1. The job goes back into the queue then, or after STOP_SECONDS, whatever comes first: requeueing ends
 # what still runs.
 step=
+timer=
 interrupted=no
 warned=no
 requeued=no
@@ -90,7 +91,13 @@ warn() {
     warned=yes
     printf 'job %s: stopping soon; the run saves, then the job is requeued\n' "$SLURM_JOB_ID"
     [ -z "$step" ] || kill -USR1 "$step" || true
-    (sleep "${STOP_SECONDS:-540}" && kill -USR2 $$) >/dev/null 2>&1 &
+    {
+        sleep "${STOP_SECONDS:-540}" &
+        nap=$!
+        trap 'kill "$nap"; exit' TERM
+        wait "$nap" && kill -USR2 $$
+    } >/dev/null 2>&1 &
+    timer=$!
 }
 # shellcheck disable=SC2317
 overdue() {
@@ -142,6 +149,7 @@ while :; do # a trapped signal ends `wait`, not the step
     wait "$step" || status=$?
     [ "$interrupted" = yes ] || break
 done
+[ -z "$timer" ] || kill "$timer" 2>/dev/null || true
 [ "$requeued" = no ] && [ "$warned" = yes ] && [ "$status" -ne 0 ] && requeue
 [ "$requeued" = no ] || exit 0
 [ "$status" -eq 0 ] ||

@@ -209,6 +209,7 @@ class TestWarning:
                 allocation.command(),
                 env=environment,
                 text=True,
+                start_new_session=True,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
             ) as job:
@@ -216,6 +217,10 @@ class TestWarning:
                     wait_for(allocation.record / f"ready{node}")
                 job.send_signal(signal.SIGUSR1)
                 output, _ = job.communicate(timeout=30)
+            deadline = time.monotonic() + 10  # it is told to end, and needs a moment
+            while naps := naps_of(job.pid):
+                assert time.monotonic() < deadline, f"{naps} go on without their job"
+                time.sleep(0.05)
             requeued = allocation.record / "saved_when_requeued"
             return job.returncode, output, requeued.read_text().split() if requeued.exists() else []
 
@@ -294,6 +299,20 @@ def test_missing_piece_is_one_sentence(
     assert result.returncode == 2
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert advice in result.stderr
+
+
+def naps_of(job: int) -> list[str]:
+    """What still runs of the session that ``job`` led."""
+    naps = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name, _, rest = status.read_text().rpartition(")")
+        except OSError:  # it has just ended
+            continue
+        state, _parent, _group, session, *_ = rest.split()
+        if session == str(job) and state != "Z":
+            naps.append(name)
+    return naps
 
 
 def wait_for(path: Path) -> None:
