@@ -33,7 +33,7 @@ class StatusLine:
     """
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
-        self._stream = stream
+        self.stream = stream
         self._clock = clock
         self._is_terminal = stream.isatty()
         self._lock = threading.Lock()
@@ -128,8 +128,8 @@ class StatusLine:
             self._width = 0
 
     def _write(self, text: str) -> None:
-        self._stream.write(text)
-        self._stream.flush()
+        self.stream.write(text)
+        self.stream.flush()
 
 
 class Activity:
@@ -168,8 +168,18 @@ def activity(
     if not shown:
         yield Activity(None, what, total, unit)
         return
-    with StatusLine(sys.stderr).activity(what, total, unit) as current:
+    with _on_standard_error().activity(what, total, unit) as current:
         yield current
+
+
+def _on_standard_error() -> StatusLine:
+    """One for the whole process, so that one activity after the other, each short, is no silence either."""
+    if not _STANDARD_ERROR or _STANDARD_ERROR[0].stream is not sys.stderr:
+        _STANDARD_ERROR[:] = [StatusLine(sys.stderr)]
+    return _STANDARD_ERROR[0]
+
+
+_STANDARD_ERROR: list[StatusLine] = []
 
 
 def format_duration(seconds: float) -> str:

@@ -118,3 +118,15 @@ def test_what_is_quick_or_not_shown_writes_nothing(capsys: pytest.CaptureFixture
     with activity("opening", shown=False) as current:
         current.advance()
     assert capsys.readouterr() == ("", "")
+
+
+def test_short_activities_in_a_row_are_no_silence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "_QUIET_SECONDS", 0.3)
+    monkeypatch.setattr(module, "_TICK_SECONDS", 0.01)
+    begin = time.monotonic()
+    while time.monotonic() - begin < 1.5:
+        with activity("loading one of many"):
+            time.sleep(0.1)
+    assert "loading one of many ..." in capsys.readouterr().err
