@@ -1,5 +1,5 @@
 """How every command of this project ends: one line ``error: <sentence>`` and exit code 2 for what a user can
-fix, a traceback for what is a defect of ours."""
+fix, 3 for a run that diverged, a traceback for what is a defect of ours."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from spikingbrain_train.config.errors import SpikingBrainError
+from spikingbrain_train.config.errors import NumericalError, SpikingBrainError
 
 USER_ERROR = 2
 """Exit code for an error that the user can fix (argparse's own code for a wrong command line)."""
+DIVERGED = 3
+"""Exit code of a run that met NaN or infinity: started again as it is, it would meet them again."""
 START_AGAIN = 75
 """Exit code of a run that was asked to stop and has saved: the same command goes on (EX_TEMPFAIL)."""
 
@@ -57,7 +59,7 @@ def _say(sentence: str) -> None:
 
 @contextmanager
 def user_errors(same_on_all_ranks: bool = False) -> Iterator[None]:
-    """End the process with one sentence and exit code 2 when the body raises an error that the user can fix.
+    """End the process with one sentence and an exit code when the body raises an error that the user can fix.
 
     Args:
         same_on_all_ranks: the body decides from the command line and shared files only, so every rank of a
@@ -66,8 +68,8 @@ def user_errors(same_on_all_ranks: bool = False) -> Iterator[None]:
             before it has spoken. Otherwise every rank that fails prints, because no other may know.
 
     Raises:
-        SystemExit: code 2 for errors that the user can fix, 130 for an interrupt from the keyboard, 141 when
-            the reader of standard output has left.
+        SystemExit: code 2 for errors that the user can fix, 3 for NumericalError, 130 for an interrupt from
+            the keyboard, 141 when the reader of standard output has left.
         Exception: any other error, unchanged.
     """
     # Without a launcher there is no rank to wait for.
@@ -92,6 +94,6 @@ def user_errors(same_on_all_ranks: bool = False) -> Iterator[None]:
         elif os.environ.get("LOCAL_RANK", "0") == "0":
             _say(sentence)
         # SIGTERM stays held back: every rank leaves with its own exit code.
-        raise SystemExit(USER_ERROR) from None
+        raise SystemExit(DIVERGED if isinstance(error, NumericalError) else USER_ERROR) from None
     if hold:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})

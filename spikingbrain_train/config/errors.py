@@ -1,7 +1,7 @@
 """The errors a user can cause, each carrying one sentence that says what to change.
 
-Command-line entries catch :class:`SpikingBrainError`, print ``error: <sentence>`` and exit with code 2 on
-every rank; any other exception is a defect of ours and keeps its traceback.
+Command-line entries catch :class:`SpikingBrainError`, print ``error: <sentence>`` and exit with code 2 (3 for
+:class:`NumericalError`) on every rank; any other exception is a defect of ours and keeps its traceback.
 """
 
 from __future__ import annotations

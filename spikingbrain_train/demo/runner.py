@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from spikingbrain_train.config.command_line import START_AGAIN, USER_ERROR
+from spikingbrain_train.config.command_line import DIVERGED, START_AGAIN, USER_ERROR
 from spikingbrain_train.config.errors import ConfigurationError, SpikingBrainError
 from spikingbrain_train.demo.steps import Step, step_keys
 from spikingbrain_train.reporting.activity import format_duration
@@ -109,7 +109,7 @@ class Runner:
             self._save()
         if code == 0 and step.is_complete():
             return
-        if code in (USER_ERROR, START_AGAIN):  # the command has printed its sentence
+        if code in (USER_ERROR, DIVERGED, START_AGAIN):  # the command has printed its sentence
             print("Finished steps are kept: the same command goes on from here.", file=sys.stderr)
             raise SystemExit(code)
         if code == 0:

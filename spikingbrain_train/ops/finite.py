@@ -15,15 +15,15 @@ def first_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
     Args:
         tensors: (name, tensor) of any shape, dtype and device; integers are always finite.
     """
-    names, peaks = [], []
+    names, bounds = [], []
     for name, tensor in tensors:
         if tensor.is_floating_point() and tensor.numel() > 0:
             names.append(name)
-            # The largest magnitude is NaN where any number is: a reduction without a mask beside the tensor.
-            peaks.append(torch.linalg.vector_norm(tensor.detach(), float("inf")))
-    if not peaks:
+            # Minimum and maximum are NaN where any number is: a reduction without a mask beside the tensor.
+            bounds.append(torch.stack(torch.aminmax(tensor.detach())))
+    if not bounds:
         return None
-    flags = torch.stack([torch.isfinite(peak).to(peaks[0].device) for peak in peaks])
+    flags = torch.stack([torch.isfinite(bound).all().to(bounds[0].device) for bound in bounds])
     if flags.all():
         return None
     return names[int(flags.int().argmin())]

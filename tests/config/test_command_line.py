@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from spikingbrain_train.config.command_line import USER_ERROR, sentence_of, user_errors
-from spikingbrain_train.config.errors import ConfigurationError, DataError
+from spikingbrain_train.config.command_line import DIVERGED, USER_ERROR, sentence_of, user_errors
+from spikingbrain_train.config.errors import ConfigurationError, DataError, NumericalError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -180,6 +180,12 @@ class TestUserErrors:
             raise DataError("a.jsonl, line 3:\n  not JSON")
         assert end.value.code == USER_ERROR
         assert capsys.readouterr().err == "error: a.jsonl, line 3: not JSON\n"
+
+    def test_a_run_that_diverged_is_told_from_one_that_is_set_wrongly(self, capsys):
+        with pytest.raises(SystemExit) as end, user_errors():
+            raise NumericalError("the loss became nan at iteration 7")
+        assert end.value.code == DIVERGED != USER_ERROR
+        assert capsys.readouterr().err == "error: the loss became nan at iteration 7\n"
 
     def test_any_rank_may_speak_when_the_others_may_not_know(self, capsys, monkeypatch):
         monkeypatch.setenv("RANK", "3")
