@@ -94,7 +94,7 @@ def fit(
         may_shorten: sequences may be shortened, to one a step.
     """
     left = minutes * 60 * (1 - _RESERVE) - spent - _LATER_STARTS * speed.start
-    left -= _GENERATED_TOKENS * 4 * speed.evaluation  # one token at a time makes poor use of the processor
+    left -= _GENERATED_TOKENS * 25 * speed.evaluation  # one token at a time makes poor use of the processor
     whole_align, whole_cpt = _tokens(align), _tokens(cpt)
     held_out = min(held_out_tokens, _windows(align) * align.stage.seq_length)
     # The dense source and the export are evaluated in float32 by transformers, whatever training does.
