@@ -1,7 +1,7 @@
 """Nothing runs in silence: what takes longer than some seconds says that it still runs, and how far it is.
 
-On a terminal that is one status line, rewritten in place. Into a file (a Slurm log, a pipe) go whole lines:
-one whenever nothing else has been written for a few seconds, later in long runs one a minute.
+On a terminal that is one status line with a bar, rewritten in place. Into a file (a Slurm log, a pipe) go
+whole lines: one whenever nothing else has been written for a few seconds, later in long runs one a minute.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import TextIO, TypeVar
 
 T = TypeVar("T")
 
+_BAR_WIDTH = 20
 _REFRESH_SECONDS = 0.2
 _TICK_SECONDS = 0.5
 _QUIET_SECONDS = 4.0
@@ -37,21 +39,30 @@ class StatusLine:
         self._clock = clock
         self._is_terminal = stream.isatty()
         self._lock = threading.Lock()
-        self._text = ""
-        self._since = 0.0
+        self._status = _Status()
         self._width = 0
         self._last_refresh = float("-inf")
         self._last_write = self._begin = clock()
         self._watchers = 0
         self._stop = threading.Event()
 
-    def show(self, text: str) -> None:
-        """Set the status. A terminal shows it at most five times a second, a log only after a silence."""
+    def now(self) -> float:
+        """Seconds of this line's clock."""
+        return self._clock()
+
+    def show(self, text: str, *, since: float | None = None, share: float | None = None) -> None:
+        """Set the status. A terminal shows it at most five times a second, a log only after a silence.
+
+        Args:
+            text: what is going on; empty for nothing.
+            since: when it began, by :meth:`now`; None is now.
+            share: how much of it is done, 0 to 1; None where that is not known.
+        """
         with self._lock:
             now = self._clock()
-            self._text, self._since = text, now
+            self._status = _Status(text, now if since is None else since, now, share)
             if self._is_terminal and text and now - self._last_refresh >= _REFRESH_SECONDS:
-                self._draw(text, now)
+                self._draw(self._status.line(now, bar=True), now)
 
     def message(self, line: str) -> None:
         """Write a line for good, without tearing the status."""
@@ -62,19 +73,17 @@ class StatusLine:
                 self._last_write = self._clock()
 
     def tick(self) -> None:
-        """Say how long the status has stood: on a terminal now, in a log if it has been silent for long."""
+        """Say how long it has gone on: on a terminal now, in a log if that has been silent for long."""
         with self._lock:
-            if not self._text:
+            if not self._status.text:
                 return
             now = self._clock()
-            text = f"{self._text} {format_duration(now - self._since)}"
             if self._is_terminal:
-                if now - self._since >= 1:
-                    self._draw(text, now)
+                self._draw(self._status.line(now, bar=True), now)
                 return
             started = now - self._begin < _START_SECONDS
             if now - self._last_write >= (_QUIET_SECONDS if started else _QUIET_SECONDS_LATER):
-                self._write(text + "\n")
+                self._write(self._status.line(now, bar=False) + "\n")
                 self._last_write = now
 
     @contextlib.contextmanager
@@ -102,7 +111,7 @@ class StatusLine:
             total: how many ``unit`` that is, if it can be counted.
             unit: "windows"; "B" is shown as megabytes.
         """
-        before, since = self._text, self._since
+        before = self._status
         current = Activity(self, what, total, unit)
         with self.watched():
             current.advance(0)
@@ -110,7 +119,7 @@ class StatusLine:
                 yield current
             finally:
                 with self._lock:
-                    self._text, self._since = before, since
+                    self._status = before
                     self._clear()
 
     def _watch(self) -> None:
@@ -132,6 +141,26 @@ class StatusLine:
         self.stream.flush()
 
 
+@dataclass(frozen=True)
+class _Status:
+    """What is going on, since when, and how far it was when somebody last said so."""
+
+    text: str = ""
+    since: float = 0.0
+    said_at: float = 0.0
+    share: float | None = None
+
+    def line(self, now: float, *, bar: bool) -> str:
+        elapsed, parts = now - self.since, [self.text]
+        if bar and self.share is not None:
+            filled = round(_BAR_WIDTH * self.share)
+            parts.insert(0, f"[{'#' * filled}{'.' * (_BAR_WIDTH - filled)}]")
+        if elapsed >= 1:
+            parts.append(format_duration(elapsed))
+        left = (self.said_at - self.since) / self.share - elapsed if self.share else 0.0
+        return " ".join(parts) + (f", about {format_duration(left)} left" if left >= 1 else "")
+
+
 class Activity:
     """What a process is doing, and how far it is. Made by :meth:`StatusLine.activity`."""
 
@@ -139,12 +168,14 @@ class Activity:
         self._status = status
         self._what, self._total, self._unit = what, total, unit
         self._done = 0
+        self._begin = 0.0 if status is None else status.now()
 
     def advance(self, amount: int = 1) -> None:
         """``amount`` more is done."""
         self._done += amount
         if self._status is not None:
-            self._status.show(f"{self._what}{self._share()} ...")
+            share = min(1.0, self._done / self._total) if self._total else None
+            self._status.show(f"{self._what}{self._count()} ...", since=self._begin, share=share)
 
     def over(self, items: Iterable[T]) -> Iterator[T]:
         """``items``, each of which counts as done when the next one is asked for."""
@@ -152,7 +183,7 @@ class Activity:
             yield item
             self.advance()
 
-    def _share(self) -> str:
+    def _count(self) -> str:
         if self._total is None:
             return f" {self._done} {self._unit}" if self._done and self._unit else ""
         if self._unit == "B":

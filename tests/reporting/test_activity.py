@@ -103,6 +103,19 @@ def test_an_activity_counts_and_gives_the_line_back() -> None:
     assert stream.getvalue().splitlines() == ["evaluating 2 of 3 windows ... 4s", "iteration 5/9 ... 8s"]
 
 
+def test_what_is_counted_says_since_when_and_how_long_it_will_take() -> None:
+    log, terminal, clock = io.StringIO(), Terminal(), Clock()
+    for stream in (log, terminal):
+        clock.seconds = 100.0
+        status = StatusLine(stream, clock)
+        with status.activity("evaluating", 15, "windows") as current:
+            for _ in current.over("abcde"):
+                ticked(status, clock, 2)
+            ticked(status, clock, 2)
+    assert log.getvalue().splitlines()[-1] == "evaluating 5 of 15 windows ... 12s, about 18s left"
+    assert "[#######.............] evaluating 5 of 15 windows ... 12s, about 18s left" in terminal.getvalue()
+
+
 def test_bytes_are_shown_as_megabytes() -> None:
     stream, clock = io.StringIO(), Clock()
     status = StatusLine(stream, clock)
