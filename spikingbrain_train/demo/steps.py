@@ -130,6 +130,8 @@ def demo_steps(options: DemoOptions) -> list[Step]:
 
     def evaluate(model: Path, result: Path, *extra: str) -> list[str]:
         script = [python, str(tools / "evaluate.py"), "--model", str(model), "--data", str(held_out)]
+        # One format on every machine, so that reports can be held against each other.
+        script += ["--dtype", "float32"]
         window = ["--seq-length", str(seq_length), "--max-windows", str(max_windows)]
         return [*script, *window, "--output", str(result), *extra]
 

@@ -55,8 +55,7 @@ examples:
 
 def evaluate(arguments: Sequence[str] | None = None) -> None:
     """tools/evaluate.py."""
-    # float32 measures the same on every machine.
-    parser = _parser("evaluate.py", _EVALUATE_DESCRIPTION, _EVALUATE_EXAMPLES, dtype="float32")
+    parser = _parser("evaluate.py", _EVALUATE_DESCRIPTION, _EVALUATE_EXAMPLES)
     parser.add_argument(
         "--data",
         nargs="+",
@@ -73,7 +72,7 @@ def evaluate(arguments: Sequence[str] | None = None) -> None:
 
 def generate(arguments: Sequence[str] | None = None) -> None:
     """tools/generate.py."""
-    parser = _parser("generate.py", _GENERATE_DESCRIPTION, _GENERATE_EXAMPLES, dtype="auto")
+    parser = _parser("generate.py", _GENERATE_DESCRIPTION, _GENERATE_EXAMPLES)
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to go on from")
     parser.add_argument(
         "--max-new-tokens", type=int, default=128, metavar="N", help="tokens to add (default: %(default)s)"
@@ -92,7 +91,7 @@ def generate(arguments: Sequence[str] | None = None) -> None:
     _run(parser, _generate, arguments)
 
 
-def _parser(prog: str, description: str, epilog: str, *, dtype: str) -> argparse.ArgumentParser:
+def _parser(prog: str, description: str, epilog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog,
         description=description,
@@ -106,7 +105,7 @@ def _parser(prog: str, description: str, epilog: str, *, dtype: str) -> argparse
     parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
-        default=dtype,
+        default="auto",
         help="number format to compute in; auto takes bfloat16 where the hardware multiplies it, else "
         "float32 (default: %(default)s)",
     )

@@ -12,17 +12,7 @@ from typing import Any, cast
 import torch
 from omegaconf import OmegaConf
 
-from spikingbrain_train.config.checkpoint_folder import (
-    CHECKPOINT_FOLDER,
-    HF_SOURCE_FOLDER,
-    LATEST_ITERATION_FILE,
-    latest_checkpoint,
-    latest_iteration,
-    set_aside_newer,
-    set_latest_iteration,
-)
 from spikingbrain_train.config.command_line import START_AGAIN
-from spikingbrain_train.config.file_checks import iteration_to_resume
 from spikingbrain_train.config.kinds import of_kind
 from spikingbrain_train.config.run import RunConfig, StageConfig, StageKind
 from spikingbrain_train.config.run_record import record_of
@@ -34,7 +24,7 @@ from spikingbrain_train.models.gpt_model import HybridGPTModel
 from spikingbrain_train.models.spiking_linear import collect_spike_statistics, set_spike_k
 from spikingbrain_train.models.transformer_config import PARAMS_DTYPE
 from spikingbrain_train.parallel.accelerator import detect
-from spikingbrain_train.parallel.agreement import locked_output_dir, on_main_process
+from spikingbrain_train.parallel.agreement import locked_output_dir
 from spikingbrain_train.parallel.bf16 import agree_on_precision, slow_format_warning
 from spikingbrain_train.parallel.heartbeats import Heartbeats
 from spikingbrain_train.parallel.kernels import attention_choices, describe_kernels, resolve_kernels
@@ -51,7 +41,7 @@ from spikingbrain_train.training.build import (
     parameter_counts,
     wrap_data_parallel,
 )
-from spikingbrain_train.training.checkpoint import TrainingState, prune_checkpoints, resume, save_checkpoint
+from spikingbrain_train.training.checkpoint import TrainingState
 from spikingbrain_train.training.data_check import check_tokens_together
 from spikingbrain_train.training.expert_load import ExpertLoadCounter
 from spikingbrain_train.training.finite_checks import require_finite
@@ -59,6 +49,7 @@ from spikingbrain_train.training.heat_map import HeatMap
 from spikingbrain_train.training.metrics import MetricsLogger
 from spikingbrain_train.training.optimizer import build_optimizer, build_scheduler, update_weights
 from spikingbrain_train.training.pretraining import ContinualPretraining
+from spikingbrain_train.training.run_checkpoints import RunCheckpoints
 from spikingbrain_train.training.signals import StopSignals
 from spikingbrain_train.training.spike_annealing import spike_k
 from spikingbrain_train.training.stage_step import StageStep
@@ -120,10 +111,10 @@ class Trainer:
     def __init__(self, config: RunConfig, groups: ProcessGroups) -> None:
         self.config = config
         self.groups = groups
-        self.checkpoints = Path(config.output_dir) / CHECKPOINT_FOLDER
         self.progress = ProgressPrinter(config.stage.train_iters)
+        self.checkpoints = RunCheckpoints(config, groups, self._say)
         self.stop_signals = StopSignals(groups)
-        resuming = self._is_resuming()
+        resuming = self.checkpoints.are_resumed()
         with self._activity("opening the data"):
             self._open_data()
 
@@ -152,10 +143,9 @@ class Trainer:
         self.expert_load = ExpertLoadCounter(student, groups)
         if resuming:
             with self._activity("loading the checkpoint"):
-                stored = resume(self.checkpoints, self.state, config, groups)
+                stored = self.checkpoints.resume(self.state)
             for line in resumed(stored, config, self.state.consumed_samples, groups.world_size):
                 self._say(line)
-            self._set_newer_aside()
         else:
             self._say(started(config))
         self.metrics = MetricsLogger(
@@ -238,7 +228,7 @@ class Trainer:
         return metrics | spiking
 
     def _require_finite(self, value: float, what: str, iteration: int) -> None:
-        require_finite(value, what, iteration, self.config.optimizer, self.checkpoints)
+        require_finite(value, what, iteration, self.config.optimizer, self.checkpoints.folder)
 
     def _set_spike_k(self) -> dict[str, float]:
         """Give the model the k of the current iteration; returns it as a metric."""
@@ -291,21 +281,8 @@ class Trainer:
 
     def _save(self) -> None:
         with self._activity("saving"):
-            folder = save_checkpoint(
-                self.checkpoints, self.state, self.config, self.record, self.groups, self._hf_source()
-            )
-            prune_checkpoints(self.checkpoints, self.config.checkpoint.keep_last, self.groups)
+            folder = self.checkpoints.save(self.state, self.record)
         self._say(f"saved {folder}")
-
-    def _hf_source(self) -> Path | None:
-        """The source's configuration and tokenizer, handed from checkpoint to checkpoint for the export."""
-        if latest_iteration(self.checkpoints) is not None:  # a resumed run need not have its source any more
-            source = latest_checkpoint(self.checkpoints, "output_dir") / HF_SOURCE_FOLDER
-        elif self.config.checkpoint.load is not None:
-            source = latest_checkpoint(self.config.checkpoint.load, "checkpoint.load") / HF_SOURCE_FOLDER
-        else:
-            return None
-        return source if source.is_dir() else None
 
     def _open_data(self) -> None:
         config = self.config
@@ -361,29 +338,6 @@ class Trainer:
                 context_parallel_rank=self.groups.context_parallel_rank,
                 context_parallel_size=self.groups.context_parallel_size,
             )
-
-    def _is_resuming(self) -> bool:
-        newest = iteration_to_resume(self.config)
-
-        def restore_lost_tracker() -> None:
-            if newest is not None and latest_iteration(self.checkpoints) is None:
-                self._say(
-                    f"{self.checkpoints} has lost its {LATEST_ITERATION_FILE}; going on from iteration "
-                    f"{newest}, the newest complete one"
-                )
-                set_latest_iteration(self.checkpoints, newest)
-
-        on_main_process(restore_lost_tracker, self.groups)
-        return newest is not None
-
-    def _set_newer_aside(self) -> None:
-        """Keep the checkpoints beyond the one that the run goes on from out of its way."""
-
-        def rename() -> None:
-            for folder in set_aside_newer(self.checkpoints, self.state.iteration):
-                self._say(f"set aside a checkpoint newer than iteration {self.state.iteration}: {folder}")
-
-        on_main_process(rename, self.groups)
 
     def _speed_of_light(self) -> tuple[float, float | None]:
         """FLOPs of one token, and the peak TFLOP/s of one rank that they are held against, if it is known."""

@@ -1,0 +1,101 @@
+"""A run's own folder of checkpoints: where it goes on from, what it adds there, and what it keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from spikingbrain_train.config.checkpoint_folder import (
+    CHECKPOINT_FOLDER,
+    HF_SOURCE_FOLDER,
+    LATEST_ITERATION_FILE,
+    latest_checkpoint,
+    latest_iteration,
+    set_aside_newer,
+    set_latest_iteration,
+)
+from spikingbrain_train.config.file_checks import iteration_to_resume
+from spikingbrain_train.config.resume import StoredRun
+from spikingbrain_train.config.run import RunConfig
+from spikingbrain_train.config.run_record import RunRecord
+from spikingbrain_train.parallel.agreement import on_main_process
+from spikingbrain_train.parallel.process_groups import ProcessGroups
+from spikingbrain_train.training.checkpoint import TrainingState, prune_checkpoints, resume, save_checkpoint
+
+
+class RunCheckpoints:
+    """The checkpoints in a run's output_dir. All ranks call every method together.
+
+    Args:
+        config: the run; its precision is settled.
+        groups: process groups.
+        say: writes a line for the user; called on the main process only.
+    """
+
+    def __init__(self, config: RunConfig, groups: ProcessGroups, say: Callable[[str], None]) -> None:
+        self.config = config
+        self.groups = groups
+        self.folder = Path(config.output_dir) / CHECKPOINT_FOLDER
+        self._say = say
+
+    def are_resumed(self) -> bool:
+        """Whether the run goes on from one of them. Points to the newest again where that word was lost.
+
+        Raises:
+            SpikingBrainError: what lies there and checkpoint.resume do not go together.
+        """
+        newest = iteration_to_resume(self.config)
+
+        def restore_lost_tracker() -> None:
+            if newest is not None and latest_iteration(self.folder) is None:
+                self._say(
+                    f"{self.folder} has lost its {LATEST_ITERATION_FILE}; going on from iteration {newest}, "
+                    "the newest complete one"
+                )
+                set_latest_iteration(self.folder, newest)
+
+        on_main_process(restore_lost_tracker, self.groups)
+        return newest is not None
+
+    def resume(self, state: TrainingState) -> StoredRun:
+        """Fill ``state`` from the newest, and keep those beyond it, which a user has gone back from, out of
+        the way.
+
+        Returns:
+            The run as it was when it wrote that checkpoint.
+
+        Raises:
+            CheckpointError: it is damaged, or of a run that this one cannot go on with.
+        """
+        stored = resume(self.folder, state, self.config, self.groups)
+
+        def set_aside() -> None:
+            for folder in set_aside_newer(self.folder, state.iteration):
+                self._say(f"set aside a checkpoint newer than iteration {state.iteration}: {folder}")
+
+        on_main_process(set_aside, self.groups)
+        return stored
+
+    def save(self, state: TrainingState, record: RunRecord) -> Path:
+        """Write one of ``state``, and remove those that checkpoint.keep_last does not keep.
+
+        Returns:
+            Its folder.
+
+        Raises:
+            CheckpointError: it cannot be written; earlier checkpoints are untouched.
+            NumericalError: a number in it is NaN or infinite; nothing is written.
+        """
+        folder = save_checkpoint(self.folder, state, self.config, record, self.groups, self._hf_source())
+        prune_checkpoints(self.folder, self.config.checkpoint.keep_last, self.groups)
+        return folder
+
+    def _hf_source(self) -> Path | None:
+        """The source's configuration and tokenizer, handed from checkpoint to checkpoint for the export."""
+        if latest_iteration(self.folder) is not None:  # a resumed run need not have its source any more
+            source = latest_checkpoint(self.folder, "output_dir") / HF_SOURCE_FOLDER
+        elif self.config.checkpoint.load is not None:
+            source = latest_checkpoint(self.config.checkpoint.load, "checkpoint.load") / HF_SOURCE_FOLDER
+        else:
+            return None
+        return source if source.is_dir() else None
