@@ -17,13 +17,18 @@ FILES = [
     for path in sorted((ROOT / folder).rglob("*"))
     if path.suffix in (".py", ".yaml", ".md") and path != Path(__file__)
 ]
+REPORT = "2509.05276"
 _NUMBERS = r"(\d[\d.]*(?:(?:-|, | and )\d[\d.]*)*)"
 
 
 def _cited(text: str, kind: str) -> Iterator[str]:
+    """What a text that names the report cites as ``kind``, but for what stands behind another paper's number:
+    "(arXiv 2312.06635, section 4)"."""
     flat = re.sub(r"\s+#?\s*", " ", text)  # a citation may be broken over lines of comments
-    for numbers in re.findall(rf"2509\.05276\)?,(?: [a-z]+\.? [\d.-]+ and)? {kind} {_NUMBERS}", flat):
-        yield from (number.strip(".") for number in re.split(r"-|, | and ", numbers))
+    flat = re.sub(rf"arXiv (?!{re.escape(REPORT)})\d{{4}}\.\d{{5}}[^)]*", "", flat)
+    if REPORT in flat:
+        for numbers in re.findall(rf"\b{kind} {_NUMBERS}", flat, re.IGNORECASE):
+            yield from (number.strip(".") for number in re.split(r"-|, | and ", numbers))
 
 
 def test_cited_sections_and_equations_exist() -> None:
@@ -35,7 +40,7 @@ def test_cited_sections_and_equations_exist() -> None:
     assert not wrong
 
 
-def test_citations_are_found_where_lines_break() -> None:
-    text = "# (arXiv 2509.05276,\n# sections 3.4 and 4), and (arXiv 2509.05276, section 2 and eq. 15-18)"
+def test_citations_are_found_where_lines_break_and_without_the_number_beside_them() -> None:
+    text = "# (arXiv 2509.05276,\n# sections 3.4 and 4), (arXiv 2312.06635, section 9), (section 2, eq. 15-18)"
     assert list(_cited(text, "sections?")) == ["3.4", "4", "2"]
     assert list(_cited(text, r"eq\.")) == ["15", "18"]

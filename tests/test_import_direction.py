@@ -1,6 +1,6 @@
 """Imports point downwards only:
 
-training, conversion, evaluation -> models, data -> parallel, ops, spiking, reporting -> config; hf alone.
+training, conversion, evaluation -> models, data -> parallel -> ops, spiking, reporting -> config; hf alone.
 """
 
 from __future__ import annotations

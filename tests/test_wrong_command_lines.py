@@ -112,6 +112,7 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     # flags
     *(((tool, "--nothing"), "") for tool in ("evaluate", "generate", "export", "preprocess_data", "demo")),
     *(((tool,), "") for tool in ("evaluate", "generate", "export", "convert_checkpoint", "plot_metrics")),
+    *((("measure_speed", *rest), "") for rest in ((), ("--nothing",), ("--output", "speed.json"))),
     ((*EVALUATE, "--dtype", "int3"), "invalid choice"),
     ((*GENERATE, "--device", "tpu"), "invalid choice"),
 ]

@@ -167,7 +167,7 @@ def latest_checkpoint(folder: str | Path, setting: str) -> Path:
         )
     iteration = latest_iteration(folder)
     if iteration is None:
-        if re.fullmatch(r"iter_\d{7}", folder.name):
+        if _ITERATION_FOLDER.fullmatch(folder.name):
             raise CheckpointError(
                 f"{setting}={folder} is one iteration; name the folder above it: {setting}={folder.parent}"
             )

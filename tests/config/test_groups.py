@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -137,6 +138,33 @@ def test_published_topologies_make_a_plan_on_both_platforms(choice, cluster, mon
     assert plan.total_tokens == pytest.approx(billions * 1e9, rel=1e-3)
     # MetaX C550 has 64 GB; a tenth of that is for what the estimate leaves out (workspaces, NCCL, fragments).
     assert max(stage.memory.total for stage in plan.stages) < 0.91 * 64e9
+
+
+def _readme_rows():
+    """The README's table of topologies: command-line choice -> its cells."""
+    rows, experiment = {}, ""
+    for line in (conf_folder().parent / "README.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if name := re.match(r"`(spikingbrain_\w+)`", cells[0]):
+            experiment = name[1]
+            rows[experiment] = cells
+        elif variant := re.match(r"\.\.\. `(parallel=\w+)`", cells[0]):
+            rows[f"{experiment} {variant[1]}"] = cells
+    return rows
+
+
+def test_the_readme_gives_the_planners_numbers(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    rows = _readme_rows()
+    assert rows.keys() == EXPERIMENTS.keys()
+    for choice, (_, gpus, _, step, _, gib) in rows.items():
+        config = dry_run(*f"experiment={choice}".split())
+        plan = plan_run(config, launched_world_size(config))
+        fullest = max(stage.memory.total for stage in plan.stages) / 2**30
+        assert int(gpus) == plan.world_size, choice
+        stage = config.stage
+        assert step == f"{stage.seq_length // 1024}k x {stage.global_batch_size}", choice
+        assert int(gib.split()[0]) == round(fullest), choice
 
 
 def test_the_tokens_of_all_stages_are_those_of_table_2(monkeypatch):
