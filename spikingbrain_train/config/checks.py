@@ -17,7 +17,7 @@ from spikingbrain_train.config.kernel_limits import (
     flash_attn_limit,
     grouped_gemm_limit,
 )
-from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.config.model import Mixer, ModelConfig
 from spikingbrain_train.config.model_checks import check_model
 from spikingbrain_train.config.parallel import (
     AcceleratorKind,
@@ -27,7 +27,12 @@ from spikingbrain_train.config.parallel import (
     ParallelLinearBackend,
     SoftmaxAttentionBackend,
 )
-from spikingbrain_train.config.parallel_checks import check_sequence_split, check_split, check_world_size
+from spikingbrain_train.config.parallel_checks import (
+    check_every_stage_aligns,
+    check_sequence_split,
+    check_split,
+    check_world_size,
+)
 from spikingbrain_train.config.require import above_zero, at_least, either, multiples_around, require
 from spikingbrain_train.config.run import (
     LRDecayStyle,
@@ -262,3 +267,6 @@ def check_run_config(config: RunConfig, world_size: int) -> None:
             0 <= config.dry_run_rank < world_size,
             f"dry_run_rank={config.dry_run_rank} is no rank of this run; choose one of 0 to {world_size - 1}",
         )
+        dense = [Mixer.full] * config.model.num_layers
+        if config.stage.kind is StageKind.align and config.model.layer_mixers() != dense:
+            check_every_stage_aligns(config.model, dense, config.parallel)  # plans read no teacher

@@ -17,6 +17,7 @@ from spikingbrain_train.config.checkpoint_folder import (
 )
 from spikingbrain_train.config.errors import CheckpointError, ConfigurationError, DataError
 from spikingbrain_train.config.load import load_model_config
+from spikingbrain_train.config.parallel_checks import check_every_stage_aligns
 from spikingbrain_train.config.resume import check_settings, check_training_data, run_to_resume
 from spikingbrain_train.config.run import DataConfig, Resume, RunConfig
 from spikingbrain_train.config.run_lock import check_not_in_use
@@ -133,6 +134,7 @@ def check_teacher(config: RunConfig) -> None:
             f"{setting} has the same mixers as the model, so stage.kind={stage.kind.name} has nothing to "
             f"learn; name the dense source as stage.teacher"
         )
+    check_every_stage_aligns(model, teacher.layer_mixers(), config.parallel)
 
 
 def check_own_checkpoints(config: RunConfig) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import gcd
 
+from spikingbrain_train.config.errors import ConfigurationError
 from spikingbrain_train.config.model import Mixer, ModelConfig
 from spikingbrain_train.config.model_checks import has_experts
 from spikingbrain_train.config.parallel import (
@@ -93,6 +95,36 @@ def check_split(model: ModelConfig, parallel: ParallelConfig) -> None:
     else:
         _check_nothing_for_experts(parallel)
     _check_heads_over_context(model, parallel)
+
+
+def check_every_stage_aligns(model: ModelConfig, teacher: Sequence[Mixer], parallel: ParallelConfig) -> None:
+    """Every pipeline stage has a mixer to train where only those train that are not the teacher's:
+    megatron-core can neither step nor save an optimizer of nothing.
+
+    Args:
+        model: the network that is aligned; its layers are divisible by the pipeline degree.
+        teacher: the mixer of every layer of its teacher.
+        parallel: degrees that split it.
+
+    Raises:
+        ConfigurationError: names the layers of the first stage that trains nothing, and degrees that fit.
+    """
+    pairs = zip(model.layer_mixers(), teacher, strict=True)
+    trained = [mine is not theirs for mine, theirs in pairs]
+
+    def idle(degree: int) -> list[range]:
+        size = len(trained) // degree
+        stages = [range(first, first + size) for first in range(0, len(trained), size)]
+        return [stage for stage in stages if not any(trained[layer] for layer in stage)]
+
+    pipeline = parallel.pipeline_model_parallel_size
+    for stage in idle(pipeline)[:1]:
+        fitting = [degree for degree in divisors(len(trained)) if not idle(degree)]
+        raise ConfigurationError(
+            f"parallel.pipeline_model_parallel_size={pipeline} leaves a pipeline stage nothing to train in "
+            f"stage.kind=align: layers {stage.start} to {stage.stop - 1} have the teacher's mixers; "
+            f"valid are {either(fitting)}"
+        )
 
 
 def _check_experts_split(model: ModelConfig, parallel: ParallelConfig) -> None:

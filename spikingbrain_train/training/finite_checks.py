@@ -64,8 +64,6 @@ def _state(model: torch.nn.Module, optimizer: MegatronOptimizer) -> Iterator[tup
     for name, parameter in model.named_parameters():
         yield name, parameter
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if part.optimizer is None:  # this rank trains nothing
-            continue
         for group in part.optimizer.param_groups:
             for parameter in group["params"]:
                 yield "an fp32 main weight of the optimizer", parameter

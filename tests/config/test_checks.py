@@ -237,6 +237,12 @@ REFUSED: list[tuple[dict[str, Any], int, list[str]]] = [
         1,
         ["stage.distillation.weight", "0", "stage.kind=cpt"],
     ),
+    (
+        {"stage.kind": StageKind.align, "stage.teacher": "dense", PP: 4}
+        | {"model.mixers": [Mixer.gla] * 4 + [Mixer.full] * 2 + [Mixer.gla, Mixer.swa]},
+        4,
+        [f"{PP}=4", "layers 4 to 5 have the teacher's mixers", "1 or 2"],
+    ),
     # optimizer and schedule
     ({"optimizer.lr": -1e-3}, 1, ["optimizer.lr=-0.001", "greater than 0"]),
     ({"optimizer.lr": NAN}, 1, ["optimizer.lr=nan", "finite"]),

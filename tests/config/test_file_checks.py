@@ -246,6 +246,18 @@ class TestTeacher:
         sentence = refusal(run, CheckpointError)
         assert "vocabulary of 256" in sentence and "model.vocab_size=512" in sentence
 
+    def test_a_pipeline_stage_that_would_align_nothing_is_refused(self, run, tmp_path):
+        run.stage.kind = StageKind.align
+        run.parallel.pipeline_model_parallel_size = 2
+        run.stage.teacher = write_checkpoint(
+            tmp_path / "half",
+            dataclasses.replace(HYBRID, mixers=[Mixer.full, Mixer.full, Mixer.gla, Mixer.swa]),
+        )
+        with pytest.raises(ConfigurationError, match="layers 2 to 3 have the teacher's mixers; valid are 1$"):
+            check_run_config(run, world_size=2)
+        run.model.mixers = [Mixer.swa, Mixer.gla, Mixer.full, Mixer.swa]
+        check_run_config(run, world_size=2)
+
     def test_a_missing_teacher_is_named(self, run):
         run.stage.distillation.weight = 0.5
         run.stage.teacher = "nowhere"
