@@ -9,7 +9,7 @@ from spikingbrain_train.config.model import Mixer, ModelConfig
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import Precision
 from spikingbrain_train.models.rms_norm import RMSNorm
-from spikingbrain_train.models.transformer_config import transformer_config
+from spikingbrain_train.models.transformer_config import PARAMS_DTYPE, transformer_config
 
 MODEL = ModelConfig(
     num_layers=1,
@@ -28,7 +28,7 @@ def config(precision: Precision = Precision.fp32, **parallel: object):
     return transformer_config(MODEL, ParallelConfig(**parallel), precision, on_cpu=True)
 
 
-@pytest.mark.parametrize("precision", list(Precision))
+@pytest.mark.parametrize("precision", list(PARAMS_DTYPE))
 def test_agrees_with_torch_in_the_models_dtype(precision: Precision) -> None:
     torch.manual_seed(0)
     norm = RMSNorm(config(precision), 16, eps=1e-3)
