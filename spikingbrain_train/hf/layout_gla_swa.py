@@ -34,6 +34,17 @@ class TokenLayout:
         """Number of the document of each token in its row, int64, from 0; None where there is one a row."""
         return None if self.starts_BT is None else self.starts_BT.cumsum(-1)
 
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> TokenLayout:
+        """The same with its tensors on `device`. Hooks of a model that is split over devices (accelerate) call
+        this before every layer."""
+
+        def moved(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=non_blocking)
+
+        return TokenLayout(
+            moved(self.valid_BS), moved(self.text_index_BS), self.num_cached, moved(self.starts_BT)
+        )
+
 
 def token_layout(valid_BS: Tensor | None, window: int | None, starts_BT: Tensor | None) -> TokenLayout:
     """The layout of a batch.

@@ -261,8 +261,8 @@ class GLAswaModel(GLAswaPreTrainedModel):
 
         Args:
             input_ids: [B, T] int64; or `inputs_embeds` [B, T, hidden_size] instead.
-            attention_mask: [B, S], nonzero where a token is text and zero where it is padding, for all S
-                tokens: those in the cache and the new ones. None means no padding.
+            attention_mask: [B, S], 1 where a token is text and 0 where it is padding, for all S tokens: those
+                in the cache and the new ones. None means no padding.
             position_ids: [B or 1, T]; None means that positions count all tokens from 0, or those of each
                 document.
             past_key_values: a `GLAswaCache`, updated in place; None with use_cache makes a new one.
@@ -302,6 +302,7 @@ class GLAswaModel(GLAswaPreTrainedModel):
         num_past = 0 if cache is None else cache.num_tokens
         packing = {name: torch.as_tensor(x, device=hidden.device) for name, x in known.items()}
         position_ids = None if position_ids is None else position_ids.to(hidden.device)
+        attention_mask = None if attention_mask is None else attention_mask.to(hidden.device)
         valid_BS = valid_tokens(attention_mask, batch_size, num_past + num_new)
         starts_BT = document_starts(packing, position_ids, valid_BS, (batch_size, num_new), num_past)
         if starts_BT is not None and (cache is not None or wants_cache):
@@ -392,7 +393,7 @@ class GLAswaForCausalLM(GLAswaPreTrainedModel, GenerationMixin):
 
     def _prefill_chunking(self, input_ids, generation_config, **model_kwargs):
         """transformers 4 calls this to read all of a prompt but its last token. Its own compiles the model,
-        which a growing cache is not for, and count padding in positions."""
+        which a growing cache is not for, and counts padding in positions."""
         cache, mask = model_kwargs["past_key_values"], model_kwargs.get("attention_mask")
         mask = torch.ones_like(input_ids) if mask is None else mask
         position_ids = (mask.cumsum(-1) - 1).clamp(min=0)

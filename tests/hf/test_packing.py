@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import DataCollatorWithFlattening
 
 from spikingbrain_train.hf import ops_gla_swa as ops
+from spikingbrain_train.hf.layout_gla_swa import TokenLayout
 from spikingbrain_train.hf.modeling_gla_swa import GLAswaForCausalLM
 
 LENGTHS = (15, 1, 90, 33)
@@ -201,3 +202,35 @@ def test_the_kernel_is_given_documents_as_one_row_of_sequences(rows: int) -> Non
     actual = ops.gated_linear_attention_by_kernel(chunk_gla, q * 8**-0.5, k, v, g, None, starts)
     for ours, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_the_layout_of_a_batch_moves_with_a_layer_of_a_split_model() -> None:
+    """device_map="auto": the hooks of accelerate move the arguments of a layer that can be moved."""
+    send_to_device = pytest.importorskip("accelerate.utils").send_to_device
+    valid = torch.tensor([[True, False, True]])
+    layout = TokenLayout(
+        valid, valid.cumsum(-1), num_cached=2, starts_BT=torch.tensor([[False, False, True]])
+    )
+    moved = send_to_device(layout, "meta")
+    assert {x.device.type for x in (moved.valid_BS, moved.text_index_BS, moved.starts_BT)} == {"meta"}
+    assert moved.num_cached == 2
+    assert send_to_device(TokenLayout(num_cached=2), "meta") == TokenLayout(num_cached=2)
+    assert layout.valid_BS is valid
+
+
+class _MaskElsewhere(Tensor):
+    """Remembers where it was moved to."""
+
+    moved_to: list[object] = []
+
+    def to(self, *args: Any, **kwargs: Any) -> Tensor:
+        self.moved_to.append(args[0])
+        return self.as_subclass(Tensor).to(*args, **kwargs)
+
+
+def test_a_mask_is_moved_to_the_embeddings(random_model: Callable[..., GLAswaForCausalLM]) -> None:
+    """A batch is often made on another device than the first layer's."""
+    mask = torch.tensor([[0, 1, 1]]).as_subclass(_MaskElsewhere)
+    with torch.no_grad():
+        random_model()(torch.tensor([[1, 2, 3]]), attention_mask=mask)
+    assert torch.device("cpu") in mask.moved_to
