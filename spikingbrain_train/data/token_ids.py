@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,25 +37,80 @@ class IdRange:
     """Position of the first token beyond the vocabulary; None where there is none."""
 
 
+_MOST = int(np.iinfo(np.int64).max)
+NOTHING = IdRange(_MOST, -_MOST)
+"""Of no tokens at all, as a rank has where there are fewer tokens than ranks. Both numbers and their
+negatives are of int64."""
+
 _known: dict[str, IdRange] = {}
 """By :func:`_identity`; for data whose check can be remembered nowhere else."""
 
 
-def check_token_ids(dataset: TokenFile, vocab_size: int) -> None:
+class Reader:
+    """Who looks at a file: this process alone. In a distributed run the ranks are one reader together, see
+    :mod:`~spikingbrain_train.training.data_check`."""
+
+    rank = 0
+    world_size = 1
+    folder: Path | None = None
+    """The run's own folder, for what cannot be remembered beside the data."""
+
+    def least(self, numbers: list[int]) -> list[int]:
+        """The smallest of each number, all of int64, over all ranks."""
+        return numbers
+
+    def progress(self, dataset: TokenFile, size: int) -> AbstractContextManager[Callable[[int], Any]]:
+        """What is told of the bytes, ``size`` in all, that this rank has looked at since the last call."""
+        return nullcontext(lambda looked_at: None)
+
+    def require(self, everywhere: int, prefix: str, failure: DataError | None) -> None:
+        """Raise ``failure`` on its rank, and on the others too, unless all is well everywhere."""
+        if not everywhere:
+            raise failure or DataError(f"another rank cannot read the dataset {prefix}; see what it says")
+
+
+def check_token_ids(dataset: TokenFile, vocab_size: int, reader: Reader | None = None) -> None:
     """Every token is at least 0 and below ``vocab_size``.
 
     The file is read once, in parts; what was found is remembered beside it, for its size and time of change.
 
+    Args:
+        dataset: the tokens.
+        vocab_size: ids that the model has embeddings for, without rows of padding.
+        reader: this process alone where it is None; else a collective of all its ranks.
+
     Raises:
         DataError: names file, document and token of the first that is not, or the file cannot be read.
     """
-    ids = recall(dataset)
-    if ids is None:
-        ids = scan(dataset, vocab_size, 0, dataset.num_tokens)
-        remember(dataset, ids)
-    elif not fits(ids, vocab_size):
-        ids = scan(dataset, vocab_size, 0, dataset.num_tokens)
-    require_fit(dataset, ids, vocab_size)
+    reader = reader or Reader()
+    ids = recall(dataset, reader.folder)
+    known, fit = reader.least([int(ids is not None), int(ids is not None and fits(ids, vocab_size))])
+    if fit and ids is not None:
+        remember(dataset, ids, write=False)
+        return
+    # Once the range is known, only the place of the first token beyond the vocabulary is to be found.
+    found = _look(dataset, vocab_size, reader, find_first=bool(known))
+    if not known or found.first_outside is None:
+        remember(dataset, found, reader.folder, write=reader.rank == 0)
+    require_fit(dataset, found, vocab_size)
+
+
+def _look(dataset: TokenFile, vocab_size: int, reader: Reader, *, find_first: bool) -> IdRange:
+    """:func:`scan` of the whole file, of which every rank reads its share."""
+    first, end = (dataset.num_tokens * rank // reader.world_size for rank in (reader.rank, reader.rank + 1))
+    share, failure = NOTHING, None
+    try:
+        with reader.progress(dataset, (end - first) * dataset.dtype.itemsize) as advance:
+            share = scan(dataset, vocab_size, first, end, advance, find_first=find_first)
+    except DataError as error:
+        failure = error
+    beyond = dataset.num_tokens
+    outside = beyond if share.first_outside is None else share.first_outside
+    read, smallest, largest, outside = reader.least(
+        [int(failure is None), share.smallest, -share.largest, outside]
+    )
+    reader.require(read, dataset.prefix, failure)
+    return IdRange(smallest, -largest, None if outside == beyond else outside)
 
 
 def fits(ids: IdRange, vocab_size: int) -> bool:
@@ -79,6 +137,8 @@ def scan(
     first: int,
     end: int,
     advance: Callable[[int], Any] = lambda size: None,
+    *,
+    find_first: bool = False,
 ) -> IdRange:
     """Look at the tokens from position ``first`` up to below ``end``.
 
@@ -88,8 +148,9 @@ def scan(
         first: where to begin.
         end: where to stop.
         advance: called with the number of bytes that were looked at since the last call.
+        find_first: stop at the first token beyond the vocabulary; the range is then that of what was read.
     """
-    smallest, largest, first_outside = np.iinfo(np.int64).max, np.iinfo(np.int64).min, None
+    smallest, largest, first_outside = NOTHING.smallest, NOTHING.largest, None
     for start in range(first, end, _CHUNK_TOKENS):
         tokens = dataset.read(start, min(_CHUNK_TOKENS, end - start))
         low, high = int(tokens.min()), int(tokens.max())
@@ -97,6 +158,8 @@ def scan(
             first_outside = start + int(np.argmax((tokens < 0) | (tokens >= vocab_size)))
         smallest, largest = min(smallest, low), max(largest, high)
         advance(tokens.nbytes)
+        if find_first and first_outside is not None:
+            break
     return IdRange(smallest, largest, first_outside)
 
 
@@ -131,11 +194,12 @@ def _beside(dataset: TokenFile) -> Path:
 
 
 def _identity(dataset: TokenFile, *, anywhere: bool = False) -> str:
-    """Name, size and time of change of the file that holds the tokens; ``anywhere`` takes its whole path,
-    which a note beside it must not depend on."""
+    """Name, size and time of change of the file that holds the tokens, and their type, which the index says;
+    ``anywhere`` takes its whole path, which a note beside it must not depend on."""
     path = os.path.realpath(dataset.bin_path)
     status = os.stat(path)
-    return f"{path if anywhere else Path(dataset.bin_path).name} {status.st_size} {status.st_mtime_ns}"
+    name = path if anywhere else Path(dataset.bin_path).name
+    return f"{name} {status.st_size} {status.st_mtime_ns} {dataset.dtype.name}"
 
 
 def _entries(path: Path) -> dict[str, Any]:
@@ -155,14 +219,16 @@ def _read(path: Path, identity: str) -> IdRange | None:
 
 
 def _write(path: Path, entries: dict[str, Any]) -> bool:
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Not named after the process id alone: ids repeat between containers that share a disk.
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp-", dir=path.parent))
+        temporary = folder / path.name
         try:
             temporary.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
             os.replace(temporary, path)
         finally:
-            temporary.unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
     except OSError:
         return False
     return True

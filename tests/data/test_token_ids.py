@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from spikingbrain_train.config.errors import DataError
@@ -46,9 +47,9 @@ def scans(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     looked_at: list[str] = []
     scan = token_ids.scan
 
-    def counted(dataset: TokenFile, *arguments: object) -> token_ids.IdRange:
+    def counted(dataset: TokenFile, *arguments: object, **options: bool) -> token_ids.IdRange:
         looked_at.append(dataset.prefix)
-        return scan(dataset, *arguments)  # type: ignore[arg-type]
+        return scan(dataset, *arguments, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(token_ids, "scan", counted)
     monkeypatch.setattr(token_ids, "_known", {})
@@ -112,11 +113,53 @@ def test_a_note_of_another_file_or_none_is_not_believed(
     prefix = write_foreign(tmp_path, [[1, 25]])
     if note is None:
         status = os.stat(prefix + ".bin")
-        identity = f"foreign.bin {status.st_size} {status.st_mtime_ns + 1}"
+        identity = f"foreign.bin {status.st_size} {status.st_mtime_ns + 1} int32"
         note = json.dumps({identity: {"smallest": 0, "largest": 1}})
     Path(prefix + ".checked").write_text(note)
     with pytest.raises(DataError, match="token id 25"):
         open_indexed_dataset(prefix, VOCABULARY)
+
+
+def test_a_note_of_the_same_bytes_as_other_numbers_is_not_believed(tmp_path: Path, scans: list[str]) -> None:
+    prefix = write_foreign(tmp_path, [[1, 0, 1, 0]], np.uint16)
+    time = os.stat(prefix + ".bin").st_mtime_ns
+    open_indexed_dataset(prefix, VOCABULARY)
+    write_foreign(tmp_path, [[1, 1]], np.int32)
+    os.utime(prefix + ".bin", ns=(time, time))
+    open_indexed_dataset(prefix, VOCABULARY)
+    assert len(scans) == 2
+
+
+def test_known_data_is_read_up_to_the_first_token_beyond_the_vocabulary(
+    tmp_path: Path, scans: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefix = write_foreign(tmp_path, [range(12)])
+    open_indexed_dataset(prefix, VOCABULARY)
+    starts: list[int] = []
+    read = TokenFile.read
+    monkeypatch.setattr(
+        TokenFile, "read", lambda self, start, count: starts.append(start) or read(self, start, count)
+    )
+    for _ in range(2):
+        starts.clear()
+        with pytest.raises(DataError, match="token id 4"):
+            open_indexed_dataset(prefix, 4)
+        assert starts == [0, 3, 4]  # parts of three tokens, and the one to name
+    open_indexed_dataset(prefix, VOCABULARY)
+    assert len(scans) == 3
+
+
+def test_a_note_is_written_beside_the_unfinished_one_of_another_container(
+    tmp_path: Path, scans: list[str]
+) -> None:
+    """Their process ids may be equal."""
+    prefix = write_foreign(tmp_path, GOOD)
+    (tmp_path / f".foreign.checked.tmp-{os.getpid()}").mkdir()
+    open_indexed_dataset(prefix, VOCABULARY)
+    assert list(json.loads(Path(prefix + ".checked").read_text()).values()) == [
+        {"smallest": 0, "largest": 19}
+    ]
+    assert len(list(tmp_path.glob(".*"))) == 1
 
 
 def test_numbers_that_are_no_tokens_are_refused(tmp_path: Path) -> None:
@@ -156,6 +199,18 @@ def test_ranks_share_the_work_and_come_to_one_end(ranks: RankPool, tmp_path: Pat
         (error, _), other = check(vocab_size)
         assert error == other[0]
         assert f"document {document} (counted from 0) holds the token id {vocab_size}" in error
+
+
+def test_a_dataset_of_fewer_tokens_than_ranks_is_checked(ranks: RankPool, tmp_path: Path) -> None:
+    prefix = write_foreign(tmp_path, [[5]])
+    dataset = TokenFile(prefix)
+    nothing = token_ids.scan(dataset, VOCABULARY, 0, 0)
+    torch.tensor([nothing.smallest, nothing.largest, -nothing.smallest, -nothing.largest], dtype=torch.int64)
+    for vocab_size, sentence in ((VOCABULARY, ""), (5, "document 0 (counted from 0) holds the token id 5")):
+        found = ranks.run(
+            _check_on_this_rank, prefix, vocab_size, tmp_path, world_size=2, parallel=ParallelConfig()
+        )
+        assert all(sentence in error and bool(sentence) == bool(error) for error, _ in found)
 
 
 def _train_on_this_rank(groups: ProcessGroups, output_dir: Path, prefix: str) -> str:
