@@ -35,7 +35,7 @@ class TokenLayout:
         return None if self.starts_BT is None else self.starts_BT.cumsum(-1)
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> TokenLayout:
-        """The same with its tensors on `device`. Hooks of a model that is split over devices (accelerate) call
+        """The same with its tensors on `device`. Hooks of a model split over devices (accelerate) call
         this before every layer."""
 
         def moved(tensor: Tensor | None) -> Tensor | None:
