@@ -9,6 +9,7 @@ import os
 
 from spikingbrain_train.config.command_line import user_errors
 from spikingbrain_train.config.quiet_torch import ignore_megatron_warnings
+from spikingbrain_train.reporting.activity import activity
 
 
 def main() -> None:
@@ -47,9 +48,11 @@ def main() -> None:
     ignore_megatron_warnings()
     with user_errors():
         if config.dry_run:
-            from spikingbrain_train.training.dry_run import build_share
-
-            print(f"\n{build_share(plan).render()}")
+            with activity("importing torch and megatron-core"):
+                from spikingbrain_train.training.dry_run import build_share
+            with activity("building one rank's share of the model"):
+                share = build_share(plan)
+            print(f"\n{share.render()}")
         else:
             from spikingbrain_train.training import run
 

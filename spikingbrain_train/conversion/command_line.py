@@ -263,9 +263,11 @@ def _inspect(arguments: argparse.Namespace) -> str:
         read_weight_map(arguments.folder)
     else:
         resolve_checkpoint(arguments.folder)
-    from spikingbrain_train.conversion.inspect_checkpoint import inspect_checkpoint
+    with activity("importing torch"):
+        from spikingbrain_train.conversion.inspect_checkpoint import inspect_checkpoint
 
-    return inspect_checkpoint(arguments.folder)
+    with activity(f"reading {arguments.folder}"):
+        return inspect_checkpoint(arguments.folder)
 
 
 def _bytes(text: str) -> int:

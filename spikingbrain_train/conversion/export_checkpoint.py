@@ -120,7 +120,7 @@ def export_checkpoint(
         output, source=folder, overwrite=overwrite, marker=CONFIG_FILE, needed_bytes=report.bytes
     )
     damaged: dict[str, str] = {}
-    with complete_folder(output) as temporary:
+    with complete_folder(output, progress=progress) as temporary:
         if hf_source.is_dir():
             companions = find_companion_files(hf_source)
             companions.copy_to(temporary)
@@ -129,7 +129,8 @@ def export_checkpoint(
         if family is GLA_SWA:
             for path in modelling_files():
                 shutil.copyfile(path, temporary / path.name)
-            report.notes += keep_tokenizer_class(hf_source, temporary)
+            with activity("comparing the tokenizers", shown=progress):  # transformers is imported for it
+                report.notes += keep_tokenizer_class(hf_source, temporary)
         if not has_tokenizer(temporary):
             report.notes.append(
                 f"{folder} carries no tokenizer; copy one into {output} before generating text"

@@ -139,7 +139,7 @@ def import_checkpoint(
     if dry_run:
         return report
 
-    with complete_folder(output) as folder:
+    with complete_folder(output, progress=progress) as folder:
         checkpoint = iteration_folder(folder, 0)
         (checkpoint / HF_SOURCE_FOLDER).mkdir(parents=True)
         companions.copy_to(checkpoint / HF_SOURCE_FOLDER)

