@@ -28,9 +28,7 @@ from spikingbrain_train.conversion.window_convention import (
     WindowConvention,
     default_convention,
 )
-from spikingbrain_train.hf import ARCHITECTURES
-
-DEFAULT_ROPE_THETA = 10000.0  # transformers' default in every family read here
+from spikingbrain_train.hf import ARCHITECTURES, DEFAULT_ROPE_THETA
 
 
 @dataclass(frozen=True)
@@ -41,14 +39,16 @@ class Family:
     """Class name, as in ``architectures`` of config.json."""
     model_type: str
     """``model_type`` of config.json."""
+    rope_theta: float
+    """Rotary base where config.json names none, as its class in transformers has it."""
     names: Mapping[str, str]
     """Its column of the mapping table: role -> tensor name."""
 
 
-LLAMA = Family("LlamaForCausalLM", "llama", LLAMA_NAMES)
-QWEN2 = Family("Qwen2ForCausalLM", "qwen2", LLAMA_NAMES)
-QWEN3 = Family("Qwen3ForCausalLM", "qwen3", LLAMA_NAMES)
-GLA_SWA = Family(ARCHITECTURES[0], "gla_swa", GLA_SWA_NAMES)
+LLAMA = Family("LlamaForCausalLM", "llama", 10000.0, LLAMA_NAMES)
+QWEN2 = Family("Qwen2ForCausalLM", "qwen2", 10000.0, LLAMA_NAMES)
+QWEN3 = Family("Qwen3ForCausalLM", "qwen3", 10000.0, LLAMA_NAMES)
+GLA_SWA = Family(ARCHITECTURES[0], "gla_swa", DEFAULT_ROPE_THETA, GLA_SWA_NAMES)
 FAMILIES = {family.architecture: family for family in (LLAMA, QWEN2, QWEN3, GLA_SWA)}
 
 
@@ -158,7 +158,7 @@ def parse_hf_config(
     head_dim = settings.integer("head_dim", 128 if family is QWEN3 else hidden_size // num_heads)
     if head_dim % 2:
         raise settings.refuse("head_dim", "must be even for rotary positions")
-    rotary_base, rope_scaling = _rope(settings)
+    rotary_base, rope_scaling = _rope(settings, family)
     model = ModelConfig(
         num_layers=num_layers,
         hidden_size=hidden_size,
@@ -204,7 +204,7 @@ def _family(values: dict[str, Any], path: Path) -> Family:
     return FAMILIES[architectures[0]]
 
 
-def _rope(settings: _Settings) -> tuple[float, RopeScalingConfig]:
+def _rope(settings: _Settings, family: Family) -> tuple[float, RopeScalingConfig]:
     """Rotary base and scaling: ``rope_theta``, ``rope_scaling``, or transformers 5's ``rope_parameters``."""
     values = settings.values
     key = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
@@ -218,7 +218,7 @@ def _rope(settings: _Settings) -> tuple[float, RopeScalingConfig]:
             raise place.refuse(
                 "partial_rotary_factor", "is not supported; rotary positions cover the whole head"
             )
-    base = settings.number("rope_theta", rope.number("rope_theta", DEFAULT_ROPE_THETA))
+    base = settings.number("rope_theta", rope.number("rope_theta", family.rope_theta))
     if rope.number("rope_theta", base) != base:
         raise settings.refuse(
             "rope_theta", f"contradicts rope_theta = {rope.values['rope_theta']} in {key}; keep one"
@@ -271,10 +271,14 @@ def _read_hybrid(settings: _Settings, model: ModelConfig, convention: WindowConv
     full_layers = settings.layers("full_attention_layers", [], model.num_layers)
     if not set(full_layers) <= set(softmax_layers):
         raise settings.refuse("full_attention_layers", "must also be listed in attn_layers")
-    if "sliding_window" in settings.values and settings.values["sliding_window"] is None:
-        full_layers = softmax_layers
-    elif settings.values.get(WINDOW_KEY) is not None:
+    if settings.values.get(WINDOW_KEY) is not None:
         model.sliding_window = settings.integer(WINDOW_KEY)
+        if settings.values.get("sliding_window", model.sliding_window - 1) != model.sliding_window - 1:
+            raise settings.refuse(
+                "sliding_window", f"contradicts {WINDOW_KEY} = {model.sliding_window}, which is one more"
+            )
+    elif "sliding_window" in settings.values and settings.values["sliding_window"] is None:
+        full_layers = softmax_layers
     else:
         model.sliding_window = convention.window(settings.integer("sliding_window", 4096))
     model.mixers = shortest_pattern(

@@ -14,6 +14,8 @@ AUTO_MAP = {
     "AutoConfig": "configuration_gla_swa.GLAswaConfig",
     "AutoModelForCausalLM": "modeling_gla_swa.GLAswaForCausalLM",
 }
+DEFAULT_ROPE_THETA = 1000000.0
+"""What `GLAswaConfig` takes where config.json names no rotary base; here for readers without transformers."""
 
 
 def modelling_files() -> list[Path]:

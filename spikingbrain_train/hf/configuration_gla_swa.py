@@ -8,9 +8,12 @@ what the published class always does, so that a published config.json loads unch
 
 from __future__ import annotations
 
+from types import EllipsisType
+
 from transformers import PretrainedConfig
 
 DEFAULT_ROPE_THETA = 1000000.0
+DEFAULT_SLIDING_WINDOW = 4096
 
 
 class GLAswaConfig(PretrainedConfig):
@@ -28,7 +31,7 @@ class GLAswaConfig(PretrainedConfig):
             rotary embedding.
         sliding_window: tokens before the current one that a softmax layer sees, as the published default
             code computes it (flash-attention's window_size = (sliding_window, 0)); None means all (full
-            attention). The published SDPA variant and cache see one token less.
+            attention), and leaving it out 4096. The published SDPA variant and cache see one token less.
         attn_layers: 0-based indices of the softmax layers; all others are GLA. None means the odd layers.
         max_position_embeddings: longest text the model was trained on; nothing is allocated from it.
         attention_dropout: dropout on softmax attention weights while training.
@@ -42,8 +45,8 @@ class GLAswaConfig(PretrainedConfig):
 
     Args:
         head_dim: key, query and value size of a head; None means hidden_size // num_attention_heads.
-        attention_window: tokens that a softmax layer sees, the current one included. It decides if it is
-            given, and sliding_window becomes attention_window - 1; None means sliding_window + 1.
+        attention_window: tokens that a softmax layer sees, the current one included: sliding_window + 1,
+            which is what None means. Either may be left out, but they must not contradict each other.
         attention_bias: whether q, k and v projections have a bias that is trained (Qwen2: yes; Llama, Qwen3:
             no). If not, zeros are stored, for classes that always have one.
         qk_norm: RMSNorm over head_dim on queries and keys of every layer, before rotary embedding or ReLU
@@ -78,7 +81,7 @@ class GLAswaConfig(PretrainedConfig):
         hidden_act: str = "swish",
         norm_eps: float = 1e-6,
         rope_theta: float | None = None,
-        sliding_window: int | None = 4096,
+        sliding_window: int | EllipsisType | None = ...,
         attn_layers: list[int] | None = None,
         max_position_embeddings: int = 131072,
         attention_dropout: float = 0.0,
@@ -152,6 +155,24 @@ class GLAswaConfig(PretrainedConfig):
             **kwargs,
         )
 
+    def check_windows(self) -> None:
+        """Raises ValueError where `sliding_window` and `attention_window` have been set apart after the
+        configuration was made, as `from_pretrained(folder, sliding_window=...)` does."""
+        if (self.sliding_window, self.attention_window) != _windows(
+            self.sliding_window, self.attention_window
+        ):
+            raise ValueError(
+                f"attention_window is null, but sliding_window {self.sliding_window}: set attention_window "
+                f"to sliding_window + 1."
+            )
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """As in transformers, which sets `kwargs` after the configuration was made."""
+        made = super().from_dict(config_dict, **kwargs)
+        (made[0] if isinstance(made, tuple) else made).check_windows()
+        return made
+
     def mixer_type(self, layer_idx: int) -> str:
         """The mixer of layer `layer_idx` (0-based): "gla", "swa" or "full"."""
         if layer_idx not in self.attn_layers:
@@ -200,16 +221,23 @@ class GLAswaConfig(PretrainedConfig):
             raise ValueError(f'rope_scaling type "{rope_type}" is not supported; use null or "llama3".')
 
 
-def _windows(sliding_window: int | None, attention_window: int | None) -> tuple[int | None, int | None]:
-    """The published key and the number of tokens that a query sees, made to say the same."""
+def _windows(
+    sliding_window: int | EllipsisType | None, attention_window: int | None
+) -> tuple[int | None, int | None]:
+    """The published key (... where it is left out) and the number of tokens that a query sees, of which one
+    may follow from the other."""
     if attention_window is not None:
-        if sliding_window is None:
-            raise ValueError(
-                f"sliding_window is null (full attention), but attention_window {attention_window}."
-            )
         if attention_window < 1:
             raise ValueError(f"attention_window must be at least 1, got {attention_window}.")
+        if sliding_window not in (..., attention_window - 1):
+            shown = "null (full attention)" if sliding_window is None else sliding_window
+            raise ValueError(
+                f"sliding_window {shown} contradicts attention_window {attention_window}: change both, or "
+                f"leave one out; it is attention_window - 1."
+            )
         return attention_window - 1, attention_window
+    if isinstance(sliding_window, EllipsisType):
+        sliding_window = DEFAULT_SLIDING_WINDOW
     if sliding_window is None:
         return None, None
     if sliding_window < 1:

@@ -233,6 +233,7 @@ class GLAswaModel(GLAswaPreTrainedModel):
 
     def __init__(self, config: GLAswaConfig) -> None:
         super().__init__(config)
+        config.check_windows()
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(GLAswaBlock(config, i) for i in range(config.num_hidden_layers))
         self.norm = GLAswaRMSNorm(config.hidden_size, config.norm_eps)

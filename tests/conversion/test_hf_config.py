@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import Qwen2Config
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 from spikingbrain_train.config.errors import CheckpointError
 from spikingbrain_train.config.model import Mixer, ModelConfig
 from spikingbrain_train.conversion.export_config import hf_config
 from spikingbrain_train.conversion.hf_config import parse_hf_config, read_hf_config
 from spikingbrain_train.conversion.window_convention import WindowConvention
+from spikingbrain_train.hf.configuration_gla_swa import GLAswaConfig
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -170,6 +171,9 @@ def test_published_hybrid() -> None:
         (GLA_SWA, {"attn_layers": [1, 6]}, "attn_layers .* below num_hidden_layers = 6"),
         (GLA_SWA, {"full_attention_layers": [0]}, "full_attention_layers .* attn_layers"),
         (GLA_SWA, {"quant_weight_group_size": 128}, "W8ASpike"),
+        (GLA_SWA, {"attention_window": 9, "sliding_window": 3}, "sliding_window = 3 contradicts"),
+        (GLA_SWA, {"attention_window": 9, "sliding_window": 9}, "contradicts attention_window = 9"),
+        (GLA_SWA, {"attention_window": 8, "sliding_window": None}, "sliding_window = null contradicts"),
     ],
 )
 def test_what_would_be_computed_differently_is_refused(
@@ -227,7 +231,7 @@ def test_an_unchanged_published_model_keeps_its_keys_beside_those_of_this_projec
 def test_the_window_of_a_published_config_is_read_as_chosen(convention: str | None, window: int) -> None:
     chosen = convention and WindowConvention(convention)
     assert parse_hf_config(GLA_SWA, Path("config.json"), chosen)[1].sliding_window == window
-    explicit = GLA_SWA | {"attention_window": 99}
+    explicit = GLA_SWA | {"attention_window": 99, "sliding_window": 98}
     assert parse_hf_config(explicit, Path("config.json"), chosen)[1].sliding_window == 99
 
 
@@ -257,3 +261,18 @@ def test_a_hybrid_takes_token_ids_from_its_source() -> None:
     assert written["eos_token_id"] == [7, 8]
     assert written["attn_layers"] == [1, 3]
     assert written["model_type"] == "gla_swa"
+
+
+def test_a_window_may_stand_under_either_key_alone() -> None:
+    published = {key: value for key, value in GLA_SWA.items() if key != "sliding_window"}
+    assert parse(published | {"attention_window": 9}).sliding_window == 9
+    assert parse(published | {"sliding_window": 8}).sliding_window == 9
+
+
+@pytest.mark.parametrize("config", [LLAMA, QWEN2, QWEN3, GLA_SWA], ids=lambda x: x["model_type"])
+def test_an_absent_rotary_base_is_that_of_the_class(config: dict[str, Any]) -> None:
+    own = {"gla_swa": GLAswaConfig, "llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+    known = {key: value for key, value in config.items() if key not in ("rope_theta", "rope_parameters")}
+    made = own[config["model_type"]]()
+    base = made.rope_theta if hasattr(made, "rope_theta") else made.rope_parameters["rope_theta"]
+    assert parse(known).rotary_base == base

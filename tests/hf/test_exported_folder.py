@@ -188,3 +188,17 @@ def test_settings_that_cannot_be_computed_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=sentence):
         tiny_config(**changes)
+
+
+def test_windows_that_contradict_each_other_are_refused(tiny_config: Callable, tmp_path: Path) -> None:
+    """Also where one of them is changed later: the model would go on with the other."""
+    with pytest.raises(ValueError, match="sliding_window 3 contradicts attention_window 9"):
+        GLAswaConfig(sliding_window=3, attention_window=9)
+    tiny_config().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="sliding_window 3 contradicts attention_window 7"):
+        GLAswaConfig.from_pretrained(tmp_path, sliding_window=3)
+    changed = GLAswaConfig.from_pretrained(tmp_path, sliding_window=3, attention_window=4)
+    assert (changed.sliding_window, changed.attention_window) == (3, 4)
+    changed.attention_window = None
+    with pytest.raises(ValueError, match="attention_window is null, but sliding_window 3"):
+        GLAswaForCausalLM(changed)
