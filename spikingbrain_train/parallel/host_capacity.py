@@ -5,7 +5,7 @@ from __future__ import annotations
 from spikingbrain_train.config.errors import ConfigurationError
 from spikingbrain_train.config.parallel import AcceleratorKind
 from spikingbrain_train.parallel.launch import Launch, available_cores, has_gpu_device, memory_limit
-from spikingbrain_train.parallel.planner import GIB, Plan
+from spikingbrain_train.parallel.planner import GIB, Plan, StagePlan
 
 LOADERS_PER_CORE = 4
 """Loader processes that share a core at most; more only wait for each other."""
@@ -43,18 +43,19 @@ def _check_memory(plan: Plan, launch: Launch) -> None:
     limit = memory_limit()
     if not on_cpu or limit is None:
         return
-    parameters = max(stage.parameters for stage in plan.stages)
-    memory = max((stage.memory for stage in plan.stages), key=lambda memory: memory.total)
+    stages = _stages_here(plan, launch)
+    whole = sum(stage.memory.total for stage in stages)
+    activations = sum(stage.memory.activations for stage in stages)
     for needed, allowed, what, advice in (
         (
-            (memory.total - memory.activations) * launch.local_world_size,
+            whole - activations,
             limit,
-            f"{parameters:,} parameters of a rank with their gradients and optimizer state, on "
-            f"{launch.local_world_size} rank(s),",
+            f"{sum(stage.parameters for stage in stages):,} parameters on {len(stages)} rank(s) with their "
+            "gradients and optimizer state",
             "choose a smaller model (see the sizes under model), or spread it over more machines",
         ),
         (
-            memory.total * launch.local_world_size,
+            whole,
             limit * _ACTIVATION_SLACK,
             f"the tensors of a step with stage.micro_batch_size={plan.config.stage.micro_batch_size} and "
             f"stage.seq_length={plan.config.stage.seq_length}",
@@ -66,3 +67,12 @@ def _check_memory(plan: Plan, launch: Launch) -> None:
                 f"{what} take about {needed / GIB:,.1f} GiB, but this machine has {limit / GIB:,.1f} GiB of "
                 f"memory; {advice}"
             )
+
+
+def _stages_here(plan: Plan, launch: Launch) -> list[StagePlan]:
+    """The pipeline stage of every rank on this machine, whose ranks count on from its first one's.
+    megatron-core deals the ranks out stage by stage.
+    """
+    first = max(0, launch.rank - launch.local_rank)
+    ranks = range(first, min(first + launch.local_world_size, plan.world_size))
+    return [plan.stages[rank * len(plan.stages) // plan.world_size] for rank in ranks]

@@ -120,12 +120,28 @@ class TestHost:
         self.check(_run(data__num_workers=8), ranks=4)
 
     def test_more_parameters_than_memory_are_refused(self) -> None:
-        with pytest.raises(ConfigurationError, match=r"parameters of a rank .* this machine has 16\.0 GiB"):
+        with pytest.raises(ConfigurationError, match=r"parameters on 1 rank.* this machine has 16\.0 GiB"):
             self.check(_run(model__hidden_size=16384))
 
     def test_every_rank_of_the_machine_counts(self) -> None:
         with pytest.raises(ConfigurationError, match=r"on 8 rank\(s\)"):
             self.check(_run(), ranks=8)
+
+    def test_every_rank_counts_with_its_own_pipeline_stage(self) -> None:
+        """The first and the last of four stages hold 300 M numbers of vocabulary, those between none."""
+        config = _run(model__vocab_size=300_000, parallel__pipeline_model_parallel_size=4)
+        stages = plan_run(config, 4).stages
+        needed = sum(stage.memory.total - stage.memory.activations for stage in stages)
+        assert needed < 16 * GIB < 4 * max(stage.memory.total - stage.memory.activations for stage in stages)
+        self.check(config, ranks=4)
+
+        # On a machine with the last two only, the sum is theirs.
+        config.model.vocab_size = 1_000_000
+        plan = plan_run(config, 4)
+        with pytest.raises(ConfigurationError) as refusal:
+            host_capacity.check_host(plan, Launch(3, 4, 1, 2, "there"))
+        parameters = sum(stage.parameters for stage in plan.stages[2:])
+        assert str(refusal.value).startswith(f"{parameters:,} parameters on 2 rank(s) with their gradients")
 
     def test_a_step_that_is_many_times_the_memory_is_refused(self) -> None:
         with pytest.raises(ConfigurationError, match=r"stage\.seq_length=1048576"):
