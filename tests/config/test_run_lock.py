@@ -9,12 +9,14 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from spikingbrain_train.config import run_lock as run_lock_module
 from spikingbrain_train.config.errors import ConfigurationError
 from spikingbrain_train.config.run_lock import LOCK_FILE, check_not_in_use, run_lock
 
@@ -117,6 +119,42 @@ def test_a_requeued_slurm_job_takes_over_what_it_left_on_another_node(
     monkeypatch.setenv("SLURM_JOB_ID", "31")
     with run_lock(tmp_path):
         pass
+
+
+def test_a_run_on_another_machine_that_shows_no_life_for_ten_minutes_has_ended(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a container leaves it that was killed and is started again under a new name."""
+    _lock_of(tmp_path)
+    file = tmp_path / LOCK_FILE
+    os.utime(file, (time.time() - 250, time.time() - 250))
+    for attempt in (lambda: check_not_in_use(tmp_path), lambda: run_lock(tmp_path).__enter__()):
+        with pytest.raises(ConfigurationError, match=r"start again in 6 minute\(s\)"):
+            attempt()
+    os.utime(file, (time.time() - 601, time.time() - 601))
+    check_not_in_use(tmp_path)
+    with run_lock(tmp_path):
+        assert json.loads(file.read_text())["pid"] == os.getpid()
+    assert "was left by a run on another machine (process 4711 on node17" in capsys.readouterr().out
+
+
+def test_a_run_shows_that_it_lives_as_long_as_it_holds_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_lock_module, "TOUCH_SECONDS", 0.01)
+    file = tmp_path / LOCK_FILE
+    with run_lock(tmp_path):
+        os.utime(file, (0, 0))
+        deadline = time.monotonic() + 10
+        while file.stat().st_mtime == 0 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert file.stat().st_mtime > time.time() - 60
+
+
+def test_a_run_that_was_given_up_too_early_leaves_the_lock_to_its_successor(tmp_path: Path) -> None:
+    with run_lock(tmp_path):
+        _lock_of(tmp_path)  # as one writes it on a machine that sees no locks of this one
+    assert json.loads((tmp_path / LOCK_FILE).read_text())["host"] == "node17"
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"host": 3}'])
