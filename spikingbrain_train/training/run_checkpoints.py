@@ -9,11 +9,14 @@ from spikingbrain_train.config.checkpoint_folder import (
     CHECKPOINT_FOLDER,
     HF_SOURCE_FOLDER,
     LATEST_ITERATION_FILE,
+    iteration_folder,
+    iterations,
     latest_checkpoint,
     latest_iteration,
     set_aside_newer,
     set_latest_iteration,
 )
+from spikingbrain_train.config.errors import CheckpointError
 from spikingbrain_train.config.file_checks import iteration_to_resume
 from spikingbrain_train.config.resume import StoredRun
 from spikingbrain_train.config.run import RunConfig
@@ -37,6 +40,8 @@ class RunCheckpoints:
         self.groups = groups
         self.folder = Path(config.output_dir) / CHECKPOINT_FOLDER
         self._say = say
+        self._loaded = _loaded_checkpoint(config)
+        self._has_source = self._hf_source() is not None
 
     def are_resumed(self) -> bool:
         """Whether the run goes on from one of them. Points to the newest again where that word was lost.
@@ -86,16 +91,31 @@ class RunCheckpoints:
             CheckpointError: it cannot be written; earlier checkpoints are untouched.
             NumericalError: a number in it is NaN or infinite; nothing is written.
         """
-        folder = save_checkpoint(self.folder, state, self.config, record, self.groups, self._hf_source())
+        source = self._hf_source()
+        if source is None and self._has_source and self.groups.is_main_process:
+            self._say(
+                f"iteration {state.iteration} is saved without the tokenizer for its export: no checkpoint in "
+                f"{self.folder} or checkpoint.load has a {HF_SOURCE_FOLDER} any more"
+            )
+        self._has_source = source is not None
+        folder = save_checkpoint(self.folder, state, self.config, record, self.groups, source)
         prune_checkpoints(self.folder, self.config.checkpoint.keep_last, self.groups)
         return folder
 
     def _hf_source(self) -> Path | None:
-        """The source's configuration and tokenizer, handed from checkpoint to checkpoint for the export."""
-        if latest_iteration(self.folder) is not None:  # a resumed run need not have its source any more
-            source = latest_checkpoint(self.folder, "output_dir") / HF_SOURCE_FOLDER
-        elif self.config.checkpoint.load is not None:
-            source = latest_checkpoint(self.config.checkpoint.load, "checkpoint.load") / HF_SOURCE_FOLDER
-        else:
-            return None
-        return source if source.is_dir() else None
+        """The source's configuration and tokenizer, handed from checkpoint to checkpoint for the export.
+
+        From the newest checkpoint that still has them: a user may archive any of them while the run trains.
+        """
+        own = [iteration_folder(self.folder, iteration) for iteration in reversed(iterations(self.folder))]
+        loaded = [] if self._loaded is None else [self._loaded]
+        return next((f for each in own + loaded if (f := each / HF_SOURCE_FOLDER).is_dir()), None)
+
+
+def _loaded_checkpoint(config: RunConfig) -> Path | None:
+    """The checkpoint that a run starts from, None where it has none; a resumed run need not have it any more."""
+    try:
+        load = config.checkpoint.load
+        return None if load is None else latest_checkpoint(load, "checkpoint.load")
+    except CheckpointError:
+        return None
