@@ -94,8 +94,8 @@ class RunCheckpoints:
         source = self._hf_source()
         if source is None and self._has_source and self.groups.is_main_process:
             self._say(
-                f"iteration {state.iteration} is saved without the tokenizer for its export: no checkpoint in "
-                f"{self.folder} or checkpoint.load has a {HF_SOURCE_FOLDER} any more"
+                f"iteration {state.iteration} is saved without the tokenizer for its export: no checkpoint "
+                f"in {self.folder} or checkpoint.load has a {HF_SOURCE_FOLDER} any more"
             )
         self._has_source = source is not None
         folder = save_checkpoint(self.folder, state, self.config, record, self.groups, source)
@@ -113,7 +113,7 @@ class RunCheckpoints:
 
 
 def _loaded_checkpoint(config: RunConfig) -> Path | None:
-    """The checkpoint that a run starts from, None where it has none; a resumed run need not have it any more."""
+    """The checkpoint that a run starts from, None where it has none or, resumed, has it no more."""
     try:
         load = config.checkpoint.load
         return None if load is None else latest_checkpoint(load, "checkpoint.load")
