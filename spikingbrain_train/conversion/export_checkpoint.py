@@ -18,6 +18,7 @@ from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.model_checks import check_model
 from spikingbrain_train.config.stored_layers import check_number_of_layers
 from spikingbrain_train.conversion.checkpoint_paths import resolve_checkpoint
+from spikingbrain_train.conversion.code_references import left_out, references
 from spikingbrain_train.conversion.companion_files import find_companion_files, has_tokenizer
 from spikingbrain_train.conversion.export_config import export_family, hf_config
 from spikingbrain_train.conversion.hf_config import CONFIG_FILE, GLA_SWA, load_config_json
@@ -27,7 +28,7 @@ from spikingbrain_train.conversion.output_folder import check_output_folder, com
 from spikingbrain_train.conversion.published_form import Completion, completions, published_class_lacks
 from spikingbrain_train.conversion.report import ConversionReport, describe_layers
 from spikingbrain_train.conversion.safetensors_io import DTYPE_CODES, SafetensorsWriter, TensorSpec
-from spikingbrain_train.conversion.tokenizer_files import keep_tokenizer_class
+from spikingbrain_train.conversion.tokenizer_files import drop_tokenizer_code, keep_tokenizer_class
 from spikingbrain_train.conversion.weight_values import (
     ALLOW_DAMAGED_WEIGHTS,
     describe_damage,
@@ -125,10 +126,13 @@ def export_checkpoint(
             companions = find_companion_files(hf_source)
             companions.copy_to(temporary)
             report.notes += companions.left_behind
+            report.notes += left_out(CONFIG_FILE, references(source_config or {}))
+            report.notes += drop_tokenizer_code(temporary)
         (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         if family is GLA_SWA:
             for path in modelling_files():
                 shutil.copyfile(path, temporary / path.name)
+        if family is GLA_SWA or config["model_type"] != (source_config or {}).get("model_type"):
             with activity("comparing the tokenizers", shown=progress):  # transformers is imported for it
                 report.notes += keep_tokenizer_class(hf_source, temporary)
         if not has_tokenizer(temporary):

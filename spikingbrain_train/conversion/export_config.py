@@ -9,6 +9,7 @@ from typing import Any
 from spikingbrain_train.config.errors import CheckpointError
 from spikingbrain_train.config.kinds import of_kind
 from spikingbrain_train.config.model import FeatureMap, FeedForward, GateKind, Mixer, ModelConfig
+from spikingbrain_train.conversion.code_references import without_references
 from spikingbrain_train.conversion.hf_config import (
     CONFIG_FILE,
     GLA_SWA,
@@ -76,8 +77,8 @@ def hf_config(model: ModelConfig, source: dict[str, Any] | None, dtype: str) -> 
     Args:
         model: the architecture.
         source: config.json of the checkpoint that the model was imported from. A dense model of the same
-            family keeps it, and only what ``model`` changed is replaced; a hybrid takes token ids and dropout
-            from it.
+            family keeps it, except for what names code and what ``model`` changed; a hybrid takes token
+            ids and dropout from it.
         dtype: name of the exported number format, such as ``"bfloat16"``.
 
     Raises:
@@ -87,7 +88,7 @@ def hf_config(model: ModelConfig, source: dict[str, Any] | None, dtype: str) -> 
     source = source or {}
     same_family = source.get("architectures") == [family.architecture]
     if same_family:
-        config = dict(source)
+        config = without_references(source)
         from_source = parse_hf_config(source, Path(CONFIG_FILE))[1]
         if family is GLA_SWA or from_source != replace(model, spiking=from_source.spiking):
             config.update(_architecture(model, family, config))

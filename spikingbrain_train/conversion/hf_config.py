@@ -124,8 +124,9 @@ def parse_hf_config(
     """:func:`read_hf_config` for a config that is already loaded; ``path`` is what messages call it."""
     family = _family(values, path)
     settings = _Settings(values, path)
-    if values.get("quantization_config") is not None:
-        raise settings.refuse("quantization_config", "is not supported; import the unquantised checkpoint")
+    for key in ("quantization_config", "compression_config"):
+        if values.get(key) is not None:
+            raise settings.refuse(key, "is not supported; import the unquantised checkpoint")
     if "quant_weight_group_size" in values:
         raise settings.refuse(
             "quant_weight_group_size", "marks a W8ASpike checkpoint; import the unquantised checkpoint"

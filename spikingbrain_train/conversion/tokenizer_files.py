@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from spikingbrain_train.config.errors import CheckpointError
+from spikingbrain_train.conversion.code_references import left_out, references, without_references
 from spikingbrain_train.conversion.companion_files import has_tokenizer
 from spikingbrain_train.data.tokenizer_folder import (
     TOKENIZER_CONFIG_FILE,
@@ -12,6 +14,25 @@ from spikingbrain_train.data.tokenizer_folder import (
     read_tokenizer_folder,
 )
 from spikingbrain_train.data.tokenizers import PROBES
+
+
+def drop_tokenizer_code(export: Path) -> list[str]:
+    """Take out of tokenizer_config.json in ``export`` what names code.
+
+    Returns:
+        Notes for the report.
+    """
+    path = export / TOKENIZER_CONFIG_FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return []
+    except (ValueError, RecursionError):
+        return [f"{TOKENIZER_CONFIG_FILE} of the source is not JSON; copy it again from its source"]
+    if not isinstance(values, dict) or (kept := without_references(values)) == values:
+        return []
+    path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return left_out(TOKENIZER_CONFIG_FILE, references(values))
 
 
 def keep_tokenizer_class(source: Path, export: Path) -> list[str]:

@@ -154,6 +154,7 @@ def test_published_hybrid() -> None:
         (LLAMA, {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "one set of rotary settings"),
         (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
         (LLAMA, {"quantization_config": {"bits": 4}}, "import the unquantised checkpoint"),
+        (LLAMA, {"compression_config": {"bits": 4}}, "import the unquantised checkpoint"),
         (LLAMA, {"num_key_value_heads": 3}, "num_key_value_heads = 3 does not divide num_attention_heads"),
         (LLAMA, {"hidden_size": "32"}, 'hidden_size = "32" must be a whole number'),
         (LLAMA, {"hidden_size": 30}, "hidden_size = 30 is not divisible"),
@@ -233,6 +234,26 @@ def test_the_window_of_a_published_config_is_read_as_chosen(convention: str | No
     assert parse_hf_config(GLA_SWA, Path("config.json"), chosen)[1].sliding_window == window
     explicit = GLA_SWA | {"attention_window": 99, "sliding_window": 98}
     assert parse_hf_config(explicit, Path("config.json"), chosen)[1].sliding_window == 99
+
+
+REFERENCES = {
+    "auto_map": {"AutoModelForCausalLM": "owner/repository--modeling.Model"},
+    "custom_pipelines": {"text-generation": {"impl": "pipeline.Pipeline"}},
+    "attn_implementation": "owner/kernel",
+    "_attn_implementation": "owner/kernel",
+    "experts_implementation": "owner/experts",
+    "_experts_implementation": "owner/experts",
+}
+
+
+@pytest.mark.parametrize("config", EVERY_FAMILY)
+def test_code_and_kernels_that_a_source_names_are_not_repeated(config: dict[str, Any]) -> None:
+    inside = {"text_config": {"kept": 1, "_attn_implementation": "owner/kernel"}}
+    written = hf_config(parse(config), config | REFERENCES | inside, "float32")
+    own = {key: written.pop(key) for key in REFERENCES if key in written}
+    assert own == ({"auto_map": GLA_SWA["auto_map"]} if config is GLA_SWA else {})
+    assert "owner" not in json.dumps(written)
+    assert written["text_config"] == {"kept": 1}
 
 
 @pytest.mark.parametrize("config", EVERY_FAMILY)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import warnings
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -20,6 +21,8 @@ from spikingbrain_train.conversion.import_checkpoint import import_checkpoint
 from spikingbrain_train.conversion.inspect_checkpoint import inspect_checkpoint
 from spikingbrain_train.data.tokenizers import load_tokenizer
 from spikingbrain_train.evaluation.pretrained import load_causal_lm, load_text_tokenizer
+from spikingbrain_train.hf.configuration_gla_swa import GLAswaConfig
+from spikingbrain_train.hf.modeling_gla_swa import GLAswaForCausalLM
 from tests.small_source import MODEL_VOCAB_SIZE, save_small_source
 
 TEXTS = [topics[key][:2000] for key in sorted(topics)[:20]]
@@ -81,6 +84,49 @@ def test_an_export_whose_tokenizer_would_differ_is_refused(
     with pytest.raises(CheckpointError, match="gives other ids when it is loaded from an export"):
         exported(small_source, tmp_path)
     assert not (tmp_path / "export").exists()
+
+
+@pytest.mark.parametrize("recipe", [None, ConversionConfig(sliding_window=7)], ids=["dense", "hybrid"])
+def test_code_that_a_tokenizer_names_is_not_repeated(
+    small_source: Path, tmp_path: Path, recipe: ConversionConfig | None
+) -> None:
+    source = Path(shutil.copytree(small_source, tmp_path / "source"))
+    path = source / "tokenizer_config.json"
+    elsewhere = {"AutoTokenizer": [None, "owner/repository--tokenization.Tokenizer"]}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": elsewhere}))
+    import_checkpoint(source, tmp_path / "megatron", recipe)
+    report = export_checkpoint(tmp_path / "megatron", tmp_path / "export")
+    assert "auto_map" not in (tmp_path / "export/tokenizer_config.json").read_text()
+    assert [note for note in report.notes if "names code (auto_map), which is left out" in note]
+
+
+def test_a_dense_export_of_a_hybrid_folder_never_gives_other_ids(small_source: Path, tmp_path: Path) -> None:
+    """All layers of it attend to everything, so it becomes qwen2, which has a tokenizer class of its own."""
+    source = tmp_path / "source"
+    config = GLAswaConfig(
+        vocab_size=MODEL_VOCAB_SIZE,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attn_layers=[0, 1],
+        sliding_window=None,
+        initializer_range=0.2,
+    )
+    GLAswaForCausalLM(config).save_pretrained(source)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(small_source / name, source)
+    name_class(source, "PreTrainedTokenizerFast")
+    theirs = load_tokenizer(source).encode_batch(TEXTS)
+    import_checkpoint(source, tmp_path / "megatron")
+    try:
+        export_checkpoint(tmp_path / "megatron", tmp_path / "export")
+    except CheckpointError as error:  # transformers 5 reads a qwen2 folder as Qwen2Tokenizer
+        assert "gives other ids when it is loaded from an export" in str(error)
+    else:
+        assert json.loads((tmp_path / "export/config.json").read_text())["model_type"] == "qwen2"
+        assert load_tokenizer(tmp_path / "export").encode_batch(TEXTS) == theirs
 
 
 def test_loading_an_export_warns_of_nothing(
