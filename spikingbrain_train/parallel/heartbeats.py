@@ -3,15 +3,20 @@
 A collective that fails says that some connection was quiet for too long, not whose fault that is: all ranks
 are in the same step, and those that wait for a rank that waits look alike. So every rank has a thread that
 writes a growing number to the launcher's store. A process that is stopped, dead, or cut off does not.
+
+Under NCCL no exception tells Python that a collective has timed out: NCCL's watchdog ends the process. So the
+thread also reads what the next rank writes, and says before that time that it has fallen silent.
 """
 
 from __future__ import annotations
 
 import os
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from types import TracebackType
 
@@ -25,7 +30,14 @@ _LONGEST_INTERVAL, _INTERVALS_PER_TIMEOUT = 5.0, 12
 _PATIENCE = 2.5
 """Intervals in which a living rank writes at least once, however busy its machine."""
 _STORE_SECONDS = 20.0
-_BROKEN = r"gloo|connection (closed|reset) by peer|broken pipe"
+_SILENT_SHARE = 0.75
+"""Of the timeout, after which a silent rank is named: a collective may have been queued a step before."""
+_LEFT = -1
+"""In place of a number of beats: the rank has ended as it should."""
+_SPOKEN = "spoken"
+_LOST = r"\bgloo/\S+\.(cc|h):\d+|connection (was )?(closed|reset)|closed by remote peer|broken pipe"
+_LOST_NCCL = rf"{_LOST}|ncclRemoteError|remote error|timeout|(?<!connection )timed out"
+"""Not NCCL's other failures, such as no memory, no route, or no driver, which it explains itself."""
 
 
 class Heartbeats:
@@ -42,6 +54,7 @@ class Heartbeats:
         self.interval = min(_LONGEST_INTERVAL, timeout_minutes * 60 / _INTERVALS_PER_TIMEOUT)
         self._iteration: Callable[[], int] = lambda: 0
         self._ended = threading.Event()
+        self._ends_well = False
         self._thread: threading.Thread | None = None
 
     def follow(self, iteration: Callable[[], int]) -> None:
@@ -65,7 +78,10 @@ class Heartbeats:
             if failed is not None and self._thread is not None:
                 self._explain(failed)
         finally:
+            self._ends_well = error is None
             self._ended.set()
+        if self._ends_well and self._thread is not None:
+            self._thread.join(self.interval)  # it takes its leave of the others
 
     def _connect(self) -> torch.distributed.Store:
         # A connection of its own: on that of the process group, a waiting rank would hold this thread up.
@@ -78,14 +94,40 @@ class Heartbeats:
         return torch.distributed.PrefixStore(f"heartbeats/{restart_prefix()}", store)
 
     def _beat(self) -> None:
-        try:
-            store, beats = self._connect(), 0
-            while not self._ended.is_set():
-                beats += 1
+        store, beats = None, 0
+        next_rank = _Watched((self.groups.rank + 1) % self.groups.world_size)
+        while not self._ended.is_set():
+            beats += 1
+            try:
+                store = store or self._connect()
                 store.set(str(self.groups.rank), f"{beats} {self._iteration()}")
-                self._ended.wait(self.interval)
-        except Exception:  # without a store there is no answer, which is what _explain says then
+                self._watch(store, next_rank)
+            except Exception:  # the next beat tries again; a store that stays away is what _explain speaks of
+                store = None
+            self._ended.wait(self.interval)
+        if store is not None and self._ends_well:
+            with suppress(Exception):
+                store.set(str(self.groups.rank), f"{_LEFT} {self._iteration()}")
+
+    def _watch(self, store: torch.distributed.Store, watched: _Watched) -> None:
+        """Say once that the next rank has been silent for most of the timeout.
+
+        One rank each, so that the store has few requests to answer. Of neighbours that fall silent together,
+        such as the ranks of a node, the first is named.
+        """
+        key = str(watched.rank)
+        silent = watched.beats_without_news(store.get(key) if store.check([key]) else b"")
+        seconds = silent * self.interval
+        if seconds < _SILENT_SHARE * self.timeout_minutes * 60 or watched.named:
             return
+        watched.named = True
+        sys.stderr.write(
+            f"warning: rank {watched.rank} of {self.groups.world_size} has not answered for {seconds:.0f} s "
+            f"in the step after iteration {self._iteration()}: stopped, ended, or cut off; look at its last "
+            f"words and its node. cluster.timeout_minutes={self.timeout_minutes:g} will end the run; start "
+            "it again then to go on from the newest checkpoint.\n"
+        )
+        sys.stderr.flush()
 
     def _read(self, store: torch.distributed.Store) -> dict[int, tuple[int, int]]:
         """Rank -> (beats, steps done) of those that have ever written."""
@@ -99,8 +141,8 @@ class Heartbeats:
     def _explain(self, error: BaseException) -> None:
         waited = (
             f"cluster.timeout_minutes={self.timeout_minutes:g}"
-            if "imed out" in str(error)
-            else "the connection to it broke"
+            if re.search("timed ?out|timeout", str(error), re.IGNORECASE)
+            else "a connection broke"
         )
         done = self._iteration()
         try:
@@ -108,19 +150,22 @@ class Heartbeats:
             before = self._read(store)
             time.sleep(_PATIENCE * self.interval)
             after = self._read(store)
+            # One rank speaks for all: the first, since the launcher ends the others as soon as one has ended.
+            is_first = store.add(_SPOKEN, 1) == 1
         except Exception:
             raise PlatformError(
                 f"the rendezvous store of {os.environ['MASTER_ADDR']} does not answer after iteration {done} "
                 f"({waited}): its node or rank 0 has ended, is stopped or cannot be reached; look there, and "
                 "start again to go on from the newest checkpoint."
             ) from error
+        if not is_first:
+            raise SystemExit(USER_ERROR) from None
         everyone = range(self.groups.world_size)
         missing = [
-            rank for rank in everyone if rank not in after or after[rank][0] == before.get(rank, (0,))[0]
+            rank
+            for rank in everyone
+            if rank not in after or after[rank][0] in (_LEFT, before.get(rank, (0,))[0])
         ]
-        present = [rank for rank in everyone if rank not in missing]
-        if self.groups.rank != min(present, default=self.groups.rank):
-            raise SystemExit(USER_ERROR) from None  # one rank speaks for all
         if missing:
             names = f"rank{'s' if len(missing) > 1 else ''} " + ", ".join(map(str, missing[:8]))
             more = " ..." if len(missing) > 8 else ""
@@ -137,12 +182,31 @@ class Heartbeats:
         ) from error
 
 
+class _Watched:
+    """What is known of another rank, counted in own beats: a machine that sleeps as a whole misses nobody."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.named = False
+        """Whether its present silence has been spoken of."""
+        self._last = b""
+        self._silent = 0
+
+    def beats_without_news(self, written: bytes) -> int:
+        """Take in what it has written last; returns for how many beats that has been the same."""
+        if written != self._last or written.startswith(str(_LEFT).encode()):
+            self._last, self._silent, self.named = written, 0, False
+        else:
+            self._silent += 1
+        return self._silent
+
+
 def failed_collective(error: BaseException | None) -> RuntimeError | None:
     """``error``, or what it came from, if that is a collective that timed out or lost its connection."""
     while error is not None:
-        if isinstance(error, torch.distributed.DistBackendError):
-            return error
-        if isinstance(error, RuntimeError) and re.search(_BROKEN, str(error), re.IGNORECASE):
-            return error
+        if isinstance(error, RuntimeError):
+            is_nccl = isinstance(error, torch.distributed.DistBackendError)
+            if re.search(_LOST_NCCL if is_nccl else _LOST, str(error), re.IGNORECASE):
+                return error
         error = error.__cause__
     return None
