@@ -9,7 +9,7 @@
 #   MASTER_ADDR       host of the rendezvous                  (default: first node of the allocation)
 #   MASTER_PORT       its port                                (default: from the job id, 15000-29999)
 #   LOG_DIR           one log file per node goes there        (default: outputs/slurm/<job id>)
-#   STOP_SECONDS      from the warning on, how long a run may take to save   (default: 540)
+#   STOP_SECONDS      whole seconds that a run may take to save from the warning on  (default: 540)
 #   CONTAINER_IMAGE   a .sif file runs under apptainer; anything else is given to srun's pyxis plugin
 #   CONTAINER_MOUNTS  source:target[,source:target...]        (default: this checkout, at its own path)
 #   CONTAINER_ARGS    further words for `apptainer exec` or `srun`, such as --nv
@@ -40,6 +40,9 @@ MASTER_PORT=${MASTER_PORT:-$((15000 + SLURM_JOB_ID % 15000))}
 # torch's CPU threads: each rank its share of the node's cores.
 cores=${SLURM_CPUS_PER_TASK:-$ranks}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores >= ranks ? cores / ranks : 1))}
+
+# torchrun, which hands SIGTERM on, kills the ranks that have not ended this long after (torch 2.6: after 30 s, always).
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-${STOP_SECONDS:-540}}
 
 srun_options=(
     --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpus-per-task="$cores"
@@ -75,10 +78,12 @@ mkdir -p "$log_dir" || fail "$log_dir cannot be created; set LOG_DIR to a folder
 printf 'job %s, start %d: %d nodes x %d ranks, rendezvous %s:%s\nlogs: %s/node*.log\nrun: %s\n' \
     "$SLURM_JOB_ID" "$((restarts + 1))" "$nodes" "$ranks" "$MASTER_ADDR" "$MASTER_PORT" "$log_dir" "${torchrun[*]@Q}"
 
-# Slurm sends SIGUSR1 to this script ahead of the time limit and of a preemption (#SBATCH --signal). It is handed
-# to srun, and so to every rank: they finish the step, save, and end with exit code 75, which torchrun turns
-# into 1. The job goes back into the queue then, or after STOP_SECONDS, whatever comes first: requeueing ends
-# what still runs.
+# Slurm sends SIGUSR1 to this script ahead of the time limit (#SBATCH --signal). It is handed to srun, and so to every
+# rank: they finish the step, save, and end with exit code 75, which torchrun turns into 1. The job goes back into
+# the queue then, or after STOP_SECONDS, whatever comes first: requeueing ends what still runs.
+# A preemption is announced like this only where slurm.conf has PreemptParameters=send_user_signal, and then by the
+# partition's GraceTime, not by --signal's seconds. Elsewhere the ranks get SIGTERM, upon which they save all the same,
+# and Slurm requeues the job itself if its PreemptMode is REQUEUE.
 step=
 timer=
 interrupted=no

@@ -1,7 +1,9 @@
 """Being asked to stop: the step is finished, saved, and the run ends with a code that says "start me again".
 
-Slurm sends SIGUSR1 ahead of a time limit or a preemption (scripts/slurm/launch.sh) and SIGTERM when it
-cancels, torchrun hands SIGTERM and SIGINT on, and a user presses Ctrl-C. Ranks get a signal at different
+Slurm sends SIGUSR1 ahead of a time limit (scripts/slurm/launch.sh), and SIGTERM when it cancels. At a
+preemption it sends SIGUSR1 where its PreemptParameters hold send_user_signal, else SIGTERM, and waits for the
+GraceTime of the partition. torchrun hands SIGTERM and SIGINT on, and kills what still runs after
+TORCH_ELASTIC_SHUTDOWN_TIMEOUT (torch 2.6: after 30 s). A user presses Ctrl-C. Ranks get a signal at different
 times, some may get none: once a step they agree, so that all stop after the same one.
 """
 

@@ -166,6 +166,21 @@ def test_batch_script_chooses_its_cluster_first(
     assert variable in allocation.called("env0")
 
 
+@pytest.mark.parametrize(
+    ("variables", "seconds"),
+    [
+        ({}, 540),
+        ({"STOP_SECONDS": "120"}, 120),
+        ({"STOP_SECONDS": "120", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "60"}, 60),
+    ],
+)
+def test_torchrun_gives_the_ranks_time_to_save_before_it_kills_them(
+    allocation: Allocation, variables: dict[str, str], seconds: int
+) -> None:
+    allocation.run(**variables)
+    assert f"TORCH_ELASTIC_SHUTDOWN_TIMEOUT={seconds}" in allocation.called("env1")
+
+
 def test_requeued_job_resumes_whatever_it_was_told_first(allocation: Allocation) -> None:
     allocation.run("checkpoint.resume=never", SLURM_RESTART_COUNT="1")
     assert allocation.called("torchrun0")[-2:] == ["checkpoint.resume=never", "checkpoint.resume=auto"]
