@@ -10,21 +10,17 @@ import hashlib
 import json
 import math
 import os
-import struct
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from spikingbrain_train.config.errors import CheckpointError, DataError
+from spikingbrain_train.config.index_format import read_header
 from spikingbrain_train.config.run import RunConfig
 
 RUN_RECORD_FILE = "run_record.json"
 
-_HEADER = struct.Struct("<9sQBQQ")
-"""Start of an .idx file: magic, version, dtype code, number of sequences, number of document boundaries."""
-_TOKEN_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 8, 7: 4, 8: 2}
-"""Bytes of a token by megatron-core's dtype code."""
 _SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
 
 
@@ -61,10 +57,7 @@ def fingerprint(prefix: str) -> DatasetFingerprint:
     """
     try:
         with open(f"{prefix}.idx", "rb") as index, open(f"{prefix}.bin", "rb") as tokens:
-            header = index.read(_HEADER.size)
-            if len(header) < _HEADER.size:
-                raise DataError(f"{prefix}.idx is not the index of a Megatron dataset: check the prefix")
-            _, _, code, _, boundaries = _HEADER.unpack(header)
+            header = read_header(index, prefix)
             digest = hashlib.sha256()
             for file in (index, tokens):
                 _add_samples(digest, file)
@@ -72,8 +65,8 @@ def fingerprint(prefix: str) -> DatasetFingerprint:
     except OSError as error:
         raise DataError(f"cannot read the indexed dataset {prefix}: {error.strerror or error}") from error
     return DatasetFingerprint(
-        tokens=size // _TOKEN_BYTES.get(code, 1),
-        documents=max(boundaries - 1, 0),
+        tokens=size // header.item_bytes,
+        documents=max(header.boundaries - 1, 0),
         digest=digest.hexdigest()[:16],
     )
 

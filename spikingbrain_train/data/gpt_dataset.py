@@ -23,9 +23,7 @@ from spikingbrain_train.data.indexed import (
     TokenFile,
     check_same_tokenizer,
     document_starts,
-    num_tokens,
     open_indexed_dataset,
-    read_tokens,
 )
 from spikingbrain_train.data.tokenizers import Tokenizer
 
@@ -43,14 +41,14 @@ class _Windows:
     def __init__(self, dataset: TokenFile, seq_length: int, reset_at_documents: bool) -> None:
         self.dataset = dataset
         self.seq_length = seq_length
-        self.num_tokens = num_tokens(dataset)
+        self.num_tokens = dataset.num_tokens
         self._document_starts = document_starts(dataset) if reset_at_documents else None
 
     def sample(self, first: int) -> Sample:
         """The sample that starts at token ``first``; padded with masked zeros where the tokens end."""
         count = min(self.seq_length + 1, self.num_tokens - first)
         padded = np.zeros(self.seq_length + 1, dtype=np.int64)
-        padded[:count] = read_tokens(self.dataset, first, count)
+        padded[:count] = self.dataset.read(first, count)
         loss_mask = np.zeros(self.seq_length, dtype=np.float32)
         loss_mask[: count - 1] = 1.0
         window = torch.from_numpy(padded)
@@ -241,11 +239,11 @@ def build_datasets(
             data.valid, seq_length, valid_samples, vocab_size, reset_at_documents=data.reset_at_documents
         )
     for prefix, dataset in zip(data.train, train, strict=True):
-        if num_tokens(dataset) < seq_length + 1:
+        if dataset.num_tokens < seq_length + 1:
             raise DataError(
-                f"the train dataset {prefix} has {num_tokens(dataset)} tokens but one sample needs "
+                f"the train dataset {prefix} has {dataset.num_tokens} tokens but one sample needs "
                 f"{seq_length + 1} (stage.seq_length + 1): add text or lower stage.seq_length to at most "
-                f"{num_tokens(dataset) - 1}"
+                f"{dataset.num_tokens - 1}"
             )
     parts = [
         ShuffledWindows(dataset, seq_length, (seed, number), reset_at_documents=data.reset_at_documents)
@@ -288,7 +286,7 @@ def open_valid_dataset(
     """
     datasets = [open_indexed_dataset(prefix, vocab_size) for prefix in prefixes]
     for prefix, dataset in zip(prefixes, datasets, strict=True):
-        if num_tokens(dataset) < 2:
+        if dataset.num_tokens < 2:
             raise DataError(
                 f"the valid dataset {prefix} has 1 token, which predicts nothing: hold out more text"
             )

@@ -20,7 +20,7 @@ import numpy as np
 
 from spikingbrain_train.config.errors import DataError
 from spikingbrain_train.data.dataset_files import SUFFIXES, existing_files
-from spikingbrain_train.data.token_file import TokenFile, document_starts, num_tokens, read_tokens
+from spikingbrain_train.data.token_file import TokenFile, document_starts
 from spikingbrain_train.data.token_ids import check_token_ids
 from spikingbrain_train.data.tokenizers import Tokenizer, was_made_by
 
@@ -31,10 +31,8 @@ __all__ = [
     "check_same_tokenizer",
     "document_starts",
     "existing_files",
-    "num_tokens",
     "open_indexed_dataset",
     "read_info",
-    "read_tokens",
     "token_dtype",
 ]
 
@@ -177,9 +175,9 @@ def open_indexed_dataset(prefix: str | Path, vocab_size: int | None = None) -> T
     info = read_info(prefix)
     if info is None:
         logger.warning("%s has no %s.json: its tokenizer is unknown and goes unchecked", prefix, prefix)
-    elif info.tokens != num_tokens(dataset):
+    elif info.tokens != dataset.num_tokens:
         raise DataError(
-            f"{prefix}.json speaks of {info.tokens} tokens but {prefix}.bin holds {num_tokens(dataset)}: the "
+            f"{prefix}.json speaks of {info.tokens} tokens but {prefix}.bin holds {dataset.num_tokens}: the "
             "files are of different runs, preprocess again with --overwrite"
         )
     elif vocab_size is not None and info.vocab_size > vocab_size:

@@ -9,26 +9,16 @@ word. An ordinary read says how much it got.
 from __future__ import annotations
 
 import os
-import struct
 import weakref
-from typing import Any
+from functools import lru_cache
 
 import numpy as np
 
 from spikingbrain_train.config.errors import DataError
+from spikingbrain_train.config.index_format import read_header, truncated
 
-_HEADER = struct.Struct("<9sQBQQ")
-"""Start of an .idx file: magic, version, dtype code, number of sequences, number of document boundaries."""
-_MAGIC = b"MMIDIDX\x00\x00"
-_DTYPES: dict[int, type[np.number]] = {
-    1: np.uint8,
-    2: np.int8,
-    3: np.int16,
-    4: np.int32,
-    5: np.int64,
-    8: np.uint16,
-}
-"""megatron-core's codes for whole numbers (6 and 7 are float64 and float32)."""
+_MOST_OPEN = 64
+"""Files that a process holds open: a blend may have more datasets than it may open files."""
 
 
 class TokenFile:
@@ -45,7 +35,6 @@ class TokenFile:
         self.prefix = prefix
         self.dtype, lengths, _ = _read_index(prefix)
         self.num_tokens = int(lengths.sum(dtype=np.int64))
-        self._descriptor: int | None = None
         self._check_size(os.path.getsize(self.bin_path))
         if self.num_tokens == 0:
             raise DataError(f"{prefix} holds no tokens: preprocess inputs that have documents")
@@ -65,8 +54,9 @@ class TokenFile:
         waiting = tokens.view(np.uint8).data
         place = start * self.dtype.itemsize
         try:
+            file = _opened(self)
             while waiting:
-                done = os.preadv(self._open(), [waiting], place)
+                done = os.preadv(file.descriptor, [waiting], place)
                 if done == 0:
                     raise DataError(
                         f"{self.bin_path} ends at byte {place}, but was "
@@ -79,34 +69,25 @@ class TokenFile:
             raise DataError(f"cannot read {self.bin_path}: {error.strerror or error}") from error
         return tokens
 
-    def _open(self) -> int:
-        if self._descriptor is None:
-            self._descriptor = os.open(self.bin_path, os.O_RDONLY)
-            weakref.finalize(self, os.close, self._descriptor)
-            self._check_size(os.fstat(self._descriptor).st_size)
-        return self._descriptor
-
     def _check_size(self, found: int) -> None:
         expected = self.num_tokens * self.dtype.itemsize
         if found != expected:
-            raise _truncated(self.prefix, ".bin", expected, found)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_descriptor": None}
+            raise truncated(self.prefix, ".bin", expected, found)
 
 
-def num_tokens(dataset: TokenFile) -> int:
-    """Number of tokens in an indexed dataset."""
-    return dataset.num_tokens
+class _OpenFile:
+    """The tokens of a dataset, open for as long as somebody has this object. A file that takes the place of
+    this one meanwhile is not seen."""
+
+    def __init__(self, dataset: TokenFile) -> None:
+        self.descriptor = os.open(dataset.bin_path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.descriptor)
+        dataset._check_size(os.fstat(self.descriptor).st_size)
 
 
-def read_tokens(dataset: TokenFile, start: int, count: int) -> np.ndarray:
-    """Tokens [count] int64 from position ``start`` of the concatenated documents.
-
-    Raises:
-        DataError: the file was cut short while it was in use.
-    """
-    return dataset.read(start, count).astype(np.int64)
+@lru_cache(maxsize=_MOST_OPEN)
+def _opened(dataset: TokenFile) -> _OpenFile:
+    return _OpenFile(dataset)
 
 
 def document_starts(dataset: TokenFile) -> np.ndarray:
@@ -135,40 +116,28 @@ def _read_index(prefix: str) -> tuple[np.dtype, np.ndarray, np.ndarray]:
             )
     try:
         with open(prefix + ".idx", "rb") as file:
-            header = file.read(_HEADER.size)
-            if len(header) < _HEADER.size:
-                raise _truncated(prefix, ".idx", _HEADER.size, len(header))
-            magic, version, code, sequences, boundaries = _HEADER.unpack(header)
-            if magic != _MAGIC or version != 1 or not 1 <= code <= 8:
-                raise DataError(f"{prefix}.idx is not the index of a Megatron dataset: check the prefix")
-            if code not in _DTYPES:
+            header = read_header(file, prefix)
+            dtype = np.dtype(header.type_name)
+            if not np.issubdtype(dtype, np.integer):
                 raise DataError(f"{prefix}.bin holds no whole numbers and so no tokens: check the prefix")
-            dtype = np.dtype(_DTYPES[code])
-            index_size = _HEADER.size + sequences * (4 + 8) + boundaries * 8
             found = os.path.getsize(prefix + ".idx")
-            # A multimodal index has one more byte a sequence.
-            if found not in (index_size, index_size + sequences):
-                raise _truncated(prefix, ".idx", index_size, found)
-            lengths = np.fromfile(file, dtype=np.int32, count=sequences)
-            pointers = np.fromfile(file, dtype=np.int64, count=sequences)
-            ends = np.fromfile(file, dtype=np.int64, count=boundaries)
+            if found not in (header.size, header.size + header.sequences):
+                raise truncated(prefix, ".idx", header.size, found)
+            lengths = np.fromfile(file, dtype=np.int32, count=header.sequences)
+            pointers = np.fromfile(file, dtype=np.int64, count=header.sequences)
+            ends = np.fromfile(file, dtype=np.int64, count=header.boundaries)
     except OSError as error:
         raise DataError(f"cannot read the indexed dataset {prefix}: {error.strerror or error}") from error
-    if len(ends) != boundaries:
-        raise _truncated(prefix, ".idx", index_size, os.path.getsize(prefix + ".idx"))
+    if len(ends) != header.boundaries:
+        raise truncated(prefix, ".idx", header.size, os.path.getsize(prefix + ".idx"))
     starts = np.cumsum(lengths, dtype=np.int64) - lengths
     if (
         (lengths < 0).any()
-        or boundaries == 0
-        or ends[-1] != sequences
+        or len(ends) == 0
+        or ends[0] != 0
+        or ends[-1] != header.sequences
+        or (np.diff(ends) < 0).any()
         or (pointers != starts * dtype.itemsize).any()
     ):
         raise DataError(f"{prefix}.idx contradicts itself: preprocess again with --overwrite")
     return dtype, lengths, ends
-
-
-def _truncated(prefix: str, suffix: str, expected: int, found: int) -> DataError:
-    return DataError(
-        f"{prefix}{suffix} is {found} bytes long instead of {expected}: it is truncated or of another run, "
-        "preprocess again with --overwrite"
-    )

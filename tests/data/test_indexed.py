@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,12 @@ from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from spikingbrain_train.config.errors import DataError
+from spikingbrain_train.data import token_file
 from spikingbrain_train.data.indexed import (
+    TokenFile,
     check_same_tokenizer,
-    num_tokens,
+    document_starts,
     open_indexed_dataset,
-    read_tokens,
 )
 from spikingbrain_train.data.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer
 
@@ -27,11 +29,11 @@ DOCUMENTS = [[5, 6, 7, 0], [8, 0], [9, 10, 11, 12, 13, 0]]
 def test_tokens_are_read_across_documents(write_tokens) -> None:
     dataset = open_indexed_dataset(write_tokens("d", DOCUMENTS))
     stream = sum(DOCUMENTS, [])
-    assert num_tokens(dataset) == len(stream)
+    assert dataset.num_tokens == len(stream)
     for start in range(len(stream)):
         for count in range(1, len(stream) - start + 1):
-            tokens = read_tokens(dataset, start, count)
-            assert tokens.dtype == np.int64
+            tokens = dataset.read(start, count)
+            assert tokens.dtype == dataset.dtype
             assert tokens.tolist() == stream[start : start + count]
 
 
@@ -71,10 +73,35 @@ def test_a_damaged_index_is_refused_or_harmless(write_tokens, tmp_path: Path, da
     except DataError:
         pass
     else:
+        assert (np.diff(document_starts(dataset)) > 0).all()
         # Only inner document boundaries may differ, which the token stream does not depend on.
-        assert read_tokens(dataset, 0, num_tokens(dataset)).tolist() == sum(DOCUMENTS, [])
+        assert dataset.read(0, dataset.num_tokens).tolist() == sum(DOCUMENTS, [])
     finally:
         path.write_bytes(content)
+
+
+@pytest.mark.parametrize("boundaries", [[1, 1, 2, 3], [-1, 1, 2, 3], [0, 2, 1, 3], [0, 9, 2, 3]])
+def test_document_boundaries_that_do_not_ascend_from_0_are_refused(write_tokens, boundaries) -> None:
+    prefix = write_tokens("d", DOCUMENTS)
+    path = Path(prefix + ".idx")
+    path.write_bytes(path.read_bytes()[:-32] + np.asarray(boundaries, dtype=np.int64).tobytes())
+    with pytest.raises(DataError, match=r"d\.idx contradicts itself"):
+        open_indexed_dataset(prefix)
+
+
+def test_many_datasets_are_read_through_few_open_files(write_tokens, tmp_path: Path) -> None:
+    original = write_tokens("d", DOCUMENTS)
+    datasets = []
+    for number in range(100):
+        for suffix in (".bin", ".idx"):
+            (tmp_path / f"{number}{suffix}").symlink_to(original + suffix)
+        datasets.append(TokenFile(str(tmp_path / str(number))))
+    before = len(os.listdir("/proc/self/fd"))
+    for dataset in (*datasets, *reversed(datasets)):
+        assert dataset.read(0, 12).tolist() == sum(DOCUMENTS, [])
+    assert len(os.listdir("/proc/self/fd")) - before <= 64
+    token_file._opened.cache_clear()
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_files_of_different_runs_are_refused(write_tokens) -> None:
@@ -143,7 +170,7 @@ def test_a_dataset_that_megatron_wrote_works_with_a_warning(
     builder.finalize(str(tmp_path / "m.idx"))
     with caplog.at_level(logging.WARNING):
         dataset = open_indexed_dataset(tmp_path / "m", vocab_size=14)
-    assert num_tokens(dataset) == 12
+    assert dataset.num_tokens == 12
     assert "its tokenizer is unknown" in caplog.text
 
 
