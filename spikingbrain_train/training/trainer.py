@@ -228,7 +228,7 @@ class Trainer:
         return metrics | spiking
 
     def _require_finite(self, value: float, what: str, iteration: int) -> None:
-        require_finite(value, what, iteration, self.config.optimizer, self.checkpoints.folder)
+        require_finite(value, what, iteration, self.state.iteration, self.config)
 
     def _set_spike_k(self) -> dict[str, float]:
         """Give the model the k of the current iteration; returns it as a metric."""

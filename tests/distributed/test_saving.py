@@ -209,6 +209,7 @@ def test_a_held_out_loss_that_is_not_finite_ends_the_run(ranks: RankPool, tmp_pa
         _with_an_evaluation_that_is_not_finite, config, world_size=1, parallel=ONE_RANK
     )
     assert kind == "NumericalError" and "the held-out cross entropy became nan at iteration 0" in sentence
+    assert "no step has changed the weights yet" in sentence and "optimizer.lr" not in sentence
 
 
 # Damage
