@@ -12,7 +12,7 @@ same in both for our purposes needs nothing here: ``get_megatron_optimizer(confi
 - ``dist_checkpointing.load``: 0.16.1 takes ``common_strategy``, which 0.19 lacks.
 - ``metadata.json``: 0.19 leaves out ``common_backend``, which 0.16.1 looks for.
 - A failing read or write: torch's ``CheckpointException`` is a ``BaseException`` in both and is turned into
-  megatron-core's ``CheckpointingException`` here.
+  :class:`FailedOnRank` here.
 - Experts in one grouped GEMM: 0.16.1 has a ``GroupedMLP`` on the package grouped_gemm beside Transformer
   Engine's, later versions only the latter.
 - The ``mlp`` and the parts of a mixture of experts are ModuleSpecs in 0.16.1 and callables that build them in
@@ -64,6 +64,21 @@ class FailedElsewhere(RuntimeError):
     """A read or write failed on another rank, which knows why."""
 
 
+class FailedOnRank(RuntimeError):
+    """A read or write failed on some rank, which may be another one.
+
+    Args:
+        rank: where.
+        cause: what was raised there.
+    """
+
+    def __init__(self, rank: int, cause: BaseException) -> None:
+        self.rank = rank
+        self.cause = cause
+        self.reason = str(cause).removeprefix("Worker failure: ") or type(cause).__name__
+        super().__init__(f"rank {rank}: {self.reason}")
+
+
 def check_version(found: Version = MEGATRON_VERSION) -> None:
     """Raise :class:`PlatformError` if the installed megatron-core is not one that this project supports."""
     if not OLDEST <= found < FIRST_UNTESTED:
@@ -81,7 +96,8 @@ def save_checkpoint(sharded_state_dict: dict[str, Any], folder: Path) -> None:
         folder: an existing, empty folder.
 
     Raises:
-        CheckpointingException, OSError: from megatron-core and the file system.
+        FailedOnRank, FailedElsewhere, CheckpointingException, OSError: from torch, megatron-core and the file
+            system.
     """
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -128,8 +144,8 @@ def load_checkpoint(sharded_state_dict: dict[str, Any], folder: Path) -> dict[st
     Raises:
         CheckpointError: ``.metadata`` is missing, damaged, or refers to anything but checkpoint metadata; or
             a file of shards is missing or shorter than it says.
-        CheckpointingException, OSError, KeyError, RuntimeError: something else is missing, damaged or of
-            another shape.
+        FailedOnRank, CheckpointingException, OSError, KeyError, RuntimeError: something else is missing,
+            damaged or of another shape.
     """
     from megatron.core import dist_checkpointing
 
@@ -215,16 +231,13 @@ def _check_contents(metadata: Metadata, folder: Path, sharded_state_dict: dict[s
 @contextlib.contextmanager
 def _torch_failures_as_exceptions() -> Iterator[None]:
     """torch's CheckpointException is no Exception, only a BaseException, and holds the reasons by rank."""
-    from megatron.core.dist_checkpointing.core import CheckpointingException
-
     try:
         yield
     except CheckpointException as error:
         if not error.failures:  # megatron-core tells the reasons of a failed save to rank 0 alone
-            raise FailedElsewhere from error
+            raise FailedElsewhere("another rank failed") from error
         rank, (reason, _) = next(iter(error.failures.items()))
-        sentence = str(reason).removeprefix("Worker failure: ") or type(reason).__name__
-        raise CheckpointingException(f"rank {rank}: {sentence}") from error
+        raise FailedOnRank(rank, reason) from error
 
 
 @contextlib.contextmanager

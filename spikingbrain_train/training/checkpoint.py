@@ -54,7 +54,7 @@ from spikingbrain_train.config.run_record import RunRecord, write_record
 from spikingbrain_train.config.same_architecture import check_same_weights
 from spikingbrain_train.models.gpt_model import HybridGPTModel
 from spikingbrain_train.parallel import megatron_versions
-from spikingbrain_train.parallel.agreement import FAILED_ELSEWHERE, first_failure
+from spikingbrain_train.parallel.agreement import FAILED_ELSEWHERE, Failure, agreed_failure
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.training.current_weights import gather_updated_weights
 from spikingbrain_train.training.finite_checks import first_not_finite_of_run, way_back
@@ -155,24 +155,55 @@ def save_checkpoint(
 
 @contextmanager
 def _failing_together(temporary: Path, groups: ProcessGroups) -> Iterator[None]:
-    """Let all ranks fail with one sentence when one could not write, and clean up."""
-    failure: BaseException | None = None
+    """Let all ranks fail when one could not write, and clean up: with one sentence where the storage is at
+    fault; from anything else the rank that met it goes on to raise that itself.
+    """
+    error: Exception | None = None
     try:
         yield
-    except (OSError, CheckpointingException, CheckpointException, RuntimeError, CheckpointError) as error:
-        failure = error
-    reason = None if failure is None else _reason(failure)
-    if reason and _is_full(temporary.parent):  # megatron-core 0.19 does not say so
-        reason = f"the disk is full, {reason}"
-    reason = first_failure(reason, groups)
-    if reason is None:
+    except Exception as met:
+        error = met
+    agreed = agreed_failure(None if error is None else _failure(error, temporary.parent), groups)
+    if agreed is None:
         return
     if groups.is_main_process:
         shutil.rmtree(temporary, ignore_errors=True)
+    if agreed.of_storage:
+        raise CheckpointError(
+            f"the checkpoint {temporary.parent} cannot be written ({agreed.describe()}); free space there or "
+            "choose another output_dir. Earlier checkpoints are untouched."
+        ) from error
+    if error is not None and not isinstance(error, _TOLD):
+        raise error
     raise CheckpointError(
-        f"the checkpoint {temporary.parent} cannot be written ({reason}); free space there or choose another "
-        "output_dir. Earlier checkpoints are untouched."
-    ) from failure
+        f"no checkpoint is written to {temporary.parent}, because of {agreed.describe()}; mend that and "
+        "start again. Earlier checkpoints are untouched."
+    ) from error
+
+
+_TOLD = (megatron_versions.FailedElsewhere, megatron_versions.FailedOnRank)
+"""Failures of ranks that may not be this one."""
+
+
+def _failure(error: Exception, folder: Path) -> Failure:
+    """What a rank tells the others of an exception that it met while writing to ``folder``."""
+    if isinstance(error, megatron_versions.FailedElsewhere):
+        return Failure(FAILED_ELSEWHERE)
+    rank, reason, of_storage = None, _reason(error), _is_of_storage(error)
+    if isinstance(error, megatron_versions.FailedOnRank):
+        rank, reason = error.rank, error.reason.splitlines()[0]
+    if _is_full(folder):  # megatron-core 0.19 does not say so
+        reason, of_storage = f"the disk is full, {reason}", True
+    return Failure(reason, rank, of_storage)
+
+
+def _is_of_storage(error: Exception) -> bool:
+    if isinstance(error, megatron_versions.FailedOnRank):  # while its writers worked
+        return not isinstance(error.cause, torch.OutOfMemoryError)
+    if isinstance(error, (OSError, CheckpointingException, CheckpointError)):
+        return True
+    # What torch.save says on a full disk is a RuntimeError like any other.
+    return any(name in str(error) for name in ("PytorchStreamWriter", "inline_container"))
 
 
 def _is_full(folder: Path) -> bool:
@@ -321,8 +352,6 @@ def _advice(checkpoint: Path) -> str:
 
 def _reason(error: BaseException) -> str:
     """The first line of what went wrong, on the first rank where it did."""
-    if isinstance(error, megatron_versions.FailedElsewhere):
-        return FAILED_ELSEWHERE
-    if isinstance(error, CheckpointException):  # torch's collection of what each rank met
+    if isinstance(error, CheckpointException) and error.failures:  # torch's collection of what each rank met
         error = next(iter(error.failures.values()))[0]
     return str(error).splitlines()[0] if str(error) else type(error).__name__

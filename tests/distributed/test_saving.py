@@ -401,6 +401,37 @@ def test_a_full_disk_on_one_rank_is_the_same_sentence_on_all(
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
+def _out_of_memory_on_rank_1(groups: ProcessGroups, config: RunConfig, message: str) -> tuple[str, str]:
+    from spikingbrain_train.parallel import megatron_versions
+
+    def allocate(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError(message)
+
+    checksums_of_rank = megatron_versions.checksums_of_rank
+    if groups.rank == 1:
+        megatron_versions.checksums_of_rank = allocate
+    try:
+        return _outcome(groups, config)
+    except torch.OutOfMemoryError as error:
+        return type(error).__name__, str(error)
+    finally:
+        megatron_versions.checksums_of_rank = checksums_of_rank
+
+
+def test_what_the_disk_is_not_to_blame_for_is_raised_where_it_happened_and_ends_all_ranks(
+    ranks: RankPool, tmp_path: Path, text: Path
+) -> None:
+    config = _config(tmp_path, text, train_iters=3)
+    message = "CUDA out of memory. Tried to allocate 2.00 GiB."
+    [(other, sentence), own] = ranks.run(
+        _out_of_memory_on_rank_1, config, message, world_size=2, parallel=ONE_RANK
+    )
+    assert own == ("OutOfMemoryError", message)
+    assert other == "CheckpointError" and f"because of rank 1: {message}" in sentence
+    assert "free space" not in sentence
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
 def _run_to_the_end(config: RunConfig) -> str:
     from spikingbrain_train.training.trainer import run
 

@@ -80,7 +80,7 @@ def test_object_that_would_run_code_is_refused(ranks: RankPool, checkpoint: Path
     place.relative_path, place.offset, place.length = data.name, 0, data.stat().st_size
     (checkpoint / METADATA_FILE).write_bytes(pickle.dumps(metadata))
     [(kind, sentence)] = ranks.run(_load, checkpoint, world_size=1, parallel=ParallelConfig())
-    assert kind == "CheckpointingException" and "weights_only" in sentence.lower()
+    assert kind == "FailedOnRank" and "weights_only" in sentence.lower()
     assert not trace.exists()
 
 

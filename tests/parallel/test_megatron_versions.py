@@ -103,7 +103,7 @@ def test_failure_inside_torch_is_an_ordinary_exception(ranks: RankPool, tmp_path
     [shard] = tmp_path.glob("*.distcp")
     shard.write_bytes(b"?" * shard.stat().st_size)
     [(kind, sentence)] = ranks.run(_load_error, tmp_path, world_size=1, parallel=ParallelConfig())
-    assert kind in ("CheckpointingException", "UnpicklingError", "RuntimeError") and sentence
+    assert kind in ("FailedOnRank", "UnpicklingError", "RuntimeError") and sentence
 
 
 def test_checkpoint_without_common_pt_needs_a_version_that_does_without(
