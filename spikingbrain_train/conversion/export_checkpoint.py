@@ -175,15 +175,14 @@ def check_tensors(reader: MegatronCheckpointReader, model: ModelConfig) -> dict[
         if entry is None:
             raise CheckpointError(
                 f"{reader.folder}: the parameter {parameter.name} is missing; {MODEL_CONFIG_FILE} describes "
-                f"another model"
+                "another model"
             )
         rows, *columns = entry.size
         fits = rows >= parameter.shape[0] if parameter.rule.pads_vocabulary else rows == parameter.shape[0]
         if not fits or tuple(columns) != parameter.shape[1:]:
             raise CheckpointError(
                 f"{reader.folder}: {parameter.name} has shape {list(entry.size)}, but {MODEL_CONFIG_FILE} "
-                f"asks for "
-                f"{list(parameter.shape)}"
+                f"asks for {list(parameter.shape)}"
             )
         dtypes[parameter.name] = entry.properties.dtype
         if dtypes[parameter.name] not in DTYPE_CODES:
@@ -194,8 +193,7 @@ def check_tensors(reader: MegatronCheckpointReader, model: ModelConfig) -> dict[
         if name.startswith(_MODEL_PREFIXES) and name not in dtypes:
             raise CheckpointError(
                 f"{reader.folder}: the parameter {name} is not part of the model that {MODEL_CONFIG_FILE} "
-                f"describes; "
-                "exporting without it would change the model"
+                "describes; exporting without it would change the model"
             )
     return dtypes
 

@@ -188,7 +188,7 @@ def _target(source: ModelConfig, conversion: ConversionConfig | None, hf_folder:
     if any(mixer is not Mixer.full for mixer in source.layer_mixers()):
         raise CheckpointError(
             f"{hf_folder} is a hybrid already and its layers are not converted again; leave --conversion out "
-            f"to keep them"
+            "to keep them"
         )
     target = replace(
         source,
@@ -226,15 +226,13 @@ def _check_source(reader: SafetensorsReader, family: Family, source: ModelConfig
             if name not in reader.specs:
                 raise CheckpointError(
                     f"{reader.folder}: the tensor {name} of {family.architecture} is missing; copy the "
-                    f"folder again, or "
-                    f"correct {CONFIG_FILE} if it describes another model"
+                    f"folder again, or correct {CONFIG_FILE} if it describes another model"
                 )
             stored = reader.specs[name].shape
             if stored != shape:
                 raise CheckpointError(
                     f"{reader.file_of(name)}: {name} has shape {list(stored)}, but {CONFIG_FILE} asks for "
-                    f"{list(shape)}; "
-                    "take both from the same model"
+                    f"{list(shape)}; take both from the same model"
                 )
         dtypes = {name: reader.specs[name].dtype for name in names}
         if len(set(dtypes.values())) > 1:
@@ -243,7 +241,7 @@ def _check_source(reader: SafetensorsReader, family: Family, source: ModelConfig
             )
             raise CheckpointError(
                 f"{reader.folder}: tensors that become one parameter differ in dtype: {listed}; save the "
-                f"model in one dtype"
+                "model in one dtype"
             )
     ignored = []
     zero_biases = _zero_biases(reader, source) if family is GLA_SWA else set()
@@ -253,7 +251,7 @@ def _check_source(reader: SafetensorsReader, family: Family, source: ModelConfig
         if _RECOMPUTED.search(name):
             ignored.append(f"{name} (recomputed from rope_theta)")
         elif name == family.names["output"] and source.share_embeddings_and_output_weights:
-            if not torch.equal(reader.read(name), reader.read(family.names["embedding"])):
+            if not _is_copy(reader.read(name), reader.read(family.names["embedding"])):
                 raise CheckpointError(
                     f"{reader.file_of(name)}: {name} differs from the embedding although {CONFIG_FILE} has "
                     "tie_word_embeddings = true; set it to false if the output layer is its own"
@@ -262,10 +260,16 @@ def _check_source(reader: SafetensorsReader, family: Family, source: ModelConfig
         else:
             raise CheckpointError(
                 f"{reader.file_of(name)}: the tensor {name} is not part of {family.architecture} as "
-                f"{CONFIG_FILE} describes "
-                "it; importing without it would change the model"
+                f"{CONFIG_FILE} describes it; importing without it would change the model"
             )
     return ignored
+
+
+def _is_copy(tensor: Tensor, other: Tensor) -> bool:
+    """Whether two tensors hold the same numbers, a NaN being the same as itself."""
+    if tensor.dtype is not other.dtype or tensor.shape != other.shape:
+        return False
+    return torch.equal(tensor, other) or torch.equal(tensor.view(torch.uint8), other.view(torch.uint8))
 
 
 def _zero_biases(reader: SafetensorsReader, source: ModelConfig) -> set[str]:
@@ -312,9 +316,8 @@ class _Converter:
             in_source = self.source.has(parameter)
             if in_source:
                 dtype = self.source.dtype(parameter)
-            plan.append(
-                _Planned(parameter, dtype, in_source)
-            )  # new ones take the dtype of what precedes them
+            # New ones take the dtype of what precedes them.
+            plan.append(_Planned(parameter, dtype, in_source))
         return plan
 
     def origin(self, planned: _Planned) -> str:

@@ -56,14 +56,12 @@ def check_output_folder(
     if occupied and not (output / marker).exists():
         raise CheckpointError(
             f"--output {output} has no {marker}, so it was not made by this command and --overwrite leaves "
-            f"it alone; "
-            "choose another folder"
+            "it alone; choose another folder"
         )
     if needed_bytes > free:
         raise CheckpointError(
             f"--output {output} needs {needed_bytes / 1e9:.1f} GB but {parent} has {free / 1e9:.1f} GB free; "
-            f"make room or "
-            "choose another folder"
+            "make room or choose another folder"
         )
 
 
@@ -79,7 +77,8 @@ def complete_folder(output: Path, *, progress: bool = False) -> Iterator[Path]:
         progress: say on standard error that the disk is waited for.
 
     Raises:
-        CheckpointError: the disk is full or the folder cannot be written.
+        CheckpointError: the disk is full, the folder cannot be written, or the block met an error of the
+            operating system with another file.
     """
     output = output.resolve()
     try:
@@ -87,12 +86,40 @@ def complete_folder(output: Path, *, progress: bool = False) -> Iterator[Path]:
         with temporary_folder(output) as workspace:
             new = workspace / "new"
             new.mkdir()
-            yield new
-            with activity("writing to the disk", shown=progress):
-                _take_place(new, output, workspace / REPLACED)
+            try:
+                yield new
+            except OSError as error:
+                if (other := _file_elsewhere(error, workspace)) is None:
+                    raise
+                raise CheckpointError(
+                    f"{other} cannot be used ({_reason(error)}); nothing was changed at {output}"
+                ) from error
+            try:
+                with activity("writing to the disk", shown=progress):
+                    _take_place(new, output, workspace / REPLACED)
+            except OSError as error:
+                if new.exists():
+                    raise
+                raise CheckpointError(
+                    f"{output} is complete, but the disk did not confirm its name ({_reason(error)}); check "
+                    "the disk before you rely on it"
+                ) from error
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise CheckpointError(f"{output} cannot be written ({reason}); nothing was changed there") from error
+        raise CheckpointError(
+            f"{output} cannot be written ({_reason(error)}); nothing was changed there"
+        ) from error
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)
+
+
+def _file_elsewhere(error: OSError, folder: Path) -> str | None:
+    """The file that an error names, unless it names none or one in ``folder``."""
+    names = [
+        os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes))
+    ]
+    return names[0] if names and not any(folder in Path(name).parents for name in names) else None
 
 
 def _take_place(new: Path, output: Path, replaced: Path) -> None:

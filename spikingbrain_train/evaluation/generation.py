@@ -147,12 +147,12 @@ def cache_size(cache: Any) -> CacheSize:
                 unbounded += layer.nbytes()
             elif layer.k_BGSK is not None:
                 windowed += layer.nbytes()
-                windowed_limit += layer.nbytes() // layer.k_BGSK.shape[2] * (layer.window - 1)
+                windowed_limit += layer.nbytes() // max(1, layer.k_BGSK.shape[2]) * (layer.window - 1)
         elif layer.keys is not None:
             held = sum(x.untyped_storage().nbytes() for x in (layer.keys, layer.values))
             if getattr(layer, "is_sliding", False):
                 windowed += held
-                windowed_limit += held // layer.keys.shape[-2] * (layer.sliding_window - 1)
+                windowed_limit += held // max(1, layer.keys.shape[-2]) * (layer.sliding_window - 1)
             else:
                 unbounded += held
     return CacheSize(recurrent, windowed, windowed_limit, unbounded)

@@ -92,6 +92,15 @@ def test_tied_output_layer_that_differs(hf_checkpoint: HFCheckpoint, tmp_path: P
     refuses(source, tmp_path, r"lm_head\.weight differs from the embedding")
 
 
+def test_a_damaged_tied_output_layer_is_still_a_copy(hf_checkpoint: HFCheckpoint, tmp_path: Path) -> None:
+    source, _ = hf_checkpoint(**SMALL, tie_word_embeddings=True)
+    tensors = all_tensors(source)
+    tensors["model.embed_tokens.weight"][3, 2] = float("nan")
+    resave(source, tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
+    report = import_checkpoint(source, tmp_path / "out", allow_damaged_weights=True)
+    assert "lm_head.weight (identical to the tied embedding)" in report.ignored
+
+
 def test_missing_shard(hf_checkpoint: HFCheckpoint, tmp_path: Path) -> None:
     source, _ = hf_checkpoint(**SMALL, max_shard_size="1KB")
     shard = sorted(source.glob("*.safetensors"))[1]

@@ -94,6 +94,14 @@ def test_limit_of_the_windows_is_known_before_it_is_reached(hybrid: GLAswaForCau
     assert size.windowed == 1536 * 2 // 6 and size.windowed_limit == 1536
 
 
+def test_a_window_of_one_token_remembers_nothing(hybrid: GLAswaForCausalLM) -> None:
+    config = type(hybrid.config)(**{**hybrid.config.to_dict(), "sliding_window": 0, "attention_window": 1})
+    with torch.no_grad():
+        cache = GLAswaForCausalLM(config).eval()(torch.tensor([[5, 6]]), use_cache=True).past_key_values
+    size = cache_size(cache)
+    assert (size.windowed_limit, size.unbounded) == (0, 0) and size.recurrent > 0
+
+
 def test_cache_of_a_dense_model_grows(source: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(source).float().eval()
     with torch.no_grad():
