@@ -20,7 +20,14 @@ from typing import BinaryIO
 import zstandard
 
 from spikingbrain_train.config.errors import DataError
-from spikingbrain_train.data.folders import DANGLING, OTHER_TYPE, SIDECAR, LeftOut, files_below, is_sidecar
+from spikingbrain_train.data.folders import (
+    OTHER_TYPE,
+    SIDECAR,
+    LeftOut,
+    files_below,
+    is_sidecar,
+    special_kind,
+)
 
 PYDOC_TOPICS = "pydoc-topics"
 """Input name of the documentation topics that every Python carries (``pydoc_data.topics``, PSF licence)."""
@@ -201,7 +208,7 @@ def _expand(given: str, left_out: LeftOut) -> list[Path]:
         if match.is_dir():
             found += sorted(_documents_in(match, left_out))
         elif not match.is_file():
-            left_out.add(DANGLING, match)
+            left_out.add(special_kind(match), match)
         elif is_sidecar(match):
             left_out.add(SIDECAR, match)
         else:

@@ -61,10 +61,13 @@ def files_below(folder: Path, left_out: LeftOut) -> Iterator[Path]:
                     waiting.append(path)
             elif os.path.isfile(path):
                 yield path
-            elif os.path.islink(path):
-                left_out.add(DANGLING, path)
             else:
-                left_out.add(OTHER_TYPE, path)
+                left_out.add(special_kind(path), path)
+
+
+def special_kind(path: Path) -> str:
+    """What is neither file nor folder: a link to nothing, or a pipe, a socket or a device."""
+    return OTHER_TYPE if os.path.exists(path) else DANGLING
 
 
 def is_sidecar(path: Path) -> bool:

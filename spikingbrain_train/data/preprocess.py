@@ -39,9 +39,10 @@ if TYPE_CHECKING:
 _CHUNK_BYTES = 1 << 20
 _CHUNK_DOCUMENTS = 1024
 _SAMPLE_BYTES = 4 << 20
+"""Text that a dry run tokenizes for its estimate."""
 _WORKERS_PER_CORE = 4
 _FEW_WORKERS = 8
-"""Text that a dry run tokenizes for its estimate."""
+"""As many workers may be asked for on every machine, on large ones so many for each core."""
 
 
 @dataclass(frozen=True)

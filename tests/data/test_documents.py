@@ -214,6 +214,15 @@ def test_what_is_not_read_is_counted(tmp_path: Path) -> None:
     assert left_out(str(tmp_path / "*.txt")) == [f"not read: 2 x link to nothing, first {tmp_path}/gone.txt"]
 
 
+def test_a_pipe_is_no_link_to_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "to_pipe.txt").symlink_to("pipe.txt")
+    expected = [f"not read: 2 x file of another type, first {tmp_path}/pipe.txt"]
+    assert left_out(tmp_path) == expected
+    assert left_out(str(tmp_path / "*.txt")) == expected
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_a_folder_that_may_not_be_read_is_counted(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
