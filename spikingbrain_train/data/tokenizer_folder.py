@@ -43,6 +43,12 @@ def read_tokenizer_folder(folder: Path) -> Any:
         )
 
 
+def first_line(error: BaseException) -> str:
+    """A library's own words, short enough to stand inside a sentence."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200].rstrip(".:") if lines else type(error).__name__
+
+
 def name_tokenizer_class(tokenizer_config: bytes, class_name: str) -> bytes:
     """A tokenizer_config.json that names the class that its tokenizer has been read as.
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +16,7 @@ from typing import Any, Protocol
 from spikingbrain_train.config.errors import DataError
 from spikingbrain_train.data.tokenizer_folder import (
     TOKENIZER_CONFIG_FILE,
-    name_tokenizer_class,
+    first_line,
     read_tokenizer_folder,
 )
 
@@ -63,6 +62,8 @@ class Tokenizer(Protocol):
     """Id of the end-of-sequence token, which ends every document."""
     fingerprint: str
     """Of what the tokenizer does: equal for tokenizers that give texts the same ids, see `was_made_by`."""
+    earlier_fingerprint: str
+    """The same in the form that earlier versions wrote."""
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``, with no special tokens around them."""
@@ -74,14 +75,6 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ``ids``, special tokens included."""
-        ...
-
-    def save_to(self, folder: str | Path) -> None:
-        """Write files to ``folder`` from which :func:`load_tokenizer` gets the same tokenizer.
-
-        Raises:
-            DataError: the folder cannot be written.
-        """
         ...
 
 
@@ -106,7 +99,7 @@ class HuggingFaceTokenizer:
             loaded = read_tokenizer_folder(self.folder)
         except Exception as error:  # the Rust side raises plain Exception
             raise DataError(
-                f"{self.folder} holds no tokenizer that transformers can load ({_first_line(error)}): give a "
+                f"{self.folder} holds no tokenizer that transformers can load ({first_line(error)}): give a "
                 "folder with tokenizer.json and tokenizer_config.json, or a sentencepiece .model file"
             ) from error
         if not getattr(loaded, "is_fast", False):
@@ -126,7 +119,6 @@ class HuggingFaceTokenizer:
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
         self.eos_id = int(loaded.eos_token_id)
-        self._class_name = type(loaded).__name__
         own = self._backend.get_vocab(with_added_tokens=False)
         self.fingerprint = _fingerprint(own, self.encode_batch(PROBES), self.eos_id)
         self.earlier_fingerprint = _earlier_fingerprint(vocabulary, self.encode(PROBES[0]), self.eos_id)
@@ -139,14 +131,6 @@ class HuggingFaceTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._backend.decode(list(ids), skip_special_tokens=False)
-
-    def save_to(self, folder: str | Path) -> None:
-        # The source's own files, not save_pretrained: transformers 5 writes class names that 4.x cannot read.
-        names = [name for name in _HUGGING_FACE_FILES if (self.folder / name).is_file()]
-        files = {name: (self.folder / name).read_bytes() for name in names}
-        # Without the config.json beside them, transformers would not find the class by the model's type.
-        described = name_tokenizer_class(files.get(TOKENIZER_CONFIG_FILE, b"{}"), self._class_name)
-        _write_files(folder, files | {TOKENIZER_CONFIG_FILE: described})
 
 
 class SentencePieceTokenizer:
@@ -165,12 +149,11 @@ class SentencePieceTokenizer:
         self.path = Path(path)
         self.name = self.path.name
         try:
-            self._proto = self.path.read_bytes()
-            self._processor: Any = SentencePieceProcessor(model_proto=self._proto)
+            self._processor: Any = SentencePieceProcessor(model_proto=self.path.read_bytes())
             self.vocab_size = int(self._processor.vocab_size())
         except (OSError, RuntimeError, TypeError, ValueError) as error:
             raise DataError(
-                f"{self.path} is not a readable sentencepiece model ({_first_line(error)}): give the .model "
+                f"{self.path} is not a readable sentencepiece model ({first_line(error)}): give the .model "
                 "file that sentencepiece wrote, or a Hugging Face tokenizer folder"
             ) from error
         self.eos_id = int(self._processor.eos_id())
@@ -191,9 +174,6 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._processor.decode([int(index) for index in ids])
-
-    def save_to(self, folder: str | Path) -> None:
-        _write_files(folder, {_SENTENCEPIECE_FILE: self._proto})
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -229,7 +209,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 def was_made_by(fingerprint: str, tokenizer: Tokenizer) -> bool:
     """Whether ``fingerprint`` is that of ``tokenizer``, also in the form that earlier versions wrote."""
-    return fingerprint in (tokenizer.fingerprint, getattr(tokenizer, "earlier_fingerprint", None))
+    return fingerprint in (tokenizer.fingerprint, tokenizer.earlier_fingerprint)
 
 
 def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> None:
@@ -268,25 +248,3 @@ def _digest(content: list[Any]) -> str:
     return hashlib.sha256(
         json.dumps(content, ensure_ascii=True, separators=(",", ":")).encode("ascii")
     ).hexdigest()
-
-
-def _first_line(error: BaseException) -> str:
-    """The library's own words, short enough to stand inside a sentence."""
-    text = str(error).strip()
-    return text.splitlines()[0][:200].rstrip(".:") if text else type(error).__name__
-
-
-def _write_files(folder: str | Path, files: dict[str, bytes]) -> None:
-    """Write ``files`` into ``folder``, each under a temporary name that is renamed when it is complete."""
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            temporary = folder / f".{name}.tmp"
-            try:
-                temporary.write_bytes(content)
-                shutil.move(temporary, folder / name)
-            finally:
-                temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise DataError(f"cannot write the tokenizer to {folder}: {error.strerror or error}") from error

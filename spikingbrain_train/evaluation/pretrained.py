@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from spikingbrain_train.config.errors import CheckpointError, DataError
 from spikingbrain_train.data.quiet_transformers import quiet_transformers
-from spikingbrain_train.data.tokenizer_folder import read_tokenizer_folder
+from spikingbrain_train.data.tokenizer_folder import first_line, read_tokenizer_folder
 from spikingbrain_train.evaluation.folder_checks import check_folder, keep_to_local_kernels
 
 
@@ -52,7 +52,7 @@ def load_causal_lm(
             )
     except Exception as error:  # transformers, safetensors and the folder's own code raise whatever they like
         raise CheckpointError(
-            f"{folder} cannot be loaded by transformers ({_first_line(error)}); check that its "
+            f"{folder} cannot be loaded by transformers ({first_line(error)}); check that its "
             "files are complete"
         ) from error
     if loading["missing_keys"]:
@@ -75,11 +75,6 @@ def load_text_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         return read_tokenizer_folder(Path(folder))
     except Exception as error:
         raise DataError(
-            f"{folder} holds no tokenizer that transformers can load ({_first_line(error)}); copy the "
+            f"{folder} holds no tokenizer that transformers can load ({first_line(error)}); copy the "
             "source model's tokenizer files into it"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200].rstrip(".:") if lines else type(error).__name__

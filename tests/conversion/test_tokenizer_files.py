@@ -69,13 +69,6 @@ def test_an_export_gives_the_ids_of_its_source(
     assert described["tokenizer_class"] == "Qwen2Tokenizer"
 
 
-def test_a_copy_of_a_tokenizer_away_from_its_model_is_the_same(small_source: Path, tmp_path: Path) -> None:
-    name_class(small_source, "TokenizersBackend")
-    tokenizer = load_tokenizer(small_source)
-    tokenizer.save_to(tmp_path / "copy")
-    assert load_tokenizer(tmp_path / "copy").encode_batch(TEXTS) == tokenizer.encode_batch(TEXTS)
-
-
 def test_an_export_whose_tokenizer_would_differ_is_refused(
     small_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -74,6 +74,7 @@ class CountingTokenizer:
     name = "counting"
     eos_id = 0
     fingerprint = "counting"
+    earlier_fingerprint = ""
 
     def __init__(self, vocab_size: int = 100_000) -> None:
         self.vocab_size = vocab_size
@@ -86,9 +87,6 @@ class CountingTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return " ".join(map(str, ids))
-
-    def save_to(self, folder: str | Path) -> None:
-        raise NotImplementedError
 
 
 WriteTokens = Callable[..., str]

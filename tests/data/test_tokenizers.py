@@ -76,19 +76,21 @@ def test_eos_and_vocabulary_are_those_of_the_model(
     assert (spm_tokenizer.vocab_size, spm_tokenizer.eos_id) == (500, 2)
 
 
-def test_a_saved_copy_is_the_same_tokenizer(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    tokenizer.save_to(tmp_path / "copy")
-    copy = load_tokenizer(tmp_path / "copy")
-    assert type(copy) is type(tokenizer)
-    assert copy.fingerprint == tokenizer.fingerprint
-    assert copy.encode("def f(x): return 脑") == tokenizer.encode("def f(x): return 脑")
-    assert not list((tmp_path / "copy").glob(".*"))
-
-
-def test_saving_into_an_unwritable_place_says_so(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(DataError, match="cannot write the tokenizer to .*file"):
-        tokenizer.save_to(tmp_path / "file")
+def test_a_copy_of_the_files_is_the_same_tokenizer(
+    hf_folder: Path,
+    hf_tokenizer: HuggingFaceTokenizer,
+    spm_file: Path,
+    spm_tokenizer: SentencePieceTokenizer,
+    tmp_path: Path,
+) -> None:
+    shutil.copytree(hf_folder, tmp_path / "hf")
+    (tmp_path / "spm").mkdir()
+    shutil.copy(spm_file, tmp_path / "spm/tokenizer.model")  # under this name a folder does, too
+    for folder, tokenizer in (("hf", hf_tokenizer), ("spm", spm_tokenizer)):
+        copy = load_tokenizer(tmp_path / folder)
+        assert type(copy) is type(tokenizer)
+        assert copy.fingerprint == tokenizer.fingerprint
+        assert copy.encode("def f(x): return 脑") == tokenizer.encode("def f(x): return 脑")
 
 
 def test_a_worker_process_needs_no_transformers(hf_tokenizer: HuggingFaceTokenizer, tmp_path: Path) -> None:

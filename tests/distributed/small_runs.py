@@ -72,6 +72,7 @@ class ByteTokenizer:
 
     name = "bytes"
     fingerprint = "bytes-130"
+    earlier_fingerprint = ""
     vocab_size = 130
     eos_id = 129
 
@@ -80,9 +81,6 @@ class ByteTokenizer:
 
     def decode(self, ids: list[int]) -> str:
         return bytes(i for i in ids if i < 128).decode("ascii")
-
-    def save_to(self, folder: Path) -> None:
-        raise NotImplementedError("tests do not save it")
 
 
 def run_config(output_dir: Path, data: Path, *, model: ModelConfig = MODEL, **changes: Any) -> RunConfig:
