@@ -124,7 +124,15 @@ def _control_group_limits(root: Path) -> list[Path]:
     return files
 
 
-def has_gpu_device(root: Path = Path("/")) -> bool:
-    """Whether this machine shows the device file of a GPU: NVIDIA's, MetaX's, or that of WSL."""
-    device = root / "dev"
-    return any(device.glob("nvidia[0-9]*")) or any((device / name).exists() for name in ("mxcd", "dxg"))
+def has_gpu_device(root: Path = Path("/"), environment: Mapping[str, str] | None = None) -> bool:
+    """Whether this process may use a GPU, as far as the system shows: by the device file of NVIDIA's driver,
+    MetaX's, or that of WSL, unless CUDA_VISIBLE_DEVICES hides them all.
+
+    Args:
+        root: where ``dev`` lies.
+        environment: variables; None for this process's own.
+    """
+    visible = (os.environ if environment is None else environment).get("CUDA_VISIBLE_DEVICES", "0")
+    if visible.strip() == "" or visible.strip().startswith("-1"):
+        return False
+    return any(any((root / "dev").glob(name)) for name in ("nvidia[0-9]*", "mxcd*", "dxg"))

@@ -22,6 +22,7 @@ from spikingbrain_train.config.checkpoint_folder import (
 from spikingbrain_train.config.load import load_run_config
 from spikingbrain_train.config.parallel import AcceleratorKind
 from spikingbrain_train.config.run import Precision, Resume, RunConfig
+from spikingbrain_train.parallel.launch import has_gpu_device
 
 # Flags in /proc/cpuinfo: AVX-512 and AMX (Intel, AMD) and Arm's extension.
 _BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
@@ -108,7 +109,7 @@ def expected_precision(config: RunConfig) -> PrecisionChoice:
         return settled
     kind = config.cluster.accelerator
     if kind in (AcceleratorKind.cuda, AcceleratorKind.metax) or (
-        kind is AcceleratorKind.auto and _shows_gpu()
+        kind is AcceleratorKind.auto and has_gpu_device()
     ):
         return PrecisionChoice(Precision.bf16, "because the run is on GPUs", assumed=True)
     return replace(choice_on_cpu(bf16_instructions()), assumed=True)
@@ -122,10 +123,3 @@ def choice_on_cpu(has_bf16: bool | None) -> PrecisionChoice:
     if has_bf16:
         return PrecisionChoice(Precision.bf16, "because this CPU multiplies bf16 in hardware")
     return PrecisionChoice(Precision.fp32, "because this CPU has no bf16 instructions")
-
-
-def _shows_gpu() -> bool:
-    """Whether the system has the device files of NVIDIA's or MetaX's driver and this process may use them."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
-        return False
-    return any(any(Path("/dev").glob(pattern)) for pattern in ("nvidia[0-9]*", "mxcd*"))

@@ -69,12 +69,16 @@ def test_memory_is_what_the_machine_has_or_what_its_control_groups_allow(tmp_pat
     assert memory_limit(tmp_path) == 2 * GIB
 
 
-def test_a_gpu_is_known_by_its_device_file(tmp_path: Path) -> None:
-    assert not has_gpu_device(tmp_path)
+@pytest.mark.parametrize("device", ["nvidia0", "mxcd", "mxcd0", "dxg"])
+def test_a_gpu_is_known_by_its_device_file_unless_it_is_hidden(tmp_path: Path, device: str) -> None:
+    assert not has_gpu_device(tmp_path, {})
     _machine(tmp_path, {"dev/nvidiactl": ""})
-    assert not has_gpu_device(tmp_path)  # a driver without a card
-    _machine(tmp_path, {"dev/nvidia0": ""})
-    assert has_gpu_device(tmp_path)
+    assert not has_gpu_device(tmp_path, {})  # a driver without a card
+    _machine(tmp_path, {f"dev/{device}": ""})
+    assert has_gpu_device(tmp_path, {})
+    assert has_gpu_device(tmp_path, {"CUDA_VISIBLE_DEVICES": "1,0"})
+    for hidden in ("", "-1"):
+        assert not has_gpu_device(tmp_path, {"CUDA_VISIBLE_DEVICES": hidden})
 
 
 def _run(**changes: object) -> RunConfig:

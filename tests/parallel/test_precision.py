@@ -120,6 +120,14 @@ class TestPlan:
         for cluster in ("nvidia", "metax"):
             assert plan_run(run_config(f"cluster={cluster}"), 1).config.precision is Precision.bf16
 
+    def test_auto_takes_a_machine_for_one_with_gpus_where_the_check_of_its_memory_does(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(precision, "bf16_instructions", lambda: False)
+        for seen, value in ((True, Precision.bf16), (False, Precision.fp32)):
+            monkeypatch.setattr(precision, "has_gpu_device", lambda seen=seen: seen)
+            assert plan_run(run_config("cluster.accelerator=auto"), 1).config.precision is value
+
     def test_published_experiments_are_bf16_wherever_they_are_planned(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
