@@ -75,9 +75,17 @@ def _evenly_grouped(
         return F.pad(q_BShK, one_more), [F.pad(x, one_more) for x in of_groups]
     per_group = math.gcd(*heads_of_groups)
     if max(heads_of_groups) > per_group:
-        repeats = torch.tensor([count // per_group for count in heads_of_groups], device=q_BShK.device)
-        of_groups = [x.repeat_interleave(repeats, dim=2) for x in of_groups]
+        repeats = [count // per_group for count in heads_of_groups]
+        of_groups = [_repeated(x, repeats) for x in of_groups]
     return q_BShK, of_groups
+
+
+def _repeated(x_BSgX: Tensor, repeats: Sequence[int]) -> Tensor:
+    """``repeat_interleave`` along the groups. The counts stay on the host, which would have to wait for a GPU
+    to hand them over.
+    """
+    groups = zip(x_BSgX.split(1, dim=2), repeats, strict=True)
+    return torch.cat([x_BS1X.expand(-1, -1, count, -1) for x_BS1X, count in groups], dim=2)
 
 
 def to_slices(o_BShV: Tensor, num_heads: int, group: torch.distributed.ProcessGroup) -> Tensor:

@@ -16,7 +16,7 @@ from spikingbrain_train.ops.gated_linear_attention import gated_linear_attention
 from spikingbrain_train.parallel.context_parallel import linear_attention
 from spikingbrain_train.parallel.context_parallel.linear_attention import context_parallel_linear_attention
 from spikingbrain_train.parallel.context_parallel.sequence_layout import DocumentBounds, SequenceLayout
-from spikingbrain_train.parallel.context_parallel.ulysses import to_whole_sequences
+from spikingbrain_train.parallel.context_parallel.ulysses import _evenly_grouped, to_whole_sequences
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from tests.distributed.pool import RankPool
 
@@ -200,6 +200,18 @@ def test_heads_and_groups_that_do_not_divide(ranks: RankPool, num_heads: int, nu
         Case(45, 3, ((0, 20, 45), (0, 9, 10, 45)), num_rows=2, num_heads=num_heads, num_groups=num_groups),
     ]
     assert_equal_to_whole_sequence(ranks, cases, 4)
+
+
+def test_uneven_groups_are_repeated_without_waiting_for_the_device() -> None:
+    """Tensors on the meta device have shapes only: whoever asks the device for the counts fails."""
+    q_BShK, k_BSgK = torch.zeros(2, 5, 3, 4, device="meta"), torch.zeros(2, 5, 2, 4, device="meta")
+    _, [repeated] = _evenly_grouped(q_BShK, [k_BSgK], (2, 1))
+    assert repeated.shape == (2, 5, 3, 4) and repeated.is_meta
+    k_BSgK = torch.randn(2, 5, 2, 4, requires_grad=True)
+    _, [repeated] = _evenly_grouped(torch.zeros(2, 5, 3, 4), [k_BSgK], (2, 1))
+    assert torch.equal(repeated, k_BSgK[:, :, [0, 0, 1]])
+    repeated.sum().backward()
+    assert k_BSgK.grad is not None and torch.equal(k_BSgK.grad[0, 0, :, 0], torch.tensor([2.0, 1.0]))
 
 
 def _share_in_bfloat16(groups: ProcessGroups, case: Case) -> list[Tensor]:
