@@ -48,14 +48,14 @@ NUMBERS = ("-1", "0", "nan", "1e999", "many", "", "[1]", "9999999999999999999999
 WRONG: list[tuple[tuple[str, ...], str]] = [
     # paths
     (EVALUATE, "model holds no weights in safetensors"),
-    (("evaluate", "--model", "nowhere", "--data", "text"), "nowhere is not a Hugging Face folder"),
-    (("evaluate", "--model", "broken", "--data", "text"), "broken/config.json is not a JSON object"),
+    (("evaluate", "--model", "nowhere", "--data", "text"), "nowhere is not a folder"),
+    (("evaluate", "--model", "broken", "--data", "text"), "broken/config.json cannot be read as JSON"),
     (("evaluate", "--model", "export", "--data", "text"), "add --trust-remote-code"),
     (("evaluate", "--model", "whole", "--data", "nowhere"), "--data=nowhere: there is no nowhere.bin"),
     (("evaluate", "--model", "whole", "--data", "text", "--output", "model"), "--output model is a folder"),
     (("evaluate", "--model", "whole", "--data", "text", "--output", "file/x"), "--output=file"),
     (GENERATE, "model holds no weights in safetensors"),
-    (("generate", "--model", "nowhere", "--prompt", "x"), "nowhere is not a Hugging Face folder"),
+    (("generate", "--model", "nowhere", "--prompt", "x"), "nowhere is not a folder"),
     (("generate", "--model", "whole", "--prompt", ""), "--prompt is empty"),
     (("convert_checkpoint", "import", "--hf", "nowhere", "--output", "out"), "nowhere is not a folder"),
     (("convert_checkpoint", "import", "--hf", "file", "--output", "out"), "file"),

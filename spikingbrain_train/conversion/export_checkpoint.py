@@ -13,6 +13,7 @@ from torch import Tensor
 
 from spikingbrain_train.config.checkpoint_folder import HF_SOURCE_FOLDER, MODEL_CONFIG_FILE
 from spikingbrain_train.config.errors import CheckpointError
+from spikingbrain_train.config.hf_config_file import CONFIG_FILE, load_config_json
 from spikingbrain_train.config.load import load_model_config
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.model_checks import check_model
@@ -21,7 +22,7 @@ from spikingbrain_train.conversion.checkpoint_paths import resolve_checkpoint
 from spikingbrain_train.conversion.code_references import left_out, references
 from spikingbrain_train.conversion.companion_files import find_companion_files, has_tokenizer
 from spikingbrain_train.conversion.export_config import export_family, hf_config
-from spikingbrain_train.conversion.hf_config import CONFIG_FILE, GLA_SWA, load_config_json
+from spikingbrain_train.conversion.hf_config import GLA_SWA
 from spikingbrain_train.conversion.mapping import Parameter, model_parameters
 from spikingbrain_train.conversion.megatron_checkpoint import MegatronCheckpointReader
 from spikingbrain_train.conversion.output_folder import check_output_folder, complete_folder

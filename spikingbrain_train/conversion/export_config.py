@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from spikingbrain_train.config.errors import CheckpointError
+from spikingbrain_train.config.hf_config_file import CONFIG_FILE
 from spikingbrain_train.config.kinds import of_kind
 from spikingbrain_train.config.model import FeatureMap, FeedForward, GateKind, Mixer, ModelConfig
 from spikingbrain_train.conversion.code_references import without_references
 from spikingbrain_train.conversion.hf_config import (
-    CONFIG_FILE,
     GLA_SWA,
     LLAMA,
     QWEN2,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from spikingbrain_train.config.errors import CheckpointError
+from spikingbrain_train.config.hf_config_file import CONFIG_FILE, load_config_json
 from spikingbrain_train.config.model import (
     GatedLinearAttentionConfig,
     Mixer,
@@ -20,7 +21,6 @@ from spikingbrain_train.config.model import (
     RopeScalingConfig,
 )
 from spikingbrain_train.config.stored_layers import check_number_of_layers
-from spikingbrain_train.conversion.hf_folder import CONFIG_FILE, load_config_json
 from spikingbrain_train.conversion.hf_names import GLA_SWA_NAMES, LLAMA_NAMES
 from spikingbrain_train.conversion.safetensors_io import SafetensorsReader
 from spikingbrain_train.conversion.window_convention import (

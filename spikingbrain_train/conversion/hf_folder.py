@@ -1,42 +1,14 @@
-"""The text files of a Hugging Face folder: config and index of weights. Read before torch is there."""
+"""Where the weights of a Hugging Face folder lie: its index of shards. Read before torch is there."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from spikingbrain_train.config.errors import CheckpointError
 
-CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-
-
-def load_config_json(folder: Path) -> dict[str, Any]:
-    """The dictionary in ``folder/config.json``.
-
-    Raises:
-        CheckpointError: the folder or file is missing, or it is not a JSON object.
-    """
-    path = folder / CONFIG_FILE
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        if not folder.is_dir():
-            raise CheckpointError(
-                f"{folder} is not a folder; give the folder of a Hugging Face checkpoint"
-            ) from None
-        raise CheckpointError(
-            f"{folder} has no {CONFIG_FILE}; give the folder of a Hugging Face checkpoint"
-        ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read as JSON ({error}); copy it again from its source"
-        ) from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} does not hold a JSON object; copy it again from its source")
-    return values
 
 
 def read_weight_map(folder: Path) -> dict[str, str]:

@@ -19,15 +19,14 @@ from spikingbrain_train.config.checkpoint_folder import (
 )
 from spikingbrain_train.config.conversion import ConversionConfig, UpcyclingForm
 from spikingbrain_train.config.errors import CheckpointError, ConfigurationError
+from spikingbrain_train.config.hf_config_file import CONFIG_FILE, load_config_json
 from spikingbrain_train.config.load import save_config
 from spikingbrain_train.config.model import FeedForward, Mixer, ModelConfig
 from spikingbrain_train.config.model_checks import check_conversion, check_model
 from spikingbrain_train.conversion.companion_files import find_companion_files, has_tokenizer
 from spikingbrain_train.conversion.hf_config import (
-    CONFIG_FILE,
     GLA_SWA,
     Family,
-    load_config_json,
     read_hf_config,
 )
 from spikingbrain_train.conversion.mapping import Parameter, model_parameters

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from spikingbrain_train.config.checkpoint_folder import HF_SOURCE_FOLDER, MODEL_CONFIG_FILE
+from spikingbrain_train.config.hf_config_file import CONFIG_FILE
 from spikingbrain_train.config.load import load_model_config
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.stored_layers import check_number_of_layers
@@ -16,7 +17,7 @@ from spikingbrain_train.conversion.checkpoint_paths import resolve_checkpoint
 from spikingbrain_train.conversion.companion_files import has_tokenizer
 from spikingbrain_train.conversion.export_checkpoint import check_tensors
 from spikingbrain_train.conversion.export_config import export_family, unexportable_parts
-from spikingbrain_train.conversion.hf_config import CONFIG_FILE, read_hf_config
+from spikingbrain_train.conversion.hf_config import read_hf_config
 from spikingbrain_train.conversion.megatron_checkpoint import MegatronCheckpointReader
 from spikingbrain_train.conversion.report import describe_layers
 from spikingbrain_train.conversion.safetensors_io import SafetensorsReader, refuse_quantised
@@ -90,8 +91,7 @@ def _describe_model(model: ModelConfig) -> list[str]:
     return [
         f"layers:     {describe_layers(model)}",
         f"sizes:      hidden {model.hidden_size}, feed-forward {model.ffn_hidden_size}, "
-        f"{model.num_attention_heads} heads of "
-        f"{model.kv_channels} in {model.num_query_groups} groups",
+        f"{model.num_attention_heads} heads of {model.kv_channels} in {model.num_query_groups} groups",
         f"vocabulary: {model.vocab_size}, {tied} embeddings",
         f"positions:  up to {model.max_position_embeddings}, rotary base {model.rotary_base:g}",
         *([f"extras:     {', '.join(extras)}"] if extras else []),

@@ -60,8 +60,7 @@ class SafetensorsReader:
             if self._files.get(name) != folder / file_name:
                 raise CheckpointError(
                     f"{folder / file_name} does not hold {name}, although {INDEX_FILE} says so; copy the "
-                    f"folder again "
-                    "from its source"
+                    "folder again from its source"
                 )
 
     @property
@@ -96,8 +95,7 @@ class SafetensorsReader:
                     if code not in DTYPES:
                         raise CheckpointError(
                             f"{path}: {name} has dtype {code}; supported are {', '.join(DTYPES)}: import the "
-                            f"unquantised "
-                            "checkpoint"
+                            "unquantised checkpoint"
                         )
                     self._files[name] = path
                     self.specs[name] = TensorSpec(name, shape, DTYPES[code])

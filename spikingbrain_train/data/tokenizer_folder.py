@@ -12,10 +12,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from spikingbrain_train.config.hf_config_file import CONFIG_FILE
 from spikingbrain_train.data.quiet_transformers import quiet_transformers
 
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
-_MODEL_CONFIG_FILE = "config.json"
 _GENERIC = "PreTrainedTokenizerFast"
 """The class that runs tokenizer.json as it is, by the name that transformers 4 and 5 know (5 calls it
 TokenizersBackend)."""
@@ -76,7 +76,7 @@ def _names_of_model(folder: Path) -> Any:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     try:
-        values = json.loads((folder / _MODEL_CONFIG_FILE).read_text(encoding="utf-8"))
+        values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         values = {}
     values = values if isinstance(values, dict) else {}

@@ -16,8 +16,9 @@ from transformers import PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from spikingbrain_train.config.errors import CheckpointError
+from spikingbrain_train.config.hf_config_file import CONFIG_FILE, load_config_json
 from spikingbrain_train.config.stored_layers import check_number_of_layers
-from spikingbrain_train.evaluation.model_folder import CONFIG_FILE, read_config, untrusted_code
+from spikingbrain_train.evaluation.model_folder import untrusted_code
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ def check_folder(folder: Path, trust_remote_code: bool) -> None:
         CheckpointError: it is no model folder, is quantised or an adapter, names code elsewhere, or claims
             more layers than it has.
     """
-    config = read_config(folder)
+    config = load_config_json(folder)
     references = [str(value) for value in _values_of("auto_map", config)]
     if references and config.get("model_type") not in CONFIG_MAPPING and not trust_remote_code:
         raise untrusted_code(folder)

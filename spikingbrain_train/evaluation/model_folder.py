@@ -2,35 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 from spikingbrain_train.config.errors import CheckpointError, ConfigurationError
 from spikingbrain_train.config.file_checks import check_output_folder
+from spikingbrain_train.config.hf_config_file import load_config_json
 from spikingbrain_train.hf import ARCHITECTURES
-
-CONFIG_FILE = "config.json"
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a Hugging Face folder.
-
-    Raises:
-        CheckpointError: it is missing, or no JSON object.
-    """
-    if not (folder / CONFIG_FILE).is_file():
-        raise CheckpointError(
-            f"{folder} is not a Hugging Face folder ({CONFIG_FILE} is missing); name one that "
-            "tools/export.py or save_pretrained wrote"
-        )
-    try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        config = None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{folder / CONFIG_FILE} is not a JSON object; restore the file")
-    return config
 
 
 def untrusted_code(folder: Path) -> ConfigurationError:
@@ -49,7 +26,7 @@ def check_model_folder(folder: Path, trust_remote_code: bool) -> None:
         CheckpointError: config.json is missing or no JSON object, or there are no safetensors.
         ConfigurationError: the folder is an export whose code it may not run.
     """
-    config = read_config(folder)
+    config = load_config_json(folder)
     # Which architectures need no code is only known to transformers, but ours is not among them.
     if config.get("architectures") == ARCHITECTURES and "auto_map" in config and not trust_remote_code:
         raise untrusted_code(folder)

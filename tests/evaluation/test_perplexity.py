@@ -145,7 +145,7 @@ def test_weights_in_a_pickle_are_not_opened(source: Path, tmp_path: Path) -> Non
         (["--seq-length", "0"], "--seq-length is 0"),
         (["--max-windows", "0"], "--max-windows is 0"),
         (["--data", "nowhere"], "there is no nowhere.bin"),
-        (["--model", "nowhere"], "nowhere is not a Hugging Face folder"),
+        (["--model", "nowhere"], "nowhere is not a folder"),
     ],
 )
 def test_wrong_arguments_are_one_sentence(
