@@ -303,7 +303,8 @@ def _check_shares(stored: StoredRun, config: RunConfig, datasets: list[DatasetFi
     length = config.stage.seq_length
     if len(datasets) == 1 or theirs == ours:
         return
-    if blend_shares(theirs, datasets, length) != blend_shares(ours, datasets, length):
+    tokens = [dataset.tokens for dataset in datasets]
+    if blend_shares(theirs, tokens, length) != blend_shares(ours, tokens, length):
         raise _refuse(stored, f"data.train_weights={shown(theirs)}", shown(ours), _OTHER_ORDER)
 
 

@@ -111,14 +111,21 @@ def read_record(checkpoint: Path) -> RunRecord | None:
 
 
 def blend_shares(
-    weights: Sequence[float] | None, datasets: Sequence[DatasetFingerprint], seq_length: int
+    weights: Sequence[float] | None, tokens: Sequence[int], seq_length: int
 ) -> list[float] | None:
-    """The share of every dataset, from data.train_weights or, where it is null, from the datasets' sizes; to
-    the last bit as data/gpt_dataset.py blends them. None where weights and datasets do not fit.
+    """The share that every dataset has in the samples. Their order depends on its last bit.
+
+    Args:
+        weights: data.train_weights; None takes the datasets by their size.
+        tokens: of each dataset.
+        seq_length: tokens of a sample.
+
+    Returns:
+        Numbers whose sum is 1, or None where weights and datasets do not fit or no dataset has a sample.
     """
-    if weights is not None and len(weights) != len(datasets):
+    if weights is not None and len(weights) != len(tokens):
         return None
     if weights is None:
-        weights = [float(max(dataset.tokens - 1, 0) // seq_length) for dataset in datasets]
+        weights = [float(max(number - 1, 0) // seq_length) for number in tokens]
     total = math.fsum(weights)
     return [weight / total for weight in weights] if total > 0 else None

@@ -19,6 +19,7 @@ import torch
 from spikingbrain_train.config.errors import DataError
 from spikingbrain_train.config.file_checks import check_train_weights
 from spikingbrain_train.config.run import DataConfig
+from spikingbrain_train.config.run_record import blend_shares
 from spikingbrain_train.data.indexed import (
     TokenFile,
     check_same_tokenizer,
@@ -115,13 +116,16 @@ class TrainDataset(torch.utils.data.Dataset[Sample]):
 
     Args:
         parts: the datasets.
-        weights: sampling weight of each, any positive scale.
+        weights: sampling weight of each, any positive scale; None takes them by their size.
         num_samples: length.
     """
 
-    def __init__(self, parts: Sequence[ShuffledWindows], weights: Sequence[float], num_samples: int) -> None:
+    def __init__(
+        self, parts: Sequence[ShuffledWindows], weights: Sequence[float] | None, num_samples: int
+    ) -> None:
         self.parts = list(parts)
-        self.weights = np.asarray(weights, dtype=np.float64) / math.fsum(weights)
+        shares = blend_shares(weights, [part.num_tokens for part in self.parts], self.parts[0].seq_length)
+        self.weights = np.asarray(shares, dtype=np.float64)
         self.num_samples = num_samples
         self._part_of_sample: np.ndarray | None = None
         self._index_in_part: np.ndarray | None = None
@@ -249,10 +253,7 @@ def build_datasets(
         ShuffledWindows(dataset, seq_length, (seed, number), reset_at_documents=data.reset_at_documents)
         for number, dataset in enumerate(train)
     ]
-    weights = data.train_weights
-    if weights is None:
-        weights = [float(part.windows_per_epoch) for part in parts]
-    train_dataset = TrainDataset(parts, weights, train_samples)
+    train_dataset = TrainDataset(parts, data.train_weights, train_samples)
     for prefix, part, samples in zip(data.train, parts, train_dataset.samples_per_part(), strict=True):
         logger.info(
             "train dataset %s: %d tokens, %d samples, %.2f epochs",

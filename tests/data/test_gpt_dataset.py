@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from spikingbrain_train.config.errors import ConfigurationError, DataError
 from spikingbrain_train.config.run import DataConfig
+from spikingbrain_train.config.run_record import blend_shares
 from spikingbrain_train.data.gpt_dataset import TrainDataset, ValidDataset, build_datasets
 from spikingbrain_train.data.indexed import open_indexed_dataset
 from spikingbrain_train.data.loader import WholeBatch, build_data_loader, local_micro_batch
@@ -213,6 +215,17 @@ def test_without_weights_datasets_are_blended_by_their_size(write_tokens) -> Non
     large = write_tokens("large", [range(1000, 1241)])  # 30 windows
     order = firsts(train_dataset([small, large], 40))
     assert sorted(order) == [*range(0, 80, SEQ), *range(1000, 1240, SEQ)]  # one epoch of each
+
+
+@pytest.mark.parametrize("weights", [None, [0.1, 0.2, 0.7, 1 / 3], [3, 1e-9, 7e11, 0.3]])
+def test_a_resumed_run_compares_the_shares_that_are_blended(four: list[str], weights: list | None) -> None:
+    """To the last bit, as every release has blended them: the order of the samples depends on it."""
+    dataset = train_dataset(four, 4, weights=weights)
+    sizes = [part.num_tokens for part in dataset.parts]
+    raw = weights or [float(part.windows_per_epoch) for part in dataset.parts]
+    expected = np.asarray(raw, dtype=np.float64) / math.fsum(raw)
+    assert dataset.weights.tobytes() == expected.tobytes()
+    assert blend_shares(weights, sizes, SEQ) == expected.tolist()
 
 
 def test_held_out_tokens_are_labels_exactly_once_and_in_order(write_tokens) -> None:
