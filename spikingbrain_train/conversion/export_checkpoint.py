@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from spikingbrain_train.config.checkpoint_folder import HF_SOURCE_FOLDER, MODEL_CONFIG_FILE
 from spikingbrain_train.config.errors import CheckpointError
@@ -22,11 +21,12 @@ from spikingbrain_train.conversion.checkpoint_paths import resolve_checkpoint
 from spikingbrain_train.conversion.code_references import left_out, references
 from spikingbrain_train.conversion.companion_files import find_companion_files, has_tokenizer
 from spikingbrain_train.conversion.export_config import export_family, hf_config
+from spikingbrain_train.conversion.export_pieces import Piece, export_pieces
 from spikingbrain_train.conversion.hf_config import GLA_SWA
-from spikingbrain_train.conversion.mapping import Parameter, model_parameters
+from spikingbrain_train.conversion.mapping import model_parameters
 from spikingbrain_train.conversion.megatron_checkpoint import MegatronCheckpointReader
 from spikingbrain_train.conversion.output_folder import check_output_folder, complete_folder
-from spikingbrain_train.conversion.published_form import Completion, completions, published_class_lacks
+from spikingbrain_train.conversion.published_form import published_class_lacks
 from spikingbrain_train.conversion.report import ConversionReport, describe_layers
 from spikingbrain_train.conversion.safetensors_io import DTYPE_CODES, SafetensorsWriter, TensorSpec
 from spikingbrain_train.conversion.tokenizer_files import drop_tokenizer_code, keep_tokenizer_class
@@ -87,17 +87,11 @@ def export_checkpoint(
     hf_source = folder / HF_SOURCE_FOLDER
     source_config = load_config_json(hf_source) if (hf_source / CONFIG_FILE).is_file() else None
 
-    pieces: list[Parameter | Completion] = list(model_parameters(model))
-    if family is GLA_SWA:
-        pieces += completions(model)
+    def specs_of(piece: Piece) -> list[TensorSpec]:
+        number_format = dtype or stored[piece.parameter.name]
+        return [TensorSpec(name, shape, number_format) for name, shape in piece.shapes.items()]
 
-    def specs_of(piece: Parameter | Completion) -> list[TensorSpec]:
-        if isinstance(piece, Completion):
-            return [TensorSpec(piece.name, piece.shape, dtype or stored[piece.beside.name])]
-        tensors = zip(piece.hf_names(family.names), piece.hf_shapes, strict=True)
-        return [TensorSpec(name, shape, dtype or stored[piece.name]) for name, shape in tensors]
-
-    pieces.sort(key=lambda piece: -specs_of(piece)[0].dtype.itemsize)
+    pieces = sorted(export_pieces(model, family), key=lambda piece: -specs_of(piece)[0].dtype.itemsize)
     specs = [spec for piece in pieces for spec in specs_of(piece)]
     config = hf_config(model, source_config, _dtype_name(specs))
     report = ConversionReport(
@@ -123,19 +117,9 @@ def export_checkpoint(
     )
     damaged: dict[str, str] = {}
     with complete_folder(output, progress=progress) as temporary:
-        if hf_source.is_dir():
-            companions = find_companion_files(hf_source)
-            companions.copy_to(temporary)
-            report.notes += companions.left_behind
-            report.notes += left_out(CONFIG_FILE, references(source_config or {}))
-            report.notes += drop_tokenizer_code(temporary)
-        (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        if family is GLA_SWA:
-            for path in modelling_files():
-                shutil.copyfile(path, temporary / path.name)
-        if family is GLA_SWA or config["model_type"] != (source_config or {}).get("model_type"):
-            with activity("comparing the tokenizers", shown=progress):  # transformers is imported for it
-                report.notes += keep_tokenizer_class(hf_source, temporary)
+        report.notes += _write_small_files(
+            temporary, hf_source, config, source_config or {}, progress=progress
+        )
         if not has_tokenizer(temporary):
             report.notes.append(
                 f"{folder} carries no tokenizer; copy one into {output} before generating text"
@@ -145,27 +129,50 @@ def export_checkpoint(
             SafetensorsWriter(temporary, specs, max_shard_size) as writer,
         ):
             for piece in pieces:
-                for spec, part in zip(specs_of(piece), _values(reader, piece), strict=True):
+                for spec, part in zip(specs_of(piece), piece.values(reader), strict=True):
                     part = part.to(spec.dtype)
                     fault = fault_of(part, may_be_zero=True)
                     if fault is not None and not allow_damaged_weights:
-                        parameter = piece.beside if isinstance(piece, Completion) else piece
-                        raise CheckpointError(_damage(folder, parameter.name, fault, dtype))
+                        raise CheckpointError(_damage(folder, piece.parameter.name, fault, dtype))
                     if fault is not None:
                         damaged[spec.name] = fault
                     writer.write(spec.name, part)
                     done.advance(part.nbytes)
-                if isinstance(piece, Parameter):
-                    report.count(piece.rule.group, "copied", piece.numel)
-                elif piece.is_copy:
-                    report.count("output layer", "copy of the tied embedding", prod(piece.shape))
-                else:
-                    report.count(
-                        piece.beside.rule.group, "zero biases for the published class", prod(piece.shape)
-                    )
+                report.count(piece.group, piece.origin, piece.numel)
         report.notes += describe_damage(damaged)
         report.seconds = time.monotonic() - started
     return report
+
+
+def _write_small_files(
+    export: Path,
+    hf_source: Path,
+    config: dict[str, Any],
+    source_config: dict[str, Any],
+    *,
+    progress: bool,
+) -> list[str]:
+    """Write all of an export but its weights: config.json, the source's small files, code of a hybrid.
+
+    Returns:
+        Notes for the report.
+    """
+    notes = []
+    if hf_source.is_dir():
+        companions = find_companion_files(hf_source)
+        companions.copy_to(export)
+        notes += companions.left_behind
+        notes += left_out(CONFIG_FILE, references(source_config))
+        notes += drop_tokenizer_code(export)
+    (export / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    is_hybrid = config["architectures"] == [GLA_SWA.architecture]
+    if is_hybrid:
+        for path in modelling_files():
+            shutil.copyfile(path, export / path.name)
+    if is_hybrid or config.get("model_type") != source_config.get("model_type"):
+        with activity("comparing the tokenizers", shown=progress):  # transformers is imported for it
+            notes += keep_tokenizer_class(hf_source, export)
+    return notes
 
 
 def check_tensors(reader: MegatronCheckpointReader, model: ModelConfig) -> dict[str, torch.dtype]:
@@ -197,15 +204,6 @@ def check_tensors(reader: MegatronCheckpointReader, model: ModelConfig) -> dict[
                 "describes; exporting without it would change the model"
             )
     return dtypes
-
-
-def _values(reader: MegatronCheckpointReader, piece: Parameter | Completion) -> list[Tensor]:
-    """What is written for ``piece``, without the vocabulary padding that a tensor-parallel run added."""
-    if isinstance(piece, Parameter):
-        return piece.split(reader.read(piece.name)[: piece.shape[0]])
-    if piece.is_copy:
-        return _values(reader, piece.beside)
-    return [torch.zeros(piece.shape)]
 
 
 def _damage(folder: Path, name: str, fault: str, dtype: torch.dtype | None) -> str:

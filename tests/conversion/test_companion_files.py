@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -48,6 +49,18 @@ def test_a_link_in_a_checkpoint_is_not_followed_on_export(
     report = export_checkpoint(tmp_path / "megatron", tmp_path / "out")
     assert not (tmp_path / "out/NOTICE").exists()
     assert any("NOTICE is a link out of" in note for note in report.notes)
+
+
+def test_a_source_that_names_its_architecture_alone_goes_back(
+    hf_checkpoint: HFCheckpoint, tmp_path: Path
+) -> None:
+    source, _ = hf_checkpoint(**SMALL)
+    config = json.loads((source / "config.json").read_text())
+    del config["model_type"]
+    (source / "config.json").write_text(json.dumps(config))
+    import_checkpoint(source, tmp_path / "megatron")
+    export_checkpoint(tmp_path / "megatron", tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text()) == config
 
 
 def test_links_within_the_folder_are_followed(tmp_path: Path) -> None:

@@ -1,0 +1,63 @@
+"""What an export is made of: each parameter's tensors, and those that the published classes want besides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.conversion.hf_config import GLA_SWA, Family
+from spikingbrain_train.conversion.mapping import Parameter, model_parameters
+from spikingbrain_train.conversion.megatron_checkpoint import MegatronCheckpointReader
+from spikingbrain_train.conversion.published_form import completions
+from spikingbrain_train.conversion.transforms import Shape
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tensors that are read, written and counted together."""
+
+    parameter: Parameter
+    """Whose number format they have, and whose values, unless they are zero."""
+    shapes: dict[str, Shape]
+    """Shape of each tensor, by its name in the export."""
+    group: str
+    """Heading under which the report counts them."""
+    origin: str
+    """Where they come from, in the report's words."""
+    is_zero: bool = False
+
+    @property
+    def numel(self) -> int:
+        """Number of elements of all its tensors."""
+        return sum(prod(shape) for shape in self.shapes.values())
+
+    def values(self, reader: MegatronCheckpointReader) -> list[Tensor]:
+        """The tensors in the order of ``shapes``, in the stored number format (zeros: float32), without the
+        vocabulary padding that a tensor-parallel run added."""
+        if self.is_zero:
+            return [torch.zeros(shape) for shape in self.shapes.values()]
+        return self.parameter.split(reader.read(self.parameter.name)[: self.parameter.shape[0]])
+
+
+def export_pieces(model: ModelConfig, family: Family) -> list[Piece]:
+    """Everything that an export of ``model`` as ``family`` holds.
+
+    Raises:
+        CheckpointError: the family has no place for a parameter.
+    """
+    pieces = []
+    for parameter in model_parameters(model):
+        shapes = dict(zip(parameter.hf_names(family.names), parameter.hf_shapes, strict=True))
+        pieces.append(Piece(parameter, shapes, parameter.rule.group, "copied"))
+    for extra in completions(model) if family is GLA_SWA else ():
+        shapes = {extra.name: extra.shape}
+        if extra.is_copy:
+            pieces.append(Piece(extra.beside, shapes, "output layer", "copy of the tied embedding"))
+        else:
+            origin = "zero biases for the published class"
+            pieces.append(Piece(extra.beside, shapes, extra.beside.rule.group, origin, is_zero=True))
+    return pieces
