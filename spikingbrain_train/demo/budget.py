@@ -9,12 +9,24 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from omegaconf import DictConfig
 
 from spikingbrain_train.config.errors import ConfigurationError
+from spikingbrain_train.demo.named_settings import (
+    BATCH,
+    EVAL_INTERVAL,
+    EVAL_ITERS,
+    LOGITS,
+    NOTHING_NAMED,
+    RATES,
+    TRAIN_ITERS,
+    WARM_UP,
+    NamedSettings,
+)
 from spikingbrain_train.reporting.activity import format_duration
 
 DEFAULT_MINUTES = 12.0
@@ -79,29 +91,29 @@ def fit(
     minutes: float,
     spent: float,
     held_out_tokens: int,
-    *,
-    may_shorten: bool = True,
+    named: NamedSettings = NOTHING_NAMED,
 ) -> Lengths:
     """Choose how long the stages are.
 
     Args:
         speed: of this machine.
-        align: the align stage of the whole recipe, a RunConfig.
+        align: the align stage of the whole recipe with the user's own settings, a RunConfig.
         cpt: its pretraining stage.
         minutes: what the demo may take.
         spent: seconds that it has taken so far.
         held_out_tokens: tokens of held-out text that there are.
-        may_shorten: sequences may become shorter, and a step may take a single one.
+        named: what the user names himself; it is kept and takes what it takes, the rest is fitted around it.
     """
+    whole_seconds = minutes * 60
     left = minutes * 60 * (1 - _RESERVE) - spent - _LATER_STARTS * speed.start
     left -= _GENERATED_TOKENS * 25 * speed.evaluation  # one token at a time makes poor use of the processor
     whole_align, whole_cpt = _tokens(align), _tokens(cpt)
     held_out = min(held_out_tokens, _windows(align) * align.stage.seq_length)
     # The dense source and the export are evaluated in float32 by transformers, whatever training does.
     other = _OTHER_EVALUATIONS * (3.0 if speed.precision == "bf16" else 1.2)
-    recipe = (
-        whole_align * speed.align + whole_cpt * (speed.cpt + speed.evaluation) + _calibration(align, speed)
-    )
+    logits = cpt.stage.distillation.weight > 0
+    recipe = whole_align * speed.align + whole_cpt * (speed.cpt + (speed.evaluation if logits else 0))
+    recipe += _calibration(align, speed)
     recipe += held_out * speed.evaluation * (_evaluations(align) + _evaluations(cpt) + other)
     measured = (
         f"this machine aligns {1 / speed.align:,.0f} and pretrains {1 / speed.cpt:,.0f} tokens a second"
@@ -110,46 +122,110 @@ def fit(
     whole = f"{whole_align:,} tokens of alignment and {whole_cpt:,} of pretraining"
     if recipe <= left:
         return Lengths(sentence=f"{measured}: the whole recipe, {whole}, fits into {minutes:g} minutes")
-    whole_seconds = minutes * 60 - left + recipe
-    length = min(_SHORT_SEQUENCE, align.stage.seq_length) if may_shorten else align.stage.seq_length
-    batches = [1, 1] if may_shorten else [run.stage.global_batch_size for run in (align, cpt)]
-    align_step, cpt_step = (length * batch for batch in batches)
-    evaluations = _TRAINING_EVALUATIONS + other
-    a_window = length * speed.evaluation * evaluations
-    most = -(-held_out // length)
-    chosen_windows = min(most, max(_FEWEST_WINDOWS, int(left * _EVALUATION_SHARE / a_window)))
-    left -= chosen_windows * a_window + _calibration(align, speed)
-    # What one stage cannot use, because its recipe is no longer, the other gets.
-    cpt_steps = _steps(left * (1 - _ALIGN_SHARE) / (speed.cpt * cpt_step), whole_cpt // cpt_step)
-    rest = left - cpt_steps * cpt_step * speed.cpt
-    align_steps = _steps(rest / (speed.align * align_step), whole_align // align_step)
-    rest = left - align_steps * align_step * speed.align
-    cpt_steps = _steps(rest / (speed.cpt * cpt_step), whole_cpt // cpt_step)
-    shared = [
-        f"stage.seq_length={length}",
-        f"stage.global_batch_size={batches[0]}",
-        f"logging.eval_iters={-(-chosen_windows // batches[0])}",
-        "logging.eval_interval=0",
-    ]
+    whole_seconds += recipe - left
+    length, batch = align.stage.seq_length, align.stage.global_batch_size
+    if not named.anywhere(*BATCH):
+        length, batch = min(_SHORT_SEQUENCE, length), 1
+    logits = logits and named.in_stage("cpt", *LOGITS)
+    a_window = length * speed.evaluation
+    if named.anywhere(EVAL_ITERS):
+        windows = min(_windows(align), -(-held_out_tokens // length))
+    else:
+        share = int(left * _EVALUATION_SHARE / (a_window * (_TRAINING_EVALUATIONS + other)))
+        windows = min(-(-held_out // length), max(_FEWEST_WINDOWS, share))
+        windows = -(-windows // batch) * batch
+    left -= windows * a_window * (_TRAINING_EVALUATIONS + other) + _calibration(align, speed)
+    fitted_align = _FittedStage("align", align, named, length, speed.align, windows * a_window)
+    a_token = speed.cpt + (speed.evaluation if logits else 0)
+    fitted_cpt = _FittedStage("cpt", cpt, named, length, a_token, windows * a_window)
+    # What one stage cannot use, because its recipe is no longer or its length is named, the other gets.
+    for_align = fitted_align.seconds(fitted_align.steps(0)) if fitted_align.is_named else left * _ALIGN_SHARE
+    cpt_steps = fitted_cpt.steps(left - for_align)
+    align_steps = fitted_align.steps(left - fitted_cpt.seconds(cpt_steps))
+    cpt_steps = fitted_cpt.steps(left - fitted_align.seconds(align_steps))
+    left -= fitted_align.seconds(align_steps) + fitted_cpt.seconds(cpt_steps)
+    seconds = minutes * 60 * (1 - _RESERVE) - left
+    if seconds <= minutes * 60:
+        takes = f"to end within {minutes:g} minutes the stages take"
+    else:
+        takes = f"about {format_duration(seconds)} are needed, not {minutes:g} minutes, as the stages take"
+    shared = {
+        **({} if named.anywhere(*BATCH) else {"stage.seq_length": length, "stage.global_batch_size": batch}),
+        **({} if named.anywhere(EVAL_ITERS) else {EVAL_ITERS: windows // batch}),
+        EVAL_INTERVAL: 0,
+    }
+    weight = {} if named.in_stage("cpt", *LOGITS) else {"stage.distillation.weight": 0}
+    rates = {} if named.in_stage("cpt", *RATES) else {"optimizer.lr": "2e-4", "optimizer.min_lr": "2e-5"}
     return Lengths(
-        align_args=[
-            f"stage.train_iters={align_steps}",
-            *shared,
-            f"optimizer.lr_warmup_iters={align_steps // 8}",
-        ],
-        cpt_args=[
-            f"stage.train_iters={cpt_steps}",
-            *shared,
-            "stage.distillation.weight=0",
-            "optimizer.lr=2e-4",
-            "optimizer.min_lr=2e-5",
-            f"optimizer.lr_warmup_iters={cpt_steps // 12}",
-        ],
-        sentence=f"{measured}: to end within {minutes:g} minutes the stages take "
-        f"{align_steps * align_step:,} and {cpt_steps * cpt_step:,} tokens (the whole recipe takes {whole}, "
-        f"about {format_duration(whole_seconds)}), in sequences of {length}, without the dense source's "
-        f"logits, and are evaluated on {chosen_windows} windows; more time gives a better model",
+        align_args=fitted_align.arguments({TRAIN_ITERS: align_steps, **shared, WARM_UP: align_steps // 8}),
+        cpt_args=fitted_cpt.arguments(
+            {TRAIN_ITERS: cpt_steps, **shared, **weight, **rates, WARM_UP: cpt_steps // 12}
+        ),
+        sentence=f"{measured}: {takes} {fitted_align.tokens(align_steps):,} and "
+        f"{fitted_cpt.tokens(cpt_steps):,} tokens (the whole recipe takes {whole}, about "
+        f"{format_duration(whole_seconds)}), in sequences of {length}, "
+        f"{'with' if logits else 'without'} the dense source's logits, and are evaluated on {windows} "
+        "windows; more time gives a better model",
     )
+
+
+@dataclass(frozen=True)
+class _FittedStage:
+    """A stage whose steps are counted, unless the user names how many there are."""
+
+    name: str
+    run: DictConfig
+    named: NamedSettings
+    length: int
+    """Tokens of a sequence."""
+    token_seconds: float
+    evaluation_seconds: float
+    """One evaluation of the held-out windows."""
+
+    @property
+    def is_named(self) -> bool:
+        """Whether the user names the number of steps."""
+        return self.named.in_stage(self.name, TRAIN_ITERS)
+
+    @property
+    def step_tokens(self) -> int:
+        batch = self.run.stage.global_batch_size if self.named.anywhere(*BATCH) else 1
+        return self.length * batch
+
+    @property
+    def step_seconds(self) -> float:
+        """One step, with its share of the evaluations in between that the user names."""
+        interval = self.run.logging.eval_interval if self.named.in_stage(self.name, EVAL_INTERVAL) else 0
+        between = self.evaluation_seconds / interval if interval > 0 else 0.0
+        return self.token_seconds * self.step_tokens + between
+
+    def steps(self, seconds: float) -> int:
+        """How many fit into ``seconds``, no more than the recipe has."""
+        if self.is_named:
+            return self.run.stage.train_iters
+        most = _tokens(self.run) // self.step_tokens
+        return max(self._fewest(), min(int(seconds / self.step_seconds), most))
+
+    def seconds(self, steps: int) -> float:
+        return steps * self.step_seconds
+
+    def tokens(self, steps: int) -> int:
+        return steps * self.step_tokens
+
+    def arguments(self, chosen: Mapping[str, object]) -> list[str]:
+        """The settings of ``chosen`` that the user leaves to the demo."""
+        return [
+            f"{name}={value}" for name, value in chosen.items() if not self.named.in_stage(self.name, name)
+        ]
+
+    def _fewest(self) -> int:
+        """Steps that the schedules which the user names need, or few."""
+        optimizer = self.run.optimizer
+        scheduled = optimizer.lr_warmup_iters if self.named.in_stage(self.name, WARM_UP) else 0
+        scheduled += optimizer.lr_wsd_decay_iters or 0
+        scheduled = max(scheduled, self.run.stage.spike_annealing.anneal_iters)
+        # A warm-up that is not named is an eighth of the steps and comes on top.
+        return max(_FEWEST_STEPS, scheduled + scheduled // 4 + 1 if scheduled else 0)
 
 
 def _tokens(run: DictConfig) -> int:
@@ -170,10 +246,6 @@ def _evaluations(run: DictConfig) -> int:
 def _calibration(align: DictConfig, speed: Speed) -> float:
     """Seconds of fitting the output projections: about half a step's work a token."""
     return align.stage.alignment.calibration_tokens * speed.align / 2
-
-
-def _steps(wanted: float, most: int) -> int:
-    return max(_FEWEST_STEPS, min(int(wanted), most))
 
 
 def check_minutes(minutes: float) -> None:

@@ -5,20 +5,21 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from spikingbrain_train.config.checkpoint_folder import CHECKPOINT_FOLDER, latest_iteration
 from spikingbrain_train.config.compose import compose_run
 from spikingbrain_train.config.errors import ConfigurationError, DataError
 from spikingbrain_train.data.folders import LeftOut, files_below
 from spikingbrain_train.demo.budget import Lengths, fit, read_speed
+from spikingbrain_train.demo.named_settings import NamedSettings
 from spikingbrain_train.demo.smollm2 import NAME
+from spikingbrain_train.demo.stages import beside_own, check_stage_arguments, stage_arguments, windows
 
 _TEXT_SUFFIXES = (".txt", ".md", ".rst")
 _DOCUMENT_CHARS = 4000
@@ -56,7 +57,12 @@ class DemoOptions:
     @property
     def fits_lengths(self) -> bool:
         """Whether the stages' lengths are fitted to the machine: not if the user names both."""
-        return not all(_names(args, "stage.train_iters") for args in (self.align_args, self.cpt_args))
+        return not all(self.named.in_stage(stage, "stage.train_iters") for stage in ("align", "cpt"))
+
+    @property
+    def named(self) -> NamedSettings:
+        """What the user names himself."""
+        return NamedSettings(self.align_args, self.cpt_args)
 
     @property
     def source(self) -> Path:
@@ -103,22 +109,24 @@ def demo_steps(options: DemoOptions) -> list[Step]:
     dense, hybrid = output / "dense", output / "hybrid"
     align, cpt, export = output / "align", output / "cpt", output / "export"
     places = {
-        "align": _stage_arguments("align", hybrid, align, text, dense),
-        "cpt": _stage_arguments("cpt", align / CHECKPOINT_FOLDER, cpt, text, dense),
+        "align": stage_arguments("align", hybrid, align, text, dense),
+        "cpt": stage_arguments("cpt", align / CHECKPOINT_FOLDER, cpt, text, dense),
     }
-    stages = {
-        "align": [*places["align"], *options.lengths.align_args, *options.align_args],
-        "cpt": [*places["cpt"], *options.lengths.cpt_args, *options.cpt_args],
-    }
+    stages, fitted = {}, {"align": options.lengths.align_args, "cpt": options.lengths.cpt_args}
+    for name, own in (("align", options.align_args), ("cpt", options.cpt_args)):
+        recipe = [*places[name], *fitted[name]]
+        stages[name] = [*recipe, *beside_own(name, recipe, options.named), *own]
     runs = {name: compose_run(arguments) for name, arguments in stages.items()}
-    windows = {name: _windows(run) for name, run in runs.items()}
-    if windows["align"] != windows["cpt"]:
+    for arguments in stages.values():
+        check_stage_arguments(arguments, source)
+    evaluated = {name: windows(run) for name, run in runs.items()}
+    if evaluated["align"] != evaluated["cpt"]:
         raise ConfigurationError(
             "the stages are evaluated on different text (align: {0[1]} windows of {0[0]} tokens, cpt: "
             "{1[1]} of {1[0]}); give both the same stage.seq_length and the same logging.eval_iters * "
-            "stage.global_batch_size".format(windows["align"], windows["cpt"])
+            "stage.global_batch_size".format(evaluated["align"], evaluated["cpt"])
         )
-    seq_length, max_windows = windows["align"]
+    seq_length, max_windows = evaluated["align"]
 
     def convert(recipe: str, folder: Path) -> list[str]:
         script = [python, str(tools / "convert_checkpoint.py"), "import"]
@@ -167,7 +175,7 @@ def demo_steps(options: DemoOptions) -> list[Step]:
                 *(python, str(tools / "measure_speed.py"), "--output", str(speed)),
                 *("--align", *places["align"], *options.align_args),
                 # The pretraining stage starts from what alignment has yet to write: from the hybrid here.
-                *("--cpt", *_stage_arguments("cpt", hybrid, cpt, text, dense), *options.cpt_args),
+                *("--cpt", *stage_arguments("cpt", hybrid, cpt, text, dense), *options.cpt_args),
             ],
             makes=[speed],
             proof=[speed],
@@ -277,16 +285,11 @@ def fitted_lengths(options: DemoOptions, minutes: float, spent: float) -> Length
     output = options.output
     here = (output, output, output / "data" / "text", output / "dense")
     align, cpt = (
-        compose_run([*_stage_arguments(stage, *here), *args])
+        compose_run([*stage_arguments(stage, *here), *args])
         for stage, args in (("align", options.align_args), ("cpt", options.cpt_args))
     )
-    free = not any(
-        _names(args, setting)
-        for args in (options.align_args, options.cpt_args)
-        for setting in ("stage.seq_length", "stage.global_batch_size")
-    )
     held_out = _read_tokens(output / "data" / "text_valid.json")
-    return fit(read_speed(output / SPEED_FILE), align, cpt, minutes, spent, held_out, may_shorten=free)
+    return fit(read_speed(output / SPEED_FILE), align, cpt, minutes, spent, held_out, options.named)
 
 
 def _read_tokens(sidecar: Path) -> int:
@@ -294,34 +297,6 @@ def _read_tokens(sidecar: Path) -> int:
         return int(json.loads(sidecar.read_text(encoding="utf-8"))["tokens"])
     except (OSError, ValueError, KeyError, TypeError):
         raise DataError(f"{sidecar} cannot be read; run the demo with --fresh") from None
-
-
-def _names(arguments: Sequence[str], setting: str) -> bool:
-    return any(argument.lstrip("+").partition("=")[0] == setting for argument in arguments)
-
-
-def _stage_arguments(stage: str, load: Path, run: Path, text: Path, teacher: Path) -> list[str]:
-    return [
-        f"experiment=smollm2_{stage}",
-        f"checkpoint.load={_hydra_value(load)}",
-        f"stage.teacher={_hydra_value(teacher)}",
-        f"data.train=[{_hydra_value(f'{text}_train')}]",
-        f"data.valid=[{_hydra_value(f'{text}_valid')}]",
-        f"output_dir={_hydra_value(run)}",
-    ]
-
-
-def _hydra_value(path: str | Path) -> str:
-    """A path as a value of Hydra's override grammar: quoted where it is more than a plain word."""
-    text = str(path)
-    if re.fullmatch(r"[\w./-]+", text, re.ASCII):
-        return text
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
-
-
-def _windows(run: DictConfig) -> tuple[int, int]:
-    """Tokens of a held-out window, and how many windows a stage evaluates on at most."""
-    return run.stage.seq_length, run.logging.eval_iters * run.stage.global_batch_size
 
 
 def _prompt(options: DemoOptions) -> str:

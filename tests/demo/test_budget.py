@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
 
 import pytest
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from spikingbrain_train.config.checks import check_optimizer
 from spikingbrain_train.config.compose import compose_run
 from spikingbrain_train.config.errors import ConfigurationError
 from spikingbrain_train.demo import command_line
 from spikingbrain_train.demo.budget import Lengths, Speed, check_minutes, fit, recall, remember
+from spikingbrain_train.demo.named_settings import NamedSettings
 from spikingbrain_train.demo.runner import Runner
+from spikingbrain_train.demo.stages import beside_own
 from spikingbrain_train.demo.steps import SPEED_FILE, DemoOptions, demo_steps, fitted_lengths, step_keys
 
 ROOT = Path(__file__).parents[2]
@@ -49,7 +53,8 @@ def tokens(run: DictConfig) -> int:
 def minutes_of(speed: Speed, align: DictConfig, cpt: DictConfig, spent: float) -> float:
     """What the stages will take, in all."""
     teacher = speed.evaluation if cpt.stage.distillation.weight > 0 else 0.0
-    windows = min(align.logging.eval_iters * align.stage.seq_length, HELD_OUT)
+    windows = align.logging.eval_iters * align.stage.global_batch_size * align.stage.seq_length
+    windows = min(windows, HELD_OUT)
     evaluations = 2 * (3 if speed.precision == "bf16" else 1)
     for run in (align, cpt):
         interval = run.logging.eval_interval or run.stage.train_iters
@@ -112,15 +117,92 @@ def test_even_a_hopeless_budget_trains_a_little() -> None:
         check_minutes(0)
 
 
-def test_what_the_user_sets_is_kept() -> None:
-    own = ("stage.seq_length=256", "stage.global_batch_size=4")
-    align, cpt = stage("align", *own), stage("cpt", *own)
-    lengths = fit(slower(3), align, cpt, 12, 60, HELD_OUT, may_shorten=False)
-    short = [
-        stage(name, *args, *own) for name, args in (("align", lengths.align_args), ("cpt", lengths.cpt_args))
+OWN_BATCH = ("stage.seq_length=256", "stage.global_batch_size=4", "logging.eval_iters=4")
+
+
+def chosen_beside(
+    own: NamedSettings, speed: Speed = SLOW, minutes: float = 12
+) -> tuple[Lengths, DictConfig, DictConfig]:
+    """The choice where the user names settings, and the stages that both make."""
+    lengths = fit(speed, stage("align", *own.align), stage("cpt", *own.cpt), minutes, 60, HELD_OUT, own)
+    stages = [
+        stage(name, *arguments, *beside_own(name, [f"experiment=smollm2_{name}", *arguments], own), *named)
+        for name, arguments, named in (
+            ("align", lengths.align_args, own.align),
+            ("cpt", lengths.cpt_args, own.cpt),
+        )
     ]
-    assert minutes_of(slower(3), *short, 60) <= 12
-    assert short[0].stage.train_iters < align.stage.train_iters * 4
+    for arguments, named in ((lengths.align_args, own.align), (lengths.cpt_args, own.cpt)):
+        assert not {a.partition("=")[0] for a in arguments} & {a.partition("=")[0] for a in named}
+    return lengths, *stages
+
+
+def test_what_the_user_sets_is_kept() -> None:
+    batch = ("stage.seq_length=256", "stage.global_batch_size=4")
+    own = NamedSettings(batch, batch)
+    _, align, cpt = chosen_beside(own, slower(2))
+    assert minutes_of(slower(2), align, cpt, 60) <= 12
+    assert align.stage.train_iters < stage("align", *own.align).stage.train_iters * 4
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        NamedSettings(align=["stage.train_iters=50"]),
+        NamedSettings(align=["stage.train_iters=1"]),
+        NamedSettings(cpt=["stage.train_iters=20"]),
+        NamedSettings(cpt=["stage.distillation.weight=0.3"]),
+        NamedSettings(cpt=["stage.distillation.temperature=2"]),
+        NamedSettings(cpt=["optimizer.lr=1e-5"]),
+        NamedSettings(cpt=["optimizer.min_lr=1e-3", "optimizer.lr=1e-2"]),
+        NamedSettings(align=["logging.eval_interval=10"], cpt=["logging.eval_interval=5"]),
+        NamedSettings(align=["optimizer.lr_warmup_iters=30"]),
+        NamedSettings(cpt=["optimizer=adamw_wsd", "optimizer.lr_wsd_decay_iters=20"]),
+        NamedSettings(OWN_BATCH, OWN_BATCH),
+    ],
+    ids=lambda own: " ".join([*own.align, *own.cpt]),
+)
+def test_a_setting_named_for_one_stage_is_in_the_budget_and_the_sentence(
+    own: NamedSettings,
+) -> None:
+    lengths, align, cpt = chosen_beside(own)
+    assert minutes_of(SLOW, align, cpt, 60) <= 12
+    for said in (
+        "within 12 minutes",
+        f"{tokens(align):,} and {tokens(cpt):,} tokens",
+        f"{'with' if cpt.stage.distillation.weight > 0 else 'without'} the dense source's logits",
+        f"sequences of {align.stage.seq_length}",
+        f"{align.logging.eval_iters * align.stage.global_batch_size} windows",
+    ):
+        assert said in lengths.sentence
+    for run in (align, cpt):
+        # Neither sequence length nor windows differ, or the demo would refuse its own choice.
+        assert (run.stage.seq_length, run.logging.eval_iters) == (
+            align.stage.seq_length,
+            align.logging.eval_iters,
+        )
+        check_optimizer(OmegaConf.to_object(run.optimizer), run.stage.train_iters)
+
+
+def test_a_named_length_that_takes_longer_is_said() -> None:
+    own = NamedSettings(align=["stage.train_iters=200"])
+    lengths, align, cpt = chosen_beside(own)
+    taken = minutes_of(SLOW, align, cpt, 60)
+    assert taken > 12 and tokens(align) == 102_400
+    said = re.search(
+        r"about (\d+)m \d\ds are needed, not 12 minutes, as the stages take 102,400", lengths.sentence
+    )
+    assert said is not None and abs(int(said[1]) - taken) <= 2
+    assert "within 12 minutes" not in lengths.sentence
+
+
+def test_where_nothing_is_named_the_choice_is_the_recipe_for_few_tokens() -> None:
+    shared = ["stage.seq_length=512", "stage.global_batch_size=1"]
+    shared += ["logging.eval_iters=6", "logging.eval_interval=0"]
+    lengths, _, _ = chosen(SLOW)
+    assert lengths.align_args == ["stage.train_iters=45", *shared, "optimizer.lr_warmup_iters=5"]
+    few = ["stage.distillation.weight=0", "optimizer.lr=2e-4", "optimizer.min_lr=2e-5"]
+    assert lengths.cpt_args == ["stage.train_iters=43", *shared, *few, "optimizer.lr_warmup_iters=3"]
 
 
 def options(tmp_path: Path, **changes: object) -> DemoOptions:

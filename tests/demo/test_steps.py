@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -67,6 +68,38 @@ class TestCommands:
     def test_wrong_setting_of_a_stage_is_found_before_anything_runs(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigurationError, match="stage.seq is not a setting"):
             demo_steps(options(tmp_path, cpt_args=["stage.seq=96"]))
+
+    @pytest.mark.parametrize(
+        ("own", "sentence"),
+        [
+            (["optimizer.lr_warmup_iters=100"], "lr_warmup_iters=100 must be below stage.train_iters=40"),
+            (["optimizer.min_lr=1"], "optimizer.min_lr=1.0 is above optimizer.lr"),
+            (["stage.train_iters=0"], "stage.train_iters=0 must be at least 1"),
+            (["stage.micro_batch_size=2"], "is not divisible by stage.micro_batch_size=2"),
+            (["stage.distillation.weight=2"], "stage.distillation.weight=2.0 must be between 0"),
+            (["logging.log_interval=0"], "logging.log_interval=0 must be at least 1"),
+            (["stage.seq_length=512"], "longer than model.max_position_embeddings=256"),
+        ],
+    )
+    def test_settings_that_contradict_each_other_are_refused_before_anything_runs(
+        self, tmp_path: Path, own: list[str], sentence: str
+    ) -> None:
+        model = tmp_path / "model"
+        model.mkdir()
+        (model / "config.json").write_text(json.dumps({"max_position_embeddings": 256}))
+        short = ["stage.seq_length=256"]
+        changes = {"model": model, "align_args": short, "cpt_args": [*short, *own]}
+        with pytest.raises(ConfigurationError, match=re.escape(sentence)):
+            demo_steps(options(tmp_path, **changes))
+
+    def test_what_the_user_does_not_name_gives_way_to_what_he_names(self, tmp_path: Path) -> None:
+        own = {"align_args": ["stage.train_iters=1"], "cpt_args": ["optimizer.lr=1e-5"]}
+        steps = by_name(demo_steps(options(tmp_path, **own)))
+        align, cpt = (compose_run(steps[name].command[2:]) for name in ("align", "cpt"))
+        assert (align.stage.train_iters, align.optimizer.lr_warmup_iters) == (1, 0)
+        assert (cpt.optimizer.lr, cpt.optimizer.min_lr) == (1e-5, 1e-6)
+        untouched = by_name(demo_steps(options(tmp_path, cpt_args=["stage.train_iters=30"])))
+        assert "lr_warmup_iters" not in " ".join(untouched["cpt"].command)
 
     @pytest.mark.parametrize(
         ("data", "cut"),
