@@ -240,7 +240,7 @@ def _join_world(launch: Launch, accelerator: Accelerator, timeout: timedelta) ->
         interface = _interface_towards(master)
         if interface is not None:
             os.environ["GLOO_SOCKET_IFNAME"] = interface
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or backend != "gloo":
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         torch.distributed.init_process_group(
             backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout
         )
@@ -248,7 +248,7 @@ def _join_world(launch: Launch, accelerator: Accelerator, timeout: timedelta) ->
     restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
     if not one_node and restarts != "0":
         raise PlatformError(
-            f"torchrun --max-restarts={restarts} cannot restart gloo ranks on several nodes, which do not "
+            f"torchrun --max-restarts={restarts} cannot restart ranks on several nodes, which do not "
             "agree on how often that was done; leave it out, and start the run again when it has failed."
         )
     # torchrun's store outlives a restart (torch 2.13 no longer puts a prefix before its keys), and new ranks

@@ -79,13 +79,40 @@ def test_rendezvous_host_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> N
     assert process_groups._interface_towards("node-a") is None
 
 
-def test_restarts_on_several_nodes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+class _Backend:
+    """What joining a world asks of an accelerator."""
+
+    def __init__(self, collective_backend: str) -> None:
+        self.collective_backend = collective_backend
+
+
+@pytest.mark.parametrize("backend", ["gloo", "nccl"])
+def test_restarts_on_several_nodes_are_refused(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     launch = Launch(0, 4, 0, 2, "127.0.0.1", 29500)
-    with pytest.raises(PlatformError, match="--max-restarts=3 cannot restart gloo ranks on several nodes"):
-        process_groups._join_world(launch, detect("cpu"), timedelta(seconds=1))
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
+    with pytest.raises(PlatformError, match="--max-restarts=3 cannot restart ranks on several nodes"):
+        process_groups._join_world(launch, _Backend(backend), timedelta(seconds=1))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("backend", ["gloo", "nccl"])
+def test_restarted_ranks_do_not_read_what_the_dead_ones_wrote(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, given = torch.distributed.HashStore(), {}
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setattr(torch.distributed, "TCPStore", lambda *_, **__: store)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **options: given.update(options))
+    for restarts in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+        launch = Launch(0, 2, 0, 2, "127.0.0.1", 29500)
+        process_groups._join_world(launch, _Backend(backend), timedelta(seconds=1))  # type: ignore[arg-type]
+        assert not given["store"].check(["address"])
+        given["store"].set("address", restarts)
 
 
 @pytest.mark.skipif(not os.path.isdir("/sys/class/net/lo"), reason="asks for Linux's loopback device")
