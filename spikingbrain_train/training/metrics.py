@@ -143,7 +143,12 @@ class MetricsLogger:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except PlatformError as failure:
+            if error is None:
+                raise
+            _log.warning("%s", failure)  # what ends the run is the error that is under way
 
 
 def _finite(value: float, digits: int | None = None) -> float | None:

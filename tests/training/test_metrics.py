@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from spikingbrain_train.config.errors import DataError, PlatformError
+from spikingbrain_train.config.errors import DataError, NumericalError, PlatformError
 from spikingbrain_train.config.run import LoggingConfig, WandbMode
 from spikingbrain_train.training.heat_map import HeatMap
 from spikingbrain_train.training.metrics import METRICS_FILE, WANDB_RUN_ID_FILE, MetricsLogger, read_metrics
@@ -138,6 +138,20 @@ def test_full_disk_is_a_sentence(tmp_path: Path) -> None:
     logger._file = open("/dev/full", "w")  # noqa: SIM115
     with pytest.raises(PlatformError, match="No space left"), logger:  # closing it fails, too
         logger.log(1, {"train/loss": 2.0})
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full imitates a full disk on Linux only")
+def test_a_full_disk_does_not_take_the_place_of_what_ended_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    logger = MetricsLogger(FILE_ONLY, tmp_path, is_logging_rank=True)
+    assert logger._file is not None
+    logger._file.close()
+    logger._file = open("/dev/full", "w")  # noqa: SIM115
+    with pytest.raises(NumericalError, match="the loss is nan"), logger:
+        logger._file.write("what closing tries to write")
+        raise NumericalError("the loss is nan")
+    assert "No space left" in caplog.text
 
 
 def test_wandb_offline_needs_no_account_and_keeps_its_run_id(
