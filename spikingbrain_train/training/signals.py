@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -41,7 +42,8 @@ class StopSignals:
         self._owner = os.getpid()
         if signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN:
             # launch.sh has it ignored, so that it does not end torchrun: it must not be missed on the way.
-            signal.signal(signal.SIGUSR1, self._receive)
+            with suppress(ValueError):  # not the main thread
+                signal.signal(signal.SIGUSR1, self._receive)
 
     def __enter__(self) -> StopSignals:
         try:
@@ -74,7 +76,8 @@ class StopSignals:
     def requested(self) -> signal.Signals | None:
         """The signal that any rank has received since the start, the same answer on every rank, else None.
 
-        One reduction of a number over all ranks.
+        One reduction of a number over all ranks, and the host waits for what its device has been given so
+        far: ask where it has waited anyway, between the loss and the update.
         """
         number = int(self._received or 0)
         if self.groups.world_size > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
@@ -176,12 +177,11 @@ class Trainer:
                     self._prepare()
             tokens_per_step = config.stage.global_batch_size * config.stage.seq_length
             batches = self._train_batches(state.consumed_samples)
-            stop = stack.enter_context(self.stop_signals)
+            stack.enter_context(self.stop_signals)
             while state.iteration < config.stage.train_iters:
-                metrics = self._train_step(batches)
+                metrics, asked = self._train_step(batches)
                 timer.step(tokens_per_step)
                 last = state.iteration == config.stage.train_iters
-                asked = stop.requested()
                 self._tell_step()
                 if last or state.iteration % config.logging.log_interval == 0:
                     speed = timer.interval()
@@ -210,7 +210,8 @@ class Trainer:
                     return False
         return True
 
-    def _train_step(self, batches: Iterator[MicroBatch]) -> dict[str, float]:
+    def _train_step(self, batches: Iterator[MicroBatch]) -> tuple[dict[str, float], signal.Signals | None]:
+        """One iteration. Returns its metrics, and the signal that asks to stop after it."""
         config, state = self.config, self.state
         spiking = self._set_spike_k()
         self.expert_load.reset()
@@ -218,6 +219,7 @@ class Trainer:
         state.optimizer.zero_grad()
         metrics = self.step.forward_backward(self.model, batches, self.num_microbatches)
         self._require_finite(metrics["train/loss"], "loss", state.iteration + 1)
+        asked = self.stop_signals.requested()  # not after the update, for which the host need not wait
         state.scheduler.step(increment=1)
         metrics["train/grad_norm"] = update_weights(
             state.optimizer, lambda norm: self._require_finite(norm, "gradient norm", state.iteration + 1)
@@ -225,7 +227,7 @@ class Trainer:
         state.iteration += 1
         state.consumed_samples += config.stage.global_batch_size
         metrics["train/learning_rate"] = self._learning_rate()
-        return metrics | spiking
+        return metrics | spiking, asked
 
     def _require_finite(self, value: float, what: str, iteration: int) -> None:
         require_finite(value, what, iteration, self.state.iteration, self.config)

@@ -110,10 +110,10 @@ def train(groups: ProcessGroups, config: RunConfig) -> list[tuple[float, float]]
     steps: list[tuple[float, float]] = []
     train_step = trainer._train_step
 
-    def remember(batches: Any) -> dict[str, float]:
-        metrics = train_step(batches)
+    def remember(batches: Any) -> Any:
+        metrics, asked = train_step(batches)
         steps.append((metrics["train/loss"], metrics["train/grad_norm"]))
-        return metrics
+        return metrics, asked
 
     trainer._train_step = remember  # type: ignore[method-assign]
     trainer.train()

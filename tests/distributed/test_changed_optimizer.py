@@ -87,12 +87,12 @@ def _train_and_change_by_hand(
     losses: list[float] = []
     train_step = trainer._train_step
 
-    def step(batches: Any) -> dict[str, float]:
+    def step(batches: Any) -> Any:
         if len(losses) == CHANGED_AFTER:
             _rewrite(trainer, then)
-        metrics = train_step(batches)
+        metrics, asked = train_step(batches)
         losses.append(metrics["train/loss"])
-        return metrics
+        return metrics, asked
 
     trainer._train_step = step  # type: ignore[method-assign]
     trainer.train()
@@ -107,10 +107,10 @@ def _rates_and_losses(groups: ProcessGroups, config: RunConfig) -> tuple[list[fl
     losses: list[float] = []
     train_step = trainer._train_step
 
-    def step(batches: Any) -> dict[str, float]:
-        metrics = train_step(batches)
+    def step(batches: Any) -> Any:
+        metrics, asked = train_step(batches)
         losses.append(metrics["train/loss"])
-        return metrics
+        return metrics, asked
 
     trainer._train_step = step  # type: ignore[method-assign]
     trainer.train()

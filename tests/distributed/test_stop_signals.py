@@ -9,8 +9,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -71,6 +74,41 @@ def test_a_warning_that_comes_before_the_first_step_is_not_missed(handlers: None
     os.kill(os.getpid(), signal.SIGUSR1)
     with stop:
         assert stop.requested() is signal.SIGUSR1
+
+
+def test_outside_the_main_thread_nothing_is_held_back(handlers: None) -> None:
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # as launch.sh starts a run
+
+    def ask() -> signal.Signals | None:
+        with StopSignals(_OneRank()) as stop:  # type: ignore[arg-type]
+            return stop.requested()
+
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(ask).result() is None
+
+
+def _order_of_a_step(groups: ProcessGroups, config: RunConfig) -> list[str]:
+    from spikingbrain_train.training.trainer import Trainer
+
+    trainer, order = Trainer(config, groups), []
+
+    def noted(name: str, original: Callable[[], Any]) -> Any:
+        order.append(name)
+        return original()
+
+    for owner, name in ((trainer.stop_signals, "requested"), (trainer.state.optimizer, "step")):
+        setattr(owner, name, partial(noted, name, getattr(owner, name)))
+    trainer.train()
+    return order
+
+
+def test_whether_to_stop_is_settled_before_the_update_so_that_no_host_waits_for_it(
+    ranks: RankPool, tmp_path: Path, text: Path
+) -> None:
+    config = run_config(tmp_path / "run", text)
+    config.stage.train_iters = 3
+    (order,) = ranks.run(_order_of_a_step, config, world_size=1, parallel=ParallelConfig())
+    assert order == ["requested", "step"] * 3
 
 
 def _train_and_interrupt(
