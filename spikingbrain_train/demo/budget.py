@@ -8,13 +8,13 @@ logits of the dense source (its forward pass is a fourth of a step), and fewer h
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from omegaconf import DictConfig
 
+from spikingbrain_train.config.durable_files import write_text_durably
 from spikingbrain_train.config.errors import ConfigurationError
 from spikingbrain_train.demo.named_settings import (
     BATCH,
@@ -279,9 +279,5 @@ def recall(output: Path, key: str) -> Lengths | None:
 
 def remember(output: Path, key: str, lengths: Lengths) -> None:
     """Keep a choice, so that the next call goes on instead of choosing anew."""
-    path = output / CHOICE_FILE
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(
-        json.dumps({"key": key, "lengths": asdict(lengths)}, indent=2) + "\n", encoding="utf-8"
-    )
-    os.replace(temporary, path)
+    content = json.dumps({"key": key, "lengths": asdict(lengths)}, indent=2) + "\n"
+    write_text_durably(output / CHOICE_FILE, content)

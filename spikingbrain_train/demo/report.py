@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from spikingbrain_train.config.durable_files import write_text_durably
 from spikingbrain_train.config.errors import DataError
 from spikingbrain_train.demo.runner import StepRecord, printable
 from spikingbrain_train.demo.steps import DemoOptions, Step
@@ -160,7 +161,7 @@ def write_report(options: DemoOptions, steps: Sequence[Step], records: Mapping[s
         "generation": generation,
         "commands": [printable(step.command) for step in steps],
     }
-    _write(output / JSON, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_text_durably(output / JSON, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     lines = [
         f"# {options.source.name}, from dense to hybrid",
         "",
@@ -186,7 +187,7 @@ def write_report(options: DemoOptions, steps: Sequence[Step], records: Mapping[s
         *(line for step in steps for line in (f"# {step.title}", printable(step.command))),
         "```",
     ]
-    _write(output / MARKDOWN, "\n".join(lines) + "\n")
+    write_text_durably(output / MARKDOWN, "\n".join(lines) + "\n")
     places = "\n".join(f"  {output / name}" for name in (PICTURE, MARKDOWN, JSON, "export"))
     return f"{render_table(rows, markdown=False)}\n\n  held-out text: {held_out}\n\n{places}"
 
@@ -219,9 +220,3 @@ def _read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({error}); run the demo again with --fresh") from error
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

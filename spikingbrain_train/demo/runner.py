@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import shutil
 import signal
@@ -15,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from spikingbrain_train.config.command_line import DIVERGED, START_AGAIN, USER_ERROR
+from spikingbrain_train.config.durable_files import write_text_durably
 from spikingbrain_train.config.errors import ConfigurationError, SpikingBrainError
 from spikingbrain_train.demo.steps import Step, step_keys
 from spikingbrain_train.reporting.activity import format_duration
@@ -124,10 +124,8 @@ class Runner:
         )
 
     def _save(self) -> None:
-        temporary = self.path.with_name(self.path.name + ".tmp")
         stored = {name: asdict(record) for name, record in self.records.items()}
-        temporary.write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, self.path)
+        write_text_durably(self.path, json.dumps(stored, indent=2) + "\n")
 
 
 def _call(command: Sequence[str]) -> int:

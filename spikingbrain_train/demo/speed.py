@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from spikingbrain_train.config.command_line import user_errors
 from spikingbrain_train.config.compose import compose_run
+from spikingbrain_train.config.durable_files import write_text_durably
 from spikingbrain_train.config.load import to_run_config
 from spikingbrain_train.config.quiet_torch import ignore_megatron_warnings
 from spikingbrain_train.config.run import Precision, RunConfig
@@ -54,10 +54,8 @@ def measure_speed_command_line(arguments: Sequence[str] | None = None) -> None:
     with user_errors():
         align, cpt = (to_run_config(compose_run(settings)) for settings in (parsed.align, parsed.cpt))
         speed = measure_speed(align, cpt, started)
-        temporary = parsed.output.with_name(parsed.output.name + ".tmp")
         parsed.output.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(asdict(speed), indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, parsed.output)
+        write_text_durably(parsed.output, json.dumps(asdict(speed), indent=2) + "\n")
         print(speed.describe())
 
 

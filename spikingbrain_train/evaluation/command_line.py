@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spikingbrain_train.config.command_line import user_errors
+from spikingbrain_train.config.durable_files import write_text_durably
 from spikingbrain_train.config.errors import ConfigurationError
 from spikingbrain_train.config.file_checks import check_prefix
 from spikingbrain_train.evaluation.model_folder import check_model_folder, check_output_file
@@ -234,7 +234,5 @@ def _show_text(text: str) -> None:
 
 
 def _write_json(path: Path, result: dict[str, Any]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_text_durably(path, json.dumps(result, indent=2, ensure_ascii=False) + "\n")

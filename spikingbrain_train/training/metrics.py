@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import secrets
 import time
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+from spikingbrain_train.config.durable_files import write_text_durably
 from spikingbrain_train.config.errors import DataError, PlatformError
 from spikingbrain_train.config.run import LoggingConfig, WandbMode
 from spikingbrain_train.training.heat_map import HeatMap
@@ -204,9 +204,7 @@ def _drop_points_after(path: Path, iteration: int) -> None:
             _log.warning("%s, line %d is not a metrics point; it is dropped", path, number)
         elif iteration > 0 and point["iteration"] <= iteration:
             kept.append(line + "\n")
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text_durably(path, "".join(kept))
 
 
 def _start_wandb(

@@ -68,3 +68,13 @@ def test_a_failed_write_leaves_the_old_text_and_nothing_else(
     with pytest.raises(OSError, match="No space"):
         write_text_durably(path, "new")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_text_files_are_replaced_in_one_place() -> None:
+    package = Path(__file__).parents[2] / "spikingbrain_train"
+    replacing = {
+        str(path.relative_to(package)) for path in package.rglob("*.py") if "os.replace(" in path.read_text()
+    }
+    # Folders, and files that are no text.
+    others = {"config/temporary_folder.py", "data/indexed.py", "data/token_ids.py", "demo/smollm2.py"}
+    assert replacing <= others | {"config/durable_files.py", "training/plots.py"}
