@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -11,7 +12,21 @@ from spikingbrain_train.config.model import SpikingConfig, SpikingProjection
 from spikingbrain_train.config.parallel import ParallelLinearBackend
 from spikingbrain_train.models.spiking_linear import spiking
 
-_PROVIDERS = dict.fromkeys((ParallelLinearBackend.megatron, ParallelLinearBackend.transformer_engine))
+
+def _megatron() -> tuple[type, type]:
+    return ColumnParallelLinear, RowParallelLinear
+
+
+def _transformer_engine() -> tuple[type, type]:
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
+
+    return TEColumnParallelLinear, TERowParallelLinear
+
+
+_COLUMN_AND_ROW: dict[ParallelLinearBackend, Callable[[], tuple[type, type]]] = {
+    ParallelLinearBackend.megatron: _megatron,
+    ParallelLinearBackend.transformer_engine: _transformer_engine,
+}
 
 
 @dataclass(frozen=True)
@@ -31,23 +46,20 @@ class ParallelLinears:
 
     def __post_init__(self) -> None:
         assert self.backend is not ParallelLinearBackend.auto, f"unresolved backend {self.backend}"
-        of_kind(self.backend, _PROVIDERS, "the classes of linears")
+        self._classes()
 
     def column(self, projection: SpikingProjection) -> type:
         """A linear whose output is split over tensor-parallel ranks; its input is whole."""
-        if self.backend is ParallelLinearBackend.transformer_engine:
-            from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
-
-            return self.encoded(projection, TEColumnParallelLinear)
-        return self.encoded(projection, ColumnParallelLinear)
+        column, _ = self._classes()
+        return self.encoded(projection, column)
 
     def row(self, projection: SpikingProjection) -> type:
         """A linear whose input is split over tensor-parallel ranks."""
-        if self.backend is ParallelLinearBackend.transformer_engine:
-            from megatron.core.extensions.transformer_engine import TERowParallelLinear
+        _, row = self._classes()
+        return self.encoded(projection, row, row_parallel=True)
 
-            return self.encoded(projection, TERowParallelLinear, row_parallel=True)
-        return self.encoded(projection, RowParallelLinear, row_parallel=True)
+    def _classes(self) -> tuple[type, type]:
+        return of_kind(self.backend, _COLUMN_AND_ROW, "the classes of linears")()
 
     def grouped_column(self, projection: SpikingProjection) -> type:
         """:meth:`column` for all experts of a rank in one grouped GEMM (Transformer Engine only)."""

@@ -99,7 +99,7 @@ class GatedLinearAttention(SelfAttention):
         self.out_norm.weight.is_new_parameter = True  # type: ignore[attr-defined]
         if config.perform_initialization:
             torch.nn.init.constant_(self.out_norm.weight, gla.init_out_norm)
-        of_kind(self.gate, _LOG_GATES, "the log gates of linear attention")
+        self._log_gate = of_kind(self.gate, _LOG_GATES, "the log gates of linear attention")
         if self.gate is GateKind.low_rank:
             self._build_low_rank_gate(gla, gate_down_proj, gate_up_proj)
 
@@ -137,8 +137,7 @@ class GatedLinearAttention(SelfAttention):
         Returns:
             [T, B, G, K] over the whole slice, float32, in (-inf, 0].
         """
-        gate = of_kind(self.gate, _LOG_GATES, "the log gates of linear attention")
-        return gate(self, hidden_states, key_logits_TBGK)
+        return self._log_gate(self, hidden_states, key_logits_TBGK)
 
     def _tied_log_gate(self, _hidden_states: Tensor, key_logits_TBGK: Tensor) -> Tensor:
         # log(1 - sigmoid(x)) = logsigmoid(-x), which keeps its digits where k rounds to 1.
