@@ -25,7 +25,7 @@ from spikingbrain_train.config.parallel import (
 )
 from spikingbrain_train.config.run import Precision, RunConfig
 from spikingbrain_train.parallel.context_parallel.head_shares import head_shares
-from spikingbrain_train.parallel.costs import branches, stage_layers
+from spikingbrain_train.parallel.costs import stage_layers
 
 FP32 = 4
 _LOSS_CHUNK_BYTES = 1 << 30  # the fused output projection and loss hold at most so many logits (on a GPU)
@@ -162,7 +162,7 @@ def mixer_activations(config: RunConfig, mixer: Mixer) -> float:
     model, parallel = config.model, config.parallel
     shared_out = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
     row = model.hidden_size * bytes_per_element(config.precision) / shared_out
-    kinds = branches(mixer)
+    kinds = mixer.branches
     total = sum(of_kind(kind, _BRANCHES, "the activations of an attention")(config) for kind in kinds)
     if mixer.is_parallel_hybrid:  # the output of each branch, before and after its norm
         total += 4 * row

@@ -37,11 +37,6 @@ def swapped_layers(model: ModelConfig) -> list[int]:
     return [layer for layer, mixer in enumerate(model.layer_mixers()) if mixer is not Mixer.full]
 
 
-def branches(mixer: Mixer) -> list[Mixer]:
-    """The attentions that a mixer consists of, each with projections of its own: full, swa or gla."""
-    return list(mixer.branches)
-
-
 def qkv_matrix(model: ModelConfig) -> int:
     """Elements of the fused q, k and v projection of one branch: (H + 2G) d h."""
     return (model.num_attention_heads + 2 * model.num_query_groups) * model.kv_channels * model.hidden_size
@@ -80,7 +75,7 @@ def mixer_parameters(model: ModelConfig, mixer: Mixer, parallel: ParallelConfig 
         split += (model.num_attention_heads + 2 * model.num_query_groups) * model.kv_channels
     whole = 2 * model.kv_channels if model.qk_layernorm else 0
     branch = split // parallel.tensor_model_parallel_size + whole
-    return len(branches(mixer)) * branch + new_mixer_parameters(model, mixer, parallel)
+    return len(mixer.branches) * branch + new_mixer_parameters(model, mixer, parallel)
 
 
 def swiglu(model: ModelConfig, width: int) -> int:
@@ -209,12 +204,12 @@ def mixer_core_flops(model: ModelConfig, mixer: Mixer, seq_length: int) -> float
         Mixer.swa: softmax(Mixer.swa),
         Mixer.full: softmax(Mixer.full),
     }
-    return sum(of_kind(branch, flops, "the FLOPs of an attention") for branch in branches(mixer))
+    return sum(of_kind(branch, flops, "the FLOPs of an attention") for branch in mixer.branches)
 
 
 def mixer_projections(model: ModelConfig, mixer: Mixer) -> tuple[int, int]:
     """Matrix elements of a mixer's projections, as (those that read the layer's input, the others)."""
-    copies = len(branches(mixer))
+    copies = len(mixer.branches)
     reading, other = copies * qkv_matrix(model), copies * output_matrix(model)
     if mixer.has_linear_branch:
         down, up, _ = gate_matrices(model)
