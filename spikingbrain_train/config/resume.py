@@ -15,6 +15,7 @@ from spikingbrain_train.config.checkpoint_folder import (
     CHECKPOINT_FOLDER,
     RUN_CONFIG_FILE,
     iteration_folder,
+    iteration_of,
     newest_iteration,
 )
 from spikingbrain_train.config.errors import CheckpointError
@@ -149,7 +150,7 @@ class StoredRun:
     @property
     def iteration(self) -> int:
         """Optimizer steps done."""
-        return int(self.checkpoint.name.removeprefix("iter_"))
+        return iteration_of(self.checkpoint)
 
     @property
     def world_size(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from spikingbrain_train.config.checkpoint_folder import latest_checkpoint
+from spikingbrain_train.config.checkpoint_folder import iteration_of, latest_checkpoint
 from spikingbrain_train.config.resume import StoredRun, changes_since, is_same_topology, nothing_left
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.training.optimizer import learning_rate_at
@@ -14,7 +14,7 @@ def started(config: RunConfig) -> str:
     if load is None:
         return f"starts from random weights of seed={config.seed}"
     checkpoint = latest_checkpoint(load, "checkpoint.load")
-    iteration = int(checkpoint.name.removeprefix("iter_"))
+    iteration = iteration_of(checkpoint)
     return (
         f"starts from the weights of {load} at iteration {iteration}; optimizer, schedule and data order "
         "start anew"
