@@ -13,15 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from spikingbrain_train.config.checkpoint_folder import (
-    CHECKPOINT_FOLDER,
-    RUN_CONFIG_FILE,
-    iteration_folder,
-    newest_iteration,
-)
-from spikingbrain_train.config.load import load_run_config
 from spikingbrain_train.config.parallel import AcceleratorKind
-from spikingbrain_train.config.run import Precision, Resume, RunConfig
+from spikingbrain_train.config.resume import run_to_resume
+from spikingbrain_train.config.run import Precision, RunConfig
 from spikingbrain_train.parallel.launch import has_gpu_device
 
 # Flags in /proc/cpuinfo: AVX-512 and AMX (Intel, AMD) and Arm's extension.
@@ -78,14 +72,10 @@ def stored_precision(config: RunConfig) -> Precision | None:
     """The precision of the run that this one would go on with, None where it starts anew.
 
     Raises:
-        CheckpointError: what it left is damaged.
+        CheckpointError: what it left is damaged, or no run has written it.
     """
-    checkpoints = Path(config.output_dir) / CHECKPOINT_FOLDER
-    iteration = None if config.checkpoint.resume is Resume.never else newest_iteration(checkpoints)
-    if iteration is None:
-        return None
-    stored = iteration_folder(checkpoints, iteration) / RUN_CONFIG_FILE
-    return load_run_config(stored).precision if stored.is_file() else None
+    stored = run_to_resume(config)
+    return None if stored is None else stored.config.precision
 
 
 def settled_precision(config: RunConfig) -> PrecisionChoice | None:

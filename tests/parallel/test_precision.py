@@ -19,6 +19,7 @@ from spikingbrain_train.config.checkpoint_folder import (
     iteration_folder,
 )
 from spikingbrain_train.config.compose import compose_run
+from spikingbrain_train.config.errors import CheckpointError
 from spikingbrain_train.config.load import save_config, to_run_config
 from spikingbrain_train.config.parallel import AcceleratorKind, ParallelConfig
 from spikingbrain_train.config.run import Precision, Resume, RunConfig
@@ -148,6 +149,12 @@ class TestPlan:
         assert plan_run(replace(config, precision=other), 1).config.precision is other
         config.checkpoint.resume = Resume.never
         assert plan_run(config, 1).config.precision is other
+
+    def test_a_plan_refuses_what_the_run_would_refuse_to_resume(self, tmp_path: Path) -> None:
+        store_run(tmp_path, Precision.fp32)
+        (iteration_folder(tmp_path / CHECKPOINT_FOLDER, 3) / RUN_CONFIG_FILE).unlink()
+        with pytest.raises(CheckpointError, match=f"has no {RUN_CONFIG_FILE}"):
+            plan_run(replace(run_config(), output_dir=str(tmp_path)), 1)
 
 
 class TestChoice:
