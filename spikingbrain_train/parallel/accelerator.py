@@ -17,12 +17,13 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType, ModuleType
+from types import MappingProxyType
 
 import torch
 
 from spikingbrain_train.config.errors import PlatformError
 from spikingbrain_train.config.parallel import AcceleratorKind
+from spikingbrain_train.ops.backends import require_package
 
 # Module name -> names of the distributions that may provide it, in order of preference.
 OPTIONAL_PACKAGES: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -117,8 +118,8 @@ class Accelerator:
             )
         return package in self.packages and (self.is_gpu or package not in GPU_ONLY_PACKAGES)
 
-    def require(self, package: str, setting: str) -> ModuleType:
-        """Import an optional package that the config asks for.
+    def require(self, package: str, setting: str) -> None:
+        """Refuse an optional package that the config asks for and that cannot be used here.
 
         Args:
             package: a key of ``OPTIONAL_PACKAGES``.
@@ -135,14 +136,7 @@ class Accelerator:
             )
         if not self.has(package):
             raise PlatformError(f"{setting} needs a GPU: {package} has no CPU kernels; choose auto.")
-        try:
-            return importlib.import_module(package)
-        except (ImportError, OSError, RuntimeError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise PlatformError(
-                f"{setting} needs the package {package}, which is installed but does not import ({reason}); "
-                f"reinstall it for torch {torch.__version__} or choose auto."
-            ) from error
+        require_package(package, package, setting)
 
     def describe(self) -> str:
         """One line for the log: platform, device, backend, versions and optional packages."""

@@ -12,6 +12,7 @@ import torch
 
 from spikingbrain_train.config.errors import PlatformError
 from spikingbrain_train.config.parallel import AcceleratorKind
+from spikingbrain_train.ops.backends import package_failure
 from spikingbrain_train.parallel import accelerator as module
 from spikingbrain_train.parallel.accelerator import Accelerator, detect, installed_packages
 
@@ -125,10 +126,12 @@ def test_package_that_does_not_import_is_refused(monkeypatch: pytest.MonkeyPatch
     (tmp_path / "flash_attn" / "__init__.py").write_text("raise ImportError('undefined symbol: _ZN3c10')")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    package_failure.cache_clear()
     found = Accelerator(AcceleratorKind.cuda, "NVIDIA A100", 1, installed_packages())
     assert found.has("flash_attn")
     with pytest.raises(PlatformError, match="does not import .undefined symbol"):
         found.require("flash_attn", "softmax_attention=flash_attn")
+    package_failure.cache_clear()
 
 
 def test_only_nvidias_apex_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

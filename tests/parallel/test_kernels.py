@@ -106,7 +106,6 @@ def test_experts_follow_the_linears_or_the_packages(
 
 def test_grouped_experts_are_refused_where_they_cannot_work(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = machine(AcceleratorKind.cuda, EVERYTHING | {"grouped_gemm": "1.1"})
-    monkeypatch.setattr(Accelerator, "require", lambda *_: None)  # would import the package
     monkeypatch.setattr(kernels_module, "HAS_GROUPED_MLP", False)
     with pytest.raises(PlatformError, match=r"experts=grouped_gemm needs megatron-core 0\.16"):
         resolve_kernels(KernelConfig(experts=ExpertBackend.grouped_gemm), gpu)
@@ -149,7 +148,6 @@ def test_experts_that_encode_spikes_are_made_of_linears() -> None:
 
 
 def test_grouped_gemm_multiplies_bfloat16_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Accelerator, "require", lambda *_: None)  # would import the package
     monkeypatch.setattr(kernels_module, "HAS_GROUPED_MLP", True)
     on_metax = machine(AcceleratorKind.metax, {"grouped_gemm": "1.1"})
     by_itself = resolve_kernels(KernelConfig(), on_metax, precision=Precision.fp32)
@@ -161,7 +159,6 @@ def test_grouped_gemm_multiplies_bfloat16_only(monkeypatch: pytest.MonkeyPatch) 
 def test_an_old_transformer_engine_without_grouped_linears_is_used_for_what_it_has(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(Accelerator, "require", lambda *_: None)
     monkeypatch.setattr(kernels_module, "_has_grouped_linears", lambda: False)
     on_nvidia = machine(AcceleratorKind.cuda, {"transformer_engine": "1.7"})
     resolved = resolve_kernels(KernelConfig(), on_nvidia)
