@@ -283,7 +283,7 @@ def _batches(setting: Setting) -> Iterator[torch.Tensor]:
 
 
 def _peak(setting: Setting) -> float:
-    from spikingbrain_train.models.transformer_config import PARAMS_DTYPE
+    from spikingbrain_train.parallel.bf16 import PARAMS_DTYPE
     from spikingbrain_train.training.throughput import measure_peak_tflops
 
     peak = measure_peak_tflops(setting.device, PARAMS_DTYPE[setting.precision])

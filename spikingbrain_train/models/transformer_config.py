@@ -12,9 +12,7 @@ from spikingbrain_train.config.kinds import of_kind
 from spikingbrain_train.config.model import FeedForward, ModelConfig
 from spikingbrain_train.config.parallel import ParallelConfig, Recompute
 from spikingbrain_train.config.run import Precision
-
-PARAMS_DTYPE = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
-"""The dtype of weights and activations for each precision."""
+from spikingbrain_train.parallel.bf16 import PARAMS_DTYPE
 
 
 @dataclass

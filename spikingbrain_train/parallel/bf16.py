@@ -21,6 +21,9 @@ from spikingbrain_train.parallel.precision import (
 )
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 
+PARAMS_DTYPE = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
+"""The dtype of weights and activations for each precision."""
+
 _PRODUCT_SIZE = 512
 _PRODUCT_TRIES = 5
 _NOTABLE_SLOWDOWN = 1.5

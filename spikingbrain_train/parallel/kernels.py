@@ -11,8 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-
 from spikingbrain_train.config.errors import ConfigurationError, PlatformError
 from spikingbrain_train.config.kernel_limits import SoftmaxAttentionCall, grouped_gemm_limit
 from spikingbrain_train.config.model import Mixer, ModelConfig, SpikingConfig
@@ -24,15 +22,14 @@ from spikingbrain_train.config.parallel import (
 )
 from spikingbrain_train.config.run import Precision, RunConfig
 from spikingbrain_train.ops import gated_linear_attention, sliding_window_attention
-from spikingbrain_train.ops.backends import has_package, package_failure, require_package
+from spikingbrain_train.ops.backends import has_package, package_failure
 from spikingbrain_train.parallel.accelerator import Accelerator
+from spikingbrain_train.parallel.bf16 import PARAMS_DTYPE
 from spikingbrain_train.parallel.context_parallel.sequence_layout import SequenceLayout
 from spikingbrain_train.parallel.context_parallel.softmax_attention import num_text_keys
 from spikingbrain_train.parallel.costs import dense_twin
 from spikingbrain_train.parallel.megatron_versions import HAS_GROUPED_MLP, MEGATRON_VERSION
 from spikingbrain_train.parallel.memory import needs_teacher
-
-_DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -88,7 +85,6 @@ def resolve_kernels(
             raise PlatformError(f"{setting} needs a GPU; choose auto.")
         if need.package is not None:
             accelerator.require(need.package, setting)
-            require_package(need.package, need.package, setting)
     parallel_linear = _parallel_linear(kernels.parallel_linear, accelerator)
     return KernelConfig(
         gated_linear_attention=kernels.gated_linear_attention,
@@ -183,7 +179,7 @@ def attention_choices(config: RunConfig, kernels: KernelConfig, accelerator: Acc
         ConfigurationError: a kernel is asked for by name that cannot do what the run needs.
         PlatformError: a kernel is asked for by name that is not here.
     """
-    device, dtype = accelerator.device_type, _DTYPES[config.precision]
+    device, dtype = accelerator.device_type, PARAMS_DTYPE[config.precision]
     linear: dict[str, list[str]] = {}
     softmax: dict[str, list[str]] = {}
     try:
@@ -248,7 +244,7 @@ def _calls(
         for rank in range(ranks):
             layout = SequenceLayout(config.stage.seq_length, num_sink_tokens, rank, ranks)
             yield SoftmaxAttentionCall(
-                dtype=str(_DTYPES[config.precision]).removeprefix("torch."),
+                dtype=str(PARAMS_DTYPE[config.precision]).removeprefix("torch."),
                 key_dim=model.kv_channels,
                 value_dim=model.kv_channels,
                 num_text_keys=num_text_keys(layout, window, method.sliding_window_attention),

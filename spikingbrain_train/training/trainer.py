@@ -23,10 +23,9 @@ from spikingbrain_train.data.tokenizers import load_tokenizer
 from spikingbrain_train.evaluation.held_out import held_out_cross_entropy
 from spikingbrain_train.models.gpt_model import HybridGPTModel
 from spikingbrain_train.models.spiking_linear import collect_spike_statistics, set_spike_k
-from spikingbrain_train.models.transformer_config import PARAMS_DTYPE
 from spikingbrain_train.parallel.accelerator import detect
 from spikingbrain_train.parallel.agreement import locked_output_dir
-from spikingbrain_train.parallel.bf16 import agree_on_precision, slow_format_warning
+from spikingbrain_train.parallel.bf16 import PARAMS_DTYPE, agree_on_precision, slow_format_warning
 from spikingbrain_train.parallel.heartbeats import Heartbeats
 from spikingbrain_train.parallel.kernels import attention_choices, describe_kernels, resolve_kernels
 from spikingbrain_train.parallel.memory import needs_teacher
