@@ -11,6 +11,8 @@ same in both for our purposes needs nothing here: ``get_megatron_optimizer(confi
   ``common_state`` among the shards (it still reads the file where there is one).
 - ``dist_checkpointing.load``: 0.16.1 takes ``common_strategy``, which 0.19 lacks.
 - ``metadata.json``: 0.19 leaves out ``common_backend``, which 0.16.1 looks for.
+- Writing a checkpoint: 0.16.1 forks a process for every file, 0.19 takes threads; here both take threads
+  (parallel/shard_writers.py).
 - A failing read or write: torch's ``CheckpointException`` is a ``BaseException`` in both and is turned into
   :class:`FailedOnRank` here.
 - Experts in one grouped GEMM: 0.16.1 has a ``GroupedMLP`` on the package grouped_gemm beside Transformer
@@ -102,6 +104,9 @@ def save_checkpoint(sharded_state_dict: dict[str, Any], folder: Path) -> None:
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+    from spikingbrain_train.parallel.shard_writers import write_shards_in_threads
+
+    write_shards_in_threads()
     # Writers report through this queue. megatron-core's own is served by a manager process that every rank
     # spawns (seconds, 270 MB, and it outlives a killed rank) for the sake of saving from another process,
     # which we don't do.

@@ -63,6 +63,25 @@ def _iteration(run: Path, iteration: int) -> Path:
     return run / "checkpoints" / f"iter_{iteration:07d}"
 
 
+def _train_without_forks(groups: ProcessGroups, config: RunConfig) -> int:
+    def refuse() -> int:
+        raise AssertionError("a fork copies the locks of threads that it does not copy")
+
+    fork, os.fork = os.fork, refuse
+    try:
+        return len(train(groups, config))
+    finally:
+        os.fork = fork
+
+
+def test_saving_forks_no_process_beside_the_threads_of_a_run(
+    ranks: RankPool, tmp_path: Path, text: Path
+) -> None:
+    config = _config(tmp_path, text, train_iters=4)
+    assert ranks.run(_train_without_forks, config, world_size=1, parallel=ONE_RANK) == [4]
+    assert iterations(tmp_path / "checkpoints") == [2, 4]
+
+
 def _outcome(groups: ProcessGroups, config: RunConfig) -> tuple[str, str]:
     """Kind and sentence of the refusal, or nothing and the number of steps."""
     try:
