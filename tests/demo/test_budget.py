@@ -240,6 +240,7 @@ class TestSecondCall:
             ran.append(step.name)
             record.seconds += 5.0
             for path in step.proof:
+                assert path.is_relative_to(tmp_path), "a user's file would be replaced"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(json.dumps({"tokens": HELD_OUT}))
             if step.name == "measure":
@@ -253,6 +254,7 @@ class TestSecondCall:
                 tracker.write_text(str(step.train_iters))
             runner._save()
 
+        monkeypatch.setenv("SPIKINGBRAIN_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(Runner, "_run", pretend)
         monkeypatch.setattr(command_line, "write_report", lambda *_: "the table")
         return ran
