@@ -17,13 +17,11 @@ if sys.argv[1] == "keep":
     assert keep_freed_memory()
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-rounds = []
-for _ in range(10):
+for _ in range(4):
     before = faults()
     blocks = [torch.ones(mebibytes << 18) for mebibytes in (40, 10, 30, 20)]
     del blocks
-    rounds.append(faults() - before)
-print(min(rounds[2:]))
+print(faults() - before)
 """
 
 
@@ -35,5 +33,6 @@ def test_freed_memory_is_used_again() -> None:
         )
         return int(result.stdout)
 
-    default, kept = faults_once_warm("default"), faults_once_warm("keep")
-    assert kept < default / 2  # a block that starts at an odd place may need new pages
+    # Where blocks come to lie differs from process to process, and one at an odd place may need new pages.
+    default, kept = (min(faults_once_warm(mode) for _ in range(3)) for mode in ("default", "keep"))
+    assert kept < default / 2
