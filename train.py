@@ -8,19 +8,19 @@ from __future__ import annotations
 import os
 
 from spikingbrain_train.config.command_line import user_errors
-from spikingbrain_train.config.quiet_torch import ignore_megatron_warnings
 from spikingbrain_train.reporting.activity import activity
+from spikingbrain_train.runtime.quiet_torch import ignore_megatron_warnings
 
 
 def main() -> None:
     with user_errors(same_on_all_ranks=True):
-        from spikingbrain_train.config.checks import check_run_config
         from spikingbrain_train.config.compose import compose_from_command_line
         from spikingbrain_train.config.load import to_run_config
-        from spikingbrain_train.config.resume import nothing_left_of
-        from spikingbrain_train.parallel.host_capacity import check_host
-        from spikingbrain_train.parallel.launch import Launch
-        from spikingbrain_train.parallel.planner import check_disk_space, launched_world_size, plan_run
+        from spikingbrain_train.planning.checks import check_run_config
+        from spikingbrain_train.planning.host_capacity import check_host
+        from spikingbrain_train.planning.launch import Launch
+        from spikingbrain_train.planning.planner import check_disk_space, launched_world_size, plan_run
+        from spikingbrain_train.planning.resume import nothing_left_of
 
         composed = compose_from_command_line()
         if composed is None:  # --help, --cfg job and the like have printed what they were asked for

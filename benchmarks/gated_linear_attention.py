@@ -22,7 +22,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from spikingbrain_train.ops.gated_linear_attention import gated_linear_attention  # noqa: E402
-from spikingbrain_train.ops.sliding_window_attention import sliding_window_attention  # noqa: E402
+from spikingbrain_train.ops.softmax_attention import softmax_attention  # noqa: E402
 
 
 def naive_recurrent_gla() -> Callable[..., tuple[Tensor, Tensor]]:
@@ -50,7 +50,7 @@ def make_tied_inputs(B: int, T: int, H: int, G: int, D: int, dtype: torch.dtype)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor) -> Tensor:
-    return sliding_window_attention(q, k, v, window=None, backend="sdpa")
+    return softmax_attention(q, k, v, window=None, backend="sdpa")
 
 
 def seconds(function: Callable[..., Tensor], inputs: list[Tensor], clock: Callable[[], float]) -> float:

@@ -8,7 +8,7 @@ tokens, the contenders in turns in one process, best of the repeats, timed by CU
 - a window of 4096 and full attention: our op with backend auto, against flash_attn_func where flash-attn is
   installed, and torch's SDPA over the whole sequence
 
-Needs a GPU; nothing here runs on CPU (see gated_linear_attention.py and sliding_window_attention.py there).
+Needs a GPU; nothing here runs on CPU (see gated_linear_attention.py and softmax_attention.py there).
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from spikingbrain_train.config.command_line import user_errors  # noqa: E402
-from spikingbrain_train.config.errors import PlatformError  # noqa: E402
-from spikingbrain_train.ops.backends import has_package  # noqa: E402
+from spikingbrain_train.errors import PlatformError  # noqa: E402
 from spikingbrain_train.ops.gated_linear_attention import gated_linear_attention  # noqa: E402
-from spikingbrain_train.ops.sliding_window_attention import sliding_window_attention  # noqa: E402
+from spikingbrain_train.ops.softmax_attention import softmax_attention  # noqa: E402
+from spikingbrain_train.runtime.packages import has_package  # noqa: E402
 
 H, G, D = 28, 4, 128
 WINDOW = 4096
@@ -54,11 +54,11 @@ def linear_attention(T: int) -> Contenders:
     }
 
 
-def softmax_attention(T: int, window: int | None) -> Contenders:
+def softmax_attention_contenders(T: int, window: int | None) -> Contenders:
     """Our op, flash-attn where it is installed, and SDPA over everything (torch's best without a mask)."""
     q, k, v = leaf(1, T, H, D), leaf(1, T, G, D), leaf(1, T, G, D)
     contenders: Contenders = {
-        OURS: (lambda *x: sliding_window_attention(*x, window=window), [q, k, v]),
+        OURS: (lambda *x: softmax_attention(*x, window=window), [q, k, v]),
     }
     if has_package("flash_attn"):
         from flash_attn import flash_attn_func
@@ -120,8 +120,8 @@ def main() -> None:
         print("|---|---|---|---|---|")
         for T in args.seq_lengths:
             compare("gated linear attention", T, linear_attention(T), args.repeats)
-            compare(f"window {WINDOW}", T, softmax_attention(T, WINDOW), args.repeats)
-            compare("full attention", T, softmax_attention(T, None), args.repeats)
+            compare(f"window {WINDOW}", T, softmax_attention_contenders(T, WINDOW), args.repeats)
+            compare("full attention", T, softmax_attention_contenders(T, None), args.repeats)
 
 
 if __name__ == "__main__":

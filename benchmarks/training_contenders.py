@@ -22,9 +22,9 @@ import torch
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.run import CheckpointConfig, Precision, RunConfig, StageConfig
 from spikingbrain_train.data.loader import MicroBatch
-from spikingbrain_train.parallel.accelerator import detect
 from spikingbrain_train.parallel.context_parallel.sequence_layout import SequenceLayout
-from spikingbrain_train.parallel.costs import dense_twin
+from spikingbrain_train.planning.costs import dense_twin
+from spikingbrain_train.runtime.accelerator import detect
 
 SEED = 1234
 
@@ -283,7 +283,7 @@ def _batches(setting: Setting) -> Iterator[torch.Tensor]:
 
 
 def _peak(setting: Setting) -> float:
-    from spikingbrain_train.parallel.bf16 import PARAMS_DTYPE
+    from spikingbrain_train.runtime.bf16 import PARAMS_DTYPE
     from spikingbrain_train.training.throughput import measure_peak_tflops
 
     peak = measure_peak_tflops(setting.device, PARAMS_DTYPE[setting.precision])

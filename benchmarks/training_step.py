@@ -41,10 +41,10 @@ from benchmarks.training_contenders import (  # noqa: E402
 from spikingbrain_train.config.command_line import user_errors  # noqa: E402
 from spikingbrain_train.config.compose import register_schema  # noqa: E402
 from spikingbrain_train.config.conversion import ConversionConfig  # noqa: E402
-from spikingbrain_train.config.errors import ConfigurationError, PlatformError  # noqa: E402
 from spikingbrain_train.config.load import conf_folder, to_run_config  # noqa: E402
 from spikingbrain_train.config.model import ModelConfig  # noqa: E402
-from spikingbrain_train.parallel.costs import dense_twin, forward_flops_per_token  # noqa: E402
+from spikingbrain_train.errors import ConfigurationError, PlatformError  # noqa: E402
+from spikingbrain_train.planning.costs import dense_twin, forward_flops_per_token  # noqa: E402
 
 LOSS_BOUND = 1e-2
 LOSS_STEPS = 5
@@ -60,9 +60,9 @@ def named_model(name: str) -> ModelConfig:
 
 def converted_model(hf_folder: Path, output: Path) -> ModelConfig:
     """The hybrid that the published pattern makes of a dense checkpoint, written to ``output``."""
-    from spikingbrain_train.config.checkpoint_folder import MODEL_CONFIG_FILE, latest_checkpoint
     from spikingbrain_train.config.load import load_model_config
     from spikingbrain_train.conversion.import_checkpoint import import_checkpoint
+    from spikingbrain_train.storage.checkpoint_folder import MODEL_CONFIG_FILE, latest_checkpoint
 
     import_checkpoint(hf_folder, output, ConversionConfig())
     return load_model_config(latest_checkpoint(output, "--model") / MODEL_CONFIG_FILE)

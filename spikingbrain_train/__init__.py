@@ -1,6 +1,6 @@
 """Distributed training for SpikingBrain-style hybrid linear-attention language models."""
 
-from spikingbrain_train.config.quiet_torch import drop_cuda_notice
+from spikingbrain_train.runtime.quiet_torch import drop_cuda_notice
 
 __version__ = "0.1.0"
 

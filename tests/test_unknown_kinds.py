@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 import pytest
 import torch
 
-from spikingbrain_train.config.checks import check_stage
+from spikingbrain_train.architecture.same_architecture import check_same_weights
+from spikingbrain_train.architecture.spiking_checks import check_spiking
 from spikingbrain_train.config.conversion import UpcyclingForm
 from spikingbrain_train.config.kinds import of_kind
 from spikingbrain_train.config.model import (
@@ -29,8 +30,6 @@ from spikingbrain_train.config.parallel import (
     Recompute,
 )
 from spikingbrain_train.config.run import Precision, RunConfig, StageConfig, StageKind
-from spikingbrain_train.config.same_architecture import check_same_weights
-from spikingbrain_train.config.spiking_checks import check_spiking
 from spikingbrain_train.conversion.export_config import export_family, unexportable_parts
 from spikingbrain_train.conversion.mapping import model_parameters
 from spikingbrain_train.conversion.report import describe_layers
@@ -39,8 +38,9 @@ from spikingbrain_train.models.feed_forward import feed_forward_spec
 from spikingbrain_train.models.layer_specs import layer_spec
 from spikingbrain_train.models.parallel_linears import ParallelLinears
 from spikingbrain_train.models.transformer_config import transformer_config
-from spikingbrain_train.parallel import activations, costs, memory
-from spikingbrain_train.parallel.planner import plan_run
+from spikingbrain_train.planning import activations, costs, memory
+from spikingbrain_train.planning.checks import check_stage
+from spikingbrain_train.planning.planner import plan_run
 from spikingbrain_train.training.dry_run import _feed_forward_of, _mixer_of
 from spikingbrain_train.training.trainer import _STEPS
 

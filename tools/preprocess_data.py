@@ -8,8 +8,8 @@ import os
 import signal
 import sys
 
-from spikingbrain_train.config.errors import SpikingBrainError
 from spikingbrain_train.data.preprocess import PreprocessOptions, plan_preprocessing, preprocess
+from spikingbrain_train.errors import SpikingBrainError
 
 EXAMPLES = """\
 examples:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from spikingbrain_train.config.errors import NumericalError, SpikingBrainError
+from spikingbrain_train.errors import NumericalError, SpikingBrainError
 
 USER_ERROR = 2
 """Exit code for an error that the user can fix (argparse's own code for a wrong command line)."""

@@ -17,11 +17,11 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from spikingbrain_train.config.errors import ConfigurationError, SpikingBrainError
 from spikingbrain_train.config.load import conf_folder, register_resolvers
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.config.schema import explain, setting_types
 from spikingbrain_train.config.stored_config import with_stored_config
+from spikingbrain_train.errors import ConfigurationError, SpikingBrainError
 
 _OWN_FLAGS = "--config run_config.yaml, --help, --cfg job, --resolve, --info, --hydra-help"
 

@@ -10,13 +10,13 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from spikingbrain_train.config.checkpoint_folder import MODEL_CONFIG_FILE, latest_checkpoint
 from spikingbrain_train.config.conversion import ConversionConfig
-from spikingbrain_train.config.durable_files import write_text_durably
-from spikingbrain_train.config.errors import CheckpointError, ConfigurationError
 from spikingbrain_train.config.model import GateEncoding, ModelConfig, SpikingProjection
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.config.schema import check_lists, explain, unknown_setting, unknown_settings
+from spikingbrain_train.errors import CheckpointError, ConfigurationError
+from spikingbrain_train.storage.checkpoint_folder import MODEL_CONFIG_FILE, latest_checkpoint
+from spikingbrain_train.storage.durable_files import write_text_durably
 
 Config = TypeVar("Config", RunConfig, ModelConfig, ConversionConfig)
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from spikingbrain_train.config.errors import ConfigurationError
+from spikingbrain_train.errors import ConfigurationError
 
 
 def require(condition: bool, sentence: str) -> None:

@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from spikingbrain_train.config.errors import CheckpointError, DataError
-from spikingbrain_train.config.index_format import read_header
 from spikingbrain_train.config.run import RunConfig
+from spikingbrain_train.errors import CheckpointError, DataError
+from spikingbrain_train.storage.index_format import read_header
 
 RUN_RECORD_FILE = "run_record.json"
 

@@ -20,7 +20,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from spikingbrain_train.config.errors import ConfigurationError, SpikingBrainError
+from spikingbrain_train.errors import ConfigurationError, SpikingBrainError
 
 Schema = type[Any]
 """A dataclass that describes a config, such as RunConfig."""

@@ -15,15 +15,15 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
-from spikingbrain_train.config.checkpoint_folder import (
+from spikingbrain_train.config.load import load_run_config
+from spikingbrain_train.config.model import FeedForward
+from spikingbrain_train.errors import ConfigurationError
+from spikingbrain_train.storage.checkpoint_folder import (
     CHECKPOINT_FOLDER,
     RUN_CONFIG_FILE,
     iteration_folder,
     newest_iteration,
 )
-from spikingbrain_train.config.errors import ConfigurationError
-from spikingbrain_train.config.load import load_run_config
-from spikingbrain_train.config.model_checks import has_experts
 
 _CHOICE = "stored_run_config"
 
@@ -50,7 +50,8 @@ def with_stored_config(arguments: Sequence[str], groups: Collection[str]) -> lis
     if path.is_dir():
         path = _config_in(path)
     run = load_run_config(path)
-    if not has_experts(run.model):  # earlier releases stored what its null stands for, which no run may say
+    if FeedForward.moe not in run.model.layer_feed_forwards():
+        # Earlier releases stored what its null stands for, which no run may say.
         run.parallel.expert_tensor_parallel_size = None
     values: Any = OmegaConf.to_container(OmegaConf.structured(run), enum_to_str=True)
     chosen = {argument.partition("=")[0].lstrip("+") for argument in rest if "=" in argument}

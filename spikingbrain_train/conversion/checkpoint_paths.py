@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from spikingbrain_train.config.checkpoint_folder import (
+from spikingbrain_train.storage.checkpoint_folder import (
     CHECKPOINT_FOLDER,
     LATEST_ITERATION_FILE,
     latest_checkpoint,

@@ -9,17 +9,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from spikingbrain_train.config.checkpoint_folder import LATEST_ITERATION_FILE, MODEL_CONFIG_FILE
+from spikingbrain_train.architecture.model_checks import check_conversion, check_model
 from spikingbrain_train.config.command_line import user_errors
-from spikingbrain_train.config.errors import ConfigurationError
-from spikingbrain_train.config.hf_config_file import CONFIG_FILE, load_config_json
 from spikingbrain_train.config.load import load_conversion, load_model_config
-from spikingbrain_train.config.model_checks import check_conversion, check_model
 from spikingbrain_train.conversion.checkpoint_paths import resolve_checkpoint
 from spikingbrain_train.conversion.hf_folder import read_weight_map
 from spikingbrain_train.conversion.output_folder import check_output_folder
 from spikingbrain_train.conversion.window_convention import WindowConvention
+from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.reporting.activity import activity
+from spikingbrain_train.storage.checkpoint_folder import LATEST_ITERATION_FILE, MODEL_CONFIG_FILE
+from spikingbrain_train.storage.hf_config_file import CONFIG_FILE, load_config_json
 
 _DESCRIPTION = """\
 Convert checkpoints between Hugging Face and Megatron, swapping sequence mixers on the way in.

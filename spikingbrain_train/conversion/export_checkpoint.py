@@ -10,13 +10,9 @@ from typing import Any
 
 import torch
 
-from spikingbrain_train.config.checkpoint_folder import HF_SOURCE_FOLDER, MODEL_CONFIG_FILE
-from spikingbrain_train.config.errors import CheckpointError
-from spikingbrain_train.config.hf_config_file import CONFIG_FILE, load_config_json
+from spikingbrain_train.architecture.model_checks import check_model
 from spikingbrain_train.config.load import load_model_config
 from spikingbrain_train.config.model import ModelConfig
-from spikingbrain_train.config.model_checks import check_model
-from spikingbrain_train.config.stored_layers import check_number_of_layers
 from spikingbrain_train.conversion.checkpoint_paths import resolve_checkpoint
 from spikingbrain_train.conversion.code_references import left_out, references
 from spikingbrain_train.conversion.companion_files import find_companion_files, has_tokenizer
@@ -35,9 +31,13 @@ from spikingbrain_train.conversion.weight_values import (
     describe_damage,
     fault_of,
 )
+from spikingbrain_train.errors import CheckpointError
 from spikingbrain_train.hf import modelling_files
-from spikingbrain_train.parallel.checkpoint_metadata import read_metadata
 from spikingbrain_train.reporting.activity import activity
+from spikingbrain_train.runtime.checkpoint_metadata import read_metadata
+from spikingbrain_train.storage.checkpoint_folder import HF_SOURCE_FOLDER, MODEL_CONFIG_FILE
+from spikingbrain_train.storage.hf_config_file import CONFIG_FILE, load_config_json
+from spikingbrain_train.storage.stored_layers import check_number_of_layers
 
 DEFAULT_SHARD_SIZE = 5 * 10**9
 _MODEL_PREFIXES = ("embedding.", "sink_embedding.", "decoder.", "output_layer.")

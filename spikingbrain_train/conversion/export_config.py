@@ -6,8 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from spikingbrain_train.config.errors import CheckpointError
-from spikingbrain_train.config.hf_config_file import CONFIG_FILE
 from spikingbrain_train.config.kinds import of_kind
 from spikingbrain_train.config.model import FeatureMap, FeedForward, GateKind, Mixer, ModelConfig
 from spikingbrain_train.conversion.code_references import without_references
@@ -21,7 +19,9 @@ from spikingbrain_train.conversion.hf_config import (
 )
 from spikingbrain_train.conversion.published_form import published_class_lacks
 from spikingbrain_train.conversion.window_convention import WINDOW_KEY
+from spikingbrain_train.errors import CheckpointError
 from spikingbrain_train.hf import AUTO_MAP
+from spikingbrain_train.storage.hf_config_file import CONFIG_FILE
 
 _KERNEL_CHOICES = {"attn_mode": "chunk", "conv_size": 4, "fuse_cross_entropy": True}
 """Keys of the published class that change no result; a source's own are kept."""

@@ -12,15 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spikingbrain_train.config.errors import CheckpointError
-from spikingbrain_train.config.hf_config_file import CONFIG_FILE, load_config_json
 from spikingbrain_train.config.model import (
     GatedLinearAttentionConfig,
     Mixer,
     ModelConfig,
     RopeScalingConfig,
 )
-from spikingbrain_train.config.stored_layers import check_number_of_layers
 from spikingbrain_train.conversion.hf_names import GLA_SWA_NAMES, LLAMA_NAMES
 from spikingbrain_train.conversion.safetensors_io import SafetensorsReader
 from spikingbrain_train.conversion.window_convention import (
@@ -28,7 +25,10 @@ from spikingbrain_train.conversion.window_convention import (
     WindowConvention,
     default_convention,
 )
+from spikingbrain_train.errors import CheckpointError
 from spikingbrain_train.hf import ARCHITECTURES, DEFAULT_ROPE_THETA
+from spikingbrain_train.storage.hf_config_file import CONFIG_FILE, load_config_json
+from spikingbrain_train.storage.stored_layers import check_number_of_layers
 
 
 @dataclass(frozen=True)

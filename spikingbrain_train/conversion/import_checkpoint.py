@@ -11,18 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spikingbrain_train.config.checkpoint_folder import (
-    HF_SOURCE_FOLDER,
-    LATEST_ITERATION_FILE,
-    MODEL_CONFIG_FILE,
-    iteration_folder,
-)
+from spikingbrain_train.architecture.model_checks import check_conversion, check_model
 from spikingbrain_train.config.conversion import ConversionConfig, UpcyclingForm
-from spikingbrain_train.config.errors import CheckpointError, ConfigurationError
-from spikingbrain_train.config.hf_config_file import CONFIG_FILE, load_config_json
 from spikingbrain_train.config.load import save_config
 from spikingbrain_train.config.model import FeedForward, Mixer, ModelConfig
-from spikingbrain_train.config.model_checks import check_conversion, check_model
 from spikingbrain_train.conversion.companion_files import find_companion_files, has_tokenizer
 from spikingbrain_train.conversion.hf_config import (
     GLA_SWA,
@@ -46,7 +38,15 @@ from spikingbrain_train.conversion.window_convention import (
     default_convention,
     says_its_window,
 )
+from spikingbrain_train.errors import CheckpointError, ConfigurationError
 from spikingbrain_train.reporting.activity import activity
+from spikingbrain_train.storage.checkpoint_folder import (
+    HF_SOURCE_FOLDER,
+    LATEST_ITERATION_FILE,
+    MODEL_CONFIG_FILE,
+    iteration_folder,
+)
+from spikingbrain_train.storage.hf_config_file import CONFIG_FILE, load_config_json
 
 _RECOMPUTED = re.compile(r"\.rotary_emb\.inv_freq$")  # a buffer that old transformers versions stored
 

@@ -8,11 +8,8 @@ from pathlib import Path
 
 import torch
 
-from spikingbrain_train.config.checkpoint_folder import HF_SOURCE_FOLDER, MODEL_CONFIG_FILE
-from spikingbrain_train.config.hf_config_file import CONFIG_FILE
 from spikingbrain_train.config.load import load_model_config
 from spikingbrain_train.config.model import ModelConfig
-from spikingbrain_train.config.stored_layers import check_number_of_layers
 from spikingbrain_train.conversion.checkpoint_paths import resolve_checkpoint
 from spikingbrain_train.conversion.companion_files import has_tokenizer
 from spikingbrain_train.conversion.export_checkpoint import check_tensors
@@ -21,6 +18,9 @@ from spikingbrain_train.conversion.hf_config import read_hf_config
 from spikingbrain_train.conversion.megatron_checkpoint import MegatronCheckpointReader
 from spikingbrain_train.conversion.report import describe_layers
 from spikingbrain_train.conversion.safetensors_io import SafetensorsReader, refuse_quantised
+from spikingbrain_train.storage.checkpoint_folder import HF_SOURCE_FOLDER, MODEL_CONFIG_FILE
+from spikingbrain_train.storage.hf_config_file import CONFIG_FILE
+from spikingbrain_train.storage.stored_layers import check_number_of_layers
 
 
 def inspect_checkpoint(folder: Path) -> str:

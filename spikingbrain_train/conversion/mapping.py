@@ -21,10 +21,10 @@ from math import prod
 
 from torch import Tensor
 
-from spikingbrain_train.config.errors import CheckpointError
 from spikingbrain_train.config.kinds import of_kind
 from spikingbrain_train.config.model import FeedForward, Mixer, ModelConfig
 from spikingbrain_train.conversion.transforms import QUERY_GROUPS, ROWS, Shape, Transform
+from spikingbrain_train.errors import CheckpointError
 
 
 @dataclass(frozen=True)

@@ -31,14 +31,14 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from spikingbrain_train.config.checkpoint_manifest import Parts, checksums, read_manifest, write_manifest
-from spikingbrain_train.config.errors import CheckpointError
-from spikingbrain_train.parallel.checkpoint_metadata import (
+from spikingbrain_train.errors import CheckpointError
+from spikingbrain_train.runtime.checkpoint_metadata import (
     METADATA_FILE,
     WHOLE_FILES,
     check_shards_are_whole,
     read_metadata,
 )
+from spikingbrain_train.storage.checkpoint_manifest import Parts, checksums, read_manifest, write_manifest
 
 _FILE_BYTES = 5 * 1024**3  # a data file is closed when it has grown beyond this
 

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from spikingbrain_train.config.durable_files import rename_durably, sync_tree
-from spikingbrain_train.config.errors import CheckpointError
-from spikingbrain_train.config.temporary_folder import REPLACED, remove_abandoned, temporary_folder
+from spikingbrain_train.errors import CheckpointError
 from spikingbrain_train.reporting.activity import activity
+from spikingbrain_train.storage.durable_files import rename_durably, sync_tree
+from spikingbrain_train.storage.temporary_folder import REPLACED, remove_abandoned, temporary_folder
 
 
 def check_output_folder(

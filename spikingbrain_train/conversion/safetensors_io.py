@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from spikingbrain_train.config.errors import CheckpointError
 from spikingbrain_train.conversion.hf_folder import INDEX_FILE, SINGLE_FILE, read_weight_map
+from spikingbrain_train.errors import CheckpointError
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}

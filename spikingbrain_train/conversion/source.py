@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spikingbrain_train.config.errors import CheckpointError
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.conversion.hf_config import Family
 from spikingbrain_train.conversion.mapping import Parameter, model_parameters
 from spikingbrain_train.conversion.safetensors_io import SafetensorsReader
 from spikingbrain_train.conversion.weight_values import ALLOW_DAMAGED_WEIGHTS, fault_of
+from spikingbrain_train.errors import CheckpointError
 
 _MAY_BE_ZERO = ("_bias", "gate_down_weight", "gate_up_weight", "out_norm")
 """Ends of roles: biases, and what a recipe may start at zero."""

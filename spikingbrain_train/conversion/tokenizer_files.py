@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from spikingbrain_train.config.errors import CheckpointError
 from spikingbrain_train.conversion.code_references import left_out, references, without_references
 from spikingbrain_train.conversion.companion_files import has_tokenizer
 from spikingbrain_train.data.tokenizer_folder import (
@@ -14,6 +13,7 @@ from spikingbrain_train.data.tokenizer_folder import (
     read_tokenizer_folder,
 )
 from spikingbrain_train.data.tokenizers import PROBES
+from spikingbrain_train.errors import CheckpointError
 
 
 def drop_tokenizer_code(export: Path) -> list[str]:

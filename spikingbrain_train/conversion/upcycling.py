@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from spikingbrain_train.config.conversion import UpcyclingConfig, UpcyclingForm
-from spikingbrain_train.config.errors import ConfigurationError
 from spikingbrain_train.config.kinds import of_kind
 from spikingbrain_train.config.model import FeedForward, ModelConfig, MoEConfig
 from spikingbrain_train.conversion.mapping import Parameter
 from spikingbrain_train.conversion.seeds import generator
 from spikingbrain_train.conversion.transforms import Shape
+from spikingbrain_train.errors import ConfigurationError
 
 _DOWN = "mlp_down_weight"
 

@@ -19,7 +19,6 @@ from typing import BinaryIO
 
 import zstandard
 
-from spikingbrain_train.config.errors import DataError
 from spikingbrain_train.data.folders import (
     OTHER_TYPE,
     SIDECAR,
@@ -28,6 +27,7 @@ from spikingbrain_train.data.folders import (
     is_sidecar,
     special_kind,
 )
+from spikingbrain_train.errors import DataError
 
 PYDOC_TOPICS = "pydoc-topics"
 """Input name of the documentation topics that every Python carries (``pydoc_data.topics``, PSF licence)."""

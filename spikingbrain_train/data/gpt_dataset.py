@@ -16,8 +16,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from spikingbrain_train.config.errors import DataError
-from spikingbrain_train.config.file_checks import check_train_weights
 from spikingbrain_train.config.run import DataConfig
 from spikingbrain_train.config.run_record import blend_shares
 from spikingbrain_train.data.indexed import (
@@ -27,6 +25,8 @@ from spikingbrain_train.data.indexed import (
     open_indexed_dataset,
 )
 from spikingbrain_train.data.tokenizers import Tokenizer
+from spikingbrain_train.errors import DataError
+from spikingbrain_train.planning.file_checks import check_train_weights
 
 logger = logging.getLogger(__name__)
 

@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from spikingbrain_train.config.errors import DataError
 from spikingbrain_train.data.dataset_files import SUFFIXES, existing_files
 from spikingbrain_train.data.token_file import TokenFile, document_starts
 from spikingbrain_train.data.token_ids import check_token_ids
 from spikingbrain_train.data.tokenizers import Tokenizer, was_made_by
+from spikingbrain_train.errors import DataError
 
 __all__ = [
     "DatasetInfo",

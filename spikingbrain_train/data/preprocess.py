@@ -24,13 +24,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from spikingbrain_train.config.errors import ConfigurationError, DataError
-from spikingbrain_train.config.temporary_folder import temporary_folder
 from spikingbrain_train.data.dataset_files import SUFFIXES, existing_files
 from spikingbrain_train.data.documents import RawDocument, Source, find_sources
 from spikingbrain_train.data.folders import LeftOut
 from spikingbrain_train.data.tokenizers import Tokenizer, load_tokenizer
+from spikingbrain_train.errors import ConfigurationError, DataError
 from spikingbrain_train.reporting.activity import activity
+from spikingbrain_train.storage.temporary_folder import temporary_folder
 
 if TYPE_CHECKING:
     # Worker processes import this module and have no use for megatron-core, whose import takes seconds.

@@ -14,8 +14,8 @@ from functools import lru_cache
 
 import numpy as np
 
-from spikingbrain_train.config.errors import DataError
-from spikingbrain_train.config.index_format import read_header, truncated
+from spikingbrain_train.errors import DataError
+from spikingbrain_train.storage.index_format import read_header, truncated
 
 _MOST_OPEN = 64
 """Files that a process holds open: a blend may have more datasets than it may open files."""

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from spikingbrain_train.config.errors import DataError
 from spikingbrain_train.data.token_file import TokenFile, document_at
+from spikingbrain_train.errors import DataError
 
 _CHUNK_TOKENS = 1 << 22
 _MEMORY_SUFFIX = ".checked"

@@ -12,8 +12,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from spikingbrain_train.config.hf_config_file import CONFIG_FILE
 from spikingbrain_train.data.quiet_transformers import quiet_transformers
+from spikingbrain_train.storage.hf_config_file import CONFIG_FILE
 
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 _GENERIC = "PreTrainedTokenizerFast"

@@ -13,12 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from spikingbrain_train.config.errors import DataError
 from spikingbrain_train.data.tokenizer_folder import (
     TOKENIZER_CONFIG_FILE,
     first_line,
     read_tokenizer_folder,
 )
+from spikingbrain_train.errors import DataError
 
 PROBES = (
     "The quick brown fox, 12345 × 0.5!\n\tdef f(x):\r\n  return x  # naïve — 脑 脉冲 🧠",

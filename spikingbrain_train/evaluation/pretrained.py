@@ -8,9 +8,9 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from spikingbrain_train.config.errors import CheckpointError, DataError
 from spikingbrain_train.data.quiet_transformers import quiet_transformers
 from spikingbrain_train.data.tokenizer_folder import first_line, read_tokenizer_folder
+from spikingbrain_train.errors import CheckpointError, DataError
 from spikingbrain_train.evaluation.folder_checks import check_folder, keep_to_local_kernels
 
 

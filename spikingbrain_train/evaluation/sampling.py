@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from spikingbrain_train.config.errors import ConfigurationError
+from spikingbrain_train.errors import ConfigurationError
 
 _MOST_TOKENS, _SEEDS = 2**31, 2**32
 

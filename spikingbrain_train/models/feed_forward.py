@@ -10,10 +10,10 @@ from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from spikingbrain_train.config.errors import ConfigurationError
 from spikingbrain_train.config.kinds import of_kind
 from spikingbrain_train.config.model import FeedForward, SpikingProjection
 from spikingbrain_train.config.parallel import ExpertBackend, KernelConfig
+from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.models.moe import experts as expert_classes
 from spikingbrain_train.models.moe.experts import SequentialExperts, SharedExperts, TEGroupedExperts
 from spikingbrain_train.models.moe.router import SequenceBalancedRouter

@@ -12,7 +12,7 @@ from spikingbrain_train.config.kinds import of_kind
 from spikingbrain_train.config.model import FeedForward, ModelConfig
 from spikingbrain_train.config.parallel import ParallelConfig, Recompute
 from spikingbrain_train.config.run import Precision
-from spikingbrain_train.parallel.bf16 import PARAMS_DTYPE
+from spikingbrain_train.runtime.bf16 import PARAMS_DTYPE
 
 
 @dataclass

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spikingbrain_train.ops.backends import has_package
+from spikingbrain_train.runtime.packages import has_package
 
 MIN_THRESHOLD, MAX_THRESHOLD = 1e-5, 1e4
 """Bounds of Vth, as in SpikingBrain's published inference code."""

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from spikingbrain_train.config.errors import SpikingBrainError
-from spikingbrain_train.config.run_lock import run_lock
+from spikingbrain_train.errors import SpikingBrainError
 from spikingbrain_train.parallel.process_groups import ProcessGroups
+from spikingbrain_train.storage.run_lock import run_lock
 
 FAILED_ELSEWHERE = ""
 """The reason of a rank that knows only that another one failed."""

@@ -23,7 +23,7 @@ from types import TracebackType
 import torch
 
 from spikingbrain_train.config.command_line import USER_ERROR
-from spikingbrain_train.config.errors import PlatformError
+from spikingbrain_train.errors import PlatformError
 from spikingbrain_train.parallel.process_groups import ProcessGroups, restart_prefix
 
 _LONGEST_INTERVAL, _INTERVALS_PER_TIMEOUT = 5.0, 12

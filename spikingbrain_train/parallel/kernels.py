@@ -11,8 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from spikingbrain_train.config.errors import ConfigurationError, PlatformError
-from spikingbrain_train.config.kernel_limits import SoftmaxAttentionCall, grouped_gemm_limit
 from spikingbrain_train.config.model import Mixer, ModelConfig, SpikingConfig
 from spikingbrain_train.config.parallel import (
     AcceleratorKind,
@@ -21,15 +19,17 @@ from spikingbrain_train.config.parallel import (
     ParallelLinearBackend,
 )
 from spikingbrain_train.config.run import Precision, RunConfig
-from spikingbrain_train.ops import gated_linear_attention, sliding_window_attention
-from spikingbrain_train.ops.backends import has_package, package_failure
-from spikingbrain_train.parallel.accelerator import Accelerator
-from spikingbrain_train.parallel.bf16 import PARAMS_DTYPE
+from spikingbrain_train.errors import ConfigurationError, PlatformError
+from spikingbrain_train.ops import gated_linear_attention, softmax_attention
 from spikingbrain_train.parallel.context_parallel.sequence_layout import SequenceLayout
 from spikingbrain_train.parallel.context_parallel.softmax_attention import num_text_keys
-from spikingbrain_train.parallel.costs import dense_twin
-from spikingbrain_train.parallel.megatron_versions import HAS_GROUPED_MLP, MEGATRON_VERSION
-from spikingbrain_train.parallel.memory import needs_teacher
+from spikingbrain_train.planning.costs import dense_twin
+from spikingbrain_train.planning.kernel_limits import SoftmaxAttentionCall, grouped_gemm_limit
+from spikingbrain_train.planning.memory import needs_teacher
+from spikingbrain_train.runtime.accelerator import Accelerator
+from spikingbrain_train.runtime.bf16 import PARAMS_DTYPE
+from spikingbrain_train.runtime.megatron_versions import HAS_GROUPED_MLP, MEGATRON_VERSION
+from spikingbrain_train.runtime.packages import has_package, package_failure
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def attention_choices(config: RunConfig, kernels: KernelConfig, accelerator: Acc
             name = gated_linear_attention.choose_backend(kernels.gated_linear_attention.value, dtype, device)
             linear[name] = [Mixer.gla.name]
         for what, call in softmax_attention_calls(config):
-            name = sliding_window_attention.choose_backend(kernels.softmax_attention.value, call, device)
+            name = softmax_attention.choose_backend(kernels.softmax_attention.value, call, device)
             computed = softmax.setdefault(name, [])
             if what not in computed:
                 computed.append(what)

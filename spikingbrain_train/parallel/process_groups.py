@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING
 import numpy
 import torch
 
-from spikingbrain_train.config.errors import PlatformError
 from spikingbrain_train.config.parallel import ParallelConfig
-from spikingbrain_train.config.parallel_checks import check_world_size
-from spikingbrain_train.parallel import megatron_cpu, megatron_versions
-from spikingbrain_train.parallel.accelerator import Accelerator
-from spikingbrain_train.parallel.host_memory import keep_freed_memory
-from spikingbrain_train.parallel.launch import Launch, available_cores
+from spikingbrain_train.errors import PlatformError
+from spikingbrain_train.planning.launch import Launch, available_cores
+from spikingbrain_train.planning.parallel_checks import check_world_size
+from spikingbrain_train.runtime import megatron_cpu, megatron_versions
+from spikingbrain_train.runtime.accelerator import Accelerator
+from spikingbrain_train.runtime.host_memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -118,7 +118,7 @@ def initialize(
 
     Args:
         parallel: parallel degrees.
-        accelerator: platform of this process, from :func:`spikingbrain_train.parallel.accelerator.detect`.
+        accelerator: platform of this process, from :func:`spikingbrain_train.runtime.accelerator.detect`.
         seed: base seed. Weights initialised under tensor parallelism, and dropout, draw from streams derived
             from it per rank.
         timeout_minutes: a collective that waits longer fails.

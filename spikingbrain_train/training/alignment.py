@@ -20,9 +20,9 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
-from spikingbrain_train.config.errors import ConfigurationError
 from spikingbrain_train.config.run import StageConfig
 from spikingbrain_train.data.loader import MicroBatch
+from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.models.gpt_model import HybridGPTModel
 from spikingbrain_train.models.mixers.gated_linear_attention import GatedLinearAttention
 from spikingbrain_train.models.mixers.parallel_hybrid import ParallelHybrid

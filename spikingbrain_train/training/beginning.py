@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from spikingbrain_train.config.checkpoint_folder import iteration_of, latest_checkpoint
-from spikingbrain_train.config.resume import StoredRun, changes_since, is_same_topology, nothing_left
 from spikingbrain_train.config.run import RunConfig
+from spikingbrain_train.planning.resume import StoredRun, changes_since, is_same_topology, nothing_left
+from spikingbrain_train.storage.checkpoint_folder import iteration_of, latest_checkpoint
 from spikingbrain_train.training.optimizer import learning_rate_at
 
 

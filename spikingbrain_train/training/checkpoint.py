@@ -23,7 +23,23 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
-from spikingbrain_train.config.checkpoint_folder import (
+from spikingbrain_train.architecture.same_architecture import check_same_weights
+from spikingbrain_train.config.load import load_model_config, save_config
+from spikingbrain_train.config.run import RunConfig
+from spikingbrain_train.config.run_record import RunRecord, write_record
+from spikingbrain_train.errors import CheckpointError, NumericalError
+from spikingbrain_train.models.gpt_model import HybridGPTModel
+from spikingbrain_train.parallel.agreement import FAILED_ELSEWHERE, Failure, agreed_failure
+from spikingbrain_train.parallel.process_groups import ProcessGroups
+from spikingbrain_train.planning.resume import (
+    StoredRun,
+    check_settings,
+    check_training_data,
+    is_same_topology,
+    read_stored_run,
+)
+from spikingbrain_train.runtime import megatron_versions
+from spikingbrain_train.storage.checkpoint_folder import (
     HF_SOURCE_FOLDER,
     MODEL_CONFIG_FILE,
     RUN_CONFIG_FILE,
@@ -38,24 +54,8 @@ from spikingbrain_train.config.checkpoint_folder import (
     set_aside,
     set_latest_iteration,
 )
-from spikingbrain_train.config.checkpoint_manifest import Parts, write_manifest
-from spikingbrain_train.config.durable_files import rename_durably, sync_tree
-from spikingbrain_train.config.errors import CheckpointError, NumericalError
-from spikingbrain_train.config.load import load_model_config, save_config
-from spikingbrain_train.config.resume import (
-    StoredRun,
-    check_settings,
-    check_training_data,
-    is_same_topology,
-    read_stored_run,
-)
-from spikingbrain_train.config.run import RunConfig
-from spikingbrain_train.config.run_record import RunRecord, write_record
-from spikingbrain_train.config.same_architecture import check_same_weights
-from spikingbrain_train.models.gpt_model import HybridGPTModel
-from spikingbrain_train.parallel import megatron_versions
-from spikingbrain_train.parallel.agreement import FAILED_ELSEWHERE, Failure, agreed_failure
-from spikingbrain_train.parallel.process_groups import ProcessGroups
+from spikingbrain_train.storage.checkpoint_manifest import Parts, write_manifest
+from spikingbrain_train.storage.durable_files import rename_durably, sync_tree
 from spikingbrain_train.training.current_weights import gather_updated_weights
 from spikingbrain_train.training.finite_checks import first_not_finite_of_run, way_back
 from spikingbrain_train.training.optimizer_state import load_state, state_to_load

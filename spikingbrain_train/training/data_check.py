@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from spikingbrain_train.config.errors import DataError
 from spikingbrain_train.data.token_file import TokenFile
 from spikingbrain_train.data.token_ids import Reader, check_token_ids
+from spikingbrain_train.errors import DataError
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.reporting.activity import Activity
 

@@ -18,15 +18,15 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from spikingbrain_train.config.model import FeedForward, Mixer
 from spikingbrain_train.config.parallel import AcceleratorKind, KernelConfig
-from spikingbrain_train.parallel import megatron_cpu, megatron_versions
-from spikingbrain_train.parallel.accelerator import detect
-from spikingbrain_train.parallel.bf16 import choose_precision
-from spikingbrain_train.parallel.costs import active_parameters, total_parameters
 from spikingbrain_train.parallel.kernels import resolve_kernels
-from spikingbrain_train.parallel.memory import MemoryEstimate
-from spikingbrain_train.parallel.planner import GIB, Plan, quantity, smallest_stage
-from spikingbrain_train.parallel.precision import PrecisionChoice
 from spikingbrain_train.parallel.process_groups import destroy, form_groups
+from spikingbrain_train.planning.costs import active_parameters, total_parameters
+from spikingbrain_train.planning.memory import MemoryEstimate
+from spikingbrain_train.planning.planner import GIB, Plan, quantity, smallest_stage
+from spikingbrain_train.planning.precision import PrecisionChoice
+from spikingbrain_train.runtime import megatron_cpu, megatron_versions
+from spikingbrain_train.runtime.accelerator import detect
+from spikingbrain_train.runtime.bf16 import choose_precision
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def build_share(plan: Plan) -> RankShare:
     if built != planned:
         raise RuntimeError(
             f"rank {rank} was built with parameters and layers {built}, but planned with {planned}; "
-            f"parallel/costs.py does not describe the modules"
+            f"planning/costs.py does not describe the modules"
         )
     return share
 

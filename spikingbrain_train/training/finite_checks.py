@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
-from spikingbrain_train.config.checkpoint_folder import CHECKPOINT_FOLDER, iteration_folder, latest_iteration
-from spikingbrain_train.config.errors import NumericalError
 from spikingbrain_train.config.run import Precision, RunConfig
+from spikingbrain_train.errors import NumericalError
 from spikingbrain_train.ops.finite import first_not_finite
 from spikingbrain_train.parallel.agreement import first_failure
 from spikingbrain_train.parallel.process_groups import ProcessGroups
+from spikingbrain_train.storage.checkpoint_folder import CHECKPOINT_FOLDER, iteration_folder, latest_iteration
 
 
 def require_finite(value: float, what: str, iteration: int, steps_done: int, config: RunConfig) -> None:

@@ -18,9 +18,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from spikingbrain_train.config.durable_files import write_text_durably
-from spikingbrain_train.config.errors import DataError, PlatformError
 from spikingbrain_train.config.run import LoggingConfig, WandbMode
+from spikingbrain_train.errors import DataError, PlatformError
+from spikingbrain_train.storage.durable_files import write_text_durably
 from spikingbrain_train.training.heat_map import HeatMap
 
 METRICS_FILE = "metrics.jsonl"

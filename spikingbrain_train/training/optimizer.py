@@ -17,7 +17,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, Par
 
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import LRDecayStyle, OptimizerConfig, Precision
-from spikingbrain_train.parallel.bf16 import PARAMS_DTYPE
+from spikingbrain_train.runtime.bf16 import PARAMS_DTYPE
 
 
 def build_optimizer(

@@ -4,7 +4,7 @@ megatron-core also stores the parameter groups: their rates, betas, eps and weig
 for a stored group of the same settings and takes all of them over, so that a changed setting is either
 ignored (a rate, a beta) or not found (a multiplier; in 0.19 also a rate). Here a run keeps its own groups and
 takes only the step count from those stored: tensors are found by the names of their parameters, whatever
-groups those were in. What the groups say is compared before, in config/resume.py.
+groups those were in. What the groups say is compared before, in planning/resume.py.
 """
 
 from __future__ import annotations

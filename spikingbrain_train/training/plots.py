@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spikingbrain_train.config.errors import DataError, PlatformError
+from spikingbrain_train.errors import DataError, PlatformError
 from spikingbrain_train.training.metrics import METRICS_FILE, read_metrics
 
 # Paul Tol's bright scheme: told apart in print and by colour-blind readers.

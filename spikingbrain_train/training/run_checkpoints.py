@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from spikingbrain_train.config.checkpoint_folder import (
+from spikingbrain_train.config.run import RunConfig
+from spikingbrain_train.config.run_record import RunRecord
+from spikingbrain_train.errors import CheckpointError
+from spikingbrain_train.parallel.agreement import on_main_process
+from spikingbrain_train.parallel.process_groups import ProcessGroups
+from spikingbrain_train.planning.file_checks import iteration_to_resume
+from spikingbrain_train.planning.resume import StoredRun
+from spikingbrain_train.storage.checkpoint_folder import (
     CHECKPOINT_FOLDER,
     HF_SOURCE_FOLDER,
     LATEST_ITERATION_FILE,
@@ -16,13 +23,6 @@ from spikingbrain_train.config.checkpoint_folder import (
     set_aside_newer,
     set_latest_iteration,
 )
-from spikingbrain_train.config.errors import CheckpointError
-from spikingbrain_train.config.file_checks import iteration_to_resume
-from spikingbrain_train.config.resume import StoredRun
-from spikingbrain_train.config.run import RunConfig
-from spikingbrain_train.config.run_record import RunRecord
-from spikingbrain_train.parallel.agreement import on_main_process
-from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.training.checkpoint import TrainingState, prune_checkpoints, resume, save_checkpoint
 
 

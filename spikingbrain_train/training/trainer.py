@@ -23,16 +23,17 @@ from spikingbrain_train.data.tokenizers import load_tokenizer
 from spikingbrain_train.evaluation.held_out import held_out_cross_entropy
 from spikingbrain_train.models.gpt_model import HybridGPTModel
 from spikingbrain_train.models.spiking_linear import collect_spike_statistics, set_spike_k
-from spikingbrain_train.parallel.accelerator import detect
+from spikingbrain_train.parallel.agreed_precision import agree_on_precision
 from spikingbrain_train.parallel.agreement import locked_output_dir
-from spikingbrain_train.parallel.bf16 import PARAMS_DTYPE, agree_on_precision, slow_format_warning
 from spikingbrain_train.parallel.heartbeats import Heartbeats
 from spikingbrain_train.parallel.kernels import attention_choices, describe_kernels, resolve_kernels
-from spikingbrain_train.parallel.memory import needs_teacher
-from spikingbrain_train.parallel.planner import plan_run
 from spikingbrain_train.parallel.process_groups import ProcessGroups, destroy, initialize
+from spikingbrain_train.planning.memory import needs_teacher
+from spikingbrain_train.planning.planner import plan_run
 from spikingbrain_train.reporting.activity import Activity, activity
 from spikingbrain_train.reporting.progress import ProgressPrinter
+from spikingbrain_train.runtime.accelerator import detect
+from spikingbrain_train.runtime.bf16 import PARAMS_DTYPE, slow_format_warning
 from spikingbrain_train.training.alignment import Alignment
 from spikingbrain_train.training.beginning import resumed, started
 from spikingbrain_train.training.build import (

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from spikingbrain_train.config.command_line import DIVERGED, USER_ERROR, sentence_of, user_errors
-from spikingbrain_train.config.errors import ConfigurationError, DataError, NumericalError
+from spikingbrain_train.errors import ConfigurationError, DataError, NumericalError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -10,14 +10,14 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from spikingbrain_train.config.checks import check_run_config
 from spikingbrain_train.config.compose import groups, register_schema
 from spikingbrain_train.config.load import conf_folder, load_conversion, to_run_config
 from spikingbrain_train.config.model import FeatureMap, FeedForward, GateKind, Mixer, ModelConfig
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.config.schema import setting_types
-from spikingbrain_train.parallel.costs import active_parameters, total_parameters
-from spikingbrain_train.parallel.planner import launched_world_size, plan_run
+from spikingbrain_train.planning.checks import check_run_config
+from spikingbrain_train.planning.costs import active_parameters, total_parameters
+from spikingbrain_train.planning.planner import launched_world_size, plan_run
 
 YAML_FILES = sorted(conf_folder().rglob("*.yaml"))
 CHOICES = [(group, choice) for group, choices in groups().items() for choice in choices]

@@ -8,7 +8,6 @@ import pytest
 from omegaconf import OmegaConf
 
 from spikingbrain_train.config.conversion import ConversionConfig
-from spikingbrain_train.config.errors import CheckpointError, ConfigurationError
 from spikingbrain_train.config.load import (
     load_conversion,
     load_model_config,
@@ -30,6 +29,7 @@ from spikingbrain_train.config.model import (
     SpikingProjection,
 )
 from spikingbrain_train.config.run import Precision, RunConfig, StageConfig, WandbMode
+from spikingbrain_train.errors import CheckpointError, ConfigurationError
 
 MODEL = ModelConfig(
     num_layers=3,

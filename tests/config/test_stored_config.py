@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from spikingbrain_train.config.checks import check_run_config
 from spikingbrain_train.config.compose import compose_from_command_line
-from spikingbrain_train.config.errors import CheckpointError, ConfigurationError
 from spikingbrain_train.config.load import save_config, to_run_config
 from spikingbrain_train.config.model import Mixer, ModelConfig
 from spikingbrain_train.config.parallel import ParallelConfig
@@ -25,6 +23,8 @@ from spikingbrain_train.config.run import (
     StageConfig,
     WandbMode,
 )
+from spikingbrain_train.errors import CheckpointError, ConfigurationError
+from spikingbrain_train.planning.checks import check_run_config
 from tests.config.small_dataset import write_dataset
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -8,10 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from spikingbrain_train.config.checkpoint_folder import MODEL_CONFIG_FILE, iteration_folder, latest_checkpoint
 from spikingbrain_train.config.load import load_model_config
 from spikingbrain_train.config.parallel import KernelConfig, ParallelConfig
 from spikingbrain_train.config.run import Precision
+from spikingbrain_train.storage.checkpoint_folder import (
+    MODEL_CONFIG_FILE,
+    iteration_folder,
+    latest_checkpoint,
+)
 
 if TYPE_CHECKING:
     from spikingbrain_train.models.gpt_model import HybridGPTModel
@@ -25,7 +29,7 @@ def load_megatron_model(groups: ProcessGroups, folder: Path) -> HybridGPTModel:
     from spikingbrain_train.models.gpt_model import build_model
     from spikingbrain_train.models.transformer_config import transformer_config
     from spikingbrain_train.parallel.kernels import resolve_kernels
-    from spikingbrain_train.parallel.megatron_versions import load_checkpoint
+    from spikingbrain_train.runtime.megatron_versions import load_checkpoint
 
     checkpoint = latest_checkpoint(folder, "folder")
     config = load_model_config(checkpoint / MODEL_CONFIG_FILE)
@@ -80,7 +84,7 @@ def _logits(groups: ProcessGroups, model: HybridGPTModel) -> torch.Tensor | None
 
 def logits_and_save(groups: ProcessGroups, folder: Path, target: Path) -> torch.Tensor | None:
     """Logits of the checkpoint in ``folder``, and its weights saved again from these ranks to ``target``."""
-    from spikingbrain_train.parallel.megatron_versions import save_checkpoint
+    from spikingbrain_train.runtime.megatron_versions import save_checkpoint
 
     model = load_megatron_model(groups, folder)
     checkpoint = iteration_folder(target, 3)

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
-from spikingbrain_train.config.errors import CheckpointError
 from spikingbrain_train.config.model import Mixer, ModelConfig
 from spikingbrain_train.conversion.export_config import hf_config
 from spikingbrain_train.conversion.hf_config import parse_hf_config, read_hf_config
 from spikingbrain_train.conversion.window_convention import WindowConvention
+from spikingbrain_train.errors import CheckpointError
 from spikingbrain_train.hf.configuration_gla_swa import GLAswaConfig
 
 LLAMA: dict[str, Any] = {

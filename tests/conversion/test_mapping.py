@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spikingbrain_train.config.errors import CheckpointError
 from spikingbrain_train.config.model import Mixer, ModelConfig
 from spikingbrain_train.conversion.hf_names import GLA_SWA_NAMES, LLAMA_NAMES
 from spikingbrain_train.conversion.mapping import Parameter, model_parameters
+from spikingbrain_train.errors import CheckpointError
 
 
 def small_model(**changes: object) -> ModelConfig:

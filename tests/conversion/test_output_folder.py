@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from spikingbrain_train.config.errors import CheckpointError
 from spikingbrain_train.conversion.output_folder import complete_folder
+from spikingbrain_train.errors import CheckpointError
 
 
 @pytest.mark.parametrize("replaces", [False, True], ids=["new", "replaces another"])

@@ -16,7 +16,6 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from spikingbrain_train.config.conversion import ConversionConfig
-from spikingbrain_train.config.errors import CheckpointError, ConfigurationError
 from spikingbrain_train.config.load import load_model_config
 from spikingbrain_train.config.model import Mixer, ModelConfig
 from spikingbrain_train.conversion.export_checkpoint import export_checkpoint
@@ -24,6 +23,7 @@ from spikingbrain_train.conversion.import_checkpoint import import_checkpoint
 from spikingbrain_train.conversion.inspect_checkpoint import inspect_checkpoint
 from spikingbrain_train.conversion.report import ConversionReport
 from spikingbrain_train.conversion.window_convention import WindowConvention
+from spikingbrain_train.errors import CheckpointError, ConfigurationError
 from tests.conversion.hf_models import SIZES, HFCheckpoint, all_tensors
 from tests.conversion.published_class import PublishedModel, published_tensor_shapes
 

@@ -14,12 +14,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from spikingbrain_train.config.conversion import ConversionConfig
-from spikingbrain_train.config.errors import CheckpointError
 from spikingbrain_train.conversion import tokenizer_files
 from spikingbrain_train.conversion.export_checkpoint import export_checkpoint
 from spikingbrain_train.conversion.import_checkpoint import import_checkpoint
 from spikingbrain_train.conversion.inspect_checkpoint import inspect_checkpoint
 from spikingbrain_train.data.tokenizers import load_tokenizer
+from spikingbrain_train.errors import CheckpointError
 from spikingbrain_train.evaluation.pretrained import load_causal_lm, load_text_tokenizer
 from spikingbrain_train.hf.configuration_gla_swa import GLAswaConfig
 from spikingbrain_train.hf.modeling_gla_swa import GLAswaForCausalLM

@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from spikingbrain_train.config.checkpoint_folder import MODEL_CONFIG_FILE, latest_checkpoint
 from spikingbrain_train.config.conversion import ConversionConfig
 from spikingbrain_train.config.load import load_model_config
 from spikingbrain_train.config.parallel import ParallelConfig
@@ -17,6 +16,7 @@ from spikingbrain_train.conversion.export_checkpoint import export_checkpoint
 from spikingbrain_train.conversion.import_checkpoint import import_checkpoint
 from spikingbrain_train.conversion.inspect_checkpoint import inspect_checkpoint
 from spikingbrain_train.data.indexed import IndexedDatasetWriter
+from spikingbrain_train.storage.checkpoint_folder import MODEL_CONFIG_FILE, latest_checkpoint
 from tests.conversion.hf_models import HFCheckpoint, all_tensors
 from tests.conversion.megatron_models import TOKENS, megatron_logits
 from tests.distributed import small_runs

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import save_file
 
 from spikingbrain_train.config.conversion import ConversionConfig
-from spikingbrain_train.config.errors import CheckpointError
 from spikingbrain_train.conversion.command_line import convert_checkpoint
 from spikingbrain_train.conversion.export_checkpoint import export_checkpoint
 from spikingbrain_train.conversion.import_checkpoint import import_checkpoint
 from spikingbrain_train.conversion.inspect_checkpoint import inspect_checkpoint
 from spikingbrain_train.conversion.weight_values import fault_of
+from spikingbrain_train.errors import CheckpointError
 from tests.conversion.hf_models import HFCheckpoint, all_tensors
 
 SMALL = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2}

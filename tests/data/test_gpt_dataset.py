@@ -11,12 +11,12 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from spikingbrain_train.config.errors import ConfigurationError, DataError
 from spikingbrain_train.config.run import DataConfig
 from spikingbrain_train.config.run_record import blend_shares
 from spikingbrain_train.data.gpt_dataset import TrainDataset, ValidDataset, build_datasets
 from spikingbrain_train.data.indexed import open_indexed_dataset
 from spikingbrain_train.data.loader import WholeBatch, build_data_loader, local_micro_batch
+from spikingbrain_train.errors import ConfigurationError, DataError
 
 SEQ = 8
 PINNED_ORDER = [34, 114, 2, 186, 82, 178, 138, 154]

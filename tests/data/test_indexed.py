@@ -12,7 +12,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from spikingbrain_train.config.errors import DataError
 from spikingbrain_train.data import token_file
 from spikingbrain_train.data.indexed import (
     TokenFile,
@@ -21,6 +20,7 @@ from spikingbrain_train.data.indexed import (
     open_indexed_dataset,
 )
 from spikingbrain_train.data.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer
+from spikingbrain_train.errors import DataError
 
 FILES = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 DOCUMENTS = [[5, 6, 7, 0], [8, 0], [9, 10, 11, 12, 13, 0]]

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from spikingbrain_train.config.errors import DataError
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import DataConfig
 from spikingbrain_train.data.gpt_dataset import build_datasets
 from spikingbrain_train.data.loader import build_data_loader
+from spikingbrain_train.errors import DataError
 
 if TYPE_CHECKING:
     from spikingbrain_train.parallel.process_groups import ProcessGroups

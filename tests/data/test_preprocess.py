@@ -19,10 +19,10 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer
 
-from spikingbrain_train.config.errors import ConfigurationError, DataError
 from spikingbrain_train.data.documents import RawDocument, Source
 from spikingbrain_train.data.indexed import read_info, token_dtype
 from spikingbrain_train.data.preprocess import PreprocessOptions, plan_preprocessing, preprocess
+from spikingbrain_train.errors import ConfigurationError, DataError
 
 TOOL = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
 TEXTS = [topics[key] for key in sorted(topics)[:40]]

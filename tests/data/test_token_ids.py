@@ -14,10 +14,10 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from spikingbrain_train.config.errors import DataError
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.data import token_ids
 from spikingbrain_train.data.indexed import TokenFile, open_indexed_dataset
+from spikingbrain_train.errors import DataError
 from spikingbrain_train.reporting.activity import Activity
 from spikingbrain_train.training.data_check import check_tokens_together
 from tests.distributed.small_runs import MODEL, run_config

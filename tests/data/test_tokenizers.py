@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer
 
-from spikingbrain_train.config.errors import DataError
 from spikingbrain_train.data.tokenizers import (
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
@@ -21,6 +20,7 @@ from spikingbrain_train.data.tokenizers import (
     check_vocabulary,
     load_tokenizer,
 )
+from spikingbrain_train.errors import DataError
 
 # Everything UTF-8 can spell; surrogates are refused before tokenizing.
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=200)

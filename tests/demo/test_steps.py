@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from spikingbrain_train.config.compose import compose_run
-from spikingbrain_train.config.errors import ConfigurationError, DataError, SpikingBrainError
 from spikingbrain_train.demo.command_line import demo
 from spikingbrain_train.demo.report import Row, read_stage, render_table
 from spikingbrain_train.demo.runner import STATE_FILE, Runner, printable
 from spikingbrain_train.demo.steps import DemoOptions, Step, demo_steps, step_keys
+from spikingbrain_train.errors import ConfigurationError, DataError, SpikingBrainError
 
 ROOT = Path(__file__).parents[2]
 

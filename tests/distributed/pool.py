@@ -283,7 +283,7 @@ def _serve(connection: Connection, log: str) -> None:
 
 def _run(job: _Job, environment: dict[str, str]) -> _Report:
     from spikingbrain_train.parallel import process_groups
-    from spikingbrain_train.parallel.accelerator import detect
+    from spikingbrain_train.runtime.accelerator import detect
 
     try:
         with _environment(environment):

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from spikingbrain_train.config.checkpoint_folder import iteration_folder
 from spikingbrain_train.config.load import load_run_config
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import LRDecayStyle, OptimizerConfig, Precision, RunConfig, StageConfig
 from spikingbrain_train.parallel.process_groups import ProcessGroups
+from spikingbrain_train.storage.checkpoint_folder import iteration_folder
 from spikingbrain_train.training.metrics import read_metrics
 from tests.distributed.pool import RankPool
 from tests.distributed.small_runs import checkpoint_config, run_config, train
@@ -25,7 +25,7 @@ ONE = ParallelConfig()
 
 def _lines(groups: ProcessGroups, config: RunConfig) -> list[str]:
     """Everything that a run prints; the sentence of its error, if it ends with one."""
-    from spikingbrain_train.config.errors import SpikingBrainError
+    from spikingbrain_train.errors import SpikingBrainError
 
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         try:

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from spikingbrain_train.config.checkpoint_folder import latest_iteration
 from spikingbrain_train.config.command_line import USER_ERROR
-from spikingbrain_train.config.errors import CheckpointError, PlatformError
 from spikingbrain_train.config.parallel import ParallelConfig
+from spikingbrain_train.errors import CheckpointError, PlatformError
 from spikingbrain_train.parallel.heartbeats import Heartbeats, failed_collective
 from spikingbrain_train.parallel.process_groups import ProcessGroups
+from spikingbrain_train.storage.checkpoint_folder import latest_iteration
 from spikingbrain_train.training.metrics import METRICS_FILE, read_metrics
 from tests.distributed.pool import RankPool
 

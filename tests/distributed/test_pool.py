@@ -10,8 +10,8 @@ import torch
 
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.parallel import process_groups
-from spikingbrain_train.parallel.accelerator import detect
 from spikingbrain_train.parallel.process_groups import ProcessGroups
+from spikingbrain_train.runtime.accelerator import detect
 from tests.distributed.pool import RankFailure, RankPool
 
 

@@ -11,18 +11,18 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from spikingbrain_train.config.checkpoint_folder import (
-    CHECKPOINT_FOLDER,
-    LATEST_ITERATION_FILE,
-    iteration_folder,
-    latest_checkpoint,
-)
-from spikingbrain_train.config.errors import CheckpointError
 from spikingbrain_train.config.load import conf_folder
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import Precision, RunConfig, WandbMode
 from spikingbrain_train.conversion.megatron_checkpoint import MegatronCheckpointReader
+from spikingbrain_train.errors import CheckpointError
+from spikingbrain_train.storage.checkpoint_folder import (
+    CHECKPOINT_FOLDER,
+    LATEST_ITERATION_FILE,
+    iteration_folder,
+    latest_checkpoint,
+)
 from spikingbrain_train.training.metrics import WANDB_RUN_ID_FILE, read_metrics
 from tests.distributed.pool import RankFailure, RankPool
 from tests.distributed.small_runs import MODEL, MODEL_76B, checkpoint_config, run_config, train

@@ -15,19 +15,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from spikingbrain_train.config.checkpoint_folder import (
+from spikingbrain_train.config.parallel import ParallelConfig
+from spikingbrain_train.config.run import Resume, RunConfig
+from spikingbrain_train.conversion.megatron_checkpoint import MegatronCheckpointReader
+from spikingbrain_train.errors import CheckpointError, ConfigurationError, NumericalError
+from spikingbrain_train.parallel.process_groups import ProcessGroups
+from spikingbrain_train.runtime.checkpoint_metadata import WHOLE_FILES, read_metadata, shard_ranges
+from spikingbrain_train.storage.checkpoint_folder import (
     LATEST_ITERATION_FILE,
     iterations,
     latest_iteration,
     set_latest_iteration,
 )
-from spikingbrain_train.config.checkpoint_manifest import MANIFEST_FILE
-from spikingbrain_train.config.errors import CheckpointError, ConfigurationError, NumericalError
-from spikingbrain_train.config.parallel import ParallelConfig
-from spikingbrain_train.config.run import Resume, RunConfig
-from spikingbrain_train.conversion.megatron_checkpoint import MegatronCheckpointReader
-from spikingbrain_train.parallel.checkpoint_metadata import WHOLE_FILES, read_metadata, shard_ranges
-from spikingbrain_train.parallel.process_groups import ProcessGroups
+from spikingbrain_train.storage.checkpoint_manifest import MANIFEST_FILE
 from tests.distributed.pool import RankPool
 from tests.distributed.small_runs import MODEL, MODEL_76B, checkpoint_config, run_config, train
 
@@ -296,7 +296,7 @@ def test_a_checkpoint_without_a_manifest_is_read(ranks: RankPool, run: Path, tex
 def _sentence_of_loading(groups: ProcessGroups, checkpoint: Path, optimizer_too: bool) -> str:
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-    from spikingbrain_train.parallel import megatron_versions
+    from spikingbrain_train.runtime import megatron_versions
 
     keys = ["decoder.any"] + ["optimizer.any"] * optimizer_too
     try:
@@ -421,7 +421,7 @@ def test_a_full_disk_on_one_rank_is_the_same_sentence_on_all(
 
 
 def _out_of_memory_on_rank_1(groups: ProcessGroups, config: RunConfig, message: str) -> tuple[str, str]:
-    from spikingbrain_train.parallel import megatron_versions
+    from spikingbrain_train.runtime import megatron_versions
 
     def allocate(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError(message)
@@ -464,7 +464,7 @@ def _run_to_the_end(config: RunConfig) -> str:
 def test_a_second_run_in_a_folder_is_refused_and_touches_nothing(
     ranks: RankPool, run: Path, text: Path
 ) -> None:
-    from spikingbrain_train.config.run_lock import run_lock
+    from spikingbrain_train.storage.run_lock import run_lock
 
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     with run_lock(run):

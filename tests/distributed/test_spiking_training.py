@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from spikingbrain_train.config.checkpoint_folder import LATEST_ITERATION_FILE, iteration_folder
 from spikingbrain_train.config.model import SpikingConfig, SpikingProjection
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import DataConfig, LoggingConfig, RunConfig, SpikeAnnealingConfig
+from spikingbrain_train.storage.checkpoint_folder import LATEST_ITERATION_FILE, iteration_folder
 from spikingbrain_train.training.metrics import read_metrics
 from tests.distributed.pool import RankPool
 from tests.distributed.small_runs import MODEL, TOPOLOGIES, checkpoint_config, run_config, train

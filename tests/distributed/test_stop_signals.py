@@ -17,11 +17,11 @@ from typing import Any
 
 import pytest
 
-from spikingbrain_train.config.checkpoint_folder import latest_iteration
 from spikingbrain_train.config.command_line import START_AGAIN
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.parallel.process_groups import ProcessGroups
+from spikingbrain_train.storage.checkpoint_folder import latest_iteration
 from spikingbrain_train.training.metrics import METRICS_FILE, read_metrics
 from spikingbrain_train.training.signals import STOPPING, StopSignals
 from tests.distributed.pool import RankPool

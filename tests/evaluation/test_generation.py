@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from spikingbrain_train.config.errors import ConfigurationError
+from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.evaluation.command_line import generate
 from spikingbrain_train.evaluation.generation import CacheSize, Sampling, cache_size, generate_text
 from spikingbrain_train.hf.configuration_gla_swa import GLAswaConfig

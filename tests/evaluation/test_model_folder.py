@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from spikingbrain_train.config.errors import CheckpointError
+from spikingbrain_train.errors import CheckpointError
 from spikingbrain_train.evaluation.model_folder import check_model_folder
 
 

@@ -11,15 +11,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
-from spikingbrain_train.config.errors import CheckpointError, ConfigurationError
 from spikingbrain_train.data.gpt_dataset import ValidDataset, open_valid_dataset
 from spikingbrain_train.data.preprocess import PreprocessOptions, preprocess
+from spikingbrain_train.errors import CheckpointError, ConfigurationError
 from spikingbrain_train.evaluation import perplexity
 from spikingbrain_train.evaluation.command_line import evaluate
 from spikingbrain_train.evaluation.perplexity import measure_perplexity
 from spikingbrain_train.evaluation.pretrained import load_causal_lm
-from spikingbrain_train.parallel import bf16
 from spikingbrain_train.reporting import activity
+from spikingbrain_train.runtime import bf16
 from tests.small_source import MODEL_VOCAB_SIZE, save_small_source
 
 SEQ_LENGTH = 48

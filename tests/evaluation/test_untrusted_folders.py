@@ -15,9 +15,9 @@ import torch
 import transformers
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, PreTrainedModel
 
-from spikingbrain_train.config.errors import CheckpointError
 from spikingbrain_train.data.quiet_transformers import quiet_transformers
 from spikingbrain_train.data.tokenizers import load_tokenizer
+from spikingbrain_train.errors import CheckpointError
 from spikingbrain_train.evaluation.folder_checks import keep_to_local_kernels
 from spikingbrain_train.evaluation.pretrained import load_causal_lm, load_text_tokenizer
 from tests.small_source import save_small_source

@@ -9,7 +9,6 @@ import pytest
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
-from spikingbrain_train.config.errors import ConfigurationError
 from spikingbrain_train.config.model import (
     FeedForward,
     Mixer,
@@ -28,6 +27,7 @@ from spikingbrain_train.config.parallel import (
     SoftmaxAttentionBackend,
 )
 from spikingbrain_train.config.run import Precision
+from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.models.feed_forward import feed_forward_spec
 from spikingbrain_train.models.layer_specs import block_spec
 from spikingbrain_train.models.parallel_linears import ParallelLinears

@@ -10,7 +10,7 @@ from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import Precision
 from spikingbrain_train.models.rms_norm import RMSNorm
 from spikingbrain_train.models.transformer_config import transformer_config
-from spikingbrain_train.parallel.bf16 import PARAMS_DTYPE
+from spikingbrain_train.runtime.bf16 import PARAMS_DTYPE
 
 MODEL = ModelConfig(
     num_layers=1,

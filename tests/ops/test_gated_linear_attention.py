@@ -15,8 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spikingbrain_train.config.errors import PlatformError
-from spikingbrain_train.ops import backends
+from spikingbrain_train.errors import PlatformError
 from spikingbrain_train.ops.gated_linear_attention import (
     choose_backend,
     chunk,
@@ -25,6 +24,7 @@ from spikingbrain_train.ops.gated_linear_attention import (
     gated_linear_attention_step,
 )
 from spikingbrain_train.ops.gated_linear_attention.flash_linear_attention import fla_gated_linear_attention
+from spikingbrain_train.runtime import packages
 
 NAMES = ("o", "final_state", "grad_q", "grad_k", "grad_v", "grad_log_gate", "grad_initial_state")
 
@@ -406,7 +406,7 @@ def test_auto_takes_a_kernel_that_is_here_and_can(
     expected: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(backends, "package_failure", lambda name: None if installed else "is not installed")
+    monkeypatch.setattr(packages, "package_failure", lambda name: None if installed else "is not installed")
     assert choose_backend(backend, dtype, device) == expected
     if dtype == torch.float64:
         with pytest.raises(ValueError, match="gated_linear_attention=fla computes in float32, not"):

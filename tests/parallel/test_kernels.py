@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import pytest
 
-from spikingbrain_train.config.errors import ConfigurationError, PlatformError
 from spikingbrain_train.config.model import SpikingConfig, SpikingProjection
 from spikingbrain_train.config.parallel import (
     AcceleratorKind,
@@ -18,10 +17,11 @@ from spikingbrain_train.config.parallel import (
     SoftmaxAttentionBackend,
 )
 from spikingbrain_train.config.run import Precision
-from spikingbrain_train.ops import backends
+from spikingbrain_train.errors import ConfigurationError, PlatformError
 from spikingbrain_train.parallel import kernels as kernels_module
-from spikingbrain_train.parallel.accelerator import Accelerator
 from spikingbrain_train.parallel.kernels import AttentionChoices, describe_kernels, resolve_kernels
+from spikingbrain_train.runtime import packages
+from spikingbrain_train.runtime.accelerator import Accelerator
 
 EVERYTHING = {"fla": "0.6", "flash_attn": "2.7", "transformer_engine": "2.0", "triton": "3.2"}
 CAN_BE_CALLED = {*EVERYTHING, "grouped_gemm"}
@@ -30,7 +30,7 @@ CAN_BE_CALLED = {*EVERYTHING, "grouped_gemm"}
 @pytest.fixture(autouse=True)
 def installed_packages_can_be_called(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        backends, "package_failure", lambda name: None if name in CAN_BE_CALLED else "is not installed"
+        packages, "package_failure", lambda name: None if name in CAN_BE_CALLED else "is not installed"
     )
     monkeypatch.setattr(kernels_module, "_has_grouped_linears", lambda: True)
 
@@ -169,6 +169,6 @@ def test_an_old_transformer_engine_without_grouped_linears_is_used_for_what_it_h
 
 
 def test_auto_passes_over_a_package_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "package_failure", lambda name: "is installed but does not import (ABI)")
+    monkeypatch.setattr(packages, "package_failure", lambda name: "is installed but does not import (ABI)")
     resolved = resolve_kernels(KernelConfig(), machine(AcceleratorKind.cuda, EVERYTHING))
     assert names(resolved) == ("auto", "auto", "megatron")

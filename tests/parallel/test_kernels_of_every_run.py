@@ -20,10 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spikingbrain_train.config.checks import check_platform
 from spikingbrain_train.config.compose import compose_run
-from spikingbrain_train.config.errors import ConfigurationError, PlatformError, SpikingBrainError
-from spikingbrain_train.config.kernel_limits import SoftmaxAttentionCall
 from spikingbrain_train.config.load import conf_folder, to_run_config
 from spikingbrain_train.config.model import Mixer, ModelConfig
 from spikingbrain_train.config.parallel import (
@@ -34,24 +31,27 @@ from spikingbrain_train.config.parallel import (
     SoftmaxAttentionBackend,
 )
 from spikingbrain_train.config.run import DistillationConfig, Precision, RunConfig, StageKind
+from spikingbrain_train.errors import ConfigurationError, PlatformError, SpikingBrainError
 from spikingbrain_train.models.layer_specs import block_spec
-from spikingbrain_train.ops import backends
 from spikingbrain_train.ops.gated_linear_attention import choose_backend as choose_linear
-from spikingbrain_train.ops.sliding_window_attention import choose_backend as choose_softmax
-from spikingbrain_train.ops.sliding_window_attention import dispatch as softmax_dispatch
+from spikingbrain_train.ops.softmax_attention import choose_backend as choose_softmax
+from spikingbrain_train.ops.softmax_attention import dispatch as softmax_dispatch
 from spikingbrain_train.parallel import kernels as kernels_module
-from spikingbrain_train.parallel.accelerator import Accelerator
 from spikingbrain_train.parallel.context_parallel import softmax_attention
 from spikingbrain_train.parallel.context_parallel.halo_exchange import halo_lengths
 from spikingbrain_train.parallel.context_parallel.sequence_layout import SequenceLayout
-from spikingbrain_train.parallel.costs import dense_twin
 from spikingbrain_train.parallel.kernels import (
     AttentionChoices,
     attention_choices,
     describe_kernels,
     resolve_kernels,
 )
-from spikingbrain_train.parallel.memory import needs_teacher
+from spikingbrain_train.planning.checks import check_platform
+from spikingbrain_train.planning.costs import dense_twin
+from spikingbrain_train.planning.kernel_limits import SoftmaxAttentionCall
+from spikingbrain_train.planning.memory import needs_teacher
+from spikingbrain_train.runtime import packages
+from spikingbrain_train.runtime.accelerator import Accelerator
 
 GPU_PACKAGES = ("flash_attn", "fla", "transformer_engine", "grouped_gemm")
 PACKAGE_SETS = [frozenset(), frozenset({"triton"})]
@@ -95,7 +95,7 @@ def kernels_of_machine(
             raise PlatformError(f"{setting} needs the package {package}")
 
     monkeypatch.setattr(
-        backends, "package_failure", lambda name: None if name in packages else "is not installed"
+        packages, "package_failure", lambda name: None if name in packages else "is not installed"
     )
     monkeypatch.setattr(kernels_module, "_has_grouped_linears", lambda: "transformer_engine" in packages)
     monkeypatch.setattr(Accelerator, "require", require)
@@ -293,7 +293,7 @@ def test_what_a_kernel_cannot_do_of_a_run_is_known_from_its_config_alone() -> No
 def test_a_package_that_is_installed_but_fails_is_named_in_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = kernels_of_machine(AcceleratorKind.cuda, frozenset({"triton", "flash_attn"}), monkeypatch)
     broken = "is installed but does not import (undefined symbol)"
-    for module in (backends, kernels_module):
+    for module in (packages, kernels_module):
         monkeypatch.setattr(module, "package_failure", lambda name: None if name == "triton" else broken)
     config = composed("model=spikingbrain_7b")
     kernels, choices = start(config, machine)

@@ -9,12 +9,12 @@ from datetime import timedelta
 import pytest
 import torch
 
-from spikingbrain_train.config.errors import ConfigurationError, PlatformError
 from spikingbrain_train.config.parallel import ParallelConfig
+from spikingbrain_train.errors import ConfigurationError, PlatformError
 from spikingbrain_train.parallel import process_groups
-from spikingbrain_train.parallel.accelerator import detect
-from spikingbrain_train.parallel.launch import Launch
 from spikingbrain_train.parallel.process_groups import ProcessGroups, threads_per_rank
+from spikingbrain_train.planning.launch import Launch
+from spikingbrain_train.runtime.accelerator import detect
 from tests.distributed.pool import RankPool
 
 LAUNCHED = {"RANK": "3", "WORLD_SIZE": "8", "MASTER_ADDR": "node-a", "MASTER_PORT": "29500"}

@@ -11,12 +11,12 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
-from spikingbrain_train.config.checks import check_run_config
 from spikingbrain_train.config.compose import compose_run
 from spikingbrain_train.config.load import to_run_config
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import RunConfig
-from spikingbrain_train.parallel.planner import Plan, launched_world_size, plan_run
+from spikingbrain_train.planning.checks import check_run_config
+from spikingbrain_train.planning.planner import Plan, launched_world_size, plan_run
 from spikingbrain_train.training.dry_run import RankShare, _places, _reduced_world, build_share
 
 EXPERIMENTS = [f"spikingbrain_{size}_{length}" for size in ("7b", "76b") for length in ("8k", "32k", "128k")]

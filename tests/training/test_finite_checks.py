@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from spikingbrain_train.config.errors import NumericalError
 from spikingbrain_train.config.run import Precision, RunConfig
+from spikingbrain_train.errors import NumericalError
 from spikingbrain_train.training.finite_checks import require_finite
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from spikingbrain_train.config.errors import DataError, NumericalError, PlatformError
 from spikingbrain_train.config.run import LoggingConfig, WandbMode
+from spikingbrain_train.errors import DataError, NumericalError, PlatformError
 from spikingbrain_train.training.heat_map import HeatMap
 from spikingbrain_train.training.metrics import METRICS_FILE, WANDB_RUN_ID_FILE, MetricsLogger, read_metrics
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from matplotlib.axes import Axes
 
-from spikingbrain_train.config.errors import DataError
+from spikingbrain_train.errors import DataError
 from spikingbrain_train.training import plots
 from spikingbrain_train.training.metrics import METRICS_FILE
 from spikingbrain_train.training.plots import plot_loss_curves

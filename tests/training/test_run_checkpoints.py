@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from spikingbrain_train.config.checkpoint_folder import iteration_folder, set_latest_iteration
 from spikingbrain_train.config.run import CheckpointConfig, RunConfig
+from spikingbrain_train.storage.checkpoint_folder import iteration_folder, set_latest_iteration
 from spikingbrain_train.training import run_checkpoints
 from spikingbrain_train.training.run_checkpoints import RunCheckpoints
 

@@ -6,7 +6,7 @@ To understand it, read ``recurrent`` first (the definition), then ``factored`` (
 
 from spikingbrain_train.ops.gated_linear_attention.dispatch import choose_backend, gated_linear_attention
 from spikingbrain_train.ops.gated_linear_attention.end_state import gated_linear_attention_end_state
-from spikingbrain_train.ops.gated_linear_attention.recurrent import gated_linear_attention_step
+from spikingbrain_train.ops.gated_linear_attention.naive import gated_linear_attention_step
 
 __all__ = [
     "choose_backend",

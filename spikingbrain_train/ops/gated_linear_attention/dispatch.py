@@ -8,10 +8,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from spikingbrain_train.ops.backends import has_package, require_gpu, require_package, unknown_backend
 from spikingbrain_train.ops.gated_linear_attention.chunk import chunk_gated_linear_attention
 from spikingbrain_train.ops.gated_linear_attention.flash_linear_attention import fla_gated_linear_attention
-from spikingbrain_train.ops.gated_linear_attention.recurrent import recurrent_gated_linear_attention
+from spikingbrain_train.ops.gated_linear_attention.naive import recurrent_gated_linear_attention
+from spikingbrain_train.runtime.packages import has_package, require_gpu, require_package, unknown_backend
 
 BACKENDS = ("auto", "recurrent", "chunk", "fla")
 

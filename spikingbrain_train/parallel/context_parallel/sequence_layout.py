@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from spikingbrain_train.config.errors import ConfigurationError
+from spikingbrain_train.errors import ConfigurationError
 
 DocumentBounds = tuple[int, ...]
 """Text positions [0, end of document 1, ..., text_length] of one row: ``cu_seqlens`` as in flash-attn and

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spikingbrain_train.config.parallel import SlidingWindowContextParallel
-from spikingbrain_train.ops.sliding_window_attention import bidirectional_attention, sliding_window_attention
+from spikingbrain_train.ops.softmax_attention import bidirectional_attention, softmax_attention
 from spikingbrain_train.parallel.context_parallel.arguments import checked_group
 from spikingbrain_train.parallel.context_parallel.communication import broadcast_from_first_rank
 from spikingbrain_train.parallel.context_parallel.halo_exchange import halo_exchange
@@ -74,7 +74,7 @@ def context_parallel_softmax_attention(
         cp_group: context-parallel ranks in the order of their slices; None or one rank communicates nothing.
         method: communication of windows; full attention always uses Ulysses.
         scale: factor of the scores.
-        backend: of :func:`sliding_window_attention`.
+        backend: of :func:`softmax_attention`.
 
     Returns:
         o [B, T, H, V] in q's dtype; zeros where sinks are padding.
@@ -83,7 +83,7 @@ def context_parallel_softmax_attention(
         ValueError: tensors, layout and group do not fit each other.
     """
     group = checked_group(q_BTHK, layout, cp_group)
-    attend = partial(sliding_window_attention, window=window, scale=scale, backend=backend)
+    attend = partial(softmax_attention, window=window, scale=scale, backend=backend)
     if layout is None:
         return attend(q_BTHK, k_BTGK, v_BTGV)
     if group is None:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from spikingbrain_train.architecture.head_shares import head_shares
 from spikingbrain_train.parallel.context_parallel.all_to_all import all_to_all
-from spikingbrain_train.parallel.context_parallel.head_shares import head_shares
 
 
 def to_whole_sequences(

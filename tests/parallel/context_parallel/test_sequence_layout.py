@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spikingbrain_train.config.errors import ConfigurationError
+from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.parallel.context_parallel.sequence_layout import SequenceLayout
 
 

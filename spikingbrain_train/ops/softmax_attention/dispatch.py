@@ -1,0 +1,174 @@
+"""The one entry point of causal and sliding-window softmax attention: checks the inputs and chooses a
+backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from spikingbrain_train.ops.softmax_attention.blocked import blocked_softmax_attention
+from spikingbrain_train.ops.softmax_attention.documents import as_documents, for_each_document
+from spikingbrain_train.ops.softmax_attention.flash import flash_attn_softmax_attention
+from spikingbrain_train.ops.softmax_attention.flex import flex_limit, flex_softmax_attention
+from spikingbrain_train.ops.softmax_attention.naive import naive_softmax_attention
+from spikingbrain_train.ops.softmax_attention.torch_sdpa import sdpa_softmax_attention
+from spikingbrain_train.planning.kernel_limits import SoftmaxAttentionCall, flash_attn_limit
+from spikingbrain_train.runtime.packages import has_package, require_gpu, require_package, unknown_backend
+
+_ONE_DOCUMENT = {
+    "reference": naive_softmax_attention,
+    "blocked": blocked_softmax_attention,
+    "sdpa": sdpa_softmax_attention,
+}
+_ANY_DOCUMENTS = {
+    "flash_attn": flash_attn_softmax_attention,
+    "flex": flex_softmax_attention,
+}
+BACKENDS = ("auto", *_ONE_DOCUMENT, *_ANY_DOCUMENTS)
+
+
+def softmax_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int | None,
+    scale: float | None = None,
+    backend: str = "auto",
+    num_sink_tokens: int = 0,
+    cu_seqlens_q: Sequence[int] | Tensor | None = None,
+    cu_seqlens_k: Sequence[int] | Tensor | None = None,
+) -> Tensor:
+    """Causal softmax attention: a query at text key t sees all sinks and text ``t - window + 1 .. t``.
+
+    Source: SpikingBrain, arXiv 2509.05276, eq. 1 (full) and eq. 2 (window). Head h reads group ``h // (H //
+    G)``. Positions must be encoded into q and k before (RoPE).
+
+    Keys are ``num_sink_tokens`` sinks followed by Tk >= Tq keys of text. The last query stands at the last
+    key, as in flash-attn: query i at text key ``Tk - Tq + i``. With ``cu_seqlens_q`` and ``cu_seqlens_k`` the
+    text is several documents that do not see each other; the last query of each stands at its last key, and
+    all of them see all sinks.
+
+    Args:
+        q: queries [B, Tq, H, K], floating point.
+        k: keys [B, num_sink_tokens + Tk, G, K] in q's dtype; H is a multiple of G.
+        v: values [B, num_sink_tokens + Tk, G, V] in q's dtype.
+        window: number of text keys that a query sees, its own included; None or at least Tk is full causal
+            attention.
+        scale: factor of the scores, K ** -0.5 by default.
+        backend: ``reference`` (masked softmax, slow), ``blocked`` (O(T * window) work, O(T) memory, made for
+            CPU), ``sdpa`` (torch; a short window costs a Tq x Tk mask), ``flash_attn`` and ``flex`` (GPU), or
+            ``auto``: see :func:`choose_backend`.
+        num_sink_tokens: keys in front of the text that every query sees.
+        cu_seqlens_q: bounds of the documents among the queries [0, ..., Tq], integers; B must be 1. A tensor
+            on a GPU is waited for.
+        cu_seqlens_k: bounds of the same documents among the text keys [0, ..., Tk]. A document may have keys
+            without queries, but no queries without keys.
+
+    Returns:
+        o [B, Tq, H, V] in q's dtype.
+
+    Raises:
+        ValueError: shapes, dtypes, the window, the bounds or the backend name do not fit, or the backend
+            asked for cannot do what is asked of it.
+        PlatformError: the backend asked for needs a package or a GPU that is missing.
+    """
+    _check(q, k, v, window, num_sink_tokens)
+    Tq, Tk = q.shape[1], k.shape[1] - num_sink_tokens
+    documents = as_documents(cu_seqlens_q, cu_seqlens_k, B=q.shape[0], Tq=Tq, Tk=Tk)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    call = SoftmaxAttentionCall(
+        dtype=str(q.dtype).removeprefix("torch."),
+        key_dim=q.shape[-1],
+        value_dim=v.shape[-1],
+        num_text_keys=Tk,
+        window=window,
+        num_sink_tokens=num_sink_tokens,
+        has_documents=documents is not None,
+    )
+    name = choose_backend(backend, call, q.device.type)
+    if name in _ANY_DOCUMENTS:
+        return _ANY_DOCUMENTS[name](
+            q, k, v, window=window, scale=scale, num_sink_tokens=num_sink_tokens, documents=documents
+        )
+    run = _ONE_DOCUMENT[name]
+    if documents is None:
+        return run(q, k, v, window=window, scale=scale, num_sink_tokens=num_sink_tokens)
+    return for_each_document(
+        run, q, k, v, documents, window=window, scale=scale, num_sink_tokens=num_sink_tokens
+    )
+
+
+def choose_backend(backend: str, call: SoftmaxAttentionCall, device_type: str) -> str:
+    """The kernel that computes a call: the one asked for, or under ``auto`` the best that is here and can.
+
+    ``auto`` is blocked on CPU. On a GPU it is flash_attn where that can do it, sdpa for full attention in one
+    document, flex for windows and documents; where flex cannot be compiled, sdpa (document by document) for
+    full attention and blocked for windows. It never refuses.
+
+    Args:
+        backend: as in :func:`softmax_attention`.
+        call: what is to be computed.
+        device_type: ``cuda``, ``cpu`` or another of torch's.
+
+    Raises:
+        ValueError: the name does not exist, or what it names cannot do this.
+        PlatformError: what it names needs a package or a GPU that is missing.
+    """
+    setting = f"softmax_attention={backend}"
+    if backend not in BACKENDS:
+        raise unknown_backend(setting, BACKENDS)
+    if backend == "auto":
+        return _best_backend(call) if device_type == "cuda" else "blocked"
+    if backend in _ANY_DOCUMENTS:
+        require_gpu(device_type, setting)
+    if backend == "flash_attn":
+        require_package("flash_attn", "flash-attn", setting)
+        limit = flash_attn_limit(call)
+    elif backend == "flex":
+        require_package("triton", "triton", setting)
+        limit = flex_limit(call)
+    else:
+        limit = None
+    if limit is not None:
+        raise ValueError(f"{setting} {limit}: choose auto.")
+    return backend
+
+
+def _best_backend(call: SoftmaxAttentionCall) -> str:
+    if flash_attn_limit(call) is None and has_package("flash_attn"):
+        return "flash_attn"
+    if call.is_full and not call.has_documents:
+        return "sdpa"
+    if flex_limit(call) is None and has_package("triton"):
+        return "flex"
+    return "sdpa" if call.is_full else "blocked"
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None, num_sink_tokens: int) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 4:
+            raise ValueError(
+                f"{name} must have four dimensions [B, T, heads or groups, dim], not {list(x.shape)}."
+            )
+    B, Tq, H, K = q.shape
+    S, G, V = v.shape[1:]
+    if Tq == 0:
+        raise ValueError("softmax_attention needs at least one query: T is 0.")
+    if num_sink_tokens < 0 or S - num_sink_tokens < Tq:
+        raise ValueError(
+            f"v holds {S} tokens: too few for num_sink_tokens={num_sink_tokens} and a key for each "
+            f"of {Tq} queries."
+        )
+    if G == 0 or H % G:
+        raise ValueError(f"The number of query heads ({H}) must be a multiple of the number of groups ({G}).")
+    for name, x, expected in (("k", k, (B, S, G, K)), ("v", v, (B, S, G, V))):
+        if x.shape != expected:
+            raise ValueError(f"{name} must be {list(expected)} to go with q and v, not {list(x.shape)}.")
+    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
+        raise ValueError(f"q, k and v must share one floating dtype, not {q.dtype}, {k.dtype} and {v.dtype}.")
+    if window is not None and window < 1:
+        raise ValueError(
+            f"window is {window}: it must be at least 1 (the token itself), or None for full attention."
+        )

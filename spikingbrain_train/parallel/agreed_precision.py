@@ -1,0 +1,33 @@
+"""One number format for all ranks of a run."""
+
+from __future__ import annotations
+
+import torch
+
+from spikingbrain_train.config.run import Precision, RunConfig
+from spikingbrain_train.parallel.process_groups import ProcessGroups
+from spikingbrain_train.planning.precision import PrecisionChoice, expected_precision, settled_precision
+from spikingbrain_train.runtime.bf16 import choose_precision
+
+
+def agree_on_precision(config: RunConfig, groups: ProcessGroups) -> PrecisionChoice:
+    """What ``config.precision`` is in this run, the same on every rank: fp32 if one of them lacks fast bf16.
+
+    Raises:
+        CheckpointError: a checkpoint of this run is damaged.
+    """
+    settled = settled_precision(config)
+    if settled is not None:
+        return settled
+    choice = choose_precision(groups.accelerator)
+    lacking = torch.tensor(int(choice.precision is Precision.fp32), device=groups.device)
+    torch.distributed.all_reduce(lacking)
+    if 0 < lacking.item() < groups.world_size:
+        ranks = f"because {lacking.item()} of {groups.world_size} ranks have no fast bf16"
+        choice = PrecisionChoice(Precision.fp32, ranks)
+    expected = expected_precision(config)
+    if expected.precision is choice.precision:
+        return choice
+    return PrecisionChoice(
+        choice.precision, f"{choice.reason} (not {expected.precision.value}, as the plan expected)"
+    )

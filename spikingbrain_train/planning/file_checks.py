@@ -1,0 +1,196 @@
+"""The files a run names: datasets and checkpoints exist, its folder is writable. Changes nothing on disk."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from pathlib import Path
+
+from spikingbrain_train.architecture.same_architecture import check_same_sizes, check_same_weights
+from spikingbrain_train.config.load import load_model_config
+from spikingbrain_train.config.run import DataConfig, Resume, RunConfig
+from spikingbrain_train.errors import CheckpointError, ConfigurationError, DataError
+from spikingbrain_train.planning.parallel_checks import check_every_stage_aligns
+from spikingbrain_train.planning.resume import check_settings, check_training_data, run_to_resume
+from spikingbrain_train.storage.checkpoint_folder import (
+    CHECKPOINT_FOLDER,
+    MODEL_CONFIG_FILE,
+    iterations,
+    latest_checkpoint,
+    latest_iteration,
+    newest_iteration,
+)
+from spikingbrain_train.storage.run_lock import check_not_in_use
+
+_PROBE_BYTES = 1 << 16
+
+
+def check_prefix(setting: str, prefix: str) -> None:
+    """Both halves of an indexed dataset exist. Raises DataError."""
+    path = Path(prefix)
+    if path.suffix in (".bin", ".idx") and path.is_file():
+        raise DataError(
+            f"{setting}={prefix} is a file of an indexed dataset; name its prefix {path.with_suffix('')}"
+        )
+    for suffix in (".bin", ".idx"):
+        if not Path(prefix + suffix).is_file():
+            raise DataError(
+                f"{setting}={prefix}: there is no {prefix}{suffix}; make it with tools/preprocess_data.py, "
+                f"or correct the prefix (the path without .bin and .idx)"
+            )
+
+
+def check_train_weights(data: DataConfig) -> None:
+    """data.train names datasets, and data.train_weights fits them. Raises ConfigurationError."""
+    if not data.train:
+        raise ConfigurationError(
+            "data.train is empty; name the prefixes that tools/preprocess_data.py wrote, "
+            "e.g. 'data.train=[data/train]'"
+        )
+    weights = data.train_weights
+    if weights is None:
+        return
+    if len(weights) != len(data.train):
+        raise ConfigurationError(
+            f"data.train_weights has {len(weights)} weights for {len(data.train)} prefixes in "
+            f"data.train; give {len(data.train)}, or null to blend by size"
+        )
+    if not all(weight > 0 for weight in weights) or not math.isfinite(sum(weights)):
+        raise ConfigurationError(
+            f"data.train_weights={list(weights)} must be positive, finite numbers; leave a dataset out of "
+            f"data.train instead of weighting it 0"
+        )
+
+
+def check_data(data: DataConfig) -> None:
+    """Datasets, their weights and the tokenizer. Raises ConfigurationError or DataError."""
+    check_train_weights(data)
+    for setting, prefixes in (("data.train", data.train), ("data.valid", data.valid)):
+        for prefix in prefixes:
+            check_prefix(setting, prefix)
+    if data.tokenizer is not None and not Path(data.tokenizer).exists():
+        raise DataError(
+            f"data.tokenizer={data.tokenizer} does not exist; name a Hugging Face tokenizer folder or a "
+            f"sentencepiece .model file, or null for the one stored with the checkpoint"
+        )
+
+
+def check_output_folder(folder: str | Path, setting: str = "output_dir") -> None:
+    """``folder`` is writable, or can be made, on a disk that still takes data.
+
+    Tried with a nameless file in the nearest folder that exists, so nothing is created and ranks do not meet.
+
+    Raises:
+        ConfigurationError: naming ``setting``, the folder and the reason.
+    """
+    wanted = Path(folder)
+    nearest = Path(os.path.abspath(wanted))
+    while not os.path.lexists(nearest):
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise ConfigurationError(
+            f"{setting}={wanted} cannot be a folder: {nearest} is a file; choose another path"
+        )
+    try:
+        with tempfile.TemporaryFile(dir=nearest) as probe:
+            probe.write(b"\0" * _PROBE_BYTES)
+            probe.flush()
+            os.fsync(probe.fileno())
+    except OSError as error:
+        raise ConfigurationError(
+            f"{setting}={wanted} cannot be written: {nearest}: {error.strerror or error}; "
+            f"choose a folder on a disk with free space where you may write"
+        ) from error
+
+
+def check_loaded_checkpoint(config: RunConfig) -> None:
+    """checkpoint.load is whole, and its weights fit the model. Raises CheckpointError."""
+    load = config.checkpoint.load
+    if load is None:
+        return
+    stored = load_model_config(latest_checkpoint(load, "checkpoint.load") / MODEL_CONFIG_FILE)
+    check_same_weights(stored, config.model, f"checkpoint.load={load}")
+
+
+def check_teacher(config: RunConfig) -> None:
+    """stage.teacher is whole and can teach this model. Raises CheckpointError or ConfigurationError."""
+    stage, model = config.stage, config.model
+    aligns = stage.kind.traits.needs_teacher
+    if stage.teacher is None or not (aligns or stage.distillation.weight > 0):
+        return
+    setting = f"stage.teacher={stage.teacher}"
+    teacher = load_model_config(latest_checkpoint(stage.teacher, "stage.teacher") / MODEL_CONFIG_FILE)
+    if not aligns:
+        if teacher.vocab_size != model.vocab_size:
+            raise CheckpointError(
+                f"{setting} has a vocabulary of {teacher.vocab_size}, but model.vocab_size="
+                f"{model.vocab_size}; distillation needs a teacher with the same tokenizer"
+            )
+        return
+    check_same_sizes(teacher, model, setting)
+    if teacher.layer_mixers() == model.layer_mixers():
+        raise ConfigurationError(
+            f"{setting} has the same mixers as the model, so stage.kind={stage.kind.name} has nothing to "
+            f"learn; name the dense source as stage.teacher"
+        )
+    check_every_stage_aligns(model, teacher.layer_mixers(), config.parallel)
+
+
+def check_own_checkpoints(config: RunConfig) -> None:
+    """output_dir's own checkpoints agree with checkpoint.resume. Raises a SpikingBrainError."""
+    output = Path(config.output_dir) / CHECKPOINT_FOLDER
+    for setting, other in (
+        ("checkpoint.load", config.checkpoint.load),
+        ("stage.teacher", config.stage.teacher),
+    ):
+        if other is not None and os.path.realpath(other) == os.path.realpath(output):
+            raise ConfigurationError(
+                f"{setting} is {output}, where this run with output_dir={config.output_dir} would write "
+                f"over what it starts from; choose another output_dir"
+            )
+    if iteration_to_resume(config) is not None and latest_iteration(output) is not None:
+        latest_checkpoint(output, "output_dir")
+
+
+def iteration_to_resume(config: RunConfig) -> int | None:
+    """The iteration that the run goes on from, None where it starts at 0.
+
+    Folders decide: a lost ``latest_checkpointed_iteration.txt`` does not make a run start over.
+
+    Raises:
+        ConfigurationError: there are checkpoints and checkpoint.resume=never.
+        CheckpointError: there are none and checkpoint.resume=must, or none of them is complete.
+    """
+    checkpoints, resume = Path(config.output_dir) / CHECKPOINT_FOLDER, config.checkpoint.resume
+    tracked = latest_iteration(checkpoints)
+    found = iterations(checkpoints) if tracked is None else [tracked]
+    if resume is Resume.never and found:
+        raise ConfigurationError(
+            f"output_dir={config.output_dir} already holds iteration {found[-1]} and "
+            "checkpoint.resume=never; choose another output_dir, or checkpoint.resume=auto to go on from it"
+        )
+    newest = newest_iteration(checkpoints)
+    if resume is Resume.must and newest is None:
+        raise CheckpointError(
+            f"output_dir={config.output_dir} holds no checkpoint and checkpoint.resume=must; "
+            f"correct output_dir, or checkpoint.resume=auto to start from the beginning"
+        )
+    return newest
+
+
+def check_files(config: RunConfig) -> None:
+    """Everything on disk that the run names. Raises ConfigurationError, DataError or CheckpointError."""
+    if not config.dry_run:
+        check_not_in_use(config.output_dir)
+    check_own_checkpoints(config)
+    stored = run_to_resume(config)
+    if stored is None:
+        check_loaded_checkpoint(config)
+    else:  # whose weights are its own by now
+        check_settings(stored, config)
+    check_teacher(config)
+    check_data(config.data)
+    if stored is not None:
+        check_training_data(stored, config)
+    check_output_folder(config.output_dir)

@@ -1,0 +1,78 @@
+"""What a run asks of the machine that it starts on, against what is there. Pure Python: no torch."""
+
+from __future__ import annotations
+
+from spikingbrain_train.config.parallel import AcceleratorKind
+from spikingbrain_train.errors import ConfigurationError
+from spikingbrain_train.planning.launch import Launch, available_cores, has_gpu_device, memory_limit
+from spikingbrain_train.planning.planner import GIB, Plan, StagePlan
+
+LOADERS_PER_CORE = 4
+"""Loader processes that share a core at most; more only wait for each other."""
+_FEW_LOADERS = 8
+"""As many may always be asked for, however small the machine."""
+_ACTIVATION_SLACK = 2
+"""Activations are an estimate: only what exceeds the memory this many times is refused on their account."""
+
+
+def check_host(plan: Plan, launch: Launch) -> None:
+    """Refuse a run that this machine cannot hold, before anything is allocated.
+
+    Raises:
+        ConfigurationError: names what is needed, what is there, and the settings that lower the need.
+    """
+    _check_loaders(plan, launch)
+    _check_memory(plan, launch)
+
+
+def _check_loaders(plan: Plan, launch: Launch) -> None:
+    workers, ranks, cores = plan.config.data.num_workers, launch.local_world_size, available_cores()
+    most = max(_FEW_LOADERS, LOADERS_PER_CORE * cores // ranks)
+    if workers > most:
+        raise ConfigurationError(
+            f"data.num_workers={workers} starts {workers * ranks:,} loader processes on {cores} cores; "
+            f"use at most {most} a rank on this machine"
+        )
+
+
+def _check_memory(plan: Plan, launch: Launch) -> None:
+    accelerator = plan.config.cluster.accelerator
+    on_cpu = accelerator is AcceleratorKind.cpu or (
+        accelerator is AcceleratorKind.auto and not has_gpu_device()
+    )
+    limit = memory_limit()
+    if not on_cpu or limit is None:
+        return
+    stages = _stages_here(plan, launch)
+    whole = sum(stage.memory.total for stage in stages)
+    activations = sum(stage.memory.activations for stage in stages)
+    for needed, allowed, what, advice in (
+        (
+            whole - activations,
+            limit,
+            f"{sum(stage.parameters for stage in stages):,} parameters on {len(stages)} rank(s) with their "
+            "gradients and optimizer state",
+            "choose a smaller model (see the sizes under model), or spread it over more machines",
+        ),
+        (
+            whole,
+            limit * _ACTIVATION_SLACK,
+            f"the tensors of a step with stage.micro_batch_size={plan.config.stage.micro_batch_size} and "
+            f"stage.seq_length={plan.config.stage.seq_length}",
+            "lower them, or set parallel.recompute=full",
+        ),
+    ):
+        if needed > allowed:
+            raise ConfigurationError(
+                f"{what} take about {needed / GIB:,.1f} GiB, but this machine has {limit / GIB:,.1f} GiB of "
+                f"memory; {advice}"
+            )
+
+
+def _stages_here(plan: Plan, launch: Launch) -> list[StagePlan]:
+    """The pipeline stage of every rank on this machine, whose ranks count on from its first one's.
+    megatron-core deals the ranks out stage by stage.
+    """
+    first = max(0, launch.rank - launch.local_rank)
+    ranks = range(first, min(first + launch.local_world_size, plan.world_size))
+    return [plan.stages[rank * len(plan.stages) // plan.world_size] for rank in ranks]

@@ -1,0 +1,230 @@
+"""Parallel degrees against the ranks that were started, the network and the length of its sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import gcd
+
+from spikingbrain_train.architecture.model_checks import has_experts
+from spikingbrain_train.config.model import Mixer, ModelConfig
+from spikingbrain_train.config.parallel import (
+    LinearAttentionContextParallel,
+    ParallelConfig,
+    Recompute,
+    SlidingWindowContextParallel,
+)
+from spikingbrain_train.config.require import at_least, divisors, either, multiples_around, require
+from spikingbrain_train.errors import ConfigurationError
+
+
+def check_world_size(parallel: ParallelConfig, world_size: int) -> None:
+    """Parallel degrees against the number of ranks. Raises ConfigurationError."""
+    at_least(
+        parallel,
+        "parallel",
+        1,
+        *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
+        *("expert_model_parallel_size", "expert_tensor_parallel_size", "data_parallel_size"),
+    )
+    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    context, copy = parallel.context_parallel_size, parallel.model_parallel_size
+    require(
+        world_size % copy == 0,
+        f"the world size {world_size} is not divisible by parallel.tensor_model_parallel_size={tensor} x "
+        f"parallel.pipeline_model_parallel_size={pipeline} x parallel.context_parallel_size={context}; "
+        f"start {copy} ranks or a multiple of it (torchrun --nproc-per-node), or choose degrees whose "
+        f"product divides {world_size}",
+    )
+    replicas = world_size // copy
+    require(
+        parallel.data_parallel_size in (None, replicas),
+        f"parallel.data_parallel_size={parallel.data_parallel_size} does not fit: {world_size} ranks / "
+        f"({tensor} tensor x {pipeline} pipeline x {context} context) are {replicas} replicas; "
+        f"set it to {replicas} or null, or start {copy * (parallel.data_parallel_size or 1)} ranks",
+    )
+    # megatron-core deals the ranks of a pipeline stage a second time for the experts: expert tensor x expert
+    # model x expert data (parallel_state.initialize_model_parallel).
+    stage_ranks, expert_tensor = world_size // pipeline, parallel.expert_tensor_size
+    experts = parallel.expert_model_parallel_size
+    fitting = [degree for degree in divisors(stage_ranks) if stage_ranks % (degree * expert_tensor) == 0]
+    require(
+        bool(fitting),
+        f"parallel.expert_tensor_parallel_size={expert_tensor} does not divide the {stage_ranks} ranks of a "
+        f"pipeline stage ({tensor} tensor x {context} context x {replicas} data); "
+        f"valid are {either(divisors(stage_ranks))}",
+    )
+    require(
+        experts in fitting,
+        f"parallel.expert_model_parallel_size={experts} x {expert_tensor} expert tensor ranks do not divide "
+        f"the {stage_ranks} ranks of a pipeline stage ({tensor} tensor x {context} context x {replicas} "
+        f"data), over which experts are spread; with these ranks valid are {either(fitting)}",
+    )
+
+
+def check_split(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """The network against the degrees that split it. Raises ConfigurationError."""
+    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    shared = gcd(model.num_attention_heads, model.num_query_groups, model.ffn_hidden_size)
+    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+        size = getattr(model, name)
+        require(
+            size % tensor == 0,
+            f"parallel.tensor_model_parallel_size={tensor} does not divide model.{name}={size}; "
+            f"valid for this model are {either(divisors(shared))}",
+        )
+    require(
+        model.num_layers % pipeline == 0,
+        f"parallel.pipeline_model_parallel_size={pipeline} does not divide "
+        f"model.num_layers={model.num_layers}; valid are {either(divisors(model.num_layers))}",
+    )
+    require(
+        not (parallel.sequence_parallel and tensor == 1),
+        "parallel.sequence_parallel=true splits the sequence over tensor-parallel ranks, but "
+        "parallel.tensor_model_parallel_size is 1; set it to false, or the tensor degree to 2 or more",
+    )
+    require(
+        parallel.use_distributed_optimizer or not parallel.overlap_param_gather,
+        "parallel.overlap_param_gather=true needs parallel.use_distributed_optimizer=true",
+    )
+    require(
+        parallel.overlap_grad_reduce or not parallel.overlap_param_gather,
+        "parallel.overlap_param_gather=true needs parallel.overlap_grad_reduce=true",
+    )
+    if has_experts(model):
+        _check_experts_split(model, parallel)
+    else:
+        _check_nothing_for_experts(parallel)
+    _check_heads_over_context(model, parallel)
+
+
+def check_every_stage_aligns(model: ModelConfig, teacher: Sequence[Mixer], parallel: ParallelConfig) -> None:
+    """Every pipeline stage has a mixer to train where only those train that are not the teacher's:
+    megatron-core can neither step nor save an optimizer of nothing.
+
+    Args:
+        model: the network that is aligned; its layers are divisible by the pipeline degree.
+        teacher: the mixer of every layer of its teacher.
+        parallel: degrees that split it.
+
+    Raises:
+        ConfigurationError: names the layers of the first stage that trains nothing, and degrees that fit.
+    """
+    pairs = zip(model.layer_mixers(), teacher, strict=True)
+    trained = [mine is not theirs for mine, theirs in pairs]
+
+    def idle(degree: int) -> list[range]:
+        size = len(trained) // degree
+        stages = [range(first, first + size) for first in range(0, len(trained), size)]
+        return [stage for stage in stages if not any(trained[layer] for layer in stage)]
+
+    pipeline = parallel.pipeline_model_parallel_size
+    for stage in idle(pipeline)[:1]:
+        fitting = [degree for degree in divisors(len(trained)) if not idle(degree)]
+        raise ConfigurationError(
+            f"parallel.pipeline_model_parallel_size={pipeline} leaves a pipeline stage nothing to train in "
+            f"stage.kind=align: layers {stage.start} to {stage.stop - 1} have the teacher's mixers; "
+            f"valid are {either(fitting)}"
+        )
+
+
+def _check_experts_split(model: ModelConfig, parallel: ParallelConfig) -> None:
+    tensor, experts = parallel.tensor_model_parallel_size, model.moe.num_experts
+    require(
+        tensor == 1 or parallel.sequence_parallel,
+        f"model.feed_forwards has mixture-of-experts layers, whose tokens are split over the "
+        f"parallel.tensor_model_parallel_size={tensor} ranks; set parallel.sequence_parallel=true, or the "
+        f"tensor degree to 1",
+    )
+    require(
+        experts % parallel.expert_model_parallel_size == 0,
+        f"parallel.expert_model_parallel_size={parallel.expert_model_parallel_size} does not divide "
+        f"model.moe.num_experts={experts}; valid are {either(divisors(experts))}",
+    )
+    width, expert_tensor = model.expert_ffn_hidden_size, parallel.expert_tensor_size
+    name = "ffn_hidden_size" if model.moe.moe_ffn_hidden_size is None else "moe.moe_ffn_hidden_size"
+    require(
+        width % expert_tensor == 0,
+        f"parallel.expert_tensor_parallel_size={expert_tensor} does not divide model.{name}={width}, the "
+        f"width of an expert; valid are {either(divisors(width))}",
+    )
+    shared_width = model.moe.num_shared_experts * width
+    require(
+        shared_width % tensor == 0,
+        f"parallel.tensor_model_parallel_size={tensor} does not divide the width of the shared experts, "
+        f"model.moe.num_shared_experts={model.moe.num_shared_experts} x model.{name}={width}; "
+        f"valid are {either(divisors(gcd(shared_width, model.num_query_groups)))}",
+    )
+
+
+def _check_nothing_for_experts(parallel: ParallelConfig) -> None:
+    reason = "but model.feed_forwards has no moe layer"
+    require(
+        parallel.expert_model_parallel_size == 1,
+        f"parallel.expert_model_parallel_size={parallel.expert_model_parallel_size} spreads experts, "
+        f"{reason}; set it to 1",
+    )
+    require(
+        parallel.expert_tensor_parallel_size is None,
+        f"parallel.expert_tensor_parallel_size={parallel.expert_tensor_parallel_size} splits experts, "
+        f"{reason}; set it to null",
+    )
+    require(
+        parallel.recompute in (Recompute.none, Recompute.full),
+        f"parallel.recompute={parallel.recompute.name} recomputes parts of mixture-of-experts layers, "
+        f"{reason}; choose none or full",
+    )
+
+
+def _check_heads_over_context(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Ulysses deals whole heads to the context-parallel ranks."""
+    context, method = parallel.context_parallel_size, parallel.context_parallel
+    heads = model.num_attention_heads // parallel.tensor_model_parallel_size
+    mixers = set(model.layer_mixers())
+    softmax = {mixer.softmax_branch for mixer in mixers}
+    windows, linear = method.sliding_window_attention, method.gated_linear_attention
+    for uses_ulysses, asks, instead in (
+        (Mixer.full in softmax, "full attention", ""),
+        (
+            Mixer.swa in softmax and windows is SlidingWindowContextParallel.ulysses,
+            "parallel.context_parallel.sliding_window_attention=ulysses",
+            "sliding_window_attention=halo, ",
+        ),
+        (
+            any(mixer.has_linear_branch for mixer in mixers)
+            and linear is LinearAttentionContextParallel.ulysses,
+            "parallel.context_parallel.gated_linear_attention=ulysses",
+            "gated_linear_attention=allgather, ",
+        ),
+    ):
+        require(
+            not uses_ulysses or method.head_padding or heads % context == 0,
+            f"parallel.context_parallel_size={context} does not divide the {heads} query heads of a "
+            f"tensor-parallel rank, as {asks} needs with parallel.context_parallel.head_padding=false; "
+            f"set head_padding=true, {instead}or a context degree of {either(divisors(heads))}",
+        )
+
+
+def check_sequence_split(seq_length: int, model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Sinks and text against the ranks that share a sequence. Raises ConfigurationError."""
+    context, sinks = parallel.context_parallel_size, model.num_sink_tokens
+    degrees, slices = [], context
+    if context > 1:
+        degrees.append(f"parallel.context_parallel_size={context}")
+    if parallel.sequence_parallel:
+        tensor = parallel.tensor_model_parallel_size
+        degrees.append(f"parallel.tensor_model_parallel_size={tensor} with parallel.sequence_parallel=true")
+        slices *= tensor
+    length = seq_length + sinks
+    counted = f" + model.num_sink_tokens={sinks} = {length}" if sinks else ""
+    valid = [n - sinks for n in multiples_around(length, slices) if n > sinks]
+    require(
+        length % slices == 0,
+        f"stage.seq_length={seq_length}{counted} is not divisible by {' x '.join(degrees)} = {slices} "
+        f"slices; use stage.seq_length={either(valid)}",
+    )
+    require(
+        sinks < length // context,
+        f"model.num_sink_tokens={sinks} leave no text in the first of parallel.context_parallel_size="
+        f"{context} slices of {length // context} tokens; use a stage.seq_length of "
+        f"{sinks * (context - 1) + slices} or more, fewer sinks, or a lower context degree",
+    )

@@ -1,0 +1,86 @@
+"""Spike settings that cannot work are refused with a sentence that says what would."""
+
+from __future__ import annotations
+
+import pytest
+
+from spikingbrain_train.architecture.spiking_checks import check_spiking
+from spikingbrain_train.config.model import (
+    FeatureMap,
+    GatedLinearAttentionConfig,
+    GateKind,
+    Mixer,
+    ModelConfig,
+    SpikingConfig,
+    SpikingProjection,
+)
+from spikingbrain_train.config.run import SpikeAnnealingConfig, StageConfig
+from spikingbrain_train.errors import ConfigurationError
+
+EVERYWHERE = list(SpikingProjection)
+
+
+def check(
+    projections: list[SpikingProjection] = EVERYWHERE,
+    k: float = 3.0,
+    init_k: float | None = None,
+    anneal_iters: int = 0,
+    mixers: tuple[Mixer, ...] = (Mixer.gla,),
+    gate: GateKind = GateKind.low_rank,
+) -> None:
+    gla = GatedLinearAttentionConfig(feature_map=FeatureMap.sigmoid, gate=gate)
+    spiking = SpikingConfig(projections=projections, k=k)
+    model = ModelConfig(num_layers=2, mixers=list(mixers), gla=gla, spiking=spiking)
+    stage = StageConfig(train_iters=100, spike_annealing=SpikeAnnealingConfig(init_k, anneal_iters))
+    check_spiking(model, stage)
+
+
+def test_what_works_is_let_through() -> None:
+    check()
+    check(projections=[], k=3.0)
+    check(init_k=24.0, anneal_iters=100)
+    check(mixers=(Mixer.full, Mixer.gla_swa))
+    check(projections=[SpikingProjection.qkv], mixers=(Mixer.full,))
+
+
+@pytest.mark.parametrize("k", [0.0, -3.0])
+def test_a_threshold_needs_a_positive_k(k: float) -> None:
+    with pytest.raises(ConfigurationError, match="model.spiking.k=.* must be greater than 0"):
+        check(k=k)
+
+
+def test_a_projection_is_listed_once() -> None:
+    with pytest.raises(ConfigurationError, match="lists qkv more than once"):
+        check(projections=[SpikingProjection.qkv, SpikingProjection.qkv])
+
+
+@pytest.mark.parametrize(
+    ("mixers", "gate"), [((Mixer.swa,), GateKind.low_rank), ((Mixer.gla,), GateKind.tied)], ids=str
+)
+def test_spikes_in_front_of_a_gate_need_one(mixers: tuple[Mixer, ...], gate: GateKind) -> None:
+    with pytest.raises(ConfigurationError, match="no layer has a low-rank gate; take gate out"):
+        check(mixers=mixers, gate=gate)
+
+
+def test_annealing_needs_a_start_above_the_end() -> None:
+    with pytest.raises(ConfigurationError, match="anneal_iters=10 needs stage.spike_annealing.init_k"):
+        check(anneal_iters=10)
+    for init_k in (2.0, 3.0, 0.0, -1.0):
+        with pytest.raises(ConfigurationError, match="must be above model.spiking.k=3.0"):
+            check(init_k=init_k, anneal_iters=10)
+
+
+@pytest.mark.parametrize("anneal_iters", [0, 101])
+def test_annealing_ends_within_the_stage(anneal_iters: int) -> None:
+    with pytest.raises(ConfigurationError, match="must be between 1 and stage.train_iters=100"):
+        check(init_k=24.0, anneal_iters=anneal_iters)
+
+
+def test_annealing_steps_are_not_negative() -> None:
+    with pytest.raises(ConfigurationError, match="anneal_iters=-1 must be at least 0"):
+        check(anneal_iters=-1)
+
+
+def test_annealing_without_spikes_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="model.spiking.projections is empty"):
+        check(projections=[], init_k=24.0, anneal_iters=10)

@@ -1,0 +1,264 @@
+"""Files that a run names are checked before anything starts, and nothing on disk changes."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from spikingbrain_train.config.load import save_config
+from spikingbrain_train.config.model import (
+    FeatureMap,
+    FeedForward,
+    GatedLinearAttentionConfig,
+    GateKind,
+    Mixer,
+    ModelConfig,
+)
+from spikingbrain_train.config.run import DataConfig, Resume, RunConfig, StageConfig, StageKind
+from spikingbrain_train.data.gpt_dataset import build_datasets
+from spikingbrain_train.errors import CheckpointError, ConfigurationError, DataError
+from spikingbrain_train.planning.checks import check_run_config
+from spikingbrain_train.planning.file_checks import check_output_folder
+
+HYBRID = ModelConfig(
+    num_layers=4,
+    hidden_size=64,
+    ffn_hidden_size=128,
+    num_attention_heads=4,
+    num_query_groups=2,
+    kv_channels=16,
+    vocab_size=512,
+    max_position_embeddings=1024,
+)
+DENSE = dataclasses.replace(HYBRID, mixers=[Mixer.full])
+
+
+def write_checkpoint(folder: Path, model: ModelConfig, iteration: int = 0) -> str:
+    checkpoint = folder / f"iter_{iteration:07d}"
+    checkpoint.mkdir(parents=True)
+    save_config(model, checkpoint / "model_config.yaml")
+    (checkpoint / ".metadata").touch()
+    (folder / "latest_checkpointed_iteration.txt").write_text(str(iteration))
+    return str(folder)
+
+
+@pytest.fixture
+def run(tmp_path) -> RunConfig:
+    """A run over files that all exist."""
+    for suffix in (".bin", ".idx"):
+        (tmp_path / f"tokens{suffix}").touch()
+    return RunConfig(
+        model=dataclasses.replace(HYBRID),
+        stage=StageConfig(train_iters=10, seq_length=64, global_batch_size=1),
+        data=DataConfig(train=[str(tmp_path / "tokens")]),
+        output_dir=str(tmp_path / "runs" / "new"),
+    )
+
+
+def snapshot(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def refusal(run: RunConfig, kind: type[Exception]) -> str:
+    with pytest.raises(kind) as caught:
+        check_run_config(run, world_size=1)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_run_over_existing_files_is_accepted_and_leaves_the_disk_alone(run, tmp_path):
+    before = snapshot(tmp_path)
+    check_run_config(run, world_size=1)
+    assert snapshot(tmp_path) == before
+
+
+def test_training_data_must_be_named(run):
+    run.data.train = []
+    assert "data.train=[" in refusal(run, ConfigurationError)
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".idx"])
+def test_both_halves_of_a_dataset_must_exist(run, tmp_path, suffix):
+    (tmp_path / f"tokens{suffix}").unlink()
+    sentence = refusal(run, DataError)
+    assert f"tokens{suffix}" in sentence and "tools/preprocess_data.py" in sentence
+
+
+def test_a_dataset_named_by_its_file_is_told_its_prefix(run, tmp_path):
+    run.data.valid = [f"{tmp_path}/tokens.bin"]
+    assert refusal(run, DataError).endswith(f"name its prefix {tmp_path}/tokens")
+
+
+def test_weights_must_match_the_prefixes(run):
+    run.data.train_weights = [1.0, 2.0]
+    assert "data.train_weights has 2 weights for 1" in refusal(run, ConfigurationError)
+
+
+@pytest.mark.parametrize("weights", [[-1.0, 1.0], [1.0, 0.0], [1e308, 1e308]])
+def test_weights_that_training_would_refuse_are_refused_at_start(run, weights):
+    run.data.train *= 2
+    run.data.train_weights = weights
+    sentence = refusal(run, ConfigurationError)
+    assert "must be positive, finite numbers" in sentence
+    with pytest.raises(ConfigurationError) as caught:
+        build_datasets(run.data, 64, 1)
+    assert str(caught.value) == sentence
+
+
+def test_tokenizer_must_exist(run, tmp_path):
+    run.data.tokenizer = str(tmp_path / "nowhere")
+    assert "data.tokenizer=" in refusal(run, DataError)
+
+
+def test_output_below_a_file_is_refused(run, tmp_path):
+    run.output_dir = str(tmp_path / "tokens.bin" / "run")
+    sentence = refusal(run, ConfigurationError)
+    assert "output_dir=" in sentence and "tokens.bin is a file" in sentence
+
+
+def test_output_on_a_file_system_that_takes_no_files_is_refused(run):
+    run.output_dir = "/proc/run"
+    assert "output_dir=/proc/run cannot be written" in refusal(run, ConfigurationError)
+
+
+def test_output_on_a_full_disk_is_refused(run, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert "No space left on device" in refusal(run, ConfigurationError)
+
+
+def test_output_folder_check_creates_nothing(tmp_path):
+    check_output_folder(tmp_path / "a" / "b")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_output_must_not_be_where_the_run_starts_from(run, tmp_path):
+    run.output_dir = str(tmp_path / "run")
+    run.checkpoint.load = write_checkpoint(tmp_path / "run" / "checkpoints", HYBRID)
+    sentence = refusal(run, ConfigurationError)
+    assert "checkpoint.load" in sentence and "choose another output_dir" in sentence
+
+
+def test_resume_agrees_with_what_lies_in_the_output(run, tmp_path):
+    run.checkpoint.resume = Resume.must
+    assert "checkpoint.resume=auto" in refusal(run, CheckpointError)
+    written = write_checkpoint(Path(run.output_dir) / "checkpoints", HYBRID, iteration=30)
+    save_config(dataclasses.replace(run), Path(written) / "iter_0000030" / "run_config.yaml")
+    run.stage.train_iters = 40
+    check_run_config(run, world_size=1)
+    run.checkpoint.resume = Resume.never
+    sentence = refusal(run, ConfigurationError)
+    assert "iteration 30" in sentence and "checkpoint.resume=auto" in sentence
+
+
+class TestLoadedCheckpoint:
+    def test_a_fitting_checkpoint_is_accepted_with_a_longer_context(self, run, tmp_path):
+        run.checkpoint.load = write_checkpoint(tmp_path / "hybrid", HYBRID)
+        run.model.max_position_embeddings = 32768
+        run.model.sliding_window = 128
+        check_run_config(run, world_size=1)
+
+    def test_missing_folder(self, run, tmp_path):
+        run.checkpoint.load = str(tmp_path / "nowhere")
+        assert "checkpoint.load=" in refusal(run, CheckpointError)
+
+    def test_folder_without_tracker(self, run, tmp_path):
+        run.checkpoint.load = str(tmp_path)
+        assert "latest_checkpointed_iteration.txt" in refusal(run, CheckpointError)
+
+    def test_folder_of_one_iteration_is_told_its_parent(self, run, tmp_path):
+        folder = write_checkpoint(tmp_path / "hybrid", HYBRID, iteration=7)
+        run.checkpoint.load = f"{folder}/iter_0000007"
+        assert refusal(run, CheckpointError).endswith(f"checkpoint.load={folder}")
+
+    def test_folder_of_a_run_is_told_its_checkpoints(self, run, tmp_path):
+        folder = write_checkpoint(tmp_path / "old" / "checkpoints", HYBRID)
+        run.checkpoint.load = str(tmp_path / "old")
+        assert refusal(run, CheckpointError).endswith(f"checkpoint.load={folder}")
+
+    @pytest.mark.parametrize("content", ["", "release", "12x", "-1"])
+    def test_damaged_tracker(self, run, tmp_path, content):
+        run.checkpoint.load = write_checkpoint(tmp_path / "hybrid", HYBRID)
+        (tmp_path / "hybrid" / "latest_checkpointed_iteration.txt").write_text(content)
+        assert "instead of an iteration number" in refusal(run, CheckpointError)
+
+    @pytest.mark.parametrize("missing", ["model_config.yaml", ".metadata"])
+    def test_incomplete_iteration(self, run, tmp_path, missing):
+        run.checkpoint.load = write_checkpoint(tmp_path / "hybrid", HYBRID)
+        (tmp_path / "hybrid" / "iter_0000000" / missing).unlink()
+        assert missing in refusal(run, CheckpointError)
+
+    @pytest.mark.parametrize(
+        ("change", "parts"),
+        [
+            ({"num_layers": 2}, ["num_layers=2", "model.num_layers=4"]),
+            ({"vocab_size": 1024}, ["vocab_size=1024", "model.vocab_size=512"]),
+            ({"add_qkv_bias": True}, ["add_qkv_bias=true", "model.add_qkv_bias=false"]),
+            ({"mixers": [Mixer.swa, Mixer.gla]}, ["mixer swa in layer 0", "model.mixers says gla"]),
+            ({"mixers": [Mixer.gla, Mixer.gla_swa]}, ["mixer gla_swa in layer 1", "model.mixers says swa"]),
+            ({"num_sink_tokens": 6}, ["num_sink_tokens=6", "model.num_sink_tokens=0"]),
+            (
+                {"feed_forwards": [FeedForward.moe]},
+                ["feed-forward moe in layer 0", "model.feed_forwards says dense"],
+            ),
+            (
+                {"gla": GatedLinearAttentionConfig(feature_map=FeatureMap.sigmoid, gate=GateKind.tied)},
+                ["gla.gate=tied", "model.gla.gate=low_rank"],
+            ),
+        ],
+    )
+    def test_another_architecture(self, run, tmp_path, change, parts):
+        run.checkpoint.load = write_checkpoint(tmp_path / "other", dataclasses.replace(HYBRID, **change))
+        sentence = refusal(run, CheckpointError)
+        assert all(part in sentence for part in parts), sentence
+
+    def test_another_gate_width(self, run, tmp_path):
+        run.checkpoint.load = write_checkpoint(tmp_path / "hybrid", HYBRID)
+        run.model.gla = dataclasses.replace(HYBRID.gla, gate_low_rank_dim=8)
+        assert "model.gla.gate_low_rank_dim=8" in refusal(run, CheckpointError)
+
+
+class TestTeacher:
+    def test_a_dense_twin_teaches_alignment(self, run, tmp_path):
+        run.stage.kind = StageKind.align
+        run.stage.teacher = write_checkpoint(tmp_path / "dense", DENSE)
+        check_run_config(run, world_size=1)
+
+    def test_a_teacher_with_the_same_mixers_has_nothing_to_teach(self, run, tmp_path):
+        run.stage.kind = StageKind.align
+        run.stage.teacher = write_checkpoint(tmp_path / "hybrid", HYBRID)
+        assert "nothing to learn" in refusal(run, ConfigurationError)
+
+    def test_alignment_needs_a_teacher_of_the_same_shape(self, run, tmp_path):
+        run.stage.kind = StageKind.align
+        run.stage.teacher = write_checkpoint(tmp_path / "dense", dataclasses.replace(DENSE, hidden_size=128))
+        assert "stage.teacher=" in refusal(run, CheckpointError)
+
+    def test_distillation_needs_the_same_vocabulary(self, run, tmp_path):
+        run.stage.distillation.weight = 0.5
+        run.stage.teacher = write_checkpoint(tmp_path / "dense", dataclasses.replace(DENSE, vocab_size=256))
+        sentence = refusal(run, CheckpointError)
+        assert "vocabulary of 256" in sentence and "model.vocab_size=512" in sentence
+
+    def test_a_pipeline_stage_that_would_align_nothing_is_refused(self, run, tmp_path):
+        run.stage.kind = StageKind.align
+        run.parallel.pipeline_model_parallel_size = 2
+        run.stage.teacher = write_checkpoint(
+            tmp_path / "half",
+            dataclasses.replace(HYBRID, mixers=[Mixer.full, Mixer.full, Mixer.gla, Mixer.swa]),
+        )
+        with pytest.raises(ConfigurationError, match="layers 2 to 3 have the teacher's mixers; valid are 1$"):
+            check_run_config(run, world_size=2)
+        run.model.mixers = [Mixer.swa, Mixer.gla, Mixer.full, Mixer.swa]
+        check_run_config(run, world_size=2)
+
+    def test_a_missing_teacher_is_named(self, run):
+        run.stage.distillation.weight = 0.5
+        run.stage.teacher = "nowhere"
+        assert "stage.teacher=nowhere" in refusal(run, CheckpointError)

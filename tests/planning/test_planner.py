@@ -1,0 +1,452 @@
+"""The plan is exact about parameters and agrees with independent counts of arithmetic."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections import namedtuple
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from spikingbrain_train.architecture.model_checks import has_experts
+from spikingbrain_train.config.compose import compose_run
+from spikingbrain_train.config.load import to_run_config
+from spikingbrain_train.config.model import (
+    FeatureMap,
+    FeedForward,
+    GatedLinearAttentionConfig,
+    GateKind,
+    Mixer,
+    ModelConfig,
+    MoEConfig,
+    SpikingConfig,
+    SpikingProjection,
+)
+from spikingbrain_train.config.parallel import KernelConfig, ParallelConfig, Recompute
+from spikingbrain_train.config.run import DistillationConfig, Precision, RunConfig, StageConfig, StageKind
+from spikingbrain_train.errors import ConfigurationError
+from spikingbrain_train.parallel.kernels import resolve_kernels
+from spikingbrain_train.parallel.process_groups import ProcessGroups
+from spikingbrain_train.planning.costs import (
+    active_parameters,
+    dense_twin,
+    forward_flops_per_token,
+    mixer_core_flops,
+    new_parameters,
+    stage_parameters,
+    stage_routed_expert_parameters,
+    swiglu,
+    total_parameters,
+    training_flops_per_token,
+    visible_keys,
+)
+from spikingbrain_train.planning.planner import (
+    Plan,
+    check_disk_space,
+    launched_world_size,
+    plan_run,
+    quantity,
+)
+from spikingbrain_train.runtime.accelerator import detect
+from tests.distributed.pool import RankPool
+
+LLAMA = ModelConfig(
+    num_layers=4,
+    hidden_size=48,
+    ffn_hidden_size=88,
+    num_attention_heads=4,
+    num_query_groups=2,
+    kv_channels=16,
+    vocab_size=500,  # not a multiple of the padding
+    max_position_embeddings=256,
+    mixers=[Mixer.gla, Mixer.swa, Mixer.full, Mixer.gla],
+    gla=GatedLinearAttentionConfig(gate_low_rank_dim=6),
+)
+MODELS = {
+    "llama-like, untied": LLAMA,
+    "tied": dataclasses.replace(LLAMA, share_embeddings_and_output_weights=True),
+    "qwen2-like, with bias": dataclasses.replace(LLAMA, add_qkv_bias=True),
+    "qwen3-like, with q/k norms": dataclasses.replace(LLAMA, qk_layernorm=True),
+}
+
+
+def run_of(model: ModelConfig, parallel: ParallelConfig | None = None, **stage: object) -> RunConfig:
+    settings: dict = {"train_iters": 100, "seq_length": 64, "global_batch_size": 8, **stage}
+    return RunConfig(
+        model=model,
+        parallel=parallel or ParallelConfig(),
+        stage=StageConfig(**settings),
+        precision=Precision.bf16,
+        output_dir="run",
+    )
+
+
+EXPERTS = dataclasses.replace(
+    LLAMA,
+    feed_forwards=[FeedForward.dense, FeedForward.moe],
+    moe=MoEConfig(num_experts=4, router_topk=2, num_shared_experts=2, moe_ffn_hidden_size=40),
+)
+SPIKINGBRAIN_76B_LIKE = dataclasses.replace(
+    EXPERTS,
+    mixers=[Mixer.gla_swa, Mixer.gla_full],
+    gla=GatedLinearAttentionConfig(feature_map=FeatureMap.sigmoid, gate=GateKind.tied),
+    num_sink_tokens=6,
+    add_qkv_bias=True,
+)
+HYBRIDS = {
+    "two branches, low-rank gate, sinks": dataclasses.replace(
+        LLAMA, mixers=[Mixer.gla_swa, Mixer.gla_full], num_sink_tokens=6, qk_layernorm=True
+    ),
+    "experts": EXPERTS,
+    "experts only, none shared": dataclasses.replace(
+        LLAMA, feed_forwards=[FeedForward.moe], moe=MoEConfig(num_experts=8, num_shared_experts=0)
+    ),
+    "76B-like": SPIKINGBRAIN_76B_LIKE,
+    "76B-like, spiking": dataclasses.replace(
+        SPIKINGBRAIN_76B_LIKE, spiking=SpikingConfig(projections=list(SpikingProjection))
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """Parameters on one rank."""
+
+    all: int
+    routed_experts: int
+    """Those that data-parallel ranks don't reduce together; only marked where experts are spread."""
+    new: int
+
+
+def _built_parameters(
+    groups: ProcessGroups, parallel: ParallelConfig, names: list[str]
+) -> tuple[int, dict[str, Counts]]:
+    """This rank's pipeline stage, and the parameters of the modules that megatron-core builds for it."""
+    from spikingbrain_train.models.gpt_model import build_model
+    from spikingbrain_train.models.transformer_config import transformer_config
+
+    kernels = resolve_kernels(KernelConfig(), detect("cpu"))
+    counts = {}
+    for name in names:
+        model = (MODELS | HYBRIDS)[name]
+        config = transformer_config(model, parallel, Precision.fp32, on_cpu=True)
+        parameters = list(build_model(model, config, kernels, groups.device).parameters())
+        counts[name] = Counts(
+            all=sum(p.numel() for p in parameters),
+            routed_experts=sum(p.numel() for p in parameters if not getattr(p, "allreduce", True)),
+            new=sum(p.numel() for p in parameters if getattr(p, "is_new_parameter", False)),
+        )
+    return groups.pipeline_model_parallel_rank, counts
+
+
+@pytest.mark.parametrize(
+    ("degrees", "world_size"),
+    [
+        ({}, 1),
+        ({"tensor": 2, "sequence_parallel": True}, 2),
+        ({"tensor": 2, "sequence_parallel": True, "pipeline": 2}, 4),
+        ({"pipeline": 2}, 2),
+        ({"context": 2}, 2),
+        ({"expert": 2}, 2),
+        ({"expert": 2, "context": 2}, 2),
+        ({"expert": 2, "pipeline": 2}, 4),
+        ({"tensor": 2, "sequence_parallel": True, "expert": 2, "expert_tensor_parallel_size": 1}, 2),
+        ({"tensor": 2, "sequence_parallel": True, "expert": 2}, 4),
+    ],
+    ids=str,
+)
+def test_parameters_per_rank_are_those_of_the_built_model(
+    ranks: RankPool, degrees: dict, world_size: int
+) -> None:
+    shards = {"tensor", "pipeline", "expert"}
+    settings = {f"{name}_model_parallel_size" if name in shards else name: n for name, n in degrees.items()}
+    if "context" in settings:
+        settings["context_parallel_size"] = settings.pop("context")
+    parallel = ParallelConfig(**settings)
+    models = {name: m for name, m in (MODELS | HYBRIDS).items() if has_experts(m) or "expert" not in degrees}
+    results = ranks.run(
+        _built_parameters, parallel, list(models), world_size=world_size, parallel=parallel, timeout=240
+    )
+    assert {stage for stage, _ in results} == set(range(parallel.pipeline_model_parallel_size))
+    for stage, built in results:
+        for name, model in models.items():
+            assert built[name].all == stage_parameters(model, parallel, stage), name
+            if parallel.expert_model_parallel_size > 1:
+                planned = stage_routed_expert_parameters(model, parallel, stage)
+                assert built[name].routed_experts == planned, name
+    if world_size == 1:
+        _, built = results[0]
+        assert {name: counts.new for name, counts in built.items()} == {
+            name: new_parameters(model) for name, model in models.items()
+        }
+
+
+def test_the_76b_has_the_parameters_of_its_parts() -> None:
+    hidden, width, heads, groups, ffn, vocabulary = 3584, 128, 28, 4, 18944, 152064
+    projections = hidden * width * (heads + groups + groups) + width * (heads + 2 * groups) + hidden * hidden
+    mixer = 2 * projections + width + 2 * hidden + 2  # two branches, output norm, branch norms and weights
+    swiglu = 3 * hidden * ffn
+    dense, experts = 7 * swiglu, 21 * (16 * swiglu + swiglu + 16 * hidden)
+    rest = 28 * 2 * hidden + hidden + 2 * vocabulary * hidden + 128 * hidden
+    model = to_run_config(compose_run(["model=spikingbrain_76b", "dry_run=true"])).model
+    assert total_parameters(model) == 28 * mixer + dense + experts + rest
+    assert active_parameters(model) == total_parameters(model) - 21 * 15 * swiglu
+
+
+def test_the_ranks_of_all_stages_hold_the_model_once() -> None:
+    parallel = ParallelConfig(pipeline_model_parallel_size=2, expert_model_parallel_size=2)
+    model = dataclasses.replace(SPIKINGBRAIN_76B_LIKE, vocab_size=512)  # needs no padding
+    stages = range(parallel.pipeline_model_parallel_size)
+    once = sum(stage_parameters(model, parallel, stage) for stage in stages)
+    others = sum(stage_routed_expert_parameters(model, parallel, stage) for stage in stages)
+    assert once + others == total_parameters(model)
+
+
+def transformers_model(model: ModelConfig):
+    transformers = pytest.importorskip("transformers")
+    sizes = {
+        "num_hidden_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_query_groups,
+        "head_dim": model.kv_channels,
+        "vocab_size": model.vocab_size,
+        "tie_word_embeddings": model.share_embeddings_and_output_weights,
+        "attn_implementation": "eager",
+    }
+    if model.qk_layernorm:
+        return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**sizes))
+    if model.add_qkv_bias:
+        return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes))
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_dense_totals_are_those_of_transformers(name: str) -> None:
+    model = dataclasses.replace(
+        dense_twin(MODELS[name]), hidden_size=64
+    )  # Qwen2 fixes heads x width = hidden
+    assert total_parameters(model) == transformers_model(model).num_parameters()
+
+
+def test_dense_forward_flops_are_those_that_torch_counts() -> None:
+    model, length = dense_twin(LLAMA), 40
+    reference = transformers_model(model)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        reference(torch.zeros(1, length, dtype=torch.long))
+    # transformers' eager attention computes the whole T x T square and masks it; only the triangle is needed.
+    # Its rotary frequencies are one small product per position, which is no arithmetic of the model.
+    square = 4 * model.num_attention_heads * model.kv_channels * length * length * model.num_layers
+    triangle = (
+        4 * model.num_attention_heads * model.kv_channels * sum(range(1, length + 1)) * model.num_layers
+    )
+    rotary = length * model.kv_channels
+    counted = counter.get_total_flops() - square + triangle
+    assert counted - rotary <= forward_flops_per_token(model, length) * length <= counted
+
+
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 50])
+@pytest.mark.parametrize("window", [None, 1, 8, 64])
+def test_visible_keys_are_those_of_the_mask(length: int, window: int | None) -> None:
+    mask = torch.ones(length, length).tril()
+    if window is not None:
+        mask = mask.triu(1 - window)
+    assert visible_keys(length, window) == pytest.approx(mask.sum().item() / length, rel=1e-12)
+
+
+def test_linear_attention_costs_the_same_per_token_at_any_length() -> None:
+    assert mixer_core_flops(LLAMA, Mixer.gla, 128) == mixer_core_flops(LLAMA, Mixer.gla, 131072)
+    windowed = dataclasses.replace(LLAMA, sliding_window=16)
+    assert mixer_core_flops(windowed, Mixer.swa, 131072) < 4 * 4 * 16 * 16
+    assert mixer_core_flops(LLAMA, Mixer.full, 131072) > 1000 * mixer_core_flops(windowed, Mixer.swa, 131072)
+
+
+def test_two_branches_cost_as_much_as_both_alone() -> None:
+    for softmax, both in ((Mixer.swa, Mixer.gla_swa), (Mixer.full, Mixer.gla_full)):
+        alone = mixer_core_flops(LLAMA, softmax, 64) + mixer_core_flops(LLAMA, Mixer.gla, 64)
+        assert mixer_core_flops(LLAMA, both, 64) == alone
+
+
+@pytest.mark.parametrize("window", [None, 8, 64])
+def test_sinks_are_keys_of_every_token_and_queries_of_their_own(window: int | None) -> None:
+    length, sinks = 40, 6
+    mask = torch.ones(length, length).tril()
+    mask = mask if window is None else mask.triu(1 - window)
+    pairs = mask.sum().item() + (length + sinks) * sinks  # sinks see sinks, and text sees sinks
+    model = dataclasses.replace(LLAMA, sliding_window=window or 1, num_sink_tokens=sinks)
+    flops = mixer_core_flops(model, Mixer.full if window is None else Mixer.swa, length)
+    per_pair = 4 * model.num_attention_heads * model.kv_channels
+    assert flops * length == pytest.approx(pairs * per_pair, rel=1e-12)
+
+
+def test_a_token_pays_for_the_experts_it_visits() -> None:
+    experts, more = EXPERTS, dataclasses.replace(EXPERTS.moe, num_experts=64)
+    routers = 2 * (64 - 4) * LLAMA.hidden_size * 2  # two layers of experts, two FLOPs per element
+    wider = dataclasses.replace(experts, moe=more)
+    assert forward_flops_per_token(wider, 64) - forward_flops_per_token(experts, 64) == routers
+    visits = dataclasses.replace(experts, moe=dataclasses.replace(experts.moe, router_topk=3))
+    expert = 2 * 2 * swiglu(experts, 40)
+    assert forward_flops_per_token(visits, 64) - forward_flops_per_token(experts, 64) == expert
+
+
+def test_training_counts_backward_twice_and_the_teacher_once() -> None:
+    forward, teacher = forward_flops_per_token(LLAMA, 64), forward_flops_per_token(dense_twin(LLAMA), 64)
+    assert training_flops_per_token(run_of(LLAMA)) == 3 * forward
+    distilled = run_of(LLAMA, teacher="dense", distillation=DistillationConfig(weight=0.5))
+    assert training_flops_per_token(distilled) == 3 * forward + teacher
+    aligned = training_flops_per_token(run_of(LLAMA, kind=StageKind.align, teacher="dense"))
+    assert (
+        forward_flops_per_token(dense_twin(LLAMA), 64, output_layer=False) < aligned < 3 * forward + teacher
+    )
+
+
+def test_quantities_of_a_step() -> None:
+    parallel = ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+    plan = plan_run(run_of(LLAMA, parallel, micro_batch_size=2, global_batch_size=24), world_size=12)
+    assert plan.data_parallel_size == 3
+    assert plan.micro_batches == 4
+    assert plan.tokens_per_step == 24 * 64
+    assert plan.total_tokens == 24 * 64 * 100
+    assert plan.pipeline_bubble == 1 / 5
+    assert [stage.layers for stage in plan.stages] == [range(0, 2), range(2, 4)]
+    assert plan.stages[1].mixers == [Mixer.full, Mixer.gla]
+
+
+class TestMemory:
+    def total(self, config: RunConfig, world_size: int = 1) -> float:
+        return max(stage.memory.total for stage in plan_run(config, world_size).stages)
+
+    def test_weights_gradients_and_optimizer_follow_from_the_parameters(self) -> None:
+        (stage,) = plan_run(run_of(LLAMA), 1).stages
+        parameters = stage.parameters
+        assert stage.memory.weights == 2 * parameters
+        assert stage.memory.gradients == 4 * parameters
+        assert stage.memory.optimizer == 12 * parameters
+        single = dataclasses.replace(run_of(LLAMA), precision=Precision.fp32)
+        (stage,) = plan_run(single, 1).stages
+        assert (stage.memory.weights, stage.memory.optimizer) == (4 * parameters, 8 * parameters)
+
+    def test_the_distributed_optimizer_is_shared_by_the_replicas(self) -> None:
+        sharded = ParallelConfig(use_distributed_optimizer=True)
+        (whole,), (share,) = (
+            plan_run(run_of(LLAMA, parallel), 4).stages for parallel in (ParallelConfig(), sharded)
+        )
+        assert share.memory.optimizer == whole.memory.optimizer / 4
+        assert share.memory.gradients == whole.memory.gradients
+
+    def test_recomputation_and_splitting_save_memory(self) -> None:
+        for parallel, world_size in (
+            (ParallelConfig(recompute=Recompute.full), 1),
+            (ParallelConfig(tensor_model_parallel_size=2), 2),
+            (ParallelConfig(pipeline_model_parallel_size=4), 4),
+        ):
+            long = {"seq_length": 256}
+            assert self.total(run_of(LLAMA, parallel, **long), world_size) < self.total(run_of(LLAMA, **long))
+
+    def test_sequence_parallelism_saves_activations_only(self) -> None:
+        tensor = ParallelConfig(tensor_model_parallel_size=2)
+        both = dataclasses.replace(tensor, sequence_parallel=True)
+        (without,), (with_it,) = (plan_run(run_of(LLAMA, parallel), 2).stages for parallel in (tensor, both))
+        assert with_it.memory.activations < without.memory.activations
+        assert with_it.parameters == without.parameters
+
+    def test_the_first_pipeline_stage_holds_most_micro_batches(self) -> None:
+        same = dataclasses.replace(LLAMA, mixers=[Mixer.swa])
+        stages = plan_run(run_of(same, ParallelConfig(pipeline_model_parallel_size=4)), 4).stages
+        first, second, third, _ = (stage.memory.activations for stage in stages)
+        assert first == pytest.approx(2 * third) and second == pytest.approx(1.5 * third)
+
+    def test_a_slice_of_the_sequence_takes_its_share_of_the_activations(self) -> None:
+        # Without a vocabulary to speak of, whose gradient is as large on any slice.
+        model = dataclasses.replace(SPIKINGBRAIN_76B_LIKE, vocab_size=1, make_vocab_size_divisible_by=1)
+        long = {"seq_length": (1 << 20) - model.num_sink_tokens, "global_batch_size": 4}
+        (whole,) = plan_run(run_of(model, **long), 1).stages
+        (slice_,) = plan_run(run_of(model, ParallelConfig(context_parallel_size=4), **long), 4).stages
+        # And what mixers keep to see beyond a slice; tests/planning/test_activations.py measures it.
+        share = whole.memory.activations / 4
+        assert share < slice_.memory.activations < 1.25 * share
+        assert slice_.parameters == whole.parameters
+
+    def test_every_level_of_recomputation_keeps_less(self) -> None:
+        levels = [Recompute.none, Recompute.moe_activation, Recompute.moe_feed_forward, Recompute.moe_layer]
+        deep = dataclasses.replace(SPIKINGBRAIN_76B_LIKE, num_layers=32)
+        totals = [self.total(run_of(deep, ParallelConfig(recompute=level))) for level in levels]
+        assert totals == sorted(totals, reverse=True) and len(set(totals)) == len(levels)
+        assert self.total(run_of(deep, ParallelConfig(recompute=Recompute.full))) < totals[-1]
+
+    def test_experts_are_sharded_over_the_ranks_that_hold_the_same_ones(self) -> None:
+        parallel = ParallelConfig(
+            context_parallel_size=2, expert_model_parallel_size=4, use_distributed_optimizer=True
+        )
+        (stage,) = plan_run(run_of(EXPERTS, parallel), 8).stages
+        experts = stage_routed_expert_parameters(EXPERTS, parallel, 0)
+        # 8 ranks: all hold the other parameters, 8 / 4 each expert.
+        assert stage.memory.optimizer == 12 * (experts / 2 + (stage.parameters - experts) / 8)
+
+    def test_alignment_trains_little_and_keeps_a_teacher(self) -> None:
+        (trained,) = plan_run(run_of(LLAMA), 1).stages
+        (aligned,) = plan_run(run_of(LLAMA, kind=StageKind.align, teacher="dense"), 1).stages
+        assert aligned.memory.gradients < trained.memory.gradients / 2
+        assert aligned.memory.teacher == 2 * stage_parameters(dense_twin(LLAMA), ParallelConfig(), 0)
+        assert trained.memory.teacher == 0
+
+
+class TestWorldSize:
+    def test_the_launcher_decides(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("WORLD_SIZE", "6")
+        assert launched_world_size(run_of(LLAMA)) == 6
+
+    def test_without_a_launcher_there_is_one_rank(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("WORLD_SIZE", raising=False)
+        assert launched_world_size(run_of(LLAMA, ParallelConfig(pipeline_model_parallel_size=4))) == 1
+
+    def test_a_dry_run_takes_what_the_config_asks_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("WORLD_SIZE", raising=False)
+        config = run_of(LLAMA, ParallelConfig(pipeline_model_parallel_size=4, data_parallel_size=8))
+        config.dry_run = True
+        assert launched_world_size(config) == 32
+        config.parallel.data_parallel_size = None
+        assert launched_world_size(config) == 4
+        config.parallel.expert_model_parallel_size = 6
+        assert launched_world_size(config) == 24
+
+    @pytest.mark.parametrize("value", ["0", "two", "-1", ""])
+    def test_a_damaged_environment_is_refused(self, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+        monkeypatch.setenv("WORLD_SIZE", value)
+        with pytest.raises(ConfigurationError, match=f"WORLD_SIZE={value} is not a positive number"):
+            launched_world_size(run_of(LLAMA))
+
+
+class TestDiskSpace:
+    @pytest.fixture
+    def plan(self, tmp_path) -> Plan:
+        config = run_of(LLAMA)
+        config.output_dir = str(tmp_path / "not" / "there")
+        return plan_run(config, 1)
+
+    def with_free(self, monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+        usage = namedtuple("usage", "total used free")
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(free, 0, free))
+
+    def test_room_for_one_checkpoint_is_enough(self, plan, monkeypatch) -> None:
+        self.with_free(monkeypatch, plan.checkpoint_bytes)
+        check_disk_space(plan)
+
+    def test_less_is_refused_with_both_sizes(self, plan, monkeypatch) -> None:
+        self.with_free(monkeypatch, plan.checkpoint_bytes - 1)
+        with pytest.raises(ConfigurationError, match="output_dir=.*MiB of free space.*takes .* MiB"):
+            check_disk_space(plan)
+
+    def test_a_checkpoint_is_weights_and_optimizer_state(self, plan) -> None:
+        assert plan.checkpoint_bytes == total_parameters(LLAMA) * (2 + 12)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "0"), (999, "999"), (188_160, "188.2 k"), (7_616_543_488, "7.617 B"), (1e11, "100 B")],
+)
+def test_counts_are_readable(number: float, text: str) -> None:
+    assert quantity(number) == text

@@ -1,0 +1,330 @@
+"""What a run that goes on may change is decided for every setting, before torch is there."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from spikingbrain_train.architecture.same_architecture import leaves
+from spikingbrain_train.config.load import save_config
+from spikingbrain_train.config.model import (
+    FeatureMap,
+    FeedForward,
+    GatedLinearAttentionConfig,
+    GateKind,
+    Mixer,
+    ModelConfig,
+    MoEConfig,
+    RopeScalingConfig,
+    SpikingConfig,
+    SpikingProjection,
+)
+from spikingbrain_train.config.run import Precision, Resume, RunConfig, StageConfig, StageKind
+from spikingbrain_train.config.run_record import RunRecord, fingerprint, record_of, write_record
+from spikingbrain_train.errors import CheckpointError, SpikingBrainError
+from spikingbrain_train.planning.checks import check_run_config
+from spikingbrain_train.planning.resume import (
+    TABLE,
+    Rule,
+    StoredRun,
+    changes_since,
+    check_settings,
+    check_training_data,
+    is_same_topology,
+    nothing_left,
+    read_stored_run,
+    run_to_resume,
+)
+from tests.config.small_dataset import write_dataset
+
+# Every kind of layer, so that every setting has a part in it.
+MODEL = ModelConfig(
+    num_layers=4,
+    hidden_size=64,
+    ffn_hidden_size=128,
+    num_attention_heads=4,
+    num_query_groups=2,
+    kv_channels=16,
+    vocab_size=512,
+    max_position_embeddings=1024,
+    mixers=[Mixer.gla, Mixer.swa, Mixer.gla_full, Mixer.full],
+    feed_forwards=[FeedForward.dense, FeedForward.moe],
+    moe=MoEConfig(num_experts=4, capacity_factor=2.0),
+    spiking=SpikingConfig(projections=[SpikingProjection.qkv, SpikingProjection.gate]),
+    rope_scaling=RopeScalingConfig(factor=8.0),
+)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunConfig:
+    """A run over two datasets that exist, in a folder of its own."""
+    prefixes = [
+        write_dataset(tmp_path / name, documents=documents) for name, documents in (("a", 5), ("b", 3))
+    ]
+    return RunConfig(
+        model=dataclasses.replace(MODEL),
+        stage=StageConfig(train_iters=10, seq_length=16, global_batch_size=2, teacher="teacher"),
+        data=dataclasses.replace(RunConfig().data, train=prefixes, train_weights=[3.0, 1.0]),
+        output_dir=str(tmp_path / "run"),
+        precision=Precision.fp32,
+    )
+
+
+def save(
+    run: RunConfig, iteration: int = 4, record: RunRecord | None = None, with_record: bool = True
+) -> Path:
+    """What ``run`` leaves behind at ``iteration``."""
+    checkpoints = Path(run.output_dir) / "checkpoints"
+    checkpoint = checkpoints / f"iter_{iteration:07d}"
+    checkpoint.mkdir(parents=True)
+    save_config(run.model, checkpoint / "model_config.yaml")
+    save_config(run, checkpoint / "run_config.yaml")
+    (checkpoint / ".metadata").touch()
+    if with_record:
+        write_record(record or record_of(run, world_size=1), checkpoint)
+    (checkpoints / "latest_checkpointed_iteration.txt").write_text(str(iteration))
+    return checkpoint
+
+
+def changed(run: Any, name: str, value: Any) -> Any:
+    """A copy of a config with one setting replaced, by its dotted name."""
+    section, _, rest = name.partition(".")
+    if not rest:
+        return dataclasses.replace(run, **{section: value})
+    return dataclasses.replace(run, **{section: changed(getattr(run, section), rest, value)})
+
+
+def other(value: Any) -> Any:
+    """Another value of the same kind."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, Enum):
+        return next(member for member in type(value) if member not in (value, Precision.auto))
+    if isinstance(value, (int, float)):
+        return value + 1
+    if isinstance(value, str):
+        return f"{value}-other"
+    if isinstance(value, list):
+        return [*value[1:], *value[:1]] if len(value) > 1 else [*value, "other"]
+    return 3
+
+
+def refusal(run: RunConfig, kind: type[SpikingBrainError] = CheckpointError) -> str:
+    stored = run_to_resume(run)
+    assert stored is not None
+    with pytest.raises(kind) as caught:
+        check_settings(stored, run)
+        check_training_data(stored, run)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_every_setting_of_a_run_has_a_row(run: RunConfig) -> None:
+    assert sorted(TABLE) == sorted(leaves(run))
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_a_changed_setting_is_free_said_or_refused_as_the_table_has_it(run: RunConfig, name: str) -> None:
+    stored = StoredRun(save(run), run, record_of(run, world_size=1))
+    before = leaves(run)[name]
+    if name in ("parallel.data_parallel_size", "parallel.expert_tensor_parallel_size"):
+        before = 1  # what null stands for
+    now = changed(run, name, other(before))
+    row = TABLE[name]
+    if row.rule is Rule.refused:
+        with pytest.raises(CheckpointError) as caught:
+            check_settings(stored, now)
+        assert f"was written with {name}=" in str(caught.value) and "restore the setting" in str(caught.value)
+        return
+    check_settings(stored, now)
+    if row.rule is Rule.by_tokens:
+        return
+    world_size = 2 if name.startswith("parallel.") and name.endswith("parallel_size") else 1
+    if name == "parallel.expert_tensor_parallel_size":
+        world_size = 1
+    said = [change for change in changes_since(stored, now, world_size) if change.startswith(f"{name} ")]
+    assert len(said) == (row.rule is Rule.said), said
+
+
+def test_nothing_is_said_of_an_unchanged_run(run: RunConfig) -> None:
+    save(run)
+    stored = run_to_resume(run)
+    assert stored is not None and stored.iteration == 4
+    check_settings(stored, run)
+    check_training_data(stored, run)
+    assert changes_since(stored, run, world_size=1) == []
+
+
+def test_changes_are_said_as_they_are_written_on_the_command_line(run: RunConfig) -> None:
+    save(run)
+    stored = run_to_resume(run)
+    assert stored is not None
+    now = changed(changed(run, "optimizer.lr", 1e-5), "checkpoint.load", "elsewhere")
+    now = changed(now, "data.reset_at_documents", True)
+    assert changes_since(stored, now, world_size=2) == [
+        "parallel.data_parallel_size 1 -> 2",
+        "data.reset_at_documents false -> true",
+        "optimizer.lr 0.0005 -> 1e-05",
+        "checkpoint.load null -> elsewhere (its weights are read at the start only)",
+    ]
+    assert is_same_topology(stored, run, 1) and not is_same_topology(stored, run, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "parts"),
+    [
+        ("precision", Precision.bf16, ["precision=fp32", "with bf16", "checkpoint.load="]),
+        ("seed", 99, ["seed=1234", "with 99", "another order"]),
+        ("stage.seq_length", 32, ["stage.seq_length=16", "with 32", "another order"]),
+        ("stage.kind", StageKind.align, ["stage.kind=cpt", "with align"]),
+        ("model.num_sink_tokens", 6, ["model.num_sink_tokens=0", "with 6", "choose another output_dir"]),
+        ("model.mixers", [Mixer.gla], ["model.mixers=[gla,swa,gla_full,full]", "with [gla]"]),
+        ("model.sliding_window", 8, ["model.sliding_window=4096", "with 8", "checkpoint.load="]),
+        (
+            "model.gla",
+            GatedLinearAttentionConfig(feature_map=FeatureMap.sigmoid, gate=GateKind.tied),
+            ["model.gla.feature_map=relu", "with sigmoid"],
+        ),
+        ("data.train_weights", [1.0, 1.0], ["data.train_weights=[3,1]", "with [1,1]", "another order"]),
+        ("data.train_weights", None, ["data.train_weights=[3,1]", "with null"]),
+    ],
+)
+def test_what_must_stay_is_refused_naming_both_values(
+    run: RunConfig, name: str, value: Any, parts: list[str]
+) -> None:
+    save(run)
+    sentence = refusal(changed(run, name, value))
+    for part in parts:
+        assert part in sentence
+
+
+def test_a_precision_that_is_left_open_is_that_of_the_run(run: RunConfig) -> None:
+    save(run)
+    stored = run_to_resume(run)
+    assert stored is not None
+    check_settings(stored, changed(run, "precision", Precision.auto))
+    assert changes_since(stored, changed(run, "precision", Precision.auto), world_size=1) == []
+
+
+class TestTrainingData:
+    def test_other_tokens_under_the_same_name_are_refused(self, run: RunConfig, tmp_path: Path) -> None:
+        save(run)
+        write_dataset(tmp_path / "b", documents=4)
+        sentence = refusal(run)
+        assert f"data.train={tmp_path}/b of" in sentence
+        assert "in 3 documents" in sentence and "in 4 documents" in sentence
+
+    def test_tokens_of_another_order_under_the_same_name_are_refused(
+        self, run: RunConfig, tmp_path: Path
+    ) -> None:
+        save(run)
+        write_dataset(tmp_path / "b", documents=3, reverse=True)
+        assert "digest" in refusal(run)
+
+    def test_the_order_of_datasets_stays(self, run: RunConfig) -> None:
+        save(run)
+        assert "another order" in refusal(changed(run, "data.train", run.data.train[::-1]))
+
+    def test_a_dataset_more_or_less_is_refused(self, run: RunConfig) -> None:
+        save(run)
+        sentence = refusal(changed(run, "data.train", run.data.train[:1]))
+        assert f"data.train=[{','.join(run.data.train)}]" in sentence
+
+    def test_the_same_tokens_may_move(self, run: RunConfig, tmp_path: Path) -> None:
+        save(run)
+        moved = write_dataset(tmp_path / "moved", documents=5)
+        now = changed(run, "data.train", [moved, run.data.train[1]])
+        stored = run_to_resume(now)
+        assert stored is not None
+        check_training_data(stored, now)
+        (change,) = changes_since(stored, now, world_size=1)
+        assert change.startswith("data.train [") and change.endswith("(the same tokens)")
+
+    def test_weights_of_the_same_shares_are_the_same(self, run: RunConfig) -> None:
+        save(run)
+        now = changed(run, "data.train_weights", [6.0, 2.0])
+        stored = run_to_resume(now)
+        assert stored is not None
+        check_training_data(stored, now)
+
+    def test_weights_of_a_single_dataset_do_not_matter(self, run: RunConfig) -> None:
+        alone = changed(changed(run, "data.train", run.data.train[:1]), "data.train_weights", None)
+        save(alone)
+        stored = run_to_resume(alone)
+        assert stored is not None
+        check_training_data(stored, changed(alone, "data.train_weights", [3.0]))
+
+    def test_checkpoints_of_earlier_releases_know_paths_only(self, run: RunConfig, tmp_path: Path) -> None:
+        save(run, with_record=False)
+        stored = run_to_resume(run)
+        assert stored is not None and stored.record is None and stored.world_size == 1
+        check_training_data(stored, run)
+        moved = write_dataset(tmp_path / "moved", documents=5)
+        assert "data.train=[" in refusal(changed(run, "data.train", [moved, run.data.train[1]]))
+
+    def test_a_fingerprint_sees_any_size_and_the_start_and_end(self, tmp_path: Path) -> None:
+        prefix = write_dataset(tmp_path / "large", documents=3000)
+        before = fingerprint(prefix)
+        assert (before.documents, before.tokens) == (3000, 3000 * 20)
+        for offset in (0, Path(f"{prefix}.bin").stat().st_size - 2):
+            content = bytearray(Path(f"{prefix}.bin").read_bytes())
+            content[offset] ^= 1
+            Path(f"{prefix}.bin").write_bytes(content)
+            assert fingerprint(prefix) != before
+            before = fingerprint(prefix)
+
+
+def test_checks_before_torch_refuse_what_resuming_would(run: RunConfig, tmp_path: Path) -> None:
+    run.stage.teacher = None
+    check_run_config(run, world_size=1)
+    save(run)
+    check_run_config(run, world_size=1)
+    with pytest.raises(CheckpointError, match="seed=1234 and cannot be resumed with 7"):
+        check_run_config(changed(run, "seed", 7), world_size=1)
+    write_dataset(tmp_path / "a", documents=6)
+    with pytest.raises(CheckpointError, match="another order"):
+        check_run_config(run, world_size=1)
+
+
+def test_a_resumed_run_does_not_need_what_it_started_from(run: RunConfig) -> None:
+    run.stage.teacher = None
+    run.checkpoint.load = "gone"
+    save(run)
+    check_run_config(run, world_size=1)
+
+
+def test_a_converted_checkpoint_is_no_run_to_go_on_with(run: RunConfig) -> None:
+    (save(run) / "run_config.yaml").unlink()
+    with pytest.raises(CheckpointError, match=r"no run_config\.yaml.*checkpoint\.load="):
+        run_to_resume(run)
+    assert run_to_resume(changed(run, "checkpoint.resume", Resume.never)) is None
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"world_size": 1, "training_data": [{}]}', "[]"])
+def test_a_damaged_record_is_named(run: RunConfig, content: str) -> None:
+    checkpoint = save(run)
+    (checkpoint / "run_record.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"run_record\.json does not describe a run"):
+        read_stored_run(checkpoint)
+
+
+def test_a_record_is_plain_text(run: RunConfig) -> None:
+    record = json.loads((save(run) / "run_record.json").read_text())
+    assert record["world_size"] == 1
+    assert [dataset["documents"] for dataset in record["training_data"]] == [5, 3]
+
+
+def test_a_finished_run_has_nothing_left_to_do(run: RunConfig) -> None:
+    save(run, iteration=10)
+    stored = run_to_resume(run)
+    assert stored is not None
+    assert "nothing is left to do" in str(nothing_left(run, stored))
+    assert "iteration 10 of stage.train_iters=8" in str(
+        nothing_left(changed(run, "stage.train_iters", 8), stored)
+    )
+    assert nothing_left(changed(run, "stage.train_iters", 11), stored) is None

@@ -1,0 +1,60 @@
+"""Optional packages count as usable only if their kernels can be called."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from spikingbrain_train.errors import PlatformError
+from spikingbrain_train.runtime.packages import has_package, package_failure, require_package
+
+
+@pytest.fixture
+def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder in front of all others; what is imported from it is forgotten."""
+    monkeypatch.syspath_prepend(tmp_path)
+    before = set(sys.modules)
+    for name in ("flash_attn", "grouped_gemm"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    package_failure.cache_clear()
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
+    package_failure.cache_clear()
+
+
+def test_a_package_whose_kernel_is_there_can_be_used(packages: Path) -> None:
+    (packages / "flash_attn.py").write_text("def flash_attn_func(): ...")
+    assert has_package("flash_attn")
+    require_package("flash_attn", "flash-attn", "softmax_attention=flash_attn")
+
+
+@pytest.mark.parametrize(
+    ("code", "failure"),
+    [
+        ("raise ImportError('undefined symbol: _ZN3c10')", "does not import .undefined symbol: _ZN3c10"),
+        (
+            "raise RuntimeError('built for another torch\\nand more')",
+            "does not import .built for another torch\\)",
+        ),
+        ("", "has no flash_attn.flash_attn_func"),
+    ],
+    ids=["another ABI", "another torch", "another package of that name"],
+)
+def test_a_package_that_is_installed_but_cannot_be_used_is_as_good_as_missing(
+    packages: Path, code: str, failure: str
+) -> None:
+    (packages / "flash_attn.py").write_text(code)
+    assert not has_package("flash_attn")
+    with pytest.raises(
+        PlatformError, match=f"needs the package flash-attn, which is installed but {failure}"
+    ):
+        require_package("flash_attn", "flash-attn", "softmax_attention=flash_attn")
+
+
+def test_a_package_that_is_missing_is_named(packages: Path) -> None:
+    with pytest.raises(PlatformError, match="experts=x needs the package x, which is not installed: install"):
+        require_package("there_is_no_such_package", "x", "experts=x")
