@@ -50,7 +50,7 @@ from spikingbrain_train.planning.checks import check_platform
 from spikingbrain_train.planning.costs import dense_twin
 from spikingbrain_train.planning.kernel_limits import SoftmaxAttentionCall
 from spikingbrain_train.planning.memory import needs_teacher
-from spikingbrain_train.runtime import packages
+from spikingbrain_train.runtime import packages as installed
 from spikingbrain_train.runtime.accelerator import Accelerator
 
 GPU_PACKAGES = ("flash_attn", "fla", "transformer_engine", "grouped_gemm")
@@ -95,7 +95,7 @@ def kernels_of_machine(
             raise PlatformError(f"{setting} needs the package {package}")
 
     monkeypatch.setattr(
-        packages, "package_failure", lambda name: None if name in packages else "is not installed"
+        installed, "package_failure", lambda name: None if name in packages else "is not installed"
     )
     monkeypatch.setattr(kernels_module, "_has_grouped_linears", lambda: "transformer_engine" in packages)
     monkeypatch.setattr(Accelerator, "require", require)
@@ -293,7 +293,7 @@ def test_what_a_kernel_cannot_do_of_a_run_is_known_from_its_config_alone() -> No
 def test_a_package_that_is_installed_but_fails_is_named_in_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = kernels_of_machine(AcceleratorKind.cuda, frozenset({"triton", "flash_attn"}), monkeypatch)
     broken = "is installed but does not import (undefined symbol)"
-    for module in (packages, kernels_module):
+    for module in (installed, kernels_module):
         monkeypatch.setattr(module, "package_failure", lambda name: None if name == "triton" else broken)
     config = composed("model=spikingbrain_7b")
     kernels, choices = start(config, machine)
