@@ -1,0 +1,85 @@
+"""Layers of several mixers that read the same input, without torch: names, order and what they add.
+
+    y = sum of w_i RMSNorm(mixer_i(x))        (SpikingBrain, arXiv 2509.05276, eq. 6, of two mixers)
+
+Each branch is a whole mixer with projections of its own; new are a norm of each (hidden_size numbers) and one
+vector of branch weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from spikingbrain_train.architecture.mixers import MixerKind
+from spikingbrain_train.architecture.softmax_attention import SoftmaxAttentionKind
+from spikingbrain_train.architecture.starts import AttentionSize, Values
+from spikingbrain_train.architecture.weights import Split, Weight
+from spikingbrain_train.config.model import ModelConfig, ParallelHybridConfig
+
+
+def in_order(mixers: Sequence[MixerKind]) -> tuple[MixerKind, ...]:
+    """Branches as their weights are ordered, however a config lists them: softmax attention first."""
+    return tuple(sorted(mixers, key=lambda kind: (not _is_softmax(kind), kind.family, kind.name)))
+
+
+def branch_names(mixers: Sequence[MixerKind]) -> list[str]:
+    """What each branch is called: by its family, or, where two are of one, by its kind."""
+    families = [kind.family for kind in mixers]
+    return [kind.family if families.count(kind.family) == 1 else kind.name for kind in mixers]
+
+
+def module_name(branch: str) -> str:
+    """The branch's module in a layer: ``softmax_attention``."""
+    return f"{branch}_attention"
+
+
+def norm_name(branch: str) -> str:
+    """The norm behind it: ``softmax_norm``."""
+    return f"{branch}_norm"
+
+
+def initial_branch_weights(settings: ParallelHybridConfig, mixers: Sequence[MixerKind]) -> list[float]:
+    """Where branch weights start. Softmax branches share ``init_softmax_weight``, as they begin as the source
+    does, and others have ``init_linear_weight``; without a softmax branch all share the former.
+    """
+    softmax = [_is_softmax(kind) for kind in mixers]
+    leading = softmax if any(softmax) else [True] * len(mixers)
+    share = settings.init_softmax_weight / sum(leading)
+    return [share if leads else settings.init_linear_weight for leads in leading]
+
+
+def branch_weights(model: ModelConfig, mixers: Sequence[MixerKind]) -> tuple[Weight, ...]:
+    """All parameters of a layer's mixers, below ``self_attention.``, in the order of the forward pass."""
+    if len(mixers) == 1:
+        return mixers[0].weights(model)
+    names = branch_names(mixers)
+    weights = [
+        weight.below(f"{module_name(name)}.")
+        for name, kind in zip(names, mixers, strict=True)
+        for weight in kind.weights(model, group=f"{name} branch")
+    ]
+    norms = [
+        Weight(
+            f"{norm_name(name)}.weight",
+            (norm_name(name),),
+            ((model.hidden_size,),),
+            "branch norms",
+            Split.none,
+            start=AttentionSize(),
+        )
+        for name in names
+    ]
+    starts = initial_branch_weights(model.parallel_hybrid, mixers)
+    mix = Weight(
+        "branch_weights",
+        ("branch_weights",),
+        ((len(mixers),),),
+        f"branch weights ({', '.join(names)})",
+        Split.none,
+        start=Values(tuple(starts), " and ".join(f"{start:g}" for start in starts)),
+    )
+    return (*weights, *norms, mix)
+
+
+def _is_softmax(kind: MixerKind) -> bool:
+    return isinstance(kind, SoftmaxAttentionKind)

@@ -1,0 +1,40 @@
+"""The dense SwiGLU feed-forward of Qwen and Llama models."""
+
+from __future__ import annotations
+
+from spikingbrain_train.architecture.feed_forwards import (
+    FEED_FORWARDS,
+    Activations,
+    FeedForwardKind,
+    swiglu_weights,
+)
+from spikingbrain_train.architecture.sizes import bytes_per_element
+from spikingbrain_train.architecture.weights import Weight
+from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.config.parallel import Recompute
+from spikingbrain_train.config.run import RunConfig
+
+
+class DenseKind(FeedForwardKind):
+    """A SwiGLU of ``model.ffn_hidden_size``."""
+
+    name = "dense"
+    spec = "spikingbrain_train.models.feed_forwards.dense:spec"
+    is_of_the_source = True
+    hf_layers = {"dense": "mlp", "gla_swa": "mlp"}
+
+    def settings(self, model: ModelConfig) -> set[str]:
+        return {"ffn_hidden_size"}
+
+    def weights(self, model: ModelConfig) -> tuple[Weight, ...]:
+        return swiglu_weights(model, model.ffn_hidden_size)
+
+    def activations(self, config: RunConfig) -> Activations:
+        """Gate, up and their product."""
+        element, tensor = bytes_per_element(config.precision), config.parallel.tensor_model_parallel_size
+        kept = 3 * config.model.ffn_hidden_size * element / tensor
+        again = config.parallel.recompute in (Recompute.moe_feed_forward, Recompute.moe_layer)
+        return Activations(0.0, kept) if again else Activations(kept)
+
+
+DENSE = FEED_FORWARDS.register(DenseKind())

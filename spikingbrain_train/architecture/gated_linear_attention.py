@@ -1,0 +1,157 @@
+"""Gated linear attention without positions (SpikingBrain, arXiv 2509.05276, eq. 10-11)."""
+
+from __future__ import annotations
+
+from spikingbrain_train.architecture.mixers import MIXERS, MixerKind, attention_weights
+from spikingbrain_train.architecture.sizes import (
+    FP32,
+    bytes_per_element,
+    heads_and_groups,
+    rank_tokens,
+    ulysses_heads_and_groups,
+)
+from spikingbrain_train.architecture.split_checks import check_heads_over_context
+from spikingbrain_train.architecture.starts import Constant, Normal, Values
+from spikingbrain_train.architecture.weights import Split, Weight
+from spikingbrain_train.config.model import FeatureMap, GateKind, ModelConfig
+from spikingbrain_train.config.parallel import (
+    AcceleratorKind,
+    LinearAttentionBackend,
+    LinearAttentionContextParallel,
+    ParallelConfig,
+)
+from spikingbrain_train.config.require import require
+from spikingbrain_train.config.run import RunConfig
+
+_FLA_CHUNK_TOKENS = 64
+_CHUNK_SEGMENT_ELEMENTS = 1 << 20  # ops/gated_linear_attention/chunk.py keeps a state per so many of q
+
+
+def repeats_groups(config: RunConfig) -> bool:
+    """Whether flash-linear-attention computes it, whose kernels know no groups and keep keys, values and
+    gates of every head. Without knowing what is installed: everywhere but on CPUs.
+    """
+    cluster = config.cluster
+    if cluster.kernels.gated_linear_attention is LinearAttentionBackend.auto:
+        return cluster.accelerator is not AcceleratorKind.cpu
+    return cluster.kernels.gated_linear_attention is LinearAttentionBackend.fla
+
+
+class GatedLinearAttentionKind(MixerKind):
+    """Both forms: ReLU features with a low-rank gate (7B), sigmoid features with a tied one (76B)."""
+
+    name = "gla"
+    spec = "spikingbrain_train.models.mixers.gated_linear_attention:spec"
+    family = "linear"
+    hf_layers = {"gla_swa": "linear_attention"}
+
+    def check(self, model: ModelConfig) -> None:
+        gla = model.gla
+        require(
+            gla.gate is not GateKind.tied or gla.feature_map is FeatureMap.sigmoid,
+            f"model.gla.gate=tied forgets by g = 1 - k, which must stay between 0 and 1, but keys of "
+            f"model.gla.feature_map={gla.feature_map.name} have no upper bound; set "
+            f"model.gla.feature_map=sigmoid, or model.gla.gate=low_rank",
+        )
+
+    def check_split(self, model: ModelConfig, parallel: ParallelConfig) -> None:
+        if parallel.context_parallel.gated_linear_attention is LinearAttentionContextParallel.ulysses:
+            asks = "parallel.context_parallel.gated_linear_attention=ulysses"
+            check_heads_over_context(model, parallel, asks, "gated_linear_attention=allgather, ")
+
+    def settings(self, model: ModelConfig) -> set[str]:
+        of_all = {"gla.feature_map", "gla.gate", "gla.init_out_norm"}
+        of_the_gate = {f"gla.{name}" for name in vars(model.gla)} - of_all
+        return of_all | (of_the_gate if model.gla.gate.has_parameters else set())
+
+    def weights(self, model: ModelConfig, group: str = "attention") -> tuple[Weight, ...]:
+        """What every attention has, a low-rank gate (a tied one has no parameters) and the output norm."""
+        gla, width, groups = model.gla, model.kv_channels, model.num_query_groups
+        rank, channels, spread = gla.gate_low_rank_dim, groups * width, gla.init_gate_bias(width)
+        gate: tuple[Weight, ...] = ()
+        if gla.gate.has_parameters:
+            gate = (
+                Weight(
+                    "linear_gate_down_proj.weight",
+                    ("gate_down_weight",),
+                    ((rank, model.hidden_size),),
+                    "GLA gate W1",
+                    Split.none,
+                    start=Normal(gla.init_gate_std),
+                    reads_input=True,
+                ),
+                Weight(
+                    "linear_gate_up_proj.weight",
+                    ("gate_up_weight",),
+                    ((channels, rank),),
+                    "GLA gate W2",
+                    start=Normal(gla.init_gate_std),
+                ),
+                # The bias spreads the channels of a head from fast to slow forgetting.
+                Weight(
+                    "linear_gate_up_proj.bias",
+                    ("gate_up_bias",),
+                    ((channels,),),
+                    "GLA gate b2",
+                    start=Values(
+                        tuple(spread),
+                        f"from {spread[0]:g} to {spread[-1]:g} over the channels of each head",
+                    ),
+                ),
+            )
+        # A small output norm keeps the new mixer's contribution low until alignment has trained it.
+        norm = Weight(
+            "out_norm.weight",
+            ("out_norm",),
+            ((width,),),
+            "GLA output norm",
+            Split.none,
+            start=Constant(gla.init_out_norm),
+        )
+        return (*attention_weights(model, group), *gate, norm)
+
+    def core_flops(self, model: ModelConfig, seq_length: int) -> float:
+        """Reading the state (q S, 2 H d d) and writing it (k^T v, 2 G d d: one a group)."""
+        heads, groups, width = model.num_attention_heads, model.num_query_groups, model.kv_channels
+        return 2.0 * (heads + groups) * width * width * (1 + model.num_sink_tokens / seq_length)
+
+    def activation_bytes(self, config: RunConfig) -> float:
+        model, parallel = config.model, config.parallel
+        heads, groups = heads_and_groups(config)
+        element, rows = bytes_per_element(config.precision), config.stage.micro_batch_size
+        width, fp32_width = model.kv_channels * element, model.kv_channels * FP32
+        state = groups * model.kv_channels * fp32_width * rows
+        states = heads * model.kv_channels / _CHUNK_SEGMENT_ELEMENTS  # per token, of the chunked form
+        # Features of queries and keys; the output before and after its norm, and one number a head for that.
+        kept: float = (heads + groups + 2 * heads) * width + heads * FP32
+        # What the gate's sigmoid sees; on CPUs torch keeps a second tensor for its gradient.
+        kept += groups * fp32_width * (2 if config.cluster.accelerator is AcceleratorKind.cpu else 1)
+        if model.gla.gate.has_parameters:
+            kept += model.gla.gate_low_rank_dim * element
+        if model.qk_layernorm:
+            kept += heads * width
+        method, ranks = parallel.context_parallel.gated_linear_attention, parallel.context_parallel_size
+        has_copies = rows > 1  # of queries, which the kernel wants token by token in every row
+        if ranks > 1 and method is LinearAttentionContextParallel.ulysses:
+            heads, groups = ulysses_heads_and_groups(config)
+            has_copies = True
+        elif ranks > 1:
+            # What makes the state that the slice hands over: keys, values and decays in float32. States of
+            # ranks.
+            kept += 4 * groups * fp32_width + (ranks + 1) * state / rank_tokens(config)
+            if method is LinearAttentionContextParallel.allscan:
+                # What reads the state before the slice: queries times their decay, and the decay.
+                kept += heads * width + 2 * groups * fp32_width
+        if repeats_groups(config):
+            # Keys and values of every head; float32 sums of gates; float32 scores inside chunks.
+            kept += heads * (2 * width + fp32_width + _FLA_CHUNK_TOKENS * FP32)
+            return kept + heads * width if has_copies else kept
+        # The fused projection, of which values are a view (what Ulysses received); the log gate; some states.
+        kept += (heads + 2 * groups) * width + groups * fp32_width
+        return kept + states * state
+
+    def input_projections(self, model: ModelConfig) -> tuple[str, ...]:
+        return ("qkv", "gate") if model.gla.gate.has_parameters else ("qkv",)
+
+
+GLA = MIXERS.register(GatedLinearAttentionKind())

@@ -1,0 +1,163 @@
+"""The layers of a model as kinds: what planning, conversion and the models' specs iterate over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from spikingbrain_train.architecture import dense, gated_linear_attention, moe, softmax_attention
+from spikingbrain_train.architecture.branches import branch_weights, in_order
+from spikingbrain_train.architecture.feed_forwards import FEED_FORWARDS, FeedForwardKind
+from spikingbrain_train.architecture.mixers import MIXERS, MixerKind
+from spikingbrain_train.architecture.starts import EmbeddingRows
+from spikingbrain_train.architecture.weights import Split, Weight
+from spikingbrain_train.config.model import FeedForward, Mixer, ModelConfig, SpikingConfig
+
+BUILT_IN = (softmax_attention, gated_linear_attention, dense, moe)
+"""What the package brings; importing a kind's file registers it."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer: norm, mixer, residual, norm, feed-forward, residual."""
+
+    mixers: tuple[MixerKind, ...]
+    """The mixer, or the branches that read the same input, in the order of their weights."""
+    feed_forward: FeedForwardKind
+
+    @property
+    def mixer_name(self) -> str:
+        """As configs write it: ``gla``, or ``[gla,swa]`` for branches."""
+        names = sorted(kind.name for kind in self.mixers)
+        return names[0] if len(names) == 1 else f"[{','.join(names)}]"
+
+    @property
+    def has_the_sources_mixer(self) -> bool:
+        """Whether a dense source mixes the same way."""
+        return len(self.mixers) == 1 and self.mixers[0].is_of_the_source
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """What decides the mixers' parameters."""
+        return tuple(kind.family for kind in self.mixers)
+
+    def mixer_weights(self, model: ModelConfig) -> tuple[Weight, ...]:
+        """Parameters of the mixer or its branches, below ``self_attention.``."""
+        return tuple(weight.below("self_attention.") for weight in branch_weights(model, self.mixers))
+
+    def feed_forward_weights(self, model: ModelConfig) -> tuple[Weight, ...]:
+        """Parameters of the feed-forward, below ``mlp.``."""
+        return tuple(weight.below("mlp.") for weight in self.feed_forward.weights(model))
+
+    def weights(self, model: ModelConfig) -> tuple[Weight, ...]:
+        """All parameters of the layer, in the order of the forward pass."""
+        return (
+            _norm("input_layernorm.weight", "input_norm", model),
+            *self.mixer_weights(model),
+            _norm("pre_mlp_layernorm.weight", "mlp_norm", model),
+            *self.feed_forward_weights(model),
+        )
+
+
+def _norm(name: str, role: str, model: ModelConfig) -> Weight:
+    return Weight(name, (role,), ((model.hidden_size,),), "norms", Split.none)
+
+
+def layers(model: ModelConfig) -> list[Layer]:
+    """Every layer of the decoder, in order.
+
+    Raises:
+        ConfigurationError: a kind is not known.
+    """
+    known: dict[tuple[Sequence[str], str], Layer] = {}
+    found = []
+    for mixer, kind in zip(model.layer_mixers(), model.layer_feed_forwards(), strict=True):
+        branches, feed_forward = tuple(branch.name for branch in mixer.branches), kind.name
+        key = (branches, feed_forward)
+        if key not in known:
+            kinds = in_order([MIXERS[name] for name in branches])
+            known[key] = Layer(kinds, FEED_FORWARDS[feed_forward])
+        found.append(known[key])
+    return found
+
+
+def mixers_of(model: ModelConfig) -> list[MixerKind]:
+    """Every kind of mixer that a layer of ``model`` has, each once, in the order of their first layer."""
+    return list(dict.fromkeys(kind for layer in layers(model) for kind in layer.mixers))
+
+
+def feed_forwards_of(model: ModelConfig) -> list[FeedForwardKind]:
+    """Every kind of feed-forward that a layer of ``model`` has, each once."""
+    return list(dict.fromkeys(layer.feed_forward for layer in layers(model)))
+
+
+def has_experts(model: ModelConfig) -> bool:
+    """Whether any layer sends its tokens to some of several experts."""
+    return any(kind.routes_tokens for kind in feed_forwards_of(model))
+
+
+def weights_in_front(model: ModelConfig) -> tuple[Weight, ...]:
+    """Parameters in front of the first layer."""
+    embedding = Weight(
+        "embedding.word_embeddings.weight",
+        ("embedding",),
+        ((model.vocab_size, model.hidden_size),),
+        "embedding",
+        pads_vocabulary=True,
+    )
+    sinks = Weight(
+        "sink_embedding.weight",
+        ("sinks",),
+        ((model.num_sink_tokens, model.hidden_size),),
+        "sink tokens",
+        Split.none,
+        start=EmbeddingRows(),
+    )
+    return (embedding, *([sinks] if model.num_sink_tokens else ()))
+
+
+def weights_behind(model: ModelConfig) -> tuple[Weight, ...]:
+    """Parameters behind the last layer."""
+    output = Weight(
+        "output_layer.weight",
+        ("output",),
+        ((model.vocab_size, model.hidden_size),),
+        "output layer",
+        pads_vocabulary=True,
+    )
+    norm = _norm("decoder.final_layernorm.weight", "final_norm", model)
+    return (norm, *(() if model.share_embeddings_and_output_weights else (output,)))
+
+
+def model_weights(model: ModelConfig) -> Iterator[tuple[int | None, Weight]]:
+    """Every parameter with its layer (0-based, None around the layers), in the order of the forward pass.
+    Names are whole: ``decoder.layers.0.mlp.linear_fc1.weight``.
+    """
+    yield from ((None, weight) for weight in weights_in_front(model))
+    for number, layer in enumerate(layers(model)):
+        yield from ((number, w.below(f"decoder.layers.{number}.")) for w in layer.weights(model))
+    yield from ((None, weight) for weight in weights_behind(model))
+
+
+def source_names() -> tuple[str, str]:
+    """What configs call the mixer and the feed-forward of a dense source."""
+    mixer = next(kind.name for kind in MIXERS if kind.is_of_the_source)
+    feed_forward = next(kind.name for kind in FEED_FORWARDS if kind.is_of_the_source)
+    return mixer, feed_forward
+
+
+def dense_twin(model: ModelConfig) -> ModelConfig:
+    """The dense source that teaches it: its mixer and feed-forward in every layer, no sinks, no spikes."""
+    mixer, feed_forward = source_names()
+    return replace(
+        model,
+        mixers=[Mixer[mixer]],
+        feed_forwards=[FeedForward[feed_forward]],
+        num_sink_tokens=0,
+        spiking=SpikingConfig(),
+    )
+
+
+def swapped_layers(model: ModelConfig) -> list[int]:
+    """Layers (0-based) whose mixer is not the dense source's; the alignment stage trains their mixers."""
+    return [number for number, layer in enumerate(layers(model)) if not layer.has_the_sources_mixer]

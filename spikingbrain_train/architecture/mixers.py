@@ -1,0 +1,107 @@
+"""What a sequence mixer is, without torch: the contract of every kind, and the registry of kinds."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+from spikingbrain_train.architecture.registry import Registry
+from spikingbrain_train.architecture.weights import Split, Weight
+from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.config.parallel import ParallelConfig
+from spikingbrain_train.config.run import RunConfig
+
+
+class MixerKind(ABC):
+    """One kind of sequence mixer. Everything that is known of it outside its module is asked here."""
+
+    name: str
+    """How ``model.mixers`` calls it."""
+    spec: str
+    """``package.module:function`` that makes its megatron-core ModuleSpec; imported when a model is built."""
+    family: str
+    """What its weights are: kinds of one family can take each other's weights. Names its branch in a layer of
+    several, too. Where a class names none, it is its name."""
+    is_of_the_source: bool = False
+    """Whether a dense source has it in every layer."""
+    hf_layers: Mapping[str, str] = {}
+    """What the Hugging Face formats that can hold it call such a layer, by format."""
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        if not hasattr(cls, "family") and hasattr(cls, "name"):
+            cls.family = cls.name
+
+    def check(self, model: ModelConfig) -> None:
+        """Its settings, in a model that has it. Raises ConfigurationError."""
+
+    def check_split(self, model: ModelConfig, parallel: ParallelConfig) -> None:
+        """Its heads and channels against the degrees that split them. Raises ConfigurationError."""
+
+    def settings(self, model: ModelConfig) -> set[str]:
+        """Dotted names of the model's settings that have a part in it, beside those of every model."""
+        return set()
+
+    @abstractmethod
+    def weights(self, model: ModelConfig, group: str = "attention") -> tuple[Weight, ...]:
+        """Its parameters, in the order of the forward pass.
+
+        Args:
+            model: the network.
+            group: how the conversion report calls the projections.
+        """
+
+    @abstractmethod
+    def core_flops(self, model: ModelConfig, seq_length: int) -> float:
+        """Forward FLOPs between its projections, per token of text; the sinks' own work is shared out."""
+
+    @abstractmethod
+    def activation_bytes(self, config: RunConfig) -> float:
+        """Bytes per token that it keeps for its backward pass on one rank, its normed input left out."""
+
+    def input_projections(self, model: ModelConfig) -> tuple[str, ...]:
+        """The projections that read the layer's normed input, as ``model.spiking.projections`` calls them."""
+        return ("qkv",)
+
+
+MIXERS: Registry[MixerKind] = Registry("mixer", "model.mixers")
+"""Every kind of sequence mixer."""
+
+
+def attention_weights(model: ModelConfig, group: str) -> tuple[Weight, ...]:
+    """Fused q, k and v projection, output projection, biases and q/k norms, as every attention has them.
+
+    Letters: h hidden_size, H query heads, G query groups, d kv_channels. The fused projection has
+    (H + 2G) d h elements, the output projection H d h.
+    """
+    hidden, width = model.hidden_size, model.kv_channels
+    rows = tuple(width * heads for heads in (model.num_attention_heads, *2 * (model.num_query_groups,)))
+    biases, norms = [], []
+    if model.add_qkv_bias:
+        biases.append(
+            Weight(
+                "linear_qkv.bias",
+                ("q_bias", "k_bias", "v_bias"),
+                tuple((row,) for row in rows),
+                f"{group} q/k/v",
+                layout="query_groups",
+            )
+        )
+    if model.qk_layernorm:
+        norms = [
+            Weight(f"{letter}_layernorm.weight", (f"{letter}_norm",), ((width,),), "norms", Split.none)
+            for letter in "qk"
+        ]
+    return (
+        Weight(
+            "linear_qkv.weight",
+            ("q_weight", "k_weight", "v_weight"),
+            tuple((row, hidden) for row in rows),
+            f"{group} q/k/v",
+            layout="query_groups",
+            reads_input=True,
+        ),
+        *biases,
+        *norms,
+        Weight("linear_proj.weight", ("o_weight",), ((hidden, rows[0]),), f"{group} output"),
+    )

@@ -1,0 +1,165 @@
+"""Mixtures of SwiGLU experts (SpikingBrain, arXiv 2509.05276, section 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import gcd
+from typing import Any
+
+from spikingbrain_train.architecture.feed_forwards import (
+    FEED_FORWARDS,
+    Activations,
+    FeedForwardKind,
+    swiglu_weights,
+)
+from spikingbrain_train.architecture.linear_transforms import reads_spikes
+from spikingbrain_train.architecture.sizes import FP32, bytes_per_element
+from spikingbrain_train.architecture.starts import OfRecipe
+from spikingbrain_train.architecture.weights import Copies, Split, Weight
+from spikingbrain_train.config.kinds import of_kind
+from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.config.parallel import ParallelConfig, Recompute
+from spikingbrain_train.config.require import divisors, either, require
+from spikingbrain_train.config.run import RunConfig
+
+
+class MixtureOfExpertsKind(FeedForwardKind):
+    """Softmax router, top-k of the routed experts, and shared experts that see all tokens."""
+
+    name = "moe"
+    spec = "spikingbrain_train.models.feed_forwards.moe:spec"
+    routes_tokens = True
+
+    def check(self, model: ModelConfig) -> None:
+        moe = model.moe
+        require(
+            moe.router_topk <= moe.num_experts,
+            f"model.moe.router_topk={moe.router_topk} is more than model.moe.num_experts={moe.num_experts}; "
+            f"a token can be routed to {moe.num_experts} at most",
+        )
+
+    def check_split(self, model: ModelConfig, parallel: ParallelConfig) -> None:
+        tensor, experts = parallel.tensor_model_parallel_size, model.moe.num_experts
+        require(
+            tensor == 1 or parallel.sequence_parallel,
+            f"model.feed_forwards has mixture-of-experts layers, whose tokens are split over the "
+            f"parallel.tensor_model_parallel_size={tensor} ranks; set parallel.sequence_parallel=true, or "
+            f"the tensor degree to 1",
+        )
+        require(
+            experts % parallel.expert_model_parallel_size == 0,
+            f"parallel.expert_model_parallel_size={parallel.expert_model_parallel_size} does not divide "
+            f"model.moe.num_experts={experts}; valid are {either(divisors(experts))}",
+        )
+        width, expert_tensor = model.expert_ffn_hidden_size, parallel.expert_tensor_size
+        name = "ffn_hidden_size" if model.moe.moe_ffn_hidden_size is None else "moe.moe_ffn_hidden_size"
+        require(
+            width % expert_tensor == 0,
+            f"parallel.expert_tensor_parallel_size={expert_tensor} does not divide model.{name}={width}, "
+            f"the width of an expert; valid are {either(divisors(width))}",
+        )
+        shared_width = model.moe.num_shared_experts * width
+        require(
+            shared_width % tensor == 0,
+            f"parallel.tensor_model_parallel_size={tensor} does not divide the width of the shared experts, "
+            f"model.moe.num_shared_experts={model.moe.num_shared_experts} x model.{name}={width}; "
+            f"valid are {either(divisors(gcd(shared_width, model.num_query_groups)))}",
+        )
+
+    def settings(self, model: ModelConfig) -> set[str]:
+        return {f"moe.{name}" for name in vars(model.moe)}
+
+    def weights(self, model: ModelConfig) -> tuple[Weight, ...]:
+        """Router (E h), routed experts (E times 3 f h), shared experts as one SwiGLU."""
+        moe, width = model.moe, model.expert_ffn_hidden_size
+        router = Weight(
+            "router.weight",
+            ("router",),
+            ((moe.num_experts, model.hidden_size),),
+            "router",
+            Split.none,
+            start=OfRecipe("router"),
+        )
+        routed = tuple(
+            replace(
+                weight.below("experts.experts."),
+                group="routed experts",
+                split=Split.experts,
+                active=(moe.router_topk, moe.num_experts),
+                copies=Copies(moe.num_experts, routed=True, channel_axis=axis),
+            )
+            for axis, weight in enumerate(swiglu_weights(model, width))
+        )
+        shared = tuple(
+            replace(
+                weight.below("shared_experts."),
+                group="shared experts",
+                copies=Copies(moe.num_shared_experts, routed=False, channel_axis=axis),
+            )
+            for axis, weight in enumerate(swiglu_weights(model, width))
+        )
+        return (router, *routed, *(shared if moe.num_shared_experts else ()))
+
+    def activations(self, config: RunConfig) -> Activations:
+        """Experts are taken to be evenly loaded."""
+        model, parallel = config.model, config.parallel
+        tensor, element = parallel.tensor_model_parallel_size, bytes_per_element(config.precision)
+        moe, width = model.moe, model.expert_ffn_hidden_size
+        experts_of_a_token: float = moe.router_topk
+        if moe.capacity_factor is not None:
+            experts_of_a_token *= (
+                moe.capacity_factor if moe.pad_to_capacity else min(1.0, moe.capacity_factor)
+            )
+        # Tensor-parallel ranks route a share of the tokens each; the experts' tensor ranks gather them.
+        router = 3 * moe.num_experts * FP32 / tensor  # logits, probabilities and their choice
+        row = model.hidden_size * element / tensor
+        dispatched = experts_of_a_token * row * parallel.expert_tensor_size  # what the experts read
+        activation = (experts_of_a_token + moe.num_shared_experts) * width * element / tensor
+        matrices = 2 * activation  # gate and up
+        encoded = 0.0
+        if moe.num_shared_experts and reads_spikes(model, "mlp_fc1"):
+            encoded = row if parallel.sequence_parallel else row * tensor  # what the shared expert reads
+        everything = router + dispatched + activation + matrices + encoded
+        spikes = reads_spikes(model, "mlp_fc2")  # what fc2 keeps is not the activation
+        levels = {
+            Recompute.none: 0.0,
+            Recompute.full: 0.0,  # with the whole layer
+            Recompute.moe_activation: router + (0.0 if spikes else activation),
+            Recompute.moe_feed_forward: router + activation + matrices + encoded,
+            Recompute.moe_layer: everything,
+        }
+        recomputed = of_kind(parallel.recompute, levels, "the activations of experts")
+        return Activations(everything - recomputed, recomputed)
+
+    def megatron_settings(
+        self, model: ModelConfig, parallel: ParallelConfig, layers: Sequence[bool]
+    ) -> dict[str, Any]:
+        moe, width = model.moe, model.expert_ffn_hidden_size
+        return {
+            "num_moe_experts": moe.num_experts,
+            "moe_layer_freq": [int(has) for has in layers],
+            "moe_ffn_hidden_size": width,
+            "moe_shared_expert_intermediate_size": moe.num_shared_experts * width or None,
+            "moe_router_topk": moe.router_topk,
+            "moe_router_pre_softmax": True,
+            "moe_router_dtype": "fp32",
+            "moe_router_load_balancing_type": "seq_aux_loss",
+            "moe_aux_loss_coeff": moe.aux_loss_coeff,
+            "moe_z_loss_coeff": moe.z_loss_coeff,
+            "moe_expert_capacity_factor": moe.capacity_factor,
+            "moe_pad_expert_input_to_capacity": moe.pad_to_capacity,
+            "moe_token_dispatcher_type": "alltoall",
+            "expert_model_parallel_size": parallel.expert_model_parallel_size,
+            "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
+        }
+
+    def describe(self, model: ModelConfig) -> str | None:
+        moe = model.moe
+        return (
+            f"{moe.num_experts} experts, top-{moe.router_topk}, + {moe.num_shared_experts} shared of width "
+            f"{model.expert_ffn_hidden_size}"
+        )
+
+
+MOE = FEED_FORWARDS.register(MixtureOfExpertsKind())

@@ -1,0 +1,84 @@
+"""Kinds by name: what the package brings, and what plugins add."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Iterator
+from typing import Generic, Protocol, TypeVar
+
+from spikingbrain_train.errors import ConfigurationError
+
+
+class Named(Protocol):
+    """Whatever a registry holds."""
+
+    @property
+    def name(self) -> str:
+        """How configs call it."""
+
+
+Kind = TypeVar("Kind", bound=Named)
+
+
+class Registry(Generic[Kind]):
+    """Kinds of one sort, by name.
+
+    Args:
+        what: the sort, in the singular, for sentences: ``mixer``.
+        setting: where configs name them: ``model.mixers``.
+    """
+
+    def __init__(self, what: str, setting: str) -> None:
+        self.what = what
+        self.setting = setting
+        self._kinds: dict[str, Kind] = {}
+
+    def register(self, kind: Kind) -> Kind:
+        """Add a kind.
+
+        Raises:
+            ConfigurationError: another kind has its name.
+        """
+        known = self._kinds.setdefault(kind.name, kind)
+        if known is not kind and type(known).__qualname__ != type(kind).__qualname__:
+            raise ConfigurationError(
+                f"{self.what} {kind.name} is registered twice, by {type(known).__module__} and "
+                f"{type(kind).__module__}; give one of them another name"
+            )
+        return known
+
+    def __getitem__(self, name: str) -> Kind:
+        """The kind of this name.
+
+        Raises:
+            ConfigurationError: there is none; names those that there are.
+        """
+        if name not in self._kinds:
+            raise ConfigurationError(
+                f"{self.setting} names {name}, which is no {self.what}; known are "
+                f"{', '.join(self._kinds)}; name the package of another one in plugins=[package.module]"
+            )
+        return self._kinds[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._kinds
+
+    def __iter__(self) -> Iterator[Kind]:
+        return iter(self._kinds.values())
+
+
+def load_plugins(modules: Iterable[str]) -> None:
+    """Import modules that register kinds.
+
+    Raises:
+        ConfigurationError: one cannot be imported.
+    """
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ConfigurationError(
+                f"plugins names {module}, which cannot be imported: {reason}; write it as package.module, "
+                f"with its folder on PYTHONPATH"
+            ) from error

@@ -1,0 +1,115 @@
+"""Full and sliding-window softmax attention with rotary positions (arXiv 2509.05276, eq. 1-2)."""
+
+from __future__ import annotations
+
+from spikingbrain_train.architecture.linear_transforms import reads_spikes
+from spikingbrain_train.architecture.mixers import MIXERS, MixerKind, attention_weights
+from spikingbrain_train.architecture.sizes import (
+    FP32,
+    bytes_per_element,
+    heads_and_groups,
+    rank_tokens,
+    ulysses_heads_and_groups,
+    visible_keys,
+)
+from spikingbrain_train.architecture.split_checks import check_heads_over_context
+from spikingbrain_train.architecture.weights import Weight
+from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.config.parallel import ParallelConfig, SlidingWindowContextParallel
+from spikingbrain_train.config.require import require
+from spikingbrain_train.config.run import RunConfig
+
+
+class SoftmaxAttentionKind(MixerKind):
+    """Causal softmax attention over everything before a token."""
+
+    name = "full"
+    spec = "spikingbrain_train.models.mixers.softmax_attention:spec"
+    family = "softmax"
+    is_of_the_source = True
+    hf_layers = {"dense": "attention", "gla_swa": "full_attention"}
+
+    def window(self, model: ModelConfig) -> int | None:
+        """Keys (the current token included) that a query sees; None is all before it."""
+        return None
+
+    def uses_ulysses(self, parallel: ParallelConfig) -> bool:
+        """Whether context-parallel ranks take whole sequences of a share of the heads."""
+        return parallel.context_parallel_size > 1
+
+    def check(self, model: ModelConfig) -> None:
+        require(
+            model.kv_channels % 2 == 0,
+            f"model.kv_channels={model.kv_channels} is odd, but rotary positions turn pairs of channels; "
+            f"use an even number",
+        )
+
+    def check_split(self, model: ModelConfig, parallel: ParallelConfig) -> None:
+        check_heads_over_context(model, parallel, "full attention")
+
+    def settings(self, model: ModelConfig) -> set[str]:
+        scaling = {f"rope_scaling.{name}" for name in vars(model.rope_scaling)}
+        return {"rotary_base"} | (scaling if model.rope_scaling.factor != 1 else {"rope_scaling.factor"})
+
+    def weights(self, model: ModelConfig, group: str = "attention") -> tuple[Weight, ...]:
+        return attention_weights(model, group)
+
+    def core_flops(self, model: ModelConfig, seq_length: int) -> float:
+        """Scores and weighted values: 2 H d FLOPs each per visible key; sinks are keys of every token."""
+        sinks = model.num_sink_tokens
+        keys = visible_keys(seq_length, self.window(model)) + sinks + sinks * sinks / seq_length
+        return 4.0 * model.num_attention_heads * model.kv_channels * keys
+
+    def activation_bytes(self, config: RunConfig) -> float:
+        model, parallel = config.model, config.parallel
+        heads, groups = heads_and_groups(config)
+        width = model.kv_channels * bytes_per_element(config.precision)
+        uses_ulysses = self.uses_ulysses(parallel)
+        if parallel.context_parallel_size == 1:
+            # The fused projection, of which values are a view; queries and keys after rotation; the output.
+            kept: float = (heads + 2 * groups) + (heads + groups) + heads
+        elif uses_ulysses:
+            # Queries, keys and values of whole sequences, the output there, and the output that came back.
+            share, of_groups = ulysses_heads_and_groups(config)
+            kept = (share + 2 * of_groups) + share + heads
+        else:
+            # Queries; keys and values with those of the halo and the sinks; the output.
+            more = (model.sliding_window + model.num_sink_tokens) * config.stage.micro_batch_size
+            kept = heads + 2 * groups * (1 + more / rank_tokens(config)) + heads
+            if model.num_sink_tokens:
+                kept += 2 * groups  # of the first rank: what the sinks see
+        if model.num_sink_tokens and not uses_ulysses:
+            kept += heads  # of the first rank: the text's output, and once more behind that of the sinks
+        if model.qk_layernorm:
+            kept += heads  # queries before their norm
+        kept += 4  # cosines and sines in the activations' dtype, of queries and of keys
+        if reads_spikes(model, "attention_output") and not model.num_sink_tokens:
+            kept += heads  # the output, encoded
+        return kept * width + heads * FP32  # one sum of exponentials a head
+
+
+class SlidingWindowAttentionKind(SoftmaxAttentionKind):
+    """Causal softmax attention over the last ``model.sliding_window`` tokens."""
+
+    name = "swa"
+    is_of_the_source = False
+    hf_layers = {"gla_swa": "sliding_attention"}
+
+    def window(self, model: ModelConfig) -> int | None:
+        return model.sliding_window
+
+    def uses_ulysses(self, parallel: ParallelConfig) -> bool:
+        method = parallel.context_parallel.sliding_window_attention
+        return super().uses_ulysses(parallel) and method is SlidingWindowContextParallel.ulysses
+
+    def check_split(self, model: ModelConfig, parallel: ParallelConfig) -> None:
+        if parallel.context_parallel.sliding_window_attention is SlidingWindowContextParallel.ulysses:
+            asks = "parallel.context_parallel.sliding_window_attention=ulysses"
+            check_heads_over_context(model, parallel, asks, "sliding_window_attention=halo, ")
+
+    def settings(self, model: ModelConfig) -> set[str]:
+        return super().settings(model) | {"sliding_window"}
+
+
+FULL = MIXERS.register(SoftmaxAttentionKind())
+WINDOW = MIXERS.register(SlidingWindowAttentionKind())

@@ -1,0 +1,118 @@
+"""What a weight is, without torch: its name, its shape, what it is made of, and how ranks share it.
+
+Parameter counts, FLOPs of matrix products, the conversion from and to Hugging Face checkpoints and what a
+dense source does not have are all read from these descriptions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import Enum
+from math import prod
+
+from spikingbrain_train.architecture.starts import Start
+from spikingbrain_train.config.parallel import ParallelConfig
+
+Shape = tuple[int, ...]
+
+ONE_RANK = ParallelConfig()
+"""The layout in which one rank holds the whole model."""
+
+
+class Split(Enum):
+    """Over which ranks a weight is split."""
+
+    none = "none"
+    """Every rank holds it whole."""
+    tensor = "tensor"
+    """Tensor-parallel ranks hold equal parts."""
+    experts = "experts"
+    """Expert-parallel ranks hold whole experts, of which expert-tensor-parallel ranks hold equal parts."""
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Experts made of one dense feed-forward."""
+
+    number: int
+    """Experts."""
+    routed: bool
+    """One copy per expert, along a leading axis; else all side by side in one wide SwiGLU."""
+    channel_axis: int
+    """Axis of the intermediate channels in the dense tensors: 0 of gate and up projection, 1 of the down
+    projection."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter of a layer, or of the model around its layers."""
+
+    name: str
+    """Its key in a Megatron checkpoint below what owns it: ``linear_qkv.weight``."""
+    roles: tuple[str, ...]
+    """What each Hugging Face tensor that it is made of is; a family's name table spells it."""
+    shapes: tuple[Shape, ...]
+    """Shape of each of those, in role order."""
+    group: str
+    """Heading under which the conversion report counts it."""
+    split: Split = Split.tensor
+    """How ranks share it."""
+    layout: str = "rows"
+    """How the tensors lie in it: an entry of conversion/transforms.py."""
+    start: Start | None = None
+    """How it begins where the source does not have it; None for weights that every source has."""
+    reads_input: bool = False
+    """Whether it is a matrix that multiplies the layer's normed input."""
+    active: tuple[int, int] = (1, 1)
+    """Share of it that one token meets, as (k, of n): router_topk of num_experts."""
+    copies: Copies | None = None
+    """How experts repeat the source's tensors; None for parameters that hold them once."""
+    pads_vocabulary: bool = False
+    """Whether Megatron may hold more rows than the vocabulary; they are stripped on export."""
+
+    @property
+    def is_new(self) -> bool:
+        """Whether a dense source does not have it."""
+        return self.start is not None
+
+    @property
+    def shape(self) -> Shape:
+        """Shape of the parameter over all ranks, without vocabulary padding; [experts, rows, columns] of
+        routed experts."""
+        stacked = [sum(shape[0] for shape in self.shapes), *self.shapes[0][1:]]
+        if self.copies is None:
+            return tuple(stacked)
+        if self.copies.routed:
+            return (self.copies.number, *stacked)
+        stacked[self.copies.channel_axis] *= self.copies.number
+        return tuple(stacked)
+
+    @property
+    def numel(self) -> int:
+        """Elements over all ranks."""
+        return prod(self.shape)
+
+    @property
+    def active_numel(self) -> int:
+        """Elements that one token meets."""
+        met, of = self.active
+        return self.numel * met // of
+
+    @property
+    def matrix_numel(self) -> int:
+        """Elements of a matrix that one token is multiplied by: two FLOPs each; 0 for norms and biases."""
+        is_matrix = len(self.shapes[0]) == 2 and not self.pads_vocabulary
+        return self.active_numel if is_matrix else 0
+
+    def numel_on_rank(self, parallel: ParallelConfig) -> int:
+        """Elements on one rank that holds a part of it."""
+        parts = {
+            Split.none: 1,
+            Split.tensor: parallel.tensor_model_parallel_size,
+            Split.experts: parallel.expert_model_parallel_size * parallel.expert_tensor_size,
+        }
+        return self.numel // parts[self.split]
+
+    def below(self, prefix: str) -> Weight:
+        """The same weight with ``prefix`` in front of its name."""
+        return replace(self, name=prefix + self.name)
