@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from spikingbrain_train.config.conversion import ConversionConfig
 from spikingbrain_train.config.model import GateEncoding, ModelConfig, SpikingProjection
+from spikingbrain_train.config.renamed import translate_old_values
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.config.schema import check_lists, explain, unknown_setting, unknown_settings
 from spikingbrain_train.errors import CheckpointError, ConfigurationError
@@ -127,6 +128,8 @@ def _load(path: str | Path, schema: type[Config]) -> Config:
     try:
         values = _read_yaml(Path(path))
         _complete_old_model(values.get("model") if schema is RunConfig else values)
+        if schema is RunConfig:
+            translate_old_values(values)
         return _to_typed(values, schema)
     except ConfigurationError as error:
         sentence = str(error) if str(path) in str(error) else f"{path}: {error}"

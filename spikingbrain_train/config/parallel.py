@@ -119,8 +119,8 @@ class LinearAttentionBackend(str, Enum):
     """flash-linear-attention's Triton kernels (GPU)."""
     chunk = "chunk"
     """This project's chunked form in plain PyTorch."""
-    recurrent = "recurrent"
-    """The token-by-token reference: exact and slow."""
+    naive = "naive"
+    """The recurrence token by token: exact, slow, easy to check against the paper."""
 
 
 class SoftmaxAttentionBackend(str, Enum):
@@ -136,8 +136,8 @@ class SoftmaxAttentionBackend(str, Enum):
     """torch's scaled_dot_product_attention over the whole sequence; a finite window costs a T x T mask."""
     blocked = "blocked"
     """This project's blocked form: O(T x window) work, no T x T mask."""
-    reference = "reference"
-    """Masked softmax written out: exact and slow."""
+    naive = "naive"
+    """Masked softmax written out: exact, slow, easy to check against the paper."""
 
 
 class ParallelLinearBackend(str, Enum):

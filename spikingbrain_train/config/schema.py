@@ -20,6 +20,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
+from spikingbrain_train.config.renamed import RENAMED_VALUES
 from spikingbrain_train.errors import ConfigurationError, SpikingBrainError
 
 Schema = type[Any]
@@ -96,6 +97,8 @@ def _wrong_value(name: str, message: str, schema: Schema) -> ConfigurationError:
     if isinstance(annotation, type) and issubclass(annotation, Enum):
         near = difflib.get_close_matches(found, [member.name for member in annotation], n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
+        if found in RENAMED_VALUES.get(name, {}):
+            hint = f"; {found} is called {RENAMED_VALUES[name][found]} now"
     shown = f"{name}={found}" if found else name
     return ConfigurationError(f"{shown} does not fit: {name} takes {what_it_takes(annotation)}{hint}")
 

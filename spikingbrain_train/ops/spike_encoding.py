@@ -54,7 +54,7 @@ def spike_encoding(
     return _StraightThrough.apply(x, token_threshold(x, k, magnitudes=magnitudes, width=width))
 
 
-def spike_encoding_reference(x: Tensor, k: float) -> Tensor:
+def naive_spike_encoding(x: Tensor, k: float) -> Tensor:
     """The equations as they are written, for tests: same arguments and result as :func:`spike_encoding`."""
     exact = x.detach().double()
     threshold = (exact.abs().mean(dim=-1, keepdim=True) / k).clamp(MIN_THRESHOLD, MAX_THRESHOLD)

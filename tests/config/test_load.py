@@ -28,6 +28,12 @@ from spikingbrain_train.config.model import (
     SpikingConfig,
     SpikingProjection,
 )
+from spikingbrain_train.config.parallel import (
+    ClusterConfig,
+    KernelConfig,
+    LinearAttentionBackend,
+    SoftmaxAttentionBackend,
+)
 from spikingbrain_train.config.run import Precision, RunConfig, StageConfig, WandbMode
 from spikingbrain_train.errors import CheckpointError, ConfigurationError
 
@@ -239,3 +245,25 @@ class TestConversion:
             load_conversion(name, overrides)
         for part in parts:
             assert part in str(refusal.value)
+
+
+def test_a_stored_run_with_a_renamed_kernel_is_read(tmp_path):
+    kernels = KernelConfig(LinearAttentionBackend.naive, SoftmaxAttentionBackend.naive)
+    run = dataclasses.replace(RUN, cluster=ClusterConfig(kernels=kernels))
+    path = tmp_path / "run_config.yaml"
+    save_config(run, path)
+    old = path.read_text().replace("gated_linear_attention: naive", "gated_linear_attention: recurrent")
+    path.write_text(old.replace("softmax_attention: naive", "softmax_attention: reference"))
+    assert "naive" not in path.read_text()
+    assert load_run_config(path) == run
+
+
+@pytest.mark.parametrize(
+    ("name", "old"), [("gated_linear_attention", "recurrent"), ("softmax_attention", "reference")]
+)
+def test_a_renamed_kernel_is_refused_with_its_name(name, old):
+    values = OmegaConf.structured(RUN)
+    composed = OmegaConf.create(OmegaConf.to_container(values, enum_to_str=True))
+    composed.cluster.kernels[name] = old
+    with pytest.raises(ConfigurationError, match=rf"kernels\.{name}={old} .*{old} is called naive now"):
+        to_run_config(composed)

@@ -113,6 +113,7 @@ WRONG = [
     *("parallel.overlap_param_gather=true", "parallel.expert_model_parallel_size=2"),
     *("parallel.pipeline_model_parallel_size=0", "parallel.context_parallel_size=-1"),
     *("cluster.kernels.gated_linear_attention=fla", "cluster.accelerator=tpu"),
+    *("cluster.kernels.gated_linear_attention=recurrent", "cluster.kernels.softmax_attention=reference"),
 ]
 
 

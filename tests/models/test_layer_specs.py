@@ -38,8 +38,8 @@ MODEL = ModelConfig(
     sliding_window=5,
 )
 KERNELS = KernelConfig(
-    gated_linear_attention=LinearAttentionBackend.recurrent,
-    softmax_attention=SoftmaxAttentionBackend.reference,
+    gated_linear_attention=LinearAttentionBackend.naive,
+    softmax_attention=SoftmaxAttentionBackend.naive,
     parallel_linear=ParallelLinearBackend.megatron,
 )
 
@@ -71,7 +71,7 @@ def test_softmax_mixers_differ_in_their_window(mixer: Mixer, window: int | None)
     spec = branches(mixer_spec(mixer))[0]
     assert spec.module is SoftmaxAttention
     assert spec.params["window"] == window
-    assert spec.params["backend"] is SoftmaxAttentionBackend.reference
+    assert spec.params["backend"] is SoftmaxAttentionBackend.naive
     assert spec.params["context_parallel"] is SlidingWindowContextParallel.ulysses
 
 
@@ -80,7 +80,7 @@ def test_linear_attention_gets_its_settings_and_backend(mixer: Mixer) -> None:
     spec = branches(mixer_spec(mixer))[-1]
     assert spec.module is GatedLinearAttention
     assert spec.params["gla"] == MODEL.gla
-    assert spec.params["backend"] is LinearAttentionBackend.recurrent
+    assert spec.params["backend"] is LinearAttentionBackend.naive
     assert spec.params["context_parallel"] is LinearAttentionContextParallel.allscan
 
 

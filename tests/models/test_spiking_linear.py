@@ -27,7 +27,7 @@ from spikingbrain_train.config.model import (
 )
 from spikingbrain_train.config.parallel import KernelConfig, ParallelConfig, ParallelLinearBackend
 from spikingbrain_train.config.run import Precision
-from spikingbrain_train.ops.spike_encoding import spike_encoding_reference
+from spikingbrain_train.ops.spike_encoding import naive_spike_encoding
 from tests.distributed.pool import RankPool
 
 if TYPE_CHECKING:
@@ -78,8 +78,8 @@ def expected_mlp() -> tuple[Tensor, ...]:
     """Output and gradients of fc1, fc2 and x, on whole weights in float64."""
     fc1, fc2, x, grad = (tensor.double() for tensor in mlp_tensors())
     leaves = [tensor.requires_grad_() for tensor in (fc1, fc2, x)]
-    hidden = silu(linear(spike_encoding_reference(x, K), fc1))
-    output = linear(spike_encoding_reference(hidden, K), fc2)
+    hidden = silu(linear(naive_spike_encoding(x, K), fc1))
+    output = linear(naive_spike_encoding(hidden, K), fc2)
     for encoded in (x, hidden):
         assert distance_to_a_rounding_boundary(encoded) > MARGIN, "choose another seed"
     return (output.detach(), *torch.autograd.grad(output, leaves, grad))
@@ -170,7 +170,7 @@ def test_a_split_input_reduces_one_number_a_token_and_is_encoded_as_the_whole(
     parallel = ParallelConfig(tensor_model_parallel_size=2)
     results = ranks.run(run_row, parallel, x, world_size=2, parallel=parallel)
     encoded = torch.cat([part for part, _ in results], dim=-1)
-    assert torch.equal(encoded, spike_encoding_reference(x, K))
+    assert torch.equal(encoded, naive_spike_encoding(x, K))
     for _, reduced in results:
         output = ((T, B, HIDDEN), dtype)  # what the plain linear reduces
         assert reduced == [((T, B, 1), sum_dtype), output]
@@ -227,7 +227,7 @@ def test_grouped_experts_are_encoded_over_their_group_and_keep_their_splits(rank
     parallel = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
     results = ranks.run(run_grouped, parallel, world_size=2, parallel=parallel)
     encoded = torch.cat([part for part, _ in results], dim=-1)
-    assert torch.equal(encoded, spike_encoding_reference(mlp_tensors()[2].flatten(0, 1), K))
+    assert torch.equal(encoded, naive_spike_encoding(mlp_tensors()[2].flatten(0, 1), K))
     assert [splits for _, splits in results] == [[20, 4], [20, 4]]
 
 
@@ -315,7 +315,7 @@ def gate_and_published_gate(groups: ProcessGroups, encoding: GateEncoding) -> tu
     with torch.no_grad():
         gate = layer.log_gate(hidden, torch.empty(0)).flatten(2)
         down, up = layer.linear_gate_down_proj.weight, layer.linear_gate_up_proj
-        logits = linear(spike_encoding_reference(hidden, K), up.weight @ down, up.bias)
+        logits = linear(naive_spike_encoding(hidden, K), up.weight @ down, up.bias)
         return gate, torch.nn.functional.logsigmoid(logits) / MODEL.gla.gate_logit_normalizer
 
 

@@ -87,9 +87,7 @@ def relative_errors(actual: list[Tensor], expected: list[Tensor]) -> dict[str, f
 def test_chunk_equals_recurrence_in_float64_for_any_gate(kind: str, T: int) -> None:
     # The bound of the project is 1e-9; float64 rounding over T steps stays orders of magnitude below it.
     inputs = make_inputs(2, T, 6, 2, 16, 8, kind)
-    errors = relative_errors(
-        forward_and_gradients(inputs, "chunk"), forward_and_gradients(inputs, "recurrent")
-    )
+    errors = relative_errors(forward_and_gradients(inputs, "chunk"), forward_and_gradients(inputs, "naive"))
     assert max(errors.values()) <= 1e-11, errors
 
 
@@ -109,7 +107,7 @@ def test_chunk_equals_recurrence_for_any_shape(
 ) -> None:
     inputs = make_inputs(B, T, G * R, G, K, V, kind, seed=T)
     errors = relative_errors(
-        forward_and_gradients(inputs, "chunk", use), forward_and_gradients(inputs, "recurrent", use)
+        forward_and_gradients(inputs, "chunk", use), forward_and_gradients(inputs, "naive", use)
     )
     assert max(errors.values()) <= 1e-9, errors
 
@@ -119,9 +117,7 @@ def test_gradient_of_one_strong_gate_is_not_lost_in_cancellation() -> None:
     # exactly.
     inputs = make_inputs(1, 1, 1, 1, 1, 1, "none", seed=5)
     inputs[0].fill_(1.0), inputs[1].fill_(1.0), inputs[3].fill_(-30.0)
-    errors = relative_errors(
-        forward_and_gradients(inputs, "chunk"), forward_and_gradients(inputs, "recurrent")
-    )
+    errors = relative_errors(forward_and_gradients(inputs, "chunk"), forward_and_gradients(inputs, "naive"))
     assert errors["grad_log_gate"] <= 1e-11, errors
 
 
@@ -132,13 +128,11 @@ def test_segments_of_different_gate_strength_join_seamlessly(monkeypatch: pytest
     inputs = make_inputs(1, 300, 4, 2, 8, 8, "7B")
     inputs[3][:, 64:128] = -50 * torch.rand_like(inputs[3][:, 64:128])
     inputs[3][:, 200:210] = -50.0
-    errors = relative_errors(
-        forward_and_gradients(inputs, "chunk"), forward_and_gradients(inputs, "recurrent")
-    )
+    errors = relative_errors(forward_and_gradients(inputs, "chunk"), forward_and_gradients(inputs, "naive"))
     assert max(errors.values()) <= 1e-11, errors
 
 
-@pytest.mark.parametrize("backend", ["chunk", "recurrent"])
+@pytest.mark.parametrize("backend", ["chunk", "naive"])
 def test_log_gate_of_minus_infinity_forgets_everything_before(backend: str) -> None:
     inputs = make_inputs(1, 150, 4, 2, 8, 8, "7B")
     inputs[3][:, 77] = float("-inf")
@@ -155,9 +149,7 @@ def test_log_gate_of_minus_infinity_forgets_everything_before(backend: str) -> N
 
 def test_gradients_stay_finite_with_infinite_log_gates() -> None:
     inputs = make_inputs(1, 130, 4, 2, 8, 8, "infinite")
-    errors = relative_errors(
-        forward_and_gradients(inputs, "chunk"), forward_and_gradients(inputs, "recurrent")
-    )
+    errors = relative_errors(forward_and_gradients(inputs, "chunk"), forward_and_gradients(inputs, "naive"))
     assert max(errors.values()) <= 1e-11, errors
 
 
@@ -167,7 +159,7 @@ def test_float32_keeps_float32_accuracy_for_any_gate(kind: str) -> None:
     inputs = [x.float().double() for x in inputs]
     actual = forward_and_gradients([x.float() for x in inputs], "chunk")
     # 1e-7 is one rounding of float32; sums of some hundred terms and exponents up to 40 cost one more digit.
-    errors = relative_errors(actual, forward_and_gradients(inputs, "recurrent"))
+    errors = relative_errors(actual, forward_and_gradients(inputs, "naive"))
     assert max(errors.values()) <= 3e-6, errors
 
 
@@ -180,7 +172,7 @@ def test_bfloat16_is_as_accurate_as_its_operands(kind: str) -> None:
     assert actual[0].dtype == torch.bfloat16 and actual[1].dtype == torch.float32
     # bfloat16 rounds to 2^-9 = 2e-3; an operand, a product and a result are rounded one after the other, and
     # the gradient of the log gate is a difference of such results.
-    errors = relative_errors(actual, forward_and_gradients(inputs, "recurrent"))
+    errors = relative_errors(actual, forward_and_gradients(inputs, "naive"))
     assert max(errors.values()) <= 1.5e-2, errors
 
 
@@ -208,7 +200,7 @@ def test_steps_equal_the_chunked_form() -> None:
     torch.testing.assert_close(state, expected_state)
 
 
-@pytest.mark.parametrize("backend", ["chunk", "recurrent"])
+@pytest.mark.parametrize("backend", ["chunk", "naive"])
 def test_documents_do_not_see_each_other(backend: str) -> None:
     bounds = [0, 1, 2, 90, 150]
     q, k, v, log_gate, _ = make_inputs(1, 150, 6, 2, 16, 8, "medium")
@@ -222,7 +214,7 @@ def test_documents_do_not_see_each_other(backend: str) -> None:
             *(x[:, start:stop] for x in leaves[:4]),
             initial_state=state[document : document + 1],
             output_final_state=True,
-            backend="recurrent",
+            backend="naive",
         )
         for document, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False))
     ]
@@ -282,7 +274,7 @@ def test_end_state_and_decay_are_those_of_the_recurrence(kind: str, T: int) -> N
     state, decay = gated_linear_attention_end_state(k, v, log_gate)
     after = state + decay.unsqueeze(-1) * before
     _, expected = gated_linear_attention(
-        q, k, v, log_gate, initial_state=before, output_final_state=True, backend="recurrent"
+        q, k, v, log_gate, initial_state=before, output_final_state=True, backend="naive"
     )
     torch.manual_seed(1)
     weight = torch.randn(after.shape).double()
@@ -383,7 +375,7 @@ def test_fla_gets_gates_that_it_can_sum_and_computes_the_same(monkeypatch: pytes
     log_gate[:, 5] = float("-inf")
     log_gate[:, 8] = -1e30
     o, _ = fla_gated_linear_attention(q, k, v, log_gate, None, scale=0.5, output_final_state=False)
-    expected, _ = gated_linear_attention(q, k, v, log_gate, scale=0.5, backend="recurrent")
+    expected, _ = gated_linear_attention(q, k, v, log_gate, scale=0.5, backend="naive")
     torch.testing.assert_close(o, expected)
 
 
@@ -395,7 +387,7 @@ def test_fla_gets_gates_that_it_can_sum_and_computes_the_same(monkeypatch: pytes
         ("auto", torch.bfloat16, "cuda", True, "fla"),
         ("auto", torch.float32, "cuda", True, "fla"),
         ("auto", torch.float64, "cuda", True, "chunk"),
-        ("recurrent", torch.float64, "cuda", True, "recurrent"),
+        ("naive", torch.float64, "cuda", True, "naive"),
     ],
 )
 def test_auto_takes_a_kernel_that_is_here_and_can(

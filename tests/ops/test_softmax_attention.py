@@ -28,7 +28,7 @@ from spikingbrain_train.ops.softmax_attention.flash import flash_attn_softmax_at
 from spikingbrain_train.planning.kernel_limits import SoftmaxAttentionCall
 from spikingbrain_train.runtime import packages
 
-CPU_BACKENDS = ["reference", "blocked", "sdpa"]
+CPU_BACKENDS = ["naive", "blocked", "sdpa"]
 
 
 def make_inputs(B: int, T: int, H: int, G: int, K: int, V: int, seed: int = 0) -> list[Tensor]:
@@ -96,7 +96,7 @@ def largest_error(actual: list[Tensor], expected: list[Tensor]) -> float:
 
 def test_reference_sees_exactly_the_window() -> None:
     q, k, v = make_inputs(1, 9, 2, 1, 4, 3)
-    o = softmax_attention(q, k, v, window=3, backend="reference")
+    o = softmax_attention(q, k, v, window=3, backend="naive")
     for t in range(9):
         keys = slice(max(0, t - 2), t + 1)
         for head in range(2):
@@ -108,7 +108,7 @@ def test_reference_sees_exactly_the_window() -> None:
 @pytest.mark.parametrize("window", [None, 1, 2, 37, 64, 256, 299, 300, 1000])
 def test_backends_equal_masked_softmax_in_float64(backend: str, window: int | None) -> None:
     inputs = make_inputs(1, 300, 6, 2, 16, 8)
-    expected = forward_and_gradients(inputs, window, "reference")
+    expected = forward_and_gradients(inputs, window, "naive")
     # Exact up to float64 rounding.
     assert largest_error(forward_and_gradients(inputs, window, backend), expected) <= 1e-13
 
@@ -127,7 +127,7 @@ def test_blocked_equals_masked_softmax_for_any_shape(
     B: int, T: int, G: int, R: int, K: int, V: int, window: int | None
 ) -> None:
     inputs = make_inputs(B, T, G * R, G, K, V, seed=T)
-    expected = forward_and_gradients(inputs, window, "reference")
+    expected = forward_and_gradients(inputs, window, "naive")
     assert largest_error(forward_and_gradients(inputs, window, "blocked"), expected) <= 1e-12
 
 
@@ -141,7 +141,7 @@ def test_low_precision_is_as_accurate_as_its_operands(
     inputs = [x.to(dtype).double() for x in make_inputs(1, 500, 6, 2, 64, 64)]
     actual = forward_and_gradients([x.to(dtype) for x in inputs], window, "blocked")
     assert actual[0].dtype == dtype
-    assert largest_error(actual, forward_and_gradients(inputs, window, "reference")) <= tolerance
+    assert largest_error(actual, forward_and_gradients(inputs, window, "naive")) <= tolerance
 
 
 @pytest.mark.parametrize("window", [None, 300])
@@ -149,7 +149,7 @@ def test_bfloat16_errs_little_more_than_torch_sdpa_with_large_scores(window: int
     # Scores up to about 100: bfloat16 scores would be off by 0.25 and probabilities by a quarter.
     q, k, v = make_inputs(1, 600, 6, 2, 64, 64)
     inputs = [x.bfloat16().double() for x in (8 * q, k, v)]
-    expected = forward_and_gradients(inputs, window, "reference")
+    expected = forward_and_gradients(inputs, window, "naive")
     half = [x.bfloat16() for x in inputs]
     error = largest_error(forward_and_gradients(half, window, "blocked"), expected)
     assert error <= 3 * largest_error(forward_and_gradients(half, window, "sdpa"), expected)
@@ -164,7 +164,7 @@ def test_a_maximum_far_outside_the_guessed_keys_is_found(dtype: torch.dtype) -> 
     k[..., 0] = 0.0
     k[:, 300, :, 0] = 200.0
     inputs = [x.to(dtype).double() for x in (q, k, v)]
-    expected = forward_and_gradients(inputs, None, "reference")
+    expected = forward_and_gradients(inputs, None, "naive")
     actual = forward_and_gradients([x.to(dtype) for x in inputs], None, "blocked")
     assert all(x.isfinite().all() for x in actual)
     assert largest_error(actual, expected) <= (1e-12 if dtype == torch.float64 else 2e-2)

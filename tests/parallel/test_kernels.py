@@ -67,16 +67,16 @@ def test_auto_takes_the_best_linears_and_leaves_attention_to_its_calls(
 
 def test_an_explicit_choice_is_kept() -> None:
     chosen = KernelConfig(
-        gated_linear_attention=LinearAttentionBackend.recurrent,
-        softmax_attention=SoftmaxAttentionBackend.reference,
+        gated_linear_attention=LinearAttentionBackend.naive,
+        softmax_attention=SoftmaxAttentionBackend.naive,
         parallel_linear=ParallelLinearBackend.megatron,
     )
     resolved = resolve_kernels(chosen, machine(AcceleratorKind.cuda, EVERYTHING))
-    assert names(resolved) == ("recurrent", "reference", "megatron")
+    assert names(resolved) == ("naive", "naive", "megatron")
     line = describe_kernels(
-        resolved, AttentionChoices({"recurrent": ["gla"]}, {"reference": ["full"], "flex": ["swa"]}, {})
+        resolved, AttentionChoices({"naive": ["gla"]}, {"naive": ["full"], "flex": ["swa"]}, {})
     )
-    assert "gated linear attention recurrent, softmax attention reference (full) and flex (swa)" in line
+    assert "gated linear attention naive, softmax attention naive (full) and flex (swa)" in line
     assert "parallel linears megatron" in line
 
 

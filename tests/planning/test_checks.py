@@ -285,7 +285,7 @@ REFUSED: list[tuple[dict[str, Any], int, list[str]]] = [
             "cluster.kernels.gated_linear_attention": LinearAttentionBackend.fla,
         },
         1,
-        ["cluster.kernels.gated_linear_attention=fla", "auto or chunk or recurrent"],
+        ["cluster.kernels.gated_linear_attention=fla", "auto or chunk or naive"],
     ),
     (
         {

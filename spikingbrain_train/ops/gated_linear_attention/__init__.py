@@ -1,6 +1,6 @@
 """Gated linear attention (SpikingBrain, arXiv 2509.05276, eq. 10-11).
 
-To understand it, read ``recurrent`` first (the definition), then ``factored`` (what usually runs on CPU),
+To understand it, read ``naive`` first (the definition), then ``factored`` (what usually runs on CPU),
 ``chunk`` (how segments and the backward pass are put together) and ``subdivided`` (very strong decay).
 """
 

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from spikingbrain_train.ops.gated_linear_attention.chunk import chunk_gated_linear_attention
 from spikingbrain_train.ops.gated_linear_attention.flash_linear_attention import fla_gated_linear_attention
-from spikingbrain_train.ops.gated_linear_attention.naive import recurrent_gated_linear_attention
+from spikingbrain_train.ops.gated_linear_attention.naive import naive_gated_linear_attention
 from spikingbrain_train.runtime.packages import has_package, require_gpu, require_package, unknown_backend
 
-BACKENDS = ("auto", "recurrent", "chunk", "fla")
+BACKENDS = ("auto", "naive", "chunk", "fla")
 
 
 def gated_linear_attention(
@@ -42,10 +42,9 @@ def gated_linear_attention(
             float32 recommended (bfloat16 gates close to 1 are too coarse).
         scale: factor of the output, K ** -0.5 by default.
         initial_state: state before the first token [B, G, K, V]; zeros by default. With ``cu_seqlens``,
-            before
-            the first token of every document [D, G, K, V].
+            before the first token of every document [D, G, K, V].
         output_final_state: also return the state after the last token.
-        backend: ``recurrent`` (reference, slow), ``chunk`` (PyTorch, any device), ``fla`` (Triton kernels on
+        backend: ``naive`` (the recurrence, slow), ``chunk`` (PyTorch, any device), ``fla`` (Triton kernels on
             GPUs), or ``auto``: see :func:`choose_backend`.
         cu_seqlens: D documents that do not see each other, as in fla: [0, end of the first, ..., T], D + 1
             integers. B must be 1.
@@ -81,7 +80,7 @@ def gated_linear_attention(
         state = torch.zeros(num_states, G, K, v.shape[-1], dtype=state_dtype, device=q.device)
     else:
         state = initial_state.to(state_dtype)
-    run = recurrent_gated_linear_attention if name == "recurrent" else chunk_gated_linear_attention
+    run = naive_gated_linear_attention if name == "naive" else chunk_gated_linear_attention
     if bounds is None or len(bounds) == 2:
         o, final_state = run(q, k, v, log_gate, state, scale=scale)
     else:

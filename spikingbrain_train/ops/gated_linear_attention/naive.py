@@ -1,4 +1,6 @@
-"""Gated linear attention as the recurrence that defines it: the readable reference and the decoding step.
+"""Gated linear attention as the recurrence that defines it, and its step for decoding.
+
+The fast forms are held to it.
 
 Shape legend: B batch, T time, H query heads, G key/value groups, R = H // G heads of a group, K key dim, V
 value dim.
@@ -40,7 +42,7 @@ def gated_linear_attention_step(
     return o.reshape(B, H, V).to(q_BHK.dtype), state_BGKV
 
 
-def recurrent_gated_linear_attention(
+def naive_gated_linear_attention(
     q_BTHK: Tensor,
     k_BTGK: Tensor,
     v_BTGV: Tensor,

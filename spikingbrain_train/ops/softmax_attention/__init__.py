@@ -1,7 +1,7 @@
 """Causal softmax attention, full or over a sliding window (SpikingBrain, arXiv 2509.05276, eq. 1-2), with
 sink tokens and several documents in a sequence.
 
-To understand it, read ``reference`` first (the definition), then ``blocked`` (what runs on CPU).
+To understand it, read ``naive`` first (the definition), then ``blocked`` (what runs on CPU).
 """
 
 from spikingbrain_train.ops.softmax_attention.dispatch import (

@@ -17,7 +17,7 @@ from spikingbrain_train.planning.kernel_limits import SoftmaxAttentionCall, flas
 from spikingbrain_train.runtime.packages import has_package, require_gpu, require_package, unknown_backend
 
 _ONE_DOCUMENT = {
-    "reference": naive_softmax_attention,
+    "naive": naive_softmax_attention,
     "blocked": blocked_softmax_attention,
     "sdpa": sdpa_softmax_attention,
 }
@@ -57,7 +57,7 @@ def softmax_attention(
         window: number of text keys that a query sees, its own included; None or at least Tk is full causal
             attention.
         scale: factor of the scores, K ** -0.5 by default.
-        backend: ``reference`` (masked softmax, slow), ``blocked`` (O(T * window) work, O(T) memory, made for
+        backend: ``naive`` (masked softmax, slow), ``blocked`` (O(T * window) work, O(T) memory, made for
             CPU), ``sdpa`` (torch; a short window costs a Tq x Tk mask), ``flash_attn`` and ``flex`` (GPU), or
             ``auto``: see :func:`choose_backend`.
         num_sink_tokens: keys in front of the text that every query sees.

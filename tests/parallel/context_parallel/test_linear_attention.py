@@ -86,7 +86,7 @@ def random_cases(size: int, seed: int) -> list[Case]:
 
 def _recurrence(inputs: list[Tensor], initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
     o, state = gated_linear_attention(
-        *inputs, scale=SCALE, initial_state=initial_state, output_final_state=True, backend="recurrent"
+        *inputs, scale=SCALE, initial_state=initial_state, output_final_state=True, backend="naive"
     )
     assert state is not None
     return o, state

@@ -198,7 +198,7 @@ def random_case(generator: random.Random, world_size: int) -> Case:
         num_heads=num_groups * generator.randint(1, 3),
         num_groups=num_groups,
         rows=rows,
-        backend=generator.choice(["blocked", "sdpa", "reference"]),
+        backend=generator.choice(["blocked", "sdpa", "naive"]),
     )
 
 
