@@ -34,7 +34,7 @@ FLOORS = {
     "evaluation": 8,
     "training": 9,
     "conversion": 9,
-    "demo": 10,
+    "pipelines": 10,
 }
 # Libraries that a room must do without, whichever file and function asks for them.
 _TORCH = {"torch", "megatron", "transformers", "fla", "numpy"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from spikingbrain_train.demo.command_line import demo
+from spikingbrain_train.pipelines.demo.command_line import demo
 
 if __name__ == "__main__":
     demo(Path(__file__).resolve().parents[1])

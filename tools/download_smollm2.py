@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from spikingbrain_train.demo.smollm2 import download_command_line
+from spikingbrain_train.pipelines.demo.smollm2 import download_command_line
 
 if __name__ == "__main__":
     download_command_line()

@@ -13,8 +13,8 @@ import pytest
 
 from spikingbrain_train.config.conversion import ConversionConfig
 from spikingbrain_train.conversion import command_line, export_checkpoint, import_checkpoint, output_folder
-from spikingbrain_train.demo import smollm2
 from spikingbrain_train.errors import PlatformError
+from spikingbrain_train.pipelines.demo import smollm2
 from tests.reporting.now_shown import Imported, now_shown, stop_at_import
 from tests.small_source import save_small_source
 

@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from spikingbrain_train.config.command_line import DIVERGED, START_AGAIN, USER_ERROR
-from spikingbrain_train.demo.steps import Step, step_keys
 from spikingbrain_train.errors import ConfigurationError, SpikingBrainError
+from spikingbrain_train.pipelines.demo.steps import Step, step_keys
 from spikingbrain_train.reporting.activity import format_duration
 from spikingbrain_train.storage.durable_files import write_text_durably
 

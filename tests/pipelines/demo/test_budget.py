@@ -12,16 +12,22 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from spikingbrain_train.config.compose import compose_run
-from spikingbrain_train.demo import command_line
-from spikingbrain_train.demo.budget import Lengths, Speed, check_minutes, fit, recall, remember
-from spikingbrain_train.demo.named_settings import NamedSettings
-from spikingbrain_train.demo.runner import Runner
-from spikingbrain_train.demo.stages import beside_own
-from spikingbrain_train.demo.steps import SPEED_FILE, DemoOptions, demo_steps, fitted_lengths, step_keys
 from spikingbrain_train.errors import ConfigurationError
+from spikingbrain_train.pipelines.demo import command_line
+from spikingbrain_train.pipelines.demo.budget import Lengths, Speed, check_minutes, fit, recall, remember
+from spikingbrain_train.pipelines.demo.named_settings import NamedSettings
+from spikingbrain_train.pipelines.demo.runner import Runner
+from spikingbrain_train.pipelines.demo.stages import beside_own
+from spikingbrain_train.pipelines.demo.steps import (
+    SPEED_FILE,
+    DemoOptions,
+    demo_steps,
+    fitted_lengths,
+    step_keys,
+)
 from spikingbrain_train.planning.checks import check_optimizer
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 HELD_OUT = 11_329
 # Measured by hand on two cores without bf16 instructions.
 SLOW = Speed(

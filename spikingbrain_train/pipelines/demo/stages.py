@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from spikingbrain_train.config.compose import compose_run
 from spikingbrain_train.config.load import to_run_config
-from spikingbrain_train.demo.named_settings import RATES, WARM_UP, NamedSettings
+from spikingbrain_train.pipelines.demo.named_settings import RATES, WARM_UP, NamedSettings
 from spikingbrain_train.planning.checks import check_run_config
 
 _NO_LIMIT = 2**30

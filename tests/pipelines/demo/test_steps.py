@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 
 from spikingbrain_train.config.compose import compose_run
-from spikingbrain_train.demo.command_line import demo
-from spikingbrain_train.demo.report import Row, read_stage, render_table
-from spikingbrain_train.demo.runner import STATE_FILE, Runner, printable
-from spikingbrain_train.demo.steps import DemoOptions, Step, demo_steps, step_keys
 from spikingbrain_train.errors import ConfigurationError, DataError, SpikingBrainError
+from spikingbrain_train.pipelines.demo.command_line import demo
+from spikingbrain_train.pipelines.demo.report import Row, read_stage, render_table
+from spikingbrain_train.pipelines.demo.runner import STATE_FILE, Runner, printable
+from spikingbrain_train.pipelines.demo.steps import DemoOptions, Step, demo_steps, step_keys
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def options(tmp_path: Path, **changes: object) -> DemoOptions:
@@ -221,8 +221,8 @@ class TestRepetition:
         runs = (
             "import signal, sys\n"
             "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-            "from spikingbrain_train.demo.runner import Runner\n"
-            "from spikingbrain_train.demo.steps import Step\n"
+            "from spikingbrain_train.pipelines.demo.runner import Runner\n"
+            "from spikingbrain_train.pipelines.demo.steps import Step\n"
             f"step = Step('only', 'only', [sys.executable, '-c', {saves!r}])\n"
             f"Runner(__import__('pathlib').Path({str(tmp_path / 'out')!r})).run([step])\n"
         )

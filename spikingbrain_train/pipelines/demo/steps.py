@@ -14,11 +14,16 @@ from omegaconf import OmegaConf
 
 from spikingbrain_train.config.compose import compose_run
 from spikingbrain_train.data.folders import LeftOut, files_below
-from spikingbrain_train.demo.budget import Lengths, fit, read_speed
-from spikingbrain_train.demo.named_settings import NamedSettings
-from spikingbrain_train.demo.smollm2 import NAME
-from spikingbrain_train.demo.stages import beside_own, check_stage_arguments, stage_arguments, windows
 from spikingbrain_train.errors import ConfigurationError, DataError
+from spikingbrain_train.pipelines.demo.budget import Lengths, fit, read_speed
+from spikingbrain_train.pipelines.demo.named_settings import NamedSettings
+from spikingbrain_train.pipelines.demo.smollm2 import NAME
+from spikingbrain_train.pipelines.demo.stages import (
+    beside_own,
+    check_stage_arguments,
+    stage_arguments,
+    windows,
+)
 from spikingbrain_train.storage.checkpoint_folder import CHECKPOINT_FOLDER, latest_iteration
 
 _TEXT_SUFFIXES = (".txt", ".md", ".rst")

@@ -11,10 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from spikingbrain_train.config.command_line import user_errors
-from spikingbrain_train.demo.budget import DEFAULT_MINUTES, check_minutes, recall, remember
-from spikingbrain_train.demo.report import write_report
-from spikingbrain_train.demo.runner import Runner, printable
-from spikingbrain_train.demo.steps import (
+from spikingbrain_train.pipelines.demo.budget import DEFAULT_MINUTES, check_minutes, recall, remember
+from spikingbrain_train.pipelines.demo.report import write_report
+from spikingbrain_train.pipelines.demo.runner import Runner, printable
+from spikingbrain_train.pipelines.demo.steps import (
     MEASURE,
     PYDOC_TOPICS,
     DemoOptions,

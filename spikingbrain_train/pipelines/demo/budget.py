@@ -14,7 +14,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from spikingbrain_train.demo.named_settings import (
+from spikingbrain_train.errors import ConfigurationError
+from spikingbrain_train.pipelines.demo.named_settings import (
     BATCH,
     EVAL_INTERVAL,
     EVAL_ITERS,
@@ -25,7 +26,6 @@ from spikingbrain_train.demo.named_settings import (
     WARM_UP,
     NamedSettings,
 )
-from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.reporting.activity import format_duration
 from spikingbrain_train.storage.durable_files import write_text_durably
 

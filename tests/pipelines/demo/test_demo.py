@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from spikingbrain_train.data.gpt_dataset import open_valid_dataset
 from tests.small_source import save_small_source
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 STAGE = ["stage.seq_length=64", "optimizer.lr_warmup_iters=0", "logging.log_interval=1"]
 ALIGN = [*STAGE, "stage.train_iters=3"]
 CPT = [*STAGE, "stage.train_iters=2", "logging.tensorboard=false"]

@@ -18,7 +18,7 @@ from spikingbrain_train.config.command_line import user_errors
 from spikingbrain_train.config.compose import compose_run
 from spikingbrain_train.config.load import to_run_config
 from spikingbrain_train.config.run import Precision, RunConfig
-from spikingbrain_train.demo.budget import Speed
+from spikingbrain_train.pipelines.demo.budget import Speed
 from spikingbrain_train.reporting.activity import activity
 from spikingbrain_train.runtime.quiet_torch import ignore_megatron_warnings
 from spikingbrain_train.storage.durable_files import write_text_durably

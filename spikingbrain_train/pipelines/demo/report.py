@@ -11,9 +11,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from spikingbrain_train.demo.runner import StepRecord, printable
-from spikingbrain_train.demo.steps import DemoOptions, Step
 from spikingbrain_train.errors import DataError
+from spikingbrain_train.pipelines.demo.runner import StepRecord, printable
+from spikingbrain_train.pipelines.demo.steps import DemoOptions, Step
 from spikingbrain_train.reporting.activity import format_duration
 from spikingbrain_train.storage.durable_files import write_text_durably
 from spikingbrain_train.training.metrics import read_metrics
