@@ -1,0 +1,61 @@
+"""Checkpoints that earlier releases wrote still load, go on and are exported (tests/old_checkpoints)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from spikingbrain_train.config.load import load_run_config
+from spikingbrain_train.config.parallel import ParallelConfig
+from spikingbrain_train.config.run import RunConfig
+from spikingbrain_train.conversion.export_checkpoint import export_checkpoint
+from tests.conversion.hf_models import all_tensors
+from tests.distributed.pool import RankPool
+from tests.distributed.small_runs import train
+
+OLD = Path(__file__).resolve().parents[1] / "old_checkpoints"
+ONE_RANK = ParallelConfig()
+# Relative. On the kind of CPU that wrote them the losses are the same to the last bit. Another CPU or build of
+# torch adds in another order: with kernels that use no AVX (ATEN_CPU_CAPABILITY=default) they differ by 5e-8.
+# bf16 keeps 8 bits, so that one number that is rounded the other way shows in the fourth digit of a loss.
+TOLERANCE = {"76b": 1e-5, "7b": 2e-3}
+
+
+def _run(name: str, folder: Path) -> RunConfig:
+    """A copy of an old run, and the config that goes on with it as its user would: as it was stored."""
+    shutil.copytree(OLD / name, folder / name)
+    for file in OLD.glob("data.*"):
+        shutil.copy(file, folder)
+    config = load_run_config(folder / name / "checkpoints" / "iter_0000002" / "run_config.yaml")
+    data = replace(config.data, train=[str(folder / "data")])
+    return replace(config, output_dir=str(folder / name), data=data)
+
+
+def _expected(name: str) -> dict:
+    return json.loads((OLD / name / "expected.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["76b", "7b"])
+def test_an_old_run_goes_on_as_it_would_have(name: str, ranks: RankPool, tmp_path: Path) -> None:
+    [steps] = ranks.run(train, _run(name, tmp_path), world_size=1, parallel=ONE_RANK)
+    expected = _expected(name)["steps_3_and_4"]
+    assert len(steps) == len(expected) == 2
+    for (loss, _), step in zip(steps, expected, strict=True):
+        assert loss == pytest.approx(step["loss"], rel=TOLERANCE[name])
+
+
+def _sha256(tensor: torch.Tensor) -> str:
+    bits = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+    return hashlib.sha256(f"{tensor.dtype}{list(tensor.shape)}".encode() + bits).hexdigest()
+
+
+def test_an_old_checkpoint_is_exported_bit_for_bit(tmp_path: Path) -> None:
+    export_checkpoint(OLD / "7b" / "checkpoints" / "iter_0000002", tmp_path / "hf")
+    exported = {name: _sha256(tensor) for name, tensor in all_tensors(tmp_path / "hf").items()}
+    assert exported == _expected("7b")["export"]
