@@ -1,4 +1,4 @@
-"""Causal sliding-window attention as a masked softmax, which the fast forms are held to: O(Tq * Tk) memory."""
+"""Causal sliding-window attention as a masked softmax: what fast forms are held to. O(Tq * Tk) memory."""
 
 from __future__ import annotations
 
