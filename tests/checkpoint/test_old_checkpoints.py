@@ -21,9 +21,9 @@ from tests.distributed.small_runs import train
 
 OLD = Path(__file__).resolve().parents[1] / "old_checkpoints"
 ONE_RANK = ParallelConfig()
-# Relative. On the kind of CPU that wrote them the losses are the same to the last bit. Another CPU or build of
-# torch adds in another order: with kernels that use no AVX (ATEN_CPU_CAPABILITY=default) they differ by 5e-8.
-# bf16 keeps 8 bits, so that one number that is rounded the other way shows in the fourth digit of a loss.
+# Relative. On the kind of CPU that wrote them the losses are the same to the last bit. Another CPU or build
+# of torch adds in another order: with kernels that use no AVX (ATEN_CPU_CAPABILITY=default) they differ by
+# 5e-8. bf16 keeps 8 bits, so that one number that is rounded the other way shows in a loss's fourth digit.
 TOLERANCE = {"76b": 1e-5, "7b": 2e-3}
 
 
