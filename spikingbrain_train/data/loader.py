@@ -5,8 +5,11 @@ Each rank reads whole samples and keeps the slice of the sequence that its conte
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -184,7 +187,7 @@ def build_data_loader(
         num_workers=num_workers,
         pin_memory=pin_memory,
         collate_fn=collate,
-        worker_init_fn=_leave_signals_to_parent,
+        worker_init_fn=_end_with_parent,
         # Without its own generator a loader draws from the global one when it starts, and a resumed run,
         # which starts one loader more, would see other dropout masks than an uninterrupted one.
         generator=torch.Generator().manual_seed(seed),
@@ -195,14 +198,39 @@ def build_data_loader(
 def _in_own_words(loader: DataLoader) -> Iterator[WholeBatch]:
     """The loader's batches. What goes wrong in one of its processes arrives inside that process's traceback,
     of which only the sentence is kept."""
+    with _left_to_parent(signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        batches = iter(loader)  # starts the processes
     try:
-        yield from loader
+        yield from batches
     except DataError as error:
-        raise DataError(str(error).rpartition(f"{DataError.__name__}: ")[2].strip()) from error
+        sentence = str(error).rpartition(f"{DataError.__name__}: ")[2].strip()
+        raise DataError(sentence) from error.with_traceback(None)
+    finally:
+        # Their processes end now: tracebacks keep frames, and frames what they name, while an error is held.
+        del batches
 
 
-def _leave_signals_to_parent(_worker: int) -> None:
-    """A signal to the whole group asks the run to stop after its step, which still needs its loaders; the
-    trainer ends them itself.
+@contextmanager
+def _left_to_parent(*numbers: signal.Signals) -> Iterator[None]:
+    """Processes started in here never see the signals: one to the whole group asks the run to stop after its
+    step, which still needs its loaders."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_with_parent(_worker: int) -> None:
+    """Only SIGTERM of the parent ends a loader process.
+
+    The parent sends it where it cannot hand over the end of the data any more: when the garbage collector
+    has found the loader, and when the interpreter ends, which then waits for its children.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)  # as torch's own handler does: another code would count as a loader that failed
+
+    threading.Thread(target=wait, name="end of the loader", daemon=True).start()

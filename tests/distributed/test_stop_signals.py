@@ -54,6 +54,7 @@ def test_a_signal_is_held_back_until_the_run_asks(number: signal.Signals, handle
 
 
 def test_the_second_interrupt_ends_at_once(handlers: None) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs without it
     with pytest.raises(KeyboardInterrupt), StopSignals(_OneRank()):  # type: ignore[arg-type]
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
