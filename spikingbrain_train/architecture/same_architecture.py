@@ -1,100 +1,29 @@
 """The one definition of "the same architecture": what two models must agree in to share weights.
 
-Start-up checks, loading and resuming all read :data:`ROLES`, in which every setting of a model has a row: a
-new one has to decide what it is. Without torch.
+Start-up checks, loading and resuming all read the role that stands beside every setting of a model
+(config/setting.py): a new one has to decide what it is. Without torch.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
 from spikingbrain_train.config.model import FeedForward, Mixer, ModelConfig, SpikingProjection
+from spikingbrain_train.config.setting import Role, decisions, leaves
 from spikingbrain_train.errors import CheckpointError
 
-
-class Role(Enum):
-    """What a setting of the model decides."""
-
-    weights = "weights"
-    """Which parameters there are, and their shapes: two models that differ in it cannot share weights."""
-    function = "function"
-    """What is computed with them: another value takes the same weights, but is another model."""
-    training = "training"
-    """How they are trained, or what the model is declared for: can be tuned while a run goes on."""
-    start = "start"
-    """How weights begin; without effect where they are read from a checkpoint."""
-
-
 ROLES: dict[str, Role] = {
-    "num_layers": Role.weights,
-    "hidden_size": Role.weights,
-    "ffn_hidden_size": Role.weights,
-    "num_attention_heads": Role.weights,
-    "num_query_groups": Role.weights,
-    "kv_channels": Role.weights,
-    "vocab_size": Role.weights,
-    "max_position_embeddings": Role.training,
-    # The number and kind of a layer's branches are weights; the reach of a softmax branch is function.
-    "mixers": Role.weights,
-    "sliding_window": Role.function,
-    "gla.feature_map": Role.function,
-    "gla.gate": Role.weights,
-    "gla.gate_low_rank_dim": Role.weights,
-    "gla.gate_logit_normalizer": Role.function,
-    "gla.init_gate_bias_min": Role.start,
-    "gla.init_gate_bias_max": Role.start,
-    "gla.init_gate_std": Role.start,
-    "gla.init_out_norm": Role.start,
-    "parallel_hybrid.init_softmax_weight": Role.start,
-    "parallel_hybrid.init_linear_weight": Role.start,
-    "num_sink_tokens": Role.weights,
-    "feed_forwards": Role.weights,
-    "moe.num_experts": Role.weights,
-    "moe.router_topk": Role.function,
-    "moe.num_shared_experts": Role.weights,
-    "moe.moe_ffn_hidden_size": Role.weights,
-    "moe.aux_loss_coeff": Role.training,
-    "moe.z_loss_coeff": Role.training,
-    "moe.capacity_factor": Role.training,
-    "moe.pad_to_capacity": Role.training,
-    "spiking.projections": Role.function,
-    "spiking.gate_encoding": Role.function,
-    "spiking.k": Role.training,
-    "rotary_base": Role.function,
-    "rope_scaling.factor": Role.function,
-    "rope_scaling.low_freq_factor": Role.function,
-    "rope_scaling.high_freq_factor": Role.function,
-    "rope_scaling.original_max_position_embeddings": Role.function,
-    "norm_epsilon": Role.function,
-    "add_qkv_bias": Role.weights,
-    "qk_layernorm": Role.weights,
-    "share_embeddings_and_output_weights": Role.weights,
-    "init_method_std": Role.start,
-    # Checkpoints are read whatever number of padding rows they have.
-    "make_vocab_size_divisible_by": Role.training,
+    name: decision.role for name, decision in decisions(ModelConfig()).items() if decision.role is not None
 }
-"""Every setting of a model by its dotted name."""
+"""What every setting of a model decides, by its dotted name."""
 
 _SIZES = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"),
     *("kv_channels", "vocab_size", "add_qkv_bias", "qk_layernorm", "share_embeddings_and_output_weights"),
 )
 """What a dense source and a model converted from it agree in."""
-
-
-def leaves(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Every single setting below a config object by its dotted name, in the order of the fields."""
-    found: dict[str, Any] = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            found |= leaves(value, f"{prefix}{field.name}.")
-        else:
-            found[f"{prefix}{field.name}"] = value
-    return found
 
 
 def settings_in_use(model: ModelConfig) -> dict[str, Any]:

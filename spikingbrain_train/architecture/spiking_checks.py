@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from spikingbrain_train.config.model import ModelConfig, SpikingProjection
-from spikingbrain_train.config.require import above_zero, at_least, require
+from spikingbrain_train.config.require import require
 from spikingbrain_train.config.run import StageConfig
 
 
@@ -14,26 +14,17 @@ def check_spiking(model: ModelConfig, stage: StageConfig) -> None:
 
 
 def _check_projections(model: ModelConfig) -> None:
-    spiking = model.spiking
-    above_zero(spiking, "model.spiking", "k")
-    names = [projection.name for projection in spiking.projections]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    require(
-        not twice,
-        f"model.spiking.projections lists {' and '.join(twice)} more than once; list each projection once",
-    )
     has_gate = model.gla.gate.has_parameters and any(
         mixer.has_linear_branch for mixer in model.layer_mixers()
     )
     require(
-        has_gate or SpikingProjection.gate not in spiking.projections,
+        has_gate or SpikingProjection.gate not in model.spiking.projections,
         "model.spiking.projections lists gate, but no layer has a low-rank gate; take gate out of the list",
     )
 
 
 def _check_annealing(model: ModelConfig, stage: StageConfig) -> None:
     annealing, k = stage.spike_annealing, model.spiking.k
-    at_least(annealing, "stage.spike_annealing", 0, "anneal_iters")
     if annealing.init_k is None:
         require(
             annealing.anneal_iters == 0,

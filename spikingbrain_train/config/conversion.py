@@ -13,6 +13,7 @@ from spikingbrain_train.config.model import (
     ParallelHybridConfig,
     SpikingConfig,
 )
+from spikingbrain_train.config.setting import setting
 
 
 class UpcyclingForm(str, Enum):
@@ -31,9 +32,9 @@ class UpcyclingConfig:
 
     form: UpcyclingForm = UpcyclingForm.published
     """Scaling of the copies and start of the router."""
-    router_init_std: float = 0.02
+    router_init_std: float = setting(0.02, minimum=0)
     """Standard deviation of the random router of the published form; the report does not give it."""
-    reinit_fraction: float = 0.0
+    reinit_fraction: float = setting(0.0, minimum=0, maximum=1, must="be between 0 (copies) and 1 (all new)")
     """Share of each routed expert's intermediate channels that is drawn anew, for diversity; 0 copies all."""
 
 
@@ -44,13 +45,13 @@ class ConversionConfig:
     mixers: list[Mixer] = field(default_factory=lambda: [Mixer.gla, Mixer.swa])
     """Mixer of each layer, repeated until the layers are filled: [gla, swa] is SpikingBrain-7B, [full] keeps
     the source dense."""
-    sliding_window: int = 4096
+    sliding_window: int = setting(4096, minimum=1)
     """Keys (the current token included) that a sliding-window layer sees."""
     gla: GatedLinearAttentionConfig = field(default_factory=GatedLinearAttentionConfig)
     """Form, shape and initial values of linear attention."""
     parallel_hybrid: ParallelHybridConfig = field(default_factory=ParallelHybridConfig)
     """Initial values of layers with two branches."""
-    num_sink_tokens: int = 0
+    num_sink_tokens: int = setting(0, minimum=0)
     """Learnable embeddings in front of every sequence."""
     feed_forwards: list[FeedForward] = field(default_factory=lambda: [FeedForward.dense])
     """Feed-forward of each layer, repeated until the layers are filled."""
@@ -60,5 +61,5 @@ class ConversionConfig:
     """Start of the experts and routers."""
     spiking: SpikingConfig = field(default_factory=SpikingConfig)
     """Spike encoding that the result is declared for; it adds no parameters."""
-    seed: int = 1234
+    seed: int = setting(1234, minimum=0, below=2**32, must=f"be at least 0 and below 2**32 = {2**32}")
     """Seed of the new parameters: a name and this seed decide a tensor's values, in any order or topology."""

@@ -8,6 +8,11 @@ from enum import Enum
 from omegaconf import MISSING
 
 from spikingbrain_train.config.kinds import of_kind
+from spikingbrain_train.config.require import divisors, either, require
+from spikingbrain_train.config.setting import FUNCTION, START, TRAINING, WEIGHTS, setting
+
+_MOST_LAYERS = 1000
+"""As many as the deepest published transformer has; beyond, a typing error would keep the planner busy."""
 
 
 class Mixer(str, Enum):
@@ -85,25 +90,34 @@ _GATES_WITH_PARAMETERS = {GateKind.low_rank: True, GateKind.tied: False}
 class GatedLinearAttentionConfig:
     """Both forms of linear attention (eq. 10-11). The gate's sizes and starts belong to ``gate=low_rank``."""
 
-    feature_map: FeatureMap = FeatureMap.relu
+    feature_map: FeatureMap = setting(FeatureMap.relu, resume=FUNCTION)
     """What q and k pass through."""
-    gate: GateKind = GateKind.low_rank
+    gate: GateKind = setting(GateKind.low_rank, resume=WEIGHTS)
     """Kind of the forget gate."""
-    gate_low_rank_dim: int = 16
+    gate_low_rank_dim: int = setting(16, minimum=1, resume=WEIGHTS)
     """Width of the gate's bottleneck: W1 is [gate_low_rank_dim, hidden_size] without bias."""
-    gate_logit_normalizer: float = 16.0
+    gate_logit_normalizer: float = setting(16.0, above=0, resume=FUNCTION)
     """Divisor of the log gate; larger means slower forgetting."""
-    init_gate_bias_min: float = -16.0
+    init_gate_bias_min: float = setting(-16.0, resume=START)
     """Initial b2 of a head's first channel, the fastest to forget: its decay of one step starts at
     sigmoid(init_gate_bias_min) ** (1 / gate_logit_normalizer)."""
-    init_gate_bias_max: float = 4.0
+    init_gate_bias_max: float = setting(4.0, resume=START)
     """Initial b2 of a head's last channel, the slowest; those between are spread evenly, so that every head
     starts with memories from about one token to about a thousand.
     """
-    init_gate_std: float = 0.02
+    init_gate_std: float = setting(0.02, minimum=0, resume=START)
     """Standard deviation of the initial W1 and W2."""
-    init_out_norm: float = 0.3
+    init_out_norm: float = setting(0.3, resume=START)
     """Initial weight of the per-head RMSNorm behind the recurrence."""
+
+    def check(self, prefix: str) -> None:
+        """The feature map keeps a tied gate between 0 and 1. Raises ConfigurationError."""
+        require(
+            self.gate is not GateKind.tied or self.feature_map is FeatureMap.sigmoid,
+            f"{prefix}gate=tied forgets by g = 1 - k, which must stay between 0 and 1, but keys of "
+            f"{prefix}feature_map={self.feature_map.name} have no upper bound; set "
+            f"{prefix}feature_map=sigmoid, or {prefix}gate=low_rank",
+        )
 
     def init_gate_bias(self, kv_channels: int) -> list[float]:
         """Initial b2 of the channels of one head (the same in every head)."""
@@ -119,9 +133,9 @@ class ParallelHybridConfig:
     the output projections, and both weights learn.
     """
 
-    init_softmax_weight: float = 1.0
+    init_softmax_weight: float = setting(1.0, resume=START)
     """Initial w1."""
-    init_linear_weight: float = 0.0
+    init_linear_weight: float = setting(0.0, resume=START)
     """Initial w2; 0 starts a converted model as close to its source as the softmax branch alone is."""
 
 
@@ -138,24 +152,46 @@ class FeedForward(str, Enum):
 class MoEConfig:
     """Mixture-of-experts layers: softmax router, top-k routed experts, shared experts that see all tokens."""
 
-    num_experts: int = 16
+    num_experts: int = setting(16, minimum=1, resume=WEIGHTS)
     """Routed experts of a layer."""
-    router_topk: int = 1
+    router_topk: int = setting(1, minimum=1, resume=FUNCTION)
     """Routed experts that each token visits."""
-    num_shared_experts: int = 1
+    num_shared_experts: int = setting(1, minimum=0, resume=WEIGHTS)
     """Experts that every token visits, computed as one SwiGLU of num_shared_experts * moe_ffn_hidden_size."""
-    moe_ffn_hidden_size: int | None = None
+    moe_ffn_hidden_size: int | None = setting(None, minimum=1, resume=WEIGHTS)
     """Width of one expert; null takes ffn_hidden_size."""
-    aux_loss_coeff: float = 1.0e-2
+    aux_loss_coeff: float = setting(1.0e-2, minimum=0, resume=TRAINING)
     """Weight of the load-balancing loss; chosen here, as the report gives none."""
-    z_loss_coeff: float = 1.0e-3
+    z_loss_coeff: float = setting(1.0e-3, minimum=0, resume=TRAINING)
     """Weight of the router z-loss, the mean squared log-sum-exp of its logits, which the report does not
     mention."""
-    capacity_factor: float | None = None
+    capacity_factor: float | None = setting(None, above=0, resume=TRAINING)
     """Tokens that an expert takes at most, in multiples of tokens * router_topk / num_experts; what is beyond
     is dropped. Null drops nothing."""
-    pad_to_capacity: bool = False
+    pad_to_capacity: bool = setting(False, resume=TRAINING)
     """Give every expert exactly its capacity, padded with zeros (length alignment); needs capacity_factor."""
+
+    def check(self, prefix: str) -> None:
+        """No more experts for a token than there are, nor more capacity than tokens.
+
+        Raises ConfigurationError.
+        """
+        require(
+            self.router_topk <= self.num_experts,
+            f"{prefix}router_topk={self.router_topk} is more than {prefix}num_experts={self.num_experts}; "
+            f"a token can visit {self.num_experts} at most",
+        )
+        require(
+            self.capacity_factor is not None or not self.pad_to_capacity,
+            f"{prefix}pad_to_capacity=true needs {prefix}capacity_factor, the length to pad to, e.g. 1.25; "
+            f"without one set it to false",
+        )
+        most = self.num_experts / self.router_topk
+        require(
+            not self.pad_to_capacity or (self.capacity_factor or 0.0) <= most,
+            f"{prefix}capacity_factor={self.capacity_factor} with {prefix}pad_to_capacity=true gives every "
+            f"expert more places than there are tokens; use at most num_experts / router_topk = {most:g}",
+        )
 
 
 class SpikingProjection(str, Enum):
@@ -187,12 +223,21 @@ class GateEncoding(str, Enum):
 class SpikingConfig:
     """Adaptive-threshold spikes in front of linear projections (eq. 19-21)."""
 
-    projections: list[SpikingProjection] = field(default_factory=list)
+    projections: list[SpikingProjection] = setting(default_factory=list, resume=FUNCTION)
     """Which projections read spikes; empty is a model without spikes."""
-    gate_encoding: GateEncoding = GateEncoding.once
+    gate_encoding: GateEncoding = setting(GateEncoding.once, resume=FUNCTION)
     """What it means that the gate is among them."""
-    k: float = 3.0
+    k: float = setting(3.0, above=0, resume=TRAINING)
     """Vth(x) = mean(|x|) / k over the whole input of one token; larger k means more and finer spikes."""
+
+    def check(self, prefix: str) -> None:
+        """Each projection is listed once. Raises ConfigurationError."""
+        names = [projection.name for projection in self.projections]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        require(
+            not twice,
+            f"{prefix}projections lists {' and '.join(twice)} more than once; list each projection once",
+        )
 
     def describe(self) -> str:
         """The projections that read spikes, in words: ``qkv, gate (each matrix)``."""
@@ -212,68 +257,99 @@ class SpikingConfig:
 class RopeScalingConfig:
     """The frequency scaling of Llama 3.1 and later. Disabled when ``factor`` is 1."""
 
-    factor: float = 1.0
+    factor: float = setting(1.0, minimum=1, resume=FUNCTION)
     """How many times longer than the original context the scaled one is (Llama 3.1: 8)."""
-    low_freq_factor: float = 1.0
+    low_freq_factor: float = setting(1.0, above=0, resume=FUNCTION)
     """Frequencies with wavelengths above original / low_freq_factor are scaled in full."""
-    high_freq_factor: float = 4.0
+    high_freq_factor: float = setting(4.0, above=0, resume=FUNCTION)
     """Frequencies with wavelengths below original / high_freq_factor are left alone."""
-    original_max_position_embeddings: int = 8192
+    original_max_position_embeddings: int = setting(8192, minimum=1, resume=FUNCTION)
     """Context length (tokens) that the frequencies were trained for."""
+
+    def check(self, prefix: str) -> None:
+        """The band of scaled frequencies is one. Raises ConfigurationError."""
+        require(
+            self.factor == 1 or self.low_freq_factor < self.high_freq_factor,
+            f"{prefix}high_freq_factor={self.high_freq_factor} must be greater than "
+            f"{prefix}low_freq_factor={self.low_freq_factor}",
+        )
 
 
 @dataclass
 class ModelConfig:
     """Architecture of the decoder. Field names are Megatron-core's where it has one."""
 
-    num_layers: int = MISSING
+    num_layers: int = setting(MISSING, minimum=1, maximum=_MOST_LAYERS, resume=WEIGHTS)
     """Number of decoder layers."""
-    hidden_size: int = MISSING
+    hidden_size: int = setting(MISSING, minimum=1, resume=WEIGHTS)
     """Width of the residual stream."""
-    ffn_hidden_size: int = MISSING
+    ffn_hidden_size: int = setting(MISSING, minimum=1, resume=WEIGHTS)
     """Width of the SwiGLU feed-forward."""
-    num_attention_heads: int = MISSING
+    num_attention_heads: int = setting(MISSING, minimum=1, resume=WEIGHTS)
     """Query heads."""
-    num_query_groups: int = MISSING
+    num_query_groups: int = setting(MISSING, minimum=1, resume=WEIGHTS)
     """Key/value groups (GQA); each serves num_attention_heads / num_query_groups query heads."""
-    kv_channels: int = MISSING
+    kv_channels: int = setting(MISSING, minimum=1, resume=WEIGHTS)
     """Width of one head, for keys and values alike."""
-    vocab_size: int = MISSING
+    vocab_size: int = setting(MISSING, minimum=1, resume=WEIGHTS)
     """Entries of the tokenizer's vocabulary as the source checkpoint stores them (before padding for TP)."""
-    max_position_embeddings: int = MISSING
+    max_position_embeddings: int = setting(MISSING, minimum=1, resume=TRAINING)
     """Longest sequence (tokens) that the model is declared for."""
-    mixers: list[Mixer] = field(default_factory=lambda: [Mixer.gla, Mixer.swa])
+    mixers: list[Mixer] = setting(default_factory=lambda: [Mixer.gla, Mixer.swa], resume=WEIGHTS)
     """Mixer of each layer, repeated until num_layers are filled: [gla, swa] is SpikingBrain-7B."""
-    sliding_window: int = 4096
+    sliding_window: int = setting(4096, minimum=1, resume=FUNCTION)
     """Keys (the current token included) that a sliding-window layer sees."""
     gla: GatedLinearAttentionConfig = field(default_factory=GatedLinearAttentionConfig)
     """Settings of the gated linear attention layers."""
     parallel_hybrid: ParallelHybridConfig = field(default_factory=ParallelHybridConfig)
     """Settings of layers with two branches."""
-    num_sink_tokens: int = 0
+    num_sink_tokens: int = setting(0, minimum=0, resume=WEIGHTS)
     """Learnable embeddings in front of every sequence, seen by all its tokens (section 2.2)."""
-    feed_forwards: list[FeedForward] = field(default_factory=lambda: [FeedForward.dense])
+    feed_forwards: list[FeedForward] = setting(default_factory=lambda: [FeedForward.dense], resume=WEIGHTS)
     """Feed-forward of each layer, repeated until num_layers are filled."""
     moe: MoEConfig = field(default_factory=MoEConfig)
     """Settings of the mixture-of-experts layers."""
     spiking: SpikingConfig = field(default_factory=SpikingConfig)
     """Spike encoding in front of projections."""
-    rotary_base: float = 10000.0
+    rotary_base: float = setting(10000.0, above=0, resume=FUNCTION)
     """Base of the rotary position frequencies (1e6 for Qwen2.5)."""
     rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
     """Llama-3-style scaling of the rotary frequencies."""
-    norm_epsilon: float = 1e-6
+    norm_epsilon: float = setting(1e-6, above=0, resume=FUNCTION)
     """Epsilon of every RMSNorm."""
-    add_qkv_bias: bool = False
+    add_qkv_bias: bool = setting(False, resume=WEIGHTS)
     """Whether the q, k and v projections have a bias (Qwen2 and Qwen2.5)."""
-    qk_layernorm: bool = False
+    qk_layernorm: bool = setting(False, resume=WEIGHTS)
     """Whether q and k are RMS-normalised per head (Qwen3)."""
-    share_embeddings_and_output_weights: bool = False
+    share_embeddings_and_output_weights: bool = setting(False, resume=WEIGHTS)
     """Whether the output projection is the embedding matrix ("tied")."""
-    init_method_std: float = 0.02
+    init_method_std: float = setting(0.02, minimum=0, resume=START)
     """Standard deviation of the weights of a model that starts from nothing."""
-    make_vocab_size_divisible_by: int = 128
+    make_vocab_size_divisible_by: int = setting(128, minimum=1, resume=TRAINING)
     """The embedding is padded to a multiple of this times tensor_model_parallel_size."""
+
+    def check(self, prefix: str) -> None:
+        """Layers have one kind each, and query groups divide the heads. Raises ConfigurationError."""
+        for name, noun, example in (
+            ("mixers", "mixer", "[gla,swa]"),
+            ("feed_forwards", "feed-forward", "[dense]"),
+        ):
+            listed = len(getattr(self, name))
+            require(
+                listed > 0,
+                f"{prefix}{name} is empty; name at least one {noun}, e.g. {prefix}{name}={example}",
+            )
+            require(
+                listed <= self.num_layers,
+                f"{prefix}{name} lists {listed} {noun}s for {prefix}num_layers={self.num_layers}; "
+                f"list at most one a layer",
+            )
+        heads, groups = self.num_attention_heads, self.num_query_groups
+        require(
+            heads % groups == 0,
+            f"{prefix}num_query_groups={groups} does not divide {prefix}num_attention_heads={heads}; "
+            f"valid are {either(divisors(heads))}",
+        )
 
     def layer_mixers(self) -> list[Mixer]:
         """The mixer of every layer, in order."""

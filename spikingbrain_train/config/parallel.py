@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from spikingbrain_train.config.require import require
+from spikingbrain_train.config.setting import FREE, SAID, refused, setting
+
+_LONGEST_TIMEOUT = 7 * 24 * 60  # minutes
+
 
 class Recompute(str, Enum):
     """Which activations are computed again in the backward pass instead of being kept."""
@@ -48,11 +53,15 @@ class SlidingWindowContextParallel(str, Enum):
 class ContextParallelConfig:
     """How mixers work on a sequence that is split over ranks. Full attention always uses Ulysses."""
 
-    gated_linear_attention: LinearAttentionContextParallel = LinearAttentionContextParallel.allgather
+    gated_linear_attention: LinearAttentionContextParallel = setting(
+        LinearAttentionContextParallel.allgather, resume=SAID
+    )
     """Method of linear attention."""
-    sliding_window_attention: SlidingWindowContextParallel = SlidingWindowContextParallel.halo
+    sliding_window_attention: SlidingWindowContextParallel = setting(
+        SlidingWindowContextParallel.halo, resume=SAID
+    )
     """Method of sliding windows."""
-    head_padding: bool = True
+    head_padding: bool = setting(True, resume=FREE)
     """Let Ulysses take heads that do not divide over the ranks: ranks get unequal shares, and one that would
     have none is padded with a head of zeros. false refuses such layouts."""
 
@@ -61,32 +70,45 @@ class ContextParallelConfig:
 class ParallelConfig:
     """Parallel degrees. Data parallelism takes what tensor x pipeline x context leave of the world."""
 
-    tensor_model_parallel_size: int = 1
+    tensor_model_parallel_size: int = setting(1, minimum=1, resume=SAID)
     """Ranks over which heads, feed-forward columns and the vocabulary are split."""
-    pipeline_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = setting(1, minimum=1, resume=SAID)
     """Pipeline stages; num_layers must be divisible by it."""
-    context_parallel_size: int = 1
+    context_parallel_size: int = setting(1, minimum=1, resume=SAID)
     """Ranks over which every sequence is split in contiguous slices."""
-    expert_model_parallel_size: int = 1
+    expert_model_parallel_size: int = setting(1, minimum=1, resume=SAID)
     """Ranks over which the routed experts are spread; taken from the data- and context-parallel ranks."""
-    expert_tensor_parallel_size: int | None = None
+    expert_tensor_parallel_size: int | None = setting(None, minimum=1, resume=SAID)
     """Ranks over which every routed expert is split; null takes tensor_model_parallel_size."""
     context_parallel: ContextParallelConfig = field(default_factory=ContextParallelConfig)
     """Communication of each kind of mixer under context parallelism."""
-    sequence_parallel: bool = False
+    sequence_parallel: bool = setting(False, resume=SAID)
     """Split norms and residuals along the sequence over the tensor-parallel ranks."""
-    data_parallel_size: int | None = None
+    data_parallel_size: int | None = setting(None, minimum=1, resume=SAID)
     """Expected replicas. Null takes world size / (tensor x pipeline x context); a number is checked against
     it."""
-    use_distributed_optimizer: bool = False
+    use_distributed_optimizer: bool = setting(False, resume=refused("its optimizer state has another form"))
     """Shard optimizer state and fp32 main weights over data-parallel ranks. Gradients are reduce-scattered,
     but every rank keeps the whole fp32 buffer of them: ZeRO-1 in memory, not ZeRO-2."""
-    overlap_grad_reduce: bool = False
+    overlap_grad_reduce: bool = setting(False, resume=FREE)
     """Reduce gradients while the backward pass still runs."""
-    overlap_param_gather: bool = False
+    overlap_param_gather: bool = setting(False, resume=FREE)
     """Gather updated weights while the next forward pass already runs; needs use_distributed_optimizer."""
-    recompute: Recompute = Recompute.none
+    recompute: Recompute = setting(Recompute.none, resume=FREE)
     """Activation recomputation."""
+
+    def check(self, prefix: str) -> None:
+        """What splits or overlaps something has that something. Raises ConfigurationError."""
+        require(
+            not (self.sequence_parallel and self.tensor_model_parallel_size == 1),
+            f"{prefix}sequence_parallel=true splits the sequence over tensor-parallel ranks, but "
+            f"{prefix}tensor_model_parallel_size is 1; set it to false, or the tensor degree to 2 or more",
+        )
+        for needed in ("use_distributed_optimizer", "overlap_grad_reduce"):
+            require(
+                getattr(self, needed) or not self.overlap_param_gather,
+                f"{prefix}overlap_param_gather=true needs {prefix}{needed}=true",
+            )
 
     @property
     def model_parallel_size(self) -> int:
@@ -170,13 +192,13 @@ class KernelConfig:
     """Which library does the heavy work. ``auto`` takes the best that is here and can do it, call by call for
     attention, and logs it; a name that is missing or cannot do it is an error."""
 
-    gated_linear_attention: LinearAttentionBackend = LinearAttentionBackend.auto
+    gated_linear_attention: LinearAttentionBackend = setting(LinearAttentionBackend.auto, resume=SAID)
     """Backend of GLA layers."""
-    softmax_attention: SoftmaxAttentionBackend = SoftmaxAttentionBackend.auto
+    softmax_attention: SoftmaxAttentionBackend = setting(SoftmaxAttentionBackend.auto, resume=SAID)
     """Backend of full and sliding-window layers."""
-    parallel_linear: ParallelLinearBackend = ParallelLinearBackend.auto
+    parallel_linear: ParallelLinearBackend = setting(ParallelLinearBackend.auto, resume=SAID)
     """Backend of the projections."""
-    experts: ExpertBackend = ExpertBackend.auto
+    experts: ExpertBackend = setting(ExpertBackend.auto, resume=SAID)
     """Backend of routed experts."""
 
 
@@ -184,11 +206,18 @@ class KernelConfig:
 class ClusterConfig:
     """The machines a run is on."""
 
-    accelerator: AcceleratorKind = AcceleratorKind.auto
+    accelerator: AcceleratorKind = setting(AcceleratorKind.auto, resume=SAID)
     """Platform: cuda, metax, cpu, or auto (a GPU if there is one)."""
-    timeout_minutes: float = 10.0
+    timeout_minutes: float = setting(10.0, above=0, resume=FREE)
     """A collective that waits longer than this fails the run instead of hanging it."""
-    peak_tflops: float | None = None
+    peak_tflops: float | None = setting(None, above=0, resume=FREE)
     """Peak TFLOP/s of one rank for MFU. Null measures a matrix product at start-up."""
     kernels: KernelConfig = field(default_factory=KernelConfig)
     """Libraries for attention and projections."""
+
+    def check(self, prefix: str) -> None:
+        """A run that hangs fails within days. Raises ConfigurationError."""
+        require(
+            self.timeout_minutes <= _LONGEST_TIMEOUT,
+            f"{prefix}timeout_minutes={self.timeout_minutes} must be at most {_LONGEST_TIMEOUT}, a week",
+        )

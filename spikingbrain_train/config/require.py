@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
 
 from spikingbrain_train.errors import ConfigurationError
 
@@ -13,22 +12,6 @@ def require(condition: bool, sentence: str) -> None:
     """Raise ConfigurationError with ``sentence`` unless ``condition`` holds."""
     if not condition:
         raise ConfigurationError(sentence)
-
-
-def at_least(config: Any, prefix: str, minimum: float, *names: str) -> None:
-    """The settings ``names`` of the dataclass ``config`` are null or at least ``minimum``."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None:
-            require(value >= minimum, f"{prefix}.{name}={value} must be at least {minimum}")
-
-
-def above_zero(config: Any, prefix: str, *names: str) -> None:
-    """The settings ``names`` of the dataclass ``config`` are null or greater than 0."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None:
-            require(value > 0, f"{prefix}.{name}={value} must be greater than 0")
 
 
 def divisors(number: int) -> list[int]:

@@ -10,6 +10,20 @@ from omegaconf import MISSING
 from spikingbrain_train.config.kinds import of_kind
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ClusterConfig, ParallelConfig
+from spikingbrain_train.config.require import require
+from spikingbrain_train.config.setting import (
+    BY_TOKENS,
+    FREE,
+    ONLY_AT_THE_START,
+    SAID,
+    refused,
+    said,
+    setting,
+)
+
+OTHER_ORDER = "the data would be read in another order"
+"""Why a run that goes on refuses what decides it."""
+_BETA = "be at least 0 and below 1, e.g. 0.95"
 
 
 class Precision(str, Enum):
@@ -61,12 +75,12 @@ _STAGE_TRAITS: dict[StageKind, StageTraits] = {
 class AlignmentConfig:
     """How an align stage starts the mixers before it trains them (docs/recipe.md)."""
 
-    calibration_tokens: int = 8192
+    calibration_tokens: int = setting(8192, minimum=0, resume=ONLY_AT_THE_START)
     """Tokens on which the output projection of every linear attention layer is fitted to the dense layer's
     output by least squares before the first step; 0 keeps the source's projection. Rounded up to whole global
     batches, and no more than the stage itself reads.
     """
-    calibration_ridge: float = 0.3
+    calibration_ridge: float = setting(0.3, above=0, resume=ONLY_AT_THE_START)
     """Pull of that fit towards the source's projection, in units of the mean squared feature."""
 
 
@@ -75,10 +89,12 @@ class DistillationConfig:
     """Learning from the dense source's logits during continual pretraining, which SpikingBrain's report does
     without. Off when ``weight`` is 0."""
 
-    weight: float = 0.0
+    weight: float = setting(
+        0.0, minimum=0, maximum=1, must="be between 0 (off) and 1 (no cross entropy)", resume=SAID
+    )
     """Share of the KL term:
     loss = (1 - weight) * cross entropy + weight * temperature^2 * KL(teacher || student)."""
-    temperature: float = 1.0
+    temperature: float = setting(1.0, above=0, resume=SAID)
     """Softens both distributions before the KL."""
 
 
@@ -87,9 +103,9 @@ class SpikeAnnealingConfig:
     """Spikes grow coarser over the first steps: k goes geometrically from ``init_k`` to model.spiking.k. This
     project's own; SpikingBrain's report names no such schedule."""
 
-    init_k: float | None = None
+    init_k: float | None = setting(None, resume=SAID)
     """k at the first step, usually larger than model.spiking.k. Null starts with model.spiking.k."""
-    anneal_iters: int = 0
+    anneal_iters: int = setting(0, minimum=0, resume=SAID)
     """Steps until k has reached model.spiking.k."""
 
 
@@ -97,17 +113,19 @@ class SpikeAnnealingConfig:
 class StageConfig:
     """One stage of training. Stages run one after the other, each from the checkpoint of the one before."""
 
-    kind: StageKind = StageKind.cpt
+    kind: StageKind = setting(StageKind.cpt, resume=refused("other parameters would be trained"))
     """What is trained: align or cpt."""
-    train_iters: int = MISSING
+    train_iters: int = setting(MISSING, minimum=1, resume=SAID)
     """Optimizer steps."""
-    seq_length: int = MISSING
+    seq_length: int = setting(MISSING, minimum=1, resume=refused(OTHER_ORDER))
     """Tokens of one sequence."""
-    micro_batch_size: int = 1
+    micro_batch_size: int = setting(1, minimum=1, resume=SAID)
     """Sequences that one rank processes at a time."""
-    global_batch_size: int = MISSING
+    global_batch_size: int = setting(
+        MISSING, minimum=1, resume=refused("its steps would no longer be counted in the same samples")
+    )
     """Sequences of one optimizer step over all ranks; the rest is gradient accumulation."""
-    teacher: str | None = None
+    teacher: str | None = setting(None, resume=SAID)
     """Megatron checkpoint folder of the dense source; needed by align and by distillation."""
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     """Start of align stages."""
@@ -116,25 +134,35 @@ class StageConfig:
     spike_annealing: SpikeAnnealingConfig = field(default_factory=SpikeAnnealingConfig)
     """Schedule of the spike threshold."""
 
+    def check(self, prefix: str) -> None:
+        """The tokens of the stage can be counted. Raises ConfigurationError."""
+        tokens = self.train_iters * self.global_batch_size * self.seq_length
+        require(
+            tokens < 2**63,
+            f"{prefix}train_iters={self.train_iters} x {prefix}global_batch_size={self.global_batch_size} x "
+            f"{prefix}seq_length={self.seq_length} = {tokens:.3g} tokens are more than 64 bits count; "
+            f"lower one",
+        )
+
 
 @dataclass
 class DataConfig:
     """The tokens. Each file is looked at once for ids beyond the model's vocabulary; ``<prefix>.checked``, or
     ``checked_data.json`` in output_dir, remembers it."""
 
-    train: list[str] = field(default_factory=list)
+    train: list[str] = setting(default_factory=list, resume=BY_TOKENS)
     """Prefixes of indexed datasets (the path without .bin/.idx) made by tools/preprocess_data.py; several are
     blended by their size unless train_weights says otherwise."""
-    train_weights: list[float] | None = None
+    train_weights: list[float] | None = setting(None, resume=BY_TOKENS)
     """Sampling weights of the train prefixes, all above 0."""
-    valid: list[str] = field(default_factory=list)
+    valid: list[str] = setting(default_factory=list, resume=SAID)
     """Prefixes of held-out datasets for evaluation; empty skips evaluation."""
-    tokenizer: str | None = None
+    tokenizer: str | None = setting(None, resume=SAID)
     """Hugging Face tokenizer folder or sentencepiece .model. Null takes the checkpoint's own."""
-    reset_at_documents: bool = False
+    reset_at_documents: bool = setting(False, resume=SAID)
     """Keep the documents packed into one sequence apart: attention is masked and linear attention's state
     starts anew at their boundaries, and positions restart."""
-    num_workers: int = 0
+    num_workers: int = setting(0, minimum=0, resume=FREE)
     """Loader processes per rank."""
 
 
@@ -160,30 +188,44 @@ class WSDDecayStyle(str, Enum):
 class OptimizerConfig:
     """AdamW and its schedule. Chosen here: SpikingBrain's report gives no such numbers for its stages."""
 
-    lr: float = 5e-4
+    lr: float = setting(5e-4, above=0, resume=SAID)
     """Peak learning rate."""
-    min_lr: float = 0.0
+    min_lr: float = setting(0.0, minimum=0, resume=SAID)
     """Learning rate at the end of the decay; without a part in a constant schedule."""
-    new_parameter_lr_mult: float = 1.0
+    new_parameter_lr_mult: float = setting(1.0, minimum=0, resume=SAID)
     """Multiplier for parameters the source did not have (gates and output norms of linear attention)."""
-    weight_decay: float = 0.1
+    weight_decay: float = setting(0.1, minimum=0, resume=SAID)
     """Decoupled weight decay of matrices; norms, biases and branch weights have none."""
-    adam_beta1: float = 0.9
+    adam_beta1: float = setting(0.9, minimum=0, below=1, must=_BETA, resume=SAID)
     """Decay of the first moment."""
-    adam_beta2: float = 0.95
+    adam_beta2: float = setting(0.95, minimum=0, below=1, must=_BETA, resume=SAID)
     """Decay of the second moment."""
-    adam_eps: float = 1e-8
+    adam_eps: float = setting(1e-8, above=0, resume=SAID)
     """Term added to the denominator."""
-    clip_grad: float = 1.0
+    clip_grad: float = setting(1.0, minimum=0, resume=SAID)
     """Global gradient norm above which gradients are scaled down; 0 turns clipping off."""
-    lr_decay_style: LRDecayStyle = LRDecayStyle.cosine
+    lr_decay_style: LRDecayStyle = setting(LRDecayStyle.cosine, resume=SAID)
     """Shape of the decay."""
-    lr_warmup_iters: int = 0
+    lr_warmup_iters: int = setting(0, minimum=0, resume=SAID)
     """Steps of linear warm-up from 0."""
-    lr_wsd_decay_iters: int | None = None
+    lr_wsd_decay_iters: int | None = setting(None, minimum=1, resume=SAID)
     """Steps of the final decay when lr_decay_style is WSD."""
-    lr_wsd_decay_style: WSDDecayStyle = WSDDecayStyle.minus_sqrt
+    lr_wsd_decay_style: WSDDecayStyle = setting(WSDDecayStyle.minus_sqrt, resume=SAID)
     """Shape of that final decay."""
+
+    def check(self, prefix: str) -> None:
+        """The rates fall, and a final decay belongs to a style that has one. Raises ConfigurationError."""
+        style, decay = self.lr_decay_style, self.lr_wsd_decay_iters
+        require(
+            style is LRDecayStyle.constant or self.min_lr <= self.lr,
+            f"{prefix}min_lr={self.min_lr} is above {prefix}lr={self.lr}; "
+            f"it is the rate at the end of the decay",
+        )
+        require(
+            style is LRDecayStyle.WSD or decay is None,
+            f"{prefix}lr_wsd_decay_iters={decay} belongs to {prefix}lr_decay_style=WSD, but the style is "
+            f"{style.name}; set it to null or choose optimizer=adamw_wsd",
+        )
 
 
 class Resume(str, Enum):
@@ -201,13 +243,13 @@ class Resume(str, Enum):
 class CheckpointConfig:
     """Where weights come from and where they go."""
 
-    load: str | None = None
+    load: str | None = setting(None, resume=said("its weights are read at the start only"))
     """Megatron checkpoint folder a new run starts from (weights only). Null starts from random weights."""
-    resume: Resume = Resume.auto
+    resume: Resume = setting(Resume.auto, resume=FREE)
     """What happens to checkpoints that this run has already written to its output_dir."""
-    save_interval: int = 1000
+    save_interval: int = setting(1000, minimum=1, resume=FREE)
     """Steps between checkpoints; one is always written at the end."""
-    keep_last: int | None = None
+    keep_last: int | None = setting(None, minimum=1, resume=FREE)
     """How many of this run's checkpoints to keep; null keeps all."""
 
 
@@ -224,19 +266,19 @@ class WandbMode(str, Enum):
 class LoggingConfig:
     """What is reported, how often, and where to."""
 
-    log_interval: int = 10
+    log_interval: int = setting(10, minimum=1, resume=FREE)
     """Steps between progress lines and metric points."""
-    eval_interval: int = 0
+    eval_interval: int = setting(0, minimum=0, resume=FREE)
     """Steps between evaluations on the held-out data; 0 evaluates only at the end."""
-    eval_iters: int = 16
+    eval_iters: int = setting(16, minimum=1, resume=SAID)
     """Global batches of one evaluation, at most."""
-    tensorboard: bool = True
+    tensorboard: bool = setting(True, resume=FREE)
     """Write TensorBoard events to <output_dir>/tensorboard."""
-    wandb: WandbMode = WandbMode.disabled
+    wandb: WandbMode = setting(WandbMode.disabled, resume=FREE)
     """Weights & Biases mode."""
-    wandb_project: str = "spikingbrain-train"
+    wandb_project: str = setting("spikingbrain-train", resume=FREE)
     """Project that runs are filed under."""
-    wandb_name: str | None = None
+    wandb_name: str | None = setting(None, resume=FREE)
     """Display name of the run."""
 
 
@@ -260,13 +302,21 @@ class RunConfig:
     """Loading and saving."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     """Reporting."""
-    output_dir: str = MISSING
+    output_dir: str = setting(MISSING, resume=FREE)
     """Folder of this run: checkpoints, metrics, logs."""
-    precision: Precision = Precision.auto
+    precision: Precision = setting(
+        Precision.auto, resume=refused("weights and optimizer state have another number format")
+    )
     """Number format of weights and activations."""
-    seed: int = 1234
+    seed: int = setting(
+        1234,
+        minimum=0,
+        below=2**32,
+        must=f"be at least 0 and below 2**32 = {2**32}, the range of NumPy's seeds",
+        resume=refused(OTHER_ORDER),
+    )
     """Seed of initial weights, data order and dropout."""
-    dry_run: bool = False
+    dry_run: bool = setting(False, resume=FREE)
     """Print the plan, build one rank's share of the model without memory, and exit without training."""
-    dry_run_rank: int = 0
+    dry_run_rank: int = setting(0, resume=FREE)
     """The rank that a dry run builds."""

@@ -9,9 +9,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from spikingbrain_train.architecture.model_checks import check_conversion, check_model
+from spikingbrain_train.architecture.model_checks import check_model
 from spikingbrain_train.config.command_line import user_errors
 from spikingbrain_train.config.load import load_conversion, load_model_config
+from spikingbrain_train.config.setting import check_fields
 from spikingbrain_train.conversion.checkpoint_paths import resolve_checkpoint
 from spikingbrain_train.conversion.hf_folder import read_weight_map
 from spikingbrain_train.conversion.output_folder import check_output_folder
@@ -206,7 +207,7 @@ def _import(arguments: argparse.Namespace) -> str:
         )
     recipe = arguments.conversion and load_conversion(arguments.conversion, arguments.overrides)
     if recipe:
-        check_conversion(recipe)
+        check_fields(recipe)
     load_config_json(arguments.hf)
     read_weight_map(arguments.hf)
     _check_output(arguments, arguments.hf, LATEST_ITERATION_FILE)

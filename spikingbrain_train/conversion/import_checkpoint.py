@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spikingbrain_train.architecture.model_checks import check_conversion, check_model
+from spikingbrain_train.architecture.model_checks import check_model
 from spikingbrain_train.config.conversion import ConversionConfig, UpcyclingForm
 from spikingbrain_train.config.load import save_config
 from spikingbrain_train.config.model import FeedForward, Mixer, ModelConfig
+from spikingbrain_train.config.setting import check_fields
 from spikingbrain_train.conversion.companion_files import find_companion_files, has_tokenizer
 from spikingbrain_train.conversion.hf_config import (
     GLA_SWA,
@@ -103,7 +104,7 @@ def import_checkpoint(
     target = _target(source, conversion, hf_folder)
     check_model(target)
     if conversion is not None:
-        check_conversion(conversion)
+        check_fields(conversion)
     reader = SafetensorsReader(hf_folder)
     ignored = _check_source(reader, family, source)
     recipe = conversion or ConversionConfig()  # without one the source is copied, and none of it is used

@@ -18,6 +18,7 @@ import numpy
 import torch
 
 from spikingbrain_train.config.parallel import ParallelConfig
+from spikingbrain_train.config.setting import check_fields
 from spikingbrain_train.errors import PlatformError
 from spikingbrain_train.planning.launch import Launch, available_cores
 from spikingbrain_train.planning.parallel_checks import check_world_size
@@ -132,6 +133,7 @@ def initialize(
     megatron_versions.check_version()
     megatron_versions.silence_deprecation_notices()
     launch = Launch.from_environment()
+    check_fields(parallel, "parallel.")
     check_world_size(parallel, launch.world_size)
     device = accelerator.bind(launch.local_rank)
     patches: tuple[str, ...] = ()

@@ -13,19 +13,12 @@ from spikingbrain_train.config.parallel import (
     Recompute,
     SlidingWindowContextParallel,
 )
-from spikingbrain_train.config.require import at_least, divisors, either, multiples_around, require
+from spikingbrain_train.config.require import divisors, either, multiples_around, require
 from spikingbrain_train.errors import ConfigurationError
 
 
 def check_world_size(parallel: ParallelConfig, world_size: int) -> None:
     """Parallel degrees against the number of ranks. Raises ConfigurationError."""
-    at_least(
-        parallel,
-        "parallel",
-        1,
-        *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
-        *("expert_model_parallel_size", "expert_tensor_parallel_size", "data_parallel_size"),
-    )
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     context, copy = parallel.context_parallel_size, parallel.model_parallel_size
     require(
@@ -76,19 +69,6 @@ def check_split(model: ModelConfig, parallel: ParallelConfig) -> None:
         model.num_layers % pipeline == 0,
         f"parallel.pipeline_model_parallel_size={pipeline} does not divide "
         f"model.num_layers={model.num_layers}; valid are {either(divisors(model.num_layers))}",
-    )
-    require(
-        not (parallel.sequence_parallel and tensor == 1),
-        "parallel.sequence_parallel=true splits the sequence over tensor-parallel ranks, but "
-        "parallel.tensor_model_parallel_size is 1; set it to false, or the tensor degree to 2 or more",
-    )
-    require(
-        parallel.use_distributed_optimizer or not parallel.overlap_param_gather,
-        "parallel.overlap_param_gather=true needs parallel.use_distributed_optimizer=true",
-    )
-    require(
-        parallel.overlap_grad_reduce or not parallel.overlap_param_gather,
-        "parallel.overlap_param_gather=true needs parallel.overlap_grad_reduce=true",
     )
     if has_experts(model):
         _check_experts_split(model, parallel)

@@ -1,4 +1,4 @@
-"""What a run that goes on may change since its checkpoint, decided for every setting in one table.
+"""What a run that goes on may change since its checkpoint, decided beside every setting (config/setting.py).
 
 Applied before torch is imported and again on loading. A setting that was changed on purpose takes effect,
 with a word where it changes what the run computes, or is refused; none is ignored.
@@ -7,14 +7,13 @@ with a word where it changes what the run computes, or is refused; none is ignor
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from spikingbrain_train.architecture.model_checks import has_experts
-from spikingbrain_train.architecture.same_architecture import ROLES, Role, leaves, settings_in_use, shown
+from spikingbrain_train.architecture.same_architecture import settings_in_use, shown
 from spikingbrain_train.config.load import load_run_config
-from spikingbrain_train.config.run import Precision, Resume, RunConfig
+from spikingbrain_train.config.run import OTHER_ORDER, Precision, Resume, RunConfig
 from spikingbrain_train.config.run_record import (
     DatasetFingerprint,
     RunRecord,
@@ -22,6 +21,7 @@ from spikingbrain_train.config.run_record import (
     fingerprint,
     read_record,
 )
+from spikingbrain_train.config.setting import OnChange, Role, decisions, leaves
 from spikingbrain_train.errors import CheckpointError
 from spikingbrain_train.storage.checkpoint_folder import (
     CHECKPOINT_FOLDER,
@@ -30,111 +30,6 @@ from spikingbrain_train.storage.checkpoint_folder import (
     iteration_of,
     newest_iteration,
 )
-
-
-class Rule(Enum):
-    """What happens where a setting is not what it was when the checkpoint was written."""
-
-    free = "free"
-    """It takes effect; nothing that the run computes depends on it."""
-    said = "said"
-    """It takes effect, and the run says so."""
-    refused = "refused"
-    """The run does not start."""
-    by_tokens = "by tokens"
-    """Refused where it changes which tokens are read next; said where only their path has changed."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """The decision about one setting."""
-
-    rule: Rule
-    note: str = ""
-    """Why it is refused, or what to know of a change that is said."""
-
-
-_FREE, _SAID, _TOKENS = Row(Rule.free), Row(Rule.said), Row(Rule.by_tokens)
-_ONLY_AT_THE_START = Row(Rule.said, "read at the start only")
-_OTHER_ORDER = "the data would be read in another order"
-_OF_ROLES = {
-    Role.weights: Row(Rule.refused, "its weights are those of another architecture"),
-    Role.function: Row(Rule.refused, "it would be another model"),
-    Role.training: _SAID,
-    Role.start: _ONLY_AT_THE_START,
-}
-
-TABLE: dict[str, Row] = {
-    **{f"model.{name}": _OF_ROLES[role] for name, role in ROLES.items()},
-    "parallel.tensor_model_parallel_size": _SAID,
-    "parallel.pipeline_model_parallel_size": _SAID,
-    "parallel.context_parallel_size": _SAID,
-    "parallel.expert_model_parallel_size": _SAID,
-    "parallel.expert_tensor_parallel_size": _SAID,
-    "parallel.context_parallel.gated_linear_attention": _SAID,
-    "parallel.context_parallel.sliding_window_attention": _SAID,
-    "parallel.context_parallel.head_padding": _FREE,
-    "parallel.sequence_parallel": _SAID,
-    "parallel.data_parallel_size": _SAID,
-    "parallel.use_distributed_optimizer": Row(Rule.refused, "its optimizer state has another form"),
-    "parallel.overlap_grad_reduce": _FREE,
-    "parallel.overlap_param_gather": _FREE,
-    "parallel.recompute": _FREE,
-    "cluster.accelerator": _SAID,
-    "cluster.timeout_minutes": _FREE,
-    "cluster.peak_tflops": _FREE,
-    "cluster.kernels.gated_linear_attention": _SAID,
-    "cluster.kernels.softmax_attention": _SAID,
-    "cluster.kernels.parallel_linear": _SAID,
-    "cluster.kernels.experts": _SAID,
-    "data.train": _TOKENS,
-    "data.train_weights": _TOKENS,
-    "data.valid": _SAID,
-    "data.tokenizer": _SAID,
-    "data.reset_at_documents": _SAID,
-    "data.num_workers": _FREE,
-    "optimizer.lr": _SAID,
-    "optimizer.min_lr": _SAID,
-    "optimizer.new_parameter_lr_mult": _SAID,
-    "optimizer.weight_decay": _SAID,
-    "optimizer.adam_beta1": _SAID,
-    "optimizer.adam_beta2": _SAID,
-    "optimizer.adam_eps": _SAID,
-    "optimizer.clip_grad": _SAID,
-    "optimizer.lr_decay_style": _SAID,
-    "optimizer.lr_warmup_iters": _SAID,
-    "optimizer.lr_wsd_decay_iters": _SAID,
-    "optimizer.lr_wsd_decay_style": _SAID,
-    "stage.kind": Row(Rule.refused, "other parameters would be trained"),
-    "stage.train_iters": _SAID,
-    "stage.seq_length": Row(Rule.refused, _OTHER_ORDER),
-    "stage.micro_batch_size": _SAID,
-    "stage.global_batch_size": Row(Rule.refused, "its steps would no longer be counted in the same samples"),
-    "stage.teacher": _SAID,
-    "stage.alignment.calibration_tokens": _ONLY_AT_THE_START,
-    "stage.alignment.calibration_ridge": _ONLY_AT_THE_START,
-    "stage.distillation.weight": _SAID,
-    "stage.distillation.temperature": _SAID,
-    "stage.spike_annealing.init_k": _SAID,
-    "stage.spike_annealing.anneal_iters": _SAID,
-    "checkpoint.load": Row(Rule.said, "its weights are read at the start only"),
-    "checkpoint.resume": _FREE,
-    "checkpoint.save_interval": _FREE,
-    "checkpoint.keep_last": _FREE,
-    "logging.log_interval": _FREE,
-    "logging.eval_interval": _FREE,
-    "logging.eval_iters": _SAID,
-    "logging.tensorboard": _FREE,
-    "logging.wandb": _FREE,
-    "logging.wandb_project": _FREE,
-    "logging.wandb_name": _FREE,
-    "output_dir": _FREE,
-    "precision": Row(Rule.refused, "weights and optimizer state have another number format"),
-    "seed": Row(Rule.refused, _OTHER_ORDER),
-    "dry_run": _FREE,
-    "dry_run_rank": _FREE,
-}
-"""Every setting of a run by its dotted name."""
 
 
 @dataclass(frozen=True)
@@ -256,15 +151,15 @@ def check_settings(stored: StoredRun, config: RunConfig) -> None:
     Raises:
         CheckpointError: names the first such setting, both values and what to do.
     """
-    ours = _settings(config, stored.world_size)
+    ours, rules = _settings(config, stored.world_size), decisions(config)
     for name, theirs in _settings(stored.config, stored.world_size).items():
-        row = TABLE[name]
-        if row.rule is Rule.refused and name in ours and theirs != ours[name]:
-            fits = not name.startswith("model.") or ROLES[name.removeprefix("model.")] is not Role.weights
+        decision = rules[name]
+        if decision.rule is OnChange.refused and name in ours and theirs != ours[name]:
+            fits = decision.role is not Role.weights
             was, now = shown(theirs), shown(ours[name])
             if isinstance(theirs, list):  # of one entry a layer: as the configs have it
                 was, now = (shown(leaves(each)[name]) for each in (stored.config, config))
-            raise _refuse(stored, f"{name}={was}", now, row.note, new_run=fits)
+            raise _refuse(stored, f"{name}={was}", now, decision.note, new_run=fits)
 
 
 def check_training_data(stored: StoredRun, config: RunConfig) -> None:
@@ -278,15 +173,15 @@ def check_training_data(stored: StoredRun, config: RunConfig) -> None:
     if stored.record is None:  # an earlier release: paths are all there is
         if theirs.train != ours.train:
             was, now = (f"data.train={shown(data.train)}" for data in (theirs, ours))
-            raise _refuse(stored, was, now, _OTHER_ORDER)
+            raise _refuse(stored, was, now, OTHER_ORDER)
         if theirs.train_weights != ours.train_weights and len(ours.train) > 1:
             was = f"data.train_weights={shown(theirs.train_weights)}"
-            raise _refuse(stored, was, shown(ours.train_weights), _OTHER_ORDER)
+            raise _refuse(stored, was, shown(ours.train_weights), OTHER_ORDER)
         return
     now_there = [fingerprint(prefix) for prefix in ours.train]
     if len(now_there) != len(stored.record.training_data):
         was, now = (f"data.train={shown(data.train)}" for data in (theirs, ours))
-        raise _refuse(stored, was, now, _OTHER_ORDER)
+        raise _refuse(stored, was, now, OTHER_ORDER)
     pairs = zip(theirs.train, stored.record.training_data, ours.train, now_there, strict=True)
     for prefix, was_there, our_prefix, is_there in pairs:
         if was_there != is_there:
@@ -294,7 +189,7 @@ def check_training_data(stored: StoredRun, config: RunConfig) -> None:
                 stored,
                 f"data.train={prefix} of {was_there.describe()}",
                 f"{our_prefix} of {is_there.describe()}",
-                _OTHER_ORDER,
+                OTHER_ORDER,
             )
     _check_shares(stored, config, now_there)
 
@@ -306,11 +201,11 @@ def _check_shares(stored: StoredRun, config: RunConfig, datasets: list[DatasetFi
         return
     tokens = [dataset.tokens for dataset in datasets]
     if blend_shares(theirs, tokens, length) != blend_shares(ours, tokens, length):
-        raise _refuse(stored, f"data.train_weights={shown(theirs)}", shown(ours), _OTHER_ORDER)
+        raise _refuse(stored, f"data.train_weights={shown(theirs)}", shown(ours), OTHER_ORDER)
 
 
 def changes_since(stored: StoredRun, config: RunConfig, world_size: int) -> list[str]:
-    """Every change that is worth a word, as "optimizer.lr 0.001 -> 1e-05", in the order of the table.
+    """Every change that is worth a word, as "optimizer.lr 0.001 -> 1e-05", in the order of the settings.
 
     Args:
         stored: the run as it was, which :func:`check_settings` and :func:`check_training_data` let go on.
@@ -319,11 +214,11 @@ def changes_since(stored: StoredRun, config: RunConfig, world_size: int) -> list
     """
     theirs, ours = _settings(stored.config, stored.world_size), _settings(config, world_size)
     changes = []
-    for name, row in TABLE.items():
+    for name, decision in decisions(config).items():
         is_known = name in theirs and name in ours
-        if row.rule in (Rule.free, Rule.refused) or not is_known or theirs[name] == ours[name]:
+        if decision.rule in (OnChange.free, OnChange.refused) or not is_known or theirs[name] == ours[name]:
             continue
-        note = "the same tokens" if row.rule is Rule.by_tokens else row.note
+        note = "the same tokens" if decision.rule is OnChange.by_tokens else decision.note
         change = f"{name} {shown(theirs[name])} -> {shown(ours[name])}"
         changes.append(f"{change} ({note})" if note else change)
     return changes

@@ -9,10 +9,8 @@ import pytest
 
 from spikingbrain_train.architecture.same_architecture import (
     ROLES,
-    Role,
     check_same_sizes,
     check_same_weights,
-    leaves,
     settings_in_use,
 )
 from spikingbrain_train.config.model import (
@@ -28,6 +26,7 @@ from spikingbrain_train.config.model import (
     SpikingConfig,
     SpikingProjection,
 )
+from spikingbrain_train.config.setting import Role, leaves
 from spikingbrain_train.errors import CheckpointError
 
 MODEL = ModelConfig(

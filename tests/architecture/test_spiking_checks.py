@@ -15,6 +15,7 @@ from spikingbrain_train.config.model import (
     SpikingProjection,
 )
 from spikingbrain_train.config.run import SpikeAnnealingConfig, StageConfig
+from spikingbrain_train.config.setting import check_fields
 from spikingbrain_train.errors import ConfigurationError
 
 EVERYWHERE = list(SpikingProjection)
@@ -32,6 +33,8 @@ def check(
     spiking = SpikingConfig(projections=projections, k=k)
     model = ModelConfig(num_layers=2, mixers=list(mixers), gla=gla, spiking=spiking)
     stage = StageConfig(train_iters=100, spike_annealing=SpikeAnnealingConfig(init_k, anneal_iters))
+    check_fields(spiking, "model.spiking.")
+    check_fields(stage.spike_annealing, "stage.spike_annealing.")
     check_spiking(model, stage)
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from spikingbrain_train.architecture.model_checks import check_conversion
 from spikingbrain_train.config.conversion import ConversionConfig, UpcyclingConfig
 from spikingbrain_train.config.model import FeedForward, GateKind, Mixer, ModelConfig, SpikingProjection
 from spikingbrain_train.config.parallel import (
@@ -21,6 +20,7 @@ from spikingbrain_train.config.parallel import (
 )
 from spikingbrain_train.config.require import divisors, either, multiples_around
 from spikingbrain_train.config.run import LRDecayStyle, RunConfig, StageConfig, StageKind
+from spikingbrain_train.config.setting import check_fields
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.planning.checks import check_run_config
 from spikingbrain_train.planning.parallel_checks import check_world_size
@@ -357,7 +357,7 @@ def test_the_shortest_text_that_the_refusal_names_leaves_some_in_every_slice():
 @pytest.mark.parametrize("fraction", [-0.1, 1.1])
 def test_more_than_all_channels_cannot_be_drawn_anew(fraction):
     with pytest.raises(ConfigurationError, match="upcycling.reinit_fraction=.* between 0 .* and 1"):
-        check_conversion(ConversionConfig(upcycling=UpcyclingConfig(reinit_fraction=fraction)))
+        check_fields(ConversionConfig(upcycling=UpcyclingConfig(reinit_fraction=fraction)))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 6, 8, 12, 16])

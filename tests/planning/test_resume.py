@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from spikingbrain_train.architecture.same_architecture import leaves
 from spikingbrain_train.config.load import save_config
 from spikingbrain_train.config.model import (
     FeatureMap,
@@ -26,11 +25,10 @@ from spikingbrain_train.config.model import (
 )
 from spikingbrain_train.config.run import Precision, Resume, RunConfig, StageConfig, StageKind
 from spikingbrain_train.config.run_record import RunRecord, fingerprint, record_of, write_record
+from spikingbrain_train.config.setting import OnChange, decisions, leaves
 from spikingbrain_train.errors import CheckpointError, SpikingBrainError
 from spikingbrain_train.planning.checks import check_run_config
 from spikingbrain_train.planning.resume import (
-    TABLE,
-    Rule,
     StoredRun,
     changes_since,
     check_settings,
@@ -124,31 +122,31 @@ def refusal(run: RunConfig, kind: type[SpikingBrainError] = CheckpointError) -> 
     return str(caught.value)
 
 
-def test_every_setting_of_a_run_has_a_row(run: RunConfig) -> None:
-    assert sorted(TABLE) == sorted(leaves(run))
+def test_every_setting_of_a_run_says_what_resuming_does_with_a_change(run: RunConfig) -> None:
+    assert list(decisions(run)) == list(leaves(run))
 
 
-@pytest.mark.parametrize("name", TABLE)
-def test_a_changed_setting_is_free_said_or_refused_as_the_table_has_it(run: RunConfig, name: str) -> None:
+@pytest.mark.parametrize("name", decisions(RunConfig()))
+def test_a_changed_setting_is_free_said_or_refused_as_stands_beside_it(run: RunConfig, name: str) -> None:
     stored = StoredRun(save(run), run, record_of(run, world_size=1))
     before = leaves(run)[name]
     if name in ("parallel.data_parallel_size", "parallel.expert_tensor_parallel_size"):
         before = 1  # what null stands for
     now = changed(run, name, other(before))
-    row = TABLE[name]
-    if row.rule is Rule.refused:
+    decision = decisions(run)[name]
+    if decision.rule is OnChange.refused:
         with pytest.raises(CheckpointError) as caught:
             check_settings(stored, now)
         assert f"was written with {name}=" in str(caught.value) and "restore the setting" in str(caught.value)
         return
     check_settings(stored, now)
-    if row.rule is Rule.by_tokens:
+    if decision.rule is OnChange.by_tokens:
         return
     world_size = 2 if name.startswith("parallel.") and name.endswith("parallel_size") else 1
     if name == "parallel.expert_tensor_parallel_size":
         world_size = 1
     said = [change for change in changes_since(stored, now, world_size) if change.startswith(f"{name} ")]
-    assert len(said) == (row.rule is Rule.said), said
+    assert len(said) == (decision.rule is OnChange.said), said
 
 
 def test_nothing_is_said_of_an_unchanged_run(run: RunConfig) -> None:
