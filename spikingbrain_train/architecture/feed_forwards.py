@@ -68,6 +68,10 @@ class FeedForwardKind(ABC):
         """
         return {}
 
+    def num_experts(self, model: ModelConfig) -> int:
+        """Experts of a layer that tokens are routed to."""
+        return 0
+
     def describe(self, model: ModelConfig) -> str | None:
         """A few words on its settings for plans and reports: ``16 experts, top-1, + 1 shared``."""
         return None

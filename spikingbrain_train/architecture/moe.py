@@ -154,6 +154,9 @@ class MixtureOfExpertsKind(FeedForwardKind):
             "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
         }
 
+    def num_experts(self, model: ModelConfig) -> int:
+        return model.moe.num_experts
+
     def describe(self, model: ModelConfig) -> str | None:
         moe = model.moe
         return (

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from spikingbrain_train.architecture.layers import dense_twin, softmax_attention_of
 from spikingbrain_train.config.model import Mixer, ModelConfig, SpikingConfig
 from spikingbrain_train.config.parallel import (
     AcceleratorKind,
@@ -23,7 +24,6 @@ from spikingbrain_train.errors import ConfigurationError, PlatformError
 from spikingbrain_train.ops import gated_linear_attention, softmax_attention
 from spikingbrain_train.parallel.context_parallel.sequence_layout import SequenceLayout
 from spikingbrain_train.parallel.context_parallel.softmax_attention import num_text_keys
-from spikingbrain_train.planning.costs import dense_twin
 from spikingbrain_train.planning.kernel_limits import SoftmaxAttentionCall, grouped_gemm_limit
 from spikingbrain_train.planning.memory import needs_teacher
 from spikingbrain_train.runtime.accelerator import Accelerator
@@ -227,10 +227,9 @@ def softmax_attention_calls(config: RunConfig) -> Iterator[tuple[str, SoftmaxAtt
     students = [("", model, sinks if stage.kind.traits.sees_sinks else sinks | {0})]
     teachers = [("the teacher's ", dense_twin(model), {0})] if needs_teacher(config) else []
     for whose, network, sink_counts in [*students, *teachers]:
-        branches = {branch for mixer in network.layer_mixers() if (branch := mixer.softmax_branch)}
-        for branch in sorted(branches):
+        for branch in softmax_attention_of(network):
             for num_sink_tokens in sorted(sink_counts):
-                window = network.window_of(branch)
+                window = branch.window(network)
                 for call in _calls(config, network, window, num_sink_tokens):
                     documents = " of several documents" if call.has_documents else ""
                     yield f"{whose}{branch.name}{documents}", call

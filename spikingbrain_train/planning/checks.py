@@ -9,7 +9,8 @@ from dataclasses import replace
 
 from spikingbrain_train.architecture.model_checks import check_mixers
 from spikingbrain_train.architecture.spiking_checks import check_spiking
-from spikingbrain_train.config.model import Mixer, ModelConfig
+from spikingbrain_train.architecture.layers import dense_twin, softmax_attention_of, swapped_layers
+from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import (
     AcceleratorKind,
     ExpertBackend,
@@ -137,14 +138,14 @@ def _check_kernels(config: RunConfig) -> None:
         )
     if kernels.softmax_attention is not SoftmaxAttentionBackend.flash_attn:
         return
-    for branch in {branch for mixer in model.layer_mixers() if (branch := mixer.softmax_branch)}:
+    for kind in softmax_attention_of(model):
         limit = flash_attn_limit(
             SoftmaxAttentionCall(
                 dtype="float32" if config.precision is Precision.fp32 else "bfloat16",
                 key_dim=model.kv_channels,
                 value_dim=model.kv_channels,
                 num_text_keys=config.stage.seq_length,
-                window=model.window_of(branch),
+                window=kind.window(model),
                 num_sink_tokens=model.num_sink_tokens,
             )
         )
@@ -181,6 +182,6 @@ def check_run_config(config: RunConfig, world_size: int) -> None:
             0 <= config.dry_run_rank < world_size,
             f"dry_run_rank={config.dry_run_rank} is no rank of this run; choose one of 0 to {world_size - 1}",
         )
-        dense = [Mixer.full] * config.model.num_layers
-        if config.stage.kind is StageKind.align and config.model.layer_mixers() != dense:
-            check_every_stage_aligns(config.model, dense, config.parallel)  # plans read no teacher
+        if config.stage.kind is StageKind.align and swapped_layers(config.model):
+            # Plans read no teacher.
+            check_every_stage_aligns(config.model, dense_twin(config.model), config.parallel)

@@ -7,6 +7,7 @@ import os
 import tempfile
 from pathlib import Path
 
+from spikingbrain_train.architecture.layers import layers
 from spikingbrain_train.architecture.same_architecture import check_same_sizes, check_same_weights
 from spikingbrain_train.config.load import load_model_config
 from spikingbrain_train.config.run import DataConfig, Resume, RunConfig
@@ -129,12 +130,12 @@ def check_teacher(config: RunConfig) -> None:
             )
         return
     check_same_sizes(teacher, model, setting)
-    if teacher.layer_mixers() == model.layer_mixers():
+    if [layer.mixers for layer in layers(teacher)] == [layer.mixers for layer in layers(model)]:
         raise ConfigurationError(
             f"{setting} has the same mixers as the model, so stage.kind={stage.kind.name} has nothing to "
             f"learn; name the dense source as stage.teacher"
         )
-    check_every_stage_aligns(model, teacher.layer_mixers(), config.parallel)
+    check_every_stage_aligns(model, teacher, config.parallel)
 
 
 def check_own_checkpoints(config: RunConfig) -> None:

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from spikingbrain_train.architecture.layers import dense_twin, swapped_layers
+from spikingbrain_train.architecture.sizes import FP32, bytes_per_element
 from spikingbrain_train.config.run import Precision, RunConfig
-from spikingbrain_train.planning.activations import FP32, activation_bytes, bytes_per_element
+from spikingbrain_train.planning.activations import activation_bytes
 from spikingbrain_train.planning.costs import (
-    dense_twin,
     mixer_parameters,
     stage_layers,
     stage_parameters,
     stage_routed_expert_parameters,
-    swapped_layers,
 )
 
 
@@ -55,9 +55,9 @@ def trainable_parameters(config: RunConfig, stage: int) -> tuple[int, int]:
     if config.stage.kind.traits.trains_all:
         experts = stage_routed_expert_parameters(model, parallel, stage)
         return experts, stage_parameters(model, parallel, stage) - experts
-    mixers, layers = model.layer_mixers(), stage_layers(model, parallel, stage)
-    swapped = [mixers[layer] for layer in swapped_layers(model) if layer in layers]
-    return 0, sum(mixer_parameters(model, mixer, parallel) for mixer in swapped)
+    here = stage_layers(model, parallel, stage)
+    swapped = [layer for layer in swapped_layers(model) if layer in here]
+    return 0, sum(mixer_parameters(model, layer, parallel) for layer in swapped)
 
 
 def _optimizer_share(config: RunConfig, stage: int, world_size: int) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import gcd
 
-from spikingbrain_train.architecture.model_checks import has_experts
+from spikingbrain_train.architecture.layers import feed_forwards_of, has_experts, layers, mixers_of
 from spikingbrain_train.config.model import Mixer, ModelConfig
 from spikingbrain_train.config.parallel import (
     LinearAttentionContextParallel,
@@ -70,27 +70,26 @@ def check_split(model: ModelConfig, parallel: ParallelConfig) -> None:
         f"parallel.pipeline_model_parallel_size={pipeline} does not divide "
         f"model.num_layers={model.num_layers}; valid are {either(divisors(model.num_layers))}",
     )
-    if has_experts(model):
-        _check_experts_split(model, parallel)
-    else:
+    if not has_experts(model):
         _check_nothing_for_experts(parallel)
-    _check_heads_over_context(model, parallel)
+    for kind in (*feed_forwards_of(model), *mixers_of(model)):
+        kind.check_split(model, parallel)
 
 
-def check_every_stage_aligns(model: ModelConfig, teacher: Sequence[Mixer], parallel: ParallelConfig) -> None:
+def check_every_stage_aligns(model: ModelConfig, teacher: ModelConfig, parallel: ParallelConfig) -> None:
     """Every pipeline stage has a mixer to train where only those train that are not the teacher's:
     megatron-core can neither step nor save an optimizer of nothing.
 
     Args:
         model: the network that is aligned; its layers are divisible by the pipeline degree.
-        teacher: the mixer of every layer of its teacher.
+        teacher: its teacher, of as many layers.
         parallel: degrees that split it.
 
     Raises:
         ConfigurationError: names the layers of the first stage that trains nothing, and degrees that fit.
     """
-    pairs = zip(model.layer_mixers(), teacher, strict=True)
-    trained = [mine is not theirs for mine, theirs in pairs]
+    pairs = zip(layers(model), layers(teacher), strict=True)
+    trained = [mine.mixers != theirs.mixers for mine, theirs in pairs]
 
     def idle(degree: int) -> list[range]:
         size = len(trained) // degree
@@ -105,35 +104,6 @@ def check_every_stage_aligns(model: ModelConfig, teacher: Sequence[Mixer], paral
             f"stage.kind=align: layers {stage.start} to {stage.stop - 1} have the teacher's mixers; "
             f"valid are {either(fitting)}"
         )
-
-
-def _check_experts_split(model: ModelConfig, parallel: ParallelConfig) -> None:
-    tensor, experts = parallel.tensor_model_parallel_size, model.moe.num_experts
-    require(
-        tensor == 1 or parallel.sequence_parallel,
-        f"model.feed_forwards has mixture-of-experts layers, whose tokens are split over the "
-        f"parallel.tensor_model_parallel_size={tensor} ranks; set parallel.sequence_parallel=true, or the "
-        f"tensor degree to 1",
-    )
-    require(
-        experts % parallel.expert_model_parallel_size == 0,
-        f"parallel.expert_model_parallel_size={parallel.expert_model_parallel_size} does not divide "
-        f"model.moe.num_experts={experts}; valid are {either(divisors(experts))}",
-    )
-    width, expert_tensor = model.expert_ffn_hidden_size, parallel.expert_tensor_size
-    name = "ffn_hidden_size" if model.moe.moe_ffn_hidden_size is None else "moe.moe_ffn_hidden_size"
-    require(
-        width % expert_tensor == 0,
-        f"parallel.expert_tensor_parallel_size={expert_tensor} does not divide model.{name}={width}, the "
-        f"width of an expert; valid are {either(divisors(width))}",
-    )
-    shared_width = model.moe.num_shared_experts * width
-    require(
-        shared_width % tensor == 0,
-        f"parallel.tensor_model_parallel_size={tensor} does not divide the width of the shared experts, "
-        f"model.moe.num_shared_experts={model.moe.num_shared_experts} x model.{name}={width}; "
-        f"valid are {either(divisors(gcd(shared_width, model.num_query_groups)))}",
-    )
 
 
 def _check_nothing_for_experts(parallel: ParallelConfig) -> None:
@@ -153,35 +123,6 @@ def _check_nothing_for_experts(parallel: ParallelConfig) -> None:
         f"parallel.recompute={parallel.recompute.name} recomputes parts of mixture-of-experts layers, "
         f"{reason}; choose none or full",
     )
-
-
-def _check_heads_over_context(model: ModelConfig, parallel: ParallelConfig) -> None:
-    """Ulysses deals whole heads to the context-parallel ranks."""
-    context, method = parallel.context_parallel_size, parallel.context_parallel
-    heads = model.num_attention_heads // parallel.tensor_model_parallel_size
-    mixers = set(model.layer_mixers())
-    softmax = {mixer.softmax_branch for mixer in mixers}
-    windows, linear = method.sliding_window_attention, method.gated_linear_attention
-    for uses_ulysses, asks, instead in (
-        (Mixer.full in softmax, "full attention", ""),
-        (
-            Mixer.swa in softmax and windows is SlidingWindowContextParallel.ulysses,
-            "parallel.context_parallel.sliding_window_attention=ulysses",
-            "sliding_window_attention=halo, ",
-        ),
-        (
-            any(mixer.has_linear_branch for mixer in mixers)
-            and linear is LinearAttentionContextParallel.ulysses,
-            "parallel.context_parallel.gated_linear_attention=ulysses",
-            "gated_linear_attention=allgather, ",
-        ),
-    ):
-        require(
-            not uses_ulysses or method.head_padding or heads % context == 0,
-            f"parallel.context_parallel_size={context} does not divide the {heads} query heads of a "
-            f"tensor-parallel rank, as {asks} needs with parallel.context_parallel.head_padding=false; "
-            f"set head_padding=true, {instead}or a context degree of {either(divisors(heads))}",
-        )
 
 
 def check_sequence_split(seq_length: int, model: ModelConfig, parallel: ParallelConfig) -> None:

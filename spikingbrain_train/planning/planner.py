@@ -11,23 +11,27 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from enum import Enum
 from math import lcm
 from pathlib import Path
 
-from spikingbrain_train.architecture.model_checks import has_experts
-from spikingbrain_train.config.model import FeedForward, Mixer
+from spikingbrain_train.architecture.layers import (
+    Layer,
+    feed_forwards_of,
+    has_experts,
+    layers,
+    swapped_layers,
+)
+from spikingbrain_train.architecture.sizes import bytes_per_element
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.errors import ConfigurationError
-from spikingbrain_train.planning.activations import bytes_per_element
 from spikingbrain_train.planning.costs import (
     active_parameters,
+    layers_of_stage,
     mixer_parameters,
     new_parameters,
     stage_layers,
     stage_parameters,
-    swapped_layers,
     total_parameters,
     training_flops_per_token,
 )
@@ -80,19 +84,18 @@ class StagePlan:
     """One pipeline stage, as each of its ranks sees it."""
 
     layers: range
-    mixers: list[Mixer]
-    feed_forwards: list[FeedForward]
+    kinds: list[Layer]
+    """What each of them is."""
     parameters: int
     """Parameters on one rank."""
     memory: MemoryEstimate
 
 
 def _plan_stage(config: RunConfig, stage: int, world_size: int, micro_batches: int) -> StagePlan:
-    model, layers = config.model, stage_layers(config.model, config.parallel, stage)
+    model = config.model
     return StagePlan(
-        layers=layers,
-        mixers=[model.layer_mixers()[layer] for layer in layers],
-        feed_forwards=[model.layer_feed_forwards()[layer] for layer in layers],
+        layers=stage_layers(model, config.parallel, stage),
+        kinds=layers_of_stage(model, config.parallel, stage),
         parameters=stage_parameters(model, config.parallel, stage),
         memory=estimate_memory(config, stage, world_size, micro_batches),
     )
@@ -144,8 +147,7 @@ class Plan:
         model, precision = self.config.model, self.config.precision
         trainable = total_parameters(model)
         if not self.config.stage.kind.traits.trains_all:
-            mixers = model.layer_mixers()
-            trainable = sum(mixer_parameters(model, mixers[layer]) for layer in swapped_layers(model))
+            trainable = sum(mixer_parameters(model, layer) for layer in swapped_layers(model))
         return total_parameters(model) * bytes_per_element(precision) + trainable * optimizer_bytes(precision)
 
     def render(self) -> str:
@@ -190,20 +192,18 @@ class Plan:
         active = ""
         if has_experts(model):
             active = f"{quantity(active_parameters(model))} active per token, vocabulary included; "
+        mixers = _counts(layer.mixer_name for layer in layers(model))
         facts = [
             f"{quantity(total_parameters(model))} parameters ({active}{quantity(new_parameters(model))} "
-            f"new): {model.num_layers} layers ({_counts(model.layer_mixers())}), hidden {model.hidden_size}, "
+            f"new): {model.num_layers} layers ({mixers}), hidden {model.hidden_size}, "
             f"FFN {model.ffn_hidden_size}",
             f"{model.num_attention_heads} heads in {model.num_query_groups} groups of width "
             f"{model.kv_channels}, vocabulary {model.vocab_size} (padded to {padded}, {tied})",
         ]
         if has_experts(model):
-            moe = model.moe
-            facts.append(
-                f"feed-forwards: {_counts(model.layer_feed_forwards())}; {moe.num_experts} experts, "
-                f"top-{moe.router_topk}, + {moe.num_shared_experts} shared of width "
-                f"{model.expert_ffn_hidden_size}"
-            )
+            counts = _counts(layer.feed_forward.name for layer in layers(model))
+            described = [words for kind in feed_forwards_of(model) if (words := kind.describe(model))]
+            facts.append("; ".join([f"feed-forwards: {counts}", *described]))
         if model.spiking.projections:
             facts.append(f"spikes with k {model.spiking.k:g} in front of {model.spiking.describe()}")
         return facts
@@ -250,8 +250,8 @@ class Plan:
                 [
                     str(index),
                     f"{stage.layers.start}-{stage.layers.stop - 1}",
-                    _counts(stage.mixers),
-                    _counts(stage.feed_forwards),
+                    _counts(layer.mixer_name for layer in stage.kinds),
+                    _counts(layer.feed_forward.name for layer in stage.kinds),
                     f"{stage.parameters:,}",
                     *(f"{part / GIB:.2f}" for part in parts),
                 ]
@@ -267,9 +267,9 @@ class Plan:
         return ["per rank: exact parameters, estimated memory in GiB", text[0], "-" * len(text[0]), *text[1:]]
 
 
-def _counts(kinds: Iterable[Enum]) -> str:
+def _counts(names: Iterable[str]) -> str:
     """How often each occurs: "14 gla + 14 swa"."""
-    return " + ".join(f"{count} {name}" for name, count in Counter(kind.name for kind in kinds).items())
+    return " + ".join(f"{count} {name}" for name, count in Counter(names).items())
 
 
 def quantity(number: float) -> str:

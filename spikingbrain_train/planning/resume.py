@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spikingbrain_train.architecture.model_checks import has_experts
+from spikingbrain_train.architecture.layers import has_experts
 from spikingbrain_train.architecture.same_architecture import settings_in_use, shown
 from spikingbrain_train.config.load import load_run_config
 from spikingbrain_train.config.run import OTHER_ORDER, Precision, Resume, RunConfig

@@ -16,8 +16,9 @@ import torch
 # torch has no other place for it; importing the module registers the backend.
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from spikingbrain_train.config.model import FeedForward, Mixer
+from spikingbrain_train.architecture.layers import Layer, feed_forwards_of
 from spikingbrain_train.config.parallel import AcceleratorKind, KernelConfig
+from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.parallel.kernels import resolve_kernels
 from spikingbrain_train.parallel.process_groups import destroy, form_groups
 from spikingbrain_train.planning.costs import active_parameters, total_parameters
@@ -35,8 +36,8 @@ class BuiltLayer:
 
     layer: int
     """0-based, over the whole model."""
-    mixer: Mixer
-    feed_forward: FeedForward
+    kind: Layer
+    """What it was planned to be, and is."""
     mixer_parameters: int
     feed_forward_parameters: int
     parameters: int
@@ -79,14 +80,16 @@ class RankShare:
         ]
         if self.otherwise is not None:
             rows.append(("warning", f"a run here would have {self.otherwise.describe()}, unlike the plan"))
-        if any(layer.feed_forward is FeedForward.moe for layer in self.layers):
-            held = model.moe.num_experts // parallel.expert_model_parallel_size
+        if any(layer.kind.feed_forward.routes_tokens for layer in self.layers):
+            number = max(kind.num_experts(model) for kind in feed_forwards_of(model))
+            held = number // parallel.expert_model_parallel_size
             first = self.places["expert"] * held
-            rows.append(("experts", f"{first} to {first + held - 1} of each layer's {model.moe.num_experts}"))
-        head = f"{'layer':>5}  {'mixer':<8}  {'feed-forward':<12}"
+            rows.append(("experts", f"{first} to {first + held - 1} of each layer's {number}"))
+        width = max(8, *(len(layer.kind.mixer_name) for layer in self.layers))
+        head = f"{'layer':>5}  {'mixer':<{width}}  {'feed-forward':<12}"
         head += f"  {'mixer':>13}  {'feed-forward':>13}  {'all':>13}"
         table = [
-            f"{layer.layer:>5}  {layer.mixer.name:<8}  {layer.feed_forward.name:<12}  "
+            f"{layer.layer:>5}  {layer.kind.mixer_name:<{width}}  {layer.kind.feed_forward.name:<12}  "
             f"{layer.mixer_parameters:>13,}  {layer.feed_forward_parameters:>13,}  {layer.parameters:>13,}"
             for layer in self.layers
         ]
@@ -173,14 +176,13 @@ def build_share(plan: Plan) -> RankShare:
         kernels = resolve_kernels(KernelConfig(), host)
         model = build_model(config.model, megatron_config, kernels, torch.device("meta"))
     stage = plan.stages[places["pipeline"]]
-    layers = [_describe(layer) for layer in model.decoder.layers]
-    share = RankShare(plan, rank, places, _count(model), layers, _other_precision(plan))
-    built = (share.parameters, *((layer.mixer, layer.feed_forward) for layer in share.layers))
-    planned = (stage.parameters, *zip(stage.mixers, stage.feed_forwards, strict=True))
-    if built != planned:
+    pairs = zip(model.decoder.layers, stage.kinds, strict=True)
+    built = [_describe(layer, kind, config) for layer, kind in pairs]
+    share = RankShare(plan, rank, places, _count(model), built, _other_precision(plan))
+    if share.parameters != stage.parameters:
         raise RuntimeError(
-            f"rank {rank} was built with parameters and layers {built}, but planned with {planned}; "
-            f"planning/costs.py does not describe the modules"
+            f"rank {rank} was built with {share.parameters:,} parameters, but planned with "
+            f"{stage.parameters:,}; architecture/ does not describe the modules"
         )
     return share
 
@@ -194,41 +196,30 @@ def _other_precision(plan: Plan) -> PrecisionChoice | None:
     return None if choice.precision is plan.precision.precision else choice
 
 
-def _describe(layer: Any) -> BuiltLayer:
-    """What a megatron-core TransformerLayer consists of."""
-    return BuiltLayer(
-        layer=layer.layer_number - 1,
-        mixer=_mixer_of(layer.self_attention),
-        feed_forward=_feed_forward_of(layer.mlp),
-        mixer_parameters=_count(layer.self_attention),
-        feed_forward_parameters=_count(layer.mlp),
-        parameters=_count(layer),
-    )
+def _describe(layer: Any, kind: Layer, config: RunConfig) -> BuiltLayer:
+    """What a megatron-core TransformerLayer holds, held against the weights that its kinds describe.
 
-
-def _mixer_of(attention: torch.nn.Module) -> Mixer:
-    from spikingbrain_train.models.mixers.gated_linear_attention import GatedLinearAttention
-    from spikingbrain_train.models.mixers.parallel_hybrid import ParallelHybrid
-    from spikingbrain_train.models.mixers.softmax_attention import SoftmaxAttention
-
-    if isinstance(attention, GatedLinearAttention):
-        return Mixer.gla
-    if isinstance(attention, ParallelHybrid):
-        softmax = _mixer_of(attention.softmax_attention)
-        return {Mixer.full: Mixer.gla_full, Mixer.swa: Mixer.gla_swa}[softmax]
-    if isinstance(attention, SoftmaxAttention):
-        return Mixer.full if attention.window is None else Mixer.swa
-    raise NotImplementedError(f"{type(attention).__name__} is no mixer that a dry run knows; name it here")
-
-
-def _feed_forward_of(mlp: torch.nn.Module) -> FeedForward:
-    from megatron.core.transformer.mlp import MLP
-    from megatron.core.transformer.moe.moe_layer import MoELayer
-
-    for module, kind in ((MoELayer, FeedForward.moe), (MLP, FeedForward.dense)):
-        if isinstance(mlp, module):
-            return kind
-    raise NotImplementedError(f"{type(mlp).__name__} is no feed-forward that a dry run knows; name it here")
+    Raises:
+        RuntimeError: they are not the same.
+    """
+    model, parallel, number = config.model, config.parallel, layer.layer_number - 1
+    sizes = {name: parameter.numel() for name, parameter in layer.self_attention.named_parameters()}
+    planned = {
+        weight.name.removeprefix("self_attention."): weight.numel_on_rank(parallel)
+        for weight in kind.mixer_weights(model)
+    }
+    if sizes != planned:
+        raise RuntimeError(
+            f"the mixer of layer {number} was built with {sizes}, but {kind.mixer_name} is described with "
+            f"{planned}"
+        )
+    feed_forward = sum(weight.numel_on_rank(parallel) for weight in kind.feed_forward_weights(model))
+    if _count(layer.mlp) != feed_forward:
+        raise RuntimeError(
+            f"the feed-forward of layer {number} was built with {_count(layer.mlp):,} parameters, but "
+            f"{kind.feed_forward.name} is described with {feed_forward:,}"
+        )
+    return BuiltLayer(number, kind, sum(sizes.values()), feed_forward, _count(layer))
 
 
 def _count(module: torch.nn.Module) -> int:
