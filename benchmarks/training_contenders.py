@@ -19,11 +19,11 @@ from typing import Any, Protocol
 
 import torch
 
+from spikingbrain_train.architecture.layers import dense_twin
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.run import CheckpointConfig, Precision, RunConfig, StageConfig
 from spikingbrain_train.data.loader import MicroBatch
 from spikingbrain_train.parallel.context_parallel.sequence_layout import SequenceLayout
-from spikingbrain_train.planning.costs import dense_twin
 from spikingbrain_train.runtime.accelerator import detect
 
 SEED = 1234

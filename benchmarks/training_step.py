@@ -38,13 +38,14 @@ from benchmarks.training_contenders import (  # noqa: E402
     Measured,
     Setting,
 )
+from spikingbrain_train.architecture.layers import dense_twin  # noqa: E402
 from spikingbrain_train.config.command_line import user_errors  # noqa: E402
 from spikingbrain_train.config.compose import register_schema  # noqa: E402
 from spikingbrain_train.config.conversion import ConversionConfig  # noqa: E402
 from spikingbrain_train.config.load import conf_folder, to_run_config  # noqa: E402
 from spikingbrain_train.config.model import ModelConfig  # noqa: E402
 from spikingbrain_train.errors import ConfigurationError, PlatformError  # noqa: E402
-from spikingbrain_train.planning.costs import dense_twin, forward_flops_per_token  # noqa: E402
+from spikingbrain_train.planning.costs import forward_flops_per_token  # noqa: E402
 
 LOSS_BOUND = 1e-2
 LOSS_STEPS = 5

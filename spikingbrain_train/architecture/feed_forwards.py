@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,9 @@ class FeedForwardKind(ABC):
     """Whether it sends every token to some of several experts."""
     hf_layers: Mapping[str, str] = {}
     """What the Hugging Face formats that can hold it call it, by format."""
+
+    def __reduce__(self) -> tuple[Callable[[str], FeedForwardKind], tuple[str]]:
+        return _by_name, (self.name,)  # a kind is one object in every process
 
     def check(self, model: ModelConfig) -> None:
         """Its settings, in a model that has it. Raises ConfigurationError."""
@@ -75,6 +78,10 @@ class FeedForwardKind(ABC):
     def describe(self, model: ModelConfig) -> str | None:
         """A few words on its settings for plans and reports: ``16 experts, top-1, + 1 shared``."""
         return None
+
+
+def _by_name(name: str) -> FeedForwardKind:
+    return FEED_FORWARDS[name]
 
 
 FEED_FORWARDS: Registry[FeedForwardKind] = Registry("feed-forward", "model.feed_forwards")

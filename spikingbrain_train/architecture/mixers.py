@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from spikingbrain_train.architecture.registry import Registry
 from spikingbrain_train.architecture.weights import Split, Weight
@@ -31,6 +31,9 @@ class MixerKind(ABC):
         super().__init_subclass__(**kwargs)
         if not hasattr(cls, "family") and hasattr(cls, "name"):
             cls.family = cls.name
+
+    def __reduce__(self) -> tuple[Callable[[str], MixerKind], tuple[str]]:
+        return _by_name, (self.name,)  # a kind is one object in every process
 
     def check(self, model: ModelConfig) -> None:
         """Its settings, in a model that has it. Raises ConfigurationError."""
@@ -62,6 +65,10 @@ class MixerKind(ABC):
     def input_projections(self, model: ModelConfig) -> tuple[str, ...]:
         """The projections that read the layer's normed input, as ``model.spiking.projections`` calls them."""
         return ("qkv",)
+
+
+def _by_name(name: str) -> MixerKind:
+    return MIXERS[name]
 
 
 MIXERS: Registry[MixerKind] = Registry("mixer", "model.mixers")

@@ -56,7 +56,7 @@ class Registry(Generic[Kind]):
         if name not in self._kinds:
             raise ConfigurationError(
                 f"{self.setting} names {name}, which is no {self.what}; known are "
-                f"{', '.join(self._kinds)}; name the package of another one in plugins=[package.module]"
+                f"{', '.join(sorted(self._kinds))}; name the package of another in plugins=[package.module]"
             )
         return self._kinds[name]
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from spikingbrain_train.architecture.layers import dense_twin, softmax_attention_of, swapped_layers
 from spikingbrain_train.architecture.model_checks import check_mixers
 from spikingbrain_train.architecture.spiking_checks import check_spiking
-from spikingbrain_train.architecture.layers import dense_twin, softmax_attention_of, swapped_layers
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import (
     AcceleratorKind,

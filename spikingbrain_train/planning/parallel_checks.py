@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import gcd
 
 from spikingbrain_train.architecture.layers import feed_forwards_of, has_experts, layers, mixers_of
-from spikingbrain_train.config.model import Mixer, ModelConfig
+from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import (
-    LinearAttentionContextParallel,
     ParallelConfig,
     Recompute,
-    SlidingWindowContextParallel,
 )
 from spikingbrain_train.config.require import divisors, either, multiples_around, require
 from spikingbrain_train.errors import ConfigurationError
@@ -72,8 +69,10 @@ def check_split(model: ModelConfig, parallel: ParallelConfig) -> None:
     )
     if not has_experts(model):
         _check_nothing_for_experts(parallel)
-    for kind in (*feed_forwards_of(model), *mixers_of(model)):
-        kind.check_split(model, parallel)
+    for feed_forward in feed_forwards_of(model):
+        feed_forward.check_split(model, parallel)
+    for mixer in mixers_of(model):
+        mixer.check_split(model, parallel)
 
 
 def check_every_stage_aligns(model: ModelConfig, teacher: ModelConfig, parallel: ParallelConfig) -> None:

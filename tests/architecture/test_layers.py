@@ -86,7 +86,7 @@ def test_branch_weights_start_as_the_source() -> None:
 
 
 def test_an_unknown_kind_is_one_sentence_that_names_the_known_ones() -> None:
-    with pytest.raises(ConfigurationError, match=r"model\.mixers names mamba.*known are full, swa, gla"):
+    with pytest.raises(ConfigurationError, match=r"model\.mixers names mamba.*known are full, gla, swa"):
         MIXERS["mamba"]
     with pytest.raises(ConfigurationError, match=r"model\.feed_forwards names relu2.*dense, moe"):
         FEED_FORWARDS["relu2"]

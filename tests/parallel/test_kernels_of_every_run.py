@@ -20,6 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from spikingbrain_train.architecture.layers import dense_twin
 from spikingbrain_train.config.compose import compose_run
 from spikingbrain_train.config.load import conf_folder, to_run_config
 from spikingbrain_train.config.model import Mixer, ModelConfig
@@ -47,7 +48,6 @@ from spikingbrain_train.parallel.kernels import (
     resolve_kernels,
 )
 from spikingbrain_train.planning.checks import check_platform
-from spikingbrain_train.planning.costs import dense_twin
 from spikingbrain_train.planning.kernel_limits import SoftmaxAttentionCall
 from spikingbrain_train.planning.memory import needs_teacher
 from spikingbrain_train.runtime import packages as installed

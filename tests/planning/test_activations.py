@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from spikingbrain_train.architecture.layers import layers
 from spikingbrain_train.config.model import (
     FeatureMap,
     FeedForward,
@@ -224,8 +225,7 @@ def _kept_by_layers(groups: ProcessGroups, cases: list[Case]) -> list[list[float
 
 def _planned(case: Case, ranks: int) -> list[float]:
     config = case.config(ranks)
-    layers = zip(case.model.layer_mixers(), case.model.layer_feed_forwards(), strict=True)
-    return [layer_activations(config, *layer).kept for layer in layers]
+    return [layer_activations(config, layer).kept for layer in layers(case.model)]
 
 
 def _assert_close(measured: list[float], planned: list[float]) -> None:
@@ -281,8 +281,7 @@ def test_a_model_keeps_what_is_planned_before_its_logits(level: Recompute, ranks
     (held,) = ranks.run(_kept_by_model, case, world_size=1, parallel=ParallelConfig())
     config = case.config()
     # What comes and goes: the logits of a chunk, and one layer at a time that is computed again.
-    layers = zip(model.layer_mixers(), model.layer_feed_forwards(), strict=True)
-    passing = LENGTH * max(layer_activations(config, *layer).recomputed for layer in layers)
+    passing = LENGTH * max(layer_activations(config, layer).recomputed for layer in layers(model))
     passing += LENGTH * model.vocab_size * 2
     assert activation_bytes(config, 0, 1) - passing == pytest.approx(held, rel=BOUND)
 

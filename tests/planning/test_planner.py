@@ -10,7 +10,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from spikingbrain_train.architecture.branches import in_order
+from spikingbrain_train.architecture.feed_forwards import FEED_FORWARDS
+from spikingbrain_train.architecture.layers import Layer, dense_twin
+from spikingbrain_train.architecture.mixers import MIXERS
 from spikingbrain_train.architecture.model_checks import has_experts
+from spikingbrain_train.architecture.sizes import visible_keys
 from spikingbrain_train.config.compose import compose_run
 from spikingbrain_train.config.load import to_run_config
 from spikingbrain_train.config.model import (
@@ -31,16 +36,13 @@ from spikingbrain_train.parallel.kernels import resolve_kernels
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.planning.costs import (
     active_parameters,
-    dense_twin,
     forward_flops_per_token,
     mixer_core_flops,
     new_parameters,
     stage_parameters,
     stage_routed_expert_parameters,
-    swiglu,
     total_parameters,
     training_flops_per_token,
-    visible_keys,
 )
 from spikingbrain_train.planning.planner import (
     Plan,
@@ -257,17 +259,22 @@ def test_visible_keys_are_those_of_the_mask(length: int, window: int | None) -> 
     assert visible_keys(length, window) == pytest.approx(mask.sum().item() / length, rel=1e-12)
 
 
+def core_flops(model: ModelConfig, mixer: str, length: int) -> float:
+    return MIXERS[mixer].core_flops(model, length)
+
+
 def test_linear_attention_costs_the_same_per_token_at_any_length() -> None:
-    assert mixer_core_flops(LLAMA, Mixer.gla, 128) == mixer_core_flops(LLAMA, Mixer.gla, 131072)
+    assert core_flops(LLAMA, "gla", 128) == core_flops(LLAMA, "gla", 131072)
     windowed = dataclasses.replace(LLAMA, sliding_window=16)
-    assert mixer_core_flops(windowed, Mixer.swa, 131072) < 4 * 4 * 16 * 16
-    assert mixer_core_flops(LLAMA, Mixer.full, 131072) > 1000 * mixer_core_flops(windowed, Mixer.swa, 131072)
+    assert core_flops(windowed, "swa", 131072) < 4 * 4 * 16 * 16
+    assert core_flops(LLAMA, "full", 131072) > 1000 * core_flops(windowed, "swa", 131072)
 
 
 def test_two_branches_cost_as_much_as_both_alone() -> None:
-    for softmax, both in ((Mixer.swa, Mixer.gla_swa), (Mixer.full, Mixer.gla_full)):
-        alone = mixer_core_flops(LLAMA, softmax, 64) + mixer_core_flops(LLAMA, Mixer.gla, 64)
-        assert mixer_core_flops(LLAMA, both, 64) == alone
+    for softmax in ("swa", "full"):
+        layer = Layer(in_order([MIXERS["gla"], MIXERS[softmax]]), FEED_FORWARDS["dense"])
+        alone = core_flops(LLAMA, softmax, 64) + core_flops(LLAMA, "gla", 64)
+        assert mixer_core_flops(LLAMA, layer, 64) == alone
 
 
 @pytest.mark.parametrize("window", [None, 8, 64])
@@ -277,7 +284,7 @@ def test_sinks_are_keys_of_every_token_and_queries_of_their_own(window: int | No
     mask = mask if window is None else mask.triu(1 - window)
     pairs = mask.sum().item() + (length + sinks) * sinks  # sinks see sinks, and text sees sinks
     model = dataclasses.replace(LLAMA, sliding_window=window or 1, num_sink_tokens=sinks)
-    flops = mixer_core_flops(model, Mixer.full if window is None else Mixer.swa, length)
+    flops = core_flops(model, "full" if window is None else "swa", length)
     per_pair = 4 * model.num_attention_heads * model.kv_channels
     assert flops * length == pytest.approx(pairs * per_pair, rel=1e-12)
 
@@ -288,7 +295,7 @@ def test_a_token_pays_for_the_experts_it_visits() -> None:
     wider = dataclasses.replace(experts, moe=more)
     assert forward_flops_per_token(wider, 64) - forward_flops_per_token(experts, 64) == routers
     visits = dataclasses.replace(experts, moe=dataclasses.replace(experts.moe, router_topk=3))
-    expert = 2 * 2 * swiglu(experts, 40)
+    expert = 2 * 2 * (3 * 40 * experts.hidden_size)
     assert forward_flops_per_token(visits, 64) - forward_flops_per_token(experts, 64) == expert
 
 
@@ -312,7 +319,7 @@ def test_quantities_of_a_step() -> None:
     assert plan.total_tokens == 24 * 64 * 100
     assert plan.pipeline_bubble == 1 / 5
     assert [stage.layers for stage in plan.stages] == [range(0, 2), range(2, 4)]
-    assert plan.stages[1].mixers == [Mixer.full, Mixer.gla]
+    assert [layer.mixer_name for layer in plan.stages[1].kinds] == ["full", "gla"]
 
 
 class TestMemory:

@@ -77,8 +77,7 @@ def test_every_experiment_is_built_at_its_true_size(process, choice, cluster, mo
         assert seconds < SECONDS and peak < PEAK_BYTES
         stage = plan.stages[rank * stages // plan.world_size]
         assert [layer.layer for layer in share.layers] == list(stage.layers)
-        assert [layer.mixer for layer in share.layers] == stage.mixers
-        assert [layer.feed_forward for layer in share.layers] == stage.feed_forwards
+        assert [layer.kind for layer in share.layers] == stage.kinds
         assert share.parameters == stage.parameters and share.memory == stage.memory
 
 
@@ -144,13 +143,20 @@ def test_a_rank_keeps_its_places_in_the_reduced_world(process, parallel, world_s
         assert formed == {name: place for name, place in places.items() if name != "data"}
 
 
-@pytest.mark.parametrize("change", ["parameters", "mixers"])
-def test_a_plan_that_is_not_what_was_built_is_an_error(process, change) -> None:
-    plan = plan_of("model=tiny_76b")
+@pytest.mark.parametrize(
+    ("model", "change", "sentence"),
+    [
+        ("tiny_76b", "parameters", "does not describe the modules"),
+        ("tiny_76b", "kinds", "the feed-forward of layer 0 was built with .* but moe is described with"),
+        ("tiny_hybrid", "kinds", "the mixer of layer 0 was built with .* but full is described with"),
+    ],
+)
+def test_a_plan_that_is_not_what_was_built_is_an_error(process, model, change, sentence) -> None:
+    plan = plan_of(f"model={model}")
     (stage,) = plan.stages
-    wrong = {"parameters": stage.parameters + 1, "mixers": stage.mixers[::-1]}[change]
+    wrong = {"parameters": stage.parameters + 1, "kinds": stage.kinds[::-1]}[change]
     plan = dataclasses.replace(plan, stages=[dataclasses.replace(stage, **{change: wrong})])
-    with pytest.raises(RuntimeError, match="does not describe the modules"):
+    with pytest.raises(RuntimeError, match=sentence):
         process.submit(_build, plan).result()
 
 
@@ -167,4 +173,4 @@ def test_the_report_says_what_the_rank_holds(process) -> None:
     ):
         assert expected in text
     table = text.splitlines()[-7:]
-    assert [row.split()[:3] for row in table][-1] == ["13", "gla_full", "moe"]
+    assert [row.split()[:3] for row in table][-1] == ["13", "[full,gla]", "moe"]
