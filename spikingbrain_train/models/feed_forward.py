@@ -18,8 +18,9 @@ from spikingbrain_train.models.moe import experts as expert_classes
 from spikingbrain_train.models.moe.experts import SequentialExperts, SharedExperts, TEGroupedExperts
 from spikingbrain_train.models.moe.router import SequenceBalancedRouter
 from spikingbrain_train.models.parallel_linears import ParallelLinears
+from spikingbrain_train.runtime.megatron_versions import layers_are_built_by_callables
 
-_BUILDERS_INSTEAD_OF_SPECS = hasattr(MLP, "as_mlp_submodule")  # megatron-core 0.19
+_BUILDERS_INSTEAD_OF_SPECS = layers_are_built_by_callables()
 
 
 def feed_forward_spec(

@@ -22,7 +22,7 @@ from spikingbrain_train.config.setting import check_fields
 from spikingbrain_train.errors import PlatformError
 from spikingbrain_train.planning.launch import Launch, available_cores
 from spikingbrain_train.planning.parallel_checks import check_world_size
-from spikingbrain_train.runtime import megatron_cpu, megatron_versions
+from spikingbrain_train.runtime import megatron_versions, patches
 from spikingbrain_train.runtime.accelerator import Accelerator
 from spikingbrain_train.runtime.host_memory import keep_freed_memory
 
@@ -61,8 +61,6 @@ class ProcessGroups:
     """megatron-core's groups by name (``tp``, ``pp``, ``cp``, ``dp``, ``dp_cp``, ``ep``, ``expt_dp``, ...),
     for its ``pg_collection`` arguments.
     """
-    cpu_patches: tuple[str, ...]
-    """Names of the compatibility patches in force (see megatron_cpu.PATCHES); always empty on GPUs."""
 
     @property
     def is_main_process(self) -> bool:
@@ -104,8 +102,7 @@ class ProcessGroups:
             text += f"; experts over {self.expert_model_parallel_size} ranks"
         if self.expert_tensor_parallel_size != self.tensor_model_parallel_size:
             text += f"; each expert over {self.expert_tensor_parallel_size} rank(s)"
-        text += f", {torch.get_num_threads()} CPU thread(s) each"
-        return text + (f"; megatron-core on CPU: {', '.join(self.cpu_patches)}" if self.cpu_patches else "")
+        return f"{text}, {torch.get_num_threads()} CPU thread(s) each"
 
 
 def initialize(
@@ -114,8 +111,8 @@ def initialize(
     """Join the world, form megatron-core's groups, and seed every generator.
 
     Order of work: refuse layouts that do not fit the world, bind the device, set CPU threads, patch
-    megatron-core on CPU, form the groups, seed. Call it once, before the model is built; :func:`destroy`
-    undoes it.
+    megatron-core and torch (runtime/patches.py), form the groups, seed. Call it once, before the model is
+    built; :func:`destroy` undoes all but the patches.
 
     Args:
         parallel: parallel degrees.
@@ -131,16 +128,14 @@ def initialize(
         has no GPU.
     """
     megatron_versions.check_version()
-    megatron_versions.silence_deprecation_notices()
     launch = Launch.from_environment()
     check_fields(parallel, "parallel.")
     check_world_size(parallel, launch.world_size)
     device = accelerator.bind(launch.local_rank)
-    patches: tuple[str, ...] = ()
     if not accelerator.is_gpu:
         torch.set_num_threads(threads_per_rank(launch.local_world_size))
         keep_freed_memory()
-        patches = megatron_cpu.apply(accelerator)
+    patches.apply(accelerator)
     _join_world(launch, accelerator, timedelta(minutes=timeout_minutes))
     form_groups(parallel, timeout_minutes=timeout_minutes)
     _seed(seed)
@@ -166,7 +161,6 @@ def initialize(
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         expert_tensor_parallel_size=parallel_state.get_expert_tensor_parallel_world_size(),
         collection=ProcessGroupCollection.use_mpu_process_groups(),
-        cpu_patches=patches,
     )
 
 

@@ -1,8 +1,7 @@
 """What makes megatron-core train over gloo on a machine without GPUs.
 
 megatron-core is written for CUDA. Each entry of :data:`PATCHES` names one thing that it assumes, what is put
-in its place, and why. :func:`apply` installs them all, once per process, and refuses to on a GPU platform:
-there, nothing is patched. Valid for megatron-core 0.16.1 to 0.19.x.
+in its place, and why; none of them is applied on a GPU. Valid for megatron-core 0.16.1 to 0.19.x.
 """
 
 from __future__ import annotations
@@ -12,58 +11,20 @@ import functools
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from spikingbrain_train.runtime.accelerator import Accelerator
 from spikingbrain_train.runtime.host_torch import RebindOnImport, rebind_loaded_modules
-
-
-@dataclass(frozen=True)
-class Patch:
-    """One assumption of megatron-core that does not hold on CPU."""
-
-    name: str
-    changes: str
-    """What is replaced."""
-    reason: str
-    """What would happen without it."""
-    install: Callable[[], None]
-
+from spikingbrain_train.runtime.patch import ON_CPU, Patch
 
 PATCHES: list[Patch] = []
-_applied: list[str] = []
-
-
-def apply(accelerator: Accelerator) -> tuple[str, ...]:
-    """Install every patch that is not yet installed in this process.
-
-    Returns:
-        Names of all installed patches, for the log; the same ones however often this is called.
-
-    Raises:
-        RuntimeError: ``accelerator`` is a GPU. Nothing has been patched then.
-    """
-    if accelerator.is_gpu:
-        raise RuntimeError(f"megatron-core is never patched on a GPU platform ({accelerator.kind.value})")
-    for patch in PATCHES:
-        if patch.name not in _applied:
-            patch.install()
-            _applied.append(patch.name)
-    return tuple(_applied)
-
-
-def applied() -> tuple[str, ...]:
-    """Names of the patches installed in this process."""
-    return tuple(_applied)
 
 
 def _patch(changes: str, reason: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
     def register(install: Callable[[], None]) -> Callable[[], None]:
-        PATCHES.append(Patch(install.__name__.strip("_"), changes, reason, install))
+        PATCHES.append(Patch(install.__name__.strip("_"), changes, reason, install, ON_CPU))
         return install
 
     return register

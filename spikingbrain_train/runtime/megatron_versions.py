@@ -12,13 +12,13 @@ same in both for our purposes needs nothing here: ``get_megatron_optimizer(confi
 - ``dist_checkpointing.load``: 0.16.1 takes ``common_strategy``, which 0.19 lacks.
 - ``metadata.json``: 0.19 leaves out ``common_backend``, which 0.16.1 looks for.
 - Writing a checkpoint: 0.16.1 forks a process for every file, 0.19 takes threads; here both take threads
-  (parallel/shard_writers.py).
+  (runtime/shard_writers.py).
 - A failing read or write: torch's ``CheckpointException`` is a ``BaseException`` in both and is turned into
   :class:`FailedOnRank` here.
 - Experts in one grouped GEMM: 0.16.1 has a ``GroupedMLP`` on the package grouped_gemm beside Transformer
   Engine's, later versions only the latter.
 - The ``mlp`` and the parts of a mixture of experts are ModuleSpecs in 0.16.1 and callables that build them in
-  0.19 (models/feed_forward.py).
+  0.19 (:func:`layers_are_built_by_callables`).
 - The balancing losses of megatron-core's own router: under tensor and context parallelism 0.16.1 scales them
   down by the number of ranks; ours is the same in both (models/moe/router.py).
 - 0.19 logs that ``GPTModel`` and parts of ``dist_checkpointing`` will be removed.
@@ -28,9 +28,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
-import queue
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -90,6 +88,13 @@ def check_version(found: Version = MEGATRON_VERSION) -> None:
         )
 
 
+def layers_are_built_by_callables() -> bool:
+    """Whether the ``mlp`` of a layer and the parts of a mixture of experts are callables, not ModuleSpecs."""
+    from megatron.core.transformer.mlp import MLP
+
+    return hasattr(MLP, "as_mlp_submodule")
+
+
 def save_checkpoint(sharded_state_dict: dict[str, Any], folder: Path) -> None:
     """Write a ``torch_dist`` checkpoint from all ranks, readable by every supported version.
 
@@ -102,16 +107,7 @@ def save_checkpoint(sharded_state_dict: dict[str, Any], folder: Path) -> None:
             system.
     """
     from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    from spikingbrain_train.runtime.shard_writers import write_shards_in_threads
-
-    write_shards_in_threads()
-    # Writers report through this queue. megatron-core's own is served by a manager process that every rank
-    # spawns (seconds, 270 MB, and it outlives a killed rank) for the sake of saving from another process,
-    # which we don't do.
-    if filesystem_async._results_queue is None:
-        filesystem_async._results_queue = queue.Queue()
     with _torch_failures_as_exceptions():
         dist_checkpointing.save(sharded_state_dict, str(folder))
     if not _COMMON_STATE_IN_FILE and torch.distributed.get_rank() == 0:
@@ -262,25 +258,3 @@ def _restricted_unpickling() -> Iterator[None]:
             del os.environ[name]
         else:
             os.environ[name] = before
-
-
-def silence_deprecation_notices() -> None:
-    """Drop the log lines in which 0.19 announces removals that this module already deals with."""
-    for logger_name, beginning in _NOTICES:
-        logging.getLogger(logger_name).addFilter(_DropMessagesStartingWith(beginning))
-
-
-_NOTICES = (
-    ("megatron.core.models.gpt.gpt_model", "GPTModel IS DEPRECATED"),
-    ("megatron.core.dist_checkpointing.strategies.common", "load_common is deprecated"),
-    ("megatron.core.dist_checkpointing.strategies.torch", "MCore's async save is deprecated"),
-)
-
-
-class _DropMessagesStartingWith(logging.Filter):
-    def __init__(self, beginning: str) -> None:
-        super().__init__()
-        self.beginning = beginning
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith(self.beginning)

@@ -19,6 +19,8 @@ import warnings
 from collections.abc import Sequence
 from types import ModuleType
 
+from spikingbrain_train.runtime.patch import Moment, Patch
+
 _MODULE = "torch.utils.cpp_extension"
 _NOTICE = "No CUDA runtime is found"
 
@@ -75,3 +77,50 @@ def ignore_megatron_warnings() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"megatron\.")
     # torch 2.13 renames collectives that torch 2.6 knows by the old names only.
     warnings.filterwarnings("ignore", category=FutureWarning, message=r"`torch\.distributed\.")
+
+
+def silence_deprecation_notices() -> None:
+    """Drop the log lines in which 0.19 announces removals that runtime/megatron_versions.py deals with."""
+    for logger_name, beginning in _NOTICES:
+        logging.getLogger(logger_name).addFilter(_DropMessagesStartingWith(beginning))
+
+
+_NOTICES = (
+    ("megatron.core.models.gpt.gpt_model", "GPTModel IS DEPRECATED"),
+    ("megatron.core.dist_checkpointing.strategies.common", "load_common is deprecated"),
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCore's async save is deprecated"),
+)
+
+
+class _DropMessagesStartingWith(logging.Filter):
+    def __init__(self, beginning: str) -> None:
+        super().__init__()
+        self.beginning = beginning
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(self.beginning)
+
+
+PATCHES = (
+    Patch(
+        name="no_cuda_notice",
+        changes="what torch.utils.cpp_extension says when it is imported, less one sentence",
+        reason="torch for CUDA on a machine with a CUDA toolkit and no GPU says it finds no CUDA runtime",
+        apply=drop_cuda_notice,
+        moment=Moment.importing,
+    ),
+    Patch(
+        name="no_megatron_warnings",
+        changes="filters of Python's warnings, in commands that build models",
+        reason="each start would tell that Apex is absent and which of its calls megatron-core deprecates",
+        apply=ignore_megatron_warnings,
+        moment=Moment.importing,
+    ),
+    Patch(
+        name="no_removal_notices",
+        changes="filters of three loggers of megatron-core",
+        reason="every rank would announce that GPTModel and parts of dist_checkpointing are to be removed",
+        apply=silence_deprecation_notices,
+        versions="megatron-core>=0.17",
+    ),
+)

@@ -12,15 +12,25 @@ import queue
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from spikingbrain_train.runtime.patch import Patch
 
 _FORKING_WRITER = "write_preloaded_data_multiproc"
 
 
 def write_shards_in_threads() -> None:
-    """Have megatron-core write without forks from now on. Harmless where it does anyway (0.19)."""
+    """Have megatron-core write without forks from now on, if it would fork."""
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
     if hasattr(FileSystemWriterAsync, _FORKING_WRITER):
         setattr(FileSystemWriterAsync, _FORKING_WRITER, staticmethod(_write_in_threads))
+
+
+def report_within_the_process() -> None:
+    """Have writers report through a queue of this process."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    if filesystem_async._results_queue is None:
+        filesystem_async._results_queue = queue.Queue()
 
 
 def _write_in_threads(
@@ -35,6 +45,7 @@ def _write_in_threads(
         write_buckets: one for every file.
         global_results_queue: gets {number of the bucket: results}, or the first exception.
     """
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
     def write(number: int) -> tuple[int, Any]:
         results: queue.Queue[tuple[int, Any]] = queue.Queue()
@@ -49,3 +60,22 @@ def _write_in_threads(
         written = dict(pool.map(write, range(len(write_buckets))))
     failures = [result for result in written.values() if isinstance(result, Exception)]
     global_results_queue.put(failures[0] if failures else written)
+
+
+PATCHES = (
+    Patch(
+        name="shards_in_threads",
+        changes="FileSystemWriterAsync.write_preloaded_data_multiproc writes from threads",
+        reason="a process forked for every file inherits locks that nobody opens: with torch 2.6 and four "
+        "ranks one was seen to wait for ever",
+        apply=write_shards_in_threads,
+        versions="megatron-core<0.19",
+    ),
+    Patch(
+        name="writers_report_in_process",
+        changes="filesystem_async._results_queue is a queue of this process",
+        reason="every rank would spawn a process that manages the queue: seconds, 270 MB, and it outlives a "
+        "killed rank; it serves saving from another process, which is not done here",
+        apply=report_within_the_process,
+    ),
+)

@@ -25,9 +25,10 @@ from spikingbrain_train.planning.costs import active_parameters, total_parameter
 from spikingbrain_train.planning.memory import MemoryEstimate
 from spikingbrain_train.planning.planner import GIB, Plan, quantity, smallest_stage
 from spikingbrain_train.planning.precision import PrecisionChoice
-from spikingbrain_train.runtime import megatron_cpu, megatron_versions
+from spikingbrain_train.runtime import megatron_versions, patches
 from spikingbrain_train.runtime.accelerator import detect
 from spikingbrain_train.runtime.bf16 import choose_precision
+from spikingbrain_train.runtime.meta_device import without_all_reduce
 
 
 @dataclass(frozen=True)
@@ -138,19 +139,6 @@ def _reduced_world(plan: Plan, rank: int) -> Iterator[None]:
         destroy()
 
 
-@contextmanager
-def _without_all_reduce() -> Iterator[None]:
-    """While it builds, megatron-core adds up tied vocabulary matrices of the first and last stage; torch 2.6
-    cannot do that on the meta device, not even with a group that talks to nobody.
-    """
-    all_reduce = torch.distributed.all_reduce
-    torch.distributed.all_reduce = lambda *_args, **_kwargs: None
-    try:
-        yield
-    finally:
-        torch.distributed.all_reduce = all_reduce
-
-
 def build_share(plan: Plan) -> RankShare:
     """Build what rank ``dry_run_rank`` of the planned run would hold.
 
@@ -162,14 +150,13 @@ def build_share(plan: Plan) -> RankShare:
     """
     config, rank = plan.config, plan.config.dry_run_rank
     megatron_versions.check_version()
-    megatron_versions.silence_deprecation_notices()
     host = detect(AcceleratorKind.cpu)
-    megatron_cpu.apply(host)
+    patches.apply(host)
     from spikingbrain_train.models.gpt_model import build_model
     from spikingbrain_train.models.transformer_config import transformer_config
 
     places = _places(plan, rank)
-    with _reduced_world(plan, rank), _without_all_reduce():
+    with _reduced_world(plan, rank), without_all_reduce():
         megatron_config = transformer_config(
             config.model, config.parallel, config.precision, on_cpu=True, initialize=False
         )

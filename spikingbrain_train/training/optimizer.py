@@ -18,6 +18,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, Par
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import LRDecayStyle, OptimizerConfig, Precision
 from spikingbrain_train.runtime.bf16 import PARAMS_DTYPE
+from spikingbrain_train.runtime.optimizer_patches import checked_gradient_norm, keep_step_when_loading
 
 
 def build_optimizer(
@@ -55,7 +56,6 @@ def build_optimizer(
             lr_mult=optimizer.new_parameter_lr_mult,
         )
     built = get_megatron_optimizer(config, [model], config_overrides=overrides, use_gloo_process_groups=False)
-    assert isinstance(built, ChainedOptimizer)  # update_weights relies on how it steps
     _prepare_torch_adamw(built)
     return built
 
@@ -70,18 +70,9 @@ def update_weights(optimizer: MegatronOptimizer, check: Callable[[float], None])
     Returns:
         Norm of all gradients before they are clipped.
     """
-    norms: list[float] = []
-
-    def checked_norm() -> float:
-        norms.append(float(ChainedOptimizer.get_grad_norm(optimizer) or 0.0))
-        check(norms[0])
-        return norms[0]
-
-    optimizer.get_grad_norm = checked_norm
-    try:
+    assert isinstance(optimizer, ChainedOptimizer)  # it clips by the norm that it is asked for
+    with checked_gradient_norm(optimizer, check) as norms:
         optimizer.step()
-    finally:
-        del optimizer.get_grad_norm
     return norms[0]
 
 
@@ -103,7 +94,7 @@ def _prepare_torch_adamw(optimizer: MegatronOptimizer) -> None:
         if not isinstance(inner, torch.optim.AdamW):
             continue
         if isinstance(part, DistributedOptimizer):
-            _keep_step_when_loading(part)
+            keep_step_when_loading(part)
         for group in inner.param_groups:
             group["fused"], group["foreach"] = True, False
             for parameter in group["params"]:
@@ -112,24 +103,6 @@ def _prepare_torch_adamw(optimizer: MegatronOptimizer) -> None:
                     "exp_avg": torch.zeros_like(parameter),
                     "exp_avg_sq": torch.zeros_like(parameter),
                 }
-
-
-def _keep_step_when_loading(optimizer: DistributedOptimizer) -> None:
-    """Make the distributed optimizer restore torch's AdamW.
-
-    megatron-core first gives all parameters one step tensor, which the optimizer would then advance once for
-    each of them, and then copies every state tensor from the checkpoint, where a step for each parameter is
-    not. So each parameter gets a step of its own and keeps it.
-    """
-    copy_states = optimizer._set_main_param_and_optimizer_states
-
-    def copy_states_but_step(model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
-        group, order = optimizer.model_param_group_index_map[model_param]
-        state = optimizer.optimizer.state[optimizer.optimizer.param_groups[group]["params"][order]]
-        state["step"] = state["step"].clone()
-        copy_states(model_param, {"step": state["step"], **tensors})
-
-    optimizer._set_main_param_and_optimizer_states = copy_states_but_step
 
 
 def build_scheduler(

@@ -32,6 +32,7 @@ from spikingbrain_train.planning.memory import needs_teacher
 from spikingbrain_train.planning.planner import plan_run
 from spikingbrain_train.reporting.activity import Activity, activity
 from spikingbrain_train.reporting.progress import ProgressPrinter
+from spikingbrain_train.runtime import patches
 from spikingbrain_train.runtime.accelerator import detect
 from spikingbrain_train.runtime.bf16 import PARAMS_DTYPE, slow_format_warning
 from spikingbrain_train.training.alignment import Alignment
@@ -124,7 +125,7 @@ class Trainer:
             config.cluster.kernels, accelerator, spiking=config.model.spiking, precision=config.precision
         )
         chosen = describe_kernels(kernels, attention_choices(config, kernels, accelerator))
-        for line in (accelerator.describe(), groups.describe(), chosen):
+        for line in (accelerator.describe(), groups.describe(), patches.describe(accelerator), chosen):
             self._say(line)
         self.num_microbatches = config.stage.global_batch_size // (
             config.stage.micro_batch_size * groups.data_parallel_size

@@ -202,7 +202,7 @@ def _without_a_launcher() -> tuple[int, bool, str]:
 def test_one_process_needs_no_launcher(ranks: RankPool) -> None:
     [(world_size, is_main, line)] = ranks.run(_without_a_launcher, world_size=1)
     assert world_size == 1 and is_main
-    assert line.startswith("1 rank(s) = tensor 1 x pipeline 1 x data 1, 1 CPU thread(s) each; megatron-core")
+    assert line == "1 rank(s) = tensor 1 x pipeline 1 x data 1, 1 CPU thread(s) each"
 
 
 def _refused_world() -> tuple[str, bool]:

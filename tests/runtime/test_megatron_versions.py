@@ -14,6 +14,7 @@ from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.errors import PlatformError
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.runtime import megatron_versions
+from spikingbrain_train.runtime.quiet_torch import silence_deprecation_notices
 from tests.distributed.pool import RankPool
 
 FULL = torch.arange(24.0).reshape(4, 6)
@@ -119,7 +120,7 @@ def test_checkpoint_without_common_pt_needs_a_version_that_does_without(
 
 
 def test_deprecation_notices_are_dropped_and_other_messages_kept(caplog: pytest.LogCaptureFixture) -> None:
-    megatron_versions.silence_deprecation_notices()
+    silence_deprecation_notices()
     logger = logging.getLogger("megatron.core.models.gpt.gpt_model")
     with caplog.at_level(logging.WARNING):
         logger.warning("GPTModel IS DEPRECATED. GPTModel is only accepting ...")

@@ -43,7 +43,7 @@ def test_no_word_of_a_missing_cuda_runtime(tmp_path: Path, toolkit: bool) -> Non
 
 
 def test_torch_says_it_unasked(tmp_path: Path) -> None:
-    # What the test above keeps away; should torch stop saying it, config/quiet_torch.py can go.
+    # What the test above keeps away; should torch stop saying it, runtime/quiet_torch.py can go.
     assert _NOTICE in stderr_of(f"{_CUDA_BUILD}\nfrom torch.utils import cpp_extension", tmp_path)
 
 

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from spikingbrain_train.config.parallel import Recompute
 from spikingbrain_train.models.transformer_config import HybridTransformerConfig
+from spikingbrain_train.runtime.megatron_versions import HAS_GROUPED_MLP
 
 
 def _swiglu(gate_up: Tensor, scale: Tensor | None, *, fused: bool) -> Tensor:
@@ -134,7 +135,7 @@ class TEGroupedExperts(_RoutedExperts, TEGroupedMLP):
         self._mark_parameters()
 
 
-if hasattr(megatron_experts, "GroupedMLP"):  # 0.16; later versions know Transformer Engine's form only
+if HAS_GROUPED_MLP:
 
     class GroupedGemmExperts(_RoutedExperts, megatron_experts.GroupedMLP):
         """All experts of a rank in one grouped GEMM of the grouped_gemm package. Holds the weights itself, so
