@@ -1,6 +1,6 @@
 """Imports point downwards only:
 
-training, conversion -> evaluation -> models, data -> parallel -> ops -> runtime -> planning ->
+training, conversion -> evaluation -> models, data, checkpoint -> parallel -> ops -> runtime -> planning ->
 architecture -> config -> storage; hf alone.
 """
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from spikingbrain_train.architecture.model_checks import check_model
+from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
 from spikingbrain_train.config.load import load_model_config
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.conversion.checkpoint_paths import resolve_checkpoint
@@ -20,7 +21,6 @@ from spikingbrain_train.conversion.export_config import export_family, hf_config
 from spikingbrain_train.conversion.export_pieces import Piece, export_pieces
 from spikingbrain_train.conversion.hf_config import GLA_SWA
 from spikingbrain_train.conversion.mapping import model_parameters
-from spikingbrain_train.conversion.megatron_checkpoint import MegatronCheckpointReader
 from spikingbrain_train.conversion.output_folder import check_output_folder, complete_folder
 from spikingbrain_train.conversion.published_form import published_class_lacks
 from spikingbrain_train.conversion.report import ConversionReport, describe_layers

@@ -8,10 +8,10 @@ from math import prod
 import torch
 from torch import Tensor
 
+from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.conversion.hf_config import GLA_SWA, Family
 from spikingbrain_train.conversion.mapping import Parameter, model_parameters
-from spikingbrain_train.conversion.megatron_checkpoint import MegatronCheckpointReader
 from spikingbrain_train.conversion.published_form import completions
 from spikingbrain_train.conversion.transforms import Shape
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from spikingbrain_train.architecture.model_checks import check_model
+from spikingbrain_train.checkpoint.streaming import MegatronCheckpointWriter
 from spikingbrain_train.config.conversion import ConversionConfig, UpcyclingForm
 from spikingbrain_train.config.load import save_config
 from spikingbrain_train.config.model import FeedForward, Mixer, ModelConfig
@@ -23,7 +24,6 @@ from spikingbrain_train.conversion.hf_config import (
     read_hf_config,
 )
 from spikingbrain_train.conversion.mapping import Parameter, model_parameters
-from spikingbrain_train.conversion.megatron_checkpoint import MegatronCheckpointWriter
 from spikingbrain_train.conversion.new_parameters import NewParameters
 from spikingbrain_train.conversion.output_folder import check_output_folder, complete_folder
 from spikingbrain_train.conversion.published_form import completions

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
 from spikingbrain_train.config.load import load_model_config
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.conversion.checkpoint_paths import resolve_checkpoint
@@ -15,7 +16,6 @@ from spikingbrain_train.conversion.companion_files import has_tokenizer
 from spikingbrain_train.conversion.export_checkpoint import check_tensors
 from spikingbrain_train.conversion.export_config import export_family, unexportable_parts
 from spikingbrain_train.conversion.hf_config import read_hf_config
-from spikingbrain_train.conversion.megatron_checkpoint import MegatronCheckpointReader
 from spikingbrain_train.conversion.report import describe_layers
 from spikingbrain_train.conversion.safetensors_io import SafetensorsReader, refuse_quantised
 from spikingbrain_train.storage.checkpoint_folder import HF_SOURCE_FOLDER, MODEL_CONFIG_FILE

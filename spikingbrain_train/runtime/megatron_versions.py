@@ -57,7 +57,11 @@ HAS_GROUPED_MLP = MEGATRON_VERSION.release < (0, 17)
 """Whether it has experts on the package grouped_gemm."""
 
 _OPTIMIZER = "optimizer."  # how keys of optimizer states begin
-_COMMON_STATE_IN_FILE = MEGATRON_VERSION.release < (0, 17)
+COMMON_STATE_IN_FILE = MEGATRON_VERSION.release < (0, 17)
+"""Whether plain values of a checkpoint are found in ``common.pt`` alone."""
+OPTIONS_OF_SAVING: dict[str, Any] = {} if COMMON_STATE_IN_FILE else {"async_strategy": "mcore"}
+"""What ``dist_checkpointing.save(async_sharded_save=True)`` takes to write as it does without being
+asynchronous; 0.19 would use the package nvidia_resiliency_ext."""
 
 
 class FailedElsewhere(RuntimeError):
@@ -110,7 +114,7 @@ def save_checkpoint(sharded_state_dict: dict[str, Any], folder: Path) -> None:
 
     with _torch_failures_as_exceptions():
         dist_checkpointing.save(sharded_state_dict, str(folder))
-    if not _COMMON_STATE_IN_FILE and torch.distributed.get_rank() == 0:
+    if not COMMON_STATE_IN_FILE and torch.distributed.get_rank() == 0:
         # 0.16 looks for the plain values in this file and nowhere else
         common = dist_checkpointing.load_common_state_dict(str(folder))
         torch.save(common, folder / COMMON_STATE_FILE)
@@ -154,7 +158,7 @@ def load_checkpoint(sharded_state_dict: dict[str, Any], folder: Path) -> dict[st
     metadata = read_metadata(folder)  # refuses what megatron-core would unpickle as it is
     check_shards_are_whole(metadata, folder)
     _check_contents(metadata, folder, sharded_state_dict)
-    if not _COMMON_STATE_IN_FILE:
+    if not COMMON_STATE_IN_FILE:
         with _torch_failures_as_exceptions(), _restricted_unpickling():
             return dist_checkpointing.load(sharded_state_dict, str(folder))
     from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
@@ -185,7 +189,7 @@ def _check_whole_files(folder: Path) -> None:
         raise CheckpointError(f"{path} names the format {backend}; only torch_dist checkpoints can be read")
     path = folder / COMMON_STATE_FILE
     if not path.is_file():
-        if not _COMMON_STATE_IN_FILE:
+        if not COMMON_STATE_IN_FILE:
             return
         raise CheckpointError(f"{path} is missing; copy the checkpoint again")
     try:

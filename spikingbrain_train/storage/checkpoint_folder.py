@@ -154,6 +154,14 @@ def advice_to_go_back(folder: str | Path, damaged: int) -> str:
     )
 
 
+def way_back(folder: Path) -> str:
+    """What a run that diverged goes on from."""
+    newest = latest_iteration(folder)
+    if newest is None:
+        return "start again (this run has saved no checkpoint)"
+    return f"go on from {iteration_folder(folder, newest)}"
+
+
 def latest_checkpoint(folder: str | Path, setting: str) -> Path:
     """The folder of the newest iteration in a checkpoint folder that ``setting`` names.
 

@@ -8,6 +8,7 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 
+from spikingbrain_train.checkpoint.loading import load_weights
 from spikingbrain_train.config.load import load_model_config
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import KernelConfig, ParallelConfig
@@ -16,7 +17,6 @@ from spikingbrain_train.models.gpt_model import HybridGPTModel, build_model
 from spikingbrain_train.models.transformer_config import transformer_config
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.storage.checkpoint_folder import MODEL_CONFIG_FILE, latest_checkpoint
-from spikingbrain_train.training.checkpoint import load_weights
 from spikingbrain_train.training.current_weights import gather_before_reading
 
 

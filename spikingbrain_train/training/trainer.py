@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from omegaconf import OmegaConf
 
+from spikingbrain_train.checkpoint.run_checkpoints import RunCheckpoints
 from spikingbrain_train.config.command_line import START_AGAIN
 from spikingbrain_train.config.kinds import of_kind
 from spikingbrain_train.config.run import RunConfig, StageConfig, StageKind
@@ -43,7 +44,6 @@ from spikingbrain_train.training.build import (
     parameter_counts,
     wrap_data_parallel,
 )
-from spikingbrain_train.training.checkpoint import TrainingState
 from spikingbrain_train.training.data_check import check_tokens_together
 from spikingbrain_train.training.expert_load import ExpertLoadCounter
 from spikingbrain_train.training.finite_checks import require_finite
@@ -51,7 +51,6 @@ from spikingbrain_train.training.heat_map import HeatMap
 from spikingbrain_train.training.metrics import MetricsLogger
 from spikingbrain_train.training.optimizer import build_optimizer, build_scheduler, update_weights
 from spikingbrain_train.training.pretraining import ContinualPretraining
-from spikingbrain_train.training.run_checkpoints import RunCheckpoints
 from spikingbrain_train.training.signals import StopSignals
 from spikingbrain_train.training.spike_annealing import spike_k
 from spikingbrain_train.training.stage_step import StageStep
@@ -60,6 +59,7 @@ from spikingbrain_train.training.throughput import (
     measure_peak_tflops,
     model_flops_utilization,
 )
+from spikingbrain_train.training.training_state import TrainingState
 
 
 def run(config: RunConfig) -> None:

@@ -16,12 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
 from spikingbrain_train.config.conversion import ConversionConfig, UpcyclingConfig
 from spikingbrain_train.config.model import Mixer
 from spikingbrain_train.conversion import output_folder
 from spikingbrain_train.conversion.export_checkpoint import export_checkpoint
 from spikingbrain_train.conversion.import_checkpoint import import_checkpoint
-from spikingbrain_train.conversion.megatron_checkpoint import MegatronCheckpointReader
 from spikingbrain_train.conversion.safetensors_io import SafetensorsReader
 from spikingbrain_train.errors import CheckpointError, ConfigurationError
 from tests.conversion.hf_models import HFCheckpoint, all_tensors

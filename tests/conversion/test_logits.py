@@ -12,12 +12,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
 from spikingbrain_train.config.conversion import ConversionConfig
 from spikingbrain_train.config.model import Mixer
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.conversion.export_checkpoint import export_checkpoint
 from spikingbrain_train.conversion.import_checkpoint import import_checkpoint
-from spikingbrain_train.conversion.megatron_checkpoint import MegatronCheckpointReader
 from tests.conversion.hf_models import HFCheckpoint, all_tensors
 from tests.conversion.megatron_models import TOKENS, logits_and_save, megatron_logits, parameters_of_stage
 from tests.distributed.pool import RankPool

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
+from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
 from spikingbrain_train.config.conversion import ConversionConfig
 from spikingbrain_train.config.model import GatedLinearAttentionConfig, Mixer
 from spikingbrain_train.conversion.import_checkpoint import import_checkpoint
-from spikingbrain_train.conversion.megatron_checkpoint import MegatronCheckpointReader
 from tests.conversion.hf_models import HFCheckpoint
 
 ATTENTION = "decoder.layers.{layer}.self_attention."

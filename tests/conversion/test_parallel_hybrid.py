@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
 from spikingbrain_train.config.conversion import ConversionConfig
 from spikingbrain_train.config.model import (
     FeatureMap,
@@ -24,7 +25,6 @@ from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.conversion.export_checkpoint import export_checkpoint
 from spikingbrain_train.conversion.import_checkpoint import import_checkpoint
 from spikingbrain_train.conversion.inspect_checkpoint import inspect_checkpoint
-from spikingbrain_train.conversion.megatron_checkpoint import MegatronCheckpointReader
 from spikingbrain_train.errors import CheckpointError, ConfigurationError
 from tests.conversion.hf_models import HFCheckpoint, all_tensors
 from tests.conversion.megatron_models import logits_and_save, megatron_logits

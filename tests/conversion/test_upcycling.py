@@ -10,11 +10,11 @@ import torch
 from torch.nn.functional import silu
 from transformers import AutoModelForCausalLM
 
+from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
 from spikingbrain_train.config.conversion import ConversionConfig, UpcyclingConfig, UpcyclingForm
 from spikingbrain_train.config.model import FeedForward, Mixer, MoEConfig
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.conversion.import_checkpoint import import_checkpoint
-from spikingbrain_train.conversion.megatron_checkpoint import MegatronCheckpointReader
 from spikingbrain_train.errors import ConfigurationError
 from tests.conversion.hf_models import SIZES, HFCheckpoint, all_tensors
 from tests.conversion.megatron_models import TOKENS, megatron_logits

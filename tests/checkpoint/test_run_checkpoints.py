@@ -8,10 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from spikingbrain_train.checkpoint import run_checkpoints
+from spikingbrain_train.checkpoint.run_checkpoints import RunCheckpoints
 from spikingbrain_train.config.run import CheckpointConfig, RunConfig
 from spikingbrain_train.storage.checkpoint_folder import iteration_folder, set_latest_iteration
-from spikingbrain_train.training import run_checkpoints
-from spikingbrain_train.training.run_checkpoints import RunCheckpoints
 
 
 def _checkpoint(folder: Path, iteration: int) -> Path:
@@ -28,8 +28,8 @@ def test_a_run_whose_checkpoints_are_archived_while_it_trains_goes_on_saving(
 ) -> None:
     sources: list[Path | None] = []
 
-    def save(folder, state, config, record, groups, hf_source) -> Path:
-        sources.append(hf_source)
+    def save(folder, state, beside, groups) -> Path:
+        sources.append(beside.hf_source)
         return _checkpoint(folder, state.iteration)
 
     monkeypatch.setattr(run_checkpoints, "save_checkpoint", save)

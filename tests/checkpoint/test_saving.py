@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import Resume, RunConfig
-from spikingbrain_train.conversion.megatron_checkpoint import MegatronCheckpointReader
 from spikingbrain_train.errors import CheckpointError, ConfigurationError, NumericalError
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.runtime.checkpoint_metadata import WHOLE_FILES, read_metadata, shard_ranges
@@ -186,14 +186,14 @@ def test_what_is_not_finite_is_not_saved_even_in_the_last_step(
 
 def _save_a_moment_that_is_not_finite(groups: ProcessGroups, config: RunConfig) -> None:
     """As an earlier version of this project would have saved it."""
-    from spikingbrain_train.training import checkpoint
+    from spikingbrain_train.checkpoint import saving
 
-    check = checkpoint.first_not_finite_of_run
-    checkpoint.first_not_finite_of_run = lambda *_: None
+    check = saving.first_not_finite_of_run
+    saving.first_not_finite_of_run = lambda *_: None
     try:
         _with_a_moment_spoiled_in_the_last_step(groups, config)
     finally:
-        checkpoint.first_not_finite_of_run = check
+        saving.first_not_finite_of_run = check
 
 
 def test_a_checkpoint_that_is_not_finite_is_not_resumed_from_and_the_good_one_is_named(
@@ -296,13 +296,11 @@ def test_a_checkpoint_without_a_manifest_is_read(ranks: RankPool, run: Path, tex
 def _sentence_of_loading(groups: ProcessGroups, checkpoint: Path, optimizer_too: bool) -> str:
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-    from spikingbrain_train.runtime import megatron_versions
+    from spikingbrain_train.checkpoint.torch_dist import load_shards
 
     keys = ["decoder.any"] + ["optimizer.any"] * optimizer_too
     try:
-        megatron_versions.load_checkpoint(
-            {key: ShardedTensor.from_rank_offsets(key, torch.zeros(1)) for key in keys}, checkpoint
-        )
+        load_shards({key: ShardedTensor.from_rank_offsets(key, torch.zeros(1)) for key in keys}, checkpoint)
     except CheckpointError as error:
         return str(error)
     except Exception:  # no checkpoint has such keys
@@ -421,20 +419,20 @@ def test_a_full_disk_on_one_rank_is_the_same_sentence_on_all(
 
 
 def _out_of_memory_on_rank_1(groups: ProcessGroups, config: RunConfig, message: str) -> tuple[str, str]:
-    from spikingbrain_train.runtime import megatron_versions
+    from spikingbrain_train.checkpoint import saving
 
     def allocate(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError(message)
 
-    checksums_of_rank = megatron_versions.checksums_of_rank
+    checksums_of_rank = saving.checksums_of_rank
     if groups.rank == 1:
-        megatron_versions.checksums_of_rank = allocate
+        saving.checksums_of_rank = allocate
     try:
         return _outcome(groups, config)
     except torch.OutOfMemoryError as error:
         return type(error).__name__, str(error)
     finally:
-        megatron_versions.checksums_of_rank = checksums_of_rank
+        saving.checksums_of_rank = checksums_of_rank
 
 
 def test_what_the_disk_is_not_to_blame_for_is_raised_where_it_happened_and_ends_all_ranks(

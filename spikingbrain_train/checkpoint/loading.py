@@ -1,0 +1,103 @@
+"""Reading checkpoints: a run that goes on, or weights alone, at any topology."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron.core.dist_checkpointing.core import CheckpointingException
+
+from spikingbrain_train.architecture.same_architecture import check_same_weights
+from spikingbrain_train.checkpoint.failures import first_line
+from spikingbrain_train.checkpoint.finite_state import first_not_finite_of_run
+from spikingbrain_train.checkpoint.sharded_state import (
+    PipelineStage,
+    RunState,
+    fill_state,
+    fill_weights,
+    sharded_weights,
+    state_to_fill,
+)
+from spikingbrain_train.checkpoint.torch_dist import load_shards
+from spikingbrain_train.config.load import load_model_config
+from spikingbrain_train.config.run import RunConfig
+from spikingbrain_train.errors import CheckpointError
+from spikingbrain_train.parallel.process_groups import ProcessGroups
+from spikingbrain_train.planning.resume import (
+    StoredRun,
+    check_settings,
+    check_training_data,
+    is_same_topology,
+    read_stored_run,
+)
+from spikingbrain_train.storage.checkpoint_folder import (
+    MODEL_CONFIG_FILE,
+    advice_to_go_back,
+    iteration_of,
+    latest_checkpoint,
+)
+
+
+def load_weights(folder: str, setting: str, model: PipelineStage) -> None:
+    """Fill ``model`` from the newest checkpoint in ``folder``, whatever topology wrote it.
+
+    Args:
+        folder: checkpoint folder.
+        setting: the config setting that named it, for error messages.
+        model: this rank's stage, already built.
+
+    Raises:
+        CheckpointError: it is missing, damaged or of another architecture.
+    """
+    checkpoint = latest_checkpoint(folder, setting)
+    stored = load_model_config(checkpoint / MODEL_CONFIG_FILE)
+    check_same_weights(stored, model.model_config, f"{setting}={folder}")
+    loaded = _load({"model": sharded_weights(model)}, checkpoint, setting)
+    fill_weights(model, loaded["model"])
+
+
+def resume(folder: Path, state: RunState, config: RunConfig, groups: ProcessGroups) -> StoredRun:
+    """Restore everything from the run's newest checkpoint, at this or another topology.
+
+    Args:
+        folder: checkpoint folder of the run.
+        state: what to fill, already built.
+        config: the run as it goes on.
+        groups: process groups.
+
+    Returns:
+        The run as it was when it wrote that checkpoint.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, of another architecture, or of a run whose optimizer state
+            has another form.
+    """
+    checkpoint = latest_checkpoint(folder, "output_dir")
+    stored = read_stored_run(checkpoint)
+    check_settings(stored, config)
+    check_training_data(stored, config)
+    same_topology = is_same_topology(stored, config, groups.world_size)
+    loaded = _load(state_to_fill(state, groups, same_topology=same_topology), checkpoint, "output_dir")
+    fill_state(state, loaded, groups)
+    if spoiled := first_not_finite_of_run(state.model, state.optimizer, groups):
+        raise CheckpointError(
+            f"output_dir: the checkpoint {checkpoint} holds NaN or infinity ({spoiled}); "
+            f"{_advice(checkpoint)}"
+        )
+    return stored
+
+
+def _load(sharded: dict[str, Any], checkpoint: Path, setting: str) -> dict[str, Any]:
+    try:
+        return load_shards(sharded, checkpoint)
+    except CheckpointError as error:
+        raise CheckpointError(f"{setting}: {error}; {_advice(checkpoint)}") from error
+    except (CheckpointingException, OSError, RuntimeError, KeyError, EOFError) as error:
+        raise CheckpointError(
+            f"{setting}: the checkpoint {checkpoint} cannot be read ({first_line(error)}); it is damaged or "
+            f"of another architecture; {_advice(checkpoint)}"
+        ) from error
+
+
+def _advice(checkpoint: Path) -> str:
+    return advice_to_go_back(checkpoint.parent, iteration_of(checkpoint))

@@ -1,0 +1,152 @@
+"""What of a run is in a checkpoint, as megatron-core's sharded tensors: weights, optimizer, schedule, random
+generators and place in the data. It is read at any topology; generators only at the one that wrote them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+from spikingbrain_train.checkpoint.optimizer_state import load_state, state_to_load
+from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.parallel.process_groups import ProcessGroups
+
+
+class PipelineStage(Protocol):
+    """What is asked of a model: megatron-core's MegatronModule has all but its config."""
+
+    model_config: ModelConfig
+    """Of the whole model."""
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """This rank's weights."""
+        ...
+
+    def sharded_state_dict(self, *, metadata: dict[str, Any]) -> dict[str, Any]:
+        """Name -> its share of a tensor of the checkpoint."""
+        ...
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> Any:
+        """Fill it; returns the names that are missing, and those that are unexpected."""
+        ...
+
+
+class RunState(Protocol):
+    """What changes while a run trains."""
+
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    iteration: int
+    """Optimizer steps done."""
+    consumed_samples: int
+    """Sequences read from the training data so far."""
+
+    @property
+    def model(self) -> PipelineStage:
+        """This rank's part of the model."""
+        ...
+
+    def gather_updated_weights(self) -> None:
+        """Bring every weight on every rank up to the last optimizer step; a collective."""
+        ...
+
+
+def _sharding() -> dict[str, Any]:
+    """How tensors are named and split: per-layer keys, because layers differ, and optimizer state as whole
+    parameters, so that any topology can read it. A new dict each time: megatron-core puts this run's process
+    groups into it.
+    """
+    return {
+        "non_homogeneous_layers": True,
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "chained_optim_avoid_prefix": True,
+    }
+
+
+def state_to_save(state: RunState, groups: ProcessGroups) -> dict[str, Any]:
+    """All of a run, from where it lies: nothing is copied."""
+    weights = sharded_weights(state.model)
+    optimizer = state.optimizer.sharded_state_dict(weights, metadata=_sharding())
+    return _with_the_rest(state, weights, optimizer) | {"generators": _generators(groups)}
+
+
+def state_to_fill(state: RunState, groups: ProcessGroups, *, same_topology: bool) -> dict[str, Any]:
+    """What to read of a run, whatever its settings were.
+
+    Args:
+        state: of this run, which :func:`fill_state` fills.
+        groups: process groups.
+        same_topology: whether this rank takes the place of one that wrote it, and can have its generators.
+    """
+    weights = sharded_weights(state.model)
+    sharded = _with_the_rest(state, weights, state_to_load(state.optimizer, weights, _sharding()))
+    if same_topology:
+        sharded["generators"] = _generators(groups)
+    return sharded
+
+
+def _with_the_rest(state: RunState, weights: dict[str, Any], optimizer: dict[Any, Any]) -> dict[str, Any]:
+    return {
+        "model": weights,
+        "optimizer": optimizer,
+        "scheduler": state.scheduler.state_dict(),
+        "iteration": state.iteration,
+        "consumed_samples": state.consumed_samples,
+    }
+
+
+def fill_state(state: RunState, loaded: dict[str, Any], groups: ProcessGroups) -> None:
+    """Give a run what was read for :func:`state_to_fill`."""
+    fill_weights(state.model, loaded["model"])
+    load_state(state.optimizer, loaded["optimizer"])
+    state.scheduler.load_state_dict(loaded["scheduler"])
+    state.iteration = loaded["iteration"]
+    state.consumed_samples = loaded["consumed_samples"]
+    if "generators" in loaded:
+        _restore_generators(loaded["generators"], groups)
+
+
+def sharded_weights(model: PipelineStage) -> dict[str, Any]:
+    """The weights without the ``_extra_state`` objects of Transformer Engine's FP8 recipes, which we do not
+    use: the weights of a checkpoint are tensors only.
+    """
+    sharded = model.sharded_state_dict(metadata=_sharding())
+    return {name: value for name, value in sharded.items() if not name.endswith("_extra_state")}
+
+
+def fill_weights(model: PipelineStage, weights: dict[str, torch.Tensor]) -> None:
+    """Give a model what was read for :func:`sharded_weights`."""
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    missing = [name for name in missing if not name.endswith("_extra_state")]
+    assert not missing and not unexpected, f"weights do not fit the model: {missing} {unexpected}"
+
+
+def _generators(groups: ProcessGroups) -> dict[str, ShardedTensor]:
+    """Every rank's random generators as rows of one tensor each."""
+    states = {f"torch_{name}": value for name, value in groups.accelerator.get_rng_state().items()}
+    states |= {f"tracker_{name}": value for name, value in get_cuda_rng_tracker().get_states().items()}
+    return {
+        name: ShardedTensor.from_rank_offsets(
+            f"generators.{name}", value.cpu()[None], (0, groups.rank, groups.world_size)
+        )
+        for name, value in states.items()
+    }
+
+
+def _restore_generators(rows: dict[str, torch.Tensor], groups: ProcessGroups) -> None:
+    states = {name: row.squeeze(0) for name, row in rows.items()}
+    groups.accelerator.set_rng_state(
+        {name.removeprefix("torch_"): value for name, value in states.items() if name.startswith("torch_")}
+    )
+    get_cuda_rng_tracker().set_states(
+        {
+            name.removeprefix("tracker_"): value
+            for name, value in states.items()
+            if name.startswith("tracker_")
+        }
+    )

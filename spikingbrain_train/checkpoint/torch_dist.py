@@ -1,0 +1,220 @@
+"""Shards in megatron-core's ``torch_dist`` format, written and read by all ranks together.
+
+Writing has two ends, between which the ranks are free: :class:`ShardWriters` plans it together, writes this
+rank's files in a thread of its own, and finishes together. What differs between versions of megatron-core
+stands in runtime/megatron_versions.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+
+from spikingbrain_train.checkpoint.verification import check_contents, check_whole_files
+from spikingbrain_train.runtime.checkpoint_metadata import (
+    COMMON_STATE_FILE,
+    check_shards_are_whole,
+    read_metadata,
+)
+from spikingbrain_train.runtime.megatron_versions import COMMON_STATE_IN_FILE, OPTIONS_OF_SAVING
+
+
+class FailedElsewhere(RuntimeError):
+    """A read or write failed on another rank, which knows why."""
+
+
+class FailedOnRank(RuntimeError):
+    """A read or write failed on some rank, which may be another one.
+
+    Args:
+        rank: where.
+        cause: what was raised there.
+    """
+
+    def __init__(self, rank: int, cause: BaseException) -> None:
+        self.rank = rank
+        self.cause = cause
+        self.reason = str(cause).removeprefix("Worker failure: ") or type(cause).__name__
+        super().__init__(f"rank {rank}: {self.reason}")
+
+
+class ShardWriters:
+    """The files of one checkpoint that this rank writes. Made and finished by all ranks together, one
+    checkpoint at a time; the thread between takes part in no collective.
+
+    On a GPU all that is written is copied to the host here. On CPU it is written from where it lies: nothing
+    may change it before :meth:`is_done`.
+
+    Args:
+        sharded: sharded tensors, and plain values that are the same on every rank.
+        folder: an existing, empty folder.
+
+    Raises:
+        FailedOnRank, FailedElsewhere, CheckpointingException, OSError: from torch, megatron-core and the file
+            system.
+    """
+
+    def __init__(self, sharded: dict[str, Any], folder: Path) -> None:
+        from megatron.core import dist_checkpointing
+
+        _write_in_threads_of_this_process()
+        self._folder = folder
+        self._error: Exception | None = None
+        self._thread: threading.Thread | None = None
+        _forget_results_of_failed_saves()
+        with _torch_failures_as_exceptions():
+            self._request = dist_checkpointing.save(
+                sharded, str(folder), async_sharded_save=True, **OPTIONS_OF_SAVING
+            )
+        self._arguments = list(self._request.async_fn_args)
+        if self._request.preload_fn is not None:
+            self._arguments[1] = self._request.preload_fn()  # in the place of the tensors: copies on the host
+
+    def start(self) -> None:
+        """Let this rank's files be written; returns at once."""
+        # A daemon: a run that ends by an error does not wait for the disk.
+        self._thread = threading.Thread(target=self._write, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _write(self) -> None:
+        try:
+            if self._request.async_fn is not None:  # None where this rank has nothing to write
+                self._request.async_fn(*self._arguments, **self._request.async_fn_kwargs)
+        except Exception as error:  # for :meth:`raise_failure`, where somebody sees it
+            self._error = error
+
+    def is_done(self) -> bool:
+        """Whether this rank's files are written, or could not be."""
+        return self._thread is not None and not self._thread.is_alive()
+
+    def join(self) -> None:
+        """Wait for :meth:`is_done`."""
+        assert self._thread is not None, "the writers have not been started"
+        self._thread.join()
+
+    def raise_failure(self) -> None:
+        """Raise what ended this rank's writers before they could report it to megatron-core, if anything."""
+        if self._error is not None:
+            raise self._error
+
+    def finish(self) -> None:
+        """Write ``.metadata`` and what else belongs to all ranks; a collective, when all of them are done.
+
+        Raises:
+            FailedOnRank, FailedElsewhere, OSError: a rank could not write.
+        """
+        from megatron.core import dist_checkpointing
+
+        with _torch_failures_as_exceptions():
+            for finalize in self._request.finalize_fns:
+                finalize()
+        if not COMMON_STATE_IN_FILE and torch.distributed.get_rank() == 0:
+            # 0.16 looks for the plain values in this file and nowhere else
+            common = dist_checkpointing.load_common_state_dict(str(self._folder))
+            torch.save(common, self._folder / COMMON_STATE_FILE)
+
+
+def _write_in_threads_of_this_process() -> None:
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    from spikingbrain_train.runtime.shard_writers import write_shards_in_threads
+
+    write_shards_in_threads()
+    # Writers report through this queue. megatron-core's own is served by a manager process that every rank
+    # spawns (seconds, 270 MB, and it outlives a killed rank) for the sake of saving from another process,
+    # which we don't do.
+    if filesystem_async._results_queue is None:
+        filesystem_async._results_queue = queue.Queue()
+
+
+def _forget_results_of_failed_saves() -> None:
+    """megatron-core's writers report through one queue of the process, where the report of a save that failed
+    on another rank may be left: it would be taken for that of the next one."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    if (results := filesystem_async._results_queue) is not None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                results.get_nowait()
+
+
+def save_shards(sharded: dict[str, Any], folder: Path) -> None:
+    """Write a checkpoint's shards from all ranks, and wait for it: see :class:`ShardWriters`."""
+    writers = ShardWriters(sharded, folder)
+    writers.start()
+    writers.join()
+    writers.raise_failure()
+    writers.finish()
+
+
+def load_shards(sharded: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Read a ``torch_dist`` checkpoint that any supported version wrote, on all ranks.
+
+    The folder may come from anywhere: what is pickled in it is read with unpicklers that run none of its
+    code.
+
+    Args:
+        sharded: which shards to read; their tensors are filled in place.
+        folder: the folder that holds ``metadata.json``.
+
+    Returns:
+        The loaded tensors under the same keys, and the plain values that were saved.
+
+    Raises:
+        CheckpointError: ``.metadata`` is missing, damaged, or refers to anything but checkpoint metadata; or
+            a file of shards is missing or shorter than it says, or not what the manifest says was saved.
+        FailedOnRank, CheckpointingException, OSError, KeyError, RuntimeError: something else is missing,
+            damaged or of another shape.
+    """
+    from megatron.core import dist_checkpointing
+
+    check_whole_files(folder)
+    metadata = read_metadata(folder)  # refuses what megatron-core would unpickle as it is
+    check_shards_are_whole(metadata, folder)
+    check_contents(metadata, folder, sharded)
+    options: dict[str, Any] = {}
+    if COMMON_STATE_IN_FILE:
+        from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
+
+        options["common_strategy"] = TorchCommonLoadStrategy()
+    with _torch_failures_as_exceptions(), _restricted_unpickling():
+        return dist_checkpointing.load(sharded, str(folder), **options)
+
+
+@contextlib.contextmanager
+def _torch_failures_as_exceptions() -> Iterator[None]:
+    """torch's CheckpointException is no Exception, only a BaseException, and holds the reasons by rank."""
+    try:
+        yield
+    except CheckpointException as error:
+        if not error.failures:  # megatron-core tells the reasons of a failed save to rank 0 alone
+            raise FailedElsewhere("another rank failed") from error
+        rank, (reason, _) = next(iter(error.failures.items()))
+        raise FailedOnRank(rank, reason) from error
+
+
+@contextlib.contextmanager
+def _restricted_unpickling() -> Iterator[None]:
+    """Every torch.load unpickles tensors and plain values only, as with ``weights_only=True``.
+
+    torch's checkpoint reader asks for ``weights_only=False`` where ``.metadata`` declares an entry to be an
+    object; this variable of torch overrules it.
+    """
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
