@@ -5,14 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from spikingbrain_train.config.model import (
-    FeedForward,
-    GatedLinearAttentionConfig,
-    Mixer,
-    MoEConfig,
-    ParallelHybridConfig,
-    SpikingConfig,
-)
+from spikingbrain_train.config.model import LayersConfig
 from spikingbrain_train.config.setting import setting
 
 
@@ -39,27 +32,10 @@ class UpcyclingConfig:
 
 
 @dataclass
-class ConversionConfig:
+class ConversionConfig(LayersConfig):
     """The swap of sequence mixers and feed-forwards. Everything else of the source is kept as it is."""
 
-    mixers: list[Mixer] = field(default_factory=lambda: [Mixer.gla, Mixer.swa])
-    """Mixer of each layer, repeated until the layers are filled: [gla, swa] is SpikingBrain-7B, [full] keeps
-    the source dense."""
-    sliding_window: int = setting(4096, minimum=1)
-    """Keys (the current token included) that a sliding-window layer sees."""
-    gla: GatedLinearAttentionConfig = field(default_factory=GatedLinearAttentionConfig)
-    """Form, shape and initial values of linear attention."""
-    parallel_hybrid: ParallelHybridConfig = field(default_factory=ParallelHybridConfig)
-    """Initial values of layers with two branches."""
-    num_sink_tokens: int = setting(0, minimum=0)
-    """Learnable embeddings in front of every sequence."""
-    feed_forwards: list[FeedForward] = field(default_factory=lambda: [FeedForward.dense])
-    """Feed-forward of each layer, repeated until the layers are filled."""
-    moe: MoEConfig = field(default_factory=MoEConfig)
-    """Shape of the mixture-of-experts layers."""
     upcycling: UpcyclingConfig = field(default_factory=UpcyclingConfig)
     """Start of the experts and routers."""
-    spiking: SpikingConfig = field(default_factory=SpikingConfig)
-    """Spike encoding that the result is declared for; it adds no parameters."""
     seed: int = setting(1234, minimum=0, below=2**32, must=f"be at least 0 and below 2**32 = {2**32}")
     """Seed of the new parameters: a name and this seed decide a tensor's values, in any order or topology."""

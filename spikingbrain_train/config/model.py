@@ -276,8 +276,8 @@ class RopeScalingConfig:
 
 
 @dataclass
-class ModelConfig:
-    """Architecture of the decoder. Field names are Megatron-core's where it has one."""
+class DecoderConfig:
+    """What a model has in common with the dense source it is made of."""
 
     num_layers: int = setting(MISSING, minimum=1, maximum=_MOST_LAYERS, resume=WEIGHTS)
     """Number of decoder layers."""
@@ -295,22 +295,6 @@ class ModelConfig:
     """Entries of the tokenizer's vocabulary as the source checkpoint stores them (before padding for TP)."""
     max_position_embeddings: int = setting(MISSING, minimum=1, resume=TRAINING)
     """Longest sequence (tokens) that the model is declared for."""
-    mixers: list[Mixer] = setting(default_factory=lambda: [Mixer.gla, Mixer.swa], resume=WEIGHTS)
-    """Mixer of each layer, repeated until num_layers are filled: [gla, swa] is SpikingBrain-7B."""
-    sliding_window: int = setting(4096, minimum=1, resume=FUNCTION)
-    """Keys (the current token included) that a sliding-window layer sees."""
-    gla: GatedLinearAttentionConfig = field(default_factory=GatedLinearAttentionConfig)
-    """Settings of the gated linear attention layers."""
-    parallel_hybrid: ParallelHybridConfig = field(default_factory=ParallelHybridConfig)
-    """Settings of layers with two branches."""
-    num_sink_tokens: int = setting(0, minimum=0, resume=WEIGHTS)
-    """Learnable embeddings in front of every sequence, seen by all its tokens (section 2.2)."""
-    feed_forwards: list[FeedForward] = setting(default_factory=lambda: [FeedForward.dense], resume=WEIGHTS)
-    """Feed-forward of each layer, repeated until num_layers are filled."""
-    moe: MoEConfig = field(default_factory=MoEConfig)
-    """Settings of the mixture-of-experts layers."""
-    spiking: SpikingConfig = field(default_factory=SpikingConfig)
-    """Spike encoding in front of projections."""
     rotary_base: float = setting(10000.0, above=0, resume=FUNCTION)
     """Base of the rotary position frequencies (1e6 for Qwen2.5)."""
     rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
@@ -329,27 +313,63 @@ class ModelConfig:
     """The embedding is padded to a multiple of this times tensor_model_parallel_size."""
 
     def check(self, prefix: str) -> None:
-        """Layers have one kind each, and query groups divide the heads. Raises ConfigurationError."""
-        for name, noun, example in (
-            ("mixers", "mixer", "[gla,swa]"),
-            ("feed_forwards", "feed-forward", "[dense]"),
-        ):
-            listed = len(getattr(self, name))
-            require(
-                listed > 0,
-                f"{prefix}{name} is empty; name at least one {noun}, e.g. {prefix}{name}={example}",
-            )
-            require(
-                listed <= self.num_layers,
-                f"{prefix}{name} lists {listed} {noun}s for {prefix}num_layers={self.num_layers}; "
-                f"list at most one a layer",
-            )
+        """Query groups divide the heads. Raises ConfigurationError."""
         heads, groups = self.num_attention_heads, self.num_query_groups
         require(
             heads % groups == 0,
             f"{prefix}num_query_groups={groups} does not divide {prefix}num_attention_heads={heads}; "
             f"valid are {either(divisors(heads))}",
         )
+
+
+@dataclass
+class LayersConfig:
+    """What a layer is made of. A conversion gives it to a dense source, a model has it."""
+
+    mixers: list[Mixer] = setting(default_factory=lambda: [Mixer.gla, Mixer.swa], resume=WEIGHTS)
+    """Mixer of each layer, repeated until all are filled: [gla, swa] is SpikingBrain-7B, [full] is dense."""
+    sliding_window: int = setting(4096, minimum=1, resume=FUNCTION)
+    """Keys (the current token included) that a sliding-window layer sees."""
+    gla: GatedLinearAttentionConfig = field(default_factory=GatedLinearAttentionConfig)
+    """Settings of the gated linear attention layers."""
+    parallel_hybrid: ParallelHybridConfig = field(default_factory=ParallelHybridConfig)
+    """Settings of layers with two branches."""
+    num_sink_tokens: int = setting(0, minimum=0, resume=WEIGHTS)
+    """Learnable embeddings in front of every sequence, seen by all its tokens (section 2.2)."""
+    feed_forwards: list[FeedForward] = setting(default_factory=lambda: [FeedForward.dense], resume=WEIGHTS)
+    """Feed-forward of each layer, repeated until the layers are filled."""
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    """Settings of the mixture-of-experts layers."""
+    spiking: SpikingConfig = field(default_factory=SpikingConfig)
+    """Spike encoding in front of projections."""
+
+    def check(self, prefix: str) -> None:
+        """Every layer has a kind. Raises ConfigurationError."""
+        for name, noun, example in _LISTS:
+            require(
+                len(getattr(self, name)) > 0,
+                f"{prefix}{name} is empty; name at least one {noun}, e.g. {prefix}{name}={example}",
+            )
+
+
+_LISTS = (("mixers", "mixer", "[gla,swa]"), ("feed_forwards", "feed-forward", "[dense]"))
+
+
+@dataclass
+class ModelConfig(LayersConfig, DecoderConfig):
+    """Architecture of the decoder. Field names are Megatron-core's where it has one."""
+
+    def check(self, prefix: str) -> None:
+        """There is a layer for each kind that is listed. Raises ConfigurationError."""
+        LayersConfig.check(self, prefix)
+        for name, noun, _ in _LISTS:
+            listed = len(getattr(self, name))
+            require(
+                listed <= self.num_layers,
+                f"{prefix}{name} lists {listed} {noun}s for {prefix}num_layers={self.num_layers}; "
+                f"list at most one a layer",
+            )
+        DecoderConfig.check(self, prefix)
 
     def layer_mixers(self) -> list[Mixer]:
         """The mixer of every layer, in order."""

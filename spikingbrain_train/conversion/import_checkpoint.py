@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from copy import deepcopy
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from spikingbrain_train.architecture.model_checks import check_model
 from spikingbrain_train.checkpoint.streaming import MegatronCheckpointWriter
 from spikingbrain_train.config.conversion import ConversionConfig, UpcyclingForm
 from spikingbrain_train.config.load import save_config
-from spikingbrain_train.config.model import FeedForward, Mixer, ModelConfig
+from spikingbrain_train.config.model import FeedForward, LayersConfig, Mixer, ModelConfig
 from spikingbrain_train.config.setting import check_fields
 from spikingbrain_train.conversion.companion_files import find_companion_files, has_tokenizer
 from spikingbrain_train.conversion.hf_config import (
@@ -190,17 +191,8 @@ def _target(source: ModelConfig, conversion: ConversionConfig | None, hf_folder:
             f"{hf_folder} is a hybrid already and its layers are not converted again; leave --conversion out "
             "to keep them"
         )
-    target = replace(
-        source,
-        mixers=list(conversion.mixers),
-        sliding_window=conversion.sliding_window,
-        gla=conversion.gla,
-        parallel_hybrid=conversion.parallel_hybrid,
-        num_sink_tokens=conversion.num_sink_tokens,
-        feed_forwards=list(conversion.feed_forwards),
-        moe=conversion.moe,
-        spiking=conversion.spiking,
-    )
+    layers = {field.name: deepcopy(getattr(conversion, field.name)) for field in fields(LayersConfig)}
+    target = replace(source, **layers)
     check_expert_width(target)
     if target.num_sink_tokens > target.vocab_size:
         raise ConfigurationError(
