@@ -78,7 +78,7 @@ class Ours:
         from spikingbrain_train.parallel.process_groups import initialize
         from spikingbrain_train.training.build import build_student, wrap_data_parallel
         from spikingbrain_train.training.optimizer import build_optimizer
-        from spikingbrain_train.training.pretraining import ContinualPretraining
+        from spikingbrain_train.training.stages.pretraining import ContinualPretraining
 
         accelerator = detect(setting.device)
         load = None if setting.megatron_folder is None else str(setting.megatron_folder)

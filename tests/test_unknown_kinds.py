@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from enum import Enum
 from typing import Any, TypeVar
+from unittest.mock import Mock
 
 import pytest
 
 from spikingbrain_train.architecture.same_architecture import check_same_weights
 from spikingbrain_train.architecture.spiking_checks import check_spiking
 from spikingbrain_train.config.conversion import UpcyclingForm
-from spikingbrain_train.config.kinds import of_kind
 from spikingbrain_train.config.model import (
     FeedForward,
     GatedLinearAttentionConfig,
@@ -28,7 +28,7 @@ from spikingbrain_train.config.parallel import (
     ParallelLinearBackend,
     Recompute,
 )
-from spikingbrain_train.config.run import Precision, RunConfig, StageConfig, StageKind
+from spikingbrain_train.config.run import Precision, RunConfig, StageConfig
 from spikingbrain_train.conversion.export_config import export_family, unexportable_parts
 from spikingbrain_train.conversion.mapping import model_parameters
 from spikingbrain_train.conversion.report import describe_layers
@@ -38,10 +38,12 @@ from spikingbrain_train.models.feed_forward import feed_forward_spec
 from spikingbrain_train.models.layer_specs import layer_spec
 from spikingbrain_train.models.parallel_linears import ParallelLinears
 from spikingbrain_train.models.transformer_config import transformer_config
+from spikingbrain_train.parallel.kernels import softmax_attention_calls
 from spikingbrain_train.planning import activations, costs, memory
 from spikingbrain_train.planning.checks import check_stage
+from spikingbrain_train.planning.file_checks import check_teacher
 from spikingbrain_train.planning.planner import plan_run
-from spikingbrain_train.training.trainer import _STEPS
+from spikingbrain_train.training.stages.build import build_stage
 
 Kind = TypeVar("Kind", bound=Enum)
 
@@ -73,11 +75,11 @@ KERNELS = KernelConfig(
 )
 LINEARS = ParallelLinears(ParallelLinearBackend.megatron)
 
-MIXER, FEED_FORWARD, STAGE_KIND = foreign(Mixer), foreign(FeedForward), foreign(StageKind)
+MIXER, FEED_FORWARD = foreign(Mixer), foreign(FeedForward)
 WITH_MIXER = replace(MODEL, mixers=[MIXER, Mixer.swa])
 WITH_FEED_FORWARD = replace(MODEL, feed_forwards=[FEED_FORWARD])
 WITH_GATE = replace(MODEL, gla=GatedLinearAttentionConfig(gate=foreign(GateKind)))
-WITH_STAGE = replace(RUN, stage=replace(STAGE, kind=STAGE_KIND))
+WITH_STAGE = replace(RUN, stage=replace(STAGE, kind="foreign"))
 WITH_RECOMPUTE = replace(
     RUN,
     model=replace(MODEL, feed_forwards=[FeedForward.moe]),
@@ -106,13 +108,6 @@ ASKED: dict[str, Callable[[], Any]] = {
     "gate: weight mapping": lambda: list(model_parameters(WITH_GATE)),
     "gate: plan": lambda: plan_run(replace(RUN, model=WITH_GATE), 1),
     "gate: spikes": lambda: check_spiking(WITH_GATE, STAGE),
-    "stage: FLOPs": lambda: costs.training_flops_per_token(WITH_STAGE),
-    "stage: teacher": lambda: memory.needs_teacher(WITH_STAGE),
-    "stage: trainable parameters": lambda: memory.trainable_parameters(WITH_STAGE, 0),
-    "stage: activations": lambda: activations.activation_bytes(WITH_STAGE, 0, 1),
-    "stage: plan": lambda: plan_run(WITH_STAGE, 1),
-    "stage: checks": lambda: check_stage(WITH_STAGE.stage, MODEL, ParallelConfig(), 1),
-    "stage: steps": lambda: of_kind(STAGE_KIND, _STEPS, "the steps of a stage"),
     "upcycling: scales": lambda: expert_scale(foreign(UpcyclingForm), MODEL.moe, "mlp_up_weight"),
     "linears: classes": lambda: ParallelLinears(foreign(ParallelLinearBackend)),
     "recomputation: activations": lambda: activations.activation_bytes(WITH_RECOMPUTE, 0, 1),
@@ -129,7 +124,23 @@ def test_an_unknown_kind_is_an_error(asked: str) -> None:
     assert "foreign is not known where" in str(error.value) or "foreign, which is no" in str(error.value)
 
 
-@pytest.mark.parametrize("kinds", [Mixer, GateKind, StageKind], ids=lambda kinds: kinds.__name__)
+ASKED_OF_STAGE: dict[str, Callable[[], Any]] = {
+    "plan": lambda: plan_run(WITH_STAGE, 1),
+    "memory": lambda: memory.estimate_memory(WITH_STAGE, 0, 1, 1),
+    "checks": lambda: check_stage(WITH_STAGE.stage, MODEL, ParallelConfig(), 1),
+    "teacher": lambda: check_teacher(WITH_STAGE),
+    "kernels": lambda: list(softmax_attention_calls(WITH_STAGE)),
+    "training": lambda: build_stage(WITH_STAGE, KERNELS, Mock()),
+}
+
+
+@pytest.mark.parametrize("asked", ASKED_OF_STAGE)
+def test_an_unknown_kind_of_stage_is_an_error_that_names_the_known_ones(asked: str) -> None:
+    with pytest.raises(ConfigurationError, match="stage.kind names foreign, .* known are align, cpt;"):
+        ASKED_OF_STAGE[asked]()
+
+
+@pytest.mark.parametrize("kinds", [Mixer, GateKind], ids=lambda kinds: kinds.__name__)
 def test_every_member_has_its_traits(kinds: type[Enum]) -> None:
     for kind in kinds:
         properties = [name for name, value in vars(kinds).items() if isinstance(value, property)]

@@ -7,7 +7,6 @@ from enum import Enum
 
 from omegaconf import MISSING
 
-from spikingbrain_train.config.kinds import of_kind
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ClusterConfig, ParallelConfig
 from spikingbrain_train.config.require import require
@@ -34,41 +33,6 @@ class Precision(str, Enum):
     log of a run and its stored run_config.yaml name what it became."""
     fp32 = "fp32"
     bf16 = "bf16"
-
-
-@dataclass(frozen=True)
-class StageTraits:
-    """What the rest of the system has to know about a kind of stage."""
-
-    needs_teacher: bool
-    """Whether it learns from the dense source whatever its other settings are."""
-    sees_sinks: bool
-    """Whether its training sequences begin with the model's sinks."""
-    trains_all: bool
-    """Whether all parameters train, or the swapped mixers alone."""
-
-
-class StageKind(str, Enum):
-    """What a stage trains."""
-
-    align = "align"
-    """New mixers learn, layer by layer, to reproduce the dense source's attention; all else is frozen. This
-    project's own: SpikingBrain's report trains all parameters from the first step on."""
-    cpt = "cpt"
-    """Continual pretraining: all parameters on next-token loss (SpikingBrain, arXiv 2509.05276, section
-    3.4), optionally with distillation."""
-
-    @property
-    def traits(self) -> StageTraits:
-        """What it is, for everybody who must not ask which it is."""
-        return of_kind(self, _STAGE_TRAITS, "the traits of a stage")
-
-
-_STAGE_TRAITS: dict[StageKind, StageTraits] = {
-    # Alignment works on the hidden states of the dense source, which has no sinks.
-    StageKind.align: StageTraits(needs_teacher=True, sees_sinks=False, trains_all=False),
-    StageKind.cpt: StageTraits(needs_teacher=False, sees_sinks=True, trains_all=True),
-}
 
 
 @dataclass
@@ -113,8 +77,9 @@ class SpikeAnnealingConfig:
 class StageConfig:
     """One stage of training. Stages run one after the other, each from the checkpoint of the one before."""
 
-    kind: StageKind = setting(StageKind.cpt, resume=refused("other parameters would be trained"))
-    """What is trained: align or cpt."""
+    kind: str = setting("cpt", resume=refused("other parameters would be trained"))
+    """What is trained: align (new mixers learn, layer by layer, to reproduce the dense source's attention) or
+    cpt (continual pretraining of all parameters)."""
     train_iters: int = setting(MISSING, minimum=1, resume=SAID)
     """Optimizer steps."""
     seq_length: int = setting(MISSING, minimum=1, resume=refused(OTHER_ORDER))

@@ -25,7 +25,7 @@ from spikingbrain_train.ops import gated_linear_attention, softmax_attention
 from spikingbrain_train.parallel.context_parallel.sequence_layout import SequenceLayout
 from spikingbrain_train.parallel.context_parallel.softmax_attention import num_text_keys
 from spikingbrain_train.planning.kernel_limits import SoftmaxAttentionCall, grouped_gemm_limit
-from spikingbrain_train.planning.memory import needs_teacher
+from spikingbrain_train.planning.stages.registry import kind_of
 from spikingbrain_train.runtime.accelerator import Accelerator
 from spikingbrain_train.runtime.bf16 import PARAMS_DTYPE
 from spikingbrain_train.runtime.megatron_versions import HAS_GROUPED_MLP, MEGATRON_VERSION
@@ -224,8 +224,9 @@ def softmax_attention_calls(config: RunConfig) -> Iterator[tuple[str, SoftmaxAtt
     model, stage = config.model, config.stage
     # Evaluations see the sinks in any stage.
     sinks = {model.num_sink_tokens}
-    students = [("", model, sinks if stage.kind.traits.sees_sinks else sinks | {0})]
-    teachers = [("the teacher's ", dense_twin(model), {0})] if needs_teacher(config) else []
+    kind = kind_of(stage)
+    students = [("", model, sinks if kind.sees_sinks else sinks | {0})]
+    teachers = [("the teacher's ", dense_twin(model), {0})] if kind.needs_teacher(stage) else []
     for whose, network, sink_counts in [*students, *teachers]:
         for branch in softmax_attention_of(network):
             for num_sink_tokens in sorted(sink_counts):

@@ -49,17 +49,11 @@ def layer_activations(config: RunConfig, layer: Layer) -> Activations:
 
 
 def activation_bytes(config: RunConfig, stage: int, micro_batches: int) -> float:
-    """Activations on a rank of pipeline stage ``stage``, under 1F1B."""
+    """Activations on a rank of pipeline stage ``stage`` that trains all of its layers, under 1F1B."""
     model, parallel = config.model, config.parallel
     tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     element, tokens = bytes_per_element(config.precision), rank_tokens(config)
     layers = layers_of_stage(model, parallel, stage)
-    if not config.stage.kind.traits.trains_all:
-        # Each swapped mixer runs forward and backward at once, between layers of the teacher, which keep
-        # nothing: the largest counts, with its input, and its output and target in fp32.
-        boundary = model.hidden_size * (element + 2 * FP32)
-        swapped = [layer for layer in layers if not layer.has_the_sources_mixer]
-        return tokens * max((mixer_activations(config, layer) + boundary for layer in swapped), default=0.0)
     kinds = [layer_activations(config, layer) for layer in layers]
     in_flight = min(stages - stage, micro_batches)
     # The last layer's output goes to the next stage, or is what the final norm keeps.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from spikingbrain_train.architecture.layers import dense_twin, softmax_attention_of, swapped_layers
+from spikingbrain_train.architecture.layers import softmax_attention_of
 from spikingbrain_train.architecture.model_checks import check_mixers
 from spikingbrain_train.architecture.spiking_checks import check_spiking
 from spikingbrain_train.config.model import ModelConfig
@@ -26,7 +26,6 @@ from spikingbrain_train.config.run import (
     Precision,
     RunConfig,
     StageConfig,
-    StageKind,
 )
 from spikingbrain_train.config.setting import check_fields
 from spikingbrain_train.planning.file_checks import check_files
@@ -36,17 +35,18 @@ from spikingbrain_train.planning.kernel_limits import (
     grouped_gemm_limit,
 )
 from spikingbrain_train.planning.parallel_checks import (
-    check_every_stage_aligns,
     check_sequence_split,
     check_split,
     check_world_size,
 )
+from spikingbrain_train.planning.stages.registry import kind_of
 
 
 def check_stage(stage: StageConfig, model: ModelConfig, parallel: ParallelConfig, world_size: int) -> None:
     """Batch sizes and lengths against the layout, and the teacher. Raises ConfigurationError."""
     check_sequence_split(stage.seq_length, model, parallel)
-    if not stage.kind.traits.sees_sinks:
+    kind = kind_of(stage)
+    if not kind.sees_sinks:
         check_sequence_split(stage.seq_length, replace(model, num_sink_tokens=0), parallel)
     require(
         stage.seq_length <= model.max_position_embeddings,
@@ -62,22 +62,12 @@ def check_stage(stage: StageConfig, model: ModelConfig, parallel: ParallelConfig
         f"stage.global_batch_size={stage.global_batch_size} is not divisible by stage.micro_batch_size="
         f"{stage.micro_batch_size} x {replicas} data-parallel replicas = {step}; use {nearest}",
     )
-    distillation = stage.distillation
-    if stage.kind is StageKind.align:
-        require(
-            distillation.weight == 0,
-            "stage.distillation.weight must be 0 in stage.kind=align, which has no logits; "
-            "distil in stage.kind=cpt",
-        )
-    for reason, needed in (
-        (f"stage.kind={stage.kind.name}", stage.kind.traits.needs_teacher),
-        (f"stage.distillation.weight={distillation.weight}", distillation.weight > 0),
-    ):
-        require(
-            not needed or stage.teacher is not None,
-            f"{reason} learns from the dense source, but stage.teacher is null; "
-            f"set stage.teacher=<folder of a checkpoint converted with conversion dense>",
-        )
+    kind.check(stage)
+    require(
+        stage.teacher is not None or not kind.needs_teacher(stage),
+        f"{kind.reason_for_teacher(stage)} learns from the dense source, but stage.teacher is null; "
+        f"set stage.teacher=<folder of a checkpoint converted with conversion dense>",
+    )
 
 
 def check_optimizer(optimizer: OptimizerConfig, train_iters: int) -> None:
@@ -182,6 +172,4 @@ def check_run_config(config: RunConfig, world_size: int) -> None:
             0 <= config.dry_run_rank < world_size,
             f"dry_run_rank={config.dry_run_rank} is no rank of this run; choose one of 0 to {world_size - 1}",
         )
-        if config.stage.kind is StageKind.align and swapped_layers(config.model):
-            # Plans read no teacher.
-            check_every_stage_aligns(config.model, dense_twin(config.model), config.parallel)
+        kind_of(config.stage).check_plan(config.model, config.parallel)

@@ -6,22 +6,18 @@ h hidden_size, V vocabulary, T tokens of text in a sequence, S sinks in front of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from spikingbrain_train.architecture.layers import (
     Layer,
-    dense_twin,
     layers,
     model_weights,
-    swapped_layers,
     weights_behind,
     weights_in_front,
 )
 from spikingbrain_train.architecture.weights import ONE_RANK, Split, Weight
-from spikingbrain_train.config.kinds import of_kind
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ParallelConfig
-from spikingbrain_train.config.run import RunConfig, StageKind
 
 
 def _on_rank(weights: Iterable[Weight], parallel: ParallelConfig) -> int:
@@ -124,43 +120,3 @@ def forward_flops_per_token(model: ModelConfig, seq_length: int, *, output_layer
         matrices = sum(weight.matrix_numel for weight in layer.weights(model))
         flops += 2.0 * matrices * tokens + mixer_core_flops(model, layer, seq_length)
     return flops + (2.0 * model.vocab_size * model.hidden_size if output_layer else 0.0)
-
-
-def training_flops_per_token(config: RunConfig, teacher: ModelConfig | None = None) -> float:
-    """Model FLOPs of one token of training, the numerator of MFU. Recomputation does not count.
-
-    cpt: forward and backward, 3 x forward (about 6 N plus attention), and with distillation the teacher's
-    forward. align: the teacher's forward up to the last hidden states, and forward and backward of each
-    swapped mixer, whose projections from the layer's (frozen) input need no gradient with respect to it.
-
-    Args:
-        config: the run.
-        teacher: architecture of the teacher; None takes the dense twin of the model.
-    """
-    price = of_kind(config.stage.kind, _TRAINING_FLOPS, "the FLOPs of a stage")
-    return price(config, teacher or dense_twin(config.model))
-
-
-def _pretraining_flops(config: RunConfig, teacher: ModelConfig) -> float:
-    stage = config.stage
-    flops = 3 * forward_flops_per_token(config.model, stage.seq_length)
-    if stage.distillation.weight > 0:
-        flops += forward_flops_per_token(teacher, stage.seq_length)
-    return flops
-
-
-def _alignment_flops(config: RunConfig, teacher: ModelConfig) -> float:
-    model, stage = config.model, config.stage
-    flops = forward_flops_per_token(teacher, stage.seq_length, output_layer=False)
-    tokens, all_layers = 1 + model.num_sink_tokens / stage.seq_length, layers(model)
-    for number in swapped_layers(model):
-        reading, other = mixer_projections(model, all_layers[number])
-        flops += tokens * (4.0 * reading + 6.0 * other)
-        flops += 3 * mixer_core_flops(model, all_layers[number], stage.seq_length)
-    return flops
-
-
-_TRAINING_FLOPS: dict[StageKind, Callable[[RunConfig, ModelConfig], float]] = {
-    StageKind.cpt: _pretraining_flops,
-    StageKind.align: _alignment_flops,
-}

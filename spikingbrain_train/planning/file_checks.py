@@ -7,13 +7,12 @@ import os
 import tempfile
 from pathlib import Path
 
-from spikingbrain_train.architecture.layers import layers
-from spikingbrain_train.architecture.same_architecture import check_same_sizes, check_same_weights
+from spikingbrain_train.architecture.same_architecture import check_same_weights
 from spikingbrain_train.config.load import load_model_config
 from spikingbrain_train.config.run import DataConfig, Resume, RunConfig
 from spikingbrain_train.errors import CheckpointError, ConfigurationError, DataError
-from spikingbrain_train.planning.parallel_checks import check_every_stage_aligns
 from spikingbrain_train.planning.resume import check_settings, check_training_data, run_to_resume
+from spikingbrain_train.planning.stages.registry import kind_of
 from spikingbrain_train.storage.checkpoint_folder import (
     CHECKPOINT_FOLDER,
     MODEL_CONFIG_FILE,
@@ -117,25 +116,11 @@ def check_loaded_checkpoint(config: RunConfig) -> None:
 def check_teacher(config: RunConfig) -> None:
     """stage.teacher is whole and can teach this model. Raises CheckpointError or ConfigurationError."""
     stage, model = config.stage, config.model
-    aligns = stage.kind.traits.needs_teacher
-    if stage.teacher is None or not (aligns or stage.distillation.weight > 0):
+    kind = kind_of(stage)
+    if stage.teacher is None or not kind.needs_teacher(stage):
         return
-    setting = f"stage.teacher={stage.teacher}"
     teacher = load_model_config(latest_checkpoint(stage.teacher, "stage.teacher") / MODEL_CONFIG_FILE)
-    if not aligns:
-        if teacher.vocab_size != model.vocab_size:
-            raise CheckpointError(
-                f"{setting} has a vocabulary of {teacher.vocab_size}, but model.vocab_size="
-                f"{model.vocab_size}; distillation needs a teacher with the same tokenizer"
-            )
-        return
-    check_same_sizes(teacher, model, setting)
-    if [layer.mixers for layer in layers(teacher)] == [layer.mixers for layer in layers(model)]:
-        raise ConfigurationError(
-            f"{setting} has the same mixers as the model, so stage.kind={stage.kind.name} has nothing to "
-            f"learn; name the dense source as stage.teacher"
-        )
-    check_every_stage_aligns(model, teacher, config.parallel)
+    kind.check_teacher(model, teacher, config.parallel, f"stage.teacher={stage.teacher}")
 
 
 def check_own_checkpoints(config: RunConfig) -> None:

@@ -7,16 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from spikingbrain_train.architecture.layers import dense_twin, swapped_layers
+from spikingbrain_train.architecture.layers import dense_twin
 from spikingbrain_train.architecture.sizes import FP32, bytes_per_element
 from spikingbrain_train.config.run import Precision, RunConfig
-from spikingbrain_train.planning.activations import activation_bytes
-from spikingbrain_train.planning.costs import (
-    mixer_parameters,
-    stage_layers,
-    stage_parameters,
-    stage_routed_expert_parameters,
-)
+from spikingbrain_train.planning.costs import stage_parameters
+from spikingbrain_train.planning.stages.registry import kind_of
 
 
 @dataclass(frozen=True)
@@ -44,29 +39,14 @@ def optimizer_bytes(precision: Precision) -> int:
     return {Precision.bf16: 3 * FP32, Precision.fp32: 2 * FP32}[precision]
 
 
-def needs_teacher(config: RunConfig) -> bool:
-    """Whether the stage learns from the dense source."""
-    return config.stage.kind.traits.needs_teacher or config.stage.distillation.weight > 0
-
-
-def trainable_parameters(config: RunConfig, stage: int) -> tuple[int, int]:
-    """Parameters with a gradient on a rank of pipeline stage ``stage``, as (routed experts, all others)."""
-    model, parallel = config.model, config.parallel
-    if config.stage.kind.traits.trains_all:
-        experts = stage_routed_expert_parameters(model, parallel, stage)
-        return experts, stage_parameters(model, parallel, stage) - experts
-    here = stage_layers(model, parallel, stage)
-    swapped = [layer for layer in swapped_layers(model) if layer in here]
-    return 0, sum(mixer_parameters(model, layer, parallel) for layer in swapped)
-
-
 def _optimizer_share(config: RunConfig, stage: int, world_size: int) -> float:
     """Parameters whose optimizer state a rank keeps.
 
     The distributed optimizer shards over the ranks that hold the same parameters: data x context ranks, and
     for routed experts those of the stage's ranks that expert parallelism leaves.
     """
-    parallel, (experts, others) = config.parallel, trainable_parameters(config, stage)
+    parallel = config.parallel
+    experts, others = kind_of(config.stage).trainable_parameters(config, stage)
     if not parallel.use_distributed_optimizer:
         return experts + others
     stage_ranks = world_size // parallel.pipeline_model_parallel_size
@@ -84,11 +64,13 @@ def estimate_memory(config: RunConfig, stage: int, world_size: int, micro_batche
         micro_batches: micro-batches of one optimizer step.
     """
     model, parallel, element = config.model, config.parallel, bytes_per_element(config.precision)
-    teacher = stage_parameters(dense_twin(model), parallel, stage) if needs_teacher(config) else 0
+    kind = kind_of(config.stage)
+    has_teacher = kind.needs_teacher(config.stage)
+    teacher = stage_parameters(dense_twin(model), parallel, stage) if has_teacher else 0
     return MemoryEstimate(
         weights=stage_parameters(model, parallel, stage) * element,
-        gradients=sum(trainable_parameters(config, stage)) * FP32,
+        gradients=sum(kind.trainable_parameters(config, stage)) * FP32,
         optimizer=_optimizer_share(config, stage, world_size) * optimizer_bytes(config.precision),
-        activations=activation_bytes(config, stage, micro_batches),
+        activations=kind.activation_bytes(config, stage, micro_batches),
         teacher=teacher * element,
     )

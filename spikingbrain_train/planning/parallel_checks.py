@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from math import gcd
 
-from spikingbrain_train.architecture.layers import feed_forwards_of, has_experts, layers, mixers_of
+from spikingbrain_train.architecture.layers import feed_forwards_of, has_experts, mixers_of
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import (
     ParallelConfig,
     Recompute,
 )
 from spikingbrain_train.config.require import divisors, either, multiples_around, require
-from spikingbrain_train.errors import ConfigurationError
 
 
 def check_world_size(parallel: ParallelConfig, world_size: int) -> None:
@@ -73,36 +72,6 @@ def check_split(model: ModelConfig, parallel: ParallelConfig) -> None:
         feed_forward.check_split(model, parallel)
     for mixer in mixers_of(model):
         mixer.check_split(model, parallel)
-
-
-def check_every_stage_aligns(model: ModelConfig, teacher: ModelConfig, parallel: ParallelConfig) -> None:
-    """Every pipeline stage has a mixer to train where only those train that are not the teacher's:
-    megatron-core can neither step nor save an optimizer of nothing.
-
-    Args:
-        model: the network that is aligned; its layers are divisible by the pipeline degree.
-        teacher: its teacher, of as many layers.
-        parallel: degrees that split it.
-
-    Raises:
-        ConfigurationError: names the layers of the first stage that trains nothing, and degrees that fit.
-    """
-    pairs = zip(layers(model), layers(teacher), strict=True)
-    trained = [mine.mixers != theirs.mixers for mine, theirs in pairs]
-
-    def idle(degree: int) -> list[range]:
-        size = len(trained) // degree
-        stages = [range(first, first + size) for first in range(0, len(trained), size)]
-        return [stage for stage in stages if not any(trained[layer] for layer in stage)]
-
-    pipeline = parallel.pipeline_model_parallel_size
-    for stage in idle(pipeline)[:1]:
-        fitting = [degree for degree in divisors(len(trained)) if not idle(degree)]
-        raise ConfigurationError(
-            f"parallel.pipeline_model_parallel_size={pipeline} leaves a pipeline stage nothing to train in "
-            f"stage.kind=align: layers {stage.start} to {stage.stop - 1} have the teacher's mixers; "
-            f"valid are {either(fitting)}"
-        )
 
 
 def _check_nothing_for_experts(parallel: ParallelConfig) -> None:

@@ -19,7 +19,6 @@ from spikingbrain_train.architecture.layers import (
     feed_forwards_of,
     has_experts,
     layers,
-    swapped_layers,
 )
 from spikingbrain_train.architecture.sizes import bytes_per_element
 from spikingbrain_train.config.parallel import ParallelConfig
@@ -28,20 +27,18 @@ from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.planning.costs import (
     active_parameters,
     layers_of_stage,
-    mixer_parameters,
     new_parameters,
     stage_layers,
     stage_parameters,
     total_parameters,
-    training_flops_per_token,
 )
 from spikingbrain_train.planning.memory import (
     MemoryEstimate,
     estimate_memory,
-    needs_teacher,
     optimizer_bytes,
 )
 from spikingbrain_train.planning.precision import PrecisionChoice, expected_precision
+from spikingbrain_train.planning.stages.registry import kind_of
 
 GIB = 2**30
 
@@ -145,9 +142,7 @@ class Plan:
     def checkpoint_bytes(self) -> int:
         """Size of one checkpoint: weights and optimizer state."""
         model, precision = self.config.model, self.config.precision
-        trainable = total_parameters(model)
-        if not self.config.stage.kind.traits.trains_all:
-            trainable = sum(mixer_parameters(model, layer) for layer in swapped_layers(model))
+        trainable = kind_of(self.config.stage).trainable_parameters_in_all(model)
         return total_parameters(model) * bytes_per_element(precision) + trainable * optimizer_bytes(precision)
 
     def render(self) -> str:
@@ -156,12 +151,12 @@ class Plan:
 
     def _facts(self) -> list[str]:
         stage, model, config = self.config.stage, self.config.model, self.config
-        learns = "" if not needs_teacher(config) else f", learning from {stage.teacher}"
+        learns = "" if not kind_of(stage).needs_teacher(stage) else f", learning from {stage.teacher}"
         bubble = f", pipeline bubble {self.pipeline_bubble:.1%}" if len(self.stages) > 1 else ""
         sinks = f" behind {model.num_sink_tokens} sinks" if model.num_sink_tokens else ""
         chosen = [("precision", self.precision.describe())] if self.precision.reason else []
         rows = [
-            ("stage", f"{stage.kind.name} in {config.precision.name}{learns}"),
+            ("stage", f"{stage.kind} in {config.precision.name}{learns}"),
             *chosen,
             *(("model" if index == 0 else "", text) for index, text in enumerate(self._model_facts())),
             ("ranks", self._rank_facts()),
@@ -239,7 +234,7 @@ class Plan:
             "optimizer",
             "activations",
         ]
-        with_teacher = needs_teacher(self.config)
+        with_teacher = kind_of(self.config.stage).needs_teacher(self.config.stage)
         header += ["teacher", "total"] if with_teacher else ["total"]
         rows = [header]
         for index, stage in enumerate(self.stages):
@@ -302,7 +297,7 @@ def plan_run(config: RunConfig, world_size: int) -> Plan:
             _plan_stage(config, stage, world_size, micro_batches)
             for stage in range(config.parallel.pipeline_model_parallel_size)
         ],
-        flops_per_token=training_flops_per_token(config),
+        flops_per_token=kind_of(config.stage).flops_per_token(config),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -15,32 +15,28 @@ from omegaconf import OmegaConf
 
 from spikingbrain_train.checkpoint.run_checkpoints import RunCheckpoints
 from spikingbrain_train.config.command_line import START_AGAIN
-from spikingbrain_train.config.kinds import of_kind
-from spikingbrain_train.config.run import RunConfig, StageConfig, StageKind
+from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.config.run_record import record_of
 from spikingbrain_train.data.gpt_dataset import build_datasets
 from spikingbrain_train.data.loader import MicroBatch, WholeBatch, build_data_loader, local_micro_batch
 from spikingbrain_train.data.tokenizers import load_tokenizer
 from spikingbrain_train.evaluation.held_out import held_out_cross_entropy
-from spikingbrain_train.models.gpt_model import HybridGPTModel
 from spikingbrain_train.models.spiking_linear import collect_spike_statistics, set_spike_k
 from spikingbrain_train.parallel.agreed_precision import agree_on_precision
 from spikingbrain_train.parallel.agreement import locked_output_dir
 from spikingbrain_train.parallel.heartbeats import Heartbeats
 from spikingbrain_train.parallel.kernels import attention_choices, describe_kernels, resolve_kernels
 from spikingbrain_train.parallel.process_groups import ProcessGroups, destroy, initialize
-from spikingbrain_train.planning.memory import needs_teacher
 from spikingbrain_train.planning.planner import plan_run
+from spikingbrain_train.planning.stages.registry import kind_of
 from spikingbrain_train.reporting.activity import Activity, activity
 from spikingbrain_train.reporting.progress import ProgressPrinter
 from spikingbrain_train.runtime import patches
 from spikingbrain_train.runtime.accelerator import detect
 from spikingbrain_train.runtime.bf16 import PARAMS_DTYPE, slow_format_warning
-from spikingbrain_train.training.alignment import Alignment
 from spikingbrain_train.training.beginning import resumed, started
 from spikingbrain_train.training.build import (
     build_student,
-    build_teacher,
     parameter_counts,
     wrap_data_parallel,
 )
@@ -50,10 +46,9 @@ from spikingbrain_train.training.finite_checks import require_finite
 from spikingbrain_train.training.heat_map import HeatMap
 from spikingbrain_train.training.metrics import MetricsLogger
 from spikingbrain_train.training.optimizer import build_optimizer, build_scheduler, update_weights
-from spikingbrain_train.training.pretraining import ContinualPretraining
 from spikingbrain_train.training.signals import StopSignals
 from spikingbrain_train.training.spike_annealing import spike_k
-from spikingbrain_train.training.stage_step import StageStep
+from spikingbrain_train.training.stages.build import build_stage
 from spikingbrain_train.training.throughput import (
     ThroughputTimer,
     measure_peak_tflops,
@@ -94,14 +89,6 @@ def run(config: RunConfig) -> None:
         raise SystemExit(START_AGAIN)
 
 
-_STEPS: dict[StageKind, Callable[[StageConfig, ProcessGroups, HybridGPTModel | None], StageStep]] = {
-    StageKind.align: Alignment,
-    StageKind.cpt: ContinualPretraining,
-}
-"""The registry of stages: what is trained and how gradients are made. The teacher is None where the config
-asks for none."""
-
-
 class Trainer:
     """One stage of one run.
 
@@ -131,10 +118,8 @@ class Trainer:
             config.stage.micro_batch_size * groups.data_parallel_size
         )
         with self._activity("building and loading the model"):
-            teacher = build_teacher(config, kernels, groups) if needs_teacher(config) else None
+            self.step = build_stage(config, kernels, groups)
             student = build_student(config, kernels, groups, resuming=resuming)
-        make_step = of_kind(config.stage.kind, _STEPS, "the steps of a stage")
-        self.step: StageStep = make_step(config.stage, groups, teacher)
         self.step.freeze(student)
         total, trainable = parameter_counts(student)
         self._say(f"rank 0 holds {total:,} parameters, {trainable:,} of them trainable")
@@ -308,9 +293,7 @@ class Trainer:
     def _prepare(self) -> None:
         """Let the stage set what it can in closed form, and the optimizer's fp32 weights follow."""
         self._set_spike_k()
-        with self._activity(
-            f"preparing the {self.config.stage.kind.value} stage", unit="batches"
-        ) as progress:
+        with self._activity(f"preparing the {self.config.stage.kind} stage", unit="batches") as progress:
             batches = progress.over(self._train_batches(consumed_samples=0))
             self.step.prepare(self.state.model, batches, self.num_microbatches)
             self.state.optimizer.reload_model_params()
@@ -328,7 +311,7 @@ class Trainer:
             pin_memory=self.groups.accelerator.is_gpu,
             seed=self.config.seed,
         )
-        sinks = self.config.model.num_sink_tokens if stage.kind.traits.sees_sinks else 0
+        sinks = self.config.model.num_sink_tokens if kind_of(stage).sees_sinks else 0
         return self._local(loader, sinks)
 
     def _local(self, loader: Iterator[WholeBatch], num_sink_tokens: int) -> Iterator[MicroBatch]:

@@ -118,7 +118,7 @@ def loss_and_gradients(
     from spikingbrain_train.models.transformer_config import transformer_config
     from spikingbrain_train.parallel.kernels import resolve_kernels
     from spikingbrain_train.training.build import wrap_data_parallel
-    from spikingbrain_train.training.pretraining import ContinualPretraining
+    from spikingbrain_train.training.stages.pretraining import ContinualPretraining
 
     case = CASES[name]
     config = transformer_config(case.model, parallel, Precision.fp32, on_cpu=True)

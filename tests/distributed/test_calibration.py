@@ -44,7 +44,7 @@ def _mixer(
 def _balanced_keys(
     groups: ProcessGroups, qk_layernorm: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    from spikingbrain_train.training.calibration import balance_keys
+    from spikingbrain_train.training.stages.calibration import balance_keys
 
     mixer = _mixer(groups, ParallelConfig(), qk_layernorm)
     torch.nn.init.normal_(mixer.linear_qkv.bias)
@@ -71,7 +71,7 @@ def test_keys_are_scaled_by_what_one_step_adds_to_a_moving_average(
 
 
 def _changed_by_balancing(groups: ProcessGroups, gate: GateKind) -> bool:
-    from spikingbrain_train.training.calibration import balance_keys
+    from spikingbrain_train.training.stages.calibration import balance_keys
 
     gla = GatedLinearAttentionConfig(feature_map=FeatureMap.sigmoid, gate=gate)
     mixer = _mixer(groups, ParallelConfig(), qk_layernorm=False, gla=gla)
@@ -91,7 +91,7 @@ def _fitted_projection(groups: ProcessGroups, parallel: ParallelConfig) -> dict[
         scatter_to_sequence_parallel_region,
     )
 
-    from spikingbrain_train.training.calibration import ProjectionFit
+    from spikingbrain_train.training.stages.calibration import ProjectionFit
 
     mixer = _mixer(groups, parallel, qk_layernorm=False)
     tp_group = groups.collection.tp

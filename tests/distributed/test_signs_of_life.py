@@ -8,7 +8,7 @@ from pathlib import Path
 from unittest import mock
 
 from spikingbrain_train.config.parallel import ParallelConfig
-from spikingbrain_train.config.run import RunConfig, StageConfig, StageKind
+from spikingbrain_train.config.run import RunConfig, StageConfig
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from tests.distributed.pool import RankPool
 from tests.distributed.small_runs import checkpoint_config, run_config, train
@@ -28,7 +28,7 @@ def test_every_part_of_a_run_speaks_up_and_other_ranks_stay_quiet(
     ranks: RankPool, tmp_path: Path, text: Path, hybrid_checkpoint: Path, dense_checkpoint: Path
 ) -> None:
     stage = StageConfig(
-        kind=StageKind.align,
+        kind="align",
         teacher=str(dense_checkpoint),
         train_iters=3,
         seq_length=32,

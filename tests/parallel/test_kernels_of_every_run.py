@@ -31,7 +31,7 @@ from spikingbrain_train.config.parallel import (
     LinearAttentionBackend,
     SoftmaxAttentionBackend,
 )
-from spikingbrain_train.config.run import DistillationConfig, Precision, RunConfig, StageKind
+from spikingbrain_train.config.run import DistillationConfig, Precision, RunConfig
 from spikingbrain_train.errors import ConfigurationError, PlatformError, SpikingBrainError
 from spikingbrain_train.models.layer_specs import block_spec
 from spikingbrain_train.ops.gated_linear_attention import choose_backend as choose_linear
@@ -49,7 +49,7 @@ from spikingbrain_train.parallel.kernels import (
 )
 from spikingbrain_train.planning.checks import check_platform
 from spikingbrain_train.planning.kernel_limits import SoftmaxAttentionCall
-from spikingbrain_train.planning.memory import needs_teacher
+from spikingbrain_train.planning.stages.registry import kind_of
 from spikingbrain_train.runtime import packages as installed
 from spikingbrain_train.runtime.accelerator import Accelerator
 
@@ -139,11 +139,11 @@ def networks(config: RunConfig) -> Iterator[tuple[ModelConfig, int, bool]]:
     """Networks of a run, their sinks in a batch, and whether those are padding."""
     model = config.model
     yield model, model.num_sink_tokens, False
-    if config.stage.kind is StageKind.align and model.num_sink_tokens:
+    if config.stage.kind == "align" and model.num_sink_tokens:
         yield model, 0, False
-    if needs_teacher(config):
+    if kind_of(config.stage).needs_teacher(config.stage):
         twin = dense_twin(model)
-        sinks = 0 if config.stage.kind is StageKind.align else model.num_sink_tokens
+        sinks = 0 if config.stage.kind == "align" else model.num_sink_tokens
         yield twin, sinks, sinks > 0
 
 
@@ -189,9 +189,9 @@ def variants(run: str) -> Iterator[RunConfig]:
         config = replace(config, precision=precision, data=data)
         stage = replace(config.stage, teacher="unused")
         for trained in (
-            replace(stage, kind=StageKind.cpt),
-            replace(stage, kind=StageKind.align),
-            replace(stage, kind=StageKind.cpt, distillation=DistillationConfig(weight=0.3)),
+            replace(stage, kind="cpt"),
+            replace(stage, kind="align"),
+            replace(stage, kind="cpt", distillation=DistillationConfig(weight=0.3)),
         ):
             yield replace(config, stage=trained)
 

@@ -18,7 +18,7 @@ from spikingbrain_train.config.model import (
     Mixer,
     ModelConfig,
 )
-from spikingbrain_train.config.run import DataConfig, Resume, RunConfig, StageConfig, StageKind
+from spikingbrain_train.config.run import DataConfig, Resume, RunConfig, StageConfig
 from spikingbrain_train.data.gpt_dataset import build_datasets
 from spikingbrain_train.errors import CheckpointError, ConfigurationError, DataError
 from spikingbrain_train.planning.checks import check_run_config
@@ -226,17 +226,17 @@ class TestLoadedCheckpoint:
 
 class TestTeacher:
     def test_a_dense_twin_teaches_alignment(self, run, tmp_path):
-        run.stage.kind = StageKind.align
+        run.stage.kind = "align"
         run.stage.teacher = write_checkpoint(tmp_path / "dense", DENSE)
         check_run_config(run, world_size=1)
 
     def test_a_teacher_with_the_same_mixers_has_nothing_to_teach(self, run, tmp_path):
-        run.stage.kind = StageKind.align
+        run.stage.kind = "align"
         run.stage.teacher = write_checkpoint(tmp_path / "hybrid", HYBRID)
         assert "nothing to learn" in refusal(run, ConfigurationError)
 
     def test_alignment_needs_a_teacher_of_the_same_shape(self, run, tmp_path):
-        run.stage.kind = StageKind.align
+        run.stage.kind = "align"
         run.stage.teacher = write_checkpoint(tmp_path / "dense", dataclasses.replace(DENSE, hidden_size=128))
         assert "stage.teacher=" in refusal(run, CheckpointError)
 
@@ -247,7 +247,7 @@ class TestTeacher:
         assert "vocabulary of 256" in sentence and "model.vocab_size=512" in sentence
 
     def test_a_pipeline_stage_that_would_align_nothing_is_refused(self, run, tmp_path):
-        run.stage.kind = StageKind.align
+        run.stage.kind = "align"
         run.parallel.pipeline_model_parallel_size = 2
         run.stage.teacher = write_checkpoint(
             tmp_path / "half",

@@ -30,7 +30,7 @@ from spikingbrain_train.config.model import (
     SpikingProjection,
 )
 from spikingbrain_train.config.parallel import KernelConfig, ParallelConfig, Recompute
-from spikingbrain_train.config.run import DistillationConfig, Precision, RunConfig, StageConfig, StageKind
+from spikingbrain_train.config.run import DistillationConfig, Precision, RunConfig, StageConfig
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.parallel.kernels import resolve_kernels
 from spikingbrain_train.parallel.process_groups import ProcessGroups
@@ -42,7 +42,6 @@ from spikingbrain_train.planning.costs import (
     stage_parameters,
     stage_routed_expert_parameters,
     total_parameters,
-    training_flops_per_token,
 )
 from spikingbrain_train.planning.planner import (
     Plan,
@@ -51,6 +50,7 @@ from spikingbrain_train.planning.planner import (
     plan_run,
     quantity,
 )
+from spikingbrain_train.planning.stages.registry import kind_of
 from spikingbrain_train.runtime.accelerator import detect
 from tests.distributed.pool import RankPool
 
@@ -299,12 +299,16 @@ def test_a_token_pays_for_the_experts_it_visits() -> None:
     assert forward_flops_per_token(visits, 64) - forward_flops_per_token(experts, 64) == expert
 
 
+def flops_of(config: RunConfig) -> float:
+    return kind_of(config.stage).flops_per_token(config)
+
+
 def test_training_counts_backward_twice_and_the_teacher_once() -> None:
     forward, teacher = forward_flops_per_token(LLAMA, 64), forward_flops_per_token(dense_twin(LLAMA), 64)
-    assert training_flops_per_token(run_of(LLAMA)) == 3 * forward
+    assert flops_of(run_of(LLAMA)) == 3 * forward
     distilled = run_of(LLAMA, teacher="dense", distillation=DistillationConfig(weight=0.5))
-    assert training_flops_per_token(distilled) == 3 * forward + teacher
-    aligned = training_flops_per_token(run_of(LLAMA, kind=StageKind.align, teacher="dense"))
+    assert flops_of(distilled) == 3 * forward + teacher
+    aligned = flops_of(run_of(LLAMA, kind="align", teacher="dense"))
     assert (
         forward_flops_per_token(dense_twin(LLAMA), 64, output_layer=False) < aligned < 3 * forward + teacher
     )
@@ -395,7 +399,7 @@ class TestMemory:
 
     def test_alignment_trains_little_and_keeps_a_teacher(self) -> None:
         (trained,) = plan_run(run_of(LLAMA), 1).stages
-        (aligned,) = plan_run(run_of(LLAMA, kind=StageKind.align, teacher="dense"), 1).stages
+        (aligned,) = plan_run(run_of(LLAMA, kind="align", teacher="dense"), 1).stages
         assert aligned.memory.gradients < trained.memory.gradients / 2
         assert aligned.memory.teacher == 2 * stage_parameters(dense_twin(LLAMA), ParallelConfig(), 0)
         assert trained.memory.teacher == 0

@@ -23,7 +23,7 @@ from spikingbrain_train.config.model import (
     SpikingConfig,
     SpikingProjection,
 )
-from spikingbrain_train.config.run import Precision, Resume, RunConfig, StageConfig, StageKind
+from spikingbrain_train.config.run import Precision, Resume, RunConfig, StageConfig
 from spikingbrain_train.config.run_record import RunRecord, fingerprint, record_of, write_record
 from spikingbrain_train.config.setting import OnChange, decisions, leaves
 from spikingbrain_train.errors import CheckpointError, SpikingBrainError
@@ -179,7 +179,7 @@ def test_changes_are_said_as_they_are_written_on_the_command_line(run: RunConfig
         ("precision", Precision.bf16, ["precision=fp32", "with bf16", "checkpoint.load="]),
         ("seed", 99, ["seed=1234", "with 99", "another order"]),
         ("stage.seq_length", 32, ["stage.seq_length=16", "with 32", "another order"]),
-        ("stage.kind", StageKind.align, ["stage.kind=cpt", "with align"]),
+        ("stage.kind", "align", ["stage.kind=cpt", "with align"]),
         ("model.num_sink_tokens", 6, ["model.num_sink_tokens=0", "with 6", "choose another output_dir"]),
         ("model.mixers", [Mixer.gla], ["model.mixers=[gla,swa,gla_full,full]", "with [gla]"]),
         ("model.sliding_window", 8, ["model.sliding_window=4096", "with 8", "checkpoint.load="]),

@@ -105,16 +105,14 @@ def _measure(run: RunConfig, groups: ProcessGroups, started: float) -> tuple[flo
     """Seconds per token of a step, seconds per token of an evaluation, seconds until the first step."""
     import torch
 
-    from spikingbrain_train.config.run import StageKind
     from spikingbrain_train.data.loader import MicroBatch
     from spikingbrain_train.evaluation.held_out import held_out_cross_entropy
     from spikingbrain_train.parallel.context_parallel.sequence_layout import SequenceLayout
     from spikingbrain_train.parallel.kernels import resolve_kernels
-    from spikingbrain_train.training.alignment import Alignment
+    from spikingbrain_train.planning.stages.registry import kind_of
     from spikingbrain_train.training.build import build_student, build_teacher, wrap_data_parallel
     from spikingbrain_train.training.optimizer import build_optimizer
-    from spikingbrain_train.training.pretraining import ContinualPretraining
-    from spikingbrain_train.training.stage_step import StageStep
+    from spikingbrain_train.training.stages.build import make_stage
 
     kernels = resolve_kernels(
         run.cluster.kernels, groups.accelerator, spiking=run.model.spiking, precision=run.precision
@@ -128,13 +126,9 @@ def _measure(run: RunConfig, groups: ProcessGroups, started: float) -> tuple[flo
         return MicroBatch(ids[:, :-1], ids[:, 1:], mask, SequenceLayout(tokens))
 
     stages = {size: replace(run.stage, seq_length=size) for size in (_WARM_UP_TOKENS, length)}
-    if run.stage.kind is StageKind.align:
-        teacher = build_teacher(run, kernels, groups)
-        steps: dict[int, StageStep] = {
-            size: Alignment(stage, groups, teacher) for size, stage in stages.items()
-        }
-    else:
-        steps = {size: ContinualPretraining(stage, groups) for size, stage in stages.items()}
+    needs_teacher = kind_of(run.stage).needs_teacher(run.stage)
+    teacher = build_teacher(run, kernels, groups) if needs_teacher else None
+    steps = {size: make_stage(stage, groups, teacher) for size, stage in stages.items()}
     steps[length].freeze(student)
     model = wrap_data_parallel(student, run.parallel)
     optimizer = build_optimizer(run.optimizer, run.parallel, run.precision, model)

@@ -11,7 +11,7 @@ from spikingbrain_train.data.loader import MicroBatch
 from spikingbrain_train.models.gpt_model import HybridGPTModel
 
 
-class StageStep(Protocol):
+class Stage(Protocol):
     """One kind of stage. It says what is trained and fills the gradients; the trainer owns the optimizer."""
 
     def freeze(self, model: HybridGPTModel) -> None:

@@ -27,7 +27,7 @@ from spikingbrain_train.models.gpt_model import HybridGPTModel
 from spikingbrain_train.models.mixers.gated_linear_attention import GatedLinearAttention
 from spikingbrain_train.models.mixers.parallel_hybrid import ParallelHybrid
 from spikingbrain_train.parallel.process_groups import ProcessGroups
-from spikingbrain_train.training.calibration import ProjectionFit, balance_keys
+from spikingbrain_train.training.stages.calibration import ProjectionFit, balance_keys
 
 
 class Alignment:
@@ -82,7 +82,7 @@ class Alignment:
 
     def prepare(self, model: HybridGPTModel, batches: Iterator[MicroBatch], num_microbatches: int) -> None:
         """Balance the keys and fit the output projections of the replaced linear attention layers (see
-        :mod:`~spikingbrain_train.training.calibration`)."""
+        :mod:`~spikingbrain_train.training.stages.calibration`)."""
         settings = self.stage.alignment
         if settings.calibration_tokens == 0:
             return

@@ -1,0 +1,123 @@
+"""Alignment: mixers that replaced attention learn, layer by layer, to reproduce it; all else is frozen. This
+project's own: SpikingBrain's report (arXiv 2509.05276) trains all parameters from the first step on.
+"""
+
+from __future__ import annotations
+
+from spikingbrain_train.architecture.layers import dense_twin, layers, swapped_layers
+from spikingbrain_train.architecture.same_architecture import check_same_sizes
+from spikingbrain_train.architecture.sizes import FP32, bytes_per_element, rank_tokens
+from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.config.parallel import ParallelConfig
+from spikingbrain_train.config.require import divisors, either, require
+from spikingbrain_train.config.run import RunConfig, StageConfig
+from spikingbrain_train.errors import ConfigurationError
+from spikingbrain_train.planning.activations import mixer_activations
+from spikingbrain_train.planning.costs import (
+    forward_flops_per_token,
+    layers_of_stage,
+    mixer_core_flops,
+    mixer_parameters,
+    mixer_projections,
+    stage_layers,
+)
+from spikingbrain_train.planning.stages.kind import StageKind
+
+
+class AlignmentKind(StageKind):
+    """``stage.kind=align``."""
+
+    name = "align"
+    trained_by = "spikingbrain_train.training.stages.alignment:Alignment"
+    sees_sinks = False  # it works on hidden states of the dense source, which has none
+
+    def reason_for_teacher(self, stage: StageConfig) -> str | None:
+        """Whatever its other settings are."""
+        return f"stage.kind={self.name}"
+
+    def check(self, stage: StageConfig) -> None:
+        """It has no logits to distil. Raises ConfigurationError."""
+        require(
+            stage.distillation.weight == 0,
+            "stage.distillation.weight must be 0 in stage.kind=align, which has no logits; "
+            "distil in stage.kind=cpt",
+        )
+
+    def check_teacher(
+        self, model: ModelConfig, teacher: ModelConfig, parallel: ParallelConfig, setting: str
+    ) -> None:
+        """The same network but for its mixers, one of which every pipeline stage has to train. Raises
+        ConfigurationError or CheckpointError."""
+        check_same_sizes(teacher, model, setting)
+        if [layer.mixers for layer in layers(teacher)] == [layer.mixers for layer in layers(model)]:
+            raise ConfigurationError(
+                f"{setting} has the same mixers as the model, so stage.kind={self.name} has nothing to "
+                f"learn; name the dense source as stage.teacher"
+            )
+        _check_every_stage_aligns(model, teacher, parallel)
+
+    def check_plan(self, model: ModelConfig, parallel: ParallelConfig) -> None:
+        """Every pipeline stage has a mixer to train if the teacher is dense. Raises ConfigurationError."""
+        if swapped_layers(model):
+            _check_every_stage_aligns(model, dense_twin(model), parallel)
+
+    def trainable_parameters(self, config: RunConfig, pipeline_stage: int) -> tuple[int, int]:
+        """Those of the swapped mixers."""
+        model, here = config.model, stage_layers(config.model, config.parallel, pipeline_stage)
+        swapped = [layer for layer in swapped_layers(model) if layer in here]
+        return 0, sum(mixer_parameters(model, layer, config.parallel) for layer in swapped)
+
+    def trainable_parameters_in_all(self, model: ModelConfig) -> int:
+        """Those of the swapped mixers."""
+        return sum(mixer_parameters(model, layer) for layer in swapped_layers(model))
+
+    def flops_per_token(self, config: RunConfig) -> float:
+        """The teacher's forward up to its last hidden states, and forward and backward of each swapped mixer,
+        whose projections from the layer's (frozen) input need no gradient with respect to it."""
+        model, stage = config.model, config.stage
+        flops = forward_flops_per_token(dense_twin(model), stage.seq_length, output_layer=False)
+        tokens, all_layers = 1 + model.num_sink_tokens / stage.seq_length, layers(model)
+        for number in swapped_layers(model):
+            reading, other = mixer_projections(model, all_layers[number])
+            flops += tokens * (4.0 * reading + 6.0 * other)
+            flops += 3 * mixer_core_flops(model, all_layers[number], stage.seq_length)
+        return flops
+
+    def activation_bytes(self, config: RunConfig, pipeline_stage: int, micro_batches: int) -> float:
+        """Each swapped mixer runs forward and backward at once, between layers of the teacher, which keep
+        nothing: the largest counts, with its input, and its output and target in fp32."""
+        model, here = config.model, layers_of_stage(config.model, config.parallel, pipeline_stage)
+        boundary = model.hidden_size * (bytes_per_element(config.precision) + 2 * FP32)
+        swapped = [layer for layer in here if not layer.has_the_sources_mixer]
+        largest = max((mixer_activations(config, layer) + boundary for layer in swapped), default=0.0)
+        return rank_tokens(config) * largest
+
+
+def _check_every_stage_aligns(model: ModelConfig, teacher: ModelConfig, parallel: ParallelConfig) -> None:
+    """Every pipeline stage has a mixer to train: megatron-core can neither step nor save an optimizer of
+    nothing.
+
+    Args:
+        model: the network that is aligned; its layers are divisible by the pipeline degree.
+        teacher: its teacher, of as many layers.
+        parallel: degrees that split it.
+
+    Raises:
+        ConfigurationError: names the layers of the first stage that trains nothing, and degrees that fit.
+    """
+    pairs = zip(layers(model), layers(teacher), strict=True)
+    trained = [mine.mixers != theirs.mixers for mine, theirs in pairs]
+
+    def idle(degree: int) -> list[range]:
+        size = len(trained) // degree
+        stages = [range(first, first + size) for first in range(0, len(trained), size)]
+        return [stage for stage in stages if not any(trained[layer] for layer in stage)]
+
+    pipeline = parallel.pipeline_model_parallel_size
+    for stage in idle(pipeline)[:1]:
+        fitting = [degree for degree in divisors(len(trained)) if not idle(degree)]
+        raise ConfigurationError(
+            f"parallel.pipeline_model_parallel_size={pipeline} leaves a pipeline stage nothing to train in "
+            f"stage.kind=align: layers {stage.start} to {stage.stop - 1} have the teacher's mixers; "
+            f"valid are {either(fitting)}"
+        )

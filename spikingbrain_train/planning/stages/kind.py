@@ -1,0 +1,73 @@
+"""What a kind of stage says about itself: what it learns from, what trains, and what that costs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.config.parallel import ParallelConfig
+from spikingbrain_train.config.run import RunConfig, StageConfig
+
+
+class StageKind(ABC):
+    """One kind of stage. A new one is a file with a subclass of this, another with the class that trains it,
+    and one line in :mod:`~spikingbrain_train.planning.stages.registry`.
+    """
+
+    name: ClassVar[str]
+    """What ``stage.kind`` calls it."""
+    trained_by: ClassVar[str]
+    """Where its class, a training.stages.stage.Stage, is imported from: ``package.module:Class``."""
+    sees_sinks: ClassVar[bool]
+    """Whether its training sequences begin with the model's sinks."""
+
+    @abstractmethod
+    def reason_for_teacher(self, stage: StageConfig) -> str | None:
+        """The setting because of which the stage learns from ``stage.teacher``, None where it does not."""
+
+    def needs_teacher(self, stage: StageConfig) -> bool:
+        """Whether the stage learns from the dense source."""
+        return self.reason_for_teacher(stage) is not None
+
+    @abstractmethod
+    def check(self, stage: StageConfig) -> None:
+        """Its own settings on their own. Raises ConfigurationError."""
+
+    @abstractmethod
+    def check_teacher(
+        self, model: ModelConfig, teacher: ModelConfig, parallel: ParallelConfig, setting: str
+    ) -> None:
+        """Whether ``teacher`` can teach ``model``; called where the stage needs one.
+
+        Args:
+            model: the network that trains.
+            teacher: the network of ``stage.teacher``.
+            parallel: degrees that split both.
+            setting: ``stage.teacher=<folder>``, for the sentence.
+
+        Raises:
+            ConfigurationError: it has nothing to teach.
+            CheckpointError: it is of another architecture.
+        """
+
+    def check_plan(self, model: ModelConfig, parallel: ParallelConfig) -> None:
+        """What a dry run, which reads no teacher, can tell of :meth:`check_teacher`. Raises
+        ConfigurationError."""
+        return
+
+    @abstractmethod
+    def trainable_parameters(self, config: RunConfig, pipeline_stage: int) -> tuple[int, int]:
+        """Parameters with a gradient on a rank of ``pipeline_stage``, as (routed experts, all others)."""
+
+    @abstractmethod
+    def trainable_parameters_in_all(self, model: ModelConfig) -> int:
+        """Distinct parameters with a gradient, whose optimizer state a checkpoint holds."""
+
+    @abstractmethod
+    def flops_per_token(self, config: RunConfig) -> float:
+        """Model FLOPs of one token of training, the numerator of MFU. Recomputation does not count."""
+
+    @abstractmethod
+    def activation_bytes(self, config: RunConfig, pipeline_stage: int, micro_batches: int) -> float:
+        """Bytes that a rank of ``pipeline_stage`` keeps for the backward pass of ``micro_batches``."""
