@@ -108,7 +108,7 @@ ASKED: dict[str, Callable[[], Any]] = {
     "gate: weight mapping": lambda: list(model_parameters(WITH_GATE)),
     "gate: plan": lambda: plan_run(replace(RUN, model=WITH_GATE), 1),
     "gate: spikes": lambda: check_spiking(WITH_GATE, STAGE),
-    "upcycling: scales": lambda: expert_scale(foreign(UpcyclingForm), MODEL.moe, "mlp_up_weight"),
+    "upcycling: scales": lambda: expert_scale(foreign(UpcyclingForm), 1.25, "mlp_up_weight"),
     "linears: classes": lambda: ParallelLinears(foreign(ParallelLinearBackend)),
     "recomputation: activations": lambda: activations.activation_bytes(WITH_RECOMPUTE, 0, 1),
     "recomputation: settings": lambda: transformer_config(

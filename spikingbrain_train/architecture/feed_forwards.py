@@ -47,6 +47,10 @@ class FeedForwardKind(ABC):
     def check_split(self, model: ModelConfig, parallel: ParallelConfig) -> None:
         """Its channels and experts against the degrees that split them. Raises ConfigurationError."""
 
+    def check_source(self, model: ModelConfig) -> None:
+        """Whether a dense source's feed-forward, of ``model.ffn_hidden_size``, can become it. Raises
+        ConfigurationError."""
+
     def settings(self, model: ModelConfig) -> set[str]:
         """Dotted names of the model's settings that have a part in it, beside those of every model."""
         return set()

@@ -67,12 +67,21 @@ class MixtureOfExpertsKind(FeedForwardKind):
             f"valid are {either(divisors(gcd(shared_width, model.num_query_groups)))}",
         )
 
+    def check_source(self, model: ModelConfig) -> None:
+        width = model.ffn_hidden_size
+        require(
+            model.expert_ffn_hidden_size == width,
+            f"moe.moe_ffn_hidden_size={model.moe.moe_ffn_hidden_size} differs from the source's feed-forward "
+            f"of {width}, of which every expert is a copy; set it to {width} or null",
+        )
+
     def settings(self, model: ModelConfig) -> set[str]:
         return {f"moe.{name}" for name in vars(model.moe)}
 
     def weights(self, model: ModelConfig) -> tuple[Weight, ...]:
         """Router (E h), routed experts (E times 3 f h), shared experts as one SwiGLU."""
         moe, width = model.moe, model.expert_ffn_hidden_size
+        outputs = moe.num_shared_experts + moe.router_topk / moe.num_experts
         router = Weight(
             "router.weight",
             ("router",),
@@ -87,7 +96,7 @@ class MixtureOfExpertsKind(FeedForwardKind):
                 group="routed experts",
                 split=Split.experts,
                 active=(moe.router_topk, moe.num_experts),
-                copies=Copies(moe.num_experts, routed=True, channel_axis=axis),
+                copies=Copies(moe.num_experts, routed=True, channel_axis=axis, outputs=outputs),
             )
             for axis, weight in enumerate(swiglu_weights(model, width))
         )
@@ -95,7 +104,7 @@ class MixtureOfExpertsKind(FeedForwardKind):
             replace(
                 weight.below("shared_experts."),
                 group="shared experts",
-                copies=Copies(moe.num_shared_experts, routed=False, channel_axis=axis),
+                copies=Copies(moe.num_shared_experts, routed=False, channel_axis=axis, outputs=outputs),
             )
             for axis, weight in enumerate(swiglu_weights(model, width))
         )

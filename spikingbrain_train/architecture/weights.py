@@ -41,6 +41,9 @@ class Copies:
     channel_axis: int
     """Axis of the intermediate channels in the dense tensors: 0 of gate and up projection, 1 of the down
     projection."""
+    outputs: float = 1.0
+    """How many times the dense output the layer's experts give together as long as they are copies: S + k/N
+    of S shared and k of N routed ones, each of which counts with a probability of about 1/N."""
 
 
 @dataclass(frozen=True)

@@ -186,7 +186,7 @@ def check_tensors(reader: MegatronCheckpointReader, model: ModelConfig) -> dict[
                 "another model"
             )
         rows, *columns = entry.size
-        fits = rows >= parameter.shape[0] if parameter.rule.pads_vocabulary else rows == parameter.shape[0]
+        fits = rows >= parameter.shape[0] if parameter.weight.pads_vocabulary else rows == parameter.shape[0]
         if not fits or tuple(columns) != parameter.shape[1:]:
             raise CheckpointError(
                 f"{reader.folder}: {parameter.name} has shape {list(entry.size)}, but {MODEL_CONFIG_FILE} "

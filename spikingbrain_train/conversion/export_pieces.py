@@ -8,12 +8,12 @@ from math import prod
 import torch
 from torch import Tensor
 
+from spikingbrain_train.architecture.weights import Shape
 from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.conversion.hf_config import GLA_SWA, Family
 from spikingbrain_train.conversion.mapping import Parameter, model_parameters
 from spikingbrain_train.conversion.published_form import completions
-from spikingbrain_train.conversion.transforms import Shape
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,12 @@ def export_pieces(model: ModelConfig, family: Family) -> list[Piece]:
     pieces = []
     for parameter in model_parameters(model):
         shapes = dict(zip(parameter.hf_names(family.names), parameter.hf_shapes, strict=True))
-        pieces.append(Piece(parameter, shapes, parameter.rule.group, "copied"))
+        pieces.append(Piece(parameter, shapes, parameter.weight.group, "copied"))
     for extra in completions(model) if family is GLA_SWA else ():
         shapes = {extra.name: extra.shape}
         if extra.is_copy:
             pieces.append(Piece(extra.beside, shapes, "output layer", "copy of the tied embedding"))
         else:
             origin = "zero biases for the published class"
-            pieces.append(Piece(extra.beside, shapes, extra.beside.rule.group, origin, is_zero=True))
+            pieces.append(Piece(extra.beside, shapes, extra.beside.weight.group, origin, is_zero=True))
     return pieces

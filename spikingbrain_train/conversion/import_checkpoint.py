@@ -12,11 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from spikingbrain_train.architecture.layers import feed_forwards_of, has_experts, swapped_layers
 from spikingbrain_train.architecture.model_checks import check_model
+from spikingbrain_train.architecture.weights import Shape
 from spikingbrain_train.checkpoint.streaming import MegatronCheckpointWriter
 from spikingbrain_train.config.conversion import ConversionConfig, UpcyclingForm
 from spikingbrain_train.config.load import save_config
-from spikingbrain_train.config.model import FeedForward, LayersConfig, Mixer, ModelConfig
+from spikingbrain_train.config.model import LayersConfig, Mixer, ModelConfig
 from spikingbrain_train.config.setting import check_fields
 from spikingbrain_train.conversion.companion_files import find_companion_files, has_tokenizer
 from spikingbrain_train.conversion.hf_config import (
@@ -31,8 +33,7 @@ from spikingbrain_train.conversion.published_form import completions
 from spikingbrain_train.conversion.report import NEW, ConversionReport, describe_layers
 from spikingbrain_train.conversion.safetensors_io import SafetensorsReader, refuse_quantised
 from spikingbrain_train.conversion.source import Source
-from spikingbrain_train.conversion.transforms import Shape
-from spikingbrain_train.conversion.upcycling import check_expert_width, describe_copies, expert_chunks
+from spikingbrain_train.conversion.upcycling import describe_copies, expert_chunks
 from spikingbrain_train.conversion.weight_values import describe_damage
 from spikingbrain_train.conversion.window_convention import (
     WINDOW_KEY,
@@ -122,7 +123,7 @@ def import_checkpoint(
         bytes=sum(planned.nbytes for planned in plan),
     )
     for planned in plan:
-        group = planned.parameter.rule.group
+        group = planned.parameter.weight.group
         report.count(group, converter.origin(planned), planned.parameter.numel)
     report.notes += window_note + _notes(target, recipe, drawn=report.new_parameters > 0)
     companions = find_companion_files(hf_folder)
@@ -186,14 +187,15 @@ def _target(source: ModelConfig, conversion: ConversionConfig | None, hf_folder:
     """The architecture of the result: the source's sizes with the recipe's layers."""
     if conversion is None:
         return source
-    if any(mixer is not Mixer.full for mixer in source.layer_mixers()):
+    if swapped_layers(source):
         raise CheckpointError(
             f"{hf_folder} is a hybrid already and its layers are not converted again; leave --conversion out "
             "to keep them"
         )
     layers = {field.name: deepcopy(getattr(conversion, field.name)) for field in fields(LayersConfig)}
     target = replace(source, **layers)
-    check_expert_width(target)
+    for kind in feed_forwards_of(target):
+        kind.check_source(target)
     if target.num_sink_tokens > target.vocab_size:
         raise ConfigurationError(
             f"num_sink_tokens={target.num_sink_tokens} is more than the source has embeddings to start them "
@@ -283,8 +285,8 @@ def _zero_biases(reader: SafetensorsReader, source: ModelConfig) -> set[str]:
 def _notes(target: ModelConfig, recipe: ConversionConfig, *, drawn: bool) -> list[str]:
     """What the table of the report cannot say."""
     notes = [f"new parameters are drawn with seed {recipe.seed}"] if drawn else []
-    experts = FeedForward.moe in target.layer_feed_forwards()
-    if experts and recipe.upcycling.form is UpcyclingForm.exact and recipe.upcycling.reinit_fraction:
+    upcycling = recipe.upcycling
+    if has_experts(target) and upcycling.form is UpcyclingForm.exact and upcycling.reinit_fraction:
         notes.append(
             "upcycling.reinit_fraction replaces a part of the copies, so the result starts near the dense "
             "function, not at it"
@@ -316,14 +318,14 @@ class _Converter:
         """Where a parameter comes from, in words."""
         if not planned.in_source:
             return NEW + self.new.describe(planned.parameter)
-        if planned.parameter.rule.copies is not None:
+        if planned.parameter.copies is not None:
             return describe_copies(planned.parameter, self.recipe.upcycling)
         return "copied"
 
     def chunks(self, planned: _Planned) -> Iterator[tuple[Shape, Tensor]]:
         """Offsets and values of the parts that make up a parameter: experts one by one, all else whole."""
         parameter = planned.parameter
-        if planned.in_source and parameter.rule.copies is not None:
+        if planned.in_source and parameter.copies is not None:
             parts = self.source.parts(parameter)
             yield from expert_chunks(parameter, parts, self.recipe.upcycling, self.recipe.seed)
             return

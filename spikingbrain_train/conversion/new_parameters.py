@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from spikingbrain_train.architecture.starts import (
+    AttentionSize,
+    Constant,
+    EmbeddingRows,
+    Normal,
+    OfRecipe,
+    Start,
+    Values,
+)
 from spikingbrain_train.config.conversion import ConversionConfig, UpcyclingForm
 from spikingbrain_train.config.kinds import of_kind
 from spikingbrain_train.conversion.attention_scale import AttentionScale
@@ -15,6 +25,7 @@ from spikingbrain_train.conversion.mapping import Parameter
 from spikingbrain_train.conversion.seeds import generator
 from spikingbrain_train.conversion.source import Source
 from spikingbrain_train.conversion.vocabulary import draw_tokens
+from spikingbrain_train.errors import ConfigurationError
 
 TIE_BREAKING_STD = 1e-7
 """Router of exactly upcycled experts. Zeros would send every token to the expert that wins ties; this
@@ -23,7 +34,7 @@ spreads tokens and moves probabilities by less than 1e-5 of their value."""
 
 @dataclass(frozen=True)
 class Initialisation:
-    """How one kind of parameter starts."""
+    """How a parameter starts."""
 
     description: str
     """For the report."""
@@ -32,7 +43,7 @@ class Initialisation:
 
 
 class NewParameters:
-    """Initial values by role.
+    """Initial values, by the :data:`~spikingbrain_train.architecture.starts.Start` of a weight.
 
     Random values depend on the recipe's seed and the parameter's name alone, so they are the same whatever
     the number of layers, the order of conversion or the topology that later loads them.
@@ -46,33 +57,13 @@ class NewParameters:
         self.source = source
         self.conversion = conversion
         self.attention_scale = AttentionScale(source, conversion.seed)
-        gla, hybrid, upcycling = conversion.gla, conversion.parallel_hybrid, conversion.upcycling
-        spread = gla.init_gate_bias(source.model.kv_channels)
-        branch_norm = Initialisation(
-            "size of the source's attention output, layer by layer", self._attention_size
-        )
-        router_std = {
-            UpcyclingForm.exact: TIE_BREAKING_STD,
-            UpcyclingForm.published: upcycling.router_init_std,
-        }
-        self._starts = {
-            "gate_down_weight": self._normal(gla.init_gate_std),
-            "gate_up_weight": self._normal(gla.init_gate_std),
-            # The bias spreads the channels of a head from fast to slow forgetting.
-            "gate_up_bias": Initialisation(
-                f"from {spread[0]:g} to {spread[-1]:g} over the channels of each head",
-                lambda parameter: torch.tensor(spread).repeat(parameter.model.num_query_groups),
-            ),
-            # A small output norm keeps the new mixer's contribution low until alignment has trained it.
-            "out_norm": self._constant(gla.init_out_norm),
-            "softmax_norm": branch_norm,
-            "linear_norm": branch_norm,
-            "branch_weights": Initialisation(
-                f"{hybrid.init_softmax_weight:g} and {hybrid.init_linear_weight:g}",
-                lambda _: torch.tensor([hybrid.init_softmax_weight, hybrid.init_linear_weight]),
-            ),
-            "sinks": Initialisation("rows of the embedding, frequent tokens preferred", self._embedding_rows),
-            "router": self._normal(of_kind(upcycling.form, router_std, "the routers' starts")),
+        self._by_class: dict[type[Start], Callable[[Any], Initialisation]] = {
+            Normal: self._normal,
+            Constant: self._constant,
+            Values: self._values,
+            AttentionSize: self._attention_size,
+            EmbeddingRows: self._embedding_rows,
+            OfRecipe: self._of_recipe,
         }
 
     def describe(self, parameter: Parameter) -> str:
@@ -84,25 +75,62 @@ class NewParameters:
         return self._start(parameter).values(parameter).expand(parameter.shape).to(dtype, copy=True)
 
     def _start(self, parameter: Parameter) -> Initialisation:
-        return self._starts[parameter.rule.roles[0]]
+        """Raises ConfigurationError where nothing says how a parameter begins, or its start is not known."""
+        start = parameter.weight.start
+        if start is None:
+            raise ConfigurationError(
+                f"{parameter.name} is made of {', '.join(parameter.roles)}, which the source does not have, "
+                f"and nothing says how else it starts; give the weight a start of architecture/starts.py"
+            )
+        if type(start) not in self._by_class:
+            raise ConfigurationError(
+                f"{parameter.name} starts as {type(start).__name__}, which conversion/new_parameters.py does "
+                f"not know; known are {', '.join(known.__name__ for known in self._by_class)}"
+            )
+        return self._by_class[type(start)](start)
 
     def _noise(self, parameter: Parameter) -> Tensor:
         return torch.empty(parameter.shape).normal_(generator=generator(self.conversion.seed, parameter.name))
 
-    def _normal(self, std: float) -> Initialisation:
-        if std == 0:
-            return self._constant(0.0)
-        return Initialisation(f"normal, std {std:g}", lambda parameter: std * self._noise(parameter))
+    def _normal(self, start: Normal) -> Initialisation:
+        if start.std == 0:
+            return self._constant(Constant(0.0))
+        return Initialisation(
+            f"normal, std {start.std:g}", lambda parameter: start.std * self._noise(parameter)
+        )
 
-    def _constant(self, value: float) -> Initialisation:
-        return Initialisation(f"constant {value:g}", lambda _: torch.tensor(value))
+    def _constant(self, start: Constant) -> Initialisation:
+        return Initialisation(f"constant {start.value:g}", lambda _: torch.tensor(start.value))
 
-    def _attention_size(self, parameter: Parameter) -> Tensor:
-        assert parameter.layer is not None
-        return torch.tensor(self.attention_scale.of_layer(parameter.layer))
+    def _values(self, start: Values) -> Initialisation:
+        def fill(parameter: Parameter) -> Tensor:
+            repeats = -(-parameter.numel // len(start.values))
+            return torch.tensor(start.values).repeat(repeats)[: parameter.numel].view(parameter.shape)
 
-    def _embedding_rows(self, parameter: Parameter) -> Tensor:
-        random = generator(self.conversion.seed, parameter.name)
-        number = parameter.model.num_sink_tokens
-        tokens = draw_tokens(parameter.model.vocab_size, number, random, distinct=True)
-        return self.source.read("embedding")[tokens].float()
+        return Initialisation(start.description, fill)
+
+    def _attention_size(self, start: AttentionSize) -> Initialisation:
+        def measure(parameter: Parameter) -> Tensor:
+            assert parameter.layer is not None
+            return torch.tensor(self.attention_scale.of_layer(parameter.layer))
+
+        return Initialisation("size of the source's attention output, layer by layer", measure)
+
+    def _embedding_rows(self, start: EmbeddingRows) -> Initialisation:
+        def choose(parameter: Parameter) -> Tensor:
+            random = generator(self.conversion.seed, parameter.name)
+            vocabulary, number = parameter.model.vocab_size, parameter.shape[0]
+            tokens = draw_tokens(vocabulary, number, random, distinct=True)
+            return self.source.read("embedding")[tokens].float()
+
+        return Initialisation("rows of the embedding, frequent tokens preferred", choose)
+
+    def _of_recipe(self, start: OfRecipe) -> Initialisation:
+        upcycling = self.conversion.upcycling
+        router_std = {
+            UpcyclingForm.exact: TIE_BREAKING_STD,
+            UpcyclingForm.published: upcycling.router_init_std,
+        }
+        if start.name != "router":
+            raise ConfigurationError(f"no recipe says how {start.name} starts; recipes know router")
+        return self._normal(Normal(of_kind(upcycling.form, router_std, "the routers' starts")))

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from spikingbrain_train.architecture.weights import Shape
 from spikingbrain_train.config.model import Mixer, ModelConfig
 from spikingbrain_train.conversion.hf_names import GLA_SWA_NAMES
 from spikingbrain_train.conversion.mapping import Parameter, model_parameters
-from spikingbrain_train.conversion.transforms import Shape
 
 QKV_BIASES = ("q_bias", "k_bias", "v_bias")
 _GATE_RANK = 16
@@ -34,7 +34,7 @@ class Completion:
 def completions(model: ModelConfig) -> Iterator[Completion]:
     """Tensors that the published classes want beside those of ``model``, in the gla_swa format."""
     for parameter in model_parameters(model):
-        roles = parameter.rule.roles
+        roles = parameter.roles
         if roles == ("q_weight", "k_weight", "v_weight") and not model.add_qkv_bias:
             for role, shape in zip(QKV_BIASES, parameter.hf_shapes, strict=True):
                 name = GLA_SWA_NAMES[role].format(layer=parameter.layer)

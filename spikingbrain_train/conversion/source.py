@@ -5,19 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spikingbrain_train.architecture.weights import Shape
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.conversion.hf_config import Family
 from spikingbrain_train.conversion.mapping import Parameter, model_parameters
 from spikingbrain_train.conversion.safetensors_io import SafetensorsReader
 from spikingbrain_train.conversion.weight_values import ALLOW_DAMAGED_WEIGHTS, fault_of
-from spikingbrain_train.errors import CheckpointError
-
-_MAY_BE_ZERO = ("_bias", "gate_down_weight", "gate_up_weight", "out_norm")
-"""Ends of roles: biases, and what a recipe may start at zero."""
+from spikingbrain_train.errors import CheckpointError, ConfigurationError
 
 
 class Source:
-    """A Hugging Face checkpoint seen through the mapping table. Nothing is kept in memory.
+    """A Hugging Face checkpoint asked for by role. Nothing is kept in memory.
 
     Args:
         reader: its safetensors.
@@ -42,13 +40,35 @@ class Source:
         self.damaged: dict[str, str] = {}
         """Tensors read so far whose numbers are those of no trained model, and what they hold."""
         self._checked: set[str] = set()
-        self._roles = {
-            (role, parameter.layer) for parameter in model_parameters(model) for role in parameter.rule.roles
-        }
+        self._shapes: dict[tuple[str, int | None], Shape] = {}
+        self._may_be_zero: set[str] = set()
+        for parameter in model_parameters(model):
+            for role, shape in zip(parameter.roles, parameter.hf_shapes, strict=True):
+                self._shapes[role, parameter.layer] = shape
+                # A bias, or what a recipe may have started at zero.
+                if role.endswith("_bias") or parameter.weight.is_new:
+                    self._may_be_zero.add(role)
 
     def has(self, parameter: Parameter) -> bool:
-        """Whether the source holds every tensor that ``parameter`` is made of."""
-        return all((role, parameter.layer) in self._roles for role in parameter.rule.roles)
+        """Whether the source holds every tensor that ``parameter`` is made of.
+
+        Raises:
+            ConfigurationError: one has another shape.
+        """
+        asked = {
+            (role, parameter.layer): shape
+            for role, shape in zip(parameter.roles, parameter.hf_shapes, strict=True)
+        }
+        if not asked.keys() <= self._shapes.keys():
+            return False
+        for (role, layer), shape in asked.items():
+            stored = self._shapes[role, layer]
+            if stored != shape:
+                raise ConfigurationError(
+                    f"{parameter.name} is made of {self.name(role, layer)}, whose shape is {list(stored)}, "
+                    f"not {list(shape)}; keep the source's sizes, or give the weight another role"
+                )
+        return True
 
     def name(self, role: str, layer: int | None = None) -> str:
         """Name of the tensor with ``role`` in ``layer``."""
@@ -56,7 +76,7 @@ class Source:
 
     def dtype(self, parameter: Parameter) -> torch.dtype:
         """Number format of the tensors that ``parameter`` is made of."""
-        return self.reader.specs[self.name(parameter.rule.roles[0], parameter.layer)].dtype
+        return self.reader.specs[self.name(parameter.roles[0], parameter.layer)].dtype
 
     def read(self, role: str, layer: int | None = None) -> Tensor:
         """The tensor with ``role`` in ``layer``, on CPU, in its stored shape and dtype.
@@ -69,7 +89,7 @@ class Source:
         tensor = self.reader.read(name)
         if name not in self._checked:
             self._checked.add(name)
-            fault = fault_of(tensor, may_be_zero=role.endswith(_MAY_BE_ZERO))
+            fault = fault_of(tensor, may_be_zero=role in self._may_be_zero)
             if fault is not None:
                 self._note(name, fault)
         return tensor
@@ -83,5 +103,5 @@ class Source:
         self.damaged[name] = fault
 
     def parts(self, parameter: Parameter) -> list[Tensor]:
-        """The tensors that ``parameter`` is made of, in the order of its rule's roles."""
-        return [self.read(role, parameter.layer) for role in parameter.rule.roles]
+        """The tensors that ``parameter`` is made of, in the order of its roles."""
+        return [self.read(role, parameter.layer) for role in parameter.roles]

@@ -5,15 +5,16 @@ They move rows and never touch values, so both directions are exact.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from spikingbrain_train.architecture.weights import Shape, Weight
 from spikingbrain_train.config.model import ModelConfig
-
-Shape = tuple[int, ...]
+from spikingbrain_train.errors import ConfigurationError
 
 
 def fuse_rows(parts: list[Tensor], model: ModelConfig) -> Tensor:
@@ -52,10 +53,38 @@ class Transform:
     """A row permutation between several Hugging Face tensors and one Megatron parameter."""
 
     fuse: Callable[[list[Tensor], ModelConfig], Tensor]
-    """Hugging Face tensors, in the rule's role order, to the Megatron parameter."""
+    """Hugging Face tensors, in the order of the weight's roles, to the Megatron parameter."""
     split: Callable[[Tensor, list[Shape], ModelConfig], list[Tensor]]
     """The Megatron parameter to the Hugging Face tensors, given their shapes."""
 
 
-ROWS = Transform(fuse_rows, split_rows)
-QUERY_GROUPS = Transform(fuse_query_groups, split_query_groups)
+TRANSFORMS: Mapping[str, Transform] = {
+    "rows": Transform(fuse_rows, split_rows),
+    "query_groups": Transform(fuse_query_groups, split_query_groups),
+}
+"""By what weights call them in ``layout``."""
+
+
+def transform_of(weight: Weight) -> Transform:
+    """How the tensors of a weight lie in it: an entry of :data:`TRANSFORMS`, or, for a kind from outside, the
+    ``package.module:ATTRIBUTE`` that its layout names.
+
+    Raises:
+        ConfigurationError: there is no such transform.
+    """
+    if weight.layout in TRANSFORMS:
+        return TRANSFORMS[weight.layout]
+    module, _, attribute = weight.layout.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigurationError(
+            f"{weight.name} has the layout {weight.layout}, which is none of {', '.join(TRANSFORMS)} and "
+            f"cannot be imported ({error}); write another one as package.module:ATTRIBUTE"
+        ) from error
+    if not isinstance(found, Transform):
+        raise ConfigurationError(
+            f"{weight.name} has the layout {weight.layout}, which is a {type(found).__name__}; name a "
+            f"Transform of spikingbrain_train.conversion.transforms"
+        )
+    return found

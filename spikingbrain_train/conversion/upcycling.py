@@ -18,56 +18,36 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from spikingbrain_train.architecture.weights import Shape
 from spikingbrain_train.config.conversion import UpcyclingConfig, UpcyclingForm
 from spikingbrain_train.config.kinds import of_kind
-from spikingbrain_train.config.model import FeedForward, ModelConfig, MoEConfig
 from spikingbrain_train.conversion.mapping import Parameter
 from spikingbrain_train.conversion.seeds import generator
-from spikingbrain_train.conversion.transforms import Shape
-from spikingbrain_train.errors import ConfigurationError
 
 _DOWN = "mlp_down_weight"
 
 
-def expert_scale(form: UpcyclingForm, moe: MoEConfig, role: str) -> float:
+def expert_scale(form: UpcyclingForm, outputs: float, role: str) -> float:
     """Factor on a copied matrix of every routed and shared expert.
 
     Args:
         form: how the scale is spread over the matrices.
-        moe: S, k and N.
+        outputs: how many times the dense output the layer would give unscaled, S + k/N.
         role: which matrix, ``mlp_gate_weight``, ``mlp_up_weight`` or ``mlp_down_weight``.
     """
-    experts_per_token = moe.num_shared_experts + moe.router_topk / moe.num_experts
     scales = {
-        UpcyclingForm.published: experts_per_token ** (-1 / 3),
-        UpcyclingForm.exact: 1 / experts_per_token if role == _DOWN else 1.0,
+        UpcyclingForm.published: outputs ** (-1 / 3),
+        UpcyclingForm.exact: 1 / outputs if role == _DOWN else 1.0,
     }
     return of_kind(form, scales, "the scales of experts")
 
 
-def check_expert_width(target: ModelConfig) -> None:
-    """Refuse experts that are not as wide as the source's feed-forward.
-
-    Raises:
-        ConfigurationError: copies of the feed-forward do not fit into them.
-    """
-    if (
-        FeedForward.moe in target.layer_feed_forwards()
-        and target.expert_ffn_hidden_size != target.ffn_hidden_size
-    ):
-        raise ConfigurationError(
-            f"moe.moe_ffn_hidden_size={target.moe.moe_ffn_hidden_size} differs from the source's "
-            f"feed-forward of {target.ffn_hidden_size}, of which every expert is a copy; set it to "
-            f"{target.ffn_hidden_size} or null"
-        )
-
-
 def describe_copies(parameter: Parameter, upcycling: UpcyclingConfig) -> str:
     """Where an expert parameter comes from, for the conversion report."""
-    assert parameter.rule.copies is not None
-    scale = expert_scale(upcycling.form, parameter.model.moe, parameter.rule.roles[-1])
+    assert parameter.copies is not None
+    scale = expert_scale(upcycling.form, parameter.copies.outputs, parameter.roles[-1])
     text = "copied" if scale == 1 else f"copied and scaled by {scale:.4g}"
-    if parameter.rule.copies.routed and upcycling.reinit_fraction:
+    if parameter.copies.routed and upcycling.reinit_fraction:
         text += f", {100 * upcycling.reinit_fraction:g} % of the channels drawn anew"
     return text
 
@@ -78,8 +58,8 @@ def expert_chunks(
     """The pieces of a routed or shared experts' parameter, one after the other.
 
     Args:
-        parameter: one whose rule has ``copies``.
-        parts: tensors of the dense feed-forward, in the order of the rule's roles.
+        parameter: one that has ``copies``.
+        parts: tensors of the dense feed-forward, in the order of its roles.
         upcycling: scaling and re-initialisation.
         seed: seed of what is drawn anew.
 
@@ -87,19 +67,17 @@ def expert_chunks(
         Offset in the whole parameter and values in the dtype of ``parts``, scaled in float32 and rounded
         once.
     """
-    copies, moe = parameter.rule.copies, parameter.model.moe
+    copies = parameter.copies
     assert copies is not None
     scaled = [
-        part.float().mul_(expert_scale(upcycling.form, moe, role)).to(part.dtype)
-        for role, part in zip(parameter.rule.roles, parts, strict=True)
+        part.float().mul_(expert_scale(upcycling.form, copies.outputs, role)).to(part.dtype)
+        for role, part in zip(parameter.roles, parts, strict=True)
     ]
     if not copies.routed:
-        side_by_side = [
-            torch.cat([part] * moe.num_shared_experts, dim=copies.channel_axis) for part in scaled
-        ]
+        side_by_side = [torch.cat([part] * copies.number, dim=copies.channel_axis) for part in scaled]
         yield (0, 0), parameter.fuse(side_by_side)
         return
-    for expert in range(moe.num_experts):
+    for expert in range(copies.number):
         own = scaled
         if upcycling.reinit_fraction:
             own = _redraw(scaled, parameter, expert, upcycling.reinit_fraction, seed)
@@ -115,13 +93,13 @@ def _redraw(
     replaced. Values are normal with the mean and standard deviation of what they replace in that matrix
     (Drop-Upcycling, Nakamura et al., arXiv 2502.19261, section 3).
     """
-    assert parameter.rule.copies is not None
-    axis = parameter.rule.copies.channel_axis
+    assert parameter.copies is not None
+    axis = parameter.copies.channel_axis
     name = f"decoder.layers.{parameter.layer}.mlp.experts.{expert}"
     width = parts[0].shape[axis]
     channels = torch.randperm(width, generator=generator(seed, f"{name}.channels"))[: round(fraction * width)]
     drawn = []
-    for role, part in zip(parameter.rule.roles, parts, strict=True):
+    for role, part in zip(parameter.roles, parts, strict=True):
         old = part.index_select(axis, channels).float()
         if old.numel() > 1:
             new = torch.empty_like(old).normal_(

@@ -7,10 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spikingbrain_train.architecture.weights import Weight
 from spikingbrain_train.config.model import Mixer, ModelConfig
 from spikingbrain_train.conversion.hf_names import GLA_SWA_NAMES, LLAMA_NAMES
 from spikingbrain_train.conversion.mapping import Parameter, model_parameters
-from spikingbrain_train.errors import CheckpointError
+from spikingbrain_train.conversion.transforms import Transform
+from spikingbrain_train.errors import CheckpointError, ConfigurationError
 
 
 def small_model(**changes: object) -> ModelConfig:
@@ -140,3 +142,33 @@ def test_a_gate_has_no_place_in_a_dense_family() -> None:
     gate = parameter(small_model(), "decoder.layers.0.self_attention.out_norm.weight")
     with pytest.raises(CheckpointError, match=r"out_norm.weight has no counterpart"):
         gate.hf_names(LLAMA_NAMES)
+
+
+REVERSED = Transform(
+    fuse=lambda parts, model: parts[0].flip(0), split=lambda fused, shapes, model: [fused.flip(0)]
+)
+"""A layout from outside the package."""
+
+
+def weight_of(layout: str) -> Parameter:
+    weight = Weight("decoder.layers.0.decay", ("decay",), ((3,),), "decays", layout=layout)
+    return Parameter(weight, 0, small_model())
+
+
+def test_a_weight_from_outside_names_its_transform() -> None:
+    decay = weight_of(f"{__name__}:REVERSED")
+    assert decay.fuse([torch.tensor([1, 2, 3])]).tolist() == [3, 2, 1]
+    assert decay.split(torch.tensor([3, 2, 1]))[0].tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("layout", "sentence"),
+    [
+        ("columns", "has the layout columns, which is none of rows, query_groups and cannot be imported"),
+        (f"{__name__}:MISSING", "write another one as package.module:ATTRIBUTE"),
+        (f"{__name__}:weight_of", "which is a function; name a Transform"),
+    ],
+)
+def test_a_layout_that_nobody_knows_is_refused(layout: str, sentence: str) -> None:
+    with pytest.raises(ConfigurationError, match=sentence):
+        weight_of(layout).fuse([torch.ones(3)])

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pytest
 import torch
 
+from spikingbrain_train.architecture.mixers import MIXERS
 from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
 from spikingbrain_train.config.conversion import ConversionConfig
 from spikingbrain_train.config.model import GatedLinearAttentionConfig, Mixer
 from spikingbrain_train.conversion.import_checkpoint import import_checkpoint
+from spikingbrain_train.errors import ConfigurationError
 from tests.conversion.hf_models import HFCheckpoint
 
 ATTENTION = "decoder.layers.{layer}.self_attention."
@@ -102,3 +106,51 @@ def test_dry_run_reports_the_same_and_writes_nothing(hf_checkpoint: HFCheckpoint
     done = import_checkpoint(source, tmp_path / "out", ConversionConfig())
     assert (planned.groups, planned.bytes) == (done.groups, done.bytes)
     assert "would write" in planned.table()
+
+
+@dataclass(frozen=True)
+class Orthogonal:
+    """A start that conversion does not know."""
+
+
+@pytest.mark.parametrize(
+    ("role", "changes", "sentence"),
+    [
+        (
+            "out_norm",
+            {"start": None},
+            r"out_norm\.weight is made of out_norm, which the source does not have",
+        ),
+        (
+            "out_norm",
+            {"start": Orthogonal()},
+            r"starts as Orthogonal, which .* does not know; known are Normal,",
+        ),
+        (
+            "o_weight",
+            {"shapes": ((8, 32),)},
+            r"linear_proj\.weight is made of model\.layers\.0\.self_attn\.o_proj\.weight, whose shape is "
+            r"\[32, 32\], not \[8, 32\]",
+        ),
+    ],
+    ids=["no_start", "unknown_start", "other_shape"],
+)
+def test_a_weight_that_nothing_fills_is_refused_by_name(
+    hf_checkpoint: HFCheckpoint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    role: str,
+    changes: dict,
+    sentence: str,
+) -> None:
+    kind = MIXERS["gla"]
+    own = kind.weights
+
+    def changed(model, group="attention"):
+        return tuple(replace(w, **changes) if w.roles == (role,) else w for w in own(model, group))
+
+    monkeypatch.setattr(kind, "weights", changed)
+    source, _ = hf_checkpoint()
+    with pytest.raises(ConfigurationError, match=sentence):
+        import_checkpoint(source, tmp_path / "out", ConversionConfig())
+    assert not (tmp_path / "out").exists()
