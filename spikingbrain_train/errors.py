@@ -29,3 +29,8 @@ class CheckpointError(SpikingBrainError):
 
 class NumericalError(SpikingBrainError):
     """A loss, a gradient or a weight is NaN or infinite: the run diverged, whatever its settings say."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line; its name where it says nothing."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -11,7 +11,7 @@ import torch
 from megatron.core.dist_checkpointing.core import CheckpointingException
 
 from spikingbrain_train.checkpoint.torch_dist import FailedElsewhere, FailedOnRank
-from spikingbrain_train.errors import CheckpointError
+from spikingbrain_train.errors import CheckpointError, first_line
 from spikingbrain_train.parallel.agreement import FAILED_ELSEWHERE, Failure, agreed_failure
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 
@@ -86,8 +86,3 @@ def _is_full(folder: Path) -> bool:
         return shutil.disk_usage(folder).free < _FULL_BYTES
     except OSError:
         return False
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception says, in one line."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

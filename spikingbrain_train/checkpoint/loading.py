@@ -8,7 +8,6 @@ from typing import Any
 from megatron.core.dist_checkpointing.core import CheckpointingException
 
 from spikingbrain_train.architecture.same_architecture import check_same_weights
-from spikingbrain_train.checkpoint.failures import first_line
 from spikingbrain_train.checkpoint.finite_state import first_not_finite_of_run
 from spikingbrain_train.checkpoint.sharded_state import (
     PipelineStage,
@@ -21,7 +20,7 @@ from spikingbrain_train.checkpoint.sharded_state import (
 from spikingbrain_train.checkpoint.torch_dist import load_shards
 from spikingbrain_train.config.load import load_model_config
 from spikingbrain_train.config.run import RunConfig
-from spikingbrain_train.errors import CheckpointError
+from spikingbrain_train.errors import CheckpointError, first_line
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.planning.resume import (
     StoredRun,

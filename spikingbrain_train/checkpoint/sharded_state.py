@@ -15,6 +15,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from spikingbrain_train.checkpoint.optimizer_state import load_state, state_to_load
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.parallel.process_groups import ProcessGroups
+from spikingbrain_train.runtime.checkpoint_metadata import ONE_KEY_PER_LAYER
 
 
 class PipelineStage(Protocol):
@@ -57,12 +58,12 @@ class RunState(Protocol):
 
 
 def _sharding() -> dict[str, Any]:
-    """How tensors are named and split: per-layer keys, because layers differ, and optimizer state as whole
+    """How tensors are named and split: one key per layer, because layers differ, and optimizer state as whole
     parameters, so that any topology can read it. A new dict each time: megatron-core puts this run's process
     groups into it.
     """
     return {
-        "non_homogeneous_layers": True,
+        **ONE_KEY_PER_LAYER,
         "distrib_optim_sharding_type": "fully_reshardable",
         "chained_optim_avoid_prefix": True,
     }

@@ -31,9 +31,13 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.utils import _create_file_view
 
-from spikingbrain_train.errors import CheckpointError
+from spikingbrain_train.errors import CheckpointError, first_line
 from spikingbrain_train.runtime.checkpoint_metadata import (
+    BACKEND,
+    BACKEND_FILE,
+    COMMON_STATE_FILE,
     METADATA_FILE,
+    ONE_KEY_PER_LAYER,
     WHOLE_FILES,
     check_shards_are_whole,
     read_metadata,
@@ -72,17 +76,16 @@ class MegatronCheckpointWriter:
             return
         common = {
             "iteration": self.iteration,
-            # How the model must build its sharded state dict so that the keys are these: one key per layer.
-            "content_metadata": {"non_homogeneous_layers": True},
+            "content_metadata": dict(ONE_KEY_PER_LAYER),
         }
-        torch.save(common, self.folder / "common.pt")
+        torch.save(common, self.folder / COMMON_STATE_FILE)
         backend = {
-            "sharded_backend": "torch_dist",
+            "sharded_backend": BACKEND,
             "sharded_backend_version": 1,
             "common_backend": "torch",
             "common_backend_version": 1,
         }
-        (self.folder / "metadata.json").write_text(json.dumps(backend), encoding="utf-8")
+        (self.folder / BACKEND_FILE).write_text(json.dumps(backend), encoding="utf-8")
         with (self.folder / METADATA_FILE).open("wb") as file:
             pickle.dump(self._metadata, file)
         for name in WHOLE_FILES:
@@ -234,9 +237,8 @@ class MegatronCheckpointReader:
                 view = cast(IO[bytes], _create_file_view(cast(IOBase, file), place.offset, place.length))
                 tensor = torch.load(view, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CheckpointError(
-                f"{path}: {name} cannot be read ({reason}); copy the checkpoint again"
+                f"{path}: {name} cannot be read ({first_line(error)}); copy the checkpoint again"
             ) from None
         if not isinstance(tensor, Tensor):
             raise CheckpointError(f"{path}: {name} is not a tensor; copy the checkpoint again")

@@ -48,7 +48,8 @@ class FailedOnRank(RuntimeError):
 
 class ShardWriters:
     """The files of one checkpoint that this rank writes. Made and finished by all ranks together, one
-    checkpoint at a time; the thread between takes part in no collective.
+    checkpoint at a time; the thread between takes part in no collective. What it runs is megatron-core's, as
+    runtime/shard_writers.py has patched it.
 
     On a GPU all that is written is copied to the host here. On CPU it is written from where it lies: nothing
     may change it before :meth:`is_done`.
@@ -65,7 +66,6 @@ class ShardWriters:
     def __init__(self, sharded: dict[str, Any], folder: Path) -> None:
         from megatron.core import dist_checkpointing
 
-        _write_in_threads_of_this_process()
         self._folder = folder
         self._error: Exception | None = None
         self._thread: threading.Thread | None = None
@@ -120,19 +120,6 @@ class ShardWriters:
             # 0.16 looks for the plain values in this file and nowhere else
             common = dist_checkpointing.load_common_state_dict(str(self._folder))
             torch.save(common, self._folder / COMMON_STATE_FILE)
-
-
-def _write_in_threads_of_this_process() -> None:
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    from spikingbrain_train.runtime.shard_writers import write_shards_in_threads
-
-    write_shards_in_threads()
-    # Writers report through this queue. megatron-core's own is served by a manager process that every rank
-    # spawns (seconds, 270 MB, and it outlives a killed rank) for the sake of saving from another process,
-    # which we don't do.
-    if filesystem_async._results_queue is None:
-        filesystem_async._results_queue = queue.Queue()
 
 
 def _forget_results_of_failed_saves() -> None:

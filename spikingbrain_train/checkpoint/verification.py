@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
-from spikingbrain_train.errors import CheckpointError
+from spikingbrain_train.errors import CheckpointError, first_line
 from spikingbrain_train.runtime.checkpoint_metadata import (
+    BACKEND,
     BACKEND_FILE,
     COMMON_STATE_FILE,
     WHOLE_FILES,
@@ -20,9 +21,6 @@ from spikingbrain_train.runtime.checkpoint_metadata import (
 )
 from spikingbrain_train.runtime.megatron_versions import COMMON_STATE_IN_FILE
 from spikingbrain_train.storage.checkpoint_manifest import Parts, checksums, read_manifest
-
-BACKEND = "torch_dist"
-"""megatron-core's name of the one format of shards that is written and read here."""
 
 _OPTIMIZER = "optimizer."  # how keys of optimizer states begin
 
@@ -88,8 +86,7 @@ def check_whole_files(folder: Path) -> None:
     try:
         common = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle can raise almost anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path} is damaged ({reason}); copy the checkpoint again") from None
+        raise CheckpointError(f"{path} is damaged ({first_line(error)}); copy the checkpoint again") from None
     if not isinstance(common, dict):
         raise CheckpointError(f"{path} does not hold values by name; copy the checkpoint again")
 

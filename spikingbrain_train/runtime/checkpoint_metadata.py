@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,11 @@ COMMON_STATE_FILE = "common.pt"
 BACKEND_FILE = "metadata.json"
 WHOLE_FILES = (METADATA_FILE, COMMON_STATE_FILE, BACKEND_FILE)
 """The small files of a checkpoint, which are read at once."""
+
+BACKEND = "torch_dist"
+"""megatron-core's name of the one format of shards that is written and read here, in ``metadata.json``."""
+ONE_KEY_PER_LAYER: Mapping[str, bool] = {"non_homogeneous_layers": True}
+"""How a model must build its sharded state dict to have the keys of our checkpoints."""
 
 _DCP = "torch.distributed.checkpoint."
 _PERMITTED_GLOBALS = {

@@ -26,10 +26,10 @@ TOKENS = torch.randint(0, 101, (2, 50), generator=torch.Generator().manual_seed(
 
 def load_megatron_model(groups: ProcessGroups, folder: Path) -> HybridGPTModel:
     """This rank's stage in fp32, filled by megatron-core from the newest checkpoint in ``folder``."""
+    from spikingbrain_train.checkpoint.torch_dist import load_shards
     from spikingbrain_train.models.gpt_model import build_model
     from spikingbrain_train.models.transformer_config import transformer_config
     from spikingbrain_train.parallel.kernels import resolve_kernels
-    from spikingbrain_train.runtime.megatron_versions import load_checkpoint
 
     checkpoint = latest_checkpoint(folder, "folder")
     config = load_model_config(checkpoint / MODEL_CONFIG_FILE)
@@ -44,7 +44,7 @@ def load_megatron_model(groups: ProcessGroups, folder: Path) -> HybridGPTModel:
     model = build_model(config, megatron, kernels, groups.device)
     for parameter in model.parameters():
         parameter.data.fill_(float("nan"))  # what the checkpoint does not fill will show
-    loaded = load_checkpoint(_sharded_weights(model), checkpoint)
+    loaded = load_shards(_sharded_weights(model), checkpoint)
     weights = {name: value for name, value in loaded.items() if isinstance(value, torch.Tensor)}
     result = model.load_state_dict(weights, strict=False)
     assert not [name for name in result.missing_keys if not name.endswith("_extra_state")]
@@ -84,7 +84,7 @@ def _logits(groups: ProcessGroups, model: HybridGPTModel) -> torch.Tensor | None
 
 def logits_and_save(groups: ProcessGroups, folder: Path, target: Path) -> torch.Tensor | None:
     """Logits of the checkpoint in ``folder``, and its weights saved again from these ranks to ``target``."""
-    from spikingbrain_train.runtime.megatron_versions import save_checkpoint
+    from spikingbrain_train.checkpoint.torch_dist import save_shards
 
     model = load_megatron_model(groups, folder)
     checkpoint = iteration_folder(target, 3)
@@ -94,7 +94,7 @@ def logits_and_save(groups: ProcessGroups, folder: Path, target: Path) -> torch.
         shutil.copy(source / MODEL_CONFIG_FILE, checkpoint)
         (target / "latest_checkpointed_iteration.txt").write_text("3")
     torch.distributed.barrier()
-    save_checkpoint({"model": _sharded_weights(model), "iteration": 3}, checkpoint)
+    save_shards({"model": _sharded_weights(model), "iteration": 3}, checkpoint)
     return _logits(groups, model)
 
 

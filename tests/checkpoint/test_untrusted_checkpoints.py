@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from spikingbrain_train.checkpoint.torch_dist import load_shards, save_shards
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.errors import CheckpointError
 from spikingbrain_train.parallel.process_groups import ProcessGroups
-from spikingbrain_train.runtime import megatron_versions
 from spikingbrain_train.runtime.checkpoint_metadata import METADATA_FILE, read_metadata
 from tests.distributed.pool import RankPool
 
@@ -38,13 +38,13 @@ def _sharded(content: torch.Tensor):
 
 
 def _save(groups: ProcessGroups, folder: Path) -> None:
-    megatron_versions.save_checkpoint(_sharded(torch.arange(6.0)), folder)
+    save_shards(_sharded(torch.arange(6.0)), folder)
 
 
 def _load(groups: ProcessGroups, folder: Path) -> tuple[str, str]:
     """Kind and sentence of the error, or nothing and what was loaded."""
     try:
-        loaded = megatron_versions.load_checkpoint(_sharded(torch.zeros(6)), folder)
+        loaded = load_shards(_sharded(torch.zeros(6)), folder)
     except Exception as error:
         return type(error).__name__, str(error)
     return "", str(loaded)
