@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.distributed.pool import RankPool
+from tests.leftovers import pytest_sessionfinish, pytest_terminal_summary  # noqa: F401  (pytest calls them)
 
 
 @pytest.fixture(scope="session")
