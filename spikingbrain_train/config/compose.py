@@ -17,10 +17,11 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from spikingbrain_train.config.load import conf_folder, register_resolvers
+from spikingbrain_train.config.load import conf_folder
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.config.schema import explain, setting_types
 from spikingbrain_train.config.stored_config import with_stored_config
+from spikingbrain_train.config.stored_model import register_stored_model
 from spikingbrain_train.errors import ConfigurationError, SpikingBrainError
 
 _OWN_FLAGS = "--config run_config.yaml, --help, --cfg job, --resolve, --info, --hydra-help"
@@ -53,9 +54,9 @@ def describe_groups() -> str:
 
 
 def register_schema() -> None:
-    """Tell Hydra what conf/config.yaml refers to: RunConfig as ``run_schema``, and the resolvers."""
+    """Tell Hydra what conf/config.yaml refers to: RunConfig as ``run_schema``, and the stored model."""
     ConfigStore.instance().store(name="run_schema", node=RunConfig)
-    register_resolvers()
+    register_stored_model()
     OmegaConf.register_new_resolver("describe_groups", describe_groups, replace=True)
 
 
@@ -73,7 +74,7 @@ def explain_composition(error: BaseException) -> SpikingBrainError | None:
         )
     if isinstance(error, MissingConfigException):
         group, _, choice = (error.missing_cfg_file or "").rpartition("/")
-        choices = [option for option in error.options or [] if isinstance(option, str)]
+        choices = list(groups().get(group, {}))
         if group:
             hint = _did_you_mean(choice, choices) or ";"
             return ConfigurationError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -16,7 +15,6 @@ from spikingbrain_train.config.renamed import translate_old_values
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.config.schema import check_lists, explain, unknown_setting, unknown_settings
 from spikingbrain_train.errors import CheckpointError, ConfigurationError
-from spikingbrain_train.storage.checkpoint_folder import MODEL_CONFIG_FILE, latest_checkpoint
 from spikingbrain_train.storage.durable_files import write_text_durably
 
 Config = TypeVar("Config", RunConfig, ModelConfig, ConversionConfig)
@@ -31,30 +29,6 @@ def conf_folder() -> Path:
     raise ConfigurationError(
         f"the conf folder is in neither {package.parent} nor {package}; reinstall, or run from a checkout"
     )
-
-
-@lru_cache(maxsize=8)
-def _model_of_checkpoint(folder: str) -> ModelConfig:
-    return load_model_config(latest_checkpoint(folder, "checkpoint.load") / MODEL_CONFIG_FILE)
-
-
-def _resolve_model_of_checkpoint(folder: str | None, setting: str) -> Any:
-    """One setting of the model in checkpoint.load; conf/model/from_checkpoint.yaml asks for each."""
-    if folder is None:
-        raise ConfigurationError(
-            "model=from_checkpoint takes the architecture from checkpoint.load, which is null; "
-            "set checkpoint.load=<folder>, or choose a size such as model=smollm2_135m_hybrid "
-            "to start from random weights"
-        )
-    value: Any = _model_of_checkpoint(folder)
-    for name in setting.split("."):
-        value = getattr(value, name)
-    return [choice.name for choice in value] if isinstance(value, list) else value
-
-
-def register_resolvers() -> None:
-    """Make ``${model_of_checkpoint:...}`` known to OmegaConf. Calling it again changes nothing."""
-    OmegaConf.register_new_resolver("model_of_checkpoint", _resolve_model_of_checkpoint, replace=True)
 
 
 def _to_typed(values: DictConfig | ListConfig, schema: type[Config]) -> Config:
@@ -90,7 +64,6 @@ def to_run_config(composed: DictConfig) -> RunConfig:
         ConfigurationError: see :func:`_to_typed`.
         CheckpointError: ``model=from_checkpoint`` and checkpoint.load is not a checkpoint folder.
     """
-    register_resolvers()
     if OmegaConf.is_missing(composed, "output_dir") and composed.get("dry_run"):
         composed = composed.copy()
         composed.output_dir = "."

@@ -8,13 +8,11 @@ import re
 
 import pytest
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
 from spikingbrain_train.config.compose import groups, register_schema
 from spikingbrain_train.config.load import conf_folder, load_conversion, to_run_config
-from spikingbrain_train.config.model import FeatureMap, FeedForward, GateKind, Mixer, ModelConfig
+from spikingbrain_train.config.model import FeatureMap, FeedForward, GateKind, Mixer
 from spikingbrain_train.config.run import RunConfig
-from spikingbrain_train.config.schema import setting_types
 from spikingbrain_train.planning.checks import check_run_config
 from spikingbrain_train.planning.costs import active_parameters, total_parameters
 from spikingbrain_train.planning.planner import launched_world_size, plan_run
@@ -49,7 +47,7 @@ def test_every_file_says_what_it_is_for(path):
 def test_every_choice_makes_a_plan(group, choice, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     if choice == "from_checkpoint":
-        return  # test_load.py has a checkpoint for it
+        return  # test_stored_model.py has a checkpoint for it
     overrides = [f"{group}={choice}"]
     if group == "parallel":
         overrides.append("stage.global_batch_size=128")  # as many as the largest number of replicas
@@ -64,24 +62,6 @@ def test_every_choice_makes_a_plan(group, choice, monkeypatch):
     if choice == "adamw_wsd":
         overrides.append("optimizer.lr_wsd_decay_iters=100")
     dry_run(*overrides)
-
-
-def test_from_checkpoint_asks_for_every_setting_of_a_model():
-    model = OmegaConf.load(conf_folder() / "model" / "from_checkpoint.yaml")
-
-    def leaves(node, prefix=""):
-        for name in node:
-            if OmegaConf.is_dict(node._get_node(name)):
-                yield from leaves(node._get_node(name), f"{prefix}{name}.")
-            else:
-                yield f"{prefix}{name}", node._get_node(name)._value()
-
-    expected = {
-        name: f"${{model_of_checkpoint:${{checkpoint.load}},{name}}}"
-        for name, kind in setting_types(ModelConfig)
-        if not dataclasses.is_dataclass(kind)
-    }
-    assert dict(leaves(model)) == expected
 
 
 def test_an_experiment_wins_over_the_groups_and_the_command_line_over_both():

@@ -169,44 +169,6 @@ def test_a_dry_run_needs_no_output_folder():
         to_run_config(config)
 
 
-class TestModelFromCheckpoint:
-    @pytest.fixture
-    def from_checkpoint(self, tmp_path):
-        checkpoint = tmp_path / "hybrid" / "iter_0000003"
-        checkpoint.mkdir(parents=True)
-        save_config(MODEL, checkpoint / "model_config.yaml")
-        (checkpoint / ".metadata").touch()
-        (tmp_path / "hybrid" / "latest_checkpointed_iteration.txt").write_text("3\n")
-        from spikingbrain_train.config.load import conf_folder
-
-        model = OmegaConf.load(conf_folder() / "model" / "from_checkpoint.yaml")
-        config = OmegaConf.structured(dataclasses.replace(RUN, model=ModelConfig()))
-        config.checkpoint.load = str(tmp_path / "hybrid")
-        return OmegaConf.merge(config, {"model": model})
-
-    def test_every_setting_comes_from_the_checkpoint(self, from_checkpoint):
-        # MODEL differs from the defaults, so a setting that from_checkpoint.yaml forgets would show.
-        assert to_run_config(from_checkpoint).model == MODEL
-
-    def test_single_settings_can_be_overridden(self, from_checkpoint):
-        from_checkpoint.model.max_position_embeddings = 32768
-        from_checkpoint.model.gla.init_gate_bias_max = 1.0
-        model = to_run_config(from_checkpoint).model
-        assert model.max_position_embeddings == 32768
-        assert model.gla == dataclasses.replace(MODEL.gla, init_gate_bias_max=1.0)
-        assert model.num_layers == 3
-
-    def test_without_a_checkpoint_the_alternatives_are_named(self, from_checkpoint):
-        from_checkpoint.checkpoint.load = None
-        with pytest.raises(ConfigurationError, match="checkpoint.load.*null.*model=smollm2_135m_hybrid"):
-            to_run_config(from_checkpoint)
-
-    def test_a_folder_that_is_no_checkpoint_is_named(self, from_checkpoint):
-        from_checkpoint.checkpoint.load = "nowhere"
-        with pytest.raises(CheckpointError, match="checkpoint.load=nowhere is not a folder"):
-            to_run_config(from_checkpoint)
-
-
 class TestConversion:
     def test_recipes_by_name(self):
         assert load_conversion("dense") == ConversionConfig(mixers=[Mixer.full])

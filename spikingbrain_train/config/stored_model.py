@@ -1,0 +1,54 @@
+"""The model that lies in checkpoint.load, as a choice of the group ``model``.
+
+conf/model/from_checkpoint.yaml names it. Every setting of the schema refers to the stored one, so that what an
+experiment or the command line says of a single setting comes on top of it, as with any other choice.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from functools import lru_cache
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+from spikingbrain_train.config.load import load_model_config
+from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.config.setting import leaves
+from spikingbrain_train.errors import ConfigurationError
+from spikingbrain_train.storage.checkpoint_folder import MODEL_CONFIG_FILE, latest_checkpoint
+
+_RESOLVER = "model_of_checkpoint"
+
+
+@lru_cache(maxsize=8)
+def _settings(folder: str) -> dict[str, Any]:
+    """Every setting of the model in a checkpoint folder, by dotted name."""
+    return leaves(load_model_config(latest_checkpoint(folder, "checkpoint.load") / MODEL_CONFIG_FILE))
+
+
+def _resolve(folder: str | None, setting: str) -> Any:
+    if folder is None:
+        raise ConfigurationError(
+            "model=from_checkpoint takes the architecture from checkpoint.load, which is null; "
+            "set checkpoint.load=<folder>, or choose a size such as model=smollm2_135m_hybrid "
+            "to start from random weights"
+        )
+    return _plain(_settings(folder)[setting])
+
+
+def _plain(value: Any) -> Any:
+    """As YAML has it: OmegaConf's lists that are not typed yet hold no enums."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value.name if isinstance(value, Enum) else value
+
+
+def register_stored_model() -> None:
+    """Tell Hydra what conf/model/from_checkpoint.yaml refers to. Calling it again changes nothing."""
+    OmegaConf.register_new_resolver(_RESOLVER, _resolve, replace=True)
+    node = OmegaConf.create()
+    for name in leaves(ModelConfig()):
+        OmegaConf.update(node, name, f"${{{_RESOLVER}:${{checkpoint.load}},{name}}}", force_add=True)
+    ConfigStore.instance().store(group="model", name=_RESOLVER, node=node)

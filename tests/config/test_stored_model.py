@@ -1,0 +1,94 @@
+"""``model=from_checkpoint`` is the model in checkpoint.load, whatever that is; single settings come on top."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from spikingbrain_train.config.compose import compose_run, groups
+from spikingbrain_train.config.load import to_run_config
+from spikingbrain_train.config.model import FeedForward, Mixer, ModelConfig, SpikingProjection
+from spikingbrain_train.config.run import RunConfig
+from spikingbrain_train.config.setting import leaves
+from spikingbrain_train.errors import CheckpointError, ConfigurationError
+from tests.config.changes import changed, other
+from tests.config.small_model import small_model, write_checkpoint
+
+
+def unlike_the_defaults() -> ModelConfig:
+    """A model of which no setting has its default."""
+    model = small_model(mixers=[Mixer.gla_swa, Mixer.full], feed_forwards=[FeedForward.moe])
+    model.spiking.projections = [SpikingProjection.qkv]
+    for name, default in leaves(ModelConfig()).items():
+        if default == leaves(model)[name]:
+            model = changed(model, name, other(default))
+    return model
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_checkpoint(tmp_path / "hybrid", unlike_the_defaults(), iteration=3)
+    return tmp_path / "hybrid"
+
+
+def composed(*overrides: str) -> RunConfig:
+    return to_run_config(compose_run(["dry_run=true", *overrides]))
+
+
+def test_every_setting_comes_from_the_checkpoint(folder: Path) -> None:
+    model = composed(f"checkpoint.load={folder}").model
+    assert model == unlike_the_defaults()
+    for name, default in leaves(ModelConfig()).items():
+        assert leaves(model)[name] != default, name
+
+
+def test_single_settings_of_the_command_line_come_on_top(folder: Path) -> None:
+    model = composed(
+        f"checkpoint.load={folder}",
+        "model.max_position_embeddings=32768",
+        "model.gla.init_gate_bias_max=1.0",
+        "model.mixers=[full]",
+    ).model
+    stored = unlike_the_defaults()
+    assert model == dataclasses.replace(
+        stored,
+        max_position_embeddings=32768,
+        gla=dataclasses.replace(stored.gla, init_gate_bias_max=1.0),
+        mixers=[Mixer.full],
+    )
+
+
+def test_an_experiment_comes_on_top_of_it_and_the_command_line_on_top_of_both(
+    folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(
+        f"# @package _global_\n"
+        f"checkpoint: {{load: {folder}}}\nmodel: {{sliding_window: 17, rotary_base: 5.0}}\n"
+    )
+    searched = f"hydra.searchpath=[file://{tmp_path}]"
+    model = composed(searched, "experiment=mine", "model.rotary_base=7.0").model
+    assert model == dataclasses.replace(unlike_the_defaults(), sliding_window=17, rotary_base=7.0)
+
+
+def test_without_a_checkpoint_the_alternatives_are_named() -> None:
+    with pytest.raises(ConfigurationError, match=r"checkpoint\.load.*null.*model=smollm2_135m_hybrid"):
+        composed()
+
+
+def test_a_folder_that_is_no_checkpoint_is_named() -> None:
+    with pytest.raises(CheckpointError, match=r"checkpoint\.load=nowhere is not a folder"):
+        composed("checkpoint.load=nowhere")
+
+
+def test_a_setting_that_no_model_has_is_named(folder: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"model\.sliding_windw is not a setting; did you mean"):
+        composed(f"checkpoint.load={folder}", "model.sliding_windw=3")
+
+
+def test_the_choices_of_the_group_are_the_files() -> None:
+    with pytest.raises(ConfigurationError) as refusal:
+        composed("model=small")
+    assert str(refusal.value).endswith(f"model is one of {', '.join(groups()['model'])}")
