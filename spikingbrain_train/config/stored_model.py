@@ -1,7 +1,7 @@
 """The model that lies in checkpoint.load, as a choice of the group ``model``.
 
-conf/model/from_checkpoint.yaml names it. Every setting of the schema refers to the stored one, so that what an
-experiment or the command line says of a single setting comes on top of it, as with any other choice.
+conf/model/from_checkpoint.yaml names it. Every setting of the schema refers to the stored one, so that what
+an experiment or the command line says of a single setting comes on top of it, as with any other choice.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``model=from_checkpoint`` is the model in checkpoint.load, whatever that is; single settings come on top."""
+"""``model=from_checkpoint`` is the model in checkpoint.load, single settings come on top of it."""
 
 from __future__ import annotations
 
