@@ -10,7 +10,7 @@ BUDGET ?=
 PYTEST_ARGS ?=
 # One thread per process: the distributed tests run up to four gloo ranks, which would fight over the cores.
 OMP_NUM_THREADS ?= 1
-CHECKED := spikingbrain_train tools tests benchmarks $(wildcard train.py)
+CHECKED := spikingbrain_train tools scripts tests benchmarks $(wildcard train.py)
 
 # What a user gives is taken as it stands: no character of it means anything to make or to the shell. Recipes say
 # $(call quoted,MODEL), never "$(MODEL)".
@@ -55,9 +55,10 @@ test-matrix: ## Run the suite on every supported Python and megatron-core that t
 	@OMP_NUM_THREADS=$(call quoted,OMP_NUM_THREADS) PYTEST_ARGS=$(call quoted,PYTEST_ARGS) scripts/test_matrix.sh
 
 .PHONY: lint
-lint: environment ## Check style: ruff's rules and formatting
+lint: environment ## Check style (ruff's rules and formatting) and that ARCHITECTURE.md shows today's imports
 	@$(call program,ruff) check $(CHECKED)
 	@$(call program,ruff) format --check $(CHECKED)
+	@$(call program,python) scripts/draw_architecture.py --check
 
 .PHONY: typecheck
 typecheck: environment ## Check types with mypy
@@ -67,6 +68,10 @@ typecheck: environment ## Check types with mypy
 format: environment ## Rewrite the code in the project's style
 	@$(call program,ruff) check --fix $(CHECKED)
 	@$(call program,ruff) format $(CHECKED)
+
+.PHONY: architecture
+architecture: environment ## Draw the picture of rooms and arrows in ARCHITECTURE.md anew
+	@$(call program,python) scripts/draw_architecture.py
 
 .PHONY: clean
 clean: ## Remove the environment and caches; outputs/ stays

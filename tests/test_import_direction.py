@@ -1,41 +1,26 @@
 """Imports point downwards only:
 
-training, conversion -> evaluation -> models, data, checkpoint -> parallel -> ops -> runtime -> planning ->
-architecture -> config -> storage; hf alone.
+a room from rooms on lower floors (scripts/rooms.py), and never in a circle.
 """
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-PACKAGE = "spikingbrain_train"
-ROOT = Path(__file__).resolve().parents[1]
+from scripts.rooms import (
+    FLOORS,
+    PACKAGE,
+    ROOT,
+    arrows,
+    circle_in,
+    files,
+    imported_modules,
+    module_imports,
+    room_of,
+)
 
-# A room imports from rooms on lower floors and from itself. Training measures held-out cross entropy while it
-# runs, so evaluation lies below it; the exporter puts the files of hf into a checkpoint.
-FLOORS = {
-    "hf": 0,
-    "storage": 0,
-    "reporting": 0,
-    "config": 1,
-    "architecture": 2,
-    "planning": 3,
-    "runtime": 4,
-    "ops": 5,
-    "spiking": 5,
-    "parallel": 6,
-    "checkpoint": 7,
-    "models": 7,
-    "data": 7,
-    "evaluation": 8,
-    "training": 9,
-    "conversion": 9,
-    "pipelines": 10,
-}
 # Libraries that a room must do without, whichever file and function asks for them.
 _TORCH = {"torch", "megatron", "transformers", "fla", "numpy"}
 FORBIDDEN_LIBRARIES = {
@@ -43,26 +28,7 @@ FORBIDDEN_LIBRARIES = {
     "ops": {"megatron", "transformers"},
     "hf": {"megatron", "fla", "omegaconf", "hydra"},
 }
-FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
-
-
-def imported_modules(path: Path) -> Iterator[str]:
-    """Dotted names of all modules that a file imports, at any depth; relative ones made absolute."""
-    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
-    for node in ast.walk(ast.parse(path.read_text(), str(path))):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else ()
-            module = ".".join([*base, *([node.module] if node.module else [])])
-            # `from spikingbrain_train import ops` imports the room ops.
-            yield from ([f"{module}.{alias.name}" for alias in node.names] if module == PACKAGE else [module])
-
-
-def room_of(module: str) -> str | None:
-    """The room of one of our modules, None for a library and for the errors, which every room may raise."""
-    parts = module.split(".")
-    return parts[1] if parts[0] == PACKAGE and len(parts) > 1 and parts[1] != "errors" else None
+FILES = files()
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT / PACKAGE)))
@@ -81,21 +47,33 @@ def test_imports_point_downwards(path):
             assert FLOORS[other] < FLOORS[room], f"imports {module}, which is not below {room}"
 
 
-def test_the_rooms_of_the_design_are_all_known():
-    rooms = {path.parent.name for path in (ROOT / PACKAGE).glob("*/__init__.py")}
-    assert rooms <= set(FLOORS)
+def test_every_room_has_a_floor_and_every_floor_its_room():
+    assert {path.parent.name for path in (ROOT / PACKAGE).glob("*/__init__.py")} == set(FLOORS)
+
+
+def test_there_is_no_circle_of_rooms_or_modules():
+    """Not even by an import inside a function."""
+    assert circle_in(arrows()) is None
+    assert circle_in(module_imports()) is None
+
+
+def test_a_circle_is_found():
+    graph = {"a": {"b", "c"}, "b": {"c"}, "c": set(), "d": {"b", "e"}, "e": {"f"}, "f": {"d"}}
+    assert circle_in(graph) == ["d", "e", "f", "d"]
+    assert circle_in({**graph, "f": {"a"}}) is None
 
 
 def test_imports_are_found_wherever_they_hide(monkeypatch):
     code = """
 def f():
     from ..models import gpt_model
+    from ..models.gpt_model import HybridGPTModel
     from spikingbrain_train import training
     import torch.nn
 """
     monkeypatch.setattr(Path, "read_text", lambda self: code)
     assert set(imported_modules(ROOT / PACKAGE / "ops" / "hidden.py")) == {
-        "spikingbrain_train.models",
+        "spikingbrain_train.models.gpt_model",
         "spikingbrain_train.training",
         "torch.nn",
     }

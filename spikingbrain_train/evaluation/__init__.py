@@ -1,0 +1,1 @@
+"""How good a model is: held-out cross entropy in training, perplexity and samples of exported folders."""
