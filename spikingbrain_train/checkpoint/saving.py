@@ -123,7 +123,9 @@ class PendingSave:
                 remove_incomplete(folder)
                 save._temporary.mkdir(parents=True)
         with save._failing_together():
-            save._writers = ShardWriters(state_to_save(state, groups), save._temporary)
+            sharded = state_to_save(state, groups)
+        with save._failing_together():
+            save._writers = ShardWriters(sharded, save._temporary)
         with save._failing_together():
             if groups.is_main_process:
                 beside.write(save._temporary, state.model.model_config)

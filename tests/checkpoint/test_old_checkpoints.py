@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
 from spikingbrain_train.config.load import load_run_config
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import RunConfig
+from spikingbrain_train.config.run_record import record_of
 from spikingbrain_train.conversion.export_checkpoint import export_checkpoint
+from spikingbrain_train.parallel.process_groups import ProcessGroups
 from tests.conversion.hf_models import all_tensors
 from tests.distributed.pool import RankPool
 from tests.distributed.small_runs import train
@@ -48,6 +51,28 @@ def test_an_old_run_goes_on_as_it_would_have(name: str, ranks: RankPool, tmp_pat
     assert len(steps) == len(expected) == 2
     for (loss, _), step in zip(steps, expected, strict=True):
         assert loss == pytest.approx(step["loss"], rel=TOLERANCE[name])
+
+
+def _save_again(groups: ProcessGroups, config: RunConfig, folder: Path) -> None:
+    from spikingbrain_train.checkpoint.saving import FilesBesideWeights, save_checkpoint
+    from spikingbrain_train.training.trainer import Trainer
+
+    trainer = Trainer(config, groups)
+    save_checkpoint(folder, trainer.state, FilesBesideWeights(config, record_of(config, 1), None), groups)
+
+
+@pytest.mark.parametrize("name", ["76b", "7b"])
+def test_what_an_old_run_is_resumed_with_is_what_it_had(name: str, ranks: RankPool, tmp_path: Path) -> None:
+    """Weights, fp32 weights, moments and random generators, to the last bit on any machine."""
+    config = _run(name, tmp_path)
+    ranks.run(_save_again, config, tmp_path / "again", world_size=1, parallel=ONE_RANK)
+    old = MegatronCheckpointReader(tmp_path / name / "checkpoints" / "iter_0000002")
+    new = MegatronCheckpointReader(tmp_path / "again" / "iter_0000002")
+    assert old.tensors.keys() == new.tensors.keys()
+    for key in old.tensors:
+        assert torch.equal(old.read(key), new.read(key)), key
+    kept = [key.split(".")[0] for key in old.tensors]
+    assert kept.count("optimizer") > 20 and kept.count("generators") > 0
 
 
 def _sha256(tensor: torch.Tensor) -> str:
