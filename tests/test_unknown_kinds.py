@@ -34,8 +34,6 @@ from spikingbrain_train.conversion.mapping import model_parameters
 from spikingbrain_train.conversion.report import describe_layers
 from spikingbrain_train.conversion.upcycling import expert_scale
 from spikingbrain_train.errors import ConfigurationError
-from spikingbrain_train.models.feed_forward import feed_forward_spec
-from spikingbrain_train.models.layer_specs import layer_spec
 from spikingbrain_train.models.parallel_linears import ParallelLinears
 from spikingbrain_train.models.transformer_config import transformer_config
 from spikingbrain_train.parallel.kernels import softmax_attention_calls
@@ -94,14 +92,12 @@ ASKED: dict[str, Callable[[], Any]] = {
     "mixer: window": lambda: MODEL.window_of(MIXER),
     "mixer: new parameters": lambda: costs.new_parameters(WITH_MIXER),
     "mixer: plan": lambda: plan_run(replace(RUN, model=WITH_MIXER), 1),
-    "mixer: modules": lambda: layer_spec(MIXER, MODEL, KERNELS),
     "mixer: weight mapping": lambda: list(model_parameters(WITH_MIXER)),
     "mixer: export": lambda: export_family(WITH_MIXER),
     "mixer: report": lambda: describe_layers(WITH_MIXER),
     "mixer: same weights": lambda: check_same_weights(WITH_MIXER, WITH_MIXER, "a folder"),
     "mixer: spikes": lambda: check_spiking(WITH_MIXER, STAGE),
     "feed-forward: plan": lambda: plan_run(replace(RUN, model=WITH_FEED_FORWARD), 1),
-    "feed-forward: modules": lambda: feed_forward_spec(FEED_FORWARD, KERNELS, LINEARS),
     "feed-forward: weight mapping": lambda: list(model_parameters(WITH_FEED_FORWARD)),
     "feed-forward: export": lambda: unexportable_parts(WITH_FEED_FORWARD),
     "gate: parameters": lambda: costs.new_parameters(WITH_GATE),

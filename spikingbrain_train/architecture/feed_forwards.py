@@ -51,8 +51,12 @@ class FeedForwardKind(ABC):
         """Whether a dense source's feed-forward, of ``model.ffn_hidden_size``, can become it. Raises
         ConfigurationError."""
 
+    def all_settings(self, model: ModelConfig) -> set[str]:
+        """Dotted names of the model's settings that are there for it, and for others that name them, too."""
+        return self.settings(model)
+
     def settings(self, model: ModelConfig) -> set[str]:
-        """Dotted names of the model's settings that have a part in it, beside those of every model."""
+        """Those of them that have a part in it, with the values that others have."""
         return set()
 
     @abstractmethod

@@ -13,14 +13,13 @@ from spikingbrain_train.architecture.sizes import (
 from spikingbrain_train.architecture.split_checks import check_heads_over_context
 from spikingbrain_train.architecture.starts import Constant, Normal, Values
 from spikingbrain_train.architecture.weights import Split, Weight
-from spikingbrain_train.config.model import FeatureMap, GateKind, ModelConfig
+from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import (
     AcceleratorKind,
     LinearAttentionBackend,
     LinearAttentionContextParallel,
     ParallelConfig,
 )
-from spikingbrain_train.config.require import require
 from spikingbrain_train.config.run import RunConfig
 
 _FLA_CHUNK_TOKENS = 64
@@ -45,24 +44,17 @@ class GatedLinearAttentionKind(MixerKind):
     family = "linear"
     hf_layers = {"gla_swa": "linear_attention"}
 
-    def check(self, model: ModelConfig) -> None:
-        gla = model.gla
-        require(
-            gla.gate is not GateKind.tied or gla.feature_map is FeatureMap.sigmoid,
-            f"model.gla.gate=tied forgets by g = 1 - k, which must stay between 0 and 1, but keys of "
-            f"model.gla.feature_map={gla.feature_map.name} have no upper bound; set "
-            f"model.gla.feature_map=sigmoid, or model.gla.gate=low_rank",
-        )
-
     def check_split(self, model: ModelConfig, parallel: ParallelConfig) -> None:
         if parallel.context_parallel.gated_linear_attention is LinearAttentionContextParallel.ulysses:
             asks = "parallel.context_parallel.gated_linear_attention=ulysses"
             check_heads_over_context(model, parallel, asks, "gated_linear_attention=allgather, ")
 
+    def all_settings(self, model: ModelConfig) -> set[str]:
+        return {f"gla.{name}" for name in vars(model.gla)}
+
     def settings(self, model: ModelConfig) -> set[str]:
-        of_all = {"gla.feature_map", "gla.gate", "gla.init_out_norm"}
-        of_the_gate = {f"gla.{name}" for name in vars(model.gla)} - of_all
-        return of_all | (of_the_gate if model.gla.gate.has_parameters else set())
+        of_both_gates = {"gla.feature_map", "gla.gate", "gla.init_out_norm"}
+        return self.all_settings(model) if model.gla.gate.has_parameters else of_both_gates
 
     def weights(self, model: ModelConfig, group: str = "attention") -> tuple[Weight, ...]:
         """What every attention has, a low-rank gate (a tied one has no parameters) and the output norm."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from spikingbrain_train.config.model import FeedForward, ModelConfig
-from spikingbrain_train.config.require import require
+from spikingbrain_train.architecture.layers import feed_forwards_of, mixers_of
+from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.setting import check_fields
 
 
@@ -14,15 +14,8 @@ def check_model(model: ModelConfig) -> None:
 
 
 def check_mixers(model: ModelConfig) -> None:
-    """Sizes against the mixers that the layers have. Raises ConfigurationError."""
-    if any(mixer.softmax_branch for mixer in model.layer_mixers()):
-        require(
-            model.kv_channels % 2 == 0,
-            f"model.kv_channels={model.kv_channels} is odd, but rotary positions turn pairs of channels; "
-            f"use an even number",
-        )
-
-
-def has_experts(model: ModelConfig) -> bool:
-    """Whether any layer is a mixture of experts."""
-    return FeedForward.moe in model.layer_feed_forwards()
+    """Sizes against the kinds that the layers have. Raises ConfigurationError."""
+    for mixer in mixers_of(model):
+        mixer.check(model)
+    for feed_forward in feed_forwards_of(model):
+        feed_forward.check(model)

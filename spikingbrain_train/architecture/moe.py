@@ -28,16 +28,8 @@ class MixtureOfExpertsKind(FeedForwardKind):
     """Softmax router, top-k of the routed experts, and shared experts that see all tokens."""
 
     name = "moe"
-    spec = "spikingbrain_train.models.feed_forwards.moe:spec"
+    spec = "spikingbrain_train.models.feed_forwards.moe.spec:spec"
     routes_tokens = True
-
-    def check(self, model: ModelConfig) -> None:
-        moe = model.moe
-        require(
-            moe.router_topk <= moe.num_experts,
-            f"model.moe.router_topk={moe.router_topk} is more than model.moe.num_experts={moe.num_experts}; "
-            f"a token can be routed to {moe.num_experts} at most",
-        )
 
     def check_split(self, model: ModelConfig, parallel: ParallelConfig) -> None:
         tensor, experts = parallel.tensor_model_parallel_size, model.moe.num_experts

@@ -10,7 +10,10 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
-from spikingbrain_train.config.model import FeedForward, Mixer, ModelConfig, SpikingProjection
+from spikingbrain_train.architecture.feed_forwards import FEED_FORWARDS
+from spikingbrain_train.architecture.layers import feed_forwards_of, layers, mixers_of
+from spikingbrain_train.architecture.mixers import MIXERS
+from spikingbrain_train.config.model import ModelConfig, SpikingProjection
 from spikingbrain_train.config.setting import Role, decisions, leaves
 from spikingbrain_train.errors import CheckpointError
 
@@ -32,39 +35,35 @@ def settings_in_use(model: ModelConfig) -> dict[str, Any]:
     Left out is what belongs to kinds of layers that the model does not have: a window without sliding-window
     layers, experts without mixtures of them, a rank without low-rank gates.
     """
-    mixers, feed_forwards = model.layer_mixers(), model.layer_feed_forwards()
     found = leaves(model) | {
-        "mixers": mixers,
-        "feed_forwards": feed_forwards,
+        "mixers": [layer.mixer_name for layer in layers(model)],
+        "feed_forwards": [layer.feed_forward.name for layer in layers(model)],
         "moe.moe_ffn_hidden_size": model.expert_ffn_hidden_size,
     }
-    has_linear = any(mixer.has_linear_branch for mixer in mixers)
-    has_gate = has_linear and model.gla.gate.has_parameters
-    has_softmax = any(mixer.softmax_branch for mixer in mixers)
-    has_scaling = has_softmax and model.rope_scaling.factor != 1
-    present = {
-        "ffn_hidden_size": FeedForward.dense in feed_forwards,
-        "sliding_window": any(mixer.softmax_branch is Mixer.swa for mixer in mixers),
-        "gla.gate_low_rank_dim": has_gate,
-        "gla.gate_logit_normalizer": has_gate,
-        "gla.init_gate_bias_min": has_gate,
-        "gla.init_gate_bias_max": has_gate,
-        "gla.init_gate_std": has_gate,
-        "spiking.k": bool(model.spiking.projections),
-        "spiking.gate_encoding": SpikingProjection.gate in model.spiking.projections,
-        "rope_scaling.factor": has_softmax,
-        "moe": FeedForward.moe in feed_forwards,
-        "gla": has_linear,
-        "parallel_hybrid": any(mixer.is_parallel_hybrid for mixer in mixers),
-        "rotary_base": has_softmax,
-        "rope_scaling": has_scaling,
-    }
+    of_kinds: set[str] = set().union(
+        *(mixer.all_settings(model) for mixer in MIXERS),
+        *(feed_forward.all_settings(model) for feed_forward in FEED_FORWARDS),
+    )
+    in_use: set[str] = set().union(
+        *(mixer.settings(model) for mixer in mixers_of(model)),
+        *(feed_forward.settings(model) for feed_forward in feed_forwards_of(model)),
+    )
     return {
         name: value
         for name, value in found.items()
-        if present.get(name, True)
-        and (name == "rope_scaling.factor" or present.get(name.split(".")[0], True))
+        if (name in in_use or name not in of_kinds) and _of_the_model(name, model)
     }
+
+
+def _of_the_model(name: str, model: ModelConfig) -> bool:
+    """Whether a setting that is of no kind has a part in ``model``."""
+    present = {
+        "spiking.k": bool(model.spiking.projections),
+        "spiking.gate_encoding": SpikingProjection.gate in model.spiking.projections,
+    }
+    if name.startswith("parallel_hybrid."):
+        return any(len(layer.mixers) > 1 for layer in layers(model))
+    return present.get(name, True)
 
 
 def shown(value: Any) -> str:
@@ -78,11 +77,6 @@ def shown(value: Any) -> str:
     if isinstance(value, list):
         return f"[{','.join(shown(entry) for entry in value)}]"
     return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
-
-
-def _branches(mixer: Mixer) -> tuple[bool, bool]:
-    """What decides the parameters of a mixer: full and sliding-window attention have the same."""
-    return mixer.has_linear_branch, mixer.softmax_branch is not None
 
 
 def _compare(theirs: Mapping[str, Any], ours: Mapping[str, Any], holder: str, *names: str) -> None:
@@ -127,18 +121,18 @@ def check_same_weights(stored: ModelConfig, model: ModelConfig, holder: str) -> 
     weights = [name for name, role in ROLES.items() if role is Role.weights and name not in per_layer]
     # The general sizes first: without the number of layers there is nothing to hold side by side.
     _compare(theirs, ours, holder, *(name for name in weights if name in _SIZES))
-    for layer, (mixer, wanted) in enumerate(zip(theirs["mixers"], ours["mixers"], strict=True)):
-        if _branches(mixer) != _branches(wanted):
+    for number, (layer, wanted) in enumerate(zip(layers(stored), layers(model), strict=True)):
+        if layer.families != wanted.families:
             raise CheckpointError(
-                f"{holder} has mixer {mixer.name} in layer {layer}, but model.mixers says {wanted.name}; "
-                f"change mixers with tools/convert_checkpoint.py, or use model=from_checkpoint"
+                f"{holder} has mixer {layer.mixer_name} in layer {number}, but model.mixers says "
+                f"{wanted.mixer_name}; change mixers with tools/convert_checkpoint.py, or use "
+                f"model=from_checkpoint"
             )
-    pairs = zip(theirs["feed_forwards"], ours["feed_forwards"], strict=True)
-    for layer, (feed_forward, wanted_feed_forward) in enumerate(pairs):
-        if feed_forward is not wanted_feed_forward:
+    for number, (layer, wanted) in enumerate(zip(layers(stored), layers(model), strict=True)):
+        if layer.feed_forward is not wanted.feed_forward:
             raise CheckpointError(
-                f"{holder} has a feed-forward {feed_forward.name} in layer {layer}, but model.feed_forwards "
-                f"says {wanted_feed_forward.name}; change feed-forwards with tools/convert_checkpoint.py, or "
-                f"use model=from_checkpoint"
+                f"{holder} has a feed-forward {layer.feed_forward.name} in layer {number}, but "
+                f"model.feed_forwards says {wanted.feed_forward.name}; change feed-forwards with "
+                f"tools/convert_checkpoint.py, or use model=from_checkpoint"
             )
     _compare(theirs, ours, holder, *(name for name in weights if name not in _SIZES))

@@ -47,9 +47,12 @@ class SoftmaxAttentionKind(MixerKind):
     def check_split(self, model: ModelConfig, parallel: ParallelConfig) -> None:
         check_heads_over_context(model, parallel, "full attention")
 
+    def all_settings(self, model: ModelConfig) -> set[str]:
+        return {"rotary_base", *(f"rope_scaling.{name}" for name in vars(model.rope_scaling))}
+
     def settings(self, model: ModelConfig) -> set[str]:
-        scaling = {f"rope_scaling.{name}" for name in vars(model.rope_scaling)}
-        return {"rotary_base"} | (scaling if model.rope_scaling.factor != 1 else {"rope_scaling.factor"})
+        is_scaled = model.rope_scaling.factor != 1
+        return self.all_settings(model) if is_scaled else {"rotary_base", "rope_scaling.factor"}
 
     def weights(self, model: ModelConfig, group: str = "attention") -> tuple[Weight, ...]:
         return attention_weights(model, group)
@@ -106,6 +109,9 @@ class SlidingWindowAttentionKind(SoftmaxAttentionKind):
         if parallel.context_parallel.sliding_window_attention is SlidingWindowContextParallel.ulysses:
             asks = "parallel.context_parallel.sliding_window_attention=ulysses"
             check_heads_over_context(model, parallel, asks, "sliding_window_attention=halo, ")
+
+    def all_settings(self, model: ModelConfig) -> set[str]:
+        return super().all_settings(model) | {"sliding_window"}
 
     def settings(self, model: ModelConfig) -> set[str]:
         return super().settings(model) | {"sliding_window"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from spikingbrain_train.architecture.layers import mixers_of
 from spikingbrain_train.config.model import ModelConfig, SpikingProjection
 from spikingbrain_train.config.require import require
 from spikingbrain_train.config.run import StageConfig
@@ -14,9 +15,7 @@ def check_spiking(model: ModelConfig, stage: StageConfig) -> None:
 
 
 def _check_projections(model: ModelConfig) -> None:
-    has_gate = model.gla.gate.has_parameters and any(
-        mixer.has_linear_branch for mixer in model.layer_mixers()
-    )
+    has_gate = any("gate" in kind.input_projections(model) for kind in mixers_of(model))
     require(
         has_gate or SpikingProjection.gate not in model.spiking.projections,
         "model.spiking.projections lists gate, but no layer has a low-rank gate; take gate out of the list",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ContextParallelConfig, KernelConfig
-from spikingbrain_train.models.layer_specs import block_spec
+from spikingbrain_train.models.layer_specs import block_spec, layer_build
 from spikingbrain_train.models.output_head import vocab_parallel_linear_cross_entropy
 from spikingbrain_train.models.rotary import RotaryPositions
 from spikingbrain_train.ops.linear_cross_entropy import TokenLosses
@@ -73,7 +73,7 @@ class HybridGPTModel(GPTModel):
         super().__init__(
             config=config,
             transformer_layer_spec=block_spec(
-                model, kernels, first_layer, layers_per_stage, context_parallel
+                layer_build(model, kernels, context_parallel), first_layer, layers_per_stage
             ),
             vocab_size=model.padded_vocab_size(config.tensor_model_parallel_size),
             max_sequence_length=model.max_position_embeddings,

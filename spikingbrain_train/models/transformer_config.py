@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from megatron.core.transformer import TransformerConfig
 
+from spikingbrain_train.architecture.layers import layers
 from spikingbrain_train.config.kinds import of_kind
-from spikingbrain_train.config.model import FeedForward, ModelConfig
+from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ParallelConfig, Recompute
 from spikingbrain_train.config.run import Precision
 from spikingbrain_train.runtime.bf16 import PARAMS_DTYPE
@@ -75,7 +76,7 @@ def transformer_config(
         persist_layer_norm=False,
         recompute=parallel.recompute,
         **of_kind(parallel.recompute, _RECOMPUTE, "megatron-core's settings of recomputation"),
-        **_mixture_of_experts(model, parallel),
+        **_feed_forwards(model, parallel),
     )
 
 
@@ -94,29 +95,13 @@ _RECOMPUTE: dict[Recompute, dict[str, Any]] = {
     },
 }
 """What megatron-core itself computes again ("mlp": dense feed-forwards); our router and experts do the rest
-(models/moe)."""
+(models/feed_forwards/moe)."""
 
 
-def _mixture_of_experts(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
-    """Nothing for a model without experts, also where another one of the run has them (a dense teacher)."""
-    kinds, moe = model.layer_feed_forwards(), model.moe
-    if FeedForward.moe not in kinds:
-        return {}
-    width = model.expert_ffn_hidden_size
-    return {
-        "num_moe_experts": moe.num_experts,
-        "moe_layer_freq": [int(kind is FeedForward.moe) for kind in kinds],
-        "moe_ffn_hidden_size": width,
-        "moe_shared_expert_intermediate_size": moe.num_shared_experts * width or None,
-        "moe_router_topk": moe.router_topk,
-        "moe_router_pre_softmax": True,
-        "moe_router_dtype": "fp32",
-        "moe_router_load_balancing_type": "seq_aux_loss",
-        "moe_aux_loss_coeff": moe.aux_loss_coeff,
-        "moe_z_loss_coeff": moe.z_loss_coeff,
-        "moe_expert_capacity_factor": moe.capacity_factor,
-        "moe_pad_expert_input_to_capacity": moe.pad_to_capacity,
-        "moe_token_dispatcher_type": "alltoall",
-        "expert_model_parallel_size": parallel.expert_model_parallel_size,
-        "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
-    }
+def _feed_forwards(model: ModelConfig, parallel: ParallelConfig) -> dict[str, Any]:
+    """What the kinds of feed-forwards need; nothing for experts that only another model of the run has."""
+    kinds = [layer.feed_forward for layer in layers(model)]
+    settings: dict[str, Any] = {}
+    for kind in dict.fromkeys(kinds):
+        settings |= kind.megatron_settings(model, parallel, [other is kind for other in kinds])
+    return settings

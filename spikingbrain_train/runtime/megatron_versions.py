@@ -20,7 +20,7 @@ same in both for our purposes needs nothing here: ``get_megatron_optimizer(confi
 - The ``mlp`` and the parts of a mixture of experts are ModuleSpecs in 0.16.1 and callables that build them in
   0.19 (:func:`layers_are_built_by_callables`).
 - The balancing losses of megatron-core's own router: under tensor and context parallelism 0.16.1 scales them
-  down by the number of ranks; ours is the same in both (models/moe/router.py).
+  down by the number of ranks; ours is the same in both (models/feed_forwards/moe/router.py).
 - 0.19 logs that ``GPTModel`` and parts of ``dist_checkpointing`` will be removed.
 """
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from spikingbrain_train.config.model import FeedForward
+from spikingbrain_train.models.feed_forwards.moe.router import RouterStatistics, SequenceBalancedRouter
 from spikingbrain_train.models.gpt_model import HybridGPTModel
-from spikingbrain_train.models.moe.router import RouterStatistics, SequenceBalancedRouter
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.training.heat_map import HeatMap
 

@@ -55,12 +55,12 @@ OTHER_WEIGHTS: dict[str, tuple[ModelConfig, ModelConfig, list[str]]] = {
     "window to parallel hybrid": (
         replace(MODEL, mixers=[Mixer.swa]),
         replace(MODEL, mixers=[Mixer.gla_swa]),
-        ["mixer swa in layer 0", "model.mixers says gla_swa"],
+        ["mixer swa in layer 0", "model.mixers says [gla,swa]"],
     ),
     "linear to parallel hybrid": (
         MODEL,
         replace(MODEL, mixers=[Mixer.gla_full, Mixer.swa]),
-        ["mixer gla in layer 0", "model.mixers says gla_full"],
+        ["mixer gla in layer 0", "model.mixers says [full,gla]"],
     ),
     "window to linear": (
         replace(MODEL, mixers=[Mixer.swa, Mixer.gla]),

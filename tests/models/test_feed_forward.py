@@ -9,6 +9,7 @@ import pytest
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
+from spikingbrain_train.architecture.feed_forwards import FEED_FORWARDS
 from spikingbrain_train.config.model import (
     FeedForward,
     Mixer,
@@ -28,9 +29,8 @@ from spikingbrain_train.config.parallel import (
 )
 from spikingbrain_train.config.run import Precision
 from spikingbrain_train.errors import ConfigurationError
-from spikingbrain_train.models.feed_forward import feed_forward_spec
-from spikingbrain_train.models.layer_specs import block_spec
-from spikingbrain_train.models.parallel_linears import ParallelLinears
+from spikingbrain_train.models.feed_forwards.moe import spec as moe
+from spikingbrain_train.models.layer_specs import block_spec, layer_build
 from spikingbrain_train.models.transformer_config import transformer_config
 
 KERNELS = KernelConfig(
@@ -61,7 +61,7 @@ def _module(spec: Any) -> Any:
 
 
 def test_experts_are_in_the_layers_that_the_config_names() -> None:
-    specs = block_spec(MODEL, KERNELS, first_layer=1, num_layers=4).layer_specs
+    specs = block_spec(layer_build(MODEL, KERNELS), first_layer=1, num_layers=4).layer_specs
     assert [_module(spec.submodules.mlp) for spec in specs] == [MLP, MoELayer, MLP, MLP]
 
 
@@ -98,4 +98,4 @@ def test_spikes_inside_experts_without_linear_layers_are_refused() -> None:
     spiking = SpikingConfig(projections=[SpikingProjection.mlp_fc1])
     kernels = replace(KERNELS, experts=ExpertBackend.grouped_gemm)
     with pytest.raises(ConfigurationError, match=r"choose cluster\.kernels\.experts=sequential"):
-        feed_forward_spec(FeedForward.moe, kernels, ParallelLinears(ParallelLinearBackend.megatron, spiking))
+        moe.spec(FEED_FORWARDS["moe"], layer_build(replace(MODEL, spiking=spiking), kernels))

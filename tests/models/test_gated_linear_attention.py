@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from spikingbrain_train.architecture.layers import layers
 from spikingbrain_train.config.model import Mixer, ModelConfig
 from spikingbrain_train.config.parallel import KernelConfig, ParallelConfig
 from spikingbrain_train.config.run import Precision
@@ -48,13 +49,13 @@ def run_module(
     """Weights, input, output, gradients of input and weights for the loss ``sum(output * cos(index))``."""
     from megatron.core.transformer.spec_utils import build_module
 
-    from spikingbrain_train.models.layer_specs import layer_spec
+    from spikingbrain_train.models.layer_specs import layer_build, layer_spec
     from spikingbrain_train.models.transformer_config import transformer_config
     from spikingbrain_train.parallel.kernels import resolve_kernels
 
     config = transformer_config(model, ParallelConfig(), Precision.fp32, on_cpu=True)
     kernels = resolve_kernels(KernelConfig(), groups.accelerator)
-    spec = layer_spec(Mixer.gla, model, kernels).submodules.self_attention
+    spec = layer_spec(layers(model)[0], layer_build(model, kernels)).submodules.self_attention
     mixer = build_module(spec, config=config, layer_number=1)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -137,7 +138,7 @@ def outputs_that_change(groups: ProcessGroups) -> list[int]:
     """Positions whose output changes when token T // 2 does."""
     from megatron.core.transformer.spec_utils import build_module
 
-    from spikingbrain_train.models.layer_specs import layer_spec
+    from spikingbrain_train.models.layer_specs import layer_build, layer_spec
     from spikingbrain_train.models.transformer_config import transformer_config
     from spikingbrain_train.parallel.kernels import resolve_kernels
 
@@ -145,7 +146,9 @@ def outputs_that_change(groups: ProcessGroups) -> list[int]:
     config = transformer_config(model, ParallelConfig(), Precision.fp32, on_cpu=True)
     kernels = resolve_kernels(KernelConfig(), groups.accelerator)
     mixer = build_module(
-        layer_spec(Mixer.gla, model, kernels).submodules.self_attention, config=config, layer_number=1
+        layer_spec(layers(model)[0], layer_build(model, kernels)).submodules.self_attention,
+        config=config,
+        layer_number=1,
     )
     with torch.no_grad():
         # Slow decay, so that the change is still visible at the end.

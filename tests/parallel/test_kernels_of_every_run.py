@@ -33,7 +33,7 @@ from spikingbrain_train.config.parallel import (
 )
 from spikingbrain_train.config.run import DistillationConfig, Precision, RunConfig
 from spikingbrain_train.errors import ConfigurationError, PlatformError, SpikingBrainError
-from spikingbrain_train.models.layer_specs import block_spec
+from spikingbrain_train.models.layer_specs import block_spec, layer_build
 from spikingbrain_train.ops.gated_linear_attention import choose_backend as choose_linear
 from spikingbrain_train.ops.softmax_attention import choose_backend as choose_softmax
 from spikingbrain_train.ops.softmax_attention import dispatch as softmax_dispatch
@@ -243,7 +243,7 @@ def test_auto_never_refuses_and_the_log_names_what_the_calls_take(run: str, mach
             {choose_linear("auto", dtype, machine.device_type)} if linear else set()
         )
         layers = range(min(2, config.model.num_layers))
-        block_spec(config.model, kernels, 0, len(layers))  # the classes exist and go together
+        block_spec(layer_build(config.model, kernels), 0, len(layers))  # the classes exist and go together
 
 
 NAMES = [

@@ -201,7 +201,7 @@ class TestLoadedCheckpoint:
             ({"vocab_size": 1024}, ["vocab_size=1024", "model.vocab_size=512"]),
             ({"add_qkv_bias": True}, ["add_qkv_bias=true", "model.add_qkv_bias=false"]),
             ({"mixers": [Mixer.swa, Mixer.gla]}, ["mixer swa in layer 0", "model.mixers says gla"]),
-            ({"mixers": [Mixer.gla, Mixer.gla_swa]}, ["mixer gla_swa in layer 1", "model.mixers says swa"]),
+            ({"mixers": [Mixer.gla, Mixer.gla_swa]}, ["mixer [gla,swa] in layer 1", "model.mixers says swa"]),
             ({"num_sink_tokens": 6}, ["num_sink_tokens=6", "model.num_sink_tokens=0"]),
             (
                 {"feed_forwards": [FeedForward.moe]},

@@ -12,9 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from spikingbrain_train.architecture.branches import in_order
 from spikingbrain_train.architecture.feed_forwards import FEED_FORWARDS
-from spikingbrain_train.architecture.layers import Layer, dense_twin
+from spikingbrain_train.architecture.layers import Layer, dense_twin, has_experts
 from spikingbrain_train.architecture.mixers import MIXERS
-from spikingbrain_train.architecture.model_checks import has_experts
 from spikingbrain_train.architecture.sizes import visible_keys
 from spikingbrain_train.config.compose import compose_run
 from spikingbrain_train.config.load import to_run_config

@@ -23,17 +23,50 @@ from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
+from spikingbrain_train.architecture.mixers import MixerKind
 from spikingbrain_train.config.kinds import of_kind
-from spikingbrain_train.config.model import FeatureMap, GatedLinearAttentionConfig, GateKind
+from spikingbrain_train.config.model import (
+    FeatureMap,
+    GatedLinearAttentionConfig,
+    GateEncoding,
+    GateKind,
+    SpikingProjection,
+)
 from spikingbrain_train.config.parallel import LinearAttentionBackend, LinearAttentionContextParallel
+from spikingbrain_train.models.layer_build import LayerBuild, attention_submodules
 from spikingbrain_train.models.rms_norm import RMSNorm
 from spikingbrain_train.ops.rms_norm import rms_norm
 from spikingbrain_train.parallel.context_parallel.linear_attention import context_parallel_linear_attention
 from spikingbrain_train.parallel.context_parallel.sequence_layout import SequenceLayout
 
 _FEATURES = {FeatureMap.relu: torch.relu, FeatureMap.sigmoid: torch.sigmoid}
+
+
+def spec(_kind: MixerKind, build: LayerBuild) -> ModuleSpec:
+    """Gated linear attention as ``self_attention`` of a layer."""
+    return ModuleSpec(
+        module=GatedLinearAttention,
+        params={
+            "attn_mask_type": AttnMaskType.causal,
+            "gla": build.model.gla,
+            "backend": build.kernels.gated_linear_attention,
+            "context_parallel": build.context_parallel.gated_linear_attention,
+            **_gate_projections(build),
+        },
+        submodules=attention_submodules(build),
+    )
+
+
+def _gate_projections(build: LayerBuild) -> dict[str, type]:
+    """Classes of W1 and W2 of the low-rank gate. Encoded once, W2 reads what W1 made of spikes."""
+    up: type = ColumnParallelLinear
+    if build.model.spiking.gate_encoding is GateEncoding.each_matrix:
+        up = build.linears.encoded(SpikingProjection.gate, up)
+    down = build.linears.encoded(SpikingProjection.gate, LowRankDownProjection)
+    return {"gate_down_proj": down, "gate_up_proj": up}
 
 
 class LowRankDownProjection(torch.nn.Module):

@@ -1,4 +1,4 @@
-"""Two branches over the same input: softmax attention beside gated linear attention, as in SpikingBrain-76B.
+"""Several mixers over the same input: in SpikingBrain-76B softmax and gated linear attention.
 
     y = w1 RMSNorm(o_softmax) + w2 RMSNorm(o_linear)        (SpikingBrain, arXiv 2509.05276, eq. 6 and fig. 3)
 
@@ -6,11 +6,15 @@ Each branch is a whole mixer with q/k/v and output projections of its own. The r
 are normed and weighted. It does not say whether branches share projections, where the norms stand, and
 whether w1 and w2 learn; that is decided here. The norms stand behind the output projections: a norm in front
 would blow up heads that attend to nothing and undo the balance between heads that the source has learnt. w1
-and w2 are parameters, so that a converted model can start as its softmax branch alone.
+and w2 are parameters, so that a converted model can start as its softmax branch alone. Any mixers can stand
+beside each other; names and order are those of architecture/branches.py.
 """
 
 from __future__ import annotations
 
+import functools
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,23 +23,42 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from torch import Tensor
 
-from spikingbrain_train.config.model import ParallelHybridConfig
+from spikingbrain_train.architecture.branches import (
+    branch_names,
+    initial_branch_weights,
+    module_name,
+    norm_name,
+)
+from spikingbrain_train.architecture.mixers import MixerKind
+from spikingbrain_train.models.layer_build import LayerBuild, spec_function
 from spikingbrain_train.models.rms_norm import RMSNorm
 
 
 @dataclass
 class ParallelHybridSubmodules:
-    """The two branches, each a drop-in for ``self_attention``."""
+    """The branches by name, in the order of their weights; each a drop-in for ``self_attention``."""
 
-    softmax_attention: ModuleSpec
-    linear_attention: ModuleSpec
+    branches: dict[str, ModuleSpec]
+
+
+def spec(mixers: Sequence[MixerKind], build: LayerBuild) -> ModuleSpec:
+    """A layer's ``self_attention`` of several branches, in the order of their weights."""
+    branches = {
+        name: spec_function(kind.spec)(kind, build)
+        for name, kind in zip(branch_names(mixers), mixers, strict=True)
+    }
+    return ModuleSpec(
+        module=ParallelHybrid,
+        params={"initial_weights": initial_branch_weights(build.model.parallel_hybrid, mixers)},
+        submodules=ParallelHybridSubmodules(branches),
+    )
 
 
 class ParallelHybrid(MegatronModule):
-    """A drop-in for SelfAttention that mixes a softmax and a linear branch.
+    """A drop-in for SelfAttention that mixes the outputs of its branches.
 
-    New parameters beside those of the branches: ``softmax_norm`` and ``linear_norm`` (one weight of hidden
-    width each) and ``branch_weights`` [2] = (w1, w2).
+    New parameters beside those of the branches: a norm of each (one weight of hidden width), called
+    ``softmax_norm`` and the like, and ``branch_weights`` [branches].
     """
 
     def __init__(
@@ -46,11 +69,12 @@ class ParallelHybrid(MegatronModule):
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         *,
-        parallel_hybrid: ParallelHybridConfig,
+        initial_weights: list[float],
         **kwargs: object,
     ) -> None:
         super().__init__(config)
         self.layer_number = layer_number
+        self.names = list(submodules.branches)
         branch = {
             "config": config,
             "layer_number": layer_number,
@@ -58,21 +82,17 @@ class ParallelHybrid(MegatronModule):
             "pg_collection": pg_collection,
             **kwargs,
         }
-        self.softmax_attention = build_module(submodules.softmax_attention, **branch)
-        self.linear_attention = build_module(submodules.linear_attention, **branch)
-        self.softmax_norm = RMSNorm(config, config.hidden_size, eps=config.layernorm_epsilon)
-        self.linear_norm = RMSNorm(config, config.hidden_size, eps=config.layernorm_epsilon)
-        self.branch_weights = torch.nn.Parameter(
-            torch.tensor(
-                [parallel_hybrid.init_softmax_weight, parallel_hybrid.init_linear_weight],
-                dtype=config.params_dtype,
-            )
-        )
+        for name, branch_spec in submodules.branches.items():
+            setattr(self, module_name(name), build_module(branch_spec, **branch))
+        for name in self.names:
+            norm = RMSNorm(config, config.hidden_size, eps=config.layernorm_epsilon)
+            norm.weight.is_new_parameter = True  # type: ignore[attr-defined]
+            setattr(self, norm_name(name), norm)
+        self.branch_weights = torch.nn.Parameter(torch.tensor(initial_weights, dtype=config.params_dtype))
+        self.branch_weights.is_new_parameter = True  # type: ignore[attr-defined]
         # Under sequence parallelism each rank mixes its own share of the sequence: its gradient is a partial
         # sum, which this mark makes megatron-core add up.
         self.branch_weights.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-        for parameter in (self.softmax_norm.weight, self.linear_norm.weight, self.branch_weights):
-            parameter.is_new_parameter = True  # type: ignore[attr-defined]
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: object
@@ -80,14 +100,19 @@ class ParallelHybrid(MegatronModule):
         """Mix along the sequence.
 
         Args:
-            hidden_states: [T, B, hidden_size] normed input, as for either branch.
+            hidden_states: [T, B, hidden_size] normed input, as for every branch.
             attention_mask: must be None.
-            kwargs: what megatron-core's layer gives to ``self_attention``, for both branches.
+            kwargs: what megatron-core's layer gives to ``self_attention``, for all branches.
 
         Returns:
             Output of the same shape, and no bias.
         """
-        o_softmax, _ = self.softmax_attention(hidden_states, attention_mask, **kwargs)
-        o_linear, _ = self.linear_attention(hidden_states, attention_mask, **kwargs)
-        w_softmax, w_linear = self.branch_weights.unbind()
-        return w_softmax * self.softmax_norm(o_softmax) + w_linear * self.linear_norm(o_linear), None
+        outputs = [
+            getattr(self, module_name(name))(hidden_states, attention_mask, **kwargs)[0]
+            for name in self.names
+        ]
+        weighted = [
+            weight * getattr(self, norm_name(name))(output)
+            for weight, name, output in zip(self.branch_weights.unbind(), self.names, outputs, strict=True)
+        ]
+        return functools.reduce(operator.add, weighted), None

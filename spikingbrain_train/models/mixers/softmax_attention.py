@@ -12,11 +12,28 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
+from spikingbrain_train.architecture.softmax_attention import SoftmaxAttentionKind
 from spikingbrain_train.config.parallel import SlidingWindowContextParallel, SoftmaxAttentionBackend
+from spikingbrain_train.models.layer_build import LayerBuild, attention_submodules
 from spikingbrain_train.parallel.context_parallel.sequence_layout import SequenceLayout
 from spikingbrain_train.parallel.context_parallel.softmax_attention import context_parallel_softmax_attention
+
+
+def spec(kind: SoftmaxAttentionKind, build: LayerBuild) -> ModuleSpec:
+    """Full or sliding-window attention as ``self_attention`` of a layer."""
+    return ModuleSpec(
+        module=SoftmaxAttention,
+        params={
+            "attn_mask_type": AttnMaskType.causal,
+            "window": kind.window(build.model),
+            "backend": build.kernels.softmax_attention,
+            "context_parallel": build.context_parallel.sliding_window_attention,
+        },
+        submodules=attention_submodules(build),
+    )
 
 
 class SoftmaxAttention(SelfAttention):

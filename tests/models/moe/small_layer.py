@@ -12,11 +12,12 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 from torch.nn.functional import silu
 
+from spikingbrain_train.architecture.feed_forwards import FEED_FORWARDS
 from spikingbrain_train.config.model import FeedForward, ModelConfig, MoEConfig
 from spikingbrain_train.config.parallel import KernelConfig, ParallelConfig
 from spikingbrain_train.config.run import Precision
-from spikingbrain_train.models.feed_forward import feed_forward_spec
-from spikingbrain_train.models.parallel_linears import ParallelLinears
+from spikingbrain_train.models.feed_forwards.moe.spec import spec as spec_of_experts
+from spikingbrain_train.models.layer_specs import layer_build
 from spikingbrain_train.models.transformer_config import transformer_config
 from spikingbrain_train.parallel.kernels import resolve_kernels
 from spikingbrain_train.parallel.process_groups import ProcessGroups
@@ -47,9 +48,7 @@ def build_layer(groups: ProcessGroups, moe: MoEConfig, parallel: ParallelConfig)
     model = model_config(moe)
     kernels = resolve_kernels(KernelConfig(), groups.accelerator)
     config = transformer_config(model, parallel, Precision.fp32, on_cpu=True)
-    spec: Any = feed_forward_spec(
-        FeedForward.moe, kernels, ParallelLinears(kernels.parallel_linear, model.spiking)
-    )
+    spec: Any = spec_of_experts(FEED_FORWARDS["moe"], layer_build(model, kernels))
     if isinstance(spec, ModuleSpec):
         layer = spec.module(config=config, submodules=spec.submodules, pg_collection=groups.collection)
     else:

@@ -6,10 +6,9 @@ other (any platform), Transformer Engine's grouped GEMM, and the grouped_gemm pa
 
 Levels (SpikingBrain, arXiv 2509.05276, section 4.1). ``moe_activation`` keeps the output of the first
 projection and computes the activation again; ``moe_feed_forward`` keeps only an expert's input. The router,
-computed again in both, is in :mod:`~spikingbrain_train.models.moe.router`; the shared expert's part of the
-second level, dense feed-forwards and whole layers are megatron-core's ``recompute_modules`` (see
-transformer_config). Where the second projection reads spikes, it keeps them, so that the first level frees
-nothing but the router's part.
+computed again in both, is in router.py beside this file; the shared expert's part of the second level, dense
+feed-forwards and whole layers are megatron-core's ``recompute_modules`` (see transformer_config). Where the
+second projection reads spikes, it keeps them, so that the first level frees nothing but the router's part.
 """
 
 from __future__ import annotations

@@ -1,0 +1,62 @@
+"""A mixture of SwiGLU experts as ``mlp`` of a layer."""
+
+from __future__ import annotations
+
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+
+from spikingbrain_train.architecture.feed_forwards import FeedForwardKind
+from spikingbrain_train.config.model import SpikingProjection
+from spikingbrain_train.config.parallel import ExpertBackend
+from spikingbrain_train.errors import ConfigurationError
+from spikingbrain_train.models.feed_forwards.dense import swiglu_projections
+from spikingbrain_train.models.feed_forwards.moe import experts as expert_classes
+from spikingbrain_train.models.feed_forwards.moe.experts import (
+    SequentialExperts,
+    SharedExperts,
+    TEGroupedExperts,
+)
+from spikingbrain_train.models.feed_forwards.moe.router import SequenceBalancedRouter
+from spikingbrain_train.models.feed_forwards.submodule import (
+    BUILDERS_INSTEAD_OF_SPECS,
+    Submodule,
+    submodule,
+)
+from spikingbrain_train.models.layer_build import LayerBuild
+
+
+def spec(_kind: FeedForwardKind, build: LayerBuild) -> Submodule:
+    """megatron-core's MoELayer with our router; sizes come from the TransformerConfig when it is built.
+
+    Raises:
+        ConfigurationError: spikes are asked for inside experts that have no linear layers.
+    """
+    submodules = MoESubmodules(
+        experts=_routed_experts(build),
+        shared_experts=submodule(SharedExperts, swiglu_projections(build)),
+        router=SequenceBalancedRouter,
+    )
+    return submodule(MoELayer, submodules)
+
+
+def _routed_experts(build: LayerBuild) -> Submodule:
+    backend, linears = build.kernels.experts, build.linears
+    if backend is ExpertBackend.sequential:
+        return submodule(SequentialExperts, swiglu_projections(build))
+    if backend is ExpertBackend.grouped_gemm:
+        if linears.spiking.in_experts:
+            raise ConfigurationError(
+                "cluster.kernels.experts=grouped_gemm cannot encode spikes inside experts, which "
+                "model.spiking.projections asks for; choose cluster.kernels.experts=sequential."
+            )
+        return submodule(expert_classes.GroupedGemmExperts)
+    assert backend is ExpertBackend.transformer_engine, f"unresolved experts backend {backend}"
+    grouped = {
+        "linear_fc1": linears.grouped_column(SpikingProjection.mlp_fc1),
+        "linear_fc2": linears.grouped_row(SpikingProjection.mlp_fc2),
+    }
+    if not BUILDERS_INSTEAD_OF_SPECS:
+        return submodule(TEGroupedExperts, MLPSubmodules(**grouped))
+    from megatron.core.transformer.moe.experts import GroupedMLPSubmodules
+
+    return submodule(TEGroupedExperts, GroupedMLPSubmodules(**grouped))

@@ -1,0 +1,48 @@
+"""What the specs of a layer's parts are made from, and what finds the function that makes them."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.identity_op import IdentityOp
+
+from spikingbrain_train.config.model import ModelConfig, SpikingProjection
+from spikingbrain_train.config.parallel import ContextParallelConfig, KernelConfig
+from spikingbrain_train.models.parallel_linears import ParallelLinears
+from spikingbrain_train.models.rms_norm import RMSNorm
+
+
+@dataclass(frozen=True)
+class LayerBuild:
+    """What every kind of mixer and feed-forward may ask for when its spec is made."""
+
+    model: ModelConfig
+    """Architecture of the whole decoder."""
+    kernels: KernelConfig
+    """Choices, with linears and experts resolved."""
+    context_parallel: ContextParallelConfig
+    """How mixers work on split sequences."""
+    linears: ParallelLinears
+    """Classes of the projections."""
+
+
+def spec_function(path: str) -> Callable[..., Any]:
+    """The function that a kind's ``spec`` names, as ``package.module:function``; imports its module."""
+    module, _, function = path.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def attention_submodules(build: LayerBuild) -> SelfAttentionSubmodules:
+    """Projections and q/k norms of any mixer that is a SelfAttention of megatron-core."""
+    qk_norm = RMSNorm if build.model.qk_layernorm else IdentityOp
+    return SelfAttentionSubmodules(
+        linear_qkv=build.linears.column(SpikingProjection.qkv),
+        core_attention=IdentityOp,  # our mixers compute what is between the projections themselves
+        linear_proj=build.linears.row(SpikingProjection.attention_output),
+        q_layernorm=qk_norm,
+        k_layernorm=qk_norm,
+    )
