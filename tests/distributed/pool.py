@@ -299,7 +299,15 @@ def _run(job: _Job, environment: dict[str, str]) -> _Report:
         return _Report(None, traceback.format_exc())
     finally:
         process_groups.destroy()
+        _forget_loss_scale()
         gc.collect()  # models are cyclic garbage that holds process groups, with their threads and sockets
+
+
+def _forget_loss_scale() -> None:
+    """megatron-core keeps the scale of a router's losses for good, in the shape of whoever set it first."""
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
 
 
 def _import(name: str, file: str) -> ModuleType:
