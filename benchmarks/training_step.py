@@ -42,8 +42,9 @@ from spikingbrain_train.architecture.layers import dense_twin  # noqa: E402
 from spikingbrain_train.config.command_line import user_errors  # noqa: E402
 from spikingbrain_train.config.compose import register_schema  # noqa: E402
 from spikingbrain_train.config.conversion import ConversionConfig  # noqa: E402
-from spikingbrain_train.config.load import conf_folder, to_run_config  # noqa: E402
+from spikingbrain_train.config.load import to_run_config  # noqa: E402
 from spikingbrain_train.config.model import ModelConfig  # noqa: E402
+from spikingbrain_train.config.yaml_files import conf_folder  # noqa: E402
 from spikingbrain_train.errors import ConfigurationError, PlatformError  # noqa: E402
 from spikingbrain_train.planning.costs import forward_flops_per_token  # noqa: E402
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -17,11 +18,11 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from spikingbrain_train.config.load import conf_folder
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.config.schema import explain, setting_types
 from spikingbrain_train.config.stored_config import with_stored_config
 from spikingbrain_train.config.stored_model import register_stored_model
+from spikingbrain_train.config.yaml_files import conf_folder
 from spikingbrain_train.errors import ConfigurationError, SpikingBrainError
 
 _OWN_FLAGS = "--config run_config.yaml, --help, --cfg job, --resolve, --info, --hydra-help"
@@ -32,19 +33,25 @@ def _purpose(choice: Path) -> str:
     return next((comment for comment in comments if not comment.startswith("@package")), "")
 
 
+def _defaults() -> list[Any]:
+    """What a run is composed of: the list on top of conf/config.yaml."""
+    container: Any = OmegaConf.to_container(OmegaConf.load(conf_folder() / "config.yaml"))
+    return container["defaults"]
+
+
 def groups() -> dict[str, dict[str, str]]:
     """Every config group of a run: its choices, each with the comment on top of its file, what it is for."""
+    chosen = {group for entry in _defaults() if isinstance(entry, dict) for group in entry}
     return {
         folder.name: {choice.stem: _purpose(choice) for choice in sorted(folder.glob("*.yaml"))}
         for folder in sorted(conf_folder().iterdir())
-        if folder.is_dir() and folder.name != "conversion"
+        if folder.name in chosen
     }
 
 
 def describe_groups() -> str:
     """The groups and their choices as text for ``--help``."""
-    defaults = OmegaConf.load(conf_folder() / "config.yaml").defaults
-    lines = []
+    defaults, lines = _defaults(), []
     for group, choices in groups().items():
         lines.append(group)
         for choice, purpose in choices.items():

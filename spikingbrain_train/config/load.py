@@ -14,21 +14,11 @@ from spikingbrain_train.config.model import GateEncoding, ModelConfig, SpikingPr
 from spikingbrain_train.config.renamed import translate_old_values
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.config.schema import check_lists, explain, unknown_setting, unknown_settings
+from spikingbrain_train.config.yaml_files import conf_folder, read_composed, read_yaml
 from spikingbrain_train.errors import CheckpointError, ConfigurationError
 from spikingbrain_train.storage.durable_files import write_text_durably
 
 Config = TypeVar("Config", RunConfig, ModelConfig, ConversionConfig)
-
-
-def conf_folder() -> Path:
-    """The folder of Hydra groups: ``conf/`` of the checkout, or the copy that an installed package has."""
-    package = Path(__file__).resolve().parents[1]
-    for candidate in (package.parent / "conf", package / "conf"):
-        if (candidate / "config.yaml").is_file():
-            return candidate
-    raise ConfigurationError(
-        f"the conf folder is in neither {package.parent} nor {package}; reinstall, or run from a checkout"
-    )
 
 
 def _to_typed(values: DictConfig | ListConfig, schema: type[Config]) -> Config:
@@ -70,21 +60,6 @@ def to_run_config(composed: DictConfig) -> RunConfig:
     return _to_typed(composed, RunConfig)
 
 
-def _read_yaml(path: Path) -> DictConfig:
-    try:
-        values = OmegaConf.load(path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(
-            f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is not text'}"
-        ) from error
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise ConfigurationError(f"{path} is not valid YAML: {reason}") from error
-    if not isinstance(values, DictConfig):
-        raise ConfigurationError(f"{path} must hold name: value lines")
-    return values
-
-
 def _complete_old_model(model: Any) -> None:
     """Write out what a stored model without a setting meant when it was stored, where that is no longer the
     default: a spiking gate was once encoded in front of each matrix.
@@ -99,7 +74,7 @@ def _complete_old_model(model: Any) -> None:
 
 def _load(path: str | Path, schema: type[Config]) -> Config:
     try:
-        values = _read_yaml(Path(path))
+        values = read_yaml(Path(path))
         _complete_old_model(values.get("model") if schema is RunConfig else values)
         if schema is RunConfig:
             translate_old_values(values)
@@ -130,6 +105,8 @@ def save_config(config: RunConfig | ModelConfig | ConversionConfig, path: str | 
 def load_conversion(name_or_path: str, overrides: list[str] | None = None) -> ConversionConfig:
     """The recipe ``conf/conversion/<name>.yaml``, or any YAML file, with ``name=value`` overrides on top.
 
+    Both may be composed of others, which their ``defaults`` name (config/yaml_files.py).
+
     Raises:
         ConfigurationError: no such recipe, an override that is not ``name=value``, or one that does not fit.
     """
@@ -142,7 +119,7 @@ def load_conversion(name_or_path: str, overrides: list[str] | None = None) -> Co
         raise ConfigurationError(
             f"there is no conversion {name_or_path}; choose one of {known}, or name a .yaml file"
         )
-    values = _read_yaml(path)
+    values = read_composed(path, "conversion")
     for override in overrides or []:
         name, equals, value = override.partition("=")
         if not equals or not name:

@@ -10,9 +10,10 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from spikingbrain_train.config.compose import groups, register_schema
-from spikingbrain_train.config.load import conf_folder, load_conversion, to_run_config
+from spikingbrain_train.config.load import load_conversion, to_run_config
 from spikingbrain_train.config.model import FeatureMap, FeedForward, GateKind, Mixer
 from spikingbrain_train.config.run import RunConfig
+from spikingbrain_train.config.yaml_files import conf_folder
 from spikingbrain_train.planning.checks import check_run_config
 from spikingbrain_train.planning.costs import active_parameters, total_parameters
 from spikingbrain_train.planning.planner import launched_world_size, plan_run

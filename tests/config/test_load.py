@@ -184,6 +184,36 @@ class TestConversion:
         assert (recipe.sliding_window, recipe.gla.gate_low_rank_dim) == (128, 8)
         assert recipe.gla.init_gate_bias_max == 0.1
 
+    def test_a_recipe_is_composed_of_others_and_of_fragments(self, tmp_path):
+        (tmp_path / "base.yaml").write_text("defaults: [spikingbrain_76b]\nsliding_window: 64\nseed: 5\n")
+        path = tmp_path / "mine.yaml"
+        path.write_text("defaults:\n  - base\n  - _self_\n  - /layers/spikingbrain_7b@_here_\nseed: 7\n")
+        expected = dataclasses.replace(
+            load_conversion("spikingbrain_76b"), mixers=[Mixer.gla, Mixer.swa], sliding_window=4096, seed=7
+        )
+        assert load_conversion(str(path)) == expected
+        # What a file says itself comes on top of its defaults, and an override on top of all.
+        assert load_conversion(str(tmp_path / "base.yaml")).sliding_window == 64
+        assert load_conversion(str(tmp_path / "base.yaml"), ["sliding_window=3"]).sliding_window == 3
+
+    @pytest.mark.parametrize(
+        ("text", "parts"),
+        [
+            ("defaults: [nowhere]", ["defaults name nowhere", "dense, spikingbrain_76b", "/layers/spiking"]),
+            ("defaults: [/layers/nowhere@_here_]", ["defaults name /layers/nowhere@_here_"]),
+            ("defaults: [{model: tiny}]", ["defaults name {'model': 'tiny'}"]),
+            ("defaults: dense", ["defaults must be a list of names"]),
+            ("defaults: [other]", ["lead back"]),
+        ],
+    )
+    def test_defaults_that_are_not_there_are_named(self, tmp_path, text, parts):
+        (tmp_path / "mine.yaml").write_text(text)
+        (tmp_path / "other.yaml").write_text("defaults: [mine]")
+        with pytest.raises(ConfigurationError) as refusal:
+            load_conversion(str(tmp_path / "mine.yaml"))
+        for part in (str(tmp_path / "mine.yaml"), *parts):
+            assert part in str(refusal.value)
+
     @pytest.mark.parametrize(
         ("name", "overrides", "parts"),
         [

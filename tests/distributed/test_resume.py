@@ -12,10 +12,10 @@ import torch
 from omegaconf import OmegaConf
 
 from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
-from spikingbrain_train.config.load import conf_folder
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import Precision, RunConfig, WandbMode
+from spikingbrain_train.config.yaml_files import conf_folder
 from spikingbrain_train.errors import CheckpointError
 from spikingbrain_train.storage.checkpoint_folder import (
     CHECKPOINT_FOLDER,

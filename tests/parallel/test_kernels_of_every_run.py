@@ -22,7 +22,7 @@ from torch import Tensor
 
 from spikingbrain_train.architecture.layers import dense_twin
 from spikingbrain_train.config.compose import compose_run
-from spikingbrain_train.config.load import conf_folder, to_run_config
+from spikingbrain_train.config.load import to_run_config
 from spikingbrain_train.config.model import Mixer, ModelConfig
 from spikingbrain_train.config.parallel import (
     AcceleratorKind,
@@ -32,6 +32,7 @@ from spikingbrain_train.config.parallel import (
     SoftmaxAttentionBackend,
 )
 from spikingbrain_train.config.run import DistillationConfig, Precision, RunConfig
+from spikingbrain_train.config.yaml_files import conf_folder
 from spikingbrain_train.errors import ConfigurationError, PlatformError, SpikingBrainError
 from spikingbrain_train.models.layer_specs import block_spec, layer_build
 from spikingbrain_train.ops.gated_linear_attention import choose_backend as choose_linear
