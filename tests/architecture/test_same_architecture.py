@@ -28,17 +28,9 @@ from spikingbrain_train.config.model import (
 )
 from spikingbrain_train.config.setting import Role, leaves
 from spikingbrain_train.errors import CheckpointError
+from tests.config.small_model import small_model
 
-MODEL = ModelConfig(
-    num_layers=4,
-    hidden_size=64,
-    ffn_hidden_size=128,
-    num_attention_heads=4,
-    num_query_groups=2,
-    kv_channels=16,
-    vocab_size=512,
-    max_position_embeddings=1024,
-)
+MODEL = small_model()
 GLA = MODEL.gla
 EXPERTS = replace(MODEL, feed_forwards=[FeedForward.dense, FeedForward.moe], moe=MoEConfig(num_experts=4))
 TIED = GatedLinearAttentionConfig(feature_map=FeatureMap.sigmoid, gate=GateKind.tied)

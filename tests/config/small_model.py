@@ -28,11 +28,11 @@ def small_model(**changes: Any) -> ModelConfig:
 
 def write_checkpoint(
     folder: Path, model: ModelConfig, iteration: int = 0, run: RunConfig | None = None
-) -> Path:
+) -> str:
     """What a checkpoint folder holds besides weights; of a training run if there is one.
 
     Returns:
-        The folder of the iteration, below ``folder``.
+        ``folder``, as settings name it.
     """
     checkpoint = folder / f"iter_{iteration:07d}"
     checkpoint.mkdir(parents=True)
@@ -41,4 +41,4 @@ def write_checkpoint(
         save_config(run, checkpoint / "run_config.yaml")
     (checkpoint / ".metadata").touch()
     (folder / "latest_checkpointed_iteration.txt").write_text(str(iteration))
-    return checkpoint
+    return str(folder)

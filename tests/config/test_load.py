@@ -22,7 +22,6 @@ from spikingbrain_train.config.model import (
     GateEncoding,
     GateKind,
     Mixer,
-    ModelConfig,
     MoEConfig,
     ParallelHybridConfig,
     SpikingConfig,
@@ -36,16 +35,10 @@ from spikingbrain_train.config.parallel import (
 )
 from spikingbrain_train.config.run import Precision, RunConfig, StageConfig, WandbMode
 from spikingbrain_train.errors import CheckpointError, ConfigurationError
+from tests.config.small_model import small_model
 
-MODEL = ModelConfig(
+MODEL = small_model(
     num_layers=3,
-    hidden_size=64,
-    ffn_hidden_size=128,
-    num_attention_heads=4,
-    num_query_groups=2,
-    kv_channels=16,
-    vocab_size=512,
-    max_position_embeddings=1024,
     mixers=[Mixer.gla_swa, Mixer.full],
     gla=GatedLinearAttentionConfig(
         feature_map=FeatureMap.sigmoid, gate=GateKind.tied, init_gate_bias_max=2.5

@@ -11,7 +11,7 @@ import pytest
 
 from spikingbrain_train.config.compose import compose_from_command_line
 from spikingbrain_train.config.load import save_config, to_run_config
-from spikingbrain_train.config.model import Mixer, ModelConfig
+from spikingbrain_train.config.model import Mixer
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import (
     CheckpointConfig,
@@ -26,6 +26,7 @@ from spikingbrain_train.config.run import (
 from spikingbrain_train.errors import CheckpointError, ConfigurationError
 from spikingbrain_train.planning.checks import check_run_config
 from tests.config.small_dataset import write_dataset
+from tests.config.small_model import small_model, write_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -34,17 +35,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 def stored(tmp_path: Path) -> RunConfig:
     """A run that differs from the defaults in every section."""
     return RunConfig(
-        model=ModelConfig(
-            num_layers=4,
-            hidden_size=64,
-            ffn_hidden_size=128,
-            num_attention_heads=4,
-            num_query_groups=2,
-            kv_channels=16,
-            vocab_size=512,
-            max_position_embeddings=1024,
-            mixers=[Mixer.full, Mixer.gla_swa],
-        ),
+        model=small_model(mixers=[Mixer.full, Mixer.gla_swa]),
         stage=StageConfig(train_iters=7, seq_length=16, global_batch_size=2),
         data=DataConfig(train=[write_dataset(tmp_path / "tokens", documents=5)], train_weights=[2.0]),
         optimizer=OptimizerConfig(lr=3e-3, min_lr=1e-4),
@@ -123,11 +114,7 @@ def test_degrees_that_earlier_releases_wrote_out_are_accepted(monkeypatch, store
 
 def test_a_finished_run_given_back_says_so_before_torch_and_ends_well(monkeypatch, capsys, stored, tmp_path):
     checkpoint = Path(stored.output_dir) / "checkpoints" / "iter_0000007"
-    checkpoint.mkdir(parents=True)
-    save_config(stored.model, checkpoint / "model_config.yaml")
-    save_config(stored, checkpoint / "run_config.yaml")
-    (checkpoint / ".metadata").touch()
-    (checkpoint.parent / "latest_checkpointed_iteration.txt").write_text("7\n")
+    write_checkpoint(checkpoint.parent, stored.model, iteration=7, run=stored)
     before = sorted(tmp_path.rglob("*"))
     for named in (checkpoint / "run_config.yaml", checkpoint, stored.output_dir):
         monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(named)])

@@ -28,23 +28,22 @@ def unlike_the_defaults() -> ModelConfig:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    write_checkpoint(tmp_path / "hybrid", unlike_the_defaults(), iteration=3)
-    return tmp_path / "hybrid"
+def folder(tmp_path: Path) -> str:
+    return write_checkpoint(tmp_path / "hybrid", unlike_the_defaults(), iteration=3)
 
 
 def composed(*overrides: str) -> RunConfig:
     return to_run_config(compose_run(["dry_run=true", *overrides]))
 
 
-def test_every_setting_comes_from_the_checkpoint(folder: Path) -> None:
+def test_every_setting_comes_from_the_checkpoint(folder: str) -> None:
     model = composed(f"checkpoint.load={folder}").model
     assert model == unlike_the_defaults()
     for name, default in leaves(ModelConfig()).items():
         assert leaves(model)[name] != default, name
 
 
-def test_single_settings_of_the_command_line_come_on_top(folder: Path) -> None:
+def test_single_settings_of_the_command_line_come_on_top(folder: str) -> None:
     model = composed(
         f"checkpoint.load={folder}",
         "model.max_position_embeddings=32768",
@@ -61,7 +60,7 @@ def test_single_settings_of_the_command_line_come_on_top(folder: Path) -> None:
 
 
 def test_an_experiment_comes_on_top_of_it_and_the_command_line_on_top_of_both(
-    folder: Path, tmp_path: Path
+    folder: str, tmp_path: Path
 ) -> None:
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text(
@@ -83,7 +82,7 @@ def test_a_folder_that_is_no_checkpoint_is_named() -> None:
         composed("checkpoint.load=nowhere")
 
 
-def test_a_setting_that_no_model_has_is_named(folder: Path) -> None:
+def test_a_setting_that_no_model_has_is_named(folder: str) -> None:
     with pytest.raises(ConfigurationError, match=r"model\.sliding_windw is not a setting; did you mean"):
         composed(f"checkpoint.load={folder}", "model.sliding_windw=3")
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from spikingbrain_train.config.conversion import ConversionConfig, UpcyclingConfig
-from spikingbrain_train.config.model import FeedForward, GateKind, Mixer, ModelConfig, SpikingProjection
+from spikingbrain_train.config.model import FeedForward, GateKind, Mixer, SpikingProjection
 from spikingbrain_train.config.parallel import (
     AcceleratorKind,
     ExpertBackend,
@@ -24,21 +24,13 @@ from spikingbrain_train.config.setting import check_fields
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.planning.checks import check_run_config
 from spikingbrain_train.planning.parallel_checks import check_world_size
+from tests.config.small_model import small_model
 
 
 def valid_run() -> RunConfig:
     """A run that fits any world size of 1, 2, 4 or 8."""
     return RunConfig(
-        model=ModelConfig(
-            num_layers=8,
-            hidden_size=64,
-            ffn_hidden_size=128,
-            num_attention_heads=8,
-            num_query_groups=4,
-            kv_channels=16,
-            vocab_size=512,
-            max_position_embeddings=1024,
-        ),
+        model=small_model(num_layers=8, num_attention_heads=8, num_query_groups=4),
         stage=StageConfig(train_iters=100, seq_length=64, global_batch_size=8),
         output_dir="unused",
         dry_run=True,

@@ -9,41 +9,22 @@ from pathlib import Path
 
 import pytest
 
-from spikingbrain_train.config.load import save_config
 from spikingbrain_train.config.model import (
     FeatureMap,
     FeedForward,
     GatedLinearAttentionConfig,
     GateKind,
     Mixer,
-    ModelConfig,
 )
 from spikingbrain_train.config.run import DataConfig, Resume, RunConfig, StageConfig
 from spikingbrain_train.data.gpt_dataset import build_datasets
 from spikingbrain_train.errors import CheckpointError, ConfigurationError, DataError
 from spikingbrain_train.planning.checks import check_run_config
 from spikingbrain_train.planning.file_checks import check_output_folder
+from tests.config.small_model import small_model, write_checkpoint
 
-HYBRID = ModelConfig(
-    num_layers=4,
-    hidden_size=64,
-    ffn_hidden_size=128,
-    num_attention_heads=4,
-    num_query_groups=2,
-    kv_channels=16,
-    vocab_size=512,
-    max_position_embeddings=1024,
-)
+HYBRID = small_model()
 DENSE = dataclasses.replace(HYBRID, mixers=[Mixer.full])
-
-
-def write_checkpoint(folder: Path, model: ModelConfig, iteration: int = 0) -> str:
-    checkpoint = folder / f"iter_{iteration:07d}"
-    checkpoint.mkdir(parents=True)
-    save_config(model, checkpoint / "model_config.yaml")
-    (checkpoint / ".metadata").touch()
-    (folder / "latest_checkpointed_iteration.txt").write_text(str(iteration))
-    return str(folder)
 
 
 @pytest.fixture
@@ -148,8 +129,7 @@ def test_output_must_not_be_where_the_run_starts_from(run, tmp_path):
 def test_resume_agrees_with_what_lies_in_the_output(run, tmp_path):
     run.checkpoint.resume = Resume.must
     assert "checkpoint.resume=auto" in refusal(run, CheckpointError)
-    written = write_checkpoint(Path(run.output_dir) / "checkpoints", HYBRID, iteration=30)
-    save_config(dataclasses.replace(run), Path(written) / "iter_0000030" / "run_config.yaml")
+    write_checkpoint(Path(run.output_dir) / "checkpoints", HYBRID, iteration=30, run=run)
     run.stage.train_iters = 40
     check_run_config(run, world_size=1)
     run.checkpoint.resume = Resume.never

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from spikingbrain_train.config.load import save_config
 from spikingbrain_train.config.model import (
     FeatureMap,
     FeedForward,
     GatedLinearAttentionConfig,
     GateKind,
     Mixer,
-    ModelConfig,
     MoEConfig,
     RopeScalingConfig,
     SpikingConfig,
@@ -38,18 +35,12 @@ from spikingbrain_train.planning.resume import (
     read_stored_run,
     run_to_resume,
 )
+from tests.config.changes import changed, other
 from tests.config.small_dataset import write_dataset
+from tests.config.small_model import small_model, write_checkpoint
 
 # Every kind of layer, so that every setting has a part in it.
-MODEL = ModelConfig(
-    num_layers=4,
-    hidden_size=64,
-    ffn_hidden_size=128,
-    num_attention_heads=4,
-    num_query_groups=2,
-    kv_channels=16,
-    vocab_size=512,
-    max_position_embeddings=1024,
+MODEL = small_model(
     mixers=[Mixer.gla, Mixer.swa, Mixer.gla_full, Mixer.full],
     feed_forwards=[FeedForward.dense, FeedForward.moe],
     moe=MoEConfig(num_experts=4, capacity_factor=2.0),
@@ -78,38 +69,11 @@ def save(
 ) -> Path:
     """What ``run`` leaves behind at ``iteration``."""
     checkpoints = Path(run.output_dir) / "checkpoints"
+    write_checkpoint(checkpoints, run.model, iteration, run)
     checkpoint = checkpoints / f"iter_{iteration:07d}"
-    checkpoint.mkdir(parents=True)
-    save_config(run.model, checkpoint / "model_config.yaml")
-    save_config(run, checkpoint / "run_config.yaml")
-    (checkpoint / ".metadata").touch()
     if with_record:
         write_record(record or record_of(run, world_size=1), checkpoint)
-    (checkpoints / "latest_checkpointed_iteration.txt").write_text(str(iteration))
     return checkpoint
-
-
-def changed(run: Any, name: str, value: Any) -> Any:
-    """A copy of a config with one setting replaced, by its dotted name."""
-    section, _, rest = name.partition(".")
-    if not rest:
-        return dataclasses.replace(run, **{section: value})
-    return dataclasses.replace(run, **{section: changed(getattr(run, section), rest, value)})
-
-
-def other(value: Any) -> Any:
-    """Another value of the same kind."""
-    if isinstance(value, bool):
-        return not value
-    if isinstance(value, Enum):
-        return next(member for member in type(value) if member not in (value, Precision.auto))
-    if isinstance(value, (int, float)):
-        return value + 1
-    if isinstance(value, str):
-        return f"{value}-other"
-    if isinstance(value, list):
-        return [*value[1:], *value[:1]] if len(value) > 1 else [*value, "other"]
-    return 3
 
 
 def refusal(run: RunConfig, kind: type[SpikingBrainError] = CheckpointError) -> str:
