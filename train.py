@@ -20,15 +20,15 @@ def main() -> None:
         from spikingbrain_train.planning.host_capacity import check_host
         from spikingbrain_train.planning.launch import Launch
         from spikingbrain_train.planning.planner import check_disk_space, launched_world_size, plan_run
-        from spikingbrain_train.planning.resume import nothing_left_of
+        from spikingbrain_train.planning.resume import nothing_left
 
         composed = compose_from_command_line()
         if composed is None:  # --help, --cfg job and the like have printed what they were asked for
             return
         config = to_run_config(composed)
         world_size = launched_world_size(config)
-        check_run_config(config, world_size)
-        if not config.dry_run and (done := nothing_left_of(config)):
+        stored = check_run_config(config, world_size)
+        if stored is not None and (done := nothing_left(config, stored)):
             if os.environ.get("RANK", "0") == "0":
                 print(done, flush=True)
             return

@@ -39,6 +39,7 @@ from spikingbrain_train.planning.parallel_checks import (
     check_split,
     check_world_size,
 )
+from spikingbrain_train.planning.resume import StoredRun
 from spikingbrain_train.planning.stages.registry import kind_of
 
 
@@ -145,12 +146,15 @@ def _check_kernels(config: RunConfig) -> None:
         )
 
 
-def check_run_config(config: RunConfig, world_size: int) -> None:
+def check_run_config(config: RunConfig, world_size: int) -> StoredRun | None:
     """Refuse a run that cannot work, before torch is imported and any process group forms.
 
     Args:
         config: the resolved run.
         world_size: ranks that were started (for a dry run: that the plan is for).
+
+    Returns:
+        The run that it goes on with; None where it starts, and for a dry run, which looks at no files.
 
     Raises:
         ConfigurationError: settings that contradict each other, the world size, or the files on disk.
@@ -166,10 +170,10 @@ def check_run_config(config: RunConfig, world_size: int) -> None:
     check_optimizer(config.optimizer, config.stage.train_iters)
     check_platform(config)
     if not config.dry_run:
-        check_files(config)
-    else:
-        require(
-            0 <= config.dry_run_rank < world_size,
-            f"dry_run_rank={config.dry_run_rank} is no rank of this run; choose one of 0 to {world_size - 1}",
-        )
-        kind_of(config.stage).check_plan(config.model, config.parallel)
+        return check_files(config)
+    require(
+        0 <= config.dry_run_rank < world_size,
+        f"dry_run_rank={config.dry_run_rank} is no rank of this run; choose one of 0 to {world_size - 1}",
+    )
+    kind_of(config.stage).check_plan(config.model, config.parallel)
+    return None

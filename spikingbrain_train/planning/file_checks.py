@@ -11,7 +11,12 @@ from spikingbrain_train.architecture.same_architecture import check_same_weights
 from spikingbrain_train.config.load import load_model_config
 from spikingbrain_train.config.run import DataConfig, Resume, RunConfig
 from spikingbrain_train.errors import CheckpointError, ConfigurationError, DataError
-from spikingbrain_train.planning.resume import check_settings, check_training_data, run_to_resume
+from spikingbrain_train.planning.resume import (
+    StoredRun,
+    check_settings,
+    check_training_data,
+    run_to_resume,
+)
 from spikingbrain_train.planning.stages.registry import kind_of
 from spikingbrain_train.storage.checkpoint_folder import (
     CHECKPOINT_FOLDER,
@@ -165,8 +170,15 @@ def iteration_to_resume(config: RunConfig) -> int | None:
     return newest
 
 
-def check_files(config: RunConfig) -> None:
-    """Everything on disk that the run names. Raises ConfigurationError, DataError or CheckpointError."""
+def check_files(config: RunConfig) -> StoredRun | None:
+    """Everything on disk that the run names.
+
+    Returns:
+        The run that this one goes on with, None where it starts.
+
+    Raises:
+        ConfigurationError, DataError, CheckpointError: something is missing, or does not fit.
+    """
     if not config.dry_run:
         check_not_in_use(config.output_dir)
     check_own_checkpoints(config)
@@ -180,3 +192,4 @@ def check_files(config: RunConfig) -> None:
     if stored is not None:
         check_training_data(stored, config)
     check_output_folder(config.output_dir)
+    return stored

@@ -94,12 +94,6 @@ def nothing_left(config: RunConfig, stored: StoredRun) -> str | None:
     )
 
 
-def nothing_left_of(config: RunConfig) -> str | None:
-    """The sentence for a run that would go on and has no step left, else None. Raises CheckpointError."""
-    stored = run_to_resume(config)
-    return None if stored is None else nothing_left(config, stored)
-
-
 def topology(config: RunConfig, world_size: int) -> dict[str, int]:
     """The degrees of parallelism of ``world_size`` ranks, with those that nulls stand for."""
     parallel = config.parallel

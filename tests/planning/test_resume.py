@@ -243,9 +243,10 @@ class TestTrainingData:
 
 def test_checks_before_torch_refuse_what_resuming_would(run: RunConfig, tmp_path: Path) -> None:
     run.stage.teacher = None
-    check_run_config(run, world_size=1)
+    assert check_run_config(run, world_size=1) is None
     save(run)
-    check_run_config(run, world_size=1)
+    stored = check_run_config(run, world_size=1)
+    assert stored is not None and stored == run_to_resume(run)
     with pytest.raises(CheckpointError, match="seed=1234 and cannot be resumed with 7"):
         check_run_config(changed(run, "seed", 7), world_size=1)
     write_dataset(tmp_path / "a", documents=6)
