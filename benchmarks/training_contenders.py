@@ -131,7 +131,7 @@ def _share_weights(model: torch.nn.Module, file: Path) -> None:
 def _transformers_model(setting: Setting, dtype: torch.dtype) -> torch.nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from spikingbrain_train.conversion.export_config import hf_config
+    from spikingbrain_train.conversion.formats.registry import format_of_model
 
     if setting.hf_folder is not None:
         config = AutoConfig.from_pretrained(setting.hf_folder)
@@ -141,7 +141,9 @@ def _transformers_model(setting: Setting, dtype: torch.dtype) -> torch.nn.Module
         )
     else:
         torch.manual_seed(SEED)
-        config = AutoConfig.for_model(**hf_config(dense_twin(setting.model), None, str(dtype).split(".")[1]))
+        twin = dense_twin(setting.model)
+        keys = format_of_model(twin).config(twin, None, str(dtype).split(".")[1])
+        config = AutoConfig.for_model(**keys)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     return model.to(setting.device).train()
 

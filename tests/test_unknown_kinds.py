@@ -29,7 +29,7 @@ from spikingbrain_train.config.parallel import (
     Recompute,
 )
 from spikingbrain_train.config.run import Precision, RunConfig, StageConfig
-from spikingbrain_train.conversion.export_config import export_family, unexportable_parts
+from spikingbrain_train.conversion.formats.registry import format_of_model, stands_in_the_way
 from spikingbrain_train.conversion.mapping import model_parameters
 from spikingbrain_train.conversion.report import describe_layers
 from spikingbrain_train.conversion.upcycling import expert_scale
@@ -93,13 +93,13 @@ ASKED: dict[str, Callable[[], Any]] = {
     "mixer: new parameters": lambda: costs.new_parameters(WITH_MIXER),
     "mixer: plan": lambda: plan_run(replace(RUN, model=WITH_MIXER), 1),
     "mixer: weight mapping": lambda: list(model_parameters(WITH_MIXER)),
-    "mixer: export": lambda: export_family(WITH_MIXER),
+    "mixer: export": lambda: format_of_model(WITH_MIXER),
     "mixer: report": lambda: describe_layers(WITH_MIXER),
     "mixer: same weights": lambda: check_same_weights(WITH_MIXER, WITH_MIXER, "a folder"),
     "mixer: spikes": lambda: check_spiking(WITH_MIXER, STAGE),
     "feed-forward: plan": lambda: plan_run(replace(RUN, model=WITH_FEED_FORWARD), 1),
     "feed-forward: weight mapping": lambda: list(model_parameters(WITH_FEED_FORWARD)),
-    "feed-forward: export": lambda: unexportable_parts(WITH_FEED_FORWARD),
+    "feed-forward: export": lambda: stands_in_the_way(WITH_FEED_FORWARD),
     "gate: parameters": lambda: costs.new_parameters(WITH_GATE),
     "gate: weight mapping": lambda: list(model_parameters(WITH_GATE)),
     "gate: plan": lambda: plan_run(replace(RUN, model=WITH_GATE), 1),

@@ -7,9 +7,15 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from spikingbrain_train.config.compose import compose_run
+from spikingbrain_train.config.load import save_config, to_run_config
+from spikingbrain_train.config.model import Mixer
+from spikingbrain_train.storage.checkpoint_folder import MODEL_CONFIG_FILE
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -42,6 +48,7 @@ IMPORT = ("convert_checkpoint", "import", "--hf", "model", "--output", "out")
 EXPORT = ("export", "--checkpoint", "checkpoint", "--output", "out")
 PREPROCESS = ("preprocess_data", "--input", "text.txt", "--tokenizer", "model", "--output-prefix", "out/text")
 DEMO = ("demo", "--output", "out", "--model", "model")
+BATCH = ("stage.seq_length=64", "stage.train_iters=1", "stage.global_batch_size=1", "dry_run=true")
 NUMBERS = ("-1", "0", "nan", "1e999", "many", "", "[1]", "99999999999999999999999")
 
 # (command line, words of the sentence); "model" has no weights, "checkpoint" is empty, "file" is a file
@@ -77,7 +84,15 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     (("convert_checkpoint", "inspect", "nowhere"), "nowhere is not a folder"),
     (("convert_checkpoint", "inspect", "broken"), "cannot be read as JSON"),
     (("convert_checkpoint", "inspect", "checkpoint"), "latest_checkpointed_iteration.txt"),
+    (
+        ("convert_checkpoint", "import", "--hf", "other", "--output", "out"),
+        "MistralForCausalLM is not supported",
+    ),
     (EXPORT, "latest_checkpointed_iteration.txt"),
+    (
+        (EXPORT[0], EXPORT[1], "experts", *EXPORT[3:]),
+        "no Hugging Face format holds mixture-of-experts layers",
+    ),
     (("export", "--checkpoint", "nowhere", "--output", "out"), "nowhere is not a folder"),
     ((*EXPORT, "--max-shard-size", "5XB"), "--max-shard-size 5XB is not a size"),
     (("preprocess_data", "--input", "nowhere", *PREPROCESS[3:]), "nowhere"),
@@ -124,10 +139,19 @@ def endings(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int | str, s
     folder = tmp_path_factory.mktemp("tools")
     dense = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
     export = {"architectures": ["GLAswaForCausalLM"], "auto_map": {"AutoConfig": "x.X"}}
-    for name, config in (("model", dense), ("whole", dense), ("export", export), ("broken", None)):
+    other = {"architectures": ["MistralForCausalLM"]}
+    folders = {"model": dense, "whole": dense, "export": export, "other": other, "broken": None}
+    for name, config in folders.items():
         (folder / name).mkdir()
         (folder / name / "config.json").write_text("{" if config is None else json.dumps(config))
-    (folder / "whole" / "model.safetensors").write_bytes(b"\0" * 8)
+    for name in ("whole", "other"):
+        (folder / name / "model.safetensors").write_bytes(b"\0" * 8)
+    (folder / "experts").mkdir()
+    (folder / "experts" / ".metadata").write_text("")
+    model = to_run_config(compose_run(["model=tiny_76b", *BATCH])).model
+    save_config(
+        replace(model, mixers=[Mixer.full], num_sink_tokens=0), folder / "experts" / MODEL_CONFIG_FILE
+    )
     (folder / "checkpoint").mkdir()
     for name in ("file", "text.txt", "text.bin", "text.idx"):
         (folder / name).write_text("text")

@@ -29,6 +29,8 @@ class FeedForwardKind(ABC):
 
     name: str
     """How ``model.feed_forwards`` calls it."""
+    words: str
+    """What its layers are called in sentences: ``mixture-of-experts layers``; by default by its name."""
     spec: str
     """``package.module:function`` that makes the ``mlp`` of a layer's spec; imported when it is built."""
     is_of_the_source: bool = False
@@ -40,6 +42,11 @@ class FeedForwardKind(ABC):
 
     def __reduce__(self) -> tuple[Callable[[str], FeedForwardKind], tuple[str]]:
         return _by_name, (self.name,)  # a kind is one object in every process
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        if "words" not in vars(cls) and hasattr(cls, "name"):
+            cls.words = f"{cls.name} layers"
 
     def check(self, model: ModelConfig) -> None:
         """Its settings, in a model that has it. Raises ConfigurationError."""

@@ -40,6 +40,7 @@ class GatedLinearAttentionKind(MixerKind):
     """Both forms: ReLU features with a low-rank gate (7B), sigmoid features with a tied one (76B)."""
 
     name = "gla"
+    words = "gated linear attention layers"
     spec = "spikingbrain_train.models.mixers.gated_linear_attention:spec"
     family = "linear"
     hf_layers = {"gla_swa": "linear_attention"}

@@ -17,6 +17,8 @@ class MixerKind(ABC):
 
     name: str
     """How ``model.mixers`` calls it."""
+    words: str
+    """What its layers are called in sentences: ``mixture-of-experts layers``; by default by its name."""
     spec: str
     """``package.module:function`` that makes its megatron-core ModuleSpec; imported when a model is built."""
     family: str
@@ -29,6 +31,8 @@ class MixerKind(ABC):
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
+        if "words" not in vars(cls) and hasattr(cls, "name"):
+            cls.words = f"{cls.name} layers"
         if not hasattr(cls, "family") and hasattr(cls, "name"):
             cls.family = cls.name
 
@@ -69,6 +73,10 @@ class MixerKind(ABC):
     def input_projections(self, model: ModelConfig) -> tuple[str, ...]:
         """The projections that read the layer's normed input, as ``model.spiking.projections`` calls them."""
         return ("qkv",)
+
+    def describe(self, model: ModelConfig) -> str | None:
+        """A few words on its settings for reports: ``window 4096``."""
+        return None
 
 
 def _by_name(name: str) -> MixerKind:

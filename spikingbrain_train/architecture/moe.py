@@ -28,6 +28,7 @@ class MixtureOfExpertsKind(FeedForwardKind):
     """Softmax router, top-k of the routed experts, and shared experts that see all tokens."""
 
     name = "moe"
+    words = "mixture-of-experts layers"
     spec = "spikingbrain_train.models.feed_forwards.moe.spec:spec"
     routes_tokens = True
 

@@ -24,6 +24,7 @@ class SoftmaxAttentionKind(MixerKind):
     """Causal softmax attention over everything before a token."""
 
     name = "full"
+    words = "full-attention layers"
     spec = "spikingbrain_train.models.mixers.softmax_attention:spec"
     family = "softmax"
     is_of_the_source = True
@@ -95,6 +96,7 @@ class SlidingWindowAttentionKind(SoftmaxAttentionKind):
     """Causal softmax attention over the last ``model.sliding_window`` tokens."""
 
     name = "swa"
+    words = "sliding-window layers"
     is_of_the_source = False
     hf_layers = {"gla_swa": "sliding_attention"}
 
@@ -115,6 +117,9 @@ class SlidingWindowAttentionKind(SoftmaxAttentionKind):
 
     def settings(self, model: ModelConfig) -> set[str]:
         return super().settings(model) | {"sliding_window"}
+
+    def describe(self, model: ModelConfig) -> str | None:
+        return f"window {model.sliding_window}"
 
 
 FULL = MIXERS.register(SoftmaxAttentionKind())

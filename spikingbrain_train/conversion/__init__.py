@@ -1,4 +1,4 @@
 """Hugging Face checkpoints to Megatron and back, with the swap of sequence mixers on the way in.
 
-Read :mod:`~spikingbrain_train.conversion.mapping` first: the one table that both directions follow.
+Read :mod:`~spikingbrain_train.conversion.mapping` first: what both directions follow.
 """

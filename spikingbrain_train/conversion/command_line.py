@@ -14,6 +14,7 @@ from spikingbrain_train.config.command_line import user_errors
 from spikingbrain_train.config.load import load_conversion, load_model_config
 from spikingbrain_train.config.setting import check_fields
 from spikingbrain_train.conversion.checkpoint_paths import resolve_checkpoint
+from spikingbrain_train.conversion.formats.registry import format_of_config, format_of_model
 from spikingbrain_train.conversion.hf_folder import read_weight_map
 from spikingbrain_train.conversion.output_folder import check_output_folder
 from spikingbrain_train.conversion.window_convention import WindowConvention
@@ -209,9 +210,10 @@ def _import(arguments: argparse.Namespace) -> str:
     recipe = arguments.conversion and load_conversion(arguments.conversion, arguments.overrides)
     if recipe:
         check_fields(recipe)
-    load_config_json(arguments.hf)
+    config = load_config_json(arguments.hf)
     read_weight_map(arguments.hf)
     _check_output(arguments, arguments.hf, LATEST_ITERATION_FILE)
+    format_of_config(config, arguments.hf / CONFIG_FILE)
     with activity("importing torch"):
         from spikingbrain_train.conversion.import_checkpoint import import_checkpoint
 
@@ -230,7 +232,9 @@ def _import(arguments: argparse.Namespace) -> str:
 def _export(arguments: argparse.Namespace) -> str:
     max_shard_size = _bytes(arguments.max_shard_size)
     checkpoint = resolve_checkpoint(arguments.checkpoint)
-    check_model(load_model_config(checkpoint / MODEL_CONFIG_FILE))
+    model = load_model_config(checkpoint / MODEL_CONFIG_FILE)
+    check_model(model)
+    format_of_model(model)
     _check_output(arguments, checkpoint, CONFIG_FILE)
     with activity("importing torch"):
         import torch

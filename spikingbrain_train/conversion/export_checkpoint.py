@@ -17,12 +17,11 @@ from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.conversion.checkpoint_paths import resolve_checkpoint
 from spikingbrain_train.conversion.code_references import left_out, references
 from spikingbrain_train.conversion.companion_files import find_companion_files, has_tokenizer
-from spikingbrain_train.conversion.export_config import export_family, hf_config
 from spikingbrain_train.conversion.export_pieces import Piece, export_pieces
-from spikingbrain_train.conversion.hf_config import GLA_SWA
+from spikingbrain_train.conversion.formats.hf_format import HfFormat
+from spikingbrain_train.conversion.formats.registry import format_of_model
 from spikingbrain_train.conversion.mapping import model_parameters
 from spikingbrain_train.conversion.output_folder import check_output_folder, complete_folder
-from spikingbrain_train.conversion.published_form import published_class_lacks
 from spikingbrain_train.conversion.report import ConversionReport, describe_layers
 from spikingbrain_train.conversion.safetensors_io import DTYPE_CODES, SafetensorsWriter, TensorSpec
 from spikingbrain_train.conversion.tokenizer_files import drop_tokenizer_code, keep_tokenizer_class
@@ -32,7 +31,6 @@ from spikingbrain_train.conversion.weight_values import (
     fault_of,
 )
 from spikingbrain_train.errors import CheckpointError
-from spikingbrain_train.hf import modelling_files
 from spikingbrain_train.reporting.activity import activity
 from spikingbrain_train.runtime.checkpoint_metadata import read_metadata
 from spikingbrain_train.storage.checkpoint_folder import HF_SOURCE_FOLDER, MODEL_CONFIG_FILE
@@ -81,7 +79,7 @@ def export_checkpoint(
         lambda: read_metadata(folder).state_dict_metadata,
     )
     check_model(model)
-    family = export_family(model)
+    hf_format = format_of_model(model)
     reader = MegatronCheckpointReader(folder)
     stored = check_tensors(reader, model)
     hf_source = folder / HF_SOURCE_FOLDER
@@ -91,13 +89,13 @@ def export_checkpoint(
         number_format = dtype or stored[piece.parameter.name]
         return [TensorSpec(name, shape, number_format) for name, shape in piece.shapes.items()]
 
-    pieces = sorted(export_pieces(model, family), key=lambda piece: -specs_of(piece)[0].dtype.itemsize)
+    pieces = sorted(export_pieces(model, hf_format), key=lambda piece: -specs_of(piece)[0].dtype.itemsize)
     specs = [spec for piece in pieces for spec in specs_of(piece)]
-    config = hf_config(model, source_config, _dtype_name(specs))
+    config = hf_format.config(model, source_config, _dtype_name(specs))
     report = ConversionReport(
         source=str(folder),
         output=str(output),
-        architecture=family.architecture,
+        architecture=hf_format.architecture,
         layers=describe_layers(model),
         dry_run=False,
         bytes=sum(spec.nbytes for spec in specs),
@@ -107,18 +105,14 @@ def export_checkpoint(
             "the model encodes activations as spikes, for which the format has no setting; the export "
             "computes without them"
         )
-    if family is GLA_SWA and published_class_lacks(model):
-        report.notes.append(
-            f"the published modelling code has no {' and no '.join(published_class_lacks(model))}; load the "
-            "folder with the code that it carries (trust_remote_code=True)"
-        )
+    report.notes += hf_format.notes_on_export(model)
     check_output_folder(
         output, source=folder, overwrite=overwrite, marker=CONFIG_FILE, needed_bytes=report.bytes
     )
     damaged: dict[str, str] = {}
     with complete_folder(output, progress=progress) as temporary:
         report.notes += _write_small_files(
-            temporary, hf_source, config, source_config or {}, progress=progress
+            temporary, hf_format, hf_source, config, source_config or {}, progress=progress
         )
         if not has_tokenizer(temporary):
             report.notes.append(
@@ -146,13 +140,14 @@ def export_checkpoint(
 
 def _write_small_files(
     export: Path,
+    hf_format: HfFormat,
     hf_source: Path,
     config: dict[str, Any],
     source_config: dict[str, Any],
     *,
     progress: bool,
 ) -> list[str]:
-    """Write all of an export but its weights: config.json, the source's small files, code of a hybrid.
+    """Write all of an export but its weights: config.json, the source's small files, the format's code.
 
     Returns:
         Notes for the report.
@@ -165,11 +160,9 @@ def _write_small_files(
         notes += left_out(CONFIG_FILE, references(source_config))
         notes += drop_tokenizer_code(export)
     (export / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    is_hybrid = config["architectures"] == [GLA_SWA.architecture]
-    if is_hybrid:
-        for path in modelling_files():
-            shutil.copyfile(path, export / path.name)
-    if is_hybrid or config.get("model_type") != source_config.get("model_type"):
+    for path in hf_format.code_files():
+        shutil.copyfile(path, export / path.name)
+    if hf_format.code_files() or config.get("model_type") != source_config.get("model_type"):
         with activity("comparing the tokenizers", shown=progress):  # transformers is imported for it
             notes += keep_tokenizer_class(hf_source, export)
     return notes

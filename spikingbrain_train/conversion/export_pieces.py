@@ -1,4 +1,4 @@
-"""What an export is made of: each parameter's tensors, and those that the published classes want besides."""
+"""What an export is made of: each parameter's tensors, and those that readers of its format want besides."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from torch import Tensor
 from spikingbrain_train.architecture.weights import Shape
 from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
 from spikingbrain_train.config.model import ModelConfig
-from spikingbrain_train.conversion.hf_config import GLA_SWA, Family
+from spikingbrain_train.conversion.formats.hf_format import HfFormat, Zeros
 from spikingbrain_train.conversion.mapping import Parameter, model_parameters
-from spikingbrain_train.conversion.published_form import completions
 
 
 @dataclass(frozen=True)
@@ -43,21 +42,17 @@ class Piece:
         return self.parameter.split(reader.read(self.parameter.name)[: self.parameter.shape[0]])
 
 
-def export_pieces(model: ModelConfig, family: Family) -> list[Piece]:
-    """Everything that an export of ``model`` as ``family`` holds.
+def export_pieces(model: ModelConfig, hf_format: HfFormat) -> list[Piece]:
+    """Everything that an export of ``model`` in a format holds.
 
     Raises:
-        CheckpointError: the family has no place for a parameter.
+        CheckpointError: the format has no place for a parameter.
     """
     pieces = []
     for parameter in model_parameters(model):
-        shapes = dict(zip(parameter.hf_names(family.names), parameter.hf_shapes, strict=True))
+        shapes = dict(zip(parameter.hf_names(hf_format.names), parameter.hf_shapes, strict=True))
         pieces.append(Piece(parameter, shapes, parameter.weight.group, "copied"))
-    for extra in completions(model) if family is GLA_SWA else ():
-        shapes = {extra.name: extra.shape}
-        if extra.is_copy:
-            pieces.append(Piece(extra.beside, shapes, "output layer", "copy of the tied embedding"))
-        else:
-            origin = "zero biases for the published class"
-            pieces.append(Piece(extra.beside, shapes, extra.beside.weight.group, origin, is_zero=True))
+    for extra in hf_format.completions(model):
+        beside, is_zero = Parameter(extra.beside, extra.layer, model), isinstance(extra, Zeros)
+        pieces.append(Piece(beside, {extra.name: extra.shape}, extra.group, extra.origin, is_zero))
     return pieces

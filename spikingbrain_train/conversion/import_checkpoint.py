@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections import Counter
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
@@ -18,29 +19,20 @@ from spikingbrain_train.architecture.weights import Shape
 from spikingbrain_train.checkpoint.streaming import MegatronCheckpointWriter
 from spikingbrain_train.config.conversion import ConversionConfig, UpcyclingForm
 from spikingbrain_train.config.load import save_config
-from spikingbrain_train.config.model import LayersConfig, Mixer, ModelConfig
+from spikingbrain_train.config.model import LayersConfig, ModelConfig
 from spikingbrain_train.config.setting import check_fields
 from spikingbrain_train.conversion.companion_files import find_companion_files, has_tokenizer
-from spikingbrain_train.conversion.hf_config import (
-    GLA_SWA,
-    Family,
-    read_hf_config,
-)
+from spikingbrain_train.conversion.formats.hf_format import HfFormat, Zeros
+from spikingbrain_train.conversion.hf_config import read_hf_config
 from spikingbrain_train.conversion.mapping import Parameter, model_parameters
 from spikingbrain_train.conversion.new_parameters import NewParameters
 from spikingbrain_train.conversion.output_folder import check_output_folder, complete_folder
-from spikingbrain_train.conversion.published_form import completions
 from spikingbrain_train.conversion.report import NEW, ConversionReport, describe_layers
 from spikingbrain_train.conversion.safetensors_io import SafetensorsReader, refuse_quantised
 from spikingbrain_train.conversion.source import Source
 from spikingbrain_train.conversion.upcycling import describe_copies, expert_chunks
 from spikingbrain_train.conversion.weight_values import describe_damage
-from spikingbrain_train.conversion.window_convention import (
-    WINDOW_KEY,
-    WindowConvention,
-    default_convention,
-    says_its_window,
-)
+from spikingbrain_train.conversion.window_convention import WindowConvention
 from spikingbrain_train.errors import CheckpointError, ConfigurationError
 from spikingbrain_train.reporting.activity import activity
 from spikingbrain_train.storage.checkpoint_folder import (
@@ -101,22 +93,22 @@ def import_checkpoint(
             ``window_convention`` to say.
     """
     started = time.monotonic()
-    window_note = _window_note(hf_folder, window_convention)
-    family, source = read_hf_config(hf_folder, window_convention)
+    hf_format, source = read_hf_config(hf_folder, window_convention)
+    hf_notes = hf_format.notes_on_import(hf_folder, load_config_json(hf_folder), source, window_convention)
     target = _target(source, conversion, hf_folder)
     check_model(target)
     if conversion is not None:
         check_fields(conversion)
     reader = SafetensorsReader(hf_folder)
-    ignored = _check_source(reader, family, source)
+    ignored = _check_source(reader, hf_format, source)
     recipe = conversion or ConversionConfig()  # without one the source is copied, and none of it is used
-    tensors = Source(reader, family, source, allow_damaged_weights=allow_damaged_weights)
+    tensors = Source(reader, hf_format, source, allow_damaged_weights=allow_damaged_weights)
     converter = _Converter(tensors, recipe)
     plan = converter.plan(target)
     report = ConversionReport(
         source=str(hf_folder),
         output=str(output),
-        architecture=family.architecture,
+        architecture=hf_format.architecture,
         layers=describe_layers(target),
         dry_run=dry_run,
         ignored=ignored,
@@ -125,7 +117,7 @@ def import_checkpoint(
     for planned in plan:
         group = planned.parameter.weight.group
         report.count(group, converter.origin(planned), planned.parameter.numel)
-    report.notes += window_note + _notes(target, recipe, drawn=report.new_parameters > 0)
+    report.notes += hf_notes + _notes(target, recipe, drawn=report.new_parameters > 0)
     companions = find_companion_files(hf_folder)
     report.notes += companions.left_behind
     if not has_tokenizer(hf_folder):
@@ -162,27 +154,6 @@ def import_checkpoint(
     return report
 
 
-def _window_note(hf_folder: Path, chosen: WindowConvention | None) -> list[str]:
-    """How the window of a source that does not say what it counts is read; nothing for other sources."""
-    config = load_config_json(hf_folder)
-    family, model = read_hf_config(hf_folder, chosen)
-    if family is not GLA_SWA or says_its_window(config) or Mixer.swa not in model.layer_mixers():
-        if chosen is not None:
-            raise ConfigurationError(
-                f"--window-convention {chosen.value} has nothing to say about {hf_folder}, which is no "
-                f"published SpikingBrain-7B folder with windows, or names them in {WINDOW_KEY}; leave the "
-                "option out"
-            )
-        return []
-    convention = chosen or default_convention(config)
-    other = next(one for one in WindowConvention if one is not convention)
-    reader = "its default code does" if convention is WindowConvention.published else "its SDPA variant does"
-    return [
-        f"sliding_window is read as {reader}: a token sees {model.sliding_window} tokens, itself included "
-        f"(--window-convention {convention.value}; --window-convention {other.value} is the other reading)"
-    ]
-
-
 def _target(source: ModelConfig, conversion: ConversionConfig | None, hf_folder: Path) -> ModelConfig:
     """The architecture of the result: the source's sizes with the recipe's layers."""
     if conversion is None:
@@ -204,7 +175,7 @@ def _target(source: ModelConfig, conversion: ConversionConfig | None, hf_folder:
     return target
 
 
-def _check_source(reader: SafetensorsReader, family: Family, source: ModelConfig) -> list[str]:
+def _check_source(reader: SafetensorsReader, hf_format: HfFormat, source: ModelConfig) -> list[str]:
     """Hold the source's tensors against its architecture; return what may be left out, with the reason.
 
     Raises:
@@ -214,12 +185,12 @@ def _check_source(reader: SafetensorsReader, family: Family, source: ModelConfig
     refuse_quantised(reader)
     expected = set()
     for parameter in model_parameters(source):
-        names = parameter.hf_names(family.names)
+        names = parameter.hf_names(hf_format.names)
         for name, shape in zip(names, parameter.hf_shapes, strict=True):
             expected.add(name)
             if name not in reader.specs:
                 raise CheckpointError(
-                    f"{reader.folder}: the tensor {name} of {family.architecture} is missing; copy the "
+                    f"{reader.folder}: the tensor {name} of {hf_format.architecture} is missing; copy the "
                     f"folder again, or correct {CONFIG_FILE} if it describes another model"
                 )
             stored = reader.specs[name].shape
@@ -238,14 +209,14 @@ def _check_source(reader: SafetensorsReader, family: Family, source: ModelConfig
                 "model in one dtype"
             )
     ignored = []
-    zero_biases = _zero_biases(reader, source) if family is GLA_SWA else set()
-    if zero_biases:
-        ignored.append(f"{len(zero_biases)} q/k/v biases (zero, for classes that always have them)")
-    for name in sorted(set(reader.specs) - expected - zero_biases):
+    zeros = _zeros(reader, hf_format, source)
+    for what, number in Counter(zeros.values()).items():
+        ignored.append(f"{number} {what} (zero, for classes that always have them)")
+    for name in sorted(set(reader.specs) - expected - set(zeros)):
         if _RECOMPUTED.search(name):
             ignored.append(f"{name} (recomputed from rope_theta)")
-        elif name == family.names["output"] and source.share_embeddings_and_output_weights:
-            if not _is_copy(reader.read(name), reader.read(family.names["embedding"])):
+        elif name == hf_format.names["output"] and source.share_embeddings_and_output_weights:
+            if not _is_copy(reader.read(name), reader.read(hf_format.names["embedding"])):
                 raise CheckpointError(
                     f"{reader.file_of(name)}: {name} differs from the embedding although {CONFIG_FILE} has "
                     "tie_word_embeddings = true; set it to false if the output layer is its own"
@@ -253,7 +224,7 @@ def _check_source(reader: SafetensorsReader, family: Family, source: ModelConfig
             ignored.append(f"{name} (identical to the tied embedding)")
         else:
             raise CheckpointError(
-                f"{reader.file_of(name)}: the tensor {name} is not part of {family.architecture} as "
+                f"{reader.file_of(name)}: the tensor {name} is not part of {hf_format.architecture} as "
                 f"{CONFIG_FILE} describes it; importing without it would change the model"
             )
     return ignored
@@ -266,20 +237,24 @@ def _is_copy(tensor: Tensor, other: Tensor) -> bool:
     return torch.equal(tensor, other) or torch.equal(tensor.view(torch.uint8), other.view(torch.uint8))
 
 
-def _zero_biases(reader: SafetensorsReader, source: ModelConfig) -> set[str]:
-    """Names of the biases that an export holds for the published class and the model does not have.
+def _zeros(reader: SafetensorsReader, hf_format: HfFormat, source: ModelConfig) -> dict[str, str]:
+    """Names of the tensors of zeros that an export holds for readers of its format and the model does not
+    have, and what they are.
 
     Raises:
         CheckpointError: one is not zero.
     """
-    names = {entry.name for entry in completions(source) if not entry.is_copy} & set(reader.specs)
-    for name in sorted(names):
-        if reader.read(name).any():
+    found = {}
+    for entry in sorted(hf_format.completions(source), key=lambda entry: entry.name):
+        if not isinstance(entry, Zeros) or entry.name not in reader.specs:
+            continue
+        if reader.read(entry.name).any():
             raise CheckpointError(
-                f"{reader.file_of(name)}: {name} is not zero although {CONFIG_FILE} has attention_bias = "
-                "false; set it to true if the biases were trained"
+                f"{reader.file_of(entry.name)}: {entry.name} is not zero although {CONFIG_FILE} has "
+                f"{entry.setting} = false; set it to true if the {entry.what} were trained"
             )
-    return names
+        found[entry.name] = entry.what
+    return found
 
 
 def _notes(target: ModelConfig, recipe: ConversionConfig, *, drawn: bool) -> list[str]:

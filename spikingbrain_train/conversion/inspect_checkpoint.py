@@ -14,7 +14,7 @@ from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.conversion.checkpoint_paths import resolve_checkpoint
 from spikingbrain_train.conversion.companion_files import has_tokenizer
 from spikingbrain_train.conversion.export_checkpoint import check_tensors
-from spikingbrain_train.conversion.export_config import export_family, unexportable_parts
+from spikingbrain_train.conversion.formats.registry import format_of_model, stands_in_the_way
 from spikingbrain_train.conversion.hf_config import read_hf_config
 from spikingbrain_train.conversion.report import describe_layers
 from spikingbrain_train.conversion.safetensors_io import SafetensorsReader, refuse_quantised
@@ -35,13 +35,13 @@ def inspect_checkpoint(folder: Path) -> str:
 
 
 def _inspect_hf(folder: Path) -> str:
-    family, model = read_hf_config(folder)
+    hf_format, model = read_hf_config(folder)
     reader = SafetensorsReader(folder)
     refuse_quantised(reader)
     specs = reader.specs.values()
     return "\n".join(
         [
-            f"{folder}: Hugging Face checkpoint, {family.architecture}",
+            f"{folder}: Hugging Face checkpoint, {hf_format.architecture}",
             *_describe_model(model),
             _describe_tensors("weights", [(spec.shape, spec.dtype) for spec in specs]),
             f"tokenizer:  {'yes' if has_tokenizer(folder) else 'no'}",
@@ -58,10 +58,10 @@ def _inspect_megatron(folder: Path) -> str:
     parameters = check_tensors(reader, model)
     entries = {name: (tuple(entry.size), entry.properties.dtype) for name, entry in reader.tensors.items()}
     others = [entry for name, entry in entries.items() if name not in parameters]
-    if unexportable_parts(model):
-        export = f"has no Hugging Face format ({', '.join(unexportable_parts(model))})"
+    if parts := stands_in_the_way(model):
+        export = f"has no Hugging Face format ({', '.join(parts)})"
     else:
-        export = f"exports as {export_family(model).architecture}"
+        export = f"exports as {format_of_model(model).architecture}"
     lines = [
         f"{folder}: Megatron torch_dist checkpoint, {export}",
         *_describe_model(model),

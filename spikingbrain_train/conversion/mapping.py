@@ -2,8 +2,8 @@
 
 The architecture describes every :class:`~spikingbrain_train.architecture.weights.Weight` once: its name, what
 it is made of (roles), how those tensors lie in it, and how it begins where the source does not have it. A
-Hugging Face format contributes only its spelling of the roles
-(:mod:`~spikingbrain_train.conversion.hf_names`). A role that the source lacks makes the parameter a new one.
+Hugging Face format only spells the roles (:mod:`~spikingbrain_train.conversion.formats`). A role that the
+source lacks makes the parameter a new one.
 
 Most weights serve both directions, exactly, because transforms move rows and never touch values. Two sorts
 only lead inwards, and models that have them are refused on export: all branches of a layer start from the

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from spikingbrain_train.config.model import FeedForward, Mixer, ModelConfig
+from spikingbrain_train.architecture.feed_forwards import FeedForwardKind
+from spikingbrain_train.architecture.layers import has_experts, layers
+from spikingbrain_train.architecture.mixers import MixerKind
+from spikingbrain_train.config.model import ModelConfig
 
 REPORT_FILE = "conversion_report.json"
 NEW = "new: "
@@ -102,20 +106,23 @@ class ConversionReport:
 
 
 def describe_layers(model: ModelConfig) -> str:
-    """Layers of each mixer and feed-forward: ``14 gla + 14 swa (window 4096)``, ``24 gla_swa (window 4096)
-    + 4 gla_full; 7 dense + 21 moe (16 experts, top 1, 1 shared)``."""
-    mixers = model.layer_mixers()
-    text = " + ".join(
-        f"{mixers.count(mixer)} {mixer.value}"
-        + (f" (window {model.sliding_window})" if mixer.softmax_branch is Mixer.swa else "")
-        for mixer in dict.fromkeys(mixers)
-    )
-    feed_forwards = model.layer_feed_forwards()
-    if FeedForward.moe not in feed_forwards:
+    """Layers of each mixer and feed-forward: ``14 gla + 14 swa (window 4096)``, ``24 [gla,swa] (window 4096)
+    + 4 [full,gla]; 7 dense + 21 moe (16 experts, top-1, + 1 shared of width 1408)``."""
+    described = layers(model)
+    mixers = {layer.mixer_name: layer.mixers for layer in described}
+    text = _counts([layer.mixer_name for layer in described], mixers, model)
+    if not has_experts(model):
         return text
-    moe = model.moe
-    experts = f" ({moe.num_experts} experts, top {moe.router_topk}, {moe.num_shared_experts} shared)"
-    return f"{text}; " + " + ".join(
-        f"{feed_forwards.count(kind)} {kind.value}{experts if kind is FeedForward.moe else ''}"
-        for kind in dict.fromkeys(feed_forwards)
-    )
+    feed_forwards = {layer.feed_forward.name: (layer.feed_forward,) for layer in described}
+    return f"{text}; {_counts([layer.feed_forward.name for layer in described], feed_forwards, model)}"
+
+
+def _counts(
+    names: Sequence[str], kinds: Mapping[str, Sequence[MixerKind | FeedForwardKind]], model: ModelConfig
+) -> str:
+    """How often each name occurs, with what its kinds say of themselves."""
+    parts = []
+    for name, its_kinds in kinds.items():
+        words = [said for kind in its_kinds if (said := kind.describe(model))]
+        parts.append(f"{names.count(name)} {name}" + (f" ({', '.join(words)})" if words else ""))
+    return " + ".join(parts)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from spikingbrain_train.architecture.weights import Shape
 from spikingbrain_train.config.model import ModelConfig
-from spikingbrain_train.conversion.hf_config import Family
+from spikingbrain_train.conversion.formats.hf_format import HfFormat
 from spikingbrain_train.conversion.mapping import Parameter, model_parameters
 from spikingbrain_train.conversion.safetensors_io import SafetensorsReader
 from spikingbrain_train.conversion.weight_values import ALLOW_DAMAGED_WEIGHTS, fault_of
@@ -19,7 +19,7 @@ class Source:
 
     Args:
         reader: its safetensors.
-        family: its architecture.
+        hf_format: its format.
         model: its sizes.
         allow_damaged_weights: note tensors of NaNs, infinities or zeros in :attr:`damaged` instead of
             refusing them.
@@ -28,13 +28,13 @@ class Source:
     def __init__(
         self,
         reader: SafetensorsReader,
-        family: Family,
+        hf_format: HfFormat,
         model: ModelConfig,
         *,
         allow_damaged_weights: bool = False,
     ) -> None:
         self.reader = reader
-        self.family = family
+        self.hf_format = hf_format
         self.model = model
         self.allow_damaged_weights = allow_damaged_weights
         self.damaged: dict[str, str] = {}
@@ -72,7 +72,7 @@ class Source:
 
     def name(self, role: str, layer: int | None = None) -> str:
         """Name of the tensor with ``role`` in ``layer``."""
-        return self.family.names[role].format(layer=layer)
+        return self.hf_format.names[role].format(layer=layer)
 
     def dtype(self, parameter: Parameter) -> torch.dtype:
         """Number format of the tensors that ``parameter`` is made of."""

@@ -10,8 +10,8 @@ import pytest
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 from spikingbrain_train.config.model import Mixer, ModelConfig
-from spikingbrain_train.conversion.export_config import hf_config
-from spikingbrain_train.conversion.hf_config import parse_hf_config, read_hf_config
+from spikingbrain_train.conversion.formats.registry import format_of_model, parse_hf_config
+from spikingbrain_train.conversion.hf_config import read_hf_config
 from spikingbrain_train.conversion.window_convention import WindowConvention
 from spikingbrain_train.errors import CheckpointError
 from spikingbrain_train.hf.configuration_gla_swa import GLAswaConfig
@@ -71,6 +71,10 @@ EVERY_FAMILY = [LLAMA, LLAMA | {"rope_scaling": LLAMA3_ROPE}, QWEN2, QWEN3, GLA_
 
 def parse(values: dict[str, Any]) -> ModelConfig:
     return parse_hf_config(values, Path("config.json"))[1]
+
+
+def hf_config(model: ModelConfig, source: dict[str, Any] | None, dtype: str) -> dict[str, Any]:
+    return format_of_model(model).config(model, source, dtype)
 
 
 @pytest.mark.parametrize(

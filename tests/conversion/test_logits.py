@@ -6,14 +6,17 @@ summation order, which stays below 1e-5 here.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
 from spikingbrain_train.config.conversion import ConversionConfig
+from spikingbrain_train.config.load import load_model_config
 from spikingbrain_train.config.model import Mixer
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.conversion.export_checkpoint import export_checkpoint
@@ -48,6 +51,34 @@ def test_imported_dense_model_agrees_with_transformers(
     import_checkpoint(source, tmp_path / "megatron")
     (logits,) = ranks.run(megatron_logits, tmp_path / "megatron", world_size=1, parallel=ONE_RANK)
     assert_close(logits, transformers_logits(source))
+
+
+def test_a_dense_model_of_no_family_is_exported_with_the_code_of_hybrids(
+    ranks: RankPool, hf_checkpoint: HFCheckpoint, tmp_path: Path
+) -> None:
+    """No class of transformers has both biases and q/k norms; the carried one has, with full attention."""
+    source, _ = hf_checkpoint("qwen3")
+    import_checkpoint(source, tmp_path / "hybrid", ConversionConfig(mixers=[Mixer.gla, Mixer.swa]))
+    export_checkpoint(tmp_path / "hybrid", tmp_path / "folder")
+    config = json.loads((tmp_path / "folder/config.json").read_text())
+    layers = list(range(config["num_hidden_layers"]))
+    config |= {"attn_layers": layers, "full_attention_layers": layers, "attention_bias": True}
+    (tmp_path / "folder/config.json").write_text(json.dumps(config))
+    tensors = {
+        n: t for n, t in all_tensors(tmp_path / "folder").items() if "gk_proj" not in n and "g_norm" not in n
+    }
+    for name in [name for name in tensors if name.endswith(("q_proj.bias", "k_proj.bias", "v_proj.bias"))]:
+        tensors[name] = torch.randn(tensors[name].shape, generator=torch.Generator().manual_seed(len(name)))
+    save_file(tensors, tmp_path / "folder/model.safetensors", metadata={"format": "pt"})
+    import_checkpoint(tmp_path / "folder", tmp_path / "megatron")
+    assert load_model_config(tmp_path / "megatron/iter_0000000/model_config.yaml").mixers == [Mixer.full]
+    report = export_checkpoint(tmp_path / "megatron", tmp_path / "export")
+    assert report.architecture == "GLAswaForCausalLM"
+    exported = all_tensors(tmp_path / "export")
+    assert exported.keys() == tensors.keys()
+    assert all(torch.equal(exported[name], tensors[name]) for name in tensors)
+    (logits,) = ranks.run(megatron_logits, tmp_path / "megatron", world_size=1, parallel=ONE_RANK)
+    assert_close(logits, transformers_logits(tmp_path / "export"))
 
 
 @pytest.mark.parametrize("family", ["llama3_rope", "qwen2", "qwen3"])

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from spikingbrain_train.architecture.weights import Weight
 from spikingbrain_train.config.model import Mixer, ModelConfig
-from spikingbrain_train.conversion.hf_names import GLA_SWA_NAMES, LLAMA_NAMES
+from spikingbrain_train.conversion.formats.dense import LLAMA
+from spikingbrain_train.conversion.formats.gla_swa import GLA_SWA
 from spikingbrain_train.conversion.mapping import Parameter, model_parameters
 from spikingbrain_train.conversion.transforms import Transform
 from spikingbrain_train.errors import CheckpointError, ConfigurationError
@@ -56,7 +57,7 @@ def test_fused_qkv_rows_lie_group_by_group() -> None:
 def test_gate_comes_before_up_in_fc1() -> None:
     fc1 = parameter(small_model(), "decoder.layers.0.mlp.linear_fc1.weight")
     gate, up = torch.zeros(40, 24), torch.ones(40, 24)
-    assert fc1.hf_names(LLAMA_NAMES)[0].endswith("gate_proj.weight")
+    assert fc1.hf_names(LLAMA.names)[0].endswith("gate_proj.weight")
     assert fc1.fuse([gate, up])[:40].sum() == 0
     assert fc1.fuse([gate, up])[40:].min() == 1
 
@@ -104,7 +105,7 @@ def test_names_are_unique_in_both_directions() -> None:
     model = small_model(add_qkv_bias=True, qk_layernorm=True, mixers=[Mixer.gla, Mixer.swa, Mixer.full])
     parameters = list(model_parameters(model))
     names = [entry.name for entry in parameters]
-    hf_names = [name for entry in parameters for name in entry.hf_names(GLA_SWA_NAMES)]
+    hf_names = [name for entry in parameters for name in entry.hf_names(GLA_SWA.names)]
     assert len(set(names)) == len(names)
     assert len(set(hf_names)) == len(hf_names)
 
@@ -112,7 +113,7 @@ def test_names_are_unique_in_both_directions() -> None:
 def test_published_hybrid_has_exactly_the_documented_tensors() -> None:
     """The names of one GLA and one SWA layer as the published SpikingBrain-7B checkpoint spells them."""
     model = small_model(num_layers=2, add_qkv_bias=True, mixers=[Mixer.gla, Mixer.swa])
-    names = {name for entry in model_parameters(model) for name in entry.hf_names(GLA_SWA_NAMES)}
+    names = {name for entry in model_parameters(model) for name in entry.hf_names(GLA_SWA.names)}
     expected = {"model.embeddings.weight", "model.norm.weight", "lm_head.weight"}
     for layer in (0, 1):
         expected |= {
@@ -141,7 +142,7 @@ def test_published_hybrid_has_exactly_the_documented_tensors() -> None:
 def test_a_gate_has_no_place_in_a_dense_family() -> None:
     gate = parameter(small_model(), "decoder.layers.0.self_attention.out_norm.weight")
     with pytest.raises(CheckpointError, match=r"out_norm.weight has no counterpart"):
-        gate.hf_names(LLAMA_NAMES)
+        gate.hf_names(LLAMA.names)
 
 
 REVERSED = Transform(

@@ -32,6 +32,7 @@ from tests.conversion.test_attention_scale import scale_of
 from tests.distributed.pool import RankPool
 
 ATTENTION = "decoder.layers.{layer}.self_attention."
+LAYERS = "3 [gla,swa] (window 7) + 1 [full,gla]; 2 dense + 2 moe (4 experts, top-1, + 1 shared of width 48)"
 
 
 def recipe(**changes: Any) -> ConversionConfig:
@@ -166,13 +167,16 @@ def test_report_counts_every_parameter_and_where_it_comes_from(
     assert origins["branch weights (softmax, linear)"] == "new: 1 and 0"
     assert origins["branch norms"] == "new: size of the source's attention output, layer by layer"
     assert origins["sink tokens"].startswith("new: ")
-    assert "3 gla_swa (window 7) + 1 gla_full; 2 dense + 2 moe (4 experts, top 1, 1 shared)" in done.table()
+    assert LAYERS in done.table()
 
 
 @pytest.mark.parametrize(
     ("changes", "part"),
     [
-        ({"mixers": [Mixer.gla_swa, Mixer.gla_full]}, r"layers with two branches \(gla_swa, gla_full\)"),
+        (
+            {"mixers": [Mixer.gla_swa, Mixer.gla_full]},
+            r"layers with two branches \(\[gla,swa\], \[full,gla\]\)",
+        ),
         ({"num_sink_tokens": 3}, "3 sink tokens"),
         ({"feed_forwards": [FeedForward.dense, FeedForward.moe]}, "mixture-of-experts layers"),
         (
@@ -210,6 +214,7 @@ def test_inspect_shows_the_new_parts(hf_checkpoint: HFCheckpoint, tmp_path: Path
     spiking = SpikingConfig(projections=[SpikingProjection.qkv, SpikingProjection.mlp_fc2])
     convert(source, tmp_path / "out", recipe(spiking=spiking))
     text = inspect_checkpoint(tmp_path / "out")
-    assert "has no Hugging Face format (layers with two branches (gla_swa, gla_full), mixture-of-expe" in text
-    assert "3 gla_swa (window 7) + 1 gla_full; 2 dense + 2 moe (4 experts, top 1, 1 shared)" in text
+    parts = "layers with two branches ([gla,swa], [full,gla]), mixture-of-experts layers, 3 sink tokens"
+    assert f"has no Hugging Face format ({parts}" in text
+    assert LAYERS in text
     assert "extras:     3 sink tokens, spikes (k = 3) in front of qkv, mlp_fc2" in text

@@ -204,7 +204,7 @@ def test_report_names_scales_and_counts_copies_as_copies(hf_checkpoint: HFCheckp
     assert origins["feed-forward", "copied"].parameters == 2 * feed_forward
     assert origins["router", "new: normal, std 0.02"].parameters == 2 * 16 * 32
     assert report.new_parameters == 2 * 16 * 32  # the router alone
-    assert "2 dense + 2 moe (16 experts, top 1, 1 shared)" in report.table()
+    assert "2 dense + 2 moe (16 experts, top-1, + 1 shared of width 48)" in report.table()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,252 @@
+"""The published SpikingBrain-7B format: gated linear, sliding-window and full attention, dense feed-forwards.
+
+The published classes always have q/k/v biases, and the vLLM plugin also wants lm_head.weight of tied models.
+An export carries both: a class that draws the biases it does not find computes something else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from spikingbrain_train.architecture.layers import mixers_of, model_weights
+from spikingbrain_train.config.model import (
+    FeatureMap,
+    GatedLinearAttentionConfig,
+    GateKind,
+    Mixer,
+    ModelConfig,
+)
+from spikingbrain_train.conversion.formats.config_keys import ConfigKeys
+from spikingbrain_train.conversion.formats.hf_format import Completion, Zeros
+from spikingbrain_train.conversion.formats.llama_like import LlamaLikeFormat
+from spikingbrain_train.conversion.formats.rope import scaling_values
+from spikingbrain_train.conversion.window_convention import (
+    WINDOW_KEY,
+    WindowConvention,
+    default_convention,
+    says_its_window,
+)
+from spikingbrain_train.hf import ARCHITECTURES, AUTO_MAP, DEFAULT_ROPE_THETA, modelling_files
+
+NAMES: Mapping[str, str] = {
+    "embedding": "model.embeddings.weight",
+    "input_norm": "model.layers.{layer}.attn_norm.weight",
+    "q_weight": "model.layers.{layer}.attn.q_proj.weight",
+    "k_weight": "model.layers.{layer}.attn.k_proj.weight",
+    "v_weight": "model.layers.{layer}.attn.v_proj.weight",
+    "q_bias": "model.layers.{layer}.attn.q_proj.bias",
+    "k_bias": "model.layers.{layer}.attn.k_proj.bias",
+    "v_bias": "model.layers.{layer}.attn.v_proj.bias",
+    "q_norm": "model.layers.{layer}.attn.q_norm.weight",
+    "k_norm": "model.layers.{layer}.attn.k_norm.weight",
+    "o_weight": "model.layers.{layer}.attn.o_proj.weight",
+    "gate_down_weight": "model.layers.{layer}.attn.gk_proj.0.weight",
+    "gate_up_weight": "model.layers.{layer}.attn.gk_proj.1.weight",
+    "gate_up_bias": "model.layers.{layer}.attn.gk_proj.1.bias",
+    "out_norm": "model.layers.{layer}.attn.g_norm.weight",
+    "mlp_norm": "model.layers.{layer}.mlp_norm.weight",
+    "mlp_gate_weight": "model.layers.{layer}.mlp.gate_proj.weight",
+    "mlp_up_weight": "model.layers.{layer}.mlp.up_proj.weight",
+    "mlp_down_weight": "model.layers.{layer}.mlp.down_proj.weight",
+    "final_norm": "model.norm.weight",
+    "output": "lm_head.weight",
+}
+"""Role -> name in the published checkpoint; q_norm and k_norm exist only in conversions of Qwen3."""
+
+_LINEAR, _WINDOW, _FULL = "linear_attention", "sliding_attention", "full_attention"
+_KERNEL_CHOICES = {"attn_mode": "chunk", "conv_size": 4, "fuse_cross_entropy": True}
+"""Keys of the published class that change no result; a source's own are kept."""
+_OWN_KEYS = "spikingbrain_train"
+"""Key of what config.json says for readers of the file alone."""
+_GATE_RANK = 16
+_GATE_NORMALIZER = 16.0
+
+
+class GatedLinearSlidingWindowFormat(LlamaLikeFormat):
+    """``gla_swa``: the published classes, and what this project's own modelling code holds beyond them."""
+
+    architecture = ARCHITECTURES[0]
+    model_type = "gla_swa"
+    kinds = "gla_swa"
+    holds = (
+        "the SpikingBrain-7B form (gla, swa and full layers, dense feed-forwards, low-rank gate, ReLU "
+        "features)"
+    )
+    names = NAMES
+    rope_theta = DEFAULT_ROPE_THETA
+    norm_key = "norm_eps"
+    activation = "swish"
+
+    def stands_in_the_way(self, model: ModelConfig) -> list[str]:
+        parts = super().stands_in_the_way(model)
+        if any(kind.hf_layers.get(self.kinds) == _LINEAR for kind in mixers_of(model)):
+            if model.gla.gate is not GateKind.low_rank:
+                parts.append(f"gla.gate={model.gla.gate.value}")
+            if model.gla.feature_map is not FeatureMap.relu:
+                parts.append(f"gla.feature_map={model.gla.feature_map.value}")
+        return parts
+
+    def read_layers(
+        self, keys: ConfigKeys, model: ModelConfig, window_convention: WindowConvention | None
+    ) -> None:
+        if keys.boolean("use_short_conv", False):
+            raise keys.refuse("use_short_conv", "is not supported; GLA layers have no short convolution")
+        if not keys.boolean("elementwise_affine", True):
+            raise keys.refuse("elementwise_affine", "is not supported; the output norm has a weight")
+        model.add_qkv_bias = keys.boolean("attention_bias", True)
+        model.qk_layernorm = keys.boolean("qk_norm", False)
+        model.gla = GatedLinearAttentionConfig(
+            gate_low_rank_dim=keys.integer("gate_low_rank_dim", 16),
+            gate_logit_normalizer=keys.number("gate_logit_normalizer", 16.0),
+        )
+        softmax_layers = keys.layers("attn_layers", list(range(1, model.num_layers, 2)), model.num_layers)
+        full_layers = keys.layers("full_attention_layers", [], model.num_layers)
+        if not set(full_layers) <= set(softmax_layers):
+            raise keys.refuse("full_attention_layers", "must also be listed in attn_layers")
+        if keys.values.get(WINDOW_KEY) is not None:
+            model.sliding_window = keys.integer(WINDOW_KEY)
+            if keys.values.get("sliding_window", model.sliding_window - 1) != model.sliding_window - 1:
+                raise keys.refuse(
+                    "sliding_window", f"contradicts {WINDOW_KEY} = {model.sliding_window}, which is one more"
+                )
+        elif "sliding_window" in keys.values and keys.values["sliding_window"] is None:
+            full_layers = softmax_layers
+        else:
+            convention = window_convention or default_convention(keys.values)
+            model.sliding_window = convention.window(keys.integer("sliding_window", 4096))
+        at = {place: self.mixer_at(place) for place in (_LINEAR, _WINDOW, _FULL)}
+        softmax, full = set(softmax_layers), set(full_layers)
+        model.mixers = shortest_pattern(
+            [
+                at[_LINEAR if layer not in softmax else _FULL if layer in full else _WINDOW]
+                for layer in range(model.num_layers)
+            ]
+        )
+        model.feed_forwards = [self.feed_forward_at("mlp")]
+
+    def notes_on_import(
+        self, folder: Path, config: dict[str, Any], model: ModelConfig, chosen: WindowConvention | None
+    ) -> list[str]:
+        if says_its_window(config) or _WINDOW not in self.mixer_places(model):
+            return super().notes_on_import(folder, config, model, chosen)
+        convention = chosen or default_convention(config)
+        other = next(one for one in WindowConvention if one is not convention)
+        is_default = convention is WindowConvention.published
+        reader = "its default code does" if is_default else "its SDPA variant does"
+        return [
+            f"sliding_window is read as {reader}: a token sees {model.sliding_window} tokens, itself "
+            f"included (--window-convention {convention.value}; --window-convention {other.value} is the "
+            f"other reading)"
+        ]
+
+    def keys(self, model: ModelConfig, config: dict[str, Any]) -> dict[str, Any]:
+        """``sliding_window`` is what makes the published default code see as many tokens as ``model``."""
+        places, scaling = self.mixer_places(model), scaling_values(model.rope_scaling)
+        # Not rope_scaling: transformers 5 fails on it where it reads the file as a plain PretrainedConfig.
+        rope = {**scaling, "rope_theta": model.rotary_base} if scaling else None
+        return {
+            **super().keys(model, config),
+            "rope_theta": model.rotary_base,
+            "rope_parameters": rope,
+            **{key: config.get(key, value) for key, value in _KERNEL_CHOICES.items()},
+            "auto_map": dict(AUTO_MAP),
+            "attn_layers": _where(places, _WINDOW, _FULL),
+            "full_attention_layers": _where(places, _FULL),
+            "sliding_window": model.sliding_window - 1,
+            "attention_bias": model.add_qkv_bias,
+            "qk_norm": model.qk_layernorm,
+            "gate_low_rank_dim": model.gla.gate_low_rank_dim,
+            "gate_logit_normalizer": model.gla.gate_logit_normalizer,
+            "use_short_conv": False,
+            "elementwise_affine": True,
+        }
+
+    def config(self, model: ModelConfig, source: dict[str, Any] | None, dtype: str) -> dict[str, Any]:
+        config = super().config(model, source, dtype)
+        config.pop("rope_scaling", None)  # a source's; rope_parameters instead
+        return config
+
+    def keys_for_readers(self, model: ModelConfig, source: dict[str, Any], dtype: str) -> dict[str, Any]:
+        """transformers 4.5x reads torch_dtype only, 5 reads both.
+
+        AutoTokenizer without remote code reads a model type that it does not know as a plain
+        PretrainedConfig: with a warning, unless a part of the file has the plain configuration's empty model
+        type.
+        """
+        own = {"model_type": "", "beyond_the_published_class": self.published_class_lacks(model)}
+        return {WINDOW_KEY: model.sliding_window, _OWN_KEYS: own, "dtype": dtype, "torch_dtype": dtype}
+
+    def completions(self, model: ModelConfig) -> Iterator[Completion]:
+        """Zero biases of models without, and the output layer of tied ones."""
+        for layer, weight in model_weights(model):
+            if weight.roles == ("q_weight", "k_weight", "v_weight") and not model.add_qkv_bias:
+                for role, shape in zip(("q_bias", "k_bias", "v_bias"), weight.shapes, strict=True):
+                    yield Zeros(
+                        NAMES[role].format(layer=layer),
+                        shape[:1],
+                        layer,
+                        weight,
+                        group=weight.group,
+                        origin="zero biases for the published class",
+                        what="q/k/v biases",
+                        setting="attention_bias",
+                    )
+            elif weight.roles == ("embedding",) and model.share_embeddings_and_output_weights:
+                yield Completion(
+                    NAMES["output"],
+                    weight.shapes[0],
+                    layer,
+                    weight,
+                    group="output layer",
+                    origin="copy of the tied embedding",
+                )
+
+    def code_files(self) -> list[Path]:
+        return modelling_files()
+
+    def notes_on_export(self, model: ModelConfig) -> list[str]:
+        lacks = self.published_class_lacks(model)
+        if not lacks:
+            return []
+        return [
+            f"the published modelling code has no {' and no '.join(lacks)}; load the folder with the code "
+            f"that it carries (trust_remote_code=True)"
+        ]
+
+    def published_class_lacks(self, model: ModelConfig) -> list[str]:
+        """What of a model the published code does not compute, in words; empty if it computes all."""
+        places = self.mixer_places(model)
+        softmax_layers, full_layers = _where(places, _WINDOW, _FULL), _where(places, _FULL)
+        published_layers = list(range(1, model.num_layers, 2))
+        width_of_heads = model.kv_channels * model.num_attention_heads
+        rank, normalizer = model.gla.gate_low_rank_dim, model.gla.gate_logit_normalizer
+        return [
+            words
+            for words, is_so in (
+                (f"head_dim {model.kv_channels}", width_of_heads != model.hidden_size),
+                ("q/k norms", model.qk_layernorm),
+                (f"softmax attention in layers {softmax_layers}", softmax_layers != published_layers),
+                (f"full attention in layers {full_layers}", bool(full_layers)),
+                ("Llama 3's rotary scaling", model.rope_scaling.factor != 1.0),
+                (f"gate of rank {rank}", rank != _GATE_RANK),
+                (f"gate normalizer of {normalizer:g}", normalizer != _GATE_NORMALIZER),
+            )
+            if is_so
+        ]
+
+
+def _where(places: list[str], *chosen: str) -> list[int]:
+    return [layer for layer, place in enumerate(places) if place in chosen]
+
+
+def shortest_pattern(mixers: list[Mixer]) -> list[Mixer]:
+    """The shortest list that, repeated, spells ``mixers``: 28 alternating layers become [gla, swa]."""
+    for length in range(1, len(mixers)):
+        if all(mixer == mixers[layer % length] for layer, mixer in enumerate(mixers)):
+            return mixers[:length]
+    return mixers
+
+
+GLA_SWA = GatedLinearSlidingWindowFormat()

@@ -1,0 +1,147 @@
+"""What a Hugging Face format is: which models it holds, its config.json both ways, names of its tensors."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spikingbrain_train.architecture.feed_forwards import FEED_FORWARDS, FeedForwardKind
+from spikingbrain_train.architecture.layers import feed_forwards_of, layers, mixers_of
+from spikingbrain_train.architecture.mixers import MIXERS, MixerKind
+from spikingbrain_train.architecture.weights import Shape, Weight
+from spikingbrain_train.config.model import FeedForward, Mixer, ModelConfig
+from spikingbrain_train.conversion.formats.config_keys import ConfigKeys
+from spikingbrain_train.conversion.window_convention import WINDOW_KEY, WindowConvention
+from spikingbrain_train.errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A tensor of an export that holds nothing of its own: it repeats a parameter."""
+
+    name: str
+    shape: Shape
+    layer: int | None
+    """0-based; None around the layers."""
+    beside: Weight
+    """The parameter, under its whole name, whose number format it has and, unless it is :class:`Zeros`, whose
+    values."""
+    group: str
+    """Heading under which the report counts it."""
+    origin: str
+    """Where it comes from, in the report's words."""
+
+
+@dataclass(frozen=True)
+class Zeros(Completion):
+    """A tensor of zeros, for classes that draw it at random where it is missing."""
+
+    what: str
+    """What such tensors are, in the plural: ``q/k/v biases``."""
+    setting: str
+    """Key of config.json that is false because the model does not have them."""
+
+
+class HfFormat(ABC):
+    """One architecture of transformers, or of modelling code that exports carry."""
+
+    architecture: str
+    """Class name, as in ``architectures`` of config.json."""
+    model_type: str
+    """``model_type`` of config.json."""
+    kinds: str
+    """By what name kinds of mixers and feed-forwards say in ``hf_layers`` what they are in it."""
+    holds: str
+    """What it holds, for sentences: ``dense models``."""
+    names: Mapping[str, str]
+    """Role of a tensor -> its name, with ``{layer}`` where there is one in every layer."""
+
+    @abstractmethod
+    def read(self, keys: ConfigKeys, window_convention: WindowConvention | None = None) -> ModelConfig:
+        """The architecture that a config.json describes.
+
+        Args:
+            keys: the file.
+            window_convention: how to read a window that the file leaves in doubt.
+
+        Raises:
+            CheckpointError: it is malformed, or describes something that this model does not compute.
+        """
+
+    @abstractmethod
+    def config(self, model: ModelConfig, source: dict[str, Any] | None, dtype: str) -> dict[str, Any]:
+        """config.json of an export.
+
+        Args:
+            model: the architecture, one that the format holds.
+            source: config.json of the checkpoint that the model was imported from.
+            dtype: name of the exported number format, such as ``"bfloat16"``.
+        """
+
+    def stands_in_the_way(self, model: ModelConfig) -> list[str]:
+        """What of ``model`` has no place in the format, in words; empty if it computes exactly the same,
+        spikes apart: they add no weights, and no format has a setting for them."""
+        several = dict.fromkeys(layer.mixer_name for layer in layers(model) if len(layer.mixers) > 1)
+        single = dict.fromkeys(layer.mixers[0] for layer in layers(model) if len(layer.mixers) == 1)
+        number = "two" if all(len(layer.mixers) <= 2 for layer in layers(model)) else "several"
+        parts = [f"layers with {number} branches ({', '.join(several)})"] if several else []
+        kinds: list[MixerKind | FeedForwardKind] = [*single, *feed_forwards_of(model)]
+        parts += [kind.words for kind in kinds if self.kinds not in kind.hf_layers]
+        if model.num_sink_tokens:
+            parts.append(f"{model.num_sink_tokens} sink tokens")
+        return parts
+
+    def num_unknown_kinds(self, model: ModelConfig) -> int:
+        """How many kinds of mixers and feed-forwards of ``model`` the format does not have: its distance."""
+        kinds: list[MixerKind | FeedForwardKind] = [*mixers_of(model), *feed_forwards_of(model)]
+        return sum(self.kinds not in kind.hf_layers for kind in kinds)
+
+    def completions(self, model: ModelConfig) -> Iterator[Completion]:
+        """Tensors that readers of the format want beside those of ``model``."""
+        return iter(())
+
+    def code_files(self) -> list[Path]:
+        """Modelling code that an export carries."""
+        return []
+
+    def notes_on_export(self, model: ModelConfig) -> list[str]:
+        """What whoever loads an export should know, as sentences."""
+        return []
+
+    def notes_on_import(
+        self, folder: Path, config: dict[str, Any], model: ModelConfig, chosen: WindowConvention | None
+    ) -> list[str]:
+        """How what config.json leaves in doubt was read, as sentences.
+
+        Args:
+            folder: where it lies, for messages.
+            config: the file.
+            model: what was read from it.
+            chosen: the window convention that somebody chose.
+
+        Raises:
+            ConfigurationError: the file leaves nothing for ``chosen`` to say.
+        """
+        if chosen is not None:
+            raise ConfigurationError(
+                f"--window-convention {chosen.value} has nothing to say about {folder}, which is no "
+                f"published SpikingBrain-7B folder with windows, or names them in {WINDOW_KEY}; leave the "
+                f"option out"
+            )
+        return []
+
+    def mixer_at(self, place: str) -> Mixer:
+        """The mixer that the format calls ``place``."""
+        return Mixer[next(kind.name for kind in MIXERS if kind.hf_layers.get(self.kinds) == place)]
+
+    def feed_forward_at(self, place: str) -> FeedForward:
+        """The feed-forward that the format calls ``place``."""
+        found = next(kind.name for kind in FEED_FORWARDS if kind.hf_layers.get(self.kinds) == place)
+        return FeedForward[found]
+
+    def mixer_places(self, model: ModelConfig) -> list[str]:
+        """What the format calls the mixer of every layer of a model that it holds."""
+        return [layer.mixers[0].hf_layers[self.kinds] for layer in layers(model)]
