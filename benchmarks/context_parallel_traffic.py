@@ -34,6 +34,7 @@ from torch import distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from spikingbrain_train.architecture.sequence_layout import SequenceLayout  # noqa: E402
 from spikingbrain_train.config.parallel import (  # noqa: E402
     LinearAttentionContextParallel,
     SlidingWindowContextParallel,
@@ -41,7 +42,6 @@ from spikingbrain_train.config.parallel import (  # noqa: E402
 from spikingbrain_train.parallel.context_parallel.linear_attention import (  # noqa: E402
     context_parallel_linear_attention,
 )
-from spikingbrain_train.parallel.context_parallel.sequence_layout import SequenceLayout  # noqa: E402
 from spikingbrain_train.parallel.context_parallel.softmax_attention import (  # noqa: E402
     context_parallel_softmax_attention,
 )

@@ -20,10 +20,10 @@ from typing import Any, Protocol
 import torch
 
 from spikingbrain_train.architecture.layers import dense_twin
+from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.run import CheckpointConfig, Precision, RunConfig, StageConfig
 from spikingbrain_train.data.loader import MicroBatch
-from spikingbrain_train.parallel.context_parallel.sequence_layout import SequenceLayout
 from spikingbrain_train.runtime.accelerator import detect
 
 SEED = 1234
@@ -74,7 +74,7 @@ class Ours:
     """What spikingbrain_train.training.trainer.Trainer does in a step, without data and reports."""
 
     def __init__(self, setting: Setting) -> None:
-        from spikingbrain_train.parallel.kernels import resolve_kernels
+        from spikingbrain_train.models.kernels import resolve_kernels
         from spikingbrain_train.parallel.process_groups import initialize
         from spikingbrain_train.training.build import build_student, wrap_data_parallel
         from spikingbrain_train.training.optimizer import build_optimizer

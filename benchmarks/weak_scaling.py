@@ -29,6 +29,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from spikingbrain_train.architecture.sequence_layout import SequenceLayout  # noqa: E402
 from spikingbrain_train.config.parallel import (  # noqa: E402
     LinearAttentionContextParallel,
     SlidingWindowContextParallel,
@@ -36,7 +37,6 @@ from spikingbrain_train.config.parallel import (  # noqa: E402
 from spikingbrain_train.parallel.context_parallel.linear_attention import (  # noqa: E402
     context_parallel_linear_attention,
 )
-from spikingbrain_train.parallel.context_parallel.sequence_layout import SequenceLayout  # noqa: E402
 from spikingbrain_train.parallel.context_parallel.softmax_attention import (  # noqa: E402
     context_parallel_softmax_attention,
 )

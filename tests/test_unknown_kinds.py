@@ -36,10 +36,10 @@ from spikingbrain_train.conversion.upcycling import expert_scale
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.models.parallel_linears import ParallelLinears
 from spikingbrain_train.models.transformer_config import transformer_config
-from spikingbrain_train.parallel.kernels import softmax_attention_calls
 from spikingbrain_train.planning import activations, costs, memory
 from spikingbrain_train.planning.checks import check_stage
 from spikingbrain_train.planning.file_checks import check_teacher
+from spikingbrain_train.planning.kernel_calls import mixer_calls
 from spikingbrain_train.planning.planner import plan_run
 from spikingbrain_train.training.stages.build import build_stage
 
@@ -125,7 +125,7 @@ ASKED_OF_STAGE: dict[str, Callable[[], Any]] = {
     "memory": lambda: memory.estimate_memory(WITH_STAGE, 0, 1, 1),
     "checks": lambda: check_stage(WITH_STAGE.stage, MODEL, ParallelConfig(), 1),
     "teacher": lambda: check_teacher(WITH_STAGE),
-    "kernels": lambda: list(softmax_attention_calls(WITH_STAGE)),
+    "kernels": lambda: list(mixer_calls(WITH_STAGE)),
     "training": lambda: build_stage(WITH_STAGE, KERNELS, Mock()),
 }
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from spikingbrain_train.architecture.backends.gated_linear_attention import (
+    GATED_LINEAR_ATTENTION,
+    LinearAttentionCall,
+)
 from spikingbrain_train.architecture.mixers import MIXERS, MixerKind, attention_weights
+from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.architecture.sizes import (
     FP32,
     bytes_per_element,
     heads_and_groups,
     rank_tokens,
+    torch_name,
     ulysses_heads_and_groups,
 )
 from spikingbrain_train.architecture.split_checks import check_heads_over_context
@@ -16,7 +22,6 @@ from spikingbrain_train.architecture.weights import Split, Weight
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import (
     AcceleratorKind,
-    LinearAttentionBackend,
     LinearAttentionContextParallel,
     ParallelConfig,
 )
@@ -30,10 +35,10 @@ def repeats_groups(config: RunConfig) -> bool:
     """Whether flash-linear-attention computes it, whose kernels know no groups and keep keys, values and
     gates of every head. Without knowing what is installed: everywhere but on CPUs.
     """
-    cluster = config.cluster
-    if cluster.kernels.gated_linear_attention is LinearAttentionBackend.auto:
-        return cluster.accelerator is not AcceleratorKind.cpu
-    return cluster.kernels.gated_linear_attention is LinearAttentionBackend.fla
+    cluster, call = config.cluster, LinearAttentionCall(torch_name(config.precision))
+    on_gpu = cluster.accelerator is not AcceleratorKind.cpu
+    asked = cluster.kernels.gated_linear_attention.value
+    return GATED_LINEAR_ATTENTION.expected(asked, call, on_gpu=on_gpu) == "fla"
 
 
 class GatedLinearAttentionKind(MixerKind):
@@ -43,6 +48,7 @@ class GatedLinearAttentionKind(MixerKind):
     words = "gated linear attention layers"
     spec = "spikingbrain_train.models.mixers.gated_linear_attention:spec"
     family = "linear"
+    backends = GATED_LINEAR_ATTENTION
     hf_layers = {"gla_swa": "linear_attention"}
 
     def check_split(self, model: ModelConfig, parallel: ParallelConfig) -> None:
@@ -107,6 +113,11 @@ class GatedLinearAttentionKind(MixerKind):
         """Reading the state (q S, 2 H d d) and writing it (k^T v, 2 G d d: one a group)."""
         heads, groups, width = model.num_attention_heads, model.num_query_groups, model.kv_channels
         return 2.0 * (heads + groups) * width * width * (1 + model.num_sink_tokens / seq_length)
+
+    def op_call(
+        self, config: RunConfig, model: ModelConfig, layout: SequenceLayout, has_documents: bool
+    ) -> LinearAttentionCall:
+        return LinearAttentionCall(torch_name(config.precision))
 
     def activation_bytes(self, config: RunConfig) -> float:
         model, parallel = config.model, config.parallel

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from typing import Any
 
+from spikingbrain_train.architecture.backends.backend import Backends
 from spikingbrain_train.architecture.registry import Registry
+from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.architecture.weights import Split, Weight
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ParallelConfig
@@ -26,6 +29,8 @@ class MixerKind(ABC):
     several, too. Where a class names none, it is its name."""
     is_of_the_source: bool = False
     """Whether a dense source has it in every layer."""
+    backends: Backends[Any] | None = None
+    """Who can compute its op; None where there is no choice."""
     hf_layers: Mapping[str, str] = {}
     """What the Hugging Face formats that can hold it call such a layer, by format."""
 
@@ -65,6 +70,19 @@ class MixerKind(ABC):
     @abstractmethod
     def core_flops(self, model: ModelConfig, seq_length: int) -> float:
         """Forward FLOPs between its projections, per token of text; the sinks' own work is shared out."""
+
+    def op_call(
+        self, config: RunConfig, model: ModelConfig, layout: SequenceLayout, has_documents: bool
+    ) -> Any | None:
+        """What it asks of its op on a rank, as the table of its backends knows it; None where it has none.
+
+        Args:
+            config: of the run.
+            model: of the network, which may be the run's teacher.
+            layout: what the rank holds of a sequence.
+            has_documents: whether the sequence is several documents that do not see each other.
+        """
+        return None
 
     @abstractmethod
     def activation_bytes(self, config: RunConfig) -> float:

@@ -14,6 +14,11 @@ def bytes_per_element(precision: Precision) -> int:
     return {Precision.bf16: 2, Precision.fp32: FP32}[precision]
 
 
+def torch_name(precision: Precision) -> str:
+    """What torch calls the numbers of activations; bf16 where the precision is not settled."""
+    return "float32" if precision is Precision.fp32 else "bfloat16"
+
+
 def rank_tokens(config: RunConfig) -> float:
     """Tokens of a micro-batch on one rank, sinks included, before sequence parallelism."""
     tokens = config.stage.micro_batch_size * (config.stage.seq_length + config.model.num_sink_tokens)

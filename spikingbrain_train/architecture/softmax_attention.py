@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from spikingbrain_train.architecture.backends.softmax_attention import (
+    SOFTMAX_ATTENTION,
+    SoftmaxAttentionCall,
+)
 from spikingbrain_train.architecture.linear_transforms import reads_spikes
 from spikingbrain_train.architecture.mixers import MIXERS, MixerKind, attention_weights
+from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.architecture.sizes import (
     FP32,
     bytes_per_element,
     heads_and_groups,
     rank_tokens,
+    torch_name,
     ulysses_heads_and_groups,
     visible_keys,
 )
@@ -28,6 +34,7 @@ class SoftmaxAttentionKind(MixerKind):
     spec = "spikingbrain_train.models.mixers.softmax_attention:spec"
     family = "softmax"
     is_of_the_source = True
+    backends = SOFTMAX_ATTENTION
     hf_layers = {"dense": "attention", "gla_swa": "full_attention"}
 
     def window(self, model: ModelConfig) -> int | None:
@@ -63,6 +70,20 @@ class SoftmaxAttentionKind(MixerKind):
         sinks = model.num_sink_tokens
         keys = visible_keys(seq_length, self.window(model)) + sinks + sinks * sinks / seq_length
         return 4.0 * model.num_attention_heads * model.kv_channels * keys
+
+    def op_call(
+        self, config: RunConfig, model: ModelConfig, layout: SequenceLayout, has_documents: bool
+    ) -> SoftmaxAttentionCall:
+        window = self.window(model)
+        return SoftmaxAttentionCall(
+            dtype=torch_name(config.precision),
+            key_dim=model.kv_channels,
+            value_dim=model.kv_channels,
+            num_text_keys=layout.num_text_keys(None if self.uses_ulysses(config.parallel) else window),
+            window=window,
+            num_sink_tokens=0 if layout.sinks_are_padding else layout.num_sink_tokens,
+            has_documents=has_documents,
+        )
 
     def activation_bytes(self, config: RunConfig) -> float:
         model, parallel = config.model, config.parallel

@@ -16,9 +16,9 @@ from typing import TypedDict
 import torch
 from torch.utils.data import DataLoader
 
+from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.data.gpt_dataset import Sample, TrainDataset, ValidDataset
 from spikingbrain_train.errors import ConfigurationError, DataError
-from spikingbrain_train.parallel.context_parallel.sequence_layout import SequenceLayout
 
 
 class WholeBatch(TypedDict):

@@ -12,13 +12,13 @@ from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
+from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ContextParallelConfig, KernelConfig
 from spikingbrain_train.models.layer_specs import block_spec, layer_build
 from spikingbrain_train.models.output_head import vocab_parallel_linear_cross_entropy
 from spikingbrain_train.models.rotary import RotaryPositions
 from spikingbrain_train.ops.linear_cross_entropy import TokenLosses
-from spikingbrain_train.parallel.context_parallel.sequence_layout import SequenceLayout
 
 
 class SinkEmbedding(torch.nn.Module):

@@ -8,8 +8,8 @@ import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from torch import Tensor
 
+from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.config.model import ModelConfig, RopeScalingConfig
-from spikingbrain_train.parallel.context_parallel.sequence_layout import SequenceLayout
 
 
 class RotaryPositions(RotaryEmbedding):

@@ -7,33 +7,22 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from spikingbrain_train.architecture.layers import softmax_attention_of
 from spikingbrain_train.architecture.model_checks import check_mixers
 from spikingbrain_train.architecture.spiking_checks import check_spiking
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import (
-    AcceleratorKind,
-    ExpertBackend,
-    LinearAttentionBackend,
     ParallelConfig,
-    ParallelLinearBackend,
-    SoftmaxAttentionBackend,
 )
 from spikingbrain_train.config.require import either, multiples_around, require
 from spikingbrain_train.config.run import (
     LRDecayStyle,
     OptimizerConfig,
-    Precision,
     RunConfig,
     StageConfig,
 )
 from spikingbrain_train.config.setting import check_fields
 from spikingbrain_train.planning.file_checks import check_files
-from spikingbrain_train.planning.kernel_limits import (
-    SoftmaxAttentionCall,
-    flash_attn_limit,
-    grouped_gemm_limit,
-)
+from spikingbrain_train.planning.kernel_calls import check_kernels
 from spikingbrain_train.planning.parallel_checks import (
     check_sequence_split,
     check_split,
@@ -92,60 +81,6 @@ def check_optimizer(optimizer: OptimizerConfig, train_iters: int) -> None:
         )
 
 
-def check_platform(config: RunConfig) -> None:
-    """Kernels against the accelerator that is asked for. Raises ConfigurationError."""
-    cluster = config.cluster
-    _check_kernels(config)
-    if cluster.accelerator is not AcceleratorKind.cpu:
-        return
-    kernels = cluster.kernels
-    for name, backend, on_gpu_only in (
-        ("gated_linear_attention", kernels.gated_linear_attention, {LinearAttentionBackend.fla}),
-        (
-            "softmax_attention",
-            kernels.softmax_attention,
-            {SoftmaxAttentionBackend.flash_attn, SoftmaxAttentionBackend.flex},
-        ),
-        ("parallel_linear", kernels.parallel_linear, {ParallelLinearBackend.transformer_engine}),
-        ("experts", kernels.experts, {ExpertBackend.transformer_engine, ExpertBackend.grouped_gemm}),
-    ):
-        valid = [member.name for member in type(backend) if member not in on_gpu_only]
-        require(
-            backend not in on_gpu_only,
-            f"cluster.kernels.{name}={backend.name} runs on GPUs only, but cluster.accelerator is cpu; "
-            f"on the CPU choose {' or '.join(valid)}",
-        )
-
-
-def _check_kernels(config: RunConfig) -> None:
-    """Kernels asked for by name against what the network needs of them."""
-    kernels, model = config.cluster.kernels, config.model
-    if kernels.experts is ExpertBackend.grouped_gemm:
-        limit = grouped_gemm_limit(config.precision, model.spiking)
-        require(
-            limit is None,
-            f"cluster.kernels.experts=grouped_gemm {limit}; choose cluster.kernels.experts=sequential or "
-            f"auto",
-        )
-    if kernels.softmax_attention is not SoftmaxAttentionBackend.flash_attn:
-        return
-    for kind in softmax_attention_of(model):
-        limit = flash_attn_limit(
-            SoftmaxAttentionCall(
-                dtype="float32" if config.precision is Precision.fp32 else "bfloat16",
-                key_dim=model.kv_channels,
-                value_dim=model.kv_channels,
-                num_text_keys=config.stage.seq_length,
-                window=kind.window(model),
-                num_sink_tokens=model.num_sink_tokens,
-            )
-        )
-        require(
-            limit is None,
-            f"cluster.kernels.softmax_attention=flash_attn {limit}; choose auto, which takes it where it can",
-        )
-
-
 def check_run_config(config: RunConfig, world_size: int) -> StoredRun | None:
     """Refuse a run that cannot work, before torch is imported and any process group forms.
 
@@ -168,7 +103,7 @@ def check_run_config(config: RunConfig, world_size: int) -> StoredRun | None:
     check_spiking(config.model, config.stage)
     check_stage(config.stage, config.model, config.parallel, world_size)
     check_optimizer(config.optimizer, config.stage.train_iters)
-    check_platform(config)
+    check_kernels(config)
     if not config.dry_run:
         return check_files(config)
     require(

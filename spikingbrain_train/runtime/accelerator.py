@@ -21,9 +21,10 @@ from types import MappingProxyType
 
 import torch
 
+from spikingbrain_train.architecture.backends.backend import Machine
 from spikingbrain_train.config.parallel import AcceleratorKind
 from spikingbrain_train.errors import PlatformError
-from spikingbrain_train.runtime.packages import require_package
+from spikingbrain_train.runtime import packages as installed
 
 # Module name -> names of the distributions that may provide it, in order of preference.
 OPTIONAL_PACKAGES: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -118,25 +119,13 @@ class Accelerator:
             )
         return package in self.packages and (self.is_gpu or package not in GPU_ONLY_PACKAGES)
 
-    def require(self, package: str, setting: str) -> None:
-        """Refuse an optional package that the config asks for and that cannot be used here.
+    def machine(self) -> Machine:
+        """What backends ask about this platform."""
 
-        Args:
-            package: a key of ``OPTIONAL_PACKAGES``.
-            setting: the config setting that asks, as the user writes it
-                (``cluster.kernels.parallel_linear=transformer_engine``).
+        def failure(package: str) -> str | None:
+            return installed.package_failure(package) if package in self.packages else "is not installed"
 
-        Raises:
-            PlatformError: it is not installed, is broken, or cannot run on this platform.
-        """
-        if package not in self.packages:
-            raise PlatformError(
-                f"{setting} needs the package {package}, which is not installed{_apex_hint(package)}; "
-                f"install it or choose auto."
-            )
-        if not self.has(package):
-            raise PlatformError(f"{setting} needs a GPU: {package} has no CPU kernels; choose auto.")
-        require_package(package, package, setting)
+        return Machine(self.is_gpu, failure, lambda name: installed.defines(name))
 
     def describe(self) -> str:
         """One line for the log: platform, device, backend, versions and optional packages."""
@@ -263,12 +252,6 @@ def _is_nvidia_apex(locations: object) -> bool:
         (Path(str(place)) / "multi_tensor_apply").is_dir() and (Path(str(place)) / "optimizers").is_dir()
         for place in (locations or ())  # type: ignore[attr-defined]
     )
-
-
-def _apex_hint(package: str) -> str:
-    if package == "apex" and importlib.util.find_spec("apex") is not None:
-        return " (the apex that is installed is PyPI's unrelated package, not NVIDIA's)"
-    return ""
 
 
 def _is_metax(device_name: str, torch_version: str) -> bool:

@@ -1,4 +1,4 @@
-"""Which optional kernel libraries this process can use."""
+"""Which optional kernel libraries this process can use, and which releases of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 from functools import cache
 
-from spikingbrain_train.errors import PlatformError
+from spikingbrain_train.architecture.backends.backend import Machine
 
 # Where the kernels of a package lie, if not in the module of its name, and one that is called.
 _KERNELS: dict[str, tuple[str, str]] = {
@@ -41,21 +41,16 @@ def has_package(name: str) -> bool:
     return package_failure(name) is None
 
 
-def require_package(name: str, distribution: str, setting: str) -> None:
-    """Raise :class:`PlatformError` with one sentence unless the package can be used."""
-    failure = package_failure(name)
-    if failure is not None:
-        raise PlatformError(
-            f"{setting} needs the package {distribution}, which {failure}: install it or choose auto."
-        )
+def defines(name: str) -> bool:
+    """Whether ``package.module:name`` is there and not None: what some releases have and others lack."""
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(module), attribute, None) is not None
 
 
-def require_gpu(device_type: str, setting: str) -> None:
-    """Raise :class:`PlatformError` with one sentence unless the tensors are on a GPU."""
-    if device_type != "cuda":
-        raise PlatformError(f"{setting} needs tensors on a GPU, not on {device_type}: choose auto.")
+def machine_of(device_type: str) -> Machine:
+    """What the backends of an op ask about where its tensors are.
 
-
-def unknown_backend(setting: str, known: tuple[str, ...]) -> ValueError:
-    """The error for a backend name that does not exist."""
-    return ValueError(f"{setting} is unknown: choose one of {', '.join(known)}.")
+    Args:
+        device_type: ``cuda``, ``cpu`` or another of torch's.
+    """
+    return Machine(device_type == "cuda", lambda name: package_failure(name), lambda name: defines(name))

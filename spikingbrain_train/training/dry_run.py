@@ -19,7 +19,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from spikingbrain_train.architecture.layers import Layer, feed_forwards_of
 from spikingbrain_train.config.parallel import AcceleratorKind, KernelConfig
 from spikingbrain_train.config.run import RunConfig
-from spikingbrain_train.parallel.kernels import resolve_kernels
+from spikingbrain_train.models.kernels import resolve_kernels
 from spikingbrain_train.parallel.process_groups import destroy, form_groups
 from spikingbrain_train.planning.costs import active_parameters, total_parameters
 from spikingbrain_train.planning.memory import MemoryEstimate

@@ -21,11 +21,11 @@ from spikingbrain_train.data.gpt_dataset import build_datasets
 from spikingbrain_train.data.loader import MicroBatch, WholeBatch, build_data_loader, local_micro_batch
 from spikingbrain_train.data.tokenizers import load_tokenizer
 from spikingbrain_train.evaluation.held_out import held_out_cross_entropy
+from spikingbrain_train.models.kernels import resolve_kernels
 from spikingbrain_train.models.spiking_linear import collect_spike_statistics, set_spike_k
 from spikingbrain_train.parallel.agreed_precision import agree_on_precision
 from spikingbrain_train.parallel.agreement import locked_output_dir
 from spikingbrain_train.parallel.heartbeats import Heartbeats
-from spikingbrain_train.parallel.kernels import attention_choices, describe_kernels, resolve_kernels
 from spikingbrain_train.parallel.process_groups import ProcessGroups, destroy, initialize
 from spikingbrain_train.planning.planner import plan_run
 from spikingbrain_train.planning.stages.registry import kind_of
@@ -44,6 +44,7 @@ from spikingbrain_train.training.data_check import check_tokens_together
 from spikingbrain_train.training.expert_load import ExpertLoadCounter
 from spikingbrain_train.training.finite_checks import require_finite
 from spikingbrain_train.training.heat_map import HeatMap
+from spikingbrain_train.training.kernels import choose_kernels
 from spikingbrain_train.training.metrics import MetricsLogger
 from spikingbrain_train.training.optimizer import build_optimizer, build_scheduler, update_weights
 from spikingbrain_train.training.signals import StopSignals
@@ -111,7 +112,7 @@ class Trainer:
         kernels = resolve_kernels(
             config.cluster.kernels, accelerator, spiking=config.model.spiking, precision=config.precision
         )
-        chosen = describe_kernels(kernels, attention_choices(config, kernels, accelerator))
+        chosen = choose_kernels(config, kernels, accelerator).describe()
         for line in (accelerator.describe(), groups.describe(), patches.describe(accelerator), chosen):
             self._say(line)
         self.num_microbatches = config.stage.global_batch_size // (

@@ -28,8 +28,8 @@ def load_megatron_model(groups: ProcessGroups, folder: Path) -> HybridGPTModel:
     """This rank's stage in fp32, filled by megatron-core from the newest checkpoint in ``folder``."""
     from spikingbrain_train.checkpoint.torch_dist import load_shards
     from spikingbrain_train.models.gpt_model import build_model
+    from spikingbrain_train.models.kernels import resolve_kernels
     from spikingbrain_train.models.transformer_config import transformer_config
-    from spikingbrain_train.parallel.kernels import resolve_kernels
 
     checkpoint = latest_checkpoint(folder, "folder")
     config = load_model_config(checkpoint / MODEL_CONFIG_FILE)

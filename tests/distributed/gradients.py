@@ -115,8 +115,8 @@ def loss_and_gradients(
     """The loss of a global batch and this rank's parts of its gradients, for one of ``CASES``."""
     from spikingbrain_train.data.loader import local_micro_batch
     from spikingbrain_train.models.gpt_model import build_model
+    from spikingbrain_train.models.kernels import resolve_kernels
     from spikingbrain_train.models.transformer_config import transformer_config
-    from spikingbrain_train.parallel.kernels import resolve_kernels
     from spikingbrain_train.training.build import wrap_data_parallel
     from spikingbrain_train.training.stages.pretraining import ContinualPretraining
 

@@ -49,9 +49,9 @@ def run_module(
     """Weights, input, output, gradients of input and weights for the loss ``sum(output * cos(index))``."""
     from megatron.core.transformer.spec_utils import build_module
 
+    from spikingbrain_train.models.kernels import resolve_kernels
     from spikingbrain_train.models.layer_specs import layer_build, layer_spec
     from spikingbrain_train.models.transformer_config import transformer_config
-    from spikingbrain_train.parallel.kernels import resolve_kernels
 
     config = transformer_config(model, ParallelConfig(), Precision.fp32, on_cpu=True)
     kernels = resolve_kernels(KernelConfig(), groups.accelerator)
@@ -138,9 +138,9 @@ def outputs_that_change(groups: ProcessGroups) -> list[int]:
     """Positions whose output changes when token T // 2 does."""
     from megatron.core.transformer.spec_utils import build_module
 
+    from spikingbrain_train.models.kernels import resolve_kernels
     from spikingbrain_train.models.layer_specs import layer_build, layer_spec
     from spikingbrain_train.models.transformer_config import transformer_config
-    from spikingbrain_train.parallel.kernels import resolve_kernels
 
     model = model_config(bias=False, qk_norm=False)
     config = transformer_config(model, ParallelConfig(), Precision.fp32, on_cpu=True)

@@ -8,9 +8,9 @@ from hypothesis import given
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.config.model import ModelConfig, RopeScalingConfig
 from spikingbrain_train.models.rotary import RotaryPositions, scale_rotary_frequencies
-from spikingbrain_train.parallel.context_parallel.sequence_layout import SequenceLayout
 from tests.parallel.context_parallel.test_sequence_layout import layouts
 
 

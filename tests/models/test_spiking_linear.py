@@ -233,8 +233,8 @@ def test_grouped_experts_are_encoded_over_their_group_and_keep_their_splits(rank
 
 def build(groups: ProcessGroups, model: ModelConfig, parallel: ParallelConfig) -> Any:
     from spikingbrain_train.models.gpt_model import build_model
+    from spikingbrain_train.models.kernels import resolve_kernels
     from spikingbrain_train.models.transformer_config import transformer_config
-    from spikingbrain_train.parallel.kernels import resolve_kernels
 
     config = transformer_config(model, parallel, Precision.fp32, on_cpu=True)
     kernels = resolve_kernels(KernelConfig(), groups.accelerator)

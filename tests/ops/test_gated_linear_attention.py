@@ -351,7 +351,7 @@ def test_mixed_dtypes_are_refused() -> None:
 
 def test_missing_or_unknown_backend_is_named() -> None:
     x = torch.zeros(1, 5, 2, 4)
-    with pytest.raises(PlatformError, match="gated_linear_attention=fla needs tensors on a GPU"):
+    with pytest.raises(PlatformError, match="gated_linear_attention=fla needs a GPU; choose auto"):
         gated_linear_attention(x, x, x, x, backend="fla")
     with pytest.raises(ValueError, match="gated_linear_attention=triton is unknown: choose one of auto"):
         gated_linear_attention(x, x, x, x, backend="triton")

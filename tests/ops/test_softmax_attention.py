@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.attention import flex_attention as flex_attention_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from spikingbrain_train.architecture.backends.softmax_attention import SoftmaxAttentionCall
 from spikingbrain_train.errors import PlatformError
 from spikingbrain_train.ops.softmax_attention import (
     bidirectional_attention,
@@ -25,7 +26,6 @@ from spikingbrain_train.ops.softmax_attention import (
 )
 from spikingbrain_train.ops.softmax_attention.documents import Documents
 from spikingbrain_train.ops.softmax_attention.flash import flash_attn_softmax_attention
-from spikingbrain_train.planning.kernel_limits import SoftmaxAttentionCall
 from spikingbrain_train.runtime import packages
 
 CPU_BACKENDS = ["naive", "blocked", "sdpa"]
@@ -94,7 +94,7 @@ def largest_error(actual: list[Tensor], expected: list[Tensor]) -> float:
     return max((a.double() - e).abs().max().item() for a, e in zip(actual, expected, strict=True)) / scale
 
 
-def test_reference_sees_exactly_the_window() -> None:
+def test_the_naive_form_sees_exactly_the_window() -> None:
     q, k, v = make_inputs(1, 9, 2, 1, 4, 3)
     o = softmax_attention(q, k, v, window=3, backend="naive")
     for t in range(9):
@@ -477,10 +477,10 @@ def test_auto_does_without_flex_where_it_cannot_be_compiled(
         choose_backend("flex", _call(30, 8), "cuda")
     installed.add("triton")
     assert choose_backend("auto", _call(30, 8, head_dim=8), "cuda") == "blocked"
-    with pytest.raises(ValueError, match="flex needs heads of width 16 or more, not 8: choose auto"):
+    with pytest.raises(ValueError, match="flex needs heads of width 16 or more, not 8; choose auto"):
         choose_backend("flex", _call(30, 8, head_dim=8), "cuda")
     # torch 2.6 has this name, and takes powers of 2 only.
-    monkeypatch.setattr(flex_attention_module, "_supported_head_dim", None, raising=False)
+    monkeypatch.setattr(flex_attention_module, "_supported_head_dim", bool, raising=False)
     assert choose_backend("auto", _call(30, 8, head_dim=96), "cuda") == "blocked"
     assert choose_backend("auto", _call(30, 8, head_dim=128), "cuda") == "flex"
 
@@ -494,9 +494,9 @@ def test_auto_gives_heads_too_wide_for_flash_attn_to_another_kernel(installed: s
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
-        (_call(30, 8), "cannot combine 8 sink tokens with a window of 30: choose auto"),
-        (_call(None, 0, "float32"), "needs float16 or bfloat16, not float32: choose auto"),
-        (_call(None, 0, head_dim=512), "needs heads of one width up to 256 .* not 512 and 512: choose auto"),
+        (_call(30, 8), "cannot combine 8 sink tokens with a window of 30; choose auto"),
+        (_call(None, 0, "float32"), "needs float16 or bfloat16, not float32; choose auto"),
+        (_call(None, 0, head_dim=512), "needs heads of one width up to 256 .* not 512 and 512; choose auto"),
     ],
     ids=["sinks and a window", "float32", "wide heads"],
 )
@@ -511,7 +511,7 @@ def test_flash_attn_by_name_is_refused_where_it_cannot(
 @pytest.mark.parametrize("backend", ["flash_attn", "flex"])
 def test_gpu_backends_are_refused_on_cpu(backend: str) -> None:
     x = torch.zeros(1, 5, 2, 4)
-    with pytest.raises(PlatformError, match=f"softmax_attention={backend} needs tensors on a GPU"):
+    with pytest.raises(PlatformError, match=f"softmax_attention={backend} needs a GPU; choose auto"):
         softmax_attention(x, x, x, window=None, backend=backend)
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from spikingbrain_train.architecture.layers import layers
+from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.config.model import (
     FeatureMap,
     FeedForward,
@@ -42,8 +43,7 @@ from spikingbrain_train.config.parallel import (
     SlidingWindowContextParallel,
 )
 from spikingbrain_train.config.run import Precision, RunConfig, StageConfig
-from spikingbrain_train.parallel.context_parallel.sequence_layout import SequenceLayout
-from spikingbrain_train.parallel.kernels import resolve_kernels
+from spikingbrain_train.models.kernels import resolve_kernels
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.planning.activations import activation_bytes, layer_activations
 from spikingbrain_train.runtime.accelerator import detect

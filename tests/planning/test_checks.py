@@ -293,7 +293,7 @@ REFUSED: list[tuple[dict[str, Any], int, list[str]]] = [
             "model.spiking.projections": [SpikingProjection.mlp_fc2],
         },
         1,
-        ["cluster.kernels.experts=grouped_gemm", "model.spiking.projections", "experts=sequential"],
+        ["cluster.kernels.experts=grouped_gemm", "model.spiking.projections", "choose auto, which takes it"],
     ),
 ]
 

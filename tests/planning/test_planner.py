@@ -31,7 +31,7 @@ from spikingbrain_train.config.model import (
 from spikingbrain_train.config.parallel import KernelConfig, ParallelConfig, Recompute
 from spikingbrain_train.config.run import DistillationConfig, Precision, RunConfig, StageConfig
 from spikingbrain_train.errors import ConfigurationError
-from spikingbrain_train.parallel.kernels import resolve_kernels
+from spikingbrain_train.models.kernels import resolve_kernels
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.planning.costs import (
     active_parameters,

@@ -8,8 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from spikingbrain_train.architecture.backends.backend import Machine
+from spikingbrain_train.architecture.backends.softmax_attention import (
+    SOFTMAX_ATTENTION,
+    SoftmaxAttentionCall,
+)
 from spikingbrain_train.errors import PlatformError
-from spikingbrain_train.runtime.packages import has_package, package_failure, require_package
+from spikingbrain_train.runtime.packages import defines, has_package, machine_of, package_failure
+
+CALL = SoftmaxAttentionCall("bfloat16", key_dim=64, value_dim=64, num_text_keys=32)
 
 
 @pytest.fixture
@@ -29,7 +36,6 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_a_package_whose_kernel_is_there_can_be_used(packages: Path) -> None:
     (packages / "flash_attn.py").write_text("def flash_attn_func(): ...")
     assert has_package("flash_attn")
-    require_package("flash_attn", "flash-attn", "softmax_attention=flash_attn")
 
 
 @pytest.mark.parametrize(
@@ -49,12 +55,20 @@ def test_a_package_that_is_installed_but_cannot_be_used_is_as_good_as_missing(
 ) -> None:
     (packages / "flash_attn.py").write_text(code)
     assert not has_package("flash_attn")
-    with pytest.raises(
-        PlatformError, match=f"needs the package flash-attn, which is installed but {failure}"
-    ):
-        require_package("flash_attn", "flash-attn", "softmax_attention=flash_attn")
+    sentence = f"needs the package flash-attn, which is installed but {failure}"
+    with pytest.raises(PlatformError, match=sentence):
+        SOFTMAX_ATTENTION.choose("flash_attn", CALL, machine_of("cuda"))
 
 
-def test_a_package_that_is_missing_is_named(packages: Path) -> None:
-    with pytest.raises(PlatformError, match="experts=x needs the package x, which is not installed: install"):
-        require_package("there_is_no_such_package", "x", "experts=x")
+def test_a_package_that_is_missing_is_named() -> None:
+    assert package_failure("there_is_no_such_package") == "is not installed"
+    bare = Machine(is_gpu=True, package_failure=lambda name: "is not installed", defines=lambda name: True)
+    sentence = "softmax_attention=flash_attn needs the package flash-attn, which is not installed; install it"
+    with pytest.raises(PlatformError, match=f"^cluster.kernels.{sentence} or choose auto$"):
+        SOFTMAX_ATTENTION.choose("flash_attn", CALL, bare, "cluster.kernels.")
+
+
+def test_what_a_release_lacks_is_told_from_what_it_has(packages: Path) -> None:
+    (packages / "some_release.py").write_text("here = 1\nknown_but_missing = None")
+    assert defines("some_release:here")
+    assert not defines("some_release:known_but_missing") and not defines("some_release:unknown")

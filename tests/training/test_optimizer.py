@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 def _decay_and_dimensions(groups: ProcessGroups, model: ModelConfig) -> dict[str, tuple[float, int]]:
     """wd_mult and number of dimensions of every parameter."""
     from spikingbrain_train.models.gpt_model import build_model
+    from spikingbrain_train.models.kernels import resolve_kernels
     from spikingbrain_train.models.transformer_config import transformer_config
-    from spikingbrain_train.parallel.kernels import resolve_kernels
     from spikingbrain_train.training.build import wrap_data_parallel
     from spikingbrain_train.training.optimizer import build_optimizer
 

@@ -27,6 +27,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
 from spikingbrain_train.architecture.mixers import MixerKind
+from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.config.kinds import of_kind
 from spikingbrain_train.config.model import (
     FeatureMap,
@@ -40,7 +41,6 @@ from spikingbrain_train.models.layer_build import LayerBuild, attention_submodul
 from spikingbrain_train.models.rms_norm import RMSNorm
 from spikingbrain_train.ops.rms_norm import rms_norm
 from spikingbrain_train.parallel.context_parallel.linear_attention import context_parallel_linear_attention
-from spikingbrain_train.parallel.context_parallel.sequence_layout import SequenceLayout
 
 _FEATURES = {FeatureMap.relu: torch.relu, FeatureMap.sigmoid: torch.sigmoid}
 

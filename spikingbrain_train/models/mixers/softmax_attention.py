@@ -15,10 +15,10 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
+from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.architecture.softmax_attention import SoftmaxAttentionKind
 from spikingbrain_train.config.parallel import SlidingWindowContextParallel, SoftmaxAttentionBackend
 from spikingbrain_train.models.layer_build import LayerBuild, attention_submodules
-from spikingbrain_train.parallel.context_parallel.sequence_layout import SequenceLayout
 from spikingbrain_train.parallel.context_parallel.softmax_attention import context_parallel_softmax_attention
 
 

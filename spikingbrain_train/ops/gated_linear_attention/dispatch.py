@@ -8,12 +8,14 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from spikingbrain_train.architecture.backends.gated_linear_attention import (
+    GATED_LINEAR_ATTENTION,
+    LinearAttentionCall,
+)
 from spikingbrain_train.ops.gated_linear_attention.chunk import chunk_gated_linear_attention
 from spikingbrain_train.ops.gated_linear_attention.flash_linear_attention import fla_gated_linear_attention
 from spikingbrain_train.ops.gated_linear_attention.naive import naive_gated_linear_attention
-from spikingbrain_train.runtime.packages import has_package, require_gpu, require_package, unknown_backend
-
-BACKENDS = ("auto", "naive", "chunk", "fla")
+from spikingbrain_train.runtime.packages import machine_of
 
 
 def gated_linear_attention(
@@ -126,7 +128,7 @@ def _document_bounds(cu_seqlens: Sequence[int] | Tensor, q: Tensor) -> tuple[int
 def choose_backend(backend: str, dtype: torch.dtype, device_type: str) -> str:
     """The kernel that computes a call: the one asked for, or under ``auto`` the best that is here and can.
 
-    ``auto`` is fla on a GPU that has it, except for float64, else chunk. It never refuses.
+    What each of them needs and which is best: architecture/backends/gated_linear_attention.py.
 
     Args:
         backend: as in :func:`gated_linear_attention`.
@@ -137,18 +139,8 @@ def choose_backend(backend: str, dtype: torch.dtype, device_type: str) -> str:
         ValueError: the name does not exist, or what it names cannot do this.
         PlatformError: what it names needs a package or a GPU that is missing.
     """
-    setting = f"gated_linear_attention={backend}"
-    if backend not in BACKENDS:
-        raise unknown_backend(setting, BACKENDS)
-    if backend == "auto":
-        can_fla = device_type == "cuda" and dtype != torch.float64 and has_package("fla")
-        return "fla" if can_fla else "chunk"
-    if backend == "fla":
-        require_gpu(device_type, setting)
-        require_package("fla", "flash-linear-attention", setting)
-        if dtype == torch.float64:
-            raise ValueError(f"{setting} computes in float32, not {dtype}: choose auto.")
-    return backend
+    call = LinearAttentionCall(str(dtype).removeprefix("torch."))
+    return GATED_LINEAR_ATTENTION.choose(backend, call, machine_of(device_type))
 
 
 def _check(

@@ -7,14 +7,17 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from spikingbrain_train.architecture.backends.softmax_attention import (
+    SOFTMAX_ATTENTION,
+    SoftmaxAttentionCall,
+)
 from spikingbrain_train.ops.softmax_attention.blocked import blocked_softmax_attention
 from spikingbrain_train.ops.softmax_attention.documents import as_documents, for_each_document
 from spikingbrain_train.ops.softmax_attention.flash import flash_attn_softmax_attention
-from spikingbrain_train.ops.softmax_attention.flex import flex_limit, flex_softmax_attention
+from spikingbrain_train.ops.softmax_attention.flex import flex_softmax_attention
 from spikingbrain_train.ops.softmax_attention.naive import naive_softmax_attention
 from spikingbrain_train.ops.softmax_attention.torch_sdpa import sdpa_softmax_attention
-from spikingbrain_train.planning.kernel_limits import SoftmaxAttentionCall, flash_attn_limit
-from spikingbrain_train.runtime.packages import has_package, require_gpu, require_package, unknown_backend
+from spikingbrain_train.runtime.packages import machine_of
 
 _ONE_DOCUMENT = {
     "naive": naive_softmax_attention,
@@ -25,7 +28,6 @@ _ANY_DOCUMENTS = {
     "flash_attn": flash_attn_softmax_attention,
     "flex": flex_softmax_attention,
 }
-BACKENDS = ("auto", *_ONE_DOCUMENT, *_ANY_DOCUMENTS)
 
 
 def softmax_attention(
@@ -103,9 +105,7 @@ def softmax_attention(
 def choose_backend(backend: str, call: SoftmaxAttentionCall, device_type: str) -> str:
     """The kernel that computes a call: the one asked for, or under ``auto`` the best that is here and can.
 
-    ``auto`` is blocked on CPU. On a GPU it is flash_attn where that can do it, sdpa for full attention in one
-    document, flex for windows and documents; where flex cannot be compiled, sdpa (document by document) for
-    full attention and blocked for windows. It never refuses.
+    What each of them needs, what it cannot do, and which is best: architecture/backends/softmax_attention.py.
 
     Args:
         backend: as in :func:`softmax_attention`.
@@ -116,34 +116,7 @@ def choose_backend(backend: str, call: SoftmaxAttentionCall, device_type: str) -
         ValueError: the name does not exist, or what it names cannot do this.
         PlatformError: what it names needs a package or a GPU that is missing.
     """
-    setting = f"softmax_attention={backend}"
-    if backend not in BACKENDS:
-        raise unknown_backend(setting, BACKENDS)
-    if backend == "auto":
-        return _best_backend(call) if device_type == "cuda" else "blocked"
-    if backend in _ANY_DOCUMENTS:
-        require_gpu(device_type, setting)
-    if backend == "flash_attn":
-        require_package("flash_attn", "flash-attn", setting)
-        limit = flash_attn_limit(call)
-    elif backend == "flex":
-        require_package("triton", "triton", setting)
-        limit = flex_limit(call)
-    else:
-        limit = None
-    if limit is not None:
-        raise ValueError(f"{setting} {limit}: choose auto.")
-    return backend
-
-
-def _best_backend(call: SoftmaxAttentionCall) -> str:
-    if flash_attn_limit(call) is None and has_package("flash_attn"):
-        return "flash_attn"
-    if call.is_full and not call.has_documents:
-        return "sdpa"
-    if flex_limit(call) is None and has_package("triton"):
-        return "flex"
-    return "sdpa" if call.is_full else "blocked"
+    return SOFTMAX_ATTENTION.choose(backend, call, machine_of(device_type))
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, window: int | None, num_sink_tokens: int) -> None:

@@ -23,7 +23,7 @@ def flash_attn_softmax_attention(
     """Output [B, Tq, H, V] in q's dtype, float16 or bfloat16; groups are shared by heads inside the kernel.
 
     flash-attn aligns the last query with the last key, as we do. A window and sinks together are more than it
-    can (see :func:`~spikingbrain_train.planning.kernel_limits.flash_attn_limit`).
+    can (see architecture/backends/softmax_attention.py).
     """
     from flash_attn import flash_attn_func, flash_attn_varlen_func  # imported here: only GPU machines have it
 

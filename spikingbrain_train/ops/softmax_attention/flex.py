@@ -12,24 +12,8 @@ import torch
 from torch import Tensor
 
 from spikingbrain_train.ops.softmax_attention.documents import Documents
-from spikingbrain_train.planning.kernel_limits import SoftmaxAttentionCall
 
 _BLOCK = 128
-_NARROWEST_HEAD = 16  # of a Triton matrix product
-
-
-def flex_limit(call: SoftmaxAttentionCall) -> str | None:
-    """What flex attention cannot do of a call, None if it can do all."""
-    from torch.nn.attention import flex_attention
-
-    widths = (call.key_dim, call.value_dim)
-    if min(widths) < _NARROWEST_HEAD:
-        return f"needs heads of width {_NARROWEST_HEAD} or more, not {min(widths)}"
-    # torch 2.6 names its check of widths; later versions take any.
-    only_powers_of_two = hasattr(flex_attention, "_supported_head_dim")
-    if only_powers_of_two and any(width & (width - 1) for width in widths):
-        return f"needs heads whose width is a power of 2 in torch {torch.__version__}, not {max(widths)}"
-    return None
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spikingbrain_train.parallel.context_parallel.sequence_layout import SequenceLayout
+from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 
 
 def checked_group(

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.parallel.context_parallel.all_to_all import exchange
-from spikingbrain_train.parallel.context_parallel.sequence_layout import SequenceLayout
 
 
 @lru_cache(maxsize=64)  # all layers of a micro-batch ask for the same

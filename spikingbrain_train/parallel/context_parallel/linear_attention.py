@@ -17,6 +17,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.config.parallel import LinearAttentionContextParallel
 from spikingbrain_train.ops.gated_linear_attention import (
     gated_linear_attention,
@@ -24,7 +25,6 @@ from spikingbrain_train.ops.gated_linear_attention import (
 )
 from spikingbrain_train.parallel.context_parallel.arguments import checked_group
 from spikingbrain_train.parallel.context_parallel.communication import broadcast_from_first_rank
-from spikingbrain_train.parallel.context_parallel.sequence_layout import SequenceLayout
 from spikingbrain_train.parallel.context_parallel.state_passing import start_state_passing
 from spikingbrain_train.parallel.context_parallel.ulysses import to_slices, to_whole_sequences
 

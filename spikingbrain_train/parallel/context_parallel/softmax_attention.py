@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from spikingbrain_train.architecture.sequence_layout import DocumentBounds, SequenceLayout
 from spikingbrain_train.config.parallel import SlidingWindowContextParallel
 from spikingbrain_train.ops.softmax_attention import bidirectional_attention, softmax_attention
 from spikingbrain_train.parallel.context_parallel.arguments import checked_group
 from spikingbrain_train.parallel.context_parallel.communication import broadcast_from_first_rank
 from spikingbrain_train.parallel.context_parallel.halo_exchange import halo_exchange
-from spikingbrain_train.parallel.context_parallel.sequence_layout import DocumentBounds, SequenceLayout
 from spikingbrain_train.parallel.context_parallel.ulysses import to_slices, to_whole_sequences
 
 _RowDocuments = tuple[DocumentBounds, DocumentBounds]
@@ -34,20 +34,6 @@ _USES_HALO: dict[SlidingWindowContextParallel | None, bool] = {
     SlidingWindowContextParallel.ulysses: False,
     None: False,
 }
-
-
-def num_text_keys(
-    layout: SequenceLayout, window: int | None, method: SlidingWindowContextParallel | None
-) -> int:
-    """Keys of text that the op gets on a rank: the whole text, or a slice and what its windows reach before.
-
-    Under ``halo`` that is a fixed number whatever the documents are, because GPU kernels are compiled for
-    every shape: what no query sees is a document without queries.
-    """
-    if layout.context_parallel_size == 1 or window is None or not _USES_HALO[method]:
-        return layout.text_length
-    text = layout.text_range()
-    return len(text) + min(window - 1, text.start)
 
 
 def context_parallel_softmax_attention(
@@ -124,9 +110,7 @@ def _attend_with_halo(
     kv = torch.cat((k, v), dim=3)
     kv_sinks, kv_text = kv.split([own_sinks, kv.shape[1] - own_sinks], dim=1)
     kv_halo = halo_exchange(kv_text, layout=layout, window=window, group=group)
-    unseen = num_text_keys(layout, window, SlidingWindowContextParallel.halo) - (
-        kv_text.shape[1] + kv_halo.shape[1]
-    )
+    unseen = layout.num_text_keys(window) - (kv_text.shape[1] + kv_halo.shape[1])
     visible = [F.pad(kv_halo, (0, 0, 0, 0, unseen, 0)), kv_text]
     if layout.num_sink_tokens and not layout.sinks_are_padding:
         # Elsewhere text stands in for the sinks: a part of the graph, so that all ranks meet in the backward.

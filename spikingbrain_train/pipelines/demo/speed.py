@@ -105,10 +105,10 @@ def _measure(run: RunConfig, groups: ProcessGroups, started: float) -> tuple[flo
     """Seconds per token of a step, seconds per token of an evaluation, seconds until the first step."""
     import torch
 
+    from spikingbrain_train.architecture.sequence_layout import SequenceLayout
     from spikingbrain_train.data.loader import MicroBatch
     from spikingbrain_train.evaluation.held_out import held_out_cross_entropy
-    from spikingbrain_train.parallel.context_parallel.sequence_layout import SequenceLayout
-    from spikingbrain_train.parallel.kernels import resolve_kernels
+    from spikingbrain_train.models.kernels import resolve_kernels
     from spikingbrain_train.planning.stages.registry import kind_of
     from spikingbrain_train.training.build import build_student, build_teacher, wrap_data_parallel
     from spikingbrain_train.training.optimizer import build_optimizer

@@ -20,10 +20,10 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
+from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.config.model import FeatureMap, GateKind
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.models.mixers.gated_linear_attention import GatedLinearAttention
-from spikingbrain_train.parallel.context_parallel.sequence_layout import SequenceLayout
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 
 

@@ -17,9 +17,9 @@ from spikingbrain_train.config.model import FeedForward, ModelConfig, MoEConfig
 from spikingbrain_train.config.parallel import KernelConfig, ParallelConfig
 from spikingbrain_train.config.run import Precision
 from spikingbrain_train.models.feed_forwards.moe.spec import spec as spec_of_experts
+from spikingbrain_train.models.kernels import resolve_kernels
 from spikingbrain_train.models.layer_specs import layer_build
 from spikingbrain_train.models.transformer_config import transformer_config
-from spikingbrain_train.parallel.kernels import resolve_kernels
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 
 HIDDEN, EXPERTS = 16, 4

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from spikingbrain_train.architecture.sequence_layout import DocumentBounds, SequenceLayout
 from spikingbrain_train.config.parallel import LinearAttentionContextParallel, ParallelConfig
 from spikingbrain_train.ops.gated_linear_attention import gated_linear_attention
 from spikingbrain_train.parallel.context_parallel import linear_attention
 from spikingbrain_train.parallel.context_parallel.linear_attention import context_parallel_linear_attention
-from spikingbrain_train.parallel.context_parallel.sequence_layout import DocumentBounds, SequenceLayout
 from spikingbrain_train.parallel.context_parallel.ulysses import _evenly_grouped, to_whole_sequences
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from tests.distributed.pool import RankPool

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.errors import ConfigurationError
-from spikingbrain_train.parallel.context_parallel.sequence_layout import SequenceLayout
 
 
 @st.composite

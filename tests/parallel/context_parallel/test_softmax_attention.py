@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from spikingbrain_train.architecture.head_shares import head_shares
+from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.config.parallel import ParallelConfig, SlidingWindowContextParallel
 from spikingbrain_train.parallel.context_parallel.halo_exchange import halo_lengths, tokens_sent
-from spikingbrain_train.parallel.context_parallel.sequence_layout import SequenceLayout
 from spikingbrain_train.parallel.context_parallel.softmax_attention import context_parallel_softmax_attention
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from tests.distributed.pool import RankPool

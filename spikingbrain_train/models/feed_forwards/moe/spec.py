@@ -5,10 +5,11 @@ from __future__ import annotations
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 
+from spikingbrain_train.architecture.backends.linears import EXPERTS, ExpertsCall
 from spikingbrain_train.architecture.feed_forwards import FeedForwardKind
 from spikingbrain_train.config.model import SpikingProjection
 from spikingbrain_train.config.parallel import ExpertBackend
-from spikingbrain_train.errors import ConfigurationError
+from spikingbrain_train.config.require import require
 from spikingbrain_train.models.feed_forwards.dense import swiglu_projections
 from spikingbrain_train.models.feed_forwards.moe import experts as expert_classes
 from spikingbrain_train.models.feed_forwards.moe.experts import (
@@ -44,11 +45,8 @@ def _routed_experts(build: LayerBuild) -> Submodule:
     if backend is ExpertBackend.sequential:
         return submodule(SequentialExperts, swiglu_projections(build))
     if backend is ExpertBackend.grouped_gemm:
-        if linears.spiking.in_experts:
-            raise ConfigurationError(
-                "cluster.kernels.experts=grouped_gemm cannot encode spikes inside experts, which "
-                "model.spiking.projections asks for; choose cluster.kernels.experts=sequential."
-            )
+        limit = EXPERTS.limit(backend.value, ExpertsCall(linears.backend.value, linears.spiking.in_experts))
+        require(limit is None, f"cluster.kernels.experts={backend.value} {limit}; choose sequential")
         return submodule(expert_classes.GroupedGemmExperts)
     assert backend is ExpertBackend.transformer_engine, f"unresolved experts backend {backend}"
     grouped = {

@@ -73,6 +73,20 @@ class SequenceLayout:
         """Sinks at the beginning of this rank's slice."""
         return self.num_sink_tokens if self.context_parallel_rank == 0 else 0
 
+    def num_text_keys(self, window: int | None) -> int:
+        """Keys of text that attention gets on this rank: a slice and what its windows reach before.
+
+        That is a fixed number whatever the documents are, because GPU kernels are compiled for every shape:
+        what no query sees is a document without queries.
+
+        Args:
+            window: text keys that a query sees, its own included; None where ranks take whole sequences.
+        """
+        if self.context_parallel_size == 1 or window is None:
+            return self.text_length
+        text = self.text_range()
+        return len(text) + min(window - 1, text.start)
+
     def text_range(self, rank: int | None = None) -> range:
         """Text positions that ``rank`` (default: this one) holds."""
         rank = self.context_parallel_rank if rank is None else rank

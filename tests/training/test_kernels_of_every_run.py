@@ -20,7 +20,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from spikingbrain_train.architecture.backends.softmax_attention import SoftmaxAttentionCall
 from spikingbrain_train.architecture.layers import dense_twin
+from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.config.compose import compose_run
 from spikingbrain_train.config.load import to_run_config
 from spikingbrain_train.config.model import Mixer, ModelConfig
@@ -29,30 +31,24 @@ from spikingbrain_train.config.parallel import (
     ExpertBackend,
     KernelConfig,
     LinearAttentionBackend,
+    ParallelLinearBackend,
     SoftmaxAttentionBackend,
 )
 from spikingbrain_train.config.run import DistillationConfig, Precision, RunConfig
 from spikingbrain_train.config.yaml_files import conf_folder
-from spikingbrain_train.errors import ConfigurationError, PlatformError, SpikingBrainError
+from spikingbrain_train.errors import ConfigurationError, SpikingBrainError
+from spikingbrain_train.models.kernels import resolve_kernels
 from spikingbrain_train.models.layer_specs import block_spec, layer_build
 from spikingbrain_train.ops.gated_linear_attention import choose_backend as choose_linear
 from spikingbrain_train.ops.softmax_attention import choose_backend as choose_softmax
 from spikingbrain_train.ops.softmax_attention import dispatch as softmax_dispatch
-from spikingbrain_train.parallel import kernels as kernels_module
 from spikingbrain_train.parallel.context_parallel import softmax_attention
 from spikingbrain_train.parallel.context_parallel.halo_exchange import halo_lengths
-from spikingbrain_train.parallel.context_parallel.sequence_layout import SequenceLayout
-from spikingbrain_train.parallel.kernels import (
-    AttentionChoices,
-    attention_choices,
-    describe_kernels,
-    resolve_kernels,
-)
-from spikingbrain_train.planning.checks import check_platform
-from spikingbrain_train.planning.kernel_limits import SoftmaxAttentionCall
+from spikingbrain_train.planning.kernel_calls import check_kernels
 from spikingbrain_train.planning.stages.registry import kind_of
 from spikingbrain_train.runtime import packages as installed
 from spikingbrain_train.runtime.accelerator import Accelerator
+from spikingbrain_train.training.kernels import KernelChoices, choose_kernels
 
 GPU_PACKAGES = ("flash_attn", "fla", "transformer_engine", "grouped_gemm")
 PACKAGE_SETS = [frozenset(), frozenset({"triton"})]
@@ -90,16 +86,15 @@ def kernels_of_machine(
     kind: AcceleratorKind, packages: frozenset[str], monkeypatch: pytest.MonkeyPatch
 ) -> Accelerator:
     """A platform on which these packages, and no others, are installed and can be called."""
-
-    def require(self: Accelerator, package: str, setting: str) -> None:
-        if not self.has(package):
-            raise PlatformError(f"{setting} needs the package {package}")
-
     monkeypatch.setattr(
         installed, "package_failure", lambda name: None if name in packages else "is not installed"
     )
-    monkeypatch.setattr(kernels_module, "_has_grouped_linears", lambda: "transformer_engine" in packages)
-    monkeypatch.setattr(Accelerator, "require", require)
+    real = installed.defines
+    monkeypatch.setattr(
+        installed,
+        "defines",
+        lambda name: "transformer_engine" in packages if name.endswith("GroupedLinear") else real(name),
+    )
     number = 0 if kind is AcceleratorKind.cpu else 8
     return Accelerator(kind, "a device", number, dict.fromkeys(packages, "1.0"))
 
@@ -219,32 +214,36 @@ def recorded(run: str) -> list[tuple[RunConfig, set[SoftmaxAttentionCall]]]:
     return made
 
 
-def start(config: RunConfig, machine: Accelerator) -> tuple[KernelConfig, AttentionChoices]:
+def start(config: RunConfig, machine: Accelerator) -> KernelChoices:
     """What the start-up makes of a run, from the config alone and on its machine."""
-    check_platform(config)
+    check_kernels(config)
     kernels = resolve_kernels(
         config.cluster.kernels, machine, spiking=config.model.spiking, precision=config.precision
     )
-    return kernels, attention_choices(config, kernels, machine)
+    return choose_kernels(config, kernels, machine)
 
 
 def with_kernels(config: RunConfig, kernels: KernelConfig) -> RunConfig:
     return replace(config, cluster=replace(config.cluster, kernels=kernels))
 
 
+def assert_is_built(config: RunConfig, kernels: KernelConfig) -> None:
+    """The classes exist and go together."""
+    block_spec(layer_build(config.model, kernels), 0, min(2, config.model.num_layers))
+
+
 @pytest.mark.parametrize("run", RUNS)
 def test_auto_never_refuses_and_the_log_names_what_the_calls_take(run: str, machine: Accelerator) -> None:
     for config, calls in recorded(run):
-        kernels, choices = start(with_kernels(config, KernelConfig()), machine)
+        choices = start(with_kernels(config, KernelConfig()), machine)
         taken = {choose_softmax("auto", call, machine.device_type) for call in calls}
-        assert set(choices.softmax_attention) == taken
+        assert set(choices.mixers["softmax_attention"]) == taken
         linear = any(mixer.has_linear_branch for mixer in config.model.layer_mixers())
         dtype = DTYPES[config.precision]
-        assert set(choices.gated_linear_attention) == (
+        assert set(choices.mixers["gated_linear_attention"]) == (
             {choose_linear("auto", dtype, machine.device_type)} if linear else set()
         )
-        layers = range(min(2, config.model.num_layers))
-        block_spec(layer_build(config.model, kernels), 0, len(layers))  # the classes exist and go together
+        assert_is_built(config, choices.kernels)
 
 
 NAMES = [
@@ -257,46 +256,75 @@ NAMES = [
 def test_a_name_is_refused_at_start_up_or_works_in_every_call(run: str, machine: Accelerator) -> None:
     for (config, calls), names in product(recorded(run), NAMES):
         try:
-            _, choices = start(with_kernels(config, names), machine)
+            choices = start(with_kernels(config, names), machine)
         except SpikingBrainError:
             continue
         for call in calls:
             name = choose_softmax(names.softmax_attention.value, call, machine.device_type)
-            assert name in choices.softmax_attention
+            assert name in choices.mixers["softmax_attention"]
         choose_linear(names.gated_linear_attention.value, DTYPES[config.precision], machine.device_type)
+
+
+LINEARS_AND_EXPERTS = [
+    KernelConfig(parallel_linear=linears, experts=experts)
+    for linears, experts in product(ParallelLinearBackend, ExpertBackend)
+]
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_linears_and_experts_are_refused_at_start_up_or_built(run: str, machine: Accelerator) -> None:
+    """And experts under auto are multiplied at once wherever a backend that is here can do it."""
+    for config, _ in recorded(run):
+        accepted: dict[ParallelLinearBackend, set[ExpertBackend]] = {}
+        for names in LINEARS_AND_EXPERTS:
+            try:
+                kernels = start(with_kernels(config, names), machine).kernels
+            except SpikingBrainError:
+                assert names != KernelConfig(), "auto refuses"
+                continue
+            assert names.parallel_linear in (ParallelLinearBackend.auto, kernels.parallel_linear)
+            assert names.experts in (ExpertBackend.auto, kernels.experts)
+            assert_is_built(config, kernels)
+            accepted.setdefault(names.parallel_linear, set()).add(kernels.experts)
+            if names.experts is ExpertBackend.auto:
+                chosen = kernels.experts
+            elif names.experts is not ExpertBackend.sequential:
+                assert chosen is not ExpertBackend.sequential, f"auto passes over {names.experts}"
+        assert all(ExpertBackend.sequential in experts for experts in accepted.values())
 
 
 def test_the_76b_trains_on_nvidia_with_flash_attn_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = kernels_of_machine(AcceleratorKind.cuda, PACKAGE_SETS[-1], monkeypatch)
     config = composed("experiment=spikingbrain_76b_8k")
-    kernels, choices = start(config, machine)
-    assert choices.softmax_attention == {"flash_attn": ["full"], "flex": ["swa"]}
-    assert "softmax attention flash_attn (full) and flex (swa)" in describe_kernels(kernels, choices)
-    _, choices = start(replace(config, precision=Precision.fp32), machine)
-    assert choices.softmax_attention == {"sdpa": ["full"], "flex": ["swa"]}
+    choices = start(config, machine)
+    assert choices.mixers["softmax_attention"] == {"flash_attn": ["full"], "flex": ["swa"]}
+    assert choices.describe() == (
+        "kernels: gated linear attention fla, softmax attention flash_attn (full) and flex (swa), parallel "
+        "linears transformer_engine, experts transformer_engine"
+    )
+    choices = start(replace(config, precision=Precision.fp32), machine)
+    assert choices.mixers["softmax_attention"] == {"sdpa": ["full"], "flex": ["swa"]}
 
 
 def test_what_a_kernel_cannot_do_of_a_run_is_known_from_its_config_alone() -> None:
     config = composed("experiment=spikingbrain_76b_8k")
     flash = with_kernels(config, KernelConfig(softmax_attention=SoftmaxAttentionBackend.flash_attn))
     with pytest.raises(ConfigurationError, match="cannot combine 128 sink tokens with a window of 4096"):
-        check_platform(flash)
+        check_kernels(flash)
     flash = replace(flash, model=composed("model=spikingbrain_7b").model)
-    check_platform(flash)
+    check_kernels(flash)
     with pytest.raises(ConfigurationError, match="needs float16 or bfloat16, not float32; choose auto"):
-        check_platform(replace(flash, precision=Precision.fp32))
+        check_kernels(replace(flash, precision=Precision.fp32))
     grouped = with_kernels(config, KernelConfig(experts=ExpertBackend.grouped_gemm))
-    check_platform(grouped)
+    check_kernels(grouped)
     with pytest.raises(ConfigurationError, match="grouped_gemm multiplies bfloat16 only"):
-        check_platform(replace(grouped, precision=Precision.fp32))
+        check_kernels(replace(grouped, precision=Precision.fp32))
 
 
 def test_a_package_that_is_installed_but_fails_is_named_in_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = kernels_of_machine(AcceleratorKind.cuda, frozenset({"triton", "flash_attn"}), monkeypatch)
     broken = "is installed but does not import (undefined symbol)"
-    for module in (installed, kernels_module):
-        monkeypatch.setattr(module, "package_failure", lambda name: None if name == "triton" else broken)
-    config = composed("model=spikingbrain_7b")
-    kernels, choices = start(config, machine)
-    assert choices.softmax_attention == {"flex": ["swa"]}
-    assert f"flash_attn is not used: it {broken}" in describe_kernels(kernels, choices)
+    monkeypatch.setattr(installed, "package_failure", lambda name: None if name == "triton" else broken)
+    choices = start(composed("model=spikingbrain_7b"), machine)
+    assert choices.mixers["softmax_attention"] == {"flex": ["swa"]}
+    assert f"flash_attn is not used: it {broken}" in choices.describe()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 
+from spikingbrain_train.architecture.backends.tables import TABLES
 from spikingbrain_train.config.model import SpikingConfig, SpikingProjection
 from spikingbrain_train.config.parallel import (
     AcceleratorKind,
@@ -18,8 +19,7 @@ from spikingbrain_train.config.parallel import (
 )
 from spikingbrain_train.config.run import Precision
 from spikingbrain_train.errors import ConfigurationError, PlatformError
-from spikingbrain_train.parallel import kernels as kernels_module
-from spikingbrain_train.parallel.kernels import AttentionChoices, describe_kernels, resolve_kernels
+from spikingbrain_train.models.kernels import resolve_kernels
 from spikingbrain_train.runtime import packages
 from spikingbrain_train.runtime.accelerator import Accelerator
 
@@ -32,7 +32,12 @@ def installed_packages_can_be_called(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         packages, "package_failure", lambda name: None if name in CAN_BE_CALLED else "is not installed"
     )
-    monkeypatch.setattr(kernels_module, "_has_grouped_linears", lambda: True)
+    monkeypatch.setattr(packages, "defines", lambda name: True)
+
+
+def without(monkeypatch: pytest.MonkeyPatch, *missing: str) -> None:
+    """The installed releases lack these names."""
+    monkeypatch.setattr(packages, "defines", lambda name: name.partition(":")[2] not in missing)
 
 
 def machine(kind: AcceleratorKind, packages: dict[str, str]) -> Accelerator:
@@ -73,11 +78,6 @@ def test_an_explicit_choice_is_kept() -> None:
     )
     resolved = resolve_kernels(chosen, machine(AcceleratorKind.cuda, EVERYTHING))
     assert names(resolved) == ("naive", "naive", "megatron")
-    line = describe_kernels(
-        resolved, AttentionChoices({"naive": ["gla"]}, {"naive": ["full"], "flex": ["swa"]}, {})
-    )
-    assert "gated linear attention naive, softmax attention naive (full) and flex (swa)" in line
-    assert "parallel linears megatron" in line
 
 
 @pytest.mark.parametrize(
@@ -98,21 +98,21 @@ def test_experts_follow_the_linears_or_the_packages(
     has_grouped_mlp: bool,
     expected: str,
 ) -> None:
-    monkeypatch.setattr(kernels_module, "HAS_GROUPED_MLP", has_grouped_mlp)
+    if not has_grouped_mlp:
+        without(monkeypatch, "GroupedMLP")
     resolved = resolve_kernels(KernelConfig(), machine(kind, packages))
     assert resolved.experts.value == expected
-    assert f"experts {expected}" in describe_kernels(resolved, AttentionChoices({}, {}, {}))
 
 
 def test_grouped_experts_are_refused_where_they_cannot_work(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = machine(AcceleratorKind.cuda, EVERYTHING | {"grouped_gemm": "1.1"})
-    monkeypatch.setattr(kernels_module, "HAS_GROUPED_MLP", False)
+    without(monkeypatch, "GroupedMLP")
     with pytest.raises(PlatformError, match=r"experts=grouped_gemm needs megatron-core 0\.16"):
         resolve_kernels(KernelConfig(experts=ExpertBackend.grouped_gemm), gpu)
     mixed = KernelConfig(
         experts=ExpertBackend.transformer_engine, parallel_linear=ParallelLinearBackend.megatron
     )
-    with pytest.raises(PlatformError, match=r"needs cluster\.kernels\.parallel_linear=transformer_engine"):
+    with pytest.raises(ConfigurationError, match=r"needs cluster\.kernels\.parallel_linear=transformer_eng"):
         resolve_kernels(mixed, gpu)
 
 
@@ -147,8 +147,7 @@ def test_experts_that_encode_spikes_are_made_of_linears() -> None:
     assert resolve_kernels(KernelConfig(), on_metax, spiking=spiking).experts is ExpertBackend.sequential
 
 
-def test_grouped_gemm_multiplies_bfloat16_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels_module, "HAS_GROUPED_MLP", True)
+def test_grouped_gemm_multiplies_bfloat16_only() -> None:
     on_metax = machine(AcceleratorKind.metax, {"grouped_gemm": "1.1"})
     by_itself = resolve_kernels(KernelConfig(), on_metax, precision=Precision.fp32)
     assert by_itself.experts is ExpertBackend.sequential
@@ -159,16 +158,31 @@ def test_grouped_gemm_multiplies_bfloat16_only(monkeypatch: pytest.MonkeyPatch) 
 def test_an_old_transformer_engine_without_grouped_linears_is_used_for_what_it_has(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(kernels_module, "_has_grouped_linears", lambda: False)
+    without(monkeypatch, "TEColumnParallelGroupedLinear")
     on_nvidia = machine(AcceleratorKind.cuda, {"transformer_engine": "1.7"})
     resolved = resolve_kernels(KernelConfig(), on_nvidia)
     assert resolved.parallel_linear is ParallelLinearBackend.transformer_engine
     assert resolved.experts is ExpertBackend.sequential
     with pytest.raises(PlatformError, match=r"experts=transformer_engine needs Transformer Engine 1\.9"):
         resolve_kernels(KernelConfig(experts=ExpertBackend.transformer_engine), on_nvidia)
+    with_both = machine(AcceleratorKind.cuda, {"transformer_engine": "1.7", "grouped_gemm": "1.1"})
+    assert resolve_kernels(KernelConfig(), with_both).experts is ExpertBackend.grouped_gemm
 
 
 def test_auto_passes_over_a_package_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packages, "package_failure", lambda name: "is installed but does not import (ABI)")
     resolved = resolve_kernels(KernelConfig(), machine(AcceleratorKind.cuda, EVERYTHING))
     assert names(resolved) == ("auto", "auto", "megatron")
+
+
+@pytest.mark.parametrize("setting", TABLES)
+def test_the_config_names_what_the_tables_hold(setting: str) -> None:
+    kinds = type(getattr(KernelConfig(), setting))
+    assert {kind.value for kind in kinds} == set(TABLES[setting].names)
+    assert set(TABLES) == set(vars(KernelConfig()))
+
+
+@pytest.mark.parametrize("setting", TABLES)
+def test_an_unknown_backend_is_an_error_that_names_the_known_ones(setting: str) -> None:
+    with pytest.raises(ValueError, match=f"{setting}=fast is unknown: choose one of auto, "):
+        TABLES[setting].choose("fast", None, machine(AcceleratorKind.cuda, EVERYTHING).machine())

@@ -1,0 +1,14 @@
+"""The tables by the setting of ``cluster.kernels`` that chooses from each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from spikingbrain_train.architecture.backends.backend import Backends
+from spikingbrain_train.architecture.backends.gated_linear_attention import GATED_LINEAR_ATTENTION
+from spikingbrain_train.architecture.backends.linears import EXPERTS, PARALLEL_LINEAR
+from spikingbrain_train.architecture.backends.softmax_attention import SOFTMAX_ATTENTION
+
+TABLES: dict[str, Backends[Any]] = {
+    table.setting: table for table in (GATED_LINEAR_ATTENTION, SOFTMAX_ATTENTION, PARALLEL_LINEAR, EXPERTS)
+}

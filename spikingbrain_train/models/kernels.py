@@ -1,0 +1,58 @@
+"""Whose linears and experts a model is built of on this machine."""
+
+from __future__ import annotations
+
+from spikingbrain_train.architecture.backends.linears import (
+    EXPERTS,
+    PARALLEL_LINEAR,
+    ExpertsCall,
+    LinearsCall,
+)
+from spikingbrain_train.architecture.backends.tables import TABLES
+from spikingbrain_train.config.model import SpikingConfig
+from spikingbrain_train.config.parallel import ExpertBackend, KernelConfig, ParallelLinearBackend
+from spikingbrain_train.config.run import Precision
+from spikingbrain_train.errors import ConfigurationError
+from spikingbrain_train.runtime.accelerator import Accelerator
+
+_PREFIX = "cluster.kernels."
+
+
+def resolve_kernels(
+    kernels: KernelConfig,
+    accelerator: Accelerator,
+    *,
+    spiking: SpikingConfig | None = None,
+    precision: Precision = Precision.bf16,
+) -> KernelConfig:
+    """Replace ``auto`` of linears and experts by the best backend here.
+
+    Attention keeps what the config says, if that is here: its ops choose call by call.
+
+    Args:
+        kernels: choices of the config.
+        accelerator: this process's platform and packages.
+        spiking: spikes of the model, which not every backend can encode; None is a model without.
+        precision: of weights and activations, of which not every backend takes all.
+
+    Raises:
+        PlatformError: a backend is asked for by name whose package, release or GPU is missing.
+        ConfigurationError: a backend is asked for by name that cannot do what the run needs.
+    """
+    machine, reads_spikes = accelerator.machine(), spiking is not None and spiking.in_experts
+    for setting, table in TABLES.items():
+        table.require(getattr(kernels, setting).value, machine, _PREFIX)
+    try:
+        linear = PARALLEL_LINEAR.choose(
+            kernels.parallel_linear.value, LinearsCall(accelerator.kind), machine, _PREFIX
+        )
+        call = ExpertsCall(linear, reads_spikes, precision)
+        experts = EXPERTS.choose(kernels.experts.value, call, machine, _PREFIX)
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from error
+    return KernelConfig(
+        gated_linear_attention=kernels.gated_linear_attention,
+        softmax_attention=kernels.softmax_attention,
+        parallel_linear=ParallelLinearBackend(linear),
+        experts=ExpertBackend(experts),
+    )

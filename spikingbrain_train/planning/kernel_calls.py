@@ -1,0 +1,89 @@
+"""The calls of ops that a run will make, and whether the kernels that its config names can make them.
+
+Pure Python: the start-up check asks before torch is imported, and the machine is asked about the same calls
+when the run begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from spikingbrain_train.architecture.backends.linears import ExpertsCall
+from spikingbrain_train.architecture.backends.tables import TABLES
+from spikingbrain_train.architecture.layers import dense_twin, mixers_of
+from spikingbrain_train.architecture.mixers import MixerKind
+from spikingbrain_train.architecture.sequence_layout import SequenceLayout
+from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.config.parallel import AcceleratorKind
+from spikingbrain_train.config.require import require
+from spikingbrain_train.config.run import RunConfig
+from spikingbrain_train.planning.stages.registry import kind_of
+
+
+def mixer_calls(config: RunConfig) -> Iterator[tuple[str, MixerKind, Any]]:
+    """What the mixers of all ranks will ask of their ops: whose call it is, in words, the kind of mixer, and
+    a call as the table of its backends knows it. Each call is given once.
+    """
+    seen = set()
+    for whose, network, num_sink_tokens, are_padding in _networks(config):
+        for kind in sorted(mixers_of(network), key=lambda kind: kind.name):
+            for has_documents in (False, True) if config.data.reset_at_documents else (False,):
+                documents = " of several documents" if has_documents else ""
+                for layout in _layouts(config, num_sink_tokens, are_padding):
+                    call = kind.op_call(config, network, layout, has_documents)
+                    if call is not None and (whose, kind, call) not in seen:
+                        seen.add((whose, kind, call))
+                        yield f"{whose}{kind.name}{documents}", kind, call
+
+
+def _networks(config: RunConfig) -> Iterator[tuple[str, ModelConfig, int, bool]]:
+    """Networks that run, the sinks in front of their text, and whether those are padding."""
+    model, stage = config.model, kind_of(config.stage)
+    yield "", model, model.num_sink_tokens, False  # evaluations see the sinks in any stage
+    if not stage.sees_sinks:
+        yield "", model, 0, False
+    if stage.needs_teacher(config.stage):
+        yield "the teacher's ", dense_twin(model), model.num_sink_tokens if stage.sees_sinks else 0, True
+
+
+def _layouts(config: RunConfig, num_sink_tokens: int, are_padding: bool) -> Iterator[SequenceLayout]:
+    ranks = config.parallel.context_parallel_size
+    for rank in range(ranks):
+        yield SequenceLayout(
+            config.stage.seq_length, num_sink_tokens, rank, ranks, sinks_are_padding=are_padding
+        )
+
+
+def experts_call(config: RunConfig, parallel_linear: str) -> ExpertsCall:
+    """What decides who multiplies the routed experts of a run, on linears of this backend."""
+    return ExpertsCall(parallel_linear, config.model.spiking.in_experts, config.precision)
+
+
+def check_kernels(config: RunConfig) -> None:
+    """Kernels that are asked for by name, against what the network needs of them and against the platform
+    that is asked for.
+
+    Raises:
+        ConfigurationError: one cannot do what it is asked for, on any machine or on this platform.
+    """
+    kernels = config.cluster.kernels
+    calls = [(kind.backends, call) for _, kind, call in mixer_calls(config) if kind.backends is not None]
+    calls.append((TABLES["experts"], experts_call(config, kernels.parallel_linear.value)))
+    for table, call in calls:
+        limit = table.limit(_name(config, table.setting), call)
+        setting = f"cluster.kernels.{table.setting}={_name(config, table.setting)}"
+        require(limit is None, f"{setting} {limit}; choose auto, which takes it where it can")
+    if config.cluster.accelerator is not AcceleratorKind.cpu:
+        return
+    for table in TABLES.values():
+        name = _name(config, table.setting)
+        require(
+            name in table.names_on_cpu,
+            f"cluster.kernels.{table.setting}={name} runs on GPUs only, but cluster.accelerator is cpu; "
+            f"on the CPU choose {' or '.join(table.names_on_cpu)}",
+        )
+
+
+def _name(config: RunConfig, setting: str) -> str:
+    return str(getattr(config.cluster.kernels, setting).value)
