@@ -1,5 +1,8 @@
-"""How every command of this project ends: one line ``error: <sentence>`` and exit code 2 for what a user can
-fix, 3 for a run that diverged, a traceback for what is a defect of ours."""
+"""How every command of this project ends.
+
+One line ``error: <sentence>`` and exit code 2 for what a user can fix, 3 for a run that diverged, a traceback
+for what is a defect of ours.
+"""
 
 from __future__ import annotations
 

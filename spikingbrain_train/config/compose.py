@@ -122,8 +122,9 @@ def _raised_in(error: BaseException, package: str) -> bool:
 
 
 def check_choices(arguments: Sequence[str]) -> None:
-    """Each group gets one choice, and Hydra's own settings none: Hydra would merge a list of choices, and
-    with settings of its own run several times or write elsewhere.
+    """Each group gets one choice, and Hydra's own settings none.
+
+    Hydra would merge a list of choices, and with settings of its own run several times or write elsewhere.
 
     Raises:
         ConfigurationError: naming the group and its choices, or the setting.

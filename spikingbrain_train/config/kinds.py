@@ -1,5 +1,7 @@
-"""Tables with an entry for every kind of a thing. A kind that a table does not have is an error, never one of
-the others: a new mixer, feed-forward or stage shows at once what it still has to say about itself.
+"""Tables with an entry for every kind of a thing.
+
+A kind that a table does not have is an error, never one of the others: a new one shows at once what it still
+has to say about itself.
 """
 
 from __future__ import annotations

@@ -189,8 +189,11 @@ class ExpertBackend(str, Enum):
 
 @dataclass
 class KernelConfig:
-    """Which library does the heavy work. ``auto`` takes the best that is here and can do it, call by call for
-    attention, and logs it; a name that is missing or cannot do it is an error."""
+    """Which library does the heavy work.
+
+    ``auto`` takes the best that is here and can do it, call by call for attention, and logs it; a name that
+    is missing or cannot do it is an error.
+    """
 
     gated_linear_attention: LinearAttentionBackend = setting(LinearAttentionBackend.auto, resume=SAID)
     """Backend of GLA layers."""

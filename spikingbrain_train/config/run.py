@@ -50,8 +50,10 @@ class AlignmentConfig:
 
 @dataclass
 class DistillationConfig:
-    """Learning from the dense source's logits during continual pretraining, which SpikingBrain's report does
-    without. Off when ``weight`` is 0."""
+    """Learning from the dense source's logits during continual pretraining; off when ``weight`` is 0.
+
+    SpikingBrain's report does without.
+    """
 
     weight: float = setting(
         0.0, minimum=0, maximum=1, must="be between 0 (off) and 1 (no cross entropy)", resume=SAID
@@ -64,8 +66,10 @@ class DistillationConfig:
 
 @dataclass
 class SpikeAnnealingConfig:
-    """Spikes grow coarser over the first steps: k goes geometrically from ``init_k`` to model.spiking.k. This
-    project's own; SpikingBrain's report names no such schedule."""
+    """Spikes grow coarser over the first steps: k goes geometrically from ``init_k`` to model.spiking.k.
+
+    This project's own; SpikingBrain's report names no such schedule.
+    """
 
     init_k: float | None = setting(None, resume=SAID)
     """k at the first step, usually larger than model.spiking.k. Null starts with model.spiking.k."""
@@ -112,8 +116,11 @@ class StageConfig:
 
 @dataclass
 class DataConfig:
-    """The tokens. Each file is looked at once for ids beyond the model's vocabulary; ``<prefix>.checked``, or
-    ``checked_data.json`` in output_dir, remembers it."""
+    """The tokens.
+
+    Each file is looked at once for ids beyond the model's vocabulary; ``<prefix>.checked``, or
+    ``checked_data.json`` in output_dir, remembers it.
+    """
 
     train: list[str] = setting(default_factory=list, resume=BY_TOKENS)
     """Prefixes of indexed datasets (the path without .bin/.idx) made by tools/preprocess_data.py; several are
