@@ -21,7 +21,7 @@ class DenseKind(FeedForwardKind):
     name = "dense"
     spec = "spikingbrain_train.models.feed_forwards.dense:spec"
     is_of_the_source = True
-    hf_layers = {"dense": "mlp", "gla_swa": "mlp"}
+    hf_layers = {"llama": "mlp", "gla_swa": "mlp"}
 
     def settings(self, model: ModelConfig) -> set[str]:
         return {"ffn_hidden_size"}

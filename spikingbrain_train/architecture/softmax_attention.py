@@ -35,7 +35,7 @@ class SoftmaxAttentionKind(MixerKind):
     family = "softmax"
     is_of_the_source = True
     backends = SOFTMAX_ATTENTION
-    hf_layers = {"dense": "attention", "gla_swa": "full_attention"}
+    hf_layers = {"llama": "attention", "gla_swa": "full_attention"}
 
     def window(self, model: ModelConfig) -> int | None:
         """Keys (the current token included) that a query sees; None is all before it."""

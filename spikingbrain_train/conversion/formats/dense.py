@@ -39,7 +39,7 @@ NAMES: Mapping[str, str] = {
 class DenseFormat(LlamaLikeFormat):
     """Full attention and a SwiGLU in every layer."""
 
-    kinds = "dense"
+    kinds = "llama"
     holds = "dense models"
     names = NAMES
 
