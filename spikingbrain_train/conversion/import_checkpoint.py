@@ -117,6 +117,10 @@ def import_checkpoint(
     for planned in plan:
         group = planned.parameter.weight.group
         report.count(group, converter.origin(planned), planned.parameter.numel)
+    if unused := tensors.unused(planned.parameter for planned in plan):
+        report.ignored.append(
+            f"{len(unused)} tensors such as {unused[0]}, which have no part in the new layers"
+        )
     report.notes += hf_notes + _notes(target, recipe, drawn=report.new_parameters > 0)
     companions = find_companion_files(hf_folder)
     report.notes += companions.left_behind

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -69,6 +71,11 @@ class Source:
                     f"not {list(shape)}; keep the source's sizes, or give the weight another role"
                 )
         return True
+
+    def unused(self, parameters: Iterable[Parameter]) -> list[str]:
+        """Names of the tensors that none of ``parameters`` is made of."""
+        used = {(role, parameter.layer) for parameter in parameters for role in parameter.roles}
+        return [self.name(role, layer) for role, layer in self._shapes if (role, layer) not in used]
 
     def name(self, role: str, layer: int | None = None) -> str:
         """Name of the tensor with ``role`` in ``layer``."""

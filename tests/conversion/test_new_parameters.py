@@ -154,3 +154,19 @@ def test_a_weight_that_nothing_fills_is_refused_by_name(
     with pytest.raises(ConfigurationError, match=sentence):
         import_checkpoint(source, tmp_path / "out", ConversionConfig())
     assert not (tmp_path / "out").exists()
+
+
+def test_tensors_that_the_new_layers_do_without_are_told(
+    hf_checkpoint: HFCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = MIXERS["gla"]
+    own = kind.weights
+
+    def without_norms(model, group="attention"):
+        return tuple(weight for weight in own(model, group) if weight.roles != ("k_norm",))
+
+    monkeypatch.setattr(kind, "weights", without_norms)
+    source, _ = hf_checkpoint("qwen3")
+    report = import_checkpoint(source, tmp_path / "out", ConversionConfig(), dry_run=True)
+    name = "model.layers.0.self_attn.k_norm.weight"
+    assert report.ignored == [f"2 tensors such as {name}, which have no part in the new layers"]
