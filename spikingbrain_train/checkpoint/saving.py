@@ -188,6 +188,9 @@ class PendingSave:
     def commit(self) -> Path:
         """Make it the newest checkpoint of the run; a folder of the same name is set aside.
 
+        A run saves an iteration once. Were the same one the newest already, a process killed between the two
+        renames would leave it under its other name only.
+
         Returns:
             Its folder.
 

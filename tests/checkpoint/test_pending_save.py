@@ -70,6 +70,7 @@ def _state(groups: ProcessGroups, iteration: int) -> Any:
     return SimpleNamespace(
         model=_Stage(_rows(groups, iteration), groups),
         optimizer=SimpleNamespace(chained_optimizers=[], sharded_state_dict=lambda *_, **__: {}),
+        callbacks=SimpleNamespace(state_dict=dict),
         scheduler=SimpleNamespace(state_dict=lambda: {"num_steps": iteration}),
         iteration=iteration,
         consumed_samples=4 * iteration,
