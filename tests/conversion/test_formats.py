@@ -26,7 +26,7 @@ from spikingbrain_train.conversion.formats.registry import (
     parse_hf_config,
     stands_in_the_way,
 )
-from spikingbrain_train.errors import CheckpointError
+from spikingbrain_train.errors import CheckpointError, ConfigurationError
 
 DENSE = ModelConfig(
     num_layers=2,
@@ -86,9 +86,13 @@ def test_what_stands_in_the_way_is_told_of_the_nearest_format(changes: dict, par
 def test_a_kind_that_a_format_does_not_know_stands_in_the_way_by_its_own_words(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    model = replace(DENSE, mixers=[Mixer.gla, Mixer.swa])
+    config = GLA_SWA.config(model, None, "float32")
     monkeypatch.setattr(MIXERS["gla"], "hf_layers", {})
-    parts = stands_in_the_way(replace(DENSE, mixers=[Mixer.gla, Mixer.swa], num_sink_tokens=1))
+    parts = stands_in_the_way(replace(model, num_sink_tokens=1))
     assert parts == ["gated linear attention layers", "1 sink tokens"]
+    with pytest.raises(ConfigurationError, match="has layers of linear_attention, but no kind"):
+        parse_hf_config(config, Path("config.json"))
 
 
 def test_another_format_is_an_entry_of_the_list(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,12 +135,20 @@ class HfFormat(ABC):
 
     def mixer_at(self, place: str) -> Mixer:
         """The mixer that the format calls ``place``."""
-        return Mixer[next(kind.name for kind in MIXERS if kind.hf_layers.get(self.kinds) == place)]
+        return Mixer[self._name_at(place, MIXERS)]
 
     def feed_forward_at(self, place: str) -> FeedForward:
         """The feed-forward that the format calls ``place``."""
-        found = next(kind.name for kind in FEED_FORWARDS if kind.hf_layers.get(self.kinds) == place)
-        return FeedForward[found]
+        return FeedForward[self._name_at(place, FEED_FORWARDS)]
+
+    def _name_at(self, place: str, known: Iterable[MixerKind | FeedForwardKind]) -> str:
+        for kind in known:
+            if kind.hf_layers.get(self.kinds) == place:
+                return kind.name
+        raise ConfigurationError(
+            f"{self.architecture} has layers of {place}, but no kind's hf_layers says that it is {place} in "
+            f"{self.kinds}; name the package of one in plugins=[package.module]"
+        )
 
     def mixer_places(self, model: ModelConfig) -> list[str]:
         """What the format calls the mixer of every layer of a model that it holds."""
