@@ -40,7 +40,8 @@ def _local(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Distillation:
-    """Soft targets:
+    """Soft targets of a teacher.
+
     ``loss = (1 - weight) * cross entropy + weight * temperature^2 * KL(teacher || student)``.
 
     Hinton et al., arXiv 1503.02531; the factor temperature^2 keeps the gradient's scale.
@@ -262,8 +263,10 @@ def _distil_(
     grad_scale: Tensor | None,
     distillation: Distillation,
 ) -> tuple[Tensor, Tensor]:
-    """Cross entropy and KL(teacher || student) [n] of a block of logits x [n, V], which are overwritten by
-    the gradient of the mixed loss; the teacher's logits [n, V] are overwritten, too."""
+    """Cross entropy and KL(teacher || student) [n] of a block of logits x [n, V].
+
+    The logits are overwritten by the gradient of the mixed loss; those of the teacher [n, V], too.
+    """
     vocabulary = targets.vocabulary
     temperature, w = distillation.temperature, distillation.weight
     top = vocabulary.rowwise_max(x)

@@ -70,8 +70,10 @@ class Heartbeats:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Raises:
-        PlatformError: ``error`` is a failed collective; on one rank, the others end with USER_ERROR.
+        """Name the rank that has fallen silent, if that is why a collective failed.
+
+        Raises:
+            PlatformError: ``error`` is a failed collective; on one rank, the others end with USER_ERROR.
         """
         try:
             failed = failed_collective(error)

@@ -42,7 +42,6 @@ class ProcessGroups:
     """Where this rank's tensors live."""
     rank: int
     world_size: int
-    local_rank: int
     tensor_model_parallel_rank: int
     tensor_model_parallel_size: int
     pipeline_model_parallel_rank: int
@@ -78,8 +77,9 @@ class ProcessGroups:
         return self.pipeline_model_parallel_rank == self.pipeline_model_parallel_size - 1
 
     def sum_from_last_stage(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum ``values`` of the last pipeline stage over data- and context-parallel ranks and hand the result
-        to every rank, in place.
+        """Sum ``values`` of the last pipeline stage over data- and context-parallel ranks, in place.
+
+        Every rank gets the result.
         """
         torch.distributed.all_reduce(values, group=self.collection.dp_cp)
         if self.pipeline_model_parallel_size > 1:
@@ -148,7 +148,6 @@ def initialize(
         device=device,
         rank=launch.rank,
         world_size=launch.world_size,
-        local_rank=launch.local_rank,
         tensor_model_parallel_rank=parallel_state.get_tensor_model_parallel_rank(),
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_rank=parallel_state.get_pipeline_model_parallel_rank(),
@@ -199,8 +198,9 @@ def is_main_process() -> bool:
 
 
 def threads_per_rank(local_world_size: int, environment: Mapping[str, str] | None = None) -> int:
-    """CPU threads for one rank: OMP_NUM_THREADS where somebody chose it, else this node's cores divided over
-    its ranks.
+    """CPU threads for one rank.
+
+    OMP_NUM_THREADS where somebody chose it, else this node's cores divided over its ranks.
 
     torchrun itself exports OMP_NUM_THREADS=1 to every worker of a multi-worker node; that is a default and
     not a choice, so a 1 under torchrun counts as unset.

@@ -22,8 +22,10 @@ from spikingbrain_train.planning.stages.registry import kind_of
 
 
 def mixer_calls(config: RunConfig) -> Iterator[tuple[str, MixerKind, Any]]:
-    """What the mixers of all ranks will ask of their ops: whose call it is, in words, the kind of mixer, and
-    a call as the table of its backends knows it. Each call is given once.
+    """What the mixers of all ranks will ask of their ops, each call once.
+
+    Returns:
+        Whose call it is, in words, the kind of mixer, and the call as the table of its backends knows it.
     """
     seen = set()
     for whose, network, num_sink_tokens, are_padding in _networks(config):
@@ -61,8 +63,7 @@ def experts_call(config: RunConfig, parallel_linear: str) -> ExpertsCall:
 
 
 def check_kernels(config: RunConfig) -> None:
-    """Kernels that are asked for by name, against what the network needs of them and against the platform
-    that is asked for.
+    """Kernels that are asked for by name against what the network needs of them, and the platform.
 
     Raises:
         ConfigurationError: one cannot do what it is asked for, on any machine or on this platform.

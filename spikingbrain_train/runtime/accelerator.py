@@ -144,40 +144,12 @@ class Accelerator:
         if self.is_gpu:
             torch.cuda.synchronize()
 
-    def empty_cache(self) -> None:
-        """Hand cached device memory back to the driver."""
-        if self.is_gpu:
-            torch.cuda.empty_cache()
-
-    def memory_bytes(self) -> int:
-        """Memory that this process holds now: allocated tensors on a GPU, resident set on CPU. Bytes."""
-        if self.is_gpu:
-            return torch.cuda.memory_allocated()
-        statm = Path("/proc/self/statm")
-        if statm.exists():
-            return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        return self.peak_memory_bytes()
-
     def peak_memory_bytes(self) -> int:
-        """Most memory held so far, in bytes.
-
-        On a GPU: allocated tensors since :meth:`reset_peak_memory`. On CPU: resident set since the start.
-        """
+        """Most memory held so far, in bytes: allocated tensors on a GPU, the resident set on CPU."""
         if self.is_gpu:
             return torch.cuda.max_memory_allocated()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB, macOS bytes
-
-    def reset_peak_memory(self) -> None:
-        """Start a new peak on a GPU; on CPU the kernel keeps one high-water mark per process."""
-        if self.is_gpu:
-            torch.cuda.reset_peak_memory_stats()
-
-    def total_memory_bytes(self) -> int:
-        """Memory of one GPU, or of this machine on CPU. Bytes."""
-        if self.is_gpu:
-            return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
     def get_rng_state(self) -> dict[str, torch.Tensor]:
         """States of the generators in use: uint8 tensors under ``cpu`` and, on a GPU, ``cuda``."""
@@ -249,8 +221,9 @@ def _version(distribution: str) -> str | None:
 def _is_nvidia_apex(locations: object) -> bool:
     """Tell NVIDIA's apex from PyPI's unrelated web toolkit of that name by the folders it brings."""
     return any(
-        (Path(str(place)) / "multi_tensor_apply").is_dir() and (Path(str(place)) / "optimizers").is_dir()
-        for place in (locations or ())  # type: ignore[attr-defined]
+        (Path(str(location)) / "multi_tensor_apply").is_dir()
+        and (Path(str(location)) / "optimizers").is_dir()
+        for location in (locations or ())  # type: ignore[attr-defined]
     )
 
 

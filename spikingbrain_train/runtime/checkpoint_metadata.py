@@ -49,8 +49,7 @@ _PERMITTED_GLOBALS = {
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Unpickles the classes of which ``.metadata`` consists and nothing else, so that no code of the file
-    runs."""
+    """Unpickles the classes of which ``.metadata`` consists and nothing else: no code of the file runs."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _PERMITTED_GLOBALS:
@@ -90,9 +89,9 @@ def check_shards_are_whole(metadata: Metadata, folder: Path) -> None:
         CheckpointError: a file is missing, too short or outside of the folder.
     """
     ends: dict[str, int] = {}
-    for place in metadata.storage_data.values():
-        name = str(place.relative_path)
-        ends[name] = max(ends.get(name, 0), int(place.offset) + int(place.length))
+    for info in metadata.storage_data.values():
+        name = str(info.relative_path)
+        ends[name] = max(ends.get(name, 0), int(info.offset) + int(info.length))
     for name, end in sorted(ends.items()):
         if Path(name).name != name:
             raise CheckpointError(f"{folder}: {METADATA_FILE} points outside of the folder, at {name}")
@@ -113,7 +112,7 @@ def shard_ranges(metadata: Metadata, skip: tuple[str, ...] = ()) -> dict[str, li
         skip: beginnings of keys whose chunks are left out.
     """
     ranges: dict[str, list[tuple[int, int]]] = {}
-    for index, place in metadata.storage_data.items():
+    for index, info in metadata.storage_data.items():
         if not index.fqn.startswith(skip):
-            ranges.setdefault(str(place.relative_path), []).append((int(place.offset), int(place.length)))
+            ranges.setdefault(str(info.relative_path), []).append((int(info.offset), int(info.length)))
     return ranges

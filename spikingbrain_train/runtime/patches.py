@@ -1,5 +1,6 @@
-"""Every patch of torch and megatron-core, on every platform: the registry, what applies them, and the line of
-the log that names those in force.
+"""Every patch of torch and megatron-core, on every platform.
+
+Here are the registry, what applies its entries, and the line of the log that names those in force.
 
 ``python -m spikingbrain_train.runtime.patches`` prints the table of docs/patches.md.
 """

@@ -35,8 +35,9 @@ class SoftmaxAttentionCall:
 
 
 def _flash_attn_limit(call: SoftmaxAttentionCall) -> str | None:
-    """To flash-attn, sinks are the first keys of a causal sequence, but its windows leave out whatever lies
-    before them.
+    """What flash-attn cannot do.
+
+    Sinks are the first keys of a causal sequence to it, but its windows leave out whatever lies before them.
     """
     if call.dtype not in _FLASH_ATTN_DTYPES:
         return f"needs float16 or bfloat16, not {call.dtype}"
@@ -68,8 +69,10 @@ def _flex_limit_here(call: SoftmaxAttentionCall, machine: Machine) -> str | None
 
 
 def _preference(call: SoftmaxAttentionCall, on_gpu: bool) -> tuple[str, ...]:
-    """On a GPU flash-attn where it can; then torch's own kernel for full attention in one document, and flex
-    for windows and documents. Where flex cannot be compiled, full attention goes document by document.
+    """On a GPU flash-attn, where it can.
+
+    Then torch's own kernel for full attention in one document, and flex for windows and documents. Where flex
+    cannot be compiled, full attention goes document by document.
     """
     if not on_gpu:
         return ("blocked",)

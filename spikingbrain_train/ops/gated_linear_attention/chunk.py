@@ -1,11 +1,11 @@
-"""The fast CPU form of gated linear attention: chunks in parallel, states in sequence, a hand-derived
-backward pass.
+"""The fast CPU form of gated linear attention: chunks in parallel, states in sequence.
 
-The sequence is walked in segments that fit the cache. Inside a segment, chunks of tokens attend to themselves
-and read the state before them. How the decay inside a chunk is applied depends on how strong it is, segment
-by segment: ``factored`` (fastest) in the longest chunks for which ``exp(-b)`` is harmless, ``subdivided``
-(any log gate in [-inf, 0], as in the 76B's tied gates) where even the shortest are too long; all compute the
-same recurrence. Saved for the backward pass: the inputs and one state a segment.
+Its backward pass is derived by hand. The sequence is walked in segments that fit the cache. Inside a segment,
+chunks of tokens attend to themselves and read the state before them. How the decay inside a chunk is applied
+depends on how strong it is, segment by segment: ``factored`` (fastest) in the longest chunks for which
+``exp(-b)`` is harmless, ``subdivided`` (any log gate in [-inf, 0], as in the 76B's tied gates) where even the
+shortest are too long; all compute the same recurrence. Saved for the backward pass: the inputs and one state
+a segment.
 
 Shape legend: B batch, T time, H query heads, G key/value groups, R = H // G, K key dim, V value dim; N chunks
 of C tokens.
@@ -43,8 +43,10 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class _Segment:
-    """Chunked views of the inputs between two times, padded to whole chunks with tokens that change
-    nothing."""
+    """Chunked views of the inputs between two times.
+
+    They are padded to whole chunks with tokens that change nothing.
+    """
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor, start: int, stop: int, chunk: int
@@ -97,8 +99,9 @@ class _Segment:
 
 
 def _factored_chunk(log_gate_BTGK: Tensor, longest: int) -> int | None:
-    """The longest chunk, up to ``longest``, inside which no channel decays too far for the factored form;
-    None where even the shortest one does.
+    """The longest chunk, up to ``longest``, in which no channel decays too far for the factored form.
+
+    None where one does in the shortest.
     """
     # The conditions are written so that NaN gates fail them.
     if not log_gate_BTGK.min().item() >= -_MAX_FACTORED_STEP:

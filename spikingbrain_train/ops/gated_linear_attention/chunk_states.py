@@ -1,5 +1,6 @@
-"""States before and after every chunk of a segment, and their gradients: the only part that runs chunk by
-chunk.
+"""States before and after every chunk of a segment, and their gradients.
+
+It is the only part that runs chunk by chunk.
 
 Shape legend: N chunks, B batch, G groups, K key dim, V value dim.
 """

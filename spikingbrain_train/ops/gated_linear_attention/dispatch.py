@@ -100,8 +100,9 @@ def _run_documents(
     bounds: tuple[int, ...],
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Run documents one by one. Split rather than sliced: the gradients of D slices are D tensors of full
-    size.
+    """Run documents one by one.
+
+    Split rather than sliced: the gradients of D slices are D tensors of full size.
     """
     lengths = [end - start for start, end in pairwise(bounds)]
     documents = zip(*(x.split(lengths, dim=1) for x in (q, k, v, log_gate)), state_DGKV.split(1), strict=True)

@@ -1,5 +1,6 @@
-"""The state after a slice of tokens without the outputs: what context parallelism sends before local work
-begins.
+"""The state after a slice of tokens, without the outputs.
+
+Context parallelism sends it before local work begins.
 
 Shape legend: B batch, T time, G key/value groups, K key dim, V value dim.
 """

@@ -1,11 +1,10 @@
-"""A segment of gated linear attention whose decay inside a chunk is mild: everything from two factored
-operands.
+"""A segment of gated linear attention whose decay inside a chunk is mild.
 
-With ``b`` the sum of the log gates since the start of the chunk, ``q~ = scale q exp(b)`` and ``k~ = k
-exp(-b)`` turn the chunk into plain linear attention: ``o = tril(q~ k~^T) v + q~ S`` and ``S' = exp(b_end) (S
-+ k~^T v)``. The caller makes sure that ``-b`` stays small enough for ``exp(-b)``, in which case this costs
-two exponentials a gate and no more products than attention without gates. The backward pass is derived by
-hand.
+Everything follows from two factored operands. With ``b`` the sum of the log gates since the start of the
+chunk, ``q~ = scale q exp(b)`` and ``k~ = k exp(-b)`` turn the chunk into plain linear attention: ``o =
+tril(q~ k~^T) v + q~ S`` and ``S' = exp(b_end) (S + k~^T v)``. The caller makes sure that ``-b`` stays small
+enough for ``exp(-b)``, in which case this costs two exponentials a gate and no more products than attention
+without gates. The backward pass is derived by hand.
 
 Products run in the dtype of q (bfloat16 operands are rounded once more, as on GPUs); states, cumulative sums
 and the gradient of the log gate are kept in ``decay.dtype``: float32, or float64 for float64 inputs.
@@ -35,8 +34,10 @@ class FactoredOperands(NamedTuple):
 
 
 def factor(q_NBGRCK: Tensor, k_NBGCK: Tensor, decay_NBGCK: Tensor, scale: float) -> FactoredOperands:
-    """Operands of one segment; ``decay_NBGCK`` is ``exp(b)`` in the state dtype, q and k may be strided
-    views."""
+    """Operands of one segment; q and k may be strided views.
+
+    ``decay_NBGCK`` is ``exp(b)`` in the state dtype.
+    """
     dtype = q_NBGRCK.dtype
     query_decay = (decay_NBGCK * scale).to(dtype)
     inverse_decay = decay_NBGCK.reciprocal().to(dtype)

@@ -14,8 +14,10 @@ _STRONGEST_LOG_GATE = -100.0
 
 
 class _Summable(torch.autograd.Function):
-    """Log gates that fla can sum. The gradient passes: it is none to float32 where gates are cut off, and
-    telling those apart would keep the gates for the backward pass.
+    """Log gates that fla can sum.
+
+    The gradient passes: it is none to float32 where gates are cut off, and a mask of those would have to be
+    kept for the backward pass.
     """
 
     @staticmethod
@@ -29,9 +31,7 @@ class _Summable(torch.autograd.Function):
 
 @lru_cache(maxsize=64)
 def _on_device(cu_seqlens: tuple[int, ...], device: torch.device) -> Tensor:
-    """The same tensor for the same documents, so that fla prepares its chunk indices once and not in every
-    layer.
-    """
+    """The same tensor for the same documents: fla prepares its chunk indices once and not in every layer."""
     return torch.tensor(cu_seqlens, dtype=torch.int64, device=device)
 
 

@@ -51,10 +51,12 @@ def naive_gated_linear_attention(
     *,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Run :func:`gated_linear_attention_step` over T tokens: o [B, T, H, V] in q's dtype and the final state
-    [B, G, K, V].
+    """Run :func:`gated_linear_attention_step` over T tokens.
 
     Exact for every log gate in [-inf, 0]; differentiable through autograd; slow (one Python step a token).
+
+    Returns:
+        o [B, T, H, V] in q's dtype, and the final state [B, G, K, V].
     """
     state, outputs = initial_state_BGKV, []
     for t in range(q_BTHK.shape[1]):

@@ -151,8 +151,10 @@ def segment_backward(
     grad_o_NBGRCV: Tensor,
     grad_state_BGKV: Tensor,
 ) -> SegmentGradients:
-    """Gradients with respect to the scaled q, k, v (in their dtype), the log gate and the state before the
-    segment."""
+    """Gradients with respect to the scaled q, k, v, the log gate and the state before the segment.
+
+    Those of q, k and v are in their dtype.
+    """
     N, B, G, R, C, K = q_NBGRCK.shape
     M, V = N * B * G, v_NBGCV.shape[-1]
     q, k, v = _chunks(q_NBGRCK), _chunks(k_NBGCK), _chunks(v_NBGCV)

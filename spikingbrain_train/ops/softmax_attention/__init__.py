@@ -1,5 +1,6 @@
-"""Causal softmax attention, full or over a sliding window (SpikingBrain, arXiv 2509.05276, eq. 1-2), with
-sink tokens and several documents in a sequence.
+"""Causal softmax attention, full or over a sliding window (SpikingBrain, arXiv 2509.05276, eq. 1-2).
+
+A sequence may begin with sink tokens and hold several documents.
 
 To understand it, read ``naive`` first (the definition), then ``blocked`` (what runs on CPU).
 """

@@ -114,8 +114,10 @@ class _Tile:
         total[:, self.keys] += x_DS[:, self.sink_columns :]
 
     def mask_(self, scores_RCS: Tensor, value: float) -> Tensor:
-        """Overwrite, in place, what lies outside the windows (after the query, or ``window`` or more before
-        it) and is no sink."""
+        """Overwrite what lies outside the windows and is no sink.
+
+        That is what comes after the query, or ``window`` or more before it.
+        """
         C = self.queries.stop - self.queries.start
         layout, first_key = self.layout, self.keys.start
         corner = scores_RCS[..., -C:]
@@ -163,8 +165,10 @@ def _tile_length(R: int, T: int) -> int:
 
 
 def _subtract_in_product_(rows: Tensor, amount: Tensor) -> Tensor:
-    """Set the last two columns of rows so that a product with two columns of ones loses ``amount``
-    (float32)."""
+    """Set the last two columns of rows so that a product with two columns of ones loses ``amount``.
+
+    ``amount`` is float32: its high and low part go into a column each.
+    """
     high = amount.to(rows.dtype)
     rows[..., -2] = high.neg()
     rows[..., -1] = (high.to(amount.dtype) - amount).to(rows.dtype)
@@ -172,8 +176,10 @@ def _subtract_in_product_(rows: Tensor, amount: Tensor) -> Tensor:
 
 
 class _Sequences:
-    """Inputs of one call, laid out for the products: k and v with two columns of ones, everything padded to
-    tiles."""
+    """Inputs of one call, laid out for the products.
+
+    k and v have two columns of ones, and everything is padded to tiles.
+    """
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, window: int, scale: float, num_sink_tokens: int
@@ -224,16 +230,20 @@ class _Sequences:
 
 
 def _products(rows_RCD: Tensor, columns_SD: Tensor, scratch: Tensor) -> Tensor:
-    """[R, C, D] x [S, D] -> [R, C, S] at the start of ``scratch``: new memory for every tile would cost page
-    faults."""
+    """[R, C, D] x [S, D] -> [R, C, S] at the start of ``scratch``.
+
+    New memory for every tile would cost page faults.
+    """
     R, C, _ = rows_RCD.shape
     out = scratch[: R * C * len(columns_SD)].view(R * C, -1)
     return torch.mm(rows_RCD.flatten(0, 1), columns_SD.t(), out=out).view(R, C, -1)
 
 
 def _row_sums(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sum over the last dimension in ``dtype``: partial sums in x's own dtype are much faster and then
-    averaged out."""
+    """Sum over the last dimension in ``dtype``.
+
+    Partial sums in x's own dtype are much faster, and their errors average out.
+    """
     S = x.shape[-1]
     return x.unflatten(-1, (S // _ALIGNMENT, _ALIGNMENT)).sum(-2).sum(-1, dtype=dtype)
 

@@ -1,5 +1,7 @@
-"""The one entry point of causal and sliding-window softmax attention: checks the inputs and chooses a
-backend."""
+"""The one entry point of causal and sliding-window softmax attention.
+
+It checks the inputs and chooses a backend.
+"""
 
 from __future__ import annotations
 

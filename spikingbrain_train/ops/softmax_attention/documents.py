@@ -1,5 +1,6 @@
-"""Several documents in one sequence that do not see each other: ``cu_seqlens`` as flash-attn's varlen calls
-have them.
+"""Several documents in one sequence that do not see each other.
+
+They come as ``cu_seqlens``, as in flash-attn's varlen calls.
 
 Documents follow each other in q and in the text of k and v. The queries of a document are the last of its
 keys (a document may have no queries at all); the sinks in front of all text keys belong to every document.

@@ -1,5 +1,6 @@
-"""Causal and sliding-window attention by torch's flex attention, compiled for GPUs: sinks, windows and
-documents in one kernel.
+"""Causal and sliding-window attention by torch's flex attention, compiled for GPUs.
+
+Sinks, windows and documents go into one kernel.
 """
 
 from __future__ import annotations
@@ -53,12 +54,12 @@ def _seen_text(visibility: Visibility) -> tuple[Tensor, Tensor]:
 
 @lru_cache(maxsize=8)
 def block_mask(visibility: Visibility, device: torch.device) -> Any:
-    """What the kernel visits, made from the layout alone: O(T + (T / 128)^2) memory, where flex attention's
-    own ``create_block_mask`` fills a Tq x Tk mask.
+    """The blocks of queries and keys that the kernel computes, made from the layout alone.
 
-    All layers of a micro-batch share it. Every query sees all sinks and one run of text keys, whose ends
-    never fall from query to query, so the runs of a block's first and last query say which blocks of keys it
-    sees somewhere and everywhere.
+    That takes O(T + (T / 128)^2) memory, where flex attention's own ``create_block_mask`` fills a Tq x Tk
+    mask. All layers of a micro-batch share it. Every query sees all sinks and one run of text keys, whose
+    ends never fall from query to query, so the runs of a block's first and last query say which blocks of
+    keys it sees somewhere and everywhere.
     """
     from torch.nn.attention.flex_attention import BlockMask
 
@@ -99,8 +100,11 @@ def block_mask(visibility: Visibility, device: torch.device) -> Any:
 
 
 def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Number of true blocks of every row, int32 [1, 1, rows], and their indices before those of the others,
-    int32 [1, 1, rows, columns]."""
+    """Number of true blocks of every row, and their indices before those of the others.
+
+    Returns:
+        int32 [1, 1, rows] and int32 [1, 1, rows, columns].
+    """
     blocks = blocks.to(torch.int32)[None, None]
     order = blocks.argsort(dim=-1, descending=True, stable=True)
     return blocks.sum(-1, dtype=torch.int32), order.to(torch.int32)

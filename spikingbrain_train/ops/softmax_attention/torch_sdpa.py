@@ -9,8 +9,9 @@ from spikingbrain_train.ops.softmax_attention.naive import visibility_mask
 
 
 def _heads_first(q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[B, H, T, *] each, keys and values repeated from groups to heads: before torch 2.7, ``enable_gqa``
-    leaves the CPU's flash kernel.
+    """[B, H, T, *] each, keys and values repeated from groups to heads.
+
+    Before torch 2.7, ``enable_gqa`` leaves the CPU's flash kernel.
     """
     heads_per_group = q_BTHK.shape[2] // k_BTGK.shape[2]
     k, v = (x.transpose(1, 2).repeat_interleave(heads_per_group, dim=1) for x in (k_BTGK, v_BTGV))
@@ -26,8 +27,9 @@ def sdpa_softmax_attention(
     scale: float,
     num_sink_tokens: int = 0,
 ) -> Tensor:
-    """Output [B, Tq, H, V] in q's dtype. Full causal attention needs O(T) memory; a shorter window costs a
-    Tq x Tk mask.
+    """Output [B, Tq, H, V] in q's dtype.
+
+    Full causal attention needs O(T) memory; a shorter window costs a Tq x Tk mask.
     """
     q, k, v = _heads_first(q_BTHK, k_BTGK, v_BTGV)
     Tq, S = q.shape[2], k.shape[2]

@@ -22,8 +22,9 @@ from spikingbrain_train.parallel.context_parallel.all_to_all import exchange
 
 @lru_cache(maxsize=64)  # all layers of a micro-batch ask for the same
 def halo_lengths(layout: SequenceLayout, window: int) -> tuple[int, ...]:
-    """For every rank, the tokens of text before its slice that its queries see, in the row where they are
-    most.
+    """For every rank, the tokens of text before its slice that its queries see.
+
+    Rows have documents of their own: the one where they are most counts.
     """
     rows = 1 if layout.cu_seqlens is None else len(layout.cu_seqlens)
     return tuple(

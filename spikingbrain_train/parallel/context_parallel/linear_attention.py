@@ -57,8 +57,9 @@ def context_parallel_linear_attention(
     scale: float,
     backend: str,
 ) -> Tensor:
-    """Mix a slice of a sequence as if the whole sequence were here (SpikingBrain, arXiv 2509.05276, eq.
-    10-11).
+    """Mix a slice of a sequence as if the whole sequence were here.
+
+    Source: SpikingBrain, arXiv 2509.05276, eq. 10-11.
 
     Sinks are an ordinary recurrence from a zero state. Without documents the text goes on from there; with
     documents each starts from the state after the sinks. With several ranks ``ulysses`` runs whole sequences
@@ -164,9 +165,7 @@ def _end_states(
     rows: list[list[_Segment]],
     sink_state_BGKV: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """What this rank hands over: the state after its slice, and how much of the state before it that
-    contains.
-    """
+    """What this rank sends: the state after its slice, and how much of the state before it that contains."""
     states, decays = [], []
     T = k_BTGK.shape[1]
     inputs = zip(*(x.split(1) for x in (k_BTGK, v_BTGV, log_gate_BTGK)), strict=True)
@@ -238,8 +237,9 @@ def _add_previous(
     state_in_BGKV: Tensor,
     scale: float,
 ) -> Tensor:
-    """Add what the state before the slice contributes: ``scale * q * exp(sum of log gates) S_in``, up to the
-    first document that begins in the slice.
+    """Add what the state before the slice contributes: ``scale * q * exp(sum of log gates) S_in``.
+
+    It does so up to the first document that begins in the slice.
     """
     continued = [row[0].length if row[0].start is _Start.previous_rank else 0 for row in rows]
     reach, (G, V) = max(continued), (state_in_BGKV.shape[1], state_in_BGKV.shape[3])

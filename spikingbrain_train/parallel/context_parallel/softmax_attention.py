@@ -1,9 +1,9 @@
-"""Softmax attention, full or over a window, over a sequence that may hold sinks and documents and may be
-split over ranks.
+"""Softmax attention, full or over a window, over a sequence that may be split over ranks.
 
-Sinks see each other and no text. Text sees all sinks and, causally and within the window, its own document.
-Across ranks, either the few keys and values that a window reaches travel (``halo_exchange``), or heads are
-shared out and every rank takes whole sequences (``ulysses``). Either way, what is left is the local op.
+The sequence may hold sinks and documents. Sinks see each other and no text. Text sees all sinks and, causally
+and within the window, its own document. Across ranks, either the few keys and values that a window reaches
+travel (``halo_exchange``), or every rank takes whole sequences of a share of the heads (``ulysses``). Either
+way, what is left is the local op.
 
 Shape legend: B batch, T tokens of a slice, H query heads, G groups, K key dim, V value dim; S keys that a
 slice sees.
@@ -48,8 +48,9 @@ def context_parallel_softmax_attention(
     scale: float,
     backend: str,
 ) -> Tensor:
-    """Attend from a slice of a sequence as if the whole sequence were here (SpikingBrain, arXiv 2509.05276,
-    eq. 1-2).
+    """Attend from a slice of a sequence as if the whole sequence were here.
+
+    Source: SpikingBrain, arXiv 2509.05276, eq. 1-2.
 
     Args:
         q_BTHK: rotated queries of this rank's slice, sinks first: T is ``layout.slice_length``.
@@ -127,8 +128,10 @@ def _attend_with_halo(
 
 
 def _documents_with_halo(layout: SequenceLayout, row: int, window: int) -> _RowDocuments:
-    """The documents of a slice, the first with what its windows reach on earlier ranks; before it, what they
-    do not."""
+    """The documents of a slice, the first with what its windows reach on earlier ranks.
+
+    What they do not reach there is a document without queries in front of it.
+    """
     documents = layout.local_documents(row)
     seen_before = min(window - 1, documents[0].before)
     unseen = min(window - 1, layout.text_range().start) - seen_before

@@ -130,8 +130,9 @@ class _AllScan:
 
 
 def _in_background(communicate: Callable[[], Tensor], device: torch.device) -> Pending:
-    """Let messages and the arithmetic between them go on beside the caller's work: on a stream of its own on
-    GPUs, in a thread on CPU.
+    """Let messages and the arithmetic between them go on beside the caller's work.
+
+    On GPUs they have a stream of their own, on CPU a thread.
     """
     if device.type != "cuda":
         # Grad mode belongs to a thread.
@@ -144,8 +145,9 @@ def _in_background(communicate: Callable[[], Tensor], device: torch.device) -> P
 
 
 def _wait_for_stream(stream: torch.cuda.Stream, result: Tensor, _communicate: Callable[[], Tensor]) -> Tensor:
-    """``_communicate`` is here to live until now: its inputs are memory of the caller's stream, which waits
-    only here.
+    """Let the caller's stream wait for the result.
+
+    ``_communicate`` is here to live until now: its inputs are memory of that stream, which waits only here.
     """
     current = torch.cuda.current_stream(result.device)
     current.wait_stream(stream)
@@ -171,8 +173,10 @@ _EXCHANGES: dict[LinearAttentionContextParallel, Callable[[torch.distributed.Pro
 
 
 class StatePassing:
-    """A pass that is under way. Its two ends are separate nodes of the autograd graph, so that in the
-    backward pass, too, the communication starts at one and is waited for at the other.
+    """A pass that is under way.
+
+    Its two ends are separate nodes of the autograd graph, so that in the backward pass, too, the
+    communication starts at one and is waited for at the other.
     """
 
     def __init__(self, group: torch.distributed.ProcessGroup, method: LinearAttentionContextParallel) -> None:
@@ -182,8 +186,10 @@ class StatePassing:
         self.token: Tensor | None = None
 
     def wait(self) -> Tensor:
-        """S_in of this rank [B, G, K, V], zeros on the first. Call it once; the loss of every rank must
-        depend on the result (a product with zero is enough), or the others wait for it in the backward pass.
+        """S_in of this rank [B, G, K, V], zeros on the first.
+
+        Call it once; the loss of every rank must depend on the result (a product with zero is enough), or the
+        others wait for it in the backward pass.
         """
         token, self.token = self.token, None  # it would tie the graph to this object, which the graph holds
         return _Wait.apply(token, self)

@@ -81,9 +81,7 @@ def _evenly_grouped(
 
 
 def _repeated(x_BSgX: Tensor, repeats: Sequence[int]) -> Tensor:
-    """``repeat_interleave`` along the groups. The counts stay on the host, which would have to wait for a GPU
-    to hand them over.
-    """
+    """``repeat_interleave`` along the groups, with counts on the host, which need not wait for a GPU."""
     groups = zip(x_BSgX.split(1, dim=2), repeats, strict=True)
     return torch.cat([x_BS1X.expand(-1, -1, count, -1) for x_BS1X, count in groups], dim=2)
 
