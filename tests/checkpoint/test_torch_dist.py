@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
 import torch
 
-from spikingbrain_train.checkpoint.torch_dist import load_shards, save_shards
+from spikingbrain_train.checkpoint.torch_dist import ShardWriters, load_shards, save_shards
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.runtime import megatron_versions
@@ -100,3 +103,53 @@ def test_checkpoint_without_common_pt_needs_a_version_that_does_without(
         assert kind == "CheckpointError" and "common.pt is missing" in sentence
     else:
         assert kind == ""
+
+
+def _writers(monkeypatch: pytest.MonkeyPatch, folder: Path, **request: object) -> ShardWriters:
+    """Writers of what megatron-core is made to ask for."""
+    from megatron.core import dist_checkpointing
+
+    asked = SimpleNamespace(**{"async_fn_kwargs": {}, "finalize_fns": [], "preload_fn": None, **request})
+    monkeypatch.setattr(dist_checkpointing, "save", lambda *_, **__: asked)
+    writers = ShardWriters({}, folder)
+    assert not writers.is_done()
+    writers.start()
+    writers.join()
+    assert writers.is_done()
+    return writers
+
+
+def test_what_lies_on_a_gpu_is_copied_before_the_thread_starts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """No GPU is here: megatron-core's function that copies stands for it."""
+    happened: list[tuple[object, ...]] = []
+
+    def copy() -> str:
+        happened.append(("copied in", threading.current_thread().name))
+        return "copies on the host"
+
+    def write(*arguments: object) -> None:
+        happened.append((*arguments, "in", threading.current_thread().name))
+
+    request = {"async_fn": write, "async_fn_args": (0, "tensors on the device", "queue"), "preload_fn": copy}
+    _writers(monkeypatch, tmp_path, **request).raise_failure()
+    assert happened == [
+        ("copied in", threading.current_thread().name),
+        (0, "copies on the host", "queue", "in", "checkpoint"),
+    ]
+
+
+def test_a_rank_that_has_nothing_to_write_is_done(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    _writers(monkeypatch, tmp_path, async_fn=None, async_fn_args=()).raise_failure()
+
+
+def test_what_ends_the_thread_is_raised_where_somebody_sees_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError("no memory for a thread")
+
+    writers = _writers(monkeypatch, tmp_path, async_fn=fail, async_fn_args=(0, [], None))
+    with pytest.raises(MemoryError, match="no memory for a thread"):
+        writers.raise_failure()
