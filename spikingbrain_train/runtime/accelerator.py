@@ -22,6 +22,7 @@ from types import MappingProxyType
 import torch
 
 from spikingbrain_train.architecture.backends.backend import Machine
+from spikingbrain_train.architecture.backends.tables import TABLES
 from spikingbrain_train.config.parallel import AcceleratorKind
 from spikingbrain_train.errors import PlatformError
 from spikingbrain_train.runtime import packages as installed
@@ -40,7 +41,9 @@ OPTIONAL_PACKAGES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 
 # These import on a CPU-only machine but their kernels run on GPUs alone.
-GPU_ONLY_PACKAGES = frozenset({"transformer_engine", "apex", "flash_attn", "fla", "grouped_gemm", "triton"})
+GPU_ONLY_PACKAGES = frozenset({"apex"}).union(
+    backend.package for table in TABLES.values() for backend in table if backend.gpu and backend.package
+)
 
 
 @dataclass(frozen=True)
