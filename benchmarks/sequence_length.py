@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.training_contenders import OURS, ContenderProcess, Measured, Setting  # noqa: E402
 from benchmarks.training_step import named_model, step_flops  # noqa: E402
 from spikingbrain_train.config.command_line import user_errors  # noqa: E402
-from spikingbrain_train.config.model import Mixer, ModelConfig  # noqa: E402
+from spikingbrain_train.config.model import ModelConfig  # noqa: E402
 
 BOUND = 1.25
 VOCAB_SIZE = 8192
@@ -54,7 +54,7 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # else a waiting thread counts as busy
     with user_errors():
         hybrid = replace(named_model(args.model), num_layers=args.layers, vocab_size=VOCAB_SIZE)
-    models = {"hybrid": hybrid, "full attention": replace(hybrid, mixers=[Mixer.full])}
+    models = {"hybrid": hybrid, "full attention": replace(hybrid, mixers=["full"])}
     print("| tokens | model | ms per token | against the shortest | share of the GEMM peak |")
     print("|---|---|---|---|---|")
     first: dict[str, float] = {}

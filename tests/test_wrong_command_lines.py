@@ -14,7 +14,6 @@ import pytest
 
 from spikingbrain_train.config.compose import compose_run
 from spikingbrain_train.config.load import save_config, to_run_config
-from spikingbrain_train.config.model import Mixer
 from spikingbrain_train.storage.checkpoint_folder import MODEL_CONFIG_FILE
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -149,9 +148,7 @@ def endings(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int | str, s
     (folder / "experts").mkdir()
     (folder / "experts" / ".metadata").write_text("")
     model = to_run_config(compose_run(["model=tiny_76b", *BATCH])).model
-    save_config(
-        replace(model, mixers=[Mixer.full], num_sink_tokens=0), folder / "experts" / MODEL_CONFIG_FILE
-    )
+    save_config(replace(model, mixers=["full"], num_sink_tokens=0), folder / "experts" / MODEL_CONFIG_FILE)
     (folder / "checkpoint").mkdir()
     for name in ("file", "text.txt", "text.bin", "text.idx"):
         (folder / name).write_text("text")

@@ -23,7 +23,7 @@ class DenseKind(FeedForwardKind):
     is_of_the_source = True
     hf_layers = {"llama": "mlp", "gla_swa": "mlp"}
 
-    def settings(self, model: ModelConfig) -> set[str]:
+    def all_settings(self, model: ModelConfig) -> set[str]:
         return {"ffn_hidden_size"}
 
     def weights(self, model: ModelConfig) -> tuple[Weight, ...]:

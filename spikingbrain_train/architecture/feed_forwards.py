@@ -12,6 +12,8 @@ from spikingbrain_train.architecture.weights import Weight
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import RunConfig
+from spikingbrain_train.config.sections import section_of
+from spikingbrain_train.config.setting import leaves
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,10 @@ class FeedForwardKind(ABC):
     """What its layers are called in sentences: ``mixture-of-experts layers``; by default by its name."""
     spec: str
     """``package.module:function`` that makes the ``mlp`` of a layer's spec; imported when it is built."""
+    section: str | None = None
+    """Where the settings of a kind from outside stand in a model: ``model.<section>``."""
+    section_type: type | None = None
+    """The dataclass of those settings, every field with a default."""
     is_of_the_source: bool = False
     """Whether a dense source has it in every layer."""
     routes_tokens: bool = False
@@ -60,11 +66,16 @@ class FeedForwardKind(ABC):
 
     def all_settings(self, model: ModelConfig) -> set[str]:
         """Dotted names of the model's settings that are there for it, and for others that name them, too."""
-        return self.settings(model)
+        return set() if self.section is None else set(leaves(self.own_settings(model), f"{self.section}."))
+
+    def own_settings(self, model: ModelConfig) -> Any:
+        """The settings in its section."""
+        assert self.section is not None, f"{self.name} has no section"
+        return section_of(model, self.section)
 
     def settings(self, model: ModelConfig) -> set[str]:
         """Those of them that have a part in it, with the values that others have."""
-        return set()
+        return self.all_settings(model)
 
     @abstractmethod
     def weights(self, model: ModelConfig) -> tuple[Weight, ...]:

@@ -12,7 +12,7 @@ from spikingbrain_train.architecture.mixers import MIXERS, MixerKind
 from spikingbrain_train.architecture.softmax_attention import SoftmaxAttentionKind
 from spikingbrain_train.architecture.starts import EmbeddingRows
 from spikingbrain_train.architecture.weights import Split, Weight
-from spikingbrain_train.config.model import FeedForward, Mixer, ModelConfig, SpikingConfig
+from spikingbrain_train.config.model import ModelConfig, SpikingConfig
 
 BUILT_IN = (softmax_attention, gated_linear_attention, dense, moe)
 """What the package brings; importing a kind's file registers it."""
@@ -72,8 +72,7 @@ def layers(model: ModelConfig) -> list[Layer]:
     """
     known: dict[tuple[Sequence[str], str], Layer] = {}
     found = []
-    for mixer, kind in zip(model.layer_mixers(), model.layer_feed_forwards(), strict=True):
-        branches, feed_forward = tuple(branch.name for branch in mixer.branches), kind.name
+    for branches, feed_forward in zip(model.layer_mixers(), model.layer_feed_forwards(), strict=True):
         key = (branches, feed_forward)
         if key not in known:
             kinds = in_order([MIXERS[name] for name in branches])
@@ -158,8 +157,8 @@ def dense_twin(model: ModelConfig) -> ModelConfig:
     mixer, feed_forward = source_names()
     return replace(
         model,
-        mixers=[Mixer[mixer]],
-        feed_forwards=[FeedForward[feed_forward]],
+        mixers=[mixer],
+        feed_forwards=[feed_forward],
         num_sink_tokens=0,
         spiking=SpikingConfig(),
     )

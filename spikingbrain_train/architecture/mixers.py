@@ -13,6 +13,8 @@ from spikingbrain_train.architecture.weights import Split, Weight
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import RunConfig
+from spikingbrain_train.config.sections import section_of
+from spikingbrain_train.config.setting import leaves
 
 
 class MixerKind(ABC):
@@ -27,6 +29,10 @@ class MixerKind(ABC):
     family: str
     """What its weights are: kinds of one family can take each other's weights. Names its branch in a layer of
     several, too. Where a class names none, it is its name."""
+    section: str | None = None
+    """Where the settings of a kind from outside stand in a model: ``model.<section>``."""
+    section_type: type | None = None
+    """The dataclass of those settings, every field with a default."""
     is_of_the_source: bool = False
     """Whether a dense source has it in every layer."""
     backends: Backends[Any] | None = None
@@ -52,11 +58,16 @@ class MixerKind(ABC):
 
     def all_settings(self, model: ModelConfig) -> set[str]:
         """Dotted names of the model's settings that are there for it, and for others that name them, too."""
-        return self.settings(model)
+        return set() if self.section is None else set(leaves(self.own_settings(model), f"{self.section}."))
+
+    def own_settings(self, model: ModelConfig) -> Any:
+        """The settings in its section."""
+        assert self.section is not None, f"{self.name} has no section"
+        return section_of(model, self.section)
 
     def settings(self, model: ModelConfig) -> set[str]:
         """Those of them that have a part in it, with the values that others have."""
-        return set()
+        return self.all_settings(model)
 
     @abstractmethod
     def weights(self, model: ModelConfig, group: str = "attention") -> tuple[Weight, ...]:

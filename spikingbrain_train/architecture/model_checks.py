@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from spikingbrain_train.architecture.feed_forwards import FEED_FORWARDS
 from spikingbrain_train.architecture.layers import feed_forwards_of, mixers_of
-from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.architecture.mixers import MIXERS
+from spikingbrain_train.config.model import LayersConfig, ModelConfig
 from spikingbrain_train.config.setting import check_fields
 
 
@@ -13,8 +15,18 @@ def check_model(model: ModelConfig) -> None:
     check_mixers(model)
 
 
+def check_kinds(config: LayersConfig) -> None:
+    """Every mixer and feed-forward that a model or a conversion names is known. Raises ConfigurationError."""
+    for entry in config.mixers:
+        for name in entry if isinstance(entry, list) else [entry]:
+            MIXERS[name]
+    for name in config.feed_forwards:
+        FEED_FORWARDS[name]
+
+
 def check_mixers(model: ModelConfig) -> None:
-    """Sizes against the kinds that the layers have. Raises ConfigurationError."""
+    """Kinds that are known, and sizes against those that the layers have. Raises ConfigurationError."""
+    check_kinds(model)
     for mixer in mixers_of(model):
         mixer.check(model)
     for feed_forward in feed_forwards_of(model):

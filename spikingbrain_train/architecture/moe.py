@@ -68,7 +68,7 @@ class MixtureOfExpertsKind(FeedForwardKind):
             f"of {width}, of which every expert is a copy; set it to {width} or null",
         )
 
-    def settings(self, model: ModelConfig) -> set[str]:
+    def all_settings(self, model: ModelConfig) -> set[str]:
         return {f"moe.{name}" for name in vars(model.moe)}
 
     def weights(self, model: ModelConfig) -> tuple[Weight, ...]:

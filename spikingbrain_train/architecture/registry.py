@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterable, Iterator
+import difflib
+from collections.abc import Iterator
 from typing import Generic, Protocol, TypeVar
 
+from spikingbrain_train.config.sections import add_section
 from spikingbrain_train.errors import ConfigurationError
 
 
@@ -45,6 +46,9 @@ class Registry(Generic[Kind]):
                 f"{self.what} {kind.name} is registered twice, by {type(known).__module__} and "
                 f"{type(kind).__module__}; give one of them another name"
             )
+        section, section_type = getattr(kind, "section", None), getattr(kind, "section_type", None)
+        if section is not None and section_type is not None:
+            add_section(section, section_type)
         return known
 
     def __getitem__(self, name: str) -> Kind:
@@ -54,8 +58,10 @@ class Registry(Generic[Kind]):
             ConfigurationError: there is none; names those that there are.
         """
         if name not in self._kinds:
+            near = difflib.get_close_matches(name, self._kinds, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ";"
             raise ConfigurationError(
-                f"{self.setting} names {name}, which is no {self.what}; known are "
+                f"{self.setting} names {name}, which is no {self.what}{hint} known are "
                 f"{', '.join(sorted(self._kinds))}; name the package of another in plugins=[package.module]"
             )
         return self._kinds[name]
@@ -65,20 +71,3 @@ class Registry(Generic[Kind]):
 
     def __iter__(self) -> Iterator[Kind]:
         return iter(self._kinds.values())
-
-
-def load_plugins(modules: Iterable[str]) -> None:
-    """Import modules that register kinds.
-
-    Raises:
-        ConfigurationError: one cannot be imported.
-    """
-    for module in modules:
-        try:
-            importlib.import_module(module)
-        except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise ConfigurationError(
-                f"plugins names {module}, which cannot be imported: {reason}; write it as package.module, "
-                f"with its folder on PYTHONPATH"
-            ) from error

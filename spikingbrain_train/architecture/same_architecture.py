@@ -14,13 +14,16 @@ from spikingbrain_train.architecture.feed_forwards import FEED_FORWARDS
 from spikingbrain_train.architecture.layers import feed_forwards_of, layers, mixers_of
 from spikingbrain_train.architecture.mixers import MIXERS
 from spikingbrain_train.config.model import ModelConfig, SpikingProjection
+from spikingbrain_train.config.sections import with_sections
 from spikingbrain_train.config.setting import Role, decisions, leaves
 from spikingbrain_train.errors import CheckpointError
 
-ROLES: dict[str, Role] = {
-    name: decision.role for name, decision in decisions(ModelConfig()).items() if decision.role is not None
-}
-"""What every setting of a model decides, by its dotted name."""
+
+def roles() -> dict[str, Role]:
+    """What every setting of a model decides, by its dotted name; plugins' settings included."""
+    found = decisions(with_sections(ModelConfig)())
+    return {name: decision.role for name, decision in found.items() if decision.role is not None}
+
 
 _SIZES = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"),
@@ -106,7 +109,7 @@ def check_same_sizes(stored: ModelConfig, model: ModelConfig, holder: str) -> No
 def check_same_weights(stored: ModelConfig, model: ModelConfig, holder: str) -> None:
     """The weights of ``stored`` are those of ``model``: the same parameters in the same shapes.
 
-    Whatever :data:`ROLES` does not call weights may differ, and so may sliding and full windows.
+    Whatever :func:`roles` does not call weights may differ, and so may sliding and full windows.
 
     Args:
         stored: the model in a checkpoint.
@@ -118,7 +121,7 @@ def check_same_weights(stored: ModelConfig, model: ModelConfig, holder: str) -> 
     """
     theirs, ours = settings_in_use(stored), settings_in_use(model)
     per_layer = ("mixers", "feed_forwards")
-    weights = [name for name, role in ROLES.items() if role is Role.weights and name not in per_layer]
+    weights = [name for name, role in roles().items() if role is Role.weights and name not in per_layer]
     # The general sizes first: without the number of layers there is nothing to hold side by side.
     _compare(theirs, ours, holder, *(name for name in weights if name in _SIZES))
     for number, (layer, wanted) in enumerate(zip(layers(stored), layers(model), strict=True)):

@@ -18,9 +18,11 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from spikingbrain_train.config.plugins import load_plugins, plugins_of_command_line
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.config.schema import explain, setting_types
-from spikingbrain_train.config.stored_config import with_stored_config
+from spikingbrain_train.config.sections import with_sections
+from spikingbrain_train.config.stored_config import stored_config_file, with_stored_config
 from spikingbrain_train.config.stored_model import register_stored_model
 from spikingbrain_train.config.yaml_files import conf_folder
 from spikingbrain_train.errors import ConfigurationError, SpikingBrainError
@@ -62,7 +64,7 @@ def describe_groups() -> str:
 
 def register_schema() -> None:
     """Tell Hydra what conf/config.yaml refers to: RunConfig as ``run_schema``, and the stored model."""
-    ConfigStore.instance().store(name="run_schema", node=RunConfig)
+    ConfigStore.instance().store(name="run_schema", node=with_sections(RunConfig))
     register_stored_model()
     OmegaConf.register_new_resolver("describe_groups", describe_groups, replace=True)
 
@@ -100,11 +102,11 @@ def explain_composition(error: BaseException) -> SpikingBrainError | None:
             f"{no_group[1]} is not a group of this config; choose from {', '.join(names)}"
         )
     unknown = re.match(r"Could not override '([^'.]*)'\.", text)
-    if unknown and unknown[1] not in dict(setting_types(RunConfig)):
+    if unknown and unknown[1] not in dict(setting_types(with_sections(RunConfig))):
         hint = _did_you_mean(unknown[1], list(groups()))
         if hint:
             return ConfigurationError(f"{unknown[1]} is neither a group nor a setting{hint}")
-    explained = explain(error, RunConfig)
+    explained = explain(error, with_sections(RunConfig))
     if explained is not None:
         return explained
     # Hydra checks some arguments with plain ValueErrors.
@@ -180,7 +182,8 @@ def compose_from_command_line() -> DictConfig | None:
     """
     for argument in sys.argv[1:]:
         flag, equals, value = argument.lstrip("-").partition("=")
-        if argument.startswith("--") and equals and flag.split(".")[0] in dict(setting_types(RunConfig)):
+        known = dict(setting_types(with_sections(RunConfig)))
+        if argument.startswith("--") and equals and flag.split(".")[0] in known:
             raise ConfigurationError(
                 f"settings are written without dashes: {flag}={value}; flags are {_OWN_FLAGS}"
             )
@@ -189,6 +192,7 @@ def compose_from_command_line() -> DictConfig | None:
                 "--multirun would train several runs in one process; start one train.py a run"
             )
     check_choices(sys.argv[1:])
+    load_plugins(plugins_of_command_line(sys.argv[1:], stored_config_file(sys.argv[1:])))
     register_schema()
     arguments = with_stored_config(sys.argv[1:], groups())
     composed: list[DictConfig] = []
@@ -218,6 +222,7 @@ def compose_run(overrides: list[str]) -> DictConfig:
         ConfigurationError: as :func:`compose_from_command_line`.
     """
     check_choices(overrides)
+    load_plugins(plugins_of_command_line(overrides))
     register_schema()
     with (
         hydra.initialize_config_dir(version_base="1.3", config_dir=str(conf_folder())),

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from spikingbrain_train.config.conversion import ConversionConfig
-from spikingbrain_train.config.model import GateEncoding, ModelConfig, SpikingProjection
-from spikingbrain_train.config.renamed import translate_old_values
+from spikingbrain_train.config.earlier_releases import translate_model, translate_run
+from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.config.schema import check_lists, explain, unknown_setting, unknown_settings
+from spikingbrain_train.config.sections import with_sections
 from spikingbrain_train.config.yaml_files import conf_folder, read_composed, read_yaml
 from spikingbrain_train.errors import CheckpointError, ConfigurationError
 from spikingbrain_train.storage.durable_files import write_text_durably
@@ -27,6 +28,7 @@ def _to_typed(values: DictConfig | ListConfig, schema: type[Config]) -> Config:
     Raises:
         ConfigurationError: an unknown setting, a value of the wrong kind, or a setting without value.
     """
+    schema = with_sections(schema)
     try:
         unknown = unknown_settings(values, schema) if isinstance(values, DictConfig) else []
         if unknown:
@@ -60,24 +62,10 @@ def to_run_config(composed: DictConfig) -> RunConfig:
     return _to_typed(composed, RunConfig)
 
 
-def _complete_old_model(model: Any) -> None:
-    """Write out what a stored model without a setting meant when it was stored, where that is no longer the
-    default: a spiking gate was once encoded in front of each matrix.
-    """
-    spiking = model.get("spiking") if isinstance(model, DictConfig) else None
-    if not isinstance(spiking, DictConfig):
-        return
-    projections = spiking.get("projections")
-    if isinstance(projections, ListConfig) and SpikingProjection.gate.name in projections:
-        spiking.setdefault("gate_encoding", GateEncoding.each_matrix.name)
-
-
 def _load(path: str | Path, schema: type[Config]) -> Config:
     try:
         values = read_yaml(Path(path))
-        _complete_old_model(values.get("model") if schema is RunConfig else values)
-        if schema is RunConfig:
-            translate_old_values(values)
+        (translate_run if schema is RunConfig else translate_model)(values)
         return _to_typed(values, schema)
     except ConfigurationError as error:
         sentence = str(error) if str(path) in str(error) else f"{path}: {error}"

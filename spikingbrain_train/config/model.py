@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -13,51 +14,6 @@ from spikingbrain_train.config.setting import FUNCTION, START, TRAINING, WEIGHTS
 
 _MOST_LAYERS = 1000
 """As many as the deepest published transformer has; beyond, a typing error would keep the planner busy."""
-
-
-class Mixer(str, Enum):
-    """The sequence mixer of one layer (SpikingBrain, arXiv 2509.05276, section 2)."""
-
-    full = "full"
-    """Causal softmax attention with rotary positions."""
-    swa = "swa"
-    """Sliding-window softmax attention with rotary positions (eq. 2)."""
-    gla = "gla"
-    """Gated linear attention, no positions (eq. 10-11)."""
-    gla_swa = "gla_swa"
-    """Parallel hybrid: a gated linear and a sliding-window branch read the same input (eq. 6)."""
-    gla_full = "gla_full"
-    """Parallel hybrid: a gated linear and a full-attention branch read the same input (eq. 6)."""
-
-    @property
-    def branches(self) -> tuple[Mixer, ...]:
-        """The attentions that it consists of, each with projections of its own: full, swa or gla; the linear
-        one last."""
-        return of_kind(self, _BRANCHES, "the branches of a mixer")
-
-    @property
-    def has_linear_branch(self) -> bool:
-        """Whether gated linear attention is (a part of) it."""
-        return Mixer.gla in self.branches
-
-    @property
-    def softmax_branch(self) -> Mixer | None:
-        """``full`` or ``swa``: the softmax attention that is (a part of) it."""
-        return next((branch for branch in self.branches if branch is not Mixer.gla), None)
-
-    @property
-    def is_parallel_hybrid(self) -> bool:
-        """Whether it has two branches."""
-        return len(self.branches) > 1
-
-
-_BRANCHES: dict[Mixer, tuple[Mixer, ...]] = {
-    Mixer.full: (Mixer.full,),
-    Mixer.swa: (Mixer.swa,),
-    Mixer.gla: (Mixer.gla,),
-    Mixer.gla_swa: (Mixer.swa, Mixer.gla),
-    Mixer.gla_full: (Mixer.full, Mixer.gla),
-}
 
 
 class FeatureMap(str, Enum):
@@ -137,15 +93,6 @@ class ParallelHybridConfig:
     """Initial w1."""
     init_linear_weight: float = setting(0.0, resume=START)
     """Initial w2; 0 starts a converted model as close to its source as the softmax branch alone is."""
-
-
-class FeedForward(str, Enum):
-    """The feed-forward of one layer."""
-
-    dense = "dense"
-    """SwiGLU of ffn_hidden_size."""
-    moe = "moe"
-    """Mixture of SwiGLU experts (SpikingBrain, arXiv 2509.05276, section 2)."""
 
 
 @dataclass
@@ -326,8 +273,9 @@ class DecoderConfig:
 class LayersConfig:
     """What a layer is made of. A conversion gives it to a dense source, a model has it."""
 
-    mixers: list[Mixer] = setting(default_factory=lambda: [Mixer.gla, Mixer.swa], resume=WEIGHTS)
-    """Mixer of each layer, repeated until all are filled: [gla, swa] is SpikingBrain-7B, [full] is dense."""
+    mixers: list[Any] = setting(default_factory=lambda: ["gla", "swa"], resume=WEIGHTS)
+    """Mixer of each layer, repeated until all are filled: [gla, swa] is SpikingBrain-7B, [full] is dense.
+    A list in its place is a layer of branches that read the same input (eq. 6): [[gla, swa], [gla, full]]."""
     sliding_window: int = setting(4096, minimum=1, resume=FUNCTION)
     """Keys (the current token included) that a sliding-window layer sees."""
     gla: GatedLinearAttentionConfig = field(default_factory=GatedLinearAttentionConfig)
@@ -336,7 +284,7 @@ class LayersConfig:
     """Settings of layers with two branches."""
     num_sink_tokens: int = setting(0, minimum=0, resume=WEIGHTS)
     """Learnable embeddings in front of every sequence, seen by all its tokens (section 2.2)."""
-    feed_forwards: list[FeedForward] = setting(default_factory=lambda: [FeedForward.dense], resume=WEIGHTS)
+    feed_forwards: list[str] = setting(default_factory=lambda: ["dense"], resume=WEIGHTS)
     """Feed-forward of each layer, repeated until the layers are filled."""
     moe: MoEConfig = field(default_factory=MoEConfig)
     """Settings of the mixture-of-experts layers."""
@@ -344,12 +292,33 @@ class LayersConfig:
     """Spike encoding in front of projections."""
 
     def check(self, prefix: str) -> None:
-        """Every layer has a kind. Raises ConfigurationError."""
+        """Every layer has a kind, or branches of several. Raises ConfigurationError."""
         for name, noun, example in _LISTS:
             require(
                 len(getattr(self, name)) > 0,
                 f"{prefix}{name} is empty; name at least one {noun}, e.g. {prefix}{name}={example}",
             )
+        for index, entry in enumerate(self.mixers):
+            place = f"{prefix}mixers[{index}]={_shown(entry)}"
+            names = entry if isinstance(entry, list) else [entry]
+            require(
+                (entry is names) == (len(names) > 1) and all(isinstance(name, str) for name in names),
+                f"{place} does not fit: it takes a mixer's name, or a list of names for branches that read "
+                f"the same input, e.g. {prefix}mixers=[gla,[gla,swa]]",
+            )
+            for name in names:
+                require(name not in OLD_MIXERS, f"{place} is written {_shown(OLD_MIXERS.get(name))} now")
+            require(
+                len(set(names)) == len(names), f"{place} names a mixer twice; branches are of different kinds"
+            )
+
+
+OLD_MIXERS = {"gla_swa": ["gla", "swa"], "gla_full": ["gla", "full"]}
+"""Names that earlier releases had for layers of two branches, and what they are."""
+
+
+def _shown(entry: object) -> str:
+    return f"[{','.join(map(str, entry))}]" if isinstance(entry, list) else str(entry)
 
 
 _LISTS = (("mixers", "mixer", "[gla,swa]"), ("feed_forwards", "feed-forward", "[dense]"))
@@ -371,18 +340,14 @@ class ModelConfig(LayersConfig, DecoderConfig):
             )
         DecoderConfig.check(self, prefix)
 
-    def layer_mixers(self) -> list[Mixer]:
-        """The mixer of every layer, in order."""
-        return [self.mixers[layer % len(self.mixers)] for layer in range(self.num_layers)]
+    def layer_mixers(self) -> list[tuple[str, ...]]:
+        """Names of the mixers of every layer, in order: one, or those of its branches."""
+        entries = [tuple(entry) if isinstance(entry, list) else (entry,) for entry in self.mixers]
+        return [entries[layer % len(entries)] for layer in range(self.num_layers)]
 
-    def layer_feed_forwards(self) -> list[FeedForward]:
-        """The feed-forward of every layer, in order."""
+    def layer_feed_forwards(self) -> list[str]:
+        """Name of the feed-forward of every layer, in order."""
         return [self.feed_forwards[layer % len(self.feed_forwards)] for layer in range(self.num_layers)]
-
-    def window_of(self, softmax_branch: Mixer) -> int | None:
-        """Keys (the current token included) that full or sliding-window attention sees; None is all."""
-        windows = {Mixer.full: None, Mixer.swa: self.sliding_window}
-        return of_kind(softmax_branch, windows, "the keys that softmax attention sees")
 
     @property
     def expert_ffn_hidden_size(self) -> int:

@@ -274,6 +274,8 @@ class RunConfig:
     """Loading and saving."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     """Reporting."""
+    plugins: list[str] = setting(default_factory=list, resume=FREE)
+    """Modules that register mixers or feed-forwards of their own (CONTRIBUTING.md); imported at start."""
     output_dir: str = setting(MISSING, resume=FREE)
     """Folder of this run: checkpoints, metrics, logs."""
     precision: Precision = setting(

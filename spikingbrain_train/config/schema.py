@@ -20,7 +20,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from spikingbrain_train.config.renamed import RENAMED_VALUES
+from spikingbrain_train.config.earlier_releases import RENAMED_VALUES
 from spikingbrain_train.errors import ConfigurationError, SpikingBrainError
 
 Schema = type[Any]
@@ -56,7 +56,8 @@ def what_it_takes(annotation: Any) -> str:
     elif dataclasses.is_dataclass(annotation):
         words = "a group of settings: " + ", ".join(field.name for field in dataclasses.fields(annotation))
     elif typing.get_origin(annotation) is list:
-        words = f"a list [a,b,...], each {what_it_takes(typing.get_args(annotation)[0])}"
+        (item,) = typing.get_args(annotation)
+        words = "a list [a,b,...]" + (f", each {what_it_takes(item)}" if item is not Any else "")
     return f"{words}, or null" if optional else words
 
 
@@ -158,6 +159,8 @@ def check_lists(config: Any, prefix: str = "") -> None:
             check_lists(value, f"{name}.")
         elif isinstance(value, list):
             (item_type,) = typing.get_args(_without_none(annotations[field.name])[0])
+            if item_type is Any:  # its section says what it takes
+                continue
             for index, item in enumerate(value):
                 if not isinstance(item, item_type):
                     place = f"{name}[{index}]"

@@ -16,7 +16,6 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from spikingbrain_train.config.load import load_run_config
-from spikingbrain_train.config.model import FeedForward
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.storage.checkpoint_folder import (
     CHECKPOINT_FOLDER,
@@ -26,6 +25,12 @@ from spikingbrain_train.storage.checkpoint_folder import (
 )
 
 _CHOICE = "stored_run_config"
+
+
+def stored_config_file(arguments: Sequence[str]) -> Path | None:
+    """The stored config that a command line names, None where it names none. Raises ConfigurationError."""
+    path, _ = _named_file(arguments)
+    return _config_in(path) if path is not None and path.is_dir() else path
 
 
 def with_stored_config(arguments: Sequence[str], groups: Collection[str]) -> list[str]:
@@ -50,8 +55,8 @@ def with_stored_config(arguments: Sequence[str], groups: Collection[str]) -> lis
     if path.is_dir():
         path = _config_in(path)
     run = load_run_config(path)
-    if FeedForward.moe not in run.model.layer_feed_forwards():
-        # Earlier releases stored what its null stands for, which no run may say.
+    if run.parallel.expert_tensor_parallel_size == run.parallel.tensor_model_parallel_size:
+        # Earlier releases stored what its null stands for, which a run without experts may not say.
         run.parallel.expert_tensor_parallel_size = None
     values: Any = OmegaConf.to_container(OmegaConf.structured(run), enum_to_str=True)
     chosen = {argument.partition("=")[0].lstrip("+") for argument in rest if "=" in argument}

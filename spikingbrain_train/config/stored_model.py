@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 
 from spikingbrain_train.config.load import load_model_config
 from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.config.sections import with_sections
 from spikingbrain_train.config.setting import leaves
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.storage.checkpoint_folder import MODEL_CONFIG_FILE, latest_checkpoint
@@ -49,6 +50,6 @@ def register_stored_model() -> None:
     """Tell Hydra what conf/model/from_checkpoint.yaml refers to. Calling it again changes nothing."""
     OmegaConf.register_new_resolver(_RESOLVER, _resolve, replace=True)
     node = OmegaConf.create()
-    for name in leaves(ModelConfig()):
+    for name in leaves(with_sections(ModelConfig)()):
         OmegaConf.update(node, name, f"${{{_RESOLVER}:${{checkpoint.load}},{name}}}", force_add=True)
     ConfigStore.instance().store(group="model", name=_RESOLVER, node=node)

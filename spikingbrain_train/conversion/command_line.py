@@ -65,7 +65,7 @@ examples:
 
 A recipe is a file of conf/conversion (by name) or any YAML file with the fields of ConversionConfig:
   defaults: [spikingbrain_7b]      # recipes that it is made of; what follows comes on top
-  mixers: [gla, gla, gla, full]    # repeated until all layers have one; gla, swa, full, gla_swa, gla_full
+  mixers: [gla, gla, gla, full]    # repeated until all layers have one; [gla, swa] in a place: two branches
   sliding_window: 4096             # tokens a swa layer sees
   gla: {init_gate_bias_max: 4.0}   # start of the new parameters
   feed_forwards: [dense, moe]      # likewise repeated

@@ -1,11 +1,8 @@
-"""What the specs of a layer's parts are made from, and what finds the function that makes them."""
+"""What the specs of a layer's parts are made from."""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.identity_op import IdentityOp
@@ -28,12 +25,6 @@ class LayerBuild:
     """How mixers work on split sequences."""
     linears: ParallelLinears
     """Classes of the projections."""
-
-
-def spec_function(path: str) -> Callable[..., Any]:
-    """The function that a kind's ``spec`` names, as ``package.module:function``; imports its module."""
-    module, _, function = path.partition(":")
-    return getattr(importlib.import_module(module), function)
 
 
 def attention_submodules(build: LayerBuild) -> SelfAttentionSubmodules:

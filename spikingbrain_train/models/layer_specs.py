@@ -8,9 +8,10 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from spikingbrain_train.architecture.layers import Layer, layers
+from spikingbrain_train.config.import_path import object_at
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ContextParallelConfig, KernelConfig
-from spikingbrain_train.models.layer_build import LayerBuild, spec_function
+from spikingbrain_train.models.layer_build import LayerBuild
 from spikingbrain_train.models.mixers import parallel_hybrid
 from spikingbrain_train.models.parallel_linears import ParallelLinears
 from spikingbrain_train.models.rms_norm import RMSNorm
@@ -33,7 +34,7 @@ def layer_build(
 def layer_spec(layer: Layer, build: LayerBuild) -> ModuleSpec:
     """One decoder layer: norm, mixer, residual, norm, feed-forward, residual."""
     if len(layer.mixers) == 1:
-        mixer = spec_function(layer.mixers[0].spec)(layer.mixers[0], build)
+        mixer = object_at(layer.mixers[0].spec)(layer.mixers[0], build)
     else:
         mixer = parallel_hybrid.spec(layer.mixers, build)
     return ModuleSpec(
@@ -43,7 +44,7 @@ def layer_spec(layer: Layer, build: LayerBuild) -> ModuleSpec:
             self_attention=mixer,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=spec_function(layer.feed_forward.spec)(layer.feed_forward, build),
+            mlp=object_at(layer.feed_forward.spec)(layer.feed_forward, build),
             mlp_bda=get_bias_dropout_add,
         ),
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spikingbrain_train.config.model import FeedForward
+from spikingbrain_train.architecture.layers import layers
 from spikingbrain_train.models.feed_forwards.moe.router import RouterStatistics, SequenceBalancedRouter
 from spikingbrain_train.models.gpt_model import HybridGPTModel
 from spikingbrain_train.parallel.process_groups import ProcessGroups
@@ -65,8 +65,8 @@ class ExpertLoadCounter:
     """
 
     def __init__(self, model: HybridGPTModel, groups: ProcessGroups) -> None:
-        kinds = model.model_config.layer_feed_forwards()
-        self.layers = [layer for layer, kind in enumerate(kinds) if kind is FeedForward.moe]
+        kinds = [layer.feed_forward for layer in layers(model.model_config)]
+        self.layers = [layer for layer, kind in enumerate(kinds) if kind.routes_tokens]
         self._routers = [module for module in model.modules() if isinstance(module, SequenceBalancedRouter)]
         self._num_experts = model.model_config.moe.num_experts
         self._device = groups.device

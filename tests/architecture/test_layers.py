@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import prod
+from typing import Any
 
 import pytest
 
@@ -10,12 +11,15 @@ from spikingbrain_train.architecture.branches import branch_names, in_order, ini
 from spikingbrain_train.architecture.feed_forwards import FEED_FORWARDS
 from spikingbrain_train.architecture.layers import Layer, model_weights
 from spikingbrain_train.architecture.mixers import MIXERS
-from spikingbrain_train.architecture.registry import load_plugins
+from spikingbrain_train.architecture.model_checks import check_kinds
 from spikingbrain_train.architecture.weights import ONE_RANK, Copies, Split, Weight
 from spikingbrain_train.config.compose import compose_run
+from spikingbrain_train.config.conversion import ConversionConfig
 from spikingbrain_train.config.load import to_run_config
-from spikingbrain_train.config.model import ModelConfig, ParallelHybridConfig
+from spikingbrain_train.config.model import LayersConfig, ModelConfig, ParallelHybridConfig
 from spikingbrain_train.config.parallel import ParallelConfig
+from spikingbrain_train.config.plugins import load_plugins
+from spikingbrain_train.config.setting import check_fields
 from spikingbrain_train.errors import ConfigurationError
 
 BATCH = ("stage.seq_length=64", "stage.train_iters=1", "stage.global_batch_size=1", "dry_run=true")
@@ -83,6 +87,29 @@ def test_branch_weights_start_as_the_source() -> None:
     assert initial_branch_weights(settings, [window, gla]) == [1.0, 0.25]
     assert initial_branch_weights(settings, [full, window]) == [0.5, 0.5]
     assert initial_branch_weights(settings, [gla, gla]) == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("mixers", [["gla", "sva"], [["gla", "sva"]]])
+def test_an_unknown_mixer_of_a_model_or_a_conversion_is_named(mixers: list[Any]) -> None:
+    for config in (ModelConfig(mixers=mixers), ConversionConfig(mixers=mixers)):
+        with pytest.raises(ConfigurationError, match=r"names sva, which is no mixer; did you mean swa\?"):
+            check_kinds(config)
+
+
+def test_an_old_name_of_a_layer_of_branches_is_refused_with_how_it_is_written_now() -> None:
+    with pytest.raises(ConfigurationError, match=r"mixers\[1\]=gla_full is written \[gla,full\] now"):
+        check_fields(LayersConfig(mixers=["gla", "gla_full"]), "model.")
+
+
+@pytest.mark.parametrize("entry", [[], ["gla"], [["gla", "swa"]], 3])
+def test_an_entry_is_a_name_or_several(entry: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"mixers\[0\]=.* does not fit: it takes a mixer's name"):
+        check_fields(LayersConfig(mixers=[entry]), "model.")
+
+
+def test_branches_are_of_different_kinds() -> None:
+    with pytest.raises(ConfigurationError, match=r"mixers\[0\]=\[gla,gla\] names a mixer twice"):
+        check_fields(LayersConfig(mixers=[["gla", "gla"]]), "model.")
 
 
 def test_an_unknown_kind_is_one_sentence_that_names_the_known_ones() -> None:

@@ -8,18 +8,16 @@ from typing import Any
 import pytest
 
 from spikingbrain_train.architecture.same_architecture import (
-    ROLES,
     check_same_sizes,
     check_same_weights,
+    roles,
     settings_in_use,
 )
 from spikingbrain_train.config.model import (
     FeatureMap,
-    FeedForward,
     GatedLinearAttentionConfig,
     GateEncoding,
     GateKind,
-    Mixer,
     ModelConfig,
     MoEConfig,
     RopeScalingConfig,
@@ -32,12 +30,12 @@ from tests.config.small_model import small_model
 
 MODEL = small_model()
 GLA = MODEL.gla
-EXPERTS = replace(MODEL, feed_forwards=[FeedForward.dense, FeedForward.moe], moe=MoEConfig(num_experts=4))
+EXPERTS = replace(MODEL, feed_forwards=["dense", "moe"], moe=MoEConfig(num_experts=4))
 TIED = GatedLinearAttentionConfig(feature_map=FeatureMap.sigmoid, gate=GateKind.tied)
 
 
 def test_every_setting_of_a_model_has_a_role() -> None:
-    assert list(ROLES) == list(leaves(MODEL))
+    assert list(roles()) == list(leaves(MODEL))
 
 
 OTHER_WEIGHTS: dict[str, tuple[ModelConfig, ModelConfig, list[str]]] = {
@@ -45,17 +43,17 @@ OTHER_WEIGHTS: dict[str, tuple[ModelConfig, ModelConfig, list[str]]] = {
     "width": (MODEL, replace(MODEL, hidden_size=32), ["hidden_size=64", "model.hidden_size=32"]),
     "biases": (MODEL, replace(MODEL, add_qkv_bias=True), ["add_qkv_bias=false", "model.add_qkv_bias=true"]),
     "window to parallel hybrid": (
-        replace(MODEL, mixers=[Mixer.swa]),
-        replace(MODEL, mixers=[Mixer.gla_swa]),
+        replace(MODEL, mixers=["swa"]),
+        replace(MODEL, mixers=[["gla", "swa"]]),
         ["mixer swa in layer 0", "model.mixers says [gla,swa]"],
     ),
     "linear to parallel hybrid": (
         MODEL,
-        replace(MODEL, mixers=[Mixer.gla_full, Mixer.swa]),
+        replace(MODEL, mixers=[["gla", "full"], "swa"]),
         ["mixer gla in layer 0", "model.mixers says [full,gla]"],
     ),
     "window to linear": (
-        replace(MODEL, mixers=[Mixer.swa, Mixer.gla]),
+        replace(MODEL, mixers=["swa", "gla"]),
         MODEL,
         ["mixer swa in layer 0", "model.mixers says gla"],
     ),
@@ -84,17 +82,17 @@ OTHER_WEIGHTS: dict[str, tuple[ModelConfig, ModelConfig, list[str]]] = {
         ["gla.gate_low_rank_dim=16", "model.gla.gate_low_rank_dim=8"],
     ),
     "rank of gates in a parallel hybrid": (
-        replace(MODEL, mixers=[Mixer.gla_swa]),
-        replace(MODEL, mixers=[Mixer.gla_swa], gla=replace(GLA, gate_low_rank_dim=8)),
+        replace(MODEL, mixers=[["gla", "swa"]]),
+        replace(MODEL, mixers=[["gla", "swa"]], gla=replace(GLA, gate_low_rank_dim=8)),
         ["gla.gate_low_rank_dim=16", "model.gla.gate_low_rank_dim=8"],
     ),
 }
 SAME_WEIGHTS: dict[str, tuple[ModelConfig, ModelConfig]] = {
-    "list written out": (MODEL, replace(MODEL, mixers=[Mixer.gla, Mixer.swa] * 2)),
-    "window to full": (MODEL, replace(MODEL, mixers=[Mixer.gla, Mixer.full])),
+    "list written out": (MODEL, replace(MODEL, mixers=["gla", "swa"] * 2)),
+    "window to full": (MODEL, replace(MODEL, mixers=["gla", "full"])),
     "windows of branches": (
-        replace(MODEL, mixers=[Mixer.gla_swa]),
-        replace(MODEL, mixers=[Mixer.gla_full]),
+        replace(MODEL, mixers=[["gla", "swa"]]),
+        replace(MODEL, mixers=[["gla", "full"]]),
     ),
     "other window, context and positions": (
         MODEL,
@@ -124,8 +122,8 @@ SAME_WEIGHTS: dict[str, tuple[ModelConfig, ModelConfig]] = {
     ),
     "experts of a model without any": (MODEL, replace(MODEL, moe=MoEConfig(num_experts=8))),
     "gates of a model without any": (
-        replace(MODEL, mixers=[Mixer.full]),
-        replace(MODEL, mixers=[Mixer.full], gla=TIED),
+        replace(MODEL, mixers=["full"]),
+        replace(MODEL, mixers=["full"], gla=TIED),
     ),
 }
 
@@ -172,9 +170,9 @@ def _other(value: Any) -> Any:
     return [SpikingProjection.qkv]
 
 
-@pytest.mark.parametrize("name", [name for name, role in ROLES.items() if role is not Role.weights])
+@pytest.mark.parametrize("name", [name for name, role in roles().items() if role is not Role.weights])
 def test_no_setting_but_those_of_weights_changes_a_parameter(name: str) -> None:
-    everything = replace(EXPERTS, mixers=[Mixer.gla_swa, Mixer.full], spiking=SpikingConfig())
+    everything = replace(EXPERTS, mixers=[["gla", "swa"], "full"], spiking=SpikingConfig())
     section, _, leaf = name.rpartition(".")
     value = _other(leaves(everything)[name])
     changed = (
@@ -187,15 +185,15 @@ def test_no_setting_but_those_of_weights_changes_a_parameter(name: str) -> None:
 
 
 def test_a_dense_source_has_the_sizes_of_what_was_made_of_it() -> None:
-    hybrid = replace(EXPERTS, mixers=[Mixer.gla_swa], num_sink_tokens=4)
-    check_same_sizes(replace(MODEL, mixers=[Mixer.full]), hybrid, "stage.teacher=folder")
+    hybrid = replace(EXPERTS, mixers=[["gla", "swa"]], num_sink_tokens=4)
+    check_same_sizes(replace(MODEL, mixers=["full"]), hybrid, "stage.teacher=folder")
     with pytest.raises(CheckpointError, match=r"stage\.teacher=folder holds a model with hidden_size=32"):
         check_same_sizes(replace(MODEL, hidden_size=32), hybrid, "stage.teacher=folder")
 
 
 def test_settings_without_a_part_in_the_model_are_left_out() -> None:
     assert not {name for name in settings_in_use(MODEL) if name.startswith(("moe.", "parallel_hybrid."))}
-    assert "sliding_window" not in settings_in_use(replace(MODEL, mixers=[Mixer.gla, Mixer.full]))
+    assert "sliding_window" not in settings_in_use(replace(MODEL, mixers=["gla", "full"]))
     assert "gla.gate_low_rank_dim" not in settings_in_use(replace(MODEL, gla=TIED))
     assert "spiking.gate_encoding" not in settings_in_use(MODEL)
     spiking = SpikingConfig([SpikingProjection.gate])

@@ -11,7 +11,6 @@ import pytest
 
 from spikingbrain_train.config.compose import compose_from_command_line
 from spikingbrain_train.config.load import save_config, to_run_config
-from spikingbrain_train.config.model import Mixer
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import (
     CheckpointConfig,
@@ -35,7 +34,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 def stored(tmp_path: Path) -> RunConfig:
     """A run that differs from the defaults in every section."""
     return RunConfig(
-        model=small_model(mixers=[Mixer.full, Mixer.gla_swa]),
+        model=small_model(mixers=["full", ["gla", "swa"]]),
         stage=StageConfig(train_iters=7, seq_length=16, global_batch_size=2),
         data=DataConfig(train=[write_dataset(tmp_path / "tokens", documents=5)], train_weights=[2.0]),
         optimizer=OptimizerConfig(lr=3e-3, min_lr=1e-4),

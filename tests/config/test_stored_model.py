@@ -9,7 +9,7 @@ import pytest
 
 from spikingbrain_train.config.compose import compose_run, groups
 from spikingbrain_train.config.load import to_run_config
-from spikingbrain_train.config.model import FeedForward, Mixer, ModelConfig, SpikingProjection
+from spikingbrain_train.config.model import ModelConfig, SpikingProjection
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.config.setting import leaves
 from spikingbrain_train.errors import CheckpointError, ConfigurationError
@@ -19,7 +19,7 @@ from tests.config.small_model import small_model, write_checkpoint
 
 def unlike_the_defaults() -> ModelConfig:
     """A model of which no setting has its default."""
-    model = small_model(mixers=[Mixer.gla_swa, Mixer.full], feed_forwards=[FeedForward.moe])
+    model = small_model(mixers=[["gla", "swa"], "full"], feed_forwards=["moe"])
     model.spiking.projections = [SpikingProjection.qkv]
     for name, default in leaves(ModelConfig()).items():
         if default == leaves(model)[name]:
@@ -55,7 +55,7 @@ def test_single_settings_of_the_command_line_come_on_top(folder: str) -> None:
         stored,
         max_position_embeddings=32768,
         gla=dataclasses.replace(stored.gla, init_gate_bias_max=1.0),
-        mixers=[Mixer.full],
+        mixers=["full"],
     )
 
 

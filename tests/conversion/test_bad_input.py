@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 
 from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
 from spikingbrain_train.config.conversion import ConversionConfig, UpcyclingConfig
-from spikingbrain_train.config.model import Mixer
 from spikingbrain_train.conversion import output_folder
 from spikingbrain_train.conversion.export_checkpoint import export_checkpoint
 from spikingbrain_train.conversion.import_checkpoint import import_checkpoint
@@ -286,7 +285,7 @@ def test_a_recipe_that_does_not_fit(hf_checkpoint: HFCheckpoint, tmp_path: Path)
     with pytest.raises(ConfigurationError, match="sliding_window=0 must be at least 1"):
         import_checkpoint(source, tmp_path / "out", ConversionConfig(sliding_window=0))
     with pytest.raises(ConfigurationError, match="mixers"):
-        import_checkpoint(source, tmp_path / "out", ConversionConfig(mixers=[Mixer.gla] * 3))
+        import_checkpoint(source, tmp_path / "out", ConversionConfig(mixers=["gla"] * 3))
     with pytest.raises(ConfigurationError, match=r"upcycling\.reinit_fraction=2 must be between 0"):
         recipe = ConversionConfig(upcycling=UpcyclingConfig(reinit_fraction=2))
         import_checkpoint(source, tmp_path / "out", recipe)

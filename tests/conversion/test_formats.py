@@ -12,9 +12,7 @@ import pytest
 from spikingbrain_train.architecture.mixers import MIXERS
 from spikingbrain_train.config.model import (
     FeatureMap,
-    FeedForward,
     GateKind,
-    Mixer,
     ModelConfig,
     SpikingConfig,
 )
@@ -37,7 +35,7 @@ DENSE = ModelConfig(
     kv_channels=8,
     vocab_size=128,
     max_position_embeddings=64,
-    mixers=[Mixer.full],
+    mixers=["full"],
 )
 TIED_GATE = replace(DENSE.gla, gate=GateKind.tied, feature_map=FeatureMap.sigmoid)
 
@@ -49,8 +47,8 @@ TIED_GATE = replace(DENSE.gla, gate=GateKind.tied, feature_map=FeatureMap.sigmoi
         ({"add_qkv_bias": True}, QWEN2),
         ({"qk_layernorm": True}, QWEN3),
         ({"add_qkv_bias": True, "qk_layernorm": True}, GLA_SWA),
-        ({"mixers": [Mixer.gla, Mixer.swa]}, GLA_SWA),
-        ({"mixers": [Mixer.swa]}, GLA_SWA),
+        ({"mixers": ["gla", "swa"]}, GLA_SWA),
+        ({"mixers": ["swa"]}, GLA_SWA),
         ({"gla": TIED_GATE}, LLAMA),  # no layer has that gate
         ({"spiking": SpikingConfig(k=2.0)}, LLAMA),
     ],
@@ -66,12 +64,12 @@ def test_the_first_format_that_holds_a_model_takes_it(changes: dict, expected: D
     [
         ({"num_sink_tokens": 3}, ["3 sink tokens"]),
         (
-            {"add_qkv_bias": True, "feed_forwards": [FeedForward.moe], "num_sink_tokens": 3},
+            {"add_qkv_bias": True, "feed_forwards": ["moe"], "num_sink_tokens": 3},
             ["mixture-of-experts layers", "3 sink tokens"],
         ),
-        ({"mixers": [Mixer.gla], "gla": TIED_GATE}, ["gla.gate=tied", "gla.feature_map=sigmoid"]),
+        ({"mixers": ["gla"], "gla": TIED_GATE}, ["gla.gate=tied", "gla.feature_map=sigmoid"]),
         (
-            {"mixers": [Mixer.gla_full], "gla": TIED_GATE},
+            {"mixers": [["gla", "full"]], "gla": TIED_GATE},
             ["layers with two branches ([full,gla])", "gla.gate=tied", "gla.feature_map=sigmoid"],
         ),
     ],
@@ -86,7 +84,7 @@ def test_what_stands_in_the_way_is_told_of_the_nearest_format(changes: dict, par
 def test_a_kind_that_a_format_does_not_know_stands_in_the_way_by_its_own_words(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model = replace(DENSE, mixers=[Mixer.gla, Mixer.swa])
+    model = replace(DENSE, mixers=["gla", "swa"])
     config = GLA_SWA.config(model, None, "float32")
     monkeypatch.setattr(MIXERS["gla"], "hf_layers", {})
     parts = stands_in_the_way(replace(model, num_sink_tokens=1))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
-from spikingbrain_train.config.model import Mixer, ModelConfig
+from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.conversion.formats.registry import format_of_model, parse_hf_config
 from spikingbrain_train.conversion.hf_config import read_hf_config
 from spikingbrain_train.conversion.window_convention import WindowConvention
@@ -121,7 +121,7 @@ def test_families_differ_in_bias_norm_and_head_width() -> None:
 
 def test_published_hybrid() -> None:
     model = parse(GLA_SWA)
-    assert model.mixers == [Mixer.gla, Mixer.swa]
+    assert model.mixers == ["gla", "swa"]
     assert model.add_qkv_bias
     assert (model.gla.gate_low_rank_dim, model.gla.gate_logit_normalizer) == (16, 16.0)
     del_layers = {key: value for key, value in GLA_SWA.items() if key != "attn_layers"}
@@ -190,7 +190,7 @@ def test_what_would_be_computed_differently_is_refused(
 
 def test_a_window_beyond_the_last_layer_is_none() -> None:
     """Qwen2.5 ships use_sliding_window false, others true with max_window_layers = num_hidden_layers."""
-    assert parse(QWEN2 | {"use_sliding_window": True, "max_window_layers": 4}).mixers == [Mixer.full]
+    assert parse(QWEN2 | {"use_sliding_window": True, "max_window_layers": 4}).mixers == ["full"]
 
 
 @pytest.mark.parametrize("max_window_layers", [0, 2, 4])
@@ -206,7 +206,7 @@ def test_a_window_is_refused_exactly_where_transformers_has_one(
     # transformers 5 takes the type from the class.
     known = {key: value for key, value in QWEN2.items() if key not in ("architectures", "model_type")}
     if set(Qwen2Config(**known, **windows).layer_types) == {"full_attention"}:
-        assert parse(QWEN2 | windows).mixers == [Mixer.full]
+        assert parse(QWEN2 | windows).mixers == ["full"]
     else:
         with pytest.raises(CheckpointError, match="use_sliding_window = true gives some"):
             parse(QWEN2 | windows)
@@ -281,7 +281,7 @@ def test_a_longer_context_is_written_over_the_source(rope: dict[str, Any]) -> No
 
 def test_a_hybrid_takes_token_ids_from_its_source() -> None:
     model = parse(QWEN2)
-    model.mixers = [Mixer.gla, Mixer.swa]
+    model.mixers = ["gla", "swa"]
     written = hf_config(model, QWEN2 | {"eos_token_id": [7, 8], "rope_theta": 1e4}, "bfloat16")
     assert written["eos_token_id"] == [7, 8]
     assert written["attn_layers"] == [1, 3]

@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM
 from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
 from spikingbrain_train.config.conversion import ConversionConfig
 from spikingbrain_train.config.load import load_model_config
-from spikingbrain_train.config.model import Mixer
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.conversion.export_checkpoint import export_checkpoint
 from spikingbrain_train.conversion.import_checkpoint import import_checkpoint
@@ -58,7 +57,7 @@ def test_a_dense_model_of_no_family_is_exported_with_the_code_of_hybrids(
 ) -> None:
     """No class of transformers has both biases and q/k norms; the carried one has, with full attention."""
     source, _ = hf_checkpoint("qwen3")
-    import_checkpoint(source, tmp_path / "hybrid", ConversionConfig(mixers=[Mixer.gla, Mixer.swa]))
+    import_checkpoint(source, tmp_path / "hybrid", ConversionConfig(mixers=["gla", "swa"]))
     export_checkpoint(tmp_path / "hybrid", tmp_path / "folder")
     config = json.loads((tmp_path / "folder/config.json").read_text())
     layers = list(range(config["num_hidden_layers"]))
@@ -71,7 +70,7 @@ def test_a_dense_model_of_no_family_is_exported_with_the_code_of_hybrids(
         tensors[name] = torch.randn(tensors[name].shape, generator=torch.Generator().manual_seed(len(name)))
     save_file(tensors, tmp_path / "folder/model.safetensors", metadata={"format": "pt"})
     import_checkpoint(tmp_path / "folder", tmp_path / "megatron")
-    assert load_model_config(tmp_path / "megatron/iter_0000000/model_config.yaml").mixers == [Mixer.full]
+    assert load_model_config(tmp_path / "megatron/iter_0000000/model_config.yaml").mixers == ["full"]
     report = export_checkpoint(tmp_path / "megatron", tmp_path / "export")
     assert report.architecture == "GLAswaForCausalLM"
     exported = all_tensors(tmp_path / "export")
@@ -86,7 +85,7 @@ def test_exported_hybrid_agrees_with_the_megatron_model(
     ranks: RankPool, hf_checkpoint: HFCheckpoint, tmp_path: Path, family: str
 ) -> None:
     source, _ = hf_checkpoint(family)
-    recipe = ConversionConfig(mixers=[Mixer.gla, Mixer.swa, Mixer.gla, Mixer.full], sliding_window=7)
+    recipe = ConversionConfig(mixers=["gla", "swa", "gla", "full"], sliding_window=7)
     recipe.gla.init_gate_std = 1.0  # gates that differ between tokens and channels
     import_checkpoint(source, tmp_path / "megatron", recipe)
     export_checkpoint(tmp_path / "megatron", tmp_path / "hybrid")

@@ -12,7 +12,7 @@ import torch
 from spikingbrain_train.architecture.mixers import MIXERS
 from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
 from spikingbrain_train.config.conversion import ConversionConfig
-from spikingbrain_train.config.model import GatedLinearAttentionConfig, Mixer
+from spikingbrain_train.config.model import GatedLinearAttentionConfig
 from spikingbrain_train.conversion.import_checkpoint import import_checkpoint
 from spikingbrain_train.errors import ConfigurationError
 from tests.conversion.hf_models import HFCheckpoint
@@ -27,8 +27,8 @@ def convert(source: Path, output: Path, **recipe: object) -> MegatronCheckpointR
 
 def test_only_gla_layers_get_new_parameters(hf_checkpoint: HFCheckpoint, tmp_path: Path) -> None:
     source, _ = hf_checkpoint("qwen2")
-    dense = convert(source, tmp_path / "dense", mixers=[Mixer.full])
-    hybrid = convert(source, tmp_path / "hybrid", mixers=[Mixer.gla, Mixer.swa])
+    dense = convert(source, tmp_path / "dense", mixers=["full"])
+    hybrid = convert(source, tmp_path / "hybrid", mixers=["gla", "swa"])
     names = ("linear_gate_down_proj.weight", "linear_gate_up_proj.weight", "linear_gate_up_proj.bias")
     assert hybrid.tensors.keys() - dense.tensors.keys() == {
         ATTENTION.format(layer=layer) + name for layer in (0, 2) for name in (*names, "out_norm.weight")
@@ -46,7 +46,7 @@ def test_values_follow_the_recipe(hf_checkpoint: HFCheckpoint, tmp_path: Path) -
         init_gate_std=0.05,
         init_out_norm=0.25,
     )
-    reader = convert(source, tmp_path / "out", mixers=[Mixer.gla], gla=gla)
+    reader = convert(source, tmp_path / "out", mixers=["gla"], gla=gla)
     attention = ATTENTION.format(layer=3)
     down = reader.read(attention + "linear_gate_down_proj.weight")
     assert down.dtype == torch.bfloat16  # as the projections around it
@@ -61,7 +61,7 @@ def test_values_follow_the_recipe(hf_checkpoint: HFCheckpoint, tmp_path: Path) -
 def test_gates_without_noise(hf_checkpoint: HFCheckpoint, tmp_path: Path) -> None:
     source, _ = hf_checkpoint()
     gla = GatedLinearAttentionConfig(init_gate_std=0.0)
-    reader = convert(source, tmp_path / "out", mixers=[Mixer.gla], gla=gla)
+    reader = convert(source, tmp_path / "out", mixers=["gla"], gla=gla)
     down = reader.read(ATTENTION.format(layer=0) + "linear_gate_down_proj.weight")
     assert torch.equal(down, torch.zeros(16, 32))
 
@@ -71,12 +71,12 @@ def test_seed_and_name_decide_the_values(hf_checkpoint: HFCheckpoint, tmp_path: 
     name = ATTENTION.format(layer=2) + "linear_gate_down_proj.weight"
     first, _ = hf_checkpoint(folder="first")
     second, _ = hf_checkpoint("qwen2", folder="second", num_hidden_layers=6)
-    value = convert(first, tmp_path / "a", mixers=[Mixer.gla, Mixer.swa]).read(name)
-    assert torch.equal(convert(second, tmp_path / "b", mixers=[Mixer.gla]).read(name), value)
-    other_seed = convert(first, tmp_path / "c", mixers=[Mixer.gla], seed=7)
+    value = convert(first, tmp_path / "a", mixers=["gla", "swa"]).read(name)
+    assert torch.equal(convert(second, tmp_path / "b", mixers=["gla"]).read(name), value)
+    other_seed = convert(first, tmp_path / "c", mixers=["gla"], seed=7)
     assert not torch.equal(other_seed.read(name), value)
     other_layer = name.replace("layers.2", "layers.1")
-    assert not torch.equal(convert(second, tmp_path / "d", mixers=[Mixer.gla]).read(other_layer), value)
+    assert not torch.equal(convert(second, tmp_path / "d", mixers=["gla"]).read(other_layer), value)
 
 
 def test_report_counts_every_parameter(hf_checkpoint: HFCheckpoint, tmp_path: Path) -> None:

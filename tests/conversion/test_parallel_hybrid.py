@@ -12,10 +12,8 @@ from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
 from spikingbrain_train.config.conversion import ConversionConfig
 from spikingbrain_train.config.model import (
     FeatureMap,
-    FeedForward,
     GatedLinearAttentionConfig,
     GateKind,
-    Mixer,
     MoEConfig,
     ParallelHybridConfig,
     SpikingConfig,
@@ -36,13 +34,13 @@ LAYERS = "3 [gla,swa] (window 7) + 1 [full,gla]; 2 dense + 2 moe (4 experts, top
 
 
 def recipe(**changes: Any) -> ConversionConfig:
-    """Every part of the 76B: three gla_swa layers and a gla_full one, sinks, tied gate, dense and moe."""
+    """Every part of the 76B: GLA beside windows (three layers) and full attention, sinks, dense and moe."""
     settings: dict[str, Any] = {
-        "mixers": [Mixer.gla_swa, Mixer.gla_swa, Mixer.gla_swa, Mixer.gla_full],
+        "mixers": [["gla", "swa"], ["gla", "swa"], ["gla", "swa"], ["gla", "full"]],
         "sliding_window": 7,
         "gla": GatedLinearAttentionConfig(feature_map=FeatureMap.sigmoid, gate=GateKind.tied),
         "num_sink_tokens": 3,
-        "feed_forwards": [FeedForward.dense, FeedForward.moe],
+        "feed_forwards": ["dense", "moe"],
         "moe": MoEConfig(num_experts=4),
     }
     return ConversionConfig(**(settings | changes))
@@ -81,7 +79,7 @@ def test_both_branches_start_from_the_sources_projections(
     hf_checkpoint: HFCheckpoint, tmp_path: Path, family: str
 ) -> None:
     source, _ = hf_checkpoint(family)
-    dense = convert(source, tmp_path / "dense", ConversionConfig(mixers=[Mixer.full]))
+    dense = convert(source, tmp_path / "dense", ConversionConfig(mixers=["full"]))
     hybrid = convert(source, tmp_path / "hybrid", recipe())
     for layer in range(4):
         prefix = ATTENTION.format(layer=layer)
@@ -174,11 +172,11 @@ def test_report_counts_every_parameter_and_where_it_comes_from(
     ("changes", "part"),
     [
         (
-            {"mixers": [Mixer.gla_swa, Mixer.gla_full]},
+            {"mixers": [["gla", "swa"], ["gla", "full"]]},
             r"layers with two branches \(\[gla,swa\], \[full,gla\]\)",
         ),
         ({"num_sink_tokens": 3}, "3 sink tokens"),
-        ({"feed_forwards": [FeedForward.dense, FeedForward.moe]}, "mixture-of-experts layers"),
+        ({"feed_forwards": ["dense", "moe"]}, "mixture-of-experts layers"),
         (
             {"gla": GatedLinearAttentionConfig(feature_map=FeatureMap.sigmoid, gate=GateKind.tied)},
             "gla.gate=tied and gla.feature_map=sigmoid",
@@ -201,7 +199,7 @@ def test_what_no_hugging_face_format_holds_is_refused_before_anything_is_written
 def test_spikes_are_left_out_of_an_export_with_a_note(hf_checkpoint: HFCheckpoint, tmp_path: Path) -> None:
     source, _ = hf_checkpoint("qwen2")
     spiking = SpikingConfig(projections=[SpikingProjection.qkv])
-    convert(source, tmp_path / "out", ConversionConfig(mixers=[Mixer.full], spiking=spiking))
+    convert(source, tmp_path / "out", ConversionConfig(mixers=["full"], spiking=spiking))
     report = export_checkpoint(tmp_path / "out", tmp_path / "back")
     assert any("computes without them" in note for note in report.notes)
     ours, theirs = all_tensors(tmp_path / "back"), all_tensors(source)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from spikingbrain_train.config.conversion import ConversionConfig
 from spikingbrain_train.config.load import load_model_config
-from spikingbrain_train.config.model import Mixer, ModelConfig
+from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.conversion.export_checkpoint import export_checkpoint
 from spikingbrain_train.conversion.import_checkpoint import import_checkpoint
 from spikingbrain_train.conversion.inspect_checkpoint import inspect_checkpoint
@@ -33,7 +33,7 @@ TOLERANCE = 5e-6
 
 def recipe(**changes: Any) -> ConversionConfig:
     """The SpikingBrain-7B pattern with a window far shorter than the text, and gates that differ."""
-    config = ConversionConfig(**{"mixers": [Mixer.gla, Mixer.swa], "sliding_window": 7, **changes})
+    config = ConversionConfig(**{"mixers": ["gla", "swa"], "sliding_window": 7, **changes})
     config.gla.init_gate_std = 1.0
     return config
 
@@ -167,7 +167,7 @@ def test_biases_that_were_trained_in_the_published_class_are_not_dropped(
         ("llama3_rope", {}, ["Llama 3's rotary scaling"]),
         (
             "llama",
-            {"mixers": [Mixer.gla, Mixer.swa, Mixer.full]},
+            {"mixers": ["gla", "swa", "full"]},
             ["softmax attention in layers [1, 2]", "full attention in layers [2]"],
         ),
     ],

@@ -33,14 +33,14 @@ UPCYCLE = """
 import resource, sys
 from pathlib import Path
 from spikingbrain_train.config.conversion import ConversionConfig, UpcyclingConfig
-from spikingbrain_train.config.model import FeedForward, Mixer, MoEConfig
+from spikingbrain_train.config.model import MoEConfig
 from spikingbrain_train.conversion.import_checkpoint import import_checkpoint
 source = Path(sys.argv[1])
 for number in map(int, sys.argv[2:]):
     import_checkpoint(source, source.with_suffix(f".{number}"), ConversionConfig(
-        mixers=[Mixer.gla_swa],
+        mixers=[["gla", "swa"]],
         num_sink_tokens=8,
-        feed_forwards=[FeedForward.moe],
+        feed_forwards=["moe"],
         moe=MoEConfig(num_experts=number),
         upcycling=UpcyclingConfig(reinit_fraction=0.5),
     ))

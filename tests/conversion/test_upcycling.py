@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
 from spikingbrain_train.config.conversion import ConversionConfig, UpcyclingConfig, UpcyclingForm
-from spikingbrain_train.config.model import FeedForward, Mixer, MoEConfig
+from spikingbrain_train.config.model import MoEConfig
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.conversion.import_checkpoint import import_checkpoint
 from spikingbrain_train.errors import ConfigurationError
@@ -29,8 +29,8 @@ WIDTH = SIZES["intermediate_size"]
 def recipe(form: UpcyclingForm = PUBLISHED, fraction: float = 0.0, **moe: Any) -> ConversionConfig:
     """Full attention, a dense layer and a mixture of 4 experts in turns."""
     return ConversionConfig(
-        mixers=[Mixer.full],
-        feed_forwards=[FeedForward.dense, FeedForward.moe],
+        mixers=["full"],
+        feed_forwards=["dense", "moe"],
         moe=MoEConfig(**{"num_experts": 4, **moe}),
         upcycling=UpcyclingConfig(form=form, reinit_fraction=fraction),
     )

@@ -17,10 +17,8 @@ from torch import Tensor
 
 from spikingbrain_train.config.model import (
     FeatureMap,
-    FeedForward,
     GatedLinearAttentionConfig,
     GateKind,
-    Mixer,
     ModelConfig,
     MoEConfig,
     ParallelHybridConfig,
@@ -49,7 +47,7 @@ _7B = ModelConfig(
     kv_channels=8,
     vocab_size=130,  # leaves the last tensor-parallel rank mostly padding
     max_position_embeddings=LENGTH,
-    mixers=[Mixer.gla, Mixer.swa],
+    mixers=["gla", "swa"],
     sliding_window=21,  # reaches over two slices of 16 tokens
     # The norm behind linear attention divides by sqrt(epsilon) where ReLU features leave (almost) nothing.
     norm_epsilon=1e-2,
@@ -57,11 +55,11 @@ _7B = ModelConfig(
 )
 _76B = replace(
     _7B,
-    mixers=[Mixer.gla_swa, Mixer.gla_full],
+    mixers=[["gla", "swa"], ["gla", "full"]],
     gla=GatedLinearAttentionConfig(feature_map=FeatureMap.sigmoid, gate=GateKind.tied),
     parallel_hybrid=ParallelHybridConfig(0.7, 0.5),
     num_sink_tokens=6,
-    feed_forwards=[FeedForward.dense, FeedForward.moe],
+    feed_forwards=["dense", "moe"],
     moe=MoEConfig(num_experts=4, router_topk=1, num_shared_experts=1),
 )
 
@@ -76,17 +74,17 @@ class Case:
 
 
 CASES: Mapping[str, Case] = {
-    "full attention": Case(replace(_7B, mixers=[Mixer.full])),
-    "sliding window": Case(replace(_7B, mixers=[Mixer.swa])),
-    "GLA, low-rank gate": Case(replace(_7B, mixers=[Mixer.gla])),
-    "GLA, tied gate": Case(replace(_7B, mixers=[Mixer.gla], gla=_76B.gla)),
-    "parallel hybrid": Case(replace(_76B, num_sink_tokens=0, feed_forwards=[FeedForward.dense])),
-    "sinks": Case(replace(_7B, mixers=[Mixer.gla, Mixer.full], num_sink_tokens=6)),
+    "full attention": Case(replace(_7B, mixers=["full"])),
+    "sliding window": Case(replace(_7B, mixers=["swa"])),
+    "GLA, low-rank gate": Case(replace(_7B, mixers=["gla"])),
+    "GLA, tied gate": Case(replace(_7B, mixers=["gla"], gla=_76B.gla)),
+    "parallel hybrid": Case(replace(_76B, num_sink_tokens=0, feed_forwards=["dense"])),
+    "sinks": Case(replace(_7B, mixers=["gla", "full"], num_sink_tokens=6)),
     "MoE": Case(
         replace(
             _7B,
-            mixers=[Mixer.swa],
-            feed_forwards=[FeedForward.moe],
+            mixers=["swa"],
+            feed_forwards=["moe"],
             moe=MoEConfig(num_experts=4, router_topk=2, num_shared_experts=2),
         )
     ),

@@ -11,10 +11,8 @@ from typing import Any
 
 from spikingbrain_train.config.model import (
     FeatureMap,
-    FeedForward,
     GatedLinearAttentionConfig,
     GateKind,
-    Mixer,
     ModelConfig,
     MoEConfig,
     ParallelHybridConfig,
@@ -46,7 +44,7 @@ MODEL = ModelConfig(
     kv_channels=8,
     vocab_size=130,
     max_position_embeddings=128,
-    mixers=[Mixer.gla, Mixer.swa, Mixer.gla, Mixer.full],
+    mixers=["gla", "swa", "gla", "full"],
     sliding_window=9,
     # ReLU features make some outputs of so small a model (almost) zero; the norm behind them divides by
     # sqrt(epsilon), and a feature that rounding pushes across zero would show as a jump of the gradient.
@@ -55,14 +53,14 @@ MODEL = ModelConfig(
     qk_layernorm=True,
     share_embeddings_and_output_weights=True,
 )
-DENSE = replace(MODEL, mixers=[Mixer.full])
+DENSE = replace(MODEL, mixers=["full"])
 MODEL_76B = replace(
     MODEL,
-    mixers=[Mixer.gla_swa, Mixer.gla_full],
+    mixers=[["gla", "swa"], ["gla", "full"]],
     gla=GatedLinearAttentionConfig(feature_map=FeatureMap.sigmoid, gate=GateKind.tied),
     parallel_hybrid=ParallelHybridConfig(init_softmax_weight=0.8, init_linear_weight=0.4),
     num_sink_tokens=4,
-    feed_forwards=[FeedForward.dense, FeedForward.moe],
+    feed_forwards=["dense", "moe"],
     moe=MoEConfig(num_experts=4, router_topk=1, num_shared_experts=1),
 )
 

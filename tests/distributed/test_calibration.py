@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from spikingbrain_train.config.model import FeatureMap, GatedLinearAttentionConfig, GateKind, Mixer
+from spikingbrain_train.config.model import FeatureMap, GatedLinearAttentionConfig, GateKind
 from spikingbrain_train.config.parallel import (
     KernelConfig,
     LinearAttentionBackend,
@@ -35,7 +35,7 @@ def _mixer(
     from spikingbrain_train.models.gpt_model import build_model
     from spikingbrain_train.models.transformer_config import transformer_config
 
-    model = replace(MODEL, num_layers=1, mixers=[Mixer.gla], qk_layernorm=qk_layernorm, gla=gla)
+    model = replace(MODEL, num_layers=1, mixers=["gla"], qk_layernorm=qk_layernorm, gla=gla)
     config = transformer_config(model, parallel, Precision.fp32, on_cpu=True)
     torch.manual_seed(0)
     return build_model(model, config, KERNELS, groups.device).decoder.layers[0].self_attention

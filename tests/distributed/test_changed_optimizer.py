@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from spikingbrain_train.config.model import Mixer, ModelConfig
+from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import LRDecayStyle, OptimizerConfig, Precision, RunConfig, StageConfig
 from spikingbrain_train.parallel.process_groups import ProcessGroups
@@ -34,7 +34,7 @@ AFTER = OptimizerConfig(
     adam_eps=1e-3,
 )
 # The first stage has all new parameters, so that the second one's group of them is empty.
-NEW_PARAMETERS_IN_FRONT = replace(MODEL, mixers=[Mixer.gla, Mixer.gla, Mixer.full, Mixer.swa])
+NEW_PARAMETERS_IN_FRONT = replace(MODEL, mixers=["gla", "gla", "full", "swa"])
 FORMS: dict[str, tuple[int, ParallelConfig, Precision, ModelConfig]] = {
     "fp32": (1, ParallelConfig(), Precision.fp32, MODEL),
     "bf16": (1, ParallelConfig(), Precision.bf16, MODEL),

@@ -11,8 +11,6 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from spikingbrain_train.architecture.feed_forwards import FEED_FORWARDS
 from spikingbrain_train.config.model import (
-    FeedForward,
-    Mixer,
     ModelConfig,
     MoEConfig,
     SpikingConfig,
@@ -48,8 +46,8 @@ MODEL = ModelConfig(
     kv_channels=8,
     vocab_size=64,
     max_position_embeddings=64,
-    mixers=[Mixer.full],
-    feed_forwards=[FeedForward.dense, FeedForward.dense, FeedForward.moe],
+    mixers=["full"],
+    feed_forwards=["dense", "dense", "moe"],
     moe=MoEConfig(num_experts=4, num_shared_experts=2, moe_ffn_hidden_size=24),
 )
 
@@ -80,7 +78,7 @@ def test_megatron_core_is_told_the_sizes_of_experts() -> None:
 
 
 def test_a_dense_teacher_stands_beside_a_student_whose_experts_are_spread() -> None:
-    dense = replace(MODEL, feed_forwards=[FeedForward.dense])
+    dense = replace(MODEL, feed_forwards=["dense"])
     config = transformer_config(
         dense, ParallelConfig(expert_model_parallel_size=2), Precision.fp32, on_cpu=True
     )

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spikingbrain_train.architecture.layers import layers
-from spikingbrain_train.config.model import Mixer, ModelConfig
+from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import KernelConfig, ParallelConfig
 from spikingbrain_train.config.run import Precision
 from tests.distributed.pool import RankPool
@@ -36,7 +36,7 @@ def model_config(*, bias: bool, qk_norm: bool) -> ModelConfig:
         kv_channels=K,
         vocab_size=64,
         max_position_embeddings=64,
-        mixers=[Mixer.gla],
+        mixers=["gla"],
         norm_epsilon=EPS,
         add_qkv_bias=bias,
         qk_layernorm=qk_norm,

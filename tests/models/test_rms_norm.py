@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from spikingbrain_train.config.model import Mixer, ModelConfig
+from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import Precision
 from spikingbrain_train.models.rms_norm import RMSNorm
@@ -21,7 +21,7 @@ MODEL = ModelConfig(
     kv_channels=8,
     vocab_size=64,
     max_position_embeddings=64,
-    mixers=[Mixer.full],
+    mixers=["full"],
 )
 
 

@@ -20,7 +20,6 @@ from torch.nn.functional import linear, silu
 
 from spikingbrain_train.config.model import (
     GateEncoding,
-    Mixer,
     ModelConfig,
     SpikingConfig,
     SpikingProjection,
@@ -53,7 +52,7 @@ MODEL = ModelConfig(
     kv_channels=8,
     vocab_size=256,  # padded to the same size, so that initial weights are the same, for one and two ranks
     max_position_embeddings=64,
-    mixers=[Mixer.gla, Mixer.swa, Mixer.gla, Mixer.full],
+    mixers=["gla", "swa", "gla", "full"],
     sliding_window=5,
     norm_epsilon=1e-3,
     init_method_std=0.2,  # layers that say as much as the residual stream

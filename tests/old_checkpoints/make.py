@@ -22,10 +22,8 @@ from spikingbrain_train.config.conversion import ConversionConfig
 from spikingbrain_train.config.load import load_model_config
 from spikingbrain_train.config.model import (
     FeatureMap,
-    FeedForward,
     GatedLinearAttentionConfig,
     GateKind,
-    Mixer,
     ModelConfig,
     MoEConfig,
     ParallelHybridConfig,
@@ -57,12 +55,12 @@ MODEL_76B = ModelConfig(
     kv_channels=8,
     vocab_size=120,
     max_position_embeddings=64,
-    mixers=[Mixer.gla_swa, Mixer.gla_full],
+    mixers=[["gla", "swa"], ["gla", "full"]],
     sliding_window=9,
     gla=GatedLinearAttentionConfig(feature_map=FeatureMap.sigmoid, gate=GateKind.tied),
     parallel_hybrid=ParallelHybridConfig(init_softmax_weight=0.8, init_linear_weight=0.4),
     num_sink_tokens=4,
-    feed_forwards=[FeedForward.dense, FeedForward.moe],
+    feed_forwards=["dense", "moe"],
     moe=MoEConfig(num_experts=2, router_topk=1, num_shared_experts=1),
     norm_epsilon=1e-2,
     init_method_std=0.2,
@@ -176,7 +174,7 @@ def main() -> None:
     run("76b", MODEL_76B, Precision.fp32, None)
     write_source()
     import_checkpoint(
-        Path("source"), Path("converted"), ConversionConfig(mixers=[Mixer.gla, Mixer.swa], sliding_window=9)
+        Path("source"), Path("converted"), ConversionConfig(mixers=["gla", "swa"], sliding_window=9)
     )
     model = load_model_config(Path("converted/iter_0000000/model_config.yaml"))
     run("7b", model, Precision.bf16, "converted")

@@ -22,10 +22,8 @@ from spikingbrain_train.architecture.layers import layers
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.config.model import (
     FeatureMap,
-    FeedForward,
     GatedLinearAttentionConfig,
     GateKind,
-    Mixer,
     ModelConfig,
     MoEConfig,
     SpikingConfig,
@@ -60,19 +58,19 @@ DENSE = ModelConfig(
     kv_channels=64,
     vocab_size=1024,
     max_position_embeddings=LENGTH,
-    mixers=[Mixer.swa],
+    mixers=["swa"],
     sliding_window=64,
     add_qkv_bias=True,
 )
-GLA = replace(DENSE, mixers=[Mixer.gla])
+GLA = replace(DENSE, mixers=["gla"])
 TWO_BRANCHES = replace(
     DENSE,
-    mixers=[Mixer.gla_swa],
+    mixers=[["gla", "swa"]],
     gla=GatedLinearAttentionConfig(feature_map=FeatureMap.sigmoid, gate=GateKind.tied),
     num_sink_tokens=32,
 )
 EXPERTS = replace(
-    DENSE, feed_forwards=[FeedForward.moe], moe=MoEConfig(num_experts=4, router_topk=1, num_shared_experts=1)
+    DENSE, feed_forwards=["moe"], moe=MoEConfig(num_experts=4, router_topk=1, num_shared_experts=1)
 )
 SPIKES = SpikingConfig(projections=list(SpikingProjection))
 METHODS = {
@@ -117,7 +115,7 @@ CASES = {
     "window, fp32": Case(DENSE, Precision.fp32),
     "window, q and k norms": Case(replace(DENSE, qk_layernorm=True)),
     "window, sinks": Case(replace(DENSE, num_sink_tokens=32)),
-    "full attention": Case(replace(DENSE, mixers=[Mixer.full])),
+    "full attention": Case(replace(DENSE, mixers=["full"])),
     "GLA, low-rank gate": Case(GLA),
     "GLA, low-rank gate, fp32": Case(GLA, Precision.fp32),
     "GLA, low-rank gate, fla": Case(GLA, fla=True),
@@ -140,7 +138,7 @@ CASES = {
             ("experts, spiking", replace(EXPERTS, spiking=SPIKES)),
             (
                 "dense beside experts",
-                replace(EXPERTS, num_layers=2, feed_forwards=[FeedForward.dense, FeedForward.moe]),
+                replace(EXPERTS, num_layers=2, feed_forwards=["dense", "moe"]),
             ),
         )
     },
@@ -248,7 +246,7 @@ def test_a_layer_keeps_what_is_planned(name: str, kept: dict[str, list[float]]) 
 def test_a_slice_keeps_what_is_planned(method: str, ranks: RankPool) -> None:
     cases = [
         Case(model, fla=fla, context=METHODS[method])
-        for model in (DENSE, GLA, TWO_BRANCHES, replace(TWO_BRANCHES, mixers=[Mixer.gla_full]))
+        for model in (DENSE, GLA, TWO_BRANCHES, replace(TWO_BRANCHES, mixers=[["gla", "full"]]))
         for fla in (False, True)
     ]
     per_rank = ranks.run(
@@ -274,7 +272,7 @@ def test_a_model_keeps_what_is_planned_before_its_logits(level: Recompute, ranks
     model = replace(
         TWO_BRANCHES,
         num_layers=3,
-        feed_forwards=[FeedForward.dense, FeedForward.moe, FeedForward.moe],
+        feed_forwards=["dense", "moe", "moe"],
         moe=EXPERTS.moe,
     )
     case = Case(model, recompute=level)
@@ -304,7 +302,7 @@ def _gradients(groups: ProcessGroups, cases: list[Case]) -> list[dict[str, Tenso
 
 
 def test_computing_dense_feed_forwards_again_changes_no_gradient(ranks: RankPool) -> None:
-    model = replace(EXPERTS, num_layers=2, feed_forwards=[FeedForward.dense, FeedForward.moe])
+    model = replace(EXPERTS, num_layers=2, feed_forwards=["dense", "moe"])
     levels = (Recompute.none, Recompute.moe_feed_forward, Recompute.moe_layer)
     cases = [Case(model, recompute=level) for level in levels]
     ((kept, *again),) = ranks.run(_gradients, cases, world_size=1, parallel=ParallelConfig())

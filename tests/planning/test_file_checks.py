@@ -11,10 +11,8 @@ import pytest
 
 from spikingbrain_train.config.model import (
     FeatureMap,
-    FeedForward,
     GatedLinearAttentionConfig,
     GateKind,
-    Mixer,
 )
 from spikingbrain_train.config.run import DataConfig, Resume, RunConfig, StageConfig
 from spikingbrain_train.data.gpt_dataset import build_datasets
@@ -24,7 +22,7 @@ from spikingbrain_train.planning.file_checks import check_output_folder
 from tests.config.small_model import small_model, write_checkpoint
 
 HYBRID = small_model()
-DENSE = dataclasses.replace(HYBRID, mixers=[Mixer.full])
+DENSE = dataclasses.replace(HYBRID, mixers=["full"])
 
 
 @pytest.fixture
@@ -180,11 +178,11 @@ class TestLoadedCheckpoint:
             ({"num_layers": 2}, ["num_layers=2", "model.num_layers=4"]),
             ({"vocab_size": 1024}, ["vocab_size=1024", "model.vocab_size=512"]),
             ({"add_qkv_bias": True}, ["add_qkv_bias=true", "model.add_qkv_bias=false"]),
-            ({"mixers": [Mixer.swa, Mixer.gla]}, ["mixer swa in layer 0", "model.mixers says gla"]),
-            ({"mixers": [Mixer.gla, Mixer.gla_swa]}, ["mixer [gla,swa] in layer 1", "model.mixers says swa"]),
+            ({"mixers": ["swa", "gla"]}, ["mixer swa in layer 0", "model.mixers says gla"]),
+            ({"mixers": ["gla", ["gla", "swa"]]}, ["mixer [gla,swa] in layer 1", "model.mixers says swa"]),
             ({"num_sink_tokens": 6}, ["num_sink_tokens=6", "model.num_sink_tokens=0"]),
             (
-                {"feed_forwards": [FeedForward.moe]},
+                {"feed_forwards": ["moe"]},
                 ["feed-forward moe in layer 0", "model.feed_forwards says dense"],
             ),
             (
@@ -231,11 +229,11 @@ class TestTeacher:
         run.parallel.pipeline_model_parallel_size = 2
         run.stage.teacher = write_checkpoint(
             tmp_path / "half",
-            dataclasses.replace(HYBRID, mixers=[Mixer.full, Mixer.full, Mixer.gla, Mixer.swa]),
+            dataclasses.replace(HYBRID, mixers=["full", "full", "gla", "swa"]),
         )
         with pytest.raises(ConfigurationError, match="layers 2 to 3 have the teacher's mixers; valid are 1$"):
             check_run_config(run, world_size=2)
-        run.model.mixers = [Mixer.swa, Mixer.gla, Mixer.full, Mixer.swa]
+        run.model.mixers = ["swa", "gla", "full", "swa"]
         check_run_config(run, world_size=2)
 
     def test_a_missing_teacher_is_named(self, run):

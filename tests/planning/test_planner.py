@@ -19,10 +19,8 @@ from spikingbrain_train.config.compose import compose_run
 from spikingbrain_train.config.load import to_run_config
 from spikingbrain_train.config.model import (
     FeatureMap,
-    FeedForward,
     GatedLinearAttentionConfig,
     GateKind,
-    Mixer,
     ModelConfig,
     MoEConfig,
     SpikingConfig,
@@ -62,7 +60,7 @@ LLAMA = ModelConfig(
     kv_channels=16,
     vocab_size=500,  # not a multiple of the padding
     max_position_embeddings=256,
-    mixers=[Mixer.gla, Mixer.swa, Mixer.full, Mixer.gla],
+    mixers=["gla", "swa", "full", "gla"],
     gla=GatedLinearAttentionConfig(gate_low_rank_dim=6),
 )
 MODELS = {
@@ -86,23 +84,23 @@ def run_of(model: ModelConfig, parallel: ParallelConfig | None = None, **stage: 
 
 EXPERTS = dataclasses.replace(
     LLAMA,
-    feed_forwards=[FeedForward.dense, FeedForward.moe],
+    feed_forwards=["dense", "moe"],
     moe=MoEConfig(num_experts=4, router_topk=2, num_shared_experts=2, moe_ffn_hidden_size=40),
 )
 SPIKINGBRAIN_76B_LIKE = dataclasses.replace(
     EXPERTS,
-    mixers=[Mixer.gla_swa, Mixer.gla_full],
+    mixers=[["gla", "swa"], ["gla", "full"]],
     gla=GatedLinearAttentionConfig(feature_map=FeatureMap.sigmoid, gate=GateKind.tied),
     num_sink_tokens=6,
     add_qkv_bias=True,
 )
 HYBRIDS = {
     "two branches, low-rank gate, sinks": dataclasses.replace(
-        LLAMA, mixers=[Mixer.gla_swa, Mixer.gla_full], num_sink_tokens=6, qk_layernorm=True
+        LLAMA, mixers=[["gla", "swa"], ["gla", "full"]], num_sink_tokens=6, qk_layernorm=True
     ),
     "experts": EXPERTS,
     "experts only, none shared": dataclasses.replace(
-        LLAMA, feed_forwards=[FeedForward.moe], moe=MoEConfig(num_experts=8, num_shared_experts=0)
+        LLAMA, feed_forwards=["moe"], moe=MoEConfig(num_experts=8, num_shared_experts=0)
     ),
     "76B-like": SPIKINGBRAIN_76B_LIKE,
     "76B-like, spiking": dataclasses.replace(
@@ -364,7 +362,7 @@ class TestMemory:
         assert with_it.parameters == without.parameters
 
     def test_the_first_pipeline_stage_holds_most_micro_batches(self) -> None:
-        same = dataclasses.replace(LLAMA, mixers=[Mixer.swa])
+        same = dataclasses.replace(LLAMA, mixers=["swa"])
         stages = plan_run(run_of(same, ParallelConfig(pipeline_model_parallel_size=4)), 4).stages
         first, second, third, _ = (stage.memory.activations for stage in stages)
         assert first == pytest.approx(2 * third) and second == pytest.approx(1.5 * third)

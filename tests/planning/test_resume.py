@@ -11,10 +11,8 @@ import pytest
 
 from spikingbrain_train.config.model import (
     FeatureMap,
-    FeedForward,
     GatedLinearAttentionConfig,
     GateKind,
-    Mixer,
     MoEConfig,
     RopeScalingConfig,
     SpikingConfig,
@@ -41,8 +39,8 @@ from tests.config.small_model import small_model, write_checkpoint
 
 # Every kind of layer, so that every setting has a part in it.
 MODEL = small_model(
-    mixers=[Mixer.gla, Mixer.swa, Mixer.gla_full, Mixer.full],
-    feed_forwards=[FeedForward.dense, FeedForward.moe],
+    mixers=["gla", "swa", ["gla", "full"], "full"],
+    feed_forwards=["dense", "moe"],
     moe=MoEConfig(num_experts=4, capacity_factor=2.0),
     spiking=SpikingConfig(projections=[SpikingProjection.qkv, SpikingProjection.gate]),
     rope_scaling=RopeScalingConfig(factor=8.0),
@@ -145,7 +143,7 @@ def test_changes_are_said_as_they_are_written_on_the_command_line(run: RunConfig
         ("stage.seq_length", 32, ["stage.seq_length=16", "with 32", "another order"]),
         ("stage.kind", "align", ["stage.kind=cpt", "with align"]),
         ("model.num_sink_tokens", 6, ["model.num_sink_tokens=0", "with 6", "choose another output_dir"]),
-        ("model.mixers", [Mixer.gla], ["model.mixers=[gla,swa,gla_full,full]", "with [gla]"]),
+        ("model.mixers", ["gla"], ["model.mixers=[gla,swa,[gla,full],full]", "with [gla]"]),
         ("model.sliding_window", 8, ["model.sliding_window=4096", "with 8", "checkpoint.load="]),
         (
             "model.gla",

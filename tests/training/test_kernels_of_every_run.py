@@ -25,7 +25,7 @@ from spikingbrain_train.architecture.layers import dense_twin
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.config.compose import compose_run
 from spikingbrain_train.config.load import to_run_config
-from spikingbrain_train.config.model import Mixer, ModelConfig
+from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import (
     AcceleratorKind,
     ExpertBackend,
@@ -168,7 +168,7 @@ def run_softmax_attention(config: RunConfig) -> None:
                 q,
                 k,
                 k,
-                window=model.sliding_window if branch is Mixer.swa else None,
+                window=model.sliding_window if branch == "swa" else None,
                 layout=layout,
                 cp_group=None,
                 method=config.parallel.context_parallel.sliding_window_attention,

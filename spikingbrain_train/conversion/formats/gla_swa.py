@@ -15,7 +15,6 @@ from spikingbrain_train.config.model import (
     FeatureMap,
     GatedLinearAttentionConfig,
     GateKind,
-    Mixer,
     ModelConfig,
 )
 from spikingbrain_train.conversion.formats.config_keys import ConfigKeys
@@ -241,7 +240,7 @@ def _where(places: list[str], *chosen: str) -> list[int]:
     return [layer for layer, place in enumerate(places) if place in chosen]
 
 
-def shortest_pattern(mixers: list[Mixer]) -> list[Mixer]:
+def shortest_pattern(mixers: list[str]) -> list[str]:
     """The shortest list that, repeated, spells ``mixers``: 28 alternating layers become [gla, swa]."""
     for length in range(1, len(mixers)):
         if all(mixer == mixers[layer % length] for layer, mixer in enumerate(mixers)):

@@ -12,7 +12,7 @@ from spikingbrain_train.architecture.feed_forwards import FEED_FORWARDS, FeedFor
 from spikingbrain_train.architecture.layers import feed_forwards_of, layers, mixers_of
 from spikingbrain_train.architecture.mixers import MIXERS, MixerKind
 from spikingbrain_train.architecture.weights import Shape, Weight
-from spikingbrain_train.config.model import FeedForward, Mixer, ModelConfig
+from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.conversion.formats.config_keys import ConfigKeys
 from spikingbrain_train.conversion.window_convention import WINDOW_KEY, WindowConvention
 from spikingbrain_train.errors import ConfigurationError
@@ -133,13 +133,13 @@ class HfFormat(ABC):
             )
         return []
 
-    def mixer_at(self, place: str) -> Mixer:
+    def mixer_at(self, place: str) -> str:
         """The mixer that the format calls ``place``."""
-        return Mixer[self._name_at(place, MIXERS)]
+        return self._name_at(place, MIXERS)
 
-    def feed_forward_at(self, place: str) -> FeedForward:
+    def feed_forward_at(self, place: str) -> str:
         """The feed-forward that the format calls ``place``."""
-        return FeedForward[self._name_at(place, FEED_FORWARDS)]
+        return self._name_at(place, FEED_FORWARDS)
 
     def _name_at(self, place: str, known: Iterable[MixerKind | FeedForwardKind]) -> str:
         for kind in known:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from spikingbrain_train.architecture.feed_forwards import FEED_FORWARDS
-from spikingbrain_train.config.model import FeedForward, ModelConfig, MoEConfig
+from spikingbrain_train.config.model import ModelConfig, MoEConfig
 from spikingbrain_train.config.parallel import KernelConfig, ParallelConfig
 from spikingbrain_train.config.run import Precision
 from spikingbrain_train.models.feed_forwards.moe.spec import spec as spec_of_experts
@@ -37,7 +37,7 @@ def model_config(moe: MoEConfig) -> ModelConfig:
         kv_channels=8,
         vocab_size=64,
         max_position_embeddings=64,
-        feed_forwards=[FeedForward.moe],
+        feed_forwards=["moe"],
         moe=moe,
         init_method_std=0.3,
     )

@@ -1,0 +1,43 @@
+"""Values of settings that are written in another way now.
+
+A stored run may still hold the old one; a command line and a YAML that a user writes may not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from spikingbrain_train.config.model import OLD_MIXERS, GateEncoding, SpikingProjection
+
+RENAMED_VALUES = {
+    "cluster.kernels.gated_linear_attention": {"recurrent": "naive"},
+    "cluster.kernels.softmax_attention": {"reference": "naive"},
+}
+"""Setting -> old name of a value -> its name now."""
+
+
+def translate_model(model: Any) -> None:
+    """Write a model that an earlier release stored as it is written now, in place.
+
+    Layers of two branches had names of their own; a spiking gate was encoded in front of each matrix.
+    """
+    if not isinstance(model, DictConfig):
+        return
+    mixers, spiking = model.get("mixers"), model.get("spiking")
+    if isinstance(mixers, ListConfig):
+        model.mixers = [OLD_MIXERS.get(entry, entry) if isinstance(entry, str) else entry for entry in mixers]
+    if isinstance(spiking, DictConfig):
+        projections = spiking.get("projections")
+        if isinstance(projections, ListConfig) and SpikingProjection.gate.name in projections:
+            spiking.setdefault("gate_encoding", GateEncoding.each_matrix.name)
+
+
+def translate_run(stored: DictConfig) -> None:
+    """Give the values of a run that an earlier release stored the names that they have now, in place."""
+    translate_model(stored.get("model"))
+    for setting, renamed in RENAMED_VALUES.items():
+        value = OmegaConf.select(stored, setting)
+        if value in renamed:
+            OmegaConf.update(stored, setting, renamed[value])
