@@ -96,13 +96,7 @@ def convert_checkpoint(arguments: Sequence[str] | None = None) -> None:
         epilog="Each command explains itself: convert_checkpoint.py import --help",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="{import,export,inspect}")
-    importer = commands.add_parser(
-        "import",
-        help="Hugging Face -> Megatron",
-        description=_IMPORT_DESCRIPTION,
-        epilog=_IMPORT_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    importer = commands.add_parser("import", help="Hugging Face -> Megatron", **_import_texts())
     _add_import_arguments(importer)
     importer.set_defaults(handler=_import)
     exporter = commands.add_parser(
@@ -118,10 +112,23 @@ def convert_checkpoint(arguments: Sequence[str] | None = None) -> None:
     _run(parser, arguments)
 
 
-def export(arguments: Sequence[str] | None = None) -> None:
-    """tools/export.py: the ``export`` command on its own."""
+def import_parser() -> argparse.ArgumentParser:
+    """The flags of ``convert_checkpoint.py import``."""
+    parser = argparse.ArgumentParser(prog="convert_checkpoint.py import", **_import_texts())
+    _add_import_arguments(parser)
+    return parser
+
+
+def export_parser() -> argparse.ArgumentParser:
+    """The flags of tools/export.py."""
     parser = argparse.ArgumentParser(prog="export.py", **_export_texts())
     _add_export_arguments(parser)
+    return parser
+
+
+def export(arguments: Sequence[str] | None = None) -> None:
+    """tools/export.py: the ``export`` command on its own."""
+    parser = export_parser()
     parser.set_defaults(handler=_export)
     _run(parser, arguments)
 
@@ -171,6 +178,14 @@ def _add_import_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="changes to the recipe, e.g. sliding_window=2048"
     )
+
+
+def _import_texts() -> dict:
+    return {
+        "description": _IMPORT_DESCRIPTION,
+        "epilog": _IMPORT_EXAMPLES,
+        "formatter_class": argparse.RawDescriptionHelpFormatter,
+    }
 
 
 def _export_texts() -> dict:

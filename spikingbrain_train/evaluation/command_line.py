@@ -53,8 +53,8 @@ examples:
 """
 
 
-def evaluate(arguments: Sequence[str] | None = None) -> None:
-    """tools/evaluate.py."""
+def evaluate_parser() -> argparse.ArgumentParser:
+    """The flags of tools/evaluate.py."""
     parser = _parser("evaluate.py", _EVALUATE_DESCRIPTION, _EVALUATE_EXAMPLES)
     parser.add_argument(
         "--data",
@@ -67,11 +67,11 @@ def evaluate(arguments: Sequence[str] | None = None) -> None:
         "--seq-length", type=int, default=2048, metavar="N", help="tokens of a window (default: %(default)s)"
     )
     parser.add_argument("--max-windows", type=int, metavar="N", help="use the first N windows (default: all)")
-    _run(parser, _evaluate, arguments)
+    return parser
 
 
-def generate(arguments: Sequence[str] | None = None) -> None:
-    """tools/generate.py."""
+def generate_parser() -> argparse.ArgumentParser:
+    """The flags of tools/generate.py."""
     parser = _parser("generate.py", _GENERATE_DESCRIPTION, _GENERATE_EXAMPLES)
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to go on from")
     parser.add_argument(
@@ -88,7 +88,17 @@ def generate(arguments: Sequence[str] | None = None) -> None:
         help="choose among the likeliest tokens that together have probability P (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=1234, help="of the sampling (default: %(default)s)")
-    _run(parser, _generate, arguments)
+    return parser
+
+
+def evaluate(arguments: Sequence[str] | None = None) -> None:
+    """tools/evaluate.py."""
+    _run(evaluate_parser(), _evaluate, arguments)
+
+
+def generate(arguments: Sequence[str] | None = None) -> None:
+    """tools/generate.py."""
+    _run(generate_parser(), _generate, arguments)
 
 
 def _parser(prog: str, description: str, epilog: str) -> argparse.ArgumentParser:

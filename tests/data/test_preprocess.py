@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import importlib.util
 import json
 import random
 import resource
@@ -8,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -19,6 +18,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer
 
+from spikingbrain_train.data.command_line import preprocess_data
 from spikingbrain_train.data.documents import RawDocument, Source
 from spikingbrain_train.data.indexed import read_info, token_dtype
 from spikingbrain_train.data.preprocess import PreprocessOptions, plan_preprocessing, preprocess
@@ -241,19 +241,11 @@ def test_options_out_of_range_are_refused(corpus: Path, hf_folder: Path, changes
         options(corpus, hf_folder, **changes)
 
 
-def tool_main() -> Callable[[list[str]], int]:
-    specification = importlib.util.spec_from_file_location("preprocess_data", TOOL)
-    assert specification is not None and specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module.main
-
-
 def run_tool(*arguments: object) -> int:
     """The tool inside this process: importing megatron-core anew takes seconds."""
     previous = signal.getsignal(signal.SIGTERM)
     try:
-        return tool_main()([str(argument) for argument in arguments])
+        return preprocess_data([str(argument) for argument in arguments])
     finally:
         signal.signal(signal.SIGTERM, previous)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -27,10 +27,9 @@ from spikingbrain_train.pipelines.demo.named_settings import (
     NamedSettings,
 )
 from spikingbrain_train.reporting.activity import format_duration
-from spikingbrain_train.storage.durable_files import write_text_durably
 
 DEFAULT_MINUTES = 12.0
-CHOICE_FILE = "demo_lengths.json"
+SPEED_FILE, CHOICE_FILE = "demo_speed.json", "demo_lengths.json"
 
 _SHORT_SEQUENCE = 512
 _ALIGN_SHARE = 0.4
@@ -251,9 +250,7 @@ def _calibration(align: DictConfig, speed: Speed) -> float:
 def check_minutes(minutes: float) -> None:
     """Raise ConfigurationError if ``--budget`` is no time that a demo could be given."""
     if not 1 <= minutes <= 100_000:
-        raise ConfigurationError(
-            f"--budget is {minutes:g} minutes; give at least 1, e.g. {DEFAULT_MINUTES:g}"
-        )
+        raise ConfigurationError(f"budget is {minutes:g} minutes; give at least 1, e.g. {DEFAULT_MINUTES:g}")
 
 
 def read_speed(path: Path) -> Speed:
@@ -266,18 +263,3 @@ def read_speed(path: Path) -> Speed:
         return Speed(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         raise ConfigurationError(f"{path} cannot be read; remove it, and the demo measures again") from None
-
-
-def recall(output: Path, key: str) -> Lengths | None:
-    """The choice of an earlier call, if it was made for the same ``key``."""
-    try:
-        stored = json.loads((output / CHOICE_FILE).read_text(encoding="utf-8"))
-        return Lengths(**stored["lengths"]) if stored["key"] == key else None
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-
-
-def remember(output: Path, key: str, lengths: Lengths) -> None:
-    """Keep a choice, so that the next call goes on instead of choosing anew."""
-    content = json.dumps({"key": key, "lengths": asdict(lengths)}, indent=2) + "\n"
-    write_text_durably(output / CHOICE_FILE, content)

@@ -1,32 +1,30 @@
-"""Arguments of tools/demo.py."""
+"""Arguments of tools/demo.py: conf/pipeline/demo.yaml under the names of `make demo`."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from spikingbrain_train.config.command_line import user_errors
-from spikingbrain_train.pipelines.demo.budget import DEFAULT_MINUTES, check_minutes, recall, remember
-from spikingbrain_train.pipelines.demo.report import write_report
-from spikingbrain_train.pipelines.demo.runner import Runner, printable
-from spikingbrain_train.pipelines.demo.steps import (
-    MEASURE,
-    PYDOC_TOPICS,
-    DemoOptions,
-    demo_steps,
-    fitted_lengths,
-    step_keys,
-)
+from spikingbrain_train.pipelines.command_line import run, show_plan
+from spikingbrain_train.pipelines.demo.budget import DEFAULT_MINUTES
+from spikingbrain_train.pipelines.pipeline_file import PipelineFile, load_pipeline
+from spikingbrain_train.pipelines.state import STATE_FILE
+from spikingbrain_train.storage.durable_files import write_text_durably
+
+PIPELINE = "demo"
+_TEXT_SUFFIXES = (".txt", ".md", ".rst")
+_DOCUMENT_CHARS = 4000
+"""A book is cut into documents of that size, or there would be nothing to hold out."""
+_EARLIER_STATE_FILE = "demo_state.json"
+"""Of demos before there were pipelines."""
 
 _DESCRIPTION = """\
 Turn a dense model into a SpikingBrain hybrid, from end to end: tokenize text, convert, align, continue
 pretraining, export, evaluate, generate. Every step is a command that is printed before it runs. A second
-call skips what is finished and goes on where the first one stopped.
+call skips what is finished and goes on where the first one stopped. The steps are those of
+conf/pipeline/demo.yaml, which tools/run_pipeline.py runs, too.
 """
 
 _EXAMPLES = """\
@@ -55,6 +53,46 @@ def demo(root: Path, arguments: Sequence[str] | None = None) -> None:
         root: the checkout that holds train.py and tools/.
         arguments: the command line; None takes the process's own.
     """
+    parsed = parse_arguments(arguments)
+    with user_errors():
+        file = demo_pipeline(parsed)
+        if parsed.dry_run:
+            show_plan(file, root)
+            return
+        _take_over(parsed.output)
+        run(file, root, fresh=parsed.fresh)
+
+
+def demo_pipeline(parsed: argparse.Namespace) -> PipelineFile:
+    """The pipeline that the command line asks for; what it does not name is as the YAML says."""
+    given = {
+        "output": str(parsed.output),
+        "model": None if parsed.model is None else str(parsed.model),
+        "data": parsed.data,
+        "text_key": parsed.text_key,
+        "prompt": parsed.prompt,
+        "budget": parsed.budget,
+        "align_args": parsed.align_args,
+        "cpt_args": parsed.cpt_args,
+    }
+    if parsed.data is not None:
+        stem = parsed.data[0].removesuffix(".gz").removesuffix(".zst")
+        if len(parsed.data) == 1 and stem.endswith(_TEXT_SUFFIXES):
+            given["max_text_chars"] = _DOCUMENT_CHARS
+        given["prompt"] = parsed.prompt if parsed.prompt is not None else "The"
+    return load_pipeline(PIPELINE, values={name: value for name, value in given.items() if value is not None})
+
+
+def _take_over(output: Path) -> None:
+    """A folder that a demo filled before there were pipelines is ours; all of its steps are done anew."""
+    earlier = output / _EARLIER_STATE_FILE
+    if earlier.is_file() and not (output / STATE_FILE).exists():
+        write_text_durably(output / STATE_FILE, "{}\n")
+        earlier.unlink()
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line of tools/demo.py."""
     parser = argparse.ArgumentParser(
         prog="demo.py",
         description=_DESCRIPTION,
@@ -72,19 +110,14 @@ def demo(root: Path, arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--data",
         nargs="+",
-        default=[PYDOC_TOPICS],
         metavar="PATH",
         help="text or JSON lines: files, folders, globs "
         "(default: the documentation topics that every Python carries)",
     )
     parser.add_argument("--text-key", metavar="KEY", help="JSON field that holds the text (default: text)")
     parser.add_argument("--prompt", metavar="TEXT", help="text that the exported model goes on from")
-    parser.add_argument(
-        "--align-args", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the align stage"
-    )
-    parser.add_argument(
-        "--cpt-args", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the cpt stage"
-    )
+    parser.add_argument("--align-args", nargs="+", metavar="NAME=VALUE", help="settings of the align stage")
+    parser.add_argument("--cpt-args", nargs="+", metavar="NAME=VALUE", help="settings of the cpt stage")
     parser.add_argument(
         "--budget",
         type=float,
@@ -97,40 +130,4 @@ def demo(root: Path, arguments: Sequence[str] | None = None) -> None:
         "--fresh", action="store_true", help="start over: remove the results of earlier calls"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the commands and run nothing")
-    parsed = parser.parse_args(arguments)
-    with user_errors():
-        options = DemoOptions(
-            root=root,
-            output=parsed.output,
-            cache=Path(os.environ.get("SPIKINGBRAIN_CACHE") or root / ".cache"),
-            model=parsed.model,
-            data=parsed.data,
-            text_key=parsed.text_key,
-            prompt=parsed.prompt,
-            align_args=parsed.align_args,
-            cpt_args=parsed.cpt_args,
-        )
-        check_minutes(parsed.budget)
-        steps = demo_steps(options)
-        if parsed.dry_run:
-            if options.fits_lengths:
-                print("# Lengths of the whole recipe; a slower machine gets shorter stages, see --budget.\n")
-            for step in steps:
-                print(f"# {step.title}\n{printable(step.command)}\n")
-            return
-        runner = Runner(options.output)
-        if parsed.fresh:
-            runner.forget()
-        if options.fits_lengths:
-            runner.run(steps, through=MEASURE)
-            key = json.dumps([parsed.budget, step_keys(steps)[[s.name for s in steps].index(MEASURE)]])
-            lengths = None if parsed.fresh else recall(options.output, key)
-            if lengths is None:
-                lengths = fitted_lengths(options, parsed.budget, runner.seconds(steps, MEASURE))
-                remember(options.output, key, lengths)
-            print(f"\n{lengths.sentence}", flush=True)
-            options = replace(options, lengths=lengths)
-            steps = demo_steps(options)
-        runner.run(steps)
-        print(f"\n{write_report(options, steps, runner.records)}")
-        sys.stdout.flush()
+    return parser.parse_args(arguments)

@@ -1,7 +1,8 @@
-"""The demo's outcome: one table, as text, Markdown and JSON, beside the loss curve."""
+"""``python -m spikingbrain_train.pipelines.demo.report``: the demo's outcome as a table and a picture."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -11,15 +12,30 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from spikingbrain_train.config.command_line import user_errors
 from spikingbrain_train.errors import DataError
-from spikingbrain_train.pipelines.demo.runner import StepRecord, printable
-from spikingbrain_train.pipelines.demo.steps import DemoOptions, Step
+from spikingbrain_train.pipelines.state import State, StepRecord
+from spikingbrain_train.pipelines.steps import printable
 from spikingbrain_train.reporting.activity import format_duration
 from spikingbrain_train.storage.durable_files import write_text_durably
 from spikingbrain_train.training.metrics import read_metrics
 from spikingbrain_train.training.plots import plot_loss_curves
 
-PICTURE, MARKDOWN, JSON = "loss.png", "demo_report.md", "demo_report.json"
+PICTURE, MARKDOWN, JSON, TABLE = "loss.png", "demo_report.md", "demo_report.json", "demo_report.txt"
+
+
+def report_command_line(arguments: Sequence[str] | None = None) -> None:
+    """``python -m spikingbrain_train.pipelines.demo.report``."""
+    parser = argparse.ArgumentParser(prog="report", description="Sum up what the demo has measured.")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the demo")
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="the dense source")
+    parser.add_argument("--data", nargs="+", required=True, metavar="PATH", help="texts that it trained on")
+    parser.add_argument("--lengths", type=Path, metavar="FILE", help="what was fitted to the machine")
+    parsed = parser.parse_args(arguments)
+    with user_errors():
+        lengths = "" if parsed.lengths is None else _read_json(parsed.lengths)["sentence"]
+        write_report(parsed.output, parsed.model, parsed.data, lengths, State(parsed.output).records)
+        print(parsed.output / MARKDOWN)
 
 
 @dataclass(frozen=True)
@@ -65,16 +81,15 @@ def read_stage(run: Path) -> Stage:
     return Stage(int(seen), seen / seconds, valid[0], valid[-1])
 
 
-def table_rows(options: DemoOptions, steps: Sequence[Step], records: Mapping[str, StepRecord]) -> list[Row]:
-    """The table: one row a step, with what it measured."""
-    output = options.output
+def table_rows(output: Path, records: Mapping[str, StepRecord]) -> list[Row]:
+    """The table: one row a step of the demo in ``output``, with what it measured."""
     align, cpt = read_stage(output / "align"), read_stage(output / "cpt")
     dense, export, generation = (
         _read_json(output / f"{name}.json") for name in ("evaluate_dense", "evaluate_export", "generate")
     )
     total = align.tokens + cpt.tokens
     measured: dict[str, tuple[str, int | None, float | None, float | None]] = {
-        "download": ("download", None, None, None),
+        "source": ("download", None, None, None),
         "preprocess": ("tokenize", None, None, None),
         "dense": ("copy to Megatron's format", None, None, None),
         "measure": ("measure this machine", None, None, None),
@@ -91,9 +106,8 @@ def table_rows(options: DemoOptions, steps: Sequence[Step], records: Mapping[str
         ),
         "generate": ("generate", None, None, generation["tokens_per_second"]),
     }
-    ran = {step.name for step in steps}
-    rows = [Row(*cells, seconds=records[name].seconds) for name, cells in measured.items() if name in ran]
-    return [*rows, Row("in all", seconds=sum(records[step.name].seconds for step in steps))]
+    rows = [Row(*cells, seconds=records[name].seconds) for name, cells in measured.items() if name in records]
+    return [*rows, Row("in all", seconds=sum(record.seconds for record in records.values()))]
 
 
 def render_table(rows: Sequence[Row], *, markdown: bool) -> str:
@@ -133,14 +147,22 @@ def render_table(rows: Sequence[Row], *, markdown: bool) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def write_report(options: DemoOptions, steps: Sequence[Step], records: Mapping[str, StepRecord]) -> str:
-    """Write picture, Markdown and JSON into the output folder.
+def write_report(
+    output: Path, model: Path, data: Sequence[str], lengths: str, records: Mapping[str, StepRecord]
+) -> str:
+    """Write picture, Markdown, JSON and, at last, the table as text into the demo's folder.
+
+    Args:
+        output: the folder.
+        model: Hugging Face folder of the dense source.
+        data: texts that were trained on.
+        lengths: what was fitted to the machine, a sentence or nothing.
+        records: the demo's steps.
 
     Returns:
         The table as text, with the places of the files below it.
     """
-    output = options.output
-    rows = table_rows(options, steps, records)
+    rows = table_rows(output, records)
     dense = _read_json(output / "evaluate_dense.json")
     generation = _read_json(output / "generate.json")
     plot_loss_curves(
@@ -152,29 +174,29 @@ def write_report(options: DemoOptions, steps: Sequence[Step], records: Mapping[s
     machine = _machine()
     held_out = f"{dense['tokens']:,} tokens in windows of {dense['seq_length']}"
     content = {
-        "model": str(options.source),
-        "data": list(options.data),
+        "model": str(model),
+        "data": list(data),
         "held_out": {key: dense[key] for key in ("tokens", "windows", "seq_length")},
         "machine": machine,
-        "lengths": options.lengths.sentence,
+        "lengths": lengths,
         "rows": [asdict(row) for row in rows],
         "generation": generation,
-        "commands": [printable(step.command) for step in steps],
+        "commands": [printable(record.command) for record in records.values()],
     }
     write_text_durably(output / JSON, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     lines = [
-        f"# {options.source.name}, from dense to hybrid",
+        f"# {model.name}, from dense to hybrid",
         "",
         render_table(rows, markdown=True),
         "",
-        f"Text: {', '.join(options.data)}; held out: {held_out}. Cross entropy in nats per token, always of "
+        f"Text: {', '.join(data)}; held out: {held_out}. Cross entropy in nats per token, always of "
         "the same windows: the dense source and the export in float32 by transformers, the stages in their "
         "training precision by megatron-core.",
         "",
         "Machine: {processor}, {cores} cores, Python {python}, torch {torch}, megatron-core {megatron-core}, "
         "transformers {transformers}.".format(**machine),
         "",
-        *([f"Lengths: {options.lengths.sentence}.", ""] if options.lengths.sentence else []),
+        *([f"Lengths: {lengths}.", ""] if lengths else []),
         f"![loss curves]({PICTURE})",
         "",
         "## Generated",
@@ -184,12 +206,16 @@ def write_report(options: DemoOptions, steps: Sequence[Step], records: Mapping[s
         "## Commands",
         "",
         "```bash",
-        *(line for step in steps for line in (f"# {step.title}", printable(step.command))),
+        *(line for record in records.values() for line in (f"# {record.title}", printable(record.command))),
         "```",
     ]
     write_text_durably(output / MARKDOWN, "\n".join(lines) + "\n")
     places = "\n".join(f"  {output / name}" for name in (PICTURE, MARKDOWN, JSON, "export"))
-    return f"{render_table(rows, markdown=False)}\n\n  held-out text: {held_out}\n\n{places}"
+    table = f"{render_table(rows, markdown=False)}\n\n  held-out text: {held_out}\n\n{places}"
+    if lengths:
+        table = f"{lengths}\n\n{table}"
+    write_text_durably(output / TABLE, f"{table}\n")
+    return table
 
 
 def _speed(tokens_per_second: float) -> str:
@@ -220,3 +246,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({error}); run the demo again with --fresh") from error
+
+
+if __name__ == "__main__":
+    report_command_line()

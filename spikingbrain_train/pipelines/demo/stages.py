@@ -1,32 +1,84 @@
-"""The two training stages as command lines of train.py, checked before anything runs."""
+"""The demo's two training stages: the recipe, what was fitted to the machine, and what the user names."""
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from omegaconf import DictConfig
 
 from spikingbrain_train.config.compose import compose_run
-from spikingbrain_train.config.load import to_run_config
+from spikingbrain_train.errors import ConfigurationError
+from spikingbrain_train.pipelines.demo.budget import Lengths
 from spikingbrain_train.pipelines.demo.named_settings import RATES, WARM_UP, NamedSettings
-from spikingbrain_train.planning.checks import check_run_config
+from spikingbrain_train.pipelines.kinds.train import hydra_value
 
-_NO_LIMIT = 2**30
+STAGES = ("align", "cpt")
 
 
-def stage_arguments(stage: str, load: Path, run: Path, text: Path, teacher: Path) -> list[str]:
-    """The recipe of a stage, with the places of what it reads and writes."""
-    return [
-        f"experiment=smollm2_{stage}",
-        f"checkpoint.load={_hydra_value(load)}",
-        f"stage.teacher={_hydra_value(teacher)}",
-        f"data.train=[{_hydra_value(f'{text}_train')}]",
-        f"data.valid=[{_hydra_value(f'{text}_valid')}]",
-        f"output_dir={_hydra_value(run)}",
-    ]
+@dataclass(frozen=True)
+class Places:
+    """What both stages read and write."""
+
+    checkpoint: str
+    """Where alignment starts; what the speed of either stage is measured with."""
+    teacher: str
+    train: str
+    """Prefix of the training text."""
+    valid: str
+    """Prefix of the held-out text."""
+    output: Path
+
+    def arguments(self, stage: str) -> list[str]:
+        """The recipe of a stage, with its places."""
+        return [
+            f"experiment=smollm2_{stage}",
+            f"checkpoint.load={hydra_value(self.checkpoint)}",
+            f"stage.teacher={hydra_value(self.teacher)}",
+            f"data.train=[{hydra_value(self.train)}]",
+            f"data.valid=[{hydra_value(self.valid)}]",
+            f"output_dir={hydra_value(str(self.output / stage))}",
+        ]
+
+
+@dataclass(frozen=True)
+class FittedStages:
+    """What the stages are told beside their recipe, and what that makes of them."""
+
+    align: list[str]
+    """Settings of train.py for the align stage, those of the user left out."""
+    cpt: list[str]
+    seq_length: int
+    """Tokens of a held-out window, the same for both stages."""
+    max_windows: int
+    """Held-out windows that are evaluated."""
+    sentence: str = field(default="")
+    """What was chosen, and why."""
+
+
+def fitted_stages(lengths: Lengths, own: NamedSettings) -> FittedStages:
+    """Settings of both stages that hold the chosen lengths and can stand beside the user's own.
+
+    Raises:
+        ConfigurationError: a setting that train.py would refuse, or stages that cannot be compared.
+    """
+    fitted: Mapping[str, Sequence[str]] = {"align": lengths.align_args, "cpt": lengths.cpt_args}
+    arguments, runs = {}, {}
+    for stage in STAGES:
+        recipe = [f"experiment=smollm2_{stage}", *fitted[stage]]
+        beside = beside_own(stage, recipe, own)
+        arguments[stage] = [*fitted[stage], *beside]
+        runs[stage] = compose_run([*recipe, *beside, *getattr(own, stage)])
+    evaluated = {stage: windows(run) for stage, run in runs.items()}
+    if evaluated["align"] != evaluated["cpt"]:
+        raise ConfigurationError(
+            "the stages are evaluated on different text (align: {0[1]} windows of {0[0]} tokens, cpt: "
+            "{1[1]} of {1[0]}); give both the same stage.seq_length and the same logging.eval_iters * "
+            "stage.global_batch_size".format(evaluated["align"], evaluated["cpt"])
+        )
+    seq_length, max_windows = evaluated["align"]
+    return FittedStages(arguments["align"], arguments["cpt"], seq_length, max_windows, lengths.sentence)
 
 
 def beside_own(stage: str, arguments: Sequence[str], own: NamedSettings) -> list[str]:
@@ -44,39 +96,6 @@ def beside_own(stage: str, arguments: Sequence[str], own: NamedSettings) -> list
     return scaled
 
 
-def check_stage_arguments(arguments: Sequence[str], model: Path) -> None:
-    """Refuse at once what train.py would refuse later, minutes into the demo.
-
-    Args:
-        arguments: of train.py.
-        model: Hugging Face folder that the demo starts from; it says how long sequences may be.
-
-    Raises:
-        ConfigurationError: settings that contradict each other.
-    """
-    # The model that the stage reads is not made yet: a small one stands for it.
-    stand_in = ["model=tiny_hybrid", f"model.max_position_embeddings={_longest_sequence(model)}"]
-    settings = [argument for argument in arguments if argument.partition("=")[0] != "model"]
-    run = compose_run([*stand_in, *settings, "dry_run=true"])
-    check_run_config(to_run_config(run), world_size=1)
-
-
 def windows(run: DictConfig) -> tuple[int, int]:
     """Tokens of a held-out window, and how many windows a stage evaluates on at most."""
     return run.stage.seq_length, run.logging.eval_iters * run.stage.global_batch_size
-
-
-def _longest_sequence(model: Path) -> int:
-    try:
-        longest = json.loads((model / "config.json").read_text(encoding="utf-8"))["max_position_embeddings"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return _NO_LIMIT
-    return longest if type(longest) is int and longest > 0 else _NO_LIMIT
-
-
-def _hydra_value(path: str | Path) -> str:
-    """A path as a value of Hydra's override grammar: quoted where it is more than a plain word."""
-    text = str(path)
-    if re.fullmatch(r"[\w./-]+", text, re.ASCII):
-        return text
-    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"

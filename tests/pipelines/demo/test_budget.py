@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
@@ -13,21 +14,17 @@ from omegaconf import DictConfig, OmegaConf
 
 from spikingbrain_train.config.compose import compose_run
 from spikingbrain_train.errors import ConfigurationError
+from spikingbrain_train.pipelines import runner
 from spikingbrain_train.pipelines.demo import command_line
-from spikingbrain_train.pipelines.demo.budget import Lengths, Speed, check_minutes, fit, recall, remember
+from spikingbrain_train.pipelines.demo.budget import Lengths, Speed, check_minutes, fit
+from spikingbrain_train.pipelines.demo.fit import fit_command_line, fit_stages
 from spikingbrain_train.pipelines.demo.named_settings import NamedSettings
-from spikingbrain_train.pipelines.demo.runner import Runner
-from spikingbrain_train.pipelines.demo.stages import beside_own
-from spikingbrain_train.pipelines.demo.steps import (
-    SPEED_FILE,
-    DemoOptions,
-    demo_steps,
-    fitted_lengths,
-    step_keys,
-)
+from spikingbrain_train.pipelines.demo.stages import beside_own, fitted_stages
+from spikingbrain_train.pipelines.state import State
+from spikingbrain_train.pipelines.steps import Step
 from spikingbrain_train.planning.checks import check_optimizer
+from tests.pipelines.demo.planned import ROOT, planned
 
-ROOT = Path(__file__).parents[3]
 HELD_OUT = 11_329
 # Measured by hand on two cores without bf16 instructions.
 SLOW = Speed(
@@ -119,7 +116,7 @@ def test_time_that_is_spent_is_not_spent_again() -> None:
 def test_even_a_hopeless_budget_trains_a_little() -> None:
     _, align, cpt = chosen(slower(20), minutes=1, spent=600)
     assert align.stage.train_iters >= 8 and cpt.stage.train_iters >= 8
-    with pytest.raises(ConfigurationError, match="--budget is 0 minutes"):
+    with pytest.raises(ConfigurationError, match="budget is 0 minutes"):
         check_minutes(0)
 
 
@@ -211,27 +208,27 @@ def test_where_nothing_is_named_the_choice_is_the_recipe_for_few_tokens() -> Non
     assert lengths.cpt_args == ["stage.train_iters=43", *shared, *few, "optimizer.lr_warmup_iters=3"]
 
 
-def options(tmp_path: Path, **changes: object) -> DemoOptions:
-    settings: dict[str, object] = {"root": ROOT, "output": tmp_path / "out", "cache": tmp_path / "cache"}
-    return DemoOptions(**{**settings, **changes})  # type: ignore[arg-type]
-
-
 def test_nothing_is_measured_where_both_lengths_are_named(tmp_path: Path) -> None:
     own = ["stage.train_iters=3"]
-    names = [step.name for step in demo_steps(options(tmp_path, align_args=own, cpt_args=own))]
-    assert "measure" not in names
-    names = [step.name for step in demo_steps(options(tmp_path, align_args=own))]
-    assert names.index("hybrid") < names.index("measure") < names.index("evaluate_dense")
+    steps = planned(tmp_path, align_args=own, cpt_args=own)
+    assert "measure" not in steps and "fit" not in steps
+    names = list(planned(tmp_path, align_args=own))
+    assert names.index("hybrid") < names.index("measure") < names.index("fit") < names.index("evaluate_dense")
 
 
 def test_measurement_does_not_depend_on_the_choice_that_follows_from_it(tmp_path: Path) -> None:
-    first = demo_steps(options(tmp_path))
-    second = demo_steps(options(tmp_path, lengths=chosen(SLOW)[0]))
-    keys = [
-        dict(zip([step.name for step in steps], step_keys(steps), strict=True)) for steps in (first, second)
-    ]
-    assert keys[0]["measure"] == keys[1]["measure"]
-    assert keys[0]["evaluate_dense"] != keys[1]["evaluate_dense"]
+    chosen_lengths = fitted_stages(chosen(SLOW)[0], NamedSettings())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "demo_lengths.json").write_text(json.dumps(asdict(chosen_lengths)))
+    first, second = planned(tmp_path), planned(tmp_path, is_done=lambda step: step.name == "fit")
+    assert first["measure"].key == second["measure"].key
+    assert first["evaluate_dense"].key != second["evaluate_dense"].key
+
+
+def test_another_budget_that_changes_no_length_changes_no_stage(tmp_path: Path) -> None:
+    first, second = planned(tmp_path, budget=40), planned(tmp_path, budget=60)
+    assert first["fit"].key != second["fit"].key
+    assert all(first[name].key == second[name].key for name in ("evaluate_dense", "align", "cpt", "export"))
 
 
 class TestSecondCall:
@@ -242,15 +239,17 @@ class TestSecondCall:
         """Names of the steps that ran."""
         ran: list[str] = []
 
-        def pretend(runner: Runner, step, record) -> None:
+        def pretend(step: Step, state: State, steps: Sequence[Step]) -> None:
             ran.append(step.name)
-            record.seconds += 5.0
+            state.records[step.name].seconds += 5.0
             for path in step.proof:
                 assert path.is_relative_to(tmp_path), "a user's file would be replaced"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(json.dumps({"tokens": HELD_OUT}))
             if step.name == "measure":
                 step.proof[0].write_text(json.dumps(asdict(replace(SLOW, start=2.0 + len(ran)))))
+            if step.name == "report":
+                step.proof[0].write_text("the table")
             if step.train_iters is not None:
                 tracker = step.makes[0] / "checkpoints" / "latest_checkpointed_iteration.txt"
                 folder = tracker.parent / f"iter_{step.train_iters:07d}"
@@ -258,11 +257,12 @@ class TestSecondCall:
                 for name in ("model_config.yaml", ".metadata", "metadata.json", "common.pt"):
                     (folder / name).touch()
                 tracker.write_text(str(step.train_iters))
-            runner._save()
+            state.save(steps)
+            if step.name == "fit":
+                fit_command_line(step.command[3:])
 
         monkeypatch.setenv("SPIKINGBRAIN_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(Runner, "_run", pretend)
-        monkeypatch.setattr(command_line, "write_report", lambda *_: "the table")
+        monkeypatch.setattr(runner, "_run", pretend)
         return ran
 
     def demo(self, tmp_path: Path, *arguments: str) -> None:
@@ -272,13 +272,13 @@ class TestSecondCall:
         self, tmp_path: Path, calls: list[str], capsys: pytest.CaptureFixture[str]
     ) -> None:
         self.demo(tmp_path)
-        assert calls.count("measure") == 1 and calls[-1] == "generate"
+        assert calls.count("measure") == 1 and calls[-2:] == ["generate", "report"]
         first = capsys.readouterr().out
         done = len(calls)
         self.demo(tmp_path)
         assert len(calls) == done
-        sentence = next(line for line in first.splitlines() if "within 12 minutes" in line)
-        assert sentence in capsys.readouterr().out
+        again = capsys.readouterr().out
+        assert "within 12 minutes" in first and again.endswith("the table\n")
 
     def test_with_another_budget_does_again_what_depends_on_it(
         self, tmp_path: Path, calls: list[str]
@@ -286,7 +286,7 @@ class TestSecondCall:
         self.demo(tmp_path)
         del calls[:]
         self.demo(tmp_path, "--budget", "20")
-        assert calls[0] == "evaluate_dense" and "align" in calls and "measure" not in calls
+        assert calls[:2] == ["fit", "evaluate_dense"] and "align" in calls and "measure" not in calls
 
     def test_fresh_measures_again(self, tmp_path: Path, calls: list[str]) -> None:
         self.demo(tmp_path)
@@ -295,18 +295,31 @@ class TestSecondCall:
         assert "measure" in calls
 
 
-def test_damaged_choice_is_made_again(tmp_path: Path) -> None:
-    remember(tmp_path, "key", Lengths(["a=1"], ["b=2"], "because"))
-    assert recall(tmp_path, "key") == Lengths(["a=1"], ["b=2"], "because")
-    assert recall(tmp_path, "another key") is None
-    (tmp_path / "demo_lengths.json").write_text("{")
-    assert recall(tmp_path, "key") is None
+def test_an_earlier_release_filled_the_folder_and_it_is_started_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "demo_state.json").write_text("{}")
+    ran: list[str] = []
+    monkeypatch.setattr(runner, "_run", lambda step, state, steps: ran.append(step.name))
+    own = ["stage.train_iters=3", "optimizer.lr_warmup_iters=0"]
+    (out / "demo_report.txt").write_text("old")
+    with pytest.raises(SystemExit):  # the report is gone, and nobody wrote a new one
+        command_line.demo(ROOT, ["--output", str(out), "--align-args", *own, "--cpt-args", *own])
+    assert ran[0] == "source" and ran[-1] == "report"
+
+
+def test_damaged_choice_is_named(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    for content in ("{", "{}", "[]"):
+        (tmp_path / "out" / "demo_lengths.json").write_text(content)
+        with pytest.raises(ConfigurationError, match="demo_lengths.json cannot be read; remove it"):
+            planned(tmp_path, is_done=lambda step: step.name == "fit")
 
 
 def test_damaged_measurement_is_named(tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    (output / "data").mkdir(parents=True)
-    (output / "data" / "text_valid.json").write_text(json.dumps({"tokens": HELD_OUT}))
-    (output / SPEED_FILE).write_text("{}")
-    with pytest.raises(ConfigurationError, match=SPEED_FILE):
-        fitted_lengths(options(tmp_path), 12, 60)
+    (tmp_path / "text.json").write_text(json.dumps({"tokens": HELD_OUT}))
+    (tmp_path / "speed.json").write_text("{}")
+    with pytest.raises(ConfigurationError, match=r"speed\.json"):
+        fit_stages(tmp_path / "speed.json", tmp_path / "text", 12, 60, NamedSettings())

@@ -1,0 +1,143 @@
+"""Arguments of ``python -m spikingbrain_train.pipelines`` and tools/run_pipeline.py."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from spikingbrain_train.config.command_line import user_errors
+from spikingbrain_train.errors import PlatformError
+from spikingbrain_train.pipelines.pipeline_file import PipelineFile, load_pipeline
+from spikingbrain_train.pipelines.plan import Pipeline, plan_pipeline, resolved_variables
+from spikingbrain_train.pipelines.runner import run_pipeline
+from spikingbrain_train.pipelines.state import State
+from spikingbrain_train.pipelines.steps import printable
+from spikingbrain_train.reporting.activity import format_duration
+from spikingbrain_train.storage.run_lock import run_lock
+
+_DESCRIPTION = """\
+Run the steps that a YAML file lists: preprocess, convert, train, evaluate, export ... Every step is a command
+that is printed before it runs and that can be run alone. A second call skips what is finished, goes on where
+the first one stopped, and does again what has changed, with all that builds on it.
+"""
+
+_EXAMPLES = """\
+examples:
+  # what `make demo` runs
+  python -m spikingbrain_train.pipelines run conf/pipeline/demo.yaml output=outputs/mine budget=30
+
+  # the steps of the 7B with their commands, and what is missing for them
+  python -m spikingbrain_train.pipelines dry-run conf/pipeline/spikingbrain_7b.yaml
+
+  # how far it is
+  python -m spikingbrain_train.pipelines status conf/pipeline/demo.yaml output=outputs/mine
+
+The name of a file in conf/pipeline does instead of its path. Arguments name=value set variables of the
+pipeline, its output folder, or settings of a step: steps.<step>.<setting>=<value>.
+"""
+
+
+def pipelines(arguments: Sequence[str] | None = None) -> None:
+    """``python -m spikingbrain_train.pipelines``, tools/run_pipeline.py."""
+    parser = argparse.ArgumentParser(
+        prog="run_pipeline.py",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{run,dry-run,status}")
+    runs = commands.add_parser("run", help="run the steps that are not finished")
+    runs.add_argument("--dry-run", action="store_true", help="the same as the command dry-run")
+    runs.add_argument("--fresh", action="store_true", help="start over: no step counts as finished")
+    dry_runs = commands.add_parser("dry-run", help="list the steps with their commands and run nothing")
+    statuses = commands.add_parser("status", help="list the steps and how far they are")
+    for command in (runs, dry_runs, statuses):
+        command.add_argument("pipeline", help="YAML file, or the name of one in conf/pipeline")
+        command.add_argument("overrides", nargs="*", metavar="name=value", help="variables and settings")
+    parsed = parser.parse_args(arguments)
+    with user_errors():
+        file = load_pipeline(parsed.pipeline, parsed.overrides)
+        if parsed.command == "status":
+            show_status(file, checkout())
+        elif parsed.command == "dry-run" or parsed.dry_run:
+            show_plan(file, checkout())
+        else:
+            run(file, checkout(), fresh=parsed.fresh)
+
+
+def checkout() -> Path:
+    """Where train.py and tools/ lie.
+
+    Raises:
+        PlatformError: the package is installed without them.
+    """
+    for folder in (Path(__file__).resolve().parents[2], Path.cwd()):
+        if (folder / "train.py").is_file() and (folder / "tools").is_dir():
+            return folder
+    raise PlatformError("train.py and tools/ are not here; run pipelines from a checkout of the project")
+
+
+def run(file: PipelineFile, root: Path, *, fresh: bool = False) -> None:
+    """Run a pipeline, then print what it shows.
+
+    Args:
+        file: the pipeline.
+        root: the checkout.
+        fresh: nothing counts as finished.
+
+    Raises:
+        SpikingBrainError: the pipeline cannot be run as it is.
+        SystemExit: a step failed.
+    """
+    state = _state_of(file)
+    if fresh:
+        state.records.clear()
+
+    def plan() -> Pipeline:
+        return plan_pipeline(file, root, state.is_done)
+
+    pipeline = plan()
+    with run_lock(pipeline.output):
+        if not fresh:
+            state.read()  # another pipeline may have ended in between
+        run_pipeline(pipeline, state, plan)
+        if pipeline.show is None:
+            print(f"\nall {len(pipeline.steps)} steps are done, in {pipeline.output}", flush=True)
+        else:
+            print(f"\n{pipeline.show.read_text(encoding='utf-8').rstrip()}", flush=True)
+
+
+def show_plan(file: PipelineFile, root: Path) -> None:
+    """Print every step with its command and how far it is, and what is missing for a run."""
+    pipeline, state = _looked_at(file, root)
+    for number, step in enumerate(pipeline.steps, start=1):
+        print(f"# [{number}/{len(pipeline.steps)}] {step.name}: {step.title} ({state.describe(step)})")
+        print(f"{printable(step.command)}\n")
+    if any(step.values is not None and not state.is_done(step) for step in pipeline.steps):
+        finds = next(step.name for step in pipeline.steps if step.values is not None)
+        print(f"# What the step {finds} finds out is assumed: later commands may change with it.")
+    for sentence in pipeline.lacking:
+        print(f"missing: {sentence}")
+
+
+def show_status(file: PipelineFile, root: Path) -> None:
+    """Print a line a step: how far it is, and how long it has taken."""
+    pipeline, state = _looked_at(file, root)
+    width = max(len(step.name) for step in pipeline.steps)
+    done = 0
+    for step in pipeline.steps:
+        record = state.records.get(step.name)
+        took = f" ({format_duration(record.seconds)})" if record is not None and record.seconds else ""
+        done += state.is_done(step)
+        print(f"{step.name.ljust(width)}  {state.describe(step)}{took}")
+    print(f"{done} of {len(pipeline.steps)} steps are done, in {pipeline.output}")
+
+
+def _state_of(file: PipelineFile) -> State:
+    return State(Path(str(resolved_variables(file)["output"])))
+
+
+def _looked_at(file: PipelineFile, root: Path) -> tuple[Pipeline, State]:
+    state = _state_of(file)
+    return plan_pipeline(file, root, state.is_done, incomplete=True), state

@@ -1,0 +1,281 @@
+"""Steps that run a tool of this project: their settings are the flags that its own parser knows."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from spikingbrain_train.errors import ConfigurationError
+from spikingbrain_train.pipelines.kinds.kind import Context, StepKind, dataset, stamp
+from spikingbrain_train.pipelines.steps import Step
+from spikingbrain_train.storage.checkpoint_folder import LATEST_ITERATION_FILE
+
+
+@dataclass
+class Result:
+    """What a tool makes of its settings, and what it reads."""
+
+    outputs: dict[str, str]
+    makes: list[Path]
+    proof: list[Path]
+    reads: dict[str, str] = field(default_factory=dict)
+    fingerprint: str = ""
+
+
+class Tool(StepKind):
+    """A tool of this project. ``--seq-length 512`` is the setting ``seq_length: 512``."""
+
+    script = ""
+    """Its file in the checkout."""
+    words: tuple[str, ...] = ()
+    """What comes before the flags."""
+
+    @abstractmethod
+    def parser(self) -> argparse.ArgumentParser:
+        """The tool's own parser."""
+
+    @abstractmethod
+    def result(self, context: Context, given: Mapping[str, Any]) -> Result:
+        """What the tool makes and reads.
+
+        Args:
+            context: where the step stands.
+            given: the settings, with :meth:`defaults` among them.
+
+        Raises:
+            SpikingBrainError: what the tool would refuse later.
+        """
+
+    def defaults(self, context: Context) -> dict[str, Any]:
+        """Settings that a step need not give here, although the tool wants them."""
+        return {}
+
+    def settings(self) -> Mapping[str, bool]:
+        assumed = self.defaults(Context("", Path(), Path(), {}))
+        return {
+            name: action.required and action.nargs != "*" and name not in assumed
+            for name, action in _flags(type(self)).items()
+        }
+
+    def plan(self, context: Context, given: Mapping[str, Any]) -> Step:
+        settings = {**given, **{k: v for k, v in self.defaults(context).items() if given.get(k) is None}}
+        arguments = self._arguments(settings)
+        if all(context.is_known(argument) for argument in arguments):
+            refusal = _refusal(self.parser(), arguments)
+            if refusal is not None:
+                raise ConfigurationError(refusal)
+        result = self.result(context, settings)
+        given_files = [path for path in result.reads.values() if context.maker(path) is None]
+        return Step(
+            context.name,
+            self.title,
+            [*context.script(self.script), *self.words, *arguments],
+            outputs=result.outputs,
+            makes=result.makes,
+            proof=result.proof,
+            reads=result.reads,
+            fingerprint=result.fingerprint + stamp(given_files),
+        )
+
+    def _arguments(self, given: Mapping[str, Any]) -> list[str]:
+        flags = _flags(type(self))
+        named, bare = [], []
+        for name, value in given.items():
+            action = flags.get(name)
+            if action is None or value is None or value == []:
+                continue
+            takes_list = action.nargs in ("+", "*")
+            if isinstance(value, Mapping) or (isinstance(value, list) and not takes_list):
+                raise ConfigurationError(f"{name} takes one value, not {value}")
+            texts = [_text(item) for item in (value if isinstance(value, list) else [value])]
+            if not action.option_strings:
+                bare += texts
+            elif action.nargs == 0:
+                if not isinstance(value, bool):
+                    raise ConfigurationError(f"{name}={value} does not fit: {name} takes true or false")
+                named += [action.option_strings[-1]] if value else []
+            elif not takes_list and texts[0].startswith("-"):
+                named.append(f"{action.option_strings[-1]}={texts[0]}")
+            else:
+                named += [action.option_strings[-1], *texts]
+        return [*named, *bare]
+
+
+@cache
+def _flags(tool: type[Tool]) -> dict[str, argparse.Action]:
+    """Setting -> what the parser knows of it; ``--dry-run`` and ``--help`` write nothing."""
+    flags = {}
+    for action in tool().parser()._actions:
+        name = (action.option_strings[-1].lstrip("-") if action.option_strings else action.dest).replace(
+            "-", "_"
+        )
+        if name not in ("help", "dry_run"):
+            flags[name] = action
+    return flags
+
+
+def _refusal(parser: argparse.ArgumentParser, arguments: list[str]) -> str | None:
+    """What the parser says against the arguments, None for nothing."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            parser.parse_args(arguments)
+    except SystemExit:
+        return said.getvalue().strip().rpartition("error: ")[2]
+    return None
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _words(value: Any) -> list[str]:
+    """One value, or a list of them, as texts."""
+    return [str(item) for item in (value if isinstance(value, list) else [value])]
+
+
+class Preprocess(Tool):
+    """tools/preprocess_data.py. Outputs: ``train`` and ``valid``, prefixes of datasets; without
+    ``valid_fraction`` both are the whole text."""
+
+    title = "tokenize text"
+    script = "tools/preprocess_data.py"
+
+    def parser(self) -> argparse.ArgumentParser:
+        from spikingbrain_train.data.command_line import preprocess_parser
+
+        return preprocess_parser()
+
+    def defaults(self, context: Context) -> dict[str, Any]:
+        return {"output_prefix": str(context.output / context.name / "text")}
+
+    def result(self, context: Context, given: Mapping[str, Any]) -> Result:
+        prefix = str(given["output_prefix"])
+        parts = {"train": f"{prefix}_train", "valid": f"{prefix}_valid"}
+        if not given.get("valid_fraction"):
+            parts = {"train": prefix, "valid": prefix}
+        made = sorted({Path(f"{part}{end}") for part in parts.values() for end in (".bin", ".idx", ".json")})
+        own_words = {"pydoc-topics"}
+        reads = {
+            f"input[{n}]": path for n, path in enumerate(_words(given["input"])) if path not in own_words
+        }
+        return Result(
+            outputs=parts,
+            makes=made,
+            proof=[path for path in made if path.suffix == ".json"],
+            reads={**reads, "tokenizer": str(given["tokenizer"])},
+        )
+
+
+class Convert(Tool):
+    """``tools/convert_checkpoint.py import``. Output: ``checkpoint``, a folder that train.py loads."""
+
+    title = "convert a Hugging Face model to Megatron's format"
+    script = "tools/convert_checkpoint.py"
+    words = ("import",)
+
+    def parser(self) -> argparse.ArgumentParser:
+        from spikingbrain_train.conversion.command_line import import_parser
+
+        return import_parser()
+
+    def defaults(self, context: Context) -> dict[str, Any]:
+        return {"output": str(context.output / context.name)}
+
+    def result(self, context: Context, given: Mapping[str, Any]) -> Result:
+        output = Path(str(given["output"]))
+        return Result(
+            outputs={"checkpoint": str(output)},
+            makes=[output],
+            proof=[output / LATEST_ITERATION_FILE],
+            reads={"hf": str(given["hf"])},
+            fingerprint=_recipe(context, given),
+        )
+
+
+def _recipe(context: Context, given: Mapping[str, Any]) -> str:
+    """The conversion that is asked for, checked, as text; the source says nothing of itself yet."""
+    overrides = [str(override) for override in given.get("overrides") or []]
+    if given.get("conversion") is None:
+        if overrides:
+            raise ConfigurationError(f"{overrides[0]} changes a recipe, but none is given; add conversion")
+        return ""
+    if not context.is_known([given["conversion"], *overrides]):
+        return ""
+    from spikingbrain_train.config.load import load_conversion
+    from spikingbrain_train.config.setting import check_fields
+
+    recipe = load_conversion(str(given["conversion"]), overrides)
+    check_fields(recipe)
+    return json.dumps(asdict(recipe), default=str)
+
+
+class Export(Tool):
+    """tools/export.py. Output: ``model``, a Hugging Face folder."""
+
+    title = "export to Hugging Face format"
+    script = "tools/export.py"
+
+    def parser(self) -> argparse.ArgumentParser:
+        from spikingbrain_train.conversion.command_line import export_parser
+
+        return export_parser()
+
+    def defaults(self, context: Context) -> dict[str, Any]:
+        return {"output": str(context.output / context.name)}
+
+    def result(self, context: Context, given: Mapping[str, Any]) -> Result:
+        output = Path(str(given["output"]))
+        return Result(
+            outputs={"model": str(output)},
+            makes=[output],
+            proof=[output / "config.json"],
+            reads={"checkpoint": str(given["checkpoint"])},
+        )
+
+
+class _Measures(Tool):
+    """A tool that reads a Hugging Face folder and writes one JSON file. Output: ``result``."""
+
+    def defaults(self, context: Context) -> dict[str, Any]:
+        return {"output": str(context.output / f"{context.name}.json")}
+
+    def result(self, context: Context, given: Mapping[str, Any]) -> Result:
+        output = Path(str(given["output"]))
+        return Result({"result": str(output)}, [output], [output], {"model": str(given["model"])})
+
+
+class Evaluate(_Measures):
+    """tools/evaluate.py. Output: ``result``, a JSON file."""
+
+    title = "measure held-out cross entropy"
+    script = "tools/evaluate.py"
+
+    def parser(self) -> argparse.ArgumentParser:
+        from spikingbrain_train.evaluation.command_line import evaluate_parser
+
+        return evaluate_parser()
+
+    def result(self, context: Context, given: Mapping[str, Any]) -> Result:
+        result = super().result(context, given)
+        return replace(result, reads={**result.reads, **dataset("data", _words(given["data"]))})
+
+
+class Generate(_Measures):
+    """tools/generate.py. Output: ``result``, a JSON file."""
+
+    title = "generate text"
+    script = "tools/generate.py"
+
+    def parser(self) -> argparse.ArgumentParser:
+        from spikingbrain_train.evaluation.command_line import generate_parser
+
+        return generate_parser()

@@ -1,0 +1,169 @@
+"""A run of train.py."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from spikingbrain_train.config.compose import compose_run
+from spikingbrain_train.config.load import to_run_config
+from spikingbrain_train.config.run import RunConfig
+from spikingbrain_train.errors import CheckpointError, ConfigurationError
+from spikingbrain_train.pipelines.kinds.kind import Context, StepKind, dataset, stamp
+from spikingbrain_train.pipelines.steps import Step
+from spikingbrain_train.planning.checks import check_run_config
+from spikingbrain_train.planning.planner import launched_world_size
+from spikingbrain_train.storage.checkpoint_folder import CHECKPOINT_FOLDER
+
+_NO_LIMIT = 2**30
+
+
+class Train(StepKind):
+    """``settings`` holds those of train.py by their dotted names, ``arguments`` further words of its command
+    line, which win. ``nproc_per_node`` puts torchrun in front, and ``launch`` takes the place of ``python
+    train.py`` altogether (srun, sbatch --wait ...). Outputs: ``run``, its output_dir, and ``checkpoint``, the
+    folder of its checkpoints."""
+
+    title = "train a stage"
+
+    def settings(self) -> Mapping[str, bool]:
+        return {
+            "settings": False,
+            "arguments": False,
+            "output": False,
+            "nproc_per_node": False,
+            "launch": False,
+        }
+
+    def plan(self, context: Context, given: Mapping[str, Any]) -> Step:
+        output = str(given.get("output") or context.output / context.name)
+        settings, further = given.get("settings") or {}, given.get("arguments") or []
+        if not isinstance(settings, Mapping):
+            raise ConfigurationError("settings must hold name: value lines, e.g. stage.train_iters: 100")
+        if not isinstance(further, list):
+            raise ConfigurationError("arguments must be a list, e.g. [stage.train_iters=100]")
+        if "output_dir" in settings:
+            raise ConfigurationError("output_dir is not given among settings; give the step output: <folder>")
+        words = [f"{name}={hydra_value(value)}" for name, value in flat(settings).items()]
+        words += [f"output_dir={hydra_value(output)}", *(str(word) for word in further)]
+        ranks, launcher = _launcher(context, given)
+        run = compose_run([word for word in words if context.is_known(word)])
+        if all(context.is_known(word) for word in words):
+            check_run(context, words, run, ranks)
+        named = {
+            "checkpoint.load": run.checkpoint.load,
+            "stage.teacher": run.stage.teacher,
+            **dataset("data.train", run.data.train),
+            **dataset("data.valid", run.data.valid),
+        }
+        reads = {name: path for name, path in named.items() if path is not None}
+        files = [path for path in reads.values() if context.maker(path) is None]
+        return Step(
+            context.name,
+            self.title,
+            [*launcher, *words],
+            outputs={"run": output, "checkpoint": str(Path(output) / CHECKPOINT_FOLDER)},
+            makes=[Path(output)],
+            reads=reads,
+            fingerprint=OmegaConf.to_yaml(run) + stamp(files),
+            train_iters=run.stage.train_iters,
+        )
+
+
+def _launcher(context: Context, given: Mapping[str, Any]) -> tuple[int | None, list[str]]:
+    """How many ranks there will be, where that is known, and the words in front of train.py's own."""
+    launch, ranks = given.get("launch"), given.get("nproc_per_node")
+    if launch is not None:
+        if ranks is not None:
+            raise ConfigurationError("launch says it all; leave nproc_per_node out, or launch")
+        words = launch if isinstance(launch, list) else str(launch).split()
+        return None, [str(word) for word in words]
+    if ranks is None or not context.is_known(ranks):
+        # One rank needs no launcher; torchrun would bury a sentence of train.py under its own report.
+        return 1, context.script("train.py")
+    if type(ranks) is not int or ranks < 1:
+        raise ConfigurationError(f"nproc_per_node={ranks} must be a whole number of at least 1")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    return ranks, [*torchrun, str(context.root / "train.py")]
+
+
+def check_run(context: Context, words: list[str], run: DictConfig, ranks: int | None) -> None:
+    """Refuse at once what train.py would refuse later, hours into the pipeline.
+
+    Args:
+        context: where the step stands.
+        words: arguments of train.py.
+        run: the config that they compose.
+        ranks: how many there will be; None takes as many as the layout needs.
+
+    Raises:
+        SpikingBrainError: settings that contradict each other, or do not fit the ranks.
+    """
+    config = _config_of(context, words, run)
+    check_run_config(config, launched_world_size(config) if ranks is None else ranks)
+
+
+def _config_of(context: Context, words: list[str], run: DictConfig) -> RunConfig:
+    planned = compose_run([*words, "dry_run=true"])
+    load = run.checkpoint.load
+    maker = None if load is None else context.maker(load)
+    try:
+        return to_run_config(planned)
+    except CheckpointError:
+        if maker is None:
+            raise
+    # The model that the stage reads is not made yet: a small one stands for it.
+    longest = _longest_sequence(context, maker)
+    stand_in = ["model=tiny_hybrid", f"model.max_position_embeddings={longest}"]
+    settings = [word for word in words if word.partition("=")[0] != "model"]
+    return to_run_config(compose_run([*stand_in, *settings, "dry_run=true"]))
+
+
+def _longest_sequence(context: Context, maker: Step | None) -> int:
+    """The max_position_embeddings of the Hugging Face folder that a checkpoint goes back to."""
+    while maker is not None and "hf" not in maker.reads:
+        load = maker.reads.get("checkpoint.load")
+        maker = None if load is None else context.maker(load)
+    if maker is None:
+        return _NO_LIMIT
+    try:
+        config = json.loads((Path(maker.reads["hf"]) / "config.json").read_text(encoding="utf-8"))
+        longest = config["max_position_embeddings"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return _NO_LIMIT
+    return longest if type(longest) is int and longest > 0 else _NO_LIMIT
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            found.update(flat(value, f"{prefix}{name}."))
+        else:
+            found[f"{prefix}{name}"] = value
+    return found
+
+
+def hydra_value(value: Any) -> str:
+    """A value in Hydra's override grammar: text is quoted where it is more than a plain word, or stands for a
+    variable without value (``<model>``)."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return f"[{','.join(hydra_value(item) for item in value)}]"
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    text = str(value)
+    if re.fullmatch(r"[\w./-]+|<\w+>", text, re.ASCII):
+        return text
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"

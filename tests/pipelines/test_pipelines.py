@@ -1,0 +1,237 @@
+"""Pipelines as users write and call them: references, variables, plugins, dry run, status."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from spikingbrain_train.config.compose import compose_run, groups
+from spikingbrain_train.pipelines.command_line import pipelines
+from spikingbrain_train.pipelines.kinds import STEP_KINDS, StepKind
+from spikingbrain_train.pipelines.kinds.train import hydra_value
+from spikingbrain_train.pipelines.pipeline_file import load_pipeline
+from spikingbrain_train.pipelines.plan import plan_pipeline
+from spikingbrain_train.pipelines.steps import Step
+
+ROOT = Path(__file__).parents[2]
+
+TWO_STEPS = """\
+output: out
+variables:
+  text: hello
+  words: [a, b]
+steps:
+  second:
+    kind: command
+    command: [python, -c, "import sys; open(sys.argv[2], 'w').write(open(sys.argv[1]).read() * 2)",
+      "${steps.first.file}", "${output}/second", "${words}"]
+    outputs: {file: "${output}/second"}
+  first:
+    kind: command
+    title: write ${text} for ${words}
+    command: [python, -c, "import sys; open(sys.argv[1], 'w').write(sys.argv[2])",
+      "${output}/first", "${text}"]
+    outputs: {file: "${output}/first"}
+show: ${steps.second.file}
+"""
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "two.yaml").write_text(TWO_STEPS)
+    return tmp_path
+
+
+def steps_of(name: str, *arguments: str) -> dict[str, Step]:
+    file = load_pipeline(name, arguments)
+    return {step.name: step for step in plan_pipeline(file, ROOT, lambda _: False, incomplete=True).steps}
+
+
+def test_steps_run_in_the_order_of_their_references_and_only_once(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipelines(["run", "two.yaml"])
+    said = capsys.readouterr().out
+    assert said.index("[1/2] write hello for a, b") < said.index("[2/2] run python")
+    assert said.endswith("hellohello\n")
+    pipelines(["run", "two.yaml"])
+    again = capsys.readouterr().out
+    assert again.count(": done (") == 2 and again.endswith("hellohello\n") and "-c" not in again
+
+
+def test_arguments_change_variables_settings_and_what_follows(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipelines(["run", "two.yaml", "text=x", "output=elsewhere"])
+    assert (workplace / "elsewhere" / "second").read_text() == "xx" and not (workplace / "out").exists()
+    pipelines(["run", "two.yaml", "output=elsewhere", "steps.first.title=again"])
+    assert (workplace / "elsewhere" / "second").read_text() == "hellohello"
+    assert (workplace / "elsewhere" / "second.superseded").read_text() == "xx"
+    assert "[1/2] again (to do again: its command has changed)" in capsys.readouterr().out
+
+
+def test_a_list_takes_its_place_in_a_list_item_by_item(workplace: Path) -> None:
+    assert steps_of("two.yaml")["second"].command[-2:] == ["a", "b"]
+    assert steps_of("two.yaml", "words=[]")["second"].command[-1] == "out/second"
+
+
+@pytest.mark.parametrize(
+    "command", [["dry-run", "two.yaml"], ["run", "--dry-run", "two.yaml"], ["status", "two.yaml"]]
+)
+def test_looking_writes_nothing(
+    workplace: Path, command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipelines(command)
+    said = capsys.readouterr().out
+    assert "first" in said and "to do" in said
+    assert [path.name for path in workplace.iterdir()] == ["two.yaml"]
+
+
+def test_status_and_dry_run_tell_what_is_done_and_what_has_changed(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipelines(["run", "two.yaml"])
+    capsys.readouterr()
+    pipelines(["status", "two.yaml"])
+    assert "2 of 2 steps are done, in out" in capsys.readouterr().out
+    pipelines(["status", "two.yaml", "text=x"])
+    said = capsys.readouterr().out
+    assert "first   to do again: its command has changed" in said
+    assert "second  to do again: it builds on first" in said
+    pipelines(["dry-run", "two.yaml"])
+    assert "# [1/2] first: write hello for a, b (done)" in capsys.readouterr().out
+
+
+def test_commands_of_a_dry_run_can_be_pasted(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pipelines(["dry-run", "two.yaml"])
+    (workplace / "out").mkdir()
+    done = subprocess.run(capsys.readouterr().out, shell=True, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (workplace / "out" / "second").read_text() == "hellohello"
+
+
+@pytest.mark.parametrize(
+    "words", [["-m", "spikingbrain_train.pipelines"], [str(ROOT / "tools/run_pipeline.py")]]
+)
+def test_both_commands_run_a_pipeline(workplace: Path, words: list[str]) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *words, "run", "two.yaml"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.endswith("hellohello\n"), done.stderr
+
+
+def test_one_pipeline_at_a_time_fills_a_folder(workplace: Path) -> None:
+    waits = "import time, pathlib; pathlib.Path('ready').touch(); time.sleep(60)"
+    (workplace / "one.yaml").write_text(
+        "output: out\nsteps:\n  only:\n    kind: command\n    outputs: {x: out/x}\n"
+        f"    command: [python, -c, {waits!r}]\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "spikingbrain_train.pipelines", "run", "one.yaml"]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as first:
+        while not (workplace / "ready").exists():
+            assert first.poll() is None
+        second = subprocess.run(command, env=environment, capture_output=True, text=True)
+        first.terminate()
+        _, said = first.communicate(timeout=60)
+    assert second.returncode == 2 and "is in use by another run" in second.stderr
+    assert first.returncode == 143 and "the step only was interrupted by SIGTERM" in said
+
+
+def test_a_kind_from_elsewhere_is_one_file_and_a_line(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (workplace / "my_steps.py").write_text(
+        "from spikingbrain_train.pipelines.kinds import StepKind, register\n"
+        "from spikingbrain_train.pipelines.steps import Step\n"
+        "class Touch(StepKind):\n"
+        "    def settings(self):\n        return {'file': True}\n"
+        "    def plan(self, context, given):\n"
+        "        return Step(context.name, 'touch', ['touch', given['file']])\n"
+        "register('touch', Touch())\n"
+    )
+    (workplace / "plugin.yaml").write_text(
+        "output: out\nplugins: [my_steps]\nsteps: {only: {kind: touch, file: touched}}\n"
+    )
+    monkeypatch.syspath_prepend(workplace)
+    try:
+        pipelines(["run", "plugin.yaml"])
+    finally:
+        STEP_KINDS.pop("touch", None)
+    assert (workplace / "touched").exists()
+
+
+@pytest.mark.parametrize("kind", STEP_KINDS.values(), ids=STEP_KINDS)
+def test_every_kind_says_what_it_does_and_what_it_takes(kind: StepKind) -> None:
+    assert kind.title and kind.settings() and kind.__class__.__doc__
+
+
+def test_settings_of_a_tool_are_the_flags_of_its_parser() -> None:
+    assert STEP_KINDS["evaluate"].settings() == {
+        **dict.fromkeys(["model", "data"], True),
+        **dict.fromkeys(
+            ["output", "dtype", "device", "trust_remote_code", "seq_length", "max_windows"], False
+        ),
+    }
+
+
+@pytest.mark.parametrize(
+    "value", ["it's, a [b]=c", "a b", "/x/y-1.2", "${x}y".replace("$", ""), 3, 1e-5, True, None]
+)
+def test_values_reach_train_py_as_they_are(value: object) -> None:
+    run = compose_run(
+        [f"output_dir={hydra_value(str(value))}", f"data.train={hydra_value([str(value), 'b'])}"]
+    )
+    assert run.output_dir == str(value) and list(run.data.train) == [str(value), "b"]
+
+
+class TestSpikingBrain7B:
+    def test_dry_run_on_a_laptop_lists_all_steps_and_all_that_is_missing(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
+        pipelines(["dry-run", "spikingbrain_7b", "valid=[held_out]"])
+        said = capsys.readouterr().out
+        for step in ("dense", "align", "cpt_8k", "cpt_32k", "cpt_128k", "export", "evaluate_export"):
+            assert f"] {step}: " in said
+        assert "sbatch --wait --nodes=32 scripts/slurm/nvidia.sbatch experiment=spikingbrain_7b_128k" in said
+        assert "-m torch.distributed.run --nproc-per-node 8" in said
+        missing = [line for line in said.splitlines() if line.startswith("missing: ")]
+        assert any("model, train have no value; give model=... train=..." in line for line in missing)
+        assert any(
+            "step cpt_8k, cpt_32k, cpt_128k: the program sbatch is not installed" in line for line in missing
+        )
+        assert any("held_out.bin does not exist" in line for line in missing)
+        assert not list(tmp_path.iterdir())
+
+    def test_its_settings_fit_each_other_and_the_ranks(self, tmp_path: Path) -> None:
+        given = ("model=m", "train=[t]", "valid=[v]", "cluster=metax")
+        steps = steps_of("spikingbrain_7b", f"output={tmp_path}", *given)
+        lengths = {
+            name: compose_run(step.command[4 if name != "align" else 6 :]).stage.seq_length
+            for name, step in steps.items()
+            if step.train_iters is not None
+        }
+        assert lengths == {"align": 4096, "cpt_8k": 8192, "cpt_32k": 32768, "cpt_128k": 131072}
+        assert "scripts/slurm/metax.sbatch" in steps["cpt_8k"].command
+
+    def test_a_layout_that_does_not_fit_the_ranks_is_refused(self) -> None:
+        with pytest.raises(Exception, match="step align: "):
+            steps_of(
+                *("spikingbrain_7b", "model=m", "train=[t]", "valid=[v]"),
+                *("nproc_per_node=3", "steps.align.settings.parallel=tp2"),
+            )
+
+    def test_one_node_takes_the_place_of_slurm(self) -> None:
+        steps = steps_of("spikingbrain_7b", "steps.cpt_8k.launch=null", "steps.cpt_8k.nproc_per_node=8")
+        assert steps["cpt_8k"].command[1:5] == ["-m", "torch.distributed.run", "--nproc-per-node", "8"]
+
+
+def test_pipelines_are_no_group_of_a_run() -> None:
+    assert "pipeline" not in groups()
