@@ -20,9 +20,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from spikingbrain_train.architecture.backends.gated_linear_attention import GATED_LINEAR_ATTENTION
 from spikingbrain_train.architecture.backends.softmax_attention import SoftmaxAttentionCall
-from spikingbrain_train.architecture.layers import dense_twin
+from spikingbrain_train.architecture.layers import dense_twin, mixers_of
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
+from spikingbrain_train.architecture.softmax_attention import SoftmaxAttentionKind
 from spikingbrain_train.config.compose import compose_run
 from spikingbrain_train.config.load import to_run_config
 from spikingbrain_train.config.model import ModelConfig
@@ -154,8 +156,8 @@ def layouts(config: RunConfig, sinks: int, padding: bool) -> Iterator[SequenceLa
 def run_softmax_attention(config: RunConfig) -> None:
     """Every call that the mixers of this run make, up to the op."""
     for model, sinks, padding in networks(config):
-        branches = {branch for mixer in model.layer_mixers() if (branch := mixer.softmax_branch)}
-        for branch, layout in product(branches, layouts(config, sinks, padding)):
+        kinds = [kind for kind in mixers_of(model) if isinstance(kind, SoftmaxAttentionKind)]
+        for kind, layout in product(kinds, layouts(config, sinks, padding)):
             q, k = (
                 torch.empty(
                     *(1, layout.slice_length, heads, model.kv_channels),
@@ -168,7 +170,7 @@ def run_softmax_attention(config: RunConfig) -> None:
                 q,
                 k,
                 k,
-                window=model.sliding_window if branch == "swa" else None,
+                window=model.sliding_window if kind.name == "swa" else None,
                 layout=layout,
                 cp_group=None,
                 method=config.parallel.context_parallel.sliding_window_attention,
@@ -238,7 +240,7 @@ def test_auto_never_refuses_and_the_log_names_what_the_calls_take(run: str, mach
         choices = start(with_kernels(config, KernelConfig()), machine)
         taken = {choose_softmax("auto", call, machine.device_type) for call in calls}
         assert set(choices.mixers["softmax_attention"]) == taken
-        linear = any(mixer.has_linear_branch for mixer in config.model.layer_mixers())
+        linear = any(kind.backends is GATED_LINEAR_ATTENTION for kind in mixers_of(config.model))
         dtype = DTYPES[config.precision]
         assert set(choices.mixers["gated_linear_attention"]) == (
             {choose_linear("auto", dtype, machine.device_type)} if linear else set()
