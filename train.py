@@ -21,6 +21,7 @@ def main() -> None:
         from spikingbrain_train.planning.launch import Launch
         from spikingbrain_train.planning.planner import check_disk_space, launched_world_size, plan_run
         from spikingbrain_train.planning.resume import nothing_left
+        from spikingbrain_train.training.callbacks.outside import check_callbacks
 
         composed = compose_from_command_line()
         if composed is None:  # --help, --cfg job and the like have printed what they were asked for
@@ -28,6 +29,7 @@ def main() -> None:
         config = to_run_config(composed)
         world_size = launched_world_size(config)
         stored = check_run_config(config, world_size)
+        check_callbacks(config)
         if stored is not None and (done := nothing_left(config, stored)):
             if os.environ.get("RANK", "0") == "0":
                 print(done, flush=True)

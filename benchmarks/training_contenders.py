@@ -115,9 +115,9 @@ class Ours:
         )
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        metrics = self.stage_step.forward_backward(self.model, iter([batch]), 1)
+        losses = self.stage_step.forward_backward(self.model, iter([batch]), 1)
         self.optimizer.step()
-        return metrics["train/loss"]
+        return losses.reduced()["train/loss"]
 
 
 def _share_weights(model: torch.nn.Module, file: Path) -> None:

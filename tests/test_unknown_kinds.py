@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from enum import Enum
 from typing import Any, TypeVar
-from unittest.mock import Mock
 
 import pytest
 
@@ -39,7 +38,7 @@ from spikingbrain_train.planning.checks import check_stage
 from spikingbrain_train.planning.file_checks import check_teacher
 from spikingbrain_train.planning.kernel_calls import mixer_calls
 from spikingbrain_train.planning.planner import plan_run
-from spikingbrain_train.training.stages.build import build_stage
+from spikingbrain_train.training.stages.build import stage_class
 
 Kind = TypeVar("Kind", bound=Enum)
 
@@ -119,7 +118,7 @@ ASKED_OF_STAGE: dict[str, Callable[[], Any]] = {
     "checks": lambda: check_stage(WITH_STAGE.stage, MODEL, ParallelConfig(), 1),
     "teacher": lambda: check_teacher(WITH_STAGE),
     "kernels": lambda: list(mixer_calls(WITH_STAGE)),
-    "training": lambda: build_stage(WITH_STAGE, KERNELS, Mock()),
+    "training": lambda: stage_class(WITH_STAGE.stage),
 }
 
 

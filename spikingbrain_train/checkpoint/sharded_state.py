@@ -37,6 +37,18 @@ class PipelineStage(Protocol):
         ...
 
 
+class HasState(Protocol):
+    """Whatever else a checkpoint keeps: plain values and whole tensors, those of the main process."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What to write; nothing is written where it is empty."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what was written."""
+        ...
+
+
 class RunState(Protocol):
     """What changes while a run trains."""
 
@@ -46,6 +58,11 @@ class RunState(Protocol):
     """Optimizer steps done."""
     consumed_samples: int
     """Sequences read from the training data so far."""
+
+    @property
+    def callbacks(self) -> HasState:
+        """What hangs on the run's hooks."""
+        ...
 
     @property
     def model(self) -> PipelineStage:
@@ -73,7 +90,10 @@ def state_to_save(state: RunState, groups: ProcessGroups) -> dict[str, Any]:
     """All of a run, from where it lies: nothing is copied."""
     weights = sharded_weights(state.model)
     optimizer = state.optimizer.sharded_state_dict(weights, metadata=_sharding())
-    return _with_the_rest(state, weights, optimizer) | {"generators": _generators(groups)}
+    sharded = _with_the_rest(state, weights, optimizer) | {"generators": _generators(groups)}
+    if of_callbacks := state.callbacks.state_dict():
+        sharded["callbacks"] = of_callbacks
+    return sharded
 
 
 def state_to_fill(state: RunState, groups: ProcessGroups, *, same_topology: bool) -> dict[str, Any]:
@@ -108,6 +128,7 @@ def fill_state(state: RunState, loaded: dict[str, Any], groups: ProcessGroups) -
     state.scheduler.load_state_dict(loaded["scheduler"])
     state.iteration = loaded["iteration"]
     state.consumed_samples = loaded["consumed_samples"]
+    state.callbacks.load_state_dict(loaded.get("callbacks", {}))
     if "generators" in loaded:
         _restore_generators(loaded["generators"], groups)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 from omegaconf import MISSING
 
 from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.config.named_object import named_classes
 from spikingbrain_train.config.parallel import ClusterConfig, ParallelConfig
 from spikingbrain_train.config.require import require
 from spikingbrain_train.config.setting import (
@@ -244,6 +246,9 @@ class LoggingConfig:
     """Steps between evaluations on the held-out data; 0 evaluates only at the end."""
     eval_iters: int = setting(16, minimum=1, resume=SAID)
     """Global batches of one evaluation, at most."""
+    evaluators: list[Any] = setting(default_factory=list, resume=SAID)
+    """What evaluations measure beside the held-out cross entropy: import paths of classes
+    (spikingbrain_train.evaluation.evaluator.Evaluator), each as package.module.Class or {path, settings}."""
     tensorboard: bool = setting(True, resume=FREE)
     """Write TensorBoard events to <output_dir>/tensorboard."""
     wandb: WandbMode = setting(WandbMode.disabled, resume=FREE)
@@ -252,6 +257,10 @@ class LoggingConfig:
     """Project that runs are filed under."""
     wandb_name: str | None = setting(None, resume=FREE)
     """Display name of the run."""
+
+    def check(self, prefix: str) -> None:
+        """Names of classes have the form of one. Raises ConfigurationError."""
+        named_classes(f"{prefix}evaluators", self.evaluators)
 
 
 @dataclass
@@ -276,6 +285,9 @@ class RunConfig:
     """Reporting."""
     plugins: list[str] = setting(default_factory=list, resume=FREE)
     """Modules that register mixers or feed-forwards of their own (CONTRIBUTING.md); imported at start."""
+    callbacks: list[Any] = setting(default_factory=list, resume=SAID)
+    """What else hangs on the run's hooks: import paths of classes (docs/callbacks.md), each as
+    package.module.Class or {path, settings}."""
     output_dir: str = setting(MISSING, resume=FREE)
     """Folder of this run: checkpoints, metrics, logs."""
     precision: Precision = setting(
@@ -294,3 +306,7 @@ class RunConfig:
     """Print the plan, build one rank's share of the model without memory, and exit without training."""
     dry_run_rank: int = setting(0, resume=FREE)
     """The rank that a dry run builds."""
+
+    def check(self, prefix: str) -> None:
+        """Names of classes have the form of one. Raises ConfigurationError."""
+        named_classes(f"{prefix}callbacks", self.callbacks)

@@ -162,7 +162,7 @@ def check_lists(config: Any, prefix: str = "") -> None:
             if item_type is Any:  # its section says what it takes
                 continue
             for index, item in enumerate(value):
-                if not isinstance(item, item_type):
+                if item_type is not Any and not isinstance(item, item_type):
                     place = f"{name}[{index}]"
                     takes = what_it_takes(item_type)
                     raise ConfigurationError(f"{place}={item} does not fit: {place} takes {takes}")

@@ -8,8 +8,30 @@ import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from spikingbrain_train.data.loader import MicroBatch
+from spikingbrain_train.evaluation.evaluator import EvaluatedRun, Evaluator
 from spikingbrain_train.models.gpt_model import HybridGPTModel
 from spikingbrain_train.parallel.process_groups import ProcessGroups
+
+
+class HeldOutCrossEntropy(Evaluator):
+    """``valid/cross_entropy``, in nats per token, of the data that ``data.valid`` names."""
+
+    def applies(self, run: EvaluatedRun) -> bool:
+        return run.held_out is not None
+
+    def evaluate(self, run: EvaluatedRun) -> dict[str, float]:
+        assert run.held_out is not None
+        stage, num_batches = run.config.stage, run.held_out.num_batches
+        with run.activity("evaluating", num_batches, "batches") as progress:
+            cross_entropy = held_out_cross_entropy(
+                run.model,
+                progress.over(run.held_out.batches()),
+                num_batches,
+                seq_length=stage.seq_length,
+                micro_batch_size=stage.micro_batch_size,
+                groups=run.groups,
+            )
+        return {"valid/cross_entropy": cross_entropy}
 
 
 def held_out_cross_entropy(

@@ -14,10 +14,19 @@ from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import KernelConfig, ParallelConfig
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.models.gpt_model import HybridGPTModel, build_model
+from spikingbrain_train.models.kernels import resolve_kernels
 from spikingbrain_train.models.transformer_config import transformer_config
 from spikingbrain_train.parallel.process_groups import ProcessGroups
+from spikingbrain_train.runtime.accelerator import Accelerator
 from spikingbrain_train.storage.checkpoint_folder import MODEL_CONFIG_FILE, latest_checkpoint
 from spikingbrain_train.training.current_weights import gather_before_reading
+
+
+def kernels_of(config: RunConfig, accelerator: Accelerator) -> KernelConfig:
+    """The backends of a run's modules, each ``auto`` settled."""
+    return resolve_kernels(
+        config.cluster.kernels, accelerator, spiking=config.model.spiking, precision=config.precision
+    )
 
 
 def build_student(
@@ -77,7 +86,8 @@ def wrap_data_parallel(model: HybridGPTModel, parallel: ParallelConfig) -> Distr
     return wrapped
 
 
-def parameter_counts(model: HybridGPTModel) -> tuple[int, int]:
-    """Parameters of this rank: all, and those that train."""
+def describe_parameters(model: HybridGPTModel) -> str:
+    """How many parameters the first rank has, all and those that train: a line for its log."""
     total = sum(p.numel() for p in model.parameters())
-    return total, sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return f"rank 0 holds {total:,} parameters, {trainable:,} of them trainable"

@@ -76,6 +76,13 @@ def update_weights(optimizer: MegatronOptimizer, check: Callable[[float], None])
     return norms[0]
 
 
+def reported_learning_rate(optimizer: MegatronOptimizer) -> float:
+    """The rate of parameters that the source already had, or of the new ones where only those train."""
+    groups = optimizer.param_groups
+    rates = [group["lr"] for group in groups if group["default_config"]] or [group["lr"] for group in groups]
+    return rates[0] if rates else 0.0
+
+
 def _last_lr(optimizer: OptimizerConfig) -> float:
     """min_lr, which a constant schedule never reaches; megatron-core still wants it below the rate."""
     constant = optimizer.lr_decay_style is LRDecayStyle.constant

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -28,8 +29,12 @@ from spikingbrain_train.storage.checkpoint_folder import (
     set_latest_iteration,
 )
 from spikingbrain_train.storage.checkpoint_manifest import MANIFEST_FILE
+from spikingbrain_train.training.callbacks.callback import Callback
 from tests.distributed.pool import RankPool
 from tests.distributed.small_runs import MODEL, MODEL_76B, checkpoint_config, run_config, train
+
+if TYPE_CHECKING:
+    from spikingbrain_train.training.stages.losses import StepLosses
 
 ONE_RANK = ParallelConfig()
 REFUSED = (CheckpointError, ConfigurationError, NumericalError)
@@ -99,22 +104,21 @@ def _with_a_gradient_spoiled_on_the_last_rank(
     """Outcome, and whether the weights are those from before the step."""
     from spikingbrain_train.training.trainer import Trainer
 
-    trainer = Trainer(config, groups)
-    forward_backward = trainer.step.forward_backward
     before: list[torch.Tensor] = []
 
-    def spoil(model, batches, num_microbatches):
-        metrics = forward_backward(model, batches, num_microbatches)
-        if trainer.state.iteration + 1 == step:
-            before.extend(parameter.detach().clone() for parameter in model.parameters())
-            if groups.rank == groups.world_size - 1:
-                experts = [p for p in model.parameters() if not getattr(p, "allreduce", True)]
-                split = [p for p in model.parameters() if getattr(p, "tensor_model_parallel", False)]
-                parameter = (experts or split)[0]
-                parameter.main_grad.view(-1)[0] = float("nan")
-        return metrics
+    class Spoil(Callback):
+        def vote(self, losses: StepLosses) -> int:
+            if self.run.state.iteration + 1 == step:
+                parameters = list(self.run.state.data_parallel.parameters())
+                before.extend(parameter.detach().clone() for parameter in parameters)
+                if groups.rank == groups.world_size - 1:
+                    experts = [p for p in parameters if not getattr(p, "allreduce", True)]
+                    split = [p for p in parameters if getattr(p, "tensor_model_parallel", False)]
+                    parameter = (experts or split)[0]
+                    parameter.main_grad.view(-1)[0] = float("nan")
+            return 0
 
-    trainer.step.forward_backward = spoil
+    trainer = Trainer(config, groups, [Spoil()])
     try:
         trainer.train()
     except NumericalError as error:
@@ -152,18 +156,14 @@ def test_a_gradient_that_is_not_finite_updates_nothing_on_any_rank(
 def _with_a_moment_spoiled_in_the_last_step(groups: ProcessGroups, config: RunConfig) -> tuple[str, str]:
     from spikingbrain_train.training.trainer import Trainer
 
-    trainer = Trainer(config, groups)
-    tell_step = trainer._tell_step
+    class Spoil(Callback):
+        def step_end(self) -> None:
+            if self.run.is_last_step and groups.rank == groups.world_size - 1:
+                state = self.run.state.optimizer.chained_optimizers[0].optimizer.state
+                next(iter(state.values()))["exp_avg"].view(-1)[0] = float("nan")
 
-    def spoil() -> None:
-        tell_step()
-        if trainer.state.iteration == config.stage.train_iters and groups.rank == groups.world_size - 1:
-            state = trainer.state.optimizer.chained_optimizers[0].optimizer.state
-            next(iter(state.values()))["exp_avg"].view(-1)[0] = float("nan")
-
-    trainer._tell_step = spoil
     try:
-        trainer.train()
+        Trainer(config, groups, [Spoil()]).train()
     except NumericalError as error:
         return type(error).__name__, str(error)
     return "", ""
@@ -211,14 +211,14 @@ def test_a_checkpoint_that_is_not_finite_is_not_resumed_from_and_the_good_one_is
 
 
 def _with_an_evaluation_that_is_not_finite(groups: ProcessGroups, config: RunConfig) -> tuple[str, str]:
-    from spikingbrain_train.training import trainer
+    from spikingbrain_train.evaluation import held_out
 
-    evaluate = trainer.held_out_cross_entropy
-    trainer.held_out_cross_entropy = lambda model, *_, **__: float("nan") if model.training else 0.0
+    evaluate = held_out.held_out_cross_entropy
+    held_out.held_out_cross_entropy = lambda model, *_, **__: float("nan") if model.training else 0.0
     try:
         return _outcome(groups, config)
     finally:
-        trainer.held_out_cross_entropy = evaluate
+        held_out.held_out_cross_entropy = evaluate
 
 
 def test_a_held_out_loss_that_is_not_finite_ends_the_run(ranks: RankPool, tmp_path: Path, text: Path) -> None:

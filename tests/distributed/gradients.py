@@ -143,14 +143,14 @@ def loss_and_gradients(
         for whole in _whole_batches(case, text, groups.data_parallel_rank, groups.data_parallel_size)
     )
     step = ContinualPretraining(stage, groups)
-    metrics = step.forward_backward(wrapped, batches, SEQUENCES // (MICRO_BATCH * groups.data_parallel_size))
+    losses = step.forward_backward(wrapped, batches, SEQUENCES // (MICRO_BATCH * groups.data_parallel_size))
     for parameter in model.parameters():
         parameter.data = parameter.main_grad.clone()  # type: ignore[attr-defined]
     shards = [
         Shard(shard.key, shard.global_shape, shard.global_offset, shard.data.clone())  # type: ignore[union-attr]
         for shard in _shards(model)
     ]
-    return metrics["train/loss"], shards
+    return losses.reduced()["train/loss"], shards
 
 
 def _whole_batches(case: Case, text: int, rank: int, size: int) -> Iterator[Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spikingbrain_train.config.model import (
     FeatureMap,
@@ -33,6 +33,10 @@ from spikingbrain_train.config.run import (
     StageConfig,
 )
 from spikingbrain_train.parallel.process_groups import ProcessGroups
+from spikingbrain_train.training.callbacks.callback import Callback
+
+if TYPE_CHECKING:
+    from spikingbrain_train.training.stages.losses import StepLosses
 
 # Every mixer, biases, q/k norms; 130 tokens leave the vocabulary's last tensor-parallel rank mostly padding.
 MODEL = ModelConfig(
@@ -104,18 +108,23 @@ def train(groups: ProcessGroups, config: RunConfig) -> list[tuple[float, float]]
     """Train and return (loss, gradient norm) of every step since the last resume, the same on every rank."""
     from spikingbrain_train.training.trainer import Trainer
 
-    trainer = Trainer(config, groups)
-    steps: list[tuple[float, float]] = []
-    train_step = trainer._train_step
+    remember = Remember()
+    Trainer(config, groups, [remember]).train()
+    return remember.steps
 
-    def remember(batches: Any) -> Any:
-        metrics, asked = train_step(batches)
-        steps.append((metrics["train/loss"], metrics["train/grad_norm"]))
-        return metrics, asked
 
-    trainer._train_step = remember  # type: ignore[method-assign]
-    trainer.train()
-    return steps
+class Remember(Callback):
+    """Keeps (loss, gradient norm) of every step."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[float, float]] = []
+
+    def vote(self, losses: StepLosses) -> int:
+        self._loss = losses.reduced()["train/loss"]
+        return 0
+
+    def before_update(self, grad_norm: float) -> None:
+        self.steps.append((self._loss, grad_norm))
 
 
 TOPOLOGIES: dict[str, tuple[int, ParallelConfig]] = {

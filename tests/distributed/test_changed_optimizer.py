@@ -16,7 +16,7 @@ from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import LRDecayStyle, OptimizerConfig, Precision, RunConfig, StageConfig
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from tests.distributed.pool import RankPool
-from tests.distributed.small_runs import MODEL, MODEL_76B, run_config, train
+from tests.distributed.small_runs import MODEL, MODEL_76B, Remember, run_config, train
 
 CHANGED_AFTER, STEPS = 2, 4
 
@@ -82,39 +82,27 @@ def _train_and_change_by_hand(
     """Losses of all steps of ``config``, with the settings ``first`` for the steps until the change."""
     from spikingbrain_train.training.trainer import Trainer
 
-    trainer = Trainer(config, groups)
+    class Change(Remember):
+        def step_begin(self) -> None:
+            if len(self.steps) == CHANGED_AFTER:
+                _rewrite(trainer, then)
+
+    change = Change()
+    trainer = Trainer(config, groups, [change])
     _rewrite(trainer, first)
-    losses: list[float] = []
-    train_step = trainer._train_step
-
-    def step(batches: Any) -> Any:
-        if len(losses) == CHANGED_AFTER:
-            _rewrite(trainer, then)
-        metrics, asked = train_step(batches)
-        losses.append(metrics["train/loss"])
-        return metrics, asked
-
-    trainer._train_step = step  # type: ignore[method-assign]
     trainer.train()
-    return losses
+    return [loss for loss, _ in change.steps]
 
 
 def _rates_and_losses(groups: ProcessGroups, config: RunConfig) -> tuple[list[float], list[float]]:
     """Rates of the groups that hold parameters, after a resumed run; and its losses."""
     from spikingbrain_train.training.trainer import Trainer
 
-    trainer = Trainer(config, groups)
-    losses: list[float] = []
-    train_step = trainer._train_step
-
-    def step(batches: Any) -> Any:
-        metrics, asked = train_step(batches)
-        losses.append(metrics["train/loss"])
-        return metrics, asked
-
-    trainer._train_step = step  # type: ignore[method-assign]
+    remember = Remember()
+    trainer = Trainer(config, groups, [remember])
     trainer.train()
-    return [group["lr"] for group in trainer.state.optimizer.param_groups if group["params"]], losses
+    rates = [group["lr"] for group in trainer.state.optimizer.param_groups if group["params"]]
+    return rates, [loss for loss, _ in remember.steps]
 
 
 @pytest.mark.parametrize(

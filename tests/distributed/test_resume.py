@@ -23,7 +23,8 @@ from spikingbrain_train.storage.checkpoint_folder import (
     iteration_folder,
     latest_checkpoint,
 )
-from spikingbrain_train.training.metrics import WANDB_RUN_ID_FILE, read_metrics
+from spikingbrain_train.training.callbacks.weights_and_biases import WANDB_RUN_ID_FILE, WeightsAndBiases
+from spikingbrain_train.training.metrics import read_metrics
 from tests.distributed.pool import RankFailure, RankPool
 from tests.distributed.small_runs import MODEL, MODEL_76B, checkpoint_config, run_config, train
 
@@ -261,11 +262,17 @@ def test_a_diverging_run_stops_with_advice(
 
 def _config_in_wandb(groups, config: RunConfig) -> tuple[str, dict]:
     """The id and the config of the W&B run that a trainer opens."""
+    from spikingbrain_train.training.callbacks.evaluation import Evaluation
     from spikingbrain_train.training.trainer import Trainer
 
-    trainer = Trainer(config, groups)
-    with trainer.metrics as metrics:
-        return metrics._wandb.id, dict(metrics._wandb.config)
+    callbacks = Trainer(config, groups).callbacks
+    (wandb,) = (each for each in callbacks if isinstance(each, WeightsAndBiases))
+    for callback in callbacks:
+        if not isinstance(callback, Evaluation):
+            callback.start()
+    shown = wandb._wandb.id, dict(wandb._wandb.config)
+    callbacks.end(None)
+    return shown
 
 
 def test_a_run_in_wandb_carries_its_config_and_goes_on_under_its_id(

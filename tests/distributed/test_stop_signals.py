@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -22,10 +23,11 @@ from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.storage.checkpoint_folder import latest_iteration
+from spikingbrain_train.training.callbacks.callback import Callback
+from spikingbrain_train.training.callbacks.stop_signals import STOPPING, StopSignals
 from spikingbrain_train.training.metrics import METRICS_FILE, read_metrics
-from spikingbrain_train.training.signals import STOPPING, StopSignals
 from tests.distributed.pool import RankPool
-from tests.distributed.small_runs import checkpoint_config, run_config, train
+from tests.distributed.small_runs import Remember, checkpoint_config, run_config, train
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -38,54 +40,93 @@ def handlers() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-class _OneRank:
-    world_size = 1
+class _Run:
+    """What signals stop."""
+
+    def __init__(self) -> None:
+        self.reasons: list[str] = []
+        self.callbacks = Callback()
+
+    def stop(self, reason: str) -> None:
+        self.reasons.append(reason)
+
+
+@pytest.fixture
+def run() -> _Run:
+    return _Run()
+
+
+def stop_signals(run: _Run) -> StopSignals:
+    signals = StopSignals()
+    signals.run = run  # type: ignore[assignment]
+    return signals
+
+
+def one_step(signals: StopSignals, during: Callable[[], object] = lambda: None) -> None:
+    """On one rank, whose vote is what is agreed."""
+    signals.step_begin()
+    during()
+    signals.agreed(signals.vote(Mock()))
 
 
 @pytest.mark.parametrize("number", STOPPING)
-def test_a_signal_is_held_back_until_the_run_asks(number: signal.Signals, handlers: None) -> None:
-    stop = StopSignals(_OneRank())  # type: ignore[arg-type]
-    with stop:
-        assert stop.requested() is None
-        os.kill(os.getpid(), number)
-        assert stop.requested() is number
+def test_a_signal_is_held_back_until_the_run_asks(number: signal.Signals, run: _Run, handlers: None) -> None:
+    signals = stop_signals(run)
+    one_step(signals)
+    assert run.reasons == []
+    one_step(signals, lambda: os.kill(os.getpid(), number))
+    assert run.reasons == [number.name]
+    signals.end(None)
     # Nothing that the launcher sends now may change how the process ends.
     assert signal.getsignal(number) is signal.SIG_IGN
 
 
-def test_the_second_interrupt_ends_at_once(handlers: None) -> None:
+def test_callbacks_are_told_of_a_signal(run: _Run, handlers: None) -> None:
+    told: list[signal.Signals] = []
+    run.callbacks.signal = told.append  # type: ignore[method-assign]
+    one_step(stop_signals(run), lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert told == [signal.SIGTERM]
+
+
+def test_the_second_interrupt_ends_at_once(run: _Run, handlers: None) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs without it
-    with pytest.raises(KeyboardInterrupt), StopSignals(_OneRank()):  # type: ignore[arg-type]
+    signals = stop_signals(run)
+    signals.step_begin()
+    os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt) as interrupt:
         os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+    signals.end(interrupt.value)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_without_a_signal_everything_is_as_before(handlers: None) -> None:
+def test_without_a_signal_everything_is_as_before(run: _Run, handlers: None) -> None:
     before = {number: signal.getsignal(number) for number in STOPPING}
-    stop = StopSignals(_OneRank())  # type: ignore[arg-type]
-    with stop:
-        assert stop.requested() is None
+    signals = stop_signals(run)
+    one_step(signals)
+    signals.end(None)
+    assert run.reasons == []
     assert {number: signal.getsignal(number) for number in STOPPING} == before
 
 
-def test_a_warning_that_comes_before_the_first_step_is_not_missed(handlers: None) -> None:
+def test_a_warning_that_comes_before_the_first_step_is_not_missed(run: _Run, handlers: None) -> None:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # as launch.sh starts a run
-    stop = StopSignals(_OneRank())  # type: ignore[arg-type]
+    signals = stop_signals(run)
     os.kill(os.getpid(), signal.SIGUSR1)
-    with stop:
-        assert stop.requested() is signal.SIGUSR1
+    one_step(signals)
+    assert run.reasons == ["SIGUSR1"]
 
 
-def test_outside_the_main_thread_nothing_is_held_back(handlers: None) -> None:
+def test_outside_the_main_thread_nothing_is_held_back(run: _Run, handlers: None) -> None:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # as launch.sh starts a run
 
-    def ask() -> signal.Signals | None:
-        with StopSignals(_OneRank()) as stop:  # type: ignore[arg-type]
-            return stop.requested()
+    def in_thread() -> None:
+        signals = stop_signals(run)
+        one_step(signals)
+        signals.end(None)
 
     with ThreadPoolExecutor(1) as thread:
-        assert thread.submit(ask).result() is None
+        thread.submit(in_thread).result()
+    assert run.reasons == []
 
 
 def _order_of_a_step(groups: ProcessGroups, config: RunConfig) -> list[str]:
@@ -93,11 +134,11 @@ def _order_of_a_step(groups: ProcessGroups, config: RunConfig) -> list[str]:
 
     trainer, order = Trainer(config, groups), []
 
-    def noted(name: str, original: Callable[[], Any]) -> Any:
+    def noted(name: str, original: Callable[..., Any], *arguments: Any) -> Any:
         order.append(name)
-        return original()
+        return original(*arguments)
 
-    for owner, name in ((trainer.stop_signals, "requested"), (trainer.state.optimizer, "step")):
+    for owner, name in ((trainer.callbacks, "agree"), (trainer.state.optimizer, "step")):
         setattr(owner, name, partial(noted, name, getattr(owner, name)))
     trainer.train()
     return order
@@ -109,7 +150,7 @@ def test_whether_to_stop_is_settled_before_the_update_so_that_no_host_waits_for_
     config = run_config(tmp_path / "run", text)
     config.stage.train_iters = 3
     (order,) = ranks.run(_order_of_a_step, config, world_size=1, parallel=ParallelConfig())
-    assert order == ["requested", "step"] * 3
+    assert order == ["agree", "step"] * 3
 
 
 def _train_and_interrupt(
@@ -119,19 +160,17 @@ def _train_and_interrupt(
     from spikingbrain_train.training.trainer import Trainer
 
     before = {other: signal.getsignal(other) for other in STOPPING}
-    trainer = Trainer(config, groups)
-    forward_backward, steps = trainer.step.forward_backward, []
 
-    def interrupted(*arguments: object) -> dict[str, float]:
-        if groups.rank == rank and trainer.state.iteration == iteration - 1:
-            os.kill(os.getpid(), number)
-        metrics = forward_backward(*arguments)
-        steps.append(metrics["train/loss"])
-        return metrics
+    class Interrupt(Remember):
+        def step_begin(self) -> None:
+            if groups.rank == rank and self.run.state.iteration == iteration - 1:
+                os.kill(os.getpid(), number)
 
-    trainer.step.forward_backward = interrupted  # type: ignore[method-assign]
+    interrupt = Interrupt()
+    trainer = Trainer(config, groups, [interrupt])
     try:
-        return trainer.train(), trainer.state.iteration, steps
+        finished = trainer.train()
+        return finished, trainer.state.iteration, [loss for loss, _ in interrupt.steps]
     finally:
         for other, handler in before.items():
             signal.signal(other, handler)

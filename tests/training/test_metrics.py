@@ -5,25 +5,65 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import TextIO
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from spikingbrain_train.config.run import LoggingConfig, WandbMode
+from spikingbrain_train.config.run import LoggingConfig, RunConfig, WandbMode
 from spikingbrain_train.errors import DataError, NumericalError, PlatformError
+from spikingbrain_train.training.callbacks.callbacks import Callbacks
+from spikingbrain_train.training.callbacks.metrics_file import MetricsFile
+from spikingbrain_train.training.callbacks.tensorboard import TensorBoard
+from spikingbrain_train.training.callbacks.weights_and_biases import WANDB_RUN_ID_FILE, WeightsAndBiases
 from spikingbrain_train.training.heat_map import HeatMap
-from spikingbrain_train.training.metrics import METRICS_FILE, WANDB_RUN_ID_FILE, MetricsLogger, read_metrics
+from spikingbrain_train.training.metrics import METRICS_FILE, read_metrics
+from spikingbrain_train.training.report import Report
 
 FILE_ONLY = LoggingConfig(tensorboard=False)
+
+
+@contextmanager
+def writers(
+    logging: LoggingConfig, folder: Path, *, is_main_process: bool = True, resumed_iteration: int = 0
+) -> Iterator[Callbacks]:
+    """What writes the reports of a run, from its start to its end."""
+    run = SimpleNamespace(
+        config=RunConfig(logging=logging, output_dir=str(folder)),
+        groups=SimpleNamespace(is_main_process=is_main_process),
+        state=SimpleNamespace(iteration=resumed_iteration),
+    )
+    callbacks = Callbacks([MetricsFile(), TensorBoard(), WeightsAndBiases()], run)  # type: ignore[arg-type]
+    error: BaseException | None = None
+    try:
+        callbacks.start()
+        yield callbacks
+    except BaseException as met:
+        error = met
+        raise
+    finally:
+        callbacks.end(error)
 
 
 def log_losses(
     config: LoggingConfig, folder: Path, losses: dict[int, float], resumed_iteration: int = 0
 ) -> None:
-    with MetricsLogger(config, folder, is_logging_rank=True, resumed_iteration=resumed_iteration) as logger:
+    with writers(config, folder, resumed_iteration=resumed_iteration) as callbacks:
         for iteration, loss in losses.items():
-            logger.log(iteration, {"train/loss": loss})
+            callbacks.log(Report(iteration, {"train/loss": loss}))
+
+
+def full_disk(callbacks: Callbacks) -> TextIO:
+    """Put the metrics file on a full disk."""
+    file = next(each for each in callbacks if isinstance(each, MetricsFile))
+    assert file._file is not None
+    file._file.close()
+    file._file = open("/dev/full", "w")  # noqa: SIM115
+    return file._file
 
 
 def losses_on_file(folder: Path) -> dict[int, float]:
@@ -42,8 +82,9 @@ def losses_in_tensorboard(folder: Path) -> dict[int, float]:
 
 
 def test_points_are_readable_by_any_json_reader(tmp_path: Path) -> None:
-    with MetricsLogger(FILE_ONLY, tmp_path, is_logging_rank=True) as logger:
-        logger.log(1, {"train/loss": 2.5, "train/grad_norm": math.inf, "valid/cross_entropy": math.nan})
+    with writers(FILE_ONLY, tmp_path) as callbacks:
+        metrics = {"train/loss": 2.5, "train/grad_norm": math.inf, "valid/cross_entropy": math.nan}
+        callbacks.log(Report(1, metrics))
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
@@ -57,8 +98,8 @@ def test_points_are_readable_by_any_json_reader(tmp_path: Path) -> None:
 
 def test_a_heat_map_is_rows_of_numbers_in_the_file_and_a_picture_in_tensorboard(tmp_path: Path) -> None:
     table = HeatMap([[1.5, 0.123456], [0.0, math.nan]], ["layer 1", "layer 3"], "expert", "load over mean")
-    with MetricsLogger(LoggingConfig(tensorboard=True), tmp_path, is_logging_rank=True) as logger:
-        logger.log(1, {"train/loss": 2.5}, {"moe/expert_load": table})
+    with writers(LoggingConfig(tensorboard=True), tmp_path) as callbacks:
+        callbacks.log(Report(1, {"train/loss": 2.5}, {"moe/expert_load": table}))
 
     (point,) = read_metrics(tmp_path)
     assert point["train/loss"] == 2.5
@@ -70,11 +111,9 @@ def test_a_heat_map_is_rows_of_numbers_in_the_file_and_a_picture_in_tensorboard(
 
 
 def test_each_point_is_on_disk_before_the_run_ends(tmp_path: Path) -> None:
-    logger = MetricsLogger(FILE_ONLY, tmp_path, is_logging_rank=True)
-    logger.log(1, {"train/loss": 2.0})
-    assert losses_on_file(tmp_path) == {1: 2.0}
-    logger.close()
-    logger.close()
+    with writers(FILE_ONLY, tmp_path) as callbacks:
+        callbacks.log(Report(1, {"train/loss": 2.0}))
+        assert losses_on_file(tmp_path) == {1: 2.0}
 
 
 def test_resumed_run_has_one_clean_curve(tmp_path: Path) -> None:
@@ -118,38 +157,34 @@ def test_missing_metrics_are_a_sentence(tmp_path: Path) -> None:
 
 def test_ranks_that_do_not_log_touch_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    with MetricsLogger(LoggingConfig(wandb=WandbMode.offline), folder, is_logging_rank=False) as logger:
-        logger.log(1, {"train/loss": 2.0})
+    with writers(LoggingConfig(wandb=WandbMode.offline), folder, is_main_process=False):
+        pass  # whose reports they don't get
     assert not folder.exists()
 
 
 def test_unwritable_output_dir_is_a_sentence(tmp_path: Path) -> None:
     blocker = tmp_path / "file"
     blocker.write_text("not a folder")
-    with pytest.raises(PlatformError, match="choose another output_dir"):
-        MetricsLogger(FILE_ONLY, blocker / "run", is_logging_rank=True)
+    with (
+        pytest.raises(PlatformError, match="choose another output_dir"),
+        writers(FILE_ONLY, blocker / "run"),
+    ):
+        pass
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full imitates a full disk on Linux only")
 def test_full_disk_is_a_sentence(tmp_path: Path) -> None:
-    logger = MetricsLogger(FILE_ONLY, tmp_path, is_logging_rank=True)
-    assert logger._file is not None
-    logger._file.close()
-    logger._file = open("/dev/full", "w")  # noqa: SIM115
-    with pytest.raises(PlatformError, match="No space left"), logger:  # closing it fails, too
-        logger.log(1, {"train/loss": 2.0})
+    with pytest.raises(PlatformError, match="No space left"), writers(FILE_ONLY, tmp_path) as callbacks:
+        full_disk(callbacks)  # closing it fails, too
+        callbacks.log(Report(1, {"train/loss": 2.0}))
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full imitates a full disk on Linux only")
 def test_a_full_disk_does_not_take_the_place_of_what_ended_the_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    logger = MetricsLogger(FILE_ONLY, tmp_path, is_logging_rank=True)
-    assert logger._file is not None
-    logger._file.close()
-    logger._file = open("/dev/full", "w")  # noqa: SIM115
-    with pytest.raises(NumericalError, match="the loss is nan"), logger:
-        logger._file.write("what closing tries to write")
+    with pytest.raises(NumericalError, match="the loss is nan"), writers(FILE_ONLY, tmp_path) as callbacks:
+        full_disk(callbacks).write("what closing tries to write")
         raise NumericalError("the loss is nan")
     assert "No space left" in caplog.text
 
@@ -177,7 +212,9 @@ def test_wandb_online_without_account_is_a_sentence(tmp_path: Path, monkeypatch:
         raise wandb.errors.UsageError("No API key configured.\nUse `wandb login`.")
 
     monkeypatch.setattr(wandb, "init", refuse)
-    with pytest.raises(PlatformError, match=r"No API key configured.*logging\.wandb=offline"):
-        MetricsLogger(
-            LoggingConfig(wandb=WandbMode.online, tensorboard=False), tmp_path, is_logging_rank=True
-        )
+    online = LoggingConfig(wandb=WandbMode.online, tensorboard=False)
+    with (
+        pytest.raises(PlatformError, match=r"No API key configured.*logging\.wandb=offline"),
+        writers(online, tmp_path),
+    ):
+        pass

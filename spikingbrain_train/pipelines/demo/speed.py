@@ -112,7 +112,7 @@ def _measure(run: RunConfig, groups: ProcessGroups, started: float) -> tuple[flo
     from spikingbrain_train.planning.stages.registry import kind_of
     from spikingbrain_train.training.build import build_student, build_teacher, wrap_data_parallel
     from spikingbrain_train.training.optimizer import build_optimizer
-    from spikingbrain_train.training.stages.build import make_stage
+    from spikingbrain_train.training.stages.build import stage_class
 
     kernels = resolve_kernels(
         run.cluster.kernels, groups.accelerator, spiking=run.model.spiking, precision=run.precision
@@ -128,7 +128,7 @@ def _measure(run: RunConfig, groups: ProcessGroups, started: float) -> tuple[flo
     stages = {size: replace(run.stage, seq_length=size) for size in (_WARM_UP_TOKENS, length)}
     needs_teacher = kind_of(run.stage).needs_teacher(run.stage)
     teacher = build_teacher(run, kernels, groups) if needs_teacher else None
-    steps = {size: make_stage(stage, groups, teacher) for size, stage in stages.items()}
+    steps = {size: stage_class(stage)(stage, groups, teacher) for size, stage in stages.items()}
     steps[length].freeze(student)
     model = wrap_data_parallel(student, run.parallel)
     optimizer = build_optimizer(run.optimizer, run.parallel, run.precision, model)

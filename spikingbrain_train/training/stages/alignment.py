@@ -28,9 +28,11 @@ from spikingbrain_train.models.mixers.gated_linear_attention import GatedLinearA
 from spikingbrain_train.models.mixers.parallel_hybrid import ParallelHybrid
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.training.stages.calibration import ProjectionFit, balance_keys
+from spikingbrain_train.training.stages.losses import StepLosses
+from spikingbrain_train.training.stages.stage import Stage
 
 
-class Alignment:
+class Alignment(Stage):
     """Trains the mixers whose kind differs from the teacher's; everything else is frozen.
 
     The loss of a layer is ``||mixer(x) - attention(x)||^2 / ||attention(x)||^2``, both norms over one
@@ -43,13 +45,13 @@ class Alignment:
         teacher: the frozen dense source in the same topology; it is needed.
     """
 
+    teacher: HybridGPTModel
+
     def __init__(
         self, stage: StageConfig, groups: ProcessGroups, teacher: HybridGPTModel | None = None
     ) -> None:
         assert teacher is not None, "alignment learns from a teacher"
-        self.stage = stage
-        self.groups = groups
-        self.teacher = teacher
+        super().__init__(stage, groups, teacher)
 
     def replaced_layers(self, student: HybridGPTModel) -> list[int]:
         """0-based indices, over the whole decoder, of layers whose mixer is not the teacher's.
@@ -108,7 +110,7 @@ class Alignment:
 
     def forward_backward(
         self, model: DistributedDataParallel, batches: Iterator[MicroBatch], num_microbatches: int
-    ) -> dict[str, float]:
+    ) -> StepLosses:
         """Accumulate gradients of the mean relative error over the global batch."""
         student: HybridGPTModel = model.module
         scale = 1.0 / (num_microbatches * len(self.replaced_layers(student)))
@@ -123,9 +125,12 @@ class Alignment:
         counts = self.groups.context_parallel_rank == 0
         replicas = torch.tensor(int(counts), dtype=torch.int, device=self.groups.device)
         finalize_model_grads([model], replicas)
+        return StepLosses(errors, partial(self._metrics, scale))
+
+    def _metrics(self, scale: float, errors: Tensor) -> dict[str, Tensor]:
         for group in (self.groups.collection.dp_cp, self.groups.collection.pp):
             torch.distributed.all_reduce(errors, group=group)
-        return {"train/loss": errors.sum().item() * scale / self.groups.data_parallel_size}
+        return {"train/loss": errors.sum() * scale / self.groups.data_parallel_size}
 
     def _replaced_mixers(self, student: HybridGPTModel) -> list[SelfAttention | ParallelHybrid]:
         """The mixers of this pipeline stage that stand where the teacher has attention."""

@@ -18,9 +18,11 @@ from spikingbrain_train.models.gpt_model import HybridGPTModel
 from spikingbrain_train.models.output_head import gather_hidden_states, vocab_parallel_linear_cross_entropy
 from spikingbrain_train.ops.linear_cross_entropy import Distillation, TokenLosses
 from spikingbrain_train.parallel.process_groups import ProcessGroups
+from spikingbrain_train.training.stages.losses import StepLosses
+from spikingbrain_train.training.stages.stage import Stage
 
 
-class ContinualPretraining:
+class ContinualPretraining(Stage):
     """Next-token training over megatron-core's schedules (1F1B under pipeline parallelism).
 
     With a teacher, each pipeline stage runs the teacher's layers beside the student's and the tensors sent
@@ -37,19 +39,11 @@ class ContinualPretraining:
         self, stage: StageConfig, groups: ProcessGroups, teacher: HybridGPTModel | None = None
     ) -> None:
         assert (teacher is not None) == (stage.distillation.weight > 0)
-        self.stage = stage
-        self.groups = groups
-        self.teacher = teacher
-
-    def freeze(self, model: HybridGPTModel) -> None:
-        """Nothing is frozen."""
-
-    def prepare(self, model: HybridGPTModel, batches: Iterator[MicroBatch], num_microbatches: int) -> None:
-        """Nothing needs preparing."""
+        super().__init__(stage, groups, teacher)
 
     def forward_backward(
         self, model: DistributedDataParallel, batches: Iterator[MicroBatch], num_microbatches: int
-    ) -> dict[str, float]:
+    ) -> StepLosses:
         """Accumulate gradients of the mean loss over the global batch's unmasked tokens."""
         num_sink_tokens = unwrap_model(model).model_config.num_sink_tokens
         widen = {}
@@ -66,7 +60,10 @@ class ContinualPretraining:
             **widen,
         )
         sums = sum(reports) if reports else torch.zeros(3, dtype=torch.float64, device=self.groups.device)
-        tokens, cross_entropy, kl_divergence = self.groups.sum_from_last_stage(sums).tolist()
+        return StepLosses(sums, self._metrics, weight=sums[0])
+
+    def _metrics(self, sums: Tensor) -> dict[str, Tensor]:
+        tokens, cross_entropy, kl_divergence = self.groups.sum_from_last_stage(sums).unbind()
         metrics = {"train/loss": cross_entropy / tokens}
         if self.teacher is not None:
             metrics["train/kl_divergence"] = kl_divergence / tokens

@@ -1,18 +1,57 @@
-"""What every stage of training has in common: one forward and backward pass over a global batch."""
+"""What every stage of training has in common: its teacher, its data, and a pass over a global batch."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Protocol
 
 from megatron.core.distributed import DistributedDataParallel
 
+from spikingbrain_train.config.parallel import KernelConfig
+from spikingbrain_train.config.run import RunConfig, StageConfig
 from spikingbrain_train.data.loader import MicroBatch
 from spikingbrain_train.models.gpt_model import HybridGPTModel
+from spikingbrain_train.parallel.process_groups import ProcessGroups
+from spikingbrain_train.planning.stages.registry import kind_of
+from spikingbrain_train.training.build import build_teacher
+from spikingbrain_train.training.data_check import ShowActivity
+from spikingbrain_train.training.stages.data import PackedText, StageData
+from spikingbrain_train.training.stages.losses import StepLosses
 
 
-class Stage(Protocol):
-    """One kind of stage. It says what is trained and fills the gradients; the trainer owns the optimizer."""
+class Stage(ABC):
+    """One kind of stage. It says what is trained and fills the gradients; the trainer owns the optimizer.
+
+    Args:
+        stage: its settings.
+        groups: process groups.
+        teacher: the frozen dense source in the same topology; None where the stage learns from none.
+    """
+
+    teacher: HybridGPTModel | None
+
+    def __init__(
+        self, stage: StageConfig, groups: ProcessGroups, teacher: HybridGPTModel | None = None
+    ) -> None:
+        self.stage = stage
+        self.groups = groups
+        self.teacher = teacher
+
+    @classmethod
+    def build(cls, config: RunConfig, kernels: KernelConfig, groups: ProcessGroups) -> Stage:
+        """The stage of a run, with the teacher that it learns from."""
+        needs_teacher = kind_of(config.stage).needs_teacher(config.stage)
+        return cls(config.stage, groups, build_teacher(config, kernels, groups) if needs_teacher else None)
+
+    @classmethod
+    def open_data(cls, config: RunConfig, groups: ProcessGroups, activity: ShowActivity) -> StageData:
+        """What it trains on, and what is held out: packed text unless a stage says otherwise.
+
+        Raises:
+            DataError, ConfigurationError: on every rank; the data do not fit the run.
+        """
+        sinks = config.model.num_sink_tokens if kind_of(config.stage).sees_sinks else 0
+        return PackedText(config, groups, sinks, activity)
 
     def freeze(self, model: HybridGPTModel) -> None:
         """Switch off gradients of what the stage does not train; called before gradient buffers are made."""
@@ -26,11 +65,12 @@ class Stage(Protocol):
             num_microbatches: micro-batches of a global batch on this rank.
         """
 
+    @abstractmethod
     def forward_backward(
         self, model: DistributedDataParallel, batches: Iterator[MicroBatch], num_microbatches: int
-    ) -> dict[str, float]:
+    ) -> StepLosses:
         """Accumulate and reduce the gradients of one global batch.
 
         Returns:
-            Metrics, the same on every rank; ``train/loss`` is among them.
+            Its losses, ``train/loss`` among them, not yet reduced.
         """

@@ -8,7 +8,7 @@ import pytest
 
 from spikingbrain_train.config.run import Precision, RunConfig
 from spikingbrain_train.errors import NumericalError
-from spikingbrain_train.training.finite_checks import require_finite
+from spikingbrain_train.training.callbacks.finite_checks import require_finite
 
 
 def _sentence(config: RunConfig, iteration: int, steps_done: int) -> str:

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from spikingbrain_train.architecture.layers import layers
 from spikingbrain_train.models.feed_forwards.moe.router import RouterStatistics, SequenceBalancedRouter
-from spikingbrain_train.models.gpt_model import HybridGPTModel
-from spikingbrain_train.parallel.process_groups import ProcessGroups
+from spikingbrain_train.training.callbacks.callback import Callback
 from spikingbrain_train.training.heat_map import HeatMap
+from spikingbrain_train.training.report import Report
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,13 @@ class ExpertLoad:
 
     @property
     def load_over_mean(self) -> Tensor:
-        """[layers, experts] visits of each expert in multiples of an even spread, before any was dropped."""
+        """[layers, experts] tokens routed to each expert over an even spread, before any was dropped."""
         assignments = self.statistics.expert_assignments
         return assignments / assignments.mean(1, keepdim=True)
 
     def metrics(self) -> dict[str, float]:
         """``moe/aux_loss`` (1 is perfect balance) and ``moe/z_loss``, unweighted means over layers;
-        ``moe/dropped_tokens``, the share of visits that capacities left out; and
+        ``moe/dropped_tokens``, the share of (token, expert) pairs that capacities left out; and
         ``moe/load_max_over_mean/layer_<i>``, the busiest expert of a layer in multiples of an even spread.
         """
         found = self.statistics
@@ -56,38 +56,39 @@ class ExpertLoad:
         )
 
 
-class ExpertLoadCounter:
-    """Collects what the routers of a model count.
+class ExpertLoadReport(Callback):
+    """Adds the load of the experts in a step to its report, where the model has experts."""
 
-    Args:
-        model: this rank's pipeline stage.
-        groups: process groups.
-    """
-
-    def __init__(self, model: HybridGPTModel, groups: ProcessGroups) -> None:
-        kinds = [layer.feed_forward for layer in layers(model.model_config)]
-        self.layers = [layer for layer, kind in enumerate(kinds) if kind.routes_tokens]
+    def start(self) -> None:
+        model = self.run.state.model
+        config = model.model_config
+        kinds = [layer.feed_forward for layer in layers(config)]
+        self._layers = [number for number, kind in enumerate(kinds) if kind.routes_tokens]
         self._routers = [module for module in model.modules() if isinstance(module, SequenceBalancedRouter)]
-        self._num_experts = model.model_config.moe.num_experts
-        self._device = groups.device
+        self._num_experts = config.moe.num_experts
 
-    def reset(self) -> None:
-        """Start a step."""
+    def step_begin(self) -> None:
         for router in self._routers:
             router.reset_statistics()
 
-    def collect(self) -> ExpertLoad | None:
-        """What was counted since :meth:`reset`; every rank must call it. None if no token was routed, as in
-        models without experts and in alignment, where the student's feed-forwards do not run."""
-        if not self.layers:
+    def report_due(self, report: Report) -> None:
+        if load := self._collect():
+            report.metrics |= load.metrics()
+            report.heat_maps["moe/expert_load"] = load.heat_map()
+
+    def _collect(self) -> ExpertLoad | None:
+        """What was counted in the step. None if no token was routed, as in models without experts and in
+        alignment, where the student's feed-forwards do not run."""
+        if not self._layers:
             return None
         size = self._num_experts + RouterStatistics.NUM_SCALARS
-        sums = torch.zeros(len(self.layers), size, dtype=torch.float64, device=self._device)
+        device = self.run.groups.device
+        sums = torch.zeros(len(self._layers), size, dtype=torch.float64, device=device)
         for router in self._routers:
             assert router.layer_number is not None  # set by the layer that built it
-            sums[self.layers.index(router.layer_number - 1)] = router.statistics_sums
+            sums[self._layers.index(router.layer_number - 1)] = router.statistics_sums
         # Every rank routes tokens of its own: stages other layers, tensor-parallel ranks (which share the
         # sequence where there are experts), context- and data-parallel ranks other tokens.
         torch.distributed.all_reduce(sums)
         statistics = RouterStatistics.unpack(sums.cpu())
-        return ExpertLoad(self.layers, statistics) if statistics.tokens.any() else None
+        return ExpertLoad(self._layers, statistics) if statistics.tokens.any() else None

@@ -6,7 +6,7 @@ import pytest
 
 from spikingbrain_train.config.model import SpikingConfig
 from spikingbrain_train.config.run import SpikeAnnealingConfig
-from spikingbrain_train.training.spike_annealing import spike_k
+from spikingbrain_train.training.callbacks.spike_annealing import spike_k
 
 SPIKING = SpikingConfig(k=3.0)
 

@@ -13,52 +13,59 @@ import os
 import signal
 from collections.abc import Callable
 from contextlib import suppress
-from types import FrameType, TracebackType
-from typing import Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
-import torch
+from spikingbrain_train.training.callbacks.callback import Callback
 
-from spikingbrain_train.parallel.process_groups import ProcessGroups
+if TYPE_CHECKING:
+    from spikingbrain_train.training.stages.losses import StepLosses
 
 STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """Signals that ask a run to stop."""
 
 
-class StopSignals:
-    """Holds the signals of :data:`STOPPING` back while it is entered, and says on all ranks which one came.
+class StopSignals(Callback):
+    """Holds the signals of :data:`STOPPING` back from the first step on, and stops the run when one came.
 
     The second Ctrl-C ends the process at once. Outside the main thread, where Python allows no handlers, it
     holds nothing back.
-
-    Args:
-        groups: process groups; all ranks ask :meth:`requested` together.
     """
 
-    def __init__(self, groups: ProcessGroups) -> None:
-        self.groups = groups
+    def __init__(self) -> None:
         self._received: signal.Signals | None = None
-        self._agreed = False
+        self._agreed: signal.Signals | None = None
         self._before: dict[signal.Signals, Callable[[int, FrameType | None], Any] | int | None] = {}
+        self._holds_back = False
         self._owner = os.getpid()
         if signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN:
             # launch.sh has it ignored, so that it does not end torchrun: it must not be missed on the way.
             with suppress(ValueError):  # not the main thread
                 signal.signal(signal.SIGUSR1, self._receive)
 
-    def __enter__(self) -> StopSignals:
+    def step_begin(self) -> None:
+        if self._holds_back:
+            return
+        self._holds_back = True
         try:
             for number in STOPPING:
                 self._before[number] = signal.signal(number, self._receive)
         except ValueError:  # not the main thread
             self._before = {}
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def vote(self, losses: StepLosses) -> int:
+        return int(self._received or 0)
+
+    def agreed(self, number: int) -> None:
+        if number:
+            self._agreed = signal.Signals(number)
+            self.run.stop(self._agreed.name)
+            self.run.callbacks.signal(self._agreed)
+
+    def end(self, error: BaseException | None) -> None:
         for number, handler in self._before.items():
             # A run that stops is about to end: let the launcher's next signals not change its exit code.
-            if error is None and self._agreed:
+            if error is None and self._agreed is not None:
                 signal.signal(number, signal.SIG_IGN)
             else:
                 signal.signal(number, handler if handler is not None else signal.SIG_DFL)
@@ -72,17 +79,3 @@ class StopSignals:
         if number == signal.SIGINT and self._received is signal.SIGINT:
             raise KeyboardInterrupt
         self._received = signal.Signals(number)
-
-    def requested(self) -> signal.Signals | None:
-        """The signal that any rank has received since the start, the same answer on every rank, else None.
-
-        One reduction of a number over all ranks, and the host waits for what its device has been given so
-        far: ask where it has waited anyway, between the loss and the update.
-        """
-        number = int(self._received or 0)
-        if self.groups.world_size > 1:
-            highest = torch.tensor(number, dtype=torch.int, device=self.groups.device)
-            torch.distributed.all_reduce(highest, op=torch.distributed.ReduceOp.MAX)
-            number = int(highest.item())
-        self._agreed = number != 0
-        return signal.Signals(number) if number else None

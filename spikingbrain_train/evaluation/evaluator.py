@@ -1,0 +1,60 @@
+"""What can be measured of a model while it trains."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+from spikingbrain_train.config.run import RunConfig
+from spikingbrain_train.data.loader import MicroBatch
+from spikingbrain_train.models.gpt_model import HybridGPTModel
+from spikingbrain_train.parallel.process_groups import ProcessGroups
+from spikingbrain_train.reporting.activity import Activity
+
+
+class HeldOutData(Protocol):
+    """Data that the run does not train on."""
+
+    @property
+    def num_batches(self) -> int:
+        """Micro-batches of this data-parallel rank, as many as on every other."""
+        ...
+
+    def batches(self) -> Iterator[MicroBatch]:
+        """All of them from the first on, on this rank's device."""
+        ...
+
+
+@dataclass(frozen=True)
+class EvaluatedRun:
+    """What an evaluator looks at."""
+
+    model: HybridGPTModel
+    """This rank's pipeline stage, in the topology of training; leave it in the mode it is in."""
+    config: RunConfig
+    groups: ProcessGroups
+    iteration: int
+    """Optimizer steps done."""
+    held_out: HeldOutData | None
+    """None where ``data.valid`` is empty."""
+    activity: Callable[[str, int | None, str], AbstractContextManager[Activity]]
+    """Shows the user what runs: takes its name, the size of the whole and its unit."""
+
+
+class Evaluator(ABC):
+    """Measures a model between two steps. Another one is a subclass that ``logging.evaluators`` names."""
+
+    def applies(self, run: EvaluatedRun) -> bool:
+        """Whether there is something to measure."""
+        return True
+
+    @abstractmethod
+    def evaluate(self, run: EvaluatedRun) -> dict[str, float]:
+        """Measure; all ranks call it together. It must leave weights and random generators as they are.
+
+        Returns:
+            ``group/name`` -> number, the same on every rank.
+        """

@@ -1,0 +1,60 @@
+"""The callbacks of every run, in the order in which they are called."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from spikingbrain_train.config.named_object import named_classes
+from spikingbrain_train.config.run import RunConfig
+from spikingbrain_train.evaluation.evaluator import Evaluator
+from spikingbrain_train.evaluation.held_out import HeldOutCrossEntropy
+from spikingbrain_train.training.callbacks.callback import Callback
+from spikingbrain_train.training.callbacks.checkpointing import Checkpointing
+from spikingbrain_train.training.callbacks.evaluation import Evaluation
+from spikingbrain_train.training.callbacks.expert_load import ExpertLoadReport
+from spikingbrain_train.training.callbacks.finite_checks import FiniteChecks
+from spikingbrain_train.training.callbacks.metrics_file import MetricsFile
+from spikingbrain_train.training.callbacks.outside import check_callbacks, outside_callbacks
+from spikingbrain_train.training.callbacks.progress_lines import ProgressLines
+from spikingbrain_train.training.callbacks.speed import Speed
+from spikingbrain_train.training.callbacks.spike_annealing import SpikeAnnealing
+from spikingbrain_train.training.callbacks.spike_statistics import SpikeStatisticsOfEvaluations
+from spikingbrain_train.training.callbacks.stop_signals import StopSignals
+from spikingbrain_train.training.callbacks.tensorboard import TensorBoard
+from spikingbrain_train.training.callbacks.weights_and_biases import WeightsAndBiases
+
+
+def check_named_classes(config: RunConfig) -> None:
+    """What the config names by import path is there and is what it has to be. Raises ConfigurationError."""
+    check_callbacks(config)
+    _evaluators(config)
+
+
+def callbacks_of(config: RunConfig, more: Sequence[Callback] = ()) -> list[Callback]:
+    """Our own, which do nothing in runs that they are not for, those that the config names, and ``more``.
+
+    Raises:
+        ConfigurationError: ``callbacks`` or ``logging.evaluators`` names something that is none.
+    """
+    return [
+        MetricsFile(),
+        TensorBoard(),
+        WeightsAndBiases(),
+        ProgressLines(),
+        FiniteChecks(),
+        SpikeAnnealing(),
+        SpikeStatisticsOfEvaluations(),
+        Speed(),
+        ExpertLoadReport(),
+        *outside_callbacks(config),
+        *more,
+        # A step is evaluated and saved when all others are done with it, and the run stops when it is saved.
+        Evaluation([HeldOutCrossEntropy(), *_evaluators(config)]),
+        Checkpointing(),
+        StopSignals(),
+    ]
+
+
+def _evaluators(config: RunConfig) -> list[Evaluator]:
+    named = named_classes("logging.evaluators", config.logging.evaluators)
+    return [each.make(Evaluator) for each in named]  # type: ignore[type-abstract]

@@ -1,0 +1,77 @@
+"""How fast a run is, how much of the hardware's peak that is, and what memory it takes."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+
+from spikingbrain_train.planning.planner import plan_run
+from spikingbrain_train.runtime.bf16 import PARAMS_DTYPE
+from spikingbrain_train.training.callbacks.callback import Callback
+from spikingbrain_train.training.report import Report
+from spikingbrain_train.training.throughput import (
+    ThroughputTimer,
+    measure_peak_tflops,
+    model_flops_utilization,
+)
+
+
+class Speed(Callback):
+    """Reports ``train/tokens_per_second``, ``train/tokens``, ``train/memory_gib`` and ``train/mfu``.
+
+    Evaluations and checkpoints don't count. MFU is left out where the peak is neither set nor measurable.
+    """
+
+    def __init__(self) -> None:
+        self._timer: ThroughputTimer | None = None
+        self._pause = ExitStack()
+
+    def start(self) -> None:
+        """Find the peak: ``cluster.peak_tflops``, or measured on this rank."""
+        config, groups = self.run.config, self.run.groups
+        self._flops_per_token = plan_run(config, groups.world_size).flops_per_token
+        self._peak_tflops = config.cluster.peak_tflops
+        if self._peak_tflops is None:
+            with self.run.activity("measuring the peak of a matrix product"):
+                self._peak_tflops = measure_peak_tflops(groups.device, PARAMS_DTYPE[config.precision])
+            measured = "not known, and neither is MFU: this machine is too busy to measure it"
+            if (peak := self._peak_tflops) is not None:
+                digits = f"{peak:.2f}" if peak >= 0.1 else f"{peak:.2g}"
+                measured = f"{digits} TFLOP/s in {config.precision.value} (measured)"
+            self.run.say(f"peak of one rank: {measured}")
+
+    def step_begin(self) -> None:
+        if self._timer is None:
+            self._timer = ThroughputTimer()
+        stage = self.run.config.stage
+        self._timer.step(stage.global_batch_size * stage.seq_length)
+
+    def report_due(self, report: Report) -> None:
+        assert self._timer is not None
+        run, speed = self.run, self._timer.interval()
+        report.metrics |= {
+            "train/tokens_per_second": speed.tokens_per_second,
+            "train/tokens": float(run.state.consumed_samples * run.config.stage.seq_length),
+            "train/memory_gib": run.groups.accelerator.peak_memory_bytes() / 2**30,
+        }
+        if self._peak_tflops is not None:
+            report.metrics["train/mfu"] = model_flops_utilization(
+                speed.tokens_per_second, self._flops_per_token, self._peak_tflops, run.groups.world_size
+            )
+        report.seconds_per_iteration = speed.seconds_per_iteration
+
+    def before_evaluation(self) -> None:
+        self._begin_pause()
+
+    def after_evaluation(self, report: Report) -> None:
+        self._pause.close()
+
+    def before_save(self) -> None:
+        self._begin_pause()
+
+    def after_save(self, folder: Path) -> None:
+        self._pause.close()
+
+    def _begin_pause(self) -> None:
+        if self._timer is not None:
+            self._pause.enter_context(self._timer.pause())

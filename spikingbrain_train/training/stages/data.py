@@ -1,0 +1,122 @@
+"""What a stage reads: packed text by default, in an order that depends on seed and index alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from spikingbrain_train.config.run import RunConfig
+from spikingbrain_train.data.gpt_dataset import build_datasets
+from spikingbrain_train.data.loader import MicroBatch, WholeBatch, build_data_loader, local_micro_batch
+from spikingbrain_train.data.tokenizers import load_tokenizer
+from spikingbrain_train.evaluation.evaluator import HeldOutData
+from spikingbrain_train.parallel.process_groups import ProcessGroups
+from spikingbrain_train.training.data_check import ShowActivity, check_tokens_together
+
+
+class StageData(Protocol):
+    """The data of a stage, as its trainer asks for them."""
+
+    @property
+    def held_out(self) -> HeldOutData | None:
+        """What evaluations read; None where the config names nothing."""
+        ...
+
+    def train_batches(self, consumed_samples: int) -> Iterator[MicroBatch]:
+        """This rank's micro-batches of the whole run, behind those that earlier steps have used.
+
+        Args:
+            consumed_samples: sequences of all ranks that they have used.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class _HeldOut:
+    num_batches: int
+    _batches: Callable[[], Iterator[MicroBatch]]
+
+    def batches(self) -> Iterator[MicroBatch]:
+        return self._batches()
+
+
+class PackedText:
+    """Documents packed into sequences of ``stage.seq_length``.
+
+    Args:
+        config: the run.
+        groups: process groups.
+        num_sink_tokens: sinks in front of a training sequence; those held out begin with all of the model's.
+        activity: shows that the tokens are being checked.
+
+    Raises:
+        DataError, ConfigurationError: on every rank; datasets that are damaged, too short, of another
+            tokenizer or of a larger vocabulary.
+    """
+
+    def __init__(
+        self, config: RunConfig, groups: ProcessGroups, num_sink_tokens: int, activity: ShowActivity
+    ) -> None:
+        self._config = config
+        self._groups = groups
+        self._num_sink_tokens = num_sink_tokens
+        stage, data = config.stage, config.data
+        tokenizer = load_tokenizer(data.tokenizer) if data.tokenizer else None
+        prefixes, vocabulary = [*data.train, *data.valid], config.model.vocab_size
+        check_tokens_together(prefixes, vocabulary, groups, Path(config.output_dir), activity)
+        self._train, self._valid = build_datasets(
+            data,
+            stage.seq_length,
+            train_samples=stage.train_iters * stage.global_batch_size,
+            valid_samples=config.logging.eval_iters * stage.global_batch_size,
+            seed=config.seed,
+            vocab_size=vocabulary,
+            tokenizer=tokenizer,
+        )
+
+    @property
+    def held_out(self) -> HeldOutData | None:
+        """The windows of ``data.valid``."""
+        if self._valid is None:
+            return None
+        per_step = self._config.stage.micro_batch_size * self._groups.data_parallel_size
+        return _HeldOut(-(-len(self._valid) // per_step), self._valid_batches)
+
+    def train_batches(self, consumed_samples: int) -> Iterator[MicroBatch]:
+        """See :class:`StageData`."""
+        loader = build_data_loader(
+            self._train,
+            consumed_samples=consumed_samples,
+            micro_batch_size=self._config.stage.micro_batch_size,
+            data_parallel_rank=self._groups.data_parallel_rank,
+            data_parallel_size=self._groups.data_parallel_size,
+            global_batch_size=self._config.stage.global_batch_size,
+            num_workers=self._config.data.num_workers,
+            pin_memory=self._groups.accelerator.is_gpu,
+            seed=self._config.seed,
+        )
+        return self._local(loader, self._num_sink_tokens)
+
+    def _valid_batches(self) -> Iterator[MicroBatch]:
+        assert self._valid is not None
+        loader = build_data_loader(
+            self._valid,
+            consumed_samples=0,
+            micro_batch_size=self._config.stage.micro_batch_size,
+            data_parallel_rank=self._groups.data_parallel_rank,
+            data_parallel_size=self._groups.data_parallel_size,
+        )
+        return self._local(loader, self._config.model.num_sink_tokens)
+
+    def _local(self, loader: Iterator[WholeBatch], num_sink_tokens: int) -> Iterator[MicroBatch]:
+        """This rank's part of every micro-batch, on its device."""
+        for whole in loader:
+            yield local_micro_batch(
+                whole,
+                self._groups.device,
+                num_sink_tokens=num_sink_tokens,
+                context_parallel_rank=self._groups.context_parallel_rank,
+                context_parallel_size=self._groups.context_parallel_size,
+            )
