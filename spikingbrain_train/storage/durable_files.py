@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # what file systems say that sync no folders
@@ -47,13 +49,23 @@ def rename_durably(complete: Path, final: Path) -> None:
     sync_folder(final.parent)
 
 
-def write_text_durably(path: Path, text: str) -> None:
-    """Replace a small text file by ``text``."""
+@contextmanager
+def replaced_durably(path: Path) -> Iterator[Path]:
+    """The name of a temporary file beside ``path``, which the body writes and which then takes its place.
+
+    Where the body raises, nothing of it is left and ``path`` is as it was.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        yield temporary
         sync_file(temporary)
         rename_durably(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_text_durably(path: Path, text: str) -> None:
+    """Replace a small text file by ``text``."""
+    with replaced_durably(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

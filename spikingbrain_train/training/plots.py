@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from spikingbrain_train.errors import DataError, PlatformError
+from spikingbrain_train.storage.durable_files import replaced_durably
 from spikingbrain_train.training.metrics import METRICS_FILE, read_metrics
 
 # Paul Tol's bright scheme: told apart in print and by colour-blind readers.
@@ -166,11 +166,10 @@ def _dress(panel: Any, ylabel: str | None) -> None:
 
 
 def _save(figure: Any, destination: Path) -> None:
-    temporary = destination.with_name(destination.name + ".tmp")
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(temporary, format="png", dpi=130)
-        os.replace(temporary, destination)
+        with replaced_durably(destination) as temporary:
+            figure.savefig(temporary, format="png", dpi=130)
     except OSError as error:
         raise PlatformError(
             f"{destination} cannot be written ({error.strerror}); choose another file."

@@ -8,8 +8,8 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from spikingbrain_train.checkpoint.sharded_state import HasState
 from spikingbrain_train.models.gpt_model import HybridGPTModel
-from spikingbrain_train.training.callbacks.callback import Callback
 from spikingbrain_train.training.current_weights import gather_updated_weights
 
 
@@ -21,8 +21,8 @@ class TrainingState:
     """This rank's pipeline stage, as it trains."""
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
-    callbacks: Callback
-    """All of the run's as one."""
+    callbacks: HasState
+    """What hangs on the run's hooks."""
     iteration: int = 0
     """Optimizer steps done."""
     consumed_samples: int = 0

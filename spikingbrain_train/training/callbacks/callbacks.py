@@ -36,6 +36,7 @@ class Callbacks(Callback):
         return iter(self._all)
 
     def start(self) -> None:
+        self.state_dict()  # what no checkpoint can hold is said now, not when the first one is due
         for callback in self._all:
             callback.start()
 
