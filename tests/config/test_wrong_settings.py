@@ -90,6 +90,8 @@ WRONG = [
     *("data.train=[[text]]", "data.train=text", "data.train=[]", "data.valid=[nowhere]"),
     *("model.mixers=[gla,[swa]]", "model.mixers=[]", "model.mixers=[nothing]", "model.feed_forwards=[{}]"),
     *("data.train_weights=[nan]", "data.train_weights=[-1]", "data.train_weights=[1,1]"),
+    *("callbacks=7", "callbacks=[7]", "callbacks=[nowhere.at.All]", "callbacks=[os.path.join]"),
+    *("callbacks=[{path: a.B, more: 1}]", "logging.evaluators=[[a.B]]", "logging.evaluators=a.B"),
     # numbers
     *(f"stage.train_iters={value}" for value in ("0", "-1", "1.5", "nan", "many", "[4]", "null", HUGE)),
     *(f"optimizer.lr={value}" for value in ("0", "-1", "nan", "inf", "-inf", "fast", "[1]", "null")),

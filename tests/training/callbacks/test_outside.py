@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from spikingbrain_train.config.run import RunConfig
-from spikingbrain_train.config.setting import check_fields
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.training.callbacks.outside import HOOKS, check_callbacks, outside_callbacks
 
@@ -63,9 +62,9 @@ def test_what_is_no_callback_is_refused_with_a_sentence(entry: Any, words: list[
 )
 def test_what_names_no_class_is_refused_without_an_import(setting: str, entries: list, words: str) -> None:
     wrong = config(*entries) if setting == "callbacks" else config(evaluators=entries)
-    wrong.stage.train_iters = wrong.stage.seq_length = wrong.stage.global_batch_size = 1
     with pytest.raises(ConfigurationError) as refusal:
-        check_fields(wrong)
+        wrong.check("")
+        wrong.logging.check("logging.")
     assert setting in str(refusal.value) and words in str(refusal.value)
 
 
