@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from spikingbrain_train.config.model import ModelConfig
-from spikingbrain_train.config.named_object import named_classes
+from spikingbrain_train.config.named_class import named_classes
 from spikingbrain_train.config.parallel import ClusterConfig, ParallelConfig
 from spikingbrain_train.config.require import require
 from spikingbrain_train.config.setting import (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from spikingbrain_train.config.named_object import named_classes
+from spikingbrain_train.config.named_class import named_classes
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.evaluation.evaluator import Evaluator
 from spikingbrain_train.evaluation.held_out import HeldOutCrossEntropy

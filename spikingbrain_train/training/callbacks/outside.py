@@ -6,7 +6,7 @@ import difflib
 import inspect
 from collections.abc import Callable
 
-from spikingbrain_train.config.named_object import named_classes
+from spikingbrain_train.config.named_class import named_classes
 from spikingbrain_train.config.require import require
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.training.callbacks.callback import Callback

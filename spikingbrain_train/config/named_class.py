@@ -1,7 +1,7 @@
-"""Objects named by where they are imported from, so that who names them need not import them.
+"""Classes that a setting names, to make an object of each.
 
-A setting may hold a list of classes to make one object of each: ``package.module.Class``, or with arguments
-for its constructor ``{path: package.module.Class, settings: {every: 10}}``.
+Written as ``package.module.Class``, or with arguments of its constructor as
+``{path: package.module.Class, settings: {every: 10}}``.
 """
 
 from __future__ import annotations
@@ -9,28 +9,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from typing import Any, TypeVar
 
+from spikingbrain_train.config.import_path import object_at
 from spikingbrain_train.config.require import require
 from spikingbrain_train.errors import ConfigurationError
 
 Made = TypeVar("Made")
-
-
-def object_at(path: str) -> Any:
-    """The object that ``package.module.Name`` or ``package.module:Name`` is.
-
-    Raises:
-        ImportError: there is no such module, it cannot be imported, or it has no such name; says which.
-    """
-    module, _, name = path.replace(":", ".").rpartition(".")
-    if not module:
-        raise ImportError(f"{path} names no module")
-    try:
-        return getattr(import_module(module), name)
-    except AttributeError as error:
-        raise ImportError(f"{module} has no {name}") from error
 
 
 @dataclass(frozen=True)

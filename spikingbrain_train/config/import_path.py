@@ -1,0 +1,21 @@
+"""Objects named by where they are imported from, so that what names them need not import them."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+
+def object_at(path: str) -> Any:
+    """The object that ``package.module.Name`` or ``package.module:Name`` is.
+
+    Raises:
+        ImportError: there is no such module, it cannot be imported, or it has no such name; says which.
+    """
+    module, _, name = path.replace(":", ".").rpartition(".")
+    if not module:
+        raise ImportError(f"{path} names no module")
+    try:
+        return getattr(import_module(module), name)
+    except AttributeError as error:
+        raise ImportError(f"{module} has no {name}") from error
