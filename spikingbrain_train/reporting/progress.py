@@ -58,8 +58,7 @@ class ProgressPrinter:
 
         Args:
             iteration: optimizer steps done so far.
-            metrics: the point that :meth:`MetricsLogger.log` takes; names without a place in the line are
-                left out.
+            metrics: of a report; those that the line does not show are left out.
             seconds_per_iteration: recent time of one step, which the ETA extrapolates; None leaves the ETA
                 out.
         """
