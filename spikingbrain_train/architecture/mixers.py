@@ -36,7 +36,8 @@ class MixerKind(ABC):
     is_of_the_source: bool = False
     """Whether a dense source has it in every layer."""
     backends: Backends[Any] | None = None
-    """Who can compute its op; None where there is no choice."""
+    """Who can compute its op; None where there is no choice. What ``cluster.kernels`` has no setting for is
+    chosen as under ``auto``."""
     hf_layers: Mapping[str, str] = {}
     """What the Hugging Face formats that can hold it call such a layer, by format."""
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from spikingbrain_train.architecture.backends.backend import AUTO
 from spikingbrain_train.architecture.backends.linears import ExpertsCall
 from spikingbrain_train.architecture.backends.tables import TABLES
 from spikingbrain_train.architecture.layers import dense_twin, mixers_of
 from spikingbrain_train.architecture.mixers import MixerKind
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.config.model import ModelConfig
-from spikingbrain_train.config.parallel import AcceleratorKind
+from spikingbrain_train.config.parallel import AcceleratorKind, KernelConfig
 from spikingbrain_train.config.require import require
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.planning.stages.registry import kind_of
@@ -72,13 +73,14 @@ def check_kernels(config: RunConfig) -> None:
     calls = [(kind.backends, call) for _, kind, call in mixer_calls(config) if kind.backends is not None]
     calls.append((TABLES["experts"], experts_call(config, kernels.parallel_linear.value)))
     for table, call in calls:
-        limit = table.limit(_name(config, table.setting), call)
-        setting = f"cluster.kernels.{table.setting}={_name(config, table.setting)}"
-        require(limit is None, f"{setting} {limit}; choose auto, which takes it where it can")
+        name = asked_for(kernels, table.setting)
+        limit = table.limit(name, call)
+        sentence = f"cluster.kernels.{table.setting}={name} {limit}; choose auto, which takes it where it can"
+        require(limit is None, sentence)
     if config.cluster.accelerator is not AcceleratorKind.cpu:
         return
     for table in TABLES.values():
-        name = _name(config, table.setting)
+        name = asked_for(kernels, table.setting)
         require(
             name in table.names_on_cpu,
             f"cluster.kernels.{table.setting}={name} runs on GPUs only, but cluster.accelerator is cpu; "
@@ -86,5 +88,7 @@ def check_kernels(config: RunConfig) -> None:
         )
 
 
-def _name(config: RunConfig, setting: str) -> str:
-    return str(getattr(config.cluster.kernels, setting).value)
+def asked_for(kernels: KernelConfig, setting: str) -> str:
+    """What ``cluster.kernels.<setting>`` says: a name, or ``auto`` where a plugin's op has none."""
+    choice = getattr(kernels, setting, None)
+    return AUTO if choice is None else str(choice.value)

@@ -13,7 +13,7 @@ from spikingbrain_train.architecture.mixers import MIXERS
 from spikingbrain_train.config.parallel import KernelConfig
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.errors import ConfigurationError
-from spikingbrain_train.planning.kernel_calls import mixer_calls
+from spikingbrain_train.planning.kernel_calls import asked_for, mixer_calls
 from spikingbrain_train.runtime.accelerator import Accelerator
 
 
@@ -61,7 +61,7 @@ def choose_kernels(config: RunConfig, kernels: KernelConfig, accelerator: Accele
             if kind.backends is None:
                 continue
             setting = kind.backends.setting
-            name = kind.backends.choose(getattr(kernels, setting).value, call, machine, "cluster.kernels.")
+            name = kind.backends.choose(asked_for(kernels, setting), call, machine, "cluster.kernels.")
             computed = mixers.setdefault(setting, {}).setdefault(name, [])
             if what not in computed:
                 computed.append(what)

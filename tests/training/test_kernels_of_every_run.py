@@ -20,6 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from spikingbrain_train.architecture.backends.backend import Backend, Backends
 from spikingbrain_train.architecture.backends.gated_linear_attention import GATED_LINEAR_ATTENTION
 from spikingbrain_train.architecture.backends.softmax_attention import SoftmaxAttentionCall
 from spikingbrain_train.architecture.layers import dense_twin, mixers_of
@@ -330,3 +331,19 @@ def test_a_package_that_is_installed_but_fails_is_named_in_the_log(monkeypatch: 
     choices = start(composed("model=spikingbrain_7b"), machine)
     assert choices.mixers["softmax_attention"] == {"flex": ["swa"]}
     assert f"flash_attn is not used: it {broken}" in choices.describe()
+
+
+def test_the_op_of_a_plugin_needs_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = Backends(
+        "their_op", (Backend("fast", gpu=True), Backend("plain")), lambda _, on_gpu: ORDER[on_gpu]
+    )
+    for kind in mixers_of(composed("model=spikingbrain_7b").model):
+        monkeypatch.setattr(type(kind), "backends", table)
+    for accelerator, taken in ((AcceleratorKind.cpu, "plain"), (AcceleratorKind.cuda, "fast")):
+        machine = kernels_of_machine(accelerator, frozenset(), monkeypatch)
+        choices = start(composed("model=spikingbrain_7b"), machine)
+        assert set(choices.mixers["their_op"]) == {taken}
+        assert f"their op {taken}" in choices.describe()
+
+
+ORDER = {False: ("plain",), True: ("fast", "plain")}
