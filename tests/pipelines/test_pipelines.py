@@ -235,3 +235,20 @@ class TestSpikingBrain7B:
 
 def test_pipelines_are_no_group_of_a_run() -> None:
     assert "pipeline" not in groups()
+
+
+def test_the_pages_examples_work(workplace: Path) -> None:
+    page = (ROOT / "docs" / "pipelines.md").read_text()
+    (workplace / "mine.yaml").write_text(page.split("```yaml\n")[1].split("```")[0])
+    steps = steps_of("mine.yaml", "steps.cpt.nproc_per_node=2", "steps.cpt.settings.optimizer.lr=2e-4")
+    assert list(steps) == ["tokens", "hybrid", "cpt", "export"]
+    assert "data.train=[outputs/mine/tokens/text_train]" in steps["cpt"].command
+    assert "optimizer.lr=2e-4" in steps["cpt"].command
+    (workplace / "my.yaml").write_text(
+        "output: out\nplugins: [docs_example]\nsteps: {shelf: {kind: upload, model: x}}\n"
+    )
+    (workplace / "docs_example.py").write_text(page.split("```python\n")[1].split("```")[0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(workplace)
+        assert steps_of("my.yaml")["shelf"].command == ["my-upload", "x", "out/receipt.txt"]
+    STEP_KINDS.pop("upload")
