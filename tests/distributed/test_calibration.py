@@ -44,13 +44,11 @@ def _mixer(
 def _balanced_keys(
     groups: ProcessGroups, qk_layernorm: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    from spikingbrain_train.training.stages.calibration import balance_keys
-
     mixer = _mixer(groups, ParallelConfig(), qk_layernorm)
     torch.nn.init.normal_(mixer.linear_qkv.bias)
     hidden = torch.randn(5, 2, MODEL.hidden_size)
     before = mixer.get_query_key_value_tensors(hidden)
-    balance_keys(mixer)
+    mixer.balance_keys()
     after = mixer.get_query_key_value_tensors(hidden)
     assert torch.equal(before[0], after[0]) and torch.equal(before[2], after[2])
     return before[1].detach(), after[1].detach(), mixer.linear_gate_up_proj.bias.detach()
@@ -71,12 +69,10 @@ def test_keys_are_scaled_by_what_one_step_adds_to_a_moving_average(
 
 
 def _changed_by_balancing(groups: ProcessGroups, gate: GateKind) -> bool:
-    from spikingbrain_train.training.stages.calibration import balance_keys
-
     gla = GatedLinearAttentionConfig(feature_map=FeatureMap.sigmoid, gate=gate)
     mixer = _mixer(groups, ParallelConfig(), qk_layernorm=False, gla=gla)
     before = mixer.linear_qkv.weight.detach().clone()
-    balance_keys(mixer)
+    mixer.balance_keys()
     return not torch.equal(before, mixer.linear_qkv.weight)
 
 

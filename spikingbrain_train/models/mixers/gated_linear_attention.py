@@ -235,6 +235,36 @@ class GatedLinearAttention(SelfAttention):
         normed_BTHV = rms_norm(o_BTHV, weight, self.out_norm.eps)
         return normed_BTHV.transpose(0, 1).flatten(2)
 
+    @torch.no_grad()
+    def balance_keys(self) -> None:
+        """Scale every key channel by ``(1 - g) / max(1 - g)``; g is the decay that the gate's bias alone
+        gives.
+
+        A channel that forgets slowly sums up many keys, one that forgets fast only a few, so slow channels
+        drown the others; with the share that one step adds the state is a moving average. ReLU features pass
+        a positive factor through, and so does the norm behind the recurrence up to the channels' balance,
+        which is what changes. With q/k norms the factor goes into the key norm's weight, else into the key
+        rows of ``linear_qkv``.
+
+        Other forms are left as they are: the keys of a tied gate are that share already, and sigmoid features
+        do not scale with their logits. This project's own (docs/recipe.md).
+        """
+        if self.gate is not GateKind.low_rank or self.feature_map is not FeatureMap.relu:
+            return
+        bias_GK = self.linear_gate_up_proj.bias.float().view(-1, self.key_hidden_size)
+        share_GK = -torch.expm1(torch.nn.functional.logsigmoid(bias_GK) / self.gate_logit_normalizer)
+        factor_GK = share_GK / share_GK.amax(dim=-1, keepdim=True)
+        if self.config.qk_layernorm:
+            # One weight serves all groups; the initial bias is the same in all of them.
+            self.k_layernorm.weight.mul_(factor_GK[0])
+            return
+        groups, key_size = factor_GK.shape
+        heads_per_group = self.num_attention_heads_per_partition // groups
+        for rows in (self.linear_qkv.weight, self.linear_qkv.bias):
+            if rows is not None:
+                blocks = rows.view(groups, heads_per_group + 2, key_size, -1)
+                blocks[:, heads_per_group].mul_(factor_GK[..., None])
+
 
 _LOG_GATES = {
     GateKind.low_rank: GatedLinearAttention._low_rank_log_gate,

@@ -20,14 +20,15 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
+from spikingbrain_train.architecture.layers import layers
 from spikingbrain_train.config.run import StageConfig
 from spikingbrain_train.data.loader import MicroBatch
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.models.gpt_model import HybridGPTModel
-from spikingbrain_train.models.mixers.gated_linear_attention import GatedLinearAttention
+from spikingbrain_train.models.mixers.alignable import BalancesKeys, HasNormedHeads
 from spikingbrain_train.models.mixers.parallel_hybrid import ParallelHybrid
 from spikingbrain_train.parallel.process_groups import ProcessGroups
-from spikingbrain_train.training.stages.calibration import ProjectionFit, balance_keys
+from spikingbrain_train.training.stages.calibration import ProjectionFit
 from spikingbrain_train.training.stages.losses import StepLosses
 from spikingbrain_train.training.stages.stage import Stage
 
@@ -66,15 +67,15 @@ class Alignment(Stage):
                 f"has {ours.num_layers} of width {ours.hidden_size}; align against the dense checkpoint that "
                 "this model was converted from."
             )
-        pairs = zip(ours.layer_mixers(), theirs.layer_mixers(), strict=True)
-        layers = [layer for layer, (mine, other) in enumerate(pairs) if mine is not other]
-        if not layers:
+        pairs = zip(layers(ours), layers(theirs), strict=True)
+        replaced = [number for number, (mine, other) in enumerate(pairs) if mine.mixers != other.mixers]
+        if not replaced:
             raise ConfigurationError(
                 "stage.kind=align has nothing to train: every layer of the model has the teacher's mixer; "
                 "convert the source with tools/convert_checkpoint.py import --conversion spikingbrain_7b "
                 "first."
             )
-        return layers
+        return replaced
 
     def freeze(self, model: HybridGPTModel) -> None:
         """Leave gradients on in the replaced mixers only."""
@@ -83,8 +84,8 @@ class Alignment(Stage):
             mixer.requires_grad_(True)
 
     def prepare(self, model: HybridGPTModel, batches: Iterator[MicroBatch], num_microbatches: int) -> None:
-        """Balance the keys and fit the output projections of the replaced linear attention layers (see
-        :mod:`~spikingbrain_train.training.stages.calibration`)."""
+        """Set in closed form what the replaced mixers offer: balanced keys, fitted output projections (see
+        :mod:`~spikingbrain_train.models.mixers.alignable`)."""
         settings = self.stage.alignment
         if settings.calibration_tokens == 0:
             return
@@ -93,10 +94,11 @@ class Alignment(Stage):
         fits = {
             mixer: ProjectionFit(mixer, self.groups)
             for mixer in self._replaced_mixers(model)
-            if isinstance(mixer, GatedLinearAttention)
+            if isinstance(mixer, HasNormedHeads)
         }
-        for mixer in fits:
-            balance_keys(mixer)
+        for mixer in self._replaced_mixers(model):
+            if isinstance(mixer, BalancesKeys):
+                mixer.balance_keys()
 
         def add(
             fit: ProjectionFit, attention: torch.nn.Module, args: tuple, kwargs: dict, output: tuple

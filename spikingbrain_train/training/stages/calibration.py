@@ -1,12 +1,8 @@
 """The start of an align stage: what can be set in closed form is set before gradient descent begins.
 
-Two things are wrong with a freshly swapped linear attention layer, and neither needs training to mend:
-
-- A channel that forgets slowly sums up many keys, one that forgets fast only a few, so slow channels drown
-  the others. Each channel's keys are scaled by the share that one step adds, ``1 - g``, as if the state were
-  a moving average.
-- The output projection was made for another attention's output. It is fitted again, by least squares on a few
-  thousand tokens, pulled towards the source's projection so that rarely seen directions keep their meaning.
+The output projection of a freshly swapped mixer was made for another attention's output. It is fitted again,
+by least squares on a few thousand tokens, pulled towards the source's projection so that rarely seen
+directions keep their meaning. Before, mixers balance their keys (models/mixers/alignable.py).
 
 Both are this project's own (docs/recipe.md), not a part of SpikingBrain's report.
 """
@@ -21,38 +17,9 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
-from spikingbrain_train.config.model import FeatureMap, GateKind
 from spikingbrain_train.errors import ConfigurationError
-from spikingbrain_train.models.mixers.gated_linear_attention import GatedLinearAttention
+from spikingbrain_train.models.mixers.alignable import HasNormedHeads
 from spikingbrain_train.parallel.process_groups import ProcessGroups
-
-
-@torch.no_grad()
-def balance_keys(mixer: GatedLinearAttention) -> None:
-    """Scale every key channel by ``(1 - g) / max(1 - g)``; g is the decay that the gate's bias alone gives.
-
-    ReLU features pass a positive factor through, and so does the norm behind the recurrence up to the
-    channels' balance, which is what changes. With q/k norms the factor goes into the key norm's weight, else
-    into the key rows of ``linear_qkv``.
-
-    Other mixers are left as they are: the keys of a tied gate are that share already, and sigmoid features do
-    not scale with their logits.
-    """
-    if mixer.gate is not GateKind.low_rank or mixer.feature_map is not FeatureMap.relu:
-        return
-    bias_GK = mixer.linear_gate_up_proj.bias.float().view(-1, mixer.key_hidden_size)
-    share_GK = -torch.expm1(torch.nn.functional.logsigmoid(bias_GK) / mixer.gate_logit_normalizer)
-    factor_GK = share_GK / share_GK.amax(dim=-1, keepdim=True)
-    if mixer.config.qk_layernorm:
-        # One weight serves all groups; the initial bias is the same in all of them.
-        mixer.k_layernorm.weight.mul_(factor_GK[0])
-        return
-    groups, key_size = factor_GK.shape
-    heads_per_group = mixer.num_attention_heads_per_partition // groups
-    for rows in (mixer.linear_qkv.weight, mixer.linear_qkv.bias):
-        if rows is not None:
-            blocks = rows.view(groups, heads_per_group + 2, key_size, -1)
-            blocks[:, heads_per_group].mul_(factor_GK[..., None])
 
 
 class ProjectionFit:
@@ -68,7 +35,7 @@ class ProjectionFit:
             and context-parallel ones.
     """
 
-    def __init__(self, mixer: GatedLinearAttention, groups: ProcessGroups) -> None:
+    def __init__(self, mixer: HasNormedHeads, groups: ProcessGroups) -> None:
         self.mixer = mixer
         self.groups = groups
         features = mixer.query_projection_size

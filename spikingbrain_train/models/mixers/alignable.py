@@ -1,0 +1,47 @@
+"""What a mixer may offer to an align stage, which sets it in closed form before gradient descent begins.
+
+Nothing has to be offered: what a mixer does not have is left out, and the mixer begins as it was converted.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+
+from spikingbrain_train.architecture.sequence_layout import SequenceLayout
+
+
+@runtime_checkable
+class HasNormedHeads(Protocol):
+    """Its output projection can be fitted to what the source's attention gives.
+
+    It is a SelfAttention of megatron-core, or has of it what is listed here.
+    """
+
+    if TYPE_CHECKING:  # from Python 3.12 on isinstance() does not find the submodules of a module
+        config: TransformerConfig
+        query_projection_size: int
+        """Columns of the output projection, over all tensor-parallel ranks."""
+        linear_proj: Any
+        """The output projection, a row-parallel linear that reads this rank's part of the heads."""
+
+    def normed_heads(self, hidden_states: Tensor, layout: SequenceLayout | None = None) -> Tensor:
+        """What the output projection sees: [T, B, features of this tensor-parallel rank].
+
+        Args:
+            hidden_states: [T, B, hidden_size] normed input of the layer, this rank's share of it under
+                sequence parallelism.
+            layout: how the sequences lie on context-parallel ranks, and their documents.
+        """
+        ...
+
+
+@runtime_checkable
+class BalancesKeys(Protocol):
+    """Its channels sum up different numbers of keys, so that some drown others."""
+
+    def balance_keys(self) -> None:
+        """Scale the weights of the keys so that no channel drowns others; done once, before training."""
+        ...
