@@ -110,8 +110,12 @@ def _by_name(name: str) -> FeedForwardKind:
     return FEED_FORWARDS[name]
 
 
-FEED_FORWARDS: Registry[FeedForwardKind] = Registry("feed-forward", "model.feed_forwards")
-"""Every kind of feed-forward."""
+FEED_FORWARDS: Registry[FeedForwardKind] = Registry(
+    "feed-forward",
+    "model.feed_forwards",
+    built_in=("spikingbrain_train.architecture.dense", "spikingbrain_train.architecture.moe"),
+)
+"""Every kind of feed-forward. A new one of the package is a line here."""
 
 
 def swiglu_weights(model: ModelConfig, width: int) -> tuple[Weight, Weight]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from spikingbrain_train.architecture import dense, gated_linear_attention, moe, softmax_attention
 from spikingbrain_train.architecture.branches import branch_weights, in_order
 from spikingbrain_train.architecture.feed_forwards import FEED_FORWARDS, FeedForwardKind
 from spikingbrain_train.architecture.mixers import MIXERS, MixerKind
@@ -13,9 +12,6 @@ from spikingbrain_train.architecture.softmax_attention import SoftmaxAttentionKi
 from spikingbrain_train.architecture.starts import EmbeddingRows
 from spikingbrain_train.architecture.weights import Split, Weight
 from spikingbrain_train.config.model import ModelConfig, SpikingConfig
-
-BUILT_IN = (softmax_attention, gated_linear_attention, dense, moe)
-"""What the package brings; importing a kind's file registers it."""
 
 
 @dataclass(frozen=True)

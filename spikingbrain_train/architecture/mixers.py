@@ -113,8 +113,15 @@ def _by_name(name: str) -> MixerKind:
     return MIXERS[name]
 
 
-MIXERS: Registry[MixerKind] = Registry("mixer", "model.mixers")
-"""Every kind of sequence mixer."""
+MIXERS: Registry[MixerKind] = Registry(
+    "mixer",
+    "model.mixers",
+    built_in=(
+        "spikingbrain_train.architecture.softmax_attention",
+        "spikingbrain_train.architecture.gated_linear_attention",
+    ),
+)
+"""Every kind of sequence mixer. A new one of the package is a line here."""
 
 
 def attention_weights(model: ModelConfig, group: str) -> tuple[Weight, ...]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from importlib import import_module
 from typing import Generic, Protocol, TypeVar
 
 from spikingbrain_train.config.sections import add_section
@@ -27,12 +28,20 @@ class Registry(Generic[Kind]):
     Args:
         what: the sort, in the singular, for sentences: ``mixer``.
         setting: where configs name them: ``model.mixers``.
+        built_in: modules of the package that register kinds, imported when somebody first asks for one.
     """
 
-    def __init__(self, what: str, setting: str) -> None:
+    def __init__(self, what: str, setting: str, built_in: Sequence[str] = ()) -> None:
         self.what = what
         self.setting = setting
-        self._kinds: dict[str, Kind] = {}
+        self._built_in = list(built_in)
+        self._registered: dict[str, Kind] = {}
+
+    @property
+    def _kinds(self) -> dict[str, Kind]:
+        while self._built_in:
+            import_module(self._built_in.pop(0))
+        return self._registered
 
     def register(self, kind: Kind) -> Kind:
         """Add a kind.
@@ -40,7 +49,7 @@ class Registry(Generic[Kind]):
         Raises:
             ConfigurationError: another kind has its name.
         """
-        known = self._kinds.setdefault(kind.name, kind)
+        known = self._registered.setdefault(kind.name, kind)
         if known is not kind and type(known).__qualname__ != type(kind).__qualname__:
             raise ConfigurationError(
                 f"{self.what} {kind.name} is registered twice, by {type(known).__module__} and "

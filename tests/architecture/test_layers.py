@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from math import prod
 from typing import Any
 
@@ -117,6 +119,16 @@ def test_an_unknown_kind_is_one_sentence_that_names_the_known_ones() -> None:
         MIXERS["mamba"]
     with pytest.raises(ConfigurationError, match=r"model\.feed_forwards names relu2.*dense, moe"):
         FEED_FORWARDS["relu2"]
+
+
+def test_a_registry_knows_its_kinds_whatever_was_imported_before() -> None:
+    for names, room in (("full, gla, swa", "mixers"), ("dense, moe", "feed_forwards")):
+        code = (
+            f"from spikingbrain_train.architecture.{room} import {room.upper()} as kinds; "
+            "print(', '.join(sorted(kind.name for kind in kinds)))"
+        )
+        told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert told.stdout.strip() == names
 
 
 def test_a_plugin_that_cannot_be_imported_is_named() -> None:
