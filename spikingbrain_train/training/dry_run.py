@@ -51,8 +51,8 @@ class RankShare:
 
     plan: Plan
     rank: int
-    places: dict[str, int]
-    """The rank's 0-based place along every kind of parallelism."""
+    group_ranks: dict[str, int]
+    """The rank within its group of every kind of parallelism, from 0."""
     parameters: int
     layers: list[BuiltLayer]
     otherwise: PrecisionChoice | None = None
@@ -61,16 +61,16 @@ class RankShare:
     @property
     def memory(self) -> MemoryEstimate:
         """Bytes on this rank."""
-        return self.plan.stages[self.places["pipeline"]].memory
+        return self.plan.stages[self.group_ranks["pipeline"]].memory
 
     def render(self) -> str:
         """The share as text for a terminal."""
         model, parallel = self.plan.config.model, self.plan.config.parallel
-        places = ", ".join(f"{kind} {place}" for kind, place in self.places.items())
+        group_ranks = ", ".join(f"{kind} {group_rank}" for kind, group_rank in self.group_ranks.items())
         memory = {name: getattr(self.memory, name) / GIB for name in vars(self.memory)}
         parts = ", ".join(f"{name} {size:.2f}" for name, size in memory.items() if size > 0)
         rows = [
-            ("rank", f"{self.rank} of {self.plan.world_size}: {places} (counted from 0)"),
+            ("rank", f"{self.rank} of {self.plan.world_size}: {group_ranks} (counted from 0)"),
             ("parameters", f"{self.parameters:,} built on this rank, as planned"),
             (
                 "active",
@@ -84,7 +84,7 @@ class RankShare:
         if any(layer.kind.feed_forward.routes_tokens for layer in self.layers):
             number = max(kind.num_experts(model) for kind in feed_forwards_of(model))
             held = number // parallel.expert_model_parallel_size
-            first = self.places["expert"] * held
+            first = self.group_ranks["expert"] * held
             rows.append(("experts", f"{first} to {first + held - 1} of each layer's {number}"))
         width = max(8, *(len(layer.kind.mixer_name) for layer in self.layers))
         head = f"{'layer':>5}  {'mixer':<{width}}  {'feed-forward':<12}"
@@ -98,9 +98,11 @@ class RankShare:
         return "\n".join([*facts, "", "parameters of this rank's layers", head, "-" * len(head), *table])
 
 
-def _places(plan: Plan, rank: int) -> dict[str, int]:
-    """Where ``rank`` stands, in megatron-core's order: tensor, context, data, pipeline (and the same ranks of
-    a stage once more as expert tensor, expert, expert data).
+def _group_ranks(plan: Plan, rank: int) -> dict[str, int]:
+    """What ``rank`` is in each of its groups.
+
+    In megatron-core's order: tensor, context, data, pipeline; the same ranks of a pipeline stage once more as
+    expert tensor, expert, expert data.
     """
     parallel = plan.config.parallel
     pipeline, in_stage = divmod(rank, plan.world_size // parallel.pipeline_model_parallel_size)
@@ -124,7 +126,7 @@ def _reduced_world(plan: Plan, rank: int) -> Iterator[None]:
     """Process groups as ``rank`` has them, with as few replicas as the degrees allow."""
     parallel = plan.config.parallel
     pipeline, in_stage = divmod(rank, plan.world_size // parallel.pipeline_model_parallel_size)
-    # Every degree but data parallelism divides the reduced stage, so the remainder keeps the rank's places.
+    # Every degree but data parallelism divides the reduced stage: the remainder keeps the rank in its groups.
     stage_ranks = smallest_stage(parallel)
     try:
         torch.distributed.init_process_group(
@@ -155,17 +157,17 @@ def build_share(plan: Plan) -> RankShare:
     from spikingbrain_train.models.gpt_model import build_model
     from spikingbrain_train.models.transformer_config import transformer_config
 
-    places = _places(plan, rank)
+    group_ranks = _group_ranks(plan, rank)
     with _reduced_world(plan, rank), without_all_reduce():
         megatron_config = transformer_config(
             config.model, config.parallel, config.precision, on_cpu=True, initialize=False
         )
         kernels = resolve_kernels(KernelConfig(), host)
         model = build_model(config.model, megatron_config, kernels, torch.device("meta"))
-    stage = plan.stages[places["pipeline"]]
+    stage = plan.stages[group_ranks["pipeline"]]
     pairs = zip(model.decoder.layers, stage.kinds, strict=True)
     built = [_describe(layer, kind, config) for layer, kind in pairs]
-    share = RankShare(plan, rank, places, _count(model), built, _other_precision(plan))
+    share = RankShare(plan, rank, group_ranks, _count(model), built, _other_precision(plan))
     if share.parameters != stage.parameters:
         raise RuntimeError(
             f"rank {rank} was built with {share.parameters:,} parameters, but planned with "

@@ -7,10 +7,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from spikingbrain_train.config.parallel import ParallelConfig
+from spikingbrain_train.config.run import RunConfig
+from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.training.metrics import read_metrics
 from tests.distributed.pool import RankFailure, RankPool
 from tests.distributed.small_runs import run_config, train
@@ -96,3 +99,31 @@ def test_a_state_that_no_checkpoint_can_hold_is_a_sentence_before_the_first_step
     with pytest.raises(RankFailure, match="KeepsAnObject, whose state_dict holds a PosixPath; a checkpoint"):
         ranks.run(train, config, world_size=1, parallel=ParallelConfig())
     assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def _reductions(groups: ProcessGroups, config: RunConfig) -> list[int]:
+    """The steps whose losses were reduced over ranks."""
+    from spikingbrain_train.training.trainer import Trainer
+
+    trainer, steps = Trainer(config, groups), []
+    reduce = ProcessGroups.sum_from_last_stage
+
+    def noted(self: ProcessGroups, values: Any) -> Any:
+        steps.append(trainer.state.iteration)
+        return reduce(self, values)
+
+    ProcessGroups.sum_from_last_stage = noted  # type: ignore[method-assign]
+    try:
+        trainer.train()
+    finally:
+        ProcessGroups.sum_from_last_stage = reduce  # type: ignore[method-assign]
+    return steps
+
+
+def test_losses_are_reduced_when_they_are_reported_and_in_no_other_step(
+    ranks: RankPool, tmp_path: Path, text: Path
+) -> None:
+    config = run_config(tmp_path, text)
+    config.logging.log_interval = 4
+    for steps in ranks.run(_reductions, config, world_size=2, parallel=ParallelConfig()):
+        assert steps == [4, 8, 10]

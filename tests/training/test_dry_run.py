@@ -17,7 +17,7 @@ from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.planning.checks import check_run_config
 from spikingbrain_train.planning.planner import Plan, launched_world_size, plan_run
-from spikingbrain_train.training.dry_run import RankShare, _places, _reduced_world, build_share
+from spikingbrain_train.training.dry_run import RankShare, _group_ranks, _reduced_world, build_share
 
 EXPERIMENTS = [f"spikingbrain_{size}_{length}" for size in ("7b", "76b") for length in ("8k", "32k", "128k")]
 PEAK_BYTES = 4e9  # what the issue allows; a build takes half a gigabyte, nearly all of it torch
@@ -101,10 +101,10 @@ def _ranks_in_groups(plan: Plan, rank: int) -> tuple[dict[str, int], dict[str, i
             "expert": parallel_state.get_expert_model_parallel_rank(),
             "expert tensor": parallel_state.get_expert_tensor_parallel_rank(),
         }
-    return formed, _places(plan, rank)
+    return formed, _group_ranks(plan, rank)
 
 
-def _places_in_the_whole_world(plan: Plan) -> list[dict[str, int]]:
+def _group_ranks_in_the_whole_world(plan: Plan) -> list[dict[str, int]]:
     """Every rank's place in the groups that megatron-core would form in the unreduced world."""
     from megatron.core.parallel_state import RankGenerator
 
@@ -136,7 +136,7 @@ def _places_in_the_whole_world(plan: Plan) -> list[dict[str, int]]:
 def test_a_rank_keeps_its_places_in_the_reduced_world(process, parallel, world_size) -> None:
     batch = ("stage.global_batch_size=48", "stage.seq_length=40")
     plan = plan_of("model=tiny_76b", *batch, parallel=parallel, world_size=world_size)
-    whole = process.submit(_places_in_the_whole_world, plan).result()
+    whole = process.submit(_group_ranks_in_the_whole_world, plan).result()
     for rank in range(world_size):
         formed, places = process.submit(_ranks_in_groups, plan, rank).result()
         assert places == whole[rank]
