@@ -1,5 +1,4 @@
-"""Arguments of tools/evaluate.py and tools/generate.py. Imports torch only after they have been
-understood."""
+"""Arguments of tools/evaluate.py and tools/generate.py, understood before torch is imported."""
 
 from __future__ import annotations
 

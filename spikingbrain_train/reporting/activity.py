@@ -214,8 +214,7 @@ _STANDARD_ERROR: list[StatusLine] = []
 
 
 def format_duration(seconds: float) -> str:
-    """``45s``, ``3m 05s``, ``2h 07m`` or ``3d 04h``: the two largest units, rounded to the smaller of
-    them."""
+    """``45s``, ``3m 05s``, ``2h 07m`` or ``3d 04h``: the two largest units, rounded to the smaller."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"

@@ -75,8 +75,10 @@ def format_progress(
     metrics: Mapping[str, float],
     seconds_per_iteration: float | None = None,
 ) -> str:
-    """The progress line: ``iteration 20/100 | loss 3.2100 | lr 5.00e-04 | ... | ETA 1m 20s``. MFU is given
-    as 0-1."""
+    """The progress line: ``iteration 20/100 | loss 3.2100 | lr 5.00e-04 | ... | ETA 1m 20s``.
+
+    MFU is given as 0-1.
+    """
     parts = [f"iteration {iteration:>{len(str(total_iterations))}}/{total_iterations}"]
     parts += [show(metrics[name]) for name, show in _FIELDS.items() if name in metrics]
     if seconds_per_iteration is not None and iteration < total_iterations:

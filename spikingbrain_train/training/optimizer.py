@@ -90,8 +90,10 @@ def _last_lr(optimizer: OptimizerConfig) -> float:
 
 
 def _prepare_torch_adamw(optimizer: MegatronOptimizer) -> None:
-    """Without Transformer Engine or Apex megatron-core takes torch's AdamW, whose default loops over tensors
-    op by op; the fused form does the same arithmetic in one pass over memory, on CPU and GPU alike.
+    """Choose the fused form where megatron-core, without Transformer Engine or Apex, takes torch's AdamW.
+
+    Its default loops over tensors op by op; the fused form does the same arithmetic in one pass over memory,
+    on CPU and GPU alike.
 
     Its state is made here, because megatron-core's distributed optimizer cannot describe (and so not load)
     one that is still empty.

@@ -1,5 +1,4 @@
-"""How fast a run is: tokens per second without the pauses, and model FLOP/s utilisation (MFU) against a
-peak."""
+"""How fast a run is: tokens per second without pauses, and model FLOP/s utilisation (MFU) against a peak."""
 
 from __future__ import annotations
 

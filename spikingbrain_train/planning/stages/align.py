@@ -1,5 +1,6 @@
-"""Alignment: mixers that replaced attention learn, layer by layer, to reproduce it; all else is frozen. This
-project's own: SpikingBrain's report (arXiv 2509.05276) trains all parameters from the first step on.
+"""Alignment: mixers that replaced attention learn, layer by layer, to reproduce it; all else is frozen.
+
+This project's own: SpikingBrain's report (arXiv 2509.05276) trains all parameters from the first step on.
 """
 
 from __future__ import annotations
@@ -46,8 +47,11 @@ class AlignmentKind(StageKind):
     def check_teacher(
         self, model: ModelConfig, teacher: ModelConfig, parallel: ParallelConfig, setting: str
     ) -> None:
-        """The same network but for its mixers, one of which every pipeline stage has to train. Raises
-        ConfigurationError or CheckpointError."""
+        """The same network but for its mixers, one of which every pipeline stage has to train.
+
+        Raises:
+            ConfigurationError, CheckpointError: see :class:`StageKind`.
+        """
         check_same_sizes(teacher, model, setting)
         if [layer.mixers for layer in layers(teacher)] == [layer.mixers for layer in layers(model)]:
             raise ConfigurationError(
@@ -72,8 +76,10 @@ class AlignmentKind(StageKind):
         return sum(mixer_parameters(model, layer) for layer in swapped_layers(model))
 
     def flops_per_token(self, config: RunConfig) -> float:
-        """The teacher's forward up to its last hidden states, and forward and backward of each swapped mixer,
-        whose projections from the layer's (frozen) input need no gradient with respect to it."""
+        """The teacher's forward up to its last hidden states, and forward and backward of each swapped mixer.
+
+        Its projections from the layer's (frozen) input need no gradient with respect to that.
+        """
         model, stage = config.model, config.stage
         flops = forward_flops_per_token(dense_twin(model), stage.seq_length, output_layer=False)
         tokens, all_layers = 1 + model.num_sink_tokens / stage.seq_length, layers(model)
@@ -84,8 +90,10 @@ class AlignmentKind(StageKind):
         return flops
 
     def activation_bytes(self, config: RunConfig, pipeline_stage: int, micro_batches: int) -> float:
-        """Each swapped mixer runs forward and backward at once, between layers of the teacher, which keep
-        nothing: the largest counts, with its input, and its output and target in fp32."""
+        """Those of the largest swapped mixer, with its input, and its output and target in fp32.
+
+        Each runs forward and backward at once, between layers of the teacher, which keep nothing.
+        """
         model, here = config.model, layers_of_stage(config.model, config.parallel, pipeline_stage)
         boundary = model.hidden_size * (bytes_per_element(config.precision) + 2 * FP32)
         swapped = [layer for layer in here if not layer.has_the_sources_mixer]
@@ -94,8 +102,9 @@ class AlignmentKind(StageKind):
 
 
 def _check_every_stage_aligns(model: ModelConfig, teacher: ModelConfig, parallel: ParallelConfig) -> None:
-    """Every pipeline stage has a mixer to train: megatron-core can neither step nor save an optimizer of
-    nothing.
+    """Every pipeline stage has a mixer to train.
+
+    megatron-core can neither step nor save an optimizer of nothing.
 
     Args:
         model: the network that is aligned; its layers are divisible by the pipeline degree.

@@ -1,5 +1,6 @@
-"""Continual pretraining: all parameters on next-token loss (SpikingBrain, arXiv 2509.05276, section 3.4),
-optionally with the dense source's logits to learn from, which is this project's own.
+"""Continual pretraining: all parameters on next-token loss (SpikingBrain, arXiv 2509.05276, section 3.4).
+
+The dense source's logits to learn from, where a run asks for them, are this project's own.
 """
 
 from __future__ import annotations
@@ -54,8 +55,10 @@ class ContinualPretrainingKind(StageKind):
         return total_parameters(model)
 
     def flops_per_token(self, config: RunConfig) -> float:
-        """Forward and backward, 3 x forward (about 6 N plus attention); with distillation the teacher's
-        forward, too."""
+        """Forward and backward: 3 x forward, about 6 N plus attention.
+
+        With distillation the teacher's forward comes on top.
+        """
         model, stage = config.model, config.stage
         flops = 3 * forward_flops_per_token(model, stage.seq_length)
         if self.needs_teacher(stage):

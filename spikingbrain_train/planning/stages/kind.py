@@ -11,8 +11,10 @@ from spikingbrain_train.config.run import RunConfig, StageConfig
 
 
 class StageKind(ABC):
-    """One kind of stage. A new one is a file with a subclass of this, another with the class that trains it,
-    and one line in :mod:`~spikingbrain_train.planning.stages.registry`.
+    """One kind of stage.
+
+    A new one is a file with a subclass of this, another with the class that trains it, and one line in
+    :mod:`~spikingbrain_train.planning.stages.registry`.
     """
 
     name: ClassVar[str]
@@ -52,8 +54,11 @@ class StageKind(ABC):
         """
 
     def check_plan(self, model: ModelConfig, parallel: ParallelConfig) -> None:
-        """What a dry run, which reads no teacher, can tell of :meth:`check_teacher`. Raises
-        ConfigurationError."""
+        """What a dry run, which reads no teacher, can tell of :meth:`check_teacher`.
+
+        Raises:
+            ConfigurationError: no teacher could teach ``model`` under these degrees.
+        """
         return
 
     @abstractmethod

@@ -105,8 +105,10 @@ class Callback:
         return 0
 
     def agreed(self, number: int) -> None:
-        """The largest vote of all ranks, the same everywhere. What is raised here keeps the weights as they
-        are."""
+        """The largest vote of all ranks, the same everywhere.
+
+        What is raised here keeps the weights as they are.
+        """
 
     def before_update(self, grad_norm: float) -> None:
         """The gradients are reduced and not yet clipped. What is raised here keeps the weights as they are.
@@ -158,5 +160,7 @@ class Callback:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what :meth:`state_dict` said in the run that goes on; called before :meth:`start`, and not
-        where a checkpoint holds nothing of this callback."""
+        """Take up what :meth:`state_dict` said in the run that goes on.
+
+        Called before :meth:`start`, and not where a checkpoint holds nothing of this callback.
+        """

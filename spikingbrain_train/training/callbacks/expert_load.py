@@ -30,7 +30,9 @@ class ExpertLoad:
         return assignments / assignments.mean(1, keepdim=True)
 
     def metrics(self) -> dict[str, float]:
-        """``moe/aux_loss`` (1 is perfect balance) and ``moe/z_loss``, unweighted means over layers;
+        """What curves are drawn of.
+
+        ``moe/aux_loss`` (1 is perfect balance) and ``moe/z_loss``, unweighted means over layers;
         ``moe/dropped_tokens``, the share of (token, expert) pairs that capacities left out; and
         ``moe/load_max_over_mean/layer_<i>``, the busiest expert of a layer in multiples of an even spread.
         """
@@ -77,8 +79,10 @@ class ExpertLoadReport(Callback):
             report.heat_maps["moe/expert_load"] = load.heat_map()
 
     def _collect(self) -> ExpertLoad | None:
-        """What was counted in the step. None if no token was routed, as in models without experts and in
-        alignment, where the student's feed-forwards do not run."""
+        """What was counted in the step, None if no token was routed.
+
+        So it is in models without experts, and in alignment, where the student's feed-forwards do not run.
+        """
         if not self._layers:
             return None
         size = self._num_experts + RouterStatistics.NUM_SCALARS

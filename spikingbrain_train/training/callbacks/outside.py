@@ -28,8 +28,7 @@ def check_callbacks(config: RunConfig) -> None:
 
 
 def outside_callbacks(config: RunConfig) -> list[Callback]:
-    """One object of each class that ``callbacks`` names. Raises ConfigurationError as
-    :func:`check_callbacks` does."""
+    """One object of each class that ``callbacks`` names. Raises as :func:`check_callbacks` does."""
     check_callbacks(config)
     return [named.make(Callback) for named in named_classes("callbacks", config.callbacks)]
 

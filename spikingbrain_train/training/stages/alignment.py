@@ -84,8 +84,10 @@ class Alignment(Stage):
             mixer.requires_grad_(True)
 
     def prepare(self, model: HybridGPTModel, batches: Iterator[MicroBatch], num_microbatches: int) -> None:
-        """Set in closed form what the replaced mixers offer: balanced keys, fitted output projections (see
-        :mod:`~spikingbrain_train.models.mixers.alignable`)."""
+        """Set in closed form what the replaced mixers offer: balanced keys, fitted output projections.
+
+        See :mod:`~spikingbrain_train.models.mixers.alignable`.
+        """
         settings = self.stage.alignment
         if settings.calibration_tokens == 0:
             return
@@ -148,8 +150,10 @@ class Alignment(Stage):
         num_microbatches: int,
         hooks: Mapping[SelfAttention | ParallelHybrid, Callable],
     ) -> None:
-        """Send micro-batches through the teacher; ``hooks`` are called with what its attention at their
-        mixer's layer got and gave, as PyTorch's forward hooks with keyword arguments are.
+        """Send micro-batches through the teacher.
+
+        ``hooks`` are called with what its attention at their mixer's layer got and gave, as PyTorch's forward
+        hooks with keyword arguments are.
         """
         attention = {layer.layer_number: layer.self_attention for layer in self.teacher.decoder.layers}
         handles = [

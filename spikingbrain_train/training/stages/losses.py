@@ -31,8 +31,10 @@ class StepLosses:
 
     @property
     def standing(self) -> Tensor:
-        """[] int on the device of the sums: whether what this rank adds is finite, and whether it adds
-        anything. The mean over all ranks is a number where the largest of them is :data:`FINE`."""
+        """[] int on the device of the sums: whether this rank adds something, and something finite.
+
+        The mean over all ranks is a number where the largest of them is :data:`FINE`.
+        """
         counts = self._sums.new_ones((), dtype=torch.int) if self._weight is None else self._weight > 0
         return torch.where(self._sums.isfinite().all(), counts.int(), NOT_FINITE)
 
