@@ -39,8 +39,10 @@ def norm_name(branch: str) -> str:
 
 
 def initial_branch_weights(settings: ParallelHybridConfig, mixers: Sequence[MixerKind]) -> list[float]:
-    """Where branch weights start. Softmax branches share ``init_softmax_weight``, as they begin as the source
-    does, and others have ``init_linear_weight``; without a softmax branch all share the former.
+    """Where branch weights start.
+
+    Softmax branches share ``init_softmax_weight``, as they begin as the source does, and others have
+    ``init_linear_weight``; without a softmax branch all share the former.
     """
     softmax = [_is_softmax(kind) for kind in mixers]
     leading = softmax if any(softmax) else [True] * len(mixers)

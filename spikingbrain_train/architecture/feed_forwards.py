@@ -61,8 +61,7 @@ class FeedForwardKind(ABC):
         """Its channels and experts against the degrees that split them. Raises ConfigurationError."""
 
     def check_source(self, model: ModelConfig) -> None:
-        """Whether a dense source's feed-forward, of ``model.ffn_hidden_size``, can become it. Raises
-        ConfigurationError."""
+        """Whether a dense one, of ``model.ffn_hidden_size``, can become it. Raises ConfigurationError."""
 
     def all_settings(self, model: ModelConfig) -> set[str]:
         """Dotted names of the model's settings that are there for it, and for others that name them, too."""

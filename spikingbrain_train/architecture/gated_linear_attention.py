@@ -32,8 +32,9 @@ _CHUNK_SEGMENT_ELEMENTS = 1 << 20  # ops/gated_linear_attention/chunk.py keeps a
 
 
 def repeats_groups(config: RunConfig) -> bool:
-    """Whether flash-linear-attention computes it, whose kernels know no groups and keep keys, values and
-    gates of every head. Without knowing what is installed: everywhere but on CPUs.
+    """Whether flash-linear-attention computes it: everywhere but on CPUs, whatever is installed.
+
+    Its kernels know no groups and keep keys, values and gates of every head.
     """
     cluster, call = config.cluster, LinearAttentionCall(torch_name(config.precision))
     on_gpu = cluster.accelerator is not AcceleratorKind.cpu

@@ -133,6 +133,7 @@ def weights_behind(model: ModelConfig) -> tuple[Weight, ...]:
 
 def model_weights(model: ModelConfig) -> Iterator[tuple[int | None, Weight]]:
     """Every parameter with its layer (0-based, None around the layers), in the order of the forward pass.
+
     Names are whole: ``decoder.layers.0.mlp.linear_fc1.weight``.
     """
     yield from ((None, weight) for weight in weights_in_front(model))

@@ -80,8 +80,7 @@ class Weight:
 
     @property
     def shape(self) -> Shape:
-        """Shape of the parameter over all ranks, without vocabulary padding; [experts, rows, columns] of
-        routed experts."""
+        """Shape over all ranks, without vocabulary padding; [experts, rows, columns] of routed experts."""
         stacked = [sum(shape[0] for shape in self.shapes), *self.shapes[0][1:]]
         if self.copies is None:
             return tuple(stacked)

@@ -20,10 +20,10 @@ _FULL_BYTES = 1 << 20  # below what the smallest file of weights takes
 
 @contextmanager
 def failing_together(temporary: Path, groups: ProcessGroups) -> Iterator[None]:
-    """Let all ranks fail when one could not write, and clean up: with one sentence where the storage is at
-    fault; from anything else the rank that met it goes on to raise that itself.
+    """Let all ranks fail when one could not write, and clean up; a collective of all ranks.
 
-    A collective of all ranks. No rank writes into the folder any more when the block ends.
+    They fail with one sentence where the storage is at fault; from anything else the rank that met it goes on
+    to raise that itself. No rank writes into the folder any more when the block ends.
 
     Args:
         temporary: folder of the checkpoint until it is complete, which is removed.

@@ -14,8 +14,9 @@ from spikingbrain_train.parallel.process_groups import ProcessGroups
 
 
 def first_not_finite_of_run(model: Any, optimizer: MegatronOptimizer, groups: ProcessGroups) -> str | None:
-    """Where any rank holds a NaN or an infinity among weights, main weights and optimizer moments, None where
-    none does; a collective of all ranks.
+    """Where any rank holds a NaN or an infinity, None where none does; a collective of all ranks.
+
+    Looked at are weights, main weights and optimizer moments.
 
     Args:
         model: this rank's pipeline stage, a module with its weights gathered.

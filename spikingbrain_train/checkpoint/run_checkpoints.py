@@ -66,8 +66,7 @@ class RunCheckpoints:
         return newest is not None
 
     def resume(self, state: RunState) -> StoredRun:
-        """Fill ``state`` from the newest, and keep those beyond it, which a user has gone back from, out of
-        the way.
+        """Fill ``state`` from the newest, and set aside those beyond it, which a user has gone back from.
 
         Returns:
             The run as it was when it wrote that checkpoint.

@@ -165,8 +165,10 @@ class PendingSave:
         assert is_done, "a rank polls while others wait"
 
     def verify(self) -> None:
-        """Read back what was written: every rank its own files, whose checksums become the manifest; then the
-        main process finds the files of all ranks in full.
+        """Read back what was written.
+
+        Every rank reads its own files, whose checksums become the manifest; then the main process finds the
+        files of all ranks in full.
 
         Raises:
             CheckpointError: a file cannot be read, is missing, or is not as long as what was written.

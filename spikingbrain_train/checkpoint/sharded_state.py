@@ -1,5 +1,8 @@
-"""What of a run is in a checkpoint, as megatron-core's sharded tensors: weights, optimizer, schedule, random
-generators and place in the data. It is read at any topology; generators only at the one that wrote them."""
+"""What of a run is in a checkpoint, as megatron-core's sharded tensors.
+
+That is weights, optimizer, schedule, random generators and position in the data. It is read at any topology;
+generators only at the one that wrote them.
+"""
 
 from __future__ import annotations
 
@@ -75,9 +78,10 @@ class RunState(Protocol):
 
 
 def _sharding() -> dict[str, Any]:
-    """How tensors are named and split: one key per layer, because layers differ, and optimizer state as whole
-    parameters, so that any topology can read it. A new dict each time: megatron-core puts this run's process
-    groups into it.
+    """How tensors are named and split.
+
+    One key per layer, because layers differ, and optimizer state as whole parameters, so that any topology
+    can read it. A new dict each time: megatron-core puts this run's process groups into it.
     """
     return {
         **ONE_KEY_PER_LAYER,
@@ -134,8 +138,9 @@ def fill_state(state: RunState, loaded: dict[str, Any], groups: ProcessGroups) -
 
 
 def sharded_weights(model: PipelineStage) -> dict[str, Any]:
-    """The weights without the ``_extra_state`` objects of Transformer Engine's FP8 recipes, which we do not
-    use: the weights of a checkpoint are tensors only.
+    """The weights, which in a checkpoint are tensors only.
+
+    The ``_extra_state`` objects of Transformer Engine's FP8 recipes, which we do not use, are left out.
     """
     sharded = model.sharded_state_dict(metadata=_sharding())
     return {name: value for name, value in sharded.items() if not name.endswith("_extra_state")}

@@ -1,5 +1,4 @@
-"""Megatron ``torch_dist`` checkpoints, one tensor at a time, without process groups and without
-megatron-core.
+"""Megatron ``torch_dist`` checkpoints, one tensor at a time, without process groups and megatron-core.
 
 The format is torch.distributed.checkpoint's: ``__*_*.distcp`` files hold tensors back to back, each in
 ``torch.save`` form; the pickled ``.metadata`` says which chunk of which tensor lies where. megatron-core adds
@@ -48,8 +47,7 @@ _FILE_BYTES = 5 * 1024**3  # a data file is closed when it has grown beyond this
 
 
 class MegatronCheckpointWriter:
-    """Writes one checkpoint folder; tensors come one after the other through :meth:`write`, or in parts
-    through :meth:`write_chunk`.
+    """Writes one checkpoint folder, tensor after tensor: :meth:`write`, or in parts :meth:`write_chunk`.
 
     Args:
         folder: existing empty folder, the future ``iter_*``.
@@ -140,8 +138,10 @@ class MegatronCheckpointWriter:
 
 
 class _CheckedWrites:
-    """Passes writes on with their checksum, and remembers the OSError that torch.save replaces by a
-    RuntimeError of its own."""
+    """Passes writes on with their checksum, and remembers an OSError.
+
+    torch.save replaces it by a RuntimeError of its own.
+    """
 
     def __init__(self, file: BinaryIO):
         self.file = file
@@ -161,8 +161,7 @@ class _CheckedWrites:
 
 
 class MegatronCheckpointReader:
-    """The tensors of one checkpoint folder. Opening reads ``.metadata`` only; values are read by
-    :meth:`read`.
+    """The tensors of one checkpoint folder; opening reads ``.metadata``, :meth:`read` the values.
 
     Nothing in the folder is trusted: ``.metadata`` is unpickled against a list of permitted classes, tensors
     with ``weights_only=True``.

@@ -47,9 +47,10 @@ class FailedOnRank(RuntimeError):
 
 
 class ShardWriters:
-    """The files of one checkpoint that this rank writes. Made and finished by all ranks together, one
-    checkpoint at a time; the thread between takes part in no collective. What it runs is megatron-core's, as
-    runtime/shard_writers.py has patched it.
+    """The files of one checkpoint that this rank writes.
+
+    Made and finished by all ranks together, one checkpoint at a time; the thread between takes part in no
+    collective. What it runs is megatron-core's, as runtime/shard_writers.py has patched it.
 
     On a GPU all that is written is copied to the host here. On CPU it is written from where it lies: nothing
     may change it before :meth:`is_done`.
@@ -123,8 +124,10 @@ class ShardWriters:
 
 
 def _forget_results_of_failed_saves() -> None:
-    """megatron-core's writers report through one queue of the process, where the report of a save that failed
-    on another rank may be left: it would be taken for that of the next one."""
+    """Empty the queue through which megatron-core's writers report, one for the whole process.
+
+    The report of a save that failed on another rank may be left there and be taken for that of the next one.
+    """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     if (results := filesystem_async._results_queue) is not None:

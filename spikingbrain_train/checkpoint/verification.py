@@ -1,5 +1,4 @@
-"""Whether the files of a checkpoint are what was saved: when they have been written, and before they are
-read."""
+"""Whether the files of a checkpoint are what was saved: after they are written, and before they are read."""
 
 from __future__ import annotations
 

@@ -102,9 +102,9 @@ class MoEConfig:
     num_experts: int = setting(16, minimum=1, resume=WEIGHTS)
     """Routed experts of a layer."""
     router_topk: int = setting(1, minimum=1, resume=FUNCTION)
-    """Routed experts that each token visits."""
+    """Routed experts of each token."""
     num_shared_experts: int = setting(1, minimum=0, resume=WEIGHTS)
-    """Experts that every token visits, computed as one SwiGLU of num_shared_experts * moe_ffn_hidden_size."""
+    """Experts of every token, computed as one SwiGLU of num_shared_experts * moe_ffn_hidden_size."""
     moe_ffn_hidden_size: int | None = setting(None, minimum=1, resume=WEIGHTS)
     """Width of one expert; null takes ffn_hidden_size."""
     aux_loss_coeff: float = setting(1.0e-2, minimum=0, resume=TRAINING)
@@ -126,7 +126,7 @@ class MoEConfig:
         require(
             self.router_topk <= self.num_experts,
             f"{prefix}router_topk={self.router_topk} is more than {prefix}num_experts={self.num_experts}; "
-            f"a token can visit {self.num_experts} at most",
+            f"a token can be routed to {self.num_experts} at most",
         )
         require(
             self.capacity_factor is not None or not self.pad_to_capacity,
@@ -137,7 +137,7 @@ class MoEConfig:
         require(
             not self.pad_to_capacity or (self.capacity_factor or 0.0) <= most,
             f"{prefix}capacity_factor={self.capacity_factor} with {prefix}pad_to_capacity=true gives every "
-            f"expert more places than there are tokens; use at most num_experts / router_topk = {most:g}",
+            f"expert a capacity above the number of tokens; use at most num_experts / router_topk = {most:g}",
         )
 
 

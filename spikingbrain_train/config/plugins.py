@@ -59,8 +59,9 @@ def plugins_of(values: Any, where: str) -> list[str]:
 
 
 def plugins_of_command_line(arguments: Sequence[str], stored: Path | None = None) -> list[str]:
-    """The plugins of a run, found before its config is composed: those of its command line, else of its
-    experiment, else of the stored config that it is given.
+    """The plugins of a run, found before its config is composed.
+
+    They are those of its command line, else of its experiment, else of the stored config that it is given.
 
     Raises:
         ConfigurationError: they are no list of names.

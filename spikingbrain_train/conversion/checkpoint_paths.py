@@ -15,8 +15,7 @@ METADATA_FILE = ".metadata"
 
 
 def resolve_checkpoint(path: Path) -> Path:
-    """The folder of one checkpoint: ``path`` itself if it is an ``iter_*`` folder, or the newest one in
-    ``path``, a checkpoint folder or the folder of a run.
+    """The folder of one checkpoint: ``path`` itself if it is an ``iter_*`` folder, else the newest one in it.
 
     Raises:
         CheckpointError: there is no complete Megatron checkpoint.

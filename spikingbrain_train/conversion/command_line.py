@@ -1,5 +1,7 @@
-"""Arguments of tools/convert_checkpoint.py and tools/export.py. Imports torch only after they have been
-understood."""
+"""Arguments of tools/convert_checkpoint.py and tools/export.py.
+
+Imports torch only after they have been understood.
+"""
 
 from __future__ import annotations
 

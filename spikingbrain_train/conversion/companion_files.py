@@ -72,8 +72,10 @@ def find_companion_files(folder: Path) -> CompanionFiles:
 
 
 def _lies_within(path: Path, folder: Path) -> bool:
-    """Whether ``path``, with all links followed, lies in ``folder`` or among the blobs of the same model in a
-    Hugging Face cache (``snapshots/<revision>/config.json -> ../../blobs/<hash>``)."""
+    """Whether ``path``, with all links followed, lies in ``folder`` or belongs to it in a Hugging Face cache.
+
+    There it is among the same model's blobs: ``snapshots/<revision>/config.json -> ../../blobs/<hash>``.
+    """
     # os.path.realpath, because Path.resolve raises for a link to itself.
     real, root = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
     in_cache = root.parent.name == "snapshots" and real.parent == root.parent.parent / "blobs"

@@ -35,8 +35,10 @@ class Piece:
         return sum(prod(shape) for shape in self.shapes.values())
 
     def values(self, reader: MegatronCheckpointReader) -> list[Tensor]:
-        """The tensors in the order of ``shapes``, in the stored number format (zeros: float32), without the
-        vocabulary padding that a tensor-parallel run added."""
+        """The tensors in the order of ``shapes``, in the stored number format (zeros: float32).
+
+        The vocabulary padding that a tensor-parallel run added is left out.
+        """
         if self.is_zero:
             return [torch.zeros(shape) for shape in self.shapes.values()]
         return self.parameter.split(reader.read(self.parameter.name)[: self.parameter.shape[0]])

@@ -242,8 +242,9 @@ def _is_copy(tensor: Tensor, other: Tensor) -> bool:
 
 
 def _zeros(reader: SafetensorsReader, hf_format: HfFormat, source: ModelConfig) -> dict[str, str]:
-    """Names of the tensors of zeros that an export holds for readers of its format and the model does not
-    have, and what they are.
+    """Tensors of zeros that an export holds for readers of its format: name -> what it is.
+
+    The model does not have them.
 
     Raises:
         CheckpointError: one is not zero.

@@ -37,8 +37,10 @@ class Parameter:
 
     @property
     def name(self) -> str:
-        """Its key in a Megatron checkpoint, which is the parameter's name except for routed experts: those
-        keys hold all experts of a layer, whatever the topology."""
+        """Its key in a Megatron checkpoint: the parameter's name, except for routed experts.
+
+        Their keys hold all experts of a layer, whatever the topology.
+        """
         return self.weight.name
 
     @property

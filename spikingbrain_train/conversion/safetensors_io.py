@@ -124,8 +124,7 @@ def refuse_quantised(reader: SafetensorsReader) -> None:
 
 
 class SafetensorsWriter:
-    """Writes tensors into ``model.safetensors``, or into shards with an index when they exceed
-    ``max_shard_size``.
+    """Writes tensors into ``model.safetensors``, or into shards with an index above ``max_shard_size``.
 
     The header of a shard comes before its data, so shapes and dtypes of all tensors are given first and the
     values follow through :meth:`write` in the same order. Order tensors by falling dtype size: the format

@@ -18,8 +18,7 @@ from spikingbrain_train.errors import ConfigurationError
 
 
 def fuse_rows(parts: list[Tensor], model: ModelConfig) -> Tensor:
-    """Stack the parts along dim 0: one part stays as it is, gate and up projection become Megatron's
-    ``linear_fc1``."""
+    """Stack the parts along dim 0: one stays as it is, gate and up become Megatron's ``linear_fc1``."""
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=0)
 
 
@@ -29,8 +28,7 @@ def split_rows(fused: Tensor, shapes: list[Shape], model: ModelConfig) -> list[T
 
 
 def fuse_query_groups(parts: list[Tensor], model: ModelConfig) -> Tensor:
-    """q, k and v rows (all q heads, then all k, then all v) to Megatron's layout: per group its q heads, its
-    k, its v.
+    """q, k and v rows (all heads of each) to Megatron's layout: per group its q heads, its k, its v.
 
     Weights are [heads * kv_channels, hidden_size], biases [heads * kv_channels]; the result stacks
     ``num_query_groups`` blocks of ``(heads per group + 2) * kv_channels`` rows.
@@ -66,8 +64,10 @@ TRANSFORMS: Mapping[str, Transform] = {
 
 
 def transform_of(weight: Weight) -> Transform:
-    """How the tensors of a weight lie in it: an entry of :data:`TRANSFORMS`, or, for a kind from outside, the
-    ``package.module:ATTRIBUTE`` that its layout names.
+    """How the tensors of a weight lie in it.
+
+    An entry of :data:`TRANSFORMS`, or, for a kind from outside, the ``package.module:ATTRIBUTE`` that its
+    layout names.
 
     Raises:
         ConfigurationError: there is no such transform.

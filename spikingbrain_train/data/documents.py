@@ -1,5 +1,4 @@
-"""Where documents come from: text files, JSON-lines files (plain, .gz, .zst), folders, globs, Python's own
-manual.
+"""Where documents come from: text, JSON lines (plain, .gz, .zst), folders, globs, Python's own manual.
 
 Reading is split in two so that worker processes can share the work: :meth:`Source.read` cuts a file into raw
 documents (cheap, in order), :meth:`RawDocument.text` decodes and checks one (the worker's part).
@@ -302,8 +301,11 @@ def _text_documents(name: str, content: bytes, position: int, max_chars: int | N
 
 
 def cut_text(text: str, max_chars: int) -> Iterator[str]:
-    """Cut ``text`` into pieces of at most ``max_chars`` characters, preferably behind a blank line, else
-    behind a line, else behind a space. Pieces that are only white space are dropped."""
+    """Cut ``text`` into pieces of at most ``max_chars`` characters.
+
+    Cuts are preferably behind a blank line, else behind a line, else behind a space. Pieces that are only
+    white space are dropped.
+    """
     start = 0
     while start < len(text):
         end = min(start + max_chars, len(text))

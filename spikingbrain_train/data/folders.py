@@ -35,9 +35,11 @@ class LeftOut:
 
 
 def files_below(folder: Path, left_out: LeftOut) -> Iterator[Path]:
-    """All files in ``folder`` and its sub-folders. Links are followed; a folder that several ways lead to is
-    entered once, so a link to a folder above is no trap. Hidden sub-folders (``.ipynb_checkpoints``) are left
-    out."""
+    """All files in ``folder`` and its sub-folders, hidden ones (``.ipynb_checkpoints``) left out.
+
+    Links are followed; a folder that several ways lead to is entered once, so a link to a folder above is no
+    trap.
+    """
     entered: set[str] = set()
     waiting = [folder]
     while waiting:

@@ -1,9 +1,8 @@
-"""Tokens on disk: Megatron indexed datasets (``<prefix>.bin`` and ``<prefix>.idx``) with a sidecar
-``<prefix>.json``.
+"""Tokens on disk: Megatron indexed datasets, ``<prefix>.bin`` and ``<prefix>.idx``, with a sidecar.
 
 The two binary files are megatron-core's own format and written by its classes, so that Megatron-LM's datasets
-work here (:mod:`~spikingbrain_train.data.token_file` reads them) and ours work there. The sidecar says which
-tokenizer made the tokens; datasets from elsewhere have none.
+work here (:mod:`~spikingbrain_train.data.token_file` reads them) and ours work there. The sidecar,
+``<prefix>.json``, says which tokenizer made the tokens; datasets from elsewhere have none.
 """
 
 from __future__ import annotations

@@ -196,8 +196,10 @@ def build_data_loader(
 
 
 def _in_own_words(loader: DataLoader) -> Iterator[WholeBatch]:
-    """The loader's batches. What goes wrong in one of its processes arrives inside that process's traceback,
-    of which only the sentence is kept."""
+    """The loader's batches; of an error in one of its processes only the sentence is kept.
+
+    It arrives inside that process's traceback.
+    """
     with _left_to_parent(signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         batches = iter(loader)  # starts the processes
     try:
@@ -212,8 +214,10 @@ def _in_own_words(loader: DataLoader) -> Iterator[WholeBatch]:
 
 @contextmanager
 def _left_to_parent(*numbers: signal.Signals) -> Iterator[None]:
-    """Processes started in here never see the signals: one to the whole group asks the run to stop after its
-    step, which still needs its loaders."""
+    """Processes started in here never see the signals.
+
+    One to the whole group asks the run to stop after its step, which still needs its loaders.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         yield

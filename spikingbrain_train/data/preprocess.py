@@ -255,8 +255,10 @@ def _available_cores() -> int:
 
 
 def is_held_out(text: str, valid_fraction: float) -> bool:
-    """Whether a document belongs to the held-out part. Decided by its content alone, so that copies of a
-    document stay together and the split survives reordering, other workers and added files."""
+    """Whether a document belongs to the held-out part, decided by its content alone.
+
+    So copies of a document stay together, and the split survives reordering, other workers and added files.
+    """
     digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
     return int.from_bytes(digest, "big") < valid_fraction * 2.0**64
 

@@ -1,5 +1,4 @@
-"""transformers without its remarks and without the network, around calls whose outcome is checked here
-anyway."""
+"""transformers without its remarks and the network, around calls whose outcome is checked here anyway."""
 
 from __future__ import annotations
 

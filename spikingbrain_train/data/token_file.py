@@ -1,5 +1,7 @@
-"""Reading the two files of an indexed dataset: ``<prefix>.idx``, where documents begin, and ``<prefix>.bin``,
-the tokens of all documents one behind the other.
+"""Reading the two files of an indexed dataset.
+
+``<prefix>.idx`` says where documents begin, ``<prefix>.bin`` holds the tokens of all documents one behind the
+other.
 
 Why not megatron-core's IndexedDataset: it maps the files into memory, and a mapped file that is cut short
 while a run reads it (somebody writes it anew, a snapshot is restored) ends the process with SIGBUS and no
@@ -76,8 +78,10 @@ class TokenFile:
 
 
 class _OpenFile:
-    """The tokens of a dataset, open for as long as somebody has this object. A file that takes the place of
-    this one meanwhile is not seen."""
+    """The tokens of a dataset, open for as long as somebody has this object.
+
+    A file that replaces this one meanwhile is not seen.
+    """
 
     def __init__(self, dataset: TokenFile) -> None:
         self.descriptor = os.open(dataset.bin_path, os.O_RDONLY)
@@ -91,8 +95,10 @@ def _opened(dataset: TokenFile) -> _OpenFile:
 
 
 def document_starts(dataset: TokenFile) -> np.ndarray:
-    """Positions [documents + 1] int64 of each document's first token in the concatenated documents, ascending
-    and without empty documents; the last entry is the number of tokens."""
+    """Positions [documents + 1] int64 of each document's first token in the concatenated documents.
+
+    They ascend, without empty documents; the last entry is the number of tokens.
+    """
     _, lengths, boundaries = _read_index(dataset.prefix)
     ends = np.cumsum(lengths, dtype=np.int64)
     return np.unique(np.concatenate(([0], ends))[boundaries])
@@ -106,8 +112,12 @@ def document_at(dataset: TokenFile, position: int) -> int:
 
 
 def _read_index(prefix: str) -> tuple[np.dtype, np.ndarray, np.ndarray]:
-    """dtype of the tokens; length of each sequence [sequences] int32; bounds of the documents [documents + 1]
-    int64, in sequences. The index must agree with itself."""
+    """What an index says; it must agree with itself.
+
+    Returns:
+        dtype of the tokens; length of each sequence [sequences] int32; bounds of the documents
+        [documents + 1] int64, in sequences.
+    """
     for suffix in (".idx", ".bin"):
         if not os.path.isfile(prefix + suffix):
             raise DataError(

@@ -47,8 +47,11 @@ _known: dict[str, IdRange] = {}
 
 
 class Reader:
-    """Who looks at a file: this process alone. In a distributed run the ranks are one reader together, see
-    :mod:`~spikingbrain_train.training.data_check`."""
+    """Who looks at a file: this process alone.
+
+    In a distributed run the ranks are one reader together, see
+    :mod:`~spikingbrain_train.training.data_check`.
+    """
 
     rank = 0
     world_size = 1
@@ -178,8 +181,10 @@ def recall(dataset: TokenFile, folder: Path | None = None) -> IdRange | None:
 
 
 def remember(dataset: TokenFile, ids: IdRange, folder: Path | None = None, *, write: bool = True) -> None:
-    """Keep what was found, in this process and, if ``write``, beside the file or, where nothing may be
-    written there, in ``folder``."""
+    """Keep what was found, in this process and, if ``write``, on disk.
+
+    That is beside the file or, where nothing may be written there, in ``folder``.
+    """
     _known[_identity(dataset, anywhere=True)] = IdRange(ids.smallest, ids.largest)
     if not write:
         return
@@ -194,8 +199,10 @@ def _beside(dataset: TokenFile) -> Path:
 
 
 def _identity(dataset: TokenFile, *, anywhere: bool = False) -> str:
-    """Name, size and time of change of the file that holds the tokens, and their type, which the index says;
-    ``anywhere`` takes its whole path, which a note beside it must not depend on."""
+    """Name, size and time of change of the file that holds the tokens, and their type, as the index says.
+
+    ``anywhere`` takes its whole path, which a note beside it must not depend on.
+    """
     path = os.path.realpath(dataset.bin_path)
     status = os.stat(path)
     name = path if anywhere else Path(dataset.bin_path).name

@@ -177,8 +177,10 @@ class SentencePieceTokenizer:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Load the tokenizer at ``path``: a Hugging Face folder, a sentencepiece ``.model`` file, or a folder
-    whose only tokenizer file is a sentencepiece ``tokenizer.model``.
+    """Load the tokenizer at ``path``.
+
+    That is a Hugging Face folder, a sentencepiece ``.model`` file, or a folder whose only tokenizer file is a
+    sentencepiece ``tokenizer.model``.
 
     Raises:
         DataError: missing or invalid; the sentence says what was expected.

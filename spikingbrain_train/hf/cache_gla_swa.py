@@ -1,5 +1,6 @@
-"""What a `gla_swa` model remembers between tokens. Part of the modelling code of a checkpoint (see
-modeling_gla_swa.py).
+"""What a `gla_swa` model remembers between tokens.
+
+Part of the modelling code of a checkpoint (see modeling_gla_swa.py).
 
 A GLA layer keeps one state [B, G, K, V] in float32, whatever the length of the text; a sliding-window layer
 the keys and values of the last attention_window - 1 tokens of text (with the next token's own they make a
@@ -78,8 +79,7 @@ class KeyValueLayer:
 
 
 class GLAswaCache(Cache):
-    """The cache of a `gla_swa` model; passed as `past_key_values`, it makes the model go on where the text
-    stopped.
+    """The cache of a `gla_swa` model: as `past_key_values` it makes the model go on where the text stopped.
 
     It can be reordered (beam search), repeated and reset, but not shortened: a recurrent state does not
     remember which token contributed what.

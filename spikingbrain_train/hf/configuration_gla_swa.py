@@ -156,8 +156,10 @@ class GLAswaConfig(PretrainedConfig):
         )
 
     def check_windows(self) -> None:
-        """Raises ValueError where `sliding_window` and `attention_window` have been set apart after the
-        configuration was made, as `from_pretrained(folder, sliding_window=...)` does."""
+        """Raises ValueError where `sliding_window` and `attention_window` contradict each other.
+
+        `from_pretrained(folder, sliding_window=...)` sets one of them after the configuration was made.
+        """
         if (self.sliding_window, self.attention_window) != _windows(
             self.sliding_window, self.attention_window
         ):
@@ -224,8 +226,10 @@ class GLAswaConfig(PretrainedConfig):
 def _windows(
     sliding_window: int | EllipsisType | None, attention_window: int | None
 ) -> tuple[int | None, int | None]:
-    """The published key (... where it is left out) and the number of tokens that a query sees, of which one
-    may follow from the other."""
+    """The published key (... where it is left out) and the number of tokens that a query sees.
+
+    One of them may follow from the other.
+    """
     if attention_window is not None:
         if attention_window < 1:
             raise ValueError(f"attention_window must be at least 1, got {attention_window}.")

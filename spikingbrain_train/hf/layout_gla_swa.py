@@ -1,5 +1,6 @@
-"""What the tokens of a batch are: text or padding, and of which document. Part of the modelling code of a
-checkpoint (see modeling_gla_swa.py); needs torch only.
+"""What the tokens of a batch are: text or padding, and of which document.
+
+Part of the modelling code of a checkpoint (see modeling_gla_swa.py); needs torch only.
 
 Shapes: B batch, T new tokens, S tokens in the cache and new ones.
 """
@@ -35,8 +36,10 @@ class TokenLayout:
         return None if self.starts_BT is None else self.starts_BT.cumsum(-1)
 
     def to(self, device: torch.device | str | int, non_blocking: bool = False) -> TokenLayout:
-        """The same with its tensors on `device`. Hooks of a model split over devices (accelerate) call
-        this before every layer."""
+        """The same with its tensors on `device`.
+
+        Hooks of a model split over devices (accelerate) call this before every layer.
+        """
 
         def moved(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.to(device, non_blocking=non_blocking)

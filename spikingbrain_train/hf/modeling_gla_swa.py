@@ -76,8 +76,11 @@ class GLAswaMLP(nn.Module):
 
 
 class GLAswaUnbiasedLinear(nn.Linear):
-    """A linear layer without a trained bias. Zeros are stored in its place, for the published class, which
-    always has one and would draw what it does not find."""
+    """A linear layer without a trained bias.
+
+    Zeros are stored instead, for the published class, which always has one and would draw what it does not
+    find.
+    """
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
@@ -393,8 +396,10 @@ class GLAswaForCausalLM(GLAswaPreTrainedModel, GenerationMixin):
         return super().generate(*args, **kwargs)
 
     def _prefill_chunking(self, input_ids, generation_config, **model_kwargs):
-        """transformers 4 calls this to read all of a prompt but its last token. Its own compiles the model,
-        which a growing cache is not for, and counts padding in positions."""
+        """transformers 4 calls this to read all of a prompt but its last token.
+
+        Its own compiles the model, which a growing cache is not for, and counts padding in positions.
+        """
         cache, mask = model_kwargs["past_key_values"], model_kwargs.get("attention_mask")
         mask = torch.ones_like(input_ids) if mask is None else mask
         position_ids = (mask.cumsum(-1) - 1).clamp(min=0)

@@ -1,5 +1,7 @@
-"""The decoder: megatron-core's GPTModel with one spec per layer, sinks in front of the text, and an exact
-loss over the unpadded vocabulary."""
+"""The decoder: megatron-core's GPTModel with one spec per layer, sinks in front of the text, an exact loss.
+
+The loss is over the unpadded vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -131,8 +133,10 @@ class HybridGPTModel(GPTModel):
         )
 
     def _embed(self, tokens: Tensor, layout: SequenceLayout) -> Tensor:
-        """Hidden states [slice_length, B, hidden_size] in front of the first layer (a share of them under
-        sequence parallelism)."""
+        """Hidden states [slice_length, B, hidden_size] in front of the first layer.
+
+        Under sequence parallelism a share of them.
+        """
         embeddings = self.embedding(tokens, None)
         if self.model_config.num_sink_tokens > 0:
             embeddings = self.sink_embedding(embeddings, layout)

@@ -1,5 +1,7 @@
-"""Runs the steps of a pipeline once: a second run skips what is finished, and an interrupted one goes on
-where it stopped."""
+"""Runs the steps of a pipeline once.
+
+A second run skips what is finished, and an interrupted one goes on where it stopped.
+"""
 
 from __future__ import annotations
 
@@ -100,8 +102,10 @@ def _end(sentence: str, code: int) -> NoReturn:
 
 
 def _call(command: Sequence[str]) -> tuple[int, signal.Signals | None]:
-    """Run a command to its end. Whoever asks the pipeline to stop asks the command, too, which may have
-    something to save first; a second Ctrl-C ends it.
+    """Run a command to its end.
+
+    Whoever asks the pipeline to stop asks the command, too, which may have something to save first; a second
+    Ctrl-C ends it.
 
     Returns:
         Its exit code, and the signal that asked it to stop.

@@ -47,8 +47,7 @@ class Step:
 
     @property
     def key(self) -> str:
-        """A digest of the command, what it reads, and the steps it needs: another one makes the result
-        stale."""
+        """A digest of command, what it reads, and steps it needs; another one makes the result stale."""
         content = [self.name, portable(self.command), self.fingerprint, sorted(self.needs.items())]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 

@@ -20,9 +20,7 @@ _LOSS_CHUNK_BYTES = 1 << 30  # the fused output projection and loss hold at most
 
 
 def mixer_activations(config: RunConfig, layer: Layer) -> float:
-    """Bytes per token that a layer's mixers keep for their backward pass on one rank, their normed input left
-    out.
-    """
+    """Bytes per token that a layer's mixers, without their input, keep for backward on one rank."""
     row = row_bytes(config)
     total = sum(kind.activation_bytes(config) for kind in layer.mixers)
     if len(layer.mixers) > 1:  # the output of each branch, before and after its norm

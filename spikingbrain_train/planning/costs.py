@@ -35,9 +35,7 @@ def total_parameters(model: ModelConfig) -> int:
 
 
 def active_parameters(model: ModelConfig) -> int:
-    """Parameters behind one token: all but the routed experts that others go to. Both vocabulary matrices
-    count.
-    """
+    """Parameters behind one token: all, vocabulary included, but routed experts that others are sent to."""
     return sum(weight.active_numel for _, weight in model_weights(model))
 
 
@@ -94,8 +92,9 @@ def stage_parameters(model: ModelConfig, parallel: ParallelConfig, stage: int) -
 
 
 def mixer_core_flops(model: ModelConfig, layer: Layer, seq_length: int) -> float:
-    """Forward FLOPs of a layer's mixers between their projections, per token of text. Softmax, gates and
-    norms are left out, as is what a chunked or blocked kernel does beyond the definition.
+    """Forward FLOPs of a layer's mixers between their projections, per token of text.
+
+    Softmax, gates and norms are left out, as is what a chunked or blocked kernel does beyond the definition.
     """
     return sum(kind.core_flops(model, seq_length) for kind in layer.mixers)
 
@@ -108,11 +107,11 @@ def mixer_projections(model: ModelConfig, layer: Layer) -> tuple[int, int]:
 
 
 def forward_flops_per_token(model: ModelConfig, seq_length: int, *, output_layer: bool = True) -> float:
-    """Model FLOPs of the forward pass per token of text: two per matrix element that it meets, plus the
-    mixers' cores. What the sinks in front cost is shared out over the text.
+    """Model FLOPs of the forward pass per token of text.
 
-    The embedding lookup is free, and neither vocabulary padding nor padding to an expert's capacity counts.
-    ``output_layer=False`` stops at the final norm.
+    Two per matrix element that it meets, plus the mixers' cores. What the sinks in front cost is shared out
+    over the text. The embedding lookup is free, and neither vocabulary padding nor padding to an expert's
+    capacity counts. ``output_layer=False`` stops at the final norm.
     """
     tokens = 1 + model.num_sink_tokens / seq_length
     flops = 0.0

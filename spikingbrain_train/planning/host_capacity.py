@@ -70,8 +70,9 @@ def _check_memory(plan: Plan, launch: Launch) -> None:
 
 
 def _stages_here(plan: Plan, launch: Launch) -> list[StagePlan]:
-    """The pipeline stage of every rank on this machine, whose ranks count on from its first one's.
-    megatron-core deals the ranks out stage by stage.
+    """The pipeline stage of every rank on this machine; megatron-core fills stage after stage with ranks.
+
+    A machine's ranks count on from its first one's.
     """
     first = max(0, launch.rank - launch.local_rank)
     ranks = range(first, min(first + launch.local_world_size, plan.world_size))

@@ -125,8 +125,10 @@ def _control_group_limits(root: Path) -> list[Path]:
 
 
 def has_gpu_device(root: Path = Path("/"), environment: Mapping[str, str] | None = None) -> bool:
-    """Whether this process may use a GPU, as far as the system shows: by the device file of NVIDIA's driver,
-    MetaX's, or that of WSL, unless CUDA_VISIBLE_DEVICES hides them all.
+    """Whether this process may use a GPU, as far as the system shows.
+
+    It tells by the device file of NVIDIA's driver, MetaX's, or that of WSL, unless CUDA_VISIBLE_DEVICES hides
+    them all.
 
     Args:
         root: where ``dev`` lies.

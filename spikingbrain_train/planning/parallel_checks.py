@@ -31,7 +31,7 @@ def check_world_size(parallel: ParallelConfig, world_size: int) -> None:
         f"({tensor} tensor x {pipeline} pipeline x {context} context) are {replicas} replicas; "
         f"set it to {replicas} or null, or start {copy * (parallel.data_parallel_size or 1)} ranks",
     )
-    # megatron-core deals the ranks of a pipeline stage a second time for the experts: expert tensor x expert
+    # megatron-core groups the ranks of a pipeline stage a second time for the experts: expert tensor x expert
     # model x expert data (parallel_state.initialize_model_parallel).
     stage_ranks, expert_tensor = world_size // pipeline, parallel.expert_tensor_size
     experts = parallel.expert_model_parallel_size

@@ -44,8 +44,9 @@ GIB = 2**30
 
 
 def smallest_stage(parallel: ParallelConfig) -> int:
-    """The fewest ranks of a pipeline stage in which every degree but data parallelism is whole: tensor x
-    context ranks and expert tensor x expert model ranks are two ways to deal out the same ranks.
+    """The fewest ranks of a pipeline stage in which every degree but data parallelism is whole.
+
+    Tensor x context and expert tensor x expert model parallelism are two layouts of the same ranks.
     """
     dense = parallel.tensor_model_parallel_size * parallel.context_parallel_size
     return lcm(dense, parallel.expert_tensor_size * parallel.expert_model_parallel_size)

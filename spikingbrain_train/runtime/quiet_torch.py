@@ -80,7 +80,7 @@ def ignore_megatron_warnings() -> None:
 
 
 def silence_deprecation_notices() -> None:
-    """Drop the log lines in which 0.19 announces removals that runtime/megatron_versions.py deals with."""
+    """Drop the log lines in which 0.19 announces removals that runtime/megatron_versions.py handles."""
     for logger_name, beginning in _NOTICES:
         logging.getLogger(logger_name).addFilter(_DropMessagesStartingWith(beginning))
 

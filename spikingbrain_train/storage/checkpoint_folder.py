@@ -81,8 +81,7 @@ def iterations(folder: str | Path) -> list[int]:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether everything that belongs to a checkpoint lies in its folder, in full length; contents are not
-    read."""
+    """Whether all that belongs to a checkpoint lies in its folder, in full length; contents are not read."""
     try:
         if manifest := read_manifest(checkpoint):
             manifest.check_sizes()
@@ -100,8 +99,9 @@ def newest_complete_iteration(folder: str | Path, below: int | None = None) -> i
 
 
 def newest_iteration(folder: str | Path) -> int | None:
-    """The iteration that a run in ``folder`` goes on from: what the tracker file names or, where that was
-    lost, the newest complete folder. None where no checkpoint has been written.
+    """The iteration that a run in ``folder`` goes on from, None where no checkpoint has been written.
+
+    It is what the tracker file names or, where that was lost, the newest complete folder.
 
     Raises:
         CheckpointError: the tracker file does not hold a number, or it is missing and no folder is complete.

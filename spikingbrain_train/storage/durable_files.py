@@ -43,8 +43,10 @@ def sync_tree(root: Path) -> None:
 
 
 def rename_durably(complete: Path, final: Path) -> None:
-    """Give a file or folder, complete and synced, its final name in a folder of the same file system; only a
-    file may be there, which is replaced."""
+    """Give a file or folder, complete and synced, its final name in a folder of the same file system.
+
+    Only a file may be there, which is replaced.
+    """
     os.replace(complete, final)
     sync_folder(final.parent)
 

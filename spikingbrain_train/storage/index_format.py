@@ -39,8 +39,11 @@ class IndexHeader:
 
     @property
     def size(self) -> int:
-        """Bytes of an index with this header: lengths int32 and places int64 of the sequences, boundaries
-        int64. A multimodal index has one more byte a sequence."""
+        """Bytes of an index with this header.
+
+        Lengths int32 and offsets int64 of the sequences, boundaries int64. A multimodal index has one more
+        byte a sequence.
+        """
         return _HEADER.size + self.sequences * (4 + 8) + self.boundaries * 8
 
 

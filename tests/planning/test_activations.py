@@ -125,7 +125,7 @@ CASES = {
     "two branches, fla": Case(TWO_BRANCHES, fla=True),
     "experts": Case(EXPERTS),
     "experts, fp32": Case(EXPERTS, Precision.fp32),
-    "experts, two visits": Case(replace(EXPERTS, moe=replace(EXPERTS.moe, router_topk=2))),
+    "experts, top-2": Case(replace(EXPERTS, moe=replace(EXPERTS.moe, router_topk=2))),
     "window, spiking": Case(replace(DENSE, spiking=SPIKES)),
     "GLA, spiking": Case(replace(GLA, spiking=SPIKES)),
     "two branches, spiking": Case(replace(TWO_BRANCHES, spiking=SPIKES)),

@@ -177,7 +177,7 @@ REFUSED: list[tuple[dict[str, Any], int, list[str]]] = [
     (
         {"model.moe.num_experts": 4, "model.moe.capacity_factor": 4.5, "model.moe.pad_to_capacity": True},
         1,
-        ["model.moe.capacity_factor=4.5", "more places than there are tokens", "at most", "= 4"],
+        ["model.moe.capacity_factor=4.5", "a capacity above the number of tokens", "at most", "= 4"],
     ),
     ({"model.moe.z_loss_coeff": NAN}, 1, ["model.moe.z_loss_coeff=nan", "finite"]),
     ({"model.mixers": [["gla", "swa"]], "model.kv_channels": 15}, 1, ["model.kv_channels=15", "even"]),
@@ -330,7 +330,7 @@ def test_accepted_are_topologies_that_share_ranks_between_data_context_and_exper
     check_run_config(changed(valid_run(), MOE | {"parallel.recompute": Recompute.moe_layer}), 1)
 
 
-def test_heads_that_do_not_divide_are_fine_where_they_may_be_padded_or_are_not_dealt_out():
+def test_heads_that_do_not_divide_are_fine_where_they_may_be_padded_or_are_not_split():
     layout = {CP: 3, "stage.seq_length": 63, "stage.global_batch_size": 1}
     check_run_config(
         changed(valid_run(), ULYSSES | layout | {"parallel.context_parallel.head_padding": True}), 3

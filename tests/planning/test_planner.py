@@ -286,14 +286,14 @@ def test_sinks_are_keys_of_every_token_and_queries_of_their_own(window: int | No
     assert flops * length == pytest.approx(pairs * per_pair, rel=1e-12)
 
 
-def test_a_token_pays_for_the_experts_it_visits() -> None:
+def test_a_token_pays_for_the_experts_that_it_is_routed_to() -> None:
     experts, more = EXPERTS, dataclasses.replace(EXPERTS.moe, num_experts=64)
     routers = 2 * (64 - 4) * LLAMA.hidden_size * 2  # two layers of experts, two FLOPs per element
     wider = dataclasses.replace(experts, moe=more)
     assert forward_flops_per_token(wider, 64) - forward_flops_per_token(experts, 64) == routers
-    visits = dataclasses.replace(experts, moe=dataclasses.replace(experts.moe, router_topk=3))
+    top_3 = dataclasses.replace(experts, moe=dataclasses.replace(experts.moe, router_topk=3))
     expert = 2 * 2 * (3 * 40 * experts.hidden_size)
-    assert forward_flops_per_token(visits, 64) - forward_flops_per_token(experts, 64) == expert
+    assert forward_flops_per_token(top_3, 64) - forward_flops_per_token(experts, 64) == expert
 
 
 def flops_of(config: RunConfig) -> float:

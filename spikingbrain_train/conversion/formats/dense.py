@@ -106,9 +106,11 @@ class DenseFormat(LlamaLikeFormat):
 
 
 def _refuse_windows(keys: ConfigKeys, num_layers: int) -> None:
-    """A dense source attends to everything: Qwen's optional sliding windows are refused where they take
-    effect, which is as transformers' Qwen2Config has it: ``layer_types`` decides if it is there, else layers
-    from ``max_window_layers`` on have the window, unless ``sliding_window`` is null."""
+    """A dense source attends to everything: Qwen's sliding windows are refused where they take effect.
+
+    That is as transformers' Qwen2Config has it: ``layer_types`` decides if it is there, else layers from
+    ``max_window_layers`` on have the window, unless ``sliding_window`` is null.
+    """
     layer_types = keys.values.get("layer_types") or []
     if not isinstance(layer_types, list):
         raise keys.refuse("layer_types", "must list the kind of attention of each layer")

@@ -82,8 +82,10 @@ class HfFormat(ABC):
         """
 
     def stands_in_the_way(self, model: ModelConfig) -> list[str]:
-        """What of ``model`` has no place in the format, in words; empty if it computes exactly the same,
-        spikes apart: they add no weights, and no format has a setting for them."""
+        """What of ``model`` the format cannot hold, in words; empty if it computes exactly the same.
+
+        Spikes do not count: they add no weights, and no format has a setting for them.
+        """
         several = dict.fromkeys(layer.mixer_name for layer in layers(model) if len(layer.mixers) > 1)
         single = dict.fromkeys(layer.mixers[0] for layer in layers(model) if len(layer.mixers) == 1)
         number = "two" if all(len(layer.mixers) <= 2 for layer in layers(model)) else "several"

@@ -85,8 +85,10 @@ class LlamaLikeFormat(HfFormat):
         """Fill in what is in the layers of ``model``, of which sizes are read. Raises CheckpointError."""
 
     def config(self, model: ModelConfig, source: dict[str, Any] | None, dtype: str) -> dict[str, Any]:
-        """A model of the source's own family keeps its config.json, except for what names code and what
-        ``model`` changed; one of another family takes token ids and dropout from it."""
+        """Of the source's family: its config.json, except for what names code and what ``model`` changed.
+
+        A model of another family takes token ids and dropout from it.
+        """
         source = source or {}
         if source.get("architectures") != [self.architecture]:
             config = {key: source[key] for key in _KEPT if key in source}

@@ -68,8 +68,9 @@ def parse_hf_config(
 
 
 def format_of_model(model: ModelConfig) -> HfFormat:
-    """The first format that holds exactly what ``model`` computes, spikes apart: they add no weights, and the
-    formats have no setting for them.
+    """The first format that holds exactly what ``model`` computes.
+
+    Spikes do not count: they add no weights, and no format has a setting for them.
 
     Raises:
         CheckpointError: none does.

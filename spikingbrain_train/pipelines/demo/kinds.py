@@ -89,9 +89,11 @@ class MeasureSpeed(StepKind):
 
 
 class Fit(StepKind):
-    """How long the stages are on this machine, unless the user names both lengths. Finds out: ``align`` and
-    ``cpt``, settings of train.py; ``seq_length`` and ``max_windows`` of the evaluation; ``sentence``. Output:
-    ``choice``, the file with all of them."""
+    """How long the stages are on this machine, unless the user names both lengths.
+
+    Finds out: ``align`` and ``cpt``, settings of train.py; ``seq_length`` and ``max_windows`` of the
+    evaluation; ``sentence``. Output: ``choice``, the file with all of them.
+    """
 
     title = "fit the stages to this machine"
 
@@ -127,8 +129,10 @@ class Fit(StepKind):
 
 
 class Report(StepKind):
-    """One table of what the steps measured; ``of`` refers to them, ``choice`` to what was fitted. Output:
-    ``table``, a text file."""
+    """One table of what the steps measured; ``of`` refers to them, ``choice`` to what was fitted.
+
+    Output: ``table``, a text file.
+    """
 
     title = "sum up: table, loss curve, report"
 

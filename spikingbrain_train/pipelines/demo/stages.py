@@ -82,8 +82,10 @@ def fitted_stages(lengths: Lengths, own: NamedSettings) -> FittedStages:
 
 
 def beside_own(stage: str, arguments: Sequence[str], own: NamedSettings) -> list[str]:
-    """What of ``arguments`` cannot stand beside the user's own settings, scaled to them: a warm-up longer
-    than the stage becomes an eighth of it, a last rate above the first a tenth of that."""
+    """What of ``arguments`` cannot stand beside the user's own settings, scaled to them.
+
+    A warm-up longer than the stage becomes an eighth of it, a last rate above the first a tenth of that.
+    """
     named = list(getattr(own, stage))
     if not named:
         return []

@@ -13,8 +13,11 @@ from spikingbrain_train.pipelines.steps import Step
 
 
 class Command(StepKind):
-    """``command`` is a list of words, the first of which may be ``python``; it is done when the files and
-    folders that ``outputs`` names exist. ``reads`` lists files whose change makes it run again."""
+    """``command`` is a list of words, the first of which may be ``python``.
+
+    It is done when the files and folders that ``outputs`` names exist. ``reads`` lists files whose change
+    makes it run again.
+    """
 
     title = "run a command"
 

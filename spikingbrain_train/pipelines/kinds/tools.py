@@ -143,8 +143,11 @@ def _words(value: Any) -> list[str]:
 
 
 class Preprocess(Tool):
-    """tools/preprocess_data.py. Outputs: ``train`` and ``valid``, prefixes of datasets; without
-    ``valid_fraction`` both are the whole text."""
+    """tools/preprocess_data.py.
+
+    Outputs: ``train`` and ``valid``, prefixes of datasets; without ``valid_fraction`` both are the whole
+    text.
+    """
 
     title = "tokenize text"
     script = "tools/preprocess_data.py"

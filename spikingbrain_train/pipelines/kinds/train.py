@@ -26,10 +26,13 @@ _NO_LIMIT = 2**30
 
 
 class Train(StepKind):
-    """``settings`` holds those of train.py by their dotted names, ``arguments`` further words of its command
-    line, which win. ``nproc_per_node`` puts torchrun in front, and ``launch`` takes the place of ``python
-    train.py`` altogether (srun, sbatch --wait ...). Outputs: ``run``, its output_dir, and ``checkpoint``, the
-    folder of its checkpoints."""
+    """A run of train.py.
+
+    ``settings`` holds its settings by their dotted names, ``arguments`` further words of its command line,
+    which win. ``nproc_per_node`` puts torchrun in front, and ``launch`` replaces ``python train.py``
+    altogether (srun, sbatch --wait ...). Outputs: ``run``, its output_dir, and ``checkpoint``, the folder of
+    its checkpoints.
+    """
 
     title = "train a stage"
 
@@ -153,8 +156,10 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def hydra_value(value: Any) -> str:
-    """A value in Hydra's override grammar: text is quoted where it is more than a plain word, or stands for a
-    variable without value (``<model>``)."""
+    """A value in Hydra's override grammar.
+
+    Text is quoted where it is more than a plain word, or stands for a variable without value (``<model>``).
+    """
     if value is None:
         return "null"
     if isinstance(value, bool):

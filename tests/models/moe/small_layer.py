@@ -92,27 +92,27 @@ def loops_over_tokens_and_experts(
     tokens = [(t, b) for t in range(length) for b in range(batch)]
     logits = {token: weights["router.weight"] @ hidden[token] for token in tokens}
     probs = {token: logits[token].exp() / logits[token].exp().sum() for token in tokens}
-    visits = {
+    chosen = {
         token: sorted(range(EXPERTS), key=lambda e, p=probs[token]: -float(p[e]))[:top_k] for token in tokens
     }
     loss = sum(moe.z_loss_coeff * logits[token].logsumexp(0) ** 2 for token in tokens)
     for b in range(batch):
         for e in range(EXPERTS):
-            frequency = sum(e in visits[t, b] for t in range(length)) / (length * top_k)
+            frequency = sum(e in chosen[t, b] for t in range(length)) / (length * top_k)
             probability = sum(probs[t, b][e] for t in range(length)) / length
             loss = loss + moe.aux_loss_coeff * length * EXPERTS * frequency * probability
     if moe.capacity_factor is not None:
         capacity = math.ceil(len(tokens) * top_k / EXPERTS * moe.capacity_factor)
         for e in range(EXPERTS):
-            visitors = sorted(
-                (token for token in tokens if e in visits[token]), key=lambda token: -float(probs[token][e])
+            routed = sorted(
+                (token for token in tokens if e in chosen[token]), key=lambda token: -float(probs[token][e])
             )
-            for token in visitors[capacity:]:
-                visits[token].remove(e)
+            for token in routed[capacity:]:
+                chosen[token].remove(e)
     rows = []
     for token in tokens:
         x, p = hidden[token], probs[token]
-        row = sum(p[e] * swiglu(f"experts.local_experts.{e}", x) for e in visits[token])
+        row = sum(p[e] * swiglu(f"experts.local_experts.{e}", x) for e in chosen[token])
         if moe.num_shared_experts:
             row = row + swiglu("shared_experts", x)
         rows.append(row if torch.is_tensor(row) else torch.zeros(HIDDEN))

@@ -38,7 +38,7 @@ def _errors(groups: ProcessGroups, moe: MoEConfig) -> tuple[dict[str, float], fl
     assert grads.keys() == expected.keys()
     errors = {"output": _relative(output, expected_output)}
     for name, grad in expected.items():
-        # An expert that nobody visits has no gradient in the loops and zeros in the layer.
+        # An expert without tokens has no gradient in the loops and zeros in the layer.
         grad = torch.zeros_like(grads[name]) if grad is None else grad
         errors[name] = _relative(grads[name], grad)
     return errors, layer.router.statistics_sums[layer.router.num_experts].item()

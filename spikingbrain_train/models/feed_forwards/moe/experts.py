@@ -45,8 +45,7 @@ def _swiglu(gate_up: Tensor, scale: Tensor | None, *, fused: bool) -> Tensor:
 
 
 def _forward_with_recomputed_activation(mlp: MLP, hidden: Tensor, scale: Tensor | None = None) -> Tensor:
-    """``mlp(hidden, scale)`` whose activation is freed after the second projection and computed again for
-    its backward pass."""
+    """``mlp(hidden, scale)`` whose activation is freed after use and computed again for the backward pass."""
     gate_up, _ = mlp.linear_fc1(hidden)
     # None says "no FP8": megatron-core asks `fp8 is not None`.
     checkpoint = CheckpointWithoutOutput(fp8=None)
@@ -137,8 +136,10 @@ class TEGroupedExperts(_RoutedExperts, TEGroupedMLP):
 if HAS_GROUPED_MLP:
 
     class GroupedGemmExperts(_RoutedExperts, megatron_experts.GroupedMLP):
-        """All experts of a rank in one grouped GEMM of the grouped_gemm package. Holds the weights itself, so
-        it has no linear layers that could encode spikes."""
+        """All experts of a rank in one grouped GEMM of the grouped_gemm package.
+
+        Holds the weights itself, so it has no linear layers that could encode spikes.
+        """
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
@@ -151,7 +152,7 @@ if HAS_GROUPED_MLP:
 
 
 class SharedExperts(SharedExpertMLP):
-    """The experts that every token visits, as one wide SwiGLU without a gate."""
+    """The experts of every token, as one wide SwiGLU without a gate."""
 
     config: HybridTransformerConfig
 

@@ -18,8 +18,7 @@ from spikingbrain_train.models.transformer_config import HybridTransformerConfig
 
 @dataclass(frozen=True)
 class RouterStatistics:
-    """What one router did since its :meth:`~SequenceBalancedRouter.reset_statistics`: sums over this rank's
-    tokens."""
+    """What one router did with this rank's tokens since :meth:`~SequenceBalancedRouter.reset_statistics`."""
 
     expert_assignments: Tensor
     """[num_experts] (token, expert) pairs that the router chose, before any was dropped."""
@@ -88,8 +87,8 @@ class SequenceBalancedRouter(TopKRouter):
             padding_mask: must be None; every token is routed.
 
         Returns:
-            Probabilities [T * B, num_experts] float32, zero where an expert is not visited, and the bool map
-            of who visits whom. Under padding to capacity the map also holds visitors of probability 0.
+            Probabilities [T * B, num_experts] float32, zero where a token is not routed to an expert, and the
+            bool routing map. Under padding to capacity the map also holds tokens of probability 0.
         """
         assert padding_mask is None, "tokens are never masked out of routing"
         levels = (Recompute.moe_activation, Recompute.moe_feed_forward)
