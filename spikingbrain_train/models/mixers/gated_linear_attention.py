@@ -237,8 +237,7 @@ class GatedLinearAttention(SelfAttention):
 
     @torch.no_grad()
     def balance_keys(self) -> None:
-        """Scale every key channel by ``(1 - g) / max(1 - g)``; g is the decay that the gate's bias alone
-        gives.
+        """Scale every key channel by ``(1 - g) / max(1 - g)``, g the decay that the gate's bias alone gives.
 
         A channel that forgets slowly sums up many keys, one that forgets fast only a few, so slow channels
         drown the others; with the share that one step adds the state is a moving average. ReLU features pass
