@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from importlib import import_module
 from typing import Any
+
+
+def find_in_current_folder() -> None:
+    """Let imports find what lies in the current folder, too, as with ``python -m``."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
 
 
 def object_at(path: str) -> Any:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from spikingbrain_train.config.import_path import object_at
+from spikingbrain_train.config.import_path import find_in_current_folder, object_at
 from spikingbrain_train.config.require import require
 from spikingbrain_train.errors import ConfigurationError
 
@@ -36,6 +36,7 @@ class NamedClass:
         Raises:
             ConfigurationError: it cannot be imported, is no subclass of ``base``, or takes other settings.
         """
+        find_in_current_folder()
         try:
             found = object_at(self.path)
         except Exception as error:  # a module may fail in any way

@@ -8,8 +8,6 @@ checkpoint is ever imported.
 from __future__ import annotations
 
 import importlib
-import os
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
+from spikingbrain_train.config.import_path import find_in_current_folder
 from spikingbrain_train.config.yaml_files import conf_folder, read_yaml
 from spikingbrain_train.errors import ConfigurationError
 
@@ -28,8 +27,7 @@ def load_plugins(modules: Iterable[str]) -> None:
         ConfigurationError: one cannot be imported.
     """
     for module in modules:
-        if os.getcwd() not in sys.path:
-            sys.path.append(os.getcwd())
+        find_in_current_folder()
         try:
             importlib.import_module(module)
         except ConfigurationError:
