@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from spikingbrain_train.config.command_line import user_errors  # noqa: E402
 from spikingbrain_train.data.documents import find_sources  # noqa: E402
 from spikingbrain_train.evaluation.pretrained import load_causal_lm, load_text_tokenizer  # noqa: E402
+from spikingbrain_train.models.linears.spike_statistics import SpikeStatistics  # noqa: E402
 from spikingbrain_train.ops.spike_encoding import spike_counts, spike_encoding  # noqa: E402
-from spikingbrain_train.spiking.statistics import SpikeStatistics  # noqa: E402
 
 PUBLISHED = {  # k: (share of values <= 7, sparsity), SpikingBrain-7B
     2.0: (0.989, 0.730),

@@ -94,7 +94,7 @@ class Ours:
         kernels = resolve_kernels(
             self.config.cluster.kernels,
             accelerator,
-            spiking=setting.model.spiking,
+            model=setting.model,
             precision=setting.precision,
         )
         student = build_student(self.config, kernels, groups)

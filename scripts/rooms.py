@@ -20,7 +20,6 @@ FLOORS = {
     "planning": 3,
     "runtime": 4,
     "ops": 5,
-    "spiking": 5,
     "parallel": 6,
     "checkpoint": 7,
     "models": 7,

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 import pytest
 
+from spikingbrain_train.architecture.model_checks import check_linear_transforms
 from spikingbrain_train.architecture.same_architecture import check_same_weights
-from spikingbrain_train.architecture.spiking_checks import check_spiking
 from spikingbrain_train.config.conversion import UpcyclingForm
 from spikingbrain_train.config.model import (
     GatedLinearAttentionConfig,
@@ -31,7 +31,7 @@ from spikingbrain_train.conversion.mapping import model_parameters
 from spikingbrain_train.conversion.report import describe_layers
 from spikingbrain_train.conversion.upcycling import expert_scale
 from spikingbrain_train.errors import ConfigurationError
-from spikingbrain_train.models.parallel_linears import ParallelLinears
+from spikingbrain_train.models.linears.parallel_linears import ParallelLinears
 from spikingbrain_train.models.transformer_config import transformer_config
 from spikingbrain_train.planning import activations, costs, memory
 from spikingbrain_train.planning.checks import check_stage
@@ -88,14 +88,14 @@ ASKED: dict[str, Callable[[], Any]] = {
     "mixer: export": lambda: format_of_model(WITH_MIXER),
     "mixer: report": lambda: describe_layers(WITH_MIXER),
     "mixer: same weights": lambda: check_same_weights(WITH_MIXER, WITH_MIXER, "a folder"),
-    "mixer: spikes": lambda: check_spiking(WITH_MIXER, STAGE),
+    "mixer: spikes": lambda: check_linear_transforms(WITH_MIXER, STAGE),
     "feed-forward: plan": lambda: plan_run(replace(RUN, model=WITH_FEED_FORWARD), 1),
     "feed-forward: weight mapping": lambda: list(model_parameters(WITH_FEED_FORWARD)),
     "feed-forward: export": lambda: stands_in_the_way(WITH_FEED_FORWARD),
     "gate: parameters": lambda: costs.new_parameters(WITH_GATE),
     "gate: weight mapping": lambda: list(model_parameters(WITH_GATE)),
     "gate: plan": lambda: plan_run(replace(RUN, model=WITH_GATE), 1),
-    "gate: spikes": lambda: check_spiking(WITH_GATE, STAGE),
+    "gate: spikes": lambda: check_linear_transforms(WITH_GATE, STAGE),
     "upcycling: scales": lambda: expert_scale(foreign(UpcyclingForm), 1.25, "mlp_up_weight"),
     "linears: classes": lambda: ParallelLinears(foreign(ParallelLinearBackend)),
     "recomputation: activations": lambda: activations.activation_bytes(WITH_RECOMPUTE, 0, 1),

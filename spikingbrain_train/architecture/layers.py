@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 
 from spikingbrain_train.architecture.branches import branch_weights, in_order
 from spikingbrain_train.architecture.feed_forwards import FEED_FORWARDS, FeedForwardKind
+from spikingbrain_train.architecture.linear_transforms import without_transforms
 from spikingbrain_train.architecture.mixers import MIXERS, MixerKind
 from spikingbrain_train.architecture.softmax_attention import SoftmaxAttentionKind
 from spikingbrain_train.architecture.starts import EmbeddingRows
 from spikingbrain_train.architecture.weights import Split, Weight
-from spikingbrain_train.config.model import ModelConfig, SpikingConfig
+from spikingbrain_train.config.model import ModelConfig, Projection
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,12 @@ def feed_forwards_of(model: ModelConfig) -> list[FeedForwardKind]:
     return list(dict.fromkeys(layer.feed_forward for layer in layers(model)))
 
 
+def projections_of(model: ModelConfig) -> set[str]:
+    """The projections that the layers have; every mixer has an output, every feed-forward its two."""
+    readers = {name for kind in mixers_of(model) for name in kind.input_projections(model)}
+    return readers | {Projection.attention_output, Projection.mlp_fc1, Projection.mlp_fc2}
+
+
 def has_experts(model: ModelConfig) -> bool:
     """Whether any layer sends its tokens to some of several experts."""
     return any(kind.routes_tokens for kind in feed_forwards_of(model))
@@ -150,15 +157,10 @@ def source_names() -> tuple[str, str]:
 
 
 def dense_twin(model: ModelConfig) -> ModelConfig:
-    """The dense source that teaches it: its mixer and feed-forward in every layer, no sinks, no spikes."""
+    """The dense source that teaches it: its mixer and feed-forward everywhere, plain linears, no sinks."""
     mixer, feed_forward = source_names()
-    return replace(
-        model,
-        mixers=[mixer],
-        feed_forwards=[feed_forward],
-        num_sink_tokens=0,
-        spiking=SpikingConfig(),
-    )
+    twin = replace(model, mixers=[mixer], feed_forwards=[feed_forward], num_sink_tokens=0)
+    return without_transforms(twin)
 
 
 def swapped_layers(model: ModelConfig) -> list[int]:

@@ -1,10 +1,136 @@
-"""Which projections read a transformed input, without torch: spikes today."""
+"""What is done to the input or the weight of linear projections, without torch: the contract, the registry.
+
+Each kind is applied to the projections that its settings name; those of one projection are composed in the
+order in which their kinds are registered, the package's own first. Here is what plans, checks and schedules
+have to know of them; what happens to tensors is a
+:class:`~spikingbrain_train.models.linears.linear_transform.LinearTransform`.
+"""
 
 from __future__ import annotations
 
-from spikingbrain_train.config.model import ModelConfig
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+from spikingbrain_train.architecture.registry import Registry
+from spikingbrain_train.config.model import ModelConfig, Projection
+from spikingbrain_train.config.run import StageConfig
+from spikingbrain_train.config.sections import section_of
+from spikingbrain_train.config.setting import leaves
+
+_IN_EXPERTS = (Projection.mlp_fc1, Projection.mlp_fc2)
 
 
-def reads_spikes(model: ModelConfig, projection: str) -> bool:
-    """Whether a projection keeps an encoded copy of its input for the backward pass."""
-    return any(encoded.value == projection for encoded in model.spiking.projections)
+class LinearTransformKind(ABC):
+    """One kind of transform. Everything that is known of it outside its module is asked here."""
+
+    name: str
+    """How its settings and its metrics are called: ``model.<name>.x``, ``<name>/x``."""
+    transform: str
+    """``package.module:name`` of what makes its LinearTransform of a model (ModelConfig), once a linear;
+    imported when a model is built."""
+    words: str
+    """What a model with it does, in sentences: ``encodes activations as spikes``."""
+    section_type: type | None = None
+    """The dataclass of the settings of a kind from outside. Every field has a default, and the defaults apply
+    it nowhere."""
+    changes_input: bool = False
+    """Whether linears multiply another tensor than they are given, which the backward pass then needs."""
+    changes_weight: bool = False
+    """Whether linears multiply by another tensor than their parameter, which the backward pass then needs."""
+
+    @property
+    def section(self) -> str:
+        """Where its settings stand in a model."""
+        return self.name
+
+    def __reduce__(self) -> tuple[Callable[[str], LinearTransformKind], tuple[str]]:
+        return _by_name, (self.name,)  # a kind is one object in every process
+
+    def own_settings(self, model: ModelConfig) -> Any:
+        """The settings in its section."""
+        return section_of(model, self.section)
+
+    @abstractmethod
+    def projections(self, model: ModelConfig) -> Collection[str]:
+        """The projections that it is applied to; none in a model without it."""
+
+    def applies(self, model: ModelConfig, projection: str, matrix: int = 0) -> bool:
+        """Whether it is applied to a linear.
+
+        Args:
+            model: the network.
+            projection: what the linear projects, as :class:`Projection` calls it.
+            matrix: its position where several linears, one behind the other, make up the projection.
+        """
+        return projection in self.projections(model)
+
+    def settings(self, model: ModelConfig) -> set[str]:
+        """Those of its settings that have a part in ``model``, with the values that others have."""
+        return self.all_settings(model)
+
+    def all_settings(self, model: ModelConfig) -> set[str]:
+        """Dotted names of all its settings."""
+        return set(leaves(self.own_settings(model), f"{self.section}."))
+
+    def check(self, model: ModelConfig, stage: StageConfig, present: Collection[str]) -> None:
+        """Its settings against the network and the stage. Raises ConfigurationError.
+
+        Args:
+            model: the network.
+            stage: that trains it.
+            present: projections that the layers have.
+        """
+
+    def schedule(self, model: ModelConfig, stage: StageConfig, iteration: int) -> Mapping[str, float]:
+        """Attributes of its transforms in the step after ``iteration`` finished ones, and in evaluations.
+
+        They depend on nothing else, so that a resumed run repeats the uninterrupted one, and are reported as
+        ``<name>/<attribute>``.
+        """
+        return {}
+
+    @abstractmethod
+    def describe(self, model: ModelConfig) -> str:
+        """A few words for plans and reports on what it does where: ``spikes with k 3 in front of qkv``."""
+
+    def in_experts(self, model: ModelConfig) -> str | None:
+        """What experts that are not made of linears cannot do for it; None if nothing.
+
+        In words behind "cannot", with the setting that asks for it.
+        """
+        asked = [each.name for each in _IN_EXPERTS if each in self.projections(model)]
+        return f"do what model.{self.section} asks for inside experts ({', '.join(asked)})" if asked else None
+
+
+def _by_name(name: str) -> LinearTransformKind:
+    return LINEAR_TRANSFORMS[name]
+
+
+LINEAR_TRANSFORMS: Registry[LinearTransformKind] = Registry(
+    "linear transform", "model", built_in=("spikingbrain_train.architecture.spikes",)
+)
+"""Every kind of linear transform, in the order in which they are applied. A new one of the package is a line
+here."""
+
+
+def transforms_of(model: ModelConfig) -> list[LinearTransformKind]:
+    """Every kind that is applied in ``model``, in order."""
+    return [kind for kind in LINEAR_TRANSFORMS if kind.projections(model)]
+
+
+def keeps_its_input(model: ModelConfig, projection: str) -> bool:
+    """Whether a projection keeps a transformed copy of its input for the backward pass."""
+    return any(kind.changes_input and kind.applies(model, projection) for kind in LINEAR_TRANSFORMS)
+
+
+def in_experts(model: ModelConfig) -> tuple[str, ...]:
+    """What each kind has linears inside experts do: see :meth:`LinearTransformKind.in_experts`."""
+    return tuple(words for kind in LINEAR_TRANSFORMS if (words := kind.in_experts(model)) is not None)
+
+
+def without_transforms(model: ModelConfig) -> ModelConfig:
+    """The same network with plain linears."""
+    sections = [kind.section for kind in LINEAR_TRANSFORMS if hasattr(model, kind.section)]
+    return replace(model, **{section: type(getattr(model, section))() for section in sections})

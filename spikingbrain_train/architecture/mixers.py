@@ -101,7 +101,7 @@ class MixerKind(ABC):
         """Bytes per token that it keeps for its backward pass on one rank, its normed input left out."""
 
     def input_projections(self, model: ModelConfig) -> tuple[str, ...]:
-        """The projections that read the layer's normed input, as ``model.spiking.projections`` calls them."""
+        """The projections that read the layer's normed input, as ``config.model.Projection`` has them."""
         return ("qkv",)
 
     def describe(self, model: ModelConfig) -> str | None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from spikingbrain_train.architecture.feed_forwards import FEED_FORWARDS
-from spikingbrain_train.architecture.layers import feed_forwards_of, mixers_of
+from spikingbrain_train.architecture.layers import feed_forwards_of, mixers_of, projections_of
+from spikingbrain_train.architecture.linear_transforms import LINEAR_TRANSFORMS
 from spikingbrain_train.architecture.mixers import MIXERS
 from spikingbrain_train.config.model import LayersConfig, ModelConfig
+from spikingbrain_train.config.run import StageConfig
 from spikingbrain_train.config.setting import check_fields
 
 
@@ -31,3 +33,10 @@ def check_mixers(model: ModelConfig) -> None:
         mixer.check(model)
     for feed_forward in feed_forwards_of(model):
         feed_forward.check(model)
+
+
+def check_linear_transforms(model: ModelConfig, stage: StageConfig) -> None:
+    """What is done to linears, against the network and the stage. Raises ConfigurationError."""
+    present = projections_of(model)
+    for kind in LINEAR_TRANSFORMS:
+        kind.check(model, stage, present)

@@ -13,7 +13,7 @@ from spikingbrain_train.architecture.feed_forwards import (
     FeedForwardKind,
     swiglu_weights,
 )
-from spikingbrain_train.architecture.linear_transforms import reads_spikes
+from spikingbrain_train.architecture.linear_transforms import keeps_its_input
 from spikingbrain_train.architecture.sizes import FP32, bytes_per_element
 from spikingbrain_train.architecture.starts import OfRecipe
 from spikingbrain_train.architecture.weights import Copies, Split, Weight
@@ -120,10 +120,10 @@ class MixtureOfExpertsKind(FeedForwardKind):
         activation = (experts_of_a_token + moe.num_shared_experts) * width * element / tensor
         matrices = 2 * activation  # gate and up
         encoded = 0.0
-        if moe.num_shared_experts and reads_spikes(model, "mlp_fc1"):
+        if moe.num_shared_experts and keeps_its_input(model, "mlp_fc1"):
             encoded = row if parallel.sequence_parallel else row * tensor  # what the shared expert reads
         everything = router + dispatched + activation + matrices + encoded
-        spikes = reads_spikes(model, "mlp_fc2")  # what fc2 keeps is not the activation
+        spikes = keeps_its_input(model, "mlp_fc2")  # what fc2 keeps is not the activation
         levels = {
             Recompute.none: 0.0,
             Recompute.full: 0.0,  # with the whole layer

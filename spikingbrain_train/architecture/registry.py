@@ -39,8 +39,13 @@ class Registry(Generic[Kind]):
 
     @property
     def _kinds(self) -> dict[str, Kind]:
-        while self._built_in:
-            import_module(self._built_in.pop(0))
+        if self._built_in:
+            modules, self._built_in = self._built_in, []
+            for module in modules:
+                import_module(module)
+            # Ours come first, whenever a plugin was imported.
+            kinds = sorted(self._registered.items(), key=lambda item: type(item[1]).__module__ not in modules)
+            self._registered = dict(kinds)
         return self._registered
 
     def register(self, kind: Kind) -> Kind:

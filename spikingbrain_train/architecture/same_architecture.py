@@ -12,8 +12,9 @@ from typing import Any
 
 from spikingbrain_train.architecture.feed_forwards import FEED_FORWARDS
 from spikingbrain_train.architecture.layers import feed_forwards_of, layers, mixers_of
+from spikingbrain_train.architecture.linear_transforms import LINEAR_TRANSFORMS
 from spikingbrain_train.architecture.mixers import MIXERS
-from spikingbrain_train.config.model import ModelConfig, SpikingProjection
+from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.sections import with_sections
 from spikingbrain_train.config.setting import Role, decisions, leaves
 from spikingbrain_train.errors import CheckpointError
@@ -46,10 +47,12 @@ def settings_in_use(model: ModelConfig) -> dict[str, Any]:
     of_kinds: set[str] = set().union(
         *(mixer.all_settings(model) for mixer in MIXERS),
         *(feed_forward.all_settings(model) for feed_forward in FEED_FORWARDS),
+        *(transform.all_settings(model) for transform in LINEAR_TRANSFORMS),
     )
     in_use: set[str] = set().union(
         *(mixer.settings(model) for mixer in mixers_of(model)),
         *(feed_forward.settings(model) for feed_forward in feed_forwards_of(model)),
+        *(transform.settings(model) for transform in LINEAR_TRANSFORMS),
     )
     return {
         name: value
@@ -60,13 +63,9 @@ def settings_in_use(model: ModelConfig) -> dict[str, Any]:
 
 def _of_the_model(name: str, model: ModelConfig) -> bool:
     """Whether a setting that is of no kind has a part in ``model``."""
-    present = {
-        "spiking.k": bool(model.spiking.projections),
-        "spiking.gate_encoding": SpikingProjection.gate in model.spiking.projections,
-    }
     if name.startswith("parallel_hybrid."):
         return any(len(layer.mixers) > 1 for layer in layers(model))
-    return present.get(name, True)
+    return True
 
 
 def shown(value: Any) -> str:

@@ -6,7 +6,7 @@ from spikingbrain_train.architecture.backends.softmax_attention import (
     SOFTMAX_ATTENTION,
     SoftmaxAttentionCall,
 )
-from spikingbrain_train.architecture.linear_transforms import reads_spikes
+from spikingbrain_train.architecture.linear_transforms import keeps_its_input
 from spikingbrain_train.architecture.mixers import MIXERS, MixerKind, attention_weights
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.architecture.sizes import (
@@ -108,8 +108,8 @@ class SoftmaxAttentionKind(MixerKind):
         if model.qk_layernorm:
             kept += heads  # queries before their norm
         kept += 4  # cosines and sines in the activations' dtype, of queries and of keys
-        if reads_spikes(model, "attention_output") and not model.num_sink_tokens:
-            kept += heads  # the output, encoded
+        if keeps_its_input(model, "attention_output") and not model.num_sink_tokens:
+            kept += heads  # the output, transformed
         return kept * width + heads * FP32  # one sum of exponentials a head
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from spikingbrain_train.config.model import OLD_MIXERS, GateEncoding, SpikingProjection
+from spikingbrain_train.config.model import OLD_MIXERS, GateEncoding, Projection
 
 RENAMED_VALUES = {
     "cluster.kernels.gated_linear_attention": {"recurrent": "naive"},
@@ -30,7 +30,7 @@ def translate_model(model: Any) -> None:
         model.mixers = [OLD_MIXERS.get(entry, entry) if isinstance(entry, str) else entry for entry in mixers]
     if isinstance(spiking, DictConfig):
         projections = spiking.get("projections")
-        if isinstance(projections, ListConfig) and SpikingProjection.gate.name in projections:
+        if isinstance(projections, ListConfig) and Projection.gate.name in projections:
             spiking.setdefault("gate_encoding", GateEncoding.each_matrix.name)
 
 

@@ -141,13 +141,13 @@ class MoEConfig:
         )
 
 
-class SpikingProjection(str, Enum):
-    """A group of linear projections whose input can be encoded as spikes."""
+class Projection(str, Enum):
+    """A group of linear projections whose inputs and weights can be transformed: encoded as spikes."""
 
     qkv = "qkv"
     """The fused q, k and v projection of every mixer."""
     gate = "gate"
-    """The low-rank gate; model.spiking.gate_encoding says in front of which of its two matrices."""
+    """The two matrices of the low-rank gate; for spikes, model.spiking.gate_encoding says which."""
     attention_output = "attention_output"
     """The output projection of every mixer."""
     mlp_fc1 = "mlp_fc1"
@@ -170,7 +170,7 @@ class GateEncoding(str, Enum):
 class SpikingConfig:
     """Adaptive-threshold spikes in front of linear projections (eq. 19-21)."""
 
-    projections: list[SpikingProjection] = setting(default_factory=list, resume=FUNCTION)
+    projections: list[Projection] = setting(default_factory=list, resume=FUNCTION)
     """Which projections read spikes; empty is a model without spikes."""
     gate_encoding: GateEncoding = setting(GateEncoding.once, resume=FUNCTION)
     """What it means that the gate is among them."""
@@ -185,19 +185,6 @@ class SpikingConfig:
             not twice,
             f"{prefix}projections lists {' and '.join(twice)} more than once; list each projection once",
         )
-
-    def describe(self) -> str:
-        """The projections that read spikes, in words: ``qkv, gate (each matrix)``."""
-        where = " (each matrix)" if self.gate_encoding is GateEncoding.each_matrix else ""
-        return ", ".join(
-            projection.name + (where if projection is SpikingProjection.gate else "")
-            for projection in self.projections
-        )
-
-    @property
-    def in_experts(self) -> bool:
-        """Whether projections inside feed-forwards, experts among them, read spikes."""
-        return bool({SpikingProjection.mlp_fc1, SpikingProjection.mlp_fc2} & set(self.projections))
 
 
 @dataclass

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from spikingbrain_train.architecture.linear_transforms import transforms_of
 from spikingbrain_train.architecture.model_checks import check_model
 from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
 from spikingbrain_train.config.load import load_model_config
@@ -100,11 +101,10 @@ def export_checkpoint(
         dry_run=False,
         bytes=sum(spec.nbytes for spec in specs),
     )
-    if model.spiking.projections:
-        report.notes.append(
-            "the model encodes activations as spikes, for which the format has no setting; the export "
-            "computes without them"
-        )
+    report.notes += [
+        f"the model {kind.words}, for which the format has no setting; the export computes without them"
+        for kind in transforms_of(model)
+    ]
     report.notes += hf_format.notes_on_export(model)
     check_output_folder(
         output, source=folder, overwrite=overwrite, marker=CONFIG_FILE, needed_bytes=report.bytes

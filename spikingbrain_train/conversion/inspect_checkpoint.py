@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from spikingbrain_train.architecture.linear_transforms import transforms_of
 from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
 from spikingbrain_train.config.load import load_model_config
 from spikingbrain_train.config.model import ModelConfig
@@ -81,10 +82,7 @@ def _describe_model(model: ModelConfig) -> list[str]:
             ("q/k/v bias", model.add_qkv_bias),
             ("q/k norm", model.qk_layernorm),
             (f"{model.num_sink_tokens} sink tokens", model.num_sink_tokens),
-            (
-                f"spikes (k = {model.spiking.k:g}) in front of {model.spiking.describe()}",
-                model.spiking.projections,
-            ),
+            *((kind.describe(model), True) for kind in transforms_of(model)),
         )
         if on
     ]

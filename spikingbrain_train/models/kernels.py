@@ -9,7 +9,8 @@ from spikingbrain_train.architecture.backends.linears import (
     LinearsCall,
 )
 from spikingbrain_train.architecture.backends.tables import TABLES
-from spikingbrain_train.config.model import SpikingConfig
+from spikingbrain_train.architecture.linear_transforms import in_experts
+from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ExpertBackend, KernelConfig, ParallelLinearBackend
 from spikingbrain_train.config.run import Precision
 from spikingbrain_train.errors import ConfigurationError
@@ -22,7 +23,7 @@ def resolve_kernels(
     kernels: KernelConfig,
     accelerator: Accelerator,
     *,
-    spiking: SpikingConfig | None = None,
+    model: ModelConfig | None = None,
     precision: Precision = Precision.bf16,
 ) -> KernelConfig:
     """Replace ``auto`` of linears and experts by the best backend here.
@@ -32,21 +33,22 @@ def resolve_kernels(
     Args:
         kernels: choices of the config.
         accelerator: this process's platform and packages.
-        spiking: spikes of the model, which not every backend can encode; None is a model without.
+        model: whose linears may transform their inputs and weights, which not every backend can; None is a
+            model of plain ones.
         precision: of weights and activations, of which not every backend takes all.
 
     Raises:
         PlatformError: a backend is asked for by name whose package, release or GPU is missing.
         ConfigurationError: a backend is asked for by name that cannot do what the run needs.
     """
-    machine, reads_spikes = accelerator.machine(), spiking is not None and spiking.in_experts
+    machine, transforms = accelerator.machine(), () if model is None else in_experts(model)
     for setting, table in TABLES.items():
         table.require(getattr(kernels, setting).value, machine, _PREFIX)
     try:
         linear = PARALLEL_LINEAR.choose(
             kernels.parallel_linear.value, LinearsCall(accelerator.kind), machine, _PREFIX
         )
-        call = ExpertsCall(linear, reads_spikes, precision)
+        call = ExpertsCall(linear, transforms, precision)
         experts = EXPERTS.choose(kernels.experts.value, call, machine, _PREFIX)
     except ValueError as error:
         raise ConfigurationError(str(error)) from error

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.identity_op import IdentityOp
 
-from spikingbrain_train.config.model import ModelConfig, SpikingProjection
+from spikingbrain_train.config.model import ModelConfig, Projection
 from spikingbrain_train.config.parallel import ContextParallelConfig, KernelConfig
-from spikingbrain_train.models.parallel_linears import ParallelLinears
+from spikingbrain_train.models.linears.parallel_linears import ParallelLinears
 from spikingbrain_train.models.rms_norm import RMSNorm
 
 
@@ -31,9 +31,9 @@ def attention_submodules(build: LayerBuild) -> SelfAttentionSubmodules:
     """Projections and q/k norms of any mixer that is a SelfAttention of megatron-core."""
     qk_norm = RMSNorm if build.model.qk_layernorm else IdentityOp
     return SelfAttentionSubmodules(
-        linear_qkv=build.linears.column(SpikingProjection.qkv),
+        linear_qkv=build.linears.column(Projection.qkv),
         core_attention=IdentityOp,  # our mixers compute what is between the projections themselves
-        linear_proj=build.linears.row(SpikingProjection.attention_output),
+        linear_proj=build.linears.row(Projection.attention_output),
         q_layernorm=qk_norm,
         k_layernorm=qk_norm,
     )

@@ -12,8 +12,8 @@ from spikingbrain_train.config.import_path import object_at
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ContextParallelConfig, KernelConfig
 from spikingbrain_train.models.layer_build import LayerBuild
+from spikingbrain_train.models.linears.parallel_linears import ParallelLinears
 from spikingbrain_train.models.mixers import parallel_hybrid
-from spikingbrain_train.models.parallel_linears import ParallelLinears
 from spikingbrain_train.models.rms_norm import RMSNorm
 
 
@@ -27,7 +27,7 @@ def layer_build(
         kernels: choices with linears and experts resolved.
         context_parallel: how mixers work on split sequences; None takes the defaults.
     """
-    linears = ParallelLinears(kernels.parallel_linear, model.spiking)
+    linears = ParallelLinears(kernels.parallel_linear, model)
     return LayerBuild(model, kernels, context_parallel or ContextParallelConfig(), linears)
 
 

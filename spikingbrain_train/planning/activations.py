@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from spikingbrain_train.architecture.feed_forwards import Activations
 from spikingbrain_train.architecture.layers import Layer
-from spikingbrain_train.architecture.linear_transforms import reads_spikes
+from spikingbrain_train.architecture.linear_transforms import keeps_its_input
 from spikingbrain_train.architecture.sizes import FP32, bytes_per_element, rank_tokens, row_bytes
 from spikingbrain_train.config.parallel import Recompute
 from spikingbrain_train.config.run import RunConfig
@@ -25,9 +25,9 @@ def mixer_activations(config: RunConfig, layer: Layer) -> float:
     total = sum(kind.activation_bytes(config) for kind in layer.mixers)
     if len(layer.mixers) > 1:  # the output of each branch, before and after its norm
         total += 2 * len(layer.mixers) * row
-    # What reads spikes keeps its own encoded input; the first of these stands for the normed input.
+    # What transforms its input keeps its own copy; the first of these stands for the normed input.
     readers = [
-        reads_spikes(config.model, projection)
+        keeps_its_input(config.model, projection)
         for kind in layer.mixers
         for projection in kind.input_projections(config.model)
     ]

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from spikingbrain_train.architecture.model_checks import check_mixers
-from spikingbrain_train.architecture.spiking_checks import check_spiking
+from spikingbrain_train.architecture.model_checks import check_linear_transforms, check_mixers
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import (
     ParallelConfig,
@@ -100,7 +99,7 @@ def check_run_config(config: RunConfig, world_size: int) -> StoredRun | None:
     check_mixers(config.model)
     check_world_size(config.parallel, world_size)
     check_split(config.model, config.parallel)
-    check_spiking(config.model, config.stage)
+    check_linear_transforms(config.model, config.stage)
     check_stage(config.stage, config.model, config.parallel, world_size)
     check_optimizer(config.optimizer, config.stage.train_iters)
     check_kernels(config)

@@ -13,6 +13,7 @@ from spikingbrain_train.architecture.backends.backend import AUTO
 from spikingbrain_train.architecture.backends.linears import ExpertsCall
 from spikingbrain_train.architecture.backends.tables import TABLES
 from spikingbrain_train.architecture.layers import dense_twin, mixers_of
+from spikingbrain_train.architecture.linear_transforms import in_experts
 from spikingbrain_train.architecture.mixers import MixerKind
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.config.model import ModelConfig
@@ -60,7 +61,7 @@ def _layouts(config: RunConfig, num_sink_tokens: int, are_padding: bool) -> Iter
 
 def experts_call(config: RunConfig, parallel_linear: str) -> ExpertsCall:
     """What decides who multiplies the routed experts of a run, on linears of this backend."""
-    return ExpertsCall(parallel_linear, config.model.spiking.in_experts, config.precision)
+    return ExpertsCall(parallel_linear, in_experts(config.model), config.precision)
 
 
 def check_kernels(config: RunConfig) -> None:

@@ -20,6 +20,7 @@ from spikingbrain_train.architecture.layers import (
     has_experts,
     layers,
 )
+from spikingbrain_train.architecture.linear_transforms import transforms_of
 from spikingbrain_train.architecture.sizes import bytes_per_element
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import RunConfig
@@ -200,9 +201,7 @@ class Plan:
             counts = _counts(layer.feed_forward.name for layer in layers(model))
             described = [words for kind in feed_forwards_of(model) if (words := kind.describe(model))]
             facts.append("; ".join([f"feed-forwards: {counts}", *described]))
-        if model.spiking.projections:
-            facts.append(f"spikes with k {model.spiking.k:g} in front of {model.spiking.describe()}")
-        return facts
+        return facts + [kind.describe(model) for kind in transforms_of(model)]
 
     def _rank_facts(self) -> str:
         parallel = self.config.parallel

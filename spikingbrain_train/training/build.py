@@ -25,7 +25,7 @@ from spikingbrain_train.training.current_weights import gather_before_reading
 def kernels_of(config: RunConfig, accelerator: Accelerator) -> KernelConfig:
     """The backends of a run's modules, each ``auto`` settled."""
     return resolve_kernels(
-        config.cluster.kernels, accelerator, spiking=config.model.spiking, precision=config.precision
+        config.cluster.kernels, accelerator, model=config.model, precision=config.precision
     )
 
 

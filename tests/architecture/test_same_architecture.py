@@ -20,9 +20,9 @@ from spikingbrain_train.config.model import (
     GateKind,
     ModelConfig,
     MoEConfig,
+    Projection,
     RopeScalingConfig,
     SpikingConfig,
-    SpikingProjection,
 )
 from spikingbrain_train.config.setting import Role, leaves
 from spikingbrain_train.errors import CheckpointError
@@ -104,7 +104,7 @@ SAME_WEIGHTS: dict[str, tuple[ModelConfig, ModelConfig]] = {
             rope_scaling=RopeScalingConfig(factor=8.0),
         ),
     ),
-    "spikes": (MODEL, replace(MODEL, spiking=SpikingConfig(projections=[SpikingProjection.qkv], k=4.0))),
+    "spikes": (MODEL, replace(MODEL, spiking=SpikingConfig(projections=[Projection.qkv], k=4.0))),
     "features and forgetting": (
         MODEL,
         replace(MODEL, gla=replace(GLA, feature_map=FeatureMap.sigmoid, gate_logit_normalizer=4.0)),
@@ -167,7 +167,7 @@ def _other(value: Any) -> Any:
     if isinstance(value, GateEncoding):
         return GateEncoding.each_matrix
     assert value == []
-    return [SpikingProjection.qkv]
+    return [Projection.qkv]
 
 
 @pytest.mark.parametrize("name", [name for name, role in roles().items() if role is not Role.weights])
@@ -196,5 +196,5 @@ def test_settings_without_a_part_in_the_model_are_left_out() -> None:
     assert "sliding_window" not in settings_in_use(replace(MODEL, mixers=["gla", "full"]))
     assert "gla.gate_low_rank_dim" not in settings_in_use(replace(MODEL, gla=TIED))
     assert "spiking.gate_encoding" not in settings_in_use(MODEL)
-    spiking = SpikingConfig([SpikingProjection.gate])
+    spiking = SpikingConfig([Projection.gate])
     assert "spiking.gate_encoding" in settings_in_use(replace(MODEL, spiking=spiking))

@@ -22,8 +22,8 @@ from spikingbrain_train.config.model import (
     GateKind,
     MoEConfig,
     ParallelHybridConfig,
+    Projection,
     SpikingConfig,
-    SpikingProjection,
 )
 from spikingbrain_train.config.parallel import (
     ClusterConfig,
@@ -45,7 +45,7 @@ MODEL = small_model(
     num_sink_tokens=8,
     feed_forwards=["dense", "moe"],
     moe=MoEConfig(num_experts=4, moe_ffn_hidden_size=96, capacity_factor=1.5, pad_to_capacity=True),
-    spiking=SpikingConfig(projections=[SpikingProjection.qkv, SpikingProjection.mlp_fc2], k=4.0),
+    spiking=SpikingConfig(projections=[Projection.qkv, Projection.mlp_fc2], k=4.0),
     norm_epsilon=1e-5,
 )
 RUN = RunConfig(
@@ -78,8 +78,8 @@ def _without_gate_encoding(path):
 @pytest.mark.parametrize(
     ("projections", "encoding"),
     [
-        ([SpikingProjection.qkv, SpikingProjection.gate], GateEncoding.each_matrix),
-        ([SpikingProjection.qkv], GateEncoding.once),
+        ([Projection.qkv, Projection.gate], GateEncoding.each_matrix),
+        ([Projection.qkv], GateEncoding.once),
         ([], GateEncoding.once),
     ],
     ids=["gate", "no gate", "no spikes"],

@@ -9,7 +9,7 @@ import pytest
 
 from spikingbrain_train.config.compose import compose_run, groups
 from spikingbrain_train.config.load import to_run_config
-from spikingbrain_train.config.model import ModelConfig, SpikingProjection
+from spikingbrain_train.config.model import ModelConfig, Projection
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.config.setting import leaves
 from spikingbrain_train.errors import CheckpointError, ConfigurationError
@@ -20,7 +20,7 @@ from tests.config.small_model import small_model, write_checkpoint
 def unlike_the_defaults() -> ModelConfig:
     """A model of which no setting has its default."""
     model = small_model(mixers=[["gla", "swa"], "full"], feed_forwards=["moe"])
-    model.spiking.projections = [SpikingProjection.qkv]
+    model.spiking.projections = [Projection.qkv]
     for name, default in leaves(ModelConfig()).items():
         if default == leaves(model)[name]:
             model = changed(model, name, other(default))

@@ -16,8 +16,8 @@ from spikingbrain_train.config.model import (
     GateKind,
     MoEConfig,
     ParallelHybridConfig,
+    Projection,
     SpikingConfig,
-    SpikingProjection,
 )
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.conversion.export_checkpoint import export_checkpoint
@@ -198,7 +198,7 @@ def test_what_no_hugging_face_format_holds_is_refused_before_anything_is_written
 
 def test_spikes_are_left_out_of_an_export_with_a_note(hf_checkpoint: HFCheckpoint, tmp_path: Path) -> None:
     source, _ = hf_checkpoint("qwen2")
-    spiking = SpikingConfig(projections=[SpikingProjection.qkv])
+    spiking = SpikingConfig(projections=[Projection.qkv])
     convert(source, tmp_path / "out", ConversionConfig(mixers=["full"], spiking=spiking))
     report = export_checkpoint(tmp_path / "out", tmp_path / "back")
     assert any("computes without them" in note for note in report.notes)
@@ -209,10 +209,10 @@ def test_spikes_are_left_out_of_an_export_with_a_note(hf_checkpoint: HFCheckpoin
 
 def test_inspect_shows_the_new_parts(hf_checkpoint: HFCheckpoint, tmp_path: Path) -> None:
     source, _ = hf_checkpoint()
-    spiking = SpikingConfig(projections=[SpikingProjection.qkv, SpikingProjection.mlp_fc2])
+    spiking = SpikingConfig(projections=[Projection.qkv, Projection.mlp_fc2])
     convert(source, tmp_path / "out", recipe(spiking=spiking))
     text = inspect_checkpoint(tmp_path / "out")
     parts = "layers with two branches ([gla,swa], [full,gla]), mixture-of-experts layers, 3 sink tokens"
     assert f"has no Hugging Face format ({parts}" in text
     assert LAYERS in text
-    assert "extras:     3 sink tokens, spikes (k = 3) in front of qkv, mlp_fc2" in text
+    assert "extras:     3 sink tokens, spikes with k 3 in front of qkv, mlp_fc2" in text

@@ -22,8 +22,8 @@ from spikingbrain_train.config.model import (
     ModelConfig,
     MoEConfig,
     ParallelHybridConfig,
+    Projection,
     SpikingConfig,
-    SpikingProjection,
 )
 from spikingbrain_train.config.parallel import KernelConfig, ParallelConfig
 from spikingbrain_train.config.run import Precision, StageConfig
@@ -89,7 +89,7 @@ CASES: Mapping[str, Case] = {
         )
     ),
     "spiking": Case(
-        replace(_7B, spiking=SpikingConfig(projections=list(SpikingProjection), k=3.0)),
+        replace(_7B, spiking=SpikingConfig(projections=list(Projection), k=3.0)),
     ),
     "7B-like, packed documents": Case(replace(_7B, num_layers=4, qk_layernorm=True), packed=True),
     "76B-like": Case(replace(_76B, num_layers=4)),

@@ -1,7 +1,7 @@
 """Training with spikes: annealed, resumed, reported, and split over ranks.
 
 A count that lies on a rounding boundary can go either way when a matrix product is split differently (see
-tests/models/test_spiking_linear.py), and every step of training moves thousands of counts. So topologies are
+tests/models/linears/test_spikes.py), and every step of training moves thousands of counts. So topologies are
 held together where that cannot happen by chance: at the first step, from the same weights, to 1e-5 in the
 loss. A resume on the same topology repeats every bit.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from spikingbrain_train.config.model import SpikingConfig, SpikingProjection
+from spikingbrain_train.config.model import Projection, SpikingConfig
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import DataConfig, LoggingConfig, RunConfig, SpikeAnnealingConfig
 from spikingbrain_train.storage.checkpoint_folder import LATEST_ITERATION_FILE, iteration_folder
@@ -22,7 +22,7 @@ from spikingbrain_train.training.metrics import read_metrics
 from tests.distributed.pool import RankPool
 from tests.distributed.small_runs import MODEL, TOPOLOGIES, checkpoint_config, run_config, train
 
-SPIKING = replace(MODEL, spiking=SpikingConfig(projections=list(SpikingProjection), k=3.0))
+SPIKING = replace(MODEL, spiking=SpikingConfig(projections=list(Projection), k=3.0))
 
 
 def _config(output_dir: Path, text: Path, checkpoint: Path, parallel: ParallelConfig) -> RunConfig:

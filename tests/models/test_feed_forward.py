@@ -13,8 +13,8 @@ from spikingbrain_train.architecture.feed_forwards import FEED_FORWARDS
 from spikingbrain_train.config.model import (
     ModelConfig,
     MoEConfig,
+    Projection,
     SpikingConfig,
-    SpikingProjection,
 )
 from spikingbrain_train.config.parallel import (
     ExpertBackend,
@@ -93,7 +93,7 @@ def test_every_level_of_recomputation_is_accepted_by_megatron_core(level: Recomp
 
 
 def test_spikes_inside_experts_without_linear_layers_are_refused() -> None:
-    spiking = SpikingConfig(projections=[SpikingProjection.mlp_fc1])
+    spiking = SpikingConfig(projections=[Projection.mlp_fc1])
     kernels = replace(KERNELS, experts=ExpertBackend.grouped_gemm)
     with pytest.raises(ConfigurationError, match="experts=grouped_gemm cannot encode spikes .* choose seq"):
         moe.spec(FEED_FORWARDS["moe"], layer_build(replace(MODEL, spiking=spiking), kernels))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 
 from spikingbrain_train.architecture.backends.tables import TABLES
-from spikingbrain_train.config.model import SpikingConfig, SpikingProjection
+from spikingbrain_train.config.model import ModelConfig, Projection, SpikingConfig
 from spikingbrain_train.config.parallel import (
     AcceleratorKind,
     ExpertBackend,
@@ -143,8 +143,8 @@ def test_a_missing_package_is_named_with_the_setting(field: str, choice) -> None
 
 def test_experts_that_encode_spikes_are_made_of_linears() -> None:
     on_metax = machine(AcceleratorKind.metax, {"grouped_gemm": "1.1"})
-    spiking = SpikingConfig(projections=[SpikingProjection.mlp_fc2])
-    assert resolve_kernels(KernelConfig(), on_metax, spiking=spiking).experts is ExpertBackend.sequential
+    model = ModelConfig(spiking=SpikingConfig(projections=[Projection.mlp_fc2]))
+    assert resolve_kernels(KernelConfig(), on_metax, model=model).experts is ExpertBackend.sequential
 
 
 def test_grouped_gemm_multiplies_bfloat16_only() -> None:

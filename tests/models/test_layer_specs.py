@@ -11,7 +11,7 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from spikingbrain_train.architecture.layers import layers
-from spikingbrain_train.config.model import ModelConfig, SpikingProjection
+from spikingbrain_train.config.model import ModelConfig, Projection
 from spikingbrain_train.config.parallel import (
     ContextParallelConfig,
     KernelConfig,
@@ -95,8 +95,8 @@ def test_query_and_key_norms_follow_the_config(mixer: Any, qk_layernorm: bool, e
         assert (spec.submodules.q_layernorm, spec.submodules.k_layernorm) == (expected, expected)
 
 
-@pytest.mark.parametrize("projection", SpikingProjection, ids=lambda projection: projection.value)
-def test_projections_are_megatrons_parallel_linears(projection: SpikingProjection) -> None:
+@pytest.mark.parametrize("projection", Projection, ids=lambda projection: projection.value)
+def test_projections_are_megatrons_parallel_linears(projection: Projection) -> None:
     linears = ParallelLinears(ParallelLinearBackend.megatron)
     assert (linears.column(projection), linears.row(projection)) == (ColumnParallelLinear, RowParallelLinear)
 

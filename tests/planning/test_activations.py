@@ -26,8 +26,8 @@ from spikingbrain_train.config.model import (
     GateKind,
     ModelConfig,
     MoEConfig,
+    Projection,
     SpikingConfig,
-    SpikingProjection,
 )
 from spikingbrain_train.config.parallel import (
     AcceleratorKind,
@@ -72,7 +72,7 @@ TWO_BRANCHES = replace(
 EXPERTS = replace(
     DENSE, feed_forwards=["moe"], moe=MoEConfig(num_experts=4, router_topk=1, num_shared_experts=1)
 )
-SPIKES = SpikingConfig(projections=list(SpikingProjection))
+SPIKES = SpikingConfig(projections=list(Projection))
 METHODS = {
     "all-gather and halo": ContextParallelConfig(),
     "all-scan and halo": ContextParallelConfig(LinearAttentionContextParallel.allscan),

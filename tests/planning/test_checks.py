@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from spikingbrain_train.config.conversion import ConversionConfig, UpcyclingConfig
-from spikingbrain_train.config.model import GateKind, SpikingProjection
+from spikingbrain_train.config.model import GateKind, Projection
 from spikingbrain_train.config.parallel import (
     AcceleratorKind,
     ExpertBackend,
@@ -290,7 +290,7 @@ REFUSED: list[tuple[dict[str, Any], int, list[str]]] = [
     (
         {
             "cluster.kernels.experts": ExpertBackend.grouped_gemm,
-            "model.spiking.projections": [SpikingProjection.mlp_fc2],
+            "model.spiking.projections": [Projection.mlp_fc2],
         },
         1,
         ["cluster.kernels.experts=grouped_gemm", "model.spiking.projections", "choose auto, which takes it"],

@@ -23,8 +23,8 @@ from spikingbrain_train.config.model import (
     GateKind,
     ModelConfig,
     MoEConfig,
+    Projection,
     SpikingConfig,
-    SpikingProjection,
 )
 from spikingbrain_train.config.parallel import KernelConfig, ParallelConfig, Recompute
 from spikingbrain_train.config.run import DistillationConfig, Precision, RunConfig, StageConfig
@@ -104,7 +104,7 @@ HYBRIDS = {
     ),
     "76B-like": SPIKINGBRAIN_76B_LIKE,
     "76B-like, spiking": dataclasses.replace(
-        SPIKINGBRAIN_76B_LIKE, spiking=SpikingConfig(projections=list(SpikingProjection))
+        SPIKINGBRAIN_76B_LIKE, spiking=SpikingConfig(projections=list(Projection))
     ),
 }
 

@@ -14,9 +14,9 @@ from spikingbrain_train.config.model import (
     GatedLinearAttentionConfig,
     GateKind,
     MoEConfig,
+    Projection,
     RopeScalingConfig,
     SpikingConfig,
-    SpikingProjection,
 )
 from spikingbrain_train.config.run import Precision, Resume, RunConfig, StageConfig
 from spikingbrain_train.config.run_record import RunRecord, fingerprint, record_of, write_record
@@ -42,7 +42,7 @@ MODEL = small_model(
     mixers=["gla", "swa", ["gla", "full"], "full"],
     feed_forwards=["dense", "moe"],
     moe=MoEConfig(num_experts=4, capacity_factor=2.0),
-    spiking=SpikingConfig(projections=[SpikingProjection.qkv, SpikingProjection.gate]),
+    spiking=SpikingConfig(projections=[Projection.qkv, Projection.gate]),
     rope_scaling=RopeScalingConfig(factor=8.0),
 )
 

@@ -220,9 +220,7 @@ def recorded(run: str) -> list[tuple[RunConfig, set[SoftmaxAttentionCall]]]:
 def start(config: RunConfig, machine: Accelerator) -> KernelChoices:
     """What the start-up makes of a run, from the config alone and on its machine."""
     check_kernels(config)
-    kernels = resolve_kernels(
-        config.cluster.kernels, machine, spiking=config.model.spiking, precision=config.precision
-    )
+    kernels = resolve_kernels(config.cluster.kernels, machine, model=config.model, precision=config.precision)
     return choose_kernels(config, kernels, machine)
 
 

@@ -36,8 +36,9 @@ class ExpertsCall:
 
     parallel_linear: str
     """Backend of the linears; ``auto`` while it is not chosen."""
-    reads_spikes: bool
-    """Whether a projection inside experts reads spikes."""
+    transforms: tuple[str, ...] = ()
+    """What linears inside experts do to their inputs and weights, and which settings ask for it, in words
+    behind "cannot"."""
     precision: Precision = Precision.bf16
 
 
@@ -56,10 +57,7 @@ def _transformer_engine_limit_here(call: ExpertsCall, machine: Machine) -> str |
 def _grouped_gemm_limit(call: ExpertsCall) -> str | None:
     if call.precision is Precision.fp32:
         return "multiplies bfloat16 only, but precision=fp32"
-    if call.reads_spikes:
-        asks = "mlp_fc1 and mlp_fc2 in model.spiking.projections"
-        return f"cannot encode spikes inside experts, which {asks} ask for"
-    return None
+    return f"cannot {call.transforms[0]}" if call.transforms else None
 
 
 def _grouped_gemm_limit_here(call: ExpertsCall, machine: Machine) -> str | None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from spikingbrain_train.architecture.linear_transforms import without_transforms
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.conversion.formats.config_keys import ConfigKeys
 from spikingbrain_train.conversion.formats.llama_like import LlamaLikeFormat
@@ -91,7 +91,7 @@ class DenseFormat(LlamaLikeFormat):
 
     def describes(self, source: dict[str, Any], model: ModelConfig) -> bool:
         described = self.read(ConfigKeys(source, Path(CONFIG_FILE)))
-        return described == replace(model, spiking=described.spiking)
+        return described == without_transforms(model)
 
     def keys(self, model: ModelConfig, config: dict[str, Any]) -> dict[str, Any]:
         keys, scaling = super().keys(model, config), scaling_values(model.rope_scaling)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 
 from spikingbrain_train.architecture.feed_forwards import FeedForwardKind
-from spikingbrain_train.config.model import SpikingProjection
+from spikingbrain_train.config.model import Projection
 from spikingbrain_train.models.feed_forwards.submodule import Submodule, mlp
 from spikingbrain_train.models.layer_build import LayerBuild
 
@@ -13,8 +13,8 @@ from spikingbrain_train.models.layer_build import LayerBuild
 def swiglu_projections(build: LayerBuild) -> MLPSubmodules:
     """Gate and up projection, and down projection."""
     return MLPSubmodules(
-        linear_fc1=build.linears.column(SpikingProjection.mlp_fc1),
-        linear_fc2=build.linears.row(SpikingProjection.mlp_fc2),
+        linear_fc1=build.linears.column(Projection.mlp_fc1),
+        linear_fc2=build.linears.row(Projection.mlp_fc2),
     )
 
 

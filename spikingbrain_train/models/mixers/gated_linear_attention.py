@@ -32,9 +32,8 @@ from spikingbrain_train.config.kinds import of_kind
 from spikingbrain_train.config.model import (
     FeatureMap,
     GatedLinearAttentionConfig,
-    GateEncoding,
     GateKind,
-    SpikingProjection,
+    Projection,
 )
 from spikingbrain_train.config.parallel import LinearAttentionBackend, LinearAttentionContextParallel
 from spikingbrain_train.models.layer_build import LayerBuild, attention_submodules
@@ -61,12 +60,14 @@ def spec(_kind: MixerKind, build: LayerBuild) -> ModuleSpec:
 
 
 def _gate_projections(build: LayerBuild) -> dict[str, type]:
-    """Classes of W1 and W2 of the low-rank gate. Encoded once, W2 reads what W1 made of spikes."""
-    up: type = ColumnParallelLinear
-    if build.model.spiking.gate_encoding is GateEncoding.each_matrix:
-        up = build.linears.encoded(SpikingProjection.gate, up)
-    down = build.linears.encoded(SpikingProjection.gate, LowRankDownProjection)
-    return {"gate_down_proj": down, "gate_up_proj": up}
+    """Classes of W1 and W2 of the low-rank gate."""
+    linears = build.linears
+    return {
+        "gate_down_proj": linears.transformed(Projection.gate, LowRankDownProjection),
+        "gate_up_proj": linears.transformed(
+            Projection.gate, ColumnParallelLinear, weight_split_axis=0, matrix=1
+        ),
+    }
 
 
 class LowRankDownProjection(torch.nn.Module):

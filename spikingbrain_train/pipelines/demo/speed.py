@@ -115,7 +115,7 @@ def _measure(run: RunConfig, groups: ProcessGroups, started: float) -> tuple[flo
     from spikingbrain_train.training.stages.build import stage_class
 
     kernels = resolve_kernels(
-        run.cluster.kernels, groups.accelerator, spiking=run.model.spiking, precision=run.precision
+        run.cluster.kernels, groups.accelerator, model=run.model, precision=run.precision
     )
     student = build_student(run, kernels, groups)
     length = min(_TOKENS, run.stage.seq_length)

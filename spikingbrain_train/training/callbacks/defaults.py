@@ -13,12 +13,14 @@ from spikingbrain_train.training.callbacks.checkpointing import Checkpointing
 from spikingbrain_train.training.callbacks.evaluation import Evaluation
 from spikingbrain_train.training.callbacks.expert_load import ExpertLoadReport
 from spikingbrain_train.training.callbacks.finite_checks import FiniteChecks
+from spikingbrain_train.training.callbacks.linear_transforms import (
+    LinearTransformSchedules,
+    LinearTransformStatistics,
+)
 from spikingbrain_train.training.callbacks.metrics_file import MetricsFile
 from spikingbrain_train.training.callbacks.outside import check_callbacks, outside_callbacks
 from spikingbrain_train.training.callbacks.progress_lines import ProgressLines
 from spikingbrain_train.training.callbacks.speed import Speed
-from spikingbrain_train.training.callbacks.spike_annealing import SpikeAnnealing
-from spikingbrain_train.training.callbacks.spike_statistics import SpikeStatisticsOfEvaluations
 from spikingbrain_train.training.callbacks.stop_signals import StopSignals
 from spikingbrain_train.training.callbacks.tensorboard import TensorBoard
 from spikingbrain_train.training.callbacks.weights_and_biases import WeightsAndBiases
@@ -42,8 +44,8 @@ def callbacks_of(config: RunConfig, more: Sequence[Callback] = ()) -> list[Callb
         WeightsAndBiases(),
         ProgressLines(),
         FiniteChecks(),
-        SpikeAnnealing(),
-        SpikeStatisticsOfEvaluations(),
+        LinearTransformSchedules(),
+        LinearTransformStatistics(),
         Speed(),
         ExpertLoadReport(),
         *outside_callbacks(config),

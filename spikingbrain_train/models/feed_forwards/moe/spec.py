@@ -7,7 +7,8 @@ from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 
 from spikingbrain_train.architecture.backends.linears import EXPERTS, ExpertsCall
 from spikingbrain_train.architecture.feed_forwards import FeedForwardKind
-from spikingbrain_train.config.model import SpikingProjection
+from spikingbrain_train.architecture.linear_transforms import in_experts
+from spikingbrain_train.config.model import Projection
 from spikingbrain_train.config.parallel import ExpertBackend
 from spikingbrain_train.config.require import require
 from spikingbrain_train.models.feed_forwards.dense import swiglu_projections
@@ -30,7 +31,7 @@ def spec(_kind: FeedForwardKind, build: LayerBuild) -> Submodule:
     """megatron-core's MoELayer with our router; sizes come from the TransformerConfig when it is built.
 
     Raises:
-        ConfigurationError: spikes are asked for inside experts that have no linear layers.
+        ConfigurationError: inputs or weights of experts are to be transformed that have no linear layers.
     """
     submodules = MoESubmodules(
         experts=_routed_experts(build),
@@ -45,13 +46,13 @@ def _routed_experts(build: LayerBuild) -> Submodule:
     if backend is ExpertBackend.sequential:
         return submodule(SequentialExperts, swiglu_projections(build))
     if backend is ExpertBackend.grouped_gemm:
-        limit = EXPERTS.limit(backend.value, ExpertsCall(linears.backend.value, linears.spiking.in_experts))
+        limit = EXPERTS.limit(backend.value, ExpertsCall(linears.backend.value, in_experts(build.model)))
         require(limit is None, f"cluster.kernels.experts={backend.value} {limit}; choose sequential")
         return submodule(expert_classes.GroupedGemmExperts)
     assert backend is ExpertBackend.transformer_engine, f"unresolved experts backend {backend}"
     grouped = {
-        "linear_fc1": linears.grouped_column(SpikingProjection.mlp_fc1),
-        "linear_fc2": linears.grouped_row(SpikingProjection.mlp_fc2),
+        "linear_fc1": linears.grouped_column(Projection.mlp_fc1),
+        "linear_fc2": linears.grouped_row(Projection.mlp_fc2),
     }
     if not BUILDERS_INSTEAD_OF_SPECS:
         return submodule(TEGroupedExperts, MLPSubmodules(**grouped))

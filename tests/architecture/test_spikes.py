@@ -6,24 +6,25 @@ from typing import Any
 
 import pytest
 
-from spikingbrain_train.architecture.spiking_checks import check_spiking
+from spikingbrain_train.architecture.model_checks import check_linear_transforms
+from spikingbrain_train.architecture.spikes import SPIKES
 from spikingbrain_train.config.model import (
     FeatureMap,
     GatedLinearAttentionConfig,
     GateKind,
     ModelConfig,
+    Projection,
     SpikingConfig,
-    SpikingProjection,
 )
 from spikingbrain_train.config.run import SpikeAnnealingConfig, StageConfig
 from spikingbrain_train.config.setting import check_fields
 from spikingbrain_train.errors import ConfigurationError
 
-EVERYWHERE = list(SpikingProjection)
+EVERYWHERE = list(Projection)
 
 
 def check(
-    projections: list[SpikingProjection] = EVERYWHERE,
+    projections: list[Projection] = EVERYWHERE,
     k: float = 3.0,
     init_k: float | None = None,
     anneal_iters: int = 0,
@@ -36,7 +37,7 @@ def check(
     stage = StageConfig(train_iters=100, spike_annealing=SpikeAnnealingConfig(init_k, anneal_iters))
     check_fields(spiking, "model.spiking.")
     check_fields(stage.spike_annealing, "stage.spike_annealing.")
-    check_spiking(model, stage)
+    check_linear_transforms(model, stage)
 
 
 def test_what_works_is_let_through() -> None:
@@ -44,7 +45,7 @@ def test_what_works_is_let_through() -> None:
     check(projections=[], k=3.0)
     check(init_k=24.0, anneal_iters=100)
     check(mixers=("full", ["gla", "swa"]))
-    check(projections=[SpikingProjection.qkv], mixers=("full",))
+    check(projections=[Projection.qkv], mixers=("full",))
 
 
 @pytest.mark.parametrize("k", [0.0, -3.0])
@@ -55,7 +56,7 @@ def test_a_threshold_needs_a_positive_k(k: float) -> None:
 
 def test_a_projection_is_listed_once() -> None:
     with pytest.raises(ConfigurationError, match="lists qkv more than once"):
-        check(projections=[SpikingProjection.qkv, SpikingProjection.qkv])
+        check(projections=[Projection.qkv, Projection.qkv])
 
 
 @pytest.mark.parametrize(
@@ -88,3 +89,19 @@ def test_annealing_steps_are_not_negative() -> None:
 def test_annealing_without_spikes_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="model.spiking.projections is empty"):
         check(projections=[], init_k=24.0, anneal_iters=10)
+
+
+def k_at(annealing: SpikeAnnealingConfig, iteration: int) -> float:
+    model = ModelConfig(spiking=SpikingConfig(k=3.0))
+    (k,) = SPIKES.schedule(model, StageConfig(spike_annealing=annealing), iteration).values()
+    return k
+
+
+def test_k_shrinks_by_the_same_factor_every_step_until_it_is_final() -> None:
+    values = [k_at(SpikeAnnealingConfig(init_k=48.0, anneal_iters=4), iteration) for iteration in range(7)]
+    assert values == pytest.approx([48.0, 24.0, 12.0, 6.0, 3.0, 3.0, 3.0])
+    assert values[4:] == [3.0, 3.0, 3.0], "exactly the model's k from then on"
+
+
+def test_without_annealing_k_is_the_models_from_the_first_step() -> None:
+    assert k_at(SpikeAnnealingConfig(), 0) == 3.0

@@ -21,8 +21,8 @@ from torch.nn.functional import linear, silu
 from spikingbrain_train.config.model import (
     GateEncoding,
     ModelConfig,
+    Projection,
     SpikingConfig,
-    SpikingProjection,
 )
 from spikingbrain_train.config.parallel import KernelConfig, ParallelConfig, ParallelLinearBackend
 from spikingbrain_train.config.run import Precision
@@ -56,7 +56,7 @@ MODEL = ModelConfig(
     sliding_window=5,
     norm_epsilon=1e-3,
     init_method_std=0.2,  # layers that say as much as the residual stream
-    spiking=SpikingConfig(projections=list(SpikingProjection), k=K),
+    spiking=SpikingConfig(projections=list(Projection), k=K),
 )
 
 
@@ -86,15 +86,15 @@ def expected_mlp() -> tuple[Tensor, ...]:
 
 def spiking_linears(groups: ProcessGroups, parallel: ParallelConfig, **kwargs: Any) -> tuple[Any, Any]:
     """A column- and a row-parallel linear with this rank's part of the weights."""
-    from spikingbrain_train.models.parallel_linears import ParallelLinears
+    from spikingbrain_train.models.linears.parallel_linears import ParallelLinears
     from spikingbrain_train.models.transformer_config import transformer_config
 
     config = transformer_config(MODEL, parallel, Precision.fp32, on_cpu=True)
-    linears = ParallelLinears(ParallelLinearBackend.megatron, MODEL.spiking)
+    linears = ParallelLinears(ParallelLinearBackend.megatron, MODEL)
     kwargs = {"config": config, "init_method": torch.nn.init.zeros_, "bias": False, **kwargs}
-    column = linears.column(SpikingProjection.mlp_fc1)(HIDDEN, FFN, gather_output=False, **kwargs)
+    column = linears.column(Projection.mlp_fc1)(HIDDEN, FFN, gather_output=False, **kwargs)
     kwargs.setdefault("skip_bias_add", False)
-    row = linears.row(SpikingProjection.mlp_fc2)(FFN, HIDDEN, input_is_parallel=True, **kwargs)
+    row = linears.row(Projection.mlp_fc2)(FFN, HIDDEN, input_is_parallel=True, **kwargs)
     fc1, fc2, *_ = mlp_tensors()
     group = row.tp_group
     with torch.no_grad():
@@ -202,7 +202,7 @@ def test_experts_reduce_over_their_own_tensor_parallel_group(tokens: int, ranks:
 
 def run_grouped(groups: ProcessGroups, parallel: ParallelConfig) -> tuple[Tensor, list[int]]:
     """A row-parallel linear in the shape of Transformer Engine's grouped one, on this rank's channels."""
-    from spikingbrain_train.models.spiking_linear import spiking
+    from spikingbrain_train.models.linears.parallel_linears import ParallelLinears
     from spikingbrain_train.models.transformer_config import transformer_config
 
     class GroupedLinear(torch.nn.Module):
@@ -216,7 +216,9 @@ def run_grouped(groups: ProcessGroups, parallel: ParallelConfig) -> tuple[Tensor
             return x, m_splits
 
     config = transformer_config(MODEL, parallel, Precision.fp32, on_cpu=True)
-    grouped = spiking(GroupedLinear, k=K, row_parallel=True)(2, config=config, is_expert=True)
+    linears = ParallelLinears(ParallelLinearBackend.megatron, MODEL)
+    spiking = linears.transformed(Projection.mlp_fc2, GroupedLinear, row_parallel=True, weight_split_axis=1)
+    grouped = spiking(2, config=config, is_expert=True)
     tp = groups.collection.expt_tp
     x = mlp_tensors()[2].flatten(0, 1).chunk(tp.size(), dim=-1)[tp.rank()]
     return grouped(x, [20, 4])
@@ -246,18 +248,18 @@ def some_tokens() -> Tensor:
 
 def logits_at(groups: ProcessGroups, ks: list[float]) -> tuple[Tensor, list[Tensor], int]:
     """Logits without spikes and for every k, of the same weights; and how many linears read spikes."""
-    from spikingbrain_train.models.spiking_linear import set_spike_k, spiking_modules
+    from spikingbrain_train.models.linears.whole_model import set_attributes, transforms_in
 
     plain = build(groups, replace(MODEL, spiking=SpikingConfig()), ParallelConfig())
     spiking = build(groups, MODEL, ParallelConfig())
     spiking.load_state_dict(plain.state_dict(), strict=True)  # same names, same shapes
-    assert not spiking_modules(plain)
+    assert not transforms_in(plain, "spiking")
     results = []
     with torch.no_grad():
         for k in ks:
-            set_spike_k(spiking, k)
+            set_attributes(spiking, "spiking", {"k": k})
             results.append(spiking(some_tokens()))
-        return plain(some_tokens()), results, len(spiking_modules(spiking))
+        return plain(some_tokens()), results, len(transforms_in(spiking, "spiking"))
 
 
 def test_a_model_that_spikes_everywhere_approaches_the_plain_one_as_k_grows(ranks: RankPool) -> None:
@@ -272,35 +274,33 @@ def test_a_model_that_spikes_everywhere_approaches_the_plain_one_as_k_grows(rank
     assert errors[-1] < 1e-3
 
 
-@pytest.mark.parametrize("projection", list(SpikingProjection))
-def test_only_the_projections_that_are_listed_read_spikes(
-    projection: SpikingProjection, ranks: RankPool
-) -> None:
+@pytest.mark.parametrize("projection", list(Projection))
+def test_only_the_projections_that_are_listed_read_spikes(projection: Projection, ranks: RankPool) -> None:
     expected = {
-        SpikingProjection.qkv: {"linear_qkv": 4},
-        SpikingProjection.gate: {"linear_gate_down_proj": 2},
-        SpikingProjection.attention_output: {"linear_proj": 4},
-        SpikingProjection.mlp_fc1: {"linear_fc1": 4},
-        SpikingProjection.mlp_fc2: {"linear_fc2": 4},
+        Projection.qkv: {"linear_qkv": 4},
+        Projection.gate: {"linear_gate_down_proj": 2},
+        Projection.attention_output: {"linear_proj": 4},
+        Projection.mlp_fc1: {"linear_fc1": 4},
+        Projection.mlp_fc2: {"linear_fc2": 4},
     }[projection]
     spiking = SpikingConfig([projection], k=2.5)
     assert ranks.run(spiking_names, spiking, world_size=1, parallel=ParallelConfig()) == [expected]
 
 
 def test_a_gate_can_read_spikes_in_front_of_each_of_its_matrices(ranks: RankPool) -> None:
-    spiking = SpikingConfig([SpikingProjection.gate], GateEncoding.each_matrix, k=2.5)
+    spiking = SpikingConfig([Projection.gate], GateEncoding.each_matrix, k=2.5)
     expected = {"linear_gate_down_proj": 2, "linear_gate_up_proj": 2}
     assert ranks.run(spiking_names, spiking, world_size=1, parallel=ParallelConfig()) == [expected]
 
 
 def spiking_names(groups: ProcessGroups, spiking: SpikingConfig) -> dict[str, int]:
-    from spikingbrain_train.models.spiking_linear import SpikingInput
+    from spikingbrain_train.models.linears.transformed_linear import TransformedLinear
 
     model = build(groups, replace(MODEL, spiking=spiking), ParallelConfig())
     names: dict[str, int] = {}
     for name, module in model.named_modules():
-        if isinstance(module, SpikingInput):
-            assert module.spike_k == 2.5
+        if isinstance(module, TransformedLinear):
+            assert module.transforms["spiking"].k == 2.5
             last = name.rsplit(".", 1)[-1]
             names[last] = names.get(last, 0) + 1
     return names
@@ -308,7 +308,7 @@ def spiking_names(groups: ProcessGroups, spiking: SpikingConfig) -> dict[str, in
 
 def gate_and_published_gate(groups: ProcessGroups, encoding: GateEncoding) -> tuple[Tensor, Tensor]:
     """The log gate of a layer with spikes, and what the published code computes of the same weights."""
-    spiking = SpikingConfig([SpikingProjection.gate], encoding, k=K)
+    spiking = SpikingConfig([Projection.gate], encoding, k=K)
     layer = build(groups, replace(MODEL, spiking=spiking), ParallelConfig()).decoder.layers[0].self_attention
     hidden = torch.randn(T, B, HIDDEN, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
@@ -333,11 +333,12 @@ def histogram(groups: ProcessGroups, parallel: ParallelConfig) -> Tensor:
     """Spike counts of one forward pass, summed over ranks."""
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from spikingbrain_train.models.spiking_linear import collect_spike_statistics, spiking_modules
+    from spikingbrain_train.models.linears.whole_model import collect_statistics, transforms_in
 
     everywhere = replace(MODEL.spiking, gate_encoding=GateEncoding.each_matrix)
-    model = build(groups, replace(MODEL, spiking=everywhere), parallel)
-    with collect_spike_statistics(model, groups.device) as statistics, torch.no_grad():
+    config = replace(MODEL, spiking=everywhere)
+    model = build(groups, config, parallel)
+    with collect_statistics(model, config, groups.device) as statistics, torch.no_grad():
         get_forward_backward_func()(
             forward_step_func=lambda _, stage: (stage(some_tokens()), lambda logits: (logits.sum(), {})),
             data_iterator=iter([]),
@@ -347,9 +348,10 @@ def histogram(groups: ProcessGroups, parallel: ParallelConfig) -> Tensor:
             micro_batch_size=2,
             forward_only=True,
         )
-    assert all(module.statistics is None for module in spiking_modules(model))
-    torch.distributed.all_reduce(statistics.histogram)
-    return statistics.histogram
+    assert all(transform.statistics is None for transform in transforms_in(model, "spiking"))
+    counts = statistics["spiking"].counts
+    torch.distributed.all_reduce(counts)
+    return counts
 
 
 @pytest.mark.parametrize(

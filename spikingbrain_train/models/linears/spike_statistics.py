@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spikingbrain_train.models.linears.linear_transform import TransformStatistics
+
 NUM_BINS = 1024
 """Bins of the histogram: |s_int| = 0, 1, ..., NUM_BINS - 2, and everything above in the last."""
 
@@ -17,7 +19,7 @@ _MAGNITUDES = torch.arange(NUM_BINS)
 _SPIKES = torch.tensor([bin(count).count("1") for count in range(NUM_BINS)])
 
 
-class SpikeStatistics:
+class SpikeStatistics(TransformStatistics):
     """A histogram of |s_int|, and what follows from it. Every share is NaN before anything was counted.
 
     Counts of several ranks are combined by adding up their ``histogram``.
@@ -41,6 +43,15 @@ class SpikeStatistics:
         """
         magnitudes = s_int.abs().clamp(max=NUM_BINS - 1).flatten().to(torch.int64)
         self.histogram += torch.bincount(magnitudes, minlength=NUM_BINS)
+
+    @property
+    def counts(self) -> Tensor:
+        """The histogram."""
+        return self.histogram
+
+    def metrics(self) -> dict[str, float]:
+        """Sparsity, and the share of channels with at most 7 spikes (docs/spiking.md)."""
+        return {"sparsity": self.sparsity(), "share_up_to_7": self.share_up_to(7)}
 
     def share_up_to(self, count: int) -> float:
         """Share of channels with |s_int| <= count; 0 gives the silent ones."""

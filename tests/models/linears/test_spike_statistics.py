@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from spikingbrain_train.spiking.statistics import NUM_BINS, SpikeStatistics
+from spikingbrain_train.models.linears.spike_statistics import NUM_BINS, SpikeStatistics
 
 
 def brute_force(counts: list[int], steps: int) -> tuple[float, float]:

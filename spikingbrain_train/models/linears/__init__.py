@@ -1,0 +1,1 @@
+"""The linears of a model: whose classes they are, and what is done to their inputs and weights."""

@@ -1,0 +1,116 @@
+"""What a transform of linears is to torch: functions of an input and of a weight, right under any split.
+
+A kind (:mod:`spikingbrain_train.architecture.linear_transforms`) names the class; every linear that it is
+applied to has an object of its own.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup, ReduceOp
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What a rank's tensor is of the whole one, whose parts or copies the ranks of a group hold."""
+
+    group: ProcessGroup
+    """The linear's tensor-parallel ranks; of experts their own."""
+    axis: int | None
+    """The axis that is split over the group, -1 for the channels of an input; None where it is whole."""
+    is_copy: bool
+    """Whether every rank of the group holds the same."""
+
+    @property
+    def parts(self) -> int:
+        """Parts of the whole tensor."""
+        return 1 if self.axis is None else int(self.group.size())
+
+    @property
+    def counts_here(self) -> bool:
+        """Whether this rank counts its tensor, so that summed over all ranks everything counts once."""
+        return not self.is_copy or self.group.rank() == 0
+
+    def sum(self, numbers: Tensor) -> Tensor:
+        """Numbers that were added up over this rank's part, added up over the whole, in place.
+
+        An expert without tokens has none on every rank of its group: an empty tensor talks to nobody.
+
+        Args:
+            numbers: any shape and dtype, contiguous; without a gradient.
+        """
+        return self._reduce(numbers, ReduceOp.SUM)
+
+    def max(self, numbers: Tensor) -> Tensor:
+        """As :meth:`sum`, for maxima."""
+        return self._reduce(numbers, ReduceOp.MAX)
+
+    def _reduce(self, numbers: Tensor, op: ReduceOp.RedOpType) -> Tensor:
+        if self.parts > 1 and numbers.numel() > 0:
+            torch.distributed.all_reduce(numbers, op=op, group=self.group)
+        return numbers
+
+
+class TransformStatistics(ABC):
+    """What is counted of all linears of a model that one kind of transform is applied to."""
+
+    @property
+    @abstractmethod
+    def counts(self) -> Tensor:
+        """Any shape; those of several ranks are combined by adding them up in place."""
+
+    @abstractmethod
+    def metrics(self) -> dict[str, float]:
+        """What follows from the counts; reported as ``<name of the kind>/<metric>``."""
+
+
+class LinearTransform:
+    """What is done to one linear; here nothing is.
+
+    An object holds no parameters: weights, their names and checkpoints are those of the plain linear. What
+    the kind's ``schedule`` sets are attributes of it.
+
+    Attributes:
+        statistics: counts, while somebody collects them; add to them in :meth:`input` or :meth:`weight`, on
+            ranks where the shard says ``counts_here``.
+    """
+
+    statistics: TransformStatistics | None = None
+
+    def input(self, x: Tensor, shard: Shard) -> Tensor:
+        """What the linear multiplies its weight by.
+
+        Args:
+            x: [..., input_size], or this rank's part of it for a row-parallel linear.
+            shard: which part of the whole tokens that is.
+
+        Returns:
+            The same shape and dtype, with a gradient to ``x``.
+        """
+        return x
+
+    def weight(self, weight: Tensor, shard: Shard) -> Tensor:
+        """What the linear multiplies its input by. Called in every forward pass, also under recomputation.
+
+        Args:
+            weight: [output, input] parameter, or this rank's part of it; of grouped linears each expert's.
+            shard: which part of the whole matrix that is.
+
+        Returns:
+            The same shape and dtype, with a gradient to ``weight``.
+        """
+        return weight
+
+    @classmethod
+    def new_statistics(cls, device: torch.device) -> TransformStatistics | None:
+        """Empty counts on ``device``; None where nothing is counted."""
+        return None
+
+    @classmethod
+    def changes_weight(cls) -> bool:
+        """Whether :meth:`weight` does anything."""
+        return cls.weight is not LinearTransform.weight

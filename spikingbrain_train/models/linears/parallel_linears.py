@@ -1,0 +1,118 @@
+"""Which class stands behind each projection: megatron-core's or Transformer Engine's, and what it does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+
+from spikingbrain_train.architecture.linear_transforms import transforms_of
+from spikingbrain_train.config.import_path import object_at
+from spikingbrain_train.config.kinds import of_kind
+from spikingbrain_train.config.model import ModelConfig, Projection
+from spikingbrain_train.config.parallel import ParallelLinearBackend
+from spikingbrain_train.models.linears.linear_transform import LinearTransform
+from spikingbrain_train.models.linears.transformed_linear import transformed
+
+
+def _megatron() -> tuple[type, type]:
+    return ColumnParallelLinear, RowParallelLinear
+
+
+def _transformer_engine() -> tuple[type, type]:
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TERowParallelLinear
+
+    return TEColumnParallelLinear, TERowParallelLinear
+
+
+_COLUMN_AND_ROW: dict[ParallelLinearBackend, Callable[[], tuple[type, type]]] = {
+    ParallelLinearBackend.megatron: _megatron,
+    ParallelLinearBackend.transformer_engine: _transformer_engine,
+}
+
+
+@dataclass(frozen=True)
+class ParallelLinears:
+    """The linear classes of a model, asked for by what they project.
+
+    Where the model transforms inputs or weights of the projection, the answer is a subclass of the plain
+    class that does (:func:`~spikingbrain_train.models.linears.transformed_linear.transformed`).
+
+    Args:
+        backend: who provides the classes; resolved, not ``auto``.
+        model: says which transforms are applied to which projections; None has plain linears.
+    """
+
+    backend: ParallelLinearBackend
+    model: ModelConfig | None = None
+    _made: dict[Any, type] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        assert self.backend is not ParallelLinearBackend.auto, f"unresolved backend {self.backend}"
+        self._classes()
+
+    def column(self, projection: Projection) -> type:
+        """A linear whose output is split over tensor-parallel ranks; its input is whole."""
+        column, _ = self._classes()
+        return self.transformed(projection, column, weight_split_axis=0)
+
+    def row(self, projection: Projection) -> type:
+        """A linear whose input is split over tensor-parallel ranks."""
+        _, row = self._classes()
+        return self.transformed(projection, row, row_parallel=True, weight_split_axis=1)
+
+    def _classes(self) -> tuple[type, type]:
+        return of_kind(self.backend, _COLUMN_AND_ROW, "the classes of linears")()
+
+    def grouped_column(self, projection: Projection) -> type:
+        """:meth:`column` for all experts of a rank in one grouped GEMM (Transformer Engine only)."""
+        assert self.backend is ParallelLinearBackend.transformer_engine, "grouped linears are TE's"
+        from megatron.core.extensions.transformer_engine import TEColumnParallelGroupedLinear
+
+        return self.transformed(projection, TEColumnParallelGroupedLinear, weight_split_axis=0)
+
+    def grouped_row(self, projection: Projection) -> type:
+        """:meth:`row` for all experts of a rank in one grouped GEMM (Transformer Engine only)."""
+        assert self.backend is ParallelLinearBackend.transformer_engine, "grouped linears are TE's"
+        from megatron.core.extensions.transformer_engine import TERowParallelGroupedLinear
+
+        return self.transformed(
+            projection, TERowParallelGroupedLinear, row_parallel=True, weight_split_axis=1
+        )
+
+    def transformed(
+        self,
+        projection: Projection,
+        linear_class: type,
+        *,
+        row_parallel: bool = False,
+        weight_split_axis: int | None = None,
+        matrix: int = 0,
+    ) -> type:
+        """``linear_class`` itself, or its subclass that applies what the model asks for there.
+
+        Args:
+            projection: what the linear projects.
+            linear_class: as :func:`~spikingbrain_train.models.linears.transformed_linear.transformed` has it.
+            row_parallel: its input is split over tensor-parallel ranks.
+            weight_split_axis: the axis of its weight that is; None where every rank holds all of it.
+            matrix: its position where several linears, one behind the other, make up the projection.
+        """
+        model = self.model
+        if model is None:
+            return linear_class
+        kinds = [kind for kind in transforms_of(model) if kind.applies(model, projection, matrix)]
+        if not kinds:
+            return linear_class
+
+        def transforms() -> dict[str, LinearTransform]:
+            return {kind.name: object_at(kind.transform)(model) for kind in kinds}
+
+        key = (linear_class, row_parallel, weight_split_axis, *(kind.name for kind in kinds))
+        if key not in self._made:
+            self._made[key] = transformed(
+                linear_class, transforms, row_parallel=row_parallel, weight_split_axis=weight_split_axis
+            )
+        return self._made[key]

@@ -1,0 +1,135 @@
+"""Linears whose input or weight is transformed: subclasses of the plain parallel linears.
+
+Several transforms of one linear are applied in order. What each of them is told of the split:
+
+- Column-parallel linears see whole tokens, under sequence parallelism those of this rank's share of the
+  sequence, and a gather of the input that follows moves transformed values. Their weight's rows are split.
+- Row-parallel linears see a part of every token's channels, and their weight's columns are split.
+- Experts have a tensor-parallel group of their own, and grouped linears a weight for each expert.
+
+A transformed weight takes the parameter's place under its name while the plain linear's forward pass runs, so
+that any class that reads ``self.weight`` multiplies by it. The parameter itself stays where it is: its name,
+``sharded_state_dict``, checkpoints, and the buffers in which data parallelism and the optimizer keep its
+gradient (``main_grad``) are the plain linear's. Its gradient arrives through autograd; accumulating it inside
+the matrix product, which would pass the transform by, is switched off in such linears.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.utils import get_tensor_model_parallel_group_if_none
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from spikingbrain_train.models.linears.linear_transform import LinearTransform, Shard
+
+_WEIGHT = re.compile(r"weight\d*")  # grouped linears number theirs
+_ACCUMULATES_INSIDE = ("gradient_accumulation_fusion", "fuse_wgrad_accumulation")
+
+
+class TransformedLinear(torch.nn.Module):
+    """What :func:`transformed` adds to a linear class.
+
+    Attributes:
+        transforms: what is done to this linear, in order, by the names of their kinds.
+        row_parallel: the input is split over tensor-parallel ranks.
+        weight_split_axis: the axis of the weight that is; None where every rank holds all of it.
+    """
+
+    make_transforms: Callable[[], dict[str, LinearTransform]]
+    row_parallel: bool
+    weight_split_axis: int | None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        settings = [value for value in (*args, *kwargs.values()) if isinstance(value, ModelParallelConfig)]
+        assert settings, f"{type(self).__name__} is built without megatron-core's config"
+        self.transforms = type(self).make_transforms()
+        self._is_expert = bool(kwargs.get("is_expert", False))
+        # The token dispatcher gives all ranks of an expert's tensor-parallel group the same tokens.
+        self._input_is_replicated = self._is_expert or not settings[0].sequence_parallel
+        self._of_weight = [each for each in self.transforms.values() if each.changes_weight()]
+        for setting in _ACCUMULATES_INSIDE if self._of_weight else ():
+            if hasattr(self, setting):
+                setattr(self, setting, False)
+
+    def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The linear's own forward pass on what the transforms make of its input and weight.
+
+        Args:
+            input_: [..., input_size], or this rank's part of it for a row-parallel linear.
+            args: further ones are the linear's.
+            kwargs: as well.
+        """
+        for transform in self.transforms.values():
+            input_ = transform.input(input_, self._input_shard)
+        with self._transformed_weights():
+            return super().forward(input_, *args, **kwargs)
+
+    @contextmanager
+    def _transformed_weights(self) -> Iterator[None]:
+        # An attribute of the object itself is found before torch looks for a parameter of that name.
+        names = [name for name in self._parameters if _WEIGHT.fullmatch(name)] if self._of_weight else []
+        attributes = self.__dict__
+        try:
+            for name in names:
+                weight: Any = self._parameters[name]
+                if weight is None:
+                    continue
+                for transform in self._of_weight:
+                    weight = transform.weight(weight, self._weight_shard)
+                attributes[name] = weight
+            yield
+        finally:
+            for name in names:
+                attributes.pop(name, None)
+
+    @cached_property
+    def _input_shard(self) -> Shard:
+        # megatron-core's RowParallelLinear can also be built to split a whole input itself.
+        is_split = self.row_parallel and getattr(self, "input_is_parallel", True)
+        is_copy = not is_split and self._input_is_replicated
+        return Shard(self._tensor_parallel_group(), -1 if is_split else None, is_copy)
+
+    @cached_property
+    def _weight_shard(self) -> Shard:
+        axis = self.weight_split_axis
+        return Shard(self._tensor_parallel_group(), axis, is_copy=axis is None)
+
+    def _tensor_parallel_group(self) -> ProcessGroup:
+        # Transformer Engine's own tp_group is None for experts; megatron-core keeps the real one beside it.
+        group = getattr(self, "_tp_group", None) or getattr(self, "tp_group", None)
+        return get_tensor_model_parallel_group_if_none(group, is_expert=self._is_expert)
+
+
+def transformed(
+    linear_class: type,
+    make_transforms: Callable[[], dict[str, LinearTransform]],
+    *,
+    row_parallel: bool = False,
+    weight_split_axis: int | None = None,
+) -> type:
+    """A subclass of a linear class that transforms its input and weight.
+
+    Args:
+        linear_class: a parallel linear of megatron-core or Transformer Engine (single or grouped), or any
+            module that is built with megatron-core's config, whose ``forward`` takes the input first and
+            reads its parameter ``weight`` (``weight0``, ``weight1``, ... if it is grouped) from itself.
+        make_transforms: what is done to one linear, in order, by the names of their kinds.
+        row_parallel: the input is split over tensor-parallel ranks.
+        weight_split_axis: the axis of the weight that is.
+    """
+    attributes = {
+        "make_transforms": staticmethod(make_transforms),
+        "row_parallel": row_parallel,
+        "weight_split_axis": weight_split_axis,
+        "__doc__": linear_class.__doc__,
+    }
+    return type(f"Transformed{linear_class.__name__}", (TransformedLinear, linear_class), attributes)

@@ -1,0 +1,66 @@
+"""The transforms of all linears of a model: what their schedules set, and what is counted of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+
+from spikingbrain_train.architecture.linear_transforms import transforms_of
+from spikingbrain_train.config.import_path import object_at
+from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.models.linears.linear_transform import LinearTransform, TransformStatistics
+from spikingbrain_train.models.linears.transformed_linear import TransformedLinear
+
+
+def transforms_in(module: torch.nn.Module, name: str) -> list[LinearTransform]:
+    """The transforms of one kind in a module, one for each linear that it is applied to.
+
+    Args:
+        module: this rank's part of a model, or of a layer.
+        name: of the kind.
+    """
+    linears = [each for each in module.modules() if isinstance(each, TransformedLinear)]
+    return [each.transforms[name] for each in linears if name in each.transforms]
+
+
+def set_attributes(module: torch.nn.Module, name: str, values: Mapping[str, float]) -> None:
+    """Set what a kind's schedule says on all its transforms in a module."""
+    for transform in transforms_in(module, name):
+        for attribute, value in values.items():
+            assert hasattr(transform, attribute), f"{name} has a schedule of {attribute}, which it has not"
+            setattr(transform, attribute, value)
+
+
+@contextmanager
+def collect_statistics(
+    module: torch.nn.Module, model: ModelConfig, device: torch.device
+) -> Iterator[dict[str, TransformStatistics]]:
+    """Count what all transforms do while the context lasts.
+
+    Every rank counts its part, and has statistics of the same kinds: sum ``counts`` over all ranks for the
+    whole model's.
+
+    Args:
+        module: this rank's part of a model.
+        model: the network.
+        device: where counts are kept.
+
+    Returns:
+        Statistics by the name of their kind, of the kinds that count something.
+    """
+    found: dict[str, TransformStatistics] = {}
+    try:
+        for kind in transforms_of(model):
+            statistics = object_at(kind.transform).new_statistics(device)
+            if statistics is None:
+                continue
+            found[kind.name] = statistics
+            for transform in transforms_in(module, kind.name):
+                transform.statistics = statistics
+        yield found
+    finally:
+        for name in found:
+            for transform in transforms_in(module, name):
+                transform.statistics = None

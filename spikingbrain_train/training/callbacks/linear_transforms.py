@@ -1,0 +1,68 @@
+"""The schedules of what is done to a model's linears, and what is counted of it on held-out data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+
+import torch
+
+from spikingbrain_train.architecture.linear_transforms import transforms_of
+from spikingbrain_train.models.linears.whole_model import collect_statistics, set_attributes
+from spikingbrain_train.training.callbacks.callback import Callback
+from spikingbrain_train.training.report import Report
+
+
+class LinearTransformSchedules(Callback):
+    """Sets what each kind's schedule says for every step and evaluation, and reports it: ``spiking/k``."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, Mapping[str, float]] = {}
+
+    def start(self) -> None:
+        self._set()
+
+    def step_begin(self) -> None:
+        self._set()
+
+    def before_evaluation(self) -> None:
+        self._set()
+
+    def report_due(self, report: Report) -> None:
+        self._add_to(report)
+
+    def after_evaluation(self, report: Report) -> None:
+        self._add_to(report)
+
+    def _set(self) -> None:
+        config, state = self.run.config, self.run.state
+        for kind in transforms_of(config.model):
+            values = kind.schedule(config.model, config.stage, state.iteration)
+            set_attributes(state.model, kind.name, values)
+            self._values[kind.name] = values
+
+    def _add_to(self, report: Report) -> None:
+        for name, values in self._values.items():
+            report.metrics |= {f"{name}/{attribute}": value for attribute, value in values.items()}
+
+
+class LinearTransformStatistics(Callback):
+    """Counts what each kind does in every evaluation, and reports it: ``spiking/sparsity``."""
+
+    def __init__(self) -> None:
+        self._counting = ExitStack()
+
+    def before_evaluation(self) -> None:
+        run = self.run
+        collecting = collect_statistics(run.state.model, run.config.model, run.groups.device)
+        self._statistics = self._counting.enter_context(collecting)
+
+    def after_evaluation(self, report: Report) -> None:
+        self._counting.close()
+        for name, statistics in self._statistics.items():
+            torch.distributed.all_reduce(statistics.counts)
+            metrics = statistics.metrics()
+            report.metrics |= {f"{name}/{metric}": value for metric, value in metrics.items()}
+
+    def end(self, error: BaseException | None) -> None:
+        self._counting.close()
