@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import torch
 
-from spikingbrain_train.architecture.layers import dense_twin
+from spikingbrain_train.architecture.layers import dense_source
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.run import CheckpointConfig, Precision, RunConfig, StageConfig
@@ -34,7 +34,7 @@ class Setting:
     """What one contender is to do."""
 
     model: ModelConfig
-    """The hybrid; the peers train its dense twin."""
+    """The hybrid; the peers train its dense source."""
     hf_folder: Path | None
     """Dense Hugging Face checkpoint with real weights for the peers; None for random ones."""
     megatron_folder: Path | None
@@ -141,8 +141,8 @@ def _transformers_model(setting: Setting, dtype: torch.dtype) -> torch.nn.Module
         )
     else:
         torch.manual_seed(SEED)
-        twin = dense_twin(setting.model)
-        keys = format_of_model(twin).config(twin, None, str(dtype).split(".")[1])
+        source = dense_source(setting.model)
+        keys = format_of_model(source).config(source, None, str(dtype).split(".")[1])
         config = AutoConfig.for_model(**keys)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     return model.to(setting.device).train()

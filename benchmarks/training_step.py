@@ -38,7 +38,7 @@ from benchmarks.training_contenders import (  # noqa: E402
     Measured,
     Setting,
 )
-from spikingbrain_train.architecture.layers import dense_twin  # noqa: E402
+from spikingbrain_train.architecture.layers import dense_source  # noqa: E402
 from spikingbrain_train.config.command_line import user_errors  # noqa: E402
 from spikingbrain_train.config.compose import register_schema  # noqa: E402
 from spikingbrain_train.config.conversion import ConversionConfig  # noqa: E402
@@ -91,7 +91,7 @@ class Result:
 
 def step_flops(name: str, model: ModelConfig, tokens: int) -> float:
     """Model FLOPs of one step: forward and backward, without recomputation."""
-    model = model if name == OURS else dense_twin(model)
+    model = model if name == OURS else dense_source(model)
     return 3.0 * tokens * forward_flops_per_token(model, tokens)
 
 

@@ -156,11 +156,11 @@ def source_names() -> tuple[str, str]:
     return mixer, feed_forward
 
 
-def dense_twin(model: ModelConfig) -> ModelConfig:
+def dense_source(model: ModelConfig) -> ModelConfig:
     """The dense source that teaches it: its mixer and feed-forward everywhere, plain linears, no sinks."""
     mixer, feed_forward = source_names()
-    twin = replace(model, mixers=[mixer], feed_forwards=[feed_forward], num_sink_tokens=0)
-    return without_transforms(twin)
+    source = replace(model, mixers=[mixer], feed_forwards=[feed_forward], num_sink_tokens=0)
+    return without_transforms(source)
 
 
 def swapped_layers(model: ModelConfig) -> list[int]:

@@ -14,7 +14,7 @@ from typing import Any
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 _MAIN_PARAMS = "fp32_from_fp16_params"
-_MAIN_PARAMS_BY_PLACE = "main_params_by_place"
+_MAIN_PARAMS_BY_POSITION = "main_params_by_position"
 
 
 def _parts(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> list[tuple[Any, dict[str, Any]]]:
@@ -40,17 +40,17 @@ def state_to_load(
         metadata: megatron-core's sharding options.
 
     Returns:
-        Sharded tensors under places of :func:`load_state`'s own; nothing that depends on parameter groups of
+        Sharded tensors under keys of :func:`load_state`'s own; nothing that depends on parameter groups of
         the checkpoint.
     """
     sharded = optimizer.sharded_state_dict(weights, is_loading=True, metadata=metadata)
     for _, state in _parts(optimizer, sharded):
         _inner(state).pop("param_groups")
         # Lists would be held against those of the checkpoint, group by group; a dict has no length to differ
-        # in, and an empty group (of a rank without such parameters) keeps its place.
+        # in, and an empty group (of a rank without such parameters) keeps its position.
         groups = state.pop(_MAIN_PARAMS, None)
         if groups is not None:
-            state[_MAIN_PARAMS_BY_PLACE] = {n: dict(enumerate(group)) for n, group in enumerate(groups)}
+            state[_MAIN_PARAMS_BY_POSITION] = {n: dict(enumerate(group)) for n, group in enumerate(groups)}
     return sharded
 
 
@@ -67,9 +67,9 @@ def load_state(optimizer: MegatronOptimizer, loaded: dict[Any, Any]) -> None:
         steps = [group["step"] for group in stored["param_groups"] if group.get("step") is not None]
         stored["param_groups"] = [{**group, "step": max(steps)} if steps else group for group in own]
         if hasattr(part, "fp32_from_float16_groups"):
-            by_place = state.pop(_MAIN_PARAMS_BY_PLACE, {})
+            by_position = state.pop(_MAIN_PARAMS_BY_POSITION, {})
             state[_MAIN_PARAMS] = [
-                [by_place[n][place] for place in range(len(group))]
+                [by_position[n][position] for position in range(len(group))]
                 for n, group in enumerate(part.fp32_from_float16_groups)
             ]
     optimizer.load_state_dict(loaded)

@@ -124,10 +124,10 @@ class MegatronCheckpointWriter:
             )
             self._metadata.state_dict_metadata[name] = entry
         assert isinstance(entry, TensorStorageMetadata)
-        place = MetadataIndex(name, torch.Size(offset), index=len(entry.chunks))
+        index = MetadataIndex(name, torch.Size(offset), index=len(entry.chunks))
         entry.chunks.append(ChunkStorageMetadata(offsets=torch.Size(offset), sizes=chunk.shape))
         name_of_file, length = f"__0_{self._file_number}.distcp", self._file.tell() - start
-        self._metadata.storage_data[place] = _StorageInfo(name_of_file, offset=start, length=length)
+        self._metadata.storage_data[index] = _StorageInfo(name_of_file, offset=start, length=length)
         self._checksums.setdefault(name_of_file, []).append((start, length, stream.crc32))
 
     def _next_file(self) -> None:
@@ -221,19 +221,19 @@ class MegatronCheckpointReader:
         return tensor
 
     def _read_chunk(self, name: str, chunk: ChunkStorageMetadata) -> Tensor:
-        place = self._storage.get(MetadataIndex(name, chunk.offsets))
-        if place is None:
+        stored = self._storage.get(MetadataIndex(name, chunk.offsets))
+        if stored is None:
             raise CheckpointError(
                 f"{self.folder}: {METADATA_FILE} does not say where {name} lies; copy the folder again"
             )
-        if getattr(place, "transform_descriptors", None):
+        if getattr(stored, "transform_descriptors", None):
             raise CheckpointError(f"{self.folder}: {name} is compressed or encrypted, which is not supported")
-        path = self.folder / place.relative_path
+        path = self.folder / stored.relative_path
         if self._manifest is not None:
-            self._manifest.check_part(place.relative_path, place.offset, place.length)
+            self._manifest.check_part(stored.relative_path, stored.offset, stored.length)
         try:
             with path.open("rb") as file:
-                view = cast(IO[bytes], _create_file_view(cast(IOBase, file), place.offset, place.length))
+                view = cast(IO[bytes], _create_file_view(cast(IOBase, file), stored.offset, stored.length))
                 tensor = torch.load(view, map_location="cpu", weights_only=True)
         except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
             raise CheckpointError(

@@ -77,7 +77,7 @@ class ShardWriters:
             )
         self._arguments = list(self._request.async_fn_args)
         if self._request.preload_fn is not None:
-            self._arguments[1] = self._request.preload_fn()  # in the place of the tensors: copies on the host
+            self._arguments[1] = self._request.preload_fn()  # instead of the tensors: copies on the host
 
     def start(self) -> None:
         """Let this rank's files be written; returns at once."""

@@ -286,17 +286,17 @@ class LayersConfig:
                 f"{prefix}{name} is empty; name at least one {noun}, e.g. {prefix}{name}={example}",
             )
         for index, entry in enumerate(self.mixers):
-            place = f"{prefix}mixers[{index}]={_shown(entry)}"
+            mixer = f"{prefix}mixers[{index}]={_shown(entry)}"
             names = entry if isinstance(entry, list) else [entry]
             require(
                 (entry is names) == (len(names) > 1) and all(isinstance(name, str) for name in names),
-                f"{place} does not fit: it takes a mixer's name, or a list of names for branches that read "
+                f"{mixer} does not fit: it takes a mixer's name, or a list of names for branches that read "
                 f"the same input, e.g. {prefix}mixers=[gla,[gla,swa]]",
             )
             for name in names:
-                require(name not in OLD_MIXERS, f"{place} is written {_shown(OLD_MIXERS.get(name))} now")
+                require(name not in OLD_MIXERS, f"{mixer} is written {_shown(OLD_MIXERS.get(name))} now")
             require(
-                len(set(names)) == len(names), f"{place} names a mixer twice; branches are of different kinds"
+                len(set(names)) == len(names), f"{mixer} names a mixer twice; branches are of different kinds"
             )
 
 

@@ -150,7 +150,7 @@ def check_lists(config: Any, prefix: str = "") -> None:
     """Lists hold single values of their type: OmegaConf lets a list in a list pass.
 
     Raises:
-        ConfigurationError: naming the setting and the place.
+        ConfigurationError: naming the setting and the index.
     """
     annotations = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
@@ -163,6 +163,6 @@ def check_lists(config: Any, prefix: str = "") -> None:
                 continue
             for index, item in enumerate(value):
                 if item_type is not Any and not isinstance(item, item_type):
-                    place = f"{name}[{index}]"
+                    element = f"{name}[{index}]"
                     takes = what_it_takes(item_type)
-                    raise ConfigurationError(f"{place}={item} does not fit: {place} takes {takes}")
+                    raise ConfigurationError(f"{element}={item} does not fit: {element} takes {takes}")

@@ -36,8 +36,8 @@ def _first(found: Tensor) -> list[int]:
     flat = int(found.flatten().to(torch.uint8).argmax())
     index = []
     for size in reversed(found.shape):
-        flat, place = divmod(flat, size)
-        index.append(place)
+        flat, coordinate = divmod(flat, size)
+        index.append(coordinate)
     return index[::-1]
 
 

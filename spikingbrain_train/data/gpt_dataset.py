@@ -67,7 +67,7 @@ class ShuffledWindows:
     """Endless epochs over one indexed dataset, each in its own order.
 
     The documents are taken as one stream, as they lie on disk, and cut into windows of seq_length tokens and
-    their labels. What is left when the stream doesn't divide is skipped at a place that changes with the
+    their labels. What is left when the stream doesn't divide is skipped at a position that changes with the
     epoch.
 
     Args:

@@ -54,19 +54,19 @@ class TokenFile:
         """
         tokens = np.empty(count, dtype=self.dtype)
         waiting = tokens.view(np.uint8).data
-        place = start * self.dtype.itemsize
+        offset = start * self.dtype.itemsize
         try:
             file = _opened(self)
             while waiting:
-                done = os.preadv(file.descriptor, [waiting], place)
+                done = os.preadv(file.descriptor, [waiting], offset)
                 if done == 0:
                     raise DataError(
-                        f"{self.bin_path} ends at byte {place}, but was "
+                        f"{self.bin_path} ends at byte {offset}, but was "
                         f"{self.num_tokens * self.dtype.itemsize} bytes long when it was opened: something "
                         "cuts it short while it is in use; restore it and start again"
                     )
                 waiting = waiting[done:]
-                place += done
+                offset += done
         except OSError as error:
             raise DataError(f"cannot read {self.bin_path}: {error.strerror or error}") from error
         return tokens

@@ -91,7 +91,7 @@ def check_token_ids(dataset: TokenFile, vocab_size: int, reader: Reader | None =
     if fit and ids is not None:
         remember(dataset, ids, write=False)
         return
-    # Once the range is known, only the place of the first token beyond the vocabulary is to be found.
+    # Once the range is known, only the position of the first token beyond the vocabulary is to be found.
     found = _look(dataset, vocab_size, reader, find_first=bool(known))
     if not known or found.first_outside is None:
         remember(dataset, found, reader.folder, write=reader.rank == 0)

@@ -225,7 +225,7 @@ def _check_makes(file: PipelineFile, planned: Mapping[str, Step]) -> None:
                 if owner != name and (path == other or path in other.parents or other in path.parents):
                     raise ConfigurationError(
                         f"{file.path}, step {name}: {path} lies in the way of the step {owner}, which makes "
-                        f"{other}; give one of them another place"
+                        f"{other}; give one of them another path"
                     )
         owners.update(dict.fromkeys(step.makes, name))
 

@@ -12,7 +12,7 @@ from typing import Any
 from spikingbrain_train.architecture.backends.backend import AUTO
 from spikingbrain_train.architecture.backends.linears import ExpertsCall
 from spikingbrain_train.architecture.backends.tables import TABLES
-from spikingbrain_train.architecture.layers import dense_twin, mixers_of
+from spikingbrain_train.architecture.layers import dense_source, mixers_of
 from spikingbrain_train.architecture.linear_transforms import in_experts
 from spikingbrain_train.architecture.mixers import MixerKind
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
@@ -48,7 +48,7 @@ def _networks(config: RunConfig) -> Iterator[tuple[str, ModelConfig, int, bool]]
     if not stage.sees_sinks:
         yield "", model, 0, False
     if stage.needs_teacher(config.stage):
-        yield "the teacher's ", dense_twin(model), model.num_sink_tokens if stage.sees_sinks else 0, True
+        yield "the teacher's ", dense_source(model), model.num_sink_tokens if stage.sees_sinks else 0, True
 
 
 def _layouts(config: RunConfig, num_sink_tokens: int, are_padding: bool) -> Iterator[SequenceLayout]:

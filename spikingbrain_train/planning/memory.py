@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from spikingbrain_train.architecture.layers import dense_twin
+from spikingbrain_train.architecture.layers import dense_source
 from spikingbrain_train.architecture.sizes import FP32, bytes_per_element
 from spikingbrain_train.config.run import Precision, RunConfig
 from spikingbrain_train.planning.costs import stage_parameters
@@ -66,7 +66,7 @@ def estimate_memory(config: RunConfig, stage: int, world_size: int, micro_batche
     model, parallel, element = config.model, config.parallel, bytes_per_element(config.precision)
     kind = kind_of(config.stage)
     has_teacher = kind.needs_teacher(config.stage)
-    teacher = stage_parameters(dense_twin(model), parallel, stage) if has_teacher else 0
+    teacher = stage_parameters(dense_source(model), parallel, stage) if has_teacher else 0
     return MemoryEstimate(
         weights=stage_parameters(model, parallel, stage) * element,
         gradients=sum(kind.trainable_parameters(config, stage)) * FP32,

@@ -30,7 +30,7 @@ def resumed(stored: StoredRun, config: RunConfig, consumed_samples: int, world_s
         consumed_samples: sequences that it has read.
         world_size: its ranks.
     """
-    brought = "weights, optimizer, schedule and place in the data"
+    brought = "weights, optimizer, schedule and position in the data"
     fresh = ""
     if is_same_topology(stored, config, world_size):
         brought = f"{brought.replace(' and ', ', ')} and random generators"

@@ -68,7 +68,7 @@ def test_a_changed_rate_is_said_used_and_recorded(ranks: RankPool, tmp_path: Pat
     (lines,) = ranks.run(_lines, changed, world_size=1, parallel=ONE)
 
     assert _saying(lines, "resumed from ").endswith(
-        "iter_0000002 at iteration 2 with its weights, optimizer, schedule, place in the data and random "
+        "iter_0000002 at iteration 2 with its weights, optimizer, schedule, position in the data and random "
         "generators (8 sequences read)"
     )
     assert _saying(lines, "changed since the checkpoint: ") == (

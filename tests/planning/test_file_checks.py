@@ -203,7 +203,7 @@ class TestLoadedCheckpoint:
 
 
 class TestTeacher:
-    def test_a_dense_twin_teaches_alignment(self, run, tmp_path):
+    def test_a_dense_source_teaches_alignment(self, run, tmp_path):
         run.stage.kind = "align"
         run.stage.teacher = write_checkpoint(tmp_path / "dense", DENSE)
         check_run_config(run, world_size=1)

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from spikingbrain_train.architecture.branches import in_order
 from spikingbrain_train.architecture.feed_forwards import FEED_FORWARDS
-from spikingbrain_train.architecture.layers import Layer, dense_twin, has_experts
+from spikingbrain_train.architecture.layers import Layer, dense_source, has_experts
 from spikingbrain_train.architecture.mixers import MIXERS
 from spikingbrain_train.architecture.sizes import visible_keys
 from spikingbrain_train.config.compose import compose_run
@@ -226,13 +226,13 @@ def transformers_model(model: ModelConfig):
 @pytest.mark.parametrize("name", MODELS)
 def test_dense_totals_are_those_of_transformers(name: str) -> None:
     model = dataclasses.replace(
-        dense_twin(MODELS[name]), hidden_size=64
+        dense_source(MODELS[name]), hidden_size=64
     )  # Qwen2 fixes heads x width = hidden
     assert total_parameters(model) == transformers_model(model).num_parameters()
 
 
 def test_dense_forward_flops_are_those_that_torch_counts() -> None:
-    model, length = dense_twin(LLAMA), 40
+    model, length = dense_source(LLAMA), 40
     reference = transformers_model(model)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         reference(torch.zeros(1, length, dtype=torch.long))
@@ -301,13 +301,13 @@ def flops_of(config: RunConfig) -> float:
 
 
 def test_training_counts_backward_twice_and_the_teacher_once() -> None:
-    forward, teacher = forward_flops_per_token(LLAMA, 64), forward_flops_per_token(dense_twin(LLAMA), 64)
+    forward, teacher = forward_flops_per_token(LLAMA, 64), forward_flops_per_token(dense_source(LLAMA), 64)
     assert flops_of(run_of(LLAMA)) == 3 * forward
     distilled = run_of(LLAMA, teacher="dense", distillation=DistillationConfig(weight=0.5))
     assert flops_of(distilled) == 3 * forward + teacher
     aligned = flops_of(run_of(LLAMA, kind="align", teacher="dense"))
     assert (
-        forward_flops_per_token(dense_twin(LLAMA), 64, output_layer=False) < aligned < 3 * forward + teacher
+        forward_flops_per_token(dense_source(LLAMA), 64, output_layer=False) < aligned < 3 * forward + teacher
     )
 
 
@@ -398,7 +398,7 @@ class TestMemory:
         (trained,) = plan_run(run_of(LLAMA), 1).stages
         (aligned,) = plan_run(run_of(LLAMA, kind="align", teacher="dense"), 1).stages
         assert aligned.memory.gradients < trained.memory.gradients / 2
-        assert aligned.memory.teacher == 2 * stage_parameters(dense_twin(LLAMA), ParallelConfig(), 0)
+        assert aligned.memory.teacher == 2 * stage_parameters(dense_source(LLAMA), ParallelConfig(), 0)
         assert trained.memory.teacher == 0
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from spikingbrain_train.architecture.backends.backend import Backend, Backends
 from spikingbrain_train.architecture.backends.gated_linear_attention import GATED_LINEAR_ATTENTION
 from spikingbrain_train.architecture.backends.softmax_attention import SoftmaxAttentionCall
-from spikingbrain_train.architecture.layers import dense_twin, mixers_of
+from spikingbrain_train.architecture.layers import dense_source, mixers_of
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.architecture.softmax_attention import SoftmaxAttentionKind
 from spikingbrain_train.config.compose import compose_run
@@ -141,9 +141,9 @@ def networks(config: RunConfig) -> Iterator[tuple[ModelConfig, int, bool]]:
     if config.stage.kind == "align" and model.num_sink_tokens:
         yield model, 0, False
     if kind_of(config.stage).needs_teacher(config.stage):
-        twin = dense_twin(model)
+        teacher = dense_source(model)
         sinks = 0 if config.stage.kind == "align" else model.num_sink_tokens
-        yield twin, sinks, sinks > 0
+        yield teacher, sinks, sinks > 0
 
 
 def layouts(config: RunConfig, sinks: int, padding: bool) -> Iterator[SequenceLayout]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from spikingbrain_train.architecture.layers import dense_twin
+from spikingbrain_train.architecture.layers import dense_source
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.run import StageConfig
 from spikingbrain_train.errors import ConfigurationError
@@ -18,7 +18,7 @@ from tests.distributed.small_runs import MODEL
 
 def replaced(model: ModelConfig) -> list[int]:
     student: Any = SimpleNamespace(model_config=model)
-    teacher: Any = SimpleNamespace(model_config=dense_twin(model))
+    teacher: Any = SimpleNamespace(model_config=dense_source(model))
     groups: Any = None
     return Alignment(StageConfig(kind="align"), groups, teacher).replaced_layers(student)
 

@@ -23,9 +23,9 @@ def read_rope(keys: ConfigKeys, rope_theta: float) -> tuple[float, RopeScalingCo
     rope = ConfigKeys(values.get(key) or {}, keys.path) if isinstance(values.get(key) or {}, dict) else None
     if rope is None or any(isinstance(value, dict) for value in rope.values.values()):
         raise keys.refuse(key, "must be one set of rotary settings for all layers")
-    for place in (keys, rope):
-        if place.values.get("partial_rotary_factor", 1.0) != 1.0:
-            raise place.refuse(
+    for section in (keys, rope):
+        if section.values.get("partial_rotary_factor", 1.0) != 1.0:
+            raise section.refuse(
                 "partial_rotary_factor", "is not supported; rotary positions cover the whole head"
             )
     base = keys.number("rope_theta", rope.number("rope_theta", rope_theta))

@@ -14,7 +14,7 @@ from spikingbrain_train.pipelines.demo.budget import CHOICE_FILE, SPEED_FILE, Le
 from spikingbrain_train.pipelines.demo.named_settings import TRAIN_ITERS, NamedSettings
 from spikingbrain_train.pipelines.demo.report import JSON, MARKDOWN, PICTURE, TABLE
 from spikingbrain_train.pipelines.demo.smollm2 import NAME
-from spikingbrain_train.pipelines.demo.stages import STAGES, Places, fitted_stages
+from spikingbrain_train.pipelines.demo.stages import STAGES, StagePaths, fitted_stages
 from spikingbrain_train.pipelines.kinds import Context, StepKind, register
 from spikingbrain_train.pipelines.steps import Step
 
@@ -81,10 +81,10 @@ class MeasureSpeed(StepKind):
             return Step(context.name, self.title, [], outputs=outputs)
         # The pretraining stage starts from what alignment has yet to write: from the hybrid here.
         checkpoint, teacher, train, valid = (str(given[name]) for name in _FILES)
-        places = Places(checkpoint, teacher, train, valid, context.output)
+        paths = StagePaths(checkpoint, teacher, train, valid, context.output)
         command = [*context.script("tools/measure_speed.py"), "--output", str(speed)]
         for stage in STAGES:
-            command += [f"--{stage}", *places.arguments(stage), *getattr(named, stage)]
+            command += [f"--{stage}", *paths.arguments(stage), *getattr(named, stage)]
         return Step(context.name, self.title, command, outputs=outputs, makes=[speed], proof=[speed])
 
 

@@ -160,7 +160,7 @@ def write_report(
         records: the demo's steps.
 
     Returns:
-        The table as text, with the places of the files below it.
+        The table as text, with the paths of the files below it.
     """
     rows = table_rows(output, records)
     dense = _read_json(output / "evaluate_dense.json")
@@ -210,8 +210,8 @@ def write_report(
         "```",
     ]
     write_text_durably(output / MARKDOWN, "\n".join(lines) + "\n")
-    places = "\n".join(f"  {output / name}" for name in (PICTURE, MARKDOWN, JSON, "export"))
-    table = f"{render_table(rows, markdown=False)}\n\n  held-out text: {held_out}\n\n{places}"
+    files = "\n".join(f"  {output / name}" for name in (PICTURE, MARKDOWN, JSON, "export"))
+    table = f"{render_table(rows, markdown=False)}\n\n  held-out text: {held_out}\n\n{files}"
     if lengths:
         table = f"{lengths}\n\n{table}"
     write_text_durably(output / TABLE, f"{table}\n")

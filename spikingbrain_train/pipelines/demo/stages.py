@@ -18,7 +18,7 @@ STAGES = ("align", "cpt")
 
 
 @dataclass(frozen=True)
-class Places:
+class StagePaths:
     """What both stages read and write."""
 
     checkpoint: str
@@ -31,7 +31,7 @@ class Places:
     output: Path
 
     def arguments(self, stage: str) -> list[str]:
-        """The recipe of a stage, with its places."""
+        """The recipe of a stage, with its paths."""
         return [
             f"experiment=smollm2_{stage}",
             f"checkpoint.load={hydra_value(self.checkpoint)}",

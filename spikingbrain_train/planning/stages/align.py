@@ -5,7 +5,7 @@ This project's own: SpikingBrain's report (arXiv 2509.05276) trains all paramete
 
 from __future__ import annotations
 
-from spikingbrain_train.architecture.layers import dense_twin, layers, swapped_layers
+from spikingbrain_train.architecture.layers import dense_source, layers, swapped_layers
 from spikingbrain_train.architecture.same_architecture import check_same_sizes
 from spikingbrain_train.architecture.sizes import FP32, bytes_per_element, rank_tokens
 from spikingbrain_train.config.model import ModelConfig
@@ -63,7 +63,7 @@ class AlignmentKind(StageKind):
     def check_plan(self, model: ModelConfig, parallel: ParallelConfig) -> None:
         """Every pipeline stage has a mixer to train if the teacher is dense. Raises ConfigurationError."""
         if swapped_layers(model):
-            _check_every_stage_aligns(model, dense_twin(model), parallel)
+            _check_every_stage_aligns(model, dense_source(model), parallel)
 
     def trainable_parameters(self, config: RunConfig, pipeline_stage: int) -> tuple[int, int]:
         """Those of the swapped mixers."""
@@ -81,7 +81,7 @@ class AlignmentKind(StageKind):
         Its projections from the layer's (frozen) input need no gradient with respect to that.
         """
         model, stage = config.model, config.stage
-        flops = forward_flops_per_token(dense_twin(model), stage.seq_length, output_layer=False)
+        flops = forward_flops_per_token(dense_source(model), stage.seq_length, output_layer=False)
         tokens, all_layers = 1 + model.num_sink_tokens / stage.seq_length, layers(model)
         for number in swapped_layers(model):
             reading, other = mixer_projections(model, all_layers[number])

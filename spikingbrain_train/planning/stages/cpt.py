@@ -5,7 +5,7 @@ The dense source's logits to learn from, where a run asks for them, are this pro
 
 from __future__ import annotations
 
-from spikingbrain_train.architecture.layers import dense_twin
+from spikingbrain_train.architecture.layers import dense_source
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import RunConfig, StageConfig
@@ -62,7 +62,7 @@ class ContinualPretrainingKind(StageKind):
         model, stage = config.model, config.stage
         flops = 3 * forward_flops_per_token(model, stage.seq_length)
         if self.needs_teacher(stage):
-            flops += forward_flops_per_token(dense_twin(model), stage.seq_length)
+            flops += forward_flops_per_token(dense_source(model), stage.seq_length)
         return flops
 
     def activation_bytes(self, config: RunConfig, pipeline_stage: int, micro_batches: int) -> float:
