@@ -68,7 +68,6 @@ RUN = RunConfig(model=MODEL, stage=STAGE, precision=Precision.fp32, output_dir="
 KERNELS = KernelConfig(
     gated_linear_attention=LinearAttentionBackend.chunk, parallel_linear=ParallelLinearBackend.megatron
 )
-LINEARS = ParallelLinears(ParallelLinearBackend.megatron)
 
 MIXER = FEED_FORWARD = "foreign"
 WITH_MIXER = replace(MODEL, mixers=[MIXER, "swa"])

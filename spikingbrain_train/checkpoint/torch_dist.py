@@ -136,15 +136,6 @@ def _forget_results_of_failed_saves() -> None:
                 results.get_nowait()
 
 
-def save_shards(sharded: dict[str, Any], folder: Path) -> None:
-    """Write a checkpoint's shards from all ranks, and wait for it: see :class:`ShardWriters`."""
-    writers = ShardWriters(sharded, folder)
-    writers.start()
-    writers.join()
-    writers.raise_failure()
-    writers.finish()
-
-
 def load_shards(sharded: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Read a ``torch_dist`` checkpoint that any supported version wrote, on all ranks.
 

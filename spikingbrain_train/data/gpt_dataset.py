@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
@@ -109,7 +110,29 @@ class ShuffledWindows:
         return int(random.randint(left_over + 1)), random.permutation(self.windows_per_epoch)
 
 
-class TrainDataset(torch.utils.data.Dataset[Sample]):
+class _Samples(torch.utils.data.Dataset[Sample], ABC):
+    """Samples by their number."""
+
+    num_samples: int
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, index: int | None) -> Sample:
+        """The ``index``-th sample; None gives one without loss that fills up a batch."""
+        if index is None:
+            first = self[0]
+            return {**first, "loss_mask": torch.zeros_like(first["loss_mask"])}
+        if not 0 <= index < self.num_samples:
+            raise IndexError(index)
+        return self._sample(index)
+
+    @abstractmethod
+    def _sample(self, index: int) -> Sample:
+        """Sample ``index``, which exists."""
+
+
+class TrainDataset(_Samples):
     """A blend of shuffled datasets, ``num_samples`` long.
 
     Sample i is the same whatever num_samples is: prolonging a run changes nothing that was seen before.
@@ -140,15 +163,7 @@ class TrainDataset(torch.utils.data.Dataset[Sample]):
                 self._part_of_sample, self._index_in_part, self.weights, len(self.parts), num_samples, False
             )
 
-    def __len__(self) -> int:
-        return self.num_samples
-
-    def __getitem__(self, index: int | None) -> Sample:
-        """The ``index``-th sample; None gives one without loss that fills up a batch."""
-        if index is None:
-            return _without_loss(self[0])
-        if not 0 <= index < self.num_samples:
-            raise IndexError(index)
+    def _sample(self, index: int) -> Sample:
         part = 0 if self._part_of_sample is None else int(self._part_of_sample[index])
         local = index if self._index_in_part is None else int(self._index_in_part[index])
         return self.parts[part].sample(local)
@@ -160,7 +175,7 @@ class TrainDataset(torch.utils.data.Dataset[Sample]):
         return np.bincount(self._part_of_sample, minlength=len(self.parts)).tolist()
 
 
-class ValidDataset(torch.utils.data.Dataset[Sample]):
+class ValidDataset(_Samples):
     """Held-out tokens, once, in order, in windows that share no label.
 
     Every token but the first of each dataset is a label exactly once; the last window of each dataset is
@@ -188,15 +203,7 @@ class ValidDataset(torch.utils.data.Dataset[Sample]):
         available = int(self._ends[-1])
         self.num_samples = available if num_samples is None else min(num_samples, available)
 
-    def __len__(self) -> int:
-        return self.num_samples
-
-    def __getitem__(self, index: int | None) -> Sample:
-        """The ``index``-th window; None gives one without loss that fills up a batch."""
-        if index is None:
-            return _without_loss(self[0])
-        if not 0 <= index < self.num_samples:
-            raise IndexError(index)
+    def _sample(self, index: int) -> Sample:
         which = int(np.searchsorted(self._ends, index, side="right"))
         first = (index - (int(self._ends[which - 1]) if which else 0)) * self.seq_length
         return self._datasets[which].sample(first)
@@ -292,7 +299,3 @@ def open_valid_dataset(
                 f"the valid dataset {prefix} has 1 token, which predicts nothing: hold out more text"
             )
     return ValidDataset(datasets, seq_length, num_samples, reset_at_documents=reset_at_documents)
-
-
-def _without_loss(sample: Sample) -> Sample:
-    return {**sample, "loss_mask": torch.zeros_like(sample["loss_mask"])}

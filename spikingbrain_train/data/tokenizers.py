@@ -214,21 +214,6 @@ def was_made_by(fingerprint: str, tokenizer: Tokenizer) -> bool:
     return fingerprint in (tokenizer.fingerprint, tokenizer.earlier_fingerprint)
 
 
-def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> None:
-    """Refuse a tokenizer that can produce ids which the model has no embedding for.
-
-    Model vocabularies are often padded beyond the tokenizer's; that is fine.
-
-    Raises:
-        DataError: the tokenizer's vocabulary is larger than the model's.
-    """
-    if tokenizer.vocab_size > model_vocab_size:
-        raise DataError(
-            f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids but the model's vocabulary only "
-            f"{model_vocab_size}: use the tokenizer that belongs to the model"
-        )
-
-
 def _fingerprint(vocabulary: Mapping[str, int], probe_ids: Sequence[Sequence[int]], eos_id: int) -> str:
     """SHA-256 over what the tokenizer does to texts, not over how a library serialises it.
 

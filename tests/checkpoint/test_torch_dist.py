@@ -10,10 +10,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from spikingbrain_train.checkpoint.torch_dist import ShardWriters, load_shards, save_shards
+from spikingbrain_train.checkpoint.torch_dist import ShardWriters, load_shards
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.runtime import megatron_versions
+from tests.checkpoint.shards import save_shards
 from tests.distributed.pool import RankPool
 
 FULL = torch.arange(24.0).reshape(4, 6)

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from spikingbrain_train.checkpoint.torch_dist import load_shards, save_shards
+from spikingbrain_train.checkpoint.torch_dist import load_shards
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.errors import CheckpointError
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.runtime.checkpoint_metadata import METADATA_FILE, read_metadata
+from tests.checkpoint.shards import save_shards
 from tests.distributed.pool import RankPool
 
 

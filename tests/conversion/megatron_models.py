@@ -84,7 +84,7 @@ def _logits(groups: ProcessGroups, model: HybridGPTModel) -> torch.Tensor | None
 
 def logits_and_save(groups: ProcessGroups, folder: Path, target: Path) -> torch.Tensor | None:
     """Logits of the checkpoint in ``folder``, and its weights saved again from these ranks to ``target``."""
-    from spikingbrain_train.checkpoint.torch_dist import save_shards
+    from tests.checkpoint.shards import save_shards
 
     model = load_megatron_model(groups, folder)
     checkpoint = iteration_folder(target, 3)

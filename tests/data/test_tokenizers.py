@@ -17,7 +17,6 @@ from spikingbrain_train.data.tokenizers import (
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
     Tokenizer,
-    check_vocabulary,
     load_tokenizer,
 )
 from spikingbrain_train.errors import DataError
@@ -124,15 +123,6 @@ def test_stored_truncation_does_not_cut_documents(hf_folder: Path, tmp_path: Pat
     content["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
     (other / "tokenizer.json").write_text(json.dumps(content))
     assert load_tokenizer(other).decode(load_tokenizer(other).encode("a b c d e f g h")) == "a b c d e f g h"
-
-
-def test_a_model_vocabulary_may_be_padded_but_not_smaller(tokenizer: Tokenizer) -> None:
-    check_vocabulary(tokenizer, tokenizer.vocab_size)
-    check_vocabulary(tokenizer, tokenizer.vocab_size + 128)
-    with pytest.raises(
-        DataError, match=f"has {tokenizer.vocab_size} ids but the model's vocabulary only 399"
-    ):
-        check_vocabulary(tokenizer, 399)
 
 
 def test_missing_or_foreign_paths_are_refused(tmp_path: Path) -> None:

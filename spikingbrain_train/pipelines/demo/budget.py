@@ -162,9 +162,8 @@ def fit(
         ),
         sentence=f"{measured}: {takes} {fitted_align.tokens(align_steps):,} and "
         f"{fitted_cpt.tokens(cpt_steps):,} tokens (the whole recipe takes {whole}, about "
-        f"{format_duration(whole_seconds)}), in sequences of {length}, "
-        f"{'with' if logits else 'without'} the dense source's logits, and are evaluated on {windows} "
-        "windows; more time gives a better model",
+        f"{format_duration(whole_seconds)}), in sequences of {length}, {'with' if logits else 'without'} the "
+        f"dense source's logits, and are evaluated on {windows} windows; more time gives a better model",
     )
 
 
