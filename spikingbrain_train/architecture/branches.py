@@ -11,15 +11,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from spikingbrain_train.architecture.mixers import MixerKind
-from spikingbrain_train.architecture.softmax_attention import SoftmaxAttentionKind
 from spikingbrain_train.architecture.starts import AttentionSize, Values
 from spikingbrain_train.architecture.weights import Split, Weight
 from spikingbrain_train.config.model import ModelConfig, ParallelHybridConfig
 
 
 def in_order(mixers: Sequence[MixerKind]) -> tuple[MixerKind, ...]:
-    """Branches as their weights are ordered, however a config lists them: softmax attention first."""
-    return tuple(sorted(mixers, key=lambda kind: (not _is_softmax(kind), kind.family, kind.name)))
+    """Branches as their weights are ordered, however a config lists them: those that lead first."""
+    return tuple(sorted(mixers, key=lambda kind: (not kind.leads, kind.family, kind.name)))
 
 
 def branch_names(mixers: Sequence[MixerKind]) -> list[str]:
@@ -41,13 +40,13 @@ def norm_name(branch: str) -> str:
 def initial_branch_weights(settings: ParallelHybridConfig, mixers: Sequence[MixerKind]) -> list[float]:
     """Where branch weights start.
 
-    Softmax branches share ``init_softmax_weight``, as they begin as the source does, and others have
-    ``init_linear_weight``; without a softmax branch all share the former.
+    Branches that lead share ``init_softmax_weight``, as they begin as the source does, and others have
+    ``init_linear_weight``; where none leads all share the former.
     """
-    softmax = [_is_softmax(kind) for kind in mixers]
-    leading = softmax if any(softmax) else [True] * len(mixers)
+    leads = [kind.leads for kind in mixers]
+    leading = leads if any(leads) else [True] * len(mixers)
     share = settings.init_softmax_weight / sum(leading)
-    return [share if leads else settings.init_linear_weight for leads in leading]
+    return [share if is_leading else settings.init_linear_weight for is_leading in leading]
 
 
 def branch_weights(model: ModelConfig, mixers: Sequence[MixerKind]) -> tuple[Weight, ...]:
@@ -81,7 +80,3 @@ def branch_weights(model: ModelConfig, mixers: Sequence[MixerKind]) -> tuple[Wei
         start=Values(tuple(starts), " and ".join(f"{start:g}" for start in starts)),
     )
     return (*weights, *norms, mix)
-
-
-def _is_softmax(kind: MixerKind) -> bool:
-    return isinstance(kind, SoftmaxAttentionKind)

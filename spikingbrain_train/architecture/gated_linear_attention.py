@@ -42,6 +42,54 @@ def repeats_groups(config: RunConfig) -> bool:
     return GATED_LINEAR_ATTENTION.expected(asked, call, on_gpu=on_gpu) == "fla"
 
 
+def check_linear_attention_split(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Heads of any mixer of this recurrence against context-parallel ranks. Raises ConfigurationError."""
+    if parallel.context_parallel.gated_linear_attention is LinearAttentionContextParallel.ulysses:
+        asks = "parallel.context_parallel.gated_linear_attention=ulysses"
+        check_heads_over_context(model, parallel, asks, "gated_linear_attention=allgather, ")
+
+
+def linear_attention_flops(model: ModelConfig, seq_length: int) -> float:
+    """Forward FLOPs of the recurrence per token of text.
+
+    Reading the state (q S, 2 H d d) and writing it (k^T v, 2 G d d: one a group).
+    """
+    heads, groups, width = model.num_attention_heads, model.num_query_groups, model.kv_channels
+    return 2.0 * (heads + groups) * width * width * (1 + model.num_sink_tokens / seq_length)
+
+
+def linear_attention_bytes(config: RunConfig) -> float:
+    """Bytes per token that the op and its context parallelism keep for the backward pass.
+
+    Keys, values, gates and states of any mixer of this recurrence; queries where they are copied.
+    """
+    model, parallel = config.model, config.parallel
+    heads, groups = heads_and_groups(config)
+    element, rows = bytes_per_element(config.precision), config.stage.micro_batch_size
+    width, fp32_width = model.kv_channels * element, model.kv_channels * FP32
+    state = groups * model.kv_channels * fp32_width * rows
+    states = heads * model.kv_channels / _CHUNK_SEGMENT_ELEMENTS  # per token, of the chunked form
+    method, ranks = parallel.context_parallel.gated_linear_attention, parallel.context_parallel_size
+    has_copies = rows > 1  # of queries, which the kernel wants token by token in every row
+    kept = 0.0
+    if ranks > 1 and method is LinearAttentionContextParallel.ulysses:
+        heads, groups = ulysses_heads_and_groups(config)
+        has_copies = True
+    elif ranks > 1:
+        # What makes the state that the slice hands over: keys, values and decays in float32. States of ranks.
+        kept += 4 * groups * fp32_width + (ranks + 1) * state / rank_tokens(config)
+        if method is LinearAttentionContextParallel.allscan:
+            # What reads the state before the slice: queries times their decay, and the decay.
+            kept += heads * width + 2 * groups * fp32_width
+    if repeats_groups(config):
+        # Keys and values of every head; float32 sums of gates; float32 scores inside chunks.
+        kept += heads * (2 * width + fp32_width + _FLA_CHUNK_TOKENS * FP32)
+        return kept + heads * width if has_copies else kept
+    # The fused projection, of which values are a view (what Ulysses received); the log gate; some states.
+    kept += (heads + 2 * groups) * width + groups * fp32_width
+    return kept + states * state
+
+
 class GatedLinearAttentionKind(MixerKind):
     """Both forms: ReLU features with a low-rank gate (7B), sigmoid features with a tied one (76B)."""
 
@@ -53,9 +101,7 @@ class GatedLinearAttentionKind(MixerKind):
     hf_layers = {"gla_swa": "linear_attention"}
 
     def check_split(self, model: ModelConfig, parallel: ParallelConfig) -> None:
-        if parallel.context_parallel.gated_linear_attention is LinearAttentionContextParallel.ulysses:
-            asks = "parallel.context_parallel.gated_linear_attention=ulysses"
-            check_heads_over_context(model, parallel, asks, "gated_linear_attention=allgather, ")
+        check_linear_attention_split(model, parallel)
 
     def all_settings(self, model: ModelConfig) -> set[str]:
         return {f"gla.{name}" for name in vars(model.gla)}
@@ -111,9 +157,7 @@ class GatedLinearAttentionKind(MixerKind):
         return (*attention_weights(model, group), *gate, norm)
 
     def core_flops(self, model: ModelConfig, seq_length: int) -> float:
-        """Reading the state (q S, 2 H d d) and writing it (k^T v, 2 G d d: one a group)."""
-        heads, groups, width = model.num_attention_heads, model.num_query_groups, model.kv_channels
-        return 2.0 * (heads + groups) * width * width * (1 + model.num_sink_tokens / seq_length)
+        return linear_attention_flops(model, seq_length)
 
     def op_call(
         self, config: RunConfig, model: ModelConfig, layout: SequenceLayout, has_documents: bool
@@ -121,12 +165,10 @@ class GatedLinearAttentionKind(MixerKind):
         return LinearAttentionCall(torch_name(config.precision))
 
     def activation_bytes(self, config: RunConfig) -> float:
-        model, parallel = config.model, config.parallel
+        model = config.model
         heads, groups = heads_and_groups(config)
-        element, rows = bytes_per_element(config.precision), config.stage.micro_batch_size
+        element = bytes_per_element(config.precision)
         width, fp32_width = model.kv_channels * element, model.kv_channels * FP32
-        state = groups * model.kv_channels * fp32_width * rows
-        states = heads * model.kv_channels / _CHUNK_SEGMENT_ELEMENTS  # per token, of the chunked form
         # Features of queries and keys; the output before and after its norm, and one number a head for that.
         kept: float = (heads + groups + 2 * heads) * width + heads * FP32
         # What the gate's sigmoid sees; on CPUs torch keeps a second tensor for its gradient.
@@ -135,25 +177,7 @@ class GatedLinearAttentionKind(MixerKind):
             kept += model.gla.gate_low_rank_dim * element
         if model.qk_layernorm:
             kept += heads * width
-        method, ranks = parallel.context_parallel.gated_linear_attention, parallel.context_parallel_size
-        has_copies = rows > 1  # of queries, which the kernel wants token by token in every row
-        if ranks > 1 and method is LinearAttentionContextParallel.ulysses:
-            heads, groups = ulysses_heads_and_groups(config)
-            has_copies = True
-        elif ranks > 1:
-            # What makes the state that the slice hands over: keys, values and decays in float32. States of
-            # ranks.
-            kept += 4 * groups * fp32_width + (ranks + 1) * state / rank_tokens(config)
-            if method is LinearAttentionContextParallel.allscan:
-                # What reads the state before the slice: queries times their decay, and the decay.
-                kept += heads * width + 2 * groups * fp32_width
-        if repeats_groups(config):
-            # Keys and values of every head; float32 sums of gates; float32 scores inside chunks.
-            kept += heads * (2 * width + fp32_width + _FLA_CHUNK_TOKENS * FP32)
-            return kept + heads * width if has_copies else kept
-        # The fused projection, of which values are a view (what Ulysses received); the log gate; some states.
-        kept += (heads + 2 * groups) * width + groups * fp32_width
-        return kept + states * state
+        return kept + linear_attention_bytes(config)
 
     def input_projections(self, model: ModelConfig) -> tuple[str, ...]:
         return ("qkv", "gate") if model.gla.gate.has_parameters else ("qkv",)

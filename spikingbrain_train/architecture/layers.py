@@ -9,7 +9,6 @@ from spikingbrain_train.architecture.branches import branch_weights, in_order
 from spikingbrain_train.architecture.feed_forwards import FEED_FORWARDS, FeedForwardKind
 from spikingbrain_train.architecture.linear_transforms import without_transforms
 from spikingbrain_train.architecture.mixers import MIXERS, MixerKind
-from spikingbrain_train.architecture.softmax_attention import SoftmaxAttentionKind
 from spikingbrain_train.architecture.starts import EmbeddingRows
 from spikingbrain_train.architecture.weights import Split, Weight
 from spikingbrain_train.config.model import ModelConfig, Projection
@@ -81,12 +80,6 @@ def layers(model: ModelConfig) -> list[Layer]:
 def mixers_of(model: ModelConfig) -> list[MixerKind]:
     """Every kind of mixer that a layer of ``model`` has, each once, in the order of their first layer."""
     return list(dict.fromkeys(kind for layer in layers(model) for kind in layer.mixers))
-
-
-def softmax_attention_of(model: ModelConfig) -> list[SoftmaxAttentionKind]:
-    """Every kind of softmax attention that a layer of ``model`` has, by name."""
-    kinds = [kind for kind in mixers_of(model) if isinstance(kind, SoftmaxAttentionKind)]
-    return sorted(kinds, key=lambda kind: kind.name)
 
 
 def feed_forwards_of(model: ModelConfig) -> list[FeedForwardKind]:

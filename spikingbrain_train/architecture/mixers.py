@@ -35,6 +35,8 @@ class MixerKind(ABC):
     """The dataclass of those settings, every field with a default."""
     is_of_the_source: bool = False
     """Whether a dense source has it in every layer."""
+    leads: bool = False
+    """Whether it begins close to the source's attention, so that branches of it lead a layer of several."""
     backends: Backends[Any] | None = None
     """Who can compute its op; None where there is no choice. What ``cluster.kernels`` has no setting for is
     chosen as under ``auto``."""

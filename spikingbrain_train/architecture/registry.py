@@ -76,7 +76,8 @@ class Registry(Generic[Kind]):
             hint = f"; did you mean {near[0]}?" if near else ";"
             raise ConfigurationError(
                 f"{self.setting} names {name}, which is no {self.what}{hint} known are "
-                f"{', '.join(sorted(self._kinds))}; name the package of another in plugins=[package.module]"
+                f"{', '.join(sorted(self._kinds))}; name the package of another in plugins=[package.module] "
+                f"(--plugins of a tool)"
             )
         return self._kinds[name]
 

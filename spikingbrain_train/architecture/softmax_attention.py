@@ -34,6 +34,7 @@ class SoftmaxAttentionKind(MixerKind):
     spec = "spikingbrain_train.models.mixers.softmax_attention:spec"
     family = "softmax"
     is_of_the_source = True
+    leads = True
     backends = SOFTMAX_ATTENTION
     hf_layers = {"llama": "attention", "gla_swa": "full_attention"}
 

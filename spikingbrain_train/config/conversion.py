@@ -35,6 +35,8 @@ class UpcyclingConfig:
 class ConversionConfig(LayersConfig):
     """The swap of sequence mixers and feed-forwards. Everything else of the source is kept as it is."""
 
+    plugins: list[str] = setting(default_factory=list)
+    """Modules of other packages that register kinds of mixers and feed-forwards, e.g. [my_package.mixers]."""
     upcycling: UpcyclingConfig = field(default_factory=UpcyclingConfig)
     """Start of the experts and routers."""
     seed: int = setting(1234, minimum=0, below=2**32, must=f"be at least 0 and below 2**32 = {2**32}")

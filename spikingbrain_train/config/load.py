@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from spikingbrain_train.config.conversion import ConversionConfig
 from spikingbrain_train.config.earlier_releases import translate_model, translate_run
 from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.config.plugins import load_plugins, plugins_of
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.config.schema import check_lists, explain, unknown_setting, unknown_settings
 from spikingbrain_train.config.sections import with_sections
@@ -32,7 +33,7 @@ def _to_typed(values: DictConfig | ListConfig, schema: type[Config]) -> Config:
     try:
         unknown = unknown_settings(values, schema) if isinstance(values, DictConfig) else []
         if unknown:
-            raise unknown_setting(unknown[0], schema)
+            raise _unknown(unknown[0], OmegaConf.select(values, unknown[0]), schema)
         config = OmegaConf.merge(OmegaConf.structured(schema), values)
         OmegaConf.resolve(config)
         missing = sorted(OmegaConf.missing_keys(config))
@@ -47,6 +48,16 @@ def _to_typed(values: DictConfig | ListConfig, schema: type[Config]) -> Config:
         if explained is None:
             raise
         raise explained from error
+
+
+def _unknown(name: str, value: object, schema: type[Config]) -> ConfigurationError:
+    """The error for a setting that ``schema`` does not have; whole sections may be a plugin's."""
+    error = unknown_setting(name, schema)
+    if not isinstance(value, DictConfig):
+        return error
+    return ConfigurationError(
+        f"{error}; if a plugin brings it, name its package in plugins=[package.module] (--plugins of a tool)"
+    )
 
 
 def to_run_config(composed: DictConfig) -> RunConfig:
@@ -116,4 +127,5 @@ def load_conversion(name_or_path: str, overrides: list[str] | None = None) -> Co
             OmegaConf.update(values, name, yaml.safe_load(value), force_add=True)
         except (yaml.YAMLError, OmegaConfBaseException) as error:
             raise ConfigurationError(f"the override {override!r} cannot be read; write name=value") from error
+    load_plugins(plugins_of(values, f"the recipe {path}"))
     return _to_typed(values, ConversionConfig)

@@ -9,10 +9,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Hashable
+from copy import deepcopy
 from typing import Any, TypeVar, cast
 
 from spikingbrain_train.config.conversion import ConversionConfig
-from spikingbrain_train.config.model import LayersConfig, ModelConfig
+from spikingbrain_train.config.model import DecoderConfig, LayersConfig, ModelConfig
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.errors import ConfigurationError
 
@@ -48,6 +49,14 @@ def with_sections(schema: type[Config]) -> type[Config]:
 def section_of(config: LayersConfig, name: str) -> Any:
     """The settings ``name`` of a model or conversion; defaults where it was made before their kind was."""
     return getattr(config, name, None) or _sections[name]()
+
+
+def with_layers(source: ModelConfig, recipe: ConversionConfig) -> ModelConfig:
+    """A model of the source's sizes with the layers of a recipe, the sections of plugins among them."""
+    sizes = {field.name: getattr(source, field.name) for field in dataclasses.fields(DecoderConfig)}
+    layers = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(LayersConfig)}
+    own = {name: section_of(recipe, name) for name in _sections}
+    return with_sections(ModelConfig)(**deepcopy(sizes | layers | own))
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from pathlib import Path
 from spikingbrain_train.architecture.model_checks import check_model
 from spikingbrain_train.config.command_line import user_errors
 from spikingbrain_train.config.load import load_conversion, load_model_config
+from spikingbrain_train.config.plugins import load_plugins
 from spikingbrain_train.config.setting import check_fields
 from spikingbrain_train.conversion.checkpoint_paths import resolve_checkpoint
 from spikingbrain_train.conversion.formats.registry import format_of_config, format_of_model
@@ -72,6 +73,7 @@ A recipe is a file of conf/conversion (by name) or any YAML file with the fields
   gla: {init_gate_bias_max: 4.0}   # start of the new parameters
   feed_forwards: [dense, moe]      # likewise repeated
   moe: {num_experts: 8}            # any number of experts, each as wide as the source's feed-forward
+  plugins: [my_package.mixers]     # modules that bring more kinds: CONTRIBUTING.md
   seed: 1234
 """
 
@@ -110,6 +112,7 @@ def convert_checkpoint(arguments: Sequence[str] | None = None) -> None:
         "inspect", help="say what a checkpoint folder holds, and whether it is complete"
     )
     inspector.add_argument("folder", type=Path, help="Hugging Face folder, run folder, or one iter_* folder")
+    _add_plugins_argument(inspector)
     inspector.set_defaults(handler=_inspect)
     _run(parser, arguments)
 
@@ -138,8 +141,20 @@ def export(arguments: Sequence[str] | None = None) -> None:
 def _run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> None:
     with user_errors():
         parsed = parser.parse_args(arguments)
+        load_plugins(parsed.plugins)
         print(parsed.handler(parsed))
         sys.stdout.flush()
+
+
+def _add_plugins_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--plugins",
+        type=lambda text: text.strip("[]").split(","),
+        default=[],
+        metavar="MODULE,...",
+        help="modules of other packages that bring kinds of mixers and feed-forwards, as package.module; a "
+        "recipe names those that it needs itself, as plugins: [package.module]",
+    )
 
 
 def _add_import_arguments(parser: argparse.ArgumentParser) -> None:
@@ -177,6 +192,7 @@ def _add_import_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="check everything but the values and print the report without writing",
     )
+    _add_plugins_argument(parser)
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="changes to the recipe, e.g. sliding_window=2048"
     )
@@ -217,6 +233,7 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="export tensors that hold NaN or infinities, instead of refusing them",
     )
+    _add_plugins_argument(parser)
 
 
 def _import(arguments: argparse.Namespace) -> str:

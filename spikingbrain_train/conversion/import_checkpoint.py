@@ -6,8 +6,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterator
-from copy import deepcopy
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,7 +18,8 @@ from spikingbrain_train.architecture.weights import Shape
 from spikingbrain_train.checkpoint.streaming import MegatronCheckpointWriter
 from spikingbrain_train.config.conversion import ConversionConfig, UpcyclingForm
 from spikingbrain_train.config.load import save_config
-from spikingbrain_train.config.model import LayersConfig, ModelConfig
+from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.config.sections import with_layers
 from spikingbrain_train.config.setting import check_fields
 from spikingbrain_train.conversion.companion_files import find_companion_files, has_tokenizer
 from spikingbrain_train.conversion.formats.hf_format import HfFormat, Zeros
@@ -167,8 +167,7 @@ def _target(source: ModelConfig, conversion: ConversionConfig | None, hf_folder:
             f"{hf_folder} is a hybrid already and its layers are not converted again; leave --conversion out "
             "to keep them"
         )
-    layers = {field.name: deepcopy(getattr(conversion, field.name)) for field in fields(LayersConfig)}
-    target = replace(source, **layers)
+    target = with_layers(source, conversion)
     for kind in feed_forwards_of(target):
         kind.check_source(target)
     if target.num_sink_tokens > target.vocab_size:

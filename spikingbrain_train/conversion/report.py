@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from spikingbrain_train.architecture.feed_forwards import FeedForwardKind
-from spikingbrain_train.architecture.layers import has_experts, layers
+from spikingbrain_train.architecture.layers import layers
 from spikingbrain_train.architecture.mixers import MixerKind
 from spikingbrain_train.config.model import ModelConfig
 
@@ -114,7 +114,7 @@ def describe_layers(model: ModelConfig) -> str:
     described = layers(model)
     mixers = {layer.mixer_name: layer.mixers for layer in described}
     text = _counts([layer.mixer_name for layer in described], mixers, model)
-    if not has_experts(model):
+    if all(layer.feed_forward.is_of_the_source for layer in described):
         return text
     feed_forwards = {layer.feed_forward.name: (layer.feed_forward,) for layer in described}
     return f"{text}; {_counts([layer.feed_forward.name for layer in described], feed_forwards, model)}"

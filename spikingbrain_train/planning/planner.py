@@ -197,7 +197,7 @@ class Plan:
             f"{model.num_attention_heads} heads in {model.num_query_groups} groups of width "
             f"{model.kv_channels}, vocabulary {model.vocab_size} (padded to {padded}, {tied})",
         ]
-        if has_experts(model):
+        if not all(kind.is_of_the_source for kind in feed_forwards_of(model)):
             counts = _counts(layer.feed_forward.name for layer in layers(model))
             described = [words for kind in feed_forwards_of(model) if (words := kind.describe(model))]
             facts.append("; ".join([f"feed-forwards: {counts}", *described]))

@@ -108,9 +108,9 @@ class Shard:
 
 
 def loss_and_gradients(
-    groups: ProcessGroups, name: str, parallel: ParallelConfig
+    groups: ProcessGroups, case: Case, parallel: ParallelConfig
 ) -> tuple[float, list[Shard]]:
-    """The loss of a global batch and this rank's parts of its gradients, for one of ``CASES``."""
+    """The loss of a global batch and this rank's parts of its gradients."""
     from spikingbrain_train.data.loader import local_micro_batch
     from spikingbrain_train.models.gpt_model import build_model
     from spikingbrain_train.models.kernels import resolve_kernels
@@ -118,7 +118,6 @@ def loss_and_gradients(
     from spikingbrain_train.training.build import wrap_data_parallel
     from spikingbrain_train.training.stages.pretraining import ContinualPretraining
 
-    case = CASES[name]
     config = transformer_config(case.model, parallel, Precision.fp32, on_cpu=True)
     kernels = resolve_kernels(KernelConfig(), groups.accelerator)
     model = build_model(case.model, config, kernels, groups.device, parallel.context_parallel)

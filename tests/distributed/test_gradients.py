@@ -18,7 +18,7 @@ from spikingbrain_train.config.parallel import (
     ParallelConfig,
     SlidingWindowContextParallel,
 )
-from tests.distributed.gradients import CASES, assemble, loss_and_gradients
+from tests.distributed.gradients import CASES, Case, assemble, loss_and_gradients
 from tests.distributed.pool import RankPool
 
 TOLERANCE = 1e-5
@@ -74,31 +74,14 @@ PAIRS = [
     (topology, case) for topology, parallel in TOPOLOGIES.items() for case in CASES if fits(case, parallel)
 ]
 
-Results = Callable[[str | None, str], tuple[float, dict[str, torch.Tensor]]]
+Result = tuple[float, dict[str, torch.Tensor]]
+"""Loss and whole gradients."""
+Results = Callable[[str | None, str], Result]
 
 
-@pytest.fixture(scope="module")
-def results(ranks: RankPool) -> Results:
-    """``results(topology, case)``: loss and whole gradients; the topology None is one rank."""
-
-    @cache
-    def of(topology: str | None, case: str) -> tuple[float, dict[str, torch.Tensor]]:
-        parallel = ParallelConfig() if topology is None else TOPOLOGIES[topology]
-        per_rank = ranks.run(
-            loss_and_gradients, case, parallel, world_size=world_size(parallel), parallel=parallel
-        )
-        losses = {loss for loss, _ in per_rank}
-        assert len(losses) == 1, f"ranks report different losses {losses}"
-        return losses.pop(), assemble([shards for _, shards in per_rank])
-
-    return of
-
-
-@pytest.mark.parametrize(("topology", "case"), PAIRS, ids=[f"{case}: {topology}" for topology, case in PAIRS])
-def test_loss_and_every_gradient_equal_those_of_one_rank(topology: str, case: str, results: Results) -> None:
-    expected_loss, expected = results(None, case)
-    loss, gradients = results(topology, case)
-
+def assert_equal(found: Result, of_one_rank: Result) -> None:
+    """Hold loss and gradients to those of one rank."""
+    (loss, gradients), (expected_loss, expected) = found, of_one_rank
     assert loss == pytest.approx(expected_loss, rel=TOLERANCE)
     assert gradients.keys() == expected.keys()
     errors = {
@@ -108,3 +91,29 @@ def test_loss_and_every_gradient_equal_those_of_one_rank(topology: str, case: st
     worst = max(errors, key=lambda name: errors[name])
     assert errors[worst] <= TOLERANCE, f"{worst} differs by {errors[worst]:.2e} of its largest gradient"
     assert all(value.abs().max() > 0 for value in expected.values())
+
+
+def result(ranks: RankPool, case: Case, parallel: ParallelConfig) -> Result:
+    """Loss and gradients of a model in a topology."""
+    per_rank = ranks.run(
+        loss_and_gradients, case, parallel, world_size=world_size(parallel), parallel=parallel
+    )
+    losses = {loss for loss, _ in per_rank}
+    assert len(losses) == 1, f"ranks report different losses {losses}"
+    return losses.pop(), assemble([shards for _, shards in per_rank])
+
+
+@pytest.fixture(scope="module")
+def results(ranks: RankPool) -> Results:
+    """``results(topology, case)``: loss and whole gradients; the topology None is one rank."""
+
+    @cache
+    def of(topology: str | None, case: str) -> Result:
+        return result(ranks, CASES[case], ParallelConfig() if topology is None else TOPOLOGIES[topology])
+
+    return of
+
+
+@pytest.mark.parametrize(("topology", "case"), PAIRS, ids=[f"{case}: {topology}" for topology, case in PAIRS])
+def test_loss_and_every_gradient_equal_those_of_one_rank(topology: str, case: str, results: Results) -> None:
+    assert_equal(results(topology, case), results(None, case))

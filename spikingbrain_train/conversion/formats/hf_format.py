@@ -149,7 +149,7 @@ class HfFormat(ABC):
                 return kind.name
         raise ConfigurationError(
             f"{self.architecture} has layers of {place}, but no kind's hf_layers says that it is {place} in "
-            f"{self.kinds}; name the package of one in plugins=[package.module]"
+            f"{self.kinds}; name the package of one with --plugins package.module"
         )
 
     def mixer_places(self, model: ModelConfig) -> list[str]:
