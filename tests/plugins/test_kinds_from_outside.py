@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
-from spikingbrain_train.config.model import ModelConfig, SpikingConfig, SpikingProjection
+from spikingbrain_train.config.model import ModelConfig, Projection, SpikingConfig
 from spikingbrain_train.config.parallel import (
     ContextParallelConfig,
     LinearAttentionContextParallel,
@@ -47,7 +47,7 @@ def model(**changes: Any) -> ModelConfig:
 
 
 def cases() -> dict[str, Case]:
-    spikes = SpikingConfig(projections=[each for each in SpikingProjection if each.name != "gate"])
+    spikes = SpikingConfig(projections=[each for each in Projection if each.name != "gate"])
     return {
         "packed documents behind sinks": Case(
             model(num_layers=2, num_sink_tokens=6, add_qkv_bias=True), packed=True
