@@ -25,7 +25,7 @@ class Layer:
     @property
     def mixer_name(self) -> str:
         """As configs write it: ``gla``, or ``[gla,swa]`` for branches."""
-        names = sorted(kind.name for kind in self.mixers)
+        names = [kind.name for kind in reversed(self.mixers)]
         return names[0] if len(names) == 1 else f"[{','.join(names)}]"
 
     @property

@@ -108,7 +108,7 @@ class ConversionReport:
 def describe_layers(model: ModelConfig) -> str:
     """Layers of each mixer and feed-forward: ``14 gla + 14 swa (window 4096)``.
 
-    Or ``24 [gla,swa] (window 4096) + 4 [full,gla]; 7 dense + 21 moe (16 experts, top-1, + 1 shared of width
+    Or ``24 [gla,swa] (window 4096) + 4 [gla,full]; 7 dense + 21 moe (16 experts, top-1, + 1 shared of width
     1408)``.
     """
     described = layers(model)

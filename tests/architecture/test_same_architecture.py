@@ -50,7 +50,7 @@ OTHER_WEIGHTS: dict[str, tuple[ModelConfig, ModelConfig, list[str]]] = {
     "linear to parallel hybrid": (
         MODEL,
         replace(MODEL, mixers=[["gla", "full"], "swa"]),
-        ["mixer gla in layer 0", "model.mixers says [full,gla]"],
+        ["mixer gla in layer 0", "model.mixers says [gla,full]"],
     ),
     "window to linear": (
         replace(MODEL, mixers=["swa", "gla"]),

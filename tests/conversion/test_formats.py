@@ -70,7 +70,7 @@ def test_the_first_format_that_holds_a_model_takes_it(changes: dict, expected: D
         ({"mixers": ["gla"], "gla": TIED_GATE}, ["gla.gate=tied", "gla.feature_map=sigmoid"]),
         (
             {"mixers": [["gla", "full"]], "gla": TIED_GATE},
-            ["layers with two branches ([full,gla])", "gla.gate=tied", "gla.feature_map=sigmoid"],
+            ["layers with two branches ([gla,full])", "gla.gate=tied", "gla.feature_map=sigmoid"],
         ),
     ],
 )

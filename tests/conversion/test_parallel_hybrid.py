@@ -30,7 +30,7 @@ from tests.conversion.test_attention_scale import scale_of
 from tests.distributed.pool import RankPool
 
 ATTENTION = "decoder.layers.{layer}.self_attention."
-LAYERS = "3 [gla,swa] (window 7) + 1 [full,gla]; 2 dense + 2 moe (4 experts, top-1, + 1 shared of width 48)"
+LAYERS = "3 [gla,swa] (window 7) + 1 [gla,full]; 2 dense + 2 moe (4 experts, top-1, + 1 shared of width 48)"
 
 
 def recipe(**changes: Any) -> ConversionConfig:
@@ -173,7 +173,7 @@ def test_report_counts_every_parameter_and_where_it_comes_from(
     [
         (
             {"mixers": [["gla", "swa"], ["gla", "full"]]},
-            r"layers with two branches \(\[gla,swa\], \[full,gla\]\)",
+            r"layers with two branches \(\[gla,swa\], \[gla,full\]\)",
         ),
         ({"num_sink_tokens": 3}, "3 sink tokens"),
         ({"feed_forwards": ["dense", "moe"]}, "mixture-of-experts layers"),
@@ -212,7 +212,7 @@ def test_inspect_shows_the_new_parts(hf_checkpoint: HFCheckpoint, tmp_path: Path
     spiking = SpikingConfig(projections=[Projection.qkv, Projection.mlp_fc2])
     convert(source, tmp_path / "out", recipe(spiking=spiking))
     text = inspect_checkpoint(tmp_path / "out")
-    parts = "layers with two branches ([gla,swa], [full,gla]), mixture-of-experts layers, 3 sink tokens"
+    parts = "layers with two branches ([gla,swa], [gla,full]), mixture-of-experts layers, 3 sink tokens"
     assert f"has no Hugging Face format ({parts}" in text
     assert LAYERS in text
     assert "extras:     3 sink tokens, spikes with k 3 in front of qkv, mlp_fc2" in text

@@ -67,7 +67,7 @@ def test_dry_run_of_the_76b_recipe(
         ["import", "--hf", str(source), "--output", str(output), "--conversion", conversion, "--dry-run"]
     )
     out = capsys.readouterr().out
-    assert "24 [gla,swa] (window 4096) + 4 [full,gla]; " in out
+    assert "24 [gla,swa] (window 4096) + 4 [gla,full]; " in out
     assert "7 dense + 21 moe (16 experts, top-1, + 1 shared of width 48)" in out
     assert re.search(rf"routed experts +\d+ .* copied and scaled by {re.escape(scaled)}\n", out)
     assert re.search(r"sink tokens +1 +4,096 +new: ", out)

@@ -173,4 +173,4 @@ def test_the_report_says_what_the_rank_holds(process) -> None:
     ):
         assert expected in text
     table = text.splitlines()[-7:]
-    assert [row.split()[:3] for row in table][-1] == ["13", "[full,gla]", "moe"]
+    assert [row.split()[:3] for row in table][-1] == ["13", "[gla,full]", "moe"]
