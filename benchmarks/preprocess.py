@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spikingbrain_train.data.documents import find_sources
-from spikingbrain_train.data.preprocess import PreprocessOptions, preprocess
+from spikingbrain_train.data.preprocess import preprocess
+from spikingbrain_train.data.preprocess_options import PreprocessOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,7 +7,8 @@ import os
 import signal
 import sys
 
-from spikingbrain_train.data.preprocess import PreprocessOptions, plan_preprocessing, preprocess
+from spikingbrain_train.data.preprocess import plan_preprocessing, preprocess
+from spikingbrain_train.data.preprocess_options import PreprocessOptions
 from spikingbrain_train.errors import SpikingBrainError
 
 _DESCRIPTION = "Tokenize text into Megatron indexed datasets (.bin/.idx) for train.py."

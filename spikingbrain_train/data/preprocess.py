@@ -1,99 +1,39 @@
 """Raw text to indexed tokens: the pipeline behind ``tools/preprocess_data.py``.
 
 One process reads files and writes tokens, in order; worker processes decode, check and tokenize chunks of
-documents. The output depends on the inputs and the tokenizer only, not on the number of workers. Nothing
-appears under the output prefix before everything is complete.
+documents (:mod:`~spikingbrain_train.data.tokenize_documents`). The output depends on the inputs and the
+tokenizer only, not on the number of workers. Nothing appears under the output prefix before everything is
+complete.
 """
 
 from __future__ import annotations
 
-import hashlib
-import multiprocessing
 import os
-import signal
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from spikingbrain_train.data.dataset_files import SUFFIXES, existing_files
-from spikingbrain_train.data.documents import RawDocument, Source, find_sources
+from spikingbrain_train.data.documents import Source, find_sources
 from spikingbrain_train.data.folders import LeftOut
+from spikingbrain_train.data.preprocess_options import PreprocessOptions
+from spikingbrain_train.data.tokenize_documents import split_into_chunks, tokenize, tokenize_all
 from spikingbrain_train.data.tokenizers import Tokenizer, load_tokenizer
-from spikingbrain_train.errors import ConfigurationError, DataError
+from spikingbrain_train.errors import DataError
 from spikingbrain_train.reporting.activity import activity
 from spikingbrain_train.storage.temporary_folder import temporary_folder
 
 if TYPE_CHECKING:
-    # Worker processes import this module and have no use for megatron-core, whose import takes seconds.
+    # It imports megatron-core, which takes seconds: wrong inputs are told before.
     from spikingbrain_train.data.indexed import DatasetInfo, IndexedDatasetWriter
 
-_CHUNK_BYTES = 1 << 20
-_CHUNK_DOCUMENTS = 1024
 _SAMPLE_BYTES = 4 << 20
 """Text that a dry run tokenizes for its estimate."""
-_WORKERS_PER_CORE = 4
-_FEW_WORKERS = 8
-"""As many workers may be asked for on every machine, on large ones so many for each core."""
-
-
-@dataclass(frozen=True)
-class PreprocessOptions:
-    """What to tokenize and where to put it."""
-
-    inputs: list[str]
-    """Files, folders, globs, or ``pydoc-topics``."""
-    output_prefix: str
-    """Path of the dataset without .bin/.idx."""
-    tokenizer: str
-    """Hugging Face tokenizer folder or sentencepiece .model."""
-    text_key: str = "text"
-    """Field of a JSON line that holds the text."""
-    valid_fraction: float = 0.0
-    """Share of documents to hold out, in [0, 1). Above 0 the datasets are <prefix>_train and
-    <prefix>_valid."""
-    workers: int = 1
-    """Tokenizing processes."""
-    max_text_chars: int | None = None
-    """Cut plain-text files at blank lines into documents of at most that many characters."""
-    skip_bad_documents: bool = False
-    """Count malformed or empty documents instead of stopping at the first."""
-    overwrite: bool = False
-    """Replace datasets that already lie at the output prefix."""
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.valid_fraction < 1.0:
-            raise ConfigurationError(
-                f"--valid-fraction is {self.valid_fraction}: give a number from 0 up to below 1"
-            )
-        if self.workers < 1:
-            raise ConfigurationError(f"--workers is {self.workers}: give at least 1")
-        most = max(_FEW_WORKERS, _WORKERS_PER_CORE * _available_cores())
-        if self.workers > most:
-            raise ConfigurationError(
-                f"--workers is {self.workers}: on {_available_cores()} cores give at most {most}"
-            )
-        if self.max_text_chars is not None and self.max_text_chars < 1:
-            raise ConfigurationError(f"--max-text-chars is {self.max_text_chars}: give at least 1")
-        if not Path(self.output_prefix).name or self.output_prefix.endswith("/"):
-            raise ConfigurationError(
-                f"--output-prefix {self.output_prefix!r} ends in no file name: append one"
-            )
-
-    @property
-    def output_prefixes(self) -> list[str]:
-        """The datasets that will exist at the end."""
-        if self.valid_fraction > 0:
-            return [f"{self.output_prefix}_train", f"{self.output_prefix}_valid"]
-        return [self.output_prefix]
 
 
 @dataclass(frozen=True)
@@ -164,18 +104,6 @@ class PreprocessReport:
         return "\n".join(lines + self.left_out)
 
 
-@dataclass(frozen=True)
-class _TokenizedChunk:
-    """A worker's result. Arrays cross the process border faster than lists."""
-
-    token_ids: np.ndarray
-    """Ids of all documents, end-of-sequence tokens included, in the dataset's dtype."""
-    lengths: list[int]
-    text_bytes: list[int]
-    held_out: list[bool]
-    skipped: list[str]
-
-
 def plan_preprocessing(options: PreprocessOptions) -> PreprocessPlan:
     """Check inputs, tokenizer and outputs, and tokenize a sample; writes nothing.
 
@@ -188,8 +116,8 @@ def plan_preprocessing(options: PreprocessOptions) -> PreprocessPlan:
 
     documents = text_bytes = tokens = 0
     whole = True
-    for chunk in _chunks(sources, options):
-        result = _tokenize(chunk, tokenizer, options, token_dtype(tokenizer.vocab_size))
+    for chunk in split_into_chunks(sources, options):
+        result = tokenize(chunk, tokenizer, options, token_dtype(tokenizer.vocab_size))
         documents += len(result.lengths)
         text_bytes += sum(result.text_bytes)
         tokens += len(result.token_ids)
@@ -250,19 +178,6 @@ def preprocess(options: PreprocessOptions, progress: bool = False) -> Preprocess
     return report
 
 
-def _available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def is_held_out(text: str, valid_fraction: float) -> bool:
-    """Whether a document belongs to the held-out part, decided by its content alone.
-
-    So copies of a document stay together, and the split survives reordering, other workers and added files.
-    """
-    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < valid_fraction * 2.0**64
-
-
 def _prepare(options: PreprocessOptions, left_out: LeftOut) -> tuple[list[Source], Tokenizer]:
     """Everything that can be refused before work starts."""
     sources = find_sources(options.inputs, left_out)
@@ -293,7 +208,9 @@ def _write_all(
 ) -> None:
     read = 0
     with activity("tokenizing", sum(source.size for source in sources), "B", shown=progress) as done:
-        for chunk, result in _tokenize_all(_chunks(sources, options), tokenizer, options, writers[0].dtype):
+        for chunk, result in tokenize_all(
+            split_into_chunks(sources, options), tokenizer, options, writers[0].dtype
+        ):
             end = 0
             for length, size, held_out in zip(
                 result.lengths, result.text_bytes, result.held_out, strict=True
@@ -303,111 +220,6 @@ def _write_all(
             report.skipped += result.skipped
             done.advance(chunk.position - read)
             read = chunk.position
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """Documents that one worker handles at a time."""
-
-    documents: list[RawDocument]
-    position: int
-    """Bytes of all sources read up to its end."""
-
-
-def _chunks(sources: Iterable[Source], options: PreprocessOptions) -> Iterator[_Chunk]:
-    """Group documents so that a chunk is worth a trip to another process."""
-    documents: list[RawDocument] = []
-    size = before = position = 0
-    for source in sources:
-        for document in source.read(options.max_text_chars):
-            documents.append(document)
-            size += len(document.payload)
-            position = before + document.position
-            if size >= _CHUNK_BYTES or len(documents) >= _CHUNK_DOCUMENTS:
-                yield _Chunk(documents, position)
-                documents, size = [], 0
-        before += source.size
-    if documents:
-        yield _Chunk(documents, position)
-
-
-def _tokenize_all(
-    chunks: Iterator[_Chunk], tokenizer: Tokenizer, options: PreprocessOptions, dtype: type[np.number]
-) -> Iterator[tuple[_Chunk, _TokenizedChunk]]:
-    """Tokenize chunks in worker processes and return them in their order, with a bounded number under way."""
-    if options.workers == 1:
-        for chunk in chunks:
-            yield chunk, _tokenize(chunk, tokenizer, options, dtype)
-        return
-    executor = ProcessPoolExecutor(
-        options.workers,
-        # Not fork: the tokenizer library and PyTorch have threads, whose locks a forked child would inherit.
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(tokenizer, options, dtype),
-    )
-    under_way: deque[tuple[_Chunk, Future[_TokenizedChunk]]] = deque()
-    try:
-        # ProcessPoolExecutor.map would read all chunks into memory first.
-        under_way.extend((c, executor.submit(_work, c)) for c in islice(chunks, 2 * options.workers))
-        while under_way:
-            chunk, future = under_way.popleft()
-            result = future.result()
-            under_way.extend((c, executor.submit(_work, c)) for c in islice(chunks, 1))
-            yield chunk, result
-    except BrokenProcessPool as error:
-        raise DataError(
-            "a tokenizing process was killed, probably for want of memory: use fewer --workers"
-        ) from error
-    finally:
-        executor.shutdown(wait=True, cancel_futures=True)
-
-
-_worker_state: tuple[Tokenizer, PreprocessOptions, type[np.number]]
-"""Set once in each worker process, so that the tokenizer does not travel with every chunk."""
-
-
-def _start_worker(tokenizer: Tokenizer, options: PreprocessOptions, dtype: type[np.number]) -> None:
-    global _worker_state
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches the whole group; the parent shuts workers down
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core a worker
-    _worker_state = (tokenizer, options, dtype)
-
-
-def _work(chunk: _Chunk) -> _TokenizedChunk:
-    tokenizer, options, dtype = _worker_state
-    return _tokenize(chunk, tokenizer, options, dtype)
-
-
-def _tokenize(
-    chunk: _Chunk, tokenizer: Tokenizer, options: PreprocessOptions, dtype: type[np.number]
-) -> _TokenizedChunk:
-    texts: list[str] = []
-    skipped: list[str] = []
-    for document in chunk.documents:
-        try:
-            texts.append(document.text(options.text_key))
-        except DataError as error:
-            if not options.skip_bad_documents:
-                raise
-            skipped.append(str(error))
-    encoded = tokenizer.encode_batch(texts)
-    lengths = [len(ids) + 1 for ids in encoded]
-    token_ids = np.empty(sum(lengths), dtype=dtype)
-    end = 0
-    for ids, length in zip(encoded, lengths, strict=True):
-        end += length
-        token_ids[end - length : end - 1] = ids
-        token_ids[end - 1] = tokenizer.eos_id
-    return _TokenizedChunk(
-        token_ids=token_ids,
-        lengths=lengths,
-        text_bytes=[len(text.encode("utf-8")) for text in texts],
-        held_out=[is_held_out(text, options.valid_fraction) for text in texts],
-        skipped=skipped,
-    )
 
 
 def _refuse_empty(options: PreprocessOptions, infos: list[DatasetInfo], report: PreprocessReport) -> None:

@@ -21,7 +21,8 @@ from transformers import AutoTokenizer
 from spikingbrain_train.data.command_line import preprocess_data
 from spikingbrain_train.data.documents import RawDocument, Source
 from spikingbrain_train.data.indexed import read_info, token_dtype
-from spikingbrain_train.data.preprocess import PreprocessOptions, plan_preprocessing, preprocess
+from spikingbrain_train.data.preprocess import plan_preprocessing, preprocess
+from spikingbrain_train.data.preprocess_options import PreprocessOptions
 from spikingbrain_train.errors import ConfigurationError, DataError
 
 TOOL = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
@@ -89,7 +90,7 @@ def test_the_number_of_workers_does_not_change_a_byte(
     corpus: Path, hf_folder: Path, spm_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Many small chunks, so that workers finish out of order.
-    monkeypatch.setattr("spikingbrain_train.data.preprocess._CHUNK_DOCUMENTS", 1)
+    monkeypatch.setattr("spikingbrain_train.data.tokenize_documents._CHUNK_DOCUMENTS", 1)
     for tokenizer in (hf_folder, spm_file):
         outputs = []
         for workers in (1, 3):

@@ -12,7 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
 from spikingbrain_train.data.gpt_dataset import ValidDataset, open_valid_dataset
-from spikingbrain_train.data.preprocess import PreprocessOptions, preprocess
+from spikingbrain_train.data.preprocess import preprocess
+from spikingbrain_train.data.preprocess_options import PreprocessOptions
 from spikingbrain_train.errors import CheckpointError, ConfigurationError
 from spikingbrain_train.evaluation import perplexity
 from spikingbrain_train.evaluation.command_line import evaluate

@@ -1,0 +1,164 @@
+"""Documents to token ids, in chunks that worker processes take.
+
+The ids depend on the documents and the tokenizer only, not on the number of workers, and come in the order of
+the documents. Worker processes import this module, so it needs neither torch nor megatron-core, whose import
+takes seconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+
+from spikingbrain_train.data.documents import RawDocument, Source
+from spikingbrain_train.data.preprocess_options import PreprocessOptions
+from spikingbrain_train.data.tokenizers import Tokenizer
+from spikingbrain_train.errors import DataError
+
+_CHUNK_BYTES = 1 << 20
+_CHUNK_DOCUMENTS = 1024
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Documents that one worker handles at a time."""
+
+    documents: list[RawDocument]
+    position: int
+    """Bytes of all sources read up to its end."""
+
+
+@dataclass(frozen=True)
+class TokenizedChunk:
+    """A worker's result. Arrays cross the process border faster than lists."""
+
+    token_ids: np.ndarray
+    """Ids of all documents, end-of-sequence tokens included, in the dataset's dtype."""
+    lengths: list[int]
+    text_bytes: list[int]
+    held_out: list[bool]
+    skipped: list[str]
+
+
+def is_held_out(text: str, valid_fraction: float) -> bool:
+    """Whether a document belongs to the held-out part, decided by its content alone.
+
+    So copies of a document stay together, and the split survives reordering, other workers and added files.
+    """
+    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < valid_fraction * 2.0**64
+
+
+def split_into_chunks(sources: Iterable[Source], options: PreprocessOptions) -> Iterator[Chunk]:
+    """Group documents so that a chunk is worth a trip to another process."""
+    documents: list[RawDocument] = []
+    size = before = position = 0
+    for source in sources:
+        for document in source.read(options.max_text_chars):
+            documents.append(document)
+            size += len(document.payload)
+            position = before + document.position
+            if size >= _CHUNK_BYTES or len(documents) >= _CHUNK_DOCUMENTS:
+                yield Chunk(documents, position)
+                documents, size = [], 0
+        before += source.size
+    if documents:
+        yield Chunk(documents, position)
+
+
+def tokenize_all(
+    chunks: Iterator[Chunk], tokenizer: Tokenizer, options: PreprocessOptions, dtype: type[np.number]
+) -> Iterator[tuple[Chunk, TokenizedChunk]]:
+    """Tokenize chunks in worker processes and return them in their order, with a bounded number under way.
+
+    Raises:
+        DataError: as :func:`tokenize` does, or a worker was killed.
+    """
+    if options.workers == 1:
+        for chunk in chunks:
+            yield chunk, tokenize(chunk, tokenizer, options, dtype)
+        return
+    executor = ProcessPoolExecutor(
+        options.workers,
+        # Not fork: the tokenizer library and PyTorch have threads, whose locks a forked child would inherit.
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(tokenizer, options, dtype),
+    )
+    under_way: deque[tuple[Chunk, Future[TokenizedChunk]]] = deque()
+    try:
+        # ProcessPoolExecutor.map would read all chunks into memory first.
+        under_way.extend((c, executor.submit(_work, c)) for c in islice(chunks, 2 * options.workers))
+        while under_way:
+            chunk, future = under_way.popleft()
+            result = future.result()
+            under_way.extend((c, executor.submit(_work, c)) for c in islice(chunks, 1))
+            yield chunk, result
+    except BrokenProcessPool as error:
+        raise DataError(
+            "a tokenizing process was killed, probably for want of memory: use fewer --workers"
+        ) from error
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+_worker_state: tuple[Tokenizer, PreprocessOptions, type[np.number]]
+"""Set once in each worker process, so that the tokenizer does not travel with every chunk."""
+
+
+def _start_worker(tokenizer: Tokenizer, options: PreprocessOptions, dtype: type[np.number]) -> None:
+    global _worker_state
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the whole group; the parent shuts workers down
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core a worker
+    _worker_state = (tokenizer, options, dtype)
+
+
+def _work(chunk: Chunk) -> TokenizedChunk:
+    tokenizer, options, dtype = _worker_state
+    return tokenize(chunk, tokenizer, options, dtype)
+
+
+def tokenize(
+    chunk: Chunk, tokenizer: Tokenizer, options: PreprocessOptions, dtype: type[np.number]
+) -> TokenizedChunk:
+    """Decode, check and tokenize a chunk, in this process.
+
+    Raises:
+        DataError: a document is malformed or empty, unless ``options`` skip such.
+    """
+    texts: list[str] = []
+    skipped: list[str] = []
+    for document in chunk.documents:
+        try:
+            texts.append(document.text(options.text_key))
+        except DataError as error:
+            if not options.skip_bad_documents:
+                raise
+            skipped.append(str(error))
+    encoded = tokenizer.encode_batch(texts)
+    lengths = [len(ids) + 1 for ids in encoded]
+    token_ids = np.empty(sum(lengths), dtype=dtype)
+    end = 0
+    for ids, length in zip(encoded, lengths, strict=True):
+        end += length
+        token_ids[end - length : end - 1] = ids
+        token_ids[end - 1] = tokenizer.eos_id
+    return TokenizedChunk(
+        token_ids=token_ids,
+        lengths=lengths,
+        text_bytes=[len(text.encode("utf-8")) for text in texts],
+        held_out=[is_held_out(text, options.valid_fraction) for text in texts],
+        skipped=skipped,
+    )
