@@ -3,34 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from pydoc_data.topics import topics
 
-import numpy
 import pytest
 
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import StageConfig
-from spikingbrain_train.data.indexed import IndexedDatasetWriter
 from tests.distributed import small_runs
 from tests.distributed.pool import RankPool
 
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Prefix of an indexed dataset: Python's documentation of assignments, one token a byte and one document
-    a line."""
-    folder = tmp_path_factory.mktemp("text")
-    staging = folder / "staging"
-    staging.mkdir()
-    tokenizer = small_runs.ByteTokenizer()
-    writer = IndexedDatasetWriter(folder / "assignment", tokenizer, staging)
-    for line in topics["assignment"].splitlines():
-        tokens = numpy.asarray(tokenizer.encode(line), dtype=writer.dtype)
-        writer.add_document(tokens, text_bytes=len(tokens))
-    writer.finish()
-    writer.publish()
-    return folder / "assignment"
+    """Prefix of the indexed dataset that small runs train on."""
+    return small_runs.write_text(tmp_path_factory.mktemp("text"))
 
 
 def _random_checkpoint(ranks: RankPool, folder: Path, text: Path, model: ModelConfig) -> Path:

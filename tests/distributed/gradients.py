@@ -8,7 +8,7 @@ same way. So nothing here knows how any layer is split.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -108,9 +108,15 @@ class Shard:
 
 
 def loss_and_gradients(
-    groups: ProcessGroups, case: Case, parallel: ParallelConfig
+    groups: ProcessGroups,
+    case: Case,
+    parallel: ParallelConfig,
+    change_weights: Callable[[HybridGPTModel], None] = lambda model: None,
 ) -> tuple[float, list[Shard]]:
-    """The loss of a global batch and this rank's parts of its gradients."""
+    """The loss of a global batch and this rank's parts of its gradients.
+
+    ``change_weights`` gets the model when it has its weights.
+    """
     from spikingbrain_train.data.loader import local_micro_batch
     from spikingbrain_train.models.gpt_model import build_model
     from spikingbrain_train.models.kernels import resolve_kernels
@@ -125,6 +131,7 @@ def loss_and_gradients(
         for shard in _shards(model):
             assert shard.data is not None
             shard.data.copy_(_values(shard))
+        change_weights(model)
     wrapped = wrap_data_parallel(model, parallel)
     wrapped.zero_grad_buffer()
     text = LENGTH - case.model.num_sink_tokens

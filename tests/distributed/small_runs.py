@@ -7,7 +7,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import TYPE_CHECKING, Any
+
+import numpy
 
 from spikingbrain_train.config.model import (
     FeatureMap,
@@ -32,6 +35,7 @@ from spikingbrain_train.config.run import (
     RunConfig,
     StageConfig,
 )
+from spikingbrain_train.data.indexed import IndexedDatasetWriter
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.training.callbacks.callback import Callback
 
@@ -83,6 +87,24 @@ class ByteTokenizer:
 
     def decode(self, ids: list[int]) -> str:
         return bytes(i for i in ids if i < 128).decode("ascii")
+
+
+def write_text(folder: Path) -> Path:
+    """An indexed dataset: Python's documentation of assignments, one token a byte, one document a line.
+
+    Returns:
+        Its prefix.
+    """
+    staging = folder / "staging"
+    staging.mkdir()
+    tokenizer = ByteTokenizer()
+    writer = IndexedDatasetWriter(folder / "assignment", tokenizer, staging)
+    for line in topics["assignment"].splitlines():
+        tokens = numpy.asarray(tokenizer.encode(line), dtype=writer.dtype)
+        writer.add_document(tokens, text_bytes=len(tokens))
+    writer.finish()
+    writer.publish()
+    return folder / "assignment"
 
 
 def run_config(output_dir: Path, data: Path, *, model: ModelConfig = MODEL, **changes: Any) -> RunConfig:

@@ -8,17 +8,18 @@ from collections.abc import Iterator
 import pytest
 
 from spikingbrain_train.architecture.feed_forwards import FEED_FORWARDS
+from spikingbrain_train.architecture.linear_transforms import LINEAR_TRANSFORMS
 from spikingbrain_train.architecture.mixers import MIXERS
 from spikingbrain_train.config import sections
 from tests.distributed.pool import RankPool
 
-PLUGINS = ("tests.plugins.fixed_decay", "tests.plugins.relu_squared")
+PLUGINS = ("tests.plugins.fixed_decay", "tests.plugins.relu_squared", "tests.plugins.rounding")
 
 
 @pytest.fixture(scope="module")
 def plugins() -> Iterator[None]:
     """The kinds of tests/plugins, registered in this process."""
-    known = (MIXERS._kinds, FEED_FORWARDS._kinds, sections._sections)
+    known = (MIXERS._kinds, FEED_FORWARDS._kinds, LINEAR_TRANSFORMS._kinds, sections._sections)
     before = [dict(table) for table in known]  # type: ignore[call-overload]
     for module in PLUGINS:
         importlib.reload(importlib.import_module(module))
