@@ -26,7 +26,7 @@ from spikingbrain_train.config.parallel import (
     Recompute,
 )
 from spikingbrain_train.config.run import Precision, RunConfig, StageConfig
-from spikingbrain_train.conversion.formats.registry import format_of_model, stands_in_the_way
+from spikingbrain_train.conversion.formats.registry import format_of_model, unsupported
 from spikingbrain_train.conversion.mapping import model_parameters
 from spikingbrain_train.conversion.report import describe_layers
 from spikingbrain_train.conversion.upcycling import expert_scale
@@ -90,7 +90,7 @@ ASKED: dict[str, Callable[[], Any]] = {
     "mixer: spikes": lambda: check_linear_transforms(WITH_MIXER, STAGE),
     "feed-forward: plan": lambda: plan_run(replace(RUN, model=WITH_FEED_FORWARD), 1),
     "feed-forward: weight mapping": lambda: list(model_parameters(WITH_FEED_FORWARD)),
-    "feed-forward: export": lambda: stands_in_the_way(WITH_FEED_FORWARD),
+    "feed-forward: export": lambda: unsupported(WITH_FEED_FORWARD),
     "gate: parameters": lambda: costs.new_parameters(WITH_GATE),
     "gate: weight mapping": lambda: list(model_parameters(WITH_GATE)),
     "gate: plan": lambda: plan_run(replace(RUN, model=WITH_GATE), 1),

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from spikingbrain_train.architecture.initializers import AttentionSize, Values
 from spikingbrain_train.architecture.mixers import MixerKind
-from spikingbrain_train.architecture.starts import AttentionSize, Values
 from spikingbrain_train.architecture.weights import Split, Weight
 from spikingbrain_train.config.model import ModelConfig, ParallelHybridConfig
 
@@ -66,17 +66,17 @@ def branch_weights(model: ModelConfig, mixers: Sequence[MixerKind]) -> tuple[Wei
             ((model.hidden_size,),),
             "branch norms",
             Split.none,
-            start=AttentionSize(),
+            init=AttentionSize(),
         )
         for name in names
     ]
-    starts = initial_branch_weights(model.parallel_hybrid, mixers)
+    initial = initial_branch_weights(model.parallel_hybrid, mixers)
     mix = Weight(
         "branch_weights",
         ("branch_weights",),
         ((len(mixers),),),
         f"branch weights ({', '.join(names)})",
         Split.none,
-        start=Values(tuple(starts), " and ".join(f"{start:g}" for start in starts)),
+        init=Values(tuple(initial), " and ".join(f"{weight:g}" for weight in initial)),
     )
     return (*weights, *norms, mix)

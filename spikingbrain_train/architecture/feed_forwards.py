@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from spikingbrain_train.architecture.registry import Registry
+from spikingbrain_train.architecture.submodule_kind import SubmoduleKind
 from spikingbrain_train.architecture.weights import Weight
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import RunConfig
-from spikingbrain_train.config.sections import section_of
-from spikingbrain_train.config.setting import leaves
 
 
 @dataclass(frozen=True)
@@ -26,55 +25,17 @@ class Activations:
     """Made again in the backward pass, for one layer at a time."""
 
 
-class FeedForwardKind(ABC):
-    """One kind of feed-forward. Everything that is known of it outside its module is asked here."""
+class FeedForwardKind(SubmoduleKind):
+    """One kind of feed-forward: the ``mlp`` of a layer."""
 
-    name: str
-    """How ``model.feed_forwards`` calls it."""
-    words: str
-    """What its layers are called in sentences: ``mixture-of-experts layers``; by default by its name."""
-    spec: str
-    """``package.module:function`` that makes the ``mlp`` of a layer's spec; imported when it is built."""
-    section: str | None = None
-    """Where the settings of a kind from outside stand in a model: ``model.<section>``."""
-    section_type: type | None = None
-    """The dataclass of those settings, every field with a default."""
-    is_of_the_source: bool = False
-    """Whether a dense source has it in every layer."""
     routes_tokens: bool = False
     """Whether it sends every token to some of several experts."""
-    hf_layers: Mapping[str, str] = {}
-    """What the Hugging Face formats that can hold it call it, by format."""
 
     def __reduce__(self) -> tuple[Callable[[str], FeedForwardKind], tuple[str]]:
         return _by_name, (self.name,)  # a kind is one object in every process
 
-    def __init_subclass__(cls, **kwargs: object) -> None:
-        super().__init_subclass__(**kwargs)
-        if "words" not in vars(cls) and hasattr(cls, "name"):
-            cls.words = f"{cls.name} layers"
-
-    def check(self, model: ModelConfig) -> None:
-        """Its settings, in a model that has it. Raises ConfigurationError."""
-
-    def check_split(self, model: ModelConfig, parallel: ParallelConfig) -> None:
-        """Its channels and experts against the degrees that split them. Raises ConfigurationError."""
-
     def check_source(self, model: ModelConfig) -> None:
         """Whether a dense one, of ``model.ffn_hidden_size``, can become it. Raises ConfigurationError."""
-
-    def all_settings(self, model: ModelConfig) -> set[str]:
-        """Dotted names of the model's settings that are there for it, and for others that name them, too."""
-        return set() if self.section is None else set(leaves(self.own_settings(model), f"{self.section}."))
-
-    def own_settings(self, model: ModelConfig) -> Any:
-        """The settings in its section."""
-        assert self.section is not None, f"{self.name} has no section"
-        return section_of(model, self.section)
-
-    def settings(self, model: ModelConfig) -> set[str]:
-        """Those of them that have a part in it, with the values that others have."""
-        return self.all_settings(model)
 
     @abstractmethod
     def weights(self, model: ModelConfig) -> tuple[Weight, ...]:
@@ -99,10 +60,6 @@ class FeedForwardKind(ABC):
     def num_experts(self, model: ModelConfig) -> int:
         """Experts of a layer that tokens are routed to."""
         return 0
-
-    def describe(self, model: ModelConfig) -> str | None:
-        """A few words on its settings for plans and reports: ``16 experts, top-1, + 1 shared``."""
-        return None
 
 
 def _by_name(name: str) -> FeedForwardKind:

@@ -6,6 +6,7 @@ from spikingbrain_train.architecture.backends.gated_linear_attention import (
     GATED_LINEAR_ATTENTION,
     LinearAttentionCall,
 )
+from spikingbrain_train.architecture.initializers import Constant, Normal, Values
 from spikingbrain_train.architecture.mixers import MIXERS, MixerKind, attention_weights
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.architecture.sizes import (
@@ -17,7 +18,6 @@ from spikingbrain_train.architecture.sizes import (
     ulysses_heads_and_groups,
 )
 from spikingbrain_train.architecture.split_checks import check_heads_over_context
-from spikingbrain_train.architecture.starts import Constant, Normal, Values
 from spikingbrain_train.architecture.weights import Split, Weight
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import (
@@ -123,7 +123,7 @@ class GatedLinearAttentionKind(MixerKind):
                     ((rank, model.hidden_size),),
                     "GLA gate W1",
                     Split.none,
-                    start=Normal(gla.init_gate_std),
+                    init=Normal(gla.init_gate_std),
                     reads_input=True,
                 ),
                 Weight(
@@ -131,7 +131,7 @@ class GatedLinearAttentionKind(MixerKind):
                     ("gate_up_weight",),
                     ((channels, rank),),
                     "GLA gate W2",
-                    start=Normal(gla.init_gate_std),
+                    init=Normal(gla.init_gate_std),
                 ),
                 # The bias spreads the channels of a head from fast to slow forgetting.
                 Weight(
@@ -139,7 +139,7 @@ class GatedLinearAttentionKind(MixerKind):
                     ("gate_up_bias",),
                     ((channels,),),
                     "GLA gate b2",
-                    start=Values(
+                    init=Values(
                         tuple(spread),
                         f"from {spread[0]:g} to {spread[-1]:g} over the channels of each head",
                     ),
@@ -152,7 +152,7 @@ class GatedLinearAttentionKind(MixerKind):
             ((width,),),
             "GLA output norm",
             Split.none,
-            start=Constant(gla.init_out_norm),
+            init=Constant(gla.init_out_norm),
         )
         return (*attention_weights(model, group), *gate, norm)
 

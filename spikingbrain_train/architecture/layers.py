@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 from spikingbrain_train.architecture.branches import branch_weights, in_order
 from spikingbrain_train.architecture.feed_forwards import FEED_FORWARDS, FeedForwardKind
+from spikingbrain_train.architecture.initializers import EmbeddingRows
 from spikingbrain_train.architecture.linear_transforms import without_transforms
 from spikingbrain_train.architecture.mixers import MIXERS, MixerKind
-from spikingbrain_train.architecture.starts import EmbeddingRows
 from spikingbrain_train.architecture.weights import Split, Weight
 from spikingbrain_train.config.model import ModelConfig, Projection
 
@@ -113,7 +113,7 @@ def weights_in_front(model: ModelConfig) -> tuple[Weight, ...]:
         ((model.num_sink_tokens, model.hidden_size),),
         "sink tokens",
         Split.none,
-        start=EmbeddingRows(),
+        init=EmbeddingRows(),
     )
     return (embedding, *([sinks] if model.num_sink_tokens else ()))
 

@@ -2,75 +2,38 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 from spikingbrain_train.architecture.backends.backend import Backends
 from spikingbrain_train.architecture.registry import Registry
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
+from spikingbrain_train.architecture.submodule_kind import SubmoduleKind
 from spikingbrain_train.architecture.weights import Split, Weight
 from spikingbrain_train.config.model import ModelConfig
-from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import RunConfig
-from spikingbrain_train.config.sections import section_of
-from spikingbrain_train.config.setting import leaves
 
 
-class MixerKind(ABC):
-    """One kind of sequence mixer. Everything that is known of it outside its module is asked here."""
+class MixerKind(SubmoduleKind):
+    """One kind of sequence mixer: the ``self_attention`` of a layer, or a branch of it."""
 
-    name: str
-    """How ``model.mixers`` calls it."""
-    words: str
-    """What its layers are called in sentences: ``mixture-of-experts layers``; by default by its name."""
-    spec: str
-    """``package.module:function`` that makes its megatron-core ModuleSpec; imported when a model is built."""
     family: str
     """What its weights are: kinds of one family can take each other's weights. Names its branch in a layer of
     several, too. Where a class names none, it is its name."""
-    section: str | None = None
-    """Where the settings of a kind from outside stand in a model: ``model.<section>``."""
-    section_type: type | None = None
-    """The dataclass of those settings, every field with a default."""
-    is_of_the_source: bool = False
-    """Whether a dense source has it in every layer."""
     leads: bool = False
     """Whether it begins close to the source's attention, so that branches of it lead a layer of several."""
     backends: Backends[Any] | None = None
     """Who can compute its op; None where there is no choice. What ``cluster.kernels`` has no setting for is
     chosen as under ``auto``."""
-    hf_layers: Mapping[str, str] = {}
-    """What the Hugging Face formats that can hold it call such a layer, by format."""
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
-        if "words" not in vars(cls) and hasattr(cls, "name"):
-            cls.words = f"{cls.name} layers"
         if not hasattr(cls, "family") and hasattr(cls, "name"):
             cls.family = cls.name
 
     def __reduce__(self) -> tuple[Callable[[str], MixerKind], tuple[str]]:
         return _by_name, (self.name,)  # a kind is one object in every process
-
-    def check(self, model: ModelConfig) -> None:
-        """Its settings, in a model that has it. Raises ConfigurationError."""
-
-    def check_split(self, model: ModelConfig, parallel: ParallelConfig) -> None:
-        """Its heads and channels against the degrees that split them. Raises ConfigurationError."""
-
-    def all_settings(self, model: ModelConfig) -> set[str]:
-        """Dotted names of the model's settings that are there for it, and for others that name them, too."""
-        return set() if self.section is None else set(leaves(self.own_settings(model), f"{self.section}."))
-
-    def own_settings(self, model: ModelConfig) -> Any:
-        """The settings in its section."""
-        assert self.section is not None, f"{self.name} has no section"
-        return section_of(model, self.section)
-
-    def settings(self, model: ModelConfig) -> set[str]:
-        """Those of them that have a part in it, with the values that others have."""
-        return self.all_settings(model)
 
     @abstractmethod
     def weights(self, model: ModelConfig, group: str = "attention") -> tuple[Weight, ...]:
@@ -105,10 +68,6 @@ class MixerKind(ABC):
     def input_projections(self, model: ModelConfig) -> tuple[str, ...]:
         """The projections that read the layer's normed input, as ``config.model.Projection`` has them."""
         return ("qkv",)
-
-    def describe(self, model: ModelConfig) -> str | None:
-        """A few words on its settings for reports: ``window 4096``."""
-        return None
 
 
 def _by_name(name: str) -> MixerKind:

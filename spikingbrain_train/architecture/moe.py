@@ -13,9 +13,9 @@ from spikingbrain_train.architecture.feed_forwards import (
     FeedForwardKind,
     swiglu_weights,
 )
+from spikingbrain_train.architecture.initializers import OfRecipe
 from spikingbrain_train.architecture.linear_transforms import keeps_its_input
 from spikingbrain_train.architecture.sizes import FP32, bytes_per_element
-from spikingbrain_train.architecture.starts import OfRecipe
 from spikingbrain_train.architecture.weights import Copies, Split, Weight
 from spikingbrain_train.config.kinds import of_kind
 from spikingbrain_train.config.model import ModelConfig
@@ -81,7 +81,7 @@ class MixtureOfExpertsKind(FeedForwardKind):
             ((moe.num_experts, model.hidden_size),),
             "router",
             Split.none,
-            start=OfRecipe("router"),
+            init=OfRecipe("router"),
         )
         routed = tuple(
             replace(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from math import prod
 
-from spikingbrain_train.architecture.starts import Start
+from spikingbrain_train.architecture.initializers import Initializer
 from spikingbrain_train.config.parallel import ParallelConfig
 
 Shape = tuple[int, ...]
@@ -62,7 +62,7 @@ class Weight:
     """How ranks share it."""
     layout: str = "rows"
     """How the tensors lie in it: an entry of conversion/transforms.py."""
-    start: Start | None = None
+    init: Initializer | None = None
     """How it begins where the source does not have it; None for weights that every source has."""
     reads_input: bool = False
     """Whether it is a matrix that multiplies the layer's normed input."""
@@ -76,7 +76,7 @@ class Weight:
     @property
     def is_new(self) -> bool:
         """Whether a dense source does not have it."""
-        return self.start is not None
+        return self.init is not None
 
     @property
     def shape(self) -> Shape:

@@ -15,7 +15,7 @@ from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.conversion.checkpoint_paths import resolve_checkpoint
 from spikingbrain_train.conversion.companion_files import has_tokenizer
 from spikingbrain_train.conversion.export_checkpoint import check_tensors
-from spikingbrain_train.conversion.formats.registry import format_of_model, stands_in_the_way
+from spikingbrain_train.conversion.formats.registry import format_of_model, unsupported
 from spikingbrain_train.conversion.hf_config import read_hf_config
 from spikingbrain_train.conversion.report import describe_layers
 from spikingbrain_train.conversion.safetensors_io import SafetensorsReader, refuse_quantised
@@ -59,7 +59,7 @@ def _inspect_megatron(folder: Path) -> str:
     parameters = check_tensors(reader, model)
     entries = {name: (tuple(entry.size), entry.properties.dtype) for name, entry in reader.tensors.items()}
     others = [entry for name, entry in entries.items() if name not in parameters]
-    if parts := stands_in_the_way(model):
+    if parts := unsupported(model):
         export = f"has no Hugging Face format ({', '.join(parts)})"
     else:
         export = f"exports as {format_of_model(model).architecture}"

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spikingbrain_train.architecture.starts import (
+from spikingbrain_train.architecture.initializers import (
     AttentionSize,
     Constant,
     EmbeddingRows,
+    Initializer,
     Normal,
     OfRecipe,
-    Start,
     Values,
 )
 from spikingbrain_train.config.conversion import ConversionConfig, UpcyclingForm
@@ -33,8 +33,8 @@ spreads tokens and moves probabilities by less than 1e-5 of their value."""
 
 
 @dataclass(frozen=True)
-class Initialisation:
-    """How a parameter starts."""
+class InitialValues:
+    """What a parameter holds at first."""
 
     description: str
     """For the report."""
@@ -43,7 +43,7 @@ class Initialisation:
 
 
 class NewParameters:
-    """Initial values, by the :data:`~spikingbrain_train.architecture.starts.Start` of a weight.
+    """Initial values, by the :data:`~spikingbrain_train.architecture.initializers.Initializer` of a weight.
 
     Random values depend on the recipe's seed and the parameter's name alone, so they are the same whatever
     the number of layers, the order of conversion or the topology that later loads them.
@@ -57,7 +57,7 @@ class NewParameters:
         self.source = source
         self.conversion = conversion
         self.attention_scale = AttentionScale(source, conversion.seed)
-        self._by_class: dict[type[Start], Callable[[Any], Initialisation]] = {
+        self._by_class: dict[type[Initializer], Callable[[Any], InitialValues]] = {
             Normal: self._normal,
             Constant: self._constant,
             Values: self._values,
@@ -67,70 +67,69 @@ class NewParameters:
         }
 
     def describe(self, parameter: Parameter) -> str:
-        """How a new parameter starts, in words."""
-        return self._start(parameter).description
+        """How a new parameter is initialized, in words."""
+        return self._initial_values(parameter).description
 
     def draw(self, parameter: Parameter, dtype: torch.dtype) -> Tensor:
         """The values of a new parameter, of its shape and ``dtype``, on CPU."""
-        return self._start(parameter).values(parameter).expand(parameter.shape).to(dtype, copy=True)
+        return self._initial_values(parameter).values(parameter).expand(parameter.shape).to(dtype, copy=True)
 
-    def _start(self, parameter: Parameter) -> Initialisation:
-        """Raises ConfigurationError where nothing says how a parameter begins, or its start is not known."""
-        start = parameter.weight.start
-        if start is None:
+    def _initial_values(self, parameter: Parameter) -> InitialValues:
+        """Raises ConfigurationError where a parameter has no initializer, or one that is not known."""
+        init = parameter.weight.init
+        if init is None:
             raise ConfigurationError(
                 f"{parameter.name} is made of {', '.join(parameter.roles)}, which the source does not have, "
-                f"and nothing says how else it starts; give the weight a start of architecture/starts.py"
+                f"and nothing says how else it is initialized; give the weight an init of "
+                f"architecture/initializers.py"
             )
-        if type(start) not in self._by_class:
+        if type(init) not in self._by_class:
             raise ConfigurationError(
-                f"{parameter.name} starts as {type(start).__name__}, which conversion/new_parameters.py does "
-                f"not know; known are {', '.join(known.__name__ for known in self._by_class)}"
+                f"{parameter.name} is initialized by {type(init).__name__}, which conversion/new_parameters "
+                f"does not know; known are {', '.join(known.__name__ for known in self._by_class)}"
             )
-        return self._by_class[type(start)](start)
+        return self._by_class[type(init)](init)
 
     def _noise(self, parameter: Parameter) -> Tensor:
         return torch.empty(parameter.shape).normal_(generator=generator(self.conversion.seed, parameter.name))
 
-    def _normal(self, start: Normal) -> Initialisation:
-        if start.std == 0:
+    def _normal(self, init: Normal) -> InitialValues:
+        if init.std == 0:
             return self._constant(Constant(0.0))
-        return Initialisation(
-            f"normal, std {start.std:g}", lambda parameter: start.std * self._noise(parameter)
-        )
+        return InitialValues(f"normal, std {init.std:g}", lambda parameter: init.std * self._noise(parameter))
 
-    def _constant(self, start: Constant) -> Initialisation:
-        return Initialisation(f"constant {start.value:g}", lambda _: torch.tensor(start.value))
+    def _constant(self, init: Constant) -> InitialValues:
+        return InitialValues(f"constant {init.value:g}", lambda _: torch.tensor(init.value))
 
-    def _values(self, start: Values) -> Initialisation:
+    def _values(self, init: Values) -> InitialValues:
         def fill(parameter: Parameter) -> Tensor:
-            repeats = -(-parameter.numel // len(start.values))
-            return torch.tensor(start.values).repeat(repeats)[: parameter.numel].view(parameter.shape)
+            repeats = -(-parameter.numel // len(init.values))
+            return torch.tensor(init.values).repeat(repeats)[: parameter.numel].view(parameter.shape)
 
-        return Initialisation(start.description, fill)
+        return InitialValues(init.description, fill)
 
-    def _attention_size(self, start: AttentionSize) -> Initialisation:
+    def _attention_size(self, init: AttentionSize) -> InitialValues:
         def measure(parameter: Parameter) -> Tensor:
             assert parameter.layer is not None
             return torch.tensor(self.attention_scale.of_layer(parameter.layer))
 
-        return Initialisation("size of the source's attention output, layer by layer", measure)
+        return InitialValues("size of the source's attention output, layer by layer", measure)
 
-    def _embedding_rows(self, start: EmbeddingRows) -> Initialisation:
+    def _embedding_rows(self, init: EmbeddingRows) -> InitialValues:
         def choose(parameter: Parameter) -> Tensor:
             random = generator(self.conversion.seed, parameter.name)
             vocabulary, number = parameter.model.vocab_size, parameter.shape[0]
             tokens = draw_tokens(vocabulary, number, random, distinct=True)
             return self.source.read("embedding")[tokens].float()
 
-        return Initialisation("rows of the embedding, frequent tokens preferred", choose)
+        return InitialValues("rows of the embedding, frequent tokens preferred", choose)
 
-    def _of_recipe(self, start: OfRecipe) -> Initialisation:
+    def _of_recipe(self, init: OfRecipe) -> InitialValues:
         upcycling = self.conversion.upcycling
         router_std = {
             UpcyclingForm.exact: TIE_BREAKING_STD,
             UpcyclingForm.published: upcycling.router_init_std,
         }
-        if start.name != "router":
-            raise ConfigurationError(f"no recipe says how {start.name} starts; recipes know router")
-        return self._normal(Normal(of_kind(upcycling.form, router_std, "the routers' starts")))
+        if init.name != "router":
+            raise ConfigurationError(f"no recipe says how {init.name} is initialized; recipes know router")
+        return self._normal(Normal(of_kind(upcycling.form, router_std, "the routers' initializers")))

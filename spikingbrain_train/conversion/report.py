@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from spikingbrain_train.architecture.feed_forwards import FeedForwardKind
 from spikingbrain_train.architecture.layers import layers
-from spikingbrain_train.architecture.mixers import MixerKind
+from spikingbrain_train.architecture.submodule_kind import SubmoduleKind
 from spikingbrain_train.config.model import ModelConfig
 
 REPORT_FILE = "conversion_report.json"
@@ -120,9 +119,7 @@ def describe_layers(model: ModelConfig) -> str:
     return f"{text}; {_counts([layer.feed_forward.name for layer in described], feed_forwards, model)}"
 
 
-def _counts(
-    names: Sequence[str], kinds: Mapping[str, Sequence[MixerKind | FeedForwardKind]], model: ModelConfig
-) -> str:
+def _counts(names: Sequence[str], kinds: Mapping[str, Sequence[SubmoduleKind]], model: ModelConfig) -> str:
     """How often each name occurs, with what its kinds say of themselves."""
     parts = []
     for name, its_kinds in kinds.items():

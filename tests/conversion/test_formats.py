@@ -22,7 +22,7 @@ from spikingbrain_train.conversion.formats.registry import (
     FORMATS,
     format_of_model,
     parse_hf_config,
-    stands_in_the_way,
+    unsupported,
 )
 from spikingbrain_train.errors import CheckpointError, ConfigurationError
 
@@ -56,7 +56,7 @@ TIED_GATE = replace(DENSE.gla, gate=GateKind.tied, feature_map=FeatureMap.sigmoi
 def test_the_first_format_that_holds_a_model_takes_it(changes: dict, expected: DenseFormat) -> None:
     model = replace(DENSE, **changes)
     assert format_of_model(model) is expected
-    assert stands_in_the_way(model) == []
+    assert unsupported(model) == []
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_the_first_format_that_holds_a_model_takes_it(changes: dict, expected: D
 )
 def test_what_stands_in_the_way_is_told_of_the_nearest_format(changes: dict, parts: list[str]) -> None:
     model = replace(DENSE, **changes)
-    assert stands_in_the_way(model) == parts
+    assert unsupported(model) == parts
     with pytest.raises(CheckpointError, match="only dense models and the SpikingBrain-7B form .* exported"):
         format_of_model(model)
 
@@ -87,7 +87,7 @@ def test_a_kind_that_a_format_does_not_know_stands_in_the_way_by_its_own_words(
     model = replace(DENSE, mixers=["gla", "swa"])
     config = GLA_SWA.config(model, None, "float32")
     monkeypatch.setattr(MIXERS["gla"], "hf_layers", {})
-    parts = stands_in_the_way(replace(model, num_sink_tokens=1))
+    parts = unsupported(replace(model, num_sink_tokens=1))
     assert parts == ["gated linear attention layers", "1 sink tokens"]
     with pytest.raises(ConfigurationError, match="has layers of linear_attention, but no kind"):
         parse_hf_config(config, Path("config.json"))

@@ -110,7 +110,7 @@ def test_dry_run_reports_the_same_and_writes_nothing(hf_checkpoint: HFCheckpoint
 
 @dataclass(frozen=True)
 class Orthogonal:
-    """A start that conversion does not know."""
+    """An initializer that conversion does not know."""
 
 
 @pytest.mark.parametrize(
@@ -118,13 +118,13 @@ class Orthogonal:
     [
         (
             "out_norm",
-            {"start": None},
+            {"init": None},
             r"out_norm\.weight is made of out_norm, which the source does not have",
         ),
         (
             "out_norm",
-            {"start": Orthogonal()},
-            r"starts as Orthogonal, which .* does not know; known are Normal,",
+            {"init": Orthogonal()},
+            r"is initialized by Orthogonal, which .* does not know; known are Normal,",
         ),
         (
             "o_weight",
@@ -133,7 +133,7 @@ class Orthogonal:
             r"\[32, 32\], not \[8, 32\]",
         ),
     ],
-    ids=["no_start", "unknown_start", "other_shape"],
+    ids=["no initializer", "unknown initializer", "other shape"],
 )
 def test_a_weight_that_nothing_fills_is_refused_by_name(
     hf_checkpoint: HFCheckpoint,

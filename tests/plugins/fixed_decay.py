@@ -21,10 +21,10 @@ from spikingbrain_train.architecture.gated_linear_attention import (
     linear_attention_bytes,
     linear_attention_flops,
 )
+from spikingbrain_train.architecture.initializers import Constant
 from spikingbrain_train.architecture.mixers import MIXERS, MixerKind, attention_weights
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.architecture.sizes import FP32, bytes_per_element, heads_and_groups, torch_name
-from spikingbrain_train.architecture.starts import Constant
 from spikingbrain_train.architecture.weights import Split, Weight
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ParallelConfig
@@ -77,7 +77,7 @@ class FixedDecayKind(MixerKind):
             ((model.kv_channels,),),
             "fixed decay output norm",
             Split.none,
-            start=Constant(self.own_settings(model).init_out_norm),
+            init=Constant(self.own_settings(model).init_out_norm),
         )
         return (*attention_weights(model, group), norm)
 

@@ -60,8 +60,8 @@ class DenseFormat(LlamaLikeFormat):
         self.head_dim = head_dim
         self.groups_default_to_heads = groups_default_to_heads
 
-    def stands_in_the_way(self, model: ModelConfig) -> list[str]:
-        parts = super().stands_in_the_way(model)
+    def unsupported(self, model: ModelConfig) -> list[str]:
+        parts = super().unsupported(model)
         for name, has, is_there in (
             ("q/k/v biases", self.add_qkv_bias, model.add_qkv_bias),
             ("q/k norms", self.qk_layernorm, model.qk_layernorm),
@@ -84,8 +84,8 @@ class DenseFormat(LlamaLikeFormat):
     def read_layers(
         self, keys: ConfigKeys, model: ModelConfig, window_convention: WindowConvention | None
     ) -> None:
-        model.mixers = [self.mixer_at("attention")]
-        model.feed_forwards = [self.feed_forward_at("mlp")]
+        model.mixers = [self.mixer_of("attention")]
+        model.feed_forwards = [self.feed_forward_of("mlp")]
         model.add_qkv_bias, model.qk_layernorm = self.add_qkv_bias, self.qk_layernorm
         _refuse_windows(keys, model.num_layers)
 

@@ -78,8 +78,8 @@ class GatedLinearSlidingWindowFormat(LlamaLikeFormat):
     norm_key = "norm_eps"
     activation = "swish"
 
-    def stands_in_the_way(self, model: ModelConfig) -> list[str]:
-        parts = super().stands_in_the_way(model)
+    def unsupported(self, model: ModelConfig) -> list[str]:
+        parts = super().unsupported(model)
         if any(kind.hf_layers.get(self.kinds) == _LINEAR for kind in mixers_of(model)):
             if model.gla.gate is not GateKind.low_rank:
                 parts.append(f"gla.gate={model.gla.gate.value}")
@@ -115,20 +115,20 @@ class GatedLinearSlidingWindowFormat(LlamaLikeFormat):
         else:
             convention = window_convention or default_convention(keys.values)
             model.sliding_window = convention.window(keys.integer("sliding_window", 4096))
-        at = {place: self.mixer_at(place) for place in (_LINEAR, _WINDOW, _FULL)}
+        mixer = {layer_type: self.mixer_of(layer_type) for layer_type in (_LINEAR, _WINDOW, _FULL)}
         softmax, full = set(softmax_layers), set(full_layers)
         model.mixers = shortest_pattern(
             [
-                at[_LINEAR if layer not in softmax else _FULL if layer in full else _WINDOW]
+                mixer[_LINEAR if layer not in softmax else _FULL if layer in full else _WINDOW]
                 for layer in range(model.num_layers)
             ]
         )
-        model.feed_forwards = [self.feed_forward_at("mlp")]
+        model.feed_forwards = [self.feed_forward_of("mlp")]
 
     def notes_on_import(
         self, folder: Path, config: dict[str, Any], model: ModelConfig, chosen: WindowConvention | None
     ) -> list[str]:
-        if says_its_window(config) or _WINDOW not in self.mixer_places(model):
+        if says_its_window(config) or _WINDOW not in self.layer_types(model):
             return super().notes_on_import(folder, config, model, chosen)
         convention = chosen or default_convention(config)
         other = next(one for one in WindowConvention if one is not convention)
@@ -142,7 +142,7 @@ class GatedLinearSlidingWindowFormat(LlamaLikeFormat):
 
     def keys(self, model: ModelConfig, config: dict[str, Any]) -> dict[str, Any]:
         """``sliding_window`` is what makes the published default code see as many tokens as ``model``."""
-        places, scaling = self.mixer_places(model), scaling_values(model.rope_scaling)
+        layer_types, scaling = self.layer_types(model), scaling_values(model.rope_scaling)
         # Not rope_scaling: transformers 5 fails on it where it reads the file as a plain PretrainedConfig.
         rope = {**scaling, "rope_theta": model.rotary_base} if scaling else None
         return {
@@ -151,8 +151,8 @@ class GatedLinearSlidingWindowFormat(LlamaLikeFormat):
             "rope_parameters": rope,
             **{key: config.get(key, value) for key, value in _KERNEL_CHOICES.items()},
             "auto_map": dict(AUTO_MAP),
-            "attn_layers": _where(places, _WINDOW, _FULL),
-            "full_attention_layers": _where(places, _FULL),
+            "attn_layers": _where(layer_types, _WINDOW, _FULL),
+            "full_attention_layers": _where(layer_types, _FULL),
             "sliding_window": model.sliding_window - 1,
             "attention_bias": model.add_qkv_bias,
             "qk_norm": model.qk_layernorm,
@@ -216,8 +216,8 @@ class GatedLinearSlidingWindowFormat(LlamaLikeFormat):
 
     def published_class_lacks(self, model: ModelConfig) -> list[str]:
         """What of a model the published code does not compute, in words; empty if it computes all."""
-        places = self.mixer_places(model)
-        softmax_layers, full_layers = _where(places, _WINDOW, _FULL), _where(places, _FULL)
+        layer_types = self.layer_types(model)
+        softmax_layers, full_layers = _where(layer_types, _WINDOW, _FULL), _where(layer_types, _FULL)
         published_layers = list(range(1, model.num_layers, 2))
         width_of_heads = model.kv_channels * model.num_attention_heads
         rank, normalizer = model.gla.gate_low_rank_dim, model.gla.gate_logit_normalizer
@@ -236,8 +236,8 @@ class GatedLinearSlidingWindowFormat(LlamaLikeFormat):
         ]
 
 
-def _where(places: list[str], *chosen: str) -> list[int]:
-    return [layer for layer, place in enumerate(places) if place in chosen]
+def _where(layer_types: list[str], *chosen: str) -> list[int]:
+    return [layer for layer, layer_type in enumerate(layer_types) if layer_type in chosen]
 
 
 def shortest_pattern(mixers: list[str]) -> list[str]:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spikingbrain_train.architecture.feed_forwards import FEED_FORWARDS, FeedForwardKind
+from spikingbrain_train.architecture.feed_forwards import FEED_FORWARDS
 from spikingbrain_train.architecture.layers import feed_forwards_of, layers, mixers_of
-from spikingbrain_train.architecture.mixers import MIXERS, MixerKind
+from spikingbrain_train.architecture.mixers import MIXERS
+from spikingbrain_train.architecture.submodule_kind import SubmoduleKind
 from spikingbrain_train.architecture.weights import Shape, Weight
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.conversion.formats.config_keys import ConfigKeys
@@ -81,7 +82,7 @@ class HfFormat(ABC):
             dtype: name of the exported number format, such as ``"bfloat16"``.
         """
 
-    def stands_in_the_way(self, model: ModelConfig) -> list[str]:
+    def unsupported(self, model: ModelConfig) -> list[str]:
         """What of ``model`` the format cannot hold, in words; empty if it computes exactly the same.
 
         Spikes do not count: they add no weights, and no format has a setting for them.
@@ -90,7 +91,7 @@ class HfFormat(ABC):
         single = dict.fromkeys(layer.mixers[0] for layer in layers(model) if len(layer.mixers) == 1)
         number = "two" if all(len(layer.mixers) <= 2 for layer in layers(model)) else "several"
         parts = [f"layers with {number} branches ({', '.join(several)})"] if several else []
-        kinds: list[MixerKind | FeedForwardKind] = [*single, *feed_forwards_of(model)]
+        kinds: list[SubmoduleKind] = [*single, *feed_forwards_of(model)]
         parts += [kind.words for kind in kinds if self.kinds not in kind.hf_layers]
         if model.num_sink_tokens:
             parts.append(f"{model.num_sink_tokens} sink tokens")
@@ -98,7 +99,7 @@ class HfFormat(ABC):
 
     def num_unknown_kinds(self, model: ModelConfig) -> int:
         """How many kinds of mixers and feed-forwards of ``model`` the format does not have: its distance."""
-        kinds: list[MixerKind | FeedForwardKind] = [*mixers_of(model), *feed_forwards_of(model)]
+        kinds: list[SubmoduleKind] = [*mixers_of(model), *feed_forwards_of(model)]
         return sum(self.kinds not in kind.hf_layers for kind in kinds)
 
     def completions(self, model: ModelConfig) -> Iterator[Completion]:
@@ -135,23 +136,23 @@ class HfFormat(ABC):
             )
         return []
 
-    def mixer_at(self, place: str) -> str:
-        """The mixer that the format calls ``place``."""
-        return self._name_at(place, MIXERS)
+    def mixer_of(self, layer_type: str) -> str:
+        """The mixer that the format calls ``layer_type``."""
+        return self._name_of(layer_type, MIXERS)
 
-    def feed_forward_at(self, place: str) -> str:
-        """The feed-forward that the format calls ``place``."""
-        return self._name_at(place, FEED_FORWARDS)
+    def feed_forward_of(self, layer_type: str) -> str:
+        """The feed-forward that the format calls ``layer_type``."""
+        return self._name_of(layer_type, FEED_FORWARDS)
 
-    def _name_at(self, place: str, known: Iterable[MixerKind | FeedForwardKind]) -> str:
+    def _name_of(self, layer_type: str, known: Iterable[SubmoduleKind]) -> str:
         for kind in known:
-            if kind.hf_layers.get(self.kinds) == place:
+            if kind.hf_layers.get(self.kinds) == layer_type:
                 return kind.name
         raise ConfigurationError(
-            f"{self.architecture} has layers of {place}, but no kind's hf_layers says that it is {place} in "
-            f"{self.kinds}; name the package of one with --plugins package.module"
+            f"{self.architecture} has layers of {layer_type}, but no kind's hf_layers says that it is "
+            f"{layer_type} in {self.kinds}; name the package of one with --plugins package.module"
         )
 
-    def mixer_places(self, model: ModelConfig) -> list[str]:
+    def layer_types(self, model: ModelConfig) -> list[str]:
         """What the format calls the mixer of every layer of a model that it holds."""
         return [layer.mixers[0].hf_layers[self.kinds] for layer in layers(model)]

@@ -76,20 +76,18 @@ def format_of_model(model: ModelConfig) -> HfFormat:
         CheckpointError: none does.
     """
     for hf_format in FORMATS:
-        if not hf_format.stands_in_the_way(model):
+        if not hf_format.unsupported(model):
             return hf_format
     held = " and ".join(dict.fromkeys(known.holds for known in FORMATS))
     raise CheckpointError(
-        f"no Hugging Face format holds {' and '.join(stands_in_the_way(model))}; only {held} can be exported"
+        f"no Hugging Face format holds {' and '.join(unsupported(model))}; only {held} can be exported"
     )
 
 
-def stands_in_the_way(model: ModelConfig) -> list[str]:
-    """What of ``model`` has no place in the format that is nearest to it, in words; empty if one holds it.
+def unsupported(model: ModelConfig) -> list[str]:
+    """What of ``model`` the format that is nearest to it cannot hold, in words; empty if one holds it.
 
     The nearest has most of its kinds of mixers and feed-forwards, then fewest other obstacles.
     """
-    nearest = min(
-        FORMATS, key=lambda known: (known.num_unknown_kinds(model), len(known.stands_in_the_way(model)))
-    )
-    return nearest.stands_in_the_way(model)
+    nearest = min(FORMATS, key=lambda known: (known.num_unknown_kinds(model), len(known.unsupported(model))))
+    return nearest.unsupported(model)

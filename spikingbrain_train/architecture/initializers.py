@@ -1,4 +1,4 @@
-"""How weights begin that a dense source does not have, without torch. Conversion draws them."""
+"""How weights that a dense source does not have are initialized, without torch. Conversion draws them."""
 
 from __future__ import annotations
 
@@ -45,4 +45,4 @@ class OfRecipe:
     name: str
 
 
-Start = Normal | Constant | Values | AttentionSize | EmbeddingRows | OfRecipe
+Initializer = Normal | Constant | Values | AttentionSize | EmbeddingRows | OfRecipe
