@@ -98,8 +98,8 @@ def has_experts(model: ModelConfig) -> bool:
     return any(kind.routes_tokens for kind in feed_forwards_of(model))
 
 
-def weights_in_front(model: ModelConfig) -> tuple[Weight, ...]:
-    """Parameters in front of the first layer."""
+def embedding_weights(model: ModelConfig) -> tuple[Weight, ...]:
+    """Parameters in front of the first layer: token embedding and sinks."""
     embedding = Weight(
         "embedding.word_embeddings.weight",
         ("embedding",),
@@ -118,8 +118,8 @@ def weights_in_front(model: ModelConfig) -> tuple[Weight, ...]:
     return (embedding, *([sinks] if model.num_sink_tokens else ()))
 
 
-def weights_behind(model: ModelConfig) -> tuple[Weight, ...]:
-    """Parameters behind the last layer."""
+def output_weights(model: ModelConfig) -> tuple[Weight, ...]:
+    """Parameters behind the last layer: final norm and output layer."""
     output = Weight(
         "output_layer.weight",
         ("output",),
@@ -136,10 +136,10 @@ def model_weights(model: ModelConfig) -> Iterator[tuple[int | None, Weight]]:
 
     Names are whole: ``decoder.layers.0.mlp.linear_fc1.weight``.
     """
-    yield from ((None, weight) for weight in weights_in_front(model))
+    yield from ((None, weight) for weight in embedding_weights(model))
     for number, layer in enumerate(layers(model)):
         yield from ((number, w.below(f"decoder.layers.{number}.")) for w in layer.weights(model))
-    yield from ((None, weight) for weight in weights_behind(model))
+    yield from ((None, weight) for weight in output_weights(model))
 
 
 def source_names() -> tuple[str, str]:

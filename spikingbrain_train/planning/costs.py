@@ -10,10 +10,10 @@ from collections.abc import Iterable
 
 from spikingbrain_train.architecture.layers import (
     Layer,
+    embedding_weights,
     layers,
     model_weights,
-    weights_behind,
-    weights_in_front,
+    output_weights,
 )
 from spikingbrain_train.architecture.weights import ONE_RANK, Split, Weight
 from spikingbrain_train.config.model import ModelConfig
@@ -83,9 +83,9 @@ def stage_parameters(model: ModelConfig, parallel: ParallelConfig, stage: int) -
         return _on_rank((weight for weight in weights if not weight.pads_vocabulary), parallel)
 
     if stage == 0:
-        parameters += vocabulary + around(weights_in_front(model))
+        parameters += vocabulary + around(embedding_weights(model))
     if stage == stages - 1:
-        parameters += around(weights_behind(model))
+        parameters += around(output_weights(model))
         if stages > 1 or not model.share_embeddings_and_output_weights:
             parameters += vocabulary
     return parameters

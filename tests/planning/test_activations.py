@@ -46,6 +46,7 @@ from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.planning.activations import activation_bytes, layer_activations
 from spikingbrain_train.runtime.accelerator import detect
 from tests.distributed.pool import RankPool
+from tests.models.kept_bytes import kept_bytes
 
 BOUND = 0.04
 LENGTH = 512  # of a sequence, sinks included
@@ -175,22 +176,6 @@ def _fla(wanted: bool) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _count(model: torch.nn.Module, held: list[int]) -> Iterator[None]:
-    """Append the bytes of all storages that autograd keeps, weights aside, once the block has run."""
-    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield
-    held.append(sum(storage.nbytes() for key, storage in kept.items() if key not in weights))
-
-
 def _model(groups: ProcessGroups, case: Case) -> Any:
     from spikingbrain_train.models.gpt_model import build_model
     from spikingbrain_train.models.transformer_config import transformer_config
@@ -213,7 +198,7 @@ def _kept_by_layers(groups: ProcessGroups, cases: list[Case]) -> list[list[float
         for layer in model.decoder.layers:
             hidden = torch.randn(tokens, 1, case.model.hidden_size, dtype=model.config.params_dtype)
             angles = torch.randn(tokens, 1, 1, case.model.kv_channels)
-            with torch.compiler.set_stance("force_eager"), _fla(case.fla), _count(model, held):
+            with torch.compiler.set_stance("force_eager"), _fla(case.fla), kept_bytes(model, held):
                 output, _ = layer(
                     hidden.requires_grad_(), None, rotary_pos_emb=angles, packed_seq_params=layout
                 )
@@ -262,7 +247,7 @@ def test_a_slice_keeps_what_is_planned(method: str, ranks: RankPool) -> None:
 def _kept_by_model(groups: ProcessGroups, case: Case) -> int:
     model, held = _model(groups, case), []
     tokens = torch.zeros(1, LENGTH - case.model.num_sink_tokens, dtype=torch.int64)
-    with torch.compiler.set_stance("force_eager"), _count(model, held):
+    with torch.compiler.set_stance("force_eager"), kept_bytes(model, held):
         model(tokens, tokens)
     return held[0]
 

@@ -12,6 +12,7 @@ from spikingbrain_train.config.model import MoEConfig
 from spikingbrain_train.config.parallel import ParallelConfig, Recompute
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from tests.distributed.pool import RankPool
+from tests.models.kept_bytes import kept_bytes
 from tests.models.moe.small_layer import EXPERTS, build_layer, gradients, inputs
 
 LEVELS = [Recompute.none, Recompute.moe_activation, Recompute.moe_feed_forward, Recompute.moe_layer]
@@ -48,19 +49,11 @@ def _bytes_kept(groups: ProcessGroups, level: Recompute) -> int:
     layer = build_layer(groups, MoEConfig(), ParallelConfig(recompute=level))
     hidden, direction = inputs(LENGTH, BATCH)
     hidden = hidden.clone().requires_grad_()  # a storage of its own
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    kept: list[int] = []
+    with kept_bytes(layer, kept):
         output, _ = layer(hidden)
-    weights = {parameter.untyped_storage()._cdata for parameter in layer.parameters()}
-    number = sum(storage.nbytes() for key, storage in kept.items() if key not in weights)
     output.backward(direction)
-    return number
+    return kept[0]
 
 
 def test_each_level_keeps_less_than_the_one_before(ranks: RankPool) -> None:
