@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from importlib import import_module
 from typing import Generic, Protocol, TypeVar
 
+from spikingbrain_train.config.import_path import import_path_of
 from spikingbrain_train.config.sections import add_section
 from spikingbrain_train.errors import ConfigurationError
 
@@ -49,13 +50,13 @@ class Registry(Generic[Kind]):
         return self._registered
 
     def register(self, kind: Kind) -> Kind:
-        """Add a kind.
+        """Add a kind, and its section of settings if it has one.
 
         Raises:
-            ConfigurationError: another kind has its name.
+            ConfigurationError: another kind has its name, or its section is none (:func:`add_section`).
         """
         known = self._registered.setdefault(kind.name, kind)
-        if known is not kind and type(known).__qualname__ != type(kind).__qualname__:
+        if import_path_of(type(known)) != import_path_of(type(kind)):  # a module may be imported again
             raise ConfigurationError(
                 f"{self.what} {kind.name} is registered twice, by {type(known).__module__} and "
                 f"{type(kind).__module__}; give one of them another name"

@@ -7,6 +7,8 @@ import sys
 from importlib import import_module
 from typing import Any
 
+from spikingbrain_train.errors import ConfigurationError
+
 
 def find_in_current_folder() -> None:
     """Let imports find what lies in the current folder, too, as with ``python -m``."""
@@ -27,3 +29,32 @@ def object_at(path: str) -> Any:
         return getattr(import_module(module), name)
     except AttributeError as error:
         raise ImportError(f"{module} has no {name}") from error
+
+
+def import_path_of(kind: type) -> str:
+    """``package.module:Class`` of a class."""
+    return f"{kind.__module__}:{kind.__qualname__}"
+
+
+def object_of_kind(path: str, kind: str) -> Any:
+    """What the description of a kind names: its module, its transform, its trainer.
+
+    Args:
+        path: as of :func:`object_at`.
+        kind: what names it, for the sentence: ``mixer gla``.
+
+    Raises:
+        ConfigurationError: it cannot be imported.
+    """
+    try:
+        return object_at(path)
+    except Exception as error:  # a module may fail in any way
+        raise ConfigurationError(
+            f"{kind} is made by {path}, which cannot be imported: {reason_of(error)}; correct the path in "
+            f"its description, or install what the module needs"
+        ) from error
+
+
+def reason_of(error: Exception) -> str:
+    """Why an import failed, on one line."""
+    return " ".join(str(error).split()) or type(error).__name__

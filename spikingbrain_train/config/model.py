@@ -305,7 +305,10 @@ OLD_MIXERS = {"gla_swa": ["gla", "swa"], "gla_full": ["gla", "full"]}
 
 
 def _shown(entry: object) -> str:
-    return f"[{','.join(map(str, entry))}]" if isinstance(entry, list) else str(entry)
+    """As a command line has it."""
+    if isinstance(entry, list):
+        return f"[{','.join(map(_shown, entry))}]"
+    return "null" if entry is None else str(entry)
 
 
 _LISTS = (("mixers", "mixer", "[gla,swa]"), ("feed_forwards", "feed-forward", "[dense]"))

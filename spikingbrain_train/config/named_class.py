@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from spikingbrain_train.config.import_path import find_in_current_folder, object_at
+from spikingbrain_train.config.import_path import find_in_current_folder, object_at, reason_of
 from spikingbrain_train.config.require import require
 from spikingbrain_train.errors import ConfigurationError
 
@@ -40,10 +40,9 @@ class NamedClass:
         try:
             found = object_at(self.path)
         except Exception as error:  # a module may fail in any way
-            reason = " ".join(str(error).split()) or type(error).__name__
             raise ConfigurationError(
-                f"{self.setting} names {self.path}, which cannot be imported: {reason}; write it as "
-                "package.module.Class, with its folder on PYTHONPATH"
+                f"{self.setting} names {self.path}, which cannot be imported: {reason_of(error)}; write it "
+                "as package.module.Class, with its folder on PYTHONPATH"
             ) from error
         require(
             isinstance(found, type) and issubclass(found, base),

@@ -15,7 +15,7 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from spikingbrain_train.config.import_path import find_in_current_folder
+from spikingbrain_train.config.import_path import find_in_current_folder, reason_of
 from spikingbrain_train.config.yaml_files import conf_folder, read_yaml
 from spikingbrain_train.errors import ConfigurationError
 
@@ -33,10 +33,9 @@ def load_plugins(modules: Iterable[str]) -> None:
         except ConfigurationError:
             raise
         except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
             raise ConfigurationError(
-                f"plugins names {module}, which cannot be imported: {reason}; write package.module, with its "
-                f"folder on PYTHONPATH"
+                f"plugins names {module}, which cannot be imported: {reason_of(error)}; write "
+                f"package.module, with its folder on PYTHONPATH"
             ) from error
 
 
@@ -51,7 +50,7 @@ def plugins_of(values: Any, where: str) -> list[str]:
         ConfigurationError: it is no list of names.
     """
     named = (values or {}).get("plugins") or []
-    if isinstance(named, str) or not all(isinstance(module, str) for module in named):
+    if isinstance(named, str) or not all(isinstance(module, str) and module for module in named):
         raise ConfigurationError(f"{where} has plugins={named}; it takes a list [package.module,...]")
     return list(named)
 

@@ -13,8 +13,11 @@ from copy import deepcopy
 from typing import Any, TypeVar, cast
 
 from spikingbrain_train.config.conversion import ConversionConfig
+from spikingbrain_train.config.import_path import import_path_of
 from spikingbrain_train.config.model import DecoderConfig, LayersConfig, ModelConfig
+from spikingbrain_train.config.require import require
 from spikingbrain_train.config.run import RunConfig
+from spikingbrain_train.config.setting import decisions
 from spikingbrain_train.errors import ConfigurationError
 
 Config = TypeVar("Config", RunConfig, ModelConfig, ConversionConfig)
@@ -30,14 +33,26 @@ def add_section(name: str, settings: type) -> None:
         settings: a dataclass whose fields all have defaults, written with ``config.setting.setting``.
 
     Raises:
-        ConfigurationError: the name is taken.
+        ConfigurationError: the name is taken or is no identifier, or the dataclass is not as it has to be.
     """
     own = {field.name for schema in (ModelConfig, ConversionConfig) for field in dataclasses.fields(schema)}
-    known = _sections.get(name)
-    if name in own or (known is not None and known.__qualname__ != settings.__qualname__):
+    known, path = _sections.get(name), import_path_of(settings)
+    if name in own or (known is not None and import_path_of(known) != path):
         raise ConfigurationError(
             f"a plugin calls its settings {name}, as a model's are called already; give them another name"
         )
+    require(name.isidentifier(), f"a plugin calls its settings {name!r}, which is no Python identifier")
+    require(
+        dataclasses.is_dataclass(settings),
+        f"a plugin's settings {name} are of {path}, which is no dataclass; decorate it with @dataclass",
+    )
+    try:
+        decisions(settings(), f"{name}.")
+    except TypeError as error:  # a field without a default, or without a decision
+        raise ConfigurationError(
+            f"a plugin's settings {name} are of {path}, whose fields need setting(default, resume=...) each: "
+            f"{error}"
+        ) from error
     _sections[name] = settings
 
 

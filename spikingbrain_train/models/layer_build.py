@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
 
+from spikingbrain_train.architecture.feed_forwards import FeedForwardKind
+from spikingbrain_train.architecture.mixers import MixerKind
+from spikingbrain_train.config.import_path import object_of_kind
 from spikingbrain_train.config.model import ModelConfig, Projection
 from spikingbrain_train.config.parallel import ContextParallelConfig, KernelConfig
 from spikingbrain_train.models.linears.parallel_linears import ParallelLinears
@@ -25,6 +30,14 @@ class LayerBuild:
     """How mixers work on split sequences."""
     linears: ParallelLinears
     """Classes of the projections."""
+
+    def mixer(self, kind: MixerKind) -> ModuleSpec:
+        """The spec that a kind of mixer makes. Raises ConfigurationError where its module is not there."""
+        return object_of_kind(kind.spec, f"mixer {kind.name}")(kind, self)
+
+    def feed_forward(self, kind: FeedForwardKind) -> Any:
+        """What a kind of feed-forward puts into a layer's spec as ``mlp``. Raises as :meth:`mixer`."""
+        return object_of_kind(kind.spec, f"feed-forward {kind.name}")(kind, self)
 
 
 def attention_submodules(build: LayerBuild) -> SelfAttentionSubmodules:

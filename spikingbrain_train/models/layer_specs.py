@@ -8,7 +8,6 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from spikingbrain_train.architecture.layers import Layer, layers
-from spikingbrain_train.config.import_path import object_at
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ContextParallelConfig, KernelConfig
 from spikingbrain_train.models.layer_build import LayerBuild
@@ -34,7 +33,7 @@ def layer_build(
 def layer_spec(layer: Layer, build: LayerBuild) -> ModuleSpec:
     """One decoder layer: norm, mixer, residual, norm, feed-forward, residual."""
     if len(layer.mixers) == 1:
-        mixer = object_at(layer.mixers[0].spec)(layer.mixers[0], build)
+        mixer = build.mixer(layer.mixers[0])
     else:
         mixer = parallel_hybrid.spec(layer.mixers, build)
     return ModuleSpec(
@@ -44,7 +43,7 @@ def layer_spec(layer: Layer, build: LayerBuild) -> ModuleSpec:
             self_attention=mixer,
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=object_at(layer.feed_forward.spec)(layer.feed_forward, build),
+            mlp=build.feed_forward(layer.feed_forward),
             mlp_bda=get_bias_dropout_add,
         ),
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import importlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from spikingbrain_train.config.plugins import load_plugins
 from spikingbrain_train.errors import ConfigurationError, SpikingBrainError
 from spikingbrain_train.pipelines.kinds import Context, StepKind, kind_named
 from spikingbrain_train.pipelines.pipeline_file import CHECKOUT, PipelineFile, WhenChanged
@@ -124,8 +124,7 @@ def in_order_of_need(file: PipelineFile) -> list[str]:
 def _kinds(file: PipelineFile) -> dict[str, StepKind]:
     """The kind of every step, which knows all of its settings."""
     with _named(file.path):
-        for plugin in file.plugins:
-            _import(plugin)
+        load_plugins(file.plugins)
     kinds = {}
     for name, settings in file.steps.items():
         with _named(file.path, name):
@@ -250,15 +249,6 @@ def _no_value(file: PipelineFile, missing: list[str]) -> str:
     verb = "has" if len(missing) == 1 else "have"
     give = " ".join(f"{name}=..." for name in missing)
     return f"{file.path}: {', '.join(missing)} {verb} no value; give {give} on the command line"
-
-
-def _import(plugin: str) -> None:
-    try:
-        importlib.import_module(plugin)
-    except ModuleNotFoundError as error:
-        raise ConfigurationError(
-            f"the plugin {plugin} cannot be imported ({error}); correct plugins, or set PYTHONPATH"
-        ) from error
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from spikingbrain_train.runtime import megatron_versions, patches
 from spikingbrain_train.runtime.accelerator import detect
 from spikingbrain_train.runtime.bf16 import choose_precision
 from spikingbrain_train.runtime.meta_device import without_all_reduce
+from spikingbrain_train.training.callbacks.defaults import check_named_classes
 
 
 @dataclass(frozen=True)
@@ -148,9 +149,11 @@ def build_share(plan: Plan) -> RankShare:
     shape depends on them.
 
     Raises:
+        ConfigurationError: a class that the config names is not there.
         RuntimeError: the modules are not what the plan says, which is a mistake of this project.
     """
     config, rank = plan.config, plan.config.dry_run_rank
+    check_named_classes(config)
     megatron_versions.check_version()
     host = detect(AcceleratorKind.cpu)
     patches.apply(host)

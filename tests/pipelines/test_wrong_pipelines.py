@@ -119,7 +119,8 @@ WRONG = [
         "when_changed: never\nsteps:",
         ": when_changed=never does not fit; it takes set_aside or remove",
     ),
-    ("steps:", "plugins: [no.such]\nsteps:", ": the plugin no.such cannot be imported"),
+    ("steps:", "plugins: [no.such]\nsteps:", ": plugins names no.such, which cannot be imported: No module"),
+    ("steps:", "plugins: [spoilt]\nsteps:", ": plugins names spoilt, which cannot be imported: "),
     ("steps:", "plugins: no.such\nsteps:", ": plugins must be a list of modules"),
     ("steps:", "show: ${steps.cpt.x}\nsteps:", ": show refers to ${steps.cpt.x}, which is not there"),
 ]
@@ -130,6 +131,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
     (tmp_path / "text.bin").touch()
+    (tmp_path / "spoilt.py").write_text("1 / 0")
     return tmp_path
 
 
@@ -152,7 +154,12 @@ def test_a_wrong_pipeline_is_one_sentence(workplace: Path, old: str, new: str, s
         plan()
     said = str(refusal.value)
     assert "test.yaml" in said and sentence in said and "\n" not in said
-    assert sorted(path.name for path in workplace.iterdir()) == ["model", "test.yaml", "text.bin"]
+    assert sorted(path.name for path in workplace.iterdir()) == [
+        "model",
+        "spoilt.py",
+        "test.yaml",
+        "text.bin",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,13 @@ from spikingbrain_train.config.compose import compose_run
 from spikingbrain_train.config.load import to_run_config
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import RunConfig
+from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.planning.checks import check_run_config
 from spikingbrain_train.planning.planner import Plan, launched_world_size, plan_run
 from spikingbrain_train.training.dry_run import RankShare, _group_ranks, _reduced_world, build_share
 
 EXPERIMENTS = [f"spikingbrain_{size}_{length}" for size in ("7b", "76b") for length in ("8k", "32k", "128k")]
-PEAK_BYTES = 4e9  # what the issue allows; a build takes half a gigabyte, nearly all of it torch
+PEAK_BYTES = 4e9  # a build takes half a gigabyte, nearly all of it torch
 SECONDS = 30  # a build takes less than one second on an idle core
 
 # (degrees, world size)
@@ -157,6 +158,12 @@ def test_a_plan_that_is_not_what_was_built_is_an_error(process, model, change, s
     wrong = {"parameters": stage.parameters + 1, "kinds": stage.kinds[::-1]}[change]
     plan = dataclasses.replace(plan, stages=[dataclasses.replace(stage, **{change: wrong})])
     with pytest.raises(RuntimeError, match=sentence):
+        process.submit(_build, plan).result()
+
+
+def test_an_evaluator_that_is_not_there_is_named(process) -> None:
+    plan = plan_of("model=tiny_76b", "logging.evaluators=[nowhere.module.Evaluator]")
+    with pytest.raises(ConfigurationError, match="logging.evaluators names nowhere.module.Evaluator, which"):
         process.submit(_build, plan).result()
 
 

@@ -30,7 +30,6 @@ from spikingbrain_train.architecture.branches import (
     norm_name,
 )
 from spikingbrain_train.architecture.mixers import MixerKind
-from spikingbrain_train.config.import_path import object_at
 from spikingbrain_train.models.layer_build import LayerBuild
 from spikingbrain_train.models.rms_norm import RMSNorm
 
@@ -44,10 +43,7 @@ class ParallelHybridSubmodules:
 
 def spec(mixers: Sequence[MixerKind], build: LayerBuild) -> ModuleSpec:
     """A layer's ``self_attention`` of several branches, in the order of their weights."""
-    branches = {
-        name: object_at(kind.spec)(kind, build)
-        for name, kind in zip(branch_names(mixers), mixers, strict=True)
-    }
+    branches = {name: build.mixer(kind) for name, kind in zip(branch_names(mixers), mixers, strict=True)}
     return ModuleSpec(
         module=ParallelHybrid,
         params={"initial_weights": initial_branch_weights(build.model.parallel_hybrid, mixers)},
