@@ -24,6 +24,11 @@ from spikingbrain_train.config.require import divisors, either, require
 from spikingbrain_train.config.run import RunConfig
 
 
+def expert_width(model: ModelConfig) -> int:
+    """Intermediate channels of one expert."""
+    return model.moe.moe_ffn_hidden_size or model.ffn_hidden_size
+
+
 class MixtureOfExpertsKind(FeedForwardKind):
     """Softmax router, top-k of the routed experts, and shared experts that see all tokens."""
 
@@ -45,7 +50,7 @@ class MixtureOfExpertsKind(FeedForwardKind):
             f"parallel.expert_model_parallel_size={parallel.expert_model_parallel_size} does not divide "
             f"model.moe.num_experts={experts}; valid are {either(divisors(experts))}",
         )
-        width, expert_tensor = model.expert_ffn_hidden_size, parallel.expert_tensor_size
+        width, expert_tensor = expert_width(model), parallel.expert_tensor_size
         name = "ffn_hidden_size" if model.moe.moe_ffn_hidden_size is None else "moe.moe_ffn_hidden_size"
         require(
             width % expert_tensor == 0,
@@ -63,7 +68,7 @@ class MixtureOfExpertsKind(FeedForwardKind):
     def check_source(self, model: ModelConfig) -> None:
         width = model.ffn_hidden_size
         require(
-            model.expert_ffn_hidden_size == width,
+            expert_width(model) == width,
             f"moe.moe_ffn_hidden_size={model.moe.moe_ffn_hidden_size} differs from the source's feed-forward "
             f"of {width}, of which every expert is a copy; set it to {width} or null",
         )
@@ -71,9 +76,12 @@ class MixtureOfExpertsKind(FeedForwardKind):
     def all_settings(self, model: ModelConfig) -> set[str]:
         return {f"moe.{name}" for name in vars(model.moe)}
 
+    def values_of_nulls(self, model: ModelConfig) -> dict[str, Any]:
+        return {"moe.moe_ffn_hidden_size": expert_width(model)}
+
     def weights(self, model: ModelConfig) -> tuple[Weight, ...]:
         """Router (E h), routed experts (E times 3 f h), shared experts as one SwiGLU."""
-        moe, width = model.moe, model.expert_ffn_hidden_size
+        moe, width = model.moe, expert_width(model)
         outputs = moe.num_shared_experts + moe.router_topk / moe.num_experts
         router = Weight(
             "router.weight",
@@ -107,7 +115,7 @@ class MixtureOfExpertsKind(FeedForwardKind):
         """Experts are taken to be evenly loaded."""
         model, parallel = config.model, config.parallel
         tensor, element = parallel.tensor_model_parallel_size, bytes_per_element(config.precision)
-        moe, width = model.moe, model.expert_ffn_hidden_size
+        moe, width = model.moe, expert_width(model)
         experts_of_a_token: float = moe.router_topk
         if moe.capacity_factor is not None:
             experts_of_a_token *= (
@@ -137,7 +145,7 @@ class MixtureOfExpertsKind(FeedForwardKind):
     def megatron_settings(
         self, model: ModelConfig, parallel: ParallelConfig, layers: Sequence[bool]
     ) -> dict[str, Any]:
-        moe, width = model.moe, model.expert_ffn_hidden_size
+        moe, width = model.moe, expert_width(model)
         return {
             "num_moe_experts": moe.num_experts,
             "moe_layer_freq": [int(has) for has in layers],
@@ -163,7 +171,7 @@ class MixtureOfExpertsKind(FeedForwardKind):
         moe = model.moe
         return (
             f"{moe.num_experts} experts, top-{moe.router_topk}, + {moe.num_shared_experts} shared of width "
-            f"{model.expert_ffn_hidden_size}"
+            f"{expert_width(model)}"
         )
 
 

@@ -42,8 +42,9 @@ def settings_in_use(model: ModelConfig) -> dict[str, Any]:
     found = leaves(model) | {
         "mixers": [layer.mixer_name for layer in layers(model)],
         "feed_forwards": [layer.feed_forward.name for layer in layers(model)],
-        "moe.moe_ffn_hidden_size": model.expert_ffn_hidden_size,
     }
+    for kind in (*MIXERS, *FEED_FORWARDS):
+        found |= kind.values_of_nulls(model)
     of_kinds: set[str] = set().union(
         *(mixer.all_settings(model) for mixer in MIXERS),
         *(feed_forward.all_settings(model) for feed_forward in FEED_FORWARDS),

@@ -54,6 +54,10 @@ class SubmoduleKind(ABC):
         """Those of them that have a part in it, with the values that others have."""
         return self.all_settings(model)
 
+    def values_of_nulls(self, model: ModelConfig) -> dict[str, Any]:
+        """What those of its settings stand for that can be null, by dotted name."""
+        return {}
+
     def describe(self, model: ModelConfig) -> str | None:
         """A few words on its settings for plans and reports: ``window 4096``."""
         return None

@@ -339,11 +339,6 @@ class ModelConfig(LayersConfig, DecoderConfig):
         """Name of the feed-forward of every layer, in order."""
         return [self.feed_forwards[layer % len(self.feed_forwards)] for layer in range(self.num_layers)]
 
-    @property
-    def expert_ffn_hidden_size(self) -> int:
-        """Width of one expert."""
-        return self.moe.moe_ffn_hidden_size or self.ffn_hidden_size
-
     def padded_vocab_size(self, tensor_model_parallel_size: int) -> int:
         """Rows of the embedding matrix, over all tensor-parallel ranks."""
         multiple = self.make_vocab_size_divisible_by * tensor_model_parallel_size

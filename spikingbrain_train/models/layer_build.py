@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from spikingbrain_train.architecture.feed_forwards import FeedForwardKind
@@ -49,4 +50,12 @@ def attention_submodules(build: LayerBuild) -> SelfAttentionSubmodules:
         linear_proj=build.linears.row(Projection.attention_output),
         q_layernorm=qk_norm,
         k_layernorm=qk_norm,
+    )
+
+
+def mlp_submodules(build: LayerBuild) -> MLPSubmodules:
+    """Projections of any feed-forward that is an MLP of megatron-core, experts among them."""
+    return MLPSubmodules(
+        linear_fc1=build.linears.column(Projection.mlp_fc1),
+        linear_fc2=build.linears.row(Projection.mlp_fc2),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from math import gcd
 
+from spikingbrain_train.architecture.feed_forwards import FEED_FORWARDS
 from spikingbrain_train.architecture.layers import feed_forwards_of, has_experts, mixers_of
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import (
@@ -75,7 +76,8 @@ def check_split(model: ModelConfig, parallel: ParallelConfig) -> None:
 
 
 def _check_nothing_for_experts(parallel: ParallelConfig) -> None:
-    reason = "but model.feed_forwards has no moe layer"
+    of_experts = " or ".join(kind.name for kind in FEED_FORWARDS if kind.routes_tokens)
+    reason = f"but model.feed_forwards has no {of_experts} layer"
     require(
         parallel.expert_model_parallel_size == 1,
         f"parallel.expert_model_parallel_size={parallel.expert_model_parallel_size} spreads experts, "

@@ -12,14 +12,13 @@ from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
 from spikingbrain_train.architecture.feed_forwards import FeedForwardKind
-from spikingbrain_train.models.feed_forwards.dense import swiglu_projections
 from spikingbrain_train.models.feed_forwards.submodule import Submodule, mlp
-from spikingbrain_train.models.layer_build import LayerBuild
+from spikingbrain_train.models.layer_build import LayerBuild, mlp_submodules
 
 
 def spec(kind: FeedForwardKind, build: LayerBuild) -> Submodule:
     """The feed-forward as ``mlp`` of a layer."""
-    return mlp(ReluSquaredMLP, swiglu_projections(build), scale=kind.own_settings(build.model).scale)
+    return mlp(ReluSquaredMLP, mlp_submodules(build), scale=kind.own_settings(build.model).scale)
 
 
 class ReluSquaredMLP(MLP):

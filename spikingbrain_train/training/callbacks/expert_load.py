@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from spikingbrain_train.architecture.layers import layers
-from spikingbrain_train.models.feed_forwards.moe.router import RouterStatistics, SequenceBalancedRouter
+from spikingbrain_train.models.feed_forwards.routing import CountsTokens, RouterStatistics
 from spikingbrain_train.training.callbacks.callback import Callback
 from spikingbrain_train.training.heat_map import HeatMap
 from spikingbrain_train.training.report import Report
@@ -66,8 +66,8 @@ class ExpertLoadReport(Callback):
         config = model.model_config
         kinds = [layer.feed_forward for layer in layers(config)]
         self._layers = [number for number, kind in enumerate(kinds) if kind.routes_tokens]
-        self._routers = [module for module in model.modules() if isinstance(module, SequenceBalancedRouter)]
-        self._num_experts = config.moe.num_experts
+        self._routers = [module for module in model.modules() if isinstance(module, CountsTokens)]
+        self._num_experts = max(kind.num_experts(config) for kind in kinds)
 
     def step_begin(self) -> None:
         for router in self._routers:
@@ -90,7 +90,7 @@ class ExpertLoadReport(Callback):
         sums = torch.zeros(len(self._layers), size, dtype=torch.float64, device=device)
         for router in self._routers:
             assert router.layer_number is not None  # set by the layer that built it
-            sums[self._layers.index(router.layer_number - 1)] = router.statistics_sums
+            sums[self._layers.index(router.layer_number - 1)] = router.statistics()
         # Every rank routes tokens of its own: stages other layers, tensor-parallel ranks (which share the
         # sequence where there are experts), context- and data-parallel ranks other tokens.
         torch.distributed.all_reduce(sums)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,32 +12,8 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from spikingbrain_train.config.parallel import Recompute
+from spikingbrain_train.models.feed_forwards.routing import RouterStatistics
 from spikingbrain_train.models.transformer_config import HybridTransformerConfig
-
-
-@dataclass(frozen=True)
-class RouterStatistics:
-    """What one router did with this rank's tokens since :meth:`~SequenceBalancedRouter.reset_statistics`."""
-
-    expert_assignments: Tensor
-    """[num_experts] (token, expert) pairs that the router chose, before any was dropped."""
-    dropped_assignments: Tensor
-    """Pairs that an expert's capacity left out; a scalar."""
-    tokens: Tensor
-    """Tokens routed; a scalar."""
-    aux_loss: Tensor
-    """Load-balancing loss of each sequence times its number of tokens; a scalar."""
-    z_loss: Tensor
-    """Squared log-sum-exp of each token's logits; a scalar."""
-
-    NUM_SCALARS = 4
-
-    @staticmethod
-    def unpack(sums: Tensor) -> RouterStatistics:
-        """From [..., num_experts + NUM_SCALARS] sums as :class:`SequenceBalancedRouter` keeps them."""
-        assignments = sums[..., : -RouterStatistics.NUM_SCALARS]
-        dropped, tokens, aux_loss, z_loss = sums[..., -RouterStatistics.NUM_SCALARS :].unbind(-1)
-        return RouterStatistics(assignments, dropped, tokens, aux_loss, z_loss)
 
 
 class SequenceBalancedRouter(TopKRouter):
@@ -78,6 +53,10 @@ class SequenceBalancedRouter(TopKRouter):
     def reset_statistics(self) -> None:
         """Start counting anew; called at the start of every training step."""
         self.statistics_sums.zero_()
+
+    def statistics(self) -> Tensor:
+        """Sums since then: [num_experts + RouterStatistics.NUM_SCALARS], float64."""
+        return self.statistics_sums
 
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Route the tokens of this rank.

@@ -11,7 +11,6 @@ from spikingbrain_train.architecture.linear_transforms import in_experts
 from spikingbrain_train.config.model import Projection
 from spikingbrain_train.config.parallel import ExpertBackend
 from spikingbrain_train.config.require import require
-from spikingbrain_train.models.feed_forwards.dense import swiglu_projections
 from spikingbrain_train.models.feed_forwards.moe import experts as expert_classes
 from spikingbrain_train.models.feed_forwards.moe.experts import (
     SequentialExperts,
@@ -24,7 +23,7 @@ from spikingbrain_train.models.feed_forwards.submodule import (
     Submodule,
     submodule,
 )
-from spikingbrain_train.models.layer_build import LayerBuild
+from spikingbrain_train.models.layer_build import LayerBuild, mlp_submodules
 
 
 def spec(_kind: FeedForwardKind, build: LayerBuild) -> Submodule:
@@ -35,7 +34,7 @@ def spec(_kind: FeedForwardKind, build: LayerBuild) -> Submodule:
     """
     submodules = MoESubmodules(
         experts=_routed_experts(build),
-        shared_experts=submodule(SharedExperts, swiglu_projections(build)),
+        shared_experts=submodule(SharedExperts, mlp_submodules(build)),
         router=SequenceBalancedRouter,
     )
     return submodule(MoELayer, submodules)
@@ -44,7 +43,7 @@ def spec(_kind: FeedForwardKind, build: LayerBuild) -> Submodule:
 def _routed_experts(build: LayerBuild) -> Submodule:
     backend, linears = build.kernels.experts, build.linears
     if backend is ExpertBackend.sequential:
-        return submodule(SequentialExperts, swiglu_projections(build))
+        return submodule(SequentialExperts, mlp_submodules(build))
     if backend is ExpertBackend.grouped_gemm:
         limit = EXPERTS.limit(backend.value, ExpertsCall(linears.backend.value, in_experts(build.model)))
         require(limit is None, f"cluster.kernels.experts={backend.value} {limit}; choose sequential")

@@ -1,0 +1,50 @@
+"""What routers of experts count, whichever kind of feed-forward has them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RouterStatistics:
+    """What one router did with this rank's tokens since :meth:`~CountsTokens.reset_statistics`."""
+
+    expert_assignments: Tensor
+    """[num_experts] (token, expert) pairs that the router chose, before any was dropped."""
+    dropped_assignments: Tensor
+    """Pairs that an expert's capacity left out; a scalar."""
+    tokens: Tensor
+    """Tokens routed; a scalar."""
+    aux_loss: Tensor
+    """Load-balancing loss of each sequence times its number of tokens; a scalar."""
+    z_loss: Tensor
+    """Squared log-sum-exp of each token's logits; a scalar."""
+
+    NUM_SCALARS = 4
+
+    @staticmethod
+    def unpack(sums: Tensor) -> RouterStatistics:
+        """From [..., num_experts + NUM_SCALARS] sums as :class:`CountsTokens` gives them."""
+        assignments = sums[..., : -RouterStatistics.NUM_SCALARS]
+        dropped, tokens, aux_loss, z_loss = sums[..., -RouterStatistics.NUM_SCALARS :].unbind(-1)
+        return RouterStatistics(assignments, dropped, tokens, aux_loss, z_loss)
+
+
+@runtime_checkable
+class CountsTokens(Protocol):
+    """A router that counts what it does. All of a model have the same number of experts."""
+
+    if TYPE_CHECKING:
+        layer_number: int | None
+        """1-based, over the whole decoder; set by the layer that builds it."""
+
+    def reset_statistics(self) -> None:
+        """Begin to count from zero."""
+        ...
+
+    def statistics(self) -> Tensor:
+        """Sums since then: [num_experts + RouterStatistics.NUM_SCALARS], float64."""
+        ...

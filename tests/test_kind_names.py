@@ -1,0 +1,146 @@
+"""What a kind of layer is called is known in its own files alone, so that another kind needs no others.
+
+Looked for in the syntax tree: the names of kinds as strings (compared, looked up, listed, whatever is done
+with them), the settings of kinds as attributes and in strings, and imports of their files.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from spikingbrain_train.architecture.feed_forwards import FEED_FORWARDS
+from spikingbrain_train.architecture.linear_transforms import LINEAR_TRANSFORMS
+from spikingbrain_train.architecture.mixers import MIXERS
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "spikingbrain_train"
+
+SOFTMAX = ("architecture/softmax_attention.py", "models/mixers/softmax_attention.py")
+OWN_FILES: dict[str, tuple[str, ...]] = {
+    "full": SOFTMAX,
+    "swa": SOFTMAX,
+    "gla": ("architecture/gated_linear_attention.py", "models/mixers/gated_linear_attention.py"),
+    "dense": ("architecture/dense.py", "models/feed_forwards/dense.py"),
+    "moe": ("architecture/moe.py", "models/feed_forwards/moe/"),
+    "spiking": ("architecture/spikes.py", "models/linears/spikes.py", "models/linears/spike_statistics.py"),
+}
+"""Description and torch modules of each kind; a folder ends in a slash."""
+
+FILES_OF_ALL = (
+    "config/model.py",  # classes and defaults of the settings of our own kinds
+    "conversion/formats/",  # what Hugging Face formats call them
+    "hf/",  # what exports carry: knows nothing of the package
+)
+
+SETTINGS = {"sliding_window": "swa", "gla": "gla", "moe": "moe", "spiking": "spiking"}
+"""Settings and sections of a model that are one kind's, and whose."""
+
+
+ALLOWED = {
+    ("config/parallel.py", "full"): "Recompute.full: whole layers are computed again, as megatron-core says",
+    ("models/transformer_config.py", "full"): "megatron-core's granularity of recomputation",
+    ("models/transformer_config.py", "moe"): "a module that megatron-core can compute again",
+    ("runtime/host_torch.py", "full"): "torch.full",
+    ("pipelines/demo/report.py", "dense"): "a step of the demo: the dense source's Megatron copy",
+    ("config/earlier_releases.py", "spiking"): "a section that earlier releases wrote otherwise",
+    ("evaluation/generation.py", "sliding_window"): "of a cache layer of transformers",
+    ("conversion/window_convention.py", "sliding_window"): "a key of config.json",
+}
+"""(file, word): what the word is there, where it is no kind."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """A place that knows a kind."""
+
+    file: str
+    line: int
+    word: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.what}"
+
+
+def names_in(source: str, file: str) -> Iterator[Found]:
+    """Every place in ``source`` that knows a kind, own files and what is allowed included."""
+    tree = ast.parse(source)
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            if node.value in OWN_FILES or node.value in SETTINGS:
+                yield Found(file, node.lineno, node.value, f"the string {node.value!r}")
+            for word in re.findall(r"\b(?:model\.)(\w+)|^(\w+)\.\w+$", node.value):
+                if (setting := word[0] or word[1]) in SETTINGS:
+                    yield Found(file, node.lineno, setting, f"the setting in {node.value!r}")
+        elif isinstance(node, ast.Attribute) and node.attr in SETTINGS:
+            yield Found(file, node.lineno, node.attr, ast.unparse(node))
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            module = node.module or "" if isinstance(node, ast.ImportFrom) else node.names[0].name
+            path = module.removeprefix("spikingbrain_train.").replace(".", "/")
+            for kind, own in OWN_FILES.items():
+                if any(path + ".py" == file_ or (path + "/").startswith(file_) for file_ in own):
+                    yield Found(file, node.lineno, kind, f"import of {module}")
+
+
+def is_at_home(found: Found) -> bool:
+    kind = SETTINGS.get(found.word, found.word)
+    homes = (*OWN_FILES.get(kind, ()), *FILES_OF_ALL)
+    return any(found.file == home or (home.endswith("/") and found.file.startswith(home)) for home in homes)
+
+
+def everything() -> list[Found]:
+    files = [*PACKAGE.rglob("*.py"), *(ROOT / "tools").glob("*.py"), ROOT / "train.py"]
+    found = []
+    for path in sorted(files):
+        file = path.relative_to(PACKAGE if PACKAGE in path.parents else ROOT).as_posix()
+        found += names_in(path.read_text(encoding="utf-8"), file)
+    return found
+
+
+def test_every_kind_of_the_package_is_looked_for() -> None:
+    kinds = {kind.name for registry in (MIXERS, FEED_FORWARDS, LINEAR_TRANSFORMS) for kind in registry}
+    assert kinds == set(OWN_FILES)
+    for own in OWN_FILES.values():
+        assert all((PACKAGE / file).exists() for file in own), own
+
+
+def test_no_file_but_its_own_knows_a_kind() -> None:
+    strangers = [
+        found for found in everything() if not is_at_home(found) and (found.file, found.word) not in ALLOWED
+    ]
+    assert not strangers, "\n".join(map(str, strangers))
+
+
+def test_what_is_allowed_is_there() -> None:
+    there = {(found.file, found.word) for found in everything()}
+    assert not ALLOWED.keys() - there, "allowed and no longer needed"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        'if layer.mixer == "gla": ...',
+        'costs = {"dense": 1}["dense"]',
+        "experts = model.moe.num_experts",
+        'name = "moe.num_experts"',
+        'raise ValueError(f"model.gla.gate={gate} is wrong")',
+        "from spikingbrain_train.models.mixers.gated_linear_attention import GatedLinearAttention",
+        "from spikingbrain_train.models.feed_forwards.moe.router import SequenceBalancedRouter",
+    ],
+)
+def test_a_place_that_knows_a_kind_is_found(source: str) -> None:
+    assert [found for found in names_in(source, "planning/costs.py") if not is_at_home(found)]
+
+
+@pytest.mark.parametrize(
+    "source", ['"""A docstring of gla."""', "config.stage.seq_length", 'print("the disk is full")', "x = moe"]
+)
+def test_other_words_are_let_pass(source: str) -> None:
+    assert not list(names_in(source, "planning/costs.py"))
