@@ -83,6 +83,13 @@ def swiglu_weights(model: ModelConfig, width: int) -> tuple[Weight, Weight]:
             ("mlp_gate_weight", "mlp_up_weight"),
             ((width, hidden),) * 2,
             "feed-forward",
+            projection=("mlp_fc1", 0),
         ),
-        Weight("linear_fc2.weight", ("mlp_down_weight",), ((hidden, width),), "feed-forward"),
+        Weight(
+            "linear_fc2.weight",
+            ("mlp_down_weight",),
+            ((hidden, width),),
+            "feed-forward",
+            projection=("mlp_fc2", 0),
+        ),
     )

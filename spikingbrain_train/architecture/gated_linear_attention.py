@@ -125,6 +125,7 @@ class GatedLinearAttentionKind(MixerKind):
                     Split.none,
                     init=Normal(gla.init_gate_std),
                     reads_input=True,
+                    projection=("gate", 0),
                 ),
                 Weight(
                     "linear_gate_up_proj.weight",
@@ -132,6 +133,7 @@ class GatedLinearAttentionKind(MixerKind):
                     ((channels, rank),),
                     "GLA gate W2",
                     init=Normal(gla.init_gate_std),
+                    projection=("gate", 1),
                 ),
                 # The bias spreads the channels of a head from fast to slow forgetting.
                 Weight(

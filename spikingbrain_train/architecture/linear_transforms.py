@@ -125,6 +125,11 @@ def keeps_its_input(model: ModelConfig, projection: str) -> bool:
     return any(kind.changes_input and kind.applies(model, projection) for kind in LINEAR_TRANSFORMS)
 
 
+def keeps_its_weight(model: ModelConfig, projection: str, matrix: int) -> bool:
+    """Whether a linear keeps a transformed copy of its weight; see :meth:`LinearTransformKind.applies`."""
+    return any(kind.changes_weight and kind.applies(model, projection, matrix) for kind in LINEAR_TRANSFORMS)
+
+
 def in_experts(model: ModelConfig) -> tuple[str, ...]:
     """What each kind has linears inside experts do: see :meth:`LinearTransformKind.in_experts`."""
     return tuple(words for kind in LINEAR_TRANSFORMS if (words := kind.in_experts(model)) is not None)

@@ -117,8 +117,15 @@ def attention_weights(model: ModelConfig, group: str) -> tuple[Weight, ...]:
             f"{group} q/k/v",
             layout="query_groups",
             reads_input=True,
+            projection=("qkv", 0),
         ),
         *biases,
         *norms,
-        Weight("linear_proj.weight", ("o_weight",), ((hidden, rows[0]),), f"{group} output"),
+        Weight(
+            "linear_proj.weight",
+            ("o_weight",),
+            ((hidden, rows[0]),),
+            f"{group} output",
+            projection=("attention_output", 0),
+        ),
     )

@@ -70,6 +70,9 @@ class Weight:
     """Share of it that one token meets, as (k, of n): router_topk of num_experts."""
     copies: Copies | None = None
     """How experts repeat the source's tensors; None for parameters that hold them once."""
+    projection: tuple[str, int] | None = None
+    """What it projects, as ``config.model.Projection`` calls it, and its position among the matrices of that
+    projection; None where no linear transform is applied to it."""
     pads_vocabulary: bool = False
     """Whether Megatron may hold more rows than the vocabulary; they are stripped on export."""
 

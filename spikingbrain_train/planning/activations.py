@@ -8,10 +8,13 @@ torch 2.8, another 4 bytes of every normed number are kept).
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from spikingbrain_train.architecture.feed_forwards import Activations
 from spikingbrain_train.architecture.layers import Layer
-from spikingbrain_train.architecture.linear_transforms import keeps_its_input
+from spikingbrain_train.architecture.linear_transforms import keeps_its_input, keeps_its_weight
 from spikingbrain_train.architecture.sizes import FP32, bytes_per_element, rank_tokens, row_bytes
+from spikingbrain_train.architecture.weights import Weight
 from spikingbrain_train.config.parallel import Recompute
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.planning.costs import layers_of_stage
@@ -36,6 +39,27 @@ def mixer_activations(config: RunConfig, layer: Layer) -> float:
     return total
 
 
+def weight_copies(config: RunConfig, weights: Iterable[Weight]) -> int:
+    """Bytes of transformed weights on a rank that some of a layer's parameters have, for one micro-batch."""
+    kept = [
+        weight.numel_on_rank(config.parallel)
+        for weight in weights
+        if weight.projection is not None and keeps_its_weight(config.model, *weight.projection)
+    ]
+    return sum(kept) * bytes_per_element(config.precision)
+
+
+def layer_weight_copies(config: RunConfig, layer: Layer) -> Activations:
+    """Transformed weights of a layer: bytes on a rank for every micro-batch, not for every token."""
+    mixer = weight_copies(config, layer.mixer_weights(config.model))
+    feed_forward = weight_copies(config, layer.feed_forward_weights(config.model))
+    if config.parallel.recompute is Recompute.full:
+        return Activations(0, mixer + feed_forward)
+    if config.parallel.recompute in (Recompute.moe_feed_forward, Recompute.moe_layer):
+        return Activations(mixer, feed_forward)
+    return Activations(mixer + feed_forward)
+
+
 def layer_activations(config: RunConfig, layer: Layer) -> Activations:
     """A whole layer: residuals and norms, the mixer, the feed-forward."""
     row, ffn = row_bytes(config), layer.feed_forward.activations(config)
@@ -58,6 +82,8 @@ def activation_bytes(config: RunConfig, stage: int, micro_batches: int) -> float
     row = model.hidden_size * element / (tensor if parallel.sequence_parallel else 1)
     kept = row + model.kv_channels * FP32 + sum(kind.kept for kind in kinds)  # and rotary angles
     total = tokens * (in_flight * kept + max(kind.recomputed for kind in kinds))
+    copies = [layer_weight_copies(config, layer) for layer in layers]
+    total += in_flight * sum(copy.kept for copy in copies) + max(copy.recomputed for copy in copies)
     if stage == stages - 1:
         rows = model.padded_vocab_size(tensor) / tensor
         # The logits of one chunk, which become their gradient; the gradients of projection and hidden states.

@@ -39,8 +39,20 @@ class ReluSquaredKind(FeedForwardKind):
     def weights(self, model: ModelConfig) -> tuple[Weight, ...]:
         hidden, width = model.hidden_size, model.ffn_hidden_size
         return (
-            Weight("linear_fc1.weight", ("mlp_up_weight",), ((width, hidden),), "feed-forward"),
-            Weight("linear_fc2.weight", ("mlp_down_weight",), ((hidden, width),), "feed-forward"),
+            Weight(
+                "linear_fc1.weight",
+                ("mlp_up_weight",),
+                ((width, hidden),),
+                "feed-forward",
+                projection=("mlp_fc1", 0),
+            ),
+            Weight(
+                "linear_fc2.weight",
+                ("mlp_down_weight",),
+                ((hidden, width),),
+                "feed-forward",
+                projection=("mlp_fc2", 0),
+            ),
         )
 
     def activations(self, config: RunConfig) -> Activations:

@@ -15,16 +15,19 @@ import torch
 from torch import Tensor
 
 from spikingbrain_train.architecture.backends.linears import EXPERTS, ExpertsCall
+from spikingbrain_train.architecture.layers import layers, model_weights
 from spikingbrain_train.architecture.linear_transforms import in_experts, without_transforms
 from spikingbrain_train.architecture.model_checks import check_model
 from spikingbrain_train.config.model import GateEncoding, ModelConfig, MoEConfig, Projection, SpikingConfig
-from spikingbrain_train.config.parallel import KernelConfig, ParallelConfig, ParallelLinearBackend
+from spikingbrain_train.config.parallel import KernelConfig, ParallelConfig, ParallelLinearBackend, Recompute
 from spikingbrain_train.config.run import Precision, RunConfig
 from spikingbrain_train.config.sections import with_sections
+from spikingbrain_train.planning.activations import layer_activations, layer_weight_copies
 from spikingbrain_train.planning.planner import plan_run
 from tests.distributed.gradients import CASES, Case, assemble, loss_and_gradients
 from tests.distributed.pool import RankPool
 from tests.distributed.small_runs import MODEL, run_config
+from tests.planning import test_activations
 
 if TYPE_CHECKING:
     from spikingbrain_train.parallel.process_groups import ProcessGroups
@@ -242,6 +245,26 @@ def test_a_plan_tells_of_it_and_its_teacher_is_without() -> None:
     spikes = next(number for number, line in enumerate(lines) if "spikes with k 3 in front of" in line)
     assert lines[spikes + 1].strip() == "weights of mlp_fc1, qkv rounded"
     assert without_transforms(model) == with_rounding(MODEL, [])
+
+
+@pytest.mark.parametrize("level", [Recompute.none, Recompute.moe_activation, Recompute.moe_feed_forward])
+def test_copies_of_weights_are_planned(level: Recompute, ranks: RankPool) -> None:
+    plain = replace(
+        test_activations.EXPERTS, num_layers=2, mixers=["gla", "swa"], feed_forwards=["dense", "moe"]
+    )
+    case = test_activations.Case(with_rounding(plain, EVERYWHERE), recompute=level)
+    ((held,),) = ranks.run(test_activations._kept_by_layers, [case], world_size=1, parallel=ParallelConfig())
+    config = case.config()
+    copies = [layer_weight_copies(config, layer) for layer in layers(case.model)]
+    tokens = test_activations.LENGTH
+    planned = [
+        layer_activations(config, layer).kept + copy.kept / tokens
+        for layer, copy in zip(layers(case.model), copies, strict=True)
+    ]
+    test_activations._assert_close(held, planned)
+    if level is Recompute.none:
+        projections = [weight for _, weight in model_weights(case.model) if weight.projection is not None]
+        assert sum(copy.kept for copy in copies) == 2 * sum(weight.numel for weight in projections)
 
 
 def test_experts_without_linears_are_refused_by_its_setting() -> None:

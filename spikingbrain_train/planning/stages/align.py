@@ -5,7 +5,7 @@ This project's own: SpikingBrain's report (arXiv 2509.05276) trains all paramete
 
 from __future__ import annotations
 
-from spikingbrain_train.architecture.layers import dense_source, layers, swapped_layers
+from spikingbrain_train.architecture.layers import Layer, dense_source, layers, swapped_layers
 from spikingbrain_train.architecture.same_architecture import check_same_sizes
 from spikingbrain_train.architecture.sizes import FP32, bytes_per_element, rank_tokens
 from spikingbrain_train.config.model import ModelConfig
@@ -13,7 +13,7 @@ from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.require import divisors, either, require
 from spikingbrain_train.config.run import RunConfig, StageConfig
 from spikingbrain_train.errors import ConfigurationError
-from spikingbrain_train.planning.activations import mixer_activations
+from spikingbrain_train.planning.activations import mixer_activations, weight_copies
 from spikingbrain_train.planning.costs import (
     forward_flops_per_token,
     layers_of_stage,
@@ -97,8 +97,12 @@ class AlignmentKind(StageKind):
         model, here = config.model, layers_of_stage(config.model, config.parallel, pipeline_stage)
         boundary = model.hidden_size * (bytes_per_element(config.precision) + 2 * FP32)
         swapped = [layer for layer in here if not layer.has_the_sources_mixer]
-        largest = max((mixer_activations(config, layer) + boundary for layer in swapped), default=0.0)
-        return rank_tokens(config) * largest
+
+        def kept(layer: Layer) -> float:
+            copies = weight_copies(config, layer.mixer_weights(model))
+            return rank_tokens(config) * (mixer_activations(config, layer) + boundary) + copies
+
+        return max((kept(layer) for layer in swapped), default=0.0)
 
 
 def _check_every_stage_aligns(model: ModelConfig, teacher: ModelConfig, parallel: ParallelConfig) -> None:
