@@ -131,11 +131,11 @@ class MixtureOfExpertsKind(FeedForwardKind):
         if moe.num_shared_experts and keeps_its_input(model, "mlp_fc1"):
             encoded = row if parallel.sequence_parallel else row * tensor  # what the shared expert reads
         everything = router + dispatched + activation + matrices + encoded
-        spikes = keeps_its_input(model, "mlp_fc2")  # what fc2 keeps is not the activation
+        has_copy = keeps_its_input(model, "mlp_fc2")  # what fc2 keeps is not the activation
         levels = {
             Recompute.none: 0.0,
             Recompute.full: 0.0,  # with the whole layer
-            Recompute.moe_activation: router + (0.0 if spikes else activation),
+            Recompute.moe_activation: router + (0.0 if has_copy else activation),
             Recompute.moe_feed_forward: router + activation + matrices + encoded,
             Recompute.moe_layer: everything,
         }

@@ -55,8 +55,8 @@ def export_checkpoint(
     """Write a Megatron checkpoint as a Hugging Face folder.
 
     It holds safetensors, config, tokenizer, and the modelling code of a hybrid. A dense model goes back to
-    the family it came from, bit for bit. Tensors stream one by one. Spikes are left out, with a note in the
-    report: they add no weights, and no format has a setting for them.
+    the family it came from, bit for bit. Tensors stream one by one. Spikes and other linear transforms are
+    left out, with a note in the report: they add no weights, and no format has a setting for them.
 
     Args:
         checkpoint: a run folder (its newest checkpoint is taken) or one ``iter_*`` folder.

@@ -138,7 +138,7 @@ if HAS_GROUPED_MLP:
     class GroupedGemmExperts(_RoutedExperts, megatron_experts.GroupedMLP):
         """All experts of a rank in one grouped GEMM of the grouped_gemm package.
 
-        Holds the weights itself, so it has no linear layers that could encode spikes.
+        Holds the weights itself, so it has no linears whose inputs or weights could be transformed.
         """
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
