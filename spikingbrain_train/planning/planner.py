@@ -280,7 +280,7 @@ def _size(number: float) -> str:
 
 
 def plan_run(config: RunConfig, world_size: int) -> Plan:
-    """Lay a checked run out over ``world_size`` ranks (config.checks.check_run_config has accepted it).
+    """Lay a checked run out over ``world_size`` ranks (planning.checks.check_run_config has accepted it).
 
     Raises:
         CheckpointError: a checkpoint of this run, whose precision it would keep, is damaged.

@@ -45,7 +45,7 @@ def build_student(
 
 def build_teacher(config: RunConfig, kernels: KernelConfig, groups: ProcessGroups) -> HybridGPTModel:
     """The frozen dense source from ``stage.teacher``, in the same topology and precision."""
-    assert config.stage.teacher is not None  # config.checks asks for it where a stage needs it
+    assert config.stage.teacher is not None  # planning.checks asks for it where a stage needs it
     checkpoint = latest_checkpoint(config.stage.teacher, "stage.teacher")
     model = load_model_config(checkpoint / MODEL_CONFIG_FILE)
     teacher = _build(model, config, kernels, groups, initialize=False)
