@@ -33,7 +33,8 @@ def _to_typed(values: DictConfig | ListConfig, schema: type[Config]) -> Config:
     try:
         unknown = unknown_settings(values, schema) if isinstance(values, DictConfig) else []
         if unknown:
-            raise _unknown(unknown[0], OmegaConf.select(values, unknown[0]), schema)
+            is_group = isinstance(OmegaConf.select(values, unknown[0]), DictConfig)
+            raise unknown_setting(unknown[0], schema, may_be_a_plugins=is_group)
         config = OmegaConf.merge(OmegaConf.structured(schema), values)
         OmegaConf.resolve(config)
         missing = sorted(OmegaConf.missing_keys(config))
@@ -48,16 +49,6 @@ def _to_typed(values: DictConfig | ListConfig, schema: type[Config]) -> Config:
         if explained is None:
             raise
         raise explained from error
-
-
-def _unknown(name: str, value: object, schema: type[Config]) -> ConfigurationError:
-    """The error for a setting that ``schema`` does not have; whole sections may be a plugin's."""
-    error = unknown_setting(name, schema)
-    if not isinstance(value, DictConfig):
-        return error
-    return ConfigurationError(
-        f"{error}; if a plugin brings it, name its package in plugins=[package.module] (--plugins of a tool)"
-    )
 
 
 def to_run_config(composed: DictConfig) -> RunConfig:

@@ -61,8 +61,14 @@ def what_it_takes(annotation: Any) -> str:
     return f"{words}, or null" if optional else words
 
 
-def unknown_setting(name: str, schema: Schema) -> ConfigurationError:
-    """The error for a setting that ``schema`` does not have, with the nearest that it has."""
+def unknown_setting(name: str, schema: Schema, *, may_be_a_plugins: bool = False) -> ConfigurationError:
+    """The error for a setting that ``schema`` does not have, with the nearest that it has.
+
+    Args:
+        name: of the setting.
+        schema: of the config.
+        may_be_a_plugins: whether it may be the section of a plugin that nobody has named.
+    """
     settings = dict(setting_types(schema))
     parent, _, leaf = name.rpartition(".")
     leaves = {known.rpartition(".")[2]: known for known in settings}
@@ -80,6 +86,8 @@ def unknown_setting(name: str, schema: Schema) -> ConfigurationError:
         valid = f"{parent} has " + ", ".join(field.name for field in dataclasses.fields(annotation))
     else:
         valid = "there are " + ", ".join(field.name for field in dataclasses.fields(schema))
+    if may_be_a_plugins and not guess:
+        valid += "; if a plugin brings it, name its package in plugins=[package.module] (--plugins of a tool)"
     return ConfigurationError(f"{name} is not a setting{hint or ';'} {valid}")
 
 
@@ -124,7 +132,7 @@ def explain(error: BaseException, schema: Schema) -> SpikingBrainError | None:
         if not name or name.split(".")[0] == "hydra":
             return ConfigurationError(f"{name}: {message}" if name else message)
         if isinstance(link, (ConfigKeyError, ConfigAttributeError)):
-            return unknown_setting(name, schema)
+            return unknown_setting(name, schema, may_be_a_plugins=name.rpartition(".")[0] == "model")
         if isinstance(link, MissingMandatoryValue):
             return ConfigurationError(f"{name} has no value; set it with {name}=...")
         return _wrong_value(name, message, schema)

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from spikingbrain_train.architecture.model_checks import check_model
+from spikingbrain_train.architecture.model_checks import check_kinds, check_model
 from spikingbrain_train.config.command_line import user_errors
 from spikingbrain_train.config.load import load_conversion, load_model_config
 from spikingbrain_train.config.plugins import load_plugins
@@ -303,7 +303,7 @@ def _inspect(arguments: argparse.Namespace) -> str:
         load_config_json(arguments.folder)
         read_weight_map(arguments.folder)
     else:
-        resolve_checkpoint(arguments.folder)
+        check_kinds(load_model_config(resolve_checkpoint(arguments.folder) / MODEL_CONFIG_FILE))
     with activity("importing torch"):
         from spikingbrain_train.conversion.inspect_checkpoint import inspect_checkpoint
 

@@ -85,6 +85,10 @@ def test_a_folder_that_is_no_checkpoint_is_named() -> None:
 def test_a_setting_that_no_model_has_is_named(folder: str) -> None:
     with pytest.raises(ConfigurationError, match=r"model\.sliding_windw is not a setting; did you mean"):
         composed(f"checkpoint.load={folder}", "model.sliding_windw=3")
+    with pytest.raises(
+        ConfigurationError, match=r"model\.mamba is not a setting; .*if a plugin brings it, name"
+    ):
+        composed(f"checkpoint.load={folder}", "model.mamba.state=3")
 
 
 def test_the_choices_of_the_group_are_the_files() -> None:

@@ -200,6 +200,7 @@ def test_an_export_names_the_kinds_that_no_format_holds(place: Workplace, aligne
     assert "if a plugin brings it, name its package in plugins=[package.module] (--plugins of a tool)" in (
         place.command(*export, fails=True)
     )
+    assert "name its package" in place.convert("inspect", "align", fails=True)
     inspected = place.convert("inspect", "align", "--plugins", MODULES)
     assert "layers:     1 fixed_decay (slopes 0.7 to 0.004)" in inspected
     assert "has no Hugging Face format" in inspected
