@@ -1,4 +1,4 @@
-"""A kind that nobody knows is an error wherever its kind matters, and never taken for one of the others."""
+"""What nobody knows, a kind or the value of a setting, is an error and never taken for one of the others."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ Kind = TypeVar("Kind", bound=Enum)
 
 
 def foreign(kinds: type[Kind]) -> Kind:
-    """A member that the enum does not have: what a plugin, or tomorrow, brings."""
+    """A member that the enum does not have: what tomorrow brings."""
     member = str.__new__(kinds, "foreign")  # type: ignore[type-var]
     member._name_, member._value_ = "foreign", "foreign"
     return member
@@ -65,9 +65,6 @@ MODEL = ModelConfig(
 )
 STAGE = StageConfig(train_iters=2, seq_length=16, global_batch_size=2)
 RUN = RunConfig(model=MODEL, stage=STAGE, precision=Precision.fp32, output_dir="unused")
-KERNELS = KernelConfig(
-    gated_linear_attention=LinearAttentionBackend.chunk, parallel_linear=ParallelLinearBackend.megatron
-)
 
 MIXER = FEED_FORWARD = "foreign"
 WITH_MIXER = replace(MODEL, mixers=[MIXER, "swa"])

@@ -17,7 +17,7 @@ from spikingbrain_train.architecture.initializers import OfRecipe
 from spikingbrain_train.architecture.linear_transforms import keeps_its_input
 from spikingbrain_train.architecture.sizes import FP32, bytes_per_element
 from spikingbrain_train.architecture.weights import Copies, Split, Weight
-from spikingbrain_train.config.kinds import of_kind
+from spikingbrain_train.config.enum_tables import entry_of
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ParallelConfig, Recompute
 from spikingbrain_train.config.require import divisors, either, require
@@ -139,7 +139,7 @@ class MixtureOfExpertsKind(FeedForwardKind):
             Recompute.moe_feed_forward: router + activation + matrices + encoded,
             Recompute.moe_layer: everything,
         }
-        recomputed = of_kind(parallel.recompute, levels, "the activations of experts")
+        recomputed = entry_of(parallel.recompute, levels, "the activations of experts")
         return Activations(everything - recomputed, recomputed)
 
     def megatron_settings(

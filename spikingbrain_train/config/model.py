@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from spikingbrain_train.config.kinds import of_kind
+from spikingbrain_train.config.enum_tables import entry_of
 from spikingbrain_train.config.require import divisors, either, require
 from spikingbrain_train.config.setting import FUNCTION, START, TRAINING, WEIGHTS, setting
 
@@ -36,7 +36,7 @@ class GateKind(str, Enum):
     @property
     def has_parameters(self) -> bool:
         """Whether it is computed by matrices of its own."""
-        return of_kind(self, _GATES_WITH_PARAMETERS, "the parameters of a gate")
+        return entry_of(self, _GATES_WITH_PARAMETERS, "the parameters of a gate")
 
 
 _GATES_WITH_PARAMETERS = {GateKind.low_rank: True, GateKind.tied: False}

@@ -19,7 +19,7 @@ from spikingbrain_train.architecture.initializers import (
     Values,
 )
 from spikingbrain_train.config.conversion import ConversionConfig, UpcyclingForm
-from spikingbrain_train.config.kinds import of_kind
+from spikingbrain_train.config.enum_tables import entry_of
 from spikingbrain_train.conversion.attention_scale import AttentionScale
 from spikingbrain_train.conversion.mapping import Parameter
 from spikingbrain_train.conversion.seeds import generator
@@ -132,4 +132,4 @@ class NewParameters:
         }
         if init.name != "router":
             raise ConfigurationError(f"no recipe says how {init.name} is initialized; recipes know router")
-        return self._normal(Normal(of_kind(upcycling.form, router_std, "the routers' initializers")))
+        return self._normal(Normal(entry_of(upcycling.form, router_std, "the routers' initializers")))

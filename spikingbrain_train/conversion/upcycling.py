@@ -20,7 +20,7 @@ from torch import Tensor
 
 from spikingbrain_train.architecture.weights import Shape
 from spikingbrain_train.config.conversion import UpcyclingConfig, UpcyclingForm
-from spikingbrain_train.config.kinds import of_kind
+from spikingbrain_train.config.enum_tables import entry_of
 from spikingbrain_train.conversion.mapping import Parameter
 from spikingbrain_train.conversion.seeds import generator
 
@@ -39,7 +39,7 @@ def expert_scale(form: UpcyclingForm, outputs: float, role: str) -> float:
         UpcyclingForm.published: outputs ** (-1 / 3),
         UpcyclingForm.exact: 1 / outputs if role == _DOWN else 1.0,
     }
-    return of_kind(form, scales, "the scales of experts")
+    return entry_of(form, scales, "the scales of experts")
 
 
 def describe_copies(parameter: Parameter, upcycling: UpcyclingConfig) -> str:

@@ -9,7 +9,7 @@ import torch
 from megatron.core.transformer import TransformerConfig
 
 from spikingbrain_train.architecture.layers import layers
-from spikingbrain_train.config.kinds import of_kind
+from spikingbrain_train.config.enum_tables import entry_of
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ParallelConfig, Recompute
 from spikingbrain_train.config.run import Precision
@@ -75,7 +75,7 @@ def transformer_config(
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         recompute=parallel.recompute,
-        **of_kind(parallel.recompute, _RECOMPUTE, "megatron-core's settings of recomputation"),
+        **entry_of(parallel.recompute, _RECOMPUTE, "megatron-core's settings of recomputation"),
         **_feed_forwards(model, parallel),
     )
 

@@ -9,8 +9,8 @@ from typing import Any
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
 from spikingbrain_train.architecture.linear_transforms import transforms_of
+from spikingbrain_train.config.enum_tables import entry_of
 from spikingbrain_train.config.import_path import object_at
-from spikingbrain_train.config.kinds import of_kind
 from spikingbrain_train.config.model import ModelConfig, Projection
 from spikingbrain_train.config.parallel import ParallelLinearBackend
 from spikingbrain_train.models.linears.linear_transform import LinearTransform
@@ -64,7 +64,7 @@ class ParallelLinears:
         return self.transformed(projection, row, row_parallel=True, weight_split_axis=1)
 
     def _classes(self) -> tuple[type, type]:
-        return of_kind(self.backend, _COLUMN_AND_ROW, "the classes of linears")()
+        return entry_of(self.backend, _COLUMN_AND_ROW, "the classes of linears")()
 
     def grouped_column(self, projection: Projection) -> type:
         """:meth:`column` for all experts of a rank in one grouped GEMM (Transformer Engine only)."""

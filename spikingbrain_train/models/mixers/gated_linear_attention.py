@@ -28,7 +28,7 @@ from torch import Tensor
 
 from spikingbrain_train.architecture.mixers import MixerKind
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
-from spikingbrain_train.config.kinds import of_kind
+from spikingbrain_train.config.enum_tables import entry_of
 from spikingbrain_train.config.model import (
     FeatureMap,
     GatedLinearAttentionConfig,
@@ -123,7 +123,7 @@ class GatedLinearAttention(SelfAttention):
         self.backend = backend.value
         self.context_parallel = context_parallel
         self.feature_map = gla.feature_map
-        self.features = of_kind(gla.feature_map, _FEATURES, "the features of linear attention")
+        self.features = entry_of(gla.feature_map, _FEATURES, "the features of linear attention")
         self.gate = gla.gate
         self.gate_logit_normalizer = gla.gate_logit_normalizer
         self.scale = config.kv_channels**-0.5
@@ -133,7 +133,7 @@ class GatedLinearAttention(SelfAttention):
         self.out_norm.weight.is_new_parameter = True  # type: ignore[attr-defined]
         if config.perform_initialization:
             torch.nn.init.constant_(self.out_norm.weight, gla.init_out_norm)
-        self._log_gate = of_kind(self.gate, _LOG_GATES, "the log gates of linear attention")
+        self._log_gate = entry_of(self.gate, _LOG_GATES, "the log gates of linear attention")
         if self.gate is GateKind.low_rank:
             self._build_low_rank_gate(gla, gate_down_proj, gate_up_proj)
 
