@@ -19,8 +19,6 @@ from spikingbrain_train.config.model import (
     MoEConfig,
 )
 from spikingbrain_train.config.parallel import (
-    KernelConfig,
-    LinearAttentionBackend,
     ParallelConfig,
     ParallelLinearBackend,
     Recompute,
