@@ -50,7 +50,8 @@ def plugins_of(values: Any, where: str) -> list[str]:
         ConfigurationError: it is no list of names.
     """
     named = (values or {}).get("plugins") or []
-    if isinstance(named, str) or not all(isinstance(module, str) and module for module in named):
+    is_list = isinstance(named, Sequence) and not isinstance(named, str)
+    if not is_list or not all(isinstance(module, str) and module for module in named):
         raise ConfigurationError(f"{where} has plugins={named}; it takes a list [package.module,...]")
     return list(named)
 

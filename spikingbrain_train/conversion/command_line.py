@@ -14,7 +14,7 @@ from pathlib import Path
 from spikingbrain_train.architecture.model_checks import check_kinds, check_model
 from spikingbrain_train.config.command_line import user_errors
 from spikingbrain_train.config.load import load_conversion, load_model_config
-from spikingbrain_train.config.plugins import load_plugins
+from spikingbrain_train.config.plugins import load_plugins, plugins_of
 from spikingbrain_train.config.setting import check_fields
 from spikingbrain_train.conversion.checkpoint_paths import resolve_checkpoint
 from spikingbrain_train.conversion.formats.registry import format_of_config, format_of_model
@@ -141,7 +141,7 @@ def export(arguments: Sequence[str] | None = None) -> None:
 def _run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> None:
     with user_errors():
         parsed = parser.parse_args(arguments)
-        load_plugins(parsed.plugins)
+        load_plugins(plugins_of(vars(parsed), "the command line"))
         print(parsed.handler(parsed))
         sys.stdout.flush()
 
@@ -244,6 +244,7 @@ def _import(arguments: argparse.Namespace) -> str:
     recipe = arguments.conversion and load_conversion(arguments.conversion, arguments.overrides)
     if recipe:
         check_fields(recipe)
+        check_kinds(recipe)
     config = load_config_json(arguments.hf)
     read_weight_map(arguments.hf)
     _check_output(arguments, arguments.hf, LATEST_ITERATION_FILE)

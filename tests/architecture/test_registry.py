@@ -96,7 +96,7 @@ def test_the_module_of_a_kind_that_is_not_there_is_one_sentence(path: str) -> No
         object_of_kind(path, "mixer mine")
 
 
-@pytest.mark.parametrize("named", ["name", [3], [None], [""], [["a"]]])
+@pytest.mark.parametrize("named", ["name", 3, {"a": 1}, [3], [None], [""], [["a"]]])
 def test_plugins_are_a_list_of_names(named: Any) -> None:
     with pytest.raises(ConfigurationError, match="the command line has plugins=.*; it takes a list"):
         plugins_of({"plugins": named}, "the command line")
