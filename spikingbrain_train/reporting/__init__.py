@@ -1,1 +1,1 @@
-"""What a person sees of a command while it runs. Imports neither torch nor any package but config."""
+"""What a person sees of a command while it runs. Imports neither torch nor any other room."""

@@ -1,4 +1,4 @@
-"""The loop, its stages, optimizer, checkpoints, metrics. See :mod:`~spikingbrain_train.training.trainer`."""
+"""The loop, its stages and callbacks, optimizer, metrics. See :mod:`~spikingbrain_train.training.trainer`."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The whole road in one command (`make demo`): each step is a command that a user could type."""
+"""What `make demo` has beside the steps of every pipeline: a model, stages fitted to a machine, a report."""
