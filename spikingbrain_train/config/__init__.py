@@ -1,1 +1,1 @@
-"""What a run is: dataclasses with rules beside their fields, composed, checked and stored. Imports no torch."""
+"""What a run is: dataclasses with rules beside their fields, composed, checked, stored. Imports no torch."""
