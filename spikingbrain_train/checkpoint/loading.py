@@ -8,6 +8,7 @@ from typing import Any
 from megatron.core.dist_checkpointing.core import CheckpointingException
 
 from spikingbrain_train.architecture.same_architecture import check_same_weights
+from spikingbrain_train.architecture.stored_model import read_stored_model
 from spikingbrain_train.checkpoint.finite_state import first_not_finite_of_run
 from spikingbrain_train.checkpoint.sharded_state import (
     PipelineStage,
@@ -18,7 +19,6 @@ from spikingbrain_train.checkpoint.sharded_state import (
     state_to_fill,
 )
 from spikingbrain_train.checkpoint.torch_dist import load_shards
-from spikingbrain_train.config.load import load_model_config
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.errors import CheckpointError, first_line
 from spikingbrain_train.parallel.process_groups import ProcessGroups
@@ -30,7 +30,6 @@ from spikingbrain_train.planning.resume import (
     read_stored_run,
 )
 from spikingbrain_train.storage.checkpoint_folder import (
-    MODEL_CONFIG_FILE,
     advice_to_go_back,
     iteration_of,
     latest_checkpoint,
@@ -49,7 +48,7 @@ def load_weights(folder: str, setting: str, model: PipelineStage) -> None:
         CheckpointError: it is missing, damaged or of another architecture.
     """
     checkpoint = latest_checkpoint(folder, setting)
-    stored = load_model_config(checkpoint / MODEL_CONFIG_FILE)
+    stored = read_stored_model(checkpoint)
     check_same_weights(stored, model.model_config, f"{setting}={folder}")
     loaded = _load({"model": sharded_weights(model)}, checkpoint, setting)
     fill_weights(model, loaded["model"])

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spikingbrain_train.architecture.model_checks import check_kinds, check_model
+from spikingbrain_train.architecture.stored_model import read_stored_model
 from spikingbrain_train.config.command_line import user_errors
-from spikingbrain_train.config.load import load_conversion, load_model_config
+from spikingbrain_train.config.load import load_conversion
 from spikingbrain_train.config.plugins import load_plugins, plugins_of
 from spikingbrain_train.config.setting import check_fields
 from spikingbrain_train.conversion.checkpoint_paths import resolve_checkpoint
@@ -23,7 +24,7 @@ from spikingbrain_train.conversion.output_folder import check_output_folder
 from spikingbrain_train.conversion.window_convention import WindowConvention
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.reporting.activity import activity
-from spikingbrain_train.storage.checkpoint_folder import LATEST_ITERATION_FILE, MODEL_CONFIG_FILE
+from spikingbrain_train.storage.checkpoint_folder import LATEST_ITERATION_FILE
 from spikingbrain_train.storage.hf_config_file import CONFIG_FILE, load_config_json
 
 _DESCRIPTION = """\
@@ -267,7 +268,7 @@ def _import(arguments: argparse.Namespace) -> str:
 def _export(arguments: argparse.Namespace) -> str:
     max_shard_size = _bytes(arguments.max_shard_size)
     checkpoint = resolve_checkpoint(arguments.checkpoint)
-    model = load_model_config(checkpoint / MODEL_CONFIG_FILE)
+    model = read_stored_model(checkpoint)
     check_model(model)
     format_of_model(model)
     _check_output(arguments, checkpoint, CONFIG_FILE)
@@ -304,7 +305,7 @@ def _inspect(arguments: argparse.Namespace) -> str:
         load_config_json(arguments.folder)
         read_weight_map(arguments.folder)
     else:
-        check_kinds(load_model_config(resolve_checkpoint(arguments.folder) / MODEL_CONFIG_FILE))
+        read_stored_model(resolve_checkpoint(arguments.folder))
     with activity("importing torch"):
         from spikingbrain_train.conversion.inspect_checkpoint import inspect_checkpoint
 

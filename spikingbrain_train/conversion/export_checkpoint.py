@@ -12,8 +12,8 @@ import torch
 
 from spikingbrain_train.architecture.linear_transforms import transforms_of
 from spikingbrain_train.architecture.model_checks import check_model
+from spikingbrain_train.architecture.stored_model import read_stored_model
 from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
-from spikingbrain_train.config.load import load_model_config
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.conversion.checkpoint_paths import resolve_checkpoint
 from spikingbrain_train.conversion.code_references import left_out, references
@@ -73,7 +73,7 @@ def export_checkpoint(
     """
     started = time.monotonic()
     folder = resolve_checkpoint(checkpoint)
-    model = load_model_config(folder / MODEL_CONFIG_FILE)
+    model = read_stored_model(folder)
     check_number_of_layers(
         f"{folder / MODEL_CONFIG_FILE}: num_layers",
         model.num_layers,

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from spikingbrain_train.architecture.linear_transforms import transforms_of
+from spikingbrain_train.architecture.stored_model import read_stored_model
 from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
-from spikingbrain_train.config.load import load_model_config
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.conversion.checkpoint_paths import resolve_checkpoint
 from spikingbrain_train.conversion.companion_files import has_tokenizer
@@ -51,7 +51,7 @@ def _inspect_hf(folder: Path) -> str:
 
 
 def _inspect_megatron(folder: Path) -> str:
-    model = load_model_config(folder / MODEL_CONFIG_FILE)
+    model = read_stored_model(folder)
     reader = MegatronCheckpointReader(folder)
     check_number_of_layers(
         f"{folder / MODEL_CONFIG_FILE}: num_layers", model.num_layers, lambda: reader.tensors

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from spikingbrain_train.architecture.same_architecture import check_same_weights
-from spikingbrain_train.config.load import load_model_config
+from spikingbrain_train.architecture.stored_model import read_stored_model
 from spikingbrain_train.config.run import DataConfig, Resume, RunConfig
 from spikingbrain_train.errors import CheckpointError, ConfigurationError, DataError
 from spikingbrain_train.planning.resume import (
@@ -20,7 +20,6 @@ from spikingbrain_train.planning.resume import (
 from spikingbrain_train.planning.stages.registry import kind_of
 from spikingbrain_train.storage.checkpoint_folder import (
     CHECKPOINT_FOLDER,
-    MODEL_CONFIG_FILE,
     iterations,
     latest_checkpoint,
     latest_iteration,
@@ -114,7 +113,7 @@ def check_loaded_checkpoint(config: RunConfig) -> None:
     load = config.checkpoint.load
     if load is None:
         return
-    stored = load_model_config(latest_checkpoint(load, "checkpoint.load") / MODEL_CONFIG_FILE)
+    stored = read_stored_model(latest_checkpoint(load, "checkpoint.load"))
     check_same_weights(stored, config.model, f"checkpoint.load={load}")
 
 
@@ -124,7 +123,7 @@ def check_teacher(config: RunConfig) -> None:
     kind = kind_of(stage)
     if stage.teacher is None or not kind.needs_teacher(stage):
         return
-    teacher = load_model_config(latest_checkpoint(stage.teacher, "stage.teacher") / MODEL_CONFIG_FILE)
+    teacher = read_stored_model(latest_checkpoint(stage.teacher, "stage.teacher"))
     kind.check_teacher(model, teacher, config.parallel, f"stage.teacher={stage.teacher}")
 
 

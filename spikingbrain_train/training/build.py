@@ -8,8 +8,8 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 
+from spikingbrain_train.architecture.stored_model import read_stored_model
 from spikingbrain_train.checkpoint.loading import load_weights
-from spikingbrain_train.config.load import load_model_config
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import KernelConfig, ParallelConfig
 from spikingbrain_train.config.run import RunConfig
@@ -18,7 +18,7 @@ from spikingbrain_train.models.kernels import resolve_kernels
 from spikingbrain_train.models.transformer_config import transformer_config
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.runtime.accelerator import Accelerator
-from spikingbrain_train.storage.checkpoint_folder import MODEL_CONFIG_FILE, latest_checkpoint
+from spikingbrain_train.storage.checkpoint_folder import latest_checkpoint
 from spikingbrain_train.training.current_weights import gather_before_reading
 
 
@@ -47,7 +47,7 @@ def build_teacher(config: RunConfig, kernels: KernelConfig, groups: ProcessGroup
     """The frozen dense source from ``stage.teacher``, in the same topology and precision."""
     assert config.stage.teacher is not None  # planning.checks asks for it where a stage needs it
     checkpoint = latest_checkpoint(config.stage.teacher, "stage.teacher")
-    model = load_model_config(checkpoint / MODEL_CONFIG_FILE)
+    model = read_stored_model(checkpoint)
     teacher = _build(model, config, kernels, groups, initialize=False)
     load_weights(config.stage.teacher, "stage.teacher", teacher)
     return teacher.requires_grad_(False).eval()
