@@ -86,8 +86,7 @@ def test_spikes_in_front_of_its_projections_are_those_of_one_rank(ranks: RankPoo
         assert_equal(result(ranks, case, TOPOLOGIES[topology]), expected)
 
 
-def _layer_outputs(groups: ProcessGroups, network: ModelConfig, hidden: Tensor) -> tuple[Any, ...]:
-    """Of the first layer: q, k, v, norm and normed heads; weights and output of the feed-forward."""
+def _layers(groups: ProcessGroups, network: ModelConfig) -> Any:
     from spikingbrain_train.config.parallel import KernelConfig
     from spikingbrain_train.models.gpt_model import build_model
     from spikingbrain_train.models.kernels import resolve_kernels
@@ -96,7 +95,12 @@ def _layer_outputs(groups: ProcessGroups, network: ModelConfig, hidden: Tensor) 
     config = transformer_config(network, ParallelConfig(), Precision.fp32, on_cpu=True)
     torch.manual_seed(0)
     kernels = resolve_kernels(KernelConfig(), groups.accelerator)
-    layer = build_model(network, config, kernels, groups.device).decoder.layers[0]
+    return build_model(network, config, kernels, groups.device).decoder.layers
+
+
+def _layer_outputs(groups: ProcessGroups, network: ModelConfig, hidden: Tensor) -> tuple[Any, ...]:
+    """Of the first layer: q, k, v, norm and normed heads; weights and output of the feed-forward."""
+    layer = _layers(groups, network)[0]
     with torch.no_grad():
         layer.self_attention.out_norm.weight.normal_()
         heads = layer.self_attention.normed_heads(hidden, SequenceLayout(hidden.shape[0]))
@@ -135,6 +139,31 @@ def test_the_feed_forward_squares_what_its_relu_lets_through(ranks: RankPool) ->
     assert up.shape == (48, 32)  # no gate
     expected = 0.25 * (hidden @ up.T).clamp_min(0).square() @ down.T
     torch.testing.assert_close(output, expected)
+
+
+def _errors_of_a_fit(groups: ProcessGroups, network: ModelConfig) -> tuple[list[bool], float, float]:
+    """Which mixers offer normed heads; the error of the first before and after its projection is fitted."""
+    from spikingbrain_train.models.mixers.alignable import HasNormedHeads
+    from spikingbrain_train.training.stages.calibration import ProjectionFit
+
+    mixers = [layer.self_attention for layer in _layers(groups, network)]
+    hidden, target = torch.randn(64, 2, 32), torch.randn(64, 2, 32)
+    with torch.no_grad():
+        before = (mixers[0](hidden)[0] - target).square().sum().item()
+        fit = ProjectionFit(mixers[0], groups)
+        fit.add(hidden, target)
+        fit.solve(ridge=1e-3)
+        after = (mixers[0](hidden)[0] - target).square().sum().item()
+    return [isinstance(mixer, HasNormedHeads) for mixer in mixers], before, after
+
+
+def test_an_align_stage_fits_its_output_projection(ranks: RankPool) -> None:
+    network = model(num_layers=3, mixers=["fixed_decay", ["fixed_decay", "swa"], "swa"])
+    ((offered, before, after),) = ranks.run(
+        _errors_of_a_fit, network, world_size=1, parallel=ParallelConfig()
+    )
+    assert offered == [True, False, False]
+    assert after < before
 
 
 def test_its_layers_keep_what_is_planned(ranks: RankPool) -> None:
