@@ -30,11 +30,19 @@ class Registry(Generic[Kind]):
         what: the sort, in the singular, for sentences: ``mixer``.
         setting: where configs name them: ``model.mixers``.
         built_in: modules of the package that register kinds, imported when somebody first asks for one.
+        plugins: how the packages of others are named, for sentences.
     """
 
-    def __init__(self, what: str, setting: str, built_in: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        what: str,
+        setting: str,
+        built_in: Sequence[str] = (),
+        plugins: str = "plugins=[package.module] (--plugins of a tool)",
+    ) -> None:
         self.what = what
         self.setting = setting
+        self._plugins = plugins
         self._built_in = list(built_in)
         self._registered: dict[str, Kind] = {}
 
@@ -77,8 +85,7 @@ class Registry(Generic[Kind]):
             hint = f"; did you mean {near[0]}?" if near else ";"
             raise ConfigurationError(
                 f"{self.setting} names {name}, which is no {self.what}{hint} known are "
-                f"{', '.join(sorted(self._kinds))}; name the package of another in plugins=[package.module] "
-                f"(--plugins of a tool)"
+                f"{', '.join(sorted(self._kinds))}; name the package of another in {self._plugins}"
             )
         return self._kinds[name]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from spikingbrain_train.config.plugins import load_plugins
 from spikingbrain_train.errors import ConfigurationError, SpikingBrainError
-from spikingbrain_train.pipelines.kinds import Context, StepKind, kind_named
+from spikingbrain_train.pipelines.kinds import STEP_KINDS, Context, StepKind
 from spikingbrain_train.pipelines.pipeline_file import CHECKOUT, PipelineFile, WhenChanged
 from spikingbrain_train.pipelines.references import did_you_mean, in_order, references, resolve, step_of
 from spikingbrain_train.pipelines.steps import Step
@@ -81,7 +81,7 @@ def plan_pipeline(
         with _named(file.path, name):
             given = {key: resolve(value, look_up) for key, value in file.steps[name].items()}
             context = Context(name, output, root, planned, unknown)
-            kinds[name].check(str(given["kind"]), given)
+            kinds[name].check(given)
             step = kinds[name].plan(context, given)
             step = replace(step, title=str(given.get("title") or step.title), needs=needs)
             planned[name] = step
@@ -128,8 +128,11 @@ def _kinds(file: PipelineFile) -> dict[str, StepKind]:
     kinds = {}
     for name, settings in file.steps.items():
         with _named(file.path, name):
-            kinds[name] = kind_named(settings.get("kind"))
-            kinds[name].check(str(settings["kind"]), settings)
+            kind = settings.get("kind")
+            if not isinstance(kind, str):
+                raise ConfigurationError(f"kind={kind} does not fit: every step has one, e.g. kind: train")
+            kinds[name] = STEP_KINDS[kind]
+            kinds[name].check(settings)
     return kinds
 
 

@@ -147,13 +147,14 @@ def test_a_kind_from_elsewhere_is_one_file_and_a_line(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (workplace / "my_steps.py").write_text(
-        "from spikingbrain_train.pipelines.kinds import StepKind, register\n"
+        "from spikingbrain_train.pipelines.kinds import STEP_KINDS, StepKind\n"
         "from spikingbrain_train.pipelines.steps import Step\n"
         "class Touch(StepKind):\n"
+        "    name = 'touch'\n"
         "    def settings(self):\n        return {'file': True}\n"
         "    def plan(self, context, given):\n"
         "        return Step(context.name, 'touch', ['touch', given['file']])\n"
-        "register('touch', Touch())\n"
+        "STEP_KINDS.register(Touch())\n"
     )
     (workplace / "plugin.yaml").write_text(
         "output: out\nplugins: [my_steps]\nsteps: {only: {kind: touch, file: touched}}\n"
@@ -162,11 +163,11 @@ def test_a_kind_from_elsewhere_is_one_file_and_a_line(
     try:
         pipelines(["run", "plugin.yaml"])
     finally:
-        STEP_KINDS.pop("touch", None)
+        STEP_KINDS._registered.pop("touch", None)
     assert (workplace / "touched").exists()
 
 
-@pytest.mark.parametrize("kind", STEP_KINDS.values(), ids=STEP_KINDS)
+@pytest.mark.parametrize("kind", STEP_KINDS, ids=lambda kind: kind.name)
 def test_every_kind_says_what_it_does_and_what_it_takes(kind: StepKind) -> None:
     assert kind.title and kind.settings() and kind.__class__.__doc__
 
@@ -251,4 +252,4 @@ def test_the_pages_examples_work(workplace: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(workplace)
         assert steps_of("my.yaml")["shelf"].command == ["my-upload", "x", "out/receipt.txt"]
-    STEP_KINDS.pop("upload")
+    STEP_KINDS._registered.pop("upload")

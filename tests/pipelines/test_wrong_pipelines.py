@@ -46,8 +46,16 @@ WRONG = [
     (RIGHT, "output: out\n", ": steps must hold name: value lines"),
     (RIGHT, "output: out\nsteps: {}\n", ": steps is empty"),
     (RIGHT, "output: out\nsteps: {dense: convert}\n", ": step dense must hold name: value lines"),
-    ("kind: convert", "kind: covert", ", step dense: kind covert does not exist; did you mean convert?"),
-    ("kind: convert", "title: x", ", step dense: kind None does not exist; there are preprocess, convert"),
+    (
+        "kind: convert",
+        "kind: covert",
+        ", step dense: kind names covert, which is no kind of step; did you mean convert?",
+    ),
+    (
+        "kind: convert",
+        "title: x",
+        ", step dense: kind=None does not fit: every step has one, e.g. kind: train",
+    ),
     ("hf:", "hff:", ", step dense: hff is not a setting of convert; did you mean hf?"),
     ("    hf: ${model}\n", "", ", step dense: hf is missing, which every convert needs"),
     ("settings:", "setings:", ", step cpt: setings is not a setting of train; did you mean settings?"),
@@ -194,7 +202,8 @@ def test_the_command_says_it_with_exit_code_2_without_torch_and_in_the_first_sec
     seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before
     assert (done.returncode, done.stdout) == (2, "False\n")
     assert done.stderr == (
-        "error: test.yaml, step export: kind exprt does not exist; did you mean export? there are "
-        "preprocess, convert, train, evaluate, export, generate, command\n"
+        "error: test.yaml, step export: kind names exprt, which is no kind of step; did you mean export? "
+        "known are command, convert, evaluate, export, generate, preprocess, train; name the package of "
+        "another in plugins: [package.module]\n"
     )
     assert seconds < 1.5, f"{seconds:.2f} s of CPU"

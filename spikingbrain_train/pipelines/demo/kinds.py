@@ -15,7 +15,7 @@ from spikingbrain_train.pipelines.demo.named_settings import TRAIN_ITERS, NamedS
 from spikingbrain_train.pipelines.demo.report import JSON, MARKDOWN, PICTURE, TABLE
 from spikingbrain_train.pipelines.demo.smollm2 import NAME
 from spikingbrain_train.pipelines.demo.stages import STAGES, StagePaths, fitted_stages
-from spikingbrain_train.pipelines.kinds import Context, StepKind, register
+from spikingbrain_train.pipelines.kinds import STEP_KINDS, Context, StepKind
 from spikingbrain_train.pipelines.steps import Step
 
 _THIS = "spikingbrain_train.pipelines.demo"
@@ -29,6 +29,7 @@ class Source(StepKind):
 
     The download is kept in .cache of the checkout, or in the folder that SPIKINGBRAIN_CACHE names."""
 
+    name = "demo_source"
     title = f"get {NAME}"
 
     def settings(self) -> Mapping[str, bool]:
@@ -69,6 +70,7 @@ def _both_lengths_named(named: NamedSettings) -> bool:
 class MeasureSpeed(StepKind):
     """tools/measure_speed.py, unless the user names the lengths of both stages. Output: ``speed``, a file."""
 
+    name = "demo_measure_speed"
     title = "measure how fast this machine trains"
 
     def settings(self) -> Mapping[str, bool]:
@@ -95,6 +97,7 @@ class Fit(StepKind):
     evaluation; ``sentence``. Output: ``choice``, the file with all of them.
     """
 
+    name = "demo_fit"
     title = "fit the stages to this machine"
 
     def settings(self) -> Mapping[str, bool]:
@@ -134,6 +137,7 @@ class Report(StepKind):
     Output: ``table``, a text file.
     """
 
+    name = "demo_report"
     title = "sum up: table, loss curve, report"
 
     def settings(self) -> Mapping[str, bool]:
@@ -153,10 +157,5 @@ class Report(StepKind):
         )
 
 
-for _name, _kind in {
-    "demo_source": Source(),
-    "demo_measure_speed": MeasureSpeed(),
-    "demo_fit": Fit(),
-    "demo_report": Report(),
-}.items():
-    register(_name, _kind)
+for _kind in (Source(), MeasureSpeed(), Fit(), Report()):
+    STEP_KINDS.register(_kind)

@@ -19,6 +19,7 @@ class Command(StepKind):
     makes it run again.
     """
 
+    name = "command"
     title = "run a command"
 
     def settings(self) -> Mapping[str, bool]:

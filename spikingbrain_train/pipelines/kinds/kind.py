@@ -62,6 +62,8 @@ def dataset(setting: str, prefixes: Iterable[Any]) -> dict[str, str]:
 class StepKind(ABC):
     """A kind of step."""
 
+    name: str
+    """How a YAML calls it."""
     title: str = ""
     """What its command does, in a few words; a step may say it better."""
 
@@ -81,18 +83,19 @@ class StepKind(ABC):
             SpikingBrainError: what its command would refuse, as far as that can be said without torch.
         """
 
-    def check(self, kind: str, given: Mapping[str, Any]) -> None:
+    def check(self, given: Mapping[str, Any]) -> None:
         """Raise ConfigurationError where a setting is unknown or missing."""
         known = self.settings()
         for name in given:
             if name not in known and name not in COMMON:
-                hint = did_you_mean(name, [*known, *COMMON])
+                there = [*known, *COMMON]
+                hint = did_you_mean(name, there) or ";"
                 raise ConfigurationError(
-                    f"{name} is not a setting of {kind}{hint or ';'} there are {', '.join([*known, *COMMON])}"
+                    f"{name} is not a setting of {self.name}{hint} there are {', '.join(there)}"
                 )
         for name, needed in known.items():
             if needed and given.get(name) is None:
-                raise ConfigurationError(f"{name} is missing, which every {kind} needs")
+                raise ConfigurationError(f"{name} is missing, which every {self.name} needs")
 
 
 def stamp(paths: Iterable[str]) -> str:

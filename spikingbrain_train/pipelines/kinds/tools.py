@@ -149,6 +149,7 @@ class Preprocess(Tool):
     text.
     """
 
+    name = "preprocess"
     title = "tokenize text"
     script = "tools/preprocess_data.py"
 
@@ -181,6 +182,7 @@ class Preprocess(Tool):
 class Convert(Tool):
     """``tools/convert_checkpoint.py import``. Output: ``checkpoint``, a folder that train.py loads."""
 
+    name = "convert"
     title = "convert a Hugging Face model to Megatron's format"
     script = "tools/convert_checkpoint.py"
     words = ("import",)
@@ -224,6 +226,7 @@ def _recipe(context: Context, given: Mapping[str, Any]) -> str:
 class Export(Tool):
     """tools/export.py. Output: ``model``, a Hugging Face folder."""
 
+    name = "export"
     title = "export to Hugging Face format"
     script = "tools/export.py"
 
@@ -259,6 +262,7 @@ class _Measures(Tool):
 class Evaluate(_Measures):
     """tools/evaluate.py. Output: ``result``, a JSON file."""
 
+    name = "evaluate"
     title = "measure held-out cross entropy"
     script = "tools/evaluate.py"
 
@@ -275,6 +279,7 @@ class Evaluate(_Measures):
 class Generate(_Measures):
     """tools/generate.py. Output: ``result``, a JSON file."""
 
+    name = "generate"
     title = "generate text"
     script = "tools/generate.py"
 

@@ -34,6 +34,7 @@ class Train(StepKind):
     its checkpoints.
     """
 
+    name = "train"
     title = "train a stage"
 
     def settings(self) -> Mapping[str, bool]:
