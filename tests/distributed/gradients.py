@@ -79,6 +79,9 @@ CASES: Mapping[str, Case] = {
     "GLA, low-rank gate": Case(replace(_7B, mixers=["gla"])),
     "GLA, tied gate": Case(replace(_7B, mixers=["gla"], gla=_76B.gla)),
     "parallel hybrid": Case(replace(_76B, num_sink_tokens=0, feed_forwards=["dense"])),
+    "softmax branches only, three branches": Case(
+        replace(_76B, mixers=[["swa", "full"], ["gla", "swa", "full"]], feed_forwards=["dense"])
+    ),
     "sinks": Case(replace(_7B, mixers=["gla", "full"], num_sink_tokens=6)),
     "MoE": Case(
         replace(
