@@ -32,8 +32,8 @@ def object_at(path: str) -> Any:
 
 
 def import_path_of(kind: type) -> str:
-    """``package.module:Class`` of a class."""
-    return f"{kind.__module__}:{kind.__qualname__}"
+    """Where a class is imported from: ``package.module.Class``."""
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def object_of_kind(path: str, kind: str) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spikingbrain_train.config.import_path import import_path_of
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.training.callbacks.callback import Callback, Run
 from spikingbrain_train.training.report import Report
@@ -100,7 +101,7 @@ class Callbacks(Callback):
         Raises:
             ConfigurationError: a checkpoint cannot hold it.
         """
-        states = {path_of(type(callback)): callback.state_dict() for callback in self._all}
+        states = {import_path_of(type(callback)): callback.state_dict() for callback in self._all}
         for path, state in states.items():
             if (foreign := _first_foreign(state)) is not None:
                 held = type(foreign).__name__
@@ -114,15 +115,10 @@ class Callbacks(Callback):
         """Hand every callback its part, and say whose part nobody takes."""
         unclaimed = dict(state)
         for callback in self._all:
-            if (own := unclaimed.pop(path_of(type(callback)), None)) is not None:
+            if (own := unclaimed.pop(import_path_of(type(callback)), None)) is not None:
                 callback.load_state_dict(own)
         for path in unclaimed:
             self.run.say(f"the checkpoint's state of {path} is left out: callbacks does not name it any more")
-
-
-def path_of(kind: type) -> str:
-    """Where a class is imported from."""
-    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _as_vote(vote: int | Tensor, device: torch.device) -> Tensor:
