@@ -10,7 +10,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 
 from spikingbrain_train.architecture.linear_transforms import transforms_of
 from spikingbrain_train.config.enum_tables import entry_of
-from spikingbrain_train.config.import_path import object_at
+from spikingbrain_train.config.import_path import object_of_kind
 from spikingbrain_train.config.model import ModelConfig, Projection
 from spikingbrain_train.config.parallel import ParallelLinearBackend
 from spikingbrain_train.models.linears.linear_transform import LinearTransform
@@ -108,7 +108,10 @@ class ParallelLinears:
             return linear_class
 
         def transforms() -> dict[str, LinearTransform]:
-            return {kind.name: object_at(kind.transform)(model) for kind in kinds}
+            return {
+                kind.name: object_of_kind(kind.transform, f"linear transform {kind.name}")(model)
+                for kind in kinds
+            }
 
         key = (linear_class, row_parallel, weight_split_axis, *(kind.name for kind in kinds))
         if key not in self._made:

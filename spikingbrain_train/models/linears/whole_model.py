@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from spikingbrain_train.architecture.linear_transforms import transforms_of
-from spikingbrain_train.config.import_path import object_at
+from spikingbrain_train.config.import_path import object_of_kind
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.models.linears.linear_transform import LinearTransform, TransformStatistics
 from spikingbrain_train.models.linears.transformed_linear import TransformedLinear
@@ -53,7 +53,9 @@ def collect_statistics(
     found: dict[str, TransformStatistics] = {}
     try:
         for kind in transforms_of(model):
-            statistics = object_at(kind.transform).new_statistics(device)
+            statistics = object_of_kind(kind.transform, f"linear transform {kind.name}").new_statistics(
+                device
+            )
             if statistics is None:
                 continue
             found[kind.name] = statistics
