@@ -18,12 +18,12 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from spikingbrain_train.config.model_from_checkpoint import register_model_from_checkpoint
 from spikingbrain_train.config.plugins import load_plugins, plugins_of_command_line
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.config.schema import explain, setting_types
 from spikingbrain_train.config.sections import with_sections
 from spikingbrain_train.config.stored_config import stored_config_file, with_stored_config
-from spikingbrain_train.config.stored_model import register_stored_model
 from spikingbrain_train.config.yaml_files import conf_folder
 from spikingbrain_train.errors import ConfigurationError, SpikingBrainError
 
@@ -65,7 +65,7 @@ def describe_groups() -> str:
 def register_schema() -> None:
     """Tell Hydra what conf/config.yaml refers to: RunConfig as ``run_schema``, and the stored model."""
     ConfigStore.instance().store(name="run_schema", node=with_sections(RunConfig))
-    register_stored_model()
+    register_model_from_checkpoint()
     OmegaConf.register_new_resolver("describe_groups", describe_groups, replace=True)
 
 

@@ -46,7 +46,7 @@ def _plain(value: Any) -> Any:
     return value.name if isinstance(value, Enum) else value
 
 
-def register_stored_model() -> None:
+def register_model_from_checkpoint() -> None:
     """Tell Hydra what conf/model/from_checkpoint.yaml refers to. Calling it again changes nothing."""
     OmegaConf.register_new_resolver(_RESOLVER, _resolve, replace=True)
     node = OmegaConf.create()
