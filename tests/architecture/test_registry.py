@@ -85,7 +85,7 @@ def test_a_section_is_a_dataclass_that_says_all_about_its_settings(
 def test_two_plugins_cannot_have_one_section(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sections._sections, "mine", Settings)
     sections.add_section("mine", Settings)
-    other = make_dataclass("Settings", [("width", int, setting(1, resume=FUNCTION))])
+    other = make_dataclass("Others", [("width", int, setting(1, resume=FUNCTION))])
     with pytest.raises(ConfigurationError, match="calls its settings mine, as a model's are called already"):
         sections.add_section("mine", other)
 
