@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from spikingbrain_train.architecture.branches import branch_weights, in_order
@@ -156,6 +156,6 @@ def dense_source(model: ModelConfig) -> ModelConfig:
     return without_transforms(source)
 
 
-def swapped_layers(model: ModelConfig) -> list[int]:
-    """Layers (0-based) whose mixer is not the dense source's; the alignment stage trains their mixers."""
-    return [number for number, layer in enumerate(layers(model)) if not layer.has_the_sources_mixer]
+def swapped_layers(among: Iterable[Layer]) -> list[Layer]:
+    """Those whose mixer is not the dense source's; the alignment stage trains their mixers."""
+    return [layer for layer in among if not layer.has_the_sources_mixer]

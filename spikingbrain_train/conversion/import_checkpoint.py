@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spikingbrain_train.architecture.layers import feed_forwards_of, has_experts, swapped_layers
+from spikingbrain_train.architecture.layers import feed_forwards_of, has_experts, layers, swapped_layers
 from spikingbrain_train.architecture.model_checks import check_model
 from spikingbrain_train.architecture.weights import Shape
 from spikingbrain_train.checkpoint.streaming import MegatronCheckpointWriter
@@ -162,7 +162,7 @@ def _target(source: ModelConfig, conversion: ConversionConfig | None, hf_folder:
     """The architecture of the result: the source's sizes with the recipe's layers."""
     if conversion is None:
         return source
-    if swapped_layers(source):
+    if swapped_layers(layers(source)):
         raise CheckpointError(
             f"{hf_folder} is a hybrid already and its layers are not converted again; leave --conversion out "
             "to keep them"

@@ -79,8 +79,9 @@ def activation_bytes(config: RunConfig, stage: int, micro_batches: int) -> float
     kinds = [layer_activations(config, layer) for layer in layers]
     in_flight = min(stages - stage, micro_batches)
     # The last layer's output goes to the next stage, or is what the final norm keeps.
-    row = model.hidden_size * element / (tensor if parallel.sequence_parallel else 1)
-    kept = row + model.kv_channels * FP32 + sum(kind.kept for kind in kinds)  # and rotary angles
+    kept = (
+        row_bytes(config) + model.kv_channels * FP32 + sum(kind.kept for kind in kinds)
+    )  # and rotary angles
     total = tokens * (in_flight * kept + max(kind.recomputed for kind in kinds))
     copies = [layer_weight_copies(config, layer) for layer in layers]
     total += in_flight * sum(copy.kept for copy in copies) + max(copy.recomputed for copy in copies)

@@ -24,9 +24,9 @@ def _on_rank(weights: Iterable[Weight], parallel: ParallelConfig) -> int:
     return sum(weight.numel_on_rank(parallel) for weight in weights)
 
 
-def mixer_parameters(model: ModelConfig, layer: int, parallel: ParallelConfig = ONE_RANK) -> int:
-    """Parameters of the mixer of layer ``layer`` (0-based) on one rank."""
-    return _on_rank(layers(model)[layer].mixer_weights(model), parallel)
+def mixer_parameters(model: ModelConfig, layer: Layer, parallel: ParallelConfig = ONE_RANK) -> int:
+    """Parameters of a layer's mixers on one rank."""
+    return _on_rank(layer.mixer_weights(model), parallel)
 
 
 def total_parameters(model: ModelConfig) -> int:

@@ -20,7 +20,6 @@ from spikingbrain_train.planning.costs import (
     mixer_core_flops,
     mixer_parameters,
     mixer_projections,
-    stage_layers,
 )
 from spikingbrain_train.planning.stages.kind import StageKind
 
@@ -62,18 +61,19 @@ class AlignmentKind(StageKind):
 
     def check_plan(self, model: ModelConfig, parallel: ParallelConfig) -> None:
         """Every pipeline stage has a mixer to train if the teacher is dense. Raises ConfigurationError."""
-        if swapped_layers(model):
+        if swapped_layers(layers(model)):
             _check_every_stage_aligns(model, dense_source(model), parallel)
 
     def trainable_parameters(self, config: RunConfig, pipeline_stage: int) -> tuple[int, int]:
         """Those of the swapped mixers."""
-        model, here = config.model, stage_layers(config.model, config.parallel, pipeline_stage)
-        swapped = [layer for layer in swapped_layers(model) if layer in here]
-        return 0, sum(mixer_parameters(model, layer, config.parallel) for layer in swapped)
+        here = layers_of_stage(config.model, config.parallel, pipeline_stage)
+        return 0, sum(
+            mixer_parameters(config.model, layer, config.parallel) for layer in swapped_layers(here)
+        )
 
     def trainable_parameters_in_all(self, model: ModelConfig) -> int:
         """Those of the swapped mixers."""
-        return sum(mixer_parameters(model, layer) for layer in swapped_layers(model))
+        return sum(mixer_parameters(model, layer) for layer in swapped_layers(layers(model)))
 
     def flops_per_token(self, config: RunConfig) -> float:
         """The teacher's forward up to its last hidden states, and forward and backward of each swapped mixer.
@@ -82,11 +82,11 @@ class AlignmentKind(StageKind):
         """
         model, stage = config.model, config.stage
         flops = forward_flops_per_token(dense_source(model), stage.seq_length, output_layer=False)
-        tokens, all_layers = 1 + model.num_sink_tokens / stage.seq_length, layers(model)
-        for number in swapped_layers(model):
-            reading, other = mixer_projections(model, all_layers[number])
+        tokens = 1 + model.num_sink_tokens / stage.seq_length
+        for layer in swapped_layers(layers(model)):
+            reading, other = mixer_projections(model, layer)
             flops += tokens * (4.0 * reading + 6.0 * other)
-            flops += 3 * mixer_core_flops(model, all_layers[number], stage.seq_length)
+            flops += 3 * mixer_core_flops(model, layer, stage.seq_length)
         return flops
 
     def activation_bytes(self, config: RunConfig, pipeline_stage: int, micro_batches: int) -> float:
@@ -96,13 +96,12 @@ class AlignmentKind(StageKind):
         """
         model, here = config.model, layers_of_stage(config.model, config.parallel, pipeline_stage)
         boundary = model.hidden_size * (bytes_per_element(config.precision) + 2 * FP32)
-        swapped = [layer for layer in here if not layer.has_the_sources_mixer]
 
         def kept(layer: Layer) -> float:
             copies = weight_copies(config, layer.mixer_weights(model))
             return rank_tokens(config) * (mixer_activations(config, layer) + boundary) + copies
 
-        return max((kept(layer) for layer in swapped), default=0.0)
+        return max((kept(layer) for layer in swapped_layers(here)), default=0.0)
 
 
 def _check_every_stage_aligns(model: ModelConfig, teacher: ModelConfig, parallel: ParallelConfig) -> None:
