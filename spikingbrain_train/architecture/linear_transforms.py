@@ -8,49 +8,41 @@ have to know of them; what happens to tensors is a
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
-from typing import Any
 
+from spikingbrain_train.architecture.kind import Kind
 from spikingbrain_train.architecture.registry import Registry
 from spikingbrain_train.config.model import ModelConfig, Projection
 from spikingbrain_train.config.run import StageConfig
-from spikingbrain_train.config.sections import section_of
-from spikingbrain_train.config.setting import leaves
 
 _IN_EXPERTS = (Projection.mlp_fc1, Projection.mlp_fc2)
 
 
-class LinearTransformKind(ABC):
-    """One kind of transform. Everything that is known of it outside its module is asked here."""
+class LinearTransformKind(Kind):
+    """One kind of transform. Its settings and metrics go by its name: ``model.<name>.x``, ``<name>/x``.
 
-    name: str
-    """How its settings and its metrics are called: ``model.<name>.x``, ``<name>/x``."""
+    The defaults of the settings of a kind from outside apply it nowhere.
+    """
+
     transform: str
     """``package.module:name`` of what makes its LinearTransform of a model (ModelConfig), once a linear;
     imported when a model is built."""
     words: str
     """What a model with it does, in sentences: ``encodes activations as spikes``."""
-    section_type: type | None = None
-    """The dataclass of the settings of a kind from outside. Every field has a default, and the defaults apply
-    it nowhere."""
     changes_input: bool = False
     """Whether linears multiply another tensor than they are given, which the backward pass then needs."""
     changes_weight: bool = False
     """Whether linears multiply by another tensor than their parameter, which the backward pass then needs."""
 
-    @property
-    def section(self) -> str:
-        """Where its settings stand in a model."""
-        return self.name
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        if hasattr(cls, "name"):
+            cls.section = cls.name
 
     def __reduce__(self) -> tuple[Callable[[str], LinearTransformKind], tuple[str]]:
         return _by_name, (self.name,)  # a kind is one object in every process
-
-    def own_settings(self, model: ModelConfig) -> Any:
-        """The settings in its section."""
-        return section_of(model, self.section)
 
     @abstractmethod
     def projections(self, model: ModelConfig) -> Collection[str]:
@@ -65,14 +57,6 @@ class LinearTransformKind(ABC):
             matrix: its position where several linears, one behind the other, make up the projection.
         """
         return projection in self.projections(model)
-
-    def settings(self, model: ModelConfig) -> set[str]:
-        """Those of its settings that have a part in ``model``, with the values that others have."""
-        return self.all_settings(model)
-
-    def all_settings(self, model: ModelConfig) -> set[str]:
-        """Dotted names of all its settings."""
-        return set(leaves(self.own_settings(model), f"{self.section}."))
 
     def check(self, model: ModelConfig, stage: StageConfig, present: Collection[str]) -> None:
         """Its settings against the network and the stage. Raises ConfigurationError.
@@ -101,7 +85,7 @@ class LinearTransformKind(ABC):
         In words behind "cannot", with the setting that asks for it.
         """
         asked = [each.name for each in _IN_EXPERTS if each in self.projections(model)]
-        return f"do what model.{self.section} asks for inside experts ({', '.join(asked)})" if asked else None
+        return f"do what model.{self.name} asks for inside experts ({', '.join(asked)})" if asked else None
 
 
 def _by_name(name: str) -> LinearTransformKind:
@@ -137,5 +121,5 @@ def in_experts(model: ModelConfig) -> tuple[str, ...]:
 
 def without_transforms(model: ModelConfig) -> ModelConfig:
     """The same network with plain linears."""
-    sections = [kind.section for kind in LINEAR_TRANSFORMS if hasattr(model, kind.section)]
+    sections = [kind.name for kind in LINEAR_TRANSFORMS if hasattr(model, kind.name)]
     return replace(model, **{section: type(getattr(model, section))() for section in sections})

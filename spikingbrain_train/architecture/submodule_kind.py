@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-from abc import ABC
 from collections.abc import Mapping
 from typing import Any
 
+from spikingbrain_train.architecture.kind import Kind
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ParallelConfig
-from spikingbrain_train.config.sections import section_of
-from spikingbrain_train.config.setting import leaves
 
 
-class SubmoduleKind(ABC):
-    """One kind of a layer's submodules. Everything that is known of it outside its module is asked here."""
+class SubmoduleKind(Kind):
+    """One kind of a layer's submodules, named in ``model.mixers`` or ``model.feed_forwards``."""
 
-    name: str
-    """How ``model.mixers`` or ``model.feed_forwards`` calls it."""
     words: str
     """What its layers are called in sentences: ``mixture-of-experts layers``; by default by its name."""
     spec: str
     """``package.module:function`` that makes its spec in a layer; imported when a model is built."""
-    section: str | None = None
-    """Where the settings of a kind from outside stand in a model: ``model.<section>``."""
-    section_type: type | None = None
-    """The dataclass of those settings, every field with a default."""
     is_of_the_source: bool = False
     """Whether a dense source has it in every layer."""
     hf_layers: Mapping[str, str] = {}
@@ -40,19 +32,6 @@ class SubmoduleKind(ABC):
 
     def check_split(self, model: ModelConfig, parallel: ParallelConfig) -> None:
         """Its heads, channels and experts against the degrees that split them. Raises ConfigurationError."""
-
-    def all_settings(self, model: ModelConfig) -> set[str]:
-        """Dotted names of the model's settings that are there for it, and for others that name them, too."""
-        return set() if self.section is None else set(leaves(self.own_settings(model), f"{self.section}."))
-
-    def own_settings(self, model: ModelConfig) -> Any:
-        """The settings in its section."""
-        assert self.section is not None, f"{self.name} has no section"
-        return section_of(model, self.section)
-
-    def settings(self, model: ModelConfig) -> set[str]:
-        """Those of them that have a part in it, with the values that others have."""
-        return self.all_settings(model)
 
     def values_of_nulls(self, model: ModelConfig) -> dict[str, Any]:
         """What those of its settings stand for that can be null, by dotted name."""
