@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -15,8 +14,7 @@ from spikingbrain_train.architecture.mixers import MixerKind
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.config.parallel import LinearAttentionBackend, LinearAttentionContextParallel
 from spikingbrain_train.models.layer_build import LayerBuild, attention_submodules
-from spikingbrain_train.models.rms_norm import RMSNorm
-from spikingbrain_train.ops.rms_norm import rms_norm
+from spikingbrain_train.models.mixers.head_norm import HeadNorm
 from spikingbrain_train.parallel.context_parallel.linear_attention import context_parallel_linear_attention
 
 
@@ -64,12 +62,7 @@ class FixedDecayAttention(SelfAttention):
         self.backend = backend.value
         self.context_parallel = context_parallel
         self.scale = config.kv_channels**-0.5
-        self.out_norm = RMSNorm(
-            config, config.kv_channels, eps=config.layernorm_epsilon, sequence_parallel=False
-        )
-        self.out_norm.weight.is_new_parameter = True  # type: ignore[attr-defined]
-        if config.perform_initialization:
-            torch.nn.init.constant_(self.out_norm.weight, init_out_norm)
+        self.out_norm = HeadNorm(config, init_out_norm, self.pg_collection.tp)
 
     def forward(
         self,
@@ -97,6 +90,4 @@ class FixedDecayAttention(SelfAttention):
             scale=self.scale,
             backend=self.backend,
         )
-        # Each tensor-parallel rank normalises its own heads: the weight's gradient is a partial sum.
-        weight = copy_to_tensor_model_parallel_region(self.out_norm.weight, group=self.pg_collection.tp)
-        return rms_norm(o_BTHV, weight, self.out_norm.eps).transpose(0, 1).flatten(2)
+        return self.out_norm(o_BTHV)

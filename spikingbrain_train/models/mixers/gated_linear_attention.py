@@ -19,7 +19,6 @@ from __future__ import annotations
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear
-from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -37,8 +36,7 @@ from spikingbrain_train.config.model import (
 )
 from spikingbrain_train.config.parallel import LinearAttentionBackend, LinearAttentionContextParallel
 from spikingbrain_train.models.layer_build import LayerBuild, attention_submodules
-from spikingbrain_train.models.rms_norm import RMSNorm
-from spikingbrain_train.ops.rms_norm import rms_norm
+from spikingbrain_train.models.mixers.head_norm import HeadNorm
 from spikingbrain_train.parallel.context_parallel.linear_attention import context_parallel_linear_attention
 
 _FEATURES = {FeatureMap.relu: torch.relu, FeatureMap.sigmoid: torch.sigmoid}
@@ -127,12 +125,7 @@ class GatedLinearAttention(SelfAttention):
         self.gate = gla.gate
         self.gate_logit_normalizer = gla.gate_logit_normalizer
         self.scale = config.kv_channels**-0.5
-        self.out_norm = RMSNorm(
-            config, config.kv_channels, eps=config.layernorm_epsilon, sequence_parallel=False
-        )
-        self.out_norm.weight.is_new_parameter = True  # type: ignore[attr-defined]
-        if config.perform_initialization:
-            torch.nn.init.constant_(self.out_norm.weight, gla.init_out_norm)
+        self.out_norm = HeadNorm(config, gla.init_out_norm, self.pg_collection.tp)
         self._log_gate = entry_of(self.gate, _LOG_GATES, "the log gates of linear attention")
         if self.gate is GateKind.low_rank:
             self._build_low_rank_gate(gla, gate_down_proj, gate_up_proj)
@@ -230,11 +223,7 @@ class GatedLinearAttention(SelfAttention):
             scale=self.scale,
             backend=self.backend,
         )
-        # Each rank normalises its own heads with the one shared weight, so its gradient is a partial sum;
-        # megatron-core's copy into the tensor-parallel region adds the parts up in the backward pass.
-        weight = copy_to_tensor_model_parallel_region(self.out_norm.weight, group=self.pg_collection.tp)
-        normed_BTHV = rms_norm(o_BTHV, weight, self.out_norm.eps)
-        return normed_BTHV.transpose(0, 1).flatten(2)
+        return self.out_norm(o_BTHV)
 
     @torch.no_grad()
     def balance_keys(self) -> None:
