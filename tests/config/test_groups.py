@@ -92,7 +92,9 @@ EXPERIMENTS = {
     "spikingbrain_76b_8k": ((128, 1, 4, 1, 8), 8192, 100),
     "spikingbrain_76b_32k": ((128, 1, 4, 4, 8), 32768, 30),
     "spikingbrain_76b_128k": ((128, 1, 4, 8, 8), 131072, 30),
-    # ours beside the published ones
+    # ours: before the published stages, and layouts beside the published ones
+    "spikingbrain_7b_align": ((8, 1, 1, 1, 1), 4096, 0.06554),
+    "spikingbrain_7b_distill": ((4, 2, 1, 1, 1), 8192, 1),
     "spikingbrain_7b_128k parallel=dp32_cp8_halo": ((32, 1, 1, 8, 1), 131072, 25),
     "spikingbrain_76b_32k parallel=dp32_cp4_ep8_pp4": ((32, 1, 4, 4, 8), 32768, 30),
     "spikingbrain_76b_128k parallel=dp16_cp8_ep8_pp4": ((16, 1, 4, 8, 8), 131072, 30),
@@ -178,6 +180,18 @@ def test_the_stages_of_a_model_follow_each_other(monkeypatch):
         for before, after in itertools.pairwise(stages):
             assert after.checkpoint.load == f"{before.output_dir}/checkpoints"
             assert after.model == before.model
+
+
+def test_alignment_and_distillation_of_the_7b_lead_from_the_conversion_to_the_published_stages():
+    align, distill, cpt = (
+        dry_run(f"experiment=spikingbrain_7b_{name}") for name in ("align", "distill", "8k")
+    )
+    assert align.checkpoint.load == cpt.checkpoint.load  # with them or without, as in the report
+    assert distill.checkpoint.load == f"{align.output_dir}/checkpoints"
+    assert align.stage.teacher == distill.stage.teacher and align.stage.teacher is not None
+    assert align.model == distill.model == cpt.model
+    assert distill.stage.seq_length == cpt.stage.seq_length
+    assert align.model.sliding_window is not None and align.stage.seq_length <= align.model.sliding_window
 
 
 def test_spikingbrain_76b_has_the_published_size_and_layers():

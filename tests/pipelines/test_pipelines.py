@@ -199,14 +199,14 @@ class TestSpikingBrain7B:
         monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
         pipelines(["dry-run", "spikingbrain_7b", "valid=[held_out]"])
         said = capsys.readouterr().out
-        for step in ("dense", "align", "cpt_8k", "cpt_32k", "cpt_128k", "export", "evaluate_export"):
+        for step in ("dense", "align", "distill", "cpt_8k", "cpt_32k", "cpt_128k", "export", "evaluate_export"):
             assert f"] {step}: " in said
         assert "sbatch --wait --nodes=32 scripts/slurm/nvidia.sbatch experiment=spikingbrain_7b_128k" in said
         assert "-m torch.distributed.run --nproc-per-node 8" in said
         missing = [line for line in said.splitlines() if line.startswith("missing: ")]
         assert any("model, train have no value; give model=... train=..." in line for line in missing)
         assert any(
-            "step cpt_8k, cpt_32k, cpt_128k: the program sbatch is not installed" in line for line in missing
+            "step distill, cpt_8k, cpt_32k, cpt_128k: the program sbatch is not installed" in line for line in missing
         )
         assert any("held_out.bin does not exist" in line for line in missing)
         assert not list(tmp_path.iterdir())
@@ -219,7 +219,8 @@ class TestSpikingBrain7B:
             for name, step in steps.items()
             if step.train_iters is not None
         }
-        assert lengths == {"align": 4096, "cpt_8k": 8192, "cpt_32k": 32768, "cpt_128k": 131072}
+        pretraining = {"cpt_8k": 8192, "cpt_32k": 32768, "cpt_128k": 131072}
+        assert lengths == {"align": 4096, "distill": 8192, **pretraining}
         assert "scripts/slurm/metax.sbatch" in steps["cpt_8k"].command
 
     def test_a_layout_that_does_not_fit_the_ranks_is_refused(self) -> None:
