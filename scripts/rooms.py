@@ -14,9 +14,9 @@ PACKAGE = "spikingbrain_train"
 FLOORS = {
     "hf": 0,
     "storage": 0,
-    "reporting": 0,
     "config": 1,
     "architecture": 2,
+    "reporting": 2,
     "planning": 3,
     "runtime": 4,
     "ops": 5,

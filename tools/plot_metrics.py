@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 
 from spikingbrain_train.config.command_line import user_errors
-from spikingbrain_train.training.plots import plot_loss_curves
+from spikingbrain_train.reporting.plots.loss_curves import plot_loss_curves
 
 
 def main() -> None:

@@ -1,1 +1,1 @@
-"""What a person sees of a command while it runs. Imports neither torch nor any other room."""
+"""What a person sees of commands and runs: progress, metrics read back, pictures of them. Without torch."""

@@ -15,8 +15,8 @@ from spikingbrain_train.config.load import load_run_config
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import LRDecayStyle, OptimizerConfig, Precision, RunConfig, StageConfig
 from spikingbrain_train.parallel.process_groups import ProcessGroups
+from spikingbrain_train.reporting.metrics import read_metrics
 from spikingbrain_train.storage.checkpoint_folder import iteration_folder
-from spikingbrain_train.training.metrics import read_metrics
 from tests.distributed.pool import RankPool
 from tests.distributed.small_runs import checkpoint_config, run_config, train
 

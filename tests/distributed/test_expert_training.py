@@ -17,7 +17,7 @@ import pytest
 from spikingbrain_train.config.model import MoEConfig
 from spikingbrain_train.config.parallel import ParallelConfig, Recompute
 from spikingbrain_train.config.run import Precision, RunConfig
-from spikingbrain_train.training.metrics import read_metrics
+from spikingbrain_train.reporting.metrics import read_metrics
 from tests.distributed.pool import RankPool
 from tests.distributed.small_runs import MODEL_76B, checkpoint_config, run_config, train
 from tests.distributed.test_resume import _interrupt_after

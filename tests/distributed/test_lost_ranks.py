@@ -19,8 +19,8 @@ from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.errors import CheckpointError, PlatformError
 from spikingbrain_train.parallel.heartbeats import Heartbeats, failed_collective
 from spikingbrain_train.parallel.process_groups import ProcessGroups
+from spikingbrain_train.reporting.metrics import METRICS_FILE, read_metrics
 from spikingbrain_train.storage.checkpoint_folder import latest_iteration
-from spikingbrain_train.training.metrics import METRICS_FILE, read_metrics
 from tests.distributed.pool import RankPool
 
 REPOSITORY = Path(__file__).resolve().parents[2]

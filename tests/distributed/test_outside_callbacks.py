@@ -14,7 +14,7 @@ import pytest
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.parallel.process_groups import ProcessGroups
-from spikingbrain_train.training.metrics import read_metrics
+from spikingbrain_train.reporting.metrics import read_metrics
 from tests.distributed.pool import RankFailure, RankPool
 from tests.distributed.small_runs import run_config, train
 

@@ -17,6 +17,7 @@ from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import Precision, RunConfig, WandbMode
 from spikingbrain_train.config.yaml_files import conf_folder
 from spikingbrain_train.errors import CheckpointError
+from spikingbrain_train.reporting.metrics import read_metrics
 from spikingbrain_train.storage.checkpoint_folder import (
     CHECKPOINT_FOLDER,
     LATEST_ITERATION_FILE,
@@ -24,7 +25,6 @@ from spikingbrain_train.storage.checkpoint_folder import (
     latest_checkpoint,
 )
 from spikingbrain_train.training.callbacks.weights_and_biases import WANDB_RUN_ID_FILE, WeightsAndBiases
-from spikingbrain_train.training.metrics import read_metrics
 from tests.distributed.pool import RankFailure, RankPool
 from tests.distributed.small_runs import MODEL, MODEL_76B, checkpoint_config, run_config, train
 

@@ -17,8 +17,8 @@ import pytest
 from spikingbrain_train.config.model import Projection, SpikingConfig
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import DataConfig, LoggingConfig, RunConfig, SpikeAnnealingConfig
+from spikingbrain_train.reporting.metrics import read_metrics
 from spikingbrain_train.storage.checkpoint_folder import LATEST_ITERATION_FILE, iteration_folder
-from spikingbrain_train.training.metrics import read_metrics
 from tests.distributed.pool import RankPool
 from tests.distributed.small_runs import MODEL, TOPOLOGIES, checkpoint_config, run_config, train
 

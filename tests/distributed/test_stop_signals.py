@@ -22,10 +22,10 @@ from spikingbrain_train.config.command_line import START_AGAIN
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.parallel.process_groups import ProcessGroups
+from spikingbrain_train.reporting.metrics import METRICS_FILE, read_metrics
 from spikingbrain_train.storage.checkpoint_folder import latest_iteration
 from spikingbrain_train.training.callbacks.callback import Callback
 from spikingbrain_train.training.callbacks.stop_signals import STOPPING, StopSignals
-from spikingbrain_train.training.metrics import METRICS_FILE, read_metrics
 from tests.distributed.pool import RankPool
 from tests.distributed.small_runs import Remember, checkpoint_config, run_config, train
 

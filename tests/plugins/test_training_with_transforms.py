@@ -13,8 +13,8 @@ from spikingbrain_train.config.model import Projection, SpikingConfig
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import DataConfig, LoggingConfig, RunConfig
 from spikingbrain_train.config.sections import with_sections
+from spikingbrain_train.reporting.metrics import read_metrics
 from spikingbrain_train.storage.checkpoint_folder import LATEST_ITERATION_FILE, iteration_folder
-from spikingbrain_train.training.metrics import read_metrics
 from tests.distributed.pool import RankPool
 from tests.distributed.small_runs import MODEL, checkpoint_config, run_config, train, write_text
 from tests.plugins.test_transforms_from_outside import with_rounding

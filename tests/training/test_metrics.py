@@ -16,12 +16,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from spikingbrain_train.config.run import LoggingConfig, RunConfig, WandbMode
 from spikingbrain_train.errors import DataError, NumericalError, PlatformError
+from spikingbrain_train.reporting.metrics import METRICS_FILE, read_metrics
 from spikingbrain_train.training.callbacks.callbacks import Callbacks
 from spikingbrain_train.training.callbacks.metrics_file import MetricsFile
 from spikingbrain_train.training.callbacks.tensorboard import TensorBoard
 from spikingbrain_train.training.callbacks.weights_and_biases import WANDB_RUN_ID_FILE, WeightsAndBiases
 from spikingbrain_train.training.heat_map import HeatMap
-from spikingbrain_train.training.metrics import METRICS_FILE, read_metrics
 from spikingbrain_train.training.report import Report
 
 FILE_ONLY = LoggingConfig(tensorboard=False)

@@ -17,9 +17,9 @@ from spikingbrain_train.errors import DataError
 from spikingbrain_train.pipelines.state import State, StepRecord
 from spikingbrain_train.pipelines.steps import printable
 from spikingbrain_train.reporting.activity import format_duration
+from spikingbrain_train.reporting.metrics import read_metrics
+from spikingbrain_train.reporting.plots.loss_curves import plot_loss_curves
 from spikingbrain_train.storage.durable_files import write_text_durably
-from spikingbrain_train.training.metrics import read_metrics
-from spikingbrain_train.training.plots import plot_loss_curves
 
 PICTURE, MARKDOWN, JSON, TABLE = "loss.png", "demo_report.md", "demo_report.json", "demo_report.txt"
 

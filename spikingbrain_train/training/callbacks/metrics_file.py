@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from spikingbrain_train.errors import PlatformError
+from spikingbrain_train.reporting.metrics import METRICS_FILE, parse_point
 from spikingbrain_train.storage.durable_files import write_text_durably
 from spikingbrain_train.training.callbacks.callback import Callback
-from spikingbrain_train.training.metrics import METRICS_FILE, parse_point
 from spikingbrain_train.training.report import Report
 
 _log = logging.getLogger(__name__)

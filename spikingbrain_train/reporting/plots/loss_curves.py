@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from spikingbrain_train.errors import DataError, PlatformError
+from spikingbrain_train.reporting.metrics import METRICS_FILE, read_metrics
 from spikingbrain_train.storage.durable_files import replaced_durably
-from spikingbrain_train.training.metrics import METRICS_FILE, read_metrics
 
 # Paul Tol's bright scheme: told apart in print and by colour-blind readers.
 _STAGE_COLOURS = ("#4477aa", "#228833", "#aa3377", "#ccbb44", "#66ccee", "#ee6677")

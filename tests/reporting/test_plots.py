@@ -13,9 +13,9 @@ import pytest
 from matplotlib.axes import Axes
 
 from spikingbrain_train.errors import DataError
-from spikingbrain_train.training import plots
-from spikingbrain_train.training.metrics import METRICS_FILE
-from spikingbrain_train.training.plots import plot_loss_curves
+from spikingbrain_train.reporting.metrics import METRICS_FILE
+from spikingbrain_train.reporting.plots import loss_curves as plots
+from spikingbrain_train.reporting.plots.loss_curves import plot_loss_curves
 
 
 def write_run(folder: Path, points: list[dict[str, object]]) -> Path:
