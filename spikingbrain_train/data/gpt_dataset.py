@@ -63,6 +63,14 @@ class _Windows:
             sample["cu_seqlens"] = torch.from_numpy(np.concatenate(([0], inside, [self.seq_length])))
         return {**sample, "loss_mask": torch.from_numpy(loss_mask)}
 
+    def predicted_tokens(self, windows: int) -> int:
+        """Labels that carry loss in the first ``windows`` samples that share no label."""
+        labels = min(windows * self.seq_length, self.num_tokens - 1)
+        if self._document_starts is None:
+            return labels
+        low, high = np.searchsorted(self._document_starts, (1, labels + 1))
+        return labels - int(high - low)
+
 
 class ShuffledWindows:
     """Endless epochs over one indexed dataset, each in its own order.
@@ -202,6 +210,17 @@ class ValidDataset(_Samples):
         self._ends = np.cumsum(windows)
         available = int(self._ends[-1])
         self.num_samples = available if num_samples is None else min(num_samples, available)
+
+    def predicted_tokens(self) -> list[int]:
+        """Labels that carry loss, of each dataset."""
+        begins = [0, *self._ends[:-1].tolist()]
+        windows = [
+            min(max(self.num_samples - begin, 0), end - begin)
+            for begin, end in zip(begins, self._ends.tolist(), strict=True)
+        ]
+        return [
+            dataset.predicted_tokens(count) for dataset, count in zip(self._datasets, windows, strict=True)
+        ]
 
     def _sample(self, index: int) -> Sample:
         which = int(np.searchsorted(self._ends, index, side="right"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,8 +15,25 @@ from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.reporting.activity import Activity
 
 
+@dataclass(frozen=True)
+class HeldOutDataset:
+    """One of the datasets that an evaluation reads."""
+
+    name: str
+    """Short, and another one than those of the others."""
+    prefix: str
+    """Path of its files without .bin and .idx."""
+    tokens: int
+    """Predicted in one evaluation."""
+
+
 class HeldOutData(Protocol):
     """Data that the run does not train on."""
+
+    @property
+    def datasets(self) -> Sequence[HeldOutDataset]:
+        """Where it comes from, as far as it lies in indexed datasets."""
+        ...
 
     @property
     def num_batches(self) -> int:

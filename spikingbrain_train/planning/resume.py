@@ -198,8 +198,25 @@ def _check_shares(stored: StoredRun, config: RunConfig, datasets: list[DatasetFi
         raise _refuse(stored, f"data.train_weights={shown(theirs)}", shown(ours), OTHER_ORDER)
 
 
-def changes_since(stored: StoredRun, config: RunConfig, world_size: int) -> list[str]:
-    """Every change that is worth a word, as "optimizer.lr 0.001 -> 1e-05", in the order of the settings.
+@dataclass(frozen=True)
+class Change:
+    """A setting with another value than in the checkpoint."""
+
+    name: str
+    """Dotted: ``optimizer.lr``."""
+    was: Any
+    now: Any
+    note: str
+    """What to know of it; may be empty."""
+
+    def describe(self) -> str:
+        """In words: ``optimizer.lr 0.001 -> 1e-05``."""
+        change = f"{self.name} {shown(self.was)} -> {shown(self.now)}"
+        return f"{change} ({self.note})" if self.note else change
+
+
+def changes_since(stored: StoredRun, config: RunConfig, world_size: int) -> list[Change]:
+    """Every change that is worth a word, in the order of the settings.
 
     Args:
         stored: the run as it was, which :func:`check_settings` and :func:`check_training_data` let go on.
@@ -213,6 +230,5 @@ def changes_since(stored: StoredRun, config: RunConfig, world_size: int) -> list
         if decision.rule in (OnChange.free, OnChange.refused) or not is_known or theirs[name] == ours[name]:
             continue
         note = "the same tokens" if decision.rule is OnChange.by_tokens else decision.note
-        change = f"{name} {shown(theirs[name])} -> {shown(ours[name])}"
-        changes.append(f"{change} ({note})" if note else change)
+        changes.append(Change(name, theirs[name], ours[name], note))
     return changes

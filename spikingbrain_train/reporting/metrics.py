@@ -1,9 +1,7 @@
-"""The scalars that a run has written to its file of JSON lines.
+"""What a run has written to its file of JSON lines: points of its curves, and what happened between them.
 
-Metric names are ``group/name``. Every run has ``train/loss``, ``train/learning_rate``, ``train/grad_norm``,
-``train/tokens_per_second``, ``train/mfu`` (0-1), ``train/memory_gib`` and, with held-out data,
-``valid/cross_entropy`` (nats per token). Callbacks add more: ``moe/...``
-(:mod:`~spikingbrain_train.training.callbacks.expert_load`), ``spiking/...``.
+Metric names are ``group/name``; docs/metrics.md has all of them. An event line says with ``event`` that the
+run started or went on there, on which data and with which changes of settings.
 """
 
 from __future__ import annotations
@@ -15,6 +13,8 @@ from typing import Any
 from spikingbrain_train.errors import DataError
 
 METRICS_FILE = "metrics.jsonl"
+STARTED, RESUMED = "started", "resumed"
+"""Kinds of events."""
 
 
 def read_metrics(output_dir: str | Path) -> list[dict[str, Any]]:
@@ -25,6 +25,37 @@ def read_metrics(output_dir: str | Path) -> list[dict[str, Any]]:
     Raises:
         DataError: there is no metrics file, or a line inside it is not a JSON object with an iteration.
     """
+    return [line for line in _read_lines(output_dir) if not is_event(line)]
+
+
+def read_events(output_dir: str | Path) -> list[dict[str, Any]]:
+    """The starts and continuations of a run, in their order; files of earlier releases have none.
+
+    Each has ``iteration`` (steps done before), ``time`` (seconds since 1970), ``event`` (``started`` or
+    ``resumed``), ``run`` (:class:`~spikingbrain_train.training.beginning.Facts`) and, where it went on,
+    ``changed``: setting -> [in the checkpoint, now].
+
+    Raises:
+        DataError: as :func:`read_metrics`.
+    """
+    return [line for line in _read_lines(output_dir) if is_event(line)]
+
+
+def is_event(line: dict[str, Any]) -> bool:
+    """Whether a line of the file is an event, and no point."""
+    return "event" in line
+
+
+def parse_line(line: str) -> dict[str, Any] | None:
+    """The point or event of a line, None where the line is damaged."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("iteration"), int) else None
+
+
+def _read_lines(output_dir: str | Path) -> list[dict[str, Any]]:
     path = Path(output_dir) / METRICS_FILE
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
@@ -35,19 +66,10 @@ def read_metrics(output_dir: str | Path) -> list[dict[str, Any]]:
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}).") from error
     *complete, _unfinished = lines
-    points = []
+    found = []
     for number, line in enumerate(complete, start=1):
-        point = parse_point(line)
-        if point is None:
+        parsed = parse_line(line)
+        if parsed is None:
             raise DataError(f"{path}, line {number} is not a metrics point; remove that line.")
-        points.append(point)
-    return points
-
-
-def parse_point(line: str) -> dict[str, Any] | None:
-    """The point of a line, None where the line is damaged."""
-    try:
-        point = json.loads(line)
-    except ValueError:
-        return None
-    return point if isinstance(point, dict) and isinstance(point.get("iteration"), int) else None
+        found.append(parsed)
+    return found

@@ -26,7 +26,7 @@ from spikingbrain_train.reporting.activity import Activity, activity
 from spikingbrain_train.runtime import patches
 from spikingbrain_train.runtime.accelerator import detect
 from spikingbrain_train.runtime.bf16 import PARAMS_DTYPE, slow_format_warning
-from spikingbrain_train.training.beginning import resumed, started
+from spikingbrain_train.training.beginning import facts_of, resumed, started
 from spikingbrain_train.training.build import (
     build_student,
     describe_parameters,
@@ -106,6 +106,7 @@ class Trainer:
         with self.activity("opening the data"):
             self.record = record_of(config, groups.world_size)
             self.data = kind.open_data(config, groups, self.activity)
+            facts = facts_of(config, groups.world_size, self.data.held_out)
 
         accelerator = groups.accelerator
         kernels = kernels_of(config, accelerator)
@@ -124,10 +125,11 @@ class Trainer:
         if resuming:
             with self.activity("loading the checkpoint"):
                 stored = self.checkpoints.resume(self.state)
-            for line in resumed(stored, config, self.state.consumed_samples, groups.world_size):
-                self.say(line)
+            self.beginning = resumed(stored, config, self.state.consumed_samples, facts)
         else:
-            self.say(started(config))
+            self.beginning = started(config, facts)
+        for line in self.beginning.lines:
+            self.say(line)
 
     def train(self) -> bool:
         """Run from the current iteration to the last, or until something asks to :meth:`stop`.

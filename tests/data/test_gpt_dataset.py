@@ -269,6 +269,20 @@ def test_evaluation_counts_every_token_once_for_every_data_parallel_size(
     assert torch.cat(seen).tolist() == list(range(1, 203))
 
 
+@pytest.mark.parametrize("reset_at_documents", [False, True])
+@pytest.mark.parametrize("windows", [1, 3, 26, 27, 30, None])
+def test_the_tokens_of_an_evaluation_are_known_without_reading_them(
+    counted: str, write_tokens, windows: int | None, reset_at_documents: bool
+) -> None:
+    other = write_tokens("other", [range(5), range(5, 6), range(6, 29)])
+    datasets = [open_indexed_dataset(prefix) for prefix in (counted, other)]
+    valid = ValidDataset(datasets, SEQ, windows, reset_at_documents=reset_at_documents)
+    predicted = [0.0, 0.0]
+    for index in range(len(valid)):  # 203 tokens are 26 windows
+        predicted[index >= 26] += valid[index]["loss_mask"].sum().item()
+    assert valid.predicted_tokens() == predicted
+
+
 def test_without_held_out_prefixes_there_is_no_validation(counted: str) -> None:
     assert build_datasets(DataConfig(train=[counted]), SEQ, 1)[1] is None
 

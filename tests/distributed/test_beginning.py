@@ -14,8 +14,9 @@ import pytest
 from spikingbrain_train.config.load import load_run_config
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import LRDecayStyle, OptimizerConfig, Precision, RunConfig, StageConfig
+from spikingbrain_train.config.run_record import fingerprint
 from spikingbrain_train.parallel.process_groups import ProcessGroups
-from spikingbrain_train.reporting.metrics import read_metrics
+from spikingbrain_train.reporting.metrics import read_events, read_metrics
 from spikingbrain_train.storage.checkpoint_folder import iteration_folder
 from tests.distributed.pool import RankPool
 from tests.distributed.small_runs import checkpoint_config, run_config, train
@@ -79,6 +80,38 @@ def test_a_changed_rate_is_said_used_and_recorded(ranks: RankPool, tmp_path: Pat
     assert rates == [1e-3, 1e-3, 1e-5, 1e-5]
     stored = load_run_config(iteration_folder(tmp_path / "checkpoints", 4) / "run_config.yaml")
     assert (stored.optimizer.lr, stored.optimizer.new_parameter_lr_mult) == (1e-5, 10.0)
+
+
+def test_the_metrics_file_says_where_a_run_started_and_went_on(
+    ranks: RankPool, tmp_path: Path, text: Path, hybrid_checkpoint: Path
+) -> None:
+    config = _config(tmp_path / "run", text, 2, OptimizerConfig(lr=1e-3))
+    config = replace(config, checkpoint=checkpoint_config(hybrid_checkpoint))
+    config.data = replace(config.data, valid=[str(text)])
+    ranks.run(train, config, world_size=1, parallel=ONE)
+    longer = replace(config, stage=replace(config.stage, train_iters=4), optimizer=OptimizerConfig(lr=1e-4))
+    longer.logging.eval_iters = 3
+    ranks.run(train, longer, world_size=2, parallel=ONE)
+
+    started, resumed = read_events(tmp_path / "run")
+    assert started["event"] == "started" and "changed" not in started
+    assert started["run"] == {
+        "output_dir": str(tmp_path / "run"),
+        "stage": "cpt",
+        "load": str(iteration_folder(hybrid_checkpoint, 1)),
+        # 16 global batches of 4 windows of 32 tokens
+        "held_out": {"assignment": {"tokens": 16 * 4 * 32, "fingerprint": fingerprint(str(text)).digest}},
+        "seq_length": 32,
+        "world_size": 1,
+    }
+    assert (resumed["event"], resumed["iteration"], resumed["run"]["world_size"]) == ("resumed", 2, 2)
+    assert resumed["run"]["held_out"]["assignment"]["tokens"] == 3 * 4 * 32
+    assert resumed["changed"] == {
+        "parallel.data_parallel_size": [1, 2],
+        "optimizer.lr": [1e-3, 1e-4],
+        "stage.train_iters": [2, 4],
+        "logging.eval_iters": [16, 3],
+    }
 
 
 def test_a_longer_schedule_says_to_which_rate_it_lifts_the_next_step(

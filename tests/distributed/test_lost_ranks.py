@@ -187,7 +187,7 @@ class Run:
 
     def wait_for_step(self, number: int) -> None:
         metrics, deadline = self.output / METRICS_FILE, time.monotonic() + 200
-        while not metrics.exists() or metrics.read_text().count("\n") < number:
+        while not metrics.exists() or metrics.read_text().count("train/loss") < number:
             assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.1)
 

@@ -233,7 +233,7 @@ def _start(folder: Path, text: Path, *launcher: str) -> subprocess.Popen[str]:
 
 def _wait_for_steps(process: subprocess.Popen[str], folder: Path) -> None:
     metrics, deadline = folder / "run" / METRICS_FILE, time.monotonic() + 200
-    while not metrics.exists() or metrics.read_text().count("\n") < 3:
+    while not metrics.exists() or metrics.read_text().count("train/loss") < 3:
         if process.poll() is not None or time.monotonic() > deadline:
             process.kill()
             raise AssertionError(process.communicate()[0])

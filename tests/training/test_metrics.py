@@ -9,14 +9,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TextIO
+from typing import Any, TextIO
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from spikingbrain_train.config.run import LoggingConfig, RunConfig, WandbMode
+from spikingbrain_train.config.run import LoggingConfig, LRDecayStyle, RunConfig, WandbMode
 from spikingbrain_train.errors import DataError, NumericalError, PlatformError
-from spikingbrain_train.reporting.metrics import METRICS_FILE, read_metrics
+from spikingbrain_train.planning.resume import Change
+from spikingbrain_train.reporting.metrics import METRICS_FILE, read_events, read_metrics
+from spikingbrain_train.training.beginning import Beginning, Facts, HeldOutSet
 from spikingbrain_train.training.callbacks.callbacks import Callbacks
 from spikingbrain_train.training.callbacks.metrics_file import MetricsFile
 from spikingbrain_train.training.callbacks.tensorboard import TensorBoard
@@ -29,13 +31,25 @@ FILE_ONLY = LoggingConfig(tensorboard=False)
 
 @contextmanager
 def writers(
-    logging: LoggingConfig, folder: Path, *, is_main_process: bool = True, resumed_iteration: int = 0
+    logging: LoggingConfig,
+    folder: Path,
+    *,
+    is_main_process: bool = True,
+    resumed_iteration: int = 0,
+    changes: list[Change] | None = None,
+    is_last_step: bool = False,
 ) -> Iterator[Callbacks]:
     """What writes the reports of a run, from its start to its end."""
+    config = RunConfig(logging=logging, output_dir=str(folder))
+    config.stage.train_iters, config.stage.seq_length, config.stage.global_batch_size = 100, 32, 4
+    begins = None if resumed_iteration == 0 else changes or []
+    facts = Facts(str(folder), "cpt", None, {"text": HeldOutSet(1000, "abcd")}, seq_length=32, world_size=1)
     run = SimpleNamespace(
-        config=RunConfig(logging=logging, output_dir=str(folder)),
+        config=config,
         groups=SimpleNamespace(is_main_process=is_main_process),
         state=SimpleNamespace(iteration=resumed_iteration),
+        beginning=Beginning(resumed_iteration, facts, ["begins"], begins),
+        is_last_step=is_last_step,
     )
     callbacks = Callbacks([MetricsFile(), TensorBoard(), WeightsAndBiases()], run)  # type: ignore[arg-type]
     error: BaseException | None = None
@@ -50,9 +64,13 @@ def writers(
 
 
 def log_losses(
-    config: LoggingConfig, folder: Path, losses: dict[int, float], resumed_iteration: int = 0
+    config: LoggingConfig,
+    folder: Path,
+    losses: dict[int, float],
+    resumed_iteration: int = 0,
+    changes: list[Change] | None = None,
 ) -> None:
-    with writers(config, folder, resumed_iteration=resumed_iteration) as callbacks:
+    with writers(config, folder, resumed_iteration=resumed_iteration, changes=changes) as callbacks:
         for iteration, loss in losses.items():
             callbacks.log(Report(iteration, {"train/loss": loss}))
 
@@ -89,7 +107,7 @@ def test_points_are_readable_by_any_json_reader(tmp_path: Path) -> None:
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
 
-    (line,) = (tmp_path / METRICS_FILE).read_text().splitlines()
+    _started, line = (tmp_path / METRICS_FILE).read_text().splitlines()
     point = json.loads(line, parse_constant=refuse)
     assert point["iteration"] == 1
     assert point["train/loss"] == 2.5
@@ -133,6 +151,85 @@ def test_new_run_in_a_used_folder_starts_afresh(tmp_path: Path) -> None:
     assert losses_in_tensorboard(tmp_path) == {0: 8.0, 10: 4.0}
 
 
+LOWER_RATE = Change("optimizer.lr", 1e-3, 1e-4, "")
+
+
+def test_the_file_says_what_the_points_belong_to(tmp_path: Path) -> None:
+    log_losses(FILE_ONLY, tmp_path, {10: 5.0, 20: 4.0})
+    (started,) = read_events(tmp_path)
+    assert started.pop("time") > 1.7e9
+    assert started == {
+        "iteration": 0,
+        "event": "started",
+        "run": {
+            "output_dir": str(tmp_path),
+            "stage": "cpt",
+            "load": None,
+            "held_out": {"text": {"tokens": 1000, "fingerprint": "abcd"}},
+            "seq_length": 32,
+            "world_size": 1,
+        },
+    }
+    style = Change("optimizer.lr_decay_style", LRDecayStyle.cosine, LRDecayStyle.WSD, "")
+    data = Change("data.valid", ["a"], ["a", "b"], "")
+    log_losses(FILE_ONLY, tmp_path, {30: 3.0}, resumed_iteration=20, changes=[LOWER_RATE, style, data])
+    assert read_events(tmp_path)[0]["event"] == "started"
+    resumed = read_events(tmp_path)[1]
+    assert (resumed["iteration"], resumed["event"], resumed["run"]) == (20, "resumed", started["run"])
+    assert resumed["changed"] == {
+        "optimizer.lr": [1e-3, 1e-4],
+        "optimizer.lr_decay_style": ["cosine", "WSD"],
+        "data.valid": [["a"], ["a", "b"]],
+    }
+
+
+def test_events_are_dropped_with_the_points_that_they_are_about(tmp_path: Path) -> None:
+    def happened() -> list[tuple[str, int]]:
+        return [(event["event"], event["iteration"]) for event in read_events(tmp_path)]
+
+    log_losses(FILE_ONLY, tmp_path, {10: 5.0, 20: 4.0, 30: 3.5})
+    log_losses(FILE_ONLY, tmp_path, {30: 3.0, 40: 2.0}, resumed_iteration=20, changes=[LOWER_RATE])
+    log_losses(FILE_ONLY, tmp_path, {50: 1.5}, resumed_iteration=40)
+    assert happened() == [("started", 0), ("resumed", 20), ("resumed", 40)]
+    log_losses(FILE_ONLY, tmp_path, {45: 1.5}, resumed_iteration=40)  # again, nothing of the last is left
+    assert happened() == [("started", 0), ("resumed", 20), ("resumed", 40)]
+    log_losses(FILE_ONLY, tmp_path, {30: 3.0}, resumed_iteration=20)  # back to before the change
+    assert happened() == [("started", 0), ("resumed", 20)] and read_events(tmp_path)[1]["changed"] == {}
+    log_losses(FILE_ONLY, tmp_path, {10: 3.0})
+    assert happened() == [("started", 0)]
+
+
+def test_a_run_with_nothing_left_to_do_is_no_event(tmp_path: Path) -> None:
+    log_losses(FILE_ONLY, tmp_path, {100: 5.0})
+    with writers(FILE_ONLY, tmp_path, resumed_iteration=100, is_last_step=True):
+        pass
+    assert [event["event"] for event in read_events(tmp_path)] == ["started"]
+
+
+def test_files_of_earlier_releases_have_points_only(tmp_path: Path) -> None:
+    (tmp_path / METRICS_FILE).write_text('{"iteration": 1, "train/loss": 2.0}\n')
+    assert read_events(tmp_path) == [] and losses_on_file(tmp_path) == {1: 2.0}
+    log_losses(FILE_ONLY, tmp_path, {2: 1.0}, resumed_iteration=1)
+    assert [event["event"] for event in read_events(tmp_path)] == ["resumed"]
+    assert losses_on_file(tmp_path) == {1: 2.0, 2: 1.0}
+
+
+def test_tensorboard_has_the_config_and_what_changed_as_text(tmp_path: Path) -> None:
+    config = LoggingConfig(tensorboard=True)
+    log_losses(config, tmp_path, {10: 5.0})
+    log_losses(config, tmp_path, {20: 3.0}, resumed_iteration=10, changes=[LOWER_RATE])
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+
+    def texts(tag: str) -> list[tuple[int, str]]:
+        found = events.Tensors(f"{tag}/text_summary")
+        return [(each.step, each.tensor_proto.string_val[0].decode()) for each in found]
+
+    assert texts("run/started") == [(0, "begins")] and texts("run/resumed") == [(10, "begins")]
+    assert [step for step, _ in texts("run/config")] == [0, 10]
+    assert "    optimizer:\n      lr: 0.0005\n" in texts("run/config")[0][1]
+
+
 def test_line_cut_by_a_crash_is_dropped_on_resume(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     log_losses(FILE_ONLY, tmp_path, {1: 5.0, 2: 4.0})
     with (tmp_path / METRICS_FILE).open("a") as file:
@@ -140,7 +237,7 @@ def test_line_cut_by_a_crash_is_dropped_on_resume(tmp_path: Path, caplog: pytest
     assert losses_on_file(tmp_path) == {1: 5.0, 2: 4.0}  # readers leave the unfinished line out
     with caplog.at_level(logging.WARNING):
         log_losses(FILE_ONLY, tmp_path, {3: 3.0}, resumed_iteration=2)
-    assert "line 3" in caplog.text
+    assert "line 4" in caplog.text
     assert losses_on_file(tmp_path) == {1: 5.0, 2: 4.0, 3: 3.0}
 
 
@@ -203,6 +300,26 @@ def test_wandb_offline_needs_no_account_and_keeps_its_run_id(
     assert all(file.stat().st_size > 0 for file in run_files)
     log_losses(config, tmp_path, {1: 2.0})
     assert (tmp_path / WANDB_RUN_ID_FILE).read_text().strip() != run_id, "a new run has a new id"
+
+
+def test_wandb_has_the_config_what_the_run_is_and_what_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    asked: list[dict[str, Any]] = []
+    summary: dict[str, Any] = {}
+    online = SimpleNamespace(define_metric=lambda *_, **__: None, summary=summary, finish=lambda: None)
+    monkeypatch.setattr(wandb, "init", lambda **kwargs: asked.append(kwargs) or online)
+    config = LoggingConfig(wandb=WandbMode.online, tensorboard=False)
+    with writers(config, tmp_path):
+        assert summary == {}
+    with writers(config, tmp_path, resumed_iteration=10, changes=[LOWER_RATE]):
+        pass
+    for arguments in asked:
+        assert arguments["config"]["run"]["held_out"] == {"text": {"tokens": 1000, "fingerprint": "abcd"}}
+        assert arguments["config"]["optimizer"]["lr"] == 5e-4
+    assert summary == {"resumed/iteration": 10, "resumed/changed": {"optimizer.lr": "0.001 -> 0.0001"}}
 
 
 def test_wandb_online_without_account_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

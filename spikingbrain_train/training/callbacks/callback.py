@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from spikingbrain_train.checkpoint.run_checkpoints import RunCheckpoints
     from spikingbrain_train.config.run_record import RunRecord
     from spikingbrain_train.parallel.process_groups import ProcessGroups
+    from spikingbrain_train.training.beginning import Beginning
     from spikingbrain_train.training.console import Console
     from spikingbrain_train.training.report import Report
     from spikingbrain_train.training.stages.data import StageData
@@ -39,6 +40,8 @@ class Run(Protocol):
     data: StageData
     checkpoints: RunCheckpoints
     record: RunRecord
+    beginning: Beginning
+    """What it started from, or went on from, and what has changed since."""
     console: Console
     stop_reason: str | None
     """Why the run ends after this step, None where it does not."""

@@ -1,4 +1,4 @@
-"""Every point of a run as a line of ``metrics.jsonl``."""
+"""Every point of a run, and every start of it, as a line of ``metrics.jsonl``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from spikingbrain_train.errors import PlatformError
-from spikingbrain_train.reporting.metrics import METRICS_FILE, parse_point
+from spikingbrain_train.reporting.metrics import METRICS_FILE, STARTED, is_event, parse_line
 from spikingbrain_train.storage.durable_files import write_text_durably
 from spikingbrain_train.training.callbacks.callback import Callback
 from spikingbrain_train.training.report import Report
@@ -21,8 +21,9 @@ _log = logging.getLogger(__name__)
 class MetricsFile(Callback):
     """Appends reports to ``<output_dir>/metrics.jsonl``, a whole line at a time.
 
-    A run that goes on from iteration N drops the points that an earlier attempt wrote beyond N; a new run
-    drops all. In the file a NaN or infinity is ``null``, which any JSON reader takes.
+    A run that goes on from iteration N drops the points that an earlier attempt wrote beyond N, and what it
+    said of attempts of which no point is left; a new run drops all. Where the run begins, a line says on what
+    and with which changes (docs/metrics.md). A NaN or infinity is ``null``, which any JSON reader takes.
     """
 
     _file: TextIO | None = None
@@ -35,23 +36,20 @@ class MetricsFile(Callback):
             return
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            _drop_points_after(self._path, self.run.state.iteration)
+            _drop_lines_after(self._path, self.run.state.iteration)
             self._file = self._path.open("a", encoding="utf-8")
         except OSError as error:
             raise self._cannot_write(error) from error
+        if not self.run.is_last_step:  # else nothing follows
+            self._write(self.run.beginning.event())
 
     def log(self, report: Report) -> None:
         """Write a line. Raises PlatformError where it cannot be written, for example on a full disk."""
-        assert self._file is not None, "the run has not started, or has ended"
-        point: dict[str, Any] = {"iteration": report.iteration, "time": round(time.time(), 3)}
+        point: dict[str, Any] = {"iteration": report.iteration}
         point.update({name: _finite(value) for name, value in report.metrics.items()})
         for name, table in report.heat_maps.items():
             point[name] = [[_finite(value, digits=4) for value in row] for row in table.rows]
-        try:
-            self._file.write(json.dumps(point) + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise self._cannot_write(error) from error
+        self._write(point)
 
     def end(self, error: BaseException | None) -> None:
         """Close the file. Raises PlatformError where it cannot be written and nothing else is under way."""
@@ -66,6 +64,15 @@ class MetricsFile(Callback):
                 raise failure from met
             _log.warning("%s", failure)  # what ends the run is the error that is under way
 
+    def _write(self, line: dict[str, Any]) -> None:
+        assert self._file is not None, "the run has not started, or has ended"
+        timed = {"iteration": line["iteration"], "time": round(time.time(), 3)} | line
+        try:
+            self._file.write(json.dumps(timed) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise self._cannot_write(error) from error
+
     def _cannot_write(self, error: OSError) -> PlatformError:
         reason = error.strerror
         return PlatformError(
@@ -79,16 +86,23 @@ def _finite(value: float, digits: int | None = None) -> float | None:
     return value if digits is None else round(value, digits)
 
 
-def _drop_points_after(path: Path, iteration: int) -> None:
-    """Keep the points up to ``iteration`` (none for a new run) and drop lines that a crash damaged."""
+def _drop_lines_after(path: Path, iteration: int) -> None:
+    """Keep what holds of a run that goes on from ``iteration``, nothing of a new one, and no damaged line."""
     if not path.exists():
         return
     kept = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        point = parse_point(line)
-        if point is None:
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        line = parse_line(text)
+        if line is None:
             # A damaged log line is no reason to refuse to go on training.
             _log.warning("%s, line %d is not a metrics point; it is dropped", path, number)
-        elif iteration > 0 and point["iteration"] <= iteration:
-            kept.append(line + "\n")
+        elif iteration > 0 and _holds(line, iteration):
+            kept.append(text + "\n")
     write_text_durably(path, "".join(kept))
+
+
+def _holds(line: dict[str, Any], iteration: int) -> bool:
+    """Whether a line is of the steps up to ``iteration``; an event is of those behind it, a start of all."""
+    if is_event(line) and line["event"] != STARTED:
+        return bool(line["iteration"] < iteration)
+    return bool(line["iteration"] <= iteration)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
+from spikingbrain_train.training.beginning import Beginning
 from spikingbrain_train.training.callbacks.callback import Callback
 from spikingbrain_train.training.report import Report
 
@@ -12,7 +15,8 @@ from spikingbrain_train.training.report import Report
 class TensorBoard(Callback):
     """Writes events to ``<output_dir>/tensorboard`` where ``logging.tensorboard`` asks for them.
 
-    A run that goes on from iteration N hides the points that an earlier attempt wrote beyond N.
+    A run that goes on from iteration N hides the points that an earlier attempt wrote beyond N. Under "text"
+    stand its config and, where it went on, what has changed.
     """
 
     _writer: Any = None
@@ -25,6 +29,8 @@ class TensorBoard(Callback):
 
             first = iteration + 1 if iteration else 0
             self._writer = SummaryWriter(str(Path(config.output_dir) / "tensorboard"), purge_step=first)
+            if not self.run.is_last_step:
+                self._note(self.run.beginning)
 
     def log(self, report: Report) -> None:
         if self._writer is None:
@@ -33,6 +39,12 @@ class TensorBoard(Callback):
             self._writer.add_scalar(name, value, report.iteration)
         for name, table in report.heat_maps.items():
             self._writer.add_figure(name, table.draw(), report.iteration)
+
+    def _note(self, beginning: Beginning) -> None:
+        # Markdown: two blanks and a line break end a line, four blanks in front keep text as it is.
+        self._writer.add_text(f"run/{beginning.name}", "  \n".join(beginning.lines), beginning.iteration)
+        config = OmegaConf.to_yaml(OmegaConf.structured(self.run.config)).replace("\n", "\n    ")
+        self._writer.add_text("run/config", f"    {config}", beginning.iteration)
 
     def end(self, error: BaseException | None) -> None:
         if self._writer is not None:

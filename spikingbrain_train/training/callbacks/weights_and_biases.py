@@ -17,7 +17,9 @@ WANDB_RUN_ID_FILE = "wandb_run_id.txt"
 
 
 class WeightsAndBiases(Callback):
-    """Sends reports, and the config beside them, where ``logging.wandb`` asks for it.
+    """Sends reports, the config and what the run is (``run``) where ``logging.wandb`` asks for it.
+
+    Where a run goes on, its summary says from which iteration and with which changes.
 
     W&B cannot delete points: a run that goes on continues under its id, which is kept in
     ``wandb_run_id.txt``, and its points are drawn over those of an earlier attempt.
@@ -40,6 +42,7 @@ class WeightsAndBiases(Callback):
         if self.run.state.iteration == 0 or not id_file.exists():
             id_file.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
         is_online = config.logging.wandb is WandbMode.online
+        beginning = self.run.beginning.event()
         shown: Any = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
         try:
             self._wandb = wandb.init(
@@ -51,7 +54,7 @@ class WeightsAndBiases(Callback):
                 # Offline runs with one id are joined by `wandb sync`; the option means nothing there and only
                 # warns.
                 resume="allow" if is_online else None,
-                config=shown,
+                config=shown | {"run": beginning["run"]},
                 settings=wandb.Settings(quiet=True),
             )
         except wandb.Error as error:
@@ -62,6 +65,11 @@ class WeightsAndBiases(Callback):
         # Our own x axis: W&B refuses steps that go backwards, which a resumed run's do.
         self._wandb.define_metric("iteration")
         self._wandb.define_metric("*", step_metric="iteration")
+        if "changed" in beginning and not self.run.is_last_step:
+            changed = {name: f"{was} -> {now}" for name, (was, now) in beginning["changed"].items()}
+            self._wandb.summary.update(
+                {"resumed/iteration": beginning["iteration"], "resumed/changed": changed}
+            )
 
     def log(self, report: Report) -> None:
         if self._wandb is None:

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from spikingbrain_train.config.dataset_names import dataset_names
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.data.gpt_dataset import build_datasets
 from spikingbrain_train.data.loader import MicroBatch, WholeBatch, build_data_loader, local_micro_batch
 from spikingbrain_train.data.tokenizers import load_tokenizer
-from spikingbrain_train.evaluation.evaluator import HeldOutData
+from spikingbrain_train.evaluation.evaluator import HeldOutData, HeldOutDataset
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.training.data_check import ShowActivity, check_tokens_together
 
@@ -35,6 +36,7 @@ class StageData(Protocol):
 
 @dataclass(frozen=True)
 class _HeldOut:
+    datasets: list[HeldOutDataset]
     num_batches: int
     _batches: Callable[[], Iterator[MicroBatch]]
 
@@ -82,7 +84,10 @@ class PackedText:
         if self._valid is None:
             return None
         per_step = self._config.stage.micro_batch_size * self._groups.data_parallel_size
-        return _HeldOut(-(-len(self._valid) // per_step), self._valid_batches)
+        prefixes = self._config.data.valid
+        described = zip(dataset_names(prefixes), prefixes, self._valid.predicted_tokens(), strict=True)
+        datasets = [HeldOutDataset(*each) for each in described]
+        return _HeldOut(datasets, -(-len(self._valid) // per_step), self._valid_batches)
 
     def train_batches(self, consumed_samples: int) -> Iterator[MicroBatch]:
         """See :class:`StageData`."""
