@@ -57,6 +57,14 @@ class FeedForwardKind(SubmoduleKind):
         """
         return {}
 
+    def without_dropping(self, model: ModelConfig) -> ModelConfig:
+        """The network with every token sent to all experts that it chose, however many chose the same.
+
+        What an expert has room for depends on the tokens beside a token; a text that is read token by token
+        would read otherwise than at once.
+        """
+        return model
+
     def num_experts(self, model: ModelConfig) -> int:
         """Experts of a layer that tokens are routed to."""
         return 0

@@ -164,6 +164,9 @@ class MixtureOfExpertsKind(FeedForwardKind):
             "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
         }
 
+    def without_dropping(self, model: ModelConfig) -> ModelConfig:
+        return replace(model, moe=replace(model.moe, capacity_factor=None, pad_to_capacity=False))
+
     def num_experts(self, model: ModelConfig) -> int:
         return model.moe.num_experts
 

@@ -63,6 +63,14 @@ class SequenceLayout:
             if bounds[0] != 0 or bounds[-1] != self.text_length or any(a >= b for a, b in steps):
                 raise ValueError(f"cu_seqlens {bounds} must rise from 0 to {self.text_length}")
 
+    @classmethod
+    def of_token(cls, position: int) -> SequenceLayout:
+        """One token of text alone, the newest of a text that is read token by token.
+
+        It stands where it would if every token had a rank of its own.
+        """
+        return cls(position + 1, context_parallel_rank=position, context_parallel_size=position + 1)
+
     @property
     def slice_length(self) -> int:
         """Tokens that every rank holds, sinks included."""

@@ -13,33 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.evaluation.sampling import Sampling
-
-
-@dataclass(frozen=True)
-class CacheSize:
-    """Bytes that a model keeps between tokens."""
-
-    recurrent: int = 0
-    """In recurrent states: the same for every length of text."""
-    windowed: int = 0
-    """In keys and values of sliding windows."""
-    windowed_limit: int = 0
-    """What ``windowed`` grows to, once the text is longer than the windows."""
-    unbounded: int = 0
-    """In keys and values that grow with every token."""
-
-    def describe(self) -> str:
-        """One phrase, in megabytes."""
-        parts = []
-        if self.recurrent:
-            parts.append(f"{self.recurrent / 1e6:.2f} MB in recurrent states, whatever the length")
-        if self.windowed:
-            parts.append(
-                f"{self.windowed / 1e6:.2f} MB in windows, never above {self.windowed_limit / 1e6:.1f} MB"
-            )
-        if self.unbounded:
-            parts.append(f"{self.unbounded / 1e6:.2f} MB in keys and values, growing with every token")
-        return "; ".join(parts) or "empty"
+from spikingbrain_train.models.mixers.decoding import CacheSize
 
 
 @dataclass

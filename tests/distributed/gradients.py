@@ -110,6 +110,24 @@ class Shard:
     value: Tensor
 
 
+def model_of_known_weights(
+    groups: ProcessGroups, model: ModelConfig, parallel: ParallelConfig
+) -> HybridGPTModel:
+    """This rank's stage of a model in float32, with the same weights in every topology."""
+    from spikingbrain_train.models.gpt_model import build_model
+    from spikingbrain_train.models.kernels import resolve_kernels
+    from spikingbrain_train.models.transformer_config import transformer_config
+
+    config = transformer_config(model, parallel, Precision.fp32, on_cpu=True)
+    kernels = resolve_kernels(KernelConfig(), groups.accelerator)
+    built = build_model(model, config, kernels, groups.device, parallel.context_parallel)
+    with torch.no_grad():
+        for shard in _shards(built):
+            assert shard.data is not None
+            shard.data.copy_(_values(shard))
+    return built
+
+
 def loss_and_gradients(
     groups: ProcessGroups,
     case: Case,
@@ -121,19 +139,11 @@ def loss_and_gradients(
     ``change_weights`` gets the model when it has its weights.
     """
     from spikingbrain_train.data.loader import local_micro_batch
-    from spikingbrain_train.models.gpt_model import build_model
-    from spikingbrain_train.models.kernels import resolve_kernels
-    from spikingbrain_train.models.transformer_config import transformer_config
     from spikingbrain_train.training.build import wrap_data_parallel
     from spikingbrain_train.training.stages.pretraining import ContinualPretraining
 
-    config = transformer_config(case.model, parallel, Precision.fp32, on_cpu=True)
-    kernels = resolve_kernels(KernelConfig(), groups.accelerator)
-    model = build_model(case.model, config, kernels, groups.device, parallel.context_parallel)
+    model = model_of_known_weights(groups, case.model, parallel)
     with torch.no_grad():
-        for shard in _shards(model):
-            assert shard.data is not None
-            shard.data.copy_(_values(shard))
         change_weights(model)
     wrapped = wrap_data_parallel(model, parallel)
     wrapped.zero_grad_buffer()

@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.evaluation.command_line import generate
-from spikingbrain_train.evaluation.generation import CacheSize, Sampling, cache_size, generate_text
+from spikingbrain_train.evaluation.generation import Sampling, cache_size, generate_text
 from spikingbrain_train.hf.configuration_gla_swa import GLAswaConfig
 from spikingbrain_train.hf.modeling_gla_swa import GLAswaForCausalLM
+from spikingbrain_train.models.mixers.decoding import CacheSize
 from tests.small_source import MODEL_VOCAB_SIZE, save_small_source
 
 PROMPT = "The for statement"

@@ -13,6 +13,7 @@ from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.config.model import ModelConfig, Projection, SpikingConfig
 from spikingbrain_train.config.parallel import (
     ContextParallelConfig,
+    KernelConfig,
     LinearAttentionContextParallel,
     ParallelConfig,
 )
@@ -22,6 +23,7 @@ from spikingbrain_train.parallel.process_groups import ProcessGroups
 from tests.distributed.gradients import Case
 from tests.distributed.pool import RankPool
 from tests.distributed.test_gradients import assert_equal, result
+from tests.distributed.test_incremental_decoding import assert_same_logits
 from tests.planning import test_activations
 
 pytestmark = pytest.mark.usefixtures("plugins")
@@ -75,6 +77,22 @@ def test_loss_and_every_gradient_equal_those_of_one_rank(case: str, ranks: RankP
     expected = result(ranks, cases()[case], ParallelConfig())
     for parallel in TOPOLOGIES.values():
         assert_equal(result(ranks, cases()[case], parallel), expected)
+
+
+def test_a_mixer_without_a_decoding_step_reads_its_input_again(ranks: RankPool) -> None:
+    """Alone, and as a branch beside one that has a step."""
+    one = ParallelConfig()
+    assert ranks.run(_mixers_without_step, model(), world_size=1, parallel=one) == [["fixed_decay"]]
+    for parallel in (one, TOPOLOGIES["TP 2"], TOPOLOGIES["PP 2"]):
+        topologies = {"": (parallel.model_parallel_size, parallel)}
+        assert_same_logits(ranks, model(num_sink_tokens=6), topologies, prompt=7)
+
+
+def _mixers_without_step(groups: ProcessGroups, network: ModelConfig) -> list[str]:
+    from spikingbrain_train.models.incremental_decoding import mixers_without_step
+    from spikingbrain_train.models.kernels import resolve_kernels
+
+    return mixers_without_step(network, resolve_kernels(KernelConfig(), groups.accelerator))
 
 
 def test_spikes_in_front_of_its_projections_are_those_of_one_rank(ranks: RankPool) -> None:

@@ -36,7 +36,10 @@ from spikingbrain_train.config.model import (
 )
 from spikingbrain_train.config.parallel import LinearAttentionBackend, LinearAttentionContextParallel
 from spikingbrain_train.models.layer_build import LayerBuild, attention_submodules
+from spikingbrain_train.models.mixers.decoding import CacheSize, DecodingState
 from spikingbrain_train.models.mixers.head_norm import HeadNorm
+from spikingbrain_train.ops.gated_linear_attention import gated_linear_attention
+from spikingbrain_train.ops.gated_linear_attention.naive import gated_linear_attention_step
 from spikingbrain_train.parallel.context_parallel.linear_attention import context_parallel_linear_attention
 
 _FEATURES = {FeatureMap.relu: torch.relu, FeatureMap.sigmoid: torch.sigmoid}
@@ -207,11 +210,7 @@ class GatedLinearAttention(SelfAttention):
         Returns:
             [T, B, H * V] normalised outputs of this rank's heads over the whole slice.
         """
-        q_TBHK, k_TBGK, v_TBGV = self.get_query_key_value_tensors(hidden_states)
-        log_gate_TBGK = self.log_gate(hidden_states, k_TBGK)
-        q_BTHK, k_BTGK, v_BTGV, log_gate_BTGK = (
-            x.transpose(0, 1) for x in (self.features(q_TBHK), self.features(k_TBGK), v_TBGV, log_gate_TBGK)
-        )
+        q_BTHK, k_BTGK, v_BTGV, log_gate_BTGK = self._op_inputs(hidden_states)
         o_BTHV = context_parallel_linear_attention(
             q_BTHK,
             k_BTGK,
@@ -224,6 +223,31 @@ class GatedLinearAttention(SelfAttention):
             backend=self.backend,
         )
         return self.out_norm(o_BTHV)
+
+    def _op_inputs(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys, values and log gates [B, T, heads or groups, dim] over the whole slice."""
+        q_TBHK, k_TBGK, v_TBGV = self.get_query_key_value_tensors(hidden_states)
+        log_gate_TBGK = self.log_gate(hidden_states, k_TBGK)
+        inputs_TB = (self.features(q_TBHK), self.features(k_TBGK), v_TBGV, log_gate_TBGK)
+        return tuple(x.transpose(0, 1) for x in inputs_TB)
+
+    def begin_decoding(
+        self, hidden_states: Tensor, *, layout: SequenceLayout, **_: object
+    ) -> tuple[Tensor, RecurrentState]:
+        """See :class:`~spikingbrain_train.models.mixers.decoding.DecodesByStep`."""
+        o_BTHV, state_BGKV = gated_linear_attention(
+            *self._op_inputs(hidden_states), scale=self.scale, output_final_state=True, backend=self.backend
+        )
+        assert state_BGKV is not None
+        return self.linear_proj(self.out_norm(o_BTHV))[0], RecurrentState(state_BGKV)
+
+    def decode(self, hidden_states: Tensor, state: RecurrentState, **_: object) -> Tensor:
+        """See :class:`~spikingbrain_train.models.mixers.decoding.DecodesByStep`."""
+        q_BHK, k_BGK, v_BGV, log_gate_BGK = (x.squeeze(1) for x in self._op_inputs(hidden_states))
+        o_BHV, state.state_BGKV = gated_linear_attention_step(
+            q_BHK, k_BGK, v_BGV, log_gate_BGK, state.state_BGKV, scale=self.scale
+        )
+        return self.linear_proj(self.out_norm(o_BHV.unsqueeze(1)))[0]
 
     @torch.no_grad()
     def balance_keys(self) -> None:
@@ -253,6 +277,16 @@ class GatedLinearAttention(SelfAttention):
             if rows is not None:
                 blocks = rows.view(groups, heads_per_group + 2, key_size, -1)
                 blocks[:, heads_per_group].mul_(factor_GK[..., None])
+
+
+class RecurrentState(DecodingState):
+    """The state behind the text that was read: [B, G, K, V] float32, whatever the length of the text."""
+
+    def __init__(self, state_BGKV: Tensor) -> None:
+        self.state_BGKV = state_BGKV
+
+    def size(self) -> CacheSize:
+        return CacheSize(recurrent=self.state_BGKV.nbytes)
 
 
 _LOG_GATES = {

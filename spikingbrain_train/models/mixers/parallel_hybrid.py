@@ -30,7 +30,9 @@ from spikingbrain_train.architecture.branches import (
     norm_name,
 )
 from spikingbrain_train.architecture.mixers import MixerKind
+from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.models.layer_build import LayerBuild
+from spikingbrain_train.models.mixers import decoding
 from spikingbrain_train.models.rms_norm import RMSNorm
 
 
@@ -104,12 +106,47 @@ class ParallelHybrid(MegatronModule):
         Returns:
             Output of the same shape, and no bias.
         """
-        outputs = [
-            getattr(self, module_name(name))(hidden_states, attention_mask, **kwargs)[0]
-            for name in self.names
+        outputs = [branch(hidden_states, attention_mask, **kwargs)[0] for branch in self._branches()]
+        return self._weighted_sum(outputs), None
+
+    def begin_decoding(
+        self, hidden_states: Tensor, *, rotary_pos_emb: Tensor | None, layout: SequenceLayout
+    ) -> tuple[Tensor, BranchStates]:
+        """See :class:`~spikingbrain_train.models.mixers.decoding.DecodesByStep`; branches may lack a step."""
+        begun = [
+            decoding.begin_decoding(branch, hidden_states, rotary_pos_emb=rotary_pos_emb, layout=layout)
+            for branch in self._branches()
         ]
+        return self._weighted_sum([output for output, _ in begun]), BranchStates(
+            [state for _, state in begun]
+        )
+
+    def decode(self, hidden_states: Tensor, state: BranchStates, *, rotary_pos_emb: Tensor | None) -> Tensor:
+        """See :class:`~spikingbrain_train.models.mixers.decoding.DecodesByStep`."""
+        pairs = zip(self._branches(), state.states, strict=True)
+        return self._weighted_sum(
+            [
+                decoding.decode(branch, hidden_states, of_branch, rotary_pos_emb=rotary_pos_emb)
+                for branch, of_branch in pairs
+            ]
+        )
+
+    def _branches(self) -> list[torch.nn.Module]:
+        return [getattr(self, module_name(name)) for name in self.names]
+
+    def _weighted_sum(self, outputs: Sequence[Tensor]) -> Tensor:
         weighted = [
             weight * getattr(self, norm_name(name))(output)
             for weight, name, output in zip(self.branch_weights.unbind(), self.names, outputs, strict=True)
         ]
-        return functools.reduce(operator.add, weighted), None
+        return functools.reduce(operator.add, weighted)
+
+
+class BranchStates(decoding.DecodingState):
+    """What every branch remembers, in their order."""
+
+    def __init__(self, states: Sequence[decoding.DecodingState]) -> None:
+        self.states = states
+
+    def size(self) -> decoding.CacheSize:
+        return sum((state.size() for state in self.states), decoding.CacheSize())

@@ -19,6 +19,8 @@ from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.architecture.softmax_attention import SoftmaxAttentionKind
 from spikingbrain_train.config.parallel import SlidingWindowContextParallel, SoftmaxAttentionBackend
 from spikingbrain_train.models.layer_build import LayerBuild, attention_submodules
+from spikingbrain_train.models.mixers.key_values import KeyValues
+from spikingbrain_train.ops.softmax_attention import bidirectional_attention
 from spikingbrain_train.parallel.context_parallel.softmax_attention import context_parallel_softmax_attention
 
 
@@ -92,20 +94,45 @@ class SoftmaxAttention(SelfAttention):
             Output of the same shape and the output projection's bias (None).
         """
         assert attention_mask is None, "masks are built in; pass attention_mask=None"
+        q_BTHK, k_BTGK, v_BTGK = self._op_inputs(hidden_states, rotary_pos_emb)
+        o_BTHK = self._attend(q_BTHK, k_BTGK, v_BTGK, packed_seq_params)
+        return self.linear_proj(o_BTHK.transpose(0, 1).flatten(2))
+
+    def _op_inputs(self, hidden_states: Tensor, rotary_pos_emb: Tensor | None) -> tuple[Tensor, ...]:
+        """Rotated queries and keys, and values: [B, T, heads or groups, dim] over the whole slice."""
         q_TBHK, k_TBGK, v_TBGK = self.get_query_key_value_tensors(hidden_states)
         if rotary_pos_emb is not None:
             q_TBHK = apply_rotary_pos_emb(q_TBHK, rotary_pos_emb, self.config)
             k_TBGK = apply_rotary_pos_emb(k_TBGK, rotary_pos_emb, self.config)
-        q_BTHK, k_BTGK, v_BTGK = (x.transpose(0, 1) for x in (q_TBHK, k_TBGK, v_TBGK))
-        o_BTHK = context_parallel_softmax_attention(
+        return tuple(x.transpose(0, 1) for x in (q_TBHK, k_TBGK, v_TBGK))
+
+    def _attend(
+        self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, layout: SequenceLayout | None
+    ) -> Tensor:
+        return context_parallel_softmax_attention(
             q_BTHK,
             k_BTGK,
             v_BTGK,
             window=self.window,
-            layout=packed_seq_params,
+            layout=layout,
             cp_group=self.pg_collection.cp,
             method=self.context_parallel,
             scale=self.scale,
             backend=self.backend,
         )
-        return self.linear_proj(o_BTHK.transpose(0, 1).flatten(2))
+
+    def begin_decoding(
+        self, hidden_states: Tensor, *, rotary_pos_emb: Tensor | None, layout: SequenceLayout
+    ) -> tuple[Tensor, KeyValues]:
+        """See :class:`~spikingbrain_train.models.mixers.decoding.DecodesByStep`."""
+        q_BTHK, k_BTGK, v_BTGK = self._op_inputs(hidden_states, rotary_pos_emb)
+        o_BTHK = self._attend(q_BTHK, k_BTGK, v_BTGK, layout)
+        state = KeyValues(k_BTGK, v_BTGK, num_sink_tokens=layout.num_sink_tokens, window=self.window)
+        return self.linear_proj(o_BTHK.transpose(0, 1).flatten(2))[0], state
+
+    def decode(self, hidden_states: Tensor, state: KeyValues, *, rotary_pos_emb: Tensor | None) -> Tensor:
+        """See :class:`~spikingbrain_train.models.mixers.decoding.DecodesByStep`."""
+        q_B1HK, k_B1GK, v_B1GK = self._op_inputs(hidden_states, rotary_pos_emb)
+        # What is held is what the token sees: no mask is left to apply.
+        o_B1HK = bidirectional_attention(q_B1HK, *state.append(k_B1GK, v_B1GK), scale=self.scale)
+        return self.linear_proj(o_B1HK.transpose(0, 1).flatten(2))[0]

@@ -1,0 +1,139 @@
+"""A model that reads a text token by token: every layer's mixer remembers what it has seen.
+
+See :mod:`~spikingbrain_train.models.mixers.decoding` for what a mixer does. All else in a layer works on each
+token alone.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from spikingbrain_train.architecture.layers import mixers_of
+from spikingbrain_train.architecture.sequence_layout import SequenceLayout
+from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.config.parallel import KernelConfig
+from spikingbrain_train.models.gpt_model import HybridGPTModel
+from spikingbrain_train.models.layer_specs import layer_build
+from spikingbrain_train.models.mixers import decoding
+from spikingbrain_train.models.mixers.decoding import CacheSize, DecodingState, decodes_by_step
+
+
+def mixers_without_step(model: ModelConfig, kernels: KernelConfig) -> list[str]:
+    """Names of the model's kinds of mixers that read their whole input again for every token.
+
+    Args:
+        model: the network.
+        kernels: choices with linears and experts resolved.
+    """
+    build = layer_build(model, kernels)
+    kinds = sorted(mixers_of(model), key=lambda kind: kind.name)
+    return [kind.name for kind in kinds if not decodes_by_step(build.mixer(kind).module)]
+
+
+class IncrementalDecoder:
+    """One text after the other, each read once.
+
+    All ranks of the model call it together with the same tokens. Tensor, pipeline and expert parallelism
+    work; context and sequence parallelism do not, because one token cannot be split.
+
+    Args:
+        model: this rank's pipeline stage. It is put into evaluation mode, and is good for decoding alone
+            afterwards.
+    """
+
+    def __init__(self, model: HybridGPTModel) -> None:
+        config = model.config
+        assert config.context_parallel_size == 1 and not config.sequence_parallel, "a token cannot be split"
+        self.model = model.eval()
+        self._num_tokens = 0
+        self._mixers = []
+        for layer in model.decoder.layers:
+            layer.self_attention = _RememberingMixer(layer.self_attention)
+            self._mixers.append(layer.self_attention)
+
+    def begin(self) -> None:
+        """Forget the text."""
+        self._num_tokens = 0
+        for mixer in self._mixers:
+            mixer.state = None
+
+    @torch.no_grad()
+    def read(self, tokens_BT: Tensor) -> Tensor | None:
+        """Read on.
+
+        Args:
+            tokens_BT: [B, T] int64: the beginning of a text, at least one token, then one token at a time.
+
+        Returns:
+            Logits of the token that follows, [B, vocab_size] float32, on every rank of the last pipeline
+            stage; None elsewhere.
+        """
+        length = tokens_BT.shape[1]
+        if self._num_tokens == 0:
+            layout = SequenceLayout(length, self.model.model_config.num_sink_tokens)
+        else:
+            assert length == 1, "after its beginning a text is read token by token"
+            layout = SequenceLayout.of_token(self._num_tokens)
+        self._num_tokens += length
+
+        def forward_step(_iterator: object, stage: HybridGPTModel):
+            output = stage(tokens_BT, layout=layout, return_hidden_states=True)
+            return output, partial(_last_logits, stage)
+
+        results = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=None,
+            model=[self.model],
+            num_microbatches=1,
+            seq_length=layout.slice_length,
+            micro_batch_size=tokens_BT.shape[0],
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+        return results[0] if results else None
+
+    def cache_size(self) -> CacheSize:
+        """What this rank remembers of the text."""
+        states = [mixer.state for mixer in self._mixers if mixer.state is not None]
+        return sum((state.size() for state in states), CacheSize())
+
+
+def _last_logits(model: HybridGPTModel, hidden_TBD: Tensor, non_loss_data: bool = True) -> Tensor:
+    """[B, vocab_size] float32, of the last token alone: no other's are asked for."""
+    logits = torch.nn.functional.linear(hidden_TBD[-1], model.output_weight())
+    group = model.pg_collection.tp
+    if group.size() > 1:
+        parts = [torch.empty_like(logits) for _ in range(group.size())]
+        torch.distributed.all_gather(parts, logits.contiguous(), group=group)
+        logits = torch.cat(parts, dim=-1)
+    return logits[:, : model.model_config.vocab_size].float()
+
+
+class _RememberingMixer(torch.nn.Module):
+    """Stands in a layer in the place of its mixer."""
+
+    def __init__(self, mixer: torch.nn.Module) -> None:
+        super().__init__()
+        self.mixer = mixer
+        self.state: DecodingState | None = None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        packed_seq_params: SequenceLayout,
+        rotary_pos_emb: Tensor | None = None,
+        **_: object,
+    ) -> tuple[Tensor, None]:
+        if self.state is None:
+            output, self.state = decoding.begin_decoding(
+                self.mixer, hidden_states, rotary_pos_emb=rotary_pos_emb, layout=packed_seq_params
+            )
+        else:
+            output = decoding.decode(self.mixer, hidden_states, self.state, rotary_pos_emb=rotary_pos_emb)
+        return output, None

@@ -1,0 +1,159 @@
+"""Text token by token: what a mixer remembers between tokens, and how it reads the next one.
+
+A mixer that has :class:`DecodesByStep`'s two methods is asked for them. Any other reads its whole input again
+for every token, which gives the same output and takes time and memory that grow with the text.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from spikingbrain_train.architecture.sequence_layout import SequenceLayout
+
+
+@dataclass(frozen=True)
+class CacheSize:
+    """Bytes that a model keeps between tokens."""
+
+    recurrent: int = 0
+    """In recurrent states: the same for every length of text."""
+    windowed: int = 0
+    """In keys and values of sliding windows."""
+    windowed_limit: int = 0
+    """What ``windowed`` grows to, once the text is longer than the windows."""
+    unbounded: int = 0
+    """In keys and values, or inputs, that grow with every token."""
+
+    def __add__(self, other: CacheSize) -> CacheSize:
+        return CacheSize(
+            *(mine + theirs for mine, theirs in zip(self.numbers(), other.numbers(), strict=True))
+        )
+
+    def numbers(self) -> tuple[int, ...]:
+        """All of them, in order."""
+        return self.recurrent, self.windowed, self.windowed_limit, self.unbounded
+
+    def describe(self) -> str:
+        """One phrase, in megabytes."""
+        parts = []
+        if self.recurrent:
+            parts.append(f"{self.recurrent / 1e6:.2f} MB in recurrent states, whatever the length")
+        if self.windowed:
+            parts.append(
+                f"{self.windowed / 1e6:.2f} MB in windows, never above {self.windowed_limit / 1e6:.1f} MB"
+            )
+        if self.unbounded:
+            parts.append(f"{self.unbounded / 1e6:.2f} MB in keys and values, growing with every token")
+        return "; ".join(parts) or "empty"
+
+
+class DecodingState(ABC):
+    """What one mixer remembers of the text that it has read."""
+
+    @abstractmethod
+    def size(self) -> CacheSize:
+        """Its memory."""
+
+
+@runtime_checkable
+class DecodesByStep(Protocol):
+    """A mixer that reads a text once and then every new token by itself.
+
+    No sequence or context parallelism and no documents: a rank has whole sequences. Tensor-parallel ranks
+    keep the states of their own heads, as they have their own heads in :meth:`forward`.
+    """
+
+    def begin_decoding(
+        self, hidden_states: Tensor, *, rotary_pos_emb: Tensor | None, layout: SequenceLayout
+    ) -> tuple[Tensor, DecodingState]:
+        """Read the beginning of a text.
+
+        Args:
+            hidden_states: [T, B, hidden_size] normed input, ``layout.num_sink_tokens`` sinks first.
+            rotary_pos_emb: [T, 1, 1, kv_channels] rotary angles.
+            layout: one document a row, all of it here.
+
+        Returns:
+            What :meth:`forward` gives for it, with a bias added if it has one, and the state behind it.
+        """
+        ...
+
+    def decode(self, hidden_states: Tensor, state: DecodingState, *, rotary_pos_emb: Tensor | None) -> Tensor:
+        """Read one more token and bring the state up to it.
+
+        Args:
+            hidden_states: [1, B, hidden_size] normed input.
+            state: of :meth:`begin_decoding`; changed in place.
+            rotary_pos_emb: [1, 1, 1, kv_channels] rotary angles at the token's position.
+
+        Returns:
+            [1, B, hidden_size]: what :meth:`forward` gives for the last token of the whole text.
+        """
+        ...
+
+
+def decodes_by_step(mixer_class: type) -> bool:
+    """Whether a mixer's class brings its own decoding step.
+
+    A subclass that mixes otherwise than the class whose step it inherits does not.
+    """
+    if not issubclass(mixer_class, DecodesByStep):
+        return False
+    classes = mixer_class.__mro__
+    step = next(index for index, each in enumerate(classes) if "decode" in vars(each))
+    return not any(name in vars(each) for each in classes[:step] for name in ("forward", "normed_heads"))
+
+
+class _InputsSoFar(DecodingState):
+    """All that a mixer without a step has been given."""
+
+    def __init__(self, hidden_states: Tensor, rotary_pos_emb: Tensor | None, num_sink_tokens: int) -> None:
+        self.hidden_states = hidden_states
+        self.rotary_pos_emb = rotary_pos_emb
+        self.num_sink_tokens = num_sink_tokens
+
+    def append(self, hidden_states: Tensor, rotary_pos_emb: Tensor | None) -> None:
+        self.hidden_states = torch.cat((self.hidden_states, hidden_states))
+        if self.rotary_pos_emb is not None and rotary_pos_emb is not None:
+            self.rotary_pos_emb = torch.cat((self.rotary_pos_emb, rotary_pos_emb))
+
+    def size(self) -> CacheSize:
+        return CacheSize(unbounded=self.hidden_states.nbytes)
+
+
+def begin_decoding(
+    mixer: torch.nn.Module, hidden_states: Tensor, *, rotary_pos_emb: Tensor | None, layout: SequenceLayout
+) -> tuple[Tensor, DecodingState]:
+    """:meth:`DecodesByStep.begin_decoding` of any mixer."""
+    if decodes_by_step(type(mixer)):
+        assert isinstance(mixer, DecodesByStep)
+        return mixer.begin_decoding(hidden_states, rotary_pos_emb=rotary_pos_emb, layout=layout)
+    state = _InputsSoFar(hidden_states, rotary_pos_emb, layout.num_sink_tokens)
+    return _forward(mixer, state), state
+
+
+def decode(
+    mixer: torch.nn.Module, hidden_states: Tensor, state: DecodingState, *, rotary_pos_emb: Tensor | None
+) -> Tensor:
+    """:meth:`DecodesByStep.decode` of any mixer."""
+    if not isinstance(state, _InputsSoFar):
+        assert isinstance(mixer, DecodesByStep)
+        return mixer.decode(hidden_states, state, rotary_pos_emb=rotary_pos_emb)
+    state.append(hidden_states, rotary_pos_emb)
+    return _forward(mixer, state)[-1:]
+
+
+def _forward(mixer: torch.nn.Module, inputs: _InputsSoFar) -> Tensor:
+    layout = SequenceLayout(len(inputs.hidden_states) - inputs.num_sink_tokens, inputs.num_sink_tokens)
+    output, bias = mixer(
+        inputs.hidden_states,
+        attention_mask=None,
+        rotary_pos_emb=inputs.rotary_pos_emb,
+        packed_seq_params=layout,
+    )
+    return output if bias is None else output + bias

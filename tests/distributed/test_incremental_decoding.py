@@ -1,0 +1,132 @@
+"""A text read token by token gives, at every position, the logits of reading it at once.
+
+All in float32, to 2e-5 of the largest logit: a recurrence adds its terms in another order than the chunked
+form, a softmax over the keys of a window in another than the blocked one (at most 1e-6, measured), and the
+norm behind a recurrence of ReLU features enlarges that where nearly all features are zero (1e-5).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from spikingbrain_train.architecture.feed_forwards import FEED_FORWARDS
+from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.config.parallel import ParallelConfig
+from spikingbrain_train.models.mixers.decoding import CacheSize, decodes_by_step
+from spikingbrain_train.parallel.process_groups import ProcessGroups
+from tests.distributed.gradients import CASES, model_of_known_weights
+from tests.distributed.pool import RankPool
+
+TOLERANCE = 2e-5
+TEXT, PROMPT = 90, 7  # the windows of 21 tokens and the room for 64 keys are left behind
+
+TOPOLOGIES: dict[str, tuple[int, ParallelConfig]] = {
+    "TP 2": (2, ParallelConfig(tensor_model_parallel_size=2)),
+    "PP 2": (2, ParallelConfig(pipeline_model_parallel_size=2)),
+    "EP 2": (2, ParallelConfig(expert_model_parallel_size=2)),
+    "TP 2 x PP 2": (4, ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)),
+}
+
+
+def text() -> Tensor:
+    """Two rows [2, TEXT] of random tokens."""
+    return torch.randint(0, 130, (2, TEXT), generator=torch.Generator().manual_seed(3))
+
+
+def _at_once(groups: ProcessGroups, model: ModelConfig) -> Tensor:
+    """Logits [2, TEXT, vocabulary] of the whole text on one rank."""
+    built = model_of_known_weights(groups, model, ParallelConfig()).eval()
+    with torch.no_grad():
+        logits = built(text())
+    assert isinstance(logits, Tensor)
+    return logits[..., : model.vocab_size]
+
+
+def _token_by_token(
+    groups: ProcessGroups, model: ModelConfig, parallel: ParallelConfig, prompt: int
+) -> tuple[Tensor | None, list[CacheSize]]:
+    """Logits [2, TEXT - prompt + 1, vocabulary], and what was remembered after the prompt and each token."""
+    from spikingbrain_train.models.incremental_decoding import IncrementalDecoder
+
+    decoder = IncrementalDecoder(model_of_known_weights(groups, model, parallel))
+    decoder.begin()
+    decoder.read(text()[:, :3])  # another text, which is forgotten
+    decoder.begin()
+    logits, sizes = [decoder.read(text()[:, :prompt])], [decoder.cache_size()]
+    for position in range(prompt, TEXT):
+        logits.append(decoder.read(text()[:, position : position + 1]))
+        sizes.append(decoder.cache_size())
+    on_this_rank = [each for each in logits if each is not None]
+    return (torch.stack(on_this_rank, dim=1) if on_this_rank else None), sizes
+
+
+def assert_same_logits(ranks: RankPool, model: ModelConfig, topologies: dict[str, Any], prompt: int) -> None:
+    """Of the model on one rank and of its incremental form on all of ``topologies``."""
+    (expected,) = ranks.run(_at_once, model, world_size=1, parallel=ParallelConfig())
+    for name, (size, parallel) in topologies.items():
+        results = ranks.run(_token_by_token, model, parallel, prompt, world_size=size, parallel=parallel)
+        found = [logits for logits, _ in results if logits is not None]
+        assert len(found) == size // parallel.pipeline_model_parallel_size
+        for logits in found:
+            off = (logits - expected[:, prompt - 1 :]).abs().max() / expected.abs().max()
+            assert off < TOLERANCE, f"{name}: off by {off:.1e} of the largest logit"
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if "packed" not in name])
+def test_every_position_has_the_logits_of_the_whole_text(case: str, ranks: RankPool) -> None:
+    one = {"one rank": (1, ParallelConfig())}
+    assert_same_logits(ranks, CASES[case].model, one, PROMPT)
+
+
+def test_a_prompt_may_be_one_token_or_longer_than_every_window(ranks: RankPool) -> None:
+    one = {"one rank": (1, ParallelConfig())}
+    for prompt in (1, 50):
+        assert_same_logits(ranks, CASES["76B-like"].model, one, prompt)
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_ranks_together_read_as_one_does(topology: str, ranks: RankPool) -> None:
+    assert_same_logits(ranks, CASES["76B-like"].model, {topology: TOPOLOGIES[topology]}, PROMPT)
+    if topology != "EP 2":
+        model = replace(CASES["7B-like, packed documents"].model, mixers=["gla", "swa", "gla", "full"])
+        assert_same_logits(ranks, model, {topology: TOPOLOGIES[topology]}, PROMPT)
+
+
+def test_memory_of_recurrences_and_windows_does_not_grow_with_the_text(ranks: RankPool) -> None:
+    model = replace(CASES["sliding window"].model, mixers=["gla", "swa"], num_sink_tokens=6)
+    parallel = ParallelConfig()
+    ((_, sizes),) = ranks.run(_token_by_token, model, parallel, PROMPT, world_size=1, parallel=parallel)
+    # Two rows of a state [2, 8, 8] and of keys and values [6 + 21, 2, 8], in float32.
+    state, window = 2 * 2 * 8 * 8 * 4, 2 * 2 * 27 * 2 * 8 * 4
+    assert set(sizes) == {CacheSize(recurrent=state, windowed=window, windowed_limit=window)}
+
+    full = replace(model, mixers=["full"])
+    ((_, sizes),) = ranks.run(_token_by_token, full, parallel, PROMPT, world_size=1, parallel=parallel)
+    assert sizes[0].unbounded < sizes[-1].unbounded and sizes[-1].recurrent == 0
+
+
+def test_what_an_expert_has_room_for_is_left_out_of_decoding() -> None:
+    model = CASES["MoE"].model
+    crowded = replace(model, moe=replace(model.moe, capacity_factor=0.5, pad_to_capacity=True))
+    for kind in FEED_FORWARDS:
+        crowded = kind.without_dropping(crowded)
+    assert crowded == model
+
+
+def test_a_subclass_that_mixes_otherwise_does_not_inherit_the_step() -> None:
+    from spikingbrain_train.models.mixers.gated_linear_attention import GatedLinearAttention
+
+    class Same(GatedLinearAttention):
+        pass
+
+    class Other(GatedLinearAttention):
+        def normed_heads(self, hidden_states: Tensor, layout: Any = None) -> Tensor:
+            return hidden_states
+
+    assert decodes_by_step(GatedLinearAttention) and decodes_by_step(Same)
+    assert not decodes_by_step(Other) and not decodes_by_step(torch.nn.Linear)
