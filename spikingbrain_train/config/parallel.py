@@ -213,13 +213,29 @@ class ClusterConfig:
     """Platform: cuda, metax, cpu, or auto (a GPU if there is one)."""
     timeout_minutes: float = setting(10.0, above=0, resume=FREE)
     """A collective that waits longer than this fails the run instead of hanging it."""
+    memory_gib: float | None = setting(None, above=0, resume=FREE)
+    """Memory of one device in GiB, as its driver shows it. A plan says whether every rank fits into it; null
+    leaves that open in a plan, and a run asks its GPU."""
     peak_tflops: float | None = setting(None, above=0, resume=FREE)
-    """Peak TFLOP/s of one rank for MFU. Null measures a matrix product at start-up."""
+    """Peak TFLOP/s of one rank for MFU, in the precision of the run and without sparsity. Null measures a
+    matrix product at start-up, and leaves a plan without hours."""
+    mfu: float | None = setting(None, above=0, maximum=1, resume=FREE)
+    """Model FLOP/s utilisation (0 to 1) at which a plan reckons hours. Pipeline bubble, recomputation and
+    communication are in it. Null takes what was measured (cluster.measured_in), else what SpikingBrain's
+    report gives, and the plan says which."""
+    measured_in: str | None = setting(None, resume=FREE)
+    """Output folder of an earlier run, whose measured speed (train/tflops) a plan reckons hours with. Null
+    takes this run's own output_dir, where it has measured something."""
     kernels: KernelConfig = field(default_factory=KernelConfig)
     """Libraries for attention and projections."""
 
     def check(self, prefix: str) -> None:
-        """A run that hangs fails within days. Raises ConfigurationError."""
+        """A run that hangs fails within days, and hours have one source. Raises ConfigurationError."""
+        require(
+            self.mfu is None or self.measured_in is None,
+            f"{prefix}mfu={self.mfu} and {prefix}measured_in={self.measured_in} both say how fast a run is; "
+            f"set one of them to null",
+        )
         require(
             self.timeout_minutes <= _LONGEST_TIMEOUT,
             f"{prefix}timeout_minutes={self.timeout_minutes} must be at most {_LONGEST_TIMEOUT}, a week",
