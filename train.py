@@ -19,6 +19,7 @@ def main() -> None:
         from spikingbrain_train.planning.checks import check_run_config
         from spikingbrain_train.planning.host_capacity import check_host
         from spikingbrain_train.planning.launch import Launch
+        from spikingbrain_train.planning.plan_report.report import render
         from spikingbrain_train.planning.planner import check_disk_space, launched_world_size, plan_run
         from spikingbrain_train.planning.resume import nothing_left
         from spikingbrain_train.training.callbacks.outside import check_callbacks
@@ -38,7 +39,7 @@ def main() -> None:
         if config.dry_run:
             if os.environ.get("RANK", "0") != "0":
                 return
-            print(plan.render(), flush=True)
+            print(render(plan), flush=True)
 
     if not config.dry_run:
         with user_errors():  # a rank's own variables: no other rank may see that they are wrong

@@ -5,7 +5,8 @@ from __future__ import annotations
 from spikingbrain_train.config.parallel import AcceleratorKind
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.planning.launch import Launch, available_cores, has_gpu_device, memory_limit
-from spikingbrain_train.planning.planner import GIB, Plan, StagePlan
+from spikingbrain_train.planning.memory import GIB
+from spikingbrain_train.planning.planner import Plan, StagePlan
 
 LOADERS_PER_CORE = 4
 """Loader processes that share a core at most; more only wait for each other."""

@@ -13,6 +13,8 @@ from spikingbrain_train.config.run import Precision, RunConfig
 from spikingbrain_train.planning.costs import stage_parameters
 from spikingbrain_train.planning.stages.registry import kind_of
 
+GIB = 2**30
+
 
 @dataclass(frozen=True)
 class MemoryEstimate:

@@ -1,34 +1,27 @@
 """The plan of a run before it starts: who holds which layers, how much memory and work that takes.
 
 Parameters are exact; memory is an estimate of tensors that live at the same time (kernels' workspaces,
-communication buffers and fragmentation come on top). Pure Python: no torch.
+communication buffers and fragmentation come on top). What a plan looks like to people and programs is said in
+plan_report/. Pure Python: no torch.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import lcm
 from pathlib import Path
 
 from spikingbrain_train.architecture.layers import (
     Layer,
-    feed_forwards_of,
-    has_experts,
-    layers,
 )
-from spikingbrain_train.architecture.linear_transforms import transforms_of
 from spikingbrain_train.architecture.sizes import bytes_per_element
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.planning.costs import (
-    active_parameters,
     layers_of_stage,
-    new_parameters,
     stage_layers,
     stage_parameters,
     total_parameters,
@@ -40,8 +33,7 @@ from spikingbrain_train.planning.memory import (
 )
 from spikingbrain_train.planning.precision import PrecisionChoice, expected_precision
 from spikingbrain_train.planning.stages.registry import kind_of
-
-GIB = 2**30
+from spikingbrain_train.reporting.quantities import size
 
 
 def smallest_stage(parallel: ParallelConfig) -> int:
@@ -78,6 +70,11 @@ def launched_world_size(config: RunConfig) -> int:
     return int(launched)
 
 
+def pipeline_bubble(stages: int, micro_batches: int) -> float:
+    """Share of a step that 1F1B leaves a rank idle: (p - 1) / (m + p - 1)."""
+    return (stages - 1) / (micro_batches + stages - 1)
+
+
 @dataclass(frozen=True)
 class StagePlan:
     """One pipeline stage, as each of its ranks sees it."""
@@ -102,7 +99,7 @@ def _plan_stage(config: RunConfig, stage: int, world_size: int, micro_batches: i
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do. ``print(plan.render())`` shows it."""
+    """What a run will do; ``plan_report.report.render`` makes text of it."""
 
     config: RunConfig
     """The run; its precision is never ``auto``."""
@@ -136,9 +133,13 @@ class Plan:
 
     @property
     def pipeline_bubble(self) -> float:
-        """Share of a step that 1F1B leaves a rank idle: (p - 1) / (m + p - 1)."""
-        idle = self.config.parallel.pipeline_model_parallel_size - 1
-        return idle / (self.micro_batches + idle)
+        """Share of a step that the pipeline leaves a rank idle."""
+        return pipeline_bubble(len(self.stages), self.micro_batches)
+
+    @property
+    def fullest(self) -> StagePlan:
+        """The stage whose ranks need the most memory."""
+        return max(self.stages, key=lambda stage: stage.memory.total)
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -146,137 +147,6 @@ class Plan:
         model, precision = self.config.model, self.config.precision
         trainable = kind_of(self.config.stage).trainable_parameters_in_all(model)
         return total_parameters(model) * bytes_per_element(precision) + trainable * optimizer_bytes(precision)
-
-    def render(self) -> str:
-        """The plan as text for a terminal."""
-        return "\n".join([*self._facts(), "", *self._stage_table()])
-
-    def _facts(self) -> list[str]:
-        stage, model, config = self.config.stage, self.config.model, self.config
-        learns = "" if not kind_of(stage).needs_teacher(stage) else f", learning from {stage.teacher}"
-        bubble = f", pipeline bubble {self.pipeline_bubble:.1%}" if len(self.stages) > 1 else ""
-        sinks = f" behind {model.num_sink_tokens} sinks" if model.num_sink_tokens else ""
-        chosen = [("precision", self.precision.describe())] if self.precision.reason else []
-        rows = [
-            ("stage", f"{stage.kind} in {config.precision.name}{learns}"),
-            *chosen,
-            *(("model" if index == 0 else "", text) for index, text in enumerate(self._model_facts())),
-            ("ranks", self._rank_facts()),
-            (
-                "step",
-                f"{self.tokens_per_step:,} tokens: {stage.global_batch_size} sequences of "
-                f"{stage.seq_length}{sinks} = {self.data_parallel_size} replicas x {self.micro_batches} "
-                f"micro-batches of {stage.micro_batch_size}{bubble}",
-            ),
-            ("length", f"{stage.train_iters:,} steps, {quantity(self.total_tokens)} tokens"),
-            (
-                "compute",
-                f"{self.flops_per_token / 1e9:.4g} GFLOP per token, "
-                f"{self.flops_per_token * self.total_tokens:.3g} FLOP in all",
-            ),
-            (
-                "checkpoint",
-                f"{_size(self.checkpoint_bytes)}, every {config.checkpoint.save_interval} steps "
-                "and at the end",
-            ),
-        ]
-        return [f"{name:<12}{text}" for name, text in rows]
-
-    def _model_facts(self) -> list[str]:
-        model = self.config.model
-        padded = model.padded_vocab_size(self.config.parallel.tensor_model_parallel_size)
-        tied = "tied" if model.share_embeddings_and_output_weights else "untied"
-        active = ""
-        if has_experts(model):
-            active = f"{quantity(active_parameters(model))} active per token, vocabulary included; "
-        mixers = _counts(layer.mixer_name for layer in layers(model))
-        facts = [
-            f"{quantity(total_parameters(model))} parameters ({active}{quantity(new_parameters(model))} "
-            f"new): {model.num_layers} layers ({mixers}), hidden {model.hidden_size}, "
-            f"FFN {model.ffn_hidden_size}",
-            f"{model.num_attention_heads} heads in {model.num_query_groups} groups of width "
-            f"{model.kv_channels}, vocabulary {model.vocab_size} (padded to {padded}, {tied})",
-        ]
-        if not all(kind.is_of_the_source for kind in feed_forwards_of(model)):
-            counts = _counts(layer.feed_forward.name for layer in layers(model))
-            described = [words for kind in feed_forwards_of(model) if (words := kind.describe(model))]
-            facts.append("; ".join([f"feed-forwards: {counts}", *described]))
-        return facts + [kind.describe(model) for kind in transforms_of(model)]
-
-    def _rank_facts(self) -> str:
-        parallel = self.config.parallel
-        degrees = [
-            (self.data_parallel_size, "data"),
-            (parallel.tensor_model_parallel_size, "tensor"),
-            (parallel.pipeline_model_parallel_size, "pipeline"),
-            (parallel.context_parallel_size, "context"),
-        ]
-        facts = [" x ".join(f"{degree} {name}" for degree, name in degrees)]
-        if has_experts(self.config.model):
-            facts.append(
-                f"experts over {parallel.expert_model_parallel_size} expert x "
-                f"{parallel.expert_tensor_size} expert tensor ranks of a stage"
-            )
-        switches = ["sequence_parallel", "use_distributed_optimizer", "overlap_grad_reduce"]
-        chosen = [name for name in [*switches, "overlap_param_gather"] if getattr(parallel, name)]
-        facts.append(", ".join([*chosen, f"recompute {parallel.recompute.name}"]))
-        return f"{self.world_size} = " + "; ".join(facts)
-
-    def _stage_table(self) -> list[str]:
-        header = [
-            "pipeline stage",
-            "layers",
-            "mixers",
-            "feed-forwards",
-            "parameters",
-            "weights",
-            "gradients",
-            "optimizer",
-            "activations",
-        ]
-        with_teacher = kind_of(self.config.stage).needs_teacher(self.config.stage)
-        header += ["teacher", "total"] if with_teacher else ["total"]
-        rows = [header]
-        for index, stage in enumerate(self.stages):
-            memory = stage.memory
-            parts = [memory.weights, memory.gradients, memory.optimizer, memory.activations]
-            parts += [memory.teacher, memory.total] if with_teacher else [memory.total]
-            rows.append(
-                [
-                    str(index),
-                    f"{stage.layers.start}-{stage.layers.stop - 1}",
-                    _counts(layer.mixer_name for layer in stage.kinds),
-                    _counts(layer.feed_forward.name for layer in stage.kinds),
-                    f"{stage.parameters:,}",
-                    *(f"{part / GIB:.2f}" for part in parts),
-                ]
-            )
-        widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-        text = [
-            "  ".join(
-                cell.ljust(width) if column < 4 else cell.rjust(width)
-                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        ]
-        return ["per rank: exact parameters, estimated memory in GiB", text[0], "-" * len(text[0]), *text[1:]]
-
-
-def _counts(names: Iterable[str]) -> str:
-    """How often each occurs: "14 gla + 14 swa"."""
-    return " + ".join(f"{count} {name}" for name, count in Counter(names).items())
-
-
-def quantity(number: float) -> str:
-    """A count with four digits and a unit letter: 134.5 M, 7.617 B."""
-    for limit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if number >= limit:
-            return f"{number / limit:.4g} {letter}"
-    return f"{number:.0f}"
-
-
-def _size(number: float) -> str:
-    return f"{number / GIB:.2f} GiB" if number >= GIB else f"{number / 2**20:.1f} MiB"
 
 
 def plan_run(config: RunConfig, world_size: int) -> Plan:
@@ -313,6 +183,6 @@ def check_disk_space(plan: Plan) -> None:
     free = shutil.disk_usage(nearest).free
     if free < plan.checkpoint_bytes:
         raise ConfigurationError(
-            f"output_dir={plan.config.output_dir} has {_size(free)} of free space, but one "
-            f"checkpoint of this run takes {_size(plan.checkpoint_bytes)}; free some or choose another folder"
+            f"output_dir={plan.config.output_dir} has {size(free)} of free space, but one "
+            f"checkpoint of this run takes {size(plan.checkpoint_bytes)}; free some or choose another folder"
         )

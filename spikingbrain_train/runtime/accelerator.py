@@ -147,6 +147,12 @@ class Accelerator:
         if self.is_gpu:
             torch.cuda.synchronize()
 
+    def memory_bytes(self) -> int | None:
+        """Memory of the current GPU in bytes; None on the CPU, whose ranks share what the machine has."""
+        if not self.is_gpu:
+            return None
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+
     def peak_memory_bytes(self) -> int:
         """Most memory held so far, in bytes: allocated tensors on a GPU, the resident set on CPU."""
         if self.is_gpu:

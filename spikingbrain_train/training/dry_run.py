@@ -22,9 +22,12 @@ from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.models.kernels import resolve_kernels
 from spikingbrain_train.parallel.process_groups import destroy, form_groups
 from spikingbrain_train.planning.costs import active_parameters, total_parameters
-from spikingbrain_train.planning.memory import MemoryEstimate
-from spikingbrain_train.planning.planner import GIB, Plan, quantity, smallest_stage
+from spikingbrain_train.planning.memory import GIB, MemoryEstimate
+from spikingbrain_train.planning.plan_report.layers import alike, layer_rows
+from spikingbrain_train.planning.planner import Plan, smallest_stage
 from spikingbrain_train.planning.precision import PrecisionChoice
+from spikingbrain_train.reporting.quantities import quantity
+from spikingbrain_train.reporting.tables import facts, table, terminal_width
 from spikingbrain_train.runtime import megatron_versions, patches
 from spikingbrain_train.runtime.accelerator import detect
 from spikingbrain_train.runtime.bf16 import choose_precision
@@ -64,8 +67,8 @@ class RankShare:
         """Bytes on this rank."""
         return self.plan.stages[self.group_ranks["pipeline"]].memory
 
-    def render(self) -> str:
-        """The share as text for a terminal."""
+    def render(self, width: int | None = None) -> str:
+        """The share as text of so many columns, by default the terminal's."""
         model, parallel = self.plan.config.model, self.plan.config.parallel
         group_ranks = ", ".join(f"{kind} {group_rank}" for kind, group_rank in self.group_ranks.items())
         memory = {name: getattr(self.memory, name) / GIB for name in vars(self.memory)}
@@ -87,16 +90,26 @@ class RankShare:
             held = number // parallel.expert_model_parallel_size
             first = self.group_ranks["expert"] * held
             rows.append(("experts", f"{first} to {first + held - 1} of each layer's {number}"))
-        width = max(8, *(len(layer.kind.mixer_name) for layer in self.layers))
-        head = f"{'layer':>5}  {'mixer':<{width}}  {'feed-forward':<12}"
-        head += f"  {'mixer':>13}  {'feed-forward':>13}  {'all':>13}"
-        table = [
-            f"{layer.layer:>5}  {layer.kind.mixer_name:<{width}}  {layer.kind.feed_forward.name:<12}  "
-            f"{layer.mixer_parameters:>13,}  {layer.feed_forward_parameters:>13,}  {layer.parameters:>13,}"
+        lines = [*facts(rows, width or terminal_width()), "", "parameters of this rank's layers (each)"]
+        return "\n".join([*lines, *table(self._layer_rows(), left=4)])
+
+    def _layer_rows(self) -> list[list[str]]:
+        """Layers that were built alike in one row."""
+        rows = [["layers", "number", "mixer", "feed-forward", "of mixer", "of feed-forward", "in all"]]
+        keys = [
+            (
+                layer.kind.mixer_name,
+                layer.kind.feed_forward.name,
+                layer.mixer_parameters,
+                layer.feed_forward_parameters,
+                layer.parameters,
+            )
             for layer in self.layers
         ]
-        facts = [f"{name:<12}{text}" for name, text in rows]
-        return "\n".join([*facts, "", "parameters of this rank's layers", head, "-" * len(head), *table])
+        for (mixer, feed_forward, *parameters), numbers in alike(keys, self.layers[0].layer).items():
+            cells = [mixer, feed_forward, *(f"{number:,}" for number in parameters)]
+            rows += layer_rows(numbers, cells)
+        return rows
 
 
 def _group_ranks(plan: Plan, rank: int) -> dict[str, int]:

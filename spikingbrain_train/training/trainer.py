@@ -22,6 +22,7 @@ from spikingbrain_train.parallel.agreed_precision import agree_on_precision
 from spikingbrain_train.parallel.agreement import locked_output_dir
 from spikingbrain_train.parallel.heartbeats import Heartbeats
 from spikingbrain_train.parallel.process_groups import ProcessGroups, destroy, initialize
+from spikingbrain_train.planning.memory_warning import memory_warning
 from spikingbrain_train.reporting.activity import Activity, activity
 from spikingbrain_train.runtime import patches
 from spikingbrain_train.runtime.accelerator import detect
@@ -65,13 +66,14 @@ def run(config: RunConfig) -> None:
     try:
         with Heartbeats(groups, timeout) as heartbeats:
             choice = agree_on_precision(config, groups)
-            dtype = PARAMS_DTYPE[choice.precision]
+            settled, dtype = replace(config, precision=choice.precision), PARAMS_DTYPE[choice.precision]
             accelerator.require_dtype(dtype)
             if groups.is_main_process:
                 slow = slow_format_warning(f"precision={choice.precision.value}", dtype, accelerator)
-                print(*(line for line in (choice.describe(), slow) if line), sep="\n", flush=True)
+                large = memory_warning(settled, groups.world_size, accelerator.memory_bytes())
+                print(*(line for line in (choice.describe(), slow, large) if line), sep="\n", flush=True)
             with locked_output_dir(config.output_dir, groups):
-                trainer = Trainer(replace(config, precision=choice.precision), groups)
+                trainer = Trainer(settled, groups)
                 heartbeats.follow(lambda: trainer.state.iteration)
                 finished = trainer.train()
             if not finished and groups.world_size > 1:

@@ -16,6 +16,7 @@ from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.config.yaml_files import conf_folder
 from spikingbrain_train.planning.checks import check_run_config
 from spikingbrain_train.planning.costs import active_parameters, total_parameters
+from spikingbrain_train.planning.plan_report.report import render
 from spikingbrain_train.planning.planner import launched_world_size, plan_run
 
 YAML_FILES = sorted(conf_folder().rglob("*.yaml"))
@@ -34,7 +35,7 @@ def dry_run(*overrides: str) -> RunConfig:
     config = to_run_config(compose("config", overrides=[*overrides, "dry_run=true"]))
     world_size = launched_world_size(config)
     check_run_config(config, world_size)
-    assert plan_run(config, world_size).render()
+    assert render(plan_run(config, world_size))
     return config
 
 

@@ -12,7 +12,8 @@ from spikingbrain_train.config.run import RunConfig, StageConfig
 from spikingbrain_train.errors import ConfigurationError, PlatformError
 from spikingbrain_train.planning import host_capacity
 from spikingbrain_train.planning.launch import Launch, has_gpu_device, memory_limit
-from spikingbrain_train.planning.planner import GIB, plan_run
+from spikingbrain_train.planning.memory import GIB
+from spikingbrain_train.planning.planner import plan_run
 
 MEETING = {"MASTER_ADDR": "node-a", "MASTER_PORT": "29500"}
 

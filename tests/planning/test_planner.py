@@ -45,7 +45,6 @@ from spikingbrain_train.planning.planner import (
     check_disk_space,
     launched_world_size,
     plan_run,
-    quantity,
 )
 from spikingbrain_train.planning.stages.registry import kind_of
 from spikingbrain_train.runtime.accelerator import detect
@@ -450,11 +449,3 @@ class TestDiskSpace:
 
     def test_a_checkpoint_is_weights_and_optimizer_state(self, plan) -> None:
         assert plan.checkpoint_bytes == total_parameters(LLAMA) * (2 + 12)
-
-
-@pytest.mark.parametrize(
-    ("number", "text"),
-    [(0, "0"), (999, "999"), (188_160, "188.2 k"), (7_616_543_488, "7.617 B"), (1e11, "100 B")],
-)
-def test_counts_are_readable(number: float, text: str) -> None:
-    assert quantity(number) == text

@@ -124,8 +124,10 @@ class Backends(Generic[Call]):
         return None if name == AUTO else self[name].limit(call)
 
     def expected(self, name: str, call: Call, *, on_gpu: bool) -> str:
-        """What a plan reckons with: the backend asked for, or the best one if every package were there."""
-        return self.preference(call, on_gpu)[0] if name == AUTO else name
+        """What a plan reckons with: the one asked for, or the best that can if every package were there."""
+        if name != AUTO:
+            return name
+        return next(name for name in self.preference(call, on_gpu) if self[name].limit(call) is None)
 
     def require(self, name: str, machine: Machine, prefix: str = "") -> None:
         """Refuse a backend that a config asks for, used or not, and that a machine does not have.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from pathlib import Path
 
+from spikingbrain_train.planning.duration import TFLOPS_METRIC
 from spikingbrain_train.planning.planner import plan_run
 from spikingbrain_train.runtime.bf16 import PARAMS_DTYPE
 from spikingbrain_train.training.callbacks.callback import Callback
@@ -17,9 +18,11 @@ from spikingbrain_train.training.throughput import (
 
 
 class Speed(Callback):
-    """Reports ``train/tokens_per_second``, ``train/tokens``, ``train/memory_gib`` and ``train/mfu``.
+    """Reports tokens per second and in all, TFLOP/s of a rank, MFU and memory.
 
-    Evaluations and checkpoints don't count. MFU is left out where the peak is neither set nor measurable.
+    As ``train/tokens_per_second``, ``train/tokens``, ``train/tflops`` (model FLOPs, from which a later plan
+    reckons hours), ``train/mfu`` (left out where the peak is neither set nor measurable) and
+    ``train/memory_gib``. Evaluations and checkpoints don't count.
     """
 
     def __init__(self) -> None:
@@ -53,6 +56,7 @@ class Speed(Callback):
             "train/tokens_per_second": speed.tokens_per_second,
             "train/tokens": float(run.state.consumed_samples * run.config.stage.seq_length),
             "train/memory_gib": run.groups.accelerator.peak_memory_bytes() / 2**30,
+            TFLOPS_METRIC: speed.tokens_per_second * self._flops_per_token / run.groups.world_size / 1e12,
         }
         if self._peak_tflops is not None:
             report.metrics["train/mfu"] = model_flops_utilization(

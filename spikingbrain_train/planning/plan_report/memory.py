@@ -1,0 +1,151 @@
+"""Memory of every pipeline stage's ranks, whether it fits, and what would help."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any
+
+from spikingbrain_train.architecture.layers import has_experts
+from spikingbrain_train.planning.fit import MARGIN, DeviceMemory, Fit, device_memory
+from spikingbrain_train.planning.memory import GIB
+from spikingbrain_train.planning.plan_report.section import Section
+from spikingbrain_train.planning.planner import Plan, StagePlan
+from spikingbrain_train.planning.remedies import Remedy, remedies, together
+from spikingbrain_train.planning.stages.registry import kind_of
+from spikingbrain_train.reporting.tables import packed, table
+
+_MOST_REMEDIES = 5
+_WIDEST_SETTINGS = 64
+
+
+def memory_section(plan: Plan) -> Section:
+    """The estimate of every stage, and the verdict where the device's memory is known."""
+    device = device_memory(plan.config.cluster, plan.world_size)
+    fits = device is None or device.fit(plan.fullest.memory.total) is Fit.fits
+    found = [] if device is None or fits else remedies(plan, device)
+    combined = None
+    if device is not None and found and all(device.fit(remedy.needed) is not Fit.fits for remedy in found):
+        combined = together(plan, device)
+
+    values = {
+        "stages": [_values(index, stage, device) for index, stage in enumerate(plan.stages)],
+        "device_bytes": None if device is None else device.bytes,
+        "margin_bytes": None if device is None else MARGIN * device.bytes,
+        "fit": None if device is None else device.fit(plan.fullest.memory.total).value,
+        "remedies": [_remedy_values(remedy, device) for remedy in found if device is not None],
+        "together": None if combined is None or device is None else _remedy_values(combined, device),
+    }
+
+    def text(width: int) -> list[str]:
+        lines = ["memory of a rank in GiB, estimated; parameters are exact", *_table(plan, device)]
+        lines += ["", *_wrapped(_alike(plan), width)]
+        if device is None:
+            return lines
+        lines += _wrapped(_margin(device), width)
+        return lines if fits else lines + ["", *_advice(plan, device, found, combined, width)]
+
+    return Section("memory", values, text)
+
+
+def _values(index: int, stage: StagePlan, device: DeviceMemory | None) -> dict[str, Any]:
+    return {
+        "stage": index,
+        "layers": [stage.layers.start, stage.layers.stop - 1],
+        "parameters": stage.parameters,
+        **{f"{name}_bytes": value for name, value in vars(stage.memory).items()},
+        "total_bytes": stage.memory.total,
+        "fit": None if device is None else device.fit(stage.memory.total).value,
+    }
+
+
+def _remedy_values(remedy: Remedy, device: DeviceMemory) -> dict[str, Any]:
+    return {
+        "settings": remedy.arguments(),
+        "ranks": remedy.plan.world_size,
+        "total_bytes": remedy.needed,
+        "fit": device.fit(remedy.needed).value,
+    }
+
+
+def _table(plan: Plan, device: DeviceMemory | None) -> list[str]:
+    with_teacher = kind_of(plan.config.stage).needs_teacher(plan.config.stage)
+    rows = [
+        [
+            *("stage", "layers", "parameters", "weights", "gradients", "optimizer", "activations"),
+            *(["teacher"] if with_teacher else []),
+            "total",
+            *([] if device is None else ["verdict"]),
+        ]
+    ]
+    first, same = 0, None
+    for index, stage in enumerate(plan.stages):
+        memory = stage.memory
+        parts = [memory.weights, memory.gradients, memory.optimizer, memory.activations]
+        parts += [memory.teacher] if with_teacher else []
+        cells = [f"{stage.parameters:,}", *(f"{part / GIB:.2f}" for part in [*parts, memory.total])]
+        cells += [] if device is None else [_verdict(memory.total, device)]
+        if cells == same:  # stages that are alike are one row
+            rows[-1][:2] = [f"{first}-{index}", f"{plan.stages[first].layers.start}-{stage.layers.stop - 1}"]
+            continue
+        first, same = index, cells
+        last = stage.layers.stop - 1
+        numbers = f"{stage.layers.start}-{last}" if last > stage.layers.start else str(last)
+        rows.append([str(index), numbers, *cells])
+    return table(rows, left=2)
+
+
+def _verdict(needed: float, device: DeviceMemory) -> str:
+    fit = device.fit(needed)
+    if fit is Fit.too_large:
+        return f"{(needed - device.bytes) / GIB:.1f} too much"
+    return fit.value
+
+
+def _alike(plan: Plan) -> str:
+    if plan.world_size == len(plan.stages):
+        text = ""
+    else:
+        text = "Every rank of a stage holds as much"
+        if plan.config.parallel.context_parallel_size > 1:
+            text += " or less: of context-parallel ranks the fullest is shown"
+        text += ". "
+    if has_experts(plan.config.model):
+        text += "Experts are taken to be evenly loaded; where they are not, some ranks need more. "
+    return text + "Workspaces, communication buffers and fragmentation come on top."
+
+
+def _margin(device: DeviceMemory) -> str:
+    size = device.bytes / GIB
+    return (
+        f"Of {size:.1f} GiB a rank ({device.source}) {MARGIN:.0%}, {MARGIN * size:.1f} GiB, are for these: "
+        f"up to {(1 - MARGIN) * size:.1f} GiB fit, up to {size:.1f} GiB are tight, more does not fit."
+    )
+
+
+def _advice(
+    plan: Plan, device: DeviceMemory, found: list[Remedy], combined: Remedy | None, width: int
+) -> list[str]:
+    if not found:
+        return _wrapped(
+            "No single setting of parallelism, recomputation or micro-batch makes it smaller; take a smaller "
+            "model or a shorter sequence.",
+            width,
+        )
+    most = plan.fullest.memory.total / GIB
+    lines = [f"what would help, planned anew: fullest rank in GiB, now {most:.2f}"]
+    rows = [["settings", "ranks", "total", "verdict"]]
+    shown = found[:_MOST_REMEDIES] + ([] if combined is None else [combined])
+    for remedy in shown:
+        verdict = _verdict(remedy.needed, device)
+        ranks, total = str(remedy.plan.world_size), f"{remedy.needed / GIB:.2f}"
+        first, *others = packed(remedy.arguments(), " ", _WIDEST_SETTINGS)
+        rows.append([first, ranks, total, verdict])
+        rows += [[f"  {line}", "", "", ""] for line in others]
+    lines += table(rows, left=1)
+    if combined is None and all(device.fit(remedy.needed) is not Fit.fits for remedy in found):
+        lines += _wrapped("Not even several of them together fit; take more ranks and higher degrees.", width)
+    return lines
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, width, break_on_hyphens=False)

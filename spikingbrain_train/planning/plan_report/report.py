@@ -1,0 +1,62 @@
+"""The whole report: its sections in order, as text and as plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from spikingbrain_train.planning.plan_report.cluster import cluster_section
+from spikingbrain_train.planning.plan_report.hours import time_section
+from spikingbrain_train.planning.plan_report.layers import layers_section
+from spikingbrain_train.planning.plan_report.memory import memory_section
+from spikingbrain_train.planning.plan_report.run import run_section
+from spikingbrain_train.planning.plan_report.section import Section
+from spikingbrain_train.planning.planner import Plan
+from spikingbrain_train.reporting.tables import terminal_width
+
+SECTIONS: list[Callable[[Plan], Section | None]] = [
+    run_section,
+    cluster_section,
+    time_section,
+    layers_section,
+    memory_section,
+]
+"""Makers of sections, from top to bottom. One that has nothing to say of a plan returns None."""
+
+_BESIDE_EACH_OTHER = {"run", "cluster", "time"}
+"""Sections of facts, with no empty line between them."""
+
+
+def sections(plan: Plan) -> list[Section]:
+    """What there is to say of a plan.
+
+    Raises:
+        DataError: cluster.measured_in names a folder in which no run has measured its speed.
+    """
+    return [section for make in SECTIONS if (section := make(plan)) is not None]
+
+
+def render(plan: Plan, width: int | None = None) -> str:
+    """The plan as text.
+
+    Args:
+        width: columns; null takes the terminal's, 80 to 120.
+
+    Raises:
+        DataError: as :func:`sections`.
+    """
+    lines: list[str] = []
+    for section in sections(plan):
+        if lines and section.name not in _BESIDE_EACH_OTHER:
+            lines.append("")
+        lines += section.text(width or terminal_width())
+    return "\n".join(lines)
+
+
+def as_values(plan: Plan) -> dict[str, Any]:
+    """The plan as plain values, which JSON takes: one entry a section.
+
+    Raises:
+        DataError: as :func:`sections`.
+    """
+    return {section.name: section.facts for section in sections(plan)}

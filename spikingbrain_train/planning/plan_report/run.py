@@ -1,0 +1,115 @@
+"""What runs: stage, model, ranks, batch, length, arithmetic, checkpoints."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from spikingbrain_train.architecture.layers import feed_forwards_of, has_experts, layers
+from spikingbrain_train.architecture.linear_transforms import transforms_of
+from spikingbrain_train.planning.costs import active_parameters, new_parameters, total_parameters
+from spikingbrain_train.planning.plan_report.section import Section
+from spikingbrain_train.planning.planner import Plan
+from spikingbrain_train.planning.stages.registry import kind_of
+from spikingbrain_train.reporting.quantities import quantity, size
+from spikingbrain_train.reporting.tables import facts
+
+
+def run_section(plan: Plan) -> Section:
+    """What runs."""
+    model, stage = plan.config.model, plan.config.stage
+    values = {
+        "kind": stage.kind,
+        "precision": plan.config.precision.value,
+        "parameters": total_parameters(model),
+        "active_parameters": active_parameters(model),
+        "new_parameters": new_parameters(model),
+        "ranks": plan.world_size,
+        "data_parallel_size": plan.data_parallel_size,
+        "micro_batches": plan.micro_batches,
+        "pipeline_bubble": plan.pipeline_bubble,
+        "steps": stage.train_iters,
+        "tokens_per_step": plan.tokens_per_step,
+        "tokens": plan.total_tokens,
+        "flops_per_token": plan.flops_per_token,
+        "flops": plan.flops_per_token * plan.total_tokens,
+        "checkpoint_bytes": plan.checkpoint_bytes,
+    }
+    return Section("run", values, lambda width: facts(_rows(plan), width))
+
+
+def _rows(plan: Plan) -> list[tuple[str, str]]:
+    stage, model, config = plan.config.stage, plan.config.model, plan.config
+    learns = "" if not kind_of(stage).needs_teacher(stage) else f", learning from {stage.teacher}"
+    bubble = f", pipeline bubble {plan.pipeline_bubble:.1%}" if len(plan.stages) > 1 else ""
+    sinks = f" behind {model.num_sink_tokens} sinks" if model.num_sink_tokens else ""
+    chosen = [("precision", plan.precision.describe())] if plan.precision.reason else []
+    return [
+        ("stage", f"{stage.kind} in {config.precision.name}{learns}"),
+        *chosen,
+        *(("model" if index == 0 else "", text) for index, text in enumerate(_model_facts(plan))),
+        ("ranks", _rank_facts(plan)),
+        (
+            "step",
+            f"{plan.tokens_per_step:,} tokens: {stage.global_batch_size} sequences of "
+            f"{stage.seq_length}{sinks} = {plan.data_parallel_size} replicas x {plan.micro_batches} "
+            f"micro-batches of {stage.micro_batch_size}{bubble}",
+        ),
+        ("length", f"{stage.train_iters:,} steps, {quantity(plan.total_tokens)} tokens"),
+        (
+            "compute",
+            f"{plan.flops_per_token / 1e9:.4g} GFLOP per token, "
+            f"{plan.flops_per_token * plan.total_tokens:.3g} FLOP in all",
+        ),
+        (
+            "checkpoint",
+            f"{size(plan.checkpoint_bytes)}, every {config.checkpoint.save_interval} steps and at the end",
+        ),
+    ]
+
+
+def _model_facts(plan: Plan) -> list[str]:
+    model = plan.config.model
+    padded = model.padded_vocab_size(plan.config.parallel.tensor_model_parallel_size)
+    tied = "tied" if model.share_embeddings_and_output_weights else "untied"
+    active = ""
+    if has_experts(model):
+        active = f"{quantity(active_parameters(model))} active per token, vocabulary included; "
+    mixers = counts(layer.mixer_name for layer in layers(model))
+    rows = [
+        f"{quantity(total_parameters(model))} parameters ({active}{quantity(new_parameters(model))} "
+        f"new): {model.num_layers} layers ({mixers}), hidden {model.hidden_size}, "
+        f"FFN {model.ffn_hidden_size}",
+        f"{model.num_attention_heads} heads in {model.num_query_groups} groups of width "
+        f"{model.kv_channels}, vocabulary {model.vocab_size} (padded to {padded}, {tied})",
+    ]
+    if not all(kind.is_of_the_source for kind in feed_forwards_of(model)):
+        feed_forwards = counts(layer.feed_forward.name for layer in layers(model))
+        described = [words for kind in feed_forwards_of(model) if (words := kind.describe(model))]
+        rows.append("; ".join([f"feed-forwards: {feed_forwards}", *described]))
+    return rows + [kind.describe(model) for kind in transforms_of(model)]
+
+
+def _rank_facts(plan: Plan) -> str:
+    parallel = plan.config.parallel
+    degrees = [
+        (plan.data_parallel_size, "data"),
+        (parallel.tensor_model_parallel_size, "tensor"),
+        (parallel.pipeline_model_parallel_size, "pipeline"),
+        (parallel.context_parallel_size, "context"),
+    ]
+    parts = [" x ".join(f"{degree} {name}" for degree, name in degrees)]
+    if has_experts(plan.config.model):
+        parts.append(
+            f"experts over {parallel.expert_model_parallel_size} expert x "
+            f"{parallel.expert_tensor_size} expert tensor ranks of a stage"
+        )
+    switches = ["sequence_parallel", "use_distributed_optimizer", "overlap_grad_reduce"]
+    chosen = [name for name in [*switches, "overlap_param_gather"] if getattr(parallel, name)]
+    parts.append(", ".join([*chosen, f"recompute {parallel.recompute.name}"]))
+    return f"{plan.world_size} = " + "; ".join(parts)
+
+
+def counts(names: Iterable[str]) -> str:
+    """How often each occurs: "14 gla + 14 swa"."""
+    return " + ".join(f"{count} {name}" for name, count in Counter(names).items())
