@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spikingbrain_train.config.command_line import user_errors
+from spikingbrain_train.config.dataset_names import dataset_names
+from spikingbrain_train.config.run_record import fingerprint
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.evaluation.model_folder import check_model_folder, check_output_file
 from spikingbrain_train.evaluation.sampling import Sampling
@@ -171,7 +173,17 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     print(f"cross entropy  {measured.cross_entropy:.4f} nats per token")
     print(f"perplexity     {measured.perplexity:.3f}")
     if arguments.output is not None:
-        _write_json(arguments.output, {**asdict(measured), "perplexity": measured.perplexity})
+        held_out = _held_out(arguments.data, dataset.predicted_tokens())
+        result = {**asdict(measured), "perplexity": measured.perplexity, "held_out": held_out}
+        _write_json(arguments.output, result)
+
+
+def _held_out(prefixes: Sequence[str], tokens: Sequence[int]) -> dict[str, dict[str, Any]]:
+    """What was read, as the metrics of a run have it, so that a picture knows whether both read the same."""
+    return {
+        name: {"tokens": number, "fingerprint": fingerprint(prefix).digest}
+        for name, prefix, number in zip(dataset_names(prefixes), prefixes, tokens, strict=True)
+    }
 
 
 def _generate(arguments: argparse.Namespace) -> None:

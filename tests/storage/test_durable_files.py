@@ -82,4 +82,4 @@ def test_text_files_are_replaced_in_one_place() -> None:
         "data/token_ids.py",
         "pipelines/demo/smollm2.py",
     }
-    assert replacing <= others | {"storage/durable_files.py", "reporting/plots/loss_curves.py"}
+    assert replacing <= others | {"storage/durable_files.py", "reporting/plots/picture.py"}

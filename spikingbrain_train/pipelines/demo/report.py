@@ -18,7 +18,9 @@ from spikingbrain_train.pipelines.state import State, StepRecord
 from spikingbrain_train.pipelines.steps import printable
 from spikingbrain_train.reporting.activity import format_duration
 from spikingbrain_train.reporting.metrics import read_metrics
-from spikingbrain_train.reporting.plots.loss_curves import plot_loss_curves
+from spikingbrain_train.reporting.plots.dense_line import DenseLine
+from spikingbrain_train.reporting.plots.plot import plot_runs
+from spikingbrain_train.reporting.plots.views import Options
 from spikingbrain_train.storage.durable_files import write_text_durably
 
 PICTURE, MARKDOWN, JSON, TABLE = "loss.png", "demo_report.md", "demo_report.json", "demo_report.txt"
@@ -165,11 +167,10 @@ def write_report(
     rows = table_rows(output, records)
     dense = _read_json(output / "evaluate_dense.json")
     generation = _read_json(output / "generate.json")
-    plot_loss_curves(
+    plot_runs(
         [output / "align", output / "cpt"],
         output / PICTURE,
-        titles=["align", "cpt"],
-        dense_cross_entropy=dense["cross_entropy"],
+        options=Options(dense=DenseLine.read(str(output / "evaluate_dense.json"))),
     )
     machine = _machine()
     held_out = f"{dense['tokens']:,} tokens in windows of {dense['seq_length']}"

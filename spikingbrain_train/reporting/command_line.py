@@ -1,0 +1,132 @@
+"""Arguments of tools/plot_metrics.py, understood before matplotlib is imported."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from spikingbrain_train.config.command_line import user_errors
+from spikingbrain_train.errors import ConfigurationError
+from spikingbrain_train.reporting.plots.dense_line import DenseLine
+from spikingbrain_train.reporting.plots.panels import PANELS
+from spikingbrain_train.reporting.plots.plot import plot_runs
+from spikingbrain_train.reporting.plots.recording import Axis
+from spikingbrain_train.reporting.plots.views import Options
+
+_DESCRIPTION = """\
+Draw what runs have written into their metrics.jsonl: one run, the stages of one model end to end, or runs
+beside each other.
+
+Runs of which each starts from a checkpoint of another are laid end to end, in that order whatever the order
+of the arguments; all others are refused unless --compare draws them on one axis from 0. Thin dashed lines are
+where a run went on after a stop, with the settings that were changed.
+"""
+
+_EXAMPLES = """\
+panels (those of which there is something are drawn; throughput and optimizer only when asked for):
+{panels}
+
+examples:
+  # one run: its loss, and what else there is to see of it
+  spikingbrain-plot outputs/smollm2/cpt
+
+  # the stages of one model, with the line to reach
+  spikingbrain-plot outputs/smollm2/align outputs/smollm2/cpt --dense-cross-entropy outputs/smollm2/dense.json
+
+  # three rates on one axis, over hours
+  spikingbrain-plot --compare outputs/lr_1e-4 outputs/lr_3e-4 outputs/lr_1e-3 --x hours --output rates.svg
+
+  # chosen panels, and a metric by its name
+  spikingbrain-plot outputs/smollm2/cpt --panels loss,throughput --metric train/grad_norm --log
+"""
+
+
+def plot_parser() -> argparse.ArgumentParser:
+    """The flags of the command."""
+    panels = "\n".join(f"  {name:<12}{panel.words}" for name, panel in PANELS.items())
+    parser = argparse.ArgumentParser(
+        prog="spikingbrain-plot",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES.format(panels=panels),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "output_dirs", nargs="+", metavar="FOLDER", help="output_dir of a run (holds metrics.jsonl)"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("loss.png"),
+        metavar="FILE",
+        help="picture to write; .png, .svg and .pdf say its format (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--compare", action="store_true", help="draw all runs from 0 on one axis instead of end to end"
+    )
+    parser.add_argument(
+        "--names",
+        type=_words,
+        metavar="A,B",
+        help="what to call the runs, in their order (default: the settings in which they differ, or folders)",
+    )
+    parser.add_argument(
+        "--x",
+        type=Axis,
+        choices=list(Axis),
+        default=Axis.tokens,
+        metavar="{" + ",".join(axis.value for axis in Axis) + "}",
+        help="what to draw over (default: tokens)",
+    )
+    parser.add_argument(
+        "--panels",
+        type=_words,
+        metavar="A,B",
+        help=f"of {', '.join(PANELS)}, or all (default: what there is something to see of)",
+    )
+    parser.add_argument(
+        "--metric",
+        action="append",
+        default=[],
+        metavar="GROUP/NAME",
+        help="draw a metric by its name, one of every layer without its /layer_<n>; alone, or below --panels "
+        "(may be repeated)",
+    )
+    parser.add_argument("--log", action="store_true", help="logarithmic y axes")
+    parser.add_argument(
+        "--smooth",
+        type=int,
+        metavar="N",
+        help="points of the running mean of noisy curves, 1 for none (default: a thirtieth of a long curve)",
+    )
+    parser.add_argument(
+        "--dense-cross-entropy",
+        metavar="X",
+        help="held-out cross entropy of the dense source, drawn as the line to reach: a number, or the file "
+        "of spikingbrain-evaluate --output, which also says on which text it was measured",
+    )
+    return parser
+
+
+def plot(arguments: Sequence[str] | None = None) -> None:
+    """Draw, and say where to and what is seen."""
+    parsed = plot_parser().parse_args(arguments)
+    with user_errors():
+        if parsed.smooth is not None and parsed.smooth < 1:
+            raise ConfigurationError(f"--smooth is {parsed.smooth}; give at least 1")
+        dense = None if parsed.dense_cross_entropy is None else DenseLine.read(parsed.dense_cross_entropy)
+        lines = plot_runs(
+            parsed.output_dirs,
+            parsed.output,
+            axis=parsed.x,
+            compare=parsed.compare,
+            names=parsed.names,
+            panels=parsed.panels,
+            metrics=parsed.metric,
+            options=Options(parsed.log, parsed.smooth, dense),
+        )
+        print("\n".join([str(parsed.output), *lines]))
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]

@@ -1,0 +1,69 @@
+"""The command that draws: what it prints, and how it ends."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from spikingbrain_train.reporting.command_line import plot
+from tests.reporting.recordings import write_run
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def test_it_prints_where_the_picture_is_and_a_line_for_each_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [write_run(tmp_path / name) for name in ("one", "other")]
+    picture = tmp_path / "loss.svg"
+    plot([*map(str, runs), "--compare", "--names", "first, second", "--x", "hours", "--output", str(picture)])
+    path, _header, first, second = capsys.readouterr().out.splitlines()
+    assert path == str(picture) and picture.exists()
+    assert first.startswith("first ") and second.startswith("second ")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["nowhere"],
+        ["run", "--output", "loss.jpeg"],
+        ["run", "--panels", "nothing"],
+        ["run", "--metric", "train/los"],
+        ["run", "--smooth", "0"],
+        ["run", "--dense-cross-entropy", "much"],
+        ["run", "--names", "a,b"],
+        ["run", "other"],
+    ],
+    ids=" ".join,
+)
+def test_help_and_refusals_import_neither_torch_nor_matplotlib(tmp_path: Path, arguments: list[str]) -> None:
+    write_run(tmp_path / "run"), write_run(tmp_path / "other")
+    program = (
+        "import sys\n"
+        "from spikingbrain_train.reporting.command_line import plot\n"
+        "try:\n    plot(sys.argv[1:])\n"
+        "finally:\n    assert not {'torch', 'matplotlib', 'numpy'} & set(sys.modules)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+    )
+    if arguments == ["--help"]:
+        assert result.returncode == 0 and "spikingbrain-plot --compare" in result.stdout
+        return
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+
+
+def test_the_door_in_tools_opens(tmp_path: Path) -> None:
+    command = [sys.executable, str(REPOSITORY / "tools" / "plot_metrics.py"), "nowhere"]
+    env = {"PYTHONPATH": str(REPOSITORY)}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert result.returncode == 2 and "nowhere/metrics.jsonl does not exist" in result.stderr
