@@ -1,8 +1,9 @@
 """Tokens on disk: Megatron indexed datasets, ``<prefix>.bin`` and ``<prefix>.idx``, with a sidecar.
 
-The two binary files are megatron-core's own format and written by its classes, so that Megatron-LM's datasets
-work here (:mod:`~spikingbrain_train.data.token_file` reads them) and ours work there. The sidecar,
-``<prefix>.json``, says which tokenizer made the tokens; datasets from elsewhere have none.
+The two binary files are megatron-core's own format, byte for byte, so that Megatron-LM's datasets work here
+(:mod:`~spikingbrain_train.data.token_file` reads them) and ours work there; its own writer takes five seconds
+to import. The sidecar, ``<prefix>.json``, says which tokenizer made the tokens; datasets from elsewhere have
+none.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-import warnings
+from array import array
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from spikingbrain_train.data.token_file import TokenFile, document_starts
 from spikingbrain_train.data.token_ids import check_token_ids
 from spikingbrain_train.data.tokenizers import Tokenizer, was_made_by
 from spikingbrain_train.errors import DataError
+from spikingbrain_train.storage.index_format import header_bytes
 
 __all__ = [
     "DatasetInfo",
@@ -36,6 +38,9 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+_UINT16_BELOW = 65500
+"""Ids of a vocabulary that is stored in 16 bits, as megatron-core's DType.optimal_dtype has it."""
 
 
 @dataclass(frozen=True)
@@ -60,15 +65,6 @@ class DatasetInfo:
     """UTF-8 bytes of the texts."""
 
 
-def _megatron() -> Any:
-    """megatron-core's module of indexed datasets: ten seconds, and readers do not need it."""
-    with warnings.catch_warnings():
-        # It announces on import that Transformer Engine and Apex are absent: of no concern here.
-        warnings.simplefilter("ignore")
-        from megatron.core.datasets import indexed_dataset
-    return indexed_dataset
-
-
 class IndexedDatasetWriter:
     """Writes one dataset into a staging folder and moves it into place when it is complete.
 
@@ -83,15 +79,20 @@ class IndexedDatasetWriter:
         self._tokenizer = tokenizer
         self._staged = str(staging / Path(prefix).name)
         self.dtype = token_dtype(tokenizer.vocab_size)
-        self._builder = _megatron().IndexedDatasetBuilder(self._staged + ".bin", dtype=self.dtype)
-        self.documents = 0
+        self._tokens = open(self._staged + ".bin", "wb")  # noqa: SIM115  (closed by finish or close)
+        self._lengths = array("i")
         self.tokens = 0
         self.text_bytes = 0
 
+    @property
+    def documents(self) -> int:
+        """Documents so far."""
+        return len(self._lengths)
+
     def add_document(self, token_ids: np.ndarray, text_bytes: int) -> None:
         """Append one document: token ids [n] of :attr:`dtype`, end-of-sequence token included."""
-        self._builder.add_document(token_ids, [len(token_ids)])
-        self.documents += 1
+        self._tokens.write(np.ascontiguousarray(token_ids, dtype=self.dtype).data)
+        self._lengths.append(len(token_ids))
         self.tokens += len(token_ids)
         self.text_bytes += text_bytes
 
@@ -107,9 +108,20 @@ class IndexedDatasetWriter:
             tokens=self.tokens,
             text_bytes=self.text_bytes,
         )
-        self._builder.finalize(self._staged + ".idx")
+        self._tokens.close()
+        self._write_index()
         Path(self._staged + ".json").write_text(json.dumps(asdict(info), indent=2) + "\n", encoding="utf-8")
         return info
+
+    def _write_index(self) -> None:
+        """One sequence a document: its length int32, its first byte int64; then all boundaries int64."""
+        lengths = np.frombuffer(self._lengths, dtype=np.int32)
+        ends = np.cumsum(lengths, dtype=np.int64)
+        with open(self._staged + ".idx", "wb") as file:
+            file.write(header_bytes(np.dtype(self.dtype).name, len(lengths), len(lengths) + 1))
+            file.write(lengths.data)
+            file.write(((ends - lengths) * np.dtype(self.dtype).itemsize).data)
+            file.write(np.arange(len(lengths) + 1, dtype=np.int64).data)
 
     def publish(self) -> None:
         """Move the finished files to their place, over older ones of that name."""
@@ -119,14 +131,14 @@ class IndexedDatasetWriter:
     def close(self) -> None:
         """Let go of the data file without finishing, after a failure."""
         try:
-            self._builder.data_file.close()
+            self._tokens.close()
         except OSError:
             logger.debug("the unfinished %s.bin could not be flushed", self._staged)
 
 
 def token_dtype(vocab_size: int) -> type[np.number]:
     """NumPy type in which token ids of that vocabulary are stored: uint16 below 65500 ids, else int32."""
-    return _megatron().DType.optimal_dtype(vocab_size)
+    return np.uint16 if vocab_size < _UINT16_BELOW else np.int32
 
 
 def read_info(prefix: str | Path) -> DatasetInfo | None:

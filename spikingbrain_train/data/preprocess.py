@@ -14,23 +14,19 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from spikingbrain_train.data.dataset_files import SUFFIXES, existing_files
 from spikingbrain_train.data.documents import Source, find_sources
 from spikingbrain_train.data.folders import LeftOut
+from spikingbrain_train.data.indexed import DatasetInfo, IndexedDatasetWriter, token_dtype
 from spikingbrain_train.data.preprocess_options import PreprocessOptions
 from spikingbrain_train.data.tokenize_documents import split_into_chunks, tokenize, tokenize_all
 from spikingbrain_train.data.tokenizers import Tokenizer, load_tokenizer
 from spikingbrain_train.errors import DataError
 from spikingbrain_train.reporting.activity import activity
 from spikingbrain_train.storage.temporary_folder import temporary_folder
-
-if TYPE_CHECKING:
-    # It imports megatron-core, which takes seconds: wrong inputs are told before.
-    from spikingbrain_train.data.indexed import DatasetInfo, IndexedDatasetWriter
 
 _SAMPLE_BYTES = 4 << 20
 """Text that a dry run tokenizes for its estimate."""
@@ -112,8 +108,6 @@ def plan_preprocessing(options: PreprocessOptions) -> PreprocessPlan:
     """
     left_out = LeftOut()
     sources, tokenizer = _prepare(options, left_out)
-    from spikingbrain_train.data.indexed import token_dtype  # imports torch
-
     documents = text_bytes = tokens = 0
     whole = True
     for chunk in split_into_chunks(sources, options):
@@ -153,8 +147,6 @@ def preprocess(options: PreprocessOptions, progress: bool = False) -> Preprocess
     left_out = LeftOut()
     with activity("opening the inputs", shown=progress):
         sources, tokenizer = _prepare(options, left_out)
-    from spikingbrain_train.data.indexed import IndexedDatasetWriter  # imports torch
-
     report = PreprocessReport(left_out=left_out.describe())
     started = time.perf_counter()
     with _staging_folder(options.output_prefix) as staging:

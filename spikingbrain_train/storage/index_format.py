@@ -23,6 +23,8 @@ _TYPES = {
     8: ("uint16", 2),
 }
 """Name and bytes of a type by megatron-core's code (megatron/core/datasets/indexed_dataset.py, DType)."""
+_CODES = {name: code for code, (name, _) in _TYPES.items()}
+_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,20 @@ def read_header(file: BinaryIO, prefix: str) -> IndexHeader:
     if len(head) < _HEADER.size:
         raise truncated(prefix, ".idx", _HEADER.size, os.fstat(file.fileno()).st_size)
     magic, version, code, sequences, boundaries = _HEADER.unpack(head)
-    if magic != _MAGIC or version != 1 or code not in _TYPES:
+    if magic != _MAGIC or version != _VERSION or code not in _TYPES:
         raise DataError(f"{prefix}.idx is not the index of a Megatron dataset: check the prefix")
     return IndexHeader(*_TYPES[code], sequences, boundaries)
+
+
+def header_bytes(type_name: str, sequences: int, boundaries: int) -> bytes:
+    """The head of an index; lengths, offsets and boundaries follow it (:attr:`IndexHeader.size`).
+
+    Args:
+        type_name: of the numbers in the .bin file, as NumPy names it.
+        sequences: their number.
+        boundaries: number of document boundaries, one more than there are documents.
+    """
+    return _HEADER.pack(_MAGIC, _VERSION, _CODES[type_name], sequences, boundaries)
 
 
 def truncated(prefix: str, suffix: str, expected: int, found: int) -> DataError:

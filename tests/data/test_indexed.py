@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
 from spikingbrain_train.data import token_file
 from spikingbrain_train.data.indexed import (
@@ -18,9 +18,11 @@ from spikingbrain_train.data.indexed import (
     check_same_tokenizer,
     document_starts,
     open_indexed_dataset,
+    token_dtype,
 )
 from spikingbrain_train.data.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer
 from spikingbrain_train.errors import DataError
+from tests.data.conftest import CountingTokenizer
 
 FILES = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 DOCUMENTS = [[5, 6, 7, 0], [8, 0], [9, 10, 11, 12, 13, 0]]
@@ -159,6 +161,21 @@ def test_a_dataset_with_a_fingerprint_of_an_earlier_version_is_known(
     check_same_tokenizer(prefix, hf_tokenizer)
     with pytest.raises(DataError, match="which is not the run's tokenizer tiny.model"):
         check_same_tokenizer(prefix, spm_tokenizer)
+
+
+@pytest.mark.parametrize("vocab_size", [400, 100_000])
+@pytest.mark.parametrize("documents", [[], DOCUMENTS, [[1], [2] * 5000, [3, 4]]], ids=["none", "few", "long"])
+def test_the_files_are_those_that_megatron_writes(
+    write_tokens, tmp_path: Path, vocab_size: int, documents: list[list[int]]
+) -> None:
+    assert token_dtype(vocab_size) is DType.optimal_dtype(vocab_size)
+    prefix = write_tokens("d", documents, CountingTokenizer(vocab_size))
+    builder = IndexedDatasetBuilder(str(tmp_path / "m.bin"), dtype=token_dtype(vocab_size))
+    for document in documents:
+        builder.add_document(np.asarray(document), [len(document)])
+    builder.finalize(str(tmp_path / "m.idx"))
+    for suffix in (".bin", ".idx"):
+        assert Path(prefix + suffix).read_bytes() == (tmp_path / f"m{suffix}").read_bytes()
 
 
 def test_a_dataset_that_megatron_wrote_works_with_a_warning(
