@@ -71,9 +71,13 @@ def name_tokenizer_class(tokenizer_config: bytes, class_name: str) -> bytes:
 
 
 def _names_of_model(folder: Path) -> Any:
-    """A configuration with the model type of ``folder`` and nothing else of its config.json that matters."""
+    """A configuration with the model type of ``folder`` and nothing else of its config.json that matters.
+
+    transformers looks classes up by the name of the configuration's. One of that name will do: the true one
+    of many models imports nearly two seconds of modelling code.
+    """
     from transformers import PretrainedConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
     try:
         values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
@@ -82,7 +86,10 @@ def _names_of_model(folder: Path) -> Any:
     values = values if isinstance(values, dict) else {}
     model_type = values.get("model_type")
     config = PretrainedConfig()
-    if isinstance(model_type, str) and model_type in CONFIG_MAPPING:
+    if isinstance(model_type, str) and model_type in CONFIG_MAPPING_NAMES:
+        name = CONFIG_MAPPING_NAMES[model_type]
+        config = type(name, (PretrainedConfig,), {"model_type": model_type})()
+    elif isinstance(model_type, str) and model_type in CONFIG_MAPPING:  # a plugin has registered it
         config = CONFIG_MAPPING[model_type]()
     # transformers knows some published folders by name, and what a configuration says of its tokenizer.
     config._name_or_path = str(folder)

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from spikingbrain_train.data.tokenizer_cache import TokenizerFacts, cache_key, recall, remember
 from spikingbrain_train.data.tokenizer_folder import (
     TOKENIZER_CONFIG_FILE,
     first_line,
@@ -62,8 +63,11 @@ class Tokenizer(Protocol):
     """Id of the end-of-sequence token, which ends every document."""
     fingerprint: str
     """Of what the tokenizer does: equal for tokenizers that give texts the same ids, see `was_made_by`."""
-    earlier_fingerprint: str
-    """The same in the form that earlier versions wrote."""
+
+    @property
+    def earlier_fingerprint(self) -> str:
+        """The same in the form that earlier versions wrote."""
+        ...
 
     def encode(self, text: str) -> list[int]:
         """Token ids of ``text``, with no special tokens around them."""
@@ -82,8 +86,8 @@ class HuggingFaceTokenizer:
     """A tokenizer folder as ``transformers`` saves it, run by the Rust library ``tokenizers``.
 
     ``transformers.AutoTokenizer`` chooses the class and reads the folder, because a tokenizer class may
-    rebuild parts of its pipeline on loading; only its Rust backend is kept, so that worker processes start
-    without importing ``transformers``.
+    rebuild parts of its pipeline on loading; only its Rust backend is kept, so that worker processes, and the
+    next commands (:mod:`~spikingbrain_train.data.tokenizer_cache`), start without importing ``transformers``.
 
     Args:
         folder: folder with tokenizer.json (or files that convert to it) and tokenizer_config.json.
@@ -95,6 +99,15 @@ class HuggingFaceTokenizer:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.name = self.folder.resolve().name
+        key = cache_key(self.folder, PROBES)
+        known = recall(key)
+        facts, self._backend = known or self._read_folder()
+        self._backend.encode_special_tokens = facts.encode_special_tokens
+        self.vocab_size, self.eos_id, self.fingerprint = facts.vocab_size, facts.eos_id, facts.fingerprint
+        if known is None:
+            remember(key, facts, self._backend)
+
+    def _read_folder(self) -> tuple[TokenizerFacts, Any]:
         try:
             loaded = read_tokenizer_folder(self.folder)
         except Exception as error:  # the Rust side raises plain Exception
@@ -112,22 +125,38 @@ class HuggingFaceTokenizer:
                 f"the tokenizer in {self.folder} names no end-of-sequence token: set eos_token in its "
                 "tokenizer_config.json"
             )
-        self._backend = loaded.backend_tokenizer
+        backend, eos_id = loaded.backend_tokenizer, int(loaded.eos_token_id)
         # A folder may store the truncation and padding of its last use; documents are never cut.
-        self._backend.no_truncation()
-        self._backend.no_padding()
+        backend.no_truncation()
+        backend.no_padding()
+        own = backend.get_vocab(with_added_tokens=False)
+        facts = TokenizerFacts(
+            vocab_size=max(backend.get_vocab(with_added_tokens=True).values()) + 1,
+            eos_id=eos_id,
+            fingerprint=_fingerprint(own, _encode_batch(backend, PROBES), eos_id),
+            encode_special_tokens=backend.encode_special_tokens,
+        )
+        return facts, backend
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "encode_special_tokens": self._backend.encode_special_tokens}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # The library's own pickle forgets it.
+        encode_special_tokens = state.pop("encode_special_tokens")
+        vars(self).update(state)
+        self._backend.encode_special_tokens = encode_special_tokens
+
+    @property
+    def earlier_fingerprint(self) -> str:
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocabulary.values()) + 1
-        self.eos_id = int(loaded.eos_token_id)
-        own = self._backend.get_vocab(with_added_tokens=False)
-        self.fingerprint = _fingerprint(own, self.encode_batch(PROBES), self.eos_id)
-        self.earlier_fingerprint = _earlier_fingerprint(vocabulary, self.encode(PROBES[0]), self.eos_id)
+        return _earlier_fingerprint(vocabulary, self.encode(PROBES[0]), self.eos_id)
 
     def encode(self, text: str) -> list[int]:
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [item.ids for item in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return _encode_batch(self._backend, texts)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._backend.decode(list(ids), skip_special_tokens=False)
@@ -161,9 +190,14 @@ class SentencePieceTokenizer:
             raise DataError(
                 f"the sentencepiece model {self.path} has no end-of-sequence piece: train it with eos_id >= 0"
             )
-        pieces = {self._processor.id_to_piece(index): index for index in range(self.vocab_size)}
-        self.fingerprint = _fingerprint(pieces, self.encode_batch(PROBES), self.eos_id)
-        self.earlier_fingerprint = _earlier_fingerprint(pieces, self.encode(PROBES[0]), self.eos_id)
+        self.fingerprint = _fingerprint(self._pieces(), self.encode_batch(PROBES), self.eos_id)
+
+    def _pieces(self) -> dict[str, int]:
+        return {self._processor.id_to_piece(index): index for index in range(self.vocab_size)}
+
+    @property
+    def earlier_fingerprint(self) -> str:
+        return _earlier_fingerprint(self._pieces(), self.encode(PROBES[0]), self.eos_id)
 
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(text)
@@ -211,7 +245,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 def was_made_by(fingerprint: str, tokenizer: Tokenizer) -> bool:
     """Whether ``fingerprint`` is that of ``tokenizer``, also in the form that earlier versions wrote."""
-    return fingerprint in (tokenizer.fingerprint, tokenizer.earlier_fingerprint)
+    return fingerprint == tokenizer.fingerprint or fingerprint == tokenizer.earlier_fingerprint
+
+
+def _encode_batch(backend: Any, texts: Sequence[str]) -> list[list[int]]:
+    return [item.ids for item in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
 def _fingerprint(vocabulary: Mapping[str, int], probe_ids: Sequence[Sequence[int]], eos_id: int) -> str:

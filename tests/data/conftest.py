@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -14,10 +14,20 @@ from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from spikingbrain_train.data import tokenizer_cache
 from spikingbrain_train.data.indexed import IndexedDatasetWriter
 from spikingbrain_train.data.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
 
 TRAINING_TEXT = [topics[key] for key in sorted(topics)[:12]]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tokenizer_cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing is kept in the cache of whoever runs the tests."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer_cache, "cache_folder", lambda: folder)
+        yield
 
 
 @pytest.fixture(scope="session")
