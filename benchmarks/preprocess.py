@@ -1,4 +1,4 @@
-"""Tokens per second of tools/preprocess_data.py against a plain loop with the same tokenizer, in one run.
+"""Tokens per second of spikingbrain-preprocess against a plain loop with the same tokenizer, in one run.
 
 python benchmarks/preprocess.py --tokenizer models/SmolLM2-135M --input corpus.jsonl.zst --megabytes 8
 

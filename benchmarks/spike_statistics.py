@@ -2,7 +2,7 @@
 
 Every linear projection of a Hugging Face model (all but the output head) reads spikes, and what they read is
 counted for each k, next to the published numbers; then by projection at k = 3. Statistics need no training:
-any dense source or exported model will do. For a training checkpoint, run tools/export.py first.
+any dense source or exported model will do. For a training checkpoint, run spikingbrain-export first.
 """
 
 from __future__ import annotations

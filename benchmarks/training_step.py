@@ -2,7 +2,7 @@
 source at 2048 tokens, >= 2 x at 8192 and >= 3 x at 16384.
 
 One optimizer step each (forward, backward, clipping, AdamW; bf16, batch 1): ours through the same pieces as
-train.py, and transformers in two common ways, bf16 autocast over float32 weights and bf16 weights with
+a run, and transformers in two common ways, bf16 autocast over float32 weights and bf16 weights with
 float32 main weights. The faster of the two counts. The contenders take turns in processes of their own in one
 run; each counts with its best turn. MFU is the share of the model's FLOPs (each model's own) in the peak of a
 large bf16 matrix product, measured in the same run.

@@ -28,6 +28,7 @@ FLOORS = {
     "training": 9,
     "conversion": 9,
     "pipelines": 10,
+    "commands": 11,
 }
 
 

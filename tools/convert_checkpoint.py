@@ -1,6 +1,7 @@
-"""Convert checkpoints between Hugging Face and Megatron: `python tools/convert_checkpoint.py --help`."""
+#!/usr/bin/env python
+"""Convert checkpoints between Hugging Face and Megatron: the same as the installed `spikingbrain-convert`."""
 
-from spikingbrain_train.conversion.command_line import convert_checkpoint
+from spikingbrain_train.commands.programs import convert
 
 if __name__ == "__main__":
-    convert_checkpoint()
+    convert()

@@ -1,9 +1,7 @@
 #!/usr/bin/env python
-"""Get the demo's small dense model as a Hugging Face folder: `python tools/download_smollm2.py --help`."""
+"""Get the demo's small dense model: the same as the installed `spikingbrain-download-smollm2`."""
 
-from __future__ import annotations
-
-from spikingbrain_train.pipelines.demo.smollm2 import download_command_line
+from spikingbrain_train.commands.programs import download_smollm2
 
 if __name__ == "__main__":
-    download_command_line()
+    download_smollm2()

@@ -1,9 +1,7 @@
 #!/usr/bin/env python
-"""Measure the held-out cross entropy of a Hugging Face model: `python tools/evaluate.py --help`."""
+"""Measure the held-out cross entropy of a model: the same as the installed `spikingbrain-evaluate`."""
 
-from __future__ import annotations
-
-from spikingbrain_train.evaluation.command_line import evaluate
+from spikingbrain_train.commands.programs import evaluate
 
 if __name__ == "__main__":
     evaluate()

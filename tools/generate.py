@@ -1,9 +1,7 @@
 #!/usr/bin/env python
-"""Generate text with an exported checkpoint, as it comes: `python tools/generate.py --help`."""
+"""Generate text, as it comes: the same as the installed `spikingbrain-generate`."""
 
-from __future__ import annotations
-
-from spikingbrain_train.evaluation.command_line import generate
+from spikingbrain_train.commands.programs import generate
 
 if __name__ == "__main__":
     generate()

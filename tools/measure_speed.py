@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""How fast this machine trains and evaluates: `python tools/measure_speed.py --help`."""
+"""How fast this machine trains and evaluates: the same as the installed `spikingbrain-measure-speed`."""
 
-from spikingbrain_train.pipelines.demo.speed import measure_speed_command_line
+from spikingbrain_train.commands.programs import measure_speed
 
 if __name__ == "__main__":
-    measure_speed_command_line()
+    measure_speed()

@@ -1,9 +1,7 @@
 #!/usr/bin/env python
-"""Pictures of runs from their metrics: `python tools/plot_metrics.py --help`."""
+"""Draw the loss curves of runs: the same as the installed `spikingbrain-plot`."""
 
-from __future__ import annotations
-
-from spikingbrain_train.reporting.command_line import plot
+from spikingbrain_train.commands.programs import plot
 
 if __name__ == "__main__":
     plot()

@@ -1,11 +1,7 @@
 #!/usr/bin/env python
-"""Tokenize text into Megatron indexed datasets: `python tools/preprocess_data.py --help`."""
+"""Tokenize text into Megatron indexed datasets: the same as the installed `spikingbrain-preprocess`."""
 
-from __future__ import annotations
-
-import sys
-
-from spikingbrain_train.data.command_line import preprocess_data
+from spikingbrain_train.commands.programs import preprocess
 
 if __name__ == "__main__":
-    sys.exit(preprocess_data())
+    preprocess()

@@ -1,9 +1,7 @@
 #!/usr/bin/env python
-"""Run a pipeline, stage after stage: `python tools/run_pipeline.py --help`."""
+"""Run a pipeline, stage after stage: the same as the installed `spikingbrain-pipeline`."""
 
-from __future__ import annotations
-
-from spikingbrain_train.pipelines.command_line import pipelines
+from spikingbrain_train.commands.programs import pipeline
 
 if __name__ == "__main__":
-    pipelines()
+    pipeline()

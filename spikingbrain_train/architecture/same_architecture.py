@@ -128,7 +128,7 @@ def check_same_weights(stored: ModelConfig, model: ModelConfig, holder: str) -> 
         if layer.families != wanted.families:
             raise CheckpointError(
                 f"{holder} has mixer {layer.mixer_name} in layer {number}, but model.mixers says "
-                f"{wanted.mixer_name}; change mixers with tools/convert_checkpoint.py, or use "
+                f"{wanted.mixer_name}; change mixers with spikingbrain-convert, or use "
                 f"model=from_checkpoint"
             )
     for number, (layer, wanted) in enumerate(zip(layers(stored), layers(model), strict=True)):
@@ -136,6 +136,6 @@ def check_same_weights(stored: ModelConfig, model: ModelConfig, holder: str) -> 
             raise CheckpointError(
                 f"{holder} has a feed-forward {layer.feed_forward.name} in layer {number}, but "
                 f"model.feed_forwards says {wanted.feed_forward.name}; change feed-forwards with "
-                f"tools/convert_checkpoint.py, or use model=from_checkpoint"
+                f"spikingbrain-convert, or use model=from_checkpoint"
             )
     _compare(theirs, ours, holder, *(name for name in weights if name not in _SIZES))

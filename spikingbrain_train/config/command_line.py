@@ -36,6 +36,11 @@ _ADVICE = {
 }
 
 
+def called_as() -> str:
+    """What a usage line calls the running command: the file or the words that started it."""
+    return sys.argv[0].rpartition(os.sep)[2]
+
+
 def sentence_of(error: BaseException) -> str | None:
     """The sentence for an error that the user can fix, None for any other.
 

@@ -18,6 +18,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from spikingbrain_train.config.command_line import called_as
 from spikingbrain_train.config.model_from_checkpoint import register_model_from_checkpoint
 from spikingbrain_train.config.plugins import load_plugins, plugins_of_command_line
 from spikingbrain_train.config.run import RunConfig
@@ -67,6 +68,7 @@ def register_schema() -> None:
     ConfigStore.instance().store(name="run_schema", node=with_sections(RunConfig))
     register_model_from_checkpoint()
     OmegaConf.register_new_resolver("describe_groups", describe_groups, replace=True)
+    OmegaConf.register_new_resolver("called_as", called_as, replace=True)
 
 
 def _did_you_mean(word: str, known: list[str]) -> str:
@@ -95,7 +97,7 @@ def explain_composition(error: BaseException) -> SpikingBrainError | None:
         names = list(groups())
         if no_group[1] == "conversion":
             return ConfigurationError(
-                "conversion is a part of tools/convert_checkpoint.py; a training run chooses from "
+                "conversion is a part of spikingbrain-convert; a training run chooses from "
                 + ", ".join(names)
             )
         return ConfigurationError(
@@ -170,8 +172,11 @@ def _raised_errors() -> Iterator[None]:
             os.environ["HYDRA_FULL_ERROR"] = before
 
 
-def compose_from_command_line() -> DictConfig | None:
+def compose_from_command_line(further: Sequence[str] = ()) -> DictConfig | None:
     """Compose the run that ``sys.argv`` asks for.
+
+    Args:
+        further: arguments behind those of the command line; they win.
 
     Returns:
         The composed config with interpolations still in it, or None when the command line only asked to be
@@ -180,7 +185,8 @@ def compose_from_command_line() -> DictConfig | None:
     Raises:
         ConfigurationError: a flag, group, choice, setting or value that does not exist or does not fit.
     """
-    for argument in sys.argv[1:]:
+    given = [*sys.argv[1:], *further]
+    for argument in given:
         flag, equals, value = argument.lstrip("-").partition("=")
         known = dict(setting_types(with_sections(RunConfig)))
         if argument.startswith("--") and equals and flag.split(".")[0] in known:
@@ -189,12 +195,12 @@ def compose_from_command_line() -> DictConfig | None:
             )
         if argument in ("--multirun", "-m"):
             raise ConfigurationError(
-                "--multirun would train several runs in one process; start one train.py a run"
+                "--multirun would train several runs in one process; start one spikingbrain-train a run"
             )
-    check_choices(sys.argv[1:])
-    load_plugins(plugins_of_command_line(sys.argv[1:], stored_config_file(sys.argv[1:])))
+    check_choices(given)
+    load_plugins(plugins_of_command_line(given, stored_config_file(given)))
     register_schema()
-    arguments = with_stored_config(sys.argv[1:], groups())
+    arguments = with_stored_config(given, groups())
     composed: list[DictConfig] = []
     task = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(
         composed.append
@@ -216,7 +222,7 @@ def _arguments(arguments: list[str]) -> Iterator[None]:
 
 
 def compose_run(overrides: list[str]) -> DictConfig:
-    """Compose the run that ``train.py`` with these arguments would get, interpolations still in it.
+    """Compose the run that ``spikingbrain-train`` with these arguments would get, interpolations still in it.
 
     Raises:
         ConfigurationError: as :func:`compose_from_command_line`.

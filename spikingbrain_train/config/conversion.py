@@ -1,4 +1,4 @@
-"""How a dense source becomes a hybrid: the recipe that `tools/convert_checkpoint.py import` follows."""
+"""How a dense source becomes a hybrid: the recipe that `spikingbrain-convert import` follows."""
 
 from __future__ import annotations
 

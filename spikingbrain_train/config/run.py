@@ -1,4 +1,4 @@
-"""What one run is: everything that `train.py` needs, stored beside every checkpoint it writes."""
+"""What one run is: everything that `spikingbrain-train` needs, stored beside every checkpoint it writes."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ class DataConfig:
     """
 
     train: list[str] = setting(default_factory=list, resume=BY_TOKENS)
-    """Prefixes of indexed datasets (the path without .bin/.idx) made by tools/preprocess_data.py; several are
+    """Prefixes of indexed datasets (the path without .bin/.idx) made by spikingbrain-preprocess; several are
     blended by their size unless train_weights says otherwise."""
     train_weights: list[float] | None = setting(None, resume=BY_TOKENS)
     """Sampling weights of the train prefixes, all above 0."""
@@ -265,7 +265,7 @@ class LoggingConfig:
 
 @dataclass
 class RunConfig:
-    """One training run. `python train.py --cfg job` prints it in full."""
+    """One training run. `spikingbrain-train --cfg job` prints it in full."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     """The network; `model=from_checkpoint` (the default) takes it from checkpoint.load."""

@@ -1,4 +1,4 @@
-"""A stored run_config.yaml given back: ``train.py --config FILE [group=choice ...] [name=value ...]``.
+"""A stored run_config.yaml given back: ``spikingbrain-train --config FILE [name=value ...]``.
 
 Every checkpoint holds the config of its run, all settings written out. Given back it is the last entry of the
 defaults list, where experiments stand, so that single settings override it; a group=choice takes the place of

@@ -18,7 +18,8 @@ from spikingbrain_train.errors import ConfigurationError
 def conf_folder() -> Path:
     """The folder of Hydra groups: ``conf/`` of the checkout, or the copy that an installed package has."""
     package = Path(__file__).resolve().parents[1]
-    for candidate in (package.parent / "conf", package / "conf"):
+    # The package's own first: beside an installed one lies whatever else is installed.
+    for candidate in ((package / "conf").resolve(), package.parent / "conf"):
         if (candidate / "config.yaml").is_file():
             return candidate
     raise ConfigurationError(

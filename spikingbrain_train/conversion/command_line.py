@@ -1,4 +1,4 @@
-"""Arguments of tools/convert_checkpoint.py and tools/export.py.
+"""Arguments of spikingbrain-convert and spikingbrain-export.
 
 Imports torch only after they have been understood.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from spikingbrain_train.architecture.model_checks import check_kinds, check_model
 from spikingbrain_train.architecture.stored_model import read_stored_model
-from spikingbrain_train.config.command_line import user_errors
+from spikingbrain_train.config.command_line import called_as, user_errors
 from spikingbrain_train.config.load import load_conversion
 from spikingbrain_train.config.plugins import load_plugins, plugins_of
 from spikingbrain_train.config.setting import check_fields
@@ -48,24 +48,24 @@ branches in a layer, experts, sink tokens or a tied gate have no Hugging Face fo
 _IMPORT_EXAMPLES = """\
 examples:
   # the SpikingBrain-7B pattern (GLA, SWA, GLA, SWA ...) from a dense model
-  python tools/convert_checkpoint.py import --hf Qwen2.5-7B --output checkpoints/hybrid \\
+  spikingbrain-convert import --hf Qwen2.5-7B --output checkpoints/hybrid \\
       --conversion spikingbrain_7b
 
   # what that would do, without writing anything
-  python tools/convert_checkpoint.py import --hf Qwen2.5-7B --output checkpoints/hybrid \\
+  spikingbrain-convert import --hf Qwen2.5-7B --output checkpoints/hybrid \\
       --conversion spikingbrain_7b --dry-run
 
   # the same with a shorter window and another seed for the new parameters
-  python tools/convert_checkpoint.py import --hf Qwen2.5-7B --output checkpoints/hybrid \\
+  spikingbrain-convert import --hf Qwen2.5-7B --output checkpoints/hybrid \\
       --conversion spikingbrain_7b sliding_window=2048 seed=7
 
   # the SpikingBrain-76B pattern, from a dense model of 28 layers: two branches in every layer,
   # sink tokens, and experts as copies of the feed-forwards (_exact: scaled to change nothing)
-  python tools/convert_checkpoint.py import --hf Qwen2.5-7B --output checkpoints/hybrid_moe \\
+  spikingbrain-convert import --hf Qwen2.5-7B --output checkpoints/hybrid_moe \\
       --conversion spikingbrain_76b
 
   # an exact Megatron copy: the teacher of an align stage
-  python tools/convert_checkpoint.py import --hf Qwen2.5-7B --output checkpoints/dense
+  spikingbrain-convert import --hf Qwen2.5-7B --output checkpoints/dense
 
 A recipe is a file of conf/conversion (by name) or any YAML file with the fields of ConversionConfig:
   defaults: [spikingbrain_7b]      # recipes that it is made of; what follows comes on top
@@ -81,10 +81,10 @@ A recipe is a file of conf/conversion (by name) or any YAML file with the fields
 _EXPORT_EXAMPLES = """\
 examples:
   # the newest checkpoint of a run, for AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)
-  python tools/export.py --checkpoint outputs/cpt --output exports/my-hybrid
+  spikingbrain-export --checkpoint outputs/cpt --output exports/my-hybrid
 
   # one certain checkpoint, in bfloat16, in files of at most 2 GB
-  python tools/export.py --checkpoint outputs/cpt/iter_0001000 --output exports/my-hybrid \\
+  spikingbrain-export --checkpoint outputs/cpt/iter_0001000 --output exports/my-hybrid \\
       --dtype bfloat16 --max-shard-size 2GB
 """
 
@@ -93,19 +93,19 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 
 
 def convert_checkpoint(arguments: Sequence[str] | None = None) -> None:
-    """tools/convert_checkpoint.py: ``import``, ``export`` and ``inspect``."""
+    """spikingbrain-convert: ``import``, ``export`` and ``inspect``."""
     parser = argparse.ArgumentParser(
-        prog="convert_checkpoint.py",
+        prog=called_as(),
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Each command explains itself: convert_checkpoint.py import --help",
+        epilog=f"Each command explains itself: {called_as()} import --help",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="{import,export,inspect}")
     importer = commands.add_parser("import", help="Hugging Face -> Megatron", **_import_texts())
     _add_import_arguments(importer)
     importer.set_defaults(handler=_import)
     exporter = commands.add_parser(
-        "export", help="Megatron -> Hugging Face (also: tools/export.py)", **_export_texts()
+        "export", help="Megatron -> Hugging Face (also: spikingbrain-export)", **_export_texts()
     )
     _add_export_arguments(exporter)
     exporter.set_defaults(handler=_export)
@@ -120,20 +120,20 @@ def convert_checkpoint(arguments: Sequence[str] | None = None) -> None:
 
 def import_parser() -> argparse.ArgumentParser:
     """The flags of ``convert_checkpoint.py import``."""
-    parser = argparse.ArgumentParser(prog="convert_checkpoint.py import", **_import_texts())
+    parser = argparse.ArgumentParser(prog=called_as(), **_import_texts())
     _add_import_arguments(parser)
     return parser
 
 
 def export_parser() -> argparse.ArgumentParser:
-    """The flags of tools/export.py."""
-    parser = argparse.ArgumentParser(prog="export.py", **_export_texts())
+    """The flags of spikingbrain-export."""
+    parser = argparse.ArgumentParser(prog=called_as(), **_export_texts())
     _add_export_arguments(parser)
     return parser
 
 
 def export(arguments: Sequence[str] | None = None) -> None:
-    """tools/export.py: the ``export`` command on its own."""
+    """spikingbrain-export: the ``export`` command on its own."""
     parser = export_parser()
     parser.set_defaults(handler=_export)
     _run(parser, arguments)

@@ -1,4 +1,4 @@
-"""Arguments of tools/preprocess_data.py."""
+"""Arguments of spikingbrain-preprocess."""
 
 from __future__ import annotations
 
@@ -7,24 +7,25 @@ import os
 import signal
 import sys
 
+from spikingbrain_train.config.command_line import called_as
 from spikingbrain_train.data.preprocess import plan_preprocessing, preprocess
 from spikingbrain_train.data.preprocess_options import PreprocessOptions
 from spikingbrain_train.errors import SpikingBrainError
 
-_DESCRIPTION = "Tokenize text into Megatron indexed datasets (.bin/.idx) for train.py."
+_DESCRIPTION = "Tokenize text into Megatron indexed datasets (.bin/.idx) for spikingbrain-train."
 
 _EXAMPLES = """\
 examples:
   # Python's own documentation, 15 % of the topics held out: writes data/pydoc_train.* and data/pydoc_valid.*
-  tools/preprocess_data.py --input pydoc-topics --tokenizer models/SmolLM2-135M --output-prefix data/pydoc \\
+  spikingbrain-preprocess --input pydoc-topics --tokenizer models/SmolLM2-135M --output-prefix data/pydoc \\
       --valid-fraction 0.15
 
   # compressed JSON lines whose text is in the field "content", on 8 processes
-  tools/preprocess_data.py --input 'corpus/*.jsonl.zst' --text-key content --tokenizer models/Qwen2.5-7B \\
+  spikingbrain-preprocess --input 'corpus/*.jsonl.zst' --text-key content --tokenizer models/Qwen2.5-7B \\
       --output-prefix data/corpus --workers 8
 
   # a folder of text files and a sentencepiece tokenizer; only check and estimate
-  tools/preprocess_data.py --input books/ --tokenizer tokenizer.model --output-prefix data/books --dry-run
+  spikingbrain-preprocess --input books/ --tokenizer tokenizer.model --output-prefix data/books --dry-run
 
 inputs:
   .jsonl, .ndjson, .json   one JSON object a line, the text in --text-key
@@ -39,9 +40,9 @@ appears only when it is complete.
 
 
 def preprocess_parser() -> argparse.ArgumentParser:
-    """The flags of tools/preprocess_data.py."""
+    """The flags of spikingbrain-preprocess."""
     parser = argparse.ArgumentParser(
-        prog="preprocess_data.py",
+        prog=called_as(),
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -97,7 +98,7 @@ def preprocess_parser() -> argparse.ArgumentParser:
 
 
 def preprocess_data(arguments: list[str] | None = None) -> int:
-    """tools/preprocess_data.py. Returns the exit code."""
+    """spikingbrain-preprocess. Returns the exit code."""
     parsed = vars(preprocess_parser().parse_args(arguments))
     dry_run = parsed.pop("dry_run")
     # Slurm ends a job with SIGTERM: leave as after Ctrl-C, which removes temporary files.

@@ -161,7 +161,7 @@ def read_info(prefix: str | Path) -> DatasetInfo | None:
         return None
     except (OSError, ValueError) as error:
         raise DataError(
-            f"{path} is not the description of an indexed dataset ({error}): run tools/preprocess_data.py "
+            f"{path} is not the description of an indexed dataset ({error}): run spikingbrain-preprocess "
             "again"
         ) from error
 

@@ -1,4 +1,4 @@
-"""Raw text to indexed tokens: the pipeline behind ``tools/preprocess_data.py``.
+"""Raw text to indexed tokens: the pipeline behind ``spikingbrain-preprocess``.
 
 One process reads files and writes tokens, in order; worker processes decode, check and tokenize chunks of
 documents (:mod:`~spikingbrain_train.data.tokenize_documents`). The output depends on the inputs and the

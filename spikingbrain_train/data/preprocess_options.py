@@ -1,4 +1,4 @@
-"""What ``tools/preprocess_data.py`` is told."""
+"""What ``spikingbrain-preprocess`` is told."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ def _read_index(prefix: str) -> tuple[np.dtype, np.ndarray, np.ndarray]:
         if not os.path.isfile(prefix + suffix):
             raise DataError(
                 f"there is no indexed dataset at {prefix} ({prefix}{suffix} is missing): give the path "
-                "without .bin/.idx, and make it with tools/preprocess_data.py"
+                "without .bin/.idx, and make it with spikingbrain-preprocess"
             )
     try:
         with open(prefix + ".idx", "rb") as file:

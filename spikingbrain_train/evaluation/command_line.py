@@ -1,4 +1,4 @@
-"""Arguments of tools/evaluate.py and tools/generate.py, understood before torch is imported."""
+"""Arguments of spikingbrain-evaluate and spikingbrain-generate, understood before torch is imported."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spikingbrain_train.config.command_line import user_errors
+from spikingbrain_train.config.command_line import called_as, user_errors
 from spikingbrain_train.config.dataset_names import dataset_names
 from spikingbrain_train.config.run_record import fingerprint
 from spikingbrain_train.errors import ConfigurationError
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 
 _EVALUATE_DESCRIPTION = """\
 Measure the held-out cross entropy and perplexity of a Hugging Face model: a dense source, or a hybrid that
-tools/export.py wrote. The windows are those that train.py evaluates on with the same stage.seq_length.
+spikingbrain-export wrote. The windows are those that a run evaluates on with the same stage.seq_length.
 """
 
 _EVALUATE_EXAMPLES = """\
 examples:
   # a dense model on all held-out tokens, in windows of 1024
-  python tools/evaluate.py --model models/SmolLM2-135M-Instruct --data outputs/smollm2/data/text_valid \\
+  spikingbrain-evaluate --model models/SmolLM2-135M-Instruct --data outputs/smollm2/data/text_valid \\
       --seq-length 1024
 
   # an exported hybrid, whose folder brings its own modelling code
-  python tools/evaluate.py --model outputs/smollm2/export --data outputs/smollm2/data/text_valid \\
+  spikingbrain-evaluate --model outputs/smollm2/export --data outputs/smollm2/data/text_valid \\
       --seq-length 1024 --trust-remote-code
 """
 
@@ -46,17 +46,17 @@ a hybrid keeps recurrent states of constant size and the last tokens of its wind
 
 _GENERATE_EXAMPLES = """\
 examples:
-  python tools/generate.py --model outputs/smollm2/export --prompt "The for statement" --trust-remote-code
+  spikingbrain-generate --model outputs/smollm2/export --prompt "The for statement" --trust-remote-code
 
   # the likeliest token each time
-  python tools/generate.py --model outputs/smollm2/export --prompt "The for statement" --temperature 0 \\
+  spikingbrain-generate --model outputs/smollm2/export --prompt "The for statement" --temperature 0 \\
       --max-new-tokens 64 --trust-remote-code
 """
 
 
 def evaluate_parser() -> argparse.ArgumentParser:
-    """The flags of tools/evaluate.py."""
-    parser = _parser("evaluate.py", _EVALUATE_DESCRIPTION, _EVALUATE_EXAMPLES)
+    """The flags of spikingbrain-evaluate."""
+    parser = _parser(_EVALUATE_DESCRIPTION, _EVALUATE_EXAMPLES)
     parser.add_argument(
         "--data",
         nargs="+",
@@ -72,8 +72,8 @@ def evaluate_parser() -> argparse.ArgumentParser:
 
 
 def generate_parser() -> argparse.ArgumentParser:
-    """The flags of tools/generate.py."""
-    parser = _parser("generate.py", _GENERATE_DESCRIPTION, _GENERATE_EXAMPLES)
+    """The flags of spikingbrain-generate."""
+    parser = _parser(_GENERATE_DESCRIPTION, _GENERATE_EXAMPLES)
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to go on from")
     parser.add_argument(
         "--max-new-tokens", type=int, default=128, metavar="N", help="tokens to add (default: %(default)s)"
@@ -93,18 +93,18 @@ def generate_parser() -> argparse.ArgumentParser:
 
 
 def evaluate(arguments: Sequence[str] | None = None) -> None:
-    """tools/evaluate.py."""
+    """spikingbrain-evaluate."""
     _run(evaluate_parser(), _evaluate, arguments)
 
 
 def generate(arguments: Sequence[str] | None = None) -> None:
-    """tools/generate.py."""
+    """spikingbrain-generate."""
     _run(generate_parser(), _generate, arguments)
 
 
-def _parser(prog: str, description: str, epilog: str) -> argparse.ArgumentParser:
+def _parser(description: str, epilog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog=prog,
+        prog=called_as(),
         description=description,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,

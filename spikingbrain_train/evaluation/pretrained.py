@@ -22,7 +22,7 @@ def load_causal_lm(
     Only safetensors are read: a pickle can run code. Nothing is fetched, whatever the folder's files name.
 
     Args:
-        folder: what ``save_pretrained`` or tools/export.py wrote.
+        folder: what ``save_pretrained`` or spikingbrain-export wrote.
         trust_remote_code: run the modelling code that lies in the folder, if it needs any.
         dtype: number format of weights and activations.
         device: where to.

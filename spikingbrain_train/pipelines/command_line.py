@@ -1,4 +1,4 @@
-"""Arguments of ``python -m spikingbrain_train.pipelines`` and tools/run_pipeline.py."""
+"""Arguments of ``spikingbrain-pipeline``."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from spikingbrain_train.config.command_line import user_errors
-from spikingbrain_train.errors import PlatformError
+from spikingbrain_train.config.command_line import called_as, user_errors
 from spikingbrain_train.pipelines.pipeline_file import PipelineFile, load_pipeline
 from spikingbrain_train.pipelines.plan import Pipeline, plan_pipeline, resolved_variables
 from spikingbrain_train.pipelines.runner import run_pipeline
@@ -25,13 +24,13 @@ the first one stopped, and does again what has changed, with all that builds on 
 _EXAMPLES = """\
 examples:
   # what `make demo` runs
-  python -m spikingbrain_train.pipelines run conf/pipeline/demo.yaml output=outputs/mine budget=30
+  spikingbrain-pipeline run conf/pipeline/demo.yaml output=outputs/mine budget=30
 
   # the steps of the 7B with their commands, and what is missing for them
-  python -m spikingbrain_train.pipelines dry-run conf/pipeline/spikingbrain_7b.yaml
+  spikingbrain-pipeline dry-run conf/pipeline/spikingbrain_7b.yaml
 
   # how far it is
-  python -m spikingbrain_train.pipelines status conf/pipeline/demo.yaml output=outputs/mine
+  spikingbrain-pipeline status conf/pipeline/demo.yaml output=outputs/mine
 
 The name of a file in conf/pipeline does instead of its path. Arguments name=value set variables of the
 pipeline, its output folder, or settings of a step: steps.<step>.<setting>=<value>.
@@ -39,9 +38,9 @@ pipeline, its output folder, or settings of a step: steps.<step>.<setting>=<valu
 
 
 def pipelines(arguments: Sequence[str] | None = None) -> None:
-    """``python -m spikingbrain_train.pipelines``, tools/run_pipeline.py."""
+    """``spikingbrain-pipeline``."""
     parser = argparse.ArgumentParser(
-        prog="run_pipeline.py",
+        prog=called_as(),
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -59,31 +58,18 @@ def pipelines(arguments: Sequence[str] | None = None) -> None:
     with user_errors():
         file = load_pipeline(parsed.pipeline, parsed.overrides)
         if parsed.command == "status":
-            show_status(file, checkout())
+            show_status(file)
         elif parsed.command == "dry-run" or parsed.dry_run:
-            show_plan(file, checkout())
+            show_plan(file)
         else:
-            run(file, checkout(), fresh=parsed.fresh)
+            run(file, fresh=parsed.fresh)
 
 
-def checkout() -> Path:
-    """Where train.py and tools/ lie.
-
-    Raises:
-        PlatformError: the package is installed without them.
-    """
-    for folder in (Path(__file__).resolve().parents[2], Path.cwd()):
-        if (folder / "train.py").is_file() and (folder / "tools").is_dir():
-            return folder
-    raise PlatformError("train.py and tools/ are not here; run pipelines from a checkout of the project")
-
-
-def run(file: PipelineFile, root: Path, *, fresh: bool = False) -> None:
+def run(file: PipelineFile, *, fresh: bool = False) -> None:
     """Run a pipeline, then print what it shows.
 
     Args:
         file: the pipeline.
-        root: the checkout.
         fresh: nothing counts as finished.
 
     Raises:
@@ -95,7 +81,7 @@ def run(file: PipelineFile, root: Path, *, fresh: bool = False) -> None:
         state.records.clear()
 
     def plan() -> Pipeline:
-        return plan_pipeline(file, root, state.is_done)
+        return plan_pipeline(file, state.is_done)
 
     pipeline = plan()
     with run_lock(pipeline.output):
@@ -108,9 +94,9 @@ def run(file: PipelineFile, root: Path, *, fresh: bool = False) -> None:
             print(f"\n{pipeline.show.read_text(encoding='utf-8').rstrip()}", flush=True)
 
 
-def show_plan(file: PipelineFile, root: Path) -> None:
+def show_plan(file: PipelineFile) -> None:
     """Print every step with its command and how far it is, and what is missing for a run."""
-    pipeline, state = _looked_at(file, root)
+    pipeline, state = _looked_at(file)
     for number, step in enumerate(pipeline.steps, start=1):
         print(f"# [{number}/{len(pipeline.steps)}] {step.name}: {step.title} ({state.describe(step)})")
         print(f"{printable(step.command)}\n")
@@ -121,9 +107,9 @@ def show_plan(file: PipelineFile, root: Path) -> None:
         print(f"missing: {sentence}")
 
 
-def show_status(file: PipelineFile, root: Path) -> None:
+def show_status(file: PipelineFile) -> None:
     """Print a line a step: how far it is, and how long it has taken."""
-    pipeline, state = _looked_at(file, root)
+    pipeline, state = _looked_at(file)
     width = max(len(step.name) for step in pipeline.steps)
     done = 0
     for step in pipeline.steps:
@@ -138,6 +124,6 @@ def _state_of(file: PipelineFile) -> State:
     return State(Path(str(resolved_variables(file)["output"])))
 
 
-def _looked_at(file: PipelineFile, root: Path) -> tuple[Pipeline, State]:
+def _looked_at(file: PipelineFile) -> tuple[Pipeline, State]:
     state = _state_of(file)
-    return plan_pipeline(file, root, state.is_done, incomplete=True), state
+    return plan_pipeline(file, state.is_done, incomplete=True), state

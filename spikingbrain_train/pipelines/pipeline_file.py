@@ -19,7 +19,7 @@ from spikingbrain_train.pipelines.references import did_you_mean, references, st
 FOLDER = "pipeline"
 """Of conf/."""
 CHECKOUT = "checkout"
-"""A variable that every pipeline has: the folder where train.py and tools/ lie."""
+"""A variable that every pipeline in a checkout of the project has: its folder."""
 _MISSING = "???"
 _PARTS = ("output", "variables", "plugins", "when_changed", "show", "steps")
 
@@ -50,6 +50,12 @@ class PipelineFile:
     def missing(self) -> list[str]:
         """Variables that have to be given and are not."""
         return [name for name, value in self.variables.items() if value == _MISSING]
+
+
+def checkout() -> Path | None:
+    """The folder of the project, None where it is installed as a package."""
+    root = Path(__file__).resolve().parents[2]
+    return root if (root / "spikingbrain-train").is_file() and (root / "pyproject.toml").is_file() else None
 
 
 def load_pipeline(
@@ -176,6 +182,6 @@ def _override(path: Path, variables: dict[str, Any], steps: dict[str, Any], over
         raise ConfigurationError(f"{override} names no setting; write steps.{step}.<setting>=<value>")
     group, dot, inner = setting.partition(".")
     if dot and isinstance(steps[step].setdefault(group, {}), dict):
-        steps[step][group][inner] = value  # settings of train.py have dotted names
+        steps[step][group][inner] = value  # settings of spikingbrain-train have dotted names
     else:
         steps[step][setting] = value

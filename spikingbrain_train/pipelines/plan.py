@@ -13,7 +13,7 @@ from typing import Any
 from spikingbrain_train.config.plugins import load_plugins
 from spikingbrain_train.errors import ConfigurationError, SpikingBrainError
 from spikingbrain_train.pipelines.kinds import STEP_KINDS, Context, StepKind
-from spikingbrain_train.pipelines.pipeline_file import CHECKOUT, PipelineFile, WhenChanged
+from spikingbrain_train.pipelines.pipeline_file import CHECKOUT, PipelineFile, WhenChanged, checkout
 from spikingbrain_train.pipelines.references import did_you_mean, in_order, references, resolve, step_of
 from spikingbrain_train.pipelines.steps import Step
 
@@ -35,13 +35,12 @@ class Pipeline:
 
 
 def plan_pipeline(
-    file: PipelineFile, root: Path, is_done: Callable[[Step], bool], *, incomplete: bool = False
+    file: PipelineFile, is_done: Callable[[Step], bool], *, incomplete: bool = False
 ) -> Pipeline:
     """Look every reference up, make the steps, and check them.
 
     Args:
         file: the pipeline.
-        root: the checkout: where train.py and tools/ lie.
         is_done: whether a step is finished; what it has found out then takes the place of what is assumed.
         incomplete: go on without the variables and files that are missing, and list them in ``lacking``.
 
@@ -56,7 +55,8 @@ def plan_pipeline(
     unknown = frozenset(_placeholder(name) for name in missing)
     variables = resolved_variables(file)
     output = Path(str(variables["output"]))
-    variables[CHECKOUT] = str(root)
+    if (root := checkout()) is not None:
+        variables[CHECKOUT] = str(root)
     planned: dict[str, Step] = {}
     values: dict[str, Mapping[str, Any]] = {}
     for name in order:
@@ -65,6 +65,11 @@ def plan_pipeline(
         def look_up(reference: str, needs: dict[str, str] = needs) -> Any:
             referred = step_of(reference)
             if referred is None:
+                if reference not in variables:
+                    raise ConfigurationError(
+                        f"${{{CHECKOUT}}} is known in a checkout only, and this is an installed package; "
+                        "name its commands instead, e.g. command: [spikingbrain-plot, ...]"
+                    )
                 return variables[reference]
             step, wanted = referred
             if wanted in planned[step].outputs:
@@ -80,7 +85,7 @@ def plan_pipeline(
 
         with _named(file.path, name):
             given = {key: resolve(value, look_up) for key, value in file.steps[name].items()}
-            context = Context(name, output, root, planned, unknown)
+            context = Context(name, output, planned, unknown)
             kinds[name].check(given)
             step = kinds[name].plan(context, given)
             step = replace(step, title=str(given.get("title") or step.title), needs=needs)
@@ -203,7 +208,7 @@ def _missing_files(file: PipelineFile, planned: Mapping[str, Step], unknown: fro
 
 def _maker(planned: Mapping[str, Step], reader: str, path: str) -> Step | None:
     others = {name: step for name, step in planned.items() if name != reader}
-    return Context(reader, Path(), Path(), others).maker(path)
+    return Context(reader, Path(), others).maker(path)
 
 
 def _all_needs(planned: Mapping[str, Step], step: Step) -> set[str]:

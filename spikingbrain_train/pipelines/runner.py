@@ -23,7 +23,7 @@ from spikingbrain_train.pipelines.steps import Step, printable
 from spikingbrain_train.reporting.activity import format_duration
 
 _PASSED_ON = (signal.SIGTERM, signal.SIGUSR1)
-"""Signals that the running command gets, too: train.py saves and ends. Ctrl-C reaches it by itself."""
+"""Signals that the running command gets, too: a run saves and ends. Ctrl-C reaches it by itself."""
 _GOES_ON = "finished steps are kept, and the same command goes on from here"
 
 

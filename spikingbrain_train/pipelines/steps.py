@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -80,6 +81,20 @@ class Step:
             ) from None
 
 
+OWN = "spikingbrain-"
+"""How an installed package calls a command; ``python -m spikingbrain_train`` goes without it."""
+_MODULE = "spikingbrain_train"
+
+
+def own_command(*words: str) -> list[str]:
+    """The words that run a command of this project with this interpreter, installed or not.
+
+    Args:
+        words: the command's name without ``spikingbrain-``, and its first arguments.
+    """
+    return [sys.executable, "-m", _MODULE, *words]
+
+
 def portable(command: Sequence[str]) -> list[str]:
     """The command without the place of its interpreter: another environment leaves results valid."""
     return ["python" if word == sys.executable else word for word in command]
@@ -88,6 +103,13 @@ def portable(command: Sequence[str]) -> list[str]:
 def printable(command: Sequence[str]) -> str:
     """The command as it can be pasted into a shell in the current folder."""
     here = Path.cwd()
+    if list(command[:3]) == own_command():
+        program = f"{OWN}{command[3]}"
+        installed = Path(sys.executable).with_name(program)
+        if installed.is_file():
+            on_path = shutil.which(program)
+            short = on_path is not None and Path(on_path) == installed
+            command = [program if short else str(installed), *command[4:]]
     words = []
     for word in command:
         path = Path(word)

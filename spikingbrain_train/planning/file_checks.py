@@ -40,7 +40,7 @@ def check_prefix(setting: str, prefix: str) -> None:
     for suffix in (".bin", ".idx"):
         if not Path(prefix + suffix).is_file():
             raise DataError(
-                f"{setting}={prefix}: there is no {prefix}{suffix}; make it with tools/preprocess_data.py, "
+                f"{setting}={prefix}: there is no {prefix}{suffix}; make it with spikingbrain-preprocess, "
                 f"or correct the prefix (the path without .bin and .idx)"
             )
 
@@ -49,7 +49,7 @@ def check_train_weights(data: DataConfig) -> None:
     """data.train names datasets, and data.train_weights fits them. Raises ConfigurationError."""
     if not data.train:
         raise ConfigurationError(
-            "data.train is empty; name the prefixes that tools/preprocess_data.py wrote, "
+            "data.train is empty; name the prefixes that spikingbrain-preprocess wrote, "
             "e.g. 'data.train=[data/train]'"
         )
     weights = data.train_weights

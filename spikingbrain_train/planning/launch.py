@@ -2,7 +2,7 @@
 
 Launchers (torchrun, or scripts/slurm) say who a process is through RANK, WORLD_SIZE, LOCAL_RANK,
 LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Without them the process is a world of its own: ``python
-train.py`` needs no launcher.
+spikingbrain-train`` needs no launcher.
 """
 
 from __future__ import annotations

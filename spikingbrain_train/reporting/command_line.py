@@ -1,4 +1,4 @@
-"""Arguments of tools/plot_metrics.py, understood before matplotlib is imported."""
+"""Arguments of ``spikingbrain-plot``, understood before matplotlib is imported."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from spikingbrain_train.config.command_line import user_errors
+from spikingbrain_train.config.command_line import called_as, user_errors
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.reporting.plots.dense_line import DenseLine
 from spikingbrain_train.reporting.plots.panels import PANELS
@@ -46,7 +46,7 @@ def plot_parser() -> argparse.ArgumentParser:
     """The flags of the command."""
     panels = "\n".join(f"  {name:<12}{panel.words}" for name, panel in PANELS.items())
     parser = argparse.ArgumentParser(
-        prog="spikingbrain-plot",
+        prog=called_as(),
         description=_DESCRIPTION,
         epilog=_EXAMPLES.format(panels=panels),
         formatter_class=argparse.RawDescriptionHelpFormatter,

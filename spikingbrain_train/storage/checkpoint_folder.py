@@ -171,7 +171,7 @@ def latest_checkpoint(folder: str | Path, setting: str) -> Path:
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(
-            f"{setting}={folder} is not a folder; name one that tools/convert_checkpoint.py or train.py wrote"
+            f"{setting}={folder} is not a folder; name one that spikingbrain-convert or a run wrote"
         )
     iteration = latest_iteration(folder)
     if iteration is None:
@@ -192,7 +192,7 @@ def latest_checkpoint(folder: str | Path, setting: str) -> Path:
             )
         raise CheckpointError(
             f"{setting}={folder} has no {LATEST_ITERATION_FILE}, so it is not a checkpoint folder; "
-            f"name one that tools/convert_checkpoint.py or train.py wrote"
+            f"name one that spikingbrain-convert or a run wrote"
         )
     checkpoint = iteration_folder(folder, iteration)
     for needed in _NEEDED:

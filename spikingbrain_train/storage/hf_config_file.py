@@ -27,7 +27,7 @@ def load_config_json(folder: Path) -> dict[str, Any]:
             ) from None
         raise CheckpointError(
             f"{folder} is not a Hugging Face folder ({CONFIG_FILE} is missing); give one that "
-            "tools/export.py or save_pretrained wrote"
+            "spikingbrain-export or save_pretrained wrote"
         ) from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(

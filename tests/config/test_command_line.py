@@ -103,7 +103,7 @@ def test_a_dry_run_plans_for_the_ranks_that_were_started(tmp_path):
         (["optimizer.lr"], ["'optimizer.lr'", "name=value"]),
         (["data.train=[a"], ["'data.train=[a'", "quotes"]),
         (["--dry_run=true"], ["without dashes", "dry_run=true"]),
-        (["conversion=dense"], ["tools/convert_checkpoint.py"]),
+        (["conversion=dense"], ["spikingbrain-convert"]),
         (["dry_run=true"], ["checkpoint.load", "null"]),
         (["--cfg", "job", "--resolve", "checkpoint.load=nowhere"], ["checkpoint.load=nowhere"]),
         (

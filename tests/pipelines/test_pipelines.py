@@ -49,7 +49,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def steps_of(name: str, *arguments: str) -> dict[str, Step]:
     file = load_pipeline(name, arguments)
-    return {step.name: step for step in plan_pipeline(file, ROOT, lambda _: False, incomplete=True).steps}
+    return {step.name: step for step in plan_pipeline(file, lambda _: False, incomplete=True).steps}
 
 
 def test_steps_run_in_the_order_of_their_references_and_only_once(
@@ -215,7 +215,7 @@ class TestSpikingBrain7B:
         given = ("model=m", "train=[t]", "valid=[v]", "cluster=metax")
         steps = steps_of("spikingbrain_7b", f"output={tmp_path}", *given)
         lengths = {
-            name: compose_run(step.command[4 if name != "align" else 6 :]).stage.seq_length
+            name: compose_run(step.command[4 if name != "align" else 8 :]).stage.seq_length
             for name, step in steps.items()
             if step.train_iters is not None
         }

@@ -146,7 +146,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def plan(*arguments: str) -> list[str]:
     """Names of the steps of ``test.yaml``."""
     file = load_pipeline("test.yaml", arguments)
-    return [step.name for step in plan_pipeline(file, ROOT, lambda _: False).steps]
+    return [step.name for step in plan_pipeline(file, lambda _: False).steps]
 
 
 def test_the_pipeline_that_is_spoilt_below_is_right(workplace: Path) -> None:

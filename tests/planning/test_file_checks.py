@@ -64,7 +64,7 @@ def test_training_data_must_be_named(run):
 def test_both_halves_of_a_dataset_must_exist(run, tmp_path, suffix):
     (tmp_path / f"tokens{suffix}").unlink()
     sentence = refusal(run, DataError)
-    assert f"tokens{suffix}" in sentence and "tools/preprocess_data.py" in sentence
+    assert f"tokens{suffix}" in sentence and "spikingbrain-preprocess" in sentence
 
 
 def test_a_dataset_named_by_its_file_is_told_its_prefix(run, tmp_path):

@@ -48,7 +48,7 @@ _RESERVE = 0.06
 
 @dataclass(frozen=True)
 class Speed:
-    """What tools/measure_speed.py measured, all in seconds of wall time."""
+    """What spikingbrain-measure-speed measured, all in seconds of wall time."""
 
     precision: str
     """The precision that runs get here."""
@@ -76,7 +76,7 @@ class Lengths:
     """What the stages are told, and why."""
 
     align_args: list[str] = field(default_factory=list)
-    """Settings of train.py for the align stage; empty is the whole recipe."""
+    """Settings of spikingbrain-train for the align stage; empty is the whole recipe."""
     cpt_args: list[str] = field(default_factory=list)
     """The same for the pretraining stage."""
     sentence: str = ""
@@ -253,7 +253,7 @@ def check_minutes(minutes: float) -> None:
 
 
 def read_speed(path: Path) -> Speed:
-    """What tools/measure_speed.py wrote.
+    """What spikingbrain-measure-speed wrote.
 
     Raises:
         ConfigurationError: the file is damaged.

@@ -1,4 +1,4 @@
-"""Arguments of tools/demo.py: conf/pipeline/demo.yaml under the names of `make demo`."""
+"""Arguments of spikingbrain-demo: conf/pipeline/demo.yaml under the names of `make demo`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from spikingbrain_train.config.command_line import user_errors
+from spikingbrain_train.config.command_line import called_as, user_errors
 from spikingbrain_train.pipelines.command_line import run, show_plan
 from spikingbrain_train.pipelines.demo.budget import DEFAULT_MINUTES
 from spikingbrain_train.pipelines.pipeline_file import PipelineFile, load_pipeline
@@ -24,43 +24,39 @@ _DESCRIPTION = """\
 Turn a dense model into a SpikingBrain hybrid, from end to end: tokenize text, convert, align, continue
 pretraining, export, evaluate, generate. Every step is a command that is printed before it runs. A second
 call skips what is finished and goes on where the first one stopped. The steps are those of
-conf/pipeline/demo.yaml, which tools/run_pipeline.py runs, too.
+conf/pipeline/demo.yaml, which spikingbrain-pipeline runs, too.
 """
 
 _EXAMPLES = """\
 examples:
   # SmolLM2-135M on Python's own documentation
-  python tools/demo.py --output outputs/demo
+  spikingbrain-demo --output outputs/demo
 
   # another model and text; stages of another length
-  python tools/demo.py --output outputs/qwen --model models/Qwen2.5-0.5B --data 'corpus/*.jsonl' \\
+  spikingbrain-demo --output outputs/qwen --model models/Qwen2.5-0.5B --data 'corpus/*.jsonl' \\
       --align-args stage.train_iters=200 --cpt-args stage.train_iters=400
 
   # half an hour instead of twelve minutes, on a machine that cannot take the whole recipe in those
-  python tools/demo.py --output outputs/demo --budget 30
+  spikingbrain-demo --output outputs/demo --budget 30
 
   # only show the commands
-  python tools/demo.py --output outputs/demo --dry-run
+  spikingbrain-demo --output outputs/demo --dry-run
 
-The downloaded model is kept in .cache of the checkout, or in the folder that SPIKINGBRAIN_CACHE names.
+The downloaded model is kept in the folder that SPIKINGBRAIN_CACHE names, in .cache of a checkout, or in
+~/.cache/spikingbrain-train.
 """
 
 
-def demo(root: Path, arguments: Sequence[str] | None = None) -> None:
-    """tools/demo.py.
-
-    Args:
-        root: the checkout that holds train.py and tools/.
-        arguments: the command line; None takes the process's own.
-    """
+def demo(arguments: Sequence[str] | None = None) -> None:
+    """``spikingbrain-demo``."""
     parsed = parse_arguments(arguments)
     with user_errors():
         file = demo_pipeline(parsed)
         if parsed.dry_run:
-            show_plan(file, root)
+            show_plan(file)
             return
         _take_over(parsed.output)
-        run(file, root, fresh=parsed.fresh)
+        run(file, fresh=parsed.fresh)
 
 
 def demo_pipeline(parsed: argparse.Namespace) -> PipelineFile:
@@ -92,9 +88,9 @@ def _take_over(output: Path) -> None:
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line of tools/demo.py."""
+    """Read the command line of spikingbrain-demo."""
     parser = argparse.ArgumentParser(
-        prog="demo.py",
+        prog=called_as(),
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

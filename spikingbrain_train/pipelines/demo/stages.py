@@ -47,7 +47,7 @@ class FittedStages:
     """What the stages are told beside their recipe, and what that makes of them."""
 
     align: list[str]
-    """Settings of train.py for the align stage, those of the user left out."""
+    """Settings of spikingbrain-train for the align stage, those of the user left out."""
     cpt: list[str]
     seq_length: int
     """Tokens of a held-out window, the same for both stages."""
@@ -61,7 +61,7 @@ def fitted_stages(lengths: Lengths, own: NamedSettings) -> FittedStages:
     """Settings of both stages that hold the chosen lengths and can stand beside the user's own.
 
     Raises:
-        ConfigurationError: a setting that train.py would refuse, or stages that cannot be compared.
+        ConfigurationError: a setting that spikingbrain-train would refuse, or stages that cannot be compared.
     """
     fitted: Mapping[str, Sequence[str]] = {"align": lengths.align_args, "cpt": lengths.cpt_args}
     arguments, runs = {}, {}

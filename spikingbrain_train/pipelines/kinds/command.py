@@ -9,14 +9,14 @@ from typing import Any
 
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.pipelines.kinds.kind import Context, StepKind, stamp
-from spikingbrain_train.pipelines.steps import Step
+from spikingbrain_train.pipelines.steps import OWN, Step, own_command
 
 
 class Command(StepKind):
-    """``command`` is a list of words, the first of which may be ``python``.
+    """``command`` is a list of words.
 
-    It is done when the files and folders that ``outputs`` names exist. ``reads`` lists files whose change
-    makes it run again.
+    The first may be ``python`` or a command of this project (``spikingbrain-plot``). It is done when the
+    files and folders that ``outputs`` names exist. ``reads`` lists files whose change makes it run again.
     """
 
     name = "command"
@@ -36,6 +36,9 @@ class Command(StepKind):
         words = [str(word) for word in command]
         if words[0] == "python":
             words[0] = sys.executable
+        elif words[0].startswith(OWN):
+            # By its module: an environment that nobody activated has no such program on its path.
+            words[:1] = own_command(words[0].removeprefix(OWN))
         makes = [Path(str(path)) for path in outputs.values()]
         given_files = [str(path) for path in reads if context.maker(str(path)) is None]
         return Step(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import json
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -27,16 +26,10 @@ class Context:
     name: str
     output: Path
     """Folder of the pipeline."""
-    root: Path
-    """The checkout: where train.py and tools/ lie."""
     steps: Mapping[str, Step]
     """Those that come before it."""
     unknown: frozenset[str] = frozenset()
     """What stands for the variables that have no value yet: a dry run goes on without them."""
-
-    def script(self, path: str) -> list[str]:
-        """The words that run a Python file of the checkout."""
-        return [sys.executable, str(self.root / path)]
 
     def is_known(self, value: Any) -> bool:
         """Whether no part of ``value`` waits for a variable."""

@@ -15,7 +15,7 @@ from typing import Any
 
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.pipelines.kinds.kind import Context, StepKind, dataset, stamp
-from spikingbrain_train.pipelines.steps import Step
+from spikingbrain_train.pipelines.steps import Step, own_command
 from spikingbrain_train.storage.checkpoint_folder import LATEST_ITERATION_FILE
 
 
@@ -33,10 +33,8 @@ class Result:
 class Tool(StepKind):
     """A tool of this project. ``--seq-length 512`` is the setting ``seq_length: 512``."""
 
-    script = ""
-    """Its file in the checkout."""
-    words: tuple[str, ...] = ()
-    """What comes before the flags."""
+    command: tuple[str, ...]
+    """Its name, and what comes before the flags."""
 
     @abstractmethod
     def parser(self) -> argparse.ArgumentParser:
@@ -59,7 +57,7 @@ class Tool(StepKind):
         return {}
 
     def settings(self) -> Mapping[str, bool]:
-        assumed = self.defaults(Context("", Path(), Path(), {}))
+        assumed = self.defaults(Context("", Path(), {}))
         return {
             name: action.required and action.nargs != "*" and name not in assumed
             for name, action in _flags(type(self)).items()
@@ -77,7 +75,7 @@ class Tool(StepKind):
         return Step(
             context.name,
             self.title,
-            [*context.script(self.script), *self.words, *arguments],
+            [*own_command(*self.command), *arguments],
             outputs=result.outputs,
             makes=result.makes,
             proof=result.proof,
@@ -143,7 +141,7 @@ def _words(value: Any) -> list[str]:
 
 
 class Preprocess(Tool):
-    """tools/preprocess_data.py.
+    """spikingbrain-preprocess.
 
     Outputs: ``train`` and ``valid``, prefixes of datasets; without ``valid_fraction`` both are the whole
     text.
@@ -151,7 +149,7 @@ class Preprocess(Tool):
 
     name = "preprocess"
     title = "tokenize text"
-    script = "tools/preprocess_data.py"
+    command = ("preprocess",)
 
     def parser(self) -> argparse.ArgumentParser:
         from spikingbrain_train.data.command_line import preprocess_parser
@@ -180,12 +178,11 @@ class Preprocess(Tool):
 
 
 class Convert(Tool):
-    """``tools/convert_checkpoint.py import``. Output: ``checkpoint``, a folder that train.py loads."""
+    """``spikingbrain-convert import``. Output: ``checkpoint``, a folder that spikingbrain-train loads."""
 
     name = "convert"
     title = "convert a Hugging Face model to Megatron's format"
-    script = "tools/convert_checkpoint.py"
-    words = ("import",)
+    command = ("convert", "import")
 
     def parser(self) -> argparse.ArgumentParser:
         from spikingbrain_train.conversion.command_line import import_parser
@@ -224,11 +221,11 @@ def _recipe(context: Context, given: Mapping[str, Any]) -> str:
 
 
 class Export(Tool):
-    """tools/export.py. Output: ``model``, a Hugging Face folder."""
+    """spikingbrain-export. Output: ``model``, a Hugging Face folder."""
 
     name = "export"
     title = "export to Hugging Face format"
-    script = "tools/export.py"
+    command = ("export",)
 
     def parser(self) -> argparse.ArgumentParser:
         from spikingbrain_train.conversion.command_line import export_parser
@@ -260,11 +257,11 @@ class _Measures(Tool):
 
 
 class Evaluate(_Measures):
-    """tools/evaluate.py. Output: ``result``, a JSON file."""
+    """spikingbrain-evaluate. Output: ``result``, a JSON file."""
 
     name = "evaluate"
     title = "measure held-out cross entropy"
-    script = "tools/evaluate.py"
+    command = ("evaluate",)
 
     def parser(self) -> argparse.ArgumentParser:
         from spikingbrain_train.evaluation.command_line import evaluate_parser
@@ -277,11 +274,11 @@ class Evaluate(_Measures):
 
 
 class Generate(_Measures):
-    """tools/generate.py. Output: ``result``, a JSON file."""
+    """spikingbrain-generate. Output: ``result``, a JSON file."""
 
     name = "generate"
     title = "generate text"
-    script = "tools/generate.py"
+    command = ("generate",)
 
     def parser(self) -> argparse.ArgumentParser:
         from spikingbrain_train.evaluation.command_line import generate_parser

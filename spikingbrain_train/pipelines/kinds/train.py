@@ -1,4 +1,4 @@
-"""A run of train.py."""
+"""A run of spikingbrain-train."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from spikingbrain_train.config.load import to_run_config
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.errors import CheckpointError, ConfigurationError
 from spikingbrain_train.pipelines.kinds.kind import Context, StepKind, dataset, stamp
-from spikingbrain_train.pipelines.steps import Step
+from spikingbrain_train.pipelines.steps import Step, own_command
 from spikingbrain_train.planning.checks import check_run_config
 from spikingbrain_train.planning.planner import launched_world_size
 from spikingbrain_train.storage.checkpoint_folder import CHECKPOINT_FOLDER
@@ -26,10 +26,10 @@ _NO_LIMIT = 2**30
 
 
 class Train(StepKind):
-    """A run of train.py.
+    """A run of spikingbrain-train.
 
     ``settings`` holds its settings by their dotted names, ``arguments`` further words of its command line,
-    which win. ``nproc_per_node`` puts torchrun in front, and ``launch`` replaces ``python train.py``
+    which win. ``nproc_per_node`` puts torchrun in front, and ``launch`` replaces ``spikingbrain-train``
     altogether (srun, sbatch --wait ...). Outputs: ``run``, its output_dir, and ``checkpoint``, the folder of
     its checkpoints.
     """
@@ -82,7 +82,7 @@ class Train(StepKind):
 
 
 def _launcher(context: Context, given: Mapping[str, Any]) -> tuple[int | None, list[str]]:
-    """How many ranks there will be, where that is known, and the words in front of train.py's own."""
+    """How many ranks there will be, where that is known, and the words in front of the run's own."""
     launch, ranks = given.get("launch"), given.get("nproc_per_node")
     if launch is not None:
         if ranks is not None:
@@ -90,20 +90,20 @@ def _launcher(context: Context, given: Mapping[str, Any]) -> tuple[int | None, l
         words = launch if isinstance(launch, list) else str(launch).split()
         return None, [str(word) for word in words]
     if ranks is None or not context.is_known(ranks):
-        # One rank needs no launcher; torchrun would bury a sentence of train.py under its own report.
-        return 1, context.script("train.py")
+        # One rank needs no launcher; torchrun would bury the command's sentence under its own report.
+        return 1, own_command("train")
     if type(ranks) is not int or ranks < 1:
         raise ConfigurationError(f"nproc_per_node={ranks} must be a whole number of at least 1")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-    return ranks, [*torchrun, str(context.root / "train.py")]
+    return ranks, [*torchrun, *own_command("train")[1:]]
 
 
 def check_run(context: Context, words: list[str], run: DictConfig, ranks: int | None) -> None:
-    """Refuse at once what train.py would refuse later, hours into the pipeline.
+    """Refuse at once what spikingbrain-train would refuse later, hours into the pipeline.
 
     Args:
         context: where the step stands.
-        words: arguments of train.py.
+        words: arguments of spikingbrain-train.
         run: the config that they compose.
         ranks: how many there will be; None takes as many as the layout needs.
 

@@ -72,7 +72,7 @@ class Alignment(Stage):
         if not replaced:
             raise ConfigurationError(
                 "stage.kind=align has nothing to train: every layer of the model has the teacher's mixer; "
-                "convert the source with tools/convert_checkpoint.py import --conversion spikingbrain_7b "
+                "convert the source with spikingbrain-convert import --conversion spikingbrain_7b "
                 "first."
             )
         return replaced

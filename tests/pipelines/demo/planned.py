@@ -10,8 +10,6 @@ from spikingbrain_train.pipelines.pipeline_file import load_pipeline
 from spikingbrain_train.pipelines.plan import plan_pipeline
 from spikingbrain_train.pipelines.steps import Step
 
-ROOT = Path(__file__).parents[3]
-
 
 def planned(
     tmp_path: Path, *arguments: str, is_done: Callable[[Step], bool] = lambda _: False, **variables: object
@@ -22,4 +20,4 @@ def planned(
         file = demo_pipeline(parse_arguments(["--output", str(variables["output"]), *arguments]))
     else:
         file = load_pipeline("demo", values=variables)
-    return {step.name: step for step in plan_pipeline(file, ROOT, is_done).steps}
+    return {step.name: step for step in plan_pipeline(file, is_done).steps}

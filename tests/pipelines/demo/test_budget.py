@@ -23,7 +23,7 @@ from spikingbrain_train.pipelines.demo.stages import beside_own, fitted_stages
 from spikingbrain_train.pipelines.state import State
 from spikingbrain_train.pipelines.steps import Step
 from spikingbrain_train.planning.checks import check_optimizer
-from tests.pipelines.demo.planned import ROOT, planned
+from tests.pipelines.demo.planned import planned
 
 HELD_OUT = 11_329
 # Measured by hand on two cores without bf16 instructions.
@@ -266,7 +266,7 @@ class TestSecondCall:
         return ran
 
     def demo(self, tmp_path: Path, *arguments: str) -> None:
-        command_line.demo(ROOT, ["--output", str(tmp_path / "out"), *arguments])
+        command_line.demo(["--output", str(tmp_path / "out"), *arguments])
 
     def test_keeps_the_choice_and_does_nothing_again(
         self, tmp_path: Path, calls: list[str], capsys: pytest.CaptureFixture[str]
@@ -306,7 +306,7 @@ def test_an_earlier_release_filled_the_folder_and_it_is_started_over(
     own = ["stage.train_iters=3", "optimizer.lr_warmup_iters=0"]
     (out / "demo_report.txt").write_text("old")
     with pytest.raises(SystemExit):  # the report is gone, and nobody wrote a new one
-        command_line.demo(ROOT, ["--output", str(out), "--align-args", *own, "--cpt-args", *own])
+        command_line.demo(["--output", str(out), "--align-args", *own, "--cpt-args", *own])
     assert ran[0] == "source" and ran[-1] == "report"
 
 

@@ -15,7 +15,9 @@ from spikingbrain_train.config.compose import compose_run
 from spikingbrain_train.errors import ConfigurationError, DataError
 from spikingbrain_train.pipelines.demo.command_line import demo
 from spikingbrain_train.pipelines.demo.report import Row, read_stage, render_table
-from tests.pipelines.demo.planned import ROOT, planned
+from tests.pipelines.demo.planned import planned
+
+ROOT = Path(__file__).parents[3]
 
 
 class TestCommands:
@@ -24,7 +26,7 @@ class TestCommands:
     ) -> None:
         output = tmp_path / "it's, a [folder]=odd"
         steps = planned(tmp_path, output=str(output))
-        align, cpt = (compose_run(steps[name].command[2:]) for name in ("align", "cpt"))
+        align, cpt = (compose_run(steps[name].command[4:]) for name in ("align", "cpt"))
         assert align.checkpoint.load == str(output / "hybrid")
         assert align.stage.teacher == cpt.stage.teacher == str(output / "dense")
         assert cpt.checkpoint.load == str(Path(align.output_dir) / "checkpoints")
@@ -81,7 +83,7 @@ class TestCommands:
     def test_what_the_user_does_not_name_gives_way_to_what_he_names(self, tmp_path: Path) -> None:
         own = {"align_args": ["stage.train_iters=1"], "cpt_args": ["optimizer.lr=1e-5"]}
         steps = planned(tmp_path, **own)
-        align, cpt = (compose_run(steps[name].command[2:]) for name in ("align", "cpt"))
+        align, cpt = (compose_run(steps[name].command[4:]) for name in ("align", "cpt"))
         assert (align.stage.train_iters, align.optimizer.lr_warmup_iters) == (1, 0)
         assert (cpt.optimizer.lr, cpt.optimizer.min_lr) == (1e-5, 1e-6)
         untouched = planned(tmp_path, cpt_args=["stage.train_iters=30"])
@@ -117,7 +119,7 @@ class TestCommands:
         assert "source" not in steps and str(model) in steps["dense"].command
 
     def test_dry_run_writes_nothing(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        demo(ROOT, ["--output", str(tmp_path / "out"), "--dry-run"])
+        demo(["--output", str(tmp_path / "out"), "--dry-run"])
         assert capsys.readouterr().out.count("\n# ") >= 9
         assert not (tmp_path / "out").exists()
 

@@ -1,0 +1,92 @@
+"""The function behind each command: what pyproject.toml's entry points, train.py and tools/ call.
+
+Each imports its room when it is called, so that starting one command does not import the others.
+"""
+
+from __future__ import annotations
+
+import sys
+
+
+def train() -> None:
+    """Train one stage of a model."""
+    from spikingbrain_train.commands.train import train
+
+    train()
+
+
+def plan() -> None:
+    """What a run would take."""
+    from spikingbrain_train.commands.train import plan
+
+    plan()
+
+
+def preprocess() -> None:
+    """Tokenize text."""
+    from spikingbrain_train.data.command_line import preprocess_data
+
+    sys.exit(preprocess_data())
+
+
+def convert() -> None:
+    """Convert and inspect checkpoints."""
+    from spikingbrain_train.conversion.command_line import convert_checkpoint
+
+    convert_checkpoint()
+
+
+def export() -> None:
+    """Write a checkpoint as a Hugging Face folder."""
+    from spikingbrain_train.conversion.command_line import export
+
+    export()
+
+
+def evaluate() -> None:
+    """Measure held-out cross entropy."""
+    from spikingbrain_train.evaluation.command_line import evaluate
+
+    evaluate()
+
+
+def generate() -> None:
+    """Continue a prompt."""
+    from spikingbrain_train.evaluation.command_line import generate
+
+    generate()
+
+
+def plot() -> None:
+    """Draw loss curves."""
+    from spikingbrain_train.reporting.command_line import plot
+
+    plot()
+
+
+def pipeline() -> None:
+    """Run, plan or follow a pipeline."""
+    from spikingbrain_train.pipelines.command_line import pipelines
+
+    pipelines()
+
+
+def demo() -> None:
+    """Run the demo."""
+    from spikingbrain_train.pipelines.demo.command_line import demo
+
+    demo()
+
+
+def measure_speed() -> None:
+    """Measure how fast this machine is."""
+    from spikingbrain_train.pipelines.demo.speed import measure_speed_command_line
+
+    measure_speed_command_line()
+
+
+def download_smollm2() -> None:
+    """Get the demo's model."""
+    from spikingbrain_train.pipelines.demo.smollm2 import download_command_line
+
+    download_command_line()
