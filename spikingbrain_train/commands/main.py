@@ -40,6 +40,6 @@ def overview() -> str:
             "",
             *lines,
             "",
-            f"Each explains itself ({_MODULE} train --help). Installed, they are spikingbrain-COMMAND, too.",
+            f"Each explains itself ({_MODULE} train --help). Installed: spikingbrain-COMMAND.",
         ]
     )

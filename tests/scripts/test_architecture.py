@@ -45,11 +45,11 @@ def test_a_new_arrow_makes_the_page_out_of_date_until_it_is_drawn(
 ) -> None:
     before = page.read_text()
     assert _call(monkeypatch, "--check") == 0 and capsys.readouterr().err == ""
-    drawn = {**rooms.arrows(), "ops": rooms.arrows()["ops"] | {"reporting"}}
+    drawn = {**rooms.arrows(), "reporting": rooms.arrows()["reporting"] | {"hf"}}
     monkeypatch.setattr(draw_architecture, "arrows", lambda: drawn)
     assert _call(monkeypatch, "--check") == 1 and page.read_text() == before
     assert "run `make architecture`" in capsys.readouterr().err
-    assert _call(monkeypatch) == 0 and "ops --> reporting" in page.read_text()
+    assert _call(monkeypatch) == 0 and "reporting --> hf" in page.read_text()
     assert _call(monkeypatch, "--check") == 0
     outside = [before.partition(draw_architecture.BEGIN)[0], before.partition(draw_architecture.END)[2]]
     assert page.read_text().startswith(outside[0]) and page.read_text().endswith(outside[1])
