@@ -69,6 +69,10 @@ class FeedForwardKind(SubmoduleKind):
         """Experts of a layer that tokens are routed to."""
         return 0
 
+    def drops_tokens(self, model: ModelConfig) -> bool:
+        """Whether an expert takes no more than a number of tokens, and leaves the rest out."""
+        return False
+
 
 def _by_name(name: str) -> FeedForwardKind:
     return FEED_FORWARDS[name]

@@ -170,6 +170,9 @@ class MixtureOfExpertsKind(FeedForwardKind):
     def num_experts(self, model: ModelConfig) -> int:
         return model.moe.num_experts
 
+    def drops_tokens(self, model: ModelConfig) -> bool:
+        return model.moe.capacity_factor is not None
+
     def describe(self, model: ModelConfig) -> str | None:
         moe = model.moe
         return (

@@ -34,7 +34,8 @@ logger = logging.getLogger(__name__)
 Sample = dict[str, torch.Tensor]
 """tokens [seq_length] int64; labels [seq_length] int64, the token that follows each; loss_mask [seq_length]
 float32, 0 where a label is padding. Where documents are kept apart also cu_seqlens [documents + 1] int64,
-from 0 to seq_length, and loss_mask is 0 where the label is the first token of another document."""
+from 0 to seq_length, and loss_mask is 0 where the label is the first token of another document. Of several
+held-out datasets dataset [] int64, the number of the one that it is of."""
 
 
 class _Windows:
@@ -225,7 +226,8 @@ class ValidDataset(_Samples):
     def _sample(self, index: int) -> Sample:
         which = int(np.searchsorted(self._ends, index, side="right"))
         first = (index - (int(self._ends[which - 1]) if which else 0)) * self.seq_length
-        return self._datasets[which].sample(first)
+        sample = self._datasets[which].sample(first)
+        return sample if len(self._datasets) == 1 else {**sample, "dataset": torch.tensor(which)}
 
 
 def build_datasets(

@@ -28,6 +28,7 @@ class WholeBatch(TypedDict):
     labels: torch.Tensor
     loss_mask: torch.Tensor
     cu_seqlens: tuple[tuple[int, ...], ...] | None
+    datasets: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class MicroBatch:
     """[B, T] float32, 0 where a label carries no loss."""
     layout: SequenceLayout
     """Where this rank's text lies in the sequences, and their sinks and documents."""
+    datasets: torch.Tensor | None = None
+    """[B] int64, which of several held-out datasets each sequence is of; None where there are not several."""
 
 
 def collate(samples: list[Sample]) -> WholeBatch:
@@ -54,6 +57,7 @@ def collate(samples: list[Sample]) -> WholeBatch:
         "labels": torch.stack([sample["labels"] for sample in samples]),
         "loss_mask": torch.stack([sample["loss_mask"] for sample in samples]),
         "cu_seqlens": cu_seqlens,
+        "datasets": torch.stack([each["dataset"] for each in samples]) if "dataset" in samples[0] else None,
     }
 
 
@@ -82,7 +86,10 @@ def local_micro_batch(
         whole[name][:, text.start : text.stop].to(device, non_blocking=True)
         for name in ("tokens", "labels", "loss_mask")
     )
-    return MicroBatch(tokens, labels, loss_mask, layout)
+    datasets = whole["datasets"]
+    if datasets is not None:
+        datasets = datasets.to(device, non_blocking=True)
+    return MicroBatch(tokens, labels, loss_mask, layout, datasets)
 
 
 class DataParallelBatchSampler(torch.utils.data.Sampler[list[int | None]]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,6 +13,7 @@ from spikingbrain_train.data.loader import MicroBatch
 from spikingbrain_train.models.gpt_model import HybridGPTModel
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.reporting.activity import Activity
+from spikingbrain_train.reporting.progress import Shown
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class HeldOutData(Protocol):
 
     @property
     def datasets(self) -> Sequence[HeldOutDataset]:
-        """Where it comes from, as far as it lies in indexed datasets."""
+        """Where it comes from, as far as it lies in indexed datasets; micro-batches say of which they are."""
         ...
 
     @property
@@ -62,7 +63,13 @@ class EvaluatedRun:
 
 
 class Evaluator(ABC):
-    """Measures a model between two steps. Another one is a subclass that ``logging.evaluators`` names."""
+    """Measures a model between two steps. Another one is a subclass that ``logging.evaluators`` names.
+
+    Attributes:
+        shown: those of its metrics that the progress line shows, and how.
+    """
+
+    shown: Mapping[str, Shown] = {}
 
     def applies(self, run: EvaluatedRun) -> bool:
         """Whether there is something to measure."""

@@ -6,25 +6,32 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TextIO
 
 from spikingbrain_train.reporting.activity import StatusLine, format_duration
 
-# Metric name -> how it is shown, in this order.
-_FIELDS: dict[str, Callable[[float], str]] = {
-    "train/loss": lambda value: f"loss {value:.4f}",
-    "train/learning_rate": lambda value: f"lr {value:.2e}",
-    "train/grad_norm": lambda value: f"grad norm {value:.3g}",
-    "train/tokens_per_second": lambda value: f"{value:,.0f} tokens/s",
-    "train/mfu": lambda value: f"MFU {100 * value:.1f}%",
-    "train/memory_gib": lambda value: f"{value:.1f} GiB",
-    "spiking/k": lambda value: f"k {value:.3g}",
-    "valid/cross_entropy": lambda value: f"held-out CE {value:.4f}",
-}
+
+@dataclass(frozen=True)
+class Shown:
+    """How the progress line shows a metric; who reports the metric says so, and most are not shown."""
+
+    label: str
+    """In front of the number, as short as can be: ``loss``; empty where the format says enough."""
+    format: str = "{:.4g}"
+    """Of the number, with its unit: ``{:,.0f} tokens/s``."""
+
+    def cell(self, value: float, width: int = 0) -> str:
+        """``loss 3.2146``, the number filled up with blanks to ``width``."""
+        number = f"{self.format.format(value):>{width}}"
+        return f"{self.label} {number}" if self.label else number
 
 
 class ProgressPrinter:
-    """Prints the progress of one training stage (see :mod:`~spikingbrain_train.reporting.activity`)."""
+    """Prints the progress of one training stage (see :mod:`~spikingbrain_train.reporting.activity`).
+
+    A number is as wide as the widest that its metric has had, so that lines stand one below the other.
+    """
 
     def __init__(
         self,
@@ -41,6 +48,7 @@ class ProgressPrinter:
             clock: returns seconds.
         """
         self._total = total_iterations
+        self._widths: dict[str, int] = {}
         self.status = StatusLine(sys.stdout if stream is None else stream, clock)
 
     def step(self, iteration: int) -> None:
@@ -52,35 +60,32 @@ class ProgressPrinter:
         return self.status.watched()
 
     def report(
-        self, iteration: int, metrics: Mapping[str, float], *, seconds_per_iteration: float | None = None
+        self,
+        iteration: int,
+        metrics: Mapping[str, float],
+        shown: Mapping[str, Shown],
+        *,
+        seconds_per_iteration: float | None = None,
     ) -> None:
-        """Print one line for good.
+        """Print one line for good: ``iteration 20/100 | loss 3.2100 | lr 5.00e-04 | ... | ETA 1m 20s``.
 
         Args:
             iteration: optimizer steps done so far.
-            metrics: of a report; those that the line does not show are left out.
+            metrics: of a report.
+            shown: those of them that the line shows, in this order, and how.
             seconds_per_iteration: recent time of one step, which the ETA extrapolates; None leaves the ETA
                 out.
         """
-        self.message(format_progress(iteration, self._total, metrics, seconds_per_iteration))
+        parts = [f"iteration {iteration:>{len(str(self._total))}}/{self._total}"]
+        for name, how in shown.items():
+            if name in metrics:
+                width = max(self._widths.get(name, 0), len(how.format.format(metrics[name])))
+                self._widths[name] = width
+                parts.append(how.cell(metrics[name], width))
+        if seconds_per_iteration is not None and iteration < self._total:
+            parts.append(f"ETA {format_duration((self._total - iteration) * seconds_per_iteration)}")
+        self.message(" | ".join(parts))
 
     def message(self, text: str) -> None:
         """Print any other line (a checkpoint, a warning) without tearing the status."""
         self.status.message(text)
-
-
-def format_progress(
-    iteration: int,
-    total_iterations: int,
-    metrics: Mapping[str, float],
-    seconds_per_iteration: float | None = None,
-) -> str:
-    """The progress line: ``iteration 20/100 | loss 3.2100 | lr 5.00e-04 | ... | ETA 1m 20s``.
-
-    MFU is given as 0-1.
-    """
-    parts = [f"iteration {iteration:>{len(str(total_iterations))}}/{total_iterations}"]
-    parts += [show(metrics[name]) for name, show in _FIELDS.items() if name in metrics]
-    if seconds_per_iteration is not None and iteration < total_iterations:
-        parts.append(f"ETA {format_duration((total_iterations - iteration) * seconds_per_iteration)}")
-    return " | ".join(parts)

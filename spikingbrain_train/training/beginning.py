@@ -82,7 +82,11 @@ def facts_of(config: RunConfig, world_size: int, held_out: HeldOutData | None) -
         output_dir=str(Path(config.output_dir).resolve()),
         stage=config.stage.kind,
         load=_loaded_folder(config),
-        held_out={each.name: HeldOutSet(each.tokens, fingerprint(each.prefix).digest) for each in datasets},
+        held_out={
+            each.name: HeldOutSet(each.tokens, fingerprint(each.prefix).digest)
+            for each in datasets
+            if each.tokens > 0  # else no evaluation gets as far
+        },
         seq_length=config.stage.seq_length,
         world_size=world_size,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from spikingbrain_train.reporting.progress import Shown
 from spikingbrain_train.training.heat_map import HeatMap
 
 
@@ -19,3 +20,17 @@ class Report:
     """``group/name`` -> a table."""
     seconds_per_iteration: float | None = None
     """Recent time of one step; None in reports that are not of steps."""
+    shown: dict[str, Shown] = field(default_factory=dict)
+    """Those of the metrics that the progress line shows, in its order, and how."""
+
+    def add(self, name: str, value: float, shown: Shown | None = None) -> None:
+        """Add a metric.
+
+        Args:
+            name: ``group/name``.
+            value: a number of all ranks.
+            shown: how the progress line shows it; None leaves it to the files.
+        """
+        self.metrics[name] = value
+        if shown is not None:
+            self.shown[name] = shown

@@ -24,6 +24,7 @@ from spikingbrain_train.parallel.heartbeats import Heartbeats
 from spikingbrain_train.parallel.process_groups import ProcessGroups, destroy, initialize
 from spikingbrain_train.planning.memory_warning import memory_warning
 from spikingbrain_train.reporting.activity import Activity, activity
+from spikingbrain_train.reporting.progress import Shown
 from spikingbrain_train.runtime import patches
 from spikingbrain_train.runtime.accelerator import detect
 from spikingbrain_train.runtime.bf16 import PARAMS_DTYPE, slow_format_warning
@@ -167,10 +168,10 @@ class Trainer:
         self.callbacks.step_end()
 
     def _report_step(self, losses: StepLosses, grad_norm: float) -> None:
-        metrics = losses.reduced()
-        metrics["train/grad_norm"] = grad_norm
-        metrics["train/learning_rate"] = reported_learning_rate(self.state.optimizer)
-        report = Report(self.state.iteration, metrics)
+        report = Report(self.state.iteration, losses.reduced(), shown=dict(self.stage.shown))
+        rate = reported_learning_rate(self.state.optimizer)
+        report.add("train/learning_rate", rate, Shown("lr", "{:.2e}"))
+        report.add("train/grad_norm", grad_norm, Shown("grad norm", "{:.3g}"))
         self.callbacks.report_due(report)
         self.report(report)
 

@@ -7,12 +7,14 @@ hundred.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from spikingbrain_train.config.parallel import ParallelConfig, Recompute
 from spikingbrain_train.config.run import DistillationConfig, RunConfig, StageConfig
+from spikingbrain_train.reporting.metrics import read_metrics
 from tests.distributed.pool import RankPool
 from tests.distributed.small_runs import (
     MODEL,
@@ -77,20 +79,40 @@ def _config(
 @pytest.fixture(scope="module")
 def one_rank(
     ranks: RankPool, tmp_path_factory: pytest.TempPathFactory, text: Path, checkpoints: dict[str, Path]
-) -> dict[str, list[tuple[float, float]]]:
+) -> dict[str, OneRank]:
     """Losses and gradient norms of every kind of run on one rank."""
     results = {}
     for kind in KINDS:
-        config = _config(kind, tmp_path_factory.mktemp("run"), text, checkpoints, ParallelConfig())
-        (results[kind],) = ranks.run(train, config, world_size=1, parallel=ParallelConfig())
+        folder = tmp_path_factory.mktemp("run")
+        config = _config(kind, folder, text, checkpoints, ParallelConfig())
+        (steps,) = ranks.run(train, config, world_size=1, parallel=ParallelConfig())
+        results[kind] = OneRank(steps, _reported_losses(folder))
     return results
+
+
+@dataclass(frozen=True)
+class OneRank:
+    """A run on one rank."""
+
+    steps: list[tuple[float, float]]
+    """Loss and gradient norm of each."""
+    reported: list[dict[str, float]]
+    """Losses in the metrics file."""
+
+
+def _reported_losses(folder: Path) -> list[dict[str, float]]:
+    losses = ("train/loss", "train/cross_entropy", "train/kl_divergence")
+    return [
+        {name: value for name, value in point.items() if name in losses or name.startswith("align/")}
+        for point in read_metrics(folder)
+    ]
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES, ids=[f"{kind}: {name}" for kind, name in CASES])
 def test_losses_and_gradient_norms_equal_those_of_one_rank(
     kind: str,
     name: str,
-    one_rank: dict[str, list[tuple[float, float]]],
+    one_rank: dict[str, OneRank],
     ranks: RankPool,
     tmp_path: Path,
     text: Path,
@@ -107,20 +129,44 @@ def test_losses_and_gradient_norms_equal_those_of_one_rank(
 
     for steps in results:
         assert len(steps) == 10
-        for (loss, norm), (expected_loss, expected_norm) in zip(steps, one_rank[kind], strict=True):
+        for (loss, norm), (expected_loss, expected_norm) in zip(steps, one_rank[kind].steps, strict=True):
             assert loss == pytest.approx(expected_loss, rel=TOLERANCE)
             assert norm == pytest.approx(
                 expected_norm, rel=10 * TOLERANCE
             )  # a square root of sums of squares of gradients
+    for point, expected in zip(_reported_losses(tmp_path), one_rank[kind].reported, strict=True):
+        # A KL divergence of models that are almost the same is what is left of log-probabilities around 5.
+        assert point == pytest.approx(expected, rel=TOLERANCE, abs=1e-7)
 
 
-def test_every_kind_of_stage_learns(one_rank: dict[str, list[tuple[float, float]]]) -> None:
-    for kind, steps in one_rank.items():
+def test_an_alignment_reports_the_error_of_every_replaced_layer(one_rank: dict[str, OneRank]) -> None:
+    for kind, layers in (("align", [0, 1, 2]), ("76B align", [0, 1, 2, 3])):  # MODEL's last one is full
+        for point in one_rank[kind].reported:
+            errors = [point[f"align/error/layer_{layer}"] for layer in layers]
+            assert len(point) == 2 + len(layers) and min(errors) > 0
+            assert len(set(errors)) == len(layers)
+            assert point["align/error"] == point["train/loss"]
+            assert point["train/loss"] == pytest.approx(sum(errors) / len(layers), rel=1e-12)
+
+
+def test_a_mixed_loss_has_its_parts_beside_it(one_rank: dict[str, OneRank]) -> None:
+    for point in one_rank["cpt"].reported:
+        assert point["train/loss"] == point["train/cross_entropy"] and len(point) == 2
+    for point in one_rank["distill"].reported:  # weight 0.6, temperature 2
+        mixed = 0.4 * point["train/cross_entropy"] + 0.6 * 2**2 * point["train/kl_divergence"]
+        assert point["train/loss"] == pytest.approx(mixed, rel=1e-12) and len(point) == 3
+    for point in one_rank["76B"].reported:
+        assert 1e-3 < point["train/loss"] - point["train/cross_entropy"] < 0.1
+
+
+def test_every_kind_of_stage_learns(one_rank: dict[str, OneRank]) -> None:
+    for kind, run in one_rank.items():
+        steps = run.steps
         assert steps[-1][0] < 0.95 * steps[0][0], f"{kind} went from {steps[0][0]} to {steps[-1][0]}"
 
 
 def test_micro_batches_and_recomputation_do_not_change_the_numbers(
-    one_rank: dict[str, list[tuple[float, float]]],
+    one_rank: dict[str, OneRank],
     ranks: RankPool,
     tmp_path: Path,
     text: Path,
@@ -134,4 +180,6 @@ def test_micro_batches_and_recomputation_do_not_change_the_numbers(
 
     (steps,) = ranks.run(train, config, world_size=1, parallel=parallel)
 
-    assert [loss for loss, _ in steps] == pytest.approx([loss for loss, _ in one_rank["cpt"]], rel=TOLERANCE)
+    assert [loss for loss, _ in steps] == pytest.approx(
+        [loss for loss, _ in one_rank["cpt"].steps], rel=TOLERANCE
+    )

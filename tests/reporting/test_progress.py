@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import io
+import math
 
 import pytest
 
 from spikingbrain_train.reporting.activity import format_duration
-from spikingbrain_train.reporting.progress import ProgressPrinter, format_progress
+from spikingbrain_train.reporting.progress import ProgressPrinter, Shown
+
+LOSS = Shown("loss", "{:.4f}")
+RATE = Shown("lr", "{:.2e}")
+SPEED = Shown("", "{:,.0f} tokens/s")
 
 
 class Terminal(io.StringIO):
@@ -25,26 +30,32 @@ class Terminal(io.StringIO):
         return shown
 
 
-def test_line_tells_everything_in_order() -> None:
-    metrics = {
-        "train/memory_gib": 3.24,
-        "train/loss": 3.21456,
-        "train/learning_rate": 5e-4,
-        "train/grad_norm": 1.234,
-        "train/tokens_per_second": 15320.4,
-        "train/mfu": 0.2345,
-    }
-    assert format_progress(20, 1000, metrics, seconds_per_iteration=1.5) == (
-        "iteration   20/1000 | loss 3.2146 | lr 5.00e-04 | grad norm 1.23 | 15,320 tokens/s | MFU 23.4%"
-        " | 3.2 GiB | ETA 24m 30s"
+def test_line_has_what_is_shown_in_its_order_and_nothing_else() -> None:
+    stream = io.StringIO()
+    metrics = {"speed": 15320.4, "loss": 3.21456, "hidden": 1.0, "rate": 5e-4, "mfu": 0.2345}
+    shown = {"loss": LOSS, "rate": RATE, "not there": LOSS, "speed": SPEED, "mfu": Shown("MFU", "{:.1%}")}
+    ProgressPrinter(1000, stream=stream).report(20, metrics, shown, seconds_per_iteration=1.5)
+    assert stream.getvalue() == (
+        "iteration   20/1000 | loss 3.2146 | lr 5.00e-04 | 15,320 tokens/s | MFU 23.4% | ETA 24m 30s\n"
     )
 
 
-def test_unknown_values_are_left_out() -> None:
-    assert (
-        format_progress(100, 100, {"valid/cross_entropy": 2.25}, 1.0)
-        == "iteration 100/100 | held-out CE 2.2500"
-    )
+def test_numbers_of_lines_stand_below_each_other() -> None:
+    stream = io.StringIO()
+    printer = ProgressPrinter(100, stream=stream)
+    for iteration, (loss, speed) in enumerate([(11.25, 980.0), (9.5, 1020.0), (math.nan, 995.0)], start=98):
+        printer.report(iteration, {"loss": loss, "speed": speed}, {"loss": LOSS, "speed": SPEED})
+    assert stream.getvalue().splitlines() == [
+        "iteration  98/100 | loss 11.2500 | 980 tokens/s",
+        "iteration  99/100 | loss  9.5000 | 1,020 tokens/s",
+        "iteration 100/100 | loss     nan |   995 tokens/s",
+    ]
+
+
+def test_the_last_step_has_no_time_left() -> None:
+    stream = io.StringIO()
+    ProgressPrinter(100, stream=stream).report(100, {"loss": 2.25}, {"loss": LOSS}, seconds_per_iteration=1.0)
+    assert stream.getvalue() == "iteration 100/100 | loss 2.2500\n"
 
 
 @pytest.mark.parametrize(
@@ -68,7 +79,7 @@ def test_log_file_gets_whole_lines_only() -> None:
     printer = ProgressPrinter(3, stream=stream)
     for iteration in (1, 2, 3):
         printer.step(iteration)
-    printer.report(3, {"train/loss": 1.0})
+    printer.report(3, {"loss": 1.0}, {"loss": LOSS})
     assert stream.getvalue() == "iteration 3/3 | loss 1.0000\n"
 
 

@@ -48,3 +48,12 @@ class CountsTokens(Protocol):
     def statistics(self) -> Tensor:
         """Sums since then: [num_experts + RouterStatistics.NUM_SCALARS], float64."""
         ...
+
+
+@runtime_checkable
+class HasAuxiliaryLoss(Protocol):
+    """A router that adds losses of its own to what is optimised."""
+
+    def auxiliary_loss(self) -> Tensor:
+        """[] float64, weighted and summed over the tokens that :class:`CountsTokens` counts."""
+        ...

@@ -7,11 +7,14 @@ applied to has an object of its own.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp
+
+from spikingbrain_train.reporting.progress import Shown
 
 
 @dataclass(frozen=True)
@@ -77,9 +80,11 @@ class LinearTransform:
     Attributes:
         statistics: counts, while somebody collects them; add to them in :meth:`input` or :meth:`weight`, on
             ranks where the shard says ``counts_here``.
+        shown: how the progress line shows what the schedule sets and the statistics say, if it does.
     """
 
     statistics: TransformStatistics | None = None
+    shown: Mapping[str, Shown] = {}
 
     def input(self, x: Tensor, shard: Shard) -> Tensor:
         """What the linear multiplies its weight by.

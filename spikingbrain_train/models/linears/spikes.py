@@ -16,6 +16,7 @@ from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.models.linears.linear_transform import LinearTransform, Shard
 from spikingbrain_train.models.linears.spike_statistics import SpikeStatistics
 from spikingbrain_train.ops.spike_encoding import magnitude_sum, spike_counts, spike_encoding
+from spikingbrain_train.reporting.progress import Shown
 
 
 class Spikes(LinearTransform):
@@ -29,6 +30,7 @@ class Spikes(LinearTransform):
     """
 
     statistics: SpikeStatistics | None = None
+    shown = {"k": Shown("k", "{:.3g}"), "sparsity": Shown("sparsity", "{:.1%}")}
 
     def __init__(self, model: ModelConfig) -> None:
         self.k = model.spiking.k

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from spikingbrain_train.architecture.linear_transforms import transforms_of
+from spikingbrain_train.architecture.linear_transforms import LinearTransformKind, transforms_of
 from spikingbrain_train.config.import_path import object_of_kind
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.models.linears.linear_transform import LinearTransform, TransformStatistics
@@ -23,6 +23,11 @@ def transforms_in(module: torch.nn.Module, name: str) -> list[LinearTransform]:
     """
     linears = [each for each in module.modules() if isinstance(each, TransformedLinear)]
     return [each.transforms[name] for each in linears if name in each.transforms]
+
+
+def transform_class(kind: LinearTransformKind) -> type[LinearTransform]:
+    """What transforms the linears of a kind. Raises ConfigurationError where it cannot be imported."""
+    return object_of_kind(kind.transform, f"linear transform {kind.name}")
 
 
 def set_attributes(module: torch.nn.Module, name: str, values: Mapping[str, float]) -> None:
@@ -53,9 +58,7 @@ def collect_statistics(
     found: dict[str, TransformStatistics] = {}
     try:
         for kind in transforms_of(model):
-            statistics = object_of_kind(kind.transform, f"linear transform {kind.name}").new_statistics(
-                device
-            )
+            statistics = transform_class(kind).new_statistics(device)
             if statistics is None:
                 continue
             found[kind.name] = statistics

@@ -35,6 +35,8 @@ def check_named_classes(config: RunConfig) -> None:
 def callbacks_of(config: RunConfig, more: Sequence[Callback] = ()) -> list[Callback]:
     """Our own, which do nothing in runs that they are not for, those that the config names, and ``more``.
 
+    The progress line shows metrics in the order in which they are added: here.
+
     Raises:
         ConfigurationError: ``callbacks`` or ``logging.evaluators`` names something that is none.
     """
@@ -46,8 +48,8 @@ def callbacks_of(config: RunConfig, more: Sequence[Callback] = ()) -> list[Callb
         FiniteChecks(),
         LinearTransformSchedules(),
         LinearTransformStatistics(),
-        Speed(),
         ExpertLoadReport(),
+        Speed(),
         *outside_callbacks(config),
         *more,
         # A step is evaluated and saved when all others are done with it, and the run stops when it is saved.

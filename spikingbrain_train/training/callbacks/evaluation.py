@@ -48,5 +48,6 @@ class Evaluation(Callback):
         report = Report(run.state.iteration, {})
         for evaluator in evaluators:
             report.metrics |= evaluator.evaluate(evaluated)
+            report.shown |= evaluator.shown
         run.callbacks.after_evaluation(report)
         run.report(report)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from spikingbrain_train.architecture.layers import layers
 from spikingbrain_train.models.feed_forwards.routing import CountsTokens, RouterStatistics
+from spikingbrain_train.reporting.progress import Shown
 from spikingbrain_train.training.callbacks.callback import Callback
 from spikingbrain_train.training.heat_map import HeatMap
 from spikingbrain_train.training.report import Report
@@ -33,8 +34,10 @@ class ExpertLoad:
         """What curves are drawn of.
 
         ``moe/aux_loss`` (1 is perfect balance) and ``moe/z_loss``, unweighted means over layers;
-        ``moe/dropped_tokens``, the share of (token, expert) pairs that capacities left out; and
-        ``moe/load_max_over_mean/layer_<i>``, the busiest expert of a layer in multiples of an even spread.
+        ``moe/dropped_tokens``, the share of (token, expert) pairs that capacities left out;
+        ``moe/idle_experts``, the share of experts of all layers that got no token;
+        ``moe/load_max_over_mean/layer_<i>``, the busiest expert of a layer in multiples of an even spread,
+        and ``moe/load_max_over_mean``, that of the layer where it is busiest.
         """
         found = self.statistics
         busiest = self.load_over_mean.amax(1).tolist()
@@ -42,6 +45,8 @@ class ExpertLoad:
             "moe/aux_loss": (found.aux_loss / found.tokens).mean().item(),
             "moe/z_loss": (found.z_loss / found.tokens).mean().item(),
             "moe/dropped_tokens": (found.dropped_assignments.sum() / found.expert_assignments.sum()).item(),
+            "moe/idle_experts": (found.expert_assignments == 0).double().mean().item(),
+            "moe/load_max_over_mean": max(busiest),
             **{
                 f"moe/load_max_over_mean/layer_{layer}": load
                 for layer, load in zip(self.layers, busiest, strict=True)
@@ -68,6 +73,9 @@ class ExpertLoadReport(Callback):
         self._layers = [number for number, kind in enumerate(kinds) if kind.routes_tokens]
         self._routers = [module for module in model.modules() if isinstance(module, CountsTokens)]
         self._num_experts = max(kind.num_experts(config) for kind in kinds)
+        self._shown = {"moe/load_max_over_mean": Shown("worst expert", "{:.2f}x")}
+        if any(kind.drops_tokens(config) for kind in kinds):
+            self._shown["moe/dropped_tokens"] = Shown("dropped", "{:.2%}")
 
     def step_begin(self) -> None:
         for router in self._routers:
@@ -75,7 +83,8 @@ class ExpertLoadReport(Callback):
 
     def report_due(self, report: Report) -> None:
         if load := self._collect():
-            report.metrics |= load.metrics()
+            for name, value in load.metrics().items():
+                report.add(name, value, self._shown.get(name))
             report.heat_maps["moe/expert_load"] = load.heat_map()
 
     def _collect(self) -> ExpertLoad | None:

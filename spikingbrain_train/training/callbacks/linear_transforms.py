@@ -7,8 +7,8 @@ from contextlib import ExitStack
 
 import torch
 
-from spikingbrain_train.architecture.linear_transforms import transforms_of
-from spikingbrain_train.models.linears.whole_model import collect_statistics, set_attributes
+from spikingbrain_train.architecture.linear_transforms import LinearTransformKind, transforms_of
+from spikingbrain_train.models.linears.whole_model import collect_statistics, set_attributes, transform_class
 from spikingbrain_train.training.callbacks.callback import Callback
 from spikingbrain_train.training.report import Report
 
@@ -42,8 +42,8 @@ class LinearTransformSchedules(Callback):
             self._values[kind.name] = values
 
     def _add_to(self, report: Report) -> None:
-        for name, values in self._values.items():
-            report.metrics |= {f"{name}/{attribute}": value for attribute, value in values.items()}
+        for kind in transforms_of(self.run.config.model):
+            _add(report, kind, self._values[kind.name])
 
 
 class LinearTransformStatistics(Callback):
@@ -59,10 +59,16 @@ class LinearTransformStatistics(Callback):
 
     def after_evaluation(self, report: Report) -> None:
         self._counting.close()
-        for name, statistics in self._statistics.items():
-            torch.distributed.all_reduce(statistics.counts)
-            metrics = statistics.metrics()
-            report.metrics |= {f"{name}/{metric}": value for metric, value in metrics.items()}
+        for kind in transforms_of(self.run.config.model):
+            if (statistics := self._statistics.get(kind.name)) is not None:
+                torch.distributed.all_reduce(statistics.counts)
+                _add(report, kind, statistics.metrics())
 
     def end(self, error: BaseException | None) -> None:
         self._counting.close()
+
+
+def _add(report: Report, kind: LinearTransformKind, metrics: Mapping[str, float]) -> None:
+    shown = transform_class(kind).shown
+    for name, value in metrics.items():
+        report.add(f"{kind.name}/{name}", value, shown.get(name))

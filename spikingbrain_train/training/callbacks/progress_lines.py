@@ -23,7 +23,10 @@ class ProgressLines(Callback):
 
     def log(self, report: Report) -> None:
         self.run.console.progress.report(
-            report.iteration, report.metrics, seconds_per_iteration=report.seconds_per_iteration
+            report.iteration,
+            report.metrics,
+            report.shown,
+            seconds_per_iteration=report.seconds_per_iteration,
         )
 
     def end(self, error: BaseException | None) -> None:

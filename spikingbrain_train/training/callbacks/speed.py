@@ -7,6 +7,7 @@ from pathlib import Path
 
 from spikingbrain_train.planning.duration import TFLOPS_METRIC
 from spikingbrain_train.planning.planner import plan_run
+from spikingbrain_train.reporting.progress import Shown
 from spikingbrain_train.runtime.bf16 import PARAMS_DTYPE
 from spikingbrain_train.training.callbacks.callback import Callback
 from spikingbrain_train.training.report import Report
@@ -52,16 +53,17 @@ class Speed(Callback):
     def report_due(self, report: Report) -> None:
         assert self._timer is not None
         run, speed = self.run, self._timer.interval()
-        report.metrics |= {
-            "train/tokens_per_second": speed.tokens_per_second,
-            "train/tokens": float(run.state.consumed_samples * run.config.stage.seq_length),
-            "train/memory_gib": run.groups.accelerator.peak_memory_bytes() / 2**30,
-            TFLOPS_METRIC: speed.tokens_per_second * self._flops_per_token / run.groups.world_size / 1e12,
-        }
+        report.add("train/tokens_per_second", speed.tokens_per_second, Shown("", "{:,.0f} tokens/s"))
         if self._peak_tflops is not None:
-            report.metrics["train/mfu"] = model_flops_utilization(
+            utilization = model_flops_utilization(
                 speed.tokens_per_second, self._flops_per_token, self._peak_tflops, run.groups.world_size
             )
+            report.add("train/mfu", utilization, Shown("MFU", "{:.1%}"))
+        memory = run.groups.accelerator.peak_memory_bytes() / 2**30
+        report.add("train/memory_gib", memory, Shown("", "{:.1f} GiB"))
+        tflops = speed.tokens_per_second * self._flops_per_token / run.groups.world_size / 1e12
+        report.add(TFLOPS_METRIC, tflops)
+        report.add("train/tokens", float(run.state.consumed_samples * run.config.stage.seq_length))
         report.seconds_per_iteration = speed.seconds_per_iteration
 
     def before_evaluation(self) -> None:

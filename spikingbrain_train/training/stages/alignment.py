@@ -117,7 +117,8 @@ class Alignment(Stage):
     ) -> StepLosses:
         """Accumulate gradients of the mean relative error over the global batch."""
         student: HybridGPTModel = model.module
-        scale = 1.0 / (num_microbatches * len(self.replaced_layers(student)))
+        replaced = self.replaced_layers(student)
+        scale = 1.0 / (num_microbatches * len(replaced))
         errors = torch.zeros(student.config.num_layers, dtype=torch.float64, device=self.groups.device)
         hooks = {
             mixer: partial(self._align_layer, mixer, errors, scale)
@@ -129,12 +130,19 @@ class Alignment(Stage):
         counts = self.groups.context_parallel_rank == 0
         replicas = torch.tensor(int(counts), dtype=torch.int, device=self.groups.device)
         finalize_model_grads([model], replicas)
-        return StepLosses(errors, partial(self._metrics, scale))
+        return StepLosses(errors, partial(self._metrics, replaced, scale))
 
-    def _metrics(self, scale: float, errors: Tensor) -> dict[str, Tensor]:
+    def _metrics(self, replaced: list[int], scale: float, errors: Tensor) -> dict[str, Tensor]:
+        """The mean over replaced layers, which is optimised, and each of them."""
         for group in (self.groups.collection.dp_cp, self.groups.collection.pp):
             torch.distributed.all_reduce(errors, group=group)
-        return {"train/loss": errors.sum() * scale / self.groups.data_parallel_size}
+        mean = errors.sum() * scale / self.groups.data_parallel_size
+        of_layers = errors * (scale * len(replaced) / self.groups.data_parallel_size)
+        return {
+            "train/loss": mean,
+            "align/error": mean,
+            **{f"align/error/layer_{layer}": of_layers[layer] for layer in replaced},
+        }
 
     def _replaced_mixers(self, student: HybridGPTModel) -> list[SelfAttention | ParallelHybrid]:
         """The mixers of this pipeline stage that stand where the teacher has attention."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -12,14 +12,17 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import unwrap_model
 from torch import Tensor
 
+from spikingbrain_train.architecture.layers import has_experts
 from spikingbrain_train.config.run import StageConfig
 from spikingbrain_train.data.loader import MicroBatch
+from spikingbrain_train.models.feed_forwards.routing import HasAuxiliaryLoss
 from spikingbrain_train.models.gpt_model import HybridGPTModel
 from spikingbrain_train.models.output_head import gather_hidden_states, vocab_parallel_linear_cross_entropy
 from spikingbrain_train.ops.linear_cross_entropy import Distillation, TokenLosses
 from spikingbrain_train.parallel.process_groups import ProcessGroups
+from spikingbrain_train.reporting.progress import Shown
 from spikingbrain_train.training.stages.losses import StepLosses
-from spikingbrain_train.training.stages.stage import Stage
+from spikingbrain_train.training.stages.stage import LOSS, Stage
 
 
 class ContinualPretraining(Stage):
@@ -40,12 +43,17 @@ class ContinualPretraining(Stage):
     ) -> None:
         assert (teacher is not None) == (stage.distillation.weight > 0)
         super().__init__(stage, groups, teacher)
+        self._routers: list[HasAuxiliaryLoss] | None = None
+        """Of this pipeline stage; None where no layer of the model has one."""
 
     def forward_backward(
         self, model: DistributedDataParallel, batches: Iterator[MicroBatch], num_microbatches: int
     ) -> StepLosses:
         """Accumulate gradients of the mean loss over the global batch's unmasked tokens."""
-        num_sink_tokens = unwrap_model(model).model_config.num_sink_tokens
+        network = unwrap_model(model).model_config
+        if self._routers is None and has_experts(network):
+            self._routers = [module for module in model.modules() if isinstance(module, HasAuxiliaryLoss)]
+        before = self._auxiliary_loss()
         widen = {}
         if self.teacher is not None and self.groups.pipeline_model_parallel_size > 1:
             widen["adjust_tensor_shapes_fn"] = partial(_widen, self.teacher.config.hidden_size)
@@ -54,19 +62,51 @@ class ContinualPretraining(Stage):
             data_iterator=batches,
             model=[model],
             num_microbatches=num_microbatches,
-            seq_length=self.stage.seq_length + num_sink_tokens,
+            seq_length=self.stage.seq_length + network.num_sink_tokens,
             micro_batch_size=self.stage.micro_batch_size,
             forward_only=False,
             **widen,
         )
         sums = sum(reports) if reports else torch.zeros(3, dtype=torch.float64, device=self.groups.device)
-        return StepLosses(sums, self._metrics, weight=sums[0])
+        auxiliary = self._auxiliary_loss() - before
+        return StepLosses(sums, partial(self._metrics, auxiliary), weight=sums[0])
 
-    def _metrics(self, sums: Tensor) -> dict[str, Tensor]:
-        tokens, cross_entropy, kl_divergence = self.groups.sum_from_last_stage(sums).unbind()
-        metrics = {"train/loss": cross_entropy / tokens}
+    @property
+    def shown(self) -> Mapping[str, Shown]:
+        """The cross entropy where it is not all of the loss, and the KL divergence."""
+        shown = {"train/loss": LOSS}
+        if self._routers is not None or self.teacher is not None:
+            shown["train/cross_entropy"] = Shown("CE", "{:.4f}")
         if self.teacher is not None:
+            shown["train/kl_divergence"] = Shown("KL", "{:.4f}")
+        return shown
+
+    def _auxiliary_loss(self) -> Tensor:
+        """[] float64: what this rank's routers have added to the sum of token losses so far."""
+        total = torch.zeros((), dtype=torch.float64, device=self.groups.device)
+        for router in self._routers or ():
+            total += router.auxiliary_loss()
+        return total
+
+    def _metrics(self, auxiliary: Tensor, sums: Tensor) -> dict[str, Tensor]:
+        """What is optimised, and its parts; means over tokens.
+
+        Args:
+            auxiliary: [] this rank's share of the routers' losses.
+            sums: [3] of this rank: tokens, cross entropy, KL divergence.
+        """
+        tokens, cross_entropy, kl_divergence = self.groups.sum_from_last_stage(sums).unbind()
+        loss = cross_entropy / tokens
+        metrics = {"train/loss": loss, "train/cross_entropy": loss}
+        if self.teacher is not None:
+            settings = self.stage.distillation
             metrics["train/kl_divergence"] = kl_divergence / tokens
+            softened = settings.temperature**2 * metrics["train/kl_divergence"]
+            metrics["train/loss"] = (1 - settings.weight) * loss + settings.weight * softened
+        if self._routers is not None:
+            # Every rank routes tokens of its own, and pipeline stages have other routers.
+            torch.distributed.all_reduce(auxiliary)
+            metrics["train/loss"] = metrics["train/loss"] + auxiliary / tokens
         return metrics
 
     def _forward_step(self, batches: Iterator[MicroBatch], model: DistributedDataParallel):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from megatron.core.distributed import DistributedDataParallel
 
@@ -13,10 +13,13 @@ from spikingbrain_train.data.loader import MicroBatch
 from spikingbrain_train.models.gpt_model import HybridGPTModel
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.planning.stages.registry import kind_of
+from spikingbrain_train.reporting.progress import Shown
 from spikingbrain_train.training.build import build_teacher
 from spikingbrain_train.training.data_check import ShowActivity
 from spikingbrain_train.training.stages.data import PackedText, StageData
 from spikingbrain_train.training.stages.losses import StepLosses
+
+LOSS = Shown("loss", "{:.4f}")
 
 
 class Stage(ABC):
@@ -36,6 +39,11 @@ class Stage(ABC):
         self.stage = stage
         self.groups = groups
         self.teacher = teacher
+
+    @property
+    def shown(self) -> Mapping[str, Shown]:
+        """Those of its losses that the progress line shows, and how."""
+        return {"train/loss": LOSS}
 
     @classmethod
     def build(cls, config: RunConfig, kernels: KernelConfig, groups: ProcessGroups) -> Stage:

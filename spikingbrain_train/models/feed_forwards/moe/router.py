@@ -58,6 +58,11 @@ class SequenceBalancedRouter(TopKRouter):
         """Sums since then: [num_experts + RouterStatistics.NUM_SCALARS], float64."""
         return self.statistics_sums
 
+    def auxiliary_loss(self) -> Tensor:
+        """[] float64: what both losses, weighted, add to the sum of token losses; this rank's share."""
+        sums = RouterStatistics.unpack(self.statistics_sums)
+        return self.config.moe_aux_loss_coeff * sums.aux_loss + self.config.moe_z_loss_coeff * sums.z_loss
+
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Route the tokens of this rank.
 
