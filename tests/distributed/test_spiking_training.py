@@ -22,6 +22,7 @@ from spikingbrain_train.storage.checkpoint_folder import LATEST_ITERATION_FILE, 
 from tests.distributed.pool import RankPool
 from tests.distributed.small_runs import MODEL, TOPOLOGIES, checkpoint_config, run_config, train
 
+STATISTICS = ("spiking/sparsity", "spiking/share_up_to_7", "spiking/mean_spikes")
 SPIKING = replace(MODEL, spiking=SpikingConfig(projections=list(Projection), k=3.0))
 
 
@@ -78,6 +79,10 @@ def test_k_and_the_spikes_are_reported(
     shares = [point["spiking/share_up_to_7"] for point in evaluations]
     assert shares == sorted(shares) and shares[0] < 0.3 and shares[-1] > 0.85
     assert evaluations[-1]["spiking/sparsity"] > evaluations[0]["spiking/sparsity"]
+    assert evaluations[-1]["spiking/mean_spikes"] < evaluations[0]["spiking/mean_spikes"]
+    for name in STATISTICS:
+        of_layers = [evaluations[-1][f"{name}/layer_{layer}"] for layer in range(MODEL.num_layers)]
+        assert len(set(of_layers)) > 1 and min(of_layers) <= evaluations[-1][name] <= max(of_layers)
 
 
 @pytest.mark.parametrize("name", ["TP 2", "TP 2 + sequence parallel", "PP 2", "DP 2", "TP 2 x PP 2"])
@@ -96,5 +101,8 @@ def test_the_first_step_and_evaluation_equal_those_of_one_rank(
     assert step[0] == pytest.approx(expected_step[0], rel=1e-5)
     assert step[1] == pytest.approx(expected_step[1], rel=1e-4)
     assert found["valid/cross_entropy"] == pytest.approx(expected["valid/cross_entropy"], rel=1e-5)
-    for statistic in ("spiking/sparsity", "spiking/share_up_to_7"):
+    for statistic in STATISTICS:
         assert found[statistic] == pytest.approx(expected[statistic], abs=1e-4)
+        for layer in range(MODEL.num_layers):  # one count that moved weighs more among those of a layer
+            name = f"{statistic}/layer_{layer}"
+            assert found[name] == pytest.approx(expected[name], abs=4e-4)

@@ -216,7 +216,7 @@ def test_a_loss_with_the_teachers_part_is_not_on_the_axis_of_the_cross_entropy(t
     panels = drawn(write_run(tmp_path / "run", metrics=metrics))
     assert list(panels) == [
         "Cross entropy",
-        "Training loss, teacher's part included",
+        "Training loss with all its terms",
         "KL divergence from the teacher",
     ]
     assert line(panels["Cross entropy"], "training")[1] == [5.0] * 3

@@ -68,7 +68,7 @@ class TransformStatistics(ABC):
 
     @abstractmethod
     def metrics(self) -> dict[str, float]:
-        """What follows from the counts; reported as ``<name of the kind>/<metric>``."""
+        """What follows from the counts: ``<name of the kind>/<metric>``, of a layer ``.../layer_<n>``."""
 
 
 class LinearTransform:

@@ -50,8 +50,12 @@ class SpikeStatistics(TransformStatistics):
         return self.histogram
 
     def metrics(self) -> dict[str, float]:
-        """Sparsity, and the share of channels with at most 7 spikes (docs/spiking.md)."""
-        return {"sparsity": self.sparsity(), "share_up_to_7": self.share_up_to(7)}
+        """Sparsity, the share of channels that count at most 7, and their mean spikes (docs/spiking.md)."""
+        return {
+            "sparsity": self.sparsity(),
+            "share_up_to_7": self.share_up_to(7),
+            "mean_spikes": self.mean_spikes(),
+        }
 
     def share_up_to(self, count: int) -> float:
         """Share of channels with |s_int| <= count; 0 gives the silent ones."""

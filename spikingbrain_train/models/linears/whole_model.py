@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
+from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from spikingbrain_train.architecture.linear_transforms import LinearTransformKind, transforms_of
 from spikingbrain_train.config.import_path import object_of_kind
@@ -41,11 +42,11 @@ def set_attributes(module: torch.nn.Module, name: str, values: Mapping[str, floa
 @contextmanager
 def collect_statistics(
     module: torch.nn.Module, model: ModelConfig, device: torch.device
-) -> Iterator[dict[str, TransformStatistics]]:
+) -> Iterator[dict[str, list[TransformStatistics]]]:
     """Count what all transforms do while the context lasts.
 
-    Every rank counts its part, and has statistics of the same kinds: sum ``counts`` over all ranks for the
-    whole model's.
+    Every rank counts its part, and has statistics of the same kinds and layers: sum ``counts`` over all ranks
+    for the whole model's.
 
     Args:
         module: this rank's part of a model.
@@ -53,17 +54,21 @@ def collect_statistics(
         device: where counts are kept.
 
     Returns:
-        Statistics by the name of their kind, of the kinds that count something.
+        Statistics of each layer of the whole decoder by the name of their kind, of the kinds that count
+        something.
     """
-    found: dict[str, TransformStatistics] = {}
+    found: dict[str, list[TransformStatistics]] = {}
+    here = [each for each in module.modules() if isinstance(each, TransformerLayer)]
     try:
         for kind in transforms_of(model):
-            statistics = transform_class(kind).new_statistics(device)
-            if statistics is None:
+            counting = [transform_class(kind).new_statistics(device) for _ in range(model.num_layers)]
+            statistics = [each for each in counting if each is not None]
+            if not statistics:
                 continue
             found[kind.name] = statistics
-            for transform in transforms_in(module, kind.name):
-                transform.statistics = statistics
+            for layer in here:
+                for transform in transforms_in(layer, kind.name):
+                    transform.statistics = statistics[layer.layer_number - 1]
         yield found
     finally:
         for name in found:

@@ -47,7 +47,7 @@ def other_loss(run: Run) -> tuple[str, str] | None:
         entropy = dict(run.series(CROSS_ENTROPY))
         if all(abs(y - entropy.get(x, y)) <= _EQUAL for x, y in run.series(LOSS) if math.isfinite(y)):
             return None
-        return "Training loss, teacher's part included", "nats per token"
+        return "Training loss with all its terms", "nats per token"
     # Releases without train/cross_entropy reported it as train/loss.
     if recording.stage is not None or run.has("train/kl_divergence"):
         return None

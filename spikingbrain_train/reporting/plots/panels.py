@@ -96,7 +96,7 @@ def _near(name: str, known: Sequence[str]) -> str:
 
 
 def _kl(row: Row, options: Options) -> list[View | None]:
-    return [lines_view(row, metric, options) for metric in ("train/kl", "train/kl_divergence")]
+    return [lines_view(row, "train/kl_divergence", options)]
 
 
 def _alignment(row: Row, options: Options) -> list[View | None]:
@@ -108,9 +108,6 @@ def _alignment(row: Row, options: Options) -> list[View | None]:
 
 
 def _spikes(row: Row, options: Options) -> list[View | None]:
-    families = dict.fromkeys(
-        family for run in row.runs for family in run.recording.families if family.startswith("spiking/")
-    )
     names = dict.fromkeys(
         name
         for run in row.runs
@@ -118,7 +115,7 @@ def _spikes(row: Row, options: Options) -> list[View | None]:
         if name.startswith("spiking/") and "/layer_" not in name
     )
     halves = [lines_view(row, name, options, is_wide=False) for name in names]
-    return [*halves, *(layers_view(row, family, options) for family in families)]
+    return [*halves, layers_view(row, "spiking/mean_spikes", options)]
 
 
 def _throughput(row: Row, options: Options) -> list[View | None]:

@@ -47,12 +47,12 @@ class Quantity:
 QUANTITIES = {
     "train/loss": Quantity("Training loss", "loss", is_noisy=True),
     "train/cross_entropy": Quantity("Training cross entropy", "nats per token", is_noisy=True),
-    "train/kl": Quantity("KL divergence from the teacher", "nats per token", is_noisy=True),
     "train/kl_divergence": Quantity("KL divergence from the teacher", "nats per token", is_noisy=True),
     "train/learning_rate": Quantity("Learning rate", "rate"),
     "train/grad_norm": Quantity("Gradient norm", "L2 norm", is_noisy=True),
     "train/tokens_per_second": Quantity("Throughput", "tokens per second", is_from_zero=True),
     "train/mfu": Quantity("Model FLOP/s utilisation", "% of the peak", 100.0, is_from_zero=True),
+    "train/tflops": Quantity("Model FLOP/s of a rank", "TFLOP/s", is_from_zero=True),
     "train/memory_gib": Quantity("Peak memory of a rank", "GiB", is_from_zero=True),
     "train/tokens": Quantity("Tokens read", "tokens"),
     "valid/cross_entropy": Quantity("Held-out cross entropy", "nats per token"),
@@ -67,7 +67,7 @@ QUANTITIES = {
     "spiking/k": Quantity("Spike scale k", "k"),
     "spiking/sparsity": Quantity("Empty spike slots", "% of slots", 100.0),
     "spiking/share_up_to_7": Quantity("Channels that count up to 7", "% of channels", 100.0),
-    "spiking/mean_spikes": Quantity("Spikes of an average channel", "spikes per channel"),
+    "spiking/mean_spikes": Quantity("Mean spikes of a channel", "spikes"),
 }
 
 

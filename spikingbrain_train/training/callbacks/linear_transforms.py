@@ -8,6 +8,7 @@ from contextlib import ExitStack
 import torch
 
 from spikingbrain_train.architecture.linear_transforms import LinearTransformKind, transforms_of
+from spikingbrain_train.models.linears.linear_transform import TransformStatistics
 from spikingbrain_train.models.linears.whole_model import collect_statistics, set_attributes, transform_class
 from spikingbrain_train.training.callbacks.callback import Callback
 from spikingbrain_train.training.report import Report
@@ -47,7 +48,10 @@ class LinearTransformSchedules(Callback):
 
 
 class LinearTransformStatistics(Callback):
-    """Counts what each kind does in every evaluation, and reports it: ``spiking/sparsity``."""
+    """Counts what each kind does in every evaluation, and reports it: ``spiking/sparsity`` and the like.
+
+    Of each layer, too: that of the first is ``spiking/sparsity/layer_0``.
+    """
 
     def __init__(self) -> None:
         self._counting = ExitStack()
@@ -60,12 +64,25 @@ class LinearTransformStatistics(Callback):
     def after_evaluation(self, report: Report) -> None:
         self._counting.close()
         for kind in transforms_of(self.run.config.model):
-            if (statistics := self._statistics.get(kind.name)) is not None:
-                torch.distributed.all_reduce(statistics.counts)
-                _add(report, kind, statistics.metrics())
+            if (layers := self._statistics.get(kind.name)) is not None:
+                counts = torch.stack([each.counts for each in layers])
+                torch.distributed.all_reduce(counts)
+                whole = _with_counts(kind, counts.sum(0))
+                _add(report, kind, whole.metrics())
+                for number, counted in enumerate(counts):
+                    if counted.any():  # else nothing in this layer is transformed
+                        of_layer = _with_counts(kind, counted).metrics()
+                        _add(report, kind, {f"{name}/layer_{number}": of_layer[name] for name in of_layer})
 
     def end(self, error: BaseException | None) -> None:
         self._counting.close()
+
+
+def _with_counts(kind: LinearTransformKind, counts: torch.Tensor) -> TransformStatistics:
+    statistics = transform_class(kind).new_statistics(counts.device)
+    assert statistics is not None, f"{kind.name} counted something"
+    statistics.counts.add_(counts)
+    return statistics
 
 
 def _add(report: Report, kind: LinearTransformKind, metrics: Mapping[str, float]) -> None:

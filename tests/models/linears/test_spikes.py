@@ -349,7 +349,8 @@ def histogram(groups: ProcessGroups, parallel: ParallelConfig) -> Tensor:
             forward_only=True,
         )
     assert all(transform.statistics is None for transform in transforms_in(model, "spiking"))
-    counts = statistics["spiking"].counts
+    assert len(statistics["spiking"]) == config.num_layers
+    counts = torch.stack([layer.counts for layer in statistics["spiking"]]).sum(0)
     torch.distributed.all_reduce(counts)
     return counts
 
