@@ -1,16 +1,26 @@
 """``spikingbrain-train`` and ``spikingbrain-plan``: a run, and what it would take.
 
-Composes the config, checks it before torch is imported, and hands it to `spikingbrain_train.training.run`.
+Composes the config, checks it before torch is imported, and hands it to `spikingbrain_train.training.run`: in
+this process, or in ranks that it starts (`--nproc-per-node`).
 """
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
+from spikingbrain_train.commands import ranks
 from spikingbrain_train.config.command_line import user_errors
+from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.reporting.activity import activity
 from spikingbrain_train.runtime.quiet_torch import ignore_megatron_warnings
+
+if TYPE_CHECKING:
+    from spikingbrain_train.planning.planner import Plan
 
 
 def plan() -> None:
@@ -20,65 +30,124 @@ def plan() -> None:
     rank's share of the model is built, as in a dry run, where ``dry_run_rank`` says whose.
     """
     build = any(argument.startswith("dry_run_rank=") for argument in sys.argv[1:])
-    train(further=["dry_run=true"], build_share=build)
+    with user_errors(same_on_all_ranks=True):
+        launched = _launcher()
+        checked = _checked(launched, ["dry_run=true"])
+    if checked is not None:
+        _dry_run(checked, build_share=build)
 
 
-def train(further: list[str] | None = None, *, build_share: bool = True) -> None:
-    """Train one stage of a model, or plan it.
-
-    Args:
-        further: arguments behind those of the command line; they win.
-        build_share: a dry run builds one rank's share of the model.
+def train() -> None:
+    """Train one stage of a model, or plan it (``dry_run=true``).
 
     Raises:
-        SystemExit: what :func:`~spikingbrain_train.config.command_line.user_errors` makes of an error.
+        SystemExit: with the exit codes of ``user_errors``, and 75 for a run that was asked to stop and has saved.
     """
     with user_errors(same_on_all_ranks=True):
-        from spikingbrain_train.config.compose import compose_from_command_line
-        from spikingbrain_train.config.load import to_run_config
-        from spikingbrain_train.planning.checks import check_run_config
-        from spikingbrain_train.planning.host_capacity import check_host
-        from spikingbrain_train.planning.launch import Launch
+        launched = _launcher()
+        checked = _checked(launched)
+    if checked is None:
+        return
+    if checked.config.dry_run:
+        _dry_run(checked)
+    elif launched is not None:
+        with user_errors():
+            ranks.run_ranks(launched, ["train", *sys.argv[1:]])
+    else:
+        _run(checked)
+
+
+def _launcher() -> ranks.Ranks | None:
+    """The launcher's part of the command line; the rest of it stays in ``sys.argv``."""
+    launched, words = ranks.split(sys.argv[1:])
+    if launched is not None and "RANK" in os.environ:
+        flag = next(iter(launched.flags))
+        raise ConfigurationError(
+            f"--{flag} starts ranks, but a launcher has started this process as one; give it to that launcher"
+        )
+    sys.argv = [sys.argv[0], *words]
+    return launched
+
+
+def _checked(launched: ranks.Ranks | None, further: Sequence[str] = ()) -> Plan | None:
+    """The checked run; None where there is nothing to run, and what was asked for is printed.
+
+    Args:
+        launched: the ranks that there will be.
+        further: arguments behind those of the command line; they win.
+    """
+    from spikingbrain_train.config.compose import compose_from_command_line
+    from spikingbrain_train.config.load import to_run_config
+    from spikingbrain_train.planning.checks import check_run_config
+    from spikingbrain_train.planning.planner import launched_world_size, plan_run
+    from spikingbrain_train.planning.resume import nothing_left
+    from spikingbrain_train.training.callbacks.outside import check_callbacks
+
+    composed = compose_from_command_line(further)
+    if composed is None:  # --help, --cfg job and the like
+        return None
+    config = to_run_config(composed)
+    with _as_launched(launched) as counted:
+        # Where torchrun counts devices, the ranks that the layout needs are as good a guess as any.
+        world_size = launched_world_size(config if counted else replace(config, dry_run=True))
+    stored = check_run_config(config, world_size)
+    check_callbacks(config)
+    if stored is not None and (done := nothing_left(config, stored)):
+        if _speaks():
+            print(done, flush=True)
+        return None
+    return plan_run(config, world_size)
+
+
+def _dry_run(checked: Plan, *, build_share: bool = True) -> None:
+    """Print the plan, then build one rank's share of the model."""
+    if not _speaks():
+        return
+    with user_errors():
         from spikingbrain_train.planning.plan_report.report import render
-        from spikingbrain_train.planning.planner import check_disk_space, launched_world_size, plan_run
-        from spikingbrain_train.planning.resume import nothing_left
-        from spikingbrain_train.training.callbacks.outside import check_callbacks
 
-        composed = compose_from_command_line(further or [])
-        if composed is None:  # --help, --cfg job and the like have printed what they were asked for
+        print(render(checked), flush=True)
+        if not build_share:
             return
-        config = to_run_config(composed)
-        world_size = launched_world_size(config)
-        stored = check_run_config(config, world_size)
-        check_callbacks(config)
-        if stored is not None and (done := nothing_left(config, stored)):
-            if os.environ.get("RANK", "0") == "0":
-                print(done, flush=True)
-            return
-        plan = plan_run(config, world_size)
-        if config.dry_run:
-            if os.environ.get("RANK", "0") != "0":
-                return
-            print(render(plan), flush=True)
-            if not build_share:
-                return
+        ignore_megatron_warnings()
+        with activity("importing torch and megatron-core"):
+            from spikingbrain_train.training.dry_run import build_share as build
+        with activity("building one rank's share of the model"):
+            share = build(checked)
+        print(f"\n{share.render()}")
 
-    if not config.dry_run:
-        with user_errors():  # a rank's own variables: no other rank may see that they are wrong
-            launch = Launch.from_environment()
-        with user_errors(same_on_all_ranks=True):
-            check_host(plan, launch)
-            check_disk_space(plan)
 
+def _run(checked: Plan) -> None:
+    """Train in this process."""
+    from spikingbrain_train.planning.host_capacity import check_host
+    from spikingbrain_train.planning.launch import Launch
+    from spikingbrain_train.planning.planner import check_disk_space
+
+    with user_errors():  # a rank's own variables: no other rank may see that they are wrong
+        launch = Launch.from_environment()
+    with user_errors(same_on_all_ranks=True):
+        check_host(checked, launch)
+        check_disk_space(checked)
     ignore_megatron_warnings()
     with user_errors():
-        if config.dry_run:
-            with activity("importing torch and megatron-core"):
-                from spikingbrain_train.training.dry_run import build_share as build
-            with activity("building one rank's share of the model"):
-                share = build(plan)
-            print(f"\n{share.render()}")
-        else:
-            from spikingbrain_train.training import run
+        from spikingbrain_train.training import run
 
-            run(config)
+        run(checked.config)
+
+
+def _speaks() -> bool:
+    """Whether this process prints what all ranks know."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@contextmanager
+def _as_launched(launched: ranks.Ranks | None) -> Iterator[bool]:
+    """As long as it lasts, this process counts ranks as those will that it starts, if their number is known."""
+    world_size = None if launched is None else launched.world_size()
+    if world_size is not None:
+        os.environ["WORLD_SIZE"] = str(world_size)
+    try:
+        yield launched is None or world_size is not None
+    finally:
+        if world_size is not None:
+            del os.environ["WORLD_SIZE"]
