@@ -41,7 +41,7 @@ def train() -> None:
     """Train one stage of a model, or plan it (``dry_run=true``).
 
     Raises:
-        SystemExit: with the exit codes of ``user_errors``, and 75 for a run that was asked to stop and has saved.
+        SystemExit: with the codes of ``user_errors``, and 75 for a run that was asked to stop and has saved.
     """
     with user_errors(same_on_all_ranks=True):
         launched = _launcher()
@@ -142,7 +142,7 @@ def _speaks() -> bool:
 
 @contextmanager
 def _as_launched(launched: ranks.Ranks | None) -> Iterator[bool]:
-    """As long as it lasts, this process counts ranks as those will that it starts, if their number is known."""
+    """As long as it lasts, this process counts ranks as those that it starts will, if it can."""
     world_size = None if launched is None else launched.world_size()
     if world_size is not None:
         os.environ["WORLD_SIZE"] = str(world_size)

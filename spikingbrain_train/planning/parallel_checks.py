@@ -22,7 +22,7 @@ def check_world_size(parallel: ParallelConfig, world_size: int) -> None:
         world_size % copy == 0,
         f"the world size {world_size} is not divisible by parallel.tensor_model_parallel_size={tensor} x "
         f"parallel.pipeline_model_parallel_size={pipeline} x parallel.context_parallel_size={context}; "
-        f"start {copy} ranks or a multiple of it (torchrun --nproc-per-node), or choose degrees whose "
+        f"start {copy} ranks or a multiple of it (--nproc-per-node), or choose degrees whose "
         f"product divides {world_size}",
     )
     replicas = world_size // copy

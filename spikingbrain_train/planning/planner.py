@@ -65,7 +65,7 @@ def launched_world_size(config: RunConfig) -> int:
     if not launched.isdecimal() or int(launched) < 1:
         raise ConfigurationError(
             f"the environment variable WORLD_SIZE={launched} is not a positive number; "
-            f"start with torchrun, or unset it"
+            f"start ranks with --nproc-per-node, or unset it"
         )
     return int(launched)
 

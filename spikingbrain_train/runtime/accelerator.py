@@ -103,7 +103,7 @@ class Accelerator:
         if local_rank >= self.device_count:
             raise PlatformError(
                 f"local rank {local_rank} has no GPU: this node shows {self.device_count}; start at most "
-                f"{self.device_count} ranks per node (torchrun --nproc_per_node, srun --ntasks-per-node)."
+                f"{self.device_count} ranks per node (--nproc-per-node, srun --ntasks-per-node)."
             )
         return torch.device("cuda", local_rank)
 

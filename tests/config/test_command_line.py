@@ -54,7 +54,7 @@ def test_help_teaches_usage_groups_settings_and_examples(tmp_path):
     result = train("--help", cwd=tmp_path)
     assert result.returncode == 0 and errors_of(result) == []
     for expected in (
-        "torchrun --nproc-per-node",
+        "--nproc-per-node",
         "experiment=",
         "dry_run=true",
         "tiny_hybrid",

@@ -203,7 +203,7 @@ class TestSpikingBrain7B:
         for step in ("dense", *trained, "export", "evaluate_export"):
             assert f"] {step}: " in said
         assert "sbatch --wait --nodes=32 scripts/slurm/nvidia.sbatch experiment=spikingbrain_7b_128k" in said
-        assert "-m torch.distributed.run --nproc-per-node 8" in said
+        assert "train --nproc-per-node 8 experiment=spikingbrain_7b_align" in said
         missing = [line for line in said.splitlines() if line.startswith("missing: ")]
         assert any("model, train have no value; give model=... train=..." in line for line in missing)
         submitted = ", ".join(trained[1:])
@@ -215,7 +215,7 @@ class TestSpikingBrain7B:
         given = ("model=m", "train=[t]", "valid=[v]", "cluster=metax")
         steps = steps_of("spikingbrain_7b", f"output={tmp_path}", *given)
         lengths = {
-            name: compose_run(step.command[4 if name != "align" else 8 :]).stage.seq_length
+            name: compose_run(step.command[4 if name != "align" else 6 :]).stage.seq_length
             for name, step in steps.items()
             if step.train_iters is not None
         }
@@ -232,7 +232,7 @@ class TestSpikingBrain7B:
 
     def test_one_node_takes_the_place_of_slurm(self) -> None:
         steps = steps_of("spikingbrain_7b", "steps.cpt_8k.launch=null", "steps.cpt_8k.nproc_per_node=8")
-        assert steps["cpt_8k"].command[1:5] == ["-m", "torch.distributed.run", "--nproc-per-node", "8"]
+        assert steps["cpt_8k"].command[1:5] == ["-m", "spikingbrain_train", "train", "--nproc-per-node"]
 
 
 def test_pipelines_are_no_group_of_a_run() -> None:

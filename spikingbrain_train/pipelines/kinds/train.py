@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ class Train(StepKind):
     """A run of spikingbrain-train.
 
     ``settings`` holds its settings by their dotted names, ``arguments`` further words of its command line,
-    which win. ``nproc_per_node`` puts torchrun in front, and ``launch`` replaces ``spikingbrain-train``
+    which win. ``nproc_per_node`` starts that many ranks, and ``launch`` replaces ``spikingbrain-train``
     altogether (srun, sbatch --wait ...). Outputs: ``run``, its output_dir, and ``checkpoint``, the folder of
     its checkpoints.
     """
@@ -90,12 +89,10 @@ def _launcher(context: Context, given: Mapping[str, Any]) -> tuple[int | None, l
         words = launch if isinstance(launch, list) else str(launch).split()
         return None, [str(word) for word in words]
     if ranks is None or not context.is_known(ranks):
-        # One rank needs no launcher; torchrun would bury the command's sentence under its own report.
         return 1, own_command("train")
     if type(ranks) is not int or ranks < 1:
         raise ConfigurationError(f"nproc_per_node={ranks} must be a whole number of at least 1")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-    return ranks, [*torchrun, *own_command("train")[1:]]
+    return ranks, own_command("train", "--nproc-per-node", str(ranks))
 
 
 def check_run(context: Context, words: list[str], run: DictConfig, ranks: int | None) -> None:
