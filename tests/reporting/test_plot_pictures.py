@@ -312,7 +312,7 @@ def test_a_number_alone_is_believed_unless_the_runs_themselves_differ(tmp_path: 
     recordings = [Recording.read(one), Recording.read(other)]
     assert number.reason_against(recordings[:1]) is None
     assert "different held-out text" in str(number.reason_against(recordings))
-    title = "Held-out cross entropy (of different text: not to be compared)"
+    title = "Held-out cross entropy (of different windows: not comparable)"
     assert title in drawn(one, other, compare=True)
 
 

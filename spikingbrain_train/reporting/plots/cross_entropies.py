@@ -127,9 +127,10 @@ def _cross_entropy(row: Row, options: Options, where: str = "") -> View | None:
         else "Training cross entropy"
     )
     if differ_in_held_out([run.recording for run in row.runs]):
-        title += " (held-out text differs)"
+        title += " (held-out windows differ)"
     title = f"{title}, {where}" if where else title
-    return View(title, "nats per token", draw, height=2.6, part=row)
+    lines_of_legend = 0 if len(held_out) <= 2 else -(-(len(held_out) + 2) // 3)
+    return View(title, "nats per token", draw, height=2.6 + 0.2 * lines_of_legend, part=row)
 
 
 def _write_ends(panel: Any, series: Series, *, is_first: bool) -> None:
@@ -153,7 +154,7 @@ def _held_out_comparison(row: Row, options: Options) -> View | None:
             cut_above(panel, [run.series(HELD_OUT) for run in having], 0.0, row.end)
 
     differ = differ_in_held_out([run.recording for run in having])
-    title = f"{view.title} (of different text: not to be compared)" if differ else view.title
+    title = f"{view.title} (of different windows: not comparable)" if differ else view.title
     return View(title, view.unit, draw, height=2.7)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from spikingbrain_train.reporting.plots.names import changes_in_words
 from spikingbrain_train.reporting.plots.recording import Axis
 from spikingbrain_train.reporting.plots.rows import Arrangement, Row, Run
-from spikingbrain_train.reporting.plots.stage_scale import StageScale, share_of
+from spikingbrain_train.reporting.plots.stage_scale import StageScale, share_before, share_of
 from spikingbrain_train.reporting.plots.style import (
     FAINT,
     INK,
@@ -112,20 +112,21 @@ def draw_continuations(panel: Any, row: Row, found: Sequence[Continuation], *, w
         panel.axvline(each.place, color=colour, linewidth=0.9, linestyle=(0, (2, 2)), zorder=1.2)
     if not with_labels:
         return
-    free = [[] for _ in range(_LINES_OF_LABELS)]  # type: list[list[tuple[float, float]]]
+    taken: list[list[tuple[float, float]]] = [[] for _ in range(_LINES_OF_LABELS)]
+    written: set[tuple[str, int]] = set()
     below = 1 if row.arrangement is Arrangement.sequence else 0
-    scale = StageScale.of(row)
     for each in sorted(found, key=lambda each: (not each.changes, each.place)):
-        text = shortened(each.label, 46)
-        where = (
-            (each.place - row.begin) / (row.end - row.begin) if scale is None else scale.forward(each.place)
-        )
+        text, where = shortened(each.label, 46), share_before(row, each.place)
+        # The same change of several runs in one place is written once; stops of several runs are not written.
+        if (text, round(50 * where)) in written or (row.is_comparison and not each.changes):
+            continue
         width = 0.0085 * len(text) + 0.02
         to_the_left = where + width > 1.0
         begin, end = (where - width, where) if to_the_left else (where, where + width)
-        for line, taken in enumerate(free):
-            if all(end <= left or begin >= right for left, right in taken):
-                taken.append((begin, end))
+        for line, others in enumerate(taken):
+            if all(end <= left or begin >= right for left, right in others):
+                others.append((begin, end))
+                written.add((text, round(50 * where)))
                 _write_label(panel, each.place, text, line + below, to_the_left)
                 break
 

@@ -82,3 +82,11 @@ def share_of(row: Row, run: Run) -> float:
     if scale is not None:
         return scale.share(row.runs.index(run))
     return (run.end - run.start) / (row.end - row.begin)
+
+
+def share_before(row: Row, place: float) -> float:
+    """How much of the axis lies before a place, 0 to 1."""
+    scale = StageScale.of(row)
+    if scale is not None:
+        return float(scale.forward(place))
+    return (place - row.begin) / (row.end - row.begin)
