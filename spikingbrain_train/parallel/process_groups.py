@@ -90,7 +90,7 @@ class ProcessGroups:
         return values
 
     def describe(self) -> str:
-        """One line for the log."""
+        """One line for run_details.txt."""
         text = (
             f"{self.world_size} rank(s) = tensor {self.tensor_model_parallel_size} x pipeline "
             f"{self.pipeline_model_parallel_size}"

@@ -131,7 +131,7 @@ class Accelerator:
         return Machine(self.is_gpu, failure, lambda name: installed.defines(name))
 
     def describe(self) -> str:
-        """One line for the log: platform, device, backend, versions and optional packages."""
+        """One line for run_details.txt: platform, device, backend, versions and optional packages."""
         count = f"{self.device_count} x " if self.device_count > 1 else ""
         usable = [f"{name} {version}" for name, version in self.packages.items() if self.has(name)]
         idle = [name for name in self.packages if not self.has(name)]

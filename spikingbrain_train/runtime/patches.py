@@ -58,7 +58,7 @@ def apply(accelerator: Accelerator) -> tuple[str, ...]:
 
 
 def describe(accelerator: Accelerator) -> str:
-    """One line for the log: what is patched on this platform with these versions."""
+    """One line for run_details.txt: what is patched on this platform with these versions."""
     patches = due(accelerator.kind)
     whole = ", ".join(patch.name for patch in patches if patch.moment is not Moment.using)
     single = ", ".join(patch.name for patch in patches if patch.moment is Moment.using)

@@ -57,8 +57,8 @@ class Beginning:
     iteration: int
     """Steps done before it."""
     facts: Facts
-    lines: list[str]
-    """For the user."""
+    rows: list[tuple[str, str]]
+    """For the user: names and what is to be said of each."""
     changes: list[Change] | None = None
     """Settings that differ from the checkpoint's; None where the run starts."""
 
@@ -106,14 +106,11 @@ def started(config: RunConfig, facts: Facts) -> Beginning:
     """The beginning of a run that starts at iteration 0."""
     load = config.checkpoint.load
     if load is None:
-        line = f"starts from random weights of seed={config.seed}"
+        weights = f"random, from seed={config.seed}"
     else:
         iteration = iteration_of(latest_checkpoint(load, "checkpoint.load"))
-        line = (
-            f"starts from the weights of {load} at iteration {iteration}; optimizer, schedule and data order "
-            "start anew"
-        )
-    return Beginning(0, facts, [line])
+        weights = f"of {load} at iteration {iteration}; optimizer, schedule and data order start anew"
+    return Beginning(0, facts, [("weights", weights)])
 
 
 def resumed(stored: StoredRun, config: RunConfig, consumed_samples: int, facts: Facts) -> Beginning:
@@ -131,16 +128,19 @@ def resumed(stored: StoredRun, config: RunConfig, consumed_samples: int, facts: 
         brought = f"{brought.replace(' and ', ', ')} and random generators"
     else:
         fresh = "; random generators start anew, for another layout of ranks"
-    lines = [
-        f"resumed from {stored.checkpoint} at iteration {stored.iteration} with its {brought} "
-        f"({consumed_samples} sequences read){fresh}"
+    rows = [
+        (
+            "resumed",
+            f"from {stored.checkpoint} at iteration {stored.iteration} with its {brought} "
+            f"({consumed_samples:,} sequences read){fresh}",
+        )
     ]
     changes = changes_since(stored, config, facts.world_size)
     said = [change.describe() for change in changes] + _changed_rates(stored, config)
-    lines.append(f"changed since the checkpoint: {', '.join(said) if said else 'nothing'}")
+    rows.append(("changed", f"since the checkpoint: {', '.join(said) if said else 'nothing'}"))
     if done := nothing_left(config, stored):
-        lines.append(done)
-    return Beginning(stored.iteration, facts, lines, changes)
+        rows.append(("finished", done))
+    return Beginning(stored.iteration, facts, rows, changes)
 
 
 def _changed_rates(stored: StoredRun, config: RunConfig) -> list[str]:

@@ -87,7 +87,7 @@ def wrap_data_parallel(model: HybridGPTModel, parallel: ParallelConfig) -> Distr
 
 
 def describe_parameters(model: HybridGPTModel) -> str:
-    """How many parameters the first rank has, all and those that train: a line for its log."""
+    """How many parameters the first rank has, all and those that train: for run_details.txt."""
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return f"rank 0 holds {total:,} parameters, {trainable:,} of them trainable"

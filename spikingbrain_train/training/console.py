@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 from spikingbrain_train.reporting.activity import Activity
 from spikingbrain_train.reporting.progress import ProgressPrinter
+from spikingbrain_train.reporting.tables import facts, terminal_width
+from spikingbrain_train.training.run_details import append_detail
+
+_UNLIMITED = 1 << 20
 
 
 class Console:
@@ -13,17 +18,29 @@ class Console:
 
     Args:
         total_iterations: optimizer steps of the stage.
+        output_dir: folder of the run.
         is_main_process: whether this is the rank that speaks.
     """
 
-    def __init__(self, total_iterations: int, *, is_main_process: bool) -> None:
+    def __init__(self, total_iterations: int, output_dir: str, *, is_main_process: bool) -> None:
         self.progress = ProgressPrinter(total_iterations)
+        self._output_dir = output_dir
         self._speaks = is_main_process
 
     def say(self, text: str) -> None:
         """Write a line."""
         if self._speaks:
             self.progress.message(text)
+
+    def rows(self, rows: Sequence[tuple[str, str]], *, wrapped: bool = True) -> None:
+        """Write names with what is to be said of each beside them; commands to copy are not wrapped."""
+        for line in facts(rows, terminal_width() if wrapped else _UNLIMITED):
+            self.say(line)
+
+    def detail(self, line: str) -> None:
+        """Write a line into run_details.txt, for those who look into a run."""
+        if self._speaks:
+            append_detail(self._output_dir, line)
 
     def activity(
         self, what: str, total: int | None = None, unit: str = ""

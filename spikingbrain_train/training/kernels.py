@@ -28,8 +28,15 @@ class KernelChoices:
     set_aside: dict[str, str]
     """Packages that are installed but cannot be used, and why."""
 
+    def rows(self) -> list[tuple[str, str]]:
+        """For the user, who may have installed a package in vain."""
+        return [
+            ("not used", f"{package}, which is installed: it {failure}")
+            for package, failure in self.set_aside.items()
+        ]
+
     def describe(self) -> str:
-        """One line for the log."""
+        """One line for run_details.txt."""
         chosen = {table.setting: getattr(self.kernels, table.setting).value for table in TABLES.values()}
         chosen |= {setting: _describe(choices) for setting, choices in self.mixers.items()}
         words = {setting: setting.replace("_", " ") for setting in chosen} | _WORDS

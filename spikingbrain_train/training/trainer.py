@@ -40,6 +40,7 @@ from spikingbrain_train.training.callbacks.callbacks import Callbacks
 from spikingbrain_train.training.callbacks.defaults import callbacks_of, check_named_classes
 from spikingbrain_train.training.console import Console
 from spikingbrain_train.training.kernels import choose_kernels
+from spikingbrain_train.training.opening import opening
 from spikingbrain_train.training.optimizer import (
     build_optimizer,
     build_scheduler,
@@ -47,6 +48,7 @@ from spikingbrain_train.training.optimizer import (
     update_weights,
 )
 from spikingbrain_train.training.report import Report
+from spikingbrain_train.training.run_details import append_detail, heading
 from spikingbrain_train.training.stages.build import stage_class
 from spikingbrain_train.training.stages.losses import StepLosses
 from spikingbrain_train.training.training_state import TrainingState
@@ -72,8 +74,11 @@ def run(config: RunConfig) -> None:
             if groups.is_main_process:
                 slow = slow_format_warning(f"precision={choice.precision.value}", dtype, accelerator)
                 large = memory_warning(settled, groups.world_size, accelerator.memory_bytes())
-                print(*(line for line in (choice.describe(), slow, large) if line), sep="\n", flush=True)
+                for warning in filter(None, (slow, large)):
+                    print(warning, flush=True)
             with locked_output_dir(config.output_dir, groups):
+                if groups.is_main_process:
+                    append_detail(config.output_dir, f"{heading()}\n{choice.describe()}")
                 trainer = Trainer(settled, groups)
                 heartbeats.follow(lambda: trainer.state.iteration)
                 finished = trainer.train()
@@ -101,7 +106,9 @@ class Trainer:
         self.config = config
         self.groups = groups
         self.stop_reason: str | None = None
-        self.console = Console(config.stage.train_iters, is_main_process=groups.is_main_process)
+        self.console = Console(
+            config.stage.train_iters, config.output_dir, is_main_process=groups.is_main_process
+        )
         self.checkpoints = RunCheckpoints(config, groups, self.say)
         self.callbacks = Callbacks(callbacks_of(config, more_callbacks), self)
         resuming = self.checkpoints.are_resumed()
@@ -111,16 +118,19 @@ class Trainer:
             self.data = kind.open_data(config, groups, self.activity)
             facts = facts_of(config, groups.world_size, self.data.held_out)
 
+        self.console.rows(opening(config, groups, self.record, self.data.held_out, resuming=resuming))
         accelerator = groups.accelerator
         kernels = kernels_of(config, accelerator)
-        chosen = choose_kernels(config, kernels, accelerator).describe()
-        for line in (accelerator.describe(), groups.describe(), patches.describe(accelerator), chosen):
-            self.say(line)
+        chosen = choose_kernels(config, kernels, accelerator)
+        self.console.rows(chosen.rows())
+        for line in (accelerator.describe(), groups.describe(), patches.describe(accelerator)):
+            self.console.detail(line)
+        self.console.detail(chosen.describe())
         with self.activity("building and loading the model"):
             self.stage = kind.build(config, kernels, groups)
             student = build_student(config, kernels, groups, resuming=resuming)
         self.stage.freeze(student)
-        self.say(describe_parameters(student))
+        self.console.detail(describe_parameters(student))
         self.model = wrap_data_parallel(student, config.parallel)
         optimizer = build_optimizer(config.optimizer, config.parallel, config.precision, self.model)
         scheduler = build_scheduler(config.optimizer, config.stage.train_iters, optimizer)
@@ -131,8 +141,7 @@ class Trainer:
             self.beginning = resumed(stored, config, self.state.consumed_samples, facts)
         else:
             self.beginning = started(config, facts)
-        for line in self.beginning.lines:
-            self.say(line)
+        self.console.rows(self.beginning.rows)
 
     def train(self) -> bool:
         """Run from the current iteration to the last, or until something asks to :meth:`stop`.
@@ -171,7 +180,7 @@ class Trainer:
         report = Report(self.state.iteration, losses.reduced(), shown=dict(self.stage.shown))
         rate = reported_learning_rate(self.state.optimizer)
         report.add("train/learning_rate", rate, Shown("lr", "{:.2e}"))
-        report.add("train/grad_norm", grad_norm, Shown("grad norm", "{:.3g}"))
+        report.add("train/grad_norm", grad_norm, Shown("grad norm", "{:.3f}"))
         self.callbacks.report_due(report)
         self.report(report)
 

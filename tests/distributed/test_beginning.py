@@ -1,9 +1,10 @@
-"""A run says at its beginning what it loaded, what is fresh, and what has changed since its checkpoint."""
+"""A run says first what it is, what it loaded and what has changed, and at its end what came out."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import math
 import shutil
 from dataclasses import replace
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from spikingbrain_train.config.load import load_run_config
+from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import LRDecayStyle, OptimizerConfig, Precision, RunConfig, StageConfig
 from spikingbrain_train.config.run_record import fingerprint
@@ -19,7 +21,7 @@ from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.reporting.metrics import read_events, read_metrics
 from spikingbrain_train.storage.checkpoint_folder import iteration_folder
 from tests.distributed.pool import RankPool
-from tests.distributed.small_runs import checkpoint_config, run_config, train
+from tests.distributed.small_runs import MODEL, MODEL_76B, checkpoint_config, run_config, train
 
 ONE = ParallelConfig()
 
@@ -37,8 +39,10 @@ def _lines(groups: ProcessGroups, config: RunConfig) -> list[str]:
 
 
 def _saying(lines: list[str], beginning: str) -> str:
-    (line,) = (line for line in lines if line.startswith(beginning))
-    return line
+    """The only line that begins so, with those below it that it is wrapped to; behind one another."""
+    (number,) = (number for number, line in enumerate(lines) if line.startswith(beginning))
+    below = itertools.takewhile(lambda line: line.startswith("  "), lines[number + 1 :])
+    return " ".join(" ".join([lines[number], *below]).split())
 
 
 def _config(output_dir: Path, text: Path, train_iters: int, optimizer: OptimizerConfig) -> RunConfig:
@@ -51,13 +55,78 @@ def test_a_start_says_which_weights_it_has_and_what_is_fresh(
 ) -> None:
     config = _config(tmp_path / "random", text, 1, OptimizerConfig())
     (lines,) = ranks.run(_lines, config, world_size=1, parallel=ONE)
-    assert "starts from random weights of seed=1234" in lines
+    assert _saying(lines, "weights") == "weights random, from seed=1234"
     config = replace(config, output_dir=str(tmp_path / "o"), checkpoint=checkpoint_config(hybrid_checkpoint))
     (lines,) = ranks.run(_lines, config, world_size=1, parallel=ONE)
-    assert (
-        f"starts from the weights of {hybrid_checkpoint} at iteration 1; optimizer, schedule and data order "
-        "start anew"
-    ) in lines
+    assert _saying(lines, "weights") == (
+        f"weights of {hybrid_checkpoint} at iteration 1; optimizer, schedule and data order start anew"
+    )
+
+
+def test_the_first_lines_say_what_is_trained_and_the_last_ones_what_came_out(
+    ranks: RankPool, tmp_path: Path, text: Path, hybrid_checkpoint: Path, dense_checkpoint: Path
+) -> None:
+    config = _config(tmp_path / "run", text, 4, OptimizerConfig())
+    config = replace(config, checkpoint=checkpoint_config(hybrid_checkpoint))
+    config.data = replace(config.data, valid=[str(text)])
+    config.logging = replace(config.logging, eval_interval=2, eval_iters=2)
+    config.stage = replace(config.stage, kind="align", teacher=str(dense_checkpoint))
+
+    lines, others = ranks.run(_lines, config, world_size=2, parallel=ONE)
+
+    assert others == [], "one rank speaks for all"
+    names = [line.split()[0] for line in lines if not line.startswith(" ")]
+    first = ["stage", "model", "data", "held", "length", "ranks", "output", "watch", "weights", "iteration"]
+    assert names[: len(first)] == first
+    assert names[-6:] == ["saved", "finished", "loss", "held", "checkpoint", "next"]
+    opening, closing = lines[: lines.index(_first(lines, "iteration"))], lines[-8:]
+    assert _saying(opening, "stage") == (
+        f"stage align: the mixers of 3 of 4 layers learn to reproduce the attention of {dense_checkpoint}"
+    )
+    assert _saying(opening, "model").endswith("train; 4 layers (2 gla + 1 swa + 1 full), hidden size 32")
+    tokens = fingerprint(str(text)).tokens
+    epochs = 4 * 4 * 32 / tokens
+    assert _saying(opening, "data") == f"data {text}: {tokens / 1e3:.4g} k tokens, {epochs:.2f} epochs"
+    assert _saying(opening, "held out") == (
+        f"held out {text}: 256 tokens, evaluated at the start, every 2 steps and at the end"
+    )
+    assert _saying(opening, "length") == "length 4 steps of 4 sequences of 32 tokens, 512 tokens"
+    assert _saying(opening, "ranks").startswith("ranks 2 = 2 data, on ")
+    assert _saying(opening, "ranks").endswith(", fp32")
+    assert str(tmp_path / "run") in _saying(opening, "output")
+    assert _saying(opening, "watch") == f"watch spikingbrain-plot {tmp_path / 'run'}"
+
+    points = [point["valid/cross_entropy"] for point in read_metrics(tmp_path / "run") if len(point) == 3]
+    assert _saying(closing, "finished").startswith("finished 4 steps, 512 tokens in ")
+    assert _saying(closing, "held out") == f"held out cross entropy {points[0]:.4f} -> {points[-1]:.4f}"
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert _saying(closing, "checkpoint") == f"checkpoint {checkpoints / 'iter_0000004'}"
+    assert [line[12:] for line in lines[-2:]] == [
+        f"spikingbrain-train stage=cpt checkpoint.load={checkpoints} output_dir=... data.train=[...]",
+        f"spikingbrain-evaluate --model {checkpoints} --data {text} --seq-length 32",
+    ]
+    details = (tmp_path / "run" / "run_details.txt").read_text()
+    assert "patches of torch " in details and "kernels: gated linear attention chunk" in details
+    assert not any("patches" in line or "kernels" in line for line in lines)
+
+
+def _first(lines: list[str], beginning: str) -> str:
+    return next(line for line in lines if line.startswith(beginning))
+
+
+def test_the_last_lines_offer_an_export_to_what_a_format_holds(
+    ranks: RankPool, tmp_path: Path, text: Path
+) -> None:
+    def commands(model: ModelConfig) -> list[str]:
+        config = _config(tmp_path / str(len(model.mixers)), text, 1, OptimizerConfig())
+        (lines,) = ranks.run(_lines, replace(config, model=model), world_size=1, parallel=ONE)
+        return [line[12:] for line in lines[lines.index(_first(lines, "checkpoint")) + 1 :]]
+
+    checkpoints = tmp_path / "4" / "checkpoints"
+    assert commands(MODEL) == [
+        f"spikingbrain-export --checkpoint {checkpoints} --output {tmp_path / '4' / 'export'}"
+    ]
+    assert commands(MODEL_76B) == []
 
 
 def test_a_changed_rate_is_said_used_and_recorded(ranks: RankPool, tmp_path: Path, text: Path) -> None:
@@ -68,11 +137,11 @@ def test_a_changed_rate_is_said_used_and_recorded(ranks: RankPool, tmp_path: Pat
     changed = _config(tmp_path, text, 4, replace(constant, lr=1e-5, new_parameter_lr_mult=10.0))
     (lines,) = ranks.run(_lines, changed, world_size=1, parallel=ONE)
 
-    assert _saying(lines, "resumed from ").endswith(
+    assert _saying(lines, "resumed").endswith(
         "iter_0000002 at iteration 2 with its weights, optimizer, schedule, position in the data and random "
         "generators (8 sequences read)"
     )
-    assert _saying(lines, "changed since the checkpoint: ") == (
+    assert _saying(lines, "changed") == (
         "changed since the checkpoint: optimizer.lr 0.001 -> 1e-05, optimizer.new_parameter_lr_mult 1 -> 10, "
         "stage.train_iters 2 -> 4, so that the learning rate of step 3 is 1e-05 instead of 0.001"
     )
@@ -120,15 +189,17 @@ def test_a_longer_schedule_says_to_which_rate_it_lifts_the_next_step(
     cosine = OptimizerConfig(lr=1e-3, min_lr=5e-5, lr_decay_style=LRDecayStyle.cosine)
     ranks.run(train, _config(tmp_path, text, 2, cosine), world_size=1, parallel=ONE)
     (finished,) = ranks.run(_lines, _config(tmp_path, text, 2, cosine), world_size=1, parallel=ONE)
-    assert "changed since the checkpoint: nothing" in finished
-    assert "is at iteration 2 of stage.train_iters=2" in _saying(finished, "nothing is left to do: ")
+    assert _saying(finished, "changed") == "changed since the checkpoint: nothing"
+    nothing_left = "finished nothing is left to do: "
+    assert _saying(finished, "finished").startswith(nothing_left)
+    assert "is at iteration 2 of stage.train_iters=2" in _saying(finished, "finished")
 
     longer = _config(tmp_path, text, 4, cosine)
     lines, _ = ranks.run(_lines, longer, world_size=2, parallel=ONE)
 
     expected = 5e-5 + 0.5 * (1 + math.cos(math.pi * 3 / 4)) * (1e-3 - 5e-5)
-    assert "random generators start anew" in _saying(lines, "resumed from ")
-    assert _saying(lines, "changed since the checkpoint: ") == (
+    assert "random generators start anew" in _saying(lines, "resumed")
+    assert _saying(lines, "changed") == (
         "changed since the checkpoint: parallel.data_parallel_size 1 -> 2, stage.train_iters 2 -> 4, "
         f"so that the learning rate of step 3 is {expected:.3g} instead of 5e-05"
     )

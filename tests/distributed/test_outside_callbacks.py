@@ -64,7 +64,7 @@ def test_a_callback_of_another_package_hangs_on_a_whole_run_and_its_state_goes_o
 
     output = _train(tmp_path, text, "stage.train_iters=4", *NAMED)
     second = json.loads((tmp_path / "counted_0.json").read_text())
-    assert "changed since the checkpoint: stage.train_iters 2 -> 4" in output
+    assert "changed     since the checkpoint: stage.train_iters 2 -> 4" in output
     assert second["steps"] == 104 and second["called"][0] == "start at 2"
     points = read_metrics(tmp_path)
     losses = [point["train/loss"] for point in points if "train/loss" in point]

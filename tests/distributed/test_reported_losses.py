@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -116,34 +118,34 @@ def held_out(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     ]
 
 
-def _evaluate(
-    ranks: RankPool,
-    folder: Path,
-    text: Path,
-    load: Path,
-    valid: list[str],
-    topology: str | None = None,
-    **changes: Any,
-) -> dict[str, float]:
-    world_size, parallel = (1, ONE) if topology is None else TOPOLOGIES[topology]
+def _evaluation(
+    folder: Path, text: Path, load: Path, valid: list[str], eval_iters: int = 16, **changes: Any
+) -> RunConfig:
     config = run_config(
         folder,
         text,
-        parallel=parallel,
         checkpoint=checkpoint_config(load),
-        logging=LoggingConfig(eval_iters=changes.pop("eval_iters", 16), tensorboard=False),
+        logging=LoggingConfig(eval_iters=eval_iters, tensorboard=False),
     )
     config.data = DataConfig(train=[str(text)], valid=valid, reset_at_documents=True)
     config.stage = replace(config.stage, train_iters=1, **changes)
     config.optimizer.lr_warmup_iters = 0
+    return config
+
+
+def _evaluate(ranks: RankPool, config: RunConfig, topology: str | None = None) -> dict[str, float]:
+    world_size, parallel = (1, ONE) if topology is None else TOPOLOGIES[topology]
+    config.parallel = parallel
     ranks.run(train, config, world_size=world_size, parallel=parallel)
-    return {name: value for name, value in read_metrics(folder)[0].items() if name.startswith("valid/")}
+    points = read_metrics(config.output_dir)
+    return {name: value for name, value in points[0].items() if name.startswith("valid/")}
 
 
 def test_every_held_out_dataset_has_its_own_loss_and_the_total_is_that_of_all_tokens(
     ranks: RankPool, tmp_path: Path, text: Path, hybrid_checkpoint: Path, held_out: list[str]
 ) -> None:
-    found = _evaluate(ranks, tmp_path / "all", text, hybrid_checkpoint, held_out, micro_batch_size=2)
+    config = _evaluation(tmp_path / "all", text, hybrid_checkpoint, held_out, micro_batch_size=2)
+    found = _evaluate(ranks, config)
     names = ["a/valid", "b/valid", "letters"]
     assert list(found) == ["valid/cross_entropy", *(f"valid/cross_entropy/{name}" for name in names)]
     (started,) = read_events(tmp_path / "all")
@@ -154,7 +156,7 @@ def test_every_held_out_dataset_has_its_own_loss_and_the_total_is_that_of_all_to
     total = sum(value * count for value, count in zip(values, tokens, strict=True)) / sum(tokens)
     assert found["valid/cross_entropy"] == pytest.approx(total, rel=1e-7)
     for number, (prefix, value) in enumerate(zip(held_out, values, strict=True)):
-        alone = _evaluate(ranks, tmp_path / str(number), text, hybrid_checkpoint, [prefix])
+        alone = _evaluate(ranks, _evaluation(tmp_path / str(number), text, hybrid_checkpoint, [prefix]))
         assert list(alone) == ["valid/cross_entropy"]
         assert value == pytest.approx(alone["valid/cross_entropy"], rel=1e-6)
 
@@ -171,19 +173,27 @@ DIFFERENT_SPLITS = (
 def test_held_out_losses_equal_those_of_one_rank(
     topology: str, ranks: RankPool, tmp_path: Path, text: Path, hybrid_checkpoint: Path, held_out: list[str]
 ) -> None:
-    one = _evaluate(ranks, tmp_path / "one", text, hybrid_checkpoint, held_out)
-    split = _evaluate(ranks, tmp_path / "split", text, hybrid_checkpoint, held_out, topology)
+    one = _evaluate(ranks, _evaluation(tmp_path / "one", text, hybrid_checkpoint, held_out))
+    split = _evaluate(ranks, _evaluation(tmp_path / "split", text, hybrid_checkpoint, held_out), topology)
     assert split == pytest.approx(one, rel=1e-6)
+
+
+def _printed(groups: ProcessGroups, config: RunConfig) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        train(groups, config)
+    return " ".join(printed.getvalue().split())
 
 
 def test_a_dataset_that_no_evaluation_reaches_has_no_loss_and_is_named(
     ranks: RankPool, tmp_path: Path, text: Path, hybrid_checkpoint: Path, held_out: list[str]
 ) -> None:
-    found = _evaluate(ranks, tmp_path, text, hybrid_checkpoint, held_out, eval_iters=2)  # 8 windows
-    assert list(found) == [
-        "valid/cross_entropy",
-        "valid/cross_entropy/a/valid",
-        "valid/cross_entropy/b/valid",
-    ]
+    config = _evaluation(tmp_path, text, hybrid_checkpoint, held_out, eval_iters=2)  # 8 windows
+    (printed,) = ranks.run(_printed, config, world_size=1, parallel=ONE)
+    assert f"not read: {held_out[2]}, before which logging.eval_iters=2 ends; 3 reads all" in printed
+    assert "held out cross entropy" in printed and "(a/valid " in printed
+    evaluations = [point for point in read_metrics(tmp_path) if "valid/cross_entropy" in point]
+    for point in evaluations:
+        names = [name for name in point if name.startswith("valid/")]
+        assert names == [f"valid/cross_entropy{name}" for name in ("", "/a/valid", "/b/valid")]
     (started,) = read_events(tmp_path)
     assert list(started["run"]["held_out"]) == ["a/valid", "b/valid"]

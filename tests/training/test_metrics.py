@@ -48,7 +48,7 @@ def writers(
         config=config,
         groups=SimpleNamespace(is_main_process=is_main_process),
         state=SimpleNamespace(iteration=resumed_iteration),
-        beginning=Beginning(resumed_iteration, facts, ["begins"], begins),
+        beginning=Beginning(resumed_iteration, facts, [("weights", "random")], begins),
         is_last_step=is_last_step,
     )
     callbacks = Callbacks([MetricsFile(), TensorBoard(), WeightsAndBiases()], run)  # type: ignore[arg-type]
@@ -225,7 +225,8 @@ def test_tensorboard_has_the_config_and_what_changed_as_text(tmp_path: Path) -> 
         found = events.Tensors(f"{tag}/text_summary")
         return [(each.step, each.tensor_proto.string_val[0].decode()) for each in found]
 
-    assert texts("run/started") == [(0, "begins")] and texts("run/resumed") == [(10, "begins")]
+    assert texts("run/started") == [(0, "weights: random")]
+    assert texts("run/resumed") == [(10, "weights: random")]
     assert [step for step, _ in texts("run/config")] == [0, 10]
     assert "    optimizer:\n      lr: 0.0005\n" in texts("run/config")[0][1]
 

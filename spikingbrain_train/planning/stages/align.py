@@ -31,6 +31,16 @@ class AlignmentKind(StageKind):
     trained_by = "spikingbrain_train.training.stages.alignment:Alignment"
     sees_sinks = False  # it works on hidden states of the dense source, which has none
 
+    next_stage = "stage=cpt"
+
+    def describe(self, config: RunConfig) -> str:
+        """Which mixers learn what from whom."""
+        swapped, number = len(swapped_layers(layers(config.model))), config.model.num_layers
+        return (
+            f"{self.name}: the mixers of {swapped} of {number} layers learn to reproduce the attention of "
+            f"{config.stage.teacher}"
+        )
+
     def reason_for_teacher(self, stage: StageConfig) -> str | None:
         """Whatever its other settings are."""
         return f"stage.kind={self.name}"

@@ -27,6 +27,14 @@ class ContinualPretrainingKind(StageKind):
     trained_by = "spikingbrain_train.training.stages.pretraining:ContinualPretraining"
     sees_sinks = True
 
+    def describe(self, config: RunConfig) -> str:
+        """What is learnt, and from whom."""
+        stage = config.stage
+        distils = ""
+        if self.needs_teacher(stage):
+            distils = f", {stage.distillation.weight:.0%} of the loss from the logits of {stage.teacher}"
+        return f"{self.name}: all parameters learn to predict the next token{distils}"
+
     def reason_for_teacher(self, stage: StageConfig) -> str | None:
         """Distillation."""
         weight = stage.distillation.weight

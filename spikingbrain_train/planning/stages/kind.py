@@ -28,6 +28,14 @@ class StageKind(ABC):
     def reason_for_teacher(self, stage: StageConfig) -> str | None:
         """The setting because of which the stage learns from ``stage.teacher``, None where it does not."""
 
+    next_stage: ClassVar[str | None] = None
+    """What usually follows, as a choice of the command line (``stage=cpt``); None where the model is done."""
+
+    def describe(self, config: RunConfig) -> str:
+        """What the stage does, for the first line of a run."""
+        learns = f", learning from {config.stage.teacher}" if self.needs_teacher(config.stage) else ""
+        return f"{self.name}{learns}"
+
     def needs_teacher(self, stage: StageConfig) -> bool:
         """Whether the stage learns from the dense source."""
         return self.reason_for_teacher(stage) is not None

@@ -10,6 +10,7 @@ from spikingbrain_train.evaluation.evaluator import Evaluator
 from spikingbrain_train.evaluation.held_out import HeldOutCrossEntropy
 from spikingbrain_train.training.callbacks.callback import Callback
 from spikingbrain_train.training.callbacks.checkpointing import Checkpointing
+from spikingbrain_train.training.callbacks.closing import Closing
 from spikingbrain_train.training.callbacks.evaluation import Evaluation
 from spikingbrain_train.training.callbacks.expert_load import ExpertLoadReport
 from spikingbrain_train.training.callbacks.finite_checks import FiniteChecks
@@ -41,6 +42,7 @@ def callbacks_of(config: RunConfig, more: Sequence[Callback] = ()) -> list[Callb
         ConfigurationError: ``callbacks`` or ``logging.evaluators`` names something that is none.
     """
     return [
+        Closing(),  # the first is the last to end
         MetricsFile(),
         TensorBoard(),
         WeightsAndBiases(),

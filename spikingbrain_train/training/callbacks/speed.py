@@ -38,11 +38,12 @@ class Speed(Callback):
         if self._peak_tflops is None:
             with self.run.activity("measuring the peak of a matrix product"):
                 self._peak_tflops = measure_peak_tflops(groups.device, PARAMS_DTYPE[config.precision])
-            measured = "not known, and neither is MFU: this machine is too busy to measure it"
+            against = "not reported: too busy to measure this machine's peak (cluster.peak_tflops states it)"
             if (peak := self._peak_tflops) is not None:
                 digits = f"{peak:.2f}" if peak >= 0.1 else f"{peak:.2g}"
-                measured = f"{digits} TFLOP/s in {config.precision.value} (measured)"
-            self.run.say(f"peak of one rank: {measured}")
+                precision = config.precision.value
+                against = f"against {digits} TFLOP/s a rank, measured here as the peak in {precision}"
+            self.run.console.rows([("MFU", against)])
 
     def step_begin(self) -> None:
         if self._timer is None:

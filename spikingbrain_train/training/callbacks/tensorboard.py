@@ -42,7 +42,8 @@ class TensorBoard(Callback):
 
     def _note(self, beginning: Beginning) -> None:
         # Markdown: two blanks and a line break end a line, four blanks in front keep text as it is.
-        self._writer.add_text(f"run/{beginning.name}", "  \n".join(beginning.lines), beginning.iteration)
+        lines = "  \n".join(f"{name}: {text}" for name, text in beginning.rows)
+        self._writer.add_text(f"run/{beginning.name}", lines, beginning.iteration)
         config = OmegaConf.to_yaml(OmegaConf.structured(self.run.config)).replace("\n", "\n    ")
         self._writer.add_text("run/config", f"    {config}", beginning.iteration)
 

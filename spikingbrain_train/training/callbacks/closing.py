@@ -1,0 +1,98 @@
+"""The last lines of a run: what came out, where it lies, and what to do with it."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from spikingbrain_train.architecture.layers import feed_forwards_of, layers, mixers_of
+from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.planning.stages.registry import kind_of
+from spikingbrain_train.reporting.activity import format_duration
+from spikingbrain_train.reporting.metrics import read_metrics
+from spikingbrain_train.reporting.quantities import quantity
+from spikingbrain_train.storage.checkpoint_folder import CHECKPOINT_FOLDER
+from spikingbrain_train.training.callbacks.callback import Callback
+from spikingbrain_train.training.report import Report
+
+_TOTAL = "valid/cross_entropy"
+
+
+class Closing(Callback):
+    """Says at the end of a finished run its losses, its speed, where its checkpoint lies, what is next."""
+
+    def start(self) -> None:
+        self._began = time.monotonic()
+        self._first = self._reported = self.run.state.iteration
+        self._seconds = 0.0
+        self._checkpoint: Path | None = None
+
+    def log(self, report: Report) -> None:
+        if report.seconds_per_iteration is not None:
+            self._seconds += (report.iteration - self._reported) * report.seconds_per_iteration
+            self._reported = report.iteration
+
+    def after_save(self, folder: Path) -> None:
+        self._checkpoint = folder
+
+    def end(self, error: BaseException | None) -> None:
+        run = self.run
+        if error is None and self._checkpoint is not None and run.is_last_step and run.groups.is_main_process:
+            run.console.rows([*self._results(), ("checkpoint", str(self._checkpoint))])
+            run.console.rows([*self._next()], wrapped=False)
+
+    def _results(self) -> Iterator[tuple[str, str]]:
+        run, stage = self.run, self.run.config.stage
+        steps = run.state.iteration - self._first
+        tokens = steps * stage.global_batch_size * stage.seq_length
+        speed = f", {tokens / self._seconds:,.0f} tokens/s in its steps" if self._seconds > 0 else ""
+        elapsed = format_duration(time.monotonic() - self._began)
+        yield "finished", f"{steps:,} steps, {quantity(tokens)} tokens in {elapsed}{speed}"
+        points = read_metrics(run.config.output_dir)
+        losses = [point["train/loss"] for point in points if point.get("train/loss") is not None]
+        if losses:
+            yield "loss", f"{losses[-1]:.4f} in the last step"
+        evaluations = [point for point in points if point.get(_TOTAL) is not None]
+        if evaluations:
+            before, after = evaluations[0], evaluations[-1]
+            text = f"cross entropy {_course(before, after, _TOTAL)}"
+            prefix = f"{_TOTAL}/"
+            parts = [name for name in after if name.startswith(prefix)]
+            if len(parts) > 1:
+                each = [f"{name.removeprefix(prefix)} {_course(before, after, name)}" for name in parts]
+                text += f" ({', '.join(each)})"
+            yield "held out", text
+
+    def _next(self) -> Iterator[tuple[str, str]]:
+        config, folder = self.run.config, Path(self.run.config.output_dir)
+        checkpoints = str(folder / CHECKPOINT_FOLDER)
+        following = kind_of(config.stage).next_stage
+        commands = []
+        if following is not None:
+            load = shlex.quote(f"checkpoint.load={checkpoints}")
+            commands.append(f"spikingbrain-train {following} {load} output_dir=... data.train=[...]")
+        if config.data.valid:
+            model, data = shlex.quote(checkpoints), shlex.join(config.data.valid)
+            length = config.stage.seq_length
+            commands.append(f"spikingbrain-evaluate --model {model} --data {data} --seq-length {length}")
+        if following is None and _may_be_exported(config.model):
+            export = shlex.join(["--checkpoint", checkpoints, "--output", str(folder / "export")])
+            commands.append(f"spikingbrain-export {export}")
+        for number, command in enumerate(commands):
+            yield "" if number else "next", command
+
+
+def _course(before: dict[str, float], after: dict[str, float], name: str) -> str:
+    if before is after or before.get(name) is None:
+        return f"{after[name]:.4f}"
+    return f"{before[name]:.4f} -> {after[name]:.4f}"
+
+
+def _may_be_exported(model: ModelConfig) -> bool:
+    """Whether some Hugging Face format has a place for every kind of layer; the export knows the rest."""
+    kinds = [*mixers_of(model), *feed_forwards_of(model)]
+    formats = set(kinds[0].hf_layers).intersection(*(kind.hf_layers for kind in kinds))
+    one_branch = all(len(layer.mixers) == 1 for layer in layers(model))
+    return bool(formats) and one_branch and model.num_sink_tokens == 0

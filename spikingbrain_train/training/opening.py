@@ -1,0 +1,146 @@
+"""The first lines of a run: what is trained, on what, for how long, where results go and how to watch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from spikingbrain_train.architecture.layers import layers
+from spikingbrain_train.config.run import RunConfig, WandbMode
+from spikingbrain_train.config.run_record import RunRecord, blend_shares, fingerprint
+from spikingbrain_train.evaluation.evaluator import HeldOutData
+from spikingbrain_train.parallel.process_groups import ProcessGroups
+from spikingbrain_train.planning.costs import total_parameters
+from spikingbrain_train.planning.plan_report.run import counts
+from spikingbrain_train.planning.stages.registry import kind_of
+from spikingbrain_train.reporting.metrics import METRICS_FILE
+from spikingbrain_train.reporting.quantities import quantity
+from spikingbrain_train.training.run_details import RUN_DETAILS_FILE
+
+Row = tuple[str, str]
+"""A name and what is to be said of it."""
+
+_NAMED_SOURCES = 3
+"""So many training datasets are listed one by one."""
+
+
+def opening(
+    config: RunConfig,
+    groups: ProcessGroups,
+    record: RunRecord,
+    held_out: HeldOutData | None,
+    *,
+    resuming: bool,
+) -> list[Row]:
+    """What can be said of a run before its model is built.
+
+    Args:
+        config: its precision is settled.
+        groups: process groups.
+        record: which tokens it trains on.
+        held_out: what evaluations read.
+        resuming: whether it goes on.
+    """
+    return [
+        ("stage", kind_of(config.stage).describe(config)),
+        ("model", _model(config)),
+        *_training_data(config, record),
+        *_held_out(config, held_out, resuming),
+        ("length", _length(config)),
+        ("ranks", _ranks(config, groups)),
+        ("output", _output(config)),
+        ("watch", _watch(config)),
+    ]
+
+
+def _model(config: RunConfig) -> str:
+    model = config.model
+    total, training = total_parameters(model), kind_of(config.stage).trainable_parameters_in_all(model)
+    trains = "all train" if training == total else f"{quantity(training)} train"
+    mixers = counts(layer.mixer_name for layer in layers(model))
+    return (
+        f"{quantity(total)} parameters, {trains}; {model.num_layers} layers ({mixers}), "
+        f"hidden size {model.hidden_size}"
+    )
+
+
+def _training_data(config: RunConfig, record: RunRecord) -> Iterator[Row]:
+    stage, data = config.stage, config.data
+    prefixes, tokens = data.train, [dataset.tokens for dataset in record.training_data]
+    shares = blend_shares(data.train_weights, tokens, stage.seq_length)
+    if not tokens or shares is None:  # the stage brings its own
+        return
+    read = stage.train_iters * stage.global_batch_size * stage.seq_length
+    epochs = [read * share / max(count, 1) for share, count in zip(shares, tokens, strict=True)]
+    if len(prefixes) > _NAMED_SOURCES:
+        repeats = f"{min(epochs):.2f} to {max(epochs):.2f} epochs of each"
+        yield "data", f"{quantity(sum(tokens))} tokens in {len(prefixes)} datasets, {repeats}"
+        return
+    for number, (prefix, count, share, epoch) in enumerate(
+        zip(prefixes, tokens, shares, epochs, strict=True)
+    ):
+        blended = f", {share:.1%} of the blend" if len(prefixes) > 1 else ""
+        yield "" if number else "data", f"{prefix}: {quantity(count)} tokens{blended}, {epoch:.2f} epochs"
+
+
+def _held_out(config: RunConfig, held_out: HeldOutData | None, resuming: bool) -> Iterator[Row]:
+    if held_out is None:
+        yield "held out", "nothing, so no evaluation (data.valid is empty)"
+        return
+    read = [dataset for dataset in held_out.datasets if dataset.tokens > 0]
+    interval = config.logging.eval_interval
+    times = [] if resuming else ["at the start"]
+    times += [f"every {interval:,} steps"] if interval else []
+    when = "evaluated " + " and ".join(filter(None, [", ".join(times), "at the end"]))
+    if not read:
+        yield "held out", when
+        return
+    prefixes = ", ".join(dataset.prefix for dataset in read)
+    yield "held out", f"{prefixes}: {quantity(sum(each.tokens for each in read))} tokens, {when}"
+    missed = [dataset for dataset in held_out.datasets if dataset.tokens == 0]
+    if missed:
+        length, batch = config.stage.seq_length, config.stage.global_batch_size
+        windows = sum(-(-(fingerprint(each.prefix).tokens - 1) // length) for each in held_out.datasets)
+        unread, now = ", ".join(each.prefix for each in missed), config.logging.eval_iters
+        enough = -(-windows // batch)
+        yield "", f"not read: {unread}, before which logging.eval_iters={now} ends; {enough} reads all"
+
+
+def _length(config: RunConfig) -> str:
+    stage = config.stage
+    tokens = stage.train_iters * stage.global_batch_size * stage.seq_length
+    return (
+        f"{stage.train_iters:,} steps of {stage.global_batch_size:,} sequences of {stage.seq_length:,} "
+        f"tokens, {quantity(tokens)} tokens"
+    )
+
+
+def _ranks(config: RunConfig, groups: ProcessGroups) -> str:
+    size, precision = groups.world_size, config.precision.value
+    device = groups.accelerator.device_name
+    if size == 1:
+        return f"1 on {device}, {precision}"
+    degrees = {
+        "data": groups.data_parallel_size,
+        "tensor": groups.tensor_model_parallel_size,
+        "pipeline": groups.pipeline_model_parallel_size,
+        "context": groups.context_parallel_size,
+    }
+    layout = " x ".join(f"{degree} {name}" for name, degree in degrees.items() if degree > 1)
+    experts = groups.expert_model_parallel_size
+    over = f", experts over {experts}" if experts > 1 else ""
+    return f"{size:,} = {layout}{over}, on {device}, {precision}"
+
+
+def _output(config: RunConfig) -> str:
+    interval = config.checkpoint.save_interval
+    every = f"every {interval:,} steps and " if interval < config.stage.train_iters else ""
+    return f"{config.output_dir}: checkpoints {every}at the end, {METRICS_FILE}, {RUN_DETAILS_FILE}"
+
+
+def _watch(config: RunConfig) -> str:
+    logging, folder = config.logging, Path(config.output_dir)
+    ways = [f"tensorboard --logdir {folder / 'tensorboard'}"] if logging.tensorboard else []
+    if logging.wandb is not WandbMode.disabled:
+        ways.append(f"Weights & Biases, project {logging.wandb_project} ({logging.wandb.value})")
+    return "; ".join([*ways, f"spikingbrain-plot {folder}"])
