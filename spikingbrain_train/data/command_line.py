@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import sys
+from pathlib import Path
+from typing import Any
 
 from spikingbrain_train.config.command_line import called_as
+from spikingbrain_train.data.lengths import DatasetDescription, describe_dataset, text_histogram
 from spikingbrain_train.data.preprocess import plan_preprocessing, preprocess
 from spikingbrain_train.data.preprocess_options import PreprocessOptions
-from spikingbrain_train.errors import SpikingBrainError
+from spikingbrain_train.data.preprocess_report import length_table
+from spikingbrain_train.errors import ConfigurationError, SpikingBrainError
+from spikingbrain_train.reporting.plots.picture import format_of
 
 _DESCRIPTION = "Tokenize text into Megatron indexed datasets (.bin/.idx) for spikingbrain-train."
 
@@ -23,6 +29,13 @@ examples:
   # compressed JSON lines whose text is in the field "content", on 8 processes
   spikingbrain-preprocess --input 'corpus/*.jsonl.zst' --text-key content --tokenizer models/Qwen2.5-7B \\
       --output-prefix data/corpus --workers 8
+
+  # some 100,000 tokens held out, lengths of documents as a picture
+  spikingbrain-preprocess --input corpus.jsonl --tokenizer models/Qwen2.5-7B --output-prefix data/corpus \\
+      --valid-tokens 100000 --plot lengths.png
+
+  # how long the documents of datasets are that exist already, also those of Megatron-LM
+  spikingbrain-preprocess --describe data/corpus_train data/corpus_valid --plot lengths.png
 
   # a folder of text files and a sentencepiece tokenizer; only check and estimate
   spikingbrain-preprocess --input books/ --tokenizer tokenizer.model --output-prefix data/books --dry-run
@@ -71,6 +84,25 @@ def preprocess_parser() -> argparse.ArgumentParser:
         "<prefix>_train (default: no split)",
     )
     parser.add_argument(
+        "--valid-tokens",
+        type=int,
+        metavar="N",
+        help="hold out that many tokens instead, as nearly as whole documents allow",
+    )
+    parser.add_argument(
+        "--valid-token-fraction",
+        type=float,
+        metavar="F",
+        help="hold out that share of the tokens instead, as nearly as whole documents allow",
+    )
+    parser.add_argument(
+        "--split-seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="another number holds other documents out (default: %(default)s)",
+    )
+    parser.add_argument(
         "--workers",
         type=int,
         default=len(os.sched_getaffinity(0)),
@@ -94,19 +126,55 @@ def preprocess_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry-run", action="store_true", help="check everything and estimate sizes; write nothing"
     )
+    parser.add_argument(
+        "--describe",
+        nargs="+",
+        action=_DescribeAction,
+        metavar="PREFIX",
+        help="say how long the documents of existing datasets are, and write none; with --plot, --json",
+    )
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="draw the lengths of documents into a .png, .svg or .pdf file",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON for programs")
     return parser
+
+
+class _DescribeAction(argparse.Action):
+    """Takes the place of all that is needed to write a dataset."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, values)
+        for action in parser._actions:
+            action.required = False
 
 
 def preprocess_data(arguments: list[str] | None = None) -> int:
     """spikingbrain-preprocess. Returns the exit code."""
     parsed = vars(preprocess_parser().parse_args(arguments))
-    dry_run = parsed.pop("dry_run")
+    dry_run, described, plot, as_json = (parsed.pop(name) for name in ("dry_run", "describe", "plot", "json"))
     # Slurm ends a job with SIGTERM: leave as after Ctrl-C, which removes temporary files.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        if plot is not None:
+            format_of(plot, "--plot")
+        if described:
+            _describe(described, parsed, plot, as_json)
+            return 0
         options = PreprocessOptions(**parsed)
-        outcome = plan_preprocessing(options) if dry_run else preprocess(options, progress=True)
-        print(outcome.describe())
+        if dry_run:
+            if plot is not None or as_json:
+                raise ConfigurationError(
+                    "--plot and --json show what was written, but --dry-run writes nothing: leave one out"
+                )
+            print(plan_preprocessing(options).describe())
+            return 0
+        report = preprocess(options, progress=True)
+        _draw(report.descriptions, plot)
+        print(json.dumps(report.as_values(), indent=2) if as_json else report.describe())
     except SpikingBrainError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -114,3 +182,28 @@ def preprocess_data(arguments: list[str] | None = None) -> int:
         print("interrupted: temporary files are removed", file=sys.stderr)
         return 130
     return 0
+
+
+def _describe(prefixes: list[str], others: dict[str, Any], plot: Path | None, as_json: bool) -> None:
+    given = next(
+        (name for name in ("inputs", "output_prefix", "tokenizer") if others[name] is not None), None
+    )
+    if given is not None:
+        flag = "--input" if given == "inputs" else f"--{given.replace('_', '-')}"
+        raise ConfigurationError(
+            f"--describe reads datasets that exist and {flag} is for writing one: leave one of them out"
+        )
+    descriptions = [describe_dataset(prefix) for prefix in prefixes]
+    _draw(descriptions, plot)
+    if as_json:
+        print(json.dumps({"datasets": [each.as_values() for each in descriptions]}, indent=2))
+    else:
+        print("\n".join([*length_table(descriptions), *text_histogram(descriptions)]))
+
+
+def _draw(descriptions: list[DatasetDescription], plot: Path | None) -> None:
+    if plot is not None:
+        from spikingbrain_train.data.length_picture import save_length_picture
+
+        save_length_picture(descriptions, plot)
+        print(f"drew {plot}", file=sys.stderr)

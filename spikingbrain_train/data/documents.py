@@ -43,6 +43,10 @@ _ZSTD_MAX_WINDOW = 1 << 31
 """Archives made with `zstd --long=31` need windows above the library's default limit of 128 MiB."""
 
 
+class EmptyDocumentError(DataError):
+    """A document holds no text."""
+
+
 @dataclass(frozen=True)
 class RawDocument:
     """One document before decoding."""
@@ -55,6 +59,8 @@ class RawDocument:
     """Whether the payload is a JSON object that holds the text."""
     position: int
     """Bytes of the source file (as stored, so compressed ones where it is compressed) read up to here."""
+    piece: int | None = None
+    """Its number, from 1, among the documents that one text file was cut into; None for a whole one."""
 
     def text(self, text_key: str) -> str:
         """The document's text, which is never empty and always encodable as UTF-8.
@@ -73,7 +79,7 @@ class RawDocument:
             ) from error
         text = self._field(decoded, text_key) if self.is_json else decoded
         if not text or text.isspace():
-            raise DataError(f"{self.origin}: the document is empty: remove it")
+            raise EmptyDocumentError(f"{self.origin}: the document is empty: remove it")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -85,7 +91,9 @@ class RawDocument:
 
     def _field(self, line: str, text_key: str) -> str:
         if not line or line.isspace():
-            raise DataError(f"{self.origin}: the line is empty: remove it, every line holds one JSON object")
+            raise EmptyDocumentError(
+                f"{self.origin}: the line is empty: remove it, every line holds one JSON object"
+            )
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -297,7 +305,7 @@ def _text_documents(name: str, content: bytes, position: int, max_chars: int | N
     except UnicodeDecodeError as error:
         raise DataError(f"{name}: not valid UTF-8 (byte {error.start}): convert the file to UTF-8") from error
     for number, piece in enumerate(cut_text(text, max_chars), start=1):
-        yield RawDocument(f"{name}#{number}", piece.encode("utf-8"), False, position)
+        yield RawDocument(f"{name}#{number}", piece.encode("utf-8"), False, position, piece=number)
 
 
 def cut_text(text: str, max_chars: int) -> Iterator[str]:

@@ -91,10 +91,23 @@ class IndexedDatasetWriter:
 
     def add_document(self, token_ids: np.ndarray, text_bytes: int) -> None:
         """Append one document: token ids [n] of :attr:`dtype`, end-of-sequence token included."""
+        self.add_documents(token_ids, np.array([len(token_ids)]), text_bytes)
+
+    def add_documents(self, token_ids: np.ndarray, lengths: np.ndarray, text_bytes: int) -> None:
+        """Append several: their token ids one behind the other, and how many each has [documents]."""
         self._tokens.write(np.ascontiguousarray(token_ids, dtype=self.dtype).data)
-        self._lengths.append(len(token_ids))
+        self._lengths.frombytes(lengths.astype(np.int32).tobytes())
         self.tokens += len(token_ids)
         self.text_bytes += text_bytes
+
+    def take_tokens(self) -> tuple[str, np.ndarray]:
+        """Close the data file instead of :meth:`finish`, for a dataset that is only on its way.
+
+        Returns:
+            Path of that file; length of each document [documents] int32.
+        """
+        self._tokens.close()
+        return self._tokens.name, np.frombuffer(self._lengths, dtype=np.int32)
 
     def finish(self) -> DatasetInfo:
         """Close the data file and write index and sidecar, still in the staging folder."""

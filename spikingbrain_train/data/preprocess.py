@@ -12,7 +12,6 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,10 @@ from spikingbrain_train.data.dataset_files import SUFFIXES, existing_files
 from spikingbrain_train.data.documents import Source, find_sources
 from spikingbrain_train.data.folders import LeftOut
 from spikingbrain_train.data.indexed import DatasetInfo, IndexedDatasetWriter, token_dtype
+from spikingbrain_train.data.lengths import describe_dataset
 from spikingbrain_train.data.preprocess_options import PreprocessOptions
+from spikingbrain_train.data.preprocess_report import PreprocessPlan, PreprocessReport
+from spikingbrain_train.data.split_writers import SplitByPlace, SplitByTokens, SplitWriter
 from spikingbrain_train.data.tokenize_documents import split_into_chunks, tokenize, tokenize_all
 from spikingbrain_train.data.tokenizers import Tokenizer, load_tokenizer
 from spikingbrain_train.errors import DataError
@@ -30,74 +32,6 @@ from spikingbrain_train.storage.temporary_folder import temporary_folder
 
 _SAMPLE_BYTES = 4 << 20
 """Text that a dry run tokenizes for its estimate."""
-
-
-@dataclass(frozen=True)
-class PreprocessPlan:
-    """What a dry run found out."""
-
-    sources: list[Source]
-    tokenizer: Tokenizer
-    outputs: list[str]
-    dtype: str
-    sampled_documents: int
-    sampled_bytes: int
-    """UTF-8 bytes of the sampled texts."""
-    sampled_tokens: int
-    whole: bool
-    """Whether the sample is all there is."""
-    left_out: list[str] = field(default_factory=list)
-    """What lies among the inputs and is not read, a line for each kind."""
-
-    def describe(self) -> str:
-        """What a run would do, for people."""
-        size = sum(source.size for source in self.sources)
-        per_token = self.sampled_bytes / max(self.sampled_tokens, 1)
-        return "\n".join(
-            [
-                f"inputs: {len(self.sources)}, {size / 1e6:,.1f} MB on disk, first {self.sources[0].name}",
-                f"tokenizer: {self.tokenizer.name}, {self.tokenizer.vocab_size:,} ids, eos "
-                f"{self.tokenizer.eos_id}, stored as {self.dtype}",
-                f"{'all' if self.whole else 'first'} {self.sampled_documents:,} documents: "
-                f"{self.sampled_bytes / 1e6:,.1f} MB of text, {self.sampled_tokens:,} tokens, "
-                f"{per_token:.2f} bytes per token",
-                *self.left_out,
-                f"would write: {', '.join(f'{prefix}.{{bin,idx,json}}' for prefix in self.outputs)}",
-            ]
-        )
-
-
-@dataclass
-class PreprocessReport:
-    """What a run wrote."""
-
-    datasets: dict[str, DatasetInfo] = field(default_factory=dict)
-    """Sidecar of each output prefix."""
-    skipped: list[str] = field(default_factory=list)
-    """One sentence for each document left out, with file and line."""
-    left_out: list[str] = field(default_factory=list)
-    """What lies among the inputs and was not read, a line for each kind."""
-    seconds: float = 0.0
-    """Wall time, loading the tokenizer excluded."""
-
-    def describe(self) -> str:
-        """What was written, for people: one line a dataset and a total."""
-        lines = [f"{'dataset':<40} {'documents':>12} {'tokens':>16} {'bytes/token':>12} {'dtype':>7}"]
-        for prefix, info in self.datasets.items():
-            lines.append(
-                f"{prefix:<40} {info.documents:>12,} {info.tokens:>16,} "
-                f"{info.text_bytes / info.tokens:>12.2f} {info.dtype:>7}"
-            )
-        tokens = sum(info.tokens for info in self.datasets.values())
-        text_bytes = sum(info.text_bytes for info in self.datasets.values())
-        seconds = max(self.seconds, 1e-9)
-        lines.append(
-            f"{seconds:,.1f} s: {tokens / seconds:,.0f} tokens/s, {text_bytes / seconds / 1e6:.2f} MB/s of "
-            "text"
-        )
-        if self.skipped:
-            lines.append(f"skipped {len(self.skipped):,} bad documents; the first: {self.skipped[0]}")
-        return "\n".join(lines + self.left_out)
 
 
 def plan_preprocessing(options: PreprocessOptions) -> PreprocessPlan:
@@ -155,18 +89,27 @@ def preprocess(options: PreprocessOptions, progress: bool = False) -> Preprocess
             writers += [
                 IndexedDatasetWriter(prefix, tokenizer, staging) for prefix in options.output_prefixes
             ]
-            _write_all(sources, tokenizer, options, writers, report, progress)
-            infos = [writer.finish() for writer in writers]
-            _refuse_empty(options, infos, report)
-            for writer in writers:
+            split: SplitWriter = SplitByPlace(writers, options)
+            if options.holds_out_tokens:
+                writers.append(IndexedDatasetWriter(options.output_prefix, tokenizer, staging))
+                split = SplitByTokens(writers[-1], writers[:2], options)
+            _write_all(sources, tokenizer, options, split, report, progress)
+            _refuse_nothing(split.documents, report)
+            with activity("splitting", split.left_to_write, "B", shown=progress) as done:
+                report.held_out = split.settle(done.advance)
+            outputs = writers[: len(options.output_prefixes)]
+            infos = [writer.finish() for writer in outputs]
+            _refuse_empty(options, infos)
+            for writer in outputs:
                 writer.publish()
         except OSError as error:  # errors of reading are DataErrors already
             raise _unwritable(options.output_prefix, error) from error
         finally:
             for writer in writers:
                 writer.close()
-    report.datasets = dict(zip(options.output_prefixes, infos, strict=True))
     report.seconds = time.perf_counter() - started
+    report.datasets = dict(zip(options.output_prefixes, infos, strict=True))
+    report.descriptions = [describe_dataset(prefix) for prefix in options.output_prefixes]
     return report
 
 
@@ -194,32 +137,30 @@ def _write_all(
     sources: list[Source],
     tokenizer: Tokenizer,
     options: PreprocessOptions,
-    writers: list[IndexedDatasetWriter],
+    split: SplitWriter,
     report: PreprocessReport,
     progress: bool,
 ) -> None:
     read = 0
     with activity("tokenizing", sum(source.size for source in sources), "B", shown=progress) as done:
         for chunk, result in tokenize_all(
-            split_into_chunks(sources, options), tokenizer, options, writers[0].dtype
+            split_into_chunks(sources, options), tokenizer, options, token_dtype(tokenizer.vocab_size)
         ):
-            end = 0
-            for length, size, held_out in zip(
-                result.lengths, result.text_bytes, result.held_out, strict=True
-            ):
-                end += length
-                writers[held_out].add_document(result.token_ids[end - length : end], size)
-            report.skipped += result.skipped
+            split.add(result)
+            report.count(chunk, result)
             done.advance(chunk.position - read)
             read = chunk.position
 
 
-def _refuse_empty(options: PreprocessOptions, infos: list[DatasetInfo], report: PreprocessReport) -> None:
-    total = sum(info.documents for info in infos)
-    if total == 0:
+def _refuse_nothing(documents: int, report: PreprocessReport) -> None:
+    if documents == 0:
         raise DataError(
             f"none of the {len(report.skipped)} documents is usable; the first: {report.skipped[0]}"
         )
+
+
+def _refuse_empty(options: PreprocessOptions, infos: list[DatasetInfo]) -> None:
+    total = sum(info.documents for info in infos)
     for prefix, info in zip(options.output_prefixes, infos, strict=True):
         if info.documents == 0:
             raise DataError(

@@ -26,8 +26,14 @@ class PreprocessOptions:
     text_key: str = "text"
     """Field of a JSON line that holds the text."""
     valid_fraction: float = 0.0
-    """Share of documents to hold out, in [0, 1). Above 0 the datasets are <prefix>_train and
-    <prefix>_valid."""
+    """Share of documents to hold out, in [0, 1). Where something is held out, the datasets are <prefix>_train
+    and <prefix>_valid."""
+    valid_tokens: int | None = None
+    """Tokens to hold out, as nearly as whole documents allow."""
+    valid_token_fraction: float | None = None
+    """Share of tokens to hold out, above 0 and below 1, as nearly as whole documents allow."""
+    split_seed: int = 0
+    """Another number holds other documents out."""
     workers: int = 1
     """Tokenizing processes."""
     max_text_chars: int | None = None
@@ -42,6 +48,7 @@ class PreprocessOptions:
             raise ConfigurationError(
                 f"--valid-fraction is {self.valid_fraction}: give a number from 0 up to below 1"
             )
+        self._check_split()
         if self.workers < 1:
             raise ConfigurationError(f"--workers is {self.workers}: give at least 1")
         most = max(_FEW_WORKERS, _WORKERS_PER_CORE * available_cores())
@@ -56,9 +63,37 @@ class PreprocessOptions:
                 f"--output-prefix {self.output_prefix!r} ends in no file name: append one"
             )
 
+    def _check_split(self) -> None:
+        if self.valid_tokens is not None and self.valid_tokens < 1:
+            raise ConfigurationError(f"--valid-tokens is {self.valid_tokens}: give at least 1")
+        if self.valid_token_fraction is not None and not 0.0 < self.valid_token_fraction < 1.0:
+            raise ConfigurationError(
+                f"--valid-token-fraction is {self.valid_token_fraction}: give a number above 0 and below 1"
+            )
+        if not 0 <= self.split_seed < 2**64:
+            raise ConfigurationError(f"--split-seed is {self.split_seed}: give a number from 0 to 2**64 - 1")
+        given = [
+            flag
+            for flag, value in (
+                ("--valid-fraction", self.valid_fraction),
+                ("--valid-tokens", self.valid_tokens),
+                ("--valid-token-fraction", self.valid_token_fraction),
+            )
+            if value
+        ]
+        if len(given) > 1:
+            raise ConfigurationError(
+                f"{given[0]} and {given[1]} each say how much is held out: give one of them"
+            )
+
+    @property
+    def holds_out_tokens(self) -> bool:
+        """Whether a number of tokens is held out, and not one of documents."""
+        return self.valid_tokens is not None or self.valid_token_fraction is not None
+
     @property
     def output_prefixes(self) -> list[str]:
         """The datasets that will exist at the end."""
-        if self.valid_fraction > 0:
+        if self.valid_fraction > 0 or self.holds_out_tokens:
             return [f"{self.output_prefix}_train", f"{self.output_prefix}_valid"]
         return [self.output_prefix]

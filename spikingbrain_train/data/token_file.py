@@ -17,7 +17,7 @@ from functools import lru_cache
 import numpy as np
 
 from spikingbrain_train.errors import DataError
-from spikingbrain_train.storage.index_format import read_header, truncated
+from spikingbrain_train.storage.index_format import HEADER_BYTES, IndexHeader, read_header, truncated
 
 _MOST_OPEN = 64
 """Files that a process holds open: a blend may have more datasets than it may open files."""
@@ -104,6 +104,41 @@ def document_starts(dataset: TokenFile) -> np.ndarray:
     return np.unique(np.concatenate(([0], ends))[boundaries])
 
 
+def document_lengths(prefix: str) -> tuple[np.dtype, np.ndarray]:
+    """Type of a token, and how many each document has [documents], read from the index alone.
+
+    The list of lengths is mapped into memory and read once; the long lists behind it only where documents
+    have several sequences.
+
+    Raises:
+        DataError: missing, truncated or contradictory files.
+    """
+    header, dtype = _open_index(prefix)
+    path = prefix + ".idx"
+    lengths = _mapped(path, np.int32, HEADER_BYTES, header.sequences)
+    if header.sequences and int(lengths.min()) < 0:
+        raise _contradiction(prefix)
+    tokens = int(lengths.sum(dtype=np.int64))
+    expected, found = tokens * dtype.itemsize, os.path.getsize(prefix + ".bin")
+    if found != expected:
+        raise truncated(prefix, ".bin", expected, found)
+    boundaries = _mapped(path, np.int64, HEADER_BYTES + 12 * header.sequences, header.boundaries)
+    if not (len(boundaries) and boundaries[0] == 0 and boundaries[-1] == header.sequences):
+        raise _contradiction(prefix)
+    if header.boundaries == header.sequences + 1:  # one sequence a document
+        return dtype, lengths
+    if (np.diff(boundaries) < 0).any():
+        raise _contradiction(prefix)
+    ends = np.concatenate(([0], np.cumsum(lengths, dtype=np.int64)))
+    return dtype, np.diff(ends[boundaries])
+
+
+def _mapped(path: str, kind: type[np.number], offset: int, count: int) -> np.ndarray:
+    if count == 0:
+        return np.empty(0, dtype=kind)
+    return np.asarray(np.memmap(path, dtype=kind, mode="r", offset=offset, shape=(count,)))
+
+
 def document_at(dataset: TokenFile, position: int) -> int:
     """Number, from 0, of the document that the token at ``position`` belongs to."""
     _, lengths, boundaries = _read_index(dataset.prefix)
@@ -118,21 +153,10 @@ def _read_index(prefix: str) -> tuple[np.dtype, np.ndarray, np.ndarray]:
         dtype of the tokens; length of each sequence [sequences] int32; bounds of the documents
         [documents + 1] int64, in sequences.
     """
-    for suffix in (".idx", ".bin"):
-        if not os.path.isfile(prefix + suffix):
-            raise DataError(
-                f"there is no indexed dataset at {prefix} ({prefix}{suffix} is missing): give the path "
-                "without .bin/.idx, and make it with spikingbrain-preprocess"
-            )
+    header, dtype = _open_index(prefix)
     try:
         with open(prefix + ".idx", "rb") as file:
-            header = read_header(file, prefix)
-            dtype = np.dtype(header.type_name)
-            if not np.issubdtype(dtype, np.integer):
-                raise DataError(f"{prefix}.bin holds no whole numbers and so no tokens: check the prefix")
-            found = os.path.getsize(prefix + ".idx")
-            if found not in (header.size, header.size + header.sequences):
-                raise truncated(prefix, ".idx", header.size, found)
+            file.seek(HEADER_BYTES)
             lengths = np.fromfile(file, dtype=np.int32, count=header.sequences)
             pointers = np.fromfile(file, dtype=np.int64, count=header.sequences)
             ends = np.fromfile(file, dtype=np.int64, count=header.boundaries)
@@ -149,5 +173,31 @@ def _read_index(prefix: str) -> tuple[np.dtype, np.ndarray, np.ndarray]:
         or (np.diff(ends) < 0).any()
         or (pointers != starts * dtype.itemsize).any()
     ):
-        raise DataError(f"{prefix}.idx contradicts itself: preprocess again with --overwrite")
+        raise _contradiction(prefix)
     return dtype, lengths, ends
+
+
+def _open_index(prefix: str) -> tuple[IndexHeader, np.dtype]:
+    """The head of an index, whose files are there and whose lists are as long as it says."""
+    for suffix in (".idx", ".bin"):
+        if not os.path.isfile(prefix + suffix):
+            raise DataError(
+                f"there is no indexed dataset at {prefix} ({prefix}{suffix} is missing): give the path "
+                "without .bin/.idx, and make it with spikingbrain-preprocess"
+            )
+    try:
+        with open(prefix + ".idx", "rb") as file:
+            header = read_header(file, prefix)
+        found = os.path.getsize(prefix + ".idx")
+    except OSError as error:
+        raise DataError(f"cannot read the indexed dataset {prefix}: {error.strerror or error}") from error
+    dtype = np.dtype(header.type_name)
+    if not np.issubdtype(dtype, np.integer):
+        raise DataError(f"{prefix}.bin holds no whole numbers and so no tokens: check the prefix")
+    if found not in (header.size, header.size + header.sequences):
+        raise truncated(prefix, ".idx", header.size, found)
+    return header, dtype
+
+
+def _contradiction(prefix: str) -> DataError:
+    return DataError(f"{prefix}.idx contradicts itself: preprocess again with --overwrite")

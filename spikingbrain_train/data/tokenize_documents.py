@@ -7,7 +7,6 @@ takes seconds.
 
 from __future__ import annotations
 
-import hashlib
 import multiprocessing
 import os
 import signal
@@ -20,8 +19,9 @@ from itertools import islice
 
 import numpy as np
 
-from spikingbrain_train.data.documents import RawDocument, Source
+from spikingbrain_train.data.documents import EmptyDocumentError, RawDocument, Source
 from spikingbrain_train.data.preprocess_options import PreprocessOptions
+from spikingbrain_train.data.split import place_of
 from spikingbrain_train.data.tokenizers import Tokenizer
 from spikingbrain_train.errors import DataError
 
@@ -46,17 +46,12 @@ class TokenizedChunk:
     """Ids of all documents, end-of-sequence tokens included, in the dataset's dtype."""
     lengths: list[int]
     text_bytes: list[int]
-    held_out: list[bool]
+    places: list[int]
+    """Of the documents, see :func:`~spikingbrain_train.data.split.place_of`."""
     skipped: list[str]
-
-
-def is_held_out(text: str, valid_fraction: float) -> bool:
-    """Whether a document belongs to the held-out part, decided by its content alone.
-
-    So copies of a document stay together, and the split survives reordering, other workers and added files.
-    """
-    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < valid_fraction * 2.0**64
+    """One sentence for each document left out."""
+    empty: int
+    """How many of those hold no text."""
 
 
 def split_into_chunks(sources: Iterable[Source], options: PreprocessOptions) -> Iterator[Chunk]:
@@ -140,6 +135,7 @@ def tokenize(
     """
     texts: list[str] = []
     skipped: list[str] = []
+    empty = 0
     for document in chunk.documents:
         try:
             texts.append(document.text(options.text_key))
@@ -147,6 +143,7 @@ def tokenize(
             if not options.skip_bad_documents:
                 raise
             skipped.append(str(error))
+            empty += isinstance(error, EmptyDocumentError)
     encoded = tokenizer.encode_batch(texts)
     lengths = [len(ids) + 1 for ids in encoded]
     token_ids = np.empty(sum(lengths), dtype=dtype)
@@ -159,6 +156,7 @@ def tokenize(
         token_ids=token_ids,
         lengths=lengths,
         text_bytes=[len(text.encode("utf-8")) for text in texts],
-        held_out=[is_held_out(text, options.valid_fraction) for text in texts],
+        places=[place_of(text, options.split_seed) for text in texts],
         skipped=skipped,
+        empty=empty,
     )

@@ -101,7 +101,8 @@ class HuggingFaceTokenizer:
         self.name = self.folder.resolve().name
         key = cache_key(self.folder, PROBES)
         known = recall(key)
-        facts, self._backend = known or self._read_folder()
+        facts, backend = known or self._read_folder()
+        self._backend: Any = backend
         self._backend.encode_special_tokens = facts.encode_special_tokens
         self.vocab_size, self.eos_id, self.fingerprint = facts.vocab_size, facts.eos_id, facts.fingerprint
         if known is None:

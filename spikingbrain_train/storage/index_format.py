@@ -11,6 +11,8 @@ from spikingbrain_train.errors import DataError
 
 _HEADER = struct.Struct("<9sQBQQ")
 """Magic, version, code of the numbers' type, number of sequences, number of document boundaries."""
+HEADER_BYTES = _HEADER.size
+"""Where the lists begin: lengths int32 and offsets int64 of the sequences, boundaries int64."""
 _MAGIC = b"MMIDIDX\x00\x00"
 _TYPES = {
     1: ("uint8", 1),

@@ -86,8 +86,9 @@ def test_large_vocabularies_are_stored_in_32_bits() -> None:
     assert token_dtype(152_064) is np.int32
 
 
+@pytest.mark.parametrize("split", [{"valid_fraction": 0.3}, {"valid_tokens": 9000}], ids=str)
 def test_the_number_of_workers_does_not_change_a_byte(
-    corpus: Path, hf_folder: Path, spm_file: Path, monkeypatch: pytest.MonkeyPatch
+    corpus: Path, hf_folder: Path, spm_file: Path, monkeypatch: pytest.MonkeyPatch, split: dict
 ) -> None:
     # Many small chunks, so that workers finish out of order.
     monkeypatch.setattr("spikingbrain_train.data.tokenize_documents._CHUNK_DOCUMENTS", 1)
@@ -95,9 +96,7 @@ def test_the_number_of_workers_does_not_change_a_byte(
         outputs = []
         for workers in (1, 3):
             folder = corpus.parents[1] / f"{tokenizer.name}_{workers}"
-            preprocess(
-                options(corpus, tokenizer, output_prefix=f"{folder}/d", workers=workers, valid_fraction=0.3)
-            )
+            preprocess(options(corpus, tokenizer, output_prefix=f"{folder}/d", workers=workers, **split))
             outputs.append(folder_content(folder))
         assert len(outputs[0]) == 6
         assert outputs[0] == outputs[1]
@@ -164,6 +163,19 @@ def test_bad_documents_can_be_skipped_and_are_counted(corpus: Path, hf_folder: P
     report = preprocess(options(corpus, hf_folder, skip_bad_documents=True))
     assert [message.split(": ")[0] for message in report.skipped] == [f"{corpus}:{n}" for n in (4, 5, 6)]
     assert folder_content(corpus.parents[1] / "out") == folder_content(corpus.parents[1] / "clean")
+    assert (report.empty, report.as_values()["documents_dropped"]) == (2, 3)
+    assert f"dropped 3 bad documents, 2 of them empty; the first: {corpus}:4: " in report.describe()
+
+
+def test_cut_text_files_are_counted(tmp_path: Path, hf_folder: Path) -> None:
+    (tmp_path / "long.txt").write_text("\n\n".join(["some words " * 5] * 10))
+    (tmp_path / "short.txt").write_text("short")
+    report = preprocess(
+        PreprocessOptions([f"{tmp_path}/*.txt"], f"{tmp_path}/out/d", str(hf_folder), max_text_chars=120)
+    )
+    pieces = report.datasets[f"{tmp_path}/out/d"].documents - 1
+    assert (report.cut_files, report.pieces) == (1, pieces)
+    assert f"cut 1 text files into {pieces} documents" in report.describe()
 
 
 def test_nothing_but_bad_documents_is_an_error(tmp_path: Path, hf_folder: Path) -> None:
@@ -235,6 +247,12 @@ def test_a_plan_estimates_without_writing(corpus: Path, hf_folder: Path) -> None
         ({"workers": 0}, "--workers"),
         ({"max_text_chars": 0}, "--max-text-chars"),
         ({"output_prefix": ""}, "--output-prefix"),
+        ({"valid_tokens": 0}, "--valid-tokens"),
+        ({"valid_token_fraction": 0.0}, "--valid-token-fraction"),
+        ({"valid_token_fraction": float("nan")}, "--valid-token-fraction"),
+        ({"split_seed": -1}, "--split-seed"),
+        ({"valid_tokens": 5, "valid_fraction": 0.1}, "--valid-fraction and --valid-tokens each say how much"),
+        ({"valid_tokens": 5, "valid_token_fraction": 0.1}, "--valid-tokens and --valid-token-fraction each"),
     ],
 )
 def test_options_out_of_range_are_refused(corpus: Path, hf_folder: Path, changes: dict, setting: str) -> None:

@@ -143,8 +143,7 @@ def _words(value: Any) -> list[str]:
 class Preprocess(Tool):
     """spikingbrain-preprocess.
 
-    Outputs: ``train`` and ``valid``, prefixes of datasets; without ``valid_fraction`` both are the whole
-    text.
+    Outputs: ``train`` and ``valid``, prefixes of datasets; where nothing is held out both are the whole text.
     """
 
     name = "preprocess"
@@ -162,7 +161,7 @@ class Preprocess(Tool):
     def result(self, context: Context, given: Mapping[str, Any]) -> Result:
         prefix = str(given["output_prefix"])
         parts = {"train": f"{prefix}_train", "valid": f"{prefix}_valid"}
-        if not given.get("valid_fraction"):
+        if not any(given.get(name) for name in ("valid_fraction", "valid_tokens", "valid_token_fraction")):
             parts = {"train": prefix, "valid": prefix}
         made = sorted({Path(f"{part}{end}") for part in parts.values() for end in (".bin", ".idx", ".json")})
         own_words = {"pydoc-topics"}

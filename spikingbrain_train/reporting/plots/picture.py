@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -61,13 +61,13 @@ class _Band:
         return max(view.height for view in self.views) + 0.65  # the title above, the axis below
 
 
-def format_of(destination: Path) -> str:
-    """The format that a file's suffix names. Raises ConfigurationError."""
+def format_of(destination: Path, flag: str = "--output") -> str:
+    """The format that a file's suffix names. Raises ConfigurationError, which names the flag."""
     suffix = destination.suffix.removeprefix(".").lower()
     if suffix not in FORMATS:
         known = ", ".join(f".{each}" for each in FORMATS)
         raise ConfigurationError(
-            f"--output {destination} ends in none of {known}; give it one of these endings"
+            f"{flag} {destination} ends in none of {known}; give it one of these endings"
         )
     return suffix
 
@@ -79,11 +79,20 @@ def save_picture(row: Row, views: Sequence[View], options: Options, destination:
         ConfigurationError: the name has another ending than .png, .svg or .pdf.
         PlatformError: it cannot be written.
     """
-    kind = format_of(destination)
+    save_figure(lambda: draw_picture(row, views, options), destination)
+
+
+def save_figure(draw: Callable[[], Any], destination: Path, flag: str = "--output") -> None:
+    """Write what ``draw`` makes, a matplotlib Figure, in the style of all pictures.
+
+    Raises:
+        ConfigurationError, PlatformError: as :func:`save_picture`.
+    """
+    kind = format_of(destination, flag)
     import matplotlib
 
     with matplotlib.rc_context(_RC):
-        figure = draw_picture(row, views, options)
+        figure = draw()
         try:
             destination.parent.mkdir(parents=True, exist_ok=True)
             with replaced_durably(destination) as temporary:
