@@ -173,6 +173,28 @@ def test_few_layers_are_lines_and_many_are_colours(tmp_path: Path) -> None:
     assert len(shown) <= 10 and shown[:2] == ["0", "14"]
 
 
+def test_stages_with_other_layers_share_one_picture_of_them(tmp_path: Path) -> None:
+    def errors(layers: range) -> dict[str, float]:
+        return {f"align/error/layer_{layer}": 0.1 + layer for layer in layers}
+
+    one = write_run(tmp_path / "one", stage="align", metrics=errors(range(0, 12, 2)))
+    load = checkpoint_of(one)
+    other = write_run(tmp_path / "other", stage="align", metrics=errors(range(6, 14)), load=load)
+    panel = drawn(one, other)["Alignment error per layer: relative squared error"]
+    (mesh,) = panel.collections
+    table = mesh.get_array()
+    assert table.shape == (11, 6)  # layers 0, 2, 4 and 6 to 13; three reports of each run
+    assert [bool(cell) for cell in table.mask[:, 0]] == [False] * 4 + [
+        True,
+        False,
+        True,
+        False,
+        True,
+        True,
+        True,
+    ]
+
+
 def test_compared_layers_are_their_last_values(tmp_path: Path) -> None:
     metrics = {f"align/error/layer_{layer}": (0.9, 0.8, 0.1 * layer) for layer in range(3)}
     runs = [write_run(tmp_path / name, stage="align", metrics=metrics) for name in "ab"]

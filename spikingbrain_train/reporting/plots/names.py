@@ -81,7 +81,7 @@ def shown(value: Any) -> str:
     if isinstance(value, float):
         text = f"{value:.3g}"
         mantissa, exponent, power = text.partition("e")
-        return f"{mantissa}e{int(power)}" if exponent else _scientific(value) if abs(value) < 0.01 else text
+        return f"{mantissa}e{int(power)}" if exponent else _scientific(value) if abs(value) < 0.1 else text
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(shown(each) for each in value) + "]"
     return str(value)

@@ -10,6 +10,7 @@ from typing import Any
 from spikingbrain_train.reporting.plots.curves import draw_line, draw_noisy, window_of
 from spikingbrain_train.reporting.plots.dense_line import DenseLine
 from spikingbrain_train.reporting.plots.heat import draw_over_axis, draw_table
+from spikingbrain_train.reporting.plots.quantities import Quantity, quantity_of
 from spikingbrain_train.reporting.plots.recording import Series
 from spikingbrain_train.reporting.plots.rows import Row, Run, last_number
 from spikingbrain_train.reporting.plots.style import line_style
@@ -28,60 +29,6 @@ class Options:
     """Points of a running mean of noisy series; None chooses, 1 is none."""
     dense: DenseLine | None = None
     """The line to reach."""
-
-
-@dataclass(frozen=True)
-class Quantity:
-    """A metric in words."""
-
-    title: str
-    unit: str
-    factor: float = 1.0
-    """What a value is multiplied by: 100 for a share in percent."""
-    is_noisy: bool = False
-    """Whether it jumps from step to step, so that a running mean is drawn."""
-    is_from_zero: bool = False
-    """Whether its axis begins at 0, so that noise does not look like change."""
-
-
-QUANTITIES = {
-    "train/loss": Quantity("Training loss", "loss", is_noisy=True),
-    "train/cross_entropy": Quantity("Training cross entropy", "nats per token", is_noisy=True),
-    "train/kl_divergence": Quantity("KL divergence from the teacher", "nats per token", is_noisy=True),
-    "train/learning_rate": Quantity("Learning rate", "rate"),
-    "train/grad_norm": Quantity("Gradient norm", "L2 norm", is_noisy=True),
-    "train/tokens_per_second": Quantity("Throughput", "tokens per second", is_from_zero=True),
-    "train/mfu": Quantity("Model FLOP/s utilisation", "% of the peak", 100.0, is_from_zero=True),
-    "train/tflops": Quantity("Model FLOP/s of a rank", "TFLOP/s", is_from_zero=True),
-    "train/memory_gib": Quantity("Peak memory of a rank", "GiB", is_from_zero=True),
-    "train/tokens": Quantity("Tokens read", "tokens"),
-    "valid/cross_entropy": Quantity("Held-out cross entropy", "nats per token"),
-    "align/error": Quantity("Alignment error, mean of layers", "relative squared error", is_noisy=True),
-    "moe/aux_loss": Quantity("Load-balancing loss (1 is even)", "aux loss", is_noisy=True),
-    "moe/z_loss": Quantity("Router z-loss", "z-loss", is_noisy=True),
-    "moe/dropped_tokens": Quantity(
-        "Dropped by full experts", "% of assignments", 100.0, is_noisy=True, is_from_zero=True
-    ),
-    "moe/load_max_over_mean": Quantity("Busiest expert of each layer", "load over mean", is_noisy=True),
-    "moe/expert_load": Quantity("Load of each expert", "layer"),
-    "spiking/k": Quantity("Spike scale k", "k"),
-    "spiking/sparsity": Quantity("Empty spike slots", "% of slots", 100.0),
-    "spiking/share_up_to_7": Quantity("Channels that count up to 7", "% of channels", 100.0),
-    "spiking/mean_spikes": Quantity("Mean spikes of a channel", "spikes"),
-}
-
-
-def quantity_of(metric: str) -> Quantity:
-    """What a metric is called; one that is not known here goes by its own name."""
-    for prefix, words in (("valid/cross_entropy/", "Held-out cross entropy, {}"),):
-        if metric.startswith(prefix):
-            return Quantity(words.format(metric.removeprefix(prefix)), "nats per token")
-    family, between, number = metric.rpartition("/layer_")
-    if between and number.isdigit() and family in QUANTITIES:
-        base = QUANTITIES[family]
-        return Quantity(f"{base.title}, layer {number}", base.unit, base.factor, base.is_noisy)
-    is_noisy = metric.startswith("train/")
-    return QUANTITIES.get(metric, Quantity(metric, metric.rpartition("/")[2], is_noisy=is_noisy))
 
 
 @dataclass(frozen=True)
@@ -114,7 +61,6 @@ def lines_view(
     if not having:
         return None
     words = quantity_of(metric)
-
     faint = 0.25 if row.is_comparison else 0.4
 
     def draw(panel: Any) -> None:
@@ -149,38 +95,41 @@ def layers_view(row: Row, family: str, options: Options) -> View | None:
         return _profile_view(having, family, words)
     layers = sorted({layer for run in having for layer in run.recording.layers(family)})
     if len(layers) <= MOST_LINES:
-        return _layer_lines_view(row.of(having), having, family, words, layers, options)
-
+        return _layer_lines_view(row.of(having), having, family, words, options)
     height = max(1.9, min(3.6, 0.07 * len(layers) + 1.0))
 
     def draw(panel: Any) -> None:
-        metrics = having[0].recording.layers(family)
-        rows = [
-            sorted(point for run in having for point in scaled(run.series(metrics[layer]), words.factor))
-            for layer in metrics
-        ]
-        draw_over_axis(panel, rows, [str(layer) for layer in metrics], having[-1].end, height)
+        rows = _on_the_same_places([_of_layer(having, family, layer, words.factor) for layer in layers])
+        draw_over_axis(panel, rows, [str(layer) for layer in layers], having[-1].end, height)
 
-    title = f"{_per_layer(words.title)}: {words.unit}"
-    return View(
-        title,
-        "layer",
-        draw,
-        height=height,
-        part=row.of(having),
-        is_table=True,
-    )
+    title, part = f"{_per_layer(words.title)}: {words.unit}", row.of(having)
+    return View(title, "layer", draw, height=height, part=part, is_table=True)
+
+
+def _of_layer(runs: Sequence[Run], family: str, layer: int, factor: float) -> Series:
+    """The values of a layer in all runs that have it."""
+    metrics = [(run, run.recording.layers(family).get(layer)) for run in runs]
+    return [point for run, metric in metrics if metric for point in scaled(run.series(metric), factor)]
+
+
+def _on_the_same_places(rows: Sequence[Series]) -> list[Series]:
+    """Rows with a point at every place of any of them, NaN where a row has none."""
+    places = sorted({x for row in rows for x, _ in row})
+    found = [dict(row) for row in rows]
+    return [[(x, values.get(x, math.nan)) for x in places] for values in found]
 
 
 def _layer_lines_view(
-    part: Row, having: Sequence[Run], family: str, words: Quantity, layers: Sequence[int], options: Options
+    part: Row, having: Sequence[Run], family: str, words: Quantity, options: Options
 ) -> View:
     def draw(panel: Any) -> None:
+        labelled: set[int] = set()
         for run in having:
             for number, (layer, metric) in enumerate(run.recording.layers(family).items()):
                 series = scaled(run.series(metric), words.factor)
                 window = window_of(len(series), options.smooth) if words.is_noisy else 1
-                label = f"layer {layer}" if run is having[0] else None
+                label = None if layer in labelled else f"layer {layer}"
+                labelled.add(layer)
                 draw_noisy(panel, series, line_style(number), label, window, faint=0.2, is_one_of_many=True)
 
     return View(_per_layer(words.title), words.unit, draw, part=part)
