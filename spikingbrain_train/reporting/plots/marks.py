@@ -20,7 +20,7 @@ from spikingbrain_train.reporting.plots.style import (
 )
 
 AXIS_LABELS = {Axis.tokens: "tokens read", Axis.steps: "optimizer steps", Axis.hours: "hours at work"}
-_LINES_OF_LABELS = 3
+_LINES_OF_LABELS, _LONGEST_LABEL = 3, 42
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,11 @@ class Continuation:
     @property
     def label(self) -> str:
         """In few words."""
-        return ", ".join(self.changes) or "resumed"
+        whole = ", ".join(self.changes) or "resumed"
+        if len(whole) <= _LONGEST_LABEL or len(self.changes) < 2:
+            return shortened(whole, _LONGEST_LABEL)
+        others = len(self.changes) - 1
+        return f"{shortened(self.changes[0], _LONGEST_LABEL - 12)} and {others} more"
 
 
 def continuations(row: Row) -> list[Continuation]:
@@ -116,7 +120,7 @@ def draw_continuations(panel: Any, row: Row, found: Sequence[Continuation], *, w
     written: set[tuple[str, int]] = set()
     below = 1 if row.arrangement is Arrangement.sequence else 0
     for each in sorted(found, key=lambda each: (not each.changes, each.place)):
-        text, where = shortened(each.label, 46), share_before(row, each.place)
+        text, where = each.label, share_before(row, each.place)
         # The same change of several runs in one place is written once; stops of several runs are not written.
         if (text, round(50 * where)) in written or (row.is_comparison and not each.changes):
             continue
