@@ -12,6 +12,8 @@
 #   STOP_SECONDS      whole seconds that a run may take to save from the warning on  (default: 540)
 #   CONTAINER_IMAGE   a .sif file runs under apptainer; anything else is given to srun's pyxis plugin
 #   CONTAINER_MOUNTS  source:target[,source:target...]        (default: this checkout, at its own path)
+#   SWEEP_ARGUMENTS   folder of <task>.args, which holds the further arguments of an array task, one a line
+#                     (spikingbrain-train --multirun --submit sets it)
 #   CONTAINER_ARGS    further words for `apptainer exec` or `srun`, such as --nv
 set -euo pipefail
 
@@ -66,6 +68,12 @@ else
 fi
 
 arguments=("$@")
+if [ -n "${SWEEP_ARGUMENTS:-}" ]; then
+    task=$SWEEP_ARGUMENTS/${SLURM_ARRAY_TASK_ID:-0}.args
+    [ -f "$task" ] || fail "$task is missing; submit the sweep again (spikingbrain-train --multirun --submit)"
+    mapfile -t swept <"$task"
+    arguments+=("${swept[@]}")
+fi
 if [ "$restarts" -gt 0 ]; then
     # A requeued job goes on from its newest checkpoint, whatever its first start was told. The last word wins.
     arguments+=(checkpoint.resume=auto)

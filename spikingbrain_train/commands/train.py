@@ -22,6 +22,8 @@ from spikingbrain_train.runtime.quiet_torch import ignore_megatron_warnings
 if TYPE_CHECKING:
     from spikingbrain_train.planning.planner import Plan
 
+_MULTIRUN = ("--multirun", "-m")
+
 
 def plan() -> None:
     """What a run would take: ``spikingbrain-train ... dry_run=true`` without building anything.
@@ -32,6 +34,8 @@ def plan() -> None:
     build = any(argument.startswith("dry_run_rank=") for argument in sys.argv[1:])
     with user_errors(same_on_all_ranks=True):
         launched = _launcher()
+        if _swept(launched, dry_run=True):
+            return
         checked = _checked(launched, ["dry_run=true"])
     if checked is not None:
         _dry_run(checked, build_share=build)
@@ -45,6 +49,8 @@ def train() -> None:
     """
     with user_errors(same_on_all_ranks=True):
         launched = _launcher()
+        if _swept(launched):
+            return
         checked = _checked(launched)
     if checked is None:
         return
@@ -67,6 +73,17 @@ def _launcher() -> ranks.Ranks | None:
         )
     sys.argv = [sys.argv[0], *words]
     return launched
+
+
+def _swept(launched: ranks.Ranks | None, *, dry_run: bool = False) -> bool:
+    """Whether the command line asked for several runs, which have then had their turn."""
+    words = [word for word in sys.argv[1:] if word not in _MULTIRUN]
+    if len(words) == len(sys.argv) - 1:
+        return False
+    from spikingbrain_train.commands.sweep import sweep
+
+    sweep(words, launched, dry_run=dry_run)
+    return True
 
 
 def _checked(launched: ranks.Ranks | None, further: Sequence[str] = ()) -> Plan | None:

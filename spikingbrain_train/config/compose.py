@@ -193,10 +193,6 @@ def compose_from_command_line(further: Sequence[str] = ()) -> DictConfig | None:
             raise ConfigurationError(
                 f"settings are written without dashes: {flag}={value}; flags are {_OWN_FLAGS}"
             )
-        if argument in ("--multirun", "-m"):
-            raise ConfigurationError(
-                "--multirun would train several runs in one process; start one spikingbrain-train a run"
-            )
     check_choices(given)
     load_plugins(plugins_of_command_line(given, stored_config_file(given)))
     register_schema()

@@ -73,7 +73,7 @@ def _run(step: Step, state: State, steps: Sequence[Step]) -> None:
     # Before the command too, so that what an interrupted one leaves is known as ours.
     state.save(steps)
     try:
-        code, asked = _call(step.command)
+        code, asked = call(step.command)
         record.exit_code = code
     finally:
         record.seconds = before + time.monotonic() - started
@@ -101,10 +101,10 @@ def _end(sentence: str, code: int) -> NoReturn:
     raise SystemExit(code if code >= 0 else 128 - code)
 
 
-def _call(command: Sequence[str]) -> tuple[int, signal.Signals | None]:
-    """Run a command to its end.
+def call(command: Sequence[str]) -> tuple[int, signal.Signals | None]:
+    """Run a command to its end, in the foreground.
 
-    Whoever asks the pipeline to stop asks the command, too, which may have something to save first; a second
+    Whoever asks this process to stop asks the command, too, which may have something to save first; a second
     Ctrl-C ends it.
 
     Returns:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import pty
 import re
-import select
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -18,13 +14,8 @@ import pytest
 from spikingbrain_train.commands.ranks import Ranks, split
 from spikingbrain_train.config.command_line import START_AGAIN
 from spikingbrain_train.errors import ConfigurationError
-from spikingbrain_train.reporting.metrics import METRICS_FILE
 from spikingbrain_train.storage.checkpoint_folder import latest_iteration
-from tests.config.small_dataset import write_dataset
-
-ROOT = Path(__file__).resolve().parents[2]
-TRAIN = [sys.executable, "-m", "spikingbrain_train", "train"]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+from tests.commands.terminal import ENVIRONMENT, TRAIN, Terminal, settings
 
 
 def test_flags_of_the_launcher_may_stand_anywhere() -> None:
@@ -59,7 +50,7 @@ def test_what_the_arguments_tell_is_refused_once_and_before_torch(tmp_path: Path
         "import sys; from spikingbrain_train.commands.programs import train\n"
         "try: train()\nfinally: assert 'torch' not in sys.modules"
     )
-    words = ["--nproc-per-node", "2", *_settings(tmp_path), "parallel=tp2_pp2"]
+    words = ["--nproc-per-node", "2", *settings(tmp_path), "parallel=tp2_pp2"]
     done = subprocess.run(
         [sys.executable, "-c", code, *words], env=ENVIRONMENT, capture_output=True, text=True
     )
@@ -68,71 +59,16 @@ def test_what_the_arguments_tell_is_refused_once_and_before_torch(tmp_path: Path
 
 
 def test_a_rank_starts_no_ranks(tmp_path: Path) -> None:
-    words = ["--nproc-per-node", "2", *_settings(tmp_path)]
+    words = ["--nproc-per-node", "2", *settings(tmp_path)]
     done = subprocess.run(
         [*TRAIN, *words], env={**ENVIRONMENT, "RANK": "0", "LOCAL_RANK": "0"}, capture_output=True, text=True
     )
     assert done.returncode == 2 and "a launcher has started this process as one" in done.stderr
 
 
-def _settings(folder: Path) -> list[str]:
-    text = write_dataset(folder / "text", 200)
-    return [
-        *("model=tiny_hybrid", "model.vocab_size=512", "cluster=cpu", "precision=fp32", "parallel=single"),
-        *(f"data.train=[{text}]", "stage.seq_length=64", "stage.global_batch_size=2"),
-        *(f"output_dir={folder / 'run'}", "stage.train_iters=100000", "logging.log_interval=1"),
-        *("logging.tensorboard=false", "cluster.peak_tflops=1"),
-    ]
-
-
-class Terminal:
-    """A command in the foreground of a terminal, as a user starts it."""
-
-    def __init__(self, *command: str) -> None:
-        self.said = ""
-        self.pid, self._terminal = pty.fork()
-        if self.pid == 0:
-            os.execvpe(command[0], command, ENVIRONMENT)
-
-    def read(self, seconds: float) -> bool:
-        """Take what is said; False once the command has ended."""
-        if not select.select([self._terminal], [], [], seconds)[0]:
-            return True
-        try:
-            part = os.read(self._terminal, 1 << 16)
-        except OSError:
-            return False
-        self.said += part.decode(errors="replace").replace("\r\n", "\n")
-        return bool(part)
-
-    def wait_for_steps(self, run: Path) -> None:
-        """Until some steps are done."""
-        deadline = time.monotonic() + 200
-        while not (run / METRICS_FILE).exists() or (run / METRICS_FILE).read_text().count("train/loss") < 3:
-            assert self.read(0.1) and time.monotonic() < deadline, self.said
-
-    def press_ctrl_c(self) -> None:
-        """The terminal sends SIGINT to everything in its foreground."""
-        os.write(self._terminal, b"\x03")
-
-    def exit_code(self) -> int:
-        """Wait for the end."""
-        deadline = time.monotonic() + 120
-        try:
-            while self.read(0.5):
-                assert time.monotonic() < deadline, self.said
-        finally:
-            if time.monotonic() >= deadline:
-                for process in [*psutil.Process(self.pid).children(recursive=True), psutil.Process(self.pid)]:
-                    process.kill()
-            _, status = os.waitpid(self.pid, 0)
-            os.close(self._terminal)
-        return os.waitstatus_to_exitcode(status)
-
-
 @pytest.mark.slow
 def test_ctrl_c_ends_with_the_runs_sentence_and_start_again(tmp_path: Path) -> None:
-    terminal = Terminal(*TRAIN, "--nproc-per-node", "2", *_settings(tmp_path))
+    terminal = Terminal(*TRAIN, "--nproc-per-node", "2", *settings(tmp_path))
     terminal.wait_for_steps(tmp_path / "run")
     terminal.press_ctrl_c()
     assert terminal.exit_code() == START_AGAIN, terminal.said
@@ -145,7 +81,7 @@ def test_ctrl_c_ends_with_the_runs_sentence_and_start_again(tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_a_killed_rank_is_named_and_the_code_is_no_start_again(tmp_path: Path) -> None:
-    terminal = Terminal(*TRAIN, "--nproc-per-node", "2", *_settings(tmp_path))
+    terminal = Terminal(*TRAIN, "--nproc-per-node", "2", *settings(tmp_path))
     terminal.wait_for_steps(tmp_path / "run")
     ranks = psutil.Process(terminal.pid).children()
     assert len(ranks) == 2

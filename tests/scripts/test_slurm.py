@@ -181,6 +181,17 @@ def test_torchrun_gives_the_ranks_time_to_save_before_it_kills_them(
     assert f"TORCH_ELASTIC_SHUTDOWN_TIMEOUT={seconds}" in allocation.called("env1")
 
 
+def test_a_task_of_a_submitted_sweep_has_its_own_arguments(allocation: Allocation, tmp_path: Path) -> None:
+    (tmp_path / "1.args").write_text('data.train=[a b,"c"]\noutput_dir=it\'s $HOME\n')
+    sweep = {"SWEEP_ARGUMENTS": str(tmp_path), "SLURM_ARRAY_TASK_ID": "1"}
+    result = allocation.run(script="nvidia.sbatch", **sweep)
+    assert result.returncode == 0, result.stderr
+    expected = ["train.py", "cluster=nvidia", 'data.train=[a b,"c"]', "output_dir=it's $HOME"]
+    assert allocation.called("torchrun0")[-4:] == expected
+    refused = allocation.run(script="nvidia.sbatch", **{**sweep, "SLURM_ARRAY_TASK_ID": "2"})
+    assert refused.returncode == 2 and "2.args is missing; submit the sweep again" in refused.stderr
+
+
 def test_requeued_job_resumes_whatever_it_was_told_first(allocation: Allocation) -> None:
     allocation.run("checkpoint.resume=never", SLURM_RESTART_COUNT="1")
     assert allocation.called("torchrun0")[-2:] == ["checkpoint.resume=never", "checkpoint.resume=auto"]
