@@ -1,4 +1,4 @@
-"""``--multirun``: a process a job, all checked before the first one starts, and a summary of how each ended."""
+"""``--multirun``: a process a job, all checked before the first one starts, then a summary of their ends."""
 
 from __future__ import annotations
 
