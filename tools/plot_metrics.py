@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Draw the loss curves of runs: the same as the installed `spikingbrain-plot`."""
+"""Draw runs, alone, end to end or compared: the same as the installed `spikingbrain-plot`."""
 
 from spikingbrain_train.commands.programs import plot
 

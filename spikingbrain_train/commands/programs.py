@@ -58,7 +58,7 @@ def generate() -> None:
 
 
 def plot() -> None:
-    """Draw loss curves."""
+    """Draw runs."""
     from spikingbrain_train.reporting.command_line import plot
 
     plot()

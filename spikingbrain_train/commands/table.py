@@ -45,7 +45,7 @@ COMMANDS = (
     Command("export", "write a checkpoint as a Hugging Face folder", programs.export, "tools/export.py"),
     Command("evaluate", "held-out cross entropy of a model", programs.evaluate, "tools/evaluate.py"),
     Command("generate", "continue a prompt with a model", programs.generate, "tools/generate.py"),
-    Command("plot", "draw the loss curves of runs", programs.plot, "tools/plot_metrics.py"),
+    Command("plot", "draw runs: losses, layers, experts, spikes", programs.plot, "tools/plot_metrics.py"),
     Command(
         "pipeline",
         "run the steps that a YAML file lists, one after the other",

@@ -212,12 +212,12 @@ def test_experts_show_range_table_and_what_is_dropped(tmp_path: Path) -> None:
         "moe/expert_load": [[1.5, 0.5], [0.25, 2.5]],
     }
     panels = drawn(write_run(tmp_path / "run", metrics=metrics))
-    assert set(labels(panels["Expert load (1 is even)"])) == {
+    assert set(labels(panels["Expert load"])) == {
         "busiest expert",
         "mean of the layers' busiest",
         "least busy expert",
     }
-    band = panels["Expert load (1 is even)"]
+    band = panels["Expert load"]
     assert line(band, "busiest expert")[1] == [2.5] * 3
     assert line(band, "least busy expert")[1] == [0.25] * 3
     table = panels["Load of each expert at the end (1 is an even spread)"]
@@ -231,6 +231,14 @@ def test_spikes_show_schedule_and_statistics_in_percent(tmp_path: Path) -> None:
     panels = drawn(write_run(tmp_path / "run", metrics=metrics))
     assert {"Spike scale k", "Empty spike slots", "Channels that count up to 7"} <= set(panels)
     assert list(panels["Empty spike slots"].get_lines()[0].get_ydata()) == [60.0] * 3
+
+
+def test_spikes_of_layers_are_shown_over_time_and_at_the_end(tmp_path: Path) -> None:
+    metrics = {f"spiking/mean_spikes/layer_{layer}": (3.0, 2.0, 1.0 + layer) for layer in range(8)}
+    panels = drawn(write_run(tmp_path / "run", metrics=metrics))
+    assert "Mean spikes of a channel per layer: spikes" in panels
+    last = panels["Mean spikes of a channel per layer, at the end"]
+    assert list(last.get_lines()[0].get_ydata()) == [1.0 + layer for layer in range(8)]
 
 
 def test_a_loss_with_the_teachers_part_is_not_on_the_axis_of_the_cross_entropy(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def _load_band(row: Row) -> View | None:
         panel.axhline(1.0, color=FAINT, linewidth=1.0, zorder=1)
         panel.set_ylim(bottom=0.0)
 
-    return View("Expert load (1 is even)", "tokens over mean", draw, height=2.4)
+    return View("Expert load", "load over mean, 1 is even", draw, height=2.4)
 
 
 def _busiest_comparison(row: Row, options: Options) -> View | None:

@@ -10,7 +10,14 @@ from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.reporting.plots.cross_entropies import loss_views, other_loss
 from spikingbrain_train.reporting.plots.expert_load import expert_views
 from spikingbrain_train.reporting.plots.rows import Row
-from spikingbrain_train.reporting.plots.views import Options, View, layers_view, lines_view, table_view
+from spikingbrain_train.reporting.plots.views import (
+    Options,
+    View,
+    last_layers_view,
+    layers_view,
+    lines_view,
+    table_view,
+)
 
 
 @dataclass(frozen=True)
@@ -115,7 +122,11 @@ def _spikes(row: Row, options: Options) -> list[View | None]:
         if name.startswith("spiking/") and "/layer_" not in name
     )
     halves = [lines_view(row, name, options, is_wide=False) for name in names]
-    return [*halves, layers_view(row, "spiking/mean_spikes", options)]
+    family = "spiking/mean_spikes"
+    over_time = layers_view(row, family, options)
+    # The schedule of k hides there how layers differ; a comparison shows the end anyway.
+    at_the_end = None if row.is_comparison else last_layers_view(row, family)
+    return [*halves, over_time, at_the_end]
 
 
 def _throughput(row: Row, options: Options) -> list[View | None]:

@@ -92,7 +92,7 @@ def layers_view(row: Row, family: str, options: Options) -> View | None:
         return None
     words = quantity_of(family)
     if row.is_comparison:
-        return _profile_view(having, family, words)
+        return last_layers_view(row, family)
     layers = sorted({layer for run in having for layer in run.recording.layers(family)})
     if len(layers) <= MOST_LINES:
         return _layer_lines_view(row.of(having), having, family, words, options)
@@ -135,17 +135,23 @@ def _layer_lines_view(
     return View(_per_layer(words.title), words.unit, draw, part=part)
 
 
-def _profile_view(having: Sequence[Run], family: str, words: Quantity) -> View:
+def last_layers_view(row: Row, family: str) -> View | None:
+    """The last value of each layer: of all runs that are compared, or of the last stage that has any."""
+    having = [run for run in row.runs if run.recording.layers(family)]
+    if not having:
+        return None
+    words, shown = quantity_of(family), having if row.is_comparison else having[-1:]
+
     def draw(panel: Any) -> None:
-        for run in having:
+        for run in shown:
             points: Series = []
             for layer, metric in run.recording.layers(family).items():
                 value = last_number(scaled(run.series(metric), words.factor))
                 points.append((float(layer), math.nan if value is None else value))
-            draw_line(panel, points, run.style, None)
+            draw_line(panel, points, run.style if row.is_comparison else line_style(0), None)
         panel.xaxis.get_major_locator().set_params(integer=True)
 
-    return View(f"{_per_layer(words.title)}, at the end", words.unit, draw, x_label="layer")
+    return View(f"{_per_layer(words.title)}, at the end", words.unit, draw, height=1.9, x_label="layer")
 
 
 def table_view(row: Row, metric: str) -> View | None:
