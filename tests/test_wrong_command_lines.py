@@ -60,6 +60,17 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     (("evaluate", "--model", "whole", "--data", "nowhere"), "--data=nowhere: there is no nowhere.bin"),
     (("evaluate", "--model", "whole", "--data", "text", "--output", "model"), "--output model is a folder"),
     (("evaluate", "--model", "whole", "--data", "text", "--output", "file/x"), "--output=file"),
+    (("evaluate", "--model", "checkpoint", "--data", "text"), "neither a Hugging Face folder"),
+    (
+        ("evaluate", "--model", "whole", "--data", "text", "--parallel", "tp2"),
+        "spreads a Megatron",
+    ),
+    (("evaluate", "--model", "whole", "--data", "text", "parallel=tp2"), "spreads a Megatron"),
+    (("evaluate", "--model", "whole", "--data", "text", "--micro-batch-size", "2"), "is for Megatron"),
+    (
+        ("evaluate", "--model", "whole", "--data", "text", "--tokenizer", "nowhere"),
+        "nowhere does not exist",
+    ),
     (GENERATE, "model holds no weights in safetensors"),
     (("generate", "--model", "nowhere", "--prompt", "x"), "nowhere is not a folder"),
     (("generate", "--model", "whole", "--prompt", ""), "--prompt is empty"),

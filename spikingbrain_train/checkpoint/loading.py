@@ -31,6 +31,7 @@ from spikingbrain_train.planning.resume import (
 )
 from spikingbrain_train.storage.checkpoint_folder import (
     advice_to_go_back,
+    is_iteration_folder,
     iteration_of,
     latest_checkpoint,
 )
@@ -47,10 +48,22 @@ def load_weights(folder: str, setting: str, model: PipelineStage) -> None:
     Raises:
         CheckpointError: it is missing, damaged or of another architecture.
     """
-    checkpoint = latest_checkpoint(folder, setting)
-    stored = read_stored_model(checkpoint)
-    check_same_weights(stored, model.model_config, f"{setting}={folder}")
-    loaded = _load({"model": sharded_weights(model)}, checkpoint, setting)
+    load_weights_of(latest_checkpoint(folder, setting), f"{setting}={folder}", model)
+
+
+def load_weights_of(checkpoint: Path, named: str, model: PipelineStage) -> None:
+    """Fill ``model`` from one checkpoint, whatever topology wrote it; nothing but weights is read.
+
+    Args:
+        checkpoint: its ``iter_*`` folder.
+        named: how the user named it, for error messages (``checkpoint.load=outputs/run/checkpoints``).
+        model: this rank's stage, already built.
+
+    Raises:
+        CheckpointError: it is missing, damaged or of another architecture.
+    """
+    check_same_weights(read_stored_model(checkpoint), model.model_config, named)
+    loaded = _load({"model": sharded_weights(model)}, checkpoint, named.partition("=")[0])
     fill_weights(model, loaded["model"])
 
 
@@ -98,4 +111,6 @@ def _load(sharded: dict[str, Any], checkpoint: Path, setting: str) -> dict[str, 
 
 
 def _advice(checkpoint: Path) -> str:
+    if not is_iteration_folder(checkpoint):
+        return "copy it again"
     return advice_to_go_back(checkpoint.parent, iteration_of(checkpoint))

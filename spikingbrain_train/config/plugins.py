@@ -7,6 +7,7 @@ checkpoint is ever imported.
 
 from __future__ import annotations
 
+import argparse
 import importlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -37,6 +38,23 @@ def load_plugins(modules: Iterable[str]) -> None:
                 f"plugins names {module}, which cannot be imported: {reason_of(error)}; write "
                 f"package.module, with its folder on PYTHONPATH"
             ) from error
+
+
+def add_plugins_argument(parser: argparse.ArgumentParser, more: str = "") -> None:
+    """``--plugins package.module,...`` of a tool; read it with :func:`plugins_of`.
+
+    Args:
+        parser: of the tool.
+        more: what its help says beyond what the modules are.
+    """
+    parser.add_argument(
+        "--plugins",
+        type=lambda text: text.strip("[]").split(","),
+        default=[],
+        metavar="MODULE,...",
+        help="modules of other packages that bring kinds of mixers and feed-forwards, as package.module"
+        + more,
+    )
 
 
 def plugins_of(values: Any, where: str) -> list[str]:

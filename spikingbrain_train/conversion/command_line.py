@@ -15,9 +15,8 @@ from spikingbrain_train.architecture.model_checks import check_kinds, check_mode
 from spikingbrain_train.architecture.stored_model import read_stored_model
 from spikingbrain_train.config.command_line import called_as, user_errors
 from spikingbrain_train.config.load import load_conversion
-from spikingbrain_train.config.plugins import load_plugins, plugins_of
+from spikingbrain_train.config.plugins import add_plugins_argument, load_plugins, plugins_of
 from spikingbrain_train.config.setting import check_fields
-from spikingbrain_train.conversion.checkpoint_paths import resolve_checkpoint
 from spikingbrain_train.conversion.formats.registry import format_of_config, format_of_model
 from spikingbrain_train.conversion.hf_folder import read_weight_map
 from spikingbrain_train.conversion.output_folder import check_output_folder
@@ -25,6 +24,7 @@ from spikingbrain_train.conversion.window_convention import WindowConvention
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.reporting.activity import activity
 from spikingbrain_train.storage.checkpoint_folder import LATEST_ITERATION_FILE
+from spikingbrain_train.storage.checkpoint_paths import resolve_checkpoint
 from spikingbrain_train.storage.hf_config_file import CONFIG_FILE, load_config_json
 
 _DESCRIPTION = """\
@@ -148,14 +148,8 @@ def _run(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> No
 
 
 def _add_plugins_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--plugins",
-        type=lambda text: text.strip("[]").split(","),
-        default=[],
-        metavar="MODULE,...",
-        help="modules of other packages that bring kinds of mixers and feed-forwards, as package.module; a "
-        "recipe names those that it needs itself, as plugins: [package.module]",
-    )
+    of_recipes = "; a recipe names those that it needs itself, as plugins: [package.module]"
+    add_plugins_argument(parser, of_recipes)
 
 
 def _add_import_arguments(parser: argparse.ArgumentParser) -> None:

@@ -25,7 +25,6 @@ _COMPANIONS = (
     "LICENSE*",
     "NOTICE*",
 )
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 
 @dataclass(frozen=True)
@@ -80,8 +79,3 @@ def _lies_within(path: Path, folder: Path) -> bool:
     real, root = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
     in_cache = root.parent.name == "snapshots" and real.parent == root.parent.parent / "blobs"
     return root in real.parents or in_cache
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder holds a tokenizer."""
-    return any((folder / name).is_file() for name in _TOKENIZERS)

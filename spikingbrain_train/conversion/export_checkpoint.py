@@ -15,9 +15,8 @@ from spikingbrain_train.architecture.model_checks import check_model
 from spikingbrain_train.architecture.stored_model import read_stored_model
 from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
 from spikingbrain_train.config.model import ModelConfig
-from spikingbrain_train.conversion.checkpoint_paths import resolve_checkpoint
 from spikingbrain_train.conversion.code_references import left_out, references
-from spikingbrain_train.conversion.companion_files import find_companion_files, has_tokenizer
+from spikingbrain_train.conversion.companion_files import find_companion_files
 from spikingbrain_train.conversion.export_pieces import Piece, export_pieces
 from spikingbrain_train.conversion.formats.hf_format import HfFormat
 from spikingbrain_train.conversion.formats.registry import format_of_model
@@ -35,8 +34,10 @@ from spikingbrain_train.errors import CheckpointError
 from spikingbrain_train.reporting.activity import activity
 from spikingbrain_train.runtime.checkpoint_metadata import read_metadata
 from spikingbrain_train.storage.checkpoint_folder import HF_SOURCE_FOLDER, MODEL_CONFIG_FILE
+from spikingbrain_train.storage.checkpoint_paths import resolve_checkpoint
 from spikingbrain_train.storage.hf_config_file import CONFIG_FILE, load_config_json
 from spikingbrain_train.storage.stored_layers import check_number_of_layers
+from spikingbrain_train.storage.tokenizer_files import has_tokenizer
 
 DEFAULT_SHARD_SIZE = 5 * 10**9
 _MODEL_PREFIXES = ("embedding.", "sink_embedding.", "decoder.", "output_layer.")

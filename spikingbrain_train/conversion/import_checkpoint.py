@@ -21,7 +21,7 @@ from spikingbrain_train.config.load import save_config
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.sections import with_layers
 from spikingbrain_train.config.setting import check_fields
-from spikingbrain_train.conversion.companion_files import find_companion_files, has_tokenizer
+from spikingbrain_train.conversion.companion_files import find_companion_files
 from spikingbrain_train.conversion.formats.hf_format import HfFormat, Zeros
 from spikingbrain_train.conversion.hf_config import read_hf_config
 from spikingbrain_train.conversion.mapping import Parameter, model_parameters
@@ -42,6 +42,7 @@ from spikingbrain_train.storage.checkpoint_folder import (
     iteration_folder,
 )
 from spikingbrain_train.storage.hf_config_file import CONFIG_FILE, load_config_json
+from spikingbrain_train.storage.tokenizer_files import has_tokenizer
 
 _RECOMPUTED = re.compile(r"\.rotary_emb\.inv_freq$")  # a buffer that old transformers versions stored
 

@@ -12,16 +12,16 @@ from spikingbrain_train.architecture.linear_transforms import transforms_of
 from spikingbrain_train.architecture.stored_model import read_stored_model
 from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
 from spikingbrain_train.config.model import ModelConfig
-from spikingbrain_train.conversion.checkpoint_paths import resolve_checkpoint
-from spikingbrain_train.conversion.companion_files import has_tokenizer
 from spikingbrain_train.conversion.export_checkpoint import check_tensors
 from spikingbrain_train.conversion.formats.registry import format_of_model, unsupported
 from spikingbrain_train.conversion.hf_config import read_hf_config
 from spikingbrain_train.conversion.report import describe_layers
 from spikingbrain_train.conversion.safetensors_io import SafetensorsReader, refuse_quantised
 from spikingbrain_train.storage.checkpoint_folder import HF_SOURCE_FOLDER, MODEL_CONFIG_FILE
+from spikingbrain_train.storage.checkpoint_paths import resolve_checkpoint
 from spikingbrain_train.storage.hf_config_file import CONFIG_FILE
 from spikingbrain_train.storage.stored_layers import check_number_of_layers
+from spikingbrain_train.storage.tokenizer_files import has_tokenizer
 
 
 def inspect_checkpoint(folder: Path) -> str:

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 from spikingbrain_train.conversion.code_references import left_out, references, without_references
-from spikingbrain_train.conversion.companion_files import has_tokenizer
 from spikingbrain_train.data.tokenizer_folder import (
     TOKENIZER_CONFIG_FILE,
     name_tokenizer_class,
@@ -14,6 +13,7 @@ from spikingbrain_train.data.tokenizer_folder import (
 )
 from spikingbrain_train.data.tokenizers import PROBES
 from spikingbrain_train.errors import CheckpointError
+from spikingbrain_train.storage.tokenizer_files import has_tokenizer
 
 
 def drop_tokenizer_code(export: Path) -> list[str]:

@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spikingbrain_train.config.command_line import called_as, user_errors
-from spikingbrain_train.config.dataset_names import dataset_names
-from spikingbrain_train.config.run_record import fingerprint
-from spikingbrain_train.errors import ConfigurationError
-from spikingbrain_train.evaluation.model_folder import check_model_folder, check_output_file
+from spikingbrain_train.config.plugins import add_plugins_argument, load_plugins, plugins_of
+from spikingbrain_train.errors import ConfigurationError, DataError
+from spikingbrain_train.evaluation import checkpoint_commands
+from spikingbrain_train.evaluation.checkpoint_request import without_settings
+from spikingbrain_train.evaluation.model_folder import (
+    check_model_folder,
+    check_output_file,
+    is_megatron_checkpoint,
+)
+from spikingbrain_train.evaluation.output import show_text, write_result
 from spikingbrain_train.evaluation.sampling import Sampling
 from spikingbrain_train.planning.file_checks import check_prefix
+from spikingbrain_train.planning.launch import Launch
 from spikingbrain_train.reporting.activity import activity
-from spikingbrain_train.storage.durable_files import write_text_durably
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _EVALUATE_DESCRIPTION = """\
-Measure the held-out cross entropy and perplexity of a Hugging Face model: a dense source, or a hybrid that
-spikingbrain-export wrote. The windows are those that a run evaluates on with the same stage.seq_length.
+Measure the held-out cross entropy and perplexity of a Hugging Face folder (a dense source, or what
+spikingbrain-export wrote) or of a Megatron checkpoint of any form (what spikingbrain-convert or a run wrote,
+in whatever topology). The windows are those that a run evaluates on with the same stage.seq_length.
 """
 
 _EVALUATE_EXAMPLES = """\
@@ -34,23 +41,37 @@ examples:
   spikingbrain-evaluate --model models/SmolLM2-135M-Instruct --data outputs/smollm2/data/text_valid \\
       --seq-length 1024
 
+  # the newest checkpoint of a run, as it is
+  spikingbrain-evaluate --model outputs/smollm2/cpt --data outputs/smollm2/data/text_valid --seq-length 1024
+
+  # a checkpoint too big for one device: degrees as to train (conf/parallel, or name=value)
+  torchrun --nproc-per-node 4 -m spikingbrain_train evaluate --model outputs/big/checkpoints/iter_0002000 \\
+      --data data/wiki_valid data/code_valid --seq-length 8192 --parallel tp2_pp2
+
   # an exported hybrid, whose folder brings its own modelling code
   spikingbrain-evaluate --model outputs/smollm2/export --data outputs/smollm2/data/text_valid \\
       --seq-length 1024 --trust-remote-code
 """
 
 _GENERATE_DESCRIPTION = """\
-Continue a prompt with a Hugging Face model, and say how fast that was and how much memory the text took:
-a hybrid keeps recurrent states of constant size and the last tokens of its windows.
+Continue prompts with a Hugging Face folder or a Megatron checkpoint of any form, and say how fast that was
+and how much memory the text took: a hybrid keeps recurrent states of constant size and the last tokens of its
+windows.
 """
 
 _GENERATE_EXAMPLES = """\
 examples:
+  spikingbrain-generate --model outputs/smollm2/cpt --prompt "The for statement"
+
+  # the likeliest token each time, of two texts
+  spikingbrain-generate --model outputs/smollm2/cpt --prompt "The for statement" --prompt "A class" \\
+      --temperature 0 --max-new-tokens 64
+
+  # an exported hybrid, whose folder brings its own modelling code
   spikingbrain-generate --model outputs/smollm2/export --prompt "The for statement" --trust-remote-code
 
-  # the likeliest token each time
-  spikingbrain-generate --model outputs/smollm2/export --prompt "The for statement" --temperature 0 \\
-      --max-new-tokens 64 --trust-remote-code
+  # a checkpoint over two devices
+  torchrun --nproc-per-node 2 -m spikingbrain_train generate --model outputs/big --prompt "The" --parallel pp2
 """
 
 
@@ -68,13 +89,32 @@ def evaluate_parser() -> argparse.ArgumentParser:
         "--seq-length", type=int, default=2048, metavar="N", help="tokens of a window (default: %(default)s)"
     )
     parser.add_argument("--max-windows", type=int, metavar="N", help="use the first N windows (default: all)")
+    parser.add_argument(
+        "--micro-batch-size",
+        type=int,
+        metavar="N",
+        help="windows that a rank processes at a time, for a Megatron checkpoint (default: 1); no number "
+        "depends on it but that of experts with a capacity",
+    )
+    parser.add_argument(
+        "--reset-at-documents",
+        choices=("true", "false"),
+        help="keep the documents of a window apart, for a Megatron checkpoint (default: as the run that "
+        "wrote it)",
+    )
     return parser
 
 
 def generate_parser() -> argparse.ArgumentParser:
     """The flags of spikingbrain-generate."""
     parser = _parser(_GENERATE_DESCRIPTION, _GENERATE_EXAMPLES)
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to go on from")
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        required=True,
+        metavar="TEXT",
+        help="text to go on from; give it again for another text",
+    )
     parser.add_argument(
         "--max-new-tokens", type=int, default=128, metavar="N", help="tokens to add (default: %(default)s)"
     )
@@ -94,12 +134,12 @@ def generate_parser() -> argparse.ArgumentParser:
 
 def evaluate(arguments: Sequence[str] | None = None) -> None:
     """spikingbrain-evaluate."""
-    _run(evaluate_parser(), _evaluate, arguments)
+    _run(evaluate_parser(), _prepare_evaluation, arguments)
 
 
 def generate(arguments: Sequence[str] | None = None) -> None:
     """spikingbrain-generate."""
-    _run(generate_parser(), _generate, arguments)
+    _run(generate_parser(), _prepare_generation, arguments)
 
 
 def _parser(description: str, epilog: str) -> argparse.ArgumentParser:
@@ -110,7 +150,12 @@ def _parser(description: str, epilog: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--model", type=Path, required=True, metavar="DIR", help="Hugging Face folder with safetensors"
+        "--model",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="Hugging Face folder with safetensors, or Megatron checkpoint: a run's folder or its "
+        "checkpoints (the newest is taken), or one iter_* folder",
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="also write the result as JSON")
     parser.add_argument(
@@ -129,92 +174,139 @@ def _parser(description: str, epilog: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--trust-remote-code",
         action="store_true",
-        help="run the modelling code that lies in the model's folder; every exported hybrid brings some",
+        help="run the modelling code that lies in a Hugging Face folder; every exported hybrid brings some",
     )
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="PATH",
+        help="tokenizer folder or sentencepiece .model file (default: that of the model's folder)",
+    )
+    parser.add_argument(
+        "--parallel",
+        nargs="*",
+        default=[],
+        metavar="SETTING",
+        help="how a Megatron checkpoint is spread over the ranks of torchrun: a layout of conf/parallel "
+        "(tp2_pp2), settings (context_parallel_size=2), or both (default: all of it on every rank)",
+    )
+    add_plugins_argument(parser)
     return parser
 
 
 def _run(
     parser: argparse.ArgumentParser,
-    handler: Callable[[argparse.Namespace], None],
+    prepare: Callable[[argparse.Namespace], Callable[[], None]],
     arguments: Sequence[str] | None,
 ) -> None:
+    """Let ``prepare`` refuse what can be refused without torch; what it returns does the rest."""
+    with user_errors(same_on_all_ranks=True):
+        words, settings = without_settings(sys.argv[1:] if arguments is None else arguments)
+        parsed = parser.parse_args(words)
+        parsed.parallel = [*parsed.parallel, *settings]
+        load_plugins(plugins_of(vars(parsed), "the command line"))
+        action = prepare(parsed)
     with user_errors():
-        handler(parser.parse_args(arguments))
+        action()
         sys.stdout.flush()
 
 
-def _evaluate(arguments: argparse.Namespace) -> None:
-    for name in ("seq_length", "max_windows"):
+def _prepare_evaluation(arguments: argparse.Namespace) -> Callable[[], None]:
+    for name in ("seq_length", "max_windows", "micro_batch_size"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ConfigurationError(f"--{name.replace('_', '-')} is {value}; give at least 1")
         if value is not None and value >= 2**31:
             raise ConfigurationError(f"--{name.replace('_', '-')} is {value}; give less than 2**31")
-    _check_files(arguments)
+    is_checkpoint = _check_files(arguments)
     for prefix in arguments.data:
         check_prefix("--data", prefix)
+    if is_checkpoint:
+        return checkpoint_commands.prepare_evaluation(arguments)
+    for name in ("micro_batch_size", "reset_at_documents"):
+        if getattr(arguments, name) is not None:
+            raise ConfigurationError(
+                f"--{name.replace('_', '-')} is for Megatron checkpoints, but {arguments.model} is a Hugging "
+                "Face folder; leave it out"
+            )
+    return partial(_evaluate, arguments)
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
     model = _load_model(arguments)
     with activity("opening the data"):
         from spikingbrain_train.data.gpt_dataset import open_valid_dataset
         from spikingbrain_train.data.indexed import check_same_tokenizer
         from spikingbrain_train.data.tokenizers import load_tokenizer
+        from spikingbrain_train.evaluation.held_out_windows import describe_datasets
         from spikingbrain_train.evaluation.perplexity import measure_perplexity
 
-        tokenizer = load_tokenizer(arguments.model)
+        tokenizer = load_tokenizer(arguments.tokenizer or arguments.model)
         for prefix in arguments.data:
             check_same_tokenizer(prefix, tokenizer)
         dataset = open_valid_dataset(
             arguments.data, arguments.seq_length, arguments.max_windows, model.config.vocab_size
         )
-    measured = measure_perplexity(model, dataset, progress=True)
-    print(f"model          {arguments.model} ({type(model).__name__}, {_dtype_name(model.dtype)})")
-    print(f"held-out text  {measured.tokens:,} tokens in {measured.windows} windows of {measured.seq_length}")
-    print(f"cross entropy  {measured.cross_entropy:.4f} nats per token")
-    print(f"perplexity     {measured.perplexity:.3f}")
+    datasets = describe_datasets(dataset, arguments.data)
+    measured = measure_perplexity(model, dataset, datasets, progress=True)
+    dtype = _dtype_name(model.dtype)
+    print(measured.describe(f"{arguments.model} ({type(model).__name__}, {dtype})"))
     if arguments.output is not None:
-        held_out = _held_out(arguments.data, dataset.predicted_tokens())
-        result = {**asdict(measured), "perplexity": measured.perplexity, "held_out": held_out}
-        _write_json(arguments.output, result)
+        write_result(arguments.output, measured.as_json(model=str(arguments.model), dtype=dtype))
 
 
-def _held_out(prefixes: Sequence[str], tokens: Sequence[int]) -> dict[str, dict[str, Any]]:
-    """What was read, as the metrics of a run have it, so that a picture knows whether both read the same."""
-    return {
-        name: {"tokens": number, "fingerprint": fingerprint(prefix).digest}
-        for name, prefix, number in zip(dataset_names(prefixes), prefixes, tokens, strict=True)
-    }
-
-
-def _generate(arguments: argparse.Namespace) -> None:
+def _prepare_generation(arguments: argparse.Namespace) -> Callable[[], None]:
     sampling = Sampling(
         max_new_tokens=arguments.max_new_tokens,
         temperature=arguments.temperature,
         top_p=arguments.top_p,
         seed=arguments.seed,
     )
-    if not arguments.prompt:
+    if not all(arguments.prompt):
         raise ConfigurationError("--prompt is empty; give at least one word to go on from")
-    _check_files(arguments)
+    if _check_files(arguments):
+        return checkpoint_commands.prepare_generation(arguments, sampling)
+    return partial(_generate, arguments, sampling)
+
+
+def _generate(arguments: argparse.Namespace, sampling: Sampling) -> None:
     with activity("importing torch and transformers"):
         from spikingbrain_train.evaluation.generation import generate_text
         from spikingbrain_train.evaluation.pretrained import load_text_tokenizer
 
     model = _load_model(arguments)
-    generation = generate_text(
-        model, load_text_tokenizer(arguments.model), arguments.prompt, sampling, _show_text
-    )
-    speed = generation.tokens_per_second
-    print(f"\n\n{generation.prompt_tokens} tokens read, {generation.new_tokens} written", end="")
-    print("" if speed is None else f" at {speed:.1f} tokens/s")
-    print(f"cache: {generation.cache.describe()}")
+    tokenizer = load_text_tokenizer(arguments.tokenizer or arguments.model)
+    generations = []
+    for prompt in arguments.prompt:
+        generation = generate_text(model, tokenizer, prompt, sampling, show_text)
+        print(generation.describe())
+        generations.append(asdict(generation))
     if arguments.output is not None:
-        _write_json(arguments.output, asdict(generation))
+        write_result(arguments.output, generations if len(generations) > 1 else generations[0])
 
 
-def _check_files(arguments: argparse.Namespace) -> None:
-    check_model_folder(arguments.model, arguments.trust_remote_code)
+def _check_files(arguments: argparse.Namespace) -> bool:
+    """Whether the model is a Megatron checkpoint. Refuses what lies there and cannot be used."""
     check_output_file(arguments.output, "--output")
+    if arguments.tokenizer is not None and not arguments.tokenizer.exists():
+        raise DataError(
+            f"--tokenizer {arguments.tokenizer} does not exist; name a Hugging Face tokenizer folder or a "
+            "sentencepiece .model file"
+        )
+    if is_megatron_checkpoint(arguments.model):
+        return True
+    check_model_folder(arguments.model, arguments.trust_remote_code)
+    if arguments.parallel:
+        raise ConfigurationError(
+            f"--parallel {' '.join(arguments.parallel)} spreads a Megatron checkpoint, but {arguments.model} "
+            "is a Hugging Face folder; leave it out, or import the folder with spikingbrain-convert"
+        )
+    if (ranks := Launch.from_environment().world_size) > 1:
+        raise ConfigurationError(
+            f"{arguments.model} is a Hugging Face folder, which one process loads, but {ranks} were started; "
+            "leave torchrun out, or import the folder with spikingbrain-convert"
+        )
+    return False
 
 
 def _load_model(arguments: argparse.Namespace) -> PreTrainedModel:
@@ -247,13 +339,3 @@ def _load_model(arguments: argparse.Namespace) -> PreTrainedModel:
 
 def _dtype_name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _show_text(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
-def _write_json(path: Path, result: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text_durably(path, json.dumps(result, indent=2, ensure_ascii=False) + "\n")

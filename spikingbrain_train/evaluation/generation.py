@@ -28,11 +28,17 @@ class Generation:
     text: str
     """Prompt and what follows it."""
 
+    def describe(self) -> str:
+        """Lines behind the text."""
+        speed = "" if self.tokens_per_second is None else f" at {self.tokens_per_second:.1f} tokens/s"
+        counted = f"{self.prompt_tokens} tokens read, {self.new_tokens} written{speed}"
+        return f"\n\n{counted}\ncache: {self.cache.describe()}"
 
-class _TimedStreamer(TextStreamer):
+
+class TimedStreamer(TextStreamer):
     """Hands text on as soon as it is complete, and notes when tokens came."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, show: Callable[[str], None]) -> None:
+    def __init__(self, tokenizer: Any, show: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_special_tokens=True)
         self._show = show
         self.times: list[float] = []
@@ -40,6 +46,14 @@ class _TimedStreamer(TextStreamer):
     def put(self, value: Tensor) -> None:
         self.times.append(time.perf_counter())
         super().put(value)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of tokens behind the first new one; None with one token."""
+        # The streamer is given the prompt once, then one token at a time.
+        steps = len(self.times) - 2
+        seconds = self.times[-1] - self.times[1] if steps > 0 else 0.0
+        return steps / seconds if seconds > 0 else None
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         self._show(text)
@@ -68,7 +82,7 @@ def generate_text(
     if inputs["input_ids"].shape[1] == 0:
         raise ConfigurationError("--prompt is empty; give at least one word to go on from")
     torch.manual_seed(sampling.seed)
-    streamer = _TimedStreamer(tokenizer, show)
+    streamer = TimedStreamer(tokenizer, show)
     # Replaced, not passed: generate() fills what a passed config leaves open with the model's own sampling
     # settings.
     model.generation_config = _generation_config(model, tokenizer, sampling)
@@ -78,14 +92,11 @@ def generate_text(
         streamer=streamer,
         return_dict_in_generate=True,
     )
-    # The streamer is given the prompt once, then one token at a time.
-    steps = len(streamer.times) - 2
-    seconds = streamer.times[-1] - streamer.times[1] if steps > 0 else 0.0
     prompt_tokens = inputs["input_ids"].shape[1]
     return Generation(
         prompt_tokens=prompt_tokens,
         new_tokens=output.sequences.shape[1] - prompt_tokens,
-        tokens_per_second=steps / seconds if seconds > 0 else None,
+        tokens_per_second=streamer.tokens_per_second,
         cache=cache_size(output.past_key_values),
         text=str(tokenizer.decode(output.sequences[0], skip_special_tokens=True)),
     )

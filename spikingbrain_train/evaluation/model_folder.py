@@ -7,7 +7,28 @@ from pathlib import Path
 from spikingbrain_train.errors import CheckpointError, ConfigurationError
 from spikingbrain_train.hf import ARCHITECTURES
 from spikingbrain_train.planning.file_checks import check_output_folder
-from spikingbrain_train.storage.hf_config_file import load_config_json
+from spikingbrain_train.storage.checkpoint_folder import LATEST_ITERATION_FILE
+from spikingbrain_train.storage.checkpoint_paths import holds_checkpoint
+from spikingbrain_train.storage.hf_config_file import CONFIG_FILE, load_config_json
+
+
+def is_megatron_checkpoint(folder: Path) -> bool:
+    """Whether ``--model`` names a Megatron checkpoint; else it is a Hugging Face folder.
+
+    Raises:
+        CheckpointError: it is neither.
+    """
+    if (folder / CONFIG_FILE).exists() or any(folder.glob("*.safetensors")):
+        return False
+    if holds_checkpoint(folder):
+        return True
+    if not folder.is_dir():
+        raise CheckpointError(f"--model {folder} is not a folder; name that of a model or a checkpoint")
+    raise CheckpointError(
+        f"--model {folder} is neither a Hugging Face folder, which has a {CONFIG_FILE}, nor a Megatron "
+        f"checkpoint, which is a folder with {LATEST_ITERATION_FILE}, an iter_* folder in it or the "
+        f"output_dir of a run; name one of them"
+    )
 
 
 def untrusted_code(folder: Path) -> ConfigurationError:

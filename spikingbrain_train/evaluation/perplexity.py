@@ -5,9 +5,8 @@ The independent check of an export: transformers' model, transformers' weights, 
 
 from __future__ import annotations
 
-import math
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,48 +14,33 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spikingbrain_train.data.gpt_dataset import ValidDataset
+from spikingbrain_train.evaluation.evaluator import HeldOutDataset
+from spikingbrain_train.evaluation.result import DatasetLoss, Perplexity
 from spikingbrain_train.reporting.activity import activity
 
 _LOGIT_BYTES = 256 << 20
 """Memory for the float32 logits of one chunk of positions."""
 
 
-@dataclass(frozen=True)
-class Perplexity:
-    """What was measured, and over how much."""
-
-    cross_entropy: float
-    """Nats per predicted token."""
-    windows: int
-    seq_length: int
-    tokens: int
-    """Predicted tokens: labels that carry loss."""
-    seconds: float
-    """Wall time, without loading the model."""
-
-    @property
-    def perplexity(self) -> float:
-        """exp of the cross entropy; infinite where that has no float."""
-        try:
-            return math.exp(self.cross_entropy)
-        except OverflowError:
-            return math.inf
-
-
 @torch.no_grad()
 def measure_perplexity(
-    model: PreTrainedModel, dataset: ValidDataset, *, progress: bool = False
+    model: PreTrainedModel,
+    dataset: ValidDataset,
+    datasets: Sequence[HeldOutDataset] = (),
+    *,
+    progress: bool = False,
 ) -> Perplexity:
     """Mean cross entropy over every unmasked label of ``dataset``, one window at a time.
 
     Args:
         model: any causal language model of transformers, in evaluation mode.
         dataset: held-out windows, at least one.
+        datasets: what they are of, in order; each is measured by itself, too.
         progress: say on standard error how far it is.
     """
     losses_of = _CausalLosses(model)
-    total = torch.zeros((), dtype=torch.float64)
-    tokens = 0.0
+    totals = torch.zeros(max(1, len(datasets)), dtype=torch.float64)
+    tokens = torch.zeros_like(totals)
     started = time.perf_counter()
     with activity("evaluating", len(dataset), "windows", shown=progress) as done:
         for index in done.over(range(len(dataset))):
@@ -64,14 +48,19 @@ def measure_perplexity(
             losses = losses_of(sample["tokens"].to(model.device), sample["labels"].to(model.device)).cpu()
             # Not a product: 0 * inf would be NaN.
             counted = losses[sample["loss_mask"] > 0]
-            total += counted.double().sum()
-            tokens += counted.numel()
+            which = int(sample["dataset"]) if len(datasets) > 1 else 0
+            totals[which] += counted.double().sum()
+            tokens[which] += counted.numel()
     return Perplexity(
-        cross_entropy=total.item() / tokens,
+        cross_entropy=(totals.sum() / tokens.sum()).item(),
         windows=len(dataset),
         seq_length=dataset.seq_length,
-        tokens=int(tokens),
+        tokens=int(tokens.sum()),
         seconds=time.perf_counter() - started,
+        datasets=[
+            DatasetLoss(each.name, each.prefix, int(count), (total / count).item() if count else None)
+            for each, total, count in zip(datasets, totals, tokens, strict=False)
+        ],
     )
 
 

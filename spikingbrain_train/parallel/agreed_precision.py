@@ -10,6 +10,17 @@ from spikingbrain_train.planning.precision import PrecisionChoice, expected_prec
 from spikingbrain_train.runtime.bf16 import choose_precision
 
 
+def agreed_choice(groups: ProcessGroups) -> PrecisionChoice:
+    """What the hardware of all ranks takes: fp32 if one of them lacks fast bf16."""
+    choice = choose_precision(groups.accelerator)
+    lacking = torch.tensor(int(choice.precision is Precision.fp32), device=groups.device)
+    torch.distributed.all_reduce(lacking)
+    if 0 < lacking.item() < groups.world_size:
+        ranks = f"because {lacking.item()} of {groups.world_size} ranks have no fast bf16"
+        choice = PrecisionChoice(Precision.fp32, ranks)
+    return choice
+
+
 def agree_on_precision(config: RunConfig, groups: ProcessGroups) -> PrecisionChoice:
     """What ``config.precision`` is in this run, the same on every rank: fp32 if one of them lacks fast bf16.
 
@@ -19,12 +30,7 @@ def agree_on_precision(config: RunConfig, groups: ProcessGroups) -> PrecisionCho
     settled = settled_precision(config)
     if settled is not None:
         return settled
-    choice = choose_precision(groups.accelerator)
-    lacking = torch.tensor(int(choice.precision is Precision.fp32), device=groups.device)
-    torch.distributed.all_reduce(lacking)
-    if 0 < lacking.item() < groups.world_size:
-        ranks = f"because {lacking.item()} of {groups.world_size} ranks have no fast bf16"
-        choice = PrecisionChoice(Precision.fp32, ranks)
+    choice = agreed_choice(groups)
     expected = expected_precision(config)
     if expected.precision is choice.precision:
         return choice

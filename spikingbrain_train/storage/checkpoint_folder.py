@@ -37,6 +37,11 @@ def iteration_folder(folder: str | Path, iteration: int) -> Path:
     return Path(folder) / f"iter_{iteration:07d}"
 
 
+def is_iteration_folder(checkpoint: Path) -> bool:
+    """Whether a folder is named ``iter_0000100``; a copy may have any name."""
+    return _ITERATION_FOLDER.fullmatch(checkpoint.name) is not None
+
+
 def iteration_of(checkpoint: Path) -> int:
     """The iteration of a folder named ``iter_0000100``."""
     return int(checkpoint.name.removeprefix("iter_"))

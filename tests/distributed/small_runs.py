@@ -89,8 +89,12 @@ class ByteTokenizer:
         return bytes(i for i in ids if i < 128).decode("ascii")
 
 
-def write_text(folder: Path) -> Path:
+def write_text(folder: Path, lines: int | None = None) -> Path:
     """An indexed dataset: Python's documentation of assignments, one token a byte, one document a line.
+
+    Args:
+        folder: existing folder for it.
+        lines: take the first; None takes all.
 
     Returns:
         Its prefix.
@@ -99,7 +103,7 @@ def write_text(folder: Path) -> Path:
     staging.mkdir()
     tokenizer = ByteTokenizer()
     writer = IndexedDatasetWriter(folder / "assignment", tokenizer, staging)
-    for line in topics["assignment"].splitlines():
+    for line in topics["assignment"].splitlines()[:lines]:
         tokens = numpy.asarray(tokenizer.encode(line), dtype=writer.dtype)
         writer.add_document(tokens, text_bytes=len(tokens))
     writer.finish()

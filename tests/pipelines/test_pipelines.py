@@ -175,9 +175,9 @@ def test_every_kind_says_what_it_does_and_what_it_takes(kind: StepKind) -> None:
 def test_settings_of_a_tool_are_the_flags_of_its_parser() -> None:
     assert STEP_KINDS["evaluate"].settings() == {
         **dict.fromkeys(["model", "data"], True),
-        **dict.fromkeys(
-            ["output", "dtype", "device", "trust_remote_code", "seq_length", "max_windows"], False
-        ),
+        **dict.fromkeys(["output", "dtype", "device", "trust_remote_code", "tokenizer", "plugins"], False),
+        **dict.fromkeys(["parallel", "seq_length", "max_windows", "micro_batch_size"], False),
+        "reset_at_documents": False,
     }
 
 

@@ -245,7 +245,7 @@ class Export(Tool):
 
 
 class _Measures(Tool):
-    """A tool that reads a Hugging Face folder and writes one JSON file. Output: ``result``."""
+    """A tool that reads a model of either form and writes one JSON file. Output: ``result``."""
 
     def defaults(self, context: Context) -> dict[str, Any]:
         return {"output": str(context.output / f"{context.name}.json")}

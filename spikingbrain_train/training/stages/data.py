@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
-from spikingbrain_train.config.dataset_names import dataset_names
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.data.gpt_dataset import build_datasets
 from spikingbrain_train.data.loader import MicroBatch, WholeBatch, build_data_loader, local_micro_batch
 from spikingbrain_train.data.tokenizers import load_tokenizer
-from spikingbrain_train.evaluation.evaluator import HeldOutData, HeldOutDataset
+from spikingbrain_train.evaluation.evaluator import HeldOutData
+from spikingbrain_train.evaluation.held_out_windows import HeldOutWindows
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.training.data_check import ShowActivity, check_tokens_together
 
@@ -32,16 +31,6 @@ class StageData(Protocol):
             consumed_samples: sequences of all ranks that they have used.
         """
         ...
-
-
-@dataclass(frozen=True)
-class _HeldOut:
-    datasets: list[HeldOutDataset]
-    num_batches: int
-    _batches: Callable[[], Iterator[MicroBatch]]
-
-    def batches(self) -> Iterator[MicroBatch]:
-        return self._batches()
 
 
 class PackedText:
@@ -83,11 +72,13 @@ class PackedText:
         """The windows of ``data.valid``."""
         if self._valid is None:
             return None
-        per_step = self._config.stage.micro_batch_size * self._groups.data_parallel_size
-        prefixes = self._config.data.valid
-        described = zip(dataset_names(prefixes), prefixes, self._valid.predicted_tokens(), strict=True)
-        datasets = [HeldOutDataset(*each) for each in described]
-        return _HeldOut(datasets, -(-len(self._valid) // per_step), self._valid_batches)
+        return HeldOutWindows(
+            self._valid,
+            self._config.data.valid,
+            self._groups,
+            micro_batch_size=self._config.stage.micro_batch_size,
+            num_sink_tokens=self._config.model.num_sink_tokens,
+        )
 
     def train_batches(self, consumed_samples: int) -> Iterator[MicroBatch]:
         """See :class:`StageData`."""
@@ -102,26 +93,15 @@ class PackedText:
             pin_memory=self._groups.accelerator.is_gpu,
             seed=self._config.seed,
         )
-        return self._local(loader, self._num_sink_tokens)
+        return self._local(loader)
 
-    def _valid_batches(self) -> Iterator[MicroBatch]:
-        assert self._valid is not None
-        loader = build_data_loader(
-            self._valid,
-            consumed_samples=0,
-            micro_batch_size=self._config.stage.micro_batch_size,
-            data_parallel_rank=self._groups.data_parallel_rank,
-            data_parallel_size=self._groups.data_parallel_size,
-        )
-        return self._local(loader, self._config.model.num_sink_tokens)
-
-    def _local(self, loader: Iterator[WholeBatch], num_sink_tokens: int) -> Iterator[MicroBatch]:
+    def _local(self, loader: Iterator[WholeBatch]) -> Iterator[MicroBatch]:
         """This rank's part of every micro-batch, on its device."""
         for whole in loader:
             yield local_micro_batch(
                 whole,
                 self._groups.device,
-                num_sink_tokens=num_sink_tokens,
+                num_sink_tokens=self._num_sink_tokens,
                 context_parallel_rank=self._groups.context_parallel_rank,
                 context_parallel_size=self._groups.context_parallel_size,
             )

@@ -1,0 +1,143 @@
+"""spikingbrain-evaluate and -generate of a Megatron checkpoint: what is refused first, and what then runs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+from spikingbrain_train.errors import ConfigurationError, DataError
+from spikingbrain_train.evaluation.checkpoint_request import (
+    CheckpointRequest,
+    for_decoding,
+    request_checkpoint,
+)
+from spikingbrain_train.evaluation.output import show_text, write_result
+from spikingbrain_train.evaluation.sampling import Sampling
+from spikingbrain_train.planning.launch import Launch
+from spikingbrain_train.planning.parallel_checks import check_sequence_split
+from spikingbrain_train.reporting.activity import activity
+
+
+def prepare_evaluation(arguments: argparse.Namespace) -> Callable[[], None]:
+    """What measures the checkpoint that ``--model`` names.
+
+    Args:
+        arguments: of spikingbrain-evaluate.
+
+    Raises:
+        ConfigurationError, CheckpointError: what can be said against them without torch.
+    """
+    request = _request(arguments, Launch.from_environment())
+    _check_windows(arguments.seq_length, request)
+    return partial(_evaluate, request, arguments)
+
+
+def prepare_generation(arguments: argparse.Namespace, sampling: Sampling) -> Callable[[], None]:
+    """What continues prompts with the checkpoint that ``--model`` names; see :func:`prepare_evaluation`."""
+    launch = Launch.from_environment()
+    request = for_decoding(_request(arguments, launch), launch)
+    tokenizer = arguments.tokenizer or request.tokenizer
+    if tokenizer is None:
+        raise DataError(
+            f"{request.checkpoint} carries no tokenizer; name the one that its data were made with: "
+            "--tokenizer FOLDER"
+        )
+    return partial(_generate, request, tokenizer, arguments, sampling)
+
+
+def _request(arguments: argparse.Namespace, launch: Launch) -> CheckpointRequest:
+    return request_checkpoint(
+        arguments.model,
+        settings=arguments.parallel,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        launch=launch,
+    )
+
+
+def _check_windows(seq_length: int, request: CheckpointRequest) -> None:
+    try:
+        check_sequence_split(seq_length, request.model, request.parallel)
+    except ConfigurationError as error:
+        raise ConfigurationError(str(error).replace("stage.seq_length=", "--seq-length ")) from None
+
+
+def _evaluate(request: CheckpointRequest, arguments: argparse.Namespace) -> None:
+    _import_torch()
+    from spikingbrain_train.evaluation.checkpoint_evaluation import measure_checkpoint
+    from spikingbrain_train.evaluation.checkpoint_model import checkpoint_model
+
+    tokenizer = arguments.tokenizer or request.tokenizer
+    if tokenizer is None:
+        _note(
+            f"{request.checkpoint} carries no tokenizer, so nobody checks that --data was made with its own; "
+            "name it with --tokenizer"
+        )
+    reset = request.run is not None and request.run.data.reset_at_documents
+    if arguments.reset_at_documents is not None:
+        reset = arguments.reset_at_documents == "true"
+    with checkpoint_model(request) as opened:
+        measured = measure_checkpoint(
+            opened,
+            arguments.data,
+            seq_length=arguments.seq_length,
+            max_windows=arguments.max_windows,
+            micro_batch_size=arguments.micro_batch_size or 1,
+            reset_at_documents=reset,
+            tokenizer=tokenizer,
+        )
+        if not opened.groups.is_main_process:
+            return
+        kept_apart = ", documents kept apart" if reset else ""
+        ranks = "" if opened.groups.world_size == 1 else f"; {opened.groups.describe()}"
+        print(measured.describe(f"{request.checkpoint} (Megatron, {opened.dtype}{kept_apart}{ranks})"))
+        if arguments.output is not None:
+            facts = {"model": str(request.checkpoint), "dtype": opened.dtype, "reset_at_documents": reset}
+            write_result(arguments.output, measured.as_json(**facts))
+
+
+def _generate(
+    request: CheckpointRequest, tokenizer: Path, arguments: argparse.Namespace, sampling: Sampling
+) -> None:
+    _import_torch()
+    from spikingbrain_train.evaluation.checkpoint_generation import CheckpointGenerator, PromptTokenizer
+    from spikingbrain_train.evaluation.checkpoint_model import checkpoint_model
+
+    of_prompts = PromptTokenizer(tokenizer)
+    generations = []
+    with checkpoint_model(request) as opened:
+        generator = CheckpointGenerator(opened, of_prompts)
+        if generator.mixers_without_step:
+            _note(
+                f"{', '.join(generator.mixers_without_step)} has no decoding step: its layers read the whole "
+                "text again for every token"
+            )
+        for prompt in arguments.prompt:
+            generation = generator.generate(prompt, sampling, show_text)
+            if opened.groups.is_main_process:
+                print(generation.describe())
+            generations.append(asdict(generation))
+        if opened.groups.is_main_process and arguments.output is not None:
+            write_result(arguments.output, generations if len(generations) > 1 else generations[0])
+
+
+def _import_torch() -> None:
+    from spikingbrain_train.runtime.quiet_torch import ignore_megatron_warnings
+
+    with activity("importing torch and megatron-core", shown=_is_main_process()):
+        ignore_megatron_warnings()
+        import megatron.core.models.gpt  # noqa: F401  (the slow part)
+
+
+def _note(text: str) -> None:
+    if _is_main_process():
+        print(f"note: {text}", file=sys.stderr, flush=True)
+
+
+def _is_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"

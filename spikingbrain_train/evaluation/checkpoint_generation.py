@@ -1,0 +1,160 @@
+"""Text from a Megatron checkpoint, token by token on all of its ranks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
+
+from spikingbrain_train.data.tokenizers import SentencePieceTokenizer
+from spikingbrain_train.errors import ConfigurationError
+from spikingbrain_train.evaluation.checkpoint_model import CheckpointModel
+from spikingbrain_train.evaluation.generation import Generation, TimedStreamer
+from spikingbrain_train.evaluation.pretrained import load_text_tokenizer
+from spikingbrain_train.evaluation.sampling import Sampling
+from spikingbrain_train.models.incremental_decoding import IncrementalDecoder, mixers_without_step
+from spikingbrain_train.models.mixers.decoding import CacheSize
+
+_GENERATION_CONFIG = "generation_config.json"
+
+
+class PromptTokenizer:
+    """The tokenizer of a prompt, and the tokens that end a text.
+
+    Args:
+        path: folder that transformers reads, or a sentencepiece ``.model`` file. A ``generation_config.json``
+            in a folder says which tokens end a text (chat models have several), else the tokenizer does.
+
+    Raises:
+        DataError: there is none.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._is_folder = path.is_dir()
+        load: Callable[[Path], Any] = load_text_tokenizer if self._is_folder else SentencePieceTokenizer
+        self._tokenizer = load(path)
+        end = _end_tokens(path / _GENERATION_CONFIG)
+        if end is None:
+            end = [self._tokenizer.eos_token_id if self._is_folder else self._tokenizer.eos_id]
+        self.end_tokens = {token for token in end if token is not None}
+
+    def encode(self, prompt: str) -> list[int]:
+        """Its ids, with the special tokens that the tokenizer puts around a text."""
+        ids = self._tokenizer(prompt)["input_ids"] if self._is_folder else self._tokenizer.encode(prompt)
+        return list(ids)
+
+    def decode(self, ids: list[int] | Tensor, **options: Any) -> str:
+        """Text of ids; options are those of transformers."""
+        if self._is_folder:
+            return str(self._tokenizer.decode(ids, **options))
+        return str(self._tokenizer.decode([int(i) for i in ids]))
+
+
+def _end_tokens(path: Path) -> list[int] | None:
+    try:
+        end = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    except (OSError, ValueError, AttributeError):  # absent, or nothing that says so
+        return None
+    found = end if isinstance(end, list) else [end]
+    return found if found and all(isinstance(token, int) for token in found) else None
+
+
+class CheckpointGenerator:
+    """Continues prompts, one after the other. All ranks make and call it together.
+
+    Args:
+        opened: a checkpoint that was asked for with :func:`~.checkpoint_request.for_decoding`.
+        tokenizer: of its text.
+    """
+
+    def __init__(self, opened: CheckpointModel, tokenizer: PromptTokenizer) -> None:
+        self.mixers_without_step = mixers_without_step(opened.request.model, opened.kernels)
+        """Names of the kinds that read their whole input again for every token."""
+        self._decoder = IncrementalDecoder(opened.model)
+        self._groups = opened.groups
+        self._vocab_size = opened.request.model.vocab_size
+        self._tokenizer = tokenizer
+        stages = self._groups.pipeline_model_parallel_size
+        self._chooser = self._groups.world_size // stages * (stages - 1)
+        """The first rank of the last pipeline stage: what it draws is what all others read on with."""
+
+    def generate(self, prompt: str, sampling: Sampling, show: Callable[[str], None]) -> Generation:
+        """Continue ``prompt``; its random numbers are those of the seed, whatever was generated before.
+
+        Args:
+            prompt: text; at least one token.
+            sampling: how.
+            show: called on the main process with pieces of text, the prompt first.
+
+        Raises:
+            ConfigurationError: the prompt has no token, or one that the model does not know.
+        """
+        ids = self._tokenizer.encode(prompt)
+        if not ids:
+            raise ConfigurationError("--prompt is empty; give at least one word to go on from")
+        if max(ids) >= self._vocab_size:
+            raise ConfigurationError(
+                f"the tokenizer {self._tokenizer.path} gives --prompt the id {max(ids)}, but the model knows "
+                f"{self._vocab_size}; name the tokenizer of its data with --tokenizer"
+            )
+        torch.manual_seed(sampling.seed)
+        streamer = TimedStreamer(self._tokenizer, show if self._groups.is_main_process else lambda text: None)
+        streamer.put(torch.tensor(ids))
+        self._decoder.begin()
+        given, read = len(ids), torch.tensor([ids], device=self._groups.device)
+        while len(ids) - given < sampling.max_new_tokens:
+            token = self._choose(self._decoder.read(read), sampling)
+            ids.append(int(token))
+            streamer.put(token.cpu())
+            if ids[-1] in self._tokenizer.end_tokens:
+                break
+            read = token.view(1, 1)
+        streamer.end()
+        return Generation(
+            prompt_tokens=given,
+            new_tokens=len(ids) - given,
+            tokens_per_second=streamer.tokens_per_second,
+            cache=self._cache_size(),
+            text=self._tokenizer.decode(ids, skip_special_tokens=True),
+        )
+
+    def _choose(self, logits_BV: Tensor | None, sampling: Sampling) -> Tensor:
+        """The next token [1], the same on every rank."""
+        token = torch.zeros(1, dtype=torch.long, device=self._groups.device)
+        if self._groups.rank == self._chooser:
+            assert logits_BV is not None
+            token = next_token(logits_BV, sampling).view(1)
+        if self._groups.world_size > 1:
+            torch.distributed.broadcast(token, src=self._chooser)
+        return token
+
+    def _cache_size(self) -> CacheSize:
+        """Of one copy of the model, over its tensor and pipeline ranks."""
+        numbers = torch.tensor(self._decoder.cache_size().numbers(), device=self._groups.device)
+        torch.distributed.all_reduce(numbers, group=self._groups.collection.mp)
+        return CacheSize(*numbers.tolist())
+
+
+def next_token(logits_BV: Tensor, sampling: Sampling) -> Tensor:
+    """Choose as ``generate`` of transformers does: greedily, or from what temperature and top_p leave.
+
+    Args:
+        logits_BV: [B, vocabulary] float32.
+        sampling: how; draws come from torch's global generator.
+
+    Returns:
+        [B] int64.
+    """
+    if sampling.temperature == 0:
+        return logits_BV.argmax(-1)
+    nothing: Any = None  # the warpers do not look at the text so far
+    scores = TemperatureLogitsWarper(sampling.temperature)(nothing, logits_BV)
+    if sampling.top_p < 1:
+        scores = TopPLogitsWarper(sampling.top_p)(nothing, scores)
+    return torch.multinomial(scores.softmax(-1), num_samples=1).squeeze(1)
