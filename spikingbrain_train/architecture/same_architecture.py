@@ -7,7 +7,6 @@ Start-up checks, loading and resuming all read the role that stands beside every
 from __future__ import annotations
 
 from collections.abc import Mapping
-from enum import Enum
 from typing import Any
 
 from spikingbrain_train.architecture.feed_forwards import FEED_FORWARDS
@@ -17,6 +16,7 @@ from spikingbrain_train.architecture.mixers import MIXERS
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.sections import with_sections
 from spikingbrain_train.config.setting import Role, decisions, leaves
+from spikingbrain_train.config.shown import shown
 from spikingbrain_train.errors import CheckpointError
 
 
@@ -67,19 +67,6 @@ def _of_the_model(name: str, model: ModelConfig) -> bool:
     if name.startswith("parallel_hybrid."):
         return any(len(layer.mixers) > 1 for layer in layers(model))
     return True
-
-
-def shown(value: Any) -> str:
-    """A value as it is written on the command line."""
-    if isinstance(value, Enum):
-        return value.name
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list):
-        return f"[{','.join(shown(entry) for entry in value)}]"
-    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
 
 
 def _compare(theirs: Mapping[str, Any], ours: Mapping[str, Any], holder: str, *names: str) -> None:

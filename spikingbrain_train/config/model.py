@@ -11,6 +11,7 @@ from omegaconf import MISSING
 from spikingbrain_train.config.enum_tables import entry_of
 from spikingbrain_train.config.require import divisors, either, require
 from spikingbrain_train.config.setting import FUNCTION, START, TRAINING, WEIGHTS, setting
+from spikingbrain_train.config.shown import shown
 
 _MOST_LAYERS = 1000
 """As many as the deepest published transformer has; beyond, a typing error would keep the planner busy."""
@@ -286,7 +287,7 @@ class LayersConfig:
                 f"{prefix}{name} is empty; name at least one {noun}, e.g. {prefix}{name}={example}",
             )
         for index, entry in enumerate(self.mixers):
-            mixer = f"{prefix}mixers[{index}]={_shown(entry)}"
+            mixer = f"{prefix}mixers[{index}]={shown(entry)}"
             names = entry if isinstance(entry, list) else [entry]
             require(
                 (entry is names) == (len(names) > 1) and all(isinstance(name, str) for name in names),
@@ -294,7 +295,7 @@ class LayersConfig:
                 f"the same input, e.g. {prefix}mixers=[gla,[gla,swa]]",
             )
             for name in names:
-                require(name not in OLD_MIXERS, f"{mixer} is written {_shown(OLD_MIXERS.get(name))} now")
+                require(name not in OLD_MIXERS, f"{mixer} is written {shown(OLD_MIXERS.get(name))} now")
             require(
                 len(set(names)) == len(names), f"{mixer} names a mixer twice; branches are of different kinds"
             )
@@ -302,13 +303,6 @@ class LayersConfig:
 
 OLD_MIXERS = {"gla_swa": ["gla", "swa"], "gla_full": ["gla", "full"]}
 """Names that earlier releases had for layers of two branches, and what they are."""
-
-
-def _shown(entry: object) -> str:
-    """As a command line has it."""
-    if isinstance(entry, list):
-        return f"[{','.join(map(_shown, entry))}]"
-    return "null" if entry is None else str(entry)
 
 
 _LISTS = (("mixers", "mixer", "[gla,swa]"), ("feed_forwards", "feed-forward", "[dense]"))

@@ -37,7 +37,7 @@ def setting_types(schema: Schema, prefix: str = "") -> Iterator[tuple[str, Any]]
             yield from setting_types(annotations[field.name], f"{name}.")
 
 
-def _without_none(annotation: Any) -> tuple[Any, bool]:
+def without_none(annotation: Any) -> tuple[Any, bool]:
     """``X | None`` as (X, True); anything else as (annotation, False)."""
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         members = [member for member in typing.get_args(annotation) if member is not type(None)]
@@ -47,7 +47,7 @@ def _without_none(annotation: Any) -> tuple[Any, bool]:
 
 def what_it_takes(annotation: Any) -> str:
     """The values of a setting in words: "a whole number", "one of fp32, bf16", "a list of ... or null"."""
-    annotation, optional = _without_none(annotation)
+    annotation, optional = without_none(annotation)
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}.get(
         annotation, "a value"
     )
@@ -96,7 +96,7 @@ def _wrong_value(name: str, message: str, schema: Schema) -> ConfigurationError:
     settings = dict(setting_types(schema))
     annotation = settings.get(re.sub(r"\[\d+\]", "", name))
     if annotation is not None and name.endswith("]"):
-        annotation = typing.get_args(_without_none(annotation)[0])[0]
+        annotation = typing.get_args(without_none(annotation)[0])[0]
     if annotation is None:
         return ConfigurationError(f"{name}: {message}")
     quoted = re.search(r"[Vv]alue '(.*?)'|value: (\S+)|field '.*' is not (Optional)", message, re.DOTALL)
@@ -166,7 +166,7 @@ def check_lists(config: Any, prefix: str = "") -> None:
         if dataclasses.is_dataclass(value):
             check_lists(value, f"{name}.")
         elif isinstance(value, list):
-            (item_type,) = typing.get_args(_without_none(annotations[field.name])[0])
+            (item_type,) = typing.get_args(without_none(annotations[field.name])[0])
             if item_type is Any:  # its section says what it takes
                 continue
             for index, item in enumerate(value):

@@ -104,6 +104,19 @@ class Setting:
             if bound is not None:
                 require(fits(bound), f"{name}={value} must {self.must or words}")
 
+    def bounds(self) -> str:
+        """Its bounds in words, ``at least 0, below 1``; empty where it has none."""
+        if self.must is not None:
+            return self.must.removeprefix("be ")
+        words = (("at least", self.minimum), ("greater than", self.above), ("at most", self.maximum))
+        found = [f"{word} {bound}" for word, bound in (*words, ("below", self.below)) if bound is not None]
+        return ", ".join(found)
+
+
+def beside(field: dataclasses.Field[Any]) -> Setting:
+    """What is said beside a field."""
+    return field.metadata.get(_KEY, Setting())
+
 
 def setting(
     default: Any = dataclasses.MISSING,
@@ -139,7 +152,7 @@ def _fields(config: Any, prefix: str) -> Iterator[tuple[str, Setting, Any]]:
         if dataclasses.is_dataclass(value):
             yield from _fields(value, f"{prefix}{field.name}.")
         else:
-            yield f"{prefix}{field.name}", field.metadata.get(_KEY, Setting()), value
+            yield f"{prefix}{field.name}", beside(field), value
 
 
 def leaves(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -153,7 +166,7 @@ def decisions(config: Any, prefix: str = "") -> dict[str, Resuming]:
     Raises:
         TypeError: a setting has no decision; it needs ``setting(..., resume=...)``.
     """
-    found = {name: beside.resume for name, beside, _ in _fields(config, prefix)}
+    found = {name: entry.resume for name, entry, _ in _fields(config, prefix)}
     for name, decision in found.items():
         if decision is None:
             raise TypeError(f"{name} does not say what resuming does with a change: setting(..., resume=...)")
@@ -196,10 +209,10 @@ def check_fields(config: Any, prefix: str = "") -> None:
         if dataclasses.is_dataclass(value):
             check_fields(value, f"{name}.")
             continue
-        beside = field.metadata.get(_KEY, Setting())
+        limits = beside(field)
         for single in _single_values(value):
             _check_value(name, single)
             if single is not None:
-                beside.check(name, single)
+                limits.check(name, single)
     if hasattr(config, "check"):
         config.check(prefix)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from spikingbrain_train.architecture.layers import has_experts
-from spikingbrain_train.architecture.same_architecture import settings_in_use, shown
+from spikingbrain_train.architecture.same_architecture import settings_in_use
 from spikingbrain_train.config.load import load_run_config
 from spikingbrain_train.config.run import OTHER_ORDER, Precision, Resume, RunConfig
 from spikingbrain_train.config.run_record import (
@@ -22,6 +22,7 @@ from spikingbrain_train.config.run_record import (
     read_record,
 )
 from spikingbrain_train.config.setting import OnChange, Role, decisions, leaves
+from spikingbrain_train.config.shown import shown
 from spikingbrain_train.errors import CheckpointError
 from spikingbrain_train.storage.checkpoint_folder import (
     CHECKPOINT_FOLDER,
