@@ -8,17 +8,16 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from spikingbrain_train.config.command_line import called_as
+from spikingbrain_train.config.asked import Asked
+from spikingbrain_train.config.groups import groups
 from spikingbrain_train.config.model_from_checkpoint import register_model_from_checkpoint
 from spikingbrain_train.config.plugins import load_plugins, plugins_of_command_line
 from spikingbrain_train.config.run import RunConfig
@@ -28,47 +27,13 @@ from spikingbrain_train.config.stored_config import stored_config_file, with_sto
 from spikingbrain_train.config.yaml_files import conf_folder
 from spikingbrain_train.errors import ConfigurationError, SpikingBrainError
 
-_OWN_FLAGS = "--config run_config.yaml, --help, --cfg job, --resolve, --info, --hydra-help"
-
-
-def _purpose(choice: Path) -> str:
-    comments = [line.lstrip("# ") for line in choice.read_text().splitlines() if line.startswith("#")]
-    return next((comment for comment in comments if not comment.startswith("@package")), "")
-
-
-def _defaults() -> list[Any]:
-    """What a run is composed of: the list on top of conf/config.yaml."""
-    container: Any = OmegaConf.to_container(OmegaConf.load(conf_folder() / "config.yaml"))
-    return container["defaults"]
-
-
-def groups() -> dict[str, dict[str, str]]:
-    """Every config group of a run: its choices, each with the comment on top of its file, what it is for."""
-    chosen = {group for entry in _defaults() if isinstance(entry, dict) for group in entry}
-    return {
-        folder.name: {choice.stem: _purpose(choice) for choice in sorted(folder.glob("*.yaml"))}
-        for folder in sorted(conf_folder().iterdir())
-        if folder.name in chosen
-    }
-
-
-def describe_groups() -> str:
-    """The groups and their choices as text for ``--help``."""
-    defaults, lines = _defaults(), []
-    for group, choices in groups().items():
-        lines.append(group)
-        for choice, purpose in choices.items():
-            mark = "*" if {group: choice} in defaults else " "
-            lines.append(f"  {mark} {choice:<20} {purpose}")
-    return "\n".join(lines)
+_OWN_FLAGS = "--config run_config.yaml, --help[=topic], --cfg job, --resolve, --info, --hydra-help"
 
 
 def register_schema() -> None:
     """Tell Hydra what conf/config.yaml refers to: RunConfig as ``run_schema``, and the stored model."""
     ConfigStore.instance().store(name="run_schema", node=with_sections(RunConfig))
     register_model_from_checkpoint()
-    OmegaConf.register_new_resolver("describe_groups", describe_groups, replace=True)
-    OmegaConf.register_new_resolver("called_as", called_as, replace=True)
 
 
 def _did_you_mean(word: str, known: list[str]) -> str:
@@ -185,7 +150,7 @@ def compose_from_command_line(further: Sequence[str] = ()) -> DictConfig | None:
     Raises:
         ConfigurationError: a flag, group, choice, setting or value that does not exist or does not fit.
     """
-    given = [*sys.argv[1:], *further]
+    asked, given = Asked.of([*sys.argv[1:], *further])
     for argument in given:
         flag, equals, value = argument.lstrip("-").partition("=")
         known = dict(setting_types(with_sections(RunConfig)))
@@ -203,7 +168,13 @@ def compose_from_command_line(further: Sequence[str] = ()) -> DictConfig | None:
     )
     with _raised_errors(), _arguments(arguments):
         task()
-    return composed[0] if composed else None
+    if not composed:  # Hydra has printed something of its own
+        return None
+    shown = asked.answer(composed[0])
+    if shown is None:
+        return composed[0]
+    print(shown)
+    return None
 
 
 @contextmanager

@@ -70,12 +70,15 @@ def _below_assignments(owner: type) -> dict[str, str]:
     node = _classes_of(owner.__module__).get(owner.__qualname__)
     if node is None:
         return {}
-    found = {}
+    found: dict[str, str] = {}
     for statement, following in zip(node.body, node.body[1:], strict=False):
-        target = statement.target if isinstance(statement, ast.AnnAssign) else None
-        if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
-            target = statement.targets[0]
-        is_text = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
-        if isinstance(target, ast.Name) and is_text and isinstance(following.value.value, str):  # type: ignore[union-attr]
-            found[target.id] = paragraphs(following.value.value)  # type: ignore[union-attr]
+        text = following.value if isinstance(following, ast.Expr) else None
+        if not isinstance(text, ast.Constant) or not isinstance(text.value, str):
+            continue
+        targets: list[ast.expr] = []
+        if isinstance(statement, ast.AnnAssign):
+            targets = [statement.target]
+        elif isinstance(statement, ast.Assign):
+            targets = statement.targets
+        found |= {target.id: paragraphs(text.value) for target in targets if isinstance(target, ast.Name)}
     return found

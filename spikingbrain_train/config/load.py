@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -64,10 +65,14 @@ def to_run_config(composed: DictConfig) -> RunConfig:
     return _to_typed(composed, RunConfig)
 
 
-def _load(path: str | Path, schema: type[Config]) -> Config:
+def _load(
+    path: str | Path, schema: type[Config], complete: Callable[[DictConfig], None] | None = None
+) -> Config:
     try:
         values = read_yaml(Path(path))
         (translate_run if schema is RunConfig else translate_model)(values)
+        if complete is not None:
+            complete(values)
         return _to_typed(values, schema)
     except ConfigurationError as error:
         sentence = str(error) if str(path) in str(error) else f"{path}: {error}"
@@ -79,9 +84,17 @@ def load_model_config(path: str | Path) -> ModelConfig:
     return _load(path, ModelConfig)
 
 
-def load_run_config(path: str | Path) -> RunConfig:
-    """Read a checkpoint's ``run_config.yaml``. Raises CheckpointError, naming the file."""
-    return _load(path, RunConfig)
+def load_run_config(path: str | Path, complete: Callable[[DictConfig], None] | None = None) -> RunConfig:
+    """Read a checkpoint's ``run_config.yaml``.
+
+    Args:
+        path: the file.
+        complete: adds to its values what it leaves out.
+
+    Raises:
+        CheckpointError: it cannot be read or is no config; the sentence names it.
+    """
+    return _load(path, RunConfig, complete)
 
 
 def save_config(config: RunConfig | ModelConfig | ConversionConfig, path: str | Path) -> None:

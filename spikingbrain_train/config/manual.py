@@ -10,7 +10,7 @@ import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import MISSING
 
@@ -29,7 +29,7 @@ class SettingEntry:
     takes: str
     """Type and bounds in words: ``a number, greater than 0``."""
     default: str
-    """As a command line has it; ``none`` where a value has to be given."""
+    """As a command line has it; ``???`` where a value has to be given."""
     said: Setting
     """Its bounds, and what resuming makes of a change."""
     text: str
@@ -54,7 +54,7 @@ _RULES = {
     OnChange.free: "takes effect",
     OnChange.said: "takes effect, and the run says so",
     OnChange.refused: "refused",
-    OnChange.by_tokens: "refused where other tokens would be read next; another path to the same ones is taken",
+    OnChange.by_tokens: "refused if other tokens would be read next; another path to the same ones is taken",
 }
 
 
@@ -82,12 +82,13 @@ def sections_of(schema: Schema, name: str = "", text: str | None = None) -> Iter
     """
     annotations, said = typing.get_type_hints(schema), field_docstrings(schema)
     own = docstring_of(schema)
-    settings, below = [], []
+    settings: list[SettingEntry] = []
+    below: list[tuple[Schema, str, str]] = []
     for field in dataclasses.fields(schema):
         dotted = f"{name}.{field.name}" if name else field.name
         annotation = annotations[field.name]
         if dataclasses.is_dataclass(annotation):
-            below.append((annotation, dotted, said.get(field.name, "")))
+            below.append((cast(Schema, annotation), dotted, said.get(field.name, "")))
         else:
             settings.append(_setting_entry(dotted, annotation, field, said.get(field.name, "")))
     yield SectionEntry(
@@ -115,9 +116,7 @@ def _default_of(field: dataclasses.Field[Any]) -> str:
     value = field.default
     if field.default_factory is not dataclasses.MISSING:
         value = field.default_factory()
-    return "none" if value in (MISSING, dataclasses.MISSING) else shown(value)
-
-
+    return "???" if value in (MISSING, dataclasses.MISSING) else shown(value)
 
 
 def _choices_of(annotation: Any) -> dict[str, str]:

@@ -21,9 +21,9 @@ class FeatureMap(str, Enum):
     """The non-negative function of q and k in gated linear attention."""
 
     relu = "relu"
-    """SpikingBrain-7B."""
+    """max(0, x), as in SpikingBrain-7B."""
     sigmoid = "sigmoid"
-    """SpikingBrain-76B."""
+    """1 / (1 + exp(-x)), as in SpikingBrain-76B."""
 
 
 class GateKind(str, Enum):
@@ -48,13 +48,13 @@ class GatedLinearAttentionConfig:
     """Both forms of linear attention (eq. 10-11). The gate's sizes and starts belong to ``gate=low_rank``."""
 
     feature_map: FeatureMap = setting(FeatureMap.relu, resume=FUNCTION)
-    """What q and k pass through."""
+    """What makes q and k non-negative; a tied gate needs sigmoid."""
     gate: GateKind = setting(GateKind.low_rank, resume=WEIGHTS)
-    """Kind of the forget gate."""
+    """Where the forget gate comes from: matrices of its own, or the key."""
     gate_low_rank_dim: int = setting(16, minimum=1, resume=WEIGHTS)
-    """Width of the gate's bottleneck: W1 is [gate_low_rank_dim, hidden_size] without bias."""
+    """Width of the low-rank gate's bottleneck (W1 is [gate_low_rank_dim, hidden_size], without bias)."""
     gate_logit_normalizer: float = setting(16.0, above=0, resume=FUNCTION)
-    """Divisor of the log gate; larger means slower forgetting."""
+    """Divisor of the low-rank gate's logarithm; larger means slower forgetting."""
     init_gate_bias_min: float = setting(-16.0, resume=START)
     """Initial b2 of a head's first channel, the fastest to forget: its decay of one step starts at
     sigmoid(init_gate_bias_min) ** (1 / gate_logit_normalizer)."""
@@ -63,9 +63,10 @@ class GatedLinearAttentionConfig:
     starts with memories from about one token to about a thousand.
     """
     init_gate_std: float = setting(0.02, minimum=0, resume=START)
-    """Standard deviation of the initial W1 and W2."""
+    """Standard deviation of the low-rank gate's initial W1 and W2."""
     init_out_norm: float = setting(0.3, resume=START)
-    """Initial weight of the per-head RMSNorm behind the recurrence."""
+    """Initial weight of the per-head RMSNorm behind the recurrence; a small one keeps a new layer's part in
+    the residual stream low until it has learned."""
 
     def check(self, prefix: str) -> None:
         """The feature map keeps a tied gate between 0 and 1. Raises ConfigurationError."""
@@ -91,9 +92,10 @@ class ParallelHybridConfig:
     """
 
     init_softmax_weight: float = setting(1.0, resume=START)
-    """Initial w1."""
+    """Initial w1, of the softmax branches (full and sliding-window attention), which share it."""
     init_linear_weight: float = setting(0.0, resume=START)
-    """Initial w2; 0 starts a converted model as close to its source as the softmax branch alone is."""
+    """Initial w2, of the linear branches; 0 starts a converted model as close to its source as the softmax
+    branch alone is."""
 
 
 @dataclass
@@ -101,15 +103,16 @@ class MoEConfig:
     """Mixture-of-experts layers: softmax router, top-k routed experts, shared experts that see all tokens."""
 
     num_experts: int = setting(16, minimum=1, resume=WEIGHTS)
-    """Routed experts of a layer."""
+    """Routed experts of a layer, e.g. 16 in SpikingBrain-76B."""
     router_topk: int = setting(1, minimum=1, resume=FUNCTION)
-    """Routed experts of each token."""
+    """Routed experts that each token is sent to."""
     num_shared_experts: int = setting(1, minimum=0, resume=WEIGHTS)
     """Experts of every token, computed as one SwiGLU of num_shared_experts * moe_ffn_hidden_size."""
     moe_ffn_hidden_size: int | None = setting(None, minimum=1, resume=WEIGHTS)
     """Width of one expert; null takes ffn_hidden_size."""
     aux_loss_coeff: float = setting(1.0e-2, minimum=0, resume=TRAINING)
-    """Weight of the load-balancing loss; chosen here, as the report gives none."""
+    """Weight of the load-balancing loss, which keeps experts evenly used; chosen here, as the report gives
+    none."""
     z_loss_coeff: float = setting(1.0e-3, minimum=0, resume=TRAINING)
     """Weight of the router z-loss, the mean squared log-sum-exp of its logits, which the report does not
     mention."""
@@ -172,11 +175,13 @@ class SpikingConfig:
     """Adaptive-threshold spikes in front of linear projections (eq. 19-21)."""
 
     projections: list[Projection] = setting(default_factory=list, resume=FUNCTION)
-    """Which projections read spikes; empty is a model without spikes."""
+    """Which projections read spikes, e.g. [qkv,attention_output,mlp_fc1,mlp_fc2]; empty is a model
+    without."""
     gate_encoding: GateEncoding = setting(GateEncoding.once, resume=FUNCTION)
-    """What it means that the gate is among them."""
+    """Where the low-rank gate reads spikes, if gate is among the projections."""
     k: float = setting(3.0, above=0, resume=TRAINING)
-    """Vth(x) = mean(|x|) / k over the whole input of one token; larger k means more and finer spikes."""
+    """Fineness of the spikes: more, and closer to the input, for a larger k. The threshold is Vth(x) =
+    mean(|x|) / k over the whole input of one token."""
 
     def check(self, prefix: str) -> None:
         """Each projection is listed once. Raises ConfigurationError."""
@@ -215,13 +220,13 @@ class DecoderConfig:
     """What a model has in common with the dense source it is made of."""
 
     num_layers: int = setting(MISSING, minimum=1, maximum=_MOST_LAYERS, resume=WEIGHTS)
-    """Number of decoder layers."""
+    """Decoder layers: a mixer and a feed-forward each."""
     hidden_size: int = setting(MISSING, minimum=1, resume=WEIGHTS)
     """Width of the residual stream."""
     ffn_hidden_size: int = setting(MISSING, minimum=1, resume=WEIGHTS)
-    """Width of the SwiGLU feed-forward."""
+    """Width of the dense SwiGLU feed-forward, and of an expert where moe.moe_ffn_hidden_size is null."""
     num_attention_heads: int = setting(MISSING, minimum=1, resume=WEIGHTS)
-    """Query heads."""
+    """Query heads of every mixer."""
     num_query_groups: int = setting(MISSING, minimum=1, resume=WEIGHTS)
     """Key/value groups (GQA); each serves num_attention_heads / num_query_groups query heads."""
     kv_channels: int = setting(MISSING, minimum=1, resume=WEIGHTS)
@@ -235,7 +240,7 @@ class DecoderConfig:
     rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
     """Llama-3-style scaling of the rotary frequencies."""
     norm_epsilon: float = setting(1e-6, above=0, resume=FUNCTION)
-    """Epsilon of every RMSNorm."""
+    """Epsilon of every RMSNorm, added to the mean square (1e-6 for Qwen, 1e-5 for Llama)."""
     add_qkv_bias: bool = setting(False, resume=WEIGHTS)
     """Whether the q, k and v projections have a bias (Qwen2 and Qwen2.5)."""
     qk_layernorm: bool = setting(False, resume=WEIGHTS)
@@ -262,20 +267,23 @@ class LayersConfig:
     """What a layer is made of. A conversion gives it to a dense source, a model has it."""
 
     mixers: list[Any] = setting(default_factory=lambda: ["gla", "swa"], resume=WEIGHTS)
-    """Mixer of each layer, repeated until all are filled: [gla, swa] is SpikingBrain-7B, [full] is dense.
-    A list in its place is a layer of branches that read the same input (eq. 6): [[gla, swa], [gla, full]]."""
+    """Mixer of each layer, repeated until all are filled: gla (gated linear attention), swa (sliding
+    windows), full (full attention), or a plugin's. [gla,swa] is SpikingBrain-7B, [full] is dense. A list in
+    its place is a layer of branches that read the same input (eq. 6): [[gla,swa],[gla,full]]."""
     sliding_window: int = setting(4096, minimum=1, resume=FUNCTION)
-    """Keys (the current token included) that a sliding-window layer sees."""
+    """Keys (tokens, the current one included) that a sliding-window layer sees."""
     gla: GatedLinearAttentionConfig = field(default_factory=GatedLinearAttentionConfig)
-    """Settings of the gated linear attention layers."""
+    """Gated linear attention layers."""
     parallel_hybrid: ParallelHybridConfig = field(default_factory=ParallelHybridConfig)
-    """Settings of layers with two branches."""
+    """Layers of several branches."""
     num_sink_tokens: int = setting(0, minimum=0, resume=WEIGHTS)
-    """Learnable embeddings in front of every sequence, seen by all its tokens (section 2.2)."""
+    """Learnable embeddings in front of every sequence, seen by all its tokens (section 2.2; 128 in the
+    76B)."""
     feed_forwards: list[str] = setting(default_factory=lambda: ["dense"], resume=WEIGHTS)
-    """Feed-forward of each layer, repeated until the layers are filled."""
+    """Feed-forward of each layer, repeated until all are filled: dense (one SwiGLU), moe (experts), or a
+    plugin's."""
     moe: MoEConfig = field(default_factory=MoEConfig)
-    """Settings of the mixture-of-experts layers."""
+    """Mixture-of-experts layers."""
     spiking: SpikingConfig = field(default_factory=SpikingConfig)
     """Spike encoding in front of projections."""
 

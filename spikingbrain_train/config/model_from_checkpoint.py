@@ -11,16 +11,18 @@ from functools import lru_cache
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from spikingbrain_train.config.load import load_model_config
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.sections import with_sections
 from spikingbrain_train.config.setting import leaves
-from spikingbrain_train.errors import ConfigurationError
+from spikingbrain_train.errors import ConfigurationError, SpikingBrainError
 from spikingbrain_train.storage.checkpoint_folder import MODEL_CONFIG_FILE, latest_checkpoint
 
 _RESOLVER = "model_of_checkpoint"
+_REFERENCE = f"${{{_RESOLVER}:"
 
 
 @lru_cache(maxsize=8)
@@ -49,7 +51,56 @@ def _plain(value: Any) -> Any:
 def register_model_from_checkpoint() -> None:
     """Tell Hydra what conf/model/from_checkpoint.yaml refers to. Calling it again changes nothing."""
     OmegaConf.register_new_resolver(_RESOLVER, _resolve, replace=True)
+    ConfigStore.instance().store(group="model", name=_RESOLVER, node=_references())
+
+
+def _references() -> DictConfig:
     node = OmegaConf.create()
     for name in leaves(with_sections(ModelConfig)()):
-        OmegaConf.update(node, name, f"${{{_RESOLVER}:${{checkpoint.load}},{name}}}", force_add=True)
-    ConfigStore.instance().store(group="model", name=_RESOLVER, node=node)
+        OmegaConf.update(node, name, f"{_REFERENCE}${{checkpoint.load}},{name}}}", force_add=True)
+    return node
+
+
+def complete_model(values: DictConfig) -> None:
+    """Let what a config does not say of its model be that of checkpoint.load.
+
+    ``--cfg job`` leaves it out where the checkpoint is not there yet.
+    """
+    model = values.get("model")
+    if model is None or (isinstance(model, DictConfig) and "num_layers" not in model):
+        OmegaConf.register_new_resolver(_RESOLVER, _resolve, replace=True)
+        values.model = OmegaConf.merge(_references(), model or {})
+
+
+def with_model_of_checkpoint(composed: DictConfig, otherwise: str | None) -> dict[str, Any]:
+    """A composed config as plain values, those of the model in checkpoint.load among them.
+
+    Args:
+        composed: a run.
+        otherwise: what stands for them where there is no such checkpoint; None leaves them out.
+    """
+    values: Any = OmegaConf.to_container(composed, resolve=False, enum_to_str=True)
+    try:
+        folder = composed.checkpoint.load
+        stored = {} if folder is None else _settings(folder)
+    except (SpikingBrainError, OmegaConfBaseException):  # a run would be refused; showing it is not
+        stored = {}
+    values["model"] = _filled(values["model"], stored, otherwise)
+    return values
+
+
+def _filled(values: dict[str, Any], stored: dict[str, Any], otherwise: str | None) -> dict[str, Any]:
+    filled: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            inside = _filled(value, stored, otherwise)
+            filled |= {name: inside} if inside or not value else {}
+        elif isinstance(value, str) and value.startswith(_REFERENCE):
+            setting = value.removesuffix("}").rpartition(",")[2]
+            if setting in stored:
+                filled[name] = _plain(stored[setting])
+            elif otherwise is not None:
+                filled[name] = otherwise
+        else:
+            filled[name] = value
+    return filled

@@ -56,11 +56,11 @@ class ContextParallelConfig:
     gated_linear_attention: LinearAttentionContextParallel = setting(
         LinearAttentionContextParallel.allgather, resume=SAID
     )
-    """Method of linear attention."""
+    """How linear attention learns what lies on the ranks before."""
     sliding_window_attention: SlidingWindowContextParallel = setting(
         SlidingWindowContextParallel.halo, resume=SAID
     )
-    """Method of sliding windows."""
+    """How sliding windows see keys of the ranks before."""
     head_padding: bool = setting(True, resume=FREE)
     """Let Ulysses take heads that do not divide over the ranks: ranks get unequal shares, and one that would
     have none is padded with a head of zeros. false refuses such layouts."""
@@ -95,7 +95,8 @@ class ParallelConfig:
     overlap_param_gather: bool = setting(False, resume=FREE)
     """Gather updated weights while the next forward pass already runs; needs use_distributed_optimizer."""
     recompute: Recompute = setting(Recompute.none, resume=FREE)
-    """Activation recomputation."""
+    """Which activations are computed again in the backward pass instead of being kept: more work, less
+    memory."""
 
     def check(self, prefix: str) -> None:
         """What splits or overlaps something has that something. Raises ConfigurationError."""
@@ -127,9 +128,13 @@ class AcceleratorKind(str, Enum):
     """The platform a run asks for."""
 
     auto = "auto"
+    """A GPU if there is one, else the CPU."""
     cuda = "cuda"
+    """NVIDIA GPUs over NCCL."""
     metax = "metax"
+    """MetaX GPUs over MCCL."""
     cpu = "cpu"
+    """CPU ranks over gloo."""
 
 
 class LinearAttentionBackend(str, Enum):
@@ -196,13 +201,13 @@ class KernelConfig:
     """
 
     gated_linear_attention: LinearAttentionBackend = setting(LinearAttentionBackend.auto, resume=SAID)
-    """Backend of GLA layers."""
+    """Who computes gated linear attention."""
     softmax_attention: SoftmaxAttentionBackend = setting(SoftmaxAttentionBackend.auto, resume=SAID)
-    """Backend of full and sliding-window layers."""
+    """Who computes full and sliding-window attention."""
     parallel_linear: ParallelLinearBackend = setting(ParallelLinearBackend.auto, resume=SAID)
-    """Backend of the projections."""
+    """Who provides the projections that tensor-parallel ranks split."""
     experts: ExpertBackend = setting(ExpertBackend.auto, resume=SAID)
-    """Backend of routed experts."""
+    """Who multiplies the routed experts."""
 
 
 @dataclass
@@ -210,9 +215,9 @@ class ClusterConfig:
     """The machines a run is on."""
 
     accelerator: AcceleratorKind = setting(AcceleratorKind.auto, resume=SAID)
-    """Platform: cuda, metax, cpu, or auto (a GPU if there is one)."""
+    """What ranks compute on."""
     timeout_minutes: float = setting(10.0, above=0, resume=FREE)
-    """A collective that waits longer than this fails the run instead of hanging it."""
+    """Minutes after which a collective that still waits fails the run, instead of hanging it."""
     memory_gib: float | None = setting(None, above=0, resume=FREE)
     """Memory of one device in GiB, as its driver shows it. A plan says whether every rank fits into it; null
     leaves that open in a plan, and a run asks its GPU."""

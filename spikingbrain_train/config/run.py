@@ -34,7 +34,9 @@ class Precision(str, Enum):
     """bf16 where the hardware multiplies it, else fp32: decided once for all ranks, and kept on resume. The
     log of a run and its stored run_config.yaml name what it became."""
     fp32 = "fp32"
+    """32 bits throughout: twice the memory; the faster one on CPUs without bf16 instructions."""
     bf16 = "bf16"
+    """Weights and activations in bfloat16, main weights and optimizer state in fp32."""
 
 
 @dataclass
@@ -63,7 +65,7 @@ class DistillationConfig:
     """Share of the KL term:
     loss = (1 - weight) * cross entropy + weight * temperature^2 * KL(teacher || student)."""
     temperature: float = setting(1.0, above=0, resume=SAID)
-    """Softens both distributions before the KL."""
+    """Divides the logits of teacher and student before the KL; above 1 the unlikely tokens count for more."""
 
 
 @dataclass
@@ -76,7 +78,7 @@ class SpikeAnnealingConfig:
     init_k: float | None = setting(None, resume=SAID)
     """k at the first step, usually larger than model.spiking.k. Null starts with model.spiking.k."""
     anneal_iters: int = setting(0, minimum=0, resume=SAID)
-    """Steps until k has reached model.spiking.k."""
+    """Steps until k has reached model.spiking.k; needs init_k."""
 
 
 @dataclass
@@ -87,19 +89,20 @@ class StageConfig:
     """What is trained: align (new mixers learn, layer by layer, to reproduce the dense source's attention) or
     cpt (continual pretraining of all parameters)."""
     train_iters: int = setting(MISSING, minimum=1, resume=SAID)
-    """Optimizer steps."""
+    """Optimizer steps of the stage, those before a resume included."""
     seq_length: int = setting(MISSING, minimum=1, resume=refused(OTHER_ORDER))
-    """Tokens of one sequence."""
+    """Tokens of one training sequence, e.g. 8192; sink tokens come on top."""
     micro_batch_size: int = setting(1, minimum=1, resume=SAID)
-    """Sequences that one rank processes at a time."""
+    """Sequences that one rank processes at a time; more takes more memory, and changes no result."""
     global_batch_size: int = setting(
         MISSING, minimum=1, resume=refused("its steps would no longer be counted in the same samples")
     )
-    """Sequences of one optimizer step over all ranks; the rest is gradient accumulation."""
+    """Sequences of one optimizer step over all ranks; what micro-batches do not hold at once is
+    accumulated."""
     teacher: str | None = setting(None, resume=SAID)
-    """Megatron checkpoint folder of the dense source; needed by align and by distillation."""
+    """Megatron checkpoint folder of the dense source, which align stages and distillation learn from."""
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
-    """Start of align stages."""
+    """How an align stage begins."""
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     """Knowledge distillation in cpt stages."""
     spike_annealing: SpikeAnnealingConfig = field(default_factory=SpikeAnnealingConfig)
@@ -128,7 +131,8 @@ class DataConfig:
     """Prefixes of indexed datasets (the path without .bin/.idx) made by spikingbrain-preprocess; several are
     blended by their size unless train_weights says otherwise."""
     train_weights: list[float] | None = setting(None, resume=BY_TOKENS)
-    """Sampling weights of the train prefixes, all above 0."""
+    """Sampling weights of the train prefixes, all above 0, e.g. [3,1]; their sum does not matter. Null takes
+    the sizes."""
     valid: list[str] = setting(default_factory=list, resume=SAID)
     """Prefixes of held-out datasets for evaluation; empty skips evaluation."""
     tokenizer: str | None = setting(None, resume=SAID)
@@ -137,25 +141,33 @@ class DataConfig:
     """Keep the documents packed into one sequence apart: attention is masked and linear attention's state
     starts anew at their boundaries, and positions restart."""
     num_workers: int = setting(0, minimum=0, resume=FREE)
-    """Loader processes per rank."""
+    """Loader processes per rank; 0 reads in the training process, which is enough but for long sequences."""
 
 
 class LRDecayStyle(str, Enum):
     """Shape of the learning rate after warm-up (Megatron's names)."""
 
     constant = "constant"
+    """lr to the end."""
     linear = "linear"
+    """Falls to min_lr on a straight line."""
     cosine = "cosine"
+    """Falls to min_lr on half a cosine."""
     WSD = "WSD"
+    """lr, and over the last lr_wsd_decay_iters steps down to min_lr."""
 
 
 class WSDDecayStyle(str, Enum):
     """Shape of the final decay of a warmup-stable-decay schedule."""
 
     linear = "linear"
+    """On a straight line."""
     cosine = "cosine"
+    """On half a cosine."""
     exponential = "exponential"
+    """As 2 * 0.5**t - 1, for t from 0 to 1."""
     minus_sqrt = "minus_sqrt"
+    """As 1 - sqrt(t), for t from 0 to 1: fast at first."""
 
 
 @dataclass
@@ -163,7 +175,7 @@ class OptimizerConfig:
     """AdamW and its schedule. Chosen here: SpikingBrain's report gives no such numbers for its stages."""
 
     lr: float = setting(5e-4, above=0, resume=SAID)
-    """Peak learning rate."""
+    """Peak learning rate, e.g. 2e-5 for a 7B."""
     min_lr: float = setting(0.0, minimum=0, resume=SAID)
     """Learning rate at the end of the decay; without a part in a constant schedule."""
     new_parameter_lr_mult: float = setting(1.0, minimum=0, resume=SAID)
@@ -171,21 +183,21 @@ class OptimizerConfig:
     weight_decay: float = setting(0.1, minimum=0, resume=SAID)
     """Decoupled weight decay of matrices; norms, biases and branch weights have none."""
     adam_beta1: float = setting(0.9, minimum=0, below=1, must=_BETA, resume=SAID)
-    """Decay of the first moment."""
+    """Decay of Adam's first moment, the mean of gradients."""
     adam_beta2: float = setting(0.95, minimum=0, below=1, must=_BETA, resume=SAID)
-    """Decay of the second moment."""
+    """Decay of Adam's second moment, the mean of squared gradients."""
     adam_eps: float = setting(1e-8, above=0, resume=SAID)
-    """Term added to the denominator."""
+    """Term added to the denominator of Adam's update."""
     clip_grad: float = setting(1.0, minimum=0, resume=SAID)
     """Global gradient norm above which gradients are scaled down; 0 turns clipping off."""
     lr_decay_style: LRDecayStyle = setting(LRDecayStyle.cosine, resume=SAID)
-    """Shape of the decay."""
+    """Shape of the learning rate after warm-up."""
     lr_warmup_iters: int = setting(0, minimum=0, resume=SAID)
     """Steps of linear warm-up from 0."""
     lr_wsd_decay_iters: int | None = setting(None, minimum=1, resume=SAID)
-    """Steps of the final decay when lr_decay_style is WSD."""
+    """Steps of the final decay where lr_decay_style is WSD; a tenth of stage.train_iters is usual."""
     lr_wsd_decay_style: WSDDecayStyle = setting(WSDDecayStyle.minus_sqrt, resume=SAID)
-    """Shape of that final decay."""
+    """Shape of the final decay where lr_decay_style is WSD."""
 
     def check(self, prefix: str) -> None:
         """The rates fall, and a final decay belongs to a style that has one. Raises ConfigurationError."""
@@ -231,9 +243,11 @@ class WandbMode(str, Enum):
     """How Weights & Biases is used."""
 
     disabled = "disabled"
+    """Not used."""
     offline = "offline"
     """Written to the output folder, no account needed; `wandb sync` uploads it later."""
     online = "online"
+    """Uploaded while the run lives; needs `wandb login`."""
 
 
 @dataclass
@@ -252,11 +266,11 @@ class LoggingConfig:
     tensorboard: bool = setting(True, resume=FREE)
     """Write TensorBoard events to <output_dir>/tensorboard."""
     wandb: WandbMode = setting(WandbMode.disabled, resume=FREE)
-    """Weights & Biases mode."""
+    """Whether Weights & Biases gets metrics, and how."""
     wandb_project: str = setting("spikingbrain-train", resume=FREE)
-    """Project that runs are filed under."""
+    """Project of Weights & Biases that runs are filed under."""
     wandb_name: str | None = setting(None, resume=FREE)
-    """Display name of the run."""
+    """Name of the run in Weights & Biases; null lets it choose one."""
 
     def check(self, prefix: str) -> None:
         """Names of classes have the form of one. Raises ConfigurationError."""
@@ -270,11 +284,11 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     """The network; `model=from_checkpoint` (the default) takes it from checkpoint.load."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """Parallel degrees."""
+    """How the work is spread over ranks."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
-    """Platform."""
+    """Platform, devices and kernels."""
     data: DataConfig = field(default_factory=DataConfig)
-    """Tokens."""
+    """What is read: indexed datasets and their tokenizer."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Optimizer and schedule."""
     stage: StageConfig = field(default_factory=StageConfig)
@@ -282,7 +296,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Loading and saving."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
-    """Reporting."""
+    """Progress lines, metrics and evaluations."""
     plugins: list[str] = setting(default_factory=list, resume=FREE)
     """Modules that register mixers or feed-forwards of their own (CONTRIBUTING.md); imported at start."""
     callbacks: list[Any] = setting(default_factory=list, resume=SAID)
@@ -293,7 +307,7 @@ class RunConfig:
     precision: Precision = setting(
         Precision.auto, resume=refused("weights and optimizer state have another number format")
     )
-    """Number format of weights and activations."""
+    """Number format of weights and activations: fp32, bf16, or auto, the faster one here."""
     seed: int = setting(
         1234,
         minimum=0,
@@ -305,7 +319,7 @@ class RunConfig:
     dry_run: bool = setting(False, resume=FREE)
     """Print the plan, build one rank's share of the model without memory, and exit without training."""
     dry_run_rank: int = setting(0, resume=FREE)
-    """The rank that a dry run builds."""
+    """The rank whose share of the model a dry run builds, from 0."""
 
     def check(self, prefix: str) -> None:
         """Names of classes have the form of one. Raises ConfigurationError."""

@@ -16,6 +16,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from spikingbrain_train.config.load import load_run_config
+from spikingbrain_train.config.model_from_checkpoint import complete_model
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.storage.checkpoint_folder import (
     CHECKPOINT_FOLDER,
@@ -54,7 +55,7 @@ def with_stored_config(arguments: Sequence[str], groups: Collection[str]) -> lis
         return rest
     if path.is_dir():
         path = _config_in(path)
-    run = load_run_config(path)
+    run = load_run_config(path, complete_model)
     if run.parallel.expert_tensor_parallel_size == run.parallel.tensor_model_parallel_size:
         # Earlier releases stored what its null stands for, which a run without experts may not say.
         run.parallel.expert_tensor_parallel_size = None

@@ -10,9 +10,11 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from spikingbrain_train.architecture.model_checks import check_kinds, check_model
 from spikingbrain_train.architecture.stored_model import read_stored_model
+from spikingbrain_train.config.asked import manual_of_conversion
 from spikingbrain_train.config.command_line import called_as, user_errors
 from spikingbrain_train.config.load import load_conversion
 from spikingbrain_train.config.plugins import add_plugins_argument, load_plugins, plugins_of
@@ -101,7 +103,9 @@ def convert_checkpoint(arguments: Sequence[str] | None = None) -> None:
         epilog=f"Each command explains itself: {called_as()} import --help",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="{import,export,inspect}")
-    importer = commands.add_parser("import", help="Hugging Face -> Megatron", **_import_texts())
+    importer = commands.add_parser(
+        "import", help="Hugging Face -> Megatron", add_help=False, **_import_texts()
+    )
     _add_import_arguments(importer)
     importer.set_defaults(handler=_import)
     exporter = commands.add_parser(
@@ -120,7 +124,7 @@ def convert_checkpoint(arguments: Sequence[str] | None = None) -> None:
 
 def import_parser() -> argparse.ArgumentParser:
     """The flags of ``convert_checkpoint.py import``."""
-    parser = argparse.ArgumentParser(prog=called_as(), **_import_texts())
+    parser = argparse.ArgumentParser(prog=called_as(), add_help=False, **_import_texts())
     _add_import_arguments(parser)
     return parser
 
@@ -152,7 +156,34 @@ def _add_plugins_argument(parser: argparse.ArgumentParser) -> None:
     add_plugins_argument(parser, of_recipes)
 
 
+class _Help(argparse.Action):
+    """``--help``: all flags, recipes and settings; ``--help=moe``: all about one of them."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **others: Any) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs="?", default=argparse.SUPPRESS, **others)
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        load_plugins(plugins_of(vars(namespace), "the command line"))
+        manual = manual_of_conversion()
+        print(manual.about(values) if values else manual.overview(parser.format_help().rstrip()))
+        parser.exit()
+
+
 def _add_import_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-h",
+        "--help",
+        action=_Help,
+        metavar="TOPIC",
+        help="show this and every setting of a recipe; --help=moe or --help=seed all about one, --help="
+        "conversion all about the recipes, --help=conversion=spikingbrain_7b what is in one",
+    )
     parser.add_argument(
         "--hf", type=Path, required=True, metavar="DIR", help="folder with config.json and safetensors"
     )
@@ -189,7 +220,10 @@ def _add_import_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_plugins_argument(parser)
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="changes to the recipe, e.g. sliding_window=2048"
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="changes to the recipe, e.g. sliding_window=2048; --help=<setting> tells all about one",
     )
 
 

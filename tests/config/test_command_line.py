@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from spikingbrain_train.config.command_line import DIVERGED, USER_ERROR, sentence_of, user_errors
 from spikingbrain_train.errors import ConfigurationError, DataError, NumericalError
@@ -51,16 +52,55 @@ def errors_of(result: subprocess.CompletedProcess[str], *, with_torch: bool = Fa
 
 
 def test_help_teaches_usage_groups_settings_and_examples(tmp_path):
-    result = train("--help", cwd=tmp_path)
+    result = train("--help", cwd=tmp_path, COLUMNS="100")
     assert result.returncode == 0 and errors_of(result) == []
     for expected in (
         "--nproc-per-node",
         "experiment=",
         "dry_run=true",
-        "tiny_hybrid",
-        "seq_length: 2048",
+        "*from_checkpoint, hybrid_1b",
+        "seq_length=2048",
+        "Peak learning rate",
     ):
         assert expected in result.stdout
+    assert "${" not in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 100
+
+
+def test_help_shows_the_values_of_its_command_line(tmp_path):
+    result = train("model=tiny_hybrid", "stage.seq_length=7", "--help", cwd=tmp_path)
+    assert "num_layers=4" in result.stdout and "seq_length=7" in result.stdout
+
+
+@pytest.mark.parametrize("ask", [["--help=optimizer.lr"], ["--help", "optimizer.lr"], ["-h", "optimizer.lr"]])
+def test_help_tells_all_about_one_setting(tmp_path, ask):
+    result = train(*ask, cwd=tmp_path)
+    assert result.returncode == 0 and errors_of(result) == []
+    for expected in ("optimizer.lr = 0.0005", "Peak learning rate.", "greater than 0", "takes effect"):
+        assert expected in result.stdout
+    assert "min_lr" not in result.stdout
+
+
+def test_help_about_a_plugins_section(tmp_path):
+    result = train("--help=fixed_decay", "plugins=[tests.plugins.fixed_decay]", cwd=tmp_path)
+    assert result.returncode == 0 and errors_of(result) == []
+    assert "model.fixed_decay.max_slope = from checkpoint.load" in result.stdout
+    assert "Slope of the first query group" in result.stdout and "default    0.5" in result.stdout
+
+
+def test_help_and_printing_take_little_time_of_the_processor(tmp_path):
+    for arguments in (["--help"], ["--help=model.moe"], ["--cfg", "job", "experiment=smollm2_cpt"]):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert train(*arguments, cwd=tmp_path).returncode == 0
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime <= 1.5
+
+
+def test_printing_a_config_without_its_checkpoint_says_where_the_model_comes_from(tmp_path):
+    result = train("--cfg", "job", "model.sliding_window=3", cwd=tmp_path)
+    assert result.returncode == 0 and "${" not in result.stdout
+    assert "model:  # what is not listed here is that of the checkpoint in checkpoint.load" in result.stdout
+    assert yaml.safe_load(result.stdout)["model"] == {"sliding_window": 3}
 
 
 def test_printing_the_config_shows_every_section(tmp_path):
@@ -91,6 +131,10 @@ def test_a_dry_run_plans_for_the_ranks_that_were_started(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
+        (["--help=optimizer.lrr"], ["optimizer.lrr", "did you mean --help=optimizer.lr?"]),
+        (["--help=stag"], ["did you mean --help=stage?"]),
+        (["--help=model=tiny"], ["model=tiny", "did you mean tiny_76b?"]),
+        (["--help", "model=tiny_hybird"], ["did you mean tiny_hybrid?"]),
         (["optimizer.lrr=1"], ["optimizer.lrr", "did you mean optimizer.lr?"]),
         (["+optimizer.lrr=1", "model=tiny_hybrid"], ["optimizer.lrr", "did you mean optimizer.lr?"]),
         (["train_iters=3"], ["train_iters", "did you mean stage.train_iters?"]),

@@ -75,6 +75,32 @@ def test_a_stored_config_is_the_same_run_again(monkeypatch, stored, file, tmp_pa
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_a_printed_config_is_the_same_run_again(monkeypatch, capsys, tmp_path):
+    load = write_checkpoint(tmp_path / "hybrid", small_model(), iteration=3)
+    arguments = (f"checkpoint.load={load}", f"output_dir={tmp_path / 'run'}", "model.sliding_window=5")
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments, "--cfg", "job"])
+    assert compose_from_command_line() is None
+    printed = capsys.readouterr().out
+    assert "${" not in printed and "sliding_window: 5" in printed
+    (tmp_path / "printed.yaml").write_text(printed)
+    again = given(monkeypatch, "--config", str(tmp_path / "printed.yaml"))
+    assert again == given(monkeypatch, *arguments)
+
+
+def test_a_config_printed_before_its_checkpoint_was_there_takes_the_model_from_it(
+    monkeypatch, capsys, tmp_path
+):
+    load = tmp_path / "hybrid"
+    arguments = (f"checkpoint.load={load}", f"output_dir={tmp_path / 'run'}", "model.sliding_window=5")
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments, "--cfg", "job"])
+    assert compose_from_command_line() is None
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    write_checkpoint(load, small_model(), iteration=3)
+    again = given(monkeypatch, "--config", str(tmp_path / "printed.yaml"))
+    assert again == given(monkeypatch, *arguments)
+    assert again.model.sliding_window == 5
+
+
 def test_single_settings_override_it(monkeypatch, stored, file):
     run = given(monkeypatch, "optimizer.lr=1e-5", "--config", str(file), "output_dir=elsewhere", "seed=9")
     assert (run.optimizer.lr, run.output_dir, run.seed) == (1e-5, "elsewhere", 9)

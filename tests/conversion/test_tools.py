@@ -132,6 +132,40 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str], arguments: list[str]) 
     assert arguments == ["--help"] or "examples:" in out
 
 
+@pytest.mark.parametrize(
+    ("ask", "expected"),
+    [
+        (
+            ["--help"],
+            ["spikingbrain_76b_exact", "sliding_window=4096", "router_init_std=0.02", "num_experts"],
+        ),
+        (["--help=upcycling"], ["upcycling.form = published", "Only the down projection", "at least 0"]),
+        (["--help=conversion"], ["--conversion <choice>", "an exact Megatron copy"]),
+        (["--help=conversion=dense"], ["mixers: [full]"]),
+        (
+            ["--plugins", "tests.plugins.relu_squared", "--help=relu_squared"],
+            ["relu_squared.scale = 1", "Factor of the squares"],
+        ),
+    ],
+)
+def test_help_of_import_teaches_recipes_and_their_settings(
+    capsys: pytest.CaptureFixture[str], ask: list[str], expected: list[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        convert_checkpoint(["import", *ask])
+    assert exit_.value.code == 0
+    out = capsys.readouterr().out
+    assert all(words in out for words in expected)
+    assert "on resume" not in out
+
+
+def test_help_about_an_unknown_setting_of_recipes_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        convert_checkpoint(["import", "--help=upcycling.for"])
+    assert exit_.value.code == 2
+    assert "did you mean --help=upcycling.form?" in capsys.readouterr().err
+
+
 def test_export_takes_the_folder_of_a_run(
     hf_checkpoint: HFCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
