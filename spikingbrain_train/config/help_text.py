@@ -14,8 +14,8 @@ from spikingbrain_train.config.yaml_files import conf_folder
 from spikingbrain_train.errors import ConfigurationError
 
 OVERVIEW_OF_TRAIN = """\
-Train a SpikingBrain hybrid: one stage (alignment or continual pretraining) of one
-model, described by one config.
+Train a SpikingBrain hybrid: one stage (alignment or continual pretraining) of
+one model, described by one config.
 
 Usage
   spikingbrain-train [group=choice ...] [name=value ...]         one rank
@@ -27,8 +27,8 @@ Examples
   # what would run: layers per stage, parameters per rank, estimated memory
   spikingbrain-plan experiment=spikingbrain_7b_8k
   # the same for the last rank of 4096, whose share of the model is built
-  spikingbrain-train experiment=spikingbrain_76b_128k cluster=metax dry_run=true \\
-      dry_run_rank=4095
+  spikingbrain-train experiment=spikingbrain_76b_128k cluster=metax \\
+      dry_run=true dry_run_rank=4095
   # a tiny hybrid from random weights on the CPU
   spikingbrain-train model=tiny_hybrid cluster=cpu stage.seq_length=256 \\
       'data.train=[data/train]' output_dir=outputs/tiny
@@ -53,8 +53,9 @@ More
   --config FILE            take the run_config.yaml that a checkpoint stores
   --hydra-help             the flags of Hydra, which composes the config
 
-Exit codes: 0 done; 2 wrong, with a sentence; 3 NaN or infinity met, nothing saved;
-75 asked to stop (SIGTERM, SIGUSR1, Ctrl-C) and saved: start again to go on."""
+Exit codes: 0 done; 2 wrong, with a sentence; 3 NaN or infinity met, nothing
+saved; 75 asked to stop (SIGTERM, SIGUSR1, Ctrl-C) and saved: start again to go
+on."""
 
 FROM_CHECKPOINT = "from checkpoint.load"
 """The value of a setting that the checkpoint of a run will bring."""

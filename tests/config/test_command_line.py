@@ -76,7 +76,7 @@ def test_help_shows_the_values_of_its_command_line(tmp_path):
 def test_help_tells_all_about_one_setting(tmp_path, ask):
     result = train(*ask, cwd=tmp_path)
     assert result.returncode == 0 and errors_of(result) == []
-    for expected in ("optimizer.lr = 0.0005", "Peak learning rate.", "greater than 0", "takes effect"):
+    for expected in ("optimizer.lr = 0.0005", "Peak learning rate", "greater than 0", "takes effect"):
         assert expected in result.stdout
     assert "min_lr" not in result.stdout
 
