@@ -28,19 +28,23 @@ class KernelChoices:
     set_aside: dict[str, str]
     """Packages that are installed but cannot be used, and why."""
 
-    def rows(self) -> list[tuple[str, str]]:
-        """For the user, who may have installed a package in vain."""
-        return [
+    def rows(self, *, on_gpu: bool) -> list[tuple[str, str]]:
+        """For the user: a GPU has several for a call, and a package may be installed in vain."""
+        rows = [("kernels", self._chosen())] if on_gpu else []
+        return rows + [
             ("not used", f"{package}, which is installed: it {failure}")
             for package, failure in self.set_aside.items()
         ]
 
-    def describe(self) -> str:
-        """One line for run_details.txt."""
+    def _chosen(self) -> str:
         chosen = {table.setting: getattr(self.kernels, table.setting).value for table in TABLES.values()}
         chosen |= {setting: _describe(choices) for setting, choices in self.mixers.items()}
         words = {setting: setting.replace("_", " ") for setting in chosen} | _WORDS
-        text = "kernels: " + ", ".join(f"{words[setting]} {name}" for setting, name in chosen.items())
+        return ", ".join(f"{words[setting]} {name}" for setting, name in chosen.items())
+
+    def describe(self) -> str:
+        """One line for run_details.txt."""
+        text = f"kernels: {self._chosen()}"
         for package, failure in self.set_aside.items():
             text += f"; {package} is not used: it {failure}"
         return text

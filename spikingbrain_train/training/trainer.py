@@ -122,7 +122,7 @@ class Trainer:
         accelerator = groups.accelerator
         kernels = kernels_of(config, accelerator)
         chosen = choose_kernels(config, kernels, accelerator)
-        self.console.rows(chosen.rows())
+        self.console.rows(chosen.rows(on_gpu=accelerator.is_gpu))
         for line in (accelerator.describe(), groups.describe(), patches.describe(accelerator)):
             self.console.detail(line)
         self.console.detail(chosen.describe())

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.models.linears.linear_transform import LinearTransform, Shard, TransformStatistics
+from spikingbrain_train.reporting.progress import Shown
 from tests.plugins.rounding import ROUNDED_WEIGHTS
 
 
@@ -20,6 +21,7 @@ class RoundedWeights(LinearTransform):
     """
 
     statistics: ZeroWeights | None = None
+    shown = {"step": Shown("step", "{:.2f}"), "zeros": Shown("zero weights", "{:.0%}")}
 
     def __init__(self, model: ModelConfig) -> None:
         self.step = ROUNDED_WEIGHTS.own_settings(model).step

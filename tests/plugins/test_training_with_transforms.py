@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +16,7 @@ from spikingbrain_train.config.model import Projection, SpikingConfig
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import DataConfig, LoggingConfig, RunConfig
 from spikingbrain_train.config.sections import with_sections
+from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.reporting.metrics import read_metrics
 from spikingbrain_train.storage.checkpoint_folder import LATEST_ITERATION_FILE, iteration_folder
 from tests.distributed.pool import RankPool
@@ -36,6 +40,11 @@ def _run(output_dir: Path, text: Path, parallel: ParallelConfig) -> RunConfig:
     return with_sections(RunConfig)(**vars(config))
 
 
+def _train_and_print(groups: ProcessGroups, config: RunConfig) -> tuple[list[tuple[float, float]], str]:
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        return train(groups, config), printed.getvalue()
+
+
 @pytest.mark.parametrize("degree", [1, 2])
 def test_a_run_has_its_schedule_and_statistics_and_resumes_bit_for_bit(
     degree: int, ranks: RankPool, tmp_path: Path
@@ -43,7 +52,15 @@ def test_a_run_has_its_schedule_and_statistics_and_resumes_bit_for_bit(
     parallel = ParallelConfig(tensor_model_parallel_size=degree, sequence_parallel=degree > 1)
     (tmp_path / "text").mkdir()
     config = _run(tmp_path, write_text(tmp_path / "text"), parallel)
-    uninterrupted = ranks.run(train, config, world_size=degree, parallel=parallel)
+    trained = ranks.run(_train_and_print, config, world_size=degree, parallel=parallel)
+    uninterrupted = [steps for steps, _ in trained]
+    # Its own class says how the progress line shows it; nothing else knows its name.
+    steps_shown = re.findall(r"\| step (\d\.\d\d) \|.* tokens/s", trained[0][1])
+    assert steps_shown == ["0.10", "0.35", "0.60", "0.85"]
+    assert (
+        len(re.findall(r"held-out CE \d+\.\d+ .*\| step \d\.\d\d .*\| zero weights +\d+%", trained[0][1]))
+        == 3
+    )
     points = read_metrics(tmp_path)
     steps = [point["rounding/step"] for point in points if "train/loss" in point]
     assert steps == pytest.approx([0.1, 0.35, 0.6, 0.85])

@@ -66,8 +66,7 @@ def write_run(
         time += 3600.0
         point: dict[str, Any] = {"iteration": iteration, "time": time, "train/loss": loss}
         point["train/tokens"] = float(TOKENS * iteration)
-        if stage != "align":
-            point["train/cross_entropy"] = loss
+        point["align/error" if stage == "align" else "train/cross_entropy"] = loss
         for name, values in (metrics or {}).items():
             point[name] = values[number] if isinstance(values, tuple) else values
         lines.append(point)

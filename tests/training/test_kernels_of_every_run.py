@@ -303,6 +303,12 @@ def test_the_76b_trains_on_nvidia_with_flash_attn_installed(monkeypatch: pytest.
         "kernels: gated linear attention fla, softmax attention flash_attn (full) and flex (swa), parallel "
         "linears transformer_engine, experts transformer_engine"
     )
+    (row,) = choices.rows(on_gpu=True)
+    assert row == ("kernels", choices.describe().removeprefix("kernels: "))
+    broken = replace(choices, set_aside={"flash_attn": "was built for another torch"})
+    assert broken.rows(on_gpu=False) == [
+        ("not used", "flash_attn, which is installed: it was built for another torch")
+    ]
     choices = start(replace(config, precision=Precision.fp32), machine)
     assert choices.mixers["softmax_attention"] == {"sdpa": ["full"], "flex": ["swa"]}
 

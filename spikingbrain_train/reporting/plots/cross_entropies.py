@@ -41,7 +41,7 @@ def loss_views(row: Row, options: Options) -> list[View | None]:
 def other_loss(run: Run) -> tuple[str, str] | None:
     """Title and unit of what a run minimises, None where that is the cross entropy."""
     recording = run.recording
-    if recording.stage == "align" or run.has("align/error"):
+    if run.has("align/error"):
         return "Training loss: alignment error", "relative squared error"
     if run.has(CROSS_ENTROPY):
         entropy = dict(run.series(CROSS_ENTROPY))
