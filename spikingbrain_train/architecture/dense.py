@@ -36,5 +36,10 @@ class DenseKind(FeedForwardKind):
         again = config.parallel.recompute in (Recompute.moe_feed_forward, Recompute.moe_layer)
         return Activations(0.0, kept) if again else Activations(kept)
 
+    def working(self, config: RunConfig) -> float:
+        """Gradients of gate, up and their product, where the product itself is no longer needed."""
+        element, tensor = bytes_per_element(config.precision), config.parallel.tensor_model_parallel_size
+        return 2 * config.model.ffn_hidden_size * element / tensor
+
 
 DENSE = FEED_FORWARDS.register(DenseKind())

@@ -45,6 +45,13 @@ class FeedForwardKind(SubmoduleKind):
     def activations(self, config: RunConfig) -> Activations:
         """What it keeps for its backward pass on one rank, its normed input left out."""
 
+    def working(self, config: RunConfig) -> float:
+        """Bytes per token on one rank that its backward pass holds at its widest point beside what it kept.
+
+        0 where a kind does not say.
+        """
+        return 0.0
+
     def megatron_settings(
         self, model: ModelConfig, parallel: ParallelConfig, layers: Sequence[bool]
     ) -> dict[str, Any]:

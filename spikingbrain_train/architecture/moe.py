@@ -29,6 +29,14 @@ def expert_width(model: ModelConfig) -> int:
     return model.moe.moe_ffn_hidden_size or model.ffn_hidden_size
 
 
+def _experts_of_a_token(model: ModelConfig) -> float:
+    """Routed experts that compute for a token, with the padding up to their capacity."""
+    moe = model.moe
+    if moe.capacity_factor is None:
+        return moe.router_topk
+    return moe.router_topk * (moe.capacity_factor if moe.pad_to_capacity else min(1.0, moe.capacity_factor))
+
+
 class MixtureOfExpertsKind(FeedForwardKind):
     """Softmax router, top-k of the routed experts, and shared experts that see all tokens."""
 
@@ -116,11 +124,7 @@ class MixtureOfExpertsKind(FeedForwardKind):
         model, parallel = config.model, config.parallel
         tensor, element = parallel.tensor_model_parallel_size, bytes_per_element(config.precision)
         moe, width = model.moe, expert_width(model)
-        experts_of_a_token: float = moe.router_topk
-        if moe.capacity_factor is not None:
-            experts_of_a_token *= (
-                moe.capacity_factor if moe.pad_to_capacity else min(1.0, moe.capacity_factor)
-            )
+        experts_of_a_token = _experts_of_a_token(model)
         # Tensor-parallel ranks route a share of the tokens each; the experts' tensor ranks gather them.
         router = 3 * moe.num_experts * FP32 / tensor  # logits, probabilities and their choice
         row = model.hidden_size * element / tensor
@@ -141,6 +145,12 @@ class MixtureOfExpertsKind(FeedForwardKind):
         }
         recomputed = entry_of(parallel.recompute, levels, "the activations of experts")
         return Activations(everything - recomputed, recomputed)
+
+    def working(self, config: RunConfig) -> float:
+        """As a dense one, of routed and shared experts; evenly loaded, and all at once."""
+        model, tensor = config.model, config.parallel.tensor_model_parallel_size
+        experts = _experts_of_a_token(model) + model.moe.num_shared_experts
+        return 2 * experts * expert_width(model) * bytes_per_element(config.precision) / tensor
 
     def megatron_settings(
         self, model: ModelConfig, parallel: ParallelConfig, layers: Sequence[bool]

@@ -70,6 +70,15 @@ def layer_activations(config: RunConfig, layer: Layer) -> Activations:
     return Activations(kept, ffn.recomputed)
 
 
+def layer_working(config: RunConfig, layer: Layer) -> float:
+    """Bytes per token that a layer's backward pass holds beside what was kept, at its widest point.
+
+    That is in the feed-forward: its gradients, and those of the residual and of the layer's output. What
+    kernels of mixers need is left out.
+    """
+    return layer.feed_forward.working(config) + 2 * row_bytes(config)
+
+
 def activation_bytes(config: RunConfig, stage: int, micro_batches: int) -> float:
     """Activations on a rank of pipeline stage ``stage`` that trains all of its layers, under 1F1B."""
     model, parallel = config.model, config.parallel
@@ -82,7 +91,10 @@ def activation_bytes(config: RunConfig, stage: int, micro_batches: int) -> float
     kept = (
         row_bytes(config) + model.kv_channels * FP32 + sum(kind.kept for kind in kinds)
     )  # and rotary angles
-    total = tokens * (in_flight * kept + max(kind.recomputed for kind in kinds))
+    passing = max(
+        kind.recomputed + layer_working(config, layer) for kind, layer in zip(kinds, layers, strict=True)
+    )
+    total = tokens * (in_flight * kept + passing)
     copies = [layer_weight_copies(config, layer) for layer in layers]
     total += in_flight * sum(copy.kept for copy in copies) + max(copy.recomputed for copy in copies)
     if stage == stages - 1:

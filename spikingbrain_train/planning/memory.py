@@ -27,7 +27,8 @@ class MemoryEstimate:
     optimizer: float
     """Two fp32 moments and, under bf16, fp32 main weights; a share of them with the distributed optimizer."""
     activations: float
-    """Kept for the backward pass, for the micro-batches in flight; and the output projection's logits."""
+    """Kept for the backward pass, for the micro-batches in flight; what the backward pass of one layer holds
+    beside that; and the output projection's logits."""
     teacher: float
     """Weights of the dense source, in stages that learn from it."""
 

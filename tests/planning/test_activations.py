@@ -43,7 +43,7 @@ from spikingbrain_train.config.parallel import (
 from spikingbrain_train.config.run import Precision, RunConfig, StageConfig
 from spikingbrain_train.models.kernels import resolve_kernels
 from spikingbrain_train.parallel.process_groups import ProcessGroups
-from spikingbrain_train.planning.activations import activation_bytes, layer_activations
+from spikingbrain_train.planning.activations import activation_bytes, layer_activations, layer_working
 from spikingbrain_train.runtime.accelerator import detect
 from tests.distributed.pool import RankPool
 from tests.models.kept_bytes import kept_bytes
@@ -266,8 +266,10 @@ def test_a_model_keeps_what_is_planned_before_its_logits(level: Recompute, ranks
     case = Case(model, recompute=level)
     (held,) = ranks.run(_kept_by_model, case, world_size=1, parallel=ParallelConfig())
     config = case.config()
-    # What comes and goes: the logits of a chunk, and one layer at a time that is computed again.
-    passing = LENGTH * max(layer_activations(config, layer).recomputed for layer in layers(model))
+    # What comes and goes: the logits of a chunk, and of one layer what is computed again, and gradients.
+    passing = LENGTH * max(
+        layer_activations(config, layer).recomputed + layer_working(config, layer) for layer in layers(model)
+    )
     passing += LENGTH * model.vocab_size * 2
     assert activation_bytes(config, 0, 1) - passing == pytest.approx(held, rel=BOUND)
 

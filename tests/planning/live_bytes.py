@@ -1,0 +1,49 @@
+"""How much memory tensors take while a body runs, as torch's own dispatcher sees them come and go."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the storages that operators made and that are still alive, in ``live`` and at most in ``peak``.
+
+    Views share a storage and count once. What a kernel needs while it runs (workspaces) is not seen, as it is
+    not in the planner's estimate.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_iter(result):
+            if isinstance(value, torch.Tensor):
+                self._see(value.untyped_storage())
+        return result
+
+    def reset_peak(self) -> None:
+        """Forget the peak so far."""
+        self.peak = self.live
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key in self._known or storage.device.type == "meta":
+            return
+        self._known.add(key)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._gone, key, size)
+
+    def _gone(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.live -= size
