@@ -6,6 +6,7 @@ this process, or in ranks that it starts (`--nproc-per-node`).
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -28,17 +29,20 @@ _MULTIRUN = ("--multirun", "-m")
 def plan() -> None:
     """What a run would take: ``spikingbrain-train ... dry_run=true`` without building anything.
 
-    It takes the arguments of ``spikingbrain-train`` and prints the plan, for which no torch is imported. One
-    rank's share of the model is built, as in a dry run, where ``dry_run_rank`` says whose.
+    It takes the arguments of ``spikingbrain-train`` and prints the plan, for which no torch is imported; with
+    ``--json`` as plain values, for programs. One rank's share of the model is built, as in a dry run, where
+    ``dry_run_rank`` says whose.
     """
-    build = any(argument.startswith("dry_run_rank=") for argument in sys.argv[1:])
+    as_json = "--json" in sys.argv[1:]
+    sys.argv[1:] = [argument for argument in sys.argv[1:] if argument != "--json"]
+    build = not as_json and any(argument.startswith("dry_run_rank=") for argument in sys.argv[1:])
     with user_errors(same_on_all_ranks=True):
         launched = _launcher()
         if _swept(launched, dry_run=True):
             return
         checked = _checked(launched, ["dry_run=true"])
     if checked is not None:
-        _dry_run(checked, build_share=build)
+        _dry_run(checked, build_share=build, as_json=as_json)
 
 
 def train() -> None:
@@ -116,14 +120,14 @@ def _checked(launched: ranks.Ranks | None, further: Sequence[str] = ()) -> Plan 
     return plan_run(config, world_size)
 
 
-def _dry_run(checked: Plan, *, build_share: bool = True) -> None:
+def _dry_run(checked: Plan, *, build_share: bool = True, as_json: bool = False) -> None:
     """Print the plan, then build one rank's share of the model."""
     if not _speaks():
         return
     with user_errors():
-        from spikingbrain_train.planning.plan_report.report import render
+        from spikingbrain_train.planning.plan_report.report import as_values, render
 
-        print(render(checked), flush=True)
+        print(json.dumps(as_values(checked), indent=2) if as_json else render(checked), flush=True)
         if not build_share:
             return
         ignore_megatron_warnings()

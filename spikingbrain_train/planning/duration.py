@@ -31,7 +31,7 @@ class Speed:
     kind: str
     """``stated``, ``measured`` or ``assumed``."""
     source: str
-    """Where it is from, in words."""
+    """Where it is from, in words behind it."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def speed_of(plan: Plan) -> Speed | None:
     cluster = plan.config.cluster
     peak = cluster.peak_tflops
     if cluster.mfu is not None:
-        stated = f"cluster.mfu={cluster.mfu:g}"
+        stated = f"stated by cluster.mfu={cluster.mfu:g}"
         return None if peak is None else Speed(cluster.mfu * peak, cluster.mfu, "stated", stated)
     measured = _measured(plan)
     if measured is not None:
@@ -80,11 +80,10 @@ def speed_of(plan: Plan) -> Speed | None:
         return None
     reported, device = REPORTED_MFU.get(cluster.accelerator, REPORTED_MFU[AcceleratorKind.cuda])
     mfu = reported * (1 - plan.pipeline_bubble) / (1 - _REPORTED_BUBBLE)
-    source = f"what SpikingBrain-7B reached on {device} (arXiv 2509.05276, section 5.4: {reported:.1%})"
+    report = f"arXiv 2509.05276, section 5.4: {reported:.1%}"
+    source = f"assumed, since SpikingBrain-7B reached it on {device} ({report})"
     if plan.pipeline_bubble != _REPORTED_BUBBLE:
-        source += (
-            f" with a pipeline bubble of {_REPORTED_BUBBLE:.1%}, which is {plan.pipeline_bubble:.1%} here"
-        )
+        source += f" with a pipeline bubble of {_REPORTED_BUBBLE:.1%}; here it is {plan.pipeline_bubble:.1%}"
     return Speed(mfu * peak, mfu, "assumed", source)
 
 

@@ -8,6 +8,7 @@ from enum import Enum
 from spikingbrain_train.config.parallel import AcceleratorKind, ClusterConfig
 from spikingbrain_train.planning.launch import has_gpu_device, memory_limit
 from spikingbrain_train.planning.memory import GIB
+from spikingbrain_train.reporting.quantities import size
 
 MARGIN = 0.1
 """Share of a device that has to stay free of what is estimated; chosen here, and no measurement.
@@ -62,4 +63,4 @@ def device_memory(cluster: ClusterConfig, world_size: int) -> DeviceMemory | Non
     if limit is None:
         return None
     shared = f", shared by {world_size} ranks" if world_size > 1 else ""
-    return DeviceMemory(limit / world_size, f"this machine's {limit / GIB:.1f} GiB{shared}")
+    return DeviceMemory(limit / world_size, f"this machine's {size(limit)}{shared}")

@@ -22,11 +22,11 @@ from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.models.kernels import resolve_kernels
 from spikingbrain_train.parallel.process_groups import destroy, form_groups
 from spikingbrain_train.planning.costs import active_parameters, total_parameters
-from spikingbrain_train.planning.memory import GIB, MemoryEstimate
+from spikingbrain_train.planning.memory import MemoryEstimate
 from spikingbrain_train.planning.plan_report.layers import alike, layer_rows
 from spikingbrain_train.planning.planner import Plan, smallest_stage
 from spikingbrain_train.planning.precision import PrecisionChoice
-from spikingbrain_train.reporting.quantities import quantity
+from spikingbrain_train.reporting.quantities import quantity, size
 from spikingbrain_train.reporting.tables import facts, table, terminal_width
 from spikingbrain_train.runtime import megatron_versions, patches
 from spikingbrain_train.runtime.accelerator import detect
@@ -71,8 +71,7 @@ class RankShare:
         """The share as text of so many columns, by default the terminal's."""
         model, parallel = self.plan.config.model, self.plan.config.parallel
         group_ranks = ", ".join(f"{kind} {group_rank}" for kind, group_rank in self.group_ranks.items())
-        memory = {name: getattr(self.memory, name) / GIB for name in vars(self.memory)}
-        parts = ", ".join(f"{name} {size:.2f}" for name, size in memory.items() if size > 0)
+        parts = ", ".join(f"{name} {size(part)}" for name, part in vars(self.memory).items() if part > 0)
         rows = [
             ("rank", f"{self.rank} of {self.plan.world_size}: {group_ranks} (counted from 0)"),
             ("parameters", f"{self.parameters:,} built on this rank, as planned"),
@@ -81,7 +80,7 @@ class RankShare:
                 f"{quantity(active_parameters(model))} of the model's {quantity(total_parameters(model))} "
                 f"for each token, vocabulary included",
             ),
-            ("memory", f"{self.memory.total / GIB:.2f} GiB: {parts}"),
+            ("memory", f"{size(self.memory.total)}: {parts}"),
         ]
         if self.otherwise is not None:
             rows.append(("warning", f"a run here would have {self.otherwise.describe()}, unlike the plan"))

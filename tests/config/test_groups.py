@@ -121,7 +121,7 @@ def test_published_topologies_make_a_plan_on_both_platforms(choice, cluster, mon
     plan = plan_run(config, launched_world_size(config))
     assert config.stage.seq_length == seq_length
     assert plan.total_tokens == pytest.approx(billions * 1e9, rel=1e-3)
-    # MetaX's C550 has 64 GiB; a tenth of that is for what the estimate leaves out (workspaces, NCCL, fragments).
+    # MetaX's C550 has 64 GiB; a tenth is for what the estimate leaves out (workspaces, NCCL, fragments).
     c550 = device_memory(dry_run("model=tiny_hybrid", "cluster=c550").cluster, 1)
     assert c550 is not None and c550.bytes == 64 * 2**30
     assert c550.fit(plan.fullest.memory.total) is Fit.fits

@@ -80,16 +80,17 @@ def test_auto_says_what_this_machine_shows(seen, words, monkeypatch):
 
 def test_a_plan_that_does_not_fit_says_by_how_much_and_what_would_help():
     text = render(plan_of(RUNS["76B, 8k, nothing recomputed"]), 120)
-    assert "the fullest rank (stage 0) needs 85.04 GiB" in text and "it does not fit" in text
+    words = " ".join(text.split())
+    assert "the fullest rank (stage 0) needs 85.04 GiB" in words and "it does not fit" in words
     rows = [line for line in text.splitlines() if line.endswith("too much") or line.endswith("fits")]
-    assert "21.0 too much" in rows[0] and rows[3].endswith("fits")
+    assert "21.04 GiB too much" in rows[0] and rows[3].endswith("fits")
     assert any("parallel.recompute=moe_feed_forward" in row and "55.08" in row for row in rows)
 
 
 def test_a_tight_plan_is_called_tight():
     plan = plan_of("experiment=spikingbrain_7b_8k cluster=c550 cluster.memory_gib=24")
     text = render(plan, 120)
-    assert "it is tight" in text and "what would help" in text
+    assert "it is tight" in " ".join(text.split()) and "what would help" in text
     assert as_values(plan)["memory"]["fit"] == "tight"
 
 

@@ -15,6 +15,7 @@ from spikingbrain_train.planning.kernel_calls import asked_for, experts_call, mi
 from spikingbrain_train.planning.memory import GIB
 from spikingbrain_train.planning.plan_report.section import Section
 from spikingbrain_train.planning.planner import Plan
+from spikingbrain_train.reporting.quantities import size
 from spikingbrain_train.reporting.tables import facts
 
 _PLATFORMS = {
@@ -124,7 +125,7 @@ def _describe_device(plan: Plan) -> str:
     if memory is None:
         parts = ["memory not stated: cluster.memory_gib=... says whether it fits"]
     elif cluster.memory_gib is None:
-        parts = [f"{memory.bytes / GIB:.1f} GiB ({memory.source})"]
+        parts = [f"memory is {memory.source}"]
     else:
         parts = [f"{memory.bytes / GIB:.1f} GiB"]
     if cluster.peak_tflops is not None:
@@ -142,10 +143,10 @@ def _describe_fit(plan: Plan) -> str:
     device = device_memory(plan.config.cluster, plan.world_size)
     needed, where = plan.fullest.memory.total, plan.stages.index(plan.fullest)
     of_stage = f" (stage {where})" if len(plan.stages) > 1 else ""
-    text = f"the fullest rank{of_stage} needs {needed / GIB:.2f} GiB by the estimate below"
+    text = f"the fullest rank{of_stage} needs {size(needed)} by the estimate below"
     if device is None:
         return text
     fit = device.fit(needed)
     if fit is Fit.too_large:
-        text += f", {(needed - device.bytes) / GIB:.2f} more than there are"
+        text += f", {size(needed - device.bytes)} more than there are"
     return f"{text}: it {_FIT_WORDS[fit]}"

@@ -40,7 +40,7 @@ def _describe(plan: Plan, duration: Duration | None) -> str:
     text = (
         f"{_digits(duration.seconds_per_step)} s a step, {hours(duration.hours)} in all = "
         f"{_digits(duration.gpu_hours)} {device}-hours; {tokens} tokens a second and {device}, at {rate}, "
-        f"{speed.kind}: {speed.source}. "
+        f"{speed.source}. "
     )
     waits = "Pipeline bubble, recomputation" if len(plan.stages) > 1 else "Recomputation"
     text += f"{waits} and communication are in it, evaluations and checkpoints are not."

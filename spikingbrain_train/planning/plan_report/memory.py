@@ -12,10 +12,11 @@ from spikingbrain_train.planning.plan_report.section import Section
 from spikingbrain_train.planning.planner import Plan, StagePlan
 from spikingbrain_train.planning.remedies import Remedy, remedies, together
 from spikingbrain_train.planning.stages.registry import kind_of
+from spikingbrain_train.reporting.quantities import size
 from spikingbrain_train.reporting.tables import packed, table
 
 _MOST_REMEDIES = 5
-_WIDEST_SETTINGS = 64
+_WIDEST_SETTINGS = 56
 
 
 def memory_section(plan: Plan) -> Section:
@@ -37,7 +38,9 @@ def memory_section(plan: Plan) -> Section:
     }
 
     def text(width: int) -> list[str]:
-        lines = ["memory of a rank in GiB, estimated; parameters are exact", *_table(plan, device)]
+        unit, name = _unit(plan)
+        head = f"memory of a rank in {name}, estimated; parameters are exact"
+        lines = [head, *_table(plan, device, unit)]
         lines += ["", *_wrapped(_alike(plan), width)]
         if device is None:
             return lines
@@ -67,7 +70,12 @@ def _remedy_values(remedy: Remedy, device: DeviceMemory) -> dict[str, Any]:
     }
 
 
-def _table(plan: Plan, device: DeviceMemory | None) -> list[str]:
+def _unit(plan: Plan) -> tuple[int, str]:
+    """What the table counts in: GiB, or MiB for a model that is small."""
+    return (GIB, "GiB") if plan.fullest.memory.total >= GIB else (2**20, "MiB")
+
+
+def _table(plan: Plan, device: DeviceMemory | None, unit: int) -> list[str]:
     with_teacher = kind_of(plan.config.stage).needs_teacher(plan.config.stage)
     rows = [
         [
@@ -82,7 +90,7 @@ def _table(plan: Plan, device: DeviceMemory | None) -> list[str]:
         memory = stage.memory
         parts = [memory.weights, memory.gradients, memory.optimizer, memory.activations]
         parts += [memory.teacher] if with_teacher else []
-        cells = [f"{stage.parameters:,}", *(f"{part / GIB:.2f}" for part in [*parts, memory.total])]
+        cells = [f"{stage.parameters:,}", *(f"{part / unit:.2f}" for part in [*parts, memory.total])]
         cells += [] if device is None else [_verdict(memory.total, device)]
         if cells == same:  # stages that are alike are one row
             rows[-1][:2] = [f"{first}-{index}", f"{plan.stages[first].layers.start}-{stage.layers.stop - 1}"]
@@ -97,7 +105,7 @@ def _table(plan: Plan, device: DeviceMemory | None) -> list[str]:
 def _verdict(needed: float, device: DeviceMemory) -> str:
     fit = device.fit(needed)
     if fit is Fit.too_large:
-        return f"{(needed - device.bytes) / GIB:.1f} too much"
+        return f"{size(needed - device.bytes)} too much"
     return fit.value
 
 
@@ -131,13 +139,12 @@ def _advice(
             "model or a shorter sequence.",
             width,
         )
-    most = plan.fullest.memory.total / GIB
-    lines = [f"what would help, planned anew: fullest rank in GiB, now {most:.2f}"]
+    lines = [f"what would help, planned anew: the fullest rank, now {size(plan.fullest.memory.total)}"]
     rows = [["settings", "ranks", "total", "verdict"]]
     shown = found[:_MOST_REMEDIES] + ([] if combined is None else [combined])
     for remedy in shown:
         verdict = _verdict(remedy.needed, device)
-        ranks, total = str(remedy.plan.world_size), f"{remedy.needed / GIB:.2f}"
+        ranks, total = str(remedy.plan.world_size), size(remedy.needed)
         first, *others = packed(remedy.arguments(), " ", _WIDEST_SETTINGS)
         rows.append([first, ranks, total, verdict])
         rows += [[f"  {line}", "", "", ""] for line in others]
