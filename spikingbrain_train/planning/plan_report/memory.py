@@ -12,7 +12,6 @@ from spikingbrain_train.planning.plan_report.section import Section
 from spikingbrain_train.planning.planner import Plan, StagePlan
 from spikingbrain_train.planning.remedies import Remedy, remedies, together
 from spikingbrain_train.planning.stages.registry import kind_of
-from spikingbrain_train.reporting.quantities import size
 from spikingbrain_train.reporting.tables import packed, table
 
 _MOST_REMEDIES = 5
@@ -91,7 +90,7 @@ def _table(plan: Plan, device: DeviceMemory | None, unit: int) -> list[str]:
         parts = [memory.weights, memory.gradients, memory.optimizer, memory.activations]
         parts += [memory.teacher] if with_teacher else []
         cells = [f"{stage.parameters:,}", *(f"{part / unit:.2f}" for part in [*parts, memory.total])]
-        cells += [] if device is None else [_verdict(memory.total, device)]
+        cells += [] if device is None else [_verdict(memory.total, device, unit)]
         if cells == same:  # stages that are alike are one row
             rows[-1][:2] = [f"{first}-{index}", f"{plan.stages[first].layers.start}-{stage.layers.stop - 1}"]
             continue
@@ -102,10 +101,10 @@ def _table(plan: Plan, device: DeviceMemory | None, unit: int) -> list[str]:
     return table(rows, left=2)
 
 
-def _verdict(needed: float, device: DeviceMemory) -> str:
+def _verdict(needed: float, device: DeviceMemory, unit: int) -> str:
     fit = device.fit(needed)
     if fit is Fit.too_large:
-        return f"{size(needed - device.bytes)} too much"
+        return f"{(needed - device.bytes) / unit:.2f} too much"
     return fit.value
 
 
@@ -139,12 +138,14 @@ def _advice(
             "model or a shorter sequence.",
             width,
         )
-    lines = [f"what would help, planned anew: the fullest rank, now {size(plan.fullest.memory.total)}"]
+    unit, name = _unit(plan)
+    now = f"now {plan.fullest.memory.total / unit:.2f}"
+    lines = [f"what would help, planned anew: the fullest rank in {name}, {now}"]
     rows = [["settings", "ranks", "total", "verdict"]]
     shown = found[:_MOST_REMEDIES] + ([] if combined is None else [combined])
     for remedy in shown:
-        verdict = _verdict(remedy.needed, device)
-        ranks, total = str(remedy.plan.world_size), size(remedy.needed)
+        verdict = _verdict(remedy.needed, device, unit)
+        ranks, total = str(remedy.plan.world_size), f"{remedy.needed / unit:.2f}"
         first, *others = packed(remedy.arguments(), " ", _WIDEST_SETTINGS)
         rows.append([first, ranks, total, verdict])
         rows += [[f"  {line}", "", "", ""] for line in others]
