@@ -55,10 +55,11 @@ test-matrix: ## Run the suite on every supported Python and megatron-core that t
 	@OMP_NUM_THREADS=$(call quoted,OMP_NUM_THREADS) PYTEST_ARGS=$(call quoted,PYTEST_ARGS) scripts/test_matrix.sh
 
 .PHONY: lint
-lint: environment ## Check style (ruff's rules and formatting) and that ARCHITECTURE.md shows today's imports
+lint: environment ## Check style (ruff's rules and formatting), and that ARCHITECTURE.md and docs/settings.md are of today
 	@$(call program,ruff) check $(CHECKED)
 	@$(call program,ruff) format --check $(CHECKED)
 	@$(call program,python) scripts/draw_architecture.py --check
+	@$(call program,python) scripts/document_settings.py --check
 
 .PHONY: typecheck
 typecheck: environment ## Check types with mypy
@@ -72,6 +73,10 @@ format: environment ## Rewrite the code in the project's style
 .PHONY: architecture
 architecture: environment ## Draw the picture of rooms and arrows in ARCHITECTURE.md anew
 	@$(call program,python) scripts/draw_architecture.py
+
+.PHONY: settings
+settings: environment ## Write docs/settings.md anew, every setting of runs and recipes
+	@$(call program,python) scripts/document_settings.py
 
 .PHONY: clean
 clean: ## Remove the environment and caches; outputs/ stays

@@ -21,7 +21,7 @@ Usage
   spikingbrain-train [group=choice ...] [name=value ...]         one rank
   spikingbrain-train --nproc-per-node 8 [group=choice ...] ...   a rank a device
   torchrun --nproc-per-node 8 -m spikingbrain_train train ...    the same
-  spikingbrain-plan [group=choice ...] [name=value ...]          what it will take
+  spikingbrain-plan [group=choice ...] [name=value ...]         what it will take
 
 Examples
   # what would run: layers per stage, parameters per rank, estimated memory

@@ -45,7 +45,10 @@ _GATES_WITH_PARAMETERS = {GateKind.low_rank: True, GateKind.tied: False}
 
 @dataclass
 class GatedLinearAttentionConfig:
-    """Both forms of linear attention (eq. 10-11). The gate's sizes and starts belong to ``gate=low_rank``."""
+    """Both forms of linear attention (eq. 10-11).
+
+    The gate's sizes and starts are those of ``model.gla.gate=low_rank``.
+    """
 
     feature_map: FeatureMap = setting(FeatureMap.relu, resume=FUNCTION)
     """What makes q and k non-negative; a tied gate needs sigmoid."""
