@@ -32,8 +32,8 @@ tell all about a section or a setting.
 
 A run is composed of one choice from every group (`stage=align`) and single settings on top
 (`optimizer.lr=1e-4`). "On resume" says what a run that goes on from its own checkpoint makes of another
-value. Defaults are those of a run that says nothing; `???` has to be given. The model comes from `checkpoint.load`
-unless `model` names a size; its defaults are those of a preset that leaves the setting out.
+value. Defaults are those of a run that says nothing; `???` has to be given. The model comes from
+`checkpoint.load` unless `model` names a size; its defaults are those of a preset that leaves the setting out.
 """
 
 
@@ -65,8 +65,8 @@ def page() -> str:
         "## Recipes of conversions",
         "",
         "What `spikingbrain-convert import --conversion` follows: a file of `conf/conversion/`, or any YAML",
-        "file with these settings, and changes behind it (`sliding_window=2048`). Those of a model's layers are",
-        "as above, without `model.` in front.",
+        "file with these settings, and changes behind it (`sliding_window=2048`). Those of a model's layers",
+        "are as above, without `model.` in front.",
         "",
         *_choices(recipe, "conversion"),
         "",
