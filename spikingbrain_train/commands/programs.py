@@ -90,3 +90,10 @@ def download_smollm2() -> None:
     from spikingbrain_train.pipelines.demo.smollm2 import download_command_line
 
     download_command_line()
+
+
+def completion() -> None:
+    """Print what makes a shell complete the others."""
+    from spikingbrain_train.commands.completion_scripts import completion
+
+    completion()

@@ -65,5 +65,11 @@ COMMANDS = (
         programs.download_smollm2,
         "tools/download_smollm2.py",
     ),
+    Command(
+        "completion",
+        "have bash, zsh or fish complete all of these",
+        programs.completion,
+        "tools/completion.py",
+    ),
 )
 """In the order in which a user meets them."""

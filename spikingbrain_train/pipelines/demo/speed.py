@@ -40,6 +40,17 @@ writing anything but the result. The demo fits its token counts to it.
 def measure_speed_command_line(arguments: Sequence[str] | None = None) -> None:
     """spikingbrain-measure-speed."""
     started = time.monotonic()
+    parsed = measure_speed_parser().parse_args(arguments)
+    with user_errors():
+        align, cpt = (to_run_config(compose_run(settings)) for settings in (parsed.align, parsed.cpt))
+        speed = measure_speed(align, cpt, started)
+        parsed.output.parent.mkdir(parents=True, exist_ok=True)
+        write_text_durably(parsed.output, json.dumps(asdict(speed), indent=2) + "\n")
+        print(speed.describe())
+
+
+def measure_speed_parser() -> argparse.ArgumentParser:
+    """The flags of ``spikingbrain-measure-speed``."""
     parser = argparse.ArgumentParser(prog=called_as(), description=_DESCRIPTION)
     for stage in ("align", "cpt"):
         parser.add_argument(
@@ -50,13 +61,7 @@ def measure_speed_command_line(arguments: Sequence[str] | None = None) -> None:
             help=f"settings of the {stage} stage, as spikingbrain-train takes them",
         )
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="JSON file to write")
-    parsed = parser.parse_args(arguments)
-    with user_errors():
-        align, cpt = (to_run_config(compose_run(settings)) for settings in (parsed.align, parsed.cpt))
-        speed = measure_speed(align, cpt, started)
-        parsed.output.parent.mkdir(parents=True, exist_ok=True)
-        write_text_durably(parsed.output, json.dumps(asdict(speed), indent=2) + "\n")
-        print(speed.describe())
+    return parser
 
 
 def measure_speed(align: RunConfig, cpt: RunConfig, started: float) -> Speed:

@@ -1,0 +1,114 @@
+"""``spikingbrain-completion bash``: what makes a shell complete the commands of this project."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+
+from spikingbrain_train.config.command_line import called_as, user_errors
+
+_DESCRIPTION = """\
+Print what makes a shell complete commands, groups, choices, settings, flags and files. To have it for good:
+
+  bash   spikingbrain-completion bash > ~/.local/share/bash-completion/completions/spikingbrain
+         echo '. ~/.local/share/bash-completion/completions/spikingbrain' >> ~/.bashrc
+  zsh    echo 'source <(spikingbrain-completion zsh)' >> ~/.zshrc      (behind compinit)
+  fish   spikingbrain-completion fish > ~/.config/fish/conf.d/spikingbrain.fish
+
+For the shell that is open: source <(spikingbrain-completion bash).
+"""
+
+_BASH = r"""# Completion of the commands of spikingbrain-train for bash.
+_spikingbrain() {
+    local helper=spikingbrain-completion IFS=$'\n' current=${COMP_WORDS[COMP_CWORD]} found
+    [[ ${COMP_WORDS[0]} == */* ]] && helper=${COMP_WORDS[0]%/*}/$helper
+    local line=${COMP_LINE:0:COMP_POINT}
+    mapfile -t found < <("$helper" suggest --breaks "$COMP_WORDBREAKS" "--line=$line" 2>/dev/null)
+    COMPREPLY=("${found[@]:1}")
+    if [[ ${found[0]} == +files ]]; then
+        [[ $current == = ]] && current=
+        mapfile -t -O "${#COMPREPLY[@]}" COMPREPLY < <(compgen -f -- "$current")
+        compopt -o filenames
+    fi
+    if [[ ${#COMPREPLY[@]} -eq 1 && ${COMPREPLY[0]} == *[=.] ]]; then
+        compopt -o nospace
+    fi
+}
+complete -F _spikingbrain PROGRAMS
+"""
+
+_ZSH = r"""# Completion of the commands of spikingbrain-train for zsh.
+_spikingbrain() {
+    local helper=spikingbrain-completion
+    [[ ${words[1]} == */* ]] && helper=${words[1]:h}/$helper
+    local -a found open whole
+    found=("${(@f)$("$helper" suggest "--line=$LBUFFER" 2>/dev/null)}")
+    open=("${(@M)found[2,-1]:#*[=.]}")
+    whole=("${(@)found[2,-1]:#*[=.]}")
+    (( $#open )) && compadd -S '' -- "${open[@]}"
+    (( $#whole )) && compadd -- "${whole[@]}"
+    if [[ ${found[1]} == +files ]]; then
+        compset -P '*='
+        _files
+    fi
+}
+compdef _spikingbrain PROGRAMS
+"""
+
+_FISH = r"""# Completion of the commands of spikingbrain-train for fish.
+function __spikingbrain
+    set -l found (spikingbrain-completion suggest "--line="(commandline -cp) 2>/dev/null)
+    printf '%s\n' $found[2..-1]
+    if test "$found[1]" = +files
+        __fish_complete_path (commandline -ct)
+    end
+end
+for program in PROGRAMS
+    complete -c $program -f -a '(__spikingbrain)'
+end
+"""
+
+SCRIPTS = {"bash": _BASH, "zsh": _ZSH, "fish": _FISH}
+
+
+def completion_parser() -> argparse.ArgumentParser:
+    """The arguments of ``spikingbrain-completion``."""
+    parser = argparse.ArgumentParser(
+        prog=called_as(), description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    shells = parser.add_subparsers(dest="shell", required=True, metavar="{" + ",".join(SCRIPTS) + "}")
+    for shell in SCRIPTS:
+        shells.add_parser(shell, help=f"print the script for {shell}")
+    suggest = shells.add_parser("suggest")  # what the scripts call
+    suggest.add_argument("--line", required=True)
+    suggest.add_argument("--breaks", default="")
+    return parser
+
+
+def completion(arguments: Sequence[str] | None = None) -> None:
+    """``spikingbrain-completion``."""
+    parsed = completion_parser().parse_args(arguments)
+    with user_errors():
+        if parsed.shell == "suggest":
+            print("\n".join(suggested(parsed.line, parsed.breaks)))
+            return
+        from spikingbrain_train.commands.table import COMMANDS
+
+        programs = " ".join(command.program for command in COMMANDS)
+        print(SCRIPTS[parsed.shell].replace("PROGRAMS", programs), end="")
+
+
+def suggested(line: str, breaks: str) -> list[str]:
+    """The answer to a shell: whether files fit (``+files`` or ``-files``), then the words.
+
+    Args:
+        line: up to the cursor.
+        breaks: letters at which the shell itself divides words; it wants what follows the last of them.
+    """
+    from spikingbrain_train.commands.completion import suggestions
+
+    found, files = suggestions(line)
+    typed = re.split(r"\s", line)[-1]
+    cut = max((typed.rfind(letter) for letter in breaks if letter in "=:"), default=-1) + 1
+    return ["+files" if files else "-files", *(word[cut:] for word in found)]

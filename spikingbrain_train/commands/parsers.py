@@ -1,0 +1,90 @@
+"""The argparse parser of every command that has one; a run's command line is Hydra's.
+
+Each imports its room when it is asked for, as :mod:`spikingbrain_train.commands.programs` does.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+
+def _preprocess() -> argparse.ArgumentParser:
+    from spikingbrain_train.data.command_line import preprocess_parser
+
+    return preprocess_parser()
+
+
+def _convert() -> argparse.ArgumentParser:
+    from spikingbrain_train.conversion.command_line import convert_parser
+
+    return convert_parser()
+
+
+def _export() -> argparse.ArgumentParser:
+    from spikingbrain_train.conversion.command_line import export_parser
+
+    return export_parser()
+
+
+def _evaluate() -> argparse.ArgumentParser:
+    from spikingbrain_train.evaluation.command_line import evaluate_parser
+
+    return evaluate_parser()
+
+
+def _generate() -> argparse.ArgumentParser:
+    from spikingbrain_train.evaluation.command_line import generate_parser
+
+    return generate_parser()
+
+
+def _plot() -> argparse.ArgumentParser:
+    from spikingbrain_train.reporting.command_line import plot_parser
+
+    return plot_parser()
+
+
+def _pipeline() -> argparse.ArgumentParser:
+    from spikingbrain_train.pipelines.command_line import pipelines_parser
+
+    return pipelines_parser()
+
+
+def _demo() -> argparse.ArgumentParser:
+    from spikingbrain_train.pipelines.demo.command_line import demo_parser
+
+    return demo_parser()
+
+
+def _measure_speed() -> argparse.ArgumentParser:
+    from spikingbrain_train.pipelines.demo.speed import measure_speed_parser
+
+    return measure_speed_parser()
+
+
+def _download_smollm2() -> argparse.ArgumentParser:
+    from spikingbrain_train.pipelines.demo.smollm2 import download_parser
+
+    return download_parser()
+
+
+def _completion() -> argparse.ArgumentParser:
+    from spikingbrain_train.commands.completion_scripts import completion_parser
+
+    return completion_parser()
+
+
+PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
+    "preprocess": _preprocess,
+    "convert": _convert,
+    "export": _export,
+    "evaluate": _evaluate,
+    "generate": _generate,
+    "plot": _plot,
+    "pipeline": _pipeline,
+    "demo": _demo,
+    "measure-speed": _measure_speed,
+    "download-smollm2": _download_smollm2,
+    "completion": _completion,
+}
