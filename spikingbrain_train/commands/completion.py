@@ -1,4 +1,4 @@
-"""What a shell offers when a user presses TAB behind a command of this project.
+"""``spikingbrain-completion``: what a shell offers when a user presses TAB behind a command of this project.
 
 Nothing here imports torch: a suggestion takes as long as Python needs to read the configs.
 """
@@ -8,17 +8,41 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from typing import Any, get_args
 
+from spikingbrain_train.commands.completion_scripts import SCRIPTS, completion_parser
 from spikingbrain_train.commands.parsers import PARSERS
 from spikingbrain_train.commands.ranks import FLAGS as RANK_FLAGS
-from spikingbrain_train.commands.table import COMMANDS
+from spikingbrain_train.config.command_line import user_errors
 
-_PREFIX = "spikingbrain-"
+_PROGRAMS = {f"spikingbrain-{name}": name for name in ("train", "plan", *PARSERS)}
 _RUN_FLAGS = ("--help", "--cfg", "--resolve", "--config", "--info", "--multirun", "--submit")
 _CFG = ("job", "hydra", "all")
+
+
+def completion(arguments: Sequence[str] | None = None) -> None:
+    """``spikingbrain-completion``: print a shell's script, or answer it."""
+    parsed = completion_parser().parse_args(arguments)
+    with user_errors():
+        if parsed.shell == "suggest":
+            print("\n".join(suggested(parsed.line, parsed.breaks)))
+        else:
+            print(SCRIPTS[parsed.shell].replace("PROGRAMS", " ".join(_PROGRAMS)), end="")
+
+
+def suggested(line: str, breaks: str) -> list[str]:
+    """The answer to a shell: whether files fit (``+files`` or ``-files``), then the words.
+
+    Args:
+        line: up to the cursor.
+        breaks: letters at which the shell itself divides words; it wants what follows the last of them.
+    """
+    found, files = suggestions(line)
+    typed = re.split(r"\s", line)[-1]
+    cut = max((typed.rfind(letter) for letter in breaks if letter in "=:"), default=-1) + 1
+    return ["+files" if files else "-files", *(word[cut:] for word in found)]
 
 
 def suggestions(line: str) -> tuple[list[str], bool]:
@@ -55,8 +79,7 @@ def _words(line: str) -> list[str]:
 
 
 def _command(word: str) -> str | None:
-    name = word.rpartition("/")[2]
-    return next((command.name for command in COMMANDS if command.program == name), None)
+    return _PROGRAMS.get(word.rpartition("/")[2])
 
 
 def _of_run(before: list[str], word: str) -> tuple[list[str], bool]:

@@ -1,12 +1,10 @@
-"""``spikingbrain-completion bash``: what makes a shell complete the commands of this project."""
+"""What makes bash, zsh and fish complete the commands of this project, and the parser of the command for it."""
 
 from __future__ import annotations
 
 import argparse
-import re
-from collections.abc import Sequence
 
-from spikingbrain_train.config.command_line import called_as, user_errors
+from spikingbrain_train.config.command_line import called_as
 
 _DESCRIPTION = """\
 Print what makes a shell complete commands, groups, choices, settings, flags and files. To have it for good:
@@ -84,31 +82,3 @@ def completion_parser() -> argparse.ArgumentParser:
     suggest.add_argument("--line", required=True)
     suggest.add_argument("--breaks", default="")
     return parser
-
-
-def completion(arguments: Sequence[str] | None = None) -> None:
-    """``spikingbrain-completion``."""
-    parsed = completion_parser().parse_args(arguments)
-    with user_errors():
-        if parsed.shell == "suggest":
-            print("\n".join(suggested(parsed.line, parsed.breaks)))
-            return
-        from spikingbrain_train.commands.table import COMMANDS
-
-        programs = " ".join(command.program for command in COMMANDS)
-        print(SCRIPTS[parsed.shell].replace("PROGRAMS", programs), end="")
-
-
-def suggested(line: str, breaks: str) -> list[str]:
-    """The answer to a shell: whether files fit (``+files`` or ``-files``), then the words.
-
-    Args:
-        line: up to the cursor.
-        breaks: letters at which the shell itself divides words; it wants what follows the last of them.
-    """
-    from spikingbrain_train.commands.completion import suggestions
-
-    found, files = suggestions(line)
-    typed = re.split(r"\s", line)[-1]
-    cut = max((typed.rfind(letter) for letter in breaks if letter in "=:"), default=-1) + 1
-    return ["+files" if files else "-files", *(word[cut:] for word in found)]

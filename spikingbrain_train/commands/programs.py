@@ -94,6 +94,6 @@ def download_smollm2() -> None:
 
 def completion() -> None:
     """Print what makes a shell complete the others."""
-    from spikingbrain_train.commands.completion_scripts import completion
+    from spikingbrain_train.commands.completion import completion
 
     completion()

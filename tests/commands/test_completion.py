@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from spikingbrain_train.commands.completion import suggestions
-from spikingbrain_train.commands.completion_scripts import SCRIPTS, completion, suggested
+from spikingbrain_train.commands.completion import completion, suggested, suggestions
+from spikingbrain_train.commands.completion_scripts import SCRIPTS
 from spikingbrain_train.commands.parsers import PARSERS
 from spikingbrain_train.commands.table import COMMANDS
 
