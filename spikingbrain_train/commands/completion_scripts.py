@@ -1,4 +1,4 @@
-"""What makes bash, zsh and fish complete the commands of this project, and the parser of the command for it."""
+"""What makes bash, zsh and fish complete the commands of this project; the parser of the command for it."""
 
 from __future__ import annotations
 
