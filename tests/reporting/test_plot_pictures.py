@@ -173,6 +173,18 @@ def test_few_layers_are_lines_and_many_are_colours(tmp_path: Path) -> None:
     assert len(shown) <= 10 and shown[:2] == ["0", "14"]
 
 
+def test_layers_without_an_error_do_not_hide_how_the_others_differ(tmp_path: Path) -> None:
+    errors = {f"align/error/layer_{layer}": [0.0, 1e-14, 0.02, 0.3][layer % 4] for layer in range(8)}
+    title = "Alignment error per layer: relative squared error"
+    panel = drawn(write_run(tmp_path / "run", stage="align", metrics=errors))[title]
+    (mesh,) = panel.collections
+    assert (mesh.norm.vmin, mesh.norm.vmax) == pytest.approx((3e-4, 0.3))
+    lightness = [sum(mesh.to_rgba(value)[:3]) for value in mesh.get_array()[:4, 0]]
+    assert lightness[0] == lightness[1] < lightness[2] < lightness[3]
+    (bar,) = panel.child_axes
+    assert texts(bar) == ["≤ 3e-4", "0.3"]
+
+
 def test_stages_with_other_layers_share_one_picture_of_them(tmp_path: Path) -> None:
     def errors(layers: range) -> dict[str, float]:
         return {f"align/error/layer_{layer}": 0.1 + layer for layer in layers}
@@ -207,6 +219,7 @@ def test_experts_show_range_table_and_what_is_dropped(tmp_path: Path) -> None:
     metrics = {
         "moe/aux_loss": 1.1,
         "moe/dropped_tokens": 0.05,
+        "moe/idle_experts": 0.0,
         "moe/load_max_over_mean/layer_1": 1.5,
         "moe/load_max_over_mean/layer_3": 2.5,
         "moe/expert_load": [[1.5, 0.5], [0.25, 2.5]],
@@ -224,6 +237,7 @@ def test_experts_show_range_table_and_what_is_dropped(tmp_path: Path) -> None:
     assert [text.get_text() for text in table.get_yticklabels()] == ["1", "3"]
     assert texts(table) == ["1.50", "0.50", "0.25", "2.50"] and table.get_xlabel() == "expert"
     assert list(panels["Dropped by full experts"].get_lines()[0].get_ydata()) == pytest.approx([5.0] * 3)
+    assert "Experts without a token" not in panels, "there were none"
 
 
 def test_spikes_show_schedule_and_statistics_in_percent(tmp_path: Path) -> None:

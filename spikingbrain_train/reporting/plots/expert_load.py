@@ -15,12 +15,16 @@ from spikingbrain_train.reporting.plots.views import Options, View, lines_view, 
 def expert_views(row: Row, options: Options) -> list[View | None]:
     if not any(name.startswith("moe/") for run in row.runs for name in run.recording.metrics):
         return []
-    halves = [
-        lines_view(row, name, options, is_wide=False) for name in ("moe/dropped_tokens", "moe/aux_loss")
-    ]
+    # Where no expert is ever full or idle, there is nothing to see of it.
+    names = [name for name in ("moe/dropped_tokens", "moe/idle_experts") if _is_ever_positive(row, name)]
+    halves = [lines_view(row, name, options, is_wide=False) for name in (*names, "moe/aux_loss")]
     if row.is_comparison:
         return [_busiest_comparison(row, options), *halves]
     return [_load_band(row), table_view(row, "moe/expert_load"), *halves]
+
+
+def _is_ever_positive(row: Row, metric: str) -> bool:
+    return any(y > 0 for run in row.runs for _, y in run.series(metric))
 
 
 def _load_range(run: Run) -> tuple[Series, Series, Series]:

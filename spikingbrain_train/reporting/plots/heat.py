@@ -10,6 +10,8 @@ from spikingbrain_train.reporting.plots.recording import Series
 from spikingbrain_train.reporting.plots.style import FAINT, INK, SEQUENTIAL, SMALL_SIZE, number_text
 
 _MOST_COLUMNS = 240
+_WIDEST_SCALE = 1e3
+"""The largest value over the smallest that a logarithmic scale of colours tells from those below it."""
 _MOST_WRITTEN = 12
 """Columns up to which the numbers are written into their cells."""
 
@@ -28,9 +30,9 @@ def draw_over_axis(
     """
     places, table = _binned(rows)
     edges = _edges(places, end)
-    image = _mesh(panel, edges, table)
+    image, is_cut = _mesh(panel, edges, table)
     _name_rows(panel, names)
-    _colour_bar(panel, image, height)
+    _colour_bar(panel, image, height, is_cut)
 
 
 def draw_table(
@@ -47,7 +49,7 @@ def draw_table(
     """
     columns = max(len(row) for row in rows)
     table = [[*row, *[math.nan] * (columns - len(row))] for row in rows]
-    image = _mesh(panel, [number - 0.5 for number in range(columns + 1)], table, highest)
+    image, is_cut = _mesh(panel, [number - 0.5 for number in range(columns + 1)], table, highest)
     _name_rows(panel, names)
     step = max(1, math.ceil(columns / 16))
     panel.set_xticks(range(0, columns, step))
@@ -58,23 +60,27 @@ def draw_table(
                     dark = image.norm(value) < 0.45
                     panel.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=SMALL_SIZE,
                                color="white" if dark else "black")  # fmt: skip
-    _colour_bar(panel, image, height)
+    _colour_bar(panel, image, height, is_cut)
 
 
 def _mesh(
     panel: Any, edges: Sequence[float], table: Sequence[Sequence[float]], highest: float | None = None
-) -> Any:
+) -> tuple[Any, bool]:
+    """The colours, and whether there are values below their scale."""
     from matplotlib.colors import LogNorm, Normalize
 
     low, high = _limits(table)
     if highest is not None:
-        norm = Normalize(min(low, 0.0), max(high, highest))
-    elif low > 0 and high > 10 * low:  # on a linear scale all layers but the worst would look the same
-        norm = LogNorm(low, high)
+        norm: Any = Normalize(min(low, 0.0), max(high, highest))
+    elif low >= 0 and high > 10 * low:
+        # On a linear scale all layers but the worst would look the same; what has no error ends the scale.
+        norm = LogNorm(max(low, high / _WIDEST_SCALE), high)
+        table = [[max(value, norm.vmin) for value in row] for row in table]
     else:
         norm = Normalize(low, high)
     heights = [number - 0.5 for number in range(len(table) + 1)]
-    return panel.pcolormesh(edges, heights, table, cmap=SEQUENTIAL, norm=norm, rasterized=True)
+    image = panel.pcolormesh(edges, heights, table, cmap=SEQUENTIAL, norm=norm, rasterized=True)
+    return image, low < norm.vmin
 
 
 def _limits(table: Sequence[Sequence[float]]) -> tuple[float, float]:
@@ -90,7 +96,7 @@ def _name_rows(panel: Any, names: Sequence[str]) -> None:
     panel.grid(False)
 
 
-def _colour_bar(panel: Any, image: Any, height: float) -> None:
+def _colour_bar(panel: Any, image: Any, height: float, is_cut: bool) -> None:
     """A thin bar above the panel, which stays as wide as those above and below it."""
     bar = panel.inset_axes((0.70, 1 + 0.09 / height, 0.22, 0.13 / height))
     panel.figure.colorbar(image, cax=bar, orientation="horizontal")
@@ -98,9 +104,10 @@ def _colour_bar(panel: Any, image: Any, height: float) -> None:
     bar.xaxis.set_ticks([], minor=True)
     bar.spines[:].set_color(FAINT)
     bar.set_title("")
-    for place, value, side in ((0.0, image.norm.vmin, "right"), (1.0, image.norm.vmax, "left")):
+    low, high = (number_text(float(f"{end:.2g}")) for end in (image.norm.vmin, image.norm.vmax))
+    for place, text, side in ((0.0, f"≤ {low}" if is_cut else low, "right"), (1.0, high, "left")):
         bar.annotate(
-            number_text(float(f"{value:.2g}")),
+            text,
             (place, 0.5),
             (-4 if side == "right" else 4, 0),
             xycoords="axes fraction",

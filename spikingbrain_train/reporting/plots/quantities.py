@@ -37,7 +37,8 @@ QUANTITIES = {
     "moe/dropped_tokens": Quantity(
         "Dropped by full experts", "% of assignments", 100.0, is_noisy=True, is_from_zero=True
     ),
-    "moe/load_max_over_mean": Quantity("Busiest expert of each layer", "load over mean", is_noisy=True),
+    "moe/idle_experts": Quantity("Experts without a token", "% of experts", 100.0, is_from_zero=True),
+    "moe/load_max_over_mean": Quantity("Busiest expert of all layers", "load over mean", is_noisy=True),
     "moe/expert_load": Quantity("Load of each expert", "layer"),
     "spiking/k": Quantity("Spike scale k", "k"),
     "spiking/sparsity": Quantity("Empty spike slots", "% of slots", 100.0),

@@ -181,4 +181,4 @@ def scaled(series: Series, factor: float) -> Series:
 
 
 def _per_layer(title: str) -> str:
-    return f"{title.removesuffix(', mean of layers').removesuffix(' of each layer')} per layer"
+    return f"{title.removesuffix(', mean of layers').removesuffix(' of all layers')} per layer"
