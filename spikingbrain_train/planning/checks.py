@@ -20,7 +20,7 @@ from spikingbrain_train.config.run import (
     StageConfig,
 )
 from spikingbrain_train.config.setting import check_fields
-from spikingbrain_train.planning.file_checks import check_files
+from spikingbrain_train.planning.file_checks import check_files, check_train_weights
 from spikingbrain_train.planning.kernel_calls import check_kernels
 from spikingbrain_train.planning.parallel_checks import (
     check_sequence_split,
@@ -110,4 +110,6 @@ def check_run_config(config: RunConfig, world_size: int) -> StoredRun | None:
         f"dry_run_rank={config.dry_run_rank} is no rank of this run; choose one of 0 to {world_size - 1}",
     )
     kind_of(config.stage).check_plan(config.model, config.parallel)
+    if config.data.train:  # a plan may be made before there is data
+        check_train_weights(config.data)
     return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
+from difflib import get_close_matches
 from pathlib import Path
 
 from spikingbrain_train.architecture.same_architecture import check_same_weights
@@ -28,6 +29,8 @@ from spikingbrain_train.storage.checkpoint_folder import (
 from spikingbrain_train.storage.run_lock import check_not_in_use
 
 _PROBE_BYTES = 1 << 16
+_MOST_NAMES = 3
+"""Datasets that are named where one is missing."""
 
 
 def check_prefix(setting: str, prefix: str) -> None:
@@ -40,9 +43,25 @@ def check_prefix(setting: str, prefix: str) -> None:
     for suffix in (".bin", ".idx"):
         if not Path(prefix + suffix).is_file():
             raise DataError(
-                f"{setting}={prefix}: there is no {prefix}{suffix}; make it with spikingbrain-preprocess, "
-                f"or correct the prefix (the path without .bin and .idx)"
+                f"{setting}={prefix}: there is no {prefix}{suffix}{_datasets_near(path)}; make it with "
+                f"spikingbrain-preprocess, or correct the prefix (the path without .bin and .idx)"
             )
+
+
+def _datasets_near(missing: Path) -> str:
+    """What somebody may have meant: datasets in the same folder, those of a similar name first."""
+    if not missing.parent.is_dir():
+        return f", nor a folder {missing.parent}"
+    try:
+        found = {path.stem for path in missing.parent.glob("*.idx")}
+    except OSError:
+        return ""
+    names = sorted(name for name in found if (missing.parent / f"{name}.bin").is_file())
+    near = get_close_matches(missing.name, names, n=_MOST_NAMES, cutoff=0.4) or names[:_MOST_NAMES]
+    if not near:
+        return f", nor any other dataset in {missing.parent}"
+    others = f" and {len(names) - len(near)} others" if len(names) > len(near) else ""
+    return f", but {', '.join(str(missing.parent / name) for name in near)}{others}"
 
 
 def check_train_weights(data: DataConfig) -> None:
@@ -71,8 +90,8 @@ def check_data(data: DataConfig) -> None:
     """Datasets, their weights and the tokenizer. Raises ConfigurationError or DataError."""
     check_train_weights(data)
     for setting, prefixes in (("data.train", data.train), ("data.valid", data.valid)):
-        for prefix in prefixes:
-            check_prefix(setting, prefix)
+        for number, prefix in enumerate(prefixes):
+            check_prefix(f"{setting}[{number}]", prefix)
     if data.tokenizer is not None and not Path(data.tokenizer).exists():
         raise DataError(
             f"data.tokenizer={data.tokenizer} does not exist; name a Hugging Face tokenizer folder or a "

@@ -67,6 +67,29 @@ def read_header(file: BinaryIO, prefix: str) -> IndexHeader:
     return IndexHeader(*_TYPES[code], sequences, boundaries)
 
 
+@dataclass(frozen=True)
+class DatasetSize:
+    """How much an indexed dataset holds."""
+
+    documents: int
+    tokens: int
+
+
+def dataset_size(prefix: str) -> DatasetSize:
+    """Read it from the head of the index and the length of the other file, however long they are.
+
+    Raises:
+        DataError: a file is missing or unreadable, or the index is none.
+    """
+    try:
+        with open(f"{prefix}.idx", "rb") as file:
+            header = read_header(file, prefix)
+        size = os.path.getsize(f"{prefix}.bin")
+    except OSError as error:
+        raise DataError(f"cannot read the indexed dataset {prefix}: {error.strerror or error}") from error
+    return DatasetSize(max(header.boundaries - 1, 0), size // header.item_bytes)
+
+
 def header_bytes(type_name: str, sequences: int, boundaries: int) -> bytes:
     """The head of an index; lengths, offsets and boundaries follow it (:attr:`IndexHeader.size`).
 

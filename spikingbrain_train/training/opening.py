@@ -70,8 +70,9 @@ def _training_data(config: RunConfig, record: RunRecord) -> Iterator[Row]:
     shares = blend_shares(data.train_weights, tokens, stage.seq_length)
     if not tokens or shares is None:  # the stage brings its own
         return
-    read = stage.train_iters * stage.global_batch_size * stage.seq_length
-    epochs = [read * share / max(count, 1) for share, count in zip(shares, tokens, strict=True)]
+    samples, length = stage.train_iters * stage.global_batch_size, stage.seq_length
+    windows = [max((count - 1) // length, 1) for count in tokens]
+    epochs = [samples * share / count for share, count in zip(shares, windows, strict=True)]
     if len(prefixes) > _NAMED_SOURCES:
         repeats = f"{min(epochs):.2f} to {max(epochs):.2f} epochs of each"
         yield "data", f"{quantity(sum(tokens))} tokens in {len(prefixes)} datasets, {repeats}"

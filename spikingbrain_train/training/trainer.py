@@ -22,6 +22,7 @@ from spikingbrain_train.parallel.agreed_precision import agree_on_precision
 from spikingbrain_train.parallel.agreement import locked_output_dir
 from spikingbrain_train.parallel.heartbeats import Heartbeats
 from spikingbrain_train.parallel.process_groups import ProcessGroups, destroy, initialize
+from spikingbrain_train.planning.data_plan import plan_data
 from spikingbrain_train.planning.memory_warning import memory_warning
 from spikingbrain_train.reporting.activity import Activity, activity
 from spikingbrain_train.reporting.progress import Shown
@@ -74,7 +75,8 @@ def run(config: RunConfig) -> None:
             if groups.is_main_process:
                 slow = slow_format_warning(f"precision={choice.precision.value}", dtype, accelerator)
                 large = memory_warning(settled, groups.world_size, accelerator.memory_bytes())
-                for warning in filter(None, (slow, large)):
+                data = [f"warning: {warning}" for warning in plan_data(settled).warnings()]
+                for warning in filter(None, (slow, large, *data)):
                     print(warning, flush=True)
             with locked_output_dir(config.output_dir, groups):
                 if groups.is_main_process:

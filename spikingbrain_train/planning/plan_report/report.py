@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from spikingbrain_train.planning.plan_report.cluster import cluster_section
+from spikingbrain_train.planning.plan_report.data import data_section
 from spikingbrain_train.planning.plan_report.hours import time_section
 from spikingbrain_train.planning.plan_report.layers import layers_section
 from spikingbrain_train.planning.plan_report.memory import memory_section
@@ -18,6 +19,7 @@ SECTIONS: list[Callable[[Plan], Section | None]] = [
     run_section,
     cluster_section,
     time_section,
+    data_section,
     layers_section,
     memory_section,
 ]
