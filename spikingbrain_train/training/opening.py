@@ -86,7 +86,7 @@ def _training_data(config: RunConfig, record: RunRecord) -> Iterator[Row]:
 
 def _held_out(config: RunConfig, held_out: HeldOutData | None, resuming: bool) -> Iterator[Row]:
     if held_out is None:
-        yield "held out", "nothing, so no evaluation (data.valid is empty)"
+        yield "held out", "nothing (data.valid is empty)"
         return
     read = [dataset for dataset in held_out.datasets if dataset.tokens > 0]
     interval = config.logging.eval_interval
