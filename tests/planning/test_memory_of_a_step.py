@@ -13,13 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from spikingbrain_train.architecture.layers import dense_source
 from spikingbrain_train.config.parallel import AcceleratorKind, ClusterConfig, ParallelConfig, Recompute
-from spikingbrain_train.config.run import Precision, RunConfig, StageConfig
+from spikingbrain_train.config.run import DistillationConfig, Precision, RunConfig, StageConfig
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.planning.planner import plan_run
 from spikingbrain_train.training.callbacks.callback import Callback
 from tests.distributed.pool import RankPool
-from tests.distributed.small_runs import run_config, write_text
+from tests.distributed.small_runs import run_config, train, write_text
 from tests.planning.live_bytes import LiveBytes
 from tests.planning.test_activations import DENSE, EXPERTS, GLA, TWO_BRANCHES
 
@@ -116,7 +117,7 @@ def _config(folder: Path, text: Path, model, precision: Precision, parallel: Par
     )
 
 
-def _assert_near(config: RunConfig, measured: list[Measured]) -> None:
+def _assert_near(config: RunConfig, measured: list[Measured], below: float = BELOW) -> None:
     plan = plan_run(config, len(measured))
     if config.parallel.expert_model_parallel_size > 1:  # planned for an even load, which no router gives
         mean = sum(found.peak for found in measured) / len(measured)
@@ -125,7 +126,7 @@ def _assert_near(config: RunConfig, measured: list[Measured]) -> None:
         memory = plan.stages[rank * len(plan.stages) // len(measured)].memory
         static, errors = memory.total - memory.activations, (rank, memory, found)
         assert abs(static / found.static - 1) <= STATIC_BOUND, errors
-        assert 1 - BELOW <= memory.total / found.peak <= 1 + ABOVE, errors
+        assert 1 - below <= memory.total / found.peak <= 1 + ABOVE, errors
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -140,3 +141,23 @@ def test_every_rank_takes_what_is_planned(name: str, ranks: RankPool, text: Path
     model, parallel = SPREAD[name]
     config = _config(tmp_path, text, model, Precision.bf16, parallel)
     _assert_near(config, ranks.run(_measure, config, world_size=2, parallel=parallel, timeout=120))
+
+
+@pytest.fixture(scope="module")
+def teacher(ranks: RankPool, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("teacher")
+    config = _config(folder, text, dense_source(LINEAR), Precision.bf16, ParallelConfig())
+    ranks.run(train, config, world_size=1, parallel=ParallelConfig(), timeout=120)
+    return folder / "checkpoints"
+
+
+@pytest.mark.parametrize("kind", ["align", "cpt"])
+def test_learning_from_a_teacher_takes_what_is_planned(
+    kind: str, ranks: RankPool, text: Path, teacher: Path, tmp_path: Path
+) -> None:
+    config = _config(tmp_path, text, LINEAR, Precision.bf16, ParallelConfig())
+    distillation = DistillationConfig(weight=0.0 if kind == "align" else 0.5)
+    config.stage = replace(config.stage, kind=kind, teacher=str(teacher), distillation=distillation)
+    found = ranks.run(_measure, config, world_size=1, parallel=ParallelConfig(), timeout=120)
+    # An align stage keeps so little that the chunked op's temporaries of one layer are a seventh of it all.
+    _assert_near(config, found, below=0.2 if kind == "align" else BELOW)
