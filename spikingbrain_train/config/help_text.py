@@ -21,11 +21,11 @@ Usage
   spikingbrain-train [group=choice ...] [name=value ...]         one rank
   spikingbrain-train --nproc-per-node 8 [group=choice ...] ...   a rank a device
   torchrun --nproc-per-node 8 -m spikingbrain_train train ...    the same
-  spikingbrain-plan [group=choice ...] [name=value ...]         what it will take
+  spikingbrain-plan [--json] [group=choice ...] [name=value ...] what it will take
 
 Examples
-  # what would run: layers per stage, parameters per rank, estimated memory
-  spikingbrain-plan experiment=spikingbrain_7b_8k
+  # what would run: does it fit the GPUs, for how many hours, which layers where
+  spikingbrain-plan experiment=spikingbrain_7b_8k cluster=c550
   # the same for the last rank of 4096, whose share of the model is built
   spikingbrain-train experiment=spikingbrain_76b_128k cluster=metax \\
       dry_run=true dry_run_rank=4095
