@@ -97,6 +97,9 @@ EXPERIMENTS = {
     # ours: before the published stages, and layouts beside the published ones
     "spikingbrain_7b_align": ((8, 1, 1, 1, 1), 4096, 0.06554),
     "spikingbrain_7b_distill": ((4, 2, 1, 1, 1), 8192, 1),
+    "spikingbrain_7b_8k parallel=dp4_tp2": ((4, 2, 1, 1, 1), 8192, 100),
+    "spikingbrain_7b_32k parallel=dp4_tp2": ((4, 2, 1, 1, 1), 32768, 25),
+    "spikingbrain_7b_128k parallel=cp4_tp2": ((1, 2, 1, 4, 1), 131072, 25),
     "spikingbrain_7b_128k parallel=dp32_cp8_halo": ((32, 1, 1, 8, 1), 131072, 25),
     "spikingbrain_76b_32k parallel=dp32_cp4_ep8_pp4": ((32, 1, 4, 4, 8), 32768, 30),
     "spikingbrain_76b_128k parallel=dp16_cp8_ep8_pp4": ((16, 1, 4, 8, 8), 131072, 30),
@@ -127,10 +130,10 @@ def test_published_topologies_make_a_plan_on_both_platforms(choice, cluster, mon
     assert c550.fit(plan.fullest.memory.total) is Fit.fits
 
 
-def _readme_rows():
-    """The README's table of topologies: command-line choice -> its cells."""
+def _topologies(page):
+    """The table of topologies of a page: command-line choice -> its cells."""
     rows, experiment = {}, ""
-    for line in (conf_folder().parent / "README.md").read_text().splitlines():
+    for line in (conf_folder().parent / page).read_text().splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if name := re.match(r"`(spikingbrain_\w+)`", cells[0]):
             experiment = name[1]
@@ -140,10 +143,15 @@ def _readme_rows():
     return rows
 
 
-def test_the_readme_gives_the_planners_numbers(monkeypatch):
+def test_every_topology_is_in_the_table():
+    assert _topologies("docs/topologies.md").keys() == EXPERIMENTS.keys()
+
+
+@pytest.mark.parametrize("page", ["docs/topologies.md", "docs/guides/own_model.md"])
+def test_pages_give_the_planners_numbers(page, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    rows = _readme_rows()
-    assert rows.keys() == EXPERIMENTS.keys()
+    rows = _topologies(page)
+    assert rows
     for choice, (_, gpus, _, step, _, gib) in rows.items():
         config = dry_run(*f"experiment={choice}".split())
         plan = plan_run(config, launched_world_size(config))

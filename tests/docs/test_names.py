@@ -24,14 +24,17 @@ ELSEWHERE = {
     "ONEDNN_MAX_CPU_ISA": "an environment variable of oneDNN",
     "PYTEST_ARGS": "of make test",
     "PYTHON": "of make",
+    "PYTORCH_CUDA_ALLOC_CONF": "of torch",
     "PreemptParameters": "of Slurm",
     "VENV": "of make",
     "name": "stands for a setting",
     "pretrained": "of lm-evaluation-harness",
     "trust_remote_code": "of transformers",
+    "--batch": "of scancel",
     "--model_args": "of lm-evaluation-harness",
     "--no-build-isolation": "of pip",
     "--nproc-per-node": "of torchrun",
+    "--signal": "of scancel",
     "--wait": "of sbatch",
 }
 """Names that are nobody's here: whose they are."""
