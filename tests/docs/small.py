@@ -79,8 +79,8 @@ class Workplace:
             shutil.rmtree(folder)
 
     def made(self) -> set[Path]:
-        """What lies in outputs/, two levels deep."""
-        return {path for path in (self.folder / "outputs").glob("*/*")}
+        """Folders of outputs/."""
+        return set((self.folder / "outputs").iterdir())
 
     def plan(self, arguments: list[str], ranks: int) -> RunConfig:
         """Compose a training of ``ranks`` ranks as it is, check it and lay it out."""
