@@ -6,7 +6,7 @@ from spikingbrain_train.architecture.feed_forwards import FEED_FORWARDS
 from spikingbrain_train.architecture.layers import feed_forwards_of, mixers_of, projections_of
 from spikingbrain_train.architecture.linear_transforms import LINEAR_TRANSFORMS
 from spikingbrain_train.architecture.mixers import MIXERS
-from spikingbrain_train.config.model import LayersConfig, ModelConfig
+from spikingbrain_train.config.model import AND_SO_ON, LayersConfig, ModelConfig
 from spikingbrain_train.config.run import StageConfig
 from spikingbrain_train.config.setting import check_fields
 
@@ -21,9 +21,11 @@ def check_kinds(config: LayersConfig) -> None:
     """Every mixer and feed-forward that a model or a conversion names is known. Raises ConfigurationError."""
     for entry in config.mixers:
         for name in entry if isinstance(entry, list) else [entry]:
-            MIXERS[name]
+            if name != AND_SO_ON:
+                MIXERS[name]
     for name in config.feed_forwards:
-        FEED_FORWARDS[name]
+        if name != AND_SO_ON:
+            FEED_FORWARDS[name]
 
 
 def check_mixers(model: ModelConfig) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import MISSING
 
@@ -272,7 +273,8 @@ class LayersConfig:
     mixers: list[Any] = setting(default_factory=lambda: ["gla", "swa"], resume=WEIGHTS)
     """Mixer of each layer, repeated until all are filled: gla (gated linear attention), swa (sliding
     windows), full (full attention), or a plugin's. [gla,swa] is SpikingBrain-7B, [full] is dense. A list in
-    its place is a layer of branches that read the same input (eq. 6): [[gla,swa],[gla,full]]."""
+    its place is a layer of branches that read the same input (eq. 6): [[gla,swa],[gla,full]]. With ... at
+    the end the last one goes on instead: [full,gla,...]."""
     sliding_window: int = setting(4096, minimum=1, resume=FUNCTION)
     """Keys (tokens, the current one included) that a sliding-window layer sees."""
     gla: GatedLinearAttentionConfig = field(default_factory=GatedLinearAttentionConfig)
@@ -284,7 +286,7 @@ class LayersConfig:
     76B)."""
     feed_forwards: list[str] = setting(default_factory=lambda: ["dense"], resume=WEIGHTS)
     """Feed-forward of each layer, repeated until all are filled: dense (one SwiGLU), moe (experts), or a
-    plugin's."""
+    plugin's. With ... at the end the last one goes on instead: [dense,dense,moe,...]."""
     moe: MoEConfig = field(default_factory=MoEConfig)
     """Mixture-of-experts layers."""
     spiking: SpikingConfig = field(default_factory=SpikingConfig)
@@ -297,7 +299,14 @@ class LayersConfig:
                 len(getattr(self, name)) > 0,
                 f"{prefix}{name} is empty; name at least one {noun}, e.g. {prefix}{name}={example}",
             )
+            require(
+                AND_SO_ON not in getattr(self, name)[:-1] and getattr(self, name) != [AND_SO_ON],
+                f"{prefix}{name} has {AND_SO_ON} where it says nothing; write it last, behind the {noun} "
+                f"of all further layers",
+            )
         for index, entry in enumerate(self.mixers):
+            if entry == AND_SO_ON:
+                continue
             mixer = f"{prefix}mixers[{index}]={shown(entry)}"
             names = entry if isinstance(entry, list) else [entry]
             require(
@@ -316,6 +325,21 @@ OLD_MIXERS = {"gla_swa": ["gla", "swa"], "gla_full": ["gla", "full"]}
 """Names that earlier releases had for layers of two branches, and what they are."""
 
 
+AND_SO_ON = "..."
+"""Behind the last entry of ``mixers`` or ``feed_forwards``: all further layers have that. Of a list with it a
+model of fewer layers takes the first."""
+
+Entry = TypeVar("Entry")
+
+
+def _each_layers(entries: Sequence[Entry], and_so_on: Entry, num_layers: int) -> list[Entry]:
+    """A list of layers written out."""
+    if entries[-1] == and_so_on:
+        listed = entries[:-1]
+        return [listed[min(layer, len(listed) - 1)] for layer in range(num_layers)]
+    return [entries[layer % len(entries)] for layer in range(num_layers)]
+
+
 _LISTS = (("mixers", "mixer", "[gla,swa]"), ("feed_forwards", "feed-forward", "[dense]"))
 
 
@@ -329,7 +353,7 @@ class ModelConfig(LayersConfig, DecoderConfig):
         for name, noun, _ in _LISTS:
             listed = len(getattr(self, name))
             require(
-                listed <= self.num_layers,
+                listed <= self.num_layers or AND_SO_ON in getattr(self, name),
                 f"{prefix}{name} lists {listed} {noun}s for {prefix}num_layers={self.num_layers}; "
                 f"list at most one a layer",
             )
@@ -338,11 +362,11 @@ class ModelConfig(LayersConfig, DecoderConfig):
     def layer_mixers(self) -> list[tuple[str, ...]]:
         """Names of the mixers of every layer, in order: one, or those of its branches."""
         entries = [tuple(entry) if isinstance(entry, list) else (entry,) for entry in self.mixers]
-        return [entries[layer % len(entries)] for layer in range(self.num_layers)]
+        return _each_layers(entries, (AND_SO_ON,), self.num_layers)
 
     def layer_feed_forwards(self) -> list[str]:
         """Name of the feed-forward of every layer, in order."""
-        return [self.feed_forwards[layer % len(self.feed_forwards)] for layer in range(self.num_layers)]
+        return _each_layers(self.feed_forwards, AND_SO_ON, self.num_layers)
 
     def padded_vocab_size(self, tensor_model_parallel_size: int) -> int:
         """Rows of the embedding matrix, over all tensor-parallel ranks."""

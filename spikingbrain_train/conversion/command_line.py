@@ -61,7 +61,7 @@ examples:
   spikingbrain-convert import --hf Qwen2.5-7B --output checkpoints/hybrid \\
       --conversion spikingbrain_7b sliding_window=2048 seed=7
 
-  # the SpikingBrain-76B pattern, from a dense model of 28 layers: two branches in every layer,
+  # the SpikingBrain-76B pattern, from a dense model of any depth: two branches in every layer,
   # sink tokens, and experts as copies of the feed-forwards (_exact: scaled to change nothing)
   spikingbrain-convert import --hf Qwen2.5-7B --output checkpoints/hybrid_moe \\
       --conversion spikingbrain_76b
@@ -74,7 +74,7 @@ A recipe is a file of conf/conversion (by name) or any YAML file with the fields
   mixers: [gla, gla, gla, full]    # repeated until all layers have one; [gla, swa] in a place: two branches
   sliding_window: 4096             # tokens a swa layer sees
   gla: {init_gate_bias_max: 4.0}   # start of the new parameters
-  feed_forwards: [dense, moe]      # likewise repeated
+  feed_forwards: [dense, moe, ...] # likewise repeated, or, with ..., the last one goes on
   moe: {num_experts: 8}            # any number of experts, each as wide as the source's feed-forward
   plugins: [my_package.mixers]     # modules that bring more kinds: CONTRIBUTING.md
   seed: 1234

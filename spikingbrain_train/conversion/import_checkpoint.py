@@ -18,7 +18,7 @@ from spikingbrain_train.architecture.weights import Shape
 from spikingbrain_train.checkpoint.streaming import MegatronCheckpointWriter
 from spikingbrain_train.config.conversion import ConversionConfig, UpcyclingForm
 from spikingbrain_train.config.load import save_config
-from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.config.model import AND_SO_ON, ModelConfig
 from spikingbrain_train.config.sections import with_layers
 from spikingbrain_train.config.setting import check_fields
 from spikingbrain_train.conversion.companion_files import find_companion_files
@@ -168,6 +168,13 @@ def _target(source: ModelConfig, conversion: ConversionConfig | None, hf_folder:
             f"{hf_folder} is a hybrid already and its layers are not converted again; leave --conversion out "
             "to keep them"
         )
+    for name in ("mixers", "feed_forwards"):
+        listed = getattr(conversion, name)
+        if len(listed) > source.num_layers and AND_SO_ON not in listed:
+            raise ConfigurationError(
+                f"the recipe's {name} lists {len(listed)} layers, but {hf_folder} has {source.num_layers}; "
+                f"set {name}=[...] to a shorter list, which is repeated until all layers have an entry"
+            )
     target = with_layers(source, conversion)
     for kind in feed_forwards_of(target):
         kind.check_source(target)

@@ -24,6 +24,7 @@ from spikingbrain_train.parallel.heartbeats import Heartbeats
 from spikingbrain_train.parallel.process_groups import ProcessGroups, destroy, initialize
 from spikingbrain_train.planning.data_plan import plan_data
 from spikingbrain_train.planning.memory_warning import memory_warning
+from spikingbrain_train.planning.unread_settings import unread_settings
 from spikingbrain_train.reporting.activity import Activity, activity
 from spikingbrain_train.reporting.progress import Shown
 from spikingbrain_train.runtime import patches
@@ -144,6 +145,7 @@ class Trainer:
         else:
             self.beginning = started(config, facts)
         self.console.rows(self.beginning.rows)
+        self.console.rows([("note", each.describe()) for each in unread_settings(config)])
 
     def train(self) -> bool:
         """Run from the current iteration to the last, or until something asks to :meth:`stop`.

@@ -75,6 +75,36 @@ def test_dry_run_of_the_76b_recipe(
 
 
 @pytest.mark.parametrize(
+    ("depth", "layers"),
+    [
+        (30, "26 [gla,swa] (window 4096) + 4 [gla,full]; 7 dense + 23 moe"),
+        (24, "21 [gla,swa] (window 4096) + 3 [gla,full]; 7 dense + 17 moe"),
+        (8, "7 [gla,swa] (window 4096) + 1 [gla,full]; 5 dense + 3 moe"),
+    ],
+)
+def test_the_76b_recipe_fits_a_source_of_another_depth(
+    hf_checkpoint: HFCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str], depth: int, layers: str
+) -> None:
+    """It begins as the published 28 layers do, and goes on as they end."""
+    source, _ = hf_checkpoint("qwen2", vocab_size=200, num_hidden_layers=depth)
+    recipe = ["--conversion", "spikingbrain_76b", "--dry-run"]
+    convert_checkpoint(["import", "--hf", str(source), "--output", str(tmp_path / "out"), *recipe])
+    assert layers in capsys.readouterr().out
+
+
+def test_a_recipe_for_more_layers_than_there_are_names_the_setting_to_change(
+    hf_checkpoint: HFCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, _ = hf_checkpoint("qwen2", vocab_size=200, num_hidden_layers=4)
+    command = ["import", "--hf", source, "--output", tmp_path / "out", "--conversion", "spikingbrain_76b"]
+    error = failure(capsys, *command)
+    assert "the recipe's mixers lists 7 layers" in error and "has 4; set mixers=[...]" in error
+    changed = [*map(str, command), "mixers=[[gla,swa],[gla,full]]", "--dry-run"]
+    convert_checkpoint(changed)
+    assert "2 [gla,swa] (window 4096) + 2 [gla,full]; 3 dense + 1 moe" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (["sliding_window=3"], "sliding_window=3 changes a recipe, but none is given; add --conversion"),
@@ -142,10 +172,6 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str], arguments: list[str]) 
         (["--help=upcycling"], ["upcycling.form = published", "Only the down projection", "at least 0"]),
         (["--help=conversion"], ["--conversion <choice>", "an exact Megatron copy"]),
         (["--help=conversion=dense"], ["mixers: [full]"]),
-        (
-            ["--plugins", "tests.plugins.relu_squared", "--help=relu_squared"],
-            ["relu_squared.scale = 1", "Factor of the squares"],
-        ),
     ],
 )
 def test_help_of_import_teaches_recipes_and_their_settings(

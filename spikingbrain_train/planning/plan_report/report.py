@@ -10,6 +10,7 @@ from spikingbrain_train.planning.plan_report.data import data_section
 from spikingbrain_train.planning.plan_report.hours import time_section
 from spikingbrain_train.planning.plan_report.layers import layers_section
 from spikingbrain_train.planning.plan_report.memory import memory_section
+from spikingbrain_train.planning.plan_report.notes import notes_section
 from spikingbrain_train.planning.plan_report.run import run_section
 from spikingbrain_train.planning.plan_report.section import Section
 from spikingbrain_train.planning.planner import Plan
@@ -22,6 +23,7 @@ SECTIONS: list[Callable[[Plan], Section | None]] = [
     data_section,
     layers_section,
     memory_section,
+    notes_section,
 ]
 """Makers of sections, from top to bottom. One that has nothing to say of a plan returns None."""
 

@@ -12,6 +12,7 @@ from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.require import divisors, either, require
 from spikingbrain_train.config.run import RunConfig, StageConfig
+from spikingbrain_train.config.setting import leaves
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.planning.activations import mixer_activations, weight_copies
 from spikingbrain_train.planning.costs import (
@@ -44,6 +45,15 @@ class AlignmentKind(StageKind):
     def reason_for_teacher(self, stage: StageConfig) -> str | None:
         """Whatever its other settings are."""
         return f"stage.kind={self.name}"
+
+    def all_settings(self, stage: StageConfig) -> set[str]:
+        """How it begins."""
+        return set(leaves(stage.alignment, "stage.alignment."))
+
+    def settings(self, stage: StageConfig) -> set[str]:
+        """Without tokens to fit to there is no fit."""
+        fits = stage.alignment.calibration_tokens > 0
+        return self.all_settings(stage) if fits else {"stage.alignment.calibration_tokens"}
 
     def check(self, stage: StageConfig) -> None:
         """It has no logits to distil. Raises ConfigurationError."""

@@ -9,6 +9,7 @@ from spikingbrain_train.architecture.layers import dense_source
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import RunConfig, StageConfig
+from spikingbrain_train.config.setting import leaves
 from spikingbrain_train.errors import CheckpointError
 from spikingbrain_train.planning.activations import activation_bytes
 from spikingbrain_train.planning.costs import (
@@ -39,6 +40,15 @@ class ContinualPretrainingKind(StageKind):
         """Distillation."""
         weight = stage.distillation.weight
         return f"stage.distillation.weight={weight}" if weight > 0 else None
+
+    def all_settings(self, stage: StageConfig) -> set[str]:
+        """Those of distillation."""
+        return set(leaves(stage.distillation, "stage.distillation."))
+
+    def settings(self, stage: StageConfig) -> set[str]:
+        """Without a weight there is no distillation."""
+        distils = stage.distillation.weight > 0
+        return self.all_settings(stage) if distils else {"stage.distillation.weight"}
 
     def check(self, stage: StageConfig) -> None:
         """Nothing beyond what holds in every stage."""

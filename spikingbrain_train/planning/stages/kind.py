@@ -40,6 +40,17 @@ class StageKind(ABC):
         """Whether the stage learns from the dense source."""
         return self.reason_for_teacher(stage) is not None
 
+    def all_settings(self, stage: StageConfig) -> set[str]:
+        """Dotted names of settings that are there for it, and for others that name them, too.
+
+        ``stage.teacher`` is one of those that :meth:`reason_for_teacher` names, and need not be among them.
+        """
+        return set()
+
+    def settings(self, stage: StageConfig) -> set[str]:
+        """Those of them that have a part in it, with the values that others have."""
+        return self.all_settings(stage)
+
     @abstractmethod
     def check(self, stage: StageConfig) -> None:
         """Its own settings on their own. Raises ConfigurationError."""
