@@ -139,6 +139,15 @@ def test_what_is_no_number_is_a_gap_and_what_stands_alone_a_dot(tmp_path: Path) 
     assert [list(each.get_ydata()) for each in dots] == [[4.0]]
 
 
+def test_a_steep_beginning_does_not_hide_the_rest_and_is_said(tmp_path: Path) -> None:
+    losses = [12.0, 8.0, 5.0, *(3.0 - 0.001 * number for number in range(197))]
+    (panel,) = drawn(write_run(tmp_path / "run", losses, valid={})).values()
+    assert panel.get_ylim()[1] < 3.5
+    assert "begins above the axis, at 12" in texts(panel)
+    (panel,) = drawn(write_run(tmp_path / "flat", STEADY, valid={})).values()
+    assert not texts(panel)
+
+
 def test_continuations_are_marked_with_what_has_changed(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", STEADY, resumed={500: {"optimizer.lr": [1e-3, 1e-4]}, 1500: {}})
     (panel,) = drawn(run).values()

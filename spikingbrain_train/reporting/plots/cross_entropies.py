@@ -98,7 +98,8 @@ def _cross_entropy(row: Row, options: Options, where: str = "") -> View | None:
             series = run.series(metric)
             window = window_of(len(series), options.smooth)
             label = "training" if window == 1 else f"training, mean of {window} points"
-            drawn.append(draw_noisy(panel, series, line_style(0), None if labelled else label, window))
+            draw_noisy(panel, series, line_style(0), None if labelled else label, window)
+            drawn.append(series)
             labelled = True
         for number, metric in enumerate(held_out):
             label = (
@@ -117,7 +118,7 @@ def _cross_entropy(row: Row, options: Options, where: str = "") -> View | None:
         _draw_dense(panel, options)
         panel.set_ymargin(0.09)
         if not options.is_log and row.arrangement is Arrangement.one:
-            cut_above(panel, drawn, 0.0, row.end)
+            cut_above(panel, drawn, _dense_value(options))
 
     title = (
         "Cross entropy"
@@ -151,7 +152,7 @@ def _held_out_comparison(row: Row, options: Options) -> View | None:
         view.draw(panel)
         _draw_dense(panel, options)
         if not options.is_log:
-            cut_above(panel, [run.series(HELD_OUT) for run in having], 0.0, row.end)
+            cut_above(panel, [run.series(HELD_OUT) for run in having], _dense_value(options))
 
     differ = differ_in_held_out([run.recording for run in having])
     title = f"{view.title} (of different windows: not comparable)" if differ else view.title
@@ -168,15 +169,21 @@ def _training_cross_entropy(row: Row, options: Options) -> View | None:
         for run, metric in trained:
             series = run.series(metric)
             window = window_of(len(series), options.smooth)
-            drawn.append(draw_noisy(panel, series, run.style, None, window, faint=0.2, is_one_of_many=True))
+            share = share_of(row, run)
+            draw_noisy(panel, series, run.style, None, window, faint=0.2, is_one_of_many=True, share=share)
+            drawn.append(series)
         if not options.is_log:
-            cut_above(panel, drawn, 0.0, row.end)
+            cut_above(panel, drawn)
 
     windows = {window_of(len(run.series(metric)), options.smooth) for run, metric in trained}
     smoothed = (
         f" (lines: mean of {' or '.join(map(str, sorted(windows)))} points)" if max(windows) > 1 else ""
     )
     return View(f"Training cross entropy{smoothed}", "nats per token", draw, height=2.5)
+
+
+def _dense_value(options: Options) -> list[float]:
+    return [] if options.dense is None else [options.dense.cross_entropy]
 
 
 def _draw_dense(panel: Any, options: Options) -> None:

@@ -14,6 +14,10 @@ FEWEST_TO_SMOOTH = 60
 """Points from which on a noisy series gets a running mean."""
 
 
+_STEEP_SHARE = 0.05
+"""Of a run's length: a fall within it is its beginning."""
+
+
 class Marks(Enum):
     """Which points of a line are marked; all of them where they are few."""
 
@@ -61,7 +65,8 @@ def draw_noisy(
     *,
     faint: float = 0.4,
     is_one_of_many: bool = False,
-) -> Series:
+    share: float = 1.0,
+) -> None:
     """Draw a series that jumps: light as it is, and its running mean in full, where that is taken.
 
     Args:
@@ -72,15 +77,13 @@ def draw_noisy(
         window: points of the running mean, 1 for none.
         faint: opacity of the series as it is.
         is_one_of_many: give it markers that tell it from others.
-
-    Returns:
-        What was drawn in full.
+        share: of the axis, that the series takes.
     """
     if window > 1:
         panel.plot(*_columns(series), color=style.colour, alpha=faint, linewidth=0.8, zorder=1.5)
         series = running_mean(series, window)
-    draw_line(panel, series, style, label, marks=Marks.some if is_one_of_many else Marks.none)
-    return series
+    marks = Marks.some if is_one_of_many else Marks.none
+    draw_line(panel, series, style, label, marks=marks, share=share)
 
 
 def draw_line(
@@ -144,16 +147,27 @@ def write_value(panel: Any, x: float, y: float, *, is_first: bool) -> None:
     )
 
 
-def cut_above(panel: Any, drawn: Sequence[Series], start: float, end: float) -> None:
-    """End a linear axis where a run has left its first steep fall, if that would hide all that follows.
+def cut_above(panel: Any, drawn: Sequence[Series], also: Sequence[float] = ()) -> None:
+    """End a linear axis where all runs have left their first steep fall, if that would hide what follows.
 
     What is cut is said in the panel.
+
+    Args:
+        panel: matplotlib's Axes.
+        drawn: all series of the panel.
+        also: values that are to be seen, too.
     """
-    points = [(x, y) for series in drawn for x, y in series if math.isfinite(y)]
-    later = [y for x, y in points if x >= start + 0.05 * (end - start)]
+    finite = [[point for point in series if math.isfinite(point[1])] for series in drawn]
+    later = [
+        y
+        for series in finite
+        for x, y in series
+        if x >= series[0][0] + _STEEP_SHARE * (series[-1][0] - series[0][0])
+    ]
     if len(later) < FEWEST_TO_SMOOTH:
         return
-    low, high, highest = min(later), max(later), max(y for _, y in points)
+    low, high = min(*later, *also), max(*later, *also)
+    highest = max(y for series in finite for _, y in series)
     room = high - low
     if room <= 0 or highest - low < 4 * room:
         return

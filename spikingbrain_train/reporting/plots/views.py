@@ -13,6 +13,7 @@ from spikingbrain_train.reporting.plots.heat import draw_over_axis, draw_table
 from spikingbrain_train.reporting.plots.quantities import Quantity, quantity_of
 from spikingbrain_train.reporting.plots.recording import Series
 from spikingbrain_train.reporting.plots.rows import Row, Run, last_number
+from spikingbrain_train.reporting.plots.stage_scale import share_of
 from spikingbrain_train.reporting.plots.style import line_style
 
 MOST_LINES = 5
@@ -67,14 +68,17 @@ def lines_view(
         for number, run in enumerate(having):
             series = scaled(run.series(metric), words.factor)
             if row.is_comparison and metric.startswith("valid/"):
-                draw_line(panel, series, run.style, None)
+                draw_line(panel, series, run.style, None, share=share_of(row, run))
                 continue
             style = run.style if row.is_comparison else line_style(0)
             window = window_of(len(series), options.smooth) if words.is_noisy else 1
             label = None
             if not row.is_comparison and number == 0 and window > 1:
                 label = f"mean of {window} points"
-            draw_noisy(panel, series, style, label, window, faint=faint, is_one_of_many=row.is_comparison)
+            draw_noisy(
+                panel, series, style, label, window, faint=faint, is_one_of_many=row.is_comparison,
+                share=share_of(row, run),
+            )  # fmt: skip
         if words.is_from_zero and not options.is_log:
             panel.set_ylim(bottom=0.0)
 
