@@ -61,6 +61,8 @@ def suggestions(line: str) -> tuple[list[str], bool]:
     name, before, word = _command(words[program]), words[program + 1 : -1], words[-1]
     if name in ("train", "plan"):
         found, files = _of_run(before, word)
+        if name == "plan" and word.startswith("-"):
+            found = [*found, "--json"]
     else:
         assert name is not None
         found, files = _of_parser(PARSERS[name](), before, word)

@@ -29,6 +29,8 @@ ROOT = Path(__file__).resolve().parents[2]
         ("spikingbrain-train optimizer.adam_b", ["optimizer.adam_beta1=", "optimizer.adam_beta2="]),
         ("spikingbrain-train optimizer.lr=1e-4 dry_run=", ["dry_run=false", "dry_run=true"]),
         ("cd x && .venv/bin/spikingbrain-plan stage.di", ["stage.distillation."]),
+        ("spikingbrain-plan --j", ["--json"]),
+        ("spikingbrain-train --j", []),
         ("spikingbrain-train --nproc-per-node 2 precision=b", ["precision=bf16"]),
         ("spikingbrain-train 'data.train=[a, b]' output_d", ["output_dir="]),
         ("spikingbrain-train --cfg ", ["all", "hydra", "job"]),

@@ -67,7 +67,7 @@ def flags() -> set[str]:
         if isinstance(call, ast.Call) and getattr(call.func, "attr", "") == "add_argument"
         for argument in call.args
         if isinstance(argument, ast.Constant) and str(argument.value).startswith("--")
-    } | {"--help", "--cfg", "--resolve", "--hydra-help", "--config", "--multirun", "--submit"}
+    } | {"--help", "--cfg", "--resolve", "--hydra-help", "--config", "--multirun", "--submit", "--json"}
 
 
 def field_type(schema: type, path: str) -> Any:
