@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from spikingbrain_train.config.command_line import DIVERGED, START_AGAIN, USER_ERROR
 from spikingbrain_train.errors import ConfigurationError
+from spikingbrain_train.reporting.activity import activity
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -50,6 +52,10 @@ _HANDED_ON = {
     signal.SIGUSR1: signal.SIGUSR1,
     signal.SIGHUP: signal.SIGTERM,  # a closed terminal: the ranks stand in sessions of their own
 }
+
+
+_SECONDS_TO_START = 0.5
+"""A process that is younger may not be the rank yet, and lose a signal."""
 
 
 @dataclass(frozen=True)
@@ -119,22 +125,25 @@ def run_ranks(ranks: Ranks, command: Sequence[str]) -> None:
             where all that ended had saved and want to be started again.
         ConfigurationError: torchrun refuses the flags.
     """
-    from torch.distributed import run as torchrun
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    _quiet()
-    arguments = torchrun.parse_args([*ranks.words, "-m", "spikingbrain_train", *command])
     ended: list[BaseException] = []
-
-    def watch() -> None:
-        try:
-            torchrun.run(arguments)
-        except BaseException as error:
-            ended.append(error)
-
-    # In a thread the agent installs no handlers, which would raise in the middle of its work.
-    agent = threading.Thread(target=watch, name="agent")
+    # Before torch is imported: an interrupt in the middle of that may be lost.
     with _Signals() as signals:
+        with activity("importing torch"):
+            from torch.distributed import run as torchrun
+            from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        _quiet()
+        arguments = torchrun.parse_args([*ranks.words, "-m", "spikingbrain_train", *command])
+
+        def watch() -> None:
+            try:
+                torchrun.run(arguments)
+            except BaseException as error:
+                ended.append(error)
+
+        if signals.waiting:
+            raise SystemExit(128 + signals.waiting[0])
+        # In a thread the agent installs no handlers, which would raise in the middle of its work.
+        agent = threading.Thread(target=watch, name="agent")
         agent.start()
         while agent.is_alive():
             agent.join(0.2)
@@ -184,7 +193,8 @@ class _Signals:
     """Hands signals on to the ranks: each stands in a session of its own, so this process alone gets them."""
 
     def __init__(self) -> None:
-        self._waiting: list[signal.Signals] = []
+        self.waiting: list[signal.Signals] = []
+        """What no rank has got yet."""
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> _Signals:
@@ -200,14 +210,18 @@ class _Signals:
         """Send what has come to the ranks, as soon as there are some."""
         import psutil
 
-        if not self._waiting:
+        if not self.waiting:
             return
         started = psutil.Process().children()
-        while started and self._waiting:
-            number = self._waiting.pop(0)
+        try:
+            young = any(time.time() - rank.create_time() < _SECONDS_TO_START for rank in started)
+        except psutil.NoSuchProcess:  # the agent is about to see that
+            return
+        while started and not young and self.waiting:
+            number = self.waiting.pop(0)
             for rank in started:
                 with suppress(psutil.NoSuchProcess):
                     rank.send_signal(number)
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
-        self._waiting.append(_HANDED_ON[signal.Signals(number)])
+        self.waiting.append(_HANDED_ON[signal.Signals(number)])

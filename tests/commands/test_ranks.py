@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -88,3 +89,16 @@ def test_a_killed_rank_is_named_and_the_code_is_no_start_again(tmp_path: Path) -
     ranks[1].send_signal(signal.SIGKILL)
     assert terminal.exit_code() == 128 + signal.SIGKILL, terminal.said
     assert "error: rank 1 was ended by SIGKILL, as the system does when memory runs out" in terminal.said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [1.5, 4.0])
+def test_ctrl_c_before_the_first_step_ends_without_a_traceback(tmp_path: Path, seconds: float) -> None:
+    """Whoever it meets: this process as it imports torch, or the ranks as they start."""
+    terminal = Terminal(*TRAIN, "--nproc-per-node", "2", *settings(tmp_path))
+    begin = time.monotonic()
+    while time.monotonic() - begin < seconds:
+        assert terminal.read(0.1), terminal.said
+    terminal.press_ctrl_c()
+    assert terminal.exit_code() == 128 + signal.SIGINT, terminal.said
+    assert "Traceback" not in terminal.said

