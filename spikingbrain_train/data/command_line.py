@@ -41,7 +41,7 @@ examples:
   spikingbrain-preprocess --input books/ --tokenizer tokenizer.model --output-prefix data/books --dry-run
 
 inputs:
-  .jsonl, .ndjson, .json   one JSON object a line, the text in --text-key
+  .jsonl, .ndjson, .json   one JSON object a line, the text in --text-key or a conversation in --chat-key
   .txt, .md, .rst          one document a file (--max-text-chars cuts long ones)
   each also with .gz or .zst; globs are expanded; folders are searched recursively, links are followed, hidden
   sub-folders and the .json files of tokenized datasets are left out; what is not read is counted at the end
@@ -74,6 +74,12 @@ def preprocess_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--text-key", default="text", help="JSON field that holds the text (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--chat-key",
+        metavar="FIELD",
+        help="JSON field that holds a list of messages (role and content, or from and value) instead, of "
+        "which the tokenizer's chat template makes text; every token is trained on",
     )
     parser.add_argument(
         "--valid-fraction",

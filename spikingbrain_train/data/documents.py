@@ -11,13 +11,14 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import zstandard
 
+from spikingbrain_train.data.chat import CHAT_KEYS
 from spikingbrain_train.data.folders import (
     OTHER_TYPE,
     SIDECAR,
@@ -62,11 +63,13 @@ class RawDocument:
     piece: int | None = None
     """Its number, from 1, among the documents that one text file was cut into; None for a whole one."""
 
-    def text(self, text_key: str) -> str:
+    def text(self, text_key: str, render: Callable[[Any], str] | None = None) -> str:
         """The document's text, which is never empty and always encodable as UTF-8.
 
         Args:
             text_key: field of a JSON document that holds the text.
+            render: makes text of what the field holds; raises ValueError where that cannot be. None takes a
+                field that is text.
 
         Raises:
             DataError: names :attr:`origin` and says what is wrong there.
@@ -77,7 +80,7 @@ class RawDocument:
             raise DataError(
                 f"{self.origin}: not valid UTF-8 (byte {error.start}): convert the file to UTF-8"
             ) from error
-        text = self._field(decoded, text_key) if self.is_json else decoded
+        text = self._field(decoded, text_key, render) if self.is_json else decoded
         if not text or text.isspace():
             raise EmptyDocumentError(f"{self.origin}: the document is empty: remove it")
         try:
@@ -89,7 +92,7 @@ class RawDocument:
             ) from error
         return text
 
-    def _field(self, line: str, text_key: str) -> str:
+    def _field(self, line: str, text_key: str, render: Callable[[Any], str] | None) -> str:
         if not line or line.isspace():
             raise EmptyDocumentError(
                 f"{self.origin}: the line is empty: remove it, every line holds one JSON object"
@@ -108,16 +111,34 @@ class RawDocument:
                 f"{self.origin}: a JSON {type(record).__name__} instead of an object: every line holds one "
                 "object"
             )
+        flag = "--text-key" if render is None else "--chat-key"
         if text_key not in record:
             fields = ", ".join(sorted(record)[:8]) or "none"
             raise DataError(
-                f"{self.origin}: no field {text_key!r} (fields: {fields}): name the text with --text-key"
+                f"{self.origin}: no field {text_key!r} (fields: {fields}): {_advice(record, text_key, flag)}"
             )
+        if render is not None:
+            try:
+                return render(record[text_key])
+            except ValueError as error:
+                raise DataError(
+                    f"{self.origin}: the field {text_key!r} is no conversation ({error}): repair or remove "
+                    "the document, or name another field with --chat-key"
+                ) from error
         if not isinstance(record[text_key], str):
             raise DataError(
-                f"{self.origin}: the field {text_key!r} is not a string: name the text with --text-key"
+                f"{self.origin}: the field {text_key!r} is not a string: {_advice(record, text_key, flag)}"
             )
         return record[text_key]
+
+
+def _advice(record: dict[str, Any], text_key: str, flag: str) -> str:
+    """What to do about a record without text, or without a conversation, under ``text_key``."""
+    likely = [text_key, *CHAT_KEYS] if flag == "--text-key" else CHAT_KEYS
+    chat = next((key for key in likely if isinstance(record.get(key), list)), None)
+    if chat is not None:
+        return f"--chat-key {chat} renders its messages with the tokenizer's chat template"
+    return "name the text with --text-key" if flag == "--text-key" else "name the messages with --chat-key"
 
 
 @dataclass(frozen=True)

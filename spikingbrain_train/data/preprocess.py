@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from spikingbrain_train.data.chat import chat_template
 from spikingbrain_train.data.dataset_files import SUFFIXES, existing_files
 from spikingbrain_train.data.documents import Source, find_sources
 from spikingbrain_train.data.folders import LeftOut
@@ -130,7 +131,10 @@ def _prepare(options: PreprocessOptions, left_out: LeftOut) -> tuple[list[Source
             raise DataError(
                 f"{existing[0]} exists already: choose another --output-prefix or add --overwrite"
             )
-    return sources, load_tokenizer(options.tokenizer)
+    tokenizer = load_tokenizer(options.tokenizer)
+    if options.chat_key is not None:
+        chat_template(options.tokenizer)
+    return sources, tokenizer
 
 
 def _write_all(

@@ -25,6 +25,8 @@ class PreprocessOptions:
     """Hugging Face tokenizer folder or sentencepiece .model."""
     text_key: str = "text"
     """Field of a JSON line that holds the text."""
+    chat_key: str | None = None
+    """Field of a JSON line that holds a conversation instead, which the tokenizer's chat template renders."""
     valid_fraction: float = 0.0
     """Share of documents to hold out, in [0, 1). Where something is held out, the datasets are <prefix>_train
     and <prefix>_valid."""

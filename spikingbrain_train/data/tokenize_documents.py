@@ -19,6 +19,7 @@ from itertools import islice
 
 import numpy as np
 
+from spikingbrain_train.data.chat import chat_template
 from spikingbrain_train.data.documents import EmptyDocumentError, RawDocument, Source
 from spikingbrain_train.data.preprocess_options import PreprocessOptions
 from spikingbrain_train.data.split import place_of
@@ -136,9 +137,12 @@ def tokenize(
     texts: list[str] = []
     skipped: list[str] = []
     empty = 0
+    key, render = options.text_key, None
+    if options.chat_key is not None:
+        key, render = options.chat_key, chat_template(options.tokenizer).render
     for document in chunk.documents:
         try:
-            texts.append(document.text(options.text_key))
+            texts.append(document.text(key, render))
         except DataError as error:
             if not options.skip_bad_documents:
                 raise
