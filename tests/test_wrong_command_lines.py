@@ -67,6 +67,8 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     ),
     (("evaluate", "--model", "whole", "--data", "text", "parallel=tp2"), "spreads a Megatron"),
     (("evaluate", "--model", "whole", "--data", "text", "--micro-batch-size", "2"), "is for Megatron"),
+    (("evaluate", "--model", "whole", "--data", "text", "--nproc-per-node", "2"), "which one process loads"),
+    (("generate", "--model", "whole", "--prompt", "x", "--nproc-per-node", "no"), "--nproc-per-node is no"),
     (
         ("evaluate", "--model", "whole", "--data", "text", "--tokenizer", "nowhere"),
         "nowhere does not exist",

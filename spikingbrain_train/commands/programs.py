@@ -45,16 +45,18 @@ def export() -> None:
 
 def evaluate() -> None:
     """Measure held-out cross entropy."""
+    from spikingbrain_train.commands.inference import here_or_on_ranks
     from spikingbrain_train.evaluation.command_line import evaluate
 
-    evaluate()
+    here_or_on_ranks("evaluate", evaluate)
 
 
 def generate() -> None:
     """Continue a prompt."""
+    from spikingbrain_train.commands.inference import here_or_on_ranks
     from spikingbrain_train.evaluation.command_line import generate
 
-    generate()
+    here_or_on_ranks("generate", generate)
 
 
 def plot() -> None:

@@ -113,6 +113,22 @@ def split(words: Sequence[str]) -> tuple[Ranks | None, list[str]]:
     return (Ranks(flags) if flags else None), others
 
 
+def launcher_of_command_line() -> Ranks | None:
+    """The launcher's part of ``sys.argv``; the rest of it stays there.
+
+    Raises:
+        ConfigurationError: a flag lacks its value, or this process is a rank already.
+    """
+    launched, words = split(sys.argv[1:])
+    if launched is not None and "RANK" in os.environ:
+        flag = next(iter(launched.flags))
+        raise ConfigurationError(
+            f"--{flag} starts ranks, but a launcher has started this process as one; give it to that launcher"
+        )
+    sys.argv = [sys.argv[0], *words]
+    return launched
+
+
 def run_ranks(ranks: Ranks, command: Sequence[str]) -> None:
     """Start the ranks and wait for their end.
 

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 
 from spikingbrain_train.commands import ranks
 from spikingbrain_train.config.command_line import user_errors
-from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.reporting.activity import activity
 from spikingbrain_train.runtime.quiet_torch import ignore_megatron_warnings
 
@@ -37,7 +36,7 @@ def plan() -> None:
     sys.argv[1:] = [argument for argument in sys.argv[1:] if argument != "--json"]
     build = not as_json and any(argument.startswith("dry_run_rank=") for argument in sys.argv[1:])
     with user_errors(same_on_all_ranks=True):
-        launched = _launcher()
+        launched = ranks.launcher_of_command_line()
         if _swept(launched, dry_run=True):
             return
         checked = _checked(launched, ["dry_run=true"])
@@ -52,7 +51,7 @@ def train() -> None:
         SystemExit: with the codes of ``user_errors``, and 75 for a run that was asked to stop and has saved.
     """
     with user_errors(same_on_all_ranks=True):
-        launched = _launcher()
+        launched = ranks.launcher_of_command_line()
         if _swept(launched):
             return
         checked = _checked(launched)
@@ -65,18 +64,6 @@ def train() -> None:
             ranks.run_ranks(launched, ["train", *sys.argv[1:]])
     else:
         _run(checked)
-
-
-def _launcher() -> ranks.Ranks | None:
-    """The launcher's part of the command line; the rest of it stays in ``sys.argv``."""
-    launched, words = ranks.split(sys.argv[1:])
-    if launched is not None and "RANK" in os.environ:
-        flag = next(iter(launched.flags))
-        raise ConfigurationError(
-            f"--{flag} starts ranks, but a launcher has started this process as one; give it to that launcher"
-        )
-    sys.argv = [sys.argv[0], *words]
-    return launched
 
 
 def _swept(launched: ranks.Ranks | None, *, dry_run: bool = False) -> bool:

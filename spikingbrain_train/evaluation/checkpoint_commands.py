@@ -18,7 +18,6 @@ from spikingbrain_train.evaluation.checkpoint_request import (
 )
 from spikingbrain_train.evaluation.output import show_text, write_result
 from spikingbrain_train.evaluation.sampling import Sampling
-from spikingbrain_train.planning.launch import Launch
 from spikingbrain_train.planning.parallel_checks import check_sequence_split
 from spikingbrain_train.reporting.activity import activity
 
@@ -32,15 +31,14 @@ def prepare_evaluation(arguments: argparse.Namespace) -> Callable[[], None]:
     Raises:
         ConfigurationError, CheckpointError: what can be said against them without torch.
     """
-    request = _request(arguments, Launch.from_environment())
+    request = _request(arguments)
     _check_windows(arguments.seq_length, request)
     return partial(_evaluate, request, arguments)
 
 
 def prepare_generation(arguments: argparse.Namespace, sampling: Sampling) -> Callable[[], None]:
     """What continues prompts with the checkpoint that ``--model`` names; see :func:`prepare_evaluation`."""
-    launch = Launch.from_environment()
-    request = for_decoding(_request(arguments, launch), launch)
+    request = for_decoding(_request(arguments), arguments.world_size)
     tokenizer = arguments.tokenizer or request.tokenizer
     if tokenizer is None:
         raise DataError(
@@ -50,13 +48,13 @@ def prepare_generation(arguments: argparse.Namespace, sampling: Sampling) -> Cal
     return partial(_generate, request, tokenizer, arguments, sampling)
 
 
-def _request(arguments: argparse.Namespace, launch: Launch) -> CheckpointRequest:
+def _request(arguments: argparse.Namespace) -> CheckpointRequest:
     return request_checkpoint(
         arguments.model,
         settings=arguments.parallel,
         device=arguments.device,
         dtype=arguments.dtype,
-        launch=launch,
+        world_size=arguments.world_size,
     )
 
 

@@ -21,7 +21,6 @@ from spikingbrain_train.config.require import require
 from spikingbrain_train.config.run import Precision, RunConfig
 from spikingbrain_train.config.setting import check_fields
 from spikingbrain_train.errors import CheckpointError, ConfigurationError
-from spikingbrain_train.planning.launch import Launch
 from spikingbrain_train.planning.parallel_checks import check_split, check_world_size
 from spikingbrain_train.storage.checkpoint_folder import (
     HF_SOURCE_FOLDER,
@@ -106,7 +105,7 @@ def parallel_of(settings: Sequence[str]) -> ParallelConfig:
 
 
 def request_checkpoint(
-    folder: Path, *, settings: Sequence[str], device: str, dtype: str, launch: Launch
+    folder: Path, *, settings: Sequence[str], device: str, dtype: str, world_size: int
 ) -> CheckpointRequest:
     """Read what lies in ``folder`` beside its weights, and hold it against the ranks that were started.
 
@@ -115,7 +114,7 @@ def request_checkpoint(
         settings: words of --parallel.
         device: of --device.
         dtype: of --dtype.
-        launch: who this process is.
+        world_size: ranks that were started, or will be.
 
     Raises:
         CheckpointError: there is no complete checkpoint, or of unknown kinds.
@@ -134,14 +133,14 @@ def request_checkpoint(
     stored_run = checkpoint / RUN_CONFIG_FILE
     run = load_run_config(stored_run) if stored_run.is_file() else None
     parallel = parallel_of(settings)
-    check_world_size(parallel, launch.world_size)
+    check_world_size(parallel, world_size)
     check_split(model, parallel)
     return CheckpointRequest(
         checkpoint, folder, model, run, parallel, AcceleratorKind(device), _PRECISIONS[dtype]
     )
 
 
-def for_decoding(request: CheckpointRequest, launch: Launch) -> CheckpointRequest:
+def for_decoding(request: CheckpointRequest, world_size: int) -> CheckpointRequest:
     """The same, as it reads a text token by token.
 
     Sequence parallelism is left out: it splits a sequence, and one token cannot be split. Experts drop no
@@ -157,10 +156,10 @@ def for_decoding(request: CheckpointRequest, launch: Launch) -> CheckpointReques
         f"generated one token at a time; set it to 1 and spread the model over tensor, pipeline or expert "
         f"ranks",
     )
-    replicas = launch.world_size // parallel.model_parallel_size
+    replicas = world_size // parallel.model_parallel_size
     require(
         replicas in (1, parallel.expert_model_parallel_size),
-        f"{launch.world_size} ranks are {replicas} copies of a model over "
+        f"{world_size} ranks are {replicas} copies of a model over "
         f"{parallel.tensor_model_parallel_size} tensor x {parallel.pipeline_model_parallel_size} pipeline "
         f"ranks, and all would write the same text; start {parallel.model_parallel_size}, or raise "
         f"parallel.tensor_model_parallel_size or parallel.pipeline_model_parallel_size",

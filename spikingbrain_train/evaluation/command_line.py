@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,7 +45,7 @@ examples:
   spikingbrain-evaluate --model outputs/smollm2/cpt --data outputs/smollm2/data/text_valid --seq-length 1024
 
   # a checkpoint too big for one device: degrees as to train (conf/parallel, or name=value)
-  torchrun --nproc-per-node 4 -m spikingbrain_train evaluate --model outputs/big/checkpoints/iter_0002000 \\
+  spikingbrain-evaluate --nproc-per-node 4 --model outputs/big/checkpoints/iter_0002000 \\
       --data data/wiki_valid data/code_valid --seq-length 8192 --parallel tp2_pp2
 
   # an exported hybrid, whose folder brings its own modelling code
@@ -71,7 +71,7 @@ examples:
   spikingbrain-generate --model outputs/smollm2/export --prompt "The for statement" --trust-remote-code
 
   # a checkpoint over two devices
-  torchrun --nproc-per-node 2 -m spikingbrain_train generate --model outputs/big --prompt "The" --parallel pp2
+  spikingbrain-generate --nproc-per-node 2 --model outputs/big --prompt "The for statement" --parallel pp2
 """
 
 
@@ -132,14 +132,23 @@ def generate_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def evaluate(arguments: Sequence[str] | None = None) -> None:
+@dataclass(frozen=True)
+class Elsewhere:
+    """Ranks that do what a command line asks for, instead of this process."""
+
+    world_size: int
+    start: Callable[[], None]
+    """Starts them and waits for their end."""
+
+
+def evaluate(arguments: Sequence[str] | None = None, *, elsewhere: Elsewhere | None = None) -> None:
     """spikingbrain-evaluate."""
-    _run(evaluate_parser(), _prepare_evaluation, arguments)
+    _run(evaluate_parser(), _prepare_evaluation, arguments, elsewhere)
 
 
-def generate(arguments: Sequence[str] | None = None) -> None:
+def generate(arguments: Sequence[str] | None = None, *, elsewhere: Elsewhere | None = None) -> None:
     """spikingbrain-generate."""
-    _run(generate_parser(), _prepare_generation, arguments)
+    _run(generate_parser(), _prepare_generation, arguments, elsewhere)
 
 
 def _parser(description: str, epilog: str) -> argparse.ArgumentParser:
@@ -187,8 +196,9 @@ def _parser(description: str, epilog: str) -> argparse.ArgumentParser:
         nargs="*",
         default=[],
         metavar="SETTING",
-        help="how a Megatron checkpoint is spread over the ranks of torchrun: a layout of conf/parallel "
-        "(tp2_pp2), settings (context_parallel_size=2), or both (default: all of it on every rank)",
+        help="how a Megatron checkpoint is spread over the ranks of --nproc-per-node (or torchrun): a layout "
+        "of conf/parallel (tp2_pp2), settings (context_parallel_size=2), or both (default: all of it on "
+        "every rank)",
     )
     add_plugins_argument(parser)
     return parser
@@ -198,6 +208,7 @@ def _run(
     parser: argparse.ArgumentParser,
     prepare: Callable[[argparse.Namespace], Callable[[], None]],
     arguments: Sequence[str] | None,
+    elsewhere: Elsewhere | None,
 ) -> None:
     """Let ``prepare`` refuse what can be refused without torch; what it returns does the rest."""
     with user_errors(same_on_all_ranks=True):
@@ -205,7 +216,12 @@ def _run(
         parsed = parser.parse_args(words)
         parsed.parallel = [*parsed.parallel, *settings]
         load_plugins(plugins_of(vars(parsed), "the command line"))
+        parsed.world_size = Launch.from_environment().world_size
+        if elsewhere is not None:
+            parsed.world_size = elsewhere.world_size
         action = prepare(parsed)
+    if elsewhere is not None:
+        action = elsewhere.start
     with user_errors():
         action()
         sys.stdout.flush()
@@ -301,10 +317,10 @@ def _check_files(arguments: argparse.Namespace) -> bool:
             f"--parallel {' '.join(arguments.parallel)} spreads a Megatron checkpoint, but {arguments.model} "
             "is a Hugging Face folder; leave it out, or import the folder with spikingbrain-convert"
         )
-    if (ranks := Launch.from_environment().world_size) > 1:
+    if arguments.world_size > 1:
         raise ConfigurationError(
-            f"{arguments.model} is a Hugging Face folder, which one process loads, but {ranks} were started; "
-            "leave torchrun out, or import the folder with spikingbrain-convert"
+            f"{arguments.model} is a Hugging Face folder, which one process loads, not several; leave "
+            "--nproc-per-node or torchrun out, or import the folder with spikingbrain-convert"
         )
     return False
 

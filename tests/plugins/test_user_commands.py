@@ -206,6 +206,17 @@ def test_an_export_names_the_kinds_that_no_format_holds(place: Workplace, aligne
     assert "has no Hugging Face format" in inspected
 
 
+def test_a_checkpoint_of_theirs_is_measured_and_writes_text(place: Workplace, conversion: str) -> None:
+    measure = ("tools/evaluate.py", "--model", "hybrid", "--data", "text", "--seq-length", "64")
+    told = place.command(*measure, "--max-windows", "4", "--plugins", MODULES)
+    assert "256 tokens in 4 windows of 64" in told and "cross entropy  " in told
+    assert "name its package" in place.command(*measure, fails=True)
+    write = ("tools/generate.py", "--model", "hybrid", "--prompt", "The for", "--max-new-tokens", "4")
+    told = place.command(*write, "--plugins", MODULES)
+    assert "note: fixed_decay has no decoding step: its layers read the whole text again" in told
+    assert "4 written" in told and "growing with every token" in told
+
+
 def test_a_run_that_does_not_name_their_package_is_told_to(place: Workplace, conversion: str) -> None:
     start = (*RUN, "stage=cpt", "checkpoint.load=hybrid", "stage.train_iters=2", "output_dir=wrong")
     told = place.train(*start, plugins="plugins=[]", fails=True)
