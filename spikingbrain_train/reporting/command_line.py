@@ -72,11 +72,9 @@ def plot_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--x",
-        type=Axis,
-        choices=list(Axis),
-        default=Axis.tokens,
-        metavar="{" + ",".join(axis.value for axis in Axis) + "}",
-        help="what to draw over (default: tokens)",
+        choices=[axis.value for axis in Axis],
+        default=Axis.tokens.value,
+        help="what to draw over (default: %(default)s)",
     )
     parser.add_argument(
         "--panels",
@@ -118,7 +116,7 @@ def plot(arguments: Sequence[str] | None = None) -> None:
         lines = plot_runs(
             parsed.output_dirs,
             parsed.output,
-            axis=parsed.x,
+            axis=Axis(parsed.x),
             compare=parsed.compare,
             names=parsed.names,
             panels=parsed.panels,

@@ -13,6 +13,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spikingbrain_train.data.gpt_dataset import open_valid_dataset
+from spikingbrain_train.reporting.plots.dense_line import DenseLine
+from spikingbrain_train.reporting.plots.recording import Recording
 from tests.small_source import save_small_source
 
 ROOT = Path(__file__).parents[3]
@@ -104,6 +106,10 @@ def test_export_loads_with_transformers_and_report_lies_beside_it(workplace: Pat
     ids = AutoTokenizer.from_pretrained(output / "export")("The for", return_tensors="pt")
     assert model.generate(**ids, max_new_tokens=3, min_new_tokens=3).shape[1] == ids["input_ids"].shape[1] + 3
     assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
+    dense = DenseLine.read(str(output / "evaluate_dense.json"))
+    stages = [Recording.read(output / stage) for stage in ("align", "cpt")]
+    assert [stage.held_out for stage in stages] == [{dense.held_out}] * 2, "of other windows"
+    assert dense.reason_against(stages) is None
     report = (output / "demo_report.md").read_text()
     assert "![loss curves](loss.png)" in report and "> The for" in report
     assert "train experiment=smollm2_align" in report
