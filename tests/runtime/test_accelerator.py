@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -158,6 +159,14 @@ def test_generators_return_to_a_saved_state() -> None:
     first = torch.rand(4)
     cpu.set_rng_state(states)
     assert torch.equal(torch.rand(4), first)
+
+
+def test_a_gpu_says_how_much_memory_it_has_and_a_cpu_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    properties = {3: SimpleNamespace(total_memory=64 << 30)}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties[device])
+    assert Accelerator(AcceleratorKind.metax, "MetaX C550", 8).memory_bytes() == 64 << 30
+    assert Accelerator(AcceleratorKind.cpu, "a CPU", 0).memory_bytes() is None
 
 
 def test_peak_memory_follows_what_the_process_holds() -> None:
