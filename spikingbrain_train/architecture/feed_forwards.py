@@ -31,6 +31,11 @@ class FeedForwardKind(SubmoduleKind):
     routes_tokens: bool = False
     """Whether it sends every token to some of several experts."""
 
+    @classmethod
+    def sign_of(cls, name: str) -> str:
+        """Behind the letters of the mixers: none for the source's, ``*`` for experts, else a small letter."""
+        return "*" if cls.routes_tokens else "" if cls.is_of_the_source else name[0].lower()
+
     def __reduce__(self) -> tuple[Callable[[str], FeedForwardKind], tuple[str]]:
         return _by_name, (self.name,)  # a kind is one object in every process
 

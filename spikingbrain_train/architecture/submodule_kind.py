@@ -17,6 +17,8 @@ class SubmoduleKind(Kind):
     """What its layers are called in sentences: ``mixture-of-experts layers``; by default by its name."""
     spec: str
     """``package.module:function`` that makes its spec in a layer; imported when a model is built."""
+    sign: str
+    """What stands for it where layers are shown in a line; by default the first letter of its name."""
     is_of_the_source: bool = False
     """Whether a dense source has it in every layer."""
     hf_layers: Mapping[str, str] = {}
@@ -26,6 +28,13 @@ class SubmoduleKind(Kind):
         super().__init_subclass__(**kwargs)
         if "words" not in vars(cls) and hasattr(cls, "name"):
             cls.words = f"{cls.name} layers"
+        if "sign" not in vars(cls) and hasattr(cls, "name"):
+            cls.sign = cls.sign_of(cls.name)
+
+    @classmethod
+    def sign_of(cls, name: str) -> str:
+        """The sign of a kind that names none."""
+        return name[0].upper()
 
     def check(self, model: ModelConfig) -> None:
         """Its settings, in a model that has it. Raises ConfigurationError."""

@@ -6,6 +6,7 @@ Imports torch only after they have been understood.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -122,6 +123,7 @@ def convert_parser() -> argparse.ArgumentParser:
         "inspect", help="say what a checkpoint folder holds, and whether it is complete"
     )
     inspector.add_argument("folder", type=Path, help="Hugging Face folder, run folder, or one iter_* folder")
+    inspector.add_argument("--json", action="store_true", help="print it as JSON, for programs")
     _add_plugins_argument(inspector)
     inspector.set_defaults(handler=_inspect)
     return parser
@@ -343,7 +345,8 @@ def _inspect(arguments: argparse.Namespace) -> str:
         from spikingbrain_train.conversion.inspect_checkpoint import inspect_checkpoint
 
     with activity(f"reading {arguments.folder}"):
-        return inspect_checkpoint(arguments.folder)
+        found = inspect_checkpoint(arguments.folder)
+    return json.dumps(found.values(), indent=2) if arguments.json else found.text()
 
 
 def _bytes(text: str) -> int:

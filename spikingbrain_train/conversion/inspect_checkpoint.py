@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 
+from spikingbrain_train.architecture.layer_letters import layer_letters
+from spikingbrain_train.architecture.layers import layers
 from spikingbrain_train.architecture.linear_transforms import transforms_of
 from spikingbrain_train.architecture.stored_model import read_stored_model
 from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
@@ -15,8 +20,10 @@ from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.conversion.export_checkpoint import check_tensors
 from spikingbrain_train.conversion.formats.registry import format_of_model, unsupported
 from spikingbrain_train.conversion.hf_config import read_hf_config
+from spikingbrain_train.conversion.lineage import Step, lineage
 from spikingbrain_train.conversion.report import describe_layers
 from spikingbrain_train.conversion.safetensors_io import SafetensorsReader, refuse_quantised
+from spikingbrain_train.reporting.tables import facts, terminal_width
 from spikingbrain_train.storage.checkpoint_folder import HF_SOURCE_FOLDER, MODEL_CONFIG_FILE
 from spikingbrain_train.storage.checkpoint_paths import resolve_checkpoint
 from spikingbrain_train.storage.hf_config_file import CONFIG_FILE
@@ -24,8 +31,81 @@ from spikingbrain_train.storage.stored_layers import check_number_of_layers
 from spikingbrain_train.storage.tokenizer_files import has_tokenizer
 
 
-def inspect_checkpoint(folder: Path) -> str:
-    """A few lines about the checkpoint in ``folder``; it is checked for completeness on the way.
+@dataclass(frozen=True)
+class Tensors:
+    """Some tensors of a checkpoint."""
+
+    number: int
+    elements: int
+    bytes: int
+    dtypes: list[str]
+
+    def describe(self) -> str:
+        """In a line."""
+        return (
+            f"{self.number} tensors, {self.elements:,} numbers, {self.bytes / 1e6:,.1f} MB, "
+            f"{', '.join(self.dtypes)}"
+        )
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a folder holds."""
+
+    folder: str
+    format: str
+    """``Hugging Face checkpoint, Qwen2ForCausalLM``, or ``Megatron torch_dist checkpoint``."""
+    export: str | None
+    """What a Megatron checkpoint exports as, or that it has no Hugging Face format."""
+    model: ModelConfig
+    weights: Tensors
+    training: Tensors | None
+    """Optimizer and other training state; None in a folder without."""
+    has_tokenizer: bool
+    lineage: list[Step]
+    """The folder and what it came from, the source last."""
+
+    def text(self, width: int | None = None) -> str:
+        """For a terminal of ``width`` columns; null takes that of this one."""
+        rows = [*_model_rows(self.model)]
+        rows.append(("weights:", self.weights.describe()))
+        if self.training is not None:
+            rows.append(("training:", f"{self.training.describe()} (optimizer and other training state)"))
+        rows.append(("tokenizer:", "yes" if self.has_tokenizer else "no"))
+        if self.export is not None:
+            rows.append(("export:", self.export))
+        if self.lineage[0].written is not None:  # else there is nothing but a plain folder
+            first, *others = self.lineage
+            rows.append(("lineage:", first.describe()))
+            rows += [("", f"from {step.describe()}") for step in others]
+        return "\n".join([f"{self.folder}: {self.format}", *facts(rows, width or terminal_width())])
+
+    def values(self) -> dict[str, Any]:
+        """For programs: plain values, which JSON takes."""
+        words, legend = layer_letters(self.model)
+        return {
+            "folder": self.folder,
+            "format": self.format,
+            "export": self.export,
+            "layers": [
+                {
+                    "mixers": [kind.name for kind in reversed(layer.mixers)],
+                    "feed_forward": layer.feed_forward.name,
+                }
+                for layer in layers(self.model)
+            ],
+            "layer_letters": words,
+            "legend": legend,
+            "model": OmegaConf.to_container(OmegaConf.structured(self.model), enum_to_str=True),
+            "weights": asdict(self.weights),
+            "training": self.training and asdict(self.training),
+            "has_tokenizer": self.has_tokenizer,
+            "lineage": [asdict(step) for step in self.lineage],
+        }
+
+
+def inspect_checkpoint(folder: Path) -> Inspection:
+    """What is in the checkpoint in ``folder``; it is checked for completeness on the way.
 
     Raises:
         CheckpointError: there is no checkpoint, or it is incomplete or damaged.
@@ -35,22 +115,23 @@ def inspect_checkpoint(folder: Path) -> str:
     return _inspect_megatron(resolve_checkpoint(folder))
 
 
-def _inspect_hf(folder: Path) -> str:
+def _inspect_hf(folder: Path) -> Inspection:
     hf_format, model = read_hf_config(folder)
     reader = SafetensorsReader(folder)
     refuse_quantised(reader)
-    specs = reader.specs.values()
-    return "\n".join(
-        [
-            f"{folder}: Hugging Face checkpoint, {hf_format.architecture}",
-            *_describe_model(model),
-            _describe_tensors("weights", [(spec.shape, spec.dtype) for spec in specs]),
-            f"tokenizer:  {'yes' if has_tokenizer(folder) else 'no'}",
-        ]
+    return Inspection(
+        str(folder),
+        f"Hugging Face checkpoint, {hf_format.architecture}",
+        None,
+        model,
+        _tensors((spec.shape, spec.dtype) for spec in reader.specs.values()),
+        None,
+        has_tokenizer(folder),
+        lineage(folder),
     )
 
 
-def _inspect_megatron(folder: Path) -> str:
+def _inspect_megatron(folder: Path) -> Inspection:
     model = read_stored_model(folder)
     reader = MegatronCheckpointReader(folder)
     check_number_of_layers(
@@ -63,19 +144,32 @@ def _inspect_megatron(folder: Path) -> str:
         export = f"has no Hugging Face format ({', '.join(parts)})"
     else:
         export = f"exports as {format_of_model(model).architecture}"
-    lines = [
-        f"{folder}: Megatron torch_dist checkpoint, {export}",
-        *_describe_model(model),
-        _describe_tensors("weights", [entries[name] for name in parameters]),
-    ]
-    if others:
-        lines.append(_describe_tensors("training", others) + " (optimizer and other training state)")
-    lines.append(f"tokenizer:  {'yes' if has_tokenizer(folder / HF_SOURCE_FOLDER) else 'no'}")
-    return "\n".join(lines)
+    return Inspection(
+        str(folder),
+        "Megatron torch_dist checkpoint",
+        export,
+        model,
+        _tensors(entries[name] for name in parameters),
+        _tensors(others) if others else None,
+        has_tokenizer(folder / HF_SOURCE_FOLDER),
+        lineage(folder),
+    )
 
 
-def _describe_model(model: ModelConfig) -> list[str]:
+def _model_rows(model: ModelConfig) -> Iterator[tuple[str, str]]:
     tied = "tied" if model.share_embeddings_and_output_weights else "untied"
+    words, legend = layer_letters(model)
+    yield "layers:", describe_layers(model)
+    if len(set(words)) > 1:
+        yield "", " ".join(words)
+        yield "", ", ".join(f"{sign} {name}" for sign, name in legend.items())
+    yield (
+        "sizes:",
+        f"hidden {model.hidden_size}, feed-forward {model.ffn_hidden_size}, "
+        f"{model.num_attention_heads} heads of {model.kv_channels} in {model.num_query_groups} groups",
+    )
+    yield "vocabulary:", f"{model.vocab_size}, {tied} embeddings"
+    yield "positions:", f"up to {model.max_position_embeddings}, rotary base {model.rotary_base:g}"
     extras = [
         name
         for name, on in (
@@ -86,19 +180,15 @@ def _describe_model(model: ModelConfig) -> list[str]:
         )
         if on
     ]
-    return [
-        f"layers:     {describe_layers(model)}",
-        f"sizes:      hidden {model.hidden_size}, feed-forward {model.ffn_hidden_size}, "
-        f"{model.num_attention_heads} heads of {model.kv_channels} in {model.num_query_groups} groups",
-        f"vocabulary: {model.vocab_size}, {tied} embeddings",
-        f"positions:  up to {model.max_position_embeddings}, rotary base {model.rotary_base:g}",
-        *([f"extras:     {', '.join(extras)}"] if extras else []),
-    ]
+    if extras:
+        yield "extras:", ", ".join(extras)
 
 
-def _describe_tensors(title: str, tensors: Iterable[tuple[tuple[int, ...], torch.dtype]]) -> str:
+def _tensors(tensors: Iterable[tuple[tuple[int, ...], torch.dtype]]) -> Tensors:
     listed = list(tensors)
-    numbers = sum(prod(shape) for shape, _ in listed)
-    size = sum(prod(shape) * dtype.itemsize for shape, dtype in listed)
-    dtypes = ", ".join(sorted({str(dtype).removeprefix("torch.") for _, dtype in listed}))
-    return f"{title + ':':<11} {len(listed)} tensors, {numbers:,} numbers, {size / 1e6:,.1f} MB, {dtypes}"
+    return Tensors(
+        len(listed),
+        sum(prod(shape) for shape, _ in listed),
+        sum(prod(shape) * dtype.itemsize for shape, dtype in listed),
+        sorted({str(dtype).removeprefix("torch.") for _, dtype in listed}),
+    )

@@ -211,7 +211,8 @@ def test_inspect_shows_the_new_parts(hf_checkpoint: HFCheckpoint, tmp_path: Path
     source, _ = hf_checkpoint()
     spiking = SpikingConfig(projections=[Projection.qkv, Projection.mlp_fc2])
     convert(source, tmp_path / "out", recipe(spiking=spiking))
-    text = inspect_checkpoint(tmp_path / "out")
+    text = inspect_checkpoint(tmp_path / "out").text(width=400)
+    assert "GS GS* GS GF*" in text and "S swa, G gla, F full, * moe" in text
     parts = "layers with two branches ([gla,swa], [gla,full]), mixture-of-experts layers, 3 sink tokens"
     assert f"has no Hugging Face format ({parts}" in text
     assert LAYERS in text

@@ -59,7 +59,7 @@ def test_two_ranks_train_and_the_export_agrees_with_their_model(
     ranks.run(small_runs.train, config, world_size=2, parallel=parallel)
 
     (trained,) = {path.parent for path in (tmp_path / "run").rglob("latest_checkpointed_iteration.txt")}
-    told = inspect_checkpoint(trained)
+    told = inspect_checkpoint(trained).text(width=400)
     assert "iter_0000002" in told
     assert "optimizer" in told
     export_checkpoint(trained, tmp_path / "hf")

@@ -1,0 +1,154 @@
+"""Where a checkpoint comes from, stage by stage back to its source, as far as stored facts tell."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from spikingbrain_train.config.load import load_run_config
+from spikingbrain_train.config.run import RunConfig
+from spikingbrain_train.conversion.report import REPORT_FILE
+from spikingbrain_train.errors import SpikingBrainError
+from spikingbrain_train.planning.stages.registry import STAGES
+from spikingbrain_train.reporting.metrics import read_events
+from spikingbrain_train.reporting.quantities import quantity
+from spikingbrain_train.storage.checkpoint_folder import (
+    CHECKPOINT_FOLDER,
+    RUN_CONFIG_FILE,
+    is_iteration_folder,
+    iteration_of,
+)
+from spikingbrain_train.storage.checkpoint_paths import resolve_checkpoint
+from spikingbrain_train.storage.hf_config_file import CONFIG_FILE
+
+_MOST = 50  # steps: beyond, folders lead back to themselves
+
+
+@dataclass(frozen=True)
+class Step:
+    """One folder on the way."""
+
+    folder: str
+    did: str
+    """What made it, in words: ``stage cpt: 40 iterations, 40.96 k tokens``."""
+    teacher: str | None = None
+    """The folder that its stage learned from."""
+    written: str | None = None
+    """The day, as ``2026-11-26``."""
+
+    def describe(self) -> str:
+        """In a line."""
+        learning = f", learning from {self.teacher}" if self.teacher else ""
+        return f"{self.folder}: {self.did}{learning}" + (f", {self.written}" if self.written else "")
+
+
+def lineage(folder: Path) -> list[Step]:
+    """The folder, what it was made from, and so on to the source, which comes last.
+
+    Args:
+        folder: a Hugging Face folder, or the folder of an iteration.
+    """
+    found: list[Step] = []
+    seen: set[Path] = set()
+    here: Path | None = folder
+    while here is not None and len(found) < _MOST:
+        step, here = _step(here)
+        if Path(step.folder).resolve() in seen:
+            break
+        seen.add(Path(step.folder).resolve())
+        found.append(step)
+    return found
+
+
+def _step(folder: Path) -> tuple[Step, Path | None]:
+    """One folder, and the one that it was made from; None where nothing says which."""
+    shown = str(folder)
+    if (folder / CONFIG_FILE).is_file():
+        source = _report(folder).get("source")
+        if not isinstance(source, str):
+            return Step(shown, "a Hugging Face folder"), None
+        return Step(shown, f"exported from {source}", written=_day(folder / REPORT_FILE)), Path(source)
+    if not folder.is_dir():
+        return Step(shown, "not there any more, or not from here; the way back ends"), None
+    try:
+        checkpoint = folder if is_iteration_folder(folder) else resolve_checkpoint(folder)
+    except SpikingBrainError:
+        return Step(shown, "no checkpoint any more; the way back ends"), None
+    if (checkpoint / RUN_CONFIG_FILE).is_file():
+        return _trained(checkpoint)
+    report = _report(checkpoint.parent)
+    source = report.get("source")
+    if isinstance(source, str):
+        did = f"imported from {source} ({report.get('architecture')})"
+        written = _day(checkpoint.parent / REPORT_FILE)
+        return Step(str(checkpoint), did, written=written), Path(source)
+    return Step(str(checkpoint), "nothing is stored of where it comes from"), None
+
+
+def _trained(checkpoint: Path) -> tuple[Step, Path | None]:
+    try:
+        run = load_run_config(checkpoint / RUN_CONFIG_FILE)
+    except SpikingBrainError:
+        return Step(str(checkpoint), f"trained, by a run whose {RUN_CONFIG_FILE} cannot be read"), None
+    iterations, stage = iteration_of(checkpoint), run.stage
+    tokens = iterations * stage.global_batch_size * stage.seq_length
+    did = f"stage {stage.kind}: {iterations:,} iterations, {quantity(tokens)} tokens"
+    load = _loaded(checkpoint, run)
+    if load is None:
+        did += f", from random weights (seed {run.seed})"
+    teaches = stage.kind not in STAGES or STAGES[stage.kind].needs_teacher(stage)
+    teacher = stage.teacher if teaches else None
+    return Step(str(checkpoint), did, teacher, _day(checkpoint / RUN_CONFIG_FILE)), load
+
+
+def _loaded(checkpoint: Path, run: RunConfig) -> Path | None:
+    """The checkpoint that the run started from: the one it wrote down, else what its setting names now."""
+    if run.checkpoint.load is None:
+        return None
+    output = checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINT_FOLDER else checkpoint.parent
+    for path in _written_down(output):
+        if path.is_dir():
+            return path
+    return _from_where_it_ran(Path(run.checkpoint.load), run, output)
+
+
+def _written_down(output: Path) -> Iterator[Path]:
+    try:
+        for event in read_events(output):
+            load = (event.get("run") or {}).get("load")
+            if event.get("event") == "started" and isinstance(load, str):
+                yield Path(load)
+    except (SpikingBrainError, OSError):
+        return
+
+
+def _from_where_it_ran(path: Path, run: RunConfig, output: Path) -> Path:
+    """A relative path means the folder in which the run was started, of which its output_dir tells."""
+    if path.is_absolute() or path.exists():
+        return path
+    here, said = output.resolve(), Path(run.output_dir)
+    if not said.is_absolute() and here.parts[-len(said.parts) :] == said.parts:
+        moved = Path(*here.parts[: len(here.parts) - len(said.parts)]) / path
+        if moved.exists():
+            return Path(os.path.relpath(moved))
+    return path
+
+
+def _report(folder: Path) -> dict[str, object]:
+    """What a conversion said of itself."""
+    try:
+        found = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _day(file: Path) -> str | None:
+    try:
+        return time.strftime("%Y-%m-%d", time.localtime(file.stat().st_mtime))
+    except OSError:
+        return None
