@@ -102,22 +102,29 @@ def test_transformers_is_asked_once_for_the_same_files(
 
 
 def test_a_later_command_imports_neither_transformers_nor_torch(hf_folder: Path, tmp_path: Path) -> None:
+    """The whole of it, from the text to the dataset."""
     program = (
-        "import sys; from spikingbrain_train.data.tokenizers import load_tokenizer;"
-        "print(load_tokenizer(sys.argv[1]).encode('x = 1'), 'transformers' in sys.modules)"
+        "import sys; from spikingbrain_train.data.command_line import preprocess_data;"
+        "code = preprocess_data(sys.argv[1:]);"
+        "print(code, [name in sys.modules for name in ('transformers', 'torch', 'megatron')])"
     )
-    said = [
-        subprocess.run(
-            [sys.executable, "-c", program, str(hf_folder)],
+    (tmp_path / "in.txt").write_text("x = 1")
+    arguments = ["--input", str(tmp_path / "in.txt"), "--tokenizer", str(hf_folder), "--workers", "1"]
+    arguments += ["--overwrite", "--output-prefix", str(tmp_path / "out/d")]
+    said, tokens = [], []
+    for _ in range(2):
+        run = subprocess.run(
+            [sys.executable, "-c", program, *arguments],
             env={"PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(sys.path), "XDG_CACHE_HOME": str(tmp_path)},
             capture_output=True,
             text=True,
             check=True,
-        ).stdout.split("]")
-        for _ in range(2)
-    ]
-    assert said[0][0] == said[1][0]
-    assert (said[0][1], said[1][1]) == (" True\n", " False\n")
+        )
+        said.append(run.stdout.splitlines()[-1])
+        tokens.append((tmp_path / "out/d.bin").read_bytes())
+    assert said[0].startswith("0 [True, ") and said[0].endswith("False]")
+    assert said[1] == "0 [False, False, False]"
+    assert tokens[0] == tokens[1]
 
 
 @pytest.mark.parametrize("damage", ["", "{", '{"vocab_size": 3}\n{}', "cut"])
