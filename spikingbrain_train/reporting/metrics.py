@@ -25,7 +25,7 @@ def read_metrics(output_dir: str | Path) -> list[dict[str, Any]]:
     Raises:
         DataError: there is no metrics file, or a line inside it is not a JSON object with an iteration.
     """
-    return [line for line in _read_lines(output_dir) if not is_event(line)]
+    return [line for line in read_lines(output_dir) if not is_event(line)]
 
 
 def read_events(output_dir: str | Path) -> list[dict[str, Any]]:
@@ -38,7 +38,7 @@ def read_events(output_dir: str | Path) -> list[dict[str, Any]]:
     Raises:
         DataError: as :func:`read_metrics`.
     """
-    return [line for line in _read_lines(output_dir) if is_event(line)]
+    return [line for line in read_lines(output_dir) if is_event(line)]
 
 
 def is_event(line: dict[str, Any]) -> bool:
@@ -55,7 +55,8 @@ def parse_line(line: str) -> dict[str, Any] | None:
     return found if isinstance(found, dict) and isinstance(found.get("iteration"), int) else None
 
 
-def _read_lines(output_dir: str | Path) -> list[dict[str, Any]]:
+def read_lines(output_dir: str | Path) -> list[dict[str, Any]]:
+    """Points and events in the order they were written; otherwise as :func:`read_metrics`."""
     path = Path(output_dir) / METRICS_FILE
     try:
         lines = path.read_text(encoding="utf-8").split("\n")

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from spikingbrain_train.errors import CheckpointError, DataError
-from spikingbrain_train.reporting.metrics import METRICS_FILE, read_events, read_metrics
+from spikingbrain_train.reporting.metrics import METRICS_FILE, is_event, read_lines
 from spikingbrain_train.storage.checkpoint_folder import (
     CHECKPOINT_FOLDER,
     RUN_CONFIG_FILE,
@@ -93,13 +93,15 @@ class Recording:
         Raises:
             DataError: there are no metrics, a line of them is damaged, or nothing has been reported yet.
         """
-        points = read_metrics(folder)
+        lines = read_lines(folder)
+        points = [line for line in lines if not is_event(line)]
         if not any(_is_number(value) for point in points for name, value in point.items() if "/" in name):
             raise DataError(
                 f"{Path(folder) / METRICS_FILE} holds no finite metric to draw yet; "
                 "train for at least logging.log_interval iterations."
             )
-        return cls(Path(folder), points, read_events(folder), _settings_in(Path(folder)))
+        events = [line for line in lines if is_event(line)]
+        return cls(Path(folder), points, events, _settings_in(Path(folder)))
 
     @property
     def stage(self) -> str | None:
@@ -208,14 +210,14 @@ class Recording:
         if axis is Axis.steps:
             return float(iteration)
         if axis is Axis.hours:
-            knots = [(point["iteration"], self.position(point, axis)) for point in self.points]
+            knots = self._hour_knots
         else:
             knots = self._token_knots
             if len(knots) == 1 and iteration > 0:
                 raise DataError(
                     f"{self.folder / METRICS_FILE} has no train/tokens; draw it with --x steps or --x hours"
                 )
-        return _interpolate(sorted(knots), iteration)
+        return _interpolate(knots, iteration)
 
     def end(self, axis: Axis) -> float:
         """Where the last point lies."""
@@ -226,7 +228,11 @@ class Recording:
         counted = {
             point["iteration"]: point["train/tokens"] for point in self.points if point.get("train/tokens")
         }
-        return [(0.0, 0.0), *counted.items()]
+        return sorted([(0.0, 0.0), *counted.items()])
+
+    @cached_property
+    def _hour_knots(self) -> list[tuple[float, float]]:
+        return sorted((point["iteration"], self.position(point, Axis.hours)) for point in self.points)
 
     @cached_property
     def _attempts(self) -> list[tuple[int, float, float]]:
@@ -268,7 +274,7 @@ def _is_number(value: object) -> bool:
 
 
 def _interpolate(knots: list[tuple[float, float]], x: float) -> float:
-    """Piecewise linear; beyond the last knot with the slope before it."""
+    """Piecewise linear through ascending knots; beyond the last one with the slope before it."""
     after = min(max(bisect_right(knots, (x, math.inf)), 1), len(knots) - 1)
     if after < 1:
         return knots[0][1] if knots else 0.0
