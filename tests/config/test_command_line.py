@@ -184,7 +184,7 @@ def test_a_wrong_run_is_refused_within_seconds_and_without_torch(tmp_path):
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     assert result.returncode == USER_ERROR
     (line,) = errors_of(result)
-    assert line.startswith("error: data.train=nowhere")
+    assert line.startswith("error: data.train[0]=nowhere")
     assert list(tmp_path.iterdir()) == []
     assert seconds < 2  # of the processor: half a second of work, whatever else the machine does
 
@@ -211,7 +211,7 @@ def test_under_torchrun_every_rank_ends_with_an_error_that_is_said_once(tmp_path
         timeout=120,
     )
     assert result.returncode != 0
-    assert result.stderr.count("error: data.train=nowhere") == 1
+    assert result.stderr.count("error: data.train[0]=nowhere") == 1
     assert "exitcode  : 2" in result.stderr and "exitcode  : -15" not in result.stderr
     assert list(tmp_path.iterdir()) == []
 
