@@ -6,7 +6,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -122,6 +122,11 @@ def import_checkpoint(
         report.ignored.append(
             f"{len(unused)} tensors such as {unused[0]}, which have no part in the new layers"
         )
+    for name in _too_long(recipe, source) if conversion is not None else []:
+        report.notes.append(
+            f"{name} of the recipe lists {len(getattr(recipe, name))} layers, of which the source has the "
+            f"first {source.num_layers}; {name}=[...] chooses others"
+        )
     report.notes += hf_notes + _notes(target, recipe, drawn=report.new_parameters > 0)
     companions = find_companion_files(hf_folder)
     report.notes += companions.left_behind
@@ -168,13 +173,8 @@ def _target(source: ModelConfig, conversion: ConversionConfig | None, hf_folder:
             f"{hf_folder} is a hybrid already and its layers are not converted again; leave --conversion out "
             "to keep them"
         )
-    for name in ("mixers", "feed_forwards"):
-        listed = getattr(conversion, name)
-        if len(listed) > source.num_layers and AND_SO_ON not in listed:
-            raise ConfigurationError(
-                f"the recipe's {name} lists {len(listed)} layers, but {hf_folder} has {source.num_layers}; "
-                f"set {name}=[...] to a shorter list, which is repeated until all layers have an entry"
-            )
+    for name in _too_long(conversion, source):
+        conversion = replace(conversion, **{name: getattr(conversion, name)[: source.num_layers]})
     target = with_layers(source, conversion)
     for kind in feed_forwards_of(target):
         kind.check_source(target)
@@ -184,6 +184,14 @@ def _target(source: ModelConfig, conversion: ConversionConfig | None, hf_folder:
             f"from; use at most {target.vocab_size}"
         )
     return target
+
+
+def _too_long(recipe: ConversionConfig, source: ModelConfig) -> list[str]:
+    """The lists of layers of which a source with fewer takes the first entries."""
+    lists = {"mixers": recipe.mixers, "feed_forwards": recipe.feed_forwards}
+    return [
+        name for name, listed in lists.items() if len(listed) > source.num_layers and AND_SO_ON not in listed
+    ]
 
 
 def _check_source(reader: SafetensorsReader, hf_format: HfFormat, source: ModelConfig) -> list[str]:
