@@ -28,6 +28,7 @@ from tests.scripts.allocation import SLURM, Allocation
 
 MODELS = {"models/SmolLM2-135M-Instruct": "llama", "models/Qwen2.5-7B": "qwen2"}
 """Folder that pages name -> family of the tiny model that lies there."""
+NPROC = "--nproc-per-node"
 GPUS_OF_A_NODE = 8
 SBATCH_OPTIONS = {"nodes", "dependency", "job-name", "partition", "parsable", "requeue", "time", "wait"}
 LARGEST = 10e6
@@ -62,7 +63,13 @@ class Workplace:
                 (self.folder / found[1]).write_text(block)
 
     def run(self, words: list[str], ranks: int = 1) -> Finished:
-        """Run a program of this project: ``spikingbrain-<command> ...``, ``-m <module> ...`` or a script."""
+        """Run a program of this project: ``spikingbrain-<command> ...``, ``-m <module> ...`` or a script.
+
+        With ``--nproc-per-node`` on two ranks, which are started here.
+        """
+        if ranks == 1 and NPROC in words and "dry_run=true" not in words:
+            flag = words.index(NPROC)
+            words, ranks = words[:flag] + words[flag + 2 :], 2
         words = [re.sub(r"[^ =]*/iter_\d+", self._newest, word) for word in words]
         if words[0].startswith("spikingbrain-"):
             words = ["-m", "spikingbrain_train", words[0].removeprefix("spikingbrain-"), *words[1:]]
@@ -137,7 +144,7 @@ def launched(words: list[str], folder: Path) -> tuple[list[str], int]:
     """
     if words[0] == "sbatch":
         return _submitted(words[1:], folder)
-    if words[1] == "--nproc-per-node":
+    if words[1] == NPROC:
         return words[3:], int(words[2])
     return words[1:], 1
 

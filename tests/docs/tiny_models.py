@@ -12,12 +12,14 @@ SHAPE = (
     *("num_key_value_heads", "max_position_embeddings", "tie_word_embeddings", "eos_token_id"),
 )
 """What the Llama takes of the Qwen2's config."""
+LAYERS = 28
+"""Of the Llama: as many as the pattern of the 76B form names."""
 CONTEXT = 131072
 """Positions, as many as the longest sequence of a page."""
 
 
 def make(family: str, folder: Path) -> None:
-    """A Qwen2 of four layers, or a Llama of its shape."""
+    """A Qwen2 of four layers, or a Llama as wide."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from tests.small_source import save_small_source
@@ -25,7 +27,8 @@ def make(family: str, folder: Path) -> None:
     save_small_source(folder)
     described = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": CONTEXT}
     if family == "llama":
-        config = LlamaConfig(**{name: described[name] for name in SHAPE}, bos_token_id=None)
+        shape = {name: described[name] for name in SHAPE} | {"num_hidden_layers": LAYERS}
+        config = LlamaConfig(**shape, bos_token_id=None)
         LlamaForCausalLM(config).save_pretrained(folder)
     else:
         (folder / "config.json").write_text(json.dumps(described))
