@@ -110,6 +110,7 @@ class Workplace:
             "pp2": parallel.pipeline_model_parallel_size > 1,
         }
         split = next((choice for choice, wanted in splits.items() if wanted), "single")
+        length = next(small for full, small in LONGEST.items() if stage.seq_length <= full)
         ranks = 1 if ranks == 1 else 2
         self._runs[config.output_dir] += 1  # started again it goes on
         small = {
@@ -121,7 +122,7 @@ class Workplace:
             "parallel.expert_model_parallel_size": min(2, parallel.expert_model_parallel_size),
             "parallel.use_distributed_optimizer": str(parallel.use_distributed_optimizer).lower(),
             "stage.train_iters": 2 * self._runs[config.output_dir],
-            "stage.seq_length": next(small for full, small in LONGEST.items() if stage.seq_length <= full),
+            "stage.seq_length": length + config.model.num_sink_tokens,  # text is left beside them
             "stage.micro_batch_size": 1,
             "stage.global_batch_size": 2,
             "stage.alignment.calibration_tokens": 64,

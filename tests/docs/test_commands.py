@@ -42,13 +42,14 @@ class Rule:
     """Where."""
 
 
-README, GUIDES = r"README\.md", r"docs/guides/.*"
+README, GUIDES, PICTURES = r"README\.md", r"docs/guides/.*", r"docs/pictures\.md"
 RULES = (
     Rule("spikingbrain-preprocess ", Way.SHORT),
     Rule("spikingbrain-convert ", Way.AS_IT_IS),
     Rule("spikingbrain-evaluate ", Way.SHORT),
     Rule("spikingbrain-generate ", Way.SHORT),
     Rule("spikingbrain-export ", Way.AS_IT_IS),
+    Rule("spikingbrain-plot ", Way.NOT_RUN, "its runs are no page's; tests/reporting draws such", PICTURES),
     Rule("spikingbrain-plot ", Way.AS_IT_IS),
     Rule("spikingbrain-plan ", Way.AS_IT_IS),
     Rule(r"spikingbrain-train .*(--help|dry_run=true|--cfg)", Way.AS_IT_IS),
