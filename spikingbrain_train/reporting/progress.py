@@ -51,6 +51,16 @@ class ProgressPrinter:
         self._widths: dict[str, int] = {}
         self.status = StatusLine(sys.stdout if stream is None else stream, clock)
 
+    def first_step(self, iteration: int, *, builds_kernels: bool) -> None:
+        """Show that ``iteration``, the first of this process, runs.
+
+        Args:
+            iteration: counted from 1.
+            builds_kernels: whether it builds and tunes kernels: on GPUs, for minutes where none are cached.
+        """
+        why = ": building and tuning kernels, which can take minutes" if builds_kernels else ""
+        self.status.show(f"iteration {iteration}/{self._total}, the first of this start{why} ...")
+
     def step(self, iteration: int) -> None:
         """Show that ``iteration`` is done."""
         self.status.show(f"iteration {iteration}/{self._total} ...")

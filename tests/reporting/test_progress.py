@@ -99,3 +99,13 @@ def test_terminal_status_is_not_rewritten_for_every_step() -> None:
     for iteration in range(1, 1001):  # a second's worth
         printer.step(iteration)
     assert terminal.getvalue().count("\r") <= 5
+
+
+def test_the_first_step_is_said_while_it_lasts_and_why_it_takes_long_on_a_gpu() -> None:
+    for builds_kernels, why in ((True, ": building and tuning kernels, which can take minutes"), (False, "")):
+        stream, now = io.StringIO(), [0.0]
+        printer = ProgressPrinter(100, stream=stream, clock=lambda now=now: now[0])
+        printer.first_step(41, builds_kernels=builds_kernels)
+        now[0] = 190.0
+        printer.status.tick()
+        assert stream.getvalue() == f"iteration 41/100, the first of this start{why} ... 3m 10s\n"

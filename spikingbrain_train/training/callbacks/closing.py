@@ -6,6 +6,7 @@ import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 
 from spikingbrain_train.architecture.layers import feed_forwards_of, layers, mixers_of
 from spikingbrain_train.config.model import ModelConfig
@@ -25,14 +26,13 @@ class Closing(Callback):
 
     def start(self) -> None:
         self._began = time.monotonic()
-        self._first = self._reported = self.run.state.iteration
-        self._seconds = 0.0
+        self._first = self.run.state.iteration
+        self._speeds: list[float] = []
         self._checkpoint: Path | None = None
 
     def log(self, report: Report) -> None:
-        if report.seconds_per_iteration is not None:
-            self._seconds += (report.iteration - self._reported) * report.seconds_per_iteration
-            self._reported = report.iteration
+        if report.seconds_per_iteration:
+            self._speeds.append(self._tokens_per_step / report.seconds_per_iteration)
 
     def after_save(self, folder: Path) -> None:
         self._checkpoint = folder
@@ -43,11 +43,16 @@ class Closing(Callback):
             run.console.rows([*self._results(), ("checkpoint", str(self._checkpoint))])
             run.console.rows([*self._next()], wrapped=False)
 
+    @property
+    def _tokens_per_step(self) -> int:
+        return self.run.config.stage.global_batch_size * self.run.config.stage.seq_length
+
     def _results(self) -> Iterator[tuple[str, str]]:
-        run, stage = self.run, self.run.config.stage
+        run = self.run
         steps = run.state.iteration - self._first
-        tokens = steps * stage.global_batch_size * stage.seq_length
-        speed = f", {tokens / self._seconds:,.0f} tokens/s in its steps" if self._seconds > 0 else ""
+        tokens = steps * self._tokens_per_step
+        # The first step builds and tunes kernels, for minutes on a GPU: the median does not ask about it.
+        speed = f", {median(self._speeds):,.0f} tokens/s (median of its reports)" if self._speeds else ""
         elapsed = format_duration(time.monotonic() - self._began)
         yield "finished", f"{steps:,} steps, {quantity(tokens)} tokens in {elapsed}{speed}"
         points = read_metrics(run.config.output_dir)

@@ -13,9 +13,16 @@ class ProgressLines(Callback):
 
     def __init__(self) -> None:
         self._watched = ExitStack()
+        self._is_first_step = True
 
     def start(self) -> None:
         self._watched.enter_context(self.run.console.progress.watched())
+
+    def step_begin(self) -> None:
+        if self._is_first_step and self.run.groups.is_main_process:
+            on_gpu = self.run.groups.device.type != "cpu"
+            self.run.console.progress.first_step(self.run.state.iteration + 1, builds_kernels=on_gpu)
+        self._is_first_step = False
 
     def step_end(self) -> None:
         if self.run.groups.is_main_process:
