@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spikingbrain_train.config.load import load_run_config
-from spikingbrain_train.config.run import RunConfig
+from spikingbrain_train.config.run import RunConfig, StageConfig
 from spikingbrain_train.conversion.report import REPORT_FILE
-from spikingbrain_train.errors import SpikingBrainError
-from spikingbrain_train.planning.stages.registry import STAGES
+from spikingbrain_train.errors import ConfigurationError, SpikingBrainError
+from spikingbrain_train.planning.stages.registry import kind_of
 from spikingbrain_train.reporting.metrics import read_events
 from spikingbrain_train.reporting.quantities import quantity
 from spikingbrain_train.storage.checkpoint_folder import (
@@ -100,9 +100,14 @@ def _trained(checkpoint: Path) -> tuple[Step, Path | None]:
     load = _loaded(checkpoint, run)
     if load is None:
         did += f", from random weights (seed {run.seed})"
-    teaches = stage.kind not in STAGES or STAGES[stage.kind].needs_teacher(stage)
-    teacher = stage.teacher if teaches else None
-    return Step(str(checkpoint), did, teacher, _day(checkpoint / RUN_CONFIG_FILE)), load
+    return Step(str(checkpoint), did, _teacher(stage), _day(checkpoint / RUN_CONFIG_FILE)), load
+
+
+def _teacher(stage: StageConfig) -> str | None:
+    try:
+        return stage.teacher if kind_of(stage).needs_teacher(stage) else None
+    except ConfigurationError:  # a kind of a plugin that is not named here
+        return stage.teacher
 
 
 def _loaded(checkpoint: Path, run: RunConfig) -> Path | None:
