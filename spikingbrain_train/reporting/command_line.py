@@ -112,6 +112,10 @@ def plot(arguments: Sequence[str] | None = None) -> None:
     with user_errors():
         if parsed.smooth is not None and parsed.smooth < 1:
             raise ConfigurationError(f"--smooth is {parsed.smooth}; give at least 1")
+        if parsed.panels == []:
+            raise ConfigurationError(f"--panels is empty; name some of {', '.join(PANELS)}, or leave it out")
+        if not all(parsed.metric):
+            raise ConfigurationError("--metric is empty; name a metric, e.g. train/grad_norm, or leave it out")
         dense = None if parsed.dense_cross_entropy is None else DenseLine.read(parsed.dense_cross_entropy)
         lines = plot_runs(
             parsed.output_dirs,

@@ -62,10 +62,15 @@ def read_lines(output_dir: str | Path) -> list[dict[str, Any]]:
         lines = path.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError as error:
         raise DataError(
-            f"{path} does not exist; name the output_dir of a run that has logged metrics."
+            f"{path} does not exist{_near_runs(Path(output_dir))}; name the output_dir of a run that has "
+            "logged metrics"
         ) from error
+    except NotADirectoryError as error:
+        raise DataError(f"{output_dir} is a file; name the output_dir of the run, a folder") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not text, so no run wrote it; name the output_dir of another") from error
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}).") from error
+        raise DataError(f"{path} cannot be read ({error.strerror}); name the output_dir of a run") from error
     *complete, _unfinished = lines
     found = []
     for number, line in enumerate(complete, start=1):
@@ -74,3 +79,14 @@ def read_lines(output_dir: str | Path) -> list[dict[str, Any]]:
             raise DataError(f"{path}, line {number} is not a metrics point; remove that line.")
         found.append(parsed)
     return found
+
+
+def _near_runs(folder: Path) -> str:
+    """Which folders around one without metrics have some, as the middle of a sentence."""
+    runs = [str(path.parent) for path in sorted(folder.glob(f"*/{METRICS_FILE}"))]
+    if not runs and (folder.parent / METRICS_FILE).is_file():
+        runs = [str(folder.parent)]
+    if not runs:
+        return ""
+    shown, more = runs[:4], len(runs) - 4
+    return f", but there is one in {', '.join(shown)}" + (f" and {more} more" if more > 0 else "")

@@ -62,6 +62,38 @@ def test_help_and_refusals_import_neither_torch_nor_matplotlib(tmp_path: Path, a
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["."], "metrics.jsonl does not exist, but there is one in one, other; name the output_dir of a run"),
+        (["one/tensorboard"], "one/tensorboard/metrics.jsonl does not exist, but there is one in one; name"),
+        (["one/metrics.jsonl"], "one/metrics.jsonl is a file; name the output_dir of the run, a folder"),
+        (["damaged/run"], "damaged/run/metrics.jsonl is not text, so no run wrote it"),
+        (["damaged/folder"], "damaged/folder/metrics.jsonl cannot be read (Is a directory); name"),
+        (["one", "--panels", ""], "--panels is empty; name some of loss, "),
+        (["one", "--panels", " , "], "--panels is empty; name some of loss, "),
+        (["one", "--metric", ""], "--metric is empty; name a metric, e.g. train/grad_norm, or leave it out"),
+    ],
+)
+def test_what_holds_no_run_and_what_names_nothing_is_one_sentence(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    sentence: str,
+) -> None:
+    write_run(tmp_path / "one"), write_run(tmp_path / "other")
+    (tmp_path / "one" / "tensorboard").mkdir()
+    (tmp_path / "damaged" / "run").mkdir(parents=True)
+    (tmp_path / "damaged" / "run" / "metrics.jsonl").write_bytes(b"\x8c\xff\n")
+    (tmp_path / "damaged" / "folder" / "metrics.jsonl").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        plot(arguments)
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and sentence in said and said.count("\n") == 1
+
+
 def test_the_door_in_tools_opens(tmp_path: Path) -> None:
     command = [sys.executable, str(REPOSITORY / "tools" / "plot_metrics.py"), "nowhere"]
     env = {"PYTHONPATH": str(REPOSITORY)}
