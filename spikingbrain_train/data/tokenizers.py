@@ -233,7 +233,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             f"there is no tokenizer at {path}: give a local Hugging Face tokenizer folder or a sentencepiece "
             ".model file"
         )
-    found = [name for name in _HUGGING_FACE_FILES if (path / name).is_file()]
+    found = tokenizer_files(path)
     if not found:
         raise DataError(
             f"the folder {path} holds no tokenizer files: give a folder with tokenizer.json and "
@@ -242,6 +242,14 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if found == [_SENTENCEPIECE_FILE]:
         return SentencePieceTokenizer(path / _SENTENCEPIECE_FILE)
     return HuggingFaceTokenizer(path)
+
+
+def tokenizer_files(folder: Path) -> list[str]:
+    """Names of the files in ``folder`` that can be of a tokenizer.
+
+    Without any, transformers makes up a tokenizer of the model's class that knows no word.
+    """
+    return [name for name in _HUGGING_FACE_FILES if (folder / name).is_file()]
 
 
 def was_made_by(fingerprint: str, tokenizer: Tokenizer) -> bool:

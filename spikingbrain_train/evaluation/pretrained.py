@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from spikingbrain_train.data.quiet_transformers import quiet_transformers
 from spikingbrain_train.data.tokenizer_folder import first_line, read_tokenizer_folder
+from spikingbrain_train.data.tokenizers import tokenizer_files
 from spikingbrain_train.errors import CheckpointError, DataError
 from spikingbrain_train.evaluation.folder_checks import check_folder, keep_to_local_kernels
 
@@ -71,8 +72,14 @@ def load_text_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         DataError: there is none that transformers can load.
     """
+    folder = Path(folder)
+    if folder.is_dir() and not tokenizer_files(folder):
+        raise DataError(
+            f"{folder} holds no tokenizer files; copy those of the source model into it, or name a folder "
+            "that has them with --tokenizer"
+        )
     try:
-        return read_tokenizer_folder(Path(folder))
+        return read_tokenizer_folder(folder)
     except Exception as error:
         raise DataError(
             f"{folder} holds no tokenizer that transformers can load ({first_line(error)}); copy the "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,17 @@ def test_command_line_streams_and_writes_the_result(
     assert out.startswith(written["text"]) and written["text"].startswith(PROMPT)
     assert f"{written['prompt_tokens']} tokens read, {written['new_tokens']} written at" in out
     assert "cache: " in out
+
+
+def test_a_folder_without_a_tokenizer_is_not_taken_for_an_empty_prompt(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(source, bare, ignore=shutil.ignore_patterns("tokenizer*", "special_tokens_map.json"))
+    with pytest.raises(SystemExit) as ended:
+        generate(["--model", str(bare), "--prompt", PROMPT, "--device", "cpu"])
+    assert ended.value.code == 2
+    assert f"error: {bare} holds no tokenizer files; copy those of the source" in capsys.readouterr().err
 
 
 def test_empty_prompt_is_refused(source: Path) -> None:
