@@ -251,6 +251,9 @@ def _prepare_evaluation(arguments: argparse.Namespace) -> Callable[[], None]:
 def _evaluate(arguments: argparse.Namespace) -> None:
     model = _load_model(arguments)
     with activity("opening the data"):
+        from spikingbrain_train.runtime.quiet_torch import ignore_megatron_warnings
+
+        ignore_megatron_warnings()  # before megatron-core, which comes with the loss
         from spikingbrain_train.data.gpt_dataset import open_valid_dataset
         from spikingbrain_train.data.indexed import check_same_tokenizer
         from spikingbrain_train.data.tokenizers import load_tokenizer

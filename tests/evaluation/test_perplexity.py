@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -107,6 +109,18 @@ def test_command_line_prints_and_writes_the_numbers(
     assert numbers["cross_entropy"] == pytest.approx(expected, rel=1e-6)
     assert (numbers["tokens"], numbers["windows"]) == (tokens, 2) and tokens == 2 * SEQ_LENGTH
     assert f"cross entropy  {expected:.4f} nats per token" in capsys.readouterr().out
+
+
+def test_the_command_is_silent_about_what_megatron_core_lacks(source: Path, prefix: str) -> None:
+    options = ["--data", prefix, "--seq-length", str(SEQ_LENGTH), "--device", "cpu"]
+    ended = subprocess.run(
+        [sys.executable, "-m", "spikingbrain_train", "evaluate", "--model", str(source), *options],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).resolve().parents[2],
+    )
+    assert ended.returncode == 0 and "cross entropy" in ended.stdout
+    assert "Apex" not in ended.stderr and "megatron" not in ended.stderr
 
 
 def load(folder: Path) -> PreTrainedModel:
