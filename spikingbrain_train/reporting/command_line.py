@@ -115,7 +115,7 @@ def plot(arguments: Sequence[str] | None = None) -> None:
         if parsed.panels == []:
             raise ConfigurationError(f"--panels is empty; name some of {', '.join(PANELS)}, or leave it out")
         if not all(parsed.metric):
-            raise ConfigurationError("--metric is empty; name a metric, e.g. train/grad_norm, or leave it out")
+            raise ConfigurationError("--metric is empty; name one, e.g. train/grad_norm, or leave it out")
         dense = None if parsed.dense_cross_entropy is None else DenseLine.read(parsed.dense_cross_entropy)
         lines = plot_runs(
             parsed.output_dirs,

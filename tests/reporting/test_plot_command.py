@@ -72,7 +72,7 @@ def test_help_and_refusals_import_neither_torch_nor_matplotlib(tmp_path: Path, a
         (["damaged/folder"], "damaged/folder/metrics.jsonl cannot be read (Is a directory); name"),
         (["one", "--panels", ""], "--panels is empty; name some of loss, "),
         (["one", "--panels", " , "], "--panels is empty; name some of loss, "),
-        (["one", "--metric", ""], "--metric is empty; name a metric, e.g. train/grad_norm, or leave it out"),
+        (["one", "--metric", ""], "--metric is empty; name one, e.g. train/grad_norm, or leave it out"),
     ],
 )
 def test_what_holds_no_run_and_what_names_nothing_is_one_sentence(
