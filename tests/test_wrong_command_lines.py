@@ -105,7 +105,7 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     (("convert_checkpoint", *EXPORT[:2], "nowhere", "--output", "out"), "nowhere is not a folder"),
     (("convert_checkpoint", "inspect", "nowhere"), "nowhere is not a folder"),
     (("convert_checkpoint", "inspect", "broken"), "cannot be read as JSON"),
-    (("convert_checkpoint", "inspect", "checkpoint"), "latest_checkpointed_iteration.txt"),
+    (("convert_checkpoint", "inspect", "checkpoint"), "error: checkpoint is neither a Hugging Face folder"),
     (
         ("convert_checkpoint", "import", "--hf", "other", "--output", "out"),
         "MistralForCausalLM is not supported",

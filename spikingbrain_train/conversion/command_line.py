@@ -24,10 +24,10 @@ from spikingbrain_train.conversion.formats.registry import format_of_config, for
 from spikingbrain_train.conversion.hf_folder import read_weight_map
 from spikingbrain_train.conversion.output_folder import check_output_folder
 from spikingbrain_train.conversion.window_convention import WindowConvention
-from spikingbrain_train.errors import ConfigurationError
+from spikingbrain_train.errors import CheckpointError, ConfigurationError
 from spikingbrain_train.reporting.activity import activity
 from spikingbrain_train.storage.checkpoint_folder import LATEST_ITERATION_FILE
-from spikingbrain_train.storage.checkpoint_paths import resolve_checkpoint
+from spikingbrain_train.storage.checkpoint_paths import holds_checkpoint, resolve_checkpoint
 from spikingbrain_train.storage.hf_config_file import CONFIG_FILE, load_config_json
 
 _DESCRIPTION = """\
@@ -340,7 +340,13 @@ def _inspect(arguments: argparse.Namespace) -> str:
         load_config_json(arguments.folder)
         read_weight_map(arguments.folder)
     else:
-        read_stored_model(resolve_checkpoint(arguments.folder))
+        if arguments.folder.is_dir() and not holds_checkpoint(arguments.folder):
+            raise CheckpointError(
+                f"{arguments.folder} is neither a Hugging Face folder, which has a config.json, nor a "
+                "Megatron checkpoint, which is a folder with latest_checkpointed_iteration.txt, an iter_* folder "
+                "in it or the output_dir of a run; name one of them"
+            )
+        read_stored_model(resolve_checkpoint(arguments.folder, "folder"))
     with activity("importing torch"):
         from spikingbrain_train.conversion.inspect_checkpoint import inspect_checkpoint
 
