@@ -343,8 +343,8 @@ def _inspect(arguments: argparse.Namespace) -> str:
         if arguments.folder.is_dir() and not holds_checkpoint(arguments.folder):
             raise CheckpointError(
                 f"{arguments.folder} is neither a Hugging Face folder, which has a config.json, nor a "
-                "Megatron checkpoint, which is a folder with latest_checkpointed_iteration.txt, an iter_* folder "
-                "in it or the output_dir of a run; name one of them"
+                "Megatron checkpoint, which is a folder with latest_checkpointed_iteration.txt, an iter_* "
+                "folder in it or the output_dir of a run; name one of them"
             )
         read_stored_model(resolve_checkpoint(arguments.folder, "folder"))
     with activity("importing torch"):
