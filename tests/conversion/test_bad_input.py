@@ -285,7 +285,7 @@ def test_a_recipe_that_does_not_fit(hf_checkpoint: HFCheckpoint, tmp_path: Path)
     with pytest.raises(ConfigurationError, match="sliding_window=0 must be at least 1"):
         import_checkpoint(source, tmp_path / "out", ConversionConfig(sliding_window=0))
     with pytest.raises(ConfigurationError, match="mixers"):
-        import_checkpoint(source, tmp_path / "out", ConversionConfig(mixers=["gla"] * 3))
+        import_checkpoint(source, tmp_path / "out", ConversionConfig(mixers=[]))
     with pytest.raises(ConfigurationError, match=r"upcycling\.reinit_fraction=2 must be between 0"):
         recipe = ConversionConfig(upcycling=UpcyclingConfig(reinit_fraction=2))
         import_checkpoint(source, tmp_path / "out", recipe)

@@ -186,6 +186,7 @@ def _whole_batches(case: Case, text: int, rank: int, size: int) -> Iterator[Any]
             "labels": tokens[rows, 1:],
             "loss_mask": mask[rows],
             "cu_seqlens": bounds[rows] if case.packed else None,
+            "datasets": None,
         }
 
 
