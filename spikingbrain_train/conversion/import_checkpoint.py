@@ -96,10 +96,10 @@ def import_checkpoint(
     started = time.monotonic()
     hf_format, source = read_hf_config(hf_folder, window_convention)
     hf_notes = hf_format.notes_on_import(hf_folder, load_config_json(hf_folder), source, window_convention)
-    target = _target(source, conversion, hf_folder)
-    check_model(target)
     if conversion is not None:
         check_fields(conversion)
+    target = _target(source, conversion, hf_folder)
+    check_model(target)
     reader = SafetensorsReader(hf_folder)
     ignored = _check_source(reader, hf_format, source)
     recipe = conversion or ConversionConfig()  # without one the source is copied, and none of it is used

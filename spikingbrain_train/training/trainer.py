@@ -50,7 +50,7 @@ from spikingbrain_train.training.optimizer import (
     update_weights,
 )
 from spikingbrain_train.training.report import Report
-from spikingbrain_train.training.run_details import append_detail, heading
+from spikingbrain_train.training.run_details import heading
 from spikingbrain_train.training.stages.build import stage_class
 from spikingbrain_train.training.stages.losses import StepLosses
 from spikingbrain_train.training.training_state import TrainingState
@@ -80,9 +80,7 @@ def run(config: RunConfig) -> None:
                 for warning in filter(None, (slow, large, *data)):
                     print(warning, flush=True)
             with locked_output_dir(config.output_dir, groups):
-                if groups.is_main_process:
-                    append_detail(config.output_dir, f"{heading()}\n{choice.describe()}")
-                trainer = Trainer(settled, groups)
+                trainer = Trainer(settled, groups, details=[heading(), choice.describe()])
                 heartbeats.follow(lambda: trainer.state.iteration)
                 finished = trainer.train()
             if not finished and groups.world_size > 1:
@@ -101,10 +99,16 @@ class Trainer:
         config: the run; its precision is settled (see :func:`run`).
         groups: process groups, already formed.
         more_callbacks: beside our own and those that the config names.
+        details: what run_details.txt begins with.
     """
 
     def __init__(
-        self, config: RunConfig, groups: ProcessGroups, more_callbacks: Sequence[Callback] = ()
+        self,
+        config: RunConfig,
+        groups: ProcessGroups,
+        more_callbacks: Sequence[Callback] = (),
+        *,
+        details: Sequence[str] = (),
     ) -> None:
         self.config = config
         self.groups = groups
@@ -126,14 +130,12 @@ class Trainer:
         kernels = kernels_of(config, accelerator)
         chosen = choose_kernels(config, kernels, accelerator)
         self.console.rows(chosen.rows(on_gpu=accelerator.is_gpu))
-        for line in (accelerator.describe(), groups.describe(), patches.describe(accelerator)):
-            self.console.detail(line)
-        self.console.detail(chosen.describe())
         with self.activity("building and loading the model"):
             self.stage = kind.build(config, kernels, groups)
             student = build_student(config, kernels, groups, resuming=resuming)
         self.stage.freeze(student)
-        self.console.detail(describe_parameters(student))
+        details = [*details, accelerator.describe(), groups.describe(), patches.describe(accelerator)]
+        details += [chosen.describe(), describe_parameters(student)]
         self.model = wrap_data_parallel(student, config.parallel)
         optimizer = build_optimizer(config.optimizer, config.parallel, config.precision, self.model)
         scheduler = build_scheduler(config.optimizer, config.stage.train_iters, optimizer)
@@ -144,6 +146,9 @@ class Trainer:
             self.beginning = resumed(stored, config, self.state.consumed_samples, facts)
         else:
             self.beginning = started(config, facts)
+        # Here: a run that is refused leaves no file.
+        for line in details:
+            self.console.detail(line)
         self.console.rows(self.beginning.rows)
         self.console.rows([("note", each.describe()) for each in unread_settings(config)])
 
