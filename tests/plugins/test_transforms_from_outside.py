@@ -23,6 +23,7 @@ from spikingbrain_train.config.parallel import KernelConfig, ParallelConfig, Par
 from spikingbrain_train.config.run import Precision, RunConfig
 from spikingbrain_train.config.sections import with_sections
 from spikingbrain_train.planning.activations import layer_activations, layer_weight_copies
+from spikingbrain_train.planning.plan_report.report import render
 from spikingbrain_train.planning.planner import plan_run
 from tests.distributed.gradients import CASES, Case, assemble, loss_and_gradients
 from tests.distributed.pool import RankPool
@@ -241,7 +242,7 @@ def test_a_plan_tells_of_it_and_its_teacher_is_without() -> None:
     model = with_rounding(replace(MODEL, spiking=SPIKES), [Projection.mlp_fc1, Projection.qkv])
     check_model(model)
     run = with_sections(RunConfig)(**vars(run_config(Path("unused"), Path("unused"), model=model)))
-    lines = plan_run(run, 1).render().splitlines()
+    lines = render(plan_run(run, 1)).splitlines()
     spikes = next(number for number, line in enumerate(lines) if "spikes with k 3 in front of" in line)
     assert lines[spikes + 1].strip() == "weights of mlp_fc1, qkv rounded"
     assert without_transforms(model) == with_rounding(MODEL, [])
