@@ -30,21 +30,21 @@ def facts(rows: Sequence[tuple[str, str]], width: int) -> list[str]:
     return lines
 
 
-def table(rows: Sequence[Sequence[str]], left: int) -> list[str]:
-    """A header, a rule and rows under it.
-
-    Args:
-        rows: cells; the first row is the header.
-        left: so many columns are set flush left, the others flush right.
-    """
+def aligned(rows: Sequence[Sequence[str]], left: int) -> list[str]:
+    """Rows of cells, so many columns of them set flush left, the others flush right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    text = [
+    return [
         "  ".join(
             cell.ljust(width) if column < left else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
     ]
+
+
+def table(rows: Sequence[Sequence[str]], left: int) -> list[str]:
+    """:func:`aligned` rows, of which the first is the header, with a rule under it."""
+    text = aligned(rows, left)
     return [text[0], "-" * max(map(len, text)), *text[1:]]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 from spikingbrain_train.errors import DataError
 from spikingbrain_train.reporting.activity import format_duration
@@ -12,6 +11,7 @@ from spikingbrain_train.reporting.plots.marks import continuations
 from spikingbrain_train.reporting.plots.recording import Axis
 from spikingbrain_train.reporting.plots.rows import Row, Run
 from spikingbrain_train.reporting.plots.style import count_text
+from spikingbrain_train.reporting.tables import aligned
 
 
 def summary(row: Row) -> list[str]:
@@ -59,18 +59,7 @@ def _table(row: Row) -> list[str]:
                 *(f"{values[word]:.4f}" if word in values else "" for word in words),
             ]
         )
-    return _aligned(lines)
-
-
-def _aligned(lines: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return [
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
+    return aligned(lines, left=1)
 
 
 def _end(run: Run, axis: Axis) -> float | None:
