@@ -13,7 +13,7 @@ from typing import Any
 from spikingbrain_train.config.command_line import called_as
 from spikingbrain_train.data.lengths import DatasetDescription, describe_dataset, text_histogram
 from spikingbrain_train.data.preprocess import plan_preprocessing, preprocess
-from spikingbrain_train.data.preprocess_options import PreprocessOptions
+from spikingbrain_train.data.preprocess_options import DOMAIN_SOURCES, PreprocessOptions
 from spikingbrain_train.data.preprocess_report import length_table
 from spikingbrain_train.errors import ConfigurationError, SpikingBrainError
 from spikingbrain_train.reporting.plots.picture import format_of
@@ -33,6 +33,10 @@ examples:
   # some 100,000 tokens held out, lengths of documents as a picture
   spikingbrain-preprocess --input corpus.jsonl --tokenizer models/Qwen2.5-7B --output-prefix data/corpus \\
       --valid-tokens 100000 --plot lengths.png
+
+  # the domain of every document, by which long samples can be packed (data.pack_by_domain=true)
+  spikingbrain-preprocess --input 'corpus/*.jsonl.zst' --domain-key source --tokenizer models/Qwen2.5-7B \\
+      --output-prefix data/corpus
 
   # how long the documents of datasets are that exist already, also those of Megatron-LM
   spikingbrain-preprocess --describe data/corpus_train data/corpus_valid --plot lengths.png
@@ -80,6 +84,18 @@ def preprocess_parser() -> argparse.ArgumentParser:
         metavar="FIELD",
         help="JSON field that holds a list of messages (role and content, or from and value) instead, of "
         "which the tokenizer's chat template makes text; every token is trained on",
+    )
+    parser.add_argument(
+        "--domain-key",
+        metavar="FIELD",
+        help="JSON field that names the domain of a document (meta.source: one inside another), stored for "
+        "data.pack_by_domain",
+    )
+    parser.add_argument(
+        "--domain-from",
+        choices=DOMAIN_SOURCES,
+        help="take the file, or the folder, that a document lies in as its domain; beside --domain-key for "
+        "documents without fields",
     )
     parser.add_argument(
         "--valid-fraction",

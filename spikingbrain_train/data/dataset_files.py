@@ -7,8 +7,13 @@ from pathlib import Path
 
 SUFFIXES = (".bin", ".idx", ".json")
 """The files of one dataset, in the order in which they are put in place."""
+DOMAINS_SUFFIX = ".domains.npy"
+"""Which domain each document is of, where that was asked for (:mod:`~spikingbrain_train.data.domains`)."""
+OPTIONAL_SUFFIXES = (DOMAINS_SUFFIX,)
+"""Files that only some datasets have; they are put in place, or older ones removed, before the others."""
+ALL_SUFFIXES = (*OPTIONAL_SUFFIXES, *SUFFIXES)
 
 
 def existing_files(prefix: str | Path) -> list[str]:
     """Files of a dataset that already lie at ``prefix``."""
-    return [f"{prefix}{suffix}" for suffix in SUFFIXES if os.path.exists(f"{prefix}{suffix}")]
+    return [f"{prefix}{suffix}" for suffix in ALL_SUFFIXES if os.path.exists(f"{prefix}{suffix}")]

@@ -13,6 +13,7 @@ import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -62,6 +63,8 @@ class RawDocument:
     """Bytes of the source file (as stored, so compressed ones where it is compressed) read up to here."""
     piece: int | None = None
     """Its number, from 1, among the documents that one text file was cut into; None for a whole one."""
+    file: str = ""
+    """Path of the file that it lies in, as given, or ``pydoc-topics``."""
 
     def text(self, text_key: str, render: Callable[[Any], str] | None = None) -> str:
         """The document's text, which is never empty and always encodable as UTF-8.
@@ -74,13 +77,7 @@ class RawDocument:
         Raises:
             DataError: names :attr:`origin` and says what is wrong there.
         """
-        try:
-            decoded = self.payload.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{self.origin}: not valid UTF-8 (byte {error.start}): convert the file to UTF-8"
-            ) from error
-        text = self._field(decoded, text_key, render) if self.is_json else decoded
+        text = self._field(text_key, render) if self.is_json else self._decoded
         if not text or text.isspace():
             raise EmptyDocumentError(f"{self.origin}: the document is empty: remove it")
         try:
@@ -92,7 +89,44 @@ class RawDocument:
             ) from error
         return text
 
-    def _field(self, line: str, text_key: str, render: Callable[[Any], str] | None) -> str:
+    def label(self, key: str) -> str:
+        """What the JSON document holds under ``key``, a short text or a whole number, as text.
+
+        Args:
+            key: a field, or one inside others: ``meta.source``.
+
+        Raises:
+            DataError: there is no such field, or something else in it.
+        """
+        value: Any = self._record
+        for name in [key] if key in self._record else key.split("."):
+            if not isinstance(value, dict) or name not in value:
+                fields = ", ".join(sorted(self._record)[:8]) or "none"
+                raise DataError(
+                    f"{self.origin}: no field {key!r} (fields: {fields}): name another with --domain-key, or "
+                    "take --domain-from file"
+                )
+            value = value[name]
+        if isinstance(value, bool) or not isinstance(value, (str, int)) or not str(value).strip():
+            raise DataError(
+                f"{self.origin}: the field {key!r} names no domain, which is a text or a whole number: name "
+                "another with --domain-key"
+            )
+        return str(value)
+
+    @cached_property
+    def _decoded(self) -> str:
+        try:
+            return self.payload.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{self.origin}: not valid UTF-8 (byte {error.start}): convert the file to UTF-8"
+            ) from error
+
+    @cached_property
+    def _record(self) -> dict[str, Any]:
+        """The JSON object of the line."""
+        line = self._decoded
         if not line or line.isspace():
             raise EmptyDocumentError(
                 f"{self.origin}: the line is empty: remove it, every line holds one JSON object"
@@ -111,6 +145,10 @@ class RawDocument:
                 f"{self.origin}: a JSON {type(record).__name__} instead of an object: every line holds one "
                 "object"
             )
+        return record
+
+    def _field(self, text_key: str, render: Callable[[Any], str] | None) -> str:
+        record = self._record
         flag = "--text-key" if render is None else "--chat-key"
         if text_key not in record:
             fields = ", ".join(sorted(record)[:8]) or "none"
@@ -179,7 +217,7 @@ class Source:
                     for number, line in enumerate(_lines(blocks), start=1):
                         if number == 1:
                             line = line.removeprefix(b"\xef\xbb\xbf")  # byte-order mark
-                        yield RawDocument(f"{self.name}:{number}", line, True, file.tell())
+                        yield RawDocument(f"{self.name}:{number}", line, True, file.tell(), file=self.name)
                 else:
                     content = b"".join(blocks).removeprefix(b"\xef\xbb\xbf")
                     if content.strip():
@@ -319,14 +357,15 @@ def _lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
 
 def _text_documents(name: str, content: bytes, position: int, max_chars: int | None) -> Iterator[RawDocument]:
     if max_chars is None:
-        yield RawDocument(name, content, False, position)
+        yield RawDocument(name, content, False, position, file=name)
         return
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{name}: not valid UTF-8 (byte {error.start}): convert the file to UTF-8") from error
     for number, piece in enumerate(cut_text(text, max_chars), start=1):
-        yield RawDocument(f"{name}#{number}", piece.encode("utf-8"), False, position, piece=number)
+        payload = piece.encode("utf-8")
+        yield RawDocument(f"{name}#{number}", payload, False, position, piece=number, file=name)
 
 
 def cut_text(text: str, max_chars: int) -> Iterator[str]:
@@ -357,7 +396,7 @@ def _pydoc_topics() -> Iterator[RawDocument]:
     for key in sorted(topics):
         payload = topics[key].encode("utf-8")
         position += len(payload)
-        yield RawDocument(f"{PYDOC_TOPICS}:{key}", payload, False, position)
+        yield RawDocument(f"{PYDOC_TOPICS}:{key}", payload, False, position, file=PYDOC_TOPICS)
 
 
 def _pydoc_size() -> int:

@@ -12,13 +12,17 @@ import json
 import logging
 import os
 from array import array
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from spikingbrain_train.data.dataset_files import SUFFIXES, existing_files
+from spikingbrain_train.data.dataset_files import ALL_SUFFIXES, DOMAINS_SUFFIX, SUFFIXES, existing_files
+from spikingbrain_train.data.domains import DTYPE as DOMAIN_DTYPE
+from spikingbrain_train.data.domains import DomainTable
 from spikingbrain_train.data.token_file import TokenFile, document_starts
 from spikingbrain_train.data.token_ids import check_token_ids
 from spikingbrain_train.data.tokenizers import Tokenizer, was_made_by
@@ -63,6 +67,8 @@ class DatasetInfo:
     """Number of tokens, end-of-sequence tokens included."""
     text_bytes: int
     """UTF-8 bytes of the texts."""
+    domains: list[str] | None = None
+    """Names of the domains that ``<prefix>.domains.npy`` counts; None where none are stored."""
 
 
 class IndexedDatasetWriter:
@@ -72,15 +78,24 @@ class IndexedDatasetWriter:
         prefix: path of the finished dataset without suffix.
         tokenizer: the tokenizer that makes the tokens; its vocabulary decides between uint16 and int32.
         staging: existing folder on the same file system as ``prefix``; the caller removes it.
+        domains: names of the domains of documents, which are stored then; None where they are not.
     """
 
-    def __init__(self, prefix: str | Path, tokenizer: Tokenizer, staging: Path) -> None:
+    def __init__(
+        self,
+        prefix: str | Path,
+        tokenizer: Tokenizer,
+        staging: Path,
+        domains: DomainTable | None = None,
+    ) -> None:
         self.prefix = str(prefix)
         self._tokenizer = tokenizer
         self._staged = str(staging / Path(prefix).name)
         self.dtype = token_dtype(tokenizer.vocab_size)
         self._tokens = open(self._staged + ".bin", "wb")  # noqa: SIM115  (closed by finish or close)
         self._lengths = array("i")
+        self._table = domains
+        self._domains = array("H")
         self.tokens = 0
         self.text_bytes = 0
 
@@ -93,8 +108,23 @@ class IndexedDatasetWriter:
         """Append one document: token ids [n] of :attr:`dtype`, end-of-sequence token included."""
         self.add_documents(token_ids, np.array([len(token_ids)]), text_bytes)
 
-    def add_documents(self, token_ids: np.ndarray, lengths: np.ndarray, text_bytes: int) -> None:
-        """Append several: their token ids one behind the other, and how many each has [documents]."""
+    def add_documents(
+        self,
+        token_ids: np.ndarray,
+        lengths: np.ndarray,
+        text_bytes: int,
+        domains: np.ndarray | None = None,
+    ) -> None:
+        """Append several.
+
+        Args:
+            token_ids: theirs, one behind the other.
+            lengths: how many each has [documents].
+            text_bytes: UTF-8 bytes of all their texts.
+            domains: numbers of their domains [documents] uint16; None in a dataset that stores none.
+        """
+        if domains is not None:
+            self._domains.frombytes(domains.astype(DOMAIN_DTYPE, copy=False).tobytes())
         self._tokens.write(np.ascontiguousarray(token_ids, dtype=self.dtype).data)
         self._lengths.frombytes(lengths.astype(np.int32).tobytes())
         self.tokens += len(token_ids)
@@ -109,8 +139,14 @@ class IndexedDatasetWriter:
         self._tokens.close()
         return self._tokens.name, np.frombuffer(self._lengths, dtype=np.int32)
 
+    @property
+    def document_domains(self) -> np.ndarray | None:
+        """Numbers of the documents' domains [documents] uint16; None where none are stored."""
+        return None if self._table is None else np.frombuffer(self._domains, dtype=DOMAIN_DTYPE)
+
     def finish(self) -> DatasetInfo:
         """Close the data file and write index and sidecar, still in the staging folder."""
+        domains = self.document_domains
         info = DatasetInfo(
             tokenizer=self._tokenizer.name,
             tokenizer_fingerprint=self._tokenizer.fingerprint,
@@ -120,10 +156,14 @@ class IndexedDatasetWriter:
             documents=self.documents,
             tokens=self.tokens,
             text_bytes=self.text_bytes,
+            domains=None if self._table is None else self._table.names,
         )
         self._tokens.close()
         self._write_index()
-        Path(self._staged + ".json").write_text(json.dumps(asdict(info), indent=2) + "\n", encoding="utf-8")
+        if domains is not None:
+            np.save(self._staged + DOMAINS_SUFFIX, domains, allow_pickle=False)
+        fields = {name: value for name, value in asdict(info).items() if value is not None}
+        Path(self._staged + ".json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
         return info
 
     def _write_index(self) -> None:
@@ -138,8 +178,12 @@ class IndexedDatasetWriter:
 
     def publish(self) -> None:
         """Move the finished files to their place, over older ones of that name."""
-        for suffix in SUFFIXES:
-            os.replace(self._staged + suffix, self.prefix + suffix)
+        for suffix in ALL_SUFFIXES:
+            if suffix in SUFFIXES or os.path.exists(self._staged + suffix):
+                os.replace(self._staged + suffix, self.prefix + suffix)
+            else:
+                with suppress(FileNotFoundError):  # of an older dataset
+                    os.remove(self.prefix + suffix)
 
     def close(self) -> None:
         """Let go of the data file without finishing, after a failure."""
@@ -163,13 +207,12 @@ def read_info(prefix: str | Path) -> DatasetInfo | None:
     path = Path(f"{prefix}.json")
     try:
         fields: Any = json.loads(path.read_text(encoding="utf-8"))
-        types = {"str": str, "int": int}
-        wanted = {name: types[str(field.type)] for name, field in DatasetInfo.__dataclass_fields__.items()}
+        wanted = dict(_types_of_fields())
         if not isinstance(fields, dict) or any(
             not isinstance(fields.get(name), kind) for name, kind in wanted.items()
         ):
             raise ValueError("fields are missing")
-        return DatasetInfo(**{name: fields[name] for name in wanted})
+        return DatasetInfo(**{name: fields[name] for name in wanted if name in fields})
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
@@ -177,6 +220,12 @@ def read_info(prefix: str | Path) -> DatasetInfo | None:
             f"{path} is not the description of an indexed dataset ({error}): run spikingbrain-preprocess "
             "again"
         ) from error
+
+
+def _types_of_fields() -> Iterator[tuple[str, Any]]:
+    types: dict[str, Any] = {"str": str, "int": int, "list[str] | None": (list, type(None))}
+    for name, field in DatasetInfo.__dataclass_fields__.items():
+        yield name, types[str(field.type)]
 
 
 def open_indexed_dataset(prefix: str | Path, vocab_size: int | None = None) -> TokenFile:

@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from spikingbrain_train.data.chat import chat_template
-from spikingbrain_train.data.dataset_files import SUFFIXES, existing_files
+from spikingbrain_train.data.dataset_files import ALL_SUFFIXES, existing_files
 from spikingbrain_train.data.documents import Source, find_sources
+from spikingbrain_train.data.domains import DomainTable
 from spikingbrain_train.data.folders import LeftOut
 from spikingbrain_train.data.indexed import DatasetInfo, IndexedDatasetWriter, token_dtype
 from spikingbrain_train.data.lengths import describe_dataset
@@ -86,14 +87,16 @@ def preprocess(options: PreprocessOptions, progress: bool = False) -> Preprocess
     started = time.perf_counter()
     with _staging_folder(options.output_prefix) as staging:
         writers: list[IndexedDatasetWriter] = []
+        domains = DomainTable() if options.names_domains else None
         try:
             writers += [
-                IndexedDatasetWriter(prefix, tokenizer, staging) for prefix in options.output_prefixes
+                IndexedDatasetWriter(prefix, tokenizer, staging, domains)
+                for prefix in options.output_prefixes
             ]
-            split: SplitWriter = SplitByPlace(writers, options)
+            split: SplitWriter = SplitByPlace(writers, options, domains)
             if options.holds_out_tokens:
-                writers.append(IndexedDatasetWriter(options.output_prefix, tokenizer, staging))
-                split = SplitByTokens(writers[-1], writers[:2], options)
+                writers.append(IndexedDatasetWriter(options.output_prefix, tokenizer, staging, domains))
+                split = SplitByTokens(writers[-1], writers[:2], options, domains)
             _write_all(sources, tokenizer, options, split, report, progress)
             _refuse_nothing(split.documents, report)
             with activity("splitting", split.left_to_write, "B", shown=progress) as done:
@@ -118,7 +121,7 @@ def _prepare(options: PreprocessOptions, left_out: LeftOut) -> tuple[list[Source
     """Everything that can be refused before work starts."""
     sources = find_sources(options.inputs, left_out)
     written = {
-        os.path.realpath(f"{prefix}{suffix}") for prefix in options.output_prefixes for suffix in SUFFIXES
+        os.path.realpath(f"{prefix}{suffix}") for prefix in options.output_prefixes for suffix in ALL_SUFFIXES
     }
     for source in sources:
         if os.path.realpath(source.name) in written:

@@ -10,6 +10,7 @@ from spikingbrain_train.planning.launch import available_cores
 
 _WORKERS_PER_CORE = 4
 _FEW_WORKERS = 8
+DOMAIN_SOURCES = ("file", "folder")
 """As many workers may be asked for on every machine, on large ones so many for each core."""
 
 
@@ -27,6 +28,10 @@ class PreprocessOptions:
     """Field of a JSON line that holds the text."""
     chat_key: str | None = None
     """Field of a JSON line that holds a conversation instead, which the tokenizer's chat template renders."""
+    domain_key: str | None = None
+    """Field of a JSON line that names the domain of the document; ``meta.source`` is one inside another."""
+    domain_from: str | None = None
+    """``file`` or ``folder``: what a document lies in is its domain, where domain_key does not say it."""
     valid_fraction: float = 0.0
     """Share of documents to hold out, in [0, 1). Where something is held out, the datasets are <prefix>_train
     and <prefix>_valid."""
@@ -51,6 +56,8 @@ class PreprocessOptions:
                 f"--valid-fraction is {self.valid_fraction}: give a number from 0 up to below 1"
             )
         self._check_split()
+        if self.domain_from not in (None, *DOMAIN_SOURCES):
+            raise ConfigurationError(f"--domain-from is {self.domain_from}: give file or folder")
         if self.workers < 1:
             raise ConfigurationError(f"--workers is {self.workers}: give at least 1")
         most = max(_FEW_WORKERS, _WORKERS_PER_CORE * available_cores())
@@ -87,6 +94,11 @@ class PreprocessOptions:
             raise ConfigurationError(
                 f"{given[0]} and {given[1]} each say how much is held out: give one of them"
             )
+
+    @property
+    def names_domains(self) -> bool:
+        """Whether the domains of documents are stored."""
+        return self.domain_key is not None or self.domain_from is not None
 
     @property
     def holds_out_tokens(self) -> bool:

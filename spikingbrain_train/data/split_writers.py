@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from spikingbrain_train.data.domains import DomainTable
 from spikingbrain_train.data.indexed import IndexedDatasetWriter
 from spikingbrain_train.data.preprocess_options import PreprocessOptions
 from spikingbrain_train.data.preprocess_report import HeldOut
@@ -49,10 +50,17 @@ class SplitByPlace(SplitWriter):
     Args:
         writers: of the only dataset, or of train and valid.
         options: the share.
+        domains: numbers of domains, which writers that store them share; None where they do not.
     """
 
-    def __init__(self, writers: Sequence[IndexedDatasetWriter], options: PreprocessOptions) -> None:
+    def __init__(
+        self,
+        writers: Sequence[IndexedDatasetWriter],
+        options: PreprocessOptions,
+        domains: DomainTable | None = None,
+    ) -> None:
         self._writers = list(writers)
+        self._domains = domains
         self._fraction = options.valid_fraction
 
     @property
@@ -61,10 +69,13 @@ class SplitByPlace(SplitWriter):
 
     def add(self, result: TokenizedChunk) -> None:
         end = 0
-        for length, size, place in zip(result.lengths, result.text_bytes, result.places, strict=True):
+        numbers = None if self._domains is None else self._domains.numbers(result.domains)
+        documents = zip(result.lengths, result.text_bytes, result.places, strict=True)
+        for number, (length, size, place) in enumerate(documents):
             end += length
             writer = self._writers[is_among(place, self._fraction)]
-            writer.add_document(result.token_ids[end - length : end], size)
+            domain = None if numbers is None else numbers[number : number + 1]
+            writer.add_documents(result.token_ids[end - length : end], np.array([length]), size, domain)
 
     def settle(self, advance: Callable[[int], Any]) -> HeldOut | None:
         if len(self._writers) == 1:
@@ -89,6 +100,7 @@ class SplitByTokens(SplitWriter):
         whole: of that file, which is not to be published.
         writers: of train and valid.
         options: how many tokens are held out.
+        domains: numbers of domains, which writers that store them share; None where they do not.
     """
 
     def __init__(
@@ -96,8 +108,10 @@ class SplitByTokens(SplitWriter):
         whole: IndexedDatasetWriter,
         writers: Sequence[IndexedDatasetWriter],
         options: PreprocessOptions,
+        domains: DomainTable | None = None,
     ) -> None:
         self._whole = whole
+        self._domains = domains
         self._train, self._valid = writers
         self._options = options
         self._places, self._sizes = array("Q"), array("q")
@@ -107,7 +121,9 @@ class SplitByTokens(SplitWriter):
         return self._whole.documents
 
     def add(self, result: TokenizedChunk) -> None:
-        self._whole.add_documents(result.token_ids, np.asarray(result.lengths), sum(result.text_bytes))
+        numbers = None if self._domains is None else self._domains.numbers(result.domains)
+        lengths = np.asarray(result.lengths, dtype=np.int64)
+        self._whole.add_documents(result.token_ids, lengths, sum(result.text_bytes), numbers)
         self._places.extend(result.places)
         self._sizes.extend(result.text_bytes)
         self.left_to_write += result.token_ids.nbytes
@@ -123,6 +139,7 @@ class SplitByTokens(SplitWriter):
             )
         split = split_by_tokens(np.frombuffer(self._places, np.uint64), lengths, round(tokens))
         sizes = np.frombuffer(self._sizes, np.int64)
+        domains = self._whole.document_domains
         ends = np.cumsum(lengths, dtype=np.int64)
         first = 0
         with open(tokens_path, "rb") as file:
@@ -136,7 +153,12 @@ class SplitByTokens(SplitWriter):
                     (self._valid, held_out, of_token),
                     (self._train, ~held_out, ~of_token),
                 ):
-                    writer.add_documents(block[of_side], of_block[side], int(sizes[first:end][side].sum()))
+                    writer.add_documents(
+                        block[of_side],
+                        of_block[side],
+                        int(sizes[first:end][side].sum()),
+                        None if domains is None else domains[first:end][side],
+                    )
                 advance(block.nbytes)
                 first = end
         return HeldOut(

@@ -21,6 +21,7 @@ import numpy as np
 
 from spikingbrain_train.data.chat import chat_template
 from spikingbrain_train.data.documents import EmptyDocumentError, RawDocument, Source
+from spikingbrain_train.data.domains import domain_of
 from spikingbrain_train.data.preprocess_options import PreprocessOptions
 from spikingbrain_train.data.split import place_of
 from spikingbrain_train.data.tokenizers import Tokenizer
@@ -49,6 +50,8 @@ class TokenizedChunk:
     text_bytes: list[int]
     places: list[int]
     """Of the documents, see :func:`~spikingbrain_train.data.split.place_of`."""
+    domains: list[str]
+    """Of the documents; empty where they are not asked for."""
     skipped: list[str]
     """One sentence for each document left out."""
     empty: int
@@ -135,6 +138,7 @@ def tokenize(
         DataError: a document is malformed or empty, unless ``options`` skip such.
     """
     texts: list[str] = []
+    domains: list[str] = []
     skipped: list[str] = []
     empty = 0
     key, render = options.text_key, None
@@ -142,7 +146,10 @@ def tokenize(
         key, render = options.chat_key, chat_template(options.tokenizer).render
     for document in chunk.documents:
         try:
-            texts.append(document.text(key, render))
+            text = document.text(key, render)
+            if options.names_domains:
+                domains.append(domain_of(document, options))
+            texts.append(text)
         except DataError as error:
             if not options.skip_bad_documents:
                 raise
@@ -161,6 +168,7 @@ def tokenize(
         lengths=lengths,
         text_bytes=[len(text.encode("utf-8")) for text in texts],
         places=[place_of(text, options.split_seed) for text in texts],
+        domains=domains,
         skipped=skipped,
         empty=empty,
     )

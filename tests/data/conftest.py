@@ -15,6 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from spikingbrain_train.data import tokenizer_cache
+from spikingbrain_train.data.domains import DomainTable
 from spikingbrain_train.data.indexed import IndexedDatasetWriter
 from spikingbrain_train.data.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer
 
@@ -106,12 +107,21 @@ WriteTokens = Callable[..., str]
 def write_tokens(tmp_path: Path) -> WriteTokens:
     """Write documents of given token ids; returns the prefix."""
 
-    def write(name: str, documents: Sequence[Sequence[int]], tokenizer: Tokenizer | None = None) -> str:
+    def write(
+        name: str,
+        documents: Sequence[Sequence[int]],
+        tokenizer: Tokenizer | None = None,
+        domains: Sequence[str] | None = None,
+    ) -> str:
         staging = tmp_path / f"staging_{name}"
         staging.mkdir()
-        writer = IndexedDatasetWriter(tmp_path / name, tokenizer or CountingTokenizer(), staging)
-        for document in documents:
-            writer.add_document(np.asarray(document, dtype=writer.dtype), text_bytes=1)
+        table = None if domains is None else DomainTable()
+        writer = IndexedDatasetWriter(tmp_path / name, tokenizer or CountingTokenizer(), staging, table)
+        numbers = None if table is None else table.numbers(domains or [])
+        for number, document in enumerate(documents):
+            ids = np.asarray(document, dtype=writer.dtype)
+            domain = None if numbers is None else numbers[number : number + 1]
+            writer.add_documents(ids, np.array([len(ids)]), 1, domain)
         writer.finish()
         writer.publish()
         staging.rmdir()
