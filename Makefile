@@ -43,12 +43,12 @@ demo: environment ## Dense model to exported hybrid on real text (MODEL=folder D
 	@$(call program,python) tools/demo.py --output $(call quoted,OUTPUT) $(if $(MODEL),--model $(call quoted,MODEL)) $(if $(DATA),--data $(call quoted,DATA))$(if $(BUDGET), --budget $(call quoted,BUDGET))
 
 .PHONY: test
-test: environment ## Run the whole test suite
-	@$(call pytest)
+test: environment ## Run the whole test suite, a process a core (PYTEST_ARGS="-n 0": in one)
+	@$(call pytest,-n auto)
 
 .PHONY: test-fast
 test-fast: environment ## Run the tests that take seconds
-	@$(call pytest,-m "not slow")
+	@$(call pytest,-n auto -m "not slow")
 
 .PHONY: test-matrix
 test-matrix: ## Run the suite on every supported Python and megatron-core that this machine can install

@@ -58,7 +58,7 @@ for version in "${wanted[@]}"; do
     fi
     ran=$((ran + 1)) begin=$SECONDS rc=0
     # shellcheck disable=SC2086  # PYTEST_ARGS is a list of words
-    (cd "$root" && OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} "$venv/bin/python" -m pytest ${PYTEST_ARGS:-}) || rc=$?
+    (cd "$root" && OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} "$venv/bin/python" -m pytest -n auto ${PYTEST_ARGS:-}) || rc=$?
     if [ "$rc" -eq 0 ]; then
         summary+=("$version  passed after $((SECONDS - begin)) s")
     else

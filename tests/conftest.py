@@ -7,7 +7,17 @@ from collections.abc import Iterator
 import pytest
 
 from tests.distributed.pool import RankPool
-from tests.leftovers import pytest_sessionfinish, pytest_terminal_summary  # noqa: F401  (pytest calls them)
+from tests.leftovers import (  # noqa: F401  (pytest calls them)
+    pytest_sessionfinish,
+    pytest_terminal_summary,
+    pytest_testnodedown,
+    pytest_unconfigure,
+)
+from tests.workers import (  # noqa: F401
+    pytest_collection_modifyitems,
+    pytest_xdist_auto_num_workers,
+    pytest_xdist_make_scheduler,
+)
 
 
 @pytest.fixture(scope="session")

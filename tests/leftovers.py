@@ -11,6 +11,7 @@ import faulthandler
 import gc
 import os
 import threading
+from typing import Any
 
 import psutil
 import pytest
@@ -21,10 +22,46 @@ _GRACE_SECONDS = 5.0
 # Services that libraries start once and end themselves with their process.
 _SERVICES = ("multiprocessing.resource_tracker", "multiprocessing.forkserver", "wandb-core")
 _LEFT = pytest.StashKey[list[str]]()
+_WORKERS_LEFT = "left"
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
+    config = session.config
+    left = config.stash.setdefault(_LEFT, [])
+    if not config.pluginmanager.hasplugin("dsession"):  # the children of such a process are workers
+        left += _end_what_is_left()
+    if left and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    if _is_worker(config):
+        config.workeroutput[_WORKERS_LEFT] = left
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """pytest-xdist calls it in the process that has the terminal, when a worker has ended."""
+    node.config.stash.setdefault(_LEFT, []).extend(getattr(node, "workeroutput", {}).get(_WORKERS_LEFT, []))
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if config.stash.get(_LEFT, []) or not _is_worker(config):  # a worker waits for the others
+        faulthandler.dump_traceback_later(EXIT_SECONDS, exit=True, file=_terminal(config))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if left := config.stash.get(_LEFT, []):
+        terminalreporter.section("left running by the tests: end it where it was started", red=True)
+        for line in left:
+            terminalreporter.line(line)
+
+
+def _is_worker(config: pytest.Config) -> bool:
+    """Whether this is a process of pytest-xdist that runs tests for the one with the terminal."""
+    return hasattr(config, "workeroutput")
+
+
+def _end_what_is_left() -> list[str]:
+    """Kill processes that this one started. Returns what they and its threads are."""
     gc.collect()  # what only a reference cycle keeps is not left over
     processes = [process for process in _children() if not _is_service(process)]
     _, processes = psutil.wait_procs(processes, timeout=_GRACE_SECONDS)
@@ -34,17 +71,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             left.append(f"process {process.pid}: {' '.join(process.cmdline())}")
             process.kill()
-    session.config.stash[_LEFT] = left
-    if left and session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
-    faulthandler.dump_traceback_later(EXIT_SECONDS, exit=True, file=_terminal(session.config))
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if left := config.stash.get(_LEFT, []):
-        terminalreporter.section("left running by the tests: end it where it was started", red=True)
-        for line in left:
-            terminalreporter.line(line)
+    return left
 
 
 def _children() -> list[psutil.Process]:

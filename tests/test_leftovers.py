@@ -12,6 +12,7 @@ import pytest
 _CONFTEST = """
 from tests import leftovers
 from tests.leftovers import pytest_sessionfinish, pytest_terminal_summary
+from tests.leftovers import pytest_testnodedown, pytest_unconfigure
 
 leftovers._GRACE_SECONDS = 0.2
 leftovers.EXIT_SECONDS = 5
@@ -51,16 +52,36 @@ _TESTS = {
     ],
 )
 def test_what_is_left_running_is_named_and_ended(tmp_path: Path, what: str, code: int, found: str) -> None:
-    (tmp_path / "conftest.py").write_text(_CONFTEST)
-    (tmp_path / "pytest.ini").write_text("[pytest]\n")
-    (tmp_path / "test_it.py").write_text(f"def test_it():\n        pass\n{_TESTS[what]}")
+    output, code_found = _run(tmp_path, _TESTS[what])
+    assert "1 passed" in output and code_found == code, output
+    before, _, after = found.partition("%d")
+    assert before in output and after in output
+    assert ("left running by the tests" in output) is (what in ("process", "deaf daemon", "thread")), output
+
+
+@pytest.mark.parametrize("what", ["process", "thread", "nothing"])
+def test_what_a_worker_leaves_running_is_named_by_the_process_that_has_the_terminal(
+    tmp_path: Path, what: str
+) -> None:
+    pytest.importorskip("xdist")
+    output, code = _run(tmp_path, _TESTS[what], "-p", "xdist.plugin", "-n", "1")
+    assert "1 passed" in output and code == (what != "nothing"), output
+    assert ("left running by the tests" in output) is (what != "nothing"), output
+    assert {"process": "sleep 600", "thread": "thread 'sleeper'", "nothing": ""}[what] in output, output
+
+
+def _run(folder: Path, test: str, *options: str) -> tuple[str, int]:
+    """What pytest prints about one test, and its exit code."""
+    (folder / "conftest.py").write_text(_CONFTEST)
+    (folder / "pytest.ini").write_text("[pytest]\n")
+    (folder / "test_it.py").write_text(f"def test_it():\n        pass\n{test}")
     root = Path(__file__).parents[1]
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider"],
-        cwd=tmp_path,
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options],
+        cwd=folder,
         env={
             **os.environ,
-            "PYTHONPATH": str(root),
+            "PYTHONPATH": os.pathsep.join([str(root), *sys.path]),
             "PYTEST_ADDOPTS": "",
             "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
         },
@@ -68,8 +89,4 @@ def test_what_is_left_running_is_named_and_ended(tmp_path: Path, what: str, code
         text=True,
         timeout=60,
     )
-    output = run.stdout + run.stderr
-    assert "1 passed" in output and run.returncode == code, output
-    before, _, after = found.partition("%d")
-    assert before in output and after in output
-    assert ("left running by the tests" in output) is (what in ("process", "deaf daemon", "thread")), output
+    return run.stdout + run.stderr, run.returncode

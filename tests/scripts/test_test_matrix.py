@@ -69,7 +69,7 @@ def test_every_version_that_is_there_runs_the_suite(machine: Machine) -> None:
     machine.add("3.12", place=".pyenv/versions/3.12.1/bin/python")
     result = machine.run(PYTEST_ARGS="-x -q")
     assert result.returncode == 0, result.stderr
-    assert "pytest of 3.10: -m pytest -x -q, 1 thread" in result.stdout
+    assert "pytest of 3.10: -m pytest -n auto -x -q, 1 thread" in result.stdout
     assert "pytest of 3.12" in result.stdout
     assert "Python 3.11  skipped: no interpreter" in result.stdout
     assert (machine.folder / ".venv-py310").is_dir() and (machine.folder / ".venv-py312").is_dir()
