@@ -90,6 +90,17 @@ def linear_attention_bytes(config: RunConfig) -> float:
     return kept + states * state
 
 
+_OF_THE_LOW_RANK_GATE = {
+    *("gla.gate_low_rank_dim", "gla.gate_logit_normalizer", "gla.init_gate_std"),
+    *("gla.init_gate_bias_min", "gla.init_gate_bias_max"),
+}
+
+
+def has_own_qk_norm(model: ModelConfig) -> bool:
+    """Whether linear layers have q/k norms that the dense source does not have."""
+    return model.gla.qk_norm and not model.qk_layernorm
+
+
 class GatedLinearAttentionKind(MixerKind):
     """Both forms: ReLU features with a low-rank gate (7B), sigmoid features with a tied one (76B)."""
 
@@ -107,8 +118,15 @@ class GatedLinearAttentionKind(MixerKind):
         return {f"gla.{name}" for name in vars(model.gla)}
 
     def settings(self, model: ModelConfig) -> set[str]:
-        of_both_gates = {"gla.feature_map", "gla.gate", "gla.init_out_norm"}
-        return self.all_settings(model) if model.gla.gate.has_parameters else of_both_gates
+        without = set() if model.gla.gate.has_parameters else _OF_THE_LOW_RANK_GATE
+        if model.qk_layernorm:
+            without = without | {"gla.qk_norm"}  # the source's norms are there, whatever it says
+        return self.all_settings(model) - without
+
+    def describe(self, model: ModelConfig) -> str | None:
+        """Its options, which the published forms do not have."""
+        options = [words for words, on in (("q/k norms", has_own_qk_norm(model)),) if on]
+        return ", ".join(options) or None
 
     def weights(self, model: ModelConfig, group: str = "attention") -> tuple[Weight, ...]:
         """What every attention has, a low-rank gate (a tied one has no parameters) and the output norm."""
@@ -156,7 +174,8 @@ class GatedLinearAttentionKind(MixerKind):
             Split.none,
             init=Constant(gla.init_out_norm),
         )
-        return (*attention_weights(model, group), *gate, norm)
+        norms_of_q_and_k = "GLA q/k norms" if has_own_qk_norm(model) else None
+        return (*attention_weights(model, group, norms_of_q_and_k), *gate, norm)
 
     def core_flops(self, model: ModelConfig, seq_length: int) -> float:
         return linear_attention_flops(model, seq_length)
@@ -177,8 +196,12 @@ class GatedLinearAttentionKind(MixerKind):
         kept += groups * fp32_width * (2 if config.cluster.accelerator is AcceleratorKind.cpu else 1)
         if model.gla.gate.has_parameters:
             kept += model.gla.gate_low_rank_dim * element
-        if model.qk_layernorm:
-            kept += heads * width
+        if model.qk_layernorm or has_own_qk_norm(model):
+            kept += heads * width  # queries before their norm
+            if repeats_groups(config):
+                kept += (
+                    heads + 2 * groups
+                ) * width  # the fused projection, of which keys before theirs are a view
         return kept + linear_attention_bytes(config)
 
     def input_projections(self, model: ModelConfig) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from spikingbrain_train.architecture.backends.backend import Backends
+from spikingbrain_train.architecture.initializers import Constant
 from spikingbrain_train.architecture.registry import Registry
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.architecture.submodule_kind import SubmoduleKind
@@ -85,11 +86,17 @@ MIXERS: Registry[MixerKind] = Registry(
 """Every kind of sequence mixer. A new one of the package is a line here."""
 
 
-def attention_weights(model: ModelConfig, group: str) -> tuple[Weight, ...]:
+def attention_weights(model: ModelConfig, group: str, new_norms: str | None = None) -> tuple[Weight, ...]:
     """Fused q, k and v projection, output projection, biases and q/k norms, as every attention has them.
 
     Letters: h hidden_size, H query heads, G query groups, d kv_channels. The fused projection has
     (H + 2G) d h elements, the output projection H d h.
+
+    Args:
+        model: the network.
+        group: how the conversion report calls the projections.
+        new_norms: how it calls q/k norms that begin at 1 because the source has none; None adds none to a
+            source without.
     """
     hidden, width = model.hidden_size, model.kv_channels
     rows = tuple(width * heads for heads in (model.num_attention_heads, *2 * (model.num_query_groups,)))
@@ -104,9 +111,16 @@ def attention_weights(model: ModelConfig, group: str) -> tuple[Weight, ...]:
                 layout="query_groups",
             )
         )
-    if model.qk_layernorm:
+    if model.qk_layernorm or new_norms:
         norms = [
-            Weight(f"{letter}_layernorm.weight", (f"{letter}_norm",), ((width,),), "norms", Split.none)
+            Weight(
+                f"{letter}_layernorm.weight",
+                (f"{letter}_norm",),
+                ((width,),),
+                new_norms or "norms",
+                Split.none,
+                init=Constant(1.0) if new_norms else None,
+            )
             for letter in "qk"
         ]
     return (

@@ -59,6 +59,9 @@ class GatedLinearAttentionConfig:
     """Width of the low-rank gate's bottleneck (W1 is [gate_low_rank_dim, hidden_size], without bias)."""
     gate_logit_normalizer: float = setting(16.0, above=0, resume=FUNCTION)
     """Divisor of the low-rank gate's logarithm; larger means slower forgetting."""
+    qk_norm: bool = setting(False, resume=WEIGHTS)
+    """RMSNorm of every head of q and k in front of the feature map, for sources without (qk_layernorm=false);
+    norms that the source has, as Qwen3, serve linear layers anyway."""
     init_gate_bias_min: float = setting(-16.0, resume=START)
     """Initial b2 of a head's first channel, the fastest to forget: its decay of one step starts at
     sigmoid(init_gate_bias_min) ** (1 / gate_logit_normalizer)."""

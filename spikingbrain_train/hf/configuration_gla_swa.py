@@ -51,6 +51,7 @@ class GLAswaConfig(PretrainedConfig):
             no). If not, zeros are stored, for classes that always have one.
         qk_norm: RMSNorm over head_dim on queries and keys of every layer, before rotary embedding or ReLU
             (Qwen3).
+        linear_qk_norm: the same in GLA layers only.
         full_attention_layers: those of `attn_layers` that ignore `sliding_window`; None means none.
         rope_parameters: None, or Llama 3's frequency scaling ({"rope_type": "llama3", "factor": ...,
             "low_freq_factor": ..., "high_freq_factor": ..., "original_max_position_embeddings": ...}), with
@@ -100,6 +101,7 @@ class GLAswaConfig(PretrainedConfig):
         attention_window: int | None = None,
         attention_bias: bool = True,
         qk_norm: bool = False,
+        linear_qk_norm: bool = False,
         full_attention_layers: list[int] | None = None,
         rope_scaling: dict | None = None,
         rope_parameters: dict | None = None,
@@ -138,6 +140,7 @@ class GLAswaConfig(PretrainedConfig):
         self.head_dim = hidden_size // num_attention_heads if head_dim is None else head_dim
         self.attention_bias = attention_bias
         self.qk_norm = qk_norm
+        self.linear_qk_norm = linear_qk_norm
         self.full_attention_layers = sorted(full_attention_layers or [])
         self.gate_low_rank_dim = gate_low_rank_dim
         self.gate_logit_normalizer = gate_logit_normalizer

@@ -15,8 +15,8 @@ text: it writes nothing into the state, does not decay it, and windows do not co
 Tensors: model.embeddings.weight; model.layers.{i}.attn_norm.weight; .attn.{q,k,v}_proj.{weight, bias};
 .attn.o_proj.weight; .mlp_norm.weight; .mlp.{gate,up,down}_proj.weight; in GLA layers .attn.gk_proj.0.weight,
 .attn.gk_proj.1.{weight, bias}, .attn.g_norm.weight; model.norm.weight; lm_head.weight. With attention_bias
-false the biases are zeros that are not trained; with qk_norm .attn.{q,k}_norm.weight are added; with
-tie_word_embeddings save_pretrained leaves lm_head.weight out.
+false the biases are zeros that are not trained; with qk_norm .attn.{q,k}_norm.weight are added, with
+linear_qk_norm in GLA layers only; with tie_word_embeddings save_pretrained leaves lm_head.weight out.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class GLAswaUnbiasedLinear(nn.Linear):
 class GLAswaAttention(nn.Module):
     """The projections that both mixers share: q, k, v and output, and norms on q and k if there are any."""
 
-    def __init__(self, config: GLAswaConfig, layer_idx: int) -> None:
+    def __init__(self, config: GLAswaConfig, layer_idx: int, qk_norm: bool) -> None:
         super().__init__()
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
@@ -110,8 +110,8 @@ class GLAswaAttention(nn.Module):
         self.k_proj = linear(config.hidden_size, kv_size)
         self.v_proj = linear(config.hidden_size, kv_size)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
-        self.q_norm = GLAswaRMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = GLAswaRMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm = GLAswaRMSNorm(self.head_dim, config.norm_eps) if qk_norm else nn.Identity()
+        self.k_norm = GLAswaRMSNorm(self.head_dim, config.norm_eps) if qk_norm else nn.Identity()
 
     def project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, T, H, head_dim], keys and values [B, T, G, head_dim]."""
@@ -125,7 +125,7 @@ class GLAswaLinearAttention(GLAswaAttention):
     """Gated linear attention with ReLU features and a low-rank gate (eq. 10-11); no positions."""
 
     def __init__(self, config: GLAswaConfig, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
+        super().__init__(config, layer_idx, config.qk_norm or config.linear_qk_norm)
         self.gate_logit_normalizer = config.gate_logit_normalizer
         self.gk_proj = nn.Sequential(
             nn.Linear(config.hidden_size, config.gate_low_rank_dim, bias=False),
@@ -162,7 +162,7 @@ class GLAswaSoftmaxAttention(GLAswaAttention):
     """Causal softmax attention with rotary positions: over all tokens (eq. 1) or a sliding window (eq. 2)."""
 
     def __init__(self, config: GLAswaConfig, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
+        super().__init__(config, layer_idx, config.qk_norm)
         self.window = config.attention_window if config.mixer_type(layer_idx) == "swa" else None
         self.attention_dropout = config.attention_dropout
 

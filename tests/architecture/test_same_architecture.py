@@ -75,6 +75,11 @@ OTHER_WEIGHTS: dict[str, tuple[ModelConfig, ModelConfig, list[str]]] = {
         replace(EXPERTS, moe=MoEConfig(num_experts=4, moe_ffn_hidden_size=32)),
         ["moe.moe_ffn_hidden_size=128", "model.moe.moe_ffn_hidden_size=32"],
     ),
+    "q/k norms of linear layers": (
+        MODEL,
+        replace(MODEL, gla=replace(GLA, qk_norm=True)),
+        ["gla.qk_norm=false", "model.gla.qk_norm=true"],
+    ),
     "kind of gate": (MODEL, replace(MODEL, gla=TIED), ["gla.gate=low_rank", "model.gla.gate=tied"]),
     "rank of gates": (
         MODEL,

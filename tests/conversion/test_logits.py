@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
 from spikingbrain_train.config.conversion import ConversionConfig
 from spikingbrain_train.config.load import load_model_config
+from spikingbrain_train.config.model import GatedLinearAttentionConfig
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.conversion.export_checkpoint import export_checkpoint
 from spikingbrain_train.conversion.import_checkpoint import import_checkpoint
@@ -91,6 +92,32 @@ def test_exported_hybrid_agrees_with_the_megatron_model(
     export_checkpoint(tmp_path / "megatron", tmp_path / "hybrid")
     (logits,) = ranks.run(megatron_logits, tmp_path / "megatron", world_size=1, parallel=ONE_RANK)
     assert_close(logits, transformers_logits(tmp_path / "hybrid"))
+
+
+OPTIONS = GatedLinearAttentionConfig(init_gate_std=1.0, qk_norm=True)
+
+
+@pytest.mark.parametrize("family", ["llama3_rope", "qwen3"])
+def test_options_of_linear_layers_are_exported_and_imported_again(
+    ranks: RankPool, hf_checkpoint: HFCheckpoint, tmp_path: Path, family: str
+) -> None:
+    source, _ = hf_checkpoint(family)
+    recipe = ConversionConfig(mixers=["gla", "swa", "gla", "full"], sliding_window=7, gla=OPTIONS)
+    import_checkpoint(source, tmp_path / "megatron", recipe)
+    report = export_checkpoint(tmp_path / "megatron", tmp_path / "hybrid")
+    assert ("q/k norms in linear layers alone" in str(report.notes)) is (family != "qwen3")
+    (logits,) = ranks.run(megatron_logits, tmp_path / "megatron", world_size=1, parallel=ONE_RANK)
+    assert_close(logits, transformers_logits(tmp_path / "hybrid"))
+
+    import_checkpoint(tmp_path / "hybrid", tmp_path / "again")
+    export_checkpoint(tmp_path / "again", tmp_path / "hybrid_again")
+    ours, theirs = all_tensors(tmp_path / "hybrid_again"), all_tensors(tmp_path / "hybrid")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    configs = (
+        json.loads((tmp_path / name / "config.json").read_text()) for name in ("hybrid", "hybrid_again")
+    )
+    assert next(configs) == next(configs)
 
 
 @pytest.mark.parametrize(("family", "tied"), [("qwen2", False), ("qwen3", True)], ids=["untied", "tied"])

@@ -77,6 +77,7 @@ CASES: Mapping[str, Case] = {
     "full attention": Case(replace(_7B, mixers=["full"])),
     "sliding window": Case(replace(_7B, mixers=["swa"])),
     "GLA, low-rank gate": Case(replace(_7B, mixers=["gla"])),
+    "GLA, options": Case(replace(_7B, mixers=["gla"], gla=GatedLinearAttentionConfig(qk_norm=True))),
     "GLA, tied gate": Case(replace(_7B, mixers=["gla"], gla=_76B.gla)),
     "parallel hybrid": Case(replace(_76B, num_sink_tokens=0, feed_forwards=["dense"])),
     "softmax branches only, three branches": Case(

@@ -42,9 +42,9 @@ def _mixer(
 
 
 def _balanced_keys(
-    groups: ProcessGroups, qk_layernorm: bool
+    groups: ProcessGroups, qk_layernorm: bool, gla: GatedLinearAttentionConfig
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    mixer = _mixer(groups, ParallelConfig(), qk_layernorm)
+    mixer = _mixer(groups, ParallelConfig(), qk_layernorm, gla)
     torch.nn.init.normal_(mixer.linear_qkv.bias)
     hidden = torch.randn(5, 2, MODEL.hidden_size)
     before = mixer.get_query_key_value_tensors(hidden)
@@ -54,12 +54,19 @@ def _balanced_keys(
     return before[1].detach(), after[1].detach(), mixer.linear_gate_up_proj.bias.detach()
 
 
-@pytest.mark.parametrize("qk_layernorm", [False, True], ids=["key rows", "key norm"])
+WHERE_KEYS_ARE_SCALED = {
+    "key rows": (False, MODEL.gla),
+    "key norm of the source": (True, MODEL.gla),
+    "key norm": (False, replace(MODEL.gla, qk_norm=True)),
+}
+
+
+@pytest.mark.parametrize(("qk_layernorm", "gla"), WHERE_KEYS_ARE_SCALED.values(), ids=WHERE_KEYS_ARE_SCALED)
 def test_keys_are_scaled_by_what_one_step_adds_to_a_moving_average(
-    qk_layernorm: bool, ranks: RankPool
+    qk_layernorm: bool, gla: GatedLinearAttentionConfig, ranks: RankPool
 ) -> None:
     ((before, after, bias),) = ranks.run(
-        _balanced_keys, qk_layernorm, world_size=1, parallel=ParallelConfig()
+        _balanced_keys, qk_layernorm, gla, world_size=1, parallel=ParallelConfig()
     )
 
     decay = torch.sigmoid(bias.double()) ** (1 / MODEL.gla.gate_logit_normalizer)

@@ -42,7 +42,7 @@ def reference_logits(config: GLAswaConfig, w: Tensors, ids: list[int]) -> Tensor
                 (p[f"attn.{n}_proj.weight"] @ a + p.get(f"attn.{n}_proj.bias", torch.zeros(()))).view(-1, d)
                 for n in "qkv"
             )
-            if config.qk_norm:
+            if config.qk_norm or (is_gla and config.linear_qk_norm):
                 q = norm(q, p["attn.q_norm.weight"], config.norm_eps)
                 k = norm(k, p["attn.k_norm.weight"], config.norm_eps)
             if is_gla:
@@ -74,6 +74,7 @@ VARIANTS = {
     "published": {},
     "llama, tied": {"attention_bias": False, "tie_word_embeddings": True},
     "qwen3": {"attention_bias": False, "qk_norm": True, "head_dim": 12, "rope_theta": 1e6},
+    "options of linear layers": {"linear_qk_norm": True},
     "own layers": {"attn_layers": [0, 1, 3], "full_attention_layers": [3], "gate_low_rank_dim": 5},
     "no window": {"sliding_window": None, "gate_logit_normalizer": 4, "num_key_value_heads": 4},
 }

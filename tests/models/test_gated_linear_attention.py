@@ -6,7 +6,7 @@ sums, so outputs agree to 1e-5 of their largest value and gradients to 1e-4 of t
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spikingbrain_train.architecture.layers import layers
-from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.config.model import GatedLinearAttentionConfig, ModelConfig
 from spikingbrain_train.config.parallel import KernelConfig, ParallelConfig
 from spikingbrain_train.config.run import Precision
 from tests.distributed.pool import RankPool
@@ -26,7 +26,9 @@ T, B, H, G, K = 37, 2, 6, 3, 8
 HIDDEN, EPS = 24, 1e-5
 
 
-def model_config(*, bias: bool, qk_norm: bool) -> ModelConfig:
+def model_config(
+    *, bias: bool = False, qk_norm: bool = False, options: dict[str, Any] | None = None
+) -> ModelConfig:
     return ModelConfig(
         num_layers=1,
         hidden_size=HIDDEN,
@@ -40,6 +42,7 @@ def model_config(*, bias: bool, qk_norm: bool) -> ModelConfig:
         norm_epsilon=EPS,
         add_qkv_bias=bias,
         qk_layernorm=qk_norm,
+        gla=GatedLinearAttentionConfig(**options or {}),
     )
 
 
@@ -96,7 +99,7 @@ def loop_over_tokens(weights: dict[str, Tensor], hidden_TBD: Tensor, model: Mode
     for head in range(H):
         group = head // (H // G)
         q, k, v = qkv[:, :, group, head % (H // G)], qkv[:, :, group, -2], qkv[:, :, group, -1]
-        if model.qk_layernorm:
+        if model.qk_layernorm or model.gla.qk_norm:
             q, k = norm(q, weights["q_layernorm.weight"]), norm(k, weights["k_layernorm.weight"])
         q, k = q.clamp(min=0), k.clamp(min=0)
         state = hidden_TBD.new_zeros(B, K, K)
@@ -108,13 +111,21 @@ def loop_over_tokens(weights: dict[str, Tensor], hidden_TBD: Tensor, model: Mode
     return torch.cat(heads, dim=-1) @ weights["linear_proj.weight"].t()
 
 
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "biases": {"bias": True},
+    "q/k norms of the source": {"qk_norm": True},
+    "q/k norms": {"options": {"qk_norm": True}},
+}
+
+
 def assert_close(ours: Tensor, theirs: Tensor, bound: float) -> None:
     assert (ours.double() - theirs).abs().max() <= bound * theirs.abs().max()
 
 
-@pytest.mark.parametrize(("bias", "qk_norm"), [(False, False), (True, False), (False, True)])
-def test_module_computes_the_gated_recurrence(ranks: RankPool, bias: bool, qk_norm: bool) -> None:
-    model = model_config(bias=bias, qk_norm=qk_norm)
+@pytest.mark.parametrize("settings", CASES.values(), ids=CASES)
+def test_module_computes_the_gated_recurrence(ranks: RankPool, settings: dict[str, Any]) -> None:
+    model = model_config(**settings)
     ((weights, hidden, output, grad_hidden, gradients),) = ranks.run(
         run_module, model, world_size=1, parallel=ParallelConfig()
     )
@@ -142,7 +153,7 @@ def outputs_that_change(groups: ProcessGroups) -> list[int]:
     from spikingbrain_train.models.layer_specs import layer_build, layer_spec
     from spikingbrain_train.models.transformer_config import transformer_config
 
-    model = model_config(bias=False, qk_norm=False)
+    model = model_config()
     config = transformer_config(model, ParallelConfig(), Precision.fp32, on_cpu=True)
     kernels = resolve_kernels(KernelConfig(), groups.accelerator)
     mixer = build_module(

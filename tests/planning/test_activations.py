@@ -74,6 +74,7 @@ EXPERTS = replace(
     DENSE, feed_forwards=["moe"], moe=MoEConfig(num_experts=4, router_topk=1, num_shared_experts=1)
 )
 SPIKES = SpikingConfig(projections=list(Projection))
+OPTIONS = GatedLinearAttentionConfig(qk_norm=True)
 METHODS = {
     "all-gather and halo": ContextParallelConfig(),
     "all-scan and halo": ContextParallelConfig(LinearAttentionContextParallel.allscan),
@@ -120,6 +121,10 @@ CASES = {
     "GLA, low-rank gate": Case(GLA),
     "GLA, low-rank gate, fp32": Case(GLA, Precision.fp32),
     "GLA, low-rank gate, fla": Case(GLA, fla=True),
+    **{
+        f"GLA, options, {name}": Case(replace(GLA, gla=OPTIONS), **changes)
+        for name, changes in {"bf16": {}, "fp32": {"precision": Precision.fp32}, "fla": {"fla": True}}.items()
+    },
     "GLA, tied gate, fla": Case(replace(GLA, gla=TWO_BRANCHES.gla), fla=True),
     "two branches": Case(TWO_BRANCHES),
     "two branches, fp32": Case(TWO_BRANCHES, Precision.fp32),

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from spikingbrain_train.architecture.gated_linear_attention import has_own_qk_norm
 from spikingbrain_train.architecture.layers import mixers_of, model_weights
 from spikingbrain_train.config.model import (
     FeatureMap,
@@ -80,12 +81,15 @@ class GatedLinearSlidingWindowFormat(LlamaLikeFormat):
 
     def unsupported(self, model: ModelConfig) -> list[str]:
         parts = super().unsupported(model)
-        if any(kind.hf_layers.get(self.kinds) == _LINEAR for kind in mixers_of(model)):
+        if self._has_linear_layers(model):
             if model.gla.gate is not GateKind.low_rank:
                 parts.append(f"gla.gate={model.gla.gate.value}")
             if model.gla.feature_map is not FeatureMap.relu:
                 parts.append(f"gla.feature_map={model.gla.feature_map.value}")
         return parts
+
+    def _has_linear_layers(self, model: ModelConfig) -> bool:
+        return any(kind.hf_layers.get(self.kinds) == _LINEAR for kind in mixers_of(model))
 
     def read_layers(
         self, keys: ConfigKeys, model: ModelConfig, window_convention: WindowConvention | None
@@ -99,6 +103,7 @@ class GatedLinearSlidingWindowFormat(LlamaLikeFormat):
         model.gla = GatedLinearAttentionConfig(
             gate_low_rank_dim=keys.integer("gate_low_rank_dim", 16),
             gate_logit_normalizer=keys.number("gate_logit_normalizer", 16.0),
+            qk_norm=keys.boolean("linear_qk_norm", False),
         )
         softmax_layers = keys.layers("attn_layers", list(range(1, model.num_layers, 2)), model.num_layers)
         full_layers = keys.layers("full_attention_layers", [], model.num_layers)
@@ -160,7 +165,15 @@ class GatedLinearSlidingWindowFormat(LlamaLikeFormat):
             "gate_logit_normalizer": model.gla.gate_logit_normalizer,
             "use_short_conv": False,
             "elementwise_affine": True,
+            **self._options(model),
         }
+
+    def _options(self, model: ModelConfig) -> dict[str, Any]:
+        """Keys of options of linear layers that the published form does not have, where they are used."""
+        if not self._has_linear_layers(model):
+            return {}
+        options = {"linear_qk_norm": has_own_qk_norm(model)}
+        return {key: value for key, value in options.items() if value}
 
     def config(self, model: ModelConfig, source: dict[str, Any] | None, dtype: str) -> dict[str, Any]:
         config = super().config(model, source, dtype)
@@ -221,6 +234,7 @@ class GatedLinearSlidingWindowFormat(LlamaLikeFormat):
         published_layers = list(range(1, model.num_layers, 2))
         width_of_heads = model.kv_channels * model.num_attention_heads
         rank, normalizer = model.gla.gate_low_rank_dim, model.gla.gate_logit_normalizer
+        options = self._options(model)
         return [
             words
             for words, is_so in (
@@ -231,6 +245,7 @@ class GatedLinearSlidingWindowFormat(LlamaLikeFormat):
                 ("Llama 3's rotary scaling", model.rope_scaling.factor != 1.0),
                 (f"gate of rank {rank}", rank != _GATE_RANK),
                 (f"gate normalizer of {normalizer:g}", normalizer != _GATE_NORMALIZER),
+                ("q/k norms in linear layers alone", "linear_qk_norm" in options),
             )
             if is_so
         ]

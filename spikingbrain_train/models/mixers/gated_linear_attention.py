@@ -8,6 +8,8 @@ Per head, with keys, values and gates shared by the heads of a group (SpikingBra
     S_t = diag(g_t) S_{t-1} + k_t^T v_t,   o_t = K^-0.5 q_t S_t
     y = W_o RMSNorm(o)        (one norm weight of head width, shared by all heads)
 
+Options that neither form has (docs/linear_attention_options.md): RMSNorm of q and k in front of the features.
+
 No rotary positions: the gate carries the order.
 
 Shape letters: T time, B batch, H query heads and G groups of this tensor-parallel rank, K key and V value
@@ -37,7 +39,7 @@ from spikingbrain_train.config.model import (
 from spikingbrain_train.config.parallel import LinearAttentionBackend, LinearAttentionContextParallel
 from spikingbrain_train.models.layer_build import LayerBuild, attention_submodules
 from spikingbrain_train.models.mixers.decoding import CacheSize, DecodingState
-from spikingbrain_train.models.mixers.head_norm import HeadNorm
+from spikingbrain_train.models.mixers.head_norm import HeadNorm, SharedHeadNorm
 from spikingbrain_train.ops.gated_linear_attention import gated_linear_attention
 from spikingbrain_train.ops.gated_linear_attention.naive import gated_linear_attention_step
 from spikingbrain_train.parallel.context_parallel.linear_attention import context_parallel_linear_attention
@@ -129,6 +131,11 @@ class GatedLinearAttention(SelfAttention):
         self.gate_logit_normalizer = gla.gate_logit_normalizer
         self.scale = config.kv_channels**-0.5
         self.out_norm = HeadNorm(config, gla.init_out_norm, self.pg_collection.tp)
+        self.has_qk_norm = config.qk_layernorm or gla.qk_norm
+        if gla.qk_norm and not config.qk_layernorm:
+            # megatron-core adds up their gradients over tensor-parallel ranks only if all layers have them.
+            self.q_layernorm = SharedHeadNorm(config, 1.0, self.pg_collection.tp)
+            self.k_layernorm = SharedHeadNorm(config, 1.0, self.pg_collection.tp)
         self._log_gate = entry_of(self.gate, _LOG_GATES, "the log gates of linear attention")
         if self.gate is GateKind.low_rank:
             self._build_low_rank_gate(gla, gate_down_proj, gate_up_proj)
@@ -267,7 +274,7 @@ class GatedLinearAttention(SelfAttention):
         bias_GK = self.linear_gate_up_proj.bias.float().view(-1, self.key_hidden_size)
         share_GK = -torch.expm1(torch.nn.functional.logsigmoid(bias_GK) / self.gate_logit_normalizer)
         factor_GK = share_GK / share_GK.amax(dim=-1, keepdim=True)
-        if self.config.qk_layernorm:
+        if self.has_qk_norm:
             # One weight serves all groups; the initial bias is the same in all of them.
             self.k_layernorm.weight.mul_(factor_GK[0])
             return

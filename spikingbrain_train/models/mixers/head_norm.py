@@ -1,4 +1,4 @@
-"""The norm behind a recurrence: RMSNorm of every head, with one weight for all of them."""
+"""Norms of every head with one weight for all of them: of queries and keys, and behind a recurrence."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from spikingbrain_train.models.rms_norm import RMSNorm
 from spikingbrain_train.ops.rms_norm import rms_norm
 
 
-class HeadNorm(RMSNorm):
-    """A new parameter: a dense source does not have it.
+class SharedHeadNorm(RMSNorm):
+    """RMSNorm of heads. A new parameter: a dense source does not have it.
 
     Args:
         config: transformer config of the model.
@@ -29,9 +29,17 @@ class HeadNorm(RMSNorm):
         if config.perform_initialization:
             torch.nn.init.constant_(self.weight, init)
 
-    def forward(self, o_BTHV: Tensor) -> Tensor:
-        """Heads of this rank [B, T, H, V] to what the output projection reads [T, B, H * V]."""
+    def forward(self, heads: Tensor) -> Tensor:
+        """Heads of this rank, [..., K]."""
         # The one shared weight's gradient is a partial sum on each rank; megatron-core's copy into the
         # tensor-parallel region adds the parts up in the backward pass.
         weight = copy_to_tensor_model_parallel_region(self.weight, group=self.tp_group)
-        return rms_norm(o_BTHV, weight, self.eps).transpose(0, 1).flatten(2)
+        return rms_norm(heads, weight, self.eps)
+
+
+class HeadNorm(SharedHeadNorm):
+    """The norm behind a recurrence."""
+
+    def forward(self, o_BTHV: Tensor) -> Tensor:
+        """Heads of this rank [B, T, H, V] to what the output projection reads [T, B, H * V]."""
+        return super().forward(o_BTHV).transpose(0, 1).flatten(2)
