@@ -34,9 +34,23 @@ def translate_model(model: Any) -> None:
             spiking.setdefault("gate_encoding", GateEncoding.each_matrix.name)
 
 
+def _translate_stage(stage: Any) -> None:
+    """Distillation was a weight of continual pretraining and is a stage of its own; 0 was its "off"."""
+    if not isinstance(stage, DictConfig):
+        return
+    distillation = stage.get("distillation")
+    if not isinstance(distillation, DictConfig):
+        return
+    if not distillation.get("weight"):
+        distillation["weight"] = None
+    elif stage.get("kind", "cpt") == "cpt":
+        stage["kind"] = "distill"
+
+
 def translate_run(stored: DictConfig) -> None:
     """Give the values of a run that an earlier release stored the names that they have now, in place."""
     translate_model(stored.get("model"))
+    _translate_stage(stored.get("stage"))
     for setting, renamed in RENAMED_VALUES.items():
         value = OmegaConf.select(stored, setting)
         if value in renamed:

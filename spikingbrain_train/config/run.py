@@ -54,18 +54,20 @@ class AlignmentConfig:
 
 @dataclass
 class DistillationConfig:
-    """Learning from the dense source's logits during continual pretraining; off when ``weight`` is 0.
+    """Learning from the dense source's logits in distill stages. SpikingBrain's report does without."""
 
-    SpikingBrain's report does without.
-    """
-
-    weight: float = setting(
-        0.0, minimum=0, maximum=1, must="be between 0 (off) and 1 (no cross entropy)", resume=SAID
+    weight: float | None = setting(
+        None, minimum=0, maximum=1, must="be above 0 and at most 1 (no cross entropy)", resume=SAID
     )
-    """Share of the KL term:
-    loss = (1 - weight) * cross entropy + weight * temperature^2 * KL(teacher || student)."""
+    """Share of the KL term, loss = (1 - weight) * cross entropy + weight * temperature^2 *
+    KL(teacher || student); null is 1, the KL divergence alone."""
     temperature: float = setting(1.0, above=0, resume=SAID)
     """Divides the logits of teacher and student before the KL; above 1 the unlikely tokens count for more."""
+
+    @property
+    def share(self) -> float:
+        """The weight, with what its null stands for."""
+        return 1.0 if self.weight is None else self.weight
 
 
 @dataclass
@@ -85,9 +87,10 @@ class SpikeAnnealingConfig:
 class StageConfig:
     """One stage of training. Stages run one after the other, each from the checkpoint of the one before."""
 
-    kind: str = setting("cpt", resume=refused("other parameters would be trained"))
-    """What is trained: align (new mixers learn, layer by layer, to reproduce the dense source's attention) or
-    cpt (continual pretraining of all parameters)."""
+    kind: str = setting("cpt", resume=refused("another loss would train it"))
+    """What is trained: align (new mixers learn, layer by layer, to reproduce the dense source's attention),
+    distill (all parameters learn the dense source's distribution over the next token) or cpt (continual
+    pretraining of all parameters)."""
     train_iters: int = setting(MISSING, minimum=1, resume=SAID)
     """Optimizer steps of the stage, those before a resume included."""
     seq_length: int = setting(MISSING, minimum=1, resume=refused(OTHER_ORDER))
@@ -100,11 +103,11 @@ class StageConfig:
     """Sequences of one optimizer step over all ranks; what micro-batches do not hold at once is
     accumulated."""
     teacher: str | None = setting(None, resume=SAID)
-    """Megatron checkpoint folder of the dense source, which align stages and distillation learn from."""
+    """Megatron checkpoint folder of the dense source, which align and distill stages learn from."""
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
     """How an align stage begins."""
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
-    """Knowledge distillation in cpt stages."""
+    """What a distill stage learns."""
     spike_annealing: SpikeAnnealingConfig = field(default_factory=SpikeAnnealingConfig)
     """Schedule of the spike threshold."""
 

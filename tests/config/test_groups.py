@@ -60,7 +60,7 @@ def test_every_choice_makes_a_plan(group, choice, monkeypatch):
         overrides.append("model=tiny_hybrid")
     elif choice in ("smollm2_align", "smollm2_cpt"):
         overrides.append("model=smollm2_135m_hybrid")
-    if choice in ("align", "cpt_distill"):
+    if choice in ("align", "distill"):
         overrides.append("stage.teacher=dense")
     if choice == "adamw_wsd":
         overrides.append("optimizer.lr_wsd_decay_iters=100")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from spikingbrain_train.config.compose import compose_from_command_line
-from spikingbrain_train.config.load import save_config, to_run_config
+from spikingbrain_train.config.load import load_run_config, save_config, to_run_config
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import (
     CheckpointConfig,
@@ -135,6 +135,20 @@ def test_degrees_that_earlier_releases_wrote_out_are_accepted(monkeypatch, store
     degrees = dataclasses.replace(stored.parallel, data_parallel_size=1, expert_tensor_parallel_size=1)
     save_config(dataclasses.replace(stored, parallel=degrees), file)
     check_run_config(given(monkeypatch, "--config", str(file)), world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "weight", "now"),
+    [("cpt", 0.0, ("cpt", None)), ("align", 0.0, ("align", None)), ("cpt", 0.3, ("distill", 0.3))],
+)
+def test_distillation_that_earlier_releases_stored_as_a_weight_of_cpt_is_a_stage(
+    stored, file, kind, weight, now
+):
+    distillation = dataclasses.replace(stored.stage.distillation, weight=weight)
+    stage = dataclasses.replace(stored.stage, kind=kind, distillation=distillation)
+    save_config(dataclasses.replace(stored, stage=stage), file)
+    run = load_run_config(file)
+    assert (run.stage.kind, run.stage.distillation.weight) == now
 
 
 def test_a_finished_run_given_back_says_so_before_torch_and_ends_well(monkeypatch, capsys, stored, tmp_path):

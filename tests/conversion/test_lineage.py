@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from spikingbrain_train.config.load import save_config
-from spikingbrain_train.config.run import CheckpointConfig, DistillationConfig, RunConfig, StageConfig
+from spikingbrain_train.config.run import CheckpointConfig, RunConfig, StageConfig
 from spikingbrain_train.conversion.lineage import lineage
 from tests.config.small_model import small_model, write_checkpoint
 
@@ -45,8 +45,8 @@ def road(tmp_path: Path) -> Path:
     align = run_folder(tmp_path / "align", str(tmp_path / "hybrid"), 3, kind="align", teacher="dense")
     cpt = run_folder(
         *(tmp_path / "cpt", str(align.parent), 5),
+        kind="distill",
         teacher="dense",
-        distillation=DistillationConfig(weight=0.5),
     )
     export = tmp_path / "export"
     export.mkdir()
@@ -58,7 +58,7 @@ def road(tmp_path: Path) -> Path:
 def test_it_leads_back_to_the_source(road: Path) -> None:
     export, cpt, align, hybrid, source = lineage(road / "export")
     assert export.did.startswith("exported from ") and export.written is not None
-    assert cpt.did == "stage cpt: 5 iterations, 1.28 k tokens" and cpt.teacher == "dense"
+    assert cpt.did == "stage distill: 5 iterations, 1.28 k tokens" and cpt.teacher == "dense"
     assert align.did == "stage align: 3 iterations, 768 tokens" and align.teacher == "dense"
     assert hybrid.did == f"imported from {road / 'models/source'} (Qwen2ForCausalLM)"
     assert source.did == "a Hugging Face folder" and source.folder == str(road / "models" / "source")

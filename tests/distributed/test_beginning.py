@@ -102,7 +102,8 @@ def test_the_first_lines_say_what_is_trained_and_the_last_ones_what_came_out(
     checkpoints = tmp_path / "run" / "checkpoints"
     assert _saying(closing, "checkpoint") == f"checkpoint {checkpoints / 'iter_0000004'}"
     assert [line[12:] for line in lines[-2:]] == [
-        f"spikingbrain-train stage=cpt checkpoint.load={checkpoints} output_dir=... data.train=[...]",
+        f"spikingbrain-train stage=distill stage.teacher=... checkpoint.load={checkpoints} output_dir=... "
+        "data.train=[...]",
         f"spikingbrain-evaluate --model {checkpoints} --data {text} --seq-length 32",
     ]
     details = (tmp_path / "run" / "run_details.txt").read_text()

@@ -118,6 +118,7 @@ def runs(
     spiking = config(
         "spiking", hybrid_checkpoint, model=replace(MODEL, spiking=SpikingConfig(list(Projection), k=3.0))
     )
+    spiking.stage.kind = "distill"
     spiking.stage.distillation = DistillationConfig(weight=0.5)
     spiking.data.valid = [str(text), str(text)]
     moe = MoEConfig(num_experts=4, router_topk=1, num_shared_experts=1, capacity_factor=1.0)

@@ -85,8 +85,9 @@ def test_the_reported_loss_is_the_one_whose_gradient_trains(
 ) -> None:
     load = hybrid_checkpoint if model is MODEL else hybrid_76b_checkpoint
     config = run_config(tmp_path, text, model=model, checkpoint=checkpoint_config(load))
-    config.stage.distillation = DistillationConfig(weight=weight, temperature=2.0)
     if weight:
+        config.stage.kind = "distill"
+        config.stage.distillation = DistillationConfig(weight=weight, temperature=2.0)
         config.stage.teacher = str(dense_checkpoint)
     ((fell, expected),) = ranks.run(_descent, config, 1e-4, world_size=1, parallel=ONE)
     # First order in a small step; leaving out any part of the loss is off by more than that.

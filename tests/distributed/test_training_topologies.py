@@ -71,7 +71,7 @@ def _config(
         config.stage.kind, config.stage.teacher = "align", str(checkpoints["teacher"])
         config.optimizer.lr = 5e-4  # calibration leaves it close to a minimum
     elif kind.endswith("distill"):
-        config.stage.teacher = str(checkpoints["teacher"])
+        config.stage.kind, config.stage.teacher = "distill", str(checkpoints["teacher"])
         config.stage.distillation = DistillationConfig(weight=0.6, temperature=2.0)
     return config
 
@@ -122,7 +122,7 @@ def test_losses_and_gradient_norms_equal_those_of_one_rank(
     config = _config(kind, tmp_path, text, checkpoints, parallel)
     # Fewer collectives, each of which costs gloo a millisecond. Alignment's loss is relative to the power of
     # a micro-batch, so there its size matters.
-    if parallel.context_parallel_size > 1 and config.stage.kind == "cpt":
+    if parallel.context_parallel_size > 1 and config.stage.kind != "align":
         config.stage.micro_batch_size = 2
 
     results = ranks.run(train, config, world_size=world_size, parallel=parallel)

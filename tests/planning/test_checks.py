@@ -221,13 +221,27 @@ REFUSED: list[tuple[dict[str, Any], int, list[str]]] = [
         4,
         ["stage.seq_length=62 is not divisible", f"{CP}=4", "60 or 64"],
     ),
-    ({"stage.distillation.weight": 0.5}, 1, ["stage.distillation.weight=0.5", "stage.teacher is null"]),
-    ({"stage.distillation.weight": 1.5}, 1, ["stage.distillation.weight=1.5", "between 0", "and 1"]),
+    ({"stage.kind": "distill"}, 1, ["stage.kind=distill", "stage.teacher is null"]),
+    (
+        {"stage.distillation.weight": 0.5},
+        1,
+        [
+            "stage.distillation.weight=0.5",
+            "stage.kind=cpt",
+            "stage.kind=distill stage.distillation.weight=0.5",
+        ],
+    ),
+    (
+        {"stage.kind": "distill", "stage.teacher": "dense", "stage.distillation.weight": 0.0},
+        1,
+        ["stage.distillation.weight=0.0", "stage.kind=cpt"],
+    ),
+    ({"stage.distillation.weight": 1.5}, 1, ["stage.distillation.weight=1.5", "at most 1"]),
     ({"stage.distillation.temperature": 0.0}, 1, ["stage.distillation.temperature", "greater than 0"]),
     (
         {"stage.kind": "align", "stage.teacher": "dense", "stage.distillation.weight": 0.5},
         1,
-        ["stage.distillation.weight", "0", "stage.kind=cpt"],
+        ["stage.distillation.weight=0.5", "null", "stage.kind=distill"],
     ),
     (
         {"stage.kind": "align", "stage.teacher": "dense", PP: 4}

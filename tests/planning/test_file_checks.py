@@ -219,7 +219,7 @@ class TestTeacher:
         assert "stage.teacher=" in refusal(run, CheckpointError)
 
     def test_distillation_needs_the_same_vocabulary(self, run, tmp_path):
-        run.stage.distillation.weight = 0.5
+        run.stage.kind = "distill"
         run.stage.teacher = write_checkpoint(tmp_path / "dense", dataclasses.replace(DENSE, vocab_size=256))
         sentence = refusal(run, CheckpointError)
         assert "vocabulary of 256" in sentence and "model.vocab_size=512" in sentence
@@ -237,6 +237,6 @@ class TestTeacher:
         check_run_config(run, world_size=2)
 
     def test_a_missing_teacher_is_named(self, run):
-        run.stage.distillation.weight = 0.5
+        run.stage.kind = "distill"
         run.stage.teacher = "nowhere"
         assert "stage.teacher=nowhere" in refusal(run, CheckpointError)

@@ -15,7 +15,7 @@ import torch
 
 from spikingbrain_train.architecture.layers import dense_source
 from spikingbrain_train.config.parallel import AcceleratorKind, ClusterConfig, ParallelConfig, Recompute
-from spikingbrain_train.config.run import DistillationConfig, Precision, RunConfig, StageConfig
+from spikingbrain_train.config.run import Precision, RunConfig, StageConfig
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.planning.planner import plan_run
 from spikingbrain_train.training.callbacks.callback import Callback
@@ -151,13 +151,12 @@ def teacher(ranks: RankPool, text: Path, tmp_path_factory: pytest.TempPathFactor
     return folder / "checkpoints"
 
 
-@pytest.mark.parametrize("kind", ["align", "cpt"])
+@pytest.mark.parametrize("kind", ["align", "distill"])
 def test_learning_from_a_teacher_takes_what_is_planned(
     kind: str, ranks: RankPool, text: Path, teacher: Path, tmp_path: Path
 ) -> None:
     config = _config(tmp_path, text, LINEAR, Precision.bf16, ParallelConfig())
-    distillation = DistillationConfig(weight=0.0 if kind == "align" else 0.5)
-    config.stage = replace(config.stage, kind=kind, teacher=str(teacher), distillation=distillation)
+    config.stage = replace(config.stage, kind=kind, teacher=str(teacher))
     found = ranks.run(_measure, config, world_size=1, parallel=ParallelConfig(), timeout=120)
     # An align stage keeps so little that the chunked op's temporaries of one layer are a seventh of it all.
     _assert_near(config, found, below=0.2 if kind == "align" else BELOW)

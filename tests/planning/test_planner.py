@@ -27,7 +27,7 @@ from spikingbrain_train.config.model import (
     SpikingConfig,
 )
 from spikingbrain_train.config.parallel import KernelConfig, ParallelConfig, Recompute
-from spikingbrain_train.config.run import DistillationConfig, Precision, RunConfig, StageConfig
+from spikingbrain_train.config.run import Precision, RunConfig, StageConfig
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.models.kernels import resolve_kernels
 from spikingbrain_train.parallel.process_groups import ProcessGroups
@@ -303,7 +303,7 @@ def flops_of(config: RunConfig) -> float:
 def test_training_counts_backward_twice_and_the_teacher_once() -> None:
     forward, teacher = forward_flops_per_token(LLAMA, 64), forward_flops_per_token(dense_source(LLAMA), 64)
     assert flops_of(run_of(LLAMA)) == 3 * forward
-    distilled = run_of(LLAMA, teacher="dense", distillation=DistillationConfig(weight=0.5))
+    distilled = run_of(LLAMA, kind="distill", teacher="dense")
     assert flops_of(distilled) == 3 * forward + teacher
     aligned = flops_of(run_of(LLAMA, kind="align", teacher="dense"))
     assert (

@@ -37,7 +37,7 @@ def notes(*overrides: str) -> list[str]:
         (
             f"{DENSE} stage.distillation.temperature=2",
             "temperature=2",
-            "another choice in stage.distillation",
+            "stage.kind=cpt does not read it; distill would",
         ),
         (f"{DENSE} stage.alignment.calibration_tokens=0", "calibration_tokens=0", "align would"),
         (f"{DENSE} stage.teacher=dense", "stage.teacher=dense", "learns from no teacher"),

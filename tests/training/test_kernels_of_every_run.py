@@ -188,9 +188,9 @@ def variants(run: str) -> Iterator[RunConfig]:
         config = replace(config, precision=precision, data=data)
         stage = replace(config.stage, teacher="unused")
         for trained in (
-            replace(stage, kind="cpt"),
-            replace(stage, kind="align"),
-            replace(stage, kind="cpt", distillation=DistillationConfig(weight=0.3)),
+            replace(stage, kind="cpt", distillation=DistillationConfig()),
+            replace(stage, kind="align", distillation=DistillationConfig()),
+            replace(stage, kind="distill", distillation=DistillationConfig(weight=0.3)),
         ):
             yield replace(config, stage=trained)
 

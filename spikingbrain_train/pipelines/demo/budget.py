@@ -26,6 +26,7 @@ from spikingbrain_train.pipelines.demo.named_settings import (
     WARM_UP,
     NamedSettings,
 )
+from spikingbrain_train.planning.stages.registry import kind_of
 from spikingbrain_train.reporting.activity import format_duration
 
 DEFAULT_MINUTES = 12.0
@@ -57,7 +58,7 @@ class Speed:
     align: float
     """One token in the align stage."""
     cpt: float
-    """One token in the pretraining stage without distillation."""
+    """One token of next-token loss."""
     evaluation: float
     """One token of a forward pass with its loss."""
     start: float
@@ -110,7 +111,7 @@ def fit(
     held_out = min(held_out_tokens, _windows(align) * align.stage.seq_length)
     # The dense source and the export are evaluated in float32 by transformers, whatever training does.
     other = _OTHER_EVALUATIONS * (3.0 if speed.precision == "bf16" else 1.2)
-    logits = cpt.stage.distillation.weight > 0
+    logits = kind_of(cpt.stage).needs_teacher(cpt.stage)
     recipe = whole_align * speed.align + whole_cpt * (speed.cpt + (speed.evaluation if logits else 0))
     recipe += _calibration(align, speed)
     recipe += held_out * speed.evaluation * (_evaluations(align) + _evaluations(cpt) + other)
@@ -153,12 +154,13 @@ def fit(
         **({} if named.anywhere(EVAL_ITERS) else {EVAL_ITERS: windows // batch}),
         EVAL_INTERVAL: 0,
     }
-    weight = {} if named.in_stage("cpt", *LOGITS) else {"stage.distillation.weight": 0}
+    alone = {"stage.kind": "cpt", "stage.distillation.weight": "null"}
+    kind = {} if named.in_stage("cpt", *LOGITS) else alone
     rates = {} if named.in_stage("cpt", *RATES) else {"optimizer.lr": "2e-4", "optimizer.min_lr": "2e-5"}
     return Lengths(
         align_args=fitted_align.arguments({TRAIN_ITERS: align_steps, **shared, WARM_UP: align_steps // 8}),
         cpt_args=fitted_cpt.arguments(
-            {TRAIN_ITERS: cpt_steps, **shared, **weight, **rates, WARM_UP: cpt_steps // 12}
+            {TRAIN_ITERS: cpt_steps, **shared, **kind, **rates, WARM_UP: cpt_steps // 12}
         ),
         sentence=f"{measured}: {takes} {fitted_align.tokens(align_steps):,} and "
         f"{fitted_cpt.tokens(cpt_steps):,} tokens (the whole recipe takes {whole}, about "

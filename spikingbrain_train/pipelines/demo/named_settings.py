@@ -8,7 +8,7 @@ from dataclasses import dataclass
 TRAIN_ITERS = "stage.train_iters"
 WARM_UP = "optimizer.lr_warmup_iters"
 RATES = ("optimizer.lr", "optimizer.min_lr")
-LOGITS = ("stage.distillation.weight", "stage.distillation.temperature")
+LOGITS = ("stage.kind", "stage.distillation.weight", "stage.distillation.temperature")
 EVAL_ITERS, EVAL_INTERVAL = "logging.eval_iters", "logging.eval_interval"
 BATCH = ("stage.seq_length", "stage.global_batch_size", "stage.micro_batch_size")
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from spikingbrain_train.config.command_line import called_as, user_errors
 from spikingbrain_train.config.compose import compose_run
 from spikingbrain_train.config.load import to_run_config
-from spikingbrain_train.config.run import Precision, RunConfig
+from spikingbrain_train.config.run import DistillationConfig, Precision, RunConfig
 from spikingbrain_train.pipelines.demo.budget import Speed
 from spikingbrain_train.reporting.activity import activity
 from spikingbrain_train.runtime.quiet_torch import ignore_megatron_warnings
@@ -69,7 +69,7 @@ def measure_speed(align: RunConfig, cpt: RunConfig, started: float) -> Speed:
 
     Args:
         align: the align stage.
-        cpt: the pretraining stage; measured without distillation.
+        cpt: the stage on all parameters; measured on next-token loss.
         started: ``time.monotonic()`` at the start of the process.
 
     Raises:
@@ -87,7 +87,7 @@ def measure_speed(align: RunConfig, cpt: RunConfig, started: float) -> Speed:
     if align.precision is not Precision.auto:
         choice = PrecisionChoice(align.precision, "because the config names it")
     align, cpt = (replace(run, precision=choice.precision) for run in (align, cpt))
-    cpt.stage = replace(cpt.stage, distillation=replace(cpt.stage.distillation, weight=0.0))
+    cpt.stage = replace(cpt.stage, kind="cpt", distillation=DistillationConfig())
     groups = initialize(align.parallel, accelerator, seed=align.seed)
     try:
         with activity("measuring the speed of the align stage"):

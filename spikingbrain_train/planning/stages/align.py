@@ -32,7 +32,7 @@ class AlignmentKind(StageKind):
     trained_by = "spikingbrain_train.training.stages.alignment:Alignment"
     sees_sinks = False  # it works on hidden states of the dense source, which has none
 
-    next_stage = "stage=cpt"
+    next_stage = "stage=distill stage.teacher=..."
 
     def describe(self, config: RunConfig) -> str:
         """Which mixers learn what from whom."""
@@ -58,9 +58,9 @@ class AlignmentKind(StageKind):
     def check(self, stage: StageConfig) -> None:
         """It has no logits to distil. Raises ConfigurationError."""
         require(
-            stage.distillation.weight == 0,
-            "stage.distillation.weight must be 0 in stage.kind=align, which has no logits; "
-            "distil in stage.kind=cpt",
+            not stage.distillation.weight,
+            f"stage.distillation.weight={stage.distillation.weight} has no part in stage.kind={self.name}, "
+            f"which has no logits; set it to null, and distil in stage.kind=distill",
         )
 
     def check_teacher(

@@ -29,7 +29,7 @@ class StageKind(ABC):
         """The setting because of which the stage learns from ``stage.teacher``, None where it does not."""
 
     next_stage: ClassVar[str | None] = None
-    """What usually follows, as a choice of the command line (``stage=cpt``); None where the model is done."""
+    """What usually follows, as words of a command line (``stage=cpt``); None where the model is done."""
 
     def describe(self, config: RunConfig) -> str:
         """What the stage does, for the first line of a run."""

@@ -6,10 +6,12 @@ from spikingbrain_train.architecture.registry import Registry
 from spikingbrain_train.config.run import StageConfig
 from spikingbrain_train.planning.stages.align import AlignmentKind
 from spikingbrain_train.planning.stages.cpt import ContinualPretrainingKind
+from spikingbrain_train.planning.stages.distill import DistillationKind
 from spikingbrain_train.planning.stages.kind import StageKind
 
 STAGES: Registry[StageKind] = Registry("kind of stage", "stage.kind")
 STAGES.register(AlignmentKind())
+STAGES.register(DistillationKind())
 STAGES.register(ContinualPretrainingKind())
 
 

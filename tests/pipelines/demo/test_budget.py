@@ -53,9 +53,13 @@ def tokens(run: DictConfig) -> int:
     return run.stage.train_iters * run.stage.seq_length * run.stage.global_batch_size
 
 
+def has_logits(run: DictConfig) -> bool:
+    return run.stage.kind == "distill"
+
+
 def minutes_of(speed: Speed, align: DictConfig, cpt: DictConfig, spent: float) -> float:
     """What the stages will take, in all."""
-    teacher = speed.evaluation if cpt.stage.distillation.weight > 0 else 0.0
+    teacher = speed.evaluation if has_logits(cpt) else 0.0
     windows = align.logging.eval_iters * align.stage.global_batch_size * align.stage.seq_length
     windows = min(windows, HELD_OUT)
     evaluations = 2 * (3 if speed.precision == "bf16" else 1)
@@ -173,7 +177,7 @@ def test_a_setting_named_for_one_stage_is_in_the_budget_and_the_sentence(
     for said in (
         "within 12 minutes",
         f"{tokens(align):,} and {tokens(cpt):,} tokens",
-        f"{'with' if cpt.stage.distillation.weight > 0 else 'without'} the dense source's logits",
+        f"{'with' if has_logits(cpt) else 'without'} the dense source's logits",
         f"sequences of {align.stage.seq_length}",
         f"{align.logging.eval_iters * align.stage.global_batch_size} windows",
     ):
@@ -204,7 +208,7 @@ def test_where_nothing_is_named_the_choice_is_the_recipe_for_few_tokens() -> Non
     shared += ["logging.eval_iters=6", "logging.eval_interval=0"]
     lengths, _, _ = chosen(SLOW)
     assert lengths.align_args == ["stage.train_iters=45", *shared, "optimizer.lr_warmup_iters=5"]
-    few = ["stage.distillation.weight=0", "optimizer.lr=2e-4", "optimizer.min_lr=2e-5"]
+    few = ["stage.kind=cpt", "stage.distillation.weight=null", "optimizer.lr=2e-4", "optimizer.min_lr=2e-5"]
     assert lengths.cpt_args == ["stage.train_iters=43", *shared, *few, "optimizer.lr_warmup_iters=3"]
 
 

@@ -55,7 +55,7 @@ class TestCommands:
             (["optimizer.min_lr=1"], "optimizer.min_lr=1.0 is above optimizer.lr"),
             (["stage.train_iters=0"], "stage.train_iters=0 must be at least 1"),
             (["stage.micro_batch_size=2"], "is not divisible by stage.micro_batch_size=2"),
-            (["stage.distillation.weight=2"], "stage.distillation.weight=2.0 must be between 0"),
+            (["stage.distillation.weight=2"], "stage.distillation.weight=2.0 must be above 0"),
             (["logging.log_interval=0"], "logging.log_interval=0 must be at least 1"),
         ],
     )

@@ -1,0 +1,58 @@
+"""What plans know of stages on token losses: every parameter trains, forward and backward."""
+
+from __future__ import annotations
+
+from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.config.parallel import ParallelConfig
+from spikingbrain_train.config.require import require
+from spikingbrain_train.config.run import RunConfig, StageConfig
+from spikingbrain_train.planning.activations import activation_bytes
+from spikingbrain_train.planning.costs import (
+    forward_flops_per_token,
+    stage_parameters,
+    stage_routed_expert_parameters,
+    total_parameters,
+)
+from spikingbrain_train.planning.stages.kind import StageKind
+
+
+class TokenLossKind(StageKind):
+    """All parameters on a loss of every token, from no teacher; a subclass says its name and its class."""
+
+    sees_sinks = True
+
+    def reason_for_teacher(self, stage: StageConfig) -> str | None:
+        """Nothing: it learns from the text alone."""
+        return None
+
+    def check(self, stage: StageConfig) -> None:
+        """Nobody expects the teacher's logits in it. Raises ConfigurationError."""
+        weight = stage.distillation.weight
+        require(
+            not weight,
+            f"stage.distillation.weight={weight} has no part in stage.kind={self.name}, which learns from "
+            f"the text alone; set it to null, or distil with stage.kind=distill "
+            f"stage.distillation.weight={weight}",
+        )
+
+    def check_teacher(
+        self, model: ModelConfig, teacher: ModelConfig, parallel: ParallelConfig, setting: str
+    ) -> None:
+        """It has none."""
+
+    def trainable_parameters(self, config: RunConfig, pipeline_stage: int) -> tuple[int, int]:
+        """All of them."""
+        experts = stage_routed_expert_parameters(config.model, config.parallel, pipeline_stage)
+        return experts, stage_parameters(config.model, config.parallel, pipeline_stage) - experts
+
+    def trainable_parameters_in_all(self, model: ModelConfig) -> int:
+        """All of them."""
+        return total_parameters(model)
+
+    def flops_per_token(self, config: RunConfig) -> float:
+        """Forward and backward: 3 x forward, about 6 N plus attention."""
+        return 3 * forward_flops_per_token(config.model, config.stage.seq_length)
+
+    def activation_bytes(self, config: RunConfig, pipeline_stage: int, micro_batches: int) -> float:
+        """Those of the whole model under 1F1B."""
+        return activation_bytes(config, pipeline_stage, micro_batches)

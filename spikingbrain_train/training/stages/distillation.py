@@ -1,0 +1,115 @@
+"""Distillation: all parameters learn the dense source's distribution over the next token.
+
+Forward KL on logits (Hinton et al., arXiv 1503.02531). SpikingBrain's report (arXiv 2509.05276) has no such
+stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from torch import Tensor
+
+from spikingbrain_train.config.run import StageConfig
+from spikingbrain_train.data.loader import MicroBatch
+from spikingbrain_train.models.gpt_model import HybridGPTModel
+from spikingbrain_train.models.output_head import gather_hidden_states, vocab_parallel_linear_cross_entropy
+from spikingbrain_train.ops.linear_cross_entropy import Distillation, TokenLosses
+from spikingbrain_train.parallel.process_groups import ProcessGroups
+from spikingbrain_train.reporting.progress import Shown
+from spikingbrain_train.training.stages.token_loss import TokenLossStage
+
+
+class LogitDistillation(TokenLossStage):
+    """KL(teacher || student) of every token, with a share of next-token loss where the weight is below 1.
+
+    Each pipeline stage runs the teacher's layers beside the student's and the tensors sent between stages
+    carry both hidden states side by side, so it works under every topology.
+
+    Args:
+        stage: sequence length, batch sizes, distillation settings.
+        groups: process groups.
+        teacher: the frozen dense source in the same topology.
+    """
+
+    teacher: HybridGPTModel
+
+    def __init__(
+        self, stage: StageConfig, groups: ProcessGroups, teacher: HybridGPTModel | None = None
+    ) -> None:
+        assert teacher is not None, "distillation learns from a teacher"
+        super().__init__(stage, groups, teacher)
+
+    @property
+    def shown(self) -> Mapping[str, Shown]:
+        """The cross entropy and the KL divergence, too."""
+        return {
+            **super().shown,
+            "train/cross_entropy": Shown("CE", "{:.4f}"),
+            "train/kl_divergence": Shown("KL", "{:.4f}"),
+        }
+
+    def schedule_arguments(self) -> dict[str, Any]:
+        """Tensors between pipeline stages are wider by the teacher's hidden size."""
+        if self.groups.pipeline_model_parallel_size == 1:
+            return {}
+        return {"adjust_tensor_shapes_fn": partial(_widen, self.teacher.config.hidden_size)}
+
+    def optimised(self, cross_entropy: Tensor, kl_divergence: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Both by their shares; see :class:`Distillation`."""
+        weight, temperature = self.stage.distillation.share, self.stage.distillation.temperature
+        softened = temperature**2 * kl_divergence
+        loss = (1 - weight) * cross_entropy + weight * softened
+        return loss, {"train/kl_divergence": kl_divergence}
+
+    def forward(
+        self, model: DistributedDataParallel, batch: MicroBatch
+    ) -> Tensor | tuple[Tensor, TokenLosses]:
+        """Teacher and student side by side."""
+        student: HybridGPTModel = model.module
+        if not student.pre_process:
+            both = student.decoder.input_tensor
+            width = student.config.hidden_size
+            student.set_input_tensor(both[..., :width].contiguous())
+            self.teacher.set_input_tensor(both[..., width:].detach().contiguous())
+        with torch.no_grad():
+            # Without sinks of its own, the teacher carries as many rows of padding: one shape for both.
+            beside = replace(batch.layout, sinks_are_padding=True)
+            teacher_hidden = self.teacher(batch.tokens, layout=beside, return_hidden_states=True)
+        student_hidden = model(batch.tokens, layout=batch.layout, return_hidden_states=True)
+        if not student.post_process:
+            return torch.cat([student_hidden, teacher_hidden], dim=-1)
+        split = {
+            "num_sink_tokens": batch.layout.local_sink_tokens,
+            "sequence_parallel": student.config.sequence_parallel,
+            "tp_group": self.groups.collection.tp,
+        }
+        with torch.no_grad():
+            teacher_hidden = gather_hidden_states(teacher_hidden, **split)
+        return vocab_parallel_linear_cross_entropy(
+            student_hidden,
+            student.output_weight(),
+            batch.labels,
+            batch.loss_mask,
+            vocab_size=student.model_config.vocab_size,
+            **split,
+            distillation=Distillation(
+                teacher_hidden,
+                self.teacher.output_weight(),
+                weight=self.stage.distillation.share,
+                temperature=self.stage.distillation.temperature,
+            ),
+        )
+
+
+def _widen(extra: int, receive: list[tuple], send: list[tuple]) -> tuple[list[tuple], list[tuple]]:
+    """Shapes between pipeline stages, ``extra`` wider so that the teacher's hidden states fit beside."""
+    return (
+        [(*shape[:-1], shape[-1] + extra) for shape in receive],
+        [(*shape[:-1], shape[-1] + extra) for shape in send],
+    )

@@ -1,0 +1,139 @@
+"""What stages on token losses have in common: forward and backward of a batch, and means to report.
+
+Each kind is a thin subclass that says what a micro-batch's losses are, or brings other data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import unwrap_model
+from torch import Tensor
+
+from spikingbrain_train.architecture.layers import has_experts
+from spikingbrain_train.config.run import StageConfig
+from spikingbrain_train.data.loader import MicroBatch
+from spikingbrain_train.models.feed_forwards.routing import HasAuxiliaryLoss
+from spikingbrain_train.models.gpt_model import HybridGPTModel
+from spikingbrain_train.ops.linear_cross_entropy import TokenLosses
+from spikingbrain_train.parallel.process_groups import ProcessGroups
+from spikingbrain_train.reporting.progress import Shown
+from spikingbrain_train.training.stages.losses import StepLosses
+from spikingbrain_train.training.stages.stage import LOSS, Stage
+
+
+class TokenLossStage(Stage):
+    """Trains on a loss of every token that the batch's mask counts, over megatron-core's schedules (1F1B).
+
+    As it stands the loss is the next token's cross entropy; a subclass with other data overrides
+    :meth:`open_data`, one with another loss :meth:`forward` and :meth:`optimised`. Losses of routers come on
+    top.
+
+    Args:
+        stage: sequence length, batch sizes.
+        groups: process groups.
+        teacher: see :class:`Stage`.
+    """
+
+    def __init__(
+        self, stage: StageConfig, groups: ProcessGroups, teacher: HybridGPTModel | None = None
+    ) -> None:
+        super().__init__(stage, groups, teacher)
+        self._routers: list[HasAuxiliaryLoss] | None = None
+        """Of this pipeline stage; None where no layer of the model has one."""
+
+    def forward(
+        self, model: DistributedDataParallel, batch: MicroBatch
+    ) -> Tensor | tuple[Tensor, TokenLosses]:
+        """One micro-batch through this pipeline stage.
+
+        Returns:
+            What goes to the next pipeline stage; on the last one the sum of losses, [], and those of tokens.
+        """
+        return model(batch.tokens, batch.labels, batch.loss_mask, layout=batch.layout)
+
+    def optimised(self, cross_entropy: Tensor, kl_divergence: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss whose gradient :meth:`forward` gives, and metrics beside ``train/cross_entropy``.
+
+        Args:
+            cross_entropy: [] float64, mean over the tokens of all ranks.
+            kl_divergence: the same; 0 where :meth:`forward` reports none.
+        """
+        return cross_entropy, {}
+
+    def schedule_arguments(self) -> dict[str, Any]:
+        """What else megatron-core's schedule is told."""
+        return {}
+
+    def forward_backward(
+        self, model: DistributedDataParallel, batches: Iterator[MicroBatch], num_microbatches: int
+    ) -> StepLosses:
+        """Accumulate gradients of the mean loss over the global batch's unmasked tokens."""
+        network = unwrap_model(model).model_config
+        if self._routers is None and has_experts(network):
+            self._routers = [module for module in model.modules() if isinstance(module, HasAuxiliaryLoss)]
+        before = self._auxiliary_loss()
+        reports = get_forward_backward_func()(
+            forward_step_func=self._forward_step,
+            data_iterator=batches,
+            model=[model],
+            num_microbatches=num_microbatches,
+            seq_length=self.stage.seq_length + network.num_sink_tokens,
+            micro_batch_size=self.stage.micro_batch_size,
+            forward_only=False,
+            **self.schedule_arguments(),
+        )
+        sums = sum(reports) if reports else torch.zeros(3, dtype=torch.float64, device=self.groups.device)
+        auxiliary = self._auxiliary_loss() - before
+        return StepLosses(sums, partial(self._metrics, auxiliary), weight=sums[0])
+
+    @property
+    def shown(self) -> Mapping[str, Shown]:
+        """The loss, and the cross entropy where it is not all of it."""
+        shown = {"train/loss": LOSS}
+        if self._routers is not None:
+            shown["train/cross_entropy"] = Shown("CE", "{:.4f}")
+        return shown
+
+    def _auxiliary_loss(self) -> Tensor:
+        """[] float64: what this rank's routers have added to the sum of token losses so far."""
+        total = torch.zeros((), dtype=torch.float64, device=self.groups.device)
+        for router in self._routers or ():
+            total += router.auxiliary_loss()
+        return total
+
+    def _metrics(self, auxiliary: Tensor, sums: Tensor) -> dict[str, Tensor]:
+        """What is optimised, and its parts; means over tokens.
+
+        Args:
+            auxiliary: [] this rank's share of the routers' losses.
+            sums: [3] of this rank: tokens, cross entropy, KL divergence.
+        """
+        tokens, cross_entropy, kl_divergence = self.groups.sum_from_last_stage(sums).unbind()
+        mean = cross_entropy / tokens
+        loss, parts = self.optimised(mean, kl_divergence / tokens)
+        if self._routers is not None:
+            # Every rank routes tokens of its own, and pipeline stages have other routers.
+            torch.distributed.all_reduce(auxiliary)
+            loss = loss + auxiliary / tokens
+        return {"train/loss": loss, "train/cross_entropy": mean, **parts}
+
+    def _forward_step(self, batches: Iterator[MicroBatch], model: DistributedDataParallel):
+        batch = next(batches)
+        return self.forward(model, batch), partial(self._loss, batch.loss_mask)
+
+    def _loss(self, loss_mask: Tensor, output: tuple[Tensor, TokenLosses]) -> tuple[Tensor, Tensor, Tensor]:
+        """megatron-core's per-token form: the sum of losses, the number of tokens, and what is reported."""
+        total, losses = output
+        mask = loss_mask.flatten()
+        tokens = mask.sum()
+        kl_divergence = (
+            losses.kl_divergence @ mask if losses.kl_divergence is not None else torch.zeros_like(tokens)
+        )
+        report = torch.stack([tokens, losses.cross_entropy @ mask, kl_divergence]).double()
+        return total, tokens.to(torch.int), report
