@@ -103,10 +103,11 @@ def _generate(
     request: CheckpointRequest, tokenizer: Path, arguments: argparse.Namespace, sampling: Sampling
 ) -> None:
     _import_torch()
-    from spikingbrain_train.evaluation.checkpoint_generation import CheckpointGenerator, PromptTokenizer
+    from spikingbrain_train.evaluation.checkpoint_generation import CheckpointGenerator
     from spikingbrain_train.evaluation.checkpoint_model import checkpoint_model
+    from spikingbrain_train.evaluation.text_tokenizer import TextTokenizer
 
-    of_prompts = PromptTokenizer(tokenizer)
+    of_prompts = TextTokenizer(tokenizer)
     generations = []
     with checkpoint_model(request) as opened:
         generator = CheckpointGenerator(opened, of_prompts)

@@ -2,67 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
-from spikingbrain_train.data.tokenizers import SentencePieceTokenizer
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.evaluation.checkpoint_model import CheckpointModel
 from spikingbrain_train.evaluation.generation import Generation, TimedStreamer
-from spikingbrain_train.evaluation.pretrained import load_text_tokenizer
 from spikingbrain_train.evaluation.sampling import Sampling
+from spikingbrain_train.evaluation.text_tokenizer import TextTokenizer
 from spikingbrain_train.models.incremental_decoding import IncrementalDecoder, mixers_without_step
 from spikingbrain_train.models.mixers.decoding import CacheSize
-
-_GENERATION_CONFIG = "generation_config.json"
-
-
-class PromptTokenizer:
-    """The tokenizer of a prompt, and the tokens that end a text.
-
-    Args:
-        path: folder that transformers reads, or a sentencepiece ``.model`` file. A ``generation_config.json``
-            in a folder says which tokens end a text (chat models have several), else the tokenizer does.
-
-    Raises:
-        DataError: there is none.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._is_folder = path.is_dir()
-        load: Callable[[Path], Any] = load_text_tokenizer if self._is_folder else SentencePieceTokenizer
-        self._tokenizer = load(path)
-        end = _end_tokens(path / _GENERATION_CONFIG)
-        if end is None:
-            end = [self._tokenizer.eos_token_id if self._is_folder else self._tokenizer.eos_id]
-        self.end_tokens = {token for token in end if token is not None}
-
-    def encode(self, prompt: str) -> list[int]:
-        """Its ids, with the special tokens that the tokenizer puts around a text."""
-        ids = self._tokenizer(prompt)["input_ids"] if self._is_folder else self._tokenizer.encode(prompt)
-        return list(ids)
-
-    def decode(self, ids: list[int] | Tensor, **options: Any) -> str:
-        """Text of ids; options are those of transformers."""
-        if self._is_folder:
-            return str(self._tokenizer.decode(ids, **options))
-        return str(self._tokenizer.decode([int(i) for i in ids]))
-
-
-def _end_tokens(path: Path) -> list[int] | None:
-    try:
-        end = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    except (OSError, ValueError, AttributeError):  # absent, or nothing that says so
-        return None
-    found = end if isinstance(end, list) else [end]
-    return found if found and all(isinstance(token, int) for token in found) else None
 
 
 class CheckpointGenerator:
@@ -73,7 +26,7 @@ class CheckpointGenerator:
         tokenizer: of its text.
     """
 
-    def __init__(self, opened: CheckpointModel, tokenizer: PromptTokenizer) -> None:
+    def __init__(self, opened: CheckpointModel, tokenizer: TextTokenizer) -> None:
         self.mixers_without_step = mixers_without_step(opened.request.model, opened.kernels)
         """Names of the kinds that read their whole input again for every token."""
         self._decoder = IncrementalDecoder(opened.model)

@@ -140,6 +140,20 @@ def request_checkpoint(
     )
 
 
+def for_reading(request: CheckpointRequest) -> CheckpointRequest:
+    """The same, as it reads texts of any length: what it says to one depends on no other beside it.
+
+    Experts drop no token. Sequence parallelism is left out where no context-parallel ranks share a text, so
+    that the model can read token by token, too.
+    """
+    parallel, model = request.parallel, request.model
+    for kind in feed_forwards_of(model):
+        model = kind.without_dropping(model)
+    if parallel.context_parallel_size == 1:
+        parallel = replace(parallel, sequence_parallel=False)
+    return replace(request, model=model, parallel=parallel)
+
+
 def for_decoding(request: CheckpointRequest, world_size: int) -> CheckpointRequest:
     """The same, as it reads a text token by token.
 
@@ -164,7 +178,4 @@ def for_decoding(request: CheckpointRequest, world_size: int) -> CheckpointReque
         f"ranks, and all would write the same text; start {parallel.model_parallel_size}, or raise "
         f"parallel.tensor_model_parallel_size or parallel.pipeline_model_parallel_size",
     )
-    model = request.model
-    for kind in feed_forwards_of(model):
-        model = kind.without_dropping(model)
-    return replace(request, model=model, parallel=replace(parallel, sequence_parallel=False))
+    return for_reading(request)

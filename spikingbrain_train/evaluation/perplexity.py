@@ -15,11 +15,9 @@ from transformers import PreTrainedModel
 
 from spikingbrain_train.data.gpt_dataset import ValidDataset
 from spikingbrain_train.evaluation.evaluator import HeldOutDataset
+from spikingbrain_train.evaluation.position_logits import PositionLogits
 from spikingbrain_train.evaluation.result import DatasetLoss, Perplexity
 from spikingbrain_train.reporting.activity import activity
-
-_LOGIT_BYTES = 256 << 20
-"""Memory for the float32 logits of one chunk of positions."""
 
 
 @torch.no_grad()
@@ -38,14 +36,14 @@ def measure_perplexity(
         datasets: what they are of, in order; each is measured by itself, too.
         progress: say on standard error how far it is.
     """
-    losses_of = _CausalLosses(model)
+    logits_of = PositionLogits(model)
     totals = torch.zeros(max(1, len(datasets)), dtype=torch.float64)
     tokens = torch.zeros_like(totals)
     started = time.perf_counter()
     with activity("evaluating", len(dataset), "windows", shown=progress) as done:
         for index in done.over(range(len(dataset))):
             sample = dataset[index]
-            losses = losses_of(sample["tokens"].to(model.device), sample["labels"].to(model.device)).cpu()
+            losses = _losses(logits_of, sample["tokens"].to(model.device), sample["labels"].to(model.device))
             # Not a product: 0 * inf would be NaN.
             counted = losses[sample["loss_mask"] > 0]
             which = int(sample["dataset"]) if len(datasets) > 1 else 0
@@ -64,33 +62,9 @@ def measure_perplexity(
     )
 
 
-class _CausalLosses:
-    """Per-token losses of one window, without the float32 logits of all its positions at once.
-
-    The decoder runs once; the output embedding is applied to chunks of its hidden states. Models that do
-    more to their logits (scaling, soft-capping) are found out on a few tokens, and run whole.
-    """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        self.head = model.get_output_embeddings()
-        probe = torch.arange(8, device=model.device).remainder(model.config.vocab_size).unsqueeze(0)
-        logits = model(input_ids=probe, use_cache=False).logits
-        self.chunked = self.head is not None and torch.equal(self.head(self._hidden(probe)), logits)
-
-    def __call__(self, tokens_T: Tensor, labels_T: Tensor) -> Tensor:
-        """Cross entropy [T] float32 of ``labels_T`` given the tokens up to each position."""
-        if not self.chunked:
-            logits_TV = self.model(input_ids=tokens_T.unsqueeze(0), use_cache=False).logits[0]
-            return F.cross_entropy(logits_TV.float(), labels_T, reduction="none")
-        hidden_TD = self._hidden(tokens_T.unsqueeze(0))[0]
-        positions = max(1, _LOGIT_BYTES // (4 * self.head.weight.shape[0]))
-        return torch.cat(
-            [
-                F.cross_entropy(self.head(hidden).float(), labels, reduction="none")
-                for hidden, labels in zip(hidden_TD.split(positions), labels_T.split(positions), strict=True)
-            ]
-        )
-
-    def _hidden(self, tokens_BT: Tensor) -> Tensor:
-        return self.model.base_model(input_ids=tokens_BT, use_cache=False).last_hidden_state
+def _losses(logits_of: PositionLogits, tokens_T: Tensor, labels_T: Tensor) -> Tensor:
+    """Cross entropy [T] float32, on the CPU, of labels given the tokens up to each position."""
+    positions_T = torch.arange(len(tokens_T), device=tokens_T.device)
+    chunks = logits_of(tokens_T.unsqueeze(0), torch.zeros_like(positions_T), positions_T)
+    losses = [F.cross_entropy(logits, labels_T[chunk], reduction="none") for chunk, logits in chunks]
+    return torch.cat(losses).cpu()

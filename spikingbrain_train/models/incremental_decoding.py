@@ -20,6 +20,7 @@ from spikingbrain_train.models.gpt_model import HybridGPTModel
 from spikingbrain_train.models.layer_specs import layer_build
 from spikingbrain_train.models.mixers import decoding
 from spikingbrain_train.models.mixers.decoding import CacheSize, DecodingState, decodes_by_step
+from spikingbrain_train.models.output_head import vocab_parallel_logits
 
 
 def mixers_without_step(model: ModelConfig, kernels: KernelConfig) -> list[str]:
@@ -42,7 +43,7 @@ class IncrementalDecoder:
 
     Args:
         model: this rank's pipeline stage. It is put into evaluation mode, and is good for decoding alone
-            afterwards.
+            until :meth:`release`.
     """
 
     def __init__(self, model: HybridGPTModel) -> None:
@@ -60,6 +61,12 @@ class IncrementalDecoder:
         self._num_tokens = 0
         for mixer in self._mixers:
             mixer.state = None
+
+    def release(self) -> None:
+        """Leave the model as it was, but for its mode. Nothing can be read afterwards."""
+        for layer in self.model.decoder.layers:
+            layer.self_attention = layer.self_attention.mixer
+        self._mixers = []
 
     @torch.no_grad()
     def read(self, tokens_BT: Tensor) -> Tensor | None:
@@ -104,13 +111,9 @@ class IncrementalDecoder:
 
 def _last_logits(model: HybridGPTModel, hidden_TBD: Tensor, non_loss_data: bool = True) -> Tensor:
     """[B, vocab_size] float32, of the last token alone: no other's are asked for."""
-    logits = torch.nn.functional.linear(hidden_TBD[-1], model.output_weight())
-    group = model.pg_collection.tp
-    if group.size() > 1:
-        parts = [torch.empty_like(logits) for _ in range(group.size())]
-        torch.distributed.all_gather(parts, logits.contiguous(), group=group)
-        logits = torch.cat(parts, dim=-1)
-    return logits[:, : model.model_config.vocab_size].float()
+    return vocab_parallel_logits(
+        hidden_TBD[-1], model.output_weight(), model.model_config.vocab_size, model.pg_collection.tp
+    )
 
 
 class _RememberingMixer(torch.nn.Module):

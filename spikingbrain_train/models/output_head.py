@@ -98,6 +98,28 @@ def vocab_parallel_linear_cross_entropy(
     )
 
 
+def vocab_parallel_logits(
+    hidden_ND: Tensor, weight: Tensor, vocab_size: int, tp_group: torch.distributed.ProcessGroup
+) -> Tensor:
+    """Logits of some tokens over the whole vocabulary, on every tensor-parallel rank.
+
+    Args:
+        hidden_ND: [N, D] final hidden states, the same on all ranks.
+        weight: [V_local, D] this rank's rows of the output projection, padding included.
+        vocab_size: rows of the whole vocabulary without padding.
+        tp_group: tensor-parallel ranks.
+
+    Returns:
+        [N, vocab_size] float32.
+    """
+    logits = torch.nn.functional.linear(hidden_ND, weight)
+    if tp_group.size() > 1:
+        parts = [torch.empty_like(logits) for _ in range(tp_group.size())]
+        torch.distributed.all_gather(parts, logits.contiguous(), group=tp_group)
+        logits = torch.cat(parts, dim=-1)
+    return logits[:, :vocab_size].float()
+
+
 def valid_vocab_rows(local_rows: int, vocab_size: int, tp_group: torch.distributed.ProcessGroup) -> int:
     """How many of this rank's vocabulary rows are real, the rest being padding."""
     return min(max(vocab_size - tp_group.rank() * local_rows, 0), local_rows)

@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.config.conversion import ConversionConfig
+from spikingbrain_train.config.model import ModelConfig, MoEConfig
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import StageConfig
+from spikingbrain_train.conversion.import_checkpoint import import_checkpoint
 from tests.distributed import small_runs
 from tests.distributed.pool import RankPool
+from tests.small_source import save_small_source
 
 
 @pytest.fixture(scope="session")
@@ -43,3 +46,27 @@ def hybrid_76b_checkpoint(ranks: RankPool, tmp_path_factory: pytest.TempPathFact
 def dense_checkpoint(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
     """Its dense teacher, of other random weights."""
     return _random_checkpoint(ranks, tmp_path_factory.mktemp("dense"), text, small_runs.DENSE)
+
+
+@pytest.fixture(scope="session")
+def text_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A hybrid of three mixers with a tokenizer, as imported."""
+    folder = tmp_path_factory.mktemp("text_hybrid")
+    recipe = ConversionConfig(mixers=["gla", "swa", "gla", "full"], sliding_window=7)
+    import_checkpoint(save_small_source(folder / "source"), folder / "checkpoint", recipe)
+    return folder / "checkpoint"
+
+
+@pytest.fixture(scope="session")
+def text_checkpoint_76b(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two branches, sinks, and experts with room for half of their tokens."""
+    folder = tmp_path_factory.mktemp("text_hybrid_76b")
+    recipe = ConversionConfig(
+        mixers=[["gla", "swa"], ["gla", "full"]],
+        sliding_window=7,
+        num_sink_tokens=4,
+        feed_forwards=["dense", "moe"],
+        moe=MoEConfig(num_experts=4, router_topk=1, num_shared_experts=1, capacity_factor=0.5),
+    )
+    import_checkpoint(save_small_source(folder / "source"), folder / "checkpoint", recipe)
+    return folder / "checkpoint"

@@ -8,38 +8,11 @@ from typing import Any
 
 import pytest
 
-from spikingbrain_train.config.conversion import ConversionConfig
-from spikingbrain_train.config.model import MoEConfig
 from spikingbrain_train.conversion.export_checkpoint import export_checkpoint
-from spikingbrain_train.conversion.import_checkpoint import import_checkpoint
 from tests.distributed.pool import RankPool
-from tests.small_source import MODEL_VOCAB_SIZE, save_small_source
+from tests.small_source import MODEL_VOCAB_SIZE
 
 PROMPT = "The for statement"
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A hybrid of three mixers with a tokenizer."""
-    folder = tmp_path_factory.mktemp("hybrid")
-    recipe = ConversionConfig(mixers=["gla", "swa", "gla", "full"], sliding_window=7)
-    import_checkpoint(save_small_source(folder / "source"), folder / "checkpoint", recipe)
-    return folder / "checkpoint"
-
-
-@pytest.fixture(scope="module")
-def checkpoint_76b(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two branches, sinks, and experts with room for half of their tokens."""
-    folder = tmp_path_factory.mktemp("hybrid_76b")
-    recipe = ConversionConfig(
-        mixers=[["gla", "swa"], ["gla", "full"]],
-        sliding_window=7,
-        num_sink_tokens=4,
-        feed_forwards=["dense", "moe"],
-        moe=MoEConfig(num_experts=4, router_topk=1, num_shared_experts=1, capacity_factor=0.5),
-    )
-    import_checkpoint(save_small_source(folder / "source"), folder / "checkpoint", recipe)
-    return folder / "checkpoint"
 
 
 def generate(*arguments: str) -> None:
@@ -64,11 +37,11 @@ SAMPLED = ("--temperature", 1.5, "--top-p", 0.9, "--seed", 7)
 
 @pytest.mark.parametrize("choice", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_text_is_that_of_the_exported_folder(
-    choice: tuple[Any, ...], ranks: RankPool, checkpoint: Path, tmp_path: Path
+    choice: tuple[Any, ...], ranks: RankPool, text_checkpoint: Path, tmp_path: Path
 ) -> None:
-    export_checkpoint(checkpoint, tmp_path / "export")
+    export_checkpoint(text_checkpoint, tmp_path / "export")
     arguments = ("--prompt", PROMPT, *choice)
-    (ours,) = texts(ranks, tmp_path, "--model", checkpoint, *arguments)
+    (ours,) = texts(ranks, tmp_path, "--model", text_checkpoint, *arguments)
     (theirs,) = texts(ranks, tmp_path, "--model", tmp_path / "export", "--trust-remote-code", *arguments)
     for name in ("text", "prompt_tokens", "new_tokens"):
         assert ours[name] == theirs[name]
@@ -80,9 +53,9 @@ def test_text_is_that_of_the_exported_folder(
     ("size", "settings"), [(2, ["tp2"]), (2, ["pp2"]), (4, ["tp2_pp2"])], ids=["TP 2", "PP 2", "TP 2 x PP 2"]
 )
 def test_ranks_write_what_one_writes(
-    size: int, settings: list[str], ranks: RankPool, checkpoint: Path, tmp_path: Path
+    size: int, settings: list[str], ranks: RankPool, text_checkpoint: Path, tmp_path: Path
 ) -> None:
-    arguments = ("--model", checkpoint, "--prompt", PROMPT, *SAMPLED)
+    arguments = ("--model", text_checkpoint, "--prompt", PROMPT, *SAMPLED)
     (one,) = texts(ranks, tmp_path, *arguments)
     (several,) = texts(ranks, tmp_path, *arguments, "--parallel", *settings, world_size=size)
     assert several["text"] == one["text"]
@@ -91,9 +64,9 @@ def test_ranks_write_what_one_writes(
 
 @pytest.mark.slow
 def test_experts_drop_nothing_whatever_ranks_hold_them(
-    ranks: RankPool, checkpoint_76b: Path, tmp_path: Path
+    ranks: RankPool, text_checkpoint_76b: Path, tmp_path: Path
 ) -> None:
-    arguments = ("--model", checkpoint_76b, "--prompt", PROMPT, *GREEDY)
+    arguments = ("--model", text_checkpoint_76b, "--prompt", PROMPT, *GREEDY)
     (one,) = texts(ranks, tmp_path, *arguments)
     assert one["cache"]["recurrent"] > 0 and one["cache"]["windowed"] > 0
     for settings in (["ep2"], ["pp2"], ["tp2_sp"]):
@@ -102,25 +75,25 @@ def test_experts_drop_nothing_whatever_ranks_hold_them(
 
 
 def test_every_prompt_is_continued_as_if_it_were_alone(
-    ranks: RankPool, checkpoint: Path, tmp_path: Path
+    ranks: RankPool, text_checkpoint: Path, tmp_path: Path
 ) -> None:
     prompts = (PROMPT, "A class")
     given = [word for prompt in prompts for word in ("--prompt", prompt)]
-    together = texts(ranks, tmp_path, "--model", checkpoint, *given, *SAMPLED)
-    alone = [texts(ranks, tmp_path, "--model", checkpoint, "--prompt", p, *SAMPLED)[0] for p in prompts]
+    together = texts(ranks, tmp_path, "--model", text_checkpoint, *given, *SAMPLED)
+    alone = [texts(ranks, tmp_path, "--model", text_checkpoint, "--prompt", p, *SAMPLED)[0] for p in prompts]
     assert [each["text"] for each in together] == [each["text"] for each in alone]
     assert all(each["text"].startswith(prompt) for each, prompt in zip(together, prompts, strict=True))
 
 
 def test_text_ends_at_the_token_that_the_source_names(
-    ranks: RankPool, checkpoint: Path, tmp_path: Path
+    ranks: RankPool, text_checkpoint: Path, tmp_path: Path
 ) -> None:
-    (whole,) = texts(ranks, tmp_path, "--model", checkpoint, "--prompt", PROMPT, *GREEDY)
-    described = checkpoint / "iter_0000000" / "hf_source" / "generation_config.json"
+    (whole,) = texts(ranks, tmp_path, "--model", text_checkpoint, "--prompt", PROMPT, *GREEDY)
+    described = text_checkpoint / "iter_0000000" / "hf_source" / "generation_config.json"
     before = described.read_text() if described.exists() else None
     described.write_text(json.dumps({"eos_token_id": list(range(MODEL_VOCAB_SIZE))}))
     try:
-        (short,) = texts(ranks, tmp_path, "--model", checkpoint, "--prompt", PROMPT, *GREEDY)
+        (short,) = texts(ranks, tmp_path, "--model", text_checkpoint, "--prompt", PROMPT, *GREEDY)
     finally:
         described.unlink() if before is None else described.write_text(before)
     assert whole["new_tokens"] > 1 == short["new_tokens"] and short["tokens_per_second"] is None
@@ -137,9 +110,9 @@ def test_text_ends_at_the_token_that_the_source_names(
     ],
 )
 def test_degrees_that_cannot_work_are_one_sentence(
-    size: int, settings: list[str], sentence: str, ranks: RankPool, checkpoint: Path
+    size: int, settings: list[str], sentence: str, ranks: RankPool, text_checkpoint: Path
 ) -> None:
-    words = ["--model", str(checkpoint), "--prompt", PROMPT, "--parallel", *settings]
+    words = ["--model", str(text_checkpoint), "--prompt", PROMPT, "--parallel", *settings]
     found = ranks.run(_refusal, *words, world_size=size)
     assert sentence in found[0] and found[0].count("\n") == 1
     assert not any(found[1:])  # said once

@@ -17,7 +17,7 @@ from spikingbrain_train.data.gpt_dataset import ValidDataset, open_valid_dataset
 from spikingbrain_train.data.preprocess import preprocess
 from spikingbrain_train.data.preprocess_options import PreprocessOptions
 from spikingbrain_train.errors import CheckpointError, ConfigurationError
-from spikingbrain_train.evaluation import perplexity
+from spikingbrain_train.evaluation import position_logits
 from spikingbrain_train.evaluation.command_line import evaluate
 from spikingbrain_train.evaluation.perplexity import measure_perplexity
 from spikingbrain_train.evaluation.pretrained import load_causal_lm
@@ -62,7 +62,7 @@ def loss_by_transformers(model: PreTrainedModel, dataset: ValidDataset) -> tuple
 @pytest.fixture(params=["one chunk", "chunks of 5 positions"])
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if request.param != "one chunk":
-        monkeypatch.setattr(perplexity, "_LOGIT_BYTES", 5 * 4 * MODEL_VOCAB_SIZE)
+        monkeypatch.setattr(position_logits, "LOGIT_BYTES", 5 * 4 * MODEL_VOCAB_SIZE)
     yield
 
 
