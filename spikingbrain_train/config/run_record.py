@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.errors import CheckpointError, DataError
 from spikingbrain_train.storage.index_format import read_header
+from spikingbrain_train.storage.loss_mask_format import LOSS_MASK_SUFFIX, has_loss_mask
 
 RUN_RECORD_FILE = "run_record.json"
 
@@ -31,8 +32,8 @@ class DatasetFingerprint:
     tokens: int
     documents: int
     digest: str
-    """Of the sizes of both files and of 16 stretches of 64 KiB, spread evenly over each; a change between
-    those is not seen unless it moves what lies behind it."""
+    """Of the sizes of its files and of 16 stretches of 64 KiB, spread evenly over each; a change between
+    those is not seen unless it moves what lies behind it. A loss mask counts as one of them."""
 
     def describe(self) -> str:
         """The dataset in words."""
@@ -50,25 +51,42 @@ class RunRecord:
 
 
 def fingerprint(prefix: str) -> DatasetFingerprint:
-    """Tell an indexed dataset from others, reading at most 2 MiB.
+    """Tell an indexed dataset from others, reading at most 3 MiB.
 
     Raises:
         DataError: the index is damaged or unreadable.
     """
+    masks = [prefix + LOSS_MASK_SUFFIX] if has_loss_mask(prefix) else []
     try:
-        with open(f"{prefix}.idx", "rb") as index, open(f"{prefix}.bin", "rb") as tokens:
+        with open(f"{prefix}.idx", "rb") as index:
             header = read_header(index, prefix)
-            digest = hashlib.sha256()
-            for file in (index, tokens):
-                _add_samples(digest, file)
-            size = os.fstat(tokens.fileno()).st_size
+        size = os.path.getsize(f"{prefix}.bin")
+        digest = _digest([f"{prefix}.idx", f"{prefix}.bin", *masks])
     except OSError as error:
         raise DataError(f"cannot read the indexed dataset {prefix}: {error.strerror or error}") from error
     return DatasetFingerprint(
-        tokens=size // header.item_bytes,
-        documents=max(header.boundaries - 1, 0),
-        digest=digest.hexdigest()[:16],
+        tokens=size // header.item_bytes, documents=max(header.boundaries - 1, 0), digest=digest
     )
+
+
+def tokens_digest(prefix: str) -> str:
+    """The digest of a dataset's tokens alone, without a loss mask: 16 hexadecimal digits.
+
+    Raises:
+        DataError: a file is missing or unreadable.
+    """
+    try:
+        return _digest([f"{prefix}.idx", f"{prefix}.bin"])
+    except OSError as error:
+        raise DataError(f"cannot read the indexed dataset {prefix}: {error.strerror or error}") from error
+
+
+def _digest(paths: Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            _add_samples(digest, file)
+    return digest.hexdigest()[:16]
 
 
 def _add_samples(digest: Any, file: BinaryIO) -> None:

@@ -1,8 +1,8 @@
-"""Conversations as text, by the tokenizer's chat template: for pretraining on them, every token a label."""
+"""Conversations as text, by the tokenizer's chat template."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,9 @@ class ChatTemplate:
                 f"{folder} is no tokenizer folder, so it has no chat template for --chat-key: give a Hugging "
                 "Face tokenizer folder with --tokenizer"
             )
-        self._tokenizer = read_tokenizer_folder(Path(folder))
-        if not self._tokenizer.chat_template:
+        self.folder = folder
+        self.tokenizer = read_tokenizer_folder(Path(folder))
+        if not self.tokenizer.chat_template:
             raise DataError(
                 f"the tokenizer in {folder} has no chat template, which --chat-key needs: give that of the "
                 "chat model with --tokenizer, or render the messages to text yourself and name that with "
@@ -53,9 +54,34 @@ class ChatTemplate:
         """
         if not isinstance(messages, list) or not messages:
             raise ValueError("it is no list of messages")
-        known = [_message(message) for message in messages]
+        return self.apply([read_message(message) for message in messages])
+
+    def source(self, tools: Any = None) -> str:
+        """The template itself, in jinja2's language; some tokenizers have one of their own for tools."""
+        return self.tokenizer.get_chat_template(tools=tools)
+
+    def apply(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Any = None,
+        *,
+        tokenize: bool = False,
+        add_generation_prompt: bool = False,
+        **options: Any,
+    ) -> Any:
+        """What transformers' apply_chat_template gives for messages of ``role`` and ``content``.
+
+        Raises:
+            ValueError: the template refuses them.
+        """
         try:
-            return self._tokenizer.apply_chat_template(known, tokenize=False, add_generation_prompt=False)
+            return self.tokenizer.apply_chat_template(
+                list(messages),
+                **({"tools": tools} if tools else {}),
+                tokenize=tokenize,
+                add_generation_prompt=add_generation_prompt,
+                **options,
+            )
         except Exception as error:  # whatever jinja2 and the template raise
             raise ValueError(f"the chat template refuses it: {first_line(error)}") from error
 
@@ -66,7 +92,8 @@ def chat_template(folder: str) -> ChatTemplate:
     return ChatTemplate(folder)
 
 
-def _message(message: Any) -> Mapping[str, Any]:
+def read_message(message: Any) -> Mapping[str, Any]:
+    """A message of ``role`` and ``content``, whichever way it is written. Raises ValueError."""
     if isinstance(message, dict) and "role" in message and "content" in message:
         return message
     if isinstance(message, dict) and "from" in message and "value" in message:

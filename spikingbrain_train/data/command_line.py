@@ -13,8 +13,13 @@ from typing import Any
 from spikingbrain_train.config.command_line import called_as
 from spikingbrain_train.data.lengths import DatasetDescription, describe_dataset, text_histogram
 from spikingbrain_train.data.preprocess import plan_preprocessing, preprocess
-from spikingbrain_train.data.preprocess_options import DOMAIN_SOURCES, PreprocessOptions
-from spikingbrain_train.data.preprocess_report import length_table
+from spikingbrain_train.data.preprocess_options import (
+    DOMAIN_SOURCES,
+    LossOn,
+    PreprocessOptions,
+    check_seq_length,
+)
+from spikingbrain_train.data.preprocess_report import answer_table, length_table
 from spikingbrain_train.errors import ConfigurationError, SpikingBrainError
 from spikingbrain_train.reporting.plots.picture import format_of
 
@@ -38,6 +43,10 @@ examples:
   spikingbrain-preprocess --input 'corpus/*.jsonl.zst' --domain-key source --tokenizer models/Qwen2.5-7B \\
       --output-prefix data/corpus
 
+  # conversations, of which the assistant's answers are learnt (stage.kind=sft)
+  spikingbrain-preprocess --input chats.jsonl --chat-key messages --loss-on assistant --seq-length 8192 \\
+      --tokenizer models/Qwen2.5-7B-Instruct --output-prefix data/chats --valid-fraction 0.02
+
   # how long the documents of datasets are that exist already, also those of Megatron-LM
   spikingbrain-preprocess --describe data/corpus_train data/corpus_valid --plot lengths.png
 
@@ -51,7 +60,8 @@ inputs:
   sub-folders and the .json files of tokenized datasets are left out; what is not read is counted at the end
   pydoc-topics             the documentation topics that every Python carries
 
-Every document ends with the tokenizer's end-of-sequence token. The output does not depend on --workers, and
+Every document ends with the tokenizer's end-of-sequence token; with --loss-on assistant it ends as the chat
+template ends it. The output does not depend on --workers, and
 appears only when it is complete.
 """
 
@@ -83,7 +93,23 @@ def preprocess_parser() -> argparse.ArgumentParser:
         "--chat-key",
         metavar="FIELD",
         help="JSON field that holds a list of messages (role and content, or from and value) instead, of "
-        "which the tokenizer's chat template makes text; every token is trained on",
+        "which the tokenizer's chat template makes text; every token is trained on, unless --loss-on says "
+        "otherwise",
+    )
+    parser.add_argument(
+        "--loss-on",
+        type=LossOn,
+        choices=list(LossOn),
+        default=LossOn.all,
+        metavar="{all,assistant}",
+        help="which tokens of a conversation are learnt: all, for pretraining, or what the assistant says and"
+        " the token that ends its turn, for stage.kind=sft: <prefix>.loss_mask stores them (default: all)",
+    )
+    parser.add_argument(
+        "--seq-length",
+        type=int,
+        metavar="N",
+        help="stage.seq_length of the training to come: say how many examples are longer",
     )
     parser.add_argument(
         "--domain-key",
@@ -215,12 +241,14 @@ def _describe(prefixes: list[str], others: dict[str, Any], plot: Path | None, as
         raise ConfigurationError(
             f"--describe reads datasets that exist and {flag} is for writing one: leave one of them out"
         )
-    descriptions = [describe_dataset(prefix) for prefix in prefixes]
+    check_seq_length(others["seq_length"])
+    descriptions = [describe_dataset(prefix, others["seq_length"]) for prefix in prefixes]
     _draw(descriptions, plot)
     if as_json:
         print(json.dumps({"datasets": [each.as_values() for each in descriptions]}, indent=2))
     else:
-        print("\n".join([*length_table(descriptions), *text_histogram(descriptions)]))
+        answers = answer_table(descriptions, others["seq_length"])
+        print("\n".join([*length_table(descriptions), *answers, *text_histogram(descriptions)]))
 
 
 def _draw(descriptions: list[DatasetDescription], plot: Path | None) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import zstandard
 
@@ -43,6 +43,9 @@ COMPRESSION_SUFFIXES = (".gz", ".zst")
 _BLOCK_BYTES = 1 << 20
 _ZSTD_MAX_WINDOW = 1 << 31
 """Archives made with `zstd --long=31` need windows above the library's default limit of 128 MiB."""
+
+
+_Made = TypeVar("_Made")
 
 
 class EmptyDocumentError(DataError):
@@ -83,11 +86,30 @@ class RawDocument:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            # JSON can spell half of a surrogate pair, which is no character and which tokenizers reject.
-            raise DataError(
-                f"{self.origin}: the text contains an unpaired surrogate: repair or remove the document"
-            ) from error
+            raise self._unpaired_surrogate() from error
         return text
+
+    def examples(self, chat_key: str, make: Callable[[Any, dict[str, Any]], list[_Made]]) -> list[_Made]:
+        """What ``make`` makes of the conversation in a JSON document.
+
+        Args:
+            chat_key: the field that holds it.
+            make: takes what the field holds, and all of the document; raises ValueError where that cannot be.
+
+        Raises:
+            DataError: names :attr:`origin` and says what is wrong there.
+        """
+        if not self.is_json:
+            raise DataError(
+                f"{self.origin}: a text file holds no conversation: give .jsonl files for --loss-on assistant"
+            )
+        value = self._value(chat_key, "--chat-key")
+        try:
+            return make(value, self._record)
+        except UnicodeEncodeError as error:
+            raise self._unpaired_surrogate() from error
+        except ValueError as error:
+            raise self._no_conversation(chat_key, error) from error
 
     def label(self, key: str) -> str:
         """What the JSON document holds under ``key``, a short text or a whole number, as text.
@@ -147,27 +169,40 @@ class RawDocument:
             )
         return record
 
-    def _field(self, text_key: str, render: Callable[[Any], str] | None) -> str:
+    def _unpaired_surrogate(self) -> DataError:
+        # JSON can spell half of a surrogate pair, which is no character and which tokenizers reject.
+        return DataError(
+            f"{self.origin}: the text contains an unpaired surrogate: repair or remove the document"
+        )
+
+    def _no_conversation(self, chat_key: str, error: ValueError) -> DataError:
+        return DataError(
+            f"{self.origin}: the field {chat_key!r} is no conversation ({error}): repair or remove the "
+            "document, or name another field with --chat-key"
+        )
+
+    def _value(self, key: str, flag: str) -> Any:
+        """What the JSON document holds under ``key``, which ``flag`` names."""
         record = self._record
-        flag = "--text-key" if render is None else "--chat-key"
-        if text_key not in record:
+        if key not in record:
             fields = ", ".join(sorted(record)[:8]) or "none"
             raise DataError(
-                f"{self.origin}: no field {text_key!r} (fields: {fields}): {_advice(record, text_key, flag)}"
+                f"{self.origin}: no field {key!r} (fields: {fields}): {_advice(record, key, flag)}"
             )
+        return record[key]
+
+    def _field(self, text_key: str, render: Callable[[Any], str] | None) -> str:
+        flag = "--text-key" if render is None else "--chat-key"
+        value = self._value(text_key, flag)
         if render is not None:
             try:
-                return render(record[text_key])
+                return render(value)
             except ValueError as error:
-                raise DataError(
-                    f"{self.origin}: the field {text_key!r} is no conversation ({error}): repair or remove "
-                    "the document, or name another field with --chat-key"
-                ) from error
-        if not isinstance(record[text_key], str):
-            raise DataError(
-                f"{self.origin}: the field {text_key!r} is not a string: {_advice(record, text_key, flag)}"
-            )
-        return record[text_key]
+                raise self._no_conversation(text_key, error) from error
+        if not isinstance(value, str):
+            advice = _advice(self._record, text_key, flag)
+            raise DataError(f"{self.origin}: the field {text_key!r} is not a string: {advice}")
+        return value
 
 
 def _advice(record: dict[str, Any], text_key: str, flag: str) -> str:

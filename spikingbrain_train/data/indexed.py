@@ -23,6 +23,7 @@ import numpy as np
 from spikingbrain_train.data.dataset_files import ALL_SUFFIXES, DOMAINS_SUFFIX, SUFFIXES, existing_files
 from spikingbrain_train.data.domains import DTYPE as DOMAIN_DTYPE
 from spikingbrain_train.data.domains import DomainTable
+from spikingbrain_train.data.loss_mask import LossMaskWriter
 from spikingbrain_train.data.token_file import TokenFile, document_starts
 from spikingbrain_train.data.token_ids import check_token_ids
 from spikingbrain_train.data.tokenizers import Tokenizer, was_made_by
@@ -79,6 +80,7 @@ class IndexedDatasetWriter:
         tokenizer: the tokenizer that makes the tokens; its vocabulary decides between uint16 and int32.
         staging: existing folder on the same file system as ``prefix``; the caller removes it.
         domains: names of the domains of documents, which are stored then; None where they are not.
+        with_loss_mask: the documents are examples, each of which comes with the tokens that carry loss.
     """
 
     def __init__(
@@ -87,6 +89,8 @@ class IndexedDatasetWriter:
         tokenizer: Tokenizer,
         staging: Path,
         domains: DomainTable | None = None,
+        *,
+        with_loss_mask: bool = False,
     ) -> None:
         self.prefix = str(prefix)
         self._tokenizer = tokenizer
@@ -96,6 +100,7 @@ class IndexedDatasetWriter:
         self._lengths = array("i")
         self._table = domains
         self._domains = array("H")
+        self._loss = LossMaskWriter(self._staged) if with_loss_mask else None
         self.tokens = 0
         self.text_bytes = 0
 
@@ -104,9 +109,12 @@ class IndexedDatasetWriter:
         """Documents so far."""
         return len(self._lengths)
 
-    def add_document(self, token_ids: np.ndarray, text_bytes: int) -> None:
-        """Append one document: token ids [n] of :attr:`dtype`, end-of-sequence token included."""
-        self.add_documents(token_ids, np.array([len(token_ids)]), text_bytes)
+    def add_document(self, token_ids: np.ndarray, text_bytes: int, loss: np.ndarray | None = None) -> None:
+        """Append one document: token ids [n] of :attr:`dtype`, end-of-sequence token included.
+
+        Of an example, ``loss`` [n] bool says which of them carry loss.
+        """
+        self.add_documents(token_ids, np.array([len(token_ids)]), text_bytes, loss=loss)
 
     def add_documents(
         self,
@@ -114,6 +122,7 @@ class IndexedDatasetWriter:
         lengths: np.ndarray,
         text_bytes: int,
         domains: np.ndarray | None = None,
+        loss: np.ndarray | None = None,
     ) -> None:
         """Append several.
 
@@ -122,7 +131,11 @@ class IndexedDatasetWriter:
             lengths: how many each has [documents].
             text_bytes: UTF-8 bytes of all their texts.
             domains: numbers of their domains [documents] uint16; None in a dataset that stores none.
+            loss: of examples, which of the tokens carry loss, bool like ``token_ids``.
         """
+        assert (loss is None) == (self._loss is None)
+        if self._loss is not None and loss is not None:
+            self._loss.add(loss, lengths)
         if domains is not None:
             self._domains.frombytes(domains.astype(DOMAIN_DTYPE, copy=False).tobytes())
         self._tokens.write(np.ascontiguousarray(token_ids, dtype=self.dtype).data)
@@ -130,14 +143,16 @@ class IndexedDatasetWriter:
         self.tokens += len(token_ids)
         self.text_bytes += text_bytes
 
-    def take_tokens(self) -> tuple[str, np.ndarray]:
+    def take_tokens(self) -> tuple[str, np.ndarray, str | None]:
         """Close the data file instead of :meth:`finish`, for a dataset that is only on its way.
 
         Returns:
-            Path of that file; length of each document [documents] int32.
+            Path of that file; length of each document [documents] int32; of examples the path of a file with
+            one uint8 a token, 1 where it carries loss.
         """
         self._tokens.close()
-        return self._tokens.name, np.frombuffer(self._lengths, dtype=np.int32)
+        loss_path = None if self._loss is None else self._loss.take_bytes()
+        return self._tokens.name, np.frombuffer(self._lengths, dtype=np.int32), loss_path
 
     @property
     def document_domains(self) -> np.ndarray | None:
@@ -164,6 +179,8 @@ class IndexedDatasetWriter:
             np.save(self._staged + DOMAINS_SUFFIX, domains, allow_pickle=False)
         fields = {name: value for name, value in asdict(info).items() if value is not None}
         Path(self._staged + ".json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        if self._loss is not None:
+            self._loss.finish()
         return info
 
     def _write_index(self) -> None:
@@ -189,6 +206,8 @@ class IndexedDatasetWriter:
         """Let go of the data file without finishing, after a failure."""
         try:
             self._tokens.close()
+            if self._loss is not None:
+                self._loss.close()
         except OSError:
             logger.debug("the unfinished %s.bin could not be flushed", self._staged)
 

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from spikingbrain_train.data.indexed import read_info
+from spikingbrain_train.data.loss_mask import open_loss_mask
 from spikingbrain_train.data.token_file import document_lengths
+from spikingbrain_train.storage.loss_mask_format import has_loss_mask
 
 _MOST_ROWS = 14
 _BAR = 40
@@ -43,6 +45,19 @@ def summarize(lengths: np.ndarray) -> LengthSummary:
 
 
 @dataclass(frozen=True)
+class AnswerSummary:
+    """What carries loss in a dataset of examples."""
+
+    loss_tokens: int
+    turns: int
+    """Answers, each a stretch of tokens with loss."""
+    longer: int | None
+    """Examples whose last token with loss lies beyond a sequence; None where no length was given."""
+    without_loss: int | None
+    """How many of those have no loss within it, so that training leaves them out."""
+
+
+@dataclass(frozen=True)
 class DatasetDescription:
     """An indexed dataset as it can be told from its index and its sidecar."""
 
@@ -56,6 +71,8 @@ class DatasetDescription:
     """UTF-8 bytes of the texts; None where there is no sidecar to know them from."""
     tokenizer: str | None
     """The same of the tokenizer's name."""
+    answers: AnswerSummary | None = None
+    """None where every token carries loss."""
 
     def as_values(self) -> dict[str, Any]:
         """Everything but the single lengths, as JSON takes it."""
@@ -65,11 +82,16 @@ class DatasetDescription:
             "dtype": self.dtype,
             "bytes_per_token": self.bytes_per_token,
             "tokenizer": self.tokenizer,
+            "answers": None if self.answers is None else asdict(self.answers),
         }
 
 
-def describe_dataset(prefix: str | os.PathLike[str]) -> DatasetDescription:
-    """Read what ``<prefix>.idx`` and ``<prefix>.json`` say.
+def describe_dataset(prefix: str | os.PathLike[str], seq_length: int | None = None) -> DatasetDescription:
+    """Read what ``<prefix>.idx``, ``<prefix>.json`` and, of examples, ``<prefix>.loss_mask`` say.
+
+    Args:
+        prefix: path without suffix.
+        seq_length: tokens of a training sequence, to count the examples that are longer; None for none.
 
     Raises:
         DataError: missing, truncated or contradictory files.
@@ -79,7 +101,16 @@ def describe_dataset(prefix: str | os.PathLike[str]) -> DatasetDescription:
     info, summary = read_info(prefix), summarize(lengths)
     per_token = None if info is None or summary.tokens == 0 else info.text_bytes / summary.tokens
     name = None if info is None else info.tokenizer
-    return DatasetDescription(prefix, lengths, summary, dtype.name, per_token, name)
+    answers = _summarize_answers(prefix, seq_length) if has_loss_mask(prefix) else None
+    return DatasetDescription(prefix, lengths, summary, dtype.name, per_token, name, answers)
+
+
+def _summarize_answers(prefix: str, seq_length: int | None) -> AnswerSummary:
+    mask = open_loss_mask(prefix)
+    longer = without = None
+    if seq_length is not None:
+        longer, without = (int((each > seq_length).sum()) for each in (mask.last, mask.first))
+    return AnswerSummary(mask.loss_tokens, mask.turns(), longer, without)
 
 
 def length_bins(longest: int, most: int = _MOST_ROWS) -> np.ndarray:

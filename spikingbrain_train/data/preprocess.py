@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from spikingbrain_train.data.chat import chat_template
+from spikingbrain_train.data.chat_loss import chat_examples
 from spikingbrain_train.data.dataset_files import ALL_SUFFIXES, existing_files
 from spikingbrain_train.data.documents import Source, find_sources
 from spikingbrain_train.data.domains import DomainTable
@@ -44,13 +45,14 @@ def plan_preprocessing(options: PreprocessOptions) -> PreprocessPlan:
     """
     left_out = LeftOut()
     sources, tokenizer = _prepare(options, left_out)
-    documents = text_bytes = tokens = 0
+    documents = text_bytes = tokens = loss_tokens = 0
     whole = True
     for chunk in split_into_chunks(sources, options):
         result = tokenize(chunk, tokenizer, options, token_dtype(tokenizer.vocab_size))
         documents += len(result.lengths)
         text_bytes += sum(result.text_bytes)
         tokens += len(result.token_ids)
+        loss_tokens += 0 if result.loss is None else int(result.loss.sum())
         if text_bytes >= _SAMPLE_BYTES:
             whole = chunk.position == sum(source.size for source in sources)
             break
@@ -65,6 +67,7 @@ def plan_preprocessing(options: PreprocessOptions) -> PreprocessPlan:
         tokens,
         whole,
         left_out.describe(),
+        loss_tokens if options.learns_answers else None,
     )
 
 
@@ -83,20 +86,23 @@ def preprocess(options: PreprocessOptions, progress: bool = False) -> Preprocess
     left_out = LeftOut()
     with activity("opening the inputs", shown=progress):
         sources, tokenizer = _prepare(options, left_out)
-    report = PreprocessReport(left_out=left_out.describe())
+    report = PreprocessReport(left_out=left_out.describe(), seq_length=options.seq_length)
     started = time.perf_counter()
     with _staging_folder(options.output_prefix) as staging:
         writers: list[IndexedDatasetWriter] = []
         domains = DomainTable() if options.names_domains else None
         try:
+            masked = options.learns_answers
             writers += [
-                IndexedDatasetWriter(prefix, tokenizer, staging, domains)
+                IndexedDatasetWriter(prefix, tokenizer, staging, domains, with_loss_mask=masked)
                 for prefix in options.output_prefixes
             ]
             split: SplitWriter = SplitByPlace(writers, options, domains)
             if options.holds_out_tokens:
-                writers.append(IndexedDatasetWriter(options.output_prefix, tokenizer, staging, domains))
-                split = SplitByTokens(writers[-1], writers[:2], options, domains)
+                prefix = options.output_prefix
+                whole = IndexedDatasetWriter(prefix, tokenizer, staging, domains, with_loss_mask=masked)
+                writers.append(whole)
+                split = SplitByTokens(whole, writers[:2], options, domains)
             _write_all(sources, tokenizer, options, split, report, progress)
             _refuse_nothing(split.documents, report)
             with activity("splitting", split.left_to_write, "B", shown=progress) as done:
@@ -113,7 +119,7 @@ def preprocess(options: PreprocessOptions, progress: bool = False) -> Preprocess
                 writer.close()
     report.seconds = time.perf_counter() - started
     report.datasets = dict(zip(options.output_prefixes, infos, strict=True))
-    report.descriptions = [describe_dataset(prefix) for prefix in options.output_prefixes]
+    report.descriptions = [describe_dataset(prefix, options.seq_length) for prefix in options.output_prefixes]
     return report
 
 
@@ -137,6 +143,8 @@ def _prepare(options: PreprocessOptions, left_out: LeftOut) -> tuple[list[Source
     tokenizer = load_tokenizer(options.tokenizer)
     if options.chat_key is not None:
         chat_template(options.tokenizer)
+    if options.learns_answers:
+        chat_examples(options.tokenizer)
     return sources, tokenizer
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 from spikingbrain_train.errors import ConfigurationError
@@ -12,6 +13,15 @@ _WORKERS_PER_CORE = 4
 _FEW_WORKERS = 8
 DOMAIN_SOURCES = ("file", "folder")
 """As many workers may be asked for on every machine, on large ones so many for each core."""
+
+
+class LossOn(str, Enum):
+    """Which tokens carry loss."""
+
+    all = "all"
+    """Every one, as in pretraining."""
+    assistant = "assistant"
+    """What the assistant says, and the token that ends its turn."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +42,10 @@ class PreprocessOptions:
     """Field of a JSON line that names the domain of the document; ``meta.source`` is one inside another."""
     domain_from: str | None = None
     """``file`` or ``folder``: what a document lies in is its domain, where domain_key does not say it."""
+    loss_on: LossOn = LossOn.all
+    """Which tokens of a conversation are learnt."""
+    seq_length: int | None = None
+    """Tokens of the sequences that training will make of examples: how many are longer is then counted."""
     valid_fraction: float = 0.0
     """Share of documents to hold out, in [0, 1). Where something is held out, the datasets are <prefix>_train
     and <prefix>_valid."""
@@ -56,6 +70,16 @@ class PreprocessOptions:
                 f"--valid-fraction is {self.valid_fraction}: give a number from 0 up to below 1"
             )
         self._check_split()
+        if self.learns_answers and self.chat_key is None:
+            raise ConfigurationError(
+                "--loss-on assistant needs to know who speaks: name the field that holds the messages with "
+                "--chat-key, e.g. --chat-key messages"
+            )
+        check_seq_length(self.seq_length)
+        if self.seq_length is not None and not self.learns_answers:
+            raise ConfigurationError(
+                "--seq-length counts examples that are longer, which --loss-on assistant makes: leave it out"
+            )
         if self.domain_from not in (None, *DOMAIN_SOURCES):
             raise ConfigurationError(f"--domain-from is {self.domain_from}: give file or folder")
         if self.workers < 1:
@@ -101,6 +125,11 @@ class PreprocessOptions:
         return self.domain_key is not None or self.domain_from is not None
 
     @property
+    def learns_answers(self) -> bool:
+        """Whether loss is on a part of the tokens, so that documents become examples."""
+        return self.loss_on is LossOn.assistant
+
+    @property
     def holds_out_tokens(self) -> bool:
         """Whether a number of tokens is held out, and not one of documents."""
         return self.valid_tokens is not None or self.valid_token_fraction is not None
@@ -111,3 +140,9 @@ class PreprocessOptions:
         if self.valid_fraction > 0 or self.holds_out_tokens:
             return [f"{self.output_prefix}_train", f"{self.output_prefix}_valid"]
         return [self.output_prefix]
+
+
+def check_seq_length(seq_length: int | None) -> None:
+    """Of --seq-length, also beside --describe. Raises ConfigurationError."""
+    if seq_length is not None and seq_length < 1:
+        raise ConfigurationError(f"--seq-length is {seq_length}: give at least 1")

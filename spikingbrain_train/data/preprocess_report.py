@@ -33,9 +33,18 @@ class PreprocessPlan:
     """Whether the sample is all there is."""
     left_out: list[str] = field(default_factory=list)
     """What lies among the inputs and is not read, a line for each kind."""
+    sampled_loss_tokens: int | None = None
+    """Of examples, how many of the sampled tokens carry loss."""
+
+    @property
+    def _kinds(self) -> str:
+        return "bin,idx,json" if self.sampled_loss_tokens is None else "bin,idx,json,loss_mask"
 
     def describe(self) -> str:
         """What a run would do, for people."""
+        loss = ""
+        if self.sampled_loss_tokens is not None:
+            loss = f", {self.sampled_loss_tokens / max(self.sampled_tokens, 1):.1%} of them with loss"
         size = sum(source.size for source in self.sources)
         per_token = self.sampled_bytes / max(self.sampled_tokens, 1)
         return "\n".join(
@@ -45,9 +54,9 @@ class PreprocessPlan:
                 f"{self.tokenizer.eos_id}, stored as {self.dtype}",
                 f"{'all' if self.whole else 'first'} {self.sampled_documents:,} documents: "
                 f"{self.sampled_bytes / 1e6:,.1f} MB of text, {self.sampled_tokens:,} tokens, "
-                f"{per_token:.2f} bytes per token",
+                f"{per_token:.2f} bytes per token{loss}",
                 *self.left_out,
-                f"would write: {', '.join(f'{prefix}.{{bin,idx,json}}' for prefix in self.outputs)}",
+                f"would write: {', '.join(f'{prefix}.{{{self._kinds}}}' for prefix in self.outputs)}",
             ]
         )
 
@@ -125,6 +134,10 @@ class PreprocessReport:
     """None where nothing was."""
     left_out: list[str] = field(default_factory=list)
     """What lies among the inputs and was not read, a line for each kind."""
+    set_apart: int = 0
+    """Answers that became examples of their own, because the chat template shows them otherwise later."""
+    seq_length: int | None = None
+    """Of the training that examples are meant for."""
     seconds: float = 0.0
     """Wall time, loading the tokenizer excluded."""
 
@@ -132,6 +145,7 @@ class PreprocessReport:
         """Take note of a chunk that was tokenized."""
         self.skipped += result.skipped
         self.empty += result.empty
+        self.set_apart += result.set_apart
         for document in chunk.documents:
             if document.piece == 2:
                 self.cut_files += 1
@@ -148,7 +162,12 @@ class PreprocessReport:
         tokens = sum(info.tokens for info in self.datasets.values())
         text_bytes = sum(info.text_bytes for info in self.datasets.values())
         seconds = max(self.seconds, 1e-9)
-        lines = length_table(self.descriptions)
+        lines = [*length_table(self.descriptions), *answer_table(self.descriptions, self.seq_length)]
+        if self.set_apart:
+            lines.append(
+                f"{self.set_apart:,} answers became examples of their own: the chat template shows them in "
+                "another form once the conversation goes on, as it leaves earlier reasoning out"
+            )
         kinds = sorted({info.dtype for info in self.datasets.values()})
         lines.append(
             f"{seconds:,.1f} s: {tokens / seconds:,.0f} tokens/s, {text_bytes / seconds / 1e6:.2f} MB/s of "
@@ -175,6 +194,7 @@ class PreprocessReport:
             "held_out": None if self.held_out is None else asdict(self.held_out),
             "documents_dropped": len(self.skipped),
             "documents_empty": self.empty,
+            "answers_set_apart": self.set_apart,
             "text_files_cut": self.cut_files,
             "documents_from_cut_files": self.pieces,
             "seconds": self.seconds,
@@ -203,3 +223,21 @@ def length_table(descriptions: Sequence[DatasetDescription]) -> list[str]:
             ]
         )
     return table(rows, left=1)
+
+
+def answer_table(descriptions: Sequence[DatasetDescription], seq_length: int | None) -> list[str]:
+    """A row for each dataset of examples: how many answers, and how much of it carries loss."""
+    rows = [["dataset", "examples", "answers", "tokens with loss", "share"]]
+    if seq_length is not None:
+        rows[0] += [f"longer than {seq_length:,}", "without loss in it"]
+    for each in descriptions:
+        if each.answers is None:
+            continue
+        found = each.answers
+        share = found.loss_tokens / max(each.summary.tokens, 1)
+        cells = [each.summary.documents, found.turns, found.loss_tokens]
+        row = [each.prefix, *(f"{cell:,}" for cell in cells), f"{share:.1%}"]
+        if found.longer is not None and found.without_loss is not None:
+            row += [f"{found.longer:,}", f"{found.without_loss:,}"]
+        rows.append(row)
+    return table(rows, left=1) if len(rows) > 1 else []

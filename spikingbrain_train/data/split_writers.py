@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -75,7 +76,8 @@ class SplitByPlace(SplitWriter):
             end += length
             writer = self._writers[is_among(place, self._fraction)]
             domain = None if numbers is None else numbers[number : number + 1]
-            writer.add_documents(result.token_ids[end - length : end], np.array([length]), size, domain)
+            loss = None if result.loss is None else result.loss[end - length : end]
+            writer.add_documents(result.token_ids[end - length : end], np.array([length]), size, domain, loss)
 
     def settle(self, advance: Callable[[int], Any]) -> HeldOut | None:
         if len(self._writers) == 1:
@@ -123,13 +125,13 @@ class SplitByTokens(SplitWriter):
     def add(self, result: TokenizedChunk) -> None:
         numbers = None if self._domains is None else self._domains.numbers(result.domains)
         lengths = np.asarray(result.lengths, dtype=np.int64)
-        self._whole.add_documents(result.token_ids, lengths, sum(result.text_bytes), numbers)
+        self._whole.add_documents(result.token_ids, lengths, sum(result.text_bytes), numbers, result.loss)
         self._places.extend(result.places)
         self._sizes.extend(result.text_bytes)
         self.left_to_write += result.token_ids.nbytes
 
     def settle(self, advance: Callable[[int], Any]) -> HeldOut | None:
-        tokens_path, lengths = self._whole.take_tokens()
+        tokens_path, lengths, loss_path = self._whole.take_tokens()
         flag, wanted = self._asked_for()
         tokens = wanted if flag == "--valid-tokens" else wanted * self._whole.tokens
         if tokens >= self._whole.tokens:
@@ -142,11 +144,14 @@ class SplitByTokens(SplitWriter):
         domains = self._whole.document_domains
         ends = np.cumsum(lengths, dtype=np.int64)
         first = 0
-        with open(tokens_path, "rb") as file:
+        with ExitStack() as files:
+            file = files.enter_context(open(tokens_path, "rb"))
+            loss_file = None if loss_path is None else files.enter_context(open(loss_path, "rb"))
             while first < len(lengths):
                 done = int(ends[first - 1]) if first else 0
                 end = max(int(np.searchsorted(ends, done + _BLOCK_TOKENS, side="right")), first + 1)
                 block = np.fromfile(file, dtype=self._whole.dtype, count=int(ends[end - 1]) - done)
+                loss = None if loss_file is None else np.fromfile(loss_file, dtype=bool, count=len(block))
                 held_out, of_block = split.held_out[first:end], lengths[first:end]
                 of_token = np.repeat(held_out, of_block)
                 for writer, side, of_side in (
@@ -158,6 +163,7 @@ class SplitByTokens(SplitWriter):
                         of_block[side],
                         int(sizes[first:end][side].sum()),
                         None if domains is None else domains[first:end][side],
+                        None if loss is None else loss[of_side],
                     )
                 advance(block.nbytes)
                 first = end

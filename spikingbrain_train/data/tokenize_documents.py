@@ -11,15 +11,17 @@ import multiprocessing
 import os
 import signal
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import islice
+from typing import TypeVar
 
 import numpy as np
 
 from spikingbrain_train.data.chat import chat_template
+from spikingbrain_train.data.chat_loss import chat_examples
 from spikingbrain_train.data.documents import EmptyDocumentError, RawDocument, Source
 from spikingbrain_train.data.domains import domain_of
 from spikingbrain_train.data.preprocess_options import PreprocessOptions
@@ -29,6 +31,10 @@ from spikingbrain_train.errors import DataError
 
 _CHUNK_BYTES = 1 << 20
 _CHUNK_DOCUMENTS = 1024
+_MOST_NAMED = 4
+"""Bad documents whose sentences stand in one error."""
+
+_Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,10 @@ class TokenizedChunk:
     """One sentence for each document left out."""
     empty: int
     """How many of those hold no text."""
+    loss: np.ndarray | None = None
+    """Of examples, [tokens] bool: which of the ids carry loss."""
+    set_apart: int = 0
+    """Examples of single answers, beside those of whole conversations."""
 
 
 def split_into_chunks(sources: Iterable[Source], options: PreprocessOptions) -> Iterator[Chunk]:
@@ -137,24 +147,13 @@ def tokenize(
     Raises:
         DataError: a document is malformed or empty, unless ``options`` skip such.
     """
-    texts: list[str] = []
-    domains: list[str] = []
-    skipped: list[str] = []
-    empty = 0
+    if options.learns_answers:
+        return _tokenize_examples(chunk, options, dtype)
     key, render = options.text_key, None
     if options.chat_key is not None:
         key, render = options.chat_key, chat_template(options.tokenizer).render
-    for document in chunk.documents:
-        try:
-            text = document.text(key, render)
-            if options.names_domains:
-                domains.append(domain_of(document, options))
-            texts.append(text)
-        except DataError as error:
-            if not options.skip_bad_documents:
-                raise
-            skipped.append(str(error))
-            empty += isinstance(error, EmptyDocumentError)
+    made, domains, bad = _of_each(chunk, lambda document: [document.text(key, render)], options)
+    texts = [text for each in made for text in each]
     encoded = tokenizer.encode_batch(texts)
     lengths = [len(ids) + 1 for ids in encoded]
     token_ids = np.empty(sum(lengths), dtype=dtype)
@@ -169,6 +168,68 @@ def tokenize(
         text_bytes=[len(text.encode("utf-8")) for text in texts],
         places=[place_of(text, options.split_seed) for text in texts],
         domains=domains,
-        skipped=skipped,
-        empty=empty,
+        skipped=[str(error) for error in bad],
+        empty=sum(isinstance(error, EmptyDocumentError) for error in bad),
+    )
+
+
+def _tokenize_examples(chunk: Chunk, options: PreprocessOptions, dtype: type[np.number]) -> TokenizedChunk:
+    """Conversations, with loss on their answers: as the chat template ends them, without a token of ours."""
+    assert options.chat_key is not None
+    key, make = options.chat_key, chat_examples(options.tokenizer).examples
+    conversations, domains, bad = _of_each(chunk, lambda document: document.examples(key, make), options)
+    examples = [example for each in conversations for example in each]
+    # Examples of one conversation are held out together.
+    places = [place_of(each[-1].text, options.split_seed) for each in conversations for _ in each]
+    none: list[np.ndarray] = [np.empty(0, dtype=bool)]
+    return TokenizedChunk(
+        token_ids=np.array([index for each in examples for index in each.token_ids], dtype=dtype),
+        lengths=[len(each.token_ids) for each in examples],
+        text_bytes=[len(each.text.encode("utf-8")) for each in examples],
+        places=places,
+        domains=domains,
+        skipped=[str(error) for error in bad],
+        empty=sum(isinstance(error, EmptyDocumentError) for error in bad),
+        loss=np.concatenate([each.loss for each in examples] or none),
+        set_apart=len(examples) - len(conversations),
+    )
+
+
+def _of_each(
+    chunk: Chunk, make: Callable[[RawDocument], list[_Made]], options: PreprocessOptions
+) -> tuple[list[list[_Made]], list[str], list[DataError]]:
+    """What becomes of the good documents, and what is wrong with the others.
+
+    Returns:
+        What is made of each good document; if they are stored, the domains of all that is made; an error for
+        each bad one.
+
+    Raises:
+        DataError: some are bad and ``options`` skip none; names the first few of the chunk.
+    """
+    made: list[list[_Made]] = []
+    domains: list[str] = []
+    bad: list[DataError] = []
+    for document in chunk.documents:
+        try:
+            of_document = make(document)
+            if options.names_domains:
+                domains += [domain_of(document, options)] * len(of_document)
+            made.append(of_document)
+        except DataError as error:
+            bad.append(error)
+    if bad and not options.skip_bad_documents:
+        raise _bad_documents(bad)
+    return made, domains, bad
+
+
+def _bad_documents(bad: list[DataError]) -> DataError:
+    """One error for all that are wrong in a chunk."""
+    if len(bad) == 1:
+        return bad[0]
+    first, *others = (str(error) for error in bad[:_MOST_NAMED])
+    left = len(bad) - _MOST_NAMED
+    more = f"; and {left:,} more near these" if left > 0 else ""
+    return DataError(
+        f"{first}; also {'; '.join(others)}{more} (--skip-bad-documents leaves them out and counts them)"
     )
