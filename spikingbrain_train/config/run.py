@@ -183,6 +183,9 @@ class OptimizerConfig:
     """Learning rate at the end of the decay; without a part in a constant schedule."""
     new_parameter_lr_mult: float = setting(1.0, minimum=0, resume=SAID)
     """Multiplier for parameters the source did not have (gates and output norms of linear attention)."""
+    mixer_lr_mult: float = setting(1.0, minimum=0, resume=SAID)
+    """Multiplier for all weights of mixers that replaced attention; those the source did not have are
+    multiplied by new_parameter_lr_mult, too."""
     weight_decay: float = setting(0.1, minimum=0, resume=SAID)
     """Decoupled weight decay of matrices; norms, biases and branch weights have none."""
     adam_beta1: float = setting(0.9, minimum=0, below=1, must=_BETA, resume=SAID)

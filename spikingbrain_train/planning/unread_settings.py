@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from spikingbrain_train.architecture.feed_forwards import FEED_FORWARDS
-from spikingbrain_train.architecture.layers import has_experts, layers
+from spikingbrain_train.architecture.layers import has_experts, layers, swapped_layers
 from spikingbrain_train.architecture.linear_transforms import LINEAR_TRANSFORMS
 from spikingbrain_train.architecture.mixers import MIXERS
 from spikingbrain_train.architecture.same_architecture import settings_in_use
@@ -93,6 +93,11 @@ _NEEDS = (
         ("model.parallel_hybrid.",),
         lambda run: any(len(layer.mixers) > 1 for layer in layers(run.model)),
         lambda run: "no layer has several branches, as model.mixers=[[gla,swa]] has",
+    ),
+    _Needs(
+        ("optimizer.mixer_lr_mult",),
+        lambda run: bool(swapped_layers(layers(run.model))),
+        lambda run: "every layer of the model has the mixer of a dense source",
     ),
     _Needs(
         ("dry_run_rank",),

@@ -12,11 +12,13 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer import get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
-from megatron.core.optimizer.optimizer_config import ParamKey
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 
+from spikingbrain_train.architecture.layers import layers, swapped_layers
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import LRDecayStyle, OptimizerConfig, Precision
+from spikingbrain_train.models.gpt_model import HybridGPTModel
 from spikingbrain_train.runtime.bf16 import PARAMS_DTYPE
 from spikingbrain_train.runtime.optimizer_patches import checked_gradient_norm, keep_step_when_loading
 
@@ -27,7 +29,8 @@ def build_optimizer(
     """AdamW over the model's trainable parameters, with fp32 main weights under bf16.
 
     Parameter groups: norms, biases and branch weights have no weight decay; parameters marked
-    ``is_new_parameter`` (those the dense source does not have) learn at ``lr * new_parameter_lr_mult``.
+    ``is_new_parameter`` (those the dense source does not have) learn at ``lr * new_parameter_lr_mult``, those
+    of mixers that replaced attention at ``lr * mixer_lr_mult``, and what is both at ``lr`` times either.
     """
     config = MegatronOptimizerConfig(
         optimizer="adam",
@@ -48,16 +51,49 @@ def build_optimizer(
         ParamKey(name="*norm.weight"): ParamGroupOverride(wd_mult=0.0),
         ParamKey(name="*branch_weights"): ParamGroupOverride(wd_mult=0.0),
     }
-    if optimizer.new_parameter_lr_mult != 1.0:
-        overrides[ParamKey(attr="is_new_parameter")] = ParamGroupOverride(
-            max_lr=optimizer.lr * optimizer.new_parameter_lr_mult,
-            min_lr=_last_lr(optimizer) * optimizer.new_parameter_lr_mult,
-            # The schedule ignores it, but checkpoints tell parameter groups apart by it.
-            lr_mult=optimizer.new_parameter_lr_mult,
-        )
+    overrides |= _rates(optimizer, _in_swapped_mixers(model))
     built = get_megatron_optimizer(config, [model], config_overrides=overrides, use_gloo_process_groups=False)
     _prepare_torch_adamw(built)
     return built
+
+
+def _in_swapped_mixers(model: DistributedDataParallel) -> set[int]:
+    """``id`` of this rank's parameters of mixers that replaced attention."""
+    network: HybridGPTModel = model.module
+    of_the_decoder = layers(network.model_config)
+    return {
+        id(parameter)
+        for layer in network.decoder.layers
+        if swapped_layers([of_the_decoder[layer.layer_number - 1]])
+        for parameter in layer.self_attention.parameters()
+    }
+
+
+def _rates(optimizer: OptimizerConfig, swapped: set[int]) -> dict[ParamKey, ParamGroupOverride]:
+    """Groups of parameters with a rate of their own: no parameter is in two of them.
+
+    Args:
+        optimizer: settings.
+        swapped: ``id`` of the parameters that mixer_lr_mult is for.
+    """
+    of_new, of_mixers = optimizer.new_parameter_lr_mult, optimizer.mixer_lr_mult
+    found = {}
+    for is_new, is_swapped in ((True, False), (False, True), (True, True)):
+        multiplier = (of_new if is_new else 1.0) * (of_mixers if is_swapped else 1.0)
+        if multiplier == 1.0:
+            continue
+
+        def belongs(parameter: torch.nn.Parameter, kind: tuple[bool, bool] = (is_new, is_swapped)) -> bool:
+            return (getattr(parameter, "is_new_parameter", False), id(parameter) in swapped) == kind
+
+        name = f"new {is_new}, of a swapped mixer {is_swapped}"
+        found[ParamKey(predicate=ParamPredicate(name, belongs))] = ParamGroupOverride(
+            max_lr=optimizer.lr * multiplier,
+            min_lr=_last_lr(optimizer) * multiplier,
+            # The schedule ignores it, but checkpoints tell parameter groups apart by it.
+            lr_mult=multiplier,
+        )
+    return found
 
 
 def update_weights(optimizer: MegatronOptimizer, check: Callable[[float], None]) -> float:

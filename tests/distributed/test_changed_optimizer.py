@@ -94,6 +94,56 @@ def _train_and_change_by_hand(
     return [loss for loss, _ in change.steps]
 
 
+def _rates_by_name(groups: ProcessGroups, config: RunConfig) -> tuple[dict[str, float], list[float]]:
+    """The rate of each parameter of this rank behind the last step, and the losses of a run."""
+    from spikingbrain_train.training.trainer import Trainer
+
+    remember = Remember()
+    trainer = Trainer(config, groups, [remember])
+    trainer.train()
+    model = trainer.model.module
+    offset = model.decoder.layers[0].layer_number - 1
+    names = {}
+    for name, parameter in model.named_parameters():
+        kind, _, rest = name.partition("layers.")
+        number, _, rest = rest.partition(".")
+        names[id(parameter)] = f"{kind}layers.{int(number) + offset}.{rest}" if rest else name
+    rates = {
+        names[id(parameter)]: group["lr"]
+        for group in trainer.state.optimizer.param_groups
+        for parameter in group["params"]
+    }
+    return rates, [loss for loss, _ in remember.steps]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "parallel"),
+    [
+        (1, ParallelConfig()),
+        (2, ParallelConfig(tensor_model_parallel_size=2)),
+        (2, ParallelConfig(pipeline_model_parallel_size=2)),
+    ],
+    ids=["one rank", "TP 2", "PP 2"],
+)
+def test_weights_of_swapped_mixers_have_their_rate_on_top_of_that_of_new_ones(
+    world_size: int, parallel: ParallelConfig, ranks: RankPool, tmp_path: Path, text: Path
+) -> None:
+    def config(optimizer: OptimizerConfig, steps: int) -> RunConfig:
+        stage = StageConfig(train_iters=steps, seq_length=32, global_batch_size=4)
+        return run_config(tmp_path, text, parallel=parallel, optimizer=optimizer, stage=stage)
+
+    first = replace(BEFORE, new_parameter_lr_mult=3.0, mixer_lr_mult=2.0)
+    for optimizer, steps in ((first, 1), (replace(first, mixer_lr_mult=0.5), 2)):  # started, then changed
+        found = ranks.run(_rates_by_name, config(optimizer, steps), world_size=world_size, parallel=parallel)
+        rates = {name: rate for own, _ in found for name, rate in own.items()}
+        assert len(rates) > 30
+        for name, rate in rates.items():
+            swapped = ".self_attention." in name and ".layers.3." not in name  # MODEL's last one is full
+            is_new = "gate_" in name and ".self_attention." in name or ".out_norm." in name
+            expected = optimizer.lr * (optimizer.mixer_lr_mult if swapped else 1) * (3 if is_new else 1)
+            assert rate == pytest.approx(expected, rel=1e-12), name
+
+
 def _rates_and_losses(groups: ProcessGroups, config: RunConfig) -> tuple[list[float], list[float]]:
     """Rates of the groups that hold parameters, after a resumed run; and its losses."""
     from spikingbrain_train.training.trainer import Trainer

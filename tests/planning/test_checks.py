@@ -259,6 +259,7 @@ REFUSED: list[tuple[dict[str, Any], int, list[str]]] = [
     ({"optimizer.adam_beta1": -0.1}, 1, ["optimizer.adam_beta1=-0.1", "at least 0"]),
     ({"optimizer.adam_eps": 0.0}, 1, ["optimizer.adam_eps=0.0", "greater than 0"]),
     ({"optimizer.clip_grad": -1.0}, 1, ["optimizer.clip_grad=-1.0", "at least 0"]),
+    ({"optimizer.mixer_lr_mult": -1.0}, 1, ["optimizer.mixer_lr_mult", "at least 0"]),
     ({"optimizer.new_parameter_lr_mult": -1.0}, 1, ["optimizer.new_parameter_lr_mult", "at least 0"]),
     ({"optimizer.lr_warmup_iters": 100}, 1, ["optimizer.lr_warmup_iters=100", "below stage.train_iters=100"]),
     (

@@ -50,6 +50,7 @@ def notes(*overrides: str) -> list[str]:
             "gated_linear_attention=ulysses",
             "context_parallel_size is 1",
         ),
+        (f"{DENSE} optimizer.mixer_lr_mult=10", "mixer_lr_mult=10", "the mixer of a dense source"),
         (f"{DENSE} cluster.kernels.experts=sequential", "kernels.experts=sequential", "no experts"),
     ],
 )
