@@ -1,4 +1,4 @@
-"""Gated linear attention without positions (SpikingBrain, arXiv 2509.05276, eq. 10-11)."""
+"""Gated linear attention (SpikingBrain, arXiv 2509.05276, eq. 10-11), and options of other conversions."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from spikingbrain_train.architecture.backends.gated_linear_attention import (
 )
 from spikingbrain_train.architecture.initializers import Constant, Normal, Values
 from spikingbrain_train.architecture.mixers import MIXERS, MixerKind, attention_weights
+from spikingbrain_train.architecture.rotary import check_rotary, rotary_settings
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.architecture.sizes import (
     FP32,
@@ -121,12 +122,17 @@ class GatedLinearAttentionKind(MixerKind):
         without = set() if model.gla.gate.has_parameters else _OF_THE_LOW_RANK_GATE
         if model.qk_layernorm:
             without = without | {"gla.qk_norm"}  # the source's norms are there, whatever it says
-        return self.all_settings(model) - without
+        with_others = rotary_settings(model) if model.gla.rotary else set()
+        return (self.all_settings(model) - without) | with_others
+
+    def check(self, model: ModelConfig) -> None:
+        if model.gla.rotary:
+            check_rotary(model)
 
     def describe(self, model: ModelConfig) -> str | None:
         """Its options, which the published forms do not have."""
-        options = [words for words, on in (("q/k norms", has_own_qk_norm(model)),) if on]
-        return ", ".join(options) or None
+        options = (("q/k norms", has_own_qk_norm(model)), ("rotary positions", model.gla.rotary))
+        return ", ".join(words for words, on in options if on) or None
 
     def weights(self, model: ModelConfig, group: str = "attention") -> tuple[Weight, ...]:
         """What every attention has, a low-rank gate (a tied one has no parameters) and the output norm."""
@@ -202,6 +208,9 @@ class GatedLinearAttentionKind(MixerKind):
                 kept += (
                     heads + 2 * groups
                 ) * width  # the fused projection, of which keys before theirs are a view
+        if model.gla.rotary:
+            # Features before they are turned, where the op keeps its inputs as they are; cosines and sines.
+            kept += (heads if repeats_groups(config) else heads + groups) * width + 4 * width
         return kept + linear_attention_bytes(config)
 
     def input_projections(self, model: ModelConfig) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from spikingbrain_train.architecture.backends.softmax_attention import (
 )
 from spikingbrain_train.architecture.linear_transforms import keeps_its_input
 from spikingbrain_train.architecture.mixers import MIXERS, MixerKind, attention_weights
+from spikingbrain_train.architecture.rotary import all_rotary_settings, check_rotary, rotary_settings
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.architecture.sizes import (
     FP32,
@@ -22,7 +23,6 @@ from spikingbrain_train.architecture.split_checks import check_heads_over_contex
 from spikingbrain_train.architecture.weights import Weight
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ParallelConfig, SlidingWindowContextParallel
-from spikingbrain_train.config.require import require
 from spikingbrain_train.config.run import RunConfig
 
 
@@ -47,21 +47,16 @@ class SoftmaxAttentionKind(MixerKind):
         return parallel.context_parallel_size > 1
 
     def check(self, model: ModelConfig) -> None:
-        require(
-            model.kv_channels % 2 == 0,
-            f"model.kv_channels={model.kv_channels} is odd, but rotary positions turn pairs of channels; "
-            f"use an even number",
-        )
+        check_rotary(model)
 
     def check_split(self, model: ModelConfig, parallel: ParallelConfig) -> None:
         check_heads_over_context(model, parallel, "full attention")
 
     def all_settings(self, model: ModelConfig) -> set[str]:
-        return {"rotary_base", *(f"rope_scaling.{name}" for name in vars(model.rope_scaling))}
+        return all_rotary_settings(model)
 
     def settings(self, model: ModelConfig) -> set[str]:
-        is_scaled = model.rope_scaling.factor != 1
-        return self.all_settings(model) if is_scaled else {"rotary_base", "rope_scaling.factor"}
+        return rotary_settings(model)
 
     def weights(self, model: ModelConfig, group: str = "attention") -> tuple[Weight, ...]:
         return attention_weights(model, group)

@@ -62,12 +62,16 @@ class GatedLinearAttentionConfig:
     qk_norm: bool = setting(False, resume=WEIGHTS)
     """RMSNorm of every head of q and k in front of the feature map, for sources without (qk_layernorm=false);
     norms that the source has, as Qwen3, serve linear layers anyway."""
+    rotary: bool = setting(False, resume=FUNCTION)
+    """Rotary positions on the features of q and k, with the model's rotary_base and rope_scaling; they
+    restart with every document."""
     init_gate_bias_min: float = setting(-16.0, resume=START)
     """Initial b2 of a head's first channel, the fastest to forget: its decay of one step starts at
     sigmoid(init_gate_bias_min) ** (1 / gate_logit_normalizer)."""
     init_gate_bias_max: float = setting(4.0, resume=START)
     """Initial b2 of a head's last channel, the slowest; those between are spread evenly, so that every head
-    starts with memories from about one token to about a thousand.
+    starts with memories from about one token to about a thousand. With rotary positions the two channels that
+    turn together share one value.
     """
     init_gate_std: float = setting(0.02, minimum=0, resume=START)
     """Standard deviation of the low-rank gate's initial W1 and W2."""
@@ -85,9 +89,14 @@ class GatedLinearAttentionConfig:
         )
 
     def init_gate_bias(self, kv_channels: int) -> list[float]:
-        """Initial b2 of the channels of one head (the same in every head)."""
-        step = (self.init_gate_bias_max - self.init_gate_bias_min) / max(kv_channels - 1, 1)
-        return [self.init_gate_bias_min + step * channel for channel in range(kv_channels)]
+        """Initial b2 of the channels of one head (the same in every head).
+
+        Scores depend on distances alone where the channels of a rotary pair, i and i + kv_channels / 2,
+        forget at the same rate.
+        """
+        rates = kv_channels // 2 if self.rotary else kv_channels
+        step = (self.init_gate_bias_max - self.init_gate_bias_min) / max(rates - 1, 1)
+        return [self.init_gate_bias_min + step * (channel % rates) for channel in range(kv_channels)]
 
 
 @dataclass

@@ -28,7 +28,7 @@ class GLAswaConfig(PretrainedConfig):
         hidden_act: activation of the gated FFN; "swish" is SiLU.
         norm_eps: epsilon of every RMSNorm.
         rope_theta: base of the rotary embedding of softmax layers, 1000000 by default. GLA layers have no
-            rotary embedding.
+            rotary embedding unless linear_rotary says so.
         sliding_window: tokens before the current one that a softmax layer sees, as the published default
             code computes it (flash-attention's window_size = (sliding_window, 0)); None means all (full
             attention), and leaving it out 4096. The published SDPA variant and cache see one token less.
@@ -52,6 +52,7 @@ class GLAswaConfig(PretrainedConfig):
         qk_norm: RMSNorm over head_dim on queries and keys of every layer, before rotary embedding or ReLU
             (Qwen3).
         linear_qk_norm: the same in GLA layers only.
+        linear_rotary: whether GLA layers turn the features of queries and keys by rotary positions, too.
         full_attention_layers: those of `attn_layers` that ignore `sliding_window`; None means none.
         rope_parameters: None, or Llama 3's frequency scaling ({"rope_type": "llama3", "factor": ...,
             "low_freq_factor": ..., "high_freq_factor": ..., "original_max_position_embeddings": ...}), with
@@ -102,6 +103,7 @@ class GLAswaConfig(PretrainedConfig):
         attention_bias: bool = True,
         qk_norm: bool = False,
         linear_qk_norm: bool = False,
+        linear_rotary: bool = False,
         full_attention_layers: list[int] | None = None,
         rope_scaling: dict | None = None,
         rope_parameters: dict | None = None,
@@ -141,6 +143,7 @@ class GLAswaConfig(PretrainedConfig):
         self.attention_bias = attention_bias
         self.qk_norm = qk_norm
         self.linear_qk_norm = linear_qk_norm
+        self.linear_rotary = linear_rotary
         self.full_attention_layers = sorted(full_attention_layers or [])
         self.gate_low_rank_dim = gate_low_rank_dim
         self.gate_logit_normalizer = gate_logit_normalizer

@@ -122,11 +122,15 @@ class GLAswaAttention(nn.Module):
 
 
 class GLAswaLinearAttention(GLAswaAttention):
-    """Gated linear attention with ReLU features and a low-rank gate (eq. 10-11); no positions."""
+    """Gated linear attention with ReLU features and a low-rank gate (eq. 10-11).
+
+    With linear_rotary the features are turned by rotary positions, else there are none.
+    """
 
     def __init__(self, config: GLAswaConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx, config.qk_norm or config.linear_qk_norm)
         self.gate_logit_normalizer = config.gate_logit_normalizer
+        self.rotary = config.linear_rotary
         self.gk_proj = nn.Sequential(
             nn.Linear(config.hidden_size, config.gate_low_rank_dim, bias=False),
             nn.Linear(config.gate_low_rank_dim, self.num_groups * self.head_dim, bias=True),
@@ -136,12 +140,14 @@ class GLAswaLinearAttention(GLAswaAttention):
     def forward(
         self,
         x_BTD: Tensor,
-        rotary: tuple[Tensor, Tensor] | None,
+        rotary: tuple[Tensor, Tensor],
         layout: TokenLayout,
         cache: GLAswaCache | None,
     ) -> Tensor:
         q, k, v = self.project(x_BTD)
         q, k = F.relu(q), F.relu(k)
+        if self.rotary:
+            q, k = (apply_rotary(x.transpose(1, 2), *rotary).transpose(1, 2) for x in (q, k))
         gate_logit = self.gk_proj(x_BTD).view_as(k)
         gate_logit = gate_logit.to(torch.promote_types(gate_logit.dtype, torch.float32))
         log_gate = F.logsigmoid(gate_logit) / self.gate_logit_normalizer

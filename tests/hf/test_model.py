@@ -50,6 +50,8 @@ def reference_logits(config: GLAswaConfig, w: Tensors, ids: list[int]) -> Tensor
                 logit = (logit + p["attn.gk_proj.1.bias"]).view(groups, d)
                 decay = logit.sigmoid() ** (1 / config.gate_logit_normalizer)
                 q, k = q.clamp(min=0), k.clamp(min=0)
+                if config.linear_rotary:
+                    q, k = (rotate(x, t, config.rope_theta) for x in (q, k))
                 states = [decay[g, :, None] * states[g] + torch.outer(k[g], v[g]) for g in range(groups)]
                 mixed = [q[h] @ states[h * groups // heads] / math.sqrt(d) for h in range(heads)]
                 mixed = [norm(o, p["attn.g_norm.weight"], config.norm_eps) for o in mixed]
@@ -74,7 +76,7 @@ VARIANTS = {
     "published": {},
     "llama, tied": {"attention_bias": False, "tie_word_embeddings": True},
     "qwen3": {"attention_bias": False, "qk_norm": True, "head_dim": 12, "rope_theta": 1e6},
-    "options of linear layers": {"linear_qk_norm": True},
+    "options of linear layers": {"linear_qk_norm": True, "linear_rotary": True},
     "own layers": {"attn_layers": [0, 1, 3], "full_attention_layers": [3], "gate_low_rank_dim": 5},
     "no window": {"sliding_window": None, "gate_logit_normalizer": 4, "num_key_value_heads": 4},
 }

@@ -102,6 +102,8 @@ def loop_over_tokens(weights: dict[str, Tensor], hidden_TBD: Tensor, model: Mode
         if model.qk_layernorm or model.gla.qk_norm:
             q, k = norm(q, weights["q_layernorm.weight"]), norm(k, weights["k_layernorm.weight"])
         q, k = q.clamp(min=0), k.clamp(min=0)
+        if model.gla.rotary:
+            q, k = rotate(q, model.rotary_base), rotate(k, model.rotary_base)
         state = hidden_TBD.new_zeros(B, K, K)
         outputs = []
         for t in range(len(hidden_TBD)):
@@ -111,10 +113,21 @@ def loop_over_tokens(weights: dict[str, Tensor], hidden_TBD: Tensor, model: Mode
     return torch.cat(heads, dim=-1) @ weights["linear_proj.weight"].t()
 
 
+def rotate(x_TBK: Tensor, base: float) -> Tensor:
+    """Pairs (i, i + K / 2) as complex numbers, turned by position * base^(-2i / K)."""
+    half = x_TBK.shape[-1] // 2
+    angle = torch.arange(len(x_TBK))[:, None] * base ** (-torch.arange(half, dtype=torch.float64) / half)
+    turned = torch.complex(x_TBK[..., :half], x_TBK[..., half:]) * torch.polar(
+        torch.ones_like(angle), angle
+    ).unsqueeze(1)
+    return torch.cat([turned.real, turned.imag], dim=-1)
+
+
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "biases": {"bias": True},
     "q/k norms of the source": {"qk_norm": True},
+    "rotary positions": {"options": {"rotary": True}},
     "q/k norms": {"options": {"qk_norm": True}},
 }
 

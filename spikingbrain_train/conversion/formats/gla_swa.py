@@ -104,6 +104,7 @@ class GatedLinearSlidingWindowFormat(LlamaLikeFormat):
             gate_low_rank_dim=keys.integer("gate_low_rank_dim", 16),
             gate_logit_normalizer=keys.number("gate_logit_normalizer", 16.0),
             qk_norm=keys.boolean("linear_qk_norm", False),
+            rotary=keys.boolean("linear_rotary", False),
         )
         softmax_layers = keys.layers("attn_layers", list(range(1, model.num_layers, 2)), model.num_layers)
         full_layers = keys.layers("full_attention_layers", [], model.num_layers)
@@ -172,7 +173,7 @@ class GatedLinearSlidingWindowFormat(LlamaLikeFormat):
         """Keys of options of linear layers that the published form does not have, where they are used."""
         if not self._has_linear_layers(model):
             return {}
-        options = {"linear_qk_norm": has_own_qk_norm(model)}
+        options = {"linear_qk_norm": has_own_qk_norm(model), "linear_rotary": model.gla.rotary}
         return {key: value for key, value in options.items() if value}
 
     def config(self, model: ModelConfig, source: dict[str, Any] | None, dtype: str) -> dict[str, Any]:
@@ -246,6 +247,7 @@ class GatedLinearSlidingWindowFormat(LlamaLikeFormat):
                 (f"gate of rank {rank}", rank != _GATE_RANK),
                 (f"gate normalizer of {normalizer:g}", normalizer != _GATE_NORMALIZER),
                 ("q/k norms in linear layers alone", "linear_qk_norm" in options),
+                ("rotary positions in linear layers", "linear_rotary" in options),
             )
             if is_so
         ]

@@ -8,9 +8,10 @@ Per head, with keys, values and gates shared by the heads of a group (SpikingBra
     S_t = diag(g_t) S_{t-1} + k_t^T v_t,   o_t = K^-0.5 q_t S_t
     y = W_o RMSNorm(o)        (one norm weight of head width, shared by all heads)
 
-Options that neither form has (docs/linear_attention_options.md): RMSNorm of q and k in front of the features.
-
-No rotary positions: the gate carries the order.
+Without rotary positions the gate carries the order. Options that neither form has
+(docs/linear_attention_options.md): RMSNorm of q and k in front of the features, and rotary positions behind
+them, as RoFormer puts them into linear attention (Su et al., arXiv 2104.09864, eq. 19), so that the score of
+two tokens depends on their distance.
 
 Shape letters: T time, B batch, H query heads and G groups of this tensor-parallel rank, K key and V value
 width.
@@ -19,6 +20,7 @@ width.
 from __future__ import annotations
 
 import torch
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer import TransformerConfig
@@ -34,12 +36,14 @@ from spikingbrain_train.config.model import (
     FeatureMap,
     GatedLinearAttentionConfig,
     GateKind,
+    ModelConfig,
     Projection,
 )
 from spikingbrain_train.config.parallel import LinearAttentionBackend, LinearAttentionContextParallel
 from spikingbrain_train.models.layer_build import LayerBuild, attention_submodules
 from spikingbrain_train.models.mixers.decoding import CacheSize, DecodingState
 from spikingbrain_train.models.mixers.head_norm import HeadNorm, SharedHeadNorm
+from spikingbrain_train.models.rotary import RotaryPositions
 from spikingbrain_train.ops.gated_linear_attention import gated_linear_attention
 from spikingbrain_train.ops.gated_linear_attention.naive import gated_linear_attention_step
 from spikingbrain_train.parallel.context_parallel.linear_attention import context_parallel_linear_attention
@@ -56,6 +60,7 @@ def spec(_kind: MixerKind, build: LayerBuild) -> ModuleSpec:
             "gla": build.model.gla,
             "backend": build.kernels.gated_linear_attention,
             "context_parallel": build.context_parallel.gated_linear_attention,
+            "rotary_of": build.model if build.model.gla.rotary else None,
             **_gate_projections(build),
         },
         submodules=attention_submodules(build),
@@ -115,6 +120,7 @@ class GatedLinearAttention(SelfAttention):
         gla: GatedLinearAttentionConfig,
         backend: LinearAttentionBackend,
         context_parallel: LinearAttentionContextParallel,
+        rotary_of: ModelConfig | None = None,
         gate_down_proj: type = LowRankDownProjection,
         gate_up_proj: type = ColumnParallelLinear,
         **kwargs: object,
@@ -130,6 +136,9 @@ class GatedLinearAttention(SelfAttention):
         self.gate = gla.gate
         self.gate_logit_normalizer = gla.gate_logit_normalizer
         self.scale = config.kv_channels**-0.5
+        self.rotary_positions = None
+        if rotary_of is not None:
+            self.rotary_positions = RotaryPositions(rotary_of, on_cpu=config.use_cpu_initialization)
         self.out_norm = HeadNorm(config, gla.init_out_norm, self.pg_collection.tp)
         self.has_qk_norm = config.qk_layernorm or gla.qk_norm
         if gla.qk_norm and not config.qk_layernorm:
@@ -190,6 +199,7 @@ class GatedLinearAttention(SelfAttention):
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         *,
+        rotary_pos_emb: Tensor | None = None,
         packed_seq_params: SequenceLayout | None = None,
         **_: object,
     ) -> tuple[Tensor, Tensor | None]:
@@ -199,25 +209,33 @@ class GatedLinearAttention(SelfAttention):
             hidden_states: [T, B, hidden_size] normed input: this rank's slice of the sequence, sinks first
                 (its share of that under sequence parallelism).
             attention_mask: must be None; the recurrence is causal.
+            rotary_pos_emb: [T, 1 or B, 1, kv_channels] rotary angles of the slice's tokens, read with rotary
+                positions only; None has the layer work them out.
             packed_seq_params: layout of the sequences; None is one document a row on one rank, no sinks.
 
         Returns:
             Output of the same shape and the output projection's bias (None).
         """
         assert attention_mask is None, "linear attention is causal by construction; pass attention_mask=None"
-        return self.linear_proj(self.normed_heads(hidden_states, packed_seq_params))
+        return self.linear_proj(self.normed_heads(hidden_states, packed_seq_params, rotary_pos_emb))
 
-    def normed_heads(self, hidden_states: Tensor, layout: SequenceLayout | None = None) -> Tensor:
+    def normed_heads(
+        self,
+        hidden_states: Tensor,
+        layout: SequenceLayout | None = None,
+        rotary_pos_emb: Tensor | None = None,
+    ) -> Tensor:
         """What the output projection sees.
 
         Args:
             hidden_states: as in :meth:`forward`.
             layout: as ``packed_seq_params`` there.
+            rotary_pos_emb: as there.
 
         Returns:
             [T, B, H * V] normalised outputs of this rank's heads over the whole slice.
         """
-        q_BTHK, k_BTGK, v_BTGV, log_gate_BTGK = self._op_inputs(hidden_states)
+        q_BTHK, k_BTGK, v_BTGV, log_gate_BTGK = self._op_inputs(hidden_states, layout, rotary_pos_emb)
         o_BTHV = context_parallel_linear_attention(
             q_BTHK,
             k_BTGK,
@@ -231,26 +249,37 @@ class GatedLinearAttention(SelfAttention):
         )
         return self.out_norm(o_BTHV)
 
-    def _op_inputs(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
+    def _op_inputs(
+        self, hidden_states: Tensor, layout: SequenceLayout | None, rotary_pos_emb: Tensor | None
+    ) -> tuple[Tensor, ...]:
         """Queries, keys, values and log gates [B, T, heads or groups, dim] over the whole slice."""
         q_TBHK, k_TBGK, v_TBGV = self.get_query_key_value_tensors(hidden_states)
         log_gate_TBGK = self.log_gate(hidden_states, k_TBGK)
-        inputs_TB = (self.features(q_TBHK), self.features(k_TBGK), v_TBGV, log_gate_TBGK)
-        return tuple(x.transpose(0, 1) for x in inputs_TB)
+        q_TBHK, k_TBGK = self.features(q_TBHK), self.features(k_TBGK)
+        if self.rotary_positions is not None:
+            if rotary_pos_emb is None:
+                rotary_pos_emb = self.rotary_positions(layout or SequenceLayout(len(q_TBHK)))
+            q_TBHK = apply_rotary_pos_emb(q_TBHK, rotary_pos_emb, self.config)
+            k_TBGK = apply_rotary_pos_emb(k_TBGK, rotary_pos_emb, self.config)
+        return tuple(x.transpose(0, 1) for x in (q_TBHK, k_TBGK, v_TBGV, log_gate_TBGK))
 
     def begin_decoding(
-        self, hidden_states: Tensor, *, layout: SequenceLayout, **_: object
+        self, hidden_states: Tensor, *, rotary_pos_emb: Tensor | None, layout: SequenceLayout
     ) -> tuple[Tensor, RecurrentState]:
         """See :class:`~spikingbrain_train.models.mixers.decoding.DecodesByStep`."""
+        inputs = self._op_inputs(hidden_states, layout, rotary_pos_emb)
         o_BTHV, state_BGKV = gated_linear_attention(
-            *self._op_inputs(hidden_states), scale=self.scale, output_final_state=True, backend=self.backend
+            *inputs, scale=self.scale, output_final_state=True, backend=self.backend
         )
         assert state_BGKV is not None
         return self.linear_proj(self.out_norm(o_BTHV))[0], RecurrentState(state_BGKV)
 
-    def decode(self, hidden_states: Tensor, state: RecurrentState, **_: object) -> Tensor:
+    def decode(
+        self, hidden_states: Tensor, state: RecurrentState, *, rotary_pos_emb: Tensor | None
+    ) -> Tensor:
         """See :class:`~spikingbrain_train.models.mixers.decoding.DecodesByStep`."""
-        q_BHK, k_BGK, v_BGV, log_gate_BGK = (x.squeeze(1) for x in self._op_inputs(hidden_states))
+        inputs = self._op_inputs(hidden_states, None, rotary_pos_emb)
+        q_BHK, k_BGK, v_BGV, log_gate_BGK = (x.squeeze(1) for x in inputs)
         o_BHV, state.state_BGKV = gated_linear_attention_step(
             q_BHK, k_BGK, v_BGV, log_gate_BGK, state.state_BGKV, scale=self.scale
         )
@@ -264,7 +293,7 @@ class GatedLinearAttention(SelfAttention):
         drown the others; with the share that one step adds the state is a moving average. ReLU features pass
         a positive factor through, and so does the norm behind the recurrence up to the channels' balance,
         which is what changes. With q/k norms the factor goes into the key norm's weight, else into the key
-        rows of ``linear_qkv``.
+        rows of ``linear_qkv``. Channels that rotary positions turn together get the mean factor of both.
 
         Other forms are left as they are: the keys of a tied gate are that share already, and sigmoid features
         do not scale with their logits. This project's own (docs/recipe.md).
@@ -273,6 +302,8 @@ class GatedLinearAttention(SelfAttention):
             return
         bias_GK = self.linear_gate_up_proj.bias.float().view(-1, self.key_hidden_size)
         share_GK = -torch.expm1(torch.nn.functional.logsigmoid(bias_GK) / self.gate_logit_normalizer)
+        if self.rotary_positions is not None:
+            share_GK = share_GK.unflatten(-1, (2, -1)).mean(-2).repeat(1, 2)
         factor_GK = share_GK / share_GK.amax(dim=-1, keepdim=True)
         if self.has_qk_norm:
             # One weight serves all groups; the initial bias is the same in all of them.
