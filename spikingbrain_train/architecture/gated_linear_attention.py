@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from spikingbrain_train.architecture.backends.gated_linear_attention import (
     GATED_LINEAR_ATTENTION,
     LinearAttentionCall,
@@ -26,6 +28,7 @@ from spikingbrain_train.config.parallel import (
     LinearAttentionContextParallel,
     ParallelConfig,
 )
+from spikingbrain_train.config.require import divisors, either, require
 from spikingbrain_train.config.run import RunConfig
 
 _FLA_CHUNK_TOKENS = 64
@@ -50,22 +53,24 @@ def check_linear_attention_split(model: ModelConfig, parallel: ParallelConfig) -
         check_heads_over_context(model, parallel, asks, "gated_linear_attention=allgather, ")
 
 
-def linear_attention_flops(model: ModelConfig, seq_length: int) -> float:
-    """Forward FLOPs of the recurrence per token of text.
+def linear_attention_flops(model: ModelConfig, seq_length: int, num_query_groups: int | None = None) -> float:
+    """Forward FLOPs of the recurrence per token of text; null groups are the model's.
 
     Reading the state (q S, 2 H d d) and writing it (k^T v, 2 G d d: one a group).
     """
-    heads, groups, width = model.num_attention_heads, model.num_query_groups, model.kv_channels
+    heads, groups = model.num_attention_heads, num_query_groups or model.num_query_groups
+    width = model.kv_channels
     return 2.0 * (heads + groups) * width * width * (1 + model.num_sink_tokens / seq_length)
 
 
-def linear_attention_bytes(config: RunConfig) -> float:
+def linear_attention_bytes(config: RunConfig, num_query_groups: int | None = None) -> float:
     """Bytes per token that the op and its context parallelism keep for the backward pass.
 
-    Keys, values, gates and states of any mixer of this recurrence; queries where they are copied.
+    Keys, values, gates and states of any mixer of this recurrence; queries where they are copied. Null groups
+    are the model's.
     """
     model, parallel = config.model, config.parallel
-    heads, groups = heads_and_groups(config)
+    heads, groups = heads_and_groups(config, num_query_groups)
     element, rows = bytes_per_element(config.precision), config.stage.micro_batch_size
     width, fp32_width = model.kv_channels * element, model.kv_channels * FP32
     state = groups * model.kv_channels * fp32_width * rows
@@ -74,7 +79,7 @@ def linear_attention_bytes(config: RunConfig) -> float:
     has_copies = rows > 1  # of queries, which the kernel wants token by token in every row
     kept = 0.0
     if ranks > 1 and method is LinearAttentionContextParallel.ulysses:
-        heads, groups = ulysses_heads_and_groups(config)
+        heads, groups = ulysses_heads_and_groups(config, num_query_groups)
         has_copies = True
     elif ranks > 1:
         # What makes the state that the slice hands over: keys, values and decays in float32. States of ranks.
@@ -100,6 +105,11 @@ _OF_THE_LOW_RANK_GATE = {
 def has_own_qk_norm(model: ModelConfig) -> bool:
     """Whether linear layers have q/k norms that the dense source does not have."""
     return model.gla.qk_norm and not model.qk_layernorm
+
+
+def query_groups(model: ModelConfig) -> int:
+    """Key/value groups of linear layers."""
+    return model.gla.num_query_groups or model.num_query_groups
 
 
 class GatedLinearAttentionKind(MixerKind):
@@ -128,15 +138,30 @@ class GatedLinearAttentionKind(MixerKind):
     def check(self, model: ModelConfig) -> None:
         if model.gla.rotary:
             check_rotary(model)
+        heads, groups, own = model.num_attention_heads, model.num_query_groups, query_groups(model)
+        valid = [number for number in divisors(heads) if number % groups == 0]
+        require(
+            own in valid,
+            f"model.gla.num_query_groups={own} does not fit {heads} heads in {groups} groups, which are "
+            f"copied; valid are {either(valid)}, or null for the model's",
+        )
+
+    def values_of_nulls(self, model: ModelConfig) -> dict[str, Any]:
+        return {"gla.num_query_groups": query_groups(model)}
 
     def describe(self, model: ModelConfig) -> str | None:
         """Its options, which the published forms do not have."""
-        options = (("q/k norms", has_own_qk_norm(model)), ("rotary positions", model.gla.rotary))
+        groups = query_groups(model)
+        options = (
+            ("q/k norms", has_own_qk_norm(model)),
+            ("rotary positions", model.gla.rotary),
+            (f"{groups} query groups", groups != model.num_query_groups),
+        )
         return ", ".join(words for words, on in options if on) or None
 
     def weights(self, model: ModelConfig, group: str = "attention") -> tuple[Weight, ...]:
         """What every attention has, a low-rank gate (a tied one has no parameters) and the output norm."""
-        gla, width, groups = model.gla, model.kv_channels, model.num_query_groups
+        gla, width, groups = model.gla, model.kv_channels, query_groups(model)
         rank, channels, spread = gla.gate_low_rank_dim, groups * width, gla.init_gate_bias(width)
         gate: tuple[Weight, ...] = ()
         if gla.gate.has_parameters:
@@ -181,10 +206,10 @@ class GatedLinearAttentionKind(MixerKind):
             init=Constant(gla.init_out_norm),
         )
         norms_of_q_and_k = "GLA q/k norms" if has_own_qk_norm(model) else None
-        return (*attention_weights(model, group, norms_of_q_and_k), *gate, norm)
+        return (*attention_weights(model, group, norms_of_q_and_k, groups), *gate, norm)
 
     def core_flops(self, model: ModelConfig, seq_length: int) -> float:
-        return linear_attention_flops(model, seq_length)
+        return linear_attention_flops(model, seq_length, query_groups(model))
 
     def op_call(
         self, config: RunConfig, model: ModelConfig, layout: SequenceLayout, has_documents: bool
@@ -193,7 +218,7 @@ class GatedLinearAttentionKind(MixerKind):
 
     def activation_bytes(self, config: RunConfig) -> float:
         model = config.model
-        heads, groups = heads_and_groups(config)
+        heads, groups = heads_and_groups(config, query_groups(model))
         element = bytes_per_element(config.precision)
         width, fp32_width = model.kv_channels * element, model.kv_channels * FP32
         # Features of queries and keys; the output before and after its norm, and one number a head for that.
@@ -211,7 +236,7 @@ class GatedLinearAttentionKind(MixerKind):
         if model.gla.rotary:
             # Features before they are turned, where the op keeps its inputs as they are; cosines and sines.
             kept += (heads if repeats_groups(config) else heads + groups) * width + 4 * width
-        return kept + linear_attention_bytes(config)
+        return kept + linear_attention_bytes(config, query_groups(model))
 
     def input_projections(self, model: ModelConfig) -> tuple[str, ...]:
         return ("qkv", "gate") if model.gla.gate.has_parameters else ("qkv",)

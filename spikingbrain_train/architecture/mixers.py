@@ -86,7 +86,9 @@ MIXERS: Registry[MixerKind] = Registry(
 """Every kind of sequence mixer. A new one of the package is a line here."""
 
 
-def attention_weights(model: ModelConfig, group: str, new_norms: str | None = None) -> tuple[Weight, ...]:
+def attention_weights(
+    model: ModelConfig, group: str, new_norms: str | None = None, num_query_groups: int | None = None
+) -> tuple[Weight, ...]:
     """Fused q, k and v projection, output projection, biases and q/k norms, as every attention has them.
 
     Letters: h hidden_size, H query heads, G query groups, d kv_channels. The fused projection has
@@ -97,9 +99,13 @@ def attention_weights(model: ModelConfig, group: str, new_norms: str | None = No
         group: how the conversion report calls the projections.
         new_norms: how it calls q/k norms that begin at 1 because the source has none; None adds none to a
             source without.
+        num_query_groups: groups, a multiple of the model's; None is the model's.
     """
     hidden, width = model.hidden_size, model.kv_channels
-    rows = tuple(width * heads for heads in (model.num_attention_heads, *2 * (model.num_query_groups,)))
+    of_the_source = tuple(
+        width * heads for heads in (model.num_attention_heads, *2 * (model.num_query_groups,))
+    )
+    rows = (of_the_source[0], *2 * (width * (num_query_groups or model.num_query_groups),))
     biases, norms = [], []
     if model.add_qkv_bias:
         biases.append(
@@ -109,6 +115,7 @@ def attention_weights(model: ModelConfig, group: str, new_norms: str | None = No
                 tuple((row,) for row in rows),
                 f"{group} q/k/v",
                 layout="query_groups",
+                source_shapes=tuple((row,) for row in of_the_source),
             )
         )
     if model.qk_layernorm or new_norms:
@@ -130,6 +137,7 @@ def attention_weights(model: ModelConfig, group: str, new_norms: str | None = No
             tuple((row, hidden) for row in rows),
             f"{group} q/k/v",
             layout="query_groups",
+            source_shapes=tuple((row, hidden) for row in of_the_source),
             reads_input=True,
             projection=("qkv", 0),
         ),

@@ -32,16 +32,19 @@ def row_bytes(config: RunConfig) -> float:
     return config.model.hidden_size * bytes_per_element(config.precision) / shared_out
 
 
-def heads_and_groups(config: RunConfig) -> tuple[int, int]:
-    """Query heads and groups of a tensor-parallel rank."""
+def heads_and_groups(config: RunConfig, num_query_groups: int | None = None) -> tuple[int, int]:
+    """Query heads and groups of a tensor-parallel rank; null groups are the model's."""
     tensor = config.parallel.tensor_model_parallel_size
-    return config.model.num_attention_heads // tensor, config.model.num_query_groups // tensor
+    return (
+        config.model.num_attention_heads // tensor,
+        (num_query_groups or config.model.num_query_groups) // tensor,
+    )
 
 
-def ulysses_heads_and_groups(config: RunConfig) -> tuple[int, int]:
+def ulysses_heads_and_groups(config: RunConfig, num_query_groups: int | None = None) -> tuple[int, int]:
     """Heads and groups of whole sequences on the rank with the largest share, per token of a slice."""
     ranks = config.parallel.context_parallel_size
-    shares = head_shares(*heads_and_groups(config), ranks)
+    shares = head_shares(*heads_and_groups(config, num_query_groups), ranks)
     return (
         ranks * max(len(share.heads) for share in shares),
         ranks * max(len(share.groups) for share in shares),

@@ -62,6 +62,9 @@ class Weight:
     """How ranks share it."""
     layout: str = "rows"
     """How the tensors lie in it: an entry of conversion/transforms.py."""
+    source_shapes: tuple[Shape, ...] | None = None
+    """Shapes of the same tensors in a dense source, where they may have fewer heads, which are then copied;
+    None where they are ``shapes``."""
     init: Initializer | None = None
     """How it begins where the source does not have it; None for weights that every source has."""
     reads_input: bool = False

@@ -62,6 +62,9 @@ class GatedLinearAttentionConfig:
     qk_norm: bool = setting(False, resume=WEIGHTS)
     """RMSNorm of every head of q and k in front of the feature map, for sources without (qk_layernorm=false);
     norms that the source has, as Qwen3, serve linear layers anyway."""
+    num_query_groups: int | None = setting(None, minimum=1, resume=WEIGHTS)
+    """Key/value groups of linear layers, each with a gate and a state of its own; null is the model's. More,
+    up to num_attention_heads, are copies of the source's at conversion."""
     rotary: bool = setting(False, resume=FUNCTION)
     """Rotary positions on the features of q and k, with the model's rotary_base and rope_scaling; they
     restart with every document."""

@@ -315,6 +315,8 @@ class _Converter:
             return NEW + self.new.describe(planned.parameter)
         if planned.parameter.copies is not None:
             return describe_copies(planned.parameter, self.recipe.upcycling)
+        if self.source.copies_heads(planned.parameter):
+            return "copied, keys and values once for every group of their own"
         return "copied"
 
     def chunks(self, planned: _Planned) -> Iterator[tuple[Shape, Tensor]]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from spikingbrain_train.architecture.layers import model_weights
 from spikingbrain_train.architecture.weights import Copies, Shape, Weight
 from spikingbrain_train.config.model import ModelConfig
-from spikingbrain_train.conversion.transforms import transform_of
+from spikingbrain_train.conversion.transforms import copy_heads, transform_of
 from spikingbrain_train.errors import CheckpointError
 
 
@@ -80,7 +80,14 @@ class Parameter:
         return [names[role].format(layer=self.layer) for role in self.roles]
 
     def fuse(self, parts: list[Tensor]) -> Tensor:
-        """The Megatron parameter from its Hugging Face tensors (in :meth:`hf_names` order)."""
+        """The Megatron parameter from its Hugging Face tensors (in :meth:`hf_names` order).
+
+        Heads that a dense source has fewer of are copied.
+        """
+        parts = [
+            part if tuple(part.shape) == shape else copy_heads(part, shape[0], self.model)
+            for part, shape in zip(parts, self.hf_shapes, strict=True)
+        ]
         return transform_of(self.weight).fuse(parts, self.model)
 
     def split(self, parameter: Tensor) -> list[Tensor]:

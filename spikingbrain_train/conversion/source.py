@@ -57,20 +57,24 @@ class Source:
         Raises:
             ConfigurationError: one has another shape.
         """
-        asked = {
-            (role, parameter.layer): shape
-            for role, shape in zip(parameter.roles, parameter.hf_shapes, strict=True)
-        }
-        if not asked.keys() <= self._shapes.keys():
+        asked = [(role, parameter.layer) for role in parameter.roles]
+        if not all(each in self._shapes for each in asked):
             return False
-        for (role, layer), shape in asked.items():
+        shapes = parameter.hf_shapes
+        fewer = parameter.weight.source_shapes or shapes
+        for (role, layer), shape, other in zip(asked, shapes, fewer, strict=True):
             stored = self._shapes[role, layer]
-            if stored != shape:
+            if stored not in (shape, other):
                 raise ConfigurationError(
                     f"{parameter.name} is made of {self.name(role, layer)}, whose shape is {list(stored)}, "
                     f"not {list(shape)}; keep the source's sizes, or give the weight another role"
                 )
         return True
+
+    def copies_heads(self, parameter: Parameter) -> bool:
+        """Whether the source has fewer heads than one of its parameters, which has copies of them."""
+        stored = [self._shapes[role, parameter.layer] for role in parameter.roles]
+        return stored != parameter.hf_shapes
 
     def unused(self, parameters: Iterable[Parameter]) -> list[str]:
         """Names of the tensors that none of ``parameters`` is made of."""

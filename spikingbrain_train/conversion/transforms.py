@@ -30,20 +30,27 @@ def split_rows(fused: Tensor, shapes: list[Shape], model: ModelConfig) -> list[T
 def fuse_query_groups(parts: list[Tensor], model: ModelConfig) -> Tensor:
     """q, k and v rows (all heads of each) to Megatron's layout: per group its q heads, its k, its v.
 
-    Weights are [heads * kv_channels, hidden_size], biases [heads * kv_channels]; the result stacks
-    ``num_query_groups`` blocks of ``(heads per group + 2) * kv_channels`` rows.
+    Weights are [heads * kv_channels, hidden_size], biases [heads * kv_channels]; the result stacks a block of
+    ``(heads per group + 2) * kv_channels`` rows for each group.
     """
-    groups = model.num_query_groups
+    groups = parts[-1].shape[0] // model.kv_channels
     blocks = [part.reshape(groups, -1, model.kv_channels, *part.shape[1:]) for part in parts]
     return torch.cat(blocks, dim=1).reshape(-1, *parts[0].shape[1:])
 
 
 def split_query_groups(fused: Tensor, shapes: list[Shape], model: ModelConfig) -> list[Tensor]:
     """Undo :func:`fuse_query_groups`."""
-    heads_per_group = model.num_attention_heads // model.num_query_groups
-    blocks = fused.reshape(model.num_query_groups, heads_per_group + 2, model.kv_channels, *fused.shape[1:])
+    groups = shapes[-1][0] // model.kv_channels
+    heads_per_group = model.num_attention_heads // groups
+    blocks = fused.reshape(groups, heads_per_group + 2, model.kv_channels, *fused.shape[1:])
     parts = torch.split(blocks, [heads_per_group, 1, 1], dim=1)
     return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def copy_heads(part: Tensor, rows: int, model: ModelConfig) -> Tensor:
+    """Every head of a tensor [heads * kv_channels, ...] as often, side by side, as makes ``rows`` rows."""
+    heads = part.unflatten(0, (-1, model.kv_channels))
+    return heads.repeat_interleave(rows // part.shape[0], dim=0).flatten(0, 1)
 
 
 @dataclass(frozen=True)

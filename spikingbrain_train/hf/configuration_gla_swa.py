@@ -52,6 +52,8 @@ class GLAswaConfig(PretrainedConfig):
         qk_norm: RMSNorm over head_dim on queries and keys of every layer, before rotary embedding or ReLU
             (Qwen3).
         linear_qk_norm: the same in GLA layers only.
+        linear_num_key_value_heads: groups of GLA layers, each with a key, value and gate; None means
+            num_key_value_heads.
         linear_rotary: whether GLA layers turn the features of queries and keys by rotary positions, too.
         full_attention_layers: those of `attn_layers` that ignore `sliding_window`; None means none.
         rope_parameters: None, or Llama 3's frequency scaling ({"rope_type": "llama3", "factor": ...,
@@ -104,6 +106,7 @@ class GLAswaConfig(PretrainedConfig):
         qk_norm: bool = False,
         linear_qk_norm: bool = False,
         linear_rotary: bool = False,
+        linear_num_key_value_heads: int | None = None,
         full_attention_layers: list[int] | None = None,
         rope_scaling: dict | None = None,
         rope_parameters: dict | None = None,
@@ -144,6 +147,9 @@ class GLAswaConfig(PretrainedConfig):
         self.qk_norm = qk_norm
         self.linear_qk_norm = linear_qk_norm
         self.linear_rotary = linear_rotary
+        self.linear_num_key_value_heads = (
+            self.num_key_value_heads if linear_num_key_value_heads is None else linear_num_key_value_heads
+        )
         self.full_attention_layers = sorted(full_attention_layers or [])
         self.gate_low_rank_dim = gate_low_rank_dim
         self.gate_logit_normalizer = gate_logit_normalizer
@@ -202,6 +208,11 @@ class GLAswaConfig(PretrainedConfig):
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} must be a multiple of num_key_value_heads "
                 f"{self.num_key_value_heads}."
+            )
+        if self.num_attention_heads % self.linear_num_key_value_heads != 0:
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} must be a multiple of "
+                f"linear_num_key_value_heads {self.linear_num_key_value_heads}."
             )
         if self.head_dim % 2 != 0:
             raise ValueError(f"head_dim must be even for rotary embedding, got {self.head_dim}.")

@@ -98,12 +98,12 @@ class GLAswaUnbiasedLinear(nn.Linear):
 class GLAswaAttention(nn.Module):
     """The projections that both mixers share: q, k, v and output, and norms on q and k if there are any."""
 
-    def __init__(self, config: GLAswaConfig, layer_idx: int, qk_norm: bool) -> None:
+    def __init__(self, config: GLAswaConfig, layer_idx: int, qk_norm: bool, num_groups: int) -> None:
         super().__init__()
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
         self.num_heads = config.num_attention_heads
-        self.num_groups = config.num_key_value_heads
+        self.num_groups = num_groups
         q_size, kv_size = self.num_heads * self.head_dim, self.num_groups * self.head_dim
         linear = nn.Linear if config.attention_bias else GLAswaUnbiasedLinear
         self.q_proj = linear(config.hidden_size, q_size)
@@ -128,7 +128,9 @@ class GLAswaLinearAttention(GLAswaAttention):
     """
 
     def __init__(self, config: GLAswaConfig, layer_idx: int) -> None:
-        super().__init__(config, layer_idx, config.qk_norm or config.linear_qk_norm)
+        super().__init__(
+            config, layer_idx, config.qk_norm or config.linear_qk_norm, config.linear_num_key_value_heads
+        )
         self.gate_logit_normalizer = config.gate_logit_normalizer
         self.rotary = config.linear_rotary
         self.gk_proj = nn.Sequential(
@@ -168,7 +170,7 @@ class GLAswaSoftmaxAttention(GLAswaAttention):
     """Causal softmax attention with rotary positions: over all tokens (eq. 1) or a sliding window (eq. 2)."""
 
     def __init__(self, config: GLAswaConfig, layer_idx: int) -> None:
-        super().__init__(config, layer_idx, config.qk_norm)
+        super().__init__(config, layer_idx, config.qk_norm, config.num_key_value_heads)
         self.window = config.attention_window if config.mixer_type(layer_idx) == "swa" else None
         self.attention_dropout = config.attention_dropout
 

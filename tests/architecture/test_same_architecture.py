@@ -80,6 +80,11 @@ OTHER_WEIGHTS: dict[str, tuple[ModelConfig, ModelConfig, list[str]]] = {
         replace(MODEL, gla=replace(GLA, qk_norm=True)),
         ["gla.qk_norm=false", "model.gla.qk_norm=true"],
     ),
+    "groups of linear layers": (
+        MODEL,
+        replace(MODEL, gla=replace(GLA, num_query_groups=4)),
+        ["gla.num_query_groups=2", "model.gla.num_query_groups=4"],
+    ),
     "kind of gate": (MODEL, replace(MODEL, gla=TIED), ["gla.gate=low_rank", "model.gla.gate=tied"]),
     "rank of gates": (
         MODEL,
@@ -110,6 +115,7 @@ SAME_WEIGHTS: dict[str, tuple[ModelConfig, ModelConfig]] = {
         ),
     ),
     "spikes": (MODEL, replace(MODEL, spiking=SpikingConfig(projections=[Projection.qkv], k=4.0))),
+    "groups of linear layers spelt out": (MODEL, replace(MODEL, gla=replace(GLA, num_query_groups=2))),
     "features and forgetting": (
         MODEL,
         replace(MODEL, gla=replace(GLA, feature_map=FeatureMap.sigmoid, gate_logit_normalizer=4.0)),

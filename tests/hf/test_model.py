@@ -30,10 +30,11 @@ def rotate(x: Tensor, position: int, theta: float) -> Tensor:
 def reference_logits(config: GLAswaConfig, w: Tensors, ids: list[int]) -> Tensor:
     """Logits [T, vocab] of one text; every layer sees one token after the other, every head on its own."""
     hidden = [w["model.embeddings.weight"][i] for i in ids]
-    d, heads, groups = config.head_dim, config.num_attention_heads, config.num_key_value_heads
+    d, heads = config.head_dim, config.num_attention_heads
     for layer in range(config.num_hidden_layers):
         p = {n.removeprefix(f"model.layers.{layer}."): t for n, t in w.items() if f"layers.{layer}." in n}
         is_gla, full = layer not in config.attn_layers, layer in config.full_attention_layers
+        groups = config.linear_num_key_value_heads if is_gla else config.num_key_value_heads
         states = [torch.zeros(d, d, dtype=torch.float64)] * groups
         past: list[tuple[Tensor, Tensor]] = []
         for t, x in enumerate(hidden):
@@ -76,7 +77,11 @@ VARIANTS = {
     "published": {},
     "llama, tied": {"attention_bias": False, "tie_word_embeddings": True},
     "qwen3": {"attention_bias": False, "qk_norm": True, "head_dim": 12, "rope_theta": 1e6},
-    "options of linear layers": {"linear_qk_norm": True, "linear_rotary": True},
+    "options of linear layers": {
+        "linear_qk_norm": True,
+        "linear_rotary": True,
+        "linear_num_key_value_heads": 4,
+    },
     "own layers": {"attn_layers": [0, 1, 3], "full_attention_layers": [3], "gate_low_rank_dim": 5},
     "no window": {"sliding_window": None, "gate_logit_normalizer": 4, "num_key_value_heads": 4},
 }

@@ -89,6 +89,7 @@ def loop_over_tokens(weights: dict[str, Tensor], hidden_TBD: Tensor, model: Mode
     if model.add_qkv_bias:
         qkv = qkv + weights["linear_qkv.bias"]
     # Megatron's layout: for each group its query heads, its key, its value.
+    G = model.gla.num_query_groups or model.num_query_groups
     qkv = qkv.unflatten(-1, (G, H // G + 2, K))
     gate = (
         hidden_TBD @ weights["linear_gate_down_proj.weight"].t() @ weights["linear_gate_up_proj.weight"].t()
@@ -127,6 +128,7 @@ CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "biases": {"bias": True},
     "q/k norms of the source": {"qk_norm": True},
+    "a group a head": {"bias": True, "options": {"num_query_groups": H}},
     "rotary positions": {"options": {"rotary": True}},
     "q/k norms": {"options": {"qk_norm": True}},
 }

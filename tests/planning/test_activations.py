@@ -74,7 +74,7 @@ EXPERTS = replace(
     DENSE, feed_forwards=["moe"], moe=MoEConfig(num_experts=4, router_topk=1, num_shared_experts=1)
 )
 SPIKES = SpikingConfig(projections=list(Projection))
-OPTIONS = GatedLinearAttentionConfig(qk_norm=True, rotary=True)
+OPTIONS = GatedLinearAttentionConfig(qk_norm=True, rotary=True, num_query_groups=4)
 METHODS = {
     "all-gather and halo": ContextParallelConfig(),
     "all-scan and halo": ContextParallelConfig(LinearAttentionContextParallel.allscan),

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from spikingbrain_train.architecture.gated_linear_attention import has_own_qk_norm
+from spikingbrain_train.architecture.gated_linear_attention import has_own_qk_norm, query_groups
 from spikingbrain_train.architecture.layers import mixers_of, model_weights
 from spikingbrain_train.config.model import (
     FeatureMap,
@@ -106,6 +106,15 @@ class GatedLinearSlidingWindowFormat(LlamaLikeFormat):
             qk_norm=keys.boolean("linear_qk_norm", False),
             rotary=keys.boolean("linear_rotary", False),
         )
+        groups = keys.integer("linear_num_key_value_heads", model.num_query_groups)
+        if model.num_attention_heads % groups or groups % model.num_query_groups:
+            raise keys.refuse(
+                "linear_num_key_value_heads",
+                f"must divide num_attention_heads = {model.num_attention_heads} and be a multiple of "
+                f"num_key_value_heads = {model.num_query_groups}",
+            )
+        if groups != model.num_query_groups:
+            model.gla.num_query_groups = groups
         softmax_layers = keys.layers("attn_layers", list(range(1, model.num_layers, 2)), model.num_layers)
         full_layers = keys.layers("full_attention_layers", [], model.num_layers)
         if not set(full_layers) <= set(softmax_layers):
@@ -173,7 +182,12 @@ class GatedLinearSlidingWindowFormat(LlamaLikeFormat):
         """Keys of options of linear layers that the published form does not have, where they are used."""
         if not self._has_linear_layers(model):
             return {}
-        options = {"linear_qk_norm": has_own_qk_norm(model), "linear_rotary": model.gla.rotary}
+        groups = query_groups(model)
+        options = {
+            "linear_qk_norm": has_own_qk_norm(model),
+            "linear_rotary": model.gla.rotary,
+            "linear_num_key_value_heads": groups if groups != model.num_query_groups else None,
+        }
         return {key: value for key, value in options.items() if value}
 
     def config(self, model: ModelConfig, source: dict[str, Any] | None, dtype: str) -> dict[str, Any]:
@@ -248,6 +262,10 @@ class GatedLinearSlidingWindowFormat(LlamaLikeFormat):
                 (f"gate normalizer of {normalizer:g}", normalizer != _GATE_NORMALIZER),
                 ("q/k norms in linear layers alone", "linear_qk_norm" in options),
                 ("rotary positions in linear layers", "linear_rotary" in options),
+                (
+                    f"{query_groups(model)} query groups in linear layers alone",
+                    "linear_num_key_value_heads" in options,
+                ),
             )
             if is_so
         ]

@@ -11,13 +11,15 @@ Per head, with keys, values and gates shared by the heads of a group (SpikingBra
 Without rotary positions the gate carries the order. Options that neither form has
 (docs/linear_attention_options.md): RMSNorm of q and k in front of the features, and rotary positions behind
 them, as RoFormer puts them into linear attention (Su et al., arXiv 2104.09864, eq. 19), so that the score of
-two tokens depends on their distance.
+two tokens depends on their distance; more groups than softmax attention has, up to one a head.
 
 Shape letters: T time, B batch, H query heads and G groups of this tensor-parallel rank, K key and V value
 width.
 """
 
 from __future__ import annotations
+
+from copy import copy
 
 import torch
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
@@ -125,6 +127,9 @@ class GatedLinearAttention(SelfAttention):
         gate_up_proj: type = ColumnParallelLinear,
         **kwargs: object,
     ) -> None:
+        if gla.num_query_groups is not None:
+            config = copy(config)
+            config.num_query_groups = gla.num_query_groups
         super().__init__(
             config, submodules, layer_number, attn_mask_type, cp_comm_type, pg_collection, **kwargs
         )
