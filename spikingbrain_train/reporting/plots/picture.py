@@ -144,7 +144,7 @@ def _bands(views: Sequence[View]) -> list[_Band]:
 def _draw_view(
     panel: Any, row: Row, view: View, options: Options, marks: Sequence[Continuation], *, is_first: bool
 ) -> None:
-    _dress(panel)
+    dress(panel)
     view.draw(panel)
     if options.is_log and not view.is_table:
         _make_logarithmic(panel)
@@ -164,7 +164,7 @@ def _draw_view(
             draw_continuations(panel, part, here, with_labels=is_first)
     if not view.is_table:
         _format_values(panel)
-        _draw_legend(panel, view.title, is_wide=view.is_wide)
+        draw_legend(panel, view.title, is_wide=view.is_wide)
 
 
 def _make_room(panel: Any, row: Row, marks: Sequence[Continuation]) -> None:
@@ -180,7 +180,12 @@ def _make_room(panel: Any, row: Row, marks: Sequence[Continuation]) -> None:
         panel.set_ylim(low, high + share * (high - low))
 
 
-def _dress(panel: Any) -> None:
+def dress(panel: Any) -> None:
+    """The grid, spines and colours of every panel of curves.
+
+    Args:
+        panel: matplotlib's Axes.
+    """
     panel.grid(axis="y", color=GRID, linewidth=0.7)
     panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)
@@ -216,8 +221,14 @@ def _value_text(value: float) -> str:
     return number_text(float(f"{value:.4g}"))
 
 
-def _draw_legend(panel: Any, title: str, *, is_wide: bool) -> None:
-    """Beside or below the title, where no curve can be; in a narrow panel, without room there, inside."""
+def draw_legend(panel: Any, title: str, *, is_wide: bool) -> None:
+    """Beside or below the title, where no curve can be; in a narrow panel, without room there, inside.
+
+    Args:
+        panel: matplotlib's Axes, with its title.
+        title: that it has.
+        is_wide: as wide as the picture.
+    """
     handles, labels = panel.get_legend_handles_labels()
     if not handles:
         return
