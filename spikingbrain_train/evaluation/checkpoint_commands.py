@@ -9,17 +9,23 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from spikingbrain_train.errors import ConfigurationError, DataError
 from spikingbrain_train.evaluation.checkpoint_request import (
     CheckpointRequest,
     for_decoding,
+    for_reading,
     request_checkpoint,
 )
+from spikingbrain_train.evaluation.measurement import Part, finish_report
 from spikingbrain_train.evaluation.output import show_text, write_result
 from spikingbrain_train.evaluation.sampling import Sampling
 from spikingbrain_train.planning.parallel_checks import check_sequence_split
 from spikingbrain_train.reporting.activity import activity
+
+if TYPE_CHECKING:
+    from spikingbrain_train.evaluation.checkpoint_model import CheckpointModel
 
 
 def prepare_evaluation(arguments: argparse.Namespace) -> Callable[[], None]:
@@ -32,20 +38,27 @@ def prepare_evaluation(arguments: argparse.Namespace) -> Callable[[], None]:
         ConfigurationError, CheckpointError: what can be said against them without torch.
     """
     request = _request(arguments)
-    _check_windows(arguments.seq_length, request)
+    if arguments.data:
+        _check_windows(arguments.seq_length, request)
+    if arguments.measurements:
+        _require_tokenizer(arguments, request)
     return partial(_evaluate, request, arguments)
 
 
 def prepare_generation(arguments: argparse.Namespace, sampling: Sampling) -> Callable[[], None]:
     """What continues prompts with the checkpoint that ``--model`` names; see :func:`prepare_evaluation`."""
     request = for_decoding(_request(arguments), arguments.world_size)
+    return partial(_generate, request, _require_tokenizer(arguments, request), arguments, sampling)
+
+
+def _require_tokenizer(arguments: argparse.Namespace, request: CheckpointRequest) -> Path:
     tokenizer = arguments.tokenizer or request.tokenizer
     if tokenizer is None:
         raise DataError(
             f"{request.checkpoint} carries no tokenizer; name the one that its data were made with: "
             "--tokenizer FOLDER"
         )
-    return partial(_generate, request, tokenizer, arguments, sampling)
+    return Path(tokenizer)
 
 
 def _request(arguments: argparse.Namespace) -> CheckpointRequest:
@@ -67,9 +80,30 @@ def _check_windows(seq_length: int, request: CheckpointRequest) -> None:
 
 def _evaluate(request: CheckpointRequest, arguments: argparse.Namespace) -> None:
     _import_torch()
-    from spikingbrain_train.evaluation.checkpoint_evaluation import measure_checkpoint
-    from spikingbrain_train.evaluation.checkpoint_model import checkpoint_model
+    from spikingbrain_train.evaluation.checkpoint_model import joined_ranks, open_checkpoint
 
+    with joined_ranks(request) as groups:
+        for measurement in arguments.measurements:
+            measurement.prepare(groups)
+        opened = open_checkpoint(request, groups)
+        numbers: dict[str, Any] = {"model": str(request.checkpoint), "dtype": opened.dtype}
+        if arguments.data:
+            numbers = _cross_entropy(opened, arguments)
+        elif groups.is_main_process:
+            print(f"model          {request.checkpoint} ({_form(opened)})")
+        if arguments.measurements and (to_read := for_reading(request)) != request:
+            del opened  # never two in memory
+            opened = open_checkpoint(to_read, groups)
+        parts = _measure(opened, arguments)
+        if groups.is_main_process:
+            finish_report(numbers, parts, output=arguments.output, picture=arguments.plot)
+
+
+def _cross_entropy(opened: CheckpointModel, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Held-out cross entropy and what it was measured with, for the report; printed on the main process."""
+    from spikingbrain_train.evaluation.checkpoint_evaluation import measure_checkpoint
+
+    request = opened.request
     tokenizer = arguments.tokenizer or request.tokenizer
     if tokenizer is None:
         _note(
@@ -79,24 +113,36 @@ def _evaluate(request: CheckpointRequest, arguments: argparse.Namespace) -> None
     reset = request.run is not None and request.run.data.reset_at_documents
     if arguments.reset_at_documents is not None:
         reset = arguments.reset_at_documents == "true"
-    with checkpoint_model(request) as opened:
-        measured = measure_checkpoint(
-            opened,
-            arguments.data,
-            seq_length=arguments.seq_length,
-            max_windows=arguments.max_windows,
-            micro_batch_size=arguments.micro_batch_size or 1,
-            reset_at_documents=reset,
-            tokenizer=tokenizer,
-        )
-        if not opened.groups.is_main_process:
-            return
-        kept_apart = ", documents kept apart" if reset else ""
-        ranks = "" if opened.groups.world_size == 1 else f"; {opened.groups.describe()}"
-        print(measured.describe(f"{request.checkpoint} (Megatron, {opened.dtype}{kept_apart}{ranks})"))
-        if arguments.output is not None:
-            facts = {"model": str(request.checkpoint), "dtype": opened.dtype, "reset_at_documents": reset}
-            write_result(arguments.output, measured.as_json(**facts))
+    measured = measure_checkpoint(
+        opened,
+        arguments.data,
+        seq_length=arguments.seq_length,
+        max_windows=arguments.max_windows,
+        micro_batch_size=arguments.micro_batch_size or 1,
+        reset_at_documents=reset,
+        tokenizer=tokenizer,
+    )
+    if not opened.groups.is_main_process:
+        return {}
+    kept_apart = ", documents kept apart" if reset else ""
+    print(measured.describe(f"{request.checkpoint} ({_form(opened, kept_apart)})"))
+    return measured.as_json(model=str(request.checkpoint), dtype=opened.dtype, reset_at_documents=reset)
+
+
+def _measure(opened: CheckpointModel, arguments: argparse.Namespace) -> list[Part]:
+    if not arguments.measurements:
+        return []
+    from spikingbrain_train.evaluation.megatron_language_model import MegatronLanguageModel
+    from spikingbrain_train.evaluation.text_tokenizer import TextTokenizer
+
+    tokenizer = TextTokenizer(_require_tokenizer(arguments, opened.request))
+    model = MegatronLanguageModel(opened.model, opened.groups, tokenizer)
+    return [measurement.measure(model) for measurement in arguments.measurements]
+
+
+def _form(opened: CheckpointModel, more: str = "") -> str:
+    ranks = "" if opened.groups.world_size == 1 else f"; {opened.groups.describe()}"
+    return f"Megatron, {opened.dtype}{more}{ranks}"
 
 
 def _generate(

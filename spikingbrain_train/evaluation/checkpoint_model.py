@@ -52,21 +52,44 @@ def checkpoint_model(request: CheckpointRequest) -> Iterator[CheckpointModel]:
     Raises:
         SpikingBrainError: the checkpoint is damaged, or the platform is not there.
     """
-    accelerator = detect(request.device)
-    groups = initialize(request.parallel, accelerator, seed=_SEED)
+    with joined_ranks(request) as groups:
+        yield open_checkpoint(request, groups)
+
+
+@contextmanager
+def joined_ranks(request: CheckpointRequest) -> Iterator[ProcessGroups]:
+    """The groups of the ranks, on which models may be opened, one after the other or several.
+
+    Raises:
+        SpikingBrainError: the platform is not there.
+    """
     try:
-        request = replace(request, precision=_settled(request.precision, groups))
-        dtype, model = PARAMS_DTYPE[request.precision], request.model
-        accelerator.require_dtype(dtype)
-        slow = slow_format_warning(f"--dtype {str(dtype).removeprefix('torch.')}", dtype, accelerator)
-        if slow is not None and groups.is_main_process:
-            print(slow, file=sys.stderr, flush=True)
-        kernels = resolve_kernels(KernelConfig(), accelerator, model=model, precision=request.precision)
-        with activity(f"loading {request.checkpoint}", shown=groups.is_main_process):
-            built = _build(request, kernels, groups)
-        yield CheckpointModel(built, request, groups, kernels)
+        yield initialize(request.parallel, detect(request.device), seed=_SEED)
     finally:
         destroy()
+
+
+def open_checkpoint(request: CheckpointRequest, groups: ProcessGroups) -> CheckpointModel:
+    """Build a model on ranks that have joined, and read its weights.
+
+    Args:
+        request: of the degrees that the ranks were joined for; sequence parallelism may differ.
+        groups: of :func:`joined_ranks`.
+
+    Raises:
+        SpikingBrainError: the checkpoint is damaged, or its number format is not there.
+    """
+    accelerator = groups.accelerator
+    request = replace(request, precision=_settled(request.precision, groups))
+    dtype, model = PARAMS_DTYPE[request.precision], request.model
+    accelerator.require_dtype(dtype)
+    slow = slow_format_warning(f"--dtype {str(dtype).removeprefix('torch.')}", dtype, accelerator)
+    if slow is not None and groups.is_main_process:
+        print(slow, file=sys.stderr, flush=True)
+    kernels = resolve_kernels(KernelConfig(), accelerator, model=model, precision=request.precision)
+    with activity(f"loading {request.checkpoint}", shown=groups.is_main_process):
+        built = _build(request, kernels, groups)
+    return CheckpointModel(built, request, groups, kernels)
 
 
 def _settled(precision: Precision, groups: ProcessGroups) -> Precision:

@@ -15,24 +15,30 @@ from spikingbrain_train.config.plugins import add_plugins_argument, load_plugins
 from spikingbrain_train.errors import ConfigurationError, DataError
 from spikingbrain_train.evaluation import checkpoint_commands
 from spikingbrain_train.evaluation.checkpoint_request import without_settings
+from spikingbrain_train.evaluation.measurement import finish_report
 from spikingbrain_train.evaluation.model_folder import (
     check_model_folder,
     check_output_file,
     is_megatron_checkpoint,
 )
 from spikingbrain_train.evaluation.output import show_text, write_result
+from spikingbrain_train.evaluation.probe_options import add_probe_options, probes_of
 from spikingbrain_train.evaluation.sampling import Sampling
 from spikingbrain_train.planning.file_checks import check_prefix
 from spikingbrain_train.planning.launch import Launch
 from spikingbrain_train.reporting.activity import activity
+from spikingbrain_train.reporting.plots.picture import format_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from spikingbrain_train.evaluation.result import Perplexity
+
 _EVALUATE_DESCRIPTION = """\
-Measure the held-out cross entropy and perplexity of a Hugging Face folder (a dense source, or what
-spikingbrain-export wrote) or of a Megatron checkpoint of any form (what spikingbrain-convert or a run wrote,
-in whatever topology). The windows are those that a run evaluates on with the same stage.seq_length.
+Measure the held-out cross entropy and perplexity (--data) and what is found again in long texts (--probes) of
+a Hugging Face folder (a dense source, or what spikingbrain-export wrote) or of a Megatron checkpoint of any
+form (what spikingbrain-convert or a run wrote, in whatever topology). The windows are those that a run
+evaluates on with the same stage.seq_length.
 """
 
 _EVALUATE_EXAMPLES = """\
@@ -47,6 +53,10 @@ examples:
   # a checkpoint too big for one device: degrees as to train (conf/parallel, or name=value)
   spikingbrain-evaluate --nproc-per-node 4 --model outputs/big/checkpoints/iter_0002000 \\
       --data data/wiki_valid data/code_valid --seq-length 8192 --parallel tp2_pp2
+
+  # what it finds again in long texts, as a table and a picture
+  spikingbrain-evaluate --model outputs/smollm2/cpt --probes passkey,needle,associative_recall \\
+      --probe-lengths 1k,4k,16k --output probes.json --plot probes.png
 
   # an exported hybrid, whose folder brings its own modelling code
   spikingbrain-evaluate --model outputs/smollm2/export --data outputs/smollm2/data/text_valid \\
@@ -81,9 +91,9 @@ def evaluate_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--data",
         nargs="+",
-        required=True,
+        default=[],
         metavar="PREFIX",
-        help="held-out indexed datasets, without .bin/.idx",
+        help="held-out indexed datasets, without .bin/.idx, to measure the cross entropy on",
     )
     parser.add_argument(
         "--seq-length", type=int, default=2048, metavar="N", help="tokens of a window (default: %(default)s)"
@@ -102,6 +112,8 @@ def evaluate_parser() -> argparse.ArgumentParser:
         help="keep the documents of a window apart, for a Megatron checkpoint (default: as the run that "
         "wrote it)",
     )
+    add_probe_options(parser)
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the probes: .png, .svg or .pdf")
     return parser
 
 
@@ -234,6 +246,12 @@ def _prepare_evaluation(arguments: argparse.Namespace) -> Callable[[], None]:
             raise ConfigurationError(f"--{name.replace('_', '-')} is {value}; give at least 1")
         if value is not None and value >= 2**31:
             raise ConfigurationError(f"--{name.replace('_', '-')} is {value}; give less than 2**31")
+    arguments.measurements = [each for each in (probes_of(arguments),) if each is not None]
+    _check_picture(arguments)
+    if not arguments.data and not arguments.measurements:
+        raise ConfigurationError(
+            "there is nothing to measure; name held-out datasets with --data, or probes with --probes"
+        )
     is_checkpoint = _check_files(arguments)
     for prefix in arguments.data:
         check_prefix("--data", prefix)
@@ -248,8 +266,40 @@ def _prepare_evaluation(arguments: argparse.Namespace) -> Callable[[], None]:
     return partial(_evaluate, arguments)
 
 
+def _check_picture(arguments: argparse.Namespace) -> None:
+    if arguments.plot is None:
+        return
+    if not arguments.measurements:
+        raise ConfigurationError(f"--plot {arguments.plot} would be empty; name what it draws with --probes")
+    format_of(arguments.plot, "--plot")
+    check_output_file(arguments.plot, "--plot")
+
+
 def _evaluate(arguments: argparse.Namespace) -> None:
+    for measurement in arguments.measurements:
+        measurement.prepare(None)
     model = _load_model(arguments)
+    dtype = _dtype_name(model.dtype)
+    words = f"{arguments.model} ({type(model).__name__}, {dtype})"
+    numbers: dict[str, Any] = {"model": str(arguments.model), "dtype": dtype}
+    if arguments.data:
+        measured = _cross_entropy(model, arguments)
+        print(measured.describe(words))
+        numbers = measured.as_json(**numbers)
+    else:
+        print(f"model          {words}")
+    parts = []
+    if arguments.measurements:
+        from spikingbrain_train.evaluation.huggingface_language_model import HuggingFaceLanguageModel
+        from spikingbrain_train.evaluation.text_tokenizer import TextTokenizer
+
+        tokenizer = TextTokenizer(arguments.tokenizer or arguments.model)
+        asked = HuggingFaceLanguageModel(model, tokenizer)
+        parts = [measurement.measure(asked) for measurement in arguments.measurements]
+    finish_report(numbers, parts, output=arguments.output, picture=arguments.plot)
+
+
+def _cross_entropy(model: PreTrainedModel, arguments: argparse.Namespace) -> Perplexity:
     with activity("opening the data"):
         from spikingbrain_train.runtime.quiet_torch import ignore_megatron_warnings
 
@@ -267,11 +317,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
             arguments.data, arguments.seq_length, arguments.max_windows, model.config.vocab_size
         )
     datasets = describe_datasets(dataset, arguments.data)
-    measured = measure_perplexity(model, dataset, datasets, progress=True)
-    dtype = _dtype_name(model.dtype)
-    print(measured.describe(f"{arguments.model} ({type(model).__name__}, {dtype})"))
-    if arguments.output is not None:
-        write_result(arguments.output, measured.as_json(model=str(arguments.model), dtype=dtype))
+    return measure_perplexity(model, dataset, datasets, progress=True)
 
 
 def _prepare_generation(arguments: argparse.Namespace) -> Callable[[], None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from random import Random
 
 from spikingbrain_train.evaluation.probes.haystacks import Haystacks, Text
@@ -27,17 +27,20 @@ class Materials:
         self.haystacks = Haystacks(self.segments, text)
         self._words: dict[int, bool] = {}
 
-    def distinct_tokens(self, number: int, random: Random) -> list[int]:
-        """Different tokens of the vocabulary: words or parts of words where it has enough of them."""
+    def distinct_tokens(self, number: int, random: Random, without: Collection[int]) -> list[int]:
+        """Different tokens of the vocabulary but some: words or parts of words where it has enough of them.
+
+        Fewer than ``number`` where it has no more.
+        """
         count = self.tokenizer.vocab_size
         found: dict[int, None] = {}
         for _ in range(_TRIES * number):
             if len(found) == number:
                 return list(found)
             token = random.randrange(count)
-            if self._is_word(token):
+            if token not in without and self._is_word(token):
                 found[token] = None
-        others = [token for token in range(count) if token not in self.segments.begin]
+        others = [token for token in range(count) if token not in without]
         return random.sample(others, min(number, len(others)))
 
     def _is_word(self, token: int) -> bool:

@@ -72,8 +72,8 @@ def _warn_of_lengths(model: LanguageModel, plan: ProbePlan) -> None:
     beyond = [length_name(length) for length in plan.lengths if length > model.max_length]
     if beyond and model.is_main_process:
         print(
-            f"warning: probes of {', '.join(beyond)} are longer than the {model.max_length:,} tokens that the "
-            "model declares (max_position_embeddings); they show how it does beyond them",
+            f"warning: probes of {', '.join(beyond)} are longer than the {model.max_length:,} tokens that "
+            "the model declares (max_position_embeddings); they show how it does beyond them",
             file=sys.stderr,
             flush=True,
         )
@@ -85,10 +85,9 @@ def _measure(
     samples = list(plan.questions(probe, length, materials))
     what = f"{probe.name} at {length_name(length)}"
     scored = plan.scoring.scores or not probe.is_written
-    scores = _score(model, samples, what) if scored else [None] * len(samples)
-    texts = [None] * len(samples)
-    if plan.scoring.generates and probe.is_written:
-        texts = _generate(model, samples, what)
+    nothing = [None] * len(samples)
+    scores = _score(model, samples, what) if scored else nothing
+    texts = _generate(model, samples, what) if plan.scoring.generates and probe.is_written else nothing
     result = LengthResult()
     for sample, score, text in zip(samples, scores, texts, strict=True):
         for answer in sample.answers:
@@ -103,12 +102,12 @@ def _measure(
     return result
 
 
-def _score(model: LanguageModel, samples: Sequence[ProbeSample], what: str) -> list[Score | None]:
+def _score(model: LanguageModel, samples: Sequence[ProbeSample], what: str) -> Sequence[Score | None]:
     requests = [ScoreRequest(sample.context, sample.continuation) for sample in samples]
-    return list(model.score(requests, what=what))
+    return model.score(requests, what=what)
 
 
-def _generate(model: LanguageModel, samples: Sequence[ProbeSample], what: str) -> list[str | None]:
+def _generate(model: LanguageModel, samples: Sequence[ProbeSample], what: str) -> Sequence[str | None]:
     """Text behind each prompt, which is read once."""
     most = max(len(sample.continuation) for sample in samples) + _ROOM_TO_WRITE
     end = model.tokenizer.end_tokens

@@ -37,6 +37,6 @@ def chain(prompt: str) -> list[str]:
 
 
 def pairs(context: Sequence[int], continuation: Sequence[int], starts: Sequence[int]) -> list[int]:
-    """What followed each key where the key stood first."""
+    """What stood behind each key, and one token between them, where the key stood first."""
     text = [*context, *continuation]
-    return [text[text.index(text[len(context) + start - 1]) + 1] for start in starts]
+    return [text[text.index(text[len(context) + start - 2]) + 2] for start in starts]

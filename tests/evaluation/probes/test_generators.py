@@ -63,7 +63,7 @@ def test_text_answers_its_question_and_has_the_length(name, tokenizer, length, d
     if name == "associative_recall":
         starts = [answer.start for answer in sample.answers]
         assert [span[0] for span in spans] == solver.pairs(sample.context, sample.continuation, starts)
-        assert len(set(map(tuple, spans))) == len(spans)
+        assert len(set(map(tuple, spans))) == len(spans) >= 2
         return
     prompt = tokenizer.decode(sample.context[len(begin) :])
     answers = [answer.text for answer in sample.answers]
