@@ -12,6 +12,7 @@ from importlib.metadata import version
 from spikingbrain_train.config.parallel import AcceleratorKind
 from spikingbrain_train.runtime import (
     megatron_cpu,
+    megatron_jit,
     meta_device,
     optimizer_patches,
     quiet_torch,
@@ -22,6 +23,7 @@ from spikingbrain_train.runtime.patch import ALL_PLATFORMS, Moment, Patch
 
 PATCHES: tuple[Patch, ...] = (
     *quiet_torch.PATCHES,
+    *megatron_jit.PATCHES,
     *megatron_cpu.PATCHES,
     *shard_writers.PATCHES,
     *optimizer_patches.PATCHES,

@@ -1,0 +1,46 @@
+"""Where nothing will be compiled, torch's compiler is not even imported; where there is a GPU it is."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+_STAND_IN = (
+    "jit_fuser = 'torch.compile'\ndef disable_jit_fuser():\n    global jit_fuser\n    jit_fuser = 'nothing'\n"
+)
+
+
+def printed(code: str, *folders: Path) -> str:
+    """What a new process prints that sees no GPU."""
+    path = os.pathsep.join(str(folder) for folder in (*folders, ROOT))
+    environment = os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_without_a_gpu_models_are_imported_without_the_compiler() -> None:
+    code = "import spikingbrain_train.models.gpt_model as it, sys; print('torch._inductor' in sys.modules)"
+    assert printed(code) == "False"
+
+
+@pytest.mark.parametrize(("has_gpu", "wraps"), [(True, "torch.compile"), (False, "nothing")])
+def test_what_megatron_wraps_its_functions_in(tmp_path: Path, has_gpu: bool, wraps: str) -> None:
+    package = tmp_path / "megatron" / "core"
+    package.mkdir(parents=True)
+    for folder in (package, package.parent):
+        (folder / "__init__.py").touch()
+    (package / "jit.py").write_text(_STAND_IN)
+    code = f"""
+import spikingbrain_train
+from spikingbrain_train.runtime import megatron_jit
+megatron_jit.has_gpu_device = lambda: {has_gpu}
+from megatron.core import jit
+print(jit.__file__.startswith({str(tmp_path)!r}), jit.jit_fuser)
+"""
+    assert printed(code, tmp_path) == f"True {wraps}"
