@@ -1,8 +1,10 @@
 """Spares processes on machines without a GPU the import of torch's compiler, which they never use.
 
-megatron-core wraps its small fused functions in torch.compile as it is imported. That alone imports
-TorchDynamo and Inductor, two of the five seconds of processor time that a start takes; on CPU the plain functions
-are put back before anything runs (``no_compiled_fusions`` in megatron_cpu.py).
+megatron-core wraps its small fused functions in torch.compile as it is imported. With megatron-core 0.16 and
+torch 2.13 nothing else imports Inductor, which takes two of the five seconds of processor time of a start; on
+CPU the plain functions are put back before anything runs (``no_compiled_fusions`` in megatron_cpu.py).
+megatron-core 0.19 compiles one function itself, and torch 2.6 imports TorchDynamo: there a start gains a second
+or nothing.
 """
 
 from __future__ import annotations
@@ -60,7 +62,7 @@ PATCHES = (
     Patch(
         name="no_import_of_the_compiler",
         changes="megatron.core.jit.jit_fuser leaves functions as they are, on machines without a GPU",
-        reason="each start would import TorchDynamo and Inductor, in about two seconds, and compile nothing",
+        reason="each start would import TorchDynamo and Inductor, in up to two seconds, and compile nothing",
         apply=leave_fusions_uncompiled,
         platforms=ON_CPU,
         moment=Moment.importing,
