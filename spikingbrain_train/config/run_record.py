@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.errors import CheckpointError, DataError
-from spikingbrain_train.storage.index_format import read_header
+from spikingbrain_train.storage.index_format import DOMAINS_SUFFIX, read_header
 from spikingbrain_train.storage.loss_mask_format import LOSS_MASK_SUFFIX, has_loss_mask
 
 RUN_RECORD_FILE = "run_record.json"
@@ -34,10 +34,13 @@ class DatasetFingerprint:
     digest: str
     """Of the sizes of its files and of 16 stretches of 64 KiB, spread evenly over each; a change between
     those is not seen unless it moves what lies behind it. A loss mask counts as one of them."""
+    domains: str | None = None
+    """The same of the domains of its documents, where they decide the order of samples and are there."""
 
     def describe(self) -> str:
         """The dataset in words."""
-        return f"{self.tokens:,} tokens in {self.documents:,} documents, digest {self.digest}"
+        domains = f", domains {self.domains}" if self.domains else ""
+        return f"{self.tokens:,} tokens in {self.documents:,} documents, digest {self.digest}{domains}"
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,12 @@ class RunRecord:
     """One for each prefix of data.train, in its order."""
 
 
-def fingerprint(prefix: str) -> DatasetFingerprint:
-    """Tell an indexed dataset from others, reading at most 3 MiB.
+def fingerprint(prefix: str, *, with_domains: bool = False) -> DatasetFingerprint:
+    """Tell an indexed dataset from others, reading at most 4 MiB.
+
+    Args:
+        prefix: path without .bin/.idx.
+        with_domains: also by the domains of its documents, which data.pack_by_domain reads.
 
     Raises:
         DataError: the index is damaged or unreadable.
@@ -62,10 +69,15 @@ def fingerprint(prefix: str) -> DatasetFingerprint:
             header = read_header(index, prefix)
         size = os.path.getsize(f"{prefix}.bin")
         digest = _digest([f"{prefix}.idx", f"{prefix}.bin", *masks])
+        domains = f"{prefix}{DOMAINS_SUFFIX}"
+        of_domains = _digest([domains]) if with_domains and os.path.exists(domains) else None
     except OSError as error:
         raise DataError(f"cannot read the indexed dataset {prefix}: {error.strerror or error}") from error
     return DatasetFingerprint(
-        tokens=size // header.item_bytes, documents=max(header.boundaries - 1, 0), digest=digest
+        tokens=size // header.item_bytes,
+        documents=max(header.boundaries - 1, 0),
+        digest=digest,
+        domains=of_domains,
     )
 
 
@@ -100,7 +112,13 @@ def _add_samples(digest: Any, file: BinaryIO) -> None:
 
 def record_of(config: RunConfig, world_size: int) -> RunRecord:
     """The record of a run that starts or goes on now. Raises DataError."""
-    return RunRecord(world_size, [fingerprint(prefix) for prefix in config.data.train])
+    return RunRecord(world_size, training_data_of(config))
+
+
+def training_data_of(config: RunConfig) -> list[DatasetFingerprint]:
+    """The tokens that a run trains on, as they lie there now. Raises DataError."""
+    data = config.data
+    return [fingerprint(prefix, with_domains=data.pack_by_domain) for prefix in data.train]
 
 
 def write_record(record: RunRecord, checkpoint: Path) -> None:

@@ -8,6 +8,9 @@ from pathlib import Path
 from spikingbrain_train.architecture.layers import layers
 from spikingbrain_train.config.run import RunConfig, WandbMode
 from spikingbrain_train.config.run_record import RunRecord, blend_shares, fingerprint
+from spikingbrain_train.data.packing.layout import packing_of
+from spikingbrain_train.data.packing.report import describe_packing, describe_statistics, warnings
+from spikingbrain_train.data.packing.statistics import packing_statistics
 from spikingbrain_train.evaluation.evaluator import HeldOutData
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.planning.costs import total_parameters
@@ -45,6 +48,7 @@ def opening(
         ("stage", kind_of(config.stage).describe(config)),
         ("model", _model(config)),
         *_training_data(config, record),
+        *(_packing(config) if groups.is_main_process else ()),
         *_held_out(config, held_out, resuming),
         ("length", _length(config)),
         ("ranks", _ranks(config, groups)),
@@ -82,6 +86,23 @@ def _training_data(config: RunConfig, record: RunRecord) -> Iterator[Row]:
     ):
         blended = f", {share:.1%} of the blend" if len(prefixes) > 1 else ""
         yield "" if number else "data", f"{prefix}: {quantity(count)} tokens{blended}, {epoch:.2f} epochs"
+
+
+def _packing(config: RunConfig) -> Iterator[Row]:
+    """How samples are packed, and what comes of it; nothing where they are cut from text as it lies."""
+    data = config.data
+    packing = packing_of(data, config.stage.seq_length)
+    if packing is None or not data.train:
+        return
+    yield "packing", describe_packing(packing)
+    for number, prefix in enumerate(data.train):
+        if number == _NAMED_SOURCES:
+            yield "", f"{len(data.train) - number} other datasets likewise; spikingbrain-plan describes all"
+            return
+        found = packing_statistics(prefix, packing)
+        named = f"{prefix}: " if len(data.train) > 1 else ""
+        yield "", f"{named}{describe_statistics(found)}"
+        yield from (("warning", text) for text in warnings(found, f"data.train[{number}]"))
 
 
 def _held_out(config: RunConfig, held_out: HeldOutData | None, resuming: bool) -> Iterator[Row]:
