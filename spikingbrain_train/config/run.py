@@ -160,6 +160,9 @@ class DataConfig:
     """Prefixes of held-out datasets for evaluation; empty skips evaluation."""
     tokenizer: str | None = setting(None, resume=SAID)
     """Hugging Face tokenizer folder or sentencepiece .model. Null takes the checkpoint's own."""
+    source_tokens: float | None = setting(None, above=0, resume=SAID)
+    """Tokens that the dense source was trained on, e.g. 18e12 for Qwen2.5 (arXiv 2412.15115): the run says
+    which share of them all stages together have read. Null takes what the stage before was told."""
     reset_at_documents: bool = setting(False, resume=SAID)
     """Keep the documents packed into one sequence apart: attention is masked and linear attention's state
     starts anew at their boundaries, and positions restart."""

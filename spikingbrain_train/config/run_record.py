@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -44,6 +44,35 @@ class DatasetFingerprint:
 
 
 @dataclass(frozen=True)
+class StageTokens:
+    """What a stage of training has read."""
+
+    kind: str
+    """``stage.kind``."""
+    tokens: int
+    """Of sequences, sinks left out."""
+    checkpoint: str
+    """The folder that the next stage began with."""
+
+
+@dataclass(frozen=True)
+class TokenHistory:
+    """What was read before a run began, stage after stage."""
+
+    stages: list[StageTokens] = field(default_factory=list)
+    """The oldest first; those that are known."""
+    unknown: str | None = None
+    """Why there may be others before them: a sentence without its full stop. None where these are all."""
+    source_tokens: float | None = None
+    """Tokens that the dense source was trained on, as somebody has said."""
+
+    @property
+    def tokens(self) -> int:
+        """Of the stages that are known."""
+        return sum(stage.tokens for stage in self.stages)
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """What wrote a checkpoint."""
 
@@ -51,6 +80,21 @@ class RunRecord:
     """Ranks of the run."""
     training_data: list[DatasetFingerprint]
     """One for each prefix of data.train, in its order."""
+    history: TokenHistory | None = None
+    """What was read before; None in checkpoints of earlier releases."""
+
+    def all_tokens(self, own: int) -> int | None:
+        """Tokens of this stage, ``own``, and of all before it; None where those are not known."""
+        if self.history is None or self.history.unknown is not None:
+            return None
+        return self.history.tokens + own
+
+    def source_share(self, own: int) -> float | None:
+        """The same as a share of the source's tokens; None where either is not known."""
+        tokens = self.all_tokens(own)
+        if tokens is None or self.history is None or self.history.source_tokens is None:
+            return None
+        return tokens / self.history.source_tokens
 
 
 def fingerprint(prefix: str, *, with_domains: bool = False) -> DatasetFingerprint:
@@ -110,9 +154,9 @@ def _add_samples(digest: Any, file: BinaryIO) -> None:
         digest.update(file.read(_SAMPLE_BYTES))
 
 
-def record_of(config: RunConfig, world_size: int) -> RunRecord:
+def record_of(config: RunConfig, world_size: int, history: TokenHistory | None = None) -> RunRecord:
     """The record of a run that starts or goes on now. Raises DataError."""
-    return RunRecord(world_size, training_data_of(config))
+    return RunRecord(world_size, training_data_of(config), history)
 
 
 def training_data_of(config: RunConfig) -> list[DatasetFingerprint]:
@@ -136,7 +180,9 @@ def read_record(checkpoint: Path) -> RunRecord | None:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         return RunRecord(
-            int(fields["world_size"]), [DatasetFingerprint(**each) for each in fields["training_data"]]
+            int(fields["world_size"]),
+            [DatasetFingerprint(**each) for each in fields["training_data"]],
+            _history(fields.get("history")),
         )
     except FileNotFoundError:
         return None
@@ -144,6 +190,13 @@ def read_record(checkpoint: Path) -> RunRecord | None:
         raise CheckpointError(
             f"{path} does not describe a run ({error or type(error).__name__}); copy the checkpoint again"
         ) from error
+
+
+def _history(fields: Any) -> TokenHistory | None:
+    if fields is None:
+        return None
+    stages = [StageTokens(**each) for each in fields["stages"]]
+    return TokenHistory(stages, fields["unknown"], fields["source_tokens"])
 
 
 def blend_shares(

@@ -114,8 +114,8 @@ def preprocess_parser() -> argparse.ArgumentParser:
         "--seq-length",
         type=int,
         metavar="N",
-        help="stage.seq_length of the training to come: say how many examples are longer; of text that exists "
-        "(--describe), what samples are made of in the ways that a run can pack them",
+        help="stage.seq_length of the training to come: say how many examples are longer; with "
+        "--describe, what samples of text are made of in the ways that a run can pack them",
     )
     parser.add_argument(
         "--domain-key",

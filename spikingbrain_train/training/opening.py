@@ -16,6 +16,7 @@ from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.planning.costs import total_parameters
 from spikingbrain_train.planning.plan_report.run import counts
 from spikingbrain_train.planning.stages.registry import kind_of
+from spikingbrain_train.planning.token_history import describe_end
 from spikingbrain_train.reporting.metrics import METRICS_FILE
 from spikingbrain_train.reporting.quantities import quantity
 from spikingbrain_train.training.run_details import RUN_DETAILS_FILE
@@ -51,6 +52,7 @@ def opening(
         *(_packing(config) if groups.is_main_process else ()),
         *_held_out(config, held_out, resuming),
         ("length", _length(config)),
+        *_all_tokens(config, record),
         ("ranks", _ranks(config, groups)),
         ("output", _output(config)),
         ("watch", _watch(config)),
@@ -130,11 +132,20 @@ def _held_out(config: RunConfig, held_out: HeldOutData | None, resuming: bool) -
 
 def _length(config: RunConfig) -> str:
     stage = config.stage
-    tokens = stage.train_iters * stage.global_batch_size * stage.seq_length
     return (
         f"{stage.train_iters:,} steps of {stage.global_batch_size:,} sequences of {stage.seq_length:,} "
-        f"tokens, {quantity(tokens)} tokens"
+        f"tokens, {quantity(_tokens(config))} tokens"
     )
+
+
+def _tokens(config: RunConfig) -> int:
+    stage = config.stage
+    return stage.train_iters * stage.global_batch_size * stage.seq_length
+
+
+def _all_tokens(config: RunConfig, record: RunRecord) -> Iterator[Row]:
+    if record.history is not None:
+        yield "tokens", f"at the end {describe_end(record.history, _tokens(config))}"
 
 
 def _ranks(config: RunConfig, groups: ProcessGroups) -> str:

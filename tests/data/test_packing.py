@@ -25,7 +25,7 @@ DOMAINS = ["a", "b", "a", "a", "b", "b", "a", "b", "a", "b", "a", "a", "b", "a",
 STARTS = np.concatenate(([0], np.cumsum(LENGTHS)))
 DOCUMENT = np.repeat(np.arange(len(LENGTHS)), LENGTHS)
 """Of each token."""
-PINNED = [160, 3, 90, 52, 125, 74, 65, 52]
+PINNED = [160, 3, 90, 52, 125, 74, 65, 30]
 """First tokens of the first samples of `corpus` with seed 1234, by domain and with half of them long."""
 
 
