@@ -110,7 +110,7 @@ def runs(
         run.stage = replace(run.stage, train_iters=2, teacher=str(dense_checkpoint))
         run.optimizer.lr_warmup_iters = 0
         run.logging = LoggingConfig(log_interval=1, eval_iters=64, tensorboard=True)
-        run.data = DataConfig(train=[str(text)], valid=[str(text)])
+        run.data = DataConfig(train=[str(text)], valid=[str(text)], source_tokens=1e6)
         return run
 
     align = config("align", hybrid_checkpoint)

@@ -29,5 +29,5 @@ class AllTokens(Callback):
         history = run.record.history
         assert history is not None and history.source_tokens is not None  # else there is no share
         said = describe_share(tokens, history.source_tokens)
-        report.add("train/source_token_share", share, Shown("", said) if said != self._said else None)
+        report.add("train/source_token_share", share, Shown("source", said) if said != self._said else None)
         self._said = said
