@@ -91,7 +91,8 @@ def test_the_first_lines_say_what_is_trained_and_the_last_ones_what_came_out(
         f"held out {text}: 256 tokens, evaluated at the start, every 2 steps and at the end"
     )
     assert _saying(opening, "length") == "length 4 steps of 4 sequences of 32 tokens, 512 tokens"
-    assert _saying(opening, "tokens") == "tokens at the end 512 in all stages"
+    read = "544 in all stages, 32 in one stage (cpt) before this one"  # a step of the checkpoint's own run
+    assert _saying(opening, "tokens") == f"tokens at the end {read}"
     assert _saying(opening, "ranks").startswith("ranks 2 = 2 data, on ")
     assert _saying(opening, "ranks").endswith(", fp32")
     assert str(tmp_path / "run") in _saying(opening, "output")
@@ -99,7 +100,7 @@ def test_the_first_lines_say_what_is_trained_and_the_last_ones_what_came_out(
 
     points = [point["valid/cross_entropy"] for point in read_metrics(tmp_path / "run") if len(point) == 3]
     assert _saying(closing, "finished").startswith("finished 4 steps, 512 tokens in ")
-    assert _saying(closing, "tokens") == "tokens 512 in all stages"
+    assert _saying(closing, "tokens") == f"tokens {read}"
     assert _saying(closing, "held out") == f"held out cross entropy {points[0]:.4f} -> {points[-1]:.4f}"
     checkpoints = tmp_path / "run" / "checkpoints"
     assert _saying(closing, "checkpoint") == f"checkpoint {checkpoints / 'iter_0000004'}"
