@@ -20,6 +20,7 @@ from spikingbrain_train.reporting.activity import activity
 from spikingbrain_train.runtime.quiet_torch import ignore_megatron_warnings
 
 if TYPE_CHECKING:
+    from spikingbrain_train.planning.plan_report.report import Maker
     from spikingbrain_train.planning.planner import Plan
 
 _MULTIRUN = ("--multirun", "-m")
@@ -114,7 +115,9 @@ def _dry_run(checked: Plan, *, build_share: bool = True, as_json: bool = False) 
     with user_errors():
         from spikingbrain_train.planning.plan_report.report import as_values, render
 
-        print(json.dumps(as_values(checked), indent=2) if as_json else render(checked), flush=True)
+        more = _more_sections(checked)
+        text = json.dumps(as_values(checked, more), indent=2) if as_json else render(checked, more=more)
+        print(text, flush=True)
         if not build_share:
             return
         ignore_megatron_warnings()
@@ -123,6 +126,16 @@ def _dry_run(checked: Plan, *, build_share: bool = True, as_json: bool = False) 
         with activity("building one rank's share of the model"):
             share = build(checked)
         print(f"\n{share.render()}")
+
+
+def _more_sections(checked: Plan) -> list[Maker]:
+    """Of rooms above that of the plans, where a plan asks for them: they need numpy."""
+    data = checked.config.data
+    if not data.train or not (data.pack_by_domain or data.long_documents.share is not None):
+        return []
+    from spikingbrain_train.data.packing.section import packing_section
+
+    return [packing_section]
 
 
 def _run(checked: Plan) -> None:

@@ -123,6 +123,26 @@ class StageConfig:
 
 
 @dataclass
+class LongDocumentsConfig:
+    """Preferring documents that are long by nature.
+
+    Packed short ones teach little about long context (SpikingBrain, arXiv 2509.05276, section 6).
+    """
+
+    share: float | None = setting(None, minimum=0, maximum=1, resume=refused(OTHER_ORDER))
+    """Off where null. Else documents longer than a sample are cut into samples of their own first, and only
+    rests and shorter ones are packed; and where fewer than this share of a domain's samples come of long
+    documents, these are read more often and the others less. So each domain keeps its part of the whole, as
+    per-source upsampling has it (arXiv 2402.10171). 0 reads all alike."""
+    min_tokens: int | None = setting(None, minimum=1, resume=refused(OTHER_ORDER))
+    """Tokens from which on a document is long, stage.seq_length at most. Null takes those longer than a
+    sample, which few documents of web text are; the length of the stage before is a gentler choice."""
+    max_repeats: float = setting(4.0, minimum=1, resume=refused(OTHER_ORDER))
+    """How often long documents are read at most while the dataset is read once; up to about 4 times are as
+    good as fresh text (arXiv 2305.16264)."""
+
+
+@dataclass
 class DataConfig:
     """The tokens.
 
@@ -140,9 +160,18 @@ class DataConfig:
     """Prefixes of held-out datasets for evaluation; empty skips evaluation."""
     tokenizer: str | None = setting(None, resume=SAID)
     """Hugging Face tokenizer folder or sentencepiece .model. Null takes the checkpoint's own."""
+    source_tokens: float | None = setting(None, above=0, resume=SAID)
+    """Tokens that the dense source was trained on, e.g. 18e12 for Qwen2.5 (arXiv 2412.15115): the run says
+    which share of them all stages together have read. Null takes what the stage before was told."""
     reset_at_documents: bool = setting(False, resume=SAID)
     """Keep the documents packed into one sequence apart: attention is masked and linear attention's state
     starts anew at their boundaries, and positions restart."""
+    pack_by_domain: bool = setting(False, resume=refused(OTHER_ORDER))
+    """Fill every training sample with documents of one domain, as spikingbrain-preprocess --domain-key or
+    --domain-from has stored it; a dataset without domains is one. SpikingBrain's long samples are packed so
+    (arXiv 2509.05276, section 3.4)."""
+    long_documents: LongDocumentsConfig = field(default_factory=LongDocumentsConfig)
+    """Preferring naturally long documents in training samples."""
     num_workers: int = setting(0, minimum=0, resume=FREE)
     """Loader processes per rank; 0 reads in the training process, which is enough but for long sequences."""
 

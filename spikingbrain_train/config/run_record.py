@@ -11,13 +11,13 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.errors import CheckpointError, DataError
-from spikingbrain_train.storage.index_format import read_header
+from spikingbrain_train.storage.index_format import DOMAINS_SUFFIX, read_header
 from spikingbrain_train.storage.loss_mask_format import LOSS_MASK_SUFFIX, has_loss_mask
 
 RUN_RECORD_FILE = "run_record.json"
@@ -34,10 +34,42 @@ class DatasetFingerprint:
     digest: str
     """Of the sizes of its files and of 16 stretches of 64 KiB, spread evenly over each; a change between
     those is not seen unless it moves what lies behind it. A loss mask counts as one of them."""
+    domains: str | None = None
+    """The same of the domains of its documents, where they decide the order of samples and are there."""
 
     def describe(self) -> str:
         """The dataset in words."""
-        return f"{self.tokens:,} tokens in {self.documents:,} documents, digest {self.digest}"
+        domains = f", domains {self.domains}" if self.domains else ""
+        return f"{self.tokens:,} tokens in {self.documents:,} documents, digest {self.digest}{domains}"
+
+
+@dataclass(frozen=True)
+class StageTokens:
+    """What a stage of training has read."""
+
+    kind: str
+    """``stage.kind``."""
+    tokens: int
+    """Of sequences, sinks left out."""
+    checkpoint: str
+    """The folder that the next stage began with."""
+
+
+@dataclass(frozen=True)
+class TokenHistory:
+    """What was read before a run began, stage after stage."""
+
+    stages: list[StageTokens] = field(default_factory=list)
+    """The oldest first; those that are known."""
+    unknown: str | None = None
+    """Why there may be others before them: a sentence without its full stop. None where these are all."""
+    source_tokens: float | None = None
+    """Tokens that the dense source was trained on, as somebody has said."""
+
+    @property
+    def tokens(self) -> int:
+        """Of the stages that are known."""
+        return sum(stage.tokens for stage in self.stages)
 
 
 @dataclass(frozen=True)
@@ -48,10 +80,29 @@ class RunRecord:
     """Ranks of the run."""
     training_data: list[DatasetFingerprint]
     """One for each prefix of data.train, in its order."""
+    history: TokenHistory | None = None
+    """What was read before; None in checkpoints of earlier releases."""
+
+    def all_tokens(self, own: int) -> int | None:
+        """Tokens of this stage, ``own``, and of all before it; None where those are not known."""
+        if self.history is None or self.history.unknown is not None:
+            return None
+        return self.history.tokens + own
+
+    def source_share(self, own: int) -> float | None:
+        """The same as a share of the source's tokens; None where either is not known."""
+        tokens = self.all_tokens(own)
+        if tokens is None or self.history is None or self.history.source_tokens is None:
+            return None
+        return tokens / self.history.source_tokens
 
 
-def fingerprint(prefix: str) -> DatasetFingerprint:
-    """Tell an indexed dataset from others, reading at most 3 MiB.
+def fingerprint(prefix: str, *, with_domains: bool = False) -> DatasetFingerprint:
+    """Tell an indexed dataset from others, reading at most 4 MiB.
+
+    Args:
+        prefix: path without .bin/.idx.
+        with_domains: also by the domains of its documents, which data.pack_by_domain reads.
 
     Raises:
         DataError: the index is damaged or unreadable.
@@ -62,10 +113,15 @@ def fingerprint(prefix: str) -> DatasetFingerprint:
             header = read_header(index, prefix)
         size = os.path.getsize(f"{prefix}.bin")
         digest = _digest([f"{prefix}.idx", f"{prefix}.bin", *masks])
+        domains = f"{prefix}{DOMAINS_SUFFIX}"
+        of_domains = _digest([domains]) if with_domains and os.path.exists(domains) else None
     except OSError as error:
         raise DataError(f"cannot read the indexed dataset {prefix}: {error.strerror or error}") from error
     return DatasetFingerprint(
-        tokens=size // header.item_bytes, documents=max(header.boundaries - 1, 0), digest=digest
+        tokens=size // header.item_bytes,
+        documents=max(header.boundaries - 1, 0),
+        digest=digest,
+        domains=of_domains,
     )
 
 
@@ -98,9 +154,15 @@ def _add_samples(digest: Any, file: BinaryIO) -> None:
         digest.update(file.read(_SAMPLE_BYTES))
 
 
-def record_of(config: RunConfig, world_size: int) -> RunRecord:
+def record_of(config: RunConfig, world_size: int, history: TokenHistory | None = None) -> RunRecord:
     """The record of a run that starts or goes on now. Raises DataError."""
-    return RunRecord(world_size, [fingerprint(prefix) for prefix in config.data.train])
+    return RunRecord(world_size, training_data_of(config), history)
+
+
+def training_data_of(config: RunConfig) -> list[DatasetFingerprint]:
+    """The tokens that a run trains on, as they lie there now. Raises DataError."""
+    data = config.data
+    return [fingerprint(prefix, with_domains=data.pack_by_domain) for prefix in data.train]
 
 
 def write_record(record: RunRecord, checkpoint: Path) -> None:
@@ -118,7 +180,9 @@ def read_record(checkpoint: Path) -> RunRecord | None:
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         return RunRecord(
-            int(fields["world_size"]), [DatasetFingerprint(**each) for each in fields["training_data"]]
+            int(fields["world_size"]),
+            [DatasetFingerprint(**each) for each in fields["training_data"]],
+            _history(fields.get("history")),
         )
     except FileNotFoundError:
         return None
@@ -126,6 +190,13 @@ def read_record(checkpoint: Path) -> RunRecord | None:
         raise CheckpointError(
             f"{path} does not describe a run ({error or type(error).__name__}); copy the checkpoint again"
         ) from error
+
+
+def _history(fields: Any) -> TokenHistory | None:
+    if fields is None:
+        return None
+    stages = [StageTokens(**each) for each in fields["stages"]]
+    return TokenHistory(stages, fields["unknown"], fields["source_tokens"])
 
 
 def blend_shares(

@@ -17,12 +17,14 @@ from spikingbrain_train.architecture.linear_transforms import transforms_of
 from spikingbrain_train.architecture.stored_model import read_stored_model
 from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
 from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.config.run_record import TokenHistory
 from spikingbrain_train.conversion.export_checkpoint import check_tensors
 from spikingbrain_train.conversion.formats.registry import format_of_model, unsupported
 from spikingbrain_train.conversion.hf_config import read_hf_config
 from spikingbrain_train.conversion.lineage import Step, lineage
 from spikingbrain_train.conversion.report import describe_layers
 from spikingbrain_train.conversion.safetensors_io import SafetensorsReader, refuse_quantised
+from spikingbrain_train.planning.token_history import describe_all, history_with
 from spikingbrain_train.reporting.tables import facts, terminal_width
 from spikingbrain_train.storage.checkpoint_folder import HF_SOURCE_FOLDER, MODEL_CONFIG_FILE
 from spikingbrain_train.storage.checkpoint_paths import resolve_checkpoint
@@ -64,6 +66,8 @@ class Inspection:
     has_tokenizer: bool
     lineage: list[Step]
     """The folder and what it came from, the source last."""
+    history: TokenHistory
+    """What its stages have read."""
 
     def text(self, width: int | None = None) -> str:
         """For a terminal of ``width`` columns; null takes that of this one."""
@@ -78,6 +82,8 @@ class Inspection:
             first, *others = self.lineage
             rows.append(("lineage:", first.describe()))
             rows += [("", f"from {step.describe()}") for step in others]
+        if self.history.stages:
+            rows.append(("tokens:", describe_all(self.history)))
         return "\n".join([f"{self.folder}: {self.format}", *facts(rows, width or terminal_width())])
 
     def values(self) -> dict[str, Any]:
@@ -101,6 +107,7 @@ class Inspection:
             "training": self.training and asdict(self.training),
             "has_tokenizer": self.has_tokenizer,
             "lineage": [asdict(step) for step in self.lineage],
+            "tokens": {**asdict(self.history), "known": self.history.tokens},
         }
 
 
@@ -128,6 +135,7 @@ def _inspect_hf(folder: Path) -> Inspection:
         None,
         has_tokenizer(folder),
         lineage(folder),
+        history_with(folder),
     )
 
 
@@ -153,6 +161,7 @@ def _inspect_megatron(folder: Path) -> Inspection:
         _tensors(others) if others else None,
         has_tokenizer(folder / HF_SOURCE_FOLDER),
         lineage(folder),
+        history_with(folder),
     )
 
 

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from spikingbrain_train.config.load import load_run_config
-from spikingbrain_train.config.run import RunConfig, StageConfig
+from spikingbrain_train.config.run import StageConfig
 from spikingbrain_train.conversion.report import REPORT_FILE
 from spikingbrain_train.errors import ConfigurationError, SpikingBrainError
+from spikingbrain_train.planning.ancestry import conversion_report, loaded_checkpoint
 from spikingbrain_train.planning.stages.registry import kind_of
-from spikingbrain_train.reporting.metrics import read_events
 from spikingbrain_train.reporting.quantities import quantity
 from spikingbrain_train.storage.checkpoint_folder import (
-    CHECKPOINT_FOLDER,
     RUN_CONFIG_FILE,
     is_iteration_folder,
     iteration_of,
@@ -35,6 +31,8 @@ class Step:
     folder: str
     did: str
     """What made it, in words: ``stage cpt: 40 iterations, 40.96 k tokens``."""
+    tokens: int | None = None
+    """That its stage has read; None where it is no stage."""
     teacher: str | None = None
     """The folder that its stage learned from."""
     written: str | None = None
@@ -68,7 +66,7 @@ def _step(folder: Path) -> tuple[Step, Path | None]:
     """One folder, and the one that it was made from; None where nothing says which."""
     shown = str(folder)
     if (folder / CONFIG_FILE).is_file():
-        source = _report(folder).get("source")
+        source = conversion_report(folder).get("source")
         if not isinstance(source, str):
             return Step(shown, "a Hugging Face folder"), None
         return Step(shown, f"exported from {source}", written=_day(folder / REPORT_FILE)), Path(source)
@@ -80,7 +78,7 @@ def _step(folder: Path) -> tuple[Step, Path | None]:
         return Step(shown, "no checkpoint any more; the way back ends"), None
     if (checkpoint / RUN_CONFIG_FILE).is_file():
         return _trained(checkpoint)
-    report = _report(checkpoint.parent)
+    report = conversion_report(checkpoint.parent)
     source = report.get("source")
     if isinstance(source, str):
         did = f"imported from {source} ({report.get('architecture')})"
@@ -97,10 +95,10 @@ def _trained(checkpoint: Path) -> tuple[Step, Path | None]:
     iterations, stage = iteration_of(checkpoint), run.stage
     tokens = iterations * stage.global_batch_size * stage.seq_length
     did = f"stage {stage.kind}: {iterations:,} iterations, {quantity(tokens)} tokens"
-    load = _loaded(checkpoint, run)
+    load = loaded_checkpoint(checkpoint, run)
     if load is None:
         did += f", from random weights (seed {run.seed})"
-    return Step(str(checkpoint), did, _teacher(stage), _day(checkpoint / RUN_CONFIG_FILE)), load
+    return Step(str(checkpoint), did, tokens, _teacher(stage), _day(checkpoint / RUN_CONFIG_FILE)), load
 
 
 def _teacher(stage: StageConfig) -> str | None:
@@ -108,48 +106,6 @@ def _teacher(stage: StageConfig) -> str | None:
         return stage.teacher if kind_of(stage).needs_teacher(stage) else None
     except ConfigurationError:  # a kind of a plugin that is not named here
         return stage.teacher
-
-
-def _loaded(checkpoint: Path, run: RunConfig) -> Path | None:
-    """The checkpoint that the run started from: the one it wrote down, else what its setting names now."""
-    if run.checkpoint.load is None:
-        return None
-    output = checkpoint.parent.parent if checkpoint.parent.name == CHECKPOINT_FOLDER else checkpoint.parent
-    for path in _written_down(output):
-        if path.is_dir():
-            return path
-    return _from_where_it_ran(Path(run.checkpoint.load), run, output)
-
-
-def _written_down(output: Path) -> Iterator[Path]:
-    try:
-        for event in read_events(output):
-            load = (event.get("run") or {}).get("load")
-            if event.get("event") == "started" and isinstance(load, str):
-                yield Path(load)
-    except (SpikingBrainError, OSError):
-        return
-
-
-def _from_where_it_ran(path: Path, run: RunConfig, output: Path) -> Path:
-    """A relative path means the folder in which the run was started, of which its output_dir tells."""
-    if path.is_absolute() or path.exists():
-        return path
-    here, said = output.resolve(), Path(run.output_dir)
-    if not said.is_absolute() and here.parts[-len(said.parts) :] == said.parts:
-        moved = Path(*here.parts[: len(here.parts) - len(said.parts)]) / path
-        if moved.exists():
-            return Path(os.path.relpath(moved))
-    return path
-
-
-def _report(folder: Path) -> dict[str, object]:
-    """What a conversion said of itself."""
-    try:
-        found = json.loads((folder / REPORT_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _day(file: Path) -> str | None:

@@ -10,8 +10,9 @@ from pathlib import Path
 from spikingbrain_train.architecture.layers import layers
 from spikingbrain_train.architecture.submodule_kind import SubmoduleKind
 from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.storage.checkpoint_folder import CONVERSION_REPORT_FILE
 
-REPORT_FILE = "conversion_report.json"
+REPORT_FILE = CONVERSION_REPORT_FILE
 NEW = "new: "
 """How the origin of parameters begins that the source does not have."""
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from spikingbrain_train.config.command_line import called_as
 from spikingbrain_train.data.lengths import DatasetDescription, describe_dataset, text_histogram
+from spikingbrain_train.data.packing.describe import ways_to_pack
 from spikingbrain_train.data.preprocess import plan_preprocessing, preprocess
 from spikingbrain_train.data.preprocess_options import (
     DOMAIN_SOURCES,
@@ -22,6 +23,7 @@ from spikingbrain_train.data.preprocess_options import (
 from spikingbrain_train.data.preprocess_report import answer_table, length_table
 from spikingbrain_train.errors import ConfigurationError, SpikingBrainError
 from spikingbrain_train.reporting.plots.picture import format_of
+from spikingbrain_train.storage.loss_mask_format import has_loss_mask
 
 _DESCRIPTION = "Tokenize text into Megatron indexed datasets (.bin/.idx) for spikingbrain-train."
 
@@ -49,6 +51,9 @@ examples:
 
   # how long the documents of datasets are that exist already, also those of Megatron-LM
   spikingbrain-preprocess --describe data/corpus_train data/corpus_valid --plot lengths.png
+
+  # how many documents samples of 32k tokens are made of, and what packing by domain makes of that
+  spikingbrain-preprocess --describe data/corpus_train --seq-length 32768
 
   # a folder of text files and a sentencepiece tokenizer; only check and estimate
   spikingbrain-preprocess --input books/ --tokenizer tokenizer.model --output-prefix data/books --dry-run
@@ -109,7 +114,8 @@ def preprocess_parser() -> argparse.ArgumentParser:
         "--seq-length",
         type=int,
         metavar="N",
-        help="stage.seq_length of the training to come: say how many examples are longer",
+        help="stage.seq_length of the training to come: say how many examples are longer; with "
+        "--describe, what samples of text are made of in the ways that a run can pack them",
     )
     parser.add_argument(
         "--domain-key",
@@ -233,6 +239,7 @@ def preprocess_data(arguments: list[str] | None = None) -> int:
 
 
 def _describe(prefixes: list[str], others: dict[str, Any], plot: Path | None, as_json: bool) -> None:
+    seq_length = others["seq_length"]
     given = next(
         (name for name in ("inputs", "output_prefix", "tokenizer") if others[name] is not None), None
     )
@@ -241,19 +248,27 @@ def _describe(prefixes: list[str], others: dict[str, Any], plot: Path | None, as
         raise ConfigurationError(
             f"--describe reads datasets that exist and {flag} is for writing one: leave one of them out"
         )
-    check_seq_length(others["seq_length"])
-    descriptions = [describe_dataset(prefix, others["seq_length"]) for prefix in prefixes]
-    _draw(descriptions, plot)
+    check_seq_length(seq_length)
+    descriptions = [describe_dataset(prefix, seq_length) for prefix in prefixes]
+    packed = [
+        ways_to_pack(each.prefix, seq_length)
+        for each in descriptions
+        if seq_length is not None and not has_loss_mask(each.prefix)
+    ]
+    _draw(descriptions, plot, seq_length)
     if as_json:
-        print(json.dumps({"datasets": [each.as_values() for each in descriptions]}, indent=2))
-    else:
-        answers = answer_table(descriptions, others["seq_length"])
-        print("\n".join([*length_table(descriptions), *answers, *text_histogram(descriptions)]))
+        values = {"datasets": [each.as_values() for each in descriptions]}
+        values |= {"packing": [each.as_values() for each in packed]} if packed else {}
+        print(json.dumps(values, indent=2))
+        return
+    answers = answer_table(descriptions, seq_length)
+    lines = [*length_table(descriptions), *answers, *text_histogram(descriptions)]
+    print("\n".join([*lines, *(line for each in packed for line in each.text())]))
 
 
-def _draw(descriptions: list[DatasetDescription], plot: Path | None) -> None:
+def _draw(descriptions: list[DatasetDescription], plot: Path | None, seq_length: int | None = None) -> None:
     if plot is not None:
         from spikingbrain_train.data.length_picture import save_length_picture
 
-        save_length_picture(descriptions, plot)
+        save_length_picture(descriptions, plot, seq_length)
         print(f"drew {plot}", file=sys.stderr)

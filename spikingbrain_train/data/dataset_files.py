@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from spikingbrain_train.storage.index_format import DOMAINS_SUFFIX
 from spikingbrain_train.storage.loss_mask_format import LOSS_MASK_SUFFIX
 
 SUFFIXES = (".bin", ".idx", ".json")
 """The files of one dataset, in the order in which they are put in place."""
-DOMAINS_SUFFIX = ".domains.npy"
-"""Which domain each document is of, where that was asked for (:mod:`~spikingbrain_train.data.domains`)."""
 OPTIONAL_SUFFIXES = (DOMAINS_SUFFIX, LOSS_MASK_SUFFIX)
 """Files that only some datasets have; they are put in place, or older ones removed, before the others."""
 ALL_SUFFIXES = (*OPTIONAL_SUFFIXES, *SUFFIXES)

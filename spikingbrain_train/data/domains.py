@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from spikingbrain_train.data.dataset_files import DOMAINS_SUFFIX
 from spikingbrain_train.data.documents import RawDocument
 from spikingbrain_train.data.preprocess_options import PreprocessOptions
 from spikingbrain_train.errors import DataError
+from spikingbrain_train.storage.index_format import DOMAINS_SUFFIX
 
 DTYPE = np.uint16
 MOST_DOMAINS = int(np.iinfo(DTYPE).max) + 1

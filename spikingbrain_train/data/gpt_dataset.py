@@ -13,6 +13,7 @@ import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -25,17 +26,26 @@ from spikingbrain_train.data.indexed import (
     document_starts,
     open_indexed_dataset,
 )
+from spikingbrain_train.data.packing.layout import packing_of
+from spikingbrain_train.data.packing.packed_documents import PackedDocuments
+from spikingbrain_train.data.sample import Sample, sample_of
 from spikingbrain_train.data.tokenizers import Tokenizer
 from spikingbrain_train.errors import DataError
 from spikingbrain_train.planning.file_checks import check_train_weights
 
 logger = logging.getLogger(__name__)
 
-Sample = dict[str, torch.Tensor]
-"""tokens [seq_length] int64; labels [seq_length] int64, the token that follows each; loss_mask [seq_length]
-float32, 0 where a label is padding. Where documents are kept apart also cu_seqlens [documents + 1] int64,
-from 0 to seq_length, and loss_mask is 0 where the label is the first token of another document. Of several
-held-out datasets dataset [] int64, the number of the one that it is of."""
+
+class TrainPart(Protocol):
+    """What a blend takes its samples from: one dataset, endlessly."""
+
+    seq_length: int
+    num_tokens: int
+    windows_per_epoch: int
+
+    def sample(self, index: int) -> Sample:
+        """The ``index``-th sample, counted over all epochs; a pure function of it."""
+        ...
 
 
 class _Windows:
@@ -54,15 +64,10 @@ class _Windows:
         padded[:count] = self.dataset.read(first, count)
         loss_mask = np.zeros(self.seq_length, dtype=np.float32)
         loss_mask[: count - 1] = 1.0
-        window = torch.from_numpy(padded)
-        sample = {"tokens": window[:-1].clone(), "labels": window[1:].clone()}
-        if self._document_starts is not None:
-            low, high = np.searchsorted(self._document_starts, (first + 1, first + count))
-            starts = self._document_starts[low:high] - first
-            loss_mask[starts - 1] = 0.0
-            inside = starts[starts < self.seq_length]
-            sample["cu_seqlens"] = torch.from_numpy(np.concatenate(([0], inside, [self.seq_length])))
-        return {**sample, "loss_mask": torch.from_numpy(loss_mask)}
+        if self._document_starts is None:
+            return sample_of(padded, loss_mask, None)
+        low, high = np.searchsorted(self._document_starts, (first + 1, first + count))
+        return sample_of(padded, loss_mask, self._document_starts[low:high] - first)
 
     def predicted_tokens(self, windows: int) -> int:
         """Labels that carry loss in the first ``windows`` samples that share no label."""
@@ -152,9 +157,7 @@ class TrainDataset(_Samples):
         num_samples: length.
     """
 
-    def __init__(
-        self, parts: Sequence[ShuffledWindows], weights: Sequence[float] | None, num_samples: int
-    ) -> None:
+    def __init__(self, parts: Sequence[TrainPart], weights: Sequence[float] | None, num_samples: int) -> None:
         self.parts = list(parts)
         shares = blend_shares(weights, [part.num_tokens for part in self.parts], self.parts[0].seq_length)
         self.weights = np.asarray(shares, dtype=np.float64)
@@ -277,10 +280,14 @@ def build_datasets(
                 f"{seq_length + 1} (stage.seq_length + 1): add text or lower stage.seq_length to at most "
                 f"{dataset.num_tokens - 1}"
             )
-    parts = [
-        ShuffledWindows(dataset, seq_length, (seed, number), reset_at_documents=data.reset_at_documents)
-        for number, dataset in enumerate(train)
-    ]
+    packing, apart = packing_of(data, seq_length), data.reset_at_documents
+    parts: list[TrainPart] = []
+    for number, dataset in enumerate(train):
+        order = (seed, number)
+        if packing is None:
+            parts.append(ShuffledWindows(dataset, seq_length, order, reset_at_documents=apart))
+        else:
+            parts.append(PackedDocuments(dataset, packing, order, reset_at_documents=apart))
     train_dataset = TrainDataset(parts, data.train_weights, train_samples)
     for prefix, part, samples in zip(data.train, parts, train_dataset.samples_per_part(), strict=True):
         logger.info(

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from spikingbrain_train.data.dataset_files import ALL_SUFFIXES, DOMAINS_SUFFIX, SUFFIXES, existing_files
+from spikingbrain_train.data.dataset_files import ALL_SUFFIXES, SUFFIXES, existing_files
 from spikingbrain_train.data.domains import DTYPE as DOMAIN_DTYPE
 from spikingbrain_train.data.domains import DomainTable
 from spikingbrain_train.data.loss_mask import LossMaskWriter
@@ -28,7 +28,7 @@ from spikingbrain_train.data.token_file import TokenFile, document_starts
 from spikingbrain_train.data.token_ids import check_token_ids
 from spikingbrain_train.data.tokenizers import Tokenizer, was_made_by
 from spikingbrain_train.errors import DataError
-from spikingbrain_train.storage.index_format import header_bytes
+from spikingbrain_train.storage.index_format import DOMAINS_SUFFIX, header_bytes
 
 __all__ = [
     "DatasetInfo",

@@ -19,17 +19,24 @@ _LOG_FROM = 20
 _HEIGHT = 2.9
 
 
-def save_length_picture(descriptions: Sequence[DatasetDescription], destination: Path) -> None:
+def save_length_picture(
+    descriptions: Sequence[DatasetDescription], destination: Path, seq_length: int | None = None
+) -> None:
     """Draw the datasets under each other, over one axis.
+
+    Args:
+        descriptions: of the datasets.
+        destination: the file.
+        seq_length: tokens of a sample, marked where it lies between the lengths.
 
     Raises:
         ConfigurationError: the name has another ending than .png, .svg or .pdf.
         PlatformError: it cannot be written.
     """
-    save_figure(lambda: draw_lengths(descriptions), destination, "--plot")
+    save_figure(lambda: draw_lengths(descriptions, seq_length), destination, "--plot")
 
 
-def draw_lengths(descriptions: Sequence[DatasetDescription]) -> Any:
+def draw_lengths(descriptions: Sequence[DatasetDescription], seq_length: int | None = None) -> Any:
     """The picture as a matplotlib Figure, which asks for no display."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
@@ -73,6 +80,19 @@ def draw_lengths(descriptions: Sequence[DatasetDescription]) -> Any:
                 size=SMALL_SIZE,
                 color=INK,
                 bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85},
+            )
+        if seq_length is not None and bounds[0] < seq_length < bounds[-1]:
+            axis.axvspan(seq_length, bounds[-1], color=_OUTLINE, alpha=0.08, linewidth=0)
+            share = lengths[lengths >= seq_length].sum() / max(lengths.sum(), 1)
+            axis.annotate(
+                f"a sample: {seq_length:,}; {share:.1%} of the tokens",
+                (bounds[-1], 0.9 * highest),
+                xytext=(-4, 0),
+                textcoords="offset points",
+                ha="right",
+                va="center",
+                size=SMALL_SIZE,
+                color=INK,
             )
         numbers = each.summary
         axis.set_title(

@@ -18,8 +18,8 @@ from spikingbrain_train.config.run_record import (
     DatasetFingerprint,
     RunRecord,
     blend_shares,
-    fingerprint,
     read_record,
+    training_data_of,
 )
 from spikingbrain_train.config.setting import OnChange, Role, decisions, leaves
 from spikingbrain_train.config.shown import shown
@@ -173,7 +173,7 @@ def check_training_data(stored: StoredRun, config: RunConfig) -> None:
             was = f"data.train_weights={shown(theirs.train_weights)}"
             raise _refuse(stored, was, shown(ours.train_weights), OTHER_ORDER)
         return
-    now_there = [fingerprint(prefix) for prefix in ours.train]
+    now_there = training_data_of(config)
     if len(now_there) != len(stored.record.training_data):
         was, now = (f"data.train={shown(data.train)}" for data in (theirs, ours))
         raise _refuse(stored, was, now, OTHER_ORDER)

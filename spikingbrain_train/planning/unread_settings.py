@@ -80,6 +80,11 @@ _NEEDS = (
         lambda run: "data.train names no two datasets to blend",
     ),
     _Needs(
+        ("data.long_documents.min_tokens", "data.long_documents.max_repeats"),
+        lambda run: run.data.long_documents.share is not None,
+        lambda run: "data.long_documents.share is null, so that long documents are not told from others",
+    ),
+    _Needs(
         ("parallel.context_parallel.",),
         lambda run: run.parallel.context_parallel_size > 1,
         lambda run: "parallel.context_parallel_size is 1, so sequences are not split",

@@ -25,6 +25,8 @@ LATEST_ITERATION_FILE = "latest_checkpointed_iteration.txt"
 MODEL_CONFIG_FILE = "model_config.yaml"
 RUN_CONFIG_FILE = "run_config.yaml"
 HF_SOURCE_FOLDER = "hf_source"
+CONVERSION_REPORT_FILE = "conversion_report.json"
+"""What a conversion said of itself: beside the iterations of an import, and in an exported folder."""
 CHECKPOINT_FOLDER = "checkpoints"
 """Checkpoint folder of a run, in its output_dir."""
 

@@ -27,6 +27,8 @@ _TYPES = {
 """Name and bytes of a type by megatron-core's code (megatron/core/datasets/indexed_dataset.py, DType)."""
 _CODES = {name: code for code, (name, _) in _TYPES.items()}
 _VERSION = 1
+DOMAINS_SUFFIX = ".domains.npy"
+"""Behind the prefix of a dataset: which domain each document is of, where that was asked for."""
 
 
 @dataclass(frozen=True)

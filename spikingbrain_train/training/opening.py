@@ -8,11 +8,15 @@ from pathlib import Path
 from spikingbrain_train.architecture.layers import layers
 from spikingbrain_train.config.run import RunConfig, WandbMode
 from spikingbrain_train.config.run_record import RunRecord, blend_shares, fingerprint
+from spikingbrain_train.data.packing.layout import packing_of
+from spikingbrain_train.data.packing.report import describe_packing, describe_statistics, warnings
+from spikingbrain_train.data.packing.statistics import packing_statistics
 from spikingbrain_train.evaluation.evaluator import HeldOutData
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.planning.costs import total_parameters
 from spikingbrain_train.planning.plan_report.run import counts
 from spikingbrain_train.planning.stages.registry import kind_of
+from spikingbrain_train.planning.token_history import describe_end
 from spikingbrain_train.reporting.metrics import METRICS_FILE
 from spikingbrain_train.reporting.quantities import quantity
 from spikingbrain_train.training.run_details import RUN_DETAILS_FILE
@@ -45,8 +49,10 @@ def opening(
         ("stage", kind_of(config.stage).describe(config)),
         ("model", _model(config)),
         *_training_data(config, record),
+        *(_packing(config) if groups.is_main_process else ()),
         *_held_out(config, held_out, resuming),
         ("length", _length(config)),
+        *_all_tokens(config, record),
         ("ranks", _ranks(config, groups)),
         ("output", _output(config)),
         ("watch", _watch(config)),
@@ -84,6 +90,23 @@ def _training_data(config: RunConfig, record: RunRecord) -> Iterator[Row]:
         yield "" if number else "data", f"{prefix}: {quantity(count)} tokens{blended}, {epoch:.2f} epochs"
 
 
+def _packing(config: RunConfig) -> Iterator[Row]:
+    """How samples are packed, and what comes of it; nothing where they are cut from text as it lies."""
+    data = config.data
+    packing = packing_of(data, config.stage.seq_length)
+    if packing is None or not data.train:
+        return
+    yield "packing", describe_packing(packing)
+    for number, prefix in enumerate(data.train):
+        if number == _NAMED_SOURCES:
+            yield "", f"{len(data.train) - number} other datasets likewise; spikingbrain-plan describes all"
+            return
+        found = packing_statistics(prefix, packing)
+        named = f"{prefix}: " if len(data.train) > 1 else ""
+        yield "", f"{named}{describe_statistics(found)}"
+        yield from (("warning", text) for text in warnings(found, f"data.train[{number}]"))
+
+
 def _held_out(config: RunConfig, held_out: HeldOutData | None, resuming: bool) -> Iterator[Row]:
     if held_out is None:
         yield "held out", "nothing (data.valid is empty)"
@@ -109,11 +132,20 @@ def _held_out(config: RunConfig, held_out: HeldOutData | None, resuming: bool) -
 
 def _length(config: RunConfig) -> str:
     stage = config.stage
-    tokens = stage.train_iters * stage.global_batch_size * stage.seq_length
     return (
         f"{stage.train_iters:,} steps of {stage.global_batch_size:,} sequences of {stage.seq_length:,} "
-        f"tokens, {quantity(tokens)} tokens"
+        f"tokens, {quantity(_tokens(config))} tokens"
     )
+
+
+def _tokens(config: RunConfig) -> int:
+    stage = config.stage
+    return stage.train_iters * stage.global_batch_size * stage.seq_length
+
+
+def _all_tokens(config: RunConfig, record: RunRecord) -> Iterator[Row]:
+    if record.history is not None:
+        yield "tokens", f"at the end {describe_end(record.history, _tokens(config))}"
 
 
 def _ranks(config: RunConfig, groups: ProcessGroups) -> str:

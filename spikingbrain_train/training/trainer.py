@@ -24,6 +24,7 @@ from spikingbrain_train.parallel.heartbeats import Heartbeats
 from spikingbrain_train.parallel.process_groups import ProcessGroups, destroy, initialize
 from spikingbrain_train.planning.data_plan import plan_data
 from spikingbrain_train.planning.memory_warning import memory_warning
+from spikingbrain_train.planning.token_history import history_of
 from spikingbrain_train.planning.unread_settings import unread_settings
 from spikingbrain_train.reporting.activity import Activity, activity
 from spikingbrain_train.reporting.progress import Shown
@@ -121,7 +122,7 @@ class Trainer:
         resuming = self.checkpoints.are_resumed()
         kind = stage_class(config.stage)
         with self.activity("opening the data"):
-            self.record = record_of(config, groups.world_size)
+            self.record = record_of(config, groups.world_size, history_of(config))
             self.data = kind.open_data(config, groups, self.activity)
             facts = facts_of(config, groups.world_size, self.data.held_out)
 

@@ -184,7 +184,7 @@ def _write_text(folder: Path) -> None:
     """Three sources of a few kilobytes, in the forms that pages name."""
     (folder / "books").mkdir(parents=True)
     texts = [topics[key] for key in sorted(topics)[:60]]
-    lines = [json.dumps({"text": text}) for text in texts[:30]]
+    lines = [json.dumps({"text": text, "source": f"site {len(text) % 2}"}) for text in texts[:30]]
     (folder / "web.jsonl").write_text("\n".join(lines))
     with gzip.open(folder / "code.jsonl.gz", "wt") as code:
         code.write("\n".join(json.dumps({"content": text}) for text in texts[30:50]))

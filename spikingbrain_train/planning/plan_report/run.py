@@ -7,10 +7,12 @@ from collections.abc import Iterable
 
 from spikingbrain_train.architecture.layers import feed_forwards_of, has_experts, layers
 from spikingbrain_train.architecture.linear_transforms import transforms_of
+from spikingbrain_train.config.run_record import RunRecord, TokenHistory
 from spikingbrain_train.planning.costs import active_parameters, new_parameters, total_parameters
 from spikingbrain_train.planning.plan_report.section import Section
 from spikingbrain_train.planning.planner import Plan
 from spikingbrain_train.planning.stages.registry import kind_of
+from spikingbrain_train.planning.token_history import describe_end, history_of
 from spikingbrain_train.reporting.quantities import quantity, size
 from spikingbrain_train.reporting.tables import facts
 
@@ -18,6 +20,8 @@ from spikingbrain_train.reporting.tables import facts
 def run_section(plan: Plan) -> Section:
     """What runs."""
     model, stage = plan.config.model, plan.config.stage
+    history = history_of(plan.config)
+    record = RunRecord(plan.world_size, [], history)
     values = {
         "kind": stage.kind,
         "precision": plan.config.precision.value,
@@ -31,14 +35,17 @@ def run_section(plan: Plan) -> Section:
         "steps": stage.train_iters,
         "tokens_per_step": plan.tokens_per_step,
         "tokens": plan.total_tokens,
+        "tokens_of_all_stages": record.all_tokens(plan.total_tokens),
+        "source_tokens": history.source_tokens,
+        "source_token_share": record.source_share(plan.total_tokens),
         "flops_per_token": plan.flops_per_token,
         "flops": plan.flops_per_token * plan.total_tokens,
         "checkpoint_bytes": plan.checkpoint_bytes,
     }
-    return Section("run", values, lambda width: facts(_rows(plan), width))
+    return Section("run", values, lambda width: facts(_rows(plan, history), width))
 
 
-def _rows(plan: Plan) -> list[tuple[str, str]]:
+def _rows(plan: Plan, history: TokenHistory) -> list[tuple[str, str]]:
     stage, model, config = plan.config.stage, plan.config.model, plan.config
     learns = "" if not kind_of(stage).needs_teacher(stage) else f", learning from {stage.teacher}"
     bubble = f", pipeline bubble {plan.pipeline_bubble:.1%}" if len(plan.stages) > 1 else ""
@@ -56,6 +63,7 @@ def _rows(plan: Plan) -> list[tuple[str, str]]:
             f"micro-batches of {stage.micro_batch_size}{bubble}",
         ),
         ("length", f"{stage.train_iters:,} steps, {quantity(plan.total_tokens)} tokens"),
+        ("tokens", f"at the end {describe_end(history, plan.total_tokens)}"),
         (
             "compute",
             f"{plan.flops_per_token / 1e9:.4g} GFLOP per token, "

@@ -11,6 +11,7 @@ from statistics import median
 from spikingbrain_train.architecture.layers import feed_forwards_of, layers, mixers_of
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.planning.stages.registry import kind_of
+from spikingbrain_train.planning.token_history import describe_end
 from spikingbrain_train.reporting.activity import format_duration
 from spikingbrain_train.reporting.metrics import read_metrics
 from spikingbrain_train.reporting.quantities import quantity
@@ -55,6 +56,9 @@ class Closing(Callback):
         speed = f", {median(self._speeds):,.0f} tokens/s (median of its reports)" if self._speeds else ""
         elapsed = format_duration(time.monotonic() - self._began)
         yield "finished", f"{steps:,} steps, {quantity(tokens)} tokens in {elapsed}{speed}"
+        if run.record.history is not None:
+            own = run.state.consumed_samples * run.config.stage.seq_length
+            yield "tokens", describe_end(run.record.history, own)
         points = read_metrics(run.config.output_dir)
         losses = [point["train/loss"] for point in points if point.get("train/loss") is not None]
         if losses:

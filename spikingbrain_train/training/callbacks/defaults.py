@@ -8,6 +8,7 @@ from spikingbrain_train.config.named_class import named_classes
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.evaluation.evaluator import Evaluator
 from spikingbrain_train.evaluation.held_out import HeldOutCrossEntropy
+from spikingbrain_train.training.callbacks.all_tokens import AllTokens
 from spikingbrain_train.training.callbacks.callback import Callback
 from spikingbrain_train.training.callbacks.checkpointing import Checkpointing
 from spikingbrain_train.training.callbacks.closing import Closing
@@ -52,6 +53,7 @@ def callbacks_of(config: RunConfig, more: Sequence[Callback] = ()) -> list[Callb
         LinearTransformStatistics(),
         ExpertLoadReport(),
         Speed(),
+        AllTokens(),
         *outside_callbacks(config),
         *more,
         # A step is evaluated and saved when all others are done with it, and the run stops when it is saved.
