@@ -3,8 +3,8 @@
 megatron-core wraps its small fused functions in torch.compile as it is imported. With megatron-core 0.16 and
 torch 2.13 nothing else imports Inductor, which takes two of the five seconds of processor time of a start; on
 CPU the plain functions are put back before anything runs (``no_compiled_fusions`` in megatron_cpu.py).
-megatron-core 0.19 compiles one function itself, and torch 2.6 imports TorchDynamo: there a start gains a second
-or nothing.
+megatron-core 0.19 compiles one function itself, and torch 2.6 imports TorchDynamo: there a start gains a
+second or nothing.
 """
 
 from __future__ import annotations
