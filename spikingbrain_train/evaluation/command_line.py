@@ -24,6 +24,7 @@ from spikingbrain_train.evaluation.model_folder import (
 from spikingbrain_train.evaluation.output import show_text, write_result
 from spikingbrain_train.evaluation.probe_options import add_probe_options, probes_of
 from spikingbrain_train.evaluation.sampling import Sampling
+from spikingbrain_train.evaluation.task_options import add_task_options, tasks_of
 from spikingbrain_train.planning.file_checks import check_prefix
 from spikingbrain_train.planning.launch import Launch
 from spikingbrain_train.reporting.activity import activity
@@ -35,10 +36,10 @@ if TYPE_CHECKING:
     from spikingbrain_train.evaluation.result import Perplexity
 
 _EVALUATE_DESCRIPTION = """\
-Measure the held-out cross entropy and perplexity (--data) and what is found again in long texts (--probes) of
-a Hugging Face folder (a dense source, or what spikingbrain-export wrote) or of a Megatron checkpoint of any
-form (what spikingbrain-convert or a run wrote, in whatever topology). The windows are those that a run
-evaluates on with the same stage.seq_length.
+Measure the held-out cross entropy and perplexity (--data), multiple-choice tasks (--tasks) and what is found
+again in long texts (--probes) of a Hugging Face folder (a dense source, or what spikingbrain-export wrote) or
+of a Megatron checkpoint of any form (what spikingbrain-convert or a run wrote, in whatever topology). The
+windows are those that a run evaluates on with the same stage.seq_length.
 """
 
 _EVALUATE_EXAMPLES = """\
@@ -53,6 +54,10 @@ examples:
   # a checkpoint too big for one device: degrees as to train (conf/parallel, or name=value)
   spikingbrain-evaluate --nproc-per-node 4 --model outputs/big/checkpoints/iter_0002000 \\
       --data data/wiki_valid data/code_valid --seq-length 8192 --parallel tp2_pp2
+
+  # multiple choice on local files, and how much of it is a liking for a letter
+  spikingbrain-evaluate --model outputs/smollm2/cpt --tasks mmlu,arc_challenge,piqa --task-data data/tasks \\
+      --permutations --output tasks.json
 
   # what it finds again in long texts, as a table and a picture
   spikingbrain-evaluate --model outputs/smollm2/cpt --probes passkey,needle,associative_recall \\
@@ -112,6 +117,7 @@ def evaluate_parser() -> argparse.ArgumentParser:
         help="keep the documents of a window apart, for a Megatron checkpoint (default: as the run that "
         "wrote it)",
     )
+    add_task_options(parser)
     add_probe_options(parser)
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the probes: .png, .svg or .pdf")
     return parser
@@ -246,11 +252,14 @@ def _prepare_evaluation(arguments: argparse.Namespace) -> Callable[[], None]:
             raise ConfigurationError(f"--{name.replace('_', '-')} is {value}; give at least 1")
         if value is not None and value >= 2**31:
             raise ConfigurationError(f"--{name.replace('_', '-')} is {value}; give less than 2**31")
-    arguments.measurements = [each for each in (probes_of(arguments),) if each is not None]
+    arguments.measurements = [
+        each for each in (tasks_of(arguments), probes_of(arguments)) if each is not None
+    ]
     _check_picture(arguments)
     if not arguments.data and not arguments.measurements:
         raise ConfigurationError(
-            "there is nothing to measure; name held-out datasets with --data, or probes with --probes"
+            "there is nothing to measure; name held-out datasets with --data, tasks with --tasks, or probes "
+            "with --probes"
         )
     is_checkpoint = _check_files(arguments)
     for prefix in arguments.data:
@@ -269,7 +278,7 @@ def _prepare_evaluation(arguments: argparse.Namespace) -> Callable[[], None]:
 def _check_picture(arguments: argparse.Namespace) -> None:
     if arguments.plot is None:
         return
-    if not arguments.measurements:
+    if not any(each.is_drawn for each in arguments.measurements):
         raise ConfigurationError(f"--plot {arguments.plot} would be empty; name what it draws with --probes")
     format_of(arguments.plot, "--plot")
     check_output_file(arguments.plot, "--plot")

@@ -23,6 +23,8 @@ SLOW = (
     "tensorboard",
     "wandb",
     "triton",
+    "lm_eval",
+    "datasets",
 )
 """Packages that take a second or more to import."""
 
@@ -74,6 +76,7 @@ LINES: list[tuple[tuple[str, ...], int]] = [
     (("train", "--nproc-per-node", "2", *TINY, "parallel=tp2_pp2"), 2),
     (("train", "checkpoint.load=nowhere", "output_dir=x"), 2),
     (("evaluate", "--model", "nowhere", "--data", "nowhere"), 2),
+    (("evaluate", "--model", "nowhere", "--tasks", "piqa", "--task-data", "nowhere"), 2),
     (("generate", "--model", "nowhere", "--prompt", "x"), 2),
     (("convert", "import", "--hf", "nowhere", "--output", "x"), 2),
     (("convert", "inspect", "nowhere"), 2),

@@ -82,7 +82,10 @@ def test_first_working_interpreter_is_taken_and_its_tested_versions(machine: Mac
     result = machine.setup()
     assert result.returncode == 0, result.stderr
     assert "python3 (Python 3.11)" in result.stdout
-    assert f"--constraint {ROOT}/constraints/py311.txt --editable .[dev,demo]" in machine.pip_calls()[-1]
+    assert (
+        f"--constraint {ROOT}/constraints/py311.txt --editable .[dev,demo,evaluation]"
+        in machine.pip_calls()[-1]
+    )
 
 
 def test_python_variable_decides(machine: Machine) -> None:
