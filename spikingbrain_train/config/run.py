@@ -70,6 +70,23 @@ class DistillationConfig:
         return 1.0 if self.weight is None else self.weight
 
 
+class LongExamples(str, Enum):
+    """What becomes of an example that is longer than a sequence."""
+
+    truncate = "truncate"
+    """It is cut off where the sequence ends, and left out if no token with loss remains."""
+    drop = "drop"
+    """It is left out."""
+
+
+@dataclass
+class SupervisedConfig:
+    """How an sft stage reads its examples (docs/sft.md)."""
+
+    long_examples: LongExamples = setting(LongExamples.truncate, resume=refused(OTHER_ORDER))
+    """What becomes of examples longer than stage.seq_length; the log and the plan count them."""
+
+
 @dataclass
 class SpikeAnnealingConfig:
     """Spikes grow coarser over the first steps: k goes geometrically from ``init_k`` to model.spiking.k.
@@ -89,8 +106,8 @@ class StageConfig:
 
     kind: str = setting("cpt", resume=refused("another loss would train it"))
     """What is trained: align (new mixers learn, layer by layer, to reproduce the dense source's attention),
-    distill (all parameters learn the dense source's distribution over the next token) or cpt (continual
-    pretraining of all parameters)."""
+    distill (all parameters learn the dense source's distribution over the next token), cpt (continual
+    pretraining of all parameters) or sft (all parameters learn the answers of conversations)."""
     train_iters: int = setting(MISSING, minimum=1, resume=SAID)
     """Optimizer steps of the stage, those before a resume included."""
     seq_length: int = setting(MISSING, minimum=1, resume=refused(OTHER_ORDER))
@@ -108,6 +125,8 @@ class StageConfig:
     """How an align stage begins."""
     distillation: DistillationConfig = field(default_factory=DistillationConfig)
     """What a distill stage learns."""
+    sft: SupervisedConfig = field(default_factory=SupervisedConfig)
+    """Examples of an sft stage."""
     spike_annealing: SpikeAnnealingConfig = field(default_factory=SpikeAnnealingConfig)
     """Schedule of the spike threshold."""
 

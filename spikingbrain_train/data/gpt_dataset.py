@@ -48,6 +48,18 @@ class TrainPart(Protocol):
         ...
 
 
+class TrainPart(Protocol):
+    """What a blend takes its samples from: one dataset, endlessly."""
+
+    seq_length: int
+    num_tokens: int
+    windows_per_epoch: int
+
+    def sample(self, index: int) -> Sample:
+        """The ``index``-th sample, counted over all epochs; a pure function of it."""
+        ...
+
+
 class _Windows:
     """Any stretch of the concatenated documents of an indexed dataset as a sample."""
 
@@ -124,7 +136,7 @@ class ShuffledWindows:
         return int(random.randint(left_over + 1)), random.permutation(self.windows_per_epoch)
 
 
-class _Samples(torch.utils.data.Dataset[Sample], ABC):
+class Samples(torch.utils.data.Dataset[Sample], ABC):
     """Samples by their number."""
 
     num_samples: int
@@ -146,7 +158,15 @@ class _Samples(torch.utils.data.Dataset[Sample], ABC):
         """Sample ``index``, which exists."""
 
 
-class TrainDataset(_Samples):
+class HeldOutSamples(Samples):
+    """Samples that an evaluation reads."""
+
+    @abstractmethod
+    def predicted_tokens(self) -> list[int]:
+        """Labels that carry loss, of each dataset."""
+
+
+class TrainDataset(Samples):
     """A blend of shuffled datasets, ``num_samples`` long.
 
     Sample i is the same whatever num_samples is: prolonging a run changes nothing that was seen before.
@@ -187,7 +207,7 @@ class TrainDataset(_Samples):
         return np.bincount(self._part_of_sample, minlength=len(self.parts)).tolist()
 
 
-class ValidDataset(_Samples):
+class ValidDataset(HeldOutSamples):
     """Held-out tokens, once, in order, in windows that share no label.
 
     Every token but the first of each dataset is a label exactly once; the last window of each dataset is

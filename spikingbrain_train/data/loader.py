@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
-from spikingbrain_train.data.gpt_dataset import Sample, TrainDataset, ValidDataset
+from spikingbrain_train.data.gpt_dataset import Sample, Samples
 from spikingbrain_train.errors import ConfigurationError, DataError
 
 
@@ -144,7 +144,7 @@ class DataParallelBatchSampler(torch.utils.data.Sampler[list[int | None]]):
 
 
 def build_data_loader(
-    dataset: TrainDataset | ValidDataset,
+    dataset: Samples,
     *,
     consumed_samples: int,
     micro_batch_size: int,
@@ -161,7 +161,7 @@ def build_data_loader(
     batches from disk; nothing is broadcast.
 
     Args:
-        dataset: from :func:`~spikingbrain_train.data.gpt_dataset.build_datasets`.
+        dataset: from :func:`~spikingbrain_train.data.gpt_dataset.build_datasets`, or of packed examples.
         consumed_samples: samples of all ranks used so far; 0 for evaluation.
         micro_batch_size: samples of a batch.
         data_parallel_rank: this rank among those with different data.

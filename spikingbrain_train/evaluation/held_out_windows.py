@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from spikingbrain_train.config.dataset_names import dataset_names
-from spikingbrain_train.data.gpt_dataset import ValidDataset
+from spikingbrain_train.data.gpt_dataset import HeldOutSamples
 from spikingbrain_train.data.loader import MicroBatch, build_data_loader, local_micro_batch
 from spikingbrain_train.evaluation.evaluator import HeldOutDataset
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 
 
-def describe_datasets(dataset: ValidDataset, prefixes: Sequence[str]) -> list[HeldOutDataset]:
+def describe_datasets(dataset: HeldOutSamples, prefixes: Sequence[str]) -> list[HeldOutDataset]:
     """What an evaluation reads of each of the datasets that ``dataset`` was opened with."""
     described = zip(dataset_names(prefixes), prefixes, dataset.predicted_tokens(), strict=True)
     return [HeldOutDataset(*each) for each in described]
@@ -30,7 +30,7 @@ class HeldOutWindows:
 
     def __init__(
         self,
-        dataset: ValidDataset,
+        dataset: HeldOutSamples,
         prefixes: Sequence[str],
         groups: ProcessGroups,
         *,

@@ -1,7 +1,7 @@
 """What a run reads: how large each of its datasets is, and how often it is read. Pure Python: no torch.
 
-Only heads of files are read, so a plan of terabytes takes no longer. A dataset that is not here is no error:
-a plan may be made where the data is not.
+Only heads of files are read, and of examples where their loss lies, so a plan of terabytes takes no longer. A
+dataset that is not here is no error: a plan may be made where the data is not.
 """
 
 from __future__ import annotations
@@ -12,8 +12,11 @@ from dataclasses import dataclass
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.config.run_record import blend_shares
 from spikingbrain_train.errors import DataError
+from spikingbrain_train.planning.example_packing import fill, fitting_examples, nothing_fits, pack
 from spikingbrain_train.planning.file_checks import check_prefix
+from spikingbrain_train.planning.stages.registry import kind_of
 from spikingbrain_train.storage.index_format import DatasetSize, dataset_size
+from spikingbrain_train.storage.loss_mask_format import has_loss_mask, read_loss_positions
 
 AS_GOOD_AS_FRESH, WORTH_LITTLE = 4, 16
 """Epochs up to which repeated tokens are nearly as good as fresh ones, and beyond which they add little.
@@ -21,6 +24,20 @@ AS_GOOD_AS_FRESH, WORTH_LITTLE = 4, 16
 Their worth decays with a constant of about 15 repetitions. Measured in pretraining from scratch, see
 Muennighoff et al., Scaling Data-Constrained Language Models, arXiv 2305.16264."""
 _SOURCE = "Muennighoff et al., arXiv 2305.16264"
+
+
+@dataclass(frozen=True)
+class ExamplesPlan:
+    """How the examples of a dataset become sequences."""
+
+    sequences: int
+    fill: float
+    """Share of their positions that hold tokens of examples."""
+    read: int
+    truncated: int
+    """Examples that are cut off at the end of a sequence."""
+    dropped: int
+    """Examples that are left out."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +55,8 @@ class TrainSource:
     """Of the samples; None where the blend is by size and one size is not known."""
     epochs: float | None
     """How often the stage reads it; None where that is not known, or it is shorter than a sequence."""
+    examples: ExamplesPlan | None = None
+    """How its examples are packed; None of text."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +71,8 @@ class ValidSource:
     """Sequences that it is cut into, the last of which is padded."""
     read: int
     """How many of them an evaluation reads."""
+    examples: ExamplesPlan | None = None
+    """How its examples are packed; None of text."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +87,32 @@ class DataPlan:
         """A sentence for everything that a user ought to look at."""
         problems = [source.problem for source in self.train] + [source.problem for source in self.valid]
         found = [problem for problem in problems if problem is not None]
-        return [*found, *self._too_short(), *self._repeated(), *self._held_out()]
+        return [*found, *self._too_short(), *self._repeated(), *self._held_out(), *self.examples_warnings()]
+
+    def examples_warnings(self) -> Iterator[str]:
+        """Examples that a sequence is too short for, and masks that nothing reads."""
+        stage = self.config.stage
+        sources: list[TrainSource | ValidSource] = [*self.train, *self.valid]
+        for source in sources:
+            given = f"{source.setting}={source.prefix}"
+            if source.examples is not None:
+                found = source.examples
+                for count, words in ((found.truncated, "cut off there"), (found.dropped, "left out")):
+                    if count:
+                        yield (
+                            f"{given}: {count:,} of {found.read + found.dropped:,} examples are longer than "
+                            f"stage.seq_length={stage.seq_length:,} and are {words} (stage.sft.long_examples="
+                            f"{stage.sft.long_examples.name}); a longer sequence reads them whole"
+                        )
+            elif source.size is not None and has_loss_mask(source.prefix):
+                yield (
+                    f"{given} has a loss mask, which stage.kind={stage.kind} does not read: every token "
+                    "carries loss; its answers alone are learnt with stage.kind=sft"
+                )
 
     def _too_short(self) -> Iterator[str]:
+        if kind_of(self.config.stage).reads_examples:
+            return
         length = self.config.stage.seq_length
         for source in self.train:
             if source.size is not None and source.size.tokens <= length:
@@ -79,6 +123,8 @@ class DataPlan:
                 )
 
     def _repeated(self) -> Iterator[str]:
+        if kind_of(self.config.stage).reads_examples:  # measured in pretraining
+            return
         read = [(source.epochs, source) for source in self.train if source.epochs is not None]
         for least, most, words in (
             (WORTH_LITTLE, float("inf"), f"beyond about {WORTH_LITTLE} epochs, repeated tokens add little"),
@@ -128,48 +174,78 @@ class DataPlan:
 def plan_data(config: RunConfig) -> DataPlan:
     """Look at the datasets that a run names."""
     stage, data = config.stage, config.data
-    train = [_measured(f"data.train[{number}]", prefix) for number, prefix in enumerate(data.train)]
-    valid = [_measured(f"data.valid[{number}]", prefix) for number, prefix in enumerate(data.valid)]
-    shares = _shares(config, [size for size, _ in train])
+    train = [_measured(config, f"data.train[{number}]", prefix) for number, prefix in enumerate(data.train)]
+    valid = [_measured(config, f"data.valid[{number}]", prefix) for number, prefix in enumerate(data.valid)]
+    shares = _shares(config, train)
     samples = stage.train_iters * stage.global_batch_size
     sources = []
-    for number, (prefix, (size, problem), share) in enumerate(zip(data.train, train, shares, strict=True)):
-        windows = 0 if size is None else max(size.tokens - 1, 0) // stage.seq_length
+    for number, (prefix, found, share) in enumerate(zip(data.train, train, shares, strict=True)):
+        windows = found.windows(stage.seq_length)
         epochs = samples * share / windows if windows and share is not None else None
-        sources.append(TrainSource(f"data.train[{number}]", prefix, size, problem, share, epochs))
+        source = TrainSource(
+            f"data.train[{number}]", prefix, found.size, found.problem, share, epochs, found.examples
+        )
+        sources.append(source)
     return DataPlan(config, sources, _held_out(config, valid))
 
 
-def _measured(setting: str, prefix: str) -> tuple[DatasetSize | None, str | None]:
+@dataclass(frozen=True)
+class _Measured:
+    """What the files of a dataset say."""
+
+    size: DatasetSize | None = None
+    problem: str | None = None
+    examples: ExamplesPlan | None = None
+
+    def windows(self, seq_length: int, *, padded: bool = False) -> int:
+        """Sequences of one epoch; with the last one, which is not full, where it is ``padded``."""
+        if self.examples is not None:
+            return self.examples.sequences
+        labels = 0 if self.size is None else max(self.size.tokens - 1, 0)
+        return -(-labels // seq_length) if padded else labels // seq_length
+
+
+def _measured(config: RunConfig, setting: str, prefix: str) -> _Measured:
     try:
         check_prefix(setting, prefix)
-        return dataset_size(prefix), None
+        reads_examples = kind_of(config.stage).reads_examples
+        return _Measured(dataset_size(prefix), examples=_packed(config, prefix) if reads_examples else None)
     except DataError as error:
-        return None, str(error)
+        return _Measured(problem=str(error))
 
 
-def _shares(config: RunConfig, sizes: Sequence[DatasetSize | None]) -> Sequence[float | None]:
-    weights = config.data.train_weights
-    known = [size.tokens for size in sizes if size is not None]
-    if len(sizes) == 1:
+def _packed(config: RunConfig, prefix: str) -> ExamplesPlan:
+    length = config.stage.seq_length
+    fitting = fitting_examples(read_loss_positions(prefix), length, config.stage.sft.long_examples)
+    if not fitting.read:
+        raise nothing_fits(prefix, length)
+    sequences = pack(fitting.lengths, length).sequences
+    filled = fill(fitting.lengths, sequences, length)
+    return ExamplesPlan(sequences, filled, fitting.read, fitting.truncated, fitting.dropped)
+
+
+def _shares(config: RunConfig, measured: Sequence[_Measured]) -> Sequence[float | None]:
+    weights, length = config.data.train_weights, config.stage.seq_length
+    if len(measured) == 1:
         return [1.0]
-    if weights is None and len(known) < len(sizes):
-        return [None] * len(sizes)
-    tokens = known if weights is None else [0] * len(sizes)
-    return blend_shares(weights, tokens, config.stage.seq_length) or [None] * len(sizes)
+    if weights is None and any(found.size is None for found in measured):
+        return [None] * len(measured)
+    # A blend is by windows, as many as these tokens make.
+    tokens = [found.windows(length) * length + 1 for found in measured]
+    return blend_shares(weights, tokens, length) or [None] * len(measured)
 
 
-def _held_out(
-    config: RunConfig, measured: Sequence[tuple[DatasetSize | None, str | None]]
-) -> list[ValidSource]:
+def _held_out(config: RunConfig, measured: Sequence[_Measured]) -> list[ValidSource]:
     """They are read one behind the other, as far as logging.eval_iters goes."""
     left = config.logging.eval_iters * config.stage.global_batch_size
     sources = []
-    for number, (prefix, (size, problem)) in enumerate(zip(config.data.valid, measured, strict=True)):
-        windows = 0 if size is None else -(-max(size.tokens - 1, 0) // config.stage.seq_length)
+    for number, (prefix, found) in enumerate(zip(config.data.valid, measured, strict=True)):
+        windows = found.windows(config.stage.seq_length, padded=True)
         read = min(windows, left)
         left -= read
-        sources.append(ValidSource(f"data.valid[{number}]", prefix, size, problem, windows, read))
+        setting = f"data.valid[{number}]"
+        source = ValidSource(setting, prefix, found.size, found.problem, windows, read, found.examples)
+        sources.append(source)
     return sources
 
 

@@ -12,6 +12,7 @@ from spikingbrain_train.architecture.same_architecture import check_same_weights
 from spikingbrain_train.architecture.stored_model import read_stored_model
 from spikingbrain_train.config.run import DataConfig, Resume, RunConfig
 from spikingbrain_train.errors import CheckpointError, ConfigurationError, DataError
+from spikingbrain_train.planning.example_packing import fitting_examples, nothing_fits
 from spikingbrain_train.planning.resume import (
     StoredRun,
     check_settings,
@@ -26,6 +27,7 @@ from spikingbrain_train.storage.checkpoint_folder import (
     latest_iteration,
     newest_iteration,
 )
+from spikingbrain_train.storage.loss_mask_format import read_loss_positions
 from spikingbrain_train.storage.run_lock import check_not_in_use
 
 _PROBE_BYTES = 1 << 16
@@ -97,6 +99,17 @@ def check_data(data: DataConfig) -> None:
             f"data.tokenizer={data.tokenizer} does not exist; name a Hugging Face tokenizer folder or a "
             f"sentencepiece .model file, or null for the one stored with the checkpoint"
         )
+
+
+def check_examples(config: RunConfig) -> None:
+    """A stage that reads examples has some, with loss in a sequence of its length. Raises DataError."""
+    stage = config.stage
+    if not kind_of(stage).reads_examples:
+        return
+    for prefix in (*config.data.train, *config.data.valid):
+        positions = read_loss_positions(prefix)
+        if not fitting_examples(positions, stage.seq_length, stage.sft.long_examples).read:
+            raise nothing_fits(prefix, stage.seq_length)
 
 
 def check_output_folder(folder: str | Path, setting: str = "output_dir") -> None:
@@ -207,6 +220,7 @@ def check_files(config: RunConfig) -> StoredRun | None:
         check_settings(stored, config)
     check_teacher(config)
     check_data(config.data)
+    check_examples(config)
     if stored is not None:
         check_training_data(stored, config)
     check_output_folder(config.output_dir)

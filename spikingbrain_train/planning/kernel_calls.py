@@ -32,7 +32,8 @@ def mixer_calls(config: RunConfig) -> Iterator[tuple[str, MixerKind, Any]]:
     seen = set()
     for whose, network, num_sink_tokens, are_padding in _networks(config):
         for kind in sorted(mixers_of(network), key=lambda kind: kind.name):
-            for has_documents in (False, True) if config.data.reset_at_documents else (False,):
+            apart = config.data.reset_at_documents or kind_of(config.stage).reads_examples
+            for has_documents in (False, True) if apart else (False,):
                 documents = " of several documents" if has_documents else ""
                 for layout in _layouts(config, num_sink_tokens, are_padding):
                     call = kind.op_call(config, network, layout, has_documents)

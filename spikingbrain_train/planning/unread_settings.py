@@ -80,6 +80,11 @@ _NEEDS = (
         lambda run: "data.train names no two datasets to blend",
     ),
     _Needs(
+        ("data.pack_by_domain", "data.long_documents.", "data.reset_at_documents"),
+        lambda run: not kind_of(run.stage).reads_examples,
+        lambda run: f"stage.kind={run.stage.kind} packs whole examples and keeps them apart",
+    ),
+    _Needs(
         ("data.long_documents.min_tokens", "data.long_documents.max_repeats"),
         lambda run: run.data.long_documents.share is not None,
         lambda run: "data.long_documents.share is null, so that long documents are not told from others",

@@ -14,6 +14,7 @@ from spikingbrain_train.data.packing.statistics import packing_statistics
 from spikingbrain_train.evaluation.evaluator import HeldOutData
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.planning.costs import total_parameters
+from spikingbrain_train.planning.data_plan import plan_data
 from spikingbrain_train.planning.plan_report.run import counts
 from spikingbrain_train.planning.stages.registry import kind_of
 from spikingbrain_train.planning.token_history import describe_end
@@ -72,6 +73,9 @@ def _model(config: RunConfig) -> str:
 
 def _training_data(config: RunConfig, record: RunRecord) -> Iterator[Row]:
     stage, data = config.stage, config.data
+    if kind_of(stage).reads_examples:
+        yield from _examples(config)
+        return
     prefixes, tokens = data.train, [dataset.tokens for dataset in record.training_data]
     shares = blend_shares(data.train_weights, tokens, stage.seq_length)
     if not tokens or shares is None:  # the stage brings its own
@@ -94,7 +98,7 @@ def _packing(config: RunConfig) -> Iterator[Row]:
     """How samples are packed, and what comes of it; nothing where they are cut from text as it lies."""
     data = config.data
     packing = packing_of(data, config.stage.seq_length)
-    if packing is None or not data.train:
+    if packing is None or not data.train or kind_of(config.stage).reads_examples:
         return
     yield "packing", describe_packing(packing)
     for number, prefix in enumerate(data.train):
@@ -105,6 +109,23 @@ def _packing(config: RunConfig) -> Iterator[Row]:
         named = f"{prefix}: " if len(data.train) > 1 else ""
         yield "", f"{named}{describe_statistics(found)}"
         yield from (("warning", text) for text in warnings(found, f"data.train[{number}]"))
+
+
+def _examples(config: RunConfig) -> Iterator[Row]:
+    """How examples are packed, and what a sequence is too short for."""
+    plan = plan_data(config)
+    for number, source in enumerate(plan.train[:_NAMED_SOURCES]):
+        found = source.examples
+        if found is not None and source.epochs is not None:
+            yield (
+                "" if number else "data",
+                f"{source.prefix}: {found.read:,} examples in {found.sequences:,} sequences, "
+                f"{found.fill:.1%} filled, {source.epochs:.2f} epochs",
+            )
+    if len(plan.train) > _NAMED_SOURCES:
+        left = len(plan.train) - _NAMED_SOURCES
+        yield "", f"{left} other datasets likewise; spikingbrain-plan describes all"
+    yield from (("warning", text) for text in plan.examples_warnings())
 
 
 def _held_out(config: RunConfig, held_out: HeldOutData | None, resuming: bool) -> Iterator[Row]:

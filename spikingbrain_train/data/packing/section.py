@@ -10,6 +10,7 @@ from spikingbrain_train.data.packing.statistics import PackingStatistics, packin
 from spikingbrain_train.errors import DataError
 from spikingbrain_train.planning.plan_report.section import Section
 from spikingbrain_train.planning.planner import Plan
+from spikingbrain_train.planning.stages.registry import kind_of
 
 
 def packing_section(plan: Plan) -> Section | None:
@@ -19,7 +20,7 @@ def packing_section(plan: Plan) -> Section | None:
     """
     config = plan.config
     packing = packing_of(config.data, config.stage.seq_length)
-    if packing is None:
+    if packing is None or kind_of(config.stage).reads_examples:
         return None
     found: list[PackingStatistics] = []
     said: list[str] = []

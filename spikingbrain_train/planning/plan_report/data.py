@@ -40,10 +40,13 @@ def _text(plan: Plan, data: DataPlan, width: int) -> list[str]:
     lines = []
     if data.train:
         rows = [["dataset", "documents", "tokens", "of the blend", "epochs"]]
+        packed = any(source.examples is not None for source in data.train)
+        if packed:
+            rows = [["dataset", "examples", "tokens", "sequences", "filled", "of the blend", "epochs"]]
         for source in data.train:
             share = _UNKNOWN if source.share is None else f"{source.share:.1%}"
             epochs = _UNKNOWN if source.epochs is None else f"{source.epochs:,.2f}"
-            rows.append([_name(source, width), *_size(source), share, epochs])
+            rows.append([_name(source, width), *_size(source), *_packed(source, packed), share, epochs])
         lines += [
             f"training data; the stage reads {quantity(plan.total_tokens)} tokens",
             *table(rows, left=1),
@@ -74,6 +77,14 @@ def _size(source: TrainSource | ValidSource) -> list[str]:
     if source.size is None:
         return [_UNKNOWN, _UNKNOWN]
     return [f"{source.size.documents:,}", quantity(source.size.tokens)]
+
+
+def _packed(source: TrainSource, packed: bool) -> list[str]:
+    """How examples are packed, where a stage packs them."""
+    if not packed:
+        return []
+    found = source.examples
+    return [_UNKNOWN, _UNKNOWN] if found is None else [f"{found.sequences:,}", f"{found.fill:.1%}"]
 
 
 def _sequences(source: ValidSource) -> list[str]:

@@ -24,6 +24,9 @@ class StageKind(ABC):
     sees_sinks: ClassVar[bool]
     """Whether its training sequences begin with the model's sinks."""
 
+    reads_examples: ClassVar[bool] = False
+    """Whether its data are examples with a loss mask, packed whole and kept apart, and not text."""
+
     @abstractmethod
     def reason_for_teacher(self, stage: StageConfig) -> str | None:
         """The setting because of which the stage learns from ``stage.teacher``, None where it does not."""

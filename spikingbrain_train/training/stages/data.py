@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 from spikingbrain_train.config.run import RunConfig
-from spikingbrain_train.data.gpt_dataset import build_datasets
+from spikingbrain_train.data.gpt_dataset import HeldOutSamples, TrainDataset, build_datasets
 from spikingbrain_train.data.loader import MicroBatch, WholeBatch, build_data_loader, local_micro_batch
+from spikingbrain_train.data.packed_examples import build_examples
 from spikingbrain_train.data.tokenizers import load_tokenizer
 from spikingbrain_train.evaluation.evaluator import HeldOutData
 from spikingbrain_train.evaluation.held_out_windows import HeldOutWindows
@@ -57,7 +59,7 @@ class PackedText:
         tokenizer = load_tokenizer(data.tokenizer) if data.tokenizer else None
         prefixes, vocabulary = [*data.train, *data.valid], config.model.vocab_size
         check_tokens_together(prefixes, vocabulary, groups, Path(config.output_dir), activity)
-        self._train, self._valid = build_datasets(
+        self._train, self._valid = self._builder(config)(
             data,
             stage.seq_length,
             train_samples=stage.train_iters * stage.global_batch_size,
@@ -66,6 +68,10 @@ class PackedText:
             vocab_size=vocabulary,
             tokenizer=tokenizer,
         )
+
+    def _builder(self, config: RunConfig) -> Callable[..., tuple[TrainDataset, HeldOutSamples | None]]:
+        """What opens the datasets: called as :func:`build_datasets` is."""
+        return build_datasets
 
     @property
     def held_out(self) -> HeldOutData | None:
@@ -105,3 +111,10 @@ class PackedText:
                 context_parallel_rank=self._groups.context_parallel_rank,
                 context_parallel_size=self._groups.context_parallel_size,
             )
+
+
+class PackedAnswers(PackedText):
+    """Whole examples packed into sequences of ``stage.seq_length``, with loss on their answers."""
+
+    def _builder(self, config: RunConfig) -> Callable[..., tuple[TrainDataset, HeldOutSamples | None]]:
+        return partial(build_examples, long=config.stage.sft.long_examples)
