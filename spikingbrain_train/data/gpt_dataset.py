@@ -48,18 +48,6 @@ class TrainPart(Protocol):
         ...
 
 
-class TrainPart(Protocol):
-    """What a blend takes its samples from: one dataset, endlessly."""
-
-    seq_length: int
-    num_tokens: int
-    windows_per_epoch: int
-
-    def sample(self, index: int) -> Sample:
-        """The ``index``-th sample, counted over all epochs; a pure function of it."""
-        ...
-
-
 class _Windows:
     """Any stretch of the concatenated documents of an indexed dataset as a sample."""
 
