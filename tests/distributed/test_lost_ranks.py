@@ -200,6 +200,13 @@ class Run:
                 return int(child)
         raise AssertionError("there is no such rank")
 
+    def wait_for_words(self, words: str, seconds: float) -> None:
+        """Until the log has them, or the run ends without."""
+        deadline = time.monotonic() + seconds
+        while words not in self.log.read_text() and self.process.poll() is None:
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.1)
+
     def end(self, seconds: float) -> str:
         try:
             self.process.wait(seconds)
@@ -222,8 +229,12 @@ linux = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="find
 def test_a_stopped_rank_is_named_in_one_sentence(tmp_path: Path, text: Path) -> None:
     run = Run(tmp_path, text, (), "stage.train_iters=100000")
     run.wait_for_step(3)
-    os.kill(run.rank(1), signal.SIGSTOP)
-    output = run.end(TIMEOUT_SECONDS + 100)
+    stopped = run.rank(1)
+    os.kill(stopped, signal.SIGSTOP)
+    # torchrun asks it to end, which a stopped process cannot hear, and would wait half a minute for it.
+    run.wait_for_words(f"Sending process {stopped} closing signal", TIMEOUT_SECONDS + 100)
+    os.kill(stopped, signal.SIGKILL)
+    output = run.end(100)
     assert run.process.returncode != 0
     (sentence,) = [line for line in output.splitlines() if line.startswith("error: ")]
     assert "rank 1 of 2 did not answer in the step after iteration" in sentence
