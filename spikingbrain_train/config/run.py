@@ -154,7 +154,7 @@ class LongDocumentsConfig:
     documents, these are read more often and the others less. So each domain keeps its part of the whole, as
     per-source upsampling has it (arXiv 2402.10171). 0 reads all alike."""
     min_tokens: int | None = setting(None, minimum=1, resume=refused(OTHER_ORDER))
-    """Tokens from which on a document is long, stage.seq_length at most. Null takes those longer than a
+    """Tokens from which on a document is long. Null, or more than stage.seq_length, takes those longer than a
     sample, which few documents of web text are; the length of the stage before is a gentler choice."""
     max_repeats: float = setting(4.0, minimum=1, resume=refused(OTHER_ORDER))
     """How often long documents are read at most while the dataset is read once; up to about 4 times are as

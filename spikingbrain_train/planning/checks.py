@@ -14,7 +14,6 @@ from spikingbrain_train.config.parallel import (
 )
 from spikingbrain_train.config.require import either, multiples_around, require
 from spikingbrain_train.config.run import (
-    DataConfig,
     LRDecayStyle,
     OptimizerConfig,
     RunConfig,
@@ -81,16 +80,6 @@ def check_optimizer(optimizer: OptimizerConfig, train_iters: int) -> None:
         )
 
 
-def check_packing(data: DataConfig, seq_length: int) -> None:
-    """Long documents are no longer than what is cut on its own anyway. Raises ConfigurationError."""
-    least = data.long_documents.min_tokens
-    require(
-        least is None or least <= seq_length,
-        f"data.long_documents.min_tokens={least} is above stage.seq_length={seq_length}, but documents "
-        f"longer than a sample all count as long; give at most {seq_length}, or null",
-    )
-
-
 def check_run_config(config: RunConfig, world_size: int) -> StoredRun | None:
     """Refuse a run that cannot work, before torch is imported and any process group forms.
 
@@ -112,7 +101,6 @@ def check_run_config(config: RunConfig, world_size: int) -> StoredRun | None:
     check_split(config.model, config.parallel)
     check_linear_transforms(config.model, config.stage)
     check_stage(config.stage, config.model, config.parallel, world_size)
-    check_packing(config.data, config.stage.seq_length)
     check_optimizer(config.optimizer, config.stage.train_iters)
     check_kernels(config)
     if not config.dry_run:

@@ -134,7 +134,8 @@ def describe_all(history: TokenHistory) -> str:
         return f"{describe_history(history)}, and what was read before is not known: {history.unknown}"
     words = describe_history(history)
     if history.source_tokens is not None:
-        words += f": {describe_share(history.tokens, history.source_tokens)}, which the source was trained on"
+        share = percent(history.tokens / history.source_tokens)
+        words += f": {share} of the source's {quantity(history.source_tokens)}"
     return words
 
 
@@ -148,7 +149,8 @@ def describe_end(history: TokenHistory, own: int) -> str:
     if history.stages:
         words += f", {describe_history(history)} before this one"
     if history.source_tokens is not None:
-        words += f"; {describe_share(tokens, history.source_tokens)}, which the source was trained on"
+        share = percent(tokens / history.source_tokens)
+        words += f"; {share} of the source's {quantity(history.source_tokens)}"
         if history.stages:
             words += f" (this stage: {percent(own / history.source_tokens)})"
     return words

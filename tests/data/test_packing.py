@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spikingbrain_train.config.run import DataConfig, LongDocumentsConfig
+from spikingbrain_train.config.run import DataConfig, LongDocumentsConfig, RunConfig
+from spikingbrain_train.config.run_record import fingerprint, training_data_of
 from spikingbrain_train.data.gpt_dataset import TrainDataset, build_datasets
 from spikingbrain_train.data.packing.layout import LONG, SHORT, WHOLE, Packing, lay_out
 from spikingbrain_train.data.packing.packed_documents import PackedDocuments
@@ -202,12 +203,20 @@ def test_a_dataset_without_a_long_enough_domain_is_refused(write_tokens: WriteTo
     assert packing_statistics(prefix, Packing(SEQ, True)).left_out == 15
 
 
+def test_other_domains_are_other_data_to_a_run_that_packs_by_them(corpus: str) -> None:
+    config = RunConfig(data=data(corpus))
+    before, by_tokens = training_data_of(config), fingerprint(corpus)
+    np.save(f"{corpus}.domains.npy", np.zeros(len(LENGTHS), dtype=np.uint16))
+    assert training_data_of(config) != before and fingerprint(corpus) == by_tokens
+    assert "domains" in before[0].describe() and "domains" not in by_tokens.describe()
+
+
 PACKINGS = st.builds(
     Packing,
     st.integers(1, 12),
     st.booleans(),
     st.sampled_from([None, 0.0, 0.3, 1.0]),
-    st.sampled_from([None, 1, 3]),
+    st.sampled_from([None, 1, 3, 99]),
     st.sampled_from([1.0, 4.0]),
 )
 
@@ -217,8 +226,6 @@ PACKINGS = st.builds(
 def test_statistics_are_those_of_the_samples(documents: list[tuple[int, int]], packing: Packing) -> None:
     """Against the samples themselves, each document's place followed by hand."""
     length = packing.seq_length
-    if packing.min_tokens is not None:
-        packing = replace(packing, min_tokens=min(packing.min_tokens, length))
     lengths = np.array([each for each, _ in documents], dtype=np.int32)
     domains = np.array([domain for _, domain in documents], dtype=np.uint16)
     layout = lay_out(lengths, domains if packing.by_domain else None, packing)

@@ -67,12 +67,10 @@ def test_stages_add_up_from_the_source_on(tmp_path: Path, hybrid: Path, records:
     assert history_with(cpt) == found
     record = RunRecord(1, [], found)
     assert record.all_tokens(952) == 3000 and record.source_share(952) == 0.003
-    assert describe_all(found) == (
-        "2.048 k in 2 stages (align 768, cpt 1.28 k): 0.2 % of 1 M, which the source was trained on"
-    )
+    assert describe_all(found) == ("2.048 k in 2 stages (align 768, cpt 1.28 k): 0.2 % of the source's 1 M")
     assert describe_end(found, 952) == (
-        "3 k in all stages, 2.048 k in 2 stages (align 768, cpt 1.28 k) before this one; 0.3 % of 1 M, which "
-        "the source was trained on (this stage: 0.095 %)"
+        "3 k in all stages, 2.048 k in 2 stages (align 768, cpt 1.28 k) before this one; 0.3 % of the "
+        "source's 1 M (this stage: 0.095 %)"
     )
 
 

@@ -45,8 +45,9 @@ class Packing:
 
     @property
     def long_tokens(self) -> int:
-        """Tokens from which on a document is long."""
-        return self.seq_length + 1 if self.min_tokens is None else self.min_tokens
+        """Tokens from which on a document is long; one that is longer than a sample always is."""
+        longer = self.seq_length + 1
+        return longer if self.min_tokens is None else min(self.min_tokens, longer)
 
 
 def packing_of(data: DataConfig, seq_length: int) -> Packing | None:

@@ -22,8 +22,8 @@ def describe_packing(packing: Packing) -> str:
     if packing.long_share is not None:
         words.append("documents that are longer on their own first")
     if packing.long_share:
-        least = packing.min_tokens
-        long = f"{least:,} tokens and more" if least else "more tokens than a sample"
+        least = packing.long_tokens
+        long = f"{least:,} tokens and more" if least <= packing.seq_length else "more tokens than a sample"
         often = f"read up to {packing.max_repeats:g} times as often"
         words.append(f"at least {packing.long_share:.0%} of documents of {long}, {often}")
     return "; ".join(words)
