@@ -109,7 +109,7 @@ def _build(request: CheckpointRequest, kernels: KernelConfig, groups: ProcessGro
         model, parallel, request.precision, on_cpu=not groups.accelerator.is_gpu, initialize=False
     )
     built = build_model(model, config, kernels, groups.device, parallel.context_parallel)
-    load_weights_of(request.checkpoint, f"--model={request.named}", built)
+    load_weights_of(request.checkpoint, f"{request.flag}={request.named}", built)
     if request.run is not None and request.iteration is not None:
         # Spikes that still grow coarser are what they were in the run's own evaluation at this step.
         for kind in transforms_of(model):

@@ -52,6 +52,8 @@ class CheckpointRequest:
     device: AcceleratorKind
     precision: Precision
     """auto is decided by all ranks together."""
+    flag: str = "--model"
+    """That named it, for sentences."""
 
     @property
     def iteration(self) -> int | None:
@@ -105,7 +107,13 @@ def parallel_of(settings: Sequence[str]) -> ParallelConfig:
 
 
 def request_checkpoint(
-    folder: Path, *, settings: Sequence[str], device: str, dtype: str, world_size: int
+    folder: Path,
+    *,
+    settings: Sequence[str],
+    device: str,
+    dtype: str,
+    world_size: int,
+    flag: str = "--model",
 ) -> CheckpointRequest:
     """Read what lies in ``folder`` beside its weights, and hold it against the ranks that were started.
 
@@ -115,6 +123,7 @@ def request_checkpoint(
         device: of --device.
         dtype: of --dtype.
         world_size: ranks that were started, or will be.
+        flag: that names the folder, for sentences.
 
     Raises:
         CheckpointError: there is no complete checkpoint, or of unknown kinds.
@@ -124,7 +133,7 @@ def request_checkpoint(
         raise ConfigurationError(
             f"--dtype {dtype} is for Hugging Face folders; Megatron checkpoints take float32 or bfloat16"
         )
-    checkpoint = resolve_checkpoint(folder, "--model")
+    checkpoint = resolve_checkpoint(folder, flag)
     model = read_stored_model(checkpoint)
     try:
         check_model(model)
@@ -136,7 +145,7 @@ def request_checkpoint(
     check_world_size(parallel, world_size)
     check_split(model, parallel)
     return CheckpointRequest(
-        checkpoint, folder, model, run, parallel, AcceleratorKind(device), _PRECISIONS[dtype]
+        checkpoint, folder, model, run, parallel, AcceleratorKind(device), _PRECISIONS[dtype], flag
     )
 
 

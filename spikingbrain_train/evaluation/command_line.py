@@ -15,6 +15,7 @@ from spikingbrain_train.config.plugins import add_plugins_argument, load_plugins
 from spikingbrain_train.errors import ConfigurationError, DataError
 from spikingbrain_train.evaluation import checkpoint_commands
 from spikingbrain_train.evaluation.checkpoint_request import without_settings
+from spikingbrain_train.evaluation.folder_model import load_folder
 from spikingbrain_train.evaluation.measurement import finish_report
 from spikingbrain_train.evaluation.model_folder import (
     check_model_folder,
@@ -25,6 +26,7 @@ from spikingbrain_train.evaluation.output import show_text, write_result
 from spikingbrain_train.evaluation.probe_options import add_probe_options, probes_of
 from spikingbrain_train.evaluation.sampling import Sampling
 from spikingbrain_train.evaluation.task_options import add_task_options, tasks_of
+from spikingbrain_train.evaluation.teacher_options import add_teacher_options, teacher_of
 from spikingbrain_train.planning.file_checks import check_prefix
 from spikingbrain_train.planning.launch import Launch
 from spikingbrain_train.reporting.activity import activity
@@ -36,10 +38,12 @@ if TYPE_CHECKING:
     from spikingbrain_train.evaluation.result import Perplexity
 
 _EVALUATE_DESCRIPTION = """\
-Measure the held-out cross entropy and perplexity (--data), multiple-choice tasks (--tasks) and what is found
-again in long texts (--probes) of a Hugging Face folder (a dense source, or what spikingbrain-export wrote) or
-of a Megatron checkpoint of any form (what spikingbrain-convert or a run wrote, in whatever topology). The
-windows are those that a run evaluates on with the same stage.seq_length.
+Measure the held-out cross entropy and perplexity (--data), multiple-choice tasks (--tasks), what is found
+again in long texts (--probes) and how far generated text is from that of the dense source (--teacher).
+
+The model is a Hugging Face folder (a dense source, or what spikingbrain-export wrote) or a Megatron
+checkpoint of any form (what spikingbrain-convert or a run wrote, in whatever topology). The windows are those
+that a run evaluates on with the same stage.seq_length.
 """
 
 _EVALUATE_EXAMPLES = """\
@@ -62,6 +66,10 @@ examples:
   # what it finds again in long texts, as a table and a picture
   spikingbrain-evaluate --model outputs/smollm2/cpt --probes passkey,needle,associative_recall \\
       --probe-lengths 1k,4k,16k --output probes.json --plot probes.png
+
+  # whether it writes what its dense source writes
+  spikingbrain-evaluate --model outputs/smollm2/cpt --data outputs/smollm2/data/text_valid \\
+      --teacher models/SmolLM2-135M-Instruct --output teacher.json --plot teacher.png
 
   # an exported hybrid, whose folder brings its own modelling code
   spikingbrain-evaluate --model outputs/smollm2/export --data outputs/smollm2/data/text_valid \\
@@ -119,7 +127,10 @@ def evaluate_parser() -> argparse.ArgumentParser:
     )
     add_task_options(parser)
     add_probe_options(parser)
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the probes: .png, .svg or .pdf")
+    add_teacher_options(parser)
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="also draw probes and comparison: .png, .svg or .pdf"
+    )
     return parser
 
 
@@ -252,9 +263,8 @@ def _prepare_evaluation(arguments: argparse.Namespace) -> Callable[[], None]:
             raise ConfigurationError(f"--{name.replace('_', '-')} is {value}; give at least 1")
         if value is not None and value >= 2**31:
             raise ConfigurationError(f"--{name.replace('_', '-')} is {value}; give less than 2**31")
-    arguments.measurements = [
-        each for each in (tasks_of(arguments), probes_of(arguments)) if each is not None
-    ]
+    asked = (tasks_of(arguments), probes_of(arguments), teacher_of(arguments))
+    arguments.measurements = [each for each in asked if each is not None]
     _check_picture(arguments)
     if not arguments.data and not arguments.measurements:
         raise ConfigurationError(
@@ -279,7 +289,9 @@ def _check_picture(arguments: argparse.Namespace) -> None:
     if arguments.plot is None:
         return
     if not any(each.is_drawn for each in arguments.measurements):
-        raise ConfigurationError(f"--plot {arguments.plot} would be empty; name what it draws with --probes")
+        raise ConfigurationError(
+            f"--plot {arguments.plot} would be empty; name what it draws with --probes or --teacher"
+        )
     format_of(arguments.plot, "--plot")
     check_output_file(arguments.plot, "--plot")
 
@@ -384,31 +396,12 @@ def _check_files(arguments: argparse.Namespace) -> bool:
 
 
 def _load_model(arguments: argparse.Namespace) -> PreTrainedModel:
-    with activity("importing torch and transformers"):
-        import torch
-
-        from spikingbrain_train.config.parallel import AcceleratorKind
-        from spikingbrain_train.config.run import Precision
-        from spikingbrain_train.evaluation.pretrained import load_causal_lm
-        from spikingbrain_train.runtime.accelerator import detect
-        from spikingbrain_train.runtime.bf16 import choose_precision, slow_format_warning
-
-    accelerator = detect(AcceleratorKind(arguments.device))
-    if arguments.dtype == "auto":
-        bf16 = choose_precision(accelerator).precision is Precision.bf16
-        dtype = torch.bfloat16 if bf16 else torch.float32
-    else:
-        dtype = getattr(torch, arguments.dtype)
-        slow = slow_format_warning(f"--dtype {arguments.dtype}", dtype, accelerator)
-        if slow is not None:
-            print(slow, file=sys.stderr, flush=True)
-    with activity(f"loading {arguments.model}"):
-        return load_causal_lm(
-            arguments.model,
-            trust_remote_code=arguments.trust_remote_code,
-            dtype=dtype,
-            device=accelerator.device(),
-        )
+    return load_folder(
+        arguments.model,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        trust_remote_code=arguments.trust_remote_code,
+    )
 
 
 def _dtype_name(dtype: Any) -> str:

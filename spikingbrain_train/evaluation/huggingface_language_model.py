@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from spikingbrain_train.evaluation.language_model import (
     Answer,
     LanguageModel,
+    ShowActivity,
     padded_tokens,
     until_end,
 )
@@ -31,16 +32,23 @@ class HuggingFaceLanguageModel(LanguageModel):
             generation_config.
         tokenizer: of its text.
         tokens_per_batch: that are read at a time; None chooses by the device.
+        show: shows what runs; None shows it on standard error.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: TextTokenizer, *, tokens_per_batch: int | None = None
+        self,
+        model: PreTrainedModel,
+        tokenizer: TextTokenizer,
+        *,
+        tokens_per_batch: int | None = None,
+        show: ShowActivity | None = None,
     ) -> None:
         config = model.config
         super().__init__(
             tokenizer,
             vocab_size=int(config.vocab_size),
             max_length=int(getattr(config, "max_position_embeddings", None) or _DEFAULT_LENGTH),
+            show=show,
         )
         self.model = model
         self._logits = PositionLogits(model)

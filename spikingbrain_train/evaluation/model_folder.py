@@ -12,8 +12,8 @@ from spikingbrain_train.storage.checkpoint_paths import holds_checkpoint
 from spikingbrain_train.storage.hf_config_file import CONFIG_FILE, load_config_json
 
 
-def is_megatron_checkpoint(folder: Path) -> bool:
-    """Whether ``--model`` names a Megatron checkpoint; else it is a Hugging Face folder.
+def is_megatron_checkpoint(folder: Path, flag: str = "--model") -> bool:
+    """Whether ``flag`` names a Megatron checkpoint; else it is a Hugging Face folder.
 
     Raises:
         CheckpointError: it is neither.
@@ -23,9 +23,9 @@ def is_megatron_checkpoint(folder: Path) -> bool:
     if holds_checkpoint(folder):
         return True
     if not folder.is_dir():
-        raise CheckpointError(f"--model {folder} is not a folder; name that of a model or a checkpoint")
+        raise CheckpointError(f"{flag} {folder} is not a folder; name that of a model or a checkpoint")
     raise CheckpointError(
-        f"--model {folder} is neither a Hugging Face folder, which has a {CONFIG_FILE}, nor a Megatron "
+        f"{flag} {folder} is neither a Hugging Face folder, which has a {CONFIG_FILE}, nor a Megatron "
         f"checkpoint, which is a folder with {LATEST_ITERATION_FILE}, an iter_* folder in it or the "
         f"output_dir of a run; name one of them"
     )
