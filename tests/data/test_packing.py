@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -11,14 +12,17 @@ from hypothesis import strategies as st
 
 from spikingbrain_train.config.run import DataConfig, LongDocumentsConfig, RunConfig
 from spikingbrain_train.config.run_record import fingerprint, training_data_of
+from spikingbrain_train.data.command_line import preprocess_data
 from spikingbrain_train.data.gpt_dataset import TrainDataset, build_datasets
 from spikingbrain_train.data.packing.layout import LONG, SHORT, WHOLE, Packing, lay_out
 from spikingbrain_train.data.packing.packed_documents import PackedDocuments
+from spikingbrain_train.data.packing.section import packing_section
 from spikingbrain_train.data.packing.statistics import packing_statistics
 from spikingbrain_train.data.sample import Sample
 from spikingbrain_train.data.token_file import TokenFile
 from spikingbrain_train.errors import DataError
 from tests.data.conftest import WriteTokens
+from tests.planning.runs import plan_of
 
 SEQ = 8
 LENGTHS = [3, 30, 5, 9, 8, 2, 17, 40, 4, 6, 1, 25, 7, 3, 12]
@@ -283,3 +287,39 @@ def _statistics_of(lengths: np.ndarray, domains: np.ndarray, packing: Packing):
         patch.setattr(statistics, "read_domains", lambda prefix, documents: Domains(["a", "b", "c"], domains))
         patch.setattr(statistics, "_CHUNK_DOCUMENTS", 7)
         return packing_statistics("x", packing)
+
+
+def test_ways_to_pack_stand_beside_each_other(corpus: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert preprocess_data(["--describe", corpus, "--seq-length", str(SEQ)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    (share,) = (line for line in lines if line.startswith("... data.long_documents.share=0.5"))
+    expected = packing_statistics(corpus, Packing(SEQ, True, 0.5))
+    assert share.split()[2:5] == [
+        str(expected.samples),
+        f"{expected.documents_per_sample:.1f}",
+        f"{expected.of_one_document:.1%}",
+    ]
+    for domain in "abc":
+        documents = [n for n, of in zip(LENGTHS, DOMAINS, strict=True) if of == domain]
+        assert any(line.split()[:3] == [domain, str(len(documents)), str(sum(documents))] for line in lines)
+    assert preprocess_data(["--describe", corpus, "--seq-length", str(SEQ), "--json"]) == 0
+    (ways,) = json.loads(capsys.readouterr().out)["packing"]
+    assert [way["samples"] for way in ways["ways"]][-1] == expected.samples
+    assert ways["ways"][1]["settings"] == "data.pack_by_domain=true"
+
+
+def test_a_plan_says_what_samples_are_made_of_and_what_is_odd(corpus: str, write_tokens: WriteTokens) -> None:
+    small = write(write_tokens, [60, 7, 7], ["a", "b", "c"], name="small")
+    settings = f"model=tiny_hybrid stage.seq_length={SEQ} stage.train_iters=2 data.pack_by_domain=true"
+    once = "data.long_documents.max_repeats=1"
+    plan = plan_of(settings, f"data.train=[{corpus},{small},/absent] data.long_documents.share=0.99 {once}")
+    section = packing_section(plan)
+    assert section is not None
+    found, odd = section.facts["datasets"], section.facts["warnings"]
+    assert [each["prefix"] for each in found] == [corpus, small]
+    assert found[0] == packing_statistics(corpus, Packing(SEQ, True, 0.99, None, 1.0)).as_values()
+    assert any(line.startswith(f"{corpus} ") for line in section.text(100))
+    # Those of b and c, and of the rest of the document in a.
+    assert any("data.train[1]" in line and "18 tokens (24.32%) are never read" in line for line in odd)
+    assert any("data.train[0]" in line and "data.long_documents.share=0.99 asks for" in line for line in odd)
+    assert packing_section(plan_of("model=tiny_hybrid stage.train_iters=2", f"data.train=[{corpus}]")) is None

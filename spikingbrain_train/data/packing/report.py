@@ -78,8 +78,9 @@ def warnings(found: PackingStatistics, setting: str) -> Iterator[str]:
     name, packing = f"{setting}={found.prefix}", found.packing
     if found.left_out > 0.01 * found.tokens:
         yield (
-            f"{name}: {_left_out(found)} are of domains too small for a sample and never read; store coarser "
-            "domains (--domain-key, --domain-from folder), or data.pack_by_domain=false"
+            f"{name}: {_left_out(found)} are never read, because their domains have too few of them for a "
+            "sample; store coarser domains (--domain-key, --domain-from folder), or set "
+            "data.pack_by_domain=false"
         )
     share = packing.long_share
     if share and found.samples and found.long_samples < share - 0.01:
