@@ -96,6 +96,9 @@ def linear_attention_bytes(config: RunConfig, num_query_groups: int | None = Non
     return kept + states * state
 
 
+OPEN_GATE = 1.2784645427610738
+"""Where swish(x) = x sigmoid(x) is 1: bias of an output gate that begins as if it were not there."""
+
 _OF_THE_LOW_RANK_GATE = {
     *("gla.gate_low_rank_dim", "gla.gate_logit_normalizer", "gla.init_gate_std"),
     *("gla.init_gate_bias_min", "gla.init_gate_bias_max"),
@@ -155,6 +158,7 @@ class GatedLinearAttentionKind(MixerKind):
         options = (
             ("q/k norms", has_own_qk_norm(model)),
             ("rotary positions", model.gla.rotary),
+            ("output gate", model.gla.output_gate),
             (f"{groups} query groups", groups != model.num_query_groups),
         )
         return ", ".join(words for words, on in options if on) or None
@@ -196,6 +200,26 @@ class GatedLinearAttentionKind(MixerKind):
                     ),
                 ),
             )
+        if gla.output_gate:
+            size = model.num_attention_heads * width
+            gate += (
+                Weight(
+                    "linear_output_gate.weight",
+                    ("output_gate_weight",),
+                    ((size, model.hidden_size),),
+                    "GLA output gate",
+                    init=Constant(0.0),
+                    reads_input=True,
+                    projection=("gate", 0),
+                ),
+                Weight(
+                    "linear_output_gate.bias",
+                    ("output_gate_bias",),
+                    ((size,),),
+                    "GLA output gate",
+                    init=Constant(OPEN_GATE),
+                ),
+            )
         # A small output norm keeps the new mixer's contribution low until alignment has trained it.
         norm = Weight(
             "out_norm.weight",
@@ -233,13 +257,16 @@ class GatedLinearAttentionKind(MixerKind):
                 kept += (
                     heads + 2 * groups
                 ) * width  # the fused projection, of which keys before theirs are a view
+        if model.gla.output_gate:
+            kept += 3 * heads * width  # the gate before and after its swish, and the heads that it multiplies
         if model.gla.rotary:
             # Features before they are turned, where the op keeps its inputs as they are; cosines and sines.
             kept += (heads if repeats_groups(config) else heads + groups) * width + 4 * width
         return kept + linear_attention_bytes(config, query_groups(model))
 
     def input_projections(self, model: ModelConfig) -> tuple[str, ...]:
-        return ("qkv", "gate") if model.gla.gate.has_parameters else ("qkv",)
+        gates = model.gla.gate.has_parameters + model.gla.output_gate
+        return ("qkv", *("gate",) * gates)
 
 
 GLA = MIXERS.register(GatedLinearAttentionKind())

@@ -41,8 +41,8 @@ class SpikesKind(LinearTransformKind):
     def check(self, model: ModelConfig, stage: StageConfig, present: Collection[str]) -> None:
         require(
             Projection.gate in present or Projection.gate not in model.spiking.projections,
-            "model.spiking.projections lists gate, but no layer has a low-rank gate; take gate out of the "
-            "list",
+            "model.spiking.projections lists gate, but no layer has a low-rank gate or an output gate; take "
+            "gate out of the list",
         )
         _check_annealing(model, stage)
 

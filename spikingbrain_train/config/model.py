@@ -68,6 +68,9 @@ class GatedLinearAttentionConfig:
     rotary: bool = setting(False, resume=FUNCTION)
     """Rotary positions on the features of q and k, with the model's rotary_base and rope_scaling; they
     restart with every document."""
+    output_gate: bool = setting(False, resume=WEIGHTS)
+    """A gate in front of the output projection, ``RMSNorm(o) * swish(W x + b)`` as fla has it; it begins at 1
+    everywhere (W = 0, swish(b) = 1)."""
     init_gate_bias_min: float = setting(-16.0, resume=START)
     """Initial b2 of a head's first channel, the fastest to forget: its decay of one step starts at
     sigmoid(init_gate_bias_min) ** (1 / gate_logit_normalizer)."""
@@ -170,7 +173,8 @@ class Projection(str, Enum):
     qkv = "qkv"
     """The fused q, k and v projection of every mixer."""
     gate = "gate"
-    """The two matrices of the low-rank gate; for spikes, model.spiking.gate_encoding says which."""
+    """The two matrices of the low-rank gate, of which for spikes model.spiking.gate_encoding says which, and
+    that of the output gate."""
     attention_output = "attention_output"
     """The output projection of every mixer."""
     mlp_fc1 = "mlp_fc1"

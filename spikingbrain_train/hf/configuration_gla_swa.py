@@ -54,6 +54,7 @@ class GLAswaConfig(PretrainedConfig):
         linear_qk_norm: the same in GLA layers only.
         linear_num_key_value_heads: groups of GLA layers, each with a key, value and gate; None means
             num_key_value_heads.
+        linear_output_gate: whether normed heads of GLA layers are multiplied by swish(g_proj(x)).
         linear_rotary: whether GLA layers turn the features of queries and keys by rotary positions, too.
         full_attention_layers: those of `attn_layers` that ignore `sliding_window`; None means none.
         rope_parameters: None, or Llama 3's frequency scaling ({"rope_type": "llama3", "factor": ...,
@@ -107,6 +108,7 @@ class GLAswaConfig(PretrainedConfig):
         linear_qk_norm: bool = False,
         linear_rotary: bool = False,
         linear_num_key_value_heads: int | None = None,
+        linear_output_gate: bool = False,
         full_attention_layers: list[int] | None = None,
         rope_scaling: dict | None = None,
         rope_parameters: dict | None = None,
@@ -147,6 +149,7 @@ class GLAswaConfig(PretrainedConfig):
         self.qk_norm = qk_norm
         self.linear_qk_norm = linear_qk_norm
         self.linear_rotary = linear_rotary
+        self.linear_output_gate = linear_output_gate
         self.linear_num_key_value_heads = (
             self.num_key_value_heads if linear_num_key_value_heads is None else linear_num_key_value_heads
         )

@@ -16,7 +16,8 @@ Tensors: model.embeddings.weight; model.layers.{i}.attn_norm.weight; .attn.{q,k,
 .attn.o_proj.weight; .mlp_norm.weight; .mlp.{gate,up,down}_proj.weight; in GLA layers .attn.gk_proj.0.weight,
 .attn.gk_proj.1.{weight, bias}, .attn.g_norm.weight; model.norm.weight; lm_head.weight. With attention_bias
 false the biases are zeros that are not trained; with qk_norm .attn.{q,k}_norm.weight are added, with
-linear_qk_norm in GLA layers only; with tie_word_embeddings save_pretrained leaves lm_head.weight out.
+linear_qk_norm in GLA layers only; with linear_output_gate .attn.g_proj.{weight, bias} in GLA layers; with
+tie_word_embeddings save_pretrained leaves lm_head.weight out.
 """
 
 from __future__ import annotations
@@ -138,6 +139,9 @@ class GLAswaLinearAttention(GLAswaAttention):
             nn.Linear(config.gate_low_rank_dim, self.num_groups * self.head_dim, bias=True),
         )
         self.g_norm = GLAswaRMSNorm(self.head_dim, config.norm_eps)
+        self.g_proj = None
+        if config.linear_output_gate:
+            self.g_proj = nn.Linear(config.hidden_size, self.num_heads * self.head_dim, bias=True)
 
     def forward(
         self,
@@ -163,7 +167,10 @@ class GLAswaLinearAttention(GLAswaAttention):
         o_BTHV, state = gated_linear_attention(q, k, v, log_gate, state, layout.starts_BT)
         if layer is not None:
             layer.state_BGKV = state
-        return self.o_proj(self.g_norm(o_BTHV).flatten(-2))
+        o_BTD = self.g_norm(o_BTHV).flatten(-2)
+        if self.g_proj is not None:
+            o_BTD = o_BTD * F.silu(self.g_proj(x_BTD))
+        return self.o_proj(o_BTD)
 
 
 class GLAswaSoftmaxAttention(GLAswaAttention):

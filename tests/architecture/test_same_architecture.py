@@ -85,6 +85,11 @@ OTHER_WEIGHTS: dict[str, tuple[ModelConfig, ModelConfig, list[str]]] = {
         replace(MODEL, gla=replace(GLA, num_query_groups=4)),
         ["gla.num_query_groups=2", "model.gla.num_query_groups=4"],
     ),
+    "output gates": (
+        MODEL,
+        replace(MODEL, gla=replace(GLA, output_gate=True)),
+        ["gla.output_gate=false", "model.gla.output_gate=true"],
+    ),
     "kind of gate": (MODEL, replace(MODEL, gla=TIED), ["gla.gate=low_rank", "model.gla.gate=tied"]),
     "rank of gates": (
         MODEL,

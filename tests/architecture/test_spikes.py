@@ -63,7 +63,9 @@ def test_a_projection_is_listed_once() -> None:
     ("mixers", "gate"), [(("swa",), GateKind.low_rank), (("gla",), GateKind.tied)], ids=str
 )
 def test_spikes_in_front_of_a_gate_need_one(mixers: tuple[Any, ...], gate: GateKind) -> None:
-    with pytest.raises(ConfigurationError, match="no layer has a low-rank gate; take gate out"):
+    with pytest.raises(
+        ConfigurationError, match="no layer has a low-rank gate or an output gate; take gate out"
+    ):
         check(mixers=mixers, gate=gate)
 
 

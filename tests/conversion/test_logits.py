@@ -94,7 +94,9 @@ def test_exported_hybrid_agrees_with_the_megatron_model(
     assert_close(logits, transformers_logits(tmp_path / "hybrid"))
 
 
-OPTIONS = GatedLinearAttentionConfig(init_gate_std=1.0, qk_norm=True, rotary=True, num_query_groups=4)
+OPTIONS = GatedLinearAttentionConfig(
+    init_gate_std=1.0, qk_norm=True, rotary=True, num_query_groups=4, output_gate=True
+)
 
 
 @pytest.mark.parametrize("family", ["llama3_rope", "qwen3"])
@@ -106,7 +108,9 @@ def test_options_of_linear_layers_are_exported_and_imported_again(
     import_checkpoint(source, tmp_path / "megatron", recipe)
     report = export_checkpoint(tmp_path / "megatron", tmp_path / "hybrid")
     assert ("q/k norms in linear layers alone" in str(report.notes)) is (family != "qwen3")
-    assert "rotary positions in linear layers and no 4 query groups in linear" in str(report.notes)
+    assert "rotary positions in linear layers and no output gate and no 4 query groups in linear" in str(
+        report.notes
+    )
     (logits,) = ranks.run(megatron_logits, tmp_path / "megatron", world_size=1, parallel=ONE_RANK)
     assert_close(logits, transformers_logits(tmp_path / "hybrid"))
 

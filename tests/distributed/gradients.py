@@ -66,7 +66,7 @@ _76B = replace(
 _WITH_OPTIONS = replace(
     _7B,
     mixers=["gla"],
-    gla=GatedLinearAttentionConfig(qk_norm=True, rotary=True, num_query_groups=4),
+    gla=GatedLinearAttentionConfig(qk_norm=True, rotary=True, num_query_groups=4, output_gate=True),
     norm_epsilon=1e-1,  # scores of both signs, as rotary positions make them, cancel more often
 )
 

@@ -65,7 +65,11 @@ def reference_logits(config: GLAswaConfig, w: Tensors, ids: list[int]) -> Tensor
                 for h in range(heads):
                     g = h * groups // heads
                     mixed.append((keys[:, g] @ q[h] / math.sqrt(d)).softmax(0) @ values[:, g])
-            x = x + p["attn.o_proj.weight"] @ torch.cat(mixed)
+            heads_of_token = torch.cat(mixed)
+            if is_gla and config.linear_output_gate:
+                gate = p["attn.g_proj.weight"] @ a + p["attn.g_proj.bias"]
+                heads_of_token = heads_of_token * gate * gate.sigmoid()
+            x = x + p["attn.o_proj.weight"] @ heads_of_token
             b = norm(x, p["mlp_norm.weight"], config.norm_eps)
             gate, up = p["mlp.gate_proj.weight"] @ b, p["mlp.up_proj.weight"] @ b
             hidden[t] = x + p["mlp.down_proj.weight"] @ (gate * gate.sigmoid() * up)
@@ -81,6 +85,7 @@ VARIANTS = {
         "linear_qk_norm": True,
         "linear_rotary": True,
         "linear_num_key_value_heads": 4,
+        "linear_output_gate": True,
     },
     "own layers": {"attn_layers": [0, 1, 3], "full_attention_layers": [3], "gate_low_rank_dim": 5},
     "no window": {"sliding_window": None, "gate_logit_normalizer": 4, "num_key_value_heads": 4},

@@ -111,7 +111,11 @@ def loop_over_tokens(weights: dict[str, Tensor], hidden_TBD: Tensor, model: Mode
             state = decay[t, :, group].unsqueeze(-1) * state + k[t].unsqueeze(-1) * v[t].unsqueeze(-2)
             outputs.append((q[t].unsqueeze(-2) @ state).squeeze(-2) / K**0.5)
         heads.append(norm(torch.stack(outputs), weights["out_norm.weight"]))
-    return torch.cat(heads, dim=-1) @ weights["linear_proj.weight"].t()
+    mixed = torch.cat(heads, dim=-1)
+    if model.gla.output_gate:
+        gate = hidden_TBD @ weights["linear_output_gate.weight"].t() + weights["linear_output_gate.bias"]
+        mixed = mixed * gate * torch.sigmoid(gate)
+    return mixed @ weights["linear_proj.weight"].t()
 
 
 def rotate(x_TBK: Tensor, base: float) -> Tensor:
@@ -129,6 +133,7 @@ CASES: dict[str, dict[str, Any]] = {
     "biases": {"bias": True},
     "q/k norms of the source": {"qk_norm": True},
     "a group a head": {"bias": True, "options": {"num_query_groups": H}},
+    "output gate": {"options": {"output_gate": True}},
     "rotary positions": {"options": {"rotary": True}},
     "q/k norms": {"options": {"qk_norm": True}},
 }

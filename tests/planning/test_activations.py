@@ -74,7 +74,7 @@ EXPERTS = replace(
     DENSE, feed_forwards=["moe"], moe=MoEConfig(num_experts=4, router_topk=1, num_shared_experts=1)
 )
 SPIKES = SpikingConfig(projections=list(Projection))
-OPTIONS = GatedLinearAttentionConfig(qk_norm=True, rotary=True, num_query_groups=4)
+OPTIONS = GatedLinearAttentionConfig(qk_norm=True, rotary=True, num_query_groups=4, output_gate=True)
 METHODS = {
     "all-gather and halo": ContextParallelConfig(),
     "all-scan and halo": ContextParallelConfig(LinearAttentionContextParallel.allscan),
@@ -136,6 +136,7 @@ CASES = {
     "experts, fp32": Case(EXPERTS, Precision.fp32),
     "experts, top-2": Case(replace(EXPERTS, moe=replace(EXPERTS.moe, router_topk=2))),
     "window, spiking": Case(replace(DENSE, spiking=SPIKES)),
+    "GLA, options, spiking": Case(replace(GLA, gla=OPTIONS, spiking=SPIKES)),
     "GLA, spiking": Case(replace(GLA, spiking=SPIKES)),
     "two branches, spiking": Case(replace(TWO_BRANCHES, spiking=SPIKES)),
     "experts, spiking": Case(replace(EXPERTS, spiking=SPIKES)),

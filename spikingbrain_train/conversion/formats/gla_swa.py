@@ -45,6 +45,8 @@ NAMES: Mapping[str, str] = {
     "gate_down_weight": "model.layers.{layer}.attn.gk_proj.0.weight",
     "gate_up_weight": "model.layers.{layer}.attn.gk_proj.1.weight",
     "gate_up_bias": "model.layers.{layer}.attn.gk_proj.1.bias",
+    "output_gate_weight": "model.layers.{layer}.attn.g_proj.weight",
+    "output_gate_bias": "model.layers.{layer}.attn.g_proj.bias",
     "out_norm": "model.layers.{layer}.attn.g_norm.weight",
     "mlp_norm": "model.layers.{layer}.mlp_norm.weight",
     "mlp_gate_weight": "model.layers.{layer}.mlp.gate_proj.weight",
@@ -53,7 +55,7 @@ NAMES: Mapping[str, str] = {
     "final_norm": "model.norm.weight",
     "output": "lm_head.weight",
 }
-"""Role -> name in the published checkpoint; q_norm and k_norm exist only in conversions of Qwen3."""
+"""Role -> name in the published checkpoint, and of what it does not have: norms of q and k, output gates."""
 
 _LINEAR, _WINDOW, _FULL = "linear_attention", "sliding_attention", "full_attention"
 _KERNEL_CHOICES = {"attn_mode": "chunk", "conv_size": 4, "fuse_cross_entropy": True}
@@ -105,6 +107,7 @@ class GatedLinearSlidingWindowFormat(LlamaLikeFormat):
             gate_logit_normalizer=keys.number("gate_logit_normalizer", 16.0),
             qk_norm=keys.boolean("linear_qk_norm", False),
             rotary=keys.boolean("linear_rotary", False),
+            output_gate=keys.boolean("linear_output_gate", False),
         )
         groups = keys.integer("linear_num_key_value_heads", model.num_query_groups)
         if model.num_attention_heads % groups or groups % model.num_query_groups:
@@ -186,6 +189,7 @@ class GatedLinearSlidingWindowFormat(LlamaLikeFormat):
         options = {
             "linear_qk_norm": has_own_qk_norm(model),
             "linear_rotary": model.gla.rotary,
+            "linear_output_gate": model.gla.output_gate,
             "linear_num_key_value_heads": groups if groups != model.num_query_groups else None,
         }
         return {key: value for key, value in options.items() if value}
@@ -262,6 +266,7 @@ class GatedLinearSlidingWindowFormat(LlamaLikeFormat):
                 (f"gate normalizer of {normalizer:g}", normalizer != _GATE_NORMALIZER),
                 ("q/k norms in linear layers alone", "linear_qk_norm" in options),
                 ("rotary positions in linear layers", "linear_rotary" in options),
+                ("output gate", "linear_output_gate" in options),
                 (
                     f"{query_groups(model)} query groups in linear layers alone",
                     "linear_num_key_value_heads" in options,

@@ -11,7 +11,8 @@ Per head, with keys, values and gates shared by the heads of a group (SpikingBra
 Without rotary positions the gate carries the order. Options that neither form has
 (docs/linear_attention_options.md): RMSNorm of q and k in front of the features, and rotary positions behind
 them, as RoFormer puts them into linear attention (Su et al., arXiv 2104.09864, eq. 19), so that the score of
-two tokens depends on their distance; more groups than softmax attention has, up to one a head.
+two tokens depends on their distance; more groups than softmax attention has, up to one a head;
+and a gate in front of the output projection, y = W_o (RMSNorm(o) * swish(W_g x + b_g)), as fla's layers have.
 
 Shape letters: T time, B batch, H query heads and G groups of this tensor-parallel rank, K key and V value
 width.
@@ -31,6 +32,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
+from spikingbrain_train.architecture.gated_linear_attention import OPEN_GATE
 from spikingbrain_train.architecture.mixers import MixerKind
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.config.enum_tables import entry_of
@@ -64,6 +66,7 @@ def spec(_kind: MixerKind, build: LayerBuild) -> ModuleSpec:
             "context_parallel": build.context_parallel.gated_linear_attention,
             "rotary_of": build.model if build.model.gla.rotary else None,
             **_gate_projections(build),
+            "output_gate": build.linears.column(Projection.gate) if build.model.gla.output_gate else None,
         },
         submodules=attention_submodules(build),
     )
@@ -107,7 +110,8 @@ class GatedLinearAttention(SelfAttention):
 
     It keeps SelfAttention's fused ``linear_qkv`` (with bias or q/k norms where the source has them) and
     ``linear_proj``, so a dense layer's weights fit unchanged, and adds ``out_norm`` and, with a low-rank
-    gate, ``linear_gate_down_proj`` and ``linear_gate_up_proj``: the only parameters the source does not have.
+    gate, ``linear_gate_down_proj`` and ``linear_gate_up_proj``: the only parameters the source does not have,
+    but for those of options (``linear_output_gate``; ``q_layernorm``, ``k_layernorm``).
     """
 
     def __init__(
@@ -125,6 +129,7 @@ class GatedLinearAttention(SelfAttention):
         rotary_of: ModelConfig | None = None,
         gate_down_proj: type = LowRankDownProjection,
         gate_up_proj: type = ColumnParallelLinear,
+        output_gate: type | None = None,
         **kwargs: object,
     ) -> None:
         if gla.num_query_groups is not None:
@@ -153,6 +158,7 @@ class GatedLinearAttention(SelfAttention):
         self._log_gate = entry_of(self.gate, _LOG_GATES, "the log gates of linear attention")
         if self.gate is GateKind.low_rank:
             self._build_low_rank_gate(gla, gate_down_proj, gate_up_proj)
+        self.linear_output_gate = None if output_gate is None else self._build_output_gate(output_gate)
 
     def _build_low_rank_gate(
         self, gla: GatedLinearAttentionConfig, gate_down_proj: type, gate_up_proj: type
@@ -176,6 +182,24 @@ class GatedLinearAttention(SelfAttention):
                 bias_GK.copy_(torch.tensor(gla.init_gate_bias(config.kv_channels)))
         for parameter in (self.linear_gate_down_proj.weight, up.weight, up.bias):
             parameter.is_new_parameter = True
+
+    def _build_output_gate(self, linear: type) -> torch.nn.Module:
+        gate = linear(
+            self.config.hidden_size,
+            self.query_projection_size,
+            config=self.config,
+            init_method=torch.nn.init.zeros_,
+            gather_output=False,
+            bias=True,
+            skip_bias_add=False,
+            is_expert=False,
+            tp_group=self.pg_collection.tp,
+        )
+        if self.config.perform_initialization:
+            torch.nn.init.constant_(gate.bias, OPEN_GATE)
+        for parameter in (gate.weight, gate.bias):
+            parameter.is_new_parameter = True
+        return gate
 
     def log_gate(self, hidden_states: Tensor, key_logits_TBGK: Tensor) -> Tensor:
         """Logarithm of the per-channel decay.
@@ -238,7 +262,8 @@ class GatedLinearAttention(SelfAttention):
             rotary_pos_emb: as there.
 
         Returns:
-            [T, B, H * V] normalised outputs of this rank's heads over the whole slice.
+            [T, B, H * V] normalised outputs of this rank's heads over the whole slice, behind the output gate
+            if there is one.
         """
         q_BTHK, k_BTGK, v_BTGV, log_gate_BTGK = self._op_inputs(hidden_states, layout, rotary_pos_emb)
         o_BTHV = context_parallel_linear_attention(
@@ -252,7 +277,15 @@ class GatedLinearAttention(SelfAttention):
             scale=self.scale,
             backend=self.backend,
         )
-        return self.out_norm(o_BTHV)
+        return self._normed_and_gated(o_BTHV, hidden_states)
+
+    def _normed_and_gated(self, o_BTHV: Tensor, hidden_states: Tensor) -> Tensor:
+        """[T, B, H * V] from the heads and the layer's input."""
+        normed_TBD = self.out_norm(o_BTHV)
+        if self.linear_output_gate is None:
+            return normed_TBD
+        gate_TBD, _ = self.linear_output_gate(hidden_states)
+        return normed_TBD * torch.nn.functional.silu(gate_TBD)
 
     def _op_inputs(
         self, hidden_states: Tensor, layout: SequenceLayout | None, rotary_pos_emb: Tensor | None
@@ -277,7 +310,8 @@ class GatedLinearAttention(SelfAttention):
             *inputs, scale=self.scale, output_final_state=True, backend=self.backend
         )
         assert state_BGKV is not None
-        return self.linear_proj(self.out_norm(o_BTHV))[0], RecurrentState(state_BGKV)
+        output, _ = self.linear_proj(self._normed_and_gated(o_BTHV, hidden_states))
+        return output, RecurrentState(state_BGKV)
 
     def decode(
         self, hidden_states: Tensor, state: RecurrentState, *, rotary_pos_emb: Tensor | None
@@ -288,7 +322,7 @@ class GatedLinearAttention(SelfAttention):
         o_BHV, state.state_BGKV = gated_linear_attention_step(
             q_BHK, k_BGK, v_BGV, log_gate_BGK, state.state_BGKV, scale=self.scale
         )
-        return self.linear_proj(self.out_norm(o_BHV.unsqueeze(1)))[0]
+        return self.linear_proj(self._normed_and_gated(o_BHV.unsqueeze(1), hidden_states))[0]
 
     @torch.no_grad()
     def balance_keys(self) -> None:
