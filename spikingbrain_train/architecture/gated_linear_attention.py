@@ -8,7 +8,7 @@ from spikingbrain_train.architecture.backends.gated_linear_attention import (
     GATED_LINEAR_ATTENTION,
     LinearAttentionCall,
 )
-from spikingbrain_train.architecture.initializers import Constant, Normal, Values
+from spikingbrain_train.architecture.initializers import Constant, LightningDecays, Normal, Values
 from spikingbrain_train.architecture.mixers import MIXERS, MixerKind, attention_weights
 from spikingbrain_train.architecture.rotary import check_rotary, rotary_settings
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
@@ -22,7 +22,7 @@ from spikingbrain_train.architecture.sizes import (
 )
 from spikingbrain_train.architecture.split_checks import check_heads_over_context
 from spikingbrain_train.architecture.weights import Split, Weight
-from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.config.model import GateKind, ModelConfig
 from spikingbrain_train.config.parallel import (
     AcceleratorKind,
     LinearAttentionContextParallel,
@@ -157,6 +157,7 @@ class GatedLinearAttentionKind(MixerKind):
         groups = query_groups(model)
         options = (
             ("q/k norms", has_own_qk_norm(model)),
+            ("fixed decay", model.gla.gate is GateKind.fixed),
             ("rotary positions", model.gla.rotary),
             ("output gate", model.gla.output_gate),
             (f"{groups} query groups", groups != model.num_query_groups),
@@ -200,6 +201,17 @@ class GatedLinearAttentionKind(MixerKind):
                     ),
                 ),
             )
+        if gla.gate is GateKind.fixed:
+            decays = Weight(
+                "log_decay",
+                ("log_decay",),
+                ((groups,),),
+                "GLA fixed decays",
+                Split.none,
+                init=LightningDecays(),
+                is_trained=False,
+            )
+            gate = (decays,)
         if gla.output_gate:
             size = model.num_attention_heads * width
             gate += (
@@ -247,8 +259,11 @@ class GatedLinearAttentionKind(MixerKind):
         width, fp32_width = model.kv_channels * element, model.kv_channels * FP32
         # Features of queries and keys; the output before and after its norm, and one number a head for that.
         kept: float = (heads + groups + 2 * heads) * width + heads * FP32
-        # What the gate's sigmoid sees; on CPUs torch keeps a second tensor for its gradient.
-        kept += groups * fp32_width * (2 if config.cluster.accelerator is AcceleratorKind.cpu else 1)
+        if model.gla.gate is not GateKind.fixed:
+            # What the gate's sigmoid sees; on CPUs torch keeps a second tensor for its gradient.
+            kept += groups * fp32_width * (2 if config.cluster.accelerator is AcceleratorKind.cpu else 1)
+        elif not repeats_groups(config) and config.parallel.context_parallel_size == 1:
+            kept -= groups * fp32_width  # the op's log gates are a view of one number a group
         if model.gla.gate.has_parameters:
             kept += model.gla.gate_low_rank_dim * element
         if model.qk_layernorm or has_own_qk_norm(model):

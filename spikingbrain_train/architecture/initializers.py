@@ -45,4 +45,19 @@ class OfRecipe:
     name: str
 
 
-Initializer = Normal | Constant | Values | AttentionSize | EmbeddingRows | OfRecipe
+@dataclass(frozen=True)
+class LightningDecays:
+    """Logarithms of the decays of Lightning attention's heads, layer by layer."""
+
+    def of_layer(self, heads: int, layer: int, num_layers: int) -> list[float]:
+        """``-2^(-8 h / H) (1 - l / (L - 1) + 1e-5)`` for heads h = 1 to H of layer l = 0 to L - 1.
+
+        Memories of one token to about 256, longer in later layers. As MiniMax-01 publishes them (arXiv
+        2501.08313); TransNormerLLM, and with it Lightning attention-2 (arXiv 2401.04658), has 8 h / H in the
+        place of the power, which leaves most heads a memory of one token.
+        """
+        share = 1 - layer / max(num_layers - 1, 1) + 1e-5
+        return [-share * 2.0 ** (-8 * (head + 1) / heads) for head in range(heads)]
+
+
+Initializer = Normal | Constant | Values | LightningDecays | AttentionSize | EmbeddingRows | OfRecipe

@@ -67,6 +67,8 @@ class Weight:
     None where they are ``shapes``."""
     init: Initializer | None = None
     """How it begins where the source does not have it; None for weights that every source has."""
+    is_trained: bool = True
+    """Whether it learns; else it is a buffer of its module, stored with the weights."""
     reads_input: bool = False
     """Whether it is a matrix that multiplies the layer's normed input."""
     active: tuple[int, int] = (1, 1)

@@ -34,6 +34,9 @@ class GateKind(str, Enum):
     """``log g = logsigmoid(W2 (W1 x) + b2) / gate_logit_normalizer``: SpikingBrain-7B."""
     tied = "tied"
     """``g = 1 - k``, no parameters of its own; k must be a sigmoid: SpikingBrain-76B."""
+    fixed = "fixed"
+    """One constant decay a query group, stored with the weights and never trained; it begins as Lightning
+    attention's."""
 
     @property
     def has_parameters(self) -> bool:
@@ -41,7 +44,7 @@ class GateKind(str, Enum):
         return entry_of(self, _GATES_WITH_PARAMETERS, "the parameters of a gate")
 
 
-_GATES_WITH_PARAMETERS = {GateKind.low_rank: True, GateKind.tied: False}
+_GATES_WITH_PARAMETERS = {GateKind.low_rank: True, GateKind.tied: False, GateKind.fixed: False}
 
 
 @dataclass
@@ -54,7 +57,7 @@ class GatedLinearAttentionConfig:
     feature_map: FeatureMap = setting(FeatureMap.relu, resume=FUNCTION)
     """What makes q and k non-negative; a tied gate needs sigmoid."""
     gate: GateKind = setting(GateKind.low_rank, resume=WEIGHTS)
-    """Where the forget gate comes from: matrices of its own, or the key."""
+    """Where the forget gate comes from: matrices of its own, the key, or nowhere."""
     gate_low_rank_dim: int = setting(16, minimum=1, resume=WEIGHTS)
     """Width of the low-rank gate's bottleneck (W1 is [gate_low_rank_dim, hidden_size], without bias)."""
     gate_logit_normalizer: float = setting(16.0, above=0, resume=FUNCTION)

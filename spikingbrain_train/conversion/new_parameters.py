@@ -14,6 +14,7 @@ from spikingbrain_train.architecture.initializers import (
     Constant,
     EmbeddingRows,
     Initializer,
+    LightningDecays,
     Normal,
     OfRecipe,
     Values,
@@ -61,6 +62,7 @@ class NewParameters:
             Normal: self._normal,
             Constant: self._constant,
             Values: self._values,
+            LightningDecays: self._lightning_decays,
             AttentionSize: self._attention_size,
             EmbeddingRows: self._embedding_rows,
             OfRecipe: self._of_recipe,
@@ -107,6 +109,13 @@ class NewParameters:
             return torch.tensor(init.values).repeat(repeats)[: parameter.numel].view(parameter.shape)
 
         return InitialValues(init.description, fill)
+
+    def _lightning_decays(self, init: LightningDecays) -> InitialValues:
+        def of_layer(parameter: Parameter) -> Tensor:
+            assert parameter.layer is not None
+            return torch.tensor(init.of_layer(parameter.numel, parameter.layer, parameter.model.num_layers))
+
+        return InitialValues("decays of Lightning attention, layer by layer", of_layer)
 
     def _attention_size(self, init: AttentionSize) -> InitialValues:
         def measure(parameter: Parameter) -> Tensor:

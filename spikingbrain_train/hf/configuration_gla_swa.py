@@ -54,6 +54,7 @@ class GLAswaConfig(PretrainedConfig):
         linear_qk_norm: the same in GLA layers only.
         linear_num_key_value_heads: groups of GLA layers, each with a key, value and gate; None means
             num_key_value_heads.
+        linear_gate: "low_rank", or "fixed": one decay a group that is stored and not trained.
         linear_output_gate: whether normed heads of GLA layers are multiplied by swish(g_proj(x)).
         linear_rotary: whether GLA layers turn the features of queries and keys by rotary positions, too.
         full_attention_layers: those of `attn_layers` that ignore `sliding_window`; None means none.
@@ -109,6 +110,7 @@ class GLAswaConfig(PretrainedConfig):
         linear_rotary: bool = False,
         linear_num_key_value_heads: int | None = None,
         linear_output_gate: bool = False,
+        linear_gate: str = "low_rank",
         full_attention_layers: list[int] | None = None,
         rope_scaling: dict | None = None,
         rope_parameters: dict | None = None,
@@ -150,6 +152,7 @@ class GLAswaConfig(PretrainedConfig):
         self.linear_qk_norm = linear_qk_norm
         self.linear_rotary = linear_rotary
         self.linear_output_gate = linear_output_gate
+        self.linear_gate = linear_gate
         self.linear_num_key_value_heads = (
             self.num_key_value_heads if linear_num_key_value_heads is None else linear_num_key_value_heads
         )
@@ -217,6 +220,8 @@ class GLAswaConfig(PretrainedConfig):
                 f"num_attention_heads {self.num_attention_heads} must be a multiple of "
                 f"linear_num_key_value_heads {self.linear_num_key_value_heads}."
             )
+        if self.linear_gate not in ("low_rank", "fixed"):
+            raise ValueError(f'linear_gate must be "low_rank" or "fixed", got "{self.linear_gate}".')
         if self.head_dim % 2 != 0:
             raise ValueError(f"head_dim must be even for rotary embedding, got {self.head_dim}.")
         unknown = [i for i in self.attn_layers if not 0 <= i < self.num_hidden_layers]

@@ -17,6 +17,7 @@ Tensors: model.embeddings.weight; model.layers.{i}.attn_norm.weight; .attn.{q,k,
 .attn.gk_proj.1.{weight, bias}, .attn.g_norm.weight; model.norm.weight; lm_head.weight. With attention_bias
 false the biases are zeros that are not trained; with qk_norm .attn.{q,k}_norm.weight are added, with
 linear_qk_norm in GLA layers only; with linear_output_gate .attn.g_proj.{weight, bias} in GLA layers; with
+linear_gate "fixed" these have .attn.log_decay, which is not trained, in the place of gk_proj; with
 tie_word_embeddings save_pretrained leaves lm_head.weight out.
 """
 
@@ -41,7 +42,13 @@ from .layout_gla_swa import (
     token_layout,
     valid_tokens,
 )
-from .ops_gla_swa import apply_rotary, causal_attention, gated_linear_attention, rotary_frequencies
+from .ops_gla_swa import (
+    apply_rotary,
+    causal_attention,
+    gated_linear_attention,
+    lightning_log_decays,
+    rotary_frequencies,
+)
 
 # What collators and transformers pass that changes nothing here, and what goes to the loss.
 _IDLE_KEYWORDS = ("max_length_q", "max_length_k", "max_seqlen", "cache_position")
@@ -123,7 +130,7 @@ class GLAswaAttention(nn.Module):
 
 
 class GLAswaLinearAttention(GLAswaAttention):
-    """Gated linear attention with ReLU features and a low-rank gate (eq. 10-11).
+    """Gated linear attention with ReLU features and a low-rank gate or a fixed decay (eq. 10-11).
 
     With linear_rotary the features are turned by rotary positions, else there are none.
     """
@@ -134,10 +141,16 @@ class GLAswaLinearAttention(GLAswaAttention):
         )
         self.gate_logit_normalizer = config.gate_logit_normalizer
         self.rotary = config.linear_rotary
-        self.gk_proj = nn.Sequential(
-            nn.Linear(config.hidden_size, config.gate_low_rank_dim, bias=False),
-            nn.Linear(config.gate_low_rank_dim, self.num_groups * self.head_dim, bias=True),
-        )
+        self.has_fixed_decay = config.linear_gate == "fixed"
+        if self.has_fixed_decay:
+            decays = lightning_log_decays(self.num_groups, layer_idx, config.num_hidden_layers)
+            self.log_decay: Tensor
+            self.register_buffer("log_decay", decays)
+        else:
+            self.gk_proj = nn.Sequential(
+                nn.Linear(config.hidden_size, config.gate_low_rank_dim, bias=False),
+                nn.Linear(config.gate_low_rank_dim, self.num_groups * self.head_dim, bias=True),
+            )
         self.g_norm = GLAswaRMSNorm(self.head_dim, config.norm_eps)
         self.g_proj = None
         if config.linear_output_gate:
@@ -154,9 +167,7 @@ class GLAswaLinearAttention(GLAswaAttention):
         q, k = F.relu(q), F.relu(k)
         if self.rotary:
             q, k = (apply_rotary(x.transpose(1, 2), *rotary).transpose(1, 2) for x in (q, k))
-        gate_logit = self.gk_proj(x_BTD).view_as(k)
-        gate_logit = gate_logit.to(torch.promote_types(gate_logit.dtype, torch.float32))
-        log_gate = F.logsigmoid(gate_logit) / self.gate_logit_normalizer
+        log_gate = self.log_gate(x_BTD).view_as(k)
         if layout.valid_BS is not None:
             # Padding leaves the state as it is: it adds nothing (v = 0) and does not decay it (log gate = 0).
             valid = layout.valid_BS[:, -x_BTD.shape[1] :, None, None]
@@ -171,6 +182,15 @@ class GLAswaLinearAttention(GLAswaAttention):
         if self.g_proj is not None:
             o_BTD = o_BTD * F.silu(self.g_proj(x_BTD))
         return self.o_proj(o_BTD)
+
+    def log_gate(self, x_BTD: Tensor) -> Tensor:
+        """Logarithm of the decay of every channel, [B, T, G * head_dim], in at least float32."""
+        if self.has_fixed_decay:
+            decay_GK = self.log_decay.to(torch.promote_types(self.log_decay.dtype, torch.float32))
+            return decay_GK.repeat_interleave(self.head_dim).expand(*x_BTD.shape[:2], -1)
+        logit = self.gk_proj(x_BTD)
+        logit = logit.to(torch.promote_types(logit.dtype, torch.float32))
+        return F.logsigmoid(logit) / self.gate_logit_normalizer
 
 
 class GLAswaSoftmaxAttention(GLAswaAttention):

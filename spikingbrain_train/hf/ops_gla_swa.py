@@ -61,6 +61,12 @@ def gated_linear_attention(
     return chunked_gated_linear_attention(q_BTHK, k_BTGK, v_BTGV, log_gate_BTGK, state_BGKV)
 
 
+def lightning_log_decays(num_groups: int, layer_idx: int, num_layers: int) -> Tensor:
+    """Logarithms of Lightning attention's decays (arXiv 2501.08313), [G] float32."""
+    slope = 2.0 ** (-8 * torch.arange(1, num_groups + 1) / num_groups)
+    return -slope * (1 - layer_idx / max(num_layers - 1, 1) + 1e-5)
+
+
 def recurrent_step(
     q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, log_gate_BTGK: Tensor, state_BGKV: Tensor | None
 ) -> tuple[Tensor, Tensor]:

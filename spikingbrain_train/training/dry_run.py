@@ -207,7 +207,7 @@ def _describe(layer: Any, kind: Layer, config: RunConfig) -> BuiltLayer:
         RuntimeError: they are not the same.
     """
     model, parallel, number = config.model, config.parallel, layer.layer_number - 1
-    sizes = {name: parameter.numel() for name, parameter in layer.self_attention.named_parameters()}
+    sizes = {name: weight.numel() for name, weight in _weights(layer.self_attention)}
     planned = {
         weight.name.removeprefix("self_attention."): weight.numel_on_rank(parallel)
         for weight in kind.mixer_weights(model)
@@ -227,4 +227,13 @@ def _describe(layer: Any, kind: Layer, config: RunConfig) -> BuiltLayer:
 
 
 def _count(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+    return sum(weight.numel() for _, weight in _weights(module))
+
+
+def _weights(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters, and the buffers that are stored with them."""
+    yield from module.named_parameters()
+    for name, owner in module.named_modules():
+        for buffer, tensor in owner.named_buffers(prefix=name, recurse=False):
+            if buffer.rpartition(".")[2] not in owner._non_persistent_buffers_set:
+                yield buffer, tensor

@@ -91,6 +91,11 @@ OTHER_WEIGHTS: dict[str, tuple[ModelConfig, ModelConfig, list[str]]] = {
         ["gla.output_gate=false", "model.gla.output_gate=true"],
     ),
     "kind of gate": (MODEL, replace(MODEL, gla=TIED), ["gla.gate=low_rank", "model.gla.gate=tied"]),
+    "fixed decays": (
+        MODEL,
+        replace(MODEL, gla=replace(GLA, gate=GateKind.fixed)),
+        ["gla.gate=low_rank", "model.gla.gate=fixed"],
+    ),
     "rank of gates": (
         MODEL,
         replace(MODEL, gla=replace(GLA, gate_low_rank_dim=8)),

@@ -7,6 +7,7 @@ summation order, which stays below 1e-5 here.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
 from spikingbrain_train.config.conversion import ConversionConfig
 from spikingbrain_train.config.load import load_model_config
-from spikingbrain_train.config.model import GatedLinearAttentionConfig
+from spikingbrain_train.config.model import GatedLinearAttentionConfig, GateKind
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.conversion.export_checkpoint import export_checkpoint
 from spikingbrain_train.conversion.import_checkpoint import import_checkpoint
@@ -99,18 +100,19 @@ OPTIONS = GatedLinearAttentionConfig(
 )
 
 
-@pytest.mark.parametrize("family", ["llama3_rope", "qwen3"])
+@pytest.mark.parametrize(("family", "gate"), [("llama3_rope", GateKind.low_rank), ("qwen3", GateKind.fixed)])
 def test_options_of_linear_layers_are_exported_and_imported_again(
-    ranks: RankPool, hf_checkpoint: HFCheckpoint, tmp_path: Path, family: str
+    ranks: RankPool, hf_checkpoint: HFCheckpoint, tmp_path: Path, family: str, gate: GateKind
 ) -> None:
     source, _ = hf_checkpoint(family)
-    recipe = ConversionConfig(mixers=["gla", "swa", "gla", "full"], sliding_window=7, gla=OPTIONS)
+    recipe = ConversionConfig(mixers=["gla", "swa", "gla", "full"], sliding_window=7)
+    recipe.gla = replace(OPTIONS, gate=gate)
     import_checkpoint(source, tmp_path / "megatron", recipe)
     report = export_checkpoint(tmp_path / "megatron", tmp_path / "hybrid")
     assert ("q/k norms in linear layers alone" in str(report.notes)) is (family != "qwen3")
-    assert "rotary positions in linear layers and no output gate and no 4 query groups in linear" in str(
-        report.notes
-    )
+    assert ("fixed decay" in str(report.notes)) is (gate is GateKind.fixed)
+    for option in ("rotary positions in linear layers", "output gate", "4 query groups in linear layers"):
+        assert option in str(report.notes)
     (logits,) = ranks.run(megatron_logits, tmp_path / "megatron", world_size=1, parallel=ONE_RANK)
     assert_close(logits, transformers_logits(tmp_path / "hybrid"))
 

@@ -86,6 +86,9 @@ CASES: Mapping[str, Case] = {
     "GLA, low-rank gate": Case(replace(_7B, mixers=["gla"])),
     "GLA, options": Case(_WITH_OPTIONS),
     "GLA, options, packed documents": Case(_WITH_OPTIONS, packed=True),
+    "GLA, fixed decay": Case(
+        replace(_WITH_OPTIONS, gla=replace(_WITH_OPTIONS.gla, gate=GateKind.fixed, qk_norm=False))
+    ),
     "GLA, tied gate": Case(replace(_7B, mixers=["gla"], gla=_76B.gla)),
     "parallel hybrid": Case(replace(_76B, num_sink_tokens=0, feed_forwards=["dense"])),
     "softmax branches only, three branches": Case(
@@ -218,6 +221,8 @@ def _values(shard: ShardedTensor) -> Tensor:
         whole = 1 + 0.1 * whole
     elif shard.key.endswith("linear_gate_up_proj.bias"):
         whole = 4 * whole - 4
+    elif shard.key.endswith("log_decay"):
+        whole = -whole.abs()
     elif shard.key.endswith("branch_weights"):
         whole = 0.7 + 0.2 * whole
     else:

@@ -47,9 +47,12 @@ def reference_logits(config: GLAswaConfig, w: Tensors, ids: list[int]) -> Tensor
                 q = norm(q, p["attn.q_norm.weight"], config.norm_eps)
                 k = norm(k, p["attn.k_norm.weight"], config.norm_eps)
             if is_gla:
-                logit = p["attn.gk_proj.1.weight"] @ (p["attn.gk_proj.0.weight"] @ a)
-                logit = (logit + p["attn.gk_proj.1.bias"]).view(groups, d)
-                decay = logit.sigmoid() ** (1 / config.gate_logit_normalizer)
+                if config.linear_gate == "fixed":
+                    decay = p["attn.log_decay"].exp()[:, None].expand(groups, d)
+                else:
+                    logit = p["attn.gk_proj.1.weight"] @ (p["attn.gk_proj.0.weight"] @ a)
+                    logit = (logit + p["attn.gk_proj.1.bias"]).view(groups, d)
+                    decay = logit.sigmoid() ** (1 / config.gate_logit_normalizer)
                 q, k = q.clamp(min=0), k.clamp(min=0)
                 if config.linear_rotary:
                     q, k = (rotate(x, t, config.rope_theta) for x in (q, k))
@@ -87,6 +90,7 @@ VARIANTS = {
         "linear_num_key_value_heads": 4,
         "linear_output_gate": True,
     },
+    "fixed decay": {"linear_gate": "fixed", "linear_num_key_value_heads": 4},
     "own layers": {"attn_layers": [0, 1, 3], "full_attention_layers": [3], "gate_low_rank_dim": 5},
     "no window": {"sliding_window": None, "gate_logit_normalizer": 4, "num_key_value_heads": 4},
 }
@@ -99,6 +103,7 @@ def test_logits_and_gradients_equal_the_token_by_token_reference(
     model = random_model(**changes).double()
     ids = torch.randint(97, (1, 27), generator=torch.Generator().manual_seed(1))
     weights = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
+    weights |= {n: b for n, b in model.named_buffers() if n.endswith("log_decay")}
     expected = reference_logits(model.config, weights, ids[0].tolist())
     expected_loss = F.cross_entropy(expected[:-1], ids[0, 1:])
     expected_loss.backward()

@@ -136,6 +136,10 @@ CASES = {
     "experts, fp32": Case(EXPERTS, Precision.fp32),
     "experts, top-2": Case(replace(EXPERTS, moe=replace(EXPERTS.moe, router_topk=2))),
     "window, spiking": Case(replace(DENSE, spiking=SPIKES)),
+    "GLA, fixed decay": Case(replace(GLA, gla=GatedLinearAttentionConfig(gate=GateKind.fixed))),
+    "GLA, fixed decay, fla": Case(
+        replace(GLA, gla=GatedLinearAttentionConfig(gate=GateKind.fixed)), fla=True
+    ),
     "GLA, options, spiking": Case(replace(GLA, gla=OPTIONS, spiking=SPIKES)),
     "GLA, spiking": Case(replace(GLA, spiking=SPIKES)),
     "two branches, spiking": Case(replace(TWO_BRANCHES, spiking=SPIKES)),

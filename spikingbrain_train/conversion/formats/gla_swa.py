@@ -45,6 +45,7 @@ NAMES: Mapping[str, str] = {
     "gate_down_weight": "model.layers.{layer}.attn.gk_proj.0.weight",
     "gate_up_weight": "model.layers.{layer}.attn.gk_proj.1.weight",
     "gate_up_bias": "model.layers.{layer}.attn.gk_proj.1.bias",
+    "log_decay": "model.layers.{layer}.attn.log_decay",
     "output_gate_weight": "model.layers.{layer}.attn.g_proj.weight",
     "output_gate_bias": "model.layers.{layer}.attn.g_proj.bias",
     "out_norm": "model.layers.{layer}.attn.g_norm.weight",
@@ -55,7 +56,7 @@ NAMES: Mapping[str, str] = {
     "final_norm": "model.norm.weight",
     "output": "lm_head.weight",
 }
-"""Role -> name in the published checkpoint, and of what it does not have: norms of q and k, output gates."""
+"""Role -> name in the published checkpoint, and of what it does not have, such as norms of q and k."""
 
 _LINEAR, _WINDOW, _FULL = "linear_attention", "sliding_attention", "full_attention"
 _KERNEL_CHOICES = {"attn_mode": "chunk", "conv_size": 4, "fuse_cross_entropy": True}
@@ -84,7 +85,7 @@ class GatedLinearSlidingWindowFormat(LlamaLikeFormat):
     def unsupported(self, model: ModelConfig) -> list[str]:
         parts = super().unsupported(model)
         if self._has_linear_layers(model):
-            if model.gla.gate is not GateKind.low_rank:
+            if model.gla.gate is GateKind.tied:
                 parts.append(f"gla.gate={model.gla.gate.value}")
             if model.gla.feature_map is not FeatureMap.relu:
                 parts.append(f"gla.feature_map={model.gla.feature_map.value}")
@@ -109,6 +110,9 @@ class GatedLinearSlidingWindowFormat(LlamaLikeFormat):
             rotary=keys.boolean("linear_rotary", False),
             output_gate=keys.boolean("linear_output_gate", False),
         )
+        if keys.values.get("linear_gate", "low_rank") not in ("low_rank", "fixed"):
+            raise keys.refuse("linear_gate", 'is not supported; it is "low_rank" or "fixed"')
+        model.gla.gate = GateKind(keys.values.get("linear_gate", "low_rank"))
         groups = keys.integer("linear_num_key_value_heads", model.num_query_groups)
         if model.num_attention_heads % groups or groups % model.num_query_groups:
             raise keys.refuse(
@@ -190,6 +194,7 @@ class GatedLinearSlidingWindowFormat(LlamaLikeFormat):
             "linear_qk_norm": has_own_qk_norm(model),
             "linear_rotary": model.gla.rotary,
             "linear_output_gate": model.gla.output_gate,
+            "linear_gate": "fixed" if model.gla.gate is GateKind.fixed else None,
             "linear_num_key_value_heads": groups if groups != model.num_query_groups else None,
         }
         return {key: value for key, value in options.items() if value}
@@ -267,6 +272,7 @@ class GatedLinearSlidingWindowFormat(LlamaLikeFormat):
                 ("q/k norms in linear layers alone", "linear_qk_norm" in options),
                 ("rotary positions in linear layers", "linear_rotary" in options),
                 ("output gate", "linear_output_gate" in options),
+                ("fixed decay", "linear_gate" in options),
                 (
                     f"{query_groups(model)} query groups in linear layers alone",
                     "linear_num_key_value_heads" in options,

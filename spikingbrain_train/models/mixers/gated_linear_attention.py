@@ -9,10 +9,14 @@ Per head, with keys, values and gates shared by the heads of a group (SpikingBra
     y = W_o RMSNorm(o)        (one norm weight of head width, shared by all heads)
 
 Without rotary positions the gate carries the order. Options that neither form has
-(docs/linear_attention_options.md): RMSNorm of q and k in front of the features, and rotary positions behind
-them, as RoFormer puts them into linear attention (Su et al., arXiv 2104.09864, eq. 19), so that the score of
-two tokens depends on their distance; more groups than softmax attention has, up to one a head;
-and a gate in front of the output projection, y = W_o (RMSNorm(o) * swish(W_g x + b_g)), as fla's layers have.
+(docs/linear_attention_options.md):
+
+- RMSNorm of q and k in front of the features.
+- Rotary positions behind the features, as RoFormer puts them into linear attention (Su et al., arXiv
+  2104.09864, eq. 19), so that the score of two tokens depends on their distance.
+- More groups than softmax attention has, up to one a head.
+- One decay a group that never changes, as in Lightning attention (Qin et al., arXiv 2401.04658).
+- A gate in front of the output projection, as in fla's layers: ``y = W_o (RMSNorm(o) * swish(W_g x + b_g))``.
 
 Shape letters: T time, B batch, H query heads and G groups of this tensor-parallel rank, K key and V value
 width.
@@ -33,6 +37,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
 from spikingbrain_train.architecture.gated_linear_attention import OPEN_GATE
+from spikingbrain_train.architecture.initializers import LightningDecays
 from spikingbrain_train.architecture.mixers import MixerKind
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.config.enum_tables import entry_of
@@ -158,6 +163,12 @@ class GatedLinearAttention(SelfAttention):
         self._log_gate = entry_of(self.gate, _LOG_GATES, "the log gates of linear attention")
         if self.gate is GateKind.low_rank:
             self._build_low_rank_gate(gla, gate_down_proj, gate_up_proj)
+        if self.gate is GateKind.fixed:
+            # Of all groups, on every tensor-parallel rank: a buffer that never changes needs no split.
+            decays = LightningDecays().of_layer(
+                self.config.num_query_groups, layer_number - 1, config.num_layers
+            )
+            self.register_buffer("log_decay", torch.tensor(decays, dtype=config.params_dtype))
         self.linear_output_gate = None if output_gate is None else self._build_output_gate(output_gate)
 
     def _build_low_rank_gate(
@@ -217,6 +228,11 @@ class GatedLinearAttention(SelfAttention):
     def _tied_log_gate(self, _hidden_states: Tensor, key_logits_TBGK: Tensor) -> Tensor:
         # log(1 - sigmoid(x)) = logsigmoid(-x), which keeps its digits where k rounds to 1.
         return torch.nn.functional.logsigmoid(-key_logits_TBGK.float())
+
+    def _fixed_log_gate(self, _hidden_states: Tensor, key_logits_TBGK: Tensor) -> Tensor:
+        groups = self.num_query_groups_per_partition
+        first = self.pg_collection.tp.rank() * groups
+        return self.log_decay[first : first + groups].float().unsqueeze(-1).expand(key_logits_TBGK.shape)
 
     def _low_rank_log_gate(self, hidden_states: Tensor, _key_logits_TBGK: Tensor) -> Tensor:
         logits, _ = self.linear_gate_up_proj(self.linear_gate_down_proj(hidden_states))
@@ -334,8 +350,9 @@ class GatedLinearAttention(SelfAttention):
         which is what changes. With q/k norms the factor goes into the key norm's weight, else into the key
         rows of ``linear_qkv``. Channels that rotary positions turn together get the mean factor of both.
 
-        Other forms are left as they are: the keys of a tied gate are that share already, and sigmoid features
-        do not scale with their logits. This project's own (docs/recipe.md).
+        Other forms are left as they are: the keys of a tied gate are that share already, channels of a fixed
+        decay forget alike, and sigmoid features do not scale with their logits. This project's own
+        (docs/recipe.md).
         """
         if self.gate is not GateKind.low_rank or self.feature_map is not FeatureMap.relu:
             return
@@ -369,4 +386,5 @@ class RecurrentState(DecodingState):
 _LOG_GATES = {
     GateKind.low_rank: GatedLinearAttention._low_rank_log_gate,
     GateKind.tied: GatedLinearAttention._tied_log_gate,
+    GateKind.fixed: GatedLinearAttention._fixed_log_gate,
 }
