@@ -49,6 +49,13 @@ def initial_branch_weights(settings: ParallelHybridConfig, mixers: Sequence[Mixe
     return [share if is_leading else settings.init_linear_weight for is_leading in leading]
 
 
+def dropped_branches(mixers: Sequence[MixerKind]) -> list[str]:
+    """What drop-out of softmax branches drops: the branches that lead, where there is another beside them."""
+    if all(kind.leads for kind in mixers):
+        return []
+    return [name for name, kind in zip(branch_names(mixers), mixers, strict=True) if kind.leads]
+
+
 def branch_weights(model: ModelConfig, mixers: Sequence[MixerKind]) -> tuple[Weight, ...]:
     """All parameters of a layer's mixers, below ``self_attention.``, in the order of the forward pass."""
     if len(mixers) == 1:

@@ -7,7 +7,7 @@ first text. Text positions count from the first token of text, whatever the numb
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from spikingbrain_train.errors import ConfigurationError
 
@@ -42,6 +42,9 @@ class SequenceLayout:
     """Documents of every row that do not see each other; None where each row is one document."""
     sinks_are_padding: bool = False
     """The tokens in front only give a model without sinks the shape of one with: nothing sees them."""
+    sequence_seeds: tuple[str, ...] | None = field(default=None, compare=False)
+    """What random numbers of every row are drawn from in training, the same on every rank that holds a part
+    of it, whatever the topology and however often a layer is computed."""
 
     qkv_format = "sbhd"  # megatron-core looks at this field of what travels as ``packed_seq_params``
     cp_group = None

@@ -121,6 +121,10 @@ class ParallelHybridConfig:
     init_linear_weight: float = setting(0.0, resume=START)
     """Initial w2, of the linear branches; 0 starts a converted model as close to its source as the softmax
     branch alone is."""
+    softmax_dropout: float = setting(0.0, minimum=0, below=1, resume=TRAINING)
+    """Share of sequences, drawn layer by layer, that are trained without the softmax branches, beside which
+    training ignores linear ones (SpikingBrain2.0: 0.5). Nothing is scaled up: a sequence that keeps them is
+    computed as in evaluations."""
 
 
 @dataclass

@@ -21,14 +21,19 @@ from spikingbrain_train.data.gpt_dataset import Sample, Samples
 from spikingbrain_train.errors import ConfigurationError, DataError
 
 
-class WholeBatch(TypedDict):
-    """Samples of a micro-batch as read from disk, whole sequences on the CPU."""
-
+class _Samples(TypedDict):
     tokens: torch.Tensor
     labels: torch.Tensor
     loss_mask: torch.Tensor
     cu_seqlens: tuple[tuple[int, ...], ...] | None
     datasets: torch.Tensor | None
+
+
+class WholeBatch(_Samples, total=False):
+    """Samples of a micro-batch as read from disk, whole sequences on the CPU."""
+
+    sequence_seeds: tuple[str, ...]
+    """See :class:`~spikingbrain_train.architecture.sequence_layout.SequenceLayout`."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,7 @@ def local_micro_batch(
         context_parallel_rank=context_parallel_rank,
         context_parallel_size=context_parallel_size,
         cu_seqlens=whole["cu_seqlens"],
+        sequence_seeds=whole.get("sequence_seeds"),
     )
     text = layout.text_range()
     tokens, labels, loss_mask = (
@@ -170,7 +176,7 @@ def build_data_loader(
             makes up whole global batches of this size; None stands for micro_batch_size * data_parallel_size.
         num_workers: loader processes.
         pin_memory: put batches into page-locked memory, for faster copies to a GPU.
-        seed: of the loader's own generator.
+        seed: of the loader's own generator, and of what is drawn for each sequence.
 
     Returns:
         Iterator of whole batches: tokens and labels [micro_batch_size, seq_length] int64, loss_mask
@@ -199,7 +205,18 @@ def build_data_loader(
         # which starts one loader more, would see other dropout masks than an uninterrupted one.
         generator=torch.Generator().manual_seed(seed),
     )
-    return _in_own_words(loader)
+    return _with_seeds(_in_own_words(loader), sampler, seed)
+
+
+def _with_seeds(
+    batches: Iterator[WholeBatch], sampler: DataParallelBatchSampler, seed: int
+) -> Iterator[WholeBatch]:
+    """Seeds of sequences say which of the run they are."""
+    first = sampler.consumed_samples + sampler.rank * sampler.micro_batch_size
+    for batch in batches:
+        numbers = range(first, first + len(batch["tokens"]))
+        yield {**batch, "sequence_seeds": tuple(f"{seed}/{number}" for number in numbers)}
+        first += sampler.step
 
 
 def _in_own_words(loader: DataLoader) -> Iterator[WholeBatch]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from spikingbrain_train.architecture.branches import dropped_branches
 from spikingbrain_train.architecture.feed_forwards import FEED_FORWARDS
 from spikingbrain_train.architecture.layers import has_experts, layers, swapped_layers
 from spikingbrain_train.architecture.linear_transforms import LINEAR_TRANSFORMS
@@ -98,6 +99,11 @@ _NEEDS = (
         ("cluster.kernels.experts",),
         lambda run: has_experts(run.model),
         lambda run: "the model has no experts",
+    ),
+    _Needs(
+        ("model.parallel_hybrid.softmax_dropout",),
+        lambda run: any(dropped_branches(layer.mixers) for layer in layers(run.model)),
+        lambda run: "no layer has another branch beside softmax attention, as model.mixers=[[gla,swa]] has",
     ),
     _Needs(
         ("model.parallel_hybrid.",),

@@ -91,6 +91,14 @@ CASES: Mapping[str, Case] = {
     ),
     "GLA, tied gate": Case(replace(_7B, mixers=["gla"], gla=_76B.gla)),
     "parallel hybrid": Case(replace(_76B, num_sink_tokens=0, feed_forwards=["dense"])),
+    "parallel hybrid, drop-out of softmax branches": Case(
+        replace(
+            _76B,
+            parallel_hybrid=ParallelHybridConfig(0.7, 0.5, softmax_dropout=0.5),
+            num_sink_tokens=0,
+            feed_forwards=["dense"],
+        )
+    ),
     "softmax branches only, three branches": Case(
         replace(_76B, mixers=[["swa", "full"], ["gla", "swa", "full"]], feed_forwards=["dense"])
     ),
@@ -199,6 +207,7 @@ def _whole_batches(case: Case, text: int, rank: int, size: int) -> Iterator[Any]
             "loss_mask": mask[rows],
             "cu_seqlens": bounds[rows] if case.packed else None,
             "datasets": None,
+            "sequence_seeds": tuple(f"7/{number}" for number in range(first, first + MICRO_BATCH)),
         }
 
 

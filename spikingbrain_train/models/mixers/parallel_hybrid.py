@@ -8,14 +8,21 @@ whether w1 and w2 learn; that is decided here. The norms stand behind the output
 would blow up heads that attend to nothing and undo the balance between heads that the source has learnt. w1
 and w2 are parameters, so that a converted model can start as its softmax branch alone. Any mixers can stand
 beside each other; names and order are those of architecture/branches.py.
+
+Beside softmax attention training ignores a linear branch (arXiv 2510.05901), so SpikingBrain2.0 (arXiv
+2604.22575) drops the former with a probability of 0.5. ``softmax_dropout`` does so for whole sequences, in
+every layer by itself. A sequence that keeps the branch is computed as evaluations compute it: nothing is
+scaled up, because the layers behind have to work with the sum of the branches, not with its expectation.
 """
 
 from __future__ import annotations
 
 import functools
 import operator
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -25,6 +32,7 @@ from torch import Tensor
 
 from spikingbrain_train.architecture.branches import (
     branch_names,
+    dropped_branches,
     initial_branch_weights,
     module_name,
     norm_name,
@@ -48,7 +56,11 @@ def spec(mixers: Sequence[MixerKind], build: LayerBuild) -> ModuleSpec:
     branches = {name: build.mixer(kind) for name, kind in zip(branch_names(mixers), mixers, strict=True)}
     return ModuleSpec(
         module=ParallelHybrid,
-        params={"initial_weights": initial_branch_weights(build.model.parallel_hybrid, mixers)},
+        params={
+            "initial_weights": initial_branch_weights(build.model.parallel_hybrid, mixers),
+            "dropped": dropped_branches(mixers),
+            "dropout": build.model.parallel_hybrid.softmax_dropout,
+        },
         submodules=ParallelHybridSubmodules(branches),
     )
 
@@ -69,9 +81,13 @@ class ParallelHybrid(MegatronModule):
         pg_collection: ProcessGroupCollection | None = None,
         *,
         initial_weights: list[float],
+        dropped: Sequence[str] = (),
+        dropout: float = 0.0,
         **kwargs: object,
     ) -> None:
         super().__init__(config)
+        self.dropped = dropped
+        self.dropout = dropout if dropped else 0.0
         self.layer_number = layer_number
         self.names = list(submodules.branches)
         branch = {
@@ -107,7 +123,16 @@ class ParallelHybrid(MegatronModule):
             Output of the same shape, and no bias.
         """
         outputs = [branch(hidden_states, attention_mask, **kwargs)[0] for branch in self._branches()]
-        return self._weighted_sum(outputs), None
+        kept_B1 = self._draw(kwargs.get("packed_seq_params")) if self.training and self.dropout else None
+        return self._weighted_sum(outputs, kept_B1), None
+
+    def _draw(self, layout: Any) -> Tensor:
+        """[B, 1]: 1 for sequences that keep all branches, 0 for those without the ones that are dropped."""
+        seeds = None if layout is None else layout.sequence_seeds
+        assert seeds is not None, "drop-out of branches draws from the layout's sequence_seeds"
+        kept = [random.Random(f"{seed}/{self.layer_number}").random() >= self.dropout for seed in seeds]
+        weights = self.branch_weights
+        return torch.tensor(kept, dtype=weights.dtype, device=weights.device).unsqueeze(1)
 
     def begin_decoding(
         self, hidden_states: Tensor, *, rotary_pos_emb: Tensor | None, layout: SequenceLayout
@@ -134,10 +159,14 @@ class ParallelHybrid(MegatronModule):
     def _branches(self) -> list[torch.nn.Module]:
         return [getattr(self, module_name(name)) for name in self.names]
 
-    def _weighted_sum(self, outputs: Sequence[Tensor]) -> Tensor:
+    def _weighted_sum(self, outputs: Sequence[Tensor], kept_B1: Tensor | None = None) -> Tensor:
+        weights = [
+            weight if kept_B1 is None or name not in self.dropped else weight * kept_B1
+            for weight, name in zip(self.branch_weights.unbind(), self.names, strict=True)
+        ]
         weighted = [
             weight * getattr(self, norm_name(name))(output)
-            for weight, name, output in zip(self.branch_weights.unbind(), self.names, outputs, strict=True)
+            for weight, name, output in zip(weights, self.names, outputs, strict=True)
         ]
         return functools.reduce(operator.add, weighted)
 
