@@ -175,6 +175,8 @@ def test_published_hybrid() -> None:
         (GLA_SWA, {"elementwise_affine": False}, "elementwise_affine"),
         (GLA_SWA, {"attn_layers": [1, 6]}, "attn_layers .* below num_hidden_layers = 6"),
         (GLA_SWA, {"full_attention_layers": [0]}, "full_attention_layers .* attn_layers"),
+        (GLA_SWA, {"linear_num_key_value_heads": 3}, "linear_num_key_value_heads = 3 must divide"),
+        (GLA_SWA, {"linear_gate": "tied"}, 'linear_gate = "tied" is not supported'),
         (GLA_SWA, {"quant_weight_group_size": 128}, "W8ASpike"),
         (GLA_SWA, {"attention_window": 9, "sliding_window": 3}, "sliding_window = 3 contradicts"),
         (GLA_SWA, {"attention_window": 9, "sliding_window": 9}, "contradicts attention_window = 9"),

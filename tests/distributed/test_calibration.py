@@ -58,6 +58,8 @@ WHERE_KEYS_ARE_SCALED = {
     "key rows": (False, MODEL.gla),
     "key norm of the source": (True, MODEL.gla),
     "key norm": (False, replace(MODEL.gla, qk_norm=True)),
+    "key rows of groups of their own": (False, replace(MODEL.gla, num_query_groups=4)),
+    "key rows, rotary positions": (False, replace(MODEL.gla, rotary=True)),
 }
 
 
@@ -70,7 +72,7 @@ def test_keys_are_scaled_by_what_one_step_adds_to_a_moving_average(
     )
 
     decay = torch.sigmoid(bias.double()) ** (1 / MODEL.gla.gate_logit_normalizer)
-    share = (1 - decay).view(MODEL.num_query_groups, MODEL.kv_channels)
+    share = (1 - decay).view(-1, MODEL.kv_channels)
     expected = before.double() * share / share.max()
     assert torch.allclose(after.double(), expected, rtol=1e-5)  # float32 weights
 

@@ -172,6 +172,8 @@ def test_rope_scaling_and_layer_lists_survive_saving(tiny_config: Callable, tmp_
     "changes, sentence",
     [
         ({"num_key_value_heads": 3}, "num_attention_heads 4 must be a multiple of num_key_value_heads 3"),
+        ({"linear_num_key_value_heads": 3}, "must be a multiple of linear_num_key_value_heads 3"),
+        ({"linear_gate": "tied"}, 'linear_gate must be "low_rank" or "fixed", got "tied"'),
         ({"hidden_size": 34}, "hidden_size 34 is not divisible by num_attention_heads 4"),
         ({"head_dim": 7}, "head_dim must be even"),
         ({"sliding_window": 0}, "sliding_window must be at least 1"),

@@ -29,8 +29,16 @@ def greedy_by_rereading(model: GLAswaForCausalLM, ids: Tensor, steps: int) -> Te
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"attention_window": 100, "head_dim": 16}, {"full_attention_layers": [3], "attention_window": 1}],
-    ids=["window 7", "window 100", "full and window 1"],
+    [
+        {},
+        {"attention_window": 100, "head_dim": 16},
+        {"full_attention_layers": [3], "attention_window": 1},
+        {
+            **{"linear_qk_norm": True, "linear_rotary": True, "linear_num_key_value_heads": 4},
+            **{"linear_output_gate": True, "linear_gate": "fixed"},
+        },
+    ],
+    ids=["window 7", "window 100", "full and window 1", "options of linear layers"],
 )
 @torch.no_grad()
 def test_one_token_at_a_time_equals_the_parallel_form(random_model: Callable, changes: dict) -> None:

@@ -23,6 +23,10 @@ TOLERANCE = 1e-9
 VARIANTS = {
     "window 7": {},
     "window over the text": {"attention_window": 500},
+    "options of linear layers": {
+        **{"linear_qk_norm": True, "linear_rotary": True, "linear_num_key_value_heads": 4},
+        **{"linear_output_gate": True, "linear_gate": "fixed"},
+    },
     "full attention": {"full_attention_layers": [3], "qk_norm": True, "attention_bias": False},
 }
 

@@ -98,6 +98,12 @@ HYBRIDS = {
     "two branches, low-rank gate, sinks": dataclasses.replace(
         LLAMA, mixers=[["gla", "swa"], ["gla", "full"]], num_sink_tokens=6, qk_layernorm=True
     ),
+    "options of linear layers": dataclasses.replace(
+        LLAMA,
+        gla=GatedLinearAttentionConfig(
+            qk_norm=True, rotary=True, num_query_groups=LLAMA.num_attention_heads, output_gate=True
+        ),
+    ),
     "experts": EXPERTS,
     "experts only, none shared": dataclasses.replace(
         LLAMA, feed_forwards=["moe"], moe=MoEConfig(num_experts=8, num_shared_experts=0)

@@ -91,6 +91,19 @@ def test_every_rank_of_a_small_76b_is_built_under_any_topology(process, parallel
         assert share.rank == rank
 
 
+def test_weights_that_are_not_trained_are_built_as_planned(process) -> None:
+    options = ("gate=fixed", "qk_norm=true", "rotary=true", "output_gate=true", "num_query_groups=4")
+    parallel = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
+    plan = plan_of(
+        *("model=tiny_hybrid", "stage.global_batch_size=2", "stage.seq_length=40"),
+        *(f"model.gla.{option}" for option in options),
+        parallel=parallel,
+        world_size=2,
+    )
+    share, _, _ = process.submit(_build, plan, 1).result()
+    assert share.parameters == plan.stages[0].parameters
+
+
 def _ranks_in_groups(plan: Plan, rank: int) -> tuple[dict[str, int], dict[str, int]]:
     from megatron.core import parallel_state
 
