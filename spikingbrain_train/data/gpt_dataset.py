@@ -149,6 +149,9 @@ class Samples(torch.utils.data.Dataset[Sample], ABC):
 class HeldOutSamples(Samples):
     """Samples that an evaluation reads."""
 
+    seq_length: int
+    """Tokens of each."""
+
     @abstractmethod
     def predicted_tokens(self) -> list[int]:
         """Labels that carry loss, of each dataset."""

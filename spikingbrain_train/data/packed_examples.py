@@ -147,6 +147,7 @@ class ValidExamples(HeldOutSamples):
 
     def __init__(self, parts: Sequence[PackedExamples], num_samples: int | None) -> None:
         self._parts = list(parts)
+        self.seq_length = self._parts[0].seq_length
         self._ends = np.cumsum([part.windows_per_epoch for part in self._parts])
         available = int(self._ends[-1])
         self.num_samples = available if num_samples is None else min(num_samples, available)

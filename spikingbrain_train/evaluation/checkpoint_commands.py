@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spikingbrain_train.errors import ConfigurationError, DataError
+from spikingbrain_train.evaluation.chat_prompts import ChatPrompt
 from spikingbrain_train.evaluation.checkpoint_request import (
     CheckpointRequest,
     for_decoding,
@@ -155,6 +156,9 @@ def _generate(
 
     of_prompts = TextTokenizer(tokenizer)
     generations = []
+    prompts: list[str | ChatPrompt] = list(arguments.prompt)
+    if arguments.chat:
+        prompts = [of_prompts.chat_prompt(prompt, arguments.system) for prompt in arguments.prompt]
     with checkpoint_model(request) as opened:
         generator = CheckpointGenerator(opened, of_prompts)
         if generator.mixers_without_step:
@@ -162,7 +166,7 @@ def _generate(
                 f"{', '.join(generator.mixers_without_step)} has no decoding step: its layers read the whole "
                 "text again for every token"
             )
-        for prompt in arguments.prompt:
+        for prompt in prompts:
             generation = generator.generate(prompt, sampling, show_text)
             if opened.groups.is_main_process:
                 print(generation.describe())

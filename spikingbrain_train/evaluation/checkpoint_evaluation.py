@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from spikingbrain_train.data.gpt_dataset import open_valid_dataset
+from spikingbrain_train.data.held_out import open_held_out
 from spikingbrain_train.data.indexed import check_same_tokenizer
 from spikingbrain_train.data.tokenizers import load_tokenizer
 from spikingbrain_train.evaluation.checkpoint_model import CheckpointModel
@@ -46,7 +46,7 @@ def measure_checkpoint(
             made_with = load_tokenizer(tokenizer)
             for prefix in prefixes:
                 check_same_tokenizer(prefix, made_with)
-        dataset = open_valid_dataset(
+        dataset = open_held_out(
             prefixes, seq_length, max_windows, model.vocab_size, reset_at_documents=reset_at_documents
         )
     held_out = HeldOutWindows(

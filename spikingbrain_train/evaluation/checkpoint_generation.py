@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
 from spikingbrain_train.errors import ConfigurationError
+from spikingbrain_train.evaluation.chat_prompts import ChatPrompt
 from spikingbrain_train.evaluation.checkpoint_model import CheckpointModel
 from spikingbrain_train.evaluation.generation import Generation, TimedStreamer
 from spikingbrain_train.evaluation.sampling import Sampling
@@ -37,18 +38,24 @@ class CheckpointGenerator:
         self._chooser = self._groups.world_size // stages * (stages - 1)
         """The first rank of the last pipeline stage: what it draws is what all others read on with."""
 
-    def generate(self, prompt: str, sampling: Sampling, show: Callable[[str], None]) -> Generation:
+    def generate(
+        self, prompt: str | ChatPrompt, sampling: Sampling, show: Callable[[str], None]
+    ) -> Generation:
         """Continue ``prompt``; its random numbers are those of the seed, whatever was generated before.
 
         Args:
-            prompt: text; at least one token.
+            prompt: text, at least one token; or a chat, whose answer ends where the template ends it.
             sampling: how.
             show: called on the main process with pieces of text, the prompt first.
 
         Raises:
             ConfigurationError: the prompt has no token, or one that the model does not know.
         """
-        ids = self._tokenizer.encode(prompt)
+        ends = self._tokenizer.end_tokens
+        if isinstance(prompt, ChatPrompt):
+            ids, ends = self._tokenizer.encode(prompt.text, special_tokens=False), ends | prompt.ends
+        else:
+            ids = self._tokenizer.encode(prompt)
         if not ids:
             raise ConfigurationError("--prompt is empty; give at least one word to go on from")
         if max(ids) >= self._vocab_size:
@@ -65,7 +72,7 @@ class CheckpointGenerator:
             token = self._choose(self._decoder.read(read), sampling)
             ids.append(int(token))
             streamer.put(token.cpu())
-            if ids[-1] in self._tokenizer.end_tokens:
+            if ids[-1] in ends:
                 break
             read = token.view(1, 1)
         streamer.end()

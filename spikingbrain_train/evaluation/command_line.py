@@ -14,6 +14,12 @@ from spikingbrain_train.config.command_line import called_as, user_errors
 from spikingbrain_train.config.plugins import add_plugins_argument, load_plugins, plugins_of
 from spikingbrain_train.errors import ConfigurationError, DataError
 from spikingbrain_train.evaluation import checkpoint_commands
+from spikingbrain_train.evaluation.chat_prompts import (
+    ChatPrompt,
+    add_chat_options,
+    chat_prompt,
+    check_chat_options,
+)
 from spikingbrain_train.evaluation.checkpoint_request import without_settings
 from spikingbrain_train.evaluation.folder_model import load_folder
 from spikingbrain_train.evaluation.measurement import finish_report
@@ -90,6 +96,9 @@ examples:
   spikingbrain-generate --model outputs/smollm2/cpt --prompt "The for statement" --prompt "A class" \\
       --temperature 0 --max-new-tokens 64
 
+  # what a user says to a chat model; the answer ends where the tokenizer's chat template ends it
+  spikingbrain-generate --model outputs/smollm2/sft --chat --prompt "What is a spike?"
+
   # an exported hybrid, whose folder brings its own modelling code
   spikingbrain-generate --model outputs/smollm2/export --prompt "The for statement" --trust-remote-code
 
@@ -106,7 +115,8 @@ def evaluate_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="PREFIX",
-        help="held-out indexed datasets, without .bin/.idx, to measure the cross entropy on",
+        help="held-out indexed datasets, without .bin/.idx, to measure the cross entropy on; of those with a "
+        "loss mask (docs/sft.md) on the answers, each example whole",
     )
     parser.add_argument(
         "--seq-length", type=int, default=2048, metavar="N", help="tokens of a window (default: %(default)s)"
@@ -144,6 +154,7 @@ def generate_parser() -> argparse.ArgumentParser:
         metavar="TEXT",
         help="text to go on from; give it again for another text",
     )
+    add_chat_options(parser)
     parser.add_argument(
         "--max-new-tokens", type=int, default=128, metavar="N", help="tokens to add (default: %(default)s)"
     )
@@ -325,7 +336,7 @@ def _cross_entropy(model: PreTrainedModel, arguments: argparse.Namespace) -> Per
         from spikingbrain_train.runtime.quiet_torch import ignore_megatron_warnings
 
         ignore_megatron_warnings()  # before megatron-core, which comes with the loss
-        from spikingbrain_train.data.gpt_dataset import open_valid_dataset
+        from spikingbrain_train.data.held_out import open_held_out
         from spikingbrain_train.data.indexed import check_same_tokenizer
         from spikingbrain_train.data.tokenizers import load_tokenizer
         from spikingbrain_train.evaluation.held_out_windows import describe_datasets
@@ -334,8 +345,8 @@ def _cross_entropy(model: PreTrainedModel, arguments: argparse.Namespace) -> Per
         tokenizer = load_tokenizer(arguments.tokenizer or arguments.model)
         for prefix in arguments.data:
             check_same_tokenizer(prefix, tokenizer)
-        dataset = open_valid_dataset(
-            arguments.data, arguments.seq_length, arguments.max_windows, model.config.vocab_size
+        dataset = open_held_out(
+            arguments.data, arguments.seq_length, arguments.max_windows, model.config.vocab_size, alone=True
         )
     datasets = describe_datasets(dataset, arguments.data)
     return measure_perplexity(model, dataset, datasets, progress=True)
@@ -348,6 +359,7 @@ def _prepare_generation(arguments: argparse.Namespace) -> Callable[[], None]:
         top_p=arguments.top_p,
         seed=arguments.seed,
     )
+    check_chat_options(arguments)
     if not all(arguments.prompt):
         raise ConfigurationError("--prompt is empty; give at least one word to go on from")
     if _check_files(arguments):
@@ -363,7 +375,11 @@ def _generate(arguments: argparse.Namespace, sampling: Sampling) -> None:
     model = _load_model(arguments)
     tokenizer = load_text_tokenizer(arguments.tokenizer or arguments.model)
     generations = []
-    for prompt in arguments.prompt:
+    prompts: list[str | ChatPrompt] = list(arguments.prompt)
+    if arguments.chat:
+        path = arguments.tokenizer or arguments.model
+        prompts = [chat_prompt(tokenizer, path, prompt, arguments.system) for prompt in arguments.prompt]
+    for prompt in prompts:
         generation = generate_text(model, tokenizer, prompt, sampling, show_text)
         print(generation.describe())
         generations.append(asdict(generation))

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from spikingbrain_train.errors import ConfigurationError
+from spikingbrain_train.evaluation.chat_prompts import ChatPrompt
 from spikingbrain_train.evaluation.sampling import Sampling
 from spikingbrain_train.models.mixers.decoding import CacheSize
 
@@ -62,7 +63,7 @@ class TimedStreamer(TextStreamer):
 def generate_text(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
+    prompt: str | ChatPrompt,
     sampling: Sampling,
     show: Callable[[str], None],
 ) -> Generation:
@@ -71,21 +72,26 @@ def generate_text(
     Args:
         model: any causal language model of transformers; its generation_config is replaced.
         tokenizer: its tokenizer.
-        prompt: text; at least one token.
+        prompt: text, at least one token; or a chat, whose answer ends where the template ends it.
         sampling: how.
         show: called with pieces of text, the prompt first.
 
     Raises:
         ConfigurationError: the prompt has no token.
     """
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    ends: frozenset[int] = frozenset()
+    if isinstance(prompt, ChatPrompt):
+        ends = prompt.ends
+        inputs = tokenizer(prompt.text, return_tensors="pt", add_special_tokens=False).to(model.device)
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     if inputs["input_ids"].shape[1] == 0:
         raise ConfigurationError("--prompt is empty; give at least one word to go on from")
     torch.manual_seed(sampling.seed)
     streamer = TimedStreamer(tokenizer, show)
     # Replaced, not passed: generate() fills what a passed config leaves open with the model's own sampling
     # settings.
-    model.generation_config = _generation_config(model, tokenizer, sampling)
+    model.generation_config = _generation_config(model, tokenizer, sampling, ends)
     output: Any = model.generate(
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
@@ -103,11 +109,17 @@ def generate_text(
 
 
 def _generation_config(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: Sampling
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sampling: Sampling,
+    ends: frozenset[int],
 ) -> GenerationConfig:
     # The source's own generation_config names its end tokens; chat models have several.
     end = model.generation_config.eos_token_id if model.generation_config is not None else None
     end = tokenizer.eos_token_id if end is None else end
+    if ends:
+        known = end if isinstance(end, list) else [end]
+        end = sorted({*ends, *(token for token in known if token is not None)})
     choice = (
         {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         if sampling.temperature > 0

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from spikingbrain_train.data.gpt_dataset import ValidDataset
+from spikingbrain_train.data.gpt_dataset import HeldOutSamples
 from spikingbrain_train.evaluation.evaluator import HeldOutDataset
 from spikingbrain_train.evaluation.position_logits import PositionLogits
 from spikingbrain_train.evaluation.result import DatasetLoss, Perplexity
@@ -23,7 +23,7 @@ from spikingbrain_train.reporting.activity import activity
 @torch.no_grad()
 def measure_perplexity(
     model: PreTrainedModel,
-    dataset: ValidDataset,
+    dataset: HeldOutSamples,
     datasets: Sequence[HeldOutDataset] = (),
     *,
     progress: bool = False,

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from spikingbrain_train.data.tokenizers import SentencePieceTokenizer
+from spikingbrain_train.evaluation.chat_prompts import ChatPrompt, chat_prompt
 from spikingbrain_train.evaluation.pretrained import load_text_tokenizer
 
 _GENERATION_CONFIG = "generation_config.json"
@@ -37,6 +38,14 @@ class TextTokenizer:
         if end is None:
             end = [] if self.eos_id is None else [self.eos_id]
         self.end_tokens = set(end)
+
+    def chat_prompt(self, message: str, system: str | None = None) -> ChatPrompt:
+        """The prompt for an answer to ``message``.
+
+        Raises:
+            DataError: there is no chat template, or it refuses the conversation.
+        """
+        return chat_prompt(self._tokenizer, self.path, message, system)
 
     def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
         """Its ids, with the special tokens that the tokenizer puts around a text, or without them."""
