@@ -82,10 +82,10 @@ def draw_lengths(descriptions: Sequence[DatasetDescription], seq_length: int | N
                 bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85},
             )
         if seq_length is not None and bounds[0] < seq_length < bounds[-1]:
-            axis.axvspan(seq_length, bounds[-1], color=_OUTLINE, alpha=0.08, linewidth=0)
+            axis.axvspan(seq_length, bounds[-1], color=_OUTLINE, alpha=0.08, linewidth=0, zorder=0)
             share = lengths[lengths >= seq_length].sum() / max(lengths.sum(), 1)
             axis.annotate(
-                f"a sample: {seq_length:,}; {share:.1%} of the tokens",
+                f"{seq_length:,} and more: {share:.1%} of the tokens",
                 (bounds[-1], 0.9 * highest),
                 xytext=(-4, 0),
                 textcoords="offset points",

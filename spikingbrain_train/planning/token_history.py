@@ -104,6 +104,8 @@ def _before_import(checkpoint: Path, most: int) -> TokenHistory:
 
 
 def _ends_at(folder: Path) -> TokenHistory:
+    if not folder.exists():
+        return TokenHistory(unknown=f"{folder} is not there")
     return TokenHistory(unknown=f"{folder} is no checkpoint that says what was read before it")
 
 
@@ -141,16 +143,19 @@ def describe_all(history: TokenHistory) -> str:
 
 def describe_end(history: TokenHistory, own: int) -> str:
     """What all stages have read at the end of one that reads ``own`` tokens, as far as that is known."""
+    source = history.source_tokens
     if history.unknown is not None:
+        share = "" if source is None else f", {percent(own / source)} of the source's {quantity(source)}"
         known = f"; known are {describe_history(history)}" if history.stages else ""
-        return f"what was read before is not known: {history.unknown}{known}"
+        before = f"what was read before is not known: {history.unknown}{known}"
+        return f"{quantity(own)} in this stage{share}; {before}"
     tokens = history.tokens + own
     words = f"{quantity(tokens)} in all stages"
     if history.stages:
         words += f", {describe_history(history)} before this one"
-    if history.source_tokens is not None:
-        share = percent(tokens / history.source_tokens)
-        words += f"; {share} of the source's {quantity(history.source_tokens)}"
+    if source is not None:
+        share = percent(tokens / source)
+        words += f"; {share} of the source's {quantity(source)}"
         if history.stages:
-            words += f" (this stage: {percent(own / history.source_tokens)})"
+            words += f" (this stage: {percent(own / source)})"
     return words

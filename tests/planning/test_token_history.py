@@ -95,10 +95,13 @@ def test_where_it_ends_is_said_and_nothing_guessed(tmp_path: Path, hybrid: Path)
     shutil.rmtree(tmp_path / "align")
     found = history_of(config(tmp_path / "next", cpt))
     assert [stage.tokens for stage in found.stages] == [1280]
-    assert found.unknown == f"{align} is no checkpoint that says what was read before it"
+    assert found.unknown == f"{align} is not there"
     record = RunRecord(1, [], found)
     assert record.all_tokens(100) is None and record.source_share(100) is None
-    assert describe_end(found, 100).startswith("what was read before is not known: ")
+    assert describe_end(found, 100) == (
+        f"100 in this stage, 0.01 % of the source's 1 M; what was read before is not known: {align} is not "
+        "there; known are 1.28 k in one stage (cpt)"
+    )
     assert "and what was read before is not known" in describe_all(found)
     # The next stage's checkpoints store that, too.
     last = train(config(tmp_path / "next", cpt), 2)
