@@ -1,4 +1,4 @@
-"""``spikingbrain-evaluate`` and ``-generate``: in this process, or in ranks that it starts."""
+"""Commands that run a model without training it: in this process, or in ranks that they start."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from spikingbrain_train.evaluation.command_line import Elsewhere
 
 
 class InferenceCommand(Protocol):
-    """A command of :mod:`spikingbrain_train.evaluation.command_line`."""
+    """As those of :mod:`spikingbrain_train.evaluation.command_line`."""
 
     def __call__(self, *, elsewhere: Elsewhere | None = None) -> None:
         """Read ``sys.argv`` and do it, here or elsewhere."""

@@ -9,6 +9,12 @@ import argparse
 from collections.abc import Callable
 
 
+def _cache_teacher() -> argparse.ArgumentParser:
+    from spikingbrain_train.training.cache_command_line import cache_teacher_parser
+
+    return cache_teacher_parser()
+
+
 def _preprocess() -> argparse.ArgumentParser:
     from spikingbrain_train.data.command_line import preprocess_parser
 
@@ -76,6 +82,7 @@ def _completion() -> argparse.ArgumentParser:
 
 
 PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
+    "cache-teacher": _cache_teacher,
     "preprocess": _preprocess,
     "convert": _convert,
     "export": _export,

@@ -22,6 +22,14 @@ def plan() -> None:
     plan()
 
 
+def cache_teacher() -> None:
+    """Cache the teacher's logits."""
+    from spikingbrain_train.commands.inference import here_or_on_ranks
+    from spikingbrain_train.training.cache_command_line import cache_teacher
+
+    here_or_on_ranks("cache-teacher", cache_teacher)
+
+
 def preprocess() -> None:
     """Tokenize text."""
     from spikingbrain_train.data.command_line import preprocess_data

@@ -35,6 +35,12 @@ class Command:
 COMMANDS = (
     Command("train", "train one stage of a model", programs.train, "train.py"),
     Command("plan", "what a run would take: layers, parameters, memory", programs.plan, "tools/plan.py"),
+    Command(
+        "cache-teacher",
+        "cache the teacher's logits for a distill run",
+        programs.cache_teacher,
+        "tools/cache_teacher.py",
+    ),
     Command("preprocess", "tokenize text for training", programs.preprocess, "tools/preprocess_data.py"),
     Command(
         "convert",

@@ -64,6 +64,10 @@ class DistillationConfig:
     temperature: float = setting(1.0, above=0, resume=SAID)
     """Divides the logits of teacher and student before the KL; above 1 the unlikely tokens count for more."""
 
+    cache: str | None = setting(None, resume=SAID)
+    """Folder that spikingbrain-cache-teacher wrote for this run: the teacher's likeliest tokens of every
+    sample, which take the place of stage.teacher."""
+
     @property
     def share(self) -> float:
         """The weight, with what its null stands for."""

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.data.gpt_dataset import Sample, Samples
+from spikingbrain_train.data.teacher_cache import KeptTokens, kept_of
 from spikingbrain_train.errors import ConfigurationError, DataError
 
 
@@ -34,6 +35,8 @@ class WholeBatch(_Samples, total=False):
 
     sequence_seeds: tuple[str, ...]
     """See :class:`~spikingbrain_train.architecture.sequence_layout.SequenceLayout`."""
+    teacher: KeptTokens | None
+    """What a cache of the teacher's logits holds of them; None, or not there, without one."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class MicroBatch:
     """Where this rank's text lies in the sequences, and their sinks and documents."""
     datasets: torch.Tensor | None = None
     """[B] int64, which of several held-out datasets each sequence is of; None where there are not several."""
+    teacher: KeptTokens | None = None
+    """[B, T, K] what a cache of the teacher's logits holds of this text; None without one."""
 
 
 def collate(samples: list[Sample]) -> WholeBatch:
@@ -63,6 +68,7 @@ def collate(samples: list[Sample]) -> WholeBatch:
         "loss_mask": torch.stack([sample["loss_mask"] for sample in samples]),
         "cu_seqlens": cu_seqlens,
         "datasets": torch.stack([each["dataset"] for each in samples]) if "dataset" in samples[0] else None,
+        "teacher": kept_of(samples),
     }
 
 
@@ -95,7 +101,12 @@ def local_micro_batch(
     datasets = whole["datasets"]
     if datasets is not None:
         datasets = datasets.to(device, non_blocking=True)
-    return MicroBatch(tokens, labels, loss_mask, layout, datasets)
+    teacher = whole.get("teacher")
+    if teacher is not None:
+        here = (each[:, text.start : text.stop].to(device, non_blocking=True) for each in teacher)
+        teacher = KeptTokens(*here)
+        teacher = teacher._replace(ids=teacher.ids.long())
+    return MicroBatch(tokens, labels, loss_mask, layout, datasets, teacher)
 
 
 class DataParallelBatchSampler(torch.utils.data.Sampler[list[int | None]]):

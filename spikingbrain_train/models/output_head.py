@@ -11,7 +11,12 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
-from spikingbrain_train.ops.linear_cross_entropy import Distillation, TokenLosses, linear_cross_entropy
+from spikingbrain_train.ops.linear_cross_entropy import (
+    Distillation,
+    KeptDistillation,
+    TokenLosses,
+    linear_cross_entropy,
+)
 
 
 def gather_hidden_states(
@@ -52,7 +57,7 @@ def vocab_parallel_linear_cross_entropy(
     num_sink_tokens: int,
     sequence_parallel: bool,
     tp_group: torch.distributed.ProcessGroup,
-    distillation: Distillation | None = None,
+    distillation: Distillation | KeptDistillation | None = None,
 ) -> tuple[Tensor, TokenLosses]:
     """Weighted sum of next-token losses; the same numbers on any number of tensor-parallel ranks.
 
@@ -66,8 +71,8 @@ def vocab_parallel_linear_cross_entropy(
         num_sink_tokens: N.
         sequence_parallel: whether hidden_states is a share of the sequence.
         tp_group: tensor-parallel ranks.
-        distillation: soft targets; its hidden states are [B * T, D] in the same (batch-major) token order and
-            its weight has this rank's rows, padding included.
+        distillation: soft targets of the tokens in the same (batch-major) order. Hidden states of a teacher
+            are [B * T, D], and its weight has this rank's rows, padding included.
 
     Returns:
         The scalar sum and the per-token losses, [B * T] in batch-major order.
@@ -82,7 +87,7 @@ def vocab_parallel_linear_cross_entropy(
     valid_rows = valid_vocab_rows(weight.shape[0], vocab_size, tp_group)
     if valid_rows < weight.shape[0]:  # a slice of everything would cost a pass over its gradient
         weight = weight[:valid_rows]
-    if distillation is not None:
+    if isinstance(distillation, Distillation):
         distillation = replace(distillation, teacher_weight=distillation.teacher_weight[:valid_rows])
     reductions = {}
     if tp_group.size() > 1:

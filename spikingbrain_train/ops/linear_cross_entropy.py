@@ -58,6 +58,25 @@ class Distillation:
 
 
 @dataclass(frozen=True)
+class KeptDistillation:
+    """Soft targets of a teacher of which few tokens of each distribution were kept.
+
+    As :class:`Distillation`, with the sum over the vocabulary in the KL divergence taken over those tokens,
+    each of which stands for a share of the teacher's distribution. Both are softened by the temperature.
+    """
+
+    ids: Tensor
+    """[N, K] int64 indices into the whole vocabulary; one may come twice."""
+    shares: Tensor
+    """[N, K] float32 that add up to 1: of a likely token its probability, of one that was drawn among the
+    others its part of their probability."""
+    log_probabilities: Tensor
+    """[N, K] float32 logarithms of the teacher's probability of each."""
+    weight: float
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
 class TokenLosses:
     """Per-token values for reporting, [N] float32 each (float64 for float64 inputs), without gradient."""
 
@@ -74,7 +93,7 @@ def linear_cross_entropy(
     loss_weights: Tensor,
     *,
     vocab_start: int = 0,
-    distillation: Distillation | None = None,
+    distillation: Distillation | KeptDistillation | None = None,
     reduce_max: Reduction = _local,
     reduce_sum: Reduction = _local,
 ) -> tuple[Tensor, TokenLosses]:
@@ -180,7 +199,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels: Tensor,
         loss_weights: Tensor,
         vocabulary: _Vocabulary,
-        distillation: Distillation | None,
+        distillation: Distillation | KeptDistillation | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         loss_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -192,7 +211,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for chunk in chunks:
             logits = hidden[chunk] @ weight.t()
             targets = _Targets(labels[chunk], vocabulary)
-            if distillation is not None:
+            if isinstance(distillation, Distillation):
                 teacher_logits = distillation.teacher_hidden[chunk] @ distillation.teacher_weight.t()
             for block in _blocks(logits, vocabulary):
                 rows = slice(chunk.start + block.start, chunk.start + block.stop)
@@ -200,6 +219,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 x = logits[block].to(loss_dtype)
                 if distillation is None:
                     cross_entropy[rows] = _cross_entropy_(x, targets, block, grad_scale)
+                elif isinstance(distillation, KeptDistillation):
+                    cross_entropy[rows], kl_divergence[rows] = _distil_kept_(
+                        x, rows, targets, block, grad_scale, distillation
+                    )
                 else:
                     teacher = teacher_logits[block].to(loss_dtype)
                     cross_entropy[rows], kl_divergence[rows] = _distil_(
@@ -278,26 +301,91 @@ def _distil_(
     teacher_soft = _exp_(teacher.div_(temperature))
     teacher_normaliser = vocabulary.rowwise_sum(teacher_soft)
     log_ratio_mean = vocabulary.rowwise_sum(log_ratio.mul_(teacher_soft)) / teacher_normaliser
-    if temperature == 1.0:
-        student_soft = student = _exp_(student_scores)
-        student_normaliser = soft_normaliser = vocabulary.rowwise_sum(student)
-    else:
-        student_soft = _exp_(student_scores / temperature)
-        soft_normaliser = vocabulary.rowwise_sum(student_soft)
-        student = _exp_(student_scores)
-        student_normaliser = vocabulary.rowwise_sum(student)
-    cross_entropy = student_normaliser.log() + top - label_logits
-    kl_divergence = log_ratio_mean - teacher_normaliser.log() + soft_normaliser.log()
-
+    student = _Softmaxes(student_scores, vocabulary, temperature)
+    cross_entropy = student.normaliser.log() + top - label_logits
+    kl_divergence = log_ratio_mean - teacher_normaliser.log() + student.soft_normaliser.log()
     if grad_scale is not None:
         # d CE / d logits = softmax - one hot
         # temperature^2 * d KL / d logits = temperature * (student's softmax - teacher's softmax)
         kl_scale = grad_scale * (w * temperature)
-        if temperature == 1.0:
-            student.mul_(grad_scale / student_normaliser[:, None])
-        else:
-            student.mul_(grad_scale * (1 - w) / student_normaliser[:, None])
-            student.addcmul_(student_soft, kl_scale / soft_normaliser[:, None])
-        student.addcmul_(teacher_soft, kl_scale / teacher_normaliser[:, None], value=-1.0)
-        targets.subtract_(student, rows, grad_scale.squeeze(1) * (1 - w))
+        gradient = student.mixed_(grad_scale, w)
+        gradient.addcmul_(teacher_soft, kl_scale / teacher_normaliser[:, None], value=-1.0)
+        if w < 1:
+            targets.subtract_(gradient, rows, grad_scale.squeeze(1) * (1 - w))
     return cross_entropy, kl_divergence
+
+
+def _distil_kept_(
+    x: Tensor,
+    tokens: slice,
+    targets: _Targets,
+    rows: slice,
+    grad_scale: Tensor | None,
+    distillation: KeptDistillation,
+) -> tuple[Tensor, Tensor]:
+    """:func:`_distil_` from the teacher's kept tokens, which lie at ``tokens`` among all of them."""
+    vocabulary = targets.vocabulary
+    temperature, w = distillation.temperature, distillation.weight
+    kept = _Kept(distillation.ids[tokens], distillation.shares[tokens].to(x.dtype), vocabulary)
+    top = vocabulary.rowwise_max(x)
+    label_logits = targets.logits(x, rows)
+    student_scores = x.sub_(top[:, None])
+    mean_score = kept.mean(student_scores) / temperature
+    entropy = (kept.shares * distillation.log_probabilities[tokens].to(x.dtype)).sum(1)
+    student = _Softmaxes(student_scores, vocabulary, temperature)
+    cross_entropy = student.normaliser.log() + top - label_logits
+    kl_divergence = entropy - mean_score + student.soft_normaliser.log()
+    if grad_scale is not None:
+        gradient = student.mixed_(grad_scale, w)
+        kept.subtract_(gradient, grad_scale * (w * temperature))
+        if w < 1:
+            targets.subtract_(gradient, rows, grad_scale.squeeze(1) * (1 - w))
+    return cross_entropy, kl_divergence
+
+
+class _Softmaxes:
+    """The student's distribution as it is and softened, of scores [n, V] whose maximum is 0."""
+
+    def __init__(self, scores_: Tensor, vocabulary: _Vocabulary, temperature: float) -> None:
+        self._temperature = temperature
+        if temperature == 1.0:
+            self._soft = self._plain = _exp_(scores_)
+            self.normaliser = self.soft_normaliser = vocabulary.rowwise_sum(self._plain)
+            return
+        self._soft = _exp_(scores_ / temperature)
+        self.soft_normaliser = vocabulary.rowwise_sum(self._soft)
+        self._plain = _exp_(scores_)
+        self.normaliser = vocabulary.rowwise_sum(self._plain)
+
+    def mixed_(self, grad_scale: Tensor, weight: float) -> Tensor:
+        """The student's part of the mixed loss's gradient, in the memory of the scores."""
+        if self._temperature == 1.0:
+            return self._plain.mul_(grad_scale / self.normaliser[:, None])
+        kl_scale = grad_scale * (weight * self._temperature) / self.soft_normaliser[:, None]
+        if weight == 1:
+            return torch.mul(self._soft, kl_scale, out=self._plain)
+        self._plain.mul_(grad_scale * (1 - weight) / self.normaliser[:, None])
+        return self._plain.addcmul_(self._soft, kl_scale)
+
+
+class _Kept:
+    """The teacher's kept tokens as columns of this rank's logits."""
+
+    def __init__(self, ids: Tensor, shares: Tensor, vocabulary: _Vocabulary) -> None:
+        column = ids - vocabulary.start
+        is_here = (column >= 0) & (column < vocabulary.rows)
+        self.shares = shares
+        self._vocabulary = vocabulary
+        self._here = torch.where(is_here, shares, 0.0) if vocabulary.is_shared else shares
+        self._column = column.clamp_(0, max(vocabulary.rows - 1, 0))
+
+    def mean(self, x: Tensor) -> Tensor:
+        """[n] mean of x [n, V] over the kept tokens by their shares, on every rank."""
+        if self._vocabulary.rows == 0:
+            return self._vocabulary.reduce_sum(x.new_zeros(len(x)))
+        return self._vocabulary.reduce_sum((x.gather(1, self._column) * self._here).sum(1))
+
+    def subtract_(self, x: Tensor, amount: Tensor) -> None:
+        """x[i, j] -= amount[i] * share, for every kept j."""
+        if self._vocabulary.rows > 0:
+            x.scatter_add_(1, self._column, self._here * -amount)

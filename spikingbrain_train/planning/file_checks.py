@@ -223,5 +223,7 @@ def check_files(config: RunConfig) -> StoredRun | None:
     check_examples(config)
     if stored is not None:
         check_training_data(stored, config)
+    done = 0 if stored is None else stored.iteration
+    kind_of(config.stage).check_files(config, first_sample=done * config.stage.global_batch_size)
     check_output_folder(config.output_dir)
     return stored

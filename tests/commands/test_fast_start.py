@@ -81,6 +81,7 @@ LINES: list[tuple[tuple[str, ...], int]] = [
     (("convert", "import", "--hf", "nowhere", "--output", "x"), 2),
     (("convert", "inspect", "nowhere"), 2),
     (("export", "--checkpoint", "nowhere", "--output", "x"), 2),
+    (("cache-teacher", "--output", "x", *TINY, "stage=distill", "stage.teacher=nowhere"), 2),
     (("preprocess", "--input", "nowhere", "--tokenizer", "nowhere", "--output-prefix", "x"), 2),
     (("plot", "nowhere"), 2),
     (("demo", "--output", "x", "--model", "nowhere"), 2),

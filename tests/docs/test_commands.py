@@ -45,6 +45,11 @@ class Rule:
 README, GUIDES, PICTURES = r"README\.md", r"docs/guides/.*", r"docs/pictures\.md"
 RULES = (
     Rule("spikingbrain-preprocess ", Way.SHORT),
+    Rule(
+        "spikingbrain-cache-teacher ",
+        Way.NOT_RUN,
+        "is of a run's own lengths, which are shorter here; tests/distributed writes caches",
+    ),
     Rule("spikingbrain-convert ", Way.AS_IT_IS),
     Rule("spikingbrain-evaluate ", Way.SHORT),
     Rule("spikingbrain-generate ", Way.SHORT),
@@ -56,6 +61,7 @@ RULES = (
     Rule("spikingbrain-train --multirun ", Way.DRY),
     Rule("spikingbrain-train --config ", Way.AS_IT_IS),
     Rule("spikingbrain-train --nproc-per-node ", Way.PLANNED, pages=README),
+    Rule(r"spikingbrain-train .*stage\.distillation\.cache=", Way.PLANNED),
     Rule("spikingbrain-train ", Way.TRAINED),
     Rule("sbatch ", Way.PLANNED, pages=README),
     Rule("sbatch ", Way.TRAINED, pages=GUIDES),

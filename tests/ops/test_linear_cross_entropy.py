@@ -10,14 +10,21 @@ from __future__ import annotations
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from spikingbrain_train.ops import linear_cross_entropy as module
-from spikingbrain_train.ops.linear_cross_entropy import Distillation, TokenLosses, linear_cross_entropy
+from spikingbrain_train.ops.linear_cross_entropy import (
+    Distillation,
+    KeptDistillation,
+    TokenLosses,
+    linear_cross_entropy,
+)
 
 N, D, V, TEACHER_D = 37, 12, 53, 20
 
@@ -38,6 +45,18 @@ class Problem:
 
     def distillation(self, weight: float, temperature: float) -> Distillation:
         return Distillation(self.teacher_hidden, self.teacher_weight, weight, temperature)
+
+    def kept_distillation(self, weight: float, temperature: float) -> KeptDistillation:
+        """Every token of the teacher's distribution in an order of its own, the last one in two halves."""
+        logits = self.teacher_hidden @ self.teacher_weight.t() / temperature
+        ids = torch.rand(N, V).argsort(1)
+        log_probabilities = F.log_softmax(logits, dim=1).gather(1, ids)
+        shares = log_probabilities.exp()
+        shares[:, -1] /= 2
+        ids, shares, log_probabilities = (
+            torch.cat((each, each[:, -1:]), dim=1) for each in (ids, shares, log_probabilities)
+        )
+        return KeptDistillation(ids, shares, log_probabilities, weight, temperature)
 
 
 @pytest.fixture
@@ -117,6 +136,62 @@ def test_distillation_adds_the_kl_divergence(problem: Problem, weight: float, te
         assert_close(x.grad, y.grad)
 
 
+@pytest.mark.usefixtures("cut")
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("weight", [0.3, 1.0])
+def test_kept_tokens_stand_for_the_distribution(problem: Problem, weight: float, temperature: float) -> None:
+    ours, theirs = problem.leaves(), problem.leaves()
+    loss, token_losses = linear_cross_entropy(
+        *ours,
+        problem.labels,
+        problem.loss_weights,
+        distillation=problem.kept_distillation(weight, temperature),
+    )
+    reference, cross_entropy, kl = expected(problem, *theirs, problem.distillation(weight, temperature))
+    assert_close(loss, reference)
+    assert_close(token_losses.cross_entropy, cross_entropy)
+    assert_close(token_losses.kl_divergence, kl)
+    loss.backward()
+    reference.backward()
+    for x, y in zip(ours, theirs, strict=True):
+        assert_close(x.grad, y.grad)
+
+
+class _Largest(TorchDispatchMode):
+    """Remembers the most rows of a vocabulary's width that any tensor made meanwhile has."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self._width, self.rows = width, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        # A weight that is turned round is as wide, and not contiguous.
+        if isinstance(made, Tensor) and made.shape[1:] == (self._width,) and made.is_contiguous():
+            self.rows = max(self.rows, len(made))
+        return made
+
+
+@pytest.mark.parametrize("vocabulary", [slice(0, V), slice(20, V)], ids=["one rank", "one of two ranks"])
+def test_no_logits_of_all_tokens_exist_of_either_model(
+    problem: Problem, vocabulary: slice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = vocabulary.stop - vocabulary.start
+    monkeypatch.setitem(module._CHUNK_BYTES, "cpu", 16 * rows * 8)
+    hidden, weight = problem.leaves()
+    weight = weight[vocabulary].detach().requires_grad_()
+    distillation = Distillation(problem.teacher_hidden, problem.teacher_weight[vocabulary], 1.0, 2.0)
+    shared = {}
+    if rows < V:  # what another rank would add changes no shape
+        shared = {"reduce_max": torch.clone, "reduce_sum": torch.clone, "vocab_start": vocabulary.start}
+    with _Largest(rows) as largest:
+        loss, _ = linear_cross_entropy(
+            hidden, weight, problem.labels, problem.loss_weights, distillation=distillation, **shared
+        )
+        loss.backward()
+    assert 0 < largest.rows <= 16
+
+
 def test_masked_tokens_have_no_gradient(problem: Problem) -> None:
     hidden, weight = problem.leaves()
     linear_cross_entropy(hidden, weight, problem.labels, problem.loss_weights)[0].backward()
@@ -154,18 +229,23 @@ class _SharedVocabulary:
     "cuts", [[20], [7, 40], [V]], ids=["two ranks", "three ranks", "a rank without rows"]
 )
 @pytest.mark.parametrize("distil", [None, (0.4, 1.0), (0.4, 2.0)], ids=["plain", "KL", "KL at 2"])
+@pytest.mark.parametrize("kept", [False, True], ids=["", "kept tokens"])
 def test_ranks_with_parts_of_the_vocabulary_agree_with_one(
-    problem: Problem, cuts: list[int], distil: tuple[float, float] | None
+    problem: Problem, cuts: list[int], distil: tuple[float, float] | None, kept: bool
 ) -> None:
+    if kept and distil is None:
+        return
     starts, stops = [0, *cuts], [*cuts, V]
     shared = _SharedVocabulary(len(starts))
+    of_kept = problem.kept_distillation(*distil) if kept and distil is not None else None
 
     def run(rank: int) -> tuple[Tensor, TokenLosses, Tensor, Tensor]:
         rows = slice(starts[rank], stops[rank])
         hidden, weight = problem.leaves()
         distillation = None
         if distil is not None:
-            distillation = Distillation(problem.teacher_hidden, problem.teacher_weight[rows], *distil)
+            own = Distillation(problem.teacher_hidden, problem.teacher_weight[rows], *distil)
+            distillation = of_kept or own
         weight = weight[rows].detach().requires_grad_()
         loss, token_losses = linear_cross_entropy(
             hidden,

@@ -14,6 +14,7 @@ from spikingbrain_train.config.setting import leaves
 from spikingbrain_train.errors import CheckpointError
 from spikingbrain_train.planning.costs import forward_flops_per_token
 from spikingbrain_train.planning.stages.token_loss import TokenLossKind
+from spikingbrain_train.planning.teacher_cache import check_cache
 
 
 class DistillationKind(TokenLossKind):
@@ -25,13 +26,14 @@ class DistillationKind(TokenLossKind):
     def describe(self, config: RunConfig) -> str:
         """What is learnt, and from whom."""
         stage = config.stage
-        share = stage.distillation.share
-        text = f"{self.name}: all parameters learn from the logits of {stage.teacher}"
+        share, cache = stage.distillation.share, stage.distillation.cache
+        source = f"the logits of {stage.teacher}" if cache is None else f"the teacher's logits in {cache}"
+        text = f"{self.name}: all parameters learn from {source}"
         return text if share == 1 else f"{text} ({share:.0%} of the loss) and to predict the next token"
 
     def reason_for_teacher(self, stage: StageConfig) -> str | None:
-        """Whatever its other settings are."""
-        return f"stage.kind={self.name}"
+        """Where no cache stands for it."""
+        return f"stage.kind={self.name}" if stage.distillation.cache is None else None
 
     def all_settings(self, stage: StageConfig) -> set[str]:
         """Those of distillation."""
@@ -55,7 +57,13 @@ class DistillationKind(TokenLossKind):
                 f"{model.vocab_size}; distillation needs a teacher with the same tokenizer"
             )
 
+    def check_files(self, config: RunConfig, first_sample: int) -> None:
+        """The cache is of this run's samples, and has them. Raises DataError, CheckpointError."""
+        check_cache(config, first_sample)
+
     def flops_per_token(self, config: RunConfig) -> float:
-        """The teacher's forward on top of the student's training."""
+        """The teacher's forward on top of the student's training, unless its logits are read from a cache."""
+        if not self.needs_teacher(config.stage):
+            return super().flops_per_token(config)
         teacher = forward_flops_per_token(dense_source(config.model), config.stage.seq_length)
         return super().flops_per_token(config) + teacher

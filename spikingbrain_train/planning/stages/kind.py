@@ -83,6 +83,18 @@ class StageKind(ABC):
         """
         return
 
+    def check_files(self, config: RunConfig, first_sample: int) -> None:
+        """Files of its own that the run names beside data and checkpoints.
+
+        Args:
+            config: the run, whose data are there.
+            first_sample: the first training sample that it reads.
+
+        Raises:
+            ConfigurationError, DataError, CheckpointError: they do not fit the run.
+        """
+        return
+
     @abstractmethod
     def trainable_parameters(self, config: RunConfig, pipeline_stage: int) -> tuple[int, int]:
         """Parameters with a gradient on a rank of ``pipeline_stage``, as (routed experts, all others)."""

@@ -11,10 +11,12 @@ from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.data.gpt_dataset import HeldOutSamples, TrainDataset, build_datasets
 from spikingbrain_train.data.loader import MicroBatch, WholeBatch, build_data_loader, local_micro_batch
 from spikingbrain_train.data.packed_examples import build_examples
+from spikingbrain_train.data.teacher_cache import CachedTeacher, WithTeacher
 from spikingbrain_train.data.tokenizers import load_tokenizer
 from spikingbrain_train.evaluation.evaluator import HeldOutData
 from spikingbrain_train.evaluation.held_out_windows import HeldOutWindows
 from spikingbrain_train.parallel.process_groups import ProcessGroups
+from spikingbrain_train.storage.teacher_cache import read_cache_file
 from spikingbrain_train.training.data_check import ShowActivity, check_tokens_together
 
 
@@ -59,7 +61,7 @@ class PackedText:
         tokenizer = load_tokenizer(data.tokenizer) if data.tokenizer else None
         prefixes, vocabulary = [*data.train, *data.valid], config.model.vocab_size
         check_tokens_together(prefixes, vocabulary, groups, Path(config.output_dir), activity)
-        self._train, self._valid = self._builder(config)(
+        found, self._valid = self._builder(config)(
             data,
             stage.seq_length,
             train_samples=stage.train_iters * stage.global_batch_size,
@@ -68,6 +70,11 @@ class PackedText:
             vocab_size=vocabulary,
             tokenizer=tokenizer,
         )
+        self._train = self._beside(found)
+
+    def _beside(self, samples: TrainDataset) -> TrainDataset | WithTeacher:
+        """The training samples, with what comes beside their text."""
+        return samples
 
     def _builder(self, config: RunConfig) -> Callable[..., tuple[TrainDataset, HeldOutSamples | None]]:
         """What opens the datasets: called as :func:`build_datasets` is."""
@@ -118,3 +125,19 @@ class PackedAnswers(PackedText):
 
     def _builder(self, config: RunConfig) -> Callable[..., tuple[TrainDataset, HeldOutSamples | None]]:
         return partial(build_examples, long=config.stage.sft.long_examples)
+
+
+class CachedText(PackedText):
+    """Packed text, with the teacher's kept tokens beside it where this pipeline stage computes the loss.
+
+    Raises:
+        DataError, ConfigurationError: as :class:`PackedText`; or the cache is damaged.
+    """
+
+    def _beside(self, samples: TrainDataset) -> TrainDataset | WithTeacher:
+        folder = self._config.stage.distillation.cache
+        assert folder is not None
+        if not self._groups.is_pipeline_last_stage:
+            return samples
+        _, layout = read_cache_file(Path(folder), f"stage.distillation.cache={folder}")
+        return WithTeacher(samples, CachedTeacher(Path(folder), layout))

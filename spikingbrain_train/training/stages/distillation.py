@@ -15,35 +15,43 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
-from spikingbrain_train.config.run import StageConfig
+from spikingbrain_train.config.run import RunConfig, StageConfig
 from spikingbrain_train.data.loader import MicroBatch
 from spikingbrain_train.models.gpt_model import HybridGPTModel
 from spikingbrain_train.models.output_head import gather_hidden_states, vocab_parallel_linear_cross_entropy
-from spikingbrain_train.ops.linear_cross_entropy import Distillation, TokenLosses
+from spikingbrain_train.ops.linear_cross_entropy import Distillation, KeptDistillation, TokenLosses
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.reporting.progress import Shown
+from spikingbrain_train.training.data_check import ShowActivity
+from spikingbrain_train.training.stages.data import CachedText, StageData
 from spikingbrain_train.training.stages.token_loss import TokenLossStage
 
 
 class LogitDistillation(TokenLossStage):
     """KL(teacher || student) of every token, with a share of next-token loss where the weight is below 1.
 
-    Each pipeline stage runs the teacher's layers beside the student's and the tensors sent between stages
-    carry both hidden states side by side, so it works under every topology.
+    With a teacher each pipeline stage runs its layers beside the student's and the tensors sent between
+    stages carry both hidden states side by side, so it works under every topology. With a cache of its logits
+    there is no teacher: what the cache holds comes with the micro-batches.
 
     Args:
         stage: sequence length, batch sizes, distillation settings.
         groups: process groups.
-        teacher: the frozen dense source in the same topology.
+        teacher: the frozen dense source in the same topology; None with a cache.
     """
-
-    teacher: HybridGPTModel
 
     def __init__(
         self, stage: StageConfig, groups: ProcessGroups, teacher: HybridGPTModel | None = None
     ) -> None:
-        assert teacher is not None, "distillation learns from a teacher"
+        assert (teacher is None) == (stage.distillation.cache is not None)
         super().__init__(stage, groups, teacher)
+
+    @classmethod
+    def open_data(cls, config: RunConfig, groups: ProcessGroups, activity: ShowActivity) -> StageData:
+        """Packed text, with what a cache holds of it."""
+        if config.stage.distillation.cache is None:
+            return super().open_data(config, groups, activity)
+        return CachedText(config, groups, config.model.num_sink_tokens, activity)
 
     @property
     def shown(self) -> Mapping[str, Shown]:
@@ -56,7 +64,7 @@ class LogitDistillation(TokenLossStage):
 
     def schedule_arguments(self) -> dict[str, Any]:
         """Tensors between pipeline stages are wider by the teacher's hidden size."""
-        if self.groups.pipeline_model_parallel_size == 1:
+        if self.teacher is None or self.groups.pipeline_model_parallel_size == 1:
             return {}
         return {"adjust_tensor_shapes_fn": partial(_widen, self.teacher.config.hidden_size)}
 
@@ -70,8 +78,11 @@ class LogitDistillation(TokenLossStage):
     def forward(
         self, model: DistributedDataParallel, batch: MicroBatch
     ) -> Tensor | tuple[Tensor, TokenLosses]:
-        """Teacher and student side by side."""
+        """Teacher and student side by side, or the student alone."""
         student: HybridGPTModel = model.module
+        if self.teacher is None:
+            hidden = model(batch.tokens, layout=batch.layout, return_hidden_states=True)
+            return self._losses(student, hidden, batch, None) if student.post_process else hidden
         if not student.pre_process:
             both = student.decoder.input_tensor
             width = student.config.hidden_size
@@ -84,26 +95,42 @@ class LogitDistillation(TokenLossStage):
         student_hidden = model(batch.tokens, layout=batch.layout, return_hidden_states=True)
         if not student.post_process:
             return torch.cat([student_hidden, teacher_hidden], dim=-1)
+        return self._losses(student, student_hidden, batch, teacher_hidden)
+
+    def _losses(
+        self, student: HybridGPTModel, hidden: Tensor, batch: MicroBatch, teacher_hidden: Tensor | None
+    ) -> tuple[Tensor, TokenLosses]:
+        """Of the last pipeline stage, from the hidden states of both models or those of the student."""
+        settings = self.stage.distillation
         split = {
             "num_sink_tokens": batch.layout.local_sink_tokens,
             "sequence_parallel": student.config.sequence_parallel,
             "tp_group": self.groups.collection.tp,
         }
-        with torch.no_grad():
-            teacher_hidden = gather_hidden_states(teacher_hidden, **split)
+        distillation: Distillation | KeptDistillation
+        if self.teacher is None or teacher_hidden is None:
+            assert batch.teacher is not None, "a cache's tokens come with the micro-batches"
+            ids, shares, log_probabilities = (each.flatten(0, 1) for each in batch.teacher)
+            distillation = KeptDistillation(
+                ids, shares, log_probabilities, weight=settings.share, temperature=settings.temperature
+            )
+        else:
+            with torch.no_grad():
+                teacher_hidden = gather_hidden_states(teacher_hidden, **split)
+            distillation = Distillation(
+                teacher_hidden,
+                self.teacher.output_weight(),
+                weight=settings.share,
+                temperature=settings.temperature,
+            )
         return vocab_parallel_linear_cross_entropy(
-            student_hidden,
+            hidden,
             student.output_weight(),
             batch.labels,
             batch.loss_mask,
             vocab_size=student.model_config.vocab_size,
+            distillation=distillation,
             **split,
-            distillation=Distillation(
-                teacher_hidden,
-                self.teacher.output_weight(),
-                weight=self.stage.distillation.share,
-                temperature=self.stage.distillation.temperature,
-            ),
         )
 
 
