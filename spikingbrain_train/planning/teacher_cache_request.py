@@ -159,7 +159,7 @@ def request_cache(config: RunConfig, folder: Path, *, top: int, drawn: int, worl
     check_sequence_split(stage.seq_length, model, parallel)
     check_data(config.data)
     check_output_folder(folder, "--output")
-    layout = CacheLayout.of(top, drawn, stage.seq_length, model.vocab_size)
+    layout = CacheLayout.of(top, drawn, stage.seq_length, model.vocab_size, samples_of(config))
     if not (folder / CACHE_FILE).exists():
         return CacheRequest(config, folder, layout)
     _, stored = read_cache_file(folder, f"--output {folder}")

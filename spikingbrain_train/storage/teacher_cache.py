@@ -25,7 +25,7 @@ IDS, LOG_PROBABILITIES, TAIL = "ids", "log_probabilities", "tail"
 
 _VERSION = 1
 _SHARD = re.compile(r"samples_(\d{9})_(\d{9})\.safetensors")
-_SHARD_BYTES = 1 << 26
+_SHARD_BYTES, _FEWEST_SHARDS = 1 << 26, 64
 _UINT16_UP_TO = 1 << 16
 _LARGEST_HEADER = 1 << 20
 _ITEM_BYTES = {"U16": 2, "I32": 4, "F16": 2, "F32": 4}
@@ -46,10 +46,14 @@ class CacheLayout:
     vocab_size: int
 
     @classmethod
-    def of(cls, top: int, drawn: int, seq_length: int, vocab_size: int) -> CacheLayout:
-        """With files of some 64 MiB."""
+    def of(cls, top: int, drawn: int, seq_length: int, vocab_size: int, samples: int) -> CacheLayout:
+        """With files of at most some 64 MiB, and some 64 of them where samples are few.
+
+        A writer that is killed loses the files it was at, and data-parallel ranks share them out.
+        """
         one = cls(top, drawn, seq_length, 1, vocab_size)
-        return cls(top, drawn, seq_length, max(1, _SHARD_BYTES // one.sample_bytes), vocab_size)
+        fitting = min(_SHARD_BYTES // one.sample_bytes, samples // _FEWEST_SHARDS)
+        return cls(top, drawn, seq_length, max(1, fitting), vocab_size)
 
     @property
     def kept(self) -> int:
