@@ -24,6 +24,7 @@ from spikingbrain_train.planning.plan_report.report import render
 from spikingbrain_train.planning.planner import plan_run
 from tests.docs.pages import ROOT, fenced
 from tests.docs.programs import Finished, Programs
+from tests.evaluation.multiple_choice.small_tasks import write_tasks
 from tests.scripts.allocation import SLURM, Allocation
 
 MODELS = {"models/SmolLM2-135M-Instruct": "llama", "models/Qwen2.5-7B": "qwen2"}
@@ -51,6 +52,7 @@ class Workplace:
         for name in ("train.py", "tools", "conf", "scripts", "spikingbrain_train", "docs", "benchmarks"):
             (folder / name).symlink_to(ROOT / name)
         _write_text(folder / "corpus")
+        write_tasks(folder / "data/tasks")
         for model, family in MODELS.items():
             made = programs.run([str(ROOT / "tests/docs/tiny_models.py"), family, model], folder)
             assert made.code == 0, made.said

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.evaluation.evaluator import EvaluatedRun, Evaluator
 from spikingbrain_train.evaluation.multiple_choice.plan import TaskPlan
+from spikingbrain_train.evaluation.run_tokenizer import tokenizer_of_run
 from spikingbrain_train.evaluation.text_tokenizer import TextTokenizer
 from spikingbrain_train.reporting.progress import Shown
 
@@ -43,11 +43,6 @@ class MultipleChoice(Evaluator):
         from spikingbrain_train.evaluation.multiple_choice.measure import by_metric, measure_tasks
 
         if self._tokenizer is None:
-            if run.config.data.tokenizer is None:
-                raise ConfigurationError(
-                    "logging.evaluators asks multiple-choice questions, which need the model's tokenizer; "
-                    "name its folder with data.tokenizer"
-                )
-            self._tokenizer = TextTokenizer(run.config.data.tokenizer)
+            self._tokenizer = TextTokenizer(tokenizer_of_run(run.config))
         model = MegatronLanguageModel(run.model, run.groups, self._tokenizer, show=run.activity)
         return by_metric(measure_tasks(model, self._plan))
