@@ -119,7 +119,7 @@ ASKED_OF_STAGE: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("asked", ASKED_OF_STAGE)
 def test_an_unknown_kind_of_stage_is_an_error_that_names_the_known_ones(asked: str) -> None:
     with pytest.raises(
-        ConfigurationError, match="stage.kind names foreign, .* known are align, cpt, distill;"
+        ConfigurationError, match="stage.kind names foreign, .* known are align, cpt, distill, sft;"
     ):
         ASKED_OF_STAGE[asked]()
 

@@ -70,7 +70,9 @@ def choices_of(group: str) -> list[str]:
 
 
 MODELS = [name for name in choices_of("model") if name != "from_checkpoint"]
-RUNS = [f"model={name}" for name in MODELS] + [f"experiment={name}" for name in choices_of("experiment")]
+EXPERIMENTS = [name for name in choices_of("experiment") if not name.endswith(("_sft2", "_sft3"))]
+"""The others make the calls of the first stage of fine-tuning: model, length and layout are the same."""
+RUNS = [f"model={name}" for name in MODELS] + [f"experiment={name}" for name in EXPERIMENTS]
 
 
 @cache
