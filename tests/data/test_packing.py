@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from spikingbrain_train.config.run import DataConfig, LongDocumentsConfig, RunConfig
 from spikingbrain_train.config.run_record import fingerprint, training_data_of
 from spikingbrain_train.data.command_line import preprocess_data
+from spikingbrain_train.data.domains import Domains
 from spikingbrain_train.data.gpt_dataset import TrainDataset, build_datasets
+from spikingbrain_train.data.packing import statistics
 from spikingbrain_train.data.packing.layout import LONG, SHORT, WHOLE, Packing, lay_out
-from spikingbrain_train.data.packing.packed_documents import PackedDocuments
+from spikingbrain_train.data.packing.packed_documents import PackedDocuments, positions_of_whole
 from spikingbrain_train.data.packing.section import packing_section
 from spikingbrain_train.data.packing.statistics import packing_statistics
 from spikingbrain_train.data.sample import Sample
@@ -273,15 +275,10 @@ def _tokens_in_streams(length: int, packing: Packing) -> int:
 def _position(layout, pool: int, window: int) -> int:
     if layout.pools.kind[pool] != WHOLE:
         return int(layout.pools.begin[pool]) + window * layout.packing.seq_length
-    from spikingbrain_train.data.packing.packed_documents import _positions_of_whole
-
-    return int(_positions_of_whole(layout, pool, np.array([window]))[0])
+    return int(positions_of_whole(layout, pool, np.array([window]))[0])
 
 
 def _statistics_of(lengths: np.ndarray, domains: np.ndarray, packing: Packing):
-    from spikingbrain_train.data.domains import Domains
-    from spikingbrain_train.data.packing import statistics
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(statistics, "document_lengths", lambda prefix: (np.dtype("uint16"), lengths))
         patch.setattr(statistics, "read_domains", lambda prefix, documents: Domains(["a", "b", "c"], domains))

@@ -103,14 +103,14 @@ def _taken(layout: Layout, seed: tuple[int, int], epoch: int, pool: int) -> np.n
         random = _random([*seed, passed, pool + 1])
         numbers = random.permutation(samples)[at : at + end - first]
         if pools.kind[pool] == WHOLE:
-            found.append(_positions_of_whole(layout, pool, numbers))
+            found.append(positions_of_whole(layout, pool, numbers))
         else:
             found.append(int(pools.begin[pool]) + int(random.randint(left_over + 1)) + numbers * length)
         first += len(numbers)
     return np.concatenate(found)
 
 
-def _positions_of_whole(layout: Layout, pool: int, numbers: np.ndarray) -> np.ndarray:
+def positions_of_whole(layout: Layout, pool: int, numbers: np.ndarray) -> np.ndarray:
     """Virtual positions of samples that are of one document each."""
     pools = layout.pools
     begin = layout.stretch_virtual[layout.first_whole : -1]
