@@ -1,0 +1,113 @@
+"""How a dense model becomes a hybrid: the methods that benchmarks/conversion_quality.py compares.
+
+Each is made of settings only, so that a user can do the same. ``today`` is the recipe that this project began
+with; the methods behind it change one thing each, and ``all`` changes everything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+CALIBRATION_TOKENS = 16384
+"""Read by the closed-form start; they count."""
+
+EVEN = "even"
+"""Every second layer is linear, from the first on."""
+CHOSEN = "chosen"
+"""As many, those that cost the least: spikingbrain-choose-layers."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of a method.
+
+    Attributes:
+        kind: ``stage.kind``.
+        share: of the tokens behind the calibration; 0 is a closed-form start that trains nothing.
+        settings: of spikingbrain-train, in its words.
+    """
+
+    kind: str
+    share: float
+    settings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way from dense to hybrid."""
+
+    name: str
+    about: str
+    layers: str
+    stages: tuple[Stage, ...]
+
+
+_COSINE = ("optimizer.lr_decay_style=cosine", "optimizer.weight_decay=0")
+_TODAYS_ALIGNMENT = Stage(
+    "align",
+    2 / 3,
+    ("optimizer.lr=5e-3", "optimizer.min_lr=5e-4", f"stage.alignment.calibration_tokens={CALIBRATION_TOKENS}")
+    + _COSINE,
+)
+_MIXED = Stage(
+    "distill",
+    1 / 3,
+    (
+        "stage.distillation.weight=0.3",
+        "optimizer.lr=5e-4",
+        "optimizer.min_lr=5e-5",
+        "optimizer.new_parameter_lr_mult=2",
+    )
+    + _COSINE,
+)
+_PURE_KL = Stage(
+    "distill",
+    1.0,
+    ("optimizer.lr=1e-4", "optimizer.min_lr=1e-5", "optimizer.mixer_lr_mult=10") + _COSINE,
+)
+_STUDENT_INPUTS = (
+    "stage.alignment.calibration_inputs=student",
+    "stage.alignment.fit_source_projections=true",
+)
+
+
+def _start_only(*settings: str) -> Stage:
+    tokens = f"stage.alignment.calibration_tokens={CALIBRATION_TOKENS}"
+    # A rate that moves nothing: what the closed form sets is what the stage leaves.
+    return Stage("align", 0.0, (tokens, "optimizer.lr=1e-30", "optimizer.weight_decay=0", *settings))
+
+
+PLAIN = Method(
+    "plain",
+    "next-token loss alone, from the swap on (arXiv 2509.05276, section 3.4)",
+    EVEN,
+    (Stage("cpt", 1.0, ("optimizer.lr=5e-4", "optimizer.min_lr=5e-5", *_COSINE)),),
+)
+TODAY = Method("today", "alignment, then next-token loss with 0.3 of KL", EVEN, (_TODAYS_ALIGNMENT, _MIXED))
+KL = replace(
+    TODAY,
+    name="kl",
+    about="today's, its last stage on KL alone, mixers at ten times the rate of the rest",
+    stages=(_TODAYS_ALIGNMENT, replace(_PURE_KL, share=1 / 3)),
+)
+NO_ALIGNMENT = replace(
+    KL,
+    name="start",
+    about="KL from the closed-form start on, no steps of alignment",
+    stages=(_start_only(), _PURE_KL),
+)
+REFIT = replace(
+    TODAY,
+    name="refit",
+    about="today's, started on the student's own hidden states, with what the source keeps fitted as well",
+    stages=(replace(_TODAYS_ALIGNMENT, settings=_TODAYS_ALIGNMENT.settings + _STUDENT_INPUTS), _MIXED),
+)
+LAYERS = replace(TODAY, name="layers", about="today's, in chosen layers", layers=CHOSEN)
+ALL = Method(
+    "all",
+    "chosen layers, closed-form start on the student's own hidden states, KL alone",
+    CHOSEN,
+    (_start_only(*_STUDENT_INPUTS), _PURE_KL),
+)
+
+METHODS = {method.name: method for method in (PLAIN, TODAY, KL, NO_ALIGNMENT, REFIT, LAYERS, ALL)}
