@@ -166,7 +166,7 @@ class Bench:
     ) -> None:
         learns = [] if stage.kind == "cpt" else [f"stage.teacher={self.output / 'dense'}"]
         valid = ",".join(str(prefix) for prefix in self.valid.values())
-        evaluations = 1 if stage.share == 0 else 8
+        evaluations = 1 if stage.share == 0 else 4
         self._run(
             "train",
             f"stage={stage.kind}",
