@@ -269,7 +269,8 @@ class Evaluate(_Measures):
 
     def result(self, context: Context, given: Mapping[str, Any]) -> Result:
         result = super().result(context, given)
-        return replace(result, reads={**result.reads, **dataset("data", _words(given["data"]))})
+        data = given.get("data")
+        return replace(result, reads={**result.reads, **dataset("data", _words(data) if data else [])})
 
 
 class Generate(_Measures):
