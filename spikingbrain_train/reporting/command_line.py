@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from spikingbrain_train.config.command_line import called_as, user_errors
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.reporting.plots.dense_line import DenseLine
+from spikingbrain_train.reporting.plots.evaluation_picture import draw_reports
+from spikingbrain_train.reporting.plots.evaluation_report import Report
 from spikingbrain_train.reporting.plots.panels import PANELS
+from spikingbrain_train.reporting.plots.picture import format_of
 from spikingbrain_train.reporting.plots.plot import plot_runs
 from spikingbrain_train.reporting.plots.recording import Axis
 from spikingbrain_train.reporting.plots.views import Options
 
 _DESCRIPTION = """\
 Draw what runs have written into their metrics.jsonl: one run, the stages of one model end to end, or runs
-beside each other.
+beside each other. Or draw what spikingbrain-evaluate has written (files, not folders): what probes found by
+length and depth, and how a student and its teacher part.
 
 Runs of which each starts from a checkpoint of another are laid end to end, in that order whatever the order
 of the arguments; all others are refused unless --compare draws them on one axis from 0. Thin dashed lines are
@@ -37,6 +42,9 @@ examples:
   # three rates on one axis, over hours
   spikingbrain-plot --compare outputs/lr_1e-4 outputs/lr_3e-4 outputs/lr_1e-3 --x hours --output rates.svg
 
+  # probes and generation of two models beside each other
+  spikingbrain-plot cpt.json distill.json --output evaluations.png
+
   # chosen panels, and a metric by its name
   spikingbrain-plot outputs/smollm2/cpt --panels loss,throughput --metric train/grad_norm --log
 """
@@ -52,7 +60,10 @@ def plot_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "output_dirs", nargs="+", metavar="FOLDER", help="output_dir of a run (holds metrics.jsonl)"
+        "output_dirs",
+        nargs="+",
+        metavar="FOLDER",
+        help="output_dir of a run (holds metrics.jsonl); or files of spikingbrain-evaluate --output",
     )
     parser.add_argument(
         "--output",
@@ -116,6 +127,9 @@ def plot(arguments: Sequence[str] | None = None) -> None:
             raise ConfigurationError(f"--panels is empty; name some of {', '.join(PANELS)}, or leave it out")
         if not all(parsed.metric):
             raise ConfigurationError("--metric is empty; name one, e.g. train/grad_norm, or leave it out")
+        if all(Path(name).suffix == ".json" for name in parsed.output_dirs):
+            _plot_evaluations(parsed)
+            return
         dense = None if parsed.dense_cross_entropy is None else DenseLine.read(parsed.dense_cross_entropy)
         lines = plot_runs(
             parsed.output_dirs,
@@ -128,6 +142,25 @@ def plot(arguments: Sequence[str] | None = None) -> None:
             options=Options(parsed.log, parsed.smooth, dense),
         )
         print("\n".join([str(parsed.output), *lines]))
+
+
+def _plot_evaluations(parsed: argparse.Namespace) -> None:
+    for flag in ("compare", "panels", "metric", "log", "smooth", "dense_cross_entropy"):
+        if getattr(parsed, flag):
+            raise ConfigurationError(
+                f"--{flag.replace('_', '-')} is for runs, but {parsed.output_dirs[0]} is a report of an "
+                "evaluation; leave it out"
+            )
+    format_of(parsed.output)
+    reports = [Report.read(Path(name)) for name in parsed.output_dirs]
+    if parsed.names is not None:
+        if len(parsed.names) != len(reports):
+            raise ConfigurationError(
+                f"--names has {len(parsed.names)} names for {len(reports)} reports; give one each"
+            )
+        reports = [replace(report, name=name) for report, name in zip(reports, parsed.names, strict=True)]
+    draw_reports(reports, parsed.output)
+    print("\n".join([str(parsed.output), *(report.describe() for report in reports)]))
 
 
 def _words(text: str) -> list[str]:

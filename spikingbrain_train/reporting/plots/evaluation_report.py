@@ -40,6 +40,17 @@ class Report:
         """Whether there is nothing to draw."""
         return not self.probes and self.by_position is None
 
+    def describe(self) -> str:
+        """A line for a terminal: what was found over all depths at the longest length."""
+        parts = [
+            f"{each.name} {100 * each.shares[-1][-1]:.0f} % at {each.lengths[-1]}" for each in self.probes
+        ]
+        if self.by_position is not None:
+            kl, agreement = self.by_position["kl_divergence"], self.by_position["agreement"]
+            same = 100 * sum(agreement) / len(agreement)
+            parts.append(f"KL {sum(kl) / len(kl):.4f} nats and {same:.0f} % of tokens as the teacher")
+        return f"{self.name}: {', '.join(parts)}"
+
     @classmethod
     def of(cls, report: Mapping[str, Any], name: str) -> Report:
         """From what the file holds.
