@@ -149,6 +149,25 @@ def request_checkpoint(
     )
 
 
+def request_in_run(folder: Path, run: RunConfig, flag: str) -> CheckpointRequest:
+    """A checkpoint beside the model of a run, in the run's topology and precision.
+
+    Args:
+        folder: as for :func:`request_checkpoint`.
+        run: that goes on.
+        flag: that names the folder, for sentences.
+
+    Raises:
+        CheckpointError, ConfigurationError: as for :func:`request_checkpoint`.
+    """
+    checkpoint = resolve_checkpoint(folder, flag)
+    model = read_stored_model(checkpoint)
+    check_split(model, run.parallel)
+    return CheckpointRequest(
+        checkpoint, folder, model, None, run.parallel, run.cluster.accelerator, run.precision, flag
+    )
+
+
 def for_reading(request: CheckpointRequest) -> CheckpointRequest:
     """The same, as it reads texts of any length: what it says to one depends on no other beside it.
 

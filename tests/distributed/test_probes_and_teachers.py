@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -10,10 +11,15 @@ from typing import Any
 import numpy
 import pytest
 
+from spikingbrain_train.architecture.stored_model import read_stored_model
 from spikingbrain_train.config.conversion import ConversionConfig
+from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.conversion.import_checkpoint import import_checkpoint
 from spikingbrain_train.data.indexed import IndexedDatasetWriter
 from spikingbrain_train.data.tokenizers import load_tokenizer
+from spikingbrain_train.reporting.metrics import read_metrics
+from spikingbrain_train.storage.checkpoint_paths import resolve_checkpoint
+from tests.distributed import small_runs
 from tests.distributed.pool import RankPool
 from tests.distributed.test_checkpoint_evaluation import evaluate
 
@@ -107,3 +113,45 @@ def test_a_checkpoint_agrees_with_itself_and_a_folder_with_a_checkpoint_of_its_w
     import_checkpoint(source, tmp_path / "dense", ConversionConfig(mixers=["full"] * 4))
     same = _measure(ranks, source, tmp_path, *words, "--teacher", str(tmp_path / "dense"))["against_teacher"]
     assert same["agreement"] == 1.0 and same["kl_divergence"] == pytest.approx(0.0, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_reports_them_between_its_steps_and_takes_the_steps_of_one_without(
+    ranks: RankPool, text_checkpoint: Path, held_out: str, tmp_path: Path
+) -> None:
+    """Under tensor parallelism, with two teachers that are the same model."""
+    probes, teacher = "spikingbrain_train.evaluation.probes", "spikingbrain_train.evaluation.against_teacher"
+    source = text_checkpoint.parent / "source"
+    import_checkpoint(source, tmp_path / "dense", ConversionConfig(mixers=["full"] * 4))
+    parallel = ParallelConfig(tensor_model_parallel_size=2)
+    of_probes = {"probes": "passkey,associative_recall", "lengths": "500", "depths": "50", "samples": 1}
+    small = {"prompts": 2, "prompt_tokens": 8, "new_tokens": 3}
+    found = {}
+    for name in ("plain", "folder", "checkpoint"):
+        config = small_runs.run_config(tmp_path / name, Path(held_out), parallel=parallel)
+        config.model = read_stored_model(resolve_checkpoint(text_checkpoint))
+        config.data.valid, config.data.tokenizer = [held_out], str(source)
+        config.stage = replace(config.stage, train_iters=1, global_batch_size=2)
+        config.optimizer.lr_warmup_iters = 0
+        if name != "plain":
+            config.logging.evaluators = [
+                {"path": f"{probes}.evaluator.LongContextProbes", "settings": of_probes},
+                {
+                    "path": f"{teacher}.evaluator.AgainstTeacher",
+                    "settings": {"teacher": str(source if name == "folder" else tmp_path / "dense"), **small},
+                },
+            ]
+        ranks.run(small_runs.train, config, world_size=2, parallel=parallel)
+        found[name] = read_metrics(tmp_path / name)
+    losses = {
+        name: [point["valid/cross_entropy"] for point in points if "valid/cross_entropy" in point]
+        for name, points in found.items()
+    }
+    assert losses["folder"] == losses["checkpoint"] == losses["plain"] and len(losses["plain"]) == 2
+    points = [point for point in found["folder"] if "valid/cross_entropy" in point]
+    names = {name for name in points[0] if name.startswith(("probes/", "against_teacher/"))}
+    assert names >= {"probes/passkey/500", "probes/associative_recall/500", "against_teacher/agreement"}
+    assert points[0]["against_teacher/kl_divergence"] > 0.01
+    again = [point for point in found["checkpoint"] if "valid/cross_entropy" in point]
+    for name in names:
+        assert [p[name] for p in again] == pytest.approx([p[name] for p in points], abs=1e-5), name

@@ -37,6 +37,8 @@ LARGEST = 10e6
 SHORT = {
     **{"--seq-length": 64, "--max-windows": 2, "--max-new-tokens": 4},
     **{"--workers": 1, "--valid-tokens": 2000},
+    **{"--probe-lengths": "1k", "--probe-samples": 1},
+    **{"--teacher-prompts": 2, "--teacher-new-tokens": 4},
 }
 """Flag -> its value here, where a page gives another."""
 LONGEST = {8192: 64, 32768: 96, 131072: 128}

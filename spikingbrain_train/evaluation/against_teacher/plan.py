@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from spikingbrain_train.errors import ConfigurationError
@@ -23,6 +24,10 @@ class TeacherPlan:
     prompt_tokens: int = PROMPT_TOKENS
     new_tokens: int = NEW_TOKENS
     """That both write behind each prompt."""
+
+    def on(self, data: Sequence[str]) -> TeacherPlan:
+        """The same with prompts of other datasets."""
+        return replace(self, data=tuple(data))
 
     def check(self, prefix: str) -> None:
         """Raise ConfigurationError for numbers that do not fit, named with ``prefix`` in front."""

@@ -46,10 +46,13 @@ def materials_of(model: LanguageModel, plan: ProbePlan) -> Materials:
     return Materials(_OfModel(tokenizer, model.vocab_size), begin, text)
 
 
-def measure_probes(model: LanguageModel, plan: ProbePlan) -> ProbeResults:
+def measure_probes(model: LanguageModel, plan: ProbePlan, *, warns: bool = True) -> ProbeResults:
     """All probes at all lengths; all ranks of the model call it together, and all get the result.
 
-    Lengths beyond what the model declares are measured, after one warning.
+    Args:
+        model: that is asked.
+        plan: what.
+        warns: of lengths beyond what the model declares, once; they are measured all the same.
 
     Raises:
         ConfigurationError: a length that does not hold a question, before anything is measured.
@@ -58,7 +61,8 @@ def measure_probes(model: LanguageModel, plan: ProbePlan) -> ProbeResults:
     materials = materials_of(model, plan)
     for probe in plan.probes:
         next(plan.questions(probe, plan.lengths[0], materials))
-    _warn_of_lengths(model, plan)
+    if warns:
+        _warn_of_lengths(model, plan)
     results = ProbeResults(plan, model.max_length)
     for probe in plan.probes:
         results.found[probe.name] = {
