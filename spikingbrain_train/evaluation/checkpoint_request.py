@@ -10,7 +10,7 @@ from typing import cast
 
 from omegaconf import OmegaConf
 
-from spikingbrain_train.architecture.layers import feed_forwards_of
+from spikingbrain_train.architecture.layers import feed_forwards_of, has_experts
 from spikingbrain_train.architecture.model_checks import check_model
 from spikingbrain_train.architecture.stored_model import read_stored_model
 from spikingbrain_train.config.compose import compose_run
@@ -114,6 +114,7 @@ def request_checkpoint(
     dtype: str,
     world_size: int,
     flag: str = "--model",
+    is_teacher: bool = False,
 ) -> CheckpointRequest:
     """Read what lies in ``folder`` beside its weights, and hold it against the ranks that were started.
 
@@ -124,6 +125,7 @@ def request_checkpoint(
         dtype: of --dtype.
         world_size: ranks that were started, or will be.
         flag: that names the folder, for sentences.
+        is_teacher: the degrees are another model's, whose experts this one need not have.
 
     Raises:
         CheckpointError: there is no complete checkpoint, or of unknown kinds.
@@ -143,7 +145,7 @@ def request_checkpoint(
     run = load_run_config(stored_run) if stored_run.is_file() else None
     parallel = parallel_of(settings)
     check_world_size(parallel, world_size)
-    check_split(model, parallel)
+    check_split(model, _for_teacher(model, parallel) if is_teacher else parallel)
     return CheckpointRequest(
         checkpoint, folder, model, run, parallel, AcceleratorKind(device), _PRECISIONS[dtype], flag
     )
@@ -162,10 +164,17 @@ def request_in_run(folder: Path, run: RunConfig, flag: str) -> CheckpointRequest
     """
     checkpoint = resolve_checkpoint(folder, flag)
     model = read_stored_model(checkpoint)
-    check_split(model, run.parallel)
+    check_split(model, _for_teacher(model, run.parallel))
     return CheckpointRequest(
         checkpoint, folder, model, None, run.parallel, run.cluster.accelerator, run.precision, flag
     )
+
+
+def _for_teacher(model: ModelConfig, parallel: ParallelConfig) -> ParallelConfig:
+    """The degrees as a model without experts sees them: ranks of experts are replicas of it."""
+    if has_experts(model):
+        return parallel
+    return replace(parallel, expert_model_parallel_size=1, expert_tensor_parallel_size=None)
 
 
 def for_reading(request: CheckpointRequest) -> CheckpointRequest:

@@ -110,6 +110,7 @@ class TeacherMeasurement(Measurement):
                 dtype=arguments.dtype,
                 world_size=arguments.world_size,
                 flag="--teacher",
+                is_teacher=True,
             )
             self._request = for_reading(request)
             tokenizer = arguments.tokenizer or request.tokenizer

@@ -116,6 +116,17 @@ def test_a_checkpoint_agrees_with_itself_and_a_folder_with_a_checkpoint_of_its_w
 
 
 @pytest.mark.slow
+def test_a_teacher_without_experts_reads_on_the_ranks_of_its_students_experts(
+    ranks: RankPool, text_checkpoint: Path, text_checkpoint_76b: Path, held_out: str, tmp_path: Path
+) -> None:
+    words = ["--data", held_out, *WINDOWS, *TEACHER, "--teacher", str(text_checkpoint)]
+    one = _measure(ranks, text_checkpoint_76b, tmp_path, *words)["against_teacher"]
+    found = _measure(ranks, text_checkpoint_76b, tmp_path, *words, "--parallel", "ep2", world_size=2)
+    assert found["against_teacher"]["kl_divergence"] == pytest.approx(one["kl_divergence"], abs=1e-5)
+    assert found["against_teacher"]["agreement"] == one["agreement"]
+
+
+@pytest.mark.slow
 def test_a_run_reports_them_between_its_steps_and_takes_the_steps_of_one_without(
     ranks: RankPool, text_checkpoint: Path, held_out: str, tmp_path: Path
 ) -> None:
