@@ -15,8 +15,10 @@ from spikingbrain_train.evaluation.evaluator import EvaluatedRun, Evaluator
 from spikingbrain_train.evaluation.megatron_language_model import MegatronLanguageModel
 from spikingbrain_train.evaluation.model_folder import check_model_folder, is_megatron_checkpoint
 from spikingbrain_train.evaluation.pretrained import load_causal_lm
+from spikingbrain_train.evaluation.run_tokenizer import tokenizer_of_run
 from spikingbrain_train.evaluation.text_tokenizer import TextTokenizer
 from spikingbrain_train.reporting.progress import Shown
+from spikingbrain_train.storage.tokenizer_files import has_tokenizer
 
 
 class AgainstTeacher(Evaluator):
@@ -63,14 +65,13 @@ class AgainstTeacher(Evaluator):
         return compare(model, self._record).metrics()
 
     def _tokenizer(self, run: EvaluatedRun) -> Path:
-        if run.config.data.tokenizer is not None:
-            return Path(run.config.data.tokenizer)
-        if self._is_checkpoint:
-            raise ConfigurationError(
-                "logging.evaluators compares texts with those of a teacher, which needs their tokenizer; "
-                "name its folder with data.tokenizer"
-            )
-        return self._plan.teacher
+        """The run's own, or that in the teacher's folder."""
+        try:
+            return tokenizer_of_run(run.config)
+        except ConfigurationError:
+            if self._is_checkpoint or not has_tokenizer(self._plan.teacher):
+                raise
+            return self._plan.teacher
 
     def _recorded(self, run: EvaluatedRun, tokenizer: Path) -> TeacherRecord:
         if not run.config.data.valid:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.evaluation.evaluator import EvaluatedRun, Evaluator
 from spikingbrain_train.evaluation.probes.plan import SEED, ProbePlan, length_name
+from spikingbrain_train.evaluation.run_tokenizer import tokenizer_of_run
 from spikingbrain_train.evaluation.text_tokenizer import TextTokenizer
 from spikingbrain_train.reporting.progress import Shown
 
@@ -54,12 +54,7 @@ class LongContextProbes(Evaluator):
         from spikingbrain_train.evaluation.probes.measure import measure_probes
 
         if self._tokenizer is None:
-            if run.config.data.tokenizer is None:
-                raise ConfigurationError(
-                    "logging.evaluators probes long contexts, whose texts need the model's tokenizer; name "
-                    "its folder with data.tokenizer"
-                )
-            self._tokenizer = TextTokenizer(run.config.data.tokenizer)
+            self._tokenizer = TextTokenizer(tokenizer_of_run(run.config))
         model = MegatronLanguageModel(run.model, run.groups, self._tokenizer, show=run.activity)
         found = measure_probes(model, self._plan, warns=not self._has_warned)
         self._has_warned = True
