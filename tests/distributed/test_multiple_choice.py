@@ -20,7 +20,7 @@ import pytest
 from spikingbrain_train.architecture.stored_model import read_stored_model
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.conversion.export_checkpoint import export_checkpoint
-from spikingbrain_train.evaluation.multiple_choice.plan import TaskPlan, definition_of
+from spikingbrain_train.evaluation.multiple_choice.plan import AskedTask, TaskPlan, definition_of
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.reporting.metrics import read_metrics
 from spikingbrain_train.storage.checkpoint_paths import resolve_checkpoint
@@ -42,29 +42,46 @@ def _evaluate(*arguments: str) -> None:
     evaluate([*arguments, "--device", "cpu", "--dtype", "float32"])
 
 
-def _write_lm_eval_tasks(folder: Path, task_data: Path) -> dict[str, str]:
-    """lm-eval's definitions on the same questions, read by ``datasets`` itself; our names by lm-eval's."""
-    plan, names = TaskPlan.of(TASKS, task_data), {}
+def _write_lm_eval_tasks(folder: Path, plan: TaskPlan) -> dict[str, tuple[AskedTask, str | None]]:
+    """lm-eval's definitions on the questions of a plan, which ``datasets`` reads; ours by lm-eval's name."""
+    names = {}
     for asked in plan.tasks:
         for subject in asked.subjects:
-            name = f"local_{asked.name}_{subject}"
-            names[name] = asked.name if subject is None else f"{asked.name}/{subject}"
-            questions = folder / f"{name}.jsonl"
-            rows = plan.questions(asked, subject)
-            questions.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-            splits = {"training_split": None, "validation_split": None, "test_split": asked.task.split}
+            name = f"local_{asked.name}_{subject}_{plan.num_fewshot}"
+            names[name] = (asked, subject)
+            files = {}
+            for split, rows in {
+                asked.task.split: plan.questions(asked, subject),
+                asked.task.shots_split: plan.examples(asked, subject),
+            }.items():
+                if rows:
+                    files[split] = str(folder / f"{name}_{split}.jsonl")
+                    Path(files[split]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+            shots = asked.task.shots_split if plan.num_fewshot else None
             config = {
                 "include": str(definition_of(asked.task, subject)),
-                "task": name,
-                "tag": None,
-                "dataset_path": "json",
-                "dataset_name": None,
-                "dataset_kwargs": {"data_files": {asked.task.split: str(questions)}},
-                "fewshot_split": None,
-                **splits,
+                **{"task": name, "tag": None, "num_fewshot": plan.num_fewshot},
+                **{"dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files}},
+                **{"validation_split": None, "test_split": asked.task.split},
+                "training_split": shots if shots == "train" else None,
+                "fewshot_split": shots if shots == "dev" else None,
             }
             (folder / f"{name}.yaml").write_text(json.dumps(config))
     return names
+
+
+def _prompts(plan: TaskPlan, asked: AskedTask, subject: str | None) -> list[str]:
+    """What is put in front of every option of every question."""
+    from spikingbrain_train.evaluation.multiple_choice.lm_eval_tasks import lm_eval_task
+
+    questions, examples = plan.questions(asked, subject), plan.examples(asked, subject)
+    defined = lm_eval_task(asked.task, subject, questions, examples)
+    prompts = []
+    for document in defined.documents:
+        context = defined.task.fewshot_context(document, plan.num_fewshot)
+        made = defined.task.construct_requests(doc=document, ctx=context, metadata=("", 0, 1))
+        prompts += [each.args[0] for each in made]
+    return prompts
 
 
 @pytest.mark.slow
@@ -74,13 +91,16 @@ def test_scores_are_those_of_lm_evals_own_command_line_on_the_export(
     export, definitions = tmp_path / "export", tmp_path / "definitions"
     export_checkpoint(text_checkpoint, export)
     definitions.mkdir()
-    names = _write_lm_eval_tasks(definitions, task_data)
+    plan = TaskPlan.of(TASKS, task_data)
+    with_examples = TaskPlan.of("mmlu,arc_challenge", task_data, num_fewshot=1)
+    names = _write_lm_eval_tasks(definitions, plan)
+    names_with_examples = _write_lm_eval_tasks(definitions, with_examples)
     environment = {"HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     done = subprocess.run(
         [
             *(sys.executable, "-m", "lm_eval", "--model", "hf", "--device", "cpu"),
             *("--model_args", f"pretrained={export},trust_remote_code=True,dtype=float32"),
-            *("--tasks", ",".join(names), "--include_path", str(definitions)),
+            *("--tasks", ",".join({**names, **names_with_examples}), "--include_path", str(definitions)),
             *("--output_path", str(tmp_path / "theirs"), "--log_samples", "--batch_size", "1"),
         ],
         env={**os.environ, **environment, "OMP_NUM_THREADS": "1"},
@@ -96,24 +116,24 @@ def test_scores_are_those_of_lm_evals_own_command_line_on_the_export(
     ours_file = tmp_path / "ours.json"
     ranks.run(_evaluate, *words, "--parallel", "tp2", "--output", str(ours_file), world_size=2)
     ours = json.loads(ours_file.read_text())["tasks"]
-    for name, our_name in names.items():
-        task, _, subject = our_name.partition("/")
-        mine = ours[task]["subjects"][subject] if subject else ours[task]
+    for name, (asked, subject) in names.items():
+        mine = ours[asked.name]["subjects"][subject] if subject else ours[asked.name]
         assert mine["accuracy"] == theirs[name]["acc,none"], name
         assert mine["stderr"] == pytest.approx(theirs[name]["acc_stderr,none"]), name
         assert mine.get("acc_norm") == theirs[name].get("acc_norm,none"), name
 
-    # Every option, by the export in our hands: the same token ids, the same likelihood.
-    samples = [
-        sample
-        for file in (tmp_path / "theirs").rglob("samples_*.jsonl")
-        for sample in map(json.loads, file.read_text().splitlines())
-    ]
-    assert len(samples) == 25
-    asked = [list(each.values()) for sample in samples for each in sample["arguments"].values()]
-    compared = _likelihoods(export, asked)
-    expected = [float(each[0][0]) for sample in samples for each in sample["resps"]]
-    assert compared == pytest.approx(expected, abs=1e-4)
+    # The same prompts, and of every option the same token ids and likelihood by the export in our hands.
+    asked_pairs, expected = [], []
+    for name, (asked, subject) in {**names, **names_with_examples}.items():
+        (file,) = (tmp_path / "theirs").rglob(f"samples_{name}_2*.jsonl")
+        samples = [json.loads(line) for line in file.read_text().splitlines()]
+        pairs = [list(each.values()) for sample in samples for each in sample["arguments"].values()]
+        of_plan = plan if name in names else with_examples
+        assert [prompt for prompt, _ in pairs] == _prompts(of_plan, asked, subject), name
+        asked_pairs += pairs
+        expected += [float(each[0][0]) for sample in samples for each in sample["resps"]]
+    assert len(expected) == 134
+    assert _likelihoods(export, asked_pairs) == pytest.approx(expected, abs=1e-4)
 
 
 def _likelihoods(export: Path, pairs: list[list[str]]) -> list[float]:
