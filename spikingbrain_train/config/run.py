@@ -39,9 +39,27 @@ class Precision(str, Enum):
     """Weights and activations in bfloat16, main weights and optimizer state in fp32."""
 
 
+class AlignmentInputs(str, Enum):
+    """Whose hidden states go into the mixers that learn in an align stage."""
+
+    teacher = "teacher"
+    """Those of the dense source: every layer learns on its own, as if all others were exact."""
+    student = "student"
+    """Those that the student itself makes, all earlier mixers in place: what it will see in use."""
+
+
+class DecayStart(str, Enum):
+    """Where the decays of linear attention begin in an align stage."""
+
+    as_converted = "as_converted"
+    """As the checkpoint has them: over all memories, the same in every head (model.gla.init_gate_bias_*)."""
+    attention_distance = "attention_distance"
+    """Around the mean distance that the dense source's heads look back (after arXiv 2606.16429)."""
+
+
 @dataclass
 class AlignmentConfig:
-    """How an align stage starts the mixers before it trains them (docs/recipe.md)."""
+    """How an align stage starts the mixers, and on whose hidden states it trains them (docs/recipe.md)."""
 
     calibration_tokens: int = setting(8192, minimum=0, resume=ONLY_AT_THE_START)
     """Tokens on which the output projection of every linear attention layer is fitted to the dense layer's
@@ -50,6 +68,27 @@ class AlignmentConfig:
     """
     calibration_ridge: float = setting(0.3, above=0, resume=ONLY_AT_THE_START)
     """Pull of that fit towards the source's projection, in units of the mean squared feature."""
+    calibration_inputs: AlignmentInputs = setting(AlignmentInputs.teacher, resume=ONLY_AT_THE_START)
+    """Whose hidden states the fit reads. With ``student`` layers are fitted one after the other, each on what the
+    fitted ones before it make of the tokens, so that errors do not add up."""
+    calibration_drift: float = setting(
+        0.0, minimum=0, maximum=1, must="be between 0 (none) and 1 (all of it)", resume=ONLY_AT_THE_START
+    )
+    """Share of the drift (the distance of the student's residual stream from the dense source's in front of a
+    layer) that the fit of that layer takes back; needs calibration_inputs=student."""
+    decay_start: DecayStart = setting(DecayStart.as_converted, resume=ONLY_AT_THE_START)
+    """Where decays begin, before the keys are balanced and the projection is fitted."""
+    inputs: AlignmentInputs = setting(AlignmentInputs.teacher, resume=SAID)
+    """Whose hidden states the mixers are trained on by gradient descent. ``student`` costs its forward pass, too."""
+
+    def check(self, prefix: str) -> None:
+        """There is a drift to take back only in the student's own stream. Raises ConfigurationError."""
+        require(
+            self.calibration_drift == 0 or self.calibration_inputs is AlignmentInputs.student,
+            f"{prefix}calibration_drift={self.calibration_drift:g} takes back what the student's hidden states have "
+            f"drifted, which {prefix}calibration_inputs={self.calibration_inputs.name} does not look at; set "
+            f"{prefix}calibration_inputs=student, or {prefix}calibration_drift=0",
+        )
 
 
 @dataclass

@@ -126,13 +126,13 @@ class HybridGPTModel(GPTModel):
             input_ids=tokens,
             position_ids=None,
             attention_mask=None,
-            decoder_input=self._embed(tokens, layout) if self.pre_process else None,
+            decoder_input=self.embed(tokens, layout) if self.pre_process else None,
             labels=labels,
             loss_mask=loss_weights,
             packed_seq_params=layout,
         )
 
-    def _embed(self, tokens: Tensor, layout: SequenceLayout) -> Tensor:
+    def embed(self, tokens: Tensor, layout: SequenceLayout) -> Tensor:
         """Hidden states [slice_length, B, hidden_size] in front of the first layer.
 
         Under sequence parallelism a share of them.

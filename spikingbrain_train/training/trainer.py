@@ -160,7 +160,7 @@ class Trainer:
             Whether the last iteration is done. Either way the newest checkpoint is that of the current one.
         """
         with self._callbacks_running():
-            if self.state.iteration == 0:
+            if self.beginning.changes is None:
                 self._prepare()
             batches = self.data.train_batches(self.state.consumed_samples)
             while not self.is_last_step and self.stop_reason is None:
@@ -196,10 +196,11 @@ class Trainer:
 
     def _prepare(self) -> None:
         """Let the stage set what it can in closed form, and the optimizer's fp32 weights follow."""
-        with self.activity(f"preparing the {self.config.stage.kind} stage", unit="batches") as progress:
-            batches = progress.over(self.data.train_batches(consumed_samples=0))
-            self.stage.prepare(self.state.model, batches, self._num_microbatches)
-            self.state.optimizer.reload_model_params()
+        batches = self.data.train_batches(consumed_samples=0)
+        metrics = self.stage.prepare(self.state.model, batches, self._num_microbatches, self.console)
+        self.state.optimizer.reload_model_params()
+        if metrics:
+            self.report(Report(0, metrics))
 
     @contextmanager
     def _callbacks_running(self) -> Iterator[None]:

@@ -39,6 +39,41 @@ class HasNormedHeads(Protocol):
 
 
 @runtime_checkable
+class MeasuresDistances(Protocol):
+    """The attention of a dense source, which says how far its heads look back."""
+
+    def attention_distances(
+        self, hidden_states: Tensor, *, rotary_pos_emb: Tensor | None, layout: SequenceLayout
+    ) -> Tensor:
+        """Sums of mean distances over the tokens of this context-parallel rank.
+
+        Args:
+            hidden_states: as in :meth:`HasNormedHeads.normed_heads`.
+            rotary_pos_emb: [T, 1 or B, 1, kv_channels] rotary angles of the slice's tokens, or None.
+            layout: how the sequences lie on context-parallel ranks, and their documents; no sinks.
+
+        Returns:
+            [query heads of this tensor-parallel rank] float64, in tokens, without what a head rests on the
+            first token of a document.
+        """
+        ...
+
+
+@runtime_checkable
+class TakesHalfLives(Protocol):
+    """Its heads forget with half-lives that can be set."""
+
+    def set_half_lives(self, half_life_H: Tensor) -> None:
+        """Let memories fade by half in about so many tokens.
+
+        Args:
+            half_life_H: [query heads of this tensor-parallel rank] float64, above 0. Where heads share their
+                decays, or have several each, the mixer makes what suits it of them.
+        """
+        ...
+
+
+@runtime_checkable
 class BalancesKeys(Protocol):
     """Its channels sum up different numbers of keys, so that some drown others."""
 

@@ -24,6 +24,7 @@ width.
 
 from __future__ import annotations
 
+import math
 from copy import copy
 
 import torch
@@ -57,6 +58,8 @@ from spikingbrain_train.ops.gated_linear_attention import gated_linear_attention
 from spikingbrain_train.ops.gated_linear_attention.naive import gated_linear_attention_step
 from spikingbrain_train.parallel.context_parallel.linear_attention import context_parallel_linear_attention
 
+_HALF_LIFE_SPREAD = 16.0
+"""The channels of a head remember from so many times shorter to so many times longer than the head should."""
 _FEATURES = {FeatureMap.relu: torch.relu, FeatureMap.sigmoid: torch.sigmoid}
 
 
@@ -341,6 +344,28 @@ class GatedLinearAttention(SelfAttention):
         return self.linear_proj(self._normed_and_gated(o_BHV.unsqueeze(1), hidden_states))[0]
 
     @torch.no_grad()
+    def set_half_lives(self, half_life_H: Tensor) -> None:
+        """See :class:`~spikingbrain_train.models.mixers.alignable.TakesHalfLives`.
+
+        The heads of a group share their gates: its channels are spread evenly, on a logarithmic scale, from
+        the geometric mean of its heads' half-lives over ``_HALF_LIFE_SPREAD`` to as many times it. A tied gate
+        has no parameters and is left as it is.
+        """
+        if self.gate is not GateKind.low_rank:
+            return
+        K = self.key_hidden_size
+        center_G = half_life_H.view(self.num_query_groups_per_partition, -1).log().mean(-1)
+        spread_K = math.log(_HALF_LIFE_SPREAD) * torch.linspace(
+            -1, 1, K, dtype=torch.float64, device=half_life_H.device
+        )
+        log_gate_GK = -math.log(2) * torch.exp(-(center_G[:, None] + spread_K))
+        # logsigmoid(b) = normalizer * log g is solved by b = -log(exp(-normalizer * log g) - 1); beyond 30
+        # that is normalizer * log g itself.
+        logits_GK = -self.gate_logit_normalizer * log_gate_GK
+        bias_GK = torch.where(logits_GK > 30, -logits_GK, -torch.expm1(logits_GK.clamp_max(30)).log())
+        self.linear_gate_up_proj.bias.copy_(bias_GK.flatten())
+
+    @torch.no_grad()
     def balance_keys(self) -> None:
         """Scale every key channel by ``(1 - g) / max(1 - g)``, g the decay that the gate's bias alone gives.
 
@@ -362,8 +387,13 @@ class GatedLinearAttention(SelfAttention):
             share_GK = share_GK.unflatten(-1, (2, -1)).mean(-2).repeat(1, 2)
         factor_GK = share_GK / share_GK.amax(dim=-1, keepdim=True)
         if self.has_qk_norm:
-            # One weight serves all groups; the initial bias is the same in all of them.
-            self.k_layernorm.weight.mul_(factor_GK[0])
+            # One weight serves all groups, on all ranks. As converted the bias is the same in all of them;
+            # half-lives of their own hardly change the quotient.
+            largest_K = factor_GK.amax(0)
+            torch.distributed.all_reduce(
+                largest_K, torch.distributed.ReduceOp.MAX, group=self.pg_collection.tp
+            )
+            self.k_layernorm.weight.mul_(largest_K)
             return
         groups, key_size = factor_GK.shape
         heads_per_group = self.num_attention_heads_per_partition // groups

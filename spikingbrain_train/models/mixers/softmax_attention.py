@@ -21,6 +21,7 @@ from spikingbrain_train.config.parallel import SlidingWindowContextParallel, Sof
 from spikingbrain_train.models.layer_build import LayerBuild, attention_submodules
 from spikingbrain_train.models.mixers.key_values import KeyValues
 from spikingbrain_train.ops.softmax_attention import bidirectional_attention
+from spikingbrain_train.parallel.context_parallel.attention_distances import attention_distances
 from spikingbrain_train.parallel.context_parallel.softmax_attention import context_parallel_softmax_attention
 
 
@@ -119,6 +120,20 @@ class SoftmaxAttention(SelfAttention):
             method=self.context_parallel,
             scale=self.scale,
             backend=self.backend,
+        )
+
+    def attention_distances(
+        self, hidden_states: Tensor, *, rotary_pos_emb: Tensor | None, layout: SequenceLayout
+    ) -> Tensor:
+        """See :class:`~spikingbrain_train.models.mixers.alignable.MeasuresDistances`."""
+        q_BTHK, k_BTGK, _ = self._op_inputs(hidden_states, rotary_pos_emb)
+        return attention_distances(
+            q_BTHK,
+            k_BTGK,
+            window=self.window,
+            layout=layout,
+            cp_group=self.pg_collection.cp,
+            scale=self.scale,
         )
 
     def begin_decoding(

@@ -3,13 +3,18 @@
 The dense source runs forward once. At each replaced layer its attention's input goes through the student's
 mixer too, and the mixer's output is pulled towards the attention's output. Layers do not depend on each
 other, so each layer's backward pass runs on the spot: no activations are kept across layers and nothing
-travels backwards between pipeline stages.
+travels backwards between pipeline stages. With ``stage.alignment.inputs=student`` the student runs behind the
+source, and each mixer's input is what the student has made of the tokens up to there.
+
+Before the first step the mixers are set in closed form (closed_form.py).
 
 The stage is this project's own; SpikingBrain's report (arXiv 2509.05276) has none.
 """
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
@@ -21,14 +26,14 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from spikingbrain_train.architecture.layers import layers
-from spikingbrain_train.config.run import StageConfig
+from spikingbrain_train.config.run import AlignmentInputs, StageConfig
 from spikingbrain_train.data.loader import MicroBatch
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.models.gpt_model import HybridGPTModel
-from spikingbrain_train.models.mixers.alignable import BalancesKeys, HasNormedHeads
 from spikingbrain_train.models.mixers.parallel_hybrid import ParallelHybrid
 from spikingbrain_train.parallel.process_groups import ProcessGroups
-from spikingbrain_train.training.stages.calibration import ProjectionFit
+from spikingbrain_train.training.console import Console
+from spikingbrain_train.training.stages.closed_form import ClosedFormStart
 from spikingbrain_train.training.stages.losses import StepLosses
 from spikingbrain_train.training.stages.stage import Stage
 
@@ -83,34 +88,25 @@ class Alignment(Stage):
         for mixer in self._replaced_mixers(model):
             mixer.requires_grad_(True)
 
-    def prepare(self, model: HybridGPTModel, batches: Iterator[MicroBatch], num_microbatches: int) -> None:
-        """Set in closed form what the replaced mixers offer: balanced keys, fitted output projections.
+    def prepare(
+        self, model: HybridGPTModel, batches: Iterator[MicroBatch], num_microbatches: int, console: Console
+    ) -> dict[str, float]:
+        """Set in closed form what the replaced mixers offer: decays, balanced keys, output projections.
 
-        See :mod:`~spikingbrain_train.models.mixers.alignable`.
+        See :mod:`~spikingbrain_train.training.stages.closed_form`.
         """
         settings = self.stage.alignment
         if settings.calibration_tokens == 0:
-            return
+            return {}
+        began = time.monotonic()
         tokens_per_step = self.stage.global_batch_size * self.stage.seq_length
         steps = min(-(-settings.calibration_tokens // tokens_per_step), self.stage.train_iters)
-        fits = {
-            mixer: ProjectionFit(mixer, self.groups)
-            for mixer in self._replaced_mixers(model)
-            if isinstance(mixer, HasNormedHeads)
-        }
-        for mixer in self._replaced_mixers(model):
-            if isinstance(mixer, BalancesKeys):
-                mixer.balance_keys()
-
-        def add(
-            fit: ProjectionFit, attention: torch.nn.Module, args: tuple, kwargs: dict, output: tuple
-        ) -> None:
-            fit.add(args[0], output[0], kwargs["packed_seq_params"])
-
-        hooks = {mixer: partial(add, fit) for mixer, fit in fits.items()}
-        self._run_teacher(model, batches, steps * num_microbatches, hooks)
-        for fit in fits.values():
-            fit.solve(settings.calibration_ridge)
+        replaced = self.replaced_layers(model)
+        start = ClosedFormStart(model, self.teacher, replaced, settings, self.groups)
+        with console.activity("starting the new mixers in closed form", model.config.num_layers, "layers") as progress:
+            metrics = start.run(itertools.islice(batches, steps * num_microbatches), progress)
+        console.say(start.describe(steps * tokens_per_step, metrics, time.monotonic() - began))
+        return metrics
 
     def forward_backward(
         self, model: DistributedDataParallel, batches: Iterator[MicroBatch], num_microbatches: int
@@ -120,11 +116,14 @@ class Alignment(Stage):
         replaced = self.replaced_layers(student)
         scale = 1.0 / (num_microbatches * len(replaced))
         errors = torch.zeros(student.config.num_layers, dtype=torch.float64, device=self.groups.device)
-        hooks = {
-            mixer: partial(self._align_layer, mixer, errors, scale)
-            for mixer in self._replaced_mixers(student)
-        }
-        self._run_teacher(model, batches, num_microbatches, hooks)
+        if self.stage.alignment.inputs is AlignmentInputs.student:
+            self._run_both(model, batches, num_microbatches, errors, scale)
+        else:
+            hooks = {
+                mixer: partial(self._align_layer, mixer, errors, scale)
+                for mixer in self._replaced_mixers(student)
+            }
+            self._run_teacher(model, batches, num_microbatches, hooks)
         # Gradients are sums over data- and context-parallel ranks; dividing by the number of replicas makes
         # them those of the mean. Each replica counts once, on its first context-parallel rank.
         counts = self.groups.context_parallel_rank == 0
@@ -188,7 +187,7 @@ class Alignment(Stage):
             self.teacher.set_input_tensor(unwrap_model(model).decoder.input_tensor)
         with torch.no_grad():
             hidden = self.teacher(batch.tokens, layout=batch.layout, return_hidden_states=True)
-        return hidden, lambda output: (output.new_zeros(()), output.new_zeros((), dtype=torch.int), None)
+        return hidden, _no_loss
 
     def _align_layer(
         self,
@@ -200,18 +199,107 @@ class Alignment(Stage):
         kwargs: dict,
         output: tuple[Tensor, Tensor | None],
     ) -> None:
-        target = output[0].float()
-        power = target.square().sum()
         with torch.enable_grad():
             prediction, _ = mixer(*(x.detach() if torch.is_tensor(x) else x for x in args), **kwargs)
-            error = (prediction.float() - target).square().sum()
-            # Each rank may hold a share of the sequence: the power is that of all of it.
-            torch.distributed.all_reduce(power, group=self.groups.collection.cp)
-            if mixer.config.sequence_parallel:
-                torch.distributed.all_reduce(power, group=self.groups.collection.tp)
-            loss = error / power
-            (loss * scale).backward()
+            self._learn(mixer, errors, scale, prediction, output[0])
+
+    def _learn(
+        self,
+        mixer: SelfAttention | ParallelHybrid,
+        errors: Tensor,
+        scale: float,
+        prediction: Tensor,
+        target: Tensor,
+    ) -> None:
+        """Backward pass of one mixer; gradients are on."""
+        target = target.float()
+        power = target.square().sum()
+        error = (prediction.float() - target).square().sum()
+        # Each rank may hold a share of the sequence: the power is that of all of it.
+        torch.distributed.all_reduce(power, group=self.groups.collection.cp)
+        if mixer.config.sequence_parallel:
+            torch.distributed.all_reduce(power, group=self.groups.collection.tp)
+        loss = error / power
+        (loss * scale).backward()
         loss = loss.detach()
         if mixer.config.sequence_parallel:
             torch.distributed.all_reduce(loss, group=self.groups.collection.tp)
         errors[mixer.layer_number - 1] += loss
+
+    def _run_both(
+        self,
+        model: DistributedDataParallel,
+        batches: Iterator[MicroBatch],
+        num_microbatches: int,
+        errors: Tensor,
+        scale: float,
+    ) -> None:
+        """Send micro-batches through the teacher, then through the student, whose mixers learn as they pass.
+
+        A mixer's input is what the student made of the tokens so far, its target what the teacher's attention
+        gave on its own. Nothing travels backwards: gradients are on inside the mixers alone. Between
+        pipeline stages both hidden states travel side by side.
+        """
+        student: HybridGPTModel = model.module
+        attention = {layer.layer_number: layer.self_attention for layer in self.teacher.decoder.layers}
+        targets: dict[int, Tensor] = {}
+
+        def remember(number: int, _: torch.nn.Module, __: tuple, output: tuple) -> None:
+            targets[number] = output[0]
+
+        def begin(_: torch.nn.Module, __: tuple) -> None:
+            torch.set_grad_enabled(True)
+
+        def learn(mixer: SelfAttention | ParallelHybrid, _: tuple, output: tuple) -> tuple:
+            self._learn(mixer, errors, scale, output[0], targets.pop(mixer.layer_number))
+            torch.set_grad_enabled(False)
+            return output[0].detach(), *output[1:]
+
+        handles = []
+        for mixer in self._replaced_mixers(student):
+            number = mixer.layer_number
+            handles.append(attention[number].register_forward_hook(partial(remember, number)))
+            handles += [mixer.register_forward_pre_hook(begin), mixer.register_forward_hook(learn)]
+        more = {}
+        if self.groups.pipeline_model_parallel_size > 1:
+            more["adjust_tensor_shapes_fn"] = _twice_as_wide
+        try:
+            get_forward_backward_func()(
+                forward_step_func=self._step_of_both,
+                data_iterator=batches,
+                model=[model],
+                num_microbatches=num_microbatches,
+                seq_length=self.stage.seq_length,
+                micro_batch_size=self.stage.micro_batch_size,
+                forward_only=True,
+                **more,
+            )
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _step_of_both(self, batches: Iterator[MicroBatch], model: torch.nn.Module):
+        batch = next(batches)
+        student: HybridGPTModel = unwrap_model(model)
+        if not student.pre_process:
+            ours, theirs = student.decoder.input_tensor.chunk(2, dim=-1)
+            student.set_input_tensor(ours.contiguous())
+            self.teacher.set_input_tensor(theirs.contiguous())
+        with torch.no_grad():
+            both = [
+                each(batch.tokens, layout=batch.layout, return_hidden_states=True)
+                for each in (self.teacher, student)
+            ]
+        return torch.cat(both[::-1], dim=-1), _no_loss
+
+
+def _no_loss(output: Tensor) -> tuple[Tensor, Tensor, None]:
+    return output.new_zeros(()), output.new_zeros((), dtype=torch.int), None
+
+
+def _twice_as_wide(receive: list[tuple], send: list[tuple]) -> tuple[list[tuple], list[tuple]]:
+    """Shapes between pipeline stages that carry the hidden states of two models."""
+    return (
+        [(*shape[:-1], 2 * shape[-1]) for shape in receive],
+        [(*shape[:-1], 2 * shape[-1]) for shape in send],
+    )

@@ -15,6 +15,7 @@ from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.planning.stages.registry import kind_of
 from spikingbrain_train.reporting.progress import Shown
 from spikingbrain_train.training.build import build_teacher
+from spikingbrain_train.training.console import Console
 from spikingbrain_train.training.data_check import ShowActivity
 from spikingbrain_train.training.stages.data import PackedText, StageData
 from spikingbrain_train.training.stages.losses import StepLosses
@@ -64,14 +65,23 @@ class Stage(ABC):
     def freeze(self, model: HybridGPTModel) -> None:
         """Switch off gradients of what the stage does not train; called before gradient buffers are made."""
 
-    def prepare(self, model: HybridGPTModel, batches: Iterator[MicroBatch], num_microbatches: int) -> None:
-        """Set in closed form what needs no gradient, on the first batches; called once before the first step.
+    def prepare(
+        self, model: HybridGPTModel, batches: Iterator[MicroBatch], num_microbatches: int, console: Console
+    ) -> dict[str, float]:
+        """Set in closed form what needs no gradient, on the first batches.
+
+        Called once in the life of a run, before its first step; a run that goes on finds it in its checkpoint.
 
         Args:
             model: this rank's pipeline stage.
             batches: training batches from the first one on.
             num_microbatches: micro-batches of a global batch on this rank.
+            console: for what is going on, and a line about what was done.
+
+        Returns:
+            Metrics of the start, the same on every rank; they become a point at iteration 0.
         """
+        return {}
 
     @abstractmethod
     def forward_backward(
