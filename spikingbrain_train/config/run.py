@@ -69,8 +69,8 @@ class AlignmentConfig:
     calibration_ridge: float = setting(0.3, above=0, resume=ONLY_AT_THE_START)
     """Pull of that fit towards the source's projection, in units of the mean squared feature."""
     calibration_inputs: AlignmentInputs = setting(AlignmentInputs.teacher, resume=ONLY_AT_THE_START)
-    """Whose hidden states the fit reads. With ``student`` layers are fitted one after the other, each on what the
-    fitted ones before it make of the tokens, so that errors do not add up."""
+    """Whose hidden states the fit reads. With ``student`` layers are fitted one after the other, each on what
+    the fitted ones before it make of the tokens, so that errors do not add up."""
     calibration_drift: float = setting(
         0.0, minimum=0, maximum=1, must="be between 0 (none) and 1 (all of it)", resume=ONLY_AT_THE_START
     )
@@ -79,14 +79,14 @@ class AlignmentConfig:
     decay_start: DecayStart = setting(DecayStart.as_converted, resume=ONLY_AT_THE_START)
     """Where decays begin, before the keys are balanced and the projection is fitted."""
     inputs: AlignmentInputs = setting(AlignmentInputs.teacher, resume=SAID)
-    """Whose hidden states the mixers are trained on by gradient descent. ``student`` costs its forward pass, too."""
+    """Whose hidden states the mixers are trained on by gradient descent. ``student`` costs its forward pass,
+    too."""
 
     def check(self, prefix: str) -> None:
         """There is a drift to take back only in the student's own stream. Raises ConfigurationError."""
         require(
             self.calibration_drift == 0 or self.calibration_inputs is AlignmentInputs.student,
-            f"{prefix}calibration_drift={self.calibration_drift:g} takes back what the student's hidden states have "
-            f"drifted, which {prefix}calibration_inputs={self.calibration_inputs.name} does not look at; set "
+            f"{prefix}calibration_drift={self.calibration_drift:g} needs the student's hidden states; set "
             f"{prefix}calibration_inputs=student, or {prefix}calibration_drift=0",
         )
 

@@ -13,7 +13,14 @@ from pathlib import Path
 import pytest
 
 from spikingbrain_train.config.parallel import ParallelConfig, Recompute
-from spikingbrain_train.config.run import DistillationConfig, RunConfig, StageConfig
+from spikingbrain_train.config.run import (
+    AlignmentConfig,
+    AlignmentInputs,
+    DecayStart,
+    DistillationConfig,
+    RunConfig,
+    StageConfig,
+)
 from spikingbrain_train.reporting.metrics import read_metrics
 from tests.distributed.pool import RankPool
 from tests.distributed.small_runs import (
@@ -44,6 +51,11 @@ CASES += [
     for kind in ("packed", "76B", "76B align", "76B distill")
     for name in ("TP 2 + sequence parallel x CP 2", "PP 2 x CP 2")
 ]
+CASES += [
+    ("align on its own inputs", name)
+    for name in ("TP 2 + sequence parallel", "PP 2 x CP 2", "DP 2, distributed optimizer")
+]
+CASES += [("76B align on its own inputs", "TP 2 + sequence parallel x CP 2")]
 KINDS = sorted({kind for kind, _ in CASES})
 
 
@@ -67,9 +79,16 @@ def _config(
         checkpoint=checkpoint_config(checkpoints[size]),
     )
     config.data.reset_at_documents = kind == "packed" or size == "76B"
-    if kind.endswith("align"):
+    if "align" in kind:
         config.stage.kind, config.stage.teacher = "align", str(checkpoints["teacher"])
         config.optimizer.lr = 5e-4  # calibration leaves it close to a minimum
+    if kind.endswith("own inputs"):
+        config.stage.alignment = AlignmentConfig(
+            calibration_inputs=AlignmentInputs.student,
+            calibration_drift=0.5,
+            decay_start=DecayStart.attention_distance,
+            inputs=AlignmentInputs.student,
+        )
     elif kind.endswith("distill"):
         config.stage.kind, config.stage.teacher = "distill", str(checkpoints["teacher"])
         config.stage.distillation = DistillationConfig(weight=0.6, temperature=2.0)
@@ -141,12 +160,27 @@ def test_losses_and_gradient_norms_equal_those_of_one_rank(
 
 def test_an_alignment_reports_the_error_of_every_replaced_layer(one_rank: dict[str, OneRank]) -> None:
     for kind, layers in (("align", [0, 1, 2]), ("76B align", [0, 1, 2, 3])):  # MODEL's last one is full
-        for point in one_rank[kind].reported:
+        for point in _steps_of(one_rank[kind]):
             errors = [point[f"align/error/layer_{layer}"] for layer in layers]
             assert len(point) == 2 + len(layers) and min(errors) > 0
             assert len(set(errors)) == len(layers)
             assert point["align/error"] == point["train/loss"]
             assert point["train/loss"] == pytest.approx(sum(errors) / len(layers), rel=1e-12)
+
+
+def _steps_of(run: OneRank) -> list[dict[str, float]]:
+    return [point for point in run.reported if "train/loss" in point]
+
+
+def test_an_alignment_reports_what_its_start_left(one_rank: dict[str, OneRank]) -> None:
+    first, *_ = one_rank["align"].reported
+    fitted = [first[f"align/start/error/layer_{layer}"] for layer in (0, 2)]  # windows have nothing to fit
+    assert first == {**first, "align/start/error": pytest.approx(sum(fitted) / 2)} and len(first) == 3
+    assert all(0 < error < 1 for error in fitted)
+
+    own, *_ = one_rank["align on its own inputs"].reported
+    drifts = [own[f"align/start/drift/layer_{layer}"] for layer in (0, 1, 2)]
+    assert len(own) == 3 + 3 and min(drifts) > 0
 
 
 def test_a_mixed_loss_has_its_parts_beside_it(one_rank: dict[str, OneRank]) -> None:

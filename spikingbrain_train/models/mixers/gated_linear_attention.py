@@ -347,9 +347,8 @@ class GatedLinearAttention(SelfAttention):
     def set_half_lives(self, half_life_H: Tensor) -> None:
         """See :class:`~spikingbrain_train.models.mixers.alignable.TakesHalfLives`.
 
-        The heads of a group share their gates: its channels are spread evenly, on a logarithmic scale, from
-        the geometric mean of its heads' half-lives over ``_HALF_LIFE_SPREAD`` to as many times it. A tied gate
-        has no parameters and is left as it is.
+        The heads of a group share their gates: its channels are spread evenly, on a logarithmic scale, around
+        the geometric mean of its heads' half-lives. A tied gate has no parameters and is left as it is.
         """
         if self.gate is not GateKind.low_rank:
             return
@@ -359,8 +358,7 @@ class GatedLinearAttention(SelfAttention):
             -1, 1, K, dtype=torch.float64, device=half_life_H.device
         )
         log_gate_GK = -math.log(2) * torch.exp(-(center_G[:, None] + spread_K))
-        # logsigmoid(b) = normalizer * log g is solved by b = -log(exp(-normalizer * log g) - 1); beyond 30
-        # that is normalizer * log g itself.
+        # logsigmoid(b) = -x is solved by b = -log(exp(x) - 1), which is -x itself beyond 30.
         logits_GK = -self.gate_logit_normalizer * log_gate_GK
         bias_GK = torch.where(logits_GK > 30, -logits_GK, -torch.expm1(logits_GK.clamp_max(30)).log())
         self.linear_gate_up_proj.bias.copy_(bias_GK.flatten())

@@ -1,4 +1,4 @@
-"""How far softmax attention looks back, measured in chunks of queries; keys come from all context-parallel ranks."""
+"""How far softmax attention looks back, in chunks of queries and on keys of all context-parallel ranks."""
 
 from __future__ import annotations
 

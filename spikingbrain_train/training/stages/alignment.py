@@ -34,6 +34,7 @@ from spikingbrain_train.models.mixers.parallel_hybrid import ParallelHybrid
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.training.console import Console
 from spikingbrain_train.training.stages.closed_form import ClosedFormStart
+from spikingbrain_train.training.stages.distillation import widen
 from spikingbrain_train.training.stages.losses import StepLosses
 from spikingbrain_train.training.stages.stage import Stage
 
@@ -103,7 +104,9 @@ class Alignment(Stage):
         steps = min(-(-settings.calibration_tokens // tokens_per_step), self.stage.train_iters)
         replaced = self.replaced_layers(model)
         start = ClosedFormStart(model, self.teacher, replaced, settings, self.groups)
-        with console.activity("starting the new mixers in closed form", model.config.num_layers, "layers") as progress:
+        with console.activity(
+            "starting the new mixers in closed form", model.config.num_layers, "layers"
+        ) as progress:
             metrics = start.run(itertools.islice(batches, steps * num_microbatches), progress)
         console.say(start.describe(steps * tokens_per_step, metrics, time.monotonic() - began))
         return metrics
@@ -245,7 +248,7 @@ class Alignment(Stage):
         targets: dict[int, Tensor] = {}
 
         def remember(number: int, _: torch.nn.Module, __: tuple, output: tuple) -> None:
-            targets[number] = output[0]
+            targets[number] = output[0].clone()  # the residual is added to it in place
 
         def begin(_: torch.nn.Module, __: tuple) -> None:
             torch.set_grad_enabled(True)
@@ -262,7 +265,7 @@ class Alignment(Stage):
             handles += [mixer.register_forward_pre_hook(begin), mixer.register_forward_hook(learn)]
         more = {}
         if self.groups.pipeline_model_parallel_size > 1:
-            more["adjust_tensor_shapes_fn"] = _twice_as_wide
+            more["adjust_tensor_shapes_fn"] = partial(widen, self.teacher.config.hidden_size)
         try:
             get_forward_backward_func()(
                 forward_step_func=self._step_of_both,
@@ -295,11 +298,3 @@ class Alignment(Stage):
 
 def _no_loss(output: Tensor) -> tuple[Tensor, Tensor, None]:
     return output.new_zeros(()), output.new_zeros((), dtype=torch.int), None
-
-
-def _twice_as_wide(receive: list[tuple], send: list[tuple]) -> tuple[list[tuple], list[tuple]]:
-    """Shapes between pipeline stages that carry the hidden states of two models."""
-    return (
-        [(*shape[:-1], 2 * shape[-1]) for shape in receive],
-        [(*shape[:-1], 2 * shape[-1]) for shape in send],
-    )

@@ -84,14 +84,16 @@ class ClosedFormStart:
             progress: of layers.
 
         Returns:
-            ``align/start/...``, the same on every rank: relative errors of the fits and, with the student's own
-            hidden states, how far these are from the dense source's behind each of those layers.
+            ``align/start/...``, the same on every rank: relative errors of the fits and, with the student's
+            own hidden states, how far these are from the dense source's behind each of those layers.
 
         Raises:
             ConfigurationError: a fit has no single solution.
         """
         count = self.student.config.num_layers
-        errors, drifts = (torch.zeros(count, dtype=torch.float64, device=self.groups.device) for _ in range(2))
+        errors, drifts = (
+            torch.zeros(count, dtype=torch.float64, device=self.groups.device) for _ in range(2)
+        )
         with _evaluating(self.student):
             held = [self._enter(batch) for batch in batches]
             for mine, theirs in zip(self.student.decoder.layers, self.teacher.decoder.layers, strict=True):
@@ -177,7 +179,7 @@ class ClosedFormStart:
         seen: list[Tensor] = []
 
         def keep(_: torch.nn.Module, args: tuple, output: tuple) -> None:
-            seen.extend((args[0], output[0]))
+            seen.extend((args[0], output[0].clone()))  # the residual is added to it in place
 
         handle = theirs.self_attention.register_forward_hook(keep)
         try:
@@ -223,9 +225,7 @@ class ClosedFormStart:
             return
         for each in held:
             streams = [each.teacher, each.student] if self.own_inputs else [each.teacher]
-            torch.distributed.send(
-                torch.stack(streams), self._neighbour(1), group=self.groups.collection.pp
-            )
+            torch.distributed.send(torch.stack(streams), self._neighbour(1), group=self.groups.collection.pp)
 
     def _neighbour(self, step: int) -> int:
         rank = self.groups.pipeline_model_parallel_rank + step

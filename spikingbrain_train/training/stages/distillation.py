@@ -66,7 +66,7 @@ class LogitDistillation(TokenLossStage):
         """Tensors between pipeline stages are wider by the teacher's hidden size."""
         if self.teacher is None or self.groups.pipeline_model_parallel_size == 1:
             return {}
-        return {"adjust_tensor_shapes_fn": partial(_widen, self.teacher.config.hidden_size)}
+        return {"adjust_tensor_shapes_fn": partial(widen, self.teacher.config.hidden_size)}
 
     def optimised(self, cross_entropy: Tensor, kl_divergence: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Both by their shares; see :class:`Distillation`."""
@@ -134,7 +134,7 @@ class LogitDistillation(TokenLossStage):
         )
 
 
-def _widen(extra: int, receive: list[tuple], send: list[tuple]) -> tuple[list[tuple], list[tuple]]:
+def widen(extra: int, receive: list[tuple], send: list[tuple]) -> tuple[list[tuple], list[tuple]]:
     """Shapes between pipeline stages, ``extra`` wider so that the teacher's hidden states fit beside."""
     return (
         [(*shape[:-1], shape[-1] + extra) for shape in receive],

@@ -70,7 +70,8 @@ class Stage(ABC):
     ) -> dict[str, float]:
         """Set in closed form what needs no gradient, on the first batches.
 
-        Called once in the life of a run, before its first step; a run that goes on finds it in its checkpoint.
+        Called once in the life of a run, before its first step: a run that goes on finds it in its
+        checkpoint.
 
         Args:
             model: this rank's pipeline stage.
