@@ -68,26 +68,31 @@ class AlignmentConfig:
     """
     calibration_ridge: float = setting(0.3, above=0, resume=ONLY_AT_THE_START)
     """Pull of that fit towards the source's projection, in units of the mean squared feature."""
-    calibration_inputs: AlignmentInputs = setting(AlignmentInputs.teacher, resume=ONLY_AT_THE_START)
+    calibration_inputs: AlignmentInputs = setting(AlignmentInputs.student, resume=ONLY_AT_THE_START)
     """Whose hidden states the fit reads. With ``student`` layers are fitted one after the other, each on what
     the fitted ones before it make of the tokens, so that errors do not add up."""
-    calibration_drift: float = setting(
-        0.0, minimum=0, maximum=1, must="be between 0 (none) and 1 (all of it)", resume=ONLY_AT_THE_START
-    )
-    """Share of the drift (the distance of the student's residual stream from the dense source's in front of a
-    layer) that the fit of that layer takes back; needs calibration_inputs=student."""
     decay_start: DecayStart = setting(DecayStart.as_converted, resume=ONLY_AT_THE_START)
     """Where decays begin, before the keys are balanced and the projection is fitted."""
+    fit_channel_scales: bool = setting(True, resume=ONLY_AT_THE_START)
+    """Scale every channel of every head so that the head gives what the dense source's head gives, by
+    non-negative least squares on a quarter of the calibration tokens. Of linear attention without q/k norms
+    and rotary positions."""
+    fit_source_projections: bool = setting(False, resume=ONLY_AT_THE_START)
+    """Fit the output projections of attention that stays and of dense feed-forwards as well, so that they
+    take back how far the student's hidden states have moved from the dense source's; needs
+    calibration_inputs=student. Changes weights that an align stage does not train."""
+    source_projection_ridge: float = setting(3.0, above=0, resume=ONLY_AT_THE_START)
+    """Pull of those fits towards the source's projection, in units of the mean squared feature."""
     inputs: AlignmentInputs = setting(AlignmentInputs.teacher, resume=SAID)
     """Whose hidden states the mixers are trained on by gradient descent. ``student`` costs its forward pass,
     too."""
 
     def check(self, prefix: str) -> None:
-        """There is a drift to take back only in the student's own stream. Raises ConfigurationError."""
+        """Drift shows in the student's own hidden states alone. Raises ConfigurationError."""
         require(
-            self.calibration_drift == 0 or self.calibration_inputs is AlignmentInputs.student,
-            f"{prefix}calibration_drift={self.calibration_drift:g} needs the student's hidden states; set "
-            f"{prefix}calibration_inputs=student, or {prefix}calibration_drift=0",
+            not self.fit_source_projections or self.calibration_inputs is AlignmentInputs.student,
+            f"{prefix}fit_source_projections needs the student's own hidden states; set "
+            f"{prefix}calibration_inputs=student, or {prefix}fit_source_projections=false",
         )
 
 

@@ -25,7 +25,7 @@ KERNELS = KernelConfig(
 )
 
 
-def _mixer(
+def gla_mixer(
     groups: ProcessGroups,
     parallel: ParallelConfig,
     qk_layernorm: bool,
@@ -44,7 +44,7 @@ def _mixer(
 def _balanced_keys(
     groups: ProcessGroups, qk_layernorm: bool, gla: GatedLinearAttentionConfig
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    mixer = _mixer(groups, ParallelConfig(), qk_layernorm, gla)
+    mixer = gla_mixer(groups, ParallelConfig(), qk_layernorm, gla)
     torch.nn.init.normal_(mixer.linear_qkv.bias)
     hidden = torch.randn(5, 2, MODEL.hidden_size)
     before = mixer.get_query_key_value_tensors(hidden)
@@ -79,7 +79,7 @@ def test_keys_are_scaled_by_what_one_step_adds_to_a_moving_average(
 
 def _changed_by_balancing(groups: ProcessGroups, gate: GateKind) -> bool:
     gla = GatedLinearAttentionConfig(feature_map=FeatureMap.sigmoid, gate=gate)
-    mixer = _mixer(groups, ParallelConfig(), qk_layernorm=False, gla=gla)
+    mixer = gla_mixer(groups, ParallelConfig(), qk_layernorm=False, gla=gla)
     before = mixer.linear_qkv.weight.detach().clone()
     mixer.balance_keys()
     return not torch.equal(before, mixer.linear_qkv.weight)
@@ -98,7 +98,7 @@ def _fitted_projection(groups: ProcessGroups, parallel: ParallelConfig) -> dict[
 
     from spikingbrain_train.training.stages.calibration import ProjectionFit
 
-    mixer = _mixer(groups, parallel, qk_layernorm=False)
+    mixer = gla_mixer(groups, parallel, qk_layernorm=False)
     tp_group = groups.collection.tp
 
     def whole(x: torch.Tensor) -> torch.Tensor:
@@ -111,9 +111,9 @@ def _fitted_projection(groups: ProcessGroups, parallel: ParallelConfig) -> dict[
     hidden = torch.randn(24, 2, MODEL.hidden_size, generator=generator)
     target = torch.randn(24, 2, MODEL.hidden_size, generator=generator)
     result = {"source": whole(mixer.linear_proj.weight), "features": whole(mixer.normed_heads(share(hidden)))}
-    fit = ProjectionFit(mixer, groups)
-    fit.add(share(hidden), share(target))
-    fit.solve(ridge=0.3)
+    fit = ProjectionFit(mixer.linear_proj, groups, sequence_parallel=parallel.sequence_parallel)
+    fit.add(mixer.normed_heads(share(hidden)), share(target))
+    result["error"] = torch.tensor(fit.solve(0.3, "ridge"))
     return result | {"target": target, "fitted": whole(mixer.linear_proj.weight)}
 
 
@@ -141,5 +141,7 @@ def test_the_projection_solves_the_ridge_regression(
     ).solution.T
     # Sums over 48 tokens in float32.
     assert torch.allclose(result["fitted"].double(), expected, rtol=1e-4, atol=1e-5)
+    left = (y @ expected.T - target).square().sum() / target.square().sum()
+    assert result["error"].item() == pytest.approx(left.item(), rel=1e-5)
     for other in others:
         assert torch.equal(other["fitted"], result["fitted"])

@@ -31,7 +31,7 @@ class Documented:
     """A row of the page."""
 
     of: set[str]
-    """steps, evaluations"""
+    """steps, evaluations, start"""
     console: str | None
     """Its label there."""
 
@@ -63,6 +63,8 @@ class Listen(Callback):
 
     def log(self, report: Report) -> None:
         of = "steps" if "train/loss" in report.metrics else "evaluations"
+        if "align/start/error" in report.metrics:
+            of = "start"
         for name in [*report.metrics, *report.heat_maps]:
             reported = self.found.setdefault(_as_documented(name), Reported())
             reported.of.add(of)

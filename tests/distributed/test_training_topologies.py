@@ -85,7 +85,8 @@ def _config(
     if kind.endswith("own inputs"):
         config.stage.alignment = AlignmentConfig(
             calibration_inputs=AlignmentInputs.student,
-            calibration_drift=0.5,
+            fit_channel_scales=True,
+            fit_source_projections=True,
             decay_start=DecayStart.attention_distance,
             inputs=AlignmentInputs.student,
         )

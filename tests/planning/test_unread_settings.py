@@ -40,6 +40,11 @@ def notes(*overrides: str) -> list[str]:
             "stage.kind=cpt does not read it; distill would",
         ),
         (f"{DENSE} stage.alignment.calibration_tokens=0", "calibration_tokens=0", "align would"),
+        (
+            f"{WITHOUT} stage=align stage.alignment.source_projection_ridge=2 stage.teacher=dense",
+            "source_projection_ridge=2",
+            "another choice in stage.alignment",
+        ),
         (f"{DENSE} stage.teacher=dense", "stage.teacher=dense", "learns from no teacher"),
         (f"{DENSE} optimizer.lr_wsd_decay_style=cosine", "lr_wsd_decay_style=cosine", "the style is cosine"),
         (f"{DENSE} logging.eval_interval=5 data.train=[a]", "logging.eval_interval=5", "data.valid"),

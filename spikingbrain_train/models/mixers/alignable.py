@@ -74,6 +74,30 @@ class TakesHalfLives(Protocol):
 
 
 @runtime_checkable
+class ScalesChannels(Protocol):
+    """What its heads give is a sum over channels, each of which can be scaled."""
+
+    def channel_outputs(self, hidden_states: Tensor, layout: SequenceLayout, every: int) -> Tensor | None:
+        """What every channel adds to its head, before any norm.
+
+        Args:
+            hidden_states: as in :meth:`HasNormedHeads.normed_heads`.
+            layout: how the sequences lie on context-parallel ranks, and their documents; no sinks.
+            every: take every so manieth token of the text.
+
+        Returns:
+            [tokens, heads of this tensor-parallel rank, channels, values] float32, row after row of the batch
+            and in each the tokens at positions every - 1, 2 every - 1, ... that this rank holds. None where
+            the channels of this form cannot be scaled one by one.
+        """
+        ...
+
+    def scale_channels(self, scale_HC: Tensor) -> None:
+        """Multiply what the channels add by so much: [heads of this rank, channels], not negative."""
+        ...
+
+
+@runtime_checkable
 class BalancesKeys(Protocol):
     """Its channels sum up different numbers of keys, so that some drown others."""
 

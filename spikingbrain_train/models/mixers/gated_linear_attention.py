@@ -58,6 +58,8 @@ from spikingbrain_train.ops.gated_linear_attention import gated_linear_attention
 from spikingbrain_train.ops.gated_linear_attention.naive import gated_linear_attention_step
 from spikingbrain_train.parallel.context_parallel.linear_attention import context_parallel_linear_attention
 
+_CHANNEL_ELEMENTS = 1 << 24
+"""Outputs of single channels that exist at a time: 64 MiB in float32."""
 _HALF_LIFE_SPREAD = 16.0
 """The channels of a head remember from so many times shorter to so many times longer than the head should."""
 _FEATURES = {FeatureMap.relu: torch.relu, FeatureMap.sigmoid: torch.sigmoid}
@@ -362,6 +364,52 @@ class GatedLinearAttention(SelfAttention):
         logits_GK = -self.gate_logit_normalizer * log_gate_GK
         bias_GK = torch.where(logits_GK > 30, -logits_GK, -torch.expm1(logits_GK.clamp_max(30)).log())
         self.linear_gate_up_proj.bias.copy_(bias_GK.flatten())
+
+    @torch.no_grad()
+    def channel_outputs(self, hidden_states: Tensor, layout: SequenceLayout, every: int) -> Tensor | None:
+        """See :class:`~spikingbrain_train.models.mixers.alignable.ScalesChannels`.
+
+        A channel is a recurrence of key width 1. ReLU lets a positive factor of a query's row through; q/k
+        norms would divide it out, and rotary positions mix the channels of a pair.
+        """
+        if self.feature_map is not FeatureMap.relu or self.has_qk_norm or self.rotary_positions is not None:
+            return None
+        q_BTHK, k_BTGK, v_BTGV, log_gate_BTGK = self._op_inputs(hidden_states, layout, None)
+        B, T, H, K = q_BTHK.shape
+        G, V = v_BTGV.shape[2:]
+        text = layout.text_range()
+        taken = [i for i, position in enumerate(text) if position % every == every - 1]
+        o_NHKV = q_BTHK.new_empty(B * len(taken), H, K, V, dtype=torch.float32)
+        step = max(1, _CHANNEL_ELEMENTS // (B * T * H * V))
+        for first in range(0, K, step):
+            c = slice(first, min(first + step, K))
+            C = c.stop - c.start
+            # Groups g and channels c become groups (g, c) of the same heads.
+            q = q_BTHK[..., c].unflatten(2, (G, H // G)).transpose(3, 4).reshape(B, T, C * H, 1)
+            k, log_gate = (x[..., c].reshape(B, T, G * C, 1) for x in (k_BTGK, log_gate_BTGK))
+            o = context_parallel_linear_attention(
+                q,
+                k,
+                v_BTGV.repeat_interleave(C, dim=2),
+                log_gate,
+                layout=layout,
+                cp_group=self.pg_collection.cp,
+                method=self.context_parallel,
+                scale=self.scale,
+                backend=LinearAttentionBackend.chunk.value,  # kernels want wider keys
+            )
+            o = o.reshape(B, T, G, C, H // G, V)[:, taken].transpose(3, 4)
+            o_NHKV[:, :, c] = o.reshape(-1, H, C, V).float()
+        return o_NHKV
+
+    @torch.no_grad()
+    def scale_channels(self, scale_HC: Tensor) -> None:
+        """See :class:`~spikingbrain_train.models.mixers.alignable.ScalesChannels`; factors go to queries."""
+        groups, heads = self.num_query_groups_per_partition, self.num_attention_heads_per_partition
+        for rows in (self.linear_qkv.weight, self.linear_qkv.bias):
+            if rows is not None:
+                blocks = rows.view(groups, heads // groups + 2, self.key_hidden_size, -1)
+                blocks[:, : heads // groups].mul_(scale_HC.view(groups, heads // groups, -1, 1))
 
     @torch.no_grad()
     def balance_keys(self) -> None:

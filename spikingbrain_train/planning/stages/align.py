@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from spikingbrain_train.architecture.layers import Layer, dense_source, layers, swapped_layers
 from spikingbrain_train.architecture.same_architecture import check_same_sizes
-from spikingbrain_train.architecture.sizes import FP32, bytes_per_element, rank_tokens
+from spikingbrain_train.architecture.sizes import FP32, bytes_per_element, rank_tokens, row_bytes
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.require import divisors, either, require
-from spikingbrain_train.config.run import RunConfig, StageConfig
+from spikingbrain_train.config.run import AlignmentInputs, RunConfig, StageConfig
 from spikingbrain_train.config.setting import leaves
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.planning.activations import mixer_activations, weight_copies
@@ -52,8 +52,10 @@ class AlignmentKind(StageKind):
 
     def settings(self, stage: StageConfig) -> set[str]:
         """Without tokens to fit to there is no fit."""
-        fits = stage.alignment.calibration_tokens > 0
-        return self.all_settings(stage) if fits else {"stage.alignment.calibration_tokens"}
+        if stage.alignment.calibration_tokens == 0:
+            return {"stage.alignment.calibration_tokens", "stage.alignment.inputs"}
+        refits = stage.alignment.fit_source_projections
+        return self.all_settings(stage) - (set() if refits else {"stage.alignment.source_projection_ridge"})
 
     def check(self, stage: StageConfig) -> None:
         """It has no logits to distil. Raises ConfigurationError."""
@@ -98,7 +100,8 @@ class AlignmentKind(StageKind):
     def flops_per_token(self, config: RunConfig) -> float:
         """The teacher's forward up to its last hidden states, and forward and backward of each swapped mixer.
 
-        Its projections from the layer's (frozen) input need no gradient with respect to that.
+        Its projections from the layer's (frozen) input need no gradient with respect to that. On the
+        student's own inputs its other layers run forward, too.
         """
         model, stage = config.model, config.stage
         flops = forward_flops_per_token(dense_source(model), stage.seq_length, output_layer=False)
@@ -107,13 +110,44 @@ class AlignmentKind(StageKind):
             reading, other = mixer_projections(model, layer)
             flops += tokens * (4.0 * reading + 6.0 * other)
             flops += 3 * mixer_core_flops(model, layer, stage.seq_length)
+        if stage.alignment.inputs is AlignmentInputs.student:
+            flops += forward_flops_per_token(model, stage.seq_length, output_layer=False)
+            for layer in swapped_layers(layers(model)):  # whose forward pass has been counted
+                flops -= tokens * 2.0 * sum(mixer_projections(model, layer))
+                flops -= mixer_core_flops(model, layer, stage.seq_length)
         return flops
 
     def activation_bytes(self, config: RunConfig, pipeline_stage: int, micro_batches: int) -> float:
         """Those of the largest swapped mixer, with its input, and its output and target in fp32.
 
-        Each runs forward and backward at once, between layers of the teacher, which keep nothing.
+        Each runs forward and backward at once, between layers of the teacher, which keep nothing. On the
+        student's own inputs the targets of all of them wait for it. The closed-form start comes before, and
+        counts where it holds more.
         """
+        return max(self._training_bytes(config, pipeline_stage), self._start_bytes(config, micro_batches))
+
+    def _start_bytes(self, config: RunConfig, micro_batches: int) -> float:
+        """Hidden states of the calibration tokens on a rank, and the sums of the widest fit.
+
+        Those of both models between two layers, and four tensors of what the dense source's layer made of
+        them.
+        """
+        stage, model = config.stage, config.model
+        settings = stage.alignment
+        if settings.calibration_tokens == 0:
+            return 0.0
+        steps = min(
+            -(-settings.calibration_tokens // (stage.global_batch_size * stage.seq_length)), stage.train_iters
+        )
+        tokens = steps * micro_batches * rank_tokens(config)
+        features = model.num_attention_heads * model.kv_channels
+        if settings.fit_source_projections:
+            features = max(features, model.ffn_hidden_size)
+        # Sums in fp32; while they are solved, in fp64: as they are, with the pull, and factorised.
+        sums = features * (features + model.hidden_size) * (FP32 + 3 * 2 * FP32)
+        return 6 * tokens * row_bytes(config) + sums
+
+    def _training_bytes(self, config: RunConfig, pipeline_stage: int) -> float:
         model, here = config.model, layers_of_stage(config.model, config.parallel, pipeline_stage)
         boundary = model.hidden_size * (bytes_per_element(config.precision) + 2 * FP32)
 
@@ -121,7 +155,11 @@ class AlignmentKind(StageKind):
             copies = weight_copies(config, layer.mixer_weights(model))
             return rank_tokens(config) * (mixer_activations(config, layer) + boundary) + copies
 
-        return max((kept(layer) for layer in swapped_layers(here)), default=0.0)
+        swapped = swapped_layers(here)
+        waiting = 0.0
+        if config.stage.alignment.inputs is AlignmentInputs.student:
+            waiting = len(swapped) * rank_tokens(config) * row_bytes(config)
+        return waiting + max((kept(layer) for layer in swapped), default=0.0)
 
 
 def _check_every_stage_aligns(model: ModelConfig, teacher: ModelConfig, parallel: ParallelConfig) -> None:

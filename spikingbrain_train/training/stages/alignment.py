@@ -103,7 +103,8 @@ class Alignment(Stage):
         tokens_per_step = self.stage.global_batch_size * self.stage.seq_length
         steps = min(-(-settings.calibration_tokens // tokens_per_step), self.stage.train_iters)
         replaced = self.replaced_layers(model)
-        start = ClosedFormStart(model, self.teacher, replaced, settings, self.groups)
+        quarter = -(-steps // 4) * num_microbatches
+        start = ClosedFormStart(model, self.teacher, replaced, settings, self.groups, quarter=quarter)
         with console.activity(
             "starting the new mixers in closed form", model.config.num_layers, "layers"
         ) as progress:

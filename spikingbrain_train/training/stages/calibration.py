@@ -8,6 +8,8 @@ This project's own (docs/recipe.md), not a part of SpikingBrain's report.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
@@ -15,69 +17,60 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 
-from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.errors import ConfigurationError
-from spikingbrain_train.models.mixers.alignable import HasNormedHeads
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 
 
 class ProjectionFit:
-    """Ridge regression of one layer's output projection: ``min |Y W^T - A|^2 + r |W - s W0|^2``.
+    """Ridge regression of an output projection: ``min |Y W^T - A|^2 + r |W - s W0|^2``.
 
-    Y are the layer's normalised heads, A the dense layer's outputs on the same inputs, W0 the source's
-    projection and s the factor that suits W0 best. r is ``ridge`` times the mean squared feature summed over
-    tokens.
+    Y is what the projection reads, A what it should give, W0 the source's projection and s the factor that
+    suits W0 best. r is ``ridge`` times the mean squared feature summed over tokens.
 
     Args:
-        mixer: the layer; its ``linear_proj`` is replaced by :meth:`solve`.
+        linear: the row-parallel projection, which reads this tensor-parallel rank's part of the features;
+            its weight is replaced by :meth:`solve`.
         groups: process groups; features are gathered over tensor-parallel ranks, sums reduced over data-
             and context-parallel ones.
+        sequence_parallel: whether targets are this rank's share of the sequence.
     """
 
-    def __init__(self, mixer: HasNormedHeads, groups: ProcessGroups) -> None:
-        self.mixer = mixer
+    def __init__(self, linear: Any, groups: ProcessGroups, *, sequence_parallel: bool) -> None:
+        self.linear = linear
         self.groups = groups
-        features = mixer.query_projection_size
-        device = mixer.linear_proj.weight.device
+        self.sequence_parallel = sequence_parallel
+        width, features = linear.weight.shape
+        features *= groups.collection.tp.size()
+        device = linear.weight.device
         self.gram = torch.zeros(features, features, dtype=torch.float32, device=device)
-        self.cross = torch.zeros(features, mixer.config.hidden_size, dtype=torch.float32, device=device)
+        self.cross = torch.zeros(features, width, dtype=torch.float32, device=device)
         self.power = torch.zeros((), dtype=torch.float64, device=device)
 
     @torch.no_grad()
-    def add(
-        self,
-        hidden_states: Tensor,
-        target: Tensor,
-        layout: SequenceLayout | None = None,
-        weight: Tensor | None = None,
-    ) -> None:
+    def add(self, features: Tensor, target: Tensor) -> None:
         """Take one micro-batch into the sums.
 
         Args:
-            hidden_states: [T, B, hidden_size] normed input of the layer (this rank's share under sequence
-                parallelism).
-            target: output of the dense layer, shaped like ``hidden_states``.
-            layout: how the sequences lie on context-parallel ranks, and their documents.
-            weight: [T, B] float32 of each token's squared error, shaped like ``hidden_states``; None is 1.
+            features: [T, B, features of this tensor-parallel rank] over the whole slice.
+            target: [T, B, hidden_size], this rank's share of the sequence under sequence parallelism.
         """
         tp_group = self.groups.collection.tp
-        heads = self.mixer.normed_heads(hidden_states, layout)
-        y = gather_from_tensor_model_parallel_region(heads, group=tp_group)
-        if self.mixer.config.sequence_parallel:
+        y = gather_from_tensor_model_parallel_region(features, group=tp_group)
+        if self.sequence_parallel:
             target = gather_from_sequence_parallel_region(target, group=tp_group)
-            if weight is not None:
-                weight = gather_from_sequence_parallel_region(weight, group=tp_group)
         y, target = y.flatten(0, 1).float(), target.flatten(0, 1).float()
-        if weight is not None:
-            root = weight.sqrt().flatten().unsqueeze(1)
-            y, target = y * root, target * root
         self.gram.addmm_(y.t(), y)
         self.cross.addmm_(y.t(), target)
         self.power += target.square().sum(dtype=torch.float64)
 
     @torch.no_grad()
-    def solve(self, ridge: float) -> float:
+    def solve(self, ridge: float, setting: str, *, source_scale: float | None = None) -> float:
         """Replace the projection by the fitted one; every rank solves the same system, keeps its columns.
+
+        Args:
+            ridge: pull towards the source's projection.
+            setting: that it is from, for the sentence.
+            source_scale: s above; None takes the one that suits best.
 
         Returns:
             The squared error that is left on the tokens of the fit, relative to the target's square.
@@ -88,10 +81,10 @@ class ProjectionFit:
         for sums in (self.gram, self.cross, self.power):
             torch.distributed.all_reduce(sums, group=self.groups.collection.dp_cp)
         tp_group = self.groups.collection.tp
-        local = self.mixer.linear_proj.weight
+        local = self.linear.weight
         source = gather_from_tensor_model_parallel_region(local.float(), group=tp_group).double()
         gram, cross = self.gram.double(), self.cross.double()
-        scale = (source.t() * cross).sum() / (source @ gram * source).sum()
+        scale = source_scale or (source.t() * cross).sum() / (source @ gram * source).sum()
         pull = ridge * gram.diagonal().mean()
         pulled = gram.clone()
         pulled.diagonal().add_(pull)
@@ -99,8 +92,8 @@ class ProjectionFit:
             fitted = torch.linalg.solve(pulled, cross + pull * scale * source.t()).t()
         except torch.linalg.LinAlgError as error:
             raise ConfigurationError(
-                f"stage.alignment.calibration_ridge={ridge} is too small, so that the fit has no single "
-                "solution; raise it, e.g. to 0.3, or raise stage.alignment.calibration_tokens"
+                f"{setting}={ridge} is too small, so that the fit has no single solution; raise it, e.g. to "
+                "0.3, or raise stage.alignment.calibration_tokens"
             ) from error
         local.copy_(fitted.chunk(tp_group.size(), dim=1)[tp_group.rank()])
         explained = 2 * (fitted.t() * cross).sum() - (fitted @ gram * fitted).sum()

@@ -4,17 +4,18 @@ The hidden states of the calibration tokens are kept between two layers, those o
 ``stage.alignment.calibration_inputs=student``, those of the student beside them. At a replaced layer
 
 1. the dense source's attention says how far its heads look back, and the mixer's decays are set to it;
-2. the mixer balances its keys;
-3. its output projection is fitted (calibration.py), on the hidden states of either model;
+2. the mixer balances its keys, and its channels are scaled to what the dense source's heads give;
+3. its output projection is fitted (calibration.py);
 
 then the tokens go through the layer. With the student's own hidden states each fit sees what the fits before
-it left, so that it can make up for it (as GPTQ quantises layer by layer, arXiv 2210.17323, section 4). Each
-of the three is a setting; what a mixer does not offer (models/mixers/alignable.py) is left out. Pipeline
-stages work one after the other, and hand the hidden states on.
+it left; the projections that the source keeps can be fitted as well, to take the difference back. Most of it
+is a setting; what a mixer does not offer (models/mixers/alignable.py) is left out. Pipeline stages work one
+after the other, and hand the hidden states on.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from typing import Any
 
 import torch
 from megatron.core.transformer import TransformerLayer
+from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
 from spikingbrain_train.config.run import AlignmentConfig, AlignmentInputs, DecayStart
@@ -31,11 +33,13 @@ from spikingbrain_train.models.mixers.alignable import (
     BalancesKeys,
     HasNormedHeads,
     MeasuresDistances,
+    ScalesChannels,
     TakesHalfLives,
 )
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.reporting.activity import Activity, format_duration
 from spikingbrain_train.training.stages.calibration import ProjectionFit
+from spikingbrain_train.training.stages.channel_scales import SAMPLED, ChannelScales
 
 
 @dataclass
@@ -49,6 +53,23 @@ class Held:
     """Those of the student; the very same tensor where the fits read the dense source's."""
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """What a layer of the dense source made of a micro-batch.
+
+    All but ``heads`` are this rank's share under sequence parallelism.
+    """
+
+    normed: Tensor
+    """[T, B, hidden_size] what its attention got."""
+    heads: Tensor
+    """[T, B, features of this tensor-parallel rank] what its attention's output projection got."""
+    attended: Tensor
+    """[T, B, hidden_size] what its attention gave."""
+    after: Tensor
+    """[T, B, hidden_size] what the layer gave."""
+
+
 class ClosedFormStart:
     """Sets the replaced mixers of a pipeline stage.
 
@@ -58,6 +79,7 @@ class ClosedFormStart:
         replaced: 0-based indices, over the whole decoder, of the layers to set.
         settings: what is set.
         groups: process groups.
+        quarter: micro-batches of this rank that hold a quarter of the tokens, whole steps.
     """
 
     def __init__(
@@ -67,12 +89,15 @@ class ClosedFormStart:
         replaced: Iterable[int],
         settings: AlignmentConfig,
         groups: ProcessGroups,
+        *,
+        quarter: int,
     ) -> None:
         self.student = student
         self.teacher = teacher
         self.replaced = set(replaced)
         self.settings = settings
         self.groups = groups
+        self.quarter = quarter
         self.own_inputs = settings.calibration_inputs is AlignmentInputs.student
 
     @torch.no_grad()
@@ -91,25 +116,21 @@ class ClosedFormStart:
             ConfigurationError: a fit has no single solution.
         """
         count = self.student.config.num_layers
-        errors, drifts = (
-            torch.zeros(count, dtype=torch.float64, device=self.groups.device) for _ in range(2)
-        )
+        errors, drifts = torch.zeros(2, count, dtype=torch.float64, device=self.groups.device).unbind()
         with _evaluating(self.student):
             held = [self._enter(batch) for batch in batches]
             for mine, theirs in zip(self.student.decoder.layers, self.teacher.decoder.layers, strict=True):
                 index = mine.layer_number - 1
+                seen = [self._teach(theirs, each) for each in held]
                 if index in self.replaced:
-                    errors[index] = self._set(mine, theirs, held)
-                else:
-                    for each in held:
-                        each.teacher = self._through(theirs, self.teacher, each.teacher, each.batch)
-                        if not self.own_inputs:
-                            each.student = each.teacher
-                if self.own_inputs:
-                    for each in held:
-                        each.student = self._through(mine, self.student, each.student, each.batch)
-                    if index in self.replaced:
-                        drifts[index] = self._drift(held)
+                    errors[index] = self._set(mine, theirs, held, seen)
+                elif self.settings.fit_source_projections:
+                    self._fit_attention(mine, held, seen)
+                if self.settings.fit_source_projections:
+                    self._fit_feed_forward(mine, held, seen)
+                self._go_through(mine, held, seen)
+                if self.own_inputs and index in self.replaced:
+                    drifts[index] = self._drift(held)
                 progress.advance(self.groups.pipeline_model_parallel_size)
             self._leave(held)
         return self._metrics(errors, drifts)
@@ -126,68 +147,120 @@ class ClosedFormStart:
         done = [f"{len(self.replaced)} mixers set in closed form on {tokens:,} tokens"]
         if self.settings.decay_start is DecayStart.attention_distance:
             done.append("decays from the dense source's attention distances")
+        if self.settings.fit_channel_scales:
+            done.append("channels scaled to its heads")
         if "align/start/error" in metrics:
             error = metrics["align/start/error"]
             done.append(f"output projections fitted on {whose} hidden states, error {error:.3f}")
+        if self.settings.fit_source_projections:
+            done.append("projections that the source keeps as well")
         return f"start: {', '.join(done)} ({format_duration(seconds)})"
 
-    def _set(self, mine: TransformerLayer, theirs: TransformerLayer, held: list[Held]) -> float:
-        """Set a replaced mixer; the dense source's hidden states go through its layer. Returns the error."""
-        mixer = mine.self_attention
-        if self.settings.decay_start is DecayStart.attention_distance:
-            self._set_half_lives(mixer, theirs, held)
+    def _teach(self, theirs: TransformerLayer, each: Held) -> Lesson:
+        """Send a micro-batch through the dense source's layer."""
+        attention = theirs.self_attention
+        with (
+            _inputs_of(attention) as normed,
+            _inputs_of(attention.linear_proj) as heads,
+            _outputs_of(attention) as attended,
+        ):
+            after = self._through(theirs, self.teacher, each.teacher, each.batch)
+        return Lesson(normed[0], heads[0], attended[0], after)
+
+    def _set(
+        self, mine: TransformerLayer, theirs: TransformerLayer, held: list[Held], seen: list[Lesson]
+    ) -> float:
+        """Set a replaced mixer. Returns the error of its fit, 0 where it has none."""
+        mixer, settings = mine.self_attention, self.settings
+        if settings.decay_start is DecayStart.attention_distance:
+            self._set_half_lives(mixer, theirs, held, seen)
         if isinstance(mixer, BalancesKeys):
             mixer.balance_keys()
-        fit = ProjectionFit(mixer, self.groups) if isinstance(mixer, HasNormedHeads) else None
-        for each in held:
-            before = each.teacher
-            normed, target, each.teacher = self._attention_of(theirs, each)
-            if fit is not None:
-                weight = None
-                if self.own_inputs:
-                    normed = mine.input_layernorm(each.student)
-                    drift = before.float() - each.student.float()
-                    target = target.float() + self.settings.calibration_drift * drift
-                    weight = before.float().square().mean(-1).clamp_min(1e-12).reciprocal()
-                fit.add(normed, target, each.batch.layout, weight)
-            if not self.own_inputs:
-                each.student = each.teacher
-        return 0.0 if fit is None else fit.solve(self.settings.calibration_ridge)
+        inputs = (
+            mine.input_layernorm(each.student) if self.own_inputs else lesson.normed
+            for each, lesson in zip(held, seen, strict=True)
+        )
+        if settings.fit_channel_scales and isinstance(mixer, ScalesChannels):
+            self._scale_channels(mixer, itertools.islice(inputs, self.quarter), held, seen)
+            inputs = (
+                mine.input_layernorm(each.student) if self.own_inputs else lesson.normed
+                for each, lesson in zip(held, seen, strict=True)
+            )
+        if not isinstance(mixer, HasNormedHeads):
+            return 0.0
+        fit = self._fit_of(mixer.linear_proj)
+        for normed, each, lesson in zip(inputs, held, seen, strict=True):
+            fit.add(mixer.normed_heads(normed, each.batch.layout), lesson.attended)
+        return fit.solve(settings.calibration_ridge, "stage.alignment.calibration_ridge")
 
-    def _set_half_lives(self, mixer: torch.nn.Module, theirs: TransformerLayer, held: list[Held]) -> None:
+    def _set_half_lives(
+        self, mixer: torch.nn.Module, theirs: TransformerLayer, held: list[Held], seen: list[Lesson]
+    ) -> None:
         attention = theirs.self_attention
         if not (isinstance(mixer, TakesHalfLives) and isinstance(attention, MeasuresDistances)):
             return
-        sums_H: Tensor | None = None
-        tokens = 0
-        for each in held:
+        sums = []
+        for each, lesson in zip(held, seen, strict=True):
             layout = each.batch.layout
-            found_H = attention.attention_distances(
-                theirs.input_layernorm(each.teacher),
-                rotary_pos_emb=self.teacher.rotary_pos_emb(layout),
-                layout=layout,
-            )
-            sums_H = found_H if sums_H is None else sums_H + found_H
-            tokens += each.batch.tokens.numel()
-        assert sums_H is not None, "there are calibration tokens"
-        counted = torch.cat([sums_H, sums_H.new_tensor([tokens])])
-        torch.distributed.all_reduce(counted, group=self.groups.collection.dp_cp)
-        mixer.set_half_lives((counted[:-1] / counted[-1]).clamp_min(1.0))
+            rotary = self.teacher.rotary_pos_emb(layout)
+            of_heads = attention.attention_distances(lesson.normed, rotary_pos_emb=rotary, layout=layout)
+            sums.append(torch.cat([of_heads, of_heads.new_tensor([each.batch.tokens.numel()])]))
+        total = torch.stack(sums).sum(0)
+        torch.distributed.all_reduce(total, group=self.groups.collection.dp_cp)
+        mixer.set_half_lives((total[:-1] / total[-1]).clamp_min(1.0))
 
-    def _attention_of(self, theirs: TransformerLayer, each: Held) -> tuple[Tensor, Tensor, Tensor]:
-        """What the dense source's attention got and gave, and what its layer gave."""
-        seen: list[Tensor] = []
+    def _scale_channels(
+        self, mixer: ScalesChannels, inputs: Iterable[Tensor], held: list[Held], seen: list[Lesson]
+    ) -> None:
+        scales = ChannelScales(self.groups)
+        for normed, each, lesson in zip(inputs, held, seen, strict=False):
+            layout = each.batch.layout
+            outputs_NHCV = mixer.channel_outputs(normed, layout, SAMPLED)
+            if outputs_NHCV is None:
+                return
+            _, H, _, V = outputs_NHCV.shape
+            taken = [i for i, at in enumerate(layout.text_range()) if at % SAMPLED == SAMPLED - 1]
+            scales.add(outputs_NHCV, lesson.heads.transpose(0, 1)[:, taken].reshape(-1, H, V))
+        mixer.scale_channels(scales.solve())
 
-        def keep(_: torch.nn.Module, args: tuple, output: tuple) -> None:
-            seen.extend((args[0], output[0].clone()))  # the residual is added to it in place
+    def _fit_attention(self, mine: TransformerLayer, held: list[Held], seen: list[Lesson]) -> None:
+        """Let attention that stays give what the dense source's gives, and take back the drift before it."""
+        projection = getattr(mine.self_attention, "linear_proj", None)
+        if projection is None:
+            return
+        fit = self._fit_of(projection)
+        for each, lesson in zip(held, seen, strict=True):
+            with _inputs_of(projection) as features:
+                self._through(mine, self.student, each.student, each.batch)
+            fit.add(features[0], lesson.attended + (each.teacher - each.student))
+        self._solve_source(fit)
 
-        handle = theirs.self_attention.register_forward_hook(keep)
-        try:
-            after = self._through(theirs, self.teacher, each.teacher, each.batch)
-        finally:
-            handle.remove()
-        normed, attended = seen
-        return normed, attended, after
+    def _fit_feed_forward(self, mine: TransformerLayer, held: list[Held], seen: list[Lesson]) -> None:
+        """Let a dense feed-forward end where the dense source's layer ends."""
+        if not isinstance(mine.mlp, MLP):
+            return
+        fit = self._fit_of(mine.mlp.linear_fc2)
+        for each, lesson in zip(held, seen, strict=True):
+            with _inputs_of(mine.mlp.linear_fc2) as features, _inputs_of(mine.pre_mlp_layernorm) as before:
+                self._through(mine, self.student, each.student, each.batch)
+            fit.add(features[0], lesson.after - before[0])
+        self._solve_source(fit)
+
+    def _fit_of(self, projection: Any) -> ProjectionFit:
+        return ProjectionFit(projection, self.groups, sequence_parallel=self.student.config.sequence_parallel)
+
+    def _solve_source(self, fit: ProjectionFit) -> None:
+        setting = "stage.alignment.source_projection_ridge"
+        fit.solve(self.settings.source_projection_ridge, setting, source_scale=1.0)
+
+    def _go_through(self, mine: TransformerLayer, held: list[Held], seen: list[Lesson]) -> None:
+        """Bring the hidden states behind the layer."""
+        for each, lesson in zip(held, seen, strict=True):
+            each.teacher = lesson.after
+            if self.own_inputs:
+                each.student = self._through(mine, self.student, each.student, each.batch)
+            else:
+                each.student = each.teacher
 
     def _through(
         self, layer: TransformerLayer, model: HybridGPTModel, hidden_states: Tensor, batch: MicroBatch
@@ -256,6 +329,28 @@ class ClosedFormStart:
                 f"align/start/drift/layer_{layer}": drifts[layer].item() for layer in sorted(self.replaced)
             }
         return metrics
+
+
+@contextmanager
+def _inputs_of(module: torch.nn.Module) -> Iterator[list[Tensor]]:
+    """Collects the first argument of every call of a module."""
+    seen: list[Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _outputs_of(attention: torch.nn.Module) -> Iterator[list[Tensor]]:
+    """Collects what attention gives; copies, because the residual is added to it in place."""
+    seen: list[Tensor] = []
+    handle = attention.register_forward_hook(lambda _, __, output: seen.append(output[0].clone()))
+    try:
+        yield seen
+    finally:
+        handle.remove()
 
 
 @contextmanager
