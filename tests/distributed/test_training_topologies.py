@@ -82,6 +82,7 @@ def _config(
     if "align" in kind:
         config.stage.kind, config.stage.teacher = "align", str(checkpoints["teacher"])
         config.optimizer.lr = 5e-4  # calibration leaves it close to a minimum
+        config.stage.alignment.calibration_inputs = AlignmentInputs.teacher
     if kind.endswith("own inputs"):
         config.stage.alignment = AlignmentConfig(
             calibration_inputs=AlignmentInputs.student,

@@ -168,9 +168,9 @@ def _errors_of_a_fit(groups: ProcessGroups, network: ModelConfig) -> tuple[list[
     hidden, target = torch.randn(64, 2, 32), torch.randn(64, 2, 32)
     with torch.no_grad():
         before = (mixers[0](hidden)[0] - target).square().sum().item()
-        fit = ProjectionFit(mixers[0], groups)
-        fit.add(hidden, target)
-        fit.solve(ridge=1e-3)
+        fit = ProjectionFit(mixers[0].linear_proj, groups, sequence_parallel=False)
+        fit.add(mixers[0].normed_heads(hidden), target)
+        fit.solve(1e-3, "ridge")
         after = (mixers[0](hidden)[0] - target).square().sum().item()
     return [isinstance(mixer, HasNormedHeads) for mixer in mixers], before, after
 
