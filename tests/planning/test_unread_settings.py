@@ -41,7 +41,7 @@ def notes(*overrides: str) -> list[str]:
         ),
         (f"{DENSE} stage.alignment.calibration_tokens=0", "calibration_tokens=0", "align would"),
         (
-            f"{WITHOUT} stage=align stage.alignment.source_projection_ridge=2 stage.teacher=dense",
+            "model=tiny_hybrid stage=align stage.alignment.source_projection_ridge=2 stage.teacher=dense",
             "source_projection_ridge=2",
             "another choice in stage.alignment",
         ),
