@@ -27,6 +27,7 @@ FLOORS = {
     "evaluation": 8,
     "training": 9,
     "conversion": 9,
+    "layer_choice": 10,
     "pipelines": 10,
     "commands": 11,
 }

@@ -27,6 +27,12 @@ def _convert() -> argparse.ArgumentParser:
     return convert_parser()
 
 
+def _choose_layers() -> argparse.ArgumentParser:
+    from spikingbrain_train.layer_choice.command_line import choose_layers_parser
+
+    return choose_layers_parser()
+
+
 def _export() -> argparse.ArgumentParser:
     from spikingbrain_train.conversion.command_line import export_parser
 
@@ -85,6 +91,7 @@ PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "cache-teacher": _cache_teacher,
     "preprocess": _preprocess,
     "convert": _convert,
+    "choose-layers": _choose_layers,
     "export": _export,
     "evaluate": _evaluate,
     "generate": _generate,

@@ -44,6 +44,14 @@ def convert() -> None:
     convert_checkpoint()
 
 
+def choose_layers() -> None:
+    """Choose the layers that keep softmax attention."""
+    from spikingbrain_train.commands.inference import here_or_on_ranks
+    from spikingbrain_train.layer_choice.command_line import choose_layers
+
+    here_or_on_ranks("choose-layers", choose_layers)
+
+
 def export() -> None:
     """Write a checkpoint as a Hugging Face folder."""
     from spikingbrain_train.conversion.command_line import export

@@ -48,6 +48,12 @@ COMMANDS = (
         programs.convert,
         "tools/convert_checkpoint.py",
     ),
+    Command(
+        "choose-layers",
+        "which layers of a hybrid keep softmax attention, by measuring each swap",
+        programs.choose_layers,
+        "tools/choose_layers.py",
+    ),
     Command("export", "write a checkpoint as a Hugging Face folder", programs.export, "tools/export.py"),
     Command("evaluate", "held-out cross entropy of a model", programs.evaluate, "tools/evaluate.py"),
     Command("generate", "continue a prompt with a model", programs.generate, "tools/generate.py"),

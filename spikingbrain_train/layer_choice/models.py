@@ -1,0 +1,101 @@
+"""The models that swaps are measured with: the dense source, all layers kept, all candidates swapped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from spikingbrain_train.config.run import AlignmentConfig, StageConfig
+from spikingbrain_train.data.held_out import open_held_out
+from spikingbrain_train.data.loader import MicroBatch
+from spikingbrain_train.evaluation.checkpoint_model import open_checkpoint
+from spikingbrain_train.evaluation.checkpoint_request import CheckpointRequest
+from spikingbrain_train.evaluation.held_out_windows import HeldOutWindows
+from spikingbrain_train.models.gpt_model import HybridGPTModel
+from spikingbrain_train.parallel.process_groups import ProcessGroups
+from spikingbrain_train.training.stages.alignment import Alignment
+
+
+@dataclass(frozen=True)
+class Models:
+    """On this rank, for inference."""
+
+    teacher: HybridGPTModel
+    kept: HybridGPTModel
+    swapped: HybridGPTModel
+
+
+@dataclass(frozen=True)
+class Text:
+    """Tokens to read."""
+
+    prefixes: Sequence[str]
+    tokens: int
+    """At least so many, in whole windows; about as many of each dataset, and no more than there are."""
+    seq_length: int
+    micro_batch_size: int
+
+    def batches(self, groups: ProcessGroups, vocab_size: int) -> list[MicroBatch]:
+        """This rank's micro-batches, kept in memory.
+
+        Raises:
+            DataError: the datasets are damaged, or of another vocabulary.
+        """
+        windows = -(-self.tokens // (self.seq_length * len(self.prefixes)))
+        found: list[MicroBatch] = []
+        for prefix in self.prefixes:
+            dataset = open_held_out([prefix], self.seq_length, windows, vocab_size)
+            held_out = HeldOutWindows(
+                dataset, [prefix], groups, micro_batch_size=self.micro_batch_size, num_sink_tokens=0
+            )
+            found += held_out.batches()
+        return found
+
+
+def open_models(
+    source: CheckpointRequest, candidates: CheckpointRequest, kept_mixer: object, groups: ProcessGroups
+) -> Models:
+    """Read the weights of all three.
+
+    Args:
+        source: the dense source.
+        candidates: a conversion of it, or its aligned form, in which every candidate is swapped.
+        kept_mixer: the mixer of layers that stay, which takes the source's weights.
+        groups: of the ranks.
+    """
+    swapped = open_checkpoint(candidates, groups).model
+    teacher = open_checkpoint(source, groups).model
+    # Its windows are those of the conversion; its weights are the source's.
+    model = replace(candidates.model, mixers=[kept_mixer])
+    kept = open_checkpoint(replace(source, model=model, run=None), groups).model
+    _share(kept, teacher)
+    return Models(teacher, kept, swapped)
+
+
+def start_in_closed_form(models: Models, text: Text, groups: ProcessGroups) -> None:
+    """Set the swapped mixers as an align stage does at its start, each on the source's own inputs."""
+    batches = text.batches(groups, models.teacher.model_config.vocab_size)
+    global_batch = text.micro_batch_size * groups.data_parallel_size
+    stage = StageConfig(
+        seq_length=text.seq_length,
+        micro_batch_size=text.micro_batch_size,
+        global_batch_size=global_batch,
+        train_iters=len(batches),
+        alignment=AlignmentConfig(calibration_tokens=len(batches) * global_batch * text.seq_length),
+    )
+    Alignment(stage, groups, models.teacher).prepare(models.swapped, iter(batches), 1)
+
+
+def share_weights(models: Models) -> None:
+    """Let the swapped model have no copies of what it has from the source."""
+    _share(models.swapped, models.teacher)
+
+
+def _share(model: HybridGPTModel, source: HybridGPTModel) -> None:
+    theirs = dict(source.named_parameters())
+    for name, parameter in model.named_parameters():
+        other = theirs.get(name)
+        if other is not None and other.shape == parameter.shape and torch.equal(other, parameter):
+            parameter.data = other.data

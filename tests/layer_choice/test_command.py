@@ -1,0 +1,166 @@
+"""spikingbrain-choose-layers on a model in which one layer matters and another does not.
+
+In float32; 1e-5 nats between the chosen model and its own conversion, and between topologies.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from spikingbrain_train.config.conversion import ConversionConfig
+from spikingbrain_train.config.load import load_conversion
+from spikingbrain_train.conversion.import_checkpoint import import_checkpoint
+from spikingbrain_train.data.preprocess import PreprocessOptions, preprocess
+from spikingbrain_train.layer_choice.measurements import MEASUREMENTS_FILE
+from tests.distributed.pool import RankPool
+from tests.small_source import save_small_source
+
+FACTORS = (0.03, 1.0, 1e-6, 0.03)
+"""Of the attention's output projection in each layer."""
+MATTERS, DOES_NOT = 1, 2
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session")
+def text(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "text.txt").write_text(topics["assignment"])
+    preprocess(PreprocessOptions([str(folder / "text.txt")], str(folder / "text"), str(source)))
+    return folder / "text"
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What attention adds is little in all layers but one, and in one as good as nothing."""
+    folder = save_small_source(tmp_path_factory.mktemp("source"))
+    weights = load_file(folder / "model.safetensors")
+    for layer, factor in enumerate(FACTORS):
+        weights[f"model.layers.{layer}.self_attn.o_proj.weight"] *= factor
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoints(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The source, and a form of it in which every layer is swapped, as an align stage would leave one."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    import_checkpoint(source, folder / "dense")
+    import_checkpoint(source, folder / "all", ConversionConfig(mixers=["gla"], sliding_window=7))
+    return folder / "dense", folder / "all"
+
+
+def choose_layers(*arguments: str) -> None:
+    """The command, on every rank of a pool."""
+    from spikingbrain_train.layer_choice.command_line import choose_layers
+
+    choose_layers([*arguments, "--device", "cpu", "--dtype", "float32"])
+
+
+def cross_entropy(*arguments: str) -> None:
+    from spikingbrain_train.evaluation.command_line import evaluate
+
+    evaluate([*arguments, "--device", "cpu", "--dtype", "float32"])
+
+
+def chosen(ranks: RankPool, folder: Path, *arguments: Any, world_size: int = 1) -> dict[str, Any]:
+    """What the command writes."""
+    words = [*map(str, arguments), "--output", str(folder), "--seq-length", "32", "--tokens", "96"]
+    ranks.run(choose_layers, *words, world_size=world_size)
+    found = json.loads((folder / "layers.json").read_text())
+    assert isinstance(found, dict)
+    return found
+
+
+def costs(found: dict[str, Any]) -> list[float]:
+    return [found["layers"][str(layer)]["kl_divergence"] for layer in range(4)]
+
+
+def test_the_layer_that_does_not_matter_is_swapped_and_the_one_that_does_stays(
+    ranks: RankPool, tmp_path: Path, source: Path, text: Path
+) -> None:
+    """From the Hugging Face folder alone: the new mixers are set in closed form."""
+    words = ("--model", source, "--data", text, "--calibration-data", text, "--calibration-tokens", 256)
+    found = chosen(ranks, tmp_path / "one", *words, "--swap", 1, "--kept", "full")
+    measured = costs(found)
+    assert measured.index(min(measured)) == DOES_NOT and measured[DOES_NOT] < 1e-6
+    assert measured.index(max(measured)) == MATTERS and measured[MATTERS] > 1e-3
+    assert found["mixers"] == ["full", "full", "gla", "full"]
+    assert found["kept_only"]["kl_divergence"] == pytest.approx(0, abs=1e-6)
+    assert found["chosen"]["kl_divergence"] == measured[DOES_NOT] < found["evenly_spaced"]["kl_divergence"]
+    assert (tmp_path / "one/layers.png").stat().st_size > 1000
+    assert not (tmp_path / "one/work").exists()
+
+
+def test_the_recipe_makes_the_model_that_was_measured(
+    ranks: RankPool, tmp_path: Path, source: Path, text: Path, checkpoints: tuple[Path, Path]
+) -> None:
+    dense, swapped = checkpoints
+    words = ("--model", dense, "--aligned", swapped, "--data", text, "--keep", DOES_NOT, "--kept", "swa")
+    found = chosen(ranks, tmp_path / "out", *words, "--swap", 2)
+    assert found["mixers"] == ["gla", "swa", "swa", "gla"] and len(found["layers"]) == 3
+    recipe = load_conversion(str(tmp_path / "out/conversion.yaml"))
+    assert recipe.mixers == found["mixers"] and recipe.sliding_window == 7
+    import_checkpoint(source, tmp_path / "hybrid", recipe)
+    for model, expected in ((tmp_path / "hybrid", found["chosen"]), (dense, found["source"])):
+        result = tmp_path / "result.json"
+        shared = ("--data", str(text), "--seq-length", "32", "--max-windows", "3", "--output", str(result))
+        ranks.run(cross_entropy, "--model", str(model), *shared, world_size=1)
+        assert json.loads(result.read_text())["cross_entropy"] == pytest.approx(
+            expected["cross_entropy"], abs=1e-5
+        )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(["tp2_sp"], id="TP 2 + sequence parallel"),
+        pytest.param([], id="DP 2", marks=pytest.mark.slow),
+        pytest.param(["context_parallel_size=2"], id="CP 2", marks=pytest.mark.slow),
+    ],
+)
+def test_every_topology_measures_the_same(
+    settings: list[str], ranks: RankPool, tmp_path: Path, text: Path, checkpoints: tuple[Path, Path]
+) -> None:
+    words = ("--model", checkpoints[0], "--aligned", checkpoints[1], "--data", text, "--kept", "swa")
+    one = chosen(ranks, tmp_path / "one", *words, "--greedy")
+    parallel = ["--parallel", *settings] if settings else []
+    two = chosen(ranks, tmp_path / "two", *words, "--greedy", *parallel, world_size=2)
+    assert costs(two) == pytest.approx(costs(one), abs=1e-5)
+    assert two["mixers"] == one["mixers"] and two["chosen"]["order"] == one["chosen"]["order"]
+
+
+def test_a_stopped_choice_goes_on(
+    ranks: RankPool, tmp_path: Path, text: Path, checkpoints: tuple[Path, Path]
+) -> None:
+    words = ("--model", checkpoints[0], "--aligned", checkpoints[1], "--data", text)
+    first = chosen(ranks, tmp_path, *words)
+    record = tmp_path / MEASUREMENTS_FILE
+    lines = record.read_text().splitlines(keepends=True)
+    record.write_text("".join(lines[:4]))  # settings, source, two models
+    assert chosen(ranks, tmp_path, *words) == first
+    assert record.read_text().splitlines(keepends=True)[:4] == lines[:4]
+    assert len(record.read_text().splitlines()) == len(lines)
+
+
+def test_a_dry_run_says_what_would_be_measured_and_writes_nothing(
+    tmp_path: Path, source: Path, text: Path
+) -> None:
+    command = [sys.executable, "tools/choose_layers.py", "--model", source, "--data", text, "--dry-run"]
+    said = subprocess.run(
+        [*map(str, command), "--calibration-data", str(text), "--output", str(tmp_path / "out")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert said.returncode == 0, said.stderr
+    assert "swapped        2 of 4 candidates, set in closed form" in said.stdout
+    assert "measured       7 models on 16,384 tokens, 0 of them known" in said.stdout
+    assert not (tmp_path / "out").exists()
