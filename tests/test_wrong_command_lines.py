@@ -46,6 +46,7 @@ GENERATE = ("generate", "--model", "model", "--prompt", "x")
 IMPORT = ("convert_checkpoint", "import", "--hf", "model", "--output", "out")
 EXPORT = ("export", "--checkpoint", "checkpoint", "--output", "out")
 PREPROCESS = ("preprocess_data", "--input", "text.txt", "--tokenizer", "model", "--output-prefix", "out/text")
+CHOOSE = ("choose_layers", "--model", "model", "--data", "text", "--output", "out")
 DEMO = ("demo", "--output", "out", "--model", "model")
 BATCH = ("stage.seq_length=64", "stage.train_iters=1", "stage.global_batch_size=1", "dry_run=true")
 NUMBERS = ("-1", "0", "nan", "1e999", "many", "", "[1]", "99999999999999999999999")
@@ -86,6 +87,10 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
         ("evaluate", "--model", "whole", "--data", "text", "--tokenizer", "nowhere"),
         "nowhere does not exist",
     ),
+    (CHOOSE, "model holds no weights in safetensors"),
+    ((*CHOOSE, "--tokens", "0"), "--tokens is 0"),
+    ((*CHOOSE, "--model", "nowhere"), "--model nowhere is not a folder"),
+    ((*CHOOSE, "--model", "whole"), "num_attention_heads is missing"),
     (GENERATE, "model holds no weights in safetensors"),
     (("generate", "--model", "nowhere", "--prompt", "x"), "nowhere is not a folder"),
     (("generate", "--model", "whole", "--prompt", ""), "--prompt is empty"),

@@ -38,9 +38,10 @@ def choose(request: ChoiceRequest, world_size: int) -> str | None:
         models = open_models(source, candidates, request.pair.kept, groups)
         text = partial(Text, seq_length=request.seq_length, micro_batch_size=request.micro_batch_size)
         if request.aligned is None:
-            with show(f"setting the new mixers in closed form on {request.calibration_tokens:,} tokens"):
-                calibration = text(request.calibration_data, request.calibration_tokens)
-                start_in_closed_form(models, calibration, groups)
+            calibration = text(request.calibration_data, request.calibration_tokens)
+            what = f"setting the new mixers on {request.calibration_tokens:,} tokens"
+            with show(what, request.num_layers, "layers") as progress:
+                start_in_closed_form(models, calibration, groups, progress)
         share_weights(models)
         batches = text(request.data, request.tokens).batches(groups, source.model.vocab_size)
         meter = SwapMeter(models.teacher, models.kept, models.swapped, batches, groups)

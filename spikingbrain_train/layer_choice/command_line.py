@@ -83,105 +83,112 @@ def choose_layers_parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
-    add(
+    parser.add_argument(
         "--model",
         type=Path,
         required=True,
         metavar="DIR",
         help="the dense source: a Hugging Face folder with safetensors, or its Megatron checkpoint",
     )
-    add(
+    parser.add_argument(
         "--aligned",
         type=Path,
         metavar="DIR",
         help="Megatron checkpoint in which every candidate is swapped and aligned (default: convert the "
         "source, and set the new mixers in closed form on --calibration-data)",
     )
-    add(
+    parser.add_argument(
         "--data",
         nargs="+",
         required=True,
         metavar="PREFIX",
         help="held-out indexed datasets, without .bin/.idx, to measure on",
     )
-    add(
+    parser.add_argument(
         "--tokens",
         type=int,
         default=16384,
         metavar="N",
         help="tokens to measure on, about the same number of each dataset (default: %(default)s)",
     )
-    add(
+    parser.add_argument(
         "--calibration-data",
         nargs="+",
         default=[],
         metavar="PREFIX",
         help="training datasets for the closed-form start; not what is measured on",
     )
-    add(
+    parser.add_argument(
         "--calibration-tokens",
         type=int,
         default=16384,
         metavar="N",
         help="tokens of it (default: %(default)s)",
     )
-    add("--seq-length", type=int, default=2048, metavar="N", help="tokens of a window (default: %(default)s)")
-    add(
+    parser.add_argument(
+        "--seq-length", type=int, default=2048, metavar="N", help="tokens of a window (default: %(default)s)"
+    )
+    parser.add_argument(
         "--micro-batch-size",
         type=int,
         default=1,
         metavar="N",
         help="windows that a rank processes at a time (default: %(default)s)",
     )
-    add(
+    parser.add_argument(
         "--swap",
         default="0.5",
         metavar="N",
         help="how many layers to swap: a number (15) or a share of all layers (default: %(default)s)",
     )
-    add("--keep", default="", metavar="LAYERS", help="layers that must stay, counted from 0: 0,29")
-    add("--to", metavar="MIXER", help="the mixer of swapped layers (default: the first such of the recipe)")
-    add(
+    parser.add_argument(
+        "--keep", default="", metavar="LAYERS", help="layers that must stay, counted from 0: 0,29"
+    )
+    parser.add_argument(
+        "--to", metavar="MIXER", help="the mixer of swapped layers (default: the first such of the recipe)"
+    )
+    parser.add_argument(
         "--kept",
         metavar="MIXER",
         help="that of the others, with the source's weights: windows or full attention (default: the first "
         "such of the recipe)",
     )
-    add(
+    parser.add_argument(
         "--greedy",
         action="store_true",
         help="choose one layer after the other and measure the rest again behind each choice; about as many "
         "times as long as layers are swapped",
     )
-    add(
+    parser.add_argument(
         "--conversion",
         metavar="RECIPE",
         help="a file of conf/conversion or a .yaml path: its layers besides the list (default: "
         f"{_DEFAULT_RECIPE}, or as --aligned was converted)",
     )
-    add("--output", type=Path, required=True, metavar="DIR", help="folder of the results")
-    add("--overwrite", action="store_true", help="begin anew instead of going on in --output")
-    add("--dry-run", action="store_true", help="check everything and say what would be measured")
-    add(
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the results")
+    parser.add_argument("--overwrite", action="store_true", help="begin anew instead of going on in --output")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything and say what would be measured"
+    )
+    parser.add_argument(
         "--keep-work",
         action="store_true",
         help="leave the conversions that were made to measure in OUTPUT/work, for another choice",
     )
-    add(
+    parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16"),
         default="auto",
         help="number format to compute in; auto takes bfloat16 where the hardware multiplies it, else "
         "float32 (default: %(default)s)",
     )
-    add(
+    parser.add_argument(
         "--device",
         choices=("auto", "cpu", "cuda", "metax"),
         default="auto",
         help="auto takes a GPU if there is one (default: %(default)s)",
     )
-    add(
+    parser.add_argument(
         "--parallel",
         nargs="*",
         default=[],
@@ -191,7 +198,7 @@ def choose_layers_parser() -> argparse.ArgumentParser:
         "of it on every rank)",
     )
     add_plugins_argument(parser)
-    add(
+    parser.add_argument(
         "overrides",
         nargs="*",
         metavar="key=value",

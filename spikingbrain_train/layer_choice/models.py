@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from spikingbrain_train.config.run import AlignmentConfig, StageConfig
+from spikingbrain_train.config.run import AlignmentConfig, AlignmentInputs, StageConfig
 from spikingbrain_train.data.held_out import open_held_out
 from spikingbrain_train.data.loader import MicroBatch
 from spikingbrain_train.evaluation.checkpoint_model import open_checkpoint
@@ -15,7 +15,9 @@ from spikingbrain_train.evaluation.checkpoint_request import CheckpointRequest
 from spikingbrain_train.evaluation.held_out_windows import HeldOutWindows
 from spikingbrain_train.models.gpt_model import HybridGPTModel
 from spikingbrain_train.parallel.process_groups import ProcessGroups
+from spikingbrain_train.reporting.activity import Activity
 from spikingbrain_train.training.stages.alignment import Alignment
+from spikingbrain_train.training.stages.closed_form import ClosedFormStart
 
 
 @dataclass(frozen=True)
@@ -74,18 +76,19 @@ def open_models(
     return Models(teacher, kept, swapped)
 
 
-def start_in_closed_form(models: Models, text: Text, groups: ProcessGroups) -> None:
-    """Set the swapped mixers as an align stage does at its start, each on the source's own inputs."""
+def start_in_closed_form(models: Models, text: Text, groups: ProcessGroups, progress: Activity) -> None:
+    """Set the swapped mixers as an align stage does at its start, each on the source's own inputs.
+
+    On the student's own, a layer would be set for what all swaps in front of it leave, and each is looked at
+    alone.
+    """
     batches = text.batches(groups, models.teacher.model_config.vocab_size)
-    global_batch = text.micro_batch_size * groups.data_parallel_size
-    stage = StageConfig(
-        seq_length=text.seq_length,
-        micro_batch_size=text.micro_batch_size,
-        global_batch_size=global_batch,
-        train_iters=len(batches),
-        alignment=AlignmentConfig(calibration_tokens=len(batches) * global_batch * text.seq_length),
+    stage = StageConfig(alignment=AlignmentConfig(calibration_inputs=AlignmentInputs.teacher))
+    replaced = Alignment(stage, groups, models.teacher).replaced_layers(models.swapped)
+    start = ClosedFormStart(
+        models.swapped, models.teacher, replaced, stage.alignment, groups, quarter=-(-len(batches) // 4)
     )
-    Alignment(stage, groups, models.teacher).prepare(models.swapped, iter(batches), 1)
+    start.run(batches, progress)
 
 
 def share_weights(models: Models) -> None:

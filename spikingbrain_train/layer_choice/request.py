@@ -25,7 +25,7 @@ from spikingbrain_train.storage.checkpoint_paths import resolve_checkpoint
 
 RECIPE_FILE, RESULT_FILE, PICTURE_FILE = "conversion.yaml", "layers.json", "layers.png"
 _WORK = "work"
-_SOURCE, _DENSE, _CANDIDATES = "source", "dense", "candidates"
+_SOURCE, _TEACHER, _CANDIDATES = "source", "teacher", "candidates"
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class ChoiceRequest:
     @property
     def source(self) -> Path:
         """Megatron checkpoint of the dense source; :func:`convert` makes it where there is none."""
-        return self.model if self.is_checkpoint else self.output / _WORK / _DENSE
+        return self.model if self.is_checkpoint else self.output / _WORK / _TEACHER
 
     @property
     def swapped(self) -> Path:

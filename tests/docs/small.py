@@ -178,7 +178,11 @@ def shortened(words: list[str]) -> list[str]:
     for flag, most in SHORT.items():
         if flag in changed:
             changed[changed.index(flag) + 1] = str(most)
-    more = {"spikingbrain-evaluate": "--max-windows", "spikingbrain-generate": "--max-new-tokens"}
+    more = {
+        "spikingbrain-choose-layers": "--tokens",
+        "spikingbrain-evaluate": "--max-windows",
+        "spikingbrain-generate": "--max-new-tokens",
+    }
     if (flag := more.get(changed[0])) and flag not in changed:
         changed += [flag, "2"]
     return changed

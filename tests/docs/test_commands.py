@@ -51,6 +51,7 @@ RULES = (
         "is of a run's own lengths, which are shorter here; tests/distributed writes caches",
     ),
     Rule("spikingbrain-convert ", Way.AS_IT_IS),
+    Rule("spikingbrain-choose-layers ", Way.SHORT),
     Rule("spikingbrain-evaluate ", Way.SHORT),
     Rule("spikingbrain-generate ", Way.SHORT),
     Rule("spikingbrain-export ", Way.AS_IT_IS),

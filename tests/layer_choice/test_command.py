@@ -150,6 +150,39 @@ def test_a_stopped_choice_goes_on(
     assert len(record.read_text().splitlines()) == len(lines)
 
 
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ([], "name training data with --calibration-data, or an aligned checkpoint with --aligned"),
+        (["--swap", "none"], "--swap none is no number of layers"),
+        (["--keep", "99"], "--keep 99 names the layer 99; the model has 0 to 3"),
+        (["--keep", "0,1,2", "--swap", "2"], "--swap 2 is 2 layers, but 1 of 4 may be swapped"),
+        (["--parallel", "pp2"], "splits the layers, any of which may be swapped"),
+        (["--conversion", "nowhere"], "there is no conversion nowhere"),
+        (["sliding_windo=3"], "sliding_windo"),
+        (["--aligned", "{dense}"], "--aligned {dense} does not swap every candidate for the same mixer"),
+        (["--aligned", "{all}", "--to", "gla"], "is what --aligned {all} was converted with; leave it out"),
+        (["--model", "{all}"], "--model {all} is a hybrid already"),
+    ],
+)
+def test_what_cannot_be_chosen_is_one_sentence(
+    words: list[str],
+    sentence: str,
+    tmp_path: Path,
+    source: Path,
+    text: Path,
+    checkpoints: tuple[Path, Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    names = {"dense": checkpoints[0], "all": checkpoints[1]}
+    calibration = ["--calibration-data", str(text)] if words else []
+    given = ["--model", str(source), "--data", str(text), "--output", str(tmp_path / "out"), *calibration]
+    with pytest.raises(SystemExit, match="2"):
+        choose_layers(*given, *(word.format(**names) for word in words))
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and sentence.format(**names) in said and said.count("\n") == 1
+
+
 def test_a_dry_run_says_what_would_be_measured_and_writes_nothing(
     tmp_path: Path, source: Path, text: Path
 ) -> None:

@@ -16,7 +16,7 @@ class LayerCosts:
     """KL divergences, in nats."""
 
     of_layers: Mapping[int, float]
-    """When a layer is swapped alone."""
+    """When a layer is swapped alone; bars stand on what the model costs without a swap."""
     chosen_layers: Collection[int]
     num_layers: int
     chosen: float
@@ -47,10 +47,9 @@ def _figure(costs: LayerCosts) -> Any:
     kinds = (("swapped", True, line_style(0).colour, ""), ("stays", False, "white", "////"))
     for label, is_chosen, colour, hatch in kinds:
         layers = [layer for layer in costs.of_layers if (layer in costs.chosen_layers) is is_chosen]
-        values = [costs.of_layers[layer] for layer in layers]
-        panel.bar(
-            layers, values, width=0.8, color=colour, edgecolor=INK, linewidth=0.8, hatch=hatch, label=label
-        )
+        heights = [costs.of_layers[layer] - costs.kept for layer in layers]
+        look: dict[str, Any] = {"color": colour, "edgecolor": INK, "linewidth": 0.8, "hatch": hatch}
+        panel.bar(layers, heights, bottom=costs.kept, width=0.8, label=label, **look)
     panel.axhline(costs.kept, color=FAINT, linewidth=1.0, linestyle=(0, (5, 2)), label="none swapped")
     panel.set_xlim(-0.8, costs.num_layers - 0.2)
     panel.xaxis.set_major_locator(MaxNLocator(16, integer=True))
