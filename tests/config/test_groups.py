@@ -97,6 +97,8 @@ EXPERIMENTS = {
     # ours: before the published stages, and layouts beside the published ones
     "spikingbrain_7b_align": ((8, 1, 1, 1, 1), 4096, 0.06554),
     "spikingbrain_7b_distill": ((4, 2, 1, 1, 1), 8192, 1),
+    "spikingbrain_76b_align": ((8, 1, 1, 1, 8), 4096, 0.06554),
+    "spikingbrain_76b_distill": ((32, 1, 4, 1, 8), 8192, 1),
     # fine-tuning, of which samples and length are published; other stages have the layout of the first
     "spikingbrain_7b_sft1": ((8, 1, 4, 1, 1), 8192, 0.35022),
     "spikingbrain_7b_sft3_32k": ((32, 1, 1, 2, 1), 32768, 0.89968),

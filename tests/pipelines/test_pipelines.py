@@ -13,9 +13,7 @@ from spikingbrain_train.config.compose import compose_run, groups
 from spikingbrain_train.pipelines.command_line import pipelines
 from spikingbrain_train.pipelines.kinds import STEP_KINDS, StepKind
 from spikingbrain_train.pipelines.kinds.train import hydra_value
-from spikingbrain_train.pipelines.pipeline_file import load_pipeline
-from spikingbrain_train.pipelines.plan import plan_pipeline
-from spikingbrain_train.pipelines.steps import Step
+from tests.pipelines.planned import steps_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,11 +43,6 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "two.yaml").write_text(TWO_STEPS)
     return tmp_path
-
-
-def steps_of(name: str, *arguments: str) -> dict[str, Step]:
-    file = load_pipeline(name, arguments)
-    return {step.name: step for step in plan_pipeline(file, lambda _: False, incomplete=True).steps}
 
 
 def test_steps_run_in_the_order_of_their_references_and_only_once(
@@ -172,13 +165,12 @@ def test_every_kind_says_what_it_does_and_what_it_takes(kind: StepKind) -> None:
     assert kind.title and kind.settings() and kind.__class__.__doc__
 
 
-def test_settings_of_a_tool_are_the_flags_of_its_parser() -> None:
-    assert STEP_KINDS["evaluate"].settings() == {
-        **dict.fromkeys(["model", "data"], True),
-        **dict.fromkeys(["output", "dtype", "device", "trust_remote_code", "tokenizer", "plugins"], False),
-        **dict.fromkeys(["parallel", "seq_length", "max_windows", "micro_batch_size"], False),
-        "reset_at_documents": False,
-    }
+def test_settings_of_a_tool_are_the_flags_of_its_parser_and_its_ranks() -> None:
+    settings = STEP_KINDS["evaluate"].settings()
+    assert [name for name, must_be_given in settings.items() if must_be_given] == ["model"]
+    assert {"data", "output", "seq_length", "reset_at_documents", "tasks", "nproc_per_node"} < settings.keys()
+    assert not {"help", "dry_run"} & settings.keys()
+    assert "nproc_per_node" not in STEP_KINDS["export"].settings()
 
 
 @pytest.mark.parametrize(
@@ -189,50 +181,6 @@ def test_values_reach_train_py_as_they_are(value: object) -> None:
         [f"output_dir={hydra_value(str(value))}", f"data.train={hydra_value([str(value), 'b'])}"]
     )
     assert run.output_dir == str(value) and list(run.data.train) == [str(value), "b"]
-
-
-class TestSpikingBrain7B:
-    def test_dry_run_on_a_laptop_lists_all_steps_and_all_that_is_missing(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setenv("PATH", str(Path(sys.executable).parent))
-        pipelines(["dry-run", "spikingbrain_7b", "valid=[held_out]"])
-        said = capsys.readouterr().out
-        trained = ("align", "distill", "cpt_8k", "cpt_32k", "cpt_128k")
-        for step in ("dense", *trained, "export", "evaluate_export"):
-            assert f"] {step}: " in said
-        assert "sbatch --wait --nodes=32 scripts/slurm/nvidia.sbatch experiment=spikingbrain_7b_128k" in said
-        assert "train --nproc-per-node 8 experiment=spikingbrain_7b_align" in said
-        missing = [line for line in said.splitlines() if line.startswith("missing: ")]
-        assert any("model, train have no value; give model=... train=..." in line for line in missing)
-        submitted = ", ".join(trained[1:])
-        assert any(f"step {submitted}: the program sbatch is not installed" in line for line in missing)
-        assert any("held_out.bin does not exist" in line for line in missing)
-        assert not list(tmp_path.iterdir())
-
-    def test_its_settings_fit_each_other_and_the_ranks(self, tmp_path: Path) -> None:
-        given = ("model=m", "train=[t]", "valid=[v]", "cluster=metax")
-        steps = steps_of("spikingbrain_7b", f"output={tmp_path}", *given)
-        lengths = {
-            name: compose_run(step.command[4 if name != "align" else 6 :]).stage.seq_length
-            for name, step in steps.items()
-            if step.train_iters is not None
-        }
-        pretraining = {"cpt_8k": 8192, "cpt_32k": 32768, "cpt_128k": 131072}
-        assert lengths == {"align": 4096, "distill": 8192, **pretraining}
-        assert "scripts/slurm/metax.sbatch" in steps["cpt_8k"].command
-
-    def test_a_layout_that_does_not_fit_the_ranks_is_refused(self) -> None:
-        with pytest.raises(Exception, match="step align: "):
-            steps_of(
-                *("spikingbrain_7b", "model=m", "train=[t]", "valid=[v]"),
-                *("nproc_per_node=3", "steps.align.settings.parallel=tp2"),
-            )
-
-    def test_one_node_takes_the_place_of_slurm(self) -> None:
-        steps = steps_of("spikingbrain_7b", "steps.cpt_8k.launch=null", "steps.cpt_8k.nproc_per_node=8")
-        assert steps["cpt_8k"].command[1:5] == ["-m", "spikingbrain_train", "train", "--nproc-per-node"]
 
 
 def test_pipelines_are_no_group_of_a_run() -> None:

@@ -47,6 +47,20 @@ class Context:
         return None
 
 
+def given_ranks(context: Context, given: Mapping[str, Any]) -> int | None:
+    """The step's ``nproc_per_node``; None where it has none, or its value waits for a variable.
+
+    Raises:
+        ConfigurationError: it is no number of ranks.
+    """
+    ranks = given.get("nproc_per_node")
+    if ranks is None or not context.is_known(ranks):
+        return None
+    if type(ranks) is not int or ranks < 1:
+        raise ConfigurationError(f"nproc_per_node={ranks} must be a whole number of at least 1")
+    return ranks
+
+
 def dataset(setting: str, prefixes: Iterable[Any]) -> dict[str, str]:
     """The files of datasets, for :attr:`Step.reads`."""
     return {f"{setting}[{number}]": f"{prefix}.bin" for number, prefix in enumerate(prefixes)}

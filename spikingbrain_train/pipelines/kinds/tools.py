@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from spikingbrain_train.errors import ConfigurationError
-from spikingbrain_train.pipelines.kinds.kind import Context, StepKind, dataset, stamp
+from spikingbrain_train.pipelines.kinds.kind import Context, StepKind, dataset, given_ranks, stamp
 from spikingbrain_train.pipelines.steps import Step, own_command
 from spikingbrain_train.storage.checkpoint_folder import LATEST_ITERATION_FILE
 
@@ -56,6 +56,10 @@ class Tool(StepKind):
         """Settings that a step need not give here, although the tool wants them."""
         return {}
 
+    def launcher(self, context: Context, given: Mapping[str, Any]) -> list[str]:
+        """Flags in front of the tool's own that its parser does not know."""
+        return []
+
     def settings(self) -> Mapping[str, bool]:
         assumed = self.defaults(Context("", Path(), {}))
         return {
@@ -75,7 +79,7 @@ class Tool(StepKind):
         return Step(
             context.name,
             self.title,
-            [*own_command(*self.command), *arguments],
+            [*own_command(*self.command), *self.launcher(context, given), *arguments],
             outputs=result.outputs,
             makes=result.makes,
             proof=result.proof,
@@ -245,7 +249,17 @@ class Export(Tool):
 
 
 class _Measures(Tool):
-    """A tool that reads a model of either form and writes one JSON file. Output: ``result``."""
+    """A tool that reads a model of either form and writes one JSON file. Output: ``result``.
+
+    ``nproc_per_node`` starts it on that many ranks, over which ``parallel`` spreads a Megatron checkpoint.
+    """
+
+    def settings(self) -> Mapping[str, bool]:
+        return {**super().settings(), "nproc_per_node": False}
+
+    def launcher(self, context: Context, given: Mapping[str, Any]) -> list[str]:
+        ranks = given_ranks(context, given)
+        return [] if ranks is None else ["--nproc-per-node", str(ranks)]
 
     def defaults(self, context: Context) -> dict[str, Any]:
         return {"output": str(context.output / f"{context.name}.json")}

@@ -15,7 +15,7 @@ from spikingbrain_train.config.compose import compose_run
 from spikingbrain_train.config.load import to_run_config
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.errors import CheckpointError, ConfigurationError
-from spikingbrain_train.pipelines.kinds.kind import Context, StepKind, dataset, stamp
+from spikingbrain_train.pipelines.kinds.kind import Context, StepKind, dataset, given_ranks, stamp
 from spikingbrain_train.pipelines.steps import Step, own_command
 from spikingbrain_train.planning.checks import check_run_config
 from spikingbrain_train.planning.planner import launched_world_size
@@ -82,16 +82,15 @@ class Train(StepKind):
 
 def _launcher(context: Context, given: Mapping[str, Any]) -> tuple[int | None, list[str]]:
     """How many ranks there will be, where that is known, and the words in front of the run's own."""
-    launch, ranks = given.get("launch"), given.get("nproc_per_node")
+    launch = given.get("launch")
     if launch is not None:
-        if ranks is not None:
+        if given.get("nproc_per_node") is not None:
             raise ConfigurationError("launch says it all; leave nproc_per_node out, or launch")
         words = launch if isinstance(launch, list) else str(launch).split()
         return None, [str(word) for word in words]
-    if ranks is None or not context.is_known(ranks):
+    ranks = given_ranks(context, given)
+    if ranks is None:
         return 1, own_command("train")
-    if type(ranks) is not int or ranks < 1:
-        raise ConfigurationError(f"nproc_per_node={ranks} must be a whole number of at least 1")
     return ranks, own_command("train", "--nproc-per-node", str(ranks))
 
 
