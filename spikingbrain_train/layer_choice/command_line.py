@@ -384,6 +384,7 @@ def _convert_and_start(
 def _prepare(request: ChoiceRequest, overwrite: bool) -> None:
     if overwrite:
         request.begin_anew()
+    Measurements(request.output, request.settings()).begin()
     if not request.has_checkpoints:
         with activity("importing torch"):
             import torch  # noqa: F401

@@ -66,10 +66,14 @@ class Measurements:
         if writes:
             self._append({"source": cross_entropy})
 
-    def _append(self, line: Mapping[str, Any]) -> None:
+    def begin(self) -> None:
+        """Say on the disk what everything in the folder is made with, if that is not said yet."""
         if not self.path.exists():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_text_durably(self.path, json.dumps({"settings": self.settings}) + "\n")
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        self.begin()
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()

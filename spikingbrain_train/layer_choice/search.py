@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
+from spikingbrain_train.errors import NumericalError
 from spikingbrain_train.layer_choice.measurements import Measurement, Measurements
 from spikingbrain_train.layer_choice.selection import cheapest, evenly_spaced
 from spikingbrain_train.reporting.activity import Activity
@@ -71,6 +73,9 @@ def search(
         greedy: choose one layer after the other, and measure the rest again behind each choice.
         show: shows what runs.
         writes: this rank adds to the record on the disk.
+
+    Raises:
+        NumericalError: a model gives NaN or infinity.
     """
     source = known.source
     if source is None:
@@ -83,6 +88,7 @@ def search(
             if found is None:
                 meter.hold(base, layer)
                 found = meter.measure(swapped)
+                _require_numbers(found)
                 known.add(found, writes=writes)
             progress.advance()
             return found
@@ -98,3 +104,12 @@ def search(
             order += cheapest(costs, 1) if greedy else sorted(cheapest(costs, number), key=costs.__getitem__)
         even, chosen = measured(evenly_spaced(candidates, number)), measured(order)
     return Choice(source, kept, singles, even, chosen, order)
+
+
+def _require_numbers(found: Measurement) -> None:
+    if not math.isfinite(found.kl_divergence + found.cross_entropy):
+        layers = ", ".join(map(str, found.swapped)) or "none"
+        raise NumericalError(
+            f"the model with swapped layers {layers} gives no number for its cross entropy; leave them out "
+            "with --keep, or measure with --dtype float32"
+        )

@@ -140,7 +140,9 @@ def test_every_topology_measures_the_same(
 def test_a_stopped_choice_goes_on(
     ranks: RankPool, tmp_path: Path, text: Path, checkpoints: tuple[Path, Path]
 ) -> None:
-    words = ("--model", checkpoints[0], "--aligned", checkpoints[1], "--data", text)
+    """Here of a Megatron checkpoint alone, which is converted through its own Hugging Face form."""
+    calibration = ("--calibration-data", text, "--calibration-tokens", 64)
+    words = ("--model", checkpoints[0], "--data", text, *calibration)
     first = chosen(ranks, tmp_path, *words)
     record = tmp_path / MEASUREMENTS_FILE
     lines = record.read_text().splitlines(keepends=True)

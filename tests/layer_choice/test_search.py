@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from spikingbrain_train.errors import ConfigurationError
+from spikingbrain_train.errors import ConfigurationError, NumericalError
 from spikingbrain_train.layer_choice.measurements import MEASUREMENTS_FILE, Measurement, Measurements
 from spikingbrain_train.layer_choice.search import Choice, rounds_of, search
 from spikingbrain_train.reporting.activity import activity
@@ -85,3 +85,10 @@ def test_a_file_that_is_no_record_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / MEASUREMENTS_FILE).write_text(text)
     with pytest.raises(ConfigurationError, match=r"measurements\.jsonl is no record of measurements"):
         Measurements(tmp_path, {})
+
+
+def test_a_model_without_numbers_is_named(tmp_path: Path) -> None:
+    meter = MadeUpMeter()
+    meter.measure = lambda swapped: Measurement(tuple(swapped), float("nan"), 2.0)  # type: ignore[method-assign]
+    with pytest.raises(NumericalError, match="swapped layers none gives no number"):
+        choose(meter, tmp_path)
