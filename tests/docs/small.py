@@ -179,12 +179,13 @@ def shortened(words: list[str]) -> list[str]:
         if flag in changed:
             changed[changed.index(flag) + 1] = str(most)
     more = {
-        "spikingbrain-choose-layers": "--tokens",
-        "spikingbrain-evaluate": "--max-windows",
-        "spikingbrain-generate": "--max-new-tokens",
+        "spikingbrain-choose-layers": ("--tokens", "--calibration-tokens"),
+        "spikingbrain-evaluate": ("--max-windows",),
+        "spikingbrain-generate": ("--max-new-tokens",),
     }
-    if (flag := more.get(changed[0])) and flag not in changed:
-        changed += [flag, "2"]
+    for flag in more.get(changed[0], ()):
+        if flag not in changed:
+            changed += [flag, "2"]
     return changed
 
 
