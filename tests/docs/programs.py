@@ -105,7 +105,7 @@ def _serve() -> None:
         for rank, environment in enumerate(job["ranks"]):
             child = os.fork()
             if child == 0:
-                _become(job["words"], Path(job["folder"]), rank, environment)
+                become(job["words"], Path(job["folder"]), rank, environment)
                 return
             children.append(child)
         ended = [os.wait4(child, 0) for child in children]
@@ -113,7 +113,7 @@ def _serve() -> None:
         print(json.dumps([codes, sum(used.ru_utime + used.ru_stime for *_, used in ended)]), flush=True)
 
 
-def _become(words: list[str], folder: Path, rank: int, environment: dict[str, str]) -> None:
+def become(words: list[str], folder: Path, rank: int, environment: dict[str, str]) -> None:
     """Be the program: raises SystemExit as it does."""
     os.chdir(folder)
     os.environ.update(environment)
