@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 WINDOW, SEQ_LENGTH = 512, 2048
 _ASKED_TO_STOP = 75
 """Exit code of a training that has saved because it was asked to stop."""
+_CHOICE_TOKENS = 8192
+"""That layers are chosen on; not trained on, and of none of the texts that methods are measured on."""
 _HELD_OUT_CHARACTERS = 48_000
 """Of each text: about 12k tokens, six windows."""
 
@@ -79,7 +81,7 @@ class Bench:
         """Whatever runs share: tokens, checkpoints (``layers`` swapped), the dense source's numbers."""
         data = self.output / "data"
         data.mkdir(parents=True, exist_ok=True)
-        self._tokenize(self.train_text, data / "train")
+        self._tokenize(self.train_text, data / "train", "--valid-tokens", 2 * _CHOICE_TOKENS)
         for name, prefix in self.valid.items():
             text = data / f"{name}.jsonl"
             if not text.is_file():
@@ -91,9 +93,7 @@ class Bench:
         for name in layers:
             if not (self.output / name).is_dir():
                 words = ["convert", "import", "--hf", self.model, "--output", self.output / name]
-                self._run(
-                    *words, "--conversion", "spikingbrain_7b", f"sliding_window={WINDOW}", self._mixers(name)
-                )
+                self._run(*words, *self._conversion(name))
         for name, prefix in self.valid.items():
             report = self.output / "dense_cross_entropy" / f"{name}.json"
             if not report.is_file():
@@ -181,7 +181,7 @@ class Bench:
             f"stage.global_batch_size={self.size.sequences}",
             f"optimizer.lr_warmup_iters={min(10, steps // 4)}",
             *stage.settings,
-            f"data.train=[{self.output / 'data' / 'train'}]",
+            f"data.train=[{self.output / 'data' / 'train_train'}]",
             f"data.valid=[{valid}]",
             f"logging.eval_interval={max(1, steps // evaluations)}",
             f"logging.eval_iters={10**6}",
@@ -199,21 +199,24 @@ class Bench:
                 }
                 yield [before + point["iteration"] * self.tokens_per_step, of_texts]
 
-    def _mixers(self, name: str) -> str:
+    def _conversion(self, name: str) -> list[object]:
+        """Words of spikingbrain-convert import that swap the layers of ``name``."""
         if name != CHOSEN:
-            return "mixers=[gla,swa]"
-        chosen = self.output / "chosen.json"
-        if not chosen.is_file():
-            self._choose(chosen)
-        layers: Mapping[str, Any] = json.loads(chosen.read_text())
-        return f"mixers=[{','.join(layers['mixers'])}]"
+            return ["--conversion", "spikingbrain_7b", f"sliding_window={WINDOW}", "mixers=[gla,swa]"]
+        choice = self.output / "choice"
+        if not (choice / "conversion.yaml").is_file():
+            data = self.output / "data"
+            words: list[object] = ["choose-layers", "--model", self.model, "--output", choice]
+            words += ["--data", data / "train_valid", "--tokens", _CHOICE_TOKENS, "--seq-length", SEQ_LENGTH]
+            words += ["--calibration-data", data / "train_train", "--calibration-tokens", CALIBRATION_TOKENS]
+            self._run(*words, f"sliding_window={WINDOW}")
+        return ["--conversion", choice / "conversion.yaml"]
 
-    def _choose(self, chosen: Path) -> None:
-        raise NotImplementedError
-
-    def _tokenize(self, text: Path, prefix: Path) -> None:
-        if not prefix.with_suffix(".idx").is_file():
-            self._run("preprocess", "--input", text, "--tokenizer", self.model, "--output-prefix", prefix)
+    def _tokenize(self, text: Path, prefix: Path, *split: object) -> None:
+        done = Path(f"{prefix}_train.idx" if split else f"{prefix}.idx")
+        if not done.is_file():
+            words = ["preprocess", "--input", text, "--tokenizer", self.model, "--output-prefix", prefix]
+            self._run(*words, *split)
 
     def _run(self, *words: object) -> None:
         """Run a command of this project; ask it to stop when the time is over."""
