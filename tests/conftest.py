@@ -15,6 +15,7 @@ from tests.leftovers import (  # noqa: F401  (pytest calls them)
 )
 from tests.workers import (  # noqa: F401
     pytest_collection_modifyitems,
+    pytest_configure,
     pytest_xdist_auto_num_workers,
     pytest_xdist_make_scheduler,
 )

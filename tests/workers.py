@@ -6,6 +6,7 @@ one of them would keep a core busy while the others have nothing left to do.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from typing import Any
 
@@ -19,6 +20,12 @@ MEMORY_OF_A_WORKER = 3 * 2**30
 """Bytes of a process with torch and megatron-core and of the ranks that it starts."""
 _TESTS = {"slow": 100, "ranks": 20}
 """Mark or fixture -> how many tests without either take as long."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let a worker have the width that a file has, as pytest's own process: xdist gives it 80 columns."""
+    if hasattr(config, "workerinput"):
+        os.environ.pop("COLUMNS", None)
 
 
 @pytest.hookimpl(optionalhook=True)

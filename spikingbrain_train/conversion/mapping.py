@@ -84,10 +84,11 @@ class Parameter:
 
         Heads that a dense source has fewer of are copied.
         """
-        parts = [
-            part if tuple(part.shape) == shape else copy_heads(part, shape[0], self.model)
-            for part, shape in zip(parts, self.hf_shapes, strict=True)
-        ]
+        if self.weight.source_shapes is not None:
+            parts = [
+                part if tuple(part.shape) == shape else copy_heads(part, shape[0], self.model)
+                for part, shape in zip(parts, self.hf_shapes, strict=True)
+            ]
         return transform_of(self.weight).fuse(parts, self.model)
 
     def split(self, parameter: Tensor) -> list[Tensor]:

@@ -73,8 +73,9 @@ class Source:
 
     def copies_heads(self, parameter: Parameter) -> bool:
         """Whether the source has fewer heads than one of its parameters, which has copies of them."""
-        stored = [self._shapes[role, parameter.layer] for role in parameter.roles]
-        return stored != parameter.hf_shapes
+        if parameter.weight.source_shapes is None:
+            return False
+        return [self._shapes[role, parameter.layer] for role in parameter.roles] != parameter.hf_shapes
 
     def unused(self, parameters: Iterable[Parameter]) -> list[str]:
         """Names of the tensors that none of ``parameters`` is made of."""

@@ -141,8 +141,8 @@ class GLAswaLinearAttention(GLAswaAttention):
         )
         self.gate_logit_normalizer = config.gate_logit_normalizer
         self.rotary = config.linear_rotary
-        self.has_fixed_decay = config.linear_gate == "fixed"
-        if self.has_fixed_decay:
+        self.gate_is_fixed = config.linear_gate == "fixed"
+        if self.gate_is_fixed:
             decays = lightning_log_decays(self.num_groups, layer_idx, config.num_hidden_layers)
             self.log_decay: Tensor
             self.register_buffer("log_decay", decays)
@@ -185,7 +185,7 @@ class GLAswaLinearAttention(GLAswaAttention):
 
     def log_gate(self, x_BTD: Tensor) -> Tensor:
         """Logarithm of the decay of every channel, [B, T, G * head_dim], in at least float32."""
-        if self.has_fixed_decay:
+        if self.gate_is_fixed:
             decay_GK = self.log_decay.to(torch.promote_types(self.log_decay.dtype, torch.float32))
             return decay_GK.repeat_interleave(self.head_dim).expand(*x_BTD.shape[:2], -1)
         logit = self.gk_proj(x_BTD)

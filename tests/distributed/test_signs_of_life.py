@@ -40,7 +40,7 @@ def test_every_part_of_a_run_speaks_up_and_other_ranks_stay_quiet(
     for what in (
         "building and loading the model ...",
         "evaluating ",
-        "preparing the align stage ",
+        "starting the new mixers in closed form ",
         "iteration 1/3 ...",
         "saving ...",
     ):

@@ -157,6 +157,8 @@ def test_learning_from_a_teacher_takes_what_is_planned(
 ) -> None:
     config = _config(tmp_path, text, LINEAR, Precision.bf16, ParallelConfig())
     config.stage = replace(config.stage, kind=kind, teacher=str(teacher))
+    # The closed-form start is over before the first step that is measured.
+    config.stage.alignment = replace(config.stage.alignment, calibration_tokens=0)
     found = ranks.run(_measure, config, world_size=1, parallel=ParallelConfig(), timeout=120)
     # An align stage keeps so little that the chunked op's temporaries of one layer are a seventh of it all.
     _assert_near(config, found, below=0.2 if kind == "align" else BELOW)
