@@ -155,7 +155,10 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     (("run_pipeline", "run", "demo", "output=file"), "output file is a file"),
     (("run_pipeline", "run", "demo", "output=model"), "was not made by a pipeline"),
     (("run_pipeline", "status", "spikingbrain_7b", "steps.cpt.output=x"), "there is no step cpt"),
-    (("run_pipeline", "run", "spikingbrain_7b", "output=out"), "model, train, valid, foundational, chat, reasoning have no value"),
+    (
+        ("run_pipeline", "run", "spikingbrain_7b", "output=out"),
+        "model, train, valid, foundational, chat, reasoning have no value",
+    ),
     ((*DEMO, "--cpt-args", "stage=null"), "stage=null"),
     ((*DEMO, "--cpt-args", "model=[tiny_hybrid,tiny_76b]"), "model"),
     (("download_smollm2", "--output", "file"), "file"),
