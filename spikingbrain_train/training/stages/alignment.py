@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -24,6 +24,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.utils import unwrap_model
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from spikingbrain_train.architecture.layers import layers
 from spikingbrain_train.config.run import AlignmentInputs, StageConfig
@@ -171,19 +172,32 @@ class Alignment(Stage):
             attention[mixer.layer_number].register_forward_hook(hook, with_kwargs=True)
             for mixer, hook in hooks.items()
         ]
+        self._go_forward(self._forward_step, model, batches, num_microbatches, handles)
+
+    def _go_forward(
+        self,
+        step: Callable,
+        model: torch.nn.Module,
+        batches: Iterator[MicroBatch],
+        num_microbatches: int,
+        hooks: Sequence[RemovableHandle],
+        **more: object,
+    ) -> None:
+        """Forward passes over megatron-core's schedules; ``hooks`` are taken off at the end."""
         try:
             get_forward_backward_func()(
-                forward_step_func=self._forward_step,
+                forward_step_func=step,
                 data_iterator=batches,
                 model=[model],
                 num_microbatches=num_microbatches,
                 seq_length=self.stage.seq_length,
                 micro_batch_size=self.stage.micro_batch_size,
                 forward_only=True,
+                **more,
             )
         finally:
-            for handle in handles:
-                handle.remove()
+            for hook in hooks:
+                hook.remove()
 
     def _forward_step(self, batches: Iterator[MicroBatch], model: torch.nn.Module):
         batch = next(batches)
@@ -267,20 +281,7 @@ class Alignment(Stage):
         more = {}
         if self.groups.pipeline_model_parallel_size > 1:
             more["adjust_tensor_shapes_fn"] = partial(widen, self.teacher.config.hidden_size)
-        try:
-            get_forward_backward_func()(
-                forward_step_func=self._step_of_both,
-                data_iterator=batches,
-                model=[model],
-                num_microbatches=num_microbatches,
-                seq_length=self.stage.seq_length,
-                micro_batch_size=self.stage.micro_batch_size,
-                forward_only=True,
-                **more,
-            )
-        finally:
-            for handle in handles:
-                handle.remove()
+        self._go_forward(self._step_of_both, model, batches, num_microbatches, handles, **more)
 
     def _step_of_both(self, batches: Iterator[MicroBatch], model: torch.nn.Module):
         batch = next(batches)
