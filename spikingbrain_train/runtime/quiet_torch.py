@@ -9,65 +9,39 @@ platform a run is on is said by the run itself.
 from __future__ import annotations
 
 import contextlib
-import importlib.abc
-import importlib.machinery
-import importlib.util
 import io
 import logging
 import sys
 import warnings
-from collections.abc import Sequence
+from importlib.abc import Loader
 from types import ModuleType
 
+from spikingbrain_train.runtime.import_hook import import_with
 from spikingbrain_train.runtime.patch import Moment, Patch
 
 _MODULE = "torch.utils.cpp_extension"
 _NOTICE = "No CUDA runtime is found"
 
 
-class _WithoutNotice(importlib.abc.Loader):
-    """Another loader's module, less the notice; whatever else it writes to standard error is passed on."""
-
-    def __init__(self, loader: importlib.abc.Loader) -> None:
-        self.loader = loader
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        said = io.StringIO()
-        logging.getLogger(_MODULE).addFilter(_is_not_the_notice)
-        try:
-            with contextlib.redirect_stderr(said):
-                self.loader.exec_module(module)
-        finally:
-            lines = said.getvalue().splitlines(keepends=True)
-            sys.stderr.write("".join(line for line in lines if _NOTICE not in line))
+def _without_notice(loader: Loader, module: ModuleType) -> None:
+    """Whatever else the module writes to standard error is passed on."""
+    said = io.StringIO()
+    logging.getLogger(_MODULE).addFilter(_is_not_the_notice)
+    try:
+        with contextlib.redirect_stderr(said):
+            loader.exec_module(module)
+    finally:
+        lines = said.getvalue().splitlines(keepends=True)
+        sys.stderr.write("".join(line for line in lines if _NOTICE not in line))
 
 
 def _is_not_the_notice(record: logging.LogRecord) -> bool:
     return _NOTICE not in str(record.msg)
 
 
-class _Finder(importlib.abc.MetaPathFinder):
-    """Finds torch.utils.cpp_extension where it lies, once, and nothing else."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != _MODULE:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _WithoutNotice(spec.loader)
-        return spec
-
-
 def drop_cuda_notice() -> None:
     """Leave the notice out when torch.utils.cpp_extension is imported. Calling it again changes nothing."""
-    if _MODULE not in sys.modules and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    import_with(_MODULE, _without_notice)
 
 
 def ignore_megatron_warnings() -> None:
