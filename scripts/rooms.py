@@ -20,6 +20,7 @@ FLOORS = {
     "planning": 3,
     "runtime": 4,
     "ops": 5,
+    "spiking": 5,
     "parallel": 6,
     "checkpoint": 7,
     "models": 7,
@@ -28,8 +29,10 @@ FLOORS = {
     "training": 9,
     "conversion": 9,
     "layer_choice": 10,
-    "pipelines": 10,
-    "commands": 11,
+    "spike_analysis": 9,
+    "quantization": 10,
+    "pipelines": 11,
+    "commands": 12,
 }
 
 

@@ -28,7 +28,20 @@ OWN_FILES: dict[str, tuple[str, ...]] = {
     "gla": ("architecture/gated_linear_attention.py", "models/mixers/gated_linear_attention.py"),
     "dense": ("architecture/dense.py", "models/feed_forwards/dense.py"),
     "moe": ("architecture/moe.py", "models/feed_forwards/moe/"),
-    "spiking": ("architecture/spikes.py", "models/linears/spikes.py", "models/linears/spike_statistics.py"),
+    "spiking": (
+        "architecture/spikes.py",
+        "models/linears/spikes.py",
+        "models/linears/spike_statistics.py",
+        "spike_analysis/megatron.py",
+        *SOFTMAX,
+    ),
+    "quantization": (
+        "architecture/quantization.py",
+        "models/linears/int8_weights.py",
+        "models/linears/stored_scales.py",
+        *SOFTMAX,
+        "quantization/",
+    ),
 }
 """Description and torch modules of each kind; a folder ends in a slash."""
 
@@ -38,7 +51,13 @@ FILES_OF_ALL = (
     "hf/",  # what exports carry: knows nothing of the package
 )
 
-SETTINGS = {"sliding_window": "swa", "gla": "gla", "moe": "moe", "spiking": "spiking"}
+SETTINGS = {
+    "sliding_window": "swa",
+    "gla": "gla",
+    "moe": "moe",
+    "spiking": "spiking",
+    "quantization": "quantization",
+}
 """Settings and sections of a model that are one kind's, and whose."""
 
 
@@ -48,8 +67,14 @@ ALLOWED = {
     ("models/transformer_config.py", "moe"): "a module that megatron-core can compute again",
     ("runtime/host_torch.py", "full"): "torch.full",
     ("pipelines/demo/report.py", "dense"): "a step of the demo: the dense source's Megatron copy",
+    ("commands/parsers.py", "quantization"): "the command of that name",
+    ("commands/programs.py", "quantization"): "the command of that name",
+    ("quantization/quantize.py", "spiking"): "a key of config.json",
+    ("quantization/request.py", "moe"): "a key of config.json",
+    ("quantization/command_line.py", "spiking"): "W8ASpike has both: a checkpoint brings its k",
     ("config/earlier_releases.py", "spiking"): "a section that earlier releases wrote otherwise",
     ("evaluation/generation.py", "sliding_window"): "of a cache layer of transformers",
+    ("spike_analysis/command_line.py", "spiking"): "what analyses that kind starts its analysis",
     ("conversion/window_convention.py", "sliding_window"): "a key of config.json",
 }
 """(file, word): what the word is there, where it is no kind."""

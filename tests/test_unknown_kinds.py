@@ -23,7 +23,8 @@ from spikingbrain_train.config.parallel import (
     ParallelLinearBackend,
     Recompute,
 )
-from spikingbrain_train.config.run import Precision, RunConfig, StageConfig
+from spikingbrain_train.config.run import Precision, RunConfig
+from spikingbrain_train.config.stage import StageConfig
 from spikingbrain_train.conversion.formats.registry import format_of_model, unsupported
 from spikingbrain_train.conversion.mapping import model_parameters
 from spikingbrain_train.conversion.report import describe_layers

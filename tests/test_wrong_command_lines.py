@@ -44,9 +44,12 @@ for line in sys.stdin:
 EVALUATE = ("evaluate", "--model", "model", "--data", "text")
 GENERATE = ("generate", "--model", "model", "--prompt", "x")
 IMPORT = ("convert_checkpoint", "import", "--hf", "model", "--output", "out")
+RESHARD = ("convert_checkpoint", "reshard", "--checkpoint", "experts", "--output", "out")
+AVERAGE = ("convert_checkpoint", "average", "--output", "out", "--checkpoints")
 EXPORT = ("export", "--checkpoint", "checkpoint", "--output", "out")
 PREPROCESS = ("preprocess_data", "--input", "text.txt", "--tokenizer", "model", "--output-prefix", "out/text")
 CHOOSE = ("choose_layers", "--model", "model", "--data", "text", "--output", "out")
+ANALYZE = ("analyze_spikes", "--model", "whole", "--text", "text.txt")
 DEMO = ("demo", "--output", "out", "--model", "model")
 BATCH = ("stage.seq_length=64", "stage.train_iters=1", "stage.global_batch_size=1", "dry_run=true")
 NUMBERS = ("-1", "0", "nan", "1e999", "many", "", "[1]", "99999999999999999999999")
@@ -87,6 +90,15 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
         ("evaluate", "--model", "whole", "--data", "text", "--tokenizer", "nowhere"),
         "nowhere does not exist",
     ),
+    (("analyze_spikes", "--model", "model", "--text", "text.txt"), "model holds no weights in safetensors"),
+    (("analyze_spikes", "--model", "nowhere", "--text", "text.txt"), "--model nowhere is not a folder"),
+    (("analyze_spikes", "--model", "whole", "--data", "nowhere"), "--data=nowhere: there is no nowhere.bin"),
+    ((*ANALYZE, "--seq-length", "500"), "--seq-length 500 would be padded, and spikes of padding counted; g"),
+    ((*ANALYZE, "--window", "0"), "--window is 0; give 1 to 32 steps"),
+    ((*ANALYZE, "--k", "-1"), "--k has -1; give k above 0"),
+    ((*ANALYZE, "--sweep", "3", "nan"), "--sweep has nan; give k above 0"),
+    ((*ANALYZE, "--energy-int8-add", "0"), "--energy-int8-add is 0; give pJ above 0, e.g. 0.03"),
+    ((*ANALYZE, "--output", "file"), "--output=file"),
     (CHOOSE, "model holds no weights in safetensors"),
     ((*CHOOSE, "--tokens", "0"), "--tokens is 0"),
     ((*CHOOSE, "--model", "nowhere"), "--model nowhere is not a folder"),
@@ -126,12 +138,35 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     (("convert_checkpoint", "inspect", "checkpoint"), "error: checkpoint is neither a Hugging Face folder"),
     (
         ("convert_checkpoint", "import", "--hf", "other", "--output", "out"),
-        "MistralForCausalLM is not supported",
+        "GemmaForCausalLM is not supported",
     ),
     (EXPORT, "latest_checkpointed_iteration.txt"),
+    (("convert_checkpoint", "diff", "whole", "nowhere"), "B=nowhere is not a folder"),
+    (("convert_checkpoint", "diff", "checkpoint", "whole"), "A=checkpoint is neither a Hugging Face folder"),
+    (("convert_checkpoint", "diff", "whole", "model"), "model has neither model.safetensors nor"),
     (
-        (EXPORT[0], EXPORT[1], "experts", *EXPORT[3:]),
-        "no Hugging Face format holds mixture-of-experts layers",
+        ("convert_checkpoint", "diff", "whole", "whole", "--tolerance", "nan"),
+        "nan is not a number of at least",
+    ),
+    (("convert_checkpoint", "diff", "whole", "whole", "--top", "-1"), "-1"),
+    (("convert_checkpoint", "diff", "whole"), "the following arguments are required: B"),
+    ((*RESHARD, "--tp", "0"), "0 is not a number of ranks"),
+    ((*RESHARD, "--pp", "3"), "does not divide model.num_layers"),
+    ((*RESHARD, "--ep", "3"), "does not divide model.moe.num_experts"),
+    ((*RESHARD[:3], "nowhere", *RESHARD[4:]), "nowhere is not a folder"),
+    ((*RESHARD[:5], "experts/out"), "overlap"),
+    ((*RESHARD[:5], "file"), "--output file is a file"),
+    ((*AVERAGE, "whole"), "--checkpoints whole is one checkpoint; name two or more, or add --last N"),
+    ((*AVERAGE, "whole", "nowhere"), "--checkpoints=nowhere is not a folder"),
+    ((*AVERAGE, "whole", "other", "--weights", "1"), "--weights lists 1 numbers for 2 checkpoints"),
+    ((*AVERAGE, "whole", "other", "--weights", "0", "0"), "--weights are all 0"),
+    ((*AVERAGE, "whole", "other", "--weights", "1", "-1"), "-1"),
+    ((*AVERAGE, "whole", "other", "--ema", "1"), "--ema 1.0 must be between 0 and 1"),
+    ((*AVERAGE, "whole", "other", "--ema", "0.5", "--weights", "1", "1"), "not allowed with"),
+    ((*AVERAGE, "whole", "other", "--last", "2"), "--last 2 takes checkpoints of one run"),
+    (
+        (EXPORT[0], EXPORT[1], "experts", *EXPORT[3:], "--format", "gla_swa"),
+        "--format gla_swa cannot hold mixture-of-experts layers",
     ),
     (("export", "--checkpoint", "nowhere", "--output", "out"), "nowhere is not a folder"),
     ((*EXPORT, "--max-shard-size", "5XB"), "--max-shard-size 5XB is not a size"),
@@ -165,6 +200,7 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     (("download_smollm2", "--output", "checkpoint"), "checkpoint exists"),
     # numbers: some are legal, and the folder is refused
     *(((*EVALUATE, flag, value), "") for flag in ("--seq-length", "--max-windows") for value in NUMBERS),
+    *(((*ANALYZE, flag, value), "") for flag in ("--windows", "--k") for value in NUMBERS[:5]),
     *(
         ((*GENERATE, flag, value), "")
         for flag in ("--max-new-tokens", "--temperature", "--top-p", "--seed")
@@ -193,7 +229,7 @@ def endings(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[int | str, s
     folder = tmp_path_factory.mktemp("tools")
     dense = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
     export = {"architectures": ["GLAswaForCausalLM"], "auto_map": {"AutoConfig": "x.X"}}
-    other = {"architectures": ["MistralForCausalLM"]}
+    other = {"architectures": ["GemmaForCausalLM"]}
     folders = {"model": dense, "whole": dense, "export": export, "other": other, "broken": None}
     for name, config in folders.items():
         (folder / name).mkdir()

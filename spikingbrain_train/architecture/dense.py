@@ -9,7 +9,7 @@ from spikingbrain_train.architecture.feed_forwards import (
     swiglu_weights,
 )
 from spikingbrain_train.architecture.sizes import bytes_per_element
-from spikingbrain_train.architecture.weights import Weight
+from spikingbrain_train.architecture.weights import Split, Weight
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import Recompute
 from spikingbrain_train.config.run import RunConfig
@@ -21,13 +21,25 @@ class DenseKind(FeedForwardKind):
     name = "dense"
     spec = "spikingbrain_train.models.feed_forwards.dense:spec"
     is_of_the_source = True
-    hf_layers = {"llama": "mlp", "gla_swa": "mlp"}
+    hf_layers = dict.fromkeys(("llama", "qwen3_moe", "gla_swa", "spikingbrain"), "mlp")
 
     def all_settings(self, model: ModelConfig) -> set[str]:
         return {"ffn_hidden_size"}
 
     def weights(self, model: ModelConfig) -> tuple[Weight, ...]:
-        return swiglu_weights(model, model.ffn_hidden_size)
+        width = model.ffn_hidden_size
+        into, out = swiglu_weights(model, width)
+        if not model.add_mlp_bias:
+            return into, out
+        biases = ("mlp_gate_bias", "mlp_up_bias")
+        return (
+            into,
+            Weight("linear_fc1.bias", biases, ((width,),) * 2, "feed-forward"),
+            out,
+            Weight(
+                "linear_fc2.bias", ("mlp_down_bias",), ((model.hidden_size,),), "feed-forward", Split.none
+            ),
+        )
 
     def activations(self, config: RunConfig) -> Activations:
         """Gate, up and their product."""

@@ -22,6 +22,7 @@ from spikingbrain_train.architecture.sizes import (
 )
 from spikingbrain_train.architecture.split_checks import check_heads_over_context
 from spikingbrain_train.architecture.weights import Split, Weight
+from spikingbrain_train.config.enum_tables import entry_of
 from spikingbrain_train.config.model import GateKind, ModelConfig
 from spikingbrain_train.config.parallel import (
     AcceleratorKind,
@@ -99,10 +100,11 @@ def linear_attention_bytes(config: RunConfig, num_query_groups: int | None = Non
 OPEN_GATE = 1.2784645427610738
 """Where swish(x) = x sigmoid(x) is 1: bias of an output gate that begins as if it were not there."""
 
-_OF_THE_LOW_RANK_GATE = {
-    *("gla.gate_low_rank_dim", "gla.gate_logit_normalizer", "gla.init_gate_std"),
+_OF_GATES_WITH_MATRICES = {
+    *("gla.gate_logit_normalizer", "gla.init_gate_std"),
     *("gla.init_gate_bias_min", "gla.init_gate_bias_max"),
 }
+_RANK = "gla.gate_low_rank_dim"
 
 
 def has_own_qk_norm(model: ModelConfig) -> bool:
@@ -115,6 +117,84 @@ def query_groups(model: ModelConfig) -> int:
     return model.gla.num_query_groups or model.num_query_groups
 
 
+def _gate_bias(model: ModelConfig) -> Values:
+    """Spreads the channels of a head from fast to slow forgetting."""
+    spread = model.gla.init_gate_bias(model.kv_channels)
+    return Values(tuple(spread), f"from {spread[0]:g} to {spread[-1]:g} over the channels of each head")
+
+
+def _low_rank_gate(model: ModelConfig) -> tuple[Weight, ...]:
+    gla, channels = model.gla, query_groups(model) * model.kv_channels
+    return (
+        Weight(
+            "linear_gate_down_proj.weight",
+            ("gate_down_weight",),
+            ((gla.gate_low_rank_dim, model.hidden_size),),
+            "GLA gate W1",
+            Split.none,
+            init=Normal(gla.init_gate_std),
+            reads_input=True,
+            projection=("gate", 0),
+        ),
+        Weight(
+            "linear_gate_up_proj.weight",
+            ("gate_up_weight",),
+            ((channels, gla.gate_low_rank_dim),),
+            "GLA gate W2",
+            init=Normal(gla.init_gate_std),
+            projection=("gate", 1),
+        ),
+        Weight(
+            "linear_gate_up_proj.bias",
+            ("gate_up_bias",),
+            ((channels,),),
+            "GLA gate b2",
+            init=_gate_bias(model),
+        ),
+    )
+
+
+def _full_rank_gate(model: ModelConfig) -> tuple[Weight, ...]:
+    channels = query_groups(model) * model.kv_channels
+    return (
+        Weight(
+            "linear_gate_proj.weight",
+            ("gate_weight",),
+            ((channels, model.hidden_size),),
+            "GLA gate W",
+            init=Normal(model.gla.init_gate_std),
+            reads_input=True,
+            projection=("gate", 0),
+        ),
+        Weight("linear_gate_proj.bias", ("gate_bias",), ((channels,),), "GLA gate b", init=_gate_bias(model)),
+    )
+
+
+def _fixed_decays(model: ModelConfig) -> tuple[Weight, ...]:
+    decays = Weight(
+        "log_decay",
+        ("log_decay",),
+        ((query_groups(model),),),
+        "GLA fixed decays",
+        Split.none,
+        init=LightningDecays(),
+        is_trained=False,
+    )
+    return (decays,)
+
+
+def _no_weights(model: ModelConfig) -> tuple[Weight, ...]:
+    return ()
+
+
+_GATES = {
+    GateKind.low_rank: _low_rank_gate,
+    GateKind.full_rank: _full_rank_gate,
+    GateKind.tied: _no_weights,
+    GateKind.fixed: _fixed_decays,
+}
+
+
 class GatedLinearAttentionKind(MixerKind):
     """Both forms: ReLU features with a low-rank gate (7B), sigmoid features with a tied one (76B)."""
 
@@ -123,7 +203,7 @@ class GatedLinearAttentionKind(MixerKind):
     spec = "spikingbrain_train.models.mixers.gated_linear_attention:spec"
     family = "linear"
     backends = GATED_LINEAR_ATTENTION
-    hf_layers = {"gla_swa": "linear_attention"}
+    hf_layers = {"gla_swa": "linear_attention", "spikingbrain": "linear_attention"}
 
     def check_split(self, model: ModelConfig, parallel: ParallelConfig) -> None:
         check_linear_attention_split(model, parallel)
@@ -132,7 +212,9 @@ class GatedLinearAttentionKind(MixerKind):
         return {f"gla.{name}" for name in vars(model.gla)}
 
     def settings(self, model: ModelConfig) -> set[str]:
-        without = set() if model.gla.gate.has_parameters else _OF_THE_LOW_RANK_GATE
+        without = set() if model.gla.gate is GateKind.low_rank else {_RANK}
+        if not model.gla.gate.has_parameters:
+            without |= _OF_GATES_WITH_MATRICES
         if model.qk_layernorm:
             without = without | {"gla.qk_norm"}  # the source's norms are there, whatever it says
         with_others = rotary_settings(model) if model.gla.rotary else set()
@@ -157,6 +239,7 @@ class GatedLinearAttentionKind(MixerKind):
         groups = query_groups(model)
         options = (
             ("q/k norms", has_own_qk_norm(model)),
+            ("full-rank gate", model.gla.gate is GateKind.full_rank),
             ("fixed decay", model.gla.gate is GateKind.fixed),
             ("rotary positions", model.gla.rotary),
             ("output gate", model.gla.output_gate),
@@ -165,53 +248,9 @@ class GatedLinearAttentionKind(MixerKind):
         return ", ".join(words for words, on in options if on) or None
 
     def weights(self, model: ModelConfig, group: str = "attention") -> tuple[Weight, ...]:
-        """What every attention has, a low-rank gate (a tied one has no parameters) and the output norm."""
+        """What every attention has, the gate's matrices (a tied one has none) and the output norm."""
         gla, width, groups = model.gla, model.kv_channels, query_groups(model)
-        rank, channels, spread = gla.gate_low_rank_dim, groups * width, gla.init_gate_bias(width)
-        gate: tuple[Weight, ...] = ()
-        if gla.gate.has_parameters:
-            gate = (
-                Weight(
-                    "linear_gate_down_proj.weight",
-                    ("gate_down_weight",),
-                    ((rank, model.hidden_size),),
-                    "GLA gate W1",
-                    Split.none,
-                    init=Normal(gla.init_gate_std),
-                    reads_input=True,
-                    projection=("gate", 0),
-                ),
-                Weight(
-                    "linear_gate_up_proj.weight",
-                    ("gate_up_weight",),
-                    ((channels, rank),),
-                    "GLA gate W2",
-                    init=Normal(gla.init_gate_std),
-                    projection=("gate", 1),
-                ),
-                # The bias spreads the channels of a head from fast to slow forgetting.
-                Weight(
-                    "linear_gate_up_proj.bias",
-                    ("gate_up_bias",),
-                    ((channels,),),
-                    "GLA gate b2",
-                    init=Values(
-                        tuple(spread),
-                        f"from {spread[0]:g} to {spread[-1]:g} over the channels of each head",
-                    ),
-                ),
-            )
-        if gla.gate is GateKind.fixed:
-            decays = Weight(
-                "log_decay",
-                ("log_decay",),
-                ((groups,),),
-                "GLA fixed decays",
-                Split.none,
-                init=LightningDecays(),
-                is_trained=False,
-            )
-            gate = (decays,)
+        gate = entry_of(gla.gate, _GATES, "the weights of a gate")(model)
         if gla.output_gate:
             size = model.num_attention_heads * width
             gate += (
@@ -264,7 +303,7 @@ class GatedLinearAttentionKind(MixerKind):
             kept += groups * fp32_width * (2 if config.cluster.accelerator is AcceleratorKind.cpu else 1)
         elif not repeats_groups(config) and config.parallel.context_parallel_size == 1:
             kept -= groups * fp32_width  # the op's log gates are a view of one number a group
-        if model.gla.gate.has_parameters:
+        if model.gla.gate is GateKind.low_rank:
             kept += model.gla.gate_low_rank_dim * element
         if model.qk_layernorm or has_own_qk_norm(model):
             kept += heads * width  # queries before their norm

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from spikingbrain_train.architecture.branches import branch_weights, in_order
 from spikingbrain_train.architecture.feed_forwards import FEED_FORWARDS, FeedForwardKind
 from spikingbrain_train.architecture.initializers import EmbeddingRows
-from spikingbrain_train.architecture.linear_transforms import without_transforms
+from spikingbrain_train.architecture.linear_transforms import stored_beside, without_transforms
 from spikingbrain_train.architecture.mixers import MIXERS, MixerKind
 from spikingbrain_train.architecture.weights import Split, Weight
 from spikingbrain_train.config.model import ModelConfig, Projection
@@ -48,12 +48,13 @@ class Layer:
 
     def weights(self, model: ModelConfig) -> tuple[Weight, ...]:
         """All parameters of the layer, in the order of the forward pass."""
-        return (
+        found = (
             _norm("input_layernorm.weight", "input_norm", model),
             *self.mixer_weights(model),
             _norm("pre_mlp_layernorm.weight", "mlp_norm", model),
             *self.feed_forward_weights(model),
         )
+        return tuple(each for weight in found for each in (weight, *stored_beside(model, weight)))
 
 
 def _norm(name: str, role: str, model: ModelConfig) -> Weight:
@@ -154,6 +155,15 @@ def dense_source(model: ModelConfig) -> ModelConfig:
     mixer, feed_forward = source_names()
     source = replace(model, mixers=[mixer], feed_forwards=[feed_forward], num_sink_tokens=0)
     return without_transforms(source)
+
+
+def attends_everywhere(model: ModelConfig) -> bool:
+    """Whether every layer has one mixer that takes a dense source's weights as they are: softmax attention.
+
+    Dense sources do, over everything or within windows.
+    """
+    family = MIXERS[source_names()[0]].family
+    return all(layer.families == (family,) for layer in layers(model))
 
 
 def swapped_layers(among: Iterable[Layer]) -> list[Layer]:

@@ -9,13 +9,16 @@ have to know of them; what happens to tensors is a
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 from spikingbrain_train.architecture.kind import Kind
 from spikingbrain_train.architecture.registry import Registry
+from spikingbrain_train.architecture.weights import Weight
 from spikingbrain_train.config.model import ModelConfig, Projection
-from spikingbrain_train.config.run import StageConfig
+from spikingbrain_train.config.stage import StageConfig
+from spikingbrain_train.errors import ConfigurationError
 
 _IN_EXPERTS = (Projection.mlp_fc1, Projection.mlp_fc2)
 
@@ -31,6 +34,10 @@ class LinearTransformKind(Kind):
     imported when a model is built."""
     words: str
     """What a model with it does, in sentences: ``encodes activations as spikes``."""
+    hf_formats: Collection[str] = ()
+    """The Hugging Face formats whose modelling code does it, as ``hf_layers`` of layers calls them.
+
+    An export in another leaves it out."""
     changes_input: bool = False
     """Whether linears multiply another tensor than they are given, which the backward pass then needs."""
     changes_weight: bool = False
@@ -57,6 +64,18 @@ class LinearTransformKind(Kind):
             matrix: its position where several linears, one behind the other, make up the projection.
         """
         return projection in self.projections(model)
+
+    def holder(self, model: ModelConfig) -> str | None:
+        """``package.module:name`` of what makes linear classes hold what is stored beside their weights.
+
+        It is called with the class, the model, the projection and the axis over which the weight is split, of
+        every projection, also of those that the kind is not applied to. None stores nothing.
+        """
+        return None
+
+    def stored_beside(self, model: ModelConfig, weight: Weight) -> tuple[Weight, ...]:
+        """Descriptions of that for one weight of a layer."""
+        return ()
 
     def check(self, model: ModelConfig, stage: StageConfig, present: Collection[str]) -> None:
         """Its settings against the network and the stage. Raises ConfigurationError.
@@ -93,7 +112,9 @@ def _by_name(name: str) -> LinearTransformKind:
 
 
 LINEAR_TRANSFORMS: Registry[LinearTransformKind] = Registry(
-    "linear transform", "model", built_in=("spikingbrain_train.architecture.spikes",)
+    "linear transform",
+    "model",
+    built_in=("spikingbrain_train.architecture.spikes", "spikingbrain_train.architecture.quantization"),
 )
 """Every kind of linear transform, in the order in which they are applied. A new one of the package is a line
 here."""
@@ -117,6 +138,29 @@ def keeps_its_weight(model: ModelConfig, projection: str, matrix: int) -> bool:
 def in_experts(model: ModelConfig) -> tuple[str, ...]:
     """What each kind has linears inside experts do: see :meth:`LinearTransformKind.in_experts`."""
     return tuple(words for kind in LINEAR_TRANSFORMS if (words := kind.in_experts(model)) is not None)
+
+
+def stored_beside(model: ModelConfig, weight: Weight) -> Iterator[Weight]:
+    """What all kinds store beside one weight of a layer."""
+    for kind in LINEAR_TRANSFORMS:
+        yield from kind.stored_beside(model, weight)
+
+
+def with_plain_weights(model: ModelConfig) -> ModelConfig:
+    """The same network with the parameters as they are in the place of what transforms make of them.
+
+    Raises:
+        ConfigurationError: something that is stored beside them would be lost.
+    """
+    changing = [kind for kind in LINEAR_TRANSFORMS if kind.changes_weight and hasattr(model, kind.name)]
+    for kind in changing:
+        if kind.holder(model) is not None:
+            raise ConfigurationError(
+                f"weights as they are would lose what is stored beside them ({kind.describe(model)}); export "
+                f"the model without --float-weights"
+            )
+    sections: dict[str, Any] = {kind.name: type(getattr(model, kind.name))() for kind in changing}
+    return replace(model, **sections)
 
 
 def without_transforms(model: ModelConfig) -> ModelConfig:

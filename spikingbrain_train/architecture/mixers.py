@@ -45,6 +45,10 @@ class MixerKind(SubmoduleKind):
             group: how the conversion report calls the projections.
         """
 
+    def window(self, model: ModelConfig) -> int | None:
+        """Tokens (the current one included) that a query sees; None is all before it."""
+        return None
+
     @abstractmethod
     def core_flops(self, model: ModelConfig, seq_length: int) -> float:
         """Forward FLOPs between its projections, per token of text; the sinks' own work is shared out."""
@@ -106,7 +110,9 @@ def attention_weights(
         width * heads for heads in (model.num_attention_heads, *2 * (model.num_query_groups,))
     )
     rows = (of_the_source[0], *2 * (width * (num_query_groups or model.num_query_groups),))
-    biases, norms = [], []
+    biases, norms, output_bias = [], [], []
+    if model.add_output_bias:
+        output_bias = [Weight("linear_proj.bias", ("o_bias",), ((hidden,),), f"{group} output", Split.none)]
     if model.add_qkv_bias:
         biases.append(
             Weight(
@@ -150,4 +156,5 @@ def attention_weights(
             f"{group} output",
             projection=("attention_output", 0),
         ),
+        *output_bias,
     )

@@ -7,8 +7,8 @@ from spikingbrain_train.architecture.layers import feed_forwards_of, mixers_of, 
 from spikingbrain_train.architecture.linear_transforms import LINEAR_TRANSFORMS
 from spikingbrain_train.architecture.mixers import MIXERS
 from spikingbrain_train.config.model import AND_SO_ON, LayersConfig, ModelConfig
-from spikingbrain_train.config.run import StageConfig
 from spikingbrain_train.config.setting import check_fields
+from spikingbrain_train.config.stage import StageConfig
 
 
 def check_model(model: ModelConfig) -> None:

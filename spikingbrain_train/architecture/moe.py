@@ -44,6 +44,14 @@ class MixtureOfExpertsKind(FeedForwardKind):
     words = "mixture-of-experts layers"
     spec = "spikingbrain_train.models.feed_forwards.moe.spec:spec"
     routes_tokens = True
+    hf_layers = {"qwen3_moe": "moe", "spikingbrain": "moe"}
+
+    def check(self, model: ModelConfig) -> None:
+        require(
+            not model.add_mlp_bias,
+            "model.feed_forwards has mixture-of-experts layers, but model.add_mlp_bias=true: experts have no "
+            "biases; keep dense feed-forwards in every layer",
+        )
 
     def check_split(self, model: ModelConfig, parallel: ParallelConfig) -> None:
         tensor, experts = parallel.tensor_model_parallel_size, model.moe.num_experts
@@ -90,7 +98,8 @@ class MixtureOfExpertsKind(FeedForwardKind):
     def weights(self, model: ModelConfig) -> tuple[Weight, ...]:
         """Router (E h), routed experts (E times 3 f h), shared experts as one SwiGLU."""
         moe, width = model.moe, expert_width(model)
-        outputs = moe.num_shared_experts + moe.router_topk / moe.num_experts
+        of_routed = 1.0 if moe.norm_topk_prob else moe.router_topk / moe.num_experts
+        outputs = moe.num_shared_experts + of_routed
         router = Weight(
             "router.weight",
             ("router",),
@@ -162,6 +171,7 @@ class MixtureOfExpertsKind(FeedForwardKind):
             "moe_ffn_hidden_size": width,
             "moe_shared_expert_intermediate_size": moe.num_shared_experts * width or None,
             "moe_router_topk": moe.router_topk,
+            "norm_topk_prob": moe.norm_topk_prob,
             "moe_router_pre_softmax": True,
             "moe_router_dtype": "fp32",
             "moe_router_load_balancing_type": "seq_aux_loss",

@@ -52,8 +52,12 @@ class Registry(Generic[Kind]):
             modules, self._built_in = self._built_in, []
             for module in modules:
                 import_module(module)
-            # Ours come first, whenever a plugin was imported.
-            kinds = sorted(self._registered.items(), key=lambda item: type(item[1]).__module__ not in modules)
+            # Ours come first, in the order that is written here, whatever was imported when.
+            places = {module: place for place, module in enumerate(modules)}
+            kinds = sorted(
+                self._registered.items(),
+                key=lambda item: places.get(type(item[1]).__module__, len(places)),
+            )
             self._registered = dict(kinds)
         return self._registered
 

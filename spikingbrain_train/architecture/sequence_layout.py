@@ -7,7 +7,7 @@ first text. Text positions count from the first token of text, whatever the numb
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from spikingbrain_train.errors import ConfigurationError
 
@@ -26,6 +26,8 @@ class LocalDocument:
     """Tokens in the slice, at least 1."""
     before: int
     """Tokens of the same document on earlier ranks."""
+    total: int
+    """Tokens of the document on all ranks."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,10 @@ class SequenceLayout:
         """
         return cls(position + 1, context_parallel_rank=position, context_parallel_size=position + 1)
 
+    def without_sinks(self) -> SequenceLayout:
+        """The same for a model that has none: what stands in front is padding, so that rows correspond."""
+        return replace(self, sinks_are_padding=True) if self.num_sink_tokens else self
+
     @property
     def slice_length(self) -> int:
         """Tokens that every rank holds, sinks included."""
@@ -104,6 +110,11 @@ class SequenceLayout:
         start = rank * self.slice_length - self.num_sink_tokens
         return range(max(0, start), start + self.slice_length)
 
+    def every(self, step: int) -> list[int]:
+        """Rows of this rank's slice, sinks counted, of the text positions step - 1, 2 step - 1, ..."""
+        text = enumerate(self.text_range(), self.local_sink_tokens)
+        return [row for row, position in text if position % step == step - 1]
+
     def bounds(self, row: int) -> DocumentBounds:
         """Document bounds of a row, over the whole text."""
         return (0, self.text_length) if self.cu_seqlens is None else self.cu_seqlens[row]
@@ -116,5 +127,5 @@ class SequenceLayout:
         for first, end in zip(bounds, bounds[1:], strict=False):
             start, stop = max(first, text.start), min(end, text.stop)
             if start < stop:
-                documents.append(LocalDocument(start, stop - start, start - first))
+                documents.append(LocalDocument(start, stop - start, start - first, end - first))
         return documents

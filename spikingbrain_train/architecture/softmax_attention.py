@@ -25,6 +25,8 @@ from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ParallelConfig, SlidingWindowContextParallel
 from spikingbrain_train.config.run import RunConfig
 
+_OF_VECTORS = {"quantization.keys_and_values", "spiking.queries"}
+
 
 class SoftmaxAttentionKind(MixerKind):
     """Causal softmax attention over everything before a token."""
@@ -36,7 +38,12 @@ class SoftmaxAttentionKind(MixerKind):
     is_of_the_source = True
     leads = True
     backends = SOFTMAX_ATTENTION
-    hf_layers = {"llama": "attention", "gla_swa": "full_attention"}
+    hf_layers = {
+        "llama": "attention",
+        "qwen3_moe": "attention",
+        "gla_swa": "full_attention",
+        "spikingbrain": "full_attention",
+    }
 
     def window(self, model: ModelConfig) -> int | None:
         """Keys (the current token included) that a query sees; None is all before it."""
@@ -53,10 +60,17 @@ class SoftmaxAttentionKind(MixerKind):
         check_heads_over_context(model, parallel, "full attention")
 
     def all_settings(self, model: ModelConfig) -> set[str]:
-        return all_rotary_settings(model)
+        return all_rotary_settings(model) | _OF_VECTORS
 
     def settings(self, model: ModelConfig) -> set[str]:
-        return rotary_settings(model)
+        return rotary_settings(model) | _OF_VECTORS
+
+    def describe(self, model: ModelConfig) -> str | None:
+        options = (
+            ("INT8 keys and values", model.quantization.keys_and_values),
+            ("spiking queries", model.spiking.queries),
+        )
+        return ", ".join(words for words, on in options if on) or None
 
     def weights(self, model: ModelConfig, group: str = "attention") -> tuple[Weight, ...]:
         return attention_weights(model, group)
@@ -99,6 +113,9 @@ class SoftmaxAttentionKind(MixerKind):
             kept = heads + 2 * groups * (1 + more / rank_tokens(config)) + heads
             if model.num_sink_tokens:
                 kept += 2 * groups  # of the first rank: what the sinks see
+        if model.quantization.keys_and_values and parallel.context_parallel_size == 1:
+            # Values as INT8 numbers hold them, no view; norms still need the fused projection.
+            kept += groups - (0 if model.qk_layernorm else heads + 2 * groups)
         if model.num_sink_tokens and not uses_ulysses:
             kept += heads  # of the first rank: the text's output, and once more behind that of the sinks
         if model.qk_layernorm:
@@ -115,7 +132,7 @@ class SlidingWindowAttentionKind(SoftmaxAttentionKind):
     name = "swa"
     words = "sliding-window layers"
     is_of_the_source = False
-    hf_layers = {"gla_swa": "sliding_attention"}
+    hf_layers = dict.fromkeys(("llama", "gla_swa", "spikingbrain"), "sliding_attention")
 
     def window(self, model: ModelConfig) -> int | None:
         return model.sliding_window
@@ -136,7 +153,7 @@ class SlidingWindowAttentionKind(SoftmaxAttentionKind):
         return super().settings(model) | {"sliding_window"}
 
     def describe(self, model: ModelConfig) -> str | None:
-        return f"window {model.sliding_window}"
+        return ", ".join(filter(None, (f"window {model.sliding_window}", super().describe(model))))
 
 
 FULL = MIXERS.register(SoftmaxAttentionKind())

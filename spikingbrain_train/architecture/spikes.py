@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from spikingbrain_train.architecture.linear_transforms import LINEAR_TRANSFORMS, LinearTransformKind
 from spikingbrain_train.config.model import GateEncoding, ModelConfig, Projection
 from spikingbrain_train.config.require import require
-from spikingbrain_train.config.run import StageConfig
+from spikingbrain_train.config.stage import StageConfig
 
 
 class SpikesKind(LinearTransformKind):
@@ -20,6 +20,7 @@ class SpikesKind(LinearTransformKind):
     transform = "spikingbrain_train.models.linears.spikes:Spikes"
     words = "encodes activations as spikes"
     changes_input = True
+    hf_formats = ("gla_swa", "spikingbrain")
 
     def projections(self, model: ModelConfig) -> Collection[str]:
         return model.spiking.projections
@@ -35,6 +36,7 @@ class SpikesKind(LinearTransformKind):
             "spiking.projections": True,
             "spiking.k": bool(projections),
             "spiking.gate_encoding": Projection.gate in projections,
+            "spiking.queries": False,  # of the softmax mixers
         }
         return {name for name in self.all_settings(model) if present[name]}
 

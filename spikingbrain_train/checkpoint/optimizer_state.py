@@ -11,16 +11,35 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 _MAIN_PARAMS = "fp32_from_fp16_params"
 _MAIN_PARAMS_BY_POSITION = "main_params_by_position"
 
 
+def _chain(optimizer: MegatronOptimizer) -> list[Any]:
+    """The optimizers that it is made of: experts have one of their own."""
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
 def _parts(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> list[tuple[Any, dict[str, Any]]]:
-    """Each optimizer of a chain (experts have one of their own) with its part of ``state``."""
-    chain = getattr(optimizer, "chained_optimizers", [optimizer])
+    """Each optimizer of a chain with its part of ``state``."""
+    chain = _chain(optimizer)
     return [(chain[0], state)] if len(chain) == 1 else [(part, state[n]) for n, part in enumerate(chain)]
+
+
+def begin_state(optimizer: MegatronOptimizer) -> None:
+    """Give an optimizer that has not stepped the state that a checkpoint stores: no moments, and no steps."""
+    for part in _chain(optimizer):
+        inner = part.optimizer
+        part.init_state_fn(inner, part.config)
+        if isinstance(inner, torch.optim.Adam):
+            for state in inner.state.values():
+                state.setdefault("step", torch.tensor(0.0))
+        else:  # Transformer Engine's and Apex's count in their groups
+            for group in inner.param_groups:
+                group.setdefault("step", 0)
 
 
 def _inner(state: dict[str, Any]) -> dict[str, Any]:
@@ -66,6 +85,8 @@ def load_state(optimizer: MegatronOptimizer, loaded: dict[Any, Any]) -> None:
         # Some optimizers count steps in their groups (Transformer Engine's not in empty ones).
         steps = [group["step"] for group in stored["param_groups"] if group.get("step") is not None]
         stored["param_groups"] = [{**group, "step": max(steps)} if steps else group for group in own]
+        if isinstance(part.optimizer, torch.optim.Adam) and not steps:
+            stored["state"].setdefault("common_step", torch.tensor(0.0))  # megatron-core stores none above 0
         if hasattr(part, "fp32_from_float16_groups"):
             by_position = state.pop(_MAIN_PARAMS_BY_POSITION, {})
             state[_MAIN_PARAMS] = [

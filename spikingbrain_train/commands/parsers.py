@@ -39,6 +39,12 @@ def _export() -> argparse.ArgumentParser:
     return export_parser()
 
 
+def _quantize() -> argparse.ArgumentParser:
+    from spikingbrain_train.quantization.command_line import quantize_parser
+
+    return quantize_parser()
+
+
 def _evaluate() -> argparse.ArgumentParser:
     from spikingbrain_train.evaluation.command_line import evaluate_parser
 
@@ -49,6 +55,12 @@ def _generate() -> argparse.ArgumentParser:
     from spikingbrain_train.evaluation.command_line import generate_parser
 
     return generate_parser()
+
+
+def _analyze_spikes() -> argparse.ArgumentParser:
+    from spikingbrain_train.spike_analysis.command_line import analyze_spikes_parser
+
+    return analyze_spikes_parser()
 
 
 def _plot() -> argparse.ArgumentParser:
@@ -93,8 +105,10 @@ PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "convert": _convert,
     "choose-layers": _choose_layers,
     "export": _export,
+    "quantize": _quantize,
     "evaluate": _evaluate,
     "generate": _generate,
+    "analyze-spikes": _analyze_spikes,
     "plot": _plot,
     "pipeline": _pipeline,
     "demo": _demo,

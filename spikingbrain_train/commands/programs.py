@@ -5,9 +5,10 @@ Each imports its room when it is called, so that starting one command does not i
 
 from __future__ import annotations
 
-import sys
+from spikingbrain_train.commands.start_signals import program
 
 
+@program
 def train() -> None:
     """Train one stage of a model."""
     from spikingbrain_train.commands.train import train
@@ -15,6 +16,7 @@ def train() -> None:
     train()
 
 
+@program
 def plan() -> None:
     """What a run would take."""
     from spikingbrain_train.commands.train import plan
@@ -22,6 +24,7 @@ def plan() -> None:
     plan()
 
 
+@program
 def cache_teacher() -> None:
     """Cache the teacher's logits."""
     from spikingbrain_train.commands.inference import here_or_on_ranks
@@ -30,13 +33,15 @@ def cache_teacher() -> None:
     here_or_on_ranks("cache-teacher", cache_teacher)
 
 
+@program
 def preprocess() -> None:
     """Tokenize text."""
     from spikingbrain_train.data.command_line import preprocess_data
 
-    sys.exit(preprocess_data())
+    preprocess_data()
 
 
+@program
 def convert() -> None:
     """Convert and inspect checkpoints."""
     from spikingbrain_train.conversion.command_line import convert_checkpoint
@@ -44,6 +49,7 @@ def convert() -> None:
     convert_checkpoint()
 
 
+@program
 def choose_layers() -> None:
     """Choose the layers that keep softmax attention."""
     from spikingbrain_train.commands.inference import here_or_on_ranks
@@ -52,6 +58,7 @@ def choose_layers() -> None:
     here_or_on_ranks("choose-layers", choose_layers)
 
 
+@program
 def export() -> None:
     """Write a checkpoint as a Hugging Face folder."""
     from spikingbrain_train.conversion.command_line import export
@@ -59,6 +66,15 @@ def export() -> None:
     export()
 
 
+@program
+def quantize() -> None:
+    """Make INT8 weights and spikes of a trained hybrid."""
+    from spikingbrain_train.quantization.command_line import quantize
+
+    quantize()
+
+
+@program
 def evaluate() -> None:
     """Measure held-out cross entropy."""
     from spikingbrain_train.commands.inference import here_or_on_ranks
@@ -67,6 +83,16 @@ def evaluate() -> None:
     here_or_on_ranks("evaluate", evaluate)
 
 
+@program
+def analyze_spikes() -> None:
+    """Count and price spikes."""
+    from spikingbrain_train.commands.inference import here_or_on_ranks
+    from spikingbrain_train.spike_analysis.command_line import analyze_spikes
+
+    here_or_on_ranks("analyze-spikes", analyze_spikes)
+
+
+@program
 def generate() -> None:
     """Continue a prompt."""
     from spikingbrain_train.commands.inference import here_or_on_ranks
@@ -75,6 +101,7 @@ def generate() -> None:
     here_or_on_ranks("generate", generate)
 
 
+@program
 def plot() -> None:
     """Draw runs."""
     from spikingbrain_train.reporting.command_line import plot
@@ -82,6 +109,7 @@ def plot() -> None:
     plot()
 
 
+@program
 def pipeline() -> None:
     """Run, plan or follow a pipeline."""
     from spikingbrain_train.pipelines.command_line import pipelines
@@ -89,6 +117,7 @@ def pipeline() -> None:
     pipelines()
 
 
+@program
 def demo() -> None:
     """Run the demo."""
     from spikingbrain_train.pipelines.demo.command_line import demo
@@ -96,6 +125,7 @@ def demo() -> None:
     demo()
 
 
+@program
 def measure_speed() -> None:
     """Measure how fast this machine is."""
     from spikingbrain_train.pipelines.demo.speed import measure_speed_command_line
@@ -103,6 +133,7 @@ def measure_speed() -> None:
     measure_speed_command_line()
 
 
+@program
 def download_smollm2() -> None:
     """Get the demo's model."""
     from spikingbrain_train.pipelines.demo.smollm2 import download_command_line
@@ -110,6 +141,7 @@ def download_smollm2() -> None:
     download_command_line()
 
 
+@program
 def completion() -> None:
     """Print what makes a shell complete the others."""
     from spikingbrain_train.commands.completion import completion

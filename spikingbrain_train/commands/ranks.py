@@ -12,13 +12,13 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from spikingbrain_train.commands.start_signals import HANDED_ON, hold_back
 from spikingbrain_train.config.command_line import DIVERGED, START_AGAIN, USER_ERROR
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.reporting.activity import activity
@@ -46,16 +46,6 @@ FLAGS = {
 """Flags of torchrun that are taken, each with a value. Not max-restarts: it would undo a request to stop."""
 _ANNOUNCED = (USER_ERROR, DIVERGED, START_AGAIN, 128 + signal.SIGINT)
 """Exit codes of ranks that have said why they end."""
-_HANDED_ON = {
-    signal.SIGINT: signal.SIGINT,
-    signal.SIGTERM: signal.SIGTERM,
-    signal.SIGUSR1: signal.SIGUSR1,
-    signal.SIGHUP: signal.SIGTERM,  # a closed terminal: the ranks stand in sessions of their own
-}
-
-
-_SECONDS_TO_START = 0.5
-"""A process that is younger may not be the rank yet, and lose a signal."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +141,7 @@ def run_ranks(ranks: Ranks, command: Sequence[str]) -> None:
         arguments = torchrun.parse_args([*ranks.words, "-m", "spikingbrain_train", *command])
 
         def watch() -> None:
+            hold_back()
             try:
                 torchrun.run(arguments)
             except BaseException as error:
@@ -166,7 +157,7 @@ def run_ranks(ranks: Ranks, command: Sequence[str]) -> None:
             signals.hand_on()
     for error in ended:
         if isinstance(error, ChildFailedError):
-            raise SystemExit(_exit_code(error))
+            raise SystemExit(exit_code(error))
         if isinstance(error, ValueError):  # what it says of wrong flags
             raise ConfigurationError(" ".join(str(error).split())) from error
         raise error
@@ -183,9 +174,12 @@ def _quiet() -> None:
             logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
-def _exit_code(error: ChildFailedError) -> int:
+def exit_code(error: ChildFailedError) -> int:
     """The code to end with; a rank that has not said why it ends is named."""
     failures = sorted(error.failures.items(), key=lambda item: item[1].timestamp)
+    # Of the others the agent ends with SIGTERM those that have no handler yet: they are no cause.
+    causes = [failure for failure in failures if failure[1].exitcode != -signal.SIGTERM]
+    failures = causes or failures
     unannounced = [failure for failure in failures if failure[1].exitcode not in _ANNOUNCED]
     others = [failure for failure in failures if failure[1].exitcode != START_AGAIN]
     rank, failure = (unannounced or others or failures)[0]
@@ -214,7 +208,7 @@ class _Signals:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> _Signals:
-        for number in _HANDED_ON:
+        for number in HANDED_ON:
             self._before[number] = signal.signal(number, self._receive)
         return self
 
@@ -229,15 +223,11 @@ class _Signals:
         if not self.waiting:
             return
         started = psutil.Process().children()
-        try:
-            young = any(time.time() - rank.create_time() < _SECONDS_TO_START for rank in started)
-        except psutil.NoSuchProcess:  # the agent is about to see that
-            return
-        while started and not young and self.waiting:
+        while started and self.waiting:
             number = self.waiting.pop(0)
             for rank in started:
                 with suppress(psutil.NoSuchProcess):
                     rank.send_signal(number)
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
-        self.waiting.append(_HANDED_ON[signal.Signals(number)])
+        self.waiting.append(HANDED_ON[signal.Signals(number)])

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from spikingbrain_train.commands.ranks import Ranks
 from spikingbrain_train.commands.sweep_jobs import Job, plan_jobs
-from spikingbrain_train.config.command_line import START_AGAIN
+from spikingbrain_train.config.command_line import START_AGAIN, user_errors
 from spikingbrain_train.errors import ConfigurationError, PlatformError
 from spikingbrain_train.pipelines.runner import call
 from spikingbrain_train.pipelines.steps import own_command, printable
@@ -73,7 +73,8 @@ def sweep(words: Sequence[str], ranks: Ranks | None, *, dry_run: bool) -> None:
         for number, job in enumerate(jobs, start=1):
             print(f"# [{number}/{len(jobs)}] {' '.join(job.varied)}\n{printable(_command(job, ranks))}")
     else:
-        _run(jobs, ranks)
+        with user_errors():
+            _run(jobs, ranks)
 
 
 def _command(job: Job, ranks: Ranks | None) -> list[str]:

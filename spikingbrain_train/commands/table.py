@@ -55,8 +55,20 @@ COMMANDS = (
         "tools/choose_layers.py",
     ),
     Command("export", "write a checkpoint as a Hugging Face folder", programs.export, "tools/export.py"),
+    Command(
+        "quantize",
+        "INT8 weights and spikes (W8ASpike) of a trained hybrid",
+        programs.quantize,
+        "tools/quantize.py",
+    ),
     Command("evaluate", "held-out cross entropy of a model", programs.evaluate, "tools/evaluate.py"),
     Command("generate", "continue a prompt with a model", programs.generate, "tools/generate.py"),
+    Command(
+        "analyze-spikes",
+        "count and price the spikes of a model on text",
+        programs.analyze_spikes,
+        "tools/analyze_spikes.py",
+    ),
     Command("plot", "draw runs: losses, layers, experts, spikes", programs.plot, "tools/plot_metrics.py"),
     Command(
         "pipeline",

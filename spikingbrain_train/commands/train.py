@@ -1,7 +1,7 @@
 """``spikingbrain-train`` and ``spikingbrain-plan``: a run, and what it would take.
 
-Composes the config, checks it before torch is imported, and hands it to `spikingbrain_train.training.run`: in
-this process, or in ranks that it starts (`--nproc-per-node`).
+Composes the config, checks it before torch is imported, and hands it to :mod:`spikingbrain_train.training`:
+in this process, or in ranks that it starts (`--nproc-per-node`).
 """
 
 from __future__ import annotations
@@ -149,11 +149,11 @@ def _run(checked: Plan) -> None:
     with user_errors(same_on_all_ranks=True):
         check_host(checked, launch)
         check_disk_space(checked)
-    ignore_megatron_warnings()
+        ignore_megatron_warnings()
+        with activity("importing torch and megatron-core", shown=_speaks()):
+            from spikingbrain_train.training import trainer
     with user_errors():
-        from spikingbrain_train.training import run
-
-        run(checked.config)
+        trainer.run(checked.config)
 
 
 def _speaks() -> bool:

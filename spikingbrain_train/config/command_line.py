@@ -10,8 +10,11 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
+from typing import Any
 
 from spikingbrain_train.errors import NumericalError, SpikingBrainError
 
@@ -59,6 +62,32 @@ def sentence_of(error: BaseException) -> str | None:
     return None
 
 
+def interrupts_end_at_once() -> None:
+    """From here on Ctrl-C ends the process with 130, wherever it is: for what has nothing to undo.
+
+    Raised among imports, or while libraries compose settings, KeyboardInterrupt may come out as another error
+    or get lost. A handler of the caller's own stays, as does that of a command in the background.
+    """
+    _set_interrupt(_end_at_once)
+
+
+def _end_at_once(_number: int, _frame: FrameType | None) -> None:
+    if sys.stderr.isatty():
+        os.write(sys.stderr.fileno(), b"\n")  # behind the status line and the terminal's ^C
+    os._exit(128 + signal.SIGINT)
+
+
+def _set_interrupt(handler: Callable[[int, FrameType | None], object]) -> Any:
+    """Set the handler of SIGINT where Python's or this module's is; returns that, None where none was set."""
+    before = signal.getsignal(signal.SIGINT)
+    if before not in (signal.default_int_handler, _end_at_once):
+        return None
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    signal.signal(signal.SIGINT, handler)
+    return before
+
+
 def _say(sentence: str) -> None:
     # One write call, so that the lines of several ranks do not run into each other.
     sys.stderr.write(f"error: {sentence}\n")
@@ -73,7 +102,8 @@ def user_errors(same_on_all_ranks: bool = False) -> Iterator[None]:
         same_on_all_ranks: the body decides from the command line and shared files only, so every rank of a
             node comes to the same end by itself. Then only local rank 0 prints, and SIGTERM waits until the
             body is through: a launcher that stops all ranks when the first one ends would else stop rank 0
-            before it has spoken. Otherwise every rank that fails prints, because no other may know.
+            before it has spoken. Ctrl-C ends the process at once, as it has nothing to undo. Otherwise every
+            rank that fails prints, because no other may know, and Ctrl-C raises KeyboardInterrupt.
 
     Raises:
         SystemExit: code 2 for errors that the user can fix, 3 for NumericalError, 130 for an interrupt from
@@ -84,10 +114,11 @@ def user_errors(same_on_all_ranks: bool = False) -> Iterator[None]:
     hold = same_on_all_ranks and "LOCAL_RANK" in os.environ
     if hold:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    handler = _set_interrupt(_end_at_once if same_on_all_ranks else signal.default_int_handler)
     try:
         yield
     except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        raise SystemExit(128 + signal.SIGINT) from None
     except BrokenPipeError:
         # The reader of our output (`| head`) has left; Python would complain again as it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -103,5 +134,8 @@ def user_errors(same_on_all_ranks: bool = False) -> Iterator[None]:
             _say(sentence)
         # SIGTERM stays held back: every rank leaves with its own exit code.
         raise SystemExit(DIVERGED if isinstance(error, NumericalError) else USER_ERROR) from None
+    finally:
+        if handler is not None:
+            signal.signal(signal.SIGINT, handler)
     if hold:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})

@@ -37,6 +37,9 @@ class ConversionConfig(LayersConfig):
 
     plugins: list[str] = setting(default_factory=list)
     """Modules of other packages that register kinds of mixers and feed-forwards, e.g. [my_package.mixers]."""
+    keep_mixers: bool = setting(False)
+    """Keep the source's mixers and what they are made of (mixers, sliding_window, gla, parallel_hybrid), also
+    where it is a hybrid already; feed-forwards, experts, sinks and spikes are this recipe's."""
     upcycling: UpcyclingConfig = field(default_factory=UpcyclingConfig)
     """Start of the experts and routers."""
     seed: int = setting(1234, minimum=0, below=2**32, must=f"be at least 0 and below 2**32 = {2**32}")

@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from spikingbrain_train.config.model import OLD_MIXERS, GateEncoding, Projection
+from spikingbrain_train.config.rope_scaling import RopeType
 
 RENAMED_VALUES = {
     "cluster.kernels.gated_linear_attention": {"recurrent": "naive"},
@@ -21,17 +22,20 @@ RENAMED_VALUES = {
 def translate_model(model: Any) -> None:
     """Write a model that an earlier release stored as it is written now, in place.
 
-    Layers of two branches had names of their own; a spiking gate was encoded in front of each matrix.
+    Layers of two branches had names of their own; a spiking gate was encoded in front of each matrix; rotary
+    scaling was Llama 3's, and its factor of 1 was "off".
     """
     if not isinstance(model, DictConfig):
         return
-    mixers, spiking = model.get("mixers"), model.get("spiking")
+    mixers, spiking, rope = model.get("mixers"), model.get("spiking"), model.get("rope_scaling")
     if isinstance(mixers, ListConfig):
         model.mixers = [OLD_MIXERS.get(entry, entry) if isinstance(entry, str) else entry for entry in mixers]
     if isinstance(spiking, DictConfig):
         projections = spiking.get("projections")
         if isinstance(projections, ListConfig) and Projection.gate.name in projections:
             spiking.setdefault("gate_encoding", GateEncoding.each_matrix.name)
+    if isinstance(rope, DictConfig) and "rope_type" not in rope and rope.get("factor", 1) != 1:
+        rope["rope_type"] = RopeType.llama3.name
 
 
 def _translate_stage(stage: Any) -> None:

@@ -11,6 +11,7 @@ from omegaconf import MISSING
 
 from spikingbrain_train.config.enum_tables import entry_of
 from spikingbrain_train.config.require import divisors, either, require
+from spikingbrain_train.config.rope_scaling import RopeScalingConfig
 from spikingbrain_train.config.setting import FUNCTION, START, TRAINING, WEIGHTS, setting
 from spikingbrain_train.config.shown import shown
 
@@ -32,6 +33,9 @@ class GateKind(str, Enum):
 
     low_rank = "low_rank"
     """``log g = logsigmoid(W2 (W1 x) + b2) / gate_logit_normalizer``: SpikingBrain-7B."""
+    full_rank = "full_rank"
+    """``log g = logsigmoid(W x + b) / gate_logit_normalizer``: the published W8ASpike form, which merged the
+    two matrices into one."""
     tied = "tied"
     """``g = 1 - k``, no parameters of its own; k must be a sigmoid: SpikingBrain-76B."""
     fixed = "fixed"
@@ -44,14 +48,20 @@ class GateKind(str, Enum):
         return entry_of(self, _GATES_WITH_PARAMETERS, "the parameters of a gate")
 
 
-_GATES_WITH_PARAMETERS = {GateKind.low_rank: True, GateKind.tied: False, GateKind.fixed: False}
+_GATES_WITH_PARAMETERS = {
+    GateKind.low_rank: True,
+    GateKind.full_rank: True,
+    GateKind.tied: False,
+    GateKind.fixed: False,
+}
 
 
 @dataclass
 class GatedLinearAttentionConfig:
     """Both forms of linear attention (eq. 10-11).
 
-    The gate's sizes and starts are those of ``model.gla.gate=low_rank``.
+    The gate's sizes and starts are those of ``model.gla.gate=low_rank``; all but ``gate_low_rank_dim`` are
+    ``full_rank``'s, too.
     """
 
     feature_map: FeatureMap = setting(FeatureMap.relu, resume=FUNCTION)
@@ -61,7 +71,7 @@ class GatedLinearAttentionConfig:
     gate_low_rank_dim: int = setting(16, minimum=1, resume=WEIGHTS)
     """Width of the low-rank gate's bottleneck (W1 is [gate_low_rank_dim, hidden_size], without bias)."""
     gate_logit_normalizer: float = setting(16.0, above=0, resume=FUNCTION)
-    """Divisor of the low-rank gate's logarithm; larger means slower forgetting."""
+    """Divisor of the logarithm of a gate with matrices; larger means slower forgetting."""
     qk_norm: bool = setting(False, resume=WEIGHTS)
     """RMSNorm of every head of q and k in front of the feature map, for sources without (qk_layernorm=false);
     norms that the source has, as Qwen3, serve linear layers anyway."""
@@ -83,7 +93,7 @@ class GatedLinearAttentionConfig:
     turn together share one value.
     """
     init_gate_std: float = setting(0.02, minimum=0, resume=START)
-    """Standard deviation of the low-rank gate's initial W1 and W2."""
+    """Standard deviation of the initial W1 and W2 of a low-rank gate, or W of a full-rank one."""
     init_out_norm: float = setting(0.3, resume=START)
     """Initial weight of the per-head RMSNorm behind the recurrence; a small one keeps a new layer's part in
     the residual stream low until it has learned."""
@@ -135,6 +145,8 @@ class MoEConfig:
     """Routed experts of a layer, e.g. 16 in SpikingBrain-76B."""
     router_topk: int = setting(1, minimum=1, resume=FUNCTION)
     """Routed experts that each token is sent to."""
+    norm_topk_prob: bool = setting(False, resume=FUNCTION)
+    """Whether the probabilities of a token's experts are made to add up to 1 (Qwen3-MoE)."""
     num_shared_experts: int = setting(1, minimum=0, resume=WEIGHTS)
     """Experts of every token, computed as one SwiGLU of num_shared_experts * moe_ffn_hidden_size."""
     moe_ffn_hidden_size: int | None = setting(None, minimum=1, resume=WEIGHTS)
@@ -175,13 +187,13 @@ class MoEConfig:
 
 
 class Projection(str, Enum):
-    """A group of linear projections whose inputs and weights can be transformed: encoded as spikes."""
+    """A group of linear projections whose inputs and weights can be transformed: spikes, INT8 weights."""
 
     qkv = "qkv"
     """The fused q, k and v projection of every mixer."""
     gate = "gate"
-    """The two matrices of the low-rank gate, of which for spikes model.spiking.gate_encoding says which, and
-    that of the output gate."""
+    """The two matrices of the low-rank gate, of which for spikes model.spiking.gate_encoding says which; that
+    of a full-rank gate, and that of the output gate."""
     attention_output = "attention_output"
     """The output projection of every mixer."""
     mlp_fc1 = "mlp_fc1"
@@ -212,36 +224,63 @@ class SpikingConfig:
     k: float = setting(3.0, above=0, resume=TRAINING)
     """Fineness of the spikes: more, and closer to the input, for a larger k. The threshold is Vth(x) =
     mean(|x|) / k over the whole input of one token."""
+    queries: bool = setting(False, resume=FUNCTION)
+    """Whether softmax layers attend with spiking queries as well, encoded behind rotary positions with a
+    threshold for each token and head (published W8ASpike); needs projections."""
 
     def check(self, prefix: str) -> None:
-        """Each projection is listed once. Raises ConfigurationError."""
-        names = [projection.name for projection in self.projections]
-        twice = sorted({name for name in names if names.count(name) > 1})
+        """Each projection is listed once, and queries spike where projections do.
+
+        Raises ConfigurationError.
+        """
+        _check_listed_once(self.projections, prefix)
         require(
-            not twice,
-            f"{prefix}projections lists {' and '.join(twice)} more than once; list each projection once",
+            bool(self.projections) or not self.queries,
+            f"{prefix}queries=true encodes queries of a model without spikes; name the projections that read "
+            f"spikes in {prefix}projections, or set {prefix}queries=false",
         )
 
 
-@dataclass
-class RopeScalingConfig:
-    """The frequency scaling of Llama 3.1 and later. Disabled when ``factor`` is 1."""
+def _check_listed_once(projections: Sequence[Projection], prefix: str) -> None:
+    names = [projection.name for projection in projections]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    require(
+        not twice,
+        f"{prefix}projections lists {' and '.join(twice)} more than once; list each projection once",
+    )
 
-    factor: float = setting(1.0, minimum=1, resume=FUNCTION)
-    """How many times longer than the original context the scaled one is (Llama 3.1: 8)."""
-    low_freq_factor: float = setting(1.0, above=0, resume=FUNCTION)
-    """Frequencies with wavelengths above original / low_freq_factor are scaled in full."""
-    high_freq_factor: float = setting(4.0, above=0, resume=FUNCTION)
-    """Frequencies with wavelengths below original / high_freq_factor are left alone."""
-    original_max_position_embeddings: int = setting(8192, minimum=1, resume=FUNCTION)
-    """Context length (tokens) that the frequencies were trained for."""
+
+@dataclass
+class QuantizationConfig:
+    """INT8 numbers in the place of weights, keys and values, as W8ASpike has them (section 3.3).
+
+    Training sees what an export stores; parameters stay as they are.
+    """
+
+    projections: list[Projection] = setting(default_factory=list, resume=FUNCTION)
+    """Which projections multiply by INT8 weights, e.g. [qkv,attention_output,mlp_fc1,mlp_fc2]; empty is a
+    model without. They compose with spikes."""
+    group_size: int = setting(128, minimum=1, resume=FUNCTION)
+    """Weights that share a scale, max |w| / 127: neighbours along the input. It must divide the input of
+    every quantised projection; one that is narrower is one group."""
+    keys_and_values: bool = setting(False, resume=FUNCTION)
+    """Whether softmax layers attend to INT8 keys (behind rotary positions) and values, with a scale for each
+    token and head."""
+    stored_scales: bool = setting(False, resume=WEIGHTS)
+    """Whether scales are stored beside the weights and never change, as in an imported W8ASpike checkpoint,
+    instead of following from the weights; whole numbers are then not bounded, as published. Every projection
+    has some, also one that is not rounded."""
 
     def check(self, prefix: str) -> None:
-        """The band of scaled frequencies is one. Raises ConfigurationError."""
+        """Each projection is listed once, and stored scales scale something.
+
+        Raises ConfigurationError.
+        """
+        _check_listed_once(self.projections, prefix)
         require(
-            self.factor == 1 or self.low_freq_factor < self.high_freq_factor,
-            f"{prefix}high_freq_factor={self.high_freq_factor} must be greater than "
-            f"{prefix}low_freq_factor={self.low_freq_factor}",
+            bool(self.projections) or not self.stored_scales,
+            f"{prefix}stored_scales=true keeps scales of INT8 weights, but {prefix}projections is empty; "
+            f"name the projections that have them, or set {prefix}stored_scales=false",
         )
 
 
@@ -268,11 +307,15 @@ class DecoderConfig:
     rotary_base: float = setting(10000.0, above=0, resume=FUNCTION)
     """Base of the rotary position frequencies (1e6 for Qwen2.5)."""
     rope_scaling: RopeScalingConfig = field(default_factory=RopeScalingConfig)
-    """Llama-3-style scaling of the rotary frequencies."""
+    """Scaling of the rotary frequencies for contexts longer than those of pretraining."""
     norm_epsilon: float = setting(1e-6, above=0, resume=FUNCTION)
     """Epsilon of every RMSNorm, added to the mean square (1e-6 for Qwen, 1e-5 for Llama)."""
     add_qkv_bias: bool = setting(False, resume=WEIGHTS)
     """Whether the q, k and v projections have a bias (Qwen2 and Qwen2.5)."""
+    add_output_bias: bool = setting(False, resume=WEIGHTS)
+    """Whether the output projection of every mixer has a bias (Llama and Qwen3 with attention_bias)."""
+    add_mlp_bias: bool = setting(False, resume=WEIGHTS)
+    """Whether the projections of dense feed-forwards have biases (Llama with mlp_bias)."""
     qk_layernorm: bool = setting(False, resume=WEIGHTS)
     """Whether q and k are RMS-normalised per head (Qwen3)."""
     share_embeddings_and_output_weights: bool = setting(False, resume=WEIGHTS)
@@ -317,6 +360,8 @@ class LayersConfig:
     """Mixture-of-experts layers."""
     spiking: SpikingConfig = field(default_factory=SpikingConfig)
     """Spike encoding in front of projections."""
+    quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
+    """INT8 weights, keys and values."""
 
     def check(self, prefix: str) -> None:
         """Every layer has a kind, or branches of several. Raises ConfigurationError."""

@@ -15,15 +15,14 @@ from spikingbrain_train.config.require import require
 from spikingbrain_train.config.setting import (
     BY_TOKENS,
     FREE,
-    ONLY_AT_THE_START,
+    OTHER_ORDER,
     SAID,
     refused,
     said,
     setting,
 )
+from spikingbrain_train.config.stage import StageConfig
 
-OTHER_ORDER = "the data would be read in another order"
-"""Why a run that goes on refuses what decides it."""
 _BETA = "be at least 0 and below 1, e.g. 0.95"
 
 
@@ -37,156 +36,6 @@ class Precision(str, Enum):
     """32 bits throughout: twice the memory; the faster one on CPUs without bf16 instructions."""
     bf16 = "bf16"
     """Weights and activations in bfloat16, main weights and optimizer state in fp32."""
-
-
-class AlignmentInputs(str, Enum):
-    """Whose hidden states go into the mixers that learn in an align stage."""
-
-    teacher = "teacher"
-    """Those of the dense source: every layer learns on its own, as if all others were exact."""
-    student = "student"
-    """Those that the student itself makes, all earlier mixers in place: what it will see in use."""
-
-
-class DecayStart(str, Enum):
-    """Where the decays of linear attention begin in an align stage."""
-
-    as_converted = "as_converted"
-    """As the checkpoint has them: over all memories, the same in every head (model.gla.init_gate_bias_*)."""
-    attention_distance = "attention_distance"
-    """Around the mean distance that the dense source's heads look back (after arXiv 2606.16429)."""
-
-
-@dataclass
-class AlignmentConfig:
-    """How an align stage starts the mixers, and on whose hidden states it trains them (docs/recipe.md)."""
-
-    calibration_tokens: int = setting(8192, minimum=0, resume=ONLY_AT_THE_START)
-    """Tokens on which the output projection of every linear attention layer is fitted to the dense layer's
-    output by least squares before the first step; 0 keeps the source's projection. Rounded up to whole global
-    batches, and no more than the stage itself reads.
-    """
-    calibration_ridge: float = setting(0.3, above=0, resume=ONLY_AT_THE_START)
-    """Pull of that fit towards the source's projection, in units of the mean squared feature."""
-    calibration_inputs: AlignmentInputs = setting(AlignmentInputs.student, resume=ONLY_AT_THE_START)
-    """Whose hidden states the fit reads. With ``student`` layers are fitted one after the other, each on what
-    the fitted ones before it make of the tokens, so that errors do not add up."""
-    decay_start: DecayStart = setting(DecayStart.as_converted, resume=ONLY_AT_THE_START)
-    """Where decays begin, before the keys are balanced and the projection is fitted."""
-    fit_channel_scales: bool = setting(True, resume=ONLY_AT_THE_START)
-    """Scale every channel of every head so that the head gives what the dense source's head gives, by
-    non-negative least squares on a quarter of the calibration tokens. Of linear attention without q/k norms
-    and rotary positions."""
-    fit_source_projections: bool = setting(False, resume=ONLY_AT_THE_START)
-    """Fit the output projections of attention that stays and of dense feed-forwards as well, so that they
-    take back how far the student's hidden states have moved from the dense source's; needs
-    calibration_inputs=student. Changes weights that an align stage does not train."""
-    source_projection_ridge: float = setting(3.0, above=0, resume=ONLY_AT_THE_START)
-    """Pull of those fits towards the source's projection, in units of the mean squared feature."""
-    inputs: AlignmentInputs = setting(AlignmentInputs.teacher, resume=SAID)
-    """Whose hidden states the mixers are trained on by gradient descent. ``student`` costs its forward pass,
-    too."""
-
-    def check(self, prefix: str) -> None:
-        """Drift shows in the student's own hidden states alone. Raises ConfigurationError."""
-        require(
-            not self.fit_source_projections or self.calibration_inputs is AlignmentInputs.student,
-            f"{prefix}fit_source_projections needs the student's own hidden states; set "
-            f"{prefix}calibration_inputs=student, or {prefix}fit_source_projections=false",
-        )
-
-
-@dataclass
-class DistillationConfig:
-    """Learning from the dense source's logits in distill stages. SpikingBrain's report does without."""
-
-    weight: float | None = setting(
-        None, minimum=0, maximum=1, must="be above 0 and at most 1 (no cross entropy)", resume=SAID
-    )
-    """Share of the KL term, loss = (1 - weight) * cross entropy + weight * temperature^2 *
-    KL(teacher || student); null is 1, the KL divergence alone."""
-    temperature: float = setting(1.0, above=0, resume=SAID)
-    """Divides the logits of teacher and student before the KL; above 1 the unlikely tokens count for more."""
-
-    cache: str | None = setting(None, resume=SAID)
-    """Folder that spikingbrain-cache-teacher wrote for this run: the teacher's likeliest tokens of every
-    sample, which take the place of stage.teacher."""
-
-    @property
-    def share(self) -> float:
-        """The weight, with what its null stands for."""
-        return 1.0 if self.weight is None else self.weight
-
-
-class LongExamples(str, Enum):
-    """What becomes of an example that is longer than a sequence."""
-
-    truncate = "truncate"
-    """It is cut off where the sequence ends, and left out if no token with loss remains."""
-    drop = "drop"
-    """It is left out."""
-
-
-@dataclass
-class SupervisedConfig:
-    """How an sft stage reads its examples (docs/sft.md)."""
-
-    long_examples: LongExamples = setting(LongExamples.truncate, resume=refused(OTHER_ORDER))
-    """What becomes of examples longer than stage.seq_length; the log and the plan count them."""
-
-
-@dataclass
-class SpikeAnnealingConfig:
-    """Spikes grow coarser over the first steps: k goes geometrically from ``init_k`` to model.spiking.k.
-
-    This project's own; SpikingBrain's report names no such schedule.
-    """
-
-    init_k: float | None = setting(None, resume=SAID)
-    """k at the first step, usually larger than model.spiking.k. Null starts with model.spiking.k."""
-    anneal_iters: int = setting(0, minimum=0, resume=SAID)
-    """Steps until k has reached model.spiking.k; needs init_k."""
-
-
-@dataclass
-class StageConfig:
-    """One stage of training. Stages run one after the other, each from the checkpoint of the one before."""
-
-    kind: str = setting("cpt", resume=refused("another loss would train it"))
-    """What is trained: align (new mixers learn, layer by layer, to reproduce the dense source's attention),
-    distill (all parameters learn the dense source's distribution over the next token), cpt (continual
-    pretraining of all parameters) or sft (all parameters learn the answers of conversations)."""
-    train_iters: int = setting(MISSING, minimum=1, resume=SAID)
-    """Optimizer steps of the stage, those before a resume included."""
-    seq_length: int = setting(MISSING, minimum=1, resume=refused(OTHER_ORDER))
-    """Tokens of one training sequence, e.g. 8192; sink tokens come on top."""
-    micro_batch_size: int = setting(1, minimum=1, resume=SAID)
-    """Sequences that one rank processes at a time; more takes more memory, and changes no result."""
-    global_batch_size: int = setting(
-        MISSING, minimum=1, resume=refused("its steps would no longer be counted in the same samples")
-    )
-    """Sequences of one optimizer step over all ranks; what micro-batches do not hold at once is
-    accumulated."""
-    teacher: str | None = setting(None, resume=SAID)
-    """Megatron checkpoint folder of the dense source, which align and distill stages learn from."""
-    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
-    """How an align stage begins."""
-    distillation: DistillationConfig = field(default_factory=DistillationConfig)
-    """What a distill stage learns."""
-    sft: SupervisedConfig = field(default_factory=SupervisedConfig)
-    """Examples of an sft stage."""
-    spike_annealing: SpikeAnnealingConfig = field(default_factory=SpikeAnnealingConfig)
-    """Schedule of the spike threshold."""
-
-    def check(self, prefix: str) -> None:
-        """The tokens of the stage can be counted. Raises ConfigurationError."""
-        tokens = self.train_iters * self.global_batch_size * self.seq_length
-        require(
-            tokens < 2**63,
-            f"{prefix}train_iters={self.train_iters} x {prefix}global_batch_size={self.global_batch_size} x "
-            f"{prefix}seq_length={self.seq_length} = {tokens:.3g} tokens are more than 64 bits count; "
-            f"lower one",
-        )
 
 
 @dataclass
@@ -365,6 +214,9 @@ class LoggingConfig:
     evaluators: list[Any] = setting(default_factory=list, resume=SAID)
     """What evaluations measure beside the held-out cross entropy: import paths of classes
     (spikingbrain_train.evaluation.evaluator.Evaluator), each as package.module.Class or {path, settings}."""
+    transform_statistics_tokens: int = setting(64, minimum=0, resume=FREE)
+    """Tokens of a step that each linear counts spikes of, on every rank, in the steps whose metrics are
+    reported; 0 counts in evaluations only."""
     tensorboard: bool = setting(True, resume=FREE)
     """Write TensorBoard events to <output_dir>/tensorboard."""
     wandb: WandbMode = setting(WandbMode.disabled, resume=FREE)

@@ -75,6 +75,8 @@ def refused(reason: str) -> Resuming:
 
 
 ONLY_AT_THE_START = said("read at the start only")
+OTHER_ORDER = "the data would be read in another order"
+"""Why a run that goes on refuses what decides it."""
 
 WEIGHTS = Resuming(OnChange.refused, "its weights are those of another architecture", Role.weights)
 FUNCTION = Resuming(OnChange.refused, "it would be another model", Role.function)

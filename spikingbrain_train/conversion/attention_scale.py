@@ -13,9 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
 
+from spikingbrain_train.architecture.layers import layers
+from spikingbrain_train.architecture.rotary import softmax_scale
+from spikingbrain_train.config.rope_scaling import RopeType
 from spikingbrain_train.conversion.seeds import generator
 from spikingbrain_train.conversion.source import Source
 from spikingbrain_train.conversion.vocabulary import draw_tokens
+from spikingbrain_train.errors import ConfigurationError
+from spikingbrain_train.ops.rotary import scaled_frequencies
 
 SEQUENCES, LENGTH = 4, 64
 
@@ -33,7 +38,9 @@ class AttentionScale:
     def __init__(self, source: Source, seed: int) -> None:
         self.source = source
         self.seed = seed
-        self._scales: list[float] = []
+        self.scales: list[float] = []
+        """Of the layers so far. Set from outside, to those of an earlier call with the same source and seed,
+        they are not computed again."""
         self._hidden_BTD: Tensor | None = None
 
     def of_layer(self, layer: int) -> float:
@@ -41,9 +48,9 @@ class AttentionScale:
 
         The geometric mean keeps the few tokens with outputs many times larger than all others from deciding.
         """
-        while len(self._scales) <= layer:
-            self._scales.append(self._next_layer(len(self._scales)))
-        return self._scales[layer]
+        while len(self.scales) <= layer:
+            self.scales.append(self._next_layer(len(self.scales)))
+        return self.scales[layer]
 
     @torch.no_grad()
     def _next_layer(self, layer: int) -> float:
@@ -84,20 +91,33 @@ class AttentionScale:
         q_BHTK, k_BGTK, v_BGTK = heads
         repeats = model.num_attention_heads // model.num_query_groups
         k_BHTK, v_BHTK = (x.repeat_interleave(repeats, dim=1) for x in (k_BGTK, v_BGTK))
-        o_BHTK = scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, is_causal=True)
-        return self._project(o_BHTK.transpose(1, 2).flatten(2), "o_weight", layer)
+        o_BHTK = scaled_dot_product_attention(
+            q_BHTK, k_BHTK, v_BHTK, is_causal=True, scale=softmax_scale(model)
+        )
+        bias = "o_bias" if model.add_output_bias else None
+        return self._project(o_BHTK.transpose(1, 2).flatten(2), "o_weight", layer, bias)
 
     def _rotate(self, x_BHTK: Tensor) -> Tensor:
         """Rotary positions. Llama-3's scaling is left out: it slows down turns longer than these tokens."""
-        half = x_BHTK.shape[-1] // 2
+        half, scaling = x_BHTK.shape[-1] // 2, self.source.model.rope_scaling
         frequencies = self.source.model.rotary_base ** (-torch.arange(half) / half)
+        if scaling.rope_type is not RopeType.llama3:
+            frequencies = scaled_frequencies(frequencies, self.source.model.rotary_base, scaling, LENGTH)
         angles_TK = torch.outer(torch.arange(x_BHTK.shape[-2]).float(), frequencies).repeat(1, 2)
         turned = torch.cat([-x_BHTK[..., half:], x_BHTK[..., :half]], dim=-1)
         return x_BHTK * angles_TK.cos() + turned * angles_TK.sin()
 
     def _feed_forward(self, layer: int) -> Tensor:
         assert self._hidden_BTD is not None
+        if layers(self.source.model)[layer].feed_forward.routes_tokens:
+            raise ConfigurationError(
+                "layers of several branches begin at the size of the source's attention, which is measured "
+                "through dense feed-forwards, and this source has experts; give each layer one mixer"
+            )
         x_BTD = self._norm(self._hidden_BTD, "mlp_norm", layer)
-        gate_BTF = silu(self._project(x_BTD, "mlp_gate_weight", layer))
-        up_BTF = self._project(x_BTD, "mlp_up_weight", layer)
-        return self._project(gate_BTF * up_BTF, "mlp_down_weight", layer)
+        gate, up, down = (
+            f"mlp_{name}_bias" if self.source.model.add_mlp_bias else None for name in ("gate", "up", "down")
+        )
+        gate_BTF = silu(self._project(x_BTD, "mlp_gate_weight", layer, gate))
+        up_BTF = self._project(x_BTD, "mlp_up_weight", layer, up)
+        return self._project(gate_BTF * up_BTF, "mlp_down_weight", layer, down)

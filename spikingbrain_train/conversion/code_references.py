@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from spikingbrain_train.hf import AUTO_MAP
+from spikingbrain_train.hf import CODES
 
 _CODE = "auto_map"
 _REFERENCES = (
@@ -33,7 +33,8 @@ def without_references(values: dict[str, Any]) -> dict[str, Any]:
 
 def references(values: dict[str, Any]) -> list[str]:
     """Keys that name code in ``values`` or a dictionary inside; an export's own code does not count."""
-    found = [key for key, value in values.items() if key in _REFERENCES and value not in (None, {}, AUTO_MAP)]
+    own = (None, {}, *(code.auto_map for code in CODES))
+    found = [key for key, value in values.items() if key in _REFERENCES and value not in own]
     for value in values.values():
         found += references(value) if isinstance(value, dict) else []
     return list(dict.fromkeys(found))

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from spikingbrain_train.architecture.linear_transforms import with_plain_weights
 from spikingbrain_train.architecture.model_checks import check_kinds, check_model
 from spikingbrain_train.architecture.stored_model import read_stored_model
 from spikingbrain_train.config.asked import manual_of_conversion
@@ -20,7 +21,8 @@ from spikingbrain_train.config.command_line import called_as, user_errors
 from spikingbrain_train.config.load import load_conversion
 from spikingbrain_train.config.plugins import add_plugins_argument, load_plugins, plugins_of
 from spikingbrain_train.config.setting import check_fields
-from spikingbrain_train.conversion.formats.registry import format_of_config, format_of_model
+from spikingbrain_train.conversion.folder_command_line import add_commands
+from spikingbrain_train.conversion.formats.registry import format_of_config, format_of_model, names_of_formats
 from spikingbrain_train.conversion.hf_folder import read_weight_map
 from spikingbrain_train.conversion.output_folder import check_output_folder
 from spikingbrain_train.conversion.window_convention import WindowConvention
@@ -32,20 +34,28 @@ from spikingbrain_train.storage.hf_config_file import CONFIG_FILE, load_config_j
 
 _DESCRIPTION = """\
 Convert checkpoints between Hugging Face and Megatron, swapping sequence mixers on the way in.
-Runs in one CPU process, tensor by tensor: a machine that can store a checkpoint can convert it.
+Runs on CPUs, tensor by tensor: a machine that can store a checkpoint can convert it. What was killed is gone
+on with by the same command, to the same bytes.
 """
 
 _IMPORT_DESCRIPTION = """\
-Read a Llama, Qwen2, Qwen2.5, Qwen3 or published SpikingBrain-7B folder (safetensors) and write a
-Megatron checkpoint that loads at any tensor, pipeline and expert parallel size. Configuration,
+Read a Llama, Mistral, Qwen2, Qwen2.5, Qwen3, Qwen3-MoE or published SpikingBrain-7B folder (safetensors)
+and write a Megatron checkpoint that loads at any tensor, pipeline and expert parallel size. Configuration,
 tokenizer and licence files travel along, without code and without links that leave the folder (weights
 may be such links: nothing but tensors is read from them).
 """
 
 _EXPORT_DESCRIPTION = """\
 Write a Megatron checkpoint as a Hugging Face folder: safetensors, config.json, tokenizer, and for
-hybrids the modelling code. Dense models return to their own family, bit for bit. Models with two
-branches in a layer, experts, sink tokens or a tied gate have no Hugging Face format and are refused.
+hybrids the modelling code. Dense models return to their own family, bit for bit; models of the
+SpikingBrain-7B type are written in its published format (gla_swa), and everything else (two branches
+in a layer, experts, sink tokens, a tied gate) in this project's own (spikingbrain). Spikes stay active.
+"""
+
+_INSPECT_DESCRIPTION = """\
+Say what a folder holds, without reading weights: architecture, tensors and their sizes, files, and the way
+back to its source: what it was imported from, the stages that trained it, the tokens that they read. A folder
+of SpikingBrain2.0, which is not imported, is told tensor by tensor: what has a place here, and what has none.
 """
 
 _IMPORT_EXAMPLES = """\
@@ -66,6 +76,10 @@ examples:
   # sink tokens, and experts as copies of the feed-forwards (_exact: scaled to change nothing)
   spikingbrain-convert import --hf Qwen2.5-7B --output checkpoints/hybrid_moe \\
       --conversion spikingbrain_76b
+
+  # a machine for others too: one process; without --workers, one a core
+  spikingbrain-convert import --hf Qwen2.5-7B --output checkpoints/hybrid \\
+      --conversion spikingbrain_7b --workers 1
 
   # an exact Megatron copy: the teacher of an align stage
   spikingbrain-convert import --hf Qwen2.5-7B --output checkpoints/dense
@@ -89,6 +103,12 @@ examples:
   # one certain checkpoint, in bfloat16, in files of at most 2 GB
   spikingbrain-export --checkpoint outputs/cpt/iter_0001000 --output exports/my-hybrid \\
       --dtype bfloat16 --max-shard-size 2GB
+
+  # in this project's own format, also where an older one would do
+  spikingbrain-export --checkpoint outputs/cpt --output exports/my-hybrid --format spikingbrain
+
+  # what it will take, without writing anything; a kill later costs little: the same command goes on
+  spikingbrain-export --checkpoint outputs/cpt --output exports/my-hybrid --dry-run
 """
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -96,7 +116,7 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 
 
 def convert_checkpoint(arguments: Sequence[str] | None = None) -> None:
-    """spikingbrain-convert: ``import``, ``export`` and ``inspect``."""
+    """spikingbrain-convert: ``import``, ``export``, and what is done with checkpoints as they are."""
     _run(convert_parser(), arguments)
 
 
@@ -108,7 +128,7 @@ def convert_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"Each command explains itself: {called_as()} import --help",
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{import,export,inspect}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     importer = commands.add_parser(
         "import", help="Hugging Face -> Megatron", add_help=False, **_import_texts()
     )
@@ -120,12 +140,23 @@ def convert_parser() -> argparse.ArgumentParser:
     _add_export_arguments(exporter)
     exporter.set_defaults(handler=_export)
     inspector = commands.add_parser(
-        "inspect", help="say what a checkpoint folder holds, and whether it is complete"
+        "inspect",
+        help="say what a checkpoint folder holds, and whether it is complete",
+        description=_INSPECT_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     inspector.add_argument("folder", type=Path, help="Hugging Face folder, run folder, or one iter_* folder")
+    inspector.add_argument(
+        "--tensors",
+        nargs="?",
+        const="*",
+        metavar="PATTERN",
+        help="list its tensors with shape, dtype and size; a pattern such as '*.layers.0.*' lists some",
+    )
     inspector.add_argument("--json", action="store_true", help="print it as JSON, for programs")
     _add_plugins_argument(inspector)
     inspector.set_defaults(handler=_inspect)
+    add_commands(commands)
     return parser
 
 
@@ -220,11 +251,7 @@ def _add_import_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="import tensors that hold NaN, infinities or nothing but zeros, instead of refusing them",
     )
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="check everything but the values and print the report without writing",
-    )
+    _add_work_arguments(parser)
     _add_plugins_argument(parser)
     parser.add_argument(
         "overrides",
@@ -261,7 +288,19 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to make")
     parser.add_argument("--dtype", choices=_DTYPES, help="number format of the weights; default: as stored")
     parser.add_argument(
+        "--format",
+        choices=names_of_formats(),
+        help="format of the folder; default: the first of them that computes exactly the same. One that "
+        "cannot hold the model's weights is refused; one without spikes leaves them out, with a note",
+    )
+    parser.add_argument(
         "--max-shard-size", default="5GB", metavar="SIZE", help="largest file, e.g. 500MB (default: 5GB)"
+    )
+    parser.add_argument(
+        "--float-weights",
+        action="store_true",
+        help="write the parameters of a model that was trained with INT8 weights as they are, instead of the "
+        "INT8 numbers that it multiplies by",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in --output")
     parser.add_argument(
@@ -269,7 +308,24 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="export tensors that hold NaN or infinities, instead of refusing them",
     )
+    _add_work_arguments(parser)
     _add_plugins_argument(parser)
+
+
+def _add_work_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes that read and write; the result does not depend on it (default: one a core, as far "
+        "as memory allows and the model is worth it)",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check everything but the values and print the report, with the disk, memory and time that it "
+        "will take, without writing",
+    )
 
 
 def _import(arguments: argparse.Namespace) -> str:
@@ -295,6 +351,7 @@ def _import(arguments: argparse.Namespace) -> str:
         window_convention=arguments.window_convention and WindowConvention(arguments.window_convention),
         overwrite=arguments.overwrite,
         allow_damaged_weights=arguments.allow_damaged_weights,
+        workers=arguments.workers,
         dry_run=arguments.dry_run,
         progress=True,
     ).table()
@@ -305,7 +362,7 @@ def _export(arguments: argparse.Namespace) -> str:
     checkpoint = resolve_checkpoint(arguments.checkpoint)
     model = read_stored_model(checkpoint)
     check_model(model)
-    format_of_model(model)
+    format_of_model(with_plain_weights(model) if arguments.float_weights else model, arguments.format)
     _check_output(arguments, checkpoint, CONFIG_FILE)
     with activity("importing torch"):
         import torch
@@ -319,6 +376,10 @@ def _export(arguments: argparse.Namespace) -> str:
         max_shard_size=max_shard_size,
         overwrite=arguments.overwrite,
         allow_damaged_weights=arguments.allow_damaged_weights,
+        format_name=arguments.format,
+        float_weights=arguments.float_weights,
+        workers=arguments.workers,
+        dry_run=arguments.dry_run,
         progress=True,
     ).table()
 
@@ -352,7 +413,9 @@ def _inspect(arguments: argparse.Namespace) -> str:
 
     with activity(f"reading {arguments.folder}"):
         found = inspect_checkpoint(arguments.folder)
-    return json.dumps(found.values(), indent=2) if arguments.json else found.text()
+    if arguments.json:
+        return json.dumps(found.values(), indent=2)
+    return found.text() if arguments.tensors is None else found.table(arguments.tensors)
 
 
 def _bytes(text: str) -> int:

@@ -10,26 +10,33 @@ from typing import Any
 
 import torch
 
-from spikingbrain_train.architecture.linear_transforms import transforms_of
+from spikingbrain_train.architecture.linear_transforms import with_plain_weights
 from spikingbrain_train.architecture.model_checks import check_model
 from spikingbrain_train.architecture.stored_model import read_stored_model
 from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
 from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.conversion.account import Use, save_checksums
 from spikingbrain_train.conversion.code_references import left_out, references
 from spikingbrain_train.conversion.companion_files import find_companion_files
+from spikingbrain_train.conversion.estimate import choose_workers, estimate
+from spikingbrain_train.conversion.export_parts import ExportParts
 from spikingbrain_train.conversion.export_pieces import Piece, export_pieces
 from spikingbrain_train.conversion.formats.hf_format import HfFormat
 from spikingbrain_train.conversion.formats.registry import format_of_model
 from spikingbrain_train.conversion.mapping import model_parameters
-from spikingbrain_train.conversion.output_folder import check_output_folder, complete_folder
-from spikingbrain_train.conversion.report import ConversionReport, describe_layers
-from spikingbrain_train.conversion.safetensors_io import DTYPE_CODES, SafetensorsWriter, TensorSpec
-from spikingbrain_train.conversion.tokenizer_files import drop_tokenizer_code, keep_tokenizer_class
-from spikingbrain_train.conversion.weight_values import (
-    ALLOW_DAMAGED_WEIGHTS,
-    describe_damage,
-    fault_of,
+from spikingbrain_train.conversion.output_folder import (
+    check_output_folder,
+    clear_leftover,
+    resumable_folder,
 )
+from spikingbrain_train.conversion.part_workers import write_parts
+from spikingbrain_train.conversion.parts import damage_in
+from spikingbrain_train.conversion.report import ConversionReport, describe_layers
+from spikingbrain_train.conversion.safetensors_io import DTYPE_CODES, SafetensorsFolder, TensorSpec
+from spikingbrain_train.conversion.scheduled_transforms import at_its_iteration
+from spikingbrain_train.conversion.tokenizer_files import drop_tokenizer_code, keep_tokenizer_class
+from spikingbrain_train.conversion.weight_values import describe_damage
+from spikingbrain_train.conversion.work_key import source_files, work_key
 from spikingbrain_train.errors import CheckpointError
 from spikingbrain_train.reporting.activity import activity
 from spikingbrain_train.runtime.checkpoint_metadata import read_metadata
@@ -51,13 +58,20 @@ def export_checkpoint(
     max_shard_size: int = DEFAULT_SHARD_SIZE,
     overwrite: bool = False,
     allow_damaged_weights: bool = False,
+    format_name: str | None = None,
+    float_weights: bool = False,
+    workers: int | None = 1,
+    dry_run: bool = False,
     progress: bool = False,
 ) -> ConversionReport:
     """Write a Megatron checkpoint as a Hugging Face folder.
 
     It holds safetensors, config, tokenizer, and the modelling code of a hybrid. A dense model goes back to
-    the family it came from, bit for bit. Tensors stream one by one. Spikes and other linear transforms are
-    left out, with a note in the report: they add no weights, and no format has a setting for them.
+    the family it came from, bit for bit. Tensors stream one by one. A linear transform that no format
+    computes is left out, with a note in the report, as it adds no weights; spikes are not such.
+
+    A call that was killed is gone on with by the next one with the same checkpoint and settings, to the same
+    bytes.
 
     Args:
         checkpoint: a run folder (its newest checkpoint is taken) or one ``iter_*`` folder.
@@ -66,6 +80,12 @@ def export_checkpoint(
         max_shard_size: largest safetensors file, in bytes.
         overwrite: replace an earlier export in ``output``.
         allow_damaged_weights: export tensors that hold NaN or infinities, with a note.
+        format_name: what ``--format`` calls the format; None takes the first that computes the same.
+        float_weights: write the parameters of a model that multiplies by INT8 weights as they are, for one
+            that does not.
+        workers: processes that read and write, each as large as one parameter; None takes what the machine
+            has and the model is worth. The result does not depend on it.
+        dry_run: check everything but the values and report, with what it will take, without writing.
         progress: say on standard error how far it is.
 
     Raises:
@@ -81,14 +101,17 @@ def export_checkpoint(
         lambda: read_metadata(folder).state_dict_metadata,
     )
     check_model(model)
-    hf_format = format_of_model(model)
-    reader = MegatronCheckpointReader(folder)
-    stored = check_tensors(reader, model)
+    model = at_its_iteration(model, folder)
+    if float_weights:
+        model = with_plain_weights(model)
     hf_source = folder / HF_SOURCE_FOLDER
     source_config = load_config_json(hf_source) if (hf_source / CONFIG_FILE).is_file() else None
+    hf_format = format_of_model(model, format_name, source_config)
+    reader = MegatronCheckpointReader(folder, once=True)
+    stored = check_tensors(reader, model)
 
     def specs_of(piece: Piece) -> list[TensorSpec]:
-        number_format = dtype or stored[piece.parameter.name]
+        number_format = piece.dtype or dtype or stored[piece.parameter.name]
         return [TensorSpec(name, shape, number_format) for name, shape in piece.shapes.items()]
 
     pieces = sorted(export_pieces(model, hf_format), key=lambda piece: -specs_of(piece)[0].dtype.itemsize)
@@ -99,43 +122,63 @@ def export_checkpoint(
         output=str(output),
         architecture=hf_format.architecture,
         layers=describe_layers(model),
-        dry_run=False,
+        dry_run=dry_run,
         bytes=sum(spec.nbytes for spec in specs),
     )
     report.notes += [
         f"the model {kind.words}, for which the format has no setting; the export computes without them"
-        for kind in transforms_of(model)
+        for kind in hf_format.leaves_out(model)
     ]
     report.notes += hf_format.notes_on_export(model)
-    check_output_folder(
-        output, source=folder, overwrite=overwrite, marker=CONFIG_FILE, needed_bytes=report.bytes
+    for piece in pieces:
+        report.count(piece.group, piece.origin, piece.numel)
+    layout = SafetensorsFolder(specs, max_shard_size)
+    parts = ExportParts(reader, pieces, layout, allow_damaged_weights=allow_damaged_weights)
+    workers = choose_workers(workers, parts)
+    key = work_key(
+        "export",
+        source_files(reader.paths),
+        model,
+        hf_format.architecture,
+        specs,
+        max_shard_size,
+        allow_damaged_weights,
+        parts.sizes,
     )
-    damaged: dict[str, str] = {}
-    with complete_folder(output, progress=progress) as temporary:
+    leftover = check_output_folder(
+        output,
+        source=folder,
+        overwrite=overwrite,
+        marker=CONFIG_FILE,
+        needed_bytes=report.bytes,
+        key=key,
+        dry_run=dry_run,
+    )
+    if dry_run:
+        report.needs = estimate(parts, reader.nbytes, workers, output, leftover).lines()
+        return report
+    if leftover.is_complete:
+        clear_leftover(output)
+        report.notes.append("a killed call had written all of it; nothing was left to do")
+        return report
+
+    account = parts.account()
+    with resumable_folder(output, key, progress=progress) as workspace:
+        new = workspace.new
         report.notes += _write_small_files(
-            temporary, hf_format, hf_source, config, source_config or {}, progress=progress
+            new, hf_format, hf_source, config, source_config or {}, progress=progress
         )
-        if not has_tokenizer(temporary):
+        if not has_tokenizer(new):
             report.notes.append(
                 f"{folder} carries no tokenizer; copy one into {output} before generating text"
             )
-        with (
-            activity("exporting", report.bytes, "B", shown=progress) as done,
-            SafetensorsWriter(temporary, specs, max_shard_size) as writer,
-        ):
-            for piece in pieces:
-                for spec, part in zip(specs_of(piece), piece.values(reader), strict=True):
-                    part = part.to(spec.dtype)
-                    fault = fault_of(part, may_be_zero=True)
-                    if fault is not None and not allow_damaged_weights:
-                        raise CheckpointError(_damage(folder, piece.parameter.name, fault, dtype))
-                    if fault is not None:
-                        damaged[spec.name] = fault
-                    writer.write(spec.name, part)
-                    done.advance(part.nbytes)
-                report.count(piece.group, piece.origin, piece.numel)
-        report.notes += describe_damage(damaged)
+        layout.begin(new)
+        records = write_parts(parts, workspace, new, what="exporting", workers=workers, progress=progress)
+        save_checksums(account.close(Use(**use) for record in records for use in record["uses"]), new)
+        report.notes += describe_damage(damage_in(records))
+        report.checked = account.describe()
         report.seconds = time.monotonic() - started
+        report.save(new)
     return report
 
 
@@ -200,15 +243,11 @@ def check_tensors(reader: MegatronCheckpointReader, model: ModelConfig) -> dict[
     return dtypes
 
 
-def _damage(folder: Path, name: str, fault: str, dtype: torch.dtype | None) -> str:
-    narrow = " in float16, whose largest number is 65504; choose --dtype bfloat16"
-    advice = narrow if dtype is torch.float16 else "; export an earlier checkpoint of the run"
-    return f"{folder}: {name} {fault}{advice}, or add {ALLOW_DAMAGED_WEIGHTS} to export it as it is"
-
-
 def _dtype_name(specs: list[TensorSpec]) -> str:
-    """The dtype that most weights have, as config.json spells it."""
+    """The dtype that most weights have, INT8 aside, as config.json spells it."""
     sizes: dict[torch.dtype, int] = {}
     for spec in specs:
+        if not spec.dtype.is_floating_point:
+            continue
         sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.nbytes
     return str(max(sizes, key=lambda dtype: sizes[dtype])).removeprefix("torch.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 
@@ -9,10 +10,14 @@ import torch
 from torch import Tensor
 
 from spikingbrain_train.architecture.weights import Shape
+from spikingbrain_train.checkpoint.saved_tensor import Block
 from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.conversion.formats.hf_format import HfFormat, Zeros
+from spikingbrain_train.conversion.layout_check import check_split
 from spikingbrain_train.conversion.mapping import Parameter, model_parameters
+from spikingbrain_train.ops.int8_groups import group_scales, group_width, int8_codes
+from spikingbrain_train.storage.file_blocks import BLOCK_BYTES
 
 
 @dataclass(frozen=True)
@@ -28,20 +33,91 @@ class Piece:
     origin: str
     """Where they come from, in the report's words."""
     is_zero: bool = False
+    is_repeated: bool = False
+    """Whether the parameter's values are in another piece too."""
+    dtype: torch.dtype | None = None
+    """Number format of its tensors; None has the parameter's, or what was asked for."""
+    int8_group: int | None = None
+    """Weights along the input that share a scale, where its tensors are codes or scales of INT8 weights."""
 
     @property
     def numel(self) -> int:
         """Number of elements of all its tensors."""
         return sum(prod(shape) for shape in self.shapes.values())
 
-    def values(self, reader: MegatronCheckpointReader) -> list[Tensor]:
-        """The tensors in the order of ``shapes``, in the stored number format (zeros: float32).
+    @property
+    def num_experts(self) -> int:
+        """How many pieces of it are read one after the other."""
+        return self.parameter.shape[0] if self.parameter.is_routed else 1
+
+    @property
+    def comes_in_blocks(self) -> bool:
+        """Whether no tensor of it is in memory whole."""
+        return not self.is_zero and self.int8_group is None and self.parameter.is_stacked
+
+    def tensors(self, reader: MegatronCheckpointReader) -> Iterator[tuple[str, Iterable[Block]]]:
+        """Name and blocks of rows of each tensor, in the stored number format (zeros: float32).
 
         The vocabulary padding that a tensor-parallel run added is left out.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged, or they do not make up the parameter again.
         """
         if self.is_zero:
-            return [torch.zeros(shape) for shape in self.shapes.values()]
-        return self.parameter.split(reader.read(self.parameter.name)[: self.parameter.shape[0]])
+            yield from ((name, [Block(torch.zeros(shape))]) for name, shape in self.shapes.items())
+            return
+        names = list(self.shapes)
+        size = len(self.parameter.roles) if self.parameter.is_routed else len(names)
+        for first in range(0, len(names), size):
+            expert = first // size if self.parameter.is_routed else None
+            of_one = names[first : first + size]
+            yield from (self._rows if self.comes_in_blocks else self._whole)(reader, of_one, expert)
+
+    def _rows(
+        self, reader: MegatronCheckpointReader, names: list[str], expert: int | None
+    ) -> Iterator[tuple[str, Iterable[Block]]]:
+        """Tensors that lie one below the other."""
+        row = 0
+        for name in names:
+            shape = self.shapes[name]
+            yield name, self._blocks(reader, shape, row, expert)
+            row += shape[0]
+
+    def _blocks(
+        self, reader: MegatronCheckpointReader, shape: Shape, row: int, expert: int | None
+    ) -> Iterator[Block]:
+        name, columns = self.parameter.name, shape[1:]
+        row_bytes = prod(columns) * reader.tensors[name].properties.dtype.itemsize
+        at_once = max(1, BLOCK_BYTES // max(row_bytes, 1))
+        for first in range(row, row + shape[0], at_once):
+            rows = min(at_once, row + shape[0] - first)
+            offset, part = (first, *(0,) * len(columns)), (rows, *columns)
+            if expert is None:
+                yield reader.read_block(name, offset, part)
+            else:
+                block = reader.read_block(name, (expert, *offset), (1, *part))
+                yield Block(block.values[0], block.crc32)
+
+    def _whole(
+        self, reader: MegatronCheckpointReader, names: list[str], expert: int | None
+    ) -> Iterator[tuple[str, Iterable[Block]]]:
+        """Tensors whose rows are mixed, or rounded to INT8."""
+        shape = self.parameter.shape
+        offset = (expert or 0, *(0,) * (len(shape) - 1))
+        stored = reader.read_region(self.parameter.name, offset, shape if expert is None else (1, *shape[1:]))
+        parts = self.parameter.separate(stored)
+        check_split(self.parameter, stored, parts)
+        if self.int8_group is not None:
+            parts = [self._of_int8(part) for part in parts]
+        yield from ((name, [Block(part)]) for name, part in zip(names, parts, strict=True))
+
+    def _of_int8(self, weight: Tensor) -> Tensor:
+        assert self.int8_group is not None
+        scales = group_scales(weight, self.int8_group)
+        if self.dtype is torch.int8:
+            return int8_codes(weight, scales).to(torch.int8)
+        shape = next(iter(self.shapes.values()))
+        return scales.unsqueeze(-1) if len(shape) == 3 else scales
 
 
 def export_pieces(model: ModelConfig, hf_format: HfFormat) -> list[Piece]:
@@ -52,9 +128,37 @@ def export_pieces(model: ModelConfig, hf_format: HfFormat) -> list[Piece]:
     """
     pieces = []
     for parameter in model_parameters(model):
-        shapes = dict(zip(parameter.hf_names(hf_format.names), parameter.hf_shapes, strict=True))
-        pieces.append(Piece(parameter, shapes, parameter.weight.group, "copied"))
+        shapes = parameter.tensors(hf_format)
+        pieces += _pieces(parameter, shapes, hf_format, model)
     for extra in hf_format.completions(model):
         beside, is_zero = Parameter(extra.beside, extra.layer, model), isinstance(extra, Zeros)
-        pieces.append(Piece(beside, {extra.name: extra.shape}, extra.group, extra.origin, is_zero))
+        pieces.append(Piece(beside, {extra.name: extra.shape}, extra.group, extra.origin, is_zero, True))
     return pieces
+
+
+def _pieces(
+    parameter: Parameter, shapes: dict[str, Shape], hf_format: HfFormat, model: ModelConfig
+) -> list[Piece]:
+    """A parameter as it is, or codes and scales of it; or both it and scales."""
+    group = parameter.weight.group
+    size = hf_format.int8_group(parameter.weight, model)
+    if size is None:
+        return [Piece(parameter, shapes, group, "copied")]
+    scales: dict[str, Shape] = {}
+    keeps_weights = hf_format.keeps_weights_beside_scales
+    for name, (rows, inputs) in zip(hf_format.scale_names(list(shapes)), shapes.values(), strict=True):
+        groups = inputs // group_width(size, inputs)
+        scales[name] = (rows, groups, 1) if keeps_weights else (rows, groups)
+    of_scales = Piece(
+        parameter,
+        scales,
+        "scales of INT8 weights",
+        "largest weight of each group",
+        is_repeated=True,
+        dtype=None if keeps_weights else torch.bfloat16,
+        int8_group=size,
+    )
+    if keeps_weights:
+        return [Piece(parameter, shapes, group, "copied"), of_scales]
+    codes = Piece(parameter, shapes, group, "rounded to INT8", dtype=torch.int8, int8_group=size)
+    return [codes, of_scales]

@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.conversion.formats.config_keys import ConfigKeys
+from spikingbrain_train.conversion.formats.gla_swa import GLA_SWA
 from spikingbrain_train.conversion.formats.hf_format import HfFormat
-from spikingbrain_train.conversion.formats.registry import parse_hf_config
-from spikingbrain_train.conversion.safetensors_io import SafetensorsReader
+from spikingbrain_train.conversion.formats.registry import format_of_config, parse_hf_config
+from spikingbrain_train.conversion.formats.w8aspike import W8ASPIKE
+from spikingbrain_train.conversion.safetensors_io import SafetensorsReader, has_stored_scales
 from spikingbrain_train.conversion.window_convention import WindowConvention
 from spikingbrain_train.storage.hf_config_file import CONFIG_FILE, load_config_json
 from spikingbrain_train.storage.stored_layers import check_number_of_layers
@@ -32,4 +35,8 @@ def read_hf_config(
     values = load_config_json(folder)
     setting = f"{folder / CONFIG_FILE}: num_hidden_layers"
     check_number_of_layers(setting, values.get("num_hidden_layers"), lambda: SafetensorsReader(folder).specs)
-    return parse_hf_config(values, folder / CONFIG_FILE, window_convention)
+    path = folder / CONFIG_FILE
+    if format_of_config(values, path) is GLA_SWA and has_stored_scales(SafetensorsReader(folder)):
+        # Its config.json is that of the plain form: tensors alone tell.
+        return W8ASPIKE, W8ASPIKE.read(ConfigKeys(values, path), window_convention)
+    return parse_hf_config(values, path, window_convention)

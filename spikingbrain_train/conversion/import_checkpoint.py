@@ -3,36 +3,52 @@
 from __future__ import annotations
 
 import re
+import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from spikingbrain_train.architecture.layers import feed_forwards_of, has_experts, layers, swapped_layers
+from spikingbrain_train.architecture.feed_forwards import FEED_FORWARDS
+from spikingbrain_train.architecture.layers import (
+    attends_everywhere,
+    feed_forwards_of,
+    has_experts,
+    layers,
+    mixers_of,
+)
 from spikingbrain_train.architecture.model_checks import check_model
-from spikingbrain_train.architecture.weights import Shape
-from spikingbrain_train.checkpoint.streaming import MegatronCheckpointWriter
+from spikingbrain_train.architecture.submodule_kind import SubmoduleKind
+from spikingbrain_train.checkpoint.data_files import complete_checkpoint
 from spikingbrain_train.config.conversion import ConversionConfig, UpcyclingForm
 from spikingbrain_train.config.load import save_config
 from spikingbrain_train.config.model import AND_SO_ON, ModelConfig
 from spikingbrain_train.config.sections import with_layers
 from spikingbrain_train.config.setting import check_fields
+from spikingbrain_train.conversion.account import Account, Use, save_checksums
 from spikingbrain_train.conversion.companion_files import find_companion_files
+from spikingbrain_train.conversion.estimate import choose_workers, estimate
 from spikingbrain_train.conversion.formats.hf_format import HfFormat, Zeros
 from spikingbrain_train.conversion.hf_config import read_hf_config
-from spikingbrain_train.conversion.mapping import Parameter, model_parameters
-from spikingbrain_train.conversion.new_parameters import NewParameters
-from spikingbrain_train.conversion.output_folder import check_output_folder, complete_folder
-from spikingbrain_train.conversion.report import NEW, ConversionReport, describe_layers
-from spikingbrain_train.conversion.safetensors_io import SafetensorsReader, refuse_quantised
+from spikingbrain_train.conversion.import_parts import Converter, ImportParts, Planned, stored_chunks
+from spikingbrain_train.conversion.mapping import model_parameters
+from spikingbrain_train.conversion.output_folder import (
+    check_output_folder,
+    clear_leftover,
+    resumable_folder,
+)
+from spikingbrain_train.conversion.part_workers import write_parts
+from spikingbrain_train.conversion.parts import damage_in
+from spikingbrain_train.conversion.report import ConversionReport, describe_layers
+from spikingbrain_train.conversion.safetensors_io import SafetensorsReader
 from spikingbrain_train.conversion.source import Source
-from spikingbrain_train.conversion.upcycling import describe_copies, expert_chunks
 from spikingbrain_train.conversion.weight_values import describe_damage
 from spikingbrain_train.conversion.window_convention import WindowConvention
+from spikingbrain_train.conversion.work_key import source_files, work_key
 from spikingbrain_train.errors import CheckpointError, ConfigurationError
 from spikingbrain_train.reporting.activity import activity
 from spikingbrain_train.storage.checkpoint_folder import (
@@ -42,23 +58,11 @@ from spikingbrain_train.storage.checkpoint_folder import (
     iteration_folder,
 )
 from spikingbrain_train.storage.hf_config_file import CONFIG_FILE, load_config_json
+from spikingbrain_train.storage.journal import Journal
 from spikingbrain_train.storage.tokenizer_files import has_tokenizer
 
+_ATTENTION = "sizes of the source's attention output"
 _RECOMPUTED = re.compile(r"\.rotary_emb\.inv_freq$")  # a buffer that old transformers versions stored
-
-
-@dataclass(frozen=True)
-class _Planned:
-    """One parameter of the result."""
-
-    parameter: Parameter
-    dtype: torch.dtype
-    in_source: bool
-    """Whether it is made of the source's tensors; else it is new."""
-
-    @property
-    def nbytes(self) -> int:
-        return self.parameter.numel * self.dtype.itemsize
 
 
 def import_checkpoint(
@@ -69,23 +73,27 @@ def import_checkpoint(
     window_convention: WindowConvention | None = None,
     overwrite: bool = False,
     allow_damaged_weights: bool = False,
+    workers: int | None = 1,
     dry_run: bool = False,
     progress: bool = False,
 ) -> ConversionReport:
     """Write the Hugging Face checkpoint ``hf_folder`` as the Megatron checkpoint ``output/iter_0000000``.
 
-    Tensors stream one by one: memory does not grow with the model. No GPU, no process group.
+    Tensors stream one by one: memory does not grow with the model. No GPU, no process group. A call that was
+    killed is gone on with by the next one with the same source and settings, to the same bytes.
 
     Args:
-        hf_folder: config.json and safetensors of a Llama, Qwen2, Qwen2.5, Qwen3 or published SpikingBrain-7B
-            model.
+        hf_folder: config.json and safetensors of a Llama, Mistral, Qwen2, Qwen2.5, Qwen3 or published
+            SpikingBrain-7B model.
         output: folder to be made; it appears whole or not at all.
         conversion: mixers, feed-forwards and sinks of the result. None keeps the source's.
         window_convention: what ``sliding_window`` of a published SpikingBrain-7B folder counts; None takes
             it as the published default code does, and the report says so.
         overwrite: replace an earlier result in ``output``.
         allow_damaged_weights: import tensors that hold NaN, infinities or only zeros, with a note.
-        dry_run: check everything but the values and report without writing.
+        workers: processes that read and write, each as large as one parameter; None takes what the machine
+            has and the model is worth. The result does not depend on it.
+        dry_run: check everything but the values and report, with what it will take, without writing.
         progress: say on standard error how far it is.
 
     Raises:
@@ -101,10 +109,10 @@ def import_checkpoint(
     target = _target(source, conversion, hf_folder)
     check_model(target)
     reader = SafetensorsReader(hf_folder)
-    ignored = _check_source(reader, hf_format, source)
+    left_out = _check_source(reader, hf_format, source)
     recipe = conversion or ConversionConfig()  # without one the source is copied, and none of it is used
     tensors = Source(reader, hf_format, source, allow_damaged_weights=allow_damaged_weights)
-    converter = _Converter(tensors, recipe)
+    converter = Converter(tensors, recipe)
     plan = converter.plan(target)
     report = ConversionReport(
         source=str(hf_folder),
@@ -112,7 +120,7 @@ def import_checkpoint(
         architecture=hf_format.architecture,
         layers=describe_layers(target),
         dry_run=dry_run,
-        ignored=ignored,
+        ignored=left_out.sentences(),
         bytes=sum(planned.nbytes for planned in plan),
     )
     for planned in plan:
@@ -122,68 +130,142 @@ def import_checkpoint(
         report.ignored.append(
             f"{len(unused)} tensors such as {unused[0]}, which have no part in the new layers"
         )
+        left_out.reasons |= dict.fromkeys(unused, "has no part in the new layers")
     for name in _too_long(recipe, source) if conversion is not None else []:
         report.notes.append(
             f"{name} of the recipe lists {len(getattr(recipe, name))} layers, of which the source has the "
             f"first {source.num_layers}; {name}=[...] chooses others"
         )
-    report.notes += hf_notes + _notes(target, recipe, drawn=report.new_parameters > 0)
+    report.notes += hf_notes + _notes_on_windows(source, target)
+    report.notes += _notes(target, recipe, drawn=report.new_parameters > 0)
     companions = find_companion_files(hf_folder)
     report.notes += companions.left_behind
     if not has_tokenizer(hf_folder):
         report.notes.append(f"{hf_folder} has no tokenizer; name one with data.tokenizer when training")
-    check_output_folder(
+    parts = ImportParts(converter, plan)
+    workers = choose_workers(workers, parts)
+    key = work_key(
+        "import",
+        source_files(reader.paths) + source_files([hf_folder / CONFIG_FILE]),
+        target,
+        recipe,
+        allow_damaged_weights,
+        [(planned.parameter.name, str(planned.dtype), planned.in_source) for planned in plan],
+        parts.sizes,
+    )
+    leftover = check_output_folder(
         output,
         source=hf_folder,
         overwrite=overwrite,
         marker=LATEST_ITERATION_FILE,
         needed_bytes=report.bytes,
+        key=key,
         dry_run=dry_run,
     )
     if dry_run:
+        report.needs = estimate(parts, reader.nbytes, workers, output, leftover).lines()
+        return report
+    if leftover.is_complete:
+        clear_leftover(output)
+        report.notes.append("a killed call had written all of it; nothing was left to do")
         return report
 
-    with complete_folder(output, progress=progress) as folder:
-        checkpoint = iteration_folder(folder, 0)
+    account = Account(
+        reader.specs,
+        {(name, planned.parameter.name) for planned in plan for name in converter.tensors(planned)},
+        left_out.reasons,
+    )
+    with resumable_folder(output, key, progress=progress) as workspace:
+        checkpoint = iteration_folder(workspace.new, 0)
+        shutil.rmtree(checkpoint / HF_SOURCE_FOLDER, ignore_errors=True)
         (checkpoint / HF_SOURCE_FOLDER).mkdir(parents=True)
         companions.copy_to(checkpoint / HF_SOURCE_FOLDER)
-        with (
-            activity("importing", report.bytes, "B", shown=progress) as done,
-            MegatronCheckpointWriter(checkpoint) as writer,
-        ):
-            for planned in plan:
-                name, shape = planned.parameter.name, planned.parameter.shape
-                for offset, chunk in converter.chunks(planned):
-                    writer.write_chunk(name, shape, offset, chunk)
-                    done.advance(chunk.nbytes)
+        _measure_attention(converter, plan, workspace.journal, progress=progress)
+        records = write_parts(
+            parts, workspace, checkpoint, what="importing", workers=workers, progress=progress
+        )
+        complete_checkpoint(checkpoint, stored_chunks(records, plan))
         save_config(target, checkpoint / MODEL_CONFIG_FILE)
-        report.notes += describe_damage(tensors.damaged)
+        checksums = account.close(Use(**use) for record in records for use in record["uses"])
+        save_checksums(checksums, workspace.new)
+        report.notes += describe_damage(damage_in(records))
+        report.checked = account.describe()
         report.seconds = time.monotonic() - started
-        report.save(folder)
-        (folder / LATEST_ITERATION_FILE).write_text("0", encoding="utf-8")
+        report.save(workspace.new)
+        (workspace.new / LATEST_ITERATION_FILE).write_text("0", encoding="utf-8")
     return report
+
+
+def _measure_attention(
+    converter: Converter, plan: list[Planned], journal: Journal, *, progress: bool
+) -> None:
+    """Run the source's layers once, for all parts, where new parameters depend on them."""
+    measured = converter.measures_attention(plan)
+    if not measured:
+        return
+    scale = converter.new.attention_scale
+    if (known := journal.entries.get(_ATTENTION)) is not None:
+        scale.scales = list(known)
+        return
+    with activity("running the source's layers", max(measured) + 1, "layers", shown=progress) as done:
+        for layer in done.over(range(max(measured) + 1)):
+            scale.of_layer(layer)
+    journal.add(_ATTENTION, scale.scales)
 
 
 def _target(source: ModelConfig, conversion: ConversionConfig | None, hf_folder: Path) -> ModelConfig:
     """The architecture of the result: the source's sizes with the recipe's layers."""
     if conversion is None:
         return source
-    if swapped_layers(layers(source)):
+    if conversion.keep_mixers:
+        conversion = _with_mixers_of(source, conversion)
+    elif not attends_everywhere(source):
         raise CheckpointError(
-            f"{hf_folder} is a hybrid already and its layers are not converted again; leave --conversion out "
-            "to keep them"
+            f"{hf_folder} is a hybrid already, whose mixers are not converted again; add keep_mixers=true to "
+            "change its feed-forwards alone, or leave --conversion out"
         )
+    asked = [FEED_FORWARDS[name] for name in conversion.feed_forwards if name != AND_SO_ON]
+    if has_experts(source) and not any(kind.routes_tokens for kind in asked):
+        kept = _of_kinds(feed_forwards_of(source), source, conversion) | {"feed_forwards"}
+        conversion = replace(conversion, **{name: getattr(source, name) for name in kept})
     for name in _too_long(conversion, source):
         conversion = replace(conversion, **{name: getattr(conversion, name)[: source.num_layers]})
     target = with_layers(source, conversion)
-    for kind in feed_forwards_of(target):
-        kind.check_source(target)
+    for has, wants in zip(layers(source), layers(target), strict=True):
+        if has.feed_forward is not wants.feed_forward:
+            wants.feed_forward.check_source(target)
+    _check_feed_forwards(source, target, hf_folder)
     if target.num_sink_tokens > target.vocab_size:
         raise ConfigurationError(
             f"num_sink_tokens={target.num_sink_tokens} is more than the source has embeddings to start them "
             f"from; use at most {target.vocab_size}"
         )
     return target
+
+
+def _with_mixers_of(source: ModelConfig, conversion: ConversionConfig) -> ConversionConfig:
+    """The recipe with everything before the feed-forwards as the source has it."""
+    kept = _of_kinds(mixers_of(source), source, conversion) | {"mixers", "parallel_hybrid"}
+    if source.num_sink_tokens:
+        kept |= {"num_sink_tokens"}
+    return replace(conversion, **{name: getattr(source, name) for name in kept})
+
+
+def _of_kinds(kinds: Iterable[SubmoduleKind], source: ModelConfig, recipe: ConversionConfig) -> set[str]:
+    """Settings and sections of a recipe that some kinds read."""
+    names = {name.partition(".")[0] for kind in kinds for name in kind.all_settings(source)}
+    return {name for name in names if hasattr(recipe, name)}
+
+
+def _check_feed_forwards(source: ModelConfig, target: ModelConfig, hf_folder: Path) -> None:
+    """Experts are made of dense feed-forwards, or stay what they are. Raises ConfigurationError."""
+    for number, (has, wants) in enumerate(zip(layers(source), layers(target), strict=True)):
+        changes = has.feed_forward_weights(source) != wants.feed_forward_weights(target)
+        if has.feed_forward.routes_tokens and changes:
+            raise ConfigurationError(
+                f"layer {number} of {hf_folder} has {has.feed_forward.describe(source)} already, of which no "
+                f"other feed-forward is made; keep feed_forwards and moe as the source has them"
+            )
 
 
 def _too_long(recipe: ConversionConfig, source: ModelConfig) -> list[str]:
@@ -194,18 +276,31 @@ def _too_long(recipe: ConversionConfig, source: ModelConfig) -> list[str]:
     ]
 
 
-def _check_source(reader: SafetensorsReader, hf_format: HfFormat, source: ModelConfig) -> list[str]:
+@dataclass
+class _LeftOut:
+    """Tensors of the source that hold nothing of their own."""
+
+    reasons: dict[str, str] = field(default_factory=dict)
+    kinds: Counter[str] = field(default_factory=Counter)
+    """Those of which there are many, in the plural."""
+
+    def sentences(self) -> list[str]:
+        """For the report."""
+        many = [f"{number} {what}" for what, number in self.kinds.items()]
+        return many + [f"{name} ({why})" for name, why in self.reasons.items() if why not in self.kinds]
+
+
+def _check_source(reader: SafetensorsReader, hf_format: HfFormat, source: ModelConfig) -> _LeftOut:
     """Hold the source's tensors against its architecture; return what may be left out, with the reason.
 
     Raises:
         CheckpointError: a tensor is missing, has another shape, differs in dtype from those it is fused with,
     or is unknown.
     """
-    refuse_quantised(reader)
     expected = set()
     for parameter in model_parameters(source):
-        names = parameter.hf_names(hf_format.names)
-        for name, shape in zip(names, parameter.hf_shapes, strict=True):
+        names = parameter.tensors(hf_format)
+        for name, shape in names.items():
             expected.add(name)
             if name not in reader.specs:
                 raise CheckpointError(
@@ -227,26 +322,27 @@ def _check_source(reader: SafetensorsReader, hf_format: HfFormat, source: ModelC
                 f"{reader.folder}: tensors that become one parameter differ in dtype: {listed}; save the "
                 "model in one dtype"
             )
-    ignored = []
+    left_out = _LeftOut()
     zeros = _zeros(reader, hf_format, source)
-    for what, number in Counter(zeros.values()).items():
-        ignored.append(f"{number} {what} (zero, for classes that always have them)")
+    for name, what in zeros.items():
+        left_out.reasons[name] = f"{what} (zero, for classes that always have them)"
+        left_out.kinds[left_out.reasons[name]] += 1
     for name in sorted(set(reader.specs) - expected - set(zeros)):
         if _RECOMPUTED.search(name):
-            ignored.append(f"{name} (recomputed from rope_theta)")
+            left_out.reasons[name] = "recomputed from rope_theta"
         elif name == hf_format.names["output"] and source.share_embeddings_and_output_weights:
             if not _is_copy(reader.read(name), reader.read(hf_format.names["embedding"])):
                 raise CheckpointError(
                     f"{reader.file_of(name)}: {name} differs from the embedding although {CONFIG_FILE} has "
                     "tie_word_embeddings = true; set it to false if the output layer is its own"
                 )
-            ignored.append(f"{name} (identical to the tied embedding)")
+            left_out.reasons[name] = "identical to the tied embedding"
         else:
             raise CheckpointError(
                 f"{reader.file_of(name)}: the tensor {name} is not part of {hf_format.architecture} as "
                 f"{CONFIG_FILE} describes it; importing without it would change the model"
             )
-    return ignored
+    return left_out
 
 
 def _is_copy(tensor: Tensor, other: Tensor) -> bool:
@@ -277,6 +373,21 @@ def _zeros(reader: SafetensorsReader, hf_format: HfFormat, source: ModelConfig) 
     return found
 
 
+def _notes_on_windows(source: ModelConfig, target: ModelConfig) -> list[str]:
+    """Where softmax attention sees another number of tokens than the source's."""
+    others: dict[tuple[int | None, int | None], list[int]] = {}
+    for number, (has, wants) in enumerate(zip(layers(source), layers(target), strict=True)):
+        seen = has.mixers[0].window(source) if len(has.mixers) == 1 else None
+        for kind in wants.mixers:
+            if seen is not None and kind.family == has.mixers[0].family and kind.window(target) != seen:
+                others.setdefault((seen, kind.window(target)), []).append(number)
+    return [
+        f"softmax attention of layers {', '.join(map(str, numbers))} saw {seen} tokens in the source and "
+        f"sees {'all' if now is None else now}; sliding_window={seen} keeps the source's window"
+        for (seen, now), numbers in others.items()
+    ]
+
+
 def _notes(target: ModelConfig, recipe: ConversionConfig, *, drawn: bool) -> list[str]:
     """What the table of the report cannot say."""
     notes = [f"new parameters are drawn with seed {recipe.seed}"] if drawn else []
@@ -287,47 +398,3 @@ def _notes(target: ModelConfig, recipe: ConversionConfig, *, drawn: bool) -> lis
             "function, not at it"
         )
     return notes
-
-
-class _Converter:
-    """Where every parameter of the result comes from, and its values."""
-
-    def __init__(self, source: Source, recipe: ConversionConfig) -> None:
-        self.source = source
-        self.recipe = recipe
-        self.new = NewParameters(source, recipe)
-
-    def plan(self, target: ModelConfig) -> list[_Planned]:
-        """Every parameter of ``target``, in forward order."""
-        plan = []
-        dtype = torch.float32
-        for parameter in model_parameters(target):
-            in_source = self.source.has(parameter)
-            if in_source:
-                dtype = self.source.dtype(parameter)
-            # New ones take the dtype of what precedes them.
-            plan.append(_Planned(parameter, dtype, in_source))
-        return plan
-
-    def origin(self, planned: _Planned) -> str:
-        """Where a parameter comes from, in words."""
-        if not planned.in_source:
-            return NEW + self.new.describe(planned.parameter)
-        if planned.parameter.copies is not None:
-            return describe_copies(planned.parameter, self.recipe.upcycling)
-        if self.source.copies_heads(planned.parameter):
-            return "copied, keys and values once for every group of their own"
-        return "copied"
-
-    def chunks(self, planned: _Planned) -> Iterator[tuple[Shape, Tensor]]:
-        """Offsets and values of the parts that make up a parameter: experts one by one, all else whole."""
-        parameter = planned.parameter
-        if planned.in_source and parameter.copies is not None:
-            parts = self.source.parts(parameter)
-            yield from expert_chunks(parameter, parts, self.recipe.upcycling, self.recipe.seed)
-            return
-        if planned.in_source:
-            tensor = parameter.fuse(self.source.parts(parameter))
-        else:
-            tensor = self.new.draw(parameter, planned.dtype)
-        yield (0,) * tensor.dim(), tensor

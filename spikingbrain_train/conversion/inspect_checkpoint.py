@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,22 @@ from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.run_record import TokenHistory
 from spikingbrain_train.conversion.export_checkpoint import check_tensors
 from spikingbrain_train.conversion.formats.registry import format_of_model, unsupported
+from spikingbrain_train.conversion.formats.rope import scaling_values, words_of
+from spikingbrain_train.conversion.formats.sse_swa_moba import is_spikingbrain2
 from spikingbrain_train.conversion.hf_config import read_hf_config
+from spikingbrain_train.conversion.inspect_spikingbrain2 import (
+    SpikingBrain2Inspection,
+    inspect_spikingbrain2,
+)
 from spikingbrain_train.conversion.lineage import Step, lineage
 from spikingbrain_train.conversion.report import describe_layers
-from spikingbrain_train.conversion.safetensors_io import SafetensorsReader, refuse_quantised
+from spikingbrain_train.conversion.reshard import describe_origin
+from spikingbrain_train.conversion.safetensors_io import SafetensorsReader
 from spikingbrain_train.planning.token_history import describe_all, history_with
-from spikingbrain_train.reporting.tables import facts, terminal_width
+from spikingbrain_train.reporting.tables import facts, table, terminal_width
 from spikingbrain_train.storage.checkpoint_folder import HF_SOURCE_FOLDER, MODEL_CONFIG_FILE
 from spikingbrain_train.storage.checkpoint_paths import resolve_checkpoint
-from spikingbrain_train.storage.hf_config_file import CONFIG_FILE
+from spikingbrain_train.storage.hf_config_file import CONFIG_FILE, load_config_json
 from spikingbrain_train.storage.stored_layers import check_number_of_layers
 from spikingbrain_train.storage.tokenizer_files import has_tokenizer
 
@@ -51,6 +59,16 @@ class Tensors:
 
 
 @dataclass(frozen=True)
+class Listed:
+    """One tensor."""
+
+    name: str
+    shape: list[int]
+    dtype: str
+    bytes: int
+
+
+@dataclass(frozen=True)
 class Inspection:
     """What a folder holds."""
 
@@ -68,6 +86,10 @@ class Inspection:
     """The folder and what it came from, the source last."""
     history: TokenHistory
     """What its stages have read."""
+    files: str
+    """The files that its tensors lie in: ``4 files, 1.2 GB; TP 2 x PP 2, written by 4 ranks``."""
+    tensors: list[Listed]
+    """Every tensor, those of the optimizer included."""
 
     def text(self, width: int | None = None) -> str:
         """For a terminal of ``width`` columns; null takes that of this one."""
@@ -75,6 +97,7 @@ class Inspection:
         rows.append(("weights:", self.weights.describe()))
         if self.training is not None:
             rows.append(("training:", f"{self.training.describe()} (optimizer and other training state)"))
+        rows.append(("files:", self.files))
         rows.append(("tokenizer:", "yes" if self.has_tokenizer else "no"))
         if self.export is not None:
             rows.append(("export:", self.export))
@@ -85,6 +108,16 @@ class Inspection:
         if self.history.stages:
             rows.append(("tokens:", describe_all(self.history)))
         return "\n".join([f"{self.folder}: {self.format}", *facts(rows, width or terminal_width())])
+
+    def table(self, pattern: str) -> str:
+        """The tensors whose names a pattern of a shell fits (``*qkv*``), for a terminal."""
+        found = [each for each in self.tensors if fnmatchcase(each.name, pattern)]
+        if not found:
+            return f"none of {len(self.tensors)} tensors has a name like {pattern}"
+        rows = [(t.name, str(t.shape), t.dtype, f"{t.bytes / 1e6:,.2f} MB") for t in found]
+        total = sum(each.bytes for each in found)
+        listed = table([("tensor", "shape", "dtype", "size"), *rows], left=3)
+        return "\n".join([*listed, f"{len(found)} of {len(self.tensors)} tensors, {total / 1e6:,.1f} MB"])
 
     def values(self) -> dict[str, Any]:
         """For programs: plain values, which JSON takes."""
@@ -105,19 +138,25 @@ class Inspection:
             "model": OmegaConf.to_container(OmegaConf.structured(self.model), enum_to_str=True),
             "weights": asdict(self.weights),
             "training": self.training and asdict(self.training),
+            "files": self.files,
+            "tensors": [asdict(each) for each in self.tensors],
             "has_tokenizer": self.has_tokenizer,
             "lineage": [asdict(step) for step in self.lineage],
             "tokens": {**asdict(self.history), "known": self.history.tokens},
         }
 
 
-def inspect_checkpoint(folder: Path) -> Inspection:
+def inspect_checkpoint(folder: Path) -> Inspection | SpikingBrain2Inspection:
     """What is in the checkpoint in ``folder``; it is checked for completeness on the way.
+
+    A folder of SpikingBrain2.0, which cannot be imported, is told tensor by tensor.
 
     Raises:
         CheckpointError: there is no checkpoint, or it is incomplete or damaged.
     """
     if (folder / CONFIG_FILE).is_file():
+        if is_spikingbrain2(load_config_json(folder)):
+            return inspect_spikingbrain2(folder)
         return _inspect_hf(folder)
     return _inspect_megatron(resolve_checkpoint(folder))
 
@@ -125,7 +164,6 @@ def inspect_checkpoint(folder: Path) -> Inspection:
 def _inspect_hf(folder: Path) -> Inspection:
     hf_format, model = read_hf_config(folder)
     reader = SafetensorsReader(folder)
-    refuse_quantised(reader)
     return Inspection(
         str(folder),
         f"Hugging Face checkpoint, {hf_format.architecture}",
@@ -136,6 +174,8 @@ def _inspect_hf(folder: Path) -> Inspection:
         has_tokenizer(folder),
         lineage(folder),
         history_with(folder),
+        _files({reader.file_of(name) for name in reader.specs}),
+        [_listed(name, spec.shape, spec.dtype) for name, spec in reader.specs.items()],
     )
 
 
@@ -162,7 +202,18 @@ def _inspect_megatron(folder: Path) -> Inspection:
         has_tokenizer(folder / HF_SOURCE_FOLDER),
         lineage(folder),
         history_with(folder),
+        f"{_files(folder.glob('*.distcp'))}; {describe_origin(folder)}",
+        [_listed(name, *entry) for name, entry in entries.items()],
     )
+
+
+def _files(paths: Iterable[Path]) -> str:
+    sizes = [path.stat().st_size for path in paths]
+    return f"{len(sizes)} {'file' if len(sizes) == 1 else 'files'}, {sum(sizes) / 1e6:,.1f} MB"
+
+
+def _listed(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Listed:
+    return Listed(name, list(shape), str(dtype).removeprefix("torch."), prod(shape) * dtype.itemsize)
 
 
 def _model_rows(model: ModelConfig) -> Iterator[tuple[str, str]]:
@@ -178,7 +229,9 @@ def _model_rows(model: ModelConfig) -> Iterator[tuple[str, str]]:
         f"{model.num_attention_heads} heads of {model.kv_channels} in {model.num_query_groups} groups",
     )
     yield "vocabulary:", f"{model.vocab_size}, {tied} embeddings"
-    yield "positions:", f"up to {model.max_position_embeddings}, rotary base {model.rotary_base:g}"
+    scaling = scaling_values(model.rope_scaling)
+    scaled = f", {words_of(model.rope_scaling)} of factor {model.rope_scaling.factor:g}" if scaling else ""
+    yield "positions:", f"up to {model.max_position_embeddings}, rotary base {model.rotary_base:g}{scaled}"
     extras = [
         name
         for name, on in (

@@ -6,8 +6,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from spikingbrain_train.config.derivation import DERIVATION_FILE, Derivation, read_derivation
 from spikingbrain_train.config.load import load_run_config
-from spikingbrain_train.config.run import StageConfig
+from spikingbrain_train.config.stage import StageConfig
 from spikingbrain_train.conversion.report import REPORT_FILE
 from spikingbrain_train.errors import ConfigurationError, SpikingBrainError
 from spikingbrain_train.planning.ancestry import conversion_report, loaded_checkpoint
@@ -54,12 +55,30 @@ def lineage(folder: Path) -> list[Step]:
     seen: set[Path] = set()
     here: Path | None = folder
     while here is not None and len(found) < _MOST:
+        if (derivation := _derivation(here)) is not None:
+            return [*found, _derived(here, derivation), *(Step(**step) for step in derivation.lineage)]
         step, here = _step(here)
         if Path(step.folder).resolve() in seen:
             break
         seen.add(Path(step.folder).resolve())
         found.append(step)
     return found
+
+
+def _derivation(folder: Path) -> Derivation | None:
+    """What a folder, or the newest checkpoint in it, was made from."""
+    try:
+        is_one = is_iteration_folder(folder) or (folder / CONFIG_FILE).is_file() or not folder.is_dir()
+        return read_derivation(folder if is_one else resolve_checkpoint(folder))
+    except SpikingBrainError:
+        return None
+
+
+def _derived(folder: Path, derivation: Derivation) -> Step:
+    """A folder that tells the whole way back itself."""
+    of = ", ".join(derivation.sources)
+    written = _day(folder / DERIVATION_FILE)
+    return Step(str(folder), f"{derivation.did}, from {of}", written=written)
 
 
 def _step(folder: Path) -> tuple[Step, Path | None]:

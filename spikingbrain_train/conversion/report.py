@@ -43,8 +43,13 @@ class ConversionReport:
     ignored: list[str] = field(default_factory=list)
     """Source tensors that hold nothing of their own, and why they were left out."""
     notes: list[str] = field(default_factory=list)
+    checked: str = ""
+    """How all tensors of the source were accounted for."""
+    needs: list[str] = field(default_factory=list)
+    """What a dry run says that it will take: ``disk: ...``, ``memory: ...``, ``time: ...``."""
     bytes: int = 0
     seconds: float = 0.0
+    """Not in the file: a conversion that was stopped and gone on with writes the same bytes."""
 
     def count(self, group: str, origin: str, parameters: int) -> None:
         """Add one tensor."""
@@ -86,6 +91,8 @@ class ConversionReport:
         ]
         body += [*lines[1:-1], rule, lines[-1], ""]
         body += [f"left out: {entry}" for entry in self.ignored] + [f"note: {note}" for note in self.notes]
+        body += [f"checked: {self.checked}"] if self.checked else []
+        body += self.needs
         verb = "would write" if self.dry_run else "wrote"
         body.append(
             f"{verb} {self.bytes / 1e6:,.1f} MB" + ("" if self.dry_run else f" in {self.seconds:.1f} s")
@@ -102,6 +109,7 @@ class ConversionReport:
     def save(self, folder: Path) -> None:
         """Write ``conversion_report.json`` into ``folder``."""
         values = asdict(self) | {"parameters": self.parameters, "new_parameters": self.new_parameters}
+        del values["seconds"], values["needs"]
         (folder / REPORT_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from spikingbrain_train.conversion.code_references import left_out, references, without_references
 from spikingbrain_train.data.tokenizer_folder import (
     TOKENIZER_CONFIG_FILE,
+    name_model_inputs,
     name_tokenizer_class,
     read_tokenizer_folder,
 )
@@ -41,7 +42,7 @@ def keep_tokenizer_class(source: Path, export: Path) -> list[str]:
     Args:
         source: folder with config.json and tokenizer of the Hugging Face source.
         export: folder with copies of the tokenizer files and the export's own config.json;
-            tokenizer_config.json is rewritten where it names another class.
+            tokenizer_config.json is rewritten where it names another class, or leaves open what models read.
 
     Returns:
         Notes for the report.
@@ -60,7 +61,7 @@ def keep_tokenizer_class(source: Path, export: Path) -> list[str]:
         ]
     described = export / TOKENIZER_CONFIG_FILE
     content = described.read_bytes() if described.is_file() else b"{}"
-    named = name_tokenizer_class(content, type(theirs).__name__)
+    named = name_model_inputs(name_tokenizer_class(content, type(theirs).__name__))
     if named != content:
         described.write_bytes(named)
     try:

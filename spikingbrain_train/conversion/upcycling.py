@@ -13,7 +13,7 @@ computes the dense function up to scale, and the k routed ones count with the ro
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -53,7 +53,11 @@ def describe_copies(parameter: Parameter, upcycling: UpcyclingConfig) -> str:
 
 
 def expert_chunks(
-    parameter: Parameter, parts: list[Tensor], upcycling: UpcyclingConfig, seed: int
+    parameter: Parameter,
+    parts: list[Tensor],
+    upcycling: UpcyclingConfig,
+    seed: int,
+    experts: Iterable[int] | None = None,
 ) -> Iterator[tuple[Shape, Tensor]]:
     """The pieces of a routed or shared experts' parameter, one after the other.
 
@@ -62,6 +66,7 @@ def expert_chunks(
         parts: tensors of the dense feed-forward, in the order of its roles.
         upcycling: scaling and re-initialisation.
         seed: seed of what is drawn anew.
+        experts: which of the routed ones; None is all.
 
     Yields:
         Offset in the whole parameter and values in the dtype of ``parts``, scaled in float32 and rounded
@@ -77,7 +82,7 @@ def expert_chunks(
         side_by_side = [torch.cat([part] * copies.number, dim=copies.channel_axis) for part in scaled]
         yield (0, 0), parameter.fuse(side_by_side)
         return
-    for expert in range(copies.number):
+    for expert in range(copies.number) if experts is None else experts:
         own = scaled
         if upcycling.reinit_fraction:
             own = _redraw(scaled, parameter, expert, upcycling.reinit_fraction, seed)

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from spikingbrain_train.config.command_line import called_as
+from spikingbrain_train.config.command_line import called_as, user_errors
 from spikingbrain_train.data.lengths import DatasetDescription, describe_dataset, text_histogram
 from spikingbrain_train.data.packing.describe import ways_to_pack
 from spikingbrain_train.data.preprocess import plan_preprocessing, preprocess
@@ -21,7 +21,7 @@ from spikingbrain_train.data.preprocess_options import (
     check_seq_length,
 )
 from spikingbrain_train.data.preprocess_report import answer_table, length_table
-from spikingbrain_train.errors import ConfigurationError, SpikingBrainError
+from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.reporting.plots.picture import format_of
 from spikingbrain_train.storage.loss_mask_format import has_loss_mask
 
@@ -206,36 +206,37 @@ class _DescribeAction(argparse.Action):
             action.required = False
 
 
-def preprocess_data(arguments: list[str] | None = None) -> int:
-    """spikingbrain-preprocess. Returns the exit code."""
+def preprocess_data(arguments: list[str] | None = None) -> None:
+    """spikingbrain-preprocess."""
     parsed = vars(preprocess_parser().parse_args(arguments))
-    dry_run, described, plot, as_json = (parsed.pop(name) for name in ("dry_run", "describe", "plot", "json"))
     # Slurm ends a job with SIGTERM: leave as after Ctrl-C, which removes temporary files.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        if plot is not None:
-            format_of(plot, "--plot")
-        if described:
-            _describe(described, parsed, plot, as_json)
-            return 0
-        options = PreprocessOptions(**parsed)
-        if dry_run:
-            if plot is not None or as_json:
-                raise ConfigurationError(
-                    "--plot and --json show what was written, but --dry-run writes nothing: leave one out"
-                )
-            print(plan_preprocessing(options).describe())
-            return 0
-        report = preprocess(options, progress=True)
-        _draw(report.descriptions, plot)
-        print(json.dumps(report.as_values(), indent=2) if as_json else report.describe())
-    except SpikingBrainError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: temporary files are removed", file=sys.stderr)
-        return 130
-    return 0
+    with user_errors():
+        try:
+            _preprocess(parsed)
+        except KeyboardInterrupt:
+            print("interrupted: temporary files are removed", file=sys.stderr)
+            raise
+
+
+def _preprocess(parsed: dict[str, Any]) -> None:
+    dry_run, described, plot, as_json = (parsed.pop(name) for name in ("dry_run", "describe", "plot", "json"))
+    if plot is not None:
+        format_of(plot, "--plot")
+    if described:
+        _describe(described, parsed, plot, as_json)
+        return
+    options = PreprocessOptions(**parsed)
+    if dry_run:
+        if plot is not None or as_json:
+            raise ConfigurationError(
+                "--plot and --json show what was written, but --dry-run writes nothing: leave one out"
+            )
+        print(plan_preprocessing(options).describe())
+        return
+    report = preprocess(options, progress=True)
+    _draw(report.descriptions, plot)
+    print(json.dumps(report.as_values(), indent=2) if as_json else report.describe())
 
 
 def _describe(prefixes: list[str], others: dict[str, Any], plot: Path | None, as_json: bool) -> None:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from spikingbrain_train.data.documents import RawDocument
 from spikingbrain_train.data.preprocess_options import PreprocessOptions
+from spikingbrain_train.data.raw_document import RawDocument
 from spikingbrain_train.errors import DataError
 from spikingbrain_train.storage.index_format import DOMAINS_SUFFIX
 

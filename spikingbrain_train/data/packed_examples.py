@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from spikingbrain_train.config.run import DataConfig, LongExamples
+from spikingbrain_train.config.run import DataConfig
+from spikingbrain_train.config.stage import LongExamples
 from spikingbrain_train.data.gpt_dataset import HeldOutSamples, Sample, TrainDataset
 from spikingbrain_train.data.indexed import check_same_tokenizer, open_indexed_dataset
 from spikingbrain_train.data.loss_mask import LossMask

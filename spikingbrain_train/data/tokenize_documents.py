@@ -22,9 +22,10 @@ import numpy as np
 
 from spikingbrain_train.data.chat import chat_template
 from spikingbrain_train.data.chat_loss import chat_examples
-from spikingbrain_train.data.documents import EmptyDocumentError, RawDocument, Source
+from spikingbrain_train.data.documents import Source
 from spikingbrain_train.data.domains import domain_of
 from spikingbrain_train.data.preprocess_options import PreprocessOptions
+from spikingbrain_train.data.raw_document import EmptyDocumentError, RawDocument
 from spikingbrain_train.data.split import place_of
 from spikingbrain_train.data.tokenizers import Tokenizer
 from spikingbrain_train.errors import DataError

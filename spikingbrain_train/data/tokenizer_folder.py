@@ -70,6 +70,24 @@ def name_tokenizer_class(tokenizer_config: bytes, class_name: str) -> bytes:
     return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
 
 
+def name_model_inputs(tokenizer_config: bytes) -> bytes:
+    """A tokenizer_config.json of a generic class that says what models read of its texts.
+
+    transformers 4 has such tokenizers give token types, too, with which no decoder generates; 5 does not.
+
+    Args:
+        tokenizer_config: the file's content.
+
+    Returns:
+        The content itself if it says so already, or names a class of its own.
+    """
+    values = json.loads(tokenizer_config)
+    if values.get("tokenizer_class") != _GENERIC or "model_input_names" in values:
+        return tokenizer_config
+    values["model_input_names"] = ["input_ids", "attention_mask"]
+    return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
+
+
 def _names_of_model(folder: Path) -> Any:
     """A configuration with the model type of ``folder`` and nothing else of its config.json that matters.
 

@@ -23,6 +23,12 @@ from spikingbrain_train.evaluation.chat_prompts import (
 from spikingbrain_train.evaluation.checkpoint_request import without_settings
 from spikingbrain_train.evaluation.folder_model import load_folder
 from spikingbrain_train.evaluation.measurement import finish_report
+from spikingbrain_train.evaluation.model_arguments import (
+    NUMBER_FORMATS,
+    add_device,
+    add_number_format,
+    add_trust,
+)
 from spikingbrain_train.evaluation.model_folder import (
     check_model_folder,
     check_output_file,
@@ -109,7 +115,7 @@ examples:
 
 def evaluate_parser() -> argparse.ArgumentParser:
     """The flags of spikingbrain-evaluate."""
-    parser = _parser(_EVALUATE_DESCRIPTION, _EVALUATE_EXAMPLES)
+    parser = inference_parser(_EVALUATE_DESCRIPTION, _EVALUATE_EXAMPLES)
     parser.add_argument(
         "--data",
         nargs="+",
@@ -146,7 +152,7 @@ def evaluate_parser() -> argparse.ArgumentParser:
 
 def generate_parser() -> argparse.ArgumentParser:
     """The flags of spikingbrain-generate."""
-    parser = _parser(_GENERATE_DESCRIPTION, _GENERATE_EXAMPLES)
+    parser = inference_parser(_GENERATE_DESCRIPTION, _GENERATE_EXAMPLES)
     parser.add_argument(
         "--prompt",
         action="append",
@@ -183,15 +189,22 @@ class Elsewhere:
 
 def evaluate(arguments: Sequence[str] | None = None, *, elsewhere: Elsewhere | None = None) -> None:
     """spikingbrain-evaluate."""
-    _run(evaluate_parser(), _prepare_evaluation, arguments, elsewhere)
+    run_inference(evaluate_parser(), _prepare_evaluation, arguments, elsewhere)
 
 
 def generate(arguments: Sequence[str] | None = None, *, elsewhere: Elsewhere | None = None) -> None:
     """spikingbrain-generate."""
-    _run(generate_parser(), _prepare_generation, arguments, elsewhere)
+    run_inference(generate_parser(), _prepare_generation, arguments, elsewhere)
 
 
-def _parser(description: str, epilog: str) -> argparse.ArgumentParser:
+def inference_parser(description: str, epilog: str, *, output_file: bool = True) -> argparse.ArgumentParser:
+    """The flags of every command that runs a model of any form.
+
+    Args:
+        description: what the command is for.
+        epilog: examples.
+        output_file: whether ``--output`` is a JSON file, and so added here.
+    """
     parser = argparse.ArgumentParser(
         prog=called_as(),
         description=description,
@@ -206,25 +219,11 @@ def _parser(description: str, epilog: str) -> argparse.ArgumentParser:
         help="Hugging Face folder with safetensors, or Megatron checkpoint: a run's folder or its "
         "checkpoints (the newest is taken), or one iter_* folder",
     )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="also write the result as JSON")
-    parser.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="number format to compute in; auto takes bfloat16 where the hardware multiplies it, else "
-        "float32 (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--device",
-        choices=("auto", "cpu", "cuda", "metax"),
-        default="auto",
-        help="auto takes a GPU if there is one (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--trust-remote-code",
-        action="store_true",
-        help="run the modelling code that lies in a Hugging Face folder; every exported hybrid brings some",
-    )
+    if output_file:
+        parser.add_argument("--output", type=Path, metavar="FILE", help="also write the result as JSON")
+    add_number_format(parser, (*NUMBER_FORMATS, "float16"))
+    add_device(parser)
+    add_trust(parser)
     parser.add_argument(
         "--tokenizer",
         type=Path,
@@ -244,7 +243,7 @@ def _parser(description: str, epilog: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _run(
+def run_inference(
     parser: argparse.ArgumentParser,
     prepare: Callable[[argparse.Namespace], Callable[[], None]],
     arguments: Sequence[str] | None,
@@ -282,7 +281,8 @@ def _prepare_evaluation(arguments: argparse.Namespace) -> Callable[[], None]:
             "there is nothing to measure; name held-out datasets with --data, tasks with --tasks, or probes "
             "with --probes"
         )
-    is_checkpoint = _check_files(arguments)
+    check_output_file(arguments.output, "--output")
+    is_checkpoint = check_model_files(arguments)
     for prefix in arguments.data:
         check_prefix("--data", prefix)
     if is_checkpoint:
@@ -362,7 +362,8 @@ def _prepare_generation(arguments: argparse.Namespace) -> Callable[[], None]:
     check_chat_options(arguments)
     if not all(arguments.prompt):
         raise ConfigurationError("--prompt is empty; give at least one word to go on from")
-    if _check_files(arguments):
+    check_output_file(arguments.output, "--output")
+    if check_model_files(arguments):
         return checkpoint_commands.prepare_generation(arguments, sampling)
     return partial(_generate, arguments, sampling)
 
@@ -387,9 +388,8 @@ def _generate(arguments: argparse.Namespace, sampling: Sampling) -> None:
         write_result(arguments.output, generations if len(generations) > 1 else generations[0])
 
 
-def _check_files(arguments: argparse.Namespace) -> bool:
+def check_model_files(arguments: argparse.Namespace) -> bool:
     """Whether the model is a Megatron checkpoint. Refuses what lies there and cannot be used."""
-    check_output_file(arguments.output, "--output")
     if arguments.tokenizer is not None and not arguments.tokenizer.exists():
         raise DataError(
             f"--tokenizer {arguments.tokenizer} does not exist; name a Hugging Face tokenizer folder or a "

@@ -17,6 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from spikingbrain_train.errors import CheckpointError
 from spikingbrain_train.evaluation.model_folder import untrusted_code
+from spikingbrain_train.hf import QUANT_METHOD
 from spikingbrain_train.storage.hf_config_file import CONFIG_FILE, load_config_json
 from spikingbrain_train.storage.stored_layers import check_number_of_layers
 
@@ -46,7 +47,9 @@ def check_folder(folder: Path, trust_remote_code: bool) -> None:
             "only code in the folder itself is run: copy it there and name it without --"
         )
     for key in _QUANTISERS:
-        if any(value is not None for value in _values_of(key, config)):
+        is_ours = key == _QUANTISERS[0] and is_w8aspike(config)
+        checked = {**config, key: None} if is_ours else config
+        if any(value is not None for value in _values_of(key, checked)):
             raise CheckpointError(
                 f"{folder / CONFIG_FILE} has a {key}, whose method may fetch code to run; use the "
                 "unquantised model"
@@ -59,6 +62,12 @@ def check_folder(folder: Path, trust_remote_code: bool) -> None:
     setting = f"{folder / CONFIG_FILE}: num_hidden_layers"
     for claimed in _values_of("num_hidden_layers", config):
         check_number_of_layers(setting, claimed, lambda: _tensor_names(folder))
+
+
+def is_w8aspike(config: dict[str, Any]) -> bool:
+    """Whether config.json asks for INT8 weights and spikes of an export's own code, which fetches nothing."""
+    asked = config.get("quantization_config")
+    return isinstance(asked, dict) and asked.get("quant_method") == QUANT_METHOD and "auto_map" in config
 
 
 def keep_to_local_kernels(config: PretrainedConfig) -> None:

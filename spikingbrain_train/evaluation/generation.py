@@ -134,7 +134,7 @@ def _generation_config(
 
 
 def cache_size(cache: Any) -> CacheSize:
-    """Bytes in a cache of transformers, or in the ``GLAswaCache`` of an exported hybrid (batch of one)."""
+    """Bytes in a cache of transformers, or in the ``RecurrentCache`` of an exported hybrid (batch of one)."""
     recurrent = windowed = windowed_limit = unbounded = 0
     for layer in getattr(cache, "layers", ()):
         if hasattr(layer, "state_BGKV"):
@@ -144,7 +144,9 @@ def cache_size(cache: Any) -> CacheSize:
                 unbounded += layer.nbytes()
             elif layer.k_BGSK is not None:
                 windowed += layer.nbytes()
-                windowed_limit += layer.nbytes() // max(1, layer.k_BGSK.shape[2]) * (layer.window - 1)
+                sinks = layer.sinks_nbytes()
+                of_a_token = (layer.nbytes() - sinks) // max(1, layer.k_BGSK.shape[2])
+                windowed_limit += sinks + of_a_token * (layer.window - 1)
         elif layer.keys is not None:
             held = sum(x.untyped_storage().nbytes() for x in (layer.keys, layer.values))
             if getattr(layer, "is_sliding", False):

@@ -11,6 +11,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
+from spikingbrain_train.architecture.rotary import depends_on_length
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.evaluation.language_model import (
     Answer,
@@ -118,6 +119,8 @@ class MegatronLanguageModel(LanguageModel):
             tokens_per_batch=self._tokens_per_batch,
             replicas=self.groups.data_parallel_size,
             fitting=fitting,
+            # Padding would count as text where positions depend on how long a text is.
+            exact=slices == 1 and depends_on_length(self.model.model_config.rope_scaling),
         )
 
     def _read_group(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from spikingbrain_train.errors import CheckpointError, ConfigurationError
-from spikingbrain_train.hf import ARCHITECTURES
+from spikingbrain_train.hf import CODES
 from spikingbrain_train.planning.file_checks import check_output_folder
 from spikingbrain_train.storage.checkpoint_folder import LATEST_ITERATION_FILE
 from spikingbrain_train.storage.checkpoint_paths import holds_checkpoint
@@ -49,7 +49,8 @@ def check_model_folder(folder: Path, trust_remote_code: bool) -> None:
     """
     config = load_config_json(folder)
     # Which architectures need no code is only known to transformers, but ours is not among them.
-    if config.get("architectures") == ARCHITECTURES and "auto_map" in config and not trust_remote_code:
+    ours = any(config.get("architectures") == code.architectures for code in CODES)
+    if ours and "auto_map" in config and not trust_remote_code:
         raise untrusted_code(folder)
     if not any(folder.glob("*.safetensors")):
         raise CheckpointError(

@@ -1,10 +1,10 @@
-"""What a `gla_swa` model remembers between tokens.
+"""What a model with recurrent states remembers between tokens.
 
 Part of the modelling code of a checkpoint (see modeling_gla_swa.py).
 
 A GLA layer keeps one state [B, G, K, V] in float32, whatever the length of the text; a sliding-window layer
 the keys and values of the last attention_window - 1 tokens of text (with the next token's own they make a
-full window), and of padding between them; a full-attention layer all of them.
+full window), and of padding between them; a full-attention layer all of them. Keys and values of sinks stay.
 """
 
 from __future__ import annotations
@@ -45,6 +45,13 @@ class KeyValueLayer:
         self.window = window
         self.k_BGSK: Tensor | None = None
         self.v_BGSV: Tensor | None = None
+        self.sinks: tuple[Tensor, Tensor] | None = None
+
+    def keep_sinks(self, sinks: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+        """Remember keys and values of sinks, [B, G, N, head_dim], if some are given; return what is kept."""
+        if sinks is not None:
+            self.sinks = (sinks[0].clone(), sinks[1].clone())  # views would keep the prompt's alive
+        return self.sinks
 
     def update(self, k_BGTK: Tensor, v_BGTV: Tensor, num_kept: int | None) -> tuple[Tensor, Tensor]:
         """Append the keys and values of new tokens; return all that the new tokens can see.
@@ -59,7 +66,7 @@ class KeyValueLayer:
         return k_BGTK, v_BGTV
 
     def reset(self) -> None:
-        self.k_BGSK = self.v_BGSV = None
+        self.k_BGSK = self.v_BGSV = self.sinks = None
 
     def select(self, indices: Tensor) -> None:
         """Keep the rows `indices` of the batch, in that order, with repetitions."""
@@ -67,9 +74,17 @@ class KeyValueLayer:
             indices = indices.to(self.k_BGSK.device)
             self.k_BGSK = self.k_BGSK.index_select(0, indices)
             self.v_BGSV = self.v_BGSV.index_select(0, indices)
+        if self.sinks is not None:
+            k_sinks, v_sinks = (x.index_select(0, indices.to(x.device)) for x in self.sinks)
+            self.sinks = (k_sinks, v_sinks)
 
     def nbytes(self) -> int:
-        return sum(x.untyped_storage().nbytes() for x in (self.k_BGSK, self.v_BGSV) if x is not None)
+        kept = (self.k_BGSK, self.v_BGSV)
+        return self.sinks_nbytes() + sum(x.untyped_storage().nbytes() for x in kept if x is not None)
+
+    def sinks_nbytes(self) -> int:
+        """What sinks take, whatever the length of the text."""
+        return sum(x.untyped_storage().nbytes() for x in self.sinks or ())
 
     def _trim(self, x: Tensor, num_kept: int | None) -> Tensor:
         if self.window is None or num_kept is None or x.shape[2] <= num_kept:
@@ -78,11 +93,14 @@ class KeyValueLayer:
         return x[:, :, x.shape[2] - num_kept :].clone()
 
 
-class GLAswaCache(Cache):
-    """The cache of a `gla_swa` model: as `past_key_values` it makes the model go on where the text stopped.
+class RecurrentCache(Cache):
+    """As `past_key_values` it makes the model go on where the text stopped.
 
     It can be reordered (beam search), repeated and reset, but not shortened: a recurrent state does not
     remember which token contributed what.
+
+    Args:
+        layers: what every mixer remembers, in their order.
     """
 
     is_compileable = False
@@ -90,12 +108,8 @@ class GLAswaCache(Cache):
 
     # Cache.__init__ differs between transformers 4.51 and 5 and knows neither kind of layer used here;
     # it is not called.
-    def __init__(self, config: GLAswaConfig) -> None:
-        mixers = [config.mixer_type(i) for i in range(config.num_hidden_layers)]
-        window = {"swa": config.attention_window, "full": None}
-        self.layers: list[RecurrentStateLayer | KeyValueLayer] = [
-            RecurrentStateLayer() if mixer == "gla" else KeyValueLayer(window[mixer]) for mixer in mixers
-        ]
+    def __init__(self, layers: list[RecurrentStateLayer | KeyValueLayer]) -> None:
+        self.layers = layers
         self.layer_class_to_replicate = None
         self.offloading = False
         self.num_tokens = 0
@@ -104,13 +118,13 @@ class GLAswaCache(Cache):
         return len(self.layers)
 
     def recurrent_state_layer(self, layer_idx: int) -> RecurrentStateLayer:
-        """What GLA layer `layer_idx` remembers."""
+        """What GLA mixer `layer_idx` remembers."""
         layer = self.layers[layer_idx]
         assert isinstance(layer, RecurrentStateLayer), f"layer {layer_idx} is no GLA layer"
         return layer
 
     def key_value_layer(self, layer_idx: int) -> KeyValueLayer:
-        """What softmax layer `layer_idx` remembers."""
+        """What softmax mixer `layer_idx` remembers."""
         layer = self.layers[layer_idx]
         assert isinstance(layer, KeyValueLayer), f"layer {layer_idx} is no softmax layer"
         return layer
@@ -164,4 +178,15 @@ class GLAswaCache(Cache):
         )
 
 
-__all__ = ["GLAswaCache"]
+class GLAswaCache(RecurrentCache):
+    """The cache of a `gla_swa` model."""
+
+    def __init__(self, config: GLAswaConfig) -> None:
+        mixers = [config.mixer_type(i) for i in range(config.num_hidden_layers)]
+        window = {"swa": config.attention_window, "full": None}
+        super().__init__(
+            [RecurrentStateLayer() if mixer == "gla" else KeyValueLayer(window[mixer]) for mixer in mixers]
+        )
+
+
+__all__ = ["GLAswaCache", "RecurrentCache"]

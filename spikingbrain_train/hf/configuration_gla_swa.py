@@ -1,6 +1,6 @@
 """Configuration of the SpikingBrain-7B architecture in Hugging Face form (``model_type: "gla_swa"``).
 
-Part of the modelling code of a checkpoint (see modeling_gla_swa.py); needs transformers only.
+Part of the modelling code of a checkpoint (see modeling_gla_swa.py); needs torch and transformers only.
 
 Keys of the published format keep their names and meaning. Further keys are optional, and their defaults mean
 what the published class always does, so that a published config.json loads unchanged.
@@ -11,6 +11,8 @@ from __future__ import annotations
 from types import EllipsisType
 
 from transformers import PretrainedConfig
+
+from .rotary_gla_swa import RotaryPositions
 
 DEFAULT_ROPE_THETA = 1000000.0
 DEFAULT_SLIDING_WINDOW = 4096
@@ -54,16 +56,25 @@ class GLAswaConfig(PretrainedConfig):
         linear_qk_norm: the same in GLA layers only.
         linear_num_key_value_heads: groups of GLA layers, each with a key, value and gate; None means
             num_key_value_heads.
-        linear_gate: "low_rank", or "fixed": one decay a group that is stored and not trained.
+        linear_gate: "low_rank"; "full_rank": one matrix, gk_proj.{weight, bias}; or "fixed": one decay a
+            group that is stored and not trained.
         linear_output_gate: whether normed heads of GLA layers are multiplied by swish(g_proj(x)).
         linear_rotary: whether GLA layers turn the features of queries and keys by rotary positions, too.
         full_attention_layers: those of `attn_layers` that ignore `sliding_window`; None means none.
-        rope_parameters: None, or Llama 3's frequency scaling ({"rope_type": "llama3", "factor": ...,
-            "low_freq_factor": ..., "high_freq_factor": ..., "original_max_position_embeddings": ...}), with
-            or without rope_theta.
+        rope_parameters: None, or scaling of rotary positions as transformers writes it ({"rope_type":
+            "yarn", "factor": ..., "original_max_position_embeddings": ...}; linear, dynamic, yarn, llama3
+            and longrope), with or without rope_theta.
         rope_scaling: the same under its older name; read, but not written.
         gate_low_rank_dim: rank of the gate projection.
         gate_logit_normalizer: log gate = logsigmoid(gate logit) / gate_logit_normalizer.
+        spiking: None, or {"projections": [...], "k": ..., "gate_encoding": "once" or "each_matrix"}: which
+            projections ("qkv", "gate", "attention_output", "mlp_fc1", "mlp_fc2") read spikes, how many an
+            average channel has, and whether both matrices of the gate read them. With "queries": true those
+            of softmax layers are spikes, too.
+        quantization_config: INT8 weights, keys and values, as quantization_w8aspike.py has them; None has
+            none. Spikes in front of INT8 weights stand there instead of in `spiking`.
+        w8aspike: the published W8ASpike layout, as stored_scales_w8aspike.py has it; None has none. The
+            published class does not look at it.
 
     Raises:
         ValueError: a setting that contradicts another one or that this code does not compute; the message
@@ -116,6 +127,8 @@ class GLAswaConfig(PretrainedConfig):
         rope_parameters: dict | None = None,
         gate_low_rank_dim: int = 16,
         gate_logit_normalizer: float = 16,
+        spiking: dict | None = None,
+        quantization_config: dict | None = None,
         **kwargs,
     ):
         self.vocab_size = vocab_size
@@ -126,7 +139,7 @@ class GLAswaConfig(PretrainedConfig):
         self.intermediate_size = intermediate_size
         self.hidden_act = hidden_act
         self.norm_eps = norm_eps
-        self.rope_scaling, self.rope_theta = _rope(rope_scaling, rope_parameters, rope_theta)
+        self.rope_scaling, self.rope_theta = rope_settings(rope_scaling, rope_parameters, rope_theta)
         self.sliding_window, self.attention_window = _windows(sliding_window, attention_window)
         self.attn_layers = (
             list(range(1, num_hidden_layers, 2)) if attn_layers is None else sorted(attn_layers)
@@ -159,6 +172,10 @@ class GLAswaConfig(PretrainedConfig):
         self.full_attention_layers = sorted(full_attention_layers or [])
         self.gate_low_rank_dim = gate_low_rank_dim
         self.gate_logit_normalizer = gate_logit_normalizer
+        self.spiking = spiking
+        check_spiking(spiking)
+        # Under its own name transformers would look for a quantiser of its own.
+        self.w8aspike = kwargs.pop("w8aspike", None) or quantization_config
         self._validate(kwargs)
         if not (hasattr(PretrainedConfig, "dtype") or hasattr(PretrainedConfig, "torch_dtype")):
             # transformers before 4.56 would carry a dtype along that says nothing about its own torch_dtype.
@@ -201,9 +218,19 @@ class GLAswaConfig(PretrainedConfig):
             return "full"
         return "swa"
 
+    def rotary_positions(self) -> RotaryPositions:
+        """How tokens are turned. Raises ValueError where scaling is not supported or incomplete."""
+        return RotaryPositions(
+            self.head_dim, self.rope_theta, self.rope_scaling, self.max_position_embeddings
+        )
+
     def to_dict(self) -> dict:
         """The keys of config.json, with rotary scaling under the name that plain configurations read, too."""
         values = super().to_dict()
+        if (values.get("w8aspike") or {}).get("layout") != "published":
+            w8aspike = values.pop("w8aspike", None)
+            if w8aspike:
+                values["quantization_config"] = w8aspike
         scaling = values.pop("rope_scaling", None)
         if scaling:
             values["rope_parameters"] = {**scaling, "rope_theta": self.rope_theta}
@@ -220,8 +247,10 @@ class GLAswaConfig(PretrainedConfig):
                 f"num_attention_heads {self.num_attention_heads} must be a multiple of "
                 f"linear_num_key_value_heads {self.linear_num_key_value_heads}."
             )
-        if self.linear_gate not in ("low_rank", "fixed"):
-            raise ValueError(f'linear_gate must be "low_rank" or "fixed", got "{self.linear_gate}".')
+        if self.linear_gate not in ("low_rank", "full_rank", "fixed"):
+            raise ValueError(
+                f'linear_gate must be "low_rank", "full_rank" or "fixed", got "{self.linear_gate}".'
+            )
         if self.head_dim % 2 != 0:
             raise ValueError(f"head_dim must be even for rotary embedding, got {self.head_dim}.")
         unknown = [i for i in self.attn_layers if not 0 <= i < self.num_hidden_layers]
@@ -242,10 +271,25 @@ class GLAswaConfig(PretrainedConfig):
             raise ValueError(
                 "quant_weight_group_size marks a W8ASpike checkpoint; this class computes plain ones."
             )
-        scaling = self.rope_scaling or {}
-        rope_type = scaling.get("rope_type", scaling.get("type", "default"))
-        if rope_type not in ("default", "llama3"):
-            raise ValueError(f'rope_scaling type "{rope_type}" is not supported; use null or "llama3".')
+        self.rotary_positions()
+
+
+_PROJECTIONS = ("qkv", "gate", "attention_output", "mlp_fc1", "mlp_fc2")
+
+
+def check_spiking(spiking: dict | None) -> None:
+    """Raises ValueError where the key `spiking` asks for spikes that this code does not compute."""
+    if not spiking:
+        return
+    unknown = set(spiking) - {"projections", "k", "gate_encoding", "queries"}
+    strangers = set(spiking.get("projections", ())) - set(_PROJECTIONS)
+    k = spiking.get("k", 0)
+    if unknown or strangers:
+        raise ValueError(f"spiking knows no {', '.join(sorted(unknown | strangers))}.")
+    if not (spiking.get("projections") or spiking.get("queries")) or not k > 0:
+        raise ValueError(f'spiking needs "projections" and a "k" above 0, got {spiking}.')
+    if spiking.get("gate_encoding", "once") not in ("once", "each_matrix"):
+        raise ValueError(f'gate_encoding of spiking is "once" or "each_matrix", got {spiking}.')
 
 
 def _windows(
@@ -276,15 +320,18 @@ def _windows(
     return sliding_window, sliding_window + 1
 
 
-def _rope(
-    rope_scaling: dict | None, rope_parameters: dict | None, rope_theta: float | None
+def rope_settings(
+    rope_scaling: dict | None,
+    rope_parameters: dict | None,
+    rope_theta: float | None,
+    default: float = DEFAULT_ROPE_THETA,
 ) -> tuple[dict | None, float]:
-    """Scaling without its base (None if there is none), and the base."""
+    """Scaling without its base (None if there is none), and the base (`default` if none is named)."""
     scaling = dict(rope_parameters or rope_scaling or {})
     base = scaling.pop("rope_theta", rope_theta)
     if rope_theta not in (None, base):
         raise ValueError(f"rope_theta {rope_theta} contradicts rope_theta {base} in rope_parameters.")
-    return scaling or None, DEFAULT_ROPE_THETA if base is None else base
+    return scaling or None, default if base is None else base
 
 
 # save_pretrained then copies this file and names it in config.json, also in a folder saved after training.

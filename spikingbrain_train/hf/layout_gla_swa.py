@@ -30,6 +30,15 @@ class TokenLayout:
     """Tokens whose keys a window layer must remember for the next forward pass."""
     starts_BT: Tensor | None = None
     """bool, True where a document begins behind another one of its row; None means one document a row."""
+    num_in_front: int = 0
+    """Sinks in front of the new tokens, which all else here leaves out."""
+
+    def valid_new(self, num_tokens: int) -> Tensor | None:
+        """`valid_BS` of the last `num_tokens` tokens, sinks included, which are no padding."""
+        if self.valid_BS is None:
+            return None
+        valid_BT = self.valid_BS[:, self.valid_BS.shape[1] - (num_tokens - self.num_in_front) :]
+        return F.pad(valid_BT, (self.num_in_front, 0), value=True) if self.num_in_front else valid_BT
 
     def document_BT(self) -> Tensor | None:
         """Number of the document of each token in its row, int64, from 0; None where there is one a row."""
@@ -45,7 +54,11 @@ class TokenLayout:
             return None if tensor is None else tensor.to(device, non_blocking=non_blocking)
 
         return TokenLayout(
-            moved(self.valid_BS), moved(self.text_index_BS), self.num_cached, moved(self.starts_BT)
+            moved(self.valid_BS),
+            moved(self.text_index_BS),
+            self.num_cached,
+            moved(self.starts_BT),
+            self.num_in_front,
         )
 
 

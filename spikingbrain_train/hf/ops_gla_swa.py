@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import math
 from collections.abc import Callable
 
 import torch
@@ -40,13 +39,16 @@ def gated_linear_attention(
     Args:
         log_gate_BTGK: log decay, any values in [-inf, 0].
         state_BGKV: state before the first token; None means zeros.
-        starts_BT: bool, [B or 1, T], True where the state starts anew, at zeros; None means nowhere. Not
-            together with a state.
+        starts_BT: bool, [B or 1, T], True where the state starts anew, at `state_BGKV`; None means nowhere.
 
     Returns:
         Outputs [B, T, H, V] in q's dtype, and the state after the last token, float32 (float64 for float64
-        inputs).
+        inputs); where the state starts anew at another than zeros, that one.
     """
+    if starts_BT is not None and state_BGKV is not None:
+        o_BTHV, _ = gated_linear_attention(q_BTHK, k_BTGK, v_BTGV, log_gate_BTGK, None, starts_BT)
+        first = _of_first_state(q_BTHK, log_gate_BTGK, state_BGKV, starts_BT)
+        return o_BTHV + first.to(o_BTHV.dtype), state_BGKV
     q_BTHK = q_BTHK * q_BTHK.shape[-1] ** -0.5
     if q_BTHK.shape[1] == 1:
         return recurrent_step(q_BTHK, k_BTGK, v_BTGV, log_gate_BTGK, state_BGKV)
@@ -59,6 +61,24 @@ def gated_linear_attention(
         # Nothing is left of the state before: exp(-inf) = 0.
         log_gate_BTGK = log_gate_BTGK.masked_fill(starts_BT[..., None, None], -torch.inf)
     return chunked_gated_linear_attention(q_BTHK, k_BTGK, v_BTGV, log_gate_BTGK, state_BGKV)
+
+
+def _of_first_state(q_BTHK: Tensor, log_gate_BTGK: Tensor, state_BGKV: Tensor, starts_BT: Tensor) -> Tensor:
+    """What the state in front of its document adds to each token's output, [B, T, H, V] in the state's dtype.
+
+    A recurrence is linear in its first state: q_t times all decays since the document began, times the state.
+    Sums of log gates over documents are differences of sums over the row, in float64 so that nothing cancels.
+    """
+    B, T, H, K = q_BTHK.shape
+    G = log_gate_BTGK.shape[2]
+    sums = F.pad(log_gate_BTGK.to(torch.float64).cumsum(1), (0, 0, 0, 0, 1, 0))
+    index = torch.arange(T, device=q_BTHK.device)
+    first_BT = torch.where(starts_BT, index, 0).cummax(-1).values.expand(B, T)
+    before = sums.gather(1, first_BT[:, :, None, None].expand(B, T, G, K))
+    decay_BTGK = (sums[:, 1:] - before).exp().to(state_BGKV.dtype)
+    q_BTGRK = q_BTHK.view(B, T, G, H // G, K).to(state_BGKV.dtype) * K**-0.5 * decay_BTGK.unsqueeze(3)
+    with torch.autocast(q_BTHK.device.type, enabled=False):
+        return torch.einsum("btgrk,bgkv->btgrv", q_BTGRK, state_BGKV).flatten(2, 3)
 
 
 def lightning_log_decays(num_groups: int, layer_idx: int, num_layers: int) -> Tensor:
@@ -235,6 +255,7 @@ def causal_attention(
     dropout: float = 0.0,
     text_index_BS: Tensor | None = None,
     document_BS: Tensor | None = None,
+    sinks: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Softmax attention in which query t sees the last `window` keys up to its own (SpikingBrain, eq. 1-2).
 
@@ -259,12 +280,16 @@ def causal_attention(
     if T == 1 and document_BS is None and (window is None or window >= S):
         # One query sees every key: the heads of a group can stand in as queries, without repeating keys.
         mask = None if valid_BS is None else _self_visible(valid_BS[:, None, None, :], S - 1)
+        if sinks is not None:
+            k_BGSK, v_BGSV, mask = _with_sinks(k_BGSK, v_BGSV, mask, sinks)
         q_BGRK = q_BHTK.view(B, G, H // G, K)
         return F.scaled_dot_product_attention(q_BGRK, k_BGSK, v_BGSV, mask, dropout).reshape(B, H, 1, -1)
 
     k_BHSK = k_BGSK.repeat_interleave(H // G, dim=1)
     v_BHSV = v_BGSV.repeat_interleave(H // G, dim=1)
-    if T == S and valid_BS is None and document_BS is None and (window is None or window >= S):
+    sinks_of_heads = None if sinks is None else tuple(x.repeat_interleave(H // G, dim=1) for x in sinks)
+    sees_all = valid_BS is None and document_BS is None and (window is None or window >= S)
+    if T == S and sees_all and sinks is None:
         return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSV, dropout_p=dropout, is_causal=True)
 
     outputs = []
@@ -289,12 +314,27 @@ def causal_attention(
             mask = mask & (key_document[:, None, None, :] == query_document[:, None, :, None])
         if valid_BS is not None:
             mask = (mask & valid_BS[:, None, None, low:high]) | (key == query)
-        outputs.append(
-            F.scaled_dot_product_attention(
-                q_BHTK[:, :, start:stop], k_BHSK[:, :, low:high], v_BHSV[:, :, low:high], mask, dropout
-            )
-        )
+        k, v = k_BHSK[:, :, low:high], v_BHSV[:, :, low:high]
+        if sinks_of_heads is not None:
+            k, v, mask = _with_sinks(k, v, mask, sinks_of_heads)
+        outputs.append(F.scaled_dot_product_attention(q_BHTK[:, :, start:stop], k, v, mask, dropout))
     return torch.cat(outputs, dim=2)
+
+
+def attention_among_all(q_BHNK: Tensor, k_BGNK: Tensor, v_BGNV: Tensor) -> Tensor:
+    """Softmax attention in which every query sees every key, [B, H, N, V]: of sinks among themselves."""
+    heads_per_group = q_BHNK.shape[1] // k_BGNK.shape[1]
+    k, v = (x.repeat_interleave(heads_per_group, dim=1) for x in (k_BGNK, v_BGNV))
+    return F.scaled_dot_product_attention(q_BHNK, k, v)
+
+
+def _with_sinks(
+    k: Tensor, v: Tensor, mask: Tensor | None, sinks: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys, values and mask with sinks in front, which are visible to all."""
+    k_sinks, v_sinks = sinks
+    mask = None if mask is None else F.pad(mask, (k_sinks.shape[2], 0), value=True)
+    return torch.cat([k_sinks, k], dim=2), torch.cat([v_sinks, v], dim=2), mask
 
 
 def _self_visible(mask: Tensor, position: int) -> Tensor:
@@ -302,29 +342,3 @@ def _self_visible(mask: Tensor, position: int) -> Tensor:
     mask = mask.clone()
     mask[..., position] = True
     return mask
-
-
-def rotary_frequencies(
-    head_dim: int, rope_theta: float, rope_scaling: dict | None, device: torch.device
-) -> Tensor:
-    """Angle per token of each rotated pair, [head_dim / 2] float32, with Llama 3's scaling if asked for.
-
-    Llama 3 keeps wavelengths shorter than original_max_position_embeddings / high_freq_factor, divides the
-    frequency of those longer than original_max_position_embeddings / low_freq_factor by `factor`, and blends
-    linearly between.
-    """
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
-    frequency = 1.0 / (rope_theta**exponent)
-    if not rope_scaling or rope_scaling.get("rope_type", rope_scaling.get("type")) == "default":
-        return frequency
-    low, high = rope_scaling["low_freq_factor"], rope_scaling["high_freq_factor"]
-    turns = rope_scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
-    kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
-    return frequency * (kept + (1.0 - kept) / rope_scaling["factor"])
-
-
-def apply_rotary(x_BHTK: Tensor, cos_BTK: Tensor, sin_BTK: Tensor) -> Tensor:
-    """Rotate pairs (i, i + K/2), as Llama and Qwen2 do."""
-    first, second = x_BHTK.chunk(2, dim=-1)
-    rotated = torch.cat([-second, first], dim=-1)
-    return x_BHTK * cos_BTK.unsqueeze(1) + rotated * sin_BTK.unsqueeze(1)

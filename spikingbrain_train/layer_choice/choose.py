@@ -36,7 +36,12 @@ def choose(request: ChoiceRequest, world_size: int) -> str | None:
     with joined_ranks(source) as groups:
         show = partial(activity, shown=groups.is_main_process)
         models = open_models(source, candidates, request.pair.kept, groups)
-        text = partial(Text, seq_length=request.seq_length, micro_batch_size=request.micro_batch_size)
+        text = partial(
+            Text,
+            seq_length=request.seq_length,
+            micro_batch_size=request.micro_batch_size,
+            num_sink_tokens=candidates.model.num_sink_tokens,
+        )
         if request.aligned is None:
             calibration = text(request.calibration_data, request.calibration_tokens)
             what = f"setting the new mixers on {request.calibration_tokens:,} tokens"

@@ -21,6 +21,7 @@ from spikingbrain_train.conversion.formats.registry import parse_hf_config
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.evaluation.checkpoint_request import parallel_of, request_checkpoint, without_settings
 from spikingbrain_train.evaluation.command_line import Elsewhere
+from spikingbrain_train.evaluation.model_arguments import add_device, add_number_format
 from spikingbrain_train.evaluation.model_folder import check_model_folder, is_megatron_checkpoint
 from spikingbrain_train.layer_choice.measurements import Measurements
 from spikingbrain_train.layer_choice.request import (
@@ -175,19 +176,8 @@ def choose_layers_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="leave the conversions that were made to measure in OUTPUT/work, for another choice",
     )
-    parser.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16"),
-        default="auto",
-        help="number format to compute in; auto takes bfloat16 where the hardware multiplies it, else "
-        "float32 (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--device",
-        choices=("auto", "cpu", "cuda", "metax"),
-        default="auto",
-        help="auto takes a GPU if there is one (default: %(default)s)",
-    )
+    add_number_format(parser)
+    add_device(parser)
     parser.add_argument(
         "--parallel",
         nargs="*",

@@ -26,7 +26,7 @@ class SwapMeter:
     Args:
         teacher: the dense source.
         kept: the same with the mixer of layers that stay, everywhere.
-        swapped: the same with the other mixer in every candidate.
+        swapped: the same with the other mixer in every candidate, and the sinks if there are any.
         batches: this rank's held-out micro-batches.
         groups: process groups, of one pipeline stage.
     """
@@ -54,7 +54,8 @@ class SwapMeter:
         """Cross entropy of the dense source, whose final hidden states are kept for the others."""
         self._targets = []
         for batch in self.batches:
-            hidden = self.teacher(batch.tokens, layout=batch.layout, return_hidden_states=True)
+            layout = batch.layout.without_sinks()
+            hidden = self.teacher(batch.tokens, layout=layout, return_hidden_states=True)
             self._targets.append(hidden)
         return self._losses(self._targets)[1]
 
@@ -63,7 +64,7 @@ class SwapMeter:
         """Keep the hidden states in front of ``layer`` of a model whose layers ``base`` are swapped."""
         base = frozenset(base)
         if not self._held or self._depth > layer or not _agree(base, self._base, self._depth):
-            self._held = [self.teacher.embed(batch.tokens, batch.layout) for batch in self.batches]
+            self._held = [self.swapped.embed(batch.tokens, batch.layout) for batch in self.batches]
             self._depth = 0
         self._base = base
         self._held = [

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from spikingbrain_train.config.run import AlignmentConfig, AlignmentInputs, StageConfig
+from spikingbrain_train.config.stage import AlignmentConfig, AlignmentInputs, StageConfig
 from spikingbrain_train.data.held_out import open_held_out
 from spikingbrain_train.data.loader import MicroBatch
 from spikingbrain_train.evaluation.checkpoint_model import open_checkpoint
@@ -38,6 +38,8 @@ class Text:
     """At least so many, in whole windows; about as many of each dataset, and no more than there are."""
     seq_length: int
     micro_batch_size: int
+    num_sink_tokens: int
+    """In front of a window, of the model that is measured; padding for the dense source."""
 
     def batches(self, groups: ProcessGroups, vocab_size: int) -> list[MicroBatch]:
         """This rank's micro-batches, kept in memory.
@@ -50,7 +52,11 @@ class Text:
         for prefix in self.prefixes:
             dataset = open_held_out([prefix], self.seq_length, windows, vocab_size)
             held_out = HeldOutWindows(
-                dataset, [prefix], groups, micro_batch_size=self.micro_batch_size, num_sink_tokens=0
+                dataset,
+                [prefix],
+                groups,
+                micro_batch_size=self.micro_batch_size,
+                num_sink_tokens=self.num_sink_tokens,
             )
             found += held_out.batches()
         return found
@@ -69,8 +75,8 @@ def open_models(
     """
     swapped = open_checkpoint(candidates, groups).model
     teacher = open_checkpoint(source, groups).model
-    # Its windows are those of the conversion; its weights are the source's.
-    model = replace(candidates.model, mixers=[kept_mixer])
+    # Its windows are those of the conversion, its weights are the source's; sinks come from the candidates.
+    model = replace(candidates.model, mixers=[kept_mixer], num_sink_tokens=0)
     kept = open_checkpoint(replace(source, model=model, run=None), groups).model
     _share(kept, teacher)
     return Models(teacher, kept, swapped)

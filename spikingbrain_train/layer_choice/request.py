@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from spikingbrain_train.architecture.layers import layers, source_names, swapped_layers
+from spikingbrain_train.architecture.layers import source_names
 from spikingbrain_train.architecture.model_checks import check_model
 from spikingbrain_train.architecture.stored_model import read_stored_model
 from spikingbrain_train.config.conversion import ConversionConfig
@@ -75,9 +75,9 @@ class ChoiceRequest:
         return {"calibration_data": self.calibration_data, "calibration_tokens": self.calibration_tokens}
 
     def measured_recipe(self, mixers: Sequence[Any]) -> ConversionConfig:
-        """The recipe as it is measured: without sinks, the feed-forwards as the source has them."""
+        """The recipe as it is measured: the feed-forwards as the source has them."""
         _, feed_forward = source_names()
-        return replace(self.recipe, mixers=list(mixers), feed_forwards=[feed_forward], num_sink_tokens=0)
+        return replace(self.recipe, mixers=list(mixers), feed_forwards=[feed_forward])
 
     def write_recipe(self, swapped: Sequence[int]) -> Path:
         """The conversion with the chosen layers, as ``spikingbrain-convert import --conversion`` takes it."""
@@ -132,8 +132,8 @@ def convert(request: ChoiceRequest) -> None:
 
 
 def check_source(model: ModelConfig, folder: Path) -> None:
-    """The source is dense. Raises ConfigurationError."""
-    if swapped_layers(layers(model)):
+    """All layers of the source have softmax attention, windows or not. Raises ConfigurationError."""
+    if not all(keeps_weights(list(branches)) for branches in model.layer_mixers()):
         raise ConfigurationError(
             f"--model {folder} is a hybrid already; name the dense source, and a form of it that was aligned "
             "with --aligned"
@@ -165,10 +165,10 @@ def aligned_recipe(folder: Path, source: ModelConfig) -> tuple[ConversionConfig,
             f"--aligned {folder} has {model.num_layers} layers of width {model.hidden_size} and --model "
             f"{source.num_layers} of width {source.hidden_size}; name a form of the same source"
         )
-    if model.num_sink_tokens or model.layer_feed_forwards() != source.layer_feed_forwards():
+    if model.layer_feed_forwards() != source.layer_feed_forwards():
         raise ConfigurationError(
-            f"--aligned {folder} has sink tokens or other feed-forwards than the source, which would be "
-            "measured with every swap; align a conversion of its mixers alone"
+            f"--aligned {folder} has other feed-forwards than the source, which would be measured with every "
+            "swap; align a conversion of its mixers alone"
         )
     entries = [list(branches) if len(branches) > 1 else branches[0] for branches in model.layer_mixers()]
     swapped = [layer for layer, entry in enumerate(entries) if not keeps_weights(entry)]

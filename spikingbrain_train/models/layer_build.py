@@ -47,7 +47,7 @@ def attention_submodules(build: LayerBuild) -> SelfAttentionSubmodules:
     return SelfAttentionSubmodules(
         linear_qkv=build.linears.column(Projection.qkv),
         core_attention=IdentityOp,  # our mixers compute what is between the projections themselves
-        linear_proj=build.linears.row(Projection.attention_output),
+        linear_proj=build.linears.row(Projection.attention_output, bias=build.model.add_output_bias),
         q_layernorm=qk_norm,
         k_layernorm=qk_norm,
     )
@@ -56,6 +56,6 @@ def attention_submodules(build: LayerBuild) -> SelfAttentionSubmodules:
 def mlp_submodules(build: LayerBuild) -> MLPSubmodules:
     """Projections of any feed-forward that is an MLP of megatron-core, experts among them."""
     return MLPSubmodules(
-        linear_fc1=build.linears.column(Projection.mlp_fc1),
-        linear_fc2=build.linears.row(Projection.mlp_fc2),
+        linear_fc1=build.linears.column(Projection.mlp_fc1, bias=build.model.add_mlp_bias),
+        linear_fc2=build.linears.row(Projection.mlp_fc2, bias=build.model.add_mlp_bias),
     )

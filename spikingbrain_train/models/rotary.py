@@ -1,15 +1,22 @@
-"""Rotary positions of the tokens that a rank holds."""
+"""Rotary positions of the tokens that a rank holds.
+
+Scaling depends on the length of a text for two kinds, ``dynamic`` and ``longrope``: beyond its original
+context a text is turned by other frequencies than within it. Here each document has the frequencies of its
+own whole length, wherever it is packed or split, as transformers has them of a text on its own. A text that
+is read token by token grows: a new token is turned by the length up to it, and what was read before stays as
+it was turned then, as in transformers' cached generation.
+"""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from torch import Tensor
 
+from spikingbrain_train.architecture.rotary import depends_on_length
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
-from spikingbrain_train.config.model import ModelConfig, RopeScalingConfig
+from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.ops.rotary import scaled_frequencies
 
 
 class RotaryPositions(RotaryEmbedding):
@@ -29,8 +36,10 @@ class RotaryPositions(RotaryEmbedding):
             rotary_base=model.rotary_base,
             use_cpu_initialization=on_cpu,
         )
-        if model.rope_scaling.factor != 1.0:
-            self.inv_freq = scale_rotary_frequencies(self.inv_freq, model.rope_scaling)
+        self._base, self._scaling = model.rotary_base, model.rope_scaling
+        self._unscaled = self.inv_freq
+        if not depends_on_length(self._scaling):
+            self.inv_freq = self._frequencies(0)
         self._last: tuple[SequenceLayout, Tensor] | None = None
 
     def get_rotary_seq_len(
@@ -52,31 +61,27 @@ class RotaryPositions(RotaryEmbedding):
 
     def _angles(self, layout: SequenceLayout) -> Tensor:
         rows = 1 if layout.cu_seqlens is None else len(layout.cu_seqlens)
-        positions = torch.stack([self._positions(layout, row) for row in range(rows)], dim=1)
-        angles = positions.unsqueeze(-1) * self.inv_freq
+        angles = torch.stack([self._angles_of_row(layout, row) for row in range(rows)], dim=1)
         return torch.cat((angles, angles), dim=-1).unsqueeze(2)
+
+    def _angles_of_row(self, layout: SequenceLayout, row: int) -> Tensor:
+        """[slice_length, kv_channels / 2] float32."""
+        if not depends_on_length(self._scaling):
+            return self._positions(layout, row).unsqueeze(-1) * self.inv_freq
+        pieces = [torch.zeros(layout.local_sink_tokens, len(self.inv_freq), device=self.inv_freq.device)]
+        for document in layout.local_documents(row):
+            positions = self._range(document.before, document.length)
+            pieces.append(positions.unsqueeze(-1) * self._frequencies(document.total))
+        return torch.cat(pieces)
 
     def _positions(self, layout: SequenceLayout, row: int) -> Tensor:
         """[slice_length] float32 position of each token in its document."""
-        device = self.inv_freq.device
-        pieces = [torch.zeros(layout.local_sink_tokens, device=device)]
-        for document in layout.local_documents(row):
-            end = document.before + document.length
-            pieces.append(torch.arange(document.before, end, dtype=torch.float32, device=device))
+        pieces = [torch.zeros(layout.local_sink_tokens, device=self.inv_freq.device)]
+        pieces += [self._range(document.before, document.length) for document in layout.local_documents(row)]
         return torch.cat(pieces)
 
+    def _range(self, start: int, length: int) -> Tensor:
+        return torch.arange(start, start + length, dtype=torch.float32, device=self.inv_freq.device)
 
-def scale_rotary_frequencies(inv_freq: Tensor, scaling: RopeScalingConfig) -> Tensor:
-    """Llama-3 frequency scaling: long wavelengths slow down by ``factor``, short ones stay, a ramp between.
-
-    Args:
-        inv_freq: [kv_channels / 2] float32 angular frequencies per token.
-        scaling: its parameters.
-    """
-    original = scaling.original_max_position_embeddings
-    wavelength = 2 * math.pi / inv_freq
-    smooth = (original / wavelength - scaling.low_freq_factor) / (
-        scaling.high_freq_factor - scaling.low_freq_factor
-    )
-    smooth = smooth.clamp(0.0, 1.0)
-    return (1 - smooth) * inv_freq / scaling.factor + smooth * inv_freq
+    def _frequencies(self, text_length: int) -> Tensor:
+        return scaled_frequencies(self._unscaled, self._base, self._scaling, text_length)

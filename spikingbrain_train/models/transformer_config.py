@@ -22,6 +22,8 @@ class HybridTransformerConfig(TransformerConfig):
 
     recompute: Recompute = Recompute.none
     """Activation recomputation; those levels that our modules carry out themselves read it."""
+    norm_topk_prob: bool = False
+    """Whether routers make the probabilities of a token's experts add up to 1."""
 
 
 def transformer_config(

@@ -5,21 +5,15 @@ Every error is one ConfigurationError that names the setting and says what would
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from spikingbrain_train.architecture.model_checks import check_linear_transforms, check_mixers
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import (
     ParallelConfig,
 )
 from spikingbrain_train.config.require import either, multiples_around, require
-from spikingbrain_train.config.run import (
-    LRDecayStyle,
-    OptimizerConfig,
-    RunConfig,
-    StageConfig,
-)
+from spikingbrain_train.config.run import LRDecayStyle, OptimizerConfig, RunConfig
 from spikingbrain_train.config.setting import check_fields
+from spikingbrain_train.config.stage import StageConfig
 from spikingbrain_train.planning.file_checks import check_files, check_train_weights
 from spikingbrain_train.planning.kernel_calls import check_kernels
 from spikingbrain_train.planning.parallel_checks import (
@@ -35,8 +29,6 @@ def check_stage(stage: StageConfig, model: ModelConfig, parallel: ParallelConfig
     """Batch sizes and lengths against the layout, and the teacher. Raises ConfigurationError."""
     check_sequence_split(stage.seq_length, model, parallel)
     kind = kind_of(stage)
-    if not kind.sees_sinks:
-        check_sequence_split(stage.seq_length, replace(model, num_sink_tokens=0), parallel)
     require(
         stage.seq_length <= model.max_position_embeddings,
         f"stage.seq_length={stage.seq_length} is longer than "
@@ -53,6 +45,11 @@ def check_stage(stage: StageConfig, model: ModelConfig, parallel: ParallelConfig
     )
     kind.check(stage)
     require(
+        stage.train_iters > 0 or kind.starts_in_closed_form(stage),
+        f"stage.train_iters={stage.train_iters} leaves stage.kind={stage.kind} nothing to do; give at least "
+        f"1 (an align stage with stage.alignment.calibration_tokens above 0 has its closed-form start)",
+    )
+    require(
         stage.teacher is not None or not kind.needs_teacher(stage),
         f"{kind.reason_for_teacher(stage)} learns from the dense source, but stage.teacher is null; "
         f"set stage.teacher=<folder of a checkpoint converted with conversion dense>",
@@ -62,6 +59,8 @@ def check_stage(stage: StageConfig, model: ModelConfig, parallel: ParallelConfig
 def check_optimizer(optimizer: OptimizerConfig, train_iters: int) -> None:
     """The schedule against the length of the run. Raises ConfigurationError."""
     warmup, decay = optimizer.lr_warmup_iters, optimizer.lr_wsd_decay_iters
+    if train_iters == 0:
+        return
     require(
         warmup < train_iters,
         f"optimizer.lr_warmup_iters={warmup} must be below stage.train_iters={train_iters}: "

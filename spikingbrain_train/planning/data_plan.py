@@ -177,7 +177,7 @@ def plan_data(config: RunConfig) -> DataPlan:
     train = [_measured(config, f"data.train[{number}]", prefix) for number, prefix in enumerate(data.train)]
     valid = [_measured(config, f"data.valid[{number}]", prefix) for number, prefix in enumerate(data.valid)]
     shares = _shares(config, train)
-    samples = stage.train_iters * stage.global_batch_size
+    samples = stage.samples
     sources = []
     for number, (prefix, found, share) in enumerate(zip(data.train, train, shares, strict=True)):
         windows = found.windows(stage.seq_length)

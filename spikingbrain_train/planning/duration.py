@@ -56,7 +56,9 @@ def duration_of(plan: Plan) -> Duration | None:
         return None
     per_rank = speed.tflops * 1e12 / plan.flops_per_token
     seconds = plan.tokens_per_step / (per_rank * plan.world_size)
-    hours = seconds * plan.config.stage.train_iters / 3600
+    # Pipeline stages start one after the other.
+    start = plan.start_flops / (speed.tflops * 1e12 * plan.world_size) * len(plan.stages)
+    hours = (start + seconds * plan.config.stage.train_iters) / 3600
     return Duration(speed, seconds, hours, hours * plan.world_size, per_rank)
 
 

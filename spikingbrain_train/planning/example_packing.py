@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from spikingbrain_train.config.run import LongExamples
+from spikingbrain_train.config.stage import LongExamples
 from spikingbrain_train.errors import DataError
 from spikingbrain_train.storage.loss_mask_format import LossPositions
 

@@ -45,11 +45,11 @@ def mixer_calls(config: RunConfig) -> Iterator[tuple[str, MixerKind, Any]]:
 def _networks(config: RunConfig) -> Iterator[tuple[str, ModelConfig, int, bool]]:
     """Networks that run, the sinks in front of their text, and whether those are padding."""
     model, stage = config.model, kind_of(config.stage)
-    yield "", model, model.num_sink_tokens, False  # evaluations see the sinks in any stage
-    if not stage.sees_sinks:
-        yield "", model, 0, False
+    yield "", model, model.num_sink_tokens, False
+    if stage.reads_source:
+        yield "", model, model.num_sink_tokens, True
     if stage.needs_teacher(config.stage):
-        yield "the teacher's ", dense_source(model), model.num_sink_tokens if stage.sees_sinks else 0, True
+        yield "the teacher's ", dense_source(model), model.num_sink_tokens, True
 
 
 def _layouts(config: RunConfig, num_sink_tokens: int, are_padding: bool) -> Iterator[SequenceLayout]:

@@ -109,6 +109,8 @@ class Plan:
     stages: list[StagePlan]
     flops_per_token: float
     """Model FLOPs of training one token, forward and backward."""
+    start_flops: float
+    """Model FLOPs of what comes before the first step."""
 
     @property
     def data_parallel_size(self) -> int:
@@ -129,7 +131,13 @@ class Plan:
     @property
     def total_tokens(self) -> int:
         """Tokens of the whole stage."""
-        return self.tokens_per_step * self.config.stage.train_iters
+        return self.config.stage.tokens
+
+    @property
+    def total_flops(self) -> float:
+        """FLOPs of the whole stage."""
+        steps = self.config.stage.train_iters
+        return self.start_flops + self.flops_per_token * self.tokens_per_step * steps
 
     @property
     def pipeline_bubble(self) -> float:
@@ -168,6 +176,7 @@ def plan_run(config: RunConfig, world_size: int) -> Plan:
             for stage in range(config.parallel.pipeline_model_parallel_size)
         ],
         flops_per_token=kind_of(config.stage).flops_per_token(config),
+        start_flops=kind_of(config.stage).start_flops(config),
     )
 
 

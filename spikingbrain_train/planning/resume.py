@@ -13,7 +13,7 @@ from typing import Any
 from spikingbrain_train.architecture.layers import has_experts
 from spikingbrain_train.architecture.same_architecture import settings_in_use
 from spikingbrain_train.config.load import load_run_config
-from spikingbrain_train.config.run import OTHER_ORDER, Precision, Resume, RunConfig
+from spikingbrain_train.config.run import Precision, Resume, RunConfig
 from spikingbrain_train.config.run_record import (
     DatasetFingerprint,
     RunRecord,
@@ -21,7 +21,7 @@ from spikingbrain_train.config.run_record import (
     read_record,
     training_data_of,
 )
-from spikingbrain_train.config.setting import OnChange, Role, decisions, leaves
+from spikingbrain_train.config.setting import OTHER_ORDER, OnChange, Role, decisions, leaves
 from spikingbrain_train.config.shown import shown
 from spikingbrain_train.errors import CheckpointError
 from spikingbrain_train.storage.checkpoint_folder import (

@@ -72,11 +72,6 @@ def teacher_digest(folder: str) -> str:
     return hashlib.sha256(json.dumps(sorted(parts)).encode()).hexdigest()[:16]
 
 
-def samples_of(config: RunConfig) -> int:
-    """Training samples of a whole stage."""
-    return config.stage.train_iters * config.stage.global_batch_size
-
-
 def check_identity(stored: dict[str, Any], ours: dict[str, Any], named: str) -> None:
     """Refuse a cache of something else.
 
@@ -117,7 +112,7 @@ def check_cache(config: RunConfig, first_sample: int = 0) -> None:
     if config.stage.teacher is not None:
         ours[TEACHER] = teacher_digest(config.stage.teacher)
     check_identity(stored, ours, named)
-    _check_samples(folder, layout, range(first_sample, samples_of(config)), named)
+    _check_samples(folder, layout, range(first_sample, config.stage.samples), named)
 
 
 def _check_samples(folder: Path, layout: CacheLayout, wanted: range, named: str) -> None:

@@ -25,7 +25,6 @@ from spikingbrain_train.planning.teacher_cache import (
     TEACHER,
     cache_identity,
     check_identity,
-    samples_of,
     teacher_digest,
 )
 from spikingbrain_train.reporting.activity import format_duration
@@ -52,7 +51,7 @@ class CacheRequest:
     @property
     def samples(self) -> int:
         """Those of the whole stage."""
-        return samples_of(self.config)
+        return self.config.stage.samples
 
     def describe(self, world_size: int) -> list[tuple[str, str]]:
         """What it takes, for a dry run: names and what is to be said of each."""
@@ -159,7 +158,7 @@ def request_cache(config: RunConfig, folder: Path, *, top: int, drawn: int, worl
     check_sequence_split(stage.seq_length, model, parallel)
     check_data(config.data)
     check_output_folder(folder, "--output")
-    layout = CacheLayout.of(top, drawn, stage.seq_length, model.vocab_size, samples_of(config))
+    layout = CacheLayout.of(top, drawn, stage.seq_length, model.vocab_size, stage.samples)
     if not (folder / CACHE_FILE).exists():
         return CacheRequest(config, folder, layout)
     _, stored = read_cache_file(folder, f"--output {folder}")

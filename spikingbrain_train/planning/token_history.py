@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from spikingbrain_train.config.derivation import read_derivation
 from spikingbrain_train.config.load import load_run_config
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.config.run_record import StageTokens, TokenHistory, read_record
@@ -65,15 +66,20 @@ def history_with(folder: Path, most: int = _MOST) -> TokenHistory:
     if most == 0:
         return TokenHistory(unknown=f"{folder} leads back to itself")
     if (folder / CONFIG_FILE).is_file():
+        if (derivation := read_derivation(folder)) is not None:
+            return derivation.history
         source = conversion_report(folder).get("source")
         return history_with(Path(source), most - 1) if isinstance(source, str) else TokenHistory()
     try:
         checkpoint = folder if is_iteration_folder(folder) else resolve_checkpoint(folder)
+        if (derivation := read_derivation(checkpoint)) is not None:
+            return derivation.history
         if not (checkpoint / RUN_CONFIG_FILE).is_file():
             return _before_import(checkpoint, most)
         run, record = load_run_config(checkpoint / RUN_CONFIG_FILE), read_record(checkpoint)
         stage = run.stage
-        tokens = iteration_of(checkpoint) * stage.global_batch_size * stage.seq_length
+        steps = iteration_of(checkpoint) or (0 if stage.train_iters else stage.calibration_steps)
+        tokens = steps * stage.global_batch_size * stage.seq_length
     except (SpikingBrainError, ValueError):
         return _ends_at(folder)
     before = None if record is None else record.history

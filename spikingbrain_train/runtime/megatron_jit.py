@@ -9,12 +9,15 @@ second or nothing.
 
 from __future__ import annotations
 
-from importlib.abc import Loader
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from spikingbrain_train.planning.launch import has_gpu_device
 from spikingbrain_train.runtime.import_hook import import_with
 from spikingbrain_train.runtime.patch import ON_CPU, Moment, Patch
+
+if TYPE_CHECKING:
+    from importlib.abc import Loader
 
 
 def _without_compiler(loader: Loader, module: ModuleType) -> None:

@@ -88,9 +88,12 @@ class Manifest:
             offset: where the part begins.
             length: its bytes.
         """
+        self.check_known(name, offset, length, _crc32(self.folder / name, offset, length))
+
+    def check_known(self, name: str, offset: int, length: int, crc32: int) -> None:
+        """:meth:`check_part` of what has been read already, whose CRC-32 is known."""
         path = self.folder / name
-        saved = self.files.get(name, {}).get(offset)
-        if saved is None or saved != (length, _crc32(path, offset, length)):
+        if self.files.get(name, {}).get(offset) != (length, crc32):
             raise CheckpointError(
                 f"{path} is damaged or of another save: bytes {offset} to {offset + length} differ from what "
                 f"{MANIFEST_FILE} says was saved; copy the checkpoint again"

@@ -1,11 +1,13 @@
-"""Temporary folders beside what they become. A later call removes those whose makers were killed.
+"""Temporary folders beside what they become. A later call removes those whose makers were killed, or goes on.
 
 A folder ``NAME.tmp-<process id>`` belongs to the process that holds the lock on its file ``.owner``. The
-system lets go of a lock with its process, however that ends, so a folder without one is abandoned.
+system lets go of a lock with its process, however that ends, so a folder without one is abandoned. Processes
+that help the owner share the lock on ``.helpers``: they may outlive it by a moment, which is waited for.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -14,13 +16,17 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TextIO
 
 logger = logging.getLogger(__name__)
 
 _OWNER = ".owner"
+_HELPERS = ".helpers"
+_HELPERS_SECONDS = 60.0
+"""Helpers of a killed owner end at once; one that does not is in a call to a disk that does not answer."""
 REPLACED = "old"
 """Name within a temporary folder of what lay at the target, while the new takes its place."""
 _QUIET_SECONDS = 3600.0
@@ -29,34 +35,68 @@ nothing in it has changed for this long."""
 
 
 @contextmanager
-def temporary_folder(target: Path) -> Iterator[Path]:
-    """Yield an empty folder beside ``target``, which is removed in the end; abandoned ones are removed first.
+def temporary_folder(
+    target: Path,
+    *,
+    goes_on: Callable[[Path], bool] | None = None,
+    keeps: Callable[[BaseException], bool] | None = None,
+) -> Iterator[Path]:
+    """Yield a folder beside ``target``, which is removed in the end; abandoned ones are removed first.
 
     Args:
         target: its parent exists; ``<target>.tmp-<process id>`` is made.
+        goes_on: whether an abandoned folder is one to go on in: it is taken over with all that it holds,
+            instead of an empty one. None takes none.
+        keeps: whether the folder stays, for a later call to go on in, when this is raised. None keeps none.
 
     Raises:
         OSError: the folder cannot be made.
     """
-    remove_abandoned(target)
-    folder = _make(target)
-    try:
-        with (folder / f"{_OWNER}.new").open("w", encoding="utf-8") as owner:
+    with ExitStack() as stack:
+        folder = None
+        if goes_on is not None:
+            folder = _take_over(target, goes_on, stack)
+        remove_abandoned(target)
+        if folder is None:
+            folder = _make(target)
+        is_kept = False
+        try:
+            owner = stack.enter_context((folder / f"{_OWNER}.new").open("w", encoding="utf-8"))
             _lock(owner.fileno())
             json.dump({"host": socket.gethostname(), "pid": os.getpid()}, owner)
             owner.flush()
             # Under its name it is locked already: nobody ever sees a living owner's file without a lock.
             os.replace(folder / f"{_OWNER}.new", folder / _OWNER)
             yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        except BaseException as error:
+            is_kept = keeps is not None and keeps(error)
+            raise
+        finally:
+            if not is_kept:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
-def remove_abandoned(target: Path) -> None:
+def remove_abandoned(target: Path, *, but: Callable[[Path], bool] | None = None) -> None:
     """Remove temporary folders beside ``target`` whose makers are gone, and say so in the log.
 
     What a maker that was killed in the middle of the exchange had moved aside goes back to ``target``.
+
+    Args:
+        target: what the folders were to become.
+        but: which of them stay.
     """
+    for folder in abandoned_folders(target):
+        if (folder / REPLACED).is_dir() and not os.path.lexists(target):
+            os.rename(folder / REPLACED, target)
+            logger.warning("%s is put back, where a killed call had moved it aside", target)
+        if but is not None and but(folder):
+            continue
+        shutil.rmtree(folder, ignore_errors=True)
+        logger.warning("%s, which a killed call had left, is removed", folder)
+
+
+def abandoned_folders(target: Path) -> Iterator[Path]:
+    """Temporary folders beside ``target`` whose makers, and those who helped them, are gone."""
     pattern = re.compile(re.escape(target.name) + r"\.tmp-(\d+)(-\d+)?")
     try:
         beside = sorted(target.parent.iterdir())
@@ -66,13 +106,38 @@ def remove_abandoned(target: Path) -> None:
         match = pattern.fullmatch(folder.name)
         if match is None or folder.is_symlink() or not folder.is_dir():
             continue
-        if not _is_abandoned(folder, int(match[1])):
+        if _is_abandoned(folder, int(match[1])) and _helpers_are_gone(folder):
+            yield folder
+
+
+@contextmanager
+def helping(folder: Path) -> Iterator[None]:
+    """While the body runs, ``folder`` of another process is not abandoned, even if that one is killed."""
+    with (folder / _HELPERS).open("a", encoding="utf-8") as file:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file.fileno(), fcntl.LOCK_SH)
+        yield
+
+
+def _take_over(target: Path, goes_on: Callable[[Path], bool], stack: ExitStack) -> Path | None:
+    """The first abandoned folder to go on in, under this process's name, its lock held by ``stack``."""
+    for folder in abandoned_folders(target):
+        if not goes_on(folder):
             continue
+        try:
+            owner: TextIO = (folder / _OWNER).open("r+", encoding="utf-8")
+        except OSError:
+            continue
+        if _lock(owner.fileno()) is False:  # somebody else has just taken it over
+            owner.close()
+            continue
+        stack.enter_context(owner)
         if (folder / REPLACED).is_dir() and not os.path.lexists(target):
             os.rename(folder / REPLACED, target)
-            logger.warning("%s is put back, where a killed call had moved it aside", target)
-        shutil.rmtree(folder, ignore_errors=True)
-        logger.warning("%s, which a killed call had left, is removed", folder)
+        own = _make(target)
+        os.rename(folder, own)  # onto the empty folder of that name
+        return own
+    return None
 
 
 def _make(target: Path) -> Path:
@@ -112,6 +177,20 @@ def _is_abandoned(folder: Path, pid: int) -> bool:
     if host == socket.gethostname():
         return got_lock is True or not _is_running(pid)
     return time.time() - _last_change(folder) > _QUIET_SECONDS
+
+
+def _helpers_are_gone(folder: Path) -> bool:
+    """Wait until nobody holds the lock of :func:`helping`; False where somebody does not let go of it."""
+    try:
+        with (folder / _HELPERS).open("r+", encoding="utf-8") as file:
+            until = time.monotonic() + _HELPERS_SECONDS
+            while _lock(file.fileno()) is False:
+                if time.monotonic() > until:
+                    return False
+                time.sleep(0.02)
+    except OSError:
+        return not folder.joinpath(_HELPERS).exists()
+    return True
 
 
 def _is_running(pid: int) -> bool:

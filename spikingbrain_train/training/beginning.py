@@ -63,9 +63,14 @@ class Beginning:
     """Settings that differ from the checkpoint's; None where the run starts."""
 
     @property
+    def is_start(self) -> bool:
+        """Whether the run starts, and does not go on."""
+        return self.changes is None
+
+    @property
     def name(self) -> str:
         """Of its event in the metrics file."""
-        return STARTED if self.changes is None else RESUMED
+        return STARTED if self.is_start else RESUMED
 
     def event(self) -> dict[str, Any]:
         """As it stands in the metrics file, but for its time."""

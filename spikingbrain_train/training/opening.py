@@ -80,7 +80,7 @@ def _training_data(config: RunConfig, record: RunRecord) -> Iterator[Row]:
     shares = blend_shares(data.train_weights, tokens, stage.seq_length)
     if not tokens or shares is None:  # the stage brings its own
         return
-    samples, length = stage.train_iters * stage.global_batch_size, stage.seq_length
+    samples, length = stage.samples, stage.seq_length
     windows = [max((count - 1) // length, 1) for count in tokens]
     epochs = [samples * share / count for share, count in zip(shares, windows, strict=True)]
     if len(prefixes) > _NAMED_SOURCES:
@@ -153,20 +153,15 @@ def _held_out(config: RunConfig, held_out: HeldOutData | None, resuming: bool) -
 
 def _length(config: RunConfig) -> str:
     stage = config.stage
-    return (
-        f"{stage.train_iters:,} steps of {stage.global_batch_size:,} sequences of {stage.seq_length:,} "
-        f"tokens, {quantity(_tokens(config))} tokens"
-    )
-
-
-def _tokens(config: RunConfig) -> int:
-    stage = config.stage
-    return stage.train_iters * stage.global_batch_size * stage.seq_length
+    length, tokens = f"{stage.seq_length:,} tokens", f"{quantity(stage.tokens)} tokens"
+    if stage.train_iters == 0:
+        return f"no steps: the closed-form start alone, on {stage.samples:,} sequences of {length}, {tokens}"
+    return f"{stage.train_iters:,} steps of {stage.global_batch_size:,} sequences of {length}, {tokens}"
 
 
 def _all_tokens(config: RunConfig, record: RunRecord) -> Iterator[Row]:
     if record.history is not None:
-        yield "tokens", f"at the end {describe_end(record.history, _tokens(config))}"
+        yield "tokens", f"at the end {describe_end(record.history, config.stage.tokens)}"
 
 
 def _ranks(config: RunConfig, groups: ProcessGroups) -> str:

@@ -154,17 +154,18 @@ def build_scheduler(
     optimizer: OptimizerConfig, train_iters: int, built: MegatronOptimizer
 ) -> OptimizerParamScheduler:
     """The learning rate after each step: linear warm-up, then the decay to ``min_lr`` at the last step."""
+    steps = max(train_iters, optimizer.lr_warmup_iters + 1)  # none train in a stage of no steps
     return OptimizerParamScheduler(
         built,
         init_lr=0.0,
         max_lr=optimizer.lr,
         min_lr=_last_lr(optimizer),
         lr_warmup_steps=optimizer.lr_warmup_iters,
-        lr_decay_steps=train_iters,
+        lr_decay_steps=steps,
         lr_decay_style=optimizer.lr_decay_style.value,
         start_wd=optimizer.weight_decay,
         end_wd=optimizer.weight_decay,
-        wd_incr_steps=train_iters,
+        wd_incr_steps=steps,
         wd_incr_style="constant",
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,

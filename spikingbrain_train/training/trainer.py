@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import torch
 
+from spikingbrain_train.checkpoint.optimizer_state import begin_state
 from spikingbrain_train.checkpoint.run_checkpoints import RunCheckpoints
 from spikingbrain_train.config.command_line import START_AGAIN
 from spikingbrain_train.config.run import RunConfig
@@ -160,8 +161,11 @@ class Trainer:
             Whether the last iteration is done. Either way the newest checkpoint is that of the current one.
         """
         with self._callbacks_running():
-            if self.beginning.changes is None:
+            if self.beginning.is_start:
                 self._prepare()
+                if self.is_last_step:  # a stage without steps
+                    begin_state(self.state.optimizer)
+                    self.callbacks.step_end()
             batches = self.data.train_batches(self.state.consumed_samples)
             while not self.is_last_step and self.stop_reason is None:
                 self._step(batches)

@@ -21,9 +21,9 @@ from spikingbrain_train.config.model import (
     ModelConfig,
     MoEConfig,
     Projection,
-    RopeScalingConfig,
     SpikingConfig,
 )
+from spikingbrain_train.config.rope_scaling import RopeScalingConfig, RopeType
 from spikingbrain_train.config.setting import Role, leaves
 from spikingbrain_train.errors import CheckpointError
 from tests.config.small_model import small_model
@@ -121,7 +121,7 @@ SAME_WEIGHTS: dict[str, tuple[ModelConfig, ModelConfig]] = {
             sliding_window=8,
             max_position_embeddings=32768,
             rotary_base=1e6,
-            rope_scaling=RopeScalingConfig(factor=8.0),
+            rope_scaling=RopeScalingConfig(RopeType.llama3, factor=8.0),
         ),
     ),
     "spikes": (MODEL, replace(MODEL, spiking=SpikingConfig(projections=[Projection.qkv], k=4.0))),
@@ -185,6 +185,8 @@ def _other(value: Any) -> Any:
         return 1.5
     if isinstance(value, FeatureMap):
         return FeatureMap.sigmoid
+    if isinstance(value, RopeType):
+        return RopeType.linear
     if isinstance(value, GateEncoding):
         return GateEncoding.each_matrix
     assert value == []

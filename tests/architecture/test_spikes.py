@@ -16,8 +16,8 @@ from spikingbrain_train.config.model import (
     Projection,
     SpikingConfig,
 )
-from spikingbrain_train.config.run import SpikeAnnealingConfig, StageConfig
 from spikingbrain_train.config.setting import check_fields
+from spikingbrain_train.config.stage import SpikeAnnealingConfig, StageConfig
 from spikingbrain_train.errors import ConfigurationError
 
 EVERYWHERE = list(Projection)

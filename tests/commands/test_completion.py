@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
         ("spikingbrain-train 'data.train=[a, b]' output_d", ["output_dir="]),
         ("spikingbrain-train --cfg ", ["all", "hydra", "job"]),
         ("spikingbrain-train --n", ["--nnodes", "--node-rank", "--nproc-per-node"]),
-        ("spikingbrain-convert ", ["export", "import", "inspect"]),
+        ("spikingbrain-convert ", ["average", "diff", "export", "import", "inspect", "reshard"]),
         ("spikingbrain-convert import --all", ["--allow-damaged-weights"]),
         ("spikingbrain-convert import --hf a --conversion b sliding", ["sliding_window="]),
         ("spikingbrain-evaluate --dtype f", ["float16", "float32"]),

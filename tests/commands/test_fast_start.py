@@ -55,7 +55,10 @@ TINY = (
 LINES: list[tuple[tuple[str, ...], int]] = [
     ((), 0),
     *(((command.name, "--help"), 0) for command in COMMANDS),
-    *((("convert", word, "--help"), 0) for word in ("import", "export", "inspect")),
+    *(
+        (("convert", word, "--help"), 0)
+        for word in ("import", "export", "inspect", "reshard", "diff", "average")
+    ),
     *((("pipeline", word, "--help"), 0) for word in ("run", "dry-run", "status")),
     (("train", "--cfg", "job", *TINY), 0),
     (("train", "--cfg", "job", "--resolve", *TINY, "output_dir=x"), 0),

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from torch.distributed.elastic.multiprocessing.api import ProcessFailure
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from spikingbrain_train.commands.ranks import Ranks, split
-from spikingbrain_train.config.command_line import START_AGAIN
+from spikingbrain_train.commands.ranks import Ranks, exit_code, split
+from spikingbrain_train.config.command_line import DIVERGED, START_AGAIN, USER_ERROR
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.storage.checkpoint_folder import latest_iteration
 from tests.commands.terminal import ENVIRONMENT, TRAIN, Terminal, settings
@@ -65,6 +67,32 @@ def test_a_rank_starts_no_ranks(tmp_path: Path) -> None:
         [*TRAIN, *words], env={**ENVIRONMENT, "RANK": "0", "LOCAL_RANK": "0"}, capture_output=True, text=True
     )
     assert done.returncode == 2 and "a launcher has started this process as one" in done.stderr
+
+
+INTERRUPTED = 128 + signal.SIGINT
+
+
+@pytest.mark.parametrize(
+    ("codes", "ends_with"),
+    [
+        (
+            (-signal.SIGTERM, INTERRUPTED),
+            INTERRUPTED,
+        ),  # the agent ended rank 0, which was still importing torch
+        ((USER_ERROR, -signal.SIGTERM), USER_ERROR),
+        ((-signal.SIGTERM, START_AGAIN), START_AGAIN),
+        ((-signal.SIGTERM, -signal.SIGKILL), 128 + signal.SIGKILL),
+        ((-signal.SIGTERM, -signal.SIGTERM), 128 + signal.SIGTERM),
+        ((START_AGAIN, DIVERGED), DIVERGED),
+        ((START_AGAIN, 1), 1),
+    ],
+)
+def test_the_code_is_that_of_the_rank_that_was_the_cause(codes: tuple[int, ...], ends_with: int) -> None:
+    failures = {
+        rank: ProcessFailure(local_rank=rank, pid=0, exitcode=code, error_file="")
+        for rank, code in enumerate(codes)
+    }
+    assert exit_code(ChildFailedError("train", failures)) == ends_with
 
 
 @pytest.mark.slow

@@ -31,7 +31,9 @@ from spikingbrain_train.config.parallel import (
     LinearAttentionBackend,
     SoftmaxAttentionBackend,
 )
-from spikingbrain_train.config.run import Precision, RunConfig, StageConfig, WandbMode
+from spikingbrain_train.config.rope_scaling import RopeScalingConfig, RopeType
+from spikingbrain_train.config.run import Precision, RunConfig, WandbMode
+from spikingbrain_train.config.stage import StageConfig
 from spikingbrain_train.errors import CheckpointError, ConfigurationError
 from tests.config.small_model import small_model
 
@@ -99,6 +101,17 @@ def test_a_stored_gate_without_an_encoding_keeps_the_spikes_it_was_trained_with(
     # One that is stored with it is what it says.
     save_config(model, tmp_path / "model.yaml")
     assert load_model_config(tmp_path / "model.yaml") == model
+
+
+def test_stored_rotary_scaling_without_a_kind_is_that_of_llama3(tmp_path):
+    for factor, kind in ((8.0, RopeType.llama3), (1.0, RopeType.default)):
+        path = tmp_path / f"{kind.name}.yaml"
+        save_config(dataclasses.replace(small_model(), rope_scaling=RopeScalingConfig(factor=factor)), path)
+        lines = path.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if "rope_type" not in line]
+        assert len(kept) == len(lines) - 1
+        path.write_text("".join(kept))
+        assert load_model_config(path).rope_scaling == RopeScalingConfig(kind, factor=factor)
 
 
 def test_saving_leaves_one_whole_file_or_the_old_one(tmp_path, monkeypatch):

@@ -21,6 +21,8 @@ def unlike_the_defaults() -> ModelConfig:
     """A model of which no setting has its default."""
     model = small_model(mixers=[["gla", "swa"], "full"], feed_forwards=["moe"])
     model.spiking.projections = [Projection.qkv]
+    model.quantization.projections = [Projection.qkv]
+    model.rope_scaling.short_factor, model.rope_scaling.long_factor = [1.0, 2.0], [3.0, 4.0]
     for name, default in leaves(ModelConfig()).items():
         if default == leaves(model)[name]:
             model = changed(model, name, other(default))

@@ -19,9 +19,9 @@ from spikingbrain_train.config.run import (
     OptimizerConfig,
     Precision,
     RunConfig,
-    StageConfig,
     WandbMode,
 )
+from spikingbrain_train.config.stage import StageConfig
 from spikingbrain_train.errors import CheckpointError, ConfigurationError
 from spikingbrain_train.planning.checks import check_run_config
 from tests.config.small_dataset import write_dataset

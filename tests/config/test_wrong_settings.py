@@ -63,7 +63,9 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Iterator:
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
             patch.delenv(name, raising=False)
         # What comes after the checks brings torch.
-        patch.setattr("spikingbrain_train.training.run", lambda config: None)
+        trainer = types.SimpleNamespace(run=lambda config: None)
+        patch.setitem(sys.modules, "spikingbrain_train.training.trainer", trainer)
+        patch.setattr("spikingbrain_train.training.trainer", trainer, raising=False)
         dry_run = types.SimpleNamespace(build_share=lambda plan: share)
         patch.setitem(sys.modules, "spikingbrain_train.training.dry_run", dry_run)
         yield run

@@ -133,6 +133,18 @@ def test_pickled_weights_only(hf_checkpoint: HFCheckpoint, tmp_path: Path) -> No
     refuses(source, tmp_path, "has neither model.safetensors nor")
 
 
+def test_a_pickle_under_the_name_of_safetensors(hf_checkpoint: HFCheckpoint, tmp_path: Path) -> None:
+    source, _ = hf_checkpoint(**SMALL)
+    for older in (False, True):
+        torch.save(
+            all_tensors(source) if not older else {},
+            source / "other",
+            _use_new_zipfile_serialization=not older,
+        )
+        os.replace(source / "other", source / "model.safetensors")
+        refuses(source, tmp_path, r"model\.safetensors is a pickle under the name of a safetensors file")
+
+
 def test_no_source_folder(tmp_path: Path) -> None:
     refuses(tmp_path / "absent", tmp_path, "absent is not a folder")
 
@@ -257,10 +269,10 @@ def test_an_interrupt_leaves_nothing(
     before = sorted(tmp_path.rglob("*"))
     reads = iter(range(5))
 
-    def interrupted(self: SafetensorsReader, name: str) -> torch.Tensor:
+    def interrupted(self: SafetensorsReader, name: str, rows: tuple[int, int] | None) -> torch.Tensor:
         if next(reads) == 4:
             raise KeyboardInterrupt
-        return read(self, name)
+        return read(self, name, rows)
 
     read = SafetensorsReader.read
     monkeypatch.setattr(SafetensorsReader, "read", interrupted)

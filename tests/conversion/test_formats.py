@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,16 +15,20 @@ from spikingbrain_train.config.model import (
     FeatureMap,
     GateKind,
     ModelConfig,
+    MoEConfig,
+    Projection,
     SpikingConfig,
 )
-from spikingbrain_train.conversion.formats.dense import LLAMA, QWEN2, QWEN3, DenseFormat
+from spikingbrain_train.conversion.formats.dense import LLAMA, MISTRAL, QWEN2, QWEN3, DenseFormat
 from spikingbrain_train.conversion.formats.gla_swa import GLA_SWA
+from spikingbrain_train.conversion.formats.hf_format import HfFormat
 from spikingbrain_train.conversion.formats.registry import (
     FORMATS,
     format_of_model,
     parse_hf_config,
     unsupported,
 )
+from spikingbrain_train.conversion.formats.spikingbrain import SPIKINGBRAIN
 from spikingbrain_train.errors import CheckpointError, ConfigurationError
 
 DENSE = ModelConfig(
@@ -37,6 +42,7 @@ DENSE = ModelConfig(
     max_position_embeddings=64,
     mixers=["full"],
 )
+SPIKES = SpikingConfig([Projection.qkv, Projection.gate], k=2.0)
 TIED_GATE = replace(DENSE.gla, gate=GateKind.tied, feature_map=FeatureMap.sigmoid)
 
 
@@ -48,12 +54,22 @@ TIED_GATE = replace(DENSE.gla, gate=GateKind.tied, feature_map=FeatureMap.sigmoi
         ({"qk_layernorm": True}, QWEN3),
         ({"add_qkv_bias": True, "qk_layernorm": True}, GLA_SWA),
         ({"mixers": ["gla", "swa"]}, GLA_SWA),
-        ({"mixers": ["swa"]}, GLA_SWA),
+        ({"mixers": ["swa"]}, MISTRAL),
+        ({"mixers": ["swa", "full"]}, GLA_SWA),
+        ({"mixers": ["swa", "full"], "add_qkv_bias": True}, QWEN2),
+        ({"add_qkv_bias": True, "add_output_bias": True, "add_mlp_bias": True}, LLAMA),
+        ({"mixers": ["gla", "swa"], "add_mlp_bias": True}, SPIKINGBRAIN),
         ({"gla": TIED_GATE}, LLAMA),  # no layer has that gate
         ({"spiking": SpikingConfig(k=2.0)}, LLAMA),
+        ({"spiking": SPIKES, "mixers": ["gla", "swa"]}, GLA_SWA),
+        ({"spiking": SPIKES}, GLA_SWA),  # no class of transformers computes them
+        ({"num_sink_tokens": 3}, SPIKINGBRAIN),
+        ({"feed_forwards": ["dense", "moe"]}, SPIKINGBRAIN),
+        ({"mixers": ["gla"], "gla": TIED_GATE}, SPIKINGBRAIN),
+        ({"mixers": [["gla", "full"], "swa"]}, SPIKINGBRAIN),
     ],
 )
-def test_the_first_format_that_holds_a_model_takes_it(changes: dict, expected: DenseFormat) -> None:
+def test_the_first_format_that_holds_a_model_takes_it(changes: dict, expected: HfFormat) -> None:
     model = replace(DENSE, **changes)
     assert format_of_model(model) is expected
     assert unsupported(model) == []
@@ -74,22 +90,82 @@ def test_the_first_format_that_holds_a_model_takes_it(changes: dict, expected: D
         ),
     ],
 )
-def test_what_stands_in_the_way_is_told_of_the_nearest_format(changes: dict, parts: list[str]) -> None:
+def test_what_stands_in_the_way_of_a_format_that_is_asked_for(changes: dict, parts: list[str]) -> None:
     model = replace(DENSE, **changes)
-    assert unsupported(model) == parts
-    with pytest.raises(CheckpointError, match="only dense models and the SpikingBrain-7B form .* exported"):
-        format_of_model(model)
+    assert GLA_SWA.unsupported(model) == parts
+    with pytest.raises(CheckpointError, match="--format gla_swa cannot hold .*; leave --format out"):
+        format_of_model(model, "gla_swa")
+    assert unsupported(model) == []
+    assert format_of_model(model) is format_of_model(model, "spikingbrain") is SPIKINGBRAIN
 
 
-def test_a_kind_that_a_format_does_not_know_stands_in_the_way_by_its_own_words(
+def test_a_format_that_is_asked_for_is_taken_or_unknown() -> None:
+    assert format_of_model(replace(DENSE, spiking=SPIKES), "llama").leaves_out(replace(DENSE, spiking=SPIKES))
+    assert format_of_model(DENSE, "spikingbrain") is SPIKINGBRAIN
+    with pytest.raises(ConfigurationError, match="--format gpt2 is no Hugging Face format here; known are"):
+        format_of_model(DENSE, "gpt2")
+
+
+def test_a_kind_that_no_format_knows_stands_in_the_way_by_its_own_words(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = replace(DENSE, mixers=["gla", "swa"])
     config = GLA_SWA.config(model, None, "float32")
     monkeypatch.setattr(MIXERS["gla"], "hf_layers", {})
-    parts = unsupported(replace(model, num_sink_tokens=1))
-    assert parts == ["gated linear attention layers", "1 sink tokens"]
+    sinks = replace(model, num_sink_tokens=1)
+    assert unsupported(sinks) == ["gated linear attention layers"]
+    assert GLA_SWA.unsupported(sinks) == ["gated linear attention layers", "1 sink tokens"]
+    with pytest.raises(CheckpointError, match="no Hugging Face format holds gated linear attention layers;"):
+        format_of_model(sinks)
     with pytest.raises(ConfigurationError, match="has layers of linear_attention, but no kind"):
+        parse_hf_config(config, Path("config.json"))
+
+
+EVERYTHING = replace(
+    DENSE,
+    num_layers=4,
+    mixers=[["gla", "swa"], "gla", ["gla", "swa", "full"], "full"],
+    feed_forwards=["dense", "moe"],
+    gla=replace(TIED_GATE, qk_norm=True, rotary=True, output_gate=True, num_query_groups=4),
+    moe=MoEConfig(num_experts=3, router_topk=2, num_shared_experts=0, moe_ffn_hidden_size=24),
+    num_sink_tokens=5,
+    sliding_window=9,
+    spiking=replace(SPIKES, k=1.5),
+    add_qkv_bias=True,
+    add_output_bias=True,
+    add_mlp_bias=True,
+    share_embeddings_and_output_weights=True,
+)
+
+
+@pytest.mark.parametrize("model", [EVERYTHING, DENSE], ids=["everything", "dense"])
+def test_the_own_format_says_all_that_a_model_is(model: ModelConfig) -> None:
+    config = json.loads(json.dumps(SPIKINGBRAIN.config(model, None, "float32")))
+    assert parse_hf_config(config, Path("config.json")) == (SPIKINGBRAIN, model)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"mixers": None}, "mixers = null must hold a list of names for each of num_hidden_layers = 4"),
+        ({"mixers": [["gla"]] * 4}, "has layers of gla, but no kind"),
+        ({"mixers": [[3]] * 4}, "must hold a list of names"),
+        ({"feed_forwards": ["mlp"]}, "must hold a name for each"),
+        (
+            {"linear_attention": {"gate": "open"}},
+            'gate = "open" must be one of low_rank, full_rank, tied, fixed',
+        ),
+        ({"linear_attention": 3}, "linear_attention = 3 must hold settings by name"),
+        ({"moe": {"num_experts": 0}}, "num_experts = 0 must be a whole number of at least 1"),
+        ({"spiking": {"k": 3}}, "projections = null must list some of qkv, gate"),
+        ({"spiking": {"k": -1, "projections": ["qkv"]}}, "k = -1 must be a number above 0"),
+        ({"spiking": {"k": 3, "projections": ["qkv"], "gate_encoding": 1}}, "must be once or each_matrix"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+    ],
+)
+def test_an_own_config_that_says_something_else_is_refused(changes: dict, sentence: str) -> None:
+    config = SPIKINGBRAIN.config(EVERYTHING, None, "float32") | changes
+    with pytest.raises((CheckpointError, ConfigurationError), match=sentence):
         parse_hf_config(config, Path("config.json"))
 
 

@@ -7,14 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+import torch
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from spikingbrain_train.architecture.layers import layers
+from spikingbrain_train.architecture.rotary import attention_factor
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.conversion.formats.registry import format_of_model, parse_hf_config
 from spikingbrain_train.conversion.hf_config import read_hf_config
 from spikingbrain_train.conversion.window_convention import WindowConvention
 from spikingbrain_train.errors import CheckpointError
 from spikingbrain_train.hf.configuration_gla_swa import GLAswaConfig
+from spikingbrain_train.ops.rotary import scaled_frequencies
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -29,6 +34,7 @@ LLAMA: dict[str, Any] = {
     "rms_norm_eps": 1e-5,
 }
 QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 9}
 QWEN3 = LLAMA | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
 # The published SpikingBrain-7B config.json, in small.
 GLA_SWA: dict[str, Any] = {
@@ -59,6 +65,7 @@ GLA_SWA: dict[str, Any] = {
     "initializer_range": 0.02,
     "attn_layers": [1, 3, 5],
 }
+ORIGINAL = "original_max_position_embeddings"
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -66,7 +73,23 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-EVERY_FAMILY = [LLAMA, LLAMA | {"rope_scaling": LLAMA3_ROPE}, QWEN2, QWEN3, GLA_SWA]
+LONGROPE = {
+    **{"rope_type": "longrope", "original_max_position_embeddings": 64},
+    **{"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 3.0, 4.0]},
+}
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+QWEN3_MOE = LLAMA | {
+    **{"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_experts": 8},
+    **{"num_experts_per_tok": 2, "moe_intermediate_size": 24, "decoder_sparse_step": 2},
+}
+WINDOWS = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2}
+EVERY_FAMILY = [
+    LLAMA,
+    *(LLAMA | {"rope_scaling": scaling} for scaling in (LLAMA3_ROPE, YARN, LONGROPE)),
+    LLAMA | {"attention_bias": True, "mlp_bias": True},
+    QWEN3_MOE,
+    *(MISTRAL, QWEN2, QWEN2 | WINDOWS, QWEN3, GLA_SWA),
+]
 
 
 def parse(values: dict[str, Any]) -> ModelConfig:
@@ -108,6 +131,38 @@ def test_every_spelling_of_llama3_scaling(rope: dict[str, Any]) -> None:
     assert (model.rope_scaling.factor, model.rope_scaling.original_max_position_embeddings) == (8.0, 64)
 
 
+@pytest.mark.parametrize(
+    ("scaling", "around", "expected"),
+    [
+        ({"type": "linear", "factor": 2}, {}, {"factor": 2.0}),
+        ({"type": "dynamic", "factor": 2.0}, {}, {"original_max_position_embeddings": 128}),
+        (YARN, {}, {"factor": 4.0, "original_max_position_embeddings": 32, "attention_factor": None}),
+        ({"rope_type": "yarn", "factor": None}, {ORIGINAL: 64}, {"factor": 2.0, ORIGINAL: 64}),
+        (YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}, {}, {"attention_factor": 1.0}),
+        (YARN | {"beta_fast": None}, {ORIGINAL: 16}, {"beta_fast": 32.0, ORIGINAL: 16}),
+        (LONGROPE, {}, {"factor": 2.0, "long_factor": [1.0, 2.0, 3.0, 4.0]}),
+        (LONGROPE | {"attention_factor": 1.5}, {ORIGINAL: 32}, {"factor": 4.0, "attention_factor": 1.5}),
+    ],
+)
+def test_what_spellings_of_scaling_leave_open_is_what_transformers_makes_of_it(
+    scaling: dict[str, Any], around: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    source = LLAMA | {"rope_theta": 1e4, "rope_scaling": scaling} | around
+    model = parse(source)
+    found = vars(model.rope_scaling)
+    assert {name: found[name] for name in expected} == expected
+    known = {key: value for key, value in source.items() if key not in ("architectures", "model_type")}
+    config = LlamaConfig(**json.loads(json.dumps(known)))
+    frequencies, factor = ROPE_INIT_FUNCTIONS[model.rope_scaling.rope_type.value](config, "cpu")
+    assert factor == pytest.approx(attention_factor(model.rope_scaling), rel=1e-12)
+    unscaled = 1e4 ** (-torch.arange(0, 8, 2) / 8)
+    ours = scaled_frequencies(unscaled, 1e4, model.rope_scaling)
+    torch.testing.assert_close(ours, frequencies, rtol=1e-6, atol=0)
+    assert hf_config(model, source, "float32") == source | {"dtype": "float32"}
+    model.max_position_embeddings = 1024  # a later stage: written anew, in the source's spelling
+    assert parse(hf_config(model, source, "float32")).rope_scaling == model.rope_scaling
+
+
 def test_families_differ_in_bias_norm_and_head_width() -> None:
     llama, qwen2, qwen3 = parse(LLAMA), parse(QWEN2), parse(QWEN3)
     assert [m.add_qkv_bias for m in (llama, qwen2, qwen3)] == [False, True, False]
@@ -131,24 +186,22 @@ def test_published_hybrid() -> None:
 @pytest.mark.parametrize(
     ("base", "change", "sentence"),
     [
-        (LLAMA, {"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM is not supported"),
+        (LLAMA, {"architectures": ["GemmaForCausalLM"]}, "GemmaForCausalLM is not supported"),
         (LLAMA, {"architectures": ["LlamaModel"]}, "LlamaModel is not supported"),
         (LLAMA, {"architectures": None, "model_type": "gpt2"}, "architectures must name one of"),
         (LLAMA, {"architectures": "LlamaForCausalLM"}, "architectures must name one of"),
-        (LLAMA, {"attention_bias": True}, "attention_bias = true puts a bias on the output projection"),
-        (QWEN3, {"attention_bias": True}, "attention_bias = true puts a bias on the output projection"),
-        (LLAMA, {"mlp_bias": True}, "mlp_bias = true"),
+        (QWEN2, {"attention_bias": True}, "attention_bias = true is not read by Qwen2ForCausalLM"),
+        (QWEN3, {"mlp_bias": True}, "mlp_bias = true is not read by Qwen3ForCausalLM"),
         (LLAMA, {"hidden_act": "gelu"}, 'hidden_act = "gelu" is not supported'),
         (
             LLAMA,
-            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+            {"rope_scaling": {"rope_type": "proportional", "factor": 4.0}},
             "rope_scaling .* unsupported rope_type",
         ),
-        (
-            LLAMA,
-            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
-            "rope_parameters .* unsupported",
-        ),
+        (LLAMA, {"rope_parameters": {"rope_type": ["yarn"]}}, "rope_parameters .* unsupported"),
+        (LLAMA, {"rope_scaling": {"rope_type": "dynamic"}}, "factor is missing"),
+        (LLAMA, {"rope_scaling": LONGROPE | {"long_factor": [1.0]}}, "long_factor = .* must list 4 numbers"),
+        (LLAMA, {"rope_scaling": LONGROPE | {"short_factor": [1, 1, 0, 1]}}, "short_factor = 0 must be"),
         (LLAMA, {"rope_scaling": {"rope_type": "llama3"}}, "factor is missing"),
         (
             LLAMA,
@@ -166,11 +219,20 @@ def test_published_hybrid() -> None:
         (LLAMA, {"num_hidden_layers": None}, "num_hidden_layers is missing"),
         (LLAMA, {"rms_norm_eps": float("nan")}, "rms_norm_eps"),
         (LLAMA, {"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
-        (QWEN2, {"use_sliding_window": True, "max_window_layers": 2}, "use_sliding_window = true gives some"),
-        (QWEN2, {"use_sliding_window": True, "max_window_layers": 0}, "use_sliding_window = true gives some"),
+        (LLAMA, {"use_sliding_window": True, "max_window_layers": 2}, "which LlamaForCausalLM does not have"),
+        (MISTRAL, {"layer_types": ["full_attention"] * 4}, "is not read by MistralForCausalLM"),
+        (QWEN3_MOE, {"use_sliding_window": True, "max_window_layers": 48}, "use_sliding_window = true gives"),
+        (QWEN3_MOE, {"num_experts": None}, "num_local_experts is missing"),
+        (MISTRAL, {"sliding_window": 0}, "sliding_window = 0 must be a whole number of at least 1"),
         (QWEN2, {"max_window_layers": -1, "use_sliding_window": True}, "whole number of at least 0"),
         (QWEN2, {"layer_types": 3}, "layer_types = 3 must list"),
-        (QWEN2, {"layer_types": ["full_attention"] * 3 + ["sliding_attention"]}, "layer_types"),
+        (QWEN2, {"layer_types": ["full_attention"] * 3}, "layer_types .* for 4 layers"),
+        (QWEN2, {"layer_types": ["full_attention"] * 3 + ["chunked_attention"]}, "must list full_attention"),
+        (
+            QWEN2,
+            {"layer_types": ["full_attention"] * 3 + ["sliding_attention"]},
+            "layer_types .* without use_sliding_window = true",
+        ),
         (GLA_SWA, {"use_short_conv": True}, "use_short_conv = true is not supported"),
         (GLA_SWA, {"elementwise_affine": False}, "elementwise_affine"),
         (GLA_SWA, {"attn_layers": [1, 6]}, "attn_layers .* below num_hidden_layers = 6"),
@@ -198,7 +260,7 @@ def test_a_window_beyond_the_last_layer_is_none() -> None:
 @pytest.mark.parametrize("max_window_layers", [0, 2, 4])
 @pytest.mark.parametrize("use_sliding_window", [True, False])
 @pytest.mark.parametrize("sliding_window", [{}, {"sliding_window": 8}, {"sliding_window": None}])
-def test_a_window_is_refused_exactly_where_transformers_has_one(
+def test_layers_have_a_window_exactly_where_transformers_has_one(
     max_window_layers: int, use_sliding_window: bool, sliding_window: dict[str, Any]
 ) -> None:
     windows = sliding_window | {
@@ -207,11 +269,29 @@ def test_a_window_is_refused_exactly_where_transformers_has_one(
     }
     # transformers 5 takes the type from the class.
     known = {key: value for key, value in QWEN2.items() if key not in ("architectures", "model_type")}
-    if set(Qwen2Config(**known, **windows).layer_types) == {"full_attention"}:
-        assert parse(QWEN2 | windows).mixers == ["full"]
-    else:
-        with pytest.raises(CheckpointError, match="use_sliding_window = true gives some"):
-            parse(QWEN2 | windows)
+    theirs = Qwen2Config(**known, **windows)
+    model = parse(QWEN2 | windows)
+    kinds = {"full_attention": None, "sliding_attention": theirs.sliding_window}
+    seen = [layer.mixers[0].window(model) for layer in layers(model)]
+    assert seen == [kinds[name] for name in theirs.layer_types]
+
+
+def test_layers_may_be_listed() -> None:
+    listed = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
+    model = parse(QWEN3 | {"layer_types": listed, "use_sliding_window": True, "sliding_window": 5})
+    assert (model.layer_mixers(), model.sliding_window) == ([("swa",), ("full",), ("full",), ("swa",)], 5)
+    written = hf_config(model, None, "float32")
+    assert (written["layer_types"], written["use_sliding_window"]) == (listed, True)
+
+
+def test_mistral_has_a_window_in_all_layers_or_none() -> None:
+    assert (parse(MISTRAL).mixers, parse(MISTRAL).sliding_window) == (["swa"], 9)
+    without = parse(MISTRAL | {"sliding_window": None})
+    assert without.mixers == ["full"]
+    absent = parse({key: value for key, value in MISTRAL.items() if key != "sliding_window"})
+    assert absent.sliding_window == MistralConfig().sliding_window
+    assert format_of_model(without).architecture == "LlamaForCausalLM"
+    assert format_of_model(without, source=MISTRAL).architecture == "MistralForCausalLM"
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '"x"', "\udcff", "[" * 100000])
@@ -296,9 +376,10 @@ def test_a_window_may_stand_under_either_key_alone() -> None:
     assert parse(published | {"sliding_window": 8}).sliding_window == 9
 
 
-@pytest.mark.parametrize("config", [LLAMA, QWEN2, QWEN3, GLA_SWA], ids=lambda x: x["model_type"])
+@pytest.mark.parametrize("config", [LLAMA, MISTRAL, QWEN2, QWEN3, GLA_SWA], ids=lambda x: x["model_type"])
 def test_an_absent_rotary_base_is_that_of_the_class(config: dict[str, Any]) -> None:
-    own = {"gla_swa": GLAswaConfig, "llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+    own = {"gla_swa": GLAswaConfig, "llama": LlamaConfig, "mistral": MistralConfig}
+    own |= {"qwen2": Qwen2Config, "qwen3": Qwen3Config}
     known = {key: value for key, value in config.items() if key not in ("rope_theta", "rope_parameters")}
     made = own[config["model_type"]]()
     base = made.rope_theta if hasattr(made, "rope_theta") else made.rope_parameters["rope_theta"]

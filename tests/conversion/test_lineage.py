@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from spikingbrain_train.config.load import save_config
-from spikingbrain_train.config.run import CheckpointConfig, RunConfig, StageConfig
+from spikingbrain_train.config.run import CheckpointConfig, RunConfig
+from spikingbrain_train.config.stage import StageConfig
 from spikingbrain_train.conversion.lineage import lineage
 from tests.config.small_model import small_model, write_checkpoint
 

@@ -44,7 +44,7 @@ def assert_close(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("family", ["llama", "llama3_rope", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "llama3_rope", "biased_llama", "mistral", "qwen2", "qwen3"])
 def test_imported_dense_model_agrees_with_transformers(
     ranks: RankPool, hf_checkpoint: HFCheckpoint, tmp_path: Path, family: str, tied: bool
 ) -> None:
@@ -82,7 +82,7 @@ def test_a_dense_model_of_no_family_is_exported_with_the_code_of_hybrids(
     assert_close(logits, transformers_logits(tmp_path / "export"))
 
 
-@pytest.mark.parametrize("family", ["llama3_rope", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama3_rope", "biased_llama", "qwen2", "qwen3"])
 def test_exported_hybrid_agrees_with_the_megatron_model(
     ranks: RankPool, hf_checkpoint: HFCheckpoint, tmp_path: Path, family: str
 ) -> None:
@@ -147,6 +147,21 @@ def test_tensor_parallel_ranks_agree_and_what_they_save_exports_bit_identically(
     assert len(saved["decoder.layers.0.mlp.linear_fc2.weight"].chunks) == 2
     export_checkpoint(tmp_path / "saved", tmp_path / "hybrid_again")
     ours, theirs = all_tensors(tmp_path / "hybrid_again"), all_tensors(tmp_path / "hybrid")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_biases_of_all_projections_are_split_over_ranks_and_saved(
+    ranks: RankPool, hf_checkpoint: HFCheckpoint, tmp_path: Path
+) -> None:
+    source, _ = hf_checkpoint("biased_llama")
+    import_checkpoint(source, tmp_path / "megatron")
+    logits = ranks.run(
+        logits_and_save, tmp_path / "megatron", tmp_path / "saved", world_size=2, parallel=TENSOR_PARALLEL
+    )
+    assert_close(logits[0], transformers_logits(source))
+    export_checkpoint(tmp_path / "saved", tmp_path / "again")
+    ours, theirs = all_tensors(tmp_path / "again"), all_tensors(source)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 

@@ -59,7 +59,7 @@ def test_fused_qkv_rows_lie_group_by_group() -> None:
 def test_gate_comes_before_up_in_fc1() -> None:
     fc1 = parameter(small_model(), "decoder.layers.0.mlp.linear_fc1.weight")
     gate, up = torch.zeros(40, 24), torch.ones(40, 24)
-    assert fc1.hf_names(LLAMA.names)[0].endswith("gate_proj.weight")
+    assert next(iter(fc1.tensors(LLAMA))).endswith("gate_proj.weight")
     assert fc1.fuse([gate, up])[:40].sum() == 0
     assert fc1.fuse([gate, up])[40:].min() == 1
 
@@ -102,7 +102,7 @@ def test_splitting_a_fused_parameter_gives_the_parts_back(
         parts = [torch.randn(shape) for shape in entry.hf_shapes]
         fused = entry.fuse(parts)
         assert tuple(fused.shape) == entry.shape
-        for part, original in zip(entry.split(fused), parts, strict=True):
+        for part, original in zip(entry.separate(fused), parts, strict=True):
             assert torch.equal(part, original)
 
 
@@ -110,7 +110,7 @@ def test_names_are_unique_in_both_directions() -> None:
     model = small_model(add_qkv_bias=True, qk_layernorm=True, mixers=["gla", "swa", "full"])
     parameters = list(model_parameters(model))
     names = [entry.name for entry in parameters]
-    hf_names = [name for entry in parameters for name in entry.hf_names(GLA_SWA.names)]
+    hf_names = [name for entry in parameters for name in entry.tensors(GLA_SWA)]
     assert len(set(names)) == len(names)
     assert len(set(hf_names)) == len(hf_names)
 
@@ -118,7 +118,7 @@ def test_names_are_unique_in_both_directions() -> None:
 def test_published_hybrid_has_exactly_the_documented_tensors() -> None:
     """The names of one GLA and one SWA layer as the published SpikingBrain-7B checkpoint spells them."""
     model = small_model(num_layers=2, add_qkv_bias=True, mixers=["gla", "swa"])
-    names = {name for entry in model_parameters(model) for name in entry.hf_names(GLA_SWA.names)}
+    names = {name for entry in model_parameters(model) for name in entry.tensors(GLA_SWA)}
     expected = {"model.embeddings.weight", "model.norm.weight", "lm_head.weight"}
     for layer in (0, 1):
         expected |= {
@@ -147,7 +147,7 @@ def test_published_hybrid_has_exactly_the_documented_tensors() -> None:
 def test_a_gate_has_no_place_in_a_dense_family() -> None:
     gate = parameter(small_model(), "decoder.layers.0.self_attention.out_norm.weight")
     with pytest.raises(CheckpointError, match=r"out_norm.weight has no counterpart"):
-        gate.hf_names(LLAMA.names)
+        gate.tensors(LLAMA)
 
 
 REVERSED = Transform(
@@ -164,7 +164,7 @@ def weight_of(layout: str) -> Parameter:
 def test_a_weight_from_outside_names_its_transform() -> None:
     decay = weight_of(f"{__name__}:REVERSED")
     assert decay.fuse([torch.tensor([1, 2, 3])]).tolist() == [3, 2, 1]
-    assert decay.split(torch.tensor([3, 2, 1]))[0].tolist() == [1, 2, 3]
+    assert decay.separate(torch.tensor([3, 2, 1]))[0].tolist() == [1, 2, 3]
 
 
 @pytest.mark.parametrize(

@@ -185,22 +185,24 @@ def test_report_counts_every_parameter_and_where_it_comes_from(
     ],
     ids=["parallel_hybrid", "sinks", "experts", "tied_gate", "sigmoid"],
 )
-def test_what_no_hugging_face_format_holds_is_refused_before_anything_is_written(
+def test_what_a_format_cannot_hold_is_refused_before_anything_is_written(
     hf_checkpoint: HFCheckpoint, tmp_path: Path, changes: dict[str, Any], part: str
 ) -> None:
     source, _ = hf_checkpoint()
     convert(source, tmp_path / "out", ConversionConfig(**changes))
     (tmp_path / "out/iter_0000000/__0_0.distcp").unlink()  # not even the weights are looked at
-    with pytest.raises(CheckpointError, match=f"no Hugging Face format holds {part}; only dense models"):
-        export_checkpoint(tmp_path / "out", tmp_path / "hf")
+    with pytest.raises(CheckpointError, match=f"--format gla_swa cannot hold {part}; leave --format out"):
+        export_checkpoint(tmp_path / "out", tmp_path / "hf", format_name="gla_swa")
     assert not (tmp_path / "hf").exists()
 
 
-def test_spikes_are_left_out_of_an_export_with_a_note(hf_checkpoint: HFCheckpoint, tmp_path: Path) -> None:
+def test_spikes_are_left_out_of_an_export_to_a_format_without_them_with_a_note(
+    hf_checkpoint: HFCheckpoint, tmp_path: Path
+) -> None:
     source, _ = hf_checkpoint("qwen2")
     spiking = SpikingConfig(projections=[Projection.qkv])
     convert(source, tmp_path / "out", ConversionConfig(mixers=["full"], spiking=spiking))
-    report = export_checkpoint(tmp_path / "out", tmp_path / "back")
+    report = export_checkpoint(tmp_path / "out", tmp_path / "back", format_name="qwen2")
     assert any("computes without them" in note for note in report.notes)
     ours, theirs = all_tensors(tmp_path / "back"), all_tensors(source)
     assert ours.keys() == theirs.keys()
@@ -213,7 +215,6 @@ def test_inspect_shows_the_new_parts(hf_checkpoint: HFCheckpoint, tmp_path: Path
     convert(source, tmp_path / "out", recipe(spiking=spiking))
     text = inspect_checkpoint(tmp_path / "out").text(width=400)
     assert "GS GS* GS GF*" in text and "S swa, G gla, F full, * moe" in text
-    parts = "layers with two branches ([gla,swa], [gla,full]), mixture-of-experts layers, 3 sink tokens"
-    assert f"has no Hugging Face format ({parts}" in text
+    assert "exports as SpikingBrainForCausalLM" in text
     assert LAYERS in text
     assert "extras:     3 sink tokens, spikes with k 3 in front of qkv, mlp_fc2" in text

@@ -16,16 +16,19 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from spikingbrain_train.config.conversion import ConversionConfig
-from spikingbrain_train.config.load import load_model_config
+from spikingbrain_train.config.load import load_conversion, load_model_config
 from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.conversion.export_checkpoint import export_checkpoint
 from spikingbrain_train.conversion.import_checkpoint import import_checkpoint
-from spikingbrain_train.conversion.inspect_checkpoint import inspect_checkpoint
 from spikingbrain_train.conversion.report import ConversionReport
 from spikingbrain_train.conversion.window_convention import WindowConvention
 from spikingbrain_train.errors import CheckpointError, ConfigurationError
 from tests.conversion.hf_models import SIZES, HFCheckpoint, all_tensors
+from tests.conversion.megatron_models import TOKENS as MEGATRON_TOKENS
+from tests.conversion.megatron_models import megatron_logits
 from tests.conversion.published_class import PublishedModel, published_tensor_shapes
+from tests.distributed.pool import RankPool
 
 TOKENS = torch.randint(0, 101, (2, 40), generator=torch.Generator().manual_seed(0))
 TOLERANCE = 5e-6
@@ -237,21 +240,19 @@ def test_a_convention_that_decides_nothing_is_refused(hf_checkpoint: HFCheckpoin
         import_checkpoint(source, tmp_path / "megatron", window_convention=WindowConvention.published)
 
 
-def test_a_quantised_folder_is_recognised(published_folder: Path, tmp_path: Path) -> None:
-    """W8ASpike, as published: scales beside the weights, a merged gate projection, no key in config.json."""
-    tensors = all_tensors(published_folder)
-    for name in list(tensors):
-        if "gk_proj" in name:
-            del tensors[name]
-        elif name.endswith("_proj.weight"):
-            scales = name.replace("weight", "weight_quantizer.scales")
-            tensors[scales] = torch.ones(len(tensors[name]), 1, 1)
-    for layer in (0, 2):
-        tensors[f"model.layers.{layer}.attn.gk_proj.weight"] = torch.ones(16, 32)
-        tensors[f"model.layers.{layer}.attn.gk_proj.bias"] = torch.ones(16)
-    save_file(tensors, published_folder / "model.safetensors", metadata={"format": "pt"})
-    sentence = r"is a quantised W8ASpike checkpoint: 28 tensors such as .*scales.* use the unquantised"
-    with pytest.raises(CheckpointError, match=sentence):
-        import_checkpoint(published_folder, tmp_path / "megatron")
-    with pytest.raises(CheckpointError, match=sentence):
-        inspect_checkpoint(published_folder)
+def test_a_published_folder_is_upcycled_to_experts(
+    ranks: RankPool, published_folder: Path, tmp_path: Path
+) -> None:
+    """Its mixers and window stay, as the convention that is named reads it; the exact form of experts."""
+    upcycling = load_conversion("upcycling", ["moe.num_experts=4", "moe.router_topk=2"])
+    published = PublishedModel(published_folder)
+    for convention in WindowConvention:
+        output = tmp_path / f"read as {convention.value}"
+        report = import_checkpoint(published_folder, output, upcycling, window_convention=convention)
+        assert "4 moe (4 experts, top-2" in report.layers
+        model = imported(output)
+        window = 17 if convention is WindowConvention.published else 16
+        assert (model.layer_mixers(), model.sliding_window) == ([("gla",), ("swa",)] * 2, window)
+        (found,) = ranks.run(megatron_logits, output, world_size=1, parallel=ParallelConfig())
+        expected = published.logits(MEGATRON_TOKENS, sdpa=convention is WindowConvention.inclusive)
+        assert (found - expected).abs().max() <= 2e-4  # in float32

@@ -11,6 +11,7 @@ from pydoc_data.topics import topics
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from spikingbrain_train.config.conversion import ConversionConfig
@@ -40,9 +41,9 @@ def name_class(folder: Path, class_name: str | None) -> None:
     path.write_text(json.dumps(values | ({"tokenizer_class": class_name} if class_name else {})))
 
 
-def exported(source: Path, tmp_path: Path) -> Path:
+def exported(source: Path, tmp_path: Path, format_name: str = "gla_swa") -> Path:
     import_checkpoint(source, tmp_path / "megatron", ConversionConfig(sliding_window=7))
-    report = export_checkpoint(tmp_path / "megatron", tmp_path / "export")
+    report = export_checkpoint(tmp_path / "megatron", tmp_path / "export", format_name=format_name)
     assert not [note for note in report.notes if "tokenizer" in note]
     return tmp_path / "export"
 
@@ -67,6 +68,28 @@ def test_an_export_gives_the_ids_of_its_source(
     # A class that both transformers 4 and 5 know.
     described = json.loads((export / "tokenizer_config.json").read_text())
     assert described["tokenizer_class"] == "Qwen2Tokenizer"
+
+
+def test_a_generic_tokenizer_gives_no_token_types(small_source: Path, tmp_path: Path) -> None:
+    """transformers 4 gives them if nobody says otherwise, and generate() refuses what no model reads."""
+    source = Path(shutil.copytree(small_source, tmp_path / "source"))
+    config = json.loads((source / "config.json").read_text())
+    llama = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "attention_bias": False}
+    (source / "config.json").write_text(json.dumps(config | llama))
+    weights = load_file(source / "model.safetensors")
+    without = {name: tensor for name, tensor in weights.items() if not name.endswith("_proj.bias")}
+    save_file(without, source / "model.safetensors", {"format": "pt"})
+    name_class(source, "PreTrainedTokenizerFast")
+    export = exported(source, tmp_path)
+    described = json.loads((export / "tokenizer_config.json").read_text())
+    assert described["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert described["model_input_names"] == ["input_ids", "attention_mask"]
+    tokenizer = AutoTokenizer.from_pretrained(export, trust_remote_code=True)
+    texts = tokenizer(TEXTS[0][:40], return_tensors="pt")
+    model = AutoModelForCausalLM.from_pretrained(export, trust_remote_code=True)
+    assert (
+        model.generate(**texts, max_new_tokens=1, pad_token_id=0).shape[1] == texts["input_ids"].shape[1] + 1
+    )
 
 
 def test_an_export_whose_tokenizer_would_differ_is_refused(
@@ -94,7 +117,7 @@ def test_code_that_a_tokenizer_names_is_not_repeated(
 
 
 def test_a_dense_export_of_a_hybrid_folder_never_gives_other_ids(small_source: Path, tmp_path: Path) -> None:
-    """All layers of it attend to everything, so it becomes qwen2, which has a tokenizer class of its own."""
+    """All layers of it attend to everything, so it can become qwen2, whose tokenizer class is another."""
     source = tmp_path / "source"
     config = GLAswaConfig(
         vocab_size=MODEL_VOCAB_SIZE,
@@ -114,7 +137,7 @@ def test_a_dense_export_of_a_hybrid_folder_never_gives_other_ids(small_source: P
     theirs = load_tokenizer(source).encode_batch(TEXTS)
     import_checkpoint(source, tmp_path / "megatron")
     try:
-        export_checkpoint(tmp_path / "megatron", tmp_path / "export")
+        export_checkpoint(tmp_path / "megatron", tmp_path / "export", format_name="qwen2")
     except CheckpointError as error:  # transformers 5 reads a qwen2 folder as Qwen2Tokenizer
         assert "gives other ids when it is loaded from an export" in str(error)
     else:
@@ -122,11 +145,16 @@ def test_a_dense_export_of_a_hybrid_folder_never_gives_other_ids(small_source: P
         assert load_tokenizer(tmp_path / "export").encode_batch(TEXTS) == theirs
 
 
+@pytest.mark.parametrize("format_name", ["gla_swa", "spikingbrain"])
 def test_loading_an_export_warns_of_nothing(
-    small_source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    small_source: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    format_name: str,
 ) -> None:
     name_class(small_source, "PreTrainedTokenizerFast")
-    export = exported(small_source, tmp_path)
+    export = exported(small_source, tmp_path, format_name)
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     with warnings.catch_warnings(), caplog.at_level(logging.WARNING, logger="transformers"):
         warnings.simplefilter("error", FutureWarning)

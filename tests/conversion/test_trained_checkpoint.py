@@ -36,12 +36,14 @@ def tokens(tmp_path: Path) -> Path:
     return tmp_path / "tokens"
 
 
+@pytest.mark.parametrize("sinks", [0, 1], ids=["no sink", "one sink"])
 def test_two_ranks_train_and_the_export_agrees_with_their_model(
-    ranks: RankPool, hf_checkpoint: HFCheckpoint, tmp_path: Path, tokens: Path
+    ranks: RankPool, hf_checkpoint: HFCheckpoint, tmp_path: Path, tokens: Path, sinks: int
 ) -> None:
     """Two steps under tensor parallelism with optimizer state in the checkpoint. Bound as in test_logits."""
     source, _ = hf_checkpoint("qwen2", vocab_size=130)
-    import_checkpoint(source, tmp_path / "megatron", ConversionConfig(sliding_window=7))
+    recipe = ConversionConfig(sliding_window=7, num_sink_tokens=sinks)
+    import_checkpoint(source, tmp_path / "megatron", recipe)
     checkpoint = latest_checkpoint(tmp_path / "megatron", "folder")
     (tmp_path / "secret").write_text("a file of this machine")
     (checkpoint / "hf_source/LICENSE").symlink_to(tmp_path / "secret")

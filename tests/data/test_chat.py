@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from spikingbrain_train.data.documents import RawDocument
 from spikingbrain_train.data.preprocess import preprocess
 from spikingbrain_train.data.preprocess_options import PreprocessOptions
+from spikingbrain_train.data.raw_document import RawDocument
 from spikingbrain_train.data.token_file import TokenFile
 from spikingbrain_train.errors import DataError
 

@@ -13,8 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import spikingbrain_train.data.documents as documents_module
-from spikingbrain_train.data.documents import PYDOC_TOPICS, RawDocument, cut_text, find_sources
+from spikingbrain_train.data.documents import PYDOC_TOPICS, cut_text, find_sources
 from spikingbrain_train.data.folders import LeftOut
+from spikingbrain_train.data.raw_document import RawDocument
 from spikingbrain_train.errors import DataError
 
 WORDS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40).filter(

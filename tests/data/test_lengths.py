@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from spikingbrain_train.data.command_line import preprocess_data
 from spikingbrain_train.data.length_picture import draw_lengths
 from spikingbrain_train.data.lengths import (
     counted,
@@ -21,6 +20,7 @@ from spikingbrain_train.data.lengths import (
     text_histogram,
 )
 from spikingbrain_train.errors import DataError
+from tests.data.preprocess_command import exit_code_of
 
 LENGTHS = st_numpy.arrays(np.int32, st.integers(1, 60), elements=st.integers(1, 100_000))
 
@@ -85,7 +85,7 @@ def test_datasets_are_described_as_text_json_and_picture(
 ) -> None:
     first = write_tokens("a", [[1] * 3, [2] * 40, [3] * 900])
     second = write_tokens("b", [[1] * 5])
-    assert preprocess_data(["--describe", first, second]) == 0
+    assert exit_code_of(["--describe", first, second]) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[0].split() == [
         "dataset",
@@ -101,7 +101,7 @@ def test_datasets_are_described_as_text_json_and_picture(
     assert said[2].split()[1:] == ["3", "943", "3", "40", "314.3", "900", "900", "0.00"]
     assert any(line.strip().startswith("512 - 1,023") and "95.4%" in line for line in said)
     for name in ("lengths.png", "deep/lengths.svg"):
-        assert preprocess_data(["--describe", first, second, "--json", "--plot", str(tmp_path / name)]) == 0
+        assert exit_code_of(["--describe", first, second, "--json", "--plot", str(tmp_path / name)]) == 0
         values = json.loads(capsys.readouterr().out)["datasets"]
         assert [each["tokens"] for each in values] == [943, 5]
         assert values[0]["p99"] == 900 and values[0]["dtype"] == "int32"
@@ -131,7 +131,7 @@ def test_pictures_show_every_document_and_mark_median_and_p99(write_tokens, leng
     ],
 )
 def test_a_wrong_request_is_one_sentence(write_tokens, capsys, arguments: list[str], sentence: str) -> None:
-    assert preprocess_data(["--describe", write_tokens("d", [[1]]), *arguments]) == 2
+    assert exit_code_of(["--describe", write_tokens("d", [[1]]), *arguments]) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and sentence in printed.err and printed.err.count("\n") == 1
 
@@ -142,12 +142,12 @@ def test_a_run_draws_and_prints_json(
     (tmp_path / "in.jsonl").write_text('{"text": "one two three"}\n{"text": "four"}\n')
     arguments = ["--input", str(tmp_path / "in.jsonl"), "--tokenizer", str(hf_folder), "--workers", "1"]
     arguments += ["--output-prefix", str(tmp_path / "out/d"), "--plot", str(tmp_path / "l.png"), "--json"]
-    assert preprocess_data(arguments) == 0
+    assert exit_code_of(arguments) == 0
     values = json.loads(capsys.readouterr().out)
     (dataset,) = values["datasets"]
     assert (dataset["documents"], values["documents_dropped"], values["warnings"]) == (2, 0, [])
     assert dataset["tokens"] == describe_dataset(tmp_path / "out/d").summary.tokens
     assert dataset["tokens"] / values["seconds"] == pytest.approx(values["tokens_per_second"])
     assert (tmp_path / "l.png").is_file()
-    assert preprocess_data([*arguments, "--dry-run", "--overwrite"]) == 2
+    assert exit_code_of([*arguments, "--dry-run", "--overwrite"]) == 2
     assert "--dry-run writes nothing" in capsys.readouterr().err

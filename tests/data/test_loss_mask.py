@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from spikingbrain_train.config.run_record import fingerprint
-from spikingbrain_train.data.command_line import preprocess_data
 from spikingbrain_train.data.indexed import IndexedDatasetWriter
 from spikingbrain_train.data.lengths import describe_dataset
 from spikingbrain_train.data.loss_mask import LossMask, open_loss_mask
 from spikingbrain_train.data.token_file import TokenFile, document_starts
 from spikingbrain_train.errors import DataError
 from tests.data.conftest import CountingTokenizer
+from tests.data.preprocess_command import exit_code_of
 from tests.data.test_chat_loss import CHATML
 
 
@@ -110,7 +110,7 @@ def chats(hf_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 
 def run(chats: tuple[Path, Path], prefix: Path, *flags: str, source: Path | None = None) -> int:
     known = ["--input", str(source or chats[1]), "--tokenizer", str(chats[0]), "--output-prefix", str(prefix)]
-    return preprocess_data([*known, "--chat-key", "messages", "--workers", "1", *flags])
+    return exit_code_of([*known, "--chat-key", "messages", "--workers", "1", *flags])
 
 
 LEARN = ("--loss-on", "assistant")
@@ -126,7 +126,7 @@ def test_command_writes_examples_and_says_how_much_is_learnt(
     assert found["answers"]["loss_tokens"] == mask.loss_tokens == mask.read(0, mask.num_tokens).sum()
     assert found["answers"]["longer"] == (mask.last > 80).sum() > 0
     assert found["answers"]["without_loss"] == (mask.first > 80).sum()
-    assert preprocess_data(["--describe", str(tmp_path / "d"), "--seq-length", "80"]) == 0
+    assert exit_code_of(["--describe", str(tmp_path / "d"), "--seq-length", "80"]) == 0
     out = capsys.readouterr().out
     assert "tokens with loss" in out and "longer than 80" in out
     assert run(chats, tmp_path / "e", *LEARN, "--dry-run") == 0
@@ -195,7 +195,7 @@ def test_flags_that_do_not_fit_are_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     known = ["--input", str(chats[1]), "--tokenizer", str(chats[0]), "--output-prefix", str(tmp_path / "d")]
-    assert preprocess_data([*known, *flags]) == 2
+    assert exit_code_of([*known, *flags]) == 2
     assert reason in capsys.readouterr().err
     source = tmp_path / "plain.txt"
     source.write_text("text")

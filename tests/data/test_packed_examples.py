@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spikingbrain_train.config.run import DataConfig, LoggingConfig, LongExamples, RunConfig, StageConfig
+from spikingbrain_train.config.run import DataConfig, LoggingConfig, RunConfig
+from spikingbrain_train.config.stage import LongExamples, StageConfig
 from spikingbrain_train.data.packed_examples import PackedExamples, build_examples, open_valid_examples
 from spikingbrain_train.errors import DataError
 from spikingbrain_train.planning.data_plan import plan_data

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from spikingbrain_train.config.run import DataConfig, LongDocumentsConfig, RunConfig
 from spikingbrain_train.config.run_record import fingerprint, training_data_of
-from spikingbrain_train.data.command_line import preprocess_data
 from spikingbrain_train.data.domains import Domains
 from spikingbrain_train.data.gpt_dataset import TrainDataset, build_datasets
 from spikingbrain_train.data.packing import statistics
@@ -24,6 +23,7 @@ from spikingbrain_train.data.sample import Sample
 from spikingbrain_train.data.token_file import TokenFile
 from spikingbrain_train.errors import DataError
 from tests.data.conftest import WriteTokens
+from tests.data.preprocess_command import exit_code_of
 from tests.planning.runs import plan_of
 
 SEQ = 8
@@ -287,7 +287,7 @@ def _statistics_of(lengths: np.ndarray, domains: np.ndarray, packing: Packing):
 
 
 def test_ways_to_pack_stand_beside_each_other(corpus: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert preprocess_data(["--describe", corpus, "--seq-length", str(SEQ)]) == 0
+    assert exit_code_of(["--describe", corpus, "--seq-length", str(SEQ)]) == 0
     lines = capsys.readouterr().out.splitlines()
     (share,) = (line for line in lines if line.startswith("... data.long_documents.share=0.5"))
     expected = packing_statistics(corpus, Packing(SEQ, True, 0.5))
@@ -299,7 +299,7 @@ def test_ways_to_pack_stand_beside_each_other(corpus: str, capsys: pytest.Captur
     for domain in "abc":
         documents = [n for n, of in zip(LENGTHS, DOMAINS, strict=True) if of == domain]
         assert any(line.split()[:3] == [domain, str(len(documents)), str(sum(documents))] for line in lines)
-    assert preprocess_data(["--describe", corpus, "--seq-length", str(SEQ), "--json"]) == 0
+    assert exit_code_of(["--describe", corpus, "--seq-length", str(SEQ), "--json"]) == 0
     (ways,) = json.loads(capsys.readouterr().out)["packing"]
     assert [way["samples"] for way in ways["ways"]][-1] == expected.samples
     assert ways["ways"][1]["settings"] == "data.pack_by_domain=true"

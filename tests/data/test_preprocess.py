@@ -18,12 +18,13 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer
 
-from spikingbrain_train.data.command_line import preprocess_data
-from spikingbrain_train.data.documents import RawDocument, Source
+from spikingbrain_train.data.documents import Source
 from spikingbrain_train.data.indexed import read_info, token_dtype
 from spikingbrain_train.data.preprocess import plan_preprocessing, preprocess
 from spikingbrain_train.data.preprocess_options import PreprocessOptions
+from spikingbrain_train.data.raw_document import RawDocument
 from spikingbrain_train.errors import ConfigurationError, DataError
+from tests.data.preprocess_command import exit_code_of
 
 TOOL = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
 TEXTS = [topics[key] for key in sorted(topics)[:40]]
@@ -261,12 +262,7 @@ def test_options_out_of_range_are_refused(corpus: Path, hf_folder: Path, changes
 
 
 def run_tool(*arguments: object) -> int:
-    """The tool inside this process: importing megatron-core anew takes seconds."""
-    previous = signal.getsignal(signal.SIGTERM)
-    try:
-        return preprocess_data([str(argument) for argument in arguments])
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+    return exit_code_of([str(argument) for argument in arguments])
 
 
 def test_the_tool_prints_what_it_wrote(

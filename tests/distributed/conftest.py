@@ -9,7 +9,7 @@ import pytest
 from spikingbrain_train.config.conversion import ConversionConfig
 from spikingbrain_train.config.model import ModelConfig, MoEConfig
 from spikingbrain_train.config.parallel import ParallelConfig
-from spikingbrain_train.config.run import StageConfig
+from spikingbrain_train.config.stage import StageConfig
 from spikingbrain_train.conversion.import_checkpoint import import_checkpoint
 from tests.distributed import small_runs
 from tests.distributed.pool import RankPool

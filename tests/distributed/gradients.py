@@ -26,7 +26,8 @@ from spikingbrain_train.config.model import (
     SpikingConfig,
 )
 from spikingbrain_train.config.parallel import KernelConfig, ParallelConfig
-from spikingbrain_train.config.run import Precision, StageConfig
+from spikingbrain_train.config.run import Precision
+from spikingbrain_train.config.stage import StageConfig
 
 if TYPE_CHECKING:
     from megatron.core.dist_checkpointing.mapping import ShardedTensor

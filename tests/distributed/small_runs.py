@@ -33,8 +33,8 @@ from spikingbrain_train.config.run import (
     OptimizerConfig,
     Precision,
     RunConfig,
-    StageConfig,
 )
+from spikingbrain_train.config.stage import StageConfig
 from spikingbrain_train.data.indexed import IndexedDatasetWriter
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.training.callbacks.callback import Callback
@@ -159,6 +159,7 @@ TOPOLOGIES: dict[str, tuple[int, ParallelConfig]] = {
     "PP 2": (2, ParallelConfig(pipeline_model_parallel_size=2)),
     "DP 2": (2, ParallelConfig()),
     "DP 2, distributed optimizer": (2, ParallelConfig(use_distributed_optimizer=True)),
+    "EP 2": (2, ParallelConfig(expert_model_parallel_size=2)),
     "CP 2": (2, ParallelConfig(context_parallel_size=2)),
     "CP 2 with all-scan, distributed optimizer": (
         2,

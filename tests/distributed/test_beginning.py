@@ -15,8 +15,9 @@ import pytest
 from spikingbrain_train.config.load import load_run_config
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ParallelConfig
-from spikingbrain_train.config.run import LRDecayStyle, OptimizerConfig, Precision, RunConfig, StageConfig
+from spikingbrain_train.config.run import LRDecayStyle, OptimizerConfig, Precision, RunConfig
 from spikingbrain_train.config.run_record import fingerprint
+from spikingbrain_train.config.stage import StageConfig
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.reporting.metrics import read_events, read_metrics
 from spikingbrain_train.storage.checkpoint_folder import iteration_folder
@@ -118,19 +119,17 @@ def _first(lines: list[str], beginning: str) -> str:
     return next(line for line in lines if line.startswith(beginning))
 
 
-def test_the_last_lines_offer_an_export_to_what_a_format_holds(
-    ranks: RankPool, tmp_path: Path, text: Path
-) -> None:
+def test_the_last_lines_offer_an_export(ranks: RankPool, tmp_path: Path, text: Path) -> None:
     def commands(model: ModelConfig) -> list[str]:
         config = _config(tmp_path / str(len(model.mixers)), text, 1, OptimizerConfig())
         (lines,) = ranks.run(_lines, replace(config, model=model), world_size=1, parallel=ONE)
         return [line[12:] for line in lines[lines.index(_first(lines, "checkpoint")) + 1 :]]
 
-    checkpoints = tmp_path / "4" / "checkpoints"
-    assert commands(MODEL) == [
-        f"spikingbrain-export --checkpoint {checkpoints} --output {tmp_path / '4' / 'export'}"
-    ]
-    assert commands(MODEL_76B) == []
+    for model in (MODEL, MODEL_76B):
+        run = tmp_path / str(len(model.mixers))
+        assert commands(model) == [
+            f"spikingbrain-export --checkpoint {run / 'checkpoints'} --output {run / 'export'}"
+        ]
 
 
 def test_a_changed_rate_is_said_used_and_recorded(ranks: RankPool, tmp_path: Path, text: Path) -> None:

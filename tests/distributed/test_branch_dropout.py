@@ -13,7 +13,7 @@ from torch import Tensor
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.config.model import ModelConfig, ParallelHybridConfig
 from spikingbrain_train.config.parallel import ParallelConfig, Recompute
-from spikingbrain_train.config.run import StageConfig
+from spikingbrain_train.config.stage import StageConfig
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.storage.checkpoint_folder import LATEST_ITERATION_FILE, iteration_folder
 from tests.distributed.gradients import model_of_known_weights

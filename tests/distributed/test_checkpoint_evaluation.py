@@ -15,7 +15,7 @@ import pytest
 
 from spikingbrain_train.config.model import ModelConfig, Projection, SpikingConfig
 from spikingbrain_train.config.parallel import ParallelConfig
-from spikingbrain_train.config.run import SpikeAnnealingConfig
+from spikingbrain_train.config.stage import SpikeAnnealingConfig
 from spikingbrain_train.reporting.metrics import read_events, read_metrics
 from tests.distributed import small_runs
 from tests.distributed.pool import RankPool

@@ -8,13 +8,21 @@ import pytest
 import torch
 
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
+from spikingbrain_train.architecture.stored_model import read_stored_model
+from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
+from spikingbrain_train.config.conversion import ConversionConfig
 from spikingbrain_train.config.parallel import ParallelConfig
-from spikingbrain_train.config.run import RunConfig
+from spikingbrain_train.config.run import OptimizerConfig, RunConfig
+from spikingbrain_train.config.run_record import StageTokens
+from spikingbrain_train.conversion.import_checkpoint import import_checkpoint
 from spikingbrain_train.parallel.process_groups import ProcessGroups
+from spikingbrain_train.planning.resume import nothing_left, run_to_resume
+from spikingbrain_train.planning.token_history import history_with
 from spikingbrain_train.reporting.metrics import read_metrics
 from tests.distributed.pool import RankPool
 from tests.distributed.small_runs import MODEL, checkpoint_config, run_config, train
 from tests.distributed.test_calibration import gla_mixer
+from tests.small_source import save_small_source
 
 ROWS, LENGTH, HEADS, GROUPS, WIDTH = 2, 24, 4, 2, 8
 BOUNDS = ((0, 9, 24), (0, 24))
@@ -157,6 +165,31 @@ def test_least_squares_without_negative_factors_end_where_no_factor_wants_to_mov
     assert slope[x > 0].abs().max() < 1e-6 and slope.min() > -1e-6
 
 
+def test_sinks_have_no_part_in_what_is_learnt_on_the_dense_sources_states(
+    ranks: RankPool, tmp_path: Path, text: Path
+) -> None:
+    """In float32: the sums are the same, and rows of zeros beside them."""
+    source, one = save_small_source(tmp_path / "source"), ParallelConfig()
+    import_checkpoint(source, tmp_path / "dense")
+    losses = []
+    for sinks in (0, 3):
+        folder = tmp_path / str(sinks)
+        recipe = ConversionConfig(mixers=["gla"], sliding_window=7, num_sink_tokens=sinks)
+        import_checkpoint(source, folder / "hybrid", recipe)
+        run = run_config(
+            folder / "run",
+            text,
+            model=read_stored_model(folder / "hybrid" / "iter_0000000"),
+            checkpoint=checkpoint_config(folder / "hybrid"),
+        )
+        run.stage.kind, run.stage.teacher = "align", str(tmp_path / "dense")
+        run.stage.alignment.calibration_tokens = 0
+        (steps,) = ranks.run(train, run, world_size=1, parallel=one)
+        losses.append([loss for loss, _ in steps])
+
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
 def _train_and_stop_at_once(groups: ProcessGroups, config: RunConfig) -> None:
     from spikingbrain_train.training.trainer import Trainer
 
@@ -181,3 +214,58 @@ def test_a_run_that_goes_on_does_not_start_again(
     assert resumed == expected
     starts = [point for point in read_metrics(tmp_path / "stopped") if "align/start/error" in point]
     assert len(starts) == 1
+
+
+def _weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    reader = MegatronCheckpointReader(checkpoint)
+    return {name: reader.read(name) for name in reader.tensors if not name.startswith("optimizer.")}
+
+
+def _held_out(run: Path) -> list[float]:
+    return [point["valid/cross_entropy"] for point in read_metrics(run) if "valid/cross_entropy" in point]
+
+
+@pytest.mark.parametrize(
+    ("world_size", "parallel"),
+    [
+        pytest.param(1, ParallelConfig(), id="one rank"),
+        pytest.param(2, ParallelConfig(use_distributed_optimizer=True), id="DP 2, distributed optimizer"),
+    ],
+)
+def test_a_stage_without_steps_leaves_its_closed_form_start_alone(
+    ranks: RankPool,
+    tmp_path: Path,
+    text: Path,
+    hybrid_checkpoint: Path,
+    dense_checkpoint: Path,
+    world_size: int,
+    parallel: ParallelConfig,
+) -> None:
+    """As two steps that move nothing leave it, on the same tokens; held-out text is measured behind it."""
+
+    def config(steps: int, name: str = "") -> RunConfig:
+        run = run_config(
+            tmp_path / (name or str(steps)), text, checkpoint=checkpoint_config(hybrid_checkpoint)
+        )
+        run.stage.kind, run.stage.train_iters, run.stage.teacher = "align", steps, str(dense_checkpoint)
+        run.stage.alignment.calibration_tokens = 2 * 4 * 32
+        run.parallel, run.optimizer = parallel, OptimizerConfig(lr=1e-30, weight_decay=0.0)
+        run.data.valid, run.logging.eval_interval = [str(text)], 10
+        return run
+
+    for steps in (0, 2):
+        ranks.run(train, config(steps), world_size=world_size, parallel=parallel)
+    alone, moved = (tmp_path / str(steps) / "checkpoints" / f"iter_{steps:07}" for steps in (0, 2))
+    expected = _weights(moved)
+    for name, value in _weights(alone).items():
+        assert torch.allclose(value, expected[name], rtol=0, atol=1e-28), name
+    before, after = _held_out(tmp_path / "0")
+    assert after == _held_out(tmp_path / "2")[-1] != before
+    assert any("align/start/error" in point for point in read_metrics(tmp_path / "0"))
+    assert history_with(alone).stages[-1] == StageTokens("align", 2 * 4 * 32, str(alone))
+
+    stored = run_to_resume(config(0))
+    assert stored is not None and "nothing is left to do" in (nothing_left(config(0), stored) or "")
+    more, *_ = ranks.run(train, config(3, "0"), world_size=world_size, parallel=parallel)
+    fresh, *_ = ranks.run(train, config(3), world_size=world_size, parallel=parallel)
+    assert len(more) == 3 and more == fresh

@@ -14,8 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from spikingbrain_train.config.model import Projection, QuantizationConfig, SpikingConfig
 from spikingbrain_train.config.parallel import ParallelConfig
-from spikingbrain_train.config.run import DistillationConfig, RunConfig
+from spikingbrain_train.config.run import RunConfig
+from spikingbrain_train.config.stage import DistillationConfig
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.reporting.metrics import read_metrics
 from tests.distributed.pool import RankFailure, RankPool
@@ -157,3 +159,21 @@ def test_any_ranks_write_the_same_cache_and_only_what_is_missing(
         assert written == [killed.name] and not list(folder.glob(".samples_*"))
         with pytest.raises(RankFailure, match=r"keeps 64 tokens and 64 drawn ones, not 64 and 7"):
             ranks.run(_write, config, folder, 7, world_size=2, parallel=parallel)
+
+
+def test_a_float_teacher_teaches_int8_weights_and_spikes(
+    ranks: RankPool, tmp_path: Path, text: Path, teacher: Path, hybrid_76b_checkpoint: Path
+) -> None:
+    config = _config(tmp_path, text, hybrid_76b_checkpoint, teacher)
+    projections = [Projection.qkv, Projection.attention_output, Projection.mlp_fc1, Projection.mlp_fc2]
+    config.model = replace(
+        config.model,
+        quantization=QuantizationConfig(projections, group_size=16, keys_and_values=True),
+        spiking=SpikingConfig(projections, queries=True),
+    )
+    config.stage.quantization_annealing.anneal_iters = STEPS
+    ranks.run(train, config, world_size=1, parallel=ONE)
+    points = read_metrics(tmp_path)
+    assert [point["quantization/share"] for point in points] == [0.0, 0.25, 0.5, 0.75]
+    losses = [point["train/kl_divergence"] for point in points]
+    assert losses[-1] < losses[0]

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from spikingbrain_train.config.model import MoEConfig, Projection, SpikingConfig
+from spikingbrain_train.config.model import MoEConfig, Projection, QuantizationConfig, SpikingConfig
 from spikingbrain_train.config.parallel import ParallelConfig
-from spikingbrain_train.config.run import DataConfig, DistillationConfig, LoggingConfig, RunConfig
+from spikingbrain_train.config.run import DataConfig, LoggingConfig, RunConfig
+from spikingbrain_train.config.stage import DistillationConfig
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.reporting.metrics import read_events, read_metrics
 from spikingbrain_train.training.callbacks.callback import Callback
@@ -117,9 +118,12 @@ def runs(
 
     align = config("align", hybrid_checkpoint)
     align.stage.kind = "align"
-    spiking = config(
-        "spiking", hybrid_checkpoint, model=replace(MODEL, spiking=SpikingConfig(list(Projection), k=3.0))
+    spiking_model = replace(
+        MODEL,
+        spiking=SpikingConfig(list(Projection), k=3.0),
+        quantization=QuantizationConfig([Projection.qkv], group_size=8),
     )
+    spiking = config("spiking", hybrid_checkpoint, model=spiking_model)
     spiking.stage.kind = "distill"
     spiking.stage.distillation = DistillationConfig(weight=0.5)
     spiking.data.valid = [str(text), str(text)]

@@ -14,7 +14,8 @@ import pytest
 
 from spikingbrain_train.config.model import ModelConfig, MoEConfig
 from spikingbrain_train.config.parallel import ParallelConfig
-from spikingbrain_train.config.run import DataConfig, DistillationConfig, LoggingConfig, RunConfig
+from spikingbrain_train.config.run import DataConfig, LoggingConfig, RunConfig
+from spikingbrain_train.config.stage import DistillationConfig
 from spikingbrain_train.data.indexed import IndexedDatasetWriter, open_indexed_dataset
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.reporting.metrics import read_events, read_metrics

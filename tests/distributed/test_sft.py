@@ -6,6 +6,7 @@ Tolerances of 1e-5 relative as in test_training_topologies.
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -14,8 +15,10 @@ import numpy as np
 import pytest
 import torch
 
+from spikingbrain_train.config.model import Projection, QuantizationConfig
 from spikingbrain_train.config.parallel import ParallelConfig
-from spikingbrain_train.config.run import LongExamples, RunConfig, StageConfig
+from spikingbrain_train.config.run import RunConfig
+from spikingbrain_train.config.stage import LongExamples, StageConfig
 from spikingbrain_train.data.indexed import IndexedDatasetWriter
 from spikingbrain_train.data.loader import collate, local_micro_batch
 from spikingbrain_train.data.packed_examples import PackedExamples
@@ -176,6 +179,20 @@ def test_the_mean_is_over_tokens_with_loss_of_the_whole_batch(
     assert expected[0][0] == pytest.approx(np.mean(losses), rel=TOLERANCE)
 
 
+def test_losses_of_routers_weigh_as_in_pretraining(one_rank: dict[str, Any]) -> None:
+    """However few tokens carry loss: as their mean over the tokens that are routed, sinks on top."""
+    folder, *_ = one_rank["76B"]
+    points = [point for point in read_metrics(folder) if "moe/aux_loss" in point]
+    assert len(points) == 4
+    layers = MODEL_76B.num_layers / 2  # feed_forwards=[dense, moe]
+    routed = (LENGTH + MODEL_76B.num_sink_tokens) / LENGTH
+    for point in points:
+        mean = MODEL_76B.moe.aux_loss_coeff * point["moe/aux_loss"]
+        mean += MODEL_76B.moe.z_loss_coeff * point["moe/z_loss"]
+        found = point["train/loss"] - point["train/cross_entropy"]
+        assert found == pytest.approx(layers * mean * routed, rel=1e-4)  # a difference of float32 numbers
+
+
 def test_a_run_that_was_interrupted_ends_bit_for_bit_the_same(
     ranks: RankPool, tmp_path: Path, chats: str, one_rank: dict[str, Any]
 ) -> None:
@@ -184,3 +201,17 @@ def test_a_run_that_was_interrupted_ends_bit_for_bit_the_same(
     _interrupt_after(shutil.copytree(folder, tmp_path / "run"), 2)
     (rest,) = ranks.run(train, config, world_size=1, parallel=ONE_RANK)
     assert rest == expected[2:]
+
+
+def test_weights_anneal_to_int8_numbers(
+    ranks: RankPool, tmp_path: Path, chats: str, hybrid_checkpoint: Path
+) -> None:
+    quantization = QuantizationConfig(list(Projection), group_size=16, keys_and_values=True)
+    model = replace(MODEL, quantization=quantization)
+    config = _config(tmp_path, chats, hybrid_checkpoint, ONE_RANK, model)
+    config.stage.quantization_annealing.anneal_iters = 2
+    (steps,) = ranks.run(train, config, world_size=1, parallel=ONE_RANK)
+    points = read_metrics(tmp_path)
+    assert [p["quantization/share"] for p in points if "train/loss" in p] == [0.0, 0.5, 1.0, 1.0]
+    assert all(0 < p["quantization/weight_error"] < 0.02 for p in points if "valid/cross_entropy" in p)
+    assert steps[-1][0] < steps[0][0]

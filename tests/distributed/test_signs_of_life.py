@@ -8,7 +8,8 @@ from pathlib import Path
 from unittest import mock
 
 from spikingbrain_train.config.parallel import ParallelConfig
-from spikingbrain_train.config.run import RunConfig, StageConfig
+from spikingbrain_train.config.run import RunConfig
+from spikingbrain_train.config.stage import StageConfig
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from tests.distributed.pool import RankPool
 from tests.distributed.small_runs import checkpoint_config, run_config, train

@@ -16,7 +16,8 @@ import pytest
 
 from spikingbrain_train.config.model import Projection, SpikingConfig
 from spikingbrain_train.config.parallel import ParallelConfig
-from spikingbrain_train.config.run import DataConfig, LoggingConfig, RunConfig, SpikeAnnealingConfig
+from spikingbrain_train.config.run import DataConfig, LoggingConfig, RunConfig
+from spikingbrain_train.config.stage import SpikeAnnealingConfig
 from spikingbrain_train.reporting.metrics import read_metrics
 from spikingbrain_train.storage.checkpoint_folder import LATEST_ITERATION_FILE, iteration_folder
 from tests.distributed.pool import RankPool
@@ -75,6 +76,13 @@ def test_k_and_the_spikes_are_reported(
     assert steps == pytest.approx([48 * 0.5 ** (step / 2) for step in range(8)] + [3.0, 3.0])
     evaluations = [point for point in points if "valid/cross_entropy" in point]
     assert [point["spiking/k"] for point in evaluations] == pytest.approx([48, 48 / 2**1.5, 6, 3, 3])
+    # The steps in between count a few tokens.
+    reported = [point for point in points if "train/loss" in point]
+    for name in STATISTICS:
+        of_steps = name.replace("spiking/", "spiking/train_")
+        assert all(of_steps in point for point in reported)
+        assert not any(of_steps in point for point in evaluations)
+        assert reported[-1][of_steps] == pytest.approx(evaluations[-1][name], abs=0.15)
     # Fewer spikes as k falls: more channels within 7 counts, and fewer of their bits set.
     shares = [point["spiking/share_up_to_7"] for point in evaluations]
     assert shares == sorted(shares) and shares[0] < 0.3 and shares[-1] > 0.85

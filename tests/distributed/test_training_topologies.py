@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from spikingbrain_train.config.parallel import ParallelConfig, Recompute
-from spikingbrain_train.config.run import (
+from spikingbrain_train.config.run import RunConfig
+from spikingbrain_train.config.stage import (
     AlignmentConfig,
     AlignmentInputs,
     DecayStart,
     DistillationConfig,
-    RunConfig,
     StageConfig,
 )
 from spikingbrain_train.reporting.metrics import read_metrics
@@ -35,7 +35,7 @@ from tests.distributed.small_runs import (
 TOLERANCE = 1e-5
 
 # The whole matrix for plain training; what adds communication of its own on what it touches.
-CASES = [("cpt", name) for name in TOPOLOGIES]
+CASES = [("cpt", name) for name in TOPOLOGIES if name != "EP 2"]
 CASES += [
     (kind, name)
     for kind in ("align", "distill")
@@ -55,7 +55,7 @@ CASES += [
     ("align on its own inputs", name)
     for name in ("TP 2 + sequence parallel", "PP 2 x CP 2", "DP 2, distributed optimizer")
 ]
-CASES += [("76B align on its own inputs", "TP 2 + sequence parallel x CP 2")]
+CASES += [("76B align on its own inputs", name) for name in ("TP 2 + sequence parallel x CP 2", "EP 2")]
 KINDS = sorted({kind for kind, _ in CASES})
 
 

@@ -115,6 +115,11 @@ def _serve() -> None:
 
 def become(words: list[str], folder: Path, rank: int, environment: dict[str, str]) -> None:
     """Be the program: raises SystemExit as it does."""
+    import torch
+
+    # The first call behind a fork makes torch's thread pool anew. Of several threads that do so at once, as
+    # when transformers reads weights, some find no pool.
+    torch.set_num_threads(1)
     os.chdir(folder)
     os.environ.update(environment)
     output = os.open(folder / f".said{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

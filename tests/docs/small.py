@@ -182,6 +182,7 @@ def shortened(words: list[str]) -> list[str]:
         "spikingbrain-choose-layers": ("--tokens", "--calibration-tokens"),
         "spikingbrain-evaluate": ("--max-windows",),
         "spikingbrain-generate": ("--max-new-tokens",),
+        "spikingbrain-analyze-spikes": ("--seq-length", "--windows"),
     }
     for flag in more.get(changed[0], ()):
         if flag not in changed:

@@ -54,6 +54,7 @@ RULES = (
     Rule("spikingbrain-choose-layers ", Way.SHORT),
     Rule("spikingbrain-evaluate ", Way.SHORT),
     Rule("spikingbrain-generate ", Way.SHORT),
+    Rule("spikingbrain-analyze-spikes ", Way.SHORT),
     Rule("spikingbrain-export ", Way.AS_IT_IS),
     Rule("spikingbrain-plot ", Way.NOT_RUN, "its runs are no page's; tests/reporting draws such", PICTURES),
     Rule("spikingbrain-plot ", Way.AS_IT_IS),

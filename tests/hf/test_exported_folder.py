@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import PreTrainedModel
 
-from spikingbrain_train.hf import ARCHITECTURES, AUTO_MAP, modelling_files
+from spikingbrain_train.hf import CODES, GLA_SWA_CODE, Code
 from spikingbrain_train.hf.configuration_gla_swa import GLAswaConfig
 from spikingbrain_train.hf.modeling_gla_swa import GLAswaForCausalLM
 
@@ -75,11 +77,33 @@ torch.save(result, out + "/result.pt")
 
 def export(model: GLAswaForCausalLM, folder: Path) -> None:
     """What the exporter does: tensors, config with auto_map, copies of the modelling files."""
-    model.config.architectures = ARCHITECTURES
-    model.config.auto_map = AUTO_MAP
+    model.config.architectures = GLA_SWA_CODE.architectures
+    model.config.auto_map = GLA_SWA_CODE.auto_map
     model.save_pretrained(folder)
-    for file in modelling_files():
+    for file in GLA_SWA_CODE.files:
         shutil.copy(file, folder)
+
+
+def check_that_a_folder_stands_alone(model: PreTrainedModel, folder: Path, code: Code, place: Path) -> None:
+    """It loads, computes, generates, trains and saves where nothing of the project can be imported."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_HOME": str(place / "cache"), "HF_HUB_OFFLINE": "1"}
+    # Dependencies may come from PYTHONPATH too; only the project itself must not.
+    root = str(Path(__file__).resolve().parents[2])
+    paths = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and p != "." and p != root]
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
+    command = [sys.executable, "-c", STANDALONE_SCRIPT, str(folder), str(place)]
+    subprocess.run(command, cwd=place, env=environment, check=True, timeout=240)
+
+    result = torch.load(place / "result.pt", weights_only=True)
+    ids = torch.arange(60).view(2, 30)
+    with torch.no_grad():
+        torch.testing.assert_close(result["logits"], model(ids).logits, rtol=0, atol=1e-6)
+    expected = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert torch.equal(result["generated"], expected)
+    assert result["same"]
+    saved_again = json.loads((place / "saved" / "config.json").read_text())
+    assert saved_again["auto_map"] == code.auto_map
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -89,24 +113,16 @@ def test_folder_loads_computes_generates_and_trains_on_its_own(
     model = random_model(tie_word_embeddings=tied, attention_bias=not tied)
     folder = tmp_path / "export"
     export(model, folder)
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
-    # Dependencies may come from PYTHONPATH too; only the project itself must not.
-    root = str(Path(__file__).resolve().parents[2])
-    paths = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and p != "." and p != root]
-    environment["PYTHONPATH"] = os.pathsep.join(paths)
-    command = [sys.executable, "-c", STANDALONE_SCRIPT, str(folder), str(tmp_path)]
-    subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=240)
+    check_that_a_folder_stands_alone(model, folder, GLA_SWA_CODE, tmp_path)
 
-    result = torch.load(tmp_path / "result.pt", weights_only=True)
-    ids = torch.arange(60).view(2, 30)
-    with torch.no_grad():
-        torch.testing.assert_close(result["logits"], model(ids).logits, rtol=0, atol=1e-6)
-    expected = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
-    assert torch.equal(result["generated"], expected)
-    assert result["same"]
-    saved_again = json.loads((tmp_path / "saved" / "config.json").read_text())
-    assert saved_again["auto_map"] == AUTO_MAP
+
+@pytest.mark.parametrize("code", CODES, ids=lambda code: code.architectures[0])
+def test_the_modelling_file_names_every_other_file(code: Code) -> None:
+    """transformers 4.5x puts no others where it imports the code from."""
+    text = next(path for path in code.files if path.name.startswith("modeling")).read_text()
+    own = next(path.stem for path in code.files if path.name.startswith("modeling"))
+    imported = set(re.findall(r"^from \.(\w+) import", text, re.MULTILINE))
+    assert imported | {own} == {path.stem for path in code.files}
 
 
 def test_tensor_names_are_the_published_ones(random_model: Callable, tmp_path: Path) -> None:
@@ -173,7 +189,7 @@ def test_rope_scaling_and_layer_lists_survive_saving(tiny_config: Callable, tmp_
     [
         ({"num_key_value_heads": 3}, "num_attention_heads 4 must be a multiple of num_key_value_heads 3"),
         ({"linear_num_key_value_heads": 3}, "must be a multiple of linear_num_key_value_heads 3"),
-        ({"linear_gate": "tied"}, 'linear_gate must be "low_rank" or "fixed", got "tied"'),
+        ({"linear_gate": "tied"}, 'linear_gate must be "low_rank", "full_rank" or "fixed", got "tied"'),
         ({"hidden_size": 34}, "hidden_size 34 is not divisible by num_attention_heads 4"),
         ({"head_dim": 7}, "head_dim must be even"),
         ({"sliding_window": 0}, "sliding_window must be at least 1"),
@@ -182,7 +198,8 @@ def test_rope_scaling_and_layer_lists_survive_saving(tiny_config: Callable, tmp_
         ({"use_short_conv": True}, "use_short_conv must be false"),
         ({"elementwise_affine": False}, "elementwise_affine must be true"),
         ({"quant_weight_group_size": 128}, "W8ASpike"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, 'rope_scaling type "yarn"'),
+        ({"rope_scaling": {"rope_type": "proportional"}}, 'rope_type "proportional" is not supported'),
+        ({"rope_scaling": {"rope_type": "linear"}}, 'rope_parameters of type "linear" need factor'),
     ],
 )
 def test_settings_that_cannot_be_computed_are_refused(

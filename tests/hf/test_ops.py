@@ -161,22 +161,3 @@ def test_windowed_attention_builds_no_mask_of_the_whole_text(monkeypatch: pytest
     monkeypatch.setattr(F, "scaled_dot_product_attention", recording)
     ops.causal_attention(*torch.randn(3, 1, 1, T, 4), window)
     assert max(sizes) <= ops.QUERY_BLOCK_SIZE * (ops.QUERY_BLOCK_SIZE + window)
-
-
-def test_rotary_frequencies_equal_those_of_transformers_llama3() -> None:
-    from transformers import LlamaConfig
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    scaling = {
-        "rope_type": "llama3",
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-    config = LlamaConfig(
-        head_dim=128, rope_theta=500000.0, rope_scaling=scaling, max_position_embeddings=131072
-    )
-    expected, _ = ROPE_INIT_FUNCTIONS["llama3"](config, device=torch.device("cpu"))
-    actual = ops.rotary_frequencies(128, 500000.0, scaling, torch.device("cpu"))
-    torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)

@@ -6,6 +6,7 @@ In float32; 1e-5 nats between the chosen model and its own conversion, and betwe
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -116,6 +117,28 @@ def test_the_recipe_makes_the_model_that_was_measured(
         assert json.loads(result.read_text())["cross_entropy"] == pytest.approx(
             expected["cross_entropy"], abs=1e-5
         )
+
+
+def test_a_source_with_windows_of_its_own_is_measured_with_them(
+    ranks: RankPool, tmp_path: Path, source: Path, text: Path
+) -> None:
+    """Layers that stay have the recipe's windows, which cost nothing where they are the source's."""
+    windowed = Path(shutil.copytree(source, tmp_path / "windowed"))
+    config = json.loads((windowed / "config.json").read_text())
+    own = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}
+    layer_types = ["sliding_attention"] * 4
+    (windowed / "config.json").write_text(json.dumps(config | own | {"layer_types": layer_types}))
+    words = ("--data", text, "--calibration-data", text, "--calibration-tokens", 64, "--swap", 1)
+    found = chosen(ranks, tmp_path / "out", "--model", windowed, *words, "--kept", "swa", "sliding_window=5")
+    assert found["kept_only"]["kl_divergence"] == pytest.approx(0, abs=1e-6)
+    assert found["mixers"].count("swa") == 3
+    result = tmp_path / "result.json"
+    shared = ("--data", str(text), "--seq-length", "32", "--max-windows", "3", "--output", str(result))
+    ranks.run(cross_entropy, "--model", str(windowed), *shared, world_size=1)
+    of_its_own = json.loads(result.read_text())["cross_entropy"]
+    assert found["source"]["cross_entropy"] == pytest.approx(of_its_own, abs=1e-5)
+    ranks.run(cross_entropy, "--model", str(source), *shared, world_size=1)
+    assert abs(json.loads(result.read_text())["cross_entropy"] - of_its_own) > 1e-4
 
 
 @pytest.mark.parametrize(

@@ -36,8 +36,8 @@ from spikingbrain_train.config.run import (
     OptimizerConfig,
     Precision,
     RunConfig,
-    StageConfig,
 )
+from spikingbrain_train.config.stage import StageConfig
 from spikingbrain_train.conversion.export_checkpoint import export_checkpoint
 from spikingbrain_train.conversion.import_checkpoint import import_checkpoint
 from spikingbrain_train.data.indexed import IndexedDatasetWriter

@@ -11,7 +11,7 @@ import pytest
 
 from spikingbrain_train.config.compose import compose_run, groups
 from spikingbrain_train.pipelines.command_line import pipelines
-from spikingbrain_train.pipelines.kinds import STEP_KINDS, StepKind
+from spikingbrain_train.pipelines.kinds import STEP_KINDS, Context, StepKind
 from spikingbrain_train.pipelines.kinds.train import hydra_value
 from tests.pipelines.planned import steps_of
 
@@ -71,6 +71,18 @@ def test_arguments_change_variables_settings_and_what_follows(
 def test_a_list_takes_its_place_in_a_list_item_by_item(workplace: Path) -> None:
     assert steps_of("two.yaml")["second"].command[-2:] == ["a", "b"]
     assert steps_of("two.yaml", "words=[]")["second"].command[-1] == "out/second"
+
+
+def test_an_empty_list_is_said_where_the_flag_may_have_no_value() -> None:
+    """`sweep: []` counts spikes of one k; without it the command has a sweep of its own."""
+    kind, context = STEP_KINDS["analyze_spikes"], Context("spikes", Path("out"), {})
+    given = {"model": "m", "text": ["a.txt", "pydoc-topics"], "windows": 2}
+    step = kind.plan(context, {**given, "sweep": []})
+    words = " ".join(step.command)
+    assert "--sweep" not in " ".join(kind.plan(context, given).command)
+    assert words.endswith("--text a.txt pydoc-topics --windows 2 --sweep --output out/spikes")
+    assert step.reads == {"model": "m", "text[0]": "a.txt"}
+    assert step.outputs == {"result": "out/spikes/spikes.json", "page": "out/spikes/spikes.html"}
 
 
 @pytest.mark.parametrize(
@@ -202,3 +214,13 @@ def test_the_pages_examples_work(workplace: Path) -> None:
         patch.syspath_prepend(workplace)
         assert steps_of("my.yaml")["shelf"].command == ["my-upload", "x", "out/receipt.txt"]
     STEP_KINDS._registered.pop("upload")
+
+
+def test_everything_of_an_earlier_preprocessing_is_cleared_away(tmp_path: Path) -> None:
+    """Also what only conversations or domains have: a loss mask left behind would not fit the new tokens."""
+    file = tmp_path / "own.yaml"
+    file.write_text(
+        "output: out\nsteps:\n  data: {kind: preprocess, input: text.jsonl, tokenizer: tokenizer}\n"
+    )
+    made = {path.name for path in steps_of(str(file))["data"].makes}
+    assert made == {f"text{end}" for end in (".bin", ".idx", ".json", ".loss_mask", ".domains.npy")}

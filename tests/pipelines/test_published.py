@@ -123,15 +123,18 @@ class TestPublishedPipeline:
         assert steps["cpt_8k"].command[1:5] == ["-m", "spikingbrain_train", "train", "--nproc-per-node"]
 
 
-def test_the_7b_ends_with_an_export_that_is_evaluated() -> None:
+def test_the_7b_ends_with_an_export_that_is_evaluated_and_whose_spikes_are_counted() -> None:
     steps = planned("spikingbrain_7b")
     assert steps["export"].reads["checkpoint"] == "out/sft3/checkpoints"
-    assert steps["evaluate_export"].reads["model"] == steps["export"].outputs["model"]
+    for step in ("evaluate_export", "spikes"):
+        assert steps[step].reads["model"] == steps["export"].outputs["model"]
+        assert steps[step].reads["data[0]"] == "v.bin"
+    assert steps["spikes"].outputs == {"result": "out/spikes/spikes.json", "page": "out/spikes/spikes.html"}
 
 
-def test_the_76b_ends_with_an_evaluation_of_the_checkpoint_on_the_ranks_of_a_node() -> None:
+def test_the_76b_ends_with_an_export_and_an_evaluation_of_the_checkpoint_on_the_ranks_of_a_node() -> None:
     steps = planned("spikingbrain_76b")
-    assert "export" not in steps
+    assert steps["export"].reads["checkpoint"] == "out/sft3/checkpoints"
     command = " ".join(steps["evaluate"].command)
     assert "evaluate --nproc-per-node 8 --parallel expert_model_parallel_size=8 " in command
     assert "--model out/sft3/checkpoints " in command

@@ -106,7 +106,15 @@ def test_every_step_runs(undisturbed: Undisturbed, monkeypatch: pytest.MonkeyPat
     monkeypatch.chdir(undisturbed.folder)
     steps = steps_of("small", *ARGUMENTS)
     assert list(undisturbed.records) == list(steps)
-    assert {*STAGES, "export", "evaluate_dense", "evaluate_export", "generate", "picture"} < steps.keys()
+    assert {
+        *STAGES,
+        "export",
+        "evaluate_dense",
+        "evaluate_export",
+        "generate",
+        "spikes",
+        "picture",
+    } < steps.keys()
     assert all(step.is_complete() for step in steps.values())
     assert all(record["exit_code"] == 0 for record in undisturbed.records.values())
     assert (undisturbed.folder / "out/loss.png").stat().st_size > 0

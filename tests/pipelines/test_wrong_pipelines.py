@@ -108,8 +108,8 @@ WRONG = [
     ("model: tiny", "stage.seq: 3\n      model: tiny", ", step cpt: stage.seq is not a setting"),
     (
         "model: tiny",
-        "stage.train_iters: 0\n      model: tiny",
-        ", step cpt: stage.train_iters=0 must be at least 1",
+        "stage.train_iters: -1\n      model: tiny",
+        ", step cpt: stage.train_iters=-1 must be at least 0",
     ),
     ("model: tiny", "output_dir: x\n      model: tiny", ", step cpt: output_dir is not given among settings"),
     (
@@ -203,7 +203,7 @@ def test_the_command_says_it_with_exit_code_2_without_torch_and_in_the_first_sec
     assert (done.returncode, done.stdout) == (2, "False\n")
     assert done.stderr == (
         "error: test.yaml, step export: kind names exprt, which is no kind of step; did you mean export? "
-        "known are command, convert, evaluate, export, generate, preprocess, train; name the package of "
-        "another in plugins: [package.module]\n"
+        "known are analyze_spikes, choose_layers, command, convert, evaluate, export, generate, preprocess, "
+        "train; name the package of another in plugins: [package.module]\n"
     )
     assert seconds < 1.5, f"{seconds:.2f} s of CPU"

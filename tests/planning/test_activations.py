@@ -27,6 +27,7 @@ from spikingbrain_train.config.model import (
     ModelConfig,
     MoEConfig,
     Projection,
+    QuantizationConfig,
     SpikingConfig,
 )
 from spikingbrain_train.config.parallel import (
@@ -40,7 +41,8 @@ from spikingbrain_train.config.parallel import (
     Recompute,
     SlidingWindowContextParallel,
 )
-from spikingbrain_train.config.run import Precision, RunConfig, StageConfig
+from spikingbrain_train.config.run import Precision, RunConfig
+from spikingbrain_train.config.stage import StageConfig
 from spikingbrain_train.models.kernels import resolve_kernels
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.planning.activations import activation_bytes, layer_activations, layer_working
@@ -135,6 +137,12 @@ CASES = {
     "experts": Case(EXPERTS),
     "experts, fp32": Case(EXPERTS, Precision.fp32),
     "experts, top-2": Case(replace(EXPERTS, moe=replace(EXPERTS.moe, router_topk=2))),
+    "window, INT8 keys and values": Case(
+        replace(DENSE, quantization=QuantizationConfig(keys_and_values=True))
+    ),
+    "window, q and k norms, INT8 keys and values": Case(
+        replace(DENSE, qk_layernorm=True, quantization=QuantizationConfig(keys_and_values=True))
+    ),
     "window, spiking": Case(replace(DENSE, spiking=SPIKES)),
     "GLA, fixed decay": Case(replace(GLA, gla=GatedLinearAttentionConfig(gate=GateKind.fixed))),
     "GLA, fixed decay, fla": Case(

@@ -19,8 +19,10 @@ from spikingbrain_train.config.parallel import (
     SlidingWindowContextParallel,
 )
 from spikingbrain_train.config.require import divisors, either, multiples_around
-from spikingbrain_train.config.run import LRDecayStyle, RunConfig, StageConfig
+from spikingbrain_train.config.rope_scaling import RopeType
+from spikingbrain_train.config.run import LRDecayStyle, RunConfig
 from spikingbrain_train.config.setting import check_fields
+from spikingbrain_train.config.stage import StageConfig
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.planning.checks import check_run_config
 from spikingbrain_train.planning.parallel_checks import check_world_size
@@ -193,9 +195,22 @@ REFUSED: list[tuple[dict[str, Any], int, list[str]]] = [
     ({"model.gla.gate_logit_normalizer": 0.0}, 1, ["model.gla.gate_logit_normalizer", "greater than 0"]),
     ({"model.rope_scaling.factor": 0.5}, 1, ["model.rope_scaling.factor=0.5", "at least 1"]),
     (
-        {"model.rope_scaling.factor": 8.0, "model.rope_scaling.low_freq_factor": 4.0},
+        {
+            "model.rope_scaling.rope_type": RopeType.llama3,
+            "model.rope_scaling.low_freq_factor": 4.0,
+        },
         1,
         ["model.rope_scaling.high_freq_factor=4.0", "greater than", "low_freq_factor=4.0"],
+    ),
+    (
+        {"model.rope_scaling.factor": 8.0},
+        1,
+        ["model.rope_scaling.factor=8.0", "no effect", "model.rope_scaling.rope_type=llama3"],
+    ),
+    (
+        {"model.rope_scaling.rope_type": RopeType.longrope, "model.rope_scaling.factor": 8.0},
+        1,
+        ["model.rope_scaling.short_factor lists 0 factors", "rope_type=longrope"],
     ),
     # lengths and batches
     ({"stage.seq_length": 0}, 1, ["stage.seq_length=0", "at least 1"]),
@@ -215,12 +230,6 @@ REFUSED: list[tuple[dict[str, Any], int, list[str]]] = [
     ({"stage.train_iters": 0}, 1, ["stage.train_iters=0", "at least 1"]),
     # teachers
     ({"stage.kind": "align"}, 1, ["stage.kind=align", "stage.teacher is null"]),
-    (
-        {"stage.kind": "align", "stage.teacher": "dense", CP: 4, "model.num_sink_tokens": 6}
-        | {"stage.seq_length": 62},
-        4,
-        ["stage.seq_length=62 is not divisible", f"{CP}=4", "60 or 64"],
-    ),
     ({"stage.kind": "distill"}, 1, ["stage.kind=distill", "stage.teacher is null"]),
     (
         {"stage.distillation.weight": 0.5},

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from spikingbrain_train.architecture.layers import dense_source
+from spikingbrain_train.architecture.layers import dense_source, layers, swapped_layers
 from spikingbrain_train.errors import ConfigurationError, DataError
 from spikingbrain_train.planning.costs import forward_flops_per_token
 from spikingbrain_train.planning.duration import TFLOPS_METRIC, duration_of, speed_of
@@ -102,3 +102,25 @@ def test_the_published_gain_at_128k_is_within_what_flops_explain():
     plan = plan_of("experiment=spikingbrain_7b_128k")
     dense = 3 * forward_flops_per_token(dense_source(plan.config.model), 131072)
     assert 2.5 < dense / plan.flops_per_token < 5.36
+
+
+def test_the_closed_form_start_takes_time_too_stage_after_stage():
+    words = "cluster.accelerator=cuda cluster.peak_tflops=100 cluster.mfu=0.5 stage.teacher=x"
+    words += " stage.alignment.calibration_tokens=200000 stage.alignment.fit_source_projections=false"
+    words += " optimizer.lr_warmup_iters=0"
+    align = "experiment=spikingbrain_7b_align"
+    alone = plan_of(align, f"{words} stage.train_iters=0")
+    whole = plan_of(align, f"{words} stage.train_iters=100")
+    tokens = alone.config.stage.tokens
+    assert 200_000 <= tokens < 200_000 + alone.tokens_per_step and alone.start_flops == whole.start_flops
+    model, length = alone.config.model, alone.config.stage.seq_length
+    passes = [
+        forward_flops_per_token(each, length, output_layer=False) for each in (model, dense_source(model))
+    ]
+    swapped = len(swapped_layers(layers(model)))
+    fits = 2 * swapped * model.hidden_size * 2 * model.hidden_size  # heads are as wide as hidden states
+    assert alone.start_flops == alone.total_flops == pytest.approx(tokens * (sum(passes) + fits))
+    start = duration_of(alone).hours * 3600
+    seconds = duration_of(whole).hours * 3600
+    assert start == pytest.approx(alone.start_flops * len(alone.stages) / (50e12 * alone.world_size))
+    assert seconds == pytest.approx(start + 100 * duration_of(whole).seconds_per_step)

@@ -14,7 +14,8 @@ from spikingbrain_train.config.model import (
     GatedLinearAttentionConfig,
     GateKind,
 )
-from spikingbrain_train.config.run import DataConfig, Resume, RunConfig, StageConfig
+from spikingbrain_train.config.run import DataConfig, Resume, RunConfig
+from spikingbrain_train.config.stage import StageConfig
 from spikingbrain_train.data.gpt_dataset import build_datasets
 from spikingbrain_train.errors import CheckpointError, ConfigurationError, DataError
 from spikingbrain_train.planning.checks import check_run_config

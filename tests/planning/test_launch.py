@@ -8,7 +8,8 @@ import pytest
 
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import AcceleratorKind, ClusterConfig
-from spikingbrain_train.config.run import RunConfig, StageConfig
+from spikingbrain_train.config.run import RunConfig
+from spikingbrain_train.config.stage import StageConfig
 from spikingbrain_train.errors import ConfigurationError, PlatformError
 from spikingbrain_train.planning import host_capacity
 from spikingbrain_train.planning.launch import Launch, has_gpu_device, memory_limit

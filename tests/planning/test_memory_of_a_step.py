@@ -15,7 +15,8 @@ import torch
 
 from spikingbrain_train.architecture.layers import dense_source
 from spikingbrain_train.config.parallel import AcceleratorKind, ClusterConfig, ParallelConfig, Recompute
-from spikingbrain_train.config.run import Precision, RunConfig, StageConfig
+from spikingbrain_train.config.run import Precision, RunConfig
+from spikingbrain_train.config.stage import StageConfig
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.planning.planner import plan_run
 from spikingbrain_train.training.callbacks.callback import Callback

@@ -27,7 +27,8 @@ from spikingbrain_train.config.model import (
     SpikingConfig,
 )
 from spikingbrain_train.config.parallel import KernelConfig, ParallelConfig, Recompute
-from spikingbrain_train.config.run import Precision, RunConfig, StageConfig
+from spikingbrain_train.config.run import Precision, RunConfig
+from spikingbrain_train.config.stage import StageConfig
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.models.kernels import resolve_kernels
 from spikingbrain_train.parallel.process_groups import ProcessGroups

@@ -9,18 +9,21 @@ from typing import Any
 
 import pytest
 
+from spikingbrain_train.architecture.rotary import SETTINGS_OF_TYPES
 from spikingbrain_train.config.model import (
     FeatureMap,
     GatedLinearAttentionConfig,
     GateKind,
     MoEConfig,
     Projection,
-    RopeScalingConfig,
+    QuantizationConfig,
     SpikingConfig,
 )
-from spikingbrain_train.config.run import Precision, Resume, RunConfig, StageConfig
+from spikingbrain_train.config.rope_scaling import RopeScalingConfig, RopeType
+from spikingbrain_train.config.run import Precision, Resume, RunConfig
 from spikingbrain_train.config.run_record import RunRecord, fingerprint, record_of, write_record
 from spikingbrain_train.config.setting import OnChange, decisions, leaves
+from spikingbrain_train.config.stage import StageConfig
 from spikingbrain_train.errors import CheckpointError, SpikingBrainError
 from spikingbrain_train.planning.checks import check_run_config
 from spikingbrain_train.planning.resume import (
@@ -43,7 +46,8 @@ MODEL = small_model(
     feed_forwards=["dense", "moe"],
     moe=MoEConfig(num_experts=4, capacity_factor=2.0),
     spiking=SpikingConfig(projections=[Projection.qkv, Projection.gate]),
-    rope_scaling=RopeScalingConfig(factor=8.0),
+    quantization=QuantizationConfig(projections=[Projection.qkv, Projection.gate]),
+    rope_scaling=RopeScalingConfig(RopeType.llama3, factor=8.0),
 )
 
 
@@ -90,6 +94,9 @@ def test_every_setting_of_a_run_says_what_resuming_does_with_a_change(run: RunCo
 
 @pytest.mark.parametrize("name", decisions(RunConfig()))
 def test_a_changed_setting_is_free_said_or_refused_as_stands_beside_it(run: RunConfig, name: str) -> None:
+    for kind, read in SETTINGS_OF_TYPES.items():
+        if name.removeprefix("model.rope_scaling.") in read:
+            run.model = dataclasses.replace(run.model, rope_scaling=RopeScalingConfig(kind, factor=8.0))
     stored = StoredRun(save(run), run, record_of(run, world_size=1))
     before = leaves(run)[name]
     if name in ("parallel.data_parallel_size", "parallel.expert_tensor_parallel_size"):

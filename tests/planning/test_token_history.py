@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from spikingbrain_train.config.load import save_config
-from spikingbrain_train.config.run import CheckpointConfig, DataConfig, RunConfig, StageConfig
+from spikingbrain_train.config.run import CheckpointConfig, DataConfig, RunConfig
 from spikingbrain_train.config.run_record import RunRecord, TokenHistory, read_record, write_record
+from spikingbrain_train.config.stage import StageConfig
 from spikingbrain_train.planning.token_history import (
     describe_all,
     describe_end,

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from spikingbrain_train.architecture.linear_transforms import LINEAR_TRANSFORMS, LinearTransformKind
 from spikingbrain_train.config.model import ModelConfig, Projection
-from spikingbrain_train.config.run import StageConfig
 from spikingbrain_train.config.setting import FUNCTION, TRAINING, setting
+from spikingbrain_train.config.stage import StageConfig
 
 
 @dataclass

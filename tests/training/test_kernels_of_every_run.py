@@ -37,7 +37,8 @@ from spikingbrain_train.config.parallel import (
     ParallelLinearBackend,
     SoftmaxAttentionBackend,
 )
-from spikingbrain_train.config.run import DistillationConfig, Precision, RunConfig
+from spikingbrain_train.config.run import Precision, RunConfig
+from spikingbrain_train.config.stage import DistillationConfig
 from spikingbrain_train.config.yaml_files import conf_folder
 from spikingbrain_train.errors import ConfigurationError, SpikingBrainError
 from spikingbrain_train.models.kernels import resolve_kernels

@@ -10,7 +10,7 @@ import pytest
 
 from spikingbrain_train.architecture.layers import dense_source
 from spikingbrain_train.config.model import ModelConfig
-from spikingbrain_train.config.run import StageConfig
+from spikingbrain_train.config.stage import StageConfig
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.training.stages.alignment import Alignment
 from tests.distributed.small_runs import MODEL

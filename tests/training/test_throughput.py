@@ -81,10 +81,9 @@ def test_measured_peak_agrees_with_a_product_timed_by_hand(dtype: torch.dtype) -
     a = torch.randn(size, size).to(dtype)
     by_hand = 2 * size**3 / min(timeit.repeat(lambda: a @ a, number=1, repeat=5)) / 1e12
     measured = measure_peak_tflops("cpu", dtype)
-    # A factor of 4 for the other size and for whatever else runs on this machine (smaller products waste
-    # more); a wrong unit is off by 1000.
+    # A wrong unit is off by 1000. Sizes differ, and whatever else runs here takes its share of either.
     assert measured is not None
-    assert by_hand / 4 < measured < by_hand * (4 if size == 1024 else 16)
+    assert by_hand / 30 < measured < by_hand * 30
 
 
 class BusyMachine:

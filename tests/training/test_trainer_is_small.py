@@ -45,6 +45,6 @@ def test_no_module_of_training_asks_which_kind_a_stage_is() -> None:
                 assert "stage.kind" not in text, f"{path}:{node.lineno} compares {text}"
             if isinstance(node, ast.Constant) and node.value in ("align", "cpt", "distill"):
                 earlier = package / "config" / "earlier_releases.py"
-                assert path in (package / "config" / "run.py", earlier) or "pipelines" in path.parts, (
+                assert path in (package / "config" / "stage.py", earlier) or "pipelines" in path.parts, (
                     f"{path}:{node.lineno} names the stage {node.value}"
                 )

@@ -9,6 +9,9 @@ from typing import Any
 
 from spikingbrain_train.errors import CheckpointError
 
+OWN_KEYS = "spikingbrain_train"
+"""Key of what config.json says for readers of the file alone: no modelling code reads it."""
+
 
 class ConfigKeys:
     """Every complaint names the file and the key.
@@ -56,6 +59,13 @@ class ConfigKeys:
         if not isinstance(value, bool):
             raise self.refuse(key, "must be true or false")
         return value
+
+    def numbers(self, key: str, length: int) -> list[float]:
+        """A list of ``length`` finite numbers above 0. Raises CheckpointError."""
+        value = self._get(key, None)
+        if not isinstance(value, list) or len(value) != length:
+            raise self.refuse(key, f"must list {length} numbers")
+        return [ConfigKeys({key: entry}, self.path).number(key) for entry in value]
 
     def layers(self, key: str, default: list[int], num_layers: int) -> list[int]:
         """0-based indices of layers. Raises CheckpointError."""

@@ -12,23 +12,27 @@ from typing import Any
 
 from spikingbrain_train.architecture.gated_linear_attention import has_own_qk_norm, query_groups
 from spikingbrain_train.architecture.layers import mixers_of, model_weights
+from spikingbrain_train.architecture.linear_transforms import transforms_of
+from spikingbrain_train.architecture.weights import Weight
 from spikingbrain_train.config.model import (
     FeatureMap,
     GatedLinearAttentionConfig,
     GateKind,
     ModelConfig,
 )
-from spikingbrain_train.conversion.formats.config_keys import ConfigKeys
+from spikingbrain_train.conversion.formats.config_keys import OWN_KEYS, ConfigKeys
 from spikingbrain_train.conversion.formats.hf_format import Completion, Zeros
 from spikingbrain_train.conversion.formats.llama_like import LlamaLikeFormat
-from spikingbrain_train.conversion.formats.rope import scaling_values
+from spikingbrain_train.conversion.formats.quantization import int8_group, quantization_keys
+from spikingbrain_train.conversion.formats.rope import scaling_values, words_of
+from spikingbrain_train.conversion.formats.spiking import read_spiking
 from spikingbrain_train.conversion.window_convention import (
     WINDOW_KEY,
     WindowConvention,
     default_convention,
     says_its_window,
 )
-from spikingbrain_train.hf import ARCHITECTURES, AUTO_MAP, DEFAULT_ROPE_THETA, modelling_files
+from spikingbrain_train.hf import DEFAULT_ROPE_THETA, GLA_SWA_CODE
 
 NAMES: Mapping[str, str] = {
     "embedding": "model.embeddings.weight",
@@ -45,6 +49,8 @@ NAMES: Mapping[str, str] = {
     "gate_down_weight": "model.layers.{layer}.attn.gk_proj.0.weight",
     "gate_up_weight": "model.layers.{layer}.attn.gk_proj.1.weight",
     "gate_up_bias": "model.layers.{layer}.attn.gk_proj.1.bias",
+    "gate_weight": "model.layers.{layer}.attn.gk_proj.weight",
+    "gate_bias": "model.layers.{layer}.attn.gk_proj.bias",
     "log_decay": "model.layers.{layer}.attn.log_decay",
     "output_gate_weight": "model.layers.{layer}.attn.g_proj.weight",
     "output_gate_bias": "model.layers.{layer}.attn.g_proj.bias",
@@ -61,8 +67,6 @@ NAMES: Mapping[str, str] = {
 _LINEAR, _WINDOW, _FULL = "linear_attention", "sliding_attention", "full_attention"
 _KERNEL_CHOICES = {"attn_mode": "chunk", "conv_size": 4, "fuse_cross_entropy": True}
 """Keys of the published class that change no result; a source's own are kept."""
-_OWN_KEYS = "spikingbrain_train"
-"""Key of what config.json says for readers of the file alone."""
 _GATE_RANK = 16
 _GATE_NORMALIZER = 16.0
 
@@ -70,7 +74,7 @@ _GATE_NORMALIZER = 16.0
 class GatedLinearSlidingWindowFormat(LlamaLikeFormat):
     """``gla_swa``: the published classes, and what this project's own modelling code holds beyond them."""
 
-    architecture = ARCHITECTURES[0]
+    architecture = GLA_SWA_CODE.architectures[0]
     model_type = "gla_swa"
     kinds = "gla_swa"
     holds = (
@@ -84,12 +88,21 @@ class GatedLinearSlidingWindowFormat(LlamaLikeFormat):
 
     def unsupported(self, model: ModelConfig) -> list[str]:
         parts = super().unsupported(model)
+        if model.add_output_bias:
+            parts.append("biases of output projections")
+        if model.add_mlp_bias:
+            parts.append("biases of feed-forwards")
+        if model.quantization.stored_scales:
+            parts.append("stored scales of INT8 weights")
         if self._has_linear_layers(model):
             if model.gla.gate is GateKind.tied:
                 parts.append(f"gla.gate={model.gla.gate.value}")
             if model.gla.feature_map is not FeatureMap.relu:
                 parts.append(f"gla.feature_map={model.gla.feature_map.value}")
         return parts
+
+    def int8_group(self, weight: Weight, model: ModelConfig) -> int | None:
+        return int8_group(weight, model)
 
     def _has_linear_layers(self, model: ModelConfig) -> bool:
         return any(kind.hf_layers.get(self.kinds) == _LINEAR for kind in mixers_of(model))
@@ -110,8 +123,8 @@ class GatedLinearSlidingWindowFormat(LlamaLikeFormat):
             rotary=keys.boolean("linear_rotary", False),
             output_gate=keys.boolean("linear_output_gate", False),
         )
-        if keys.values.get("linear_gate", "low_rank") not in ("low_rank", "fixed"):
-            raise keys.refuse("linear_gate", 'is not supported; it is "low_rank" or "fixed"')
+        if keys.values.get("linear_gate", "low_rank") not in ("low_rank", "full_rank", "fixed"):
+            raise keys.refuse("linear_gate", 'is not supported; it is "low_rank", "full_rank" or "fixed"')
         model.gla.gate = GateKind(keys.values.get("linear_gate", "low_rank"))
         groups = keys.integer("linear_num_key_value_heads", model.num_query_groups)
         if model.num_attention_heads % groups or groups % model.num_query_groups:
@@ -146,6 +159,7 @@ class GatedLinearSlidingWindowFormat(LlamaLikeFormat):
             ]
         )
         model.feed_forwards = [self.feed_forward_of("mlp")]
+        model.spiking = read_spiking(keys)
 
     def notes_on_import(
         self, folder: Path, config: dict[str, Any], model: ModelConfig, chosen: WindowConvention | None
@@ -172,7 +186,7 @@ class GatedLinearSlidingWindowFormat(LlamaLikeFormat):
             "rope_theta": model.rotary_base,
             "rope_parameters": rope,
             **{key: config.get(key, value) for key, value in _KERNEL_CHOICES.items()},
-            "auto_map": dict(AUTO_MAP),
+            "auto_map": dict(GLA_SWA_CODE.auto_map),
             "attn_layers": _where(layer_types, _WINDOW, _FULL),
             "full_attention_layers": _where(layer_types, _FULL),
             "sliding_window": model.sliding_window - 1,
@@ -183,6 +197,7 @@ class GatedLinearSlidingWindowFormat(LlamaLikeFormat):
             "use_short_conv": False,
             "elementwise_affine": True,
             **self._options(model),
+            **quantization_keys(model),
         }
 
     def _options(self, model: ModelConfig) -> dict[str, Any]:
@@ -194,7 +209,7 @@ class GatedLinearSlidingWindowFormat(LlamaLikeFormat):
             "linear_qk_norm": has_own_qk_norm(model),
             "linear_rotary": model.gla.rotary,
             "linear_output_gate": model.gla.output_gate,
-            "linear_gate": "fixed" if model.gla.gate is GateKind.fixed else None,
+            "linear_gate": model.gla.gate.value if model.gla.gate is not GateKind.low_rank else None,
             "linear_num_key_value_heads": groups if groups != model.num_query_groups else None,
         }
         return {key: value for key, value in options.items() if value}
@@ -212,7 +227,7 @@ class GatedLinearSlidingWindowFormat(LlamaLikeFormat):
         type.
         """
         own = {"model_type": "", "beyond_the_published_class": self.published_class_lacks(model)}
-        return {WINDOW_KEY: model.sliding_window, _OWN_KEYS: own, "dtype": dtype, "torch_dtype": dtype}
+        return {WINDOW_KEY: model.sliding_window, OWN_KEYS: own, "dtype": dtype, "torch_dtype": dtype}
 
     def completions(self, model: ModelConfig) -> Iterator[Completion]:
         """Zero biases of models without, and the output layer of tied ones."""
@@ -240,7 +255,7 @@ class GatedLinearSlidingWindowFormat(LlamaLikeFormat):
                 )
 
     def code_files(self) -> list[Path]:
-        return modelling_files()
+        return GLA_SWA_CODE.files
 
     def notes_on_export(self, model: ModelConfig) -> list[str]:
         lacks = self.published_class_lacks(model)
@@ -251,6 +266,13 @@ class GatedLinearSlidingWindowFormat(LlamaLikeFormat):
             f"that it carries (trust_remote_code=True)"
         ]
 
+    def _not_published(self, model: ModelConfig) -> str:
+        """What is done to projections, queries, keys and values that the published class does not do."""
+        asked = [kind.describe(model) for kind in transforms_of(model)]
+        asked += ["spiking queries"] if model.spiking.queries else []
+        asked += ["INT8 keys and values"] if model.quantization.keys_and_values else []
+        return ", ".join(asked)
+
     def published_class_lacks(self, model: ModelConfig) -> list[str]:
         """What of a model the published code does not compute, in words; empty if it computes all."""
         layer_types = self.layer_types(model)
@@ -259,6 +281,7 @@ class GatedLinearSlidingWindowFormat(LlamaLikeFormat):
         width_of_heads = model.kv_channels * model.num_attention_heads
         rank, normalizer = model.gla.gate_low_rank_dim, model.gla.gate_logit_normalizer
         options = self._options(model)
+        transforms = self._not_published(model)
         return [
             words
             for words, is_so in (
@@ -266,17 +289,19 @@ class GatedLinearSlidingWindowFormat(LlamaLikeFormat):
                 ("q/k norms", model.qk_layernorm),
                 (f"softmax attention in layers {softmax_layers}", softmax_layers != published_layers),
                 (f"full attention in layers {full_layers}", bool(full_layers)),
-                ("Llama 3's rotary scaling", model.rope_scaling.factor != 1.0),
+                (words_of(model.rope_scaling), scaling_values(model.rope_scaling) is not None),
                 (f"gate of rank {rank}", rank != _GATE_RANK),
                 (f"gate normalizer of {normalizer:g}", normalizer != _GATE_NORMALIZER),
                 ("q/k norms in linear layers alone", "linear_qk_norm" in options),
                 ("rotary positions in linear layers", "linear_rotary" in options),
                 ("output gate", "linear_output_gate" in options),
-                ("fixed decay", "linear_gate" in options),
+                ("full-rank gate", options.get("linear_gate") == "full_rank"),
+                ("fixed decay", options.get("linear_gate") == "fixed"),
                 (
                     f"{query_groups(model)} query groups in linear layers alone",
                     "linear_num_key_value_heads" in options,
                 ),
+                (transforms, bool(transforms)),
             )
             if is_so
         ]
@@ -286,7 +311,7 @@ def _where(layer_types: list[str], *chosen: str) -> list[int]:
     return [layer for layer, layer_type in enumerate(layer_types) if layer_type in chosen]
 
 
-def shortest_pattern(mixers: list[str]) -> list[str]:
+def shortest_pattern(mixers: list[Any]) -> list[Any]:
     """The shortest list that, repeated, spells ``mixers``: 28 alternating layers become [gla, swa]."""
     for length in range(1, len(mixers)):
         if all(mixer == mixers[layer % length] for layer, mixer in enumerate(mixers)):

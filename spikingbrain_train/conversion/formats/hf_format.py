@@ -10,13 +10,14 @@ from typing import Any
 
 from spikingbrain_train.architecture.feed_forwards import FEED_FORWARDS
 from spikingbrain_train.architecture.layers import feed_forwards_of, layers, mixers_of
+from spikingbrain_train.architecture.linear_transforms import LinearTransformKind, transforms_of
 from spikingbrain_train.architecture.mixers import MIXERS
 from spikingbrain_train.architecture.submodule_kind import SubmoduleKind
 from spikingbrain_train.architecture.weights import Shape, Weight
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.conversion.formats.config_keys import ConfigKeys
 from spikingbrain_train.conversion.window_convention import WINDOW_KEY, WindowConvention
-from spikingbrain_train.errors import ConfigurationError
+from spikingbrain_train.errors import CheckpointError, ConfigurationError
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,14 @@ class HfFormat(ABC):
     """Class name, as in ``architectures`` of config.json."""
     model_type: str
     """``model_type`` of config.json."""
+    name: str = ""
+    """What ``--format`` calls it; empty is its model type."""
     kinds: str
     """By what name kinds of mixers and feed-forwards say in ``hf_layers`` what they are in it."""
     holds: str
     """What it holds, for sentences: ``dense models``."""
+    keeps_weights_beside_scales: bool = False
+    """Whether INT8 weights stand beside their scales as the floats that they are made of."""
     names: Mapping[str, str]
     """Role of a tensor -> its name, with ``{layer}`` where there is one in every layer."""
 
@@ -83,9 +88,9 @@ class HfFormat(ABC):
         """
 
     def unsupported(self, model: ModelConfig) -> list[str]:
-        """What of ``model`` the format cannot hold, in words; empty if it computes exactly the same.
+        """What of ``model`` the format cannot hold, in words; empty if there is a place for every weight.
 
-        Spikes do not count: they add no weights, and no format has a setting for them.
+        What is done to projections (spikes) does not count, as it adds no weights; see :meth:`leaves_out`.
         """
         several = dict.fromkeys(layer.mixer_name for layer in layers(model) if len(layer.mixers) > 1)
         single = dict.fromkeys(layer.mixers[0] for layer in layers(model) if len(layer.mixers) == 1)
@@ -97,10 +102,39 @@ class HfFormat(ABC):
             parts.append(f"{model.num_sink_tokens} sink tokens")
         return parts
 
+    def leaves_out(self, model: ModelConfig) -> list[LinearTransformKind]:
+        """What is done to projections of ``model`` that the format's modelling code does not do."""
+        return [kind for kind in transforms_of(model) if self.kinds not in kind.hf_formats]
+
+    def tensor_names(self, weight: Weight, layer: int | None, model: ModelConfig) -> list[str]:
+        """Names of the tensors that a parameter is made of, in the order of its roles.
+
+        Those of routed experts have ``{expert}`` in the place of the expert's number.
+
+        Args:
+            weight: the parameter, under its whole name.
+            layer: 0-based; None around the layers.
+            model: whose parameter it is.
+
+        Raises:
+            CheckpointError: the format has no place for it.
+        """
+        if weight.copies is not None or any(role not in self.names for role in weight.roles):
+            raise CheckpointError(f"{weight.name} has no counterpart in the requested Hugging Face format")
+        return [self.names[role].format(layer=layer) for role in weight.roles]
+
     def num_unknown_kinds(self, model: ModelConfig) -> int:
         """How many kinds of mixers and feed-forwards of ``model`` the format does not have: its distance."""
         kinds: list[SubmoduleKind] = [*mixers_of(model), *feed_forwards_of(model)]
         return sum(self.kinds not in kind.hf_layers for kind in kinds)
+
+    def int8_group(self, weight: Weight, model: ModelConfig) -> int | None:
+        """How many neighbours of a weight share a scale where it is stored as INT8; None where it is not."""
+        return None
+
+    def scale_names(self, names: list[str]) -> list[str]:
+        """What it calls the scales of tensors of INT8 weights, ``<linear>.weight``."""
+        return [f"{name}_scale" for name in names]
 
     def completions(self, model: ModelConfig) -> Iterator[Completion]:
         """Tensors that readers of the format want beside those of ``model``."""

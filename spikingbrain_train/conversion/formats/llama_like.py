@@ -9,7 +9,7 @@ from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.conversion.code_references import without_references
 from spikingbrain_train.conversion.formats.config_keys import ConfigKeys
 from spikingbrain_train.conversion.formats.hf_format import HfFormat
-from spikingbrain_train.conversion.formats.rope import read_rope
+from spikingbrain_train.conversion.formats.rope import declared_positions, read_rope
 from spikingbrain_train.conversion.window_convention import WindowConvention
 
 _KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "attention_dropout", "use_cache")
@@ -45,7 +45,8 @@ class LlamaLikeFormat(HfFormat):
         kv_channels = keys.integer("head_dim", self.head_dim or hidden_size // num_heads)
         if kv_channels % 2:
             raise keys.refuse("head_dim", "must be even for rotary positions")
-        rotary_base, rope_scaling = read_rope(keys, self.rope_theta)
+        max_positions = keys.integer("max_position_embeddings")
+        rotary_base, rope_scaling = read_rope(keys, self.rope_theta, max_positions, kv_channels)
         model = ModelConfig(
             num_layers=num_layers,
             hidden_size=hidden_size,
@@ -54,7 +55,7 @@ class LlamaLikeFormat(HfFormat):
             num_query_groups=num_groups,
             kv_channels=kv_channels,
             vocab_size=keys.integer("vocab_size"),
-            max_position_embeddings=keys.integer("max_position_embeddings"),
+            max_position_embeddings=max_positions,
             rotary_base=rotary_base,
             rope_scaling=rope_scaling,
             norm_epsilon=keys.number(self.norm_key, 1e-6),
@@ -115,7 +116,7 @@ class LlamaLikeFormat(HfFormat):
             "num_attention_heads": model.num_attention_heads,
             "num_key_value_heads": model.num_query_groups,
             "head_dim": model.kv_channels,
-            "max_position_embeddings": model.max_position_embeddings,
+            "max_position_embeddings": declared_positions(model.rope_scaling, model.max_position_embeddings),
             "tie_word_embeddings": model.share_embeddings_and_output_weights,
             "initializer_range": model.init_method_std,
             self.norm_key: model.norm_epsilon,

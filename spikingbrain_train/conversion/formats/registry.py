@@ -8,15 +8,24 @@ from typing import Any
 
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.conversion.formats.config_keys import ConfigKeys
-from spikingbrain_train.conversion.formats.dense import LLAMA, QWEN2, QWEN3
+from spikingbrain_train.conversion.formats.dense import LLAMA, MISTRAL, QWEN2, QWEN3
 from spikingbrain_train.conversion.formats.gla_swa import GLA_SWA
 from spikingbrain_train.conversion.formats.hf_format import HfFormat
+from spikingbrain_train.conversion.formats.qwen3_moe import QWEN3_MOE
+from spikingbrain_train.conversion.formats.spikingbrain import SPIKINGBRAIN
+from spikingbrain_train.conversion.formats.sse_swa_moba import SpikingBrain2, is_spikingbrain2
+from spikingbrain_train.conversion.formats.w8aspike import W8ASPIKE
 from spikingbrain_train.conversion.window_convention import WindowConvention
-from spikingbrain_train.errors import CheckpointError
+from spikingbrain_train.errors import CheckpointError, ConfigurationError
 
-FORMATS: list[HfFormat] = [LLAMA, QWEN2, QWEN3, GLA_SWA]
-"""In the order in which an export tries them: what transformers has comes before what carries code. A plugin
-appends its own."""
+FORMATS: list[HfFormat] = [LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, GLA_SWA, SPIKINGBRAIN, W8ASPIKE]
+"""In the order in which an export tries them: what transformers has, what others read, then our own, then the
+form with stored scales. A plugin appends its own."""
+
+
+def names_of_formats() -> list[str]:
+    """What ``--format`` calls them."""
+    return [known.name or known.model_type for known in FORMATS]
 
 
 def format_of_config(values: dict[str, Any], path: Path) -> HfFormat:
@@ -27,13 +36,18 @@ def format_of_config(values: dict[str, Any], path: Path) -> HfFormat:
         path: what messages call it.
 
     Raises:
-        CheckpointError: it is of none of them.
+        CheckpointError: it is of none of them; of SpikingBrain2.0, whose layers it names, as well.
     """
-    by_architecture = {known.architecture: known for known in FORMATS}
+    if is_spikingbrain2(values):
+        raise SpikingBrain2.read(values, path).refusal(path)
+    # The first of an architecture; tensors alone tell the other (conversion/hf_config.py).
+    by_architecture = {known.architecture: known for known in reversed(FORMATS)}
     architectures = values.get("architectures") or [
-        known.architecture for known in FORMATS if known.model_type == values.get("model_type")
+        known.architecture
+        for known in by_architecture.values()
+        if known.model_type == values.get("model_type")
     ]
-    names = ", ".join(by_architecture)
+    names = ", ".join(dict.fromkeys(known.architecture for known in FORMATS))
     if (
         not isinstance(architectures, list)
         or len(architectures) != 1
@@ -67,17 +81,40 @@ def parse_hf_config(
     return hf_format, hf_format.read(ConfigKeys(values, path), window_convention)
 
 
-def format_of_model(model: ModelConfig) -> HfFormat:
-    """The first format that holds exactly what ``model`` computes.
+def format_of_model(
+    model: ModelConfig, wanted: str | None = None, source: dict[str, Any] | None = None
+) -> HfFormat:
+    """The format in which ``model`` is exported.
 
-    Spikes do not count: they add no weights, and no format has a setting for them.
+    Unless one is asked for, it is the first that computes exactly the same: that has a place for every weight
+    and, if any has, does to projections what the model does (spikes). What a format leaves out of the latter
+    is in :meth:`~.hf_format.HfFormat.leaves_out`.
+
+    Args:
+        model: the network.
+        wanted: its name in :func:`names_of_formats`; None chooses.
+        source: config.json of the model that it was made of, whose family comes first: what a Mistral without
+            windows computes, Llama's class does, too.
 
     Raises:
-        CheckpointError: none does.
+        ConfigurationError: no format is called ``wanted``.
+        CheckpointError: none, or not the one asked for, has a place for every weight.
     """
-    for hf_format in FORMATS:
-        if not hf_format.unsupported(model):
-            return hf_format
+    if wanted is not None:
+        hf_format = dict(zip(names_of_formats(), FORMATS, strict=True)).get(wanted)
+        if hf_format is None:
+            names = ", ".join(names_of_formats())
+            raise ConfigurationError(f"--format {wanted} is no Hugging Face format here; known are {names}")
+        if parts := hf_format.unsupported(model):
+            raise CheckpointError(
+                f"--format {wanted} cannot hold {' and '.join(parts)}; leave --format out to export to one "
+                f"that can"
+            )
+        return hf_format
+    holding = [known for known in FORMATS if not known.unsupported(model)]
+    family = (source or {}).get("architectures")
+    if holding:
+        return min(holding, key=lambda known: (len(known.leaves_out(model)), [known.architecture] != family))
     held = " and ".join(dict.fromkeys(known.holds for known in FORMATS))
     raise CheckpointError(
         f"no Hugging Face format holds {' and '.join(unsupported(model))}; only {held} can be exported"

@@ -57,3 +57,7 @@ class HasAuxiliaryLoss(Protocol):
     def auxiliary_loss(self) -> Tensor:
         """[] float64, weighted and summed over the tokens that :class:`CountsTokens` counts."""
         ...
+
+    def scale_auxiliary_loss(self, scale: Tensor) -> None:
+        """Weigh it by ``scale``, [], from the next forward pass on."""
+        ...

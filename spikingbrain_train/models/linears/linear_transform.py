@@ -71,6 +71,13 @@ class TransformStatistics(ABC):
         """What follows from the counts: ``<name of the kind>/<metric>``, of a layer ``.../layer_<n>``."""
 
 
+class HasTransforms:
+    """A module with transforms of its own, which schedules and statistics reach."""
+
+    transforms: dict[str, LinearTransform]
+    """In order, by the names of their kinds."""
+
+
 class LinearTransform:
     """What is done to one linear; here nothing is.
 
@@ -80,11 +87,38 @@ class LinearTransform:
     Attributes:
         statistics: counts, while somebody collects them; add to them in :meth:`input` or :meth:`weight`, on
             ranks where the shard says ``counts_here``.
+        counts_few_tokens: whether :meth:`input` asks :meth:`counted` which tokens to count, so that steps of
+            training are counted, too, at little cost; else evaluations alone are.
+        tokens_to_count: how many more tokens of :meth:`input` shall be counted; None counts all. See
+            :meth:`counted`.
         shown: how the progress line shows what the schedule sets and the statistics say, if it does.
     """
 
     statistics: TransformStatistics | None = None
+    counts_few_tokens = False
+    tokens_to_count: int | None = None
     shown: Mapping[str, Shown] = {}
+
+    def counted(self, *of_tokens: Tensor) -> tuple[Tensor, ...]:
+        """The tokens of an input that the statistics are of: all, or a few that are spread over it.
+
+        Args:
+            of_tokens: tensors [..., width], each of any width, over the same tokens.
+
+        Returns:
+            Each as [tokens, width]; without tokens where enough were counted before.
+        """
+        flat = tuple(each.reshape(-1, each.shape[-1]) for each in of_tokens)
+        if self.tokens_to_count is None:
+            return flat
+        tokens, wanted = len(flat[0]), self.tokens_to_count
+        step = max(1, tokens // max(1, wanted))
+        chosen = tuple(each[::step][:wanted] for each in flat)
+        self.tokens_to_count -= len(chosen[0])
+        return chosen
+
+    def attach(self, linear: torch.nn.Module) -> None:
+        """Called once, when the linear has been built."""
 
     def input(self, x: Tensor, shard: Shard) -> Tensor:
         """What the linear multiplies its weight by.

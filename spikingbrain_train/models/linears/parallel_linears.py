@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
-from spikingbrain_train.architecture.linear_transforms import transforms_of
+from spikingbrain_train.architecture.linear_transforms import LINEAR_TRANSFORMS, transforms_of
 from spikingbrain_train.config.enum_tables import entry_of
 from spikingbrain_train.config.import_path import object_of_kind
 from spikingbrain_train.config.model import ModelConfig, Projection
@@ -53,15 +53,37 @@ class ParallelLinears:
         assert self.backend is not ParallelLinearBackend.auto, f"unresolved backend {self.backend}"
         self._classes()
 
-    def column(self, projection: Projection) -> type:
-        """A linear whose output is split over tensor-parallel ranks; its input is whole."""
+    def column(self, projection: Projection, *, bias: bool = False) -> type:
+        """A linear whose output is split over tensor-parallel ranks; its input is whole.
+
+        With ``bias`` it has and adds one, whatever megatron-core's ``add_bias_linear`` says of all linears.
+        """
         column, _ = self._classes()
+        column = self._biased(column) if bias else column
         return self.transformed(projection, column, weight_split_axis=0)
 
-    def row(self, projection: Projection) -> type:
-        """A linear whose input is split over tensor-parallel ranks."""
+    def row(self, projection: Projection, *, bias: bool = False) -> type:
+        """A linear whose input is split over tensor-parallel ranks; ``bias`` as for :meth:`column`."""
         _, row = self._classes()
+        row = self._biased(row) if bias else row
         return self.transformed(projection, row, row_parallel=True, weight_split_axis=1)
+
+    def _biased(self, linear_class: Any) -> type:
+        def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+            linear_class.__init__(self, *args, **kwargs | {"bias": True, "skip_bias_add": False})
+
+        if linear_class not in self._made:
+            self._made[linear_class] = type(linear_class.__name__, (linear_class,), {"__init__": __init__})
+        return self._made[linear_class]
+
+    def _holding(
+        self, holder: str, linear_class: type, projection: Projection, split_axis: int | None
+    ) -> type:
+        key = (holder, linear_class, projection)
+        if key not in self._made:
+            make = object_of_kind(holder, "what linears hold")
+            self._made[key] = make(linear_class, self.model, projection, split_axis)
+        return self._made[key]
 
     def _classes(self) -> tuple[type, type]:
         return entry_of(self.backend, _COLUMN_AND_ROW, "the classes of linears")()
@@ -103,6 +125,9 @@ class ParallelLinears:
         model = self.model
         if model is None:
             return linear_class
+        for kind in LINEAR_TRANSFORMS:
+            if (holder := kind.holder(model)) is not None:
+                linear_class = self._holding(holder, linear_class, projection, weight_split_axis)
         kinds = [kind for kind in transforms_of(model) if kind.applies(model, projection, matrix)]
         if not kinds:
             return linear_class

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from spikingbrain_train.models.linears.linear_transform import TransformStatistics
+from spikingbrain_train.spiking.codings import MAX_BITS, BitwiseBidirectional
 
 NUM_BINS = 1024
 """Bins of the histogram: |s_int| = 0, 1, ..., NUM_BINS - 2, and everything above in the last."""
 
 _MAGNITUDES = torch.arange(NUM_BINS)
-_SPIKES = torch.tensor([bin(count).count("1") for count in range(NUM_BINS)])
+_CODING = BitwiseBidirectional()
 
 
 class SpikeStatistics(TransformStatistics):
@@ -63,7 +64,7 @@ class SpikeStatistics(TransformStatistics):
 
     def mean_spikes(self) -> float:
         """Spikes of an average channel in the bitwise ternary coding, over as many steps as it takes."""
-        return self._mean(_SPIKES)
+        return self._mean(_CODING.spikes_in(_MAGNITUDES, MAX_BITS))
 
     def sparsity(self, steps: int = 3) -> float:
         """Share of a window's (channel, step) slots that hold no spike.
@@ -72,7 +73,7 @@ class SpikeStatistics(TransformStatistics):
         bits that do not fit are not sent. The definition behind the published shares is not stated, and this
         one does not reproduce them: see docs/spiking.md.
         """
-        return 1 - self._mean(_SPIKES[_MAGNITUDES % 2**steps]) / steps
+        return 1 - self._mean(_CODING.spikes_in(_MAGNITUDES, steps)) / steps
 
     def _mean(self, values: Tensor) -> float:
         histogram = self.histogram.cpu().double()

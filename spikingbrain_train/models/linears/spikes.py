@@ -30,6 +30,7 @@ class Spikes(LinearTransform):
     """
 
     statistics: SpikeStatistics | None = None
+    counts_few_tokens = True
     shown = {"k": Shown("k", "{:.3g}"), "sparsity": Shown("sparsity", "{:.1%}")}
 
     def __init__(self, model: ModelConfig) -> None:
@@ -39,8 +40,10 @@ class Spikes(LinearTransform):
         """See :func:`~spikingbrain_train.ops.spike_encoding.spike_encoding`."""
         magnitudes, width = shard.sum(magnitude_sum(x)), x.shape[-1] * shard.parts
         if self.statistics is not None and shard.counts_here:
-            counts, _ = spike_counts(x, self.k, magnitudes=magnitudes, width=width)
-            self.statistics.add(counts)
+            of_tokens, sums = self.counted(x, magnitudes)
+            if len(of_tokens):
+                counts, _ = spike_counts(of_tokens, self.k, magnitudes=sums, width=width)
+                self.statistics.add(counts)
         return spike_encoding(x, self.k, magnitudes=magnitudes, width=width)
 
     @classmethod

@@ -28,13 +28,13 @@ from megatron.core.utils import get_tensor_model_parallel_group_if_none
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from spikingbrain_train.models.linears.linear_transform import LinearTransform, Shard
+from spikingbrain_train.models.linears.linear_transform import HasTransforms, LinearTransform, Shard
 
 _WEIGHT = re.compile(r"weight\d*")  # grouped linears number theirs
 _ACCUMULATES_INSIDE = ("gradient_accumulation_fusion", "fuse_wgrad_accumulation")
 
 
-class TransformedLinear(torch.nn.Module):
+class TransformedLinear(HasTransforms, torch.nn.Module):
     """What :func:`transformed` adds to a linear class.
 
     Attributes:
@@ -52,6 +52,8 @@ class TransformedLinear(torch.nn.Module):
         settings = [value for value in (*args, *kwargs.values()) if isinstance(value, ModelParallelConfig)]
         assert settings, f"{type(self).__name__} is built without megatron-core's config"
         self.transforms = type(self).make_transforms()
+        for transform in self.transforms.values():
+            transform.attach(self)
         self._is_expert = bool(kwargs.get("is_expert", False))
         # The token dispatcher gives all ranks of an expert's tensor-parallel group the same tokens.
         self._input_is_replicated = self._is_expert or not settings[0].sequence_parallel
@@ -69,7 +71,7 @@ class TransformedLinear(torch.nn.Module):
             kwargs: as well.
         """
         for transform in self.transforms.values():
-            input_ = transform.input(input_, self._input_shard)
+            input_ = transform.input(input_, self.input_shard)
         with self._transformed_weights():
             return super().forward(input_, *args, **kwargs)
 
@@ -92,7 +94,8 @@ class TransformedLinear(torch.nn.Module):
                 attributes.pop(name, None)
 
     @cached_property
-    def _input_shard(self) -> Shard:
+    def input_shard(self) -> Shard:
+        """Which part of the whole tokens this rank's input is."""
         # megatron-core's RowParallelLinear can also be built to split a whole input itself.
         is_split = self.row_parallel and getattr(self, "input_is_parallel", True)
         is_copy = not is_split and self._input_is_replicated

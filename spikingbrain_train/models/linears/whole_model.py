@@ -11,19 +11,22 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from spikingbrain_train.architecture.linear_transforms import LinearTransformKind, transforms_of
 from spikingbrain_train.config.import_path import object_of_kind
 from spikingbrain_train.config.model import ModelConfig
-from spikingbrain_train.models.linears.linear_transform import LinearTransform, TransformStatistics
-from spikingbrain_train.models.linears.transformed_linear import TransformedLinear
+from spikingbrain_train.models.linears.linear_transform import (
+    HasTransforms,
+    LinearTransform,
+    TransformStatistics,
+)
 
 
 def transforms_in(module: torch.nn.Module, name: str) -> list[LinearTransform]:
-    """The transforms of one kind in a module, one for each linear that it is applied to.
+    """The transforms of one kind in a module, one for each linear (or mixer's queries) that it is applied to.
 
     Args:
         module: this rank's part of a model, or of a layer.
         name: of the kind.
     """
-    linears = [each for each in module.modules() if isinstance(each, TransformedLinear)]
-    return [each.transforms[name] for each in linears if name in each.transforms]
+    owners = [each for each in module.modules() if isinstance(each, HasTransforms)]
+    return [each.transforms[name] for each in owners if name in each.transforms]
 
 
 def transform_class(kind: LinearTransformKind) -> type[LinearTransform]:
@@ -41,7 +44,7 @@ def set_attributes(module: torch.nn.Module, name: str, values: Mapping[str, floa
 
 @contextmanager
 def collect_statistics(
-    module: torch.nn.Module, model: ModelConfig, device: torch.device
+    module: torch.nn.Module, model: ModelConfig, device: torch.device, tokens: int | None = None
 ) -> Iterator[dict[str, list[TransformStatistics]]]:
     """Count what all transforms do while the context lasts.
 
@@ -52,6 +55,8 @@ def collect_statistics(
         module: this rank's part of a model.
         model: the network.
         device: where counts are kept.
+        tokens: that each linear counts of this rank's next input, spread over it, where its transform can
+            count few; None counts everything.
 
     Returns:
         Statistics of each layer of the whole decoder by the name of their kind, of the kinds that count
@@ -61,6 +66,8 @@ def collect_statistics(
     here = [each for each in module.modules() if isinstance(each, TransformerLayer)]
     try:
         for kind in transforms_of(model):
+            if tokens is not None and not transform_class(kind).counts_few_tokens:
+                continue
             counting = [transform_class(kind).new_statistics(device) for _ in range(model.num_layers)]
             statistics = [each for each in counting if each is not None]
             if not statistics:
@@ -69,8 +76,10 @@ def collect_statistics(
             for layer in here:
                 for transform in transforms_in(layer, kind.name):
                     transform.statistics = statistics[layer.layer_number - 1]
+                    transform.tokens_to_count = tokens
         yield found
     finally:
         for name in found:
             for transform in transforms_in(module, name):
                 transform.statistics = None
+                transform.tokens_to_count = None

@@ -50,7 +50,7 @@ class MeasuresDistances(Protocol):
         Args:
             hidden_states: as in :meth:`HasNormedHeads.normed_heads`.
             rotary_pos_emb: [T, 1 or B, 1, kv_channels] rotary angles of the slice's tokens, or None.
-            layout: how the sequences lie on context-parallel ranks, and their documents; no sinks.
+            layout: how the sequences lie on context-parallel ranks, their sinks and documents.
 
         Returns:
             [query heads of this tensor-parallel rank] float64, in tokens, without what a head rests on the
@@ -82,7 +82,7 @@ class ScalesChannels(Protocol):
 
         Args:
             hidden_states: as in :meth:`HasNormedHeads.normed_heads`.
-            layout: how the sequences lie on context-parallel ranks, and their documents; no sinks.
+            layout: how the sequences lie on context-parallel ranks, their sinks and documents.
             every: take every so manieth token of the text.
 
         Returns:

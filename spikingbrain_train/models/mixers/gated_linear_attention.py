@@ -4,6 +4,7 @@ Per head, with keys, values and gates shared by the heads of a group (SpikingBra
 10-11; Yang et al., arXiv 2312.06635):
 
     7B:  q, k = relu(q), relu(k)           log g = logsigmoid(W2 (W1 x) + b2) / gate_logit_normalizer
+    W8ASpike: as 7B, with one matrix for W2 W1
     76B: q, k = sigmoid(q), sigmoid(k)     g = 1 - k, no parameters of its own
     S_t = diag(g_t) S_{t-1} + k_t^T v_t,   o_t = K^-0.5 q_t S_t
     y = W_o RMSNorm(o)        (one norm weight of head width, shared by all heads)
@@ -24,7 +25,6 @@ width.
 
 from __future__ import annotations
 
-import math
 from copy import copy
 
 import torch
@@ -52,16 +52,13 @@ from spikingbrain_train.config.model import (
 from spikingbrain_train.config.parallel import LinearAttentionBackend, LinearAttentionContextParallel
 from spikingbrain_train.models.layer_build import LayerBuild, attention_submodules
 from spikingbrain_train.models.mixers.decoding import CacheSize, DecodingState
+from spikingbrain_train.models.mixers.gated_linear_start import SetInClosedForm
 from spikingbrain_train.models.mixers.head_norm import HeadNorm, SharedHeadNorm
 from spikingbrain_train.models.rotary import RotaryPositions
 from spikingbrain_train.ops.gated_linear_attention import gated_linear_attention
 from spikingbrain_train.ops.gated_linear_attention.naive import gated_linear_attention_step
 from spikingbrain_train.parallel.context_parallel.linear_attention import context_parallel_linear_attention
 
-_CHANNEL_ELEMENTS = 1 << 24
-"""Outputs of single channels that exist at a time: 64 MiB in float32."""
-_HALF_LIFE_SPREAD = 16.0
-"""The channels of a head remember from so many times shorter to so many times longer than the head should."""
 _FEATURES = {FeatureMap.relu: torch.relu, FeatureMap.sigmoid: torch.sigmoid}
 
 
@@ -76,6 +73,7 @@ def spec(_kind: MixerKind, build: LayerBuild) -> ModuleSpec:
             "context_parallel": build.context_parallel.gated_linear_attention,
             "rotary_of": build.model if build.model.gla.rotary else None,
             **_gate_projections(build),
+            "whole_gate": build.linears.column(Projection.gate),
             "output_gate": build.linears.column(Projection.gate) if build.model.gla.output_gate else None,
         },
         submodules=attention_submodules(build),
@@ -115,13 +113,14 @@ class LowRankDownProjection(torch.nn.Module):
         return torch.nn.functional.linear(x, self.weight)
 
 
-class GatedLinearAttention(SelfAttention):
+class GatedLinearAttention(SetInClosedForm, SelfAttention):
     """A drop-in for SelfAttention whose core is gated linear attention.
 
     It keeps SelfAttention's fused ``linear_qkv`` (with bias or q/k norms where the source has them) and
     ``linear_proj``, so a dense layer's weights fit unchanged, and adds ``out_norm`` and, with a low-rank
     gate, ``linear_gate_down_proj`` and ``linear_gate_up_proj``: the only parameters the source does not have,
-    but for those of options (``linear_output_gate``; ``q_layernorm``, ``k_layernorm``).
+    but for those of options (``linear_gate_proj`` of a full-rank gate; ``linear_output_gate``;
+    ``q_layernorm``, ``k_layernorm``).
     """
 
     def __init__(
@@ -139,6 +138,7 @@ class GatedLinearAttention(SelfAttention):
         rotary_of: ModelConfig | None = None,
         gate_down_proj: type = LowRankDownProjection,
         gate_up_proj: type = ColumnParallelLinear,
+        whole_gate: type = ColumnParallelLinear,
         output_gate: type | None = None,
         **kwargs: object,
     ) -> None:
@@ -168,6 +168,8 @@ class GatedLinearAttention(SelfAttention):
         self._log_gate = entry_of(self.gate, _LOG_GATES, "the log gates of linear attention")
         if self.gate is GateKind.low_rank:
             self._build_low_rank_gate(gla, gate_down_proj, gate_up_proj)
+        if self.gate is GateKind.full_rank:
+            self.linear_gate_proj = self._last_matrix_of_gate(gla, whole_gate, config.hidden_size)
         if self.gate is GateKind.fixed:
             # Of all groups, on every tensor-parallel rank: a buffer that never changes needs no split.
             decays = LightningDecays().of_layer(
@@ -179,25 +181,34 @@ class GatedLinearAttention(SelfAttention):
     def _build_low_rank_gate(
         self, gla: GatedLinearAttentionConfig, gate_down_proj: type, gate_up_proj: type
     ) -> None:
+        rank = gla.gate_low_rank_dim
+        self.linear_gate_down_proj = gate_down_proj(self.config, rank, init_std=gla.init_gate_std)
+        self.linear_gate_up_proj = self._last_matrix_of_gate(gla, gate_up_proj, rank)
+        self.linear_gate_down_proj.weight.is_new_parameter = True
+
+    def _last_matrix_of_gate(
+        self, gla: GatedLinearAttentionConfig, linear: type, inputs: int
+    ) -> torch.nn.Module:
+        """What gives a logit for every channel of every group."""
         config = self.config
-        self.linear_gate_down_proj = gate_down_proj(config, gla.gate_low_rank_dim, init_std=gla.init_gate_std)
-        self.linear_gate_up_proj = gate_up_proj(
-            gla.gate_low_rank_dim,
+        matrix = linear(
+            inputs,
             config.num_query_groups * config.kv_channels,
             config=config,
             init_method=lambda weight: torch.nn.init.normal_(weight, std=gla.init_gate_std),
             bias=True,
             gather_output=False,
             skip_bias_add=False,
+            is_expert=False,
             tp_group=self.pg_collection.tp,
         )
-        up = self.linear_gate_up_proj
         if config.perform_initialization:
             with torch.no_grad():
-                bias_GK = up.bias.view(-1, config.kv_channels)
+                bias_GK = matrix.bias.view(-1, config.kv_channels)
                 bias_GK.copy_(torch.tensor(gla.init_gate_bias(config.kv_channels)))
-        for parameter in (self.linear_gate_down_proj.weight, up.weight, up.bias):
+        for parameter in (matrix.weight, matrix.bias):
             parameter.is_new_parameter = True
+        return matrix
 
     def _build_output_gate(self, linear: type) -> torch.nn.Module:
         gate = linear(
@@ -240,7 +251,12 @@ class GatedLinearAttention(SelfAttention):
         return self.log_decay[first : first + groups].float().unsqueeze(-1).expand(key_logits_TBGK.shape)
 
     def _low_rank_log_gate(self, hidden_states: Tensor, _key_logits_TBGK: Tensor) -> Tensor:
-        logits, _ = self.linear_gate_up_proj(self.linear_gate_down_proj(hidden_states))
+        return self._of_logits(self.linear_gate_up_proj(self.linear_gate_down_proj(hidden_states))[0])
+
+    def _full_rank_log_gate(self, hidden_states: Tensor, _key_logits_TBGK: Tensor) -> Tensor:
+        return self._of_logits(self.linear_gate_proj(hidden_states)[0])
+
+    def _of_logits(self, logits: Tensor) -> Tensor:
         log_gate = torch.nn.functional.logsigmoid(logits.float()) / self.gate_logit_normalizer
         return log_gate.unflatten(-1, (self.num_query_groups_per_partition, self.key_hidden_size))
 
@@ -345,109 +361,6 @@ class GatedLinearAttention(SelfAttention):
         )
         return self.linear_proj(self._normed_and_gated(o_BHV.unsqueeze(1), hidden_states))[0]
 
-    @torch.no_grad()
-    def set_half_lives(self, half_life_H: Tensor) -> None:
-        """See :class:`~spikingbrain_train.models.mixers.alignable.TakesHalfLives`.
-
-        The heads of a group share their gates: its channels are spread evenly, on a logarithmic scale, around
-        the geometric mean of its heads' half-lives. A tied gate has no parameters and is left as it is.
-        """
-        if self.gate is not GateKind.low_rank:
-            return
-        K = self.key_hidden_size
-        center_G = half_life_H.view(self.num_query_groups_per_partition, -1).log().mean(-1)
-        spread_K = math.log(_HALF_LIFE_SPREAD) * torch.linspace(
-            -1, 1, K, dtype=torch.float64, device=half_life_H.device
-        )
-        log_gate_GK = -math.log(2) * torch.exp(-(center_G[:, None] + spread_K))
-        # logsigmoid(b) = -x is solved by b = -log(exp(x) - 1), which is -x itself beyond 30.
-        logits_GK = -self.gate_logit_normalizer * log_gate_GK
-        bias_GK = torch.where(logits_GK > 30, -logits_GK, -torch.expm1(logits_GK.clamp_max(30)).log())
-        self.linear_gate_up_proj.bias.copy_(bias_GK.flatten())
-
-    @torch.no_grad()
-    def channel_outputs(self, hidden_states: Tensor, layout: SequenceLayout, every: int) -> Tensor | None:
-        """See :class:`~spikingbrain_train.models.mixers.alignable.ScalesChannels`.
-
-        A channel is a recurrence of key width 1. ReLU lets a positive factor of a query's row through; q/k
-        norms would divide it out, and rotary positions mix the channels of a pair.
-        """
-        if self.feature_map is not FeatureMap.relu or self.has_qk_norm or self.rotary_positions is not None:
-            return None
-        q_BTHK, k_BTGK, v_BTGV, log_gate_BTGK = self._op_inputs(hidden_states, layout, None)
-        B, T, H, K = q_BTHK.shape
-        G, V = v_BTGV.shape[2:]
-        text = layout.text_range()
-        taken = [i for i, position in enumerate(text) if position % every == every - 1]
-        o_NHKV = q_BTHK.new_empty(B * len(taken), H, K, V, dtype=torch.float32)
-        step = max(1, _CHANNEL_ELEMENTS // (B * T * H * V))
-        for first in range(0, K, step):
-            c = slice(first, min(first + step, K))
-            C = c.stop - c.start
-            # Groups g and channels c become groups (g, c) of the same heads.
-            q = q_BTHK[..., c].unflatten(2, (G, H // G)).transpose(3, 4).reshape(B, T, C * H, 1)
-            k, log_gate = (x[..., c].reshape(B, T, G * C, 1) for x in (k_BTGK, log_gate_BTGK))
-            o = context_parallel_linear_attention(
-                q,
-                k,
-                v_BTGV.repeat_interleave(C, dim=2),
-                log_gate,
-                layout=layout,
-                cp_group=self.pg_collection.cp,
-                method=self.context_parallel,
-                scale=self.scale,
-                backend=LinearAttentionBackend.chunk.value,  # kernels want wider keys
-            )
-            o = o.reshape(B, T, G, C, H // G, V)[:, taken].transpose(3, 4)
-            o_NHKV[:, :, c] = o.reshape(-1, H, C, V).float()
-        return o_NHKV
-
-    @torch.no_grad()
-    def scale_channels(self, scale_HC: Tensor) -> None:
-        """See :class:`~spikingbrain_train.models.mixers.alignable.ScalesChannels`; factors go to queries."""
-        groups, heads = self.num_query_groups_per_partition, self.num_attention_heads_per_partition
-        for rows in (self.linear_qkv.weight, self.linear_qkv.bias):
-            if rows is not None:
-                blocks = rows.view(groups, heads // groups + 2, self.key_hidden_size, -1)
-                blocks[:, : heads // groups].mul_(scale_HC.view(groups, heads // groups, -1, 1))
-
-    @torch.no_grad()
-    def balance_keys(self) -> None:
-        """Scale every key channel by ``(1 - g) / max(1 - g)``, g the decay that the gate's bias alone gives.
-
-        A channel that forgets slowly sums up many keys, one that forgets fast only a few, so slow channels
-        drown the others; with the share that one step adds the state is a moving average. ReLU features pass
-        a positive factor through, and so does the norm behind the recurrence up to the channels' balance,
-        which is what changes. With q/k norms the factor goes into the key norm's weight, else into the key
-        rows of ``linear_qkv``. Channels that rotary positions turn together get the mean factor of both.
-
-        Other forms are left as they are: the keys of a tied gate are that share already, channels of a fixed
-        decay forget alike, and sigmoid features do not scale with their logits. This project's own
-        (docs/recipe.md).
-        """
-        if self.gate is not GateKind.low_rank or self.feature_map is not FeatureMap.relu:
-            return
-        bias_GK = self.linear_gate_up_proj.bias.float().view(-1, self.key_hidden_size)
-        share_GK = -torch.expm1(torch.nn.functional.logsigmoid(bias_GK) / self.gate_logit_normalizer)
-        if self.rotary_positions is not None:
-            share_GK = share_GK.unflatten(-1, (2, -1)).mean(-2).repeat(1, 2)
-        factor_GK = share_GK / share_GK.amax(dim=-1, keepdim=True)
-        if self.has_qk_norm:
-            # One weight serves all groups, on all ranks. As converted the bias is the same in all of them;
-            # half-lives of their own hardly change the quotient.
-            largest_K = factor_GK.amax(0)
-            torch.distributed.all_reduce(
-                largest_K, torch.distributed.ReduceOp.MAX, group=self.pg_collection.tp
-            )
-            self.k_layernorm.weight.mul_(largest_K)
-            return
-        groups, key_size = factor_GK.shape
-        heads_per_group = self.num_attention_heads_per_partition // groups
-        for rows in (self.linear_qkv.weight, self.linear_qkv.bias):
-            if rows is not None:
-                blocks = rows.view(groups, heads_per_group + 2, key_size, -1)
-                blocks[:, heads_per_group].mul_(factor_GK[..., None])
-
 
 class RecurrentState(DecodingState):
     """The state behind the text that was read: [B, G, K, V] float32, whatever the length of the text."""
@@ -461,6 +374,7 @@ class RecurrentState(DecodingState):
 
 _LOG_GATES = {
     GateKind.low_rank: GatedLinearAttention._low_rank_log_gate,
+    GateKind.full_rank: GatedLinearAttention._full_rank_log_gate,
     GateKind.tied: GatedLinearAttention._tied_log_gate,
     GateKind.fixed: GatedLinearAttention._fixed_log_gate,
 }

@@ -7,6 +7,8 @@ context-parallel ranks in contiguous slices.
 
 from __future__ import annotations
 
+from copy import copy
+
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
@@ -15,11 +17,16 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
+from spikingbrain_train.architecture.rotary import softmax_scale
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.architecture.softmax_attention import SoftmaxAttentionKind
+from spikingbrain_train.architecture.spikes import SPIKES
 from spikingbrain_train.config.parallel import SlidingWindowContextParallel, SoftmaxAttentionBackend
 from spikingbrain_train.models.layer_build import LayerBuild, attention_submodules
+from spikingbrain_train.models.linears.linear_transform import HasTransforms, Shard
+from spikingbrain_train.models.linears.spikes import Spikes
 from spikingbrain_train.models.mixers.key_values import KeyValues
+from spikingbrain_train.ops.int8_groups import int8_vectors
 from spikingbrain_train.ops.softmax_attention import bidirectional_attention
 from spikingbrain_train.parallel.context_parallel.attention_distances import attention_distances
 from spikingbrain_train.parallel.context_parallel.softmax_attention import context_parallel_softmax_attention
@@ -32,21 +39,29 @@ def spec(kind: SoftmaxAttentionKind, build: LayerBuild) -> ModuleSpec:
         params={
             "attn_mask_type": AttnMaskType.causal,
             "window": kind.window(build.model),
+            "scale": softmax_scale(build.model),
             "backend": build.kernels.softmax_attention,
             "context_parallel": build.context_parallel.sliding_window_attention,
+            "int8_keys_and_values": build.model.quantization.keys_and_values,
+            "query_spikes": Spikes(build.model) if build.model.spiking.queries else None,
         },
         submodules=attention_submodules(build),
     )
 
 
-class SoftmaxAttention(SelfAttention):
+class SoftmaxAttention(HasTransforms, SelfAttention):
     """Causal attention with rotary positions, over everything before a token or over a window.
 
     Args:
         window: keys (the current one included) that a query sees; None for all before it.
+        scale: what scores are multiplied by.
         backend: kernel choice, see :class:`~spikingbrain_train.config.parallel.SoftmaxAttentionBackend`.
         context_parallel: how keys of other context-parallel ranks are seen. Full attention always uses
             Ulysses, whatever is given here.
+        int8_keys_and_values: attend to what INT8 numbers hold of keys and values, token by token and head by
+            head.
+        query_spikes: what makes spikes of queries, behind rotary positions, token by token and head by head.
+            Every layer has a copy of its own.
     """
 
     def __init__(
@@ -59,18 +74,22 @@ class SoftmaxAttention(SelfAttention):
         pg_collection: ProcessGroupCollection | None = None,
         *,
         window: int | None,
+        scale: float,
         backend: SoftmaxAttentionBackend,
         context_parallel: SlidingWindowContextParallel,
+        int8_keys_and_values: bool = False,
+        query_spikes: Spikes | None = None,
         **kwargs: object,
     ) -> None:
         super().__init__(
             config, submodules, layer_number, attn_mask_type, cp_comm_type, pg_collection, **kwargs
         )
-        assert config.kv_channels is not None
         self.window = window
+        self.scale = scale
         self.backend = backend.value
         self.context_parallel = context_parallel if window is not None else None
-        self.scale = config.kv_channels**-0.5
+        self.int8_keys_and_values = int8_keys_and_values
+        self.transforms = {} if query_spikes is None else {SPIKES.name: copy(query_spikes)}
 
     def forward(
         self,
@@ -105,6 +124,10 @@ class SoftmaxAttention(SelfAttention):
         if rotary_pos_emb is not None:
             q_TBHK = apply_rotary_pos_emb(q_TBHK, rotary_pos_emb, self.config)
             k_TBGK = apply_rotary_pos_emb(k_TBGK, rotary_pos_emb, self.config)
+        for transform in self.transforms.values():
+            q_TBHK = transform.input(q_TBHK, Shard(self.pg_collection.tp, axis=None, is_copy=False))
+        if self.int8_keys_and_values:
+            k_TBGK, v_TBGK = int8_vectors(k_TBGK), int8_vectors(v_TBGK)
         return tuple(x.transpose(0, 1) for x in (q_TBHK, k_TBGK, v_TBGK))
 
     def _attend(

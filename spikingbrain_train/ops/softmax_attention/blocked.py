@@ -357,6 +357,11 @@ def _tile_backward(
     sequences.write(grad_q_BTGRK, tile, grad_q.view(*p.shape[:2], -1))
 
 
+def _torch_is_faster(dtype: torch.dtype) -> bool:
+    """Than tiles, where every query sees all before it (benchmarks/softmax_attention.md)."""
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported())
+
+
 def blocked_softmax_attention(
     q_BTHK: Tensor,
     k_BSGK: Tensor,
@@ -368,12 +373,12 @@ def blocked_softmax_attention(
 ) -> Tensor:
     """Output [B, T, H, V] in q's dtype; gradients reach q, k and v.
 
-    Where every query sees all before it, torch's own flash kernel is as exact and somewhat faster for
-    float32, so it is used there.
+    Where every query sees all before it, torch's own flash kernel is as exact, so it is used where it is
+    faster.
     """
     T, Tk = q_BTHK.shape[1], k_BSGK.shape[1] - num_sink_tokens
     window = Tk if window is None else min(window, Tk)
-    if window == Tk == T and not num_sink_tokens and q_BTHK.dtype == torch.float32:
+    if window == Tk == T and not num_sink_tokens and _torch_is_faster(q_BTHK.dtype):
         return sdpa_softmax_attention(q_BTHK, k_BSGK, v_BSGV, window=None, scale=scale)
     if q_BTHK.dtype == torch.float16:
         # float16 has too few exponent bits for probabilities that are not normalised yet.

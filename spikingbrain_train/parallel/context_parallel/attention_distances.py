@@ -31,16 +31,17 @@ def attention_distances(
         q_BTHK: rotated queries of this rank's slice.
         k_BTGK: rotated keys of this rank's slice, H // G heads a group.
         window: keys that a query sees, its own included; None for all before it.
-        layout: how the sequences lie on context-parallel ranks, and their documents; no sinks.
+        layout: how the sequences lie on context-parallel ranks, and their documents; sinks are padding.
         cp_group: context-parallel ranks.
         scale: factor of the scores.
 
     Returns:
         [H] float64, in tokens.
     """
-    assert layout.num_sink_tokens == 0, "distances are measured on text without sinks"
+    assert layout.num_sink_tokens == 0 or layout.sinks_are_padding, "distances are measured without sinks"
+    q_BTHK = q_BTHK[:, layout.local_sink_tokens :]
     B, T, H, K = q_BTHK.shape
-    keys = _all_keys(k_BTGK, cp_group).float()
+    keys = _all_keys(k_BTGK, cp_group)[:, layout.num_sink_tokens :].float()
     S, G = keys.shape[1:3]
     first = layout.text_range().start
     position_S = torch.arange(S, device=q_BTHK.device)

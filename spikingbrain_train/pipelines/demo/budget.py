@@ -33,7 +33,7 @@ DEFAULT_MINUTES = 12.0
 SPEED_FILE, CHOICE_FILE = "demo_speed.json", "demo_lengths.json"
 
 _SHORT_SEQUENCE = 512
-_ALIGN_SHARE = 0.4
+_ALIGN_SHARE = 0.15
 """Of the time that is left for training; the rest goes to next-token loss."""
 _EVALUATION_SHARE = 0.15
 """Of the time that training and evaluation have."""

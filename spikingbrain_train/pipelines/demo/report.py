@@ -94,6 +94,7 @@ def table_rows(output: Path, records: Mapping[str, StepRecord]) -> list[Row]:
         "source": ("download", None, None, None),
         "preprocess": ("tokenize", None, None, None),
         "dense": ("copy to Megatron's format", None, None, None),
+        "choose": ("choose the layers to swap", None, None, None),
         "measure": ("measure this machine", None, None, None),
         "evaluate_dense": ("dense source", 0, dense["cross_entropy"], dense["tokens"] / dense["seconds"]),
         "hybrid": ("right after the swap", 0, align.first_cross_entropy, None),

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 from spikingbrain_train.config.command_line import called_as, user_errors
 from spikingbrain_train.config.compose import compose_run
 from spikingbrain_train.config.load import to_run_config
-from spikingbrain_train.config.run import DistillationConfig, Precision, RunConfig
+from spikingbrain_train.config.run import Precision, RunConfig
+from spikingbrain_train.config.stage import DistillationConfig
 from spikingbrain_train.pipelines.demo.budget import Speed
 from spikingbrain_train.reporting.activity import activity
 from spikingbrain_train.runtime.quiet_torch import ignore_megatron_warnings

@@ -8,11 +8,22 @@ from __future__ import annotations
 from spikingbrain_train.architecture.registry import Registry
 from spikingbrain_train.pipelines.kinds.command import Command
 from spikingbrain_train.pipelines.kinds.kind import Context, StepKind
-from spikingbrain_train.pipelines.kinds.tools import Convert, Evaluate, Export, Generate, Preprocess
+from spikingbrain_train.pipelines.kinds.tools import (
+    AnalyzeSpikes,
+    ChooseLayers,
+    Convert,
+    Evaluate,
+    Export,
+    Generate,
+    Preprocess,
+)
 from spikingbrain_train.pipelines.kinds.train import Train
 
 __all__ = ["STEP_KINDS", "Context", "StepKind"]
 
 STEP_KINDS: Registry[StepKind] = Registry("kind of step", "kind", plugins="plugins: [package.module]")
-for _kind in (Preprocess(), Convert(), Train(), Evaluate(), Export(), Generate(), Command()):
+for _kind in (
+    *(Preprocess(), ChooseLayers(), Convert(), Train(), Evaluate(), AnalyzeSpikes(), Export(), Generate()),
+    Command(),
+):
     STEP_KINDS.register(_kind)

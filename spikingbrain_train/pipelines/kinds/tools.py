@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from spikingbrain_train.errors import ConfigurationError
+from spikingbrain_train.layer_choice.request import RECIPE_FILE, RESULT_FILE
 from spikingbrain_train.pipelines.kinds.kind import Context, StepKind, dataset, given_ranks, stamp
 from spikingbrain_train.pipelines.steps import Step, own_command
 from spikingbrain_train.storage.checkpoint_folder import LATEST_ITERATION_FILE
+from spikingbrain_train.storage.index_format import DOMAINS_SUFFIX
+from spikingbrain_train.storage.loss_mask_format import LOSS_MASK_SUFFIX
 
 
 @dataclass
@@ -92,7 +95,7 @@ class Tool(StepKind):
         named, bare = [], []
         for name, value in given.items():
             action = flags.get(name)
-            if action is None or value is None or value == []:
+            if action is None or value is None or (value == [] and action.nargs != "*"):
                 continue
             takes_list = action.nargs in ("+", "*")
             if isinstance(value, Mapping) or (isinstance(value, list) and not takes_list):
@@ -144,6 +147,32 @@ def _words(value: Any) -> list[str]:
     return [str(item) for item in (value if isinstance(value, list) else [value])]
 
 
+def _files(setting: str, value: Any) -> dict[str, str]:
+    """Those of a list of texts that are files, by their settings."""
+    from spikingbrain_train.data.documents import PYDOC_TOPICS
+
+    texts = enumerate(_words(value or []))
+    return {f"{setting}[{number}]": path for number, path in texts if path != PYDOC_TOPICS}
+
+
+class _WritesFolder(Tool):
+    """A tool whose output is a folder, named after the step where nothing else is said."""
+
+    def defaults(self, context: Context) -> dict[str, Any]:
+        return {"output": str(context.output / context.name)}
+
+
+class _OnRanks(Tool):
+    """A tool that ``nproc_per_node`` starts on that many ranks, over which ``parallel`` spreads a model."""
+
+    def settings(self) -> Mapping[str, bool]:
+        return {**super().settings(), "nproc_per_node": False}
+
+    def launcher(self, context: Context, given: Mapping[str, Any]) -> list[str]:
+        ranks = given_ranks(context, given)
+        return [] if ranks is None else ["--nproc-per-node", str(ranks)]
+
+
 class Preprocess(Tool):
     """spikingbrain-preprocess.
 
@@ -167,11 +196,9 @@ class Preprocess(Tool):
         parts = {"train": f"{prefix}_train", "valid": f"{prefix}_valid"}
         if not any(given.get(name) for name in ("valid_fraction", "valid_tokens", "valid_token_fraction")):
             parts = {"train": prefix, "valid": prefix}
-        made = sorted({Path(f"{part}{end}") for part in parts.values() for end in (".bin", ".idx", ".json")})
-        own_words = {"pydoc-topics"}
-        reads = {
-            f"input[{n}]": path for n, path in enumerate(_words(given["input"])) if path not in own_words
-        }
+        ends = (".bin", ".idx", ".json", LOSS_MASK_SUFFIX, DOMAINS_SUFFIX)  # the last two of some texts only
+        made = sorted({Path(f"{part}{end}") for part in parts.values() for end in ends})
+        reads = _files("input", given["input"])
         return Result(
             outputs=parts,
             makes=made,
@@ -180,7 +207,37 @@ class Preprocess(Tool):
         )
 
 
-class Convert(Tool):
+class ChooseLayers(_OnRanks, _WritesFolder):
+    """spikingbrain-choose-layers.
+
+    Outputs: ``conversion``, the recipe that a ``convert`` step takes, and ``result``, a JSON file.
+    """
+
+    name = "choose_layers"
+    title = "choose the layers to swap"
+    command = ("choose-layers",)
+
+    def parser(self) -> argparse.ArgumentParser:
+        from spikingbrain_train.layer_choice.command_line import choose_layers_parser
+
+        return choose_layers_parser()
+
+    def result(self, context: Context, given: Mapping[str, Any]) -> Result:
+        output = Path(str(given["output"]))
+        recipe, numbers = output / RECIPE_FILE, output / RESULT_FILE
+        reads = {"model": str(given["model"]), **dataset("data", _words(given["data"]))}
+        if given.get("aligned") is not None:
+            reads["aligned"] = str(given["aligned"])
+        reads |= dataset("calibration_data", _words(given.get("calibration_data") or []))
+        return Result(
+            outputs={"conversion": str(recipe), "result": str(numbers)},
+            makes=[output],
+            proof=[recipe, numbers],
+            reads=reads,
+        )
+
+
+class Convert(_WritesFolder):
     """``spikingbrain-convert import``. Output: ``checkpoint``, a folder that spikingbrain-train loads."""
 
     name = "convert"
@@ -192,28 +249,32 @@ class Convert(Tool):
 
         return import_parser()
 
-    def defaults(self, context: Context) -> dict[str, Any]:
-        return {"output": str(context.output / context.name)}
-
     def result(self, context: Context, given: Mapping[str, Any]) -> Result:
-        output = Path(str(given["output"]))
+        output, conversion = Path(str(given["output"])), given.get("conversion")
+        reads = {"hf": str(given["hf"])}
+        if context.maker(str(conversion)) is not None:
+            reads["conversion"] = str(conversion)
         return Result(
             outputs={"checkpoint": str(output)},
             makes=[output],
             proof=[output / LATEST_ITERATION_FILE],
-            reads={"hf": str(given["hf"])},
+            reads=reads,
             fingerprint=_recipe(context, given),
         )
 
 
 def _recipe(context: Context, given: Mapping[str, Any]) -> str:
-    """The conversion that is asked for, checked, as text; the source says nothing of itself yet."""
+    """The conversion that is asked for, checked, as text; the source says nothing of itself yet.
+
+    One that another step writes is checked by the command.
+    """
     overrides = [str(override) for override in given.get("overrides") or []]
     if given.get("conversion") is None:
         if overrides:
             raise ConfigurationError(f"{overrides[0]} changes a recipe, but none is given; add conversion")
         return ""
-    if not context.is_known([given["conversion"], *overrides]):
+    written = context.maker(str(given["conversion"])) is not None
+    if written or not context.is_known([given["conversion"], *overrides]):
         return ""
     from spikingbrain_train.config.load import load_conversion
     from spikingbrain_train.config.setting import check_fields
@@ -223,7 +284,7 @@ def _recipe(context: Context, given: Mapping[str, Any]) -> str:
     return json.dumps(asdict(recipe), default=str)
 
 
-class Export(Tool):
+class Export(_WritesFolder):
     """spikingbrain-export. Output: ``model``, a Hugging Face folder."""
 
     name = "export"
@@ -235,9 +296,6 @@ class Export(Tool):
 
         return export_parser()
 
-    def defaults(self, context: Context) -> dict[str, Any]:
-        return {"output": str(context.output / context.name)}
-
     def result(self, context: Context, given: Mapping[str, Any]) -> Result:
         output = Path(str(given["output"]))
         return Result(
@@ -248,18 +306,8 @@ class Export(Tool):
         )
 
 
-class _Measures(Tool):
-    """A tool that reads a model of either form and writes one JSON file. Output: ``result``.
-
-    ``nproc_per_node`` starts it on that many ranks, over which ``parallel`` spreads a Megatron checkpoint.
-    """
-
-    def settings(self) -> Mapping[str, bool]:
-        return {**super().settings(), "nproc_per_node": False}
-
-    def launcher(self, context: Context, given: Mapping[str, Any]) -> list[str]:
-        ranks = given_ranks(context, given)
-        return [] if ranks is None else ["--nproc-per-node", str(ranks)]
+class _Measures(_OnRanks):
+    """A tool that reads a model of either form and writes one JSON file. Output: ``result``."""
 
     def defaults(self, context: Context) -> dict[str, Any]:
         return {"output": str(context.output / f"{context.name}.json")}
@@ -298,3 +346,32 @@ class Generate(_Measures):
         from spikingbrain_train.evaluation.command_line import generate_parser
 
         return generate_parser()
+
+
+class AnalyzeSpikes(_OnRanks, _WritesFolder):
+    """spikingbrain-analyze-spikes. Outputs: ``result``, a JSON file, and ``page``, an HTML file."""
+
+    name = "analyze_spikes"
+    title = "count spikes in front of the projections"
+    command = ("analyze-spikes",)
+
+    def parser(self) -> argparse.ArgumentParser:
+        from spikingbrain_train.spike_analysis.command_line import analyze_spikes_parser
+
+        return analyze_spikes_parser()
+
+    def result(self, context: Context, given: Mapping[str, Any]) -> Result:
+        from spikingbrain_train.spike_analysis.command_line import NUMBERS_FILE, PAGE_FILE
+
+        output = Path(str(given["output"]))
+        numbers, page = output / NUMBERS_FILE, output / PAGE_FILE
+        return Result(
+            outputs={"result": str(numbers), "page": str(page)},
+            makes=[output],
+            proof=[numbers, page],
+            reads={
+                "model": str(given["model"]),
+                **_files("text", given.get("text")),
+                **dataset("data", _words(given.get("data") or [])),
+            },
+        )

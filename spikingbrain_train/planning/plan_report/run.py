@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from spikingbrain_train.architecture.layers import feed_forwards_of, has_experts, layers
 from spikingbrain_train.architecture.linear_transforms import transforms_of
 from spikingbrain_train.config.run_record import RunRecord, TokenHistory
+from spikingbrain_train.config.stage import StageConfig
 from spikingbrain_train.planning.costs import active_parameters, new_parameters, total_parameters
 from spikingbrain_train.planning.plan_report.section import Section
 from spikingbrain_train.planning.planner import Plan
@@ -39,7 +40,7 @@ def run_section(plan: Plan) -> Section:
         "source_tokens": history.source_tokens,
         "source_token_share": record.source_share(plan.total_tokens),
         "flops_per_token": plan.flops_per_token,
-        "flops": plan.flops_per_token * plan.total_tokens,
+        "flops": plan.total_flops,
         "checkpoint_bytes": plan.checkpoint_bytes,
     }
     return Section("run", values, lambda width: facts(_rows(plan, history), width))
@@ -62,18 +63,21 @@ def _rows(plan: Plan, history: TokenHistory) -> list[tuple[str, str]]:
             f"{stage.seq_length}{sinks} = {plan.data_parallel_size} replicas x {plan.micro_batches} "
             f"micro-batches of {stage.micro_batch_size}{bubble}",
         ),
-        ("length", f"{stage.train_iters:,} steps, {quantity(plan.total_tokens)} tokens"),
+        ("length", f"{_steps(stage)}, {quantity(plan.total_tokens)} tokens"),
         ("tokens", f"at the end {describe_end(history, plan.total_tokens)}"),
         (
             "compute",
-            f"{plan.flops_per_token / 1e9:.4g} GFLOP per token, "
-            f"{plan.flops_per_token * plan.total_tokens:.3g} FLOP in all",
+            f"{plan.flops_per_token / 1e9:.4g} GFLOP per token, {plan.total_flops:.3g} FLOP in all",
         ),
         (
             "checkpoint",
             f"{size(plan.checkpoint_bytes)}, every {config.checkpoint.save_interval} steps and at the end",
         ),
     ]
+
+
+def _steps(stage: StageConfig) -> str:
+    return f"{stage.train_iters:,} steps" if stage.train_iters else "no steps, the closed-form start alone"
 
 
 def _model_facts(plan: Plan) -> list[str]:

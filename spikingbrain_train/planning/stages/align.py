@@ -11,8 +11,9 @@ from spikingbrain_train.architecture.sizes import FP32, bytes_per_element, rank_
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.require import divisors, either, require
-from spikingbrain_train.config.run import AlignmentInputs, RunConfig, StageConfig
+from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.config.setting import leaves
+from spikingbrain_train.config.stage import AlignmentInputs, StageConfig
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.planning.activations import mixer_activations, weight_copies
 from spikingbrain_train.planning.costs import (
@@ -30,7 +31,7 @@ class AlignmentKind(StageKind):
 
     name = "align"
     trained_by = "spikingbrain_train.training.stages.alignment:Alignment"
-    sees_sinks = False  # it works on hidden states of the dense source, which has none
+    reads_source = True
 
     next_stage = "stage=distill stage.teacher=..."
 
@@ -64,6 +65,10 @@ class AlignmentKind(StageKind):
             f"stage.distillation.weight={stage.distillation.weight} has no part in stage.kind={self.name}, "
             f"which has no logits; set it to null, and distil in stage.kind=distill",
         )
+
+    def starts_in_closed_form(self, stage: StageConfig) -> bool:
+        """Where there are tokens to fit to."""
+        return stage.alignment.calibration_tokens > 0
 
     def check_teacher(
         self, model: ModelConfig, teacher: ModelConfig, parallel: ParallelConfig, setting: str
@@ -117,6 +122,26 @@ class AlignmentKind(StageKind):
                 flops -= mixer_core_flops(model, layer, stage.seq_length)
         return flops
 
+    def start_flops(self, config: RunConfig) -> float:
+        """Forward passes of the teacher and of what its fits read, and a fit for every swapped mixer."""
+        model, stage = config.model, config.stage
+        if not self.starts_in_closed_form(stage):
+            return 0.0
+        swapped = swapped_layers(layers(model))
+        flops = forward_flops_per_token(dense_source(model), stage.seq_length, output_layer=False)
+        if stage.alignment.calibration_inputs is AlignmentInputs.student:
+            flops += forward_flops_per_token(model, stage.seq_length, output_layer=False)
+        else:
+            for layer in swapped:
+                flops += 2 * sum(mixer_projections(model, layer))
+                flops += mixer_core_flops(model, layer, stage.seq_length)
+        features = model.num_attention_heads * model.kv_channels
+        flops += 2 * len(swapped) * features * (features + model.hidden_size)
+        if stage.alignment.fit_source_projections:
+            width = model.ffn_hidden_size
+            flops += 2 * model.num_layers * width * (width + model.hidden_size)
+        return flops * stage.calibration_steps * stage.global_batch_size * stage.seq_length
+
     def activation_bytes(self, config: RunConfig, pipeline_stage: int, micro_batches: int) -> float:
         """Those of the largest swapped mixer, with its input, and its output and target in fp32.
 
@@ -136,10 +161,7 @@ class AlignmentKind(StageKind):
         settings = stage.alignment
         if settings.calibration_tokens == 0:
             return 0.0
-        steps = min(
-            -(-settings.calibration_tokens // (stage.global_batch_size * stage.seq_length)), stage.train_iters
-        )
-        tokens = steps * micro_batches * rank_tokens(config)
+        tokens = stage.calibration_steps * micro_batches * rank_tokens(config)
         features = model.num_attention_heads * model.kv_channels
         if settings.fit_source_projections:
             features = max(features, model.ffn_hidden_size)

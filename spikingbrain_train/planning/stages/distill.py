@@ -9,8 +9,9 @@ from spikingbrain_train.architecture.layers import dense_source
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.require import require
-from spikingbrain_train.config.run import RunConfig, StageConfig
+from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.config.setting import leaves
+from spikingbrain_train.config.stage import StageConfig
 from spikingbrain_train.errors import CheckpointError
 from spikingbrain_train.planning.costs import forward_flops_per_token
 from spikingbrain_train.planning.stages.token_loss import TokenLossKind

@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ParallelConfig
-from spikingbrain_train.config.run import RunConfig, StageConfig
+from spikingbrain_train.config.run import RunConfig
+from spikingbrain_train.config.stage import StageConfig
 
 
 class StageKind(ABC):
@@ -21,9 +22,8 @@ class StageKind(ABC):
     """What ``stage.kind`` calls it."""
     trained_by: ClassVar[str]
     """Where its class, a training.stages.stage.Stage, is imported from: ``package.module:Class``."""
-    sees_sinks: ClassVar[bool]
-    """Whether its training sequences begin with the model's sinks."""
-
+    reads_source: ClassVar[bool] = False
+    """Whether mixers of the model run on hidden states of the dense source, where sinks are padding."""
     reads_examples: ClassVar[bool] = False
     """Whether its data are examples with a loss mask, packed whole and kept apart, and not text."""
 
@@ -42,6 +42,14 @@ class StageKind(ABC):
     def needs_teacher(self, stage: StageConfig) -> bool:
         """Whether the stage learns from the dense source."""
         return self.reason_for_teacher(stage) is not None
+
+    def starts_in_closed_form(self, stage: StageConfig) -> bool:
+        """Whether it sets weights before its first step, so that it does something without any."""
+        return False
+
+    def start_flops(self, config: RunConfig) -> float:
+        """FLOPs of what it does before its first step, in all."""
+        return 0.0
 
     def all_settings(self, stage: StageConfig) -> set[str]:
         """Dotted names of settings that are there for it, and for others that name them, too.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from spikingbrain_train.architecture.registry import Registry
-from spikingbrain_train.config.run import StageConfig
+from spikingbrain_train.config.stage import StageConfig
 from spikingbrain_train.planning.stages.align import AlignmentKind
 from spikingbrain_train.planning.stages.cpt import ContinualPretrainingKind
 from spikingbrain_train.planning.stages.distill import DistillationKind

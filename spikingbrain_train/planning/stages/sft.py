@@ -5,8 +5,9 @@ Three stages at 8k, of 500k, 500k and 150k samples (SpikingBrain, arXiv 2509.052
 
 from __future__ import annotations
 
-from spikingbrain_train.config.run import RunConfig, StageConfig
+from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.config.setting import leaves
+from spikingbrain_train.config.stage import StageConfig
 from spikingbrain_train.planning.stages.token_loss import TokenLossKind
 
 

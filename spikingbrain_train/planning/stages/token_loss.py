@@ -5,7 +5,8 @@ from __future__ import annotations
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.require import require
-from spikingbrain_train.config.run import RunConfig, StageConfig
+from spikingbrain_train.config.run import RunConfig
+from spikingbrain_train.config.stage import StageConfig
 from spikingbrain_train.planning.activations import activation_bytes
 from spikingbrain_train.planning.costs import (
     forward_flops_per_token,
@@ -18,8 +19,6 @@ from spikingbrain_train.planning.stages.kind import StageKind
 
 class TokenLossKind(StageKind):
     """All parameters on a loss of every token, from no teacher; a subclass says its name and its class."""
-
-    sees_sinks = True
 
     def reason_for_teacher(self, stage: StageConfig) -> str | None:
         """Nothing: it learns from the text alone."""

@@ -44,6 +44,13 @@ QUANTITIES = {
     "spiking/sparsity": Quantity("Empty spike slots", "% of slots", 100.0),
     "spiking/share_up_to_7": Quantity("Channels that count up to 7", "% of channels", 100.0),
     "spiking/mean_spikes": Quantity("Mean spikes of a channel", "spikes"),
+    "spiking/train_sparsity": Quantity("Empty spike slots in training", "% of slots", 100.0),
+    "spiking/train_share_up_to_7": Quantity(
+        "Channels in training that count up to 7", "% of channels", 100.0
+    ),
+    "spiking/train_mean_spikes": Quantity("Mean spikes of a channel in training", "spikes"),
+    "quantization/share": Quantity("Way of weights to INT8 numbers", "% of the way", 100.0),
+    "quantization/weight_error": Quantity("Error of INT8 weights", "% of the weights", 100.0),
 }
 
 

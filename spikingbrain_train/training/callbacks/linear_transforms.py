@@ -50,15 +50,37 @@ class LinearTransformSchedules(Callback):
 class LinearTransformStatistics(Callback):
     """Counts what each kind does in every evaluation, and reports it: ``spiking/sparsity`` and the like.
 
-    Of each layer, too: that of the first is ``spiking/sparsity/layer_0``.
+    Of each layer, too: that of the first is ``spiking/sparsity/layer_0``. In the steps between, those that
+    are reported, a few tokens are counted: ``spiking/train_sparsity``.
     """
 
     def __init__(self) -> None:
         self._counting = ExitStack()
 
+    def step_begin(self) -> None:
+        config, step = self.run.config, self.run.state.iteration + 1
+        is_reported = step >= config.stage.train_iters or step % config.logging.log_interval == 0
+        if is_reported and config.logging.transform_statistics_tokens > 0:
+            self._count(config.logging.transform_statistics_tokens)
+
+    def report_due(self, report: Report) -> None:
+        if self.run.config.logging.transform_statistics_tokens == 0:
+            return
+        self._counting.close()
+        for kind in transforms_of(self.run.config.model):
+            if (layers := self._statistics.get(kind.name)) is not None:
+                counts = torch.stack([each.counts for each in layers]).sum(0)
+                torch.distributed.all_reduce(counts)
+                if counts.any():  # else the stage runs none of the transformed linears
+                    metrics = _with_counts(kind, counts).metrics()
+                    _add(report, kind, {f"train_{name}": value for name, value in metrics.items()})
+
     def before_evaluation(self) -> None:
+        self._count(None)
+
+    def _count(self, tokens: int | None) -> None:
         run = self.run
-        collecting = collect_statistics(run.state.model, run.config.model, run.groups.device)
+        collecting = collect_statistics(run.state.model, run.config.model, run.groups.device, tokens)
         self._statistics = self._counting.enter_context(collecting)
 
     def after_evaluation(self, report: Report) -> None:

@@ -40,7 +40,7 @@ class MetricsFile(Callback):
             self._file = self._path.open("a", encoding="utf-8")
         except OSError as error:
             raise self._cannot_write(error) from error
-        if not self.run.is_last_step:  # else nothing follows
+        if self.run.beginning.is_start or not self.run.is_last_step:  # else nothing follows
             self._write(self.run.beginning.event())
 
     def log(self, report: Report) -> None:

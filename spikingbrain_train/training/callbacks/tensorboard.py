@@ -29,7 +29,7 @@ class TensorBoard(Callback):
 
             first = iteration + 1 if iteration else 0
             self._writer = SummaryWriter(str(Path(config.output_dir) / "tensorboard"), purge_step=first)
-            if not self.run.is_last_step:
+            if self.run.beginning.is_start or not self.run.is_last_step:
                 self._note(self.run.beginning)
 
     def log(self, report: Report) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from spikingbrain_train.architecture.layers import layers
-from spikingbrain_train.config.run import AlignmentInputs, StageConfig
+from spikingbrain_train.config.stage import AlignmentInputs, StageConfig
 from spikingbrain_train.data.loader import MicroBatch
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.models.gpt_model import HybridGPTModel
@@ -35,6 +35,7 @@ from spikingbrain_train.models.mixers.parallel_hybrid import ParallelHybrid
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.training.console import Console
 from spikingbrain_train.training.stages.closed_form import ClosedFormStart
+from spikingbrain_train.training.stages.compared_rows import compared_rows, share_of_rows
 from spikingbrain_train.training.stages.distillation import widen
 from spikingbrain_train.training.stages.losses import StepLosses
 from spikingbrain_train.training.stages.stage import Stage
@@ -60,6 +61,8 @@ class Alignment(Stage):
     ) -> None:
         assert teacher is not None, "alignment learns from a teacher"
         super().__init__(stage, groups, teacher)
+        self._compared: Tensor | None = None
+        """Rows of the micro-batch on its way whose errors count; None for all."""
 
     def replaced_layers(self, student: HybridGPTModel) -> list[int]:
         """0-based indices, over the whole decoder, of layers whose mixer is not the teacher's.
@@ -102,7 +105,7 @@ class Alignment(Stage):
             return {}
         began = time.monotonic()
         tokens_per_step = self.stage.global_batch_size * self.stage.seq_length
-        steps = min(-(-settings.calibration_tokens // tokens_per_step), self.stage.train_iters)
+        steps = self.stage.calibration_steps
         replaced = self.replaced_layers(model)
         quarter = -(-steps // 4) * num_microbatches
         start = ClosedFormStart(model, self.teacher, replaced, settings, self.groups, quarter=quarter)
@@ -190,7 +193,7 @@ class Alignment(Stage):
                 data_iterator=batches,
                 model=[model],
                 num_microbatches=num_microbatches,
-                seq_length=self.stage.seq_length,
+                seq_length=self.stage.seq_length + unwrap_model(model).model_config.num_sink_tokens,
                 micro_batch_size=self.stage.micro_batch_size,
                 forward_only=True,
                 **more,
@@ -204,7 +207,9 @@ class Alignment(Stage):
         if not self.teacher.pre_process:
             self.teacher.set_input_tensor(unwrap_model(model).decoder.input_tensor)
         with torch.no_grad():
-            hidden = self.teacher(batch.tokens, layout=batch.layout, return_hidden_states=True)
+            hidden = self.teacher(
+                batch.tokens, layout=batch.layout.without_sinks(), return_hidden_states=True
+            )
         return hidden, _no_loss
 
     def _align_layer(
@@ -219,6 +224,7 @@ class Alignment(Stage):
     ) -> None:
         with torch.enable_grad():
             prediction, _ = mixer(*(x.detach() if torch.is_tensor(x) else x for x in args), **kwargs)
+            # Sinks are padding for both: rows of zeros in prediction and target.
             self._learn(mixer, errors, scale, prediction, output[0])
 
     def _learn(
@@ -228,8 +234,11 @@ class Alignment(Stage):
         scale: float,
         prediction: Tensor,
         target: Tensor,
+        rows: Tensor | None = None,
     ) -> None:
-        """Backward pass of one mixer; gradients are on."""
+        """Backward pass of one mixer on ``rows``, None for all; gradients are on."""
+        if rows is not None:
+            prediction, target = prediction[rows], target[rows]
         target = target.float()
         power = target.square().sum()
         error = (prediction.float() - target).square().sum()
@@ -269,7 +278,8 @@ class Alignment(Stage):
             torch.set_grad_enabled(True)
 
         def learn(mixer: SelfAttention | ParallelHybrid, _: tuple, output: tuple) -> tuple:
-            self._learn(mixer, errors, scale, output[0], targets.pop(mixer.layer_number))
+            target = targets.pop(mixer.layer_number)
+            self._learn(mixer, errors, scale, output[0], target, self._compared)
             torch.set_grad_enabled(False)
             return output[0].detach(), *output[1:]
 
@@ -290,12 +300,15 @@ class Alignment(Stage):
             ours, theirs = student.decoder.input_tensor.chunk(2, dim=-1)
             student.set_input_tensor(ours.contiguous())
             self.teacher.set_input_tensor(theirs.contiguous())
+        self._compared = share_of_rows(
+            compared_rows(batch), self.groups, sequence_parallel=student.config.sequence_parallel
+        )
         with torch.no_grad():
-            both = [
-                each(batch.tokens, layout=batch.layout, return_hidden_states=True)
-                for each in (self.teacher, student)
-            ]
-        return torch.cat(both[::-1], dim=-1), _no_loss
+            theirs = self.teacher(
+                batch.tokens, layout=batch.layout.without_sinks(), return_hidden_states=True
+            )
+            ours = student(batch.tokens, layout=batch.layout, return_hidden_states=True)
+        return torch.cat((ours, theirs), dim=-1), _no_loss
 
 
 def _no_loss(output: Tensor) -> tuple[Tensor, Tensor, None]:

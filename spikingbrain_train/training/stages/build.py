@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from spikingbrain_train.config.import_path import object_of_kind
-from spikingbrain_train.config.run import StageConfig
+from spikingbrain_train.config.stage import StageConfig
 from spikingbrain_train.planning.stages.registry import kind_of
 from spikingbrain_train.training.stages.stage import Stage
 

@@ -47,18 +47,23 @@ class ProjectionFit:
         self.power = torch.zeros((), dtype=torch.float64, device=device)
 
     @torch.no_grad()
-    def add(self, features: Tensor, target: Tensor) -> None:
+    def add(self, features: Tensor, target: Tensor, rows: Tensor | None = None) -> None:
         """Take one micro-batch into the sums.
 
         Args:
             features: [T, B, features of this tensor-parallel rank] over the whole slice.
             target: [T, B, hidden_size], this rank's share of the sequence under sequence parallelism.
+            rows: [T, B] bool: which of them count; None for all.
         """
         tp_group = self.groups.collection.tp
         y = gather_from_tensor_model_parallel_region(features, group=tp_group)
         if self.sequence_parallel:
             target = gather_from_sequence_parallel_region(target, group=tp_group)
-        y, target = y.flatten(0, 1).float(), target.flatten(0, 1).float()
+        y, target = (x.flatten(0, 1) if rows is None else x[rows] for x in (y, target))
+        y, target = y.float(), target.float()
+        bias = getattr(self.linear, "bias", None)
+        if bias is not None and bias.numel():  # which stays; Transformer Engine has an empty one
+            target = target - bias.float()
         self.gram.addmm_(y.t(), y)
         self.cross.addmm_(y.t(), target)
         self.power += target.square().sum(dtype=torch.float64)

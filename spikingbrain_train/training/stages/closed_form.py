@@ -8,9 +8,10 @@ The hidden states of the calibration tokens are kept between two layers, those o
 3. its output projection is fitted (calibration.py);
 
 then the tokens go through the layer. With the student's own hidden states each fit sees what the fits before
-it left; the projections that the source keeps can be fitted as well, to take the difference back. Most of it
-is a setting; what a mixer does not offer (models/mixers/alignable.py) is left out. Pipeline stages work one
-after the other, and hand the hidden states on.
+it left; the projections that the source keeps can be fitted as well, to take the difference back. Sinks are
+the student's alone: they take part in its hidden states, and in none of the fits. Most of it is a setting;
+what a mixer does not offer (models/mixers/alignable.py) is left out. Pipeline stages work one after the
+other, and hand the hidden states on.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from megatron.core.transformer import TransformerLayer
 from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 
-from spikingbrain_train.config.run import AlignmentConfig, AlignmentInputs, DecayStart
+from spikingbrain_train.architecture.sequence_layout import SequenceLayout
+from spikingbrain_train.config.stage import AlignmentConfig, AlignmentInputs, DecayStart
 from spikingbrain_train.data.loader import MicroBatch
 from spikingbrain_train.models.gpt_model import HybridGPTModel
 from spikingbrain_train.models.mixers.alignable import (
@@ -40,6 +42,7 @@ from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.reporting.activity import Activity, format_duration
 from spikingbrain_train.training.stages.calibration import ProjectionFit
 from spikingbrain_train.training.stages.channel_scales import SAMPLED, ChannelScales
+from spikingbrain_train.training.stages.compared_rows import compared_rows, share_of_rows
 
 
 @dataclass
@@ -51,6 +54,10 @@ class Held:
     """[T, B, hidden_size] hidden states of the dense source, this rank's share under sequence parallelism."""
     student: Tensor
     """Those of the student; the very same tensor where the fits read the dense source's."""
+    layout: SequenceLayout
+    """Of what the student gets: with its sinks where its hidden states are its own."""
+    rows: Tensor | None
+    """[slice_length, B] bool: tokens that both can be compared on; None for all."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +171,7 @@ class ClosedFormStart:
             _inputs_of(attention.linear_proj) as heads,
             _outputs_of(attention) as attended,
         ):
-            after = self._through(theirs, self.teacher, each.teacher, each.batch)
+            after = self._through(theirs, self.teacher, each.teacher, each.batch.layout.without_sinks())
         return Lesson(normed[0], heads[0], attended[0], after)
 
     def _set(
@@ -190,7 +197,7 @@ class ClosedFormStart:
             return 0.0
         fit = self._fit_of(mixer.linear_proj)
         for normed, each, lesson in zip(inputs, held, seen, strict=True):
-            fit.add(mixer.normed_heads(normed, each.batch.layout), lesson.attended)
+            fit.add(mixer.normed_heads(normed, each.layout), lesson.attended, each.rows)
         return fit.solve(settings.calibration_ridge, "stage.alignment.calibration_ridge")
 
     def _set_half_lives(
@@ -201,7 +208,7 @@ class ClosedFormStart:
             return
         sums = []
         for each, lesson in zip(held, seen, strict=True):
-            layout = each.batch.layout
+            layout = each.batch.layout.without_sinks()
             rotary = self.teacher.rotary_pos_emb(layout)
             of_heads = attention.attention_distances(lesson.normed, rotary_pos_emb=rotary, layout=layout)
             sums.append(torch.cat([of_heads, of_heads.new_tensor([each.batch.tokens.numel()])]))
@@ -214,12 +221,11 @@ class ClosedFormStart:
     ) -> None:
         scales = ChannelScales(self.groups)
         for normed, each, lesson in zip(inputs, held, seen, strict=False):
-            layout = each.batch.layout
-            outputs_NHCV = mixer.channel_outputs(normed, layout, SAMPLED)
+            outputs_NHCV = mixer.channel_outputs(normed, each.layout, SAMPLED)
             if outputs_NHCV is None:
                 return
             _, H, _, V = outputs_NHCV.shape
-            taken = [i for i, at in enumerate(layout.text_range()) if at % SAMPLED == SAMPLED - 1]
+            taken = each.layout.every(SAMPLED)
             scales.add(outputs_NHCV, lesson.heads.transpose(0, 1)[:, taken].reshape(-1, H, V))
         mixer.scale_channels(scales.solve())
 
@@ -231,8 +237,8 @@ class ClosedFormStart:
         fit = self._fit_of(projection)
         for each, lesson in zip(held, seen, strict=True):
             with _inputs_of(projection) as features:
-                self._through(mine, self.student, each.student, each.batch)
-            fit.add(features[0], lesson.attended + (each.teacher - each.student))
+                self._through(mine, self.student, each.student, each.layout)
+            fit.add(features[0], lesson.attended + (each.teacher - each.student), each.rows)
         self._solve_source(fit)
 
     def _fit_feed_forward(self, mine: TransformerLayer, held: list[Held], seen: list[Lesson]) -> None:
@@ -242,8 +248,8 @@ class ClosedFormStart:
         fit = self._fit_of(mine.mlp.linear_fc2)
         for each, lesson in zip(held, seen, strict=True):
             with _inputs_of(mine.mlp.linear_fc2) as features, _inputs_of(mine.pre_mlp_layernorm) as before:
-                self._through(mine, self.student, each.student, each.batch)
-            fit.add(features[0], lesson.after - before[0])
+                self._through(mine, self.student, each.student, each.layout)
+            fit.add(features[0], lesson.after - before[0], each.rows)
         self._solve_source(fit)
 
     def _fit_of(self, projection: Any) -> ProjectionFit:
@@ -258,28 +264,29 @@ class ClosedFormStart:
         for each, lesson in zip(held, seen, strict=True):
             each.teacher = lesson.after
             if self.own_inputs:
-                each.student = self._through(mine, self.student, each.student, each.batch)
+                each.student = self._through(mine, self.student, each.student, each.layout)
             else:
                 each.student = each.teacher
 
     def _through(
-        self, layer: TransformerLayer, model: HybridGPTModel, hidden_states: Tensor, batch: MicroBatch
+        self, layer: TransformerLayer, model: HybridGPTModel, hidden_states: Tensor, layout: SequenceLayout
     ) -> Tensor:
         arguments: dict[str, Any] = {
             "attention_mask": None,
-            "rotary_pos_emb": model.rotary_pos_emb(batch.layout),
-            "packed_seq_params": batch.layout,
+            "rotary_pos_emb": model.rotary_pos_emb(layout),
+            "packed_seq_params": layout,
         }
         output, _ = layer(hidden_states=hidden_states, **arguments)
         return output
 
     def _enter(self, batch: MicroBatch) -> Held:
         """The hidden states in front of this pipeline stage's first layer."""
+        source_layout = batch.layout.without_sinks()
+        rest = (batch.layout if self.own_inputs else source_layout, compared_rows(batch))
         if self.groups.is_pipeline_first_stage:
-            teacher = self.teacher.embed(batch.tokens, batch.layout)
-            return Held(
-                batch, teacher, self.student.embed(batch.tokens, batch.layout) if self.own_inputs else teacher
-            )
+            teacher = self.teacher.embed(batch.tokens, source_layout)
+            student = self.student.embed(batch.tokens, batch.layout) if self.own_inputs else teacher
+            return Held(batch, teacher, student, *rest)
         config = self.teacher.config
         length = batch.layout.slice_length
         if config.sequence_parallel:
@@ -290,7 +297,7 @@ class ClosedFormStart:
             device=self.groups.device,
         )
         torch.distributed.recv(received, self._neighbour(-1), group=self.groups.collection.pp)
-        return Held(batch, received[0], received[-1])
+        return Held(batch, received[0], received[-1], *rest)
 
     def _leave(self, held: list[Held]) -> None:
         """Hand the hidden states to the next pipeline stage."""
@@ -310,6 +317,10 @@ class ClosedFormStart:
         for each in held:
             distance = (each.student.float() - each.teacher.float()).square().sum(-1)
             relative = distance / each.teacher.float().square().sum(-1).clamp_min(1e-12)
+            rows = share_of_rows(
+                each.rows, self.groups, sequence_parallel=self.student.config.sequence_parallel
+            )
+            relative = relative if rows is None else relative[rows]
             sums += torch.stack([relative.sum(dtype=torch.float64), sums.new_tensor(relative.numel())])
         torch.distributed.all_reduce(sums, group=self.groups.collection.dp_cp)
         if self.student.config.sequence_parallel:

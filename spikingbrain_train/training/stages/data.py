@@ -43,7 +43,6 @@ class PackedText:
     Args:
         config: the run.
         groups: process groups.
-        num_sink_tokens: sinks in front of a training sequence; those held out begin with all of the model's.
         activity: shows that the tokens are being checked.
 
     Raises:
@@ -51,12 +50,9 @@ class PackedText:
             tokenizer or of a larger vocabulary.
     """
 
-    def __init__(
-        self, config: RunConfig, groups: ProcessGroups, num_sink_tokens: int, activity: ShowActivity
-    ) -> None:
+    def __init__(self, config: RunConfig, groups: ProcessGroups, activity: ShowActivity) -> None:
         self._config = config
         self._groups = groups
-        self._num_sink_tokens = num_sink_tokens
         stage, data = config.stage, config.data
         tokenizer = load_tokenizer(data.tokenizer) if data.tokenizer else None
         prefixes, vocabulary = [*data.train, *data.valid], config.model.vocab_size
@@ -64,7 +60,7 @@ class PackedText:
         found, self._valid = self._builder(config)(
             data,
             stage.seq_length,
-            train_samples=stage.train_iters * stage.global_batch_size,
+            train_samples=stage.samples,
             valid_samples=config.logging.eval_iters * stage.global_batch_size,
             seed=config.seed,
             vocab_size=vocabulary,
@@ -114,7 +110,7 @@ class PackedText:
             yield local_micro_batch(
                 whole,
                 self._groups.device,
-                num_sink_tokens=self._num_sink_tokens,
+                num_sink_tokens=self._config.model.num_sink_tokens,
                 context_parallel_rank=self._groups.context_parallel_rank,
                 context_parallel_size=self._groups.context_parallel_size,
             )

@@ -7,7 +7,6 @@ stage.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +14,8 @@ import torch
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
-from spikingbrain_train.config.run import RunConfig, StageConfig
+from spikingbrain_train.config.run import RunConfig
+from spikingbrain_train.config.stage import StageConfig
 from spikingbrain_train.data.loader import MicroBatch
 from spikingbrain_train.models.gpt_model import HybridGPTModel
 from spikingbrain_train.models.output_head import gather_hidden_states, vocab_parallel_linear_cross_entropy
@@ -51,7 +51,7 @@ class LogitDistillation(TokenLossStage):
         """Packed text, with what a cache holds of it."""
         if config.stage.distillation.cache is None:
             return super().open_data(config, groups, activity)
-        return CachedText(config, groups, config.model.num_sink_tokens, activity)
+        return CachedText(config, groups, activity)
 
     @property
     def shown(self) -> Mapping[str, Shown]:
@@ -90,7 +90,7 @@ class LogitDistillation(TokenLossStage):
             self.teacher.set_input_tensor(both[..., width:].detach().contiguous())
         with torch.no_grad():
             # Without sinks of its own, the teacher carries as many rows of padding: one shape for both.
-            beside = replace(batch.layout, sinks_are_padding=True)
+            beside = batch.layout.without_sinks()
             teacher_hidden = self.teacher(batch.tokens, layout=beside, return_hidden_states=True)
         student_hidden = model(batch.tokens, layout=batch.layout, return_hidden_states=True)
         if not student.post_process:

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+
 from spikingbrain_train.config.run import RunConfig
+from spikingbrain_train.data.loader import MicroBatch
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.training.data_check import ShowActivity
 from spikingbrain_train.training.stages.data import PackedAnswers, StageData
+from spikingbrain_train.training.stages.losses import StepLosses
 from spikingbrain_train.training.stages.token_loss import TokenLossStage
 
 
 class SupervisedFineTuning(TokenLossStage):
-    """Next-token loss where the loss mask of the examples has it, as the mean over such tokens of a batch."""
+    """Next-token loss where the loss mask of the examples has it, as the mean over such tokens of a batch.
+
+    Losses of routers are over all tokens, and keep the weight against it that they have in pretraining.
+    """
 
     @classmethod
     def open_data(cls, config: RunConfig, groups: ProcessGroups, activity: ShowActivity) -> StageData:
@@ -19,4 +30,22 @@ class SupervisedFineTuning(TokenLossStage):
         Raises:
             DataError, ConfigurationError: on every rank; the data do not fit the run.
         """
-        return PackedAnswers(config, groups, config.model.num_sink_tokens, activity)
+        return PackedAnswers(config, groups, activity)
+
+    def forward_backward(
+        self, model: DistributedDataParallel, batches: Iterator[MicroBatch], num_microbatches: int
+    ) -> StepLosses:
+        """Accumulate gradients of the mean loss over the global batch's tokens with loss."""
+        if self.find_routers(model) is not None:
+            batch = list(islice(batches, num_microbatches))
+            self._scale_routers(batch)
+            batches = iter(batch)
+        return super().forward_backward(model, batches, num_microbatches)
+
+    def _scale_routers(self, batch: Sequence[MicroBatch]) -> None:
+        """Gradients are divided by the tokens with loss: multiply what routers sum up by their share."""
+        tokens = torch.stack([micro_batch.loss_mask.sum(dtype=torch.float64) for micro_batch in batch]).sum()
+        torch.distributed.all_reduce(tokens, group=self.groups.collection.dp_cp)
+        share = tokens / (self.stage.global_batch_size * self.stage.seq_length)
+        for router in self._routers or ():
+            router.scale_auxiliary_loss(share)

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping
 from megatron.core.distributed import DistributedDataParallel
 
 from spikingbrain_train.config.parallel import KernelConfig
-from spikingbrain_train.config.run import RunConfig, StageConfig
+from spikingbrain_train.config.run import RunConfig
+from spikingbrain_train.config.stage import StageConfig
 from spikingbrain_train.data.loader import MicroBatch
 from spikingbrain_train.models.gpt_model import HybridGPTModel
 from spikingbrain_train.parallel.process_groups import ProcessGroups
@@ -59,8 +60,7 @@ class Stage(ABC):
         Raises:
             DataError, ConfigurationError: on every rank; the data do not fit the run.
         """
-        sinks = config.model.num_sink_tokens if kind_of(config.stage).sees_sinks else 0
-        return PackedText(config, groups, sinks, activity)
+        return PackedText(config, groups, activity)
 
     def freeze(self, model: HybridGPTModel) -> None:
         """Switch off gradients of what the stage does not train; called before gradient buffers are made."""

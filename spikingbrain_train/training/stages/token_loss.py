@@ -16,7 +16,7 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from spikingbrain_train.architecture.layers import has_experts
-from spikingbrain_train.config.run import StageConfig
+from spikingbrain_train.config.stage import StageConfig
 from spikingbrain_train.data.loader import MicroBatch
 from spikingbrain_train.models.feed_forwards.routing import HasAuxiliaryLoss
 from spikingbrain_train.models.gpt_model import HybridGPTModel
@@ -45,7 +45,6 @@ class TokenLossStage(Stage):
     ) -> None:
         super().__init__(stage, groups, teacher)
         self._routers: list[HasAuxiliaryLoss] | None = None
-        """Of this pipeline stage; None where no layer of the model has one."""
 
     def forward(
         self, model: DistributedDataParallel, batch: MicroBatch
@@ -75,8 +74,7 @@ class TokenLossStage(Stage):
     ) -> StepLosses:
         """Accumulate gradients of the mean loss over the global batch's unmasked tokens."""
         network = unwrap_model(model).model_config
-        if self._routers is None and has_experts(network):
-            self._routers = [module for module in model.modules() if isinstance(module, HasAuxiliaryLoss)]
+        self.find_routers(model)
         before = self._auxiliary_loss()
         reports = get_forward_backward_func()(
             forward_step_func=self._forward_step,
@@ -91,6 +89,12 @@ class TokenLossStage(Stage):
         sums = sum(reports) if reports else torch.zeros(3, dtype=torch.float64, device=self.groups.device)
         auxiliary = self._auxiliary_loss() - before
         return StepLosses(sums, partial(self._metrics, auxiliary), weight=sums[0])
+
+    def find_routers(self, model: DistributedDataParallel) -> list[HasAuxiliaryLoss] | None:
+        """Those of this pipeline stage; None where no layer of the model has one."""
+        if self._routers is None and has_experts(unwrap_model(model).model_config):
+            self._routers = [module for module in model.modules() if isinstance(module, HasAuxiliaryLoss)]
+        return self._routers
 
     @property
     def shown(self) -> Mapping[str, Shown]:

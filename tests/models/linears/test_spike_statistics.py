@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from spikingbrain_train.models.linears.linear_transform import LinearTransform
 from spikingbrain_train.models.linears.spike_statistics import NUM_BINS, SpikeStatistics
 
 
@@ -51,3 +52,16 @@ def test_no_tokens_are_no_statistics() -> None:
     statistics = SpikeStatistics()
     statistics.add(torch.empty(0, 8))
     assert math.isnan(statistics.share_up_to(7)) and math.isnan(statistics.sparsity())
+
+
+def test_a_few_tokens_of_the_next_input_are_counted_and_spread_over_it() -> None:
+    transform = LinearTransform()
+    x, sums = torch.arange(20.0).view(5, 2, 2), torch.arange(10.0).view(5, 2, 1)
+    everything, _ = transform.counted(x, sums)
+    assert torch.equal(everything, x.view(10, 2))  # without a limit, as in evaluations
+    transform.tokens_to_count = 3
+    tokens, of_tokens = transform.counted(x, sums)
+    assert tokens.tolist() == [[0, 1], [6, 7], [12, 13]] and of_tokens.tolist() == [[0], [3], [6]]
+    assert len(transform.counted(x)[0]) == 0  # enough
+    transform.tokens_to_count = 20
+    assert len(transform.counted(x)[0]) == 10 and transform.tokens_to_count == 10  # a short input

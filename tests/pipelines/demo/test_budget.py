@@ -79,7 +79,7 @@ def slower(factor: float) -> Speed:
 def test_a_fast_machine_gets_the_whole_recipe() -> None:
     lengths, align, cpt = chosen(FAST)
     assert (lengths.align_args, lengths.cpt_args) == ([], [])
-    assert (tokens(align), tokens(cpt)) == (81_920, 40_960)
+    assert (tokens(align), tokens(cpt)) == (16_384, 81_920)
     assert "the whole recipe" in lengths.sentence and "multiplies bf16" in lengths.sentence
 
 
@@ -88,7 +88,7 @@ def test_a_slow_machine_ends_in_time_and_uses_it(factor: float, minutes: float) 
     speed = slower(factor)
     _, align, cpt = chosen(speed, minutes)
     taken = minutes_of(speed, align, cpt, 60)
-    whole = tokens(align) >= 81_000 and tokens(cpt) >= 40_000
+    whole = tokens(align) >= 16_000 and tokens(cpt) >= 81_000
     assert taken <= minutes and (taken >= 0.85 * minutes or whole)
 
 
@@ -99,7 +99,7 @@ def test_it_says_what_it_chose_and_why() -> None:
         "no bf16 instructions",
         "within 12 minutes",
         f"{tokens(align):,} and {tokens(cpt):,} tokens",
-        "81,920 tokens of alignment and 40,960 of pretraining",
+        "16,384 tokens of alignment and 81,920 of pretraining",
         f"{align.logging.eval_iters} windows",
     ):
         assert said in lengths.sentence
@@ -207,9 +207,9 @@ def test_where_nothing_is_named_the_choice_is_the_recipe_for_few_tokens() -> Non
     shared = ["stage.seq_length=512", "stage.global_batch_size=1"]
     shared += ["logging.eval_iters=6", "logging.eval_interval=0"]
     lengths, _, _ = chosen(SLOW)
-    assert lengths.align_args == ["stage.train_iters=45", *shared, "optimizer.lr_warmup_iters=5"]
+    assert lengths.align_args == ["stage.train_iters=16", *shared, "optimizer.lr_warmup_iters=2"]
     few = ["stage.kind=cpt", "stage.distillation.weight=null", "optimizer.lr=2e-4", "optimizer.min_lr=2e-5"]
-    assert lengths.cpt_args == ["stage.train_iters=43", *shared, *few, "optimizer.lr_warmup_iters=3"]
+    assert lengths.cpt_args == ["stage.train_iters=62", *shared, *few, "optimizer.lr_warmup_iters=5"]
 
 
 def test_nothing_is_measured_where_both_lengths_are_named(tmp_path: Path) -> None:

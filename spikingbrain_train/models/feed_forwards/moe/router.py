@@ -20,8 +20,8 @@ class SequenceBalancedRouter(TopKRouter):
     """megatron-core's TopKRouter whose losses are those of whole sequences.
 
     A token's probabilities are the softmax over all experts in float32; its experts are the top k of them and
-    their outputs are weighted by those probabilities as they are (no renormalisation): with a zero router
-    every weight is 1 / num_experts.
+    their outputs are weighted by those probabilities as they are: with a zero router every weight is
+    1 / num_experts. With ``norm_topk_prob`` they are made to add up to 1.
 
     Losses (weights ``moe_aux_loss_coeff`` and ``moe_z_loss_coeff``; Fedus et al., arXiv 2101.03961, eq. 4;
     Zoph et al., arXiv 2202.08906, eq. 5). For one sequence of T routed tokens, sinks included::
@@ -32,7 +32,8 @@ class SequenceBalancedRouter(TopKRouter):
     ``f`` is counted over the tensor- and context-parallel ranks that share a sequence, so the losses do not
     depend on the topology or the micro-batch size; megatron-core's own ``aux_loss`` is over a micro-batch,
     and in 0.16 its weight shrinks with tensor x context ranks. A sequence weighs in as many times as it has
-    tokens, like the cross entropy, of which the training step takes the mean per token.
+    tokens, like the cross entropy, of which the training step takes the mean per token; a stage where few
+    tokens carry loss scales them (:meth:`scale_auxiliary_loss`).
 
     With a capacity factor every rank drops on its own share of the micro-batch, so that all send the same
     shapes: which tokens are dropped then depends on how sequences are split (TP with sequence parallelism,
@@ -49,6 +50,11 @@ class SequenceBalancedRouter(TopKRouter):
         self.weight.is_new_parameter = True
         size = self.num_experts + RouterStatistics.NUM_SCALARS
         self.register_buffer("statistics_sums", torch.zeros(size, dtype=torch.float64), persistent=False)
+        self._loss_scale: Tensor | None = None
+
+    def scale_auxiliary_loss(self, scale: Tensor) -> None:
+        """Weigh both losses by ``scale``, [], from the next forward pass on."""
+        self._loss_scale = scale
 
     def reset_statistics(self) -> None:
         """Start counting anew; called at the start of every training step."""
@@ -61,7 +67,7 @@ class SequenceBalancedRouter(TopKRouter):
     def auxiliary_loss(self) -> Tensor:
         """[] float64: what both losses, weighted, add to the sum of token losses; this rank's share."""
         sums = RouterStatistics.unpack(self.statistics_sums)
-        return self.config.moe_aux_loss_coeff * sums.aux_loss + self.config.moe_z_loss_coeff * sums.z_loss
+        return self._weighted(sums.aux_loss, sums.z_loss)
 
     def forward(self, input: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Route the tokens of this rank.
@@ -93,6 +99,8 @@ class SequenceBalancedRouter(TopKRouter):
         chosen = scores_TBE.detach().topk(self.topk, dim=-1).indices
         map_TBE = torch.zeros_like(scores_TBE, dtype=torch.bool).scatter_(-1, chosen, True)
         probs, routing_map = (scores_TBE * map_TBE).flatten(0, 1), map_TBE.flatten(0, 1)
+        if self.config.norm_topk_prob:
+            probs = probs / probs.sum(-1, keepdim=True)
         if self.config.moe_expert_capacity_factor is not None:
             probs, routing_map = apply_router_token_dropping(
                 probs,
@@ -105,11 +113,14 @@ class SequenceBalancedRouter(TopKRouter):
         # Recomputation runs this twice, and only the second time with gradients: nothing counts double.
         if self.training and torch.is_grad_enabled():
             aux_loss, z_loss = self._losses(logits, scores_TBE, map_TBE)
-            loss = self.config.moe_aux_loss_coeff * aux_loss + self.config.moe_z_loss_coeff * z_loss
-            probs = MoEAuxLossAutoScaler.apply(probs, loss)
+            probs = MoEAuxLossAutoScaler.apply(probs, self._weighted(aux_loss, z_loss))
             kept = (routing_map & map_TBE.flatten(0, 1)).sum()
             self._count(map_TBE, kept, aux_loss.detach(), z_loss.detach())
         return probs, routing_map
+
+    def _weighted(self, aux_loss: Tensor, z_loss: Tensor) -> Tensor:
+        loss = self.config.moe_aux_loss_coeff * aux_loss + self.config.moe_z_loss_coeff * z_loss
+        return loss if self._loss_scale is None else loss * self._loss_scale
 
     def _losses(self, logits_TBE: Tensor, scores_TBE: Tensor, map_TBE: Tensor) -> tuple[Tensor, Tensor]:
         """This rank's share of both losses, each sequence weighted by its number of tokens."""

@@ -1,0 +1,37 @@
+"""What is done to projections, as it stood when a checkpoint was written: k of spikes that are annealed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from spikingbrain_train.architecture.linear_transforms import transforms_of
+from spikingbrain_train.config.load import load_run_config
+from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.storage.checkpoint_folder import RUN_CONFIG_FILE, is_iteration_folder, iteration_of
+
+
+def at_its_iteration(model: ModelConfig, checkpoint: Path) -> ModelConfig:
+    """``model`` with the settings that its run's schedules had reached in the ``iter_*`` folder.
+
+    A checkpoint that no run wrote keeps the model's own.
+
+    Raises:
+        CheckpointError: its run_config.yaml cannot be read.
+    """
+    stored_run = checkpoint / RUN_CONFIG_FILE
+    if not transforms_of(model) or not is_iteration_folder(checkpoint) or not stored_run.is_file():
+        return model
+    stage, iteration = load_run_config(stored_run).stage, iteration_of(checkpoint)
+    for kind in transforms_of(model):
+        settings: Any = getattr(model, kind.name, None)
+        reached = {
+            name: value
+            for name, value in kind.schedule(model, stage, iteration).items()
+            if hasattr(settings, name)
+        }
+        if reached:
+            section: dict[str, Any] = {kind.name: replace(settings, **reached)}
+            model = replace(model, **section)
+    return model

@@ -1,0 +1,231 @@
+"""Layer by layer: what the linears of a layer read, their codes, and what the next layer then gets to read.
+
+A layer is quantised on what the layers before it, quantised, make of the calibration text. Only one layer's
+second moments are held at a time: [inputs, inputs] float32 of each different input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from spikingbrain_train.hf.quantization_w8aspike import (
+    Counts,
+    W8ASpikeEmbedding,
+    W8ASpikeLinear,
+    quantized_linears,
+    replace_module,
+)
+from spikingbrain_train.hf.spikes_gla_swa import SpikeEncoder
+from spikingbrain_train.ops.gptq import Rounded, gptq_rounding, output_error, plain_rounding
+from spikingbrain_train.ops.int8_groups import group_width
+from spikingbrain_train.quantization.request import FLOAT, Method, QuantizeRequest, Scales
+from spikingbrain_train.reporting.activity import Activity
+
+
+@dataclass(frozen=True)
+class LinearError:
+    """What INT8 weights of one linear are off by on the calibration text."""
+
+    name: str
+    layer: int
+    inputs: int
+    outputs: int
+    plain: float
+    """Root mean square of the error of its output, over that of the output."""
+    gptq: float | None
+    """The same with GPTQ's codes; None where they were not asked for."""
+
+
+@dataclass(frozen=True)
+class QuantizedLinear:
+    """A linear that stands in a model now, and the other codes that it could have."""
+
+    module: W8ASpikeLinear
+    activation: str
+    plain: Rounded
+    gptq: Rounded | None
+
+    def take(self, rounded: Rounded) -> None:
+        """Multiply by these codes."""
+        with torch.no_grad():
+            self.module.weight.copy_(rounded.codes)
+            self.module.weight_scale.copy_(rounded.scales)
+
+
+class _Moments:
+    """Sum of x x' over the inputs x of one linear."""
+
+    def __init__(self, linear: nn.Linear, activation: str, k: float) -> None:
+        self.hessian = torch.zeros(linear.in_features, linear.in_features)
+        self._activation, self._k = activation, k
+
+    def add(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        x: Tensor = inputs[0]
+        if self._activation == FLOAT:
+            encoded = x.reshape(-1, x.shape[-1]).float()
+        else:
+            encoded = Counts(x, self._activation, self._k).values()
+        self.hessian += (encoded.T @ encoded).cpu()
+
+
+class _Stop(Exception):  # noqa: N818 - not an error: the first layer was reached
+    pass
+
+
+def quantize_layers(
+    model: PreTrainedModel,
+    samples: Sequence[Tensor],
+    request: QuantizeRequest,
+    progress: Activity,
+) -> tuple[list[QuantizedLinear], list[LinearError]]:
+    """Put INT8 linears in the place of float ones, layer by layer, calibrated on samples.
+
+    Args:
+        model: of transformers, with its layers in ``model.model.layers``.
+        samples: [1, T] token ids each.
+        request: which linears, and how.
+        progress: advances by a layer.
+    """
+    settings = request.quantization_config()
+    layers: nn.ModuleList = model.model.layers
+    calls = _first_calls(model, layers[0], samples)
+    found: list[QuantizedLinear] = []
+    errors: list[LinearError] = []
+    for number, layer in enumerate(layers):
+        linears = list(quantized_linears(layer, settings))
+        moments = {name: _Moments(linear, activation, request.k) for name, linear, activation in linears}
+        with ExitStack() as hooks:
+            for name, linear, _ in linears:
+                hooks.callback(linear.register_forward_pre_hook(moments[name].add).remove)
+            for call in calls:
+                call(layer)
+        for name, linear, activation in linears:
+            made, error = _quantize(linear, activation, moments[name].hessian, request, number, name)
+            replace_module(layer, name, made.module)
+            found.append(made)
+            errors.append(error)
+        calls = [_next(call, call(layer)) for call in calls]
+        progress.advance(1)
+    return found, errors
+
+
+def take_off_spikes(model: PreTrainedModel) -> None:
+    """Leave spikes to the INT8 linears, which make integers of them; encoders would encode twice."""
+    for name, module in list(model.named_modules()):
+        if type(module).__name__ == SpikeEncoder.__name__:  # of the folder's own code
+            replace_module(model, name, nn.Identity())
+
+
+def quantize_head(model: PreTrainedModel, request: QuantizeRequest) -> None:
+    """INT8 embedding and output layer, each with codes of its own where they were tied."""
+    head: nn.Linear = model.get_output_embeddings()
+    embedding: nn.Embedding = model.get_input_embeddings()
+    size = request.group_size or embedding.embedding_dim
+    made = _int8_linear(head, request.linears()["lm_head"], request, plain_rounding(head.weight, size))
+    rows = plain_rounding(embedding.weight, size)
+    lookup = W8ASpikeEmbedding(embedding.num_embeddings, embedding.embedding_dim, size)
+    with torch.no_grad():
+        lookup.weight.copy_(rows.codes)
+        lookup.weight_scale.copy_(rows.scales)
+    lookup.weight_scale.data = lookup.weight_scale.data.to(embedding.weight.dtype)
+    model.set_output_embeddings(made)
+    model.set_input_embeddings(lookup.to(embedding.weight.device))
+    model.config.tie_word_embeddings = False
+
+
+def _quantize(
+    linear: nn.Linear, activation: str, hessian: Tensor, request: QuantizeRequest, layer: int, name: str
+) -> tuple[QuantizedLinear, LinearError]:
+    weight = linear.weight.detach().cpu()
+    size = group_width(request.group_size or weight.shape[1], weight.shape[1])
+    moments = hessian.diagonal() if request.scales is Scales.calibrated else None
+    plain = plain_rounding(weight, size, moments)
+    gptq = gptq_rounding(weight, size, hessian) if request.method is Method.gptq else None
+    made = _int8_linear(linear, activation, request, gptq or plain)
+    error = LinearError(
+        name,
+        layer,
+        weight.shape[1],
+        weight.shape[0],
+        output_error(weight, plain, hessian),
+        None if gptq is None else output_error(weight, gptq, hessian),
+    )
+    return QuantizedLinear(made, activation, plain, gptq), error
+
+
+def _int8_linear(
+    linear: nn.Linear, activation: str, request: QuantizeRequest, rounded: Rounded
+) -> W8ASpikeLinear:
+    bias = getattr(linear, "bias", None)
+    has_bias = isinstance(bias, nn.Parameter)
+    made = W8ASpikeLinear(
+        linear.in_features, linear.out_features, has_bias, request.group_size, activation, request.k
+    )
+    with torch.no_grad():
+        made.weight.copy_(rounded.codes)
+        made.weight_scale.copy_(rounded.scales)
+    made.weight_scale.data = made.weight_scale.data.to(linear.weight.dtype)
+    if has_bias:
+        made.bias = bias
+    elif bias is not None:
+        made.keep_stored_bias(bias)
+    return made.to(linear.weight.device)
+
+
+Call = Callable[[nn.Module], Any]
+
+
+@torch.no_grad()
+def _first_calls(model: PreTrainedModel, first: nn.Module, samples: Sequence[Tensor]) -> list[Call]:
+    """What the first layer is called with for each sample."""
+    calls: list[Call] = []
+
+    def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append(_call(args, kwargs))
+        raise _Stop
+
+    handle = first.register_forward_pre_hook(catch, with_kwargs=True)
+    try:
+        for tokens in samples:
+            try:
+                model(input_ids=tokens.to(model.device), use_cache=False)
+            except _Stop:
+                continue
+    finally:
+        handle.remove()
+    return calls
+
+
+def _call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    @torch.no_grad()
+    def call(layer: nn.Module) -> Any:
+        return layer(*args, **kwargs)
+
+    call.arguments = (args, kwargs)  # type: ignore[attr-defined]
+    return call
+
+
+def _next(call: Call, output: Any) -> Call:
+    """The same call with what the layer before gave in the place of its first argument."""
+    (_, *others), kwargs = call.arguments  # type: ignore[attr-defined]
+    hidden = output[0] if isinstance(output, tuple) else output
+    return _call((hidden, *others), kwargs)
+
+
+@contextmanager
+def reading_floats(linears: Sequence[QuantizedLinear]) -> Iterator[None]:
+    """Let linears read their input as it is, to see what weights alone change."""
+    for linear in linears:
+        linear.module.activation = FLOAT
+    try:
+        yield
+    finally:
+        for linear in linears:
+            linear.module.activation = linear.activation
