@@ -11,10 +11,22 @@ from dataclasses import dataclass, replace
 CALIBRATION_TOKENS = 16384
 """Read by the closed-form start; they count."""
 
-EVEN = "even"
-"""Every second layer is linear, from the first on."""
-CHOSEN = "chosen"
-"""As many, those that cost the least: spikingbrain-choose-layers."""
+
+@dataclass(frozen=True)
+class Conversion:
+    """Which layers are linear, and what stands in front of the text."""
+
+    name: str
+    chosen: bool = False
+    """Those that cost the least (spikingbrain-choose-layers); else every second one, from the first on."""
+    sinks: int = 0
+    """Learnable tokens that all windows see, as in SpikingBrain-76B (arXiv 2509.05276, section 2.2)."""
+
+
+EVEN = Conversion("even")
+EVEN_SINK = Conversion("even_sink", sinks=1)
+CHOSEN = Conversion("chosen", chosen=True)
+CHOSEN_SINK = Conversion("chosen_sink", chosen=True, sinks=1)
 
 
 @dataclass(frozen=True)
@@ -38,7 +50,7 @@ class Method:
 
     name: str
     about: str
-    layers: str
+    conversion: Conversion
     stages: tuple[Stage, ...]
 
 
@@ -60,7 +72,7 @@ _MIXED = Stage(
     )
     + _COSINE,
 )
-_PURE_KL = Stage(
+PURE_KL = Stage(
     "distill",
     1.0,
     ("optimizer.lr=1e-4", "optimizer.min_lr=1e-5", "optimizer.mixer_lr_mult=10") + _COSINE,
@@ -73,8 +85,7 @@ _STUDENT_INPUTS = (
 
 def _start_only(*settings: str) -> Stage:
     tokens = f"stage.alignment.calibration_tokens={CALIBRATION_TOKENS}"
-    # A rate that moves nothing: what the closed form sets is what the stage leaves.
-    return Stage("align", 0.0, (tokens, "optimizer.lr=1e-30", "optimizer.weight_decay=0", *settings))
+    return Stage("align", 0.0, (tokens, *settings))
 
 
 PLAIN = Method(
@@ -88,13 +99,14 @@ KL = replace(
     TODAY,
     name="kl",
     about="today's, its last stage on KL alone, mixers at ten times the rate of the rest",
-    stages=(_TODAYS_ALIGNMENT, replace(_PURE_KL, share=1 / 3)),
+    stages=(_TODAYS_ALIGNMENT, replace(PURE_KL, share=1 / 3)),
 )
+START_ONLY, START_ON_STUDENT = _start_only(), _start_only(*_STUDENT_INPUTS)
 NO_ALIGNMENT = replace(
     KL,
     name="start",
     about="KL from the closed-form start on, no steps of alignment",
-    stages=(_start_only(), _PURE_KL),
+    stages=(START_ONLY, PURE_KL),
 )
 REFIT = replace(
     TODAY,
@@ -102,12 +114,13 @@ REFIT = replace(
     about="today's, started on the student's own hidden states, with what the source keeps fitted as well",
     stages=(replace(_TODAYS_ALIGNMENT, settings=_TODAYS_ALIGNMENT.settings + _STUDENT_INPUTS), _MIXED),
 )
-LAYERS = replace(TODAY, name="layers", about="today's, in chosen layers", layers=CHOSEN)
+LAYERS = replace(TODAY, name="layers", about="today's, in chosen layers", conversion=CHOSEN)
+SINK = replace(TODAY, name="sink", about="today's, with one sink token", conversion=EVEN_SINK)
 ALL = Method(
     "all",
-    "chosen layers, closed-form start on the student's own hidden states, KL alone",
-    CHOSEN,
-    (_start_only(*_STUDENT_INPUTS), _PURE_KL),
+    "chosen layers, a sink token, closed-form start on the student's own hidden states, KL alone",
+    CHOSEN_SINK,
+    (START_ON_STUDENT, PURE_KL),
 )
 
-METHODS = {method.name: method for method in (PLAIN, TODAY, KL, NO_ALIGNMENT, REFIT, LAYERS, ALL)}
+METHODS = {method.name: method for method in (PLAIN, TODAY, KL, NO_ALIGNMENT, REFIT, LAYERS, SINK, ALL)}

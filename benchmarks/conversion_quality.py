@@ -8,7 +8,8 @@ users type; it is resumable, and runs in pieces:
   python benchmarks/conversion_quality.py --output outputs/quality --model models/SmolLM2-135M-Instruct \\
       --train docs_train.jsonl.zst --valid docs_valid.jsonl.zst --tokens 250k 1M --seeds 1 2 3 --minutes 60
 
-With --device cuda --tokens 100M the same on a GPU; with --report a table and a picture of what is there.
+With --device cuda --tokens 100M the same on a GPU; with --report a table, a picture and one JSON file of what
+is there.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.conversion_methods import METHODS  # noqa: E402
 from benchmarks.conversion_report import draw, results_table  # noqa: E402
-from benchmarks.conversion_runs import Bench, OutOfTimeError  # noqa: E402
+from benchmarks.conversion_runs import Bench  # noqa: E402
+from benchmarks.project_commands import OutOfTimeError  # noqa: E402
 from spikingbrain_train.config.command_line import user_errors  # noqa: E402
+from spikingbrain_train.storage.durable_files import write_text_durably  # noqa: E402
 
 _UNITS = {"k": 10**3, "M": 10**6}
 
@@ -68,7 +71,7 @@ def main() -> None:
         if not flags.report:
             try:
                 methods = [METHODS[name] for name in flags.methods]
-                bench.prepare(sorted({method.layers for method in methods}))
+                bench.prepare({method.conversion for method in methods})
                 for budget in flags.tokens:
                     for seed in flags.seeds:
                         for method in methods:
@@ -79,6 +82,8 @@ def main() -> None:
         if results:
             print("\n".join(results_table(results, bench.dense())))
             draw(results, bench.dense(), flags.output / "conversion_quality.png")
+            numbers = json.dumps({"dense": bench.dense(), "runs": results}, indent=1)
+            write_text_durably(flags.output / "conversion_quality.json", numbers + "\n")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from spikingbrain_train.reporting.tables import table
 
 WITHIN = 0.5
 """Nats above the dense source that methods are held to for the tokens that they need."""
+_TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10)
 
 
 def gaps(of_texts: Mapping[str, float], dense: Mapping[str, float]) -> dict[str, float]:
@@ -63,15 +64,18 @@ def draw(results: Sequence[Mapping[str, Any]], dense: Mapping[str, float], path:
 
 def _figure(results: Sequence[Mapping[str, Any]], dense: Mapping[str, float]) -> Any:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
     panel = figure.subplots()
-    styles = {name: line_style(number) for number, name in enumerate(METHODS)}
+    shown = [name for name in METHODS if any(run["method"] == name for run in results)]
+    styles = {name: line_style(number) for number, name in enumerate(shown)}
     named = set()
     for (method, _), runs in _by_method(results).items():
         for run in runs:
-            tokens = [point[0] for point in run["curve"]]
-            above = [gaps(point[1], dense)["mean"] for point in run["curve"]]
+            curve = [point for point in run["curve"] if point[0] > 0]
+            tokens = [point[0] for point in curve]
+            above = [gaps(point[1], dense)["mean"] for point in curve]
             style = styles[method]
             label = None if method in named else method
             named.add(method)
@@ -84,12 +88,16 @@ def _figure(results: Sequence[Mapping[str, Any]], dense: Mapping[str, float]) ->
                 label=label,
                 **style.keywords(),
             )
-    panel.axhline(0, color="#222222", linewidth=0.8)
+    panel.axhline(WITHIN, color="#222222", linewidth=0.8)
     panel.set_xscale("log")
-    panel.set_ylim(bottom=-0.1, top=min(3.0, panel.get_ylim()[1]))
+    panel.set_yscale("log")
+    panel.set_yticks(_TICKS, [f"{tick:g}" for tick in _TICKS])
+    panel.set_ylim(min(_TICKS), max(_TICKS))
+    panel.yaxis.set_minor_formatter(NullFormatter())
     panel.set_xlabel("tokens, alignment and calibration included")
     panel.set_ylabel("nats above the dense source, unseen text")
-    panel.xaxis.set_major_formatter(lambda value, _: count_text(value))
+    for formatted in (panel.xaxis.set_major_formatter, panel.xaxis.set_minor_formatter):
+        formatted(lambda value, _: count_text(value) if f"{value:e}"[0] in "125" else "")
     dress(panel)
     panel.legend(frameon=False, ncols=2)
     return figure

@@ -6,37 +6,23 @@ What is done lies in the output folder and is not done again; a stopped training
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.conversion_methods import CALIBRATION_TOKENS, CHOSEN, Method, Stage
+from benchmarks.conversion_methods import CALIBRATION_TOKENS, Conversion, Method, Stage
 from benchmarks.conversion_texts import KINDS, json_lines, write_sample
-from spikingbrain_train.errors import SpikingBrainError
+from benchmarks.project_commands import ProjectCommands
 from spikingbrain_train.reporting.metrics import read_metrics
 
-ROOT = Path(__file__).resolve().parents[1]
 WINDOW, SEQ_LENGTH = 512, 2048
-_ASKED_TO_STOP = 75
-"""Exit code of a training that has saved because it was asked to stop."""
 _CHOICE_TOKENS = 8192
 """That layers are chosen on; not trained on, and of none of the texts that methods are measured on."""
 _HELD_OUT_CHARACTERS = 48_000
 """Of each text: about 12k tokens, six windows."""
-
-
-class OutOfTimeError(Exception):
-    """The minutes of this call are over; the next call goes on."""
-
-
-class FailedCommandError(SpikingBrainError):
-    """A command of a chain did not end well."""
 
 
 @dataclass(frozen=True)
@@ -73,12 +59,12 @@ class Bench:
         self.valid_text = valid
         self.device = device
         self.size = SIZES[device]
-        self.deadline = deadline
+        self.commands = ProjectCommands(deadline)
         self.tokens_per_step = self.size.sequences * SEQ_LENGTH
         self.valid = {name: output / "data" / name for name in ("docs", *KINDS)}
 
-    def prepare(self, layers: Sequence[str]) -> None:
-        """Whatever runs share: tokens, checkpoints (``layers`` swapped), the dense source's numbers."""
+    def prepare(self, conversions: Collection[Conversion]) -> None:
+        """Whatever runs share: tokens, checkpoints, the dense source's numbers."""
         data = self.output / "data"
         data.mkdir(parents=True, exist_ok=True)
         self._tokenize(self.train_text, data / "train", "--valid-tokens", 2 * _CHOICE_TOKENS)
@@ -89,17 +75,18 @@ class Bench:
                 write_sample(documents, text, _HELD_OUT_CHARACTERS)
             self._tokenize(text, prefix)
         if not (self.output / "dense").is_dir():
-            self._run("convert", "import", "--hf", self.model, "--output", self.output / "dense")
-        for name in layers:
-            if not (self.output / name).is_dir():
-                words = ["convert", "import", "--hf", self.model, "--output", self.output / name]
-                self._run(*words, *self._conversion(name))
+            self.commands.run("convert", "import", "--hf", self.model, "--output", self.output / "dense")
+        for conversion in sorted(conversions, key=lambda each: each.name):
+            folder = self.output / conversion.name
+            if not folder.is_dir():
+                words = ["convert", "import", "--hf", self.model, "--output", folder]
+                self.commands.run(*words, *self._swaps(conversion))
         for name, prefix in self.valid.items():
             report = self.output / "dense_cross_entropy" / f"{name}.json"
             if not report.is_file():
                 report.parent.mkdir(exist_ok=True)
                 words = ["evaluate", "--model", self.output / "dense", "--data", prefix, "--output", report]
-                self._run(*words, "--seq-length", SEQ_LENGTH)
+                self.commands.run(*words, "--seq-length", SEQ_LENGTH)
 
     def dense(self) -> dict[str, float]:
         """Cross entropy of the dense source on each text."""
@@ -128,14 +115,15 @@ class Bench:
         if result.is_file():
             return json.loads(result.read_text())
         folder.mkdir(parents=True, exist_ok=True)
-        checkpoint, before, curve, seconds = self.output / method.layers, 0, [], 0.0
+        checkpoint, before, curve, seconds = self.output / method.conversion.name, 0, [], 0.0
         for stage, steps in self._steps(method, tokens):
             run = folder / stage.kind
             began = time.monotonic()
-            self._train(method, stage, steps, checkpoint, run, seed)
+            read, is_start = steps * self.tokens_per_step, stage.share == 0
+            self._train(method, stage, 0 if is_start else steps, checkpoint, run, seed)
             seconds += time.monotonic() - began
-            curve += list(self._curve(run, before))
-            before += steps * self.tokens_per_step
+            curve += list(self._curve(run, before + read if is_start else before))
+            before += read
             checkpoint = run / "checkpoints"
         done = {
             "method": method.name,
@@ -153,7 +141,7 @@ class Bench:
         return done
 
     def _steps(self, method: Method, tokens: int) -> Iterator[tuple[Stage, int]]:
-        """Optimizer steps of each stage; a start alone reads its tokens in steps without a rate."""
+        """Steps' worth of tokens of each stage; a start reads its own without a step."""
         starts = [stage for stage in method.stages if stage.share == 0]
         left = tokens - CALIBRATION_TOKENS * len(starts)
         for stage in method.stages:
@@ -167,7 +155,7 @@ class Bench:
         learns = [] if stage.kind == "cpt" else [f"stage.teacher={self.output / 'dense'}"]
         valid = ",".join(str(prefix) for prefix in self.valid.values())
         evaluations = 1 if stage.share == 0 else 4
-        self._run(
+        self.commands.run(
             "train",
             f"stage={stage.kind}",
             f"cluster={'cpu' if self.device == 'cpu' else 'auto'}",
@@ -199,48 +187,22 @@ class Bench:
                 }
                 yield [before + point["iteration"] * self.tokens_per_step, of_texts]
 
-    def _conversion(self, name: str) -> list[object]:
-        """Words of spikingbrain-convert import that swap the layers of ``name``."""
-        if name != CHOSEN:
-            return ["--conversion", "spikingbrain_7b", f"sliding_window={WINDOW}", "mixers=[gla,swa]"]
-        choice = self.output / "choice"
+    def _swaps(self, conversion: Conversion) -> list[object]:
+        """Words of spikingbrain-convert import."""
+        recipe = [f"sliding_window={WINDOW}", f"num_sink_tokens={conversion.sinks}"]
+        if not conversion.chosen:
+            return ["--conversion", "spikingbrain_7b", "mixers=[gla,swa]", *recipe]
+        choice = self.output / "choice" / conversion.name
         if not (choice / "conversion.yaml").is_file():
             data = self.output / "data"
             words: list[object] = ["choose-layers", "--model", self.model, "--output", choice]
             words += ["--data", data / "train_valid", "--tokens", _CHOICE_TOKENS, "--seq-length", SEQ_LENGTH]
             words += ["--calibration-data", data / "train_train", "--calibration-tokens", CALIBRATION_TOKENS]
-            self._run(*words, f"sliding_window={WINDOW}")
+            self.commands.run(*words, *recipe)
         return ["--conversion", choice / "conversion.yaml"]
 
     def _tokenize(self, text: Path, prefix: Path, *split: object) -> None:
         done = Path(f"{prefix}_train.idx" if split else f"{prefix}.idx")
         if not done.is_file():
             words = ["preprocess", "--input", text, "--tokenizer", self.model, "--output-prefix", prefix]
-            self._run(*words, *split)
-
-    def _run(self, *words: object) -> None:
-        """Run a command of this project; ask it to stop when the time is over."""
-        left = None if self.deadline is None else self.deadline - time.monotonic()
-        if left is not None and left <= 0:
-            raise OutOfTimeError
-        command = [sys.executable, "-m", "spikingbrain_train", *(str(word) for word in words)]
-        print(
-            "$", " ".join(["spikingbrain-" + str(words[0]), *(str(word) for word in words[1:])]), flush=True
-        )
-        process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
-        try:
-            code = process.wait(left)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGTERM)
-            process.wait()
-            raise OutOfTimeError from None
-        except BaseException:
-            process.send_signal(signal.SIGINT)
-            process.wait()
-            raise
-        if code == _ASKED_TO_STOP:
-            raise OutOfTimeError
-        if code:
-            raise FailedCommandError(
-                f"spikingbrain-{words[0]} ended with exit code {code}; see what it says above"
-            )
+            self.commands.run(*words, *split)

@@ -25,7 +25,8 @@ import torch
 
 from spikingbrain_train.config.compose import compose_run
 from spikingbrain_train.config.load import to_run_config
-from spikingbrain_train.config.run import DistillationConfig, RunConfig
+from spikingbrain_train.config.run import RunConfig
+from spikingbrain_train.config.stage import DistillationConfig
 from spikingbrain_train.parallel.agreed_precision import agree_on_precision
 from spikingbrain_train.parallel.process_groups import ProcessGroups, destroy, initialize
 from spikingbrain_train.planning.teacher_cache_request import request_cache

@@ -22,7 +22,8 @@ import torch
 from spikingbrain_train.architecture.layers import dense_source
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.config.model import ModelConfig
-from spikingbrain_train.config.run import CheckpointConfig, Precision, RunConfig, StageConfig
+from spikingbrain_train.config.run import CheckpointConfig, Precision, RunConfig
+from spikingbrain_train.config.stage import StageConfig
 from spikingbrain_train.data.loader import MicroBatch
 from spikingbrain_train.runtime.accelerator import detect
 

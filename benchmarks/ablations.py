@@ -1,0 +1,293 @@
+"""Claim: the report's ablations hold in small (SpikingBrain, arXiv 2509.05276, tables 12 and 13).
+
+What each element costs, at equal tokens: full attention, windows, linear attention and their hybrid (table
+12, with single-needle recall within the window and beyond it), then hybrid (H), experts (M) and spikes (S) in
+all combinations (table 13). Lengths are an eighth of the published ones: windows of 512 and 16 tokens,
+sequences of 1024, needles at 512 and 1024. Every variant is swapped into the same dense source and trained
+with next-token loss. Where attention was swapped a sink token stands in front, and linear attention begins
+with its closed-form start, whose tokens count (docs/recipe.md). All of it is commands that users type; it is
+resumable, and runs in pieces:
+
+  python benchmarks/ablations.py --output outputs/ablations --model models/SmolLM2-135M-Instruct \\
+      --train docs_train.jsonl.zst --valid docs_valid.jsonl.zst --seeds 1 2 3 --minutes 60
+
+With --report tables of what is there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.conversion_methods import CALIBRATION_TOKENS, START_ON_STUDENT  # noqa: E402
+from benchmarks.conversion_quality import tokens as tokens_of  # noqa: E402
+from benchmarks.conversion_texts import json_lines, write_sample  # noqa: E402
+from benchmarks.project_commands import OutOfTimeError, ProjectCommands  # noqa: E402
+from spikingbrain_train.config.command_line import user_errors  # noqa: E402
+from spikingbrain_train.reporting.tables import table  # noqa: E402
+from spikingbrain_train.storage.durable_files import write_text_durably  # noqa: E402
+
+SEQ_LENGTH, WINDOW, SHORT_WINDOW = 1024, 512, 16
+NEEDLES = ("512", "1024")
+_NEEDLES_OF_A_DEPTH = 4
+_HELD_OUT_CHARACTERS, _TRAIN_CHARACTERS = 100_000, 20_000_000
+_SINK = "num_sink_tokens=1"
+_HYBRID = ("mixers=[gla,swa]", f"sliding_window={WINDOW}", _SINK)
+_EXPERTS = ("feed_forwards=[moe]", "moe.num_experts=4", "moe.router_topk=1", "moe.num_shared_experts=1")
+_SPIKES = ("spiking.projections=[qkv,attention_output,mlp_fc1,mlp_fc2]",)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is swapped into the dense source.
+
+    Attributes:
+        name: in tables; H, M and S as in table 13.
+        recipe: of spikingbrain-convert import, in its words.
+        published: HellaSwag, MMLU and, in table 12, recall at 4k (a window) and 8k; percent, None where
+            the report gives none.
+    """
+
+    name: str
+    recipe: tuple[str, ...]
+    published: tuple[float | None, ...]
+
+
+MIXERS = (
+    Variant("full", ("mixers=[full]",), (60.21, 61.78, 100.0, 98.41)),
+    Variant("window", ("mixers=[swa]", f"sliding_window={WINDOW}", _SINK), (60.12, 61.74, 100.0, 47.60)),
+    Variant("H", _HYBRID, (57.88, 56.08, 96.83, 44.44)),
+    Variant("linear", ("mixers=[gla]", _SINK), (54.72, 39.87, 36.16, 39.40)),
+    Variant(
+        "short window", ("mixers=[swa]", f"sliding_window={SHORT_WINDOW}", _SINK), (None, None, 1.87, 0.0)
+    ),
+)
+ELEMENTS = (
+    Variant("full", ("mixers=[full]",), (60.21, 61.78)),
+    Variant("M", ("mixers=[full]", *_EXPERTS), (60.25, 61.88)),
+    Variant("S", ("mixers=[full]", *_SPIKES), (59.63, 61.17)),
+    Variant("M+S", ("mixers=[full]", *_EXPERTS, *_SPIKES), (59.66, 59.22)),
+    Variant("H", _HYBRID, (57.88, 56.08)),
+    Variant("H+M", (*_HYBRID, *_EXPERTS), (57.93, 56.05)),
+    Variant("H+S", (*_HYBRID, *_SPIKES), (57.37, 54.87)),
+    Variant("H+M+S", (*_HYBRID, *_EXPERTS, *_SPIKES), (57.77, 55.02)),
+)
+VARIANTS = {variant.name: variant for variant in (*MIXERS, *ELEMENTS)}
+_PROBED = {variant.name for variant in MIXERS}
+
+
+class Ablations:
+    """All runs, each a chain of commands.
+
+    Args:
+        output: folder of everything.
+        model: Hugging Face folder of the dense source.
+        commands: run until the time is over.
+    """
+
+    def __init__(self, output: Path, model: Path, commands: ProjectCommands) -> None:
+        self.output = output
+        self.model = model
+        self.commands = commands
+        self.data = output / "data"
+
+    def prepare(self, train: Path, valid: Path) -> None:
+        """Texts, and the dense source as a checkpoint.
+
+        Args:
+            train: text to train on, JSON lines.
+            valid: held-out text of the same kinds.
+        """
+        self.data.mkdir(parents=True, exist_ok=True)
+        for name, text, characters in (
+            ("train", train, _TRAIN_CHARACTERS),
+            ("valid", valid, _HELD_OUT_CHARACTERS),
+        ):
+            sample = self.data / f"{name}.jsonl"
+            if not sample.is_file():
+                write_sample(json_lines(text), sample, characters)
+            if not (self.data / f"{name}.idx").is_file():
+                words = ("preprocess", "--input", sample, "--tokenizer", self.model)
+                self.commands.run(*words, "--output-prefix", self.data / name)
+        if not (self.output / "dense").is_dir():
+            words = ("convert", "import", "--hf", self.model, "--output", self.output / "dense")
+            self.commands.run(*words)
+
+    def run(self, variant: Variant, tokens: int, learning_rate: float, seed: int) -> dict[str, Any]:
+        """Swap a variant into the source and train it on, or read what that gave.
+
+        Args:
+            variant: what is swapped.
+            tokens: that it is trained on, those of a closed-form start included.
+            learning_rate: of that.
+            seed: of the order of the text, and of new weights.
+
+        Returns:
+            ``cross_entropy`` in nats of the held-out text, and ``recall`` for each length, empty outside
+            table 12.
+
+        Raises:
+            OutOfTimeError: go on with another call.
+        """
+        folder = self.output / "runs" / f"{variant.name.replace(' ', '-')}-{tokens}-{seed}"
+        result = folder / "result.json"
+        if result.is_file():
+            return json.loads(result.read_text())
+        checkpoint = folder / "converted"
+        if not checkpoint.is_dir():
+            words = ("convert", "import", "--hf", self.model, "--output", checkpoint)
+            self.commands.run(*words, "--conversion", "dense", *variant.recipe, f"seed={seed}")
+        left = tokens
+        if any("gla" in word for word in variant.recipe):
+            start = (*START_ON_STUDENT.settings, f"stage.teacher={self.output / 'dense'}")
+            self._train("align", start, checkpoint, folder / "start", 0, seed)
+            checkpoint, left = folder / "start" / "checkpoints", tokens - CALIBRATION_TOKENS
+        rates = (f"optimizer.lr={learning_rate}", f"optimizer.min_lr={learning_rate / 10}")
+        self._train("cpt", rates, checkpoint, folder / "cpt", left // SEQ_LENGTH, seed)
+        measured = folder / "evaluation.json"
+        if not measured.is_file():
+            words = ["evaluate", "--model", folder / "cpt", "--data", self.data / "valid"]
+            words += ["--seq-length", SEQ_LENGTH, "--output", measured]
+            if variant.name in _PROBED:
+                words += ["--probes", "needle", "--probe-lengths", ",".join(NEEDLES)]
+                words += ["--probe-samples", _NEEDLES_OF_A_DEPTH]
+            self.commands.run(*words)
+        found = json.loads(measured.read_text())
+        needles = found["probes"]["results"]["needle"] if variant.name in _PROBED else {}
+        done = {
+            "variant": variant.name,
+            "tokens": tokens,
+            "seed": seed,
+            "cross_entropy": found["cross_entropy"],
+            "recall": {length: needle["accuracy"] for length, needle in needles.items()},
+        }
+        write_text_durably(result, json.dumps(done) + "\n")
+        for weights in (folder / "converted", folder / "start", folder / "cpt"):
+            shutil.rmtree(weights, ignore_errors=True)
+        return done
+
+    def _train(
+        self, kind: str, settings: Sequence[str], checkpoint: Path, run: Path, steps: int, seed: int
+    ) -> None:
+        """A stage of one sequence a step; nothing is done again that is done."""
+        self.commands.run(
+            "train",
+            f"stage={kind}",
+            f"checkpoint.load={checkpoint}",
+            "checkpoint.keep_last=1",
+            f"checkpoint.save_interval={max(1, steps)}",
+            f"stage.train_iters={steps}",
+            f"stage.seq_length={SEQ_LENGTH}",
+            "stage.micro_batch_size=1",
+            "stage.global_batch_size=1",
+            f"optimizer.lr_warmup_iters={min(10, steps // 4)}",
+            "optimizer.weight_decay=0",
+            *settings,
+            f"data.train=[{self.data / 'train'}]",
+            "logging.tensorboard=false",
+            f"seed={seed}",
+            f"output_dir={run}",
+        )
+
+
+def report(results: Sequence[dict[str, Any]]) -> list[str]:
+    """Both tables, and how many of the published orders hold."""
+    seeds: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        seeds.setdefault(result["variant"], []).append(result)
+    lines: list[str] = []
+    for title, variants, with_recall in (("table 12", MIXERS, True), ("table 13", ELEMENTS, False)):
+        shown = [variant for variant in variants if variant.name in seeds]
+        names = ["cross entropy", *(f"recall at {length}" for length in NEEDLES if with_recall)]
+        rows = [[title, *names, "published", "seeds"]]
+        ours: dict[str, list[float]] = {}
+        for variant in shown:
+            runs = seeds[variant.name]
+            measured = [[run["cross_entropy"] for run in runs]]
+            measured += [[run["recall"][length] for run in runs] for length in NEEDLES if with_recall]
+            ours[variant.name] = [mean(values) for values in measured]
+            published = " / ".join("-" if value is None else f"{value:g}" for value in variant.published)
+            rows.append([variant.name, *(_spread(values) for values in measured), published, str(len(runs))])
+        lines += [*table(rows, left=1), ""]
+        lines += [f"{_orders(shown, ours, 0, column)}" for column in (0, 1)]
+        if with_recall:
+            lines += [_orders(shown, ours, 1 + number, 2 + number) for number in range(len(NEEDLES))]
+        lines.append("")
+    return lines
+
+
+_COLUMNS = ("HellaSwag", "MMLU", "recall at 4k", "recall at 8k")
+_TIE = 0.5
+"""Points; the report's pairs that are closer are no order."""
+
+
+def _orders(shown: Sequence[Variant], ours: dict[str, list[float]], measured: int, published: int) -> str:
+    """A sentence: of how many pairs that the report orders the order is the same here."""
+    known = [variant for variant in shown if variant.published[published] is not None]
+    ordered, other = 0, []
+    for one, two in combinations(known, 2):
+        above = (one.published[published] or 0.0) - (two.published[published] or 0.0)
+        if abs(above) < _TIE:
+            continue
+        better, worse = (one, two) if above > 0 else (two, one)
+        gain = ours[better.name][measured] - ours[worse.name][measured]
+        ordered += 1
+        if (gain >= 0) if measured == 0 else (gain <= 0):
+            other.append(f"{better.name} over {worse.name}")
+    holds = f"{ordered - len(other)} of {ordered} pairs as published by {_COLUMNS[published]}"
+    return f"{holds}; not: {', '.join(other)}" if other else holds
+
+
+def _spread(values: Sequence[float]) -> str:
+    """Mean of the seeds, and their standard deviation where there are several."""
+    return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Its flags."""
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--output", type=Path, required=True, help="folder of all runs")
+    flags.add_argument("--train", type=Path, required=True, help="text to train on, JSON lines")
+    flags.add_argument("--valid", type=Path, required=True, help="held-out text of the same kinds")
+    flags.add_argument("--model", type=Path, required=True, help="Hugging Face folder of the dense source")
+    flags.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    flags.add_argument("--tokens", type=tokens_of, default=65_536, help="that every variant is trained on")
+    flags.add_argument("--lr", type=float, default=1e-4, help="learning rate of that")
+    flags.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    flags.add_argument("--minutes", type=float, help="stop after that many; the next call goes on")
+    flags.add_argument("--report", action="store_true", help="run nothing")
+    return flags
+
+
+def main() -> None:
+    """Run what is missing, then show what is there."""
+    flags = parser().parse_args()
+    deadline = None if flags.minutes is None else time.monotonic() + 60 * flags.minutes
+    ablations = Ablations(flags.output, flags.model, ProjectCommands(deadline))
+    with user_errors():
+        if not flags.report:
+            try:
+                ablations.prepare(flags.train, flags.valid)
+                for seed in flags.seeds:
+                    for name in flags.variants:
+                        ablations.run(VARIANTS[name], flags.tokens, flags.lr, seed)
+            except OutOfTimeError:
+                print(f"the {flags.minutes:g} minutes are over; the same command goes on")
+        results = [json.loads(path.read_text()) for path in sorted(flags.output.glob("runs/*/result.json"))]
+        print("\n".join(report(results)))
+        write_text_durably(flags.output / "ablations.json", json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
