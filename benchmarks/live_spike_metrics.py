@@ -31,7 +31,7 @@ ignore_megatron_warnings()  # before megatron-core
 from benchmarks.training_contenders import Ours, Setting  # noqa: E402
 from benchmarks.training_step import named_model  # noqa: E402
 from spikingbrain_train.config.command_line import user_errors  # noqa: E402
-from spikingbrain_train.config.model import Projection, SpikingConfig  # noqa: E402
+from spikingbrain_train.config.linear_transforms import Projection, SpikingConfig  # noqa: E402
 from spikingbrain_train.config.run import LoggingConfig, Precision  # noqa: E402
 from spikingbrain_train.models.linears import spikes  # noqa: E402
 from spikingbrain_train.models.linears.spike_statistics import SpikeStatistics  # noqa: E402

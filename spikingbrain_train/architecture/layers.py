@@ -11,7 +11,8 @@ from spikingbrain_train.architecture.initializers import EmbeddingRows
 from spikingbrain_train.architecture.linear_transforms import stored_beside, without_transforms
 from spikingbrain_train.architecture.mixers import MIXERS, MixerKind
 from spikingbrain_train.architecture.weights import Split, Weight
-from spikingbrain_train.config.model import ModelConfig, Projection
+from spikingbrain_train.config.linear_transforms import Projection
+from spikingbrain_train.config.model import ModelConfig
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from typing import Any
 from spikingbrain_train.architecture.kind import Kind
 from spikingbrain_train.architecture.registry import Registry
 from spikingbrain_train.architecture.weights import Weight
-from spikingbrain_train.config.model import ModelConfig, Projection
+from spikingbrain_train.config.linear_transforms import Projection
+from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.stage import StageConfig
 from spikingbrain_train.errors import ConfigurationError
 

@@ -71,7 +71,7 @@ class MixerKind(SubmoduleKind):
         """Bytes per token that it keeps for its backward pass on one rank, its normed input left out."""
 
     def input_projections(self, model: ModelConfig) -> tuple[str, ...]:
-        """The projections that read the layer's normed input, as ``config.model.Projection`` has them."""
+        """The projections that read the layer's normed input, as ``Projection`` names them."""
         return ("qkv",)
 
 

@@ -10,7 +10,8 @@ from collections.abc import Collection, Mapping
 from spikingbrain_train.architecture.layers import has_experts, layers
 from spikingbrain_train.architecture.linear_transforms import LINEAR_TRANSFORMS, LinearTransformKind
 from spikingbrain_train.architecture.weights import Split, Weight
-from spikingbrain_train.config.model import ModelConfig, Projection
+from spikingbrain_train.config.linear_transforms import Projection
+from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.require import divisors, either, require
 from spikingbrain_train.config.stage import StageConfig
 

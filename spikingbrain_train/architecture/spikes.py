@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from spikingbrain_train.architecture.linear_transforms import LINEAR_TRANSFORMS, LinearTransformKind
-from spikingbrain_train.config.model import GateEncoding, ModelConfig, Projection
+from spikingbrain_train.config.linear_transforms import GateEncoding, Projection
+from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.require import require
 from spikingbrain_train.config.stage import StageConfig
 

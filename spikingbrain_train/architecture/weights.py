@@ -76,7 +76,7 @@ class Weight:
     copies: Copies | None = None
     """How experts repeat the source's tensors; None for parameters that hold them once."""
     projection: tuple[str, int] | None = None
-    """What it projects, as ``config.model.Projection`` calls it, and its position among the matrices of that
+    """What it projects, as ``Projection`` calls it, and its position among the matrices of that
     projection; None where no linear transform is applied to it."""
     pads_vocabulary: bool = False
     """Whether Megatron may hold more rows than the vocabulary; they are stripped on export."""

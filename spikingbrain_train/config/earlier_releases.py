@@ -9,7 +9,8 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from spikingbrain_train.config.model import OLD_MIXERS, GateEncoding, Projection
+from spikingbrain_train.config.linear_transforms import GateEncoding, Projection
+from spikingbrain_train.config.model import OLD_MIXERS
 from spikingbrain_train.config.rope_scaling import RopeType
 
 RENAMED_VALUES = {

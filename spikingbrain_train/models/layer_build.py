@@ -13,7 +13,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from spikingbrain_train.architecture.feed_forwards import FeedForwardKind
 from spikingbrain_train.architecture.mixers import MixerKind
 from spikingbrain_train.config.import_path import object_of_kind
-from spikingbrain_train.config.model import ModelConfig, Projection
+from spikingbrain_train.config.linear_transforms import Projection
+from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ContextParallelConfig, KernelConfig
 from spikingbrain_train.models.linears.parallel_linears import ParallelLinears
 from spikingbrain_train.models.rms_norm import RMSNorm

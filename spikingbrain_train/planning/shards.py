@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from spikingbrain_train.architecture.layers import embedding_weights, layers, output_weights
 from spikingbrain_train.architecture.weights import Shape, Split, Weight
-from spikingbrain_train.config.model import ModelConfig, Projection
+from spikingbrain_train.config.linear_transforms import Projection
+from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.planning.costs import stage_layers
 from spikingbrain_train.planning.planner import smallest_stage

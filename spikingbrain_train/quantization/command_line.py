@@ -11,7 +11,8 @@ from typing import Any
 from spikingbrain_train.architecture.linear_transforms import with_plain_weights
 from spikingbrain_train.architecture.stored_model import read_stored_model
 from spikingbrain_train.config.command_line import called_as, user_errors
-from spikingbrain_train.config.model import ModelConfig, Projection
+from spikingbrain_train.config.linear_transforms import Projection
+from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.plugins import add_plugins_argument, load_plugins, plugins_of
 from spikingbrain_train.conversion.formats.registry import format_of_model, parse_hf_config
 from spikingbrain_train.errors import ConfigurationError

@@ -8,7 +8,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from spikingbrain_train.config.model import Projection
+from spikingbrain_train.config.linear_transforms import Projection
 from spikingbrain_train.config.require import divisors, either
 from spikingbrain_train.errors import CheckpointError, ConfigurationError
 from spikingbrain_train.hf import QUANT_METHOD, QUANTIZATION_FILE

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from spikingbrain_train.architecture.layers import projections_of
 from spikingbrain_train.architecture.spikes import SPIKES
-from spikingbrain_train.config.model import ModelConfig, Projection
+from spikingbrain_train.config.linear_transforms import Projection
+from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.evaluation.checkpoint_model import CheckpointModel, open_checkpoint
 from spikingbrain_train.evaluation.checkpoint_request import CheckpointRequest
 from spikingbrain_train.evaluation.megatron_language_model import MegatronLanguageModel

@@ -9,7 +9,8 @@ import pytest
 from spikingbrain_train.architecture.linear_transforms import transforms_of, without_transforms
 from spikingbrain_train.architecture.model_checks import check_linear_transforms
 from spikingbrain_train.architecture.quantization import INT8_WEIGHTS
-from spikingbrain_train.config.model import ModelConfig, Projection, QuantizationConfig, SpikingConfig
+from spikingbrain_train.config.linear_transforms import Projection, QuantizationConfig, SpikingConfig
+from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.setting import check_fields
 from spikingbrain_train.config.stage import QuantizationAnnealingConfig, StageConfig
 from spikingbrain_train.errors import ConfigurationError

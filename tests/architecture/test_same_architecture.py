@@ -13,15 +13,13 @@ from spikingbrain_train.architecture.same_architecture import (
     roles,
     settings_in_use,
 )
+from spikingbrain_train.config.linear_transforms import GateEncoding, Projection, SpikingConfig
 from spikingbrain_train.config.model import (
     FeatureMap,
     GatedLinearAttentionConfig,
-    GateEncoding,
     GateKind,
     ModelConfig,
     MoEConfig,
-    Projection,
-    SpikingConfig,
 )
 from spikingbrain_train.config.rope_scaling import RopeScalingConfig, RopeType
 from spikingbrain_train.config.setting import Role, leaves

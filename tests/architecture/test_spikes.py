@@ -8,14 +8,8 @@ import pytest
 
 from spikingbrain_train.architecture.model_checks import check_linear_transforms
 from spikingbrain_train.architecture.spikes import SPIKES
-from spikingbrain_train.config.model import (
-    FeatureMap,
-    GatedLinearAttentionConfig,
-    GateKind,
-    ModelConfig,
-    Projection,
-    SpikingConfig,
-)
+from spikingbrain_train.config.linear_transforms import Projection, SpikingConfig
+from spikingbrain_train.config.model import FeatureMap, GatedLinearAttentionConfig, GateKind, ModelConfig
 from spikingbrain_train.config.setting import check_fields
 from spikingbrain_train.config.stage import SpikeAnnealingConfig, StageConfig
 from spikingbrain_train.errors import ConfigurationError

@@ -8,6 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from spikingbrain_train.config.conversion import ConversionConfig
+from spikingbrain_train.config.linear_transforms import GateEncoding, Projection, SpikingConfig
 from spikingbrain_train.config.load import (
     load_conversion,
     load_model_config,
@@ -18,12 +19,9 @@ from spikingbrain_train.config.load import (
 from spikingbrain_train.config.model import (
     FeatureMap,
     GatedLinearAttentionConfig,
-    GateEncoding,
     GateKind,
     MoEConfig,
     ParallelHybridConfig,
-    Projection,
-    SpikingConfig,
 )
 from spikingbrain_train.config.parallel import (
     ClusterConfig,

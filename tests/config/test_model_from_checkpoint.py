@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from spikingbrain_train.config.compose import compose_run, groups
+from spikingbrain_train.config.linear_transforms import Projection
 from spikingbrain_train.config.load import to_run_config
-from spikingbrain_train.config.model import ModelConfig, Projection
+from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.config.setting import leaves
 from spikingbrain_train.errors import CheckpointError, ConfigurationError

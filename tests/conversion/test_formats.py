@@ -11,14 +11,8 @@ from pathlib import Path
 import pytest
 
 from spikingbrain_train.architecture.mixers import MIXERS
-from spikingbrain_train.config.model import (
-    FeatureMap,
-    GateKind,
-    ModelConfig,
-    MoEConfig,
-    Projection,
-    SpikingConfig,
-)
+from spikingbrain_train.config.linear_transforms import Projection, SpikingConfig
+from spikingbrain_train.config.model import FeatureMap, GateKind, ModelConfig, MoEConfig
 from spikingbrain_train.conversion.formats.dense import LLAMA, MISTRAL, QWEN2, QWEN3, DenseFormat
 from spikingbrain_train.conversion.formats.gla_swa import GLA_SWA
 from spikingbrain_train.conversion.formats.hf_format import HfFormat

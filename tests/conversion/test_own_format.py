@@ -18,13 +18,9 @@ from torch import Tensor
 from spikingbrain_train.architecture.same_architecture import roles, settings_in_use
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
+from spikingbrain_train.config.linear_transforms import GateEncoding, Projection, SpikingConfig
 from spikingbrain_train.config.load import load_model_config, save_config
-from spikingbrain_train.config.model import (
-    GateEncoding,
-    ModelConfig,
-    Projection,
-    SpikingConfig,
-)
+from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.rope_scaling import RopeScalingConfig, RopeType
 from spikingbrain_train.config.run import RunConfig

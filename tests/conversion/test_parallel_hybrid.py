@@ -10,14 +10,13 @@ import torch
 
 from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
 from spikingbrain_train.config.conversion import ConversionConfig
+from spikingbrain_train.config.linear_transforms import Projection, SpikingConfig
 from spikingbrain_train.config.model import (
     FeatureMap,
     GatedLinearAttentionConfig,
     GateKind,
     MoEConfig,
     ParallelHybridConfig,
-    Projection,
-    SpikingConfig,
 )
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.conversion.export_checkpoint import export_checkpoint

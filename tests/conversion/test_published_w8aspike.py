@@ -15,16 +15,9 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+from spikingbrain_train.config.linear_transforms import Projection, QuantizationConfig, SpikingConfig
 from spikingbrain_train.config.load import load_model_config
-from spikingbrain_train.config.model import (
-    FeatureMap,
-    GatedLinearAttentionConfig,
-    GateKind,
-    ModelConfig,
-    Projection,
-    QuantizationConfig,
-    SpikingConfig,
-)
+from spikingbrain_train.config.model import FeatureMap, GatedLinearAttentionConfig, GateKind, ModelConfig
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.conversion.export_checkpoint import export_checkpoint
 from spikingbrain_train.conversion.formats.registry import format_of_model

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from spikingbrain_train.config.linear_transforms import Projection, SpikingConfig
 from spikingbrain_train.config.model import (
     FeatureMap,
     GatedLinearAttentionConfig,
@@ -22,8 +23,6 @@ from spikingbrain_train.config.model import (
     ModelConfig,
     MoEConfig,
     ParallelHybridConfig,
-    Projection,
-    SpikingConfig,
 )
 from spikingbrain_train.config.parallel import KernelConfig, ParallelConfig
 from spikingbrain_train.config.run import Precision

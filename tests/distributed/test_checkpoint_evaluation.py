@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from spikingbrain_train.config.model import ModelConfig, Projection, SpikingConfig
+from spikingbrain_train.config.linear_transforms import Projection, SpikingConfig
+from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.stage import SpikeAnnealingConfig
 from spikingbrain_train.reporting.metrics import read_events, read_metrics

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from spikingbrain_train.config.model import Projection, QuantizationConfig, SpikingConfig
+from spikingbrain_train.config.linear_transforms import Projection, QuantizationConfig, SpikingConfig
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.config.stage import DistillationConfig

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from spikingbrain_train.config.model import MoEConfig, Projection, QuantizationConfig, SpikingConfig
+from spikingbrain_train.config.linear_transforms import Projection, QuantizationConfig, SpikingConfig
+from spikingbrain_train.config.model import MoEConfig
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import DataConfig, LoggingConfig, RunConfig
 from spikingbrain_train.config.stage import DistillationConfig

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from spikingbrain_train.config.model import Projection, QuantizationConfig
+from spikingbrain_train.config.linear_transforms import Projection, QuantizationConfig
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.config.stage import LongExamples, StageConfig

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from spikingbrain_train.config.model import Projection, SpikingConfig
+from spikingbrain_train.config.linear_transforms import Projection, SpikingConfig
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import DataConfig, LoggingConfig, RunConfig
 from spikingbrain_train.config.stage import SpikeAnnealingConfig

@@ -10,12 +10,8 @@ from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from spikingbrain_train.architecture.feed_forwards import FEED_FORWARDS
-from spikingbrain_train.config.model import (
-    ModelConfig,
-    MoEConfig,
-    Projection,
-    SpikingConfig,
-)
+from spikingbrain_train.config.linear_transforms import Projection, SpikingConfig
+from spikingbrain_train.config.model import ModelConfig, MoEConfig
 from spikingbrain_train.config.parallel import (
     ExpertBackend,
     KernelConfig,

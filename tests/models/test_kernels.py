@@ -8,7 +8,8 @@ from __future__ import annotations
 import pytest
 
 from spikingbrain_train.architecture.backends.tables import TABLES
-from spikingbrain_train.config.model import ModelConfig, Projection, SpikingConfig
+from spikingbrain_train.config.linear_transforms import Projection, SpikingConfig
+from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import (
     AcceleratorKind,
     ExpertBackend,

@@ -11,7 +11,8 @@ from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from spikingbrain_train.architecture.layers import layers
-from spikingbrain_train.config.model import ModelConfig, Projection
+from spikingbrain_train.config.linear_transforms import Projection
+from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import (
     ContextParallelConfig,
     KernelConfig,

@@ -20,15 +20,13 @@ from torch import Tensor
 
 from spikingbrain_train.architecture.layers import layers
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
+from spikingbrain_train.config.linear_transforms import Projection, QuantizationConfig, SpikingConfig
 from spikingbrain_train.config.model import (
     FeatureMap,
     GatedLinearAttentionConfig,
     GateKind,
     ModelConfig,
     MoEConfig,
-    Projection,
-    QuantizationConfig,
-    SpikingConfig,
 )
 from spikingbrain_train.config.parallel import (
     AcceleratorKind,

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from spikingbrain_train.config.conversion import ConversionConfig, UpcyclingConfig
-from spikingbrain_train.config.model import GateKind, Projection
+from spikingbrain_train.config.linear_transforms import Projection
+from spikingbrain_train.config.model import GateKind
 from spikingbrain_train.config.parallel import (
     AcceleratorKind,
     ExpertBackend,

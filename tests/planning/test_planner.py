@@ -16,6 +16,7 @@ from spikingbrain_train.architecture.layers import Layer, dense_source, has_expe
 from spikingbrain_train.architecture.mixers import MIXERS
 from spikingbrain_train.architecture.sizes import visible_keys
 from spikingbrain_train.config.compose import compose_run
+from spikingbrain_train.config.linear_transforms import Projection, SpikingConfig
 from spikingbrain_train.config.load import to_run_config
 from spikingbrain_train.config.model import (
     FeatureMap,
@@ -23,8 +24,6 @@ from spikingbrain_train.config.model import (
     GateKind,
     ModelConfig,
     MoEConfig,
-    Projection,
-    SpikingConfig,
 )
 from spikingbrain_train.config.parallel import KernelConfig, ParallelConfig, Recompute
 from spikingbrain_train.config.run import Precision, RunConfig

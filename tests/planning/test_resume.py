@@ -10,15 +10,8 @@ from typing import Any
 import pytest
 
 from spikingbrain_train.architecture.rotary import SETTINGS_OF_TYPES
-from spikingbrain_train.config.model import (
-    FeatureMap,
-    GatedLinearAttentionConfig,
-    GateKind,
-    MoEConfig,
-    Projection,
-    QuantizationConfig,
-    SpikingConfig,
-)
+from spikingbrain_train.config.linear_transforms import Projection, QuantizationConfig, SpikingConfig
+from spikingbrain_train.config.model import FeatureMap, GatedLinearAttentionConfig, GateKind, MoEConfig
 from spikingbrain_train.config.rope_scaling import RopeScalingConfig, RopeType
 from spikingbrain_train.config.run import Precision, Resume, RunConfig
 from spikingbrain_train.config.run_record import RunRecord, fingerprint, record_of, write_record

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
-from spikingbrain_train.config.model import ModelConfig, Projection, SpikingConfig
+from spikingbrain_train.config.linear_transforms import Projection, SpikingConfig
+from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import (
     ContextParallelConfig,
     KernelConfig,

@@ -18,7 +18,8 @@ from spikingbrain_train.architecture.backends.linears import EXPERTS, ExpertsCal
 from spikingbrain_train.architecture.layers import layers, model_weights
 from spikingbrain_train.architecture.linear_transforms import in_experts, without_transforms
 from spikingbrain_train.architecture.model_checks import check_model
-from spikingbrain_train.config.model import GateEncoding, ModelConfig, MoEConfig, Projection, SpikingConfig
+from spikingbrain_train.config.linear_transforms import GateEncoding, Projection, SpikingConfig
+from spikingbrain_train.config.model import ModelConfig, MoEConfig
 from spikingbrain_train.config.parallel import KernelConfig, ParallelConfig, ParallelLinearBackend, Recompute
 from spikingbrain_train.config.run import Precision, RunConfig
 from spikingbrain_train.config.sections import with_sections

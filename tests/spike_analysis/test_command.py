@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from spikingbrain_train.config.conversion import ConversionConfig
+from spikingbrain_train.config.linear_transforms import Projection, SpikingConfig
 from spikingbrain_train.config.load import load_model_config, save_config
-from spikingbrain_train.config.model import Projection, SpikingConfig
 from spikingbrain_train.conversion.export_checkpoint import export_checkpoint
 from spikingbrain_train.conversion.import_checkpoint import import_checkpoint
 from spikingbrain_train.storage.checkpoint_folder import MODEL_CONFIG_FILE, latest_checkpoint

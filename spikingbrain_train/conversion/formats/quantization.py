@@ -9,7 +9,8 @@ from typing import Any
 from spikingbrain_train.architecture.quantization import INT8_WEIGHTS
 from spikingbrain_train.architecture.spikes import SPIKES
 from spikingbrain_train.architecture.weights import Weight
-from spikingbrain_train.config.model import ModelConfig, Projection
+from spikingbrain_train.config.linear_transforms import Projection
+from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.conversion.formats.spiking import spiking_keys
 from spikingbrain_train.hf import QUANT_METHOD
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from spikingbrain_train.config.model import GateEncoding, ModelConfig, Projection, SpikingConfig
+from spikingbrain_train.config.linear_transforms import GateEncoding, Projection, SpikingConfig
+from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.conversion.formats.config_keys import ConfigKeys
 
 _KEY = "spiking"

@@ -13,14 +13,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from spikingbrain_train.architecture.weights import Weight
-from spikingbrain_train.config.model import (
+from spikingbrain_train.config.linear_transforms import (
     GateEncoding,
-    GateKind,
-    ModelConfig,
     Projection,
     QuantizationConfig,
     SpikingConfig,
 )
+from spikingbrain_train.config.model import GateKind, ModelConfig
 from spikingbrain_train.conversion.formats.config_keys import ConfigKeys
 from spikingbrain_train.conversion.formats.gla_swa import NAMES, GatedLinearSlidingWindowFormat
 from spikingbrain_train.conversion.formats.quantization import LINEARS

@@ -11,7 +11,8 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from spikingbrain_train.architecture.linear_transforms import LINEAR_TRANSFORMS, transforms_of
 from spikingbrain_train.config.enum_tables import entry_of
 from spikingbrain_train.config.import_path import object_of_kind
-from spikingbrain_train.config.model import ModelConfig, Projection
+from spikingbrain_train.config.linear_transforms import Projection
+from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ParallelLinearBackend
 from spikingbrain_train.models.linears.linear_transform import LinearTransform
 from spikingbrain_train.models.linears.transformed_linear import transformed

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spikingbrain_train.config.model import ModelConfig, Projection
+from spikingbrain_train.config.linear_transforms import Projection
+from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.models.linears.linear_transform import Shard
 from spikingbrain_train.ops.int8_groups import group_width
 

@@ -42,13 +42,8 @@ from spikingbrain_train.architecture.initializers import LightningDecays
 from spikingbrain_train.architecture.mixers import MixerKind
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.config.enum_tables import entry_of
-from spikingbrain_train.config.model import (
-    FeatureMap,
-    GatedLinearAttentionConfig,
-    GateKind,
-    ModelConfig,
-    Projection,
-)
+from spikingbrain_train.config.linear_transforms import Projection
+from spikingbrain_train.config.model import FeatureMap, GatedLinearAttentionConfig, GateKind, ModelConfig
 from spikingbrain_train.config.parallel import LinearAttentionBackend, LinearAttentionContextParallel
 from spikingbrain_train.models.layer_build import LayerBuild, attention_submodules
 from spikingbrain_train.models.mixers.decoding import CacheSize, DecodingState

@@ -14,14 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from spikingbrain_train.config.model import (
+from spikingbrain_train.config.linear_transforms import (
     GateEncoding,
-    ModelConfig,
-    MoEConfig,
     Projection,
     QuantizationConfig,
     SpikingConfig,
 )
+from spikingbrain_train.config.model import ModelConfig, MoEConfig
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.models.linears.int8_weights import Int8Weights, WeightErrors
 from spikingbrain_train.ops.int8_groups import group_scales, int8_rounding

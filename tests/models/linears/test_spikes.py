@@ -18,12 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from spikingbrain_train.config.model import (
-    GateEncoding,
-    ModelConfig,
-    Projection,
-    SpikingConfig,
-)
+from spikingbrain_train.config.linear_transforms import GateEncoding, Projection, SpikingConfig
+from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import KernelConfig, ParallelConfig, ParallelLinearBackend
 from spikingbrain_train.config.run import Precision
 from spikingbrain_train.ops.spike_encoding import naive_spike_encoding

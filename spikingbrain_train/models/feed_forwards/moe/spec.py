@@ -8,7 +8,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from spikingbrain_train.architecture.backends.linears import EXPERTS, ExpertsCall
 from spikingbrain_train.architecture.feed_forwards import FeedForwardKind
 from spikingbrain_train.architecture.linear_transforms import in_experts
-from spikingbrain_train.config.model import Projection
+from spikingbrain_train.config.linear_transforms import Projection
 from spikingbrain_train.config.parallel import ExpertBackend
 from spikingbrain_train.config.require import require
 from spikingbrain_train.models.feed_forwards.moe import experts as expert_classes
