@@ -7,6 +7,7 @@ directory with checksums behind them. So what stands before the values does not 
 from __future__ import annotations
 
 import contextlib
+import functools
 import pickle
 import zlib
 from collections import OrderedDict
@@ -31,6 +32,10 @@ _HEADER_BYTES = 30  # before the name of a record
 _CRC_AFTER_RECORD = 4  # behind the mark of what follows a record's content
 _CRC_IN_ENTRY = 16
 _TAIL_BYTES = 56 + 20 + 22  # what ends an archive: for large ones, where that is, for small ones
+_IN_EXTRA = 0xFFFFFFFF  # of a number with more bits, which stands among the extra fields of its entry
+_EXTRA_OF_LARGE = 1  # kind of the field that holds those
+_KEPT_FRAMES = 1024
+"""A model has some dozens of shapes, whatever its depth."""
 
 
 @dataclass(frozen=True)
@@ -70,33 +75,72 @@ class _Recorder:
 
 
 def frame_of(shape: Sequence[int], dtype: torch.dtype) -> Frame | None:
-    """What torch.save writes around a contiguous tensor; None for a small or very large one.
+    """What torch.save writes around a contiguous tensor; None for one of less than :data:`LARGE` bytes.
 
-    The tensor is made, but none of its memory touched.
+    It depends on shape and dtype alone. The tensor is made, but none of its memory touched.
     """
+    return _frame_of(tuple(shape), dtype)
+
+
+@functools.lru_cache(maxsize=_KEPT_FRAMES)
+def _frame_of(shape: tuple[int, ...], dtype: torch.dtype) -> Frame | None:
     nbytes = prod(shape) * dtype.itemsize
-    if not LARGE <= nbytes < 1 << 31:
+    if nbytes < LARGE:
         return None
     recorder = _Recorder(nbytes)
     with _without_checksums():
-        torch.save(torch.empty(tuple(shape), dtype=dtype), cast(IO[bytes], recorder))
+        torch.save(torch.empty(shape, dtype=dtype), cast(IO[bytes], recorder))
     before, after = recorder.before, recorder.after
     size = int.from_bytes(after[-10:-6], "little")  # of the directory
-    entry = len(after) - _TAIL_BYTES - size
-    if recorder.values != 1 or entry < 0:
+    at = len(after) - _TAIL_BYTES - size
+    if recorder.values != 1 or at < 0:
         return None
     places: tuple[int, int] | None = None
-    while after[entry : entry + 4] == _ENTRY:
-        length, name, extra, comment, begin = (
-            int.from_bytes(after[entry + at : entry + at + width], "little")
-            for at, width in ((24, 4), (28, 2), (30, 2), (32, 2), (42, 4))
-        )
-        if length == nbytes:
-            places = (_CRC_AFTER_RECORD, entry + _CRC_IN_ENTRY)
+    while after[at : at + 4] == _ENTRY:
+        entry = _Entry.read(after, at)
+        if entry.length == nbytes:
+            places = (_CRC_AFTER_RECORD, at + _CRC_IN_ENTRY)
         else:
-            _enter_checksum(before, after, nbytes, begin, length, entry)
-        entry += _ENTRY_BYTES + name + extra + comment
+            _enter_checksum(before, after, nbytes, entry.begin, entry.length, at)
+        at += entry.nbytes
     return None if places is None else Frame(bytes(before), bytes(after), places)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A record of an archive, as its directory has it."""
+
+    length: int
+    """Bytes of its content."""
+    begin: int
+    """First byte of its header in the archive."""
+    nbytes: int
+    """Of the entry itself."""
+
+    @classmethod
+    def read(cls, directory: bytearray, at: int) -> _Entry:
+        stored, length, name, extra, comment, begin = (
+            int.from_bytes(directory[at + first : at + first + width], "little")
+            for first, width in ((20, 4), (24, 4), (28, 2), (30, 2), (32, 2), (42, 4))
+        )
+        first = at + _ENTRY_BYTES + name
+        wide = _large_numbers(directory[first : first + extra])
+        length = next(wide) if length == _IN_EXTRA else length
+        if stored == _IN_EXTRA:
+            next(wide)
+        begin = next(wide) if begin == _IN_EXTRA else begin
+        return cls(length, begin, _ENTRY_BYTES + name + extra + comment)
+
+
+def _large_numbers(extra: bytearray) -> Iterator[int]:
+    """Numbers of 64 bits among the extra fields of an entry."""
+    at = 0
+    while at < len(extra):
+        kind, length = (int.from_bytes(extra[first : first + 2], "little") for first in (at, at + 2))
+        if kind == _EXTRA_OF_LARGE:
+            for first in range(at + 4, at + 4 + length, 8):
+                yield int.from_bytes(extra[first : first + 8], "little")
+        at += 4 + length
 
 
 def _enter_checksum(

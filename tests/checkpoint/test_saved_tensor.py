@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import zipfile
+import os
 import zlib
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from spikingbrain_train.checkpoint.saved_tensor import (
 )
 from spikingbrain_train.errors import CheckpointError
 from spikingbrain_train.storage import file_blocks
+from spikingbrain_train.storage.crc32 import combined
 from spikingbrain_train.storage.file_blocks import VerifiedFile
 
 
@@ -44,13 +46,65 @@ def test_blocks_make_the_file_of_torch_save(
     written = path.read_bytes()
     content = written[14:]
     assert written.startswith(b"what was there") and zlib.crc32(content) == crc32
-    assert zipfile.ZipFile(BytesIO(content)).testzip() is None
+    assert ZipFile(BytesIO(content)).testzip() is None
     assert torch.equal(torch.load(BytesIO(content), weights_only=True), tensor)
     whole = BytesIO()
     torch.save(tensor, whole)
     assert len(whole.getvalue()) == len(content)
     begin = values_begin(path, 14, len(content), shape, dtype)
     assert begin is not None and written[begin : begin + tensor.nbytes] == bytes_of(tensor).numpy().tobytes()
+
+
+def test_what_stands_around_values_depends_on_shape_and_dtype_alone() -> None:
+    shape, dtype = (130, 300), torch.float32
+    frame = frame_of(shape, dtype)
+    assert frame is not None and frame_of(list(shape), dtype) is frame
+    for _ in range(2):
+        tensor, whole = torch.randn(shape), BytesIO()
+        torch.save(tensor, whole)
+        values = bytes_of(tensor).numpy().tobytes()
+        made = ZipFile(BytesIO(frame.before + values + frame.after(zlib.crc32(values))))
+        of_torch = ZipFile(whole)
+        assert made.namelist() == of_torch.namelist()
+        for name in made.namelist():
+            if not name.endswith("serialization_id"):  # a number drawn from all other checksums
+                assert made.read(name) == of_torch.read(name)
+    assert frame_of((300, 130), dtype) != frame
+    assert frame_of(shape, torch.float64) != frame
+
+
+@pytest.mark.parametrize(
+    "nbytes", [1 << 31, (1 << 32) - 4096, (1 << 32) - 4, 1 << 32, 5 << 30], ids=lambda each: f"{each:,}"
+)
+def test_tensors_of_many_gigabytes_are_framed(nbytes: int, tmp_path: Path) -> None:
+    shape = (nbytes // 4,)
+    frame = frame_of(shape, torch.float32)
+    assert frame is not None
+    crc32 = _crc32_of_zeros(nbytes)
+    after = frame.after(crc32)
+    path = tmp_path / "file"  # takes next to nothing of the disk: zeros that were never written
+    with path.open("wb") as file:
+        file.write(frame.before)
+        file.seek(nbytes, os.SEEK_CUR)
+        file.write(after)
+    begin = values_begin(path, 0, path.stat().st_size, shape, torch.float32)
+    assert begin == len(frame.before)
+    with ZipFile(path) as archive:
+        for record in archive.infolist():
+            if record.file_size < nbytes:
+                archive.read(record)  # which holds it against its checksum
+        values = next(record for record in archive.infolist() if record.filename.endswith("/data/0"))
+    assert (values.file_size, values.CRC) == (nbytes, crc32)
+
+
+def _crc32_of_zeros(number: int) -> int:
+    """Of so many zero bytes, without reading them."""
+    total, doubled, length = 0, zlib.crc32(b"\0"), 1
+    while number:
+        if number & 1:
+            total = combined(total, doubled, length)
+        doubled, length, number = combined(doubled, doubled, length), length * 2, number >> 1
+    return total
 
 
 @pytest.mark.parametrize(
