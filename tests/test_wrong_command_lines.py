@@ -150,7 +150,7 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     ),
     (("convert_checkpoint", "diff", "whole", "whole", "--top", "-1"), "-1"),
     (("convert_checkpoint", "diff", "whole"), "the following arguments are required: B"),
-    ((*RESHARD, "--tp", "0"), "0 is not a number of ranks"),
+    ((*RESHARD, "--tp", "0"), "0 is not a whole number of at least 1"),
     ((*RESHARD, "--pp", "3"), "does not divide model.num_layers"),
     ((*RESHARD, "--ep", "3"), "does not divide model.moe.num_experts"),
     ((*RESHARD[:3], "nowhere", *RESHARD[4:]), "nowhere is not a folder"),

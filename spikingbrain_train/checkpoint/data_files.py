@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -26,7 +28,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from spikingbrain_train.checkpoint.saved_tensor import TensorStream, append_tensor, frame_of
+from spikingbrain_train.checkpoint.saved_tensor import Block, TensorStream, append_tensor, frame_of
 from spikingbrain_train.runtime.checkpoint_metadata import (
     BACKEND,
     BACKEND_FILE,
@@ -36,6 +38,7 @@ from spikingbrain_train.runtime.checkpoint_metadata import (
     WHOLE_FILES,
 )
 from spikingbrain_train.storage.checkpoint_manifest import Parts, checksums, write_manifest
+from spikingbrain_train.storage.crc32 import combined
 from spikingbrain_train.storage.file_blocks import VerifiedFile, sync_and_forget
 
 _FILE_BYTES = 5 * 1024**3  # a data file is closed when it has grown beyond this
@@ -62,6 +65,18 @@ class StoredChunk:
     """Bytes there."""
     crc32: int
     """Of those."""
+
+
+@dataclass(frozen=True)
+class StoredObject:
+    """What is no tensor, and where it lies."""
+
+    name: str
+    file: str
+    start: int
+    """First byte in the file."""
+    length: int
+    crc32: int
 
 
 class ChunkStream:
@@ -153,6 +168,51 @@ class DataFileWriter:
         whole = append_tensor(self._file, chunk, name, crc32)
         return replace(begun, length=self._file.position - begun.start, crc32=whole)
 
+    def write_blocks(
+        self,
+        name: str,
+        size: Sequence[int],
+        offsets: Sequence[int],
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        blocks: Iterable[Block],
+    ) -> StoredChunk:
+        """Append a part of the tensor ``name`` that comes in blocks.
+
+        Args:
+            name: key of the tensor.
+            size: shape of the whole tensor.
+            offsets: where in it the part begins.
+            shape: of the part, with as many dimensions as the whole.
+            dtype: number format.
+            blocks: all of it (on CPU), in the order of elements.
+
+        Raises:
+            CheckpointError: other bytes are read back.
+            OSError: the disk is full or fails.
+        """
+        stream = self.begin_chunk(name, size, offsets, shape, dtype)
+        if stream is None:
+            values = [block.values.reshape(-1) for block in blocks]
+            whole = torch.cat(values) if values else torch.empty(0, dtype=dtype)
+            return self.write_chunk(name, size, offsets, whole.view(*shape))
+        crc32 = 0
+        for block in blocks:
+            stream.write(block.values)
+            crc32 = combined(crc32, block.checksum(), block.values.nbytes)
+        return stream.end(crc32)
+
+    def write_object(self, name: str, content: bytes) -> StoredObject:
+        """Append what is no tensor, as bytes that another checkpoint held.
+
+        Raises:
+            CheckpointError: other bytes are read back.
+            OSError: the disk is full or fails.
+        """
+        start = self._file.position
+        self._file.write(content, name)
+        return StoredObject(name, self.name, start, len(content), zlib.crc32(content))
+
     def _at(
         self, name: str, size: Sequence[int], offsets: Sequence[int], shape: Sequence[int], dtype: torch.dtype
     ) -> StoredChunk:
@@ -169,13 +229,20 @@ class DataFileWriter:
         )
 
 
-def complete_checkpoint(folder: Path, chunks: Iterable[StoredChunk], iteration: int = 0) -> None:
+def complete_checkpoint(
+    folder: Path,
+    chunks: Iterable[StoredChunk],
+    objects: Iterable[StoredObject] = (),
+    *,
+    iteration: int | None = 0,
+) -> None:
     """Write all that a checkpoint holds beside its data files: what they hold, and their checksums.
 
     Args:
         folder: the folder of the data files.
-        chunks: everything in them.
-        iteration: optimizer steps that the weights have seen.
+        chunks: all tensors in them.
+        objects: all else in them.
+        iteration: optimizer steps that the weights have seen; None leaves ``common.pt`` as it lies there.
     """
     metadata = Metadata(state_dict_metadata={}, storage_data={})
     ranges: dict[str, Parts] = {}
@@ -184,11 +251,13 @@ def complete_checkpoint(folder: Path, chunks: Iterable[StoredChunk], iteration: 
         dtype = getattr(torch, chunk.dtype)
         add_chunk(metadata, chunk.name, chunk.size, chunk.offsets, chunk.shape, dtype, stored)
         ranges.setdefault(chunk.file, []).append((chunk.start, chunk.length, chunk.crc32))
-    common = {
-        "iteration": iteration,
-        "content_metadata": dict(ONE_KEY_PER_LAYER),
-    }
-    torch.save(common, folder / COMMON_STATE_FILE)
+    for each in objects:
+        metadata.state_dict_metadata[each.name] = BytesStorageMetadata()
+        metadata.storage_data[MetadataIndex(each.name)] = _StorageInfo(each.file, each.start, each.length)
+        ranges.setdefault(each.file, []).append((each.start, each.length, each.crc32))
+    if iteration is not None:
+        common = {"iteration": iteration, "content_metadata": dict(ONE_KEY_PER_LAYER)}
+        torch.save(common, folder / COMMON_STATE_FILE)
     write_small_files(folder, metadata, ranges)
 
 
@@ -216,7 +285,7 @@ class MegatronCheckpointWriter:
         if self._file is not None:
             self._file.__exit__(kind, error, traceback)
         if kind is None:
-            complete_checkpoint(self.folder, self._chunks, self.iteration)
+            complete_checkpoint(self.folder, self._chunks, iteration=self.iteration)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Append ``tensor`` (on CPU) under the key ``name`` as one chunk."""
@@ -239,9 +308,9 @@ class MegatronCheckpointWriter:
         self._chunks.append(self._file.write_chunk(name, size, offset, chunk))
 
 
-def data_file_name(number: int) -> str:
-    """Name of a file of chunks, counted from 0."""
-    return f"__0_{number}.distcp"
+def data_file_name(number: int, rank: int = 0) -> str:
+    """Name of a file of chunks of a rank, counted from 0."""
+    return f"__{rank}_{number}.distcp"
 
 
 def add_chunk(

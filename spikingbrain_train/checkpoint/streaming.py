@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import FileIO
+from math import prod
 from pathlib import Path
 
 import torch
@@ -135,6 +136,22 @@ class MegatronCheckpointReader:
         if covered != inside.numel():
             raise CheckpointError(f"{self.folder}: {name} is damaged (its chunks do not add up to its shape)")
         return Block(region, crc32 if is_whole else None)
+
+    def blocks(self, name: str, offset: Sequence[int], shape: Sequence[int]) -> Iterator[Block]:
+        """:meth:`read_block`, some of the part after the other in the order of its elements.
+
+        Each is of about 8 MB, with as many dimensions as the tensor.
+        """
+        axis = next((axis for axis, size in enumerate(shape) if size != 1), None)
+        if axis is None:
+            yield self.read_block(name, offset, shape)
+            return
+        row_bytes = prod(shape[axis + 1 :]) * self.tensors[name].properties.dtype.itemsize
+        at_once = max(1, BLOCK_BYTES // max(row_bytes, 1))
+        for first in range(0, shape[axis], at_once):
+            rows = min(at_once, shape[axis] - first)
+            begin = (*offset[:axis], offset[axis] + first, *offset[axis + 1 :])
+            yield self.read_block(name, begin, (*shape[:axis], rows, *shape[axis + 1 :]))
 
     def chunks_of(
         self, name: str, offset: Sequence[int], shape: Sequence[int]

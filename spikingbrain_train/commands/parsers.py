@@ -34,7 +34,7 @@ def _choose_layers() -> argparse.ArgumentParser:
 
 
 def _export() -> argparse.ArgumentParser:
-    from spikingbrain_train.conversion.command_line import export_parser
+    from spikingbrain_train.conversion.export_command_line import export_parser
 
     return export_parser()
 

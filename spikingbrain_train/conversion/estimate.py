@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spikingbrain_train.conversion.output_folder import Leftover
-from spikingbrain_train.conversion.parts import PART_BYTES, Parts
+from spikingbrain_train.conversion.parts import Parts
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.planning.launch import available_cores, memory_limit
 from spikingbrain_train.reporting.activity import format_duration
@@ -73,6 +73,8 @@ class Estimate:
     free: int
     """Bytes on the disk of the result."""
     parts: int
+    part_bytes: int
+    """About how many a part has."""
     workers: int
     memory: int
     """Bytes of each process."""
@@ -84,8 +86,8 @@ class Estimate:
         processes = "1 process" if self.workers == 1 else f"{self.workers} processes"
         each = "" if self.workers == 1 else " each"
         return [
-            f"plan: {self.parts} parts of about {PART_BYTES / 1e6:.0f} MB, {processes}; a kill costs at most "
-            f"one part a process, the same command goes on",
+            f"plan: {self.parts} parts of about {self.part_bytes / 1e6:.0f} MB, {processes}; a kill costs at "
+            f"most one part a process, the same command goes on",
             f"disk: reads {self.read / 1e9:.2f} GB, writes {self.written / 1e9:.2f} GB{kept}; "
             f"{self.free / 1e9:.1f} GB are free",
             f"memory: about {self.memory / 1e9:.1f} GB{each}",
@@ -119,6 +121,7 @@ def estimate(parts: Parts, read: int, workers: int, output: Path, leftover: Left
         read=read,
         free=state.f_bavail * state.f_frsize,
         parts=len(parts.sizes),
+        part_bytes=parts.part_bytes,
         workers=workers,
         memory=process_bytes(parts),
         seconds=start + max(moved / of_disk, _PASSES * todo / of_core / workers),

@@ -12,42 +12,30 @@ import torch
 
 from spikingbrain_train.architecture.linear_transforms import with_plain_weights
 from spikingbrain_train.architecture.model_checks import check_model
-from spikingbrain_train.architecture.stored_model import read_stored_model
 from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
-from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.conversion.account import Use, save_checksums
 from spikingbrain_train.conversion.code_references import left_out, references
 from spikingbrain_train.conversion.companion_files import find_companion_files
-from spikingbrain_train.conversion.estimate import choose_workers, estimate
 from spikingbrain_train.conversion.export_parts import ExportParts
 from spikingbrain_train.conversion.export_pieces import Piece, export_pieces
 from spikingbrain_train.conversion.formats.hf_format import HfFormat
 from spikingbrain_train.conversion.formats.registry import format_of_model
-from spikingbrain_train.conversion.mapping import model_parameters
-from spikingbrain_train.conversion.output_folder import (
-    check_output_folder,
-    clear_leftover,
-    resumable_folder,
-)
-from spikingbrain_train.conversion.part_workers import write_parts
+from spikingbrain_train.conversion.megatron_source import check_tensors, read_model
 from spikingbrain_train.conversion.parts import damage_in
 from spikingbrain_train.conversion.report import ConversionReport, describe_layers
-from spikingbrain_train.conversion.safetensors_io import DTYPE_CODES, SafetensorsFolder, TensorSpec
+from spikingbrain_train.conversion.safetensors_io import SafetensorsFolder, TensorSpec
 from spikingbrain_train.conversion.scheduled_transforms import at_its_iteration
 from spikingbrain_train.conversion.tokenizer_files import drop_tokenizer_code, keep_tokenizer_class
 from spikingbrain_train.conversion.weight_values import describe_damage
+from spikingbrain_train.conversion.work import Work
 from spikingbrain_train.conversion.work_key import source_files, work_key
-from spikingbrain_train.errors import CheckpointError
 from spikingbrain_train.reporting.activity import activity
-from spikingbrain_train.runtime.checkpoint_metadata import read_metadata
-from spikingbrain_train.storage.checkpoint_folder import HF_SOURCE_FOLDER, MODEL_CONFIG_FILE
+from spikingbrain_train.storage.checkpoint_folder import HF_SOURCE_FOLDER
 from spikingbrain_train.storage.checkpoint_paths import resolve_checkpoint
 from spikingbrain_train.storage.hf_config_file import CONFIG_FILE, load_config_json
-from spikingbrain_train.storage.stored_layers import check_number_of_layers
 from spikingbrain_train.storage.tokenizer_files import has_tokenizer
 
 DEFAULT_SHARD_SIZE = 5 * 10**9
-_MODEL_PREFIXES = ("embedding.", "sink_embedding.", "decoder.", "output_layer.")
 
 
 def export_checkpoint(
@@ -94,12 +82,7 @@ def export_checkpoint(
     """
     started = time.monotonic()
     folder = resolve_checkpoint(checkpoint)
-    model = read_stored_model(folder)
-    check_number_of_layers(
-        f"{folder / MODEL_CONFIG_FILE}: num_layers",
-        model.num_layers,
-        lambda: read_metadata(folder).state_dict_metadata,
-    )
+    model = read_model(folder)
     check_model(model)
     model = at_its_iteration(model, folder)
     if float_weights:
@@ -134,7 +117,6 @@ def export_checkpoint(
         report.count(piece.group, piece.origin, piece.numel)
     layout = SafetensorsFolder(specs, max_shard_size)
     parts = ExportParts(reader, pieces, layout, allow_damaged_weights=allow_damaged_weights)
-    workers = choose_workers(workers, parts)
     key = work_key(
         "export",
         source_files(reader.paths),
@@ -145,25 +127,23 @@ def export_checkpoint(
         allow_damaged_weights,
         parts.sizes,
     )
-    leftover = check_output_folder(
+    work = Work.plan(
+        parts,
         output,
+        key,
         source=folder,
-        overwrite=overwrite,
+        reads=reader.nbytes,
         marker=CONFIG_FILE,
-        needed_bytes=report.bytes,
-        key=key,
+        workers=workers,
+        overwrite=overwrite,
         dry_run=dry_run,
+        progress=progress,
     )
-    if dry_run:
-        report.needs = estimate(parts, reader.nbytes, workers, output, leftover).lines()
-        return report
-    if leftover.is_complete:
-        clear_leftover(output)
-        report.notes.append("a killed call had written all of it; nothing was left to do")
+    if work.is_over(report):
         return report
 
     account = parts.account()
-    with resumable_folder(output, key, progress=progress) as workspace:
+    with work.begun() as workspace:
         new = workspace.new
         report.notes += _write_small_files(
             new, hf_format, hf_source, config, source_config or {}, progress=progress
@@ -173,7 +153,7 @@ def export_checkpoint(
                 f"{folder} carries no tokenizer; copy one into {output} before generating text"
             )
         layout.begin(new)
-        records = write_parts(parts, workspace, new, what="exporting", workers=workers, progress=progress)
+        records = work.write(workspace, new, "exporting")
         save_checksums(account.close(Use(**use) for record in records for use in record["uses"]), new)
         report.notes += describe_damage(damage_in(records))
         report.checked = account.describe()
@@ -210,37 +190,6 @@ def _write_small_files(
         with activity("comparing the tokenizers", shown=progress):  # transformers is imported for it
             notes += keep_tokenizer_class(hf_source, export)
     return notes
-
-
-def check_tensors(reader: MegatronCheckpointReader, model: ModelConfig) -> dict[str, torch.dtype]:
-    """Hold the checkpoint's tensors against its model_config.yaml; return the dtype of each parameter."""
-    dtypes = {}
-    for parameter in model_parameters(model):
-        entry = reader.tensors.get(parameter.name)
-        if entry is None:
-            raise CheckpointError(
-                f"{reader.folder}: the parameter {parameter.name} is missing; {MODEL_CONFIG_FILE} describes "
-                "another model"
-            )
-        rows, *columns = entry.size
-        fits = rows >= parameter.shape[0] if parameter.weight.pads_vocabulary else rows == parameter.shape[0]
-        if not fits or tuple(columns) != parameter.shape[1:]:
-            raise CheckpointError(
-                f"{reader.folder}: {parameter.name} has shape {list(entry.size)}, but {MODEL_CONFIG_FILE} "
-                f"asks for {list(parameter.shape)}"
-            )
-        dtypes[parameter.name] = entry.properties.dtype
-        if dtypes[parameter.name] not in DTYPE_CODES:
-            raise CheckpointError(
-                f"{reader.folder}: {parameter.name} has dtype {entry.properties.dtype}, which has no export"
-            )
-    for name in reader.tensors:
-        if name.startswith(_MODEL_PREFIXES) and name not in dtypes:
-            raise CheckpointError(
-                f"{reader.folder}: the parameter {name} is not part of the model that {MODEL_CONFIG_FILE} "
-                "describes; exporting without it would change the model"
-            )
-    return dtypes
 
 
 def _dtype_name(specs: list[TensorSpec]) -> str:

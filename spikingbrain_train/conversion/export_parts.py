@@ -13,7 +13,7 @@ from spikingbrain_train.conversion.account import Account, Use
 from spikingbrain_train.conversion.export_pieces import Piece
 from spikingbrain_train.conversion.parts import PART_BYTES, Advance, Parts, Record
 from spikingbrain_train.conversion.safetensors_io import SafetensorsFolder
-from spikingbrain_train.conversion.weight_values import ALLOW_DAMAGED_WEIGHTS, Inspection
+from spikingbrain_train.conversion.weight_values import ALLOW_DAMAGED_WEIGHTS, Inspection, inspected
 from spikingbrain_train.errors import CheckpointError
 from spikingbrain_train.storage.file_blocks import BLOCK_BYTES, sync_and_forget
 
@@ -89,14 +89,13 @@ class ExportParts(Parts):
         advance: Advance,
     ) -> Iterator[Block]:
         """Blocks as they are written. Raises CheckpointError where one holds no numbers."""
-        for block in blocks:
-            if block.values.dtype is not dtype:
-                block = Block(block.values.to(dtype))
-            inspection.look_at(block.values)
-            fault = inspection.fault(may_be_zero=True)
-            if fault is not None and not self.allow_damaged_weights:
-                self.reader.finish(piece.parameter.name)  # where the file is damaged, that is said
-                raise CheckpointError(self._damage(piece.parameter.name, fault, dtype))
+
+        def refuse(fault: str) -> CheckpointError:
+            self.reader.finish(piece.parameter.name)  # where the file is damaged, that is said
+            return CheckpointError(self._damage(piece.parameter.name, fault, dtype))
+
+        cast = (block if block.values.dtype is dtype else Block(block.values.to(dtype)) for block in blocks)
+        for block in inspected(cast, inspection, None if self.allow_damaged_weights else refuse):
             yield block
             advance(block.values.nbytes)
 

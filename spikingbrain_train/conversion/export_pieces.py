@@ -17,7 +17,6 @@ from spikingbrain_train.conversion.formats.hf_format import HfFormat, Zeros
 from spikingbrain_train.conversion.layout_check import check_split
 from spikingbrain_train.conversion.mapping import Parameter, model_parameters
 from spikingbrain_train.ops.int8_groups import group_scales, group_width, int8_codes
-from spikingbrain_train.storage.file_blocks import BLOCK_BYTES
 
 
 @dataclass(frozen=True)
@@ -86,17 +85,12 @@ class Piece:
     def _blocks(
         self, reader: MegatronCheckpointReader, shape: Shape, row: int, expert: int | None
     ) -> Iterator[Block]:
-        name, columns = self.parameter.name, shape[1:]
-        row_bytes = prod(columns) * reader.tensors[name].properties.dtype.itemsize
-        at_once = max(1, BLOCK_BYTES // max(row_bytes, 1))
-        for first in range(row, row + shape[0], at_once):
-            rows = min(at_once, row + shape[0] - first)
-            offset, part = (first, *(0,) * len(columns)), (rows, *columns)
-            if expert is None:
-                yield reader.read_block(name, offset, part)
-            else:
-                block = reader.read_block(name, (expert, *offset), (1, *part))
-                yield Block(block.values[0], block.crc32)
+        name, offset = self.parameter.name, (row, *(0,) * len(shape[1:]))
+        if expert is None:
+            yield from reader.blocks(name, offset, shape)
+            return
+        for block in reader.blocks(name, (expert, *offset), (1, *shape)):
+            yield Block(block.values[0], block.crc32)
 
     def _whole(
         self, reader: MegatronCheckpointReader, names: list[str], expert: int | None

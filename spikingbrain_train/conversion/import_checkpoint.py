@@ -31,23 +31,17 @@ from spikingbrain_train.config.sections import with_layers
 from spikingbrain_train.config.setting import check_fields
 from spikingbrain_train.conversion.account import Account, Use, save_checksums
 from spikingbrain_train.conversion.companion_files import find_companion_files
-from spikingbrain_train.conversion.estimate import choose_workers, estimate
 from spikingbrain_train.conversion.formats.hf_format import HfFormat, Zeros
 from spikingbrain_train.conversion.hf_config import read_hf_config
-from spikingbrain_train.conversion.import_parts import Converter, ImportParts, Planned, stored_chunks
+from spikingbrain_train.conversion.import_parts import Converter, ImportParts, Planned
 from spikingbrain_train.conversion.mapping import model_parameters
-from spikingbrain_train.conversion.output_folder import (
-    check_output_folder,
-    clear_leftover,
-    resumable_folder,
-)
-from spikingbrain_train.conversion.part_workers import write_parts
-from spikingbrain_train.conversion.parts import damage_in
+from spikingbrain_train.conversion.parts import damage_in, stored_chunks
 from spikingbrain_train.conversion.report import ConversionReport, describe_layers
 from spikingbrain_train.conversion.safetensors_io import SafetensorsReader
 from spikingbrain_train.conversion.source import Source
 from spikingbrain_train.conversion.weight_values import describe_damage
 from spikingbrain_train.conversion.window_convention import WindowConvention
+from spikingbrain_train.conversion.work import Work
 from spikingbrain_train.conversion.work_key import source_files, work_key
 from spikingbrain_train.errors import CheckpointError, ConfigurationError
 from spikingbrain_train.reporting.activity import activity
@@ -143,7 +137,6 @@ def import_checkpoint(
     if not has_tokenizer(hf_folder):
         report.notes.append(f"{hf_folder} has no tokenizer; name one with data.tokenizer when training")
     parts = ImportParts(converter, plan)
-    workers = choose_workers(workers, parts)
     key = work_key(
         "import",
         source_files(reader.paths) + source_files([hf_folder / CONFIG_FILE]),
@@ -153,21 +146,19 @@ def import_checkpoint(
         [(planned.parameter.name, str(planned.dtype), planned.in_source) for planned in plan],
         parts.sizes,
     )
-    leftover = check_output_folder(
+    work = Work.plan(
+        parts,
         output,
+        key,
         source=hf_folder,
-        overwrite=overwrite,
+        reads=reader.nbytes,
         marker=LATEST_ITERATION_FILE,
-        needed_bytes=report.bytes,
-        key=key,
+        workers=workers,
+        overwrite=overwrite,
         dry_run=dry_run,
+        progress=progress,
     )
-    if dry_run:
-        report.needs = estimate(parts, reader.nbytes, workers, output, leftover).lines()
-        return report
-    if leftover.is_complete:
-        clear_leftover(output)
-        report.notes.append("a killed call had written all of it; nothing was left to do")
+    if work.is_over(report):
         return report
 
     account = Account(
@@ -175,16 +166,15 @@ def import_checkpoint(
         {(name, planned.parameter.name) for planned in plan for name in converter.tensors(planned)},
         left_out.reasons,
     )
-    with resumable_folder(output, key, progress=progress) as workspace:
+    with work.begun() as workspace:
         checkpoint = iteration_folder(workspace.new, 0)
         shutil.rmtree(checkpoint / HF_SOURCE_FOLDER, ignore_errors=True)
         (checkpoint / HF_SOURCE_FOLDER).mkdir(parents=True)
         companions.copy_to(checkpoint / HF_SOURCE_FOLDER)
         _measure_attention(converter, plan, workspace.journal, progress=progress)
-        records = write_parts(
-            parts, workspace, checkpoint, what="importing", workers=workers, progress=progress
-        )
-        complete_checkpoint(checkpoint, stored_chunks(records, plan))
+        records = work.write(workspace, checkpoint, "importing")
+        elements = {planned.parameter.name: planned.parameter.numel for planned in plan}
+        complete_checkpoint(checkpoint, stored_chunks(records, elements))
         save_config(target, checkpoint / MODEL_CONFIG_FILE)
         checksums = account.close(Use(**use) for record in records for use in record["uses"])
         save_checksums(checksums, workspace.new)

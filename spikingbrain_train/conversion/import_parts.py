@@ -24,7 +24,6 @@ from spikingbrain_train.conversion.parts import PART_BYTES, Advance, Parts, Reco
 from spikingbrain_train.conversion.report import NEW
 from spikingbrain_train.conversion.source import Source
 from spikingbrain_train.conversion.upcycling import describe_copies, expert_chunks
-from spikingbrain_train.errors import CheckpointError
 from spikingbrain_train.storage.crc32 import combined
 from spikingbrain_train.storage.file_blocks import BLOCK_BYTES
 
@@ -313,23 +312,3 @@ class ImportParts(Parts):
                     advance(block.nbytes)
                 uses.append(Use(name, parameter.name, crc32, nbytes, stack.rows[0] if stack.rows else 0))
             yield stream.end(_one_below_the_other(uses)), uses
-
-
-def stored_chunks(records: list[Record], plan: list[Planned]) -> list[StoredChunk]:
-    """All chunks of an import, which are what was planned, no more and no less.
-
-    Raises:
-        CheckpointError: they are not.
-    """
-    chunks = [StoredChunk(**chunk) for record in records for chunk in record["chunks"]]
-    elements: dict[str, int] = {}
-    for chunk in chunks:
-        elements[chunk.name] = elements.get(chunk.name, 0) + torch.Size(chunk.shape).numel()
-    planned = {each.parameter.name: each.parameter.numel for each in plan}
-    for name in planned.keys() | elements.keys():
-        if planned.get(name) != elements.get(name):
-            raise CheckpointError(
-                f"{name} was written with {elements.get(name, 0)} elements of {planned.get(name, 0)}; "
-                "nothing is left of it: report this with the command"
-            )
-    return chunks

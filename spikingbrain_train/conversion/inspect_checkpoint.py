@@ -15,11 +15,9 @@ from omegaconf import OmegaConf
 from spikingbrain_train.architecture.layer_letters import layer_letters
 from spikingbrain_train.architecture.layers import layers
 from spikingbrain_train.architecture.linear_transforms import transforms_of
-from spikingbrain_train.architecture.stored_model import read_stored_model
 from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.run_record import TokenHistory
-from spikingbrain_train.conversion.export_checkpoint import check_tensors
 from spikingbrain_train.conversion.formats.registry import format_of_model, unsupported
 from spikingbrain_train.conversion.formats.rope import scaling_values, words_of
 from spikingbrain_train.conversion.formats.sse_swa_moba import is_spikingbrain2
@@ -29,15 +27,15 @@ from spikingbrain_train.conversion.inspect_spikingbrain2 import (
     inspect_spikingbrain2,
 )
 from spikingbrain_train.conversion.lineage import Step, lineage
+from spikingbrain_train.conversion.megatron_source import check_tensors, read_model
 from spikingbrain_train.conversion.report import describe_layers
 from spikingbrain_train.conversion.reshard import describe_origin
 from spikingbrain_train.conversion.safetensors_io import SafetensorsReader
 from spikingbrain_train.planning.token_history import describe_all, history_with
 from spikingbrain_train.reporting.tables import facts, table, terminal_width
-from spikingbrain_train.storage.checkpoint_folder import HF_SOURCE_FOLDER, MODEL_CONFIG_FILE
+from spikingbrain_train.storage.checkpoint_folder import HF_SOURCE_FOLDER
 from spikingbrain_train.storage.checkpoint_paths import resolve_checkpoint
 from spikingbrain_train.storage.hf_config_file import CONFIG_FILE, load_config_json
-from spikingbrain_train.storage.stored_layers import check_number_of_layers
 from spikingbrain_train.storage.tokenizer_files import has_tokenizer
 
 
@@ -180,11 +178,8 @@ def _inspect_hf(folder: Path) -> Inspection:
 
 
 def _inspect_megatron(folder: Path) -> Inspection:
-    model = read_stored_model(folder)
+    model = read_model(folder)
     reader = MegatronCheckpointReader(folder)
-    check_number_of_layers(
-        f"{folder / MODEL_CONFIG_FILE}: num_layers", model.num_layers, lambda: reader.tensors
-    )
     parameters = check_tensors(reader, model)
     entries = {name: (tuple(entry.size), entry.properties.dtype) for name, entry in reader.tensors.items()}
     others = [entry for name, entry in entries.items() if name not in parameters]

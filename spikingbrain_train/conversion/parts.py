@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 
+from spikingbrain_train.checkpoint.data_files import StoredChunk
+from spikingbrain_train.errors import CheckpointError
 from spikingbrain_train.storage.checkpoint_manifest import checksums
 
 PART_BYTES = 512 * 10**6
@@ -33,6 +36,8 @@ class Parts(ABC):
 
     sizes: list[int]
     """Bytes of each part, about."""
+    part_bytes: int = PART_BYTES
+    """About how many a part is to have."""
     largest_piece: int
     """Bytes of the largest tensor, or block of one, that is in memory at once."""
 
@@ -61,6 +66,29 @@ def is_intact(record: Record, folder: Path) -> bool:
         if found != sorted((offset, length, crc32) for offset, length, crc32 in ranges):
             return False
     return True
+
+
+def stored_chunks(records: list[Record], planned: Mapping[str, int]) -> list[StoredChunk]:
+    """All chunks of a Megatron checkpoint, which are what was planned, no more and no less.
+
+    Args:
+        records: of parts that are data files.
+        planned: elements of every tensor.
+
+    Raises:
+        CheckpointError: they are not.
+    """
+    chunks = [StoredChunk(**chunk) for record in records for chunk in record["chunks"]]
+    elements: dict[str, int] = {}
+    for chunk in chunks:
+        elements[chunk.name] = elements.get(chunk.name, 0) + prod(chunk.shape)
+    for name in planned.keys() | elements.keys():
+        if planned.get(name) != elements.get(name):
+            raise CheckpointError(
+                f"{name} was written with {elements.get(name, 0)} elements of {planned.get(name, 0)}; "
+                "nothing is left of it: report this with the command"
+            )
+    return chunks
 
 
 def damage_in(records: list[Record]) -> dict[str, str]:

@@ -11,25 +11,26 @@ from pathlib import Path
 import torch
 
 from spikingbrain_train.architecture.layers import has_experts
-from spikingbrain_train.architecture.stored_model import read_stored_model
-from spikingbrain_train.checkpoint.rank_files import RankFilesWriter
+from spikingbrain_train.checkpoint.data_files import complete_checkpoint
 from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
 from spikingbrain_train.config.derivation import DERIVATION_FILE, Derivation, read_derivation
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run_record import RUN_RECORD_FILE
-from spikingbrain_train.conversion.export_checkpoint import check_tensors
 from spikingbrain_train.conversion.lineage import lineage
-from spikingbrain_train.conversion.output_folder import check_output_folder, complete_folder
-from spikingbrain_train.conversion.weight_values import ALLOW_DAMAGED_WEIGHTS, fault_of
+from spikingbrain_train.conversion.megatron_source import check_tensors, read_model
+from spikingbrain_train.conversion.parts import damage_in, stored_chunks
+from spikingbrain_train.conversion.reshard_parts import PlannedTensor, ReshardParts, stored_objects
+from spikingbrain_train.conversion.weight_values import describe_damage
+from spikingbrain_train.conversion.work import Work
+from spikingbrain_train.conversion.work_key import source_files, work_key
 from spikingbrain_train.errors import CheckpointError, SpikingBrainError
 from spikingbrain_train.planning.parallel_checks import check_split
 from spikingbrain_train.planning.resume import read_stored_run
 from spikingbrain_train.planning.shards import Shard, num_ranks, sharded_weights
 from spikingbrain_train.planning.token_history import history_with
-from spikingbrain_train.reporting.activity import activity
 from spikingbrain_train.reporting.tables import facts, terminal_width
-from spikingbrain_train.runtime.checkpoint_metadata import COMMON_STATE_FILE, ONE_KEY_PER_LAYER, read_metadata
+from spikingbrain_train.runtime.checkpoint_metadata import COMMON_STATE_FILE, ONE_KEY_PER_LAYER
 from spikingbrain_train.storage.checkpoint_folder import (
     HF_SOURCE_FOLDER,
     LATEST_ITERATION_FILE,
@@ -41,25 +42,8 @@ from spikingbrain_train.storage.checkpoint_folder import (
     iterations,
 )
 from spikingbrain_train.storage.checkpoint_paths import resolve_checkpoint
-from spikingbrain_train.storage.stored_layers import check_number_of_layers
 
 _COPIED = (MODEL_CONFIG_FILE, RUN_CONFIG_FILE, RUN_RECORD_FILE)
-
-
-@dataclass(frozen=True)
-class _Planned:
-    """One tensor of the result."""
-
-    name: str
-    size: tuple[int, ...]
-    shards: tuple[Shard, ...]
-    dtype: torch.dtype
-    is_state: bool
-    """Whether it is of the optimizer or another state of training, not a weight."""
-
-    @property
-    def nbytes(self) -> int:
-        return prod(self.size) * self.dtype.itemsize
 
 
 @dataclass
@@ -85,6 +69,8 @@ class ReshardReport:
     files: int
     dry_run: bool
     notes: list[str] = field(default_factory=list)
+    needs: list[str] = field(default_factory=list)
+    """What a dry run says that it will take."""
     seconds: float = 0.0
 
     def table(self) -> str:
@@ -103,7 +89,7 @@ class ReshardReport:
             ("loading:", f"the ranks of a replica read {saved}"),
             *(("note:", note) for note in self.notes),
         ]
-        lines = [f"{self.source} -> {self.output}", *facts(rows, terminal_width())]
+        lines = [f"{self.source} -> {self.output}", *facts(rows, terminal_width()), *self.needs]
         total = (self.weight_bytes + self.state_bytes) / 1e6
         if self.dry_run:
             lines.append(f"would write {total:,.1f} MB in {self.files} {_plural(self.files, 'file')}")
@@ -121,14 +107,16 @@ def reshard_checkpoint(
     weights_only: bool = False,
     overwrite: bool = False,
     allow_damaged_weights: bool = False,
+    workers: int | None = 1,
     dry_run: bool = False,
     progress: bool = False,
 ) -> ReshardReport:
     """Lay the shards of a Megatron checkpoint out as the ranks of another topology would write them.
 
     Every number stays what it is, bit for bit: weights, optimizer state, schedule, random generators. Only
-    the padding of the vocabulary, which is the topology's, changes. No more than a chunk as it was stored and
-    one of the result are in memory. No process group, no GPU.
+    the padding of the vocabulary, which is the topology's, changes. Shards stream in blocks: memory does not
+    grow with them. No process group, no GPU. A call that was killed is gone on with by the next one with the
+    same checkpoint and settings, to the same bytes.
 
     Args:
         checkpoint: a run folder (its newest checkpoint is taken) or one ``iter_*`` folder.
@@ -136,8 +124,10 @@ def reshard_checkpoint(
         parallel: the topology; its tensor, pipeline, expert and expert tensor degrees are read.
         weights_only: leave optimizer and other training state out.
         overwrite: replace an earlier result in ``output``.
-        allow_damaged_weights: copy tensors that hold NaN or infinities too.
-        dry_run: check everything but the values and report without writing.
+        allow_damaged_weights: copy tensors that hold NaN or infinities too, with a note.
+        workers: processes that read and write; None takes what the machine has and the checkpoint is worth.
+            The result does not depend on it.
+        dry_run: check everything but the values and report, with what it will take, without writing.
         progress: say on standard error how far it is.
 
     Raises:
@@ -146,18 +136,13 @@ def reshard_checkpoint(
     """
     started = time.monotonic()
     folder = resolve_checkpoint(checkpoint)
-    model = read_stored_model(folder)
-    check_number_of_layers(
-        f"{folder / MODEL_CONFIG_FILE}: num_layers",
-        model.num_layers,
-        lambda: read_metadata(folder).state_dict_metadata,
-    )
+    model = read_model(folder)
     check_split(model, parallel)
-    reader = MegatronCheckpointReader(folder)
+    reader = MegatronCheckpointReader(folder, once=True)
     check_tensors(reader, model)
     plan = _plan(reader, model, parallel, weights_only=weights_only)
     objects = [] if weights_only else reader.objects
-    files = {shard.rank for planned in plan for shard in planned.shards} | ({0} if objects else set())
+    parts = ReshardParts(reader, plan, objects, allow_damaged_weights=allow_damaged_weights)
     report = ReshardReport(
         source=str(folder),
         output=str(output),
@@ -170,16 +155,40 @@ def reshard_checkpoint(
         state_bytes=sum(planned.nbytes for planned in plan if planned.is_state),
         read_before=_bytes_to_load(reader, plan),
         read_after=sum(planned.nbytes for planned in plan),
-        files=len(files),
+        files=len(parts.sizes),
         dry_run=dry_run,
     )
     iteration = iteration_of(folder) if is_iteration_folder(folder) else _stored_iteration(folder)
-    _check_output(output, folder, iteration, overwrite=overwrite, report=report, dry_run=dry_run)
-    if dry_run:
+    carried = [COMMON_STATE_FILE, *_COPIED]
+    key = work_key(
+        "reshard",
+        source_files([*reader.paths, *(folder / name for name in carried if (folder / name).is_file())]),
+        str(folder),  # derivation.json names it
+        plan,
+        objects,
+        iteration,
+        weights_only,
+        allow_damaged_weights,
+        parts.sizes,
+    )
+    work = Work.plan(
+        parts,
+        output,
+        key,
+        source=folder,
+        reads=report.read_before,
+        marker=f"{iteration_folder('', iteration)}/{DERIVATION_FILE}",
+        workers=workers,
+        overwrite=overwrite,
+        dry_run=dry_run,
+        progress=progress,
+    )
+    check_only_iteration(output, iteration)
+    if work.is_over(report):
         return report
-    with complete_folder(output, progress=progress) as temporary:
-        target = iteration_folder(temporary, iteration)
-        target.mkdir()
+    with work.begun() as workspace:
+        target = iteration_folder(workspace.new, iteration)
+        target.mkdir(exist_ok=True)
         _copy_small_files(reader, target, weights_only=weights_only, iteration=iteration)
         Derivation(
             did=f"laid out for {report.layout}",
@@ -188,22 +197,11 @@ def reshard_checkpoint(
             lineage=[asdict(step) for step in lineage(folder)],
             layout=_degrees(parallel),
         ).write(target)
-        total = report.weight_bytes + report.state_bytes
-        with (
-            activity("resharding", total, "B", shown=progress) as done,
-            RankFilesWriter(target) as writer,
-        ):
-            for planned in plan:
-                for shard in planned.shards:
-                    part = reader.read_region(planned.name, shard.offset, shard.shape)
-                    if not allow_damaged_weights and part.is_floating_point():
-                        _refuse_damaged(folder, planned.name, part)
-                    writer.write_chunk(shard.rank, planned.name, planned.size, shard.offset, part)
-                    done.advance(part.nbytes)
-            for name in objects:
-                writer.write_object(0, name, reader.read_object(name))
-            report.files = writer.num_files
-        (temporary / LATEST_ITERATION_FILE).write_text(str(iteration), encoding="utf-8")
+        records = work.write(workspace, target, "resharding")
+        chunks = stored_chunks(records, {planned.name: prod(planned.size) for planned in plan})
+        complete_checkpoint(target, chunks, stored_objects(records), iteration=None)
+        report.notes += describe_damage(damage_in(records))
+        (workspace.new / LATEST_ITERATION_FILE).write_text(str(iteration), encoding="utf-8")
         report.seconds = time.monotonic() - started
     return report
 
@@ -243,7 +241,7 @@ def describe_origin(folder: Path) -> str:
 
 def _plan(
     reader: MegatronCheckpointReader, model: ModelConfig, parallel: ParallelConfig, *, weights_only: bool
-) -> list[_Planned]:
+) -> list[PlannedTensor]:
     """Every tensor of the result: weights, then each state of a weight in the same chunks, then the rest."""
     sharded = {each.weight.name: each for each in sharded_weights(model, parallel)}
     plan, rest = [], []
@@ -260,10 +258,10 @@ def _plan(
             and _is_alike(stored, shape, sharded[of].weight.pads_vocabulary)
         ):
             size, shards = sharded[of].size, sharded[of].shards
-            plan.append(_Planned(name, size, shards, entry.properties.dtype, is_state))
+            plan.append(PlannedTensor(name, size, shards, entry.properties.dtype, is_state))
         else:  # of no weight, as generators, which lie in rows of the ranks that wrote them
             shards = tuple(Shard(0, tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks)
-            rest.append(_Planned(name, stored, shards, entry.properties.dtype, is_state))
+            rest.append(PlannedTensor(name, stored, shards, entry.properties.dtype, is_state))
     order = {name: position for position, name in enumerate(sharded)}
     plan.sort(key=lambda planned: (planned.is_state, order.get(_weight_of(planned.name, sharded) or "", 0)))
     return plan + rest
@@ -286,7 +284,7 @@ def _weight_of(name: str, weights: dict) -> str | None:
     return None
 
 
-def _bytes_to_load(reader: MegatronCheckpointReader, plan: list[_Planned]) -> int:
+def _bytes_to_load(reader: MegatronCheckpointReader, plan: list[PlannedTensor]) -> int:
     """What ranks read of the stored chunks, each whole, to fill the shards of ``plan``."""
     return sum(
         chunk.sizes.numel() * planned.dtype.itemsize
@@ -306,20 +304,6 @@ def _stored_iteration(folder: Path) -> int:
             f"{folder} does not say its iteration ({error or type(error).__name__}); name the folder as it "
             "was written, iter_ and seven digits"
         ) from None
-
-
-def _check_output(
-    output: Path, folder: Path, iteration: int, *, overwrite: bool, report: ReshardReport, dry_run: bool
-) -> None:
-    check_output_folder(
-        output,
-        source=folder,
-        overwrite=overwrite,
-        marker=f"{iteration_folder('', iteration)}/{DERIVATION_FILE}",
-        needed_bytes=report.weight_bytes + report.state_bytes,
-        dry_run=dry_run,
-    )
-    check_only_iteration(output, iteration)
 
 
 def check_only_iteration(output: Path, iteration: int) -> None:
@@ -342,6 +326,7 @@ def _copy_small_files(
     for name in _COPIED[:1] if weights_only else _COPIED:
         if (reader.folder / name).is_file():
             shutil.copyfile(reader.folder / name, target / name)
+    shutil.rmtree(target / HF_SOURCE_FOLDER, ignore_errors=True)  # what a killed call had copied of it
     if (reader.folder / HF_SOURCE_FOLDER).is_dir():
         # Links stay links: no file from elsewhere moves into the checkpoint.
         shutil.copytree(reader.folder / HF_SOURCE_FOLDER, target / HF_SOURCE_FOLDER, symlinks=True)
@@ -356,14 +341,6 @@ def _copy_small_files(
         raise CheckpointError(
             f"{reader.folder / COMMON_STATE_FILE} is missing; copy the checkpoint again"
         ) from None
-
-
-def _refuse_damaged(folder: Path, name: str, part: torch.Tensor) -> None:
-    if fault := fault_of(part, may_be_zero=True):
-        raise CheckpointError(
-            f"{folder}: {name} {fault}; reshard an earlier checkpoint of the run, or add "
-            f"{ALLOW_DAMAGED_WEIGHTS} to copy it as it is"
-        )
 
 
 def _plural(number: int, word: str) -> str:

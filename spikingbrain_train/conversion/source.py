@@ -172,7 +172,7 @@ class Source:
         """
         first_row = 0 if rows is None else rows[0]
         is_new = (name, first_row) not in self._checked
-        inspection = Inspection(first_row)
+        inspection = Inspection((first_row,))
         for block in self.reader.blocks(name, rows):
             if is_new:
                 inspection.look_at(block)
@@ -184,7 +184,7 @@ class Source:
         tensor = self.reader.read(name, rows)
         first_row = 0 if rows is None else rows[0]
         if (name, first_row) not in self._checked:
-            inspection = Inspection(first_row)
+            inspection = Inspection((first_row,))
             inspection.look_at(tensor)
             self._close(name, first_row, inspection)
         return tensor

@@ -11,21 +11,18 @@ import torch
 from torch import Tensor
 
 from spikingbrain_train.architecture.same_architecture import roles, settings_in_use
-from spikingbrain_train.architecture.stored_model import read_stored_model
 from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.setting import Role
 from spikingbrain_train.config.shown import shown
-from spikingbrain_train.conversion.export_checkpoint import check_tensors
 from spikingbrain_train.conversion.formats.hf_format import HfFormat
 from spikingbrain_train.conversion.hf_config import read_hf_config
 from spikingbrain_train.conversion.mapping import Parameter, model_parameters
+from spikingbrain_train.conversion.megatron_source import check_tensors, read_model
 from spikingbrain_train.conversion.safetensors_io import SafetensorsReader
 from spikingbrain_train.errors import CheckpointError
-from spikingbrain_train.storage.checkpoint_folder import MODEL_CONFIG_FILE
 from spikingbrain_train.storage.checkpoint_paths import resolve_checkpoint
 from spikingbrain_train.storage.hf_config_file import CONFIG_FILE, load_config_json
-from spikingbrain_train.storage.stored_layers import check_number_of_layers
 
 _BOOKKEEPING = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "auto_map", "use_cache")
 """Keys of a config.json that say nothing of what the model computes."""
@@ -94,11 +91,8 @@ class MegatronWeights(StoredWeights):
 
     def __init__(self, folder: Path, *, with_training: bool = False):
         self.folder = folder
-        self.model = read_stored_model(folder)
+        self.model = read_model(folder)
         self._reader = MegatronCheckpointReader(folder)
-        check_number_of_layers(
-            f"{folder / MODEL_CONFIG_FILE}: num_layers", self.model.num_layers, lambda: self._reader.tensors
-        )
         dtypes = check_tensors(self._reader, self.model)
         self.parameters = list(model_parameters(self.model))
         self.tensors = {each.name: Stored(each.shape, dtypes[each.name]) for each in self.parameters}

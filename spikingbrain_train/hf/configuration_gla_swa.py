@@ -67,12 +67,8 @@ class GLAswaConfig(PretrainedConfig):
         rope_scaling: the same under its older name; read, but not written.
         gate_low_rank_dim: rank of the gate projection.
         gate_logit_normalizer: log gate = logsigmoid(gate logit) / gate_logit_normalizer.
-        spiking: None, or {"projections": [...], "k": ..., "gate_encoding": "once" or "each_matrix"}: which
-            projections ("qkv", "gate", "attention_output", "mlp_fc1", "mlp_fc2") read spikes, how many an
-            average channel has, and whether both matrices of the gate read them. With "queries": true those
-            of softmax layers are spikes, too.
-        quantization_config: INT8 weights, keys and values, as quantization_w8aspike.py has them; None has
-            none. Spikes in front of INT8 weights stand there instead of in `spiking`.
+        spiking: None, or where spikes are, as check_spiking says.
+        quantization_config: None, or INT8 weights, keys and values, as quantization_w8aspike.py has them.
         w8aspike: the published W8ASpike layout, as stored_scales_w8aspike.py has it; None has none. The
             published class does not look at it.
 
@@ -278,7 +274,17 @@ _PROJECTIONS = ("qkv", "gate", "attention_output", "mlp_fc1", "mlp_fc2")
 
 
 def check_spiking(spiking: dict | None) -> None:
-    """Raises ValueError where the key `spiking` asks for spikes that this code does not compute."""
+    """Hold the key `spiking` to what this code computes.
+
+    Args:
+        spiking: None, or {"projections": [...], "k": ..., "gate_encoding": "once" or "each_matrix"}: which
+            projections ("qkv", "gate", "attention_output", "mlp_fc1", "mlp_fc2") read spikes, how many an
+            average channel has, and whether both matrices of the gate read them. With "queries": true those
+            of softmax layers are spikes, too. In front of INT8 weights spikes stand in `quantization_config`.
+
+    Raises:
+        ValueError: it asks for other spikes.
+    """
     if not spiking:
         return
     unknown = set(spiking) - {"projections", "k", "gate_encoding", "queries"}

@@ -62,12 +62,8 @@ class SpikingBrainConfig(PretrainedConfig):
             all tokens), `moe_intermediate_size` (of one expert; None: intermediate_size). Probabilities are
             the softmax over all experts, made to add up to 1 for the chosen ones if `norm_topk_prob`.
         num_sink_tokens: learnable tokens in front of every text, seen by all of it.
-        spiking: None, or {"projections": [...], "k": ..., "gate_encoding": "once" or "each_matrix"}: which
-            projections ("qkv", "gate", "attention_output", "mlp_fc1", "mlp_fc2") read spikes, how many an
-            average channel has, and whether both matrices of the gate read them. With "queries": true those
-            of softmax layers are spikes, too.
-        quantization_config: INT8 weights, keys and values, as quantization_w8aspike.py has them; None has
-            none. Spikes in front of INT8 weights stand there instead of in `spiking`.
+        spiking: None, or where spikes are, as check_spiking (configuration_gla_swa.py) says.
+        quantization_config: None, or INT8 weights, keys and values, as quantization_w8aspike.py has them.
         rope_parameters: rotary base and frequency scaling, as transformers 5 writes them
             ({"rope_type": "default", "rope_theta": 10000.0}).
         rope_theta, rope_scaling: the same as transformers 4 writes it; read, but not written.

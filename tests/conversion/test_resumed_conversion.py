@@ -15,41 +15,41 @@ import pytest
 
 from spikingbrain_train.config.conversion import ConversionConfig, UpcyclingConfig
 from spikingbrain_train.config.model import MoEConfig
-from spikingbrain_train.conversion import export_parts as export_parts_module
-from spikingbrain_train.conversion import import_parts, part_workers, parts
+from spikingbrain_train.config.parallel import ParallelConfig
+from spikingbrain_train.conversion import export_parts, import_parts, part_workers, parts, reshard_parts
 from spikingbrain_train.conversion.export_checkpoint import export_checkpoint
 from spikingbrain_train.conversion.import_checkpoint import import_checkpoint
 from spikingbrain_train.conversion.output_folder import StoppedEarly
+from spikingbrain_train.conversion.reshard import reshard_checkpoint
 from spikingbrain_train.errors import CheckpointError
 from spikingbrain_train.storage import file_blocks
 from tests.conversion.hf_models import HFCheckpoint
 
 REPOSITORY = Path(__file__).parents[2]
 HYBRID = ConversionConfig(mixers=["gla", "swa"], sliding_window=5)
+MODULES = (import_parts, export_parts, reshard_parts)
+PARTS: dict[str, type[parts.Parts]] = {
+    "import": import_parts.ImportParts,
+    "export": export_parts.ExportParts,
+    "reshard": reshard_parts.ReshardParts,
+}
 SMALL = {"num_hidden_layers": 2, "vocab_size": 67, "hidden_size": 32, "intermediate_size": 48}
 
 # Converts with small parts, each of which takes its time: the command of a test that kills it.
 SLOWLY = """
 import sys, time
 from pathlib import Path
-from spikingbrain_train.config.conversion import ConversionConfig
-from spikingbrain_train.conversion import export_parts, import_parts
-from spikingbrain_train.conversion.export_checkpoint import export_checkpoint
-from spikingbrain_train.conversion.import_checkpoint import import_checkpoint
+from tests.conversion.test_resumed_conversion import MODULES, PARTS, convert
 which, source, output, seconds = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), float(sys.argv[4])
-parts = {"import": import_parts.ImportParts, "export": export_parts.ExportParts}[which]
-for module in (import_parts, export_parts):
+parts = PARTS[which]
+for module in MODULES:
     module.PART_BYTES = 4000
 def slow(self, number, folder, advance, write=parts.write):
     print("part", number, flush=True)
     time.sleep(seconds)
     return write(self, number, folder, advance)
 parts.write = slow
-if which == "import":
-    recipe = ConversionConfig(mixers=["gla", "swa"], sliding_window=5)
-    import_checkpoint(source, output, recipe, overwrite=True)
-else:
-    export_checkpoint(source, output, max_shard_size=20000, overwrite=True)
+convert(which, source, output)
 print("done", flush=True)
 """
 
@@ -57,8 +57,8 @@ print("done", flush=True)
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several parts of a model of this size."""
-    monkeypatch.setattr(import_parts, "PART_BYTES", 4000)
-    monkeypatch.setattr(export_parts_module, "PART_BYTES", 4000)
+    for module in MODULES:
+        monkeypatch.setattr(module, "PART_BYTES", 4000)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -89,6 +89,8 @@ def written_parts(
 def convert(which: str, source: Path, output: Path) -> None:
     if which == "import":
         import_checkpoint(source, output, HYBRID, overwrite=True)
+    elif which == "reshard":
+        reshard_checkpoint(source, output, ParallelConfig(pipeline_model_parallel_size=2), overwrite=True)
     else:
         export_checkpoint(source, output, max_shard_size=20000, overwrite=True)
 
@@ -98,26 +100,25 @@ def sources(hf_checkpoint: HFCheckpoint, tmp_path: Path) -> dict[str, Path]:
     """What each way starts from."""
     source, _ = hf_checkpoint("qwen2", **SMALL, max_shard_size="10KB")
     import_checkpoint(source, tmp_path / "megatron", HYBRID)
-    return {"import": source, "export": tmp_path / "megatron"}
+    return {"import": source, "export": tmp_path / "megatron", "reshard": tmp_path / "megatron"}
 
 
-@pytest.mark.parametrize("which", ["import", "export"])
+@pytest.mark.parametrize("which", PARTS)
 def test_an_interrupted_conversion_goes_on_to_the_same_bytes(
     which: str, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    work = {"import": import_parts.ImportParts, "export": export_parts_module.ExportParts}[which]
     output = tmp_path / "out/result"
     convert(which, sources[which], output)
     undisturbed = content(output)
     shutil.rmtree(output.parent)
     with monkeypatch.context() as patch:
-        first = written_parts(patch, work, fails_at=3)
+        first = written_parts(patch, PARTS[which], fails_at=3)
         with pytest.raises(KeyboardInterrupt):
             convert(which, sources[which], output)
     (left,) = output.parent.iterdir()
     assert left.name.startswith("result.tmp-") and not output.exists()
     with monkeypatch.context() as patch:
-        second = written_parts(patch, work)
+        second = written_parts(patch, PARTS[which])
         convert(which, sources[which], output)
     assert len(first) == 4 and not set(first) & set(second) and second
     assert content(output) == undisturbed
@@ -195,7 +196,7 @@ def test_a_call_killed_behind_the_last_step_is_complete(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("which", ["import", "export"])
+@pytest.mark.parametrize("which", PARTS)
 def test_a_killed_process_is_gone_on_from(which: str, sources: dict[str, Path], tmp_path: Path) -> None:
     output = tmp_path / "out/result"
     convert(which, sources[which], output)

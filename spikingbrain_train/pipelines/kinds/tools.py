@@ -245,7 +245,7 @@ class Convert(_WritesFolder):
     command = ("convert", "import")
 
     def parser(self) -> argparse.ArgumentParser:
-        from spikingbrain_train.conversion.command_line import import_parser
+        from spikingbrain_train.conversion.import_command_line import import_parser
 
         return import_parser()
 
@@ -292,7 +292,7 @@ class Export(_WritesFolder):
     command = ("export",)
 
     def parser(self) -> argparse.ArgumentParser:
-        from spikingbrain_train.conversion.command_line import export_parser
+        from spikingbrain_train.conversion.export_command_line import export_parser
 
         return export_parser()
 
