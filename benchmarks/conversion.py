@@ -1,13 +1,20 @@
 """Claim: a 7B converts both ways within twice the time of copying its bytes, in 2 GB of memory a process.
 
 And a conversion that is killed goes on to the same bytes. A folder with the shapes of Qwen2.5-7B and random
-bfloat16 weights (28 layers: 15.2 GB) is written, copied, made a hybrid, laid out for TP 2 and exported again;
-all three are killed at random moments (--kills times each, the command alone or its workers with it) and
-started again, and what comes out is held to the undisturbed conversion. The page cache is dropped before
-each, where the system lets us (root on Linux). Times include the start of the command and the sync of what
-was written; memory is the peak of the largest process, without the files that it maps.
+bfloat16 weights (28 layers: 15.2 GB) is made a hybrid, exported again and laid out for TP 2. Before each, the
+same bytes are copied with ``cp``. The page cache is dropped before either, where the system lets us (root on
+Linux). Times include the start of the command and the sync of what was written; memory is the peak of the
+largest process, without the files that it maps. What ``--dry-run`` announces is asked right before.
 
-  python benchmarks/conversion.py --output /scratch/conversion --layers 28 --kills 5
+  python benchmarks/conversion.py --output /scratch/conversion --layers 28 --rows import export reshard
+
+A row at a time, so that a machine is not held for long, and each several times:
+
+  python benchmarks/conversion.py --output /scratch/conversion --layers 28 --rows export --repeat 3
+
+With --kills, what is asked for is killed so many times at random moments (the command alone or its workers
+with it) and started again, and what comes out is held to the undisturbed conversion. The row there_and_back
+lays a model with experts out for TP 2 x PP 2, for EP 2 and for one rank again, and compares the files.
 """
 
 from __future__ import annotations
@@ -17,13 +24,15 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
@@ -38,16 +47,37 @@ ROOT = Path(__file__).resolve().parents[1]
 _DROP = Path("/proc/sys/vm/drop_caches")
 _HIDDEN, _FFN, _KEY_VALUE, _VOCAB = 3584, 18944, 512, 152064
 _LAYERS_OF_A_FILE = 7
+_POOL = 1 << 26
+"""Random numbers that all weights are taken from: who moves bytes takes as long for them as for others."""
+ROWS = ("import", "export", "reshard", "there_and_back")
+
+
+@dataclass(frozen=True)
+class Announced:
+    """What a dry run says that it will take."""
+
+    seconds: float
+    written_bytes: float
+    peak_bytes: float
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One thing that was done."""
+    """One conversion, and the copy before it."""
 
     name: str
+    copied_bytes: int
+    copy_seconds: float
     seconds: float
-    peak_bytes: int = 0
-    """Of the largest process; 0 is unknown."""
+    peak_bytes: int
+    """Of the largest process."""
+    written_bytes: int
+    announced: Announced | None = None
+
+    @property
+    def ratio(self) -> float:
+        """Time against copying as many bytes as it writes."""
+        return self.seconds / (self.copy_seconds * self.written_bytes / self.copied_bytes)
 
 
 def tensors_of_layer(layer: int) -> dict[str, torch.Tensor]:
@@ -70,18 +100,18 @@ def tensors_of_layer(layer: int) -> dict[str, torch.Tensor]:
     return {prefix + name: _random(shape) for name, shape in shapes.items()}
 
 
-def write_source(folder: Path, num_layers: int) -> None:
+def write_source(folder: Path, num_layers: int, embedding_dtype: torch.dtype) -> None:
     """A folder as Hugging Face has Qwen2.5-7B, of so many layers."""
     torch.manual_seed(0)
     folder.mkdir(parents=True)
     index: dict[str, str] = {}
     total = 0
-    ends = {"model.embed_tokens.weight": (_VOCAB, _HIDDEN), "model.norm.weight": (_HIDDEN,)}
     starts = list(range(0, num_layers, _LAYERS_OF_A_FILE))
     for number, first in enumerate(starts, 1):
         tensors: dict[str, torch.Tensor] = {}
         if number == 1:
-            tensors |= {name: _random(shape) for name, shape in ends.items()}
+            tensors["model.embed_tokens.weight"] = _random((_VOCAB, _HIDDEN)).to(embedding_dtype)
+            tensors["model.norm.weight"] = _random((_HIDDEN,))
         if number == len(starts):
             tensors["lm_head.weight"] = _random((_VOCAB, _HIDDEN))
         for layer in range(first, min(first + _LAYERS_OF_A_FILE, num_layers)):
@@ -112,8 +142,16 @@ def write_source(folder: Path, num_layers: int) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
+_numbers: list[torch.Tensor] = []
+
+
 def _random(shape: Sequence[int]) -> torch.Tensor:
-    return torch.empty(*shape, dtype=torch.bfloat16).normal_(std=0.02)
+    if not _numbers:
+        _numbers.append(torch.empty(_POOL).normal_(std=0.02).bfloat16())
+    number = torch.Size(shape).numel()
+    first = int(torch.randint(_POOL, (1,)))
+    repeated = _numbers[0].roll(-first)[:number] if number <= _POOL else _numbers[0].roll(-first)
+    return repeated.repeat(-(-number // len(repeated)))[:number].reshape(*shape)
 
 
 def drop_page_cache() -> bool:
@@ -126,17 +164,44 @@ def drop_page_cache() -> bool:
     return True
 
 
-def copy(source: Path, target: Path) -> Measured:
-    """The same bytes by ``cp``, down to the disk."""
+def copy(source: Path, target: Path) -> float:
+    """Seconds to copy a folder by ``cp``, down to the disk."""
     drop_page_cache()
     began = time.monotonic()
     subprocess.run(["cp", "-r", str(source), str(target)], check=True)
-    _sync(target)
-    return Measured("copy", time.monotonic() - began)
+    for path in target.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    seconds = time.monotonic() - began
+    shutil.rmtree(target)
+    return seconds
 
 
-def convert(name: str, words: Sequence[object]) -> Measured:
-    """A conversion from its start to its end."""
+def announced(words: Sequence[object]) -> Announced:
+    """What ``--dry-run`` says."""
+    drop_page_cache()
+    process = _start([*words, "--dry-run"], stdout=subprocess.PIPE)
+    said = process.communicate()[0].decode()
+
+    def number(pattern: str) -> float:
+        found = re.search(pattern, said)
+        if found is None:
+            sys.exit(f"the dry run does not say {pattern}:\n{said}")
+        return float(found[1])
+
+    took = re.search(r"^time: about (?:(\d+)m )?(\d+)s", said, re.MULTILINE)
+    if took is None:
+        sys.exit(f"the dry run does not say its time:\n{said}")
+    return Announced(
+        60.0 * int(took[1] or 0) + int(took[2]),
+        number(r"writes ([\d.]+) GB") * 1e9,
+        number(r"memory: about ([\d.]+) GB") * 1e9,
+    )
+
+
+def convert(name: str, words: Sequence[object]) -> tuple[float, int]:
+    """Seconds of a conversion from its start to its end, and the peak of its largest process."""
     drop_page_cache()
     began, process, peak = time.monotonic(), _start(words), 0
     while process.poll() is None:
@@ -145,7 +210,7 @@ def convert(name: str, words: Sequence[object]) -> Measured:
     if process.returncode:
         sys.exit(f"{name} ended with exit code {process.returncode}")
     os.sync()
-    return Measured(name, time.monotonic() - began, peak)
+    return time.monotonic() - began, peak
 
 
 def convert_with_kills(words: Sequence[object], seconds: float, kills: int, drawn: random.Random) -> int:
@@ -183,10 +248,10 @@ def digests(folder: Path) -> dict[str, str]:
     return found
 
 
-def _start(words: Sequence[object]) -> subprocess.Popen[bytes]:
+def _start(words: Sequence[object], stdout: int = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "spikingbrain_train", "convert", *map(str, words)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    return subprocess.Popen(command, env=environment, stdout=stdout)
 
 
 def _family(pid: int) -> Iterator[psutil.Process]:
@@ -206,61 +271,156 @@ def _resident(process: psutil.Process) -> int:
     return memory.rss - memory.shared
 
 
-def _sync(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+class Benchmark:
+    """The folders of one size, and what is done with them.
+
+    Args:
+        folder: on the disk that is measured.
+        layers: of the model.
+        embedding_dtype: of its embedding.
+    """
+
+    def __init__(self, folder: Path, layers: int, embedding_dtype: torch.dtype) -> None:
+        self.folder = folder
+        self.source, self.hybrid, self.back, self.split = (
+            folder / name for name in ("source", "hybrid", "export", "split")
+        )
+        if not self.source.is_dir():
+            write_source(self.source, layers, embedding_dtype)
+
+    def words(self, row: str) -> tuple[list[object], Path, Path]:
+        """The command of a row, without its output; what it reads; and what it writes."""
+        checkpoint = ["--checkpoint", self.hybrid, "--overwrite", "--output"]
+        if row == "import":
+            recipe = ["--conversion", "spikingbrain_7b", "--overwrite", "--output"]
+            return ["import", "--hf", self.source, *recipe], self.source, self.hybrid
+        if not self.hybrid.is_dir():
+            words, _, output = self.words("import")
+            convert("import", [*words, output])
+        if row == "export":
+            return ["export", *checkpoint], self.hybrid, self.back
+        return ["reshard", "--tp", 2, "--pp", 1, *checkpoint], self.hybrid, self.split
+
+    def measure(self, row: str) -> Measured:
+        """One conversion, after a copy of what it reads."""
+        words, source, output = self.words(row)
+        shutil.rmtree(output, ignore_errors=True)
+        copy_seconds = copy(source, self.folder / "copy")
+        said = announced([*words, output])
+        seconds, peak = convert(row, [*words, output])
+        return Measured(row, _size(source), copy_seconds, seconds, peak, _size(output), said)
+
+    def kill(self, row: str, kills: int, seed: int) -> str:
+        """What becomes of a conversion that is killed."""
+        words, _, output = self.words(row)
+        shutil.rmtree(output, ignore_errors=True)
+        seconds, _ = convert(row, [*words, output])
+        undisturbed = digests(output)
+        shutil.rmtree(output)
+        met = convert_with_kills([*words, output], seconds, kills, random.Random(seed))
+        verdict = "the same bytes" if digests(output) == undisturbed else "OTHER BYTES"
+        known = (self.source, self.hybrid, self.back, self.split)
+        litter = [path.name for path in self.folder.iterdir() if path not in known and path.is_dir()]
+        left = ", ".join(litter) or "nothing"
+        return f"{row}, {kills} kills, {met} before the end: {verdict}, left behind: {left}"
+
+    def there_and_back(self) -> Iterator[Measured | str]:
+        """A model with experts laid out for other ranks, step by step, and for one again."""
+        recipe = ["--conversion", "spikingbrain_76b", "moe.num_experts=4"]
+        here = self.folder / "experts"
+        shutil.rmtree(here, ignore_errors=True)
+        convert("import", ["import", "--hf", self.source, *recipe, "--overwrite", "--output", here])
+        roads = {"one": "TP 1 x PP 1", "tp2_pp2": "TP 2 x PP 2", "ep2": "EP 2", "again": "TP 1 x PP 1 again"}
+        degrees = {"tp2_pp2": ["--tp", 2, "--pp", 2, "--etp", 1], "ep2": ["--ep", 2]}
+        first: dict[str, str] = {}
+        for name, said in roads.items():
+            output = self.folder / name
+            shutil.rmtree(output, ignore_errors=True)
+            copy_seconds = copy(here, self.folder / "copy")
+            words = ["reshard", *degrees.get(name, []), "--checkpoint", here, "--output", output]
+            before = announced(words)
+            seconds, peak = convert(name, words)
+            yield Measured(
+                f"reshard to {said}", _size(here), copy_seconds, seconds, peak, _size(output), before
+            )
+            shutil.rmtree(here)
+            here = output
+            if name == "one":
+                first = digests(output)
+        last = digests(here)
+        differ = [name for name in first.keys() | last.keys() if first.get(name) != last.get(name)]
+        weights = [name for name in differ if not name.endswith("derivation.json")]  # which tells the way
+        yield f"there and back: {', '.join(weights) or 'all files'} {'differ' if weights else 'the same'}"
+        shutil.rmtree(here)
+
+
+def summary(measured: Sequence[Measured]) -> list[str]:
+    """A table, rows of one name together."""
+    rows = [
+        ["what", "times", "copy, s", "seconds", "x copy", "peak of a process", "announced: s", "GB", "memory"]
+    ]
+    for name in dict.fromkeys(each.name for each in measured):
+        of_name = [each for each in measured if each.name == name]
+        said = [each.announced for each in of_name if each.announced is not None]
+        rows.append(
+            [
+                name,
+                str(len(of_name)),
+                _spread([each.copy_seconds for each in of_name]),
+                _spread([each.seconds for each in of_name]),
+                _spread([each.ratio for each in of_name], 2),
+                f"{max(each.peak_bytes for each in of_name) / 1e9:.2f} GB",
+                _spread([each.seconds for each in said], 0),
+                f"{said[-1].written_bytes / 1e9:.2f} ({of_name[-1].written_bytes / 1e9:.2f} written)",
+                f"{max(each.peak_bytes for each in said) / 1e9:.1f} GB",
+            ]
+        )
+    return table(rows, left=1)
+
+
+def _spread(numbers: Sequence[float], digits: int = 1) -> str:
+    middle = f"{statistics.median(numbers):.{digits}f}"
+    if len(numbers) == 1:
+        return middle
+    return f"{middle} ({min(numbers):.{digits}f} to {max(numbers):.{digits}f})"
 
 
 def main() -> None:
-    """Measure, and print the table."""
+    """Measure, and print the table of all that was measured in the folder so far."""
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    flags.add_argument(
-        "--output", type=Path, required=True, help="folder on the disk that is measured; emptied"
-    )
+    flags.add_argument("--output", type=Path, required=True, help="folder on the disk that is measured")
     flags.add_argument("--layers", type=int, default=28, help="of Qwen2.5-7B's 28 (default: all)")
-    flags.add_argument("--kills", type=int, default=0, help="of each way, at random moments")
-    flags.add_argument("--seed", type=int, default=0, help="of those moments")
+    flags.add_argument("--fp32-embedding", action="store_true", help="2.2 GB in one tensor")
+    flags.add_argument("--rows", nargs="*", choices=ROWS, default=ROWS[:3], help="what is done")
+    flags.add_argument("--repeat", type=int, default=1, help="times each row is measured")
+    flags.add_argument("--kills", type=int, default=0, help="kill the rows instead of measuring them")
+    flags.add_argument("--seed", type=int, default=0, help="of the moments of kills")
     parsed = flags.parse_args()
-    folder: Path = parsed.output
-    source, hybrid, back, split = (folder / name for name in ("source", "hybrid", "export", "split"))
-    if not source.is_dir():
-        write_source(source, parsed.layers)
-    size = sum(path.stat().st_size for path in source.iterdir())
-    print(f"{size / 1e9:.1f} GB; page cache {'dropped' if drop_page_cache() else 'not dropped: not root'}")
-    ways = {
-        "import": (
-            ["import", "--hf", source, "--conversion", "spikingbrain_7b", "--overwrite", "--output"],
-            hybrid,
-        ),
-        "reshard": (
-            ["reshard", "--checkpoint", hybrid, "--tp", 2, "--pp", 1, "--overwrite", "--output"],
-            split,
-        ),
-        "export": (["export", "--checkpoint", hybrid, "--overwrite", "--output"], back),
-    }
-    copied = copy(source, folder / "copy")
-    shutil.rmtree(folder / "copy")
-    rows = [["what", "seconds", "x copy", "peak of a process"], ["copy", f"{copied.seconds:.1f}", "1.00", ""]]
-    for name, (words, output) in ways.items():
-        shutil.rmtree(output, ignore_errors=True)
-        done = convert(name, [*words, output])
-        ratio = f"{done.seconds / copied.seconds:.2f}"
-        rows.append([name, f"{done.seconds:.1f}", ratio, f"{done.peak_bytes / 1e9:.2f} GB"])
+    embedding_dtype = torch.float32 if parsed.fp32_embedding else torch.bfloat16
+    benchmark = Benchmark(parsed.output, parsed.layers, embedding_dtype)
+    print(f"source: {_size(benchmark.source) / 1e9:.2f} GB")
+    print(f"page cache {'dropped before each' if drop_page_cache() else 'not dropped: not root'}")
+    notes: Path = parsed.output / "measured.jsonl"
+    for row in parsed.rows:
         if parsed.kills:
-            undisturbed = digests(output)
-            shutil.rmtree(output)
-            drawn = random.Random(parsed.seed)
-            met = convert_with_kills([*words, output], done.seconds, parsed.kills, drawn)
-            same = digests(output) == undisturbed
-            litter = [path.name for path in folder.iterdir() if path not in (source, hybrid, back, split)]
-            verdict = "the same bytes" if same else "OTHER BYTES"
-            rows.append(
-                [f"{name}, killed {met} x", verdict, "", f"left behind: {', '.join(litter) or 'nothing'}"]
-            )
-        shutil.rmtree(split, ignore_errors=True)
-    print("\n".join(table(rows, left=1)))
+            print(benchmark.kill(row, parsed.kills, parsed.seed), flush=True)
+            continue
+        for _ in range(parsed.repeat):
+            found = benchmark.there_and_back() if row == "there_and_back" else [benchmark.measure(row)]
+            for each in found:
+                if isinstance(each, str):
+                    print(each, flush=True)
+                    continue
+                with notes.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(asdict(each)) + "\n")
+    if notes.is_file():
+        lines = [json.loads(line) for line in notes.read_text(encoding="utf-8").splitlines()]
+        measured = [Measured(**line | {"announced": Announced(**line["announced"])}) for line in lines]
+        print("\n".join(summary(measured)))
 
 
 if __name__ == "__main__":
