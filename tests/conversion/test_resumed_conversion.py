@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -23,7 +24,9 @@ from spikingbrain_train.conversion.output_folder import StoppedEarly
 from spikingbrain_train.conversion.reshard import reshard_checkpoint
 from spikingbrain_train.errors import CheckpointError
 from spikingbrain_train.storage import file_blocks
-from tests.conversion.hf_models import HFCheckpoint
+
+if TYPE_CHECKING:  # else the processes that are killed would import transformers first
+    from tests.conversion.hf_models import HFCheckpoint
 
 REPOSITORY = Path(__file__).parents[2]
 HYBRID = ConversionConfig(mixers=["gla", "swa"], sliding_window=5)
