@@ -14,8 +14,7 @@ QUANTIZATION_FILE = "quantization_w8aspike.py"
 _SHARED = (
     *(f"{name}_gla_swa.py" for name in ("mixers", "spikes", "decoder", "ops", "rotary", "cache", "layout")),
     QUANTIZATION_FILE,
-    "counts_w8aspike.py",
-    "stored_scales_w8aspike.py",
+    *(f"{name}_w8aspike.py" for name in ("counts", "kernels", "products", "stored_scales")),
 )
 
 

@@ -6,54 +6,67 @@ Part of the modelling code of a checkpoint; needs torch only. Rows are encoded i
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+from .kernels_w8aspike import Kernel, kernels
+
+Made = TypeVar("Made")
 _MIN_THRESHOLD, _MAX_THRESHOLD = 1e-5, 1e4
 LARGEST = 127
-DIGIT = 2 * LARGEST
-"""What the upper of the two INT8 numbers of a 16-bit one counts."""
+LARGEST_16_BIT = 32384
+FEW_TOKENS = 4
+"""Up to which a product takes about as long as for one, because it waits for weights."""
+BLOCK_ELEMENTS = 1 << 17
+"""Of a block that several passes find in a cache."""
 
 
 class Counts:
-    """A tensor [..., I] as whole numbers times one number a token.
+    """A tensor [..., I] as whole numbers times one number a token, in digits that a kernel multiplies.
+
+    A count is the sum of its digits d0 + d1 * base + ...; of spike counts of many tokens, few of which need a
+    second digit, it is d0 and a rest in some channels.
 
     Attributes:
         unit: [M, 1] float32.
-        low: [M, I] int8, the whole numbers within -127 .. 127; of 16-bit ones [2 M, I], the upper digits
-            of all tokens, then the lower ones.
-        rest: [M, R] float32, what spike counts in `columns` have beyond; None where there are none.
+        kernel: that multiplies the digits.
+        is_few: whether these are so few tokens that a product waits for weights.
+        base: what a digit counts of the one before.
+        digits: [D, M, I], the lowest first; of few tokens float32, of many in the format of the kernel.
+        rest: [M, R] float32, what counts in `columns` have beyond; None where there are none.
         columns: [R] input channels, few.
     """
 
     def __init__(self, x: Tensor, activation: str, k: float) -> None:
-        x_MI = x.detach().reshape(-1, x.shape[-1])
+        x_MI = _rows(x)
         tokens, width = x_MI.shape
-        self.has_two_digits = activation == "int16"
-        self.rest = self.columns = None
-        if tokens * width <= BLOCK_ELEMENTS and not self.has_two_digits:
-            unit, counts = _encoded(x_MI, activation, k)
-            if activation != "spikes" or max(map(abs, _extremes(counts))) <= LARGEST:
-                self.unit, self.low = unit, counts.to(torch.int8)
-                return
+        self.is_few = tokens <= FEW_TOKENS
+        self.kernel: Kernel = kernels()[0 if self.is_few else 1]
+        self.base = 2 * self.kernel.largest + 1
+        self.rest: Tensor | None = None
+        self.columns = torch.empty(0, dtype=torch.int64)
+        self._arranged: dict[tuple[int, int], Any] = {}
+        if self.is_few:
+            self.unit, counts = whole_numbers(x_MI, activation, k)
+            largest = _largest_magnitude(counts) if activation == "spikes" else _LARGEST[activation]
+            self.digits = self._split(counts, self._number_of_digits(largest))
+            return
+        number = 1 if activation == "spikes" else self._number_of_digits(_LARGEST[activation])
         self.unit = x_MI.new_empty(tokens, 1, dtype=torch.float32)
-        self.low = x_MI.new_empty(tokens * (1 + self.has_two_digits), width, dtype=torch.int8)
+        made: list[Tensor] = []
         beyond: list[tuple[int, Tensor]] = []
         for rows in row_blocks(tokens, width):
-            unit, counts = _encoded(x_MI[rows], activation, k)
-            self.unit[rows] = unit
-            if self.has_two_digits:
-                upper = torch.div(counts, DIGIT).round_()
-                self.low[rows] = upper
-                self.low[tokens + rows.start : tokens + rows.stop] = counts.sub_(upper, alpha=DIGIT)
-            elif activation == "spikes" and max(map(abs, _extremes(counts))) > LARGEST:
-                within = counts.clamp(-LARGEST, LARGEST)
-                self.low[rows] = within
+            self.unit[rows], counts = whole_numbers(x_MI[rows], activation, k)
+            if activation == "spikes" and _largest_magnitude(counts) > self.kernel.largest:
+                within = counts.clamp(-self.kernel.largest, self.kernel.largest)
                 beyond.append((rows.start, counts - within))
-            else:
-                self.low[rows] = counts
+                counts = within
+            made.append(self.kernel.digits(self._split(counts, number)))
+        self.digits = made[0] if len(made) == 1 else torch.cat(made, dim=1)
         if beyond:
             found = torch.stack([difference.any(0) for _, difference in beyond]).any(0)
             self.columns = found.nonzero().squeeze(1)
@@ -61,71 +74,130 @@ class Counts:
             for first, difference in beyond:
                 self.rest[first : first + len(difference)] = difference[:, self.columns]
 
-    def values(self) -> Tensor:
-        """[M, I] float32: what the counts stand for."""
-        counts = self.low.float()
-        if self.has_two_digits:
-            upper, lower = counts.chunk(2)
-            counts = upper * DIGIT + lower
-        if self.rest is not None:
-            counts[:, self.columns] += self.rest
-        return counts.mul_(self.unit)
+    def by_group(self, num_groups: int) -> Tensor:
+        """[N, D, M, S]: the digits of each group of inputs, of many tokens."""
+        if num_groups == 1:
+            return self.digits.unsqueeze(0)
+        key = (num_groups, 0)
+        if key not in self._arranged:
+            grouped_DMNS = self.digits.unflatten(-1, (num_groups, -1))
+            self._arranged[key] = grouped_DMNS.movedim(2, 0).contiguous()
+        return self._arranged[key]
+
+    def apart(self, num_groups: int, together: int) -> tuple[Tensor, ...]:
+        """Of few tokens, every group of inputs in rows of its own, with zeros where others are.
+
+        Returns:
+            N / together of [D * M * together, together * S] in the format of the kernel.
+        """
+        key = (num_groups, together)
+        found = self._arranged.get(key)
+        if found is None:
+            D, M, inputs = self.digits.shape
+            products, width = num_groups // together, inputs // num_groups * together
+            apart = self.digits.view(D * M, products, width)
+            if products > 1:
+                apart = apart.transpose(0, 1)
+            if together > 1:
+                apart = apart.unsqueeze(2) * _own_inputs(inputs // num_groups, together)
+            made = self.kernel.digits(apart.reshape(products, -1, width))
+            found = self._arranged[key] = made.unbind()
+        return found
+
+    def joined(self, products: list[Tensor]) -> Tensor:
+        """What products of the digits add up to, the lowest first: each [M, O], which it may change."""
+        y = products[-1]
+        for lower in reversed(products[:-1]):
+            y = lower.add_(y, alpha=self.base)
+        return y
+
+    def _number_of_digits(self, largest: float) -> int:
+        number, reach = 1, self.kernel.largest
+        while reach < largest:
+            number, reach = number + 1, reach * self.base + self.kernel.largest
+        return number
+
+    def _split(self, counts: Tensor, number: int) -> Tensor:
+        if number == 1:
+            return counts.unsqueeze(0)
+        digits = []
+        for _ in range(number - 1):
+            upper = torch.div(counts, self.base).round_()
+            digits.append(torch.sub(counts, upper, alpha=self.base))
+            counts = upper
+        return torch.stack([*digits, counts])
 
 
-BLOCK_ELEMENTS = 1 << 17
-"""Of a block that several passes find in a cache."""
+_LARGEST = {"int8": LARGEST, "int16": LARGEST_16_BIT}
 
 
-def row_blocks(rows: int, width: int) -> Iterator[slice]:
-    step = max(1, BLOCK_ELEMENTS // max(1, width))
-    return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
-
-
-def _encoded(x: Tensor, activation: str, k: float) -> tuple[Tensor, Tensor]:
-    """The unit [rows, 1] of every row, and whole numbers [rows, I], both float32."""
+def whole_numbers(x: Tensor, activation: str, k: float) -> tuple[Tensor, Tensor]:
+    """The unit [M, 1] of every row of x [M, I], and its whole numbers [M, I], both float32."""
     wide = x.float()
     if activation == "spikes":
         # In float64 where the input is not narrower than float32, as in spikes_gla_swa.py.
         exact = torch.float64 if x.dtype in (torch.float32, torch.float64) else torch.float32
-        magnitude = torch.linalg.vector_norm(wide, ord=1, dim=-1, keepdim=True, dtype=exact)
-        unit = (magnitude / (wide.shape[-1] * k)).float()
+        # Not vector_norm, which is several times as slow on CPUs.
+        unit = wide.abs().sum(-1, keepdim=True, dtype=exact).div_(wide.shape[-1] * k).float()
     else:
-        largest = LARGEST * (1 + DIGIT) - 1 if activation == "int16" else LARGEST
-        unit = torch.linalg.vector_norm(wide, ord=torch.inf, dim=-1, keepdim=True) / largest
-    unit = unit.clamp_(_MIN_THRESHOLD, _MAX_THRESHOLD)
+        unit = wide.abs().amax(-1, keepdim=True).div_(_LARGEST[activation])
+    unit.clamp_(_MIN_THRESHOLD, _MAX_THRESHOLD)
     return unit, torch.div(wide, unit).round_()
 
 
-def _extremes(x: Tensor) -> list[float]:
-    return torch.stack(torch.aminmax(x)).tolist()
+def row_blocks(rows: int, width: int) -> Iterator[slice]:
+    """Slices of rows that a cache holds."""
+    step = max(1, BLOCK_ELEMENTS // max(1, width))
+    return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
 
 
-class _LastCounts:
-    """Counts of the newest input: q, k and v projection read the same, gate and up projection as well."""
+def _rows(x: Tensor) -> Tensor:
+    x = x.detach() if x.requires_grad else x
+    return x.reshape(-1, x.shape[-1])
 
-    def __init__(self) -> None:
+
+def _largest_magnitude(x: Tensor) -> float:
+    smallest, largest = torch.aminmax(x)
+    return max(-smallest.item(), largest.item())
+
+
+@lru_cache
+def _own_inputs(group: int, together: int) -> Tensor:
+    """[together, together * group]: ones where a group of inputs meets its own row."""
+    return torch.eye(together).repeat_interleave(group, dim=1)
+
+
+class _Last(Generic[Made]):
+    """What was made of the newest input: q, k and v projection read the same, gate and up projection too."""
+
+    def __init__(self, make: Callable[[Tensor, str, float], Made]) -> None:
+        self._make = make
         self._key: tuple | None = None
         self._input: weakref.ref | None = None
-        self._counts: Counts | None = None
+        self._made: Made | None = None
 
-    def of(self, x: Tensor, activation: str, k: float) -> Counts:
-        if torch.compiler.is_compiling():
-            return Counts(x, activation, k)
-        key = (activation, k, None if x.is_inference() else x._version)
-        known = self._input is not None and self._input() is x and not x.is_inference()
-        if not known or key != self._key or self._counts is None:
-            self._counts, self._key, self._input = Counts(x, activation, k), key, weakref.ref(x)
-        return self._counts
+    def of(self, x: Tensor, activation: str, k: float) -> Made:
+        if torch.compiler.is_compiling() or x.is_inference():
+            return self._make(x, activation, k)
+        key = (activation, k, x._version)
+        if self._made is None or self._input is None or self._input() is not x or key != self._key:
+            self._made, self._key, self._input = self._make(x, activation, k), key, weakref.ref(x)
+        return self._made
 
 
-LAST = _LastCounts()
+def _values(x: Tensor, activation: str, k: float) -> Tensor:
+    unit, counts = whole_numbers(_rows(x), activation, k)
+    return counts.mul_(unit).view(x.shape).to(x.dtype)
+
+
+LAST_COUNTS, _LAST_VALUES = _Last(Counts), _Last(_values)
 
 
 def encoded_input(x: Tensor, activation: str, k: float) -> Tensor:
     """What a linear with that activation makes of its input, as floats of x's shape and dtype."""
     if activation == "float":
         return x
-    encoded = LAST.of(x, activation, k).values().view(x.shape).to(x.dtype)
+    encoded = _LAST_VALUES.of(x, activation, k)
     return x + (encoded - x).detach() if torch.is_grad_enabled() and x.requires_grad else encoded
 
 

@@ -24,7 +24,7 @@ from .ops_gla_swa import (
     gated_linear_attention,
     lightning_log_decays,
 )
-from .quantization_w8aspike import int8_vectors
+from .quantization_w8aspike import int8_vectors, joint_outputs
 from .rotary_gla_swa import apply_rotary
 from .spikes_gla_swa import MakeEncoder, no_encoder
 
@@ -65,7 +65,8 @@ class GLAswaMLP(nn.Module):
     def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """[..., hidden_size] to the same; `weight` [..., 1] is what the output counts, None is 1."""
         x = self.mlp_fc1_spikes(x)
-        inside = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+        gate, up = joint_outputs((self.gate_proj, self.up_proj), x)
+        inside = self.act_fn(gate) * up
         if weight is not None:
             inside = (inside * weight).to(x.dtype)
         return self.down_proj(self.mlp_fc2_spikes(inside))
@@ -137,9 +138,8 @@ class GLAswaAttention(nn.Module):
         """Queries [B, T, H, head_dim], keys and values [B, T, G, head_dim]."""
         heads = (*x_BTD.shape[:2], -1, self.head_dim)
         x_BTD = self.qkv_spikes(x_BTD)
-        q = self.q_norm(self.q_proj(x_BTD).view(heads))
-        k = self.k_norm(self.k_proj(x_BTD).view(heads))
-        return q, k, self.v_proj(x_BTD).view(heads)
+        q, k, v = (y.view(heads) for y in joint_outputs((self.q_proj, self.k_proj, self.v_proj), x_BTD))
+        return self.q_norm(q), self.k_norm(k), v
 
     def output(self, o_BTD: Tensor) -> Tensor:
         """What the layer adds to its input, [B, T, hidden_size]."""

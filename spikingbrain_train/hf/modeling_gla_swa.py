@@ -31,6 +31,7 @@ from .cache_gla_swa import GLAswaCache
 from .configuration_gla_swa import GLAswaConfig
 from .counts_w8aspike import encoded_input  # noqa: F401
 from .decoder_gla_swa import RecurrentForCausalLM, RecurrentModel, RecurrentPreTrainedModel
+from .kernels_w8aspike import kernels  # noqa: F401
 from .layout_gla_swa import TokenLayout
 from .mixers_gla_swa import (
     GLAswaAttention,
@@ -43,6 +44,7 @@ from .mixers_gla_swa import (
 
 # transformers 4.5x copies no files but those that this one itself imports.
 from .ops_gla_swa import gated_linear_attention  # noqa: F401
+from .products_w8aspike import PackedWeight  # noqa: F401
 from .quantization_w8aspike import quantize_modules  # noqa: F401
 from .rotary_gla_swa import RotaryPositions  # noqa: F401
 from .spikes_gla_swa import encoders_of

@@ -14,23 +14,22 @@ Tensors: `<linear>.weight` int8 [out, in], `<linear>.weight_scale` [out, groups]
 Scales have the eight digits of bfloat16, so that they are the same in whichever format a model is loaded.
 
 Inputs become whole numbers times one number a token: spike counts round(x / (mean |x| / k)); INT8 numbers
-round(x / (max |x| / 127)); 16-bit ones, round(x / (max |x| / 32384)), which are two INT8 numbers each
+round(x / (max |x| / 127)); 16-bit ones, round(x / (max |x| / 32384)), which are several INT8 numbers each
 ("int16", next to floats in quality); or stay floats ("float"). On CPUs whole numbers are multiplied by INT8
-weights as integers, group by group (oneDNN's kernels where they are exact, else torch._int_mm); elsewhere,
-and while a gradient is wanted, both become floats, whose product is the same up to rounding. Gradients go
-straight through.
+weights as integers, group by group (products_w8aspike.py); elsewhere, and while a gradient is wanted, both
+become floats, whose product is the same up to rounding. Gradients go straight through.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import lru_cache
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .counts_w8aspike import BLOCK_ELEMENTS, DIGIT, LARGEST, LAST, Counts, encoded_input, row_blocks
+from .counts_w8aspike import FEW_TOKENS, LARGEST, LAST_COUNTS, encoded_input
+from .products_w8aspike import PackedWeight
 
 QUANT_METHOD = "w8aspike"
 ACTIVATIONS = ("spikes", "int8", "int16", "float")
@@ -100,6 +99,8 @@ class W8ASpikeLinear(nn.Module):
         self.weight_scale = nn.Parameter(torch.ones(out_features, in_features // width), requires_grad=False)
         self.register_parameter("bias", nn.Parameter(torch.zeros(out_features)) if bias else None)
         self._packed: tuple | None = None
+        self._joint: tuple | None = None
+        self._float: tuple | None = None
 
     def extra_repr(self) -> str:
         width = self.in_features // self.weight_scale.shape[1]
@@ -110,152 +111,93 @@ class W8ASpikeLinear(nn.Module):
         del self.bias
         self.register_buffer("bias", bias)
 
-    def float_weight(self, columns: Tensor | None = None) -> Tensor:
-        """[out, in] in the dtype of the scales: what the codes stand for; of some input channels only."""
-        if columns is None:
-            grouped = self.weight.unflatten(1, (self.weight_scale.shape[1], -1)).to(self.weight_scale.dtype)
-            return (grouped * self.weight_scale.unsqueeze(-1)).flatten(1)
-        width = self.in_features // self.weight_scale.shape[1]
-        return self.weight[:, columns].float() * self.weight_scale.float()[:, columns // width]
+    def float_weight(self) -> Tensor:
+        """[out, in] in the dtype of the scales: what the codes stand for."""
+        grouped = self.weight.unflatten(1, (self.weight_scale.shape[1], -1)).to(self.weight_scale.dtype)
+        return (grouped * self.weight_scale.unsqueeze(-1)).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out] in x's dtype."""
-        wants_gradient = torch.is_grad_enabled() and x.requires_grad
-        is_integer = self.activation != "float" and x.device.type == "cpu"
-        if not is_integer or wants_gradient or torch.compiler.is_compiling():
+        if not self.multiplies_integers(x):
             encoded = encoded_input(x, self.activation, self.k)
-            return F.linear(encoded, self.float_weight().to(x.dtype), self.bias)
-        counts = LAST.of(x, self.activation, self.k)
-        y = self._integer_product(counts)
-        if y.numel() <= BLOCK_ELEMENTS:
-            y = y.mul_(counts.unit)
-            y = y if self.bias is None else y.add_(self.bias)
-            return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
-        made = y if x.dtype == torch.float32 else torch.empty(y.shape, dtype=x.dtype)
-        for rows in row_blocks(*y.shape):
-            part = y[rows].mul_(counts.unit[rows])
-            if self.bias is not None:
-                part += self.bias
-            if made is not y:
-                made[rows] = part
-        return made.view(*x.shape[:-1], self.out_features)
+            return F.linear(encoded, self._float_weight_for(x), self.bias)
+        counts, bias = LAST_COUNTS.of(x, self.activation, self.k), self.bias
+        if bias is not None and bias.requires_grad and torch.is_grad_enabled():
+            return self._packed_weight().product(counts, None, x.dtype).view(*x.shape[:-1], -1) + bias
+        return self._packed_weight().product(counts, bias, x.dtype).view(*x.shape[:-1], -1)
 
-    def _integer_product(self, counts: Counts) -> Tensor:
-        """[M, out] float32: counts times weights, the products of a group added up as integers."""
-        low, packed = counts.low, self._packed_weight()
-        if len(low) == 1:
-            # oneDNN has no fast kernel of one row for some widths (100 times slower); two take no longer.
-            low = low.expand(2, -1).contiguous()
-        y = packed.few(low) if len(low) * packed.num_groups <= _FEW_ROWS else packed.many(low)
-        y = y[: len(counts.low)]
-        if counts.has_two_digits:
-            upper, lower = y.chunk(2)
-            y = upper.mul_(DIGIT).add_(lower)
-        if counts.rest is not None:
-            y += counts.rest @ self.float_weight(counts.columns).t()
-        return y
+    def multiplies_integers(self, x: Tensor) -> bool:
+        """Whether x meets the codes as whole numbers: on CPUs, unless its gradient is wanted."""
+        wants_gradient = x.requires_grad and torch.is_grad_enabled()
+        is_integer = self.activation != "float" and x.device.type == "cpu"
+        return is_integer and not wants_gradient and not torch.compiler.is_compiling()
 
-    def _packed_weight(self) -> _PackedWeight:
-        weight, scale = self.weight, self.weight_scale
-        key = (weight.data_ptr(), weight._version, scale.data_ptr(), scale._version)
-        if self._packed is None or self._packed[0] != key:
-            self._packed = (key, _PackedWeight(weight, scale.float()))
+    def version(self) -> tuple:
+        """Another one where a tensor has changed."""
+        weight, scale, bias = self.weight, self.weight_scale, self.bias
+        found = weight.data_ptr(), weight._version, scale.data_ptr(), scale._version
+        return found if bias is None else (*found, bias.data_ptr(), bias._version)
+
+    def _packed_weight(self) -> PackedWeight:
+        version = self.version()
+        if self._packed is None or self._packed[0] != version:
+            self._packed = (version, PackedWeight(self.weight, self.weight_scale))
         return self._packed[1]
 
+    def _float_weight_for(self, x: Tensor) -> Tensor:
+        if self.weight.numel() > _SMALL or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self.float_weight().to(x.dtype)
+        version = (*self.version(), x.dtype)
+        if self._float is None or self._float[0] != version:
+            self._float = (version, self.float_weight().to(x.dtype))
+        return self._float[1]
+
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_packed": None}  # what is packed is made anew, also in copies
+        # What is packed is made anew, also in copies.
+        return {**self.__dict__, "_packed": None, "_joint": None, "_float": None}
 
 
-_FEW_ROWS = 64
-"""Rows up to which a kernel takes about as long as for one, because it waits for weights."""
+_SMALL = 1 << 16
+"""Weights of a matrix that is kept as floats, too, where it reads floats: a gate's."""
 
 
-class _PackedWeight:
-    """Codes as the fastest exact kernel of this machine takes them, packed when they are first multiplied."""
+class _JointLinears:
+    """Linears that read the same, as one matrix."""
 
-    def __init__(self, codes_OI: Tensor, scale_ON: Tensor) -> None:
-        self._codes_OI = codes_OI
-        self.num_groups = scale_ON.shape[1]
-        self._scale_NO = scale_ON.t().contiguous()
-        self._whole: _PackedCodes | None = None
-        self._groups: list[_PackedCodes] | None = None
-
-    def few(self, counts_MI: Tensor) -> Tensor:
-        """[M, O]: every group in rows of its own, zeros elsewhere, so that weights are read once."""
-        if self._whole is None:
-            self._whole = _PackedCodes(self._codes_OI)
-        if self.num_groups == 1:
-            return self._whole.product(counts_MI, self._scale_NO[0])
-        M, N = len(counts_MI), self.num_groups
-        counts_MNS = counts_MI.view(M, N, -1)
-        apart_MNNS = counts_MNS.new_zeros(M, N, *counts_MNS.shape[1:])
-        apart_MNNS.diagonal(dim1=1, dim2=2).copy_(counts_MNS.transpose(1, 2))
-        sums_MNO = self._whole.product(apart_MNNS.view(M * N, -1), None).view(M, N, -1)
-        return (sums_MNO * self._scale_NO).sum(1)
-
-    def many(self, counts_MI: Tensor) -> Tensor:
-        """[M, O]: one group after the other."""
-        if self.num_groups == 1:
-            return self.few(counts_MI)
-        if self._groups is None:
-            self._groups = [_PackedCodes(part) for part in self._codes_OI.chunk(self.num_groups, dim=1)]
-        y = None
-        for part_MS, packed, scale_O in zip(
-            counts_MI.chunk(self.num_groups, dim=1), self._groups, self._scale_NO, strict=True
-        ):
-            y = packed.product(part_MS.contiguous(), scale_O, y)
-        assert y is not None
-        return y
+    def __init__(self, linears: Sequence[W8ASpikeLinear]) -> None:
+        codes = torch.cat([linear.weight for linear in linears])
+        self.packed = PackedWeight(codes, torch.cat([linear.weight_scale for linear in linears]))
+        self.sizes = [linear.out_features for linear in linears]
+        biases = [linear.bias for linear in linears]
+        self.bias = None
+        if any(bias is not None for bias in biases):
+            zeros = [torch.zeros(size) for size in self.sizes]
+            self.bias = torch.cat(
+                [zero if bias is None else bias.float() for zero, bias in zip(zeros, biases, strict=True)]
+            )
 
 
-class _PackedCodes:
-    """A matrix of codes for products with counts."""
-
-    def __init__(self, codes_OS: Tensor) -> None:
-        self.is_onednn = onednn_is_exact()
-        if self.is_onednn:
-            self.zeros_O = torch.zeros(len(codes_OS), dtype=torch.int32)
-            self.ones_O = torch.ones(len(codes_OS))
-            self.weight = torch.ops.onednn.qlinear_prepack(codes_OS.contiguous(), None)
-        else:
-            self.weight = codes_OS.contiguous().t()
-
-    def product(self, counts_MS: Tensor, scale_O: Tensor | None, y_MO: Tensor | None = None) -> Tensor:
-        """Add scale * (counts @ codes) to y, or begin one: float32, exact without a scale."""
-        if not self.is_onednn:
-            part = torch._int_mm(counts_MS, self.weight).float()
-            part = part if scale_O is None else part.mul_(scale_O)
-            return part if y_MO is None else y_MO.add_(part)
-        scale = self.ones_O if scale_O is None else scale_O
-        if y_MO is None:
-            return _onednn(counts_MS, self.weight, scale, self.zeros_O)
-        head = (counts_MS, 1.0, 0, self.weight, scale, self.zeros_O, y_MO, None, 1.0, 0, torch.float32)
-        return torch.ops.onednn.qlinear_pointwise.binary(*head, 1.0, 0, "sum", 1.0, "none", [], "")
+def joint_outputs(linears: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
+    """What each of some linears makes of the same [..., in]; few tokens meet INT8 weights in one product."""
+    found = [linear for linear in linears if type(linear) is W8ASpikeLinear and not _is_watched(linear)]
+    first = found[0] if found else None
+    if first is None or len(found) < len(linears) or x.numel() > FEW_TOKENS * first.in_features:
+        return [linear(x) for linear in linears]
+    kind = (first.activation, first.weight_scale.shape[1])
+    differ = any((linear.activation, linear.weight_scale.shape[1]) != kind for linear in found[1:])
+    if differ or torch.is_grad_enabled() or not first.multiplies_integers(x):
+        return [linear(x) for linear in linears]
+    versions = [linear.version() for linear in found]
+    if first._joint is None or first._joint[0] != versions:
+        first._joint = (versions, _JointLinears(found))
+    joint: _JointLinears = first._joint[1]
+    counts = LAST_COUNTS.of(x, first.activation, first.k)
+    y = joint.packed.product(counts, joint.bias, x.dtype)
+    return y.view(*x.shape[:-1], -1).split(joint.sizes, dim=-1)
 
 
-def _onednn(counts_MS: Tensor, packed: Tensor, scale_O: Tensor, zeros_O: Tensor) -> Tensor:
-    return torch.ops.onednn.qlinear_pointwise(
-        counts_MS, 1.0, 0, packed, scale_O, zeros_O, None, 1.0, 0, torch.float32, "none", [], ""
-    )
-
-
-@lru_cache(maxsize=1)
-def onednn_is_exact() -> bool:
-    """Whether oneDNN multiplies INT8 by INT8 here, and without cutting off sums as old vector units do."""
-    counts = torch.full((2, 128), LARGEST, dtype=torch.int8)
-    counts[1] = -LARGEST
-    codes = torch.full((16, 128), LARGEST, dtype=torch.int8)
-    codes[::2, 1::2] = -LARGEST
-    scale, zeros = torch.full((16,), 0.5), torch.zeros(16, dtype=torch.int32)
-    expected = (counts.float() @ codes.float().t()) * 0.5
-    try:
-        packed = torch.ops.onednn.qlinear_prepack(codes, None)
-        once = _onednn(counts, packed, scale, zeros)
-        head = (counts, 1.0, 0, packed, scale, zeros, once.clone(), None, 1.0, 0, torch.float32)
-        twice = torch.ops.onednn.qlinear_pointwise.binary(*head, 1.0, 0, "sum", 1.0, "none", [], "")
-        return torch.equal(once, expected) and torch.equal(twice, 2 * expected)
-    except (RuntimeError, AttributeError, TypeError):
-        return False
+def _is_watched(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 class W8ASpikeEmbedding(nn.Module):

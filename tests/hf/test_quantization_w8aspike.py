@@ -13,12 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from spikingbrain_train.hf import quantization_w8aspike as module
+from spikingbrain_train.hf import counts_w8aspike, products_w8aspike
+from spikingbrain_train.hf.kernels_w8aspike import Fbgemm, IntMM, Kernel, OneDnn, is_exact
 from spikingbrain_train.hf.quantization_w8aspike import (
     W8ASpikeEmbedding,
     W8ASpikeLinear,
     group_scales,
     int8_vectors,
+    joint_outputs,
     quantize_modules,
     round_weight,
 )
@@ -52,31 +54,104 @@ def expected(made: W8ASpikeLinear, x: Tensor, activation: str) -> Tensor:
     if activation == "spikes":
         wide = naive_spike_encoding(x.float(), K).double()
     elif activation != "float":
-        unit = (x.float().abs().amax(-1, keepdim=True) / (127 if activation == "int8" else 32384)).double()
-        wide = (wide / unit).round() * unit
+        # Divided in float32: in float64, one of some thousand 16-bit numbers is on the other side of a half.
+        unit = x.float().abs().amax(-1, keepdim=True) / (127 if activation == "int8" else 32384)
+        wide = (x.float() / unit).round().double() * unit.double()
     width = made.in_features // made.weight_scale.shape[1]
     weight = made.weight.double() * made.weight_scale.double().repeat_interleave(width, 1)
     return F.linear(wide, weight, None if made.bias is None else made.bias.double())
 
 
-@pytest.mark.parametrize("kernel", ["oneDNN", "torch._int_mm"])
+KERNELS = {
+    "oneDNN": OneDnn(127),
+    "oneDNN, 64": OneDnn(64),
+    "FBGEMM": Fbgemm(),
+    "torch._int_mm": IntMM(),
+}
+
+
+@pytest.fixture(params=KERNELS)
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    """Each kernel that is exact here, for few tokens and for many."""
+    found = KERNELS[request.param]
+    if not is_exact(found):
+        pytest.skip(f"{request.param} is not exact on this CPU, or not in this torch")
+    for module in (counts_w8aspike, products_w8aspike):
+        monkeypatch.setattr(module, "kernels", lambda: (found, found))
+    return found
+
+
+def test_kernels_that_cut_sums_off_are_found(kernel: Kernel) -> None:
+    """The largest sums of two, of sixteen and of 4096 products, against plain integers."""
+    for inputs in (2, 16, 4096):
+        digits = torch.full((5, inputs), kernel.largest)
+        digits[1] *= -1
+        digits[2, ::2] *= -1
+        codes = torch.full((24, inputs), 127, dtype=torch.int8)
+        codes[::2] *= -1
+        codes[::3, ::2] *= -1
+        packed = kernel.pack(codes, torch.ones(24))
+        found = kernel.product(kernel.digits(digits), packed)
+        assert torch.equal(found.double(), (digits @ codes.long().t()).float().double())
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 6, 700])
 @pytest.mark.parametrize("group_size", [32, 96, None, 128])
 @pytest.mark.parametrize("activation", ["spikes", "int8", "int16", "float"])
 def test_the_product_is_that_of_whole_numbers(
-    activation: str, group_size: int | None, kernel: str, monkeypatch: pytest.MonkeyPatch
+    activation: str, group_size: int | None, tokens: int, kernel: Kernel
 ) -> None:
-    if kernel == "oneDNN" and not module.onednn_is_exact():
-        pytest.skip("no exact INT8 kernel of oneDNN here")
-    if kernel != "oneDNN":
-        monkeypatch.setattr(module, "onednn_is_exact", lambda: False)
     torch.manual_seed(0)
-    made = quantized(nn.Linear(96, 40, bias=group_size == 32), group_size, activation)
-    x = inputs()
+    made = quantized(nn.Linear(96, 640, bias=group_size == 32), group_size, activation)
+    x = inputs()[1:] if tokens == 3 else inputs() if tokens == 6 else torch.randn(1, tokens, 96)
     with torch.no_grad():
         found = made(x)
     reference = expected(made, x, activation)
-    assert found.shape == (2, 3, 40) and found.dtype == torch.float32
+    assert found.shape == (*x.shape[:2], 640) and found.dtype == torch.float32
     assert (found - reference).abs().max() <= 2e-6 * reference.abs().max()
+
+
+def test_counts_of_any_size_are_split_into_digits(kernel: Kernel) -> None:
+    """One channel of 20,000 has all spikes of a token: 60,000 of them."""
+    made = quantized(nn.Linear(20_000, 3, bias=False), 5000, "spikes")
+    x = torch.zeros(7, 20_000)
+    x[:, 5] = torch.arange(1.0, 8.0)
+    with torch.no_grad():
+        for tokens in (1, 4, 7):
+            reference = expected(made, x[:tokens], "spikes")
+            assert (made(x[:tokens]) - reference).abs().max() <= 2e-6 * reference.abs().max()
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 9])
+@pytest.mark.parametrize("group_size", [32, None])
+def test_linears_that_read_the_same_give_what_each_gives(
+    group_size: int | None, tokens: int, kernel: Kernel
+) -> None:
+    torch.manual_seed(0)
+    linears = [nn.Linear(96, rows, bias=rows != 16) for rows in (40, 16, 24)]
+    made = [quantized(linear, group_size, "spikes") for linear in linears]
+    x = torch.randn(1, tokens, 96)
+    with torch.no_grad():
+        for _ in range(2):
+            for found, linear in zip(joint_outputs(made, x), made, strict=True):
+                assert torch.allclose(found, linear(x), rtol=0, atol=2e-6 * float(linear(x).abs().max()))
+            made[1].weight.copy_(-made[1].weight)  # seen at the next call
+            made[2].bias += 1
+        made[0].activation = "int8"
+        assert all(
+            torch.equal(found, linear(x)) for found, linear in zip(joint_outputs(made, x), made, strict=True)
+        )
+        read = []
+        handle = made[1].register_forward_hook(lambda *_: read.append(1))
+        joint_outputs(made, x)
+        handle.remove()
+    assert read == [1], "whoever watches one of them sees it called"
+
+
+def test_a_bias_is_trained_where_the_input_is_not() -> None:
+    made = quantized(nn.Linear(96, 40), 32, "spikes")
+    made(inputs()).sum().backward()
+    assert torch.equal(made.bias.grad, torch.full((40,), 6.0))
 
 
 @pytest.mark.parametrize("group_size", [32, None])
