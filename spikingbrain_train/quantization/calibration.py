@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from spikingbrain_train.hf.counts_w8aspike import encoded_input
 from spikingbrain_train.hf.quantization_w8aspike import (
-    Counts,
     W8ASpikeEmbedding,
     W8ASpikeLinear,
     quantized_linears,
@@ -60,19 +61,47 @@ class QuantizedLinear:
 
 
 class _Moments:
-    """Sum of x x' over the inputs x of one linear."""
+    """Sum of x x' over the inputs x of each linear of a layer; one for those that read the same.
 
-    def __init__(self, linear: nn.Linear, activation: str, k: float) -> None:
-        self.hessian = torch.zeros(linear.in_features, linear.in_features)
-        self._activation, self._k = activation, k
+    Args:
+        linears: name, linear and activation of each.
+        k: fineness of spikes.
+    """
 
-    def add(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def __init__(self, linears: Sequence[tuple[str, nn.Linear, str]], k: float) -> None:
+        self._linears, self._k = linears, k
+        self._hessians: dict[str, Tensor] = {}
+        self._read: dict[str, tuple[Tensor, str]] = {}
+
+    def of(self, name: str) -> Tensor:
+        """[I, I] float32; zeros of a linear that read nothing, as an expert without tokens."""
+        found = self._hessians.get(name)
+        if found is not None:
+            return found
+        width = next(linear.in_features for each, linear, _ in self._linears if each == name)
+        return torch.zeros(width, width)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Add up what the linears read meanwhile."""
+        with ExitStack() as hooks:
+            for name, linear, activation in self._linears:
+                hook = partial(self._add, name, activation)
+                hooks.callback(linear.register_forward_pre_hook(hook).remove)
+            yield
+        self._read.clear()
+
+    def _add(self, name: str, activation: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         x: Tensor = inputs[0]
-        if self._activation == FLOAT:
-            encoded = x.reshape(-1, x.shape[-1]).float()
-        else:
-            encoded = Counts(x, self._activation, self._k).values()
-        self.hessian += (encoded.T @ encoded).cpu()
+        same = next((other for other, (read, a) in self._read.items() if read is x and a == activation), None)
+        self._read[name] = (x, activation)
+        if same is not None:
+            self._hessians[name] = self._hessians[same]
+            return
+        encoded = encoded_input(x.float(), activation, self._k).flatten(0, -2)
+        moments = (encoded.T @ encoded).cpu()
+        found = self._hessians.get(name)
+        self._hessians[name] = moments if found is None else found.add_(moments)
 
 
 class _Stop(Exception):  # noqa: N818 - not an error: the first layer was reached
@@ -100,14 +129,12 @@ def quantize_layers(
     errors: list[LinearError] = []
     for number, layer in enumerate(layers):
         linears = list(quantized_linears(layer, settings))
-        moments = {name: _Moments(linear, activation, request.k) for name, linear, activation in linears}
-        with ExitStack() as hooks:
-            for name, linear, _ in linears:
-                hooks.callback(linear.register_forward_pre_hook(moments[name].add).remove)
-            for call in calls:
+        moments = _Moments(linears, request.k)
+        for call in calls:
+            with moments.watching():
                 call(layer)
         for name, linear, activation in linears:
-            made, error = _quantize(linear, activation, moments[name].hessian, request, number, name)
+            made, error = _quantize(linear, activation, moments.of(name), request, number, name)
             replace_module(layer, name, made.module)
             found.append(made)
             errors.append(error)
