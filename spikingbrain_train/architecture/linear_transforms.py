@@ -95,6 +95,10 @@ class LinearTransformKind(Kind):
         """
         return {}
 
+    def ahead_of(self, model: ModelConfig, stage: StageConfig, iteration: int) -> str:
+        """How an export after ``iteration`` steps is ahead of training, as a sentence; "" if it is not."""
+        return ""
+
     @abstractmethod
     def describe(self, model: ModelConfig) -> str:
         """A few words for plans and reports on what it does where: ``spikes with k 3 in front of qkv``."""

@@ -85,6 +85,16 @@ class Int8WeightsKind(LinearTransformKind):
         anneal_iters = stage.quantization_annealing.anneal_iters
         return {"share": min(1.0, iteration / anneal_iters) if anneal_iters else 1.0}
 
+    def ahead_of(self, model: ModelConfig, stage: StageConfig, iteration: int) -> str:
+        share = self.schedule(model, stage, iteration)["share"]
+        if share == 1.0:
+            return ""
+        return (
+            f"the checkpoint lies within stage.quantization_annealing, after {iteration} of "
+            f"{stage.quantization_annealing.anneal_iters} steps: its weights were {share:.0%} of the way to "
+            f"INT8 numbers, and the export multiplies by whole ones; --float-weights exports the parameters"
+        )
+
     def describe(self, model: ModelConfig) -> str:
         names = ", ".join(Projection(each).name for each in self.projections(model))
         stored = " with stored scales" if model.quantization.stored_scales else ""

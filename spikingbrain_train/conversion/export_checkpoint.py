@@ -24,7 +24,7 @@ from spikingbrain_train.conversion.megatron_source import check_tensors, read_mo
 from spikingbrain_train.conversion.parts import damage_in
 from spikingbrain_train.conversion.report import ConversionReport, describe_layers
 from spikingbrain_train.conversion.safetensors_io import SafetensorsFolder, TensorSpec
-from spikingbrain_train.conversion.scheduled_transforms import at_its_iteration
+from spikingbrain_train.conversion.scheduled_transforms import at_its_iteration, notes_on_schedules
 from spikingbrain_train.conversion.tokenizer_files import drop_tokenizer_code, keep_tokenizer_class
 from spikingbrain_train.conversion.weight_values import describe_damage
 from spikingbrain_train.conversion.work import Work
@@ -112,7 +112,7 @@ def export_checkpoint(
         f"the model {kind.words}, for which the format has no setting; the export computes without them"
         for kind in hf_format.leaves_out(model)
     ]
-    report.notes += hf_format.notes_on_export(model)
+    report.notes += [*hf_format.notes_on_export(model), *notes_on_schedules(model, folder)]
     for piece in pieces:
         report.count(piece.group, piece.origin, piece.numel)
     layout = SafetensorsFolder(specs, max_shard_size)
