@@ -27,6 +27,10 @@ class CheckpointError(SpikingBrainError):
     """A checkpoint is missing, truncated, of another architecture, or cannot be written."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint is not what was saved; an older one may be."""
+
+
 class NumericalError(SpikingBrainError):
     """A loss, a gradient or a weight is NaN or infinite: the run diverged, whatever its settings say."""
 

@@ -19,8 +19,8 @@ from spikingbrain_train.checkpoint.sharded_state import (
     state_to_fill,
 )
 from spikingbrain_train.checkpoint.torch_dist import load_shards
-from spikingbrain_train.config.run import RunConfig
-from spikingbrain_train.errors import CheckpointError, first_line
+from spikingbrain_train.config.run import RunConfig, Verification
+from spikingbrain_train.errors import CheckpointError, DamagedCheckpointError, first_line
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.planning.resume import (
     StoredRun,
@@ -80,31 +80,43 @@ def resume(folder: Path, state: RunState, config: RunConfig, groups: ProcessGrou
         The run as it was when it wrote that checkpoint.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, of another architecture, or of a run whose optimizer state
-            has another form.
+        DamagedCheckpointError: it is not what was saved; ``state`` may be filled in part.
+        CheckpointError: it is of another architecture, or of a run whose optimizer state has another form.
     """
     checkpoint = latest_checkpoint(folder, "output_dir")
     stored = read_stored_run(checkpoint)
     check_settings(stored, config)
     check_training_data(stored, config)
     same_topology = is_same_topology(stored, config, groups.world_size)
-    loaded = _load(state_to_fill(state, groups, same_topology=same_topology), checkpoint, "output_dir")
+    to_fill = state_to_fill(state, groups, same_topology=same_topology)
+    loaded = _load(to_fill, checkpoint, "output_dir", config.checkpoint.verification)
     fill_state(state, loaded, groups)
     if spoiled := first_not_finite_of_run(state.model, state.optimizer, groups):
-        raise CheckpointError(
+        raise DamagedCheckpointError(
             f"output_dir: the checkpoint {checkpoint} holds NaN or infinity ({spoiled}); "
             f"{_advice(checkpoint)}"
         )
     return stored
 
 
-def _load(sharded: dict[str, Any], checkpoint: Path, setting: str) -> dict[str, Any]:
+def _load(
+    sharded: dict[str, Any], checkpoint: Path, setting: str, verification: Verification = Verification.full
+) -> dict[str, Any]:
     try:
-        return load_shards(sharded, checkpoint)
+        return load_shards(sharded, checkpoint, verification)
     except CheckpointError as error:
-        raise CheckpointError(f"{setting}: {error}; {_advice(checkpoint)}") from error
-    except (CheckpointingException, OSError, RuntimeError, KeyError, EOFError) as error:
-        raise CheckpointError(
+        raise DamagedCheckpointError(f"{setting}: {error}; {_advice(checkpoint)}") from error
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError):  # of the storage, which says nothing of what was stored
+            raise CheckpointError(
+                f"{setting}: the checkpoint {checkpoint} cannot be read ({first_line(error)}); mend that and "
+                "start again"
+            ) from error
+        raise DamagedCheckpointError(
+            f"{setting}: the checkpoint {checkpoint} is damaged ({first_line(error)}); {_advice(checkpoint)}"
+        ) from error
+    except (CheckpointingException, RuntimeError, KeyError, EOFError) as error:
+        raise DamagedCheckpointError(
             f"{setting}: the checkpoint {checkpoint} cannot be read ({first_line(error)}); it is damaged or "
             f"of another architecture; {_advice(checkpoint)}"
         ) from error

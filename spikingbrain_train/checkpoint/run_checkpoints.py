@@ -5,25 +5,32 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
+from spikingbrain_train.checkpoint.host_copies import HostCopies
 from spikingbrain_train.checkpoint.loading import resume
 from spikingbrain_train.checkpoint.retention import prune_checkpoints
-from spikingbrain_train.checkpoint.saving import FilesBesideWeights, save_checkpoint
+from spikingbrain_train.checkpoint.saving import FilesBesideWeights, PendingSave
 from spikingbrain_train.checkpoint.sharded_state import RunState
-from spikingbrain_train.config.run import RunConfig
+from spikingbrain_train.config.run import OnDamage, RunConfig
 from spikingbrain_train.config.run_record import RunRecord
-from spikingbrain_train.errors import CheckpointError
+from spikingbrain_train.errors import CheckpointError, DamagedCheckpointError
 from spikingbrain_train.parallel.agreement import on_main_process
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.planning.file_checks import iteration_to_resume
 from spikingbrain_train.planning.resume import StoredRun
+from spikingbrain_train.planning.sound_checkpoint import newest_sound
 from spikingbrain_train.storage.checkpoint_folder import (
     CHECKPOINT_FOLDER,
     HF_SOURCE_FOLDER,
     LATEST_ITERATION_FILE,
     iteration_folder,
+    iteration_of,
     iterations,
     latest_checkpoint,
     latest_iteration,
+    newest_complete_iteration,
+    set_aside,
     set_aside_newer,
     set_latest_iteration,
 )
@@ -45,25 +52,44 @@ class RunCheckpoints:
         self._say = say
         self._loaded = _loaded_checkpoint(config)
         self._has_source = self._hf_source() is not None
+        self._pending: PendingSave | None = None
+        self._copies: HostCopies | None = None
 
     def are_resumed(self) -> bool:
         """Whether the run goes on from one of them. Points to the newest again where that word was lost.
+
+        Damaged ones are set aside where checkpoint.on_damage=previous says so.
 
         Raises:
             SpikingBrainError: what lies there and checkpoint.resume do not go together.
         """
         newest = iteration_to_resume(self.config)
-
-        def restore_lost_tracker() -> None:
-            if newest is not None and latest_iteration(self.folder) is None:
-                self._say(
-                    f"{self.folder} has lost its {LATEST_ITERATION_FILE}; going on from iteration {newest}, "
-                    "the newest complete one"
-                )
-                set_latest_iteration(self.folder, newest)
-
-        on_main_process(restore_lost_tracker, self.groups)
+        torch.distributed.barrier()  # all have looked before anything is renamed
+        on_main_process(self._settle, self.groups)
         return newest is not None
+
+    def _settle(self) -> None:
+        """Leave a folder whose newest checkpoint, by every sign, is the one to go on from."""
+        sound = newest_sound(self.folder, self.config.checkpoint.on_damage)
+        if sound.newest is None:
+            return
+        for damage in sound.damaged:
+            self._set_damaged_aside(damage.checkpoint, damage.reason)
+        try:
+            tracked = latest_iteration(self.folder)
+        except CheckpointError:  # and checkpoint.on_damage lets it be made anew
+            tracked = None
+        if tracked is None:
+            self._say(
+                f"{self.folder} has lost its {LATEST_ITERATION_FILE}; going on from iteration "
+                f"{sound.newest}, the newest complete one"
+            )
+        if tracked != sound.newest:
+            set_latest_iteration(self.folder, sound.newest)
+
+    def _set_damaged_aside(self, checkpoint: Path, reason: str) -> None:
+        kept = f", set aside as {set_aside(checkpoint, 'damaged').name}" if checkpoint.is_dir() else ""
+        self._say(f"warning: iteration {iteration_of(checkpoint)} is damaged{kept}: {reason}")
 
     def resume(self, state: RunState) -> StoredRun:
         """Fill ``state`` from the newest, and set aside those beyond it, which a user has gone back from.
@@ -72,27 +98,60 @@ class RunCheckpoints:
             The run as it was when it wrote that checkpoint.
 
         Raises:
-            CheckpointError: it is damaged, or of a run that this one cannot go on with.
+            DamagedCheckpointError: it is not what was saved and, where checkpoint.on_damage=previous, neither
+                is any other.
+            CheckpointError: it is of a run that this one cannot go on with.
         """
-        stored = resume(self.folder, state, self.config, self.groups)
+        while True:
+            try:
+                stored = resume(self.folder, state, self.config, self.groups)
+                break
+            except DamagedCheckpointError as error:
+                self._go_back(error)
 
-        def set_aside() -> None:
+        def set_aside_what_is_newer() -> None:
             for folder in set_aside_newer(self.folder, state.iteration):
                 self._say(f"set aside a checkpoint newer than iteration {state.iteration}: {folder}")
 
-        on_main_process(set_aside, self.groups)
+        on_main_process(set_aside_what_is_newer, self.groups)
         return stored
 
-    def save(self, state: RunState, record: RunRecord) -> Path:
-        """Write one of ``state``, and remove those that checkpoint.keep_last does not keep.
+    def _go_back(self, error: DamagedCheckpointError) -> None:
+        """Have the newest take the place of the one that ``error`` is about, or raise it."""
+        damaged = latest_checkpoint(self.folder, "output_dir")
+        is_last = newest_complete_iteration(self.folder, below=iteration_of(damaged)) is None
+        if self.config.checkpoint.on_damage is OnDamage.stop or is_last:
+            raise error
 
-        Returns:
-            Its folder.
+        def go_back() -> None:
+            self._set_damaged_aside(damaged, str(error))
+            older = newest_complete_iteration(self.folder, below=iteration_of(damaged))
+            assert older is not None
+            set_latest_iteration(self.folder, older)
+            self._settle()
+
+        torch.distributed.barrier()  # all have looked before anything is renamed
+        on_main_process(go_back, self.groups)
+
+    @property
+    def pending(self) -> int | None:
+        """The iteration that is still on its way to the disk, None where none is."""
+        return None if self._pending is None else self._pending.iteration
+
+    def is_working(self) -> bool:
+        """Whether this rank is still busy with the pending one; takes part in no collective."""
+        return self._pending is not None and self._pending.is_working()
+
+    def begin(self, state: RunState, record: RunRecord) -> None:
+        """Start to write one of ``state``, while none is pending.
+
+        With checkpoint.async_save the run may go on; without, :meth:`wait` has to come next.
 
         Raises:
             CheckpointError: it cannot be written; earlier checkpoints are untouched.
             NumericalError: a number in it is NaN or infinite; nothing is written.
         """
+        assert self._pending is None, f"iteration {self.pending} is still being written"
         source = self._hf_source()
         if source is None and self._has_source and self.groups.is_main_process:
             self._say(
@@ -100,9 +159,45 @@ class RunCheckpoints:
                 f"in {self.folder} or checkpoint.load has a {HF_SOURCE_FOLDER} any more"
             )
         self._has_source = source is not None
+        if self.config.checkpoint.async_save and self._copies is None:
+            self._copies = HostCopies(state.model, state.optimizer)
         beside = FilesBesideWeights(self.config, record, source)
-        folder = save_checkpoint(self.folder, state, beside, self.groups)
-        prune_checkpoints(self.folder, self.config.checkpoint.keep_last, self.groups)
+        self._pending = PendingSave.begin(self.folder, state, beside, self.groups, self._copies)
+
+    def advance(self) -> Path | None:
+        """Let the pending one go on, once no rank :meth:`is_working`.
+
+        Returns:
+            Its folder when it has become the newest and what
+            checkpoint.keep_last and keep_every do not keep is removed, None before.
+
+        Raises:
+            CheckpointError: it cannot be written; earlier checkpoints are untouched.
+        """
+        assert self._pending is not None, "no checkpoint is being written"
+        pending = self._pending
+        try:
+            folder = pending.advance()
+        except BaseException:
+            self._pending = None
+            raise
+        if folder is not None:
+            self._pending = None
+            keep = self.config.checkpoint
+            prune_checkpoints(self.folder, keep.keep_last, keep.keep_every, self.groups)
+        return folder
+
+    def wait(self) -> Path:
+        """Wait for the pending one.
+
+        Returns:
+            Its folder.
+
+        Raises:
+            CheckpointError: it cannot be written; earlier checkpoints are untouched.
+        """
+        while (folder := self.advance()) is None:
+            pass
         return folder
 
     def _hf_source(self) -> Path | None:

@@ -1,4 +1,4 @@
-"""Writing a checkpoint from all ranks: begin -> poll -> verify -> commit.
+"""Writing a checkpoint from all ranks: write -> verify -> commit, beside the training loop if need be.
 
 A checkpoint is written under a temporary name. When every rank is done, all of it is on the disk and its
 files are what they should be, it is renamed, and only then does ``latest_checkpointed_iteration.txt`` point
@@ -9,16 +9,19 @@ not finite is not saved.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from spikingbrain_train.checkpoint.background import BackgroundWork
 from spikingbrain_train.checkpoint.failures import failing_together
 from spikingbrain_train.checkpoint.finite_state import first_not_finite_of_run
+from spikingbrain_train.checkpoint.host_copies import HostCopies
 from spikingbrain_train.checkpoint.sharded_state import RunState, state_to_save
 from spikingbrain_train.checkpoint.torch_dist import ShardWriters
 from spikingbrain_train.checkpoint.verification import check_written, checksums_of_rank
@@ -67,36 +70,43 @@ class Phase(Enum):
     """How far a checkpoint is."""
 
     writing = "being written"
-    written = "written by all ranks"
-    verified = "verified"
+    verifying = "written by all ranks, and being read back"
+    committing = "verified, and being given its name"
     committed = "the newest"
     failed = "removed, because a rank failed"
 
 
 class PendingSave:
-    """A checkpoint on its way to the disk. All ranks call every method together.
+    """A checkpoint on its way to the disk. All ranks call every method together, but for :meth:`is_working`.
 
-    :meth:`begin` starts the writers, and :meth:`poll` says when all ranks are done without waiting for them;
-    then :meth:`verify` and :meth:`commit`. Whatever fails on whichever rank, and whenever, is raised on all
-    of them (see :func:`~spikingbrain_train.checkpoint.failures.failing_together`) and leaves what was there
-    before; after a process was killed, the next save removes what it had begun. One at a time.
+    :meth:`begin` starts the writers. What takes long is done by each rank for itself, in a thread; once no
+    rank :meth:`is_working`, :meth:`advance` lets all go on to the next phase. Whatever fails on whichever
+    rank, and whenever, is raised on all of them (see
+    :func:`~spikingbrain_train.checkpoint.failures.failing_together`) and leaves what was there before; after
+    a process was killed, the next save removes what it had begun. One at a time.
 
-    On a GPU the state is copied to the host by :meth:`begin`. On CPU it is not: the run must not go on until
-    :meth:`poll` says so.
+    On a GPU the state is copied to the host by :meth:`begin`, on CPU where ``copies`` are given. Without, the
+    run must not change it before the phase is another one than writing.
     """
 
     def __init__(self, folder: Path, iteration: int, groups: ProcessGroups) -> None:
         self.phase = Phase.writing
+        self.iteration = iteration
         self._folder = folder
-        self._iteration = iteration
         self._groups = groups
         self._final = iteration_folder(folder, iteration)
         self._temporary = incomplete_folder(self._final)
         self._writers: ShardWriters | None = None
+        self._work: BackgroundWork[Any] | None = None
 
     @classmethod
     def begin(
-        cls, folder: Path, state: RunState, beside: FilesBesideWeights, groups: ProcessGroups
+        cls,
+        folder: Path,
+        state: RunState,
+        beside: FilesBesideWeights,
+        groups: ProcessGroups,
+        copies: HostCopies | None = None,
     ) -> PendingSave:
         """Start writing ``<folder>/iter_<iteration>``.
 
@@ -105,6 +115,7 @@ class PendingSave:
             state: what to write.
             beside: what to write beside it.
             groups: process groups.
+            copies: lets the run go on while this is written; None where it waits.
 
         Raises:
             CheckpointError: the folder cannot be written, or the disk is full.
@@ -125,58 +136,64 @@ class PendingSave:
         with save._failing_together():
             sharded = state_to_save(state, groups)
         with save._failing_together():
-            save._writers = ShardWriters(sharded, save._temporary)
+            save._writers = ShardWriters(sharded, save._temporary, copies)
         with save._failing_together():
             if groups.is_main_process:
                 beside.write(save._temporary, state.model.model_config)
         assert save._writers is not None
-        save._writers.start()
+        save._work = BackgroundWork(save._writers.write)
         return save
 
-    def poll(self) -> bool:
-        """Whether all ranks have written their files; does not wait for those that have not.
+    def is_working(self) -> bool:
+        """Whether this rank still does its part of the phase; takes part in no collective."""
+        return self._work is not None and not self._work.is_done()
+
+    def advance(self) -> Path | None:
+        """Go on to the next phase; waits for ranks that are still working.
+
+        Returns:
+            Its folder when it is committed, None before.
 
         Raises:
-            CheckpointError: a rank could not.
+            CheckpointError: a rank could not write, read back or rename.
         """
-        if self._writers is None:
-            return True
-        working = torch.tensor([not self._writers.is_done()], dtype=torch.int, device=self._groups.device)
-        torch.distributed.all_reduce(working, op=torch.distributed.ReduceOp.MAX)
-        if working.item():
-            return False
+        assert self._work is not None, f"the checkpoint is {self.phase.value}"
+        {
+            Phase.writing: self._end_of_writing,
+            Phase.verifying: self._end_of_verifying,
+            Phase.committing: self._end_of_committing,
+        }[self.phase]()
+        return self._final if self.phase is Phase.committed else None
+
+    def wait(self) -> Path:
+        """Wait until it is committed.
+
+        Returns:
+            Its folder.
+
+        Raises:
+            CheckpointError: a rank could not write, read back or rename.
+        """
+        while (folder := self.advance()) is None:
+            pass
+        return folder
+
+    def _end_of_writing(self) -> None:
+        """All files of all ranks are there; each rank reads its own back."""
         with self._failing_together():
-            self._writers.raise_failure()
+            assert self._work is not None and self._writers is not None
+            self._work.result()
         with self._failing_together():
             self._writers.finish()
         self._writers = None  # and with it copies of the state
-        self.phase = Phase.written
-        return True
+        self._start(Phase.verifying, lambda: checksums_of_rank(self._temporary))
 
-    def wait(self) -> None:
-        """Wait until all ranks have written their files.
-
-        Raises:
-            CheckpointError: a rank could not.
-        """
-        if self._writers is not None:
-            self._writers.join()
-        is_done = self.poll()
-        assert is_done, "a rank polls while others wait"
-
-    def verify(self) -> None:
-        """Read back what was written.
-
-        Every rank reads its own files, whose checksums become the manifest; then the main process finds the
-        files of all ranks in full.
-
-        Raises:
-            CheckpointError: a file cannot be read, is missing, or is not as long as what was written.
-        """
-        self._expect(Phase.written)
+    def _end_of_verifying(self) -> None:
+        """Their checksums become the manifest, and the main process finds the files of all ranks in full."""
         checksums: dict[str, Parts] = {}
         with self._failing_together():
-            checksums = checksums_of_rank(self._temporary)
+            assert self._work is not None
+            checksums = self._work.result()
         is_main, world_size = self._groups.is_main_process, self._groups.world_size
         gathered: list[dict[str, Parts]] | None = [{}] * world_size if is_main else None
         torch.distributed.gather_object(checksums, gathered)
@@ -185,33 +202,28 @@ class PendingSave:
                 every = {name: parts for of_rank in gathered for name, parts in of_rank.items()}
                 write_manifest(self._temporary, every)
                 check_written(self._temporary)
-        self.phase = Phase.verified
+        self._start(Phase.committing, self._commit if is_main else lambda: None)
 
-    def commit(self) -> Path:
+    def _commit(self) -> None:
         """Make it the newest checkpoint of the run; a folder of the same name is set aside.
 
         A run saves an iteration once. Were the same one the newest already, a process killed between the two
         renames would leave it under its other name only.
-
-        Returns:
-            Its folder.
-
-        Raises:
-            CheckpointError: the disk fails.
         """
-        self._expect(Phase.verified)
-        with self._failing_together():
-            if self._groups.is_main_process:
-                sync_tree(self._temporary)
-                if self._final.exists():  # of another life of this run: only who wrote it may remove it
-                    set_aside(self._final)
-                rename_durably(self._temporary, self._final)
-                set_latest_iteration(self._folder, self._iteration)
-        self.phase = Phase.committed
-        return self._final
+        sync_tree(self._temporary)
+        if self._final.exists():  # of another life of this run: only who wrote it may remove it
+            set_aside(self._final)
+        rename_durably(self._temporary, self._final)
+        set_latest_iteration(self._folder, self.iteration)
 
-    def _expect(self, phase: Phase) -> None:
-        assert self.phase is phase, f"the checkpoint is {self.phase.value}, not yet or no more {phase.value}"
+    def _end_of_committing(self) -> None:
+        with self._failing_together():
+            assert self._work is not None
+            self._work.result()
+        self._work, self.phase = None, Phase.committed
+
+    def _start(self, phase: Phase, work: Callable[[], Any]) -> None:
+        self.phase, self._work = phase, BackgroundWork(work)
 
     @contextmanager
     def _failing_together(self) -> Iterator[None]:
@@ -219,7 +231,7 @@ class PendingSave:
             with failing_together(self._temporary, self._groups):
                 yield
         except BaseException:
-            self.phase, self._writers = Phase.failed, None
+            self.phase, self._writers, self._work = Phase.failed, None, None
             raise
 
 
@@ -233,7 +245,4 @@ def save_checkpoint(folder: Path, state: RunState, beside: FilesBesideWeights, g
         CheckpointError: the folder cannot be written or the disk is full; earlier checkpoints are untouched.
         NumericalError: a weight, a main weight or an optimizer moment is NaN or infinite; nothing is written.
     """
-    save = PendingSave.begin(folder, state, beside, groups)
-    save.wait()
-    save.verify()
-    return save.commit()
+    return PendingSave.begin(folder, state, beside, groups).wait()

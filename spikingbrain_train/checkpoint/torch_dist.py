@@ -1,7 +1,7 @@
 """Shards in megatron-core's ``torch_dist`` format, written and read by all ranks together.
 
 Writing has two ends, between which the ranks are free: :class:`ShardWriters` plans it together, writes this
-rank's files in a thread of its own, and finishes together. What differs between versions of megatron-core
+rank's files without the others, and finishes together. What differs between versions of megatron-core
 stands in runtime/megatron_versions.py.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,9 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
+from spikingbrain_train.checkpoint.host_copies import HostCopies
 from spikingbrain_train.checkpoint.verification import check_contents, check_whole_files
+from spikingbrain_train.config.run import Verification
 from spikingbrain_train.runtime.checkpoint_metadata import (
     COMMON_STATE_FILE,
     check_shards_are_whole,
@@ -49,62 +50,48 @@ class FailedOnRank(RuntimeError):
 class ShardWriters:
     """The files of one checkpoint that this rank writes.
 
-    Made and finished by all ranks together, one checkpoint at a time; the thread between takes part in no
+    Made and finished by all ranks together, one checkpoint at a time; :meth:`write` between takes part in no
     collective. What it runs is megatron-core's, as runtime/shard_writers.py has patched it.
 
-    On a GPU all that is written is copied to the host here. On CPU it is written from where it lies: nothing
-    may change it before :meth:`is_done`.
+    On a GPU all that is written is copied to the host here. On CPU it is written from where it lies, and
+    nothing may change it before :meth:`write` returns, unless ``copies`` are given.
 
     Args:
         sharded: sharded tensors, and plain values that are the same on every rank.
         folder: an existing, empty folder.
+        copies: takes them of what lies on the CPU.
 
     Raises:
         FailedOnRank, FailedElsewhere, CheckpointingException, OSError: from torch, megatron-core and the file
             system.
     """
 
-    def __init__(self, sharded: dict[str, Any], folder: Path) -> None:
+    def __init__(self, sharded: dict[str, Any], folder: Path, copies: HostCopies | None = None) -> None:
         from megatron.core import dist_checkpointing
 
         self._folder = folder
-        self._error: Exception | None = None
-        self._thread: threading.Thread | None = None
         _forget_results_of_failed_saves()
         with _torch_failures_as_exceptions():
             self._request = dist_checkpointing.save(
                 sharded, str(folder), async_sharded_save=True, **OPTIONS_OF_SAVING
             )
         self._arguments = list(self._request.async_fn_args)
+        if self._request.async_fn is None:  # this rank has nothing to write
+            return
         if self._request.preload_fn is not None:
             self._arguments[1] = self._request.preload_fn()  # instead of the tensors: copies on the host
+        if copies is not None:
+            self._arguments[1] = copies.of(self._arguments[1])
 
-    def start(self) -> None:
-        """Let this rank's files be written; returns at once."""
-        # A daemon: a run that ends by an error does not wait for the disk.
-        self._thread = threading.Thread(target=self._write, name="checkpoint", daemon=True)
-        self._thread.start()
+    def write(self) -> None:
+        """Write this rank's files.
 
-    def _write(self) -> None:
-        try:
-            if self._request.async_fn is not None:  # None where this rank has nothing to write
-                self._request.async_fn(*self._arguments, **self._request.async_fn_kwargs)
-        except Exception as error:  # for :meth:`raise_failure`, where somebody sees it
-            self._error = error
-
-    def is_done(self) -> bool:
-        """Whether this rank's files are written, or could not be."""
-        return self._thread is not None and not self._thread.is_alive()
-
-    def join(self) -> None:
-        """Wait for :meth:`is_done`."""
-        assert self._thread is not None, "the writers have not been started"
-        self._thread.join()
-
-    def raise_failure(self) -> None:
-        """Raise what ended this rank's writers before they could report it to megatron-core, if anything."""
-        if self._error is not None:
-            raise self._error
+        Raises:
+            Exception: what ends the writers before they could report it to megatron-core, which raises the
+                rest in :meth:`finish`.
+        """
+        if self._request.async_fn is not None:
+            self._request.async_fn(*self._arguments, **self._request.async_fn_kwargs)
 
     def finish(self) -> None:
         """Write ``.metadata`` and what else belongs to all ranks; a collective, when all of them are done.
@@ -136,7 +123,9 @@ def _forget_results_of_failed_saves() -> None:
                 results.get_nowait()
 
 
-def load_shards(sharded: dict[str, Any], folder: Path) -> dict[str, Any]:
+def load_shards(
+    sharded: dict[str, Any], folder: Path, verification: Verification = Verification.full
+) -> dict[str, Any]:
     """Read a ``torch_dist`` checkpoint that any supported version wrote, on all ranks.
 
     The folder may come from anywhere: what is pickled in it is read with unpicklers that run none of its
@@ -145,6 +134,7 @@ def load_shards(sharded: dict[str, Any], folder: Path) -> dict[str, Any]:
     Args:
         sharded: which shards to read; their tensors are filled in place.
         folder: the folder that holds ``metadata.json``.
+        verification: whether what is read is held to its checksums first.
 
     Returns:
         The loaded tensors under the same keys, and the plain values that were saved.
@@ -160,7 +150,8 @@ def load_shards(sharded: dict[str, Any], folder: Path) -> dict[str, Any]:
     check_whole_files(folder)
     metadata = read_metadata(folder)  # refuses what megatron-core would unpickle as it is
     check_shards_are_whole(metadata, folder)
-    check_contents(metadata, folder, sharded)
+    if verification is Verification.full:
+        check_contents(metadata, folder, sharded)
     options: dict[str, Any] = {}
     if COMMON_STATE_IN_FILE:
         from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy

@@ -176,6 +176,33 @@ class Resume(str, Enum):
     """Refuse to start where checkpoints already lie."""
 
 
+class WhileSaving(str, Enum):
+    """What a run does when a checkpoint is due and the one before is still on its way to the disk."""
+
+    wait = "wait"
+    """Wait until that one is complete, then save."""
+    skip = "skip"
+    """Say so and go on; the next one is due after another save_interval."""
+
+
+class OnDamage(str, Enum):
+    """What a run does when the checkpoint that it would go on from is not what was saved."""
+
+    stop = "stop"
+    """End with a sentence that names the file, and the newest older checkpoint that is complete."""
+    previous = "previous"
+    """Say so, rename it to ``iter_*.damaged``, and go on from the newest one that is whole."""
+
+
+class Verification(str, Enum):
+    """What of a checkpoint is looked at before a run goes on from it."""
+
+    full = "full"
+    """Every byte that is read is held to its checksum."""
+    fast = "fast"
+    """Sizes of all files, and the contents of small ones."""
+
+
 @dataclass
 class CheckpointConfig:
     """Where weights come from and where they go."""
@@ -186,8 +213,20 @@ class CheckpointConfig:
     """What happens to checkpoints that this run has already written to its output_dir."""
     save_interval: int = setting(1000, minimum=1, resume=FREE)
     """Steps between checkpoints; one is always written at the end."""
+    async_save: bool = setting(False, resume=FREE)
+    """Go on training while a checkpoint is written: steps stand still only until its numbers are copied to
+    host memory, which has to hold them a second time. The last one is waited for."""
+    while_saving: WhileSaving = setting(WhileSaving.wait, resume=FREE)
+    """With async_save: what happens when a checkpoint is due while the one before is being written."""
     keep_last: int | None = setting(None, minimum=1, resume=FREE)
     """How many of this run's checkpoints to keep; null keeps all."""
+    keep_every: int | None = setting(None, minimum=1, resume=FREE)
+    """Checkpoints of iterations that this number divides are kept beside the keep_last newest; null keeps
+    none of them."""
+    verification: Verification = setting(Verification.full, resume=FREE)
+    """What is looked at before the run goes on from one of its checkpoints."""
+    on_damage: OnDamage = setting(OnDamage.stop, resume=FREE)
+    """What happens when the newest one is damaged."""
 
 
 class WandbMode(str, Enum):

@@ -19,13 +19,12 @@ from spikingbrain_train.planning.resume import (
     check_training_data,
     run_to_resume,
 )
+from spikingbrain_train.planning.sound_checkpoint import newest_sound
 from spikingbrain_train.planning.stages.registry import kind_of
 from spikingbrain_train.storage.checkpoint_folder import (
     CHECKPOINT_FOLDER,
     iterations,
     latest_checkpoint,
-    latest_iteration,
-    newest_iteration,
 )
 from spikingbrain_train.storage.loss_mask_format import read_loss_positions
 from spikingbrain_train.storage.run_lock import check_not_in_use
@@ -171,8 +170,7 @@ def check_own_checkpoints(config: RunConfig) -> None:
                 f"{setting} is {output}, where this run with output_dir={config.output_dir} would write "
                 f"over what it starts from; choose another output_dir"
             )
-    if iteration_to_resume(config) is not None and latest_iteration(output) is not None:
-        latest_checkpoint(output, "output_dir")
+    iteration_to_resume(config)
 
 
 def iteration_to_resume(config: RunConfig) -> int | None:
@@ -182,17 +180,16 @@ def iteration_to_resume(config: RunConfig) -> int | None:
 
     Raises:
         ConfigurationError: there are checkpoints and checkpoint.resume=never.
-        CheckpointError: there are none and checkpoint.resume=must, or none of them is complete.
+        CheckpointError: there are none and checkpoint.resume=must, or what checkpoint.on_damage leaves to go
+            on from is damaged.
     """
     checkpoints, resume = Path(config.output_dir) / CHECKPOINT_FOLDER, config.checkpoint.resume
-    tracked = latest_iteration(checkpoints)
-    found = iterations(checkpoints) if tracked is None else [tracked]
-    if resume is Resume.never and found:
+    if resume is Resume.never and (found := iterations(checkpoints)):
         raise ConfigurationError(
             f"output_dir={config.output_dir} already holds iteration {found[-1]} and "
             "checkpoint.resume=never; choose another output_dir, or checkpoint.resume=auto to go on from it"
         )
-    newest = newest_iteration(checkpoints)
+    newest = newest_sound(checkpoints, config.checkpoint.on_damage).newest
     if resume is Resume.must and newest is None:
         raise CheckpointError(
             f"output_dir={config.output_dir} holds no checkpoint and checkpoint.resume=must; "

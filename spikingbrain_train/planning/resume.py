@@ -24,12 +24,12 @@ from spikingbrain_train.config.run_record import (
 from spikingbrain_train.config.setting import OTHER_ORDER, OnChange, Role, decisions, leaves
 from spikingbrain_train.config.shown import shown
 from spikingbrain_train.errors import CheckpointError
+from spikingbrain_train.planning.sound_checkpoint import newest_sound
 from spikingbrain_train.storage.checkpoint_folder import (
     CHECKPOINT_FOLDER,
     RUN_CONFIG_FILE,
     iteration_folder,
     iteration_of,
-    newest_iteration,
 )
 
 
@@ -79,7 +79,9 @@ def run_to_resume(config: RunConfig) -> StoredRun | None:
         CheckpointError: what lies in its output_dir is damaged.
     """
     checkpoints = Path(config.output_dir) / CHECKPOINT_FOLDER
-    newest = None if config.checkpoint.resume is Resume.never else newest_iteration(checkpoints)
+    if config.checkpoint.resume is Resume.never:
+        return None
+    newest = newest_sound(checkpoints, config.checkpoint.on_damage).newest
     return None if newest is None else read_stored_run(iteration_folder(checkpoints, newest))
 
 

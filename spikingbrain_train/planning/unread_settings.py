@@ -76,6 +76,11 @@ _NEEDS = (
         lambda run: "logging.wandb is disabled; choose logging=wandb_offline or wandb_online",
     ),
     _Needs(
+        ("checkpoint.while_saving",),
+        lambda run: run.checkpoint.async_save,
+        lambda run: "checkpoint.async_save is false, so a run always waits for its checkpoints",
+    ),
+    _Needs(
         ("data.train_weights",),
         lambda run: len(run.data.train) > 1,
         lambda run: "data.train names no two datasets to blend",

@@ -6,8 +6,9 @@
 <folder>/iter_0000100/run_record.json           its ranks and fingerprints of its tokens (training only)
 <folder>/iter_0000100/hf_source/                configuration and tokenizer of the Hugging Face source
 <folder>/iter_0000100/.metadata, *.distcp, ...  weights in megatron-core's torch_dist format
-<folder>/iter_0000100/manifest.json             checksums of those
+<folder>/iter_0000100/manifest.json             checksums of those, and of what lies beside
 <folder>/iter_0000100.superseded                left behind by a run that went on from an older one
+<folder>/iter_0000100.damaged                   left behind by a run with checkpoint.on_damage=previous
 <folder>/.iter_0000100.incomplete               being written, or left by a run that was killed
 """
 
@@ -97,6 +98,13 @@ def is_complete(checkpoint: Path) -> bool:
     return all((checkpoint / needed).is_file() for needed in _NEEDED)
 
 
+def check_is_whole(checkpoint: Path) -> None:
+    """Raise :class:`CheckpointError` where a file is missing without which nothing can be read."""
+    for needed in _NEEDED:
+        if not (checkpoint / needed).is_file():
+            raise CheckpointError(f"{checkpoint / needed} is missing; copy the checkpoint again")
+
+
 def newest_complete_iteration(folder: str | Path, below: int | None = None) -> int | None:
     """The newest iteration (older than ``below``) whose folder is complete, or None."""
     for iteration in reversed(iterations(folder)):
@@ -131,16 +139,20 @@ def set_latest_iteration(folder: str | Path, iteration: int) -> None:
     write_text_durably(Path(folder) / LATEST_ITERATION_FILE, f"{iteration}\n")
 
 
-def set_aside(checkpoint: Path) -> Path:
+def set_aside(checkpoint: Path, why: str = "superseded") -> Path:
     """Rename a checkpoint that another one takes the place of, so that it stays and is no longer counted.
+
+    Args:
+        checkpoint: its folder.
+        why: what its name ends with from now on.
 
     Returns:
         Its new name.
     """
-    number, name = 1, f"{checkpoint.name}.superseded"
+    number, name = 1, f"{checkpoint.name}.{why}"
     while checkpoint.with_name(name).exists():
         number += 1
-        name = f"{checkpoint.name}.superseded-{number}"
+        name = f"{checkpoint.name}.{why}-{number}"
     rename_durably(checkpoint, checkpoint.with_name(name))
     return checkpoint.with_name(name)
 

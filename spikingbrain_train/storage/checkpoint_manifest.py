@@ -2,8 +2,10 @@
 
 A part is what is read at once: one chunk of a tensor in a ``.distcp`` file; other files are one part. So a
 reader checks what it reads and no more, at the speed of CRC-32 (above 1 GB/s on one core). A flipped bit, a
-hole of zeros and a file of another save all show. Checkpoints without a manifest (of Megatron-LM, or older
-than manifests) are read unchecked. Reads plain files: torch is not needed.
+hole of zeros and a file of another save all show. What lies beside the weights (configuration, tokenizer) is
+listed apart: the run that goes on from it holds it to its checksum, all others take it as it is. Checkpoints
+without a manifest (of Megatron-LM, or older than manifests) are read unchecked. Reads plain files:
+torch is not needed.
 """
 
 from __future__ import annotations
@@ -50,9 +52,25 @@ def _crc32(path: Path, offset: int, length: int) -> int:
 
 
 def write_manifest(folder: Path, files: Mapping[str, Parts]) -> None:
-    """Write the manifest of a complete checkpoint folder; ``files`` maps names to their parts."""
-    content = {"version": _VERSION, "files": {name: files[name] for name in sorted(files)}}
+    """Write the manifest of a complete checkpoint folder.
+
+    Args:
+        folder: of the checkpoint.
+        files: names of the files that hold weights, and their parts; all others are read here.
+    """
+    beside = {name: checksums(folder / name)[0][1:] for name in _files(folder) if name not in files}
+    content = {
+        "version": _VERSION,
+        "files": {name: files[name] for name in sorted(files)},
+        "beside": beside,
+    }
     write_text_durably(folder / MANIFEST_FILE, json.dumps(content, separators=(",", ":")) + "\n")
+
+
+def _files(folder: Path) -> list[str]:
+    """Names of all files below a folder; a link is no file of the checkpoint, nor is the manifest."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    return sorted({path.relative_to(folder).as_posix() for path in paths} - {MANIFEST_FILE})
 
 
 @dataclass(frozen=True)
@@ -61,7 +79,9 @@ class Manifest:
 
     folder: Path
     files: Mapping[str, Mapping[int, tuple[int, int]]]
-    """Name -> offset of a part -> (bytes, CRC-32)."""
+    """Name -> offset of a part -> (bytes, CRC-32); what holds weights."""
+    beside: Mapping[str, tuple[int, int]]
+    """Path -> (bytes, CRC-32) of what lies beside the weights."""
 
     def check_sizes(self) -> None:
         """Raise :class:`CheckpointError` where a file is missing or shorter or longer than it was."""
@@ -73,6 +93,17 @@ class Manifest:
             if found != saved:
                 raise CheckpointError(
                     f"{path} is damaged: it has {found} bytes of {saved}; copy the checkpoint again"
+                )
+
+    def check_beside(self) -> None:
+        """Raise :class:`CheckpointError` where a file beside the weights is missing or not what was saved."""
+        for name, (length, crc32) in self.beside.items():
+            path = self.folder / name
+            if not path.is_file():
+                raise CheckpointError(f"{path} is missing; copy the checkpoint again")
+            if path.stat().st_size != length or _crc32(path, 0, length) != crc32:
+                raise CheckpointError(
+                    f"{path} is damaged, or was changed since it was saved; copy the checkpoint again"
                 )
 
     def check_file(self, name: str) -> None:
@@ -114,6 +145,9 @@ def read_manifest(folder: Path) -> Manifest | None:
             str(name): {int(offset): (int(length), int(crc)) for offset, length, crc in parts}
             for name, parts in files.items()
         }
+        beside = {
+            str(name): (int(length), int(crc)) for name, (length, crc) in content.get("beside", {}).items()
+        }
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, KeyError, AttributeError):
@@ -122,6 +156,8 @@ def read_manifest(folder: Path) -> Manifest | None:
         raise CheckpointError(
             f"{path} has version {version}, which this version of the project does not know; update it"
         )
-    if any(Path(name).name != name for name in parsed):
+    inside = [Path(name).name == name for name in parsed]
+    inside += [not Path(name).is_absolute() and ".." not in Path(name).parts for name in beside]
+    if not all(inside):
         raise CheckpointError(f"{path} points outside of its folder; copy the checkpoint again")
-    return Manifest(folder, parsed)
+    return Manifest(folder, parsed, beside)

@@ -11,7 +11,5 @@ from spikingbrain_train.checkpoint.torch_dist import ShardWriters
 def save_shards(sharded: dict[str, Any], folder: Path) -> None:
     """Write a checkpoint's shards from all ranks, and wait for it."""
     writers = ShardWriters(sharded, folder)
-    writers.start()
-    writers.join()
-    writers.raise_failure()
+    writers.write()
     writers.finish()

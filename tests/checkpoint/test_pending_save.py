@@ -1,4 +1,4 @@
-"""begin -> poll -> verify -> commit: whatever fails, and when, the old checkpoint or the new one is there."""
+"""write -> verify -> commit: whatever fails, and when, the old checkpoint or the new one is there."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from spikingbrain_train.checkpoint import saving, torch_dist
+from spikingbrain_train.checkpoint.host_copies import HostCopies
 from spikingbrain_train.checkpoint.saving import FilesBesideWeights, PendingSave, Phase, save_checkpoint
 from spikingbrain_train.checkpoint.torch_dist import load_shards
 from spikingbrain_train.config.parallel import ParallelConfig
@@ -59,6 +60,12 @@ class _Stage:
     def named_parameters(self):
         return [("weight", self.weight)]
 
+    def parameters(self):
+        return [self.weight]
+
+    def buffers(self):
+        return []
+
     def sharded_state_dict(self, *, metadata):
         from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
@@ -93,7 +100,7 @@ def _check_newest(groups: ProcessGroups, folder: Path, iteration: int) -> None:
 
 
 def _watch_the_phases(groups: ProcessGroups, folder: Path) -> list[bool]:
-    """Rank 1 is slow; returns what polling has said."""
+    """Rank 1 is slow, and the state changes while it writes; returns whether this rank was still working."""
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     save_checkpoint(folder, _state(groups, 2), BESIDE, groups)
@@ -106,40 +113,35 @@ def _watch_the_phases(groups: ProcessGroups, folder: Path) -> list[bool]:
 
     if groups.rank == 1:
         filesystem_async._write_item = write_when_told
-    answers = []
+    state, working = _state(groups, 4), []
     try:
-        save = PendingSave.begin(folder, _state(groups, 4), BESIDE, groups)
-        answers += [save.poll(), save.poll()]
+        save = PendingSave.begin(folder, state, BESIDE, groups, HostCopies(state.model, state.optimizer))
+        state.model.weight.fill_(-1)  # as a step would
+        working.append(groups.rank == 1 and save.is_working())
         assert save.phase is Phase.writing and iterations(folder) == [2]
-        with pytest.raises(AssertionError, match="is being written, not yet or no more written"):
-            save.verify()
         torch.distributed.barrier()
         may_write.set()
-        save.wait()
+        assert save.advance() is None
     finally:
         filesystem_async._write_item = write_item
-    answers.append(save.poll())
-    assert save.phase is Phase.written
-    with pytest.raises(AssertionError, match="not yet or no more verified"):
-        save.commit()
-    torch.distributed.barrier()
     temporary = incomplete_folder(iteration_folder(folder, 4))
-    assert not (temporary / MANIFEST_FILE).exists()
-    torch.distributed.barrier()
-    save.verify()
-    assert save.phase is Phase.verified and (temporary / MANIFEST_FILE).is_file()
+    assert save.phase is Phase.verifying and not (temporary / MANIFEST_FILE).exists()
     _check_newest(groups, folder, 2)
-    assert save.commit() == iteration_folder(folder, 4)
-    assert save.phase is Phase.committed
+    assert save.advance() is None
+    assert save.phase is Phase.committing and latest_iteration(folder) in (2, 4)
+    assert save.advance() == iteration_folder(folder, 4)
+    assert save.phase is Phase.committed and not save.is_working()
     _check_newest(groups, folder, 4)
-    return answers
+    with pytest.raises(AssertionError, match="the checkpoint is the newest"):
+        save.advance()
+    return working
 
 
-def test_polling_does_not_wait_and_the_old_checkpoint_is_in_force_until_the_new_one_is_committed(
+def test_a_run_goes_on_while_its_copies_are_written_and_the_old_checkpoint_is_in_force_until_they_are(
     ranks: RankPool, tmp_path: Path
 ) -> None:
-    answers = ranks.run(_watch_the_phases, tmp_path, world_size=2, parallel=PARALLEL)
-    assert answers == [[False, False, True]] * 2
+    working = ranks.run(_watch_the_phases, tmp_path, world_size=2, parallel=PARALLEL)
+    assert working == [[False], [True]]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "iter_0000002",
         "iter_0000004",
@@ -208,13 +210,13 @@ FAILURES: dict[str, tuple[int, Callable[[], Any], str]] = {
         lambda: _replaced(saving, "save_config", _raising(FULL_DISK)),
         "cannot be written (rank 0: [Errno 28] No space left on device); free space",
     ),
-    "poll: the disk is full for a rank": (1, _full_disk_while_writing, "cannot be written (rank 1: "),
-    "poll: the writers of a rank die": (
+    "write: the disk is full for a rank": (1, _full_disk_while_writing, "cannot be written (rank 1: "),
+    "write: the writers of a rank die": (
         1,
         lambda: _replaced(
             torch_dist.ShardWriters,
-            "_write",
-            lambda self: setattr(self, "_error", RuntimeError("a writer is gone")),
+            "write",
+            _raising(RuntimeError("a writer is gone")),
         ),
         "a writer is gone",
     ),
@@ -318,10 +320,10 @@ class _Killed(BaseException):
 # Up to which function a save has come, and what it leaves of iteration 4.
 CRASHES: dict[str, tuple[Any, str, list[str]]] = {
     "before it writes files": (saving, "ShardWriters", [".iter_0000004.incomplete"]),
-    "when this rank's files are written": (PendingSave, "poll", [".iter_0000004.incomplete"]),
+    "when this rank's files are written": (PendingSave, "_end_of_writing", [".iter_0000004.incomplete"]),
     "before it is verified": (saving, "checksums_of_rank", [".iter_0000004.incomplete"]),
     "before the manifest": (saving, "write_manifest", [".iter_0000004.incomplete"]),
-    "before it is committed": (PendingSave, "commit", [".iter_0000004.incomplete"]),
+    "before it is committed": (PendingSave, "_commit", [".iter_0000004.incomplete"]),
     "before it is renamed": (saving, "rename_durably", [".iter_0000004.incomplete"]),
     "between the name and the pointer": (saving, "set_latest_iteration", ["iter_0000004"]),
 }

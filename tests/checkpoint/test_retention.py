@@ -33,16 +33,23 @@ def _left(folder: Path) -> list[str]:
     [(None, ["02", "04", "06", "08"]), (9, ["02", "04", "06", "08"]), (2, ["06", "08"]), (1, ["08"])],
 )
 def test_the_newest_stay_and_what_was_set_aside(folder: Path, keep_last: int | None, left: list[str]) -> None:
-    prune_checkpoints(folder, keep_last, MAIN)
+    prune_checkpoints(folder, keep_last, None, MAIN)
     assert _left(folder) == [*left, "09.superseded", "10.superseded"]
 
 
 def test_the_one_that_counts_as_newest_stays_beside_newer_folders(folder: Path) -> None:
     set_latest_iteration(folder, 4)
-    prune_checkpoints(folder, 1, MAIN)
+    prune_checkpoints(folder, 1, None, MAIN)
     assert _left(folder) == ["04", "08", "09.superseded", "10.superseded"]
 
 
 def test_only_the_main_process_removes(folder: Path) -> None:
-    prune_checkpoints(folder, 1, OTHER)
+    prune_checkpoints(folder, 1, None, OTHER)
     assert _left(folder)[:4] == ["02", "04", "06", "08"]
+
+
+def test_those_of_round_numbers_stay_for_good(folder: Path) -> None:
+    prune_checkpoints(folder, 1, 4, MAIN)
+    assert _left(folder)[:2] == ["04", "08"]
+    prune_checkpoints(folder, 1, 6, MAIN)
+    assert _left(folder)[:1] == ["08"]

@@ -28,18 +28,24 @@ def test_a_run_whose_checkpoints_are_archived_while_it_trains_goes_on_saving(
 ) -> None:
     sources: list[Path | None] = []
 
-    def save(folder, state, beside, groups) -> Path:
-        sources.append(beside.hf_source)
-        return _checkpoint(folder, state.iteration)
+    class Save:
+        """Written at once."""
 
-    monkeypatch.setattr(run_checkpoints, "save_checkpoint", save)
+        @classmethod
+        def begin(cls, folder, state, beside, groups, copies):
+            sources.append(beside.hf_source)
+            written = _checkpoint(folder, state.iteration)
+            return SimpleNamespace(advance=lambda: written)
+
+    monkeypatch.setattr(run_checkpoints, "PendingSave", Save)
     loaded, own, said = tmp_path / "dense", tmp_path / "run" / "checkpoints", list[str]()
     _checkpoint(loaded, 0)
     config = RunConfig(output_dir=str(tmp_path / "run"), checkpoint=CheckpointConfig(load=str(loaded)))
     checkpoints = RunCheckpoints(config, SimpleNamespace(is_main_process=True), said.append)
 
     def step(iteration: int) -> Path | None:
-        checkpoints.save(SimpleNamespace(iteration=iteration), record=None)
+        checkpoints.begin(SimpleNamespace(iteration=iteration), record=None)
+        checkpoints.wait()
         return sources[-1]
 
     assert step(2) == iteration_folder(loaded, 0) / "hf_source"

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from spikingbrain_train.checkpoint.background import BackgroundWork
 from spikingbrain_train.checkpoint.torch_dist import ShardWriters, load_shards
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.parallel.process_groups import ProcessGroups
@@ -112,12 +113,7 @@ def _writers(monkeypatch: pytest.MonkeyPatch, folder: Path, **request: object) -
 
     asked = SimpleNamespace(**{"async_fn_kwargs": {}, "finalize_fns": [], "preload_fn": None, **request})
     monkeypatch.setattr(dist_checkpointing, "save", lambda *_, **__: asked)
-    writers = ShardWriters({}, folder)
-    assert not writers.is_done()
-    writers.start()
-    writers.join()
-    assert writers.is_done()
-    return writers
+    return ShardWriters({}, folder)
 
 
 def test_what_lies_on_a_gpu_is_copied_before_the_thread_starts(
@@ -134,7 +130,8 @@ def test_what_lies_on_a_gpu_is_copied_before_the_thread_starts(
         happened.append((*arguments, "in", threading.current_thread().name))
 
     request = {"async_fn": write, "async_fn_args": (0, "tensors on the device", "queue"), "preload_fn": copy}
-    _writers(monkeypatch, tmp_path, **request).raise_failure()
+    writers = _writers(monkeypatch, tmp_path, **request)
+    BackgroundWork(writers.write, "checkpoint").result()
     assert happened == [
         ("copied in", threading.current_thread().name),
         (0, "copies on the host", "queue", "in", "checkpoint"),
@@ -142,7 +139,7 @@ def test_what_lies_on_a_gpu_is_copied_before_the_thread_starts(
 
 
 def test_a_rank_that_has_nothing_to_write_is_done(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    _writers(monkeypatch, tmp_path, async_fn=None, async_fn_args=()).raise_failure()
+    _writers(monkeypatch, tmp_path, async_fn=None, async_fn_args=()).write()
 
 
 def test_what_ends_the_thread_is_raised_where_somebody_sees_it(
@@ -152,5 +149,7 @@ def test_what_ends_the_thread_is_raised_where_somebody_sees_it(
         raise MemoryError("no memory for a thread")
 
     writers = _writers(monkeypatch, tmp_path, async_fn=fail, async_fn_args=(0, [], None))
+    work = BackgroundWork(writers.write)
     with pytest.raises(MemoryError, match="no memory for a thread"):
-        writers.raise_failure()
+        work.result()
+    assert work.is_done()

@@ -59,7 +59,7 @@ def test_a_callback_of_another_package_hangs_on_a_whole_run_and_its_state_goes_o
         *("start at 0", *evaluated, "log of 0"),
         *(*STEP, "step_end"),
         *(*STEP, "report_due", "log of 2", "step_end", *evaluated, "log of 2"),
-        *("before_save", "after_save of iter_0000002"),
+        *("before_save", "after_snapshot", "after_save of iter_0000002"),
     ]
 
     output = _train(tmp_path, text, "stage.train_iters=4", *NAMED)

@@ -28,6 +28,7 @@ QUANTITIES = {
     "train/tokens_per_second": Quantity("Throughput", "tokens per second", is_from_zero=True),
     "train/mfu": Quantity("Model FLOP/s utilisation", "% of the peak", 100.0, is_from_zero=True),
     "train/tflops": Quantity("Model FLOP/s of a rank", "TFLOP/s", is_from_zero=True),
+    "train/checkpoint_seconds": Quantity("Standing still for checkpoints", "s", is_from_zero=True),
     "train/memory_gib": Quantity("Peak memory of a rank", "GiB", is_from_zero=True),
     "train/tokens": Quantity("Tokens read", "tokens"),
     "valid/cross_entropy": Quantity("Held-out cross entropy", "nats per token"),

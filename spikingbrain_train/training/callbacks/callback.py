@@ -136,10 +136,16 @@ class Callback:
         """Write a point down. Called on the main process only: talk to no other rank here."""
 
     def before_save(self) -> None:
-        """A checkpoint of the current step will be written, with what :meth:`state_dict` says after this."""
+        """A checkpoint of the current step will be written, with what :meth:`state_dict` says after this.
+
+        First the one before may have to be waited for.
+        """
+
+    def after_snapshot(self) -> None:
+        """The run may change again: the checkpoint is written or, with ``checkpoint.async_save``, copied."""
 
     def after_save(self, folder: Path) -> None:
-        """It is written, and it is the newest.
+        """A checkpoint is written, and it is the newest; with ``checkpoint.async_save`` some steps later.
 
         Args:
             folder: its iteration's.

@@ -82,6 +82,10 @@ class Callbacks(Callback):
         for callback in self._all:
             callback.before_save()
 
+    def after_snapshot(self) -> None:
+        for callback in self._all:
+            callback.after_snapshot()
+
     def after_save(self, folder: Path) -> None:
         for callback in self._all:
             callback.after_save(folder)

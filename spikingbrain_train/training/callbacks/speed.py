@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import ExitStack
-from pathlib import Path
 
 from spikingbrain_train.planning.duration import TFLOPS_METRIC
 from spikingbrain_train.planning.planner import plan_run
@@ -23,12 +23,15 @@ class Speed(Callback):
 
     As ``train/tokens_per_second``, ``train/tokens``, ``train/tflops`` (model FLOPs, from which a later plan
     reckons hours), ``train/mfu`` (left out where the peak is neither set nor measurable) and
-    ``train/memory_gib``. Evaluations and checkpoints don't count.
+    ``train/memory_gib``. Evaluations, and standing still for checkpoints, don't count; the latter is
+    ``train/checkpoint_seconds``.
     """
 
     def __init__(self) -> None:
         self._timer: ThroughputTimer | None = None
         self._pause = ExitStack()
+        self._save_began: float | None = None
+        self._save_seconds = 0.0
 
     def start(self) -> None:
         """Find the peak: ``cluster.peak_tflops``, or measured on this rank."""
@@ -62,6 +65,8 @@ class Speed(Callback):
             report.add("train/mfu", utilization, Shown("MFU", "{:.1%}"))
         memory = run.groups.accelerator.peak_memory_bytes() / 2**30
         report.add("train/memory_gib", memory, Shown("", "{:.1f} GiB"))
+        report.add("train/checkpoint_seconds", self._save_seconds)
+        self._save_seconds = 0.0
         tflops = speed.tokens_per_second * self._flops_per_token / run.groups.world_size / 1e12
         report.add(TFLOPS_METRIC, tflops)
         report.add("train/tokens", float(run.state.consumed_samples * run.config.stage.seq_length))
@@ -75,9 +80,12 @@ class Speed(Callback):
 
     def before_save(self) -> None:
         self._begin_pause()
+        self._save_began = time.monotonic()
 
-    def after_save(self, folder: Path) -> None:
+    def after_snapshot(self) -> None:
         self._pause.close()
+        assert self._save_began is not None
+        self._save_seconds += time.monotonic() - self._save_began
 
     def _begin_pause(self) -> None:
         if self._timer is not None:

@@ -65,6 +65,9 @@ class CountSteps(Callback):
     def before_save(self) -> None:
         self._called.append("before_save")
 
+    def after_snapshot(self) -> None:
+        self._called.append("after_snapshot")
+
     def after_save(self, folder: Path) -> None:
         self._called.append(f"after_save of {folder.name}")
 

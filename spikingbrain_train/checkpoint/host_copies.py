@@ -1,0 +1,69 @@
+"""Copies of a run's state in host memory, from which a checkpoint is written while the run goes on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from torch.utils import _pytree as pytree
+
+
+class HostCopies:
+    """Memory for copies, touched once and used by one save after the other.
+
+    Memory that is new costs several times what the copying does, so what a save has used is kept for the
+    next one, whose tensors are the same in number and shape. Copied is what lies where the run changes it:
+    whatever was gathered or fetched from a GPU for this save is the save's own already.
+
+    Args:
+        model: this rank's pipeline stage, a module.
+        optimizer: its optimizer.
+    """
+
+    def __init__(self, model: Any, optimizer: MegatronOptimizer) -> None:
+        self._model = model
+        self._optimizer = optimizer
+        self._free: dict[tuple[torch.dtype, torch.Size], list[torch.Tensor]] = {}
+        self._used: list[torch.Tensor] = []
+
+    def of(self, tensors: Any) -> Any:
+        """Copy what still lies in the model or the optimizer.
+
+        What an earlier call gave is overwritten: the save that it was for has ended.
+
+        Args:
+            tensors: a nest of lists, tuples and dicts that holds tensors on the host.
+
+        Returns:
+            The same nest.
+        """
+        for copy in self._used:
+            self._free.setdefault((copy.dtype, copy.shape), []).append(copy)
+        self._used = []
+        live = self._storages()
+
+        def own(tensor: torch.Tensor) -> torch.Tensor:
+            return self._copy(tensor) if _storage(tensor) in live else tensor
+
+        copied = pytree.tree_map_only(torch.Tensor, own, tensors)
+        self._free = {}  # what no tensor has the shape of any more
+        return copied
+
+    def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        free = self._free.get((tensor.dtype, tensor.shape))
+        copy = free.pop() if free else torch.empty(tensor.shape, dtype=tensor.dtype)
+        self._used.append(copy)
+        return copy.copy_(tensor.detach())
+
+    def _storages(self) -> set[int]:
+        tensors = [*self._model.parameters(), *self._model.buffers()]
+        for part in getattr(self._optimizer, "chained_optimizers", [self._optimizer]):
+            tensors += [parameter for group in part.optimizer.param_groups for parameter in group["params"]]
+            tensors += [each for each in pytree.tree_leaves(dict(part.optimizer.state))]
+        return {_storage(each) for each in tensors if isinstance(each, torch.Tensor)}
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    """Where the memory of a tensor begins, whatever part of it the tensor shows."""
+    return tensor.untyped_storage().data_ptr()
