@@ -1,9 +1,9 @@
 """What saving and verifying cost a run: steps that stand still, and bytes that are read again.
 
-A model of 300M parameters on two ranks that share a machine, with the distributed optimizer: 3.6 GB a checkpoint
-in fp32. In one process group and in turns, steps with a save that is waited for and with one that is copied and
-written beside the steps; then a checkpoint is read with and without its checksums, the page cache being warm for
-both.
+A model of 300M parameters on two ranks that share a machine, with the distributed optimizer: 3.6 GB a
+checkpoint in fp32. In one process group and in turns, steps with a save that is waited for and with one that is
+copied and written beside the steps; then a checkpoint is read with and without its checksums, the page cache
+being warm for both.
 
     python benchmarks/checkpointing.py --output outputs/checkpointing
 """
@@ -18,7 +18,6 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,6 @@ from spikingbrain_train.config.run import (  # noqa: E402
     LoggingConfig,
     Precision,
     RunConfig,
-    Verification,
 )
 from spikingbrain_train.config.stage import StageConfig  # noqa: E402
 from spikingbrain_train.data.indexed import IndexedDatasetWriter  # noqa: E402
@@ -55,6 +53,28 @@ MODEL = ModelConfig(
     sliding_window=32,
     share_embeddings_and_output_weights=True,
 )
+
+
+class NumbersOnly:
+    """The tokenizer of random numbers."""
+
+    name = "random"
+    fingerprint = "random"
+    earlier_fingerprint = ""
+    vocab_size = MODEL.vocab_size
+    eos_id = 0
+
+
+def write_tokens(prefix: Path) -> None:
+    """A dataset of random numbers."""
+    generator = numpy.random.default_rng(1)
+    staging = prefix.parent / "staging"
+    staging.mkdir(exist_ok=True)
+    writer = IndexedDatasetWriter(prefix, NumbersOnly(), staging)  # type: ignore[arg-type]
+    for _ in range(50):
+        writer.add_document(generator.integers(0, MODEL.vocab_size, 1000).astype(writer.dtype), 1000)
+    writer.finish()
+    writer.publish()
 
 
 class Stopwatch(Callback):
@@ -101,13 +121,20 @@ def measure(output: Path, rounds: int) -> dict[str, Any]:
     data = output / "tokens"
     parallel = ParallelConfig(use_distributed_optimizer=True)
     groups = initialize(parallel, detect(ClusterConfig().accelerator), seed=1, timeout_minutes=10)
-    found: dict[str, Any] = {"parameters": 0, "waiting": [], "async": [], "complete": [], "read": [], "verified": []}
+    found: dict[str, Any] = {
+        "parameters": 0,
+        "waiting": [],
+        "async": [],
+        "complete": [],
+        "read": [],
+        "verified": [],
+    }
     for number in range(rounds):
         for kind in ("waiting", "async"):
             folder = output / f"{kind}_{number}"
             watch = Stopwatch()
             # Three saves a run: the first touches memory for the first time, the last is always waited for.
-            run = config(folder, data, async_save=kind == "async", saves=3, between=12)
+            run = config(folder, data, async_save=kind == "async", saves=3, between=6)
             trainer = Trainer(run, groups, [watch])
             trainer.train()
             found["parameters"] = sum(each.numel() for each in trainer.model.parameters())
@@ -157,8 +184,12 @@ def _read(checkpoint: Path) -> tuple[float, float]:
 
 def main() -> None:
     """Start the two ranks, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("outputs/checkpointing"), help="folder to write to")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("outputs/checkpointing"), help="folder to write to"
+    )
     parser.add_argument("--rounds", type=int, default=2, help="runs of each kind (default: 2)")
     arguments = parser.parse_args()
     output: Path = arguments.output.resolve()
@@ -168,13 +199,11 @@ def main() -> None:
             (output / "found.json").write_text(json.dumps(found))
         return
     output.mkdir(parents=True, exist_ok=True)
-    with IndexedDatasetWriter(output / "tokens", vocab_size=MODEL.vocab_size, tokenizer_name="none") as writer:
-        generator = numpy.random.default_rng(1)
-        for _ in range(200):
-            writer.add_document(generator.integers(0, MODEL.vocab_size, 1000))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--local-addr", "127.0.0.1"]
-    command = [*launcher, str(Path(__file__).resolve()), "--output", str(output), "--rounds", str(arguments.rounds)]
-    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    write_tokens(output / "tokens")
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--local-addr", "127.0.0.1"]
+    again = [str(Path(__file__).resolve()), "--output", str(output), "--rounds", str(arguments.rounds)]
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, *launcher, *again], check=True, env=environment)
     report(json.loads((output / "found.json").read_text()))
 
 
@@ -186,7 +215,8 @@ def report(found: dict[str, Any]) -> None:
     print("| what | seconds | range | against |\n|---|---|---|---|")
 
     def row(what: str, values: list[float], against: str) -> None:
-        print(f"| {what} | {statistics.median(values):.2f} | {min(values):.2f} to {max(values):.2f} | {against} |")
+        span = f"{min(values):.2f} to {max(values):.2f}"
+        print(f"| {what} | {statistics.median(values):.2f} | {span} | {against} |")
 
     row("steps stand still, save waited for", found["waiting"], "")
     row("steps stand still, async save", found["async"], f"{going_on / waiting:.2f}")
