@@ -1,9 +1,9 @@
 """What saving and verifying cost a run: steps that stand still, and bytes that are read again.
 
 A model of 300M parameters on two ranks that share a machine, with the distributed optimizer: 3.6 GB a
-checkpoint in fp32. In one process group and in turns, steps with a save that is waited for and with one that is
-copied and written beside the steps; then a checkpoint is read with and without its checksums, the page cache
-being warm for both.
+checkpoint in fp32. In one process group and in turns, steps with a save that is waited for and with one that
+is copied and written beside the steps; then a checkpoint is read with and without its checksums, the page
+cache being warm for both.
 
     python benchmarks/checkpointing.py --output outputs/checkpointing
 """

@@ -7,11 +7,11 @@ from typing import Protocol
 
 from spikingbrain_train.commands import ranks
 from spikingbrain_train.config.command_line import user_errors
-from spikingbrain_train.evaluation.command_line import Elsewhere
+from spikingbrain_train.evaluation.inference_command_line import Elsewhere
 
 
 class InferenceCommand(Protocol):
-    """As those of :mod:`spikingbrain_train.evaluation.command_line`."""
+    """As those of :mod:`spikingbrain_train.evaluation.inference_command_line`."""
 
     def __call__(self, *, elsewhere: Elsewhere | None = None) -> None:
         """Read ``sys.argv`` and do it, here or elsewhere."""

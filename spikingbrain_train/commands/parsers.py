@@ -52,7 +52,7 @@ def _evaluate() -> argparse.ArgumentParser:
 
 
 def _generate() -> argparse.ArgumentParser:
-    from spikingbrain_train.evaluation.command_line import generate_parser
+    from spikingbrain_train.evaluation.generate_command_line import generate_parser
 
     return generate_parser()
 

@@ -96,7 +96,7 @@ def analyze_spikes() -> None:
 def generate() -> None:
     """Continue a prompt."""
     from spikingbrain_train.commands.inference import here_or_on_ranks
-    from spikingbrain_train.evaluation.command_line import generate
+    from spikingbrain_train.evaluation.generate_command_line import generate
 
     here_or_on_ranks("generate", generate)
 

@@ -20,7 +20,7 @@ from spikingbrain_train.config.setting import check_fields
 from spikingbrain_train.conversion.formats.registry import parse_hf_config
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.evaluation.checkpoint_request import parallel_of, request_checkpoint, without_settings
-from spikingbrain_train.evaluation.command_line import Elsewhere
+from spikingbrain_train.evaluation.inference_command_line import Elsewhere
 from spikingbrain_train.evaluation.model_arguments import add_device, add_number_format
 from spikingbrain_train.evaluation.model_folder import check_model_folder, is_megatron_checkpoint
 from spikingbrain_train.layer_choice.measurements import Measurements

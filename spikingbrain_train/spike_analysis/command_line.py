@@ -14,7 +14,7 @@ from spikingbrain_train.evaluation.checkpoint_request import (
     for_reading,
     request_checkpoint,
 )
-from spikingbrain_train.evaluation.command_line import (
+from spikingbrain_train.evaluation.inference_command_line import (
     Elsewhere,
     check_model_files,
     inference_parser,

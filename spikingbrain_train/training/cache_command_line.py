@@ -11,7 +11,7 @@ from pathlib import Path
 from spikingbrain_train.config.command_line import called_as, user_errors
 from spikingbrain_train.config.compose import compose_run
 from spikingbrain_train.config.load import to_run_config
-from spikingbrain_train.evaluation.command_line import Elsewhere
+from spikingbrain_train.evaluation.inference_command_line import Elsewhere
 from spikingbrain_train.planning.launch import Launch
 from spikingbrain_train.planning.teacher_cache_request import facts, request_cache
 from spikingbrain_train.reporting.activity import activity

@@ -17,7 +17,7 @@ PROMPT = "The for statement"
 
 def generate(*arguments: str) -> None:
     """spikingbrain-generate, on every rank of a pool."""
-    from spikingbrain_train.evaluation.command_line import generate
+    from spikingbrain_train.evaluation.generate_command_line import generate
 
     generate([*arguments, "--device", "cpu", "--dtype", "float32"])
 

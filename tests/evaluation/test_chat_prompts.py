@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from spikingbrain_train.errors import ConfigurationError, DataError
 from spikingbrain_train.evaluation.chat_prompts import chat_prompt, check_chat_options
-from spikingbrain_train.evaluation.command_line import generate_parser
+from spikingbrain_train.evaluation.generate_command_line import generate_parser
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spikingbrain_train.errors import ConfigurationError
-from spikingbrain_train.evaluation.command_line import generate
+from spikingbrain_train.evaluation.generate_command_line import generate
 from spikingbrain_train.evaluation.generation import Sampling, cache_size, generate_text
 from spikingbrain_train.hf.configuration_gla_swa import GLAswaConfig
 from spikingbrain_train.hf.modeling_gla_swa import GLAswaForCausalLM

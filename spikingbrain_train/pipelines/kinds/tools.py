@@ -343,7 +343,7 @@ class Generate(_Measures):
     command = ("generate",)
 
     def parser(self) -> argparse.ArgumentParser:
-        from spikingbrain_train.evaluation.command_line import generate_parser
+        from spikingbrain_train.evaluation.generate_command_line import generate_parser
 
         return generate_parser()
 

@@ -1,0 +1,127 @@
+"""Arguments of spikingbrain-generate, understood before torch is imported."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import TYPE_CHECKING
+
+from spikingbrain_train.errors import ConfigurationError
+from spikingbrain_train.evaluation import checkpoint_commands
+from spikingbrain_train.evaluation.chat_prompts import (
+    ChatPrompt,
+    add_chat_options,
+    chat_prompt,
+    check_chat_options,
+)
+from spikingbrain_train.evaluation.inference_command_line import (
+    Elsewhere,
+    check_model_files,
+    inference_parser,
+    load_model,
+    run_inference,
+)
+from spikingbrain_train.evaluation.model_folder import (
+    check_output_file,
+)
+from spikingbrain_train.evaluation.output import show_text, write_result
+from spikingbrain_train.evaluation.sampling import Sampling
+from spikingbrain_train.reporting.activity import activity
+
+if TYPE_CHECKING:
+    pass
+
+_DESCRIPTION = """\
+Continue prompts with a Hugging Face folder or a Megatron checkpoint of any form, and say how fast that was
+and how much memory the text took: a hybrid keeps recurrent states of constant size and the last tokens of its
+windows.
+"""
+
+_EXAMPLES = """\
+examples:
+  spikingbrain-generate --model outputs/smollm2/cpt --prompt "The for statement"
+
+  # the likeliest token each time, of two texts
+  spikingbrain-generate --model outputs/smollm2/cpt --prompt "The for statement" --prompt "A class" \\
+      --temperature 0 --max-new-tokens 64
+
+  # what a user says to a chat model; the answer ends where the tokenizer's chat template ends it
+  spikingbrain-generate --model outputs/smollm2/sft --chat --prompt "What is a spike?"
+
+  # an exported hybrid, whose folder brings its own modelling code
+  spikingbrain-generate --model outputs/smollm2/export --prompt "The for statement" --trust-remote-code
+
+  # a checkpoint over two devices
+  spikingbrain-generate --nproc-per-node 2 --model outputs/big --prompt "The for statement" --parallel pp2
+"""
+
+
+def generate_parser() -> argparse.ArgumentParser:
+    """The flags of spikingbrain-generate."""
+    parser = inference_parser(_DESCRIPTION, _EXAMPLES)
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        required=True,
+        metavar="TEXT",
+        help="text to go on from; give it again for another text",
+    )
+    add_chat_options(parser)
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=128, metavar="N", help="tokens to add (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, metavar="X", help="0 is greedy (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=0.95,
+        metavar="P",
+        help="choose among the likeliest tokens that together have probability P (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=1234, help="of the sampling (default: %(default)s)")
+    return parser
+
+
+def generate(arguments: Sequence[str] | None = None, *, elsewhere: Elsewhere | None = None) -> None:
+    """spikingbrain-generate."""
+    run_inference(generate_parser(), _prepare_generation, arguments, elsewhere)
+
+
+def _prepare_generation(arguments: argparse.Namespace) -> Callable[[], None]:
+    sampling = Sampling(
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+    )
+    check_chat_options(arguments)
+    if not all(arguments.prompt):
+        raise ConfigurationError("--prompt is empty; give at least one word to go on from")
+    check_output_file(arguments.output, "--output")
+    if check_model_files(arguments):
+        return checkpoint_commands.prepare_generation(arguments, sampling)
+    return partial(_generate, arguments, sampling)
+
+
+def _generate(arguments: argparse.Namespace, sampling: Sampling) -> None:
+    with activity("importing torch and transformers"):
+        from spikingbrain_train.evaluation.generation import generate_text
+        from spikingbrain_train.evaluation.pretrained import load_text_tokenizer
+
+    model = load_model(arguments)
+    tokenizer = load_text_tokenizer(arguments.tokenizer or arguments.model)
+    generations = []
+    prompts: list[str | ChatPrompt] = list(arguments.prompt)
+    if arguments.chat:
+        path = arguments.tokenizer or arguments.model
+        prompts = [chat_prompt(tokenizer, path, prompt, arguments.system) for prompt in arguments.prompt]
+    for prompt in prompts:
+        generation = generate_text(model, tokenizer, prompt, sampling, show_text)
+        print(generation.describe())
+        generations.append(asdict(generation))
+    if arguments.output is not None:
+        write_result(arguments.output, generations if len(generations) > 1 else generations[0])
