@@ -1,6 +1,6 @@
 """Checkpoints: written by all ranks, verified, made the newest, pruned, and read again at any topology.
 
-- saving: the protocol write -> verify -> commit, beside the training loop (host_copies, background) or waited for
+- saving: write -> verify -> commit, beside the training loop (host_copies, background) or waited for
 - loading: a run that goes on, or weights alone
 - sharded_state, optimizer_state: what of a run is written, and where it goes when it is read
 - torch_dist: the shards themselves, in megatron-core's format; streaming: the same format without ranks
