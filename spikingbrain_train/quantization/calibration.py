@@ -104,6 +104,9 @@ class _Moments:
         self._hessians[name] = moments if found is None else found.add_(moments)
 
 
+_QUERY_SPIKES = "query_spikes"
+
+
 class _Stop(Exception):  # noqa: N818 - not an error: the first layer was reached
     pass
 
@@ -144,10 +147,21 @@ def quantize_layers(
 
 
 def take_off_spikes(model: PreTrainedModel) -> None:
-    """Leave spikes to the INT8 linears, which make integers of them; encoders would encode twice."""
+    """Leave spikes to the INT8 linears, which make integers of them; encoders would encode twice.
+
+    Those of queries stay.
+    """
     for name, module in list(model.named_modules()):
-        if type(module).__name__ == SpikeEncoder.__name__:  # of the folder's own code
+        is_encoder = type(module).__name__ == SpikeEncoder.__name__  # of the folder's own code
+        if is_encoder and not name.endswith(_QUERY_SPIKES):
             replace_module(model, name, nn.Identity())
+
+
+def add_query_spikes(model: PreTrainedModel, k: float) -> None:
+    """Put spikes in front of the queries of softmax layers, where there are none."""
+    for name, module in list(model.named_modules()):
+        if name.endswith(_QUERY_SPIKES) and isinstance(module, nn.Identity):
+            replace_module(model, name, SpikeEncoder(k))
 
 
 def quantize_head(model: PreTrainedModel, request: QuantizeRequest) -> None:
@@ -247,12 +261,17 @@ def _next(call: Call, output: Any) -> Call:
 
 
 @contextmanager
-def reading_floats(linears: Sequence[QuantizedLinear]) -> Iterator[None]:
-    """Let linears read their input as it is, to see what weights alone change."""
+def reading_floats(model: PreTrainedModel, linears: Sequence[QuantizedLinear]) -> Iterator[None]:
+    """Let linears read their input as it is, to see what weights alone change; queries lose added spikes."""
+    added = [(name, module) for name, module in model.named_modules() if type(module) is SpikeEncoder]
     for linear in linears:
         linear.module.activation = FLOAT
+    for name, _ in added:
+        replace_module(model, name, nn.Identity())
     try:
         yield
     finally:
         for linear in linears:
             linear.module.activation = linear.activation
+        for name, module in added:
+            replace_module(model, name, module)

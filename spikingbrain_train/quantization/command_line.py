@@ -11,7 +11,7 @@ from typing import Any
 from spikingbrain_train.architecture.linear_transforms import with_plain_weights
 from spikingbrain_train.architecture.stored_model import read_stored_model
 from spikingbrain_train.config.command_line import called_as, user_errors
-from spikingbrain_train.config.linear_transforms import Projection
+from spikingbrain_train.config.linear_transforms import Projection, QuantizationConfig, SpikingConfig
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.plugins import add_plugins_argument, load_plugins, plugins_of
 from spikingbrain_train.conversion.formats.registry import format_of_model, parse_hf_config
@@ -19,7 +19,10 @@ from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.evaluation.model_arguments import add_device, add_number_format, add_trust
 from spikingbrain_train.evaluation.model_folder import check_model_folder, is_megatron_checkpoint
 from spikingbrain_train.planning.file_checks import check_output_folder, check_prefix
+from spikingbrain_train.quantization.published_layout import check_published
 from spikingbrain_train.quantization.request import (
+    PUBLISHED_PROJECTIONS,
+    Layout,
     Method,
     QuantizeRequest,
     Scales,
@@ -124,6 +127,14 @@ def quantize_parser() -> argparse.ArgumentParser:
         help="weights along the input that share a scale, or row for all of them, which CPUs multiply "
         "fastest (default: as the checkpoint was trained, else 128)",
     )
+    parser.add_argument(
+        "--format",
+        choices=[each.value for each in Layout],
+        default=Layout.int8.value,
+        help="int8 writes INT8 tensors; w8aspike the published layout: floats beside the scales that they "
+        "are rounded to, spikes also in front of queries; down projection, embedding and output layer as "
+        "they are (default: %(default)s)",
+    )
     names = ",".join(each.value for each in Projection)
     parser.add_argument(
         "--projections",
@@ -164,16 +175,19 @@ def quantize(arguments: Sequence[str] | None = None) -> None:
         parsed = quantize_parser().parse_args(arguments)
         load_plugins(plugins_of(vars(parsed), "the command line"))
         request, model = _request(parsed)
-        if parsed.dry_run:
-            print(_plan(request, model))
-            return
+        needed_bytes = int(_size(request, model))
         with activity("importing torch and transformers"):
             from spikingbrain_train.runtime.quiet_torch import ignore_megatron_warnings
 
             ignore_megatron_warnings()
+            from spikingbrain_train.quantization.quantize import check
             from spikingbrain_train.quantization.quantize import quantize as do
 
-        report = do(request)
+        if parsed.dry_run:
+            check(request, needed_bytes)
+            print(_plan(request, model))
+            return
+        report = do(request, needed_bytes)
         print(report.describe(request.output))
         sys.stdout.flush()
 
@@ -204,10 +218,11 @@ def _request(arguments: argparse.Namespace) -> tuple[QuantizeRequest, ModelConfi
         for prefix in prefixes:
             check_prefix(flag, prefix)
     check_output_folder(arguments.output.parent, "--output")
-    trained = model.quantization
-    projections = _projections(
-        "--projections", arguments.projections, trained.projections or list(Projection)
-    )
+    trained, spiking, layout = model.quantization, model.spiking, Layout(arguments.format)
+    every = list(Projection)
+    if layout is Layout.w8aspike:  # which says it all
+        trained, spiking, every = QuantizationConfig(), SpikingConfig(), list(PUBLISHED_PROJECTIONS)
+    projections = _projections("--projections", arguments.projections, trained.projections or every)
     if not projections:
         raise ConfigurationError("--projections none leaves nothing to quantise; name some, or leave it out")
     usual = [each for each in projections if each is not Projection.mlp_fc2]
@@ -226,13 +241,17 @@ def _request(arguments: argparse.Namespace) -> tuple[QuantizeRequest, ModelConfi
         scales=Scales(arguments.scales or ("largest" if trained.projections else "calibrated")),
         group_size=_group_size(arguments.group_size, trained.group_size if trained.projections else 128),
         projections=projections,
-        spike_projections=_projections("--spikes", arguments.spikes, model.spiking.projections or usual),
-        k=arguments.k or (model.spiking.k if model.spiking.projections else 3.0),
+        spike_projections=_projections("--spikes", arguments.spikes, spiking.projections or usual),
+        k=arguments.k or (spiking.k if spiking.projections else 3.0),
         keys_and_values=not arguments.float_keys_and_values,
-        embeddings=not arguments.float_embeddings,
+        embeddings=layout is Layout.int8 and not arguments.float_embeddings,
+        layout=layout,
         device=arguments.device,
         dtype=arguments.dtype,
+        vocab_size=config["vocab_size"],
     )
+    if layout is Layout.w8aspike:
+        check_published(request, model, config)
     check_group_size(request.group_size, widths_of(config, request.linears()))
     return request, model
 
@@ -267,12 +286,14 @@ def _projections(flag: str, text: str | None, usual: Sequence[Projection]) -> li
 
 def _plan(request: QuantizeRequest, model: ModelConfig) -> str:
     groups = "a row" if request.group_size is None else f"{request.group_size} neighbours along the input"
+    is_int8 = request.layout is Layout.int8
     by_kind: dict[str, list[str]] = {}
     for name, activation in request.linears().items():
         by_kind.setdefault(activation, []).append(name)
     rows: list[tuple[str, Any]] = [
         ("model", f"{request.model}, {model.num_layers} layers"),
         ("weights", f"INT8, a scale for {groups}, {request.method.value}, {request.scales.value} scales"),
+        ("written", "as INT8 tensors" if is_int8 else "as floats beside their scales, as published"),
         *((f"read {kind}", ", ".join(names)) for kind, names in by_kind.items()),
         ("spikes", f"k {request.k:g}"),
         ("keys, values", "INT8, a scale a token and head" if request.keys_and_values else "as they are"),
@@ -293,6 +314,9 @@ def _size(request: QuantizeRequest, model: ModelConfig) -> float:
     for _, weight in model_weights(model):
         per_group = min(request.group_size or weight.shape[-1], weight.shape[-1])
         is_int8 = weight.projection is not None and weight.projection[0] in request.projections
+        if request.layout is not Layout.int8:
+            size += weight.numel * (2 if weight.projection is None else 2 + 4 / per_group)
+            continue
         tables = 1
         if weight.roles[0] in ("embedding", "output"):
             is_int8 = request.embeddings

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from torch import Tensor
 
 from spikingbrain_train.conversion.companion_files import find_companion_files
 from spikingbrain_train.conversion.formats.hf_format import HfFormat
@@ -21,22 +22,22 @@ _MAX_SHARD_SIZE = 5 * 10**9
 
 
 def write_folder(
-    model: PreTrainedModel,
+    state: Mapping[str, Tensor],
     source: Path,
     output: Path,
     config: dict[str, Any],
     hf_format: HfFormat,
-    extra: dict[str, str],
+    finish: Callable[[Path, int], None],
 ) -> int:
     """Write a quantised model; the folder appears whole or not at all.
 
     Args:
-        model: with INT8 modules.
+        state: its tensors by their names.
         source: folder of the model before.
         output: to be made.
         config: its config.json.
         hf_format: whose code it carries, as of today.
-        extra: further text files by their names.
+        finish: told the folder, before it appears, and the bytes of its tensors; writes what else it holds.
 
     Returns:
         Bytes of its tensors.
@@ -44,7 +45,6 @@ def write_folder(
     Raises:
         CheckpointError: it cannot be written.
     """
-    state = model.state_dict()
     # By falling size of their elements, as the writer wants them; names keep their order.
     names = sorted(state, key=lambda name: -state[name].element_size())
     specs = [TensorSpec(name, tuple(state[name].shape), _stored(name, state[name])) for name in names]
@@ -55,8 +55,6 @@ def write_folder(
         (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for path in hf_format.code_files():
             shutil.copyfile(path, temporary / path.name)
-        for name, text in extra.items():
-            (temporary / name).write_text(text, encoding="utf-8")
         with (
             activity("writing", size, "B") as done,
             SafetensorsWriter(temporary, specs, _MAX_SHARD_SIZE) as writer,
@@ -64,6 +62,7 @@ def write_folder(
             for spec in specs:
                 writer.write(spec.name, state[spec.name].cpu().to(spec.dtype))
                 done.advance(spec.nbytes)
+        finish(temporary, size)
     return size
 
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -15,6 +14,7 @@ from torch import Tensor
 from spikingbrain_train.conversion.export_checkpoint import export_checkpoint
 from spikingbrain_train.conversion.formats.hf_format import HfFormat
 from spikingbrain_train.conversion.formats.registry import parse_hf_config
+from spikingbrain_train.conversion.formats.w8aspike import W8ASPIKE
 from spikingbrain_train.conversion.output_folder import check_output_folder
 from spikingbrain_train.data.gpt_dataset import HeldOutSamples
 from spikingbrain_train.data.held_out import open_held_out
@@ -26,16 +26,22 @@ from spikingbrain_train.evaluation.held_out_windows import describe_datasets
 from spikingbrain_train.evaluation.perplexity import measure_perplexity
 from spikingbrain_train.quantization.calibration import (
     QuantizedLinear,
+    add_query_spikes,
     quantize_head,
     quantize_layers,
     reading_floats,
     take_off_spikes,
 )
 from spikingbrain_train.quantization.folder import write_folder
+from spikingbrain_train.quantization.published_layout import published_config, published_tensors
 from spikingbrain_train.quantization.report import Measured, QuantizationReport, layer_errors
-from spikingbrain_train.quantization.request import SPIKES, Method, QuantizeRequest
+from spikingbrain_train.quantization.request import SPIKES, Layout, Method, QuantizeRequest
 from spikingbrain_train.reporting.activity import activity
+from spikingbrain_train.storage.checkpoint_folder import HF_SOURCE_FOLDER
+from spikingbrain_train.storage.checkpoint_paths import resolve_checkpoint
 from spikingbrain_train.storage.hf_config_file import CONFIG_FILE, load_config_json
+from spikingbrain_train.storage.temporary_folder import temporary_folder
+from spikingbrain_train.storage.tokenizer_files import has_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,33 +49,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def quantize(request: QuantizeRequest) -> QuantizationReport:
+def quantize(request: QuantizeRequest, needed_bytes: int) -> QuantizationReport:
     """Do all of a request.
+
+    Args:
+        request: what to do.
+        needed_bytes: what the output takes, about.
 
     Raises:
         SpikingBrainError: text, model or output cannot be used.
     """
     started = time.monotonic()
+    samples, held_out = check(request, needed_bytes)
     with _source_folder(request) as folder:
-        config = load_config_json(folder)
-        hf_format: HfFormat = parse_hf_config(config, folder / CONFIG_FILE)[0]
+        source = load_config_json(folder)
+        hf_format: HfFormat
+        hf_format, architecture = parse_hf_config(source, folder / CONFIG_FILE)
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-        check_output_folder(
-            request.output,
-            source=request.model,
-            overwrite=request.overwrite,
-            marker=CONFIG_FILE,
-            needed_bytes=size,
-        )
-        tokenizer = load_tokenizer(folder)
-        for prefix in (*request.calibration_data, *request.data):
-            check_same_tokenizer(prefix, tokenizer)
-        samples = calibration_samples(request, config["vocab_size"])
-        held_out = None
-        if request.data:
-            held_out = open_held_out(
-                request.data, request.seq_length, request.max_windows, config["vocab_size"], alone=True
-            )
         model = load_folder(
             folder,
             device=request.device,
@@ -79,29 +75,62 @@ def quantize(request: QuantizeRequest) -> QuantizationReport:
         meter = _Meter(model, held_out, request)
         meter.measure("as it is")
         take_off_spikes(model)
+        if request.layout is Layout.w8aspike:
+            add_query_spikes(model, request.k)
         with activity("quantising", len(model.model.layers), "layers") as progress:
             linears, errors = quantize_layers(model, samples, request, progress)
         _measure_steps(model, linears, request, meter)
-        written = write_folder(
-            model,
-            folder,
-            request.output,
-            _config_of(config, request),
-            hf_format,
-            {},
-        )
-    rows = [asdict(error) for error in errors]
-    report = QuantizationReport(
-        measured=meter.measured,
-        tokens=meter.tokens,
-        layers=layer_errors(rows),
-        linears=rows,
-        bytes_before=size,
-        bytes_after=written,
-        seconds=time.monotonic() - started,
+        if request.layout is Layout.w8aspike:
+            hf_format, state = W8ASPIKE, published_tensors(model)
+            number_format = str(model.dtype).removeprefix("torch.")
+            config = published_config(request, architecture, source, number_format)
+        else:
+            state, config = model.state_dict(), _config_of(source, request)
+        rows = [asdict(error) for error in errors]
+        reports: list[QuantizationReport] = []
+
+        def report(written: Path, bytes_after: int) -> None:
+            made = QuantizationReport(
+                measured=meter.measured,
+                tokens=meter.tokens,
+                layers=layer_errors(rows),
+                linears=rows,
+                bytes_before=size,
+                bytes_after=bytes_after,
+                seconds=time.monotonic() - started,
+            )
+            made.write(written, request)
+            reports.append(made)
+
+        write_folder(state, folder, request.output, config, hf_format, report)
+    return reports[0]
+
+
+def check(request: QuantizeRequest, needed_bytes: int) -> tuple[list[Tensor], HeldOutSamples | None]:
+    """All that can go wrong before a model is loaded; the samples of both texts.
+
+    Raises:
+        SpikingBrainError: text or output cannot be used.
+    """
+    check_output_folder(
+        request.output,
+        source=request.model,
+        overwrite=request.overwrite,
+        marker=CONFIG_FILE,
+        needed_bytes=needed_bytes,
+        dry_run=True,
     )
-    report.write(request)
-    return report
+    source = resolve_checkpoint(request.model) / HF_SOURCE_FOLDER if request.is_checkpoint else request.model
+    if has_tokenizer(source):
+        tokenizer = load_tokenizer(source)
+        for prefix in (*request.calibration_data, *request.data):
+            check_same_tokenizer(prefix, tokenizer)
+    samples = calibration_samples(request, request.vocab_size)
+    if not request.data:
+        return samples, None
+    return samples, open_held_out(
+        request.data, request.seq_length, request.max_windows, request.vocab_size, alone=True
+    )
 
 
 @contextmanager
@@ -110,9 +139,10 @@ def _source_folder(request: QuantizeRequest) -> Iterator[Path]:
     if not request.is_checkpoint:
         yield request.model
         return
-    request.output.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f"{request.output.name}.tmp-export-", dir=request.output.parent) as folder:
-        export = Path(folder) / "export"
+    beside = request.output.resolve().with_name(f"{request.output.name}.export")
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    with temporary_folder(beside) as folder:
+        export = folder / "export"
         export_checkpoint(request.model, export, float_weights=True, progress=True)
         yield export
 
@@ -158,7 +188,7 @@ def _measure_steps(
     model: PreTrainedModel, linears: Sequence[QuantizedLinear], request: QuantizeRequest, meter: _Meter
 ) -> None:
     """Weights alone, by either method; then what else there is, one on top of the other."""
-    with reading_floats(linears):
+    with reading_floats(model, linears):
         if request.method is Method.gptq:
             for linear in linears:
                 linear.take(linear.plain)

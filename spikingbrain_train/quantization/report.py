@@ -90,15 +90,15 @@ class QuantizationReport:
             "settings": request.settings(),
         }
 
-    def write(self, request: QuantizeRequest) -> None:
-        """JSON and picture into the output folder."""
-        write_result(request.output / REPORT_FILE, self.as_json(request))
+    def write(self, folder: Path, request: QuantizeRequest) -> None:
+        """JSON and picture into a folder."""
+        write_result(folder / REPORT_FILE, self.as_json(request))
         draw_layer_errors(
             LayerErrors(
                 [each.plain for each in self.layers],
                 None if self.layers[0].gptq is None else [each.gptq or 0.0 for each in self.layers],
             ),
-            request.output / PICTURE_FILE,
+            folder / PICTURE_FILE,
         )
 
 

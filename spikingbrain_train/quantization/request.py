@@ -50,6 +50,19 @@ class Scales(str, Enum):
     """That of the largest weight: what training with model.quantization sees."""
 
 
+class Layout(str, Enum):
+    """How a quantised model is written."""
+
+    int8 = "int8"
+    """Tensors that are INT8, which the code in the folder multiplies as integers."""
+    w8aspike = "w8aspike"
+    """As published: floats, and beside them the scales that the published class rounds them to."""
+
+
+PUBLISHED_PROJECTIONS = (Projection.qkv, Projection.gate, Projection.attention_output, Projection.mlp_fc1)
+"""Where the published W8ASpike class multiplies spikes by INT8 weights."""
+
+
 @dataclass(frozen=True)
 class QuantizeRequest:
     """A checked command line."""
@@ -73,8 +86,11 @@ class QuantizeRequest:
     k: float
     keys_and_values: bool
     embeddings: bool
+    layout: Layout
     device: str
     dtype: str
+    vocab_size: int
+    """Of the model."""
 
     def linears(self) -> dict[str, str]:
         """Name of a linear -> what it makes of its input."""

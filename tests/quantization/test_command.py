@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -15,8 +22,10 @@ from safetensors.torch import load_file
 from spikingbrain_train.config.conversion import ConversionConfig
 from spikingbrain_train.conversion.export_checkpoint import export_checkpoint
 from spikingbrain_train.conversion.import_checkpoint import import_checkpoint
+from spikingbrain_train.conversion.safetensors_io import SafetensorsWriter
 from spikingbrain_train.data.preprocess import PreprocessOptions, preprocess
 from spikingbrain_train.evaluation.command_line import evaluate
+from spikingbrain_train.quantization import report as quantization_report
 from spikingbrain_train.quantization.command_line import quantize
 from spikingbrain_train.storage.checkpoint_folder import MODEL_CONFIG_FILE
 from tests.small_source import save_small_source
@@ -149,17 +158,108 @@ def test_a_megatron_checkpoint_needs_no_export(folder: Path, tmp_path: Path) -> 
         (("--projections", "qkv,qkv"), "--projections qkv,qkv lists qkv twice; known are"),
         (("--spikes", "all"), "--spikes all lists all too; known are"),
         (("--data", "nowhere"), "there is no nowhere.bin"),
+        (("--data", "CUT", "--group-size", "16"), "cut.idx is 20 bytes long instead of .*: it is truncated"),
+        (
+            ("--output", "FULL", "--group-size", "16"),
+            "full is not empty; choose another folder or add --over",
+        ),
+        (("--output", "FULL", "--overwrite", "--group-size", "16"), "has no config.json, so it was not made"),
+        (("--output", "EXPORT", "--overwrite", "--group-size", "16"), "and the source .* overlap; choose"),
     ],
 )
+@pytest.mark.parametrize("dry_run", [False, True])
 def test_bad_input_is_one_sentence_and_writes_nothing(
-    words: tuple[str, ...], sentence: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: tuple[str, ...],
+    sentence: str,
+    dry_run: bool,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """A dry run refuses the same."""
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/note").write_text("")
+    (tmp_path / "cut.idx").write_bytes((folder / "with.idx").read_bytes()[:20])
+    (tmp_path / "cut.bin").write_bytes((folder / "with.bin").read_bytes())
+    places = {"FULL": tmp_path / "full", "CUT": tmp_path / "cut", "EXPORT": folder / "export"}
+    before = {path.name for path in (*tmp_path.rglob("*"), *folder.rglob("*"))}
+    given = [str(places.get(word, word)) for word in words]
     with pytest.raises(SystemExit) as end:
-        run(folder, tmp_path / "out", *words)
+        run(folder, tmp_path / "out", *given, *(["--dry-run"] if dry_run else []))
     assert end.value.code == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and re.search(sentence, error), error
-    assert not list(tmp_path.iterdir())
+    after = {path.name for path in (*tmp_path.rglob("*"), *folder.rglob("*"))}
+    assert {name for name in after - before if not name.endswith(".checked")} == set()
+
+
+def test_a_full_disk_leaves_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    options = ("--group-size", GROUP, "--float-embeddings")
+    for module, name in ((SafetensorsWriter, "write"), (quantization_report, "draw_layer_errors")):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+            patch.setattr(module, name, full)
+            run(folder, tmp_path / "out", *options, model="checkpoint", samples=2)
+        assert end.value.code == 2
+        assert "No space left on device" in capsys.readouterr().err.strip().splitlines()[-1]
+        assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["out.export.tmp-*/export/config.json", "out.tmp-*/new/config.json"])
+def test_a_killed_call_leaves_nothing_that_the_next_one_does_not_remove(
+    moment: str, folder: Path, tmp_path: Path
+) -> None:
+    """Killed with the export in between there, and while the output is written."""
+    words = ("--group-size", GROUP, "--float-embeddings")
+    command = [sys.executable, "-c", KILLED, str(folder), str(tmp_path / "out"), *words]
+    killed = subprocess.Popen(command, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob(moment)):
+        assert killed.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "out").exists() and list(tmp_path.iterdir())
+    run(folder, tmp_path / "out", *words, model="checkpoint", samples=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    weights = load_file(tmp_path / "out/model.safetensors")
+    assert weights["model.layers.0.attn.q_proj.weight"].dtype == torch.int8
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from spikingbrain_train.conversion.safetensors_io import SafetensorsWriter
+from tests.quantization.test_command import run
+write = SafetensorsWriter.write
+def slowly(*arguments):
+    time.sleep(0.2)
+    write(*arguments)
+SafetensorsWriter.write = slowly
+run(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:], model="checkpoint", samples=2)
+"""
+
+
+def test_queries_that_were_trained_with_spikes_keep_them(folder: Path, tmp_path: Path) -> None:
+    """In what is measured as in what is written."""
+    from omegaconf import OmegaConf
+
+    shutil.copytree(folder / "checkpoint", tmp_path / "checkpoint")
+    path = next((tmp_path / "checkpoint").rglob(MODEL_CONFIG_FILE))
+    model = OmegaConf.load(path)
+    model.spiking = {"projections": ["mlp_fc1"], "k": 3.0, "queries": True}
+    OmegaConf.save(model, path)
+    held_out = ("--data", str(folder / "assignment"), "--max-windows", "4")
+    report = run(
+        folder, tmp_path / "out", "--group-size", GROUP, *held_out, model=str(tmp_path / "checkpoint")
+    )
+    last = report["measured"][-1]["cross_entropy"]
+    assert cross_entropy(tmp_path / "out", tmp_path / "a.json", *held_out) == pytest.approx(last, abs=1e-4)
 
 
 def test_what_is_quantised_is_not_quantised_again(
