@@ -169,10 +169,7 @@ def copy(source: Path, target: Path) -> float:
     drop_page_cache()
     began = time.monotonic()
     subprocess.run(["cp", "-r", str(source), str(target)], check=True)
-    for path in target.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+    _sync(target)
     seconds = time.monotonic() - began
     shutil.rmtree(target)
     return seconds
@@ -200,6 +197,13 @@ def announced(words: Sequence[object]) -> Announced:
     )
 
 
+def _sync(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
 def convert(name: str, words: Sequence[object]) -> tuple[float, int]:
     """Seconds of a conversion from its start to its end, and the peak of its largest process."""
     drop_page_cache()
@@ -209,7 +213,7 @@ def convert(name: str, words: Sequence[object]) -> tuple[float, int]:
         time.sleep(0.05)
     if process.returncode:
         sys.exit(f"{name} ended with exit code {process.returncode}")
-    os.sync()
+    _sync(Path(str(words[-1])))
     return time.monotonic() - began, peak
 
 

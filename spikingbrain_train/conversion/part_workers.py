@@ -8,12 +8,12 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing.connection import wait as wait_for_end
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -24,6 +24,7 @@ from spikingbrain_train.storage.temporary_folder import helping
 
 _POLL_SECONDS = 0.2
 _ENTRY = "part {}"
+_Result: TypeAlias = "Future[tuple[int, Record | None]]"
 
 
 def write_parts(
@@ -99,24 +100,35 @@ class _ThisProcess:
 
 
 class _Processes:
-    """Has worker processes do it, which end with this one, however it ends."""
+    """Shares it with worker processes, which end with this one, however it ends.
+
+    They take the first parts; this process takes the last ones, and begins while they import torch.
+    """
 
     def __init__(self, parts: Parts, workspace: Path, folder: Path, workers: int) -> None:
+        self.parts, self.folder = parts, folder
         # Not fork: torch and the progress line have threads, whose locks a forked child would inherit.
         context = multiprocessing.get_context("spawn")
         self.shared = _Shared(context.Value("q", 0), context.Event())
         self.executor = ProcessPoolExecutor(
-            workers, context, initializer=_start, initargs=(parts, workspace, folder, self.shared)
+            workers - 1, context, initializer=_start, initargs=(parts, workspace, folder, self.shared)
         )
+        self.thread = ThreadPoolExecutor(1)
 
     def run(
         self, tasks: list[tuple[int, Record | None]], done: Activity
     ) -> Iterator[tuple[int, Record | None]]:
         said = self.shared.bytes.value
-        pending: set[Future[tuple[int, Record | None]]] = set()
         try:
-            pending = {self.executor.submit(_work, *task) for task in tasks}
+            given = [(self.executor.submit(_work, *task), task) for task in tasks]
+            pending = {future for future, _ in given}
+            own: _Result | None = None
             while pending:
+                while given and (own is None or own.done()):
+                    future, task = given.pop()
+                    if future.cancel():  # no worker has begun it
+                        own = self.thread.submit(self._do_here, *task)
+                        pending = pending - {future} | {own}
                 ended, pending = wait(pending, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
                 now = self.shared.bytes.value
                 done.advance(now - said)
@@ -129,9 +141,14 @@ class _Processes:
                 "again to go on where it stopped, with fewer --workers"
             ) from error
 
+    def _do_here(self, number: int, found: Record | None) -> tuple[int, Record | None]:
+        with one_thread():
+            return _do(self.parts, self.folder, number, found, self.shared.advance)
+
     def close(self) -> None:
         self.shared.stop.set()
         self.executor.shutdown(wait=True, cancel_futures=True)
+        self.thread.shutdown(wait=True, cancel_futures=True)
 
 
 @contextlib.contextmanager
@@ -157,9 +174,16 @@ class _Shared:
     stop: Any
     """Set when nobody waits for results any more."""
 
+    def advance(self, amount: int) -> None:
+        """Count bytes that are done. Raises _Stopped when nobody waits for them."""
+        if self.stop.is_set():
+            raise _Stopped
+        with self.bytes.get_lock():
+            self.bytes.value += amount
+
 
 class _Stopped(Exception):
-    """In a worker: nobody waits for the result."""
+    """Where parts are written: nobody waits for the result."""
 
 
 _state: tuple[Parts, Path, _Shared]
@@ -193,11 +217,4 @@ def _end_with(parent: int) -> None:
 
 def _work(number: int, found: Record | None) -> tuple[int, Record | None]:
     parts, folder, shared = _state
-
-    def advance(amount: int) -> None:
-        if shared.stop.is_set():
-            raise _Stopped
-        with shared.bytes.get_lock():
-            shared.bytes.value += amount
-
-    return _do(parts, folder, number, found, advance)
+    return _do(parts, folder, number, found, shared.advance)
