@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import time
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from spikingbrain_train.architecture.feed_forwards import FEED_FORWARDS
 from spikingbrain_train.architecture.layers import (
@@ -31,14 +27,13 @@ from spikingbrain_train.config.sections import with_layers
 from spikingbrain_train.config.setting import check_fields
 from spikingbrain_train.conversion.account import Account, Use, save_checksums
 from spikingbrain_train.conversion.companion_files import find_companion_files
-from spikingbrain_train.conversion.formats.hf_format import HfFormat, Zeros
 from spikingbrain_train.conversion.hf_config import read_hf_config
 from spikingbrain_train.conversion.import_parts import Converter, ImportParts, Planned
-from spikingbrain_train.conversion.mapping import model_parameters
 from spikingbrain_train.conversion.parts import damage_in, stored_chunks
 from spikingbrain_train.conversion.report import ConversionReport, describe_layers
 from spikingbrain_train.conversion.safetensors_io import SafetensorsReader
 from spikingbrain_train.conversion.source import Source
+from spikingbrain_train.conversion.source_check import check_source
 from spikingbrain_train.conversion.weight_values import describe_damage
 from spikingbrain_train.conversion.window_convention import WindowConvention
 from spikingbrain_train.conversion.work import Work
@@ -56,7 +51,6 @@ from spikingbrain_train.storage.journal import Journal
 from spikingbrain_train.storage.tokenizer_files import has_tokenizer
 
 _ATTENTION = "sizes of the source's attention output"
-_RECOMPUTED = re.compile(r"\.rotary_emb\.inv_freq$")  # a buffer that old transformers versions stored
 
 
 def import_checkpoint(
@@ -103,7 +97,7 @@ def import_checkpoint(
     target = _target(source, conversion, hf_folder)
     check_model(target)
     reader = SafetensorsReader(hf_folder)
-    left_out = _check_source(reader, hf_format, source)
+    left_out = check_source(reader, hf_format, source)
     recipe = conversion or ConversionConfig()  # without one the source is copied, and none of it is used
     tensors = Source(reader, hf_format, source, allow_damaged_weights=allow_damaged_weights)
     converter = Converter(tensors, recipe)
@@ -120,6 +114,7 @@ def import_checkpoint(
     for planned in plan:
         group = planned.parameter.weight.group
         report.count(group, converter.origin(planned), planned.parameter.numel)
+    report.notes += _notes_on_dtypes(plan)
     if unused := tensors.unused(planned.parameter for planned in plan):
         report.ignored.append(
             f"{len(unused)} tensors such as {unused[0]}, which have no part in the new layers"
@@ -266,103 +261,6 @@ def _too_long(recipe: ConversionConfig, source: ModelConfig) -> list[str]:
     ]
 
 
-@dataclass
-class _LeftOut:
-    """Tensors of the source that hold nothing of their own."""
-
-    reasons: dict[str, str] = field(default_factory=dict)
-    kinds: Counter[str] = field(default_factory=Counter)
-    """Those of which there are many, in the plural."""
-
-    def sentences(self) -> list[str]:
-        """For the report."""
-        many = [f"{number} {what}" for what, number in self.kinds.items()]
-        return many + [f"{name} ({why})" for name, why in self.reasons.items() if why not in self.kinds]
-
-
-def _check_source(reader: SafetensorsReader, hf_format: HfFormat, source: ModelConfig) -> _LeftOut:
-    """Hold the source's tensors against its architecture; return what may be left out, with the reason.
-
-    Raises:
-        CheckpointError: a tensor is missing, has another shape, differs in dtype from those it is fused with,
-    or is unknown.
-    """
-    expected = set()
-    for parameter in model_parameters(source):
-        names = parameter.tensors(hf_format)
-        for name, shape in names.items():
-            expected.add(name)
-            if name not in reader.specs:
-                raise CheckpointError(
-                    f"{reader.folder}: the tensor {name} of {hf_format.architecture} is missing; copy the "
-                    f"folder again, or correct {CONFIG_FILE} if it describes another model"
-                )
-            stored = reader.specs[name].shape
-            if stored != shape:
-                raise CheckpointError(
-                    f"{reader.file_of(name)}: {name} has shape {list(stored)}, but {CONFIG_FILE} asks for "
-                    f"{list(shape)}; take both from the same model"
-                )
-        dtypes = {name: reader.specs[name].dtype for name in names}
-        if len(set(dtypes.values())) > 1:
-            listed = ", ".join(
-                f"{name} is {str(dtype).removeprefix('torch.')}" for name, dtype in dtypes.items()
-            )
-            raise CheckpointError(
-                f"{reader.folder}: tensors that become one parameter differ in dtype: {listed}; save the "
-                "model in one dtype"
-            )
-    left_out = _LeftOut()
-    zeros = _zeros(reader, hf_format, source)
-    for name, what in zeros.items():
-        left_out.reasons[name] = f"{what} (zero, for classes that always have them)"
-        left_out.kinds[left_out.reasons[name]] += 1
-    for name in sorted(set(reader.specs) - expected - set(zeros)):
-        if _RECOMPUTED.search(name):
-            left_out.reasons[name] = "recomputed from rope_theta"
-        elif name == hf_format.names["output"] and source.share_embeddings_and_output_weights:
-            if not _is_copy(reader.read(name), reader.read(hf_format.names["embedding"])):
-                raise CheckpointError(
-                    f"{reader.file_of(name)}: {name} differs from the embedding although {CONFIG_FILE} has "
-                    "tie_word_embeddings = true; set it to false if the output layer is its own"
-                )
-            left_out.reasons[name] = "identical to the tied embedding"
-        else:
-            raise CheckpointError(
-                f"{reader.file_of(name)}: the tensor {name} is not part of {hf_format.architecture} as "
-                f"{CONFIG_FILE} describes it; importing without it would change the model"
-            )
-    return left_out
-
-
-def _is_copy(tensor: Tensor, other: Tensor) -> bool:
-    """Whether two tensors hold the same numbers, a NaN being the same as itself."""
-    if tensor.dtype is not other.dtype or tensor.shape != other.shape:
-        return False
-    return torch.equal(tensor, other) or torch.equal(tensor.view(torch.uint8), other.view(torch.uint8))
-
-
-def _zeros(reader: SafetensorsReader, hf_format: HfFormat, source: ModelConfig) -> dict[str, str]:
-    """Tensors of zeros that an export holds for readers of its format: name -> what it is.
-
-    The model does not have them.
-
-    Raises:
-        CheckpointError: one is not zero.
-    """
-    found = {}
-    for entry in sorted(hf_format.completions(source), key=lambda entry: entry.name):
-        if not isinstance(entry, Zeros) or entry.name not in reader.specs:
-            continue
-        if reader.read(entry.name).any():
-            raise CheckpointError(
-                f"{reader.file_of(entry.name)}: {entry.name} is not zero although {CONFIG_FILE} has "
-                f"{entry.setting} = false; set it to true if the {entry.what} were trained"
-            )
-        found[entry.name] = entry.what
-    return found
-
-
 def _notes_on_windows(source: ModelConfig, target: ModelConfig) -> list[str]:
     """Where softmax attention sees another number of tokens than the source's."""
     others: dict[tuple[int | None, int | None], list[int]] = {}
@@ -376,6 +274,17 @@ def _notes_on_windows(source: ModelConfig, target: ModelConfig) -> list[str]:
         f"sees {'all' if now is None else now}; sliding_window={seen} keeps the source's window"
         for (seen, now), numbers in others.items()
     ]
+
+
+def _notes_on_dtypes(plan: list[Planned]) -> list[str]:
+    """Where the source's tensors are of several number formats."""
+    of_source = Counter(planned.dtype for planned in plan if planned.in_source)
+    if len(of_source) < 2:
+        return []
+    listed = ", ".join(
+        f"{number} in {str(dtype).removeprefix('torch.')}" for dtype, number in of_source.most_common()
+    )
+    return [f"the source's number formats differ, and parameters keep theirs: {listed}"]
 
 
 def _notes(target: ModelConfig, recipe: ConversionConfig, *, drawn: bool) -> list[str]:

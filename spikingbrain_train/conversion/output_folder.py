@@ -16,6 +16,7 @@ from spikingbrain_train.storage.journal import Journal, key_of
 from spikingbrain_train.storage.temporary_folder import (
     REPLACED,
     abandoned_folders,
+    maker_of,
     remove_abandoned,
     temporary_folder,
 )
@@ -83,11 +84,20 @@ def check_output_folder(
         raise CheckpointError(
             f"--output {output} and the source {source} overlap; choose a folder outside the source"
         )
+    if (maker := maker_of(resolved)) is not None:
+        raise CheckpointError(
+            f"--output {output} is being written by another command ({maker}); wait for it or choose another "
+            "folder"
+        )
     if not dry_run:
         remove_abandoned(resolved, but=lambda folder: _has_key(folder, key) or _is_in_place(folder))
     leftover = _leftover(resolved, key)
     if output.exists() and not output.is_dir():
         raise CheckpointError(f"--output {output} is a file; choose another folder")
+    if os.path.ismount(resolved):  # renaming onto it would fail when all the work is done
+        raise CheckpointError(
+            f"--output {output} is a mount point, whose place no folder can take; choose a folder in it"
+        )
     parent = next(folder for folder in resolved.parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise CheckpointError(f"{parent} is not writable; choose another --output or change its permissions")
@@ -112,10 +122,14 @@ def check_output_folder(
     needed_bytes -= leftover.bytes
     if needed_bytes > free:
         raise CheckpointError(
-            f"--output {output} needs {needed_bytes / 1e9:.1f} GB but {parent} has {free / 1e9:.1f} GB free; "
-            "make room or choose another folder"
+            f"--output {output} needs {_amount(needed_bytes)} but {parent} has {_amount(free)} free; make "
+            "room or choose another folder"
         )
     return leftover
+
+
+def _amount(number: int) -> str:
+    return f"{number / 1e6:.1f} MB" if number < 10**9 else f"{number / 1e9:.1f} GB"
 
 
 def _has_key(folder: Path, key: str | None) -> bool:
@@ -189,6 +203,7 @@ def resumable_folder(output: Path, key: str | None, *, progress: bool = False) -
         return isinstance(error, (KeyboardInterrupt, StoppedEarly)) and bool(journal and journal.entries)
 
     try:
+        replaces = _has_content(output)
         output.parent.mkdir(parents=True, exist_ok=True)
         with temporary_folder(
             output,
@@ -206,6 +221,11 @@ def resumable_folder(output: Path, key: str | None, *, progress: bool = False) -
                 raise CheckpointError(
                     f"{other} cannot be used ({_reason(error)}); nothing was changed at {output}"
                 ) from error
+            if not replaces and _has_content(output):
+                raise CheckpointError(
+                    f"{output} was made by another command meanwhile; nothing was changed there: choose "
+                    "another folder, or add --overwrite"
+                )
             try:
                 with activity("writing to the disk", shown=progress):
                     _take_place(new, output, workspace / REPLACED)
@@ -220,6 +240,10 @@ def resumable_folder(output: Path, key: str | None, *, progress: bool = False) -
         raise CheckpointError(
             f"{output} cannot be written ({_reason(error)}); nothing was changed there"
         ) from error
+
+
+def _has_content(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
 
 
 def _reason(error: OSError) -> str:

@@ -24,6 +24,7 @@ from spikingbrain_train.storage.crc32 import combined
 from spikingbrain_train.storage.file_blocks import BLOCK_BYTES, VerifiedFile, forget, read_exactly
 
 _METADATA = "__metadata__"
+_LFS_POINTER = b"version https://git-lfs"
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -134,8 +135,8 @@ class SafetensorsReader:
                         )
                     if code not in DTYPES:
                         raise CheckpointError(
-                            f"{path}: {name} has dtype {code}; supported are {', '.join(DTYPES)}: import the "
-                            "unquantised checkpoint"
+                            f"{path}: {name} has dtype {code}; supported are {', '.join(DTYPES)}: save the "
+                            "model in one of them, or import the unquantised checkpoint"
                         )
                     self._files[name] = path
                     self.specs[name] = TensorSpec(name, shape, DTYPES[code])
@@ -148,6 +149,10 @@ class SafetensorsReader:
                     f"{path} is a pickle under the name of a safetensors file, and pickles are never opened "
                     "here, because they can run code; save the model with "
                     "save_pretrained(..., safe_serialization=True)"
+                ) from None
+            if _begin_of(path, len(_LFS_POINTER)) == _LFS_POINTER:
+                raise CheckpointError(
+                    f"{path} is a pointer of Git LFS in place of the file; run git lfs pull in its folder"
                 ) from None
             raise CheckpointError(
                 f"{path} is not a complete safetensors file ({error}); copy it again from its source"
@@ -164,12 +169,16 @@ def _begins_of_values(path: Path) -> dict[str, int]:
 
 def _is_pickle(path: Path) -> bool:
     """Whether a file begins as torch.save writes it: a zip archive, or its older magic number."""
+    return _begin_of(path, 4) in (b"PK\x03\x04", b"\x80\x02\x8a\x0a")
+
+
+def _begin_of(path: Path, length: int) -> bytes:
+    """The first bytes of a file; none where it cannot be read."""
     try:
         with path.open("rb") as file:
-            begin = file.read(4)
+            return file.read(length)
     except OSError:
-        return False
-    return begin in (b"PK\x03\x04", b"\x80\x02\x8a\x0a")
+        return b""
 
 
 def has_stored_scales(reader: SafetensorsReader) -> bool:

@@ -97,6 +97,26 @@ def remove_abandoned(target: Path, *, but: Callable[[Path], bool] | None = None)
 
 def abandoned_folders(target: Path) -> Iterator[Path]:
     """Temporary folders beside ``target`` whose makers, and those who helped them, are gone."""
+    for folder, pid in _temporary_folders(target):
+        if _is_abandoned(folder, pid) and _helpers_are_gone(folder):
+            yield folder
+
+
+def maker_of(target: Path) -> str | None:
+    """Who is certainly making ``target`` now, in words; None where nobody is, or the disk has no locks."""
+    for folder, pid in _temporary_folders(target):
+        try:
+            with (folder / _OWNER).open("r+", encoding="utf-8") as owner:
+                if _lock(owner.fileno()) is False:
+                    host = json.load(owner).get("host")
+                    return f"process {pid} on {host}"
+        except (OSError, ValueError, AttributeError):
+            continue
+    return None
+
+
+def _temporary_folders(target: Path) -> Iterator[tuple[Path, int]]:
+    """Those beside ``target``, whoever made them, with the process that their names tell."""
     pattern = re.compile(re.escape(target.name) + r"\.tmp-(\d+)(-\d+)?")
     try:
         beside = sorted(target.parent.iterdir())
@@ -104,10 +124,8 @@ def abandoned_folders(target: Path) -> Iterator[Path]:
         return
     for folder in beside:
         match = pattern.fullmatch(folder.name)
-        if match is None or folder.is_symlink() or not folder.is_dir():
-            continue
-        if _is_abandoned(folder, int(match[1])) and _helpers_are_gone(folder):
-            yield folder
+        if match is not None and not folder.is_symlink() and folder.is_dir():
+            yield folder, int(match[1])
 
 
 @contextmanager

@@ -85,6 +85,17 @@ def test_parts_of_one_parameter_in_two_dtypes(hf_checkpoint: HFCheckpoint, tmp_p
     refuses(source, tmp_path, r"differ in dtype.*k_proj\.weight is float16")
 
 
+def test_number_formats_that_differ_are_kept_and_told(hf_checkpoint: HFCheckpoint, tmp_path: Path) -> None:
+    source, _ = hf_checkpoint(**SMALL)
+    name = "model.layers.0.mlp.down_proj.weight"
+    resave(source, all_tensors(source) | {name: all_tensors(source)[name].bfloat16()})
+    report = import_checkpoint(source, tmp_path / "out")
+    (note,) = (note for note in report.notes if "number formats" in note)
+    assert note.endswith(" in float32, 1 in bfloat16")
+    stored = MegatronCheckpointReader(tmp_path / "out/iter_0000000").tensors
+    assert stored["decoder.layers.0.mlp.linear_fc2.weight"].properties.dtype is torch.bfloat16
+
+
 def test_tied_output_layer_that_differs(hf_checkpoint: HFCheckpoint, tmp_path: Path) -> None:
     source, _ = hf_checkpoint(**SMALL, tie_word_embeddings=True)
     resave(source, all_tensors(source) | {"lm_head.weight": torch.ones(20, 8)})
@@ -143,6 +154,15 @@ def test_a_pickle_under_the_name_of_safetensors(hf_checkpoint: HFCheckpoint, tmp
         )
         os.replace(source / "other", source / "model.safetensors")
         refuses(source, tmp_path, r"model\.safetensors is a pickle under the name of a safetensors file")
+
+
+def test_a_pointer_in_place_of_the_file(hf_checkpoint: HFCheckpoint, tmp_path: Path) -> None:
+    source, _ = hf_checkpoint(**SMALL)
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 3554214752\n"
+    (source / "model.safetensors").write_text(pointer)
+    refuses(
+        source, tmp_path, r"model\.safetensors is a pointer of Git LFS in place of the file; run git lfs pull"
+    )
 
 
 def test_no_source_folder(tmp_path: Path) -> None:
@@ -218,13 +238,23 @@ def test_unwritable_output(hf_checkpoint: HFCheckpoint, tmp_path: Path) -> None:
         import_checkpoint(source, locked / "out")
 
 
+@pytest.mark.skipif(not os.path.ismount("/proc"), reason="no mount point that is known to be there")
+def test_an_output_that_is_a_mount_point_is_noticed_before_writing(
+    hf_checkpoint: HFCheckpoint, tmp_path: Path
+) -> None:
+    source, _ = hf_checkpoint(**SMALL)
+    sentence = "/proc is a mount point, whose place no folder can take; choose a folder in it"
+    with pytest.raises(CheckpointError, match=sentence):
+        import_checkpoint(source, Path("/proc"), overwrite=True)
+
+
 def test_too_little_space_is_noticed_before_writing(
     hf_checkpoint: HFCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, _ = hf_checkpoint(**SMALL)
     usage = output_folder.shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(output_folder.shutil, "disk_usage", lambda path: usage)
-    refuses(source, tmp_path, r"GB free; make room")
+    refuses(source, tmp_path, r"0\.0 MB free; make room")
 
 
 def test_a_disk_that_fills_up_while_writing_leaves_nothing(

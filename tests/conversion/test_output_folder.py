@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from spikingbrain_train.conversion.output_folder import complete_folder
+from spikingbrain_train.conversion.output_folder import check_output_folder, complete_folder
 from spikingbrain_train.errors import CheckpointError
 
 
@@ -83,3 +83,40 @@ def test_a_folder_that_is_in_place_is_not_said_to_be_missing(
     ):
         (temporary / "config.json").write_text("{}")
     assert [path.name for path in tmp_path.iterdir()] == ["out"] and (output / "config.json").exists()
+
+
+def test_a_folder_that_somebody_makes_is_not_begun_again(tmp_path: Path) -> None:
+    def check(dry_run: bool) -> None:
+        check_output_folder(
+            tmp_path / "out",
+            source=tmp_path / "source",
+            overwrite=True,
+            marker="config.json",
+            needed_bytes=0,
+            dry_run=dry_run,
+        )
+
+    with complete_folder(tmp_path / "out") as temporary:
+        for dry_run in (False, True):
+            sentence = (
+                rf"out is being written by another command \(process {os.getpid()} on .*\); wait for it"
+            )
+            with pytest.raises(CheckpointError, match=sentence):
+                check(dry_run)
+        (temporary / "config.json").write_text("{}")
+    check(False)
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_what_somebody_else_made_meanwhile_stays(tmp_path: Path) -> None:
+    with (
+        pytest.raises(
+            CheckpointError, match="out was made by another command meanwhile; nothing was changed"
+        ),
+        complete_folder(tmp_path / "out") as temporary,
+    ):
+        (temporary / "config.json").write_text("mine")
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "config.json").write_text("theirs")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "config.json").read_text() == "theirs"
