@@ -21,6 +21,7 @@ class DenseKind(FeedForwardKind):
     name = "dense"
     spec = "spikingbrain_train.models.feed_forwards.dense:spec"
     is_of_the_source = True
+    export_module = "spikingbrain_train.hf.mlp_spikingbrain"
     hf_layers = dict.fromkeys(("llama", "qwen3_moe", "gla_swa", "spikingbrain"), "mlp")
 
     def all_settings(self, model: ModelConfig) -> set[str]:

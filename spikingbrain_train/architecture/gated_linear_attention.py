@@ -203,7 +203,19 @@ class GatedLinearAttentionKind(MixerKind):
     spec = "spikingbrain_train.models.mixers.gated_linear_attention:spec"
     family = "linear"
     backends = GATED_LINEAR_ATTENTION
+    export_module = "spikingbrain_train.hf.linear_attention_spikingbrain"
     hf_layers = {"gla_swa": "linear_attention", "spikingbrain": "linear_attention"}
+    tensor_names = {
+        "gate_down_weight": "gk_proj.0.weight",
+        "gate_up_weight": "gk_proj.1.weight",
+        "gate_up_bias": "gk_proj.1.bias",
+        "gate_weight": "gk_proj.weight",
+        "gate_bias": "gk_proj.bias",
+        "log_decay": "log_decay",
+        "output_gate_weight": "g_proj.weight",
+        "output_gate_bias": "g_proj.bias",
+        "out_norm": "g_norm.weight",
+    }
 
     def check_split(self, model: ModelConfig, parallel: ParallelConfig) -> None:
         check_linear_attention_split(model, parallel)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from spikingbrain_train.architecture.kind import Kind
+from spikingbrain_train.architecture.kind import OWN_FORMAT, Kind
 from spikingbrain_train.architecture.registry import Registry
 from spikingbrain_train.architecture.weights import Weight
 from spikingbrain_train.config.linear_transforms import Projection
@@ -36,9 +36,10 @@ class LinearTransformKind(Kind):
     words: str
     """What a model with it does, in sentences: ``encodes activations as spikes``."""
     hf_formats: Collection[str] = ()
-    """The Hugging Face formats whose modelling code does it, as ``hf_layers`` of layers calls them.
+    """The Hugging Face formats whose modelling code does it, as ``hf_layers`` of layers calls them; this
+    project's own does what has an ``export_module``.
 
-    An export in another leaves it out."""
+    An export in another leaves it out, if somebody asks for that format."""
     changes_input: bool = False
     """Whether linears multiply another tensor than they are given, which the backward pass then needs."""
     changes_weight: bool = False
@@ -48,6 +49,9 @@ class LinearTransformKind(Kind):
         super().__init_subclass__(**kwargs)
         if hasattr(cls, "name"):
             cls.section = cls.name
+        if "name" in vars(cls):
+            own = () if cls.export_module is None else (OWN_FORMAT,)
+            cls.hf_formats = (*own, *vars(cls).get("hf_formats", ()))
 
     def __reduce__(self) -> tuple[Callable[[str], LinearTransformKind], tuple[str]]:
         return _by_name, (self.name,)  # a kind is one object in every process

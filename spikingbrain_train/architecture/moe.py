@@ -44,6 +44,8 @@ class MixtureOfExpertsKind(FeedForwardKind):
     words = "mixture-of-experts layers"
     spec = "spikingbrain_train.models.feed_forwards.moe.spec:spec"
     routes_tokens = True
+    export_module = "spikingbrain_train.hf.moe_spikingbrain"
+    tensor_names = {"router": "router.weight"}
     hf_layers = {"qwen3_moe": "moe", "spikingbrain": "moe"}
 
     def check(self, model: ModelConfig) -> None:

@@ -38,6 +38,7 @@ class SoftmaxAttentionKind(MixerKind):
     is_of_the_source = True
     leads = True
     backends = SOFTMAX_ATTENTION
+    export_module = "spikingbrain_train.hf.softmax_attention_spikingbrain"
     hf_layers = {
         "llama": "attention",
         "qwen3_moe": "attention",
@@ -132,6 +133,7 @@ class SlidingWindowAttentionKind(SoftmaxAttentionKind):
     name = "swa"
     words = "sliding-window layers"
     is_of_the_source = False
+    export_module = SoftmaxAttentionKind.export_module
     hf_layers = dict.fromkeys(("llama", "gla_swa", "spikingbrain"), "sliding_attention")
 
     def window(self, model: ModelConfig) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from spikingbrain_train.architecture.kind import Kind
+from spikingbrain_train.architecture.kind import OWN_FORMAT, Kind
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ParallelConfig
 
@@ -22,10 +22,15 @@ class SubmoduleKind(Kind):
     is_of_the_source: bool = False
     """Whether a dense source has it in every layer."""
     hf_layers: Mapping[str, str] = {}
-    """What the Hugging Face formats that can hold it call it, by format."""
+    """What the Hugging Face formats that can hold it call it, by format. In this project's own, a kind that
+    has an ``export_module`` goes by its name."""
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
+        if "name" in vars(cls):
+            named = vars(cls).get("hf_layers", {})
+            own = {} if cls.export_module is None else {OWN_FORMAT: cls.name}
+            cls.hf_layers = {**own, **named}
         if "words" not in vars(cls) and hasattr(cls, "name"):
             cls.words = f"{cls.name} layers"
         if "sign" not in vars(cls) and hasattr(cls, "name"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -17,6 +17,7 @@ from spikingbrain_train.config.plugins import load_plugins, plugins_of
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.config.schema import check_lists, explain, unknown_setting, unknown_settings
 from spikingbrain_train.config.sections import with_sections
+from spikingbrain_train.config.setting import check_fields
 from spikingbrain_train.config.yaml_files import conf_folder, read_composed, read_yaml
 from spikingbrain_train.errors import CheckpointError, ConfigurationError
 from spikingbrain_train.storage.durable_files import write_text_durably
@@ -77,6 +78,29 @@ def _load(
     except ConfigurationError as error:
         sentence = str(error) if str(path) in str(error) else f"{path}: {error}"
         raise CheckpointError(sentence) from error
+
+
+def read_section(name: str, values: dict[str, Any]) -> Any:
+    """The settings ``name`` of a model, as a checkpoint of another form writes them: plain values by name.
+
+    Raises:
+        ConfigurationError: an unknown setting, or a value that does not fit.
+    """
+    schema = with_sections(ModelConfig)
+    try:
+        given = OmegaConf.create({name: values})
+        if unknown := unknown_settings(given, schema):
+            raise unknown_setting(unknown[0], schema)
+        merged = OmegaConf.merge(OmegaConf.structured(schema), given)
+        typed = OmegaConf.to_object(OmegaConf.select(merged, name))
+        check_lists(typed, f"{name}.")
+    except (OmegaConfBaseException, ValueError, TypeError) as error:
+        explained = explain(error, schema)
+        if explained is None:
+            raise
+        raise explained from error
+    check_fields(typed, f"{name}.")
+    return typed
 
 
 def load_model_config(path: str | Path) -> ModelConfig:

@@ -233,9 +233,9 @@ def _write_hf(target: Path, last: StoredWeights, averages: _Averages) -> list[st
     companions.copy_to(target)
     if not (target / CONFIG_FILE).is_file():
         shutil.copyfile(last.folder / CONFIG_FILE, target / CONFIG_FILE)
-    hf_format, _ = read_hf_config(last.folder)
-    for path in hf_format.code_files():
-        shutil.copyfile(path, target / path.name)
+    hf_format, model = read_hf_config(last.folder)
+    for name, text in hf_format.code_files(model).items():
+        (target / name).write_text(text, encoding="utf-8")
     specs = [TensorSpec(name, stored.shape, stored.dtype) for name, stored in last.tensors.items()]
     specs.sort(key=lambda spec: -spec.dtype.itemsize)
     with SafetensorsWriter(target, specs, DEFAULT_SHARD_SIZE) as writer:

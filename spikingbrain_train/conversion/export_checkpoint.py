@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
 from spikingbrain_train.conversion.account import Use, save_checksums
 from spikingbrain_train.conversion.code_references import left_out, references
 from spikingbrain_train.conversion.companion_files import find_companion_files
+from spikingbrain_train.conversion.export_code import from_outside
+from spikingbrain_train.conversion.export_code_check import check_code
 from spikingbrain_train.conversion.export_parts import ExportParts
 from spikingbrain_train.conversion.export_pieces import Piece, export_pieces
-from spikingbrain_train.conversion.formats.hf_format import HfFormat
+from spikingbrain_train.conversion.formats.outside_kinds import kinds_of
 from spikingbrain_train.conversion.formats.registry import format_of_model
 from spikingbrain_train.conversion.megatron_source import check_tensors, read_model
 from spikingbrain_train.conversion.parts import damage_in
@@ -99,7 +101,10 @@ def export_checkpoint(
 
     pieces = sorted(export_pieces(model, hf_format), key=lambda piece: -specs_of(piece)[0].dtype.itemsize)
     specs = [spec for piece in pieces for spec in specs_of(piece)]
-    config = hf_format.config(model, source_config, _dtype_name(specs))
+    config, code = hf_format.config(model, source_config, _dtype_name(specs)), hf_format.code_files(model)
+    if code and (outside := from_outside(kinds_of(model))):
+        with activity("trying the code of the export", shown=progress):  # transformers is imported for it
+            check_code(code, config, specs, " and ".join(outside))
     report = ConversionReport(
         source=str(folder),
         output=str(output),
@@ -126,6 +131,7 @@ def export_checkpoint(
         max_shard_size,
         allow_damaged_weights,
         parts.sizes,
+        code,
     )
     work = Work.plan(
         parts,
@@ -146,7 +152,7 @@ def export_checkpoint(
     with work.begun() as workspace:
         new = workspace.new
         report.notes += _write_small_files(
-            new, hf_format, hf_source, config, source_config or {}, progress=progress
+            new, code, hf_source, config, source_config or {}, progress=progress
         )
         if not has_tokenizer(new):
             report.notes.append(
@@ -164,14 +170,14 @@ def export_checkpoint(
 
 def _write_small_files(
     export: Path,
-    hf_format: HfFormat,
+    code: Mapping[str, str],
     hf_source: Path,
     config: dict[str, Any],
     source_config: dict[str, Any],
     *,
     progress: bool,
 ) -> list[str]:
-    """Write all of an export but its weights: config.json, the source's small files, the format's code.
+    """Write all of an export but its weights: config.json, the source's small files, its code.
 
     Returns:
         Notes for the report.
@@ -184,9 +190,9 @@ def _write_small_files(
         notes += left_out(CONFIG_FILE, references(source_config))
         notes += drop_tokenizer_code(export)
     (export / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for path in hf_format.code_files():
-        shutil.copyfile(path, export / path.name)
-    if hf_format.code_files() or config.get("model_type") != source_config.get("model_type"):
+    for name, text in code.items():
+        (export / name).write_text(text, encoding="utf-8")
+    if code or config.get("model_type") != source_config.get("model_type"):
         with activity("comparing the tokenizers", shown=progress):  # transformers is imported for it
             notes += keep_tokenizer_class(hf_source, export)
     return notes

@@ -2,7 +2,9 @@
 
 An export is a folder with model.safetensors (or shards), a config.json whose `auto_map` and `architectures`
 are those of its format, the tokenizer of the source, and a copy of every file of `Code.files`. Nothing in
-those files imports this package.
+those files imports this package. The format of every form adds a file for each kind of mixer, feed-forward
+and linear transform that the model is made of, and its modelling file imports those
+(conversion/export_code.py).
 """
 
 from __future__ import annotations
@@ -54,11 +56,14 @@ SPIKINGBRAIN_CODE = Code(
     (
         "configuration_spikingbrain.py",
         "modeling_spikingbrain.py",
+        "kinds_spikingbrain.py",
+        "linears_spikingbrain.py",
+        "mixer_settings_spikingbrain.py",
         "configuration_gla_swa.py",
         *_SHARED,
     ),
 )
-"""Of this project's own format, which holds every form."""
+"""Of this project's own format, which holds every form. The files of a model's kinds come to it."""
 
 CODES = (GLA_SWA_CODE, SPIKINGBRAIN_CODE)
 """All that exports carry."""

@@ -5,35 +5,10 @@ Part of the modelling code of a checkpoint (see modeling_spikingbrain.py); needs
 
 from __future__ import annotations
 
-from typing import Any
-
 from transformers import PretrainedConfig
 
 from .configuration_gla_swa import check_spiking, rope_settings
 from .rotary_gla_swa import RotaryPositions
-
-MIXERS = ("linear_attention", "sliding_attention", "full_attention")
-FEED_FORWARDS = ("mlp", "moe")
-_GATES = ("low_rank", "full_rank", "tied", "fixed")
-LINEAR_ATTENTION: dict[str, Any] = {
-    "feature_map": "relu",
-    "gate": "low_rank",
-    "gate_low_rank_dim": 16,
-    "gate_logit_normalizer": 16.0,
-    "qk_norm": False,
-    "num_key_value_heads": None,
-    "rotary": False,
-    "output_gate": False,
-}
-"""Settings of linear attention, and what they are where `linear_attention` leaves them out."""
-MOE: dict[str, Any] = {
-    "num_experts": 16,
-    "num_experts_per_tok": 1,
-    "norm_topk_prob": False,
-    "num_shared_experts": 1,
-    "moe_intermediate_size": None,
-}
-"""Settings of mixtures of experts, and what they are where `moe` leaves them out."""
 
 
 class SpikingBrainConfig(PretrainedConfig):
@@ -48,10 +23,10 @@ class SpikingBrainConfig(PretrainedConfig):
             attention_bias).
         mlp_bias: whether the projections of SwiGLUs have biases; experts have none.
         qk_norm: RMSNorm over head_dim on queries and keys of every mixer (Qwen3).
-        mixers: the mixers of each layer, a list of "linear_attention", "sliding_attention" and
-            "full_attention" that read the same input. Of several the layer adds up their normed outputs
-            times `branch_weights`.
-        feed_forwards: the feed-forward of each layer, "mlp" (SwiGLU) or "moe" (experts).
+        mixers: the mixers of each layer, a list of kinds ("linear_attention", "sliding_attention",
+            "full_attention" and those that other files beside this one bring) that read the same input. Of
+            several the layer adds up their normed outputs times `branch_weights`.
+        feed_forwards: the feed-forward of each layer, "mlp" (SwiGLU), "moe" (experts) or another file's.
         sliding_window: tokens that sliding attention sees, the current one included.
         linear_attention: settings of gated linear attention. `feature_map` ("relu" or "sigmoid"), `gate`
             ("low_rank"; "full_rank", one matrix; "tied", which is 1 - k; or "fixed", one stored decay a
@@ -61,12 +36,16 @@ class SpikingBrainConfig(PretrainedConfig):
         moe: `num_experts`, `num_experts_per_tok`, `num_shared_experts` (one SwiGLU of so many widths, for
             all tokens), `moe_intermediate_size` (of one expert; None: intermediate_size). Probabilities are
             the softmax over all experts, made to add up to 1 for the chosen ones if `norm_topk_prob`.
+        kinds: settings of other kinds, by the kind's name.
+        linear_transforms: what is done to inputs and weights of linears, as linears_spikingbrain.py has it.
         num_sink_tokens: learnable tokens in front of every text, seen by all of it.
         spiking: None, or where spikes are, as check_spiking (configuration_gla_swa.py) says.
         quantization_config: None, or INT8 weights, keys and values, as quantization_w8aspike.py has them.
         rope_parameters: rotary base and frequency scaling, as transformers 5 writes them
             ({"rope_type": "default", "rope_theta": 10000.0}).
         rope_theta, rope_scaling: the same as transformers 4 writes it; read, but not written.
+
+    What belongs to a kind is checked where a model is made, since the kind's file knows it.
 
     Raises:
         ValueError: a setting that contradicts another one or that this code does not compute; the message
@@ -101,6 +80,8 @@ class SpikingBrainConfig(PretrainedConfig):
         sliding_window: int = 4096,
         linear_attention: dict | None = None,
         moe: dict | None = None,
+        kinds: dict | None = None,
+        linear_transforms: list[dict] | None = None,
         num_sink_tokens: int = 0,
         spiking: dict | None = None,
         quantization_config: dict | None = None,
@@ -134,8 +115,10 @@ class SpikingBrainConfig(PretrainedConfig):
         self.mixers = [alternating[i % 2] for i in range(num_hidden_layers)] if mixers is None else mixers
         self.feed_forwards = ["mlp"] * num_hidden_layers if feed_forwards is None else feed_forwards
         self.sliding_window = sliding_window
-        self.linear_attention = _with_defaults("linear_attention", linear_attention, LINEAR_ATTENTION)
-        self.moe = _with_defaults("moe", moe, MOE)
+        self.linear_attention = linear_attention or {}
+        self.moe = moe or {}
+        self.kinds = kinds or {}
+        self.linear_transforms = linear_transforms or []
         self.num_sink_tokens = num_sink_tokens
         self.spiking = spiking
         # Under its own name transformers would look for a quantiser of its own.
@@ -157,20 +140,6 @@ class SpikingBrainConfig(PretrainedConfig):
             **kwargs,
         )
 
-    @property
-    def linear_num_key_value_heads(self) -> int:
-        """Groups of linear attention, each with a key, value, gate and state."""
-        return self.linear_attention["num_key_value_heads"] or self.num_key_value_heads
-
-    @property
-    def moe_intermediate_size(self) -> int:
-        """Width of one expert."""
-        return self.moe["moe_intermediate_size"] or self.intermediate_size
-
-    def window_of(self, mixer: str) -> int | None:
-        """Tokens that a softmax mixer sees, the current one included; None for all."""
-        return self.sliding_window if mixer == "sliding_attention" else None
-
     def rotary_positions(self) -> RotaryPositions:
         """How tokens are turned. Raises ValueError where scaling is not supported or incomplete."""
         return RotaryPositions(
@@ -183,19 +152,20 @@ class SpikingBrainConfig(PretrainedConfig):
         w8aspike = values.pop("w8aspike", None)
         if w8aspike:
             values["quantization_config"] = w8aspike
+        for key in ("kinds", "linear_transforms"):
+            if not values.get(key):
+                values.pop(key, None)
         scaling = values.pop("rope_scaling", None)
         theta = values.pop("rope_theta", self.rope_theta)
         values["rope_parameters"] = {"rope_type": "default", **(scaling or {}), "rope_theta": theta}
         return values
 
     def _validate(self) -> None:
-        heads = self.num_attention_heads
-        for name, groups in (
-            ("num_key_value_heads", self.num_key_value_heads),
-            ("num_key_value_heads of linear_attention", self.linear_num_key_value_heads),
-        ):
-            if heads % groups != 0:
-                raise ValueError(f"num_attention_heads {heads} must be a multiple of {name} {groups}.")
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        if heads % groups != 0:
+            raise ValueError(
+                f"num_attention_heads {heads} must be a multiple of num_key_value_heads {groups}."
+            )
         if self.head_dim % 2 != 0:
             raise ValueError(f"head_dim must be even for rotary embedding, got {self.head_dim}.")
         if self.sliding_window < 1:
@@ -203,40 +173,24 @@ class SpikingBrainConfig(PretrainedConfig):
         _check_layers("mixers", self.mixers, self.num_hidden_layers)
         _check_layers("feed_forwards", self.feed_forwards, self.num_hidden_layers)
         for branches in self.mixers:
-            _check_known("mixers", branches, MIXERS)
             if not branches or len(set(branches)) < len(branches):
                 raise ValueError(f"mixers lists {branches} for a layer: name each of its mixers once.")
-        _check_known("feed_forwards", self.feed_forwards, FEED_FORWARDS)
-        linear = self.linear_attention
-        _check_known("gate of linear_attention", [linear["gate"]], _GATES)
-        _check_known("feature_map of linear_attention", [linear["feature_map"]], ("relu", "sigmoid"))
-        if linear["gate"] == "tied" and linear["feature_map"] != "sigmoid":
-            raise ValueError("gate tied of linear_attention is 1 - k: it needs feature_map sigmoid.")
-        if self.moe["num_experts_per_tok"] > self.moe["num_experts"]:
-            raise ValueError(
-                f"num_experts_per_tok {self.moe['num_experts_per_tok']} of moe is above num_experts "
-                f"{self.moe['num_experts']}."
-            )
+        quantized = set((self.w8aspike or {}).get("linears", ()))
+        for entry in self.linear_transforms:
+            matrices = [names for of_kind in entry["linears"].values() for names in of_kind]
+            both = sorted(quantized & {name for names in matrices for name in names})
+            if both:
+                raise ValueError(
+                    f"{both[0]} has INT8 weights by quantization_config and {entry['name']} by "
+                    f"linear_transforms: a linear has one of them."
+                )
         check_spiking(self.spiking)
         self.rotary_positions()
-
-
-def _with_defaults(name: str, given: dict | None, defaults: dict[str, Any]) -> dict[str, Any]:
-    unknown = sorted(set(given or {}) - set(defaults))
-    if unknown:
-        raise ValueError(f"{name} knows no {', '.join(unknown)}; it has {', '.join(defaults)}.")
-    return {**defaults, **(given or {})}
 
 
 def _check_layers(name: str, listed: list, num_layers: int) -> None:
     if len(listed) != num_layers:
         raise ValueError(f"{name} lists {len(listed)} layers, but num_hidden_layers is {num_layers}.")
-
-
-def _check_known(name: str, listed: list[str], known: tuple[str, ...]) -> None:
-    strangers = [each for each in listed if each not in known]
-    if strangers:
-        raise ValueError(f'{name} knows no "{strangers[0]}"; known are {", ".join(known)}.')
 
 
 # save_pretrained then copies this file and names it in config.json, also in a folder saved after training.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor
 
 from spikingbrain_train.conversion.companion_files import find_companion_files
-from spikingbrain_train.conversion.formats.hf_format import HfFormat
 from spikingbrain_train.conversion.output_folder import complete_folder
 from spikingbrain_train.conversion.safetensors_io import SafetensorsWriter, TensorSpec
 from spikingbrain_train.reporting.activity import activity
@@ -26,7 +24,7 @@ def write_folder(
     source: Path,
     output: Path,
     config: dict[str, Any],
-    hf_format: HfFormat,
+    code: Mapping[str, str],
     finish: Callable[[Path, int], None],
 ) -> int:
     """Write a quantised model; the folder appears whole or not at all.
@@ -36,7 +34,7 @@ def write_folder(
         source: folder of the model before.
         output: to be made.
         config: its config.json.
-        hf_format: whose code it carries, as of today.
+        code: texts of its modelling files by their names.
         finish: told the folder, before it appears, and the bytes of its tensors; writes what else it holds.
 
     Returns:
@@ -53,8 +51,8 @@ def write_folder(
     with complete_folder(output, progress=True) as temporary:
         find_companion_files(source).copy_to(temporary)
         (temporary / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for path in hf_format.code_files():
-            shutil.copyfile(path, temporary / path.name)
+        for name, text in code.items():
+            (temporary / name).write_text(text, encoding="utf-8")
         with (
             activity("writing", size, "B") as done,
             SafetensorsWriter(temporary, specs, _MAX_SHARD_SIZE) as writer,

@@ -65,6 +65,7 @@ def quantize(request: QuantizeRequest, needed_bytes: int) -> QuantizationReport:
         source = load_config_json(folder)
         hf_format: HfFormat
         hf_format, architecture = parse_hf_config(source, folder / CONFIG_FILE)
+        code = hf_format.code_files(architecture)  # before the work: a kind's file may be missing
         size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         model = load_folder(
             folder,
@@ -81,7 +82,7 @@ def quantize(request: QuantizeRequest, needed_bytes: int) -> QuantizationReport:
             linears, errors = quantize_layers(model, samples, request, progress)
         _measure_steps(model, linears, request, meter)
         if request.layout is Layout.w8aspike:
-            hf_format, state = W8ASPIKE, published_tensors(model)
+            code, state = W8ASPIKE.code_files(architecture), published_tensors(model)
             number_format = str(model.dtype).removeprefix("torch.")
             config = published_config(request, architecture, source, number_format)
         else:
@@ -102,7 +103,7 @@ def quantize(request: QuantizeRequest, needed_bytes: int) -> QuantizationReport:
             made.write(written, request)
             reports.append(made)
 
-        write_folder(state, folder, request.output, config, hf_format, report)
+        write_folder(state, folder, request.output, config, code, report)
     return reports[0]
 
 

@@ -134,6 +134,11 @@ def check_holds(folder: Path, config: Mapping[str, Any]) -> None:
         raise CheckpointError(
             f"{folder} is quantised already, as its {CONFIG_FILE} says; name the folder that it was made of"
         )
+    for entry in config.get("linear_transforms") or []:
+        raise CheckpointError(
+            f"{folder} transforms weights or inputs of linears by {entry['name']}, which INT8 weights would "
+            f"take the place of; quantise a model without it"
+        )
     if config.get("model_type") not in _HOLDS:
         raise CheckpointError(
             f"{folder / CONFIG_FILE}: model_type {config.get('model_type')} has no modelling code for INT8 "

@@ -16,7 +16,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from spikingbrain_train.hf import CODES, GLA_SWA_CODE, Code
+from spikingbrain_train.architecture.feed_forwards import FEED_FORWARDS
+from spikingbrain_train.architecture.mixers import MIXERS
+from spikingbrain_train.conversion.export_code import code_with_kinds
+from spikingbrain_train.hf import GLA_SWA_CODE, SPIKINGBRAIN_CODE, Code
 from spikingbrain_train.hf.configuration_gla_swa import GLAswaConfig
 from spikingbrain_train.hf.modeling_gla_swa import GLAswaForCausalLM
 
@@ -84,17 +87,21 @@ def export(model: GLAswaForCausalLM, folder: Path) -> None:
         shutil.copy(file, folder)
 
 
-def check_that_a_folder_stands_alone(model: PreTrainedModel, folder: Path, code: Code, place: Path) -> None:
-    """It loads, computes, generates, trains and saves where nothing of the project can be imported."""
+def run_where_the_project_is_not(script: str, folder: Path, place: Path) -> None:
+    """Run a script with two folders as arguments, without network; a cache of the hub lies in the second."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_HOME": str(place / "cache"), "HF_HUB_OFFLINE": "1"}
     # Dependencies may come from PYTHONPATH too; only the project itself must not.
     root = str(Path(__file__).resolve().parents[2])
     paths = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and p != "." and p != root]
     environment["PYTHONPATH"] = os.pathsep.join(paths)
-    command = [sys.executable, "-c", STANDALONE_SCRIPT, str(folder), str(place)]
+    command = [sys.executable, "-c", script, str(folder), str(place)]
     subprocess.run(command, cwd=place, env=environment, check=True, timeout=240)
 
+
+def check_that_a_folder_stands_alone(model: PreTrainedModel, folder: Path, code: Code, place: Path) -> None:
+    """It loads, computes, generates, trains and saves where nothing of the project can be imported."""
+    run_where_the_project_is_not(STANDALONE_SCRIPT, folder, place)
     result = torch.load(place / "result.pt", weights_only=True)
     ids = torch.arange(60).view(2, 30)
     with torch.no_grad():
@@ -116,13 +123,25 @@ def test_folder_loads_computes_generates_and_trains_on_its_own(
     check_that_a_folder_stands_alone(model, folder, GLA_SWA_CODE, tmp_path)
 
 
-@pytest.mark.parametrize("code", CODES, ids=lambda code: code.architectures[0])
-def test_the_modelling_file_names_every_other_file(code: Code) -> None:
+@pytest.mark.parametrize(
+    ("code", "kinds"),
+    [
+        (GLA_SWA_CODE, []),
+        (SPIKINGBRAIN_CODE, []),
+        (SPIKINGBRAIN_CODE, ["dense"]),
+        (SPIKINGBRAIN_CODE, ["gla", "moe"]),
+        (SPIKINGBRAIN_CODE, ["full", "swa", "dense"]),
+    ],
+    ids=lambda each: "-".join(each if isinstance(each, list) else each.architectures) or "no kinds",
+)
+def test_the_modelling_file_names_every_other_file(code: Code, kinds: list[str]) -> None:
     """transformers 4.5x puts no others where it imports the code from."""
-    text = next(path for path in code.files if path.name.startswith("modeling")).read_text()
-    own = next(path.stem for path in code.files if path.name.startswith("modeling"))
-    imported = set(re.findall(r"^from \.(\w+) import", text, re.MULTILINE))
-    assert imported | {own} == {path.stem for path in code.files}
+    found = [registry[name] for name in kinds for registry in (MIXERS, FEED_FORWARDS) if name in registry]
+    texts = code_with_kinds(code, found)
+    (own,) = (name for name in texts if name.startswith("modeling"))
+    imported = re.findall(r"^from \.(\w+) import", texts[own], re.MULTILINE)
+    assert sorted([*imported, own.removesuffix(".py")]) == sorted(name.removesuffix(".py") for name in texts)
+    assert len(texts) == len(code.files) + len({kind.export_module for kind in found})
 
 
 def test_tensor_names_are_the_published_ones(random_model: Callable, tmp_path: Path) -> None:

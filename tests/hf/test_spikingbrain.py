@@ -5,7 +5,6 @@ That it computes what the Megatron model computes is held by tests/conversion/te
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from spikingbrain_train.architecture.feed_forwards import FEED_FORWARDS
+from spikingbrain_train.architecture.mixers import MIXERS
+from spikingbrain_train.conversion.export_code import code_with_kinds
 from spikingbrain_train.hf import SPIKINGBRAIN_CODE
 from spikingbrain_train.hf.configuration_spikingbrain import SpikingBrainConfig
 from spikingbrain_train.hf.modeling_spikingbrain import SpikingBrainForCausalLM
@@ -153,8 +155,9 @@ def test_folder_loads_computes_generates_and_trains_on_its_own(tmp_path: Path) -
     model.config.architectures = SPIKINGBRAIN_CODE.architectures
     model.config.auto_map = SPIKINGBRAIN_CODE.auto_map
     model.save_pretrained(tmp_path / "export")
-    for file in SPIKINGBRAIN_CODE.files:
-        shutil.copy(file, tmp_path / "export")
+    kinds = [MIXERS["gla"], MIXERS["swa"], FEED_FORWARDS["dense"], FEED_FORWARDS["moe"]]
+    for name, text in code_with_kinds(SPIKINGBRAIN_CODE, kinds).items():
+        (tmp_path / "export" / name).write_text(text)
     check_that_a_folder_stands_alone(model, tmp_path / "export", SPIKINGBRAIN_CODE, tmp_path)
 
 
@@ -175,6 +178,7 @@ def test_folder_loads_computes_generates_and_trains_on_its_own(tmp_path: Path) -
         ({"mixers": [["gla"]] * 3}, 'mixers knows no "gla"; known are linear_attention'),
         ({"mixers": [[]] * 3}, "name each of its mixers once"),
         ({"feed_forwards": ["dense"] * 3}, 'feed_forwards knows no "dense"; known are mlp, moe'),
+        ({"linear_transforms": [{"name": "int3", "linears": {}}]}, 'linear_transforms knows no "int3"'),
         ({"moe": {"num_experts": 2, "num_experts_per_tok": 3}}, "num_experts_per_tok 3 of moe is above"),
         ({"spiking": {"k": 3.0}}, 'spiking needs "projections" and a "k" above 0'),
         ({"spiking": {"k": 3.0, "projections": ["lm_head"]}}, "spiking knows no lm_head"),
@@ -183,4 +187,4 @@ def test_folder_loads_computes_generates_and_trains_on_its_own(tmp_path: Path) -
 )
 def test_settings_that_cannot_be_computed_are_refused(changes: dict, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
-        SpikingBrainConfig(**{**SETTINGS, **changes})
+        SpikingBrainForCausalLM(SpikingBrainConfig(**{**SETTINGS, **changes}))

@@ -66,6 +66,8 @@ class FixedDecayKind(MixerKind):
     section = "fixed_decay"
     section_type = FixedDecayConfig
     backends = GATED_LINEAR_ATTENTION
+    export_module = f"{__package__}.fixed_decay_export"
+    tensor_names = {"out_norm": "g_norm.weight"}
 
     def check_split(self, model: ModelConfig, parallel: ParallelConfig) -> None:
         check_linear_attention_split(model, parallel)

@@ -32,6 +32,7 @@ class ReluSquaredKind(FeedForwardKind):
     spec = f"{__package__}.relu_squared_module:spec"
     section = "relu_squared"
     section_type = ReluSquaredConfig
+    export_module = f"{__package__}.relu_squared_export"
 
     def all_settings(self, model: ModelConfig) -> set[str]:
         return super().all_settings(model) | {"ffn_hidden_size"}

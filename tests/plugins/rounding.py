@@ -33,6 +33,7 @@ class RoundedWeightsKind(LinearTransformKind):
     transform = "tests.plugins.rounding_module:RoundedWeights"
     words = "rounds weights"
     changes_weight = True
+    export_module = "tests.plugins.rounding_export"
 
     def projections(self, model: ModelConfig) -> Collection[str]:
         return self.own_settings(model).projections

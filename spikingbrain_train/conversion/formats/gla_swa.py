@@ -254,8 +254,8 @@ class GatedLinearSlidingWindowFormat(LlamaLikeFormat):
                     origin="copy of the tied embedding",
                 )
 
-    def code_files(self) -> list[Path]:
-        return GLA_SWA_CODE.files
+    def code_files(self, model: ModelConfig) -> dict[str, str]:
+        return {path.name: path.read_text(encoding="utf-8") for path in GLA_SWA_CODE.files}
 
     def notes_on_export(self, model: ModelConfig) -> list[str]:
         lacks = self.published_class_lacks(model)

@@ -140,9 +140,13 @@ class HfFormat(ABC):
         """Tensors that readers of the format want beside those of ``model``."""
         return iter(())
 
-    def code_files(self) -> list[Path]:
-        """Modelling code that an export carries."""
-        return []
+    def code_files(self, model: ModelConfig) -> dict[str, str]:
+        """Modelling code that an export of ``model`` carries: texts of its files by their names.
+
+        Raises:
+            ConfigurationError: a kind's own file cannot be carried.
+        """
+        return {}
 
     def notes_on_export(self, model: ModelConfig) -> list[str]:
         """What whoever loads an export should know, as sentences."""

@@ -6,6 +6,7 @@ from abc import abstractmethod
 from typing import Any
 
 from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.config.sections import with_sections
 from spikingbrain_train.conversion.code_references import without_references
 from spikingbrain_train.conversion.formats.config_keys import ConfigKeys
 from spikingbrain_train.conversion.formats.hf_format import HfFormat
@@ -47,7 +48,7 @@ class LlamaLikeFormat(HfFormat):
             raise keys.refuse("head_dim", "must be even for rotary positions")
         max_positions = keys.integer("max_position_embeddings")
         rotary_base, rope_scaling = read_rope(keys, self.rope_theta, max_positions, kv_channels)
-        model = ModelConfig(
+        model = with_sections(ModelConfig)(
             num_layers=num_layers,
             hidden_size=hidden_size,
             ffn_hidden_size=keys.integer("intermediate_size"),

@@ -33,10 +33,16 @@ def int8_group(weight: Weight, model: ModelConfig) -> int | None:
     return model.quantization.group_size if INT8_WEIGHTS.applies(model, *weight.projection) else None
 
 
-def quantization_keys(model: ModelConfig) -> dict[str, Any]:
+def quantization_keys(
+    model: ModelConfig, names: Mapping[Projection, Mapping[str, int]] = LINEARS
+) -> dict[str, Any]:
     """``quantization_config`` and ``spiking`` of a model; nothing of either that it does not have.
 
     Spikes in front of INT8 weights are those of ``quantization_config``.
+
+    Args:
+        model: the network.
+        names: of linears, as :data:`LINEARS` has them.
     """
     quantized = model.quantization.projections
     if not quantized and not model.quantization.keys_and_values:
@@ -44,7 +50,7 @@ def quantization_keys(model: ModelConfig) -> dict[str, Any]:
     linears = {
         name: SPIKES_IN if SPIKES.applies(model, projection, matrix) else FLOAT_IN
         for projection in quantized
-        for name, matrix in LINEARS[projection].items()
+        for name, matrix in names.get(projection, {}).items()
     }
     settings = {
         "quant_method": QUANT_METHOD,

@@ -11,6 +11,7 @@ from spikingbrain_train.conversion.formats.config_keys import ConfigKeys
 from spikingbrain_train.conversion.formats.dense import LLAMA, MISTRAL, QWEN2, QWEN3
 from spikingbrain_train.conversion.formats.gla_swa import GLA_SWA
 from spikingbrain_train.conversion.formats.hf_format import HfFormat
+from spikingbrain_train.conversion.formats.outside_kinds import how_to_bring_code, without_code
 from spikingbrain_train.conversion.formats.qwen3_moe import QWEN3_MOE
 from spikingbrain_train.conversion.formats.spikingbrain import SPIKINGBRAIN
 from spikingbrain_train.conversion.formats.sse_swa_moba import SpikingBrain2, is_spikingbrain2
@@ -87,7 +88,7 @@ def format_of_model(
     """The format in which ``model`` is exported.
 
     Unless one is asked for, it is the first that computes exactly the same: that has a place for every weight
-    and, if any has, does to projections what the model does (spikes). What a format leaves out of the latter
+    and does to projections what the model does (spikes). What one that is asked for leaves out of the latter
     is in :meth:`~.hf_format.HfFormat.leaves_out`.
 
     Args:
@@ -98,7 +99,8 @@ def format_of_model(
 
     Raises:
         ConfigurationError: no format is called ``wanted``.
-        CheckpointError: none, or not the one asked for, has a place for every weight.
+        CheckpointError: none, or not the one asked for, has a place for every weight; or none that was not
+            asked for does to projections what the model does.
     """
     if wanted is not None:
         hf_format = dict(zip(names_of_formats(), FORMATS, strict=True)).get(wanted)
@@ -113,8 +115,21 @@ def format_of_model(
         return hf_format
     holding = [known for known in FORMATS if not known.unsupported(model)]
     family = (source or {}).get("architectures")
+    lacking = without_code(model)
     if holding:
-        return min(holding, key=lambda known: (len(known.leaves_out(model)), [known.architecture] != family))
+        best = min(holding, key=lambda known: (len(known.leaves_out(model)), [known.architecture] != family))
+        left_out = best.leaves_out(model)
+        if left_out:
+            names = " and ".join(kind.name for kind in left_out)
+            raise CheckpointError(
+                f"no export computes what {names} does to projections; {how_to_bring_code(left_out)}, or "
+                f"write --format {best.name or best.model_type} to export without"
+            )
+        return best
+    if lacking:
+        raise CheckpointError(
+            f"no Hugging Face format holds {' and '.join(unsupported(model))}; {how_to_bring_code(lacking)}"
+        )
     held = " and ".join(dict.fromkeys(known.holds for known in FORMATS))
     raise CheckpointError(
         f"no Hugging Face format holds {' and '.join(unsupported(model))}; only {held} can be exported"

@@ -7,11 +7,12 @@ modelling code (``hf/modeling_spikingbrain.py``) travels with every export.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from spikingbrain_train.architecture.branches import branch_names, module_name, norm_name
+from spikingbrain_train.architecture.kind import OWN_FORMAT, Kind
 from spikingbrain_train.architecture.layers import Layer, layers
+from spikingbrain_train.architecture.linear_transforms import transforms_of
 from spikingbrain_train.architecture.submodule_kind import SubmoduleKind
 from spikingbrain_train.architecture.weights import Weight
 from spikingbrain_train.config.model import (
@@ -21,9 +22,16 @@ from spikingbrain_train.config.model import (
     ModelConfig,
     MoEConfig,
 )
+from spikingbrain_train.conversion.export_code import code_with_kinds
 from spikingbrain_train.conversion.formats.config_keys import OWN_KEYS, ConfigKeys
 from spikingbrain_train.conversion.formats.gla_swa import shortest_pattern
 from spikingbrain_train.conversion.formats.llama_like import LlamaLikeFormat
+from spikingbrain_train.conversion.formats.outside_kinds import (
+    kind_keys,
+    kinds_of,
+    linear_names,
+    read_kinds,
+)
 from spikingbrain_train.conversion.formats.quantization import int8_group, quantization_keys
 from spikingbrain_train.conversion.formats.rope import scaling_values
 from spikingbrain_train.conversion.formats.spiking import read_spiking
@@ -51,15 +59,6 @@ _IN_LAYERS: Mapping[str, str] = {
     "k_norm": "k_norm.weight",
     "o_weight": "o_proj.weight",
     "o_bias": "o_proj.bias",
-    "gate_down_weight": "gk_proj.0.weight",
-    "gate_up_weight": "gk_proj.1.weight",
-    "gate_up_bias": "gk_proj.1.bias",
-    "gate_weight": "gk_proj.weight",
-    "gate_bias": "gk_proj.bias",
-    "log_decay": "log_decay",
-    "output_gate_weight": "g_proj.weight",
-    "output_gate_bias": "g_proj.bias",
-    "out_norm": "g_norm.weight",
     "branch_weights": "branch_weights",
     "mlp_norm": "post_attention_layernorm.weight",
     "mlp_gate_weight": "gate_proj.weight",
@@ -68,9 +67,8 @@ _IN_LAYERS: Mapping[str, str] = {
     "mlp_gate_bias": "gate_proj.bias",
     "mlp_up_bias": "up_proj.bias",
     "mlp_down_bias": "down_proj.bias",
-    "router": "router.weight",
 }
-"""Role -> name below what owns it in a layer."""
+"""Role -> name below what owns it in a layer; kinds name what a dense source does not have."""
 
 _TRAINING = "training"
 """Key in that part of config.json that is for the way back."""
@@ -80,9 +78,9 @@ class SpikingBrainFormat(LlamaLikeFormat):
     """Whatever mixers and feed-forwards the layers have, sinks and spikes."""
 
     architecture = SPIKINGBRAIN_CODE.architectures[0]
-    model_type = "spikingbrain"
-    kinds = "spikingbrain"
-    holds = "models of gla, swa and full layers, of experts, branches and sinks"
+    model_type = OWN_FORMAT
+    kinds = OWN_FORMAT
+    holds = "models of gla, swa and full layers, of experts, branches, sinks and kinds with code of their own"
     names = NAMES
 
     def unsupported(self, model: ModelConfig) -> list[str]:
@@ -92,6 +90,10 @@ class SpikingBrainFormat(LlamaLikeFormat):
         parts = [kind.words for kind in dict.fromkeys(kinds) if self.kinds not in kind.hf_layers]
         if model.quantization.stored_scales:
             parts.append("stored scales of INT8 weights")
+        quantized = set(model.quantization.projections)
+        for kind in transforms_of(model):
+            if kind.export_module is not None and quantized.intersection(kind.projections(model)):
+                parts.append(f"INT8 weights of projections that {kind.name} is applied to")
         return parts
 
     def int8_group(self, weight: Weight, model: ModelConfig) -> int | None:
@@ -104,31 +106,40 @@ class SpikingBrainFormat(LlamaLikeFormat):
         owners = self._owners(layers(model)[layer])
         for role in weight.roles:
             if inside in owners:  # the norm of a branch
-                names.append(owners[inside])
+                names.append(owners[inside][0])
                 continue
-            if role not in _IN_LAYERS:
+            owner, kind = next(ours for theirs, ours in owners.items() if inside.startswith(theirs))
+            kinds: list[Kind] = [*transforms_of(model), *([] if kind is None else [kind])]
+            known = dict(_IN_LAYERS)
+            for each in kinds:
+                known.update(each.tensor_names)
+            if role not in known:
                 raise CheckpointError(
-                    f"{weight.name} has no counterpart in the requested Hugging Face format"
+                    f"{weight.name} has no name in exports; name its role {role} in tensor_names of the kind "
+                    f"that brings it ({', '.join(each.name for each in kinds)})"
                 )
-            owner = next(ours for theirs, ours in owners.items() if inside.startswith(theirs))
-            names.append(owner + _IN_LAYERS[role])
+            names.append(owner + known[role])
         return [f"model.layers.{layer}.{name}" for name in names]
 
-    def _owners(self, layer: Layer) -> dict[str, str]:
-        """How names in a Megatron checkpoint begin below their layer, and how here; longest first."""
-        owners = {}
+    def _owners(self, layer: Layer) -> dict[str, tuple[str, Kind | None]]:
+        """How names in a Megatron checkpoint begin below their layer, and how here; longest first.
+
+        And the kind whose weights these are; None for the layer's own.
+        """
+        owners: dict[str, tuple[str, Kind | None]] = {}
         if len(layer.mixers) > 1:
             for kind, branch in zip(layer.mixers, branch_names(layer.mixers), strict=True):
                 ours = f"self_attn.{kind.hf_layers[self.kinds]}"
-                owners[f"self_attention.{norm_name(branch)}.weight"] = f"{ours}_norm.weight"
-                owners[f"self_attention.{module_name(branch)}."] = f"{ours}."
+                owners[f"self_attention.{norm_name(branch)}.weight"] = (f"{ours}_norm.weight", None)
+                owners[f"self_attention.{module_name(branch)}."] = (f"{ours}.", kind)
+        mixer, feed_forward = layer.mixers[0] if len(layer.mixers) == 1 else None, layer.feed_forward
         return {
             **owners,
-            "self_attention.": "self_attn.",
-            "mlp.experts.experts.": "mlp.experts.{expert}.",
-            "mlp.shared_experts.": "mlp.shared_experts.",
-            "mlp.": "mlp.",
-            "": "",
+            "self_attention.": ("self_attn.", mixer),
+            "mlp.experts.experts.": ("mlp.experts.{expert}.", feed_forward),
+            "mlp.shared_experts.": ("mlp.shared_experts.", feed_forward),
+            "mlp.": ("mlp.", feed_forward),
+            "": ("", None),
         }
 
     def read_layers(
@@ -149,6 +160,7 @@ class SpikingBrainFormat(LlamaLikeFormat):
         model.gla = _read_linear_attention(_section(keys, "linear_attention"))
         model.moe = _read_experts(_section(keys, "moe"))
         model.spiking = read_spiking(keys)
+        read_kinds(keys, model, self.tensor_names)
         read_training_settings(_section(_section(keys, OWN_KEYS), _TRAINING), model)
 
     def keys(self, model: ModelConfig, config: dict[str, Any]) -> dict[str, Any]:
@@ -183,7 +195,8 @@ class SpikingBrainFormat(LlamaLikeFormat):
                 "moe_intermediate_size": moe.moe_ffn_hidden_size,
             },
             "num_sink_tokens": model.num_sink_tokens,
-            **{"spiking": None, **quantization_keys(model)},
+            **{"spiking": None, **quantization_keys(model, linear_names(model, self.tensor_names))},
+            **kind_keys(model, self.tensor_names),
         }
 
     def keys_for_readers(self, model: ModelConfig, source: dict[str, Any], dtype: str) -> dict[str, Any]:
@@ -194,8 +207,8 @@ class SpikingBrainFormat(LlamaLikeFormat):
         own = {"model_type": "", _TRAINING: training_settings(model)}
         return {OWN_KEYS: own, "dtype": dtype, "torch_dtype": dtype}
 
-    def code_files(self) -> list[Path]:
-        return SPIKINGBRAIN_CODE.files
+    def code_files(self, model: ModelConfig) -> dict[str, str]:
+        return code_with_kinds(SPIKINGBRAIN_CODE, kinds_of(model))
 
     def notes_on_export(self, model: ModelConfig) -> list[str]:
         return [

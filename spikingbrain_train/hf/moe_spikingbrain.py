@@ -1,0 +1,93 @@
+"""The feed-forward "moe" of a `spikingbrain` model, and its settings under that key of config.json.
+
+Part of the modelling code of a checkpoint. There is no loss that balances experts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .configuration_spikingbrain import SpikingBrainConfig
+from .kinds_spikingbrain import FEED_FORWARDS, FeedForward, with_defaults
+from .mixers_gla_swa import GLAswaMLP
+from .spikes_gla_swa import encoders_of
+
+_KEY = "moe"
+_DEFAULTS: dict[str, Any] = {
+    "num_experts": 16,
+    "num_experts_per_tok": 1,
+    "norm_topk_prob": False,
+    "num_shared_experts": 1,
+    "moe_intermediate_size": None,
+}
+"""What settings are where config.json leaves them out."""
+
+
+def _settings(config: SpikingBrainConfig) -> dict[str, Any]:
+    return with_defaults(_KEY, config.moe, _DEFAULTS)
+
+
+def _check(config: SpikingBrainConfig) -> None:
+    settings = _settings(config)
+    if settings["num_experts_per_tok"] > settings["num_experts"]:
+        raise ValueError(
+            f"num_experts_per_tok {settings['num_experts_per_tok']} of {_KEY} is above num_experts "
+            f"{settings['num_experts']}."
+        )
+
+
+class SpikingBrainRouter(nn.Module):
+    """Chooses the experts of every token, in float32."""
+
+    def __init__(self, hidden_size: int, num_experts: int, num_chosen: int, norm: bool) -> None:
+        super().__init__()
+        self.norm = norm
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
+        self.num_chosen = num_chosen
+
+    def initialize(self, std: float) -> None:
+        nn.init.normal_(self.weight, mean=0.0, std=std)
+
+    def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """Probabilities [N, k] of the k likeliest experts, and their indices."""
+        scores_NE = F.linear(x_ND.float(), self.weight.float()).softmax(-1)
+        probs_NK, experts_NK = scores_NE.topk(self.num_chosen, dim=-1)
+        return probs_NK / probs_NK.sum(-1, keepdim=True) if self.norm else probs_NK, experts_NK
+
+
+class SpikingBrainMoE(nn.Module):
+    """Experts for some tokens each, and shared ones for all."""
+
+    def __init__(self, config: SpikingBrainConfig) -> None:
+        super().__init__()
+        moe, encoder = _settings(config), encoders_of(config.spiking)
+        width = moe["moe_intermediate_size"] or config.intermediate_size
+
+        def swiglu(width: int) -> GLAswaMLP:
+            return GLAswaMLP(config.hidden_size, width, config.hidden_act, encoder)
+
+        self.router = SpikingBrainRouter(
+            config.hidden_size, moe["num_experts"], moe["num_experts_per_tok"], moe["norm_topk_prob"]
+        )
+        self.experts = nn.ModuleList(swiglu(width) for _ in range(moe["num_experts"]))
+        shared = moe["num_shared_experts"]
+        self.shared_experts = swiglu(shared * width) if shared else None
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        x_ND = x_BTD.flatten(0, -2)
+        probs_NK, experts_NK = self.router(x_ND)
+        output = torch.zeros_like(x_ND) if self.shared_experts is None else self.shared_experts(x_ND)
+        for expert in experts_NK.unique().tolist():
+            token, choice = (experts_NK == expert).nonzero(as_tuple=True)
+            part = self.experts[expert](x_ND[token], probs_NK[token, choice].unsqueeze(-1))
+            output = output.index_add(0, token, part)
+        return output.view_as(x_BTD)
+
+
+FEED_FORWARDS.register(FeedForward(_KEY, SpikingBrainMoE, check=_check))
+
+__all__ = ["SpikingBrainMoE"]
