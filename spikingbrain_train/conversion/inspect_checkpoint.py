@@ -18,6 +18,7 @@ from spikingbrain_train.architecture.linear_transforms import transforms_of
 from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.run_record import TokenHistory
+from spikingbrain_train.conversion.formats.outside_kinds import without_code
 from spikingbrain_train.conversion.formats.registry import format_of_model, unsupported
 from spikingbrain_train.conversion.formats.rope import scaling_values, words_of
 from spikingbrain_train.conversion.formats.sse_swa_moba import is_spikingbrain2
@@ -183,7 +184,7 @@ def _inspect_megatron(folder: Path) -> Inspection:
     parameters = check_tensors(reader, model)
     entries = {name: (tuple(entry.size), entry.properties.dtype) for name, entry in reader.tensors.items()}
     others = [entry for name, entry in entries.items() if name not in parameters]
-    if parts := unsupported(model):
+    if parts := unsupported(model) or [f"{kind.name} of projections" for kind in without_code(model)]:
         export = f"has no Hugging Face format ({', '.join(parts)})"
     else:
         export = f"exports as {format_of_model(model).architecture}"

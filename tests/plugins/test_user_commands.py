@@ -23,7 +23,7 @@ from tests.small_source import save_small_source
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
-FILES = ("fixed_decay.py", "fixed_decay_module.py", "relu_squared.py", "relu_squared_module.py")
+FILES = [f"{kind}{part}.py" for kind in ("fixed_decay", "relu_squared") for part in ("", "_module", "_export")]
 MODULES = "their_kinds.fixed_decay,their_kinds.relu_squared"
 RECIPE = """\
 plugins: [their_kinds.fixed_decay, their_kinds.relu_squared]
@@ -196,17 +196,37 @@ def test_wrong_settings_of_theirs_are_named(place: Workplace, conversion: str) -
     )
 
 
-def test_an_export_names_the_kinds_that_no_format_holds(place: Workplace, aligned: str) -> None:
+def test_an_export_carries_their_code_is_read_by_both_commands_and_comes_back(
+    place: Workplace, aligned: str
+) -> None:
     export = ("tools/export.py", "--checkpoint", "align", "--output", "export")
-    told = place.command(*export, "--plugins", MODULES, fails=True)
-    assert "linear attention layers of fixed decay and feed-forwards of squared ReLU" in told
     assert "if a plugin brings it, name its package in plugins=[package.module] (--plugins of a tool)" in (
         place.command(*export, fails=True)
     )
     assert "name its package" in place.convert("inspect", "align", fails=True)
     inspected = place.convert("inspect", "align", "--plugins", MODULES)
     assert "layers:     1 fixed_decay (slopes 0.7 to 0.004)" in inspected
-    assert "has no Hugging Face format" in inspected
+
+    told = place.command(*export, "--plugins", MODULES)
+    assert "the folder brings its own modelling code" in " ".join(told.split())
+    assert (place.folder / "export" / "fixed_decay_export.py").is_file()
+    measure = ("tools/evaluate.py", "--data", "text", "--seq-length", "64", "--max-windows", "4", "--dtype")
+    measured = [
+        re.search(r"cross entropy +([\d.]+)", place.command(*measure, "float32", *model))
+        for model in (("--model", "export", "--trust-remote-code"), ("--model", "align", "--plugins", MODULES))
+    ]
+    assert measured[0] and measured[1] and measured[0][1] == measured[1][1]
+    write = ("tools/generate.py", "--model", "export", "--trust-remote-code", "--prompt", "The for")
+    assert "4 written" in place.command(*write, "--max-new-tokens", "4")
+
+    back = ("import", "--hf", "export", "--output", "back")
+    assert "--plugins package.module" in place.convert(*back, fails=True)
+    place.convert(*back, "--plugins", MODULES)
+    iterations = ("align/checkpoints/iter_0000002", "back/iter_0000000")
+    before, after = (MegatronCheckpointReader(place.folder / folder) for folder in iterations)
+    for name in after.tensors:
+        ours = after.read(name)
+        assert torch.equal(ours, before.read(name)[: len(ours)]), name
 
 
 def test_a_checkpoint_of_theirs_is_measured_and_writes_text(place: Workplace, conversion: str) -> None:
