@@ -31,6 +31,7 @@ from spikingbrain_train.errors import CheckpointError, SpikingBrainError
 from spikingbrain_train.storage.checkpoint_folder import MODEL_CONFIG_FILE
 from tests.conversion.test_own_format import check, save_and_compute
 from tests.distributed.pool import RankPool
+from tests.evaluation.exported_folders import Text, check_both_commands, save_text
 from tests.hf.test_exported_folder import run_where_the_project_is_not
 from tests.plugins.test_kinds_from_outside import model
 
@@ -94,6 +95,18 @@ def test_an_export_agrees_with_the_megatron_model_and_comes_back_bit_identical(
     for setting, value in settings_in_use(network).items():
         if setting not in begins:
             assert read[setting] == value, setting
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_both_commands_give_what_the_megatron_model_gives(
+    ranks: RankPool, tmp_path: Path, text: Text, name: str
+) -> None:
+    check_both_commands(ranks, tmp_path, MODELS[name](), text)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Text:
+    return save_text(tmp_path_factory.mktemp("text"))
 
 
 # Where nothing of the project can be imported: from a folder, saved again, and from a cache of the hub.

@@ -23,7 +23,9 @@ from tests.small_source import save_small_source
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
-FILES = [f"{kind}{part}.py" for kind in ("fixed_decay", "relu_squared") for part in ("", "_module", "_export")]
+FILES = [
+    f"{kind}{part}.py" for kind in ("fixed_decay", "relu_squared") for part in ("", "_module", "_export")
+]
 MODULES = "their_kinds.fixed_decay,their_kinds.relu_squared"
 RECIPE = """\
 plugins: [their_kinds.fixed_decay, their_kinds.relu_squared]
@@ -213,7 +215,10 @@ def test_an_export_carries_their_code_is_read_by_both_commands_and_comes_back(
     measure = ("tools/evaluate.py", "--data", "text", "--seq-length", "64", "--max-windows", "4", "--dtype")
     measured = [
         re.search(r"cross entropy +([\d.]+)", place.command(*measure, "float32", *model))
-        for model in (("--model", "export", "--trust-remote-code"), ("--model", "align", "--plugins", MODULES))
+        for model in (
+            ("--model", "export", "--trust-remote-code"),
+            ("--model", "align", "--plugins", MODULES),
+        )
     ]
     assert measured[0] and measured[1] and measured[0][1] == measured[1][1]
     write = ("tools/generate.py", "--model", "export", "--trust-remote-code", "--prompt", "The for")
