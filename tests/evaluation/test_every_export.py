@@ -15,13 +15,8 @@ from typing import Any
 
 import pytest
 
-from spikingbrain_train.config.model import (
-    GateKind,
-    ModelConfig,
-    Projection,
-    QuantizationConfig,
-    SpikingConfig,
-)
+from spikingbrain_train.config.linear_transforms import Projection, QuantizationConfig, SpikingConfig
+from spikingbrain_train.config.model import GateKind, ModelConfig
 from spikingbrain_train.config.rope_scaling import RopeScalingConfig, RopeType
 from tests.distributed.gradients import CASES
 from tests.distributed.pool import RankPool

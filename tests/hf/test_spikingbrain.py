@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spikingbrain_train.architecture.feed_forwards import FEED_FORWARDS
 from spikingbrain_train.architecture.mixers import MIXERS
 from spikingbrain_train.conversion.export_code import code_with_kinds
 from spikingbrain_train.hf import SPIKINGBRAIN_CODE
 from spikingbrain_train.hf.configuration_spikingbrain import SpikingBrainConfig
+from spikingbrain_train.hf.kinds_spikingbrain import MIXERS as MODEL_MIXERS
+from spikingbrain_train.hf.kinds_spikingbrain import Mixer, Place, StateLayer
 from spikingbrain_train.hf.modeling_spikingbrain import SpikingBrainForCausalLM
 from tests.hf.test_exported_folder import check_that_a_folder_stands_alone
 
@@ -134,6 +136,54 @@ def test_spikes_are_what_the_projections_read() -> None:
         )
     torch.testing.assert_close(fine, plain, rtol=0, atol=1e-2)
     assert (coarse - plain).abs().max() > 0.1
+
+
+class TokenShift(nn.Module):
+    """A mixer with states of its own: a projection of a token, the one before it, and the sum of all."""
+
+    def __init__(self, config: SpikingBrainConfig, place: Place) -> None:
+        super().__init__()
+        self.cache_idx = place.cache_idx
+        self.o_proj = nn.Linear(3 * config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, x_BTD: Tensor, rotary: object, layout: object, cache: Any) -> Tensor:
+        states = {} if cache is None else cache.layers[self.cache_idx].states
+        last_BD, sum_BD = (states.get(name, torch.zeros_like(x_BTD[:, 0])) for name in ("last", "sum"))
+        before_BTD = torch.cat([last_BD.unsqueeze(1), x_BTD[:, :-1]], dim=1)
+        sums_BTD = x_BTD.cumsum(1) + sum_BD.unsqueeze(1)
+        if cache is not None:
+            cache.layers[self.cache_idx].states = {"last": x_BTD[:, -1], "sum": sums_BTD[:, -1]}
+        return self.o_proj(torch.cat([x_BTD, before_BTD, sums_BTD], dim=-1))
+
+
+@torch.no_grad()
+def test_states_of_a_kinds_own_are_remembered_row_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = Mixer("token_shift", TokenShift, cache_layer=lambda config: StateLayer())
+    monkeypatch.setitem(MODEL_MIXERS._kinds, kind.name, kind)
+    mixers = [["token_shift"], ["token_shift", "sliding_attention"], ["linear_attention"]]
+    model = random_model(mixers=mixers, num_sink_tokens=0)
+    text, following = tokens(3, 20), tokens(3, 21)[:, 20:]
+    expected = model(torch.cat([text, following], dim=1)).logits
+
+    cache = model(text[:, :9], use_cache=True).past_key_values
+    logits = model(text[:, 9:], past_key_values=cache).logits
+    torch.testing.assert_close(logits, expected[:, 9:20], rtol=0, atol=2e-5)
+    assert cache.nbytes() > 0
+    for rows, change in (
+        (torch.tensor([2, 0, 0]), lambda cache, rows: cache.reorder_cache(rows)),
+        (torch.tensor([0, 0, 1, 1, 2, 2]), lambda cache, rows: cache.batch_repeat_interleave(2)),
+    ):
+        cache = model(text, use_cache=True).past_key_values
+        change(cache, rows)
+        logits = model(following[rows], past_key_values=cache).logits[:, -1]
+        torch.testing.assert_close(logits, expected[rows, -1], rtol=0, atol=2e-5)
+    cache.reset()
+    assert (cache.nbytes(), cache.get_seq_length()) == (0, 0)
+    beams = model.generate(text, num_beams=3, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    without = model.generate(
+        text, num_beams=3, max_new_tokens=6, do_sample=False, pad_token_id=0, use_cache=False
+    )
+    assert torch.equal(beams, without)
 
 
 def test_lora_attaches_by_the_ordinary_names(model: SpikingBrainForCausalLM) -> None:

@@ -21,8 +21,9 @@ from spikingbrain_train.architecture.linear_transforms import LINEAR_TRANSFORMS
 from spikingbrain_train.architecture.mixers import MIXERS
 from spikingbrain_train.architecture.same_architecture import roles, settings_in_use
 from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
+from spikingbrain_train.config.linear_transforms import Projection, SpikingConfig
 from spikingbrain_train.config.load import load_model_config
-from spikingbrain_train.config.model import ModelConfig, MoEConfig, Projection, SpikingConfig
+from spikingbrain_train.config.model import ModelConfig, MoEConfig
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.setting import Role
 from spikingbrain_train.conversion.export_checkpoint import export_checkpoint

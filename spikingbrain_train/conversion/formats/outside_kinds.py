@@ -17,8 +17,9 @@ from spikingbrain_train.architecture.layers import feed_forwards_of, layers, mix
 from spikingbrain_train.architecture.linear_transforms import LINEAR_TRANSFORMS, transforms_of
 from spikingbrain_train.architecture.mixers import MIXERS
 from spikingbrain_train.architecture.weights import Weight
+from spikingbrain_train.config.linear_transforms import Projection
 from spikingbrain_train.config.load import read_section
-from spikingbrain_train.config.model import ModelConfig, Projection
+from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.setting import Role, beside
 from spikingbrain_train.conversion.formats.config_keys import ConfigKeys
 from spikingbrain_train.errors import CheckpointError, ConfigurationError
