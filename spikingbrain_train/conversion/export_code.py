@@ -98,11 +98,11 @@ def _add(texts: dict[str, str], own: dict[str, str], path: Path, kind: Kind) -> 
 
 def _imports(node: ast.AST) -> Iterator[tuple[int, str, int]]:
     """Level, module and line of every import but those in a ``try``, which may fail."""
-    if isinstance(node, (ast.Try, ast.ImportFrom)) or node.__class__.__name__ == "TryStar":
-        if isinstance(node, ast.ImportFrom):
-            yield node.level, node.module or "", node.lineno
+    if isinstance(node, ast.Try):
         return
-    if isinstance(node, ast.Import):
+    if isinstance(node, ast.ImportFrom):
+        yield node.level, node.module or "", node.lineno
+    elif isinstance(node, ast.Import):
         yield from ((0, alias.name, node.lineno) for alias in node.names)
     for child in ast.iter_child_nodes(node):
         yield from _imports(child)

@@ -113,6 +113,10 @@ def _save_and_measure(
     save_config(model, checkpoint / MODEL_CONFIG_FILE)
     save_shards({"model": _sharded_weights(built), "iteration": 3}, checkpoint)
     shutil.copytree(source, checkpoint / HF_SOURCE_FOLDER)
+    described = checkpoint / HF_SOURCE_FOLDER / "config.json"
+    config = json.loads(described.read_text()) | {"num_hidden_layers": model.num_layers}
+    config.pop("layer_types", None)  # of as many layers as the source has
+    described.write_text(json.dumps(config))
     (target / LATEST_ITERATION_FILE).write_text("3")
     with torch.no_grad():
         logits = built(windows)[..., : model.vocab_size]
