@@ -3,9 +3,9 @@
 Part of the modelling code of a checkpoint; needs torch only. A kind is a file beside this one, which
 modeling_spikingbrain.py imports and which registers what makes the kind's modules:
 
-    MIXERS.register(Mixer("fixed_decay", FixedDecay, cache_layer=lambda config: RecurrentStateLayer()))
-    FEED_FORWARDS.register(FeedForward("relu_squared", ReluSquared))
-    LINEAR_TRANSFORMS.register(Transform("rounding", RoundedWeights))
+    MIXERS.register(Mixer("retention", Retention, cache_layer=lambda config: RecurrentStateLayer()))
+    FEED_FORWARDS.register(FeedForward("fat_relu", FatRelu))
+    LINEAR_TRANSFORMS.register(Transform("ternary", TernaryWeights))
 
 Settings of kinds that have no key of their own in config.json are `config.kinds[name]`. A module's tensors
 are stored under its own names. Where it has parameters that are neither of a linear, an embedding nor a norm,
