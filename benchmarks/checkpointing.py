@@ -41,7 +41,7 @@ from spikingbrain_train.storage.checkpoint_folder import latest_checkpoint  # no
 from spikingbrain_train.training.callbacks.callback import Callback  # noqa: E402
 
 MODEL = ModelConfig(
-    num_layers=20,
+    num_layers=24,
     hidden_size=1024,
     ffn_hidden_size=3072,
     num_attention_heads=16,
