@@ -20,7 +20,8 @@ from spikingbrain_train.conversion.export_checkpoint import export_checkpoint
 from spikingbrain_train.data.gpt_dataset import open_valid_dataset
 from spikingbrain_train.data.preprocess import preprocess
 from spikingbrain_train.data.preprocess_options import PreprocessOptions
-from spikingbrain_train.evaluation.command_line import evaluate, generate
+from spikingbrain_train.evaluation.command_line import evaluate
+from spikingbrain_train.evaluation.generate_command_line import generate
 from spikingbrain_train.storage.checkpoint_folder import (
     HF_SOURCE_FOLDER,
     LATEST_ITERATION_FILE,
