@@ -21,7 +21,7 @@ from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.planning.planner import plan_run
 from spikingbrain_train.training.callbacks.callback import Callback
 from tests.distributed.pool import RankPool
-from tests.distributed.small_runs import run_config, train, write_text
+from tests.distributed.small_runs import run_config, write_text
 from tests.planning.live_bytes import LiveBytes
 from tests.planning.test_activations import DENSE, EXPERTS, GLA, TWO_BRANCHES
 
@@ -148,7 +148,7 @@ def test_every_rank_takes_what_is_planned(name: str, ranks: RankPool, text: Path
 def teacher(ranks: RankPool, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("teacher")
     config = _config(folder, text, dense_source(LINEAR), Precision.bf16, ParallelConfig())
-    ranks.run(train, config, world_size=1, parallel=ParallelConfig(), timeout=120)
+    ranks.run(_measure, config, world_size=1, parallel=ParallelConfig(), timeout=120)
     return folder / "checkpoints"
 
 
