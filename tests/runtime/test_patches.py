@@ -89,7 +89,7 @@ FILES = [
 
 def _patched(tree: ast.AST) -> Iterator[str]:
     """Assignments to attributes of torch and megatron-core, and of functions to attributes of anything that
-    is not the object's own."""
+    is not the object's own. What torch.backends holds is a setting, which torch documents to be assigned."""
     theirs, functions = set(), set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -110,6 +110,8 @@ def _patched(tree: ast.AST) -> Iterator[str]:
                 function = isinstance(value, ast.Lambda) or (
                     isinstance(value, ast.Name) and value.id in functions
                 )
+                if ast.unparse(target).startswith("torch.backends."):
+                    continue
                 if name in theirs or (function and name != "self"):
                     yield ast.unparse(node)
         sets = isinstance(node, ast.Call) and ast.unparse(node.func) == "setattr"
