@@ -62,6 +62,7 @@ SETTINGS = {
 
 
 ALLOWED = {
+    ("config/run.py", "full"): "Verification.full: every byte of a checkpoint is looked at, not sizes alone",
     ("config/parallel.py", "full"): "Recompute.full: whole layers are computed again, as megatron-core says",
     ("models/transformer_config.py", "full"): "megatron-core's granularity of recomputation",
     ("models/transformer_config.py", "moe"): "a module that megatron-core can compute again",

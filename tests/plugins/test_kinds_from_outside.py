@@ -55,7 +55,9 @@ def cases() -> dict[str, Case]:
         "packed documents behind sinks": Case(
             model(num_layers=2, num_sink_tokens=6, add_qkv_bias=True), packed=True
         ),
-        "q/k norms": Case(model(qk_layernorm=True)),
+        # The norm behind the mixer divides the scale of q out but for its epsilon: with a small one the
+        # gradient of q's norm is a small rest of large sums, and their rounding shows (1.5e-5 on AVX2).
+        "q/k norms": Case(model(qk_layernorm=True, norm_epsilon=1e-1)),
         "spikes in front of every projection": Case(model(spiking=spikes)),
     }
 
