@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
+from spikingbrain_train.checkpoint.optimizer_state import chain_of
 from spikingbrain_train.ops.finite import first_not_finite
 from spikingbrain_train.parallel.agreement import first_failure
 from spikingbrain_train.parallel.process_groups import ProcessGroups
@@ -29,7 +30,7 @@ def first_not_finite_of_run(model: Any, optimizer: MegatronOptimizer, groups: Pr
 def _state(model: torch.nn.Module, optimizer: MegatronOptimizer) -> Iterator[tuple[str, torch.Tensor]]:
     for name, parameter in model.named_parameters():
         yield name, parameter
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in chain_of(optimizer):
         for group in part.optimizer.param_groups:
             for parameter in group["params"]:
                 yield "an fp32 main weight of the optimizer", parameter

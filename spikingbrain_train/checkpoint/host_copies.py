@@ -8,6 +8,8 @@ import torch
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch.utils import _pytree as pytree
 
+from spikingbrain_train.checkpoint.optimizer_state import chain_of
+
 
 class HostCopies:
     """Memory for copies, touched once and used by one save after the other.
@@ -58,9 +60,9 @@ class HostCopies:
 
     def _storages(self) -> set[int]:
         tensors = [*self._model.parameters(), *self._model.buffers()]
-        for part in getattr(self._optimizer, "chained_optimizers", [self._optimizer]):
+        for part in chain_of(self._optimizer):
             tensors += [parameter for group in part.optimizer.param_groups for parameter in group["params"]]
-            tensors += [each for each in pytree.tree_leaves(dict(part.optimizer.state))]
+            tensors += pytree.tree_leaves(dict(part.optimizer.state))
         return {_storage(each) for each in tensors if isinstance(each, torch.Tensor)}
 
 

@@ -18,20 +18,20 @@ _MAIN_PARAMS = "fp32_from_fp16_params"
 _MAIN_PARAMS_BY_POSITION = "main_params_by_position"
 
 
-def _chain(optimizer: MegatronOptimizer) -> list[Any]:
+def chain_of(optimizer: MegatronOptimizer) -> list[Any]:
     """The optimizers that it is made of: experts have one of their own."""
     return getattr(optimizer, "chained_optimizers", [optimizer])
 
 
 def _parts(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> list[tuple[Any, dict[str, Any]]]:
     """Each optimizer of a chain with its part of ``state``."""
-    chain = _chain(optimizer)
+    chain = chain_of(optimizer)
     return [(chain[0], state)] if len(chain) == 1 else [(part, state[n]) for n, part in enumerate(chain)]
 
 
 def begin_state(optimizer: MegatronOptimizer) -> None:
     """Give an optimizer that has not stepped the state that a checkpoint stores: no moments, and no steps."""
-    for part in _chain(optimizer):
+    for part in chain_of(optimizer):
         inner = part.optimizer
         part.init_state_fn(inner, part.config)
         if isinstance(inner, torch.optim.Adam):

@@ -17,9 +17,8 @@ from spikingbrain_train.config.run_record import RunRecord
 from spikingbrain_train.errors import CheckpointError, DamagedCheckpointError
 from spikingbrain_train.parallel.agreement import on_main_process
 from spikingbrain_train.parallel.process_groups import ProcessGroups
-from spikingbrain_train.planning.file_checks import iteration_to_resume
+from spikingbrain_train.planning.file_checks import checkpoint_to_resume
 from spikingbrain_train.planning.resume import StoredRun
-from spikingbrain_train.planning.sound_checkpoint import newest_sound
 from spikingbrain_train.storage.checkpoint_folder import (
     CHECKPOINT_FOLDER,
     HF_SOURCE_FOLDER,
@@ -30,6 +29,7 @@ from spikingbrain_train.storage.checkpoint_folder import (
     latest_checkpoint,
     latest_iteration,
     newest_complete_iteration,
+    newest_iteration,
     set_aside,
     set_aside_newer,
     set_latest_iteration,
@@ -63,14 +63,12 @@ class RunCheckpoints:
         Raises:
             SpikingBrainError: what lies there and checkpoint.resume do not go together.
         """
-        newest = iteration_to_resume(self.config)
-        torch.distributed.barrier()  # all have looked before anything is renamed
         on_main_process(self._settle, self.groups)
-        return newest is not None
+        return newest_iteration(self.folder) is not None
 
     def _settle(self) -> None:
         """Leave a folder whose newest checkpoint, by every sign, is the one to go on from."""
-        sound = newest_sound(self.folder, self.config.checkpoint.on_damage)
+        sound = checkpoint_to_resume(self.config)
         if sound.newest is None:
             return
         for damage in sound.damaged:
@@ -168,8 +166,8 @@ class RunCheckpoints:
         """Let the pending one go on, once no rank :meth:`is_working`.
 
         Returns:
-            Its folder when it has become the newest and what
-            checkpoint.keep_last and keep_every do not keep is removed, None before.
+            Its folder when it has become the newest and what checkpoint.keep_last and keep_every do not keep
+            is removed, None before.
 
         Raises:
             CheckpointError: it cannot be written; earlier checkpoints are untouched.

@@ -19,7 +19,7 @@ from spikingbrain_train.planning.resume import (
     check_training_data,
     run_to_resume,
 )
-from spikingbrain_train.planning.sound_checkpoint import newest_sound
+from spikingbrain_train.planning.sound_checkpoint import Soundness, newest_sound
 from spikingbrain_train.planning.stages.registry import kind_of
 from spikingbrain_train.storage.checkpoint_folder import (
     CHECKPOINT_FOLDER,
@@ -170,11 +170,11 @@ def check_own_checkpoints(config: RunConfig) -> None:
                 f"{setting} is {output}, where this run with output_dir={config.output_dir} would write "
                 f"over what it starts from; choose another output_dir"
             )
-    iteration_to_resume(config)
+    checkpoint_to_resume(config)
 
 
-def iteration_to_resume(config: RunConfig) -> int | None:
-    """The iteration that the run goes on from, None where it starts at 0.
+def checkpoint_to_resume(config: RunConfig) -> Soundness:
+    """The iteration that the run goes on from, none where it starts at 0, and newer ones that are damaged.
 
     Folders decide: a lost ``latest_checkpointed_iteration.txt`` does not make a run start over.
 
@@ -189,13 +189,13 @@ def iteration_to_resume(config: RunConfig) -> int | None:
             f"output_dir={config.output_dir} already holds iteration {found[-1]} and "
             "checkpoint.resume=never; choose another output_dir, or checkpoint.resume=auto to go on from it"
         )
-    newest = newest_sound(checkpoints, config.checkpoint.on_damage).newest
-    if resume is Resume.must and newest is None:
+    sound = newest_sound(checkpoints, config.checkpoint.on_damage)
+    if resume is Resume.must and sound.newest is None:
         raise CheckpointError(
             f"output_dir={config.output_dir} holds no checkpoint and checkpoint.resume=must; "
             f"correct output_dir, or checkpoint.resume=auto to start from the beginning"
         )
-    return newest
+    return sound
 
 
 def check_files(config: RunConfig) -> StoredRun | None:

@@ -16,6 +16,7 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 
 from spikingbrain_train.architecture.layers import layers, swapped_layers
+from spikingbrain_train.checkpoint.optimizer_state import chain_of
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import LRDecayStyle, OptimizerConfig, Precision
 from spikingbrain_train.models.gpt_model import HybridGPTModel
@@ -134,7 +135,7 @@ def _prepare_torch_adamw(optimizer: MegatronOptimizer) -> None:
     Its state is made here, because megatron-core's distributed optimizer cannot describe (and so not load)
     one that is still empty.
     """
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for part in chain_of(optimizer):
         inner = part.optimizer
         if not isinstance(inner, torch.optim.AdamW):
             continue
