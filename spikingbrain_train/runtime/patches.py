@@ -11,6 +11,7 @@ from importlib.metadata import version
 
 from spikingbrain_train.config.parallel import AcceleratorKind
 from spikingbrain_train.runtime import (
+    gloo_polling,
     megatron_cpu,
     megatron_jit,
     meta_device,
@@ -25,6 +26,7 @@ PATCHES: tuple[Patch, ...] = (
     *quiet_torch.PATCHES,
     *megatron_jit.PATCHES,
     *megatron_cpu.PATCHES,
+    *gloo_polling.PATCHES,
     *shard_writers.PATCHES,
     *optimizer_patches.PATCHES,
     *meta_device.PATCHES,

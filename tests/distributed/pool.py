@@ -48,7 +48,7 @@ _GRACE_SECONDS = 3.0  # how long the other ranks may still report once one has f
 _LOG_LINES = 25
 # Some models outlive their job: where a module keeps a tensor of the last forward pass (megatron-core's token
 # dispatchers do), its graph refers to the model out of sight of Python's collector. With each of them live
-# the process groups of its world, three threads and some sockets a group; a rank is replaced before that
+# the process groups of its world, two threads and some sockets a group; a rank is replaced before that
 # slows it down.
 _MAX_THREADS = 250
 _READY = "ready"
