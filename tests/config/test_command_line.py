@@ -88,12 +88,17 @@ def test_help_about_a_plugins_section(tmp_path):
     assert "Slope of the first query group" in result.stdout and "default    0.5" in result.stdout
 
 
-def test_help_and_printing_take_little_time_of_the_processor(tmp_path):
+def test_help_and_printing_take_less_of_the_processor_than_importing_torch(tmp_path):
+    """In units of the machine: what takes 0.5 s on one CPU takes 1.8 s on another."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-c", "import torch"], check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    import_of_torch = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     for arguments in (["--help"], ["--help=model.moe"], ["--cfg", "job", "experiment=smollm2_cpt"]):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert train(*arguments, cwd=tmp_path).returncode == 0
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime <= 1.5
+        assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < import_of_torch
 
 
 def test_printing_a_config_without_its_checkpoint_says_where_the_model_comes_from(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import filecmp
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from spikingbrain_train.errors import CheckpointError, ConfigurationError
 from spikingbrain_train.planning.token_history import history_with
 from spikingbrain_train.runtime.checkpoint_metadata import COMMON_STATE_FILE, read_metadata
 from spikingbrain_train.storage.checkpoint_folder import latest_checkpoint
+from spikingbrain_train.storage.checkpoint_manifest import MANIFEST_FILE
 from tests.distributed.pool import RankPool
 from tests.distributed.small_runs import MODEL, MODEL_76B, run_config, train
 
@@ -74,7 +76,11 @@ def test_the_way_there_and_back_changes_no_bit(
     files = sorted(path.name for path in first.iterdir() if path.is_file())
     assert files == sorted(path.name for path in here.iterdir() if path.is_file())
     differ = filecmp.cmpfiles(first, here, files, shallow=False)[1:]
-    assert differ == (["derivation.json"], [])  # which tells the way
+    assert differ == (["derivation.json", MANIFEST_FILE], [])  # which tell the way, and the checksum of that
+    entries = [json.loads((folder / MANIFEST_FILE).read_text()) for folder in (first, here)]
+    for entry in entries:
+        del entry["beside"]["derivation.json"]
+    assert entries[0] == entries[1]
 
 
 def test_a_run_goes_on_from_it_as_from_the_original(

@@ -83,7 +83,8 @@ def test_gradients_are_those_of_a_plain_model_with_rounded_weights(
     ((loss, found),) = ranks.run(gradients, quantized(plain), one, world_size=1, parallel=one)
     ((expected_loss, expected),) = ranks.run(gradients, plain, one, True, world_size=1, parallel=one)
     ((other_loss, _),) = ranks.run(gradients, plain, one, world_size=1, parallel=one)
-    assert loss == expected_loss != other_loss
+    # The same sums in fp32; which kernel of the CPU adds them up may differ by where memory lies.
+    assert loss == pytest.approx(expected_loss, rel=1e-6) != other_loss
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.key == theirs.key and torch.equal(ours.value, theirs.value), ours.key
 
