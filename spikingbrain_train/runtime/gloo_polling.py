@@ -23,15 +23,18 @@ def share_gloo_devices() -> None:
     """Let the groups of this process that bind to the same interface share a device."""
     from torch.distributed import distributed_c10d
 
-    class SharedDeviceProcessGroupGloo(distributed_c10d.ProcessGroupGloo):
+    torchs: Any = distributed_c10d  # whose stubs do not tell of the options
+    own: Any = torchs.ProcessGroupGloo
+
+    class SharedDeviceProcessGroupGloo(own):
         def __init__(self, store: Any, rank: int, size: int, timeout: timedelta = _TIMEOUT) -> None:
-            options = distributed_c10d.ProcessGroupGloo._Options()
+            options = own._Options()
             options._devices = _devices(os.environ.get("GLOO_SOCKET_IFNAME", ""))
             options._threads = _WORKERS_PER_DEVICE * len(options._devices)
             options._timeout = timeout
             super().__init__(store, rank, size, options)
 
-    distributed_c10d.ProcessGroupGloo = SharedDeviceProcessGroupGloo
+    torchs.ProcessGroupGloo = SharedDeviceProcessGroupGloo
 
 
 @cache
