@@ -16,7 +16,6 @@ from typing import Any
 from spikingbrain_train.runtime.patch import ON_CPU, Patch
 
 _WORKERS_PER_DEVICE = 2  # torch's own number
-_TIMEOUT = timedelta(minutes=30)  # torch's own default
 
 
 def share_gloo_devices() -> None:
@@ -27,7 +26,7 @@ def share_gloo_devices() -> None:
     own: Any = torchs.ProcessGroupGloo
 
     class SharedDeviceProcessGroupGloo(own):
-        def __init__(self, store: Any, rank: int, size: int, timeout: timedelta = _TIMEOUT) -> None:
+        def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
             options = own._Options()
             options._devices = _devices(os.environ.get("GLOO_SOCKET_IFNAME", ""))
             options._threads = _WORKERS_PER_DEVICE * len(options._devices)

@@ -88,17 +88,21 @@ def test_help_about_a_plugins_section(tmp_path):
     assert "Slope of the first query group" in result.stdout and "default    0.5" in result.stdout
 
 
+def processor_seconds_of_commands():
+    """User and system time of all commands that this process has waited for."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def test_help_and_printing_take_less_of_the_processor_than_importing_torch(tmp_path):
     """In units of the machine: what takes 0.5 s on one CPU takes 1.8 s on another."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    begin = processor_seconds_of_commands()
     subprocess.run([sys.executable, "-c", "import torch"], check=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    import_of_torch = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    import_of_torch = processor_seconds_of_commands() - begin
     for arguments in (["--help"], ["--help=model.moe"], ["--cfg", "job", "experiment=smollm2_cpt"]):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        begin = processor_seconds_of_commands()
         assert train(*arguments, cwd=tmp_path).returncode == 0
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < import_of_torch
+        assert processor_seconds_of_commands() - begin < import_of_torch
 
 
 def test_printing_a_config_without_its_checkpoint_says_where_the_model_comes_from(tmp_path):
@@ -183,10 +187,9 @@ def test_a_wrong_command_line_is_one_sentence_and_exit_code_2(
 
 
 def test_a_wrong_run_is_refused_within_seconds_and_without_torch(tmp_path):
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    begin = processor_seconds_of_commands()
     result = train("model=tiny_hybrid", "output_dir=run", "data.train=[nowhere]", cwd=tmp_path)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    seconds = processor_seconds_of_commands() - begin
     assert result.returncode == USER_ERROR
     (line,) = errors_of(result)
     assert line.startswith("error: data.train[0]=nowhere")
