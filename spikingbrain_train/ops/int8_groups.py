@@ -82,8 +82,8 @@ def from_codes(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         scales: [..., N] of groups of I / N neighbours.
         dtype: of the result.
     """
-    # Into a tensor of its own: a view, as the result of an autograd function, passes for one without a gradient
-    # inside the next function, where torch.matmul then makes a product for each sequence instead of one for all.
+    # Into a tensor of its own: a view that an autograd function returns passes for one without a gradient in
+    # the next function, where torch.matmul then makes a product for each sequence instead of one for all.
     values = torch.empty_like(codes, dtype=scales.dtype)
     groups = (scales.shape[-1], -1)
     torch.mul(codes.unflatten(-1, groups), scales.unsqueeze(-1), out=values.unflatten(-1, groups))
