@@ -13,8 +13,10 @@ from spikingbrain_train.checkpoint.finite_state import first_not_finite_of_run
 from spikingbrain_train.checkpoint.sharded_state import (
     PipelineStage,
     RunState,
+    fill_learnt_state,
     fill_state,
     fill_weights,
+    learnt_state_to_fill,
     sharded_weights,
     state_to_fill,
 )
@@ -91,12 +93,35 @@ def resume(folder: Path, state: RunState, config: RunConfig, groups: ProcessGrou
     to_fill = state_to_fill(state, groups, same_topology=same_topology)
     loaded = _load(to_fill, checkpoint, "output_dir", config.checkpoint.verification)
     fill_state(state, loaded, groups)
+    _require_finite(state, checkpoint, groups)
+    return stored
+
+
+def take_back(checkpoint: Path, state: RunState, config: RunConfig, groups: ProcessGroups) -> None:
+    """Give a run that goes on the weights and the optimizer state of a checkpoint that it has written.
+
+    Step, schedule, position in the data, generators and callbacks stay where they are.
+
+    Args:
+        checkpoint: its ``iter_*`` folder.
+        state: what to fill; no gather of updated weights is under way.
+        config: the run.
+        groups: process groups.
+
+    Raises:
+        DamagedCheckpointError: it is not what was saved; ``state`` may be filled in part.
+    """
+    loaded = _load(learnt_state_to_fill(state), checkpoint, "output_dir", config.checkpoint.verification)
+    fill_learnt_state(state, loaded)
+    _require_finite(state, checkpoint, groups)
+
+
+def _require_finite(state: RunState, checkpoint: Path, groups: ProcessGroups) -> None:
     if spoiled := first_not_finite_of_run(state.model, state.optimizer, groups):
         raise DamagedCheckpointError(
             f"output_dir: the checkpoint {checkpoint} holds NaN or infinity ({spoiled}); "
             f"{_advice(checkpoint)}"
         )
-    return stored
 
 
 def _load(

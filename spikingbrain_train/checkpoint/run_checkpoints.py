@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from spikingbrain_train.checkpoint.host_copies import HostCopies
-from spikingbrain_train.checkpoint.loading import resume
+from spikingbrain_train.checkpoint.loading import resume, take_back
 from spikingbrain_train.checkpoint.retention import prune_checkpoints
 from spikingbrain_train.checkpoint.saving import FilesBesideWeights, PendingSave
 from spikingbrain_train.checkpoint.sharded_state import RunState
@@ -130,6 +130,47 @@ class RunCheckpoints:
 
         torch.distributed.barrier()  # all have looked before anything is renamed
         on_main_process(go_back, self.groups)
+
+    def roll_back(self, state: RunState, newest: int) -> int | None:
+        """Give ``state`` the weights and the optimizer state of an older iteration; all else of it stays.
+
+        Called while none is pending.
+
+        Args:
+            state: of the run that goes on.
+            newest: the newest iteration that is good enough.
+
+        Returns:
+            The iteration of the newest complete one up to there; None where there is none.
+
+        Raises:
+            DamagedCheckpointError: it is not what was saved and, where checkpoint.on_damage=previous, neither
+                is any before it.
+        """
+        assert self._pending is None, f"iteration {self.pending} is still being written"
+        state.gather_updated_weights()
+        damage: DamagedCheckpointError | None = None
+        while (iteration := self._newest_up_to(newest)) is not None:
+            checkpoint = iteration_folder(self.folder, iteration)
+            try:
+                take_back(checkpoint, state, self.config, self.groups)
+                return iteration
+            except DamagedCheckpointError as error:
+                if self.config.checkpoint.on_damage is OnDamage.stop:
+                    raise
+                damage, newest = error, iteration - 1
+                if self.groups.is_main_process:
+                    self._say(f"warning: iteration {iteration} is damaged: {error}")
+        if damage is not None:  # and state is filled in part
+            raise damage
+        return None
+
+    def _newest_up_to(self, newest: int) -> int | None:
+        """As the main process sees the folder, which other nodes may see later."""
+        found = [newest_complete_iteration(self.folder, below=newest + 1)]
+        if self.groups.world_size > 1:
+            torch.distributed.broadcast_object_list(found, src=0)
+        return found[0]
 
     @property
     def pending(self) -> int | None:

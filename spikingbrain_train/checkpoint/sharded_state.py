@@ -115,6 +115,18 @@ def state_to_fill(state: RunState, groups: ProcessGroups, *, same_topology: bool
     return sharded
 
 
+def learnt_state_to_fill(state: RunState) -> dict[str, Any]:
+    """What to read of a run's weights and optimizer, for :func:`fill_learnt_state`."""
+    weights = sharded_weights(state.model)
+    return {"model": weights, "optimizer": state_to_load(state.optimizer, weights, _sharding())}
+
+
+def fill_learnt_state(state: RunState, loaded: dict[str, Any]) -> None:
+    """Give a run the weights and the optimizer state that were read; all else stays as it is."""
+    fill_weights(state.model, loaded["model"])
+    load_state(state.optimizer, loaded["optimizer"])
+
+
 def _with_the_rest(state: RunState, weights: dict[str, Any], optimizer: dict[Any, Any]) -> dict[str, Any]:
     return {
         "model": weights,
@@ -127,8 +139,7 @@ def _with_the_rest(state: RunState, weights: dict[str, Any], optimizer: dict[Any
 
 def fill_state(state: RunState, loaded: dict[str, Any], groups: ProcessGroups) -> None:
     """Give a run what was read for :func:`state_to_fill`."""
-    fill_weights(state.model, loaded["model"])
-    load_state(state.optimizer, loaded["optimizer"])
+    fill_learnt_state(state, loaded)
     state.scheduler.load_state_dict(loaded["scheduler"])
     state.iteration = loaded["iteration"]
     state.consumed_samples = loaded["consumed_samples"]

@@ -10,6 +10,7 @@ from omegaconf import MISSING
 
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.named_class import named_classes
+from spikingbrain_train.config.numerics import NumericsConfig
 from spikingbrain_train.config.parallel import ClusterConfig, ParallelConfig
 from spikingbrain_train.config.require import require
 from spikingbrain_train.config.setting import (
@@ -288,6 +289,8 @@ class RunConfig:
     """What is trained and for how long."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Loading and saving."""
+    numerics: NumericsConfig = field(default_factory=NumericsConfig)
+    """NaN, infinity and spikes of the loss."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     """Progress lines, metrics and evaluations."""
     plugins: list[str] = setting(default_factory=list, resume=FREE)

@@ -39,12 +39,17 @@ logger = logging.getLogger(__name__)
 class TrainPart(Protocol):
     """What a blend takes its samples from: one dataset, endlessly."""
 
+    prefix: str
     seq_length: int
     num_tokens: int
     windows_per_epoch: int
 
     def sample(self, index: int) -> Sample:
         """The ``index``-th sample, counted over all epochs; a pure function of it."""
+        ...
+
+    def stretches(self, index: int) -> list[tuple[int, int]]:
+        """Where its tokens lie in the file: the first of each stretch, and how many; in tokens."""
         ...
 
 
@@ -101,6 +106,7 @@ class ShuffledWindows:
         reset_at_documents: bool = False,
     ) -> None:
         self._windows = _Windows(dataset, seq_length, reset_at_documents)
+        self.prefix = dataset.prefix
         self.seq_length = seq_length
         self.seed = seed
         self.num_tokens = self._windows.num_tokens
@@ -109,11 +115,18 @@ class ShuffledWindows:
 
     def sample(self, index: int) -> Sample:
         """The ``index``-th sample, counted over all epochs."""
+        return self._windows.sample(self._first_token(index))
+
+    def stretches(self, index: int) -> list[tuple[int, int]]:
+        """One: its tokens and the label of the last."""
+        return [(self._first_token(index), self.seq_length + 1)]
+
+    def _first_token(self, index: int) -> int:
         epoch, position = divmod(index, self.windows_per_epoch)
         if self._epoch is None or self._epoch[0] != epoch:
             self._epoch = (epoch, *self._shuffle(epoch))
         _, first, order = self._epoch
-        return self._windows.sample(first + int(order[position]) * self.seq_length)
+        return first + int(order[position]) * self.seq_length
 
     def _shuffle(self, epoch: int) -> tuple[int, np.ndarray]:
         """First token of the first window, and the order of the windows, in ``epoch``."""
@@ -187,9 +200,14 @@ class TrainDataset(Samples):
             )
 
     def _sample(self, index: int) -> Sample:
-        part = 0 if self._part_of_sample is None else int(self._part_of_sample[index])
-        local = index if self._index_in_part is None else int(self._index_in_part[index])
-        return self.parts[part].sample(local)
+        part, local = self.part_of(index)
+        return part.sample(local)
+
+    def part_of(self, index: int) -> tuple[TrainPart, int]:
+        """The dataset that sample ``index`` comes from, and its number there."""
+        if self._part_of_sample is None or self._index_in_part is None:
+            return self.parts[0], index
+        return self.parts[int(self._part_of_sample[index])], int(self._index_in_part[index])
 
     def samples_per_part(self) -> list[int]:
         """How many of the samples come from each dataset."""

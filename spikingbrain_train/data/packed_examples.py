@@ -105,6 +105,11 @@ class PackedExamples:
             "cu_seqlens": torch.tensor(bounds),
         }
 
+    def stretches(self, index: int) -> list[tuple[int, int]]:
+        """Where its examples lie in the file: first token, and how many, of each."""
+        examples = self.examples(index).tolist()
+        return [(int(self._starts[each]), int(self._lengths[each]) + 1) for each in examples]
+
     def predicted_tokens(self, sequences: int) -> int:
         """Labels that carry loss in the first ``sequences``."""
         if sequences == self.windows_per_epoch and not self.fitting.truncated and not self.fitting.dropped:

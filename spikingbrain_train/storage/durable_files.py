@@ -71,3 +71,20 @@ def write_text_durably(path: Path, text: str) -> None:
     """Replace a small text file by ``text``."""
     with replaced_durably(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def append_line_durably(path: Path, line: str) -> None:
+    """Add a line to a file, or make the file, in one write: it is there as a whole or not at all.
+
+    Half a line that a full disk left before it is ended first.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        size = os.fstat(descriptor).st_size
+        is_ended = size == 0 or os.pread(descriptor, 1, size - 1) == b"\n"
+        data = (line if is_ended else f"\n{line}").encode() + b"\n"
+        if os.write(descriptor, data) < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

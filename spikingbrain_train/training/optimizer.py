@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -110,6 +111,27 @@ def update_weights(optimizer: MegatronOptimizer, check: Callable[[float], None])
     assert isinstance(optimizer, ChainedOptimizer)  # it clips by the norm that it is asked for
     with checked_gradient_norm(optimizer, check) as norms:
         optimizer.step()
+    return norms[0]
+
+
+def gradient_norm(optimizer: MegatronOptimizer) -> float:
+    """Norm of all gradients, the same on every rank; nothing is updated.
+
+    Args:
+        optimizer: from :func:`build_optimizer`, its gradients ready.
+    """
+
+    class Known(Exception):
+        """The norm is known, and the step goes no further."""
+
+    norms: list[float] = []
+
+    def stop(norm: float) -> None:
+        norms.append(norm)
+        raise Known
+
+    with suppress(Known):
+        update_weights(optimizer, stop)
     return norms[0]
 
 

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -39,7 +40,7 @@ from spikingbrain_train.training.build import (
     kernels_of,
     wrap_data_parallel,
 )
-from spikingbrain_train.training.callbacks.callback import Callback
+from spikingbrain_train.training.callbacks.callback import Callback, SkipUpdate
 from spikingbrain_train.training.callbacks.callbacks import Callbacks
 from spikingbrain_train.training.callbacks.defaults import callbacks_of, check_named_classes
 from spikingbrain_train.training.console import Console
@@ -176,19 +177,26 @@ class Trainer:
 
     def _step(self, batches: Iterator[MicroBatch]) -> None:
         """One iteration. Nothing in it waits for the device behind the update."""
-        state = self.state
+        state, grad_norm = self.state, None
         self.callbacks.step_begin()
-        self.model.zero_grad_buffer()
-        state.optimizer.zero_grad()
-        losses = self.stage.forward_backward(self.model, batches, self._num_microbatches)
-        self.callbacks.agree(losses)
+        losses = self.compute_gradients(batches)
         state.scheduler.step(increment=1)
-        grad_norm = update_weights(state.optimizer, self.callbacks.before_update)
+        try:
+            grad_norm = update_weights(state.optimizer, partial(self.callbacks.agree, losses))
+        except SkipUpdate as skipped:
+            self.callbacks.update_skipped(skipped)
         state.iteration += 1
         state.consumed_samples += self.config.stage.global_batch_size
-        if self.is_last_step or state.iteration % self.config.logging.log_interval == 0:
+        is_due = self.is_last_step or state.iteration % self.config.logging.log_interval == 0
+        if is_due and grad_norm is not None:
             self._report_step(losses, grad_norm)
         self.callbacks.step_end()
+
+    def compute_gradients(self, batches: Iterator[MicroBatch]) -> StepLosses:
+        """Forward and backward pass over the micro-batches of one step; the gradients begin at zero."""
+        self.model.zero_grad_buffer()
+        self.state.optimizer.zero_grad()
+        return self.stage.forward_backward(self.model, batches, self._num_microbatches)
 
     def _report_step(self, losses: StepLosses, grad_norm: float) -> None:
         report = Report(self.state.iteration, losses.reduced(), shown=dict(self.stage.shown))

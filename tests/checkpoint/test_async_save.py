@@ -15,6 +15,7 @@ import torch
 
 from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
 from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.config.numerics import OnBadBatch
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import RunConfig, WhileSaving
 from spikingbrain_train.errors import CheckpointError, NumericalError
@@ -22,10 +23,17 @@ from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.storage.checkpoint_folder import iteration_folder, iterations, latest_iteration
 from spikingbrain_train.training.callbacks.callback import Callback
 from tests.distributed.pool import RankPool
-from tests.distributed.small_runs import MODEL, MODEL_76B, checkpoint_config, run_config, train
+from tests.distributed.small_runs import (
+    MODEL,
+    MODEL_76B,
+    behind_gradients,
+    checkpoint_config,
+    run_config,
+    train,
+)
 
 if TYPE_CHECKING:
-    from spikingbrain_train.training.stages.losses import StepLosses
+    pass
 
 
 def _config(
@@ -129,27 +137,26 @@ def test_a_second_save_waits_for_the_first_or_is_left_out(
     assert iterations(tmp_path / "skips" / "checkpoints") == [int(name[-7:]) for name in saved_at]
 
 
-class _Spoil(Callback):
-    """A loss that is NaN while a checkpoint is pending."""
-
-    def vote(self, losses: StepLosses) -> int:
-        if self.run.state.iteration == 2:
-            assert self.run.checkpoints.pending == 2
-            for parameter in self.run.state.data_parallel.parameters():
-                parameter.main_grad.view(-1)[0] = float("nan")
-        return 0
-
-
 def _diverge(groups: ProcessGroups, config: RunConfig) -> str:
     from spikingbrain_train.training.trainer import Trainer
 
+    def spoil() -> None:
+        """A gradient is NaN while a checkpoint is pending."""
+        if trainer.state.iteration == 2:
+            assert trainer.checkpoints.pending == 2
+            for parameter in trainer.model.parameters():
+                parameter.main_grad.view(-1)[0] = float("nan")
+
     with _slow_writers(0.01), pytest.raises(NumericalError) as diverged:
-        Trainer(config, groups, [_Spoil()]).train()
+        trainer = Trainer(config, groups)
+        behind_gradients(trainer, spoil)
+        trainer.train()
     return str(diverged.value)
 
 
 def test_what_was_good_is_finished_when_the_run_diverges(ranks: RankPool, tmp_path: Path, text: Path) -> None:
     config = _config(tmp_path, text, ParallelConfig(), async_save=True)
+    config.numerics.on_bad_batch = OnBadBatch.stop
     for sentence in ranks.run(_diverge, config, world_size=2, parallel=ParallelConfig()):
         assert "at iteration 3" in sentence
     assert latest_iteration(tmp_path / "checkpoints") == 2

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
+from spikingbrain_train.config.numerics import OnBadBatch
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import Resume, RunConfig
 from spikingbrain_train.errors import CheckpointError, ConfigurationError, NumericalError
@@ -30,10 +31,17 @@ from spikingbrain_train.storage.checkpoint_folder import (
 from spikingbrain_train.storage.checkpoint_manifest import MANIFEST_FILE
 from spikingbrain_train.training.callbacks.callback import Callback
 from tests.distributed.pool import RankPool
-from tests.distributed.small_runs import MODEL, MODEL_76B, checkpoint_config, run_config, train
+from tests.distributed.small_runs import (
+    MODEL,
+    MODEL_76B,
+    behind_gradients,
+    checkpoint_config,
+    run_config,
+    train,
+)
 
 if TYPE_CHECKING:
-    from spikingbrain_train.training.stages.losses import StepLosses
+    pass
 
 ONE_RANK = ParallelConfig()
 REFUSED = (CheckpointError, ConfigurationError, NumericalError)
@@ -105,19 +113,18 @@ def _with_a_gradient_spoiled_on_the_last_rank(
 
     before: list[torch.Tensor] = []
 
-    class Spoil(Callback):
-        def vote(self, losses: StepLosses) -> int:
-            if self.run.state.iteration + 1 == step:
-                parameters = list(self.run.state.data_parallel.parameters())
-                before.extend(parameter.detach().clone() for parameter in parameters)
-                if groups.rank == groups.world_size - 1:
-                    experts = [p for p in parameters if not getattr(p, "allreduce", True)]
-                    split = [p for p in parameters if getattr(p, "tensor_model_parallel", False)]
-                    parameter = (experts or split)[0]
-                    parameter.main_grad.view(-1)[0] = float("nan")
-            return 0
+    def spoil() -> None:
+        if trainer.state.iteration + 1 == step:
+            parameters = list(trainer.state.data_parallel.parameters())
+            before.extend(parameter.detach().clone() for parameter in parameters)
+            if groups.rank == groups.world_size - 1:
+                experts = [p for p in parameters if not getattr(p, "allreduce", True)]
+                split = [p for p in parameters if getattr(p, "tensor_model_parallel", False)]
+                parameter = (experts or split)[0]
+                parameter.main_grad.view(-1)[0] = float("nan")
 
-    trainer = Trainer(config, groups, [Spoil()])
+    trainer = Trainer(config, groups)
+    behind_gradients(trainer, spoil)
     try:
         trainer.train()
     except NumericalError as error:
@@ -142,6 +149,7 @@ def test_a_gradient_that_is_not_finite_updates_nothing_on_any_rank(
     config = _config(
         tmp_path, text, train_iters=4, save_interval=1, keep_last=1, model=model, parallel=parallel
     )
+    config.numerics.on_bad_batch = OnBadBatch.stop
     outcomes = ranks.run(
         _with_a_gradient_spoiled_on_the_last_rank, config, 4, world_size=world_size, parallel=parallel
     )

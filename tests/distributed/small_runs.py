@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -137,6 +138,18 @@ def train(groups: ProcessGroups, config: RunConfig) -> list[tuple[float, float]]
     remember = Remember()
     Trainer(config, groups, [remember]).train()
     return remember.steps
+
+
+def behind_gradients(trainer: Any, action: Callable[[], None]) -> None:
+    """Have ``action`` happen wherever the gradients of a step have been computed and reduced."""
+    compute = trainer.stage.forward_backward
+
+    def forward_backward(*arguments: Any) -> StepLosses:
+        losses: StepLosses = compute(*arguments)
+        action()
+        return losses
+
+    trainer.stage.forward_backward = forward_backward
 
 
 class Remember(Callback):

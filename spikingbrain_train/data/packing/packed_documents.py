@@ -30,7 +30,7 @@ class PackedDocuments:
     def __init__(
         self, dataset: TokenFile, packing: Packing, seed: tuple[int, int], *, reset_at_documents: bool = False
     ) -> None:
-        self.seq_length = packing.seq_length
+        self.prefix, self.seq_length = dataset.prefix, packing.seq_length
         self.num_tokens = dataset.num_tokens
         self.layout = lay_out_dataset(dataset.prefix, packing)
         self.windows_per_epoch = self.layout.samples_per_epoch
@@ -47,10 +47,20 @@ class PackedDocuments:
 
     def sample(self, index: int) -> Sample:
         """The ``index``-th sample, counted over all epochs."""
+        return self._read(self._position(index))
+
+    def stretches(self, index: int) -> list[tuple[int, int]]:
+        """Where its tokens and the label of the last lie in the file: first token, and how many, of each."""
+        return [
+            (first, count)
+            for first, count, _ in self.layout.actual(self._position(index), self.seq_length + 1)
+        ]
+
+    def _position(self, index: int) -> int:
         epoch, number = divmod(index, self.windows_per_epoch)
         if self._epoch is None or self._epoch[0] != epoch:
             self._epoch = (epoch, epoch_positions(self.layout, self._seed, epoch))
-        return self._read(int(self._epoch[1][number]))
+        return int(self._epoch[1][number])
 
     def _read(self, position: int) -> Sample:
         window = np.empty(self.seq_length + 1, dtype=np.int64)

@@ -6,6 +6,7 @@ config as ``callbacks=[my_package.my_module.MyCallback]`` (docs/callbacks.md). T
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from spikingbrain_train.checkpoint.run_checkpoints import RunCheckpoints
     from spikingbrain_train.config.run_record import RunRecord
+    from spikingbrain_train.data.loader import MicroBatch
     from spikingbrain_train.parallel.process_groups import ProcessGroups
     from spikingbrain_train.training.beginning import Beginning
     from spikingbrain_train.training.console import Console
@@ -27,6 +29,14 @@ if TYPE_CHECKING:
     from spikingbrain_train.training.stages.data import StageData
     from spikingbrain_train.training.stages.losses import StepLosses
     from spikingbrain_train.training.training_state import TrainingState
+
+
+class SkipUpdate(Exception):
+    """The update of this step is left out, and the run goes on with the next batch.
+
+    Raised by :meth:`Callback.agreed` or :meth:`Callback.before_update`, on all ranks together; its text is
+    the reason in words: ``the loss became nan``.
+    """
 
 
 class Run(Protocol):
@@ -58,6 +68,10 @@ class Run(Protocol):
 
     def stop(self, reason: str) -> None:
         """End after this step: save, and be started again later. Called on all ranks together."""
+        ...
+
+    def compute_gradients(self, batches: Iterator[MicroBatch]) -> StepLosses:
+        """Forward and backward pass over the micro-batches of one step; the gradients begin at zero."""
         ...
 
     def report(self, report: Report) -> None:
@@ -103,21 +117,32 @@ class Callback:
         element, on the device of ``losses``) costs nothing more; reading one here would.
 
         Args:
-            losses: of this step, whose gradients are there.
+            losses: of this step, whose gradients are there, reduced and not yet clipped.
         """
         return 0
 
     def agreed(self, number: int) -> None:
         """The largest vote of all ranks, the same everywhere.
 
-        What is raised here keeps the weights as they are.
+        What is raised here keeps the weights as they are; a :class:`SkipUpdate` lets the run go on.
         """
 
     def before_update(self, grad_norm: float) -> None:
-        """The gradients are reduced and not yet clipped. What is raised here keeps the weights as they are.
+        """All ranks have agreed to update the weights. What is raised here keeps them as they are.
+
+        A :class:`SkipUpdate` lets the run go on.
 
         Args:
             grad_norm: over all ranks.
+        """
+
+    def update_skipped(self, skipped: SkipUpdate) -> None:
+        """The weights are not updated in this step; ``run.state`` does not count it yet.
+
+        Nothing is reported of it, but ``step_end`` comes as ever.
+
+        Args:
+            skipped: why.
         """
 
     def report_due(self, report: Report) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from spikingbrain_train.config.import_path import import_path_of
 from spikingbrain_train.errors import ConfigurationError
-from spikingbrain_train.training.callbacks.callback import Callback, Run
+from spikingbrain_train.training.callbacks.callback import Callback, Run, SkipUpdate
 from spikingbrain_train.training.report import Report
 from spikingbrain_train.training.stages.losses import StepLosses
 
@@ -45,18 +45,40 @@ class Callbacks(Callback):
         for callback in self._all:
             callback.step_begin()
 
-    def agree(self, losses: StepLosses) -> None:
-        """Take the votes of all ranks and tell the result: one reduction, for which the host waits."""
+    def agree(self, losses: StepLosses, grad_norm: float) -> None:
+        """Take the votes of all ranks and tell the result: one reduction, for which the host waits.
+
+        Then comes :meth:`before_update`.
+
+        Args:
+            losses: of the step.
+            grad_norm: as this rank knows it.
+
+        Raises:
+            SkipUpdate: the first that one of them raised; all have been told the result.
+        """
+        losses.grad_norm = grad_norm
         groups = self.run.groups
         votes = torch.stack([_as_vote(voter.vote(losses), groups.device) for voter in self._voters])
         if groups.world_size > 1:
             torch.distributed.all_reduce(votes, op=torch.distributed.ReduceOp.MAX)
+        skips = []
         for voter, number in zip(self._voters, votes.tolist(), strict=True):
-            voter.agreed(number)
+            try:
+                voter.agreed(number)
+            except SkipUpdate as skip:  # the others may have to end the run, or to finish a checkpoint
+                skips.append(skip)
+        if skips:
+            raise skips[0]
+        self.before_update(grad_norm)
 
     def before_update(self, grad_norm: float) -> None:
         for callback in self._all:
             callback.before_update(grad_norm)
+
+    def update_skipped(self, skipped: SkipUpdate) -> None:
+        for callback in self._all:
+            callback.update_skipped(skipped)
 
     def report_due(self, report: Report) -> None:
         for callback in self._all:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from spikingbrain_train.config.run import WhileSaving
 from spikingbrain_train.errors import NumericalError, SpikingBrainError
-from spikingbrain_train.training.callbacks.callback import Callback
+from spikingbrain_train.training.callbacks.callback import Callback, SkipUpdate
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,7 +20,13 @@ class Checkpointing(Callback):
 
     With ``checkpoint.async_save`` steps go on while a checkpoint is written. Once a step all ranks agree
     whether any is still busy with it, in the reduction that takes the other votes, too.
+
+    What is due behind a step that updated nothing is put off until one does: the newest checkpoint stays one
+    from before the trouble, to which weights may have to go back.
     """
+
+    _is_skipped = False
+    _is_overdue = False
 
     def vote(self, losses: StepLosses) -> int:
         return int(self.run.checkpoints.is_working())
@@ -29,11 +35,20 @@ class Checkpointing(Callback):
         if self.run.checkpoints.pending is not None and not number:
             self._tell(self.run.checkpoints.advance())
 
+    def step_begin(self) -> None:
+        self._is_skipped = False
+
+    def update_skipped(self, skipped: SkipUpdate) -> None:
+        self._is_skipped = True
+
     def step_end(self) -> None:
         run = self.run
         ends = run.is_last_step or run.stop_reason is not None
         interval = run.config.checkpoint.save_interval
-        if ends or (interval > 0 and run.state.iteration % interval == 0):
+        if interval > 0 and run.state.iteration % interval == 0:
+            self._is_overdue = True
+        if ends or (self._is_overdue and not self._is_skipped):
+            self._is_overdue = False
             self._save(ends)
 
     def end(self, error: BaseException | None) -> None:

@@ -9,6 +9,7 @@ from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.evaluation.evaluator import Evaluator
 from spikingbrain_train.evaluation.held_out import HeldOutCrossEntropy
 from spikingbrain_train.training.callbacks.all_tokens import AllTokens
+from spikingbrain_train.training.callbacks.bad_batches import BadBatches
 from spikingbrain_train.training.callbacks.callback import Callback
 from spikingbrain_train.training.callbacks.checkpointing import Checkpointing
 from spikingbrain_train.training.callbacks.closing import Closing
@@ -49,6 +50,7 @@ def callbacks_of(config: RunConfig, more: Sequence[Callback] = ()) -> list[Callb
         WeightsAndBiases(),
         ProgressLines(),
         FiniteChecks(),
+        BadBatches(),
         LinearTransformSchedules(),
         LinearTransformStatistics(),
         ExpertLoadReport(),

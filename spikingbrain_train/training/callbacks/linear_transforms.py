@@ -10,7 +10,7 @@ import torch
 from spikingbrain_train.architecture.linear_transforms import LinearTransformKind, transforms_of
 from spikingbrain_train.models.linears.linear_transform import TransformStatistics
 from spikingbrain_train.models.linears.whole_model import collect_statistics, set_attributes, transform_class
-from spikingbrain_train.training.callbacks.callback import Callback
+from spikingbrain_train.training.callbacks.callback import Callback, SkipUpdate
 from spikingbrain_train.training.report import Report
 
 
@@ -62,6 +62,9 @@ class LinearTransformStatistics(Callback):
         is_reported = step >= config.stage.train_iters or step % config.logging.log_interval == 0
         if is_reported and config.logging.transform_statistics_tokens > 0:
             self._count(config.logging.transform_statistics_tokens)
+
+    def update_skipped(self, skipped: SkipUpdate) -> None:
+        self._counting.close()  # nothing is reported of the step
 
     def report_due(self, report: Report) -> None:
         if self.run.config.logging.transform_statistics_tokens == 0:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.data.gpt_dataset import HeldOutSamples, TrainDataset, build_datasets
 from spikingbrain_train.data.loader import MicroBatch, WholeBatch, build_data_loader, local_micro_batch
+from spikingbrain_train.data.origins import origins
 from spikingbrain_train.data.packed_examples import build_examples
 from spikingbrain_train.data.teacher_cache import CachedTeacher, WithTeacher
 from spikingbrain_train.data.tokenizers import load_tokenizer
@@ -33,6 +34,14 @@ class StageData(Protocol):
 
         Args:
             consumed_samples: sequences of all ranks that they have used.
+        """
+        ...
+
+    def origins(self, samples: Sequence[int]) -> list[dict[str, Any]]:
+        """What a person needs to find training samples in their files, as JSON has it: one dict for each.
+
+        Args:
+            samples: their numbers in the order of the run.
         """
         ...
 
@@ -66,6 +75,7 @@ class PackedText:
             vocab_size=vocabulary,
             tokenizer=tokenizer,
         )
+        self._text = found
         self._train = self._beside(found)
 
     def _beside(self, samples: TrainDataset) -> TrainDataset | WithTeacher:
@@ -103,6 +113,10 @@ class PackedText:
             seed=self._config.seed,
         )
         return self._local(loader)
+
+    def origins(self, samples: Sequence[int]) -> list[dict[str, Any]]:
+        """Files, tokens and documents: see :func:`~spikingbrain_train.data.origins.origins`."""
+        return origins(self._text, samples)
 
     def _local(self, loader: Iterator[WholeBatch]) -> Iterator[MicroBatch]:
         """This rank's part of every micro-batch, on its device."""

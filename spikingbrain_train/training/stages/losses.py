@@ -28,6 +28,9 @@ class StepLosses:
         self._sums = sums
         self._reduce = reduce
         self._weight = weight
+        self.grad_norm: float | None = None
+        """Of the gradients that came with them, over all ranks that share the model; None until it is known.
+        Replicas have the same, unless something is wrong with one of them."""
 
     @property
     def standing(self) -> Tensor:
@@ -38,11 +41,24 @@ class StepLosses:
         counts = self._sums.new_ones((), dtype=torch.int) if self._weight is None else self._weight > 0
         return torch.where(self._sums.isfinite().all(), counts.int(), NOT_FINITE)
 
+    @property
+    def sums(self) -> Tensor:
+        """[n] float64 on its device: of this rank alone, whatever has been reduced."""
+        return self._sums
+
+    @cached_property
+    def on_device(self) -> dict[str, Tensor]:
+        """The metrics of all ranks, left where they are: the host does not wait.
+
+        The first look is a collective of all ranks.
+        """
+        return self._reduce(self._sums.clone())
+
     def reduced(self) -> dict[str, float]:
         """The metrics of all ranks. The first call is a collective of all of them, and the host waits."""
         return dict(self._reduced)
 
     @cached_property
     def _reduced(self) -> dict[str, float]:
-        metrics = self._reduce(self._sums)
+        metrics = self.on_device
         return dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))

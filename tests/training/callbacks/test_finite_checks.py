@@ -4,32 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from spikingbrain_train.config.run import Precision, RunConfig
-from spikingbrain_train.errors import NumericalError
-from spikingbrain_train.training.callbacks.finite_checks import require_finite
+from spikingbrain_train.training.callbacks.finite_checks import advice
 
 
-def _sentence(config: RunConfig, iteration: int, steps_done: int) -> str:
-    require_finite(1.0, "loss", iteration, steps_done, config)
-    with pytest.raises(NumericalError) as stop:
-        require_finite(float("nan"), "loss", iteration, steps_done, config)
-    return str(stop.value)
-
-
-@pytest.mark.parametrize("iteration", [0, 1])
-def test_no_learning_rate_is_blamed_before_the_first_update(tmp_path: Path, iteration: int) -> None:
+def test_no_learning_rate_is_blamed_before_the_first_update(tmp_path: Path) -> None:
     config = RunConfig(output_dir=str(tmp_path), precision=Precision.bf16)
     config.checkpoint.load = "converted"
-    sentence = _sentence(config, iteration, steps_done=0)
-    assert f"became nan at iteration {iteration}" in sentence and "optimizer." not in sentence
+    sentence = advice(config, steps_done=0)
+    assert "optimizer." not in sentence
     assert "checkpoint.load (now converted), or compute in precision=fp32 (now bf16)" in sentence
     config.precision, config.checkpoint.load = Precision.fp32, None
-    assert _sentence(config, iteration, steps_done=0).endswith("yet: name weights as checkpoint.load.")
+    assert advice(config, steps_done=0).endswith("yet: name weights as checkpoint.load.")
 
 
 def test_the_learning_rate_is_named_after_an_update(tmp_path: Path) -> None:
     config = RunConfig(output_dir=str(tmp_path))
-    sentence = _sentence(config, 2, steps_done=1)
+    sentence = advice(config, steps_done=1)
     assert f"lower optimizer.lr (now {config.optimizer.lr})" in sentence and "start again" in sentence
