@@ -138,7 +138,7 @@ def _order_of_a_step(groups: ProcessGroups, config: RunConfig) -> list[str]:
         order.append(name)
         return original(*arguments)
 
-    for owner, name in ((trainer.callbacks, "agree"), (trainer.state.optimizer, "step")):
+    for owner, name in ((trainer.callbacks, "agree"), (trainer.state.optimizer, "step_with_ready_grads")):
         setattr(owner, name, partial(noted, name, getattr(owner, name)))
     trainer.train()
     return order
@@ -150,7 +150,7 @@ def test_whether_to_stop_is_settled_before_the_update_so_that_no_host_waits_for_
     config = run_config(tmp_path / "run", text)
     config.stage.train_iters = 3
     (order,) = ranks.run(_order_of_a_step, config, world_size=1, parallel=ParallelConfig())
-    assert order == ["agree", "step"] * 3
+    assert order == ["agree", "step_with_ready_grads"] * 3
 
 
 def _train_and_interrupt(
