@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,12 +49,22 @@ _PERMITTED_GLOBALS = {
 }
 
 
+def _member(kind: Any, name: Any) -> enum.Enum:
+    """A member by its name, which is how Python before 3.11.4 pickles one: ``getattr(kind, name)``."""
+    if isinstance(kind, enum.EnumMeta) and name in kind.__members__:
+        member: enum.Enum = kind[name]
+        return member
+    raise pickle.UnpicklingError(f"it takes {name!r} of something that is no enumeration with such a member")
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     """Unpickles the classes of which ``.metadata`` consists and nothing else: no code of the file runs."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _PERMITTED_GLOBALS:
             return _PERMITTED_GLOBALS[(module, name)]
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         raise pickle.UnpicklingError(f"it refers to {module}.{name}")

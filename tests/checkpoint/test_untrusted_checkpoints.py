@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import os
 import pickle
 from pathlib import Path
@@ -93,6 +94,29 @@ def test_untouched_checkpoint_is_read(ranks: RankPool, checkpoint: Path) -> None
 def test_what_these_tests_plant_does_run_when_unpickled(tmp_path: Path) -> None:
     pickle.loads(pickle.dumps(MakesFolder(tmp_path / "trace")))
     assert (tmp_path / "trace").is_dir()
+
+
+def test_members_that_python_before_3_11_4_pickled_by_name_are_read(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(enum.Enum, "__reduce_ex__", lambda self, _: (getattr, (type(self), self.name)))
+    metadata = read_metadata(checkpoint)
+    (checkpoint / METADATA_FILE).write_bytes(pickle.dumps(metadata))
+    assert b"getattr" in (checkpoint / METADATA_FILE).read_bytes()
+    assert read_metadata(checkpoint) == metadata
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"), [(torch.Size, "__class__"), (torch.Size, "mro"), ("text", "upper")]
+)
+def test_no_attribute_of_anything_else_is_taken(owner: object, name: str, tmp_path: Path) -> None:
+    class TakesAttribute:
+        def __reduce__(self):
+            return getattr, (owner, name)
+
+    (tmp_path / METADATA_FILE).write_bytes(pickle.dumps(TakesAttribute()))
+    with pytest.raises(CheckpointError, match=f"takes '{name}' of something that is no enumeration"):
+        read_metadata(tmp_path)
 
 
 def test_metadata_that_is_no_metadata_is_refused(tmp_path: Path) -> None:

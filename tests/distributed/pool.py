@@ -147,7 +147,8 @@ class RankPool:
     def _start_missing(self, world_size: int) -> None:
         # One process imports the slow packages once and forks every rank from there, replacements too.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["spikingbrain_train.training.trainer"])
+        # torch's optimizers import its compiler, for a second, when the first one is made.
+        context.set_forkserver_preload(["spikingbrain_train.training.trainer", "torch._dynamo"])
         started = []
         while len(self._ranks) < world_size:
             ours, theirs = context.Pipe()

@@ -131,11 +131,19 @@ def run_config(output_dir: Path, data: Path, *, model: ModelConfig = MODEL, **ch
     return replace(config, **changes)
 
 
-def train(groups: ProcessGroups, config: RunConfig) -> list[tuple[float, float]]:
-    """Train and return (loss, gradient norm) of every step since the last resume, the same on every rank."""
+def train(
+    groups: ProcessGroups, config: RunConfig, stop_after: int | None = None
+) -> list[tuple[float, float]]:
+    """Train and return (loss, gradient norm) of every step since the last resume, the same on every rank.
+
+    Args:
+        groups: of the ranks.
+        config: the run.
+        stop_after: the step after which the run is asked to stop; None lets it end by itself.
+    """
     from spikingbrain_train.training.trainer import Trainer
 
-    remember = Remember()
+    remember = Remember(stop_after)
     Trainer(config, groups, [remember]).train()
     return remember.steps
 
@@ -155,8 +163,9 @@ def behind_gradients(trainer: Any, action: Callable[[], None]) -> None:
 class Remember(Callback):
     """Keeps (loss, gradient norm) of every step."""
 
-    def __init__(self) -> None:
+    def __init__(self, stop_after: int | None = None) -> None:
         self.steps: list[tuple[float, float]] = []
+        self._stop_after = stop_after
 
     def vote(self, losses: StepLosses) -> int:
         self._loss = losses.reduced()["train/loss"]
@@ -164,6 +173,8 @@ class Remember(Callback):
 
     def before_update(self, grad_norm: float) -> None:
         self.steps.append((self._loss, grad_norm))
+        if len(self.steps) == self._stop_after:
+            self.run.stop("enough has been seen")
 
 
 TOPOLOGIES: dict[str, tuple[int, ParallelConfig]] = {

@@ -1,8 +1,7 @@
 """Training gives the same numbers on every topology.
 
-Tolerance 1e-5 relative over ten fp32 steps, for losses and gradient norms: splitting a sum over ranks changes
-its rounding (about 1e-7 a step), and ten steps of AdamW at a high learning rate amplify that by less than a
-hundred.
+Tolerance 1e-5 relative over six fp32 steps, for losses and gradient norms: splitting a sum over ranks changes
+its rounding (about 1e-7 a step), and AdamW at a high learning rate amplifies that by less than a hundred.
 """
 
 from __future__ import annotations
@@ -33,6 +32,8 @@ from tests.distributed.small_runs import (
 )
 
 TOLERANCE = 1e-5
+STEPS = 6
+"""Of the ten of a run: one rank takes all of them. The learning rate is at its peak from the second on."""
 
 # The whole matrix for plain training; what adds communication of its own on what it touches.
 CASES = [("cpt", name) for name in TOPOLOGIES if name != "EP 2"]
@@ -143,19 +144,22 @@ def test_losses_and_gradient_norms_equal_those_of_one_rank(
     config = _config(kind, tmp_path, text, checkpoints, parallel)
     # Fewer collectives, each of which costs gloo a millisecond. Alignment's loss is relative to the power of
     # a micro-batch, so there its size matters.
-    if parallel.context_parallel_size > 1 and config.stage.kind != "align":
+    if config.stage.kind != "align":
         config.stage.micro_batch_size = 2
 
-    results = ranks.run(train, config, world_size=world_size, parallel=parallel)
+    results = ranks.run(train, config, STEPS, world_size=world_size, parallel=parallel)
 
     for steps in results:
-        assert len(steps) == 10
-        for (loss, norm), (expected_loss, expected_norm) in zip(steps, one_rank[kind].steps, strict=True):
+        assert len(steps) == STEPS
+        expected_steps = one_rank[kind].steps[:STEPS]
+        for (loss, norm), (expected_loss, expected_norm) in zip(steps, expected_steps, strict=True):
             assert loss == pytest.approx(expected_loss, rel=TOLERANCE)
             assert norm == pytest.approx(
                 expected_norm, rel=10 * TOLERANCE
             )  # a square root of sums of squares of gradients
-    for point, expected in zip(_reported_losses(tmp_path), one_rank[kind].reported, strict=True):
+    reported = _reported_losses(tmp_path)
+    assert len([point for point in reported if "train/loss" in point]) == STEPS
+    for point, expected in zip(reported, one_rank[kind].reported[: len(reported)], strict=True):
         # A KL divergence of models that are almost the same is what is left of log-probabilities around 5.
         assert point == pytest.approx(expected, rel=TOLERANCE, abs=1e-7)
 

@@ -79,7 +79,7 @@ class _Probe(Callback):
 
 
 def _measure(groups: ProcessGroups, config: RunConfig) -> Measured:
-    """The last of three steps, with the fused SwiGLU of GPUs; the first makes the optimizer's state."""
+    """The last of two steps, with the fused SwiGLU of GPUs; the first makes the optimizer's state."""
     from spikingbrain_train.training import build
     from spikingbrain_train.training.trainer import Trainer
 
@@ -105,7 +105,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _config(folder: Path, text: Path, model, precision: Precision, parallel: ParallelConfig) -> RunConfig:
     stage = StageConfig(
-        train_iters=3, seq_length=LENGTH - model.num_sink_tokens, global_batch_size=4, micro_batch_size=1
+        train_iters=2, seq_length=LENGTH - model.num_sink_tokens, global_batch_size=2, micro_batch_size=1
     )
     return run_config(
         folder,
