@@ -73,6 +73,24 @@ class TokenHistory:
 
 
 @dataclass(frozen=True)
+class SamplesRead:
+    """How far a run was in its data when its present global batch began to count.
+
+    stage.global_batch_size may change where a run goes on; its position in the data is then no multiple of
+    it.
+    """
+
+    iteration: int = 0
+    """Optimizer steps done by then."""
+    samples: int = 0
+    """Sequences that they have read."""
+
+    def at(self, iteration: int, global_batch_size: int) -> int:
+        """Sequences read by the end of a later ``iteration``."""
+        return self.samples + max(iteration - self.iteration, 0) * global_batch_size
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """What wrote a checkpoint."""
 
@@ -82,6 +100,9 @@ class RunRecord:
     """One for each prefix of data.train, in its order."""
     history: TokenHistory | None = None
     """What was read before; None in checkpoints of earlier releases."""
+    counted_from: SamplesRead = SamplesRead()
+    """Where the run was when it started or went on; the beginning in checkpoints of earlier releases, whose
+    global batch could not change."""
 
     def all_tokens(self, own: int) -> int | None:
         """Tokens of this stage, ``own``, and of all before it; None where those are not known."""
@@ -183,6 +204,7 @@ def read_record(checkpoint: Path) -> RunRecord | None:
             int(fields["world_size"]),
             [DatasetFingerprint(**each) for each in fields["training_data"]],
             _history(fields.get("history")),
+            SamplesRead(**fields.get("counted_from", {})),
         )
     except FileNotFoundError:
         return None

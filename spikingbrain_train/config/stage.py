@@ -8,7 +8,7 @@ from enum import Enum
 from omegaconf import MISSING
 
 from spikingbrain_train.config.require import require
-from spikingbrain_train.config.setting import ONLY_AT_THE_START, OTHER_ORDER, SAID, refused, setting
+from spikingbrain_train.config.setting import ONLY_AT_THE_START, OTHER_ORDER, SAID, refused, said, setting
 
 
 class AlignmentInputs(str, Enum):
@@ -144,7 +144,7 @@ class StageConfig:
     micro_batch_size: int = setting(1, minimum=1, resume=SAID)
     """Sequences that one rank processes at a time; more takes more memory, and changes no result."""
     global_batch_size: int = setting(
-        MISSING, minimum=1, resume=refused("its steps would no longer be counted in the same samples")
+        MISSING, minimum=1, resume=said("the data go on behind the last sequence read; schedules go by steps")
     )
     """Sequences of one optimizer step over all ranks; what micro-batches do not hold at once is
     accumulated."""

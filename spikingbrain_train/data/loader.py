@@ -146,7 +146,9 @@ class DataParallelBatchSampler(torch.utils.data.Sampler[list[int | None]]):
                 f"data-parallel size = {micro_batch_size} * {data_parallel_size}: give a multiple of "
                 f"{self.step}"
             )
-        self.end = -(-num_samples // global_batch_size) * global_batch_size
+        # From where it begins on, which another global batch may have led to.
+        left = max(0, num_samples - consumed_samples)
+        self.end = consumed_samples - (-left // global_batch_size) * global_batch_size
 
     def __len__(self) -> int:
         return max(0, self.end - self.consumed_samples) // self.step

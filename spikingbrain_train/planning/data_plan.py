@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.config.run_record import blend_shares
 from spikingbrain_train.errors import DataError
+from spikingbrain_train.planning.data_position import samples_of
 from spikingbrain_train.planning.example_packing import fill, fitting_examples, nothing_fits, pack
 from spikingbrain_train.planning.file_checks import check_prefix
 from spikingbrain_train.planning.stages.registry import kind_of
@@ -177,7 +178,7 @@ def plan_data(config: RunConfig) -> DataPlan:
     train = [_measured(config, f"data.train[{number}]", prefix) for number, prefix in enumerate(data.train)]
     valid = [_measured(config, f"data.valid[{number}]", prefix) for number, prefix in enumerate(data.valid)]
     shares = _shares(config, train)
-    samples = stage.samples
+    samples = samples_of(config)
     sources = []
     for number, (prefix, found, share) in enumerate(zip(data.train, train, shares, strict=True)):
         windows = found.windows(stage.seq_length)

@@ -12,6 +12,7 @@ from spikingbrain_train.architecture.same_architecture import check_same_weights
 from spikingbrain_train.architecture.stored_model import read_stored_model
 from spikingbrain_train.config.run import DataConfig, Resume, RunConfig
 from spikingbrain_train.errors import CheckpointError, ConfigurationError, DataError
+from spikingbrain_train.planning.data_position import samples_of
 from spikingbrain_train.planning.example_packing import fitting_examples, nothing_fits
 from spikingbrain_train.planning.resume import (
     StoredRun,
@@ -220,7 +221,7 @@ def check_files(config: RunConfig) -> StoredRun | None:
     check_examples(config)
     if stored is not None:
         check_training_data(stored, config)
-    done = 0 if stored is None else stored.iteration
-    kind_of(config.stage).check_files(config, first_sample=done * config.stage.global_batch_size)
+    first = 0 if stored is None else stored.consumed_samples
+    kind_of(config.stage).check_files(config, range(first, samples_of(config)))
     check_output_folder(config.output_dir)
     return stored

@@ -26,6 +26,7 @@ from spikingbrain_train.planning.costs import (
     stage_parameters,
     total_parameters,
 )
+from spikingbrain_train.planning.data_position import samples_of
 from spikingbrain_train.planning.memory import (
     MemoryEstimate,
     estimate_memory,
@@ -130,8 +131,8 @@ class Plan:
 
     @property
     def total_tokens(self) -> int:
-        """Tokens of the whole stage."""
-        return self.config.stage.tokens
+        """Tokens of the whole stage, those before a resume included."""
+        return samples_of(self.config) * self.config.stage.seq_length
 
     @property
     def total_flops(self) -> float:

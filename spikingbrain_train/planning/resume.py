@@ -17,6 +17,7 @@ from spikingbrain_train.config.run import Precision, Resume, RunConfig
 from spikingbrain_train.config.run_record import (
     DatasetFingerprint,
     RunRecord,
+    SamplesRead,
     blend_shares,
     read_record,
     training_data_of,
@@ -47,6 +48,12 @@ class StoredRun:
     def iteration(self) -> int:
         """Optimizer steps done."""
         return iteration_of(self.checkpoint)
+
+    @property
+    def consumed_samples(self) -> int:
+        """Sequences that its steps have read."""
+        counted_from = SamplesRead() if self.record is None else self.record.counted_from
+        return counted_from.at(self.iteration, self.config.stage.global_batch_size)
 
     @property
     def world_size(self) -> int:

@@ -93,12 +93,12 @@ def check_identity(stored: dict[str, Any], ours: dict[str, Any], named: str) -> 
             )
 
 
-def check_cache(config: RunConfig, first_sample: int = 0) -> None:
+def check_cache(config: RunConfig, samples: range) -> None:
     """The cache that a run names is of its samples, and has those that it will read.
 
     Args:
         config: the run.
-        first_sample: the first that it reads, behind those of the steps that are done.
+        samples: those that it reads, behind those of the steps that are done.
 
     Raises:
         DataError, CheckpointError: one sentence that says what differs, or which samples are missing.
@@ -112,7 +112,7 @@ def check_cache(config: RunConfig, first_sample: int = 0) -> None:
     if config.stage.teacher is not None:
         ours[TEACHER] = teacher_digest(config.stage.teacher)
     check_identity(stored, ours, named)
-    _check_samples(folder, layout, range(first_sample, config.stage.samples), named)
+    _check_samples(folder, layout, samples, named)
 
 
 def _check_samples(folder: Path, layout: CacheLayout, wanted: range, named: str) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from spikingbrain_train.config.derivation import read_derivation
 from spikingbrain_train.config.load import load_run_config
 from spikingbrain_train.config.run import RunConfig
-from spikingbrain_train.config.run_record import StageTokens, TokenHistory, read_record
+from spikingbrain_train.config.run_record import SamplesRead, StageTokens, TokenHistory, read_record
 from spikingbrain_train.errors import SpikingBrainError
 from spikingbrain_train.planning.ancestry import conversion_report, loaded_checkpoint
 from spikingbrain_train.planning.resume import run_to_resume
@@ -79,7 +79,8 @@ def history_with(folder: Path, most: int = _MOST) -> TokenHistory:
         run, record = load_run_config(checkpoint / RUN_CONFIG_FILE), read_record(checkpoint)
         stage = run.stage
         steps = iteration_of(checkpoint) or (0 if stage.train_iters else stage.calibration_steps)
-        tokens = steps * stage.global_batch_size * stage.seq_length
+        counted_from = SamplesRead() if record is None else record.counted_from
+        tokens = counted_from.at(steps, stage.global_batch_size) * stage.seq_length
     except (SpikingBrainError, ValueError):
         return _ends_at(folder)
     before = None if record is None else record.history

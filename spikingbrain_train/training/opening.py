@@ -15,6 +15,7 @@ from spikingbrain_train.evaluation.evaluator import HeldOutData
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.planning.costs import total_parameters
 from spikingbrain_train.planning.data_plan import plan_data
+from spikingbrain_train.planning.data_position import position_of, samples_of
 from spikingbrain_train.planning.plan_report.run import counts
 from spikingbrain_train.planning.stages.registry import kind_of
 from spikingbrain_train.planning.token_history import describe_end
@@ -80,7 +81,7 @@ def _training_data(config: RunConfig, record: RunRecord) -> Iterator[Row]:
     shares = blend_shares(data.train_weights, tokens, stage.seq_length)
     if not tokens or shares is None:  # the stage brings its own
         return
-    samples, length = stage.samples, stage.seq_length
+    samples, length = samples_of(config), stage.seq_length
     windows = [max((count - 1) // length, 1) for count in tokens]
     epochs = [samples * share / count for share, count in zip(shares, windows, strict=True)]
     if len(prefixes) > _NAMED_SOURCES:
@@ -153,15 +154,24 @@ def _held_out(config: RunConfig, held_out: HeldOutData | None, resuming: bool) -
 
 def _length(config: RunConfig) -> str:
     stage = config.stage
-    length, tokens = f"{stage.seq_length:,} tokens", f"{quantity(stage.tokens)} tokens"
+    length, tokens = f"{stage.seq_length:,} tokens", f"{quantity(_tokens(config))} tokens"
     if stage.train_iters == 0:
         return f"no steps: the closed-form start alone, on {stage.samples:,} sequences of {length}, {tokens}"
-    return f"{stage.train_iters:,} steps of {stage.global_batch_size:,} sequences of {length}, {tokens}"
+    from_here = ""
+    if _tokens(config) != stage.tokens:  # steps before this start had another global batch
+        from_here = f", those behind step {position_of(config).iteration:,}"
+    each = f"{stage.global_batch_size:,} sequences of {length}"
+    return f"{stage.train_iters:,} steps{from_here} of {each}, {tokens}"
+
+
+def _tokens(config: RunConfig) -> int:
+    """Of the whole stage."""
+    return samples_of(config) * config.stage.seq_length
 
 
 def _all_tokens(config: RunConfig, record: RunRecord) -> Iterator[Row]:
     if record.history is not None:
-        yield "tokens", f"at the end {describe_end(record.history, config.stage.tokens)}"
+        yield "tokens", f"at the end {describe_end(record.history, _tokens(config))}"
 
 
 def _ranks(config: RunConfig, groups: ProcessGroups) -> str:

@@ -18,13 +18,14 @@ from spikingbrain_train.checkpoint.optimizer_state import begin_state
 from spikingbrain_train.checkpoint.run_checkpoints import RunCheckpoints
 from spikingbrain_train.config.command_line import START_AGAIN
 from spikingbrain_train.config.run import RunConfig
-from spikingbrain_train.config.run_record import record_of
+from spikingbrain_train.config.run_record import SamplesRead, record_of
 from spikingbrain_train.data.loader import MicroBatch
 from spikingbrain_train.parallel.agreed_precision import agree_on_precision
 from spikingbrain_train.parallel.agreement import locked_output_dir
 from spikingbrain_train.parallel.heartbeats import Heartbeats
 from spikingbrain_train.parallel.process_groups import ProcessGroups, destroy, initialize
 from spikingbrain_train.planning.data_plan import plan_data
+from spikingbrain_train.planning.data_position import position_of
 from spikingbrain_train.planning.memory_warning import memory_warning
 from spikingbrain_train.planning.token_history import history_of
 from spikingbrain_train.planning.unread_settings import unread_settings
@@ -125,6 +126,7 @@ class Trainer:
         kind = stage_class(config.stage)
         with self.activity("opening the data"):
             self.record = record_of(config, groups.world_size, history_of(config))
+            at_opening = position_of(config)
             self.data = kind.open_data(config, groups, self.activity)
             facts = facts_of(config, groups.world_size, self.data.held_out)
 
@@ -146,6 +148,10 @@ class Trainer:
         if resuming:
             with self.activity("loading the checkpoint"):
                 stored = self.checkpoints.resume(self.state)
+            read = SamplesRead(self.state.iteration, self.state.consumed_samples)
+            if read != at_opening:  # an older checkpoint has taken the place of a damaged one
+                self.data = kind.open_data(config, groups, self.activity)
+            self.record = replace(self.record, counted_from=read)
             self.beginning = resumed(stored, config, self.state.consumed_samples, facts)
         else:
             self.beginning = started(config, facts)

@@ -19,6 +19,8 @@ from spikingbrain_train.config.run import LRDecayStyle, OptimizerConfig, Precisi
 from spikingbrain_train.config.run_record import fingerprint
 from spikingbrain_train.config.stage import StageConfig
 from spikingbrain_train.parallel.process_groups import ProcessGroups
+from spikingbrain_train.planning.resume import run_to_resume
+from spikingbrain_train.planning.token_history import history_with
 from spikingbrain_train.reporting.metrics import read_events, read_metrics
 from spikingbrain_train.storage.checkpoint_folder import iteration_folder
 from tests.distributed.pool import RankPool
@@ -152,6 +154,31 @@ def test_a_changed_rate_is_said_used_and_recorded(ranks: RankPool, tmp_path: Pat
     assert rates == [1e-3, 1e-3, 1e-5, 1e-5]
     stored = load_run_config(iteration_folder(tmp_path / "checkpoints", 4) / "run_config.yaml")
     assert (stored.optimizer.lr, stored.optimizer.new_parameter_lr_mult) == (1e-5, 10.0)
+
+
+def test_another_global_batch_goes_on_behind_the_last_sequence(
+    ranks: RankPool, tmp_path: Path, text: Path
+) -> None:
+    run = tmp_path / "run"
+    ranks.run(train, _config(run, text, 2, OptimizerConfig()), world_size=2, parallel=ONE)
+    larger = _config(run, text, 4, OptimizerConfig())
+    larger.stage = replace(larger.stage, global_batch_size=6)
+    (lines,) = ranks.run(_lines, larger, world_size=1, parallel=ONE)
+
+    assert "iteration 2" in _saying(lines, "resumed") and "(8 sequences read)" in _saying(lines, "resumed")
+    assert "stage.global_batch_size 4 -> 6 (the data go on behind the last sequence read" in _saying(
+        lines, "changed"
+    )
+    assert _saying(lines, "length") == (
+        "length 4 steps, those behind step 2 of 6 sequences of 32 tokens, 640 tokens"
+    )
+    assert _first(lines, "tokens").split() == ["tokens", "at", "the", "end", "640", "in", "all", "stages"]
+    # A later start, and a later stage, count both batches.
+    stored = run_to_resume(larger)
+    assert stored is not None and stored.consumed_samples == 2 * 4 + 2 * 6
+    (lines,) = ranks.run(_lines, replace(larger), world_size=1, parallel=ONE)
+    assert "(20 sequences read)" in _saying(lines, "resumed")
+    assert [stage.tokens for stage in history_with(stored.checkpoint).stages] == [20 * 32]
 
 
 def test_the_metrics_file_says_where_a_run_started_and_went_on(

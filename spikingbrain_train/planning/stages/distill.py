@@ -58,9 +58,9 @@ class DistillationKind(TokenLossKind):
                 f"{model.vocab_size}; distillation needs a teacher with the same tokenizer"
             )
 
-    def check_files(self, config: RunConfig, first_sample: int) -> None:
+    def check_files(self, config: RunConfig, samples: range) -> None:
         """The cache is of this run's samples, and has them. Raises DataError, CheckpointError."""
-        check_cache(config, first_sample)
+        check_cache(config, samples)
 
     def flops_per_token(self, config: RunConfig) -> float:
         """The teacher's forward on top of the student's training, unless its logits are read from a cache."""

@@ -91,12 +91,12 @@ class StageKind(ABC):
         """
         return
 
-    def check_files(self, config: RunConfig, first_sample: int) -> None:
+    def check_files(self, config: RunConfig, samples: range) -> None:
         """Files of its own that the run names beside data and checkpoints.
 
         Args:
             config: the run, whose data are there.
-            first_sample: the first training sample that it reads.
+            samples: the training samples that it reads, behind those of the steps that are done.
 
         Raises:
             ConfigurationError, DataError, CheckpointError: they do not fit the run.

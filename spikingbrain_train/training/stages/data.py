@@ -17,6 +17,7 @@ from spikingbrain_train.data.tokenizers import load_tokenizer
 from spikingbrain_train.evaluation.evaluator import HeldOutData
 from spikingbrain_train.evaluation.held_out_windows import HeldOutWindows
 from spikingbrain_train.parallel.process_groups import ProcessGroups
+from spikingbrain_train.planning.data_position import samples_of
 from spikingbrain_train.storage.teacher_cache import read_cache_file
 from spikingbrain_train.training.data_check import ShowActivity, check_tokens_together
 
@@ -69,7 +70,7 @@ class PackedText:
         found, self._valid = self._builder(config)(
             data,
             stage.seq_length,
-            train_samples=stage.samples,
+            train_samples=samples_of(config),
             valid_samples=config.logging.eval_iters * stage.global_batch_size,
             seed=config.seed,
             vocab_size=vocabulary,
