@@ -51,6 +51,11 @@ class NumericsConfig:
     spike_warmup: int = setting(64, minimum=1, resume=SAID)
     """Good losses that have to be known before one is called a spike; at most spike_window."""
 
+    deterministic: bool = setting(False, resume=SAID)
+    """Have equal inputs give equal bits: a resumed run is then that which nobody interrupted, and a replayed
+    batch is compared to the last bit. Slower on GPUs, where kernels that cannot do it are not used, or
+    refused where they are named."""
+
     @property
     def looks_for_spikes(self) -> bool:
         """Whether the loss is reduced on every step, for which the host does not wait."""

@@ -76,6 +76,7 @@ def transformer_config(
         apply_rope_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
+        deterministic_mode=torch.are_deterministic_algorithms_enabled(),
         recompute=parallel.recompute,
         **entry_of(parallel.recompute, _RECOMPUTE, "megatron-core's settings of recomputation"),
         **_feed_forwards(model, parallel),

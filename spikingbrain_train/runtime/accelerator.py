@@ -128,7 +128,12 @@ class Accelerator:
         def failure(package: str) -> str | None:
             return installed.package_failure(package) if package in self.packages else "is not installed"
 
-        return Machine(self.is_gpu, failure, lambda name: installed.defines(name))
+        return Machine(
+            self.is_gpu,
+            failure,
+            lambda name: installed.defines(name),
+            is_deterministic=torch.are_deterministic_algorithms_enabled(),
+        )
 
     def describe(self) -> str:
         """One line for run_details.txt: platform, device, backend, versions and optional packages."""

@@ -53,4 +53,11 @@ def machine_of(device_type: str) -> Machine:
     Args:
         device_type: ``cuda``, ``cpu`` or another of torch's.
     """
-    return Machine(device_type == "cuda", lambda name: package_failure(name), lambda name: defines(name))
+    import torch
+
+    return Machine(
+        device_type == "cuda",
+        lambda name: package_failure(name),
+        lambda name: defines(name),
+        is_deterministic=torch.are_deterministic_algorithms_enabled(),
+    )

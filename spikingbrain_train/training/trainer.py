@@ -34,6 +34,7 @@ from spikingbrain_train.reporting.progress import Shown
 from spikingbrain_train.runtime import patches
 from spikingbrain_train.runtime.accelerator import detect
 from spikingbrain_train.runtime.bf16 import PARAMS_DTYPE, slow_format_warning
+from spikingbrain_train.runtime.deterministic import deterministic_algorithms
 from spikingbrain_train.training.beginning import facts_of, resumed, started
 from spikingbrain_train.training.build import (
     build_student,
@@ -68,6 +69,11 @@ def run(config: RunConfig) -> None:
         SystemExit: with code START_AGAIN on every rank, when the run was asked to stop and has saved.
     """
     check_named_classes(config)
+    with deterministic_algorithms(config.numerics.deterministic):
+        _run(config)
+
+
+def _run(config: RunConfig) -> None:
     accelerator = detect(config.cluster.accelerator)
     timeout = config.cluster.timeout_minutes
     with activity("waiting for all ranks", shown=os.environ.get("RANK", "0") == "0"):

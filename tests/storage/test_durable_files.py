@@ -7,7 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from spikingbrain_train.storage.durable_files import rename_durably, sync_tree, write_text_durably
+from spikingbrain_train.storage.durable_files import (
+    append_line_durably,
+    rename_durably,
+    sync_tree,
+    write_text_durably,
+)
 
 
 @pytest.fixture
@@ -84,3 +89,13 @@ def test_text_files_are_replaced_in_one_place() -> None:
         "pipelines/demo/smollm2.py",
     }
     assert replacing <= others | {"storage/durable_files.py", "reporting/plots/picture.py"}
+
+
+def test_a_line_is_added_as_a_whole_behind_half_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    for line in ("one", "two"):
+        append_line_durably(path, line)
+    assert path.read_text() == "one\ntwo\n"
+    path.write_text("one\ntw")  # the disk was full
+    append_line_durably(path, "three")
+    assert path.read_text() == "one\ntw\nthree\n"

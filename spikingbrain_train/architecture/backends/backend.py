@@ -23,6 +23,8 @@ class Machine:
     """Why the kernels of a package cannot be used here, in words behind its name; None if they can."""
     defines: Callable[[str], bool]
     """Whether ``package.module:name`` is there and not None. Imports the module."""
+    is_deterministic: bool = False
+    """Whether equal inputs have to give equal bits."""
 
 
 def _can_all(call: object) -> str | None:
@@ -48,6 +50,8 @@ class Backend(Generic[Call]):
     """What it cannot do of a call on any machine; None if it can do all."""
     limit_here: Callable[[Call, Machine], str | None] = _has_all
     """What the installed releases cannot do of a call; None if they can do all."""
+    varies: str | None = None
+    """Why equal inputs may give other bits; None where they do not."""
 
 
 class Backends(Generic[Call]):
@@ -153,4 +157,6 @@ class Backends(Generic[Call]):
         if backend.package is not None and (failure := machine.package_failure(backend.package)) is not None:
             package = backend.distribution or backend.package
             return f"needs the package {package}, which {failure}; install it or choose auto"
+        if machine.is_deterministic and backend.varies is not None:
+            return f"{backend.varies}; choose auto, or set numerics.deterministic=false"
         return None

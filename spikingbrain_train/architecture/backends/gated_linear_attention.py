@@ -26,7 +26,14 @@ def _preference(call: LinearAttentionCall, on_gpu: bool) -> tuple[str, ...]:
 GATED_LINEAR_ATTENTION: Backends[LinearAttentionCall] = Backends(
     "gated_linear_attention",
     (
-        Backend("fla", "fla", "flash-linear-attention", gpu=True, limit=_fla_limit),
+        Backend(
+            "fla",
+            "fla",
+            "flash-linear-attention",
+            gpu=True,
+            limit=_fla_limit,
+            varies="tunes its kernels in every process, and other blocks sum in another order",
+        ),
         Backend("chunk"),
         Backend("naive"),
     ),

@@ -86,6 +86,7 @@ EXPERTS: Backends[ExpertsCall] = Backends(
             gpu=True,
             limit=_grouped_gemm_limit,
             limit_here=_grouped_gemm_limit_here,
+            varies="gives no promise of equal bits",
         ),
         Backend("sequential"),
     ),

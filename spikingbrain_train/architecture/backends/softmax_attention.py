@@ -85,7 +85,14 @@ SOFTMAX_ATTENTION: Backends[SoftmaxAttentionCall] = Backends(
     "softmax_attention",
     (
         Backend("flash_attn", "flash_attn", "flash-attn", gpu=True, limit=_flash_attn_limit),
-        Backend("flex", "triton", gpu=True, limit=_flex_limit, limit_here=_flex_limit_here),
+        Backend(
+            "flex",
+            "triton",
+            gpu=True,
+            limit=_flex_limit,
+            limit_here=_flex_limit_here,
+            varies="is compiled without a promise of equal bits",
+        ),
         Backend("sdpa"),
         Backend("blocked"),
         Backend("naive"),

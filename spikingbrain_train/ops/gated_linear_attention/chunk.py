@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from spikingbrain_train.ops.gated_linear_attention import factored, subdivided
+from spikingbrain_train.ops.ordered_sums import cumulative_sum
 
 # Lengths of chunks, each twice the one before: long ones cost fewer states, short ones stand more decay.
 _CHUNKS = (16, 32, 64)
@@ -90,7 +91,7 @@ class _Segment:
     def factored_operands(self, scale: float) -> factored.FactoredOperands:
         """Operands of the factored form; the decay inside every chunk must be mild enough for it."""
         # exp2 is vectorised for every dtype; exp in float32 may go through a slower library call.
-        b_log2 = torch.cumsum(self.log_gate * math.log2(math.e), dim=-2)
+        b_log2 = cumulative_sum(self.log_gate * math.log2(math.e), dim=-2)
         return factored.factor(self.q, self.k, b_log2.exp2_(), scale)
 
     def subdivided_inputs(self, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:

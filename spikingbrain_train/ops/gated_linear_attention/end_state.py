@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spikingbrain_train.ops.ordered_sums import cumulative_sum
+
 
 def gated_linear_attention_end_state(
     k_BTGK: Tensor, v_BTGV: Tensor, log_gate_BTGK: Tensor
@@ -43,5 +45,5 @@ def gated_linear_attention_end_state(
     # A key decays by the gates after it. Summed from the end: differences of sums from the start would lose
     # precision next to a log gate of -50 and be NaN next to one of -inf.
     after_BGTK = torch.cat((log_gate_BGTK[:, :, 1:], torch.zeros_like(log_gate_BGTK[:, :, :1])), dim=2)
-    decayed_k_BGTK = k_BGTK * after_BGTK.flip(2).cumsum(2).flip(2).exp()
+    decayed_k_BGTK = k_BGTK * cumulative_sum(after_BGTK.flip(2), 2).flip(2).exp()
     return decayed_k_BGTK.transpose(2, 3) @ v_BGTV, log_gate_BGTK.sum(2).exp()

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from spikingbrain_train.ops.gated_linear_attention.chunk_states import scan_gradients, scan_states
+from spikingbrain_train.ops.ordered_sums import cumulative_sum
 
 
 class FactoredOperands(NamedTuple):
@@ -126,7 +127,7 @@ def segment_backward(
     grad_b = (q * grad_q).view(N, B, G, R, C, K).sum(3, dtype=state_BGKV.dtype)
     grad_b -= (k * grad_k).view(N, B, G, C, K)
     grad_b[..., -1, :] += grad_chunk_decay
-    grad_log_gate = grad_b.flip(-2).cumsum(-2).flip(-2)
+    grad_log_gate = cumulative_sum(grad_b.flip(-2), -2).flip(-2)
     return SegmentGradients(
         grad_q.view(N, B, G, R, C, K).mul_(operands.query_decay_NBGCK.unsqueeze(3)),
         grad_k.view(N, B, G, C, K).mul_(operands.inverse_decay_NBGCK),

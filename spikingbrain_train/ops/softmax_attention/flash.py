@@ -30,9 +30,11 @@ def flash_attn_softmax_attention(
     # flash-attn counts the keys to the left of the query; -1 means all.
     whole = window is None or window >= k_BTGK.shape[1] - num_sink_tokens
     window_size = (-1, -1) if whole or window is None else (window - 1, 0)
+    # Its backward pass adds with atomics otherwise; releases before 2.4 do not know the argument.
+    order = {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}
     if documents is None:
         return flash_attn_func(
-            q_BTHK, k_BTGK, v_BTGV, softmax_scale=scale, causal=True, window_size=window_size
+            q_BTHK, k_BTGK, v_BTGV, softmax_scale=scale, causal=True, window_size=window_size, **order
         )
     key_lengths = [num_sink_tokens + length for length in documents.key_lengths]
     if num_sink_tokens:
@@ -49,6 +51,7 @@ def flash_attn_softmax_attention(
         softmax_scale=scale,
         causal=True,
         window_size=window_size,
+        **order,
     )
     return o_THV.unsqueeze(0)
 

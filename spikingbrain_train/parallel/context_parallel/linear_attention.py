@@ -23,6 +23,7 @@ from spikingbrain_train.ops.gated_linear_attention import (
     gated_linear_attention,
     gated_linear_attention_end_state,
 )
+from spikingbrain_train.ops.ordered_sums import cumulative_sum
 from spikingbrain_train.parallel.context_parallel.arguments import checked_group
 from spikingbrain_train.parallel.context_parallel.communication import broadcast_from_first_rank
 from spikingbrain_train.parallel.context_parallel.state_passing import start_state_passing
@@ -245,7 +246,7 @@ def _add_previous(
     reach, (G, V) = max(continued), (state_in_BGKV.shape[1], state_in_BGKV.shape[3])
     split = [reach, o_BTHV.shape[1] - reach]
     q, log_gate, o = (x.split(split, dim=1)[0] for x in (q_BTHK, log_gate_BTGK, o_BTHV))
-    decay_BTGK = log_gate.to(state_in_BGKV.dtype).cumsum(1).exp() * scale
+    decay_BTGK = cumulative_sum(log_gate.to(state_in_BGKV.dtype), 1).exp() * scale
     if min(continued) < reach:
         beyond = torch.arange(reach) >= torch.tensor(continued).unsqueeze(1)
         decay_BTGK = decay_BTGK.masked_fill(beyond.to(decay_BTGK.device)[..., None, None], 0.0)
