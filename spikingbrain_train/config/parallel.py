@@ -218,6 +218,9 @@ class ClusterConfig:
     """What ranks compute on."""
     timeout_minutes: float = setting(10.0, above=0, resume=FREE)
     """Minutes after which a collective that still waits fails the run, instead of hanging it."""
+    slow_rank_factor: float | None = setting(1.2, above=1, resume=FREE)
+    """How many times as long as its peers a rank has to compute, waiting for others aside, to be named in a
+    warning. Null times no ranks, and leaves their metrics out."""
     memory_gib: float | None = setting(None, above=0, resume=FREE)
     """Memory of one device in GiB, as its driver shows it. A plan says whether every rank fits into it; null
     leaves that open in a plan, and a run asks its GPU."""

@@ -11,6 +11,7 @@ from importlib.metadata import version
 
 from spikingbrain_train.config.parallel import AcceleratorKind
 from spikingbrain_train.runtime import (
+    collective_waits,
     gloo_polling,
     megatron_cpu,
     megatron_jit,
@@ -29,6 +30,7 @@ PATCHES: tuple[Patch, ...] = (
     *gloo_polling.PATCHES,
     *shard_writers.PATCHES,
     *optimizer_patches.PATCHES,
+    *collective_waits.PATCHES,
     *meta_device.PATCHES,
 )
 """In the order in which they are applied."""

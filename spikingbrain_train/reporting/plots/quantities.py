@@ -29,6 +29,12 @@ QUANTITIES = {
     "train/mfu": Quantity("Model FLOP/s utilisation", "% of the peak", 100.0, is_from_zero=True),
     "train/tflops": Quantity("Model FLOP/s of a rank", "TFLOP/s", is_from_zero=True),
     "train/checkpoint_seconds": Quantity("Standing still for checkpoints", "s", is_from_zero=True),
+    "train/compute_seconds": Quantity("Computing of a rank in a step", "s", is_from_zero=True),
+    "train/compute_seconds_slowest": Quantity(
+        "Computing of the slowest rank in a step", "s", is_from_zero=True
+    ),
+    "train/slowest_rank": Quantity("Slowest rank", "rank"),
+    "train/communication_seconds": Quantity("Waiting for other ranks in a step", "s", is_from_zero=True),
     "train/memory_gib": Quantity("Peak memory of a rank", "GiB", is_from_zero=True),
     "train/tokens": Quantity("Tokens read", "tokens"),
     "valid/cross_entropy": Quantity("Held-out cross entropy", "nats per token"),

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from spikingbrain_train.config.run_record import RunRecord
     from spikingbrain_train.data.loader import MicroBatch
     from spikingbrain_train.parallel.process_groups import ProcessGroups
+    from spikingbrain_train.training.alert import Alert
     from spikingbrain_train.training.beginning import Beginning
     from spikingbrain_train.training.console import Console
     from spikingbrain_train.training.report import Report
@@ -178,6 +179,9 @@ class Callback:
 
     def signal(self, number: signal.Signals) -> None:
         """Some rank was asked to stop: the run saves after this step, and ends."""
+
+    def alert(self, alert: Alert) -> None:
+        """Tell somebody who does not watch. Called on the main process only: talk to no other rank here."""
 
     def end(self, error: BaseException | None) -> None:
         """The run ends; called once, in the reverse order.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from spikingbrain_train.config.import_path import import_path_of
 from spikingbrain_train.errors import ConfigurationError
+from spikingbrain_train.training.alert import Alert
 from spikingbrain_train.training.callbacks.callback import Callback, Run, SkipUpdate
 from spikingbrain_train.training.report import Report
 from spikingbrain_train.training.stages.losses import StepLosses
@@ -115,6 +116,11 @@ class Callbacks(Callback):
     def signal(self, number: signal.Signals) -> None:
         for callback in self._all:
             callback.signal(number)
+
+    def alert(self, alert: Alert) -> None:
+        if self.run.groups.is_main_process:
+            for callback in self._all:
+                callback.alert(alert)
 
     def end(self, error: BaseException | None) -> None:
         with ExitStack() as stack:  # every one of them ends, whatever the others raise

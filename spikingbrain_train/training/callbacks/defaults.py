@@ -23,6 +23,7 @@ from spikingbrain_train.training.callbacks.linear_transforms import (
 from spikingbrain_train.training.callbacks.metrics_file import MetricsFile
 from spikingbrain_train.training.callbacks.outside import check_callbacks, outside_callbacks
 from spikingbrain_train.training.callbacks.progress_lines import ProgressLines
+from spikingbrain_train.training.callbacks.slow_ranks import SlowRanks
 from spikingbrain_train.training.callbacks.speed import Speed
 from spikingbrain_train.training.callbacks.stop_signals import StopSignals
 from spikingbrain_train.training.callbacks.tensorboard import TensorBoard
@@ -55,6 +56,7 @@ def callbacks_of(config: RunConfig, more: Sequence[Callback] = ()) -> list[Callb
         LinearTransformStatistics(),
         ExpertLoadReport(),
         Speed(),
+        SlowRanks(),
         AllTokens(),
         *outside_callbacks(config),
         *more,

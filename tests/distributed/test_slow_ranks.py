@@ -1,0 +1,186 @@
+"""A rank that computes longer than its peers is named; equal ones are not, nor are stages that differ."""
+
+from __future__ import annotations
+
+import platform
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
+
+from spikingbrain_train.config.parallel import ClusterConfig, ParallelConfig
+from spikingbrain_train.config.run import LoggingConfig, RunConfig
+from spikingbrain_train.config.stage import StageConfig
+from spikingbrain_train.parallel.process_groups import ProcessGroups
+from spikingbrain_train.reporting.metrics import read_metrics
+from spikingbrain_train.training.alert import Alert
+from spikingbrain_train.training.callbacks.callback import Callback
+from spikingbrain_train.training.callbacks.slow_ranks import RankTime, SlowRanks, beside_peers
+from spikingbrain_train.training.report import Report
+from spikingbrain_train.training.step_times import PassTime, PassTimer
+from tests.distributed.pool import RankPool
+from tests.distributed.small_runs import MODEL, run_config
+
+COMPUTING = 0.05
+"""Seconds of a forward pass, above what the small model takes."""
+
+
+def _passes_of_one_length(groups: ProcessGroups, steps: int, slow: dict[int, range]) -> list[tuple[int, str]]:
+    """Steps whose passes are sleep, so that they take what they should, and an all-reduce."""
+    said: list[tuple[int, str]] = []
+    run: Any = SimpleNamespace(
+        config=RunConfig(logging=LoggingConfig(log_interval=10), stage=StageConfig(train_iters=steps)),
+        groups=groups,
+        state=SimpleNamespace(iteration=0),
+        callbacks=Callback(),
+        say=lambda text: said.append((run.state.iteration, text)),
+    )
+    callback, losses = SlowRanks(), Mock()
+    callback.run = run
+    callback.start()
+    for step in range(steps):
+        callback.step_begin()
+        time.sleep(0.03 * (1.3 if step in slow.get(groups.rank, ()) else 1.0))
+        torch.distributed.all_reduce(torch.ones(1))
+        callback.vote(losses)
+        run.state.iteration += 1
+        if run.state.iteration % 10 == 0:
+            callback.report_due(Report(run.state.iteration, {}))
+    callback.end(None)
+    return said
+
+
+def test_a_rank_slowed_by_30_percent_is_named_within_50_steps_and_equal_ones_are_not(
+    ranks: RankPool,
+) -> None:
+    """Rank 2 is slower in steps 40 to 79; before and after it is like the others."""
+    said, *others = ranks.run(
+        _passes_of_one_length, 120, {2: range(40, 80)}, world_size=4, parallel=ParallelConfig()
+    )
+    assert all(other == said for other in others), "ranks disagree"
+    (named, text), (recovered, again) = said
+    assert 40 < named <= 80 and named < recovered
+    assert f"rank 2 on {platform.node()} computes" in text and "the median of its peers" in text
+    assert again == "rank 2 computes as fast as its peers again"
+
+
+class Listen(Callback):
+    """Lets forward passes of this rank take their time, and remembers what is said."""
+
+    def __init__(self, factors: dict[int, float]) -> None:
+        self.factors = factors
+        self.said: list[tuple[int, str]] = []
+        self.alerts: list[Alert] = []
+
+    def start(self) -> None:
+        run: Any = self.run
+        run.say = lambda text: self.said.append((run.state.iteration, text))
+        forward, seconds = run.model.module.forward, COMPUTING * self.factors.get(run.groups.rank, 1.0)
+
+        def takes_its_time(*arguments: Any, **options: Any) -> Any:
+            until = time.monotonic() + seconds
+            output = forward(*arguments, **options)
+            time.sleep(max(0.0, until - time.monotonic()))
+            return output
+
+        run.model.module.forward = takes_its_time
+
+    def alert(self, alert: Alert) -> None:
+        self.alerts.append(alert)
+
+
+def _listen(
+    groups: ProcessGroups, config: RunConfig, factors: dict[int, float]
+) -> tuple[list[tuple[int, str]], list[Alert]]:
+    from spikingbrain_train.training.trainer import Trainer
+
+    listen = Listen(factors)
+    Trainer(config, groups, [listen]).train()
+    return [(step, text) for step, text in listen.said if "peers" in text], listen.alerts
+
+
+def _run(ranks: RankPool, config: RunConfig, factors: dict[int, float], **parallel: int) -> list[Any]:
+    return ranks.run(_listen, config, factors, world_size=4, parallel=ParallelConfig(**parallel))
+
+
+@pytest.fixture
+def config(text: Path, tmp_path: Path) -> RunConfig:
+    config = run_config(tmp_path / "run", text, model=replace(MODEL, num_layers=2, mixers=["swa"]))
+    config.stage = StageConfig(train_iters=8, seq_length=8, global_batch_size=4, micro_batch_size=1)
+    config.logging = LoggingConfig(log_interval=2, tensorboard=False)
+    return config
+
+
+def test_training_names_the_slow_one_of_four_data_parallel_ranks(ranks: RankPool, config: RunConfig) -> None:
+    (said, alerts), *others = _run(ranks, config, {2: 3.0})
+    assert all(named == said for named, _ in others), "ranks disagree"
+    ((_, text),) = said
+    assert "rank 2 on " in text
+    assert [alert.title for alert in alerts] == ["slow rank"] and "rank 2" in alerts[0].text
+    assert not any(alerts for _, alerts in others)
+    point = read_metrics(config.output_dir)[-1]
+    assert point["train/slowest_rank"] == 2
+    assert point["train/compute_seconds_slowest"] > 1.2 * point["train/compute_seconds"] > COMPUTING
+    # The others wait for it: all steps take as long as its own.
+    assert point["train/communication_seconds"] > COMPUTING
+
+
+def test_pipeline_stages_that_differ_are_no_slow_ranks_and_a_slow_one_among_its_peers_is(
+    ranks: RankPool, config: RunConfig
+) -> None:
+    """Ranks 0 and 1 are the first stage, 2 and 3 the second, which computes twice as long as the slow one."""
+    (said, _), *_ = _run(ranks, config, {1: 3.0, 2: 6.0, 3: 6.0}, pipeline_model_parallel_size=2)
+    assert ["rank 1 on" in text for _, text in said] == [True]
+
+
+def test_a_rank_is_compared_with_the_others_of_its_stage_alone() -> None:
+    times = [
+        RankTime(rank, (rank // 3, 0), seconds, 0.0)
+        for rank, seconds in enumerate([1.0, 1.0, 1.3, 4.0, 5.0, 4.0, 9.0])
+    ]
+    factors = [round(each.factor, 2) for each in beside_peers(times)]
+    assert factors == [0.87, 0.87, 1.3, 0.89, 1.25, 0.89, 1.0]  # the last has no peers
+
+
+def test_without_a_factor_nothing_is_timed(ranks: RankPool, config: RunConfig) -> None:
+    config.cluster = ClusterConfig(peak_tflops=0.1, slow_rank_factor=None)
+    assert ranks.run(_listen, config, {}, world_size=1, parallel=ParallelConfig()) == [([], [])]
+    assert not [name for name in read_metrics(config.output_dir)[-1] if "rank" in name or "compute" in name]
+
+
+class _Event:
+    """In place of a CUDA event: the order in which events are recorded is their time."""
+
+    recorded = 0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        _Event.recorded += 1
+        self.at = _Event.recorded
+
+    def elapsed_time(self, later: _Event) -> float:
+        return 1000.0 * (later.at - self.at)
+
+
+def test_on_gpus_events_on_the_stream_are_marks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """begin, three pairs around waits, and end: seven steps of the clock, three of them waiting."""
+    monkeypatch.setattr(torch.cuda, "Event", _Event)
+    monkeypatch.setattr(torch.distributed.Work, "wait", lambda work: None)
+    monkeypatch.setattr(torch.distributed.ProcessGroup, "allreduce", lambda group: None)
+    timer = PassTimer(torch.device("cuda", 0))
+    for _ in range(2):
+        timer.begin()
+        torch.distributed.Work.wait(Mock())
+        torch.distributed.ProcessGroup.allreduce(Mock())
+        torch.distributed.Work.wait(Mock())
+        timer.end()
+        torch.distributed.Work.wait(Mock())  # between passes
+    assert timer.take() == [PassTime(computing=4.0, waiting=3.0)] * 2
+    assert timer.take() == []
