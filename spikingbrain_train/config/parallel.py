@@ -218,6 +218,12 @@ class ClusterConfig:
     """What ranks compute on."""
     timeout_minutes: float = setting(10.0, above=0, resume=FREE)
     """Minutes after which a collective that still waits fails the run, instead of hanging it."""
+    exit_duration_in_mins: float | None = setting(None, above=0, resume=FREE)
+    """Minutes from the start of its processes on after which a run finishes its step, saves, and ends with
+    code 75, to be started again; null is no such limit."""
+    exit_before_job_end_in_mins: float | None = setting(5.0, minimum=0, resume=FREE)
+    """The same so many minutes ahead of the end of a Slurm job, of which SLURM_JOB_END_TIME tells; null
+    leaves that aside."""
     slow_rank_factor: float | None = setting(1.2, above=1, resume=FREE)
     """How many times as long as its peers a rank has to compute, waiting for others aside, to be named in a
     warning. Null times no ranks, and leaves their metrics out."""

@@ -238,7 +238,7 @@ class WandbMode(str, Enum):
     offline = "offline"
     """Written to the output folder, no account needed; `wandb sync` uploads it later."""
     online = "online"
-    """Uploaded while the run lives; needs `wandb login`."""
+    """Uploaded while the run lives; needs `wandb login`. Where W&B cannot be reached, as offline."""
 
 
 @dataclass
@@ -265,6 +265,9 @@ class LoggingConfig:
     """Project of Weights & Biases that runs are filed under."""
     wandb_name: str | None = setting(None, resume=FREE)
     """Name of the run in Weights & Biases; null lets it choose one."""
+    alert_command: str | None = setting(None, resume=FREE)
+    """Command that is started with title and text of an alert as its last arguments: a slow rank, trouble
+    with numbers, a restart, the end of the run. W&B, where used, gets alerts without it."""
 
     def check(self, prefix: str) -> None:
         """Names of classes have the form of one. Raises ConfigurationError."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from spikingbrain_train.reporting.activity import Activity
 from spikingbrain_train.reporting.progress import ProgressPrinter
+from spikingbrain_train.reporting.start_times import StartTimes
 from spikingbrain_train.reporting.tables import facts, terminal_width
 from spikingbrain_train.training.run_details import append_detail
 
@@ -20,9 +22,18 @@ class Console:
         total_iterations: optimizer steps of the stage.
         output_dir: folder of the run.
         is_main_process: whether this is the rank that speaks.
+        start_times: of this process, to which activities before the first step are added.
     """
 
-    def __init__(self, total_iterations: int, output_dir: str, *, is_main_process: bool) -> None:
+    def __init__(
+        self,
+        total_iterations: int,
+        output_dir: str,
+        *,
+        is_main_process: bool,
+        start_times: StartTimes | None = None,
+    ) -> None:
+        self.start_times = start_times or StartTimes(time.monotonic())
         self.progress = ProgressPrinter(total_iterations)
         self._output_dir = output_dir
         self._speaks = is_main_process
@@ -42,10 +53,12 @@ class Console:
         if self._speaks:
             append_detail(self._output_dir, line)
 
-    def activity(
-        self, what: str, total: int | None = None, unit: str = ""
-    ) -> AbstractContextManager[Activity]:
+    @contextmanager
+    def activity(self, what: str, total: int | None = None, unit: str = "") -> Iterator[Activity]:
         """Say that ``what`` still runs while the body does, and how much of ``total`` is done."""
-        if self._speaks:
-            return self.progress.status.activity(what, total, unit)
-        return nullcontext(Activity(None, what, total, unit))
+        with self.start_times.part(what):
+            if not self._speaks:
+                yield Activity(None, what, total, unit)
+                return
+            with self.progress.status.activity(what, total, unit) as current:
+                yield current

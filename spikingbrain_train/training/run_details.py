@@ -9,6 +9,8 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from spikingbrain_train.training.git_state import git_state
+
 RUN_DETAILS_FILE = "run_details.txt"
 
 
@@ -27,4 +29,10 @@ def heading() -> str:
     except PackageNotFoundError:  # run from its sources
         release = "not installed"
     now = time.strftime("%Y-%m-%d %H:%M:%S %z")
-    return f"\n{now}: spikingbrain-train {release} on {platform.node()}\ncommand: {shlex.join(sys.argv)}"
+    code = git_state()
+    lines = [
+        f"\n{now}: spikingbrain-train {release} on {platform.node()}",
+        f"command: {shlex.join(sys.argv)}",
+        *([] if code is None else [code.describe()]),
+    ]
+    return "\n".join(lines)

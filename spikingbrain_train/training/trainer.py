@@ -31,6 +31,7 @@ from spikingbrain_train.planning.token_history import history_of
 from spikingbrain_train.planning.unread_settings import unread_settings
 from spikingbrain_train.reporting.activity import Activity, activity
 from spikingbrain_train.reporting.progress import Shown
+from spikingbrain_train.reporting.start_times import StartTimes, process_began
 from spikingbrain_train.runtime import patches
 from spikingbrain_train.runtime.accelerator import detect
 from spikingbrain_train.runtime.bf16 import PARAMS_DTYPE, slow_format_warning
@@ -76,7 +77,10 @@ def run(config: RunConfig) -> None:
 def _run(config: RunConfig) -> None:
     accelerator = detect(config.cluster.accelerator)
     timeout = config.cluster.timeout_minutes
-    with activity("waiting for all ranks", shown=os.environ.get("RANK", "0") == "0"):
+    times = StartTimes(process_began())
+    times.add("imports and checks", times.until_now())
+    waiting = "waiting for all ranks"
+    with times.part(waiting), activity(waiting, shown=os.environ.get("RANK", "0") == "0"):
         groups = initialize(config.parallel, accelerator, seed=config.seed, timeout_minutes=timeout)
     try:
         with Heartbeats(groups, timeout) as heartbeats:
@@ -90,7 +94,7 @@ def _run(config: RunConfig) -> None:
                 for warning in filter(None, (slow, large, *data)):
                     print(warning, flush=True)
             with locked_output_dir(config.output_dir, groups):
-                trainer = Trainer(settled, groups, details=[heading(), choice.describe()])
+                trainer = Trainer(settled, groups, details=[heading(), choice.describe()], start_times=times)
                 heartbeats.follow(lambda: trainer.state.iteration)
                 finished = trainer.train()
             if not finished and groups.world_size > 1:
@@ -110,6 +114,7 @@ class Trainer:
         groups: process groups, already formed.
         more_callbacks: beside our own and those that the config names.
         details: what run_details.txt begins with.
+        start_times: of this process so far; None where its start is that of the trainer.
     """
 
     def __init__(
@@ -119,12 +124,16 @@ class Trainer:
         more_callbacks: Sequence[Callback] = (),
         *,
         details: Sequence[str] = (),
+        start_times: StartTimes | None = None,
     ) -> None:
         self.config = config
         self.groups = groups
         self.stop_reason: str | None = None
         self.console = Console(
-            config.stage.train_iters, config.output_dir, is_main_process=groups.is_main_process
+            config.stage.train_iters,
+            config.output_dir,
+            is_main_process=groups.is_main_process,
+            start_times=start_times,
         )
         self.checkpoints = RunCheckpoints(config, groups, self.say)
         self.callbacks = Callbacks(callbacks_of(config, more_callbacks), self)

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TextIO
@@ -15,10 +15,13 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from spikingbrain_train.config.run import LoggingConfig, LRDecayStyle, RunConfig, WandbMode
+from spikingbrain_train.config.run_record import StageTokens, TokenHistory
 from spikingbrain_train.errors import DataError, NumericalError, PlatformError
 from spikingbrain_train.planning.resume import Change
 from spikingbrain_train.reporting.metrics import METRICS_FILE, read_events, read_metrics
+from spikingbrain_train.reporting.start_times import StartTimes
 from spikingbrain_train.training.beginning import Beginning, Facts, HeldOutSet
+from spikingbrain_train.training.callbacks import weights_and_biases
 from spikingbrain_train.training.callbacks.callbacks import Callbacks
 from spikingbrain_train.training.callbacks.metrics_file import MetricsFile
 from spikingbrain_train.training.callbacks.tensorboard import TensorBoard
@@ -50,6 +53,10 @@ def writers(
         state=SimpleNamespace(iteration=resumed_iteration),
         beginning=Beginning(resumed_iteration, facts, [("weights", "random")], begins),
         is_last_step=is_last_step,
+        record=SimpleNamespace(history=TokenHistory([StageTokens("align", 4096, "earlier/checkpoints")])),
+        console=SimpleNamespace(start_times=StartTimes(0.0)),
+        activity=lambda _: nullcontext(),
+        say=print,
     )
     callbacks = Callbacks([MetricsFile(), TensorBoard(), WeightsAndBiases()], run)  # type: ignore[arg-type]
     error: BaseException | None = None
@@ -310,8 +317,9 @@ def test_wandb_has_the_config_what_the_run_is_and_what_changed(
 
     asked: list[dict[str, Any]] = []
     summary: dict[str, Any] = {}
-    online = SimpleNamespace(define_metric=lambda *_, **__: None, summary=summary, finish=lambda: None)
+    online = SimpleNamespace(define_metric=lambda *_, **__: None, summary=summary, finish=lambda **_: None)
     monkeypatch.setattr(wandb, "init", lambda **kwargs: asked.append(kwargs) or online)
+    monkeypatch.setattr(weights_and_biases, "_unreachable", lambda url: None)
     config = LoggingConfig(wandb=WandbMode.online, tensorboard=False)
     with writers(config, tmp_path):
         assert summary == {}
@@ -320,6 +328,10 @@ def test_wandb_has_the_config_what_the_run_is_and_what_changed(
     for arguments in asked:
         assert arguments["config"]["run"]["held_out"] == {"text": {"tokens": 1000, "fingerprint": "abcd"}}
         assert arguments["config"]["optimizer"]["lr"] == 5e-4
+        (before,) = arguments["config"]["lineage"]
+        assert before == {"kind": "align", "tokens": 4096, "checkpoint": "earlier/checkpoints"}
+        assert arguments["resume"] == "allow"
+    assert asked[0]["id"] == asked[1]["id"]
     assert summary == {"resumed/iteration": 10, "resumed/changed": {"optimizer.lr": "0.001 -> 0.0001"}}
 
 
@@ -330,6 +342,7 @@ def test_wandb_online_without_account_is_a_sentence(tmp_path: Path, monkeypatch:
         raise wandb.errors.UsageError("No API key configured.\nUse `wandb login`.")
 
     monkeypatch.setattr(wandb, "init", refuse)
+    monkeypatch.setattr(weights_and_biases, "_unreachable", lambda url: None)
     online = LoggingConfig(wandb=WandbMode.online, tensorboard=False)
     with (
         pytest.raises(PlatformError, match=r"No API key configured.*logging\.wandb=offline"),

@@ -35,6 +35,7 @@ QUANTITIES = {
     ),
     "train/slowest_rank": Quantity("Slowest rank", "rank"),
     "train/communication_seconds": Quantity("Waiting for other ranks in a step", "s", is_from_zero=True),
+    "start/seconds": Quantity("From start to first step", "s", is_from_zero=True),
     "train/memory_gib": Quantity("Peak memory of a rank", "GiB", is_from_zero=True),
     "train/tokens": Quantity("Tokens read", "tokens"),
     "valid/cross_entropy": Quantity("Held-out cross entropy", "nats per token"),

@@ -8,6 +8,7 @@ from spikingbrain_train.config.named_class import named_classes
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.evaluation.evaluator import Evaluator
 from spikingbrain_train.evaluation.held_out import HeldOutCrossEntropy
+from spikingbrain_train.training.callbacks.alert_command import AlertCommand
 from spikingbrain_train.training.callbacks.all_tokens import AllTokens
 from spikingbrain_train.training.callbacks.bad_batches import BadBatches
 from spikingbrain_train.training.callbacks.callback import Callback
@@ -21,12 +22,15 @@ from spikingbrain_train.training.callbacks.linear_transforms import (
     LinearTransformStatistics,
 )
 from spikingbrain_train.training.callbacks.metrics_file import MetricsFile
+from spikingbrain_train.training.callbacks.milestones import Milestones
 from spikingbrain_train.training.callbacks.outside import check_callbacks, outside_callbacks
 from spikingbrain_train.training.callbacks.progress_lines import ProgressLines
 from spikingbrain_train.training.callbacks.slow_ranks import SlowRanks
 from spikingbrain_train.training.callbacks.speed import Speed
+from spikingbrain_train.training.callbacks.start_up import StartUp
 from spikingbrain_train.training.callbacks.stop_signals import StopSignals
 from spikingbrain_train.training.callbacks.tensorboard import TensorBoard
+from spikingbrain_train.training.callbacks.wall_time import WallTimeLimit
 from spikingbrain_train.training.callbacks.weights_and_biases import WeightsAndBiases
 
 
@@ -49,12 +53,15 @@ def callbacks_of(config: RunConfig, more: Sequence[Callback] = ()) -> list[Callb
         MetricsFile(),
         TensorBoard(),
         WeightsAndBiases(),
+        AlertCommand(),
+        Milestones(),  # whose last alert is sent before those above end
         ProgressLines(),
         FiniteChecks(),
         BadBatches(),
         LinearTransformSchedules(),
         LinearTransformStatistics(),
         ExpertLoadReport(),
+        StartUp(),
         Speed(),
         SlowRanks(),
         AllTokens(),
@@ -63,6 +70,7 @@ def callbacks_of(config: RunConfig, more: Sequence[Callback] = ()) -> list[Callb
         # A step is evaluated and saved when all others are done with it, and the run stops when it is saved.
         Evaluation([HeldOutCrossEntropy(), *_evaluators(config)]),
         Checkpointing(),
+        WallTimeLimit(),
         StopSignals(),
     ]
 
