@@ -10,6 +10,7 @@ import torch
 
 from spikingbrain_train.config.numerics import OnBadBatch
 from spikingbrain_train.errors import NumericalError
+from spikingbrain_train.training.alert import Alert
 from spikingbrain_train.training.bad_batch_file import Share, not_finite_on, shares_of, write_bad_batch
 from spikingbrain_train.training.callbacks.callback import Callback, SkipUpdate
 from spikingbrain_train.training.callbacks.finite_checks import advice
@@ -223,10 +224,15 @@ class BadBatches(Callback):
             run.state.consumed_samples + run.config.stage.global_batch_size,
         )
         where = named(not_finite_on(shares))
-        run.say(
-            f"warning: iteration {self._step} updates nothing, because {reason}{where}; its samples, {first} "
-            f"to {last}, are in {path}" + ("" if again is None else f"; computed again, {again}")
+        text = (
+            f"iteration {self._step} updates nothing, because {reason}{where}; its samples, {first} to "
+            f"{last}, are in {path}" + ("" if again is None else f"; computed again, {again}")
         )
+        self._warn("bad batch", text)
+
+    def _warn(self, title: str, text: str) -> None:
+        self.run.say(f"warning: {text}")
+        self.run.callbacks.alert(Alert(title, text))
 
     def _roll_back(self) -> None:
         run, counts = self.run, self._counts
@@ -237,13 +243,13 @@ class BadBatches(Callback):
         begun = f"{counts.in_a_row} bad batches in a row: "
         counts.in_a_row = 0
         if iteration is None:
-            run.say(
-                f"warning: {begun}no older checkpoint is there to go back to, so weights stay as they are"
-            )
+            nowhere = "no older checkpoint is there to go back to, so weights stay as they are"
+            self._warn("bad batches in a row", f"{begun}{nowhere}")
             return
         counts.last_good = iteration - 1  # where it is as bad from there, go back further
         counts.rollbacks += 1
-        run.say(
-            f"warning: {begun}weights and optimizer state are again those of iteration {iteration}; the "
-            "schedule and the position in the data stay"
+        self._warn(
+            "bad batches in a row",
+            f"{begun}weights and optimizer state are again those of iteration {iteration}; the schedule and "
+            "the position in the data stay",
         )
