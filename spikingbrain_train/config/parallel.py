@@ -231,8 +231,8 @@ class ClusterConfig:
     """Memory of one device in GiB, as its driver shows it. A plan says whether every rank fits into it; null
     leaves that open in a plan, and a run asks its GPU."""
     peak_tflops: float | None = setting(None, above=0, resume=FREE)
-    """Peak TFLOP/s of one rank for MFU, in the precision of the run and without sparsity. Null measures a
-    matrix product at start-up, and leaves a plan without hours."""
+    """Peak TFLOP/s of one rank for MFU, in the precision of the run and without sparsity. Null takes what
+    a GPU is sold for in bf16 or measures a matrix product at start-up, and leaves a plan without hours."""
     mfu: float | None = setting(None, above=0, maximum=1, resume=FREE)
     """Model FLOP/s utilisation (0 to 1) at which a plan reckons hours. Pipeline bubble, recomputation and
     communication are in it. Null takes what was measured (cluster.measured_in), else what SpikingBrain's

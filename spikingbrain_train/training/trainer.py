@@ -47,6 +47,7 @@ from spikingbrain_train.training.callbacks.callback import Callback, SkipUpdate
 from spikingbrain_train.training.callbacks.callbacks import Callbacks
 from spikingbrain_train.training.callbacks.defaults import callbacks_of, check_named_classes
 from spikingbrain_train.training.console import Console
+from spikingbrain_train.training.data_waits import DataWaits
 from spikingbrain_train.training.kernels import choose_kernels
 from spikingbrain_train.training.opening import opening
 from spikingbrain_train.training.optimizer import (
@@ -55,6 +56,7 @@ from spikingbrain_train.training.optimizer import (
     reported_learning_rate,
     update_weights,
 )
+from spikingbrain_train.training.parameter_norm import parameter_norm
 from spikingbrain_train.training.report import Report
 from spikingbrain_train.training.run_details import heading
 from spikingbrain_train.training.stages.build import stage_class
@@ -129,6 +131,7 @@ class Trainer:
         self.config = config
         self.groups = groups
         self.stop_reason: str | None = None
+        self.data_waits = DataWaits()
         self.console = Console(
             config.stage.train_iters,
             config.output_dir,
@@ -188,7 +191,7 @@ class Trainer:
                 if self.is_last_step:  # a stage without steps
                     begin_state(self.state.optimizer)
                     self.callbacks.step_end()
-            batches = self.data.train_batches(self.state.consumed_samples)
+            batches = self.data_waits.over(self.data.train_batches(self.state.consumed_samples))
             while not self.is_last_step and self.stop_reason is None:
                 self._step(batches)
             if not self.is_last_step:
@@ -224,6 +227,8 @@ class Trainer:
         rate = reported_learning_rate(self.state.optimizer)
         report.add("train/learning_rate", rate, Shown("lr", "{:.2e}"))
         report.add("train/grad_norm", grad_norm, Shown("grad norm", "{:.3f}"))
+        self.state.gather_updated_weights()
+        report.add("train/parameter_norm", parameter_norm(self.state.model, self.groups).item())
         self.callbacks.report_due(report)
         self.report(report)
 

@@ -81,8 +81,8 @@ def test_the_first_lines_say_what_is_trained_and_the_last_ones_what_came_out(
     names = [line.split()[0] for line in lines if not line.startswith(" ")]
     first = ["stage", "model", "data", "held", "length", "tokens", "ranks", "output", "watch", "weights"]
     assert names[: len(first) + 1] == [*first, "iteration"]
-    assert names[-7:] == ["saved", "finished", "tokens", "loss", "held", "checkpoint", "next"]
-    opening, closing = lines[: lines.index(_first(lines, "iteration"))], lines[-9:]
+    assert names[-8:] == ["saved", "finished", "time", "tokens", "loss", "held", "checkpoint", "next"]
+    opening, closing = lines[: lines.index(_first(lines, "iteration"))], lines[-12:]
     assert _saying(opening, "stage") == (
         f"stage align: the mixers of 3 of 4 layers learn to reproduce the attention of {dense_checkpoint}"
     )
@@ -103,6 +103,11 @@ def test_the_first_lines_say_what_is_trained_and_the_last_ones_what_came_out(
 
     points = [point["valid/cross_entropy"] for point in read_metrics(tmp_path / "run") if len(point) == 3]
     assert _saying(closing, "finished").startswith("finished 4 steps, 512 tokens in ")
+    share = float(_saying(closing, "time").split()[1].removesuffix("%"))
+    assert 0 < share < 100 and _saying(closing, "time").endswith("starting, evaluating and 1 checkpoint")
+    losses = [point["train/loss"] for point in read_metrics(tmp_path / "run") if "train/loss" in point]
+    best = "" if losses[-1] == min(losses) else f"; the lowest reported was {min(losses):.4f}"
+    assert _saying(closing, "loss") == f"loss {losses[-1]:.4f} in the last step{best}"
     assert _saying(closing, "tokens") == f"tokens {read}"
     assert _saying(closing, "held out") == f"held out cross entropy {points[0]:.4f} -> {points[-1]:.4f}"
     checkpoints = tmp_path / "run" / "checkpoints"

@@ -25,6 +25,12 @@ QUANTITIES = {
     "train/kl_divergence": Quantity("KL divergence from the teacher", "nats per token", is_noisy=True),
     "train/learning_rate": Quantity("Learning rate", "rate"),
     "train/grad_norm": Quantity("Gradient norm", "L2 norm", is_noisy=True),
+    "train/parameter_norm": Quantity("Norm of all weights", "L2 norm"),
+    "train/step_seconds": Quantity("Time of a step", "s", is_from_zero=True),
+    "train/data_seconds": Quantity("Waiting for batches", "s", is_from_zero=True),
+    "train/tokens_per_second_per_rank": Quantity(
+        "Throughput of a rank", "tokens per second", is_from_zero=True
+    ),
     "train/tokens_per_second": Quantity("Throughput", "tokens per second", is_from_zero=True),
     "train/mfu": Quantity("Model FLOP/s utilisation", "% of the peak", 100.0, is_from_zero=True),
     "train/tflops": Quantity("Model FLOP/s of a rank", "TFLOP/s", is_from_zero=True),

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from spikingbrain_train.training.alert import Alert
     from spikingbrain_train.training.beginning import Beginning
     from spikingbrain_train.training.console import Console
+    from spikingbrain_train.training.data_waits import DataWaits
     from spikingbrain_train.training.report import Report
     from spikingbrain_train.training.stages.data import StageData
     from spikingbrain_train.training.stages.losses import StepLosses
@@ -49,6 +50,8 @@ class Run(Protocol):
     state: TrainingState
     """Model, optimizer, schedule; optimizer steps done."""
     data: StageData
+    data_waits: DataWaits
+    """How long this rank's steps have waited for batches."""
     checkpoints: RunCheckpoints
     record: RunRecord
     beginning: Beginning

@@ -29,14 +29,20 @@ class Closing(Callback):
         self._began = time.monotonic()
         self._first = self.run.state.iteration
         self._speeds: list[float] = []
+        self._in_steps = 0.0
+        self._reported = self._first
+        self._checkpoints = 0
         self._checkpoint: Path | None = None
 
     def log(self, report: Report) -> None:
         if report.seconds_per_iteration:
             self._speeds.append(self._tokens_per_step / report.seconds_per_iteration)
+            self._in_steps += report.seconds_per_iteration * (report.iteration - self._reported)
+            self._reported = report.iteration
 
     def after_save(self, folder: Path) -> None:
         self._checkpoint = folder
+        self._checkpoints += 1
 
     def end(self, error: BaseException | None) -> None:
         run = self.run
@@ -54,15 +60,24 @@ class Closing(Callback):
         tokens = steps * self._tokens_per_step
         # The first step builds and tunes kernels, for minutes on a GPU: the median does not ask about it.
         speed = f", {median(self._speeds):,.0f} tokens/s (median of its reports)" if self._speeds else ""
-        elapsed = format_duration(time.monotonic() - self._began)
-        yield "finished", f"{steps:,} steps, {quantity(tokens)} tokens in {elapsed}{speed}"
+        seconds = time.monotonic() - self._began
+        yield "finished", f"{steps:,} steps, {quantity(tokens)} tokens in {format_duration(seconds)}{speed}"
+        whole = run.console.start_times.until_now()
+        count = self._checkpoints
+        yield (
+            "time",
+            f"{self._in_steps / whole:.1%} of {format_duration(whole)} since the start went into steps, the "
+            f"rest on starting, evaluating and {count} checkpoint{'' if count == 1 else 's'}",
+        )
         if run.record.history is not None:
             own = run.state.consumed_samples * run.config.stage.seq_length
             yield "tokens", describe_end(run.record.history, own)
         points = read_metrics(run.config.output_dir)
         losses = [point["train/loss"] for point in points if point.get("train/loss") is not None]
         if losses:
-            yield "loss", f"{losses[-1]:.4f} in the last step"
+            lowest = min(losses)
+            best = "" if losses[-1] == lowest else f"; the lowest reported was {lowest:.4f}"
+            yield "loss", f"{losses[-1]:.4f} in the last step{best}"
         evaluations = [point for point in points if point.get(_TOTAL) is not None]
         if evaluations:
             before, after = evaluations[0], evaluations[-1]
