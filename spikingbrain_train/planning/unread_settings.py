@@ -20,6 +20,7 @@ from spikingbrain_train.architecture.mixers import MIXERS
 from spikingbrain_train.architecture.same_architecture import settings_in_use
 from spikingbrain_train.architecture.stored_model import read_stored_model
 from spikingbrain_train.config.model import DecoderConfig, ModelConfig
+from spikingbrain_train.config.numerics import OnBadBatch
 from spikingbrain_train.config.run import LRDecayStyle, RunConfig, WandbMode
 from spikingbrain_train.config.sections import with_sections
 from spikingbrain_train.config.setting import leaves
@@ -79,6 +80,16 @@ _NEEDS = (
         ("checkpoint.while_saving",),
         lambda run: run.checkpoint.async_save,
         lambda run: "checkpoint.async_save is false, so a run always waits for its checkpoints",
+    ),
+    _Needs(
+        ("numerics.spike_window", "numerics.spike_warmup"),
+        lambda run: run.numerics.looks_for_spikes,
+        lambda run: "no spike of the loss is looked for; set numerics.spike_factor or numerics.spike_margin",
+    ),
+    _Needs(
+        ("numerics.replay",),
+        lambda run: run.numerics.on_bad_batch is OnBadBatch.skip,
+        lambda run: "numerics.on_bad_batch=stop ends the run at once",
     ),
     _Needs(
         ("data.train_weights",),
