@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from spikingbrain_train.config.blend import blend
 from spikingbrain_train.config.linear_transforms import GateEncoding, Projection
 from spikingbrain_train.config.model import OLD_MIXERS
 from spikingbrain_train.config.rope_scaling import RopeType
@@ -18,6 +19,8 @@ RENAMED_VALUES = {
     "cluster.kernels.softmax_attention": {"reference": "naive"},
 }
 """Setting -> old name of a value -> its name now."""
+MOVED_SETTINGS = {"data.train_weights": "data.train=[{prefix: a, weight: 0.7}, {prefix: b, weight: 0.3}]"}
+"""Setting of earlier releases -> how it is written now."""
 
 
 def translate_model(model: Any) -> None:
@@ -52,10 +55,21 @@ def _translate_stage(stage: Any) -> None:
         stage["kind"] = "distill"
 
 
+def _translate_data(data: Any) -> None:
+    """Weights stood in a list of their own, one for each prefix."""
+    if not isinstance(data, DictConfig) or "train_weights" not in data:
+        return
+    train, weights = data.get("train") or [], data.get("train_weights")
+    if weights is None or len(weights) == len(train):
+        data.train = blend(list(train), weights)
+        del data["train_weights"]
+
+
 def translate_run(stored: DictConfig) -> None:
     """Give the values of a run that an earlier release stored the names that they have now, in place."""
     translate_model(stored.get("model"))
     _translate_stage(stored.get("stage"))
+    _translate_data(stored.get("data"))
     for setting, renamed in RENAMED_VALUES.items():
         value = OmegaConf.select(stored, setting)
         if value in renamed:

@@ -8,6 +8,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from spikingbrain_train.config.blend import check_blend, prefixes_of, weights_of
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.named_class import named_classes
 from spikingbrain_train.config.numerics import NumericsConfig
@@ -67,12 +68,10 @@ class DataConfig:
     ``checked_data.json`` in output_dir, remembers it.
     """
 
-    train: list[str] = setting(default_factory=list, resume=BY_TOKENS)
+    train: list[Any] = setting(default_factory=list, resume=BY_TOKENS)
     """Prefixes of indexed datasets (the path without .bin/.idx) made by spikingbrain-preprocess; several are
-    blended by their size unless train_weights says otherwise."""
-    train_weights: list[float] | None = setting(None, resume=BY_TOKENS)
-    """Sampling weights of the train prefixes, all above 0, e.g. [3,1]; their sum does not matter. Null takes
-    the sizes."""
+    blended by their size, or by weights above 0 whose sum does not matter, as in
+    [{prefix: a, weight: 0.7}, {prefix: b, weight: 0.3}]."""
     valid: list[str] = setting(default_factory=list, resume=SAID)
     """Prefixes of held-out datasets for evaluation; empty skips evaluation."""
     tokenizer: str | None = setting(None, resume=SAID)
@@ -91,6 +90,20 @@ class DataConfig:
     """Preferring naturally long documents in training samples."""
     num_workers: int = setting(0, minimum=0, resume=FREE)
     """Loader processes per rank; 0 reads in the training process, which is enough but for long sequences."""
+
+    @property
+    def train_prefixes(self) -> list[str]:
+        """The prefixes of :attr:`train`."""
+        return prefixes_of(self.train)
+
+    @property
+    def train_weights(self) -> list[float] | None:
+        """The weights of :attr:`train`; None blends by size."""
+        return weights_of(self.train)
+
+    def check(self, prefix: str) -> None:
+        """The blend is one. Raises ConfigurationError."""
+        check_blend(f"{prefix}train", self.train)
 
 
 class LRDecayStyle(str, Enum):

@@ -183,7 +183,7 @@ def record_of(config: RunConfig, world_size: int, history: TokenHistory | None =
 def training_data_of(config: RunConfig) -> list[DatasetFingerprint]:
     """The tokens that a run trains on, as they lie there now. Raises DataError."""
     data = config.data
-    return [fingerprint(prefix, with_domains=data.pack_by_domain) for prefix in data.train]
+    return [fingerprint(prefix, with_domains=data.pack_by_domain) for prefix in data.train_prefixes]
 
 
 def write_record(record: RunRecord, checkpoint: Path) -> None:
@@ -227,7 +227,7 @@ def blend_shares(
     """The share that every dataset has in the samples. Their order depends on its last bit.
 
     Args:
-        weights: data.train_weights; None takes the datasets by their size.
+        weights: those of data.train; None takes the datasets by their size.
         tokens: of each dataset.
         seq_length: tokens of a sample.
 

@@ -20,7 +20,7 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
-from spikingbrain_train.config.earlier_releases import RENAMED_VALUES
+from spikingbrain_train.config.earlier_releases import MOVED_SETTINGS, RENAMED_VALUES
 from spikingbrain_train.errors import ConfigurationError, SpikingBrainError
 
 Schema = type[Any]
@@ -69,6 +69,8 @@ def unknown_setting(name: str, schema: Schema, *, may_be_a_plugins: bool = False
         schema: of the config.
         may_be_a_plugins: whether it may be the section of a plugin that nobody has named.
     """
+    if name in MOVED_SETTINGS:
+        return ConfigurationError(f"{name} is not a setting any more; write {MOVED_SETTINGS[name]}")
     settings = dict(setting_types(schema))
     parent, _, leaf = name.rpartition(".")
     leaves = {known.rpartition(".")[2]: known for known in settings}

@@ -16,4 +16,6 @@ def shown(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, list):
         return f"[{','.join(shown(entry) for entry in value)}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{name}:{shown(entry)}' for name, entry in value.items())}}}"
     return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)

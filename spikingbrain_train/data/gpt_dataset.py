@@ -31,7 +31,7 @@ from spikingbrain_train.data.packing.packed_documents import PackedDocuments
 from spikingbrain_train.data.sample import Sample, sample_of
 from spikingbrain_train.data.tokenizers import Tokenizer
 from spikingbrain_train.errors import DataError
-from spikingbrain_train.planning.file_checks import check_train_weights
+from spikingbrain_train.planning.file_checks import check_train
 
 logger = logging.getLogger(__name__)
 
@@ -292,17 +292,17 @@ def build_datasets(
         ConfigurationError: no train prefix, or weights that don't fit them.
         DataError: missing, damaged or too short datasets, or tokens of another tokenizer.
     """
-    check_train_weights(data)
-    for prefix in [*data.train, *data.valid]:
+    check_train(data)
+    for prefix in [*data.train_prefixes, *data.valid]:
         if tokenizer is not None:
             check_same_tokenizer(prefix, tokenizer)
-    train = [open_indexed_dataset(prefix, vocab_size) for prefix in data.train]
+    train = [open_indexed_dataset(prefix, vocab_size) for prefix in data.train_prefixes]
     valid = None
     if data.valid:
         valid = open_valid_dataset(
             data.valid, seq_length, valid_samples, vocab_size, reset_at_documents=data.reset_at_documents
         )
-    for prefix, dataset in zip(data.train, train, strict=True):
+    for prefix, dataset in zip(data.train_prefixes, train, strict=True):
         if dataset.num_tokens < seq_length + 1:
             raise DataError(
                 f"the train dataset {prefix} has {dataset.num_tokens} tokens but one sample needs "
@@ -318,7 +318,9 @@ def build_datasets(
         else:
             parts.append(PackedDocuments(dataset, packing, order, reset_at_documents=apart))
     train_dataset = TrainDataset(parts, data.train_weights, train_samples)
-    for prefix, part, samples in zip(data.train, parts, train_dataset.samples_per_part(), strict=True):
+    for prefix, part, samples in zip(
+        data.train_prefixes, parts, train_dataset.samples_per_part(), strict=True
+    ):
         logger.info(
             "train dataset %s: %d tokens, %d samples, %.2f epochs",
             prefix,

@@ -21,7 +21,7 @@ from spikingbrain_train.data.loss_mask import LossMask
 from spikingbrain_train.data.token_file import document_starts
 from spikingbrain_train.data.tokenizers import Tokenizer
 from spikingbrain_train.planning.example_packing import fill, fitting_examples, nothing_fits, pack
-from spikingbrain_train.planning.file_checks import check_train_weights
+from spikingbrain_train.planning.file_checks import check_train
 from spikingbrain_train.storage.loss_mask_format import read_loss_positions
 
 logger = logging.getLogger(__name__)
@@ -226,13 +226,13 @@ def build_examples(
         ConfigurationError: no train prefix, or weights that don't fit them.
         DataError: as :class:`PackedExamples` does, or tokens of another tokenizer.
     """
-    check_train_weights(data)
-    for prefix in [*data.train, *data.valid]:
+    check_train(data)
+    for prefix in [*data.train_prefixes, *data.valid]:
         if tokenizer is not None:
             check_same_tokenizer(prefix, tokenizer)
     parts = [
         PackedExamples(prefix, seq_length, long, (seed, number), vocab_size)
-        for number, prefix in enumerate(data.train)
+        for number, prefix in enumerate(data.train_prefixes)
     ]
     train = TrainDataset(parts, data.train_weights, train_samples)
     for part, samples in zip(parts, train.samples_per_part(), strict=True):

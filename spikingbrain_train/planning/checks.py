@@ -14,7 +14,7 @@ from spikingbrain_train.config.require import either, multiples_around, require
 from spikingbrain_train.config.run import LRDecayStyle, OptimizerConfig, RunConfig
 from spikingbrain_train.config.setting import check_fields
 from spikingbrain_train.config.stage import StageConfig
-from spikingbrain_train.planning.file_checks import check_files, check_train_weights
+from spikingbrain_train.planning.file_checks import check_files, check_train
 from spikingbrain_train.planning.kernel_calls import check_kernels
 from spikingbrain_train.planning.parallel_checks import (
     check_sequence_split,
@@ -110,5 +110,5 @@ def check_run_config(config: RunConfig, world_size: int) -> StoredRun | None:
     )
     kind_of(config.stage).check_plan(config.model, config.parallel)
     if config.data.train:  # a plan may be made before there is data
-        check_train_weights(config.data)
+        check_train(config.data)
     return None

@@ -145,7 +145,7 @@ class DataPlan:
             epochs, worst = found[0]
             others = f" ({len(found) - 1} more of data.train more than {least} times)" if found[1:] else ""
             steps = max(1, int(self.config.stage.train_iters * AS_GOOD_AS_FRESH / epochs))
-            blend = ", lower its data.train_weights" if len(self.train) > 1 else ""
+            blend = ", lower its weight in data.train" if len(self.train) > 1 else ""
             yield (
                 f"{worst.setting}={worst.prefix} is read {_times(epochs)} times{others}: {words} "
                 f"({_SOURCE}); add text{blend}, or lower stage.train_iters ({steps:,} would read it "
@@ -175,12 +175,15 @@ class DataPlan:
 def plan_data(config: RunConfig) -> DataPlan:
     """Look at the datasets that a run names."""
     stage, data = config.stage, config.data
-    train = [_measured(config, f"data.train[{number}]", prefix) for number, prefix in enumerate(data.train)]
+    train = [
+        _measured(config, f"data.train[{number}]", prefix)
+        for number, prefix in enumerate(data.train_prefixes)
+    ]
     valid = [_measured(config, f"data.valid[{number}]", prefix) for number, prefix in enumerate(data.valid)]
     shares = _shares(config, train)
     samples = samples_of(config)
     sources = []
-    for number, (prefix, found, share) in enumerate(zip(data.train, train, shares, strict=True)):
+    for number, (prefix, found, share) in enumerate(zip(data.train_prefixes, train, shares, strict=True)):
         windows = found.windows(stage.seq_length)
         epochs = samples * share / windows if windows and share is not None else None
         source = TrainSource(

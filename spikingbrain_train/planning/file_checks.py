@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import tempfile
 from difflib import get_close_matches
@@ -66,32 +65,20 @@ def _datasets_near(missing: Path) -> str:
     return f", but {', '.join(str(missing.parent / name) for name in near)}{others}"
 
 
-def check_train_weights(data: DataConfig) -> None:
-    """data.train names datasets, and data.train_weights fits them. Raises ConfigurationError."""
+def check_train(data: DataConfig) -> None:
+    """data.train names datasets, and their weights make a blend. Raises ConfigurationError."""
     if not data.train:
         raise ConfigurationError(
             "data.train is empty; name the prefixes that spikingbrain-preprocess wrote, "
             "e.g. 'data.train=[data/train]'"
         )
-    weights = data.train_weights
-    if weights is None:
-        return
-    if len(weights) != len(data.train):
-        raise ConfigurationError(
-            f"data.train_weights has {len(weights)} weights for {len(data.train)} prefixes in "
-            f"data.train; give {len(data.train)}, or null to blend by size"
-        )
-    if not all(weight > 0 for weight in weights) or not math.isfinite(sum(weights)):
-        raise ConfigurationError(
-            f"data.train_weights={list(weights)} must be positive, finite numbers; leave a dataset out of "
-            f"data.train instead of weighting it 0"
-        )
+    data.check("data.")
 
 
 def check_data(data: DataConfig) -> None:
     """Datasets, their weights and the tokenizer. Raises ConfigurationError or DataError."""
-    check_train_weights(data)
-    for setting, prefixes in (("data.train", data.train), ("data.valid", data.valid)):
+    check_train(data)
+    for setting, prefixes in (("data.train", data.train_prefixes), ("data.valid", data.valid)):
         for number, prefix in enumerate(prefixes):
             check_prefix(f"{setting}[{number}]", prefix)
     if data.tokenizer is not None and not Path(data.tokenizer).exists():
@@ -106,7 +93,7 @@ def check_examples(config: RunConfig) -> None:
     stage = config.stage
     if not kind_of(stage).reads_examples:
         return
-    for prefix in (*config.data.train, *config.data.valid):
+    for prefix in (*config.data.train_prefixes, *config.data.valid):
         positions = read_loss_positions(prefix)
         if not fitting_examples(positions, stage.seq_length, stage.sft.long_examples).read:
             raise nothing_fits(prefix, stage.seq_length)

@@ -175,18 +175,19 @@ def check_training_data(stored: StoredRun, config: RunConfig) -> None:
     """
     theirs, ours = stored.config.data, config.data
     if stored.record is None:  # an earlier release: paths are all there is
-        if theirs.train != ours.train:
+        if theirs.train_prefixes != ours.train_prefixes:
             was, now = (f"data.train={shown(data.train)}" for data in (theirs, ours))
             raise _refuse(stored, was, now, OTHER_ORDER)
         if theirs.train_weights != ours.train_weights and len(ours.train) > 1:
-            was = f"data.train_weights={shown(theirs.train_weights)}"
-            raise _refuse(stored, was, shown(ours.train_weights), OTHER_ORDER)
+            raise _refuse(stored, f"data.train={shown(theirs.train)}", shown(ours.train), OTHER_ORDER)
         return
     now_there = training_data_of(config)
     if len(now_there) != len(stored.record.training_data):
         was, now = (f"data.train={shown(data.train)}" for data in (theirs, ours))
         raise _refuse(stored, was, now, OTHER_ORDER)
-    pairs = zip(theirs.train, stored.record.training_data, ours.train, now_there, strict=True)
+    pairs = zip(
+        theirs.train_prefixes, stored.record.training_data, ours.train_prefixes, now_there, strict=True
+    )
     for prefix, was_there, our_prefix, is_there in pairs:
         if was_there != is_there:
             raise _refuse(
@@ -199,13 +200,13 @@ def check_training_data(stored: StoredRun, config: RunConfig) -> None:
 
 
 def _check_shares(stored: StoredRun, config: RunConfig, datasets: list[DatasetFingerprint]) -> None:
-    theirs, ours = stored.config.data.train_weights, config.data.train_weights
-    length = config.stage.seq_length
+    before, now, length = stored.config.data, config.data, config.stage.seq_length
+    theirs, ours = before.train_weights, now.train_weights
     if len(datasets) == 1 or theirs == ours:
         return
     tokens = [dataset.tokens for dataset in datasets]
     if blend_shares(theirs, tokens, length) != blend_shares(ours, tokens, length):
-        raise _refuse(stored, f"data.train_weights={shown(theirs)}", shown(ours), OTHER_ORDER)
+        raise _refuse(stored, f"data.train={shown(before.train)}", shown(now.train), OTHER_ORDER)
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,11 @@ from spikingbrain_train.storage.teacher_cache import (
 )
 
 TEACHER = "weights of stage.teacher"
+SHARES = "shares of data.train"
+_EARLIER_NAMES = {SHARES: "data.train_weights"}
+"""What caches of earlier releases call it."""
 _WEIGHT_FILES = ".distcp"
-_NO_PART = ("data.train", "data.train_weights", "data.valid", "data.tokenizer", "data.num_workers")
+_NO_PART = ("data.train", "data.valid", "data.tokenizer", "data.num_workers")
 """Settings of the data that are known by something else, or decide nothing that a sample holds."""
 _MOST_RANGES = 3
 
@@ -40,16 +43,16 @@ def cache_identity(config: RunConfig) -> dict[str, Any]:
         DataError: a dataset cannot be read.
     """
     stage, data = config.stage, config.data
-    prints = [fingerprint(prefix) for prefix in data.train]
+    prints = [fingerprint(prefix) for prefix in data.train_prefixes]
     shares = blend_shares(data.train_weights, [each.tokens for each in prints], stage.seq_length)
     others = {f"data.{name}": value for name, value in leaves(data).items()}
     return {
         "data.train": [each.describe() for each in prints],
-        "data.train_weights": shares,
+        SHARES: shares,
         "seed": config.seed,
         "stage.seq_length": stage.seq_length,
         **{name: _plain(value) for name, value in others.items() if name not in _NO_PART},
-        "tokenizer of data.train": [_tokenizer_of(prefix) for prefix in data.train],
+        "tokenizer of data.train": [_tokenizer_of(prefix) for prefix in data.train_prefixes],
         "model.vocab_size": config.model.vocab_size,
         "stage.distillation.temperature": stage.distillation.temperature,
     }
@@ -85,7 +88,7 @@ def check_identity(stored: dict[str, Any], ours: dict[str, Any], named: str) -> 
     """
     usual = {f"data.{name}": _plain(value) for name, value in leaves(DataConfig()).items()}
     for name, value in ours.items():
-        was = stored.get(name, usual.get(name))
+        was = stored.get(name, stored.get(_EARLIER_NAMES.get(name, name), usual.get(name)))
         if was != value:
             raise DataError(
                 f"{named} was written with {name}={shown(was)}, but this run has {shown(value)}; restore it, "

@@ -92,11 +92,6 @@ _NEEDS = (
         lambda run: "numerics.on_bad_batch=stop ends the run at once",
     ),
     _Needs(
-        ("data.train_weights",),
-        lambda run: len(run.data.train) > 1,
-        lambda run: "data.train names no two datasets to blend",
-    ),
-    _Needs(
         ("data.pack_by_domain", "data.long_documents.", "data.reset_at_documents"),
         lambda run: not kind_of(run.stage).reads_examples,
         lambda run: f"stage.kind={run.stage.kind} packs whole examples and keeps them apart",

@@ -77,7 +77,7 @@ def _training_data(config: RunConfig, record: RunRecord) -> Iterator[Row]:
     if kind_of(stage).reads_examples:
         yield from _examples(config)
         return
-    prefixes, tokens = data.train, [dataset.tokens for dataset in record.training_data]
+    prefixes, tokens = data.train_prefixes, [dataset.tokens for dataset in record.training_data]
     shares = blend_shares(data.train_weights, tokens, stage.seq_length)
     if not tokens or shares is None:  # the stage brings its own
         return
@@ -99,15 +99,16 @@ def _packing(config: RunConfig) -> Iterator[Row]:
     """How samples are packed, and what comes of it; nothing where they are cut from text as it lies."""
     data = config.data
     packing = packing_of(data, config.stage.seq_length)
-    if packing is None or not data.train or kind_of(config.stage).reads_examples:
+    if packing is None or not data.train_prefixes or kind_of(config.stage).reads_examples:
         return
     yield "packing", describe_packing(packing)
-    for number, prefix in enumerate(data.train):
+    for number, prefix in enumerate(data.train_prefixes):
         if number == _NAMED_SOURCES:
-            yield "", f"{len(data.train) - number} other datasets likewise; spikingbrain-plan describes all"
+            left = len(data.train_prefixes) - number
+            yield "", f"{left} other datasets likewise; spikingbrain-plan describes all"
             return
         found = packing_statistics(prefix, packing)
-        named = f"{prefix}: " if len(data.train) > 1 else ""
+        named = f"{prefix}: " if len(data.train_prefixes) > 1 else ""
         yield "", f"{named}{describe_statistics(found)}"
         yield from (("warning", text) for text in warnings(found, f"data.train[{number}]"))
 

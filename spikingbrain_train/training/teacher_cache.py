@@ -75,7 +75,7 @@ def write_cache_on(groups: ProcessGroups, request: CacheRequest) -> None:
         on_main_process(lambda: remove_leftovers(folder), groups)
         shards = missing_shards(request)
         shown = partial(activity, shown=groups.is_main_process)
-        check_tokens_together(config.data.train, config.model.vocab_size, groups, folder, shown)
+        check_tokens_together(config.data.train_prefixes, config.model.vocab_size, groups, folder, shown)
         with shown("opening the data and loading the teacher"):
             dataset = _samples(config, request.samples)
             teacher = build_teacher(config, kernels_of(config, groups.accelerator), groups)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from spikingbrain_train.config.compose import compose_from_command_line
+from spikingbrain_train.config.blend import blend
+from spikingbrain_train.config.compose import compose_from_command_line, compose_run
 from spikingbrain_train.config.load import load_run_config, save_config, to_run_config
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import (
@@ -36,7 +37,7 @@ def stored(tmp_path: Path) -> RunConfig:
     return RunConfig(
         model=small_model(mixers=["full", ["gla", "swa"]]),
         stage=StageConfig(train_iters=7, seq_length=16, global_batch_size=2),
-        data=DataConfig(train=[write_dataset(tmp_path / "tokens", documents=5)], train_weights=[2.0]),
+        data=DataConfig(train=blend([write_dataset(tmp_path / "tokens", documents=5)], [2.0])),
         optimizer=OptimizerConfig(lr=3e-3, min_lr=1e-4),
         checkpoint=CheckpointConfig(save_interval=3),
         logging=LoggingConfig(log_interval=2, wandb=WandbMode.offline),
@@ -161,3 +162,29 @@ def test_a_finished_run_given_back_says_so_before_torch_and_ends_well(monkeypatc
         said = capsys.readouterr().out
         assert said.startswith(f"nothing is left to do: {checkpoint} is at iteration 7 of ")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_blend_of_an_earlier_release_is_read(file: Path, stored: RunConfig) -> None:
+    (prefix,) = stored.data.train_prefixes
+    entries = f"  train:\n  - prefix: {prefix}\n    weight: 2.0\n"
+    now = file.read_text()
+    assert entries in now
+    for earlier, train in (
+        (f"  train:\n  - {prefix}\n  train_weights:\n  - 2.0\n", stored.data.train),
+        (f"  train:\n  - {prefix}\n  train_weights: null\n", [prefix]),
+    ):
+        file.write_text(now.replace(entries, earlier))
+        assert load_run_config(file).data.train == train
+    file.write_text(now.replace(entries, f"  train:\n  - {prefix}\n  train_weights: [1, 2]\n"))
+    with pytest.raises(CheckpointError, match=r"write data.train=\[\{prefix: a, weight: 0.7\}"):
+        load_run_config(file)
+
+
+def test_a_blend_is_written_as_prefixes_and_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ("output_dir=o", "stage.train_iters=1", "stage.seq_length=8", "model=tiny_hybrid")
+    run = to_run_config(
+        compose_run([*arguments, "data.train=[{prefix: a, weight: 0.7}, {prefix: b, weight: 3}]"])
+    )
+    assert (run.data.train_prefixes, run.data.train_weights) == (["a", "b"], [0.7, 3.0])
+    run = to_run_config(compose_run([*arguments, "data.train=[a,b]"]))
+    assert (run.data.train_prefixes, run.data.train_weights) == (["a", "b"], None)

@@ -91,7 +91,8 @@ WRONG = [
     *("output_dir=", "output_dir=' '", "data.tokenizer=''", "data.train=['']", "checkpoint.load=''"),
     *("data.train=[[text]]", "data.train=text", "data.train=[]", "data.valid=[nowhere]"),
     *("model.mixers=[gla,[swa]]", "model.mixers=[]", "model.mixers=[nothing]", "model.feed_forwards=[{}]"),
-    *("data.train_weights=[nan]", "data.train_weights=[-1]", "data.train_weights=[1,1]"),
+    *("data.train=[{prefix: a, weight: nan}]", "data.train=[{prefix: a, weight: -1}]", "data.train=[{}]"),
+    *("data.train=[a,{prefix: b, weight: 1}]", "data.train=[a,a]", "data.train_weights=[1]"),
     *("callbacks=7", "callbacks=[7]", "callbacks=[nowhere.at.All]", "callbacks=[os.path.join]"),
     *("callbacks=[{path: a.B, more: 1}]", "logging.evaluators=[[a.B]]", "logging.evaluators=a.B"),
     # numbers

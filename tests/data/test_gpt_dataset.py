@@ -11,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from spikingbrain_train.config.blend import blend
 from spikingbrain_train.config.run import DataConfig
 from spikingbrain_train.config.run_record import blend_shares
 from spikingbrain_train.data.gpt_dataset import TrainDataset, ValidDataset, build_datasets
@@ -40,7 +41,7 @@ def four(write_tokens) -> list[str]:
 def train_dataset(prefix: str | list[str], samples: int, **changes: object) -> TrainDataset:
     prefixes = [prefix] if isinstance(prefix, str) else prefix
     weights = changes.pop("weights", None)
-    data = DataConfig(train=prefixes, train_weights=weights)  # type: ignore[arg-type]
+    data = DataConfig(train=blend(prefixes, weights))  # type: ignore[arg-type]
     return build_datasets(data, SEQ, samples, **changes)[0]  # type: ignore[arg-type]
 
 
@@ -306,9 +307,9 @@ def test_a_short_held_out_dataset_is_padded_but_one_token_is_refused(counted: st
     ("data", "reason"),
     [
         (DataConfig(), "data.train is empty"),
-        (DataConfig(train=["a", "b"], train_weights=[1.0]), "has 1 weights for 2 prefixes in data.train"),
-        (DataConfig(train=["a", "b"], train_weights=[1.0, 0.0]), "must be positive"),
-        (DataConfig(train=["a"], train_weights=[float("nan")]), "must be positive"),
+        (DataConfig(train=["a", {"prefix": "b", "weight": 1.0}]), "b a weight and a none"),
+        (DataConfig(train=blend(["a", "b"], [1.0, 0.0])), "must be a positive"),
+        (DataConfig(train=blend(["a"], [float("nan")])), "must be a positive"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(data: DataConfig, reason: str) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from spikingbrain_train.config.blend import blend
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import DataConfig, LongDocumentsConfig
 from spikingbrain_train.data.gpt_dataset import build_datasets
@@ -86,7 +87,7 @@ def test_another_number_of_ranks_and_another_global_batch_read_each_sample_once(
         "packed": DataConfig(
             train=[packed], pack_by_domain=True, long_documents=LongDocumentsConfig(share=0.0)
         ),
-        "blend": DataConfig(train=[plain, packed], train_weights=[3, 1]),
+        "blend": DataConfig(train=blend([plain, packed], [3, 1])),
     }
     read: dict[str, list[int]] = {name: [] for name in datasets}
     consumed = 0

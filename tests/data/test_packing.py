@@ -191,8 +191,8 @@ def test_documents_can_be_kept_apart(corpus: str) -> None:
 
 def test_blends_compose_and_held_out_data_stay_as_they_are(corpus: str, write_tokens: WriteTokens) -> None:
     plain = write(write_tokens, [200], None, name="plain")  # stores no domains: it is one
-    config = data(corpus, share=0.5, valid=[corpus], train_weights=[1, 3])
-    config = replace(config, train=[corpus, plain])
+    config = data(corpus, share=0.5, valid=[corpus])
+    config = replace(config, train=[{"prefix": corpus, "weight": 1}, {"prefix": plain, "weight": 3}])
     blend, valid = build_datasets(config, SEQ, 80)
     assert blend.samples_per_part() == [20, 60]
     assert valid is not None

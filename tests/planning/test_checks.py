@@ -263,7 +263,7 @@ REFUSED: list[tuple[dict[str, Any], int, list[str]]] = [
     ({"optimizer.lr": -1e-3}, 1, ["optimizer.lr=-0.001", "greater than 0"]),
     ({"optimizer.lr": NAN}, 1, ["optimizer.lr=nan", "finite"]),
     ({"optimizer.weight_decay": INFINITY}, 1, ["optimizer.weight_decay=inf", "finite"]),
-    ({"data.train_weights": [1.0, NAN]}, 1, ["data.train_weights=nan", "finite"]),
+    ({"data.train": [{"prefix": "a", "weight": NAN}]}, 1, ["data.train[0] has the weight nan", "finite"]),
     ({"optimizer.min_lr": 1.0}, 1, ["optimizer.min_lr=1.0", "optimizer.lr=0.0005"]),
     ({"optimizer.adam_beta2": 1.0}, 1, ["optimizer.adam_beta2=1.0", "below 1"]),
     ({"optimizer.adam_beta1": -0.1}, 1, ["optimizer.adam_beta1=-0.1", "at least 0"]),

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spikingbrain_train.config.blend import blend
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.planning.data_plan import DataPlan, plan_data
@@ -47,6 +48,12 @@ def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
 
 
+def _blend(*weighted: tuple[str | Path, float]) -> str:
+    """data.train as a command line has it, here cut at its spaces."""
+    entries = (f"{{prefix:{prefix},weight:{weight}}}" for prefix, weight in weighted)
+    return f"data.train=[{','.join(entries)}]"
+
+
 @pytest.fixture(scope="module")
 def any_config() -> RunConfig:
     return _plan("stage.train_iters=1").config
@@ -59,7 +66,7 @@ def test_every_source_has_size_share_and_epochs(tmp_path: Path) -> None:
     assert [(source.size.documents, source.size.tokens) for source in by_size.train] == [(5, 1921), (1, 700)]
     assert [source.share for source in by_size.train] == [0.75, 0.25]
     assert [source.epochs for source in by_size.train] == [2.0, 2.0]
-    weighted = planned(f"data.train=[{first},{second}] data.train_weights=[1,3] stage.train_iters=40")
+    weighted = planned(f"{_blend((first, 1), (second, 3))} stage.train_iters=40")
     assert [source.share for source in weighted.train] == [0.25, 0.75]
     assert [source.epochs for source in weighted.train] == pytest.approx([20 / 30, 6.0])
 
@@ -79,12 +86,12 @@ def test_epochs_are_those_that_the_run_reads(
     folder = tmp_path_factory.mktemp("data")
     prefixes = [write_dataset(folder / str(number), count) for number, count in enumerate(tokens)]
     weights = [number + 1 for number in range(len(tokens))] if weighted else None
-    data = replace(any_config.data, train=prefixes, train_weights=weights)
+    data = replace(any_config.data, train=blend(prefixes, weights))
     plan = plan_data(replace(any_config, data=data, stage=replace(any_config.stage, train_iters=steps)))
 
     class Tokens:
         def __init__(self, count: int) -> None:
-            self.num_tokens = count
+            self.num_tokens, self.prefix = count, ""
 
     parts = [ShuffledWindows(Tokens(count), SEQUENCE, (0, 0)) for count in tokens]  # type: ignore[arg-type]
     drawn = TrainDataset(parts, weights, steps * BATCH).samples_per_part()
@@ -111,15 +118,12 @@ def test_repetition_is_said_where_it_costs(tmp_path: Path, steps: int, words: st
 
 
 def test_the_worst_of_many_stands_for_them(tmp_path: Path) -> None:
-    prefixes = ",".join(write_dataset(tmp_path / str(n), 64 * (n + 1) + 1) for n in range(50))
-    weights = ",".join(["1"] * 50)
-    (little, less) = planned(
-        f"data.train=[{prefixes}] data.train_weights=[{weights}] stage.train_iters=2500"
-    ).warnings()
+    each = [(write_dataset(tmp_path / str(n), 64 * (n + 1) + 1), 1) for n in range(50)]
+    (little, less) = planned(f"{_blend(*each)} stage.train_iters=2500").warnings()
     assert little.startswith(
         f"data.train[0]={tmp_path}/0 is read 100 times (5 more of data.train more than 16"
     )
-    assert "lower its data.train_weights" in little
+    assert "lower its weight in data.train" in little
     assert less.startswith(
         f"data.train[6]={tmp_path}/6 is read 14.3 times (17 more of data.train more than 4"
     )
@@ -142,7 +146,7 @@ def test_missing_datasets_are_found_and_near_ones_named(tmp_path: Path) -> None:
     assert f"data.train[2]={tmp_path}/away/wiki" in nowhere and f"nor a folder {tmp_path}/away" in nowhere
     assert f"but {tmp_path}/books, {tmp_path}/code, {tmp_path}/mails and 2 others" in other
     assert all(sentence.endswith("(the path without .bin and .idx)") for sentence in (near, nowhere, other))
-    weighted = planned(f"data.train=[{present},{tmp_path}/x] data.train_weights=[1,4] stage.train_iters=1")
+    weighted = planned(f"{_blend((present, 1), (tmp_path / 'x', 4))} stage.train_iters=1")
     assert [source.share for source in weighted.train] == [0.2, 0.8]
 
 
@@ -199,5 +203,5 @@ def test_a_large_dataset_takes_no_time(tmp_path: Path) -> None:
 
 def test_wrong_weights_are_refused_in_a_dry_run(tmp_path: Path) -> None:
     prefix = write_dataset(tmp_path / "a", 1000)
-    with pytest.raises(ConfigurationError, match="2 weights for 1 prefixes"):
-        planned(f"data.train=[{prefix}] data.train_weights=[1,2] stage.train_iters=1")
+    with pytest.raises(ConfigurationError, match="has the weight -1, which must be"):
+        planned(f"{_blend((prefix, -1))} stage.train_iters=1")

@@ -73,20 +73,40 @@ def test_a_dataset_named_by_its_file_is_told_its_prefix(run, tmp_path):
     assert refusal(run, DataError).endswith(f"name its prefix {tmp_path}/tokens")
 
 
-def test_weights_must_match_the_prefixes(run):
-    run.data.train_weights = [1.0, 2.0]
-    assert "data.train_weights has 2 weights for 1" in refusal(run, ConfigurationError)
-
-
-@pytest.mark.parametrize("weights", [[-1.0, 1.0], [1.0, 0.0], [1e308, 1e308]])
-def test_weights_that_training_would_refuse_are_refused_at_start(run, weights):
-    run.data.train *= 2
-    run.data.train_weights = weights
+@pytest.mark.parametrize(
+    ("blend", "said"),
+    [
+        (
+            [{"prefix": "A", "weight": -1.0}, {"prefix": "B", "weight": 1}],
+            "data.train[0] has the weight -1.0",
+        ),
+        ([{"prefix": "A", "weight": 1.0}, {"prefix": "B", "weight": 0}], "instead of weighting it 0"),
+        ([{"prefix": "A", "weight": 0}, {"prefix": "B", "weight": 0}], "must be a positive, finite number"),
+        ([{"prefix": "A", "weight": float("nan")}], "data.train[0] has the weight nan"),
+        ([{"prefix": "A", "weight": 1e308}, {"prefix": "B", "weight": 1e308}], "sum of the weights"),
+        ([{"prefix": "A", "weight": "much"}], "the weight much, which is no number"),
+        ([{"prefix": "A", "weight": True}], "which is no number"),
+        (["A", {"prefix": "B", "weight": 1.0}], "B a weight and A none; give every dataset one"),
+        ([{"prefix": "A"}, {"prefix": "B", "weight": 1.0}], "B a weight and A none"),
+        (["A", "./A"], "data.train[1]=./A is the dataset of data.train[0]; name it once"),
+        ([{"prefix": "A", "weight": 1}, {"prefix": "A", "weight": 2}], "with the sum of the weights"),
+        ([{"prefix": "A", "share": 1}], "data.train[0]={'prefix': 'A', 'share': 1} does not fit"),
+        ([7], "data.train[0]=7 does not fit: data.train[0] takes a prefix, or {prefix: data/a, weight: 0.7}"),
+        ([["A", 0.7]], "does not fit"),
+    ],
+)
+def test_a_blend_that_training_would_refuse_is_refused_at_start(run, blend, said):
+    run.data.train = blend
     sentence = refusal(run, ConfigurationError)
-    assert "must be positive, finite numbers" in sentence
+    assert said in sentence
     with pytest.raises(ConfigurationError) as caught:
         build_datasets(run.data, 64, 1)
     assert str(caught.value) == sentence
+
+
+def test_a_weighted_dataset_that_is_missing_is_named(run, tmp_path):
+    run.data.train = [{"prefix": run.data.train[0], "weight": 1}, {"prefix": f"{tmp_path}/no", "weight": 2}]
+    assert f"data.train[1]={tmp_path}/no: there is no {tmp_path}/no.bin" in refusal(run, DataError)
 
 
 def test_tokenizer_must_exist(run, tmp_path):

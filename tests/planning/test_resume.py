@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from spikingbrain_train.architecture.rotary import SETTINGS_OF_TYPES
+from spikingbrain_train.config.blend import blend
 from spikingbrain_train.config.linear_transforms import Projection, QuantizationConfig, SpikingConfig
 from spikingbrain_train.config.model import FeatureMap, GatedLinearAttentionConfig, GateKind, MoEConfig
 from spikingbrain_train.config.rope_scaling import RopeScalingConfig, RopeType
@@ -53,7 +54,7 @@ def run(tmp_path: Path) -> RunConfig:
     return RunConfig(
         model=dataclasses.replace(MODEL),
         stage=StageConfig(train_iters=10, seq_length=16, global_batch_size=2, teacher="teacher"),
-        data=dataclasses.replace(RunConfig().data, train=prefixes, train_weights=[3.0, 1.0]),
+        data=dataclasses.replace(RunConfig().data, train=blend(prefixes, [3.0, 1.0])),
         output_dir=str(tmp_path / "run"),
         precision=Precision.fp32,
     )
@@ -150,8 +151,6 @@ def test_changes_are_said_as_they_are_written_on_the_command_line(run: RunConfig
             GatedLinearAttentionConfig(feature_map=FeatureMap.sigmoid, gate=GateKind.tied),
             ["model.gla.feature_map=relu", "with sigmoid"],
         ),
-        ("data.train_weights", [1.0, 1.0], ["data.train_weights=[3,1]", "with [1,1]", "another order"]),
-        ("data.train_weights", None, ["data.train_weights=[3,1]", "with null"]),
     ],
 )
 def test_what_must_stay_is_refused_naming_both_values(
@@ -193,12 +192,13 @@ class TestTrainingData:
     def test_a_dataset_more_or_less_is_refused(self, run: RunConfig) -> None:
         save(run)
         sentence = refusal(changed(run, "data.train", run.data.train[:1]))
-        assert f"data.train=[{','.join(run.data.train)}]" in sentence
+        a, b = run.data.train_prefixes
+        assert f"data.train=[{{prefix:{a},weight:3}},{{prefix:{b},weight:1}}]" in sentence
 
     def test_the_same_tokens_may_move(self, run: RunConfig, tmp_path: Path) -> None:
         save(run)
         moved = write_dataset(tmp_path / "moved", documents=5)
-        now = changed(run, "data.train", [moved, run.data.train[1]])
+        now = changed(run, "data.train", blend([moved, run.data.train_prefixes[1]], [3.0, 1.0]))
         stored = run_to_resume(now)
         assert stored is not None
         check_training_data(stored, now)
@@ -208,17 +208,23 @@ class TestTrainingData:
 
     def test_weights_of_the_same_shares_are_the_same(self, run: RunConfig) -> None:
         save(run)
-        now = changed(run, "data.train_weights", [6.0, 2.0])
+        now = changed(run, "data.train", blend(run.data.train_prefixes, [6.0, 2.0]))
         stored = run_to_resume(now)
         assert stored is not None
         check_training_data(stored, now)
 
+    @pytest.mark.parametrize(("weights", "now"), [([1.0, 1.0], "weight:1}]"), (None, "with [")])
+    def test_other_weights_are_refused(self, run: RunConfig, weights: list[float] | None, now: str) -> None:
+        save(run)
+        sentence = refusal(changed(run, "data.train", blend(run.data.train_prefixes, weights)))
+        assert ",weight:3},{" in sentence and now in sentence and "another order" in sentence
+
     def test_weights_of_a_single_dataset_do_not_matter(self, run: RunConfig) -> None:
-        alone = changed(changed(run, "data.train", run.data.train[:1]), "data.train_weights", None)
+        alone = changed(run, "data.train", run.data.train_prefixes[:1])
         save(alone)
         stored = run_to_resume(alone)
         assert stored is not None
-        check_training_data(stored, changed(alone, "data.train_weights", [3.0]))
+        check_training_data(stored, changed(alone, "data.train", blend(alone.data.train, [3.0])))
 
     def test_checkpoints_of_earlier_releases_know_paths_only(self, run: RunConfig, tmp_path: Path) -> None:
         save(run, with_record=False)
@@ -226,7 +232,9 @@ class TestTrainingData:
         assert stored is not None and stored.record is None and stored.world_size == 1
         check_training_data(stored, run)
         moved = write_dataset(tmp_path / "moved", documents=5)
-        assert "data.train=[" in refusal(changed(run, "data.train", [moved, run.data.train[1]]))
+        assert "data.train=[" in refusal(
+            changed(run, "data.train", blend([moved, run.data.train_prefixes[1]], [3.0, 1.0]))
+        )
 
     def test_a_fingerprint_sees_any_size_and_the_start_and_end(self, tmp_path: Path) -> None:
         prefix = write_dataset(tmp_path / "large", documents=3000)

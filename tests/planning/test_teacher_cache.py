@@ -94,7 +94,7 @@ def test_other_tokens_tokenizers_and_shares_are_refused(run: RunConfig, tmp_path
     Path(f"{one}.json").unlink()
     run.data.train = [write_dataset(tmp_path / "b", documents=5, reverse=True)]
     assert "was written with data.train=[100 tokens in 5 documents" in refusal(run)
-    run.data.train = [one, one]
+    run.data.train = [one, f"{run.data.train[0]}"]
     assert "data.train=" in refusal(run)
 
 

@@ -51,7 +51,6 @@ def notes(*overrides: str) -> list[str]:
         (f"{DENSE} numerics.on_bad_batch=stop numerics.replay=false", "replay=false", "ends the run at once"),
         (f"{DENSE} logging.eval_interval=5 data.train=[a]", "logging.eval_interval=5", "data.valid"),
         (f"{DENSE} logging.wandb_name=mine", "logging.wandb_name=mine", "logging.wandb is disabled"),
-        (f"{DENSE} data.train_weights=[2] data.train=[a]", "data.train_weights=[2]", "two datasets"),
         (
             f"{DENSE} parallel.context_parallel.gated_linear_attention=ulysses",
             "gated_linear_attention=ulysses",

@@ -24,7 +24,7 @@ def packing_section(plan: Plan) -> Section | None:
         return None
     found: list[PackingStatistics] = []
     said: list[str] = []
-    for number, prefix in enumerate(config.data.train):
+    for number, prefix in enumerate(config.data.train_prefixes):
         try:
             found.append(packing_statistics(prefix, packing))
             said += warnings(found[-1], f"data.train[{number}]")

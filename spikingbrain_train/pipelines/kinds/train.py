@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from spikingbrain_train.config.blend import check_blend, prefixes_of
 from spikingbrain_train.config.compose import compose_run
 from spikingbrain_train.config.load import to_run_config
 from spikingbrain_train.config.run import RunConfig
@@ -63,7 +64,7 @@ class Train(StepKind):
         named = {
             "checkpoint.load": run.checkpoint.load,
             "stage.teacher": run.stage.teacher,
-            **dataset("data.train", run.data.train),
+            **dataset("data.train", _prefixes(run.data.train)),
             **dataset("data.valid", run.data.valid),
         }
         reads = {name: path for name, path in named.items() if path is not None}
@@ -78,6 +79,13 @@ class Train(StepKind):
             fingerprint=OmegaConf.to_yaml(run) + stamp(files),
             train_iters=run.stage.train_iters,
         )
+
+
+def _prefixes(entries: ListConfig) -> list[str]:
+    """Of data.train. Raises ConfigurationError where it is no blend."""
+    train: Any = OmegaConf.to_container(entries, resolve=True)
+    check_blend("data.train", train)
+    return prefixes_of(train)
 
 
 def _launcher(context: Context, given: Mapping[str, Any]) -> tuple[int | None, list[str]]:

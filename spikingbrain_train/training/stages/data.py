@@ -65,7 +65,7 @@ class PackedText:
         self._groups = groups
         stage, data = config.stage, config.data
         tokenizer = load_tokenizer(data.tokenizer) if data.tokenizer else None
-        prefixes, vocabulary = [*data.train, *data.valid], config.model.vocab_size
+        prefixes, vocabulary = [*data.train_prefixes, *data.valid], config.model.vocab_size
         check_tokens_together(prefixes, vocabulary, groups, Path(config.output_dir), activity)
         found, self._valid = self._builder(config)(
             data,
