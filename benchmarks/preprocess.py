@@ -1,6 +1,11 @@
-"""Tokens per second of spikingbrain-preprocess against a plain loop with the same tokenizer, in one run.
+"""Tokens per second of spikingbrain-preprocess against a plain loop and datasets.map with the same tokenizer.
 
 python benchmarks/preprocess.py --tokenizer models/SmolLM2-135M --input corpus.jsonl.zst --megabytes 8
+
+datasets.map is batched, with as many processes as the tool has workers, on JSON lines that are loaded
+already; `--without-loop` leaves the plain loop out. `--whole-alphabet` gives the tokenizer pieces for the
+bytes that its vocabulary lacks, as SmolLM2's does, without which gigatoken does not take it; ids of texts
+stay.
 
 The plain loop is what one writes without a tool: read a JSON line, call the transformers tokenizer on its
 text, append the ids and the end-of-sequence token to a list; at the end, one array is saved. Contestants take
@@ -14,6 +19,7 @@ import argparse
 import json
 import os
 import resource
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,6 +30,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spikingbrain_train.data.documents import find_sources
+from spikingbrain_train.data.encoders import TokenizerBackend
 from spikingbrain_train.data.preprocess import preprocess
 from spikingbrain_train.data.preprocess_options import PreprocessOptions
 
@@ -62,9 +69,52 @@ def plain_loop(corpus: Path, tokenizer: PreTrainedTokenizerBase, output: Path) -
     return len(ids)
 
 
-def tool(corpus: Path, tokenizer: str, output: Path, workers: int) -> int:
+def datasets_map(corpus: Path, tokenizer: PreTrainedTokenizerBase, folder: Path, workers: int) -> float:
+    """What the documentation of datasets shows; returns the seconds of map alone."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    loaded = datasets.load_dataset(
+        "json", data_files=str(corpus), split="train", cache_dir=str(folder / "hf")
+    )
+
+    def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        return {"input_ids": tokenizer(batch["text"], add_special_tokens=False)["input_ids"]}
+
+    started = time.perf_counter()
+    loaded.map(
+        encode,
+        batched=True,
+        num_proc=workers,
+        remove_columns=loaded.column_names,
+        load_from_cache_file=False,
+        cache_file_name=str(folder / "mapped.arrow"),
+    )
+    return time.perf_counter() - started
+
+
+def with_whole_alphabet(tokenizer: Path, folder: Path) -> str:
+    """A copy of a byte-level tokenizer in which no byte lacks its piece."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (tokenizer / name).is_file():
+            shutil.copy(tokenizer / name, folder / name)
+    content = json.loads((tokenizer / "tokenizer.json").read_text())
+    pieces = content["model"]["vocab"]
+    first = max([*pieces.values(), *(each["id"] for each in content["added_tokens"])]) + 1
+    missing = sorted(set(ByteLevel.alphabet()) - set(pieces))
+    pieces |= {piece: first + number for number, piece in enumerate(missing)}
+    (folder / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False))
+    return str(folder)
+
+
+def tool(corpus: Path, tokenizer: str, output: Path, workers: int, backend: str = "tokenizers") -> int:
     """The preprocessing pipeline with everything it needs to start; returns the number of tokens."""
-    options = PreprocessOptions([str(corpus)], str(output), tokenizer, workers=workers, overwrite=True)
+    chosen = TokenizerBackend(backend)
+    options = PreprocessOptions(
+        [str(corpus)], str(output), tokenizer, workers=workers, overwrite=True, tokenizer_backend=chosen
+    )
     return sum(info.tokens for info in preprocess(options, progress=False).datasets.values())
 
 
@@ -78,6 +128,11 @@ def main() -> None:
     parser.add_argument("--text-key", default="text")
     parser.add_argument("--megabytes", type=float, default=8.0, help="text to tokenize (default: 8)")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--backends", nargs="+", default=["tokenizers"], help="tokenizers, gigatoken")
+    parser.add_argument("--without-loop", action="store_true", help="measure datasets.map and the tool alone")
+    parser.add_argument(
+        "--whole-alphabet", action="store_true", help="add the bytes that the vocabulary lacks"
+    )
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     arguments = parser.parse_args()
 
@@ -85,34 +140,52 @@ def main() -> None:
     # import.
     from transformers import AutoTokenizer
 
-    reference = AutoTokenizer.from_pretrained(arguments.tokenizer, local_files_only=True)
     best: dict[str, tuple[float, float]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        (folder / "tokenizer").mkdir()
+        path = arguments.tokenizer
+        if arguments.whole_alphabet:
+            path = with_whole_alphabet(Path(path), folder / "tokenizer")
+        reference = AutoTokenizer.from_pretrained(path, local_files_only=True)
         corpus = folder / "corpus.jsonl"
         write_corpus(arguments.input, arguments.text_key, arguments.megabytes, corpus)
         size = corpus.stat().st_size / 1e6
-        contestants: dict[str, Callable[[], int]] = {
-            "plain loop": lambda: plain_loop(corpus, reference, folder / "plain.npy")
-        }
-        for workers in sorted({1, arguments.workers}):
-            contestants[f"tool, --workers {workers}"] = partial(
-                tool, corpus, arguments.tokenizer, folder / "d", workers
-            )
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes share the cores
+        peer = f"datasets.map, num_proc={arguments.workers}"
+        contestants: dict[str, Callable[[], float]] = {}
+        if not arguments.without_loop:
+            contestants["plain loop"] = lambda: plain_loop(corpus, reference, folder / "plain.npy")
+        contestants[peer] = lambda: datasets_map(corpus, reference, folder, arguments.workers)
+        for backend in arguments.backends:
+            for workers in sorted({1, arguments.workers}):
+                contestants[f"tool, {backend}, --workers {workers}"] = partial(
+                    tool, corpus, path, folder / f"d_{backend}", workers, backend
+                )
         for _ in range(arguments.rounds):
+            found: dict[str, tuple[float, float]] = {}
             for contestant, run in contestants.items():
                 seconds, cpu_seconds = time.perf_counter(), cpu_time()
-                tokens = run()
+                result = run()
                 seconds, cpu_seconds = time.perf_counter() - seconds, cpu_time() - cpu_seconds
+                if contestant == peer:  # it says itself how long it took, without reading JSON
+                    seconds = result
+                else:
+                    tokens = int(result)
+                found[contestant] = (seconds, cpu_seconds)
+            for contestant, measured in found.items():
+                speeds = tuple(tokens / each for each in measured)
                 before = best.get(contestant, (0.0, 0.0))
-                best[contestant] = (max(before[0], tokens / seconds), max(before[1], tokens / cpu_seconds))
-            expected = np.load(folder / "plain.npy")
-            assert np.array_equal(np.fromfile(folder / "d.bin", dtype=expected.dtype), expected)
+                best[contestant] = (max(before[0], speeds[0]), max(before[1], speeds[1]))
+        written = [(folder / f"d_{backend}.bin").read_bytes() for backend in arguments.backends]
+        assert len(set(written)) == 1
+        if not arguments.without_loop:
+            assert written[0] == np.load(folder / "plain.npy").tobytes()
 
     load = os.getloadavg()[0]
     print(f"{tokens:,} tokens, {size:.1f} MB, best of {arguments.rounds} rounds, machine load {load:.1f}\n")
     print("| | tokens/s | ratio | tokens per CPU second | ratio |\n|---|---|---|---|---|")
-    first = best["plain loop"]
+    first = best[peer]
     for contestant, (speed, per_cpu) in best.items():
         print(
             f"| {contestant} | {speed:,.0f} | {speed / first[0]:.2f} x "

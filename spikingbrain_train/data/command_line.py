@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from spikingbrain_train.config.command_line import called_as, user_errors
+from spikingbrain_train.data.encoders import TokenizerBackend
 from spikingbrain_train.data.lengths import DatasetDescription, describe_dataset, text_histogram
 from spikingbrain_train.data.packing.describe import ways_to_pack
 from spikingbrain_train.data.preprocess import plan_preprocessing, preprocess
@@ -21,6 +22,7 @@ from spikingbrain_train.data.preprocess_options import (
     check_seq_length,
 )
 from spikingbrain_train.data.preprocess_report import answer_table, length_table
+from spikingbrain_train.data.verification import verify_dataset
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.reporting.plots.picture import format_of
 from spikingbrain_train.storage.loss_mask_format import has_loss_mask
@@ -49,6 +51,9 @@ examples:
   spikingbrain-preprocess --input chats.jsonl --chat-key messages --loss-on assistant --seq-length 8192 \\
       --tokenizer models/Qwen2.5-7B-Instruct --output-prefix data/chats --valid-fraction 0.02
 
+  # whether the files of a dataset are what was written
+  spikingbrain-preprocess --verify data/corpus_train data/corpus_valid
+
   # how long the documents of datasets are that exist already, also those of Megatron-LM
   spikingbrain-preprocess --describe data/corpus_train data/corpus_valid --plot lengths.png
 
@@ -61,13 +66,15 @@ examples:
 inputs:
   .jsonl, .ndjson, .json   one JSON object a line, the text in --text-key or a conversation in --chat-key
   .txt, .md, .rst          one document a file (--max-text-chars cuts long ones)
-  each also with .gz or .zst; globs are expanded; folders are searched recursively, links are followed, hidden
-  sub-folders and the .json files of tokenized datasets are left out; what is not read is counted at the end
+  .parquet                 one document a row, the same fields in columns, which alone are read
+  each but the last also with .gz or .zst; globs are expanded; folders are searched recursively, links are
+  followed, hidden sub-folders and the .json files of tokenized datasets are left out; what is not read is
+  counted at the end
   pydoc-topics             the documentation topics that every Python carries
 
 Every document ends with the tokenizer's end-of-sequence token; with --loss-on assistant it ends as the chat
 template ends it. The output does not depend on --workers, and
-appears only when it is complete.
+appears only when it is complete; the same command goes on where it was killed or interrupted.
 """
 
 
@@ -92,7 +99,9 @@ def preprocess_parser() -> argparse.ArgumentParser:
         "--tokenizer", required=True, help="Hugging Face tokenizer folder or sentencepiece .model file"
     )
     parser.add_argument(
-        "--text-key", default="text", help="JSON field that holds the text (default: %(default)s)"
+        "--text-key",
+        default="text",
+        help="JSON field, or Parquet column, that holds the text (default: %(default)s)",
     )
     parser.add_argument(
         "--chat-key",
@@ -120,7 +129,8 @@ def preprocess_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--domain-key",
         metavar="FIELD",
-        help="JSON field that names the domain of a document (meta.source: one inside another), stored for "
+        help="JSON field, or Parquet column, that names the domain of a document (meta.source: one inside "
+        "another), stored for "
         "data.pack_by_domain",
     )
     parser.add_argument(
@@ -163,6 +173,15 @@ def preprocess_parser() -> argparse.ArgumentParser:
         help="processes (default: %(default)s, all cores)",
     )
     parser.add_argument(
+        "--tokenizer-backend",
+        type=TokenizerBackend,
+        choices=list(TokenizerBackend),
+        default=TokenizerBackend.auto,
+        metavar="{auto,gigatoken,tokenizers}",
+        help="library that makes tokens of text: gigatoken where it is installed, takes the tokenizer and "
+        "gives the same ids on a sample of the inputs, else tokenizers; the ids are the same (default: auto)",
+    )
+    parser.add_argument(
         "--max-text-chars",
         type=int,
         metavar="N",
@@ -188,6 +207,14 @@ def preprocess_parser() -> argparse.ArgumentParser:
         help="say how long the documents of existing datasets are, and write none; with --plot, --json",
     )
     parser.add_argument(
+        "--verify",
+        nargs="+",
+        action=_DescribeAction,
+        metavar="PREFIX",
+        help="hold all files of existing datasets to the checksums that were written with them; a run looks "
+        "at their sizes and types",
+    )
+    parser.add_argument(
         "--plot",
         type=Path,
         metavar="FILE",
@@ -209,18 +236,23 @@ class _DescribeAction(argparse.Action):
 def preprocess_data(arguments: list[str] | None = None) -> None:
     """spikingbrain-preprocess."""
     parsed = vars(preprocess_parser().parse_args(arguments))
-    # Slurm ends a job with SIGTERM: leave as after Ctrl-C, which removes temporary files.
+    # Slurm ends a job with SIGTERM: leave as after Ctrl-C, which keeps what is done.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with user_errors():
         try:
             _preprocess(parsed)
         except KeyboardInterrupt:
-            print("interrupted: temporary files are removed", file=sys.stderr)
+            print("interrupted: the same command goes on", file=sys.stderr)
             raise
 
 
 def _preprocess(parsed: dict[str, Any]) -> None:
     dry_run, described, plot, as_json = (parsed.pop(name) for name in ("dry_run", "describe", "plot", "json"))
+    if verified := parsed.pop("verify"):
+        _refuse_writing("--verify", parsed)
+        for prefix in verified:
+            print(verify_dataset(prefix), flush=True)
+        return
     if plot is not None:
         format_of(plot, "--plot")
     if described:
@@ -239,16 +271,19 @@ def _preprocess(parsed: dict[str, Any]) -> None:
     print(json.dumps(report.as_values(), indent=2) if as_json else report.describe())
 
 
+def _refuse_writing(reading: str, others: dict[str, Any]) -> None:
+    """Beside a flag that reads datasets stands none that writes one. Raises ConfigurationError."""
+    writing = {"inputs": "--input", "output_prefix": "--output-prefix", "tokenizer": "--tokenizer"}
+    for name, flag in writing.items():
+        if others[name] is not None:
+            raise ConfigurationError(
+                f"{reading} reads datasets that exist and {flag} is for writing one: leave one of them out"
+            )
+
+
 def _describe(prefixes: list[str], others: dict[str, Any], plot: Path | None, as_json: bool) -> None:
     seq_length = others["seq_length"]
-    given = next(
-        (name for name in ("inputs", "output_prefix", "tokenizer") if others[name] is not None), None
-    )
-    if given is not None:
-        flag = "--input" if given == "inputs" else f"--{given.replace('_', '-')}"
-        raise ConfigurationError(
-            f"--describe reads datasets that exist and {flag} is for writing one: leave one of them out"
-        )
+    _refuse_writing("--describe", others)
     check_seq_length(seq_length)
     descriptions = [describe_dataset(prefix, seq_length) for prefix in prefixes]
     packed = [

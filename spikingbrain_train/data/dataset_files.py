@@ -8,7 +8,8 @@ from pathlib import Path
 from spikingbrain_train.storage.index_format import DOMAINS_SUFFIX
 from spikingbrain_train.storage.loss_mask_format import LOSS_MASK_SUFFIX
 
-SUFFIXES = (".bin", ".idx", ".json")
+SIDECAR_SUFFIX = ".json"
+SUFFIXES = (".bin", ".idx", SIDECAR_SUFFIX)
 """The files of one dataset, in the order in which they are put in place."""
 OPTIONAL_SUFFIXES = (DOMAINS_SUFFIX, LOSS_MASK_SUFFIX)
 """Files that only some datasets have; they are put in place, or older ones removed, before the others."""

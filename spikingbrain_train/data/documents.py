@@ -1,4 +1,4 @@
-"""Where documents come from: text, JSON lines (plain, .gz, .zst), folders, globs, Python's own manual.
+"""Where documents come from: text, JSON lines (plain, .gz, .zst), Parquet, folders, globs, Python's manual.
 
 Reading is split in two so that worker processes can share the work: :meth:`Source.read` cuts a file into raw
 documents (cheap, in order), :meth:`RawDocument.text` decodes and checks one (the worker's part).
@@ -10,7 +10,7 @@ import glob
 import gzip
 import io
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -25,6 +25,7 @@ from spikingbrain_train.data.folders import (
     is_sidecar,
     special_kind,
 )
+from spikingbrain_train.data.parquet import PARQUET_SUFFIX, parquet_documents
 from spikingbrain_train.data.raw_document import RawDocument
 from spikingbrain_train.errors import DataError
 
@@ -52,28 +53,34 @@ class Source:
     size: int
     """Bytes on disk."""
 
-    def read(self, max_text_chars: int | None = None) -> Iterator[RawDocument]:
+    def read(
+        self, max_text_chars: int | None = None, fields: Sequence[str] = ("text",)
+    ) -> Iterator[RawDocument]:
         """All documents in order.
 
         Args:
             max_text_chars: cut plain-text files at blank lines into documents of at most that many
                 characters; None keeps a file as one document. JSON documents are never cut.
+            fields: what is read of Parquet files, the text or conversation first.
 
         Raises:
             DataError: the file is empty, unreadable, damaged or cut short.
         """
         count = 0
-        for document in self._read(max_text_chars):
+        for document in self._read(max_text_chars, fields):
             count += 1
             yield document
         if count == 0:
             raise DataError(f"{self.name} is empty: remove it from the inputs or give a file with documents")
 
-    def _read(self, max_text_chars: int | None) -> Iterator[RawDocument]:
+    def _read(self, max_text_chars: int | None, fields: Sequence[str]) -> Iterator[RawDocument]:
         if self.name == PYDOC_TOPICS:
             yield from _pydoc_topics()
             return
         kind, compression = _require_format(self.name)
+        if kind == "parquet":
+            yield from parquet_documents(self.name, self.size, fields)
+            return
         try:
             with open(self.name, "rb") as file:
                 blocks = _decompressed_blocks(file, compression)
@@ -160,8 +167,10 @@ def _documents_in(folder: Path, left_out: LeftOut) -> Iterator[Path]:
 
 
 def _format_of(name: str) -> tuple[str, str] | None:
-    """("json" or "text", compression suffix) from the file name; None for an unsupported type."""
+    """("json", "text" or "parquet", compression suffix) from the file name; None for an unsupported type."""
     stem = name.lower()
+    if stem.endswith(PARQUET_SUFFIX):
+        return "parquet", ""
     compression = next((suffix for suffix in COMPRESSION_SUFFIXES if stem.endswith(suffix)), "")
     stem = stem.removesuffix(compression)
     if stem.endswith(JSON_SUFFIXES):
@@ -177,7 +186,7 @@ def _require_format(name: str) -> tuple[str, str]:
 
 
 def _supported() -> str:
-    return f"{', '.join(JSON_SUFFIXES + TEXT_SUFFIXES)} (each also with .gz or .zst)"
+    return f"{', '.join(JSON_SUFFIXES + TEXT_SUFFIXES)} (each also with .gz or .zst), {PARQUET_SUFFIX}"
 
 
 def _decompressed_blocks(file: BinaryIO, compression: str) -> Iterator[bytes]:

@@ -11,8 +11,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import zlib
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,15 +21,15 @@ from typing import Any
 
 import numpy as np
 
-from spikingbrain_train.data.dataset_files import ALL_SUFFIXES, SUFFIXES, existing_files
+from spikingbrain_train.data.dataset_files import ALL_SUFFIXES, SIDECAR_SUFFIX, SUFFIXES, existing_files
 from spikingbrain_train.data.domains import DTYPE as DOMAIN_DTYPE
 from spikingbrain_train.data.domains import DomainTable
 from spikingbrain_train.data.loss_mask import LossMaskWriter
-from spikingbrain_train.data.token_file import TokenFile, document_starts
+from spikingbrain_train.data.token_file import TokenFile, crc32_of, document_starts
 from spikingbrain_train.data.token_ids import check_token_ids
 from spikingbrain_train.data.tokenizers import Tokenizer, was_made_by
 from spikingbrain_train.errors import DataError
-from spikingbrain_train.storage.index_format import DOMAINS_SUFFIX, header_bytes
+from spikingbrain_train.storage.index_format import DOMAINS_SUFFIX, header_bytes, truncated
 
 __all__ = [
     "DatasetInfo",
@@ -70,6 +71,8 @@ class DatasetInfo:
     """UTF-8 bytes of the texts."""
     domains: list[str] | None = None
     """Names of the domains that ``<prefix>.domains.npy`` counts; None where none are stored."""
+    checksums: dict[str, list[int]] | None = None
+    """Of each other file, by suffix: bytes and CRC-32. None in datasets of earlier releases."""
 
 
 class IndexedDatasetWriter:
@@ -81,6 +84,8 @@ class IndexedDatasetWriter:
         staging: existing folder on the same file system as ``prefix``; the caller removes it.
         domains: names of the domains of documents, which are stored then; None where they are not.
         with_loss_mask: the documents are examples, each of which comes with the tokens that carry loss.
+        kept: bytes of tokens that lie in the staging folder already, and their checksum, from :meth:`sync` of
+            a call that was killed. The same documents are given again; their tokens are not looked at.
     """
 
     def __init__(
@@ -91,12 +96,16 @@ class IndexedDatasetWriter:
         domains: DomainTable | None = None,
         *,
         with_loss_mask: bool = False,
+        kept: tuple[int, int] = (0, 0),
     ) -> None:
         self.prefix = str(prefix)
         self._tokenizer = tokenizer
         self._staged = str(staging / Path(prefix).name)
         self.dtype = token_dtype(tokenizer.vocab_size)
-        self._tokens = open(self._staged + ".bin", "wb")  # noqa: SIM115  (closed by finish or close)
+        self._kept_bytes, self._crc = kept
+        if self._kept_bytes:
+            os.truncate(self._staged + ".bin", self._kept_bytes)
+        self._tokens = open(self._staged + ".bin", "ab" if self._kept_bytes else "wb")  # noqa: SIM115
         self._lengths = array("i")
         self._table = domains
         self._domains = array("H")
@@ -138,10 +147,23 @@ class IndexedDatasetWriter:
             self._loss.add(loss, lengths)
         if domains is not None:
             self._domains.frombytes(domains.astype(DOMAIN_DTYPE, copy=False).tobytes())
-        self._tokens.write(np.ascontiguousarray(token_ids, dtype=self.dtype).data)
+        if self.tokens * np.dtype(self.dtype).itemsize >= self._kept_bytes:
+            written = np.ascontiguousarray(token_ids, dtype=self.dtype).data
+            self._tokens.write(written)
+            self._crc = zlib.crc32(written, self._crc)
         self._lengths.frombytes(lengths.astype(np.int32).tobytes())
         self.tokens += len(token_ids)
         self.text_bytes += text_bytes
+
+    def sync(self) -> tuple[str, tuple[int, int]]:
+        """Have all tokens so far on the disk.
+
+        Returns:
+            Name of their file; its bytes and their checksum.
+        """
+        self._tokens.flush()
+        os.fsync(self._tokens.fileno())
+        return Path(self._tokens.name).name, (self._tokens.tell(), self._crc)
 
     def take_tokens(self) -> tuple[str, np.ndarray, str | None]:
         """Close the data file instead of :meth:`finish`, for a dataset that is only on its way.
@@ -162,6 +184,12 @@ class IndexedDatasetWriter:
     def finish(self) -> DatasetInfo:
         """Close the data file and write index and sidecar, still in the staging folder."""
         domains = self.document_domains
+        self._tokens.close()
+        self._write_index()
+        if domains is not None:
+            np.save(self._staged + DOMAINS_SUFFIX, domains, allow_pickle=False)
+        if self._loss is not None:
+            self._loss.finish()
         info = DatasetInfo(
             tokenizer=self._tokenizer.name,
             tokenizer_fingerprint=self._tokenizer.fingerprint,
@@ -172,16 +200,21 @@ class IndexedDatasetWriter:
             tokens=self.tokens,
             text_bytes=self.text_bytes,
             domains=None if self._table is None else self._table.names,
+            checksums=self._checksums(),
         )
-        self._tokens.close()
-        self._write_index()
-        if domains is not None:
-            np.save(self._staged + DOMAINS_SUFFIX, domains, allow_pickle=False)
         fields = {name: value for name, value in asdict(info).items() if value is not None}
         Path(self._staged + ".json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-        if self._loss is not None:
-            self._loss.finish()
         return info
+
+    def _checksums(self) -> dict[str, list[int]]:
+        """Of all files but the sidecar itself."""
+        found = {}
+        for suffix in ALL_SUFFIXES:
+            path = self._staged + suffix
+            if suffix != SIDECAR_SUFFIX and os.path.exists(path):
+                crc = self._crc if suffix == ".bin" else crc32_of(path)
+                found[suffix] = [os.path.getsize(path), crc or 0]
+        return found
 
     def _write_index(self) -> None:
         """One sequence a document: its length int32, its first byte int64; then all boundaries int64."""
@@ -243,6 +276,7 @@ def read_info(prefix: str | Path) -> DatasetInfo | None:
 
 def _types_of_fields() -> Iterator[tuple[str, Any]]:
     types: dict[str, Any] = {"str": str, "int": int, "list[str] | None": (list, type(None))}
+    types["dict[str, list[int]] | None"] = (dict, type(None))
     for name, field in DatasetInfo.__dataclass_fields__.items():
         yield name, types[str(field.type)]
 
@@ -272,15 +306,31 @@ def open_indexed_dataset(prefix: str | Path, vocab_size: int | None = None) -> T
             f"{prefix}.json speaks of {info.tokens} tokens but {prefix}.bin holds {dataset.num_tokens}: the "
             "files are of different runs, preprocess again with --overwrite"
         )
+    elif info.dtype != dataset.dtype.name:
+        raise DataError(
+            f"{prefix}.json speaks of tokens stored as {info.dtype}, but {prefix}.idx has them as "
+            f"{dataset.dtype.name}: the files are of different runs, preprocess again with --overwrite"
+        )
     elif vocab_size is not None and info.vocab_size > vocab_size:
         raise DataError(
             f"the tokens of {prefix} were made by the tokenizer {info.tokenizer} with {info.vocab_size} ids "
             f"but the model's vocabulary has only {vocab_size}: preprocess with the tokenizer that belongs "
             "to the model"
         )
+    if info is not None:
+        check_sizes(prefix, info.checksums or {})
     if vocab_size is not None:
         check_token_ids(dataset, vocab_size)
     return dataset
+
+
+def check_sizes(prefix: str, checksums: Mapping[str, Sequence[int]]) -> None:
+    """Files beside tokens and index are as long as they were written. Raises DataError."""
+    for suffix, (size, _) in checksums.items():
+        path = f"{prefix}{suffix}"
+        found = os.path.getsize(path) if os.path.isfile(path) else 0
+        if found != size:
+            raise truncated(prefix, suffix, size, found)
 
 
 def check_same_tokenizer(prefix: str | Path, tokenizer: Tokenizer) -> None:

@@ -3,15 +3,17 @@
 One process reads files and writes tokens, in order; worker processes decode, check and tokenize chunks of
 documents (:mod:`~spikingbrain_train.data.tokenize_documents`). The output depends on the inputs and the
 tokenizer only, not on the number of workers. Nothing appears under the output prefix before everything is
-complete.
+complete; the same command goes on where one was killed or interrupted
+(:mod:`~spikingbrain_train.data.preprocess_progress`).
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +23,15 @@ from spikingbrain_train.data.chat_loss import chat_examples
 from spikingbrain_train.data.dataset_files import ALL_SUFFIXES, existing_files
 from spikingbrain_train.data.documents import Source, find_sources
 from spikingbrain_train.data.domains import DomainTable
+from spikingbrain_train.data.encoders import ChosenEncoder, PlainEncoder, choose_encoder
 from spikingbrain_train.data.folders import LeftOut
 from spikingbrain_train.data.indexed import DatasetInfo, IndexedDatasetWriter, token_dtype
 from spikingbrain_train.data.lengths import describe_dataset
 from spikingbrain_train.data.preprocess_options import PreprocessOptions
+from spikingbrain_train.data.preprocess_progress import Progress, can_go_on, key_of_work
 from spikingbrain_train.data.preprocess_report import PreprocessPlan, PreprocessReport
 from spikingbrain_train.data.split_writers import SplitByPlace, SplitByTokens, SplitWriter
-from spikingbrain_train.data.tokenize_documents import split_into_chunks, tokenize, tokenize_all
+from spikingbrain_train.data.tokenize_documents import sample_texts, split_into_chunks, tokenize, tokenize_all
 from spikingbrain_train.data.tokenizers import Tokenizer, load_tokenizer
 from spikingbrain_train.errors import DataError
 from spikingbrain_train.reporting.activity import activity
@@ -45,10 +49,11 @@ def plan_preprocessing(options: PreprocessOptions) -> PreprocessPlan:
     """
     left_out = LeftOut()
     sources, tokenizer = _prepare(options, left_out)
+    chosen = _chosen(sources, tokenizer, options)
     documents = text_bytes = tokens = loss_tokens = 0
     whole = True
     for chunk in split_into_chunks(sources, options):
-        result = tokenize(chunk, tokenizer, options, token_dtype(tokenizer.vocab_size))
+        result = tokenize(chunk, tokenizer, options, token_dtype(tokenizer.vocab_size), chosen.encoder)
         documents += len(result.lengths)
         text_bytes += sum(result.text_bytes)
         tokens += len(result.token_ids)
@@ -68,6 +73,7 @@ def plan_preprocessing(options: PreprocessOptions) -> PreprocessPlan:
         whole,
         left_out.describe(),
         loss_tokens if options.learns_answers else None,
+        None if options.learns_answers else chosen.said,
     )
 
 
@@ -86,24 +92,34 @@ def preprocess(options: PreprocessOptions, progress: bool = False) -> Preprocess
     left_out = LeftOut()
     with activity("opening the inputs", shown=progress):
         sources, tokenizer = _prepare(options, left_out)
+        chosen = _chosen(sources, tokenizer, options)
     report = PreprocessReport(left_out=left_out.describe(), seq_length=options.seq_length)
+    report.encoder = None if options.learns_answers else chosen.said
     started = time.perf_counter()
-    with _staging_folder(options.output_prefix) as staging:
+    key = key_of_work(options, sources, tokenizer)
+    with _staging_folder(options.output_prefix, key) as staging:
+        progress_so_far = Progress(staging, key)
         writers: list[IndexedDatasetWriter] = []
         domains = DomainTable() if options.names_domains else None
         try:
             masked = options.learns_answers
-            writers += [
-                IndexedDatasetWriter(prefix, tokenizer, staging, domains, with_loss_mask=masked)
-                for prefix in options.output_prefixes
-            ]
+            prefixes = list(options.output_prefixes)
+            if options.holds_out_tokens:
+                prefixes.append(options.output_prefix)
+            for prefix in prefixes:
+                kept = progress_so_far.kept.get(f"{Path(prefix).name}.bin", (0, 0))
+                writers.append(
+                    IndexedDatasetWriter(
+                        prefix, tokenizer, staging, domains, with_loss_mask=masked, kept=kept
+                    )
+                )
+            filled = writers
             split: SplitWriter = SplitByPlace(writers, options, domains)
             if options.holds_out_tokens:
-                prefix = options.output_prefix
-                whole = IndexedDatasetWriter(prefix, tokenizer, staging, domains, with_loss_mask=masked)
-                writers.append(whole)
-                split = SplitByTokens(whole, writers[:2], options, domains)
-            _write_all(sources, tokenizer, options, split, report, progress)
+                filled = writers[2:]
+                split = SplitByTokens(writers[2], writers[:2], options, domains)
+            work = _Work(sources, tokenizer, options, chosen, progress_so_far)
+            work.write_all(split, filled, report, progress)
             _refuse_nothing(split.documents, report)
             with activity("splitting", split.left_to_write, "B", shown=progress) as done:
                 report.held_out = split.settle(done.advance)
@@ -148,23 +164,51 @@ def _prepare(options: PreprocessOptions, left_out: LeftOut) -> tuple[list[Source
     return sources, tokenizer
 
 
-def _write_all(
-    sources: list[Source],
-    tokenizer: Tokenizer,
-    options: PreprocessOptions,
-    split: SplitWriter,
-    report: PreprocessReport,
-    progress: bool,
-) -> None:
-    read = 0
-    with activity("tokenizing", sum(source.size for source in sources), "B", shown=progress) as done:
-        for chunk, result in tokenize_all(
-            split_into_chunks(sources, options), tokenizer, options, token_dtype(tokenizer.vocab_size)
-        ):
-            split.add(result)
-            report.count(chunk, result)
-            done.advance(chunk.position - read)
-            read = chunk.position
+def _chosen(sources: list[Source], tokenizer: Tokenizer, options: PreprocessOptions) -> ChosenEncoder:
+    """What tokenizes. Raises ConfigurationError."""
+    if options.learns_answers:  # the chat template tokenizes
+        return ChosenEncoder(PlainEncoder(tokenizer), "tokenizers", "")
+    return choose_encoder(tokenizer, options.tokenizer_backend, sample_texts(sources, options))
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What is tokenized, and what of it is done."""
+
+    sources: list[Source]
+    tokenizer: Tokenizer
+    options: PreprocessOptions
+    chosen: ChosenEncoder
+    progress: Progress
+
+    def write_all(
+        self,
+        split: SplitWriter,
+        filled: Sequence[IndexedDatasetWriter],
+        report: PreprocessReport,
+        shown: bool,
+    ) -> None:
+        """Give all documents to ``split``, which ``filled`` writes now."""
+        dtype, read = token_dtype(self.tokenizer.vocab_size), 0
+        chunks = split_into_chunks(self.sources, self.options)
+        size = sum(source.size for source in self.sources)
+        by = "" if self.options.learns_answers else f" by {self.chosen.name}"
+        with activity(f"tokenizing{by}", size, "B", shown=shown) as done:
+            # What a killed call has done comes first.
+            for result in self.progress.results(dtype):
+                chunk = next(chunks)
+                split.add(result)
+                report.count(chunk, result)
+                read = report.resumed_bytes = chunk.position
+            done.advance(read)
+            for chunk, result in tokenize_all(
+                chunks, self.tokenizer, self.options, dtype, self.chosen.encoder
+            ):
+                split.add(result)
+                report.count(chunk, result)
+                self.progress.add(result, filled)
+                done.advance(chunk.position - read)
+                read = chunk.position
 
 
 def _refuse_nothing(documents: int, report: PreprocessReport) -> None:
@@ -186,13 +230,21 @@ def _refuse_empty(options: PreprocessOptions, infos: list[DatasetInfo]) -> None:
 
 
 @contextmanager
-def _staging_folder(output_prefix: str) -> Iterator[Path]:
-    """A temporary folder beside the output, removed in the end whatever happens."""
+def _staging_folder(output_prefix: str, key: str) -> Iterator[Path]:
+    """A temporary folder beside the output, that of a killed call for the same work if there is one.
+
+    It is removed in the end, unless somebody interrupts.
+    """
     prefix = Path(output_prefix)
     with ExitStack() as stack:
         try:
             prefix.parent.mkdir(parents=True, exist_ok=True)
-            staging = stack.enter_context(temporary_folder(prefix.with_name(f".{prefix.name}")))
+            folder = temporary_folder(
+                prefix.with_name(f".{prefix.name}"),
+                goes_on=lambda abandoned: can_go_on(abandoned, key),
+                keeps=lambda error: isinstance(error, KeyboardInterrupt),
+            )
+            staging = stack.enter_context(folder)
         except OSError as error:
             raise _unwritable(output_prefix, error) from error
         yield staging

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
+from spikingbrain_train.data.encoders import TokenizerBackend
+from spikingbrain_train.data.parquet import ALL
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.planning.launch import available_cores
 
@@ -35,7 +37,7 @@ class PreprocessOptions:
     tokenizer: str
     """Hugging Face tokenizer folder or sentencepiece .model."""
     text_key: str = "text"
-    """Field of a JSON line that holds the text."""
+    """Field of a JSON line, or column of a Parquet file, that holds the text."""
     chat_key: str | None = None
     """Field of a JSON line that holds a conversation instead, which the tokenizer's chat template renders."""
     domain_key: str | None = None
@@ -57,6 +59,8 @@ class PreprocessOptions:
     """Another number holds other documents out."""
     workers: int = 1
     """Tokenizing processes."""
+    tokenizer_backend: TokenizerBackend = TokenizerBackend.auto
+    """Which library makes tokens of text; the ids are those of the tokenizer."""
     max_text_chars: int | None = None
     """Cut plain-text files at blank lines into documents of at most that many characters."""
     skip_bad_documents: bool = False
@@ -118,6 +122,13 @@ class PreprocessOptions:
             raise ConfigurationError(
                 f"{given[0]} and {given[1]} each say how much is held out: give one of them"
             )
+
+    @property
+    def fields(self) -> list[str]:
+        """Fields of a record that are read, the text or conversation first."""
+        if self.chat_key is not None:
+            return [self.chat_key, ALL]
+        return [self.text_key] if self.domain_key is None else [self.text_key, self.domain_key]
 
     @property
     def names_domains(self) -> bool:

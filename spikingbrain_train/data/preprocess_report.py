@@ -35,6 +35,8 @@ class PreprocessPlan:
     """What lies among the inputs and is not read, a line for each kind."""
     sampled_loss_tokens: int | None = None
     """Of examples, how many of the sampled tokens carry loss."""
+    encoder: str | None = None
+    """Which library tokenizes, and why; None of examples."""
 
     @property
     def _kinds(self) -> str:
@@ -55,6 +57,7 @@ class PreprocessPlan:
                 f"{'all' if self.whole else 'first'} {self.sampled_documents:,} documents: "
                 f"{self.sampled_bytes / 1e6:,.1f} MB of text, {self.sampled_tokens:,} tokens, "
                 f"{per_token:.2f} bytes per token{loss}",
+                *([] if self.encoder is None else [self.encoder]),
                 *self.left_out,
                 f"would write: {', '.join(f'{prefix}.{{{self._kinds}}}' for prefix in self.outputs)}",
             ]
@@ -138,6 +141,10 @@ class PreprocessReport:
     """Answers that became examples of their own, because the chat template shows them otherwise later."""
     seq_length: int | None = None
     """Of the training that examples are meant for."""
+    encoder: str | None = None
+    """Which library tokenized, and why; None of examples, which the chat template tokenizes."""
+    resumed_bytes: int = 0
+    """Of the inputs, what a killed call had done."""
     seconds: float = 0.0
     """Wall time, loading the tokenizer excluded."""
 
@@ -173,6 +180,13 @@ class PreprocessReport:
             f"{seconds:,.1f} s: {tokens / seconds:,.0f} tokens/s, {text_bytes / seconds / 1e6:.2f} MB/s of "
             f"text; stored as {', '.join(kinds)}"
         )
+        if self.encoder is not None:
+            lines.append(self.encoder)
+        if self.resumed_bytes:
+            lines.append(
+                f"went on where an earlier call had stopped, behind {self.resumed_bytes / 1e6:,.1f} MB of "
+                "the inputs"
+            )
         if self.held_out is not None:
             lines.append(self.held_out.describe())
         if self.cut_files:
@@ -199,6 +213,7 @@ class PreprocessReport:
             "documents_from_cut_files": self.pieces,
             "seconds": self.seconds,
             "tokens_per_second": tokens / max(self.seconds, 1e-9),
+            "tokenized_by": self.encoder,
             "not_read": self.left_out,
             "warnings": self.warnings,
         }

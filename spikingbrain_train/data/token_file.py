@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import weakref
+import zlib
 from functools import lru_cache
 
 import numpy as np
@@ -19,6 +20,7 @@ import numpy as np
 from spikingbrain_train.errors import DataError
 from spikingbrain_train.storage.index_format import HEADER_BYTES, IndexHeader, read_header, truncated
 
+_BLOCK_BYTES = 1 << 22
 _MOST_OPEN = 64
 """Files that a process holds open: a blend may have more datasets than it may open files."""
 
@@ -75,6 +77,19 @@ class TokenFile:
         expected = self.num_tokens * self.dtype.itemsize
         if found != expected:
             raise truncated(self.prefix, ".bin", expected, found)
+
+
+def crc32_of(path: str | os.PathLike[str], most: int | None = None) -> int | None:
+    """CRC-32 of a file, or of its first ``most`` bytes; None where it has fewer. Raises OSError."""
+    crc, left = 0, os.path.getsize(path) if most is None else most
+    with open(path, "rb") as file:
+        while left:
+            block = file.read(min(left, _BLOCK_BYTES))
+            if not block:
+                return None
+            crc = zlib.crc32(block, crc)
+            left -= len(block)
+    return crc
 
 
 class _OpenFile:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TypeVar
 
@@ -24,6 +25,7 @@ from spikingbrain_train.data.chat import chat_template
 from spikingbrain_train.data.chat_loss import chat_examples
 from spikingbrain_train.data.documents import Source
 from spikingbrain_train.data.domains import domain_of
+from spikingbrain_train.data.encoders import Encoder
 from spikingbrain_train.data.preprocess_options import PreprocessOptions
 from spikingbrain_train.data.raw_document import EmptyDocumentError, RawDocument
 from spikingbrain_train.data.split import place_of
@@ -32,6 +34,7 @@ from spikingbrain_train.errors import DataError
 
 _CHUNK_BYTES = 1 << 20
 _CHUNK_DOCUMENTS = 1024
+_SAMPLED_SOURCES, _SAMPLE_CHARACTERS = 8, 1 << 17
 _MOST_NAMED = 4
 """Bad documents whose sentences stand in one error."""
 
@@ -74,7 +77,7 @@ def split_into_chunks(sources: Iterable[Source], options: PreprocessOptions) -> 
     documents: list[RawDocument] = []
     size = before = position = 0
     for source in sources:
-        for document in source.read(options.max_text_chars):
+        for document in source.read(options.max_text_chars, options.fields):
             documents.append(document)
             size += len(document.payload)
             position = before + document.position
@@ -87,7 +90,11 @@ def split_into_chunks(sources: Iterable[Source], options: PreprocessOptions) -> 
 
 
 def tokenize_all(
-    chunks: Iterator[Chunk], tokenizer: Tokenizer, options: PreprocessOptions, dtype: type[np.number]
+    chunks: Iterator[Chunk],
+    tokenizer: Tokenizer,
+    options: PreprocessOptions,
+    dtype: type[np.number],
+    encoder: Encoder,
 ) -> Iterator[tuple[Chunk, TokenizedChunk]]:
     """Tokenize chunks in worker processes and return them in their order, with a bounded number under way.
 
@@ -96,14 +103,14 @@ def tokenize_all(
     """
     if options.workers == 1:
         for chunk in chunks:
-            yield chunk, tokenize(chunk, tokenizer, options, dtype)
+            yield chunk, tokenize(chunk, tokenizer, options, dtype, encoder)
         return
     executor = ProcessPoolExecutor(
         options.workers,
         # Not fork: the tokenizer library and PyTorch have threads, whose locks a forked child would inherit.
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_start_worker,
-        initargs=(tokenizer, options, dtype),
+        initargs=(tokenizer, options, dtype, encoder),
     )
     under_way: deque[tuple[Chunk, Future[TokenizedChunk]]] = deque()
     try:
@@ -122,26 +129,40 @@ def tokenize_all(
         executor.shutdown(wait=True, cancel_futures=True)
 
 
-_worker_state: tuple[Tokenizer, PreprocessOptions, type[np.number]]
+_worker_state: tuple[Tokenizer, PreprocessOptions, type[np.number], Encoder]
 """Set once in each worker process, so that the tokenizer does not travel with every chunk."""
 
 
-def _start_worker(tokenizer: Tokenizer, options: PreprocessOptions, dtype: type[np.number]) -> None:
+def _start_worker(
+    tokenizer: Tokenizer, options: PreprocessOptions, dtype: type[np.number], encoder: Encoder
+) -> None:
     global _worker_state
+    threading.Thread(target=_end_with_parent, name="end of the worker", daemon=True).start()
     signal.signal(
         signal.SIGINT, signal.SIG_IGN
     )  # Ctrl-C reaches the whole group; the parent shuts workers down
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core a worker
-    _worker_state = (tokenizer, options, dtype)
+    _worker_state = (tokenizer, options, dtype, encoder)
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed says nothing to its workers, which would wait for chunks for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _work(chunk: Chunk) -> TokenizedChunk:
-    tokenizer, options, dtype = _worker_state
-    return tokenize(chunk, tokenizer, options, dtype)
+    return tokenize(chunk, *_worker_state)
 
 
 def tokenize(
-    chunk: Chunk, tokenizer: Tokenizer, options: PreprocessOptions, dtype: type[np.number]
+    chunk: Chunk,
+    tokenizer: Tokenizer,
+    options: PreprocessOptions,
+    dtype: type[np.number],
+    encoder: Encoder,
 ) -> TokenizedChunk:
     """Decode, check and tokenize a chunk, in this process.
 
@@ -150,28 +171,42 @@ def tokenize(
     """
     if options.learns_answers:
         return _tokenize_examples(chunk, options, dtype)
-    key, render = options.text_key, None
-    if options.chat_key is not None:
-        key, render = options.chat_key, chat_template(options.tokenizer).render
-    made, domains, bad = _of_each(chunk, lambda document: [document.text(key, render)], options)
-    texts = [text for each in made for text in each]
-    encoded = tokenizer.encode_batch(texts)
-    lengths = [len(ids) + 1 for ids in encoded]
-    token_ids = np.empty(sum(lengths), dtype=dtype)
-    end = 0
-    for ids, length in zip(encoded, lengths, strict=True):
-        end += length
-        token_ids[end - length : end - 1] = ids
-        token_ids[end - 1] = tokenizer.eos_id
+    texts, domains, bad = _texts(chunk, options)
+    ids, lengths = encoder.encode(texts)
     return TokenizedChunk(
-        token_ids=token_ids,
-        lengths=lengths,
+        token_ids=np.insert(ids.astype(dtype), np.cumsum(lengths), tokenizer.eos_id),
+        lengths=(lengths + 1).tolist(),
         text_bytes=[len(text.encode("utf-8")) for text in texts],
         places=[place_of(text, options.split_seed) for text in texts],
         domains=domains,
         skipped=[str(error) for error in bad],
         empty=sum(isinstance(error, EmptyDocumentError) for error in bad),
     )
+
+
+def _texts(chunk: Chunk, options: PreprocessOptions) -> tuple[list[str], list[str], list[DataError]]:
+    """Of the good documents, with their domains; and what is wrong with the others. Raises DataError."""
+    key, render = options.text_key, None
+    if options.chat_key is not None:
+        key, render = options.chat_key, chat_template(options.tokenizer).render
+    made, domains, bad = _of_each(chunk, lambda document: [document.text(key, render)], options)
+    return [text for each in made for text in each], domains, bad
+
+
+def sample_texts(sources: Sequence[Source], options: PreprocessOptions) -> list[str]:
+    """Texts of the first documents of some sources, spread over all of them; bad documents are left out."""
+    step = max(len(sources) // _SAMPLED_SOURCES, 1)
+    found: list[str] = []
+    for source in list(sources)[::step][:_SAMPLED_SOURCES]:
+        size = 0
+        for chunk in split_into_chunks([source], replace(options, skip_bad_documents=True)):
+            for text in _texts(chunk, replace(options, skip_bad_documents=True))[0]:
+                size += len(text)
+                found.append(text)
+                if size > _SAMPLE_CHARACTERS:
+                    break
+            break
+    return found
 
 
 def _tokenize_examples(chunk: Chunk, options: PreprocessOptions, dtype: type[np.number]) -> TokenizedChunk:

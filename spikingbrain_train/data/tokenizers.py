@@ -148,6 +148,20 @@ class HuggingFaceTokenizer:
         vars(self).update(state)
         self._backend.encode_special_tokens = encode_special_tokens
 
+    def as_json(self) -> str:
+        """The tokenizer as tokenizer.json holds it."""
+        return self._backend.to_str()
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """What tokenizer.json says of normalizer, pre_tokenizer, model and added_tokens."""
+        return json.loads(self.as_json())
+
+    @property
+    def added_tokens(self) -> list[str]:
+        """What is found in texts before they are split into words."""
+        return [token.content for token in self._backend.get_added_tokens_decoder().values()]
+
     @property
     def earlier_fingerprint(self) -> str:
         vocabulary = self._backend.get_vocab(with_added_tokens=True)

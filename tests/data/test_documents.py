@@ -153,12 +153,12 @@ def test_folders_and_globs_are_sorted_and_files_count_once(tmp_path: Path) -> No
     [
         ("absent.jsonl", "no file, folder or glob match"),
         ("nothing-*.txt", "no file, folder or glob match"),
-        ("table.parquet", "unsupported type: give .jsonl"),
+        ("table.arrow", "unsupported type: give .jsonl"),
         ("folder", "holds no .jsonl"),
     ],
 )
 def test_inputs_that_give_nothing_are_refused(tmp_path: Path, name: str, reason: str) -> None:
-    (tmp_path / "table.parquet").write_bytes(b"PAR1")
+    (tmp_path / "table.arrow").write_bytes(b"PAR1")
     (tmp_path / "folder").mkdir()
     with pytest.raises(DataError, match=reason):
         read(tmp_path / name)
@@ -199,7 +199,7 @@ def test_links_to_folders_are_followed_and_loops_end(tmp_path: Path) -> None:
 
 def test_what_is_not_read_is_counted(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
-    (tmp_path / "table.parquet").write_bytes(b"PAR1")
+    (tmp_path / "table.arrow").write_bytes(b"PAR1")
     (tmp_path / "gone.txt").symlink_to("nowhere")
     (tmp_path / "loop.txt").symlink_to("loop.txt")
     for name in (".ipynb_checkpoints", "deep/.ipynb_checkpoints"):
@@ -209,7 +209,7 @@ def test_what_is_not_read_is_counted(tmp_path: Path) -> None:
     assert left_out(tmp_path, tmp_path) == [
         f"not read: 2 x hidden folder, first {tmp_path}/.ipynb_checkpoints",
         f"not read: 2 x link to nothing, first {tmp_path}/gone.txt",
-        f"not read: 1 x file of another type, first {tmp_path}/table.parquet",
+        f"not read: 1 x file of another type, first {tmp_path}/table.arrow",
     ]
     assert read(tmp_path / ".ipynb_checkpoints") == ["a copy"]  # who names it wants it
     assert left_out(str(tmp_path / "*.txt")) == [f"not read: 2 x link to nothing, first {tmp_path}/gone.txt"]

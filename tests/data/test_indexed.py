@@ -4,6 +4,8 @@ import hashlib
 import json
 import logging
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +23,9 @@ from spikingbrain_train.data.indexed import (
     token_dtype,
 )
 from spikingbrain_train.data.tokenizers import HuggingFaceTokenizer, SentencePieceTokenizer
+from spikingbrain_train.data.verification import verify_dataset
 from spikingbrain_train.errors import DataError
-from tests.data.conftest import CountingTokenizer
+from tests.data.conftest import CountingTokenizer, WriteTokens
 
 FILES = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 DOCUMENTS = [[5, 6, 7, 0], [8, 0], [9, 10, 11, 12, 13, 0]]
@@ -194,3 +197,37 @@ def test_a_dataset_that_megatron_wrote_works_with_a_warning(
 def test_the_sidecar_is_plain_json(write_tokens) -> None:
     fields = json.loads(Path(write_tokens("d", DOCUMENTS) + ".json").read_text())
     assert (fields["documents"], fields["tokens"], fields["dtype"]) == (3, 12, "int32")
+
+
+def test_a_dataset_is_held_to_what_was_written_with_it(write_tokens: WriteTokens) -> None:
+    prefix = write_tokens("d", [range(1, 60), range(5)], domains=["a", "b"])
+    size = sum(os.path.getsize(f"{prefix}{suffix}") for suffix in (".bin", ".idx", ".domains.npy"))
+    said = f"{prefix}: 64 tokens as int32; 3 files, {size} bytes, are as they were written"
+    assert verify_dataset(prefix) == said
+
+    def refused(suffix: str, damage: Callable[[bytes], bytes], *, by_runs: bool) -> str:
+        path = Path(prefix + suffix)
+        before = path.read_bytes()
+        path.write_bytes(damage(before))
+        with pytest.raises(DataError) as caught:
+            verify_dataset(prefix)
+        if by_runs:
+            with pytest.raises(DataError, match=re.escape(str(caught.value))):
+                open_indexed_dataset(prefix)
+        else:
+            open_indexed_dataset(prefix)
+        path.write_bytes(before)
+        assert "\n" not in str(caught.value)
+        return str(caught.value)
+
+    flipped = refused(".bin", lambda content: b"\x02" + content[1:], by_runs=False)
+    assert flipped.startswith(f"{prefix}.bin is as long as it was written, but its bytes are others (CRC-32")
+    assert ".bin" in refused(".bin", lambda content: content[:-4], by_runs=True)
+    assert ".domains.npy" in refused(".domains.npy", lambda content: content[:-1], by_runs=True)
+    as_int16 = refused(".json", lambda content: content.replace(b'"int32"', b'"uint16"'), by_runs=True)
+    assert "stored as uint16, but" in as_int16 and "has them as int32" in as_int16
+
+    sidecar = json.loads(Path(f"{prefix}.json").read_text())
+    del sidecar["checksums"]
+    Path(f"{prefix}.json").write_text(json.dumps(sidecar))
+    assert verify_dataset(prefix).endswith("sizes fit, and no checksums were written with it")

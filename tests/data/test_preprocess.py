@@ -3,11 +3,6 @@ from __future__ import annotations
 import json
 import random
 import resource
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -18,15 +13,12 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from sentencepiece import SentencePieceProcessor
 from transformers import AutoTokenizer
 
-from spikingbrain_train.data.documents import Source
 from spikingbrain_train.data.indexed import read_info, token_dtype
 from spikingbrain_train.data.preprocess import plan_preprocessing, preprocess
 from spikingbrain_train.data.preprocess_options import PreprocessOptions
-from spikingbrain_train.data.raw_document import RawDocument
 from spikingbrain_train.errors import ConfigurationError, DataError
 from tests.data.preprocess_command import exit_code_of
 
-TOOL = Path(__file__).parents[2] / "tools" / "preprocess_data.py"
 TEXTS = [topics[key] for key in sorted(topics)[:40]]
 
 
@@ -215,20 +207,6 @@ def test_an_input_is_never_written_over(corpus: Path, hf_folder: Path) -> None:
     assert document.read_bytes() == before
 
 
-def test_an_interrupt_leaves_nothing_behind(
-    corpus: Path, hf_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupted(self: Source, max_text_chars: int | None = None) -> Iterator[RawDocument]:
-        yield RawDocument("x", b"some text", False, 0)
-        assert list((corpus.parents[1] / "out").iterdir()), "the staging folder exists at this point"
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(Source, "read", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        preprocess(options(corpus, hf_folder))
-    assert folder_content(corpus.parents[1] / "out") == {}
-
-
 def test_a_plan_estimates_without_writing(corpus: Path, hf_folder: Path) -> None:
     plan = plan_preprocessing(options(corpus, hf_folder, valid_fraction=0.3))
     out = corpus.parents[1] / "out"
@@ -319,27 +297,3 @@ def test_an_unwritable_output_folder_is_named(corpus: Path, hf_folder: Path) -> 
     in_the_way.write_text("")
     with pytest.raises(DataError, match=f"cannot write {in_the_way}/data: "):
         preprocess(options(corpus, hf_folder, output_prefix=str(in_the_way / "data")))
-
-
-@pytest.mark.slow
-def test_a_terminated_job_removes_its_temporary_files(tmp_path: Path, hf_folder: Path) -> None:
-    big = tmp_path / "big.txt"
-    big.write_text("\n".join(TEXTS * 200))
-    out = tmp_path / "out"
-    process = subprocess.Popen(
-        [sys.executable, str(TOOL), "--input", str(big), "--max-text-chars", "5000", "--workers", "2"]
-        + ["--tokenizer", str(hf_folder), "--output-prefix", str(out / "d")],
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        deadline = time.monotonic() + 120
-        while not list(out.glob(".*/*.bin")) and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    assert process.returncode == 130, errors
-    assert "interrupted" in errors
-    assert folder_content(out) == {}
