@@ -10,6 +10,7 @@
 #   MASTER_PORT       its port                                (default: from the job id, 15000-29999)
 #   LOG_DIR           one log file per node goes there        (default: outputs/slurm/<job id>)
 #   STOP_SECONDS      whole seconds that a run may take to save from the warning on  (default: 540)
+#   MAX_REQUEUES      starts after which a job that loses a node is no longer requeued  (default: 10)
 #   CONTAINER_IMAGE   a .sif file runs under apptainer; anything else is given to srun's pyxis plugin
 #   CONTAINER_MOUNTS  source:target[,source:target...]        (default: this checkout, at its own path)
 #   SWEEP_ARGUMENTS   folder of <task>.args, which holds the further arguments of an array task, one a line
@@ -27,7 +28,9 @@ fail() {
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 entry=${ENTRY:-train.py}
 nodes=${SLURM_JOB_NUM_NODES:?Slurm sets it}
-ranks=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}
+# What the job asked for (a100:8) counts where the node's own number is not told, as after a node came back.
+asked=${SLURM_GPUS_PER_NODE:-}
+ranks=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-${asked##*:}}}
 [ -n "$ranks" ] || fail "Slurm gave this job no GPUs; ask for them (sbatch --gpus-per-node=8) or set NPROC_PER_NODE"
 restarts=${SLURM_RESTART_COUNT:-0}
 log_dir=${LOG_DIR:-$root/outputs/slurm/$SLURM_JOB_ID}
@@ -90,8 +93,9 @@ printf 'job %s, start %d: %d nodes x %d ranks, rendezvous %s:%s\nlogs: %s/node*.
 # rank: they finish the step, save, and end with exit code 75, which torchrun turns into 1. The job goes back into
 # the queue then, or after STOP_SECONDS, whatever comes first: requeueing ends what still runs.
 # A preemption is announced like this only where slurm.conf has PreemptParameters=send_user_signal, and then by the
-# partition's GraceTime, not by --signal's seconds. Elsewhere the ranks get SIGTERM, upon which they save all the same,
-# and Slurm requeues the job itself if its PreemptMode is REQUEUE.
+# partition's GraceTime, not by --signal's seconds. Elsewhere the ranks get SIGTERM, upon which they save all the same.
+# Slurm requeues a preempted job only where it still runs when the GraceTime ends: one that has saved by then would
+# count as failed, so it is requeued from here. So is one that has lost a node or a task of srun's, up to MAX_REQUEUES.
 step=
 timer=
 interrupted=no
@@ -124,6 +128,20 @@ requeue() {
         requeued=yes
     else
         printf 'job %s could not be requeued; submit it again to continue\n' "$SLURM_JOB_ID" >&2
+    fi
+}
+# Prints why the run ended if that was not its own doing.
+loss() {
+    case " $(scontrol show job "$SLURM_JOB_ID" --oneliner 2>/dev/null) " in
+    *" PreemptTime=None "* | *" JobState=CANCELLED "*) ;;
+    *" PreemptTime="*) printf 'it was preempted' && return ;;
+    esac
+    [ "$restarts" -lt "${MAX_REQUEUES:-10}" ] || return 0
+    # States end in * where a node does not answer.
+    if sinfo --noheader --nodes="$SLURM_JOB_NODELIST" --format=%T 2>/dev/null | grep -q -e '\*$' -e '^down'; then
+        printf 'a node is down'
+    elif [ "$1" -eq 137 ]; then # SIGKILL, which torchrun does not get where a rank fails
+        printf 'the processes of a node were killed'
     fi
 }
 trap warn USR1
@@ -163,7 +181,12 @@ while :; do # a trapped signal ends `wait`, not the step
     [ "$interrupted" = yes ] || break
 done
 [ -z "$timer" ] || kill "$timer" 2>/dev/null || true
-[ "$requeued" = no ] && [ "$warned" = yes ] && [ "$status" -ne 0 ] && requeue
+if [ "$requeued" = no ] && [ "$status" -ne 0 ]; then
+    reason=
+    [ "$warned" = yes ] || reason=$(loss "$status")
+    [ -z "$reason" ] || printf 'job %s: %s\n' "$SLURM_JOB_ID" "$reason"
+    { [ "$warned" = no ] && [ -z "$reason" ]; } || requeue
+fi
 [ "$requeued" = no ] || exit 0
 [ "$status" -eq 0 ] ||
     printf 'job %s failed with exit code %d; see %s/node*.log\n' "$SLURM_JOB_ID" "$status" "$log_dir" >&2

@@ -1,0 +1,176 @@
+"""Jobs of scripts/slurm on a real Slurm: what a cluster does to a run, and that the run goes on.
+
+The cluster is two nodes on this machine (cluster.py). Each job is ``nvidia.sbatch`` as users submit it, one
+rank a node, on the CPU.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from spikingbrain_train.reporting.metrics import METRICS_FILE, read_metrics
+from spikingbrain_train.storage.checkpoint_folder import CHECKPOINT_FOLDER, latest_iteration
+from tests.slurm.cluster import Cluster, Job, processes_with, wait_until
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 120
+SAVE_INTERVAL = 5
+
+
+class Run:
+    """A job and the run in it."""
+
+    def __init__(self, cluster: Cluster, folder: Path, text: Path, *options: str, steps: int = STEPS) -> None:
+        self.folder = folder
+        self.output = folder / "run"
+        variables = {
+            "PYTHON": sys.executable,
+            "PYTHONPATH": str(ROOT),
+            "MASTER_ADDR": "127.0.0.1",
+            "LOG_DIR": str(folder / "nodes"),
+        }
+        settings = (
+            *(
+                "model=tiny_hybrid",
+                "model.vocab_size=130",
+                "stage=cpt",
+                "parallel=single",
+                f"data.train=[{text}]",
+            ),
+            *(f"stage.train_iters={steps}", "stage.seq_length=64", "stage.global_batch_size=2"),
+            *("stage.micro_batch_size=1", "logging.log_interval=1", "logging.tensorboard=false"),
+            *("precision=fp32", f"checkpoint.save_interval={SAVE_INTERVAL}", "checkpoint.keep_last=2"),
+            *("cluster=cpu", "cluster.peak_tflops=0.1", f"output_dir={self.output}"),
+        )
+        self.job: Job = cluster.submit(
+            *("--nodes=2", "--gpus-per-node=1", "--cpus-per-task=1", "--time=60:00"),
+            f"--output={folder}/job.log",
+            *options,
+            "scripts/slurm/nvidia.sbatch",
+            *settings,
+            cwd=ROOT,
+            variables=variables,
+        )
+
+    @property
+    def log(self) -> str:
+        """What the batch script has said."""
+        path = self.folder / "job.log"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def logs(self) -> str:
+        """All that there is to see."""
+        nodes = [path.read_text(errors="replace")[-4000:] for path in sorted(self.folder.glob("nodes/*.log"))]
+        return "\n".join([self.log, *nodes])
+
+    def iteration(self) -> int:
+        """The last step in the metrics."""
+        points = read_metrics(self.output) if (self.output / METRICS_FILE).exists() else []
+        return int(points[-1]["iteration"]) if points else 0
+
+    def wait_for_step(self, step: int, seconds: float = 120) -> None:
+        """Until that step is in the metrics."""
+        wait_until(lambda: self.iteration() >= step, seconds, f"step {step} is done", self.logs)
+
+    def wait_for(self, *states: str, seconds: float = 150) -> None:
+        """Until the job is in one of the states, as Slurm calls them."""
+        wait_until(lambda: self.job.state in states, seconds, f"the job is {' or '.join(states)}", self.logs)
+
+    def saved(self) -> int:
+        """Iteration of the newest checkpoint."""
+        return latest_iteration(self.output / CHECKPOINT_FOLDER) or 0
+
+    def check_whole(self, steps: int = STEPS) -> None:
+        """It has ended as it should, with each step once."""
+        assert self.job.state == "COMPLETED", self.logs()
+        assert [point["iteration"] for point in read_metrics(self.output)] == list(range(1, steps + 1)), (
+            self.logs()
+        )
+        assert self.saved() == steps
+
+
+@pytest.fixture
+def submit(cluster: Cluster, tmp_path: Path, text: Path) -> Iterator[Callable[..., Run]]:
+    """Submit a run; what a test leaves in the queue is cancelled."""
+    yield lambda *options, **settings: Run(cluster, tmp_path, text, *options, **settings)
+    cluster.call("scancel", "--full", "--signal=KILL", "--user=root")
+    cluster.call("scancel", "--user=root")
+    wait_until(lambda: not cluster.call("squeue", "--noheader"), 60, "the queue is empty", cluster.logs)
+
+
+def test_a_run_is_warned_ahead_of_its_time_limit_saves_requeues_itself_and_ends(submit) -> None:
+    run = submit()
+    run.wait_for_step(8)
+    run.job.signal_batch("USR1")  # as --signal=B:USR1@600 does, ten minutes ahead
+    run.wait_for("PENDING", "COMPLETED", seconds=60)
+    stopped = run.iteration()
+    assert 8 <= run.saved() == stopped < STEPS, run.logs()
+    assert "requeueing; it will continue from its newest checkpoint" in run.log
+    run.wait_for("COMPLETED", "FAILED")
+    run.check_whole()
+    assert run.job.facts()["Restarts"] == "1" and "start 2: 2 nodes x 1 ranks" in run.log
+    assert sorted(path.name for path in (run.folder / "nodes").iterdir()) == ["node0.log", "node1.log"]
+
+
+def test_a_job_that_is_preempted_saves_within_the_grace_time_and_goes_on_later(
+    submit, cluster: Cluster, tmp_path: Path
+) -> None:
+    run = submit()
+    run.wait_for_step(8)
+    urgent = cluster.submit(
+        *(
+            "--partition=urgent",
+            "--nodes=2",
+            "--exclusive",
+            f"--output={tmp_path}/urgent.log",
+            "--wrap=sleep 2",
+        ),
+        cwd=tmp_path,
+    )
+    wait_until(lambda: urgent.state == "COMPLETED", 90, "the urgent job is done", run.logs)
+    stopped = run.saved()
+    assert stopped >= 8 and stopped == run.iteration(), run.logs()
+    run.wait_for("COMPLETED", "FAILED")
+    run.check_whole()
+    assert run.job.facts()["Restarts"] == "1"
+
+
+def test_a_job_that_is_cancelled_saves_and_leaves_nothing_behind(submit, cluster: Cluster) -> None:
+    run = submit(steps=100000)
+    run.wait_for_step(8)
+    cluster.call("scancel", run.job.number)
+    run.wait_for("CANCELLED", seconds=60)
+    number = f"SLURM_JOB_ID={run.job.number}"
+    wait_until(
+        lambda: not processes_with(number, f"SLURM_CONF={cluster.folder}/slurm.conf"), 40, "all end", run.logs
+    )
+    assert run.saved() == run.iteration() >= 8, run.logs()
+    assert run.job.facts()["Restarts"] == "0"
+
+
+def test_a_node_that_goes_down_costs_the_steps_since_the_last_checkpoint(submit, cluster: Cluster) -> None:
+    run = submit()
+    run.wait_for_step(12)
+    cluster.kill_node("n2")
+    wait_until(lambda: "n2" in cluster.down(), 60, "Slurm sees that n2 is down", run.logs)
+    saved = run.saved()
+    assert saved >= 10 and saved % SAVE_INTERVAL == 0
+    cluster.start_node("n2")
+    run.wait_for("COMPLETED", "FAILED")
+    run.check_whole()
+    assert f"resumed from iteration {saved}" in run.logs() or saved
+    assert int(run.job.facts()["Restarts"]) >= 1
+
+
+def test_a_failing_run_fails_its_job_with_its_sentence_and_is_not_requeued(submit) -> None:
+    run = submit(steps=0)
+    run.wait_for("COMPLETED", "FAILED", seconds=60)
+    assert run.job.state == "FAILED" and run.job.facts()["Restarts"] == "0"
+    assert "stage.train_iters" in run.logs() and os.listdir(run.folder / "nodes") != []
