@@ -325,11 +325,14 @@ def open_indexed_dataset(prefix: str | Path, vocab_size: int | None = None) -> T
 
 
 def check_sizes(prefix: str, checksums: Mapping[str, Sequence[int]]) -> None:
-    """Files beside tokens and index are as long as they were written. Raises DataError."""
+    """Files beside tokens and index are as long as they were written; who needs one that is gone says so.
+
+    Raises:
+        DataError: one is shorter or longer.
+    """
     for suffix, (size, _) in checksums.items():
         path = f"{prefix}{suffix}"
-        found = os.path.getsize(path) if os.path.isfile(path) else 0
-        if found != size:
+        if os.path.isfile(path) and (found := os.path.getsize(path)) != size:
             raise truncated(prefix, suffix, size, found)
 
 

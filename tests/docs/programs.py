@@ -31,7 +31,7 @@ IMPORTED = (
     "spikingbrain_train.evaluation.pretrained",
     "spikingbrain_train.training.trainer",
 )
-SECONDS = 90
+SECONDS = 300
 """How long one program may take."""
 
 

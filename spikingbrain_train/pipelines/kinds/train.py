@@ -163,17 +163,33 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def hydra_value(value: Any) -> str:
     """A value in Hydra's override grammar.
 
-    Text is quoted where it is more than a plain word, or stands for a variable without value (``<model>``).
+    Text is quoted where it is more than a plain word (``<model>`` stands for a variable without value), and in
+    lists where Hydra takes it for a number: lists of mixed kinds are not converted to that of their setting.
     """
     if value is None:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list):
-        return f"[{','.join(hydra_value(item) for item in value)}]"
+        return f"[{','.join(_quoted(i) if _is_read_otherwise(i) else hydra_value(i) for i in value)}]"
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     text = str(value)
     if re.fullmatch(r"[\w./-]+|<\w+>", text, re.ASCII):
         return text
+    return _quoted(text)
+
+
+def _quoted(text: str) -> str:
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def _is_read_otherwise(value: Any) -> bool:
+    """Whether it is text that Hydra takes for a number, a truth value or nothing."""
+    if not isinstance(value, str):
+        return False
+    try:
+        float(value)
+    except ValueError:
+        return value.lower() in ("true", "false", "null")
+    return True

@@ -121,7 +121,7 @@ class BadBatches(Callback):
                 raise NumericalError(
                     f"the first {counts.in_a_row} batches were bad; {self._of_the_last(skipped, verdict)}"
                 )
-            self._roll_back()
+            self._roll_back(self._of_the_last(skipped, verdict))
 
     def step_end(self) -> None:
         losses, self._losses = self._losses, None
@@ -234,7 +234,8 @@ class BadBatches(Callback):
         self.run.say(f"warning: {text}")
         self.run.callbacks.alert(Alert(title, text))
 
-    def _roll_back(self) -> None:
+    def _roll_back(self, last: str) -> None:
+        """Take weights back; ``last`` is what is to be said where there are none to take."""
         run, counts = self.run, self._counts
         if run.checkpoints.pending is not None:
             run.callbacks.after_save(run.checkpoints.wait())
@@ -243,9 +244,7 @@ class BadBatches(Callback):
         begun = f"{counts.in_a_row} bad batches in a row: "
         counts.in_a_row = 0
         if iteration is None:
-            nowhere = "no older checkpoint is there to go back to, so weights stay as they are"
-            self._warn("bad batches in a row", f"{begun}{nowhere}")
-            return
+            raise NumericalError(f"{begun}no older checkpoint is there to go back to; {last}")
         counts.last_good = iteration - 1  # where it is as bad from there, go back further
         counts.rollbacks += 1
         self._warn(

@@ -77,9 +77,11 @@ class SlowRanks(Callback):
         self._window: deque[PassTime] = deque(maxlen=_WINDOW)
         self._slow: set[int] = set()
         self._has_warmed_up = False
+        self._is_started = False
 
     def start(self) -> None:
         self._timer = PassTimer(self.run.groups.device)
+        self._is_started = True
 
     @property
     def _factor(self) -> float | None:
@@ -164,5 +166,5 @@ class SlowRanks(Callback):
         return bytes(letters.tolist()).rstrip(b"\0").decode(errors="replace")
 
     def end(self, error: BaseException | None) -> None:
-        if error is not None:
+        if error is not None and self._is_started:  # another callback's start may have failed
             self._timer.end()
