@@ -253,11 +253,22 @@ def test_weights_go_back_further_where_trouble_stays(ranks: RankPool, tmp_path: 
     config = run_config(tmp_path, text, parallel=parallel)
     config.stage = replace(config.stage, train_iters=8)
     config.checkpoint.save_interval, config.numerics.roll_back_after = 1, 1
-    spoilt = {4 * (step - 1): "always" for step in (4, 5, 6, 7)}
+    spoilt = {4 * (step - 1): "always" for step in (4, 5, 6)}
     for watch, sentence, iteration, _ in ranks.run(_train, config, spoilt, world_size=2, parallel=parallel):
         states = watch.after_step
         assert sentence == "" and iteration == 8
-        assert states[4] == states[3] and states[5] == states[2] and states[6] == states[1] == states[7]
+        assert states[4] == states[3] and states[5] == states[2] and states[6] == states[1] != states[7]
+
+
+def test_a_run_without_a_checkpoint_to_go_back_to_ends(ranks: RankPool, tmp_path: Path, text: Path) -> None:
+    config = run_config(tmp_path, text)
+    config.numerics.roll_back_after = 2
+    spoilt = {4 * (step - 1): "always" for step in (3, 4)}
+    for _, sentence, iteration, _ in ranks.run(
+        _train, config, spoilt, world_size=2, parallel=ParallelConfig()
+    ):
+        assert iteration == 3 and "2 bad batches in a row: no older checkpoint is there" in sentence
+        assert "lower optimizer.lr" in sentence
 
 
 def test_a_spike_of_the_loss_is_left_out_once_the_median_is_known(

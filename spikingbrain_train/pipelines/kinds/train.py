@@ -163,8 +163,8 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def hydra_value(value: Any) -> str:
     """A value in Hydra's override grammar.
 
-    Text is quoted where it is more than a plain word (``<model>`` stands for a variable without value), and in
-    lists where Hydra takes it for a number: lists of mixed kinds are not converted to that of their setting.
+    Text is quoted where it is more than a plain word (``<model>`` stands for a variable without value), and
+    in lists where Hydra takes it for a number: lists of mixed kinds are not converted to their setting's.
     """
     if value is None:
         return "null"

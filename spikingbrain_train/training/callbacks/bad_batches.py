@@ -185,7 +185,7 @@ class BadBatches(Callback):
         raise SkipUpdate(reason)
 
     def _advice(self) -> str:
-        return advice(self.run.config, steps_done=self._counts.last_good)
+        return advice(self.run.config, steps_done=self._counts.updates)
 
     def _of_the_last(self, skipped: SkipUpdate, verdict: Verdict | None) -> str:
         """What the sentence that ends a run says of its last batch, and what to do."""
