@@ -28,9 +28,7 @@ fail() {
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 entry=${ENTRY:-train.py}
 nodes=${SLURM_JOB_NUM_NODES:?Slurm sets it}
-# What the job asked for (a100:8) counts where the node's own number is not told, as after a node came back.
-asked=${SLURM_GPUS_PER_NODE:-}
-ranks=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-${asked##*:}}}
+ranks=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}
 [ -n "$ranks" ] || fail "Slurm gave this job no GPUs; ask for them (sbatch --gpus-per-node=8) or set NPROC_PER_NODE"
 restarts=${SLURM_RESTART_COUNT:-0}
 log_dir=${LOG_DIR:-$root/outputs/slurm/$SLURM_JOB_ID}
