@@ -25,7 +25,6 @@ ELSEWHERE = {
     "PYTEST_ARGS": "of make test",
     "PYTHON": "of make",
     "PYTORCH_CUDA_ALLOC_CONF": "of torch",
-    "PreemptParameters": "of Slurm",
     "VENV": "of make",
     "name": "stands for a setting",
     "pretrained": "of lm-evaluation-harness",
