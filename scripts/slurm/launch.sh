@@ -131,7 +131,8 @@ requeue() {
 # Prints why the run ended if that was not its own doing.
 loss() {
     case " $(scontrol show job "$SLURM_JOB_ID" --oneliner 2>/dev/null) " in
-    *" PreemptTime=None "* | *" JobState=CANCELLED "*) ;;
+    *" JobState=CANCELLED "*) return ;;
+    *" PreemptTime=None "*) ;;
     *" PreemptTime="*) printf 'it was preempted' && return ;;
     esac
     [ "$restarts" -lt "${MAX_REQUEUES:-10}" ] || return 0
@@ -183,7 +184,7 @@ if [ "$requeued" = no ] && [ "$status" -ne 0 ]; then
     reason=
     [ "$warned" = yes ] || reason=$(loss "$status")
     [ -z "$reason" ] || printf 'job %s: %s\n' "$SLURM_JOB_ID" "$reason"
-    { [ "$warned" = no ] && [ -z "$reason" ]; } || requeue
+    if [ "$warned" = yes ] || [ -n "$reason" ]; then requeue; fi
 fi
 [ "$requeued" = no ] || exit 0
 [ "$status" -eq 0 ] ||
