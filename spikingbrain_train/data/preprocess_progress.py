@@ -80,11 +80,6 @@ class Progress:
         """Of the staged token files, by name: bytes that are there already, and their checksum."""
         self._chunks = [each for entry in self._journal.entries.values() for each in entry["chunks"]]
 
-    @property
-    def chunks(self) -> int:
-        """Chunks that are done already."""
-        return len(self._chunks)
-
     def results(self, dtype: type[np.number]) -> Iterator[TokenizedChunk]:
         """What was made of them; in the place of their tokens, which are there, stand zeros."""
         for values in self._chunks:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -31,9 +31,6 @@ from tests.distributed.small_runs import (
     run_config,
     train,
 )
-
-if TYPE_CHECKING:
-    pass
 
 
 def _config(

@@ -23,7 +23,6 @@ _MEASURED = 5
 """Steps in front of every report whose passes are timed, the reported one among them."""
 _WINDOW = 10
 """Timed passes whose median is compared; a pause of one of them, or of four, is no slow rank."""
-_LONGEST_HOST = 256
 
 
 @dataclass(frozen=True)
@@ -157,13 +156,9 @@ class SlowRanks(Callback):
         self.run.callbacks.alert(Alert("slow rank", f"iteration {step}: {text}"))
 
     def _host_of(self, rank: int) -> str:
-        groups = self.run.groups
-        name = platform.node().encode()[:_LONGEST_HOST]
-        letters = torch.zeros(_LONGEST_HOST, dtype=torch.uint8)
-        letters[: len(name)] = torch.tensor(list(name), dtype=torch.uint8)
-        letters = letters.to(groups.device)
-        torch.distributed.broadcast(letters, src=rank)
-        return bytes(letters.tolist()).rstrip(b"\0").decode(errors="replace")
+        host = [platform.node()]
+        torch.distributed.broadcast_object_list(host, src=rank, device=self.run.groups.device)
+        return host[0]
 
     def end(self, error: BaseException | None) -> None:
         if error is not None and self._is_started:  # another callback's start may have failed

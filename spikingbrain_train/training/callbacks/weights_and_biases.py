@@ -70,14 +70,12 @@ class WeightsAndBiases(Callback):
             mode = self._offline_instead(reason)
         try:
             self._wandb = self._init(mode)
-        except wandb.errors.UsageError as error:  # the user's to put right; the network has no part in it
-            raise _cannot_start(error) from error
-        except wandb.errors.AuthenticationError as error:
-            raise _cannot_start(error) from error
-        except wandb.errors.CommError as error:
-            self._wandb = self._init(self._offline_instead(_first_line(error)))
         except wandb.Error as error:
-            raise _cannot_start(error) from error
+            # A wrong key is one of the network's errors to W&B, and the user's to put right.
+            is_of_user = isinstance(error, wandb.errors.AuthenticationError)
+            if is_of_user or not isinstance(error, wandb.errors.CommError):
+                raise _cannot_start(error) from error
+            self._wandb = self._init(self._offline_instead(_first_line(error)))
 
     def _init(self, mode: WandbMode) -> Any:
         import wandb
