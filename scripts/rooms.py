@@ -23,6 +23,7 @@ FLOORS = {
     "spiking": 5,
     "parallel": 6,
     "checkpoint": 7,
+    "health": 7,
     "models": 7,
     "data": 7,
     "evaluation": 8,

@@ -1,14 +1,18 @@
 #!/usr/bin/env bash
 # Runs train.py on every node of a Slurm allocation: one torchrun a node, meeting on the first one.
-# nvidia.sbatch and metax.sbatch end in this script; its arguments go to train.py as they are.
+# nvidia.sbatch, metax.sbatch and cpu.sbatch end in this script; its arguments go to train.py as they are.
 #
 # Variables, all optional:
+#   CLUSTER_ENV       nvidia, metax or cpu: variables of such a cluster, from env/<name>.env; or the path of a
+#                     file of your own, which is sourced          (default: what the batch script says)
 #   NPROC_PER_NODE    ranks per node                          (default: the GPUs that Slurm gave each node)
 #   PYTHON            interpreter                             (default: .venv/bin/python, in a container python)
 #   ENTRY             script to run                           (default: train.py)
 #   MASTER_ADDR       host of the rendezvous                  (default: first node of the allocation)
 #   MASTER_PORT       its port                                (default: from the job id, 15000-29999)
 #   LOG_DIR           one log file per node goes there        (default: outputs/slurm/<job id>)
+#   HEALTH_CHECK      no: start without looking at nodes, network and disk first  (default: yes, some seconds)
+#   HEALTH_CHECK_ARGS further words for it, such as --min-bandwidth 40; spikingbrain-health-check --help
 #   STOP_SECONDS      whole seconds that a run may take to save from the warning on  (default: 540)
 #   MAX_REQUEUES      starts after which a job that loses a node is no longer requeued  (default: 10)
 #   CONTAINER_IMAGE   a .sif file runs under apptainer; anything else is given to srun's pyxis plugin
@@ -26,6 +30,18 @@ fail() {
 [ -n "${SLURM_JOB_ID:-}" ] ||
     fail "no Slurm allocation; submit with \`sbatch scripts/slurm/nvidia.sbatch ...\` or metax.sbatch"
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+if [ -n "${CLUSTER_ENV:-}" ]; then
+    case $CLUSTER_ENV in
+    */*) variables=$CLUSTER_ENV ;;
+    *) variables=$root/scripts/slurm/env/$CLUSTER_ENV.env ;;
+    esac
+    known=$(cd "$root/scripts/slurm/env" && printf '%s, ' ./*.env)
+    known=${known//.\//}
+    [ -f "$variables" ] ||
+        fail "CLUSTER_ENV=$CLUSTER_ENV names no variables; there are ${known//.env/}or the path of a file (./my.env)"
+    # shellcheck source=/dev/null
+    . "$variables"
+fi
 entry=${ENTRY:-train.py}
 nodes=${SLURM_JOB_NUM_NODES:?Slurm sets it}
 ranks=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}
@@ -47,18 +63,19 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores >= ranks ? cores / ranks : 1)
 # torchrun, which hands SIGTERM on, kills the ranks that have not ended this long after (torch 2.6: after 30 s, always).
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-${STOP_SECONDS:-540}}
 
-srun_options=(
-    --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpus-per-task="$cores"
+on_each_node=(--nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpus-per-task="$cores")
+run_options=(
     --kill-on-bad-exit=1 # one failed node ends the step instead of hanging the others
     --output="$log_dir/node%n.log" --open-mode=append # after a requeue the logs go on
 )
 inside=()
+container=()
 if [ -n "${CONTAINER_IMAGE:-}" ]; then
     mounts=${CONTAINER_MOUNTS:-$root:$root}
     read -r -a container_args <<<"${CONTAINER_ARGS:-}"
     case $CONTAINER_IMAGE in
     *.sif) inside=(apptainer exec --pwd "$root" --bind "$mounts" "${container_args[@]}" "$CONTAINER_IMAGE") ;;
-    *) srun_options+=(--container-image="$CONTAINER_IMAGE" --container-mounts="$mounts" --container-workdir="$root"
+    *) container=(--container-image="$CONTAINER_IMAGE" --container-mounts="$mounts" --container-workdir="$root"
         "${container_args[@]}") ;;
     esac
     python=${PYTHON:-python}
@@ -81,6 +98,12 @@ if [ "$restarts" -gt 0 ]; then
 fi
 torchrun=("$python" -m torch.distributed.run --nnodes="$nodes" --nproc-per-node="$ranks"
     --master-addr="$MASTER_ADDR" --master-port="$MASTER_PORT" "$entry" "${arguments[@]}")
+
+check=("$python" -m spikingbrain_train health-check)
+read -r -a check_args <<<"${HEALTH_CHECK_ARGS:-}"
+check+=("${check_args[@]}")
+# Of another script's arguments nobody knows what they ask for.
+[ "$entry" != train.py ] || check+=("${arguments[@]}")
 
 cd "$root"
 mkdir -p "$log_dir" || fail "$log_dir cannot be created; set LOG_DIR to a folder that every node can write"
@@ -170,16 +193,47 @@ while :; do
     status=$?
     [ "$interrupted" = yes ] || exit "$status"
 done'
-srun "${srun_options[@]}" bash -c "$on_node" on_node "${inside[@]}" "${torchrun[@]}" &
-step=$!
-[ "$warned" = no ] || kill -USR1 "$step" || true
-while :; do # a trapped signal ends `wait`, not the step
-    interrupted=no
-    status=0
-    wait "$step" || status=$?
-    [ "$interrupted" = yes ] || break
+# Sets `status` to the exit code of a call of srun.
+follow() {
+    "$@" &
+    step=$!
+    [ "$warned" = no ] || kill -USR1 "$step" || true
+    while :; do # a trapped signal ends `wait`, not the step
+        interrupted=no
+        status=0
+        wait "$step" || status=$?
+        [ "$interrupted" = yes ] || break
+    done
+}
+
+status=0
+what=
+if [ "${HEALTH_CHECK:-yes}" != no ]; then
+    # Its ranks start without torchrun, which would wait for a missing node on its own terms. Whoever ends first ends
+    # nobody else, so that rank 0 can say what it misses. What it prints stands in the job's log.
+    # shellcheck disable=SC2016
+    on_node_check='
+ranks=$1
+shift
+export WORLD_SIZE=$((SLURM_JOB_NUM_NODES * ranks)) LOCAL_WORLD_SIZE=$ranks
+started=()
+for ((rank = 0; rank < ranks; rank++)); do
+    RANK=$((SLURM_NODEID * ranks + rank)) LOCAL_RANK=$rank "$@" &
+    started+=($!)
 done
+worst=0
+for each in "${started[@]}"; do wait "$each" || worst=$?; done
+exit "$worst"'
+    export MASTER_ADDR MASTER_PORT
+    follow srun "${on_each_node[@]}" "${container[@]}" bash -c "$on_node_check" on_node_check "$ranks" "${inside[@]}" "${check[@]}"
+    [ "$status" -eq 0 ] || what=' its health check, and no run was started'
+    [ "$warned" = no ] || status=75 # no time is left for the run
+fi
+if [ "$status" -eq 0 ]; then
+    follow srun "${on_each_node[@]}" "${run_options[@]}" "${container[@]}" bash -c "$on_node" on_node "${inside[@]}" "${torchrun[@]}"
+fi
 [ -z "$timer" ] || kill "$timer" 2>/dev/null || true
+# A health check that fails is no reason by itself to start again: the next start might meet the same node.
 if [ "$requeued" = no ] && [ "$status" -ne 0 ]; then
     reason=
     [ "$warned" = yes ] || reason=$(loss "$status")
@@ -188,5 +242,9 @@ if [ "$requeued" = no ] && [ "$status" -ne 0 ]; then
 fi
 [ "$requeued" = no ] || exit 0
 [ "$status" -eq 0 ] ||
-    printf 'job %s failed with exit code %d; see %s/node*.log\n' "$SLURM_JOB_ID" "$status" "$log_dir" >&2
+    if [ -n "$what" ]; then
+        printf 'job %s failed%s\n' "$SLURM_JOB_ID" "$what" >&2
+    else
+        printf 'job %s failed with exit code %d; see %s/node*.log\n' "$SLURM_JOB_ID" "$status" "$log_dir" >&2
+    fi
 exit "$status"

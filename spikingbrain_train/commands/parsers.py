@@ -15,6 +15,12 @@ def _cache_teacher() -> argparse.ArgumentParser:
     return cache_teacher_parser()
 
 
+def _health_check() -> argparse.ArgumentParser:
+    from spikingbrain_train.health.command_line import health_check_parser
+
+    return health_check_parser()
+
+
 def _preprocess() -> argparse.ArgumentParser:
     from spikingbrain_train.data.command_line import preprocess_parser
 
@@ -100,6 +106,7 @@ def _completion() -> argparse.ArgumentParser:
 
 
 PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
+    "health-check": _health_check,
     "cache-teacher": _cache_teacher,
     "preprocess": _preprocess,
     "convert": _convert,

@@ -25,6 +25,14 @@ def plan() -> None:
 
 
 @program
+def health_check() -> None:
+    """See whether the hosts of a run are fit for it."""
+    from spikingbrain_train.commands.health_check import health_check
+
+    health_check()
+
+
+@program
 def cache_teacher() -> None:
     """Cache the teacher's logits."""
     from spikingbrain_train.commands.inference import here_or_on_ranks

@@ -36,6 +36,12 @@ COMMANDS = (
     Command("train", "train one stage of a model", programs.train, "train.py"),
     Command("plan", "what a run would take: layers, parameters, memory", programs.plan, "tools/plan.py"),
     Command(
+        "health-check",
+        "see whether the hosts of a run are fit for it",
+        programs.health_check,
+        "tools/health_check.py",
+    ),
+    Command(
         "cache-teacher",
         "cache the teacher's logits for a distill run",
         programs.cache_teacher,

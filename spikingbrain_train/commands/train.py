@@ -40,7 +40,7 @@ def plan() -> None:
         launched = ranks.launcher_of_command_line()
         if _swept(launched, dry_run=True):
             return
-        checked = _checked(launched, ["dry_run=true"])
+        checked = checked_run(launched, ["dry_run=true"])
     if checked is not None:
         _dry_run(checked, build_share=build, as_json=as_json)
 
@@ -55,7 +55,7 @@ def train() -> None:
         launched = ranks.launcher_of_command_line()
         if _swept(launched):
             return
-        checked = _checked(launched)
+        checked = checked_run(launched)
     if checked is None:
         return
     if checked.config.dry_run:
@@ -78,7 +78,7 @@ def _swept(launched: ranks.Ranks | None, *, dry_run: bool = False) -> bool:
     return True
 
 
-def _checked(launched: ranks.Ranks | None, further: Sequence[str] = ()) -> Plan | None:
+def checked_run(launched: ranks.Ranks | None, further: Sequence[str] = ()) -> Plan | None:
     """The checked run; None where there is nothing to run, and what was asked for is printed.
 
     Args:

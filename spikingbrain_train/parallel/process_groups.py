@@ -230,19 +230,16 @@ def _join_world(launch: Launch, accelerator: Accelerator, timeout: timedelta) ->
             backend, store=torch.distributed.HashStore(), rank=0, world_size=1, timeout=timeout
         )
         return
-    one_node = launch.local_world_size == launch.world_size
-    os.environ["MASTER_ADDR"] = master = _reachable_master(launch.master_addr, one_node)
-    if backend == "gloo" and "GLOO_SOCKET_IFNAME" not in os.environ:
-        interface = _interface_towards(master)
-        if interface is not None:
-            os.environ["GLOO_SOCKET_IFNAME"] = interface
+    os.environ["MASTER_ADDR"] = master = reachable_master(launch)
+    if backend == "gloo":
+        choose_interface(master)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         torch.distributed.init_process_group(
             backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout
         )
         return
     restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
-    if not one_node and restarts != "0":
+    if not _is_one_node(launch) and restarts != "0":
         raise PlatformError(
             f"torchrun --max-restarts={restarts} cannot restart ranks on several nodes, which do not "
             "agree on how often that was done; leave it out, and start the run again when it has failed."
@@ -264,17 +261,36 @@ def restart_prefix() -> str:
     return f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
-def _reachable_master(master_addr: str, one_node: bool) -> str:
+def _is_one_node(launch: Launch) -> bool:
+    return launch.local_world_size == launch.world_size
+
+
+def reachable_master(launch: Launch) -> str:
+    """The launcher's MASTER_ADDR, or 127.0.0.1 where it is a name of this machine that does not resolve.
+
+    Raises:
+        PlatformError: another node does not know the name.
+    """
+    master_addr = launch.master_addr
+    assert master_addr is not None, "only launchers name a host to meet at"
     try:
         socket.getaddrinfo(master_addr, None)
     except OSError:
-        if one_node:
+        if _is_one_node(launch):
             return "127.0.0.1"  # the store is on this machine, whatever the machine calls itself
         raise PlatformError(
             f"MASTER_ADDR={master_addr} cannot be resolved on {socket.gethostname()}; set it to an address "
             "that every node can reach."
         ) from None
     return master_addr
+
+
+def choose_interface(master: str) -> None:
+    """Have gloo talk over the interface that leads to a host, unless GLOO_SOCKET_IFNAME says which."""
+    if "GLOO_SOCKET_IFNAME" not in os.environ:
+        interface = _interface_towards(master)
+        if interface is not None:
+            os.environ["GLOO_SOCKET_IFNAME"] = interface
 
 
 def _interface_towards(host: str) -> str | None:

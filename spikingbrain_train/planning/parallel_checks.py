@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from math import gcd
 
 from spikingbrain_train.architecture.feed_forwards import FEED_FORWARDS
@@ -22,7 +24,7 @@ def check_world_size(parallel: ParallelConfig, world_size: int) -> None:
         world_size % copy == 0,
         f"the world size {world_size} is not divisible by parallel.tensor_model_parallel_size={tensor} x "
         f"parallel.pipeline_model_parallel_size={pipeline} x parallel.context_parallel_size={context}; "
-        f"start {copy} ranks or a multiple of it (--nproc-per-node), or choose degrees whose "
+        f"start {copy} ranks or a multiple of it ({how_to_start(copy)}), or choose degrees whose "
         f"product divides {world_size}",
     )
     replicas = world_size // copy
@@ -30,7 +32,8 @@ def check_world_size(parallel: ParallelConfig, world_size: int) -> None:
         parallel.data_parallel_size in (None, replicas),
         f"parallel.data_parallel_size={parallel.data_parallel_size} does not fit: {world_size} ranks / "
         f"({tensor} tensor x {pipeline} pipeline x {context} context) are {replicas} replicas; "
-        f"set it to {replicas} or null, or start {copy * (parallel.data_parallel_size or 1)} ranks",
+        f"set it to {replicas} or null, or start {copy * (parallel.data_parallel_size or 1)} ranks "
+        f"({how_to_start(copy * (parallel.data_parallel_size or 1))})",
     )
     # megatron-core groups the ranks of a pipeline stage a second time for the experts: expert tensor x expert
     # model x expert data (parallel_state.initialize_model_parallel).
@@ -49,6 +52,23 @@ def check_world_size(parallel: ParallelConfig, world_size: int) -> None:
         f"the {stage_ranks} ranks of a pipeline stage ({tensor} tensor x {context} context x {replicas} "
         f"data), over which experts are spread; with these ranks valid are {either(fitting)}",
     )
+
+
+def how_to_start(ranks: int, environment: Mapping[str, str] | None = None) -> str:
+    """The option that gives so many ranks: of sbatch in a Slurm job, else of this project's launcher.
+
+    Args:
+        ranks: that are wanted.
+        environment: variables; None for this process's own.
+    """
+    known = os.environ if environment is None else environment
+    nodes, local = known.get("SLURM_JOB_NUM_NODES", ""), known.get("LOCAL_WORLD_SIZE", "")
+    if "SLURM_JOB_ID" not in known or not (nodes.isdecimal() and local.isdecimal() and int(local)):
+        return "--nproc-per-node"
+    have = f"this Slurm job has {nodes} x {local}"
+    if ranks % int(local):
+        return f"{have}: sbatch --nodes with NPROC_PER_NODE"
+    return f"{have}: sbatch --nodes={ranks // int(local)}"
 
 
 def check_split(model: ModelConfig, parallel: ParallelConfig) -> None:

@@ -9,7 +9,7 @@ import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from spikingbrain_train.training.git_state import git_state
+from spikingbrain_train.runtime.git_state import git_state
 
 RUN_DETAILS_FILE = "run_details.txt"
 

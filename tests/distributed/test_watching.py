@@ -119,6 +119,11 @@ def test_a_slurm_job_ends_before_its_time(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv(SLURM_END, "tomorrow")
     with pytest.raises(ConfigurationError, match="SLURM_JOB_END_TIME=tomorrow is no number"):
         limit(ClusterConfig(), [])
+    # A clock that has jumped ahead, of the node or of Slurm: every start would stop at once and be requeued.
+    monkeypatch.setenv(SLURM_END, str(int(time.time()) - 3600))
+    with pytest.raises(ConfigurationError, match="this Slurm job ended 1h .*; set the clock of that node"):
+        limit(ClusterConfig(), [])
+    assert limit(ClusterConfig(exit_before_job_end_in_mins=None), []).vote(Mock()) == 0
     monkeypatch.delenv(SLURM_END)
     unlimited: list[Any] = []
     assert limit(ClusterConfig(), unlimited).vote(Mock()) == 0 and unlimited == []

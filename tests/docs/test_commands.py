@@ -56,6 +56,7 @@ RULES = (
     Rule("spikingbrain-generate ", Way.SHORT),
     Rule("spikingbrain-analyze-spikes ", Way.SHORT),
     Rule("spikingbrain-export ", Way.AS_IT_IS),
+    Rule("spikingbrain-health-check ", Way.AS_IT_IS),
     Rule("spikingbrain-plot ", Way.NOT_RUN, "its runs are no page's; tests/reporting draws such", PICTURES),
     Rule("spikingbrain-plot ", Way.AS_IT_IS),
     Rule("spikingbrain-plan ", Way.AS_IT_IS),
@@ -69,6 +70,7 @@ RULES = (
     Rule("sbatch ", Way.TRAINED, pages=GUIDES),
     Rule("spikingbrain-pipeline (dry-run|status) ", Way.AS_IT_IS),
     Rule("spikingbrain-pipeline run ", Way.DRY),
+    Rule("spikingbrain-pipeline submit .*--dry-run", Way.AS_IT_IS),
     Rule(
         "spikingbrain-download-smollm2 ",
         Way.NOT_RUN,

@@ -21,6 +21,9 @@ from tests.docs.pages import PAGES, ROOT, prose
 ELSEWHERE = {
     "ATEN_CPU_CAPABILITY": "an environment variable of torch",
     "BUDGET": "of make demo",
+    "CLUSTER_ENV": "of scripts/slurm/launch.sh",
+    "HEALTH_CHECK": "of scripts/slurm/launch.sh",
+    "NCCL_DEBUG": "an environment variable of NCCL",
     "ONEDNN_MAX_CPU_ISA": "an environment variable of oneDNN",
     "PYTEST_ARGS": "of make test",
     "PYTHON": "of make",
@@ -34,6 +37,7 @@ ELSEWHERE = {
     "--no-build-isolation": "of pip",
     "--nproc-per-node": "of torchrun",
     "--signal": "of scancel",
+    "--time": "of sbatch",
     "--wait": "of sbatch",
 }
 """Names that are nobody's here: whose they are."""

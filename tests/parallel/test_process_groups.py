@@ -14,6 +14,7 @@ from spikingbrain_train.errors import ConfigurationError, PlatformError
 from spikingbrain_train.parallel import process_groups
 from spikingbrain_train.parallel.process_groups import ProcessGroups, threads_per_rank
 from spikingbrain_train.planning.launch import Launch
+from spikingbrain_train.planning.parallel_checks import how_to_start
 from spikingbrain_train.runtime.accelerator import detect
 from tests.distributed.pool import RankPool
 
@@ -68,14 +69,37 @@ def test_cores_are_divided_over_the_ranks_of_a_node(monkeypatch: pytest.MonkeyPa
     assert threads_per_rank(2, {"OMP_NUM_THREADS": "many"}) == 4
 
 
+@pytest.mark.parametrize(
+    ("environment", "ranks", "how"),
+    [
+        ({}, 8, "--nproc-per-node"),
+        (
+            {"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "2", "LOCAL_WORLD_SIZE": "8"},
+            32,
+            "2 x 8: sbatch --nodes=4",
+        ),
+        (
+            {"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "1", "LOCAL_WORLD_SIZE": "8"},
+            4,
+            "with NPROC_PER_NODE",
+        ),
+    ],
+)
+def test_ranks_that_a_layout_wants_are_asked_for_where_they_come_from(
+    environment: dict[str, str], ranks: int, how: str
+) -> None:
+    assert how_to_start(ranks, {**environment, "LOCAL_WORLD_SIZE": "8"}).endswith(how)
+
+
 def test_rendezvous_host_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(*_: object) -> None:
         raise socket.gaierror("Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    assert process_groups._reachable_master("this-machine", one_node=True) == "127.0.0.1"
+    launch = Launch(0, 2, 0, 2, "this-machine", 15000)
+    assert process_groups.reachable_master(launch) == "127.0.0.1"
     with pytest.raises(PlatformError, match="MASTER_ADDR=node-a cannot be resolved"):
-        process_groups._reachable_master("node-a", one_node=False)
+        process_groups.reachable_master(Launch(0, 2, 0, 1, "node-a", 15000))
     assert process_groups._interface_towards("node-a") is None
 
 

@@ -23,6 +23,7 @@ done
 exit "${worst:-0}"
 """
 SCONTROL = """#!/usr/bin/env bash
+echo "$1 $2" >> "$RECORD/scontrol_calls"
 if [ "$1" = show ]; then printf 'node-a\\nnode-b\\n'; else
     (cd "$RECORD" && ls -d saved* 2> /dev/null) > "$RECORD/.saved"
     mv "$RECORD/.saved" "$RECORD/saved_when_requeued"
@@ -30,6 +31,12 @@ if [ "$1" = show ]; then printf 'node-a\\nnode-b\\n'; else
 fi
 """
 PYTHON = """#!/usr/bin/env bash
+if [ "$3" = health-check ]; then
+    printf '%s\\n' "$@" > "$RECORD/check$RANK"
+    env > "$RECORD/check_env$RANK"
+    [ "$RANK" != "${UNFIT:-}" ] || exit 2
+    exit 0
+fi
 printf '%s\\n' "$@" > "$RECORD/torchrun$PET_NODE_RANK"
 env > "$RECORD/env$PET_NODE_RANK"
 [ -z "$TRAINER" ] || exec "$TRAINER_PYTHON" "$TRAINER"
@@ -71,6 +78,7 @@ class Allocation:
             "SLURM_GPUS_ON_NODE": "8",
             "SLURM_CPUS_PER_TASK": "64",
             "SLURM_SUBMIT_DIR": str(ROOT),
+            "HEALTH_CHECK": "no",
         }
 
     def command(self, *arguments: str, script: str = "launch.sh") -> list[str]:

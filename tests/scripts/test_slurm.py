@@ -21,7 +21,9 @@ def allocation(tmp_path: Path) -> Allocation:
     return Allocation(tmp_path)
 
 
-@pytest.mark.parametrize("script", sorted(SLURM.iterdir()), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "script", sorted([*SLURM.glob("*.s*"), *SLURM.glob("env/*")]), ids=lambda path: path.name
+)
 def test_script_is_valid_bash(script: Path) -> None:
     subprocess.run(["bash", "-n", str(script)], check=True)
 
@@ -74,6 +76,7 @@ def test_variables_override_what_slurm_says(allocation: Allocation) -> None:
     [
         ("nvidia.sbatch", "cluster=nvidia", "CUDA_DEVICE_MAX_CONNECTIONS=1"),
         ("metax.sbatch", "cluster=metax", "CUDA_PATH=/opt/elsewhere/tools/cu-bridge"),
+        ("cpu.sbatch", "cluster=cpu", "CUDA_VISIBLE_DEVICES="),
     ],
 )
 def test_batch_script_chooses_its_cluster_first(
@@ -190,6 +193,38 @@ class TestWarning:
     def test_a_run_that_ends_by_itself_is_not_requeued(self, allocation: Allocation, warned) -> None:
         code, output, _ = warned(EXIT_CODE="0")
         assert code == 0 and not (allocation.record / "scontrol").exists()
+
+
+class TestHealthCheck:
+    """What comes before the run."""
+
+    def test_every_rank_of_every_node_checks_with_the_words_of_the_run(self, allocation: Allocation) -> None:
+        words = ("stage.train_iters=3", 'data.train=[a b,"c"]')
+        result = allocation.run(
+            *words,
+            script="nvidia.sbatch",
+            **{"HEALTH_CHECK": None, "NPROC_PER_NODE": "2", "HEALTH_CHECK_ARGS": "--min-bandwidth 40"},
+        )
+        assert result.returncode == 0, result.stderr
+        for rank in range(4):
+            expected = ["-m", "spikingbrain_train", "health-check", "--min-bandwidth", "40"]
+            assert allocation.called(f"check{rank}") == [*expected, "cluster=nvidia", *words]
+            environment = allocation.called(f"check_env{rank}")
+            assert {f"LOCAL_RANK={rank % 2}", "WORLD_SIZE=4", "LOCAL_WORLD_SIZE=2"} <= set(environment)
+            assert {"MASTER_ADDR=node-a", "MASTER_PORT=16007"} <= set(environment)
+        assert allocation.called("torchrun1")[-3:] == ["train.py", "cluster=nvidia", *words][-3:]
+
+    def test_a_host_that_is_not_fit_fails_the_job_without_a_start_or_a_requeue(
+        self, allocation: Allocation
+    ) -> None:
+        result = allocation.run(HEALTH_CHECK="yes", NPROC_PER_NODE="2", UNFIT="3")
+        assert result.returncode == 2 and "failed its health check" in result.stderr
+        assert not (allocation.record / "torchrun0").exists()
+        assert allocation.called("scontrol_calls") == ["show hostnames", "show job"]
+
+    def test_another_script_is_started_without_its_words_being_checked(self, allocation: Allocation) -> None:
+        allocation.run("--theirs", HEALTH_CHECK="yes", ENTRY="other.py", NPROC_PER_NODE="1")
+        assert allocation.called("check1")[-1] == "health-check"
 
 
 def test_failure_on_a_node_fails_the_job_and_names_the_logs(allocation: Allocation) -> None:

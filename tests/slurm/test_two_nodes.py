@@ -7,7 +7,6 @@ rank a node, on the CPU.
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +20,9 @@ from tests.slurm.cluster import Cluster, Job, processes_with, wait_until
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 120
+STEPS = 40
+PACE = 0.25
+"""Seconds of a step at least: time for Slurm to act in the middle of a run, on a fast machine too."""
 SAVE_INTERVAL = 5
 
 
@@ -29,7 +30,14 @@ class Run:
     """A job and the run in it."""
 
     def __init__(
-        self, cluster: Cluster, folder: Path, text: Path, *, steps: int = STEPS, with_gpus: bool = True
+        self,
+        cluster: Cluster,
+        folder: Path,
+        text: Path,
+        *further: str,
+        steps: int = STEPS,
+        with_gpus: bool = True,
+        health_check: bool = False,
     ) -> None:
         self.folder = folder
         self.output = folder / "run"
@@ -38,6 +46,7 @@ class Run:
             "PYTHONPATH": str(ROOT),
             "MASTER_ADDR": "127.0.0.1",
             "LOG_DIR": str(folder / "nodes"),
+            "HEALTH_CHECK": "yes" if health_check else "no",
         }
         settings = (
             *(
@@ -49,16 +58,16 @@ class Run:
             ),
             *(f"stage.train_iters={steps}", "stage.seq_length=64", "stage.global_batch_size=2"),
             *("stage.micro_batch_size=1", "logging.log_interval=1", "logging.tensorboard=false"),
+            f"callbacks=[{{path: tests.slurm.pace.Pace, settings: {{seconds: {PACE}}}}}]",
             *("precision=fp32", f"checkpoint.save_interval={SAVE_INTERVAL}", "checkpoint.keep_last=2"),
             *("cluster=cpu", "cluster.peak_tflops=0.1", f"output_dir={self.output}"),
+            *further,
         )
         options = ("--nodes=2", "--cpus-per-task=1", "--time=60:00", f"--output={folder}/job.log")
         if with_gpus:
             job = ("--gpus-per-node=1", "scripts/slurm/nvidia.sbatch", *settings)
         else:  # Slurm 22.05 gives a requeued job no more of the GPUs of a node that was down
-            variables["NPROC_PER_NODE"] = "1"
-            words = shlex.join(["bash", "scripts/slurm/launch.sh", *settings])
-            job = ("--ntasks-per-node=1", "--requeue", "--open-mode=append", f"--wrap=exec {words}")
+            job = ("scripts/slurm/cpu.sbatch", *settings)
         self.job: Job = cluster.submit(*options, *job, cwd=ROOT, variables=variables)
 
     @property
@@ -70,7 +79,9 @@ class Run:
     def logs(self) -> str:
         """All that there is to see."""
         nodes = [path.read_text(errors="replace")[-4000:] for path in sorted(self.folder.glob("nodes/*.log"))]
-        return "\n".join([self.log, *nodes])
+        facts = self.job.facts()
+        state = f"{facts['JobState']}, reason {facts['Reason']}"
+        return "\n".join([state, self.log, *nodes])
 
     def iteration(self) -> int:
         """The last step in the metrics."""
@@ -89,88 +100,71 @@ class Run:
         """Iteration of the newest checkpoint."""
         return latest_iteration(self.output / CHECKPOINT_FOLDER) or 0
 
-    def check_whole(self, steps: int = STEPS) -> None:
-        """It has ended as it should, with each step once."""
-        assert self.job.state == "COMPLETED", self.logs()
+    def check_curve(self, steps: int) -> None:
+        """The metrics have each step once, and the last one is saved."""
         assert [point["iteration"] for point in read_metrics(self.output)] == list(range(1, steps + 1)), (
             self.logs()
         )
-        assert self.saved() == steps
+        assert self.saved() == steps, self.logs()
 
 
 @pytest.fixture
 def submit(cluster: Cluster, tmp_path: Path, text: Path) -> Iterator[Callable[..., Run]]:
     """Submit a run; what a test leaves in the queue is cancelled."""
-    yield lambda **settings: Run(cluster, tmp_path, text, **settings)
+    yield lambda *further, **settings: Run(cluster, tmp_path, text, *further, **settings)
     cluster.call("scancel", "--full", "--signal=KILL", "--user=root")
     cluster.call("scancel", "--user=root")
     wait_until(lambda: not cluster.call("squeue", "--noheader"), 60, "the queue is empty", cluster.logs)
 
 
-def test_a_run_is_warned_ahead_of_its_time_limit_saves_requeues_itself_and_ends(submit) -> None:
-    run = submit()
-    run.wait_for_step(8)
-    run.job.signal_batch("USR1")  # as --signal=B:USR1@600 does, ten minutes ahead
-    run.wait_for("PENDING", "COMPLETED", seconds=60)
-    stopped = run.iteration()
-    assert 8 <= run.saved() == stopped < STEPS, run.logs()
-    assert "requeueing; it will continue from its newest checkpoint" in run.log
-    run.wait_for("COMPLETED", "FAILED")
-    run.check_whole()
-    assert run.job.facts()["Restarts"] == "1" and "start 2: 2 nodes x 1 ranks" in run.log
-    assert sorted(path.name for path in (run.folder / "nodes").iterdir()) == ["node0.log", "node1.log"]
-
-
-def test_a_job_that_is_preempted_saves_within_the_grace_time_and_goes_on_later(
+def test_a_run_goes_on_after_a_warning_ahead_of_its_time_limit_and_after_a_preemption(
     submit, cluster: Cluster, tmp_path: Path
 ) -> None:
     run = submit()
-    run.wait_for_step(8)
-    urgent = cluster.submit(
-        *(
-            "--partition=urgent",
-            "--nodes=2",
-            "--exclusive",
-            f"--output={tmp_path}/urgent.log",
-            "--wrap=sleep 2",
-        ),
-        cwd=tmp_path,
-    )
+    run.wait_for_step(3)
+    run.job.signal_batch("USR1")  # as --signal=B:USR1@600 does, ten minutes ahead
+    run.wait_for("PENDING", "COMPLETED", "FAILED", seconds=60)
+    warned = run.iteration()
+    assert 3 <= run.saved() == warned < STEPS, run.logs()
+    assert "requeueing; it will continue from its newest checkpoint" in run.log
+    run.wait_for_step(warned + 2)
+    assert "start 2: 2 nodes x 1 ranks" in run.log and run.job.facts()["Restarts"] == "1"
+    words = ("--partition=urgent", "--nodes=2", "--exclusive", f"--output={tmp_path}/urgent.log")
+    urgent = cluster.submit(*words, "--wrap=sleep 1", cwd=tmp_path)
     wait_until(lambda: urgent.state == "COMPLETED", 90, "the urgent job is done", run.logs)
-    stopped = run.saved()
-    assert stopped >= 8 and stopped == run.iteration(), run.logs()
+    assert warned + 2 <= run.saved() == run.iteration() < STEPS, run.logs()
     run.wait_for("COMPLETED", "FAILED")
-    run.check_whole()
-    assert run.job.facts()["Restarts"] == "1"
+    assert run.job.state == "COMPLETED" and run.job.facts()["Restarts"] == "2", run.logs()
+    run.check_curve(STEPS)
+    assert sorted(path.name for path in (run.folder / "nodes").iterdir()) == ["node0.log", "node1.log"]
 
 
-def test_a_job_that_is_cancelled_saves_and_leaves_nothing_behind(submit, cluster: Cluster) -> None:
-    run = submit(steps=100000)
-    run.wait_for_step(8)
+def test_a_node_that_goes_down_costs_the_steps_since_the_last_checkpoint_and_a_cancelled_job_none(
+    submit, cluster: Cluster
+) -> None:
+    run = submit(steps=100000, with_gpus=False, health_check=True)
+    run.wait_for_step(SAVE_INTERVAL + 2)
+    hosts = [line.split() for line in run.log.splitlines() if line.startswith(("n1 ", "n2 "))]
+    assert [(host, rank) for host, rank, *_ in hosts] == [("n1", "0"), ("n2", "1")]
+    assert "health check: all in line" in run.log
+    cluster.kill_node("n2")
+    wait_until(lambda: "n2" in cluster.down(), 60, "Slurm sees that n2 is down", run.logs)
+    saved = run.saved()
+    assert saved >= SAVE_INTERVAL and saved % SAVE_INTERVAL == 0
+    cluster.start_node("n2")
+    resumed = f"at iteration {saved} with its"
+    wait_until(lambda: resumed in run.logs(), 150, "the job goes on from its checkpoint", run.logs)
+    run.wait_for_step(saved + SAVE_INTERVAL + 2)
+    restarts = run.job.facts()["Restarts"]
+    assert int(restarts) >= 1
     cluster.call("scancel", run.job.number)
     run.wait_for("CANCELLED", seconds=60)
     number = f"SLURM_JOB_ID={run.job.number}"
     wait_until(
         lambda: not processes_with(number, f"SLURM_CONF={cluster.folder}/slurm.conf"), 40, "all end", run.logs
     )
-    assert run.saved() == run.iteration() >= 8, run.logs()
-    assert run.job.facts()["Restarts"] == "0"
-
-
-def test_a_node_that_goes_down_costs_the_steps_since_the_last_checkpoint(submit, cluster: Cluster) -> None:
-    run = submit(with_gpus=False)
-    run.wait_for_step(12)
-    cluster.kill_node("n2")
-    wait_until(lambda: "n2" in cluster.down(), 60, "Slurm sees that n2 is down", run.logs)
-    saved = run.saved()
-    assert saved >= 10 and saved % SAVE_INTERVAL == 0
-    cluster.start_node("n2")
-    run.wait_for("COMPLETED", "FAILED")
-    run.check_whole()
-    assert f"at iteration {saved} with its" in "".join(
-        path.read_text(errors="replace") for path in run.folder.glob("nodes/*.log")
-    )
-    assert int(run.job.facts()["Restarts"]) >= 1
+    run.check_curve(run.iteration())
+    assert run.job.state == "CANCELLED" and run.job.facts()["Restarts"] == restarts
 
 
 def test_a_failing_run_fails_its_job_with_its_sentence_and_is_not_requeued(submit) -> None:

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from spikingbrain_train.config.run import LoggingConfig, WandbMode
+from spikingbrain_train.runtime.git_state import git_state
 from spikingbrain_train.training.alert import Alert, Level
 from spikingbrain_train.training.callbacks import weights_and_biases
 from spikingbrain_train.training.callbacks.weights_and_biases import WANDB_RUN_ID_FILE
-from spikingbrain_train.training.git_state import git_state
 from spikingbrain_train.training.report import Report
 from tests.training.test_metrics import writers
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import socket
 import time
 from typing import TYPE_CHECKING
 
@@ -27,16 +28,17 @@ class WallTimeLimit(Callback):
     """
 
     def start(self) -> None:
-        """Raises ConfigurationError where Slurm's end of the job is no number."""
+        """Raises ConfigurationError where Slurm's end of the job is no number, or over before the start."""
         cluster, now = self.run.config.cluster, time.monotonic()
         self._deadline, self._reason = math.inf, ""
         if cluster.exit_duration_in_mins is not None:
             seconds = cluster.exit_duration_in_mins * 60
             self._deadline = self.run.console.start_times.began + seconds
             self._reason = f"cluster.exit_duration_in_mins={cluster.exit_duration_in_mins:g} is over"
-        left = _seconds_of_job()
-        if left is not None and cluster.exit_before_job_end_in_mins is not None:
-            of_job = now + left - cluster.exit_before_job_end_in_mins * 60
+        ahead = cluster.exit_before_job_end_in_mins
+        left = None if ahead is None else _seconds_of_job()
+        if ahead is not None and left is not None:
+            of_job = now + left - ahead * 60
             if of_job < self._deadline:
                 self._deadline, self._reason = of_job, "the Slurm job is about to end"
         if self._deadline < math.inf:
@@ -57,9 +59,17 @@ def _seconds_of_job() -> float | None:
     if not end:
         return None
     try:
-        return float(end) - time.time()
+        left = float(end) - time.time()
     except ValueError:
         raise ConfigurationError(
             f"{SLURM_END}={end} is no number of seconds; unset it, or leave it aside with "
             "cluster.exit_before_job_end_in_mins=null"
         ) from None
+    if left <= 0:
+        # Taken at its word, it would end this run after a step, and every start after a requeue.
+        raise ConfigurationError(
+            f"by the clock of {socket.gethostname()} this Slurm job ended {format_duration(-left)} ago "
+            f"({SLURM_END}); set the clock of that node, or leave the end aside with "
+            "cluster.exit_before_job_end_in_mins=null"
+        )
+    return left

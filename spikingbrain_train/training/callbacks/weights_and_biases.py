@@ -14,9 +14,9 @@ from omegaconf import OmegaConf
 
 from spikingbrain_train.config.run import WandbMode
 from spikingbrain_train.errors import PlatformError
+from spikingbrain_train.runtime.git_state import git_state
 from spikingbrain_train.training.alert import Alert, Level
 from spikingbrain_train.training.callbacks.callback import Callback
-from spikingbrain_train.training.git_state import git_state
 from spikingbrain_train.training.report import Report
 
 WANDB_RUN_ID_FILE = "wandb_run_id.txt"

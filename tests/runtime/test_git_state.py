@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from spikingbrain_train.training.git_state import git_state
+from spikingbrain_train.runtime.git_state import git_state
 
 
 def test_a_checkout_is_described_by_its_commit_and_what_differs(tmp_path: Path) -> None:

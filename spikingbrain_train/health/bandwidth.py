@@ -1,0 +1,113 @@
+"""How fast ranks exchange tensors: all of them, those of each host, and each host with two neighbours.
+
+An all-reduce over everybody takes as long everywhere, so that it shows that something is slow and not what.
+Ranks of one host among themselves show a GPU or a link within it; the first ranks of two neighbouring hosts
+show a network card: of two hosts that are slow together each has another neighbour, too.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from spikingbrain_train.planning.launch import Launch
+
+if TYPE_CHECKING:
+    import torch
+
+    from spikingbrain_train.runtime.accelerator import Accelerator
+
+GPU_BYTES, CPU_BYTES = 256 << 20, 4 << 20
+"""Sizes at which NCCL and gloo are as fast as they get, or nearly."""
+_REPEATS = 4
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """Bytes per second that pass each rank (NCCL's "bus bandwidth"); None where a rank has no partner."""
+
+    world: float | None = None
+    in_host: float | None = None
+    between_hosts: float | None = None
+    """The better of two partners."""
+
+
+def partners(node: int, nodes: int) -> list[tuple[int, int]]:
+    """The pairs that a node is in, of a ring of at least three nodes.
+
+    First 0 with 1, 2 with 3 ..., then 1 with 2 ..., last the two ends of the list: whoever is in a pair meets
+    the other in the same round.
+    """
+    pairs = []
+    for first in (0, 1):
+        lower = node - (node - first) % 2
+        if lower >= 0 and lower + 1 < nodes:
+            pairs.append((lower, lower + 1))
+    if node in (0, nodes - 1):
+        pairs.append((0, nodes - 1))
+    return pairs
+
+
+def measure(
+    launch: Launch, accelerator: Accelerator, store: torch.distributed.Store, seconds: float
+) -> Speeds:
+    """Join a world of its own, measure, and leave it; every rank calls it.
+
+    Raises:
+        RuntimeError: a rank did not answer within ``seconds``.
+    """
+    import torch
+
+    from spikingbrain_train.parallel.process_groups import choose_interface, reachable_master
+
+    if launch.world_size == 1:
+        return Speeds()
+    timeout = timedelta(seconds=seconds)
+    accelerator.bind(launch.local_rank)
+    if not accelerator.is_gpu:
+        choose_interface(reachable_master(launch))
+    torch.distributed.init_process_group(
+        accelerator.collective_backend,
+        store=torch.distributed.PrefixStore("world", store),
+        rank=launch.rank,
+        world_size=launch.world_size,
+        timeout=timeout,
+    )
+    try:
+        world = _all_reduce(list(range(launch.world_size)), accelerator, timeout)
+        local, nodes = launch.local_world_size, launch.world_size // launch.local_world_size
+        node = launch.rank // local
+        in_host = between = None
+        if local > 1 and nodes > 1:
+            in_host = _all_reduce(list(range(node * local, (node + 1) * local)), accelerator, timeout)
+        if launch.local_rank == 0 and nodes > 2:
+            found = [
+                _all_reduce([lower * local, upper * local], accelerator, timeout)
+                for lower, upper in partners(node, nodes)
+            ]
+            between = max(found)
+        torch.distributed.barrier(device_ids=[launch.local_rank] if accelerator.is_gpu else None)
+    finally:
+        torch.distributed.destroy_process_group()
+    return Speeds(world, in_host, between)
+
+
+def _all_reduce(ranks: list[int], accelerator: Accelerator, timeout: timedelta) -> float:
+    """Bytes per second that each of these ranks sends and receives; called by all of them."""
+    import torch
+
+    whole = len(ranks) == torch.distributed.get_world_size()
+    group = None if whole else torch.distributed.new_group(ranks, timeout, use_local_synchronization=True)
+    size = GPU_BYTES if accelerator.is_gpu else CPU_BYTES
+    tensor = torch.zeros(size // 4, device=accelerator.device_type)
+    best = float("inf")
+    for repeat in range(1 + _REPEATS):  # the first one connects
+        accelerator.synchronize()
+        started = time.perf_counter()
+        torch.distributed.all_reduce(tensor, group=group)
+        accelerator.synchronize()
+        if repeat:
+            best = min(best, time.perf_counter() - started)
+    return 2 * (len(ranks) - 1) / len(ranks) * size / best

@@ -1,0 +1,135 @@
+"""Hosts that are out of line are named, each in one sentence, and the others are not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from spikingbrain_train.config.parallel import AcceleratorKind
+from spikingbrain_train.health import findings
+from spikingbrain_train.health.bandwidth import Speeds, partners
+from spikingbrain_train.health.facts import HostFacts, Need, RankFacts
+from spikingbrain_train.health.findings import Limits, Seen
+from spikingbrain_train.health.slurm_step import launch_of_step
+from spikingbrain_train.planning.memory import GIB
+
+HOSTS, LOCAL = ("host-a", "host-b", "host-c"), 2
+NEED = Need("outputs/run", AcceleratorKind.cuda, checkpoint_bytes=10 * GIB, device_bytes=60 * GIB)
+
+
+def _cluster() -> Seen:
+    """Three hosts of two GPUs that are as they should be."""
+    on_host = HostFacts(900 * GIB, 1000 * GIB, 500 * GIB, "", True, {"torch": "2.7.0", "commit": "0123abc"})
+    ranks = {
+        rank: RankFacts(
+            *(rank, rank // LOCAL, HOSTS[rank // LOCAL], "H100", LOCAL, 79 * GIB, 80 * GIB),
+            on_host=on_host if rank % LOCAL == 0 else None,
+            clock_seconds=0.01 * rank if rank % LOCAL == 0 else 0.0,
+        )
+        for rank in range(len(HOSTS) * LOCAL)
+    }
+    speeds = {rank: Speeds(90e9, 200e9, 45e9 if rank % LOCAL == 0 else None) for rank in ranks}
+    return Seen(len(ranks), LOCAL, ranks, speeds, HOSTS)
+
+
+def _sentences(seen: Seen, limits: Limits | None = None) -> list[str]:
+    limits = limits or Limits()
+    return [
+        *findings.absent(seen, seen.ranks, "did not come within 60 s"),
+        *findings.of_facts(seen, NEED, limits),
+        *findings.of_speeds(seen, limits),
+    ]
+
+
+def _with(rank: int, *, host: dict | None = None, **changes) -> Seen:
+    seen = _cluster()
+    facts = seen.ranks[rank]
+    if host is not None:
+        assert facts.on_host is not None
+        changes["on_host"] = replace(facts.on_host, **host)
+    return replace(seen, ranks={**seen.ranks, rank: replace(facts, **changes)})
+
+
+def test_hosts_that_are_alike_pass_and_have_a_line_each() -> None:
+    seen = _cluster()
+    assert _sentences(seen) == []
+    lines = findings.table(seen).splitlines()
+    assert [line.split()[0] for line in lines] == ["host", *HOSTS]
+    assert "2 x H100" in lines[2] and "79.0 GiB" in lines[2] and "200.00 GB/s" in lines[2]
+
+
+@pytest.mark.parametrize(
+    ("seen", "says"),
+    [
+        (_with(3, device="", gpus_seen=1), "host-b shows 1 of the 2 GPUs"),
+        (_with(3, device="A100"), "rank 3 on host-b has a A100, most have H100"),
+        (_with(5, device_free=50 * GIB), "the GPU of rank 5 on host-c has 50.0 GiB of 80.0 GiB free"),
+        (_with(2, host={"memory_free": 300 * GIB}), "host-b has 300.0 GiB of memory free, the others about"),
+        (_with(4, host={"disk_free": 9 * GIB}), "output_dir=outputs/run has 9.0 GiB of free space on host-c"),
+        (_with(4, host={"trouble_with_output": "Permission denied"}), "host-c cannot write to output_dir="),
+        (_with(2, host={"sees_output_of_rank_0": False}), "host-b does not see what host-a writes"),
+        (_with(4, clock_seconds=-42.0), "the clock of host-c is 42.0 s behind the others"),
+        (_with(0, host={"versions": {"torch": "2.6.0", "commit": "0123abc"}}), "host-a has torch 2.6.0"),
+        (_with(2, host={"versions": {"torch": "2.7.0"}}), "host-b has commit none, the others 0123abc"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_out_of_line_is_named_in_one_sentence_that_says_what_to_do(seen: Seen, says: str) -> None:
+    (sentence,) = _sentences(seen)
+    assert sentence.startswith(says) and ";" in sentence
+
+
+def test_the_clock_of_rank_0_is_named_where_it_is_the_one_that_is_wrong() -> None:
+    seen = _cluster()
+    ahead = {rank: replace(facts, clock_seconds=-7.0) for rank, facts in seen.ranks.items() if rank in (2, 4)}
+    (sentence,) = _sentences(replace(seen, ranks={**seen.ranks, **ahead}))
+    assert sentence.startswith("the clock of host-a is 7.0 s ahead of the others")
+
+
+def test_ranks_that_do_not_come_are_named_with_their_host() -> None:
+    seen = _cluster()
+    without = replace(
+        seen, ranks={rank: facts for rank, facts in seen.ranks.items() if rank not in (1, 4, 5)}
+    )
+    one, host = findings.absent(without, without.ranks, "did not come within 60 s")
+    assert one.startswith("rank 1 on host-a did not come within 60 s")
+    assert host.startswith("ranks 4, 5 on host-c did not come") and "--exclude=host-c" in host
+    assert findings.table(without).splitlines()[3].split()[:3] == ["host-c", "4-5", "-"]
+
+
+def test_a_slow_link_is_named_by_its_host_and_a_slow_network_by_its_number() -> None:
+    seen = _cluster()
+    slow = {**seen.speeds, 3: Speeds(90e9, 80e9), 4: Speeds(90e9, 200e9, 20e9)}
+    inside, between = _sentences(replace(seen, speeds=slow))
+    assert inside.startswith("host-b exchanges 80.00 GB/s among its own ranks, the others about 200.00")
+    assert between.startswith("host-c exchanges 20.00 GB/s with its neighbours, the others about 45.00")
+    assert _sentences(replace(seen, speeds=slow), Limits(slow_factor=3.0)) == []
+    (whole,) = _sentences(seen, Limits(bandwidth=100e9))
+    assert "reaches 90.00 GB/s, and --min-bandwidth asks for 100.00" in whole
+
+
+@pytest.mark.parametrize("nodes", [3, 4, 5, 8])
+def test_neighbours_meet_in_the_same_round_and_each_host_has_two(nodes: int) -> None:
+    asked = {node: partners(node, nodes) for node in range(nodes)}
+    for node, pairs in asked.items():
+        assert len(pairs) == 2 and all(node in pair for pair in pairs)
+        for first, second in pairs:
+            assert (first, second) in asked[first] and (first, second) in asked[second]
+    # No circle of hosts that wait for each other: all take pairs in one order.
+    order = {pair: (pair == (0, nodes - 1), pair[0] % 2) for pairs in asked.values() for pair in pairs}
+    assert all(
+        [order[pair] for pair in pairs] == sorted(order[pair] for pair in pairs) for pairs in asked.values()
+    )
+
+
+def test_a_task_of_srun_is_a_rank_and_a_launchers_rank_stays_what_it_is() -> None:
+    task = {
+        **{"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "8", "SLURM_JOB_ID": "31007"},
+        **{"SLURM_STEP_NUM_NODES": "2", "MASTER_ADDR": "host-a"},
+    }
+    assert launch_of_step(task) == {
+        **{"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"},
+        **{"MASTER_ADDR": "host-a", "MASTER_PORT": "16007"},
+    }
+    assert launch_of_step({**task, "RANK": "0"}) == launch_of_step({"SLURM_JOB_ID": "31007"}) == {}
