@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from spikingbrain_train.config.command_line import called_as, user_errors
+from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.pipelines.pipeline_file import PipelineFile, load_pipeline
 from spikingbrain_train.pipelines.plan import Pipeline, plan_pipeline, resolved_variables
+from spikingbrain_train.pipelines.references import did_you_mean
 from spikingbrain_train.pipelines.runner import run_pipeline
 from spikingbrain_train.pipelines.state import State
 from spikingbrain_train.pipelines.steps import printable
+from spikingbrain_train.pipelines.submission import refuse_queued, show_submission, submit_pipeline
 from spikingbrain_train.reporting.activity import format_duration
 from spikingbrain_train.storage.run_lock import run_lock
 
@@ -29,6 +33,9 @@ examples:
   # the steps of the 7B with their commands, and what is missing for them
   spikingbrain-pipeline dry-run conf/pipeline/spikingbrain_7b.yaml
 
+  # its steps as a chain of Slurm jobs, each of which waits for the one before
+  spikingbrain-pipeline submit spikingbrain_7b --sbatch='--time=04:00:00 --gpus-per-node=1' model=...
+
   # how far it is
   spikingbrain-pipeline status conf/pipeline/demo.yaml output=outputs/mine
 
@@ -45,13 +52,24 @@ def pipelines_parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{run,dry-run,status}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{run,submit,dry-run,status}")
     runs = commands.add_parser("run", help="run the steps that are not finished")
     runs.add_argument("--dry-run", action="store_true", help="the same as the command dry-run")
     runs.add_argument("--fresh", action="store_true", help="start over: no step counts as finished")
+    runs.add_argument("--step", metavar="NAME", help="run this one only, if what it builds on is finished")
+    submits = commands.add_parser("submit", help="submit the steps that are not finished as Slurm jobs")
+    submits.add_argument(
+        "--sbatch",
+        default="",
+        metavar="OPTIONS",
+        help="of sbatch, for steps without a batch script of their own: '--time=02:00:00 --gpus-per-node=1'",
+    )
+    submits.add_argument(
+        "--dry-run", action="store_true", help="print the calls of sbatch and submit nothing"
+    )
     dry_runs = commands.add_parser("dry-run", help="list the steps with their commands and run nothing")
     statuses = commands.add_parser("status", help="list the steps and how far they are")
-    for command in (runs, dry_runs, statuses):
+    for command in (runs, submits, dry_runs, statuses):
         command.add_argument("pipeline", help="YAML file, or the name of one in conf/pipeline")
         command.add_argument("overrides", nargs="*", metavar="name=value", help="variables and settings")
     return parser
@@ -64,18 +82,22 @@ def pipelines(arguments: Sequence[str] | None = None) -> None:
         file = load_pipeline(parsed.pipeline, parsed.overrides)
         if parsed.command == "status":
             show_status(file)
+        elif parsed.command == "submit":
+            words = [parsed.pipeline, *parsed.overrides]
+            submit(file, words, shlex.split(parsed.sbatch), dry_run=parsed.dry_run)
         elif parsed.command == "dry-run" or parsed.dry_run:
             show_plan(file)
         else:
-            run(file, fresh=parsed.fresh)
+            run(file, fresh=parsed.fresh, only=parsed.step)
 
 
-def run(file: PipelineFile, *, fresh: bool = False) -> None:
+def run(file: PipelineFile, *, fresh: bool = False, only: str | None = None) -> None:
     """Run a pipeline, then print what it shows.
 
     Args:
         file: the pipeline.
         fresh: nothing counts as finished.
+        only: a step that is run alone, as in the job that a submission made of it.
 
     Raises:
         SpikingBrainError: the pipeline cannot be run as it is.
@@ -89,14 +111,70 @@ def run(file: PipelineFile, *, fresh: bool = False) -> None:
         return plan_pipeline(file, state.is_done)
 
     pipeline = plan()
+    if only is not None:
+        _check_alone(pipeline, state, only)
+    else:
+        refuse_queued(state)
     with run_lock(pipeline.output):
         if not fresh:
             state.read()  # another pipeline may have ended in between
-        run_pipeline(pipeline, state, plan)
+        run_pipeline(pipeline, state, plan, only=only)
+        if only is not None:
+            return
         if pipeline.show is None:
             print(f"\nall {len(pipeline.steps)} steps are done, in {pipeline.output}", flush=True)
         else:
             print(f"\n{pipeline.show.read_text(encoding='utf-8').rstrip()}", flush=True)
+
+
+def _check_alone(pipeline: Pipeline, state: State, name: str) -> None:
+    """Raises ConfigurationError where there is no such step, or what it builds on is not finished."""
+    steps = {step.name: step for step in pipeline.steps}
+    if name not in steps:
+        raise ConfigurationError(
+            f"{pipeline.path}: there is no step {name}{did_you_mean(name, steps) or ';'} there are "
+            f"{', '.join(steps)}"
+        )
+    waiting = [other for other in steps[name].needs if other in steps and not state.is_done(steps[other])]
+    if waiting:
+        raise ConfigurationError(
+            f"{pipeline.path}: the step {name} builds on {' and '.join(waiting)}, which is not "
+            "finished; run that first"
+        )
+
+
+def submit(
+    file: PipelineFile, words: Sequence[str], options: Sequence[str], *, dry_run: bool = False
+) -> None:
+    """Submit a pipeline to Slurm, a job a step, and print the jobs.
+
+    Args:
+        file: the pipeline.
+        words: its name and overrides, as they were given.
+        options: of sbatch, for steps that have no batch script of their own.
+        dry_run: print what would be submitted.
+
+    Raises:
+        SpikingBrainError: the pipeline cannot be run as it is, or Slurm does not take it.
+    """
+    state = _state_of(file)
+    pipeline = plan_pipeline(file, state.is_done, incomplete=dry_run)
+    if dry_run:
+        show_submission(file, pipeline, state, words, options)
+        for sentence in pipeline.lacking:
+            print(f"missing: {sentence}")
+        return
+    with run_lock(pipeline.output):
+        jobs = submit_pipeline(file, pipeline, state, words, options)
+    width = max((len(step.name) for step, _ in jobs), default=0)
+    for step, job in jobs:
+        print(f"{step.name.ljust(width)}  job {job}")
+    done = len(pipeline.steps) - len(jobs)
+    print(
+        f"{len(jobs)} jobs, each behind the one before; {done} steps are done. Take all back: scancel "
+        f"{' '.join(job for _, job in jobs)}",
+        flush=True,
+    )
 
 
 def show_plan(file: PipelineFile) -> None:

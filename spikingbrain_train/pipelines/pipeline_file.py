@@ -55,7 +55,7 @@ class PipelineFile:
 def checkout() -> Path | None:
     """The folder of the project, None where it is installed as a package."""
     root = Path(__file__).resolve().parents[2]
-    return root if (root / "spikingbrain-train").is_file() and (root / "pyproject.toml").is_file() else None
+    return root if (root / "train.py").is_file() and (root / "pyproject.toml").is_file() else None
 
 
 def load_pipeline(

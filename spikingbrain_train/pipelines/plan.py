@@ -88,7 +88,8 @@ def plan_pipeline(
             context = Context(name, output, planned, unknown)
             kinds[name].check(given)
             step = kinds[name].plan(context, given)
-            step = replace(step, title=str(given.get("title") or step.title), needs=needs)
+            title, sbatch = str(given.get("title") or step.title), _sbatch_options(given.get("sbatch"))
+            step = replace(step, title=title, sbatch=sbatch, needs=needs)
             planned[name] = step
             values[name] = step.read_values() if step.values and is_done(step) else step.assumed
     lacking = [_no_value(file, missing)] if missing else []
@@ -99,6 +100,16 @@ def plan_pipeline(
     show = _shown(file, planned)
     steps = [step for step in planned.values() if step.command]
     return Pipeline(file.path, output, steps, file.when_changed, show, lacking)
+
+
+def _sbatch_options(given: Any) -> list[str]:
+    """Raises ConfigurationError where they are no list of options."""
+    options = [] if given is None else given
+    if not isinstance(options, list) or not all(str(word).startswith("-") for word in options):
+        raise ConfigurationError(
+            f"sbatch={given} must be a list of its options, e.g. [--gpus-per-node=1, --time=02:00:00]"
+        )
+    return [str(word) for word in options]
 
 
 def in_order_of_need(file: PipelineFile) -> list[str]:

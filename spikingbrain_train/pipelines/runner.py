@@ -27,13 +27,16 @@ _PASSED_ON = (signal.SIGTERM, signal.SIGUSR1)
 _GOES_ON = "finished steps are kept, and the same command goes on from here"
 
 
-def run_pipeline(pipeline: Pipeline, state: State, plan_again: Callable[[], Pipeline]) -> None:
+def run_pipeline(
+    pipeline: Pipeline, state: State, plan_again: Callable[[], Pipeline], *, only: str | None = None
+) -> None:
     """Run what is not finished yet.
 
     Args:
         pipeline: the steps.
         state: of the pipeline; is kept up to date.
         plan_again: makes the pipeline anew, when a step has found out what later ones need.
+        only: the one step to run; all that it builds on has to be finished.
 
     Raises:
         SpikingBrainError: what a step has found out does not fit the later ones.
@@ -44,26 +47,38 @@ def run_pipeline(pipeline: Pipeline, state: State, plan_again: Callable[[], Pipe
     while number < len(pipeline.steps):
         step = pipeline.steps[number]
         number += 1
+        if only is not None and step.name != only:
+            continue
         heading = f"[{number}/{len(pipeline.steps)}] {step.title}"
         if state.is_done(step):
             print(f"{heading}: done ({format_duration(state.records[step.name].seconds)})", flush=True)
             continue
-        # An interrupted training goes on from its own checkpoints; everything else starts again.
-        if not state.goes_on(step) or step.train_iters is None:
-            if step.name in state.records and not state.goes_on(step):
-                heading = f"{heading} ({state.describe(step)})"
-            for path in step.makes:
-                # What lies outside of the pipeline's folder may be somebody else's.
-                ours = path.resolve().is_relative_to(pipeline.output.resolve())
-                if state.goes_on(step) or (ours and pipeline.when_changed is WhenChanged.remove):
-                    _remove(path)
-                else:
-                    _set_aside(path)
-            state.records[step.name] = StepRecord.of(step)
+        if step.name in state.records and not state.goes_on(step):
+            heading = f"{heading} ({state.describe(step)})"
+        begin(step, pipeline, state)
         print(f"\n{heading}\n  {printable(step.command)}\n", flush=True)
         _run(step, state, pipeline.steps)
         if step.values is not None:
             pipeline = plan_again()
+
+
+def begin(step: Step, pipeline: Pipeline, state: State) -> None:
+    """Clear away what stands in a step's way, and remember that it is begun as it is now.
+
+    An interrupted training goes on from its own checkpoints; everything else starts again.
+    """
+    if state.goes_on(step) and step.train_iters is not None:
+        return
+    for path in step.makes:
+        # What lies outside of the pipeline's folder may be somebody else's.
+        ours = path.resolve().is_relative_to(pipeline.output.resolve())
+        if state.goes_on(step) or (ours and pipeline.when_changed is WhenChanged.remove):
+            _remove(path)
+        else:
+            _set_aside(path)
+    job = state.records[step.name].job if state.goes_on(step) else ""
+    state.records[step.name] = StepRecord.of(step)
+    state.records[step.name].job = job
 
 
 def _run(step: Step, state: State, steps: Sequence[Step]) -> None:

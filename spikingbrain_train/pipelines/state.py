@@ -30,6 +30,8 @@ class StepRecord:
     """Wall time, over all attempts."""
     exit_code: int | None = None
     """Of the last attempt; None where that was cut off."""
+    job: str = ""
+    """Number of its Slurm job, where the pipeline was submitted."""
 
     @classmethod
     def of(cls, step: Step) -> StepRecord:
@@ -93,6 +95,8 @@ class State:
             return "done"
         if step.iteration() is not None:
             return f"interrupted after iteration {step.iteration()} of {step.train_iters}"
+        if record.job and record.exit_code is None:
+            return f"submitted as job {record.job}"
         if record.exit_code:
             return f"failed with exit code {record.exit_code}"
         return "interrupted" if record.exit_code is None else "its result is gone"

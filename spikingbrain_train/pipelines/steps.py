@@ -43,6 +43,8 @@ class Step:
     train_iters: int | None = None
     """For training: the iteration whose checkpoint completes the step. An interrupted one goes on by
     itself."""
+    sbatch: Sequence[str] = ()
+    """Options of sbatch for its job, where a pipeline is submitted to Slurm and the command has none."""
     needs: Mapping[str, str] = field(default_factory=dict)
     """Steps whose files it refers to -> their keys."""
 

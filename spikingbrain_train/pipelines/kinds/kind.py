@@ -15,7 +15,7 @@ from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.pipelines.references import did_you_mean
 from spikingbrain_train.pipelines.steps import Step
 
-COMMON = ("kind", "title")
+COMMON = ("kind", "title", "sbatch")
 """Settings of every step."""
 
 
