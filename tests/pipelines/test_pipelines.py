@@ -193,6 +193,8 @@ def test_values_reach_train_py_as_they_are(value: object) -> None:
         [f"output_dir={hydra_value(str(value))}", f"data.train={hydra_value([str(value), 'b'])}"]
     )
     assert run.output_dir == str(value) and list(run.data.train) == [str(value), "b"]
+    blend = [{"prefix": str(value), "weight": 0.7}, {"prefix": "b", "weight": 0.3}]
+    assert list(compose_run([f"data.train={hydra_value(blend)}"]).data.train) == blend
 
 
 def test_pipelines_are_no_group_of_a_run() -> None:

@@ -172,3 +172,16 @@ def test_a_failing_run_fails_its_job_with_its_sentence_and_is_not_requeued(submi
     run.wait_for("COMPLETED", "FAILED", seconds=60)
     assert run.job.state == "FAILED" and run.job.facts()["Restarts"] == "0"
     assert "stage.train_iters" in run.logs() and os.listdir(run.folder / "nodes") != []
+
+
+def test_an_allocation_that_does_not_fit_the_layout_fails_at_its_health_check_with_one_sentence(
+    submit,
+) -> None:
+    run = submit("parallel.tensor_model_parallel_size=4", with_gpus=False, health_check=True)
+    run.wait_for("COMPLETED", "FAILED", seconds=60)
+    assert run.job.state == "FAILED" and run.job.facts()["Restarts"] == "0"
+    (sentence,) = [line for line in run.log.splitlines() if line.startswith("error: ")]
+    assert "the world size 2 is not divisible by" in sentence, run.logs()
+    assert "start 4 ranks or a multiple of it (this Slurm job has 2 x 1: sbatch --nodes=4)" in sentence
+    assert "failed its health check, and no run was started" in run.log
+    assert not list(run.folder.glob("nodes/*.log"))

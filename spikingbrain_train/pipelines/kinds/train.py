@@ -172,6 +172,9 @@ def hydra_value(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, list):
         return f"[{','.join(_quoted(i) if _is_read_otherwise(i) else hydra_value(i) for i in value)}]"
+    if isinstance(value, Mapping):  # an entry of a list, such as a dataset with its weight
+        inner = ",".join(f"{name}:{hydra_value([item])[1:-1]}" for name, item in value.items())
+        return f"{{{inner}}}"
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     text = str(value)
