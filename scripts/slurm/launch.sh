@@ -11,6 +11,7 @@
 #   MASTER_ADDR       host of the rendezvous                  (default: first node of the allocation)
 #   MASTER_PORT       its port                                (default: from the job id, 15000-29999)
 #   LOG_DIR           one log file per node goes there        (default: outputs/slurm/<job id>)
+#   RANK_LOGS         yes: a log of every rank, too, in <LOG_DIR>/ranks/node<n>                 (default: no)
 #   HEALTH_CHECK      no: start without looking at nodes, network and disk first  (default: yes, some seconds)
 #   HEALTH_CHECK_ARGS further words for it, such as --min-bandwidth 40; spikingbrain-health-check --help
 #   STOP_SECONDS      whole seconds that a run may take to save from the warning on  (default: 540)
@@ -57,7 +58,7 @@ fi
 MASTER_PORT=${MASTER_PORT:-$((15000 + SLURM_JOB_ID % 15000))}
 
 # torch's CPU threads: each rank its share of the node's cores.
-cores=${SLURM_CPUS_PER_TASK:-$ranks}
+cores=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-$ranks}}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores >= ranks ? cores / ranks : 1))}
 
 # torchrun, which hands SIGTERM on, kills the ranks that have not ended this long after (torch 2.6: after 30 s, always).
@@ -104,6 +105,12 @@ read -r -a check_args <<<"${HEALTH_CHECK_ARGS:-}"
 check+=("${check_args[@]}")
 # Of another script's arguments nobody knows what they ask for.
 [ "$entry" != train.py ] || check+=("${arguments[@]}")
+
+case ${RANK_LOGS:-no} in
+no) ;;
+yes) export RANK_LOG_DIR=$log_dir/ranks ;;
+*) fail "RANK_LOGS=$RANK_LOGS is neither yes nor no" ;;
+esac
 
 cd "$root"
 mkdir -p "$log_dir" || fail "$log_dir cannot be created; set LOG_DIR to a folder that every node can write"
@@ -176,6 +183,7 @@ trap overdue USR2
 # shellcheck disable=SC2016
 on_node='
 export PET_NODE_RANK=$SLURM_NODEID
+[ -z "${RANK_LOG_DIR:-}" ] || export PET_TEE=3 PET_LOG_DIR=$RANK_LOG_DIR/node$SLURM_NODEID
 tell() {
     local child
     for child in $(cat "/proc/$1/task"/*/children 2>/dev/null); do
@@ -193,6 +201,7 @@ while :; do
     status=$?
     [ "$interrupted" = yes ] || exit "$status"
 done'
+
 # Sets `status` to the exit code of a call of srun.
 follow() {
     "$@" &
@@ -225,12 +234,14 @@ worst=0
 for each in "${started[@]}"; do wait "$each" || worst=$?; done
 exit "$worst"'
     export MASTER_ADDR MASTER_PORT
-    follow srun "${on_each_node[@]}" "${container[@]}" bash -c "$on_node_check" on_node_check "$ranks" "${inside[@]}" "${check[@]}"
+    follow srun "${on_each_node[@]}" "${container[@]}" \
+        bash -c "$on_node_check" on_node_check "$ranks" "${inside[@]}" "${check[@]}"
     [ "$status" -eq 0 ] || what=' its health check, and no run was started'
     [ "$warned" = no ] || status=75 # no time is left for the run
 fi
 if [ "$status" -eq 0 ]; then
-    follow srun "${on_each_node[@]}" "${run_options[@]}" "${container[@]}" bash -c "$on_node" on_node "${inside[@]}" "${torchrun[@]}"
+    follow srun "${on_each_node[@]}" "${run_options[@]}" "${container[@]}" \
+        bash -c "$on_node" on_node "${inside[@]}" "${torchrun[@]}"
 fi
 [ -z "$timer" ] || kill "$timer" 2>/dev/null || true
 # A health check that fails is no reason by itself to start again: the next start might meet the same node.
@@ -241,10 +252,9 @@ if [ "$requeued" = no ] && [ "$status" -ne 0 ]; then
     if [ "$warned" = yes ] || [ -n "$reason" ]; then requeue; fi
 fi
 [ "$requeued" = no ] || exit 0
-[ "$status" -eq 0 ] ||
-    if [ -n "$what" ]; then
-        printf 'job %s failed%s\n' "$SLURM_JOB_ID" "$what" >&2
-    else
-        printf 'job %s failed with exit code %d; see %s/node*.log\n' "$SLURM_JOB_ID" "$status" "$log_dir" >&2
-    fi
+if [ -n "$what" ]; then
+    printf 'job %s failed%s\n' "$SLURM_JOB_ID" "$what" >&2
+elif [ "$status" -ne 0 ]; then
+    printf 'job %s failed with exit code %d; see %s/node*.log\n' "$SLURM_JOB_ID" "$status" "$log_dir" >&2
+fi
 exit "$status"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import sys
+from collections.abc import Sequence
 
 from spikingbrain_train.commands import ranks
 from spikingbrain_train.config.command_line import user_errors
@@ -16,7 +19,7 @@ def health_check() -> None:
     """Check the hosts of this process's world, or with ``--nproc-per-node`` of the ranks that it starts."""
     with user_errors(same_on_all_ranks=True):
         launched = ranks.launcher_of_command_line()
-        parsed = health_check_parser().parse_intermixed_args()
+        parsed = parse_words(sys.argv[1:])
     if launched is not None:
         with user_errors():
             ranks.run_ranks(launched, ["health-check", *sys.argv[1:]])
@@ -26,6 +29,24 @@ def health_check() -> None:
         return need_of_run(parsed.settings, launch)
 
     check(parsed, need)
+
+
+def parse_words(words: Sequence[str]) -> argparse.Namespace:
+    """The check's own flags; all other words, those of spikingbrain-train with dashes too, in their order."""
+    parser = health_check_parser()
+    flags = {f"--{name.replace('_', '-')}" for name in vars(parser.parse_args([])) if name != "settings"}
+    own: list[str] = []
+    settings: list[str] = []
+    waiting = iter(words)
+    for word in waiting:
+        flag, equals, _ = word.partition("=")
+        if word in ("-h", "--help"):
+            own.append(word)
+        elif flag in flags:
+            own += [word] if equals else [word, *itertools.islice(waiting, 1)]
+        else:
+            settings.append(word)
+    return parser.parse_args([*own, "--", *settings])
 
 
 def need_of_run(settings: list[str], launch: Launch) -> Need:

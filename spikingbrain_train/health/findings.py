@@ -108,7 +108,7 @@ def _gpus(seen: Seen, need: Need) -> list[str]:
                 "nodes of one kind (sbatch --constraint)"
             )
         free, total = facts.device_free, facts.device_total
-        if free < _FREE_SHARE_OF_GPU * total or free < need.device_bytes:
+        if free < _FREE_SHARE_OF_GPU * total:
             wants = f"; the run takes about {_gib(need.device_bytes)}" if need.device_bytes else ""
             sentences.append(
                 f"the GPU of rank {facts.rank} on {facts.host} has {_gib(free)} of {_gib(total)} free"

@@ -25,6 +25,7 @@ ELSEWHERE = {
     "HEALTH_CHECK": "of scripts/slurm/launch.sh",
     "NCCL_DEBUG": "an environment variable of NCCL",
     "ONEDNN_MAX_CPU_ISA": "an environment variable of oneDNN",
+    "RANK_LOGS": "of scripts/slurm/launch.sh",
     "PYTEST_ARGS": "of make test",
     "PYTHON": "of make",
     "PYTORCH_CUDA_ALLOC_CONF": "of torch",

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from spikingbrain_train.commands.health_check import parse_words
 from spikingbrain_train.config.parallel import AcceleratorKind
 from spikingbrain_train.health import findings
 from spikingbrain_train.health.bandwidth import Speeds, partners
@@ -133,3 +134,10 @@ def test_a_task_of_srun_is_a_rank_and_a_launchers_rank_stays_what_it_is() -> Non
         **{"MASTER_ADDR": "host-a", "MASTER_PORT": "16007"},
     }
     assert launch_of_step({**task, "RANK": "0"}) == launch_of_step({"SLURM_JOB_ID": "31007"}) == {}
+
+
+def test_words_of_the_run_keep_their_order_whatever_they_look_like() -> None:
+    words = ["--config", "a/run_config.yaml", "--timeout", "60", "optimizer.lr=1e-4", "--min-bandwidth=40"]
+    parsed = parse_words(words)
+    assert parsed.settings == ["--config", "a/run_config.yaml", "optimizer.lr=1e-4"]
+    assert (parsed.timeout, parsed.min_bandwidth, parsed.slow_factor) == (60.0, 40.0, 2.0)

@@ -71,6 +71,16 @@ def test_variables_override_what_slurm_says(allocation: Allocation) -> None:
     assert "OMP_NUM_THREADS=3" in allocation.called("env1")
 
 
+def test_ranks_have_logs_of_their_own_where_that_is_asked_for(allocation: Allocation) -> None:
+    assert allocation.run(RANK_LOGS="yes").returncode == 0
+    seen = allocation.called("env1")
+    assert "PET_TEE=3" in seen and f"PET_LOG_DIR={allocation.log_dir}/ranks/node1" in seen
+    allocation.run()
+    assert not any(line.startswith("PET_TEE") for line in allocation.called("env1"))
+    refused = allocation.run(RANK_LOGS="1")
+    assert refused.returncode == 2 and "RANK_LOGS=1 is neither yes nor no" in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("script", "cluster", "variable"),
     [
