@@ -42,7 +42,8 @@ class Rule:
     """Where."""
 
 
-README, GUIDES, PICTURES = r"README\.md", r"docs/guides/.*", r"docs/pictures\.md"
+README, GUIDES, PICTURES = r"README\.md", r"docs/guides/.*", r"docs/(pictures|metrics)\.md"
+METRICS = r"docs/metrics\.md"
 RULES = (
     Rule("spikingbrain-preprocess ", Way.SHORT),
     Rule(
@@ -63,7 +64,7 @@ RULES = (
     Rule(r"spikingbrain-train .*(--help|dry_run=true|--cfg)", Way.AS_IT_IS),
     Rule("spikingbrain-train --multirun ", Way.DRY),
     Rule("spikingbrain-train --config ", Way.AS_IT_IS),
-    Rule("spikingbrain-train --nproc-per-node ", Way.PLANNED, pages=README),
+    Rule("spikingbrain-train --nproc-per-node ", Way.PLANNED, pages=f"{README}|{METRICS}"),
     Rule(r"spikingbrain-train .*stage\.distillation\.cache=", Way.PLANNED),
     Rule("spikingbrain-train ", Way.TRAINED),
     Rule("sbatch ", Way.PLANNED, pages=README),
