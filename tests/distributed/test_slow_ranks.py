@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +30,7 @@ from tests.distributed.pool import RankPool
 from tests.distributed.small_runs import MODEL, run_config
 
 COMPUTING = 0.05
-"""Seconds of a forward pass, above what the small model takes."""
+"""Seconds of a forward pass beside what the small model takes."""
 
 
 def _passes_of_one_length(groups: ProcessGroups, steps: int, slow: dict[int, range]) -> list[tuple[int, str]]:
@@ -72,21 +75,19 @@ def test_a_rank_slowed_by_30_percent_is_named_within_50_steps_and_equal_ones_are
 class Listen(Callback):
     """Lets forward passes of this rank take their time, and remembers what is said."""
 
-    def __init__(self, factors: dict[int, float]) -> None:
-        self.factors = factors
+    def __init__(self, factors: dict[int, float], seconds: float = COMPUTING) -> None:
+        self.factors, self.seconds = factors, seconds
         self.said: list[tuple[int, str]] = []
         self.alerts: list[Alert] = []
 
     def start(self) -> None:
         run: Any = self.run
         run.say = lambda text: self.said.append((run.state.iteration, text))
-        forward, seconds = run.model.module.forward, COMPUTING * self.factors.get(run.groups.rank, 1.0)
+        forward, seconds = run.model.module.forward, self.seconds * self.factors.get(run.groups.rank, 1.0)
 
         def takes_its_time(*arguments: Any, **options: Any) -> Any:
-            until = time.monotonic() + seconds
-            output = forward(*arguments, **options)
-            time.sleep(max(0.0, until - time.monotonic()))
-            return output
+            time.sleep(seconds)
+            return forward(*arguments, **options)
 
         run.model.module.forward = takes_its_time
 
@@ -154,6 +155,74 @@ def test_without_a_factor_nothing_is_timed(ranks: RankPool, config: RunConfig) -
     assert ranks.run(_listen, config, {}, world_size=1, parallel=ParallelConfig()) == [([], [])]
     reported = read_metrics(config.output_dir)[-1]
     assert not [name for name in reported if "slowest" in name or "compute" in name or "communic" in name]
+
+
+def _compute(
+    groups: ProcessGroups, config: RunConfig, slow_rank: int | None
+) -> tuple[list[tuple[int, str]], list[Alert]]:
+    """Train; one rank computes 30 % more in each pass, by products of matrices."""
+    from spikingbrain_train.training.trainer import Trainer
+
+    listen = Listen({}, seconds=0.0)
+    trainer = Trainer(config, groups, [listen])
+    whole, matrix = trainer.stage.forward_backward, torch.randn(64, 64)
+
+    def forward_backward(*arguments: Any) -> Any:
+        began = time.thread_time()
+        losses = whole(*arguments)
+        until = time.thread_time() + 0.3 * (time.thread_time() - began)
+        while groups.rank == slow_rank and time.thread_time() < until:
+            matrix @ matrix
+        return losses
+
+    trainer.stage.forward_backward = forward_backward  # type: ignore[method-assign]
+    trainer.train()
+    return [(step, text) for step, text in listen.said if "peers" in text], listen.alerts
+
+
+def test_of_more_ranks_than_cores_the_one_that_computes_30_percent_more_is_named_and_no_other(
+    ranks: RankPool, config: RunConfig
+) -> None:
+    config.model = replace(config.model, hidden_size=64, ffn_hidden_size=128)
+    config.stage = replace(config.stage, train_iters=30, seq_length=64)
+    config.logging.log_interval = 5
+    for slow_rank in (None, 2):
+        found = ranks.run(_compute, config, slow_rank, world_size=4, parallel=ParallelConfig())
+        said, _ = found[0]
+        named = [text for _, text in said if text.startswith("warning")]
+        assert ["rank 2 on " in text for text in named] == ([] if slow_rank is None else [True]), said
+        config.output_dir += "_slow"
+
+
+def _beside_others(seconds: float, shares_cores: bool) -> tuple[float, float]:
+    """Compute for so long on a core that two others want, too. Returns what is measured, and CPU time."""
+    timer = PassTimer(torch.device("cpu"), shares_cores=shares_cores)
+    timer.begin()
+    began = time.thread_time()
+    while time.thread_time() < began + seconds:
+        pass
+    used = time.thread_time() - began
+    timer.end()
+    return timer.take()[0].computing, used
+
+
+@pytest.mark.skipif(not Path("/proc/thread-self/schedstat").exists(), reason="the system counts no queueing")
+def test_queueing_for_a_core_that_ranks_share_is_not_computing() -> None:
+    core = min(os.sched_getaffinity(0))
+    spin = f"import os; os.sched_setaffinity(0, {{{core}}})\nwhile os.getppid() == {os.getpid()}: pass"
+    others = [subprocess.Popen([sys.executable, "-c", spin]) for _ in range(2)]
+    before = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {core})
+        computing, used = _beside_others(0.2, shares_cores=True)
+        with_queue, _ = _beside_others(0.2, shares_cores=False)
+    finally:
+        os.sched_setaffinity(0, before)
+        for other in others:
+            other.kill()
+            other.wait()
+    assert used <= computing < 1.15 * used
+    assert with_queue > 1.5 * used
 
 
 class _Event:

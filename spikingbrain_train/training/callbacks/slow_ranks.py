@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from spikingbrain_train.planning.launch import Launch, available_cores
 from spikingbrain_train.training.alert import Alert
 from spikingbrain_train.training.callbacks.callback import Callback
 from spikingbrain_train.training.report import Report
@@ -76,11 +77,10 @@ class SlowRanks(Callback):
         self._window: deque[PassTime] = deque(maxlen=_WINDOW)
         self._slow: set[int] = set()
         self._has_warmed_up = False
-        self._is_started = False
 
     def start(self) -> None:
-        self._timer = PassTimer(self.run.groups.device)
-        self._is_started = True
+        threads = Launch.from_environment().local_world_size * torch.get_num_threads()
+        self._timer = PassTimer(self.run.groups.device, shares_cores=threads > available_cores())
 
     @property
     def _factor(self) -> float | None:
@@ -161,5 +161,5 @@ class SlowRanks(Callback):
         return host[0]
 
     def end(self, error: BaseException | None) -> None:
-        if error is not None and self._is_started:  # another callback's start may have failed
+        if error is not None:
             self._timer.end()
