@@ -265,11 +265,12 @@ def _config_in_wandb(groups, config: RunConfig) -> tuple[str, dict]:
 
     callbacks = Trainer(config, groups).callbacks
     (wandb,) = (each for each in callbacks if isinstance(each, WeightsAndBiases))
-    for callback in callbacks:
-        if not isinstance(callback, Evaluation):
-            callback.start()
+    started = [callback for callback in callbacks if not isinstance(callback, Evaluation)]
+    for callback in started:
+        callback.start()
     shown = wandb._wandb.id, dict(wandb._wandb.config)
-    callbacks.end(None)
+    for callback in reversed(started):
+        callback.end(None)
     return shown
 
 

@@ -187,7 +187,7 @@ class Callback:
         """Tell somebody who does not watch. Called on the main process only: talk to no other rank here."""
 
     def end(self, error: BaseException | None) -> None:
-        """The run ends; called once, in the reverse order.
+        """The run ends; called once, in the reverse order, where :meth:`start` has come to its end.
 
         Args:
             error: what ends it too early; ranks may then be on their own, so do not talk to others.

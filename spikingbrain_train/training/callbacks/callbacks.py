@@ -22,6 +22,8 @@ from spikingbrain_train.training.stages.losses import StepLosses
 class Callbacks(Callback):
     """Calls every hook of several callbacks in order, and :meth:`end` in the reverse order.
 
+    Only those end that have started: where a start fails, the ones behind it know nothing of the run.
+
     Args:
         callbacks: of different classes.
         run: what they hang on.
@@ -30,6 +32,7 @@ class Callbacks(Callback):
     def __init__(self, callbacks: Sequence[Callback], run: Run) -> None:
         self.run = run
         self._all = list(callbacks)
+        self._started: list[Callback] = []
         for callback in self._all:
             callback.run = run
         self._voters = [each for each in self._all if type(each).vote is not Callback.vote]
@@ -41,6 +44,7 @@ class Callbacks(Callback):
         self.state_dict()  # what no checkpoint can hold is said now, not when the first one is due
         for callback in self._all:
             callback.start()
+            self._started.append(callback)
 
     def step_begin(self) -> None:
         for callback in self._all:
@@ -124,8 +128,9 @@ class Callbacks(Callback):
 
     def end(self, error: BaseException | None) -> None:
         with ExitStack() as stack:  # every one of them ends, whatever the others raise
-            for callback in self._all:
+            for callback in self._started:
                 stack.callback(callback.end, error)
+            self._started = []
 
     def state_dict(self) -> dict[str, Any]:
         """By import path; callbacks that have nothing to keep are left out.
