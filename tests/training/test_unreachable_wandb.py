@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import socket
 import threading
@@ -35,6 +36,32 @@ class Refusing(BaseHTTPRequestHandler):
     def log_message(self, *_: Any) -> None: ...
 
 
+class Taking(BaseHTTPRequestHandler):
+    """As much of W&B as a run needs to begin; it takes whatever comes."""
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.headers.get("Content-Encoding") == "gzip":
+            body = gzip.decompress(body)
+        name = ""
+        if self.path.endswith("/graphql"):
+            name = (json.loads(body)["variables"] or {}).get("name", "")
+        project = {"id": "p", "name": "spikes", "entity": {"id": "e", "name": "lab"}}
+        run = {"id": "1", "name": name, "displayName": "r", "config": "{}", "project": project}
+        answer: dict[str, Any] = {}
+        if self.path.endswith("/graphql") and b"upsertBucket" in body:
+            answer = {"data": {"upsertBucket": {"bucket": run, "inserted": True}}}
+        elif self.path.endswith("/graphql"):
+            answer = {"data": {"viewer": {"id": "x", "entity": "lab", "teams": {"edges": []}}}}
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(answer).encode())
+
+    do_GET = do_POST
+
+    def log_message(self, *_: Any) -> None: ...
+
+
 @pytest.fixture
 def nobody(monkeypatch: pytest.MonkeyPatch) -> str:
     """An address at which connections are refused."""
@@ -54,6 +81,34 @@ def out_of_order() -> Iterator[str]:
     server.server_close()
 
 
+def test_a_run_goes_on_where_wandb_falls_away_and_says_at_its_end_how_to_upload_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The server is one's own, at an address that the environment gives; W&B's is out of reach here."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Taking)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setattr(weights_and_biases, "_FINISH_SECONDS", 1.0)
+    try:
+        with writers(ONLINE, tmp_path) as callbacks:
+            server.shutdown()
+            server.server_close()
+            began = time.monotonic()
+            for step in range(1, 21):
+                callbacks.log(Report(step, {"train/loss": 2.5}))
+            assert time.monotonic() - began < 1.0
+    finally:
+        server.shutdown()
+        thread.join()
+    (warning,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    (folder,) = tmp_path.glob("wandb/run-*")
+    assert warning.endswith(f"upload the rest later by: wandb sync {folder}")
+    (file,) = folder.glob("run-*.wandb")
+    assert len(_by_kind(file)["history"]) == 20
+
+
 def stored(folder: Path) -> dict[str, list[Any]]:
     """What W&B's own file of an offline run holds, by kind of record, once its process has written all of it.
 
@@ -66,9 +121,13 @@ def stored(folder: Path) -> dict[str, list[Any]]:
 
 
 def _stored_by_now(folder: Path) -> dict[str, list[Any]]:
+    (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    return _by_kind(file)
+
+
+def _by_kind(file: Path) -> dict[str, list[Any]]:
     from wandb.proto import wandb_internal_pb2
 
-    (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
     found: dict[str, list[Any]] = {}
     for data in _records(file.read_bytes()):
         record: Any = wandb_internal_pb2.Record()

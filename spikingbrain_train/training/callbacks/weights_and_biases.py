@@ -66,7 +66,7 @@ class WeightsAndBiases(Callback):
     def _open(self, mode: WandbMode) -> None:
         import wandb
 
-        if mode is WandbMode.online and (reason := _unreachable(wandb.Settings().base_url)):
+        if mode is WandbMode.online and (reason := _unreachable(wandb.setup().settings.base_url)):
             mode = self._offline_instead(reason)
         try:
             self._wandb = self._init(mode)
@@ -86,7 +86,7 @@ class WeightsAndBiases(Callback):
             id_file.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
         settings: dict[str, Any] = {"quiet": True, "init_timeout": _INIT_SECONDS}
         if "finish_timeout" in wandb.Settings.model_fields:
-            settings["finish_timeout"] = _FINISH_SECONDS
+            settings |= {"finish_timeout": _FINISH_SECONDS, "finish_timeout_raises": True}
         return wandb.init(
             project=config.logging.wandb_project,
             name=config.logging.wandb_name,
@@ -136,9 +136,16 @@ class WeightsAndBiases(Callback):
             self._wandb.alert(alert.title, alert.text, _LEVELS[alert.level])
 
     def end(self, error: BaseException | None) -> None:
-        if self._wandb is not None:
-            self._wandb.finish(exit_code=0 if error is None else 1)
-            self._wandb = None
+        if self._wandb is None:
+            return
+        opened, self._wandb = self._wandb, None
+        try:
+            opened.finish(exit_code=0 if error is None else 1)
+        except TimeoutError:
+            self.run.say(
+                f"warning: Weights & Biases has not taken all of the run within {_FINISH_SECONDS:g} s; "
+                f"upload the rest later by: wandb sync {Path(opened.dir).parent}"
+            )
 
 
 def _cannot_start(error: Exception) -> PlatformError:
