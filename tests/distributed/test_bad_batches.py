@@ -6,6 +6,9 @@ The faults are made by wrapping what the trainer reads and computes; nothing of 
 from __future__ import annotations
 
 import json
+import shlex
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -246,6 +249,49 @@ def test_bad_batches_in_a_row_take_weights_back_and_data_go_on(
         )
         assert "the loss became nan at iteration 11" in sentence and "iter_0000010" in sentence
     assert iterations(tmp_path / "checkpoints") == [9, 10]
+
+
+def _train_while_a_save_takes_long(
+    groups: ProcessGroups, config: RunConfig, spoilt: dict[int, str | int]
+) -> tuple[_Watch, str, int, int]:
+    """Of every checkpoint this rank's files are read back for a second, in which many steps fit."""
+    from spikingbrain_train.checkpoint import saving
+
+    def take_long(folder: Path) -> Any:
+        time.sleep(1.0)
+        return checksums_of_rank(folder)
+
+    checksums_of_rank = saving.checksums_of_rank
+    saving.checksums_of_rank = take_long
+    try:
+        return _train(groups, config, spoilt)
+    finally:
+        saving.checksums_of_rank = checksums_of_rank
+
+
+def test_weights_go_back_to_a_checkpoint_that_is_still_being_written_and_somebody_is_told(
+    ranks: RankPool, tmp_path: Path, text: Path
+) -> None:
+    parallel = ParallelConfig(use_distributed_optimizer=True)
+    config = run_config(tmp_path, text, parallel=parallel)
+    config.stage = replace(config.stage, train_iters=6)
+    config.checkpoint.async_save, config.checkpoint.save_interval = True, 2
+    config.numerics.roll_back_after = 1
+    write_down = (
+        "import os, sys; open(os.environ['ALERT_OUTPUT_DIR'] + '/' + sys.argv[1], 'w').write(sys.argv[2])"
+    )
+    config.logging.alert_command = shlex.join([sys.executable, "-c", write_down])
+    spoilt = {4 * (4 - 1): "always"}
+    found = ranks.run(_train_while_a_save_takes_long, config, spoilt, world_size=2, parallel=parallel)
+    for watch, sentence, iteration, _ in found:
+        states = watch.after_step
+        assert sentence == "" and iteration == 6
+        assert states[4] == states[2] != states[3]
+        assert len({states[step] for step in (4, 5, 6)}) == 3, "and it learns on"
+        assert list(watch.saved) == ["iter_0000002", "iter_0000005", "iter_0000006"]
+    told = (tmp_path / "bad batch").read_text()
+    assert told.startswith("iteration 4 updates nothing, because the loss became nan") and "12 to 16" in told
+    assert "are again those of iteration 2" in (tmp_path / "bad batches in a row").read_text()
 
 
 def test_weights_go_back_further_where_trouble_stays(ranks: RankPool, tmp_path: Path, text: Path) -> None:

@@ -5,6 +5,7 @@ Tolerances of 1e-5 relative as in test_training_topologies.
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.reporting.metrics import read_metrics
 from tests.distributed.pool import RankPool
 from tests.distributed.small_runs import MODEL, MODEL_76B, ByteTokenizer, checkpoint_config, run_config, train
+from tests.distributed.test_bad_batches import _train as _train_with_bad_batches
 from tests.distributed.test_resume import _interrupt_after
 
 LENGTH = 64
@@ -215,3 +217,23 @@ def test_weights_anneal_to_int8_numbers(
     assert [p["quantization/share"] for p in points if "train/loss" in p] == [0.0, 0.5, 1.0, 1.0]
     assert all(0 < p["quantization/weight_error"] < 0.02 for p in points if "valid/cross_entropy" in p)
     assert steps[-1][0] < steps[0][0]
+
+
+def test_a_bad_batch_of_examples_split_over_ranks_changes_nothing_and_is_written_down(
+    ranks: RankPool, tmp_path: Path, chats: str, hybrid_checkpoint: Path
+) -> None:
+    """Step 2 reads a NaN, and a gradient of step 3 is one; both ranks hold a part of every example."""
+    parallel = ParallelConfig(context_parallel_size=2)
+    config = _config(tmp_path, chats, hybrid_checkpoint, parallel)
+    found = ranks.run(_train_with_bad_batches, config, {5: "always"}, (3,), world_size=2, parallel=parallel)
+    for watch, sentence, iteration, consumed in found:
+        states = watch.after_step
+        assert sentence == "" and (iteration, consumed) == (4, 16)
+        assert states[0] != states[1] == states[2] == states[3] != states[4]
+    lines = [json.loads(line) for line in (tmp_path / "bad_batches.jsonl").read_text().splitlines()]
+    assert [(line["iteration"], line["reason"]) for line in lines] == [
+        (2, "the loss became nan"),
+        (3, "the gradient norm became nan"),
+    ]
+    assert sorted({sample for share in lines[0]["read"] for sample in share["samples"]}) == [4, 5, 6, 7]
+    assert "the data or the weights" in lines[0]["computed_again"]
