@@ -180,6 +180,9 @@ def exit_code(error: ChildFailedError) -> int:
     # Of the others the agent ends with SIGTERM those that have no handler yet: they are no cause.
     causes = [failure for failure in failures if failure[1].exitcode != -signal.SIGTERM]
     failures = causes or failures
+    # Who has missed a rank says so, and kills it if it is still there.
+    if any(failure[1].exitcode == USER_ERROR for failure in failures):
+        failures = [failure for failure in failures if failure[1].exitcode != -signal.SIGKILL]
     unannounced = [failure for failure in failures if failure[1].exitcode not in _ANNOUNCED]
     others = [failure for failure in failures if failure[1].exitcode != START_AGAIN]
     rank, failure = (unannounced or others or failures)[0]

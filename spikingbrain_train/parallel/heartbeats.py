@@ -2,7 +2,8 @@
 
 A collective that fails says that some connection was quiet for too long, not whose fault that is: all ranks
 are in the same step, and those that wait for a rank that waits look alike. So every rank has a thread that
-writes a growing number to the launcher's store. A process that is stopped, dead, or cut off does not.
+writes a growing number to the launcher's store, and what the rank does. A process that is stopped, dead, or
+cut off does not, and of one that hangs its stack tells.
 
 Under NCCL no exception tells Python that a collective has timed out: NCCL's watchdog ends the process. So the
 thread also reads what the next rank writes, and says before that time that it has fallen silent.
@@ -10,8 +11,10 @@ thread also reads what the next rank writes, and says before that time that it h
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
+import socket
 import sys
 import threading
 import time
@@ -24,17 +27,20 @@ import torch
 
 from spikingbrain_train.config.command_line import USER_ERROR
 from spikingbrain_train.errors import PlatformError
+from spikingbrain_train.parallel.last_signs import Sign
 from spikingbrain_train.parallel.process_groups import ProcessGroups, restart_prefix
 
-_LONGEST_INTERVAL, _INTERVALS_PER_TIMEOUT = 5.0, 12
+_LONGEST_INTERVAL, _INTERVALS_PER_TIMEOUT = 4.0, 12
 _PATIENCE = 2.5
 """Intervals in which a living rank writes at least once, however busy its machine."""
-_STORE_SECONDS = 20.0
+_STORE_SECONDS, _REACH_SECONDS = 20.0, 5.0
 _SILENT_SHARE = 0.75
 """Of the timeout, after which a silent rank is named: a collective may have been queued a step before."""
 _LEFT = -1
 """In place of a number of beats: the rank has ended as it should."""
 _SPOKEN = "spoken"
+_NAMED = 8
+"""Ranks of which a sentence speaks."""
 _LOST = r"\bgloo/\S+\.(cc|h):\d+|connection (was )?(closed|reset)|closed by remote peer|broken pipe"
 _LOST_NCCL = rf"{_LOST}|ncclRemoteError|remote error|timeout|(?<!connection )timed out"
 """Not NCCL's other failures, such as no memory, no route, or no driver, which it explains itself."""
@@ -96,20 +102,21 @@ class Heartbeats:
         return torch.distributed.PrefixStore(f"heartbeats/{restart_prefix()}", store)
 
     def _beat(self) -> None:
-        store, beats = None, 0
+        store, sign, beats = None, Sign.of_this_process(), 0
         next_rank = _Watched((self.groups.rank + 1) % self.groups.world_size)
         while not self._ended.is_set():
             beats += 1
             try:
                 store = store or self._connect()
-                store.set(str(self.groups.rank), f"{beats} {self._iteration()}")
+                sign = sign.next(beats, self._iteration())
+                store.set(str(self.groups.rank), sign.write())
                 self._watch(store, next_rank)
             except Exception:  # the next beat tries again; a store that stays away is what _explain speaks of
                 store = None
             self._ended.wait(self.interval)
         if store is not None and self._ends_well:
             with suppress(Exception):
-                store.set(str(self.groups.rank), f"{_LEFT} {self._iteration()}")
+                store.set(str(self.groups.rank), sign.next(_LEFT, self._iteration()).write())
 
     def _watch(self, store: torch.distributed.Store, watched: _Watched) -> None:
         """Say once that the next rank has been silent for most of the timeout.
@@ -118,7 +125,9 @@ class Heartbeats:
         such as the ranks of a node, the first is named.
         """
         key = str(watched.rank)
-        silent = watched.beats_without_news(store.get(key) if store.check([key]) else b"")
+        written = store.get(key) if store.check([key]) else None
+        sign = None if written is None else Sign.read(written)
+        silent = watched.beats_without_news(sign)
         seconds = silent * self.interval
         if seconds < _SILENT_SHARE * self.timeout_minutes * 60 or watched.named:
             return
@@ -128,17 +137,14 @@ class Heartbeats:
             f"in the step after iteration {self._iteration()}: stopped, ended, or cut off; look at its last "
             f"words and its node. cluster.timeout_minutes={self.timeout_minutes:g} will end the run; start "
             "it again then to go on from the newest checkpoint.\n"
+            + ("" if sign is None else f"{sign.describe(watched.rank)}\n")
         )
         sys.stderr.flush()
 
-    def _read(self, store: torch.distributed.Store) -> dict[int, tuple[int, int]]:
-        """Rank -> (beats, steps done) of those that have ever written."""
-        found = {}
-        for rank in range(self.groups.world_size):
-            if store.check([str(rank)]):
-                beats, iteration = store.get(str(rank)).decode().split()
-                found[rank] = (int(beats), int(iteration))
-        return found
+    def _read(self, store: torch.distributed.Store) -> dict[int, Sign]:
+        """By rank what those have written that ever did."""
+        ranks = range(self.groups.world_size)
+        return {rank: Sign.read(store.get(str(rank))) for rank in ranks if store.check([str(rank)])}
 
     def _explain(self, error: BaseException) -> None:
         waited = (
@@ -148,6 +154,7 @@ class Heartbeats:
         )
         done = self._iteration()
         try:
+            _reach_store()
             store = self._connect()
             before = self._read(store)
             time.sleep(_PATIENCE * self.interval)
@@ -160,28 +167,67 @@ class Heartbeats:
                 f"({waited}): its node or rank 0 has ended, is stopped or cannot be reached; look there, and "
                 "start again to go on from the newest checkpoint."
             ) from error
-        if not is_first:
-            raise SystemExit(USER_ERROR) from None
-        everyone = range(self.groups.world_size)
         missing = [
             rank
-            for rank in everyone
-            if rank not in after or after[rank][0] in (_LEFT, before.get(rank, (0,))[0])
+            for rank in range(self.groups.world_size)
+            if rank not in after or after[rank].beats in (_LEFT, before[rank].beats if rank in before else 0)
         ]
+        states = {rank: after[rank].state(rank) for rank in missing[:_NAMED] if rank in after}
+        for rank in missing:
+            if rank in after:  # when this process has spoken: the launcher ends it as soon as one has ended
+                atexit.register(after[rank].end, rank)
+        if not is_first:
+            raise SystemExit(USER_ERROR) from None
         if missing:
-            names = f"rank{'s' if len(missing) > 1 else ''} " + ", ".join(map(str, missing[:8]))
-            more = " ..." if len(missing) > 8 else ""
+            self._show(missing, after)
+            why = next(filter(None, states.values()), "stopped, ended, or cut off")
             raise PlatformError(
-                f"{names}{more} of {self.groups.world_size} did not answer in the step after iteration "
-                f"{done} ({waited}): stopped, ended, or cut off; look at its last words and its node, and "
+                f"{_named(missing)} of {self.groups.world_size} did not answer in the step after iteration "
+                f"{done} ({waited}): {why}; look at its last words and its node, and "
                 "start again to go on from the newest checkpoint."
             ) from error
-        last = min(after, key=lambda rank: after[rank][1])
+        hanging = _hanging(before, after)
+        self._show(hanging, before)
+        last = min(after, key=lambda rank: after[rank].iteration)
+        where = (
+            f"{_named(hanging)} did not wait for the others; look at the stack above, and raise"
+            if hanging
+            else f"rank {last} has done {after[last].iteration}; raise"
+        )
         raise PlatformError(
             f"ranks waited for each other in the step after iteration {done} ({waited}), although all are "
-            f"alive (rank {last} has done {after[last][1]}); raise cluster.timeout_minutes if reading data, "
+            f"alive: {where} cluster.timeout_minutes if reading data, "
             "evaluating or saving can take longer than that."
         ) from error
+
+    def _show(self, ranks: list[int], signs: dict[int, Sign]) -> None:
+        """Print what some ranks have last said of themselves."""
+        shown = [signs[rank].describe(rank) for rank in ranks[:_NAMED] if rank in signs]
+        sys.stderr.write("".join(f"{each}\n" for each in shown))
+        sys.stderr.flush()
+
+
+def _reach_store() -> None:
+    """Raise OSError where nobody listens: torch would try for longer than launchers wait for this process."""
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    socket.create_connection(address, _REACH_SECONDS).close()
+
+
+def _hanging(before: dict[int, Sign], after: dict[int, Sign]) -> list[int]:
+    """Of living ranks those that the others wait for; none where that cannot be told.
+
+    Args:
+        before: what they said when a collective had failed.
+        after: and some time later: who was on its way has moved on.
+    """
+    busy = [rank for rank, sign in sorted(before.items()) if not sign.waits_for_others]
+    stays = [rank for rank in busy if after[rank].iteration == before[rank].iteration]
+    return stays if len(stays) < len(before) else []
+
+
+def _named(ranks: list[int]) -> str:
+    names = f"rank{'s' if len(ranks) > 1 else ''} " + ", ".join(map(str, ranks[:_NAMED]))
+    return names + (" ..." if len(ranks) > _NAMED else "")
 
 
 class _Watched:
@@ -191,13 +237,14 @@ class _Watched:
         self.rank = rank
         self.named = False
         """Whether its present silence has been spoken of."""
-        self._last = b""
+        self._last = 0
         self._silent = 0
 
-    def beats_without_news(self, written: bytes) -> int:
-        """Take in what it has written last; returns for how many beats that has been the same."""
-        if written != self._last or written.startswith(str(_LEFT).encode()):
-            self._last, self._silent, self.named = written, 0, False
+    def beats_without_news(self, sign: Sign | None) -> int:
+        """Take in what it has written last, if ever; returns for how many beats that has been the same."""
+        beats = 0 if sign is None else sign.beats
+        if beats != self._last or beats == _LEFT:
+            self._last, self._silent, self.named = beats, 0, False
         else:
             self._silent += 1
         return self._silent

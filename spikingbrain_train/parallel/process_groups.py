@@ -20,6 +20,7 @@ import torch
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.setting import check_fields
 from spikingbrain_train.errors import PlatformError
+from spikingbrain_train.parallel.attempts import agree_on_attempt
 from spikingbrain_train.planning.launch import Launch, available_cores
 from spikingbrain_train.planning.parallel_checks import check_world_size
 from spikingbrain_train.runtime import megatron_versions, patches
@@ -190,6 +191,7 @@ def destroy() -> None:
     parallel_state.destroy_model_parallel()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+    _start_name.clear()
 
 
 def is_main_process() -> bool:
@@ -238,15 +240,12 @@ def _join_world(launch: Launch, accelerator: Accelerator, timeout: timedelta) ->
             backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout
         )
         return
-    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
-    if not _is_one_node(launch) and restarts != "0":
-        raise PlatformError(
-            f"torchrun --max-restarts={restarts} cannot restart ranks on several nodes, which do not "
-            "agree on how often that was done; leave it out, and start the run again when it has failed."
-        )
-    # torchrun's store outlives a restart (torch 2.13 no longer puts a prefix before its keys), and new ranks
-    # would dial the addresses that the dead ones have left there.
     store = torch.distributed.TCPStore(master, launch.master_port, is_master=False, timeout=timeout)
+    # torchrun's store outlives a restart (torch 2.13 no longer puts a prefix before its keys).
+    if not _is_one_node(launch) and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+        starts = torch.distributed.PrefixStore("starts", store)
+        seconds = timeout.total_seconds()
+        _start_name.append(agree_on_attempt(starts, launch.rank, launch.world_size, seconds))
     torch.distributed.init_process_group(
         backend,
         store=torch.distributed.PrefixStore(f"ranks/{restart_prefix()}", store),
@@ -256,8 +255,14 @@ def _join_world(launch: Launch, accelerator: Accelerator, timeout: timedelta) ->
     )
 
 
+_start_name: list[str] = []
+"""What the ranks of several machines have agreed on, while they are a world."""
+
+
 def restart_prefix() -> str:
-    """Different after every restart by torchrun, the same on all ranks of a node."""
+    """Different after every restart by torchrun, the same on all ranks."""
+    if _start_name:
+        return f"start_{_start_name[-1]}"
     return f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 

@@ -80,6 +80,7 @@ INTERRUPTED = 128 + signal.SIGINT
             INTERRUPTED,
         ),  # the agent ended rank 0, which was still importing torch
         ((USER_ERROR, -signal.SIGTERM), USER_ERROR),
+        ((-signal.SIGKILL, USER_ERROR), USER_ERROR),  # rank 1 has named and killed rank 0, which hung
         ((-signal.SIGTERM, START_AGAIN), START_AGAIN),
         ((-signal.SIGTERM, -signal.SIGKILL), 128 + signal.SIGKILL),
         ((-signal.SIGTERM, -signal.SIGTERM), 128 + signal.SIGTERM),

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
-import subprocess
-import sys
 import time
 from contextlib import redirect_stderr
 from pathlib import Path
@@ -18,12 +17,11 @@ from spikingbrain_train.config.command_line import USER_ERROR
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.errors import CheckpointError, PlatformError
 from spikingbrain_train.parallel.heartbeats import Heartbeats, failed_collective
-from spikingbrain_train.parallel.process_groups import ProcessGroups
-from spikingbrain_train.reporting.metrics import METRICS_FILE, read_metrics
-from spikingbrain_train.storage.checkpoint_folder import latest_iteration
+from spikingbrain_train.parallel.process_groups import ProcessGroups, initialize
+from spikingbrain_train.runtime.accelerator import detect
+from tests.distributed.interrupted_runs import Launch, settings
 from tests.distributed.pool import RankPool
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 TIMEOUT_SECONDS = 15.0
 TIMED_OUT = "[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 6000ms for recv operation"
 
@@ -113,7 +111,46 @@ def test_a_silent_rank_is_named_before_the_timeout_ends_the_process(ranks: RankP
     said = ranks.run(_fall_silent, 4.0, world_size=3, parallel=ParallelConfig())
     assert said[1:] == ["", ""]  # its neighbour speaks, once
     assert said[0].startswith("warning: rank 1 of 3 has not answered for 3 s in the step after iteration 7")
-    assert said[0].count("\n") == 1 and "cluster.timeout_minutes=" in said[0]
+    warning, last_seen, *stack = said[0].splitlines()
+    assert "cluster.timeout_minutes=" in warning
+    assert last_seen.startswith("rank 1 on ") and "iteration 7 done, was last seen at:" in last_seen
+    assert stack[-1].startswith("  ") and stack[-1].endswith(" _fall_silent")
+
+
+def _hang(groups: ProcessGroups, timeout_seconds: float) -> tuple[str, str]:
+    """Rank 1 hangs beside a collective of the others. Returns their error, and what is printed."""
+    printed = io.StringIO()
+    try:
+        with redirect_stderr(printed), Heartbeats(groups, timeout_seconds / 60) as heartbeats:
+            heartbeats.follow(lambda: 7)
+            torch.distributed.barrier()
+            if groups.rank == 1:
+                _reads_a_disk_that_is_gone(3 * timeout_seconds)
+            else:
+                torch.distributed.all_reduce(torch.ones(1))
+    except PlatformError as error:
+        return str(error), printed.getvalue()
+    except SystemExit as end:
+        return f"exit {end.code}", printed.getvalue()
+    return "went on", printed.getvalue()
+
+
+def _reads_a_disk_that_is_gone(seconds: float) -> None:
+    time.sleep(seconds)
+
+
+def _hang_in_a_short_world(timeout_seconds: float) -> tuple[str, str]:
+    groups = initialize(ParallelConfig(), detect("cpu"), seed=1, timeout_minutes=timeout_seconds / 60)
+    return _hang(groups, timeout_seconds)
+
+
+def test_a_living_rank_that_hangs_is_named_with_its_stack(ranks: RankPool) -> None:
+    said = ranks.run(_hang_in_a_short_world, 3.0, world_size=3, parallel=None)
+    ((sentence, printed),) = [each for each in said if each[0] not in ("went on", f"exit {USER_ERROR}")]
+    assert "all are alive: rank 1 did not wait for the others; look at the stack above" in sentence
+    assert "rank 1 on " in printed and "iteration 7 done" in printed
+    assert printed.rstrip().endswith(" _reads_a_disk_that_is_gone")
+    assert said[1][0] == "went on"
 
 
 def _leave_early(groups: ProcessGroups, timeout_seconds: float) -> str:
@@ -156,108 +193,28 @@ def test_a_living_rank_goes_on_beating_after_its_connection_was_lost(monkeypatch
             time.sleep(0.02)
 
 
-class Run:
-    """train.py on two ranks under torchrun."""
-
-    def __init__(self, folder: Path, text: Path, torchrun: tuple[str, ...], *settings: str) -> None:
-        self.output = folder / "run"
-        arguments = [
-            *(
-                "model=tiny_hybrid",
-                "model.vocab_size=130",
-                "cluster=cpu",
-                "precision=fp32",
-                "parallel=single",
-            ),
-            *(f"data.train=[{text}]", "stage.seq_length=64", "stage.global_batch_size=2"),
-            *(f"output_dir={self.output}", "logging.log_interval=1", "logging.tensorboard=false"),
-            *("cluster.peak_tflops=1", f"cluster.timeout_minutes={TIMEOUT_SECONDS / 60}", *settings),
-        ]
-        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", *torchrun]
-        self.log = folder / "log"
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, *launcher, str(REPOSITORY / "train.py"), *arguments],
-                cwd=folder,
-                env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-
-    def wait_for_step(self, number: int) -> None:
-        metrics, deadline = self.output / METRICS_FILE, time.monotonic() + 200
-        while not metrics.exists() or metrics.read_text().count("train/loss") < number:
-            assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()
-            time.sleep(0.1)
-
-    def rank(self, number: int) -> int:
-        """Process id of a rank, a child of torchrun."""
-        pid = self.process.pid
-        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-            variables = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-            if f"RANK={number}".encode() in variables:
-                return int(child)
-        raise AssertionError("there is no such rank")
-
-    def wait_for_words(self, words: str, seconds: float) -> None:
-        """Until the log has them, or the run ends without."""
-        deadline = time.monotonic() + seconds
-        while words not in self.log.read_text() and self.process.poll() is None:
-            assert time.monotonic() < deadline, self.log.read_text()
-            time.sleep(0.1)
-
-    def end(self, seconds: float) -> str:
-        try:
-            self.process.wait(seconds)
-        finally:
-            for rank in (0, 1):
-                try:
-                    os.kill(self.rank(rank), signal.SIGKILL)
-                except (AssertionError, OSError):
-                    continue
-            if self.process.poll() is None:
-                self.process.kill()
-        return self.log.read_text()
-
-
-linux = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds ranks in /proc")
-
-
-@linux
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds ranks in /proc")
 @pytest.mark.slow
-def test_a_stopped_rank_is_named_in_one_sentence(tmp_path: Path, text: Path) -> None:
-    run = Run(tmp_path, text, (), "stage.train_iters=100000")
-    run.wait_for_step(3)
-    stopped = run.rank(1)
-    os.kill(stopped, signal.SIGSTOP)
-    # torchrun asks it to end, which a stopped process cannot hear, and would wait half a minute for it.
-    run.wait_for_words(f"Sending process {stopped} closing signal", TIMEOUT_SECONDS + 100)
-    os.kill(stopped, signal.SIGKILL)
-    output = run.end(100)
-    assert run.process.returncode != 0
-    (sentence,) = [line for line in output.splitlines() if line.startswith("error: ")]
-    assert "rank 1 of 2 did not answer in the step after iteration" in sentence
-    assert output.count("warning: rank 1 of 2 has not answered for") == 1
-    assert f"cluster.timeout_minutes={TIMEOUT_SECONDS / 60:g}" in sentence
-    assert f"exitcode  : {USER_ERROR}" in output
-    assert "train.py" not in output.partition("error: ")[0].rpartition("Traceback")[2], "a traceback of ours"
-
-
-@linux
-@pytest.mark.slow
-def test_ranks_that_torchrun_restarts_go_on_from_the_newest_checkpoint(tmp_path: Path, text: Path) -> None:
-    iterations = 40
-    run = Run(
-        tmp_path,
-        text,
-        ("--max-restarts", "1"),
-        f"stage.train_iters={iterations}",
-        "checkpoint.save_interval=4",
-    )
-    run.wait_for_step(6)
-    os.kill(run.rank(1), signal.SIGKILL)
-    output = run.end(250)
-    assert run.process.returncode == 0, output
-    assert latest_iteration(run.output / "checkpoints") == iterations
-    assert [point["iteration"] for point in read_metrics(run.output)][-1] == iterations
+def test_a_stopped_rank_of_four_is_named_with_its_stack_and_the_run_ends_soon(
+    tmp_path: Path, text: Path
+) -> None:
+    output = tmp_path / "run"
+    timeout = f"cluster.timeout_minutes={TIMEOUT_SECONDS / 60}"
+    words = settings(output, text, steps=100000, save_interval=100000, more=[timeout])
+    with Launch(output, tmp_path / "log", 4, words) as launch:
+        assert launch.wait_for(lambda: launch.iteration() >= 3), launch.tail()
+        stopped = launch.pids()[2]
+        os.kill(stopped, signal.SIGSTOP)
+        launch.process.wait(TIMEOUT_SECONDS + 15)
+        assert launch.process.returncode != 0
+        log = launch.log.read_text()
+        done = launch.iteration()
+    (sentence,) = [line for line in log.splitlines() if line.startswith("error: ")]
+    step = re.search(r"rank 2 of 4 did not answer in the step after iteration (\d+) ", sentence)
+    assert step is not None and int(step[1]) in (done, done + 1), sentence
+    assert f"process {stopped} is stopped by a signal" in sentence
+    assert log.count("warning: rank 2 of 4 has not answered for") == 1
+    shown = log.rpartition(f"(process {stopped}), iteration ")[2].partition("error: ")[0]
+    assert "was last seen at:\n  " in shown and "trainer.py:" in shown, log
+    assert f"exitcode  : {USER_ERROR}" in log
+    assert "Traceback" not in log.partition("error: ")[0], "a traceback of ours"

@@ -46,6 +46,7 @@ class _Run:
     def __init__(self) -> None:
         self.reasons: list[str] = []
         self.callbacks = Callback()
+        self.groups = Mock(rank=0)
 
     def stop(self, reason: str) -> None:
         self.reasons.append(reason)
@@ -114,6 +115,23 @@ def test_a_warning_that_comes_before_the_first_step_is_not_missed(run: _Run, han
     os.kill(os.getpid(), signal.SIGUSR1)
     one_step(signals)
     assert run.reasons == ["SIGUSR1"]
+
+
+def test_ranks_whose_launcher_was_killed_save_and_end(
+    run: _Run, handlers: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for is_launched in (False, True):  # a shell that starts a run may end before it
+        if is_launched:
+            monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+        with monkeypatch.context() as patched:
+            signals = stop_signals(run)
+            one_step(signals)
+            patched.setattr(os, "getppid", lambda: 1)
+            one_step(signals)
+            one_step(signals)
+            signals.end(None)
+        assert run.reasons == (["SIGTERM"] * 2 if is_launched else [])
+    assert capsys.readouterr().err.count("torchrun has ended without its ranks") == 1
 
 
 def test_outside_the_main_thread_nothing_is_held_back(run: _Run, handlers: None) -> None:

@@ -111,17 +111,6 @@ class _Backend:
 
 
 @pytest.mark.parametrize("backend", ["gloo", "nccl"])
-def test_restarts_on_several_nodes_are_refused(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    launch = Launch(0, 4, 0, 2, "127.0.0.1", 29500)
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
-    with pytest.raises(PlatformError, match="--max-restarts=3 cannot restart ranks on several nodes"):
-        process_groups._join_world(launch, _Backend(backend), timedelta(seconds=1))  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("backend", ["gloo", "nccl"])
 def test_restarted_ranks_do_not_read_what_the_dead_ones_wrote(
     backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from spikingbrain_train.parallel.heartbeats import failed_collective
 from spikingbrain_train.training.callbacks.callback import Callback
 
 if TYPE_CHECKING:
@@ -37,7 +39,7 @@ class StopSignals(Callback):
         self._agreed: signal.Signals | None = None
         self._before: dict[signal.Signals, Callable[[int, FrameType | None], Any] | int | None] = {}
         self._holds_back = False
-        self._owner = os.getpid()
+        self._owner, self._parent = os.getpid(), os.getppid()
         if signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN:
             # launch.sh has it ignored, so that it does not end torchrun: it must not be missed on the way.
             with suppress(ValueError):  # not the main thread
@@ -54,7 +56,17 @@ class StopSignals(Callback):
             self._before = {}
 
     def vote(self, losses: StepLosses) -> int:
+        if self._received is None and self._is_left_alone():
+            rank = self.run.groups.rank
+            sys.stderr.write(
+                f"warning: torchrun has ended without its ranks; rank {rank} saves and ends, too\n"
+            )
+            self._received = signal.SIGTERM
         return int(self._received or 0)
+
+    def _is_left_alone(self) -> bool:
+        """Whether torchrun's agent, which started this process, was killed: nobody would end the run."""
+        return "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self._parent
 
     def agreed(self, number: int) -> None:
         if number:
@@ -64,8 +76,10 @@ class StopSignals(Callback):
 
     def end(self, error: BaseException | None) -> None:
         for number, handler in self._before.items():
-            # A run that stops is about to end: let the launcher's next signals not change its exit code.
-            if error is None and self._agreed is not None:
+            # A run that stops is about to end: let the launcher's next signals not change its exit code. Of
+            # one that has lost a rank somebody has yet to say which; the launcher ends them all meanwhile.
+            is_lost = number is signal.SIGTERM and failed_collective(error) is not None
+            if is_lost or (error is None and self._agreed is not None):
                 signal.signal(number, signal.SIG_IGN)
             else:
                 signal.signal(number, handler if handler is not None else signal.SIG_DFL)
