@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import pickle
-import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import IO, Any, cast
 from zipfile import ZIP_STORED, ZipFile
 
 import torch
+from isal import isal_zlib
 from torch import Tensor
 
 from spikingbrain_train.storage.crc32 import combined
@@ -152,7 +152,7 @@ def _enter_checksum(
         part, begin = after, begin - len(before) - nbytes
     content = begin + _HEADER_BYTES
     content += sum(int.from_bytes(part[begin + at : begin + at + 2], "little") for at in (26, 28))
-    crc32 = zlib.crc32(part[content : content + length]).to_bytes(4, "little")
+    crc32 = isal_zlib.crc32(part[content : content + length]).to_bytes(4, "little")
     place = content + length + _CRC_AFTER_RECORD
     part[place : place + 4] = crc32
     after[entry + _CRC_IN_ENTRY : entry + _CRC_IN_ENTRY + 4] = crc32
@@ -199,8 +199,8 @@ class TensorStream:
         length = self._file.position - self._begin
         after = self._frame.after(crc32)
         self._file.write(after, self._name)
-        whole = combined(zlib.crc32(self._frame.before), crc32, length)
-        return zlib.crc32(after, whole)
+        whole = combined(isal_zlib.crc32(self._frame.before), crc32, length)
+        return isal_zlib.crc32(after, whole)
 
 
 def append_tensor(file: VerifiedFile, tensor: Tensor, name: str, crc32: int | None = None) -> int:
@@ -228,7 +228,7 @@ def append_tensor(file: VerifiedFile, tensor: Tensor, name: str, crc32: int | No
         # Not its buffer: one that a traceback still holds ends Python 3.12.1 when it collects garbage.
         content = whole.getvalue()
         file.write(content, name)
-        return zlib.crc32(content)
+        return isal_zlib.crc32(content)
     stream = TensorStream(file, frame, name)
     stream.write(tensor)
     return stream.end(crc32_of(tensor) if crc32 is None else crc32)
@@ -248,7 +248,7 @@ class Block:
 
 def crc32_of(tensor: Tensor) -> int:
     """CRC-32 of the bytes of a tensor on CPU, in the order of its elements."""
-    return zlib.crc32(bytes_of(tensor).numpy().data)
+    return isal_zlib.crc32(bytes_of(tensor).numpy().data)
 
 
 def bytes_of(tensor: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ Both 0.16 and 0.19 write what :class:`MegatronCheckpointReader` reads (the forma
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import FileIO
@@ -13,6 +12,7 @@ from math import prod
 from pathlib import Path
 
 import torch
+from isal import isal_zlib
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -345,7 +345,7 @@ def _crc32(file: FileIO, offset: int, length: int, crc32: int = 0) -> int:
     while length > 0:
         block = bytearray(min(length, BLOCK_BYTES))
         read_exactly(file, memoryview(block))
-        crc32 = zlib.crc32(block, crc32)
+        crc32 = isal_zlib.crc32(block, crc32)
         length -= len(block)
     return crc32
 

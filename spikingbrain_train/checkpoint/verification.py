@@ -10,6 +10,7 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
 from spikingbrain_train.errors import CheckpointError, first_line
+from spikingbrain_train.planning.launch import Launch, available_cores
 from spikingbrain_train.runtime.checkpoint_metadata import (
     BACKEND,
     BACKEND_FILE,
@@ -21,6 +22,7 @@ from spikingbrain_train.runtime.checkpoint_metadata import (
 from spikingbrain_train.runtime.megatron_versions import COMMON_STATE_IN_FILE
 from spikingbrain_train.storage.checkpoint_manifest import Parts, checksums, read_manifest
 
+_MOST_THREADS = 4  # of a rank; storage is not faster with more
 _OPTIMIZER = "optimizer."  # how keys of optimizer states begin
 
 
@@ -35,6 +37,11 @@ def checksums_of_rank(folder: Path) -> dict[str, Parts]:
     if rank == 0:
         written |= {name: checksums(folder / name) for name in WHOLE_FILES}
     return written
+
+
+def reading_threads() -> int:
+    """How many parts this rank reads at a time; the ranks of a node share its cores."""
+    return min(_MOST_THREADS, max(1, available_cores() // Launch.from_environment().local_world_size))
 
 
 def check_written(folder: Path) -> None:
@@ -114,10 +121,12 @@ def check_contents(metadata: Metadata, folder: Path, sharded: dict[str, Any]) ->
     share = sum(length for _, _, length in parts) / torch.distributed.get_world_size()
     rank, before, reason = torch.distributed.get_rank(), 0, None
     try:
+        own = []
         for name, offset, length in parts:
             if share * rank <= before < share * (rank + 1):  # neighbours in a file are read by one rank
-                manifest.check_part(name, offset, length)
+                own.append((name, offset, length))
             before += length
+        manifest.check_parts(own, reading_threads())
     except (CheckpointError, OSError) as error:
         reason = str(error)
     reasons: list[str | None] = [None] * torch.distributed.get_world_size()

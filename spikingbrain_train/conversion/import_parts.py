@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from isal import isal_zlib
 from torch import Tensor
 
 from spikingbrain_train.architecture.initializers import AttentionSize
@@ -208,7 +208,7 @@ class Converter:
 
 def _uses(parameter: Parameter, tensors: dict[str, Tensor], first_row: int = 0) -> list[Use]:
     return [
-        Use(name, parameter.name, zlib.crc32(bytes_of(part).numpy().data), part.nbytes, first_row)
+        Use(name, parameter.name, isal_zlib.crc32(bytes_of(part).numpy().data), part.nbytes, first_row)
         for name, part in tensors.items()
     ]
 
@@ -307,7 +307,7 @@ class ImportParts(Parts):
                 crc32, nbytes = 0, 0
                 for block in self.converter.source.blocks(name, stack.rows):
                     stream.write(block)
-                    crc32 = zlib.crc32(bytes_of(block).numpy().data, crc32)
+                    crc32 = isal_zlib.crc32(bytes_of(block).numpy().data, crc32)
                     nbytes += block.nbytes
                     advance(block.nbytes)
                 uses.append(Use(name, parameter.name, crc32, nbytes, stack.rows[0] if stack.rows else 0))

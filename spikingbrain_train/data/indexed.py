@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import zlib
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from isal import isal_zlib
 
 from spikingbrain_train.data.dataset_files import ALL_SUFFIXES, SIDECAR_SUFFIX, SUFFIXES, existing_files
 from spikingbrain_train.data.domains import DTYPE as DOMAIN_DTYPE
@@ -150,7 +150,7 @@ class IndexedDatasetWriter:
         if self.tokens * np.dtype(self.dtype).itemsize >= self._kept_bytes:
             written = np.ascontiguousarray(token_ids, dtype=self.dtype).data
             self._tokens.write(written)
-            self._crc = zlib.crc32(written, self._crc)
+            self._crc = isal_zlib.crc32(written, self._crc)
         self._lengths.frombytes(lengths.astype(np.int32).tobytes())
         self.tokens += len(token_ids)
         self.text_bytes += text_bytes

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import os
 import weakref
-import zlib
 from functools import lru_cache
 
 import numpy as np
+from isal import isal_zlib
 
 from spikingbrain_train.errors import DataError
 from spikingbrain_train.storage.index_format import HEADER_BYTES, IndexHeader, read_header, truncated
@@ -87,7 +87,7 @@ def crc32_of(path: str | os.PathLike[str], most: int | None = None) -> int | Non
             block = file.read(min(left, _BLOCK_BYTES))
             if not block:
                 return None
-            crc = zlib.crc32(block, crc)
+            crc = isal_zlib.crc32(block, crc)
             left -= len(block)
     return crc
 

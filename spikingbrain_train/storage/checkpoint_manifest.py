@@ -1,7 +1,7 @@
 """``manifest.json`` of a checkpoint: the checksum of every part of its files, written when they are complete.
 
 A part is what is read at once: one chunk of a tensor in a ``.distcp`` file; other files are one part. So a
-reader checks what it reads and no more, at the speed of CRC-32 (above 1 GB/s on one core). A flipped bit, a
+reader checks what it reads and no more, at about the speed of reading it. A flipped bit, a
 hole of zeros and a file of another save all show. What lies beside the weights (configuration, tokenizer) is
 listed apart: the run that goes on from it holds it to its checksum, all others take it as it is. Checkpoints
 without a manifest (of Megatron-LM, or older than manifests) are read unchecked. Reads plain files:
@@ -11,19 +11,19 @@ torch is not needed.
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from spikingbrain_train.errors import CheckpointError
+from spikingbrain_train.storage.crc32 import crc32_of_part
 from spikingbrain_train.storage.durable_files import write_text_durably
 
 MANIFEST_FILE = "manifest.json"
 
 _VERSION = 1
-_BLOCK_BYTES = 4 * 1024**2
 
 Parts = list[tuple[int, int, int]]
 """(offset, bytes, CRC-32) of every part of a file, in order and without gaps."""
@@ -42,13 +42,9 @@ def checksums(path: Path, ranges: Iterable[tuple[int, int]] | None = None) -> Pa
 
 
 def _crc32(path: Path, offset: int, length: int) -> int:
-    value = 0
-    with path.open("rb", buffering=0) as file:
-        file.seek(offset)
-        while length > 0 and (block := file.read(min(length, _BLOCK_BYTES))):
-            value = zlib.crc32(block, value)
-            length -= len(block)
-    return value if length == 0 else -1
+    """Of a part; no checksum at all where the file is too short."""
+    found = crc32_of_part(path, offset, length)
+    return -1 if found is None else found
 
 
 def write_manifest(folder: Path, files: Mapping[str, Parts]) -> None:
@@ -120,6 +116,28 @@ class Manifest:
             length: its bytes.
         """
         self.check_known(name, offset, length, _crc32(self.folder / name, offset, length))
+
+    def check_parts(self, parts: Iterable[tuple[str, int, int]], threads: int) -> None:
+        """:meth:`check_part` of many, some at a time.
+
+        Args:
+            parts: names of files, and the first byte and bytes of each part.
+            threads: how many are read at a time: while one waits for its bytes, another computes.
+
+        Raises:
+            CheckpointError: about the first of them that is not what was saved.
+            OSError: one cannot be read.
+        """
+        if threads == 1:
+            for part in parts:
+                self.check_part(*part)
+            return
+        pool = ThreadPoolExecutor(threads, "verification")
+        try:
+            for checked in [pool.submit(self.check_part, *part) for part in parts]:
+                checked.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def check_known(self, name: str, offset: int, length: int, crc32: int) -> None:
         """:meth:`check_part` of what has been read already, whose CRC-32 is known."""

@@ -2,52 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import pickle
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from spikingbrain_train.config.parallel import ParallelConfig
-from spikingbrain_train.config.run import OnDamage, RunConfig, Verification
+from spikingbrain_train.config.run import CheckpointConfig, OnDamage, RunConfig, Verification
 from spikingbrain_train.errors import CheckpointError, SpikingBrainError
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.planning.file_checks import check_files
 from spikingbrain_train.storage.checkpoint_folder import LATEST_ITERATION_FILE, iterations, latest_iteration
 from spikingbrain_train.storage.checkpoint_manifest import MANIFEST_FILE
+from tests.checkpoint.saved_runs import ONE_RANK, checkpoint_of, outcome, saving_config
 from tests.distributed.pool import RankPool
-from tests.distributed.small_runs import checkpoint_config, run_config, train
-
-ONE_RANK = ParallelConfig()
-
-
-def _config(folder: Path, text: Path, train_iters: int, on_damage: OnDamage = OnDamage.stop) -> RunConfig:
-    config = run_config(folder, text)
-    config.stage = replace(config.stage, train_iters=train_iters)
-    config.checkpoint = checkpoint_config(save_interval=2, on_damage=on_damage)
-    return config
-
-
-@pytest.fixture(scope="module")
-def finished(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
-    """output_dir of a run of six steps with checkpoints 2, 4 and 6."""
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    ranks.run(train, _config(folder, text, 6), world_size=1, parallel=ONE_RANK)
-    return folder
-
-
-@pytest.fixture
-def run(finished: Path, tmp_path: Path) -> Path:
-    """A copy of it that a test may damage."""
-    shutil.copytree(finished, tmp_path / "run")
-    return tmp_path / "run"
-
-
-def _iteration(run: Path, iteration: int) -> Path:
-    return run / "checkpoints" / f"iter_{iteration:07d}"
 
 
 class _RunsCode:
@@ -130,12 +101,21 @@ DAMAGE: dict[str, tuple[str, Callable[[Path], object]]] = {
 }
 
 
-def _outcome(groups: ProcessGroups, config: RunConfig) -> tuple[str, str]:
-    """Kind and sentence of the refusal, or nothing and the number of steps."""
-    try:
-        return "", str(len(train(groups, config)))
-    except SpikingBrainError as error:
-        return type(error).__name__, str(error)
+SIZES_DO_NOT_TELL = {"a flipped bit in the middle of a shard", "the shard of an older save"}
+"""Numbers in place of others: what checkpoint.verification=fast is documented not to see."""
+
+
+def _going_on(groups: ProcessGroups, configs: list[RunConfig]) -> list[tuple[str, str]]:
+    """Of each run: the iteration it goes on from, or kind and sentence of what stops it."""
+    from spikingbrain_train.training.trainer import Trainer
+
+    found = []
+    for config in configs:
+        try:
+            found.append(("", str(Trainer(config, groups).state.iteration)))
+        except SpikingBrainError as error:
+            found.append((type(error).__name__, str(error)))
+    return found
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -143,21 +123,33 @@ def test_a_run_stops_with_a_sentence_or_takes_the_checkpoint_before(
     damage: str, ranks: RankPool, run: Path, text: Path
 ) -> None:
     name, inflict = DAMAGE[damage]
-    inflict(_iteration(run, 6) / name)
-
-    stopping = _config(run, text, 8)
-    [(kind, sentence)] = ranks.run(_outcome, stopping, world_size=1, parallel=ONE_RANK)
-    assert kind == "DamagedCheckpointError" and "\n" not in sentence, sentence
-    assert str(_iteration(run, 6) / name) in sentence or "iter_0000006" in sentence
-    assert f"{_iteration(run, 4)} is complete: write 4 into {LATEST_ITERATION_FILE}" in sentence
-    assert latest_iteration(run / "checkpoints") == 6
-
-    going_back = _config(run, text, 8, OnDamage.previous)
-    assert ranks.run(_outcome, going_back, world_size=1, parallel=ONE_RANK) == [("", "4")]
-    assert latest_iteration(run / "checkpoints") == 8 and iterations(run / "checkpoints") == [2, 4, 6, 8]
-    aside = _iteration(run, 6).with_name("iter_0000006.damaged")
-    assert aside.is_dir() == (damage != "no folder")
+    inflict(checkpoint_of(run, 6) / name)
+    configs, copies = [], []
+    for verification in Verification:
+        copies.append(run.with_name(verification.value))
+        shutil.copytree(run, copies[-1])
+        for on_damage in (OnDamage.stop, OnDamage.previous):
+            changes = {"verification": verification, "on_damage": on_damage}
+            configs.append(saving_config(copies[-1], text, 7, **changes))
+    found = iter(zip(configs, *ranks.run(_going_on, configs, world_size=1, parallel=ONE_RANK), strict=True))
+    for copy, verification in zip(copies, Verification, strict=True):
+        (stopping, (kind, sentence)), (_, going_back) = next(found), next(found)
+        damaged = checkpoint_of(copy, 6)
+        if verification is Verification.fast and damage in SIZES_DO_NOT_TELL:
+            assert (kind, sentence) == going_back == ("", "6")
+            continue
+        assert kind == "DamagedCheckpointError" and "\n" not in sentence, stopping.checkpoint
+        assert str(damaged / name) in sentence or "iter_0000006" in sentence
+        assert f"{checkpoint_of(copy, 4)} is complete: write 4 into {LATEST_ITERATION_FILE}" in sentence
+        assert going_back == ("", "4") and latest_iteration(copy / "checkpoints") == 4
+        assert iterations(copy / "checkpoints") == [2, 4]
+        assert damaged.with_name("iter_0000006.damaged").is_dir() == (damage != "no folder")
     assert not Path("/tmp/a-checkpoint-ran-code").exists()
+
+
+def test_there_are_twenty_ways_and_full_verification_sees_each() -> None:
+    assert len(DAMAGE) >= 20 and set(DAMAGE) > SIZES_DO_NOT_TELL
+    assert inspect.signature(CheckpointConfig).parameters["verification"].default is Verification.full
 
 
 @pytest.mark.parametrize("damage", ["half a shard", "empty model_config.yaml", "no manifest"])
@@ -165,27 +157,27 @@ def test_what_sizes_and_small_files_tell_is_said_before_torch_is_imported(
     damage: str, run: Path, text: Path
 ) -> None:
     name, inflict = DAMAGE[damage]
-    inflict(_iteration(run, 6) / name)
-    with pytest.raises(CheckpointError, match=re.escape(str(_iteration(run, 6) / name))):
-        check_files(_config(run, text, 8))
-    stored = check_files(_config(run, text, 8, OnDamage.previous))
+    inflict(checkpoint_of(run, 6) / name)
+    with pytest.raises(CheckpointError, match=re.escape(str(checkpoint_of(run, 6) / name))):
+        check_files(saving_config(run, text, 8))
+    stored = check_files(saving_config(run, text, 8, on_damage=OnDamage.previous))
     assert stored is not None and stored.iteration == 4
 
 
 def test_all_ranks_go_back_together_past_several(ranks: RankPool, run: Path, text: Path) -> None:
-    _flip(_iteration(run, 6) / SHARD)
-    (_iteration(run, 4) / ".metadata").unlink()
-    config = _config(run, text, 8, OnDamage.previous)
-    assert ranks.run(_outcome, config, world_size=2, parallel=ONE_RANK) == [("", "6")] * 2
+    _flip(checkpoint_of(run, 6) / SHARD)
+    (checkpoint_of(run, 4) / ".metadata").unlink()
+    config = saving_config(run, text, 8, on_damage=OnDamage.previous)
+    assert ranks.run(outcome, config, world_size=2, parallel=ONE_RANK) == [("", "6")] * 2
 
 
 def test_where_all_are_damaged_none_is_renamed_away_but_the_newest_are_told_of(
     ranks: RankPool, run: Path, text: Path
 ) -> None:
     for iteration in (2, 4, 6):
-        _cut(_iteration(run, iteration) / SHARD, 0.5)
-    config = _config(run, text, 8, OnDamage.previous)
-    [(kind, sentence)] = ranks.run(_outcome, config, world_size=1, parallel=ONE_RANK)
+        _cut(checkpoint_of(run, iteration) / SHARD, 0.5)
+    config = saving_config(run, text, 8, on_damage=OnDamage.previous)
+    [(kind, sentence)] = ranks.run(outcome, config, world_size=1, parallel=ONE_RANK)
     assert kind == "DamagedCheckpointError" and "none of the 3 checkpoints" in sentence
     assert iterations(run / "checkpoints") == [2, 4, 6]
 
@@ -194,22 +186,10 @@ def test_a_tracker_that_holds_no_number_is_a_sentence_or_made_anew(
     ranks: RankPool, run: Path, text: Path
 ) -> None:
     (run / "checkpoints" / LATEST_ITERATION_FILE).write_text("iter_six")
-    [(kind, sentence)] = ranks.run(_outcome, _config(run, text, 8), world_size=1, parallel=ONE_RANK)
+    [(kind, sentence)] = ranks.run(outcome, saving_config(run, text, 8), world_size=1, parallel=ONE_RANK)
     assert kind == "CheckpointError" and "instead of an iteration number" in sentence
-    config = _config(run, text, 8, OnDamage.previous)
-    assert ranks.run(_outcome, config, world_size=1, parallel=ONE_RANK) == [("", "2")]
-
-
-def test_fast_verification_reads_no_weights_twice(ranks: RankPool, run: Path, text: Path) -> None:
-    """What it is not meant to see: a flipped bit among numbers. What it is: a size."""
-    _flip(_iteration(run, 6) / SHARD)
-    config = _config(run, text, 8)
-    config.checkpoint.verification = Verification.fast
-    assert ranks.run(_outcome, config, world_size=1, parallel=ONE_RANK) == [("", "2")]
-    _cut(_iteration(run, 8) / SHARD, 0.9)
-    config.stage = replace(config.stage, train_iters=10)
-    [(kind, sentence)] = ranks.run(_outcome, config, world_size=1, parallel=ONE_RANK)
-    assert kind == "DamagedCheckpointError" and SHARD in sentence
+    config = saving_config(run, text, 8, on_damage=OnDamage.previous)
+    assert ranks.run(outcome, config, world_size=1, parallel=ONE_RANK) == [("", "2")]
 
 
 @pytest.mark.parametrize("name", ["common.pt", "metadata.json"])
@@ -218,10 +198,10 @@ def test_damage_is_a_sentence_in_checkpoints_of_releases_without_manifests_too(
 ) -> None:
     for manifest in run.rglob(MANIFEST_FILE):
         manifest.unlink()
-    config = _config(run, text, 8)
-    content = (_iteration(run, 6) / name).read_bytes()
-    (_iteration(run, 6) / name).write_text("{")
-    [(kind, sentence)] = ranks.run(_outcome, config, world_size=1, parallel=ONE_RANK)
-    assert kind == "DamagedCheckpointError" and f"{_iteration(run, 6) / name} is damaged" in sentence
-    (_iteration(run, 6) / name).write_bytes(content)
-    assert ranks.run(_outcome, config, world_size=1, parallel=ONE_RANK) == [("", "2")]
+    config = saving_config(run, text, 8)
+    content = (checkpoint_of(run, 6) / name).read_bytes()
+    (checkpoint_of(run, 6) / name).write_text("{")
+    [(kind, sentence)] = ranks.run(outcome, config, world_size=1, parallel=ONE_RANK)
+    assert kind == "DamagedCheckpointError" and f"{checkpoint_of(run, 6) / name} is damaged" in sentence
+    (checkpoint_of(run, 6) / name).write_bytes(content)
+    assert ranks.run(outcome, config, world_size=1, parallel=ONE_RANK) == [("", "2")]

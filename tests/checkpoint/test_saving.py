@@ -7,10 +7,8 @@ import json
 import os
 import random
 import re
-import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -30,49 +28,14 @@ from spikingbrain_train.storage.checkpoint_folder import (
 )
 from spikingbrain_train.storage.checkpoint_manifest import MANIFEST_FILE
 from spikingbrain_train.training.callbacks.callback import Callback
+from tests.checkpoint.saved_runs import ONE_RANK, checkpoint_of, outcome, saving_config
 from tests.distributed.pool import RankPool
 from tests.distributed.small_runs import (
     MODEL,
     MODEL_76B,
     behind_gradients,
-    checkpoint_config,
-    run_config,
     train,
 )
-
-if TYPE_CHECKING:
-    pass
-
-ONE_RANK = ParallelConfig()
-REFUSED = (CheckpointError, ConfigurationError, NumericalError)
-
-
-def _config(folder: Path, text: Path, *, train_iters: int, save_interval: int = 2, **changes) -> RunConfig:
-    keep_last = changes.pop("keep_last", None)
-    resume = changes.pop("resume", Resume.auto)
-    config = run_config(folder, text, **changes)
-    config.stage = replace(config.stage, train_iters=train_iters)
-    config.checkpoint = checkpoint_config(save_interval=save_interval, keep_last=keep_last, resume=resume)
-    return config
-
-
-@pytest.fixture(scope="module")
-def finished(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
-    """output_dir of a run of six steps with checkpoints 2, 4 and 6."""
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    ranks.run(train, _config(folder, text, train_iters=6), world_size=1, parallel=ONE_RANK)
-    return folder
-
-
-@pytest.fixture
-def run(finished: Path, tmp_path: Path) -> Path:
-    """A copy of it that a test may damage."""
-    shutil.copytree(finished, tmp_path / "run")
-    return tmp_path / "run"
-
-
-def _iteration(run: Path, iteration: int) -> Path:
-    return run / "checkpoints" / f"iter_{iteration:07d}"
 
 
 def _train_without_forks(groups: ProcessGroups, config: RunConfig) -> int:
@@ -89,17 +52,9 @@ def _train_without_forks(groups: ProcessGroups, config: RunConfig) -> int:
 def test_saving_forks_no_process_beside_the_threads_of_a_run(
     ranks: RankPool, tmp_path: Path, text: Path
 ) -> None:
-    config = _config(tmp_path, text, train_iters=4)
+    config = saving_config(tmp_path, text, train_iters=4)
     assert ranks.run(_train_without_forks, config, world_size=1, parallel=ONE_RANK) == [4]
     assert iterations(tmp_path / "checkpoints") == [2, 4]
-
-
-def _outcome(groups: ProcessGroups, config: RunConfig) -> tuple[str, str]:
-    """Kind and sentence of the refusal, or nothing and the number of steps."""
-    try:
-        return "", str(len(train(groups, config)))
-    except REFUSED as error:
-        return type(error).__name__, str(error)
 
 
 # Not finite
@@ -146,7 +101,7 @@ def _with_a_gradient_spoiled_on_the_last_rank(
 def test_a_gradient_that_is_not_finite_updates_nothing_on_any_rank(
     world_size: int, parallel: ParallelConfig, model, ranks: RankPool, tmp_path: Path, text: Path
 ) -> None:
-    config = _config(
+    config = saving_config(
         tmp_path, text, train_iters=4, save_interval=1, keep_last=1, model=model, parallel=parallel
     )
     config.numerics.on_bad_batch = OnBadBatch.stop
@@ -156,7 +111,7 @@ def test_a_gradient_that_is_not_finite_updates_nothing_on_any_rank(
     for kind, sentence, weights_are_untouched in outcomes:
         assert kind == "NumericalError" and weights_are_untouched
         assert "the gradient norm became nan at iteration 4" in sentence
-        assert f"go on from {_iteration(tmp_path, 3)}" in sentence
+        assert f"go on from {checkpoint_of(tmp_path, 3)}" in sentence
     assert iterations(tmp_path / "checkpoints") == [3]
 
 
@@ -181,12 +136,12 @@ def test_what_is_not_finite_is_not_saved_even_in_the_last_step(
     distributed_optimizer: bool, ranks: RankPool, tmp_path: Path, text: Path
 ) -> None:
     parallel = ParallelConfig(use_distributed_optimizer=distributed_optimizer)
-    config = _config(tmp_path, text, train_iters=3, save_interval=1, keep_last=1, parallel=parallel)
+    config = saving_config(tmp_path, text, train_iters=3, save_interval=1, keep_last=1, parallel=parallel)
     outcomes = ranks.run(_with_a_moment_spoiled_in_the_last_step, config, world_size=2, parallel=parallel)
     for kind, sentence in outcomes:
         assert kind == "NumericalError"
         assert "iteration 3 is not saved" in sentence and "rank 1: exp_avg of the optimizer" in sentence
-        assert f"go on from {_iteration(tmp_path, 2)}" in sentence
+        assert f"go on from {checkpoint_of(tmp_path, 2)}" in sentence
     assert iterations(tmp_path / "checkpoints") == [2]
     assert latest_iteration(tmp_path / "checkpoints") == 2
 
@@ -206,14 +161,14 @@ def _save_a_moment_that_is_not_finite(groups: ProcessGroups, config: RunConfig) 
 def test_a_checkpoint_that_is_not_finite_is_not_resumed_from_and_the_good_one_is_named(
     ranks: RankPool, tmp_path: Path, text: Path
 ) -> None:
-    config = _config(tmp_path, text, train_iters=4, save_interval=2)
+    config = saving_config(tmp_path, text, train_iters=4, save_interval=2)
     ranks.run(_save_a_moment_that_is_not_finite, config, world_size=1, parallel=ONE_RANK)
     config.stage = replace(config.stage, train_iters=6)
     config.checkpoint.keep_last = 1
-    [(kind, sentence)] = ranks.run(_outcome, config, world_size=1, parallel=ONE_RANK)
+    [(kind, sentence)] = ranks.run(outcome, config, world_size=1, parallel=ONE_RANK)
     assert kind == "DamagedCheckpointError"
     assert "iter_0000004 holds NaN or infinity (exp_avg of the optimizer)" in sentence
-    assert f"{_iteration(tmp_path, 2)} is complete: write 2 into" in sentence
+    assert f"{checkpoint_of(tmp_path, 2)} is complete: write 2 into" in sentence
     assert iterations(tmp_path / "checkpoints") == [2, 4]
 
 
@@ -225,13 +180,13 @@ def _with_an_evaluation_that_is_not_finite(groups: ProcessGroups, config: RunCon
         float("nan") if model.training else 0.0, []
     )
     try:
-        return _outcome(groups, config)
+        return outcome(groups, config)
     finally:
         held_out.held_out_cross_entropy = evaluate
 
 
 def test_a_held_out_loss_that_is_not_finite_ends_the_run(ranks: RankPool, tmp_path: Path, text: Path) -> None:
-    config = _config(tmp_path, text, train_iters=3)
+    config = saving_config(tmp_path, text, train_iters=3)
     config.data = replace(config.data, valid=[str(text)])
     [(kind, sentence)] = ranks.run(
         _with_an_evaluation_that_is_not_finite, config, world_size=1, parallel=ONE_RANK
@@ -269,7 +224,7 @@ def _sentence_of_loading(groups: ProcessGroups, checkpoint: Path, optimizer_too:
 def test_every_flipped_bit_of_a_shard_is_found(ranks: RankPool, run: Path) -> None:
     """Headers and padding between the numbers included."""
     generator = random.Random(5)
-    checkpoint = _iteration(run, 6)
+    checkpoint = checkpoint_of(run, 6)
     shards = sorted(checkpoint.glob("*.distcp"))
     for _ in range(8):
         shard = generator.choice(shards)
@@ -282,7 +237,7 @@ def test_every_flipped_bit_of_a_shard_is_found(ranks: RankPool, run: Path) -> No
 
 
 def test_weights_are_read_where_only_optimizer_states_are_damaged(ranks: RankPool, run: Path) -> None:
-    checkpoint = _iteration(run, 6)
+    checkpoint = checkpoint_of(run, 6)
     ranges = shard_ranges(read_metadata(checkpoint))
     weights = shard_ranges(read_metadata(checkpoint), skip=("optimizer.",))
     name, [(offset, _), *_] = next(
@@ -297,7 +252,7 @@ def test_weights_are_read_where_only_optimizer_states_are_damaged(ranks: RankPoo
 
 
 def test_the_reader_of_the_tools_names_a_damaged_shard(run: Path) -> None:
-    checkpoint = _iteration(run, 6)
+    checkpoint = checkpoint_of(run, 6)
     for shard in checkpoint.glob("*.distcp"):
         _flip(shard, shard.stat().st_size // 2)
     reader = MegatronCheckpointReader(checkpoint)
@@ -313,17 +268,17 @@ def test_a_lost_tracker_goes_on_from_the_newest_complete_folder(
     ranks: RankPool, run: Path, text: Path
 ) -> None:
     (run / "checkpoints" / LATEST_ITERATION_FILE).unlink()
-    (_iteration(run, 6) / ".metadata").unlink()
-    config = _config(run, text, train_iters=5, save_interval=0)
-    assert ranks.run(_outcome, config, world_size=2, parallel=ONE_RANK) == [("", "1")] * 2
+    (checkpoint_of(run, 6) / ".metadata").unlink()
+    config = saving_config(run, text, train_iters=5, save_interval=0)
+    assert ranks.run(outcome, config, world_size=2, parallel=ONE_RANK) == [("", "1")] * 2
     assert latest_iteration(run / "checkpoints") == 5
-    assert _iteration(run, 6).with_name("iter_0000006.superseded").is_dir()
+    assert checkpoint_of(run, 6).with_name("iter_0000006.superseded").is_dir()
 
 
 def test_resume_never_counts_folders_without_a_tracker(ranks: RankPool, run: Path, text: Path) -> None:
     (run / "checkpoints" / LATEST_ITERATION_FILE).unlink()
-    config = _config(run, text, train_iters=8, resume=Resume.never)
-    [(kind, sentence)] = ranks.run(_outcome, config, world_size=1, parallel=ONE_RANK)
+    config = saving_config(run, text, train_iters=8, resume=Resume.never)
+    [(kind, sentence)] = ranks.run(outcome, config, world_size=1, parallel=ONE_RANK)
     assert kind == "ConfigurationError" and "already holds iteration 6" in sentence
     assert iterations(run / "checkpoints") == [2, 4, 6]
 
@@ -332,8 +287,8 @@ def test_going_back_keeps_what_is_saved_after_and_what_was_saved_before(
     ranks: RankPool, run: Path, text: Path
 ) -> None:
     set_latest_iteration(run / "checkpoints", 2)
-    config = _config(run, text, train_iters=5, save_interval=1, keep_last=1)
-    assert ranks.run(_outcome, config, world_size=1, parallel=ONE_RANK) == [("", "3")]
+    config = saving_config(run, text, train_iters=5, save_interval=1, keep_last=1)
+    assert ranks.run(outcome, config, world_size=1, parallel=ONE_RANK) == [("", "3")]
     assert sorted(path.name for path in (run / "checkpoints").glob("iter_*")) == [
         "iter_0000004.superseded",
         "iter_0000005",
@@ -355,7 +310,7 @@ def _with_a_full_disk_on_rank_1(groups: ProcessGroups, config: RunConfig) -> tup
     if groups.rank == 1:
         filesystem_async._write_item = full
     try:
-        return _outcome(groups, config)
+        return outcome(groups, config)
     finally:
         filesystem_async._write_item = write_item
 
@@ -364,7 +319,7 @@ def test_a_full_disk_on_one_rank_is_the_same_sentence_on_all(
     ranks: RankPool, tmp_path: Path, text: Path
 ) -> None:
     parallel = ParallelConfig(tensor_model_parallel_size=2)
-    config = _config(tmp_path, text, train_iters=3, parallel=parallel)
+    config = saving_config(tmp_path, text, train_iters=3, parallel=parallel)
     outcomes = ranks.run(_with_a_full_disk_on_rank_1, config, world_size=2, parallel=parallel)
     assert outcomes[0] == outcomes[1]
     kind, sentence = outcomes[0]
@@ -386,7 +341,7 @@ def _out_of_memory_on_rank_1(groups: ProcessGroups, config: RunConfig, message: 
     if groups.rank == 1:
         saving.checksums_of_rank = allocate
     try:
-        return _outcome(groups, config)
+        return outcome(groups, config)
     except torch.OutOfMemoryError as error:
         return type(error).__name__, str(error)
     finally:
@@ -396,7 +351,7 @@ def _out_of_memory_on_rank_1(groups: ProcessGroups, config: RunConfig, message: 
 def test_what_the_disk_is_not_to_blame_for_is_raised_where_it_happened_and_ends_all_ranks(
     ranks: RankPool, tmp_path: Path, text: Path
 ) -> None:
-    config = _config(tmp_path, text, train_iters=3)
+    config = saving_config(tmp_path, text, train_iters=3)
     message = "CUDA out of memory. Tried to allocate 2.00 GiB."
     [(other, sentence), own] = ranks.run(
         _out_of_memory_on_rank_1, config, message, world_size=2, parallel=ONE_RANK
@@ -424,7 +379,7 @@ def test_a_second_run_in_a_folder_is_refused_and_touches_nothing(
 
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     with run_lock(run):
-        config = _config(run, text, train_iters=8)
+        config = saving_config(run, text, train_iters=8)
         sentences = ranks.run(_run_to_the_end, config, world_size=2)
     assert sentences[0] == sentences[1]
     assert f"output_dir={run} is in use by another run (process {os.getpid()}" in sentences[0]
@@ -436,7 +391,7 @@ def test_a_second_run_in_a_folder_is_refused_and_touches_nothing(
 
 
 def test_all_files_of_a_checkpoint_are_in_its_manifest(finished: Path) -> None:
-    checkpoint = _iteration(finished, 6)
+    checkpoint = checkpoint_of(finished, 6)
     manifest = json.loads((checkpoint / MANIFEST_FILE).read_text())
     listed = manifest["files"]
     assert {*listed, *manifest["beside"], MANIFEST_FILE} == {

@@ -1,13 +1,14 @@
-"""Checksums of parts give that of the whole."""
+"""Checksums of parts give that of the whole, and are zlib's."""
 
 from __future__ import annotations
 
 import random
 import zlib
+from pathlib import Path
 
 import pytest
 
-from spikingbrain_train.storage.crc32 import combined
+from spikingbrain_train.storage.crc32 import combined, crc32_of_part
 
 
 @pytest.mark.parametrize(("first", "second"), [(0, 0), (0, 5), (5, 0), (1, 1), (7, 1000), (100_000, 65_537)])
@@ -15,3 +16,12 @@ def test_the_checksum_of_two_texts_follows_from_theirs(first: int, second: int) 
     text = random.Random(first).randbytes(first + second)
     head, tail = text[:first], text[first:]
     assert combined(zlib.crc32(head), zlib.crc32(tail), second) == zlib.crc32(text)
+
+
+def test_the_checksum_of_a_part_of_a_file_is_zlibs(tmp_path: Path) -> None:
+    content = random.Random(0).randbytes(1_500_001)
+    (tmp_path / "file").write_bytes(content)
+    for offset, length in ((0, 1_500_001), (3, 1_048_577), (7, 0), (1_500_000, 1)):
+        expected = zlib.crc32(content[offset : offset + length])
+        assert crc32_of_part(tmp_path / "file", offset, length) == expected
+    assert crc32_of_part(tmp_path / "file", 1_400_000, 100_002) is None
