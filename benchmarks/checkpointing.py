@@ -1,9 +1,9 @@
 """What saving and verifying cost a run: steps that stand still, and bytes that are read again.
 
 A model of 300M parameters on two ranks that share a machine, with the distributed optimizer: 3.6 GB a
-checkpoint in fp32. In one process group and in turns, steps with a save that is waited for and with one that
-is copied and written beside the steps; then a checkpoint is read with and without its checksums, the page
-cache being warm for both.
+checkpoint in fp32. In one run and in turns, a save that is waited for and one that is copied and written
+beside the steps; then a checkpoint is read by one thread, and held
+to its checksums by one thread a core, the page cache being warm for both.
 
     python benchmarks/checkpointing.py --output outputs/checkpointing
 """
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -32,13 +32,12 @@ from spikingbrain_train.config.run import (  # noqa: E402
     CheckpointConfig,
     DataConfig,
     LoggingConfig,
+    OptimizerConfig,
     Precision,
     RunConfig,
 )
 from spikingbrain_train.config.stage import StageConfig  # noqa: E402
 from spikingbrain_train.data.indexed import IndexedDatasetWriter  # noqa: E402
-from spikingbrain_train.storage.checkpoint_folder import latest_checkpoint  # noqa: E402
-from spikingbrain_train.training.callbacks.callback import Callback  # noqa: E402
 
 MODEL = ModelConfig(
     num_layers=24,
@@ -77,38 +76,19 @@ def write_tokens(prefix: Path) -> None:
     writer.publish()
 
 
-class Stopwatch(Callback):
-    """Seconds that the steps stand still for a save, and until it is complete."""
-
-    def __init__(self) -> None:
-        self.stood_still: list[float] = []
-        self.complete: list[float] = []
-        self._began = 0.0
-
-    def before_save(self) -> None:
-        self._began = time.monotonic()
-
-    def after_snapshot(self) -> None:
-        self.stood_still.append(time.monotonic() - self._began)
-
-    def after_save(self, folder: Path) -> None:
-        self.complete.append(time.monotonic() - self._began)
-
-
-def config(output: Path, data: Path, *, async_save: bool, saves: int, between: int) -> RunConfig:
-    """A run that saves every ``between`` steps."""
+def config(output: Path) -> RunConfig:
+    """A run of one step, behind which there is all of the state that a save holds."""
     return RunConfig(
         model=MODEL,
         parallel=ParallelConfig(use_distributed_optimizer=True),
-        cluster=ClusterConfig(timeout_minutes=10),
-        data=DataConfig(train=[str(data)]),
-        stage=StageConfig(
-            train_iters=saves * between, seq_length=64, global_batch_size=2, micro_batch_size=1
-        ),
-        checkpoint=CheckpointConfig(save_interval=between, keep_last=1, async_save=async_save),
+        cluster=ClusterConfig(timeout_minutes=10, peak_tflops=0.1),
+        data=DataConfig(train=[str(output / "tokens")]),
+        stage=StageConfig(train_iters=1, seq_length=16, global_batch_size=2, micro_batch_size=1),
+        optimizer=OptimizerConfig(lr_warmup_iters=0),
+        checkpoint=CheckpointConfig(keep_last=1),
         logging=LoggingConfig(log_interval=1000, tensorboard=False),
         precision=Precision.fp32,
-        output_dir=str(output),
+        output_dir=str(output / "run"),
     )
 
 
@@ -118,67 +98,64 @@ def measure(output: Path, rounds: int) -> dict[str, Any]:
     from spikingbrain_train.runtime.accelerator import detect
     from spikingbrain_train.training.trainer import Trainer
 
-    data = output / "tokens"
     parallel = ParallelConfig(use_distributed_optimizer=True)
     groups = initialize(parallel, detect(ClusterConfig().accelerator), seed=1, timeout_minutes=10)
-    found: dict[str, Any] = {
-        "parameters": 0,
-        "waiting": [],
-        "async": [],
-        "complete": [],
-        "read": [],
-        "verified": [],
-    }
-    for number in range(rounds):
+    run = config(output)
+    trainer = Trainer(run, groups)
+    trainer.train()
+    found: dict[str, Any] = {"waiting": [], "async": [], "complete": [], "read": [], "verified": []}
+    checkpoints, state = trainer.checkpoints, trainer.state
+    # The first of both kinds touches memory for the first time, and does not count.
+    for number in range(-1, rounds):
         for kind in ("waiting", "async"):
-            folder = output / f"{kind}_{number}"
-            watch = Stopwatch()
-            # Three saves a run: the first touches memory for the first time, the last is always waited for.
-            run = config(folder, data, async_save=kind == "async", saves=3, between=6)
-            trainer = Trainer(run, groups, [watch])
-            trainer.train()
-            found["parameters"] = sum(each.numel() for each in trainer.model.parameters())
-            found[kind] += watch.stood_still[:-1]
-            if kind == "async":
-                found["complete"] += watch.complete[:-1]
-            checkpoint = latest_checkpoint(folder / "checkpoints", "output_dir")
-            size = sum(path.stat().st_size for path in checkpoint.glob("*.distcp"))
-            found["bytes"] = size
-            if kind == "async" and groups.rank == 0:
-                plain, checked = _read(checkpoint)
-                found["read"].append(plain)
-                found["verified"].append(checked)
-            del trainer
-            if groups.rank == 0:
-                shutil.rmtree(folder)
-            import torch
-
+            run.checkpoint.async_save = kind == "async"
+            state.iteration += 1
             torch.distributed.barrier()
+            began = time.monotonic()
+            checkpoints.begin(state, trainer.record)  # as training/callbacks/checkpointing.py does
+            if kind == "waiting":
+                checkpoint = checkpoints.wait()
+            stood_still = time.monotonic() - began
+            if kind == "async":
+                checkpoint = checkpoints.wait()
+            if number >= 0:
+                found[kind].append(stood_still)
+                if kind == "async":
+                    found["complete"].append(time.monotonic() - began)
+    found["parameters"] = sum(each.numel() for each in trainer.model.parameters())
+    found["bytes"] = sum(path.stat().st_size for path in checkpoint.glob("*.distcp"))
+    if groups.rank == 0:
+        for _ in range(3):
+            plain, checked = _read(checkpoint)
+            found["read"].append(plain)
+            found["verified"].append(checked)
+    torch.distributed.barrier()
     return found
 
 
 def _read(checkpoint: Path) -> tuple[float, float]:
     """Seconds to read the files of a checkpoint, and to hold all of them to their checksums; cache warm."""
+    from spikingbrain_train.checkpoint.verification import reading_threads
     from spikingbrain_train.storage.checkpoint_manifest import read_manifest
 
-    block = 4 * 1024**2
     shards = sorted(checkpoint.glob("*.distcp"))
+    manifest = read_manifest(checkpoint)
+    assert manifest is not None
+    parts = [(each.name, at, size) for each in shards for at, (size, _) in manifest.files[each.name].items()]
+    buffer = memoryview(bytearray(4 * 1024**2))
 
     def plain() -> None:
         for shard in shards:
             with shard.open("rb", buffering=0) as file:
-                while file.read(block):
+                while file.readinto(buffer):
                     pass
 
-    manifest = read_manifest(checkpoint)
-    assert manifest is not None
     plain()
     began = time.monotonic()
     plain()
     read = time.monotonic() - began
     began = time.monotonic()
-    for shard in shards:
-        manifest.check_file(shard.name)
+    manifest.check_parts(parts, max(reading_threads(), len(os.sched_getaffinity(0))))
     return read, time.monotonic() - began
 
 
@@ -190,7 +167,7 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, default=Path("outputs/checkpointing"), help="folder to write to"
     )
-    parser.add_argument("--rounds", type=int, default=2, help="runs of each kind (default: 2)")
+    parser.add_argument("--rounds", type=int, default=2, help="saves of each kind that count (default: 2)")
     arguments = parser.parse_args()
     output: Path = arguments.output.resolve()
     if "RANK" in os.environ:

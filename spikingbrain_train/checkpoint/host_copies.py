@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories, is_main_replica
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch.utils import _pytree as pytree
 
@@ -29,28 +31,29 @@ class HostCopies:
         self._free: dict[tuple[torch.dtype, torch.Size], list[torch.Tensor]] = {}
         self._used: list[torch.Tensor] = []
 
-    def of(self, tensors: Any) -> Any:
-        """Copy what still lies in the model or the optimizer.
+    def take(self, sharded: dict[str, Any]) -> None:
+        """Put copies in place of what this rank writes of the model and the optimizer and lies on the host.
+
+        megatron-core would copy most of it, too, where it finds it to be a part of a larger buffer, into new
+        memory and before the run may go on.
 
         What an earlier call gave is overwritten: the save that it was for has ended.
 
         Args:
-            tensors: a nest of lists, tuples and dicts that holds tensors on the host.
-
-        Returns:
-            The same nest.
+            sharded: sharded tensors and plain values, changed in place.
         """
         for copy in self._used:
             self._free.setdefault((copy.dtype, copy.shape), []).append(copy)
         self._used = []
         live = self._storages()
 
-        def own(tensor: torch.Tensor) -> torch.Tensor:
-            return self._copy(tensor) if _storage(tensor) in live else tensor
-
-        copied = pytree.tree_map_only(torch.Tensor, own, tensors)
+        apply_factories(sharded)
+        for value in nested_values(sharded):
+            if isinstance(value, ShardedTensor) and is_main_replica(value.replica_id):
+                data = value.data
+                if data is not None and data.device.type == "cpu" and _storage(data) in live:
+                    value.data = self._copy(data)
         self._free = {}  # what no tensor has the shape of any more
-        return copied
 
     def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
         free = self._free.get((tensor.dtype, tensor.shape))

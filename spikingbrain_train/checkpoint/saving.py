@@ -135,8 +135,10 @@ class PendingSave:
                 save._temporary.mkdir(parents=True)
         with save._failing_together():
             sharded = state_to_save(state, groups)
+            if copies is not None:
+                copies.take(sharded)
         with save._failing_together():
-            save._writers = ShardWriters(sharded, save._temporary, copies)
+            save._writers = ShardWriters(sharded, save._temporary)
         with save._failing_together():
             if groups.is_main_process:
                 beside.write(save._temporary, state.model.model_config)

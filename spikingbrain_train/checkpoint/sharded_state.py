@@ -15,6 +15,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
+from spikingbrain_train.checkpoint.optimizer_pieces import optimizer_state_to_save
 from spikingbrain_train.checkpoint.optimizer_state import load_state, state_to_load
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.parallel.process_groups import ProcessGroups
@@ -33,6 +34,10 @@ class PipelineStage(Protocol):
 
     def sharded_state_dict(self, *, metadata: dict[str, Any]) -> dict[str, Any]:
         """Name -> its share of a tensor of the checkpoint."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's weights and stored buffers by name."""
         ...
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> Any:
@@ -93,7 +98,7 @@ def _sharding() -> dict[str, Any]:
 def state_to_save(state: RunState, groups: ProcessGroups) -> dict[str, Any]:
     """All of a run, from where it lies: nothing is copied."""
     weights = sharded_weights(state.model)
-    optimizer = state.optimizer.sharded_state_dict(weights, metadata=_sharding())
+    optimizer = optimizer_state_to_save(state.optimizer, weights, _sharding())
     sharded = _with_the_rest(state, weights, optimizer) | {"generators": _generators(groups)}
     if of_callbacks := state.callbacks.state_dict():
         sharded["callbacks"] = of_callbacks
@@ -145,7 +150,7 @@ def fill_state(state: RunState, loaded: dict[str, Any], groups: ProcessGroups) -
     state.consumed_samples = loaded["consumed_samples"]
     state.callbacks.load_state_dict(loaded.get("callbacks", {}))
     if "generators" in loaded:
-        _restore_generators(loaded["generators"], groups)
+        restore_generators({name: row.squeeze(0) for name, row in loaded["generators"].items()}, groups)
 
 
 def sharded_weights(model: PipelineStage) -> dict[str, Any]:
@@ -164,20 +169,15 @@ def fill_weights(model: PipelineStage, weights: dict[str, torch.Tensor]) -> None
     assert not missing and not unexpected, f"weights do not fit the model: {missing} {unexpected}"
 
 
-def _generators(groups: ProcessGroups) -> dict[str, ShardedTensor]:
-    """Every rank's random generators as rows of one tensor each."""
+def generator_states(groups: ProcessGroups) -> dict[str, torch.Tensor]:
+    """This rank's random generators by name: bytes, on the host."""
     states = {f"torch_{name}": value for name, value in groups.accelerator.get_rng_state().items()}
     states |= {f"tracker_{name}": value for name, value in get_cuda_rng_tracker().get_states().items()}
-    return {
-        name: ShardedTensor.from_rank_offsets(
-            f"generators.{name}", value.cpu()[None], (0, groups.rank, groups.world_size)
-        )
-        for name, value in states.items()
-    }
+    return {name: value.cpu() for name, value in states.items()}
 
 
-def _restore_generators(rows: dict[str, torch.Tensor], groups: ProcessGroups) -> None:
-    states = {name: row.squeeze(0) for name, row in rows.items()}
+def restore_generators(states: dict[str, torch.Tensor], groups: ProcessGroups) -> None:
+    """Have this rank draw on from :func:`generator_states`."""
     groups.accelerator.set_rng_state(
         {name.removeprefix("torch_"): value for name, value in states.items() if name.startswith("torch_")}
     )
@@ -188,3 +188,13 @@ def _restore_generators(rows: dict[str, torch.Tensor], groups: ProcessGroups) ->
             if name.startswith("tracker_")
         }
     )
+
+
+def _generators(groups: ProcessGroups) -> dict[str, ShardedTensor]:
+    """Every rank's random generators as rows of one tensor each."""
+    return {
+        name: ShardedTensor.from_rank_offsets(
+            f"generators.{name}", value[None], (0, groups.rank, groups.world_size)
+        )
+        for name, value in generator_states(groups).items()
+    }

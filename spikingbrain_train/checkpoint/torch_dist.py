@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
 
-from spikingbrain_train.checkpoint.host_copies import HostCopies
 from spikingbrain_train.checkpoint.verification import check_contents, check_whole_files
 from spikingbrain_train.config.run import Verification
 from spikingbrain_train.runtime.checkpoint_metadata import (
@@ -54,19 +53,19 @@ class ShardWriters:
     collective. What it runs is megatron-core's, as runtime/shard_writers.py has patched it.
 
     On a GPU all that is written is copied to the host here. On CPU it is written from where it lies, and
-    nothing may change it before :meth:`write` returns, unless ``copies`` are given.
+    nothing may change it before :meth:`write` returns, unless it was copied before
+    (:class:`~spikingbrain_train.checkpoint.host_copies.HostCopies`).
 
     Args:
         sharded: sharded tensors, and plain values that are the same on every rank.
         folder: an existing, empty folder.
-        copies: takes them of what lies on the CPU.
 
     Raises:
         FailedOnRank, FailedElsewhere, CheckpointingException, OSError: from torch, megatron-core and the file
             system.
     """
 
-    def __init__(self, sharded: dict[str, Any], folder: Path, copies: HostCopies | None = None) -> None:
+    def __init__(self, sharded: dict[str, Any], folder: Path) -> None:
         from megatron.core import dist_checkpointing
 
         self._folder = folder
@@ -80,8 +79,6 @@ class ShardWriters:
             return
         if self._request.preload_fn is not None:
             self._arguments[1] = self._request.preload_fn()  # instead of the tensors: copies on the host
-        if copies is not None:
-            self._arguments[1] = copies.of(self._arguments[1])
 
     def write(self) -> None:
         """Write this rank's files.

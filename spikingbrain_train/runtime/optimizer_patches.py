@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from spikingbrain_train.runtime.patch import Moment, Patch
 
@@ -60,6 +60,30 @@ def checked_gradient_norm(
         del optimizer.get_grad_norm
 
 
+@contextmanager
+def stored_by(
+    optimizer: DistributedOptimizer,
+    state: Callable[[DistributedOptimizer, dict[str, Any]], dict[int, dict[str, Any]]],
+) -> Iterator[None]:
+    """Within, ``state`` says what a ``fully_reshardable`` checkpoint stores of the optimizer.
+
+    Args:
+        optimizer: of this rank.
+        state: of the optimizer and the model's sharded state: number of a parameter -> name of a state ->
+            sharded tensors.
+    """
+
+    def own_state(weights: dict[str, Any], is_loading: bool, metadata: dict[str, Any]) -> dict[int, Any]:
+        assert not is_loading
+        return state(optimizer, weights)
+
+    optimizer.sharded_param_state_fully_reshardable = own_state
+    try:
+        yield
+    finally:
+        del optimizer.sharded_param_state_fully_reshardable
+
+
 PATCHES = (
     Patch(
         name="keep_step_when_loading",
@@ -74,6 +98,14 @@ PATCHES = (
         changes="ChainedOptimizer.get_grad_norm of the optimizer, for a step",
         reason="megatron-core updates the weights whatever the norm is, which may not be finite",
         apply=checked_gradient_norm,
+        moment=Moment.using,
+    ),
+    Patch(
+        name="stored_by",
+        changes="DistributedOptimizer.sharded_param_state_fully_reshardable of the optimizer, for a save",
+        reason="every rank would gather the whole state while steps stand still, 12 bytes a parameter, and "
+        "what lies behind the padding of a bucket would be stored too late by it",
+        apply=stored_by,
         moment=Moment.using,
     ),
 )

@@ -168,6 +168,25 @@ def test_overlapped_gathering_trains_and_saves_as_gathering_at_once_does(
         assert torch.equal(saved[0].read(name), saved[1].read(name)), name
 
 
+def test_optimizer_states_of_many_buckets_are_those_that_the_plain_optimizer_saves(
+    ranks: RankPool, tmp_path: Path, text: Path
+) -> None:
+    """Buckets end in padding, and parts of parameters lie on either rank."""
+    plain = ParallelConfig(overlap_grad_reduce=True)
+    saved = []
+    for name, parallel in {"plain": plain, "cut": replace(plain, use_distributed_optimizer=True)}.items():
+        config = run_config(tmp_path / name, text, parallel=parallel)
+        config.stage = replace(config.stage, train_iters=2)
+        ranks.run(_train_with_buckets_of_one_parameter, config, world_size=2, parallel=parallel)
+        saved.append(
+            MegatronCheckpointReader(latest_checkpoint(tmp_path / name / CHECKPOINT_FOLDER, "output_dir"))
+        )
+    names = [name for name in saved[1].tensors if name.startswith("optimizer.state.exp_avg")]
+    assert len(names) > 50
+    for name in names:
+        torch.testing.assert_close(saved[1].read(name), saved[0].read(name), rtol=1e-5, atol=1e-9)
+
+
 @pytest.mark.parametrize("distributed_optimizer", [False, True], ids=["plain", "distributed optimizer"])
 def test_a_run_saved_at_tp2_pp2_resumes_at_dp2(
     distributed_optimizer: bool, ranks: RankPool, tmp_path: Path, text: Path, hybrid_checkpoint: Path

@@ -1,0 +1,162 @@
+"""What each rank stores of a distributed optimizer's state: its own part, as it lies, exchanged with nobody.
+
+The distributed optimizer cuts the weights of a bucket, one behind the other, into equal parts, one for each
+data-parallel rank. megatron-core's form of checkpoints that any topology reads (``fully_reshardable``) holds
+whole parameters, for which it gathers everything on every rank: three times the parameters in fp32, in steps
+that stand still. A part of a parameter is a few boxes of it, however, and the format takes boxes of any size:
+so every rank writes what it has. The files are read as before.
+
+Where buckets end in padding, megatron-core's gathering leaves it out and its offsets do not, so that what is
+stored of a parameter in the second bucket or a later one begins too late. Parts that are not gathered have no
+such offsets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from math import prod
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+
+from spikingbrain_train.checkpoint.optimizer_state import chain_of
+from spikingbrain_train.runtime.optimizer_patches import stored_by
+
+_PREFIX = "optimizer.state"  # as megatron-core names them
+_STEP = "step"  # of every parameter the same: stored with the groups
+
+
+def optimizer_state_to_save(
+    optimizer: MegatronOptimizer, weights: dict[str, Any], metadata: dict[str, Any]
+) -> dict[Any, Any]:
+    """An optimizer's part of a checkpoint, from where it lies: nothing is copied or exchanged.
+
+    Args:
+        optimizer: with the state of at least one step.
+        weights: the model's sharded state.
+        metadata: megatron-core's sharding options.
+    """
+    with ExitStack() as stack:
+        for part in chain_of(optimizer):
+            if isinstance(part, DistributedOptimizer):
+                stack.enter_context(stored_by(part, _pieces))
+        sharded: dict[Any, Any] = optimizer.sharded_state_dict(weights, metadata=metadata)
+    return sharded
+
+
+def _pieces(optimizer: DistributedOptimizer, weights: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """Number of a parameter -> name of a state -> the boxes of it that this rank holds."""
+    stored = {id(each.data): each for each in nested_values(weights) if _is_sharded(each)}
+    own = {
+        id(parameter): (parameter, place["param"])
+        for of_buffer in optimizer.gbuf_ranges
+        for buckets in of_buffer.values()
+        for bucket in buckets
+        for parameter, place in bucket["param_map"].items()
+    }
+    state: dict[int, dict[str, Any]] = {}
+    numbers = (parameter for buffer in optimizer.buffers for parameter in buffer.param_index_map)
+    for number, parameter in enumerate(numbers):
+        if id(parameter) not in own:
+            continue
+        _, place = own[id(parameter)]
+        tensors = optimizer._get_main_param_and_optimizer_states(parameter)
+        state[number] = {
+            name: [
+                piece
+                for sharded in _unfolded(stored[id(parameter)])
+                for piece in _boxes(sharded, parameter, tensor, place.start, f"{_PREFIX}.{name}", optimizer)
+            ]
+            for name, tensor in tensors.items()
+            if name != _STEP
+        }
+    return state
+
+
+def _is_sharded(value: Any) -> bool:
+    return isinstance(value, (ShardedTensor, ShardedTensorFactory))
+
+
+def _unfolded(sharded: ShardedTensor | ShardedTensorFactory) -> list[ShardedTensor]:
+    """A parameter that is stored as several tensors (gate and up projection) as those."""
+    if isinstance(sharded, ShardedTensor):
+        return [sharded]
+    return [each for each in nested_values({"": sharded.build()}) if isinstance(each, ShardedTensor)]
+
+
+def _boxes(
+    stored: ShardedTensor,
+    parameter: torch.Tensor,
+    values: torch.Tensor,
+    begin: int,
+    prefix: str,
+    optimizer: DistributedOptimizer,
+) -> Iterator[ShardedTensor]:
+    """The boxes of a stored tensor that this rank's values fill.
+
+    Args:
+        stored: the parameter, or a part of it.
+        parameter: on this rank, whole.
+        values: [elements] of its state, those that this rank holds.
+        begin: number of the first of them among the parameter's elements.
+        prefix: of the key.
+        optimizer: whose ranks share the parameter.
+    """
+    data = stored.data
+    assert data.is_contiguous(), f"{stored.key} is stored across the order of its elements"
+    assert stored.replica_id[-1] == optimizer.data_parallel_group.rank(), stored
+    first = (data.data_ptr() - parameter.data_ptr()) // parameter.element_size()
+    low, high = max(begin, first), min(begin + values.numel(), first + data.numel())
+    flat = values.detach().reshape(-1)
+    axes = stored.prepend_axis_num  # of the checkpoint, where a layer is one of several
+    for offset, shape, at in boxes_of_range(data.shape, low - first, high - first):
+        box = flat[first + at - begin :][: prod(shape)].view(*(1,) * axes, *shape)
+        yield ShardedTensor(
+            key=f"{prefix}.{stored.key}",
+            data=box,
+            dtype=box.dtype,
+            local_shape=tuple(box.shape),
+            global_shape=stored.global_shape,
+            global_offset=tuple(
+                whole + part for whole, part in zip(stored.global_offset, (0,) * axes + offset, strict=True)
+            ),
+            axis_fragmentations=None,
+            replica_id=(*stored.replica_id[:-1], 0),  # no data-parallel rank has the same
+        )
+
+
+def boxes_of_range(
+    shape: Sequence[int], start: int, stop: int
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], int]]:
+    """The boxes that a range of a tensor's elements, in their order, is made of; for a matrix at most three.
+
+    Args:
+        shape: of the tensor.
+        start: number of the first element.
+        stop: number of the first element behind the range.
+
+    Returns:
+        Of each box where it begins, its shape, and the number of its first element; in that order.
+    """
+    if start >= stop:
+        return
+    if not shape:
+        yield (), (), 0
+        return
+    row = prod(shape[1:])
+    while start < stop:
+        number, within = divmod(start, row)
+        rows = 0 if within else (stop - start) // row
+        if rows:
+            yield (number, *(0,) * (len(shape) - 1)), (rows, *shape[1:]), start
+            start += rows * row
+            continue
+        end = min(row, stop - number * row)
+        for offset, size, at in boxes_of_range(shape[1:], within, end):
+            yield (number, *offset), (1, *size), number * row + at
+        start = number * row + end
