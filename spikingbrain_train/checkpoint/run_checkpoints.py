@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 from spikingbrain_train.checkpoint.host_copies import HostCopies
 from spikingbrain_train.checkpoint.loading import resume, take_back
+from spikingbrain_train.checkpoint.memory_checkpoints import MemoryCheckpoints
 from spikingbrain_train.checkpoint.retention import prune_checkpoints
 from spikingbrain_train.checkpoint.saving import FilesBesideWeights, PendingSave
 from spikingbrain_train.checkpoint.sharded_state import RunState
-from spikingbrain_train.config.run import OnDamage, RunConfig
+from spikingbrain_train.config.run import OnDamage, Resume, RunConfig
 from spikingbrain_train.config.run_record import RunRecord
 from spikingbrain_train.errors import CheckpointError, DamagedCheckpointError
 from spikingbrain_train.parallel.agreement import on_main_process
@@ -54,17 +56,43 @@ class RunCheckpoints:
         self._has_source = self._hf_source() is not None
         self._pending: PendingSave | None = None
         self._copies: HostCopies | None = None
+        self.memory: MemoryCheckpoints | None = None
+        """Copies in memory; None where checkpoint.memory_interval asks for none."""
+        if config.checkpoint.memory_interval:
+            self.memory = MemoryCheckpoints(config, groups, say)
+        self._newest_in_memory: int | None = None
 
     def are_resumed(self) -> bool:
-        """Whether the run goes on from one of them. Points to the newest again where that word was lost.
+        """Whether the run goes on from one of them, or from copies in memory.
+
+        Points to the newest again where that word was lost.
 
         Damaged ones are set aside where checkpoint.on_damage=previous says so.
 
         Raises:
             SpikingBrainError: what lies there and checkpoint.resume do not go together.
         """
+        tracked = self._tracked() if self.memory is not None else None
         on_main_process(self._settle, self.groups)
-        return newest_iteration(self.folder) is not None
+        newest = newest_iteration(self.folder)
+        if self.memory is not None and self.config.checkpoint.resume is not Resume.never:
+            self._newest_in_memory = self.memory.newest(newest, tracked)
+        return newest is not None or self._newest_in_memory is not None
+
+    @property
+    def is_from_memory(self) -> bool:
+        """Whether the run goes on, or has gone on, from copies in memory."""
+        return self._newest_in_memory is not None
+
+    @property
+    def newest_on_disk(self) -> int | None:
+        """Iteration of the newest checkpoint."""
+        return latest_iteration(self.folder)
+
+    def _tracked(self) -> int | None:
+        with suppress(CheckpointError):
+            return latest_iteration(self.folder)
+        return None
 
     def _settle(self) -> None:
         """Leave a folder whose newest checkpoint, by every sign, is the one to go on from."""
@@ -100,6 +128,19 @@ class RunCheckpoints:
                 is any other.
             CheckpointError: it is of a run that this one cannot go on with.
         """
+        if self.memory is not None and self._newest_in_memory is not None:
+            try:
+                stored = self.memory.resume(state)
+            except CheckpointError as error:
+                self._newest_in_memory = None
+                if newest_iteration(self.folder) is None:
+                    raise CheckpointError(f"{error}, and there is no checkpoint; start again") from error
+                if self.groups.is_main_process:
+                    self._say(f"{error}; going on from the disk")
+            else:
+                if self.groups.is_main_process:
+                    self._say(f"going on from the copies in memory of iteration {state.iteration}")
+                return stored
         while True:
             try:
                 stored = resume(self.folder, state, self.config, self.groups)
@@ -198,10 +239,11 @@ class RunCheckpoints:
                 f"in {self.folder} or checkpoint.load has a {HF_SOURCE_FOLDER} any more"
             )
         self._has_source = source is not None
-        if self.config.checkpoint.async_save and self._copies is None:
-            self._copies = HostCopies(state.model, state.optimizer)
+        copies = None
+        if self.config.checkpoint.async_save:
+            copies = self._copies = self._copies or HostCopies(state.model, state.optimizer)
         beside = FilesBesideWeights(self.config, record, source)
-        self._pending = PendingSave.begin(self.folder, state, beside, self.groups, self._copies)
+        self._pending = PendingSave.begin(self.folder, state, beside, self.groups, copies)
 
     def advance(self) -> Path | None:
         """Let the pending one go on, once no rank :meth:`is_working`.

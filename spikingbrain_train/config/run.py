@@ -208,6 +208,17 @@ class OnDamage(str, Enum):
     """Say so, rename it to ``iter_*.damaged``, and go on from the newest one that is whole."""
 
 
+class MemoryCopies(str, Enum):
+    """Who keeps a rank's state in memory."""
+
+    auto = "auto"
+    """The rank itself and, in runs on several hosts, a rank of the next one."""
+    own = "own"
+    """The rank itself: enough where processes are killed, not where a host is lost."""
+    neighbour = "neighbour"
+    """The rank itself and another one, on the next host where there are several."""
+
+
 class Verification(str, Enum):
     """What of a checkpoint is looked at before a run goes on from it."""
 
@@ -241,6 +252,14 @@ class CheckpointConfig:
     """What is looked at before the run goes on from one of its checkpoints."""
     on_damage: OnDamage = setting(OnDamage.stop, resume=FREE)
     """What happens when the newest one is damaged."""
+    memory_interval: int = setting(0, minimum=0, resume=FREE)
+    """Steps between copies of the state in the memory of the hosts, from which killed processes go on without
+    the disk; 0 keeps none."""
+    memory_copies: MemoryCopies = setting(MemoryCopies.auto, resume=FREE)
+    """Who keeps them."""
+    memory_folder: str = setting("/dev/shm", resume=FREE)
+    """Folder in memory for them, on every host: it has to outlive a process and hold weights and optimizer
+    state of the host's ranks twice, or with copies for other ranks four times."""
 
 
 class WandbMode(str, Enum):

@@ -6,6 +6,7 @@ from spikingbrain_train.config.parallel import AcceleratorKind
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.planning.launch import Launch, available_cores, has_gpu_device, memory_limit
 from spikingbrain_train.planning.memory import GIB
+from spikingbrain_train.planning.memory_copies import check_room
 from spikingbrain_train.planning.planner import Plan, StagePlan
 
 LOADERS_PER_CORE = 4
@@ -24,6 +25,9 @@ def check_host(plan: Plan, launch: Launch) -> None:
     """
     _check_loaders(plan, launch)
     _check_memory(plan, launch)
+    stages = _stages_here(plan, launch)
+    kept = sum(stage.memory.weights + stage.memory.optimizer for stage in stages)
+    check_room(plan.config, kept, plan.world_size, launch.local_world_size)
 
 
 def _check_loaders(plan: Plan, launch: Launch) -> None:

@@ -82,6 +82,11 @@ _NEEDS = (
         lambda run: "checkpoint.async_save is false, so a run always waits for its checkpoints",
     ),
     _Needs(
+        ("checkpoint.memory_copies", "checkpoint.memory_folder"),
+        lambda run: run.checkpoint.memory_interval,
+        lambda run: "checkpoint.memory_interval is 0, so no copies are kept in memory",
+    ),
+    _Needs(
         ("numerics.spike_window", "numerics.spike_warmup"),
         lambda run: run.numerics.looks_for_spikes,
         lambda run: "no spike of the loss is looked for; set numerics.spike_factor or numerics.spike_margin",

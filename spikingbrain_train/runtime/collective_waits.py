@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -56,9 +57,11 @@ def marked_collectives(mark: Callable[[], Callable[[], None]], *, on_stream: boo
 
 
 def _mark(back: ExitStack, owner: Any, name: str, mark: Callable[[], Callable[[], None]]) -> None:
-    whole = getattr(owner, name)
+    whole, thread = getattr(owner, name), threading.get_ident()
 
     def marked(*arguments: Any, **options: Any) -> Any:
+        if threading.get_ident() != thread:  # copies to other hosts, beside the steps
+            return whole(*arguments, **options)
         end = mark()
         try:
             return whole(*arguments, **options)

@@ -167,7 +167,8 @@ class Trainer:
             with self.activity("loading the checkpoint"):
                 stored = self.checkpoints.resume(self.state)
             read = SamplesRead(self.state.iteration, self.state.consumed_samples)
-            if read != at_opening:  # an older checkpoint has taken the place of a damaged one
+            if read != at_opening and not self.checkpoints.is_from_memory:
+                # An older checkpoint has taken the place of a damaged one.
                 self.data = kind.open_data(config, groups, self.activity)
             self.record = replace(self.record, counted_from=read)
             self.beginning = resumed(stored, config, self.state.consumed_samples, facts)

@@ -19,6 +19,7 @@ from spikingbrain_train.errors import CheckpointError, PlatformError
 from spikingbrain_train.parallel.heartbeats import Heartbeats, failed_collective
 from spikingbrain_train.parallel.process_groups import ProcessGroups, initialize
 from spikingbrain_train.runtime.accelerator import detect
+from spikingbrain_train.storage.checkpoint_folder import latest_iteration
 from tests.distributed.interrupted_runs import Launch, settings
 from tests.distributed.pool import RankPool
 
@@ -218,3 +219,24 @@ def test_a_stopped_rank_of_four_is_named_with_its_stack_and_the_run_ends_soon(
     assert re.search(r"was last seen at:\n  /\S+\.py:\d+ \w+\n", shown), log
     assert f"exitcode  : {USER_ERROR}" in log
     assert "Traceback" not in log.partition("error: ")[0], "a traceback of ours"
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds ranks in /proc")
+@pytest.mark.slow
+def test_ranks_that_torchrun_restarts_go_on_from_memory(tmp_path: Path, text: Path) -> None:
+    """No checkpoint is on the disk when a rank is killed."""
+    output, memory = tmp_path / "run", tmp_path / "memory"
+    memory.mkdir()
+    kept = ["checkpoint.memory_interval=3", f"checkpoint.memory_folder={memory}"]
+    words = settings(output, text, steps=30, save_interval=1000, more=kept)
+    with Launch(output, tmp_path / "log", 2, words, restarts=1) as launch:
+        assert launch.wait_for(lambda: launch.iteration() >= 8), launch.tail()
+        assert latest_iteration(output / "checkpoints") is None
+        os.kill(launch.pids()[1], signal.SIGKILL)
+        launch.process.wait(250)
+        log = launch.log.read_text()
+        assert launch.process.returncode == 0, log
+    assert latest_iteration(output / "checkpoints") == 30
+    found = re.search(r"going on from the copies in memory of iteration (\d+)", log)
+    assert found and int(found[1]) >= 3, log
+    assert list(memory.iterdir()) == []

@@ -21,6 +21,7 @@ from spikingbrain_train.training.callbacks.linear_transforms import (
     LinearTransformSchedules,
     LinearTransformStatistics,
 )
+from spikingbrain_train.training.callbacks.memory_checkpointing import MemoryCheckpointing
 from spikingbrain_train.training.callbacks.metrics_file import MetricsFile
 from spikingbrain_train.training.callbacks.milestones import Milestones
 from spikingbrain_train.training.callbacks.outside import check_callbacks, outside_callbacks
@@ -69,6 +70,7 @@ def callbacks_of(config: RunConfig, more: Sequence[Callback] = ()) -> list[Callb
         *more,
         # A step is evaluated and saved when all others are done with it, and the run stops when it is saved.
         Evaluation([HeldOutCrossEntropy(), *_evaluators(config)]),
+        MemoryCheckpointing(),
         Checkpointing(),
         WallTimeLimit(),
         StopSignals(),

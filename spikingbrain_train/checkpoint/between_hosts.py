@@ -1,0 +1,161 @@
+"""Folders of files that ranks send each other, from memory to memory and in blocks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from spikingbrain_train.storage.file_blocks import read_exactly, write_all
+
+_BLOCK_BYTES = 64 << 20
+
+
+def neighbour_of(rank: int, world_size: int, local_world_size: int) -> int:
+    """The rank that keeps a copy for ``rank``: that of the same place on the next host, or the next rank."""
+    return (rank + (local_world_size if local_world_size < world_size else 1)) % world_size
+
+
+class Exchange:
+    """Sends a folder to one rank while another one's is received; a part that is missing is as good as empty.
+
+    Args:
+        group: a gloo group of all ranks that nobody else uses at the same time.
+    """
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self._group = group
+
+    def pass_on(self, folder: Path, to: int, into: Path, source: int) -> None:
+        """Send ``folder`` to rank ``to`` and receive what rank ``source`` sends; all ranks call it together.
+
+        Raises:
+            OSError: a file cannot be read or written.
+            RuntimeError: a rank is gone.
+        """
+        files = _files(folder)
+        theirs = self._swap_lists(files, to, source)
+        blocks = max(_blocks(files), _blocks(theirs))
+        sending, receiving = _Reader(folder, files), _Writer(into, theirs)
+        for _ in range(blocks):
+            work: Any = None
+            if (block := sending.next()) is not None:
+                work = torch.distributed.isend(block, to, group=self._group)
+            if (size := receiving.next_size()) is not None:
+                buffer = torch.empty(size, dtype=torch.uint8)
+                torch.distributed.recv(buffer, source, group=self._group)
+                receiving.write(buffer)
+            if work is not None:
+                work.wait()
+
+    def send(self, folder: Path | None, to: int) -> None:
+        """Send a folder, or word that there is none."""
+        files = [] if folder is None else _files(folder)
+        _send_list(files, to, self._group)
+        if folder is not None:
+            reader = _Reader(folder, files)
+            while (block := reader.next()) is not None:
+                torch.distributed.send(block, to, group=self._group)
+
+    def receive(self, into: Path, source: int) -> bool:
+        """Receive a folder; returns whether there was one."""
+        files = _receive_list(source, self._group)
+        writer = _Writer(into, files)
+        while (size := writer.next_size()) is not None:
+            buffer = torch.empty(size, dtype=torch.uint8)
+            torch.distributed.recv(buffer, source, group=self._group)
+            writer.write(buffer)
+        return bool(files)
+
+    def _swap_lists(self, files: list[tuple[str, int]], to: int, source: int) -> list[tuple[str, int]]:
+        content = _as_tensor(files)
+        size = torch.tensor([content.numel()])
+        theirs = torch.zeros(1, dtype=torch.int64)
+        work: Any = torch.distributed.isend(size, to, group=self._group)
+        torch.distributed.recv(theirs, source, group=self._group)
+        work.wait()
+        received = torch.empty(int(theirs), dtype=torch.uint8)
+        work = torch.distributed.isend(content, to, group=self._group)
+        torch.distributed.recv(received, source, group=self._group)
+        work.wait()
+        return _as_list(received)
+
+
+def _files(folder: Path) -> list[tuple[str, int]]:
+    """Names and bytes of the files in a folder, the small ones first."""
+    found = [(path.name, path.stat().st_size) for path in folder.iterdir() if path.is_file()]
+    return sorted(found, key=lambda each: (each[1], each[0]))
+
+
+def _as_tensor(files: list[tuple[str, int]]) -> Tensor:
+    return torch.frombuffer(bytearray(json.dumps(files).encode()), dtype=torch.uint8)
+
+
+def _as_list(content: Tensor) -> list[tuple[str, int]]:
+    return [(Path(name).name, int(size)) for name, size in json.loads(bytes(content.tolist()))]
+
+
+def _send_list(files: list[tuple[str, int]], to: int, group: ProcessGroup) -> None:
+    content = _as_tensor(files)
+    torch.distributed.send(torch.tensor([content.numel()]), to, group=group)
+    torch.distributed.send(content, to, group=group)
+
+
+def _receive_list(source: int, group: ProcessGroup) -> list[tuple[str, int]]:
+    size = torch.zeros(1, dtype=torch.int64)
+    torch.distributed.recv(size, source, group=group)
+    content = torch.empty(int(size), dtype=torch.uint8)
+    torch.distributed.recv(content, source, group=group)
+    return _as_list(content)
+
+
+def _blocks(files: list[tuple[str, int]]) -> int:
+    return sum(-(-size // _BLOCK_BYTES) for _, size in files)
+
+
+class _Reader:
+    """Files of a folder, one block after the other."""
+
+    def __init__(self, folder: Path, files: list[tuple[str, int]]) -> None:
+        self._blocks = [
+            (folder / name, at, min(_BLOCK_BYTES, size - at))
+            for name, size in files
+            for at in range(0, size, _BLOCK_BYTES)
+        ]
+
+    def next(self) -> Tensor | None:
+        if not self._blocks:
+            return None
+        path, at, size = self._blocks.pop(0)
+        block = bytearray(size)
+        with path.open("rb", buffering=0) as file:
+            file.seek(at)
+            read_exactly(file, memoryview(block))
+        return torch.frombuffer(block, dtype=torch.uint8)
+
+
+class _Writer:
+    """The same on the other side: old files are written over, and others removed."""
+
+    def __init__(self, folder: Path, files: list[tuple[str, int]]) -> None:
+        self._blocks = [
+            (folder / name, at, min(_BLOCK_BYTES, size - at), size)
+            for name, size in files
+            for at in range(0, size, _BLOCK_BYTES)
+        ]
+        for left in [path for path in folder.iterdir() if path.name not in dict(files)]:
+            left.unlink()
+
+    def next_size(self) -> int | None:
+        return self._blocks[0][2] if self._blocks else None
+
+    def write(self, block: Tensor) -> None:
+        path, at, _, size = self._blocks.pop(0)
+        with path.open("r+b" if path.exists() else "w+b", buffering=0) as file:
+            file.truncate(size)
+            file.seek(at)
+            write_all(file, block.numpy().data)
