@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-_FRAMES = 12
+_FRAMES = 20
 """Innermost frames of a stack that are kept."""
 _WAITING = (
     "/torch/distributed/",
