@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -77,6 +78,14 @@ def layers(model: ModelConfig) -> list[Layer]:
             known[key] = Layer(kinds, FEED_FORWARDS[feed_forward])
         found.append(known[key])
     return found
+
+
+def alike(among: Iterable[Layer]) -> Iterator[tuple[Layer, int]]:
+    """The different ones among some layers, in the order of their first, and how many there are of each.
+
+    Layers that are alike hold and cost the same, which need not be worked out again for each of a hundred.
+    """
+    yield from Counter(among).items()
 
 
 def mixers_of(model: ModelConfig) -> list[MixerKind]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from spikingbrain_train.architecture.layers import has_experts, layers
+from spikingbrain_train.architecture.layers import alike, has_experts, layers
 from spikingbrain_train.architecture.linear_transforms import LINEAR_TRANSFORMS, LinearTransformKind
 from spikingbrain_train.architecture.weights import Split, Weight
 from spikingbrain_train.config.linear_transforms import Projection
@@ -106,7 +106,7 @@ def _check_groups(model: ModelConfig) -> None:
     size = model.quantization.group_size
     widths = {
         (weight.projection[0], weight.shape[-1])
-        for layer in layers(model)
+        for layer, _ in alike(layers(model))
         for weight in layer.weights(model)
         if weight.projection is not None
         and (weight.projection[0] in model.quantization.projections or model.quantization.stored_scales)

@@ -22,7 +22,7 @@ from spikingbrain_train.config.model_from_checkpoint import register_model_from_
 from spikingbrain_train.config.plugins import load_plugins, plugins_of_command_line
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.config.schema import explain, setting_types
-from spikingbrain_train.config.sections import with_sections
+from spikingbrain_train.config.sections import structured, with_sections
 from spikingbrain_train.config.stored_config import stored_config_file, with_stored_config
 from spikingbrain_train.config.yaml_files import conf_folder
 from spikingbrain_train.errors import ConfigurationError, SpikingBrainError
@@ -32,7 +32,7 @@ _OWN_FLAGS = "--config run_config.yaml, --help[=topic], --cfg job, --resolve, --
 
 def register_schema() -> None:
     """Tell Hydra what conf/config.yaml refers to: RunConfig as ``run_schema``, and the stored model."""
-    ConfigStore.instance().store(name="run_schema", node=with_sections(RunConfig))
+    ConfigStore.instance().store(name="run_schema", node=structured(with_sections(RunConfig)))
     register_model_from_checkpoint()
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -16,7 +18,7 @@ from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.plugins import load_plugins, plugins_of
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.config.schema import check_lists, explain, unknown_setting, unknown_settings
-from spikingbrain_train.config.sections import with_sections
+from spikingbrain_train.config.sections import structured, with_sections
 from spikingbrain_train.config.setting import check_fields
 from spikingbrain_train.config.yaml_files import conf_folder, read_composed, read_yaml
 from spikingbrain_train.errors import CheckpointError, ConfigurationError
@@ -37,7 +39,7 @@ def _to_typed(values: DictConfig | ListConfig, schema: type[Config]) -> Config:
         if unknown:
             is_group = isinstance(OmegaConf.select(values, unknown[0]), DictConfig)
             raise unknown_setting(unknown[0], schema, may_be_a_plugins=is_group)
-        config = OmegaConf.merge(OmegaConf.structured(schema), values)
+        config = OmegaConf.merge(structured(schema), values)
         OmegaConf.resolve(config)
         missing = sorted(OmegaConf.missing_keys(config))
         if missing:
@@ -66,7 +68,24 @@ def to_run_config(composed: DictConfig) -> RunConfig:
     return _to_typed(composed, RunConfig)
 
 
-def _load(
+def _load(path: str | Path, schema: type[Config]) -> Config:
+    """Read a config, or copy what was read last time where neither the file nor the schema is another."""
+    try:
+        found = Path(path).stat()
+    except OSError:
+        return _read(path, schema)
+    state = (found.st_ino, found.st_mtime_ns, found.st_size)
+    classes: tuple[Any, ...] = (schema, with_sections(schema))
+    return deepcopy(_read_once(str(path), state, classes))
+
+
+# A start asks many times, of plan, checks, weights, data and log, and one reading takes a tenth of a second.
+@lru_cache(maxsize=8)
+def _read_once(path: str, state: Hashable, classes: tuple[Any, ...]) -> Any:
+    return _read(path, classes[0])
+
+
+def _read(
     path: str | Path, schema: type[Config], complete: Callable[[DictConfig], None] | None = None
 ) -> Config:
     try:
@@ -91,7 +110,7 @@ def read_section(name: str, values: dict[str, Any]) -> Any:
         given = OmegaConf.create({name: values})
         if unknown := unknown_settings(given, schema):
             raise unknown_setting(unknown[0], schema)
-        merged = OmegaConf.merge(OmegaConf.structured(schema), given)
+        merged = OmegaConf.merge(structured(schema), given)
         typed = OmegaConf.to_object(OmegaConf.select(merged, name))
         check_lists(typed, f"{name}.")
     except (OmegaConfBaseException, ValueError, TypeError) as error:
@@ -118,7 +137,7 @@ def load_run_config(path: str | Path, complete: Callable[[DictConfig], None] | N
     Raises:
         CheckpointError: it cannot be read or is no config; the sentence names it.
     """
-    return _load(path, RunConfig, complete)
+    return _load(path, RunConfig) if complete is None else _read(path, RunConfig, complete)
 
 
 def save_config(config: RunConfig | ModelConfig | ConversionConfig, path: str | Path) -> None:

@@ -6,9 +6,10 @@ an experiment or the command line says of a single setting comes on top of it, a
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from enum import Enum
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
@@ -55,8 +56,14 @@ def register_model_from_checkpoint() -> None:
 
 
 def _references() -> DictConfig:
+    """A model whose every setting refers to that of checkpoint.load; not to be written to."""
+    return _references_of(cast(Hashable, with_sections(ModelConfig)))
+
+
+@lru_cache(maxsize=2)
+def _references_of(schema: Any) -> DictConfig:
     node = OmegaConf.create()
-    for name in leaves(with_sections(ModelConfig)()):
+    for name in leaves(schema()):
         OmegaConf.update(node, name, f"{_REFERENCE}${{checkpoint.load}},{name}}}", force_add=True)
     return node
 

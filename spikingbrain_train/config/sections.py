@@ -12,6 +12,8 @@ from collections.abc import Hashable
 from copy import deepcopy
 from typing import Any, TypeVar, cast
 
+from omegaconf import DictConfig, OmegaConf
+
 from spikingbrain_train.config.conversion import ConversionConfig
 from spikingbrain_train.config.import_path import import_path_of
 from spikingbrain_train.config.model import DecoderConfig, LayersConfig, ModelConfig
@@ -61,6 +63,14 @@ def with_sections(schema: type[Config]) -> type[Config]:
     return cast(type[Config], _extended(cast(Hashable, schema), tuple(_sections.items())))
 
 
+def structured(schema: type[Config]) -> DictConfig:
+    """A schema as OmegaConf checks values by it, to be merged or copied and not to be written to.
+
+    Making one takes longer than all else that reading a config does.
+    """
+    return _structured(cast(Hashable, schema))
+
+
 def section_of(config: LayersConfig, name: str) -> Any:
     """The settings ``name`` of a model or conversion; defaults where it was made before their kind was."""
     return getattr(config, name, None) or _sections[name]()
@@ -72,6 +82,11 @@ def with_layers(source: ModelConfig, recipe: ConversionConfig) -> ModelConfig:
     layers = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(LayersConfig)}
     own = {name: section_of(recipe, name) for name in _sections}
     return with_sections(ModelConfig)(**deepcopy(sizes | layers | own))
+
+
+@functools.cache
+def _structured(schema: Any) -> DictConfig:
+    return cast(DictConfig, OmegaConf.structured(schema))
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from spikingbrain_train.architecture.feed_forwards import Activations
-from spikingbrain_train.architecture.layers import Layer
+from spikingbrain_train.architecture.layers import Layer, alike
 from spikingbrain_train.architecture.linear_transforms import keeps_its_input, keeps_its_weight
 from spikingbrain_train.architecture.sizes import FP32, bytes_per_element, rank_tokens, row_bytes
 from spikingbrain_train.architecture.weights import Weight
@@ -84,19 +84,19 @@ def activation_bytes(config: RunConfig, stage: int, micro_batches: int) -> float
     model, parallel = config.model, config.parallel
     tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     element, tokens = bytes_per_element(config.precision), rank_tokens(config)
-    layers = layers_of_stage(model, parallel, stage)
-    kinds = [layer_activations(config, layer) for layer in layers]
+    layers = list(alike(layers_of_stage(model, parallel, stage)))
+    kinds = [layer_activations(config, layer) for layer, _ in layers]
     in_flight = min(stages - stage, micro_batches)
     # The last layer's output goes to the next stage, or is what the final norm keeps.
-    kept = (
-        row_bytes(config) + model.kv_channels * FP32 + sum(kind.kept for kind in kinds)
-    )  # and rotary angles
+    kept = row_bytes(config) + model.kv_channels * FP32  # and rotary angles
+    kept += sum(number * kind.kept for kind, (_, number) in zip(kinds, layers, strict=True))
     passing = max(
-        kind.recomputed + layer_working(config, layer) for kind, layer in zip(kinds, layers, strict=True)
+        kind.recomputed + layer_working(config, layer) for kind, (layer, _) in zip(kinds, layers, strict=True)
     )
     total = tokens * (in_flight * kept + passing)
-    copies = [layer_weight_copies(config, layer) for layer in layers]
-    total += in_flight * sum(copy.kept for copy in copies) + max(copy.recomputed for copy in copies)
+    copies = [(layer_weight_copies(config, layer), number) for layer, number in layers]
+    total += in_flight * sum(number * copy.kept for copy, number in copies)
+    total += max(copy.recomputed for copy, _ in copies)
     if stage == stages - 1:
         rows = model.padded_vocab_size(tensor) / tensor
         # The logits of one chunk, which become their gradient; the gradients of projection and hidden states.

@@ -6,13 +6,13 @@ h hidden_size, V vocabulary, T tokens of text in a sequence, S sinks in front of
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from spikingbrain_train.architecture.layers import (
     Layer,
+    alike,
     embedding_weights,
     layers,
-    model_weights,
     output_weights,
 )
 from spikingbrain_train.architecture.weights import ONE_RANK, Split, Weight
@@ -24,6 +24,12 @@ def _on_rank(weights: Iterable[Weight], parallel: ParallelConfig) -> int:
     return sum(weight.numel_on_rank(parallel) for weight in weights)
 
 
+def _over_all(model: ModelConfig, count: Callable[[Weight], int]) -> int:
+    around = sum(map(count, (*embedding_weights(model), *output_weights(model))))
+    inside = (number * sum(map(count, layer.weights(model))) for layer, number in alike(layers(model)))
+    return around + sum(inside)
+
+
 def mixer_parameters(model: ModelConfig, layer: Layer, parallel: ParallelConfig = ONE_RANK) -> int:
     """Parameters of a layer's mixers on one rank."""
     return _on_rank(layer.mixer_weights(model), parallel)
@@ -31,17 +37,17 @@ def mixer_parameters(model: ModelConfig, layer: Layer, parallel: ParallelConfig 
 
 def total_parameters(model: ModelConfig) -> int:
     """Distinct parameters without vocabulary padding, as a Hugging Face checkpoint counts them."""
-    return sum(weight.numel for _, weight in model_weights(model))
+    return _over_all(model, lambda weight: weight.numel)
 
 
 def active_parameters(model: ModelConfig) -> int:
     """Parameters behind one token: all, vocabulary included, but routed experts that others are sent to."""
-    return sum(weight.active_numel for _, weight in model_weights(model))
+    return _over_all(model, lambda weight: weight.active_numel)
 
 
 def new_parameters(model: ModelConfig) -> int:
     """Parameters that a dense source does not have: sinks, routers, and what is new in the mixers."""
-    return sum(weight.numel for _, weight in model_weights(model) if weight.is_new)
+    return _over_all(model, lambda weight: weight.numel if weight.is_new else 0)
 
 
 def stage_layers(model: ModelConfig, parallel: ParallelConfig, stage: int) -> range:
@@ -59,8 +65,8 @@ def layers_of_stage(model: ModelConfig, parallel: ParallelConfig, stage: int) ->
 def stage_routed_expert_parameters(model: ModelConfig, parallel: ParallelConfig, stage: int) -> int:
     """Parameters of routed experts that a rank of pipeline stage ``stage`` holds."""
     return sum(
-        weight.numel_on_rank(parallel)
-        for layer in layers_of_stage(model, parallel, stage)
+        number * weight.numel_on_rank(parallel)
+        for layer, number in alike(layers_of_stage(model, parallel, stage))
         for weight in layer.feed_forward_weights(model)
         if weight.split is Split.experts
     )
@@ -75,7 +81,8 @@ def stage_parameters(model: ModelConfig, parallel: ParallelConfig, stage: int) -
     """
     tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     parameters = sum(
-        _on_rank(layer.weights(model), parallel) for layer in layers_of_stage(model, parallel, stage)
+        number * _on_rank(layer.weights(model), parallel)
+        for layer, number in alike(layers_of_stage(model, parallel, stage))
     )
     vocabulary = model.padded_vocab_size(tensor) // tensor * model.hidden_size
 
@@ -115,7 +122,7 @@ def forward_flops_per_token(model: ModelConfig, seq_length: int, *, output_layer
     """
     tokens = 1 + model.num_sink_tokens / seq_length
     flops = 0.0
-    for layer in layers(model):
+    for layer, number in alike(layers(model)):
         matrices = sum(weight.matrix_numel for weight in layer.weights(model))
-        flops += 2.0 * matrices * tokens + mixer_core_flops(model, layer, seq_length)
+        flops += number * (2.0 * matrices * tokens + mixer_core_flops(model, layer, seq_length))
     return flops + (2.0 * model.vocab_size * model.hidden_size if output_layer else 0.0)

@@ -34,7 +34,7 @@ def memory_warning(config: RunConfig, world_size: int, device_bytes: int | None)
     )
     found = remedies(plan, device)
     fitting = [remedy for remedy in found if device.fit(remedy.needed) is Fit.fits]
-    help_ = fitting[:1] or [remedy for remedy in (together(plan, device),) if remedy is not None] or found[:1]
-    for remedy in help_:
+    combined = None if fitting else together(found, device)
+    for remedy in fitting[:1] or ([combined] if combined is not None else found[:1]):
         text += f"; {' '.join(remedy.arguments())} would take {remedy.needed / GIB:.1f}"
     return text + " (dry_run=true shows more)"

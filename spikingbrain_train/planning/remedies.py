@@ -60,17 +60,22 @@ def remedies(plan: Plan, device: DeviceMemory) -> list[Remedy]:
     return sorted(best.values(), key=lambda remedy: remedy.needed)
 
 
-def together(plan: Plan, device: DeviceMemory) -> Remedy | None:
-    """The remedies that save most, one on top of the other until all ranks fit; None where they never do."""
+def together(found: list[Remedy], device: DeviceMemory) -> Remedy | None:
+    """The remedies that save most, one on top of the other until all ranks fit; None where they never do.
+
+    Args:
+        found: what :func:`remedies` says of the run.
+        device: what has to hold each rank.
+    """
     settings: dict[str, Any] = {}
     for _ in range(_MOST_TOGETHER):
-        found = remedies(plan, device)
         if not found:
             return None
         settings |= found[0].settings
         plan = found[0].plan
         if device.fit(plan.fullest.memory.total) is Fit.fits:
             return Remedy(settings, plan)
+        found = remedies(plan, device)
     return None
 
 

@@ -6,19 +6,15 @@ with a word where it changes what the run computes, or is refused; none is ignor
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from copy import deepcopy
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from spikingbrain_train.architecture.layers import has_experts
 from spikingbrain_train.architecture.same_architecture import settings_in_use
 from spikingbrain_train.config.load import load_run_config
 from spikingbrain_train.config.run import Precision, Resume, RunConfig
 from spikingbrain_train.config.run_record import (
-    RUN_RECORD_FILE,
     DatasetFingerprint,
     RunRecord,
     SamplesRead,
@@ -26,7 +22,6 @@ from spikingbrain_train.config.run_record import (
     read_record,
     training_data_of,
 )
-from spikingbrain_train.config.sections import with_sections
 from spikingbrain_train.config.setting import OTHER_ORDER, OnChange, Role, decisions, leaves
 from spikingbrain_train.config.shown import shown
 from spikingbrain_train.errors import CheckpointError
@@ -81,24 +76,7 @@ def read_stored_run(checkpoint: Path) -> StoredRun:
             f"{checkpoint} has no {RUN_CONFIG_FILE}, so it is not of a run that could go on; name it as "
             f"checkpoint.load={checkpoint.parent} and choose another output_dir"
         )
-    files = (_state_of(path), _state_of(checkpoint / RUN_RECORD_FILE))
-    return deepcopy(_read(checkpoint, files, cast(Hashable, with_sections(RunConfig))))
-
-
-# A start asks many times, of plan, checks, data and log, and one reading takes a fifth of a second.
-@lru_cache(maxsize=4)
-def _read(checkpoint: Path, files: Hashable, schema: Hashable) -> StoredRun:
-    """Read it; ``files`` and ``schema`` tell when that has to be done again."""
-    return StoredRun(checkpoint, load_run_config(checkpoint / RUN_CONFIG_FILE), read_record(checkpoint))
-
-
-def _state_of(path: Path) -> tuple[int, int, int] | None:
-    """Another one where a file was written anew; None where there is none."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_ino, found.st_mtime_ns, found.st_size
+    return StoredRun(checkpoint, load_run_config(path), read_record(checkpoint))
 
 
 def run_to_resume(config: RunConfig) -> StoredRun | None:

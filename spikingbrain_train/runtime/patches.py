@@ -15,6 +15,7 @@ from spikingbrain_train.runtime import (
     gloo_polling,
     megatron_cpu,
     megatron_jit,
+    megatron_loggers,
     meta_device,
     optimizer_patches,
     quiet_torch,
@@ -26,6 +27,7 @@ from spikingbrain_train.runtime.patch import ALL_PLATFORMS, Moment, Patch
 PATCHES: tuple[Patch, ...] = (
     *quiet_torch.PATCHES,
     *megatron_jit.PATCHES,
+    *megatron_loggers.PATCHES,
     *megatron_cpu.PATCHES,
     *gloo_polling.PATCHES,
     *shard_writers.PATCHES,

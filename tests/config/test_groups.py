@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import re
 
@@ -27,10 +28,15 @@ CHOICES = [(group, choice) for group, choices in groups().items() for choice in 
 @pytest.fixture(scope="module", autouse=True)
 def hydra_in_conf():
     register_schema()
-    with initialize_config_dir(config_dir=str(conf_folder()), version_base="1.3"):
+    with (
+        initialize_config_dir(config_dir=str(conf_folder()), version_base="1.3"),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.delenv("WORLD_SIZE", raising=False)
         yield
 
 
+@functools.cache
 def dry_run(*overrides: str) -> RunConfig:
     """Compose, check and plan."""
     config = to_run_config(compose("config", overrides=[*overrides, "dry_run=true"]))
@@ -47,8 +53,7 @@ def test_every_file_says_what_it_is_for(path):
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES, ids=[f"{group}={choice}" for group, choice in CHOICES])
-def test_every_choice_makes_a_plan(group, choice, monkeypatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
+def test_every_choice_makes_a_plan(group, choice):
     if choice == "from_checkpoint":
         return  # test_stored_model.py has a checkpoint for it
     overrides = [f"{group}={choice}"]
@@ -115,8 +120,7 @@ EXPERIMENTS = {
 
 @pytest.mark.parametrize("cluster", ["nvidia", "metax"])
 @pytest.mark.parametrize("choice", EXPERIMENTS)
-def test_published_topologies_make_a_plan_on_both_platforms(choice, cluster, monkeypatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
+def test_published_topologies_make_a_plan_on_both_platforms(choice, cluster):
     degrees, seq_length, billions = EXPERIMENTS[choice]
     config = dry_run(*f"experiment={choice}".split(), f"cluster={cluster}")
     parallel = config.parallel
@@ -155,8 +159,7 @@ def test_every_topology_is_in_the_table():
 
 
 @pytest.mark.parametrize("page", ["docs/topologies.md", "docs/guides/own_model.md"])
-def test_pages_give_the_planners_numbers(page, monkeypatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
+def test_pages_give_the_planners_numbers(page):
     rows = _topologies(page)
     assert rows
     for choice, (_, gpus, _, step, _, gib) in rows.items():
@@ -169,8 +172,7 @@ def test_pages_give_the_planners_numbers(page, monkeypatch):
         assert int(gib.split()[0]) == round(fullest), choice
 
 
-def test_the_tokens_of_all_stages_are_those_of_table_2(monkeypatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
+def test_the_tokens_of_all_stages_are_those_of_table_2():
     for model, billions in (("spikingbrain_7b", 150), ("spikingbrain_76b", 160)):
         stages = [dry_run(f"experiment={model}_{length}") for length in ("8k", "32k", "128k")]
         plans = [plan_run(config, launched_world_size(config)) for config in stages]
@@ -192,8 +194,7 @@ def test_published_layouts_use_the_published_communication():
         assert method.head_padding
 
 
-def test_the_stages_of_a_model_follow_each_other(monkeypatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
+def test_the_stages_of_a_model_follow_each_other():
     for model in ("spikingbrain_7b", "spikingbrain_76b"):
         stages = [dry_run(f"experiment={model}_{length}") for length in ("8k", "32k", "128k")]
         for before, after in itertools.pairwise(stages):

@@ -25,7 +25,7 @@ def memory_section(plan: Plan) -> Section:
     found = [] if device is None or fits else remedies(plan, device)
     combined = None
     if device is not None and found and all(device.fit(remedy.needed) is not Fit.fits for remedy in found):
-        combined = together(plan, device)
+        combined = together(found, device)
 
     values = {
         "stages": [_values(index, stage, device) for index, stage in enumerate(plan.stages)],

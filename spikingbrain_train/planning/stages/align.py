@@ -5,7 +5,7 @@ This project's own: SpikingBrain's report (arXiv 2509.05276) trains all paramete
 
 from __future__ import annotations
 
-from spikingbrain_train.architecture.layers import Layer, dense_source, layers, swapped_layers
+from spikingbrain_train.architecture.layers import Layer, alike, dense_source, layers, swapped_layers
 from spikingbrain_train.architecture.same_architecture import check_same_sizes
 from spikingbrain_train.architecture.sizes import FP32, bytes_per_element, rank_tokens, row_bytes
 from spikingbrain_train.config.model import ModelConfig
@@ -95,12 +95,14 @@ class AlignmentKind(StageKind):
         """Those of the swapped mixers."""
         here = layers_of_stage(config.model, config.parallel, pipeline_stage)
         return 0, sum(
-            mixer_parameters(config.model, layer, config.parallel) for layer in swapped_layers(here)
+            number * mixer_parameters(config.model, layer, config.parallel)
+            for layer, number in alike(swapped_layers(here))
         )
 
     def trainable_parameters_in_all(self, model: ModelConfig) -> int:
         """Those of the swapped mixers."""
-        return sum(mixer_parameters(model, layer) for layer in swapped_layers(layers(model)))
+        swapped = alike(swapped_layers(layers(model)))
+        return sum(number * mixer_parameters(model, layer) for layer, number in swapped)
 
     def flops_per_token(self, config: RunConfig) -> float:
         """The teacher's forward up to its last hidden states, and forward and backward of each swapped mixer.
@@ -111,15 +113,15 @@ class AlignmentKind(StageKind):
         model, stage = config.model, config.stage
         flops = forward_flops_per_token(dense_source(model), stage.seq_length, output_layer=False)
         tokens = 1 + model.num_sink_tokens / stage.seq_length
-        for layer in swapped_layers(layers(model)):
+        for layer, number in alike(swapped_layers(layers(model))):
             reading, other = mixer_projections(model, layer)
-            flops += tokens * (4.0 * reading + 6.0 * other)
-            flops += 3 * mixer_core_flops(model, layer, stage.seq_length)
+            flops += number * tokens * (4.0 * reading + 6.0 * other)
+            flops += number * 3 * mixer_core_flops(model, layer, stage.seq_length)
         if stage.alignment.inputs is AlignmentInputs.student:
             flops += forward_flops_per_token(model, stage.seq_length, output_layer=False)
-            for layer in swapped_layers(layers(model)):  # whose forward pass has been counted
-                flops -= tokens * 2.0 * sum(mixer_projections(model, layer))
-                flops -= mixer_core_flops(model, layer, stage.seq_length)
+            for layer, number in alike(swapped_layers(layers(model))):  # whose forward has been counted
+                flops -= number * tokens * 2.0 * sum(mixer_projections(model, layer))
+                flops -= number * mixer_core_flops(model, layer, stage.seq_length)
         return flops
 
     def start_flops(self, config: RunConfig) -> float:
@@ -132,9 +134,9 @@ class AlignmentKind(StageKind):
         if stage.alignment.calibration_inputs is AlignmentInputs.student:
             flops += forward_flops_per_token(model, stage.seq_length, output_layer=False)
         else:
-            for layer in swapped:
-                flops += 2 * sum(mixer_projections(model, layer))
-                flops += mixer_core_flops(model, layer, stage.seq_length)
+            for layer, number in alike(swapped):
+                flops += number * 2 * sum(mixer_projections(model, layer))
+                flops += number * mixer_core_flops(model, layer, stage.seq_length)
         features = model.num_attention_heads * model.kv_channels
         flops += 2 * len(swapped) * features * (features + model.hidden_size)
         if stage.alignment.fit_source_projections:
@@ -181,7 +183,7 @@ class AlignmentKind(StageKind):
         waiting = 0.0
         if config.stage.alignment.inputs is AlignmentInputs.student:
             waiting = len(swapped) * rank_tokens(config) * row_bytes(config)
-        return waiting + max((kept(layer) for layer in swapped), default=0.0)
+        return waiting + max((kept(layer) for layer, _ in alike(swapped)), default=0.0)
 
 
 def _check_every_stage_aligns(model: ModelConfig, teacher: ModelConfig, parallel: ParallelConfig) -> None:

@@ -1,4 +1,4 @@
-"""Where nothing will be compiled, torch's compiler is not even imported; where there is a GPU it is."""
+"""What comes in with megatron-core: no logger, and torch's compiler only where there is a GPU."""
 
 from __future__ import annotations
 
@@ -29,18 +29,31 @@ def printed(code: str, *folders: Path) -> str:
     return done.stdout.strip()
 
 
-def test_without_a_gpu_models_are_imported_without_the_compiler() -> None:
+@pytest.fixture(scope="module")
+def start() -> list[str]:
+    """What a training process that sees no GPU says of its imports."""
     code = """
 import sys
-import spikingbrain_train.models.gpt_model
+import spikingbrain_train.training.trainer
 from megatron.core.fusions import fused_bias_swiglu
 print(hasattr(fused_bias_swiglu.swiglu, "_torchdynamo_orig_callable"))
 print("torch._inductor.compile_fx" in sys.modules)
+print([name for name in ("wandb", "torch.utils.tensorboard") if name in sys.modules])
+import wandb
+from torch.utils.tensorboard import SummaryWriter
+print(wandb.__name__, SummaryWriter.__name__)
 """
-    is_wrapped, is_imported = printed(code).split()
-    assert is_wrapped == "False"
+    return printed(code).splitlines()
+
+
+def test_without_a_gpu_models_are_imported_without_the_compiler(start: list[str]) -> None:
+    assert start[0] == "False"
     if IMPORTED_BY_NOTHING_ELSE:
-        assert is_imported == "False"
+        assert start[1] == "False"
+
+
+def test_loggers_are_imported_by_who_writes_to_them_alone(start: list[str]) -> None:
+    assert start[2:] == ["[]", "wandb SummaryWriter"]
 
 
 @pytest.mark.parametrize(("has_gpu", "wraps"), [(True, "torch.compile"), (False, "nothing")])
