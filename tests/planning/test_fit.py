@@ -82,7 +82,7 @@ def test_several_go_together_where_none_is_enough():
     plan = plan_of("experiment=spikingbrain_7b_8k cluster=a800 parallel=tp2 stage.micro_batch_size=8")
     device = device_memory(plan.config.cluster, plan.world_size)
     assert all(device.fit(remedy.needed) is not Fit.fits for remedy in remedies(plan, device))
-    combined = together(plan, device)
+    combined = together(remedies(plan, device), device)
     assert len(combined.settings) > 1 and device.fit(combined.needed) is Fit.fits
 
 
