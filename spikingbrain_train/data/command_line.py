@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
 import sys
 from pathlib import Path
@@ -169,8 +168,9 @@ def preprocess_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--workers",
         type=int,
-        default=len(os.sched_getaffinity(0)),
-        help="processes (default: %(default)s, all cores)",
+        metavar="N",
+        help="processes (default: one a core; where gigatoken tokenizes, one for each 256 MB and no more, as "
+        "it is done with that before further ones have started)",
     )
     parser.add_argument(
         "--tokenizer-backend",

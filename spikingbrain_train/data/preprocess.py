@@ -34,11 +34,14 @@ from spikingbrain_train.data.split_writers import SplitByPlace, SplitByTokens, S
 from spikingbrain_train.data.tokenize_documents import sample_texts, split_into_chunks, tokenize, tokenize_all
 from spikingbrain_train.data.tokenizers import Tokenizer, load_tokenizer
 from spikingbrain_train.errors import DataError
+from spikingbrain_train.planning.launch import available_cores
 from spikingbrain_train.reporting.activity import activity
 from spikingbrain_train.storage.temporary_folder import temporary_folder
 
 _SAMPLE_BYTES = 4 << 20
 """Text that a dry run tokenizes for its estimate."""
+_GIGATOKEN_BYTES = 256 << 20
+"""Input that makes a further process worth its start: gigatoken is done with 30 MB a second."""
 
 
 def plan_preprocessing(options: PreprocessOptions) -> PreprocessPlan:
@@ -201,14 +204,24 @@ class _Work:
                 report.count(chunk, result)
                 read = report.resumed_bytes = chunk.position
             done.advance(read)
+            workers = _workers(self.options, self.chosen, size - read)
             for chunk, result in tokenize_all(
-                chunks, self.tokenizer, self.options, dtype, self.chosen.encoder
+                chunks, self.tokenizer, self.options, dtype, self.chosen.encoder, workers
             ):
                 split.add(result)
                 report.count(chunk, result)
                 self.progress.add(result, filled)
                 done.advance(chunk.position - read)
                 read = chunk.position
+
+
+def _workers(options: PreprocessOptions, chosen: ChosenEncoder, size: int) -> int:
+    """Processes for that many bytes of input."""
+    if options.workers is not None:
+        return options.workers
+    if chosen.name != "gigatoken":
+        return available_cores()
+    return min(available_cores(), max(1, size // _GIGATOKEN_BYTES))
 
 
 def _refuse_nothing(documents: int, report: PreprocessReport) -> None:

@@ -57,8 +57,8 @@ class PreprocessOptions:
     """Share of tokens to hold out, above 0 and below 1, as nearly as whole documents allow."""
     split_seed: int = 0
     """Another number holds other documents out."""
-    workers: int = 1
-    """Tokenizing processes."""
+    workers: int | None = 1
+    """Tokenizing processes; None are as many as are worth their start."""
     tokenizer_backend: TokenizerBackend = TokenizerBackend.auto
     """Which library makes tokens of text; the ids are those of the tokenizer."""
     max_text_chars: int | None = None
@@ -86,10 +86,10 @@ class PreprocessOptions:
             )
         if self.domain_from not in (None, *DOMAIN_SOURCES):
             raise ConfigurationError(f"--domain-from is {self.domain_from}: give file or folder")
-        if self.workers < 1:
+        if self.workers is not None and self.workers < 1:
             raise ConfigurationError(f"--workers is {self.workers}: give at least 1")
         most = max(_FEW_WORKERS, _WORKERS_PER_CORE * available_cores())
-        if self.workers > most:
+        if self.workers is not None and self.workers > most:
             raise ConfigurationError(
                 f"--workers is {self.workers}: on {available_cores()} cores give at most {most}"
             )

@@ -95,18 +95,19 @@ def tokenize_all(
     options: PreprocessOptions,
     dtype: type[np.number],
     encoder: Encoder,
+    workers: int,
 ) -> Iterator[tuple[Chunk, TokenizedChunk]]:
     """Tokenize chunks in worker processes and return them in their order, with a bounded number under way.
 
     Raises:
         DataError: as :func:`tokenize` does, or a worker was killed.
     """
-    if options.workers == 1:
+    if workers == 1:
         for chunk in chunks:
             yield chunk, tokenize(chunk, tokenizer, options, dtype, encoder)
         return
     executor = ProcessPoolExecutor(
-        options.workers,
+        workers,
         # Not fork: the tokenizer library and PyTorch have threads, whose locks a forked child would inherit.
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_start_worker,
@@ -115,7 +116,7 @@ def tokenize_all(
     under_way: deque[tuple[Chunk, Future[TokenizedChunk]]] = deque()
     try:
         # ProcessPoolExecutor.map would read all chunks into memory first.
-        under_way.extend((c, executor.submit(_work, c)) for c in islice(chunks, 2 * options.workers))
+        under_way.extend((c, executor.submit(_work, c)) for c in islice(chunks, 2 * workers))
         while under_way:
             chunk, future = under_way.popleft()
             result = future.result()

@@ -2,7 +2,8 @@
 
 The library pre-tokenizes and merges every word of every document anew, though most text is few words. Texts
 are cut before each single space between two other characters; no token of the tokenizers below holds a space
-behind another character, so the pieces have the ids that they have in the text.
+behind another character, so the pieces have the ids that they have in the text. A word that is new is cut
+again, where letters or digits end: addresses, dotted names and calls are many, their parts are few.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import numpy as np
 from spikingbrain_train.data.tokenizers import HuggingFaceTokenizer
 
 _CUT = re.compile(r"(?<=\S)(?= \S)")
+_PART = re.compile(r"[^A-Za-z0-9]*(?:[A-Za-z]+|[0-9]+)|[^A-Za-z0-9]+")
+"""Of a word of ASCII; every pattern below ends a token where letters or digits end."""
 _MOST_CHARACTERS = 1 << 26
 """Of words that are kept; the cache begins anew beyond."""
 _NORMALIZERS = {"NFC", "NFD", "NFKC", "NFKD"}
@@ -44,16 +47,15 @@ class WordCache:
     def __init__(self, tokenizer: HuggingFaceTokenizer) -> None:
         self._tokenizer = tokenizer
         self._known: dict[str, bytes] = {}
+        added = map(re.escape, tokenizer.added_tokens)
+        self._added_tokens = re.compile("|".join(added) or r"(?!)")
         self._characters = 0
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Ids of all texts, one behind the other, and how many each has."""
         words = [_CUT.split(text) for text in texts]
-        new = list(set(chain.from_iterable(words)).difference(self._known))
-        ids = self._tokenizer.encode_batch(new)
-        self._known.update(
-            (word, np.array(each, dtype=np.int32).tobytes()) for word, each in zip(new, ids, strict=True)
-        )
+        new = set(chain.from_iterable(words)).difference(self._known)
+        self._learn(new)
         known = self._known
         encoded = [b"".join(map(known.__getitem__, each)) for each in words]
         self._characters += sum(map(len, new))
@@ -61,6 +63,21 @@ class WordCache:
             self._known, self._characters = {}, 0
         lengths = np.array([len(each) for each in encoded], dtype=int) // 4
         return np.frombuffer(b"".join(encoded), dtype=np.int32), lengths
+
+    def _learn(self, words: set[str]) -> None:
+        """Keep the ids of new words, and of the parts that they are cut into."""
+        known, has_added_token = self._known, self._added_tokens.search
+        parts = {
+            # Beyond ASCII a mark may belong to the letter before it. Added tokens stay whole.
+            word: _PART.findall(word) if word.isascii() and not has_added_token(word) else [word]
+            for word in words
+        }
+        new = list(set(chain.from_iterable(parts.values())).difference(known))
+        ids = self._tokenizer.encode_batch(new)
+        known.update(
+            (part, np.array(each, dtype=np.int32).tobytes()) for part, each in zip(new, ids, strict=True)
+        )
+        known.update((word, b"".join(map(known.__getitem__, each))) for word, each in parts.items())
 
     def __reduce__(self) -> tuple[type[WordCache], tuple[HuggingFaceTokenizer]]:
         return WordCache, (self._tokenizer,)

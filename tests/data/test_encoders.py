@@ -68,7 +68,9 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, HuggingFac
 
 LETTERS = list(" \t\n\r\u00a0\u2003\x1c'\u2019srtvdmlL109.,/!-_aZ\u00e9\u0301脑\u0622ー🧠\u200d")
 HARD = st.text(st.one_of(st.sampled_from(LETTERS), st.characters(exclude_categories=("Cs",))), max_size=40)
-WORDS = st.lists(st.sampled_from(["it's", " ", "<|end|>", "12", "x "])).map("".join)
+WORDS = st.lists(st.sampled_from(["it's", " ", "<|end|>", "12", "x ", ".", "(", "\n", "\t", "ab"])).map(
+    "".join
+)
 
 
 @settings(deadline=None, max_examples=60)
