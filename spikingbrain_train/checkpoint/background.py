@@ -1,4 +1,4 @@
-"""Work of one rank beside the training loop: nothing in it talks to other ranks."""
+"""Work of one rank beside the training loop; it talks to other ranks, if at all, in a group of its own."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from spikingbrain_train.checkpoint.background import BackgroundWork
-from spikingbrain_train.checkpoint.between_hosts import Exchange, neighbour_of
+from spikingbrain_train.checkpoint.between_hosts import Exchange, FirstError, neighbour_of
 from spikingbrain_train.checkpoint.finite_state import first_not_finite_of_run
 from spikingbrain_train.checkpoint.memory_shard import (
     PLAIN_FILE,
@@ -121,20 +121,34 @@ class MemoryCheckpoints:
         return True
 
     def _complete(self, begun: Path, shard: Path, iteration: int, oldest: int | None) -> None:
-        seal(begun)
-        if self._has_copies:
+        if not self._has_copies:
+            seal(begun)
+        else:
             self._copy_to_neighbour(begun, iteration, oldest)
         _rename(begun, shard)
 
     def _copy_to_neighbour(self, begun: Path, iteration: int, oldest: int | None) -> None:
-        """Send this rank's shard to the rank that keeps it, too, and receive the one that it keeps."""
+        """Seal this rank's shard, send it to the rank that keeps it, too, and receive the one that it keeps.
+
+        Also where this rank fails: others wait for it.
+        """
         ranks, at_once = self._groups.world_size, self._launch.local_world_size
         keepers = [neighbour_of(rank, ranks, at_once) for rank in range(ranks)]
         owner = keepers.index(self._groups.rank)
         copy = self._folder.shard(owner, iteration, is_copy=True)
         older = None if oldest is None else self._folder.shard(owner, oldest, is_copy=True)
-        received = self._folder.begin(copy, older)
-        self._exchange.pass_on(begun, keepers[self._groups.rank], received, owner)
+        first = FirstError()
+        sealed: Path | None = None
+        received: Path | None = None
+        with first.held_back():
+            seal(begun)
+            sealed = begun
+        with first.held_back():
+            received = self._folder.begin(copy, older)
+        with first.held_back():
+            self._exchange.pass_on(sealed, keepers[self._groups.rank], received, owner)
+        first.throw()
+        assert received is not None
         check(received)
         _rename(received, copy)
 

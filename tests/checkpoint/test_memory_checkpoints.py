@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from contextlib import suppress
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from spikingbrain_train.checkpoint.between_hosts import neighbour_of
+from spikingbrain_train.checkpoint.between_hosts import Exchange, neighbour_of
 from spikingbrain_train.checkpoint.memory_shard import write_tensors
 from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
 from spikingbrain_train.config.model import ModelConfig
@@ -230,3 +231,34 @@ def test_copies_without_room_are_refused_at_the_start(
 
 class _Room:
     free = 1 << 30
+
+
+def _pass_on(groups: ProcessGroups, folder: Path) -> str:
+    """Send each other a file; what is received is whole where this returns nothing."""
+    exchange = Exchange(torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=20)))
+    own, received = folder / f"own{groups.rank}", folder / f"received{groups.rank}"
+    other = 1 - groups.rank
+    try:
+        exchange.pass_on(own, other, received, other)
+        assert (received / "state").read_bytes() == bytes([other]) * 5
+    except OSError as error:
+        return type(error).__name__
+    return ""
+
+
+@pytest.mark.parametrize("fails_at", ["reading", "writing"])
+def test_a_rank_whose_files_fail_keeps_no_other_waiting(
+    fails_at: str, ranks: RankPool, tmp_path: Path
+) -> None:
+    for rank in (0, 1):
+        (tmp_path / f"received{rank}").mkdir()
+        (tmp_path / f"own{rank}").mkdir()
+        (tmp_path / f"own{rank}" / "state").write_bytes(bytes([rank]) * 5)
+    if fails_at == "writing":
+        (tmp_path / "received1" / "state").mkdir()
+        expected = ["", "IsADirectoryError"]
+    else:
+        shutil.rmtree(tmp_path / "own1")
+        (tmp_path / "own1").write_bytes(b"")
+        expected = ["FileNotFoundError", "NotADirectoryError"]  # nothing has come, so there is nothing
+    assert ranks.run(_pass_on, tmp_path, world_size=2, parallel=ONE_RANK) == expected
