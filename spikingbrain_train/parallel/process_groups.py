@@ -233,8 +233,7 @@ def _join_world(launch: Launch, accelerator: Accelerator, timeout: timedelta) ->
         )
         return
     os.environ["MASTER_ADDR"] = master = reachable_master(launch)
-    if backend == "gloo":
-        choose_interface(master)
+    choose_interface(master)  # for gloo, also beside NCCL: copies in memory are sent from host to host
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         torch.distributed.init_process_group(
             backend, rank=launch.rank, world_size=launch.world_size, timeout=timeout

@@ -128,6 +128,20 @@ def test_restarted_ranks_do_not_read_what_the_dead_ones_wrote(
         given["store"].set("address", restarts)
 
 
+@pytest.mark.parametrize("backend", ["gloo", "nccl"])
+def test_gloo_groups_beside_nccl_take_the_interface_that_reaches_the_master(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[str] = []
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setattr(process_groups, "choose_interface", chosen.append)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
+    launch = Launch(0, 2, 0, 1, "127.0.0.1", 29500)
+    process_groups._join_world(launch, _Backend(backend), timedelta(seconds=1))  # type: ignore[arg-type]
+    assert chosen == ["127.0.0.1"]
+
+
 @pytest.mark.skipif(not os.path.isdir("/sys/class/net/lo"), reason="asks for Linux's loopback device")
 def test_interface_is_the_one_that_reaches_the_host() -> None:
     assert process_groups._interface_towards("127.0.0.1") == "lo"
