@@ -17,6 +17,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -71,7 +72,8 @@ class MemoryCheckpoints:
         if groups.world_size > 1:
             torch.distributed.broadcast_object_list(identity, src=0)
         self._folder = MemoryFolder(config.checkpoint.memory_folder, config.output_dir, identity[0])
-        self._exchange = Exchange(torch.distributed.new_group(backend="gloo"))
+        timeout = timedelta(minutes=config.cluster.timeout_minutes)
+        self._exchange = Exchange(torch.distributed.new_group(backend="gloo", timeout=timeout))
         self._has_copies = keeps_copies(config, groups.world_size, self._launch.local_world_size)
         self._kept: list[int] = []
         """The last two steps: the older is whole on every rank."""
@@ -169,8 +171,10 @@ class MemoryCheckpoints:
         if failure is None:
             return True
         self._is_off = True
+        self._folder.remove_incomplete()  # no rank writes any more
         if self._groups.is_main_process:
-            self._say(f"warning: no more copies are kept in memory ({failure}); checkpoints are")
+            folder = self._config.checkpoint.memory_folder
+            self._say(f"warning: no more copies are kept in memory, {folder} ({failure}); checkpoints are")
         return False
 
     # Going on
@@ -201,16 +205,27 @@ class MemoryCheckpoints:
                 self._remove_but(iteration)
                 self._kept = [iteration]
                 return iteration
-        torch.distributed.barrier()
-        self._folder.remove()  # on every rank: several of a host do no harm
-        torch.distributed.barrier()
+        self.let_go()
         return None
 
+    def let_go(self) -> None:
+        """Remove all copies: what follows is another life of the run, which must not be taken for theirs."""
+        torch.distributed.barrier()
+        self._folder.remove()  # on every rank: several of a host do no harm
+        self._kept = []
+        torch.distributed.barrier()
+
     def _remove_but(self, iteration: int) -> None:
-        """Remove other steps from this host."""
+        """Remove from this host other steps, and those of ranks that are on other hosts since the restart."""
+        first, at_once = self._launch.rank - self._launch.local_rank, self._launch.local_world_size
+        here, ranks = range(first, first + at_once), self._groups.world_size
+        wanted = {self._folder.shard(rank, iteration) for rank in here}
+        if self._has_copies:
+            owners = (rank for rank in range(ranks) if neighbour_of(rank, ranks, at_once) in here)
+            wanted |= {self._folder.shard(owner, iteration, is_copy=True) for owner in owners}
         torch.distributed.barrier()
         for shard in self._folder.shards():
-            if shard.iteration != iteration:
+            if shard.folder not in wanted:
                 shutil.rmtree(shard.folder, ignore_errors=True)
         torch.distributed.barrier()
 
@@ -292,6 +307,7 @@ class MemoryCheckpoints:
         ):
             failure = f"they hold NaN or infinity ({spoiled})"
         if failure is not None:
+            self.let_go()  # every start would find them again
             raise CheckpointError(f"the copies in memory of iteration {iteration} cannot be used: {failure}")
         return read_stored_run(folder)
 

@@ -36,6 +36,7 @@ from spikingbrain_train.storage.checkpoint_folder import (
     set_aside_newer,
     set_latest_iteration,
 )
+from spikingbrain_train.storage.memory_folder import remove_copies
 
 
 class RunCheckpoints:
@@ -60,6 +61,9 @@ class RunCheckpoints:
         """Copies in memory; None where checkpoint.memory_interval asks for none."""
         if config.checkpoint.memory_interval:
             self.memory = MemoryCheckpoints(config, groups, say)
+        else:  # those of an earlier start would be of another life of the run when a later one looks for them
+            remove_copies(config.checkpoint.memory_folder, config.output_dir)
+        self._newest_on_disk: int | None = None
         self._newest_in_memory: int | None = None
 
     def are_resumed(self) -> bool:
@@ -74,10 +78,17 @@ class RunCheckpoints:
         """
         tracked = self._tracked() if self.memory is not None else None
         on_main_process(self._settle, self.groups)
-        newest = newest_iteration(self.folder)
-        if self.memory is not None and self.config.checkpoint.resume is not Resume.never:
-            self._newest_in_memory = self.memory.newest(newest, tracked)
-        return newest is not None or self._newest_in_memory is not None
+        # As the main process sees the folder, which other nodes may see later: all have to take the same way.
+        found = [(newest_iteration(self.folder), tracked)]
+        if self.groups.world_size > 1:
+            torch.distributed.broadcast_object_list(found, src=0)
+        [(self._newest_on_disk, tracked)] = found
+        if self.memory is not None:
+            if self.config.checkpoint.resume is Resume.never:
+                self.memory.let_go()
+            else:
+                self._newest_in_memory = self.memory.newest(self._newest_on_disk, tracked)
+        return self._newest_on_disk is not None or self._newest_in_memory is not None
 
     @property
     def is_from_memory(self) -> bool:
@@ -133,7 +144,7 @@ class RunCheckpoints:
                 stored = self.memory.resume(state)
             except CheckpointError as error:
                 self._newest_in_memory = None
-                if newest_iteration(self.folder) is None:
+                if self._newest_on_disk is None:
                     raise CheckpointError(f"{error}, and there is no checkpoint; start again") from error
                 if self.groups.is_main_process:
                     self._say(f"{error}; going on from the disk")

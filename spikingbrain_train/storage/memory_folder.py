@@ -86,6 +86,11 @@ class MemoryFolder:
             begun.mkdir()
         return begun
 
+    def remove_incomplete(self) -> None:
+        """Remove what was begun and is not complete, while nobody writes."""
+        for begun in list(self._of_run.glob("rank_*/.iter_*.incomplete")):
+            shutil.rmtree(begun, ignore_errors=True)
+
     def remove_others(self) -> list[str]:
         """Remove what earlier runs in this output_dir left on this host; returns their numbers."""
         found = self._of_output.iterdir() if self._of_output.is_dir() else ()
@@ -97,6 +102,11 @@ class MemoryFolder:
     def remove(self) -> None:
         """Remove all of it."""
         shutil.rmtree(self._of_output, ignore_errors=True)
+
+
+def remove_copies(folder: str, output_dir: str) -> None:
+    """Remove from this host what any run in an output_dir has left in checkpoint.memory_folder."""
+    shutil.rmtree(folder_of(folder, output_dir), ignore_errors=True)
 
 
 def folder_of(folder: str, output_dir: str) -> Path:

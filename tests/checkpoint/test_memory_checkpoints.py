@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from contextlib import suppress
 from dataclasses import replace
@@ -14,11 +15,11 @@ import torch
 from safetensors.torch import load_file
 
 from spikingbrain_train.checkpoint.between_hosts import Exchange, neighbour_of
-from spikingbrain_train.checkpoint.memory_shard import write_tensors
+from spikingbrain_train.checkpoint.memory_shard import seal, write_tensors
 from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ParallelConfig
-from spikingbrain_train.config.run import CheckpointConfig, MemoryCopies, Precision, RunConfig
+from spikingbrain_train.config.run import CheckpointConfig, MemoryCopies, Precision, Resume, RunConfig
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.planning.memory_copies import check_room
@@ -164,6 +165,43 @@ def test_what_cannot_be_gone_on_from_is_not(ranks: RankPool, tmp_path: Path, tex
     assert begins() == 2
     shutil.rmtree(tmp_path / "run" / "checkpoints")  # or to start anew
     assert begins() == 0
+
+
+def test_copies_that_a_start_does_not_use_are_not_there_for_the_next_one(
+    ranks: RankPool, tmp_path: Path, text: Path
+) -> None:
+    """Those of ranks that are elsewhere now, such as hold NaN, of a run started anew or without copies."""
+    config = saving_config(tmp_path / "run", text, 9, save_interval=4, memory_interval=5)
+    hosts = _hosts(config, tmp_path / "memory", 2)
+    assert ranks.run(_train, hosts, 5, world_size=2, parallel=ONE_RANK) == [0, 0]
+    kept = shutil.copytree(tmp_path / "memory", tmp_path / "kept")
+    [own] = (tmp_path / "memory" / "0").rglob("rank_00000/iter_0000005")
+    elsewhere = shutil.copytree(own, own.parents[1] / "rank_00002" / own.name)
+    assert ranks.run(_begins, hosts, world_size=2, parallel=ONE_RANK) == [5, 5]
+    assert own.exists() and not elsewhere.exists()
+
+    def begins(**checkpoint: Any) -> list[int]:
+        changed = [replace(each, checkpoint=replace(each.checkpoint, **checkpoint)) for each in hosts]
+        found = ranks.run(_begins, changed, world_size=2, parallel=ONE_RANK)
+        assert not list((tmp_path / "memory").rglob("state.safetensors"))
+        shutil.copytree(kept, tmp_path / "memory", dirs_exist_ok=True)
+        return found
+
+    for path in list((tmp_path / "memory").rglob("iter_0000005/state.safetensors")):
+        _spoil(path)
+    assert begins() == [4, 4]
+    assert begins(memory_interval=0) == [4, 4]
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    assert begins(resume=Resume.never) == [0, 0]
+
+
+def _spoil(path: Path) -> None:
+    """Let a rank have kept NaN."""
+    tensors = load_file(path)
+    spoiled = {name: each * math.nan for name, each in tensors.items() if name.endswith(".exp_avg")}
+    assert spoiled
+    write_tensors(path, {name: spoiled.get(name, each) for name, each in tensors.items()})
+    seal(path.parent)
 
 
 def _begins(groups: ProcessGroups, configs: list[RunConfig]) -> int:
