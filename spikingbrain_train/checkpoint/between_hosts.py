@@ -97,14 +97,22 @@ class Exchange:
                 reader.read(block)
                 torch.distributed.send(block, to, group=self._group)
 
-    def receive(self, into: Path, source: int) -> bool:
-        """Receive a folder; returns whether there was one."""
+    def receive(self, into: Path | None, source: int) -> bool:
+        """Receive a folder, or let it go; returns whether there was one.
+
+        Raises:
+            OSError: a file cannot be written, when all is received.
+            RuntimeError: the rank is gone.
+        """
+        first = FirstError()
         files = _receive_list(source, self._group)
         writer = _Writer(into, files)
         while (size := writer.next_size()) is not None:
             buffer = torch.empty(size, dtype=torch.uint8)
             torch.distributed.recv(buffer, source, group=self._group)
-            writer.write(buffer)
+            with first.held_back():
+                writer.write(buffer)
+        first.throw()
         return bool(files)
 
     def _swap_lists(self, files: list[tuple[str, int]], to: int, source: int) -> list[tuple[str, int]]:

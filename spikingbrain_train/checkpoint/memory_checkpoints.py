@@ -15,10 +15,12 @@ DLRover's flash checkpoints.
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,8 +38,9 @@ from spikingbrain_train.checkpoint.memory_shard import (
 from spikingbrain_train.checkpoint.rank_state import fill_from_rank, plain_state, tensors_of
 from spikingbrain_train.checkpoint.saving import FilesBesideWeights
 from spikingbrain_train.checkpoint.sharded_state import RunState
+from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.run import RunConfig
-from spikingbrain_train.config.run_record import RunRecord
+from spikingbrain_train.config.run_record import RUN_RECORD_FILE, RunRecord
 from spikingbrain_train.errors import CheckpointError, SpikingBrainError, first_line
 from spikingbrain_train.parallel.agreement import first_failure, on_main_process
 from spikingbrain_train.parallel.process_groups import ProcessGroups
@@ -51,6 +54,7 @@ from spikingbrain_train.planning.resume import (
     is_same_topology,
     read_stored_run,
 )
+from spikingbrain_train.storage.checkpoint_folder import MODEL_CONFIG_FILE, RUN_CONFIG_FILE
 from spikingbrain_train.storage.durable_files import rename_durably
 from spikingbrain_train.storage.memory_folder import MemoryFolder, run_id
 
@@ -67,18 +71,22 @@ class MemoryCheckpoints:
     def __init__(self, config: RunConfig, groups: ProcessGroups, say: Callable[[str], None]) -> None:
         self._config, self._groups, self._say = config, groups, say
         self._launch = Launch.from_environment()
-        identity = [""]
-        on_main_process(lambda: identity.__setitem__(0, run_id(config.output_dir)), groups)
+        # Of hosts with different numbers of ranks the first one's decides who sends to whom.
+        known: list[Any] = ["", self._launch.local_world_size]
+        on_main_process(lambda: known.__setitem__(0, run_id(config.output_dir)), groups)
         if groups.world_size > 1:
-            torch.distributed.broadcast_object_list(identity, src=0)
-        self._folder = MemoryFolder(config.checkpoint.memory_folder, config.output_dir, identity[0])
+            torch.distributed.broadcast_object_list(known, src=0)
+        identity, self._apart = known
+        self._folder = MemoryFolder(config.checkpoint.memory_folder, config.output_dir, identity)
         timeout = timedelta(minutes=config.cluster.timeout_minutes)
         self._exchange = Exchange(torch.distributed.new_group(backend="gloo", timeout=timeout))
-        self._has_copies = keeps_copies(config, groups.world_size, self._launch.local_world_size)
+        self._has_copies = keeps_copies(config, groups.world_size, self._apart)
         self._kept: list[int] = []
         """The last two steps: the older is whole on every rank."""
         self._work: BackgroundWork[None] | None = None
         self._is_off = False
+        self._described: tuple[RunRecord, dict[str, bytes]] | None = None
+        """Of which record, and the files."""
         if (others := self._folder.remove_others()) and self._launch.local_rank == 0:
             text = f"removed from memory what {len(others)} earlier run(s) in {config.output_dir} left there"
             print(text, flush=True)
@@ -108,7 +116,7 @@ class MemoryCheckpoints:
             begun = self._folder.begin(shard, None if oldest is None else self._folder.shard(rank, oldest))
             write_tensors(begun / TENSOR_FILE, tensors_of(state, self._groups))
             (begun / PLAIN_FILE).write_bytes(plain_state(state, self._groups))
-            FilesBesideWeights(self._config, record, None).write(begun, state.model.model_config)
+            self._describe(begun, state.model.model_config, record)
             (begun / _ON_DISK).write_text(f"{on_disk or 0}\n")
         except OSError as error:
             reason = first_line(error)
@@ -122,6 +130,15 @@ class MemoryCheckpoints:
         )
         return True
 
+    def _describe(self, begun: Path, model: ModelConfig, record: RunRecord) -> None:
+        """Write what a checkpoint says of the run; made anew, it would take as long as copying a gigabyte."""
+        if self._described is None or self._described[0] != record:
+            FilesBesideWeights(self._config, record, None).write(begun, model)
+            names = (RUN_CONFIG_FILE, MODEL_CONFIG_FILE, RUN_RECORD_FILE)
+            self._described = record, {name: (begun / name).read_bytes() for name in names}
+        for name, content in self._described[1].items():
+            (begun / name).write_bytes(content)
+
     def _complete(self, begun: Path, shard: Path, iteration: int, oldest: int | None) -> None:
         if not self._has_copies:
             seal(begun)
@@ -134,8 +151,8 @@ class MemoryCheckpoints:
 
         Also where this rank fails: others wait for it.
         """
-        ranks, at_once = self._groups.world_size, self._launch.local_world_size
-        keepers = [neighbour_of(rank, ranks, at_once) for rank in range(ranks)]
+        ranks = self._groups.world_size
+        keepers = [neighbour_of(rank, ranks, self._apart) for rank in range(ranks)]
         owner = keepers.index(self._groups.rank)
         copy = self._folder.shard(owner, iteration, is_copy=True)
         older = None if oldest is None else self._folder.shard(owner, oldest, is_copy=True)
@@ -217,11 +234,11 @@ class MemoryCheckpoints:
 
     def _remove_but(self, iteration: int) -> None:
         """Remove from this host other steps, and those of ranks that are on other hosts since the restart."""
-        first, at_once = self._launch.rank - self._launch.local_rank, self._launch.local_world_size
-        here, ranks = range(first, first + at_once), self._groups.world_size
+        first, ranks = self._launch.rank - self._launch.local_rank, self._groups.world_size
+        here = range(first, first + self._launch.local_world_size)
         wanted = {self._folder.shard(rank, iteration) for rank in here}
         if self._has_copies:
-            owners = (rank for rank in range(ranks) if neighbour_of(rank, ranks, at_once) in here)
+            owners = (rank for rank in range(ranks) if neighbour_of(rank, ranks, self._apart) in here)
             wanted |= {self._folder.shard(owner, iteration, is_copy=True) for owner in owners}
         torch.distributed.barrier()
         for shard in self._folder.shards():
@@ -244,10 +261,7 @@ class MemoryCheckpoints:
                     sound = next((each for each in here[iteration, owner] if _is_sound(each)), None)
                     self._exchange.send(sound, owner)
                 elif rank == owner:
-                    begun = self._folder.begin(own, None)
-                    has = self._exchange.receive(begun, source) and _is_sound(begun)
-                    if has:
-                        _rename(begun, own)
+                    has = self._receive(own, source)
                 known = [has]
                 torch.distributed.broadcast_object_list(known, src=owner)
             if not known[0]:
@@ -260,8 +274,27 @@ class MemoryCheckpoints:
         if not _is_sound(folder):
             return False
         if folder != own:
-            shutil.rmtree(own, ignore_errors=True)
-            shutil.copytree(folder, own)
+            try:
+                shutil.rmtree(own, ignore_errors=True)
+                shutil.copytree(folder, own)
+            except OSError as error:
+                return _cannot_keep(own, error)
+        return True
+
+    def _receive(self, own: Path, source: int) -> bool:
+        """Receive this rank's shard; False where it is not sound, or cannot be written here."""
+        first = FirstError()
+        begun: Path | None = None
+        with first.held_back():
+            begun = self._folder.begin(own, None)
+        try:
+            is_there = self._exchange.receive(begun, source)
+            first.throw()
+        except OSError as error:
+            return _cannot_keep(own, error)
+        if begun is None or not is_there or not _is_sound(begun):
+            return False
+        _rename(begun, own)
         return True
 
     def _fits(self, iteration: int, tracked: int | None) -> bool:
@@ -332,6 +365,11 @@ def _is_sound(folder: Path) -> bool:
     except (CheckpointError, OSError):
         return False
     return True
+
+
+def _cannot_keep(own: Path, error: OSError) -> bool:
+    sys.stderr.write(f"warning: {own} cannot be written ({first_line(error)})\n")
+    return False
 
 
 def _rename(begun: Path, shard: Path) -> None:
