@@ -9,12 +9,16 @@ so every rank writes what it has. The files are read as before.
 Where buckets end in padding, megatron-core's gathering leaves it out and its offsets do not, so that what is
 stored of a parameter in the second bucket or a later one begins too late. Parts that are not gathered have no
 such offsets.
+
+Weights that are stored transposed (0.16's GroupedMLP) are no boxes in the order of their elements: each is
+gathered for itself, and the first data-parallel rank writes it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -29,12 +33,15 @@ from spikingbrain_train.runtime.optimizer_patches import stored_by
 
 _PREFIX = "optimizer.state"  # as megatron-core names them
 _STEP = "step"  # of every parameter the same: stored with the groups
+_ADAMS = ("param", "exp_avg", "exp_avg_sq")
 
 
 def optimizer_state_to_save(
     optimizer: MegatronOptimizer, weights: dict[str, Any], metadata: dict[str, Any]
 ) -> dict[Any, Any]:
-    """An optimizer's part of a checkpoint, from where it lies: nothing is copied or exchanged.
+    """An optimizer's part of a checkpoint, from where it lies; a collective of its data-parallel ranks.
+
+    Copied and exchanged is only what is stored in another order than it lies in.
 
     Args:
         optimizer: with the state of at least one step.
@@ -62,19 +69,26 @@ def _pieces(optimizer: DistributedOptimizer, weights: dict[str, Any]) -> dict[in
     state: dict[int, dict[str, Any]] = {}
     numbers = (parameter for buffer in optimizer.buffers for parameter in buffer.param_index_map)
     for number, parameter in enumerate(numbers):
-        if id(parameter) not in own:
-            continue
-        _, place = own[id(parameter)]
-        tensors = optimizer._get_main_param_and_optimizer_states(parameter)
-        state[number] = {
-            name: [
-                piece
-                for sharded in _unfolded(stored[id(parameter)])
-                for piece in _boxes(sharded, parameter, tensor, place.start, f"{_PREFIX}.{name}", optimizer)
-            ]
-            for name, tensor in tensors.items()
-            if name != _STEP
-        }
+        sharded = stored[id(parameter)]
+        parts = _unfolded(sharded)
+        tensors: dict[str, torch.Tensor] = {}
+        begin = 0
+        if id(parameter) in own:
+            tensors = optimizer._get_main_param_and_optimizer_states(parameter)
+            begin = own[id(parameter)][1].start
+        if not all(_is_part(each.data, parameter) for each in parts):
+            if whole := _gathered(sharded, parameter, tensors, begin, optimizer):
+                state[number] = whole
+        elif tensors:
+            state[number] = {
+                name: [
+                    piece
+                    for part in parts
+                    for piece in _boxes(part, parameter, tensor, begin, f"{_PREFIX}.{name}", optimizer)
+                ]
+                for name, tensor in tensors.items()
+                if name != _STEP
+            }
     return state
 
 
@@ -87,6 +101,37 @@ def _unfolded(sharded: ShardedTensor | ShardedTensorFactory) -> list[ShardedTens
     if isinstance(sharded, ShardedTensor):
         return [sharded]
     return [each for each in nested_values({"": sharded.build()}) if isinstance(each, ShardedTensor)]
+
+
+def _is_part(data: torch.Tensor, parameter: torch.Tensor) -> bool:
+    """Whether it shows elements of the parameter, and is no copy of them."""
+    return data.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
+
+
+def _gathered(
+    sharded: Any, parameter: torch.Tensor, tensors: dict[str, torch.Tensor], begin: int, optimizer: Any
+) -> dict[str, Any]:
+    """Name of a state -> it as a whole, on the first data-parallel rank; a collective of all of them.
+
+    Args:
+        sharded: how the parameter is stored.
+        parameter: on this rank, whole.
+        tensors: what this rank holds of it, nothing on some.
+        begin: number of the first of their elements.
+        optimizer: whose ranks share the parameter.
+    """
+    found: dict[str, Any] = {}
+    for name in _ADAMS:
+        whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
+        if name in tensors:
+            values = tensors[name].detach().reshape(-1)
+            whole[begin : begin + values.numel()] = values
+        # As whole numbers, of which all but one rank's are zero: no bit changes, not even that of -0.
+        torch.distributed.all_reduce(whole.view(torch.int32), group=optimizer.data_parallel_group)
+        if optimizer.data_parallel_group.rank() == 0:
+            key = f"{_PREFIX}.{name}.{sharded.key}"
+            found[name] = replace(sharded, key=key, data=whole.view(parameter.shape))
+    return found
 
 
 def _boxes(
