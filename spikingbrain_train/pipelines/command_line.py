@@ -84,7 +84,7 @@ def pipelines(arguments: Sequence[str] | None = None) -> None:
             show_status(file)
         elif parsed.command == "submit":
             words = [parsed.pipeline, *parsed.overrides]
-            submit(file, words, shlex.split(parsed.sbatch), dry_run=parsed.dry_run)
+            submit(file, words, _options(parsed.sbatch), dry_run=parsed.dry_run)
         elif parsed.command == "dry-run" or parsed.dry_run:
             show_plan(file)
         else:
@@ -104,6 +104,8 @@ def run(file: PipelineFile, *, fresh: bool = False, only: str | None = None) -> 
         SystemExit: a step failed.
     """
     state = _state_of(file)
+    if only is None:
+        refuse_queued(state)
     if fresh:
         state.records.clear()
 
@@ -113,8 +115,6 @@ def run(file: PipelineFile, *, fresh: bool = False, only: str | None = None) -> 
     pipeline = plan()
     if only is not None:
         _check_alone(pipeline, state, only)
-    else:
-        refuse_queued(state)
     with run_lock(pipeline.output):
         if not fresh:
             state.read()  # another pipeline may have ended in between
@@ -165,8 +165,12 @@ def submit(
             print(f"missing: {sentence}")
         return
     with run_lock(pipeline.output):
+        state.read()  # another submission may have come in between
         jobs = submit_pipeline(file, pipeline, state, words, options)
-    width = max((len(step.name) for step, _ in jobs), default=0)
+    if not jobs:
+        print(f"all {len(pipeline.steps)} steps are done, in {pipeline.output}", flush=True)
+        return
+    width = max(len(step.name) for step, _ in jobs)
     for step, job in jobs:
         print(f"{step.name.ljust(width)}  job {job}")
     done = len(pipeline.steps) - len(jobs)
@@ -201,6 +205,16 @@ def show_status(file: PipelineFile) -> None:
         done += state.is_done(step)
         print(f"{step.name.ljust(width)}  {state.describe(step)}{took}")
     print(f"{done} of {len(pipeline.steps)} steps are done, in {pipeline.output}")
+
+
+def _options(text: str) -> list[str]:
+    """The words of --sbatch. Raises ConfigurationError where a quote is left open."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise ConfigurationError(
+            f"--sbatch={text} is not a list of options ({error}); close the quote"
+        ) from None
 
 
 def _state_of(file: PipelineFile) -> State:

@@ -8,10 +8,13 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from spikingbrain_train.pipelines import command_line
 from spikingbrain_train.pipelines.command_line import pipelines
+from spikingbrain_train.pipelines.plan import Pipeline, plan_pipeline
 from spikingbrain_train.pipelines.state import STATE_FILE
 
 ROOT = Path(__file__).parents[2]
@@ -103,9 +106,9 @@ def test_every_step_is_a_job_behind_the_one_before_with_nodes_and_time_of_its_ow
 
     # Nobody fills the folder twice; steps that are done are left out the next time.
     slurm.queue("102 RUNNING", "103 PENDING", "7 RUNNING")
-    for command in (["submit", pipeline, "nodes=3"], ["run", pipeline, "nodes=3"]):
+    for command in (["submit"], ["run"], ["run", "--fresh"]):
         with pytest.raises(SystemExit, match="2"):
-            pipelines(command)
+            pipelines([*command, pipeline, "nodes=3"])
         said = capsys.readouterr().err
         assert "train (102, running), last (103, pending); wait for them, or take them out with" in said
     slurm.calls()
@@ -120,6 +123,30 @@ def test_every_step_is_a_job_behind_the_one_before_with_nodes_and_time_of_its_ow
         "--job-name=road-train",
         "--job-name=road-last",
     ]
+
+
+def test_of_two_submissions_at_once_one_is_refused_and_a_finished_pipeline_submits_nothing(
+    slurm: Slurm, pipeline: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    def plan_slowly(*arguments: Any, **settings: Any) -> Pipeline:
+        planned = plan_pipeline(*arguments, **settings)
+        monkeypatch.setattr(command_line, "plan_pipeline", plan_pipeline)
+        pipelines(["submit", pipeline])
+        slurm.queue("101 PENDING")
+        return planned
+
+    monkeypatch.setattr(command_line, "plan_pipeline", plan_slowly)
+    with pytest.raises(SystemExit, match="2"):
+        pipelines(["submit", pipeline])
+    assert "steps of this pipeline are in Slurm's queue: words (101, pending)" in capsys.readouterr().err
+    assert [call.split()[0] for call in slurm.calls()].count("sbatch") == 3
+
+    short = tmp_path / "short.yaml"
+    short.write_text(PIPELINE.format(output=tmp_path / "short").partition("  train:")[0])
+    pipelines(["run", str(short), "--step", "words"])
+    pipelines(["submit", str(short)])
+    assert capsys.readouterr().out.splitlines()[-1] == f"all 1 steps are done, in {tmp_path}/short"
+    assert slurm.calls() == []
 
 
 def test_where_slurm_refuses_a_job_those_before_it_are_dropped_and_none_has_begun(
@@ -145,6 +172,7 @@ def test_a_dry_submission_prints_the_calls_and_a_wrong_one_is_one_sentence(
     for words, sentence in (
         ([pipeline, "steps.words.sbatch=4G"], "sbatch=4G must be a list of its options, e.g. [--gpus-per"),
         ([pipeline, "steps.words.sbatch=[4G]"], "must be a list of its options"),
+        ([pipeline, "--sbatch=--comment='a"], "--sbatch=--comment='a is not a list of options (No closing"),
     ):
         with pytest.raises(SystemExit, match="2"):
             pipelines(["submit", *words])
