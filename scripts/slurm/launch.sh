@@ -106,6 +106,10 @@ check+=("${check_args[@]}")
 # Of another script's arguments nobody knows what they ask for.
 [ "$entry" != train.py ] || check+=("${arguments[@]}")
 
+case ${HEALTH_CHECK:-yes} in
+yes | no) ;;
+*) fail "HEALTH_CHECK=$HEALTH_CHECK is neither yes nor no" ;;
+esac
 case ${RANK_LOGS:-no} in
 no) ;;
 yes) export RANK_LOG_DIR=$log_dir/ranks ;;
@@ -217,9 +221,10 @@ follow() {
 
 status=0
 what=
-if [ "${HEALTH_CHECK:-yes}" != no ]; then
+if [ "${HEALTH_CHECK:-yes}" = yes ]; then
     # Its ranks start without torchrun, which would wait for a missing node on its own terms. Whoever ends first ends
-    # nobody else, so that rank 0 can say what it misses. What it prints stands in the job's log.
+    # nobody else, whatever the site's KillOnBadExit is, so that rank 0 can say what it misses. What it prints stands
+    # in the job's log.
     # shellcheck disable=SC2016
     on_node_check='
 ranks=$1
@@ -234,7 +239,7 @@ worst=0
 for each in "${started[@]}"; do wait "$each" || worst=$?; done
 exit "$worst"'
     export MASTER_ADDR MASTER_PORT
-    follow srun "${on_each_node[@]}" "${container[@]}" \
+    follow srun "${on_each_node[@]}" --kill-on-bad-exit=0 "${container[@]}" \
         bash -c "$on_node_check" on_node_check "$ranks" "${inside[@]}" "${check[@]}"
     [ "$status" -eq 0 ] || what=' its health check, and no run was started'
     [ "$warned" = no ] || status=75 # no time is left for the run

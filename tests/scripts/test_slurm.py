@@ -77,8 +77,9 @@ def test_ranks_have_logs_of_their_own_where_that_is_asked_for(allocation: Alloca
     assert "PET_TEE=3" in seen and f"PET_LOG_DIR={allocation.log_dir}/ranks/node1" in seen
     allocation.run()
     assert not any(line.startswith("PET_TEE") for line in allocation.called("env1"))
-    refused = allocation.run(RANK_LOGS="1")
-    assert refused.returncode == 2 and "RANK_LOGS=1 is neither yes nor no" in refused.stderr
+    for name in ("RANK_LOGS", "HEALTH_CHECK"):
+        refused = allocation.run(**{name: "1"})
+        assert refused.returncode == 2 and f"{name}=1 is neither yes nor no" in refused.stderr
 
 
 @pytest.mark.parametrize(
@@ -229,6 +230,8 @@ class TestHealthCheck:
     ) -> None:
         result = allocation.run(HEALTH_CHECK="yes", NPROC_PER_NODE="2", UNFIT="3")
         assert result.returncode == 2 and "failed its health check" in result.stderr
+        # On sites with KillOnBadExit=1, too, rank 0 outlives the others and says what is wrong.
+        assert "--kill-on-bad-exit=0" in allocation.called("srun")
         assert not (allocation.record / "torchrun0").exists()
         assert allocation.called("scontrol_calls") == ["show hostnames", "show job"]
 
