@@ -35,7 +35,12 @@ class Outcome:
 
 
 def check_health(
-    launch: Launch, need_of_run: Callable[[], Need], limits: Limits, seconds: float, hosts: Sequence[str] = ()
+    launch: Launch,
+    need_of_run: Callable[[], Need],
+    limits: Limits,
+    seconds: float,
+    hosts: Sequence[str] = (),
+    report: Callable[[Outcome], None] = lambda outcome: None,
 ) -> Outcome:
     """Meet the other ranks, tell what is seen here, exchange tensors, and hear what is out of line.
 
@@ -45,6 +50,8 @@ def check_health(
         limits: what counts as in line.
         seconds: how long a rank is waited for, and the exchange.
         hosts: names of the nodes in the order of ranks, where a scheduler tells them.
+        report: is given the outcome on rank 0, before another rank hears of it: a launcher stops all ranks
+            when the first one ends with an error, and rank 0 has to have spoken by then.
 
     Raises:
         PlatformError: rank 0 cannot be reached, or has gone.
@@ -52,22 +59,29 @@ def check_health(
     meeting = Meeting.join(launch, seconds)
     try:
         if launch.rank == 0:
-            return _lead(meeting, need_of_run, limits, hosts)
+            return _lead(meeting, need_of_run, limits, hosts, report)
         return _follow(meeting)
     finally:
         with suppress(RuntimeError):  # rank 0 has gone, which nobody has to wait for
             meeting.leave()
 
 
-def _lead(meeting: Meeting, need_of_run: Callable[[], Need], limits: Limits, hosts: Sequence[str]) -> Outcome:
+def _lead(
+    meeting: Meeting,
+    need_of_run: Callable[[], Need],
+    limits: Limits,
+    hosts: Sequence[str],
+    report: Callable[[Outcome], None],
+) -> Outcome:
     launch = meeting.launch
     meeting.show_time()
     try:
         need = need_of_run()
     except SpikingBrainError as error:
         sentence = " ".join(str(error).split())
+        report(refused := Outcome([sentence]))
         meeting.announce("need", {"refused": sentence})
-        return Outcome([sentence])
+        return refused
     with _with_token(need) as need:
         meeting.announce("need", asdict(need))
         meeting.tell("facts", asdict(rank_facts(launch, need)))
@@ -91,8 +105,9 @@ def _lead(meeting: Meeting, need_of_run: Callable[[], Need], limits: Limits, hos
         sentences += findings.of_speeds(seen, limits)
     if len(sentences) > _MOST:
         sentences[_MOST:] = [f"{len(sentences) - _MOST} more are out of line, see the table"]
+    report(outcome := Outcome(sentences, findings.table(seen), stuck))
     meeting.announce("outcome", sentences)
-    return Outcome(sentences, findings.table(seen), stuck)
+    return outcome
 
 
 def _follow(meeting: Meeting) -> Outcome:

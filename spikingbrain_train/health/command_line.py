@@ -84,14 +84,16 @@ def health_check(parsed: argparse.Namespace, need_of_run: Callable[[Launch], Nee
             _check_positive(name, getattr(parsed, name))
         os.environ.update(launch_of_step())
         launch = Launch.from_environment()
-        from spikingbrain_train.health.check import check_health
+        from spikingbrain_train.health.check import Outcome, check_health
 
         least = None if parsed.min_bandwidth is None else parsed.min_bandwidth * GB
         limits = Limits(parsed.max_clock_skew, parsed.slow_factor, least)
         hosts = hosts_of_job() if launch.rank == 0 else []
-        outcome = check_health(launch, lambda: need_of_run(launch), limits, parsed.timeout, hosts)
-    if launch.rank == 0:
-        _report(outcome.table, outcome.sentences, time.monotonic() - started)
+
+        def report(outcome: Outcome) -> None:
+            _report(outcome.table, outcome.sentences, time.monotonic() - started)
+
+        outcome = check_health(launch, lambda: need_of_run(launch), limits, parsed.timeout, hosts, report)
     code = USER_ERROR if outcome.sentences else 0
     if outcome.stuck:
         sys.stdout.flush()

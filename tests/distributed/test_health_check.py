@@ -23,6 +23,25 @@ from tests.distributed.pool import RankPool
 LIMITS = Limits(slow_factor=1e6)
 
 
+def _told_in_order(refused: bool) -> list[str]:
+    """What a check of one rank tells the others, and where it has printed its outcome in between."""
+    told: list[str] = []
+
+    def need() -> Need:
+        if refused:
+            raise ConfigurationError("stage.train_iters=0 does not fit")
+        return Need(accelerator=AcceleratorKind.cpu)
+
+    with mock.patch.object(meeting.Meeting, "announce", lambda _self, what, _value: told.append(what)):
+        check_health(Launch(), need, LIMITS, 10.0, report=lambda _outcome: told.append("printed"))
+    return told
+
+
+def test_rank_0_has_printed_before_another_rank_can_end_and_have_the_launcher_stop_it() -> None:
+    assert _told_in_order(refused=True) == ["printed", "need"]
+    assert _told_in_order(refused=False) == ["need", "exchange", "printed", "outcome"]
+
+
 def _check(output_dir: str, seconds: float, case: str) -> tuple[Outcome, float] | str | None:
     """The outcome and how long it took; None of a rank that does not come."""
     launch = replace(Launch.from_environment(), local_world_size=2)
