@@ -90,8 +90,9 @@ def _lead(
     seen = Seen(launch.world_size, launch.local_world_size, ranks, {}, hosts)
     sentences = findings.absent(seen, ranks, f"did not come within {meeting.seconds:g} s")
     sentences += findings.of_facts(seen, need, limits)
-    # Who waits in vain for a rank or its GPU would hang.
-    exchange = len(ranks) == launch.world_size and all(facts.device for facts in ranks.values())
+    # Who waits in vain for a rank or its GPU would hang, as would GPUs that wait for CPUs.
+    alike = len({facts.device_total > 0 for facts in ranks.values()}) == 1
+    exchange = len(ranks) == launch.world_size and alike and all(facts.device for facts in ranks.values())
     meeting.announce("exchange", exchange)
     stuck = False
     if exchange:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spikingbrain_train.config.parallel import AcceleratorKind
+from spikingbrain_train.errors import first_line
 from spikingbrain_train.planning.launch import Launch, has_gpu_device, memory_limit
 from spikingbrain_train.runtime.git_state import git_state
 
@@ -67,10 +68,12 @@ class RankFacts:
     """Counted from 0, in the order of ranks."""
     host: str
     device: str = "cpu"
-    """Name of its GPU; empty where it has none and needs one."""
+    """Name of its GPU; empty where it needs one and has none that can be used."""
     gpus_seen: int = 0
     device_free: int = 0
     device_total: int = 0
+    trouble_with_device: str = ""
+    """Why the GPU that it has cannot be used; empty if it can."""
     on_host: HostFacts | None = None
     """Of the first rank of a node; None of the others."""
     clock_seconds: float = 0.0
@@ -97,8 +100,12 @@ def rank_facts(launch: Launch, need: Need) -> RankFacts:
     seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if launch.local_rank >= seen:
         return RankFacts(**facts, device="", gpus_seen=seen)  # type: ignore[arg-type]
-    free, total = torch.cuda.mem_get_info(launch.local_rank)
-    name = torch.cuda.get_device_name(launch.local_rank)
+    try:
+        free, total = torch.cuda.mem_get_info(launch.local_rank)
+        name = torch.cuda.get_device_name(launch.local_rank)
+    except RuntimeError as error:  # it is broken, another process's alone, or has no room for a context
+        trouble = first_line(error)
+        return RankFacts(**facts, device="", gpus_seen=seen, trouble_with_device=trouble)  # type: ignore[arg-type]
     return RankFacts(**facts, device=name, gpus_seen=seen, device_free=free, device_total=total)  # type: ignore[arg-type]
 
 
@@ -121,7 +128,7 @@ def _host_facts(need: Need) -> HostFacts:
 def nearest_folder(output_dir: str) -> Path:
     """The folder itself, or the nearest one above it that is there."""
     nearest = Path(os.path.abspath(output_dir))
-    while not nearest.is_dir():
+    while not os.path.isdir(nearest):  # Path.is_dir raises where a folder on the way is closed
         nearest = nearest.parent
     return nearest
 
@@ -142,11 +149,20 @@ def trouble_with(folder: Path) -> str:
 def _sees(folder: Path, token: str) -> bool:
     """Whether the file of rank 0 is there, or comes within some seconds."""
     deadline = time.monotonic() + _SEEN_WITHIN
-    while token and token not in os.listdir(folder):
+    while token and not _holds(folder, token):
         if time.monotonic() > deadline:
             return False
         time.sleep(0.2)
     return True
+
+
+def _holds(folder: Path, name: str) -> bool:
+    try:
+        return name in os.listdir(
+            folder
+        )  # asks the server, where a look for the file may be answered from memory
+    except OSError:  # files can be put there and not listed
+        return os.path.exists(folder / name)
 
 
 def versions() -> dict[str, str]:

@@ -87,12 +87,13 @@ def of_facts(seen: Seen, need: Need, limits: Limits) -> list[str]:
 
 
 def _gpus(seen: Seen, need: Need) -> list[str]:
-    if not need.on_gpus:
+    # Where the hosts choose by themselves (accelerator auto), that of rank 0 may be the one without.
+    if not need.on_gpus and not any(facts.device_total for facts in seen.ranks.values()):
         return []
     sentences = []
     for node in seen.nodes:
         here = [facts for facts in seen.ranks.values() if facts.node == node]
-        if any(not facts.device for facts in here):
+        if any(not facts.device and not facts.trouble_with_device for facts in here):
             sentences.append(
                 f"{seen.host(node)} shows {min(facts.gpus_seen for facts in here)} of the "
                 f"{seen.local_world_size} GPUs that its ranks need; start fewer ranks a "
@@ -100,6 +101,11 @@ def _gpus(seen: Seen, need: Need) -> list[str]:
             )
     usual = Counter(facts.device for facts in seen.ranks.values() if facts.device).most_common(1)
     for facts in seen.ranks.values():
+        if facts.trouble_with_device:
+            sentences.append(
+                f"the GPU of rank {facts.rank} on {facts.host} cannot be used ({facts.trouble_with_device}); "
+                "end the process that holds it, or leave the node out"
+            )
         if not facts.device:
             continue
         if facts.device != usual[0][0]:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 
 from spikingbrain_train.commands.health_check import parse_words
 from spikingbrain_train.config.parallel import AcceleratorKind
-from spikingbrain_train.health import findings
+from spikingbrain_train.health import facts, findings
 from spikingbrain_train.health.bandwidth import Speeds, partners
 from spikingbrain_train.health.facts import HostFacts, Need, RankFacts
 from spikingbrain_train.health.findings import Limits, Seen
 from spikingbrain_train.health.slurm_step import launch_of_step
+from spikingbrain_train.planning.launch import Launch
 from spikingbrain_train.planning.memory import GIB
 
 HOSTS, LOCAL = ("host-a", "host-b", "host-c"), 2
@@ -45,11 +49,11 @@ def _sentences(seen: Seen, limits: Limits | None = None) -> list[str]:
 
 def _with(rank: int, *, host: dict | None = None, **changes) -> Seen:
     seen = _cluster()
-    facts = seen.ranks[rank]
+    told = seen.ranks[rank]
     if host is not None:
-        assert facts.on_host is not None
-        changes["on_host"] = replace(facts.on_host, **host)
-    return replace(seen, ranks={**seen.ranks, rank: replace(facts, **changes)})
+        assert told.on_host is not None
+        changes["on_host"] = replace(told.on_host, **host)
+    return replace(seen, ranks={**seen.ranks, rank: replace(told, **changes)})
 
 
 def test_hosts_that_are_alike_pass_and_have_a_line_each() -> None:
@@ -64,6 +68,10 @@ def test_hosts_that_are_alike_pass_and_have_a_line_each() -> None:
     ("seen", "says"),
     [
         (_with(3, device="", gpus_seen=1), "host-b shows 1 of the 2 GPUs"),
+        (
+            _with(3, device="", trouble_with_device="CUDA error: busy"),
+            "the GPU of rank 3 on host-b cannot be",
+        ),
         (_with(3, device="A100"), "rank 3 on host-b has a A100, most have H100"),
         (_with(5, device_free=50 * GIB), "the GPU of rank 5 on host-c has 50.0 GiB of 80.0 GiB free"),
         (_with(2, host={"memory_free": 300 * GIB}), "host-b has 300.0 GiB of memory free, the others about"),
@@ -81,18 +89,55 @@ def test_what_is_out_of_line_is_named_in_one_sentence_that_says_what_to_do(seen:
     assert sentence.startswith(says) and ";" in sentence
 
 
+def test_a_host_whose_gpus_have_gone_is_named_also_where_rank_0_is_on_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(facts, "has_gpu_device", lambda: False)  # as its system shows them
+    seen = _with(0, device="cpu", device_free=0, device_total=0)
+    (sentence,) = findings.of_facts(seen, Need(accelerator=AcceleratorKind.auto), Limits())
+    assert sentence.startswith("rank 0 on host-a has a cpu, most have H100")
+
+
+def test_a_gpu_that_cannot_be_used_is_told_by_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_device: int) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA error: out of memory\nCUDA kernel errors might be ...")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", refuse)
+    told = facts.rank_facts(Launch(1, 2, 1, 2), NEED)
+    assert (told.device, told.gpus_seen) == ("", 2)
+    assert told.trouble_with_device == "CUDA error: out of memory"
+
+
+def test_a_folder_that_is_closed_is_trouble_and_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir()
+
+    def forbid(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(facts, "_SEEN_WITHIN", 0.0)
+    # As for a user who is not root, whom nothing is closed to.
+    monkeypatch.setattr(os, "listdir", forbid)
+    monkeypatch.setattr(Path, "is_dir", forbid)
+    monkeypatch.setattr(Path, "write_bytes", forbid)
+    on_host = facts.rank_facts(Launch(), Need(str(closed / "run"), AcceleratorKind.cpu, token="left")).on_host
+    assert on_host is not None and on_host.trouble_with_output == "Permission denied"
+
+
 def test_the_clock_of_rank_0_is_named_where_it_is_the_one_that_is_wrong() -> None:
     seen = _cluster()
-    ahead = {rank: replace(facts, clock_seconds=-7.0) for rank, facts in seen.ranks.items() if rank in (2, 4)}
+    ahead = {rank: replace(told, clock_seconds=-7.0) for rank, told in seen.ranks.items() if rank in (2, 4)}
     (sentence,) = _sentences(replace(seen, ranks={**seen.ranks, **ahead}))
     assert sentence.startswith("the clock of host-a is 7.0 s ahead of the others")
 
 
 def test_ranks_that_do_not_come_are_named_with_their_host() -> None:
     seen = _cluster()
-    without = replace(
-        seen, ranks={rank: facts for rank, facts in seen.ranks.items() if rank not in (1, 4, 5)}
-    )
+    without = replace(seen, ranks={rank: told for rank, told in seen.ranks.items() if rank not in (1, 4, 5)})
     one, host = findings.absent(without, without.ranks, "did not come within 60 s")
     assert one.startswith("rank 1 on host-a did not come within 60 s")
     assert host.startswith("ranks 4, 5 on host-c did not come") and "--exclude=host-c" in host
