@@ -7,6 +7,7 @@ show a network card: of two hosts that are slow together each has another neighb
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -65,6 +66,8 @@ def measure(
     if launch.world_size == 1:
         return Speeds()
     timeout = timedelta(seconds=seconds)
+    # NCCL's watchdog would end the process once a collective is late; this one has to say what it has seen.
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     accelerator.bind(launch.local_rank)
     if not accelerator.is_gpu:
         choose_interface(reachable_master(launch))

@@ -56,11 +56,15 @@ def check_health(
     Raises:
         PlatformError: rank 0 cannot be reached, or has gone.
     """
+    from torch.distributed import DistError
+
     meeting = Meeting.join(launch, seconds)
     try:
         if launch.rank == 0:
             return _lead(meeting, need_of_run, limits, hosts, report)
         return _follow(meeting)
+    except DistError:
+        raise meeting.lost() from None
     finally:
         with suppress(RuntimeError):  # rank 0 has gone, which nobody has to wait for
             meeting.leave()
@@ -102,7 +106,13 @@ def _lead(
         seen = replace(seen, speeds=spoken)
         # Who hangs or is gone takes the others' exchange along: they have failed, too, and said so.
         blamed = ended if len(ended) < launch.world_size else spoken
-        sentences += findings.absent(seen, blamed, "did not get through the exchange of tensors")
+        if blamed:
+            sentences += findings.absent(seen, blamed, "did not get through the exchange of tensors")
+        else:
+            sentences.append(
+                f"no rank got through the exchange of tensors in {meeting.seconds:g} s; NCCL_DEBUG=INFO says "
+                "where it stops, and a larger --timeout gives it longer"
+            )
         sentences += findings.of_speeds(seen, limits)
     if len(sentences) > _MOST:
         sentences[_MOST:] = [f"{len(sentences) - _MOST} more are out of line, see the table"]
@@ -134,9 +144,9 @@ def _exchange(meeting: Meeting, need: Need) -> bool:
     def measure() -> None:
         try:
             kind = need.accelerator if need.on_gpus else AcceleratorKind.cpu
-            measured.append(
-                asdict(bandwidth.measure(meeting.launch, detect(kind), meeting.store, meeting.seconds))
-            )
+            # Who waits for a rank that hangs gives up first, and can still say so: the other one is named.
+            seconds = meeting.seconds / 2
+            measured.append(asdict(bandwidth.measure(meeting.launch, detect(kind), meeting.store, seconds)))
         except (RuntimeError, PlatformError) as error:
             print(f"rank {meeting.launch.rank}: {first_line(error)}", flush=True)
             measured.append(None)

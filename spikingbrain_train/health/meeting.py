@@ -109,16 +109,26 @@ class Meeting:
         """What rank 0 has announced.
 
         Raises:
-            PlatformError: it has not, in time.
+            PlatformError: it has not, in time, or is gone.
         """
+        deadline = time.monotonic() + seconds
         try:
             self.store.wait([what], timedelta(seconds=seconds))
             return json.loads(self.store.get(what))
         except RuntimeError:
+            if time.monotonic() < deadline:
+                raise self.lost() from None
             raise PlatformError(
                 f"rank {self.launch.rank} on {host_name()} has heard nothing of rank 0 for {seconds:g} s; "
                 f"look at the node of rank 0, {self.launch.master_addr}"
             ) from None
+
+    def lost(self) -> PlatformError:
+        """Of a rank whose connection to rank 0 has ended."""
+        return PlatformError(
+            f"rank {self.launch.rank} on {host_name()} has lost rank 0, which has ended or cannot be reached "
+            f"any more; see what it has said, and look at its node, {self.launch.master_addr}"
+        )
 
     def show_time(self) -> None:
         """On rank 0: write the time into the store."""

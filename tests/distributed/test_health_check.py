@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 
 from spikingbrain_train.config.parallel import AcceleratorKind
 from spikingbrain_train.errors import ConfigurationError, PlatformError
-from spikingbrain_train.health import meeting
+from spikingbrain_train.health import bandwidth, meeting
 from spikingbrain_train.health.check import Outcome, check_health
 from spikingbrain_train.health.facts import Need
 from spikingbrain_train.health.findings import Limits
@@ -49,6 +51,8 @@ def _check(output_dir: str, seconds: float, case: str) -> tuple[Outcome, float] 
     host = ("host-a", "host-b")[launch.rank // 2]
     if case == "missing" and launch.rank == 3:
         return None
+    if case == "hangs" and launch.rank == 1:
+        return _hang_in_the_exchange(launch, seconds)
     if case == "without rank 0" and launch.rank == 0:
         return None
 
@@ -96,6 +100,39 @@ def test_a_rank_that_does_not_come_is_named_on_every_other_rank_after_the_time(
     for outcome, seconds in outcomes[:3]:
         (sentence,) = outcome.sentences
         assert sentence.startswith("rank 3 on host-b did not come within 3 s") and seconds < 20
+
+
+def _hang_in_the_exchange(launch: Launch, seconds: float) -> tuple[Outcome, float]:
+    ended = threading.Event()
+    started = time.monotonic()
+    with mock.patch.object(bandwidth, "_all_reduce", lambda *_: float(ended.wait(60))):
+        outcome = check_health(launch, Need, LIMITS, seconds)
+        ended.set()
+        for thread in threading.enumerate():
+            if thread.name == "exchange":
+                thread.join(30)
+    return outcome, time.monotonic() - started
+
+
+def test_a_rank_that_hangs_in_the_exchange_is_named_and_those_that_wait_for_it_are_not(
+    ranks: RankPool, tmp_path: Path
+) -> None:
+    outcomes = ranks.run(_check, str(tmp_path), 8.0, "hangs", world_size=2)
+    for outcome, _ in outcomes:
+        (sentence,) = outcome.sentences
+        assert sentence.startswith("rank 1 on ") and "did not get through the exchange of tensors" in sentence
+    assert [outcome.stuck for outcome, _ in outcomes] == [False, True]
+
+
+def test_a_rank_0_that_ends_in_between_is_no_defect_of_the_others() -> None:
+    gone = mock.Mock(wait=mock.Mock(side_effect=torch.distributed.DistNetworkError("Connection reset")))
+    follower = meeting.Meeting(Launch(1, 2, 0, 1, "host-a", 1), gone, 60.0)
+    said = "rank 1 on .* has lost rank 0, .* look at its node, host-a"
+    with (
+        mock.patch.object(meeting.Meeting, "join", lambda *_: follower),
+        pytest.raises(PlatformError, match=said),
+    ):
+        check_health(follower.launch, Need, LIMITS, 60.0)
 
 
 def test_settings_that_are_refused_end_every_rank_at_once_and_so_does_a_rank_0_that_is_gone(
