@@ -34,7 +34,7 @@ examples:
   spikingbrain-pipeline dry-run conf/pipeline/spikingbrain_7b.yaml
 
   # its steps as a chain of Slurm jobs, each of which waits for the one before
-  spikingbrain-pipeline submit spikingbrain_7b --sbatch='--time=04:00:00 --gpus-per-node=1' model=...
+  spikingbrain-pipeline submit spikingbrain_7b --sbatch='--gpus-per-node=1 --cpus-per-task=16' model=...
 
   # how far it is
   spikingbrain-pipeline status conf/pipeline/demo.yaml output=outputs/mine

@@ -35,6 +35,7 @@ ELSEWHERE = {
     "pretrained": "of lm-evaluation-harness",
     "trust_remote_code": "of transformers",
     "--batch": "of scancel",
+    "--cpus-per-task": "of sbatch",
     "--max-restarts": "of torchrun",
     "--model_args": "of lm-evaluation-harness",
     "--no-build-isolation": "of pip",
