@@ -63,9 +63,10 @@ def absent(seen: Seen, told: Mapping[int, object], what: str) -> list[str]:
         missing = [rank for rank in range(first, first + seen.local_world_size) if rank not in told]
         if missing:
             host = seen.host(node)
+            how = f" (sbatch --exclude={host})" if seen.hosts else ""
             sentences.append(
                 f"rank{'s' if len(missing) > 1 else ''} {_listed(missing)} on {host} {what}; see what "
-                f"its log says, or leave the node out (sbatch --exclude={host})"
+                f"its log says, or leave the node out{how}"
             )
     return sentences
 

@@ -141,6 +141,9 @@ def test_ranks_that_do_not_come_are_named_with_their_host() -> None:
     one, host = findings.absent(without, without.ranks, "did not come within 60 s")
     assert one.startswith("rank 1 on host-a did not come within 60 s")
     assert host.startswith("ranks 4, 5 on host-c did not come") and "--exclude=host-c" in host
+    # Without a scheduler there is no name of a host that nobody came from, nor an option of sbatch.
+    _, nameless = findings.absent(replace(without, hosts=()), without.ranks, "did not come within 60 s")
+    assert nameless.startswith("ranks 4, 5 on node 2 did not") and nameless.endswith("leave the node out")
     assert findings.table(without).splitlines()[3].split()[:3] == ["host-c", "4-5", "-"]
 
 
