@@ -19,11 +19,12 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from spikingbrain_train.commands.start_signals import HANDED_ON, hold_back
-from spikingbrain_train.config.command_line import DIVERGED, START_AGAIN, USER_ERROR
+from spikingbrain_train.config.command_line import DIVERGED, GIVEN_UP, START_AGAIN, USER_ERROR
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.reporting.activity import activity
 
 if TYPE_CHECKING:
+    import psutil
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 NPROC, NNODES = "nproc-per-node", "nnodes"
@@ -180,9 +181,9 @@ def exit_code(error: ChildFailedError) -> int:
     # Of the others the agent ends with SIGTERM those that have no handler yet: they are no cause.
     causes = [failure for failure in failures if failure[1].exitcode != -signal.SIGTERM]
     failures = causes or failures
-    # Who has missed a rank says so, and kills it if it is still there.
+    # Who has missed a rank says so, and ends it if it is still there.
     if any(failure[1].exitcode == USER_ERROR for failure in failures):
-        failures = [failure for failure in failures if failure[1].exitcode != -signal.SIGKILL]
+        failures = [failure for failure in failures if failure[1].exitcode != -GIVEN_UP]
     unannounced = [failure for failure in failures if failure[1].exitcode not in _ANNOUNCED]
     others = [failure for failure in failures if failure[1].exitcode != START_AGAIN]
     rank, failure = (unannounced or others or failures)[0]
@@ -225,7 +226,8 @@ class _Signals:
 
         if not self.waiting:
             return
-        started = psutil.Process().children()
+        # Others that this process has started, or a rank that is being started, would take it with them.
+        started = [child for child in psutil.Process().children() if _is_rank(child)]
         while started and self.waiting:
             number = self.waiting.pop(0)
             for rank in started:
@@ -234,3 +236,11 @@ class _Signals:
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         self.waiting.append(HANDED_ON[signal.Signals(number)])
+
+
+def _is_rank(process: psutil.Process) -> bool:
+    import psutil
+
+    with suppress(psutil.Error):
+        return "LOCAL_RANK" in process.environ()
+    return False

@@ -24,6 +24,8 @@ DIVERGED = 3
 """Exit code of a run that met NaN or infinity: started again as it is, it would meet them again."""
 START_AGAIN = 75
 """Exit code of a run that was asked to stop and has saved: the same command goes on (EX_TEMPFAIL)."""
+GIVEN_UP = signal.SIGALRM
+"""Ends a rank that its peers have named as lost; SIGKILL is what the system sends when memory runs out."""
 
 _ADVICE = {
     errno.ENOSPC: "free some space or choose another folder",

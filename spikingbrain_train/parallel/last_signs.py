@@ -15,6 +15,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from spikingbrain_train.config.command_line import GIVEN_UP
+
 _FRAMES = 20
 """Innermost frames of a stack that are kept."""
 _WAITING = (
@@ -94,13 +96,14 @@ class Sign:
         return None
 
     def end(self, rank: int) -> None:
-        """Kill its process if it is on this host: it would not hear that it is asked to end.
+        """End its process if it is on this host: it would not hear that it is asked to end.
 
         Launchers wait half a minute before they do so.
         """
         if self.host == socket.gethostname() and self._is_there(rank):
             with suppress(OSError):
-                os.kill(self.pid, signal.SIGKILL)
+                os.kill(self.pid, GIVEN_UP)
+                os.kill(self.pid, signal.SIGCONT)  # a process that is stopped ends once it goes on
 
     def _is_there(self, rank: int) -> bool:
         """Whether the process is still that rank of this run; containers of one host name count apart."""

@@ -15,7 +15,7 @@ from torch.distributed.elastic.multiprocessing.api import ProcessFailure
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from spikingbrain_train.commands.ranks import Ranks, exit_code, split
-from spikingbrain_train.config.command_line import DIVERGED, START_AGAIN, USER_ERROR
+from spikingbrain_train.config.command_line import DIVERGED, GIVEN_UP, START_AGAIN, USER_ERROR
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.storage.checkpoint_folder import latest_iteration
 from tests.commands.terminal import ENVIRONMENT, TRAIN, Terminal, settings
@@ -80,7 +80,8 @@ INTERRUPTED = 128 + signal.SIGINT
             INTERRUPTED,
         ),  # the agent ended rank 0, which was still importing torch
         ((USER_ERROR, -signal.SIGTERM), USER_ERROR),
-        ((-signal.SIGKILL, USER_ERROR), USER_ERROR),  # rank 1 has named and killed rank 0, which hung
+        ((-GIVEN_UP, USER_ERROR), USER_ERROR),  # rank 1 has named and ended rank 0, which hung
+        ((USER_ERROR, -signal.SIGKILL), 128 + signal.SIGKILL),  # rank 0 has missed rank 1
         ((-signal.SIGTERM, START_AGAIN), START_AGAIN),
         ((-signal.SIGTERM, -signal.SIGKILL), 128 + signal.SIGKILL),
         ((-signal.SIGTERM, -signal.SIGTERM), 128 + signal.SIGTERM),
