@@ -216,7 +216,7 @@ def test_a_stopped_rank_of_four_is_named_with_its_stack_and_the_run_ends_soon(
     assert f"process {stopped} is stopped by a signal" in sentence
     assert log.count("warning: rank 2 of 4 has not answered for") == 1
     shown = log.rpartition(f"(process {stopped}), iteration ")[2].partition("error: ")[0]
-    assert re.search(r"was last seen at:\n  /\S+\.py:\d+ \w+\n", shown), log
+    assert re.search(r"was last seen at:\n(  \S+:\d+ \S+\n)+", shown), log
     assert f"exitcode  : {USER_ERROR}" in log
     assert "Traceback" not in log.partition("error: ")[0], "a traceback of ours"
 
