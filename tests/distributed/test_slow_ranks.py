@@ -113,7 +113,7 @@ def _run(ranks: RankPool, config: RunConfig, factors: dict[int, float], **parall
 @pytest.fixture
 def config(text: Path, tmp_path: Path) -> RunConfig:
     config = run_config(tmp_path / "run", text, model=replace(MODEL, num_layers=2, mixers=["swa"]))
-    config.stage = StageConfig(train_iters=8, seq_length=8, global_batch_size=4, micro_batch_size=1)
+    config.stage = StageConfig(train_iters=10, seq_length=8, global_batch_size=4, micro_batch_size=1)
     config.logging = LoggingConfig(log_interval=2, tensorboard=False)
     return config
 

@@ -76,6 +76,7 @@ class SlowRanks(Callback):
     def __init__(self) -> None:
         self._window: deque[PassTime] = deque(maxlen=_WINDOW)
         self._slow: set[int] = set()
+        self._suspected: set[int] = set()
         self._has_warmed_up = False
 
     def start(self) -> None:
@@ -134,14 +135,18 @@ class SlowRanks(Callback):
         ]
 
     def _judge(self, compared: Sequence[Outlier], factor: float) -> None:
-        """Say who has become slow, and who no longer is; all ranks come to the same."""
-        slow = {each.time.rank: each for each in compared if each.factor >= factor}
-        for rank, each in slow.items():
-            if rank not in self._slow:
+        """Say who is slow for the second report in a row, and who no longer is; all ranks come to the same.
+
+        Not at the first: what else runs on a host may hold a rank up for some steps.
+        """
+        above = {each.time.rank: each for each in compared if each.factor >= factor}
+        for rank, each in above.items():
+            if rank in self._suspected and rank not in self._slow:
                 self._name(each)
-        for rank in sorted(self._slow - set(slow)):
+        for rank in sorted(self._slow - set(above)):
             self.run.say(f"rank {rank} computes as fast as its peers again")
-        self._slow = set(slow)
+        self._slow = set(above) & (self._slow | self._suspected)
+        self._suspected = set(above)
 
     def _name(self, slow: Outlier) -> None:
         host = self._host_of(slow.time.rank)
