@@ -1,4 +1,4 @@
-"""How every command of this project ends.
+"""How every command of this project presents itself, and how it ends.
 
 One line ``error: <sentence>`` and exit code 2 for what a user can fix, 3 for a run that diverged, a traceback
 for what is a defect of ours.
@@ -6,6 +6,7 @@ for what is a defect of ours.
 
 from __future__ import annotations
 
+import argparse
 import errno
 import os
 import signal
@@ -44,6 +45,16 @@ _ADVICE = {
 def called_as() -> str:
     """What a usage line calls the running command: the file or the words that started it."""
     return sys.argv[0].rpartition(os.sep)[2]
+
+
+def command_parser(description: str, epilog: str) -> argparse.ArgumentParser:
+    """A parser for the running command, whose help shows both texts as they are written."""
+    return argparse.ArgumentParser(
+        prog=called_as(),
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def sentence_of(error: BaseException) -> str | None:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from spikingbrain_train.config.command_line import called_as, user_errors
+from spikingbrain_train.config.command_line import command_parser, user_errors
 from spikingbrain_train.data.encoders import TokenizerBackend
 from spikingbrain_train.data.lengths import DatasetDescription, describe_dataset, text_histogram
 from spikingbrain_train.data.packing.describe import ways_to_pack
@@ -79,12 +79,7 @@ appears only when it is complete; the same command goes on where it was killed o
 
 def preprocess_parser() -> argparse.ArgumentParser:
     """The flags of spikingbrain-preprocess."""
-    parser = argparse.ArgumentParser(
-        prog=called_as(),
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(_DESCRIPTION, _EXAMPLES)
     parser.add_argument(
         "--input",
         dest="inputs",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from spikingbrain_train.config.command_line import called_as, user_errors
+from spikingbrain_train.config.command_line import command_parser, user_errors
 from spikingbrain_train.config.plugins import add_plugins_argument, load_plugins, plugins_of
 from spikingbrain_train.errors import ConfigurationError, DataError
 from spikingbrain_train.evaluation.checkpoint_request import without_settings
@@ -47,12 +47,7 @@ def inference_parser(description: str, epilog: str, *, output_file: bool = True)
         epilog: examples.
         output_file: whether ``--output`` is a JSON file, and so added here.
     """
-    parser = argparse.ArgumentParser(
-        prog=called_as(),
-        description=description,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(description, epilog)
     parser.add_argument(
         "--model",
         type=Path,

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from spikingbrain_train.config.command_line import USER_ERROR, called_as, user_errors
+from spikingbrain_train.config.command_line import USER_ERROR, command_parser, user_errors
 from spikingbrain_train.health.facts import Need
 from spikingbrain_train.health.findings import GB, Limits
 from spikingbrain_train.health.slurm_step import hosts_of_job, launch_of_step
@@ -36,12 +36,7 @@ examples:
 
 def health_check_parser() -> argparse.ArgumentParser:
     """The flags of ``spikingbrain-health-check``."""
-    parser = argparse.ArgumentParser(
-        prog=called_as(),
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(_DESCRIPTION, _EXAMPLES)
     parser.add_argument(
         "settings",
         nargs="*",

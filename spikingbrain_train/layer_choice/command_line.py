@@ -12,7 +12,7 @@ from pathlib import Path
 
 from spikingbrain_train.architecture.model_checks import check_kinds
 from spikingbrain_train.architecture.stored_model import read_stored_model
-from spikingbrain_train.config.command_line import called_as, user_errors
+from spikingbrain_train.config.command_line import command_parser, user_errors
 from spikingbrain_train.config.load import load_conversion
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.plugins import add_plugins_argument, load_plugins, plugins_of
@@ -78,12 +78,7 @@ measurements.jsonl, a line a model as it is measured: the same command goes on w
 
 def choose_layers_parser() -> argparse.ArgumentParser:
     """The flags of spikingbrain-choose-layers."""
-    parser = argparse.ArgumentParser(
-        prog=called_as(),
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(_DESCRIPTION, _EXAMPLES)
     parser.add_argument(
         "--model",
         type=Path,

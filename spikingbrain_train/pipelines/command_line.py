@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from spikingbrain_train.config.command_line import called_as, user_errors
+from spikingbrain_train.config.command_line import command_parser, user_errors
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.pipelines.pipeline_file import PipelineFile, load_pipeline
 from spikingbrain_train.pipelines.plan import Pipeline, plan_pipeline, resolved_variables
@@ -46,12 +46,7 @@ pipeline, its output folder, or settings of a step: steps.<step>.<setting>=<valu
 
 def pipelines_parser() -> argparse.ArgumentParser:
     """The commands of ``spikingbrain-pipeline``."""
-    parser = argparse.ArgumentParser(
-        prog=called_as(),
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(_DESCRIPTION, _EXAMPLES)
     commands = parser.add_subparsers(dest="command", required=True, metavar="{run,submit,dry-run,status}")
     runs = commands.add_parser("run", help="run the steps that are not finished")
     runs.add_argument("--dry-run", action="store_true", help="the same as the command dry-run")

@@ -10,7 +10,7 @@ from typing import Any
 
 from spikingbrain_train.architecture.linear_transforms import with_plain_weights
 from spikingbrain_train.architecture.stored_model import read_stored_model
-from spikingbrain_train.config.command_line import called_as, user_errors
+from spikingbrain_train.config.command_line import command_parser, user_errors
 from spikingbrain_train.config.linear_transforms import Projection, QuantizationConfig, SpikingConfig
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.plugins import add_plugins_argument, load_plugins, plugins_of
@@ -64,12 +64,7 @@ _ROW = "row"
 
 def quantize_parser() -> argparse.ArgumentParser:
     """The flags of spikingbrain-quantize."""
-    parser = argparse.ArgumentParser(
-        prog=called_as(),
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(_DESCRIPTION, _EXAMPLES)
     parser.add_argument(
         "--model",
         type=Path,

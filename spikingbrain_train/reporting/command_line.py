@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from spikingbrain_train.config.command_line import called_as, user_errors
+from spikingbrain_train.config.command_line import command_parser, user_errors
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.reporting.plots.dense_line import DenseLine
 from spikingbrain_train.reporting.plots.evaluation_picture import draw_reports
@@ -53,12 +53,7 @@ examples:
 def plot_parser() -> argparse.ArgumentParser:
     """The flags of the command."""
     panels = "\n".join(f"  {name:<12}{panel.words}" for name, panel in PANELS.items())
-    parser = argparse.ArgumentParser(
-        prog=called_as(),
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES.format(panels=panels),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(_DESCRIPTION, _EXAMPLES.format(panels=panels))
     parser.add_argument(
         "output_dirs",
         nargs="+",

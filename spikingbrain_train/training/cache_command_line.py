@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from spikingbrain_train.config.command_line import called_as, user_errors
+from spikingbrain_train.config.command_line import command_parser, user_errors
 from spikingbrain_train.config.compose import compose_run
 from spikingbrain_train.config.load import to_run_config
 from spikingbrain_train.evaluation.inference_command_line import Elsewhere
@@ -40,12 +40,7 @@ examples:
 
 def cache_teacher_parser() -> argparse.ArgumentParser:
     """The flags of spikingbrain-cache-teacher."""
-    parser = argparse.ArgumentParser(
-        prog=called_as(),
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(_DESCRIPTION, _EXAMPLES)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the cache")
     parser.add_argument(
         "--top-k",

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from spikingbrain_train.config.command_line import called_as, user_errors
+from spikingbrain_train.config.command_line import command_parser, user_errors
 from spikingbrain_train.pipelines.command_line import run, show_plan
 from spikingbrain_train.pipelines.demo.budget import DEFAULT_MINUTES
 from spikingbrain_train.pipelines.pipeline_file import PipelineFile, load_pipeline
@@ -94,12 +94,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 def demo_parser() -> argparse.ArgumentParser:
     """The flags of ``spikingbrain-demo``."""
-    parser = argparse.ArgumentParser(
-        prog=called_as(),
-        description=_DESCRIPTION,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(_DESCRIPTION, _EXAMPLES)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of all results")
     parser.add_argument(
         "--model",
