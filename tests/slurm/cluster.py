@@ -108,7 +108,22 @@ class Cluster:
         self._start("slurmctld", "slurmctld", "-D")
         for node in NODES:
             self.start_node(node)
-        wait_until(lambda: self.idle() == set(NODES), 60, "both nodes are idle", self.logs)
+        self.make_ready()
+
+    def make_ready(self) -> None:
+        """Wait until both nodes take jobs; one that Slurm has taken out of service is put back.
+
+        Slurm drains a node where a killed job took long to end, as it does on a machine that has more to do.
+        """
+
+        def ready() -> bool:
+            out = {name for name, state in self._states().items() if "DOWN" in state or "DRAIN" in state}
+            for node in out:  # refused while its slurmd is not back
+                words = ["scontrol", "update", f"NodeName={node}", "State=RESUME"]
+                subprocess.run(words, env=self.environment, capture_output=True)
+            return self.idle() == set(NODES)
+
+        wait_until(ready, 90, "both nodes are idle", self.logs)
 
     def start_node(self, node: str) -> None:
         """Bring a node up."""
@@ -170,24 +185,27 @@ class Cluster:
         """Nodes that Slurm has given up."""
         return {name for name, state in self._states().items() if "DOWN" in state}
 
-    def _states(self) -> dict[str, str]:
+    def _nodes(self) -> str:
         done = subprocess.run(
             ["scontrol", "--oneliner", "show", "nodes"], env=self.environment, capture_output=True, text=True
         )
+        return done.stdout
+
+    def _states(self) -> dict[str, str]:
         lines = [
             dict(word.split("=", 1) for word in line.split() if "=" in word)
-            for line in done.stdout.splitlines()
+            for line in self._nodes().splitlines()
         ]
         return {line["NodeName"]: line["State"] for line in lines if "State" in line}
 
     def logs(self) -> str:
-        """The end of what each daemon has written."""
+        """What Slurm knows of its nodes, and the end of what each daemon has written."""
         paths = sorted([*self.folder.glob("*.log"), *self.folder.glob("*.out")])
         tails = [
             f"{path.name}:\n" + "\n".join(path.read_text(errors="replace").splitlines()[-12:])
             for path in paths
         ]
-        return "\n\n".join(tails)
+        return "\n\n".join([self._nodes(), *tails])
 
 
 class Job:

@@ -111,6 +111,7 @@ class Run:
 @pytest.fixture
 def submit(cluster: Cluster, tmp_path: Path, text: Path) -> Iterator[Callable[..., Run]]:
     """Submit a run; what a test leaves in the queue is cancelled."""
+    cluster.make_ready()
     yield lambda *further, **settings: Run(cluster, tmp_path, text, *further, **settings)
     cluster.call("scancel", "--full", "--signal=KILL", "--user=root")
     cluster.call("scancel", "--user=root")
