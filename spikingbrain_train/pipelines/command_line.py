@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spikingbrain_train.config.command_line import command_parser, user_errors
-from spikingbrain_train.errors import ConfigurationError
+from spikingbrain_train.errors import ConfigurationError, PlatformError
+from spikingbrain_train.pipelines import slurm
 from spikingbrain_train.pipelines.pipeline_file import PipelineFile, load_pipeline
 from spikingbrain_train.pipelines.plan import Pipeline, plan_pipeline, resolved_variables
 from spikingbrain_train.pipelines.references import did_you_mean
@@ -99,15 +100,16 @@ def run(file: PipelineFile, *, fresh: bool = False, only: str | None = None) -> 
         SystemExit: a step failed.
     """
     state = _state_of(file)
-    if only is None:
-        refuse_queued(state)
-    if fresh:
-        state.records.clear()
 
     def plan() -> Pipeline:
         return plan_pipeline(file, state.is_done)
 
     pipeline = plan()
+    if only is None:
+        refuse_queued(pipeline, state)
+    if fresh:
+        state.records.clear()
+        pipeline = plan()
     if only is not None:
         _check_alone(pipeline, state, only)
     with run_lock(pipeline.output):
@@ -192,13 +194,17 @@ def show_plan(file: PipelineFile) -> None:
 def show_status(file: PipelineFile) -> None:
     """Print a line a step: how far it is, and how long it has taken."""
     pipeline, state = _looked_at(file)
+    try:
+        jobs = slurm.ask(state.jobs(pipeline.steps))
+    except PlatformError as error:
+        jobs = slurm.Jobs(unknown=str(error))
     width = max(len(step.name) for step in pipeline.steps)
     done = 0
     for step in pipeline.steps:
         record = state.records.get(step.name)
         took = f" ({format_duration(record.seconds)})" if record is not None and record.seconds else ""
         done += state.is_done(step)
-        print(f"{step.name.ljust(width)}  {state.describe(step)}{took}")
+        print(f"{step.name.ljust(width)}  {state.describe(step, jobs)}{took}")
     print(f"{done} of {len(pipeline.steps)} steps are done, in {pipeline.output}")
 
 

@@ -5,6 +5,7 @@ A second run skips what is finished, and an interrupted one goes on where it sto
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
@@ -67,17 +68,20 @@ def begin(step: Step, pipeline: Pipeline, state: State) -> None:
 
     An interrupted training goes on from its own checkpoints; everything else starts again.
     """
-    if state.goes_on(step) and step.train_iters is not None:
-        return
-    for path in step.makes:
-        # What lies outside of the pipeline's folder may be somebody else's.
-        ours = path.resolve().is_relative_to(pipeline.output.resolve())
-        if state.goes_on(step) or (ours and pipeline.when_changed is WhenChanged.remove):
-            _remove(path)
-        else:
-            _set_aside(path)
-    job = state.records[step.name].job if state.goes_on(step) else ""
-    state.records[step.name] = StepRecord.of(step)
+    goes_on = state.goes_on(step)
+    # The job itself begins its step; whoever runs it elsewhere has nothing to do with a job of before.
+    job = state.records[step.name].job if goes_on else ""
+    if job != os.environ.get("SLURM_JOB_ID"):
+        job = ""
+    if not (goes_on and step.train_iters is not None):
+        for path in step.makes:
+            # What lies outside of the pipeline's folder may be somebody else's.
+            ours = path.resolve().is_relative_to(pipeline.output.resolve())
+            if goes_on or (ours and pipeline.when_changed is WhenChanged.remove):
+                _remove(path)
+            else:
+                _set_aside(path)
+        state.records[step.name] = StepRecord.of(step)
     state.records[step.name].job = job
 
 

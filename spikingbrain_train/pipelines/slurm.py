@@ -1,13 +1,28 @@
-"""What pipelines ask Slurm: to take a job, to drop some, and which of them are still in the queue."""
+"""What pipelines ask Slurm: to take a job, to drop some, and what has become of them."""
 
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 
 from spikingbrain_train.errors import PlatformError
 
 _SECONDS = 60
+_ENDED = {
+    "BOOT_FAIL": "failed, as its node did not start",
+    "CANCELLED": "was cancelled",
+    "COMPLETED": "ended well, but its result is not complete",
+    "DEADLINE": "was ended by its deadline",
+    "FAILED": "failed",
+    "NODE_FAIL": "failed with its node",
+    "OUT_OF_MEMORY": "ran out of memory",
+    "PREEMPTED": "was preempted",
+    "REVOKED": "was revoked",
+    "TIMEOUT": "was ended by its time limit",
+}
+"""States in which a job has left the queue."""
 
 
 def _call(command: Sequence[str]) -> str:
@@ -46,14 +61,47 @@ def cancel(jobs: Iterable[str]) -> None:
         _call(["scancel", *numbers])
 
 
-def states(jobs: Iterable[str]) -> dict[str, str]:
-    """Job -> its state (PENDING, RUNNING ...), for those that are still in the queue.
+@dataclass(frozen=True)
+class Jobs:
+    """What has become of some jobs."""
+
+    states: Mapping[str, str] = field(default_factory=dict)
+    """Job -> PENDING, RUNNING, FAILED ..., of those that Slurm knows."""
+    unknown: str = "Slurm no longer knows it"
+    """Why nothing is known of the others."""
+
+    def queued(self) -> dict[str, str]:
+        """Those that wait or run, with their states."""
+        return {job: state for job, state in self.states.items() if state not in _ENDED}
+
+    def end(self, job: str) -> str | None:
+        """How a job has left the queue, in words; None where it is there, or nobody knows."""
+        state = _ENDED.get(self.states.get(job, ""))
+        return state and f"job {job} {state}"
+
+    def describe(self, job: str) -> str:
+        """What a job that was submitted does now."""
+        state = self.states.get(job)
+        doing = f"unknown: {self.unknown}" if state is None else state.lower().replace("_", " ")
+        return self.end(job) or f"submitted as job {job} ({doing})"
+
+
+def ask(jobs: Iterable[str]) -> Jobs:
+    """Ask Slurm what has become of some jobs, of all at once.
 
     Raises:
-        PlatformError: Slurm does not say.
+        PlatformError: Slurm does not say what is in its queue.
     """
     if not (numbers := set(jobs)):
-        return {}
-    # Not --jobs: it refuses all of them where it has forgotten one.
-    lines = _call(["squeue", "--noheader", "--format=%A %T"]).splitlines()
-    return {job: state for job, state in (line.split() for line in lines) if job in numbers}
+        return Jobs()
+    # Not --jobs: it refuses all of them where it has forgotten one. Ended jobs are shown for some minutes.
+    said = _call(["squeue", "--noheader", "--states=all", "--format=%A %T"])
+    states = {job: state for job, state in map(str.split, said.splitlines()) if job in numbers}
+    if forgotten := sorted(numbers - set(states)):
+        # Many clusters keep no accounts, or none that users may read.
+        with suppress(PlatformError):
+            words = ["--noheader", "--allocations", "--parsable2", "--format=JobIDRaw,State"]
+            said = _call(["sacct", *words, f"--jobs={','.join(forgotten)}"])
+            for job, _, state in (line.partition("|") for line in said.splitlines()):
+                states[job] = state.split()[0]  # CANCELLED by 1000
+    return Jobs(states)

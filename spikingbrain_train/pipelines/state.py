@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from spikingbrain_train.errors import ConfigurationError
+from spikingbrain_train.pipelines.slurm import Jobs
 from spikingbrain_train.pipelines.steps import Step, portable
 from spikingbrain_train.storage.durable_files import write_text_durably
 from spikingbrain_train.storage.run_lock import LOCK_FILE
@@ -84,8 +85,18 @@ class State:
         record = self.records.get(step.name)
         return record is not None and record.key == step.key
 
-    def describe(self, step: Step) -> str:
-        """How far the step is, in a few words, and why it is done again."""
+    def jobs(self, steps: Sequence[Step]) -> dict[str, str]:
+        """Job -> step, of all that were submitted and are not done."""
+        done = {step.name for step in steps if self.is_done(step)}
+        return {record.job: name for name, record in self.records.items() if record.job and name not in done}
+
+    def describe(self, step: Step, jobs: Jobs | None = None) -> str:
+        """How far the step is, in a few words, and why it is done again.
+
+        Args:
+            step: of the pipeline.
+            jobs: what Slurm says of the jobs, if it was asked.
+        """
         record = self.records.get(step.name)
         if record is None:
             return "to do"
@@ -93,8 +104,15 @@ class State:
             return f"to do again: {self._change(step, record)}"
         if step.is_complete():
             return "done"
-        if step.iteration() is not None:
-            return f"interrupted after iteration {step.iteration()} of {step.train_iters}"
+        iteration = step.iteration()
+        at = "" if iteration is None else f"iteration {iteration} of {step.train_iters}"
+        if record.job and jobs is not None and (record.exit_code is None or record.job in jobs.queued()):
+            end = jobs.end(record.job)
+            if end and at:
+                return f"interrupted after {at}: {end}"
+            return f"at {at}, {jobs.describe(record.job)}" if at else jobs.describe(record.job)
+        if at:
+            return f"interrupted after {at}"
         if record.job and record.exit_code is None:
             return f"submitted as job {record.job}"
         if record.exit_code:

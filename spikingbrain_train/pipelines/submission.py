@@ -57,7 +57,7 @@ def submit_pipeline(
                 f"the step {step.name} finds out what later steps are told, which has to be known "
                 f"before they are submitted; run that first (spikingbrain-pipeline run --step {step.name})"
             )
-    refuse_queued(state)
+    refuse_queued(pipeline, state)
     for step in steps:
         begin(step, pipeline, state)
     jobs: list[str] = []
@@ -77,16 +77,16 @@ def submit_pipeline(
     return list(zip(steps, jobs, strict=True))
 
 
-def refuse_queued(state: State) -> None:
+def refuse_queued(pipeline: Pipeline, state: State) -> None:
     """Nobody fills a folder that jobs in the queue are going to fill.
 
     Raises:
         ConfigurationError: naming them.
+        PlatformError: steps that are not done were submitted, and Slurm does not say what is in its queue.
     """
-    numbers = {record.job: name for name, record in state.records.items() if record.job}
-    queued = slurm.states(numbers) if numbers else {}
-    if queued:
-        listed = ", ".join(f"{numbers[job]} ({job}, {name.lower()})" for job, name in queued.items())
+    steps = state.jobs(pipeline.steps)
+    if queued := slurm.ask(steps).queued():
+        listed = ", ".join(f"{steps[job]} ({job}, {name.lower()})" for job, name in queued.items())
         raise ConfigurationError(
             f"steps of this pipeline are in Slurm's queue: {listed}; wait for them, or take them out "
             f"with scancel {' '.join(queued)}"

@@ -1,4 +1,4 @@
-"""A pipeline as a chain of Slurm jobs, with stand-ins for sbatch, squeue, scancel and scontrol.
+"""A pipeline as a chain of Slurm jobs, with stand-ins for sbatch, squeue, sacct, scancel and scontrol.
 
 tests/slurm submits one to a real Slurm.
 """
@@ -24,6 +24,7 @@ STAND_INS = {
     "sbatch": 'case "$*" in *"${REFUSED:-nobody}"*) echo "sbatch: error: Invalid" >&2; exit 1;; esac\n'
     'echo $((100 + $(grep -c ^sbatch "$CALLS")))',
     "squeue": 'cat "$QUEUE"',
+    "sacct": 'cat "$ACCOUNTS" 2> /dev/null || { echo "Slurm accounting storage is disabled" >&2; exit 1; }',
     "scancel": "",
     "scontrol": "",
 }
@@ -51,7 +52,8 @@ class Slurm:
     """The stand-ins and what they were asked."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._calls, self._queue, programs = folder / "calls", folder / "queue", folder / "bin"
+        self._calls, self._queue, self._accounts = folder / "calls", folder / "queue", folder / "accounts"
+        self.programs = programs = folder / "bin"
         programs.mkdir()
         self._calls.touch()
         self.queue()
@@ -61,10 +63,15 @@ class Slurm:
         monkeypatch.setenv("PATH", str(programs), prepend=":")
         monkeypatch.setenv("CALLS", str(self._calls))
         monkeypatch.setenv("QUEUE", str(self._queue))
+        monkeypatch.setenv("ACCOUNTS", str(self._accounts))
 
     def queue(self, *lines: str) -> None:
         """What squeue is going to say."""
         self._queue.write_text("".join(f"{line}\n" for line in lines))
+
+    def accounts(self, *lines: str) -> None:
+        """What sacct is going to say; it has no accounts before."""
+        self._accounts.write_text("".join(f"{line}\n" for line in lines))
 
     def calls(self) -> list[str]:
         """Of all stand-ins so far, which are forgotten."""
@@ -117,12 +124,70 @@ def test_every_step_is_a_job_behind_the_one_before_with_nodes_and_time_of_its_ow
     pipelines(["status", pipeline, "nodes=3"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines[-4:-1]] == ["words", "train", "last"]
-    assert "done" in lines[-4] and lines[-3].endswith("submitted as job 102")
+    assert "done" in lines[-4] and "submitted as job 102 (unknown: Slurm no longer" in lines[-3]
     pipelines(["submit", pipeline, "nodes=3"])
     assert [call.split()[2] for call in slurm.calls() if call.startswith("sbatch")] == [
         "--job-name=road-train",
         "--job-name=road-last",
     ]
+
+
+def test_status_asks_slurm_once_for_all_jobs_and_says_what_has_become_of_each(
+    slurm: Slurm, pipeline: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    def status() -> list[str]:
+        pipelines(["status", pipeline])
+        return [line.partition("  ")[2].strip() for line in capsys.readouterr().out.splitlines()[-4:-1]]
+
+    pipelines(["submit", pipeline])
+    slurm.calls()
+    capsys.readouterr()
+    slurm.queue("101 COMPLETING", "102 PENDING", "7 RUNNING", "103 PENDING")
+    assert status() == [
+        f"submitted as job {job}" for job in ("101 (completing)", *("102 (pending)", "103 (pending)"))
+    ]
+    assert slurm.calls() == ["squeue --noheader --states=all --format=%A %T"]
+    slurm.queue("101 TIMEOUT")
+    assert status() == [
+        "job 101 was ended by its time limit",
+        "submitted as job 102 (unknown: Slurm no longer knows it)",
+        "submitted as job 103 (unknown: Slurm no longer knows it)",
+    ]
+    slurm.accounts("102|NODE_FAIL", "103|CANCELLED by 1000")
+    assert status()[1:] == ["job 102 failed with its node", "job 103 was cancelled"]
+    asks = "sacct --noheader --allocations --parsable2 --format=JobIDRaw,State --jobs=102,103"
+    assert slurm.calls()[1::2] == [asks, asks]
+    slurm.queue("101 FAILED", "102 COMPLETED", "103 OUT_OF_MEMORY")
+    assert status() == [
+        "job 101 failed",
+        "job 102 ended well, but its result is not complete",
+        "job 103 ran out of memory",
+    ]
+
+    # Jobs that have left the queue stop nobody; a step that ran elsewhere is no job's any more.
+    with pytest.raises(SystemExit):
+        pipelines(["run", pipeline])
+    assert [call.split()[:2] for call in slurm.calls()][-2:] == [
+        ["squeue", "--noheader"],
+        ["sbatch", "--wait"],
+    ]
+    assert (
+        status()[0].startswith("done")
+        and json.loads((tmp_path / "out" / STATE_FILE).read_text())["words"]["job"] == ""
+    )
+    (slurm.programs / "squeue").unlink()
+    monkeypatch.setenv("PATH", str(slurm.programs))
+    assert (
+        status()[2]
+        == "submitted as job 103 (unknown: squeue is not installed here; go to a login node of the cluster)"
+    )
+    slurm.calls()
+    for name in ("train", "last"):
+        (tmp_path / "out" / name).touch()
+    state = tmp_path / "out" / STATE_FILE
+    records = json.loads(state.read_text())
+    pipelines(["run", pipeline])  # all are done: nobody has to be asked
+    assert "all 3 steps are done" in capsys.readouterr().out and records["last"]["job"] == "103"
 
 
 def test_of_two_submissions_at_once_one_is_refused_and_a_finished_pipeline_submits_nothing(
