@@ -2,11 +2,9 @@
 # Runs train.py on every node of a Slurm allocation: one torchrun a node, meeting on the first one.
 # nvidia.sbatch, metax.sbatch and cpu.sbatch end in this script; its arguments go to train.py as they are.
 #
-# Variables, all optional:
-#   CLUSTER_ENV       nvidia, metax or cpu: variables of such a cluster, from env/<name>.env; or the path of a
-#                     file of your own, which is sourced          (default: what the batch script says)
+# Variables, all optional: those of environment.sh (CLUSTER_ENV, whose default the batch script says, PYTHON,
+# CONTAINER_IMAGE, CONTAINER_MOUNTS, CONTAINER_ARGS), and
 #   NPROC_PER_NODE    ranks per node                          (default: the GPUs that Slurm gave each node)
-#   PYTHON            interpreter                             (default: .venv/bin/python, in a container python)
 #   ENTRY             script to run                           (default: train.py)
 #   MASTER_ADDR       host of the rendezvous                  (default: first node of the allocation)
 #   MASTER_PORT       its port                                (default: from the job id, 15000-29999)
@@ -16,37 +14,21 @@
 #   HEALTH_CHECK_ARGS further words for it, such as --min-bandwidth 40; spikingbrain-health-check --help
 #   STOP_SECONDS      whole seconds that a run may take to save from the warning on  (default: 540)
 #   MAX_REQUEUES      starts after which a job that loses a node is no longer requeued  (default: 10)
-#   CONTAINER_IMAGE   a .sif file runs under apptainer; anything else is given to srun's pyxis plugin
-#   CONTAINER_MOUNTS  source:target[,source:target...]        (default: this checkout, at its own path)
 #   SWEEP_ARGUMENTS   folder of <task>.args, which holds the further arguments of an array task, one a line
 #                     (spikingbrain-train --multirun --submit sets it)
-#   CONTAINER_ARGS    further words for `apptainer exec` or `srun`, such as --nv
 set -euo pipefail
 
-fail() {
-    printf 'error: %s\n' "$1" >&2
-    exit 2
-}
-
+# shellcheck source-path=SCRIPTDIR source=environment.sh
+. "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 [ -n "${SLURM_JOB_ID:-}" ] ||
     fail "no Slurm allocation; submit with \`sbatch scripts/slurm/nvidia.sbatch ...\` or metax.sbatch"
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
-if [ -n "${CLUSTER_ENV:-}" ]; then
-    case $CLUSTER_ENV in
-    */*) variables=$CLUSTER_ENV ;;
-    *) variables=$root/scripts/slurm/env/$CLUSTER_ENV.env ;;
-    esac
-    known=$(cd "$root/scripts/slurm/env" && printf '%s, ' ./*.env)
-    known=${known//.\//}
-    [ -f "$variables" ] ||
-        fail "CLUSTER_ENV=$CLUSTER_ENV names no variables; there are ${known//.env/}or the path of a file (./my.env)"
-    # shellcheck source=/dev/null
-    . "$variables"
-fi
 entry=${ENTRY:-train.py}
 nodes=${SLURM_JOB_NUM_NODES:?Slurm sets it}
 ranks=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-}}
 [ -n "$ranks" ] || fail "Slurm gave this job no GPUs; ask for them (sbatch --gpus-per-node=8) or set NPROC_PER_NODE"
+whole_number NPROC_PER_NODE
+whole_number MAX_REQUEUES
+[ "$ranks" -gt 0 ] || fail "NPROC_PER_NODE=$ranks starts nothing; give the number of ranks on each node"
 restarts=${SLURM_RESTART_COUNT:-0}
 log_dir=${LOG_DIR:-$root/outputs/slurm/$SLURM_JOB_ID}
 
@@ -69,22 +51,6 @@ run_options=(
     --kill-on-bad-exit=1 # one failed node ends the step instead of hanging the others
     --output="$log_dir/node%n.log" --open-mode=append # after a requeue the logs go on
 )
-inside=()
-container=()
-if [ -n "${CONTAINER_IMAGE:-}" ]; then
-    mounts=${CONTAINER_MOUNTS:-$root:$root}
-    read -r -a container_args <<<"${CONTAINER_ARGS:-}"
-    case $CONTAINER_IMAGE in
-    *.sif) inside=(apptainer exec --pwd "$root" --bind "$mounts" "${container_args[@]}" "$CONTAINER_IMAGE") ;;
-    *) container=(--container-image="$CONTAINER_IMAGE" --container-mounts="$mounts" --container-workdir="$root"
-        "${container_args[@]}") ;;
-    esac
-    python=${PYTHON:-python}
-elif [ -n "${PYTHON:-}" ] || [ ! -x "$root/.venv/bin/python" ]; then
-    python=${PYTHON:-python}
-else
-    python=$root/.venv/bin/python
-fi
 
 arguments=("$@")
 if [ -n "${SWEEP_ARGUMENTS:-}" ]; then

@@ -295,6 +295,21 @@ def test_missing_piece_is_one_sentence(
     assert advice in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "sentence"),
+    [
+        ("NPROC_PER_NODE", "eight", "NPROC_PER_NODE=eight is no whole number"),
+        ("NPROC_PER_NODE", "0", "NPROC_PER_NODE=0 starts nothing; give the number of ranks on each node"),
+        ("MAX_REQUEUES", "-1", "MAX_REQUEUES=-1 is no whole number"),
+    ],
+)
+def test_a_number_that_is_none_is_one_sentence(
+    allocation: Allocation, variable: str, value: str, sentence: str
+) -> None:
+    result = allocation.run(**{variable: value})
+    assert result.returncode == 2 and sentence in result.stderr and result.stderr.count("\n") == 1
+
+
 def naps_of(job: int) -> list[str]:
     """What still runs of the session that ``job`` led."""
     naps = []
