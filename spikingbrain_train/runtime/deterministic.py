@@ -14,6 +14,7 @@ from types import MappingProxyType
 import torch
 
 from spikingbrain_train.errors import PlatformError
+from spikingbrain_train.runtime.mkl import sums_in_one_order
 
 VARIABLES = MappingProxyType(
     {
@@ -39,7 +40,8 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
     Entered before process groups are formed and anything is multiplied: libraries read their variables once.
 
     Raises:
-        PlatformError: a variable says otherwise, or the body needs something of which torch has no such form.
+        PlatformError: a variable says otherwise, this process has multiplied before MKL was told, or the body
+            needs something of which torch has no such form.
     """
     if not wanted:
         yield
@@ -57,6 +59,12 @@ def deterministic_algorithms(wanted: bool) -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     cudnn.deterministic, cudnn.benchmark = True, False
     try:
+        if sums_in_one_order() is False:
+            raise PlatformError(
+                "numerics.deterministic=true, but this process has multiplied matrices before, when MKL_CBWR "
+                "was not set, and MKL reads it once: the run would have other last bits than in a process of "
+                f"its own; set MKL_CBWR={VARIABLES['MKL_CBWR'][0]} before this one starts"
+            )
         yield
     except RuntimeError as error:
         if _NO_DETERMINISTIC_FORM not in str(error):

@@ -97,11 +97,7 @@ class Launch:
         with log.open("a") as file:
             self.process = subprocess.Popen(
                 [sys.executable, *launcher, str(REPOSITORY / "train.py"), *arguments],
-                env={
-                    **os.environ,
-                    **{"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
-                    **(variables or {}),
-                },
+                env={**_shell(), "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **(variables or {})},
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -162,6 +158,11 @@ class Launch:
     def tail(self) -> str:
         """The last lines of the log."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-60:])
+
+
+def _shell() -> dict[str, str]:
+    """The environment without what tests give themselves and a run has to see to (tests/conftest.py)."""
+    return {name: value for name, value in os.environ.items() if name != "MKL_CBWR"}
 
 
 class Moment(Enum):

@@ -1,10 +1,11 @@
-"""With numerics.deterministic a resumed run is the undisturbed one, and replays compare every bit."""
+"""With numerics.deterministic resumed and repeated runs are as the first one, and replays compare bits."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,11 @@ def _run(config: RunConfig) -> bool:
     return not torch.are_deterministic_algorithms_enabled()
 
 
+def _one_after_the_other(configs: list[RunConfig]) -> None:
+    for config in configs:
+        _run(config)
+
+
 def test_a_resumed_run_is_that_which_nobody_interrupted_to_the_last_bit(
     ranks: RankPool, tmp_path: Path, text: Path
 ) -> None:
@@ -71,5 +77,14 @@ def test_a_resumed_run_is_that_which_nobody_interrupted_to_the_last_bit(
     assert before.tensors.keys() == after.tensors.keys()
     for name in before.tensors:
         assert torch.equal(before.read(name), after.read(name)), name
+
+    other = run_config(tmp_path / "other", text, parallel=ParallelConfig(tensor_model_parallel_size=2))
+    other.stage.train_iters = 2
+    again = replace(config, output_dir=str(tmp_path / "again"))
+    ranks.run(_one_after_the_other, [other, again], world_size=2, parallel=None)
+    repeated = MegatronCheckpointReader(iteration_folder(tmp_path / "again" / "checkpoints", 5))
+    for name in before.tensors:
+        assert torch.equal(before.read(name), repeated.read(name)), f"{name} depends on what ran before"
+
     [line] = [json.loads(line) for line in (tmp_path / "bad_batches.jsonl").read_text().splitlines()]
     assert line["computed_again"] == "it is the same to the last bit: the data or the weights"

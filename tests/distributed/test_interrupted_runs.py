@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from spikingbrain_train.config.compose import compose_run
+from spikingbrain_train.config.load import to_run_config
 from tests.distributed.interrupted_runs import (
     Blow,
     Launch,
@@ -15,15 +17,24 @@ from tests.distributed.interrupted_runs import (
     random_blows,
     settings,
 )
+from tests.distributed.pool import RankPool
 
 STEPS, SAVE_INTERVAL = 14, 4
+
+
+def _run(words: list[str]) -> None:
+    """What the command runs, on ranks that are there already."""
+    from spikingbrain_train.training import trainer
+
+    trainer.run(to_run_config(compose_run(words)))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds ranks in /proc")
 def test_ranks_that_are_killed_in_a_save_and_in_a_step_end_as_if_nothing_had_happened(
-    tmp_path: Path, text: Path
+    ranks: RankPool, tmp_path: Path, text: Path
 ) -> None:
+    """The whole run's ranks have run other tests before, the others begin with it."""
     words = {
         name: settings(
             tmp_path / name,
@@ -47,9 +58,7 @@ def test_ranks_that_are_killed_in_a_save_and_in_a_step_end_as_if_nothing_had_hap
         assert hit.children, "the loader has processes of its own"
         assert not [pid for pid in hit.children if Path(f"/proc/{pid}").exists()], "they outlive their rank"
 
-    # In processes of its own, too: ranks that have run other tests may compute other last bits.
-    with Launch(tmp_path / "whole", tmp_path / "log of the whole", 2, words["whole"]) as launch:
-        assert not launch.wait_for(lambda: False) and launch.process.returncode == 0, launch.tail()
+    ranks.run(_run, words["whole"], world_size=2, parallel=None)
 
     assert differences(tmp_path / "killed", tmp_path / "whole", steps=STEPS, ranks=2) == []
     (tmp_path / "killed" / "samples_of_rank_0.jsonl").write_text("")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -60,6 +62,36 @@ def test_a_variable_that_says_otherwise_is_named(
     ):
         pass
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+_AFTER_A_PRODUCT = """
+import torch
+from spikingbrain_train.errors import PlatformError
+from spikingbrain_train.runtime.deterministic import deterministic_algorithms
+torch.randn(64, 64) @ torch.randn(64, 64)
+try:
+    with deterministic_algorithms(True):
+        print("runs")
+except PlatformError as error:
+    print(error)
+assert not torch.are_deterministic_algorithms_enabled()
+"""
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="torch multiplies without MKL")
+def test_a_process_whose_products_depend_on_addresses_is_refused_and_told_what_to_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """MKL reads its variable once: what comes behind an ordinary product would have other bits than alone."""
+    environment = {name: value for name, value in os.environ.items() if name != "MKL_CBWR"}
+    command = [sys.executable, "-c", _AFTER_A_PRODUCT]
+    said = subprocess.run(command, env=environment, capture_output=True, text=True).stdout
+    assert "multiplied matrices before" in said and "; set MKL_CBWR=AUTO,STRICT before" in said
+    assert len(said.splitlines()) == 1
+    monkeypatch.setenv("MKL_CBWR", "AUTO,STRICT")  # as tests/conftest.py has, before the first product
+    torch.randn(64, 64) @ torch.randn(64, 64)
+    with deterministic_algorithms(True):
+        pass
 
 
 def test_what_torch_cannot_do_so_is_a_sentence() -> None:
