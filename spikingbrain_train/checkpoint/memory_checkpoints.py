@@ -35,7 +35,7 @@ from spikingbrain_train.checkpoint.memory_shard import (
     seal,
     write_tensors,
 )
-from spikingbrain_train.checkpoint.rank_state import fill_from_rank, plain_state, tensors_of
+from spikingbrain_train.checkpoint.rank_state import fill_from_rank, plain_state, read_plain_state, tensors_of
 from spikingbrain_train.checkpoint.saving import FilesBesideWeights
 from spikingbrain_train.checkpoint.sharded_state import RunState
 from spikingbrain_train.config.model import ModelConfig
@@ -331,10 +331,17 @@ class MemoryCheckpoints:
         folder = self._folder.shard(self._groups.rank, iteration)
         reason: str | None = None
         try:
-            fill_from_rank(state, read_tensors(folder), (folder / PLAIN_FILE).read_bytes(), self._groups)
+            tensors = read_tensors(folder)
+            plain = read_plain_state((folder / PLAIN_FILE).read_bytes())
         except (CheckpointError, OSError) as error:
             reason = first_line(error)
-        failure = first_failure(reason, self._groups)
+        failure = first_failure(reason, self._groups)  # before the others wait for this rank to fill its own
+        if failure is None:
+            try:
+                fill_from_rank(state, tensors, plain, self._groups)
+            except (CheckpointError, OSError) as error:
+                reason = first_line(error)
+            failure = first_failure(reason, self._groups)
         if failure is None and (
             spoiled := first_not_finite_of_run(state.model, state.optimizer, self._groups)
         ):

@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from spikingbrain_train.errors import CheckpointError
+from spikingbrain_train.errors import CheckpointError, first_line
 from spikingbrain_train.storage.checkpoint_manifest import checksums, read_manifest, write_manifest
 
 TENSOR_FILE = "state.safetensors"
@@ -100,5 +101,13 @@ def check(folder: Path) -> None:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a shard that was checked, as the file is mapped: nothing is copied."""
-    return load_file(folder / TENSOR_FILE)
+    """The tensors of a shard that was checked, as the file is mapped: nothing is copied.
+
+    Raises:
+        CheckpointError: it is not what :func:`write_tensors` has written.
+        OSError: it cannot be read.
+    """
+    try:
+        return load_file(folder / TENSOR_FILE)
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder / TENSOR_FILE} holds no tensors ({first_line(error)})") from error

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from spikingbrain_train.checkpoint.optimizer_state import begin_state, chain_of
 from spikingbrain_train.checkpoint.sharded_state import RunState, generator_states, restore_generators
-from spikingbrain_train.errors import CheckpointError
+from spikingbrain_train.errors import CheckpointError, first_line
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 
 _MODEL, _GENERATORS = "model.", "generators."
 _STEP = "step"
+_PLAIN = {"iteration", "consumed_samples", "scheduler", "steps"}
 
 
 def tensors_of(state: RunState, groups: ProcessGroups) -> dict[str, Tensor]:
@@ -47,21 +48,36 @@ def plain_state(state: RunState, groups: ProcessGroups) -> bytes:
     return content.getvalue()
 
 
+def read_plain_state(content: bytes) -> dict[str, Any]:
+    """What :func:`plain_state` has written; no collective.
+
+    Raises:
+        CheckpointError: it is something else.
+    """
+    try:
+        plain = torch.load(BytesIO(content), weights_only=True)
+    except Exception as error:  # bytes that are something else fail in as many ways as there are formats
+        raise CheckpointError(f"the state beside the tensors cannot be read ({first_line(error)})") from error
+    if not isinstance(plain, dict) or (missing := sorted(_PLAIN - plain.keys())):
+        what = "is no dictionary" if not isinstance(plain, dict) else f"lacks {missing[0]}"
+        raise CheckpointError(f"the state beside the tensors {what}")
+    return plain
+
+
 def fill_from_rank(
-    state: RunState, tensors: dict[str, Tensor], content: bytes, groups: ProcessGroups
+    state: RunState, tensors: dict[str, Tensor], plain: dict[str, Any], groups: ProcessGroups
 ) -> None:
     """Give a run what :func:`tensors_of` and :func:`plain_state` took; a collective of all ranks.
 
     Args:
         state: of this run, built and still without a step.
         tensors: by name.
-        content: the plain state.
+        plain: from :func:`read_plain_state`.
         groups: process groups.
 
     Raises:
-        CheckpointError: on every rank where a rank's do not fit it.
+        CheckpointError: on a rank whose own do not fit it, behind the collective.
     """
-    plain = torch.load(BytesIO(content), weights_only=True)
     of_callbacks: list[Any] = [plain.get("callbacks", {})]
     if groups.world_size > 1:
         torch.distributed.broadcast_object_list(of_callbacks, src=0)
@@ -74,10 +90,13 @@ def fill_from_rank(
         found = tensors[name]
         if (found.shape, found.dtype) != (tensor.shape, tensor.dtype):
             raise CheckpointError(f"rank {groups.rank}: {name} has another shape or number format now")
+    parts = _parts(state)
+    if [len(steps) for steps in plain["steps"]] != [len(part.optimizer.param_groups) for part in parts]:
+        raise CheckpointError(f"rank {groups.rank} keeps other groups of parameters now")
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
-    for part, steps in zip(_parts(state), plain["steps"], strict=True):
+    for part, steps in zip(parts, plain["steps"], strict=True):
         for group, step in zip(part.optimizer.param_groups, steps, strict=True):
             if step is not None:
                 group[_STEP] = step

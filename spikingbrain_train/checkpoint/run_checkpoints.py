@@ -88,7 +88,14 @@ class RunCheckpoints:
                 self.memory.let_go()
             else:
                 self._newest_in_memory = self.memory.newest(self._newest_on_disk, tracked)
-        return self._newest_on_disk is not None or self._newest_in_memory is not None
+        is_resumed = self._newest_on_disk is not None or self._newest_in_memory is not None
+        if self.config.checkpoint.resume is Resume.must and not is_resumed:
+            raise CheckpointError(
+                f"output_dir={self.config.output_dir} holds no checkpoint, no copies in memory can be used "
+                "and checkpoint.resume=must; correct output_dir, or checkpoint.resume=auto to start from the "
+                "beginning"
+            )
+        return is_resumed
 
     @property
     def is_from_memory(self) -> bool:

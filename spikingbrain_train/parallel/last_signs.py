@@ -50,7 +50,7 @@ class Sign:
     host: str = ""
     pid: int = 0
     stack: list[str] = field(default_factory=list)
-    """Of its main thread at that moment, the innermost frame last."""
+    """Of its main thread at that moment, the innermost frame last; then of a thread that it waits for."""
 
     @classmethod
     def of_this_process(cls) -> Sign:
@@ -59,7 +59,7 @@ class Sign:
 
     def next(self, beats: int, iteration: int) -> Sign:
         """The next one of this process."""
-        return replace(self, beats=beats, iteration=iteration, stack=stack_of_main_thread())
+        return replace(self, beats=beats, iteration=iteration, stack=stack_of(threading.main_thread()))
 
     @classmethod
     def read(cls, written: bytes) -> Sign:
@@ -114,12 +114,20 @@ class Sign:
         return False
 
 
-def stack_of_main_thread() -> list[str]:
-    """File, line and function of its innermost frames, the innermost last; no file is read for it."""
-    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+def stack_of(thread: threading.Thread) -> list[str]:
+    """File, line and function of a thread's innermost frames, the innermost last; no file is read for it.
+
+    Those of a thread that it joins come behind them: what a rank does that waits for work of its own beside
+    the loop is what the work does.
+    """
+    frame = sys._current_frames().get(thread.ident or 0)
     found: list[str] = []
+    joined: threading.Thread | None = None
     while frame is not None and len(found) < _FRAMES:
         code = frame.f_code
         found.append(f"{code.co_filename}:{frame.f_lineno} {code.co_name}")
+        if (code.co_filename, code.co_name) == (threading.__file__, "join"):
+            joined = frame.f_locals.get("self")
         frame = frame.f_back
-    return found[::-1]
+    behind = [] if joined is None or joined is thread else stack_of(joined)
+    return found[::-1] + behind

@@ -27,6 +27,7 @@ from spikingbrain_train.storage.checkpoint_folder import (
     latest_checkpoint,
 )
 from spikingbrain_train.storage.loss_mask_format import read_loss_positions
+from spikingbrain_train.storage.memory_folder import RUN_ID_FILE
 from spikingbrain_train.storage.run_lock import check_not_in_use
 
 _PROBE_BYTES = 1 << 16
@@ -169,7 +170,8 @@ def checkpoint_to_resume(config: RunConfig) -> Soundness:
     Raises:
         ConfigurationError: there are checkpoints and checkpoint.resume=never.
         CheckpointError: there are none and checkpoint.resume=must, or what checkpoint.on_damage leaves to go
-            on from is damaged.
+            on from is damaged. Where hosts may have copies in memory, they are asked before the former is
+            said (checkpoint/run_checkpoints.py).
     """
     checkpoints, resume = Path(config.output_dir) / CHECKPOINT_FOLDER, config.checkpoint.resume
     if resume is Resume.never and (found := iterations(checkpoints)):
@@ -178,7 +180,8 @@ def checkpoint_to_resume(config: RunConfig) -> Soundness:
             "checkpoint.resume=never; choose another output_dir, or checkpoint.resume=auto to go on from it"
         )
     sound = newest_sound(checkpoints, config.checkpoint.on_damage)
-    if resume is Resume.must and sound.newest is None:
+    has_kept = bool(config.checkpoint.memory_interval) and (Path(config.output_dir) / RUN_ID_FILE).is_file()
+    if resume is Resume.must and sound.newest is None and not has_kept:
         raise CheckpointError(
             f"output_dir={config.output_dir} holds no checkpoint and checkpoint.resume=must; "
             f"correct output_dir, or checkpoint.resume=auto to start from the beginning"

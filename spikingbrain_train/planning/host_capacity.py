@@ -27,7 +27,8 @@ def check_host(plan: Plan, launch: Launch) -> None:
     _check_memory(plan, launch)
     stages = _stages_here(plan, launch)
     kept = sum(stage.memory.weights + stage.memory.optimizer for stage in stages)
-    check_room(plan.config, kept, plan.world_size, launch.local_world_size)
+    own = sum(stage.memory.total - stage.memory.activations for stage in stages) if _is_on_cpu(plan) else 0.0
+    check_room(plan.config, kept, plan.world_size, launch.local_world_size, beside=own)
 
 
 def _check_loaders(plan: Plan, launch: Launch) -> None:
@@ -41,12 +42,8 @@ def _check_loaders(plan: Plan, launch: Launch) -> None:
 
 
 def _check_memory(plan: Plan, launch: Launch) -> None:
-    accelerator = plan.config.cluster.accelerator
-    on_cpu = accelerator is AcceleratorKind.cpu or (
-        accelerator is AcceleratorKind.auto and not has_gpu_device()
-    )
     limit = memory_limit()
-    if not on_cpu or limit is None:
+    if not _is_on_cpu(plan) or limit is None:
         return
     stages = _stages_here(plan, launch)
     whole = sum(stage.memory.total for stage in stages)
@@ -72,6 +69,13 @@ def _check_memory(plan: Plan, launch: Launch) -> None:
                 f"{what} take about {needed / GIB:,.1f} GiB, but this machine has {limit / GIB:,.1f} GiB of "
                 f"memory; {advice}"
             )
+
+
+def _is_on_cpu(plan: Plan) -> bool:
+    accelerator = plan.config.cluster.accelerator
+    return accelerator is AcceleratorKind.cpu or (
+        accelerator is AcceleratorKind.auto and not has_gpu_device()
+    )
 
 
 def _stages_here(plan: Plan, launch: Launch) -> list[StagePlan]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,6 +105,37 @@ def memory_limit(root: Path = Path("/")) -> int | None:
         except (OSError, ValueError):  # not there, or "max"
             continue
     return min(limits, default=None)
+
+
+def memory_free(root: Path = Path("/")) -> int | None:
+    """Bytes of memory that this process may still take: what the machine, and every control group, has left.
+
+    Pages of files that can be read again count as free.
+
+    Args:
+        root: where ``proc`` and ``sys`` lie.
+
+    Returns:
+        None where the system does not say.
+    """
+    left = []
+    with suppress(OSError, ValueError, KeyError):
+        left.append(_numbers(root / "proc/meminfo")["MemAvailable:"] << 10)
+    for file in _control_group_limits(root):
+        is_second_version = file.name == "memory.max"
+        used = file.with_name("memory.current" if is_second_version else "memory.usage_in_bytes")
+        pages = "inactive_file" if is_second_version else "total_inactive_file"
+        with suppress(OSError, ValueError):  # not there, or "max"
+            free = int(file.read_text()) - int(used.read_text())
+            with suppress(OSError, ValueError, KeyError):
+                free += _numbers(file.with_name("memory.stat"))[pages]
+            left.append(max(0, free))
+    return min(left, default=None)
+
+
+def _numbers(file: Path) -> dict[str, int]:
+    """A number a line, behind its name."""
+    return {words[0]: int(words[1]) for line in file.read_text().splitlines() if (words := line.split())}
 
 
 def _control_group_limits(root: Path) -> list[Path]:

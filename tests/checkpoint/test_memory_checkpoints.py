@@ -20,9 +20,10 @@ from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import CheckpointConfig, MemoryCopies, Precision, Resume, RunConfig
-from spikingbrain_train.errors import ConfigurationError
+from spikingbrain_train.errors import CheckpointError, ConfigurationError
 from spikingbrain_train.parallel.process_groups import ProcessGroups
-from spikingbrain_train.planning.memory_copies import check_room
+from spikingbrain_train.planning import memory_copies
+from spikingbrain_train.planning.memory_copies import check_room, is_in_memory
 from spikingbrain_train.storage.checkpoint_folder import iterations, set_latest_iteration
 from spikingbrain_train.storage.memory_folder import RUN_ID_FILE, MemoryFolder, folder_of, run_id
 from spikingbrain_train.training.callbacks.callback import Callback
@@ -108,7 +109,8 @@ def test_a_run_goes_on_without_the_disk_also_where_a_host_is_lost(
     assert iterations(tmp_path / "killed" / "checkpoints") == []
     shutil.rmtree(tmp_path / "memory" / "1")
     (tmp_path / "memory" / "1").mkdir()
-    assert ranks.run(_train, hosts, world_size=2, parallel=parallel) == [4, 4]
+    must = [replace(each, checkpoint=replace(each.checkpoint, resume=Resume.must)) for each in hosts]
+    assert ranks.run(_train, must, world_size=2, parallel=parallel) == [4, 4]
     _same(checkpoint_of(tmp_path / "whole", 6), checkpoint_of(tmp_path / "killed", 6))
     assert [list(each.iterdir()) for each in (tmp_path / "memory").iterdir()] == [[], []]
 
@@ -128,7 +130,7 @@ def test_what_cannot_be_gone_on_from_is_not(ranks: RankPool, tmp_path: Path, tex
     for name in ("run", "memory"):
         shutil.copytree(tmp_path / name, kept / name)
 
-    def begins(changed: list[RunConfig] | None = None, *, world_size: int = 2) -> int:
+    def begins(changed: list[RunConfig] | None = None, *, world_size: int = 2) -> int | str:
         """Where the run goes on; it dies there, and all is as it was."""
         found = ranks.run(_begins, changed or hosts, world_size=world_size, parallel=ONE_RANK)
         for name in ("run", "memory"):
@@ -180,7 +182,7 @@ def test_copies_that_a_start_does_not_use_are_not_there_for_the_next_one(
     assert ranks.run(_begins, hosts, world_size=2, parallel=ONE_RANK) == [5, 5]
     assert own.exists() and not elsewhere.exists()
 
-    def begins(**checkpoint: Any) -> list[int]:
+    def begins(**checkpoint: Any) -> list[int | str]:
         changed = [replace(each, checkpoint=replace(each.checkpoint, **checkpoint)) for each in hosts]
         found = ranks.run(_begins, changed, world_size=2, parallel=ONE_RANK)
         assert not list((tmp_path / "memory").rglob("state.safetensors"))
@@ -191,8 +193,15 @@ def test_copies_that_a_start_does_not_use_are_not_there_for_the_next_one(
         _spoil(path)
     assert begins() == [4, 4]
     assert begins(memory_interval=0) == [4, 4]
+    [of_one] = (tmp_path / "memory" / "1").rglob("rank_00001/iter_0000005/state.pt")
+    of_one.write_bytes(b"no state")  # which its checksum does not tell
+    seal(of_one.parent)
+    assert begins() == [4, 4]
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     assert begins(resume=Resume.never) == [0, 0]
+    refused = begins(resume=Resume.must)  # the copies knew of a checkpoint on the disk
+    assert "no copies in memory can be used and checkpoint.resume=must" in str(refused[0])
+    assert refused[0] == refused[1]
 
 
 def _spoil(path: Path) -> None:
@@ -204,10 +213,14 @@ def _spoil(path: Path) -> None:
     seal(path.parent)
 
 
-def _begins(groups: ProcessGroups, configs: list[RunConfig]) -> int:
+def _begins(groups: ProcessGroups, configs: list[RunConfig]) -> int | str:
+    """The iteration that a run goes on from, or why it does not."""
     from spikingbrain_train.training.trainer import Trainer
 
-    return Trainer(configs[groups.rank], groups).state.iteration
+    try:
+        return Trainer(configs[groups.rank], groups).state.iteration
+    except CheckpointError as error:
+        return str(error)
 
 
 def test_a_shard_is_a_safetensors_file_whose_memory_is_used_again(tmp_path: Path) -> None:
@@ -262,9 +275,32 @@ def test_copies_without_room_are_refused_at_the_start(
     ):  # on two hosts there are copies for the other, too
         with pytest.raises(ConfigurationError, match=r"memory_interval=5 takes about .* GiB free; set"):
             check_room(config, bytes_here, 2, ranks_here)
+    monkeypatch.setattr(memory_copies, "memory_free", lambda: 1 << 29)  # less than the folder may take
+    check_room(config, 0.25e9, 2, 2)
+    check_room(config, 0.5e9, 2, 2)  # on a disk
+    monkeypatch.setattr(memory_copies, "is_in_memory", lambda folder: str(folder) == str(tmp_path))
+    check_room(config, 0.25e9, 2, 2)
+    for bytes_here, beside, said in (
+        (0.3e9, 0.0, "of memory but"),
+        (0.25e9, 0.2e9, "and the run 0.2 GiB, but"),
+    ):
+        with pytest.raises(
+            ConfigurationError, match=rf"takes about .* {said} this machine, or its container"
+        ):
+            check_room(config, bytes_here, 2, 2, beside=beside)
     config.checkpoint.memory_folder = str(tmp_path / "absent")
     with pytest.raises(ConfigurationError, match="is no folder that can be written"):
         check_room(config, 1.0, 2, 2)
+
+
+def test_a_folder_is_in_memory_where_the_innermost_mount_is(tmp_path: Path) -> None:
+    mounts = tmp_path / "mounts"
+    rows = ["/dev/sda / ext4", "shm /dev/shm tmpfs", "/dev/sdb /dev/shm/disk ext4", "none /a\\040b ramfs"]
+    mounts.write_text("".join(f"{row} rw 0 0\n" for row in rows))
+    in_memory = [is_in_memory(Path(each), mounts) for each in ("/dev/shm", "/dev/shm/x", "/a b/c")]
+    elsewhere = [is_in_memory(Path(each), mounts) for each in ("/", "/dev/shmx", "/dev/shm/disk/x")]
+    assert all(in_memory) and not any(elsewhere)
+    assert not is_in_memory(Path("/dev/shm"), tmp_path / "absent")
 
 
 class _Room:

@@ -6,17 +6,22 @@ import io
 import os
 import re
 import signal
+import threading
 import time
 from contextlib import redirect_stderr
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from spikingbrain_train.checkpoint.background import BackgroundWork
 from spikingbrain_train.config.command_line import USER_ERROR
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.errors import CheckpointError, PlatformError
 from spikingbrain_train.parallel.heartbeats import Heartbeats, failed_collective
+from spikingbrain_train.parallel.last_signs import Sign, stack_of
 from spikingbrain_train.parallel.process_groups import ProcessGroups, initialize
 from spikingbrain_train.runtime.accelerator import detect
 from spikingbrain_train.storage.checkpoint_folder import latest_iteration
@@ -152,6 +157,24 @@ def test_a_living_rank_that_hangs_is_named_with_its_stack(ranks: RankPool) -> No
     assert "rank 1 on " in printed and "iteration 7 done" in printed
     assert printed.rstrip().endswith(" _reads_a_disk_that_is_gone")
     assert said[1][0] == "went on"
+
+
+def test_a_rank_that_waits_for_its_own_work_is_told_by_what_the_work_does() -> None:
+    """The work may itself wait for other ranks; else they wait for it, as where its disk hangs."""
+    for file, waits in (("/torch/distributed/distributed_c10d.py", True), ("/checkpoint/files.py", False)):
+        ended = threading.Lock()
+        names: dict[str, Any] = {}
+        exec(compile("def waits(lock):\n  lock.acquire()", file, "exec"), names)
+        with ended:
+            work = BackgroundWork(partial(names["waits"], ended))
+            loop = threading.Thread(target=work.result)
+            loop.start()
+            deadline = time.monotonic() + 20
+            while not ((stack := stack_of(loop)) and file in stack[-1]):
+                assert time.monotonic() < deadline, stack
+            assert any(frame.endswith(" result") for frame in stack)
+            assert Sign(beats=1, iteration=1, stack=stack).waits_for_others is waits
+        loop.join()
 
 
 def _leave_early(groups: ProcessGroups, timeout_seconds: float) -> str:

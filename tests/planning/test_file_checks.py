@@ -20,6 +20,7 @@ from spikingbrain_train.data.gpt_dataset import build_datasets
 from spikingbrain_train.errors import CheckpointError, ConfigurationError, DataError
 from spikingbrain_train.planning.checks import check_run_config
 from spikingbrain_train.planning.file_checks import check_output_folder
+from spikingbrain_train.storage.memory_folder import run_id
 from tests.config.small_model import small_model, write_checkpoint
 
 HYBRID = small_model()
@@ -148,6 +149,10 @@ def test_output_must_not_be_where_the_run_starts_from(run, tmp_path):
 def test_resume_agrees_with_what_lies_in_the_output(run, tmp_path):
     run.checkpoint.resume = Resume.must
     assert "checkpoint.resume=auto" in refusal(run, CheckpointError)
+    run_id(run.output_dir)
+    assert "checkpoint.resume=auto" in refusal(run, CheckpointError)
+    run.checkpoint.memory_interval, run.checkpoint.memory_folder = 5, str(tmp_path)
+    check_run_config(run, world_size=1)  # hosts may have copies in memory: all of them are asked
     write_checkpoint(Path(run.output_dir) / "checkpoints", HYBRID, iteration=30, run=run)
     run.stage.train_iters = 40
     check_run_config(run, world_size=1)

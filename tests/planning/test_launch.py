@@ -12,7 +12,7 @@ from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.config.stage import StageConfig
 from spikingbrain_train.errors import ConfigurationError, PlatformError
 from spikingbrain_train.planning import host_capacity
-from spikingbrain_train.planning.launch import Launch, has_gpu_device, memory_limit
+from spikingbrain_train.planning.launch import Launch, has_gpu_device, memory_free, memory_limit
 from spikingbrain_train.planning.memory import GIB
 from spikingbrain_train.planning.planner import plan_run
 
@@ -69,6 +69,35 @@ def test_memory_is_what_the_machine_has_or_what_its_control_groups_allow(tmp_pat
         },
     )
     assert memory_limit(tmp_path) == 2 * GIB
+
+
+def test_free_memory_is_what_the_machine_and_every_control_group_have_left(tmp_path: Path) -> None:
+    assert memory_free(tmp_path) is None
+    _machine(tmp_path, {"proc/meminfo": "MemTotal: 9000000 kB\nMemAvailable:  8388608 kB\n"})
+    assert memory_free(tmp_path) == 8 * GIB
+    group, parent = "sys/fs/cgroup/job_7/step_0/", "sys/fs/cgroup/job_7/"
+    _machine(
+        tmp_path,
+        {
+            "proc/self/cgroup": "0::/job_7/step_0\n",
+            f"{group}memory.max": "max\n",
+            f"{group}memory.current": f"{GIB}\n",
+            f"{parent}memory.max": f"{6 * GIB}\n",
+            f"{parent}memory.current": f"{4 * GIB}\n",
+        },
+    )
+    assert memory_free(tmp_path) == 2 * GIB
+    _machine(tmp_path, {f"{parent}memory.stat": f"anon 5\ninactive_file {GIB}\n"})  # read again when needed
+    assert memory_free(tmp_path) == 3 * GIB
+    _machine(
+        tmp_path,
+        {
+            "sys/fs/cgroup/memory/memory.limit_in_bytes": f"{4 * GIB}\n",
+            "sys/fs/cgroup/memory/memory.usage_in_bytes": f"{3 * GIB}\n",
+            "sys/fs/cgroup/memory/memory.stat": "total_inactive_file 4096\n",
+        },
+    )
+    assert memory_free(tmp_path) == GIB + 4096
 
 
 @pytest.mark.parametrize("device", ["nvidia0", "mxcd", "mxcd0", "dxg"])
