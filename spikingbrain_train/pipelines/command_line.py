@@ -113,6 +113,7 @@ def run(file: PipelineFile, *, fresh: bool = False, only: str | None = None) -> 
     if only is not None:
         _check_alone(pipeline, state, only)
     with run_lock(pipeline.output):
+        State(pipeline.output).refuse_running()
         if not fresh:
             state.read()  # another pipeline may have ended in between
         run_pipeline(pipeline, state, plan, only=only)

@@ -5,6 +5,7 @@ A second run skips what is finished, and an interrupted one goes on where it sto
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import signal
@@ -22,9 +23,12 @@ from spikingbrain_train.pipelines.plan import Pipeline
 from spikingbrain_train.pipelines.state import State, StepRecord
 from spikingbrain_train.pipelines.steps import Step, printable
 from spikingbrain_train.reporting.activity import format_duration
+from spikingbrain_train.storage.processes import ProcessName
 
 _PASSED_ON = (signal.SIGTERM, signal.SIGUSR1)
 """Signals that the running command gets, too: a run saves and ends. Ctrl-C reaches it by itself."""
+_PR_SET_PDEATHSIG = 1
+"""Of <sys/prctl.h>: the signal that a process gets when its parent dies."""
 _GOES_ON = "finished steps are kept, and the same command goes on from here"
 
 
@@ -91,10 +95,16 @@ def _run(step: Step, state: State, steps: Sequence[Step]) -> None:
     record.exit_code = None
     # Before the command too, so that what an interrupted one leaves is known as ours.
     state.save(steps)
+
+    def begun(pid: int) -> None:
+        record.process = ProcessName.of(pid)
+        state.save(steps)
+
     try:
-        code, asked = call(step.command)
+        code, asked = call(step.command, begun)
         record.exit_code = code
     finally:
+        record.process = None
         record.seconds = before + time.monotonic() - started
         state.save(steps)
     if code == 0 and step.is_complete():
@@ -120,11 +130,17 @@ def _end(sentence: str, code: int) -> NoReturn:
     raise SystemExit(code if code >= 0 else 128 - code)
 
 
-def call(command: Sequence[str]) -> tuple[int, signal.Signals | None]:
+def call(
+    command: Sequence[str], begun: Callable[[int], None] = lambda pid: None
+) -> tuple[int, signal.Signals | None]:
     """Run a command to its end, in the foreground.
 
     Whoever asks this process to stop asks the command, too, which may have something to save first; a second
-    Ctrl-C ends it.
+    Ctrl-C ends it. Where this process is killed, Linux sends the command SIGTERM.
+
+    Args:
+        command: its words.
+        begun: is told its process.
 
     Returns:
         Its exit code, and the signal that asked it to stop.
@@ -140,10 +156,11 @@ def call(command: Sequence[str]) -> tuple[int, signal.Signals | None]:
     # Before the command starts: a signal in between would leave it behind, alone.
     before = {number: signal.signal(number, pass_on) for number in _PASSED_ON}
     try:
-        with subprocess.Popen(command, stdin=subprocess.DEVNULL) as process:
+        with subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=_end_with_parent()) as process:
             for number in asked:
                 process.send_signal(number)
             running.append(process)
+            begun(process.pid)
             while process.returncode is None:
                 try:
                     process.wait()
@@ -153,6 +170,20 @@ def call(command: Sequence[str]) -> tuple[int, signal.Signals | None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _end_with_parent() -> Callable[[], None] | None:
+    """What a child does before its command begins, so that this process's death ends it; Linux knows how."""
+    if sys.platform != "linux":
+        return None
+    parent, prctl = os.getpid(), ctypes.CDLL(None).prctl
+
+    def ask() -> None:
+        prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
+        if os.getppid() != parent:  # it was killed in between
+            os._exit(128 + signal.SIGTERM)
+
+    return ask
 
 
 def _remove(path: Path) -> None:

@@ -11,6 +11,7 @@ from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.pipelines.slurm import Jobs
 from spikingbrain_train.pipelines.steps import Step, portable
 from spikingbrain_train.storage.durable_files import write_text_durably
+from spikingbrain_train.storage.processes import ProcessName
 from spikingbrain_train.storage.run_lock import LOCK_FILE
 
 STATE_FILE = "pipeline_state.json"
@@ -33,6 +34,13 @@ class StepRecord:
     """Of the last attempt; None where that was cut off."""
     job: str = ""
     """Number of its Slurm job, where the pipeline was submitted."""
+    process: ProcessName | None = None
+    """What runs its command."""
+
+    def __post_init__(self) -> None:
+        """Take a process as the file has it."""
+        if isinstance(self.process, dict):
+            self.process = ProcessName(**self.process)
 
     @classmethod
     def of(cls, step: Step) -> StepRecord:
@@ -74,6 +82,20 @@ class State:
             raise ConfigurationError(
                 f"{self.path} is damaged; remove {self.path.parent} or choose another output"
             ) from None
+
+    def refuse_running(self) -> None:
+        """Nothing is run beside a step that has outlived the call which started it.
+
+        Raises:
+            ConfigurationError: naming the process.
+        """
+        for name, record in self.records.items():
+            if record.process is not None and record.process.is_running_here():
+                pid = record.process.pid
+                raise ConfigurationError(
+                    f"the step {name} still runs as process {pid}, though the call that started it was "
+                    f"killed; wait for its end, or end it with kill {pid}"
+                )
 
     def is_done(self, step: Step) -> bool:
         """Whether the step is finished, as it is now."""

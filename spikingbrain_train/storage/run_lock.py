@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from spikingbrain_train.errors import ConfigurationError
+from spikingbrain_train.storage.processes import is_running, start_of
 
 LOCK_FILE = "run.lock"
 
@@ -57,7 +58,7 @@ class _Holder:
             host=socket.gethostname(),
             pid=os.getpid(),
             started=time.strftime("%Y-%m-%d %H:%M:%S"),
-            process_started=_start_of(os.getpid()),
+            process_started=start_of(os.getpid()),
             slurm_job=os.environ.get("SLURM_JOB_ID", ""),
         )
 
@@ -85,21 +86,7 @@ class _Holder:
             return not is_requeued and silent_seconds < STALE_SECONDS
         if system_locks or self.pid == os.getpid():
             return False
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return False
-        except PermissionError:
-            pass
-        return self.process_started == _start_of(self.pid)
-
-
-def _start_of(pid: int) -> str:
-    """When a process started, in ticks of this boot; empty where the system does not say."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return ""
+        return is_running(self.pid, self.process_started)
 
 
 def check_not_in_use(output_dir: str | Path) -> None:

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,7 +100,7 @@ def _wait(child: int, log: Path, kill_at: tuple[str, float] | None) -> int:
 def _run_pipeline(arguments: list[str], folder: Path) -> None:
     from spikingbrain_train.pipelines import runner
 
-    def call(command: Sequence[str]) -> tuple[int, None]:
+    def call(command: Sequence[str], begun: Callable[[int], None]) -> tuple[int, None]:
         signal.alarm(0)  # of all steps together; each command has its own
         child = os.fork()
         if child == 0:

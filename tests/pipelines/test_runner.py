@@ -14,11 +14,13 @@ from pathlib import Path
 import pytest
 
 from spikingbrain_train.errors import ConfigurationError
+from spikingbrain_train.pipelines.command_line import pipelines
 from spikingbrain_train.pipelines.pipeline_file import WhenChanged
 from spikingbrain_train.pipelines.plan import Pipeline
 from spikingbrain_train.pipelines.runner import run_pipeline
 from spikingbrain_train.pipelines.state import STATE_FILE, State
 from spikingbrain_train.pipelines.steps import Step, printable
+from spikingbrain_train.storage.processes import ProcessName
 
 ROOT = Path(__file__).parents[2]
 
@@ -212,6 +214,50 @@ class TestFailure:
         assert (tmp_path / "saved").exists() and process.returncode == 75
         assert f"the step only was interrupted by {number.name}; finished steps are kept" in said
         assert json.loads((out / STATE_FILE).read_text())["only"]["exit_code"] == 75
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system tells a child of its parent's death")
+def test_a_step_is_told_to_end_when_its_pipeline_is_killed_and_one_that_does_not_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ignores = (
+        "import pathlib, signal, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: pathlib.Path('told').touch())\n"
+        "pathlib.Path('ready').touch()\n"
+        "while not pathlib.Path('done').exists(): time.sleep(0.02)\n"
+    )
+    file = {
+        "output": "out",
+        "steps": {
+            "only": {"kind": "command", "command": ["python", "-c", ignores], "outputs": {"file": "done"}}
+        },
+    }
+    Path("one.yaml").write_text(json.dumps(file))
+    command = [sys.executable, "-m", "spikingbrain_train.pipelines", "run", "one.yaml"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as process:
+        deadline = time.monotonic() + 60
+        while not Path("ready").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        process.kill()
+    while not Path("told").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    step = json.loads(Path("out", STATE_FILE).read_text())["only"]["process"]["pid"]
+    for words in ([], ["--fresh"]):
+        with pytest.raises(SystemExit, match="2"):
+            pipelines(["run", *words, "one.yaml"])
+        said = capsys.readouterr().err
+        assert f"the step only still runs as process {step}" in said and said.count("\n") == 1
+        assert f"wait for its end, or end it with kill {step}" in said
+    Path("done").touch()
+    while ProcessName.of(step).is_running_here():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    pipelines(["run", "one.yaml"])
+    assert "all 1 steps are done" in capsys.readouterr().out
 
 
 class TestFolder:
