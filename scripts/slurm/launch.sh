@@ -193,6 +193,7 @@ if [ "${HEALTH_CHECK:-yes}" = yes ]; then
     # in the job's log.
     # shellcheck disable=SC2016
     on_node_check='
+trap "" USR1 # a warning ends nothing here: what is found is said all the same, and no run is started behind it
 ranks=$1
 shift
 export WORLD_SIZE=$((SLURM_JOB_NUM_NODES * ranks)) LOCAL_WORLD_SIZE=$ranks

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -35,6 +36,22 @@ class Speeds:
     """The better of two partners."""
 
 
+@dataclass(frozen=True)
+class Exchanged:
+    """How a rank came through the exchange."""
+
+    speeds: Speeds | None
+    """None where it did not."""
+    reached: int = 0
+    """The last of the exchanges that it began (``IN_HOST`` ...), its own GPU done with all before."""
+    hangs: bool = False
+    """It still waits in one."""
+
+
+IN_HOST, FIRST_NEIGHBOUR, WORLD, LEAVING = 1, 2, 4, 5
+"""The exchanges in their order: those of few ranks first, so that one who hangs stops no others in them."""
+
+
 def partners(node: int, nodes: int) -> list[tuple[int, int]]:
     """The pairs that a node is in, of a ring of at least three nodes.
 
@@ -52,9 +69,20 @@ def partners(node: int, nodes: int) -> list[tuple[int, int]]:
 
 
 def measure(
-    launch: Launch, accelerator: Accelerator, store: torch.distributed.Store, seconds: float
+    launch: Launch,
+    accelerator: Accelerator,
+    store: torch.distributed.Store,
+    seconds: float,
+    reach: Callable[[int], None],
 ) -> Speeds:
     """Join a world of its own, measure, and leave it; every rank calls it.
+
+    Args:
+        launch: who this process is.
+        accelerator: what its tensors lie on.
+        store: of the meeting.
+        seconds: that a collective may take.
+        reach: is told each exchange when this rank is about to begin it.
 
     Raises:
         RuntimeError: a rank did not answer within ``seconds``.
@@ -79,25 +107,32 @@ def measure(
         timeout=timeout,
     )
     try:
-        world = _all_reduce(list(range(launch.world_size)), accelerator, timeout)
         local, nodes = launch.local_world_size, launch.world_size // launch.local_world_size
         node = launch.rank // local
+
+        def rate(exchange: int, ranks: list[int]) -> float:
+            return _all_reduce(ranks, accelerator, timeout, lambda: reach(exchange))
+
         in_host = between = None
         if local > 1 and nodes > 1:
-            in_host = _all_reduce(list(range(node * local, (node + 1) * local)), accelerator, timeout)
+            in_host = rate(IN_HOST, list(range(node * local, (node + 1) * local)))
         if launch.local_rank == 0 and nodes > 2:
             found = [
-                _all_reduce([lower * local, upper * local], accelerator, timeout)
-                for lower, upper in partners(node, nodes)
+                rate(exchange, [lower * local, upper * local])
+                for exchange, (lower, upper) in enumerate(partners(node, nodes), FIRST_NEIGHBOUR)
             ]
             between = max(found)
+        world = rate(WORLD, list(range(launch.world_size)))
+        reach(LEAVING)
         torch.distributed.barrier(device_ids=[launch.local_rank] if accelerator.is_gpu else None)
     finally:
         torch.distributed.destroy_process_group()
     return Speeds(world, in_host, between)
 
 
-def _all_reduce(ranks: list[int], accelerator: Accelerator, timeout: timedelta) -> float:
+def _all_reduce(
+    ranks: list[int], accelerator: Accelerator, timeout: timedelta, begins: Callable[[], None]
+) -> float:
     """Bytes per second that each of these ranks sends and receives; called by all of them."""
     import torch
 
@@ -105,6 +140,8 @@ def _all_reduce(ranks: list[int], accelerator: Accelerator, timeout: timedelta) 
     group = None if whole else torch.distributed.new_group(ranks, timeout, use_local_synchronization=True)
     size = GPU_BYTES if accelerator.is_gpu else CPU_BYTES
     tensor = torch.zeros(size // 4, device=accelerator.device_type)
+    accelerator.synchronize()
+    begins()
     best = float("inf")
     for repeat in range(1 + _REPEATS):  # the first one connects
         accelerator.synchronize()

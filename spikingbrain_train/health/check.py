@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -12,14 +13,17 @@ from typing import Any
 from spikingbrain_train.config.parallel import AcceleratorKind
 from spikingbrain_train.errors import PlatformError, SpikingBrainError, first_line
 from spikingbrain_train.health import bandwidth, findings
-from spikingbrain_train.health.bandwidth import Speeds
+from spikingbrain_train.health.bandwidth import Exchanged, Speeds
 from spikingbrain_train.health.facts import HostFacts, Need, RankFacts, nearest_folder, rank_facts
 from spikingbrain_train.health.findings import Limits, Seen
 from spikingbrain_train.health.meeting import Meeting
+from spikingbrain_train.health.probe_files import PREFIX, remove_stale, removed_behind
 from spikingbrain_train.planning.launch import Launch
 
 _MOST = 10
 """Sentences that are printed; a switch that is down makes one of every host."""
+_WAITING_SHARE = 0.75
+"""Of the time for the exchange: after it a rank says that it hangs; rank 0 compares them in the rest."""
 
 
 @dataclass(frozen=True)
@@ -88,31 +92,30 @@ def _lead(
         return refused
     with _with_token(need) as need:
         meeting.announce("need", asdict(need))
-        meeting.tell("facts", asdict(rank_facts(launch, need)))
-        told = meeting.gather("facts")
+        meeting.tell("facts", asdict(_look(meeting, need)))
+        told = meeting.gather("facts", meeting.seconds)
     ranks = {rank: _facts(values) for rank, values in told.items()}
     seen = Seen(launch.world_size, launch.local_world_size, ranks, {}, hosts)
     sentences = findings.absent(seen, ranks, f"did not come within {meeting.seconds:g} s")
     sentences += findings.of_facts(seen, need, limits)
     # Who waits in vain for a rank or its GPU would hang, as would GPUs that wait for CPUs.
     alike = len({facts.device_total > 0 for facts in ranks.values()}) == 1
-    exchange = len(ranks) == launch.world_size and alike and all(facts.device for facts in ranks.values())
+    fit = all(
+        facts.device and not (facts.on_host and facts.on_host.trouble_with_network)
+        for facts in ranks.values()
+    )
+    exchange = len(ranks) == launch.world_size and alike and fit
     meeting.announce("exchange", exchange)
     stuck = False
     if exchange:
-        stuck = not _exchange(meeting, need)
-        ended = meeting.gather("speeds")
-        spoken = {rank: Speeds(**values) for rank, values in ended.items() if values}
-        seen = replace(seen, speeds=spoken)
-        # Who hangs or is gone takes the others' exchange along: they have failed, too, and said so.
-        blamed = ended if len(ended) < launch.world_size else spoken
-        if blamed:
-            sentences += findings.absent(seen, blamed, "did not get through the exchange of tensors")
-        else:
-            sentences.append(
-                f"no rank got through the exchange of tensors in {meeting.seconds:g} s; NCCL_DEBUG=INFO says "
-                "where it stops, and a larger --timeout gives it longer"
-            )
+        stuck = _exchange(meeting, need)
+        told = meeting.gather("exchanged", meeting.seconds * (1 - _WAITING_SHARE))
+        exchanged = {rank: _exchanged(values) for rank, values in told.items()}
+        seen = replace(
+            seen, speeds={rank: each.speeds for rank, each in exchanged.items() if each.speeds is not None}
+        )
+        if len(seen.speeds) < launch.world_size:
+            sentences += findings.behind(seen, exchanged)
         sentences += findings.of_speeds(seen, limits)
     if len(sentences) > _MOST:
         sentences[_MOST:] = [f"{len(sentences) - _MOST} more are out of line, see the table"]
@@ -127,54 +130,72 @@ def _follow(meeting: Meeting) -> Outcome:
     if "refused" in values:
         return Outcome([values["refused"]])
     need = Need(**{**values, "accelerator": AcceleratorKind(values["accelerator"])})
-    facts = rank_facts(meeting.launch, need)
+    facts = _look(meeting, need)
     if facts.on_host is not None:
         facts = replace(facts, clock_seconds=meeting.clock_seconds())
     meeting.tell("facts", asdict(facts))
-    stuck = meeting.hear("exchange", seconds) and not _exchange(meeting, need)
-    return Outcome(meeting.hear("outcome", 2 * seconds), stuck=bool(stuck))
+    stuck = bool(meeting.hear("exchange", seconds)) and _exchange(meeting, need)
+    return Outcome(meeting.hear("outcome", 2 * seconds), stuck=stuck)
+
+
+def _look(meeting: Meeting, need: Need) -> RankFacts:
+    """What this rank sees. A driver or disk that does not answer ends the process, with its stack.
+
+    It does so once the others have gone on without it: a scheduler waits for the last process of a job.
+    """
+    faulthandler.dump_traceback_later(1.5 * meeting.seconds, exit=True)
+    try:
+        return rank_facts(meeting.launch, need)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def _exchange(meeting: Meeting, need: Need) -> bool:
-    """Measure beside this thread, which goes on if that hangs. Whether it ended."""
+    """Measure beside this thread, which goes on if that hangs. Whether it does."""
     from spikingbrain_train.runtime.accelerator import detect
 
-    measured: list[Any] = []
+    measured: list[Speeds | None] = []
+    reached = [0]
 
     def measure() -> None:
         try:
             kind = need.accelerator if need.on_gpus else AcceleratorKind.cpu
             # Who waits for a rank that hangs gives up first, and can still say so: the other one is named.
             seconds = meeting.seconds / 2
-            measured.append(asdict(bandwidth.measure(meeting.launch, detect(kind), meeting.store, seconds)))
+            measured.append(
+                bandwidth.measure(meeting.launch, detect(kind), meeting.store, seconds, reached.append)
+            )
         except (RuntimeError, PlatformError) as error:
             print(f"rank {meeting.launch.rank}: {first_line(error)}", flush=True)
             measured.append(None)
 
     thread = threading.Thread(target=measure, name="exchange", daemon=True)
     thread.start()
-    thread.join(meeting.seconds)
-    if measured:
-        meeting.tell("speeds", measured[0])
-    return bool(measured)
+    thread.join(meeting.seconds * _WAITING_SHARE)
+    hangs = not measured
+    meeting.tell("exchanged", asdict(Exchanged(None if hangs else measured[0], reached[-1], hangs)))
+    return hangs
 
 
 @contextmanager
 def _with_token(need: Need) -> Iterator[Need]:
     """Leave the file that other hosts look for; where that cannot be, the facts say so of the folder."""
-    token = f".health-check-{uuid.uuid4().hex}"
+    token = f"{PREFIX}{uuid.uuid4().hex}"
     path = nearest_folder(need.output_dir) / token
-    try:
-        path.touch()
-    except OSError:
-        token = ""
-    try:
+    with removed_behind(path):
+        try:
+            path.touch()
+            remove_stale(path)
+        except OSError:
+            token = ""
         yield replace(need, token=token)
-    finally:
-        with suppress(OSError):
-            path.unlink()
 
 
 def _facts(values: dict[str, Any]) -> RankFacts:
     on_host = values["on_host"]
     return RankFacts(**{**values, "on_host": None if on_host is None else HostFacts(**on_host)})
+
+
+def _exchanged(values: dict[str, Any]) -> Exchanged:
+    speeds = values["speeds"]
+    return Exchanged(**{**values, "speeds": None if speeds is None else Speeds(**speeds)})

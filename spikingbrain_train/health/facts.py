@@ -15,6 +15,8 @@ from pathlib import Path
 
 from spikingbrain_train.config.parallel import AcceleratorKind
 from spikingbrain_train.errors import first_line
+from spikingbrain_train.health.probe_files import PREFIX, removed_behind
+from spikingbrain_train.planning.interfaces import wrong_interface
 from spikingbrain_train.planning.launch import Launch, has_gpu_device, memory_limit
 from spikingbrain_train.runtime.git_state import git_state
 
@@ -57,6 +59,8 @@ class HostFacts:
     sees_output_of_rank_0: bool
     versions: Mapping[str, str]
     """Package, ``python`` and ``commit`` -> version."""
+    trouble_with_network: str = ""
+    """A variable that names an interface which is not there, in a sentence; empty if none does."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +126,7 @@ def _host_facts(need: Need) -> HostFacts:
         trouble_with_output=trouble_with(folder),
         sees_output_of_rank_0=_sees(folder, need.token),
         versions=versions(),
+        trouble_with_network=wrong_interface(need.on_gpus, host_name()),
     )
 
 
@@ -135,14 +140,12 @@ def nearest_folder(output_dir: str) -> Path:
 
 def trouble_with(folder: Path) -> str:
     """Why no file can be written there; empty if one can."""
-    probe = folder / f".health-check-{host_name()}-{os.getpid()}"
-    try:
-        probe.write_bytes(b"\0" * 4096)
-    except OSError as error:
-        return error.strerror or str(error)
-    finally:
-        with contextlib.suppress(OSError):
-            probe.unlink()
+    probe = folder / f"{PREFIX}{host_name()}-{os.getpid()}"
+    with removed_behind(probe):
+        try:
+            probe.write_bytes(b"\0" * 4096)
+        except OSError as error:
+            return error.strerror or str(error)
     return ""
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from spikingbrain_train.health.bandwidth import Speeds
+from spikingbrain_train.health.bandwidth import Exchanged, Speeds
 from spikingbrain_train.health.facts import HostFacts, Need, RankFacts
 from spikingbrain_train.planning.memory import GIB
 
@@ -71,6 +71,29 @@ def absent(seen: Seen, told: Mapping[int, object], what: str) -> list[str]:
     return sentences
 
 
+def behind(seen: Seen, told: Mapping[int, Exchanged]) -> list[str]:
+    """A sentence for each host whose ranks keep the others from getting through the exchange.
+
+    Who hangs or is gone takes the others along. A rank that has told nothing is the one; else who still
+    waits where others have given up; among ranks that all wait, as on GPUs, those that have come least far:
+    hosts exchange among their own ranks first.
+    """
+    failed = {rank: exchanged for rank, exchanged in told.items() if exchanged.speeds is None}
+    innocent: Mapping[int, object] = told
+    if len(told) == seen.world_size:
+        hanging = {rank: exchanged for rank, exchanged in failed.items() if exchanged.hangs}
+        suspects = hanging or failed
+        least = min((exchanged.reached for exchanged in suspects.values()), default=0)
+        suspects = {rank: exchanged for rank, exchanged in suspects.items() if exchanged.reached == least}
+        innocent = {rank: exchanged for rank, exchanged in told.items() if rank not in suspects}
+    if told and not innocent:
+        return [
+            "no rank got through the exchange of tensors; NCCL_DEBUG=INFO says where it stops, and a larger "
+            "--timeout gives it longer"
+        ]
+    return absent(seen, innocent, "did not get through the exchange of tensors")
+
+
 def _listed(ranks: Sequence[int]) -> str:
     whole = len(ranks) > 2 and ranks[-1] - ranks[0] == len(ranks) - 1
     return f"{ranks[0]}-{ranks[-1]}" if whole else ", ".join(map(str, ranks))
@@ -82,6 +105,7 @@ def of_facts(seen: Seen, need: Need, limits: Limits) -> list[str]:
         *_gpus(seen, need),
         *_memory(seen),
         *_disk(seen, need),
+        *(facts.trouble_with_network for facts in seen.on_hosts().values() if facts.trouble_with_network),
         *_clocks(seen, limits),
         *_versions(seen),
     ]

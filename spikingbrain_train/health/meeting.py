@@ -80,14 +80,14 @@ class Meeting:
         self.store.set(f"{what}/{self.launch.rank}", json.dumps(value))
         self.store.add(f"{what}/told", 1)
 
-    def gather(self, what: str) -> dict[int, Any]:
+    def gather(self, what: str, seconds: float) -> dict[int, Any]:
         """On rank 0: the words of all ranks that have told them in time."""
         world = self.launch.world_size
 
         def all_told() -> bool:
             return self.store.add(f"{what}/told", 0) >= world
 
-        self.wait_until(all_told, self.seconds)
+        self.wait_until(all_told, seconds)
         told = [rank for rank in range(world) if self.store.check([f"{what}/{rank}"])]
         return {rank: json.loads(self.store.get(f"{what}/{rank}")) for rank in told}
 

@@ -21,6 +21,7 @@ from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.setting import check_fields
 from spikingbrain_train.errors import PlatformError
 from spikingbrain_train.parallel.attempts import agree_on_attempt
+from spikingbrain_train.planning.interfaces import check_interfaces
 from spikingbrain_train.planning.launch import Launch, available_cores
 from spikingbrain_train.planning.parallel_checks import check_world_size
 from spikingbrain_train.runtime import megatron_versions, patches
@@ -125,13 +126,14 @@ def initialize(
     Raises:
         ConfigurationError: the degrees do not divide the world size, or ``data_parallel_size`` is not what
         is left.
-        PlatformError: the launcher's environment is incomplete, the rendezvous host is unknown, or a rank
-        has no GPU.
+        PlatformError: the launcher's environment is incomplete, the rendezvous host is unknown, a variable
+        names a network interface that is not there, or a rank has no GPU.
     """
     megatron_versions.check_version()
     launch = Launch.from_environment()
     check_fields(parallel, "parallel.")
     check_world_size(parallel, launch.world_size)
+    check_interfaces(accelerator.is_gpu)
     device = accelerator.bind(launch.local_rank)
     if not accelerator.is_gpu:
         torch.set_num_threads(threads_per_rank(launch.local_world_size))
@@ -291,7 +293,7 @@ def reachable_master(launch: Launch) -> str:
 
 def choose_interface(master: str) -> None:
     """Have gloo talk over the interface that leads to a host, unless GLOO_SOCKET_IFNAME says which."""
-    if "GLOO_SOCKET_IFNAME" not in os.environ:
+    if not os.environ.get("GLOO_SOCKET_IFNAME"):
         interface = _interface_towards(master)
         if interface is not None:
             os.environ["GLOO_SOCKET_IFNAME"] = interface

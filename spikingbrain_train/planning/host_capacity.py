@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from spikingbrain_train.config.parallel import AcceleratorKind
 from spikingbrain_train.errors import ConfigurationError
+from spikingbrain_train.planning.interfaces import check_interfaces
 from spikingbrain_train.planning.launch import Launch, available_cores, has_gpu_device, memory_limit
 from spikingbrain_train.planning.memory import GIB
 from spikingbrain_train.planning.memory_copies import check_room
@@ -22,7 +23,9 @@ def check_host(plan: Plan, launch: Launch) -> None:
 
     Raises:
         ConfigurationError: names what is needed, what is there, and the settings that lower the need.
+        PlatformError: a variable names a network interface that is not there.
     """
+    check_interfaces(not _is_on_cpu(plan))
     _check_loaders(plan, launch)
     _check_memory(plan, launch)
     stages = _stages_here(plan, launch)

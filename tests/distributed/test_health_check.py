@@ -6,6 +6,8 @@ import os
 import threading
 import time
 from dataclasses import replace
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -122,6 +124,38 @@ def test_a_rank_that_hangs_in_the_exchange_is_named_and_those_that_wait_for_it_a
         (sentence,) = outcome.sentences
         assert sentence.startswith("rank 1 on ") and "did not get through the exchange of tensors" in sentence
     assert [outcome.stuck for outcome, _ in outcomes] == [False, True]
+
+
+def _hang_together(seconds: float) -> tuple[Outcome, float]:
+    """Four ranks on two hosts whose collectives wait for ever, as NCCL's; rank 3 hangs in its first one."""
+    launch = replace(Launch.from_environment(), local_world_size=2)
+    launch = replace(launch, local_rank=launch.rank % 2)
+    ended, all_reduce = threading.Event(), torch.distributed.all_reduce
+
+    def hang(*arguments: object, **settings: object) -> None:
+        ended.wait(60)
+        all_reduce(*arguments, **settings)
+
+    started = time.monotonic()
+    patient = mock.patch.object(bandwidth, "timedelta", lambda seconds: timedelta(seconds=60))
+    inside = mock.patch.object(torch.distributed, "all_reduce", hang if launch.rank == 3 else all_reduce)
+    with mock.patch.dict(os.environ, {"SLURMD_NODENAME": f"host-{'ab'[launch.rank // 2]}"}), patient, inside:
+        need = partial(Need, accelerator=AcceleratorKind.cpu)
+        outcome = check_health(launch, need, LIMITS, seconds)
+        took = time.monotonic() - started
+        ended.set()
+        for thread in threading.enumerate():
+            if thread.name == "exchange":
+                thread.join(60)
+    return outcome, took
+
+
+def test_where_all_hang_together_the_host_of_the_one_that_began_it_is_named_in_time(ranks: RankPool) -> None:
+    seconds = 8.0
+    for outcome, took in ranks.run(_hang_together, seconds, world_size=4):
+        (sentence,) = outcome.sentences
+        assert sentence.startswith("ranks 2, 3 on host-b did not get through the exchange of tensors")
+        assert outcome.stuck and took < 2 * seconds + 10  # of rank 0 until the others have left
 
 
 def test_a_rank_0_that_ends_in_between_is_no_defect_of_the_others() -> None:

@@ -11,8 +11,9 @@ import torch
 
 from spikingbrain_train.commands.health_check import parse_words
 from spikingbrain_train.config.parallel import AcceleratorKind
+from spikingbrain_train.errors import PlatformError
 from spikingbrain_train.health import facts, findings
-from spikingbrain_train.health.bandwidth import Speeds, partners
+from spikingbrain_train.health.bandwidth import IN_HOST, LEAVING, WORLD, Exchanged, Speeds, partners
 from spikingbrain_train.health.facts import HostFacts, Need, RankFacts
 from spikingbrain_train.health.findings import Limits, Seen
 from spikingbrain_train.health.slurm_step import launch_of_step
@@ -77,6 +78,10 @@ def test_hosts_that_are_alike_pass_and_have_a_line_each() -> None:
         (_with(2, host={"memory_free": 300 * GIB}), "host-b has 300.0 GiB of memory free, the others about"),
         (_with(4, host={"disk_free": 9 * GIB}), "output_dir=outputs/run has 9.0 GiB of free space on host-c"),
         (_with(4, host={"trouble_with_output": "Permission denied"}), "host-c cannot write to output_dir="),
+        (
+            _with(2, host={"trouble_with_network": "NCCL_SOCKET_IFNAME=ib7 names none; unset"}),
+            "NCCL_SOCKET_IFNAME=ib7",
+        ),
         (_with(2, host={"sees_output_of_rank_0": False}), "host-b does not see what host-a writes"),
         (_with(4, clock_seconds=-42.0), "the clock of host-c is 42.0 s behind the others"),
         (_with(0, host={"versions": {"torch": "2.6.0", "commit": "0123abc"}}), "host-a has torch 2.6.0"),
@@ -172,16 +177,59 @@ def test_neighbours_meet_in_the_same_round_and_each_host_has_two(nodes: int) -> 
     )
 
 
+def _named(ranks: dict[int, Exchanged | None]) -> list[int]:
+    """Hosts that are named for ranks that came through the exchange so; all others came through it."""
+    seen = _cluster()
+    through = dict.fromkeys(seen.ranks, Exchanged(Speeds(90e9), LEAVING))
+    sentences = findings.behind(seen, {rank: told for rank, told in {**through, **ranks}.items() if told})
+    assert all("did not get through the exchange" in s or s.startswith("no rank got") for s in sentences)
+    return [node for node, host in enumerate(HOSTS) if any(f"on {host} " in s for s in sentences)]
+
+
+def test_of_ranks_that_hang_together_the_host_that_holds_the_others_up_is_named() -> None:
+    gave_up, everyone = Exchanged(None, WORLD), range(6)
+    # gloo: who waits in vain gives up, who hangs does not; a process that is stopped says nothing.
+    assert _named({**dict.fromkeys(everyone, gave_up), 3: Exchanged(None, WORLD, True)}) == [1]
+    assert _named({**dict.fromkeys(everyone, gave_up), 4: None}) == [2]
+    assert _named({2: gave_up}) == [1]
+    # NCCL: all hang with it. It has come less far, or its host has, whose ranks go first.
+    hang = Exchanged(None, WORLD, True)
+    assert _named({**dict.fromkeys(everyone, hang), 1: Exchanged(None, 0, True)}) == [0]
+    inside = dict.fromkeys((2, 3), Exchanged(None, IN_HOST, True))
+    assert _named({**dict.fromkeys(everyone, hang), **inside}) == [1]
+    assert _named(dict.fromkeys(everyone, hang)) == []
+
+
 def test_a_task_of_srun_is_a_rank_and_a_launchers_rank_stays_what_it_is() -> None:
     task = {
         **{"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "8", "SLURM_JOB_ID": "31007"},
-        **{"SLURM_STEP_NUM_NODES": "2", "MASTER_ADDR": "host-a"},
+        **{"SLURM_STEP_NUM_NODES": "2", "SLURM_NODEID": "1", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"},
+        "MASTER_ADDR": "host-a",
     }
     assert launch_of_step(task) == {
         **{"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"},
         **{"MASTER_ADDR": "host-a", "MASTER_PORT": "16007"},
     }
     assert launch_of_step({**task, "RANK": "0"}) == launch_of_step({"SLURM_JOB_ID": "31007"}) == {}
+    # --distribution=cyclic deals the tasks out in turns: ranks are counted node by node all the same.
+    dealt = [
+        launch_of_step(
+            {**task, "SLURM_PROCID": str(i), "SLURM_NODEID": str(i % 2), "SLURM_LOCALID": str(i // 2)}
+        )
+        for i in range(8)
+    ]
+    ranks = [Launch.from_environment(variables).rank for variables in dealt]
+    assert ranks == [0, 4, 1, 5, 2, 6, 3, 7]
+    for changes, sentence in (
+        (
+            {"SLURM_STEP_TASKS_PER_NODE": "5,3"},
+            r"has started 8 tasks on 2 nodes \(5,3\), .* --ntasks-per-node",
+        ),
+        ({"SLURM_STEP_NUM_NODES": "3", "SLURM_STEP_TASKS_PER_NODE": ""}, "8 tasks on 3 nodes .not as many"),
+        ({"SLURM_NODEID": ""}, "SLURM_NODEID= and SLURM_LOCALID=1 do not say which rank this task is"),
+    ):
+        with pytest.raises(PlatformError, match=sentence):
+            launch_of_step({**task, **changes})
 
 
 def test_words_of_the_run_keep_their_order_whatever_they_look_like() -> None:

@@ -57,6 +57,15 @@ def test_world_that_does_not_fit_is_refused_before_ranks_meet(
         process_groups.initialize(parallel, detect("cpu"), seed=0)
 
 
+def test_an_interface_that_is_not_there_is_refused_before_ranks_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (LAUNCHED | {"GLOO_SOCKET_IFNAME": "nowhere7"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(
+        PlatformError, match=r"GLOO_SOCKET_IFNAME=nowhere7 names no network .* which has .*lo"
+    ):
+        process_groups.initialize(ParallelConfig(), detect("cpu"), seed=0)
+
+
 def test_cores_are_divided_over_the_ranks_of_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process_groups, "available_cores", lambda: 8)
     torchrun = {"TORCHELASTIC_RUN_ID": "none", "OMP_NUM_THREADS": "1"}
