@@ -77,7 +77,7 @@ class PassTimer:
 
     Args:
         device: of this rank.
-        shares_cores: whether its host has more ranks than cores. Who has to queue for one there is a matter
+        shares_cores: whether its host's ranks leave no core free. Who has to queue for one there is a matter
             of chance, most of a pass, and no rank's fault: it is left out. Elsewhere whoever takes a rank's
             core away slows it.
     """

@@ -21,6 +21,7 @@ from spikingbrain_train.config.run import LoggingConfig, RunConfig
 from spikingbrain_train.config.stage import StageConfig
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.reporting.metrics import read_metrics
+from spikingbrain_train.storage.checkpoint_folder import latest_iteration
 from spikingbrain_train.training.alert import Alert
 from spikingbrain_train.training.callbacks.callback import Callback
 from spikingbrain_train.training.callbacks.slow_ranks import RankTime, SlowRanks, beside_peers
@@ -75,14 +76,22 @@ def test_a_rank_slowed_by_30_percent_is_named_within_50_steps_and_equal_ones_are
 class Listen(Callback):
     """Lets forward passes of this rank take their time, and remembers what is said."""
 
-    def __init__(self, factors: dict[int, float], seconds: float = COMPUTING) -> None:
-        self.factors, self.seconds = factors, seconds
+    def __init__(
+        self, factors: dict[int, float], seconds: float = COMPUTING, until_named: bool = False
+    ) -> None:
+        self.factors, self.seconds, self.until_named = factors, seconds, until_named
         self.said: list[tuple[int, str]] = []
         self.alerts: list[Alert] = []
 
     def start(self) -> None:
         run: Any = self.run
-        run.say = lambda text: self.said.append((run.state.iteration, text))
+
+        def say(text: str) -> None:
+            self.said.append((run.state.iteration, text))
+            if self.until_named and "warning" in text and "peers" in text:
+                run.stop("enough has been said")
+
+        run.say = say
         forward, seconds = run.model.module.forward, self.seconds * self.factors.get(run.groups.rank, 1.0)
 
         def takes_its_time(*arguments: Any, **options: Any) -> Any:
@@ -158,12 +167,23 @@ def test_without_a_factor_nothing_is_timed(ranks: RankPool, config: RunConfig) -
 
 
 def _compute(
+    groups: ProcessGroups, config: RunConfig, slow_rank: int | None, cores: set[int] | None = None
+) -> tuple[list[tuple[int, str]], list[Alert]]:
+    """Train until a rank is named; one computes 30 % more in each pass, by products of matrices."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores or before)
+    try:
+        return _compute_there(groups, config, slow_rank)
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def _compute_there(
     groups: ProcessGroups, config: RunConfig, slow_rank: int | None
 ) -> tuple[list[tuple[int, str]], list[Alert]]:
-    """Train; one rank computes 30 % more in each pass, by products of matrices."""
     from spikingbrain_train.training.trainer import Trainer
 
-    listen = Listen({}, seconds=0.0)
+    listen = Listen({}, seconds=0.0, until_named=True)
     trainer = Trainer(config, groups, [listen])
     whole, matrix = trainer.stage.forward_backward, torch.randn(64, 64)
 
@@ -184,14 +204,62 @@ def test_of_more_ranks_than_cores_the_one_that_computes_30_percent_more_is_named
     ranks: RankPool, config: RunConfig
 ) -> None:
     config.model = replace(config.model, hidden_size=64, ffn_hidden_size=128)
-    config.stage = replace(config.stage, train_iters=30, seq_length=64)
     config.logging.log_interval = 5
-    for slow_rank in (None, 2):
+    for slow_rank, steps in ((None, 30), (2, 50)):
+        config.stage = replace(config.stage, train_iters=steps, seq_length=64)
         found = ranks.run(_compute, config, slow_rank, world_size=4, parallel=ParallelConfig())
         said, _ = found[0]
         named = [text for _, text in said if text.startswith("warning")]
         assert ["rank 2 on " in text for text in named] == ([] if slow_rank is None else [True]), said
         config.output_dir += "_slow"
+
+
+def _is_stopped_again_and_again(groups: ProcessGroups, config: RunConfig, rank: int) -> list[str]:
+    """Train, while one rank stands still for 40 of every 100 milliseconds, as a host that throttles it."""
+    throttle = (
+        "import os, signal, time\n"
+        f"while os.getppid() == {os.getpid()}:\n"
+        f"  os.kill({os.getpid()}, signal.SIGSTOP); time.sleep(0.04)\n"
+        f"  os.kill({os.getpid()}, signal.SIGCONT); time.sleep(0.06)\n"
+    )
+    stopping = subprocess.Popen([sys.executable, "-c", throttle]) if groups.rank == rank else None
+    try:
+        said, _ = _compute(groups, config, None)
+    finally:
+        if stopping is not None:
+            stopping.kill()
+            stopping.wait()
+    return [text for _, text in said if text.startswith("warning")]
+
+
+def test_a_rank_that_is_stopped_again_and_again_is_named_and_training_goes_on(
+    ranks: RankPool, config: RunConfig
+) -> None:
+    config.model = replace(config.model, hidden_size=64, ffn_hidden_size=128)
+    config.stage = replace(config.stage, train_iters=50, seq_length=64)
+    config.logging.log_interval = 5
+    said = ranks.run(_is_stopped_again_and_again, config, 1, world_size=2, parallel=ParallelConfig())
+    assert said[0] == said[1] and ["rank 1 on " in text for text in said[0]] == [True]
+    saved = latest_iteration(Path(config.output_dir) / "checkpoints")
+    assert saved is not None and saved % 5 == 0, "stopped and saved behind the report that names it"
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_of_two_ranks_on_two_busy_cores_the_one_that_computes_30_percent_more_is_named_and_no_other(
+    ranks: RankPool, config: RunConfig
+) -> None:
+    cores = set(sorted(os.sched_getaffinity(0))[:2])
+    config.model = replace(config.model, hidden_size=64, ffn_hidden_size=128)
+    config.stage = replace(config.stage, train_iters=50, seq_length=64)
+    config.logging.log_interval = 5
+    spin = f"import os; os.sched_setaffinity(0, {cores})\nwhile os.getppid() == {os.getpid()}: pass"
+    with subprocess.Popen([sys.executable, "-c", spin]) as other:
+        try:
+            found = ranks.run(_compute, config, 1, cores, world_size=2, parallel=ParallelConfig())
+        finally:
+            other.kill()
+    named = [text for _, text in found[0][0] if text.startswith("warning")]
+    assert ["rank 1 on " in text for text in named] == [True], found[0]
 
 
 def _beside_others(seconds: float, shares_cores: bool) -> tuple[float, float]:

@@ -81,7 +81,8 @@ class SlowRanks(Callback):
 
     def start(self) -> None:
         threads = Launch.from_environment().local_world_size * torch.get_num_threads()
-        self._timer = PassTimer(self.run.groups.device, shares_cores=threads > available_cores())
+        # Also where each has one: whatever else runs takes it from one or another.
+        self._timer = PassTimer(self.run.groups.device, shares_cores=threads >= available_cores())
 
     @property
     def _factor(self) -> float | None:
