@@ -14,6 +14,7 @@ from tests.leftovers import (  # noqa: F401  (pytest calls them)
     pytest_testnodedown,
     pytest_unconfigure,
 )
+from tests.programs import WITHOUT_TORCH, Programs
 from tests.workers import (  # noqa: F401
     pytest_collection_modifyitems,
     pytest_configure,
@@ -32,3 +33,17 @@ def ranks() -> Iterator[RankPool]:
     pool = RankPool()
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def programs() -> Iterator[Programs]:
+    """Runs commands without importing what is slow each time (see tests/programs.py)."""
+    with Programs() as programs:
+        yield programs
+
+
+@pytest.fixture(scope="session")
+def programs_without_torch() -> Iterator[Programs]:
+    """For commands that have to do without torch, and are seen to."""
+    with Programs(WITHOUT_TORCH) as programs:
+        yield programs

@@ -162,19 +162,38 @@ def compose_from_command_line(further: Sequence[str] = ()) -> DictConfig | None:
     load_plugins(plugins_of_command_line(given, stored_config_file(given)))
     register_schema()
     arguments = with_stored_config(given, groups())
+    has_flags = any(argument.startswith("-") for argument in arguments)
+    composed = _answer_flags(arguments) if has_flags else _compose(arguments)
+    if composed is None:
+        return None
+    shown = asked.answer(composed)
+    if shown is None:
+        return composed
+    print(shown)
+    return None
+
+
+def _compose(overrides: list[str]) -> DictConfig:
+    with (
+        _raised_errors(),
+        hydra.initialize_config_dir(version_base="1.3", config_dir=str(conf_folder())),
+    ):
+        return hydra.compose("config", overrides=overrides)
+
+
+def _answer_flags(arguments: list[str]) -> DictConfig | None:
+    """Let Hydra's own command line print what its flags ask for; it composes everything twice.
+
+    Returns:
+        The composed config where the flags asked for nothing that Hydra prints.
+    """
     composed: list[DictConfig] = []
     task = hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(
         composed.append
     )
     with _raised_errors(), _arguments(arguments):
         task()
-    if not composed:  # Hydra has printed something of its own
-        return None
-    shown = asked.answer(composed[0])
-    if shown is None:
-        return composed[0]
-    print(shown)
-    return None
+    return composed[0] if composed else None
 
 
 @contextmanager
@@ -197,8 +216,4 @@ def compose_run(overrides: list[str]) -> DictConfig:
     check_choices(overrides)
     load_plugins(plugins_of_command_line(overrides))
     register_schema()
-    with (
-        hydra.initialize_config_dir(version_base="1.3", config_dir=str(conf_folder())),
-        _raised_errors(),
-    ):
-        return hydra.compose("config", overrides=overrides)
+    return _compose(overrides)

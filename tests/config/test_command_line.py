@@ -8,6 +8,8 @@ import re
 import runpy
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,32 +17,24 @@ import yaml
 
 from spikingbrain_train.config.command_line import DIVERGED, USER_ERROR, sentence_of, user_errors
 from spikingbrain_train.errors import ConfigurationError, DataError, NumericalError
+from tests.programs import Programs
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
-# Runs train.py as the program, then says on standard error if torch came along.
-WATCH_TORCH = """
-import runpy, sys
-try:
-    sys.argv = sys.argv[1:]
-    runpy.run_path(sys.argv[0], run_name="__main__")
-finally:
-    print("torch imported" if "torch" in sys.modules else "torch not imported", file=sys.stderr)
-"""
+Train = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
-def train(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    launcher = {
-        name: os.environ[name] for name in os.environ if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    }
-    return subprocess.run(
-        [sys.executable, "-c", WATCH_TORCH, str(REPOSITORY / "train.py"), *arguments],
-        cwd=cwd,
-        env={**launcher, "PYTHONPATH": str(REPOSITORY), **environment},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+@pytest.fixture
+def train(programs_without_torch: Programs) -> Train:
+    """Run train.py with arguments, in a folder ``cwd`` and with further environment variables."""
+
+    def run(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+        words = [str(REPOSITORY / "tests/config/watched.py"), str(REPOSITORY / "train.py"), *arguments]
+        with tempfile.TemporaryDirectory() as elsewhere:  # some see that nothing is written
+            done = programs_without_torch.run(words, cwd, said_in=Path(elsewhere), **environment)
+        return subprocess.CompletedProcess(words, done.code, done.output, done.errors)
+
+    return run
 
 
 def errors_of(result: subprocess.CompletedProcess[str], *, with_torch: bool = False) -> list[str]:
@@ -50,7 +44,7 @@ def errors_of(result: subprocess.CompletedProcess[str], *, with_torch: bool = Fa
     return [line for line in lines if not (with_torch and re.fullmatch(r"[^.]+ \.\.\.( \d+s)?", line))]
 
 
-def test_help_teaches_usage_groups_settings_and_examples(tmp_path):
+def test_help_teaches_usage_groups_settings_and_examples(train, tmp_path):
     result = train("--help", cwd=tmp_path, COLUMNS="100")
     assert result.returncode == 0 and errors_of(result) == []
     for expected in (
@@ -66,13 +60,13 @@ def test_help_teaches_usage_groups_settings_and_examples(tmp_path):
     assert max(map(len, result.stdout.splitlines())) <= 100
 
 
-def test_help_shows_the_values_of_its_command_line(tmp_path):
+def test_help_shows_the_values_of_its_command_line(train, tmp_path):
     result = train("model=tiny_hybrid", "stage.seq_length=7", "--help", cwd=tmp_path)
     assert "num_layers=4" in result.stdout and "seq_length=7" in result.stdout
 
 
 @pytest.mark.parametrize("ask", [["--help=optimizer.lr"], ["--help", "optimizer.lr"], ["-h", "optimizer.lr"]])
-def test_help_tells_all_about_one_setting(tmp_path, ask):
+def test_help_tells_all_about_one_setting(train, tmp_path, ask):
     result = train(*ask, cwd=tmp_path)
     assert result.returncode == 0 and errors_of(result) == []
     for expected in ("optimizer.lr = 0.0005", "Peak learning rate", "greater than 0", "takes effect"):
@@ -80,28 +74,28 @@ def test_help_tells_all_about_one_setting(tmp_path, ask):
     assert "min_lr" not in result.stdout
 
 
-def test_help_about_a_plugins_section(tmp_path):
+def test_help_about_a_plugins_section(train, tmp_path):
     result = train("--help=fixed_decay", "plugins=[tests.plugins.fixed_decay]", cwd=tmp_path)
     assert result.returncode == 0 and errors_of(result) == []
     assert "model.fixed_decay.max_slope = from checkpoint.load" in result.stdout
     assert "Slope of the first query group" in result.stdout and "default    0.5" in result.stdout
 
 
-def test_printing_a_config_without_its_checkpoint_says_where_the_model_comes_from(tmp_path):
+def test_printing_a_config_without_its_checkpoint_says_where_the_model_comes_from(train, tmp_path):
     result = train("--cfg", "job", "model.sliding_window=3", cwd=tmp_path)
     assert result.returncode == 0 and "${" not in result.stdout
     assert "model:  # what is not listed here is that of the checkpoint in checkpoint.load" in result.stdout
     assert yaml.safe_load(result.stdout)["model"] == {"sliding_window": 3}
 
 
-def test_printing_the_config_shows_every_section(tmp_path):
+def test_printing_the_config_shows_every_section(train, tmp_path):
     result = train("--cfg", "job", "model=tiny_hybrid", cwd=tmp_path)
     assert result.returncode == 0 and errors_of(result) == []
     for expected in ("num_layers: 4", "gate_low_rank_dim: 16", "adam_beta2: 0.95", "output_dir: ???"):
         assert expected in result.stdout
 
 
-def test_a_dry_run_prints_the_plan_and_one_rank_and_leaves_nothing_behind(tmp_path):
+def test_a_dry_run_prints_the_plan_and_one_rank_and_leaves_nothing_behind(train, tmp_path):
     result = train("experiment=spikingbrain_7b_8k", "dry_run=true", "dry_run_rank=31", cwd=tmp_path)
     assert result.returncode == 0 and errors_of(result, with_torch=True) == []
     for expected in (
@@ -112,7 +106,7 @@ def test_a_dry_run_prints_the_plan_and_one_rank_and_leaves_nothing_behind(tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_dry_run_plans_for_the_ranks_that_were_started(tmp_path):
+def test_a_dry_run_plans_for_the_ranks_that_were_started(train, tmp_path):
     arguments = ("model=tiny_hybrid", "parallel=tp2", "dry_run=true")
     result = train(*arguments, cwd=tmp_path, RANK="0", LOCAL_RANK="0", WORLD_SIZE="8")
     assert "8 = 4 data x 2 tensor x 1 pipeline" in result.stdout
@@ -168,7 +162,7 @@ def test_a_wrong_command_line_is_one_sentence_and_exit_code_2(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_wrong_run_is_refused_before_anything_slow_is_imported(tmp_path):
+def test_a_wrong_run_is_refused_before_anything_slow_is_imported(train, tmp_path):
     result = train("model=tiny_hybrid", "output_dir=run", "data.train=[nowhere]", cwd=tmp_path)
     assert result.returncode == USER_ERROR
     (line,) = errors_of(result)
@@ -176,7 +170,7 @@ def test_a_wrong_run_is_refused_before_anything_slow_is_imported(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_only_the_first_rank_of_a_node_speaks_and_all_end_with_code_2(tmp_path):
+def test_only_the_first_rank_of_a_node_speaks_and_all_end_with_code_2(train, tmp_path):
     ranks = [
         train("precision=fp16", cwd=tmp_path, RANK=rank, LOCAL_RANK=local_rank, WORLD_SIZE="4")
         for rank, local_rank in (("2", "0"), ("3", "1"))

@@ -23,8 +23,8 @@ from spikingbrain_train.planning.costs import total_parameters
 from spikingbrain_train.planning.plan_report.report import render
 from spikingbrain_train.planning.planner import plan_run
 from tests.docs.pages import ROOT, fenced
-from tests.docs.programs import Finished, Programs
 from tests.evaluation.multiple_choice.small_tasks import write_tasks
+from tests.programs import Finished, Programs
 from tests.scripts.allocation import SLURM, Allocation
 
 MODELS = {"models/SmolLM2-135M-Instruct": "llama", "models/Qwen2.5-7B": "qwen2"}

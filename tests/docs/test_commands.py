@@ -7,7 +7,6 @@ is the table of what is done to which; a command that no rule knows fails here.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
@@ -15,8 +14,8 @@ import pytest
 
 from spikingbrain_train.errors import SpikingBrainError
 from tests.docs.pages import PAGES, Command, commands, fenced
-from tests.docs.programs import Finished, Programs
 from tests.docs.small import Workplace, installed, launched, parses, shortened
+from tests.programs import Finished, Programs
 
 
 class Way(Enum):
@@ -127,12 +126,11 @@ def test_commands_of_this_project_are_installed() -> None:
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
+def workplace(tmp_path_factory: pytest.TempPathFactory, programs: Programs) -> Workplace:
     """A checkout in which the README's commands have run."""
-    with Programs() as programs:
-        place = Workplace(tmp_path_factory.mktemp("checkout"), programs)
-        place.failures = follow("README.md", place)
-        yield place
+    place = Workplace(tmp_path_factory.mktemp("checkout"), programs)
+    place.failures = follow("README.md", place)
+    return place
 
 
 def follow(page: str, place: Workplace) -> list[str]:
@@ -146,7 +144,7 @@ def follow(page: str, place: Workplace) -> list[str]:
         try:
             ended = carry_out(command, rule.way, place)
         except (AssertionError, SpikingBrainError) as error:
-            ended = Finished(1, f"{type(error).__name__}: {error}", 0.0)
+            ended = Finished(1, "", f"{type(error).__name__}: {error}", 0.0)
         print(f"{ended.seconds:5.1f} s  {rule.way.value}: {command}")
         if ended.code:
             failures.append(f"{command}\n  ended with {ended.code}: {ended.said[-3000:]}")
@@ -159,7 +157,7 @@ def carry_out(command: Command, way: Way, place: Workplace) -> Finished:
     if way in (Way.TRAINED, Way.PLANNED):
         arguments, ranks = launched(words, place.folder / ".slurm")
         config = place.plan(arguments, ranks)
-        return place.train(arguments, config, ranks) if way is Way.TRAINED else Finished(0, "", 0.0)
+        return place.train(arguments, config, ranks) if way is Way.TRAINED else Finished(0, "", "", 0.0)
     if way is Way.DRY and words[0] == "spikingbrain-pipeline":
         words[1] = "dry-run"
     elif way is Way.DRY:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -22,6 +20,7 @@ from spikingbrain_train.conversion.import_checkpoint import import_checkpoint
 from spikingbrain_train.data.preprocess import PreprocessOptions, preprocess
 from spikingbrain_train.layer_choice.measurements import MEASUREMENTS_FILE
 from tests.distributed.pool import RankPool
+from tests.programs import Programs
 from tests.small_source import save_small_source
 
 FACTORS = (0.03, 1.0, 1e-6, 0.03)
@@ -209,16 +208,12 @@ def test_what_cannot_be_chosen_is_one_sentence(
 
 
 def test_a_dry_run_says_what_would_be_measured_and_writes_nothing(
-    tmp_path: Path, source: Path, text: Path
+    programs: Programs, tmp_path: Path, source: Path, text: Path
 ) -> None:
-    command = [sys.executable, "tools/choose_layers.py", "--model", source, "--data", text, "--dry-run"]
-    said = subprocess.run(
-        [*map(str, command), "--calibration-data", str(text), "--output", str(tmp_path / "out")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert said.returncode == 0, said.stderr
-    assert "swapped        2 of 4 candidates, set in closed form" in said.stdout
-    assert "measured       7 models on 16,384 tokens, 0 of them known" in said.stdout
+    words = [str(ROOT / "tools/choose_layers.py"), "--model", str(source), "--data", str(text), "--dry-run"]
+    words += ["--calibration-data", str(text), "--output", str(tmp_path / "out")]
+    done = programs.run(words, tmp_path)
+    assert done.code == 0, done.said
+    assert "swapped        2 of 4 candidates, set in closed form" in done.output
+    assert "measured       7 models on 16,384 tokens, 0 of them known" in done.output
     assert not (tmp_path / "out").exists()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -15,8 +14,8 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader, load
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from tests.pipelines.forked_pipelines import LOG, ForkedPipelines
 from tests.pipelines.planned import steps_of
+from tests.programs import Programs
 from tests.small_source import END, save_small_source
 
 pytestmark = pytest.mark.slow
@@ -38,6 +37,7 @@ ARGUMENTS = (
     *("steps.text.valid_tokens=512", "steps.generate.max_new_tokens=4"),
     *(f"steps.{stage}.settings.checkpoint.save_interval=1" for stage in STAGES),
 )
+PIPELINE = ("-m", "spikingbrain_train", "pipeline", "run", "small", *ARGUMENTS)
 
 
 @dataclass(frozen=True)
@@ -66,22 +66,11 @@ def prepare(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def programs() -> Iterator[ForkedPipelines]:
-    with ForkedPipelines() as programs:
-        yield programs
-
-
-@pytest.fixture(scope="module")
-def undisturbed(programs: ForkedPipelines, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+def undisturbed(programs: Programs, tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     folder = prepare(tmp_path_factory.mktemp("undisturbed"))
-    code = programs.run(["small", *ARGUMENTS], folder)
-    said = everything_said(folder)
-    assert code == 0, said[-3000:]
-    return Undisturbed(folder, said, json.loads((folder / "out/pipeline_state.json").read_text()))
-
-
-def everything_said(folder: Path) -> str:
-    return "".join((folder / name).read_text() for name in (LOG, ".said1") if (folder / name).exists())
+    run = programs.run(PIPELINE, folder)
+    assert run.code == 0, run.said[-3000:]
+    return Undisturbed(folder, run.said, json.loads((folder / "out/pipeline_state.json").read_text()))
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -122,7 +111,7 @@ def test_every_step_runs(undisturbed: Undisturbed, monkeypatch: pytest.MonkeyPat
 
 
 def test_killed_at_random_five_times_it_ends_with_the_same_weights(
-    undisturbed: Undisturbed, programs: ForkedPipelines, tmp_path: Path
+    undisturbed: Undisturbed, programs: Programs, tmp_path: Path
 ) -> None:
     folder, draw = prepare(tmp_path), random.Random(20260101)
     names = list(undisturbed.records)
@@ -133,12 +122,13 @@ def test_killed_at_random_five_times_it_ends_with_the_same_weights(
         seconds = record["seconds"]
         assert isinstance(seconds, float)
         delay = draw.uniform(0, seconds)
-        code = programs.run(["small", *ARGUMENTS], folder, (f"[{number + 1}/{len(names)}] ", delay))
-        assert code == -9, everything_said(folder)[-3000:]
+        run = programs.run(PIPELINE, folder, kill_at=(f"[{number + 1}/{len(names)}] ", delay))
+        assert run.code == -9, run.said[-3000:]
         killed.append(f"{names[number]} after {delay:.2f} of {seconds:.2f} s")
     print("killed in", "; ".join(killed))
 
-    assert programs.run(["small", *ARGUMENTS], folder) == 0, everything_said(folder)[-3000:]
+    run = programs.run(PIPELINE, folder)
+    assert run.code == 0, run.said[-3000:]
 
     expected = weights(undisturbed.folder)
     found = weights(folder)

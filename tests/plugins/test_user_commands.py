@@ -6,11 +6,8 @@ Their files are copied to a package of another name, which nothing here can know
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ import pytest
 import torch
 
 from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
+from tests.programs import Programs
 from tests.small_source import save_small_source
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -48,8 +46,8 @@ CPT = (
 class Workplace:
     """A folder with a dense model, tokens and somebody's package."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, programs: Programs) -> None:
+        self.folder, self.programs = folder, programs
         package = folder / "packages" / "their_kinds"
         package.mkdir(parents=True)
         (package / "__init__.py").touch()
@@ -65,20 +63,10 @@ class Workplace:
 
     def command(self, script: str, *arguments: str, fails: bool = False) -> str:
         """What a command printed; ``fails`` expects an error of one sentence."""
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(self.folder / "packages")]),
-            "OMP_NUM_THREADS": "1",
-        }
-        done = subprocess.run(
-            [sys.executable, str(ROOT / script), *arguments],
-            cwd=self.folder,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        assert done.returncode == (2 if fails else 0), done.stdout[-4000:]
-        return done.stdout
+        packages = str(self.folder / "packages")
+        done = self.programs.run([str(ROOT / script), *arguments], self.folder, PYTHONPATH=packages)
+        assert done.code == (2 if fails else 0), done.said[-4000:]
+        return done.said
 
     def convert(self, *arguments: str, fails: bool = False) -> str:
         return self.command("tools/convert_checkpoint.py", *arguments, fails=fails)
@@ -92,8 +80,8 @@ class Workplace:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    return Workplace(tmp_path_factory.mktemp("outside"))
+def place(tmp_path_factory: pytest.TempPathFactory, programs: Programs) -> Workplace:
+    return Workplace(tmp_path_factory.mktemp("outside"), programs)
 
 
 @pytest.fixture(scope="module")

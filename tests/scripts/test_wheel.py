@@ -9,12 +9,14 @@ import subprocess
 import sys
 import sysconfig
 import venv
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 from spikingbrain_train.commands.table import COMMANDS
+from tests.programs import Programs
 from tests.small_source import save_small_source
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,6 +38,7 @@ class Installed:
         (packages / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
         pip = [sys.executable, "-m", "pip", "--python", str(self._programs / "python"), "install", "--quiet"]
         subprocess.run([*pip, "--no-deps", "--no-index", str(wheel)], check=True)
+        self.python = str(self._programs / "python")
         self.package = packages / "spikingbrain_train"
         self.work = folder / "work"
         self.work.mkdir()
@@ -108,42 +111,58 @@ def test_every_command_explains_itself(installed: Installed, command) -> None:
     assert said.startswith("usage: " + command.program) or f"  {command.program} " in said
 
 
-def test_the_small_road(installed: Installed) -> None:
+@pytest.fixture(scope="module")
+def command(installed: Installed) -> Iterator[Callable[..., str]]:
+    """What a command of the wheel prints, run in a process that has imported what is slow."""
+    with Programs(python=installed.python, path=None) as programs:
+
+        def run(name: str, *arguments: str) -> str:
+            words = ["-m", "spikingbrain_train", name.removeprefix("spikingbrain-"), *arguments]
+            done = programs.run(words, installed.work)
+            assert done.code == 0, (words, done.said[-4000:])
+            return done.output
+
+        yield run
+
+
+def test_the_small_road(installed: Installed, command: Callable[..., str]) -> None:
     save_small_source(installed.work / "source")
     documents = [{"text": f"The for statement number {n} iterates. " * 12} for n in range(60)]
     (installed.work / "text.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
     tokenize = ("--input", "text.jsonl", "--tokenizer", "source", "--output-prefix", "data/text")
-    installed("spikingbrain-preprocess", *tokenize, "--valid-fraction", "0.3")
+    command("spikingbrain-preprocess", *tokenize, "--valid-fraction", "0.3")
     hybrid = ("--output", "hybrid", "--conversion", "spikingbrain_7b", "sliding_window=16")
-    installed("spikingbrain-convert", "import", "--hf", "source", *hybrid)
-    assert "GLA" in installed("spikingbrain-convert", "inspect", "hybrid").upper()
+    command("spikingbrain-convert", "import", "--hf", "source", *hybrid)
+    assert "GLA" in command("spikingbrain-convert", "inspect", "hybrid").upper()
     run = (
         *("checkpoint.load=hybrid", "data.train=[data/text_train]", "data.valid=[data/text_valid]"),
         *("stage.seq_length=64", "stage.train_iters=5", "stage.global_batch_size=2", "cluster=cpu"),
         *("optimizer.lr_warmup_iters=0", "logging.log_interval=1", "logging.tensorboard=false"),
         *("precision=fp32", "output_dir=run"),
     )
-    assert "parameters" in installed("spikingbrain-plan", *run)
+    assert "parameters" in command("spikingbrain-plan", *run)
     trained = installed("spikingbrain-train", "--nproc-per-node", "2", *run)
     assert "iteration 5/5" in " ".join(trained.split())
-    installed("spikingbrain-export", "--checkpoint", "run", "--output", "export")
+    command("spikingbrain-export", "--checkpoint", "run", "--output", "export")
     measure = ("--model", "export", "--data", "data/text_valid", "--seq-length", "64", "--trust-remote-code")
-    assert "cross entropy" in installed("spikingbrain-evaluate", *measure)
+    assert "cross entropy" in command("spikingbrain-evaluate", *measure)
     prompt = ("--model", "export", "--prompt", "The for", "--max-new-tokens", "3", "--trust-remote-code")
-    assert "tokens/s" in installed("spikingbrain-generate", *prompt)
-    installed("spikingbrain-plot", "run", "--output", "loss.png")
+    assert "tokens/s" in command("spikingbrain-generate", *prompt)
+    command("spikingbrain-plot", "run", "--output", "loss.png")
     assert (installed.work / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_pipelines_are_planned_with_the_installed_commands(installed: Installed) -> None:
+def test_pipelines_are_planned_with_the_installed_commands(
+    installed: Installed, command: Callable[..., str]
+) -> None:
     source = installed.folder / "dense"
     save_small_source(source)
     described = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**described, "max_position_embeddings": 2048}))
-    said = installed("spikingbrain-pipeline", "dry-run", "demo", f"model={source}", "output=demo")
+    said = command("spikingbrain-pipeline", "dry-run", "demo", f"model={source}", "output=demo")
     assert "\nspikingbrain-convert import --hf" in said and "\nspikingbrain-train " in said
     assert "\nspikingbrain-preprocess " in installed(
         "spikingbrain-demo", "--output", "demo", "--model", str(source), "--dry-run"
     )
-    said = installed("spikingbrain-pipeline", "dry-run", "spikingbrain_7b")
+    said = command("spikingbrain-pipeline", "dry-run", "spikingbrain_7b")
     assert "\nspikingbrain-plot " in said

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from spikingbrain_train.data.gpt_dataset import open_valid_dataset
 from spikingbrain_train.reporting.plots.dense_line import DenseLine
 from spikingbrain_train.reporting.plots.recording import Recording
+from tests.programs import Programs
 from tests.small_source import save_small_source
 
 ROOT = Path(__file__).parents[3]
@@ -23,17 +21,14 @@ ALIGN = [*STAGE, "stage.train_iters=3"]
 CPT = [*STAGE, "stage.train_iters=2", "logging.tensorboard=false"]
 
 
-def demo(folder: Path, *, cpt: list[str] = CPT, extra: tuple[str, ...] = ()) -> str:
+def demo(programs: Programs, folder: Path, *, cpt: list[str] = CPT, extra: tuple[str, ...] = ()) -> str:
     """Run the demo in ``folder`` and return what it printed."""
-    command = [sys.executable, str(ROOT / "tools" / "demo.py"), "--output", "the output"]
+    command = [str(ROOT / "tools" / "demo.py"), "--output", "the output"]
     command += ["--model", "source", "--data", "text.jsonl", "--prompt", "The for", *extra]
     command += ["--align-args", *ALIGN, "--cpt-args", *cpt]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
-    return done.stdout
+    done = programs.run(command, folder)
+    assert done.code == 0, done.said[-4000:]
+    return done.output
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +41,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def first_run(workplace: Path) -> str:
-    return demo(workplace)
+def first_run(programs: Programs, workplace: Path) -> str:
+    return demo(programs, workplace)
 
 
 def rows(workplace: Path) -> dict[str, dict[str, float | None]]:
@@ -119,15 +114,15 @@ def test_export_loads_with_transformers_and_report_lies_beside_it(workplace: Pat
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_second_run_does_no_work_and_a_changed_stage_only_what_follows(
-    workplace: Path, first_run: str
+    programs: Programs, workplace: Path, first_run: str
 ) -> None:
     output = workplace / "the output"
     before = {path: path.stat().st_mtime_ns for path in output.glob("*/**/*") if path.is_file()}
-    again = demo(workplace)
+    again = demo(programs, workplace)
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert again.count(": done (") == 11 and "spikingbrain_train" not in again
     assert again.splitlines()[-12:] == first_run.splitlines()[-12:]
 
-    changed = demo(workplace, cpt=[*CPT, "optimizer.lr=1e-3"])
+    changed = demo(programs, workplace, cpt=[*CPT, "optimizer.lr=1e-3"])
     assert changed.count(": done (") == 6
     assert "train experiment=smollm2_cpt" in changed and "smollm2_align" not in changed
