@@ -18,7 +18,7 @@ from tests.pipelines.planned import steps_of
 from tests.programs import Programs
 from tests.small_source import END, save_small_source
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 STAGES = ("align", "distill", "cpt_8k", "cpt_32k", "cpt_128k", "sft1", "sft2", "sft3")
 ITERATIONS = 2
