@@ -26,7 +26,7 @@ _PROCESS_BYTES = 350 * 10**6
 _COPIES = 3
 """Of a piece that does not come in blocks, at the most at once: as read, as laid out, as copied for it."""
 _PASSES = 20
-"""What is done with a byte costs about that many checksums of it: 2.3 s a GB on a core that computes one at 10 GB/s."""
+"""What is done with a byte costs about that many checksums of it: 2.3 s a GB, where one runs at 10 GB/s."""
 _SAMPLE_BYTES = 64 << 20
 _START_SECONDS = 5.0
 """Until a worker process has imported torch."""
@@ -93,7 +93,8 @@ class Estimate:
             f"disk: reads {self.read / 1e9:.2f} GB, writes {self.written / 1e9:.2f} GB{kept}; "
             f"{self.free / 1e9:.1f} GB are free",
             f"memory: about {self.memory / 1e9:.1f} GB{each}",
-            f"time: about {format_duration(max(self.seconds, 1))} from its first byte on, as fast as disk and cores are now",
+            f"time: about {format_duration(max(self.seconds, 1))} from its first byte on, as fast as disk and "
+            "cores are now",
         ]
 
 

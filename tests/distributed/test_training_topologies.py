@@ -1,7 +1,8 @@
 """Training gives the same numbers on every topology.
 
 Tolerance 1e-5 relative over four fp32 steps, for losses and gradient norms: splitting a sum over ranks
-changes its rounding (about 1e-7 a step), and AdamW at a high learning rate amplifies that by less than a hundred.
+changes its rounding (about 1e-7 a step), and AdamW at a high learning rate amplifies that by less than a
+hundred.
 """
 
 from __future__ import annotations
