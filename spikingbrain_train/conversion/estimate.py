@@ -93,8 +93,8 @@ class Estimate:
             f"disk: reads {self.read / 1e9:.2f} GB, writes {self.written / 1e9:.2f} GB{kept}; "
             f"{self.free / 1e9:.1f} GB are free",
             f"memory: about {self.memory / 1e9:.1f} GB{each}",
-            f"time: about {format_duration(max(self.seconds, 1))} from its first byte on, as fast as disk and "
-            "cores are now",
+            f"time: about {format_duration(max(self.seconds, 1))} from its first byte on, as fast as disk "
+            "and cores are now",
         ]
 
 
