@@ -18,7 +18,6 @@ import json
 import math
 import os
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from spikingbrain_train.errors import ConfigurationError
+from spikingbrain_train.storage.file_clock import file_system_time
 from spikingbrain_train.storage.processes import is_running, start_of
 
 LOCK_FILE = "run.lock"
@@ -171,20 +171,10 @@ def _touched(descriptor: int) -> Iterator[None]:
         thread.join()
 
 
-def _silent_seconds(path: Path, descriptor: int) -> float:
-    """Since the file was touched last, by the clock of its file system where that takes a nameless file."""
-    try:
-        with tempfile.TemporaryFile(dir=path.parent) as probe:
-            now = os.fstat(probe.fileno()).st_mtime
-    except OSError:
-        now = time.time()
-    return now - os.fstat(descriptor).st_mtime
-
-
 def _refuse_if_alive(path: Path, descriptor: int, holder: _Holder | None, *, system_locks: bool) -> None:
     if holder is None:
         return
-    silent_seconds = _silent_seconds(path, descriptor)
+    silent_seconds = file_system_time(path.parent) - os.fstat(descriptor).st_mtime
     if holder.may_live(system_locks=system_locks, silent_seconds=silent_seconds):
         raise _in_use(path, holder, wait_seconds=STALE_SECONDS - silent_seconds)
 

@@ -21,6 +21,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from spikingbrain_train.storage.file_clock import file_system_time
+
 logger = logging.getLogger(__name__)
 
 _OWNER = ".owner"
@@ -194,7 +196,7 @@ def _is_abandoned(folder: Path, pid: int) -> bool:
         return False
     if host == socket.gethostname():
         return got_lock is True or not _is_running(pid)
-    return time.time() - _last_change(folder) > _QUIET_SECONDS
+    return file_system_time(folder.parent) - _last_change(folder) > _QUIET_SECONDS
 
 
 def _helpers_are_gone(folder: Path) -> bool:
