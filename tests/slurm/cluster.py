@@ -24,6 +24,7 @@ _CONFIGURATION = """\
 ClusterName=two-nodes
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={controller}
+FirstJobId={controller}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
@@ -82,6 +83,7 @@ class Cluster:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
+        # Jobs are counted from it, too, since ranks meet at a port that follows from their job.
         controller, *nodes = _free_ports(1 + len(NODES))
         self.environment = {**os.environ, "PATH": _PATH, "SLURM_CONF": str(folder / "slurm.conf")}
         host = socket.gethostname().split(".")[0]

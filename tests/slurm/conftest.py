@@ -1,4 +1,4 @@
-"""One cluster for the session, and what its jobs train on."""
+"""A cluster for every test, and what its jobs train on."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from tests.distributed import small_runs
 from tests.slurm.cluster import Cluster, missing_programs
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def cluster() -> Iterator[Cluster]:
-    """Two nodes; skips where Slurm is not installed."""
+    """Two nodes, up in two seconds; skips where Slurm is not installed.
+
+    New ones for every test: Slurm 22.05 was seen to keep a node that had been down from jobs of a later one.
+    """
     if missing := missing_programs():
         pytest.skip(f"{', '.join(missing)} missing; install slurm-wlm and munge (Debian, Ubuntu)")
     if os.geteuid() != 0:

@@ -18,18 +18,21 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 20
-# The first stage is requeued; the second one, of one node, looks at what it has left, the third fails.
+# The first stage is preempted; the second one, of one node, looks at what it has left, the third fails.
 PIPELINE = """
 output: {output}
 steps:
   train:
     kind: train
-    launch: [sbatch, --wait, --nodes=2, --time=30, --output={folder}/train.log, scripts/slurm/cpu.sbatch]
+    launch: [sbatch, --wait, --nodes=2, --gpus-per-node=1, --cpus-per-task=1, --time=30,
+      "--output={folder}/train.log", scripts/slurm/nvidia.sbatch]
     settings:
       model: tiny_hybrid
       model.vocab_size: 130
       stage: cpt
       parallel: single
+      cluster: cpu
+      cluster.peak_tflops: 0.1
       data.train: ["{text}"]
       stage.train_iters: {steps}
       stage.seq_length: 64
@@ -38,7 +41,7 @@ steps:
       precision: fp32
       logging.log_interval: 1
       logging.tensorboard: false
-      callbacks: [{{path: tests.slurm.pace.Pace, settings: {{seconds: 0.5}}}}]
+      callbacks: [{{path: tests.slurm.pace.Pace, settings: {{seconds: 0.5, until: "{folder}/hurry"}}}}]
   look:
     kind: command
     command:
@@ -66,7 +69,7 @@ def _last_step(output: Path) -> int:
     return int(points[-1]["iteration"]) if points else 0
 
 
-def test_stages_follow_each_other_through_a_requeue_and_end_where_one_fails(
+def test_stages_follow_each_other_through_a_preemption_and_end_where_one_fails(
     cluster: Cluster, text: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
@@ -99,10 +102,16 @@ def test_stages_follow_each_other_through_a_requeue_and_end_where_one_fails(
         return latest_iteration(output / "train" / CHECKPOINT_FOLDER) or 0
 
     wait_until(lambda: _last_step(output) >= 3, 120, "step 3", logs)
-    train.signal_batch("USR1")
-    wait_until(lambda: train.facts()["Restarts"] == "1", 60, "the first stage is requeued", logs)
-    assert 3 <= saved() < STEPS and look.facts()["Reason"] == "Dependency", logs()
-    assert "submitted as job" in pipeline("status") or saved() > 0
+    words = ("--partition=urgent", "--nodes=2", "--exclusive", f"--output={tmp_path}/urgent.log")
+    urgent = cluster.submit(*words, "--wrap=sleep 1", cwd=tmp_path)
+    wait_until(lambda: urgent.state == "COMPLETED", 90, "the urgent job is done", logs)
+    stopped = saved()
+    assert 3 <= stopped == _last_step(output) < STEPS, logs()
+    assert train.facts()["Restarts"] == "1" and look.facts()["Reason"] == "Dependency", logs()
+    lines = pipeline("status").splitlines()
+    assert f"at iteration {stopped} of {STEPS}, submitted as job {train.number} (" in lines[0]
+    assert f"submitted as job {look.number} (pending)" in lines[1]
+    (tmp_path / "hurry").touch()
     wait_until(lambda: look.state in ("COMPLETED", "FAILED"), 150, "the second step has ended", logs)
     assert train.state == "COMPLETED" and look.state == "COMPLETED" and saved() == STEPS, logs()
     for node in (0, 1):  # one attempt a start; rank 0 speaks for both
@@ -114,4 +123,5 @@ def test_stages_follow_each_other_through_a_requeue_and_end_where_one_fails(
     wait_until(lambda: after.state == "CANCELLED", 60, "what is behind a failed step is dropped", logs)
     assert fail.state == "FAILED" and not (output / "after").exists(), logs()
     lines = pipeline("status").splitlines()
-    assert "failed with exit code 7" in lines[2] and lines[-1].startswith("2 of 4 steps are done")
+    assert "failed with exit code 7" in lines[2] and f"job {after.number} was cancelled" in lines[3]
+    assert lines[-1].startswith("2 of 4 steps are done")
