@@ -26,7 +26,8 @@ def test_a_new_node_takes_the_place_of_a_lost_one_and_without_the_first_the_othe
     def node(number: int) -> Launch:
         meeting = [
             *("--nnodes=2", "--rdzv-backend=c10d", "--rdzv-id=run", f"--rdzv-endpoint=127.0.0.1:{port}"),
-            f"--rdzv-conf=is_host={int(number == 0)},join_timeout=120",
+            # An agent whose store is gone looks for it no longer than that.
+            f"--rdzv-conf=is_host={int(number == 0)},join_timeout=120,read_timeout=15",
         ]
         log = tmp_path / f"log_{number}"
         # Else the agent that stays hands its first store on to no one who comes later (torch 2.13).

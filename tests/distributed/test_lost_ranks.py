@@ -251,6 +251,7 @@ def test_ranks_that_torchrun_restarts_go_on_from_memory(tmp_path: Path, text: Pa
     output, memory = tmp_path / "run", tmp_path / "memory"
     memory.mkdir()
     kept = ["checkpoint.memory_interval=3", f"checkpoint.memory_folder={memory}"]
+    kept.append("cluster.timeout_minutes=0.5")  # how long one that lost another looks for it follows from it
     words = settings(output, text, steps=30, save_interval=1000, more=kept)
     with Launch(output, tmp_path / "log", 2, words, restarts=1) as launch:
         assert launch.wait_for(lambda: launch.iteration() >= 8), launch.tail()
