@@ -159,10 +159,10 @@ def test_pipelines_are_planned_with_the_installed_commands(
     save_small_source(source)
     described = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**described, "max_position_embeddings": 2048}))
-    said = command("spikingbrain-pipeline", "dry-run", "demo", f"model={source}", "output=demo")
+    said = installed("spikingbrain-pipeline", "dry-run", "demo", f"model={source}", "output=demo")
     assert "\nspikingbrain-convert import --hf" in said and "\nspikingbrain-train " in said
     assert "\nspikingbrain-preprocess " in installed(
         "spikingbrain-demo", "--output", "demo", "--model", str(source), "--dry-run"
     )
-    said = command("spikingbrain-pipeline", "dry-run", "spikingbrain_7b")
+    said = installed("spikingbrain-pipeline", "dry-run", "spikingbrain_7b")
     assert "\nspikingbrain-plot " in said
