@@ -152,9 +152,7 @@ def test_the_small_road(installed: Installed, command: Callable[..., str]) -> No
     assert (installed.work / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_pipelines_are_planned_with_the_installed_commands(
-    installed: Installed, command: Callable[..., str]
-) -> None:
+def test_pipelines_are_planned_with_the_installed_commands(installed: Installed) -> None:
     source = installed.folder / "dense"
     save_small_source(source)
     described = json.loads((source / "config.json").read_text())
