@@ -60,16 +60,17 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(
         text,
         parallel=parallel,
         precision=precision,
-        checkpoint=checkpoint_config(hybrid_checkpoint, save_interval=6),
+        checkpoint=checkpoint_config(hybrid_checkpoint, save_interval=3),
     )
+    config.stage = replace(config.stage, train_iters=5)
     uninterrupted = ranks.run(train, config, world_size=world_size, parallel=parallel)
     points = read_metrics(tmp_path)
-    _interrupt_after(tmp_path, 6)
+    _interrupt_after(tmp_path, 3)
 
     resumed = ranks.run(train, config, world_size=world_size, parallel=parallel)
 
-    assert [len(steps) for steps in resumed] == [4] * world_size
-    assert resumed == [steps[6:] for steps in uninterrupted]
+    assert [len(steps) for steps in resumed] == [2] * world_size
+    assert resumed == [steps[3:] for steps in uninterrupted]
     assert [point["train/loss"] for point in read_metrics(tmp_path)] == [
         point["train/loss"] for point in points
     ]
@@ -197,22 +198,24 @@ def test_a_run_saved_at_tp2_pp2_resumes_at_dp2(
         use_distributed_optimizer=distributed_optimizer,
     )
     config = run_config(
-        tmp_path, text, parallel=split, checkpoint=checkpoint_config(hybrid_checkpoint, save_interval=5)
+        tmp_path, text, parallel=split, checkpoint=checkpoint_config(hybrid_checkpoint, save_interval=3)
     )
+    config.stage = replace(config.stage, train_iters=6)
     uninterrupted, *_ = ranks.run(train, config, world_size=4, parallel=split)
-    _interrupt_after(tmp_path, 5)
+    _interrupt_after(tmp_path, 3)
     replicas = ParallelConfig(use_distributed_optimizer=distributed_optimizer)
 
     resumed, *_ = ranks.run(train, replace(config, parallel=replicas), world_size=2, parallel=replicas)
 
     # Other sums, other rounding: the bound is 1e-4, what is seen is below 1e-5.
-    assert [loss for loss, _ in resumed] == pytest.approx([loss for loss, _ in uninterrupted[5:]], rel=1e-4)
+    assert [loss for loss, _ in resumed] == pytest.approx([loss for loss, _ in uninterrupted[3:]], rel=1e-4)
 
 
 def test_a_run_that_is_done_resumes_to_nothing(
     ranks: RankPool, tmp_path: Path, text: Path, hybrid_checkpoint: Path
 ) -> None:
     config = run_config(tmp_path, text, checkpoint=checkpoint_config(hybrid_checkpoint))
+    config.stage = replace(config.stage, train_iters=2)
     ranks.run(train, config, world_size=1, parallel=ParallelConfig())
 
     assert ranks.run(train, config, world_size=1, parallel=ParallelConfig()) == [[]]
