@@ -48,11 +48,6 @@ def _run(config: RunConfig) -> bool:
     return not torch.are_deterministic_algorithms_enabled()
 
 
-def _one_after_the_other(configs: list[RunConfig]) -> None:
-    for config in configs:
-        _run(config)
-
-
 def test_a_resumed_run_is_that_which_nobody_interrupted_to_the_last_bit(
     ranks: RankPool, tmp_path: Path, text: Path
 ) -> None:
@@ -81,7 +76,8 @@ def test_a_resumed_run_is_that_which_nobody_interrupted_to_the_last_bit(
     other = run_config(tmp_path / "other", text, parallel=ParallelConfig(tensor_model_parallel_size=2))
     other.stage.train_iters = 2
     again = replace(config, output_dir=str(tmp_path / "again"))
-    ranks.run(_one_after_the_other, [other, again], world_size=2, parallel=None)
+    for each in (other, again):  # a job each: a second world needs a store of its own
+        ranks.run(_run, each, world_size=2, parallel=None)
     repeated = MegatronCheckpointReader(iteration_folder(tmp_path / "again" / "checkpoints", 5))
     for name in before.tensors:
         assert torch.equal(before.read(name), repeated.read(name)), f"{name} depends on what ran before"

@@ -62,6 +62,15 @@ class Taking(BaseHTTPRequestHandler):
     def log_message(self, *_: Any) -> None: ...
 
 
+@pytest.fixture(autouse=True)
+def anew() -> Iterator[None]:
+    """W&B reads its environment once in a process, in which other tests may have used it."""
+    wandb = pytest.importorskip("wandb")
+    wandb.teardown()
+    yield
+    wandb.teardown()
+
+
 @pytest.fixture
 def nobody(monkeypatch: pytest.MonkeyPatch) -> str:
     """An address at which connections are refused."""
