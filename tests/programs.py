@@ -206,7 +206,7 @@ def _warm_up() -> None:
 
 
 def _kill(child: int, folder: Path, text: str, delay: float) -> None:
-    """SIGKILL the group of a process so long after it has said a text; returns when it has ended."""
+    """SIGKILL the group of a process so long after it has said a text, unless it ends before."""
     deadline = None
     while os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
         if deadline is None and any(

@@ -110,22 +110,7 @@ class Cluster:
         self._start("slurmctld", "slurmctld", "-D")
         for node in NODES:
             self.start_node(node)
-        self.make_ready()
-
-    def make_ready(self) -> None:
-        """Wait until both nodes take jobs; one that Slurm has taken out of service is put back.
-
-        Slurm drains a node where a killed job took long to end, as it does on a machine that has more to do.
-        """
-
-        def ready() -> bool:
-            out = {name for name, state in self._states().items() if "DOWN" in state or "DRAIN" in state}
-            for node in out:  # refused while its slurmd is not back
-                words = ["scontrol", "update", f"NodeName={node}", "State=RESUME"]
-                subprocess.run(words, env=self.environment, capture_output=True)
-            return self.idle() == set(NODES)
-
-        wait_until(ready, 90, "both nodes are idle", self.logs)
+        wait_until(lambda: self.idle() == set(NODES), 60, "both nodes are idle", self.logs)
 
     def start_node(self, node: str) -> None:
         """Bring a node up."""
