@@ -45,7 +45,6 @@ def test_a_new_node_takes_the_place_of_a_lost_one_and_without_the_first_the_othe
 
             first.kill()  # and with it the store at which all meet
             replacement.process.wait(100)
-            (sentence,) = [
-                line for line in replacement.log.read_text().splitlines() if line.startswith("error: ")
-            ]
-            assert "does not answer after iteration" in sentence and "start again" in sentence
+            errors = [line for line in replacement.log.read_text().splitlines() if line.startswith("error: ")]
+            assert len(errors) == 1, replacement.tail()
+            assert "does not answer after iteration" in errors[0] and "start again" in errors[0]
