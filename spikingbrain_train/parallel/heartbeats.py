@@ -146,6 +146,35 @@ class Heartbeats:
         ranks = range(self.groups.world_size)
         return {rank: Sign.read(store.get(str(rank))) for rank in ranks if store.check([str(rank)])}
 
+    def _ask_store(self) -> tuple[dict[int, Sign], dict[int, Sign], bool]:
+        """What the ranks say now and some beats later, and whether this one is the first to speak of it.
+
+        One rank speaks for all: the first, since the launcher ends the others as soon as one has ended.
+
+        Raises:
+            OSError: the store does not answer; torch would try for longer than launchers wait for a process.
+        """
+        answers: list[tuple[dict[int, Sign], dict[int, Sign], bool]] = []
+
+        def ask() -> None:
+            with suppress(Exception):
+                store = self._connect()
+                before = self._read(store)
+                time.sleep(_PATIENCE * self.interval)
+                answers.append((before, self._read(store), store.add(_SPOKEN, 1) == 1))
+
+        _reach_store()
+        asking = threading.Thread(target=ask, name="last heartbeats", daemon=True)
+        asking.start()
+        latest = time.monotonic() + _STORE_SECONDS
+        while asking.is_alive() and time.monotonic() < latest:
+            asking.join(_REACH_SECONDS / 5)
+            if asking.is_alive():
+                _reach_store()  # a store whose process was about to end has let the first call through
+        if not answers:
+            raise TimeoutError("the rendezvous store does not answer")
+        return answers[0]
+
     def _explain(self, error: BaseException) -> None:
         waited = (
             f"cluster.timeout_minutes={self.timeout_minutes:g}"
@@ -154,14 +183,8 @@ class Heartbeats:
         )
         done = self._iteration()
         try:
-            _reach_store()
-            store = self._connect()
-            before = self._read(store)
-            time.sleep(_PATIENCE * self.interval)
-            after = self._read(store)
-            # One rank speaks for all: the first, since the launcher ends the others as soon as one has ended.
-            is_first = store.add(_SPOKEN, 1) == 1
-        except Exception:
+            before, after, is_first = self._ask_store()
+        except OSError:
             raise PlatformError(
                 f"the rendezvous store of {os.environ['MASTER_ADDR']} does not answer after iteration {done} "
                 f"({waited}): its node or rank 0 has ended, is stopped or cannot be reached; look there, and "
@@ -208,7 +231,7 @@ class Heartbeats:
 
 
 def _reach_store() -> None:
-    """Raise OSError where nobody listens: torch would try for longer than launchers wait for this process."""
+    """Raise OSError where nobody listens."""
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     socket.create_connection(address, _REACH_SECONDS).close()
 
