@@ -80,6 +80,8 @@ def _config(
         parallel=parallel,
         checkpoint=checkpoint_config(checkpoints[size]),
     )
+    # Fewer collectives, each of which costs gloo a millisecond.
+    config.stage.micro_batch_size = 2
     config.data.reset_at_documents = kind == "packed" or size == "76B"
     if "align" in kind:
         config.stage.kind, config.stage.teacher = "align", str(checkpoints["teacher"])
@@ -93,7 +95,8 @@ def _config(
             decay_start=DecayStart.attention_distance,
             inputs=AlignmentInputs.student,
         )
-    elif kind.endswith("distill"):
+    config.stage.alignment.calibration_tokens = 4 * 4 * 32  # the global batches of four steps
+    if kind.endswith("distill"):
         config.stage.kind, config.stage.teacher = "distill", str(checkpoints["teacher"])
         config.stage.distillation = DistillationConfig(weight=0.6, temperature=2.0)
     return config
@@ -143,10 +146,6 @@ def test_losses_and_gradient_norms_equal_those_of_one_rank(
 ) -> None:
     world_size, parallel = TOPOLOGIES[name]
     config = _config(kind, tmp_path, text, checkpoints, parallel)
-    # Fewer collectives, each of which costs gloo a millisecond. Alignment's loss is relative to the power of
-    # a micro-batch, so there its size matters.
-    if config.stage.kind != "align":
-        config.stage.micro_batch_size = 2
 
     results = ranks.run(train, config, STEPS, world_size=world_size, parallel=parallel)
 
