@@ -12,8 +12,8 @@ SHAPE = (
     *("num_key_value_heads", "max_position_embeddings", "tie_word_embeddings", "eos_token_id"),
 )
 """What the Llama takes of the Qwen2's config."""
-LAYERS = 28
-"""Of the Llama: as many as the pattern of the 76B form names."""
+LAYERS = 8
+"""Of the Llama: the first layers of the 76B form, with each kind that it has, and halves for two stages."""
 CONTEXT = 131072
 """Positions, as many as the longest sequence of a page."""
 
