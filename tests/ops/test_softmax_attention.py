@@ -56,15 +56,15 @@ def forward_and_gradients(
 def visible_pairs(
     window: int, num_sink_tokens: int, query_lengths: list[int], key_lengths: list[int]
 ) -> Tensor:
-    """The mask, one pair of a query and a key after the other: boolean [Tq, num_sink_tokens + Tk]."""
+    """The mask, one query after the other: boolean [Tq, num_sink_tokens + Tk]."""
     mask = torch.zeros(sum(query_lengths), num_sink_tokens + sum(key_lengths), dtype=torch.bool)
     mask[:, :num_sink_tokens] = True
     first_query, first_key = 0, num_sink_tokens
     for queries, keys in zip(query_lengths, key_lengths, strict=True):
         for i in range(queries):
             standing = keys - queries + i
-            for j in range(keys):
-                mask[first_query + i, first_key + j] = standing - window < j <= standing
+            first_seen = first_key + max(0, standing - window + 1)
+            mask[first_query + i, first_seen : first_key + standing + 1] = True
         first_query, first_key = first_query + queries, first_key + keys
     return mask
 
