@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,11 +22,11 @@ from spikingbrain_train.conversion.output_folder import StoppedEarly
 from spikingbrain_train.conversion.reshard import reshard_checkpoint
 from spikingbrain_train.errors import CheckpointError
 from spikingbrain_train.storage import file_blocks
+from tests.programs import Programs
 
 if TYPE_CHECKING:  # else the processes that are killed would import transformers first
     from tests.conversion.hf_models import HFCheckpoint
 
-REPOSITORY = Path(__file__).parents[2]
 HYBRID = ConversionConfig(mixers=["gla", "swa"], sliding_window=5)
 MODULES = (import_parts, export_parts, reshard_parts)
 PARTS: dict[str, type[parts.Parts]] = {
@@ -200,21 +198,21 @@ def test_a_call_killed_behind_the_last_step_is_complete(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("which", PARTS)
-def test_a_killed_process_is_gone_on_from(which: str, sources: dict[str, Path], tmp_path: Path) -> None:
+def test_a_killed_process_is_gone_on_from(
+    which: str, sources: dict[str, Path], programs: Programs, tmp_path: Path
+) -> None:
     output = tmp_path / "out/result"
     convert(which, sources[which], output)
     undisturbed = content(output)
     shutil.rmtree(output.parent)
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", SLOWLY, which, str(sources[which]), str(output)]
-    with subprocess.Popen([*command, "0.5"], env=environment, stdout=subprocess.PIPE, text=True) as killed:
-        assert killed.stdout is not None
-        for line in killed.stdout:
-            if line == "part 3\n":
-                break
-        os.kill(killed.pid, signal.SIGKILL)
-    done = subprocess.run([*command, "0"], env=environment, capture_output=True, text=True, check=True)
-    assert "part 4\n" in done.stdout and "part 1\n" not in done.stdout
+    slowly = tmp_path / "slowly.py"
+    slowly.write_text(SLOWLY)
+    command = [str(slowly), which, str(sources[which]), str(output)]
+    killed = programs.run([*command, "0.5"], tmp_path, kill_at=("part 3\n", 0))
+    assert killed.code == -signal.SIGKILL, killed.said
+    done = programs.run([*command, "0"], tmp_path)
+    assert done.code == 0, done.said
+    assert "part 4\n" in done.output and "part 1\n" not in done.output
     assert content(output) == undisturbed
     assert [path.name for path in output.parent.iterdir()] == ["result"]
 
