@@ -122,7 +122,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_in_the_experiments_layouts(
             hybrid_76b_checkpoint if has_experts else hybrid_checkpoint, save_interval=2
         ),
     )
-    config.stage = replace(config.stage, train_iters=4)
+    config.stage = replace(config.stage, train_iters=4, micro_batch_size=2)
     uninterrupted = ranks.run(train, config, world_size=world_size, parallel=parallel)
     _interrupt_after(tmp_path, 2)
 
@@ -156,7 +156,7 @@ def test_overlapped_gathering_trains_and_saves_as_gathering_at_once_does(
     losses, saved = [], []
     for name, parallel in {"at_once": at_once, "overlapped": overlapped}.items():
         config = run_config(tmp_path / name, text, model=model, parallel=parallel, precision=precision)
-        config.stage = replace(config.stage, train_iters=4)
+        config.stage = replace(config.stage, train_iters=4, micro_batch_size=2)
         losses.append(
             ranks.run(_train_with_buckets_of_one_parameter, config, world_size=2, parallel=parallel)
         )
@@ -200,7 +200,7 @@ def test_a_run_saved_at_tp2_pp2_resumes_at_dp2(
     config = run_config(
         tmp_path, text, parallel=split, checkpoint=checkpoint_config(hybrid_checkpoint, save_interval=3)
     )
-    config.stage = replace(config.stage, train_iters=6)
+    config.stage = replace(config.stage, train_iters=6, micro_batch_size=2)
     uninterrupted, *_ = ranks.run(train, config, world_size=4, parallel=split)
     _interrupt_after(tmp_path, 3)
     replicas = ParallelConfig(use_distributed_optimizer=distributed_optimizer)
