@@ -70,8 +70,24 @@ def fits(case: str, parallel: ParallelConfig) -> bool:
     return has_experts or parallel.expert_model_parallel_size == 1
 
 
+ON_FOUR_RANKS = (
+    "GLA, options, packed documents",
+    "GLA, fixed decay",
+    "parallel hybrid, drop-out of softmax branches",
+    "softmax branches only, three branches",
+    "MoE",
+    "spiking",
+    "7B-like, packed documents",
+    "76B-like",
+    "76B-like, packed documents",
+)
+"""Between them every mixer, feed-forward and transform, and sinks; two ranks take all cases."""
+
 PAIRS = [
-    (topology, case) for topology, parallel in TOPOLOGIES.items() for case in CASES if fits(case, parallel)
+    (topology, case)
+    for topology, parallel in TOPOLOGIES.items()
+    for case in (CASES if world_size(parallel) == 2 else ON_FOUR_RANKS)
+    if fits(case, parallel)
 ]
 
 Result = tuple[float, dict[str, torch.Tensor]]

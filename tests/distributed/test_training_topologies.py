@@ -1,6 +1,6 @@
 """Training gives the same numbers on every topology.
 
-Tolerance 1e-5 relative over four fp32 steps, for losses and gradient norms: splitting a sum over ranks
+Tolerance 1e-5 relative over three fp32 steps, for losses and gradient norms: splitting a sum over ranks
 changes its rounding (about 1e-7 a step), and AdamW at a high learning rate amplifies that by less than a
 hundred.
 """
@@ -33,30 +33,23 @@ from tests.distributed.small_runs import (
 )
 
 TOLERANCE = 1e-5
-STEPS = 4
-"""Of the ten of a run: one rank takes all of them. The learning rate is at its peak from the second on."""
+STEPS = 3
+"""Of the ten of a run: one rank takes all of them. The learning rate is at its peak from the second on, whose
+update the third one's loss sees."""
 
-# The whole matrix for plain training; what adds communication of its own on what it touches.
+# The whole matrix for plain training. Every stage and both models meet TP, PP and CP, though not every
+# stage of every model each of them.
 CASES = [("cpt", name) for name in TOPOLOGIES if name != "EP 2"]
 CASES += [
     (kind, name)
     for kind in ("align", "distill")
-    for name in (
-        "TP 2 + sequence parallel",
-        "TP 2 x PP 2",
-        "DP 2, distributed optimizer",
-        "TP 2 + sequence parallel x CP 2",
-    )
+    for name in ("TP 2 x PP 2", "DP 2, distributed optimizer", "TP 2 + sequence parallel x CP 2")
 ]
 CASES += [
-    (kind, name)
-    for kind in ("packed", "76B", "76B align", "76B distill")
-    for name in ("TP 2 + sequence parallel x CP 2", "PP 2 x CP 2")
+    (kind, name) for kind in ("packed", "76B") for name in ("TP 2 + sequence parallel x CP 2", "PP 2 x CP 2")
 ]
-CASES += [
-    ("align on its own inputs", name)
-    for name in ("TP 2 + sequence parallel", "PP 2 x CP 2", "DP 2, distributed optimizer")
-]
+CASES += [(kind, "PP 2 x CP 2") for kind in ("76B align", "76B distill")]
+CASES += [("align on its own inputs", name) for name in ("PP 2 x CP 2", "DP 2, distributed optimizer")]
 CASES += [("76B align on its own inputs", name) for name in ("TP 2 + sequence parallel x CP 2", "EP 2")]
 KINDS = sorted({kind for kind, _ in CASES})
 
