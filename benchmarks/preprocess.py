@@ -3,9 +3,7 @@
 python benchmarks/preprocess.py --tokenizer models/SmolLM2-135M --input corpus.jsonl.zst --megabytes 8
 
 datasets.map is batched, with as many processes as the tool has workers, on JSON lines that are loaded
-already; `--without-loop` leaves the plain loop out. `--whole-alphabet` gives the tokenizer pieces for the
-bytes that its vocabulary lacks, as SmolLM2's does, without which gigatoken does not take it; ids of texts
-stay.
+already; `--without-loop` leaves the plain loop out.
 
 The plain loop is what one writes without a tool: read a JSON line, call the transformers tokenizer on its
 text, append the ids and the end-of-sequence token to a list; at the end, one array is saved. Contestants take
@@ -19,7 +17,6 @@ import argparse
 import json
 import os
 import resource
-import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -93,22 +90,6 @@ def datasets_map(corpus: Path, tokenizer: PreTrainedTokenizerBase, folder: Path,
     return time.perf_counter() - started
 
 
-def with_whole_alphabet(tokenizer: Path, folder: Path) -> str:
-    """A copy of a byte-level tokenizer in which no byte lacks its piece."""
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        if (tokenizer / name).is_file():
-            shutil.copy(tokenizer / name, folder / name)
-    content = json.loads((tokenizer / "tokenizer.json").read_text())
-    pieces = content["model"]["vocab"]
-    first = max([*pieces.values(), *(each["id"] for each in content["added_tokens"])]) + 1
-    missing = sorted(set(ByteLevel.alphabet()) - set(pieces))
-    pieces |= {piece: first + number for number, piece in enumerate(missing)}
-    (folder / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False))
-    return str(folder)
-
-
 def tool(corpus: Path, tokenizer: str, output: Path, workers: int, backend: str = "tokenizers") -> int:
     """The preprocessing pipeline with everything it needs to start; returns the number of tokens."""
     chosen = TokenizerBackend(backend)
@@ -130,9 +111,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--backends", nargs="+", default=["tokenizers"], help="tokenizers, gigatoken")
     parser.add_argument("--without-loop", action="store_true", help="measure datasets.map and the tool alone")
-    parser.add_argument(
-        "--whole-alphabet", action="store_true", help="add the bytes that the vocabulary lacks"
-    )
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     arguments = parser.parse_args()
 
@@ -145,8 +123,6 @@ def main() -> None:
         folder = Path(name)
         (folder / "tokenizer").mkdir()
         path = arguments.tokenizer
-        if arguments.whole_alphabet:
-            path = with_whole_alphabet(Path(path), folder / "tokenizer")
         reference = AutoTokenizer.from_pretrained(path, local_files_only=True)
         corpus = folder / "corpus.jsonl"
         write_corpus(arguments.input, arguments.text_key, arguments.megabytes, corpus)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
 
 import numpy as np
+from tokenizers.pre_tokenizers import ByteLevel
 
 from spikingbrain_train.data.tokenizers import PROBES, HuggingFaceTokenizer, Tokenizer
 from spikingbrain_train.data.word_cache import WordCache, cuts_at_spaces
 from spikingbrain_train.errors import ConfigurationError
+
+_NO_ID = 1 << 62
 
 GIGATOKEN_MISSING = "it is not installed (pip install 'spikingbrain-train[gigatoken]')"
 
@@ -51,29 +55,57 @@ class PlainEncoder:
 class GigatokenEncoder:
     """A Hugging Face tokenizer in gigatoken, one thread a process.
 
+    gigatoken wants a piece for every byte. Some byte-level vocabularies, such as SmolLM2's, lack those of
+    bytes that their corpus did not have: here they get ids behind all others, and a text in which one of
+    those turns up is left to the tokenizer itself.
+
     Args:
-        tokenizer: its content, as tokenizer.json holds it.
+        tokenizer: whose ids are to be had.
 
     Raises:
         ImportError: gigatoken is not here.
         RuntimeError, ValueError: gigatoken does not take the tokenizer.
     """
 
-    def __init__(self, tokenizer: str) -> None:
+    def __init__(self, tokenizer: HuggingFaceTokenizer) -> None:
         import gigatoken
 
-        self._json = tokenizer
-        self._backend: Any = gigatoken.Tokenizer.from_json(tokenizer)
+        self._tokenizer = tokenizer
+        content, self._end = with_every_byte(tokenizer.as_json())
+        """Ids from here on are of bytes for which the tokenizer has none."""
+        self._backend: Any = gigatoken.Tokenizer.from_json(content)
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """See :class:`Encoder`."""
         # One by one: its batches come as awkward arrays, whose import takes longer than tokenizing megabytes.
         encoded = [self._backend.encode(text) for text in texts]
+        for number, ids in enumerate(encoded):
+            if len(ids) and ids.max() >= self._end:
+                (own,) = self._tokenizer.encode_batch([texts[number]])
+                encoded[number] = np.array(own, dtype=np.uint32)
         lengths = np.array([len(each) for each in encoded], dtype=int)
         return np.concatenate(encoded or [np.empty(0, np.uint32)]), lengths
 
-    def __reduce__(self) -> tuple[type[GigatokenEncoder], tuple[str]]:
-        return GigatokenEncoder, (self._json,)
+    def __reduce__(self) -> tuple[type[GigatokenEncoder], tuple[HuggingFaceTokenizer]]:
+        return GigatokenEncoder, (self._tokenizer,)
+
+
+def with_every_byte(tokenizer: str) -> tuple[str, int]:
+    """A byte-level tokenizer that has a piece for every byte, and its first id that the given one lacks.
+
+    Args:
+        tokenizer: content of a tokenizer.json; of another kind, or complete, it comes back as it is.
+    """
+    content = json.loads(tokenizer)
+    if content["model"]["type"] != "BPE" or '"ByteLevel"' not in json.dumps(content["pre_tokenizer"]):
+        return tokenizer, _NO_ID
+    pieces = content["model"]["vocab"]
+    missing = sorted(set(ByteLevel.alphabet()) - pieces.keys())
+    if not missing:
+        return tokenizer, _NO_ID
+    first = max(*pieces.values(), *(token["id"] for token in content["added_tokens"])) + 1
+    pieces |= {piece: first + number for number, piece in enumerate(missing)}
+    return json.dumps(content, ensure_ascii=False), first
 
 
 @dataclass(frozen=True)
@@ -129,7 +161,7 @@ def _gigatoken(
 ) -> tuple[GigatokenEncoder | None, str]:
     """The encoder, or why it is none."""
     try:
-        encoder = GigatokenEncoder(tokenizer.as_json())
+        encoder = GigatokenEncoder(tokenizer)
         found = encoder.encode(texts)
     except ImportError:
         return None, GIGATOKEN_MISSING

@@ -126,11 +126,24 @@ def test_gigatoken_is_used_where_it_gives_the_same_ids(tmp_path: Path) -> None:
     assert (other.name, other.said) == ("tokenizers", "tokenized by tokenizers; ids of words are kept")
 
 
+def test_gigatoken_takes_a_vocabulary_that_lacks_bytes(tmp_path: Path) -> None:
+    """As SmolLM2's does: texts in which they turn up get the tokenizer's own ids."""
+    pytest.importorskip("gigatoken")
+    byte_4, of_cyrillic = "\u0104", "\u00d0"  # how byte-level pieces are written
+    tokenizer = HuggingFaceTokenizer(save(tmp_path, SPLITTERS["gpt2"], without=byte_4 + of_cyrillic))
+    chosen = choose_encoder(tokenizer, TokenizerBackend.gigatoken, SAMPLE)
+    texts = ["a\x04b", SAMPLE[0], "\x04", "Ночь и улица", "", "<|end|>\x04", SAMPLE[1] + "\x04" + SAMPLE[1]]
+    assert len(tokenizer.encode_batch(["\x04"])[0]) == 0
+    for encoder in (chosen.encoder, pickle.loads(pickle.dumps(chosen.encoder))):
+        ids, lengths = encoder.encode(texts)
+        expected = tokenizer.encode_batch(texts)
+        assert lengths.tolist() == [len(each) for each in expected]
+        assert ids.tolist() == [index for each in expected for index in each]
+
+
 def test_gigatoken_is_refused_in_a_sentence_where_it_cannot_be_had(
     tmp_path: Path, spm_tokenizer: SentencePieceTokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # As SmolLM2's, whose vocabulary has no piece for the byte 0x04 and some others.
-    lacking = HuggingFaceTokenizer(save(tmp_path / "lacking", SPLITTERS["gpt2"], without="\u0104"))
     digits = HuggingFaceTokenizer(save(tmp_path / "digits", SPLITTERS["smollm2"]))
     split = HuggingFaceTokenizer(save(tmp_path / "split", SPLITTERS["gpt2"]))
     split._backend.encode_special_tokens = True  # special tokens in texts are text, which gigatoken cannot do
@@ -151,8 +164,6 @@ def test_gigatoken_is_refused_in_a_sentence_where_it_cannot_be_had(
         patch.setitem(sys.modules, "gigatoken", None)
         said(digits, "it is not installed (pip install 'spikingbrain-train[gigatoken]')")
     pytest.importorskip("gigatoken")
-    missing = "no single-byte vocab entry for byte 0x04"
-    said(lacking, f"it does not take this tokenizer (Byte remapping failed: {missing})")
     said(digits, "it does not take this tokenizer (Unsupported pre_tokenizer type: Sequence")
     said(split, "it gives other ids, as for a text that begins with 'a<|end|> b<|end|>")
 
