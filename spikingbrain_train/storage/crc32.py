@@ -12,7 +12,6 @@ from functools import lru_cache
 from io import FileIO
 from pathlib import Path
 
-import numpy
 from isal import isal_zlib
 
 _POLYNOMIAL = 0xEDB88320  # of zlib, its bits reversed
@@ -46,16 +45,18 @@ def _crc32_mapped(file: FileIO, offset: int, length: int, value: int) -> int | N
     """
     before = offset % mmap.ALLOCATIONGRANULARITY
     try:
-        pages = mmap.mmap(file.fileno(), before + length, access=mmap.ACCESS_READ, offset=offset - before)
+        # A private copy of which nothing is written, as ctypes gives no address of what is read-only.
+        pages = mmap.mmap(file.fileno(), before + length, access=mmap.ACCESS_COPY, offset=offset - before)
     except (OSError, ValueError):  # a file system that maps nothing; a file that has been cut since
         return None
     with pages:
-        view = numpy.frombuffer(pages, numpy.uint8)
-        address, size = ctypes.c_void_p(view.ctypes.data), ctypes.c_size_t(view.nbytes)
-        is_there = _LIBC.madvise(address, size, _MADV_POPULATE_READ) == 0
-        found = isal_zlib.crc32(view[before:], value) if is_there else None
-        del view  # or the pages could not be given back
-        return found
+        begin = ctypes.c_char.from_buffer(pages)
+        is_there = _LIBC.madvise(ctypes.byref(begin), ctypes.c_size_t(len(pages)), _MADV_POPULATE_READ) == 0
+        del begin  # or the pages could not be given back
+        if not is_there:
+            return None
+        with memoryview(pages) as view, view[before:] as part:
+            return isal_zlib.crc32(part, value)
 
 
 def _crc32_read(file: FileIO, offset: int, length: int, value: int) -> int | None:
