@@ -121,7 +121,6 @@ def main() -> None:
     best: dict[str, tuple[float, float]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "tokenizer").mkdir()
         path = arguments.tokenizer
         reference = AutoTokenizer.from_pretrained(path, local_files_only=True)
         corpus = folder / "corpus.jsonl"

@@ -16,6 +16,7 @@ from spikingbrain_train.data.word_cache import WordCache, cuts_at_spaces
 from spikingbrain_train.errors import ConfigurationError
 
 _NO_ID = 1 << 62
+"""Larger than every id."""
 
 GIGATOKEN_MISSING = "it is not installed (pip install 'spikingbrain-train[gigatoken]')"
 
@@ -71,7 +72,7 @@ class GigatokenEncoder:
         import gigatoken
 
         self._tokenizer = tokenizer
-        content, self._end = with_every_byte(tokenizer.as_json())
+        content, self._end = _with_every_byte(tokenizer)
         """Ids from here on are of bytes for which the tokenizer has none."""
         self._backend: Any = gigatoken.Tokenizer.from_json(content)
 
@@ -90,20 +91,19 @@ class GigatokenEncoder:
         return GigatokenEncoder, (self._tokenizer,)
 
 
-def with_every_byte(tokenizer: str) -> tuple[str, int]:
-    """A byte-level tokenizer that has a piece for every byte, and its first id that the given one lacks.
+def _with_every_byte(tokenizer: HuggingFaceTokenizer) -> tuple[str, int]:
+    """The tokenizer.json of a byte-level tokenizer with a piece for every byte, and the first id added to it.
 
-    Args:
-        tokenizer: content of a tokenizer.json; of another kind, or complete, it comes back as it is.
+    One of another kind, or that is complete, comes as it is.
     """
-    content = json.loads(tokenizer)
+    content = tokenizer.parts
     if content["model"]["type"] != "BPE" or '"ByteLevel"' not in json.dumps(content["pre_tokenizer"]):
-        return tokenizer, _NO_ID
+        return tokenizer.as_json(), _NO_ID
     pieces = content["model"]["vocab"]
     missing = sorted(set(ByteLevel.alphabet()) - pieces.keys())
     if not missing:
-        return tokenizer, _NO_ID
-    first = max(*pieces.values(), *(token["id"] for token in content["added_tokens"])) + 1
+        return tokenizer.as_json(), _NO_ID
+    first = max([*pieces.values(), *(token["id"] for token in content["added_tokens"])]) + 1
     pieces |= {piece: first + number for number, piece in enumerate(missing)}
     return json.dumps(content, ensure_ascii=False), first
 

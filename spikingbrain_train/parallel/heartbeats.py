@@ -33,7 +33,7 @@ from spikingbrain_train.parallel.process_groups import ProcessGroups, restart_pr
 _LONGEST_INTERVAL, _INTERVALS_PER_TIMEOUT = 4.0, 12
 _PATIENCE = 2.5
 """Intervals in which a living rank writes at least once, however busy its machine."""
-_STORE_SECONDS, _REACH_SECONDS = 20.0, 5.0
+_STORE_SECONDS, _REACH_SECONDS, _PROBE_SECONDS = 20.0, 5.0, 1.0
 _SILENT_SHARE = 0.75
 """Of the timeout, after which a silent rank is named: a collective may have been queued a step before."""
 _LEFT = -1
@@ -168,7 +168,7 @@ class Heartbeats:
         asking.start()
         latest = time.monotonic() + _STORE_SECONDS
         while asking.is_alive() and time.monotonic() < latest:
-            asking.join(_REACH_SECONDS / 5)
+            asking.join(_PROBE_SECONDS)
             if asking.is_alive():
                 _reach_store()  # a store whose process was about to end has let the first call through
         if not answers:
