@@ -34,6 +34,7 @@ OPTIONAL_PACKAGES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "apex": ("apex",),
         "flash_attn": ("flash-attn", "flash_attn"),
         "fla": ("flash-linear-attention", "fla-core"),
+        "mamba_ssm": ("mamba-ssm", "mamba_ssm"),
         "grouped_gemm": ("grouped-gemm", "nv-grouped-gemm"),
         "triton": ("triton",),
         "deepspeed": ("deepspeed",),

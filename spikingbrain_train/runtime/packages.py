@@ -12,6 +12,7 @@ from spikingbrain_train.architecture.backends.backend import Machine
 _KERNELS: dict[str, tuple[str, str]] = {
     "flash_attn": ("flash_attn", "flash_attn_func"),
     "fla": ("fla.ops.gla", "chunk_gla"),
+    "mamba_ssm": ("mamba_ssm.ops.selective_scan_interface", "selective_scan_fn"),
     "transformer_engine": ("transformer_engine.pytorch", "Linear"),
     "grouped_gemm": ("grouped_gemm", "ops"),
 }

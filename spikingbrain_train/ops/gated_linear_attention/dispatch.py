@@ -12,6 +12,7 @@ from spikingbrain_train.architecture.backends.gated_linear_attention import (
     GATED_LINEAR_ATTENTION,
     LinearAttentionCall,
 )
+from spikingbrain_train.ops.document_bounds import document_bounds
 from spikingbrain_train.ops.gated_linear_attention.chunk import chunk_gated_linear_attention
 from spikingbrain_train.ops.gated_linear_attention.flash_linear_attention import fla_gated_linear_attention
 from spikingbrain_train.ops.gated_linear_attention.naive import naive_gated_linear_attention
@@ -60,7 +61,7 @@ def gated_linear_attention(
             do what is asked of it.
         PlatformError: the backend asked for needs a package or a GPU that is missing.
     """
-    bounds = None if cu_seqlens is None else _document_bounds(cu_seqlens, q)
+    bounds = None if cu_seqlens is None else document_bounds(cu_seqlens, *q.shape[:2])
     _check(q, k, v, log_gate, initial_state, bounds)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     name = choose_backend(backend, q.dtype, q.device.type)
@@ -108,22 +109,6 @@ def _run_documents(
     documents = zip(*(x.split(lengths, dim=1) for x in (q, k, v, log_gate)), state_DGKV.split(1), strict=True)
     outputs, final_states = zip(*(run(*document, scale=scale) for document in documents), strict=True)
     return torch.cat(outputs, dim=1), torch.cat(final_states)
-
-
-def _document_bounds(cu_seqlens: Sequence[int] | Tensor, q: Tensor) -> tuple[int, ...]:
-    if isinstance(cu_seqlens, Tensor):
-        if cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point():
-            raise ValueError(
-                f"cu_seqlens must be integers [D + 1], not {cu_seqlens.dtype} {list(cu_seqlens.shape)}."
-            )
-        cu_seqlens = cu_seqlens.tolist()
-    bounds = tuple(cu_seqlens)
-    if q.dim() == 4 and q.shape[0] != 1:
-        raise ValueError(f"cu_seqlens needs B = 1, not {q.shape[0]}: flatten the rows into one sequence.")
-    T = q.shape[1]
-    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != T or any(a >= b for a, b in pairwise(bounds)):
-        raise ValueError(f"cu_seqlens must rise from 0 to T = {T} without empty documents: {list(bounds)}.")
-    return bounds
 
 
 def choose_backend(backend: str, dtype: torch.dtype, device_type: str) -> str:
