@@ -119,7 +119,8 @@ def check_run(context: Context, words: list[str], run: DictConfig, ranks: int | 
 
 
 def _config_of(context: Context, words: list[str], run: DictConfig) -> RunConfig:
-    planned = compose_run([*words, "dry_run=true"])
+    planned = run.copy()
+    planned.dry_run = True
     load = run.checkpoint.load
     maker = None if load is None else context.maker(load)
     try:
