@@ -13,12 +13,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.errors import CheckpointError, DataError
 from spikingbrain_train.storage.index_format import DOMAINS_SUFFIX, read_header
 from spikingbrain_train.storage.loss_mask_format import LOSS_MASK_SUFFIX, has_loss_mask
+
+if TYPE_CHECKING:
+    from spikingbrain_train.config.run import RunConfig
 
 RUN_RECORD_FILE = "run_record.json"
 

@@ -146,9 +146,14 @@ class PreprocessOptions:
         return self.valid_tokens is not None or self.valid_token_fraction is not None
 
     @property
+    def holds_out(self) -> bool:
+        """Whether some documents become a dataset for evaluation."""
+        return self.valid_fraction > 0 or self.holds_out_tokens
+
+    @property
     def output_prefixes(self) -> list[str]:
         """The datasets that will exist at the end."""
-        if self.valid_fraction > 0 or self.holds_out_tokens:
+        if self.holds_out:
             return [f"{self.output_prefix}_train", f"{self.output_prefix}_valid"]
         return [self.output_prefix]
 

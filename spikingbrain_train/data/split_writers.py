@@ -71,6 +71,11 @@ class SplitByPlace(SplitWriter):
     def add(self, result: TokenizedChunk) -> None:
         end = 0
         numbers = None if self._domains is None else self._domains.numbers(result.domains)
+        if len(self._writers) == 1:
+            (writer,) = self._writers
+            lengths = np.asarray(result.lengths, dtype=np.int64)
+            writer.add_documents(result.token_ids, lengths, sum(result.text_bytes), numbers, result.loss)
+            return
         documents = zip(result.lengths, result.text_bytes, result.places, strict=True)
         for number, (length, size, place) in enumerate(documents):
             end += length

@@ -59,7 +59,7 @@ class TokenizedChunk:
     lengths: list[int]
     text_bytes: list[int]
     places: list[int]
-    """Of the documents, see :func:`~spikingbrain_train.data.split.place_of`."""
+    """Of the documents, see :func:`~spikingbrain_train.data.split.place_of`; zeros where none are held out."""
     domains: list[str]
     """Of the documents; empty where they are not asked for."""
     skipped: list[str]
@@ -178,7 +178,7 @@ def tokenize(
         token_ids=np.insert(ids.astype(dtype), np.cumsum(lengths), tokenizer.eos_id),
         lengths=(lengths + 1).tolist(),
         text_bytes=[len(text.encode("utf-8")) for text in texts],
-        places=[place_of(text, options.split_seed) for text in texts],
+        places=[place_of(text, options.split_seed) if options.holds_out else 0 for text in texts],
         domains=domains,
         skipped=[str(error) for error in bad],
         empty=sum(isinstance(error, EmptyDocumentError) for error in bad),
