@@ -16,6 +16,7 @@ from tests.leftovers import (  # noqa: F401  (pytest calls them)
 )
 from tests.programs import WITHOUT_TORCH, Programs
 from tests.workers import (  # noqa: F401
+    pytest_collection_finish,
     pytest_collection_modifyitems,
     pytest_configure,
     pytest_xdist_auto_num_workers,

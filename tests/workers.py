@@ -6,6 +6,7 @@ one of them would keep a core busy while the others have nothing left to do.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections import Counter
 from typing import Any
@@ -26,6 +27,12 @@ def pytest_configure(config: pytest.Config) -> None:
     """Let a worker have the width that a file has, as pytest's own process: xdist gives it 80 columns."""
     if hasattr(config, "workerinput"):
         os.environ.pop("COLUMNS", None)
+
+
+def pytest_collection_finish() -> None:
+    """Thousands of tests and all that is imported stay to the end: no collection need look at them again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)
