@@ -59,7 +59,7 @@ class TokenizedChunk:
     lengths: list[int]
     text_bytes: list[int]
     places: list[int]
-    """Of the documents, see :func:`~spikingbrain_train.data.split.place_of`; zeros where none are held out."""
+    """Of the documents, as :func:`~spikingbrain_train.data.split.place_of`; zeros where none are held out."""
     domains: list[str]
     """Of the documents; empty where they are not asked for."""
     skipped: list[str]
