@@ -149,7 +149,9 @@ def _job(varied: tuple[str, ...], words: tuple[str, ...], ranks: Ranks | None, e
         folder = folder / folder_name(varied, keys)
         kept = (word for word in words if word.partition("=")[0] != _OUTPUT)
         words = (*kept, f"{_OUTPUT}={hydra_value(str(folder))}")
-    config = to_run_config(compose_run([*with_stored_config(words, groups()), "dry_run=true"]))
+        composed[_OUTPUT] = str(folder)
+    composed.dry_run = True
+    config = to_run_config(composed)
     size = None if ranks is None else ranks.world_size()
     if size is None:
         size = launched_world_size(config) if elsewhere or ranks is not None else 1
