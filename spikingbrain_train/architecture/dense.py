@@ -1,12 +1,15 @@
-"""The dense SwiGLU feed-forward of Qwen and Llama models."""
+"""The dense feed-forward of Qwen and Llama models: a SwiGLU, or gated by another activation."""
 
 from __future__ import annotations
 
 from spikingbrain_train.architecture.feed_forwards import (
+    ACTIVATION_SETTINGS,
     FEED_FORWARDS,
     Activations,
     FeedForwardKind,
-    swiglu_weights,
+    activation_settings,
+    describe_activation,
+    gated_weights,
 )
 from spikingbrain_train.architecture.sizes import bytes_per_element
 from spikingbrain_train.architecture.weights import Split, Weight
@@ -16,7 +19,7 @@ from spikingbrain_train.config.run import RunConfig
 
 
 class DenseKind(FeedForwardKind):
-    """A SwiGLU of ``model.ffn_hidden_size``."""
+    """``down(act(gate x) * (up x))`` of ``model.ffn_hidden_size`` channels."""
 
     name = "dense"
     spec = "spikingbrain_train.models.feed_forwards.dense:spec"
@@ -25,11 +28,17 @@ class DenseKind(FeedForwardKind):
     hf_layers = dict.fromkeys(("llama", "qwen3_moe", "gla_swa", "spikingbrain"), "mlp")
 
     def all_settings(self, model: ModelConfig) -> set[str]:
-        return {"ffn_hidden_size"}
+        return {"ffn_hidden_size", *ACTIVATION_SETTINGS}
+
+    def settings(self, model: ModelConfig) -> set[str]:
+        return {"ffn_hidden_size", *activation_settings(model)}
+
+    def describe(self, model: ModelConfig) -> str | None:
+        return describe_activation(model)
 
     def weights(self, model: ModelConfig) -> tuple[Weight, ...]:
         width = model.ffn_hidden_size
-        into, out = swiglu_weights(model, width)
+        into, out = gated_weights(model, width)
         if not model.add_mlp_bias:
             return into, out
         biases = ("mlp_gate_bias", "mlp_up_bias")

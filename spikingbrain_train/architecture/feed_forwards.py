@@ -10,7 +10,7 @@ from typing import Any
 from spikingbrain_train.architecture.registry import Registry
 from spikingbrain_train.architecture.submodule_kind import SubmoduleKind
 from spikingbrain_train.architecture.weights import Weight
-from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.config.model import ActivationFunc, ModelConfig
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import RunConfig
 
@@ -98,8 +98,26 @@ FEED_FORWARDS: Registry[FeedForwardKind] = Registry(
 """Every kind of feed-forward. A new one of the package is a line here."""
 
 
-def swiglu_weights(model: ModelConfig, width: int) -> tuple[Weight, Weight]:
-    """Gate and up projection (2 f h) and down projection (f h) of a SwiGLU of ``width`` f."""
+ACTIVATION_SETTINGS = frozenset({"activation_func", "fatrelu_threshold"})
+"""Settings of a model that are there for kinds whose gate goes through ``model.activation_func``."""
+
+
+def activation_settings(model: ModelConfig) -> set[str]:
+    """Those of them that have a part in it, with the activation that it has."""
+    has_threshold = model.activation_func is ActivationFunc.fatrelu
+    return set(ACTIVATION_SETTINGS) if has_threshold else {"activation_func"}
+
+
+def describe_activation(model: ModelConfig) -> str | None:
+    """The activation of a model's gates in words, None where it is that of a SwiGLU."""
+    if model.activation_func is ActivationFunc.silu:
+        return None
+    threshold = f" {model.fatrelu_threshold:g}" if model.activation_func is ActivationFunc.fatrelu else ""
+    return f"{model.activation_func.value}{threshold}"
+
+
+def gated_weights(model: ModelConfig, width: int) -> tuple[Weight, Weight]:
+    """Gate and up projection (2 f h) and down projection (f h) of a gated feed-forward of ``width`` f."""
     hidden = model.hidden_size
     return (
         Weight(

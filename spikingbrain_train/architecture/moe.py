@@ -1,4 +1,4 @@
-"""Mixtures of SwiGLU experts (SpikingBrain, arXiv 2509.05276, section 2)."""
+"""Mixtures of gated experts (SpikingBrain, arXiv 2509.05276, section 2)."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ from math import gcd
 from typing import Any
 
 from spikingbrain_train.architecture.feed_forwards import (
+    ACTIVATION_SETTINGS,
     FEED_FORWARDS,
     Activations,
     FeedForwardKind,
-    swiglu_weights,
+    activation_settings,
+    describe_activation,
+    gated_weights,
 )
 from spikingbrain_train.architecture.initializers import OfRecipe
 from spikingbrain_train.architecture.linear_transforms import keeps_its_input
 from spikingbrain_train.architecture.sizes import FP32, bytes_per_element
 from spikingbrain_train.architecture.weights import Copies, Split, Weight
 from spikingbrain_train.config.enum_tables import entry_of
-from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.config.model import ActivationFunc, ModelConfig
 from spikingbrain_train.config.parallel import ParallelConfig, Recompute
 from spikingbrain_train.config.require import divisors, either, require
 from spikingbrain_train.config.run import RunConfig
@@ -92,13 +95,16 @@ class MixtureOfExpertsKind(FeedForwardKind):
         )
 
     def all_settings(self, model: ModelConfig) -> set[str]:
-        return {f"moe.{name}" for name in vars(model.moe)}
+        return {f"moe.{name}" for name in vars(model.moe)} | ACTIVATION_SETTINGS
+
+    def settings(self, model: ModelConfig) -> set[str]:
+        return self.all_settings(model) - ACTIVATION_SETTINGS | activation_settings(model)
 
     def values_of_nulls(self, model: ModelConfig) -> dict[str, Any]:
         return {"moe.moe_ffn_hidden_size": expert_width(model)}
 
     def weights(self, model: ModelConfig) -> tuple[Weight, ...]:
-        """Router (E h), routed experts (E times 3 f h), shared experts as one SwiGLU."""
+        """Router (E h), routed experts (E times 3 f h), shared experts as one feed-forward."""
         moe, width = model.moe, expert_width(model)
         of_routed = 1.0 if moe.norm_topk_prob else moe.router_topk / moe.num_experts
         outputs = moe.num_shared_experts + of_routed
@@ -118,7 +124,7 @@ class MixtureOfExpertsKind(FeedForwardKind):
                 active=(moe.router_topk, moe.num_experts),
                 copies=Copies(moe.num_experts, routed=True, channel_axis=axis, outputs=outputs),
             )
-            for axis, weight in enumerate(swiglu_weights(model, width))
+            for axis, weight in enumerate(gated_weights(model, width))
         )
         shared = tuple(
             replace(
@@ -126,7 +132,7 @@ class MixtureOfExpertsKind(FeedForwardKind):
                 group="shared experts",
                 copies=Copies(moe.num_shared_experts, routed=False, channel_axis=axis, outputs=outputs),
             )
-            for axis, weight in enumerate(swiglu_weights(model, width))
+            for axis, weight in enumerate(gated_weights(model, width))
         )
         return (router, *routed, *(shared if moe.num_shared_experts else ()))
 
@@ -145,13 +151,17 @@ class MixtureOfExpertsKind(FeedForwardKind):
         encoded = 0.0
         if moe.num_shared_experts and keeps_its_input(model, "mlp_fc1"):
             encoded = row if parallel.sequence_parallel else row * tensor  # what the shared expert reads
-        everything = router + dispatched + activation + matrices + encoded
+        # Weights of tokens are part of a fused SwiGLU; elsewhere they multiply what is kept for that.
+        weighted = 0.0
+        if model.activation_func is not ActivationFunc.silu:
+            weighted = experts_of_a_token * width * element / tensor
+        everything = router + dispatched + activation + weighted + matrices + encoded
         has_copy = keeps_its_input(model, "mlp_fc2")  # what fc2 keeps is not the activation
         levels = {
             Recompute.none: 0.0,
             Recompute.full: 0.0,  # with the whole layer
-            Recompute.moe_activation: router + (0.0 if has_copy else activation),
-            Recompute.moe_feed_forward: router + activation + matrices + encoded,
+            Recompute.moe_activation: router + weighted + (0.0 if has_copy else activation),
+            Recompute.moe_feed_forward: router + activation + weighted + matrices + encoded,
             Recompute.moe_layer: everything,
         }
         recomputed = entry_of(parallel.recompute, levels, "the activations of experts")
@@ -196,10 +206,10 @@ class MixtureOfExpertsKind(FeedForwardKind):
         return model.moe.capacity_factor is not None
 
     def describe(self, model: ModelConfig) -> str | None:
-        moe = model.moe
+        moe, activation = model.moe, describe_activation(model)
         return (
             f"{moe.num_experts} experts, top-{moe.router_topk}, + {moe.num_shared_experts} shared of width "
-            f"{expert_width(model)}"
+            f"{expert_width(model)}" + (f", {activation}" if activation else "")
         )
 
 

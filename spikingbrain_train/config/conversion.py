@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from spikingbrain_train.config.model import LayersConfig
+from spikingbrain_train.config.model import ActivationFunc, LayersConfig
+from spikingbrain_train.config.require import require
 from spikingbrain_train.config.setting import setting
 
 
@@ -40,7 +41,22 @@ class ConversionConfig(LayersConfig):
     keep_mixers: bool = setting(False)
     """Keep the source's mixers and what they are made of (mixers, sliding_window, gla, parallel_hybrid), also
     where it is a hybrid already; feed-forwards, experts, sinks and spikes are this recipe's."""
+    activation_func: ActivationFunc | None = setting(None)
+    """Put in the place of the activation of the source's feed-forwards, whose weights stay as they are; null
+    keeps it. relu is the first step of ProSparse (docs/prosparse.md)."""
+    fatrelu_threshold: float | None = setting(None, minimum=0)
+    """Smallest gate that fatrelu lets through; null keeps the source's, or takes 0.01."""
     upcycling: UpcyclingConfig = field(default_factory=UpcyclingConfig)
     """Start of the experts and routers."""
     seed: int = setting(1234, minimum=0, below=2**32, must=f"be at least 0 and below 2**32 = {2**32}")
     """Seed of the new parameters: a name and this seed decide a tensor's values, in any order or topology."""
+
+    def check(self, prefix: str) -> None:
+        """A threshold belongs to an activation that has one. Raises ConfigurationError."""
+        super().check(prefix)
+        require(
+            self.fatrelu_threshold is None or self.activation_func in (None, ActivationFunc.fatrelu),
+            f"{prefix}fatrelu_threshold={self.fatrelu_threshold} has no part in "
+            f"{prefix}activation_func={getattr(self.activation_func, 'value', None)}; set it to null, or "
+            f"{prefix}activation_func=fatrelu",
+        )

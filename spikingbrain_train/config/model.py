@@ -57,6 +57,18 @@ _GATES_WITH_PARAMETERS = {
 }
 
 
+class ActivationFunc(str, Enum):
+    """The function of the gate in feed-forwards: ``down(act(gate x) * (up x))``."""
+
+    silu = "silu"
+    """``x * sigmoid(x)``, which makes them SwiGLUs; never exactly zero."""
+    relu = "relu"
+    """max(0, x): zeros, whose channels of the up and down projections need not be computed."""
+    fatrelu = "fatrelu"
+    """x where it is at least model.fatrelu_threshold, else 0 (Kurtz et al., ICML 2020; ProSparse, arXiv
+    2402.13516, section 3.2)."""
+
+
 @dataclass
 class GatedLinearAttentionConfig:
     """Both forms of linear attention (eq. 10-11).
@@ -149,7 +161,7 @@ class MoEConfig:
     norm_topk_prob: bool = setting(False, resume=FUNCTION)
     """Whether the probabilities of a token's experts are made to add up to 1 (Qwen3-MoE)."""
     num_shared_experts: int = setting(1, minimum=0, resume=WEIGHTS)
-    """Experts of every token, computed as one SwiGLU of num_shared_experts * moe_ffn_hidden_size."""
+    """Experts of every token, computed as one feed-forward of num_shared_experts * moe_ffn_hidden_size."""
     moe_ffn_hidden_size: int | None = setting(None, minimum=1, resume=WEIGHTS)
     """Width of one expert; null takes ffn_hidden_size."""
     aux_loss_coeff: float = setting(1.0e-2, minimum=0, resume=TRAINING)
@@ -196,7 +208,12 @@ class DecoderConfig:
     hidden_size: int = setting(MISSING, minimum=1, resume=WEIGHTS)
     """Width of the residual stream."""
     ffn_hidden_size: int = setting(MISSING, minimum=1, resume=WEIGHTS)
-    """Width of the dense SwiGLU feed-forward, and of an expert where moe.moe_ffn_hidden_size is null."""
+    """Width of the dense feed-forward, and of an expert where moe.moe_ffn_hidden_size is null."""
+    activation_func: ActivationFunc = setting(ActivationFunc.silu, resume=FUNCTION)
+    """What the gate of dense feed-forwards and of experts goes through; relu and fatrelu make most of their
+    channels zero (docs/prosparse.md)."""
+    fatrelu_threshold: float = setting(0.01, minimum=0, resume=FUNCTION)
+    """Smallest gate that fatrelu lets through (ProSparse: 0.01)."""
     num_attention_heads: int = setting(MISSING, minimum=1, resume=WEIGHTS)
     """Query heads of every mixer."""
     num_query_groups: int = setting(MISSING, minimum=1, resume=WEIGHTS)
@@ -257,8 +274,8 @@ class LayersConfig:
     """Learnable embeddings in front of every sequence, seen by all its tokens (section 2.2; 128 in the
     76B)."""
     feed_forwards: list[str] = setting(default_factory=lambda: ["dense"], resume=WEIGHTS)
-    """Feed-forward of each layer, repeated until all are filled: dense (one SwiGLU), moe (experts), or a
-    plugin's. With ... at the end the last one goes on instead: [dense,dense,moe,...]."""
+    """Feed-forward of each layer, repeated until all are filled: dense (gate, up and down), moe (experts), or
+    a plugin's. With ... at the end the last one goes on instead: [dense,dense,moe,...]."""
     moe: MoEConfig = field(default_factory=MoEConfig)
     """Mixture-of-experts layers."""
     spiking: SpikingConfig = field(default_factory=SpikingConfig)

@@ -77,11 +77,16 @@ def section_of(config: LayersConfig, name: str) -> Any:
 
 
 def with_layers(source: ModelConfig, recipe: ConversionConfig) -> ModelConfig:
-    """A model of the source's sizes with the layers of a recipe, the sections of plugins among them."""
+    """A model of the source's sizes with a recipe's layers, sections of plugins and activation among them."""
     sizes = {field.name: getattr(source, field.name) for field in dataclasses.fields(DecoderConfig)}
     layers = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(LayersConfig)}
     own = {name: section_of(recipe, name) for name in _sections}
-    return with_sections(ModelConfig)(**deepcopy(sizes | layers | own))
+    activation = {
+        name: value
+        for name in ("activation_func", "fatrelu_threshold")
+        if (value := getattr(recipe, name)) is not None
+    }
+    return with_sections(ModelConfig)(**deepcopy(sizes | layers | own | activation))
 
 
 @functools.cache

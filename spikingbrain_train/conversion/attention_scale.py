@@ -15,11 +15,13 @@ from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, 
 
 from spikingbrain_train.architecture.layers import layers
 from spikingbrain_train.architecture.rotary import softmax_scale
+from spikingbrain_train.config.model import ActivationFunc
 from spikingbrain_train.config.rope_scaling import RopeType
 from spikingbrain_train.conversion.seeds import generator
 from spikingbrain_train.conversion.source import Source
 from spikingbrain_train.conversion.vocabulary import draw_tokens
 from spikingbrain_train.errors import ConfigurationError
+from spikingbrain_train.ops.gated_activation import gated_relu
 from spikingbrain_train.ops.rotary import scaled_frequencies
 
 SEQUENCES, LENGTH = 4, 64
@@ -118,6 +120,13 @@ class AttentionScale:
         gate, up, down = (
             f"mlp_{name}_bias" if self.source.model.add_mlp_bias else None for name in ("gate", "up", "down")
         )
-        gate_BTF = silu(self._project(x_BTD, "mlp_gate_weight", layer, gate))
+        gate_BTF = self._project(x_BTD, "mlp_gate_weight", layer, gate)
         up_BTF = self._project(x_BTD, "mlp_up_weight", layer, up)
-        return self._project(gate_BTF * up_BTF, "mlp_down_weight", layer, down)
+        return self._project(self._product(gate_BTF, up_BTF), "mlp_down_weight", layer, down)
+
+    def _product(self, gate: Tensor, up: Tensor) -> Tensor:
+        model = self.source.model
+        if model.activation_func is ActivationFunc.silu:
+            return silu(gate) * up
+        has_threshold = model.activation_func is ActivationFunc.fatrelu
+        return gated_relu(torch.cat([gate, up], dim=-1), model.fatrelu_threshold if has_threshold else 0.0)

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from spikingbrain_train.architecture.feed_forwards import FEED_FORWARDS
+from spikingbrain_train.architecture.feed_forwards import ACTIVATION_SETTINGS, FEED_FORWARDS
 from spikingbrain_train.architecture.layers import (
     attends_everywhere,
     feed_forwards_of,
@@ -125,7 +125,7 @@ def import_checkpoint(
             f"{name} of the recipe lists {len(getattr(recipe, name))} layers, of which the source has the "
             f"first {source.num_layers}; {name}=[...] chooses others"
         )
-    report.notes += hf_notes + _notes_on_windows(source, target)
+    report.notes += hf_notes + _notes_on_windows(source, target) + _notes_on_activation(source, target)
     report.notes += _notes(target, recipe, drawn=report.new_parameters > 0)
     companions = find_companion_files(hf_folder)
     report.notes += companions.left_behind
@@ -239,7 +239,8 @@ def _with_mixers_of(source: ModelConfig, conversion: ConversionConfig) -> Conver
 def _of_kinds(kinds: Iterable[SubmoduleKind], source: ModelConfig, recipe: ConversionConfig) -> set[str]:
     """Settings and sections of a recipe that some kinds read."""
     names = {name.partition(".")[0] for kind in kinds for name in kind.all_settings(source)}
-    return {name for name in names if hasattr(recipe, name)}
+    # The activation of a recipe is its own choice, and null where it makes none.
+    return {name for name in names - ACTIVATION_SETTINGS if hasattr(recipe, name)}
 
 
 def _check_feed_forwards(source: ModelConfig, target: ModelConfig, hf_folder: Path) -> None:
@@ -273,6 +274,17 @@ def _notes_on_windows(source: ModelConfig, target: ModelConfig) -> list[str]:
         f"softmax attention of layers {', '.join(map(str, numbers))} saw {seen} tokens in the source and "
         f"sees {'all' if now is None else now}; sliding_window={seen} keeps the source's window"
         for (seen, now), numbers in others.items()
+    ]
+
+
+def _notes_on_activation(source: ModelConfig, target: ModelConfig) -> list[str]:
+    """Where the gates of feed-forwards go through another function than the source's."""
+    before, now = source.activation_func, target.activation_func
+    if before is now:
+        return []
+    return [
+        f"feed-forwards compute {now.value} where the source's compute {before.value}: their weights are the "
+        f"source's, and the model has to be trained to be as good again"
     ]
 
 

@@ -117,12 +117,13 @@ def describe_layers(model: ModelConfig) -> str:
     """Layers of each mixer and feed-forward: ``14 gla + 14 swa (window 4096)``.
 
     Or ``24 [gla,swa] (window 4096) + 4 [gla,full]; 7 dense + 21 moe (16 experts, top-1, + 1 shared of width
-    1408)``.
+    1408)``. SwiGLUs of the source go without saying.
     """
     described = layers(model)
     mixers = {layer.mixer_name: layer.mixers for layer in described}
     text = _counts([layer.mixer_name for layer in described], mixers, model)
-    if all(layer.feed_forward.is_of_the_source for layer in described):
+    kinds = dict.fromkeys(layer.feed_forward for layer in described)
+    if all(kind.is_of_the_source and kind.describe(model) is None for kind in kinds):
         return text
     feed_forwards = {layer.feed_forward.name: (layer.feed_forward,) for layer in described}
     return f"{text}; {_counts([layer.feed_forward.name for layer in described], feed_forwards, model)}"

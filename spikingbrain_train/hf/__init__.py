@@ -56,6 +56,7 @@ SPIKINGBRAIN_CODE = Code(
     (
         "configuration_spikingbrain.py",
         "modeling_spikingbrain.py",
+        "activation_spikingbrain.py",
         "kinds_spikingbrain.py",
         "linears_spikingbrain.py",
         "mixer_settings_spikingbrain.py",
@@ -65,7 +66,17 @@ SPIKINGBRAIN_CODE = Code(
 )
 """Of this project's own format, which holds every form. The files of a model's kinds come to it."""
 
-CODES = (GLA_SWA_CODE, SPIKINGBRAIN_CODE)
+SPARSE_LLAMA_CODE = Code(
+    ["SparseLlamaForCausalLM"],
+    {
+        "AutoConfig": "configuration_sparsellama.SparseLlamaConfig",
+        "AutoModelForCausalLM": "modeling_sparsellama.SparseLlamaForCausalLM",
+    },
+    ("configuration_sparsellama.py", "modeling_sparsellama.py"),
+)
+"""Of Llama models with FATReLU."""
+
+CODES = (GLA_SWA_CODE, SPIKINGBRAIN_CODE, SPARSE_LLAMA_CODE)
 """All that exports carry."""
 QUANT_METHOD = "w8aspike"
 """What `quantization_config` of a config.json calls INT8 weights and spikes."""

@@ -17,7 +17,8 @@ class SpikingBrainConfig(PretrainedConfig):
     Args:
         vocab_size, hidden_size, num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim,
             intermediate_size, hidden_act, rms_norm_eps, max_position_embeddings, initializer_range,
-            attention_dropout, tie_word_embeddings: as in Llama and Qwen3.
+            attention_dropout, tie_word_embeddings: as in Llama and Qwen3; hidden_act may be "fatrelu".
+        hidden_act_param: threshold of "fatrelu": x where it is at least that, else 0.
         attention_bias: whether q, k and v projections have a bias (Qwen2).
         output_bias: whether output projections of mixers have a bias (Llama and Qwen3 with their
             attention_bias).
@@ -67,6 +68,7 @@ class SpikingBrainConfig(PretrainedConfig):
         head_dim: int | None = None,
         intermediate_size: int = 18944,
         hidden_act: str = "silu",
+        hidden_act_param: float | None = None,
         rms_norm_eps: float = 1e-6,
         max_position_embeddings: int = 131072,
         attention_dropout: float = 0.0,
@@ -103,6 +105,7 @@ class SpikingBrainConfig(PretrainedConfig):
         self.head_dim = hidden_size // num_attention_heads if head_dim is None else head_dim
         self.intermediate_size = intermediate_size
         self.hidden_act = hidden_act
+        self.hidden_act_param = hidden_act_param
         self.rms_norm_eps = rms_norm_eps
         self.max_position_embeddings = max_position_embeddings
         self.attention_dropout = attention_dropout
@@ -155,6 +158,8 @@ class SpikingBrainConfig(PretrainedConfig):
         for key in ("kinds", "linear_transforms"):
             if not values.get(key):
                 values.pop(key, None)
+        if values.get("hidden_act_param") is None:
+            values.pop("hidden_act_param", None)
         scaling = values.pop("rope_scaling", None)
         theta = values.pop("rope_theta", self.rope_theta)
         values["rope_parameters"] = {"rope_type": "default", **(scaling or {}), "rope_theta": theta}
@@ -170,6 +175,13 @@ class SpikingBrainConfig(PretrainedConfig):
             raise ValueError(f"head_dim must be even for rotary embedding, got {self.head_dim}.")
         if self.sliding_window < 1:
             raise ValueError(f"sliding_window must be at least 1, got {self.sliding_window}.")
+        if (self.hidden_act == "fatrelu") != (self.hidden_act_param is not None):
+            raise ValueError(
+                f'hidden_act "{self.hidden_act}" with hidden_act_param {self.hidden_act_param}: it is the '
+                f'threshold of "fatrelu", which needs it.'
+            )
+        if self.hidden_act_param is not None and not self.hidden_act_param >= 0:
+            raise ValueError(f"hidden_act_param must be at least 0, got {self.hidden_act_param}.")
         _check_layers("mixers", self.mixers, self.num_hidden_layers)
         _check_layers("feed_forwards", self.feed_forwards, self.num_hidden_layers)
         for branches in self.mixers:

@@ -44,13 +44,13 @@ class GLAswaRMSNorm(nn.Module):
 
 
 class GLAswaMLP(nn.Module):
-    """SwiGLU."""
+    """Gate, up and down projection: a SwiGLU where the activation is silu."""
 
     def __init__(
         self,
         hidden_size: int,
         width: int,
-        activation: str,
+        activation: str | nn.Module,
         encoder: MakeEncoder = no_encoder,
         bias: bool = False,
     ) -> None:
@@ -60,7 +60,7 @@ class GLAswaMLP(nn.Module):
         self.up_proj = nn.Linear(hidden_size, width, bias=bias)
         self.mlp_fc2_spikes = encoder("mlp_fc2", 0)
         self.down_proj = nn.Linear(width, hidden_size, bias=bias)
-        self.act_fn = ACT2FN[activation]
+        self.act_fn = ACT2FN[activation] if isinstance(activation, str) else activation
 
     def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """[..., hidden_size] to the same; `weight` [..., 1] is what the output counts, None is 1."""

@@ -27,6 +27,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .activation_spikingbrain import activation_of  # noqa: F401
 from .cache_gla_swa import RecurrentCache
 
 # transformers 4.5x copies no files but those that this one itself imports: in an export these are the kinds

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .activation_spikingbrain import activation_of
 from .configuration_spikingbrain import SpikingBrainConfig
 from .kinds_spikingbrain import FEED_FORWARDS, FeedForward, with_defaults
 from .mixers_gla_swa import GLAswaMLP
@@ -67,15 +68,15 @@ class SpikingBrainMoE(nn.Module):
         moe, encoder = _settings(config), encoders_of(config.spiking)
         width = moe["moe_intermediate_size"] or config.intermediate_size
 
-        def swiglu(width: int) -> GLAswaMLP:
-            return GLAswaMLP(config.hidden_size, width, config.hidden_act, encoder)
+        def expert(width: int) -> GLAswaMLP:
+            return GLAswaMLP(config.hidden_size, width, activation_of(config), encoder)
 
         self.router = SpikingBrainRouter(
             config.hidden_size, moe["num_experts"], moe["num_experts_per_tok"], moe["norm_topk_prob"]
         )
-        self.experts = nn.ModuleList(swiglu(width) for _ in range(moe["num_experts"]))
+        self.experts = nn.ModuleList(expert(width) for _ in range(moe["num_experts"]))
         shared = moe["num_shared_experts"]
-        self.shared_experts = swiglu(shared * width) if shared else None
+        self.shared_experts = expert(shared * width) if shared else None
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         x_ND = x_BTD.flatten(0, -2)

@@ -10,7 +10,7 @@ from spikingbrain_train.architecture.backends.linears import (
 )
 from spikingbrain_train.architecture.backends.tables import TABLES
 from spikingbrain_train.architecture.linear_transforms import in_experts
-from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.config.model import ActivationFunc, ModelConfig
 from spikingbrain_train.config.parallel import ExpertBackend, KernelConfig, ParallelLinearBackend
 from spikingbrain_train.config.run import Precision
 from spikingbrain_train.errors import ConfigurationError
@@ -48,7 +48,8 @@ def resolve_kernels(
         linear = PARALLEL_LINEAR.choose(
             kernels.parallel_linear.value, LinearsCall(accelerator.kind), machine, _PREFIX
         )
-        call = ExpertsCall(linear, transforms, precision)
+        activation = ActivationFunc.silu if model is None else model.activation_func
+        call = ExpertsCall(linear, transforms, precision, activation)
         experts = EXPERTS.choose(kernels.experts.value, call, machine, _PREFIX)
     except ValueError as error:
         raise ConfigurationError(str(error)) from error

@@ -62,7 +62,8 @@ def _layouts(config: RunConfig, num_sink_tokens: int, are_padding: bool) -> Iter
 
 def experts_call(config: RunConfig, parallel_linear: str) -> ExpertsCall:
     """What decides who multiplies the routed experts of a run, on linears of this backend."""
-    return ExpertsCall(parallel_linear, in_experts(config.model), config.precision)
+    model = config.model
+    return ExpertsCall(parallel_linear, in_experts(model), config.precision, model.activation_func)
 
 
 def check_kernels(config: RunConfig) -> None:

@@ -13,13 +13,13 @@ from typing import Any
 from omegaconf import MISSING
 
 from spikingbrain_train.architecture.branches import dropped_branches
-from spikingbrain_train.architecture.feed_forwards import FEED_FORWARDS
+from spikingbrain_train.architecture.feed_forwards import ACTIVATION_SETTINGS, FEED_FORWARDS
 from spikingbrain_train.architecture.layers import has_experts, layers, swapped_layers
 from spikingbrain_train.architecture.linear_transforms import LINEAR_TRANSFORMS
 from spikingbrain_train.architecture.mixers import MIXERS
 from spikingbrain_train.architecture.same_architecture import settings_in_use
 from spikingbrain_train.architecture.stored_model import read_stored_model
-from spikingbrain_train.config.model import DecoderConfig, ModelConfig
+from spikingbrain_train.config.model import ActivationFunc, DecoderConfig, ModelConfig
 from spikingbrain_train.config.numerics import OnBadBatch
 from spikingbrain_train.config.run import LRDecayStyle, RunConfig, WandbMode
 from spikingbrain_train.config.sections import with_sections
@@ -127,6 +127,11 @@ _NEEDS = (
         lambda run: "no layer has several branches, as model.mixers=[[gla,swa]] has",
     ),
     _Needs(
+        ("model.fatrelu_threshold",),
+        lambda run: run.model.activation_func is ActivationFunc.fatrelu,
+        lambda run: f"it is fatrelu's, and model.activation_func is {run.model.activation_func.value}",
+    ),
+    _Needs(
         ("optimizer.mixer_lr_mult",),
         lambda run: bool(swapped_layers(layers(run.model))),
         lambda run: "every layer of the model has the mixer of a dense source",
@@ -160,7 +165,7 @@ def _changed(config: RunConfig) -> dict[str, Any]:
     """Settings whose values are neither defaults nor those of the checkpoint, by dotted name."""
     usual = leaves(with_sections(RunConfig)())
     stored = {f"model.{name}": value for name, value in _stored_model(config).items()}
-    of_the_source = {f"model.{name}" for name in leaves(DecoderConfig())}
+    of_the_source = {f"model.{name}" for name in leaves(DecoderConfig()) if name not in ACTIVATION_SETTINGS}
     return {
         name: value
         for name, value in leaves(config).items()

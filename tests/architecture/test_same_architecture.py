@@ -15,6 +15,7 @@ from spikingbrain_train.architecture.same_architecture import (
 )
 from spikingbrain_train.config.linear_transforms import GateEncoding, Projection, SpikingConfig
 from spikingbrain_train.config.model import (
+    ActivationFunc,
     FeatureMap,
     GatedLinearAttentionConfig,
     GateKind,
@@ -181,6 +182,8 @@ def _other(value: Any) -> Any:
         return value * 2
     if value is None:
         return 1.5
+    if isinstance(value, ActivationFunc):
+        return ActivationFunc.relu
     if isinstance(value, FeatureMap):
         return FeatureMap.sigmoid
     if isinstance(value, RopeType):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from spikingbrain_train.config.linear_transforms import Projection, SpikingConfig
 from spikingbrain_train.config.model import (
+    ActivationFunc,
     FeatureMap,
     GatedLinearAttentionConfig,
     GateKind,
@@ -109,6 +110,17 @@ CASES: Mapping[str, Case] = {
             mixers=["swa"],
             feed_forwards=["moe"],
             moe=MoEConfig(num_experts=4, router_topk=2, num_shared_experts=2),
+        )
+    ),
+    "ReLU": Case(replace(_7B, mixers=["full"], activation_func=ActivationFunc.relu, add_mlp_bias=True)),
+    "FATReLU, experts": Case(
+        replace(
+            _7B,
+            mixers=["swa"],
+            feed_forwards=["dense", "moe"],
+            moe=MoEConfig(num_experts=4, router_topk=2, num_shared_experts=2),
+            activation_func=ActivationFunc.fatrelu,
+            fatrelu_threshold=0.3,  # of gates of about 1
         )
     ),
     "spiking": Case(

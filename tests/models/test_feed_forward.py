@@ -11,7 +11,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from spikingbrain_train.architecture.feed_forwards import FEED_FORWARDS
 from spikingbrain_train.config.linear_transforms import Projection, SpikingConfig
-from spikingbrain_train.config.model import ModelConfig, MoEConfig
+from spikingbrain_train.config.model import ActivationFunc, ModelConfig, MoEConfig
 from spikingbrain_train.config.parallel import (
     ExpertBackend,
     KernelConfig,
@@ -23,6 +23,7 @@ from spikingbrain_train.config.parallel import (
 )
 from spikingbrain_train.config.run import Precision
 from spikingbrain_train.errors import ConfigurationError
+from spikingbrain_train.models.feed_forwards.gated_activation import gated_submodules, with_activation
 from spikingbrain_train.models.feed_forwards.moe import spec as moe
 from spikingbrain_train.models.layer_specs import block_spec, layer_build
 from spikingbrain_train.models.transformer_config import transformer_config
@@ -93,3 +94,27 @@ def test_spikes_inside_experts_without_linear_layers_are_refused() -> None:
     kernels = replace(KERNELS, experts=ExpertBackend.grouped_gemm)
     with pytest.raises(ConfigurationError, match="experts=grouped_gemm cannot encode spikes .* choose seq"):
         moe.spec(FEED_FORWARDS["moe"], layer_build(replace(MODEL, spiking=spiking), kernels))
+
+
+def test_grouped_gemm_computes_swiglus_only() -> None:
+    build = layer_build(
+        replace(MODEL, activation_func=ActivationFunc.relu),
+        replace(KERNELS, experts=ExpertBackend.grouped_gemm),
+    )
+    with pytest.raises(
+        ConfigurationError, match=r"experts=grouped_gemm cannot compute model\.activation_func=relu; choose"
+    ):
+        moe.spec(FEED_FORWARDS["moe"], build)
+
+
+def test_an_activation_is_a_matter_of_the_modules_that_have_it() -> None:
+    """Feed-forwards of other kinds read ``activation_func`` of the model's config, and bring their own."""
+    relu = replace(MODEL, activation_func=ActivationFunc.relu)
+    config = transformer_config(relu, ParallelConfig(), Precision.fp32, on_cpu=True)
+    own = with_activation(config)
+    assert own.use_te_activation_func and not config.use_te_activation_func
+    swiglu = transformer_config(MODEL, ParallelConfig(), Precision.fp32, on_cpu=True)
+    assert (
+        with_activation(swiglu) is swiglu
+        and gated_submodules(layer_build(MODEL, KERNELS)).activation_func is None
+    )

@@ -22,6 +22,7 @@ from spikingbrain_train.architecture.layers import layers
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.config.linear_transforms import Projection, QuantizationConfig, SpikingConfig
 from spikingbrain_train.config.model import (
+    ActivationFunc,
     FeatureMap,
     GatedLinearAttentionConfig,
     GateKind,
@@ -117,6 +118,8 @@ CASES = {
     "window, fp32": Case(DENSE, Precision.fp32),
     "window, q and k norms": Case(replace(DENSE, qk_layernorm=True)),
     "window, sinks": Case(replace(DENSE, num_sink_tokens=32)),
+    "ReLU": Case(replace(DENSE, activation_func=ActivationFunc.relu)),
+    "FATReLU, fp32": Case(replace(DENSE, activation_func=ActivationFunc.fatrelu), Precision.fp32),
     "full attention": Case(replace(DENSE, mixers=["full"])),
     "GLA, low-rank gate": Case(GLA),
     "GLA, low-rank gate, fp32": Case(GLA, Precision.fp32),
@@ -134,6 +137,7 @@ CASES = {
     "three branches, spiking": Case(replace(TWO_BRANCHES, mixers=[["gla", "swa", "full"]], spiking=SPIKES)),
     "experts": Case(EXPERTS),
     "experts, fp32": Case(EXPERTS, Precision.fp32),
+    "experts, ReLU": Case(replace(EXPERTS, activation_func=ActivationFunc.relu)),
     "experts, top-2": Case(replace(EXPERTS, moe=replace(EXPERTS.moe, router_topk=2))),
     "window, INT8 keys and values": Case(
         replace(DENSE, quantization=QuantizationConfig(keys_and_values=True))
@@ -155,6 +159,7 @@ CASES = {
         for level in (Recompute.moe_activation, Recompute.moe_feed_forward, Recompute.moe_layer)
         for name, model in (
             ("experts", EXPERTS),
+            ("experts, ReLU", replace(EXPERTS, activation_func=ActivationFunc.relu)),
             ("experts, spiking", replace(EXPERTS, spiking=SPIKES)),
             (
                 "dense beside experts",

@@ -57,6 +57,7 @@ def notes(*overrides: str) -> list[str]:
             "context_parallel_size is 1",
         ),
         (f"{DENSE} optimizer.mixer_lr_mult=10", "mixer_lr_mult=10", "the mixer of a dense source"),
+        (f"{DENSE} model.fatrelu_threshold=0.1", "fatrelu_threshold=0.1", "model.activation_func is silu"),
         (f"{DENSE} cluster.kernels.experts=sequential", "kernels.experts=sequential", "no experts"),
     ],
 )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 
 from spikingbrain_train.architecture.backends.backend import AUTO, Backend, Backends, Machine
+from spikingbrain_train.config.model import ActivationFunc
 from spikingbrain_train.config.parallel import AcceleratorKind
 from spikingbrain_train.config.run import Precision
 
@@ -40,6 +41,8 @@ class ExpertsCall:
     """What linears inside experts do to their inputs and weights, and which settings ask for it, in words
     behind "cannot"."""
     precision: Precision = Precision.bf16
+    activation: ActivationFunc = ActivationFunc.silu
+    """Of the experts' gates."""
 
 
 def _transformer_engine_limit(call: ExpertsCall) -> str | None:
@@ -57,6 +60,8 @@ def _transformer_engine_limit_here(call: ExpertsCall, machine: Machine) -> str |
 def _grouped_gemm_limit(call: ExpertsCall) -> str | None:
     if call.precision is Precision.fp32:
         return "multiplies bfloat16 only, but precision=fp32"
+    if call.activation is not ActivationFunc.silu:
+        return f"cannot compute model.activation_func={call.activation.value}"
     return f"cannot {call.transforms[0]}" if call.transforms else None
 
 

@@ -46,11 +46,16 @@ class ConfigKeys:
             raise self.refuse(key, f"must be a whole number of at least {minimum}")
         return value
 
-    def number(self, key: str, default: float | None = None) -> float:
-        """A finite number above 0; without a default the key must be there. Raises CheckpointError."""
+    def number(self, key: str, default: float | None = None, minimum: float | None = None) -> float:
+        """A finite number above 0, or of at least ``minimum``; without a default the key must be there.
+
+        Raises CheckpointError.
+        """
         value = self._get(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise self.refuse(key, "must be a number above 0")
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and value < math.inf
+        if not is_number or not (value > 0 if minimum is None else value >= minimum):
+            bound = "above 0" if minimum is None else f"of at least {minimum:g}"
+            raise self.refuse(key, f"must be a number {bound}")
         return float(value)
 
     def boolean(self, key: str, default: bool) -> bool:

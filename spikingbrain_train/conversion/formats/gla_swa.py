@@ -15,6 +15,7 @@ from spikingbrain_train.architecture.layers import mixers_of, model_weights
 from spikingbrain_train.architecture.linear_transforms import transforms_of
 from spikingbrain_train.architecture.weights import Weight
 from spikingbrain_train.config.model import (
+    ActivationFunc,
     FeatureMap,
     GatedLinearAttentionConfig,
     GateKind,
@@ -84,7 +85,7 @@ class GatedLinearSlidingWindowFormat(LlamaLikeFormat):
     names = NAMES
     rope_theta = DEFAULT_ROPE_THETA
     norm_key = "norm_eps"
-    activation = "swish"
+    activations = {ActivationFunc.silu: "swish"}
 
     def unsupported(self, model: ModelConfig) -> list[str]:
         parts = super().unsupported(model)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
-from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.architecture.layers import feed_forwards_of
+from spikingbrain_train.config.model import ActivationFunc, ModelConfig
 from spikingbrain_train.config.sections import with_sections
 from spikingbrain_train.conversion.code_references import without_references
 from spikingbrain_train.conversion.formats.config_keys import ConfigKeys
@@ -15,6 +17,13 @@ from spikingbrain_train.conversion.window_convention import WindowConvention
 
 _KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "attention_dropout", "use_cache")
 """Keys that an export takes from the config.json of a source of another family."""
+THRESHOLD = "hidden_act_param"
+"""Key of fatrelu's threshold, as in the published configs of ProSparse."""
+
+
+def _reads_activation(model: ModelConfig) -> bool:
+    """Whether a feed-forward of the model has a gate that goes through its activation."""
+    return any("activation_func" in kind.settings(model) for kind in feed_forwards_of(model))
 
 
 class LlamaLikeFormat(HfFormat):
@@ -28,8 +37,8 @@ class LlamaLikeFormat(HfFormat):
     """Whether there are as many query groups as heads where config.json names none; else it must."""
     norm_key: str = "rms_norm_eps"
     """Key of the norms' epsilon."""
-    activation: str = "silu"
-    """What ``hidden_act`` calls SiLU."""
+    activations: Mapping[ActivationFunc, str] = {ActivationFunc.silu: "silu", ActivationFunc.relu: "relu"}
+    """What ``hidden_act`` calls those that its modelling code computes."""
 
     def read(self, keys: ConfigKeys, window_convention: WindowConvention | None = None) -> ModelConfig:
         self.refuse(keys)
@@ -63,8 +72,28 @@ class LlamaLikeFormat(HfFormat):
             share_embeddings_and_output_weights=keys.boolean("tie_word_embeddings", False),
             init_method_std=keys.number("initializer_range", 0.02),
         )
+        model.activation_func = self._activation(keys)
+        if model.activation_func is ActivationFunc.fatrelu:
+            model.fatrelu_threshold = keys.number(THRESHOLD, minimum=0.0)
         self.read_layers(keys, model, window_convention)
         return model
+
+    def _activation(self, keys: ConfigKeys) -> ActivationFunc:
+        known = {name: func for func, name in self.activations.items()}
+        if ActivationFunc.silu in self.activations:
+            known |= {"silu": ActivationFunc.silu, "swish": ActivationFunc.silu}
+        name = str(keys.values.get("hidden_act") or next(iter(known)))
+        if name not in known:
+            raise keys.refuse(
+                "hidden_act", f"is not supported; {self.architecture} is read with {', '.join(known)}"
+            )
+        return known[name]
+
+    def unsupported(self, model: ModelConfig) -> list[str]:
+        parts = super().unsupported(model)
+        if _reads_activation(model) and model.activation_func not in self.activations:
+            parts.append(f"feed-forwards with model.activation_func={model.activation_func.value}")
+        return parts
 
     def refuse(self, keys: ConfigKeys) -> None:
         """Refuse what no model here computes. Raises CheckpointError."""
@@ -74,10 +103,6 @@ class LlamaLikeFormat(HfFormat):
         if "quant_weight_group_size" in keys.values:
             raise keys.refuse(
                 "quant_weight_group_size", "marks a W8ASpike checkpoint; import the unquantised checkpoint"
-            )
-        if keys.values.get("hidden_act", "silu") not in ("silu", "swish"):
-            raise keys.refuse(
-                "hidden_act", 'is not supported; the feed-forward is SwiGLU ("silu" or "swish")'
             )
 
     @abstractmethod
@@ -121,8 +146,14 @@ class LlamaLikeFormat(HfFormat):
             "tie_word_embeddings": model.share_embeddings_and_output_weights,
             "initializer_range": model.init_method_std,
             self.norm_key: model.norm_epsilon,
-            "hidden_act": self.activation,
+            **self._activation_keys(model),
         }
+
+    def _activation_keys(self, model: ModelConfig) -> dict[str, Any]:
+        # A kind from outside does not read it: the key says what this code would compute anyway.
+        func = model.activation_func if model.activation_func in self.activations else ActivationFunc.silu
+        threshold = {THRESHOLD: model.fatrelu_threshold} if func is ActivationFunc.fatrelu else {}
+        return {"hidden_act": self.activations[func], **threshold}
 
     @abstractmethod
     def keys_for_readers(self, model: ModelConfig, source: dict[str, Any], dtype: str) -> dict[str, Any]:

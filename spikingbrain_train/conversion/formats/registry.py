@@ -13,13 +13,17 @@ from spikingbrain_train.conversion.formats.gla_swa import GLA_SWA
 from spikingbrain_train.conversion.formats.hf_format import HfFormat
 from spikingbrain_train.conversion.formats.outside_kinds import how_to_bring_code, without_code
 from spikingbrain_train.conversion.formats.qwen3_moe import QWEN3_MOE
+from spikingbrain_train.conversion.formats.sparse_llama import SPARSE_LLAMA
 from spikingbrain_train.conversion.formats.spikingbrain import SPIKINGBRAIN
 from spikingbrain_train.conversion.formats.sse_swa_moba import SpikingBrain2, is_spikingbrain2
 from spikingbrain_train.conversion.formats.w8aspike import W8ASPIKE
 from spikingbrain_train.conversion.window_convention import WindowConvention
 from spikingbrain_train.errors import CheckpointError, ConfigurationError
 
-FORMATS: list[HfFormat] = [LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, GLA_SWA, SPIKINGBRAIN, W8ASPIKE]
+FORMATS: list[HfFormat] = [
+    *(LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE),
+    *(SPARSE_LLAMA, GLA_SWA, SPIKINGBRAIN, W8ASPIKE),
+]
 """In the order in which an export tries them: what transformers has, what others read, then our own, then the
 form with stored scales. A plugin appends its own."""
 

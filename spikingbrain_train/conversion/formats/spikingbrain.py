@@ -16,6 +16,7 @@ from spikingbrain_train.architecture.linear_transforms import transforms_of
 from spikingbrain_train.architecture.submodule_kind import SubmoduleKind
 from spikingbrain_train.architecture.weights import Weight
 from spikingbrain_train.config.model import (
+    ActivationFunc,
     FeatureMap,
     GatedLinearAttentionConfig,
     GateKind,
@@ -82,6 +83,7 @@ class SpikingBrainFormat(LlamaLikeFormat):
     kinds = OWN_FORMAT
     holds = "models of gla, swa and full layers, of experts, branches, sinks and kinds with code of their own"
     names = NAMES
+    activations = {func: func.value for func in ActivationFunc}
 
     def unsupported(self, model: ModelConfig) -> list[str]:
         """Kinds of layers that are not in its code; all else it holds."""

@@ -95,7 +95,7 @@ def _model_facts(plan: Plan) -> list[str]:
         f"{model.num_attention_heads} heads in {model.num_query_groups} groups of width "
         f"{model.kv_channels}, vocabulary {model.vocab_size} (padded to {padded}, {tied})",
     ]
-    if not all(kind.is_of_the_source for kind in feed_forwards_of(model)):
+    if not all(kind.is_of_the_source and kind.describe(model) is None for kind in feed_forwards_of(model)):
         feed_forwards = counts(layer.feed_forward.name for layer in layers(model))
         described = [words for kind in feed_forwards_of(model) if (words := kind.describe(model))]
         rows.append("; ".join([f"feed-forwards: {feed_forwards}", *described]))

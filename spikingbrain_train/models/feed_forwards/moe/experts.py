@@ -29,18 +29,23 @@ from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from torch import Tensor
 
 from spikingbrain_train.config.parallel import Recompute
+from spikingbrain_train.models.feed_forwards.gated_activation import with_activation
 from spikingbrain_train.models.transformer_config import HybridTransformerConfig
 from spikingbrain_train.runtime.megatron_versions import HAS_GROUPED_MLP
 
 
-def _swiglu(gate_up: Tensor, scale: Tensor | None, *, fused: bool) -> Tensor:
-    """silu(gate) * up, times ``scale`` [tokens] where tokens are weighted, in the dtype of ``gate_up``."""
+def _activation(gate_up: Tensor, scale: Tensor | None, *, mlp: MLP) -> Tensor:
+    """act(gate) * up, times ``scale`` [tokens] where tokens are weighted, in the dtype of ``gate_up``."""
+    fused = mlp.config.bias_activation_fusion
     if fused and scale is not None:
         return weighted_bias_swiglu_impl(gate_up, None, scale.unsqueeze(-1), False)
     if fused:
         return bias_swiglu_impl(gate_up, None)
-    gate, up = gate_up.chunk(2, dim=-1)
-    activation = torch.nn.functional.silu(gate) * up
+    if mlp.config.use_te_activation_func:
+        activation = mlp.activation_func(gate_up)
+    else:
+        gate, up = gate_up.chunk(2, dim=-1)
+        activation = torch.nn.functional.silu(gate) * up
     return activation if scale is None else (activation * scale.unsqueeze(-1)).to(gate_up.dtype)
 
 
@@ -49,8 +54,7 @@ def _forward_with_recomputed_activation(mlp: MLP, hidden: Tensor, scale: Tensor 
     gate_up, _ = mlp.linear_fc1(hidden)
     # None says "no FP8": megatron-core asks `fp8 is not None`.
     checkpoint = CheckpointWithoutOutput(fp8=None)
-    swiglu = partial(_swiglu, fused=mlp.config.bias_activation_fusion)
-    activation = checkpoint.checkpoint(swiglu, gate_up, scale)
+    activation = checkpoint.checkpoint(partial(_activation, mlp=mlp), gate_up, scale)
     output, _ = mlp.linear_fc2(activation)
     checkpoint.discard_output_and_register_recompute(output)
     return output
@@ -105,7 +109,7 @@ class SequentialExperts(_RoutedExperts, SequentialMLP):
     ) -> None:
         draws_all = config.use_cpu_initialization and config.perform_initialization
         number = config.num_moe_experts if draws_all else num_local_experts
-        super().__init__(number, config, submodules, pg_collection=pg_collection, **kwargs)
+        super().__init__(number, with_activation(config), submodules, pg_collection=pg_collection, **kwargs)
         if draws_all:
             first = pg_collection.ep.rank() * num_local_experts
             own = list(self.local_experts)[first : first + num_local_experts]
@@ -127,8 +131,10 @@ class SequentialExperts(_RoutedExperts, SequentialMLP):
 class TEGroupedExperts(_RoutedExperts, TEGroupedMLP):
     """All experts of a rank in one grouped GEMM of Transformer Engine."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self, num_local_experts: int, config: HybridTransformerConfig, *args: Any, **kwargs: Any
+    ) -> None:
+        super().__init__(num_local_experts, with_activation(config), *args, **kwargs)
         self.activation_recompute = self.config.recompute is Recompute.moe_activation
         self._mark_parameters()
 
@@ -152,9 +158,12 @@ if HAS_GROUPED_MLP:
 
 
 class SharedExperts(SharedExpertMLP):
-    """The experts of every token, as one wide SwiGLU without a gate."""
+    """The experts of every token, as one wide feed-forward whose output no gate weighs."""
 
     config: HybridTransformerConfig
+
+    def __init__(self, config: HybridTransformerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(with_activation(config), *args, **kwargs)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[T, B, hidden_size] -> the same shape."""

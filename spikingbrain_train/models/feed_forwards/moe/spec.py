@@ -1,6 +1,8 @@
-"""A mixture of SwiGLU experts as ``mlp`` of a layer."""
+"""A mixture of gated experts as ``mlp`` of a layer."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
@@ -11,6 +13,7 @@ from spikingbrain_train.architecture.linear_transforms import in_experts
 from spikingbrain_train.config.linear_transforms import Projection
 from spikingbrain_train.config.parallel import ExpertBackend
 from spikingbrain_train.config.require import require
+from spikingbrain_train.models.feed_forwards.gated_activation import gated_submodules
 from spikingbrain_train.models.feed_forwards.moe import experts as expert_classes
 from spikingbrain_train.models.feed_forwards.moe.experts import (
     SequentialExperts,
@@ -23,7 +26,7 @@ from spikingbrain_train.models.feed_forwards.submodule import (
     Submodule,
     submodule,
 )
-from spikingbrain_train.models.layer_build import LayerBuild, mlp_submodules
+from spikingbrain_train.models.layer_build import LayerBuild
 
 
 def spec(_kind: FeedForwardKind, build: LayerBuild) -> Submodule:
@@ -34,7 +37,7 @@ def spec(_kind: FeedForwardKind, build: LayerBuild) -> Submodule:
     """
     submodules = MoESubmodules(
         experts=_routed_experts(build),
-        shared_experts=submodule(SharedExperts, mlp_submodules(build)),
+        shared_experts=submodule(SharedExperts, gated_submodules(build)),
         router=SequenceBalancedRouter,
     )
     return submodule(MoELayer, submodules)
@@ -43,15 +46,19 @@ def spec(_kind: FeedForwardKind, build: LayerBuild) -> Submodule:
 def _routed_experts(build: LayerBuild) -> Submodule:
     backend, linears = build.kernels.experts, build.linears
     if backend is ExpertBackend.sequential:
-        return submodule(SequentialExperts, mlp_submodules(build))
+        return submodule(SequentialExperts, gated_submodules(build))
     if backend is ExpertBackend.grouped_gemm:
-        limit = EXPERTS.limit(backend.value, ExpertsCall(linears.backend.value, in_experts(build.model)))
+        call = ExpertsCall(
+            linears.backend.value, in_experts(build.model), activation=build.model.activation_func
+        )
+        limit = EXPERTS.limit(backend.value, call)
         require(limit is None, f"cluster.kernels.experts={backend.value} {limit}; choose sequential")
         return submodule(expert_classes.GroupedGemmExperts)
     assert backend is ExpertBackend.transformer_engine, f"unresolved experts backend {backend}"
-    grouped = {
+    grouped: dict[str, Any] = {
         "linear_fc1": linears.grouped_column(Projection.mlp_fc1),
         "linear_fc2": linears.grouped_row(Projection.mlp_fc2),
+        "activation_func": gated_submodules(build).activation_func,
     }
     if not BUILDERS_INSTEAD_OF_SPECS:
         return submodule(TEGroupedExperts, MLPSubmodules(**grouped))
