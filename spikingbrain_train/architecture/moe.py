@@ -32,6 +32,11 @@ def expert_width(model: ModelConfig) -> int:
     return model.moe.moe_ffn_hidden_size or model.ffn_hidden_size
 
 
+def active_channels(model: ModelConfig) -> int:
+    """Intermediate channels of all experts that a token is sent to, shared ones included."""
+    return (model.moe.router_topk + model.moe.num_shared_experts) * expert_width(model)
+
+
 def _experts_of_a_token(model: ModelConfig) -> float:
     """Routed experts that compute for a token, with the padding up to their capacity."""
     moe = model.moe

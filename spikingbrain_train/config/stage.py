@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import pairwise
 
 from omegaconf import MISSING
 
 from spikingbrain_train.config.require import require
 from spikingbrain_train.config.setting import ONLY_AT_THE_START, OTHER_ORDER, SAID, refused, said, setting
+from spikingbrain_train.config.shown import shown
 
 
 class AlignmentInputs(str, Enum):
@@ -129,6 +132,46 @@ class QuantizationAnnealingConfig:
 
 
 @dataclass
+class SparsityConfig:
+    """An L1 loss that makes products inside feed-forwards zero, in stages (ProSparse, arXiv 2402.13516)."""
+
+    l1_factors: list[float] = setting(default_factory=list, minimum=0, resume=SAID)
+    """Weights of the loss, one for each stage of the schedule: the first holds from the beginning, each
+    further one is reached at the end of its stage along half a sine from the one before; the last one stays.
+    Empty is no such loss. Needs model.activation_func=relu or fatrelu."""
+    l1_end_steps: list[int] = setting(default_factory=list, minimum=1, resume=SAID)
+    """Step at which each stage of the schedule ends: as many as l1_factors, each behind the one before."""
+
+    def check(self, prefix: str) -> None:
+        """Stages follow each other. Raises ConfigurationError."""
+        factors, ends = self.l1_factors, self.l1_end_steps
+        require(
+            len(factors) == len(ends),
+            f"{prefix}l1_factors names {len(factors)} stages and {prefix}l1_end_steps {len(ends)}; give "
+            f"every factor the step at which its stage ends",
+        )
+        require(
+            all(before < end for before, end in pairwise(ends)),
+            f"{prefix}l1_end_steps={shown(ends)} must rise from stage to stage",
+        )
+
+    def l1_factor(self, step: int) -> float:
+        """The weight of the loss in the step that follows ``step`` done ones; 0 where there is no schedule.
+
+        ``l0 + (l1 - l0) / 2 * (sin(-pi / 2 + pi * (t - t0) / (t1 - t0)) + 1)`` between the ends t0 and t1 of
+        two stages (ProSparse, section 3.2).
+        """
+        if not self.l1_factors or step < self.l1_end_steps[0]:
+            return self.l1_factors[0] if self.l1_factors else 0.0
+        stages = list(zip(self.l1_end_steps, self.l1_factors, strict=True))
+        for (begin, low), (end, high) in pairwise(stages):
+            if step < end:
+                share = (step - begin) / (end - begin)
+                return low + (high - low) / 2 * (math.sin(math.pi * (share - 0.5)) + 1)
+        return self.l1_factors[-1]
+
+
+@dataclass
 class StageConfig:
     """One stage of training. Stages run one after the other, each from the checkpoint of the one before."""
 
@@ -160,6 +203,8 @@ class StageConfig:
     """Schedule of the spike threshold."""
     quantization_annealing: QuantizationAnnealingConfig = field(default_factory=QuantizationAnnealingConfig)
     """Schedule of INT8 weights."""
+    sparsity: SparsityConfig = field(default_factory=SparsityConfig)
+    """Schedule of an L1 loss on what is inside feed-forwards."""
 
     @property
     def calibration_steps(self) -> int:

@@ -20,7 +20,7 @@ def naive_gated_relu(gate_up: Tensor, threshold: float = 0.0) -> Tensor:
     return activated * up
 
 
-def gated_relu(gate_up: Tensor, threshold: float = 0.0) -> Tensor:
+def gated_relu(gate_up: Tensor, threshold: float = 0.0, penalty: float | Tensor | None = None) -> Tensor:
     """``FATReLU(gate) * up`` with ``FATReLU(x) = x if x >= threshold else 0``; ReLU where the threshold is 0.
 
     A gate or an input that is NaN stays NaN.
@@ -28,11 +28,13 @@ def gated_relu(gate_up: Tensor, threshold: float = 0.0) -> Tensor:
     Args:
         gate_up: [..., 2 f] gate and up projection side by side.
         threshold: at least 0.
+        penalty: gradients are those of what comes behind plus ``penalty * output.abs().sum()``, [] on the
+            device of ``gate_up`` where it is a tensor; None adds nothing. So an L1 loss costs no tensor.
 
     Returns:
         [..., f] in the dtype of ``gate_up``.
     """
-    return _GatedReLU.apply(gate_up, threshold)
+    return _GatedReLU.apply(gate_up, threshold, penalty)
 
 
 def _silent(gate: Tensor, threshold: float) -> Tensor:
@@ -42,21 +44,24 @@ def _silent(gate: Tensor, threshold: float) -> Tensor:
 
 class _GatedReLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate_up: Tensor, threshold: float) -> Tensor:
+    def forward(ctx: Any, gate_up: Tensor, threshold: float, penalty: float | Tensor | None) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
         ctx.save_for_backward(gate_up)
-        ctx.threshold = threshold
+        ctx.threshold, ctx.penalty = threshold, penalty
         return gate.masked_fill(_silent(gate, threshold), 0).mul_(up)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (gate_up,) = ctx.saved_tensors
         gate, up = gate_up.chunk(2, dim=-1)
         silent = _silent(gate, ctx.threshold)
+        if ctx.penalty is not None:
+            # Where the gate is open it is positive, and the product has the sign of the other factor.
+            grad = torch.sign(up).mul_(ctx.penalty).add_(grad)
         # Written where it belongs: nothing is as wide as the input but the result.
         grad_gate_up = torch.empty_like(gate_up)
         grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
         torch.mul(grad, up, out=grad_gate).masked_fill_(silent, 0)
         torch.mul(grad, gate, out=grad_up).masked_fill_(silent, 0)
-        return grad_gate_up, None
+        return grad_gate_up, None, None

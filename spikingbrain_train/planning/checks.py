@@ -22,6 +22,7 @@ from spikingbrain_train.planning.parallel_checks import (
     check_world_size,
 )
 from spikingbrain_train.planning.resume import StoredRun
+from spikingbrain_train.planning.sparsity_checks import check_sparsity
 from spikingbrain_train.planning.stages.registry import kind_of
 
 
@@ -100,6 +101,7 @@ def check_run_config(config: RunConfig, world_size: int) -> StoredRun | None:
     check_split(config.model, config.parallel)
     check_linear_transforms(config.model, config.stage)
     check_stage(config.stage, config.model, config.parallel, world_size)
+    check_sparsity(config.stage, config.model)
     check_optimizer(config.optimizer, config.stage.train_iters)
     check_kernels(config)
     if not config.dry_run:

@@ -67,6 +67,8 @@ def test_every_choice_makes_a_plan(group, choice):
         overrides.append("model=smollm2_135m_hybrid")
     if choice in ("align", "distill"):
         overrides.append("stage.teacher=dense")
+    if choice.startswith("prosparse"):
+        overrides += ["model.activation_func=relu", "model.max_position_embeddings=4096"]
     if choice == "adamw_wsd":
         overrides.append("optimizer.lr_wsd_decay_iters=100")
     dry_run(*overrides)

@@ -51,7 +51,8 @@ _76B = CASES["76B-like"].model
 MODELS: dict[str, ModelConfig] = {
     name: case.model
     for name, case in CASES.items()
-    if not case.packed and "drop-out" not in name  # the same models in evaluation
+    # The same models in evaluation are left out.
+    if not case.packed and not case.l1_factor and "drop-out" not in name
 } | {
     # Experts, both matrices of the gate and the output gate read spikes; scaled rotary positions.
     "76B-like, spiking, tied embeddings": replace(

@@ -27,7 +27,7 @@ from spikingbrain_train.config.model import (
 )
 from spikingbrain_train.config.parallel import KernelConfig, ParallelConfig
 from spikingbrain_train.config.run import Precision
-from spikingbrain_train.config.stage import StageConfig
+from spikingbrain_train.config.stage import SparsityConfig, StageConfig
 
 if TYPE_CHECKING:
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
@@ -79,6 +79,8 @@ class Case:
     model: ModelConfig
     packed: bool = False
     """Whether sequences hold several documents that do not see each other."""
+    l1_factor: float = 0.0
+    """Weight of the L1 loss inside feed-forwards; not a small one, so that it shows."""
 
 
 CASES: Mapping[str, Case] = {
@@ -113,6 +115,19 @@ CASES: Mapping[str, Case] = {
         )
     ),
     "ReLU": Case(replace(_7B, mixers=["full"], activation_func=ActivationFunc.relu, add_mlp_bias=True)),
+    "ReLU, L1": Case(
+        replace(_7B, mixers=["full"], activation_func=ActivationFunc.relu, num_sink_tokens=6), l1_factor=5.0
+    ),
+    "ReLU, experts, L1": Case(
+        replace(
+            _7B,
+            mixers=["swa"],
+            feed_forwards=["dense", "moe"],
+            moe=MoEConfig(num_experts=4, router_topk=2, num_shared_experts=2),
+            activation_func=ActivationFunc.relu,
+        ),
+        l1_factor=5.0,
+    ),
     "FATReLU, experts": Case(
         replace(
             _7B,
@@ -171,17 +186,24 @@ def loss_and_gradients(
     ``change_weights`` gets the model when it has its weights.
     """
     from spikingbrain_train.data.loader import local_micro_batch
+    from spikingbrain_train.models.feed_forwards.gated_activation import activations_in
     from spikingbrain_train.training.build import wrap_data_parallel
     from spikingbrain_train.training.stages.pretraining import ContinualPretraining
 
     model = model_of_known_weights(groups, case.model, parallel)
     with torch.no_grad():
         change_weights(model)
+    for activation in activations_in(model):
+        activation.l1_factor = case.l1_factor
     wrapped = wrap_data_parallel(model, parallel)
     wrapped.zero_grad_buffer()
     text = LENGTH - case.model.num_sink_tokens
     stage = StageConfig(
-        seq_length=text, micro_batch_size=MICRO_BATCH, global_batch_size=SEQUENCES, train_iters=1
+        seq_length=text,
+        micro_batch_size=MICRO_BATCH,
+        global_batch_size=SEQUENCES,
+        train_iters=1,
+        sparsity=SparsityConfig([case.l1_factor], [1]) if case.l1_factor else SparsityConfig(),
     )
     batches = (
         local_micro_batch(

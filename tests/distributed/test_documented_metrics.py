@@ -12,10 +12,10 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from spikingbrain_train.config.linear_transforms import Projection, QuantizationConfig, SpikingConfig
-from spikingbrain_train.config.model import MoEConfig
+from spikingbrain_train.config.model import ActivationFunc, MoEConfig
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import DataConfig, LoggingConfig, RunConfig
-from spikingbrain_train.config.stage import DistillationConfig
+from spikingbrain_train.config.stage import DistillationConfig, SparsityConfig
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.reporting.metrics import read_events, read_metrics
 from spikingbrain_train.training.callbacks.callback import Callback
@@ -131,9 +131,12 @@ def runs(
     moe = MoEConfig(num_experts=4, router_topk=1, num_shared_experts=1, capacity_factor=1.0)
     experts = config("experts", hybrid_76b_checkpoint, model=replace(MODEL_76B, moe=moe))
 
+    zeros = config("zeros", hybrid_checkpoint, model=replace(MODEL, activation_func=ActivationFunc.relu))
+    zeros.stage.sparsity = SparsityConfig([0.1], [2])
+
     all_found: dict[str, Reported] = {}
     all_printed = ""
-    for each in (align, spiking, experts):
+    for each in (align, spiking, experts, zeros):
         ((found, printed),) = ranks.run(_listen, each, world_size=1, parallel=ParallelConfig())
         all_printed += printed
         for name, reported in found.items():
@@ -157,7 +160,7 @@ def test_the_page_says_when_a_metric_is_reported_and_how_the_console_shows_it(ru
         assert any(f"| {label} " in f"{line} " or f" {label} |" in f"{line} |" for line in lines), label
 
 
-@pytest.mark.parametrize("run", ["align", "spiking", "experts"])
+@pytest.mark.parametrize("run", ["align", "spiking", "experts", "zeros"])
 def test_file_and_tensorboard_have_the_same_names(run: str, runs: Runs) -> None:
     events = EventAccumulator(str(runs.folder / run / "tensorboard"))
     events.Reload()

@@ -17,7 +17,7 @@ from spikingbrain_train.models.transformer_config import HybridTransformerConfig
 def spec(_kind: FeedForwardKind, build: LayerBuild) -> Submodule:
     """megatron-core's MLP; its width comes from the TransformerConfig when it is built."""
     is_swiglu = build.model.activation_func is ActivationFunc.silu
-    return mlp(MLP if is_swiglu else GatedMLP, gated_submodules(build))
+    return mlp(MLP if is_swiglu else GatedMLP, gated_submodules(build, build.model.ffn_hidden_size))
 
 
 class GatedMLP(MLP):

@@ -52,10 +52,13 @@ class CountsTokens(Protocol):
 
 @runtime_checkable
 class HasAuxiliaryLoss(Protocol):
-    """A router that adds losses of its own to what is optimised."""
+    """A router or an activation that adds losses of its own to what is optimised."""
+
+    auxiliary_metric: str | None
+    """Under which name what it adds is reported by itself; None where only the sum of all is."""
 
     def auxiliary_loss(self) -> Tensor:
-        """[] float64, weighted and summed over the tokens that :class:`CountsTokens` counts."""
+        """[] float64, weighted and summed over this rank's tokens (of a router, those that it counts)."""
         ...
 
     def scale_auxiliary_loss(self, scale: Tensor) -> None:

@@ -38,7 +38,7 @@ class DistillationKind(TokenLossKind):
 
     def all_settings(self, stage: StageConfig) -> set[str]:
         """Those of distillation."""
-        return set(leaves(stage.distillation, "stage.distillation."))
+        return super().all_settings(stage) | set(leaves(stage.distillation, "stage.distillation."))
 
     def check(self, stage: StageConfig) -> None:
         """There is something to distil. Raises ConfigurationError."""

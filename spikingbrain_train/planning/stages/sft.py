@@ -24,4 +24,4 @@ class SupervisedFineTuningKind(TokenLossKind):
 
     def all_settings(self, stage: StageConfig) -> set[str]:
         """How examples are read."""
-        return set(leaves(stage.sft, "stage.sft."))
+        return super().all_settings(stage) | set(leaves(stage.sft, "stage.sft."))

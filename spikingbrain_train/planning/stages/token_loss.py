@@ -6,6 +6,7 @@ from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.require import require
 from spikingbrain_train.config.run import RunConfig
+from spikingbrain_train.config.setting import leaves
 from spikingbrain_train.config.stage import StageConfig
 from spikingbrain_train.planning.activations import activation_bytes
 from spikingbrain_train.planning.costs import (
@@ -23,6 +24,10 @@ class TokenLossKind(StageKind):
     def reason_for_teacher(self, stage: StageConfig) -> str | None:
         """Nothing: it learns from the text alone."""
         return None
+
+    def all_settings(self, stage: StageConfig) -> set[str]:
+        """Losses on what is inside the model."""
+        return set(leaves(stage.sparsity, "stage.sparsity."))
 
     def check(self, stage: StageConfig) -> None:
         """Nobody expects the teacher's logits in it. Raises ConfigurationError."""

@@ -8,6 +8,7 @@ from spikingbrain_train.config.named_class import named_classes
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.evaluation.evaluator import Evaluator
 from spikingbrain_train.evaluation.held_out import HeldOutCrossEntropy
+from spikingbrain_train.training.callbacks.activation_sparsity import ActivationSparsity
 from spikingbrain_train.training.callbacks.alert_command import AlertCommand
 from spikingbrain_train.training.callbacks.all_tokens import AllTokens
 from spikingbrain_train.training.callbacks.bad_batches import BadBatches
@@ -62,6 +63,7 @@ def callbacks_of(config: RunConfig, more: Sequence[Callback] = ()) -> list[Callb
         LinearTransformSchedules(),
         LinearTransformStatistics(),
         ExpertLoadReport(),
+        ActivationSparsity(),
         StartUp(),
         Speed(),
         SlowRanks(),

@@ -10,6 +10,7 @@ from megatron.core.distributed import DistributedDataParallel
 
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.data.loader import MicroBatch
+from spikingbrain_train.models.feed_forwards.routing import HasAuxiliaryLoss
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.training.data_check import ShowActivity
 from spikingbrain_train.training.stages.data import PackedAnswers, StageData
@@ -20,7 +21,8 @@ from spikingbrain_train.training.stages.token_loss import TokenLossStage
 class SupervisedFineTuning(TokenLossStage):
     """Next-token loss where the loss mask of the examples has it, as the mean over such tokens of a batch.
 
-    Losses of routers are over all tokens, and keep the weight against it that they have in pretraining.
+    Losses of routers and activations are over all tokens, and keep the weight against it that they have in
+    pretraining.
     """
 
     @classmethod
@@ -36,16 +38,16 @@ class SupervisedFineTuning(TokenLossStage):
         self, model: DistributedDataParallel, batches: Iterator[MicroBatch], num_microbatches: int
     ) -> StepLosses:
         """Accumulate gradients of the mean loss over the global batch's tokens with loss."""
-        if self.find_routers(model) is not None:
+        if (auxiliary := self.find_auxiliary_losses(model)) is not None:
             batch = list(islice(batches, num_microbatches))
-            self._scale_routers(batch)
+            self._scale(auxiliary, batch)
             batches = iter(batch)
         return super().forward_backward(model, batches, num_microbatches)
 
-    def _scale_routers(self, batch: Sequence[MicroBatch]) -> None:
-        """Gradients are divided by the tokens with loss: multiply what routers sum up by their share."""
+    def _scale(self, auxiliary: Sequence[HasAuxiliaryLoss], batch: Sequence[MicroBatch]) -> None:
+        """Gradients are divided by the tokens with loss: multiply sums over all tokens by their share."""
         tokens = torch.stack([micro_batch.loss_mask.sum(dtype=torch.float64) for micro_batch in batch]).sum()
         torch.distributed.all_reduce(tokens, group=self.groups.collection.dp_cp)
         share = tokens / (self.stage.global_batch_size * self.stage.seq_length)
-        for router in self._routers or ():
-            router.scale_auxiliary_loss(share)
+        for each in auxiliary:
+            each.scale_auxiliary_loss(share)

@@ -18,6 +18,7 @@ from torch import Tensor
 from spikingbrain_train.architecture.layers import has_experts
 from spikingbrain_train.config.stage import StageConfig
 from spikingbrain_train.data.loader import MicroBatch
+from spikingbrain_train.models.feed_forwards.gated_activation import GatedActivation
 from spikingbrain_train.models.feed_forwards.routing import HasAuxiliaryLoss
 from spikingbrain_train.models.gpt_model import HybridGPTModel
 from spikingbrain_train.ops.linear_cross_entropy import TokenLosses
@@ -26,13 +27,15 @@ from spikingbrain_train.reporting.progress import Shown
 from spikingbrain_train.training.stages.losses import StepLosses
 from spikingbrain_train.training.stages.stage import LOSS, Stage
 
+L1_LOSS = GatedActivation.auxiliary_metric
+
 
 class TokenLossStage(Stage):
     """Trains on a loss of every token that the batch's mask counts, over megatron-core's schedules (1F1B).
 
     As it stands the loss is the next token's cross entropy; a subclass with other data overrides
-    :meth:`open_data`, one with another loss :meth:`forward` and :meth:`optimised`. Losses of routers come on
-    top.
+    :meth:`open_data`, one with another loss :meth:`forward` and :meth:`optimised`. Losses of routers and of
+    activations come on top.
 
     Args:
         stage: sequence length, batch sizes.
@@ -44,7 +47,8 @@ class TokenLossStage(Stage):
         self, stage: StageConfig, groups: ProcessGroups, teacher: HybridGPTModel | None = None
     ) -> None:
         super().__init__(stage, groups, teacher)
-        self._routers: list[HasAuxiliaryLoss] | None = None
+        self._auxiliary: list[HasAuxiliaryLoss] | None = None
+        self._reported_alone: list[str] = []
 
     def forward(
         self, model: DistributedDataParallel, batch: MicroBatch
@@ -74,8 +78,8 @@ class TokenLossStage(Stage):
     ) -> StepLosses:
         """Accumulate gradients of the mean loss over the global batch's unmasked tokens."""
         network = unwrap_model(model).model_config
-        self.find_routers(model)
-        before = self._auxiliary_loss()
+        self.find_auxiliary_losses(model)
+        before = self._auxiliary_losses()
         reports = get_forward_backward_func()(
             forward_step_func=self._forward_step,
             data_iterator=batches,
@@ -87,44 +91,58 @@ class TokenLossStage(Stage):
             **self.schedule_arguments(),
         )
         sums = sum(reports) if reports else torch.zeros(3, dtype=torch.float64, device=self.groups.device)
-        auxiliary = self._auxiliary_loss() - before
+        auxiliary = self._auxiliary_losses() - before
         return StepLosses(sums, partial(self._metrics, auxiliary), weight=sums[0])
 
-    def find_routers(self, model: DistributedDataParallel) -> list[HasAuxiliaryLoss] | None:
-        """Those of this pipeline stage; None where no layer of the model has one."""
-        if self._routers is None and has_experts(unwrap_model(model).model_config):
-            self._routers = [module for module in model.modules() if isinstance(module, HasAuxiliaryLoss)]
-        return self._routers
+    def find_auxiliary_losses(self, model: DistributedDataParallel) -> list[HasAuxiliaryLoss] | None:
+        """What adds losses in this pipeline stage; None where nothing in the whole model does.
+
+        Which is decided by settings alone: ranks add up the losses of all.
+        """
+        has_l1 = bool(self.stage.sparsity.l1_factors)
+        if self._auxiliary is None and (has_l1 or has_experts(unwrap_model(model).model_config)):
+            self._auxiliary = [each for each in model.modules() if isinstance(each, HasAuxiliaryLoss)]
+            self._reported_alone = [L1_LOSS] if has_l1 else []
+        return self._auxiliary
 
     @property
     def shown(self) -> Mapping[str, Shown]:
         """The loss, and the cross entropy where it is not all of it."""
         shown = {"train/loss": LOSS}
-        if self._routers is not None:
+        if self._auxiliary is not None:
             shown["train/cross_entropy"] = Shown("CE", "{:.4f}")
+        if L1_LOSS in self._reported_alone:
+            shown[L1_LOSS] = Shown("L1", "{:.4f}")
         return shown
 
-    def _auxiliary_loss(self) -> Tensor:
-        """[] float64: what this rank's routers have added to the sum of token losses so far."""
-        total = torch.zeros((), dtype=torch.float64, device=self.groups.device)
-        for router in self._routers or ():
-            total += router.auxiliary_loss()
-        return total
+    def _auxiliary_losses(self) -> Tensor:
+        """[1 + those reported alone] float64: what this rank has added to the sum of token losses so far.
+
+        The first is the sum of those that are not reported alone.
+        """
+        names = [None, *self._reported_alone]
+        totals = [torch.zeros((), dtype=torch.float64, device=self.groups.device) for _ in names]
+        for each in self._auxiliary or ():
+            if each.auxiliary_metric in names:
+                totals[names.index(each.auxiliary_metric)] += each.auxiliary_loss()
+        return torch.stack(totals)
 
     def _metrics(self, auxiliary: Tensor, sums: Tensor) -> dict[str, Tensor]:
         """What is optimised, and its parts; means over tokens.
 
         Args:
-            auxiliary: [] this rank's share of the routers' losses.
+            auxiliary: this rank's share of :meth:`_auxiliary_losses`.
             sums: [3] of this rank: tokens, cross entropy, KL divergence.
         """
         tokens, cross_entropy, kl_divergence = self.groups.sum_from_last_stage(sums).unbind()
         mean = cross_entropy / tokens
         loss, parts = self.optimised(mean, kl_divergence / tokens)
-        if self._routers is not None:
-            # Every rank routes tokens of its own, and pipeline stages have other routers.
+        if self._auxiliary is not None:
+            # Every rank has tokens, experts or channels of its own, and pipeline stages have other layers.
             torch.distributed.all_reduce(auxiliary)
-            loss = loss + auxiliary / tokens
+            means = auxiliary / tokens
+            loss = loss + means.sum()
+            parts = {**parts, **dict(zip(self._reported_alone, means[1:].unbind(), strict=True))}
         return {"train/loss": loss, "train/cross_entropy": mean, **parts}
 
     def _forward_step(self, batches: Iterator[MicroBatch], model: DistributedDataParallel):

@@ -40,6 +40,9 @@ class SequenceBalancedRouter(TopKRouter):
     CP) and batched, and only on that.
     """
 
+    auxiliary_metric = None
+    """Its losses are reported without their weights (training/callbacks/expert_load.py)."""
+
     def __init__(
         self,
         config: HybridTransformerConfig,

@@ -10,6 +10,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from spikingbrain_train.architecture.backends.linears import EXPERTS, ExpertsCall
 from spikingbrain_train.architecture.feed_forwards import FeedForwardKind
 from spikingbrain_train.architecture.linear_transforms import in_experts
+from spikingbrain_train.architecture.moe import active_channels
 from spikingbrain_train.config.linear_transforms import Projection
 from spikingbrain_train.config.parallel import ExpertBackend
 from spikingbrain_train.config.require import require
@@ -37,7 +38,7 @@ def spec(_kind: FeedForwardKind, build: LayerBuild) -> Submodule:
     """
     submodules = MoESubmodules(
         experts=_routed_experts(build),
-        shared_experts=submodule(SharedExperts, gated_submodules(build)),
+        shared_experts=submodule(SharedExperts, gated_submodules(build, active_channels(build.model))),
         router=SequenceBalancedRouter,
     )
     return submodule(MoELayer, submodules)
@@ -46,7 +47,7 @@ def spec(_kind: FeedForwardKind, build: LayerBuild) -> Submodule:
 def _routed_experts(build: LayerBuild) -> Submodule:
     backend, linears = build.kernels.experts, build.linears
     if backend is ExpertBackend.sequential:
-        return submodule(SequentialExperts, gated_submodules(build))
+        return submodule(SequentialExperts, gated_submodules(build, active_channels(build.model)))
     if backend is ExpertBackend.grouped_gemm:
         call = ExpertsCall(
             linears.backend.value, in_experts(build.model), activation=build.model.activation_func
@@ -58,7 +59,7 @@ def _routed_experts(build: LayerBuild) -> Submodule:
     grouped: dict[str, Any] = {
         "linear_fc1": linears.grouped_column(Projection.mlp_fc1),
         "linear_fc2": linears.grouped_row(Projection.mlp_fc2),
-        "activation_func": gated_submodules(build).activation_func,
+        "activation_func": gated_submodules(build, active_channels(build.model)).activation_func,
     }
     if not BUILDERS_INSTEAD_OF_SPECS:
         return submodule(TEGroupedExperts, MLPSubmodules(**grouped))
