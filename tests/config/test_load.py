@@ -204,7 +204,7 @@ class TestConversion:
     @pytest.mark.parametrize(
         ("text", "parts"),
         [
-            ("defaults: [nowhere]", ["defaults name nowhere", "dense, spikingbrain_76b", "/layers/spiking"]),
+            ("defaults: [nowhere]", ["defaults name nowhere", "dense, prosparse, spikingbrain_76b", "/layers/spiking"]),
             ("defaults: [/layers/nowhere@_here_]", ["defaults name /layers/nowhere@_here_"]),
             ("defaults: [{model: tiny}]", ["defaults name {'model': 'tiny'}"]),
             ("defaults: dense", ["defaults must be a list of names"]),
@@ -227,7 +227,7 @@ class TestConversion:
                 [],
                 [
                     "no conversion spikingbrain",
-                    "dense, spikingbrain_76b, spikingbrain_76b_exact, spikingbrain_7b",
+                    "dense, prosparse, spikingbrain_76b, spikingbrain_76b_exact, spikingbrain_7b",
                 ],
             ),
             ("dense", ["window=3"], ["window is not a setting", "sliding_window"]),
