@@ -204,7 +204,10 @@ class TestConversion:
     @pytest.mark.parametrize(
         ("text", "parts"),
         [
-            ("defaults: [nowhere]", ["defaults name nowhere", "dense, prosparse, spikingbrain_76b", "/layers/spiking"]),
+            (
+                "defaults: [nowhere]",
+                ["defaults name nowhere", "dense, prosparse, spiking", "/layers/spiking"],
+            ),
             ("defaults: [/layers/nowhere@_here_]", ["defaults name /layers/nowhere@_here_"]),
             ("defaults: [{model: tiny}]", ["defaults name {'model': 'tiny'}"]),
             ("defaults: dense", ["defaults must be a list of names"]),
