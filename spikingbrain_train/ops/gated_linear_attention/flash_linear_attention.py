@@ -29,8 +29,13 @@ class _Summable(torch.autograd.Function):
         return grad
 
 
+def summable(log_gate: Tensor) -> Tensor:
+    """Log gates in [-inf, 0] as fla's kernels can sum them: none is below what has forgotten everything."""
+    return _Summable.apply(log_gate)
+
+
 @lru_cache(maxsize=64)
-def _on_device(cu_seqlens: tuple[int, ...], device: torch.device) -> Tensor:
+def on_device(cu_seqlens: tuple[int, ...], device: torch.device) -> Tensor:
     """The same tensor for the same documents: fla prepares its chunk indices once and not in every layer."""
     return torch.tensor(cu_seqlens, dtype=torch.int64, device=device)
 
@@ -55,7 +60,7 @@ def fla_gated_linear_attention(
     """
     from fla.ops.gla import chunk_gla  # imported here: fla needs Triton, which only GPU machines have
 
-    log_gate_BTGK = _Summable.apply(log_gate_BTGK)
+    log_gate_BTGK = summable(log_gate_BTGK)
     heads_per_group = q_BTHK.shape[2] // k_BTGK.shape[2]
     k, v, log_gate = (x.repeat_interleave(heads_per_group, dim=2) for x in (k_BTGK, v_BTGV, log_gate_BTGK))
     initial_state = initial_state_BGKV
@@ -69,6 +74,6 @@ def fla_gated_linear_attention(
         scale=scale,
         initial_state=initial_state,
         output_final_state=output_final_state,
-        cu_seqlens=None if cu_seqlens is None else _on_device(cu_seqlens, q_BTHK.device),
+        cu_seqlens=None if cu_seqlens is None else on_device(cu_seqlens, q_BTHK.device),
     )
     return o, None if final_state is None else final_state[:, ::heads_per_group]
