@@ -26,6 +26,7 @@ OWN_FILES: dict[str, tuple[str, ...]] = {
     "full": SOFTMAX,
     "swa": SOFTMAX,
     "gla": ("architecture/gated_linear_attention.py", "models/mixers/gated_linear_attention.py"),
+    "gdn": ("architecture/gated_delta_rule.py", "models/mixers/gated_delta_rule.py"),
     "dense": ("architecture/dense.py", "models/feed_forwards/dense.py"),
     "moe": ("architecture/moe.py", "models/feed_forwards/moe/"),
     "spiking": (
@@ -54,6 +55,7 @@ FILES_OF_ALL = (
 SETTINGS = {
     "sliding_window": "swa",
     "gla": "gla",
+    "gdn": "gdn",
     "moe": "moe",
     "spiking": "spiking",
     "quantization": "quantization",

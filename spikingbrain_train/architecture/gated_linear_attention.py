@@ -8,7 +8,13 @@ from spikingbrain_train.architecture.backends.gated_linear_attention import (
     GATED_LINEAR_ATTENTION,
     LinearAttentionCall,
 )
-from spikingbrain_train.architecture.initializers import Constant, LightningDecays, Normal, Values
+from spikingbrain_train.architecture.initializers import (
+    OPEN_GATE,
+    Constant,
+    LightningDecays,
+    Normal,
+    Values,
+)
 from spikingbrain_train.architecture.mixers import MIXERS, MixerKind, attention_weights
 from spikingbrain_train.architecture.rotary import check_rotary, rotary_settings
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
@@ -20,7 +26,7 @@ from spikingbrain_train.architecture.sizes import (
     torch_name,
     ulysses_heads_and_groups,
 )
-from spikingbrain_train.architecture.split_checks import check_heads_over_context
+from spikingbrain_train.architecture.split_checks import check_linear_attention_split
 from spikingbrain_train.architecture.weights import Split, Weight
 from spikingbrain_train.config.enum_tables import entry_of
 from spikingbrain_train.config.model import GateKind, ModelConfig
@@ -45,13 +51,6 @@ def repeats_groups(config: RunConfig) -> bool:
     on_gpu = cluster.accelerator is not AcceleratorKind.cpu
     asked = cluster.kernels.gated_linear_attention.value
     return GATED_LINEAR_ATTENTION.expected(asked, call, on_gpu=on_gpu) == "fla"
-
-
-def check_linear_attention_split(model: ModelConfig, parallel: ParallelConfig) -> None:
-    """Heads of any mixer of this recurrence against context-parallel ranks. Raises ConfigurationError."""
-    if parallel.context_parallel.gated_linear_attention is LinearAttentionContextParallel.ulysses:
-        asks = "parallel.context_parallel.gated_linear_attention=ulysses"
-        check_heads_over_context(model, parallel, asks, "gated_linear_attention=allgather, ")
 
 
 def linear_attention_flops(model: ModelConfig, seq_length: int, num_query_groups: int | None = None) -> float:
@@ -96,9 +95,6 @@ def linear_attention_bytes(config: RunConfig, num_query_groups: int | None = Non
     kept += (heads + 2 * groups) * width + groups * fp32_width
     return kept + states * state
 
-
-OPEN_GATE = 1.2784645427610738
-"""Where swish(x) = x sigmoid(x) is 1: bias of an output gate that begins as if it were not there."""
 
 _OF_GATES_WITH_MATRICES = {
     *("gla.gate_logit_normalizer", "gla.init_gate_std"),

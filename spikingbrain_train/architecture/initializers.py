@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+OPEN_GATE = 1.2784645427610738
+"""Where swish(x) = x sigmoid(x) is 1: bias of an output gate that begins as if it were not there."""
+
 
 @dataclass(frozen=True)
 class Normal:

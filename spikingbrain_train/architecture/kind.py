@@ -20,9 +20,9 @@ class Kind(ABC):
     name: str
     """How configs call it."""
     section: str | None = None
-    """Where the settings of a kind from outside stand in a model: ``model.<section>``."""
+    """Where its settings stand in a model, ``model.<section>``; exports hold them by the kind's name."""
     section_type: type | None = None
-    """The dataclass of those settings, every field with a default."""
+    """The dataclass of those settings for a kind from outside, every field with a default."""
     export_module: str | None = None
     """``package.module`` of the file that computes it in exports of this project's own format; they carry it.
 

@@ -85,6 +85,7 @@ MIXERS: Registry[MixerKind] = Registry(
     built_in=(
         "spikingbrain_train.architecture.softmax_attention",
         "spikingbrain_train.architecture.gated_linear_attention",
+        "spikingbrain_train.architecture.gated_delta_rule",
     ),
 )
 """Every kind of sequence mixer. A new one of the package is a line here."""

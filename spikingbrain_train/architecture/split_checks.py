@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from spikingbrain_train.config.model import ModelConfig
-from spikingbrain_train.config.parallel import ParallelConfig
+from spikingbrain_train.config.parallel import LinearAttentionContextParallel, ParallelConfig
 from spikingbrain_train.config.require import divisors, either, require
 
 
@@ -29,3 +29,10 @@ def check_heads_over_context(
         f"tensor-parallel rank, as {asks} needs with parallel.context_parallel.head_padding=false; "
         f"set head_padding=true, {instead}or a context degree of {either(divisors(heads))}",
     )
+
+
+def check_linear_attention_split(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Heads of any recurrence against context-parallel ranks. Raises ConfigurationError."""
+    if parallel.context_parallel.gated_linear_attention is LinearAttentionContextParallel.ulysses:
+        asks = "parallel.context_parallel.gated_linear_attention=ulysses"
+        check_heads_over_context(model, parallel, asks, "gated_linear_attention=allgather, ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -129,6 +130,68 @@ class GatedLinearAttentionConfig:
         rates = kv_channels // 2 if self.rotary else kv_channels
         step = (self.init_gate_bias_max - self.init_gate_bias_min) / max(rates - 1, 1)
         return [self.init_gate_bias_min + step * (channel % rates) for channel in range(kv_channels)]
+
+
+class DeltaRuleActivation(str, Enum):
+    """What queries, keys and values of the gated delta rule go through in front of it."""
+
+    none = "none"
+    """Nothing: values are those of the source's attention."""
+    silu = "silu"
+    """``x * sigmoid(x)``, as in Gated DeltaNet and Qwen3-Next."""
+
+
+@dataclass
+class GatedDeltaRuleConfig:
+    """Gated DeltaNet (arXiv 2412.06464): ``S_t = g_t (I - beta_t k_t^T k_t) S_{t-1} + beta_t k_t^T v_t``.
+
+    ``log g = -exp(A_log) softplus(W_a x + dt_bias)``, ``beta = sigmoid(W_b x)``, one number a query group
+    each; q and k of length 1. Qwen3-Next has a convolution of 4 tokens, silu, an output gate and a query
+    group for every head.
+    """
+
+    num_query_groups: int | None = setting(None, minimum=1, resume=WEIGHTS)
+    """Key/value groups, each with a gate, a beta and a state of its own; null is the model's. More, up to
+    num_attention_heads, are copies of the source's at conversion."""
+    short_convolution: int = setting(0, minimum=0, resume=WEIGHTS)
+    """Tokens that a causal convolution of every channel of q, k and v reads (4 in Qwen3-Next); 0 has none. It
+    begins as if it were not there, and does not look from text to sinks or other documents."""
+    activation: DeltaRuleActivation = setting(DeltaRuleActivation.none, resume=FUNCTION)
+    """What q, k and v go through, behind the convolution."""
+    output_gate: bool = setting(False, resume=WEIGHTS)
+    """A gate in front of the output projection, ``RMSNorm(o) * silu(W x + b)``; it begins at 1 everywhere
+    (W = 0, silu(b) = 1)."""
+    init_half_life_min: float = setting(8.0, above=0, resume=START)
+    """Tokens after which the first query group has forgotten half, as the gate begins."""
+    init_half_life_max: float = setting(2048.0, above=0, resume=START)
+    """The same of the last query group; those between lie on a geometric sequence."""
+    init_gate_std: float = setting(0.02, minimum=0, resume=START)
+    """Standard deviation of the initial W_a and W_b; beta begins around 1/2."""
+    init_out_norm: float = setting(0.3, resume=START)
+    """Initial weight of the per-head RMSNorm behind the recurrence; a small one keeps a new layer's part in
+    the residual stream low until it has learned."""
+
+    def check(self, prefix: str) -> None:
+        """A convolution reads more than a token, and half-lives rise. Raises ConfigurationError."""
+        require(
+            self.short_convolution != 1,
+            f"{prefix}short_convolution=1 would read the token alone; set it to 0 for none, or to 4 as in "
+            f"Qwen3-Next",
+        )
+        require(
+            self.init_half_life_min <= self.init_half_life_max,
+            f"{prefix}init_half_life_min={self.init_half_life_min:g} is above "
+            f"{prefix}init_half_life_max={self.init_half_life_max:g}; swap them",
+        )
+
+    def init_dt_bias(self, num_groups: int) -> list[float]:
+        """dt_bias of every query group that gives the initial half-lives where A_log = 0."""
+        ratio = self.init_half_life_max / self.init_half_life_min
+        half_lives = [
+            self.init_half_life_min * ratio ** (group / max(num_groups - 1, 1)) for group in range(num_groups)
+        ]
+        # softplus(b) = log(2) / half_life
+        return [math.log(math.expm1(math.log(2) / half_life)) for half_life in half_lives]
 
 
 @dataclass
@@ -260,14 +323,16 @@ class LayersConfig:
     """What a layer is made of. A conversion gives it to a dense source, a model has it."""
 
     mixers: list[Any] = setting(default_factory=lambda: ["gla", "swa"], resume=WEIGHTS)
-    """Mixer of each layer, repeated until all are filled: gla (gated linear attention), swa (sliding
-    windows), full (full attention), or a plugin's. [gla,swa] is SpikingBrain-7B, [full] is dense. A list in
-    its place is a layer of branches that read the same input (eq. 6): [[gla,swa],[gla,full]]. With ... at
-    the end the last one goes on instead: [full,gla,...]."""
+    """Mixer of each layer, repeated until all are filled: gla (gated linear attention), gdn (gated delta
+    rule), swa (sliding windows), full (full attention), or a plugin's. [gla,swa] is SpikingBrain-7B, [full]
+    is dense. A list in its place is a layer of branches that read the same input (eq. 6):
+    [[gla,swa],[gla,full]]. With ... at the end the last one goes on instead: [full,gla,...]."""
     sliding_window: int = setting(4096, minimum=1, resume=FUNCTION)
     """Keys (tokens, the current one included) that a sliding-window layer sees."""
     gla: GatedLinearAttentionConfig = field(default_factory=GatedLinearAttentionConfig)
     """Gated linear attention layers."""
+    gdn: GatedDeltaRuleConfig = field(default_factory=GatedDeltaRuleConfig)
+    """Gated delta rule layers."""
     parallel_hybrid: ParallelHybridConfig = field(default_factory=ParallelHybridConfig)
     """Layers of several branches."""
     num_sink_tokens: int = setting(0, minimum=0, resume=WEIGHTS)

@@ -30,12 +30,13 @@ class Recompute(str, Enum):
 
 
 class LinearAttentionContextParallel(str, Enum):
-    """How gated linear attention knows what lies on the context-parallel ranks before."""
+    """How recurrences (gated linear attention, delta rule) know what lies on the ranks before."""
 
     allgather = "allgather"
-    """All ranks gather every rank's state and decay, then each combines those before it (LASP-2)."""
+    """All ranks gather every rank's state and transition, then each combines those before it (LASP-2)."""
     allscan = "allscan"
-    """The running state is passed from neighbour to neighbour in blocks, while local work goes on (ZeCO)."""
+    """The running state is passed from neighbour to neighbour in blocks (ZeCO), while local work of gated
+    linear attention goes on."""
     ulysses = "ulysses"
     """All-to-all: every rank takes the whole sequence of a share of the heads."""
 
@@ -56,7 +57,7 @@ class ContextParallelConfig:
     gated_linear_attention: LinearAttentionContextParallel = setting(
         LinearAttentionContextParallel.allgather, resume=SAID
     )
-    """How linear attention learns what lies on the ranks before."""
+    """How linear attention, and the gated delta rule, learn what lies on the ranks before."""
     sliding_window_attention: SlidingWindowContextParallel = setting(
         SlidingWindowContextParallel.halo, resume=SAID
     )
@@ -138,7 +139,7 @@ class AcceleratorKind(str, Enum):
 
 
 class LinearAttentionBackend(str, Enum):
-    """Kernels of gated linear attention."""
+    """Kernels of gated linear attention and of the gated delta rule."""
 
     auto = "auto"
     """flash-linear-attention on GPUs where it is installed, else chunk."""
@@ -204,6 +205,8 @@ class KernelConfig:
     """Who computes gated linear attention."""
     softmax_attention: SoftmaxAttentionBackend = setting(SoftmaxAttentionBackend.auto, resume=SAID)
     """Who computes full and sliding-window attention."""
+    gated_delta_rule: LinearAttentionBackend = setting(LinearAttentionBackend.auto, resume=SAID)
+    """Who computes the gated delta rule."""
     parallel_linear: ParallelLinearBackend = setting(ParallelLinearBackend.auto, resume=SAID)
     """Who provides the projections that tensor-parallel ranks split."""
     experts: ExpertBackend = setting(ExpertBackend.auto, resume=SAID)

@@ -3,12 +3,13 @@
 A layer has one mixer or several side by side and a feed-forward; learnable sinks may stand in front of the
 text, and projections may read spikes. configuration_spikingbrain.py says which. Each kind of mixer,
 feed-forward and linear transform is a file of its own, found by its name in config.json
-(kinds_spikingbrain.py): linear_attention_spikingbrain.py, softmax_attention_spikingbrain.py,
-mlp_spikingbrain.py, moe_spikingbrain.py, and those that a model's own kinds bring; a folder has those of its
-model. What they are made of are the parts of SpikingBrain-7B's modelling code: mixers_gla_swa.py (norms,
-mixers, SwiGLU), ops_gla_swa.py (the two ways of mixing a sequence), rotary_gla_swa.py (positions),
-spikes_gla_swa.py, decoder_gla_swa.py (the model around the layers), cache_gla_swa.py (what is remembered
-while generating) and layout_gla_swa.py (padding, documents). They need torch and transformers >= 4.51 only.
+(kinds_spikingbrain.py): linear_attention_spikingbrain.py, gdn_spikingbrain.py,
+softmax_attention_spikingbrain.py, mlp_spikingbrain.py, moe_spikingbrain.py, and those that a model's own
+kinds bring; a folder has those of its model. What they are made of are the parts of SpikingBrain-7B's
+modelling code: mixers_gla_swa.py (norms, mixers, SwiGLU), ops_gla_swa.py (the two ways of mixing a sequence),
+rotary_gla_swa.py (positions), spikes_gla_swa.py, decoder_gla_swa.py (the model around the layers),
+cache_gla_swa.py (what is remembered while generating) and layout_gla_swa.py (padding, documents). They need
+torch and transformers >= 4.51 only.
 
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
@@ -16,9 +17,10 @@ The model trains like any other (labels, gradient checkpointing, Trainer, PEFT o
 and generates with a recurrent state. Padding may stand anywhere, and packed documents do not see each other.
 
 Tensors of layer i, below model.layers.{i}: input_layernorm, post_attention_layernorm; below self_attn
-{q,k,v,o}_proj, {q,k}_norm, and of linear attention gk_proj.0 and gk_proj.1 or log_decay, g_norm, g_proj; with
-several mixers each below self_attn.<mixer>, with <mixer>_norm and branch_weights; mlp.{gate,up,down}_proj, or
-mlp.router, mlp.experts.{e} and mlp.shared_experts; of other kinds what their files name. Around the layers:
+{q,k,v,o}_proj, {q,k}_norm, and of linear attention gk_proj.0 and gk_proj.1 or log_decay, g_norm, g_proj; of
+the gated delta rule a_proj, b_proj, A_log, dt_bias, {q,k,v}_conv1d, g_norm, g_proj; with several mixers each
+below self_attn.<mixer>, with <mixer>_norm and branch_weights; mlp.{gate,up,down}_proj, or mlp.router,
+mlp.experts.{e} and mlp.shared_experts; of other kinds what their files name. Around the layers:
 model.embed_tokens, model.sink_tokens, model.norm, lm_head.
 """
 
@@ -36,6 +38,7 @@ from .configuration_gla_swa import GLAswaConfig  # noqa: F401
 from .configuration_spikingbrain import SpikingBrainConfig
 from .counts_w8aspike import encoded_input  # noqa: F401
 from .decoder_gla_swa import RecurrentForCausalLM, RecurrentModel, RecurrentPreTrainedModel
+from .gdn_spikingbrain import GatedDeltaRule  # noqa: F401
 from .kernels_w8aspike import kernels  # noqa: F401
 from .kinds_spikingbrain import FEED_FORWARDS, LINEAR_TRANSFORMS, MIXERS, Mixer, Place, StateLayer
 from .layout_gla_swa import TokenLayout

@@ -56,6 +56,7 @@ def resolve_kernels(
     return KernelConfig(
         gated_linear_attention=kernels.gated_linear_attention,
         softmax_attention=kernels.softmax_attention,
+        gated_delta_rule=kernels.gated_delta_rule,
         parallel_linear=ParallelLinearBackend(linear),
         experts=ExpertBackend(experts),
     )

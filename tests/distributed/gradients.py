@@ -18,7 +18,9 @@ from torch import Tensor
 from spikingbrain_train.config.linear_transforms import Projection, SpikingConfig
 from spikingbrain_train.config.model import (
     ActivationFunc,
+    DeltaRuleActivation,
     FeatureMap,
+    GatedDeltaRuleConfig,
     GatedLinearAttentionConfig,
     GateKind,
     ModelConfig,
@@ -71,6 +73,16 @@ _WITH_OPTIONS = replace(
     norm_epsilon=1e-1,  # scores of both signs, as rotary positions make them, cancel more often
 )
 
+_DELTA_RULE = replace(
+    _7B,
+    mixers=["gdn"],
+    gdn=GatedDeltaRuleConfig(
+        num_query_groups=4, short_convolution=4, activation=DeltaRuleActivation.silu, output_gate=True
+    ),
+    num_sink_tokens=6,
+    qk_layernorm=True,
+)
+
 
 @dataclass(frozen=True)
 class Case:
@@ -104,6 +116,12 @@ CASES: Mapping[str, Case] = {
     ),
     "softmax branches only, three branches": Case(
         replace(_76B, mixers=[["swa", "full"], ["gla", "swa", "full"]], feed_forwards=["dense"])
+    ),
+    "gated delta rule": Case(replace(_7B, mixers=["gdn"])),
+    "gated delta rule, options": Case(_DELTA_RULE),
+    "gated delta rule, options, packed documents": Case(_DELTA_RULE, packed=True),
+    "gated delta rule, branches": Case(
+        replace(_76B, mixers=[["gdn", "swa"], ["gdn", "full"]], gdn=_DELTA_RULE.gdn)
     ),
     "sinks": Case(replace(_7B, mixers=["gla", "full"], num_sink_tokens=6)),
     "MoE": Case(

@@ -73,6 +73,8 @@ def fits(case: str, parallel: ParallelConfig) -> bool:
 ON_FOUR_RANKS = (
     "GLA, options, packed documents",
     "GLA, fixed decay",
+    "gated delta rule, options, packed documents",
+    "gated delta rule, branches",
     "parallel hybrid, drop-out of softmax branches",
     "softmax branches only, three branches",
     "MoE",

@@ -288,8 +288,12 @@ def test_matches_transformers(name: str, kind: str) -> None:
 
 
 def test_l2_norm_is_that_of_fla() -> None:
-    x = torch.randn(5, 8, dtype=torch.float64)
-    torch.testing.assert_close(l2_norm(x), x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt())
+    x = torch.randn(5, 3, 8, dtype=torch.float64, requires_grad=True)
+    y, expected = l2_norm(x), x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+    torch.testing.assert_close(y, expected)
+    weight = torch.randn_like(y)
+    found, gradient = (torch.autograd.grad((each * weight).sum(), x)[0] for each in (y, expected))
+    torch.testing.assert_close(found, gradient)
     assert l2_norm(torch.zeros(2, 8)).abs().max() == 0
     assert l2_norm(torch.ones(2, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
 

@@ -23,7 +23,9 @@ from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.config.linear_transforms import Projection, QuantizationConfig, SpikingConfig
 from spikingbrain_train.config.model import (
     ActivationFunc,
+    DeltaRuleActivation,
     FeatureMap,
+    GatedDeltaRuleConfig,
     GatedLinearAttentionConfig,
     GateKind,
     ModelConfig,
@@ -76,6 +78,10 @@ EXPERTS = replace(
 )
 SPIKES = SpikingConfig(projections=list(Projection))
 OPTIONS = GatedLinearAttentionConfig(qk_norm=True, rotary=True, num_query_groups=4, output_gate=True)
+DELTA = replace(DENSE, mixers=["gdn"])
+DELTA_OPTIONS = GatedDeltaRuleConfig(
+    num_query_groups=8, short_convolution=4, activation=DeltaRuleActivation.silu, output_gate=True
+)
 METHODS = {
     "all-gather and halo": ContextParallelConfig(),
     "all-scan and halo": ContextParallelConfig(LinearAttentionContextParallel.allscan),
@@ -103,7 +109,8 @@ class Case:
                 context_parallel_size=ranks, context_parallel=self.context, recompute=self.recompute
             ),
             cluster=ClusterConfig(
-                accelerator=AcceleratorKind.cpu, kernels=KernelConfig(gated_linear_attention=linear)
+                accelerator=AcceleratorKind.cpu,
+                kernels=KernelConfig(gated_linear_attention=linear, gated_delta_rule=linear),
             ),
             precision=self.precision,
             stage=StageConfig(
@@ -135,6 +142,13 @@ CASES = {
     "two branches of softmax attention": Case(replace(DENSE, mixers=[["swa", "full"]])),
     "three branches": Case(replace(TWO_BRANCHES, mixers=[["gla", "swa", "full"]])),
     "three branches, spiking": Case(replace(TWO_BRANCHES, mixers=[["gla", "swa", "full"]], spiking=SPIKES)),
+    "delta rule": Case(DELTA),
+    "delta rule, fp32": Case(DELTA, Precision.fp32),
+    "delta rule, fla": Case(DELTA, fla=True),
+    "delta rule, q and k norms": Case(replace(DELTA, qk_layernorm=True)),
+    "delta rule, options": Case(replace(DELTA, gdn=DELTA_OPTIONS)),
+    "delta rule, options, fp32": Case(replace(DELTA, gdn=DELTA_OPTIONS), Precision.fp32),
+    "delta rule, options, fla": Case(replace(DELTA, gdn=DELTA_OPTIONS), fla=True),
     "experts": Case(EXPERTS),
     "experts, fp32": Case(EXPERTS, Precision.fp32),
     "experts, ReLU": Case(replace(EXPERTS, activation_func=ActivationFunc.relu)),
@@ -185,10 +199,28 @@ class _StandInForFla(torch.autograd.Function):
         raise NotImplementedError
 
 
+class _StandInForDeltaRule(torch.autograd.Function):
+    """Keeps what fla's ChunkGatedDeltaRuleFunction keeps: q, k, v, sums of gates, betas, and the inverse of
+    every chunk's triangular system."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor, beta: Tensor) -> Tensor:
+        inverse = torch.zeros(*q.shape[:3], 64, dtype=k.dtype)
+        ctx.save_for_backward(q.contiguous(), k, v, log_gate.cumsum(1), beta, inverse)
+        return torch.zeros_like(v)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        raise NotImplementedError
+
+
 @contextmanager
 def _fla(wanted: bool) -> Iterator[None]:
+    from spikingbrain_train.ops.gated_delta_rule import dispatch as delta_rule
     from spikingbrain_train.ops.gated_linear_attention import dispatch
 
+    delta = ModuleType("fla.ops.gated_delta_rule")
+    delta.chunk_gated_delta_rule = lambda *inputs, **_: (_StandInForDeltaRule.apply(*inputs), None)  # type: ignore[attr-defined]
     module = ModuleType("fla.ops.gla")
     module.chunk_gla = lambda q, k, v, g, **_: (_StandInForFla.apply(q, k, v, g), None)  # type: ignore[attr-defined]
     with pytest.MonkeyPatch.context() as patch:
@@ -196,7 +228,9 @@ def _fla(wanted: bool) -> Iterator[None]:
             for name in ("fla", "fla.ops"):
                 patch.setitem(sys.modules, name, ModuleType(name))
             patch.setitem(sys.modules, "fla.ops.gla", module)
-            patch.setattr(dispatch, "choose_backend", lambda *_: "fla")
+            patch.setitem(sys.modules, "fla.ops.gated_delta_rule", delta)
+            for each in (dispatch, delta_rule):
+                patch.setattr(each, "choose_backend", lambda *_: "fla")
         yield
 
 
@@ -255,7 +289,7 @@ def test_a_layer_keeps_what_is_planned(name: str, kept: dict[str, list[float]]) 
 def test_a_slice_keeps_what_is_planned(method: str, ranks: RankPool) -> None:
     cases = [
         Case(model, fla=fla, context=METHODS[method])
-        for model in (DENSE, GLA, TWO_BRANCHES, replace(TWO_BRANCHES, mixers=[["gla", "full"]]))
+        for model in (DENSE, GLA, DELTA, TWO_BRANCHES, replace(TWO_BRANCHES, mixers=[["gla", "full"]]))
         for fla in (False, True)
     ]
     per_rank = ranks.run(

@@ -17,7 +17,6 @@ from spikingbrain_train.architecture.backends.gated_linear_attention import (
     LinearAttentionCall,
 )
 from spikingbrain_train.architecture.gated_linear_attention import (
-    check_linear_attention_split,
     linear_attention_bytes,
     linear_attention_flops,
 )
@@ -25,6 +24,7 @@ from spikingbrain_train.architecture.initializers import Constant
 from spikingbrain_train.architecture.mixers import MIXERS, MixerKind, attention_weights
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.architecture.sizes import FP32, bytes_per_element, heads_and_groups, torch_name
+from spikingbrain_train.architecture.split_checks import check_linear_attention_split
 from spikingbrain_train.architecture.weights import Split, Weight
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ParallelConfig

@@ -37,8 +37,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
-from spikingbrain_train.architecture.gated_linear_attention import OPEN_GATE
-from spikingbrain_train.architecture.initializers import LightningDecays
+from spikingbrain_train.architecture.initializers import OPEN_GATE, LightningDecays
 from spikingbrain_train.architecture.mixers import MixerKind
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.config.enum_tables import entry_of

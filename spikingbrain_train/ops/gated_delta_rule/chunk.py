@@ -59,7 +59,7 @@ def chunk_gated_delta_rule(
 def chunk_final_state(
     k_BTGK: Tensor, v_BTGV: Tensor, log_gate_BTG: Tensor, beta_BTG: Tensor, initial_state_BGKV: Tensor
 ) -> Tensor:
-    """The final state alone, at about half the cost; differentiable as :func:`chunk_gated_delta_rule`."""
+    """The final state alone, without the products of queries; differentiable in the same way."""
     inputs = (None, k_BTGK, v_BTGV, log_gate_BTG, beta_BTG)
     return _ChunkGatedDeltaRule.apply(*inputs, initial_state_BGKV, 1.0)[1]
 

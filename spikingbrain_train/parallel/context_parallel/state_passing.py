@@ -1,21 +1,24 @@
-"""How the states of linear attention travel along context-parallel ranks, forward and backward.
+"""How the states of recurrences travel along context-parallel ranks, forward and backward.
 
-Every rank's slice maps the state before it to the state after it: ``S_out = decay * S_in + S_local``. From
-``(S_local, decay)`` of all ranks each rank gets its ``S_in``; from the gradients of all ``S_in`` each gets
-those of its own ``S_local`` and ``decay``, by the same recurrence from the last rank to the first::
+Every rank's slice maps the state before it to the state after it: ``S_out = A S_in + S_local``. The
+transition A is diagonal where every channel fades by itself (gated linear attention), else a matrix (the
+delta rule). From ``(S_local, A)`` of all ranks each rank gets its ``S_in``; from the gradients of all
+``S_in`` each gets those of its own ``S_local`` and ``A``, by the same recurrence from the last rank to the
+first::
 
-    S_in[r + 1] = decay[r] * S_in[r] + S_local[r]
-    grad S_local[r] = grad S_out[r] = decay[r + 1] * grad S_out[r + 1] + (own gradient of S_in[r + 1])
+    S_in[r + 1] = A[r] S_in[r] + S_local[r]
+    grad S_local[r] = grad S_out[r] = A[r + 1]^T grad S_out[r + 1] + (own gradient of S_in[r + 1])
 
 What travels does not depend on the length of the sequence, and with the all-scan not on the number of ranks.
 A pass is started, and waited for later; local work goes on in between, in the backward pass too.
 
-Shape legend: B batch, G key/value groups, K key dim, V value dim; n ranks.
+Shape legend: B batch, G key/value groups, K key dim, V value dim; n ranks. A transition is [B, G, K] where it
+is diagonal, and [B, G, K, K] where it is a matrix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from typing import Any, Protocol
@@ -34,11 +37,23 @@ Pending = Callable[[], Tensor]
 """Waits for a communication under way and returns what it brought."""
 
 
+def advance(transition: Tensor, state_BGKV: Tensor, local_BGKV: Tensor) -> Tensor:
+    """``A S + S_local``: the state behind a slice [B, G, K, V]."""
+    if transition.dim() < state_BGKV.dim():
+        return torch.addcmul(local_BGKV, transition.unsqueeze(-1), state_BGKV)
+    return local_BGKV + transition @ state_BGKV
+
+
+def _adjoint(transition: Tensor) -> Tensor:
+    """A^T, with which gradients travel back; a diagonal is its own."""
+    return transition if transition.dim() == 3 else transition.transpose(-1, -2)
+
+
 class _Exchange(Protocol):
     """One method's communication for one pass and its backward pass."""
 
-    def start_forward(self, state_BGKV: Tensor, decay_BGK: Tensor) -> Pending:
-        """From S_local and decay, S_in of this rank."""
+    def start_forward(self, state_BGKV: Tensor, transition: Tensor) -> Pending:
+        """From S_local and A, S_in of this rank."""
 
     def start_backward(self, grad_BGKV: Tensor) -> Pending:
         """From the gradient of S_in, the gradient of S_out of this rank."""
@@ -50,20 +65,24 @@ class _AllGather:
     def __init__(self, group: torch.distributed.ProcessGroup) -> None:
         self._group = group
 
-    def start_forward(self, state_BGKV: Tensor, decay_BGK: Tensor) -> Pending:
-        pending = self._gather(torch.cat((state_BGKV, decay_BGK.unsqueeze(-1)), dim=-1))
+    def start_forward(self, state_BGKV: Tensor, transition: Tensor) -> Pending:
+        is_diagonal = transition.dim() == 3
+        columns = transition.unsqueeze(-1) if is_diagonal else transition
+        pending = self._gather(torch.cat((state_BGKV, columns), dim=-1))
 
         def wait() -> Tensor:
-            states_nBGKV, decays_nBGK1 = pending().split([state_BGKV.shape[-1], 1], dim=-1)
-            self._decays_nBGK1 = decays_nBGK1.clone()
-            return self._combine(states_nBGKV, range(self._group.rank()))
+            widths = [state_BGKV.shape[-1], columns.shape[-1]]
+            states_nBGKV, columns_nBGKX = pending().split(widths, dim=-1)
+            of_ranks = columns_nBGKX.squeeze(-1) if is_diagonal else columns_nBGKX
+            self._transitions = of_ranks.clone().unbind(0)
+            return self._combine(states_nBGKV, self._transitions, range(self._group.rank()))
 
         return wait
 
     def start_backward(self, grad_BGKV: Tensor) -> Pending:
         pending = self._gather(grad_BGKV)
         ranks = range(self._group.size() - 1, self._group.rank(), -1)
-        return lambda: self._combine(pending(), ranks)
+        return lambda: self._combine(pending(), [_adjoint(each) for each in self._transitions], ranks)
 
     def _gather(self, x: Tensor) -> Pending:
         x = x.contiguous()
@@ -78,40 +97,43 @@ class _AllGather:
 
         return wait
 
-    def _combine(self, x_nBGKV: Tensor, ranks: range) -> Tensor:
+    @staticmethod
+    def _combine(x_nBGKV: Tensor, transitions: Sequence[Tensor], ranks: range) -> Tensor:
         total = torch.zeros_like(x_nBGKV[0])
         for rank in ranks:
-            total = torch.addcmul(x_nBGKV[rank], self._decays_nBGK1[rank], total)
+            total = advance(transitions[rank], total, x_nBGKV[rank])
         return total
 
 
 class _AllScan:
-    """The recurrence itself walks along the ranks, in blocks of K: many ranks work at once (ZeCO)."""
+    """The recurrence itself walks along the ranks, in blocks of V: many ranks work at once (ZeCO).
+
+    A transition mixes the rows of a state and leaves its columns apart.
+    """
 
     def __init__(self, group: torch.distributed.ProcessGroup) -> None:
         self._group = group
 
-    def start_forward(self, state_BGKV: Tensor, decay_BGK: Tensor) -> Pending:
-        self._decay_BGK1 = decay_BGK.unsqueeze(-1)
-        return _in_background(lambda: self._scan(state_BGKV, step=1), state_BGKV.device)
+    def start_forward(self, state_BGKV: Tensor, transition: Tensor) -> Pending:
+        self._transition = transition
+        return _in_background(lambda: self._scan(state_BGKV, transition, step=1), state_BGKV.device)
 
     def start_backward(self, grad_BGKV: Tensor) -> Pending:
-        return _in_background(lambda: self._scan(grad_BGKV, step=-1), grad_BGKV.device)
+        adjoint = _adjoint(self._transition)
+        return _in_background(lambda: self._scan(grad_BGKV, adjoint, step=-1), grad_BGKV.device)
 
-    def _scan(self, local_BGKV: Tensor, step: int) -> Tensor:
+    def _scan(self, local_BGKV: Tensor, transition: Tensor, step: int) -> Tensor:
         """What the neighbour at ``-step`` passes to this rank, after passing on what follows from it."""
         received, sends = [], []
-        blocks = min(local_BGKV.shape[2], -(-local_BGKV.nbytes // _BLOCK_BYTES))
+        blocks = min(local_BGKV.shape[3], -(-local_BGKV.nbytes // _BLOCK_BYTES))
         source, target = self._neighbour(-step), self._neighbour(step)
-        for local, decay in zip(
-            local_BGKV.chunk(blocks, dim=2), self._decay_BGK1.chunk(blocks, dim=2), strict=True
-        ):
+        for local in local_BGKV.chunk(blocks, dim=3):
             if source is None:
                 block, onward = torch.zeros_like(local), local
             else:
                 block = torch.empty_like(local, memory_format=torch.contiguous_format)
                 torch.distributed.recv(block, source, self._group)
-                onward = torch.addcmul(local, decay, block)
+                onward = advance(transition, block, local)
             received.append(block)
             if target is not None:
                 onward = onward.contiguous()
@@ -120,7 +142,7 @@ class _AllScan:
                 sends.append((send, onward))
         for send, _ in sends:  # the blocks live until they are sent
             send.wait()
-        return torch.cat(received, dim=2)
+        return torch.cat(received, dim=3)
 
     def _neighbour(self, step: int) -> int | None:
         """Global rank of a neighbour in the group; None beyond its ends."""
@@ -197,9 +219,9 @@ class StatePassing:
 
 class _Start(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, state: Tensor, decay: Tensor, passing: StatePassing) -> Tensor:
-        ctx.passing = passing
-        passing.pending_state = passing.exchange.start_forward(state.detach(), decay.detach())
+    def forward(ctx: Any, state: Tensor, transition: Tensor, passing: StatePassing) -> Tensor:
+        ctx.passing, ctx.is_diagonal = passing, transition.dim() < state.dim()
+        passing.pending_state = passing.exchange.start_forward(state.detach(), transition.detach())
         return state.new_zeros(())
 
     @staticmethod
@@ -207,7 +229,9 @@ class _Start(torch.autograd.Function):
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor, Tensor, None]:
         (pending, state_in), ctx.passing.pending_grad = ctx.passing.pending_grad, None
         grad_state_out = pending()
-        return grad_state_out, (grad_state_out * state_in).sum(-1), None
+        if ctx.is_diagonal:
+            return grad_state_out, (grad_state_out * state_in).sum(-1), None
+        return grad_state_out, grad_state_out @ state_in.transpose(-1, -2), None
 
 
 class _Wait(torch.autograd.Function):
@@ -229,7 +253,7 @@ class _Wait(torch.autograd.Function):
 
 def start_state_passing(
     state_BGKV: Tensor,
-    decay_BGK: Tensor,
+    transition: Tensor,
     group: torch.distributed.ProcessGroup,
     method: LinearAttentionContextParallel,
 ) -> StatePassing:
@@ -238,7 +262,8 @@ def start_state_passing(
     Args:
         state_BGKV: S_local, the state after this rank's slice from a zero state (or from the beginning of its
             last document, if one begins here), float32 or float64.
-        decay_BGK: how much of a state before the slice survives it; zeros where a document begins in it.
+        transition: A, what the slice makes of a state before it: [B, G, K] or [B, G, K, K]; zeros where a
+            document begins in it.
         group: the context-parallel ranks in the order of their slices.
         method: ``allgather`` sends every state to every rank, ``allscan`` one state to the next rank.
     """
@@ -246,5 +271,5 @@ def start_state_passing(
     if torch.is_grad_enabled() and not state_BGKV.requires_grad:
         # The ranks need not agree on what has a gradient; all of them must take part in the backward pass.
         state_BGKV = state_BGKV.detach().requires_grad_()
-    passing.token = _Start.apply(state_BGKV, decay_BGK, passing)
+    passing.token = _Start.apply(state_BGKV, transition, passing)
     return passing

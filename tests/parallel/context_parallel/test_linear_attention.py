@@ -59,7 +59,12 @@ class Case:
             )
         )
         x = torch.rand(*shape, self.num_groups, K, dtype=torch.float64)
-        log_gate = {"mild": -x, "strong": -50 * x, "some infinite": torch.where(x < 0.1, -torch.inf, -x)}
+        log_gate = {
+            "weak": -0.01 * x,
+            "mild": -x,
+            "strong": -50 * x,
+            "some infinite": torch.where(x < 0.1, -torch.inf, -x),
+        }
         return [q, k, v, log_gate[self.gate], o_weight]
 
 
