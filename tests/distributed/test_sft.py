@@ -17,14 +17,16 @@ import pytest
 import torch
 
 from spikingbrain_train.config.linear_transforms import Projection, QuantizationConfig
+from spikingbrain_train.config.model import ActivationFunc
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import RunConfig
-from spikingbrain_train.config.stage import LongExamples, StageConfig
+from spikingbrain_train.config.stage import LongExamples, SparsityConfig, StageConfig
 from spikingbrain_train.data.indexed import IndexedDatasetWriter
 from spikingbrain_train.data.loader import collate, local_micro_batch
 from spikingbrain_train.data.packed_examples import PackedExamples
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.reporting.metrics import read_metrics
+from spikingbrain_train.training.callbacks.callback import Callback
 from tests.distributed.pool import RankPool
 from tests.distributed.small_runs import MODEL, MODEL_76B, ByteTokenizer, checkpoint_config, run_config, train
 from tests.distributed.test_bad_batches import _train as _train_with_bad_batches
@@ -193,6 +195,47 @@ def test_losses_of_routers_weigh_as_in_pretraining(one_rank: dict[str, Any]) -> 
         mean += MODEL_76B.moe.z_loss_coeff * point["moe/z_loss"]
         found = point["train/loss"] - point["train/cross_entropy"]
         assert found == pytest.approx(layers * mean * routed, rel=1e-4)  # a difference of float32 numbers
+
+
+def _train_measuring(groups: ProcessGroups, config: RunConfig) -> list[tuple[float, float]]:
+    """Of every step: mean magnitude of products of all tokens, summed over layers, and the L1 loss."""
+    from spikingbrain_train.models.feed_forwards.gated_activation import activations_in
+    from spikingbrain_train.training.trainer import Trainer
+
+    class Measure(Callback):
+        found: list[tuple[float, float]] = []
+
+        def start(self) -> None:
+            for each in activations_in(self.run.state.model):
+                each.register_forward_hook(self._add)
+
+        def step_begin(self) -> None:
+            self.sum = 0.0
+
+        def _add(self, module: Any, inputs: Any, product: torch.Tensor) -> None:
+            if product.requires_grad:
+                self.sum += product.detach().double().abs().mean(-1).sum().item()
+
+        def report_due(self, report: Any) -> None:
+            tokens = config.stage.global_batch_size * config.stage.seq_length
+            self.found.append((self.sum / tokens, report.metrics["train/l1_loss"]))
+
+    measure = Measure()
+    Trainer(config, groups, [measure]).train()
+    return measure.found
+
+
+def test_the_loss_inside_feed_forwards_weighs_as_in_pretraining(
+    ranks: RankPool, tmp_path: Path, chats: str, hybrid_checkpoint: Path
+) -> None:
+    """However few tokens carry loss: its factor times the mean over all tokens of the batch."""
+    relu = replace(MODEL, activation_func=ActivationFunc.relu)
+    config = _config(tmp_path, chats, hybrid_checkpoint, ONE_RANK, relu)
+    config.stage.sparsity = SparsityConfig([0.5], [4])
+    (found,) = ranks.run(_train_measuring, config, world_size=1, parallel=ONE_RANK)
+    assert len(found) == 4
+    for magnitude, loss in found:
+        assert loss == pytest.approx(0.5 * magnitude, rel=TOLERANCE) and magnitude > 0
 
 
 def test_a_run_that_was_interrupted_ends_bit_for_bit_the_same(
