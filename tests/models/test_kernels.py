@@ -119,6 +119,7 @@ def test_grouped_experts_are_refused_where_they_cannot_work(monkeypatch: pytest.
 
 GPU_CHOICES = [
     ("gated_linear_attention", LinearAttentionBackend.fla),
+    ("gated_delta_rule", LinearAttentionBackend.fla),
     ("softmax_attention", SoftmaxAttentionBackend.flash_attn),
     ("softmax_attention", SoftmaxAttentionBackend.flex),
     ("parallel_linear", ParallelLinearBackend.transformer_engine),
