@@ -43,6 +43,8 @@ OWN_FILES: dict[str, tuple[str, ...]] = {
         *SOFTMAX,
         "quantization/",
     ),
+    "int8_inputs": ("architecture/int8_inputs.py", "models/linears/int8_inputs.py"),
+    "ternary": ("architecture/ternary.py", "models/linears/ternary_weights.py"),
 }
 """Description and torch modules of each kind; a folder ends in a slash."""
 
@@ -59,6 +61,8 @@ SETTINGS = {
     "moe": "moe",
     "spiking": "spiking",
     "quantization": "quantization",
+    "int8_inputs": "int8_inputs",
+    "ternary": "ternary",
 }
 """Settings and sections of a model that are one kind's, and whose."""
 
@@ -78,6 +82,7 @@ ALLOWED = {
     ("config/earlier_releases.py", "spiking"): "a section that earlier releases wrote otherwise",
     ("evaluation/generation.py", "sliding_window"): "of a cache layer of transformers",
     ("spike_analysis/command_line.py", "spiking"): "what analyses that kind starts its analysis",
+    ("spiking/codings.py", "ternary"): "a coding of counts as trains of spikes",
     ("conversion/window_convention.py", "sliding_window"): "a key of config.json",
 }
 """(file, word): what the word is there, where it is no kind."""

@@ -18,6 +18,7 @@ from spikingbrain_train.architecture.registry import Registry
 from spikingbrain_train.architecture.weights import Weight
 from spikingbrain_train.config.linear_transforms import Projection
 from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.config.require import require
 from spikingbrain_train.config.stage import StageConfig
 from spikingbrain_train.errors import ConfigurationError
 
@@ -40,6 +41,9 @@ class LinearTransformKind(Kind):
     project's own does what has an ``export_module``.
 
     An export in another leaves it out, if somebody asks for that format."""
+    quantizes: str = ""
+    """What it makes numbers of few values of, "weights" or "inputs": a projection has one such kind of each.
+    Empty where it may stand beside any other."""
     changes_input: bool = False
     """Whether linears multiply another tensor than they are given, which the backward pass then needs."""
     changes_weight: bool = False
@@ -123,7 +127,12 @@ def _by_name(name: str) -> LinearTransformKind:
 LINEAR_TRANSFORMS: Registry[LinearTransformKind] = Registry(
     "linear transform",
     "model",
-    built_in=("spikingbrain_train.architecture.spikes", "spikingbrain_train.architecture.quantization"),
+    built_in=(
+        "spikingbrain_train.architecture.spikes",
+        "spikingbrain_train.architecture.int8_inputs",
+        "spikingbrain_train.architecture.quantization",
+        "spikingbrain_train.architecture.ternary",
+    ),
 )
 """Every kind of linear transform, in the order in which they are applied. A new one of the package is a line
 here."""
@@ -170,6 +179,32 @@ def with_plain_weights(model: ModelConfig) -> ModelConfig:
             )
     sections: dict[str, Any] = {kind.name: type(getattr(model, kind.name))() for kind in changing}
     return replace(model, **sections)
+
+
+def check_alternatives(model: ModelConfig) -> None:
+    """No projection has two kinds of numbers in the place of its weights, or of its inputs.
+
+    Raises ConfigurationError.
+    """
+    known: dict[tuple[str, str], LinearTransformKind] = {}
+    for kind in transforms_of(model):
+        for projection in kind.projections(model) if kind.quantizes else ():
+            other = known.setdefault((kind.quantizes, projection), kind)
+            require(
+                other is kind,
+                f"model.{other.name}.projections and model.{kind.name}.projections both list "
+                f"{Projection(projection).name}, whose {kind.quantizes} are one or the other; take it out of "
+                f"one list",
+            )
+
+
+def check_gate(kind: LinearTransformKind, model: ModelConfig, present: Collection[str]) -> None:
+    """A gate that something is done to is there. Raises ConfigurationError."""
+    require(
+        Projection.gate in present or Projection.gate not in kind.projections(model),
+        f"model.{kind.name}.projections lists gate, but no layer has a low-rank gate or an output gate; take "
+        f"gate out of the list",
+    )
 
 
 def without_transforms(model: ModelConfig) -> ModelConfig:

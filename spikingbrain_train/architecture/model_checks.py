@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from spikingbrain_train.architecture.feed_forwards import FEED_FORWARDS
 from spikingbrain_train.architecture.layers import feed_forwards_of, mixers_of, projections_of
-from spikingbrain_train.architecture.linear_transforms import LINEAR_TRANSFORMS
+from spikingbrain_train.architecture.linear_transforms import LINEAR_TRANSFORMS, check_alternatives
 from spikingbrain_train.architecture.mixers import MIXERS
 from spikingbrain_train.config.model import AND_SO_ON, LayersConfig, ModelConfig
 from spikingbrain_train.config.setting import check_fields
@@ -42,3 +42,4 @@ def check_linear_transforms(model: ModelConfig, stage: StageConfig) -> None:
     present = projections_of(model)
     for kind in LINEAR_TRANSFORMS:
         kind.check(model, stage, present)
+    check_alternatives(model)

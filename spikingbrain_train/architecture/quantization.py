@@ -1,14 +1,15 @@
 """INT8 weights, as the W8ASpike form has them (SpikingBrain, arXiv 2509.05276, section 3.3), without torch.
 
-What multiplies by them, and how training gets there. Keys and values are the softmax mixers' own.
+What multiplies by them. Keys and values are the softmax mixers' own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 
+from spikingbrain_train.architecture.annealed_quantization import AnnealedQuantizationKind
 from spikingbrain_train.architecture.layers import alike, has_experts, layers
-from spikingbrain_train.architecture.linear_transforms import LINEAR_TRANSFORMS, LinearTransformKind
+from spikingbrain_train.architecture.linear_transforms import LINEAR_TRANSFORMS
 from spikingbrain_train.architecture.weights import Split, Weight
 from spikingbrain_train.config.linear_transforms import Projection
 from spikingbrain_train.config.model import ModelConfig
@@ -16,12 +17,14 @@ from spikingbrain_train.config.require import divisors, either, require
 from spikingbrain_train.config.stage import StageConfig
 
 
-class Int8WeightsKind(LinearTransformKind):
+class Int8WeightsKind(AnnealedQuantizationKind):
     """The weight of a projection as whole numbers from -127 to 127 times the scale of their group."""
 
     name = "quantization"
     transform = "spikingbrain_train.models.linears.int8_weights:Int8Weights"
     words = "multiplies by INT8 weights"
+    quantizes = "weights"
+    numbers = "INT8 numbers"
     changes_weight = True
     hf_formats = ("gla_swa", "spikingbrain")
 
@@ -56,43 +59,13 @@ class Int8WeightsKind(LinearTransformKind):
         return (scales,)
 
     def check(self, model: ModelConfig, stage: StageConfig, present: Collection[str]) -> None:
-        quantized, anneal_iters = model.quantization.projections, stage.quantization_annealing.anneal_iters
-        require(
-            Projection.gate in present or Projection.gate not in quantized,
-            "model.quantization.projections lists gate, but no layer has a low-rank gate or an output gate; "
-            "take gate out of the list",
-        )
-        if quantized:
+        super().check(model, stage, present)
+        if model.quantization.projections:
             _check_groups(model)
         require(
             not (model.quantization.stored_scales and has_experts(model)),
             "model.quantization.stored_scales=true is for dense feed-forwards, but layers have experts; set "
             "it to false, so that scales follow from the weights",
-        )
-        require(
-            bool(quantized) or anneal_iters == 0,
-            f"stage.quantization_annealing.anneal_iters={anneal_iters} anneals INT8 weights, but "
-            f"model.quantization.projections is empty; name the projections that have them, or set it to 0",
-        )
-        require(
-            anneal_iters == 0 or anneal_iters <= stage.train_iters,
-            f"stage.quantization_annealing.anneal_iters={anneal_iters} must be at most "
-            f"stage.train_iters={stage.train_iters}, so that weights are whole INT8 numbers within the stage",
-        )
-
-    def schedule(self, model: ModelConfig, stage: StageConfig, iteration: int) -> Mapping[str, float]:
-        """How far weights have gone to what INT8 numbers hold: on a straight line to 1."""
-        anneal_iters = stage.quantization_annealing.anneal_iters
-        return {"share": min(1.0, iteration / anneal_iters) if anneal_iters else 1.0}
-
-    def ahead_of(self, model: ModelConfig, stage: StageConfig, iteration: int) -> str:
-        share = self.schedule(model, stage, iteration)["share"]
-        if share == 1.0:
-            return ""
-        return (
-            f"the checkpoint lies within stage.quantization_annealing, after {iteration} of "
-            f"{stage.quantization_annealing.anneal_iters} steps: its weights were {share:.0%} of the way to "
-            f"INT8 numbers, and the export multiplies by whole ones; --float-weights exports the parameters"
         )
 
     def describe(self, model: ModelConfig) -> str:

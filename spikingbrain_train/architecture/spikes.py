@@ -7,7 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from spikingbrain_train.architecture.linear_transforms import LINEAR_TRANSFORMS, LinearTransformKind
+from spikingbrain_train.architecture.linear_transforms import (
+    LINEAR_TRANSFORMS,
+    LinearTransformKind,
+    check_gate,
+)
 from spikingbrain_train.config.linear_transforms import GateEncoding, Projection
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.require import require
@@ -20,6 +24,7 @@ class SpikesKind(LinearTransformKind):
     name = "spiking"
     transform = "spikingbrain_train.models.linears.spikes:Spikes"
     words = "encodes activations as spikes"
+    quantizes = "inputs"
     changes_input = True
     hf_formats = ("gla_swa", "spikingbrain")
 
@@ -42,11 +47,7 @@ class SpikesKind(LinearTransformKind):
         return {name for name in self.all_settings(model) if present[name]}
 
     def check(self, model: ModelConfig, stage: StageConfig, present: Collection[str]) -> None:
-        require(
-            Projection.gate in present or Projection.gate not in model.spiking.projections,
-            "model.spiking.projections lists gate, but no layer has a low-rank gate or an output gate; take "
-            "gate out of the list",
-        )
+        check_gate(self, model, present)
         _check_annealing(model, stage)
 
     def schedule(self, model: ModelConfig, stage: StageConfig, iteration: int) -> Mapping[str, float]:

@@ -1,8 +1,8 @@
-"""What is done to inputs and weights of linear projections (spikes, INT8 numbers), and to which of them."""
+"""What is done to inputs and weights of linear projections (spikes, INT8, ternary numbers), and to which."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -24,6 +24,13 @@ class Projection(str, Enum):
     """Gate and up projection of dense feed-forwards, routed and shared experts."""
     mlp_fc2 = "mlp_fc2"
     """Down projection of dense feed-forwards, routed and shared experts."""
+
+
+_VOCABULARY = "embedding and vocabulary projection are no linears of a layer and stay in full precision"
+NO_PROJECTIONS: Mapping[str, str] = dict.fromkeys(
+    ("output_layer", "output", "lm_head", "vocabulary", "embedding", "embed_tokens"), _VOCABULARY
+)
+"""What somebody may take for a :class:`Projection` -> why it is none."""
 
 
 class GateEncoding(str, Enum):
@@ -106,3 +113,36 @@ class QuantizationConfig:
             f"{prefix}stored_scales=true keeps scales of INT8 weights, but {prefix}projections is empty; "
             f"name the projections that have them, or set {prefix}stored_scales=false",
         )
+
+
+@dataclass
+class Int8InputsConfig:
+    """Inputs of projections as INT8 numbers, as BitNet b1.58 has them (arXiv 2402.17764, section 2).
+
+    An alternative to spikes.
+    """
+
+    projections: list[Projection] = setting(default_factory=list, resume=FUNCTION)
+    """Which projections read whole numbers from -127 to 127 times a scale of their token, max |x| / 127;
+    empty is a model without. Others may read spikes."""
+
+    def check(self, prefix: str) -> None:
+        """Each projection is listed once. Raises ConfigurationError."""
+        _check_listed_once(self.projections, prefix)
+
+
+@dataclass
+class TernaryConfig:
+    """Weights of -1, 0 and 1 times a scale, as BitNet b1.58 has them (arXiv 2402.17764, eq. 1-3).
+
+    Training sees what an export stores; parameters stay as they are.
+    """
+
+    projections: list[Projection] = setting(default_factory=list, resume=FUNCTION)
+    """Which projections multiply by ternary weights, e.g. [qkv,attention_output,mlp_fc1,mlp_fc2]; empty is a
+    model without. The scale is the mean magnitude of a matrix; q, k, v, gate and up projection are one each,
+    and so is each expert's. They compose with spikes and with INT8 inputs."""
+
+    def check(self, prefix: str) -> None:
+        """Each projection is listed once. Raises ConfigurationError."""
+        _check_listed_once(self.projections, prefix)

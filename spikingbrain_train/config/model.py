@@ -11,7 +11,12 @@ from typing import Any, TypeVar
 from omegaconf import MISSING
 
 from spikingbrain_train.config.enum_tables import entry_of
-from spikingbrain_train.config.linear_transforms import QuantizationConfig, SpikingConfig
+from spikingbrain_train.config.linear_transforms import (
+    Int8InputsConfig,
+    QuantizationConfig,
+    SpikingConfig,
+    TernaryConfig,
+)
 from spikingbrain_train.config.require import divisors, either, require
 from spikingbrain_train.config.rope_scaling import RopeScalingConfig
 from spikingbrain_train.config.setting import FUNCTION, START, TRAINING, WEIGHTS, setting
@@ -347,6 +352,10 @@ class LayersConfig:
     """Spike encoding in front of projections."""
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     """INT8 weights, keys and values."""
+    int8_inputs: Int8InputsConfig = field(default_factory=Int8InputsConfig)
+    """INT8 inputs of projections."""
+    ternary: TernaryConfig = field(default_factory=TernaryConfig)
+    """Ternary weights."""
 
     def check(self, prefix: str) -> None:
         """Every layer has a kind, or branches of several. Raises ConfigurationError."""

@@ -21,6 +21,7 @@ from omegaconf.errors import (
 )
 
 from spikingbrain_train.config.earlier_releases import MOVED_SETTINGS, RENAMED_VALUES
+from spikingbrain_train.config.linear_transforms import NO_PROJECTIONS, Projection
 from spikingbrain_train.errors import ConfigurationError, SpikingBrainError
 
 Schema = type[Any]
@@ -108,6 +109,8 @@ def _wrong_value(name: str, message: str, schema: Schema) -> ConfigurationError:
     if isinstance(annotation, type) and issubclass(annotation, Enum):
         near = difflib.get_close_matches(found, [member.name for member in annotation], n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
+        if annotation is Projection and found in NO_PROJECTIONS:
+            hint = f"; {NO_PROJECTIONS[found]}"
         if found in RENAMED_VALUES.get(name, {}):
             hint = f"; {found} is called {RENAMED_VALUES[name][found]} now"
     shown = f"{name}={found}" if found else name

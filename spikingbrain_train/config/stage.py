@@ -125,10 +125,14 @@ class SpikeAnnealingConfig:
 
 @dataclass
 class QuantizationAnnealingConfig:
-    """Weights go to their INT8 values over the first steps, on a straight line. This project's own."""
+    """Weights and inputs go to their quantised values over the first steps, on a straight line.
+
+    INT8 weights, INT8 inputs and ternary weights alike; spikes have a schedule of their own.
+    """
 
     anneal_iters: int = setting(0, minimum=0, resume=SAID)
-    """Steps until all projections of model.quantization multiply by whole INT8 numbers; 0 begins there."""
+    """Steps until all projections of model.quantization, model.int8_inputs and model.ternary have quantised
+    weights and inputs; 0 begins there."""
 
 
 @dataclass
@@ -202,7 +206,7 @@ class StageConfig:
     spike_annealing: SpikeAnnealingConfig = field(default_factory=SpikeAnnealingConfig)
     """Schedule of the spike threshold."""
     quantization_annealing: QuantizationAnnealingConfig = field(default_factory=QuantizationAnnealingConfig)
-    """Schedule of INT8 weights."""
+    """Schedule of INT8 weights, INT8 inputs and ternary weights."""
     sparsity: SparsityConfig = field(default_factory=SparsityConfig)
     """Schedule of an L1 loss on what is inside feed-forwards."""
 

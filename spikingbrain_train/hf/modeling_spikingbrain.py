@@ -39,6 +39,7 @@ from .configuration_spikingbrain import SpikingBrainConfig
 from .counts_w8aspike import encoded_input  # noqa: F401
 from .decoder_gla_swa import RecurrentForCausalLM, RecurrentModel, RecurrentPreTrainedModel
 from .gdn_spikingbrain import GatedDeltaRule  # noqa: F401
+from .int8_inputs_spikingbrain import Int8Inputs  # noqa: F401
 from .kernels_w8aspike import kernels  # noqa: F401
 from .kinds_spikingbrain import FEED_FORWARDS, LINEAR_TRANSFORMS, MIXERS, Mixer, Place, StateLayer
 from .layout_gla_swa import TokenLayout
@@ -55,6 +56,7 @@ from .rotary_gla_swa import RotaryPositions  # noqa: F401
 from .softmax_attention_spikingbrain import GLAswaSoftmaxAttention  # noqa: F401
 from .spikes_gla_swa import encoders_of  # noqa: F401
 from .stored_scales_w8aspike import add_stored_scales  # noqa: F401
+from .ternary_spikingbrain import TernaryWeights  # noqa: F401
 
 
 def _mixers(config: SpikingBrainConfig) -> list[Mixer]:

@@ -72,7 +72,7 @@ def test_int8_weights_of_a_gate_need_one() -> None:
 
 
 def test_annealing_needs_weights_and_ends_within_the_stage() -> None:
-    with pytest.raises(ConfigurationError, match="anneal_iters=5 anneals INT8 weights, but .* is empty"):
+    with pytest.raises(ConfigurationError, match="anneal_iters=5 anneals quantised weights .* are empty"):
         check(model([]), anneal_iters=5)
     with pytest.raises(ConfigurationError, match="must be at most stage.train_iters=100"):
         check(model(), anneal_iters=101)

@@ -87,11 +87,16 @@ def prompts() -> list[Tensor]:
 
 
 def save_and_compute(
-    groups: ProcessGroups, model: ModelConfig, stored: ModelConfig, target: Path
+    groups: ProcessGroups,
+    model: ModelConfig,
+    stored: ModelConfig,
+    target: Path,
+    dtype: torch.dtype = torch.float32,
 ) -> Expected:
     """Save a model of known weights to ``target``; its logits, those of packed documents, greedy texts.
 
-    The checkpoint is one of a run on its way to ``stored`` where that has another k.
+    Logits are computed in ``dtype`` with the float32 weights that are saved. The checkpoint is one of a run
+    on its way to ``stored`` where that has another k.
     """
     from spikingbrain_train.models.incremental_decoding import IncrementalDecoder
     from tests.checkpoint.shards import save_shards
@@ -107,6 +112,8 @@ def save_and_compute(
         save_config(RunConfig(model=stored, stage=stage, output_dir="run"), checkpoint / RUN_CONFIG_FILE)
     save_shards({"model": _sharded_weights(built), "iteration": 3}, checkpoint)
     (target / LATEST_ITERATION_FILE).write_text("3")
+    if dtype is not torch.float32:
+        built = model_of_known_weights(groups, model, ParallelConfig(), dtype).eval()
     documents = SequenceLayout(DOCUMENTS[-1], model.num_sink_tokens, cu_seqlens=(DOCUMENTS,))
     with torch.no_grad():
         logits, packed = built(TEXT), built(TEXT[:1], layout=documents)
@@ -147,14 +154,15 @@ def test_an_export_agrees_with_the_megatron_model_and_comes_back_bit_identical(
     stored = model = MODELS[name]
     if name == ANNEALED:
         model = replace(stored, spiking=replace(stored.spiking, k=K_OF_ITERATION_3))
+    dtype = CASES[name].dtype if name in CASES else torch.float32
     drops_nothing = replace(model, moe=replace(model.moe, capacity_factor=None))
     (expected,) = ranks.run(
-        *(save_and_compute, drops_nothing, stored, tmp_path / "megatron"),
+        *(save_and_compute, drops_nothing, stored, tmp_path / "megatron", dtype),
         world_size=1,
         parallel=ParallelConfig(),
     )
     export_checkpoint(tmp_path / "megatron", tmp_path / "export", format_name="spikingbrain")
-    exported = SpikingBrainForCausalLM.from_pretrained(tmp_path / "export").eval()
+    exported = SpikingBrainForCausalLM.from_pretrained(tmp_path / "export").to(dtype).eval()
     check(exported, expected)
 
     import_checkpoint(tmp_path / "export", tmp_path / "again")
@@ -172,7 +180,7 @@ def test_an_export_agrees_with_the_megatron_model_and_comes_back_bit_identical(
         if setting not in begins:
             assert read[setting] == value, setting
 
-    exported.save_pretrained(tmp_path / "saved")
+    exported.float().save_pretrained(tmp_path / "saved")
     ours, theirs = (load_file(tmp_path / folder / "model.safetensors") for folder in ("saved", "export"))
     assert (
         all(torch.equal(ours[tensor], theirs[tensor]) for tensor in theirs) and ours.keys() == theirs.keys()

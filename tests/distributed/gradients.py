@@ -15,7 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from spikingbrain_train.config.linear_transforms import Projection, SpikingConfig
+from spikingbrain_train.config.linear_transforms import (
+    Int8InputsConfig,
+    Projection,
+    SpikingConfig,
+    TernaryConfig,
+)
 from spikingbrain_train.config.model import (
     ActivationFunc,
     DeltaRuleActivation,
@@ -93,6 +98,10 @@ class Case:
     """Whether sequences hold several documents that do not see each other."""
     l1_factor: float = 0.0
     """Weight of the L1 loss inside feed-forwards; not a small one, so that it shows."""
+    dtype: torch.dtype = torch.float32
+    """Of weights and activations. What rounds activations to INT8 numbers takes float64: of some 50,000
+    values one lies so near a boundary that the order of a float32 sum decides, and a gradient with it at
+    1e-4."""
 
 
 CASES: Mapping[str, Case] = {
@@ -159,6 +168,29 @@ CASES: Mapping[str, Case] = {
     "spiking": Case(
         replace(_7B, spiking=SpikingConfig(projections=list(Projection), k=3.0)),
     ),
+    "ternary weights, INT8 inputs": Case(
+        replace(
+            _7B,
+            mixers=["gla", "full"],
+            int8_inputs=Int8InputsConfig(list(Projection)),
+            ternary=TernaryConfig(list(Projection)),
+        ),
+        dtype=torch.float64,
+    ),
+    "ternary experts, INT8 inputs, spikes": Case(
+        replace(
+            _7B,
+            mixers=["swa"],
+            feed_forwards=["dense", "moe"],  # the router computes in float32: nothing is rounded behind it
+            moe=MoEConfig(num_experts=4, router_topk=2, num_shared_experts=2),
+            # Not the other way round: behind small counts times ternary weights, channels are exact ratios of
+            # each other, half of the largest among them, which is exactly between two INT8 numbers.
+            spiking=SpikingConfig([Projection.attention_output, Projection.mlp_fc2], k=3.0),
+            int8_inputs=Int8InputsConfig([Projection.qkv, Projection.mlp_fc1]),
+            ternary=TernaryConfig([each for each in Projection if each is not Projection.gate]),
+        ),
+        dtype=torch.float64,
+    ),
     "7B-like, packed documents": Case(replace(_7B, num_layers=4, qk_layernorm=True), packed=True),
     "76B-like": Case(replace(_76B, num_layers=4)),
     "76B-like, packed documents": Case(replace(_76B, num_layers=4), packed=True),
@@ -176,14 +208,18 @@ class Shard:
 
 
 def model_of_known_weights(
-    groups: ProcessGroups, model: ModelConfig, parallel: ParallelConfig
+    groups: ProcessGroups,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    dtype: torch.dtype = torch.float32,
 ) -> HybridGPTModel:
-    """This rank's stage of a model in float32, with the same weights in every topology."""
+    """This rank's stage of a model in one number format, with the same weights in every topology."""
     from spikingbrain_train.models.gpt_model import build_model
     from spikingbrain_train.models.kernels import resolve_kernels
     from spikingbrain_train.models.transformer_config import transformer_config
 
     config = transformer_config(model, parallel, Precision.fp32, on_cpu=True)
+    config.params_dtype = config.pipeline_dtype = dtype
     kernels = resolve_kernels(KernelConfig(), groups.accelerator)
     built = build_model(model, config, kernels, groups.device, parallel.context_parallel)
     with torch.no_grad():
@@ -208,7 +244,7 @@ def loss_and_gradients(
     from spikingbrain_train.training.build import wrap_data_parallel
     from spikingbrain_train.training.stages.pretraining import ContinualPretraining
 
-    model = model_of_known_weights(groups, case.model, parallel)
+    model = model_of_known_weights(groups, case.model, parallel, case.dtype)
     with torch.no_grad():
         change_weights(model)
     for activation in activations_in(model):
@@ -248,7 +284,7 @@ def _whole_batches(case: Case, text: int, rank: int, size: int) -> Iterator[Any]
     """Every data-parallel rank's sequences, the same ones in total for every topology."""
     generator = torch.Generator().manual_seed(7)
     tokens = torch.randint(0, case.model.vocab_size, (SEQUENCES, text + 1), generator=generator)
-    mask = (torch.rand(SEQUENCES, text, generator=generator) > 0.1).float()
+    mask = (torch.rand(SEQUENCES, text, generator=generator) > 0.1).to(case.dtype)
     # Documents of one token, of more than two slices, and bounds at the edges of slices.
     bounds = ((0, 1, 30, text), (0, 10, 26, 42, text), (0, text - 1, text), (0, 5, 6, 7, 50, text))
     for first in range(rank * MICRO_BATCH, SEQUENCES, size * MICRO_BATCH):

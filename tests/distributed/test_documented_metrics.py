@@ -11,7 +11,13 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from spikingbrain_train.config.linear_transforms import Projection, QuantizationConfig, SpikingConfig
+from spikingbrain_train.config.linear_transforms import (
+    Int8InputsConfig,
+    Projection,
+    QuantizationConfig,
+    SpikingConfig,
+    TernaryConfig,
+)
 from spikingbrain_train.config.model import ActivationFunc, MoEConfig
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import DataConfig, LoggingConfig, RunConfig
@@ -129,7 +135,11 @@ def runs(
     spiking.stage.distillation = DistillationConfig(weight=0.5)
     spiking.data.valid = [str(text), str(text)]
     moe = MoEConfig(num_experts=4, router_topk=1, num_shared_experts=1, capacity_factor=1.0)
-    experts = config("experts", hybrid_76b_checkpoint, model=replace(MODEL_76B, moe=moe))
+    in_experts = [Projection.mlp_fc1, Projection.mlp_fc2]
+    bitnet = replace(
+        MODEL_76B, moe=moe, int8_inputs=Int8InputsConfig(in_experts), ternary=TernaryConfig(in_experts)
+    )
+    experts = config("experts", hybrid_76b_checkpoint, model=bitnet)
 
     zeros = config("zeros", hybrid_checkpoint, model=replace(MODEL, activation_func=ActivationFunc.relu))
     zeros.stage.sparsity = SparsityConfig([0.1], [2])

@@ -79,6 +79,8 @@ ON_FOUR_RANKS = (
     "softmax branches only, three branches",
     "MoE",
     "spiking",
+    "ternary weights, INT8 inputs",
+    "ternary experts, INT8 inputs, spikes",
     "7B-like, packed documents",
     "76B-like",
     "76B-like, packed documents",

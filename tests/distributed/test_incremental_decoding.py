@@ -38,9 +38,9 @@ def text() -> Tensor:
     return torch.randint(0, 130, (2, TEXT), generator=torch.Generator().manual_seed(3))
 
 
-def _at_once(groups: ProcessGroups, model: ModelConfig) -> Tensor:
+def _at_once(groups: ProcessGroups, model: ModelConfig, dtype: torch.dtype) -> Tensor:
     """Logits [2, TEXT, vocabulary] of the whole text on one rank."""
-    built = model_of_known_weights(groups, model, ParallelConfig()).eval()
+    built = model_of_known_weights(groups, model, ParallelConfig(), dtype).eval()
     with torch.no_grad():
         logits = built(text())
     assert isinstance(logits, Tensor)
@@ -48,12 +48,16 @@ def _at_once(groups: ProcessGroups, model: ModelConfig) -> Tensor:
 
 
 def _token_by_token(
-    groups: ProcessGroups, model: ModelConfig, parallel: ParallelConfig, prompt: int
+    groups: ProcessGroups,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    prompt: int,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor | None, list[CacheSize]]:
     """Logits [2, TEXT - prompt + 1, vocabulary], and what was remembered after the prompt and each token."""
     from spikingbrain_train.models.incremental_decoding import IncrementalDecoder
 
-    decoder = IncrementalDecoder(model_of_known_weights(groups, model, parallel))
+    decoder = IncrementalDecoder(model_of_known_weights(groups, model, parallel, dtype))
     decoder.begin()
     decoder.read(text()[:, :3])  # another text, which is forgotten
     decoder.begin()
@@ -65,11 +69,18 @@ def _token_by_token(
     return (torch.stack(on_this_rank, dim=1) if on_this_rank else None), sizes
 
 
-def assert_same_logits(ranks: RankPool, model: ModelConfig, topologies: dict[str, Any], prompt: int) -> None:
+def assert_same_logits(
+    ranks: RankPool,
+    model: ModelConfig,
+    topologies: dict[str, Any],
+    prompt: int,
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """Of the model on one rank and of its incremental form on all of ``topologies``."""
-    (expected,) = ranks.run(_at_once, model, world_size=1, parallel=ParallelConfig())
+    (expected,) = ranks.run(_at_once, model, dtype, world_size=1, parallel=ParallelConfig())
     for name, (size, parallel) in topologies.items():
-        results = ranks.run(_token_by_token, model, parallel, prompt, world_size=size, parallel=parallel)
+        arguments = (model, parallel, prompt, dtype)
+        results = ranks.run(_token_by_token, *arguments, world_size=size, parallel=parallel)
         found = [logits for logits, _ in results if logits is not None]
         assert len(found) == size // parallel.pipeline_model_parallel_size
         for logits in found:
@@ -82,7 +93,7 @@ def assert_same_logits(ranks: RankPool, model: ModelConfig, topologies: dict[str
 )
 def test_every_position_has_the_logits_of_the_whole_text(case: str, ranks: RankPool) -> None:
     one = {"one rank": (1, ParallelConfig())}
-    assert_same_logits(ranks, CASES[case].model, one, PROMPT)
+    assert_same_logits(ranks, CASES[case].model, one, PROMPT, CASES[case].dtype)
 
 
 def test_a_prompt_may_be_one_token_or_longer_than_every_window(ranks: RankPool) -> None:

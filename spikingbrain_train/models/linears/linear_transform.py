@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp
 
+from spikingbrain_train.models.linears.joined_rows import JoinedRows
 from spikingbrain_train.reporting.progress import Shown
 
 
@@ -27,6 +28,8 @@ class Shard:
     """The axis that is split over the group, -1 for the channels of an input; None where it is whole."""
     is_copy: bool
     """Whether every rank of the group holds the same."""
+    joined: JoinedRows | None = None
+    """Of a weight: the matrices whose rows lie in it, where there are several."""
 
     @property
     def parts(self) -> int:

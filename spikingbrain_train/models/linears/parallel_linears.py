@@ -14,6 +14,7 @@ from spikingbrain_train.config.import_path import object_of_kind
 from spikingbrain_train.config.linear_transforms import Projection
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ParallelLinearBackend
+from spikingbrain_train.models.linears.joined_rows import RowsOf, rows_of_projection
 from spikingbrain_train.models.linears.linear_transform import LinearTransform
 from spikingbrain_train.models.linears.transformed_linear import transformed
 
@@ -54,14 +55,15 @@ class ParallelLinears:
         assert self.backend is not ParallelLinearBackend.auto, f"unresolved backend {self.backend}"
         self._classes()
 
-    def column(self, projection: Projection, *, bias: bool = False) -> type:
+    def column(self, projection: Projection, *, bias: bool = False, rows_of: RowsOf | None = None) -> type:
         """A linear whose output is split over tensor-parallel ranks; its input is whole.
 
         With ``bias`` it has and adds one, whatever megatron-core's ``add_bias_linear`` says of all linears.
+        ``rows_of`` is :meth:`transformed`'s.
         """
         column, _ = self._classes()
         column = self._biased(column) if bias else column
-        return self.transformed(projection, column, weight_split_axis=0)
+        return self.transformed(projection, column, weight_split_axis=0, rows_of=rows_of)
 
     def row(self, projection: Projection, *, bias: bool = False) -> type:
         """A linear whose input is split over tensor-parallel ranks; ``bias`` as for :meth:`column`."""
@@ -113,6 +115,7 @@ class ParallelLinears:
         row_parallel: bool = False,
         weight_split_axis: int | None = None,
         matrix: int = 0,
+        rows_of: RowsOf | None = None,
     ) -> type:
         """``linear_class`` itself, or its subclass that applies what the model asks for there.
 
@@ -122,6 +125,8 @@ class ParallelLinears:
             row_parallel: its input is split over tensor-parallel ranks.
             weight_split_axis: the axis of its weight that is; None where every rank holds all of it.
             matrix: its position where several linears, one behind the other, make up the projection.
+            rows_of: the matrices whose rows lie in its weight; None has megatron-core's q, k and v, and gate
+                and up projection.
         """
         model = self.model
         if model is None:
@@ -139,9 +144,14 @@ class ParallelLinears:
                 for kind in kinds
             }
 
-        key = (linear_class, row_parallel, weight_split_axis, *(kind.name for kind in kinds))
+        rows_of = rows_of or rows_of_projection(projection)
+        key = (linear_class, rows_of, row_parallel, weight_split_axis, *(kind.name for kind in kinds))
         if key not in self._made:
             self._made[key] = transformed(
-                linear_class, transforms, row_parallel=row_parallel, weight_split_axis=weight_split_axis
+                linear_class,
+                transforms,
+                rows_of=rows_of,
+                row_parallel=row_parallel,
+                weight_split_axis=weight_split_axis,
             )
         return self._made[key]

@@ -5,6 +5,8 @@ Several transforms of one linear are applied in order. What each of them is told
 - Column-parallel linears see whole tokens, under sequence parallelism those of this rank's share of the
   sequence, and a gather of the input that follows moves transformed values. Their weight's rows are split.
 - Row-parallel linears see a part of every token's channels, and their weight's columns are split.
+- q, k and v lie in one weight, and so do gate and up projection: which rows are whose
+  (:mod:`spikingbrain_train.models.linears.joined_rows`).
 - Experts have a tensor-parallel group of their own, and grouped linears a weight for each expert.
 
 A transformed weight takes the parameter's place under its name while the plain linear's forward pass runs, so
@@ -20,14 +22,16 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.transformer import TransformerConfig
 from megatron.core.utils import get_tensor_model_parallel_group_if_none
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from spikingbrain_train.models.linears.joined_rows import RowsOf
 from spikingbrain_train.models.linears.linear_transform import HasTransforms, LinearTransform, Shard
 
 _WEIGHT = re.compile(r"weight\d*")  # grouped linears number theirs
@@ -44,6 +48,7 @@ class TransformedLinear(HasTransforms, torch.nn.Module):
     """
 
     make_transforms: Callable[[], dict[str, LinearTransform]]
+    rows_of: RowsOf
     row_parallel: bool
     weight_split_axis: int | None
 
@@ -54,6 +59,7 @@ class TransformedLinear(HasTransforms, torch.nn.Module):
         self.transforms = type(self).make_transforms()
         for transform in self.transforms.values():
             transform.attach(self)
+        self._joined = type(self).rows_of(cast(TransformerConfig, settings[0]))
         self._is_expert = bool(kwargs.get("is_expert", False))
         # The token dispatcher gives all ranks of an expert's tensor-parallel group the same tokens.
         self._input_is_replicated = self._is_expert or not settings[0].sequence_parallel
@@ -104,7 +110,7 @@ class TransformedLinear(HasTransforms, torch.nn.Module):
     @cached_property
     def _weight_shard(self) -> Shard:
         axis = self.weight_split_axis
-        return Shard(self._tensor_parallel_group(), axis, is_copy=axis is None)
+        return Shard(self._tensor_parallel_group(), axis, is_copy=axis is None, joined=self._joined)
 
     def _tensor_parallel_group(self) -> ProcessGroup:
         # Transformer Engine's own tp_group is None for experts; megatron-core keeps the real one beside it.
@@ -116,6 +122,7 @@ def transformed(
     linear_class: type,
     make_transforms: Callable[[], dict[str, LinearTransform]],
     *,
+    rows_of: RowsOf = lambda config: None,
     row_parallel: bool = False,
     weight_split_axis: int | None = None,
 ) -> type:
@@ -126,11 +133,13 @@ def transformed(
             module that is built with megatron-core's config, whose ``forward`` takes the input first and
             reads its parameter ``weight`` (``weight0``, ``weight1``, ... if it is grouped) from itself.
         make_transforms: what is done to one linear, in order, by the names of their kinds.
+        rows_of: the matrices whose rows lie in its weight, by default one.
         row_parallel: the input is split over tensor-parallel ranks.
         weight_split_axis: the axis of the weight that is.
     """
     attributes = {
         "make_transforms": staticmethod(make_transforms),
+        "rows_of": staticmethod(rows_of),
         "row_parallel": row_parallel,
         "weight_split_axis": weight_split_axis,
         "__doc__": linear_class.__doc__,

@@ -1,0 +1,30 @@
+"""INT8 inputs of linears (BitNet b1.58, arXiv 2402.17764, section 2): the linear transform "int8_inputs".
+
+Part of the modelling code of a checkpoint; needs torch only. A linear reads whole numbers from -127 to 127
+times a scale of their token, max |x| / 127.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .kinds_spikingbrain import LINEAR_TRANSFORMS, Transform
+from .linears_spikingbrain import LinearTransform
+
+
+class Int8Inputs(LinearTransform):
+    """round(x / scale) times scale = max |x| / 127 of a token; straight-through."""
+
+    def input(self, x: Tensor) -> Tensor:
+        exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+        largest = x.detach().abs().amax(-1, keepdim=True).to(exact)
+        per_unit = 127 / largest.clamp(min=1e-5)
+        codes = (x.detach().to(exact) * per_unit).round().clamp(-127, 127)
+        rounded = (codes / per_unit).to(x.dtype)
+        return x + (rounded - x).detach() if torch.is_grad_enabled() else rounded
+
+
+LINEAR_TRANSFORMS.register(Transform("int8_inputs", Int8Inputs))
+
+__all__ = ["Int8Inputs"]

@@ -1,0 +1,99 @@
+"""Linears that multiply by ternary weights: what a model computes whose export stores two bits a weight.
+
+The scale is the mean magnitude of a whole matrix (:mod:`spikingbrain_train.ops.ternary`), of which a
+tensor-parallel rank holds a part: one all-reduce of one number a matrix, float64, in every forward pass. q, k
+and v lie in one weight, and so do gate and up projection; each has a scale of its own, as in every export.
+The gradient is straight-through.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.models.linears.linear_transform import LinearTransform, Shard, TransformStatistics
+from spikingbrain_train.ops.ternary import magnitude_sum, ternary_rounding, ternary_scales
+from spikingbrain_train.reporting.progress import Shown
+
+
+class TernaryWeights(LinearTransform):
+    """The weight as ternary numbers hold it.
+
+    Attributes:
+        share: how far the weight has gone there: 0 is the parameter itself, 1 what ternary numbers hold.
+    """
+
+    statistics: TernaryCounts | None = None
+    shown = {
+        "share": Shown("ternary", "{:.0%}"),
+        "zeros": Shown("zero weights", "{:.0%}"),
+    }
+
+    def __init__(self, model: ModelConfig) -> None:
+        self.share = 1.0
+
+    def weight(self, weight: Tensor, shard: Shard) -> Tensor:
+        """``weight + share * (rounded - weight)``."""
+        rounded = ternary_rounding(weight, row_scales(weight, shard))
+        if self.statistics is not None and shard.counts_here:
+            self.statistics.add(weight, rounded)
+        return rounded if self.share == 1.0 else weight + self.share * (rounded - weight).detach()
+
+    @classmethod
+    def new_statistics(cls, device: torch.device) -> TernaryCounts:
+        return TernaryCounts(device)
+
+
+def row_scales(weight: Tensor, shard: Shard) -> Tensor:
+    """Mean magnitude of the whole matrix that each row of a weight belongs to, without a gradient.
+
+    Args:
+        weight: [rows, inputs], a rank's part of one matrix or of several.
+        shard: which part that is.
+
+    Returns:
+        [rows, 1], or [] for one matrix; float32 (float64 for float64 weights).
+    """
+    joined = shard.joined
+    parts = (weight,) if joined is None else joined.parts(weight)
+    magnitudes = shard.sum(torch.stack([magnitude_sum(part) for part in parts]))
+    numel = torch.tensor([part.numel() * shard.parts for part in parts], device=weight.device)
+    scales = ternary_scales(magnitudes, numel, weight.dtype)
+    if joined is None:
+        return scales[0]
+    return scales[joined.matrix_of_rows(len(weight), weight.device)].unsqueeze(1)
+
+
+class TernaryCounts(TransformStatistics):
+    """How many ternary weights are zero, and how far they are from the parameters.
+
+    Args:
+        device: where they are kept.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
+
+    @property
+    def counts(self) -> Tensor:
+        """[4] float64: zeros, weights, squares of what rounding changes, squares of the weights."""
+        return self._sums
+
+    @torch.no_grad()
+    def add(self, weight: Tensor, rounded: Tensor) -> None:
+        """Count a weight. Any shape and dtype."""
+        norms = [torch.linalg.vector_norm(x, dtype=torch.float64) for x in (rounded - weight, weight)]
+        zeros = (rounded == 0).sum(dtype=torch.float64)
+        numel = zeros.new_tensor(weight.numel())
+        self._sums += torch.stack([zeros, numel, *(norm.square() for norm in norms)])
+
+    def metrics(self) -> dict[str, float]:
+        """Shares; NaN before anything was counted."""
+        zeros, weights, errors, squares = self._sums.tolist()
+        return {
+            "zeros": zeros / weights if weights else math.nan,
+            "weight_error": math.sqrt(errors / squares) if squares else math.nan,
+        }

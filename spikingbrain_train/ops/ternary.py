@@ -1,0 +1,77 @@
+"""Ternary weights (BitNet b1.58, arXiv 2402.17764, eq. 1-3).
+
+Of a matrix W [O, I]:
+
+    scale = mean |W|, at least 1e-5
+    code = round(W / scale) within -1 .. 1     (half to even, so that half the scale is 0)
+    y = code * scale
+
+The gradient is straight-through: dy/dW = 1, and nothing flows through the scale. Scales and codes are
+computed in float32 (float64 for float64 weights), and y is rounded once, to W's dtype. The mean is added up
+in float64, so that a matrix whose parts lie on several ranks has the same scale as a whole one.
+
+Shape letters: O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_SMALLEST_SCALE = 1e-5
+"""Of a matrix of zeros, whose codes are 0 at any scale; as in the published training code."""
+
+
+def magnitude_sum(weight: Tensor) -> Tensor:
+    """Sum of |w| over a matrix, or over a part of one, without a gradient: [] float64."""
+    return weight.detach().abs().sum(dtype=torch.float64)
+
+
+def ternary_scales(magnitudes: Tensor, numel: Tensor | int, dtype: torch.dtype) -> Tensor:
+    """Scales of whole matrices.
+
+    Args:
+        magnitudes: sums of |w| over each of them, float64.
+        numel: numbers that each of them has.
+        dtype: of the weights.
+
+    Returns:
+        The shape of ``magnitudes``, float32 (float64 for float64 weights).
+    """
+    exact = (magnitudes / numel).clamp(min=_SMALLEST_SCALE)
+    return exact.to(torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+def ternary_codes(weight: Tensor, scales: Tensor) -> Tensor:
+    """-1, 0 and 1 that times their scale are next to the weights, without a gradient.
+
+    Args:
+        weight: [O, I] floating point.
+        scales: [] or [O, 1] of its rows.
+
+    Returns:
+        [O, I] in the dtype of the scales; ``.to(torch.int8)`` changes no value.
+    """
+    return (weight.detach().to(scales.dtype) * scales.reciprocal()).round_().clamp_(-1, 1)
+
+
+def ternary_rounding(weight: Tensor, scales: Tensor) -> Tensor:
+    """The weight as ternary numbers hold it; the gradient with respect to it is the identity.
+
+    Args:
+        weight: [O, I] floating point.
+        scales: [] or [O, 1] of its rows.
+    """
+    return _StraightThrough.apply(weight, scales)
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scales: Tensor) -> Tensor:
+        return ternary_codes(weight, scales).mul_(scales).to(weight.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        return grad_output, None
