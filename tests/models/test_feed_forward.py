@@ -23,7 +23,11 @@ from spikingbrain_train.config.parallel import (
 )
 from spikingbrain_train.config.run import Precision
 from spikingbrain_train.errors import ConfigurationError
-from spikingbrain_train.models.feed_forwards.gated_activation import gated_submodules, with_activation
+from spikingbrain_train.models.feed_forwards.gated_activation import (
+    GatedActivation,
+    gated_submodules,
+    with_activation,
+)
 from spikingbrain_train.models.feed_forwards.moe import spec as moe
 from spikingbrain_train.models.layer_specs import block_spec, layer_build
 from spikingbrain_train.models.transformer_config import transformer_config
@@ -114,7 +118,9 @@ def test_an_activation_is_a_matter_of_the_modules_that_have_it() -> None:
     own = with_activation(config)
     assert own.use_te_activation_func and not config.use_te_activation_func
     swiglu = transformer_config(MODEL, ParallelConfig(), Precision.fp32, on_cpu=True)
-    assert (
-        with_activation(swiglu) is swiglu
-        and gated_submodules(layer_build(MODEL, KERNELS)).activation_func is None
-    )
+    assert with_activation(swiglu) is swiglu
+    parts = {
+        model.activation_func: gated_submodules(layer_build(model, KERNELS), 32) for model in (MODEL, relu)
+    }
+    assert parts[ActivationFunc.silu].activation_func is None
+    assert issubclass(parts[ActivationFunc.relu].activation_func, GatedActivation)
