@@ -225,7 +225,7 @@ def test_folder_loads_computes_generates_and_trains_on_its_own(tmp_path: Path) -
         ({"head_dim": 7}, "head_dim must be even"),
         ({"sliding_window": 0}, "sliding_window must be at least 1"),
         ({"mixers": [["linear_attention"]]}, "mixers lists 1 layers, but num_hidden_layers is 3"),
-        ({"mixers": [["gla"]] * 3}, 'mixers knows no "gla"; known are linear_attention'),
+        ({"mixers": [["gla"]] * 3}, 'mixers knows no "gla"; known are gdn, linear_attention'),
         ({"mixers": [[]] * 3}, "name each of its mixers once"),
         ({"feed_forwards": ["dense"] * 3}, 'feed_forwards knows no "dense"; known are mlp, moe'),
         ({"linear_transforms": [{"name": "int3", "linears": {}}]}, 'linear_transforms knows no "int3"'),
