@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 
 import torch
@@ -17,6 +18,7 @@ from spikingbrain_train.conversion.formats.hf_format import HfFormat, Zeros
 from spikingbrain_train.conversion.layout_check import check_split
 from spikingbrain_train.conversion.mapping import Parameter, model_parameters
 from spikingbrain_train.ops.int8_groups import group_scales, group_width, int8_codes
+from spikingbrain_train.ops.ternary import magnitude_sum, pack_ternary, ternary_codes, ternary_scales
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,8 @@ class Piece:
     """Whether the parameter's values are in another piece too."""
     dtype: torch.dtype | None = None
     """Number format of its tensors; None has the parameter's, or what was asked for."""
-    int8_group: int | None = None
-    """Weights along the input that share a scale, where its tensors are codes or scales of INT8 weights."""
+    encode: Callable[[Tensor], Tensor] | None = None
+    """What makes its tensors of those of the parameter, where they are codes or scales; None copies them."""
 
     @property
     def numel(self) -> int:
@@ -52,7 +54,7 @@ class Piece:
     @property
     def comes_in_blocks(self) -> bool:
         """Whether no tensor of it is in memory whole."""
-        return not self.is_zero and self.int8_group is None and self.parameter.is_stacked
+        return not self.is_zero and self.encode is None and self.parameter.is_stacked
 
     def tensors(self, reader: MegatronCheckpointReader) -> Iterator[tuple[str, Iterable[Block]]]:
         """Name and blocks of rows of each tensor, in the stored number format (zeros: float32).
@@ -95,23 +97,36 @@ class Piece:
     def _whole(
         self, reader: MegatronCheckpointReader, names: list[str], expert: int | None
     ) -> Iterator[tuple[str, Iterable[Block]]]:
-        """Tensors whose rows are mixed, or rounded to INT8."""
+        """Tensors whose rows are mixed, or rounded."""
         shape = self.parameter.shape
         offset = (expert or 0, *(0,) * (len(shape) - 1))
         stored = reader.read_region(self.parameter.name, offset, shape if expert is None else (1, *shape[1:]))
         parts = self.parameter.separate(stored)
         check_split(self.parameter, stored, parts)
-        if self.int8_group is not None:
-            parts = [self._of_int8(part) for part in parts]
+        if self.encode is not None:
+            parts = [self.encode(part) for part in parts]
         yield from ((name, [Block(part)]) for name, part in zip(names, parts, strict=True))
 
-    def _of_int8(self, weight: Tensor) -> Tensor:
-        assert self.int8_group is not None
-        scales = group_scales(weight, self.int8_group)
-        if self.dtype is torch.int8:
-            return int8_codes(weight, scales).to(torch.int8)
-        shape = next(iter(self.shapes.values()))
-        return scales.unsqueeze(-1) if len(shape) == 3 else scales
+
+def _int8_codes(size: int, weight: Tensor) -> Tensor:
+    return int8_codes(weight, group_scales(weight, size)).to(torch.int8)
+
+
+def _int8_scales(size: int, weight: Tensor, *, is_column: bool) -> Tensor:
+    scales = group_scales(weight, size)
+    return scales.unsqueeze(-1) if is_column else scales
+
+
+def _ternary_scale(weight: Tensor) -> Tensor:
+    return ternary_scales(magnitude_sum(weight), weight.numel(), weight.dtype)
+
+
+def _packed(weight: Tensor) -> Tensor:
+    return pack_ternary(ternary_codes(weight, _ternary_scale(weight)))
+
+
+def _reciprocal_scale(weight: Tensor) -> Tensor:
+    return _ternary_scale(weight).reciprocal().reshape(1)
 
 
 def export_pieces(model: ModelConfig, hf_format: HfFormat) -> list[Piece]:
@@ -135,6 +150,21 @@ def _pieces(
 ) -> list[Piece]:
     """A parameter as it is, or codes and scales of it; or both it and scales."""
     group = parameter.weight.group
+    if hf_format.packs_ternary(parameter.weight, model):
+        packed: dict[str, Shape] = {name: (rows // 4, inputs) for name, (rows, inputs) in shapes.items()}
+        of_matrices: dict[str, Shape] = dict.fromkeys(hf_format.scale_names(list(shapes)), (1,))
+        return [
+            Piece(parameter, packed, group, "rounded to ternary", dtype=torch.uint8, encode=_packed),
+            Piece(
+                parameter,
+                of_matrices,
+                "scales of ternary weights",
+                "mean magnitude of each matrix",
+                is_repeated=True,
+                dtype=torch.float32,
+                encode=_reciprocal_scale,
+            ),
+        ]
     size = hf_format.int8_group(parameter.weight, model)
     if size is None:
         return [Piece(parameter, shapes, group, "copied")]
@@ -150,9 +180,11 @@ def _pieces(
         "largest weight of each group",
         is_repeated=True,
         dtype=None if keeps_weights else torch.bfloat16,
-        int8_group=size,
+        encode=partial(_int8_scales, size, is_column=keeps_weights),
     )
     if keeps_weights:
         return [Piece(parameter, shapes, group, "copied"), of_scales]
-    codes = Piece(parameter, shapes, group, "rounded to INT8", dtype=torch.int8, int8_group=size)
+    codes = Piece(
+        parameter, shapes, group, "rounded to INT8", dtype=torch.int8, encode=partial(_int8_codes, size)
+    )
     return [codes, of_scales]

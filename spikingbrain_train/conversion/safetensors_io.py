@@ -28,7 +28,7 @@ _LFS_POINTER = b"version https://git-lfs"
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_CODES = {dtype: code for code, dtype in DTYPES.items()}
-_WRITTEN_CODES = {**DTYPE_CODES, torch.int8: "I8"}
+_WRITTEN_CODES = {**DTYPE_CODES, torch.int8: "I8", torch.uint8: "U8"}
 
 QUANTISER_SCALES = ".weight_quantizer.scales"
 """How the published W8ASpike class names them, below their linear."""

@@ -67,6 +67,28 @@ def ternary_rounding(weight: Tensor, scales: Tensor) -> Tensor:
     return _StraightThrough.apply(weight, scales)
 
 
+def pack_ternary(codes: Tensor) -> Tensor:
+    """Four codes in a byte, as transformers' quantisation ``bitnet`` lays them out.
+
+    Two bits hold a code + 1; those of byte [r, i], the lowest first, are rows r, r + O/4, r + O/2 and
+    r + 3 O/4.
+
+    Args:
+        codes: [O, I] of -1, 0 and 1, any dtype; O is a multiple of 4.
+
+    Returns:
+        [O / 4, I] uint8.
+    """
+    digits = (codes + 1).to(torch.uint8).unflatten(0, (4, -1))
+    return digits[0] | digits[1] << 2 | digits[2] << 4 | digits[3] << 6
+
+
+def unpack_ternary(packed: Tensor) -> Tensor:
+    """[O, I] int8 of -1, 0 and 1 from [O / 4, I] uint8: undo :func:`pack_ternary`."""
+    digits = torch.stack([packed >> shift & 3 for shift in (0, 2, 4, 6)])
+    return digits.flatten(0, 1).to(torch.int8) - 1
+
+
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, scales: Tensor) -> Tensor:

@@ -60,6 +60,8 @@ class HfFormat(ABC):
     """By what name kinds of mixers and feed-forwards say in ``hf_layers`` what they are in it."""
     holds: str
     """What it holds, for sentences: ``dense models``."""
+    is_for_inference: bool = False
+    """Whether parameters cannot be read back from it: it is written where somebody asks for it alone."""
     keeps_weights_beside_scales: bool = False
     """Whether INT8 weights stand beside their scales as the floats that they are made of."""
     names: Mapping[str, str]
@@ -132,8 +134,12 @@ class HfFormat(ABC):
         """How many neighbours of a weight share a scale where it is stored as INT8; None where it is not."""
         return None
 
+    def packs_ternary(self, weight: Weight, model: ModelConfig) -> bool:
+        """Whether a weight is stored as ternary numbers, four in a byte, and their scale."""
+        return False
+
     def scale_names(self, names: list[str]) -> list[str]:
-        """What it calls the scales of tensors of INT8 weights, ``<linear>.weight``."""
+        """What it calls the scales of tensors of INT8 or ternary weights, ``<linear>.weight``."""
         return [f"{name}_scale" for name in names]
 
     def completions(self, model: ModelConfig) -> Iterator[Completion]:

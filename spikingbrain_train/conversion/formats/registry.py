@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.conversion.formats.bitnet import BITNET
 from spikingbrain_train.conversion.formats.config_keys import ConfigKeys
 from spikingbrain_train.conversion.formats.dense import LLAMA, MISTRAL, QWEN2, QWEN3
 from spikingbrain_train.conversion.formats.gla_swa import GLA_SWA
@@ -22,10 +23,10 @@ from spikingbrain_train.errors import CheckpointError, ConfigurationError
 
 FORMATS: list[HfFormat] = [
     *(LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE),
-    *(SPARSE_LLAMA, GLA_SWA, SPIKINGBRAIN, W8ASPIKE),
+    *(SPARSE_LLAMA, GLA_SWA, SPIKINGBRAIN, W8ASPIKE, BITNET),
 ]
 """In the order in which an export tries them: what transformers has, what others read, then our own, then the
-form with stored scales. A plugin appends its own."""
+form with stored scales and the packed one, which is asked for. A plugin appends its own."""
 
 
 def names_of_formats() -> list[str]:
@@ -117,7 +118,7 @@ def format_of_model(
                 f"that can"
             )
         return hf_format
-    holding = [known for known in FORMATS if not known.unsupported(model)]
+    holding = [known for known in FORMATS if not known.is_for_inference and not known.unsupported(model)]
     family = (source or {}).get("architectures")
     lacking = without_code(model)
     if holding:
