@@ -16,6 +16,7 @@ from spikingbrain_train.architecture.same_architecture import (
 from spikingbrain_train.config.linear_transforms import GateEncoding, Projection, SpikingConfig
 from spikingbrain_train.config.model import (
     ActivationFunc,
+    DeltaRuleActivation,
     FeatureMap,
     GatedLinearAttentionConfig,
     GateKind,
@@ -184,6 +185,8 @@ def _other(value: Any) -> Any:
         return 1.5
     if isinstance(value, ActivationFunc):
         return ActivationFunc.relu
+    if isinstance(value, DeltaRuleActivation):
+        return DeltaRuleActivation.silu
     if isinstance(value, FeatureMap):
         return FeatureMap.sigmoid
     if isinstance(value, RopeType):
