@@ -27,7 +27,9 @@ OWN_FILES: dict[str, tuple[str, ...]] = {
     "swa": SOFTMAX,
     "gla": ("architecture/gated_linear_attention.py", "models/mixers/gated_linear_attention.py"),
     "gdn": ("architecture/gated_delta_rule.py", "models/mixers/gated_delta_rule.py"),
+    "mamba": ("architecture/mamba.py", "models/mixers/mamba.py"),
     "dense": ("architecture/dense.py", "models/feed_forwards/dense.py"),
+    "no_mlp": ("architecture/no_mlp.py",),
     "moe": ("architecture/moe.py", "models/feed_forwards/moe/"),
     "spiking": (
         "architecture/spikes.py",
@@ -58,6 +60,7 @@ SETTINGS = {
     "sliding_window": "swa",
     "gla": "gla",
     "gdn": "gdn",
+    "mamba": "mamba",
     "moe": "moe",
     "spiking": "spiking",
     "quantization": "quantization",

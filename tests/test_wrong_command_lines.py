@@ -124,7 +124,7 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     ),
     ((*IMPORT, "--conversion", "spikingbrain_7b", "plugins=3"), "has plugins=3; it takes a list"),
     ((*IMPORT, "--conversion", "spikingbrain_7b", "mixers=[gla_swa]"), "gla_swa is written [gla,swa] now"),
-    ((*IMPORT, "--conversion", "spikingbrain_7b", "mixers=[mamba]"), "mamba, which is no mixer"),
+    ((*IMPORT, "--conversion", "spikingbrain_7b", "mixers=[rwkv]"), "rwkv, which is no mixer"),
     ((*IMPORT, "--conversion", "spikingbrain_7b", "feed_forwards=[mo]"), "mo, which is no feed-forward"),
     ((*IMPORT, "--conversion", "dense", "seed"), "name=value"),
     ((*IMPORT, "--conversion", "dense", "seeed=3"), "did you mean seed?"),

@@ -28,6 +28,8 @@ class Activations:
 class FeedForwardKind(SubmoduleKind):
     """One kind of feed-forward: the ``mlp`` of a layer."""
 
+    is_there: bool = True
+    """Whether the layer has one; without, it is its mixer alone and has no norm in front of one either."""
     routes_tokens: bool = False
     """Whether it sends every token to some of several experts."""
 
@@ -93,7 +95,11 @@ def _by_name(name: str) -> FeedForwardKind:
 FEED_FORWARDS: Registry[FeedForwardKind] = Registry(
     "feed-forward",
     "model.feed_forwards",
-    built_in=("spikingbrain_train.architecture.dense", "spikingbrain_train.architecture.moe"),
+    built_in=(
+        "spikingbrain_train.architecture.dense",
+        "spikingbrain_train.architecture.moe",
+        "spikingbrain_train.architecture.no_mlp",
+    ),
 )
 """Every kind of feed-forward. A new one of the package is a line here."""
 

@@ -18,7 +18,7 @@ from spikingbrain_train.config.model import ModelConfig
 
 @dataclass(frozen=True)
 class Layer:
-    """One decoder layer: norm, mixer, residual, norm, feed-forward, residual."""
+    """One decoder layer: norm, mixer, residual, and, if there is one, norm, feed-forward, residual."""
 
     mixers: tuple[MixerKind, ...]
     """The mixer, or the branches that read the same input, in the order of their weights."""
@@ -53,10 +53,15 @@ class Layer:
         found = (
             _norm("input_layernorm.weight", "input_norm", model),
             *self.mixer_weights(model),
-            _norm("pre_mlp_layernorm.weight", "mlp_norm", model),
-            *self.feed_forward_weights(model),
+            *self._feed_forward_behind_its_norm(model),
         )
         return tuple(each for weight in found for each in (weight, *stored_beside(model, weight)))
+
+    def _feed_forward_behind_its_norm(self, model: ModelConfig) -> tuple[Weight, ...]:
+        if not self.feed_forward.is_there:
+            return ()
+        norm = _norm("pre_mlp_layernorm.weight", "mlp_norm", model)
+        return (norm, *self.feed_forward_weights(model))
 
 
 def _norm(name: str, role: str, model: ModelConfig) -> Weight:
@@ -100,8 +105,11 @@ def feed_forwards_of(model: ModelConfig) -> list[FeedForwardKind]:
 
 def projections_of(model: ModelConfig) -> set[str]:
     """The projections that the layers have; every mixer has an output, every feed-forward its two."""
-    readers = {name for kind in mixers_of(model) for name in kind.input_projections(model)}
-    return readers | {Projection.attention_output, Projection.mlp_fc1, Projection.mlp_fc2}
+    found = {name for kind in mixers_of(model) for name in kind.input_projections(model)}
+    found.add(Projection.attention_output)
+    if any(kind.is_there for kind in feed_forwards_of(model)):
+        found |= {Projection.mlp_fc1, Projection.mlp_fc2}
+    return found
 
 
 def has_experts(model: ModelConfig) -> bool:

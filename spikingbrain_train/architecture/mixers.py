@@ -86,6 +86,7 @@ MIXERS: Registry[MixerKind] = Registry(
         "spikingbrain_train.architecture.softmax_attention",
         "spikingbrain_train.architecture.gated_linear_attention",
         "spikingbrain_train.architecture.gated_delta_rule",
+        "spikingbrain_train.architecture.mamba",
     ),
 )
 """Every kind of sequence mixer. A new one of the package is a line here."""

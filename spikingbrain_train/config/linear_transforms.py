@@ -14,7 +14,7 @@ class Projection(str, Enum):
     """A group of linear projections whose inputs and weights can be transformed: spikes, INT8 weights."""
 
     qkv = "qkv"
-    """The fused q, k and v projection of every mixer."""
+    """The fused q, k and v projection of every mixer; that of x and z in Mamba layers."""
     gate = "gate"
     """The two matrices of the low-rank gate, of which for spikes model.spiking.gate_encoding says which; that
     of a full-rank gate, and that of the output gate."""

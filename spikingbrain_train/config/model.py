@@ -17,6 +17,7 @@ from spikingbrain_train.config.linear_transforms import (
     SpikingConfig,
     TernaryConfig,
 )
+from spikingbrain_train.config.mamba import MambaConfig
 from spikingbrain_train.config.require import divisors, either, require
 from spikingbrain_train.config.rope_scaling import RopeScalingConfig
 from spikingbrain_train.config.setting import FUNCTION, START, TRAINING, WEIGHTS, setting
@@ -329,8 +330,9 @@ class LayersConfig:
 
     mixers: list[Any] = setting(default_factory=lambda: ["gla", "swa"], resume=WEIGHTS)
     """Mixer of each layer, repeated until all are filled: gla (gated linear attention), gdn (gated delta
-    rule), swa (sliding windows), full (full attention), or a plugin's. [gla,swa] is SpikingBrain-7B, [full]
-    is dense. A list in its place is a layer of branches that read the same input (eq. 6):
+    rule), mamba (selective scan), swa (sliding windows), full (full attention), or a plugin's. [gla,swa] is
+    SpikingBrain-7B, [full] is dense. A list in its place is a layer of branches that read the same input
+    (eq. 6):
     [[gla,swa],[gla,full]]. With ... at the end the last one goes on instead: [full,gla,...]."""
     sliding_window: int = setting(4096, minimum=1, resume=FUNCTION)
     """Keys (tokens, the current one included) that a sliding-window layer sees."""
@@ -338,14 +340,17 @@ class LayersConfig:
     """Gated linear attention layers."""
     gdn: GatedDeltaRuleConfig = field(default_factory=GatedDeltaRuleConfig)
     """Gated delta rule layers."""
+    mamba: MambaConfig = field(default_factory=MambaConfig)
+    """Mamba layers."""
     parallel_hybrid: ParallelHybridConfig = field(default_factory=ParallelHybridConfig)
     """Layers of several branches."""
     num_sink_tokens: int = setting(0, minimum=0, resume=WEIGHTS)
     """Learnable embeddings in front of every sequence, seen by all its tokens (section 2.2; 128 in the
     76B)."""
     feed_forwards: list[str] = setting(default_factory=lambda: ["dense"], resume=WEIGHTS)
-    """Feed-forward of each layer, repeated until all are filled: dense (gate, up and down), moe (experts), or
-    a plugin's. With ... at the end the last one goes on instead: [dense,dense,moe,...]."""
+    """Feed-forward of each layer, repeated until all are filled: dense (gate, up and down), moe (experts),
+    no_mlp (none: the layer is its mixer alone), or a plugin's. With ... at the end the last one goes on
+    instead: [dense,dense,moe,...]."""
     moe: MoEConfig = field(default_factory=MoEConfig)
     """Mixture-of-experts layers."""
     spiking: SpikingConfig = field(default_factory=SpikingConfig)

@@ -168,6 +168,19 @@ class SoftmaxAttentionBackend(str, Enum):
     """Masked softmax written out: exact, slow, easy to check against the paper."""
 
 
+class SelectiveScanBackend(str, Enum):
+    """Kernels of Mamba's selective scan."""
+
+    auto = "auto"
+    """mamba_ssm on GPUs where it is installed and no state is handed over, else chunk."""
+    mamba_ssm = "mamba_ssm"
+    """The kernel of the package mamba-ssm (CUDA)."""
+    chunk = "chunk"
+    """This project's chunked form in plain PyTorch."""
+    naive = "naive"
+    """The recurrence token by token: exact, slow, easy to check against the paper."""
+
+
 class ParallelLinearBackend(str, Enum):
     """Who provides the parallel linear layers."""
 
@@ -211,6 +224,8 @@ class KernelConfig:
     """Who provides the projections that tensor-parallel ranks split."""
     experts: ExpertBackend = setting(ExpertBackend.auto, resume=SAID)
     """Who multiplies the routed experts."""
+    selective_scan: SelectiveScanBackend = setting(SelectiveScanBackend.auto, resume=SAID)
+    """Who computes Mamba's selective scan."""
 
 
 @dataclass

@@ -71,8 +71,7 @@ def import_checkpoint(
     killed is gone on with by the next one with the same source and settings, to the same bytes.
 
     Args:
-        hf_folder: config.json and safetensors of a Llama, Mistral, Qwen2, Qwen2.5, Qwen3 or published
-            SpikingBrain-7B model.
+        hf_folder: config.json and safetensors of a model of a known family (conversion/formats/registry.py).
         output: folder to be made; it appears whole or not at all.
         conversion: mixers, feed-forwards and sinks of the result. None keeps the source's.
         window_convention: what ``sliding_window`` of a published SpikingBrain-7B folder counts; None takes

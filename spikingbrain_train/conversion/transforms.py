@@ -47,6 +47,20 @@ def split_query_groups(fused: Tensor, shapes: list[Shape], model: ModelConfig) -
     return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
+def interleave_halves(parts: list[Tensor], model: ModelConfig) -> Tensor:
+    """Rows of two halves side by side, the first of each, the second of each, ...
+
+    So every tensor-parallel rank holds the same rows of both: x and z of Mamba's input projection.
+    """
+    (whole,) = parts
+    return whole.unflatten(0, (2, -1)).transpose(0, 1).reshape(whole.shape)
+
+
+def separate_halves(fused: Tensor, shapes: list[Shape], model: ModelConfig) -> list[Tensor]:
+    """Undo :func:`interleave_halves`."""
+    return [fused.unflatten(0, (-1, 2)).transpose(0, 1).reshape(fused.shape)]
+
+
 def copy_heads(part: Tensor, rows: int, model: ModelConfig) -> Tensor:
     """Every head of a tensor [heads * kv_channels, ...] as often, side by side, as makes ``rows`` rows."""
     heads = part.unflatten(0, (-1, model.kv_channels))
@@ -66,6 +80,7 @@ class Transform:
 TRANSFORMS: Mapping[str, Transform] = {
     "rows": Transform(fuse_rows, split_rows),
     "query_groups": Transform(fuse_query_groups, split_query_groups),
+    "interleaved_halves": Transform(interleave_halves, separate_halves),
 }
 """By what weights call them in ``layout``."""
 

@@ -137,8 +137,13 @@ def cache_size(cache: Any) -> CacheSize:
     """Bytes in a cache of transformers, or in the ``RecurrentCache`` of an exported hybrid (batch of one)."""
     recurrent = windowed = windowed_limit = unbounded = 0
     for layer in getattr(cache, "layers", ()):
-        if hasattr(layer, "state_BGKV"):
+        if hasattr(layer, "state_BGKV") or hasattr(layer, "states"):
             recurrent += layer.nbytes()
+        elif hasattr(layer, "recurrent_states"):  # of transformers, with the last inputs of convolutions
+            for states in (layer.conv_states, layer.recurrent_states):
+                # Releases keep one tensor, or several by number.
+                kept = states.values() if isinstance(states, dict) else (states,)
+                recurrent += sum(x.untyped_storage().nbytes() for x in kept if x is not None)
         elif hasattr(layer, "k_BGSK"):
             if layer.window is None:
                 unbounded += layer.nbytes()

@@ -63,8 +63,8 @@ class FeedForward:
     """A kind of feed-forward."""
 
     name: str
-    make: Callable[[Any], nn.Module]
-    """Of a configuration. The module takes [..., hidden_size] to the same."""
+    make: Callable[[Any], nn.Module | None]
+    """Of a configuration. The module takes [..., hidden_size] to the same; None is a layer without one."""
     check: Callable[[Any], None] = _nothing
     """As of a mixer."""
 

@@ -3,13 +3,13 @@
 A layer has one mixer or several side by side and a feed-forward; learnable sinks may stand in front of the
 text, and projections may read spikes. configuration_spikingbrain.py says which. Each kind of mixer,
 feed-forward and linear transform is a file of its own, found by its name in config.json
-(kinds_spikingbrain.py): linear_attention_spikingbrain.py, gdn_spikingbrain.py,
-softmax_attention_spikingbrain.py, mlp_spikingbrain.py, moe_spikingbrain.py, and those that a model's own
-kinds bring; a folder has those of its model. What they are made of are the parts of SpikingBrain-7B's
-modelling code: mixers_gla_swa.py (norms, mixers, SwiGLU), ops_gla_swa.py (the two ways of mixing a sequence),
-rotary_gla_swa.py (positions), spikes_gla_swa.py, decoder_gla_swa.py (the model around the layers),
-cache_gla_swa.py (what is remembered while generating) and layout_gla_swa.py (padding, documents). They need
-torch and transformers >= 4.51 only.
+(kinds_spikingbrain.py): linear_attention_spikingbrain.py, gdn_spikingbrain.py, mamba_spikingbrain.py,
+softmax_attention_spikingbrain.py, mlp_spikingbrain.py, moe_spikingbrain.py, no_mlp_spikingbrain.py, and those
+that a model's own kinds bring; a folder has those of its model. What they are made of are the parts of
+SpikingBrain-7B's modelling code: mixers_gla_swa.py (norms, mixers, SwiGLU), ops_gla_swa.py (the two ways of
+mixing a sequence), rotary_gla_swa.py (positions), spikes_gla_swa.py, decoder_gla_swa.py (the model around the
+layers), cache_gla_swa.py (what is remembered while generating) and layout_gla_swa.py (padding, documents).
+They need torch and transformers >= 4.51 only.
 
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 
@@ -45,10 +45,12 @@ from .kinds_spikingbrain import FEED_FORWARDS, LINEAR_TRANSFORMS, MIXERS, Mixer,
 from .layout_gla_swa import TokenLayout
 from .linear_attention_spikingbrain import GLAswaLinearAttention  # noqa: F401
 from .linears_spikingbrain import transform_linears
+from .mamba_spikingbrain import SpikingBrainMamba  # noqa: F401
 from .mixer_settings_spikingbrain import mixer_settings  # noqa: F401
 from .mixers_gla_swa import GLAswaRMSNorm
 from .mlp_spikingbrain import GLAswaMLP  # noqa: F401
 from .moe_spikingbrain import SpikingBrainMoE  # noqa: F401
+from .no_mlp_spikingbrain import nothing  # noqa: F401
 from .ops_gla_swa import gated_linear_attention  # noqa: F401
 from .products_w8aspike import PackedWeight  # noqa: F401
 from .quantization_w8aspike import quantize_modules  # noqa: F401
@@ -109,7 +111,7 @@ class SpikingBrainParallelMixers(nn.Module):
 
 
 class SpikingBrainBlock(nn.Module):
-    """Norm, mixer or mixers, residual, norm, feed-forward, residual."""
+    """Norm, mixer or mixers, residual, and, if there is one, norm, feed-forward, residual."""
 
     def __init__(self, config: SpikingBrainConfig, layer_idx: int, first_cache_idx: int) -> None:
         super().__init__()
@@ -120,10 +122,11 @@ class SpikingBrainBlock(nn.Module):
             if len(mixers) == 1
             else SpikingBrainParallelMixers(config, layer_idx, first_cache_idx)
         )
-        self.post_attention_layernorm = GLAswaRMSNorm(config.hidden_size, config.rms_norm_eps)
         feed_forward = config.feed_forwards[layer_idx]
         self.mlp = FEED_FORWARDS[feed_forward].make(config)
-        transform_linears(self.mlp, feed_forward, config)
+        if self.mlp is not None:
+            self.post_attention_layernorm = GLAswaRMSNorm(config.hidden_size, config.rms_norm_eps)
+            transform_linears(self.mlp, feed_forward, config)
 
     def forward(
         self,
@@ -133,6 +136,8 @@ class SpikingBrainBlock(nn.Module):
         cache: RecurrentCache | None,
     ) -> Tensor:
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotary, layout, cache)
+        if self.mlp is None:
+            return x_BTD
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
 

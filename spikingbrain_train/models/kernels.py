@@ -59,4 +59,5 @@ def resolve_kernels(
         gated_delta_rule=kernels.gated_delta_rule,
         parallel_linear=ParallelLinearBackend(linear),
         experts=ExpertBackend(experts),
+        selective_scan=kernels.selective_scan,
     )

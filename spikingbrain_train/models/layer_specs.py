@@ -31,20 +31,26 @@ def layer_build(
 
 
 def layer_spec(layer: Layer, build: LayerBuild) -> ModuleSpec:
-    """One decoder layer: norm, mixer, residual, norm, feed-forward, residual."""
+    """One decoder layer: norm, mixer, residual, and, if there is one, norm, feed-forward, residual."""
     if len(layer.mixers) == 1:
         mixer = build.mixer(layer.mixers[0])
     else:
         mixer = parallel_hybrid.spec(layer.mixers, build)
+    # megatron-core's defaults for what is not there pass their input on.
+    feed_forward = {}
+    if layer.feed_forward.is_there:
+        feed_forward = {
+            "pre_mlp_layernorm": RMSNorm,
+            "mlp": build.feed_forward(layer.feed_forward),
+            "mlp_bda": get_bias_dropout_add,
+        }
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=RMSNorm,
             self_attention=mixer,
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
-            mlp=build.feed_forward(layer.feed_forward),
-            mlp_bda=get_bias_dropout_add,
+            **feed_forward,
         ),
     )
 

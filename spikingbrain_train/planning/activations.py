@@ -64,7 +64,8 @@ def layer_activations(config: RunConfig, layer: Layer) -> Activations:
     """A whole layer: residuals and norms, the mixer, the feed-forward."""
     row, ffn = row_bytes(config), layer.feed_forward.activations(config)
     # The residual in front of mixer and feed-forward, and what either norm makes of it.
-    kept = 4 * row + mixer_activations(config, layer) + ffn.kept
+    rows = 4 if layer.feed_forward.is_there else 2
+    kept = rows * row + mixer_activations(config, layer) + ffn.kept
     if config.parallel.recompute is Recompute.full:
         return Activations(row, kept + ffn.recomputed)
     return Activations(kept, ffn.recomputed)

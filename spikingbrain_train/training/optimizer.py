@@ -30,9 +30,10 @@ def build_optimizer(
 ) -> MegatronOptimizer:
     """AdamW over the model's trainable parameters, with fp32 main weights under bf16.
 
-    Parameter groups: norms, biases and branch weights have no weight decay; parameters marked
-    ``is_new_parameter`` (those the dense source does not have) learn at ``lr * new_parameter_lr_mult``, those
-    of mixers that replaced attention at ``lr * mixer_lr_mult``, and what is both at ``lr`` times either.
+    Parameter groups: norms, biases, branch weights and what is marked ``no_weight_decay`` have no weight
+    decay; parameters marked ``is_new_parameter`` (those the dense source does not have) learn at
+    ``lr * new_parameter_lr_mult``, those of mixers that replaced attention at ``lr * mixer_lr_mult``, and
+    what is both at ``lr`` times either.
     """
     config = MegatronOptimizerConfig(
         optimizer="adam",
@@ -52,11 +53,16 @@ def build_optimizer(
         ParamKey(name="*.bias"): ParamGroupOverride(wd_mult=0.0),
         ParamKey(name="*norm.weight"): ParamGroupOverride(wd_mult=0.0),
         ParamKey(name="*branch_weights"): ParamGroupOverride(wd_mult=0.0),
+        ParamKey(predicate=ParamPredicate("no weight decay", _has_no_decay)): ParamGroupOverride(wd_mult=0.0),
     }
     overrides |= _rates(optimizer, _in_swapped_mixers(model))
     built = get_megatron_optimizer(config, [model], config_overrides=overrides, use_gloo_process_groups=False)
     _prepare_torch_adamw(built)
     return built
+
+
+def _has_no_decay(parameter: torch.nn.Parameter) -> bool:
+    return getattr(parameter, "no_weight_decay", False)
 
 
 def _in_swapped_mixers(model: DistributedDataParallel) -> set[int]:

@@ -115,14 +115,16 @@ def test_branches_are_of_different_kinds() -> None:
 
 
 def test_an_unknown_kind_is_one_sentence_that_names_the_known_ones() -> None:
-    with pytest.raises(ConfigurationError, match=r"model\.mixers names mamba.*known are full, gdn, gla, swa"):
-        MIXERS["mamba"]
+    with pytest.raises(
+        ConfigurationError, match=r"model\.mixers names rwkv.*known are full, gdn, gla, mamba"
+    ):
+        MIXERS["rwkv"]
     with pytest.raises(ConfigurationError, match=r"model\.feed_forwards names relu2.*dense, moe"):
         FEED_FORWARDS["relu2"]
 
 
 def test_a_registry_knows_its_kinds_whatever_was_imported_before() -> None:
-    for names, room in (("full, gdn, gla, swa", "mixers"), ("dense, moe", "feed_forwards")):
+    for names, room in (("full, gdn, gla, mamba, swa", "mixers"), ("dense, moe, no_mlp", "feed_forwards")):
         code = (
             f"from spikingbrain_train.architecture.{room} import {room.upper()} as kinds; "
             "print(', '.join(sorted(kind.name for kind in kinds)))"

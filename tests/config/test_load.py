@@ -131,8 +131,8 @@ def test_saving_leaves_one_whole_file_or_the_old_one(tmp_path, monkeypatch):
     [
         ("num_layer: 3", ["num_layer is not a setting", "did you mean num_layers?"]),
         (
-            "mamba: {state: 3}",
-            ["mamba is not a setting", "if a plugin brings it", "plugins=[package.module]"],
+            "rwkv: {state: 3}",
+            ["rwkv is not a setting", "if a plugin brings it", "plugins=[package.module]"],
         ),
         ("gla: {rank: 3}", ["gla.rank is not a setting", "gla has feature_map, gate, gate_low_rank_dim"]),
         ("num_layers: three", ["num_layers=three", "a whole number"]),

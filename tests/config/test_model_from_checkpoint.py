@@ -89,9 +89,9 @@ def test_a_setting_that_no_model_has_is_named(folder: str) -> None:
     with pytest.raises(ConfigurationError, match=r"model\.sliding_windw is not a setting; did you mean"):
         composed(f"checkpoint.load={folder}", "model.sliding_windw=3")
     with pytest.raises(
-        ConfigurationError, match=r"model\.mamba is not a setting; .*if a plugin brings it, name"
+        ConfigurationError, match=r"model\.rwkv is not a setting; .*if a plugin brings it, name"
     ):
-        composed(f"checkpoint.load={folder}", "model.mamba.state=3")
+        composed(f"checkpoint.load={folder}", "model.rwkv.state=3")
 
 
 def test_the_choices_of_the_group_are_the_files() -> None:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spikingbrain_train.architecture.weights import Weight
+from spikingbrain_train.config.mamba import MambaConfig
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.conversion.formats.dense import LLAMA
 from spikingbrain_train.conversion.formats.gla_swa import GLA_SWA
@@ -64,7 +65,14 @@ def test_gate_comes_before_up_in_fc1() -> None:
     assert fc1.fuse([gate, up])[40:].min() == 1
 
 
-MIXER_ENTRIES: list[Any] = ["full", "swa", "gla", ["gla", "swa"], ["gla", "full"], ["swa", "full"]]
+def test_both_halves_of_a_scans_input_lie_channel_by_channel() -> None:
+    model = small_model(mixers=["mamba"], mamba=MambaConfig(intermediate_size=3, use_bias=True))
+    bias = parameter(model, "decoder.layers.0.self_attention.in_proj.bias")
+    x, z = torch.tensor([1.0, 2, 3]), torch.tensor([10.0, 20, 30])
+    assert bias.fuse([torch.cat((x, z))]).tolist() == [1, 10, 2, 20, 3, 30]
+
+
+MIXER_ENTRIES: list[Any] = ["full", "swa", "gla", "mamba", ["gla", "swa"], ["gla", "full"], ["swa", "full"]]
 
 
 @settings(max_examples=40, deadline=None)
@@ -170,7 +178,10 @@ def test_a_weight_from_outside_names_its_transform() -> None:
 @pytest.mark.parametrize(
     ("layout", "sentence"),
     [
-        ("columns", "has the layout columns, which is none of rows, query_groups and cannot be imported"),
+        (
+            "columns",
+            "has the layout columns, which is none of rows, query_groups, interleaved_halves and cannot be",
+        ),
         (f"{__name__}:MISSING", "write another one as package.module:ATTRIBUTE"),
         (f"{__name__}:weight_of", "which is a function; name a Transform"),
     ],

@@ -54,6 +54,7 @@ MODELS: dict[str, ModelConfig] = {
     # The same models in evaluation are left out.
     if not case.packed and not case.l1_factor and "drop-out" not in name
 } | {
+    "Mamba, norms and biases, sinks": CASES["Mamba, norms and biases, sinks, packed documents"].model,
     # Experts, both matrices of the gate and the output gate read spikes; scaled rotary positions.
     "76B-like, spiking, tied embeddings": replace(
         _76B,
@@ -67,7 +68,7 @@ MODELS: dict[str, ModelConfig] = {
         add_output_bias=True,
         moe=replace(_76B.moe, aux_loss_coeff=0.5, capacity_factor=1.5),
         parallel_hybrid=replace(_76B.parallel_hybrid, softmax_dropout=0.25),
-    )
+    ),
 }
 ANNEALED, INITIAL_K, K_OF_ITERATION_3 = "76B-like, spiking, tied embeddings", 10.0, 5.0
 """From 10 to 2.5 in 6 iterations, each as much as the other."""

@@ -113,7 +113,7 @@ def test_a_source_of_fewer_layers_than_a_recipe_lists_has_the_first_and_a_note(
     [
         (["sliding_window=3"], "sliding_window=3 changes a recipe, but none is given; add --conversion"),
         (["--conversion", "spikingbrain_8b"], "there is no conversion spikingbrain_8b"),
-        (["--conversion", "spikingbrain_7b", "mixers=[gla,mamba]"], "mamba"),
+        (["--conversion", "spikingbrain_7b", "mixers=[gla,rwkv]"], "rwkv"),
         (["--conversion", "spikingbrain_7b", "slidingwindow=3"], "slidingwindow"),
     ],
 )

@@ -21,6 +21,7 @@ from spikingbrain_train.config.linear_transforms import (
     SpikingConfig,
     TernaryConfig,
 )
+from spikingbrain_train.config.mamba import MambaConfig
 from spikingbrain_train.config.model import (
     ActivationFunc,
     DeltaRuleActivation,
@@ -89,6 +90,9 @@ _DELTA_RULE = replace(
 )
 
 
+_MAMBA = replace(_7B, mixers=["mamba"], mamba=MambaConfig(state_size=5, time_step_rank=3, mixer_rms_eps=1e-2))
+
+
 @dataclass(frozen=True)
 class Case:
     """A model and how its sequences are packed."""
@@ -114,6 +118,16 @@ CASES: Mapping[str, Case] = {
         replace(_WITH_OPTIONS, gla=replace(_WITH_OPTIONS.gla, gate=GateKind.fixed, qk_norm=False))
     ),
     "GLA, tied gate": Case(replace(_7B, mixers=["gla"], gla=_76B.gla)),
+    "Mamba, one layer without a feed-forward": Case(replace(_MAMBA, feed_forwards=["no_mlp", "dense"])),
+    "Mamba, norms and biases, sinks, packed documents": Case(
+        replace(
+            _MAMBA,
+            mixers=["mamba", ["mamba", "full"]],
+            mamba=replace(_MAMBA.mamba, bc_dt_norm=True, use_bias=True),
+            num_sink_tokens=6,
+        ),
+        packed=True,
+    ),
     "parallel hybrid": Case(replace(_76B, num_sink_tokens=0, feed_forwards=["dense"])),
     "parallel hybrid, drop-out of softmax branches": Case(
         replace(
@@ -320,6 +334,8 @@ def _values(shard: ShardedTensor) -> Tensor:
         whole = 4 * whole - 4
     elif shard.key.endswith("log_decay"):
         whole = -whole.abs()
+    elif shard.key.endswith("A_log"):
+        whole = whole + 1
     elif shard.key.endswith("branch_weights"):
         whole = 0.7 + 0.2 * whole
     else:

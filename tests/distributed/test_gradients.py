@@ -75,6 +75,7 @@ ON_FOUR_RANKS = (
     "GLA, fixed decay",
     "gated delta rule, options, packed documents",
     "gated delta rule, branches",
+    "Mamba, norms and biases, sinks, packed documents",
     "parallel hybrid, drop-out of softmax branches",
     "softmax branches only, three branches",
     "MoE",

@@ -100,6 +100,9 @@ def test_a_prompt_may_be_one_token_or_longer_than_every_window(ranks: RankPool) 
     one = {"one rank": (1, ParallelConfig())}
     for prompt in (1, 50):
         assert_same_logits(ranks, CASES["76B-like"].model, one, prompt)
+    assert_same_logits(
+        ranks, CASES["Mamba, one layer without a feed-forward"].model, one, 1
+    )  # shorter than its convolution
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES)
@@ -108,6 +111,8 @@ def test_ranks_together_read_as_one_does(topology: str, ranks: RankPool) -> None
     if topology != "EP 2":
         model = replace(CASES["7B-like, packed documents"].model, mixers=["gla", "swa", "gla", "full"])
         assert_same_logits(ranks, model, {topology: TOPOLOGIES[topology]}, PROMPT)
+        scan = replace(CASES["Mamba, norms and biases, sinks, packed documents"].model, mixers=["mamba"])
+        assert_same_logits(ranks, scan, {topology: TOPOLOGIES[topology]}, PROMPT)
 
 
 def test_memory_of_recurrences_and_windows_does_not_grow_with_the_text(ranks: RankPool) -> None:
@@ -117,6 +122,11 @@ def test_memory_of_recurrences_and_windows_does_not_grow_with_the_text(ranks: Ra
     # Two rows of a state [2, 8, 8] and of keys and values [6 + 21, 2, 8], in float32.
     state, window = 2 * 2 * 8 * 8 * 4, 2 * 2 * 27 * 2 * 8 * 4
     assert set(sizes) == {CacheSize(recurrent=state, windowed=window, windowed_limit=window)}
+
+    # Two layers of two rows: the last three inputs and a state of five, of 64 channels, in float32.
+    scan = replace(CASES["Mamba, one layer without a feed-forward"].model, num_sink_tokens=6)
+    ((_, sizes),) = ranks.run(_token_by_token, scan, parallel, PROMPT, world_size=1, parallel=parallel)
+    assert set(sizes) == {CacheSize(recurrent=2 * 2 * (3 + 5) * 64 * 4)}
 
     full = replace(model, mixers=["full"])
     ((_, sizes),) = ranks.run(_token_by_token, full, parallel, PROMPT, world_size=1, parallel=parallel)

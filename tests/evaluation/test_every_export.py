@@ -31,6 +31,7 @@ ROPES: dict[str, dict[str, Any]] = {
     "longrope": {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 3.0, 4.0]},
 }
 _7B = replace(CASES["GLA, low-rank gate"].model, mixers=["gla", "swa"])
+_MAMBA = CASES["Mamba, one layer without a feed-forward"].model
 _INT8 = [Projection.qkv, Projection.gate, Projection.attention_output, Projection.mlp_fc1]
 
 
@@ -54,6 +55,7 @@ MODELS: dict[str, tuple[ModelConfig, str | None]] = {
         for name, case in CASES.items()
         if not case.packed and "drop-out" not in name  # the same models in evaluation
     },
+    "Mamba of transformers": (replace(_MAMBA, feed_forwards=["no_mlp"]), "mamba"),
     "7B in the own format": (_7B, "spikingbrain"),
     **{f"rotary positions: {kind}": (scaled(kind), None) for kind in ROPES},
     "rotary positions of branches": (

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig, MambaForCausalLM
 
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.evaluation.generate_command_line import generate
@@ -87,6 +87,15 @@ def test_cache_of_a_hybrid_stops_growing_at_its_windows(source: Path, hybrid: GL
     expected = CacheSize(recurrent=2 * 2 * 8 * 8 * 4, windowed=2 * 2 * 6 * 2 * 8 * 4, windowed_limit=1536)
     assert sizes[0] == sizes[1] == expected
     assert "growing" not in expected.describe()
+
+
+def test_cache_of_a_mamba_of_transformers_does_not_grow() -> None:
+    sizes = {"vocab_size": 31, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4, "conv_kernel": 4}
+    model = MambaForCausalLM(MambaConfig(**sizes)).eval()
+    with torch.no_grad():
+        caches = [model(torch.ones(1, n, dtype=torch.long), use_cache=True).cache_params for n in (4, 9)]
+    # Of 2 layers of 32 channels four inputs of the convolution and a state of four, in float32.
+    assert [cache_size(cache) for cache in caches] == 2 * [CacheSize(recurrent=2 * 32 * (4 + 4) * 4)]
 
 
 def test_limit_of_the_windows_is_known_before_it_is_reached(hybrid: GLAswaForCausalLM) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from spikingbrain_train.architecture.layers import layers
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.config.linear_transforms import Projection, QuantizationConfig, SpikingConfig
+from spikingbrain_train.config.mamba import MambaConfig
 from spikingbrain_train.config.model import (
     ActivationFunc,
     DeltaRuleActivation,
@@ -67,6 +68,7 @@ DENSE = ModelConfig(
     add_qkv_bias=True,
 )
 GLA = replace(DENSE, mixers=["gla"])
+MAMBA = replace(DENSE, mixers=["mamba"])
 TWO_BRANCHES = replace(
     DENSE,
     mixers=[["gla", "swa"]],
@@ -136,6 +138,12 @@ CASES = {
         for name, changes in {"bf16": {}, "fp32": {"precision": Precision.fp32}, "fla": {"fla": True}}.items()
     },
     "GLA, tied gate, fla": Case(replace(GLA, gla=TWO_BRANCHES.gla), fla=True),
+    "Mamba": Case(MAMBA),
+    "Mamba, fp32": Case(MAMBA, Precision.fp32),
+    "Mamba, no feed-forward": Case(replace(MAMBA, feed_forwards=["no_mlp"]), Precision.fp32),
+    "Mamba, norms, fp32": Case(
+        replace(MAMBA, mamba=MambaConfig(state_size=8, bc_dt_norm=True)), Precision.fp32
+    ),
     "two branches": Case(TWO_BRANCHES),
     "two branches, fp32": Case(TWO_BRANCHES, Precision.fp32),
     "two branches, fla": Case(TWO_BRANCHES, fla=True),

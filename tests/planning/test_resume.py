@@ -12,6 +12,7 @@ import pytest
 from spikingbrain_train.architecture.rotary import SETTINGS_OF_TYPES
 from spikingbrain_train.config.blend import blend
 from spikingbrain_train.config.linear_transforms import Projection, QuantizationConfig, SpikingConfig
+from spikingbrain_train.config.mamba import MambaConfig
 from spikingbrain_train.config.model import FeatureMap, GatedLinearAttentionConfig, GateKind, MoEConfig
 from spikingbrain_train.config.rope_scaling import RopeScalingConfig, RopeType
 from spikingbrain_train.config.run import Precision, Resume, RunConfig
@@ -36,7 +37,8 @@ from tests.config.small_model import small_model, write_checkpoint
 
 # Every kind of layer, so that every setting has a part in it.
 MODEL = small_model(
-    mixers=["gla", "swa", ["gla", "full"], "full"],
+    mixers=["gla", "swa", ["gla", "full"], "mamba"],
+    mamba=MambaConfig(bc_dt_norm=True),
     feed_forwards=["dense", "moe"],
     moe=MoEConfig(num_experts=4, capacity_factor=2.0),
     spiking=SpikingConfig(projections=[Projection.qkv, Projection.gate]),

@@ -303,8 +303,9 @@ def test_the_76b_trains_on_nvidia_with_flash_attn_installed(monkeypatch: pytest.
     choices = start(config, machine)
     assert choices.mixers["softmax_attention"] == {"flash_attn": ["full"], "flex": ["swa"]}
     assert choices.describe() == (
-        "kernels: gated linear attention fla, softmax attention flash_attn (full) and flex (swa), parallel "
-        "linears transformer_engine, experts transformer_engine"
+        "kernels: gated linear attention fla, softmax attention flash_attn (full) and flex (swa), gated "
+        "delta rule in no layer, selective scan in no layer, parallel linears transformer_engine, experts "
+        "transformer_engine"
     )
     (row,) = choices.rows(on_gpu=True)
     assert row == ("kernels", choices.describe().removeprefix("kernels: "))

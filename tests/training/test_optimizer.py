@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from spikingbrain_train.config.mamba import MambaConfig
 from spikingbrain_train.config.parallel import KernelConfig, ParallelConfig
 from spikingbrain_train.config.run import OptimizerConfig, Precision
 from tests.distributed.pool import RankPool
@@ -41,3 +43,17 @@ def test_matrices_decay_and_nothing_else(ranks: RankPool) -> None:
         assert found
         wrong = {name: each for name, each in found.items() if each[0] != (1.0 if each[1] > 1 else 0.0)}
         assert not wrong
+
+
+def test_decays_and_skips_of_a_scan_do_not_decay(ranks: RankPool) -> None:
+    """As Mamba trains them: A_log is no matrix that is multiplied by."""
+    model = replace(MODEL, mixers=["mamba"], mamba=MambaConfig(use_bias=True))
+    (found,) = ranks.run(_decay_and_dimensions, model, world_size=1, parallel=ParallelConfig())
+    of_mixer = {
+        name.partition("layers.0.self_attention.")[2]: decay
+        for name, (decay, _) in found.items()
+        if "layers.0.self_attention." in name
+    }
+    matrices = {f"{name}.weight" for name in ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")}
+    assert {name for name, decay in of_mixer.items() if decay} == matrices
+    assert {"A_log", "D", "dt_proj.bias", "in_proj.bias", "out_proj.bias"} <= of_mixer.keys()

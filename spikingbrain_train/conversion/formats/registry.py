@@ -12,6 +12,7 @@ from spikingbrain_train.conversion.formats.config_keys import ConfigKeys
 from spikingbrain_train.conversion.formats.dense import LLAMA, MISTRAL, QWEN2, QWEN3
 from spikingbrain_train.conversion.formats.gla_swa import GLA_SWA
 from spikingbrain_train.conversion.formats.hf_format import HfFormat
+from spikingbrain_train.conversion.formats.mamba import FALCON_MAMBA, MAMBA
 from spikingbrain_train.conversion.formats.outside_kinds import how_to_bring_code, without_code
 from spikingbrain_train.conversion.formats.qwen3_moe import QWEN3_MOE
 from spikingbrain_train.conversion.formats.sparse_llama import SPARSE_LLAMA
@@ -22,7 +23,7 @@ from spikingbrain_train.conversion.window_convention import WindowConvention
 from spikingbrain_train.errors import CheckpointError, ConfigurationError
 
 FORMATS: list[HfFormat] = [
-    *(LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE),
+    *(LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, MAMBA, FALCON_MAMBA),
     *(SPARSE_LLAMA, GLA_SWA, SPIKINGBRAIN, W8ASPIKE, BITNET),
 ]
 """In the order in which an export tries them: what transformers has, what others read, then our own, then the
