@@ -13,7 +13,13 @@ from spikingbrain_train.architecture.rotary import SETTINGS_OF_TYPES
 from spikingbrain_train.config.blend import blend
 from spikingbrain_train.config.linear_transforms import Projection, QuantizationConfig, SpikingConfig
 from spikingbrain_train.config.mamba import MambaConfig
-from spikingbrain_train.config.model import FeatureMap, GatedLinearAttentionConfig, GateKind, MoEConfig
+from spikingbrain_train.config.model import (
+    ActivationFunc,
+    FeatureMap,
+    GatedLinearAttentionConfig,
+    GateKind,
+    MoEConfig,
+)
 from spikingbrain_train.config.rope_scaling import RopeScalingConfig, RopeType
 from spikingbrain_train.config.run import Precision, Resume, RunConfig
 from spikingbrain_train.config.run_record import RunRecord, fingerprint, record_of, write_record
@@ -37,7 +43,7 @@ from tests.config.small_model import small_model, write_checkpoint
 
 # Every kind of layer, so that every setting has a part in it.
 MODEL = small_model(
-    mixers=["gla", "swa", ["gla", "full"], "mamba"],
+    mixers=["gla", "swa", ["gla", "full"], ["gdn", "mamba"]],
     mamba=MambaConfig(bc_dt_norm=True),
     feed_forwards=["dense", "moe"],
     moe=MoEConfig(num_experts=4, capacity_factor=2.0),
@@ -93,6 +99,8 @@ def test_a_changed_setting_is_free_said_or_refused_as_stands_beside_it(run: RunC
     for kind, read in SETTINGS_OF_TYPES.items():
         if name.removeprefix("model.rope_scaling.") in read:
             run.model = dataclasses.replace(run.model, rope_scaling=RopeScalingConfig(kind, factor=8.0))
+    if name == "model.fatrelu_threshold":
+        run.model = dataclasses.replace(run.model, activation_func=ActivationFunc.fatrelu)
     stored = StoredRun(save(run), run, record_of(run, world_size=1))
     before = leaves(run)[name]
     if name in ("parallel.data_parallel_size", "parallel.expert_tensor_parallel_size"):
@@ -146,7 +154,7 @@ def test_changes_are_said_as_they_are_written_on_the_command_line(run: RunConfig
         ("stage.seq_length", 32, ["stage.seq_length=16", "with 32", "another order"]),
         ("stage.kind", "align", ["stage.kind=cpt", "with align"]),
         ("model.num_sink_tokens", 6, ["model.num_sink_tokens=0", "with 6", "choose another output_dir"]),
-        ("model.mixers", ["gla"], ["model.mixers=[gla,swa,[gla,full],full]", "with [gla]"]),
+        ("model.mixers", ["gla"], ["model.mixers=[gla,swa,[gla,full],[gdn,mamba]]", "with [gla]"]),
         ("model.sliding_window", 8, ["model.sliding_window=4096", "with 8", "checkpoint.load="]),
         (
             "model.gla",
