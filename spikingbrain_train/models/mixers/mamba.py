@@ -210,7 +210,12 @@ class MambaMixer(MegatronModule):
         layout, cp_group = packed_seq_params, self.pg_collection.cp
         x_BTD, z_BTD = self._inputs(hidden_states)
         x_BTD = context_parallel_causal_convolution(
-            x_BTD, self.conv1d.weight.squeeze(1), self.conv1d.bias, layout=layout, cp_group=cp_group
+            x_BTD,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            layout=layout,
+            cp_group=cp_group,
+            sees_sinks=True,
         )
         x_BTD = F.silu(x_BTD)
         of_scan = self._scan_inputs(x_BTD)

@@ -1,4 +1,7 @@
-"""A causal convolution of every channel by itself, split over tensor-parallel ranks as its channels are."""
+"""A causal convolution of every channel by itself, split over tensor-parallel ranks as its channels are.
+
+Text does not see sinks: what a convolution carries are a few neighbours, what sinks carry is for all text.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,9 @@ from torch.distributed import ProcessGroup
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.models.mixers.split_parameters import sharded_first_axes
 from spikingbrain_train.ops.causal_convolution import causal_convolution
-from spikingbrain_train.parallel.context_parallel.short_convolution import context_parallel_convolution
+from spikingbrain_train.parallel.context_parallel.causal_convolution import (
+    context_parallel_causal_convolution,
+)
 
 
 class ShortConvolution(torch.nn.Module):
@@ -38,7 +43,9 @@ class ShortConvolution(torch.nn.Module):
 
     def forward(self, x_BTD: Tensor, layout: SequenceLayout | None, cp_group: ProcessGroup | None) -> Tensor:
         """[B, T, channels] of a slice to the same."""
-        return context_parallel_convolution(x_BTD, self.weight, layout=layout, cp_group=cp_group)
+        return context_parallel_causal_convolution(
+            x_BTD, self.weight, None, layout=layout, cp_group=cp_group, sees_sinks=False
+        )
 
     def last_inputs(self, x_BTD: Tensor, layout: SequenceLayout) -> Tensor:
         """What a text leaves behind: its last width - 1 inputs [B, width - 1, channels], zeros before it."""

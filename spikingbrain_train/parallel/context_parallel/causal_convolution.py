@@ -1,7 +1,7 @@
 """The causal convolution over a sequence that may hold sinks and documents and may be split over ranks.
 
 What a document needs before its first token here are the last W - 1 inputs: of its own part on the ranks
-before (``halo_exchange`` brings them) and, where that is shorter, of the sinks.
+before (``halo_exchange`` brings them) and, where that is shorter, of the sinks, if it sees them.
 
 Shape legend: B batch, T local time, D channels, W width of the kernel.
 """
@@ -27,6 +27,7 @@ def context_parallel_causal_convolution(
     *,
     layout: SequenceLayout | None,
     cp_group: torch.distributed.ProcessGroup | None,
+    sees_sinks: bool,
 ) -> Tensor:
     """Convolve a slice of a sequence as if the whole sequence were here.
 
@@ -37,6 +38,8 @@ def context_parallel_causal_convolution(
         layout: sinks, documents and slices; None is one document a row on one rank. Where sinks are padding,
             no text sees them.
         cp_group: context-parallel ranks in the order of their slices; None or one rank communicates nothing.
+        sees_sinks: text begins behind the last sinks, as behind tokens; else sinks are convolved by
+            themselves, and text as if there were none.
 
     Returns:
         [B, T, D].
@@ -49,7 +52,7 @@ def context_parallel_causal_convolution(
         return causal_convolution(x_BTD, weight_DW, bias_D)[0]
     before, rows = weight_DW.shape[1] - 1, x_BTD.shape[0]
     sink_inputs = x_BTD.new_zeros(rows, before, x_BTD.shape[2])
-    if layout.num_sink_tokens and not layout.sinks_are_padding:
+    if sees_sinks and layout.num_sink_tokens and not layout.sinks_are_padding:
         sink_inputs = broadcast_from_first_rank(_last_sinks(x_BTD, layout, before), group)
     text = x_BTD.split([layout.local_sink_tokens, x_BTD.shape[1] - layout.local_sink_tokens], dim=1)[1]
     halo = text[:, :0]

@@ -13,8 +13,10 @@ from torch.utils.checkpoint import checkpoint
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.ops.gated_delta_rule import gated_delta_rule
 from spikingbrain_train.ops.l2_norm import l2_norm
+from spikingbrain_train.parallel.context_parallel.causal_convolution import (
+    context_parallel_causal_convolution,
+)
 from spikingbrain_train.parallel.context_parallel.delta_rule import context_parallel_delta_rule
-from spikingbrain_train.parallel.context_parallel.short_convolution import context_parallel_convolution
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from tests.distributed.pool import RankPool
 from tests.parallel.context_parallel.test_linear_attention import (
@@ -155,7 +157,10 @@ def _convolved_slices(groups: ProcessGroups, cases: list[Case]) -> list[list[Ten
         x, weight, y_weight = convolution_inputs(case)
         x, y_weight = (each.chunk(size, dim=1)[rank] for each in (x, y_weight))
         leaves = [x.clone().requires_grad_(), weight.requires_grad_()]
-        y = context_parallel_convolution(*leaves, layout=case.layout(rank, size), cp_group=cp_group)
+        layout = case.layout(rank, size)
+        y = context_parallel_causal_convolution(
+            *leaves, None, layout=layout, cp_group=cp_group, sees_sinks=False
+        )
         (y * y_weight).sum().backward()
         results.append([y.detach(), *(each.grad for each in leaves)])  # type: ignore[misc]
     return results

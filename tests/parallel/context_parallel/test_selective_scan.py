@@ -131,7 +131,9 @@ def _slices(groups: ProcessGroups, cases: list[Case], recompute: bool) -> list[l
             x: Tensor, dt: Tensor, B: Tensor, C: Tensor, layout: SequenceLayout, weights: list[Tensor]
         ) -> Tensor:
             A, skip, kernel, bias = weights
-            x = context_parallel_causal_convolution(x, kernel, bias, layout=layout, cp_group=cp_group)
+            x = context_parallel_causal_convolution(
+                x, kernel, bias, layout=layout, cp_group=cp_group, sees_sinks=True
+            )
             return context_parallel_selective_scan(
                 x, dt, A, B, C, skip, layout=layout, cp_group=cp_group, backend="chunk"
             )
