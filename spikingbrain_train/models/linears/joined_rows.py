@@ -51,10 +51,11 @@ RowsOf = Callable[[TransformerConfig], JoinedRows | None]
 
 def rows_of_projection(projection: Projection) -> RowsOf:
     """How megatron-core joins the rows of a projection."""
-    return _JOINED.get(projection, _one_matrix)
+    return _JOINED.get(projection, one_matrix)
 
 
-def _one_matrix(config: TransformerConfig) -> JoinedRows | None:
+def one_matrix(config: TransformerConfig) -> JoinedRows | None:
+    """Of a weight that a Hugging Face checkpoint stores as one matrix."""
     return None
 
 

@@ -40,6 +40,7 @@ from spikingbrain_train.config.linear_transforms import Projection
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import SelectiveScanBackend
 from spikingbrain_train.models.layer_build import LayerBuild
+from spikingbrain_train.models.linears.joined_rows import one_matrix
 from spikingbrain_train.models.mixers.decoding import CacheSize, DecodingState
 from spikingbrain_train.ops.causal_convolution import causal_convolution
 from spikingbrain_train.ops.selective_scan import selective_scan, selective_scan_step
@@ -64,7 +65,7 @@ def spec(_kind: MixerKind, build: LayerBuild) -> ModuleSpec:
         module=MambaMixer,
         params={"model": build.model, "backend": build.kernels.selective_scan},
         submodules=MambaSubmodules(
-            in_proj=linears.column(Projection.qkv, bias=bias),
+            in_proj=linears.column(Projection.qkv, bias=bias, rows_of=one_matrix),
             out_proj=linears.row(Projection.attention_output, bias=bias),
         ),
     )

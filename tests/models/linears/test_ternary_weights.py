@@ -81,11 +81,14 @@ def round_projections(built: torch.nn.Module, model: ModelConfig) -> None:
             parameter.copy_(layout.fuse(parts, model))
 
 
-@pytest.mark.parametrize("spiking", [SpikingConfig(), SPIKES], ids=["alone", "behind spikes"])
+@pytest.mark.parametrize(
+    "plain",
+    [MODEL, replace(MODEL, spiking=SPIKES), replace(MODEL, mixers=["mamba", "gdn"])],
+    ids=["alone", "behind spikes", "rows of other mixers"],
+)
 def test_gradients_are_those_of_a_plain_model_with_rounded_matrices(
-    spiking: SpikingConfig, ranks: RankPool
+    plain: ModelConfig, ranks: RankPool
 ) -> None:
-    plain = replace(MODEL, spiking=spiking)
     ternary = replace(plain, ternary=TernaryConfig(EVERYWHERE))
     ((expected_loss, expected),) = ranks.run(gradients, plain, ONE, True, world_size=1, parallel=ONE)
     ((other_loss, _),) = ranks.run(gradients, plain, ONE, world_size=1, parallel=ONE)
