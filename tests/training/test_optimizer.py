@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import pytest
 
 from spikingbrain_train.config.mamba import MambaConfig
+from spikingbrain_train.config.model import GatedDeltaRuleConfig
 from spikingbrain_train.config.parallel import KernelConfig, ParallelConfig
 from spikingbrain_train.config.run import OptimizerConfig, Precision
 from tests.distributed.pool import RankPool
@@ -45,15 +48,36 @@ def test_matrices_decay_and_nothing_else(ranks: RankPool) -> None:
         assert not wrong
 
 
-def test_decays_and_skips_of_a_scan_do_not_decay(ranks: RankPool) -> None:
-    """As Mamba trains them: A_log is no matrix that is multiplied by."""
-    model = replace(MODEL, mixers=["mamba"], mamba=MambaConfig(use_bias=True))
+@pytest.mark.parametrize(
+    "settings, matrices, others",
+    [
+        pytest.param(
+            {"mixers": ["mamba"], "mamba": MambaConfig(use_bias=True)},
+            {"in_proj", "conv1d", "x_proj", "dt_proj", "out_proj"},
+            {"A_log", "D", "dt_proj.bias", "in_proj.bias", "out_proj.bias"},
+            id="selective scan",
+        ),
+        pytest.param(
+            {"mixers": ["gdn"], "gdn": GatedDeltaRuleConfig(short_convolution=4, output_gate=True)},
+            {
+                *("linear_qkv", "conv1d", "linear_decay", "linear_beta"),
+                *("linear_output_gate", "linear_proj"),
+            },
+            {"A_log", "dt_bias", "linear_output_gate.bias", "out_norm.weight"},
+            id="delta rule",
+        ),
+    ],
+)
+def test_what_says_how_states_decay_has_no_weight_decay(
+    settings: dict[str, Any], matrices: set[str], others: set[str], ranks: RankPool
+) -> None:
+    """As Mamba and Gated DeltaNet are trained: A_log is no matrix that is multiplied by."""
+    model = replace(MODEL, **settings)
     (found,) = ranks.run(_decay_and_dimensions, model, world_size=1, parallel=ParallelConfig())
     of_mixer = {
         name.partition("layers.0.self_attention.")[2]: decay
         for name, (decay, _) in found.items()
         if "layers.0.self_attention." in name
     }
-    matrices = {f"{name}.weight" for name in ("in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")}
-    assert {name for name, decay in of_mixer.items() if decay} == matrices
-    assert {"A_log", "D", "dt_proj.bias", "in_proj.bias", "out_proj.bias"} <= of_mixer.keys()
+    assert {name for name, decay in of_mixer.items() if decay} == {f"{name}.weight" for name in matrices}
+    assert others <= of_mixer.keys()

@@ -138,6 +138,7 @@ class GatedDeltaRule(SelfAttention):
         for parameter in (self.A_log, self.dt_bias):
             set_tensor_model_parallel_attributes(parameter, is_parallel=True, dim=0, stride=1)
             parameter.is_new_parameter = True  # type: ignore[attr-defined]
+            parameter.no_weight_decay = True  # type: ignore[attr-defined]
         if config.perform_initialization:
             assert config.num_query_groups is not None
             first = self.pg_collection.tp.rank() * groups
