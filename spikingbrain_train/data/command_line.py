@@ -23,7 +23,7 @@ from spikingbrain_train.data.preprocess_options import (
 from spikingbrain_train.data.preprocess_report import answer_table, length_table
 from spikingbrain_train.data.verification import verify_dataset
 from spikingbrain_train.errors import ConfigurationError
-from spikingbrain_train.reporting.plots.picture import format_of
+from spikingbrain_train.reporting.plots.formats import format_of
 from spikingbrain_train.storage.loss_mask_format import has_loss_mask
 
 _DESCRIPTION = "Tokenize text into Megatron indexed datasets (.bin/.idx) for spikingbrain-train."

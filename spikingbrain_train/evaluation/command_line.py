@@ -26,7 +26,7 @@ from spikingbrain_train.evaluation.task_options import add_task_options, tasks_o
 from spikingbrain_train.evaluation.teacher_options import add_teacher_options, teacher_of
 from spikingbrain_train.planning.file_checks import check_prefix
 from spikingbrain_train.reporting.activity import activity
-from spikingbrain_train.reporting.plots.picture import format_of
+from spikingbrain_train.reporting.plots.formats import format_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -12,8 +12,8 @@ from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.reporting.plots.dense_line import DenseLine
 from spikingbrain_train.reporting.plots.evaluation_picture import draw_reports
 from spikingbrain_train.reporting.plots.evaluation_report import Report
+from spikingbrain_train.reporting.plots.formats import format_of
 from spikingbrain_train.reporting.plots.panels import PANELS
-from spikingbrain_train.reporting.plots.picture import format_of
 from spikingbrain_train.reporting.plots.plot import plot_runs
 from spikingbrain_train.reporting.plots.recording import Axis
 from spikingbrain_train.reporting.plots.views import Options

@@ -18,10 +18,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from spikingbrain_train.config.run import DataConfig
+if TYPE_CHECKING:
+    from spikingbrain_train.config.run import DataConfig
 
 WHOLE, LONG, SHORT = 0, 1, 2
 """Kinds of pools."""

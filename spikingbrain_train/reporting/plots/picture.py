@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from spikingbrain_train.errors import ConfigurationError, PlatformError
+from spikingbrain_train.errors import PlatformError
 from spikingbrain_train.reporting.plots.cross_entropies import final_values
+from spikingbrain_train.reporting.plots.formats import format_of
 from spikingbrain_train.reporting.plots.marks import (
     Continuation,
     continuations,
@@ -36,7 +37,6 @@ from spikingbrain_train.storage.durable_files import replaced_durably
 
 _CHARACTER, _TITLE_CHARACTER, _SAMPLE = 0.066, 0.085, 0.5
 """Inches of a legend's or a title's character, about, and of a line's sample with the space around it."""
-FORMATS = ("png", "svg", "pdf")
 _WITHOUT_DATE: dict[str, Any] = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
 _RC: Any = {
     "font.size": TEXT_SIZE,
@@ -59,17 +59,6 @@ class _Band:
     @property
     def height(self) -> float:
         return max(view.height for view in self.views) + 0.65  # the title above, the axis below
-
-
-def format_of(destination: Path, flag: str = "--output") -> str:
-    """The format that a file's suffix names. Raises ConfigurationError, which names the flag."""
-    suffix = destination.suffix.removeprefix(".").lower()
-    if suffix not in FORMATS:
-        known = ", ".join(f".{each}" for each in FORMATS)
-        raise ConfigurationError(
-            f"{flag} {destination} ends in none of {known}; give it one of these endings"
-        )
-    return suffix
 
 
 def save_picture(row: Row, views: Sequence[View], options: Options, destination: Path) -> None:

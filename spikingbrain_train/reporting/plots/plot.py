@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from spikingbrain_train.reporting.plots.formats import format_of
 from spikingbrain_train.reporting.plots.panels import views_of
-from spikingbrain_train.reporting.plots.picture import format_of, save_picture
+from spikingbrain_train.reporting.plots.picture import save_picture
 from spikingbrain_train.reporting.plots.recording import Axis, Recording
 from spikingbrain_train.reporting.plots.rows import arrange
 from spikingbrain_train.reporting.plots.summary import summary
