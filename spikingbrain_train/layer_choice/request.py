@@ -15,7 +15,7 @@ from spikingbrain_train.architecture.model_checks import check_model
 from spikingbrain_train.architecture.stored_model import read_stored_model
 from spikingbrain_train.config.conversion import ConversionConfig
 from spikingbrain_train.config.load import save_config
-from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.config.model import ActivationFunc, ModelConfig
 from spikingbrain_train.config.sections import with_layers
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.layer_choice.measurements import MEASUREMENTS_FILE
@@ -180,4 +180,6 @@ def aligned_recipe(folder: Path, source: ModelConfig) -> tuple[ConversionConfig,
         )
     fields = OmegaConf.structured(ConversionConfig)
     values = {name: getattr(model, name) for name in fields if hasattr(model, name)}
+    if model.activation_func is not ActivationFunc.fatrelu:
+        values["fatrelu_threshold"] = None  # a recipe says it of that function alone
     return replace(ConversionConfig(), **{**values, "mixers": [kinds[0]]}), swapped

@@ -21,7 +21,9 @@ from tests.distributed.pool import RankPool
 from tests.distributed.small_runs import MODEL
 
 KERNELS = KernelConfig(
-    LinearAttentionBackend.chunk, SoftmaxAttentionBackend.blocked, ParallelLinearBackend.megatron
+    gated_linear_attention=LinearAttentionBackend.chunk,
+    softmax_attention=SoftmaxAttentionBackend.blocked,
+    parallel_linear=ParallelLinearBackend.megatron,
 )
 
 
