@@ -114,24 +114,19 @@ def test_a_run_goes_on_where_wandb_falls_away_and_says_at_its_end_how_to_upload_
     (warning,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
     (folder,) = tmp_path.glob("wandb/run-*")
     assert warning.endswith(f"upload the rest later by: wandb sync {folder}")
-    (file,) = folder.glob("run-*.wandb")
-    assert len(_by_kind(file)["history"]) == 20
+    assert len(stored(folder)["history"]) == 20
 
 
 def stored(folder: Path) -> dict[str, list[Any]]:
-    """What W&B's own file of an offline run holds, by kind of record, once its process has written all of it.
+    """What W&B's own file of a run holds, by kind of record, once its process has written all of it.
 
     It is a log in LevelDB's format.
     """
     until = time.monotonic() + 30
-    while "exit" not in (found := _stored_by_now(folder)) and time.monotonic() < until:
+    (file,) = folder.glob("run-*.wandb")
+    while "exit" not in (found := _by_kind(file)) and time.monotonic() < until:
         time.sleep(0.05)
     return found
-
-
-def _stored_by_now(folder: Path) -> dict[str, list[Any]]:
-    (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
-    return _by_kind(file)
 
 
 def _by_kind(file: Path) -> dict[str, list[Any]]:
@@ -185,7 +180,8 @@ def test_a_run_goes_on_offline_and_says_how_to_upload_it(
     assert "cannot be reached" in warning
     assert f"wandb sync {tmp_path / 'wandb' / 'offline-run-*'}" in warning
 
-    records = stored(tmp_path)
+    (folder,) = tmp_path.glob("wandb/offline-run-*")
+    records = stored(folder)
     run = records["run"][0]
     assert run.run_id == (tmp_path / WANDB_RUN_ID_FILE).read_text().strip()
     config = {item.key: json.loads(item.value_json) for item in run.config.update}
