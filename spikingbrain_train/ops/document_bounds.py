@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
 
@@ -33,3 +34,28 @@ def document_bounds(cu_seqlens: Sequence[int] | Tensor, rows: int, length: int) 
             f"cu_seqlens must rise from 0 to T = {length} without empty documents: {list(bounds)}."
         )
     return bounds
+
+
+def run_documents(
+    run: Callable[..., tuple[Tensor, Tensor]],
+    inputs: Sequence[Tensor],
+    states: Tensor,
+    bounds: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """Run documents one by one.
+
+    Split rather than sliced: the gradients of D slices are D tensors of full size.
+
+    Args:
+        run: of the inputs of one document and the state before it; gives its output and the state behind it.
+        inputs: [1, T, ...] of the whole sequence.
+        states: before every document [documents, ...].
+        bounds: from :func:`document_bounds`.
+
+    Returns:
+        Outputs [1, T, ...] and states [documents, ...].
+    """
+    lengths = [end - start for start, end in pairwise(bounds)]
+    documents = zip(*(x.split(lengths, dim=1) for x in inputs), states.split(1), strict=True)
+    outputs, final_states = zip(*(run(*document) for document in documents), strict=True)
+    return torch.cat(outputs, dim=1), torch.cat(final_states)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from spikingbrain_train.architecture.backends.gated_delta_rule import GATED_DELTA_RULE, DeltaRuleCall
-from spikingbrain_train.ops.document_bounds import document_bounds
+from spikingbrain_train.ops.document_bounds import document_bounds, run_documents
 from spikingbrain_train.ops.gated_delta_rule.chunk import chunk_gated_delta_rule
 from spikingbrain_train.ops.gated_delta_rule.flash_linear_attention import fla_gated_delta_rule
 from spikingbrain_train.ops.gated_delta_rule.naive import naive_gated_delta_rule
@@ -90,11 +89,7 @@ def gated_delta_rule(
     if bounds is None or len(bounds) == 2:
         o, final_state = run(*inputs, state)
     else:
-        # Split rather than sliced: the gradients of slices are tensors of full size.
-        lengths = [end - start for start, end in pairwise(bounds)]
-        documents = zip(*(x.split(lengths, dim=1) for x in inputs), state.split(1), strict=True)
-        outputs, states = zip(*(run(*document) for document in documents), strict=True)
-        o, final_state = torch.cat(outputs, dim=1), torch.cat(states)
+        o, final_state = run_documents(run, inputs, state, bounds)
     return o, final_state if output_final_state else None
 
 

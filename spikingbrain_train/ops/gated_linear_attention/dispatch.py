@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from spikingbrain_train.architecture.backends.gated_linear_attention import (
     GATED_LINEAR_ATTENTION,
     LinearAttentionCall,
 )
-from spikingbrain_train.ops.document_bounds import document_bounds
+from spikingbrain_train.ops.document_bounds import document_bounds, run_documents
 from spikingbrain_train.ops.gated_linear_attention.chunk import chunk_gated_linear_attention
 from spikingbrain_train.ops.gated_linear_attention.flash_linear_attention import fla_gated_linear_attention
 from spikingbrain_train.ops.gated_linear_attention.naive import naive_gated_linear_attention
@@ -83,32 +83,13 @@ def gated_linear_attention(
         state = torch.zeros(num_states, G, K, v.shape[-1], dtype=state_dtype, device=q.device)
     else:
         state = initial_state.to(state_dtype)
-    run = naive_gated_linear_attention if name == "naive" else chunk_gated_linear_attention
+    form = naive_gated_linear_attention if name == "naive" else chunk_gated_linear_attention
+    run, inputs = partial(form, scale=scale), (q, k, v, log_gate)
     if bounds is None or len(bounds) == 2:
-        o, final_state = run(q, k, v, log_gate, state, scale=scale)
+        o, final_state = run(*inputs, state)
     else:
-        o, final_state = _run_documents(run, q, k, v, log_gate, state, bounds, scale)
+        o, final_state = run_documents(run, inputs, state, bounds)
     return o, final_state if output_final_state else None
-
-
-def _run_documents(
-    run: Callable[..., tuple[Tensor, Tensor]],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_gate: Tensor,
-    state_DGKV: Tensor,
-    bounds: tuple[int, ...],
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Run documents one by one.
-
-    Split rather than sliced: the gradients of D slices are D tensors of full size.
-    """
-    lengths = [end - start for start, end in pairwise(bounds)]
-    documents = zip(*(x.split(lengths, dim=1) for x in (q, k, v, log_gate)), state_DGKV.split(1), strict=True)
-    outputs, final_states = zip(*(run(*document, scale=scale) for document in documents), strict=True)
-    return torch.cat(outputs, dim=1), torch.cat(final_states)
 
 
 def choose_backend(backend: str, dtype: torch.dtype, device_type: str) -> str:
