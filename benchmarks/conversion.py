@@ -404,6 +404,8 @@ def main() -> None:
     flags.add_argument("--kills", type=int, default=0, help="kill the rows instead of measuring them")
     flags.add_argument("--seed", type=int, default=0, help="of the moments of kills")
     parsed = flags.parse_args()
+    if "there_and_back" in parsed.rows and parsed.layers % 2:
+        flags.error(f"--rows there_and_back lays out for PP 2, so --layers must be even, not {parsed.layers}")
     embedding_dtype = torch.float32 if parsed.fp32_embedding else torch.bfloat16
     benchmark = Benchmark(parsed.output, parsed.layers, embedding_dtype)
     print(f"source: {_size(benchmark.source) / 1e9:.2f} GB")

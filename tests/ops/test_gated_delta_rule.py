@@ -8,6 +8,7 @@ import runpy
 import sys
 import types
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from spikingbrain_train.ops.gated_delta_rule import (
 from spikingbrain_train.ops.gated_delta_rule.flash_linear_attention import fla_gated_delta_rule
 from spikingbrain_train.ops.l2_norm import l2_norm
 from spikingbrain_train.runtime import packages
+from tests.ops import recurrences
+from tests.ops.recurrences import outputs_and_gradients
 
 NAMES = ("o", "final_state", "grad_q", "grad_k", "grad_v", "grad_log_gate", "grad_beta", "grad_state")
 
@@ -63,21 +66,8 @@ def make_inputs(B: int, T: int, H: int, G: int, K: int, V: int, kind: str, seed:
 def forward_and_gradients(
     inputs: list[Tensor], backend: str, use: str = "both", cu_seqlens: list[int] | None = None
 ) -> list[Tensor]:
-    """Output, final state and all six gradients of a random weighting of what ``use`` names."""
-    *of_tokens, state = leaves = [x.detach().clone().requires_grad_() for x in inputs]
-    o, final = gated_delta_rule(
-        *of_tokens, initial_state=state, output_final_state=True, backend=backend, cu_seqlens=cu_seqlens
-    )
-    assert final is not None
-    torch.manual_seed(1)
-    o_weight, state_weight = torch.randn(o.shape).double(), torch.randn(final.shape).double()
-    loss = torch.zeros((), dtype=torch.float64)
-    if use in ("o", "both"):
-        loss = loss + (o * o_weight).sum()
-    if use in ("state", "both"):
-        loss = loss + (final * state_weight).sum()
-    gradients = torch.autograd.grad(loss, leaves, materialize_grads=True)
-    return [o.detach(), final.detach(), *gradients]
+    """Output, final state and the gradients of all inputs, of what ``use`` names."""
+    return outputs_and_gradients(gated_delta_rule, inputs, use, backend=backend, cu_seqlens=cu_seqlens)
 
 
 SMALLEST = {"grad_state": 1e-3}
@@ -85,11 +75,7 @@ SMALLEST = {"grad_state": 1e-3}
 is relative: with keys of width 1 and T = 13 that gradient is about 1e-8, and the forms part by 1e-16."""
 
 
-def relative_errors(actual: list[Tensor], expected: list[Tensor]) -> dict[str, float]:
-    return {
-        name: ((a.double() - e).norm() / e.norm().clamp_min(SMALLEST.get(name, 1e-30))).item()
-        for name, a, e in zip(NAMES, actual, expected, strict=True)
-    }
+relative_errors = partial(recurrences.relative_errors, NAMES, smallest=SMALLEST)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -110,7 +96,7 @@ def test_chunk_equals_recurrence_in_float64_for_any_gate(kind: str, T: int) -> N
     K=st.integers(1, 12),
     V=st.integers(1, 12),
     kind=st.sampled_from(KINDS),
-    use=st.sampled_from(["o", "state", "both"]),
+    use=st.sampled_from(["output", "state", "both"]),
 )
 def test_chunk_equals_recurrence_for_any_shape(
     B: int, T: int, G: int, R: int, K: int, V: int, kind: str, use: str

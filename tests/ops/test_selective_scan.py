@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -18,6 +19,8 @@ from spikingbrain_train.errors import PlatformError
 from spikingbrain_train.ops.causal_convolution import causal_convolution
 from spikingbrain_train.ops.selective_scan import choose_backend, linear_scan, selective_scan
 from spikingbrain_train.runtime import packages
+from tests.ops import recurrences
+from tests.ops.recurrences import outputs_and_gradients
 
 NAMES = ("y", "final_state", "grad_x", "grad_dt", "grad_A", "grad_B", "grad_C", "grad_initial_state")
 
@@ -47,28 +50,11 @@ def make_inputs(B: int, T: int, D: int, N: int, kind: str, seed: int = 0, states
 def forward_and_gradients(
     inputs: list[Tensor], backend: str, use: str = "both", cu_seqlens: list[int] | None = None
 ) -> list[Tensor]:
-    """Output, final state and all six gradients of a random weighting of what ``use`` names."""
-    *leaves, state = [x.detach().clone().requires_grad_() for x in inputs]
-    y, final = selective_scan(
-        *leaves, initial_state=state, output_final_state=True, backend=backend, cu_seqlens=cu_seqlens
-    )
-    assert final is not None
-    torch.manual_seed(1)
-    y_weight, state_weight = torch.randn(y.shape).double(), torch.randn(final.shape).double()
-    loss = torch.zeros((), dtype=torch.float64)
-    if use in ("y", "both"):
-        loss = loss + (y * y_weight).sum()
-    if use in ("state", "both"):
-        loss = loss + (final * state_weight).sum()
-    gradients = torch.autograd.grad(loss, [*leaves, state], materialize_grads=True)
-    return [y.detach(), final.detach(), *gradients]
+    """Output, final state and the gradients of all inputs, of what ``use`` names."""
+    return outputs_and_gradients(selective_scan, inputs, use, backend=backend, cu_seqlens=cu_seqlens)
 
 
-def relative_errors(actual: list[Tensor], expected: list[Tensor]) -> dict[str, float]:
-    return {
-        name: ((a.double() - e).norm() / e.norm().clamp_min(1e-30)).item()
-        for name, a, e in zip(NAMES, actual, expected, strict=True)
-    }
+relative_errors = partial(recurrences.relative_errors, NAMES)
 
 
 @pytest.mark.parametrize("kind", STEPS)
@@ -91,7 +77,7 @@ def test_chunk_equals_recurrence_for_any_shape_and_documents(data: st.DataObject
         B = 1
         cu_seqlens = [0, *sorted(data.draw(st.sets(st.integers(1, T), max_size=6)) | {T})]
     states = B if cu_seqlens is None else len(cu_seqlens) - 1
-    kind, use = data.draw(st.sampled_from(STEPS)), data.draw(st.sampled_from(["y", "state", "both"]))
+    kind, use = data.draw(st.sampled_from(STEPS)), data.draw(st.sampled_from(["output", "state", "both"]))
     inputs = make_inputs(B, T, D, N, kind, T, states)
     errors = relative_errors(
         forward_and_gradients(inputs, "chunk", use, cu_seqlens),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from spikingbrain_train.architecture.backends.backend import Backend, Backends
+from spikingbrain_train.architecture.backends.backend import Backends
+from spikingbrain_train.architecture.backends.recurrences import recurrence_backends
 
 
 @dataclass(frozen=True)
@@ -29,23 +30,4 @@ def _fla_limit(call: DeltaRuleCall) -> str | None:
     return None
 
 
-def _preference(call: DeltaRuleCall, on_gpu: bool) -> tuple[str, ...]:
-    return ("fla", "chunk") if on_gpu else ("chunk",)
-
-
-GATED_DELTA_RULE: Backends[DeltaRuleCall] = Backends(
-    "gated_delta_rule",
-    (
-        Backend(
-            "fla",
-            "fla",
-            "flash-linear-attention",
-            gpu=True,
-            limit=_fla_limit,
-            varies="tunes its kernels in every process, and other blocks sum in another order",
-        ),
-        Backend("chunk"),
-        Backend("naive"),
-    ),
-    _preference,
-)
+GATED_DELTA_RULE: Backends[DeltaRuleCall] = recurrence_backends("gated_delta_rule", _fla_limit)

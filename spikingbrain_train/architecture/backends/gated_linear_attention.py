@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from spikingbrain_train.architecture.backends.backend import Backend, Backends
+from spikingbrain_train.architecture.backends.backend import Backends
+from spikingbrain_train.architecture.backends.recurrences import recurrence_backends
 
 
 @dataclass(frozen=True)
@@ -19,23 +20,6 @@ def _fla_limit(call: LinearAttentionCall) -> str | None:
     return "computes in float32, not float64" if call.dtype == "float64" else None
 
 
-def _preference(call: LinearAttentionCall, on_gpu: bool) -> tuple[str, ...]:
-    return ("fla", "chunk") if on_gpu else ("chunk",)
-
-
-GATED_LINEAR_ATTENTION: Backends[LinearAttentionCall] = Backends(
-    "gated_linear_attention",
-    (
-        Backend(
-            "fla",
-            "fla",
-            "flash-linear-attention",
-            gpu=True,
-            limit=_fla_limit,
-            varies="tunes its kernels in every process, and other blocks sum in another order",
-        ),
-        Backend("chunk"),
-        Backend("naive"),
-    ),
-    _preference,
+GATED_LINEAR_ATTENTION: Backends[LinearAttentionCall] = recurrence_backends(
+    "gated_linear_attention", _fla_limit
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from spikingbrain_train.ops.gated_linear_attention.flash_linear_attention import on_device, summable
+from spikingbrain_train.ops.grouped_states import run_by_heads
 
 
 def fla_gated_delta_rule(
@@ -25,30 +26,17 @@ def fla_gated_delta_rule(
     """Output [B, T, H, V] and final state [B, G, K, V] float32, or None unless asked for.
 
     With ``cu_seqlens`` [0, end of the first document, ..., T] B is 1 and the states are one a document.
-    Log gates may be anything in [-inf, 0]. The kernels know one query head a state, so what heads of a group
-    share is repeated from groups to heads. All heads of a group then end in the same state, of which the
-    first is returned.
+    Log gates may be anything in [-inf, 0].
     """
     # Imported here: fla needs Triton, which only GPU machines have.
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
-    heads_per_group = q_BTHK.shape[2] // k_BTGK.shape[2]
-    k, v, log_gate, beta = (
-        x.repeat_interleave(heads_per_group, dim=2)
-        for x in (k_BTGK, v_BTGV, summable(log_gate_BTG), beta_BTG)
-    )
-    initial_state = initial_state_BGKV
-    if initial_state is not None:
-        initial_state = initial_state.float().repeat_interleave(heads_per_group, dim=1)
-    o, final_state = chunk_gated_delta_rule(
+    return run_by_heads(
+        chunk_gated_delta_rule,
         q_BTHK,
-        k,
-        v,
-        log_gate,
-        beta,
+        (k_BTGK, v_BTGV, summable(log_gate_BTG), beta_BTG),
+        initial_state_BGKV,
         scale=scale,
-        initial_state=initial_state,
         output_final_state=output_final_state,
         cu_seqlens=None if cu_seqlens is None else on_device(cu_seqlens, q_BTHK.device),
     )
-    return o, None if final_state is None else final_state[:, ::heads_per_group]

@@ -12,10 +12,11 @@ from spikingbrain_train.architecture.backends.gated_linear_attention import (
     GATED_LINEAR_ATTENTION,
     LinearAttentionCall,
 )
-from spikingbrain_train.ops.document_bounds import document_bounds, run_documents
+from spikingbrain_train.ops.document_bounds import document_bounds
 from spikingbrain_train.ops.gated_linear_attention.chunk import chunk_gated_linear_attention
 from spikingbrain_train.ops.gated_linear_attention.flash_linear_attention import fla_gated_linear_attention
 from spikingbrain_train.ops.gated_linear_attention.naive import naive_gated_linear_attention
+from spikingbrain_train.ops.grouped_states import check_inputs, run_from_states
 from spikingbrain_train.runtime.packages import machine_of
 
 
@@ -62,7 +63,16 @@ def gated_linear_attention(
         PlatformError: the backend asked for needs a package or a GPU that is missing.
     """
     bounds = None if cu_seqlens is None else document_bounds(cu_seqlens, *q.shape[:2])
-    _check(q, k, v, log_gate, initial_state, bounds)
+    check_inputs(
+        "gated_linear_attention",
+        q,
+        k,
+        v,
+        {"log_gate": log_gate},
+        initial_state,
+        bounds,
+        gate_a_channel=True,
+    )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     name = choose_backend(backend, q.dtype, q.device.type)
     if name == "fla":
@@ -76,19 +86,8 @@ def gated_linear_attention(
             output_final_state=output_final_state,
             cu_seqlens=bounds,
         )
-    state_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    if initial_state is None:
-        B, _, G, K = k.shape
-        num_states = B if bounds is None else len(bounds) - 1
-        state = torch.zeros(num_states, G, K, v.shape[-1], dtype=state_dtype, device=q.device)
-    else:
-        state = initial_state.to(state_dtype)
     form = naive_gated_linear_attention if name == "naive" else chunk_gated_linear_attention
-    run, inputs = partial(form, scale=scale), (q, k, v, log_gate)
-    if bounds is None or len(bounds) == 2:
-        o, final_state = run(*inputs, state)
-    else:
-        o, final_state = run_documents(run, inputs, state, bounds)
+    o, final_state = run_from_states(partial(form, scale=scale), (q, k, v, log_gate), initial_state, bounds)
     return o, final_state if output_final_state else None
 
 
@@ -108,38 +107,3 @@ def choose_backend(backend: str, dtype: torch.dtype, device_type: str) -> str:
     """
     call = LinearAttentionCall(str(dtype).removeprefix("torch."))
     return GATED_LINEAR_ATTENTION.choose(backend, call, machine_of(device_type))
-
-
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_gate: Tensor,
-    initial_state: Tensor | None,
-    bounds: tuple[int, ...] | None,
-) -> None:
-    for name, x in (("q", q), ("k", k), ("v", v), ("log_gate", log_gate)):
-        if x.dim() != 4:
-            raise ValueError(
-                f"{name} must have four dimensions [B, T, heads or groups, dim], not {list(x.shape)}."
-            )
-    B, T, H, K = q.shape
-    G, V = v.shape[2:]
-    if T == 0:
-        raise ValueError("gated_linear_attention needs at least one token: T is 0.")
-    if G == 0 or H % G:
-        raise ValueError(f"The number of query heads ({H}) must be a multiple of the number of groups ({G}).")
-    for name, x, expected in (
-        ("k", k, (B, T, G, K)),
-        ("v", v, (B, T, G, V)),
-        ("log_gate", log_gate, (B, T, G, K)),
-    ):
-        if x.shape != expected:
-            raise ValueError(f"{name} must be {list(expected)} to go with q and v, not {list(x.shape)}.")
-    num_states = B if bounds is None else len(bounds) - 1
-    if initial_state is not None and initial_state.shape != (num_states, G, K, V):
-        raise ValueError(f"initial_state must be {[num_states, G, K, V]}, not {list(initial_state.shape)}.")
-    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
-        raise ValueError(f"q, k and v must share one floating dtype, not {q.dtype}, {k.dtype} and {v.dtype}.")
-    if not log_gate.is_floating_point():
-        raise ValueError(f"log_gate must be floating point, not {log_gate.dtype}.")

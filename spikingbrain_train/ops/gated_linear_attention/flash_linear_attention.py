@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spikingbrain_train.ops.grouped_states import run_by_heads
+
 # exp(-100) is below the smallest normal float32: such a gate has forgotten everything. fla takes differences
 # of summed log gates, so -inf would give NaN, and sums of far stronger ones leave no digits for weak ones.
 _STRONGEST_LOG_GATE = -100.0
@@ -54,26 +56,16 @@ def fla_gated_linear_attention(
     """Output [B, T, H, V] and final state [B, G, K, V] float32, or None unless asked for.
 
     With ``cu_seqlens`` [0, end of the first document, ..., T] B is 1 and the states are one a document.
-    Log gates may be anything in [-inf, 0]. The kernels know one head a state, so k, v, the gate and the
-    initial state are repeated from groups to heads. All heads of a group then end in the same state, of
-    which the first is returned.
+    Log gates may be anything in [-inf, 0].
     """
     from fla.ops.gla import chunk_gla  # imported here: fla needs Triton, which only GPU machines have
 
-    log_gate_BTGK = summable(log_gate_BTGK)
-    heads_per_group = q_BTHK.shape[2] // k_BTGK.shape[2]
-    k, v, log_gate = (x.repeat_interleave(heads_per_group, dim=2) for x in (k_BTGK, v_BTGV, log_gate_BTGK))
-    initial_state = initial_state_BGKV
-    if initial_state is not None:
-        initial_state = initial_state.float().repeat_interleave(heads_per_group, dim=1)
-    o, final_state = chunk_gla(
+    return run_by_heads(
+        chunk_gla,
         q_BTHK,
-        k,
-        v,
-        log_gate,
+        (k_BTGK, v_BTGV, summable(log_gate_BTGK)),
+        initial_state_BGKV,
         scale=scale,
-        initial_state=initial_state,
         output_final_state=output_final_state,
         cu_seqlens=None if cu_seqlens is None else on_device(cu_seqlens, q_BTHK.device),
     )
-    return o, None if final_state is None else final_state[:, ::heads_per_group]

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spikingbrain_train.ops.grouped_states import run_steps
+
 
 def gated_linear_attention_step(
     q_BHK: Tensor,
@@ -58,10 +60,6 @@ def naive_gated_linear_attention(
     Returns:
         o [B, T, H, V] in q's dtype, and the final state [B, G, K, V].
     """
-    state, outputs = initial_state_BGKV, []
-    for t in range(q_BTHK.shape[1]):
-        o, state = gated_linear_attention_step(
-            q_BTHK[:, t], k_BTGK[:, t], v_BTGV[:, t], log_gate_BTGK[:, t], state, scale=scale
-        )
-        outputs.append(o)
-    return torch.stack(outputs, dim=1), state
+    return run_steps(
+        gated_linear_attention_step, q_BTHK, k_BTGK, v_BTGV, log_gate_BTGK, initial_state_BGKV, scale=scale
+    )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from spikingbrain_train.architecture.backends.selective_scan import SELECTIVE_SCAN, SelectiveScanCall
-from spikingbrain_train.ops.document_bounds import document_bounds
+from spikingbrain_train.ops.document_bounds import document_bounds, run_documents
 from spikingbrain_train.ops.selective_scan.chunk import chunk_selective_scan
 from spikingbrain_train.ops.selective_scan.mamba_ssm import mamba_ssm_selective_scan
 from spikingbrain_train.ops.selective_scan.naive import naive_selective_scan
@@ -63,32 +63,28 @@ def selective_scan(
     # A final state that nobody differentiates may come from any backend.
     passes_states = initial_state is not None or (output_final_state and torch.is_grad_enabled())
     name = choose_backend(backend, x.dtype, x.device.type, A.shape[1], passes_states=passes_states)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if initial_state is None:
+        num_states = x.shape[0] if bounds is None else len(bounds) - 1
+        initial_state = torch.zeros(num_states, *A.shape, dtype=dtype, device=x.device)
+    run, states = partial(_run, name, A), initial_state.to(dtype)
     if bounds is None or len(bounds) == 2:
-        y, final_state = _run(name, x, dt, A, B, C, initial_state)
+        y, final_state = run(x, dt, B, C, states)
     else:
-        # Split rather than sliced: the gradients of slices are tensors of full size.
-        lengths = [end - start for start, end in pairwise(bounds)]
-        states = [None] * len(lengths) if initial_state is None else initial_state.split(1)
-        documents = zip(*(each.split(lengths, dim=1) for each in (x, dt, B, C)), states, strict=True)
-        results = [_run(name, x_, dt_, A, B_, C_, state) for x_, dt_, B_, C_, state in documents]
-        outputs, final_states = zip(*results, strict=True)
-        y, final_state = torch.cat(outputs, dim=1), torch.cat(final_states)
+        y, final_state = run_documents(run, (x, dt, B, C), states, bounds)
     if D is not None:
         y = torch.addcmul(y, x, D.to(x.dtype))
     return y, final_state if output_final_state else None
 
 
 def _run(
-    name: str, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, initial_state: Tensor | None
+    name: str, A: Tensor, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
     """One document a row."""
-    if name == "mamba_ssm":
+    if name == "mamba_ssm":  # is chosen only where states are zeros
         return mamba_ssm_selective_scan(x, dt, A, B, C)
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if initial_state is None:
-        initial_state = torch.zeros(x.shape[0], *A.shape, dtype=dtype, device=x.device)
     run = naive_selective_scan if name == "naive" else chunk_selective_scan
-    return run(x, dt, A, B, C, initial_state.to(dtype))
+    return run(x, dt, A, B, C, state)
 
 
 def choose_backend(
