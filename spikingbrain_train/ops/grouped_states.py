@@ -58,8 +58,8 @@ def check_inputs(
         raise ValueError(f"{op} needs at least one token: T is 0.")
     if G == 0 or H % G:
         raise ValueError(f"The number of query heads ({H}) must be a multiple of the number of groups ({G}).")
-    of_gates = (B, T, G, K) if gate_a_channel else (B, T, G)
-    shapes = {"k": (k, (B, T, G, K)), "v": (v, (B, T, G, V))}
+    of_gates: tuple[int, ...] = (B, T, G, K) if gate_a_channel else (B, T, G)
+    shapes: dict[str, tuple[Tensor, tuple[int, ...]]] = {"k": (k, (B, T, G, K)), "v": (v, (B, T, G, V))}
     shapes |= {name: (gate, of_gates) for name, gate in gates.items()}
     for name, (x, expected) in shapes.items():
         if x.shape != expected:

@@ -40,7 +40,7 @@ def relative_errors(
     expected: Sequence[Tensor],
     smallest: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
-    """Error of each by name, relative to the norm of what is expected, or to ``smallest`` where that is less."""
+    """Error of each, relative to the norm of what is expected, or to ``smallest`` where that is less."""
     return {
         name: ((a.double() - e).norm() / e.norm().clamp_min((smallest or {}).get(name, 1e-30))).item()
         for name, a, e in zip(names, actual, expected, strict=True)

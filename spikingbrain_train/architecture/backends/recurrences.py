@@ -22,8 +22,8 @@ def recurrence_backends(op: str, fla_limit: Callable[[Call], str | None]) -> Bac
         limit=fla_limit,
         varies="tunes its kernels in every process, and other blocks sum in another order",
     )
-    return Backends(
-        op,
-        (fla, Backend("chunk"), Backend("naive")),
-        lambda _, on_gpu: ("fla", "chunk") if on_gpu else ("chunk",),
-    )
+    return Backends(op, (fla, Backend("chunk"), Backend("naive")), _preference)
+
+
+def _preference(call: object, on_gpu: bool) -> tuple[str, ...]:
+    return ("fla", "chunk") if on_gpu else ("chunk",)
