@@ -19,7 +19,6 @@ width, C channels of q, k and v together.
 from __future__ import annotations
 
 import math
-from copy import copy
 from typing import Any
 
 import torch
@@ -27,20 +26,18 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
-from spikingbrain_train.architecture.initializers import OPEN_GATE
 from spikingbrain_train.architecture.mixers import MixerKind
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.config.linear_transforms import Projection
 from spikingbrain_train.config.model import DeltaRuleActivation, GatedDeltaRuleConfig
 from spikingbrain_train.config.parallel import LinearAttentionBackend, LinearAttentionContextParallel
 from spikingbrain_train.models.layer_build import LayerBuild, attention_submodules
-from spikingbrain_train.models.mixers.decoding import CacheSize, DecodingState
-from spikingbrain_train.models.mixers.head_norm import HeadNorm
+from spikingbrain_train.models.mixers.recurrent_attention import RecurrentAttention, RecurrentState
 from spikingbrain_train.models.mixers.short_convolution import ShortConvolution
 from spikingbrain_train.models.mixers.split_parameters import sharded_first_axes
 from spikingbrain_train.ops.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
@@ -63,7 +60,7 @@ def spec(_kind: MixerKind, build: LayerBuild) -> ModuleSpec:
     )
 
 
-class GatedDeltaRule(SelfAttention):
+class GatedDeltaRule(RecurrentAttention):
     """A drop-in for SelfAttention whose core is the gated delta rule.
 
     It keeps SelfAttention's fused ``linear_qkv`` (with bias or q/k norms where the source has them) and
@@ -86,16 +83,21 @@ class GatedDeltaRule(SelfAttention):
         gate: type = ColumnParallelLinear,
         **kwargs: object,
     ) -> None:
-        if gdn.num_query_groups is not None:
-            config = copy(config)
-            config.num_query_groups = gdn.num_query_groups
         super().__init__(
-            config, submodules, layer_number, attn_mask_type, cp_comm_type, pg_collection, **kwargs
+            config,
+            submodules,
+            layer_number,
+            attn_mask_type,
+            cp_comm_type,
+            pg_collection,
+            num_query_groups=gdn.num_query_groups,
+            init_out_norm=gdn.init_out_norm,
+            output_gate=gate if gdn.output_gate else None,
+            backend=backend,
+            context_parallel=context_parallel,
+            **kwargs,
         )
-        assert config.kv_channels is not None and config.num_query_groups is not None
-        self.backend = backend.value
-        self.context_parallel = context_parallel
-        self.scale = config.kv_channels**-0.5
+        config = self.config
         self.activation = gdn.activation
         self.conv1d = None
         groups, heads = self.num_query_groups_per_partition, self.num_attention_heads_per_partition
@@ -103,32 +105,15 @@ class GatedDeltaRule(SelfAttention):
             channels = (heads + 2 * groups) * config.kv_channels
             self.conv1d = ShortConvolution(config, channels, gdn.short_convolution, self.pg_collection.tp)
         self.linear_decay, self.linear_beta = (
-            self._gate(gate, config.num_query_groups, gdn.init_gate_std) for _ in range(2)
+            self.new_projection(
+                gate,
+                config.hidden_size,
+                config.num_query_groups,
+                lambda weight: torch.nn.init.normal_(weight, std=gdn.init_gate_std),
+            )
+            for _ in range(2)
         )
         self._build_decays(gdn)
-        self.linear_output_gate = None
-        if gdn.output_gate:
-            self.linear_output_gate = self._gate(gate, self.query_projection_size, 0.0, bias=OPEN_GATE)
-        self.out_norm = HeadNorm(config, gdn.init_out_norm, self.pg_collection.tp)
-
-    def _gate(self, linear: type, outputs: int, std: float, bias: float | None = None) -> torch.nn.Module:
-        """A projection of the layer's input."""
-        built = linear(
-            self.config.hidden_size,
-            outputs,
-            config=self.config,
-            init_method=lambda weight: torch.nn.init.normal_(weight, std=std),
-            gather_output=False,
-            bias=bias is not None,
-            skip_bias_add=False,
-            is_expert=False,
-            tp_group=self.pg_collection.tp,
-        )
-        if bias is not None and self.config.perform_initialization:
-            torch.nn.init.constant_(built.bias, bias)
-        for parameter in built.parameters():
-            parameter.is_new_parameter = True
-        return built
 
     def _build_decays(self, gdn: GatedDeltaRuleConfig) -> None:
         config, groups = self.config, self.num_query_groups_per_partition
@@ -200,7 +185,7 @@ class GatedDeltaRule(SelfAttention):
             scale=self.scale,
             backend=self.backend,
         )
-        return self._normed_and_gated(o_BTHV, hidden_states)
+        return self.normed_and_gated(o_BTHV, hidden_states)
 
     def _projected(self, hidden_states: Tensor) -> Tensor:
         """q, k and v of the whole slice as the fused projection orders them: per group its heads, k, v."""
@@ -231,14 +216,6 @@ class GatedDeltaRule(SelfAttention):
         logits_TBG = self.linear_decay(hidden_states)[0].float() + self.dt_bias.float()
         return -self.A_log.float().exp() * torch.nn.functional.softplus(logits_TBG)
 
-    def _normed_and_gated(self, o_BTHV: Tensor, hidden_states: Tensor) -> Tensor:
-        """[T, B, H * V] from the heads and the layer's input."""
-        normed_TBD = self.out_norm(o_BTHV)
-        if self.linear_output_gate is None:
-            return normed_TBD
-        gate_TBD, _ = self.linear_output_gate(hidden_states)
-        return normed_TBD * torch.nn.functional.silu(gate_TBD)
-
     @torch.no_grad()
     def set_half_lives(self, half_life_H: Tensor) -> None:
         """See :class:`~spikingbrain_train.models.mixers.alignable.TakesHalfLives`.
@@ -254,7 +231,7 @@ class GatedDeltaRule(SelfAttention):
 
     def begin_decoding(
         self, hidden_states: Tensor, *, rotary_pos_emb: Tensor | None, layout: SequenceLayout
-    ) -> tuple[Tensor, DeltaRuleState]:
+    ) -> tuple[Tensor, RecurrentState]:
         """See :class:`~spikingbrain_train.models.mixers.decoding.DecodesByStep`."""
         mixed_BTC, inputs = self._projected(hidden_states), None
         if self.conv1d is not None:
@@ -267,11 +244,11 @@ class GatedDeltaRule(SelfAttention):
             backend=self.backend,
         )
         assert state_BGKV is not None
-        output, _ = self.linear_proj(self._normed_and_gated(o_BTHV, hidden_states))
-        return output, DeltaRuleState(state_BGKV, inputs)
+        output, _ = self.linear_proj(self.normed_and_gated(o_BTHV, hidden_states))
+        return output, RecurrentState(state_BGKV, inputs)
 
     def decode(
-        self, hidden_states: Tensor, state: DeltaRuleState, *, rotary_pos_emb: Tensor | None
+        self, hidden_states: Tensor, state: RecurrentState, *, rotary_pos_emb: Tensor | None
     ) -> Tensor:
         """See :class:`~spikingbrain_train.models.mixers.decoding.DecodesByStep`."""
         mixed_B1C = self._projected(hidden_states)
@@ -284,16 +261,4 @@ class GatedDeltaRule(SelfAttention):
         o_BHV, state.state_BGKV = gated_delta_rule_step(
             q_BHK, k_BGK, v_BGV, log_gate_BG, beta_BG, state.state_BGKV, scale=self.scale
         )
-        return self.linear_proj(self._normed_and_gated(o_BHV.unsqueeze(1), hidden_states))[0]
-
-
-class DeltaRuleState(DecodingState):
-    """The state behind the text that was read [B, G, K, V] float32, and the last inputs of a convolution."""
-
-    def __init__(self, state_BGKV: Tensor, inputs_BSC: Tensor | None) -> None:
-        self.state_BGKV = state_BGKV
-        self.inputs_BSC = inputs_BSC
-
-    def size(self) -> CacheSize:
-        inputs = 0 if self.inputs_BSC is None else self.inputs_BSC.nbytes
-        return CacheSize(recurrent=self.state_BGKV.nbytes + inputs)
+        return self.linear_proj(self.normed_and_gated(o_BHV.unsqueeze(1), hidden_states))[0]

@@ -25,19 +25,17 @@ width.
 
 from __future__ import annotations
 
-from copy import copy
-
 import torch
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
-from spikingbrain_train.architecture.initializers import OPEN_GATE, LightningDecays
+from spikingbrain_train.architecture.initializers import LightningDecays
 from spikingbrain_train.architecture.mixers import MixerKind
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.config.enum_tables import entry_of
@@ -45,9 +43,9 @@ from spikingbrain_train.config.linear_transforms import Projection
 from spikingbrain_train.config.model import FeatureMap, GatedLinearAttentionConfig, GateKind, ModelConfig
 from spikingbrain_train.config.parallel import LinearAttentionBackend, LinearAttentionContextParallel
 from spikingbrain_train.models.layer_build import LayerBuild, attention_submodules
-from spikingbrain_train.models.mixers.decoding import CacheSize, DecodingState
 from spikingbrain_train.models.mixers.gated_linear_start import SetInClosedForm
-from spikingbrain_train.models.mixers.head_norm import HeadNorm, SharedHeadNorm
+from spikingbrain_train.models.mixers.head_norm import SharedHeadNorm
+from spikingbrain_train.models.mixers.recurrent_attention import RecurrentAttention, RecurrentState
 from spikingbrain_train.models.rotary import RotaryPositions
 from spikingbrain_train.ops.gated_linear_attention import gated_linear_attention
 from spikingbrain_train.ops.gated_linear_attention.naive import gated_linear_attention_step
@@ -107,7 +105,7 @@ class LowRankDownProjection(torch.nn.Module):
         return torch.nn.functional.linear(x, self.weight)
 
 
-class GatedLinearAttention(SetInClosedForm, SelfAttention):
+class GatedLinearAttention(SetInClosedForm, RecurrentAttention):
     """A drop-in for SelfAttention whose core is gated linear attention.
 
     It keeps SelfAttention's fused ``linear_qkv`` (with bias or q/k norms where the source has them) and
@@ -136,24 +134,28 @@ class GatedLinearAttention(SetInClosedForm, SelfAttention):
         output_gate: type | None = None,
         **kwargs: object,
     ) -> None:
-        if gla.num_query_groups is not None:
-            config = copy(config)
-            config.num_query_groups = gla.num_query_groups
         super().__init__(
-            config, submodules, layer_number, attn_mask_type, cp_comm_type, pg_collection, **kwargs
+            config,
+            submodules,
+            layer_number,
+            attn_mask_type,
+            cp_comm_type,
+            pg_collection,
+            num_query_groups=gla.num_query_groups,
+            init_out_norm=gla.init_out_norm,
+            output_gate=output_gate,
+            backend=backend,
+            context_parallel=context_parallel,
+            **kwargs,
         )
-        assert config.kv_channels is not None and config.num_query_groups is not None
-        self.backend = backend.value
-        self.context_parallel = context_parallel
+        config = self.config
         self.feature_map = gla.feature_map
         self.features = entry_of(gla.feature_map, _FEATURES, "the features of linear attention")
         self.gate = gla.gate
         self.gate_logit_normalizer = gla.gate_logit_normalizer
-        self.scale = config.kv_channels**-0.5
         self.rotary_positions = None
         if rotary_of is not None:
             self.rotary_positions = RotaryPositions(rotary_of, on_cpu=config.use_cpu_initialization)
-        self.out_norm = HeadNorm(config, gla.init_out_norm, self.pg_collection.tp)
         self.has_qk_norm = config.qk_layernorm or gla.qk_norm
         if gla.qk_norm and not config.qk_layernorm:
             # megatron-core adds up their gradients over tensor-parallel ranks only if all layers have them.
@@ -170,7 +172,6 @@ class GatedLinearAttention(SetInClosedForm, SelfAttention):
                 self.config.num_query_groups, layer_number - 1, config.num_layers
             )
             self.register_buffer("log_decay", torch.tensor(decays, dtype=config.params_dtype))
-        self.linear_output_gate = None if output_gate is None else self._build_output_gate(output_gate)
 
     def _build_low_rank_gate(
         self, gla: GatedLinearAttentionConfig, gate_down_proj: type, gate_up_proj: type
@@ -184,43 +185,14 @@ class GatedLinearAttention(SetInClosedForm, SelfAttention):
         self, gla: GatedLinearAttentionConfig, linear: type, inputs: int
     ) -> torch.nn.Module:
         """What gives a logit for every channel of every group."""
-        config = self.config
-        matrix = linear(
+        biases_K = torch.tensor(gla.init_gate_bias(self.key_hidden_size))
+        return self.new_projection(
+            linear,
             inputs,
-            config.num_query_groups * config.kv_channels,
-            config=config,
-            init_method=lambda weight: torch.nn.init.normal_(weight, std=gla.init_gate_std),
-            bias=True,
-            gather_output=False,
-            skip_bias_add=False,
-            is_expert=False,
-            tp_group=self.pg_collection.tp,
+            self.config.num_query_groups * self.key_hidden_size,
+            lambda weight: torch.nn.init.normal_(weight, std=gla.init_gate_std),
+            biases_K.repeat(self.num_query_groups_per_partition),
         )
-        if config.perform_initialization:
-            with torch.no_grad():
-                bias_GK = matrix.bias.view(-1, config.kv_channels)
-                bias_GK.copy_(torch.tensor(gla.init_gate_bias(config.kv_channels)))
-        for parameter in (matrix.weight, matrix.bias):
-            parameter.is_new_parameter = True
-        return matrix
-
-    def _build_output_gate(self, linear: type) -> torch.nn.Module:
-        gate = linear(
-            self.config.hidden_size,
-            self.query_projection_size,
-            config=self.config,
-            init_method=torch.nn.init.zeros_,
-            gather_output=False,
-            bias=True,
-            skip_bias_add=False,
-            is_expert=False,
-            tp_group=self.pg_collection.tp,
-        )
-        if self.config.perform_initialization:
-            torch.nn.init.constant_(gate.bias, OPEN_GATE)
-        for parameter in (gate.weight, gate.bias):
-            parameter.is_new_parameter = True
-        return gate
 
     def log_gate(self, hidden_states: Tensor, key_logits_TBGK: Tensor) -> Tensor:
         """Logarithm of the per-channel decay.
@@ -308,15 +280,7 @@ class GatedLinearAttention(SetInClosedForm, SelfAttention):
             scale=self.scale,
             backend=self.backend,
         )
-        return self._normed_and_gated(o_BTHV, hidden_states)
-
-    def _normed_and_gated(self, o_BTHV: Tensor, hidden_states: Tensor) -> Tensor:
-        """[T, B, H * V] from the heads and the layer's input."""
-        normed_TBD = self.out_norm(o_BTHV)
-        if self.linear_output_gate is None:
-            return normed_TBD
-        gate_TBD, _ = self.linear_output_gate(hidden_states)
-        return normed_TBD * torch.nn.functional.silu(gate_TBD)
+        return self.normed_and_gated(o_BTHV, hidden_states)
 
     def _op_inputs(
         self, hidden_states: Tensor, layout: SequenceLayout | None, rotary_pos_emb: Tensor | None
@@ -341,7 +305,7 @@ class GatedLinearAttention(SetInClosedForm, SelfAttention):
             *inputs, scale=self.scale, output_final_state=True, backend=self.backend
         )
         assert state_BGKV is not None
-        output, _ = self.linear_proj(self._normed_and_gated(o_BTHV, hidden_states))
+        output, _ = self.linear_proj(self.normed_and_gated(o_BTHV, hidden_states))
         return output, RecurrentState(state_BGKV)
 
     def decode(
@@ -353,17 +317,7 @@ class GatedLinearAttention(SetInClosedForm, SelfAttention):
         o_BHV, state.state_BGKV = gated_linear_attention_step(
             q_BHK, k_BGK, v_BGV, log_gate_BGK, state.state_BGKV, scale=self.scale
         )
-        return self.linear_proj(self._normed_and_gated(o_BHV.unsqueeze(1), hidden_states))[0]
-
-
-class RecurrentState(DecodingState):
-    """The state behind the text that was read: [B, G, K, V] float32, whatever the length of the text."""
-
-    def __init__(self, state_BGKV: Tensor) -> None:
-        self.state_BGKV = state_BGKV
-
-    def size(self) -> CacheSize:
-        return CacheSize(recurrent=self.state_BGKV.nbytes)
+        return self.linear_proj(self.normed_and_gated(o_BHV.unsqueeze(1), hidden_states))[0]
 
 
 _LOG_GATES = {

@@ -1,0 +1,140 @@
+"""What mixers share that keep the projections of attention and put a recurrence in its place.
+
+Keys, values and states are those of query groups; what heads read goes through a norm, and behind it through
+a gate, if one is asked for, into the output projection.
+
+Shape letters: T time, B batch, H query heads of this tensor-parallel rank, V value width, D = H * V.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import copy
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from torch import Tensor
+
+from spikingbrain_train.architecture.initializers import OPEN_GATE
+from spikingbrain_train.config.parallel import LinearAttentionBackend, LinearAttentionContextParallel
+from spikingbrain_train.models.mixers.decoding import CacheSize, DecodingState
+from spikingbrain_train.models.mixers.head_norm import HeadNorm
+
+
+class RecurrentAttention(SelfAttention):
+    """SelfAttention's ``linear_qkv`` and ``linear_proj``, with ``out_norm`` and an output gate between them.
+
+    A dense layer's weights fit unchanged; what is added is marked as new.
+
+    Args:
+        num_query_groups: of this mixer; None: the model's.
+        init_out_norm: initial weight of the norm.
+        output_gate: makes ``linear_output_gate``; None: there is none.
+        backend: who computes the recurrence.
+        context_parallel: how states reach the next slice of a sequence.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: SelfAttentionSubmodules,
+        layer_number: int,
+        attn_mask_type: AttnMaskType = AttnMaskType.causal,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        *,
+        num_query_groups: int | None,
+        init_out_norm: float,
+        output_gate: type | None,
+        backend: LinearAttentionBackend,
+        context_parallel: LinearAttentionContextParallel,
+        **kwargs: object,
+    ) -> None:
+        if num_query_groups is not None:
+            config = copy(config)
+            config.num_query_groups = num_query_groups
+        super().__init__(
+            config, submodules, layer_number, attn_mask_type, cp_comm_type, pg_collection, **kwargs
+        )
+        assert config.kv_channels is not None and config.num_query_groups is not None
+        self.backend = backend.value
+        self.context_parallel = context_parallel
+        self.scale = config.kv_channels**-0.5
+        self.out_norm = HeadNorm(config, init_out_norm, self.pg_collection.tp)
+        self.linear_output_gate = None
+        if output_gate is not None:
+            self.linear_output_gate = self.new_projection(
+                output_gate, config.hidden_size, self.query_projection_size, torch.nn.init.zeros_, OPEN_GATE
+            )
+
+    def new_projection(
+        self,
+        linear: type,
+        inputs: int,
+        outputs: int,
+        init_method: Callable[[Tensor], Tensor],
+        bias: float | Tensor | None = None,
+    ) -> torch.nn.Module:
+        """A column-parallel projection that a dense source has not.
+
+        Args:
+            linear: its class.
+            inputs: of the whole matrix.
+            outputs: of the whole matrix.
+            init_method: fills its weight.
+            bias: what its bias begins with on this rank, a number or [outputs of the rank]; None: it has
+                none.
+        """
+        built = linear(
+            inputs,
+            outputs,
+            config=self.config,
+            init_method=init_method,
+            gather_output=False,
+            bias=bias is not None,
+            skip_bias_add=False,
+            is_expert=False,
+            tp_group=self.pg_collection.tp,
+        )
+        if bias is not None and self.config.perform_initialization:
+            with torch.no_grad():
+                built.bias.copy_(torch.as_tensor(bias))
+        for parameter in built.parameters():
+            parameter.is_new_parameter = True
+        return built
+
+    def normed_and_gated(self, o_BTHV: Tensor, hidden_states: Tensor) -> Tensor:
+        """What the output projection sees.
+
+        Args:
+            o_BTHV: what the heads read.
+            hidden_states: the layer's input [T, B, hidden_size].
+
+        Returns:
+            [T, B, D].
+        """
+        normed_TBD = self.out_norm(o_BTHV)
+        if self.linear_output_gate is None:
+            return normed_TBD
+        gate_TBD, _ = self.linear_output_gate(hidden_states)
+        return normed_TBD * torch.nn.functional.silu(gate_TBD)
+
+
+class RecurrentState(DecodingState):
+    """What is left of a text, whatever its length.
+
+    Args:
+        state_BGKV: behind the text [B, G, K, V], float32.
+        inputs_BSC: the last inputs of a short convolution; None: there is none.
+    """
+
+    def __init__(self, state_BGKV: Tensor, inputs_BSC: Tensor | None = None) -> None:
+        self.state_BGKV = state_BGKV
+        self.inputs_BSC = inputs_BSC
+
+    def size(self) -> CacheSize:
+        inputs = 0 if self.inputs_BSC is None else self.inputs_BSC.nbytes
+        return CacheSize(recurrent=self.state_BGKV.nbytes + inputs)
