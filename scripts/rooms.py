@@ -31,6 +31,7 @@ FLOORS = {
     "conversion": 9,
     "layer_choice": 10,
     "spike_analysis": 9,
+    "activation_sparsity": 9,
     "quantization": 10,
     "pipelines": 11,
     "commands": 12,

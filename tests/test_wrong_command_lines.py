@@ -49,6 +49,7 @@ AVERAGE = ("convert_checkpoint", "average", "--output", "out", "--checkpoints")
 EXPORT = ("export", "--checkpoint", "checkpoint", "--output", "out")
 PREPROCESS = ("preprocess_data", "--input", "text.txt", "--tokenizer", "model", "--output-prefix", "out/text")
 CHOOSE = ("choose_layers", "--model", "model", "--data", "text", "--output", "out")
+SPARSITY = ("analyze_sparsity", "--model", "whole", "--text", "text.txt")
 ANALYZE = ("analyze_spikes", "--model", "whole", "--text", "text.txt")
 DEMO = ("demo", "--output", "out", "--model", "model")
 BATCH = ("stage.seq_length=64", "stage.train_iters=1", "stage.global_batch_size=1", "dry_run=true")
@@ -93,12 +94,21 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     (("analyze_spikes", "--model", "model", "--text", "text.txt"), "model holds no weights in safetensors"),
     (("analyze_spikes", "--model", "nowhere", "--text", "text.txt"), "--model nowhere is not a folder"),
     (("analyze_spikes", "--model", "whole", "--data", "nowhere"), "--data=nowhere: there is no nowhere.bin"),
-    ((*ANALYZE, "--seq-length", "500"), "--seq-length 500 would be padded, and spikes of padding counted; g"),
+    ((*ANALYZE, "--seq-length", "500"), "--seq-length 500 would be padded, and padding counted; g"),
     ((*ANALYZE, "--window", "0"), "--window is 0; give 1 to 32 steps"),
     ((*ANALYZE, "--k", "-1"), "--k has -1; give k above 0"),
     ((*ANALYZE, "--sweep", "3", "nan"), "--sweep has nan; give k above 0"),
     ((*ANALYZE, "--energy-int8-add", "0"), "--energy-int8-add is 0; give pJ above 0, e.g. 0.03"),
     ((*ANALYZE, "--output", "file"), "--output=file"),
+    ((*SPARSITY, "--thresholds", "0", "-0.1"), "--thresholds has -0.1; a gate's threshold is at least 0"),
+    ((*SPARSITY, "--thresholds", "0.02", "0", "0.02"), "are to rise; give --thresholds 0 0.02"),
+    ((*SPARSITY, "--loss-budget", "0.1"), "--loss-budget is read with --fit-threshold only"),
+    (
+        (*SPARSITY, "--fit-threshold", "--loss-budget", "-1"),
+        "--loss-budget is -1; give nats per token of at l",
+    ),
+    ((*SPARSITY, "--seq-length", "500"), "--seq-length 500 would be padded"),
+    ((*SPARSITY, "--output", "file"), "--output=file"),
     (CHOOSE, "model holds no weights in safetensors"),
     ((*CHOOSE, "--tokens", "0"), "--tokens is 0"),
     ((*CHOOSE, "--model", "nowhere"), "--model nowhere is not a folder"),

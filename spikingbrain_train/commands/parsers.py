@@ -69,6 +69,12 @@ def _analyze_spikes() -> argparse.ArgumentParser:
     return analyze_spikes_parser()
 
 
+def _analyze_sparsity() -> argparse.ArgumentParser:
+    from spikingbrain_train.activation_sparsity.command_line import analyze_sparsity_parser
+
+    return analyze_sparsity_parser()
+
+
 def _plot() -> argparse.ArgumentParser:
     from spikingbrain_train.reporting.command_line import plot_parser
 
@@ -116,6 +122,7 @@ PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "evaluate": _evaluate,
     "generate": _generate,
     "analyze-spikes": _analyze_spikes,
+    "analyze-sparsity": _analyze_sparsity,
     "plot": _plot,
     "pipeline": _pipeline,
     "demo": _demo,

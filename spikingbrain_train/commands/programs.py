@@ -101,6 +101,15 @@ def analyze_spikes() -> None:
 
 
 @program
+def analyze_sparsity() -> None:
+    """Count zeros inside feed-forwards."""
+    from spikingbrain_train.activation_sparsity.command_line import analyze_sparsity
+    from spikingbrain_train.commands.inference import here_or_on_ranks
+
+    here_or_on_ranks("analyze-sparsity", analyze_sparsity)
+
+
+@program
 def generate() -> None:
     """Continue a prompt."""
     from spikingbrain_train.commands.inference import here_or_on_ranks

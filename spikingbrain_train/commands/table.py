@@ -75,6 +75,12 @@ COMMANDS = (
         programs.analyze_spikes,
         "tools/analyze_spikes.py",
     ),
+    Command(
+        "analyze-sparsity",
+        "count the zeros inside a model's feed-forwards on text, fit a threshold",
+        programs.analyze_sparsity,
+        "tools/analyze_sparsity.py",
+    ),
     Command("plot", "draw runs: losses, layers, experts, spikes", programs.plot, "tools/plot_metrics.py"),
     Command(
         "pipeline",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from spikingbrain_train.evaluation.score_batches import ScoreRequest
+from spikingbrain_train.evaluation.text_windows import cross_entropy_of
 from spikingbrain_train.spike_analysis.linear_records import Records
 from spikingbrain_train.spike_analysis.spiking_model import SpikingModel
 
@@ -42,17 +42,11 @@ def analyse(model: SpikingModel, windows: Sequence[Sequence[int]], ks: Sequence[
         windows: token ids of each text, of one length; the last of each is predicted only.
         ks: at least one.
     """
-    requests = [ScoreRequest(window[:1], window[1:]) for window in windows]
     with model.no_spikes():
-        without = _cross_entropy(model, requests, "reading without spikes")
+        without = cross_entropy_of(model.language_model, windows, "reading without spikes")
     readings = []
     for k in sorted(set(ks)):
         with model.spikes(k) as records:
-            cross_entropy = _cross_entropy(model, requests, f"reading with k {k:g}")
+            cross_entropy = cross_entropy_of(model.language_model, windows, f"reading with k {k:g}")
         readings.append(Reading(k, cross_entropy, model.gathered(records)))
     return Analysis(without, readings)
-
-
-def _cross_entropy(model: SpikingModel, requests: Sequence[ScoreRequest], what: str) -> float:
-    scores = model.language_model.score(requests, what=what)
-    return -sum(score.log_prob for score in scores) / sum(len(score.log_probs) for score in scores)

@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
-from spikingbrain_train.errors import ConfigurationError, DataError
-from spikingbrain_train.evaluation.checkpoint_request import (
-    CheckpointRequest,
-    for_reading,
-    request_checkpoint,
+from spikingbrain_train.errors import ConfigurationError
+from spikingbrain_train.evaluation.checkpoint_request import CheckpointRequest
+from spikingbrain_train.evaluation.inference_command_line import Elsewhere, inference_parser, run_inference
+from spikingbrain_train.evaluation.reading_command_line import (
+    add_text_options,
+    check_text_options,
+    open_folder,
+    ranks_for_reading,
+    reading_of,
 )
-from spikingbrain_train.evaluation.inference_command_line import (
-    Elsewhere,
-    check_model_files,
-    inference_parser,
-    run_inference,
-)
-from spikingbrain_train.planning.file_checks import check_output_folder, check_prefix
-from spikingbrain_train.planning.parallel_checks import check_sequence_split
-from spikingbrain_train.reporting.activity import activity
+from spikingbrain_train.planning.file_checks import check_output_folder
 from spikingbrain_train.spike_analysis.published import PUBLISHED
-from spikingbrain_train.spike_analysis.window_checks import check_windows
 from spikingbrain_train.spiking.energy import EnergyModel
 
 NUMBERS_FILE, PAGE_FILE = "spikes.json", "spikes.html"
@@ -66,25 +59,7 @@ def analyze_spikes_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help=f"folder for {NUMBERS_FILE} and {PAGE_FILE} (default: tables only)",
     )
-    text = parser.add_mutually_exclusive_group(required=True)
-    text.add_argument(
-        "--text",
-        nargs="+",
-        metavar="FILE",
-        help="text to read: files (.txt, .jsonl, compressed or not), folders, globs, or pydoc-topics",
-    )
-    text.add_argument(
-        "--data", nargs="+", metavar="PREFIX", help="or held-out indexed datasets, without .bin/.idx"
-    )
-    parser.add_argument(
-        "--text-key", default="text", metavar="KEY", help="field of a JSON document (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--windows", type=int, default=4, metavar="N", help="windows to read (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--seq-length", type=int, default=512, metavar="N", help="tokens of a window (default: %(default)s)"
-    )
+    add_text_options(parser)
     parser.add_argument(
         "--k",
         type=float,
@@ -138,7 +113,7 @@ def analyze_spikes(arguments: Sequence[str] | None = None, *, elsewhere: Elsewhe
 
 
 def _prepare(arguments: argparse.Namespace) -> Callable[[], None]:
-    check_windows(arguments.windows, arguments.seq_length)
+    check_text_options(arguments)
     if not 1 <= arguments.window <= 32:
         raise ConfigurationError(f"--window is {arguments.window}; give 1 to 32 steps")
     for flag, values in (("--k", [arguments.k]), ("--sweep", arguments.sweep)):
@@ -150,48 +125,14 @@ def _prepare(arguments: argparse.Namespace) -> Callable[[], None]:
     )
     if arguments.output is not None:
         check_output_folder(arguments.output, "--output")
-    is_checkpoint = check_model_files(arguments)
-    for prefix in arguments.data or ():
-        check_prefix("--data", prefix)
-    if not is_checkpoint:
-        return partial(_analyze_folder, arguments)
-    request = request_checkpoint(
-        arguments.model,
-        settings=arguments.parallel,
-        device=arguments.device,
-        dtype=arguments.dtype,
-        world_size=arguments.world_size,
-    )
-    try:
-        check_sequence_split(arguments.seq_length, request.model, request.parallel)
-    except ConfigurationError as error:
-        raise ConfigurationError(str(error).replace("stage.seq_length=", "--seq-length ")) from None
-    tokenizer = arguments.tokenizer or request.tokenizer
-    if tokenizer is None:
-        raise DataError(
-            f"{request.checkpoint} carries no tokenizer; name the one that its data were made with: "
-            "--tokenizer FOLDER"
-        )
-    return partial(_analyze_checkpoint, for_reading(request), Path(tokenizer), arguments)
+    return reading_of(arguments, _analyze_folder, _analyze_checkpoint)
 
 
 def _analyze_folder(arguments: argparse.Namespace) -> None:
-    from spikingbrain_train.evaluation.folder_model import load_folder
-
-    model = load_folder(
-        arguments.model,
-        device=arguments.device,
-        dtype=arguments.dtype,
-        trust_remote_code=arguments.trust_remote_code,
-    )
-    from spikingbrain_train.runtime.quiet_torch import ignore_megatron_warnings
-
-    ignore_megatron_warnings()  # before megatron-core, which comes with the datasets
-    from spikingbrain_train.evaluation.text_tokenizer import TextTokenizer
+    model, tokenizer = open_folder(arguments)
     from spikingbrain_train.spike_analysis.hugging_face import HuggingFaceSpikes
     from spikingbrain_train.spike_analysis.run import run
 
-    tokenizer = TextTokenizer(arguments.tokenizer or arguments.model)
     run(
         HuggingFaceSpikes(model, tokenizer, str(arguments.model)),
         arguments,
@@ -203,23 +144,11 @@ def _analyze_folder(arguments: argparse.Namespace) -> None:
 
 
 def _analyze_checkpoint(request: CheckpointRequest, tokenizer: Path, arguments: argparse.Namespace) -> None:
-    from spikingbrain_train.runtime.quiet_torch import ignore_megatron_warnings
-
-    with activity("importing torch and megatron-core", shown=os.environ.get("RANK", "0") == "0"):
-        ignore_megatron_warnings()
-        import megatron.core.models.gpt  # noqa: F401  (the slow part)
-
-        from spikingbrain_train.evaluation.checkpoint_model import joined_ranks
+    with ranks_for_reading(request, arguments, "whose spikes would count") as groups:
         from spikingbrain_train.evaluation.text_tokenizer import TextTokenizer
         from spikingbrain_train.spike_analysis.megatron import MegatronSpikes
         from spikingbrain_train.spike_analysis.run import run
 
-    with joined_ranks(request) as groups:
-        if arguments.windows % groups.data_parallel_size:
-            raise ConfigurationError(
-                f"--windows {arguments.windows} cannot be split over {groups.data_parallel_size} "
-                "data-parallel ranks without padding, whose spikes would count; give a multiple"
-            )
         model = MegatronSpikes(request, groups, TextTokenizer(tokenizer), arguments.seq_length)
         ranks = "" if groups.world_size == 1 else f"; {groups.describe()}"
         run(

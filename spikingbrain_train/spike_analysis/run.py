@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 
 from spikingbrain_train.evaluation.output import write_result
+from spikingbrain_train.evaluation.text_windows import windows_asked_for
 from spikingbrain_train.reporting.activity import activity
 from spikingbrain_train.spike_analysis.analysis import analyse
 from spikingbrain_train.spike_analysis.html_page import html_page
 from spikingbrain_train.spike_analysis.report import Read, SpikeReport
 from spikingbrain_train.spike_analysis.spiking_model import SpikingModel
-from spikingbrain_train.spike_analysis.text import windows_of_data, windows_of_text
 from spikingbrain_train.storage.durable_files import write_text_durably
 
 _DEFAULT_K = 3.0
@@ -31,7 +31,7 @@ def run(
     """
     language_model = model.language_model
     with activity("opening the text", shown=language_model.is_main_process):
-        windows = _windows(model, arguments)
+        windows = windows_asked_for(arguments, language_model)
     k = arguments.k if arguments.k is not None else model.k or _DEFAULT_K
     analysis = analyse(model, windows, [k, *arguments.sweep])
     if not language_model.is_main_process:
@@ -53,11 +53,3 @@ def run(
         write_result(arguments.output / json, report.as_json())
         write_text_durably(arguments.output / page, html_page(report))
         print(f"\nnumbers        {arguments.output / json}\nreport         {arguments.output / page}")
-
-
-def _windows(model: SpikingModel, arguments: argparse.Namespace) -> list[list[int]]:
-    language_model, shape = model.language_model, (arguments.windows, arguments.seq_length)
-    if arguments.text is not None:
-        return windows_of_text(arguments.text, arguments.text_key, language_model.tokenizer, *shape)
-    vocab_size = language_model.vocab_size
-    return windows_of_data(arguments.data, language_model.tokenizer.path, vocab_size, *shape)

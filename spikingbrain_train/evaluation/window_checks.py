@@ -6,7 +6,7 @@ from spikingbrain_train.errors import ConfigurationError
 
 
 def check_windows(windows: int, seq_length: int) -> None:
-    """Windows that are read without padding, whose spikes would count, too.
+    """Windows that are read without padding, which would count, too.
 
     Raises:
         ConfigurationError: a length that batches would fill up.
@@ -17,6 +17,6 @@ def check_windows(windows: int, seq_length: int) -> None:
     step = 1 << max(0, seq_length.bit_length() - 4)
     if seq_length % step:
         raise ConfigurationError(
-            f"--seq-length {seq_length} would be padded, and spikes of padding counted; give "
+            f"--seq-length {seq_length} would be padded, and padding counted; give "
             f"{-(-seq_length // step) * step}"
         )

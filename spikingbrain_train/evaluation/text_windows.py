@@ -2,12 +2,35 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from spikingbrain_train.data.documents import find_sources
 from spikingbrain_train.errors import DataError
+from spikingbrain_train.evaluation.language_model import LanguageModel, ScoreRequest
 from spikingbrain_train.evaluation.text_tokenizer import TextTokenizer
+
+
+def windows_asked_for(arguments: argparse.Namespace, language_model: LanguageModel) -> list[list[int]]:
+    """Those that the flags of :mod:`.reading_command_line` name; see the functions below."""
+    shape = (arguments.windows, arguments.seq_length)
+    if arguments.text is not None:
+        return windows_of_text(arguments.text, arguments.text_key, language_model.tokenizer, *shape)
+    return windows_of_data(arguments.data, language_model.tokenizer.path, language_model.vocab_size, *shape)
+
+
+def cross_entropy_of(language_model: LanguageModel, windows: Sequence[Sequence[int]], what: str) -> float:
+    """Nats per token of windows; on several ranks all call it together.
+
+    Args:
+        language_model: that reads them.
+        windows: token ids of each text, of one length; the last of each is predicted only.
+        what: is read, for the progress that is shown.
+    """
+    requests = [ScoreRequest(window[:1], window[1:]) for window in windows]
+    scores = language_model.score(requests, what=what)
+    return -sum(score.log_prob for score in scores) / sum(len(score.log_probs) for score in scores)
 
 
 def windows_of_text(
