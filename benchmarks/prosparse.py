@@ -2,8 +2,9 @@
 
 At equal tokens, from one dense source with SwiGLUs: a control that keeps them, ReLU alone, ReLU with the
 staged L1 loss, and a threshold (FATReLU) fitted to that on text of its own. Of each the share of zeros and
-the held-out cross entropy. ``--distill`` adds ReLU, L1 and threshold once more, learning from the dense
-source instead of from the next token. All of it is commands that users type; it is resumable, and runs in pieces:
+the held-out cross entropy. ``--distill`` adds ReLU, L1 and threshold once more, learning from the
+dense source instead of from the next token. All of it is commands that users type; it is resumable, and runs
+in pieces:
 
   python benchmarks/prosparse.py --output outputs/prosparse --model models/SmolLM2-135M-Instruct \\
       --train docs_train.jsonl.zst --valid docs_valid.jsonl.zst --tokens 8192 --distill --minutes 60
@@ -34,7 +35,8 @@ from spikingbrain_train.storage.durable_files import write_text_durably  # noqa:
 
 SEQ_LENGTH = 256
 _HELD_OUT_CHARACTERS, _TRAIN_CHARACTERS = 60_000, 4_000_000
-_WINDOWS = 16
+_WINDOWS = {"fit": 4, "measure": 16}
+"""Of text to fit a threshold on, which is read some ten times, and of text to measure on."""
 _LOSS_BUDGET = 0.01
 _RELU = ("activation_func=relu",)
 
@@ -138,7 +140,7 @@ class ProSparseRuns:
         else:
             measured = folder / "evaluation.json"
             words = ("evaluate", "--model", folder / "train", "--data", self.data / "measure")
-            windows = ("--seq-length", SEQ_LENGTH, "--max-windows", _WINDOWS)
+            windows = ("--seq-length", SEQ_LENGTH, "--max-windows", _WINDOWS["measure"])
             self.commands.run(*words, *windows, "--output", measured)
             done |= {"cross_entropy": json.loads(measured.read_text())["cross_entropy"], "sparsity": 0.0}
         write_text_durably(result, json.dumps(done) + "\n")
@@ -182,7 +184,7 @@ class ProSparseRuns:
         output = folder / text
         if not (output / "sparsity.json").is_file():
             words = ("analyze-sparsity", "--model", folder / "train", "--data", self.data / text)
-            windows = ("--seq-length", SEQ_LENGTH, "--windows", _WINDOWS)
+            windows = ("--seq-length", SEQ_LENGTH, "--windows", _WINDOWS[text])
             self.commands.run(*words, *windows, "--dtype", "float32", "--output", output, *flags)
         return json.loads((output / "sparsity.json").read_text())
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from spikingbrain_train.activation_sparsity.gated_model import nothing_is_zero
+from spikingbrain_train.activation_sparsity.zero_checks import nothing_is_zero
 from spikingbrain_train.config.model import ActivationFunc
 from spikingbrain_train.errors import CheckpointError, ConfigurationError
 from spikingbrain_train.evaluation.checkpoint_request import CheckpointRequest

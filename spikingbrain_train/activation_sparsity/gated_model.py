@@ -29,11 +29,3 @@ class GatedModel(ABC):
     def gathered(self, records: GateRecords) -> GateRecords:
         """Those of all ranks, on the CPU; every rank calls it."""
         return GateRecords.merged([records])
-
-
-def nothing_is_zero(name: str, activation: str) -> str:
-    """The sentence for models whose gates have no zeros."""
-    return (
-        f"{name} has nothing that is zero: its gates go through {activation}, not relu or fatrelu; convert the "
-        "dense source with --conversion prosparse (activation_func=relu), train it, and name the checkpoint"
-    )

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from spikingbrain_train.activation_sparsity.gate_records import GateRecords, Part
-from spikingbrain_train.activation_sparsity.gated_model import GatedModel, nothing_is_zero
+from spikingbrain_train.activation_sparsity.gated_model import GatedModel
+from spikingbrain_train.activation_sparsity.zero_checks import nothing_is_zero
 from spikingbrain_train.errors import CheckpointError
 from spikingbrain_train.evaluation.huggingface_language_model import HuggingFaceLanguageModel
 from spikingbrain_train.evaluation.text_tokenizer import TextTokenizer

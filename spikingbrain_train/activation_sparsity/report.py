@@ -120,7 +120,7 @@ class SparsityReport:
             f"fatrelu_threshold={self.fit.threshold:g}",
         ]
         words = ["spikingbrain-convert", "import", "--hf", source, "--output", f"{target}-checkpoint"]
-        commands.append([*words, "--conversion", "dense", *settings])
+        commands.append([*words, "--conversion", "prosparse", *settings])
         words = ["spikingbrain-export", "--checkpoint", f"{target}-checkpoint", "--output", target]
         commands.append(words)
         return [shlex.join(each) for each in commands]

@@ -1,0 +1,11 @@
+"""Which models have zeros to count. Said without torch."""
+
+from __future__ import annotations
+
+
+def nothing_is_zero(name: str, activation: str) -> str:
+    """The sentence for models whose gates have no zeros."""
+    return (
+        f"{name} has nothing that is zero: its gates go through {activation}, not relu or fatrelu; convert "
+        "the dense source with --conversion prosparse (activation_func=relu), train it, and name that"
+    )
