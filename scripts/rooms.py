@@ -33,6 +33,7 @@ FLOORS = {
     "spike_analysis": 9,
     "activation_sparsity": 9,
     "quantization": 10,
+    "bricks": 10,
     "pipelines": 11,
     "commands": 12,
 }

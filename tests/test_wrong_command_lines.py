@@ -50,6 +50,7 @@ EXPORT = ("export", "--checkpoint", "checkpoint", "--output", "out")
 PREPROCESS = ("preprocess_data", "--input", "text.txt", "--tokenizer", "model", "--output-prefix", "out/text")
 CHOOSE = ("choose_layers", "--model", "model", "--data", "text", "--output", "out")
 SPARSITY = ("analyze_sparsity", "--model", "whole", "--text", "text.txt")
+NEURONS = ("bricks", "neurons", "--model", "whole", "--text", "text.txt")
 ANALYZE = ("analyze_spikes", "--model", "whole", "--text", "text.txt")
 DEMO = ("demo", "--output", "out", "--model", "model")
 BATCH = ("stage.seq_length=64", "stage.train_iters=1", "stage.global_batch_size=1", "dry_run=true")
@@ -109,6 +110,8 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     ),
     ((*SPARSITY, "--seq-length", "500"), "--seq-length 500 would be padded"),
     ((*SPARSITY, "--output", "file"), "--output=file"),
+    ((*NEURONS, "--mask", "50", "100"), "--mask has 100; give percent of at least 0 and below 100"),
+    ((*NEURONS, "--output", "file"), "--output=file"),
     (CHOOSE, "model holds no weights in safetensors"),
     ((*CHOOSE, "--tokens", "0"), "--tokens is 0"),
     ((*CHOOSE, "--model", "nowhere"), "--model nowhere is not a folder"),

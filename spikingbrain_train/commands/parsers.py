@@ -75,6 +75,12 @@ def _analyze_sparsity() -> argparse.ArgumentParser:
     return analyze_sparsity_parser()
 
 
+def _bricks() -> argparse.ArgumentParser:
+    from spikingbrain_train.bricks.command_line import bricks_parser
+
+    return bricks_parser()
+
+
 def _plot() -> argparse.ArgumentParser:
     from spikingbrain_train.reporting.command_line import plot_parser
 
@@ -123,6 +129,7 @@ PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "generate": _generate,
     "analyze-spikes": _analyze_spikes,
     "analyze-sparsity": _analyze_sparsity,
+    "bricks": _bricks,
     "plot": _plot,
     "pipeline": _pipeline,
     "demo": _demo,

@@ -110,6 +110,15 @@ def analyze_sparsity() -> None:
 
 
 @program
+def bricks() -> None:
+    """Look at, take apart and put together the parts of a model."""
+    from spikingbrain_train.bricks.command_line import bricks
+    from spikingbrain_train.commands.inference import here_or_on_ranks
+
+    here_or_on_ranks("bricks", bricks)
+
+
+@program
 def generate() -> None:
     """Continue a prompt."""
     from spikingbrain_train.commands.inference import here_or_on_ranks

@@ -81,6 +81,12 @@ COMMANDS = (
         programs.analyze_sparsity,
         "tools/analyze_sparsity.py",
     ),
+    Command(
+        "bricks",
+        "neurons and experts as bricks: what they do, what a model is without them",
+        programs.bricks,
+        "tools/bricks.py",
+    ),
     Command("plot", "draw runs: losses, layers, experts, spikes", programs.plot, "tools/plot_metrics.py"),
     Command(
         "pipeline",

@@ -48,6 +48,12 @@ def inference_parser(description: str, epilog: str, *, output_file: bool = True)
         output_file: whether ``--output`` is a JSON file, and so added here.
     """
     parser = command_parser(description, epilog)
+    add_inference_options(parser, output_file=output_file)
+    return parser
+
+
+def add_inference_options(parser: argparse.ArgumentParser, *, output_file: bool = True) -> None:
+    """Add them to a parser, which may be that of a subcommand; see :func:`inference_parser`."""
     parser.add_argument(
         "--model",
         type=Path,
@@ -77,7 +83,6 @@ def inference_parser(description: str, epilog: str, *, output_file: bool = True)
         "every rank)",
     )
     add_plugins_argument(parser)
-    return parser
 
 
 def run_inference(

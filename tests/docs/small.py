@@ -184,6 +184,7 @@ def shortened(words: list[str]) -> list[str]:
         "spikingbrain-generate": ("--max-new-tokens",),
         "spikingbrain-analyze-spikes": ("--seq-length", "--windows"),
         "spikingbrain-analyze-sparsity": ("--seq-length", "--windows"),
+        "spikingbrain-bricks": ("--seq-length", "--windows"),
     }
     for flag in more.get(changed[0], ()):
         if flag not in changed:

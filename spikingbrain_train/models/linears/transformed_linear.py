@@ -78,11 +78,12 @@ class TransformedLinear(HasTransforms, torch.nn.Module):
         """
         for transform in self.transforms.values():
             input_ = transform.input(input_, self.input_shard)
-        with self._transformed_weights():
+        with self.transformed_weights():
             return super().forward(input_, *args, **kwargs)
 
     @contextmanager
-    def _transformed_weights(self) -> Iterator[None]:
+    def transformed_weights(self) -> Iterator[None]:
+        """While it lasts, ``weight`` is what the transforms make of it."""
         # An attribute of the object itself is found before torch looks for a parameter of that name.
         names = [name for name in self._parameters if _WEIGHT.fullmatch(name)] if self._of_weight else []
         attributes = self.__dict__

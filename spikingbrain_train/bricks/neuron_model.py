@@ -1,0 +1,118 @@
+"""A model whose neurons can be watched and left out. One seam for all forms.
+
+A neuron is a channel inside a feed-forward: its activation is ``act(gate) * up``, what the down projection
+reads, and its output is the activation times its column of the down projection (configurable foundation
+models, arXiv 2409.02877, section 5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from spikingbrain_train.activation_sparsity.gate_records import Part
+from spikingbrain_train.evaluation.language_model import LanguageModel
+
+Change = Callable[["FeedForward", Tensor], "Tensor | None"]
+"""From a feed-forward and its activations [..., F] to what the down projection reads; None leaves them."""
+
+
+@dataclass(frozen=True, eq=False)
+class FeedForward:
+    """A feed-forward or an expert, or the channels of it that this rank holds."""
+
+    part: Part
+    """Layer, name in it, and which share of the channels."""
+    down: torch.nn.Module
+    """Its down projection, which is called with the activations."""
+    norms: Tensor
+    """[F] float32: norm of each channel's column of the down projection."""
+    group: ProcessGroup | None = None
+    """Ranks that hold the other channels; None where this one holds all."""
+    copies: int = 1
+    """How often each token goes through, on all ranks together."""
+
+    def output_norms(self, inside: Tensor) -> Tensor:
+        """[..., F] activations to the norm of what each neuron adds, float32."""
+        return inside.float().abs() * self.norms
+
+    def all_channels(self, values: Tensor) -> Tensor:
+        """[..., F] of this rank to [..., all channels], in their order."""
+        if self.group is None or self.group.size() == 1 or not values.numel():
+            return values
+        parts = [torch.empty_like(values) for _ in range(self.group.size())]
+        torch.distributed.all_gather(parts, values.contiguous(), group=self.group)
+        return torch.cat(parts, -1)
+
+
+class NeuronModel:
+    """Behind it is a Hugging Face folder (:mod:`.hugging_face`) or a Megatron checkpoint (:mod:`.megatron`).
+
+    Args:
+        language_model: that reads text, one at a time; on several ranks all read together.
+        name: for the report.
+        form: of the model, for the report.
+        dtype: of its weights, for the report.
+        feed_forwards: that this rank holds, in their order.
+        gather: from this rank's object to those of all ranks; None on one rank.
+    """
+
+    def __init__(
+        self,
+        language_model: LanguageModel,
+        *,
+        name: str,
+        form: str,
+        dtype: str,
+        feed_forwards: Sequence[FeedForward],
+        gather: Callable[[Any], list[Any]] | None = None,
+    ) -> None:
+        self.language_model, self.name, self.form, self.dtype = language_model, name, form, dtype
+        self.feed_forwards = list(feed_forwards)
+        self.gathered = gather or (lambda mine: [mine])
+
+    @contextmanager
+    def changed(self, change: Change) -> Iterator[None]:
+        """Let ``change`` see, and replace, what every down projection reads while the context lasts."""
+        with ExitStack() as stack:
+            for each in self.feed_forwards:
+                stack.callback(each.down.register_forward_pre_hook(_hook(each, change)).remove)
+            yield
+
+
+def _hook(feed_forward: FeedForward, change: Change) -> Any:
+    def look(_: torch.nn.Module, inputs: tuple[Any, ...]) -> Any:
+        changed = change(feed_forward, inputs[0])
+        return None if changed is None else (changed, *inputs[1:])
+
+    return look
+
+
+def strongest(share: float) -> Change:
+    """Leave out the neurons of lowest output norm at every token.
+
+    Those stay whose norm is at least that of the last one that does, so equal ones stay together: what is
+    zero already costs nothing.
+
+    Args:
+        share: of all channels of a feed-forward that are left out, 0 to 1.
+    """
+
+    def change(feed_forward: FeedForward, inside: Tensor) -> Tensor | None:
+        norms = feed_forward.output_norms(inside)
+        whole = feed_forward.all_channels(norms)
+        keep = whole.shape[-1] - round(share * whole.shape[-1])
+        if keep == whole.shape[-1] or not whole.numel():
+            return None
+        if not keep:
+            return torch.zeros_like(inside)
+        least = whole.topk(keep, dim=-1).values[..., -1:]
+        return inside.masked_fill(norms < least, 0)
+
+    return change
