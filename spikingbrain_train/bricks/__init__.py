@@ -1,1 +1,1 @@
-"""Models as bricks (arXiv 2409.02877): neurons, abilities, and experts that a dense feed-forward is cut into."""
+"""Models as bricks (arXiv 2409.02877): neurons, abilities, experts that a dense feed-forward is cut into."""

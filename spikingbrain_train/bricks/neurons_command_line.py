@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from spikingbrain_train.bricks.output_files import NEURONS_MEANS, NEURONS_NUMBERS, NEURONS_PICTURE
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.evaluation.checkpoint_request import CheckpointRequest
 from spikingbrain_train.evaluation.inference_command_line import add_inference_options
@@ -19,8 +20,6 @@ from spikingbrain_train.evaluation.reading_command_line import (
 )
 from spikingbrain_train.planning.file_checks import check_output_folder
 
-NUMBERS_FILE, NEURONS_FILE, PICTURE_FILE = "neurons.json", "neurons.safetensors", "neurons.png"
-"""What lies in --output."""
 _MASKED = (0.0, 30.0, 50.0, 70.0, 80.0, 90.0)
 
 _DESCRIPTION = """\
@@ -56,7 +55,7 @@ def add_neurons(commands: Any) -> None:
         "--output",
         type=Path,
         metavar="DIR",
-        help=f"folder for {NUMBERS_FILE}, {NEURONS_FILE} and {PICTURE_FILE} (default: tables only)",
+        help=f"folder for {NEURONS_NUMBERS}, {NEURONS_MEANS} and {NEURONS_PICTURE} (default: tables only)",
     )
     add_text_options(parser)
     parser.add_argument(

@@ -6,8 +6,8 @@ import argparse
 
 from spikingbrain_train.bricks.neuron_model import NeuronModel, strongest
 from spikingbrain_train.bricks.neuron_records import BINS, LOWEST, PER_DECADE, NeuronRecords
-from spikingbrain_train.bricks.neurons_command_line import NEURONS_FILE, NUMBERS_FILE, PICTURE_FILE
 from spikingbrain_train.bricks.neurons_report import MaskedReading, NeuronsReport
+from spikingbrain_train.bricks.output_files import NEURONS_MEANS, NEURONS_NUMBERS, NEURONS_PICTURE
 from spikingbrain_train.evaluation.output import write_result
 from spikingbrain_train.evaluation.text_windows import cross_entropy_of, windows_asked_for
 from spikingbrain_train.reporting.activity import activity
@@ -54,10 +54,10 @@ def run(model: NeuronModel, arguments: argparse.Namespace) -> None:
     if arguments.output is None:
         return
     output = arguments.output
-    write_result(output / NUMBERS_FILE, report.as_json())
+    write_result(output / NEURONS_NUMBERS, report.as_json())
     from safetensors.torch import save_file
 
-    with replaced_durably(output / NEURONS_FILE) as temporary:
+    with replaced_durably(output / NEURONS_MEANS) as temporary:
         save_file(merged.means(), temporary)
     activations, outputs = report.whole()
     edges = [10 ** (LOWEST + index / PER_DECADE) for index in range(BINS + 1)]
@@ -67,6 +67,6 @@ def run(model: NeuronModel, arguments: argparse.Namespace) -> None:
         [(each.percent, each.cross_entropy) for each in curve],
         whole,
     )
-    draw_neurons(picture, output / PICTURE_FILE)
-    print(f"\nnumbers     {output / NUMBERS_FILE}\nneurons     {output / NEURONS_FILE}")
-    print(f"picture     {output / PICTURE_FILE}")
+    draw_neurons(picture, output / NEURONS_PICTURE)
+    print(f"\nnumbers     {output / NEURONS_NUMBERS}\nneurons     {output / NEURONS_MEANS}")
+    print(f"picture     {output / NEURONS_PICTURE}")

@@ -1,0 +1,5 @@
+"""Names of the files that the subcommands put into ``--output``."""
+
+NEURONS_NUMBERS, NEURONS_MEANS, NEURONS_PICTURE = "neurons.json", "neurons.safetensors", "neurons.png"
+ABILITIES_NUMBERS, ABILITIES_NEURONS = "abilities.json", "abilities.safetensors"
+ABILITIES_PICTURE = "abilities.png"
