@@ -16,6 +16,13 @@ class Normal:
 
 
 @dataclass(frozen=True)
+class Uniform:
+    """Drawn between plus and minus a bound."""
+
+    bound: float
+
+
+@dataclass(frozen=True)
 class Constant:
     """One value everywhere."""
 
@@ -63,4 +70,4 @@ class LightningDecays:
         return [-share * 2.0 ** (-8 * (head + 1) / heads) for head in range(heads)]
 
 
-Initializer = Normal | Constant | Values | LightningDecays | AttentionSize | EmbeddingRows | OfRecipe
+Initializer = Normal | Uniform | Constant | Values | LightningDecays | AttentionSize | EmbeddingRows | OfRecipe

@@ -86,6 +86,13 @@ class LinearTransformKind(Kind):
         """Descriptions of that for one weight of a layer."""
         return ()
 
+    def starting_from(self, model: ModelConfig, stored: ModelConfig) -> ModelConfig:
+        """``model`` without what of it begins anew where it starts from a checkpoint of ``stored``.
+
+        Raises CheckpointError where what both have does not fit.
+        """
+        return model
+
     def check(self, model: ModelConfig, stage: StageConfig, present: Collection[str]) -> None:
         """Its settings against the network and the stage. Raises ConfigurationError.
 
@@ -132,6 +139,7 @@ LINEAR_TRANSFORMS: Registry[LinearTransformKind] = Registry(
         "spikingbrain_train.architecture.int8_inputs",
         "spikingbrain_train.architecture.quantization",
         "spikingbrain_train.architecture.ternary",
+        "spikingbrain_train.architecture.lora",
     ),
 )
 """Every kind of linear transform, in the order in which they are applied. A new one of the package is a line
@@ -179,6 +187,13 @@ def with_plain_weights(model: ModelConfig) -> ModelConfig:
             )
     sections: dict[str, Any] = {kind.name: type(getattr(model, kind.name))() for kind in changing}
     return replace(model, **sections)
+
+
+def starting_from(model: ModelConfig, stored: ModelConfig) -> ModelConfig:
+    """``model`` without what of it begins anew where it starts from a checkpoint of ``stored``."""
+    for kind in LINEAR_TRANSFORMS:
+        model = kind.starting_from(model, stored)
+    return model
 
 
 def check_alternatives(model: ModelConfig) -> None:

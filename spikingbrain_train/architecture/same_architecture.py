@@ -11,7 +11,7 @@ from typing import Any
 
 from spikingbrain_train.architecture.feed_forwards import FEED_FORWARDS
 from spikingbrain_train.architecture.layers import feed_forwards_of, layers, mixers_of
-from spikingbrain_train.architecture.linear_transforms import LINEAR_TRANSFORMS
+from spikingbrain_train.architecture.linear_transforms import LINEAR_TRANSFORMS, starting_from
 from spikingbrain_train.architecture.mixers import MIXERS
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.sections import with_sections
@@ -97,7 +97,8 @@ def check_same_sizes(stored: ModelConfig, model: ModelConfig, holder: str) -> No
 def check_same_weights(stored: ModelConfig, model: ModelConfig, holder: str) -> None:
     """The weights of ``stored`` are those of ``model``: the same parameters in the same shapes.
 
-    Whatever :func:`roles` does not call weights may differ, and so may sliding and full windows.
+    Whatever :func:`roles` does not call weights may differ, and so may sliding and full windows; what begins
+    anew beside them (adapters that ``stored`` has not) is no part of either.
 
     Args:
         stored: the model in a checkpoint.
@@ -107,6 +108,7 @@ def check_same_weights(stored: ModelConfig, model: ModelConfig, holder: str) -> 
     Raises:
         CheckpointError: names the first setting that differs, and both values.
     """
+    model = starting_from(model, stored)
     theirs, ours = settings_in_use(stored), settings_in_use(model)
     per_layer = ("mixers", "feed_forwards")
     weights = [name for name, role in roles().items() if role is Role.weights and name not in per_layer]

@@ -28,6 +28,8 @@ class Split(Enum):
     """Tensor-parallel ranks hold equal parts."""
     experts = "experts"
     """Expert-parallel ranks hold whole experts, of which expert-tensor-parallel ranks hold equal parts."""
+    whole_experts = "whole experts"
+    """Expert-parallel ranks hold whole experts, of which every expert-tensor-parallel rank has a copy."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,8 @@ class Weight:
     projection: tuple[str, int] | None = None
     """What it projects, as ``Projection`` calls it, and its position among the matrices of that
     projection; None where no linear transform is applied to it."""
+    by_columns: bool = False
+    """Whether it is split by columns though it is no projection; see planning/shards.py for those that are."""
     pads_vocabulary: bool = False
     """Whether Megatron may hold more rows than the vocabulary; they are stripped on export."""
 
@@ -120,6 +124,7 @@ class Weight:
             Split.none: 1,
             Split.tensor: parallel.tensor_model_parallel_size,
             Split.experts: parallel.expert_model_parallel_size * parallel.expert_tensor_size,
+            Split.whole_experts: parallel.expert_model_parallel_size,
         }
         return self.numel // parts[self.split]
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron.core.dist_checkpointing.core import CheckpointingException
 
+from spikingbrain_train.architecture.lora import adapter_of
 from spikingbrain_train.architecture.same_architecture import check_same_weights
 from spikingbrain_train.architecture.stored_model import read_stored_model
 from spikingbrain_train.checkpoint.finite_state import first_not_finite_of_run
@@ -56,6 +57,8 @@ def load_weights(folder: str, setting: str, model: PipelineStage) -> None:
 def load_weights_of(checkpoint: Path, named: str, model: PipelineStage) -> None:
     """Fill ``model`` from one checkpoint, whatever topology wrote it; nothing but weights is read.
 
+    Adapters that the checkpoint does not have stay as they are.
+
     Args:
         checkpoint: its ``iter_*`` folder.
         named: how the user named it, for error messages (``checkpoint.load=outputs/run/checkpoints``).
@@ -64,8 +67,14 @@ def load_weights_of(checkpoint: Path, named: str, model: PipelineStage) -> None:
     Raises:
         CheckpointError: it is missing, damaged or of another architecture.
     """
-    check_same_weights(read_stored_model(checkpoint), model.model_config, named)
-    loaded = _load({"model": sharded_weights(model)}, checkpoint, named.partition("=")[0])
+    stored = read_stored_model(checkpoint)
+    check_same_weights(stored, model.model_config, named)
+    weights = {
+        name: weight
+        for name, weight in sharded_weights(model).items()
+        if (adapter := adapter_of(name)) is None or adapter in stored.lora.names
+    }
+    loaded = _load({"model": weights}, checkpoint, named.partition("=")[0])
     fill_weights(model, loaded["model"])
 
 

@@ -17,6 +17,7 @@ from spikingbrain_train.config.linear_transforms import (
     SpikingConfig,
     TernaryConfig,
 )
+from spikingbrain_train.config.lora import LoraConfig
 from spikingbrain_train.config.mamba import MambaConfig
 from spikingbrain_train.config.require import divisors, either, require
 from spikingbrain_train.config.rope_scaling import RopeScalingConfig
@@ -361,6 +362,8 @@ class LayersConfig:
     """INT8 inputs of projections."""
     ternary: TernaryConfig = field(default_factory=TernaryConfig)
     """Ternary weights."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Low-rank adapters beside frozen projections."""
 
     def check(self, prefix: str) -> None:
         """Every layer has a kind, or branches of several. Raises ConfigurationError."""

@@ -17,13 +17,14 @@ from spikingbrain_train.architecture.initializers import (
     LightningDecays,
     Normal,
     OfRecipe,
+    Uniform,
     Values,
 )
 from spikingbrain_train.config.conversion import ConversionConfig, UpcyclingForm
 from spikingbrain_train.config.enum_tables import entry_of
 from spikingbrain_train.conversion.attention_scale import AttentionScale
 from spikingbrain_train.conversion.mapping import Parameter
-from spikingbrain_train.conversion.seeds import generator
+from spikingbrain_train.ops.seeds import generator
 from spikingbrain_train.conversion.source import Source
 from spikingbrain_train.conversion.vocabulary import draw_tokens
 from spikingbrain_train.errors import ConfigurationError
@@ -60,6 +61,7 @@ class NewParameters:
         self.attention_scale = AttentionScale(source, conversion.seed)
         self._by_class: dict[type[Initializer], Callable[[Any], InitialValues]] = {
             Normal: self._normal,
+            Uniform: self._uniform,
             Constant: self._constant,
             Values: self._values,
             LightningDecays: self._lightning_decays,
@@ -99,6 +101,13 @@ class NewParameters:
         if init.std == 0:
             return self._constant(Constant(0.0))
         return InitialValues(f"normal, std {init.std:g}", lambda parameter: init.std * self._noise(parameter))
+
+    def _uniform(self, init: Uniform) -> InitialValues:
+        def draw(parameter: Parameter) -> Tensor:
+            source = generator(self.conversion.seed, parameter.name)
+            return torch.empty(parameter.shape).uniform_(-init.bound, init.bound, generator=source)
+
+        return InitialValues(f"uniform within {init.bound:.3g}", draw)
 
     def _constant(self, init: Constant) -> InitialValues:
         return InitialValues(f"constant {init.value:g}", lambda _: torch.tensor(init.value))

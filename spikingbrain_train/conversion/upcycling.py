@@ -22,7 +22,7 @@ from spikingbrain_train.architecture.weights import Shape
 from spikingbrain_train.config.conversion import UpcyclingConfig, UpcyclingForm
 from spikingbrain_train.config.enum_tables import entry_of
 from spikingbrain_train.conversion.mapping import Parameter
-from spikingbrain_train.conversion.seeds import generator
+from spikingbrain_train.ops.seeds import generator
 
 _DOWN = "mlp_down_weight"
 

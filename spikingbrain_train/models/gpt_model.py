@@ -138,6 +138,9 @@ class HybridGPTModel(GPTModel):
         Under sequence parallelism a share of them.
         """
         embeddings = self.embedding(tokens, None)
+        if torch.is_grad_enabled() and self.model_config.lora.names and not embeddings.requires_grad:
+            # Where the embedding is frozen: layers that are computed again need an input with a gradient.
+            embeddings.requires_grad_()
         if self.model_config.num_sink_tokens > 0:
             embeddings = self.sink_embedding(embeddings, layout)
         elif layout.local_sink_tokens > 0:

@@ -232,6 +232,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     logits[block] = x
             if grad_hidden is not None:
                 torch.mm(logits, weight, out=grad_hidden[chunk])
+                if not ctx.needs_input_grad[1]:  # a frozen projection
+                    continue
                 part = logits.t() @ hidden[chunk]
                 # One product is as exact as its dtype allows; sums of several are kept in float32.
                 if grad_weight is None:
@@ -239,7 +241,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 else:
                     grad_weight += part
         if needs_grad:
-            grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype)
+            if ctx.needs_input_grad[1]:
+                grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype)
             ctx.save_for_backward(grad_hidden, grad_weight)
         total = cross_entropy @ loss_weights.to(loss_dtype)
         if distillation is not None:
@@ -256,7 +259,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # Reading the scalar would stall a GPU; on CPU it saves a pass over the largest gradient of the model.
         if grad_total.device.type != "cpu" or grad_total.item() != 1.0:
             scale = grad_total.to(grad_hidden.dtype)
-            grad_hidden, grad_weight = grad_hidden * scale, grad_weight * scale
+            grad_hidden = grad_hidden * scale
+            grad_weight = None if grad_weight is None else grad_weight * scale
         return grad_hidden, grad_weight, None, None, None, None
 
 

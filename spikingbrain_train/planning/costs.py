@@ -68,7 +68,7 @@ def stage_routed_expert_parameters(model: ModelConfig, parallel: ParallelConfig,
         number * weight.numel_on_rank(parallel)
         for layer, number in alike(layers_of_stage(model, parallel, stage))
         for weight in layer.feed_forward_weights(model)
-        if weight.split is Split.experts
+        if weight.split in (Split.experts, Split.whole_experts)
     )
 
 

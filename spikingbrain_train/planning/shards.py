@@ -84,16 +84,18 @@ def _shards(weight: Weight, size: Shape, parallel: ParallelConfig, first_rank: i
         for part, (offset, shape) in _parts(weight, size, parallel.tensor_model_parallel_size):
             yield Shard(first_rank + part, offset, shape)
         return
-    experts, tensor = size[0], parallel.expert_tensor_size
+    experts, tensor = size[0], parallel.expert_tensor_size if weight.split is Split.experts else 1
     per_rank = experts // parallel.expert_model_parallel_size
     for expert in range(experts):
+        first = first_rank + expert // per_rank * parallel.expert_tensor_size
         for part, (offset, shape) in _parts(weight, size[1:], tensor):
-            yield Shard(first_rank + expert // per_rank * tensor + part, (expert, *offset), (1, *shape))
+            yield Shard(first + part, (expert, *offset), (1, *shape))
 
 
 def _parts(weight: Weight, size: Shape, number: int) -> Iterator[tuple[int, tuple[Shape, Shape]]]:
     """Each of the ``number`` ranks with offset and shape of what it holds."""
-    by_columns = weight.projection is not None and weight.projection[0] in _BY_COLUMNS
+    of_projection = weight.projection is not None and weight.projection[0] in _BY_COLUMNS
+    by_columns = of_projection or weight.by_columns
     axis = 1 if by_columns and len(size) > 1 else 0
     start = 0
     for length in _segments(weight, size, axis):

@@ -8,7 +8,7 @@ same way. So nothing here knows how any layer is split.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from spikingbrain_train.config.linear_transforms import (
     SpikingConfig,
     TernaryConfig,
 )
+from spikingbrain_train.config.lora import LoraConfig, LoraTarget
 from spikingbrain_train.config.mamba import MambaConfig
 from spikingbrain_train.config.model import (
     ActivationFunc,
@@ -205,6 +206,29 @@ CASES: Mapping[str, Case] = {
         ),
         dtype=torch.float64,
     ),
+    "adapters": Case(
+        replace(
+            _7B,
+            mixers=["gla", "full"],
+            num_sink_tokens=6,
+            lora=LoraConfig(names=["one", "two"], ranks=[2, 3], alphas=[4.0], weights=[1.0, 0.5]),
+        ),
+        packed=True,
+    ),
+    "adapters of experts, one frozen": Case(
+        replace(
+            _7B,
+            mixers=["swa"],
+            feed_forwards=["dense", "moe"],
+            moe=MoEConfig(num_experts=4, router_topk=2, num_shared_experts=2),
+            lora=LoraConfig(
+                names=["one", "two"],
+                ranks=[2],
+                trained=["two"],
+                target_modules=[each for each in LoraTarget if each is not LoraTarget.k_proj],
+            ),
+        ),
+    ),
     "7B-like, packed documents": Case(replace(_7B, num_layers=4, qk_layernorm=True), packed=True),
     "76B-like": Case(replace(_76B, num_layers=4)),
     "76B-like, packed documents": Case(replace(_76B, num_layers=4), packed=True),
@@ -263,8 +287,6 @@ def loss_and_gradients(
         change_weights(model)
     for activation in activations_in(model):
         activation.l1_factor = case.l1_factor
-    wrapped = wrap_data_parallel(model, parallel)
-    wrapped.zero_grad_buffer()
     text = LENGTH - case.model.num_sink_tokens
     stage = StageConfig(
         seq_length=text,
@@ -273,6 +295,10 @@ def loss_and_gradients(
         train_iters=1,
         sparsity=SparsityConfig([case.l1_factor], [1]) if case.l1_factor else SparsityConfig(),
     )
+    step = ContinualPretraining(stage, groups)
+    step.freeze(model)
+    wrapped = wrap_data_parallel(model, parallel)
+    wrapped.zero_grad_buffer()
     batches = (
         local_micro_batch(
             whole,
@@ -283,13 +309,14 @@ def loss_and_gradients(
         )
         for whole in _whole_batches(case, text, groups.data_parallel_rank, groups.data_parallel_size)
     )
-    step = ContinualPretraining(stage, groups)
     losses = step.forward_backward(wrapped, batches, SEQUENCES // (MICRO_BATCH * groups.data_parallel_size))
-    for parameter in model.parameters():
-        parameter.data = parameter.main_grad.clone()  # type: ignore[attr-defined]
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    for name, parameter in model.named_parameters():
+        if name not in frozen:
+            parameter.data = parameter.main_grad.clone()  # type: ignore[attr-defined]
     shards = [
         Shard(shard.key, shard.global_shape, shard.global_offset, shard.data.clone())  # type: ignore[union-attr]
-        for shard in _shards(model)
+        for shard in _shards(model, frozen)
     ]
     return losses.reduced()["train/loss"], shards
 
@@ -313,12 +340,13 @@ def _whole_batches(case: Case, text: int, rank: int, size: int) -> Iterator[Any]
         }
 
 
-def _shards(model: HybridGPTModel) -> list[ShardedTensor]:
+def _shards(model: HybridGPTModel, leave_out: Collection[str] = ()) -> list[ShardedTensor]:
     """This rank's weights with their places in the whole tensors; ``data`` are views of the parameters."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
     sharded = model.sharded_state_dict(metadata={"non_homogeneous_layers": True})
+    sharded = {name: value for name, value in sharded.items() if name not in leave_out}
     apply_factories(sharded)
     return [value for value in nested_values(sharded) if isinstance(value, ShardedTensor)]
 

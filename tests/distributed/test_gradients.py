@@ -82,6 +82,8 @@ ON_FOUR_RANKS = (
     "spiking",
     "ternary weights, INT8 inputs",
     "ternary experts, INT8 inputs, spikes",
+    "adapters",
+    "adapters of experts, one frozen",
     "7B-like, packed documents",
     "76B-like",
     "76B-like, packed documents",

@@ -7,7 +7,7 @@ a rank holds a part of each matrix, in blocks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +31,15 @@ class JoinedRows:
         unit = self._unit(len(weight))
         blocks = weight.unflatten(0, (-1, unit * sum(self.shares)))
         return blocks.split([unit * share for share in self.shares], dim=1)
+
+    def join(self, outputs: Sequence[Tensor]) -> Tensor:
+        """What a weight gives, [..., rows], of what each of its matrices gives, [..., rows of the matrix]."""
+        unit = self._unit(sum(each.shape[-1] for each in outputs))
+        blocks = [
+            each.unflatten(-1, (-1, unit * share))
+            for each, share in zip(outputs, self.shares, strict=True)
+        ]
+        return torch.cat(blocks, dim=-1).flatten(-2)
 
     def matrix_of_rows(self, rows: int, device: torch.device) -> Tensor:
         """[rows] int64: to which of the matrices each row of a weight belongs."""

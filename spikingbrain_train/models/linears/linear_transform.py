@@ -84,8 +84,9 @@ class HasTransforms:
 class LinearTransform:
     """What is done to one linear; here nothing is.
 
-    An object holds no parameters: weights, their names and checkpoints are those of the plain linear. What
-    the kind's ``schedule`` sets are attributes of it.
+    An object holds no parameters: weights, their names and checkpoints are those of the plain linear, and
+    what a kind stores beside them (``stored_beside``) is given to the linear in :meth:`attach`. What the
+    kind's ``schedule`` sets are attributes of it.
 
     Attributes:
         statistics: counts, while somebody collects them; add to them in :meth:`input` or :meth:`weight`, on
@@ -121,7 +122,10 @@ class LinearTransform:
         return chosen
 
     def attach(self, linear: torch.nn.Module) -> None:
-        """Called once, when the linear has been built."""
+        """Called once, when the linear has been built.
+
+        Parameters that it gets here stand in the linear's ``split_axes``, which checkpoints follow.
+        """
 
     def input(self, x: Tensor, shard: Shard) -> Tensor:
         """What the linear multiplies its weight by.
@@ -147,6 +151,18 @@ class LinearTransform:
         """
         return weight
 
+    def output(self, output: Tensor, x: Tensor) -> Tensor:
+        """What the linear gives out, without its bias where megatron-core returns that apart.
+
+        Args:
+            output: what the weight made of the input, summed over ranks as the linear does it.
+            x: the input as it came, before any transform.
+
+        Returns:
+            The same shape and dtype as ``output``, with gradients to both.
+        """
+        return output
+
     @classmethod
     def new_statistics(cls, device: torch.device) -> TransformStatistics | None:
         """Empty counts on ``device``; None where nothing is counted."""
@@ -156,3 +172,8 @@ class LinearTransform:
     def changes_weight(cls) -> bool:
         """Whether :meth:`weight` does anything."""
         return cls.weight is not LinearTransform.weight
+
+    @classmethod
+    def changes_output(cls) -> bool:
+        """Whether :meth:`output` does anything."""
+        return cls.output is not LinearTransform.output

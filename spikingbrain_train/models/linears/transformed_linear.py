@@ -33,6 +33,7 @@ from torch.distributed import ProcessGroup
 
 from spikingbrain_train.models.linears.joined_rows import RowsOf
 from spikingbrain_train.models.linears.linear_transform import HasTransforms, LinearTransform, Shard
+from spikingbrain_train.models.split_parameters import sharded_axes
 
 _WEIGHT = re.compile(r"weight\d*")  # grouped linears number theirs
 _ACCUMULATES_INSIDE = ("gradient_accumulation_fusion", "fuse_wgrad_accumulation")
@@ -45,25 +46,34 @@ class TransformedLinear(HasTransforms, torch.nn.Module):
         transforms: what is done to this linear, in order, by the names of their kinds.
         row_parallel: the input is split over tensor-parallel ranks.
         weight_split_axis: the axis of the weight that is; None where every rank holds all of it.
+        projection: what the linear projects, as :class:`Projection` calls it.
+        joined: the matrices whose rows lie in the weight, where there are several.
+        is_of_expert: it is part of a routed expert.
+        splits_sequence: column-parallel inputs and row-parallel outputs are a share of the sequence.
+        split_axes: of parameters that transforms have given the linear, by name, the axis that
+            tensor-parallel ranks share out; None where every rank holds all of it.
     """
 
     make_transforms: Callable[[], dict[str, LinearTransform]]
     rows_of: RowsOf
     row_parallel: bool
     weight_split_axis: int | None
+    projection: str
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         settings = [value for value in (*args, *kwargs.values()) if isinstance(value, ModelParallelConfig)]
         assert settings, f"{type(self).__name__} is built without megatron-core's config"
+        self.joined = type(self).rows_of(cast(TransformerConfig, settings[0]))
+        self.is_of_expert = bool(kwargs.get("is_expert", False))
+        # The token dispatcher gives all ranks of an expert's tensor-parallel group the same tokens.
+        self.splits_sequence = settings[0].sequence_parallel and not self.is_of_expert
+        self.split_axes: dict[str, int | None] = {}
         self.transforms = type(self).make_transforms()
         for transform in self.transforms.values():
             transform.attach(self)
-        self._joined = type(self).rows_of(cast(TransformerConfig, settings[0]))
-        self._is_expert = bool(kwargs.get("is_expert", False))
-        # The token dispatcher gives all ranks of an expert's tensor-parallel group the same tokens.
-        self._input_is_replicated = self._is_expert or not settings[0].sequence_parallel
         self._of_weight = [each for each in self.transforms.values() if each.changes_weight()]
+        self._of_output = [each for each in self.transforms.values() if each.changes_output()]
         for setting in _ACCUMULATES_INSIDE if self._of_weight else ():
             if hasattr(self, setting):
                 setattr(self, setting, False)
@@ -76,10 +86,15 @@ class TransformedLinear(HasTransforms, torch.nn.Module):
             args: further ones are the linear's.
             kwargs: as well.
         """
+        given = input_
         for transform in self.transforms.values():
             input_ = transform.input(input_, self.input_shard)
         with self.transformed_weights():
-            return super().forward(input_, *args, **kwargs)
+            result = super().forward(input_, *args, **kwargs)
+        for transform in self._of_output:
+            output, *bias = result
+            result = (transform.output(output, given), *bias)
+        return result
 
     @contextmanager
     def transformed_weights(self) -> Iterator[None]:
@@ -105,18 +120,33 @@ class TransformedLinear(HasTransforms, torch.nn.Module):
         """Which part of the whole tokens this rank's input is."""
         # megatron-core's RowParallelLinear can also be built to split a whole input itself.
         is_split = self.row_parallel and getattr(self, "input_is_parallel", True)
-        is_copy = not is_split and self._input_is_replicated
-        return Shard(self._tensor_parallel_group(), -1 if is_split else None, is_copy)
+        is_copy = not is_split and not self.splits_sequence
+        return Shard(self.tensor_parallel_group(), -1 if is_split else None, is_copy)
 
     @cached_property
     def _weight_shard(self) -> Shard:
         axis = self.weight_split_axis
-        return Shard(self._tensor_parallel_group(), axis, is_copy=axis is None, joined=self._joined)
+        return Shard(self.tensor_parallel_group(), axis, is_copy=axis is None, joined=self.joined)
 
-    def _tensor_parallel_group(self) -> ProcessGroup:
+    def tensor_parallel_group(self) -> ProcessGroup:
+        """The ranks that share its weight out; of experts their own."""
         # Transformer Engine's own tp_group is None for experts; megatron-core keeps the real one beside it.
         group = getattr(self, "_tp_group", None) or getattr(self, "tp_group", None)
-        return get_tensor_model_parallel_group_if_none(group, is_expert=self._is_expert)
+        return get_tensor_model_parallel_group_if_none(group, is_expert=self.is_of_expert)
+
+
+class StoredTransformedLinear(TransformedLinear):
+    """A :class:`TransformedLinear` that says where its parameters lie in a checkpoint, as its class does."""
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> Any:
+        """The linear's own, and what its transforms have given it: see :attr:`split_axes`."""
+        sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)  # type: ignore[misc]
+        given = {name: value for name, value in self.named_parameters() if name in self.split_axes}
+        if given:
+            sharded |= sharded_axes(
+                given, self.split_axes, prefix, sharded_offsets, self.tensor_parallel_group(), metadata
+            )
+        return sharded
 
 
 def transformed(
@@ -126,6 +156,7 @@ def transformed(
     rows_of: RowsOf = lambda config: None,
     row_parallel: bool = False,
     weight_split_axis: int | None = None,
+    projection: str = "",
 ) -> type:
     """A subclass of a linear class that transforms its input and weight.
 
@@ -137,12 +168,16 @@ def transformed(
         rows_of: the matrices whose rows lie in its weight, by default one.
         row_parallel: the input is split over tensor-parallel ranks.
         weight_split_axis: the axis of the weight that is.
+        projection: what the linear projects.
     """
     attributes = {
+        "projection": projection,
         "make_transforms": staticmethod(make_transforms),
         "rows_of": staticmethod(rows_of),
         "row_parallel": row_parallel,
         "weight_split_axis": weight_split_axis,
         "__doc__": linear_class.__doc__,
     }
-    return type(f"Transformed{linear_class.__name__}", (TransformedLinear, linear_class), attributes)
+    is_stored = hasattr(linear_class, "sharded_state_dict")
+    base = StoredTransformedLinear if is_stored else TransformedLinear
+    return type(f"Transformed{linear_class.__name__}", (base, linear_class), attributes)

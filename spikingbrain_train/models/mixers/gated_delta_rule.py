@@ -39,7 +39,7 @@ from spikingbrain_train.config.parallel import LinearAttentionBackend, LinearAtt
 from spikingbrain_train.models.layer_build import LayerBuild, attention_submodules
 from spikingbrain_train.models.mixers.recurrent_attention import RecurrentAttention, RecurrentState
 from spikingbrain_train.models.mixers.short_convolution import ShortConvolution
-from spikingbrain_train.models.mixers.split_parameters import sharded_first_axes
+from spikingbrain_train.models.split_parameters import sharded_first_axes
 from spikingbrain_train.ops.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
 from spikingbrain_train.ops.l2_norm import l2_norm
 from spikingbrain_train.parallel.context_parallel.delta_rule import context_parallel_delta_rule

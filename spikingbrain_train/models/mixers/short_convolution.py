@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
-from spikingbrain_train.models.mixers.split_parameters import sharded_first_axes
+from spikingbrain_train.models.split_parameters import sharded_first_axes
 from spikingbrain_train.ops.causal_convolution import causal_convolution
 from spikingbrain_train.parallel.context_parallel.causal_convolution import (
     context_parallel_causal_convolution,

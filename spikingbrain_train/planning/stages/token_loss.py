@@ -9,6 +9,7 @@ from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.config.setting import leaves
 from spikingbrain_train.config.stage import StageConfig
 from spikingbrain_train.planning.activations import activation_bytes
+from spikingbrain_train.planning.adapters import frozen_flops_per_token, stage_adapters, trained_adapters
 from spikingbrain_train.planning.costs import (
     forward_flops_per_token,
     stage_parameters,
@@ -45,17 +46,24 @@ class TokenLossKind(StageKind):
         """It has none."""
 
     def trainable_parameters(self, config: RunConfig, pipeline_stage: int) -> tuple[int, int]:
-        """All of them."""
+        """All of them, or of a model with adapters those."""
+        if config.model.lora.names:
+            return stage_adapters(config.model, config.parallel, pipeline_stage)
         experts = stage_routed_expert_parameters(config.model, config.parallel, pipeline_stage)
         return experts, stage_parameters(config.model, config.parallel, pipeline_stage) - experts
 
     def trainable_parameters_in_all(self, model: ModelConfig) -> int:
-        """All of them."""
-        return total_parameters(model)
+        """All of them, or of a model with adapters those."""
+        return trained_adapters(model) if model.lora.names else total_parameters(model)
 
     def flops_per_token(self, config: RunConfig) -> float:
-        """Forward and backward: 3 x forward, about 6 N plus attention."""
-        return 3 * forward_flops_per_token(config.model, config.stage.seq_length)
+        """Forward and backward: 3 x forward, about 6 N plus attention.
+
+        Frozen matrices beside adapters have no gradient of their own: 4 N.
+        """
+        model, seq_length = config.model, config.stage.seq_length
+        flops = 3 * forward_flops_per_token(model, seq_length)
+        return flops - frozen_flops_per_token(model, seq_length) if model.lora.names else flops
 
     def activation_bytes(self, config: RunConfig, pipeline_stage: int, micro_batches: int) -> float:
         """Those of the whole model under 1F1B."""

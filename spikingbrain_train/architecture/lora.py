@@ -1,0 +1,203 @@
+"""Low-rank adapters beside the matrices of projections, without torch (LoRA, arXiv 2106.09685).
+
+The same function in exports is peft's: an adapter is written as a folder of its own, beside that of the base.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import replace
+
+from spikingbrain_train.architecture.initializers import Constant, Uniform
+from spikingbrain_train.architecture.layers import alike, layers
+from spikingbrain_train.architecture.linear_transforms import LINEAR_TRANSFORMS, LinearTransformKind
+from spikingbrain_train.architecture.weights import Split, Weight
+from spikingbrain_train.config.linear_transforms import Projection
+from spikingbrain_train.config.lora import LoraTarget
+from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.config.require import require
+from spikingbrain_train.config.stage import StageConfig
+from spikingbrain_train.errors import CheckpointError
+
+ROLES = {
+    "q_weight": LoraTarget.q_proj,
+    "k_weight": LoraTarget.k_proj,
+    "v_weight": LoraTarget.v_proj,
+    "o_weight": LoraTarget.o_proj,
+    "mlp_gate_weight": LoraTarget.gate_proj,
+    "mlp_up_weight": LoraTarget.up_proj,
+    "mlp_down_weight": LoraTarget.down_proj,
+}
+"""Role of a matrix -> what adapters call it."""
+
+TARGETS: dict[str, tuple[LoraTarget, ...]] = {
+    Projection.qkv: (LoraTarget.q_proj, LoraTarget.k_proj, LoraTarget.v_proj),
+    Projection.attention_output: (LoraTarget.o_proj,),
+    Projection.mlp_fc1: (LoraTarget.gate_proj, LoraTarget.up_proj),
+    Projection.mlp_fc2: (LoraTarget.down_proj,),
+}
+"""The matrices that lie in a projection, in order."""
+
+_BY_COLUMNS = (Projection.attention_output, Projection.mlp_fc2)
+_MATRIX = re.compile(r"(?:^|.*\.)lora\.(?P<target>\w+)\.(?P<name>[A-Za-z0-9-]+)_(?P<letter>[AB])")
+
+
+def adapter_of(weight: str) -> str | None:
+    """The adapter that a weight is part of, by the weight's name; None for those of the base."""
+    match = _MATRIX.fullmatch(weight)
+    return None if match is None else match["name"]
+
+
+def targets_in(projection: str, roles: Collection[str]) -> list[tuple[str, LoraTarget]]:
+    """Role and target of each matrix of a weight that adapters can stand beside."""
+    return [(role, ROLES[role]) for role in roles if ROLES.get(role) in TARGETS.get(projection, ())]
+
+
+class LoraKind(LinearTransformKind):
+    """``alpha / rank * B A x`` of every adapter, added to what a projection gives."""
+
+    name = "lora"
+    transform = "spikingbrain_train.models.linears.lora:LoraAdapters"
+    words = "adds low-rank adapters"
+
+    def projections(self, model: ModelConfig) -> Collection[str]:
+        if not model.lora.names:
+            return ()
+        asked = set(model.lora.target_modules)
+        return [projection for projection, targets in TARGETS.items() if asked & set(targets)]
+
+    def settings(self, model: ModelConfig) -> set[str]:
+        return self.all_settings(model) if model.lora.names else {"lora.names"}
+
+    def starting_from(self, model: ModelConfig, stored: ModelConfig) -> ModelConfig:
+        """Without the adapters that ``stored`` has not."""
+        lora = model.lora.only(stored.lora.names)
+        if not lora.names:
+            return replace(model, lora=lora)
+        for name in lora.names:
+            require_same_rank(stored, model, name)
+        # Order, weights and what trains are free: an adapter is known by its name.
+        known = replace(lora, names=stored.lora.names, ranks=stored.lora.ranks, trained=[])
+        return replace(model, lora=known if set(lora.names) == set(stored.lora.names) else lora)
+
+    def stored_beside(self, model: ModelConfig, weight: Weight) -> tuple[Weight, ...]:
+        """A [rank, inputs] and B [outputs, rank] of each matrix in a weight and each adapter."""
+        if weight.projection is None or not self.applies(model, *weight.projection):
+            return ()
+        by_columns = weight.projection[0] in _BY_COLUMNS
+        found = []
+        for role, target in targets_in(weight.projection[0], weight.roles):
+            if target in model.lora.target_modules:
+                rows, inputs = weight.shapes[weight.roles.index(role)]
+                for name in model.lora.names:
+                    found += _factors(weight, target, name, (rows, inputs), model.lora.rank(name), by_columns)
+        return tuple(found)
+
+    def check(self, model: ModelConfig, stage: StageConfig, present: Collection[str]) -> None:
+        lora = model.lora
+        if not lora.names:
+            return
+        require(
+            stage.kind != "align",
+            "model.lora.names has adapters, but stage.kind=align trains mixers; train adapters with "
+            "stage.kind=cpt, distill or sft, or set model.lora.names=[]",
+        )
+        check_places(model)
+
+    def describe(self, model: ModelConfig) -> str:
+        lora = model.lora
+        each = ", ".join(f"{name} of rank {lora.rank(name)}" for name in lora.names)
+        frozen = [name for name in lora.names if not lora.trains(name)]
+        frozen_words = f" ({', '.join(frozen)} frozen)" if frozen else ""
+        return f"adapters {each}{frozen_words} in {', '.join(t.value for t in lora.target_modules)}"
+
+
+def check_places(model: ModelConfig) -> None:
+    """Every target is in some layer, and nothing else is done to its projection.
+
+    Raises ConfigurationError.
+    """
+    there: set[LoraTarget] = set()
+    for layer, _ in alike(layers(model)):
+        for weight in layer.weights(model):
+            if weight.projection is None:
+                continue
+            projection, _ = weight.projection
+            found = {target for _, target in targets_in(projection, weight.roles)}
+            there |= found
+            asked = set(TARGETS.get(projection, ())) & set(model.lora.target_modules)
+            require(
+                not asked - found,
+                f"model.lora.target_modules lists {', '.join(sorted(t.value for t in asked))}, but layers "
+                f"{layer.mixer_name} have another matrix in their place ({weight.name}); adapters stand "
+                f"beside attention's projections and feed-forwards alone, so take it out of the list",
+            )
+    missing = [target.value for target in model.lora.target_modules if target not in there]
+    require(
+        not missing,
+        f"model.lora.target_modules lists {', '.join(missing)}, which no layer has; take it out of the list",
+    )
+    for kind in LINEAR_TRANSFORMS:
+        for projection in kind.projections(model) if kind is not LORA else ():
+            asked = set(TARGETS.get(projection, ())) & set(model.lora.target_modules)
+            require(
+                not asked,
+                f"model.lora.target_modules lists {', '.join(sorted(t.value for t in asked))}, but "
+                f"model.{kind.name}.projections has {Projection(projection).name}: an adapter could not be "
+                f"merged into what that makes of the projection; take it out of one of the lists",
+            )
+
+
+def require_same_rank(stored: ModelConfig, model: ModelConfig, name: str) -> None:
+    """An adapter has the rank with which it was stored. Raises CheckpointError."""
+    was, now = stored.lora.rank(name), model.lora.rank(name)
+    if was != now:
+        raise CheckpointError(
+            f"adapter {name} has rank {was} in the checkpoint, but rank {now} by model.lora.ranks; set the "
+            f"rank to {was}, or give the new adapter another name"
+        )
+
+
+def trained_weight(model: ModelConfig, weight: Weight) -> bool:
+    """Whether a weight trains: those of adapters that do where there are some, else all but buffers."""
+    if not model.lora.names:
+        return weight.is_trained
+    name = adapter_of(weight.name)
+    return name is not None and model.lora.trains(name)
+
+
+def _factors(
+    weight: Weight, target: LoraTarget, name: str, shape: tuple[int, int], rank: int, by_columns: bool
+) -> list[Weight]:
+    """The factor that meets the split axis is split as the weight is; ranks hold the other whole."""
+    rows, inputs = shape
+    routed = weight.copies is not None and weight.copies.routed
+    if weight.copies is not None and not routed:  # side by side in one wide feed-forward
+        wide = weight.copies.number
+        rows, inputs = (rows, inputs * wide) if by_columns else (rows * wide, inputs)
+    whole = Split.whole_experts if routed else Split.none
+    prefix = f"{weight.name.removesuffix('weight')}lora.{target.value}.{name}"
+    common = {"group": "adapters", "copies": weight.copies if routed else None, "active": weight.active}
+    roles = (f"lora_{target.value}_{name}_A",), (f"lora_{target.value}_{name}_B",)
+    a = Weight(
+        f"{prefix}_A",
+        roles[0],
+        ((rank, inputs),),
+        split=weight.split if by_columns else whole,
+        init=Uniform(inputs**-0.5),
+        by_columns=by_columns,
+        **common,  # type: ignore[arg-type]
+    )
+    b = Weight(
+        f"{prefix}_B",
+        roles[1],
+        ((rows, rank),),
+        split=whole if by_columns else weight.split,
+        init=Constant(0.0),
+        **common,  # type: ignore[arg-type]
+    )
+    return [a, b]
+
+
+LORA = LINEAR_TRANSFORMS.register(LoraKind())
