@@ -47,6 +47,10 @@ OWN_FILES: dict[str, tuple[str, ...]] = {
     ),
     "int8_inputs": ("architecture/int8_inputs.py", "models/linears/int8_inputs.py"),
     "ternary": ("architecture/ternary.py", "models/linears/ternary_weights.py"),
+    "lora": (
+        "architecture/lora.py",
+        "models/linears/lora.py",
+    ),
 }
 """Description and torch modules of each kind; a folder ends in a slash."""
 
@@ -66,6 +70,7 @@ SETTINGS = {
     "quantization": "quantization",
     "int8_inputs": "int8_inputs",
     "ternary": "ternary",
+    "lora": "lora",
 }
 """Settings and sections of a model that are one kind's, and whose."""
 

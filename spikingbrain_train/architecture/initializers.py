@@ -70,4 +70,6 @@ class LightningDecays:
         return [-share * 2.0 ** (-8 * (head + 1) / heads) for head in range(heads)]
 
 
-Initializer = Normal | Uniform | Constant | Values | LightningDecays | AttentionSize | EmbeddingRows | OfRecipe
+Initializer = (
+    Normal | Uniform | Constant | Values | LightningDecays | AttentionSize | EmbeddingRows | OfRecipe
+)

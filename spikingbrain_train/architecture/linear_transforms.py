@@ -86,6 +86,22 @@ class LinearTransformKind(Kind):
         """Descriptions of that for one weight of a layer."""
         return ()
 
+    def owns(self, weight: str) -> bool:
+        """Whether a weight, by its name, is one of those that it stores beside others and trains."""
+        return False
+
+    def freezes_base(self, model: ModelConfig) -> bool:
+        """Whether nothing but what it owns is trained."""
+        return False
+
+    def trains(self, model: ModelConfig, weight: str) -> bool:
+        """Whether one of those that it owns is trained."""
+        return True
+
+    def is_stored(self, weight: str, stored: ModelConfig) -> bool:
+        """Whether one of those that it owns is in a checkpoint of ``stored``; else it begins anew."""
+        return True
+
     def starting_from(self, model: ModelConfig, stored: ModelConfig) -> ModelConfig:
         """``model`` without what of it begins anew where it starts from a checkpoint of ``stored``.
 
@@ -187,6 +203,32 @@ def with_plain_weights(model: ModelConfig) -> ModelConfig:
             )
     sections: dict[str, Any] = {kind.name: type(getattr(model, kind.name))() for kind in changing}
     return replace(model, **sections)
+
+
+def freezes_base(model: ModelConfig) -> bool:
+    """Whether a transform trains what it owns alone: adapters beside a frozen model."""
+    return any(kind.freezes_base(model) for kind in LINEAR_TRANSFORMS)
+
+
+def trains(model: ModelConfig, weight: str) -> bool:
+    """Whether a weight, by its name, trains in a stage that trains all of a model."""
+    owner = _owner(weight)
+    return not freezes_base(model) if owner is None else owner.trains(model, weight)
+
+
+def may_begin_anew(weight: str) -> bool:
+    """Whether a weight, by its name, may be missing in a checkpoint that a model starts from."""
+    return _owner(weight) is not None
+
+
+def is_stored(weight: str, stored: ModelConfig) -> bool:
+    """Whether a weight, by its name, is in a checkpoint of ``stored`` that a model may start from."""
+    owner = _owner(weight)
+    return owner is None or owner.is_stored(weight, stored)
+
+
+def _owner(weight: str) -> LinearTransformKind | None:
+    return next((kind for kind in LINEAR_TRANSFORMS if kind.owns(weight)), None)
 
 
 def starting_from(model: ModelConfig, stored: ModelConfig) -> ModelConfig:

@@ -70,6 +70,19 @@ class LoraKind(LinearTransformKind):
     def settings(self, model: ModelConfig) -> set[str]:
         return self.all_settings(model) if model.lora.names else {"lora.names"}
 
+    def owns(self, weight: str) -> bool:
+        return adapter_of(weight) is not None
+
+    def freezes_base(self, model: ModelConfig) -> bool:
+        return bool(model.lora.names)
+
+    def trains(self, model: ModelConfig, weight: str) -> bool:
+        name = adapter_of(weight)
+        return name is not None and model.lora.trains(name)
+
+    def is_stored(self, weight: str, stored: ModelConfig) -> bool:
+        return adapter_of(weight) in stored.lora.names
+
     def starting_from(self, model: ModelConfig, stored: ModelConfig) -> ModelConfig:
         """Without the adapters that ``stored`` has not."""
         lora = model.lora.only(stored.lora.names)
@@ -157,14 +170,6 @@ def require_same_rank(stored: ModelConfig, model: ModelConfig, name: str) -> Non
             f"adapter {name} has rank {was} in the checkpoint, but rank {now} by model.lora.ranks; set the "
             f"rank to {was}, or give the new adapter another name"
         )
-
-
-def trained_weight(model: ModelConfig, weight: Weight) -> bool:
-    """Whether a weight trains: those of adapters that do where there are some, else all but buffers."""
-    if not model.lora.names:
-        return weight.is_trained
-    name = adapter_of(weight.name)
-    return name is not None and model.lora.trains(name)
 
 
 def _factors(

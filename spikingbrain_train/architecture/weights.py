@@ -81,7 +81,7 @@ class Weight:
     """What it projects, as ``Projection`` calls it, and its position among the matrices of that
     projection; None where no linear transform is applied to it."""
     by_columns: bool = False
-    """Whether it is split by columns though it is no projection; see planning/shards.py for those that are."""
+    """Whether it is split by columns though it is no projection (see planning/shards.py)."""
     pads_vocabulary: bool = False
     """Whether Megatron may hold more rows than the vocabulary; they are stripped on export."""
 

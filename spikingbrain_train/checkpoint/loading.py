@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron.core.dist_checkpointing.core import CheckpointingException
 
-from spikingbrain_train.architecture.lora import adapter_of
+from spikingbrain_train.architecture.linear_transforms import is_stored
 from spikingbrain_train.architecture.same_architecture import check_same_weights
 from spikingbrain_train.architecture.stored_model import read_stored_model
 from spikingbrain_train.checkpoint.finite_state import first_not_finite_of_run
@@ -69,11 +69,7 @@ def load_weights_of(checkpoint: Path, named: str, model: PipelineStage) -> None:
     """
     stored = read_stored_model(checkpoint)
     check_same_weights(stored, model.model_config, named)
-    weights = {
-        name: weight
-        for name, weight in sharded_weights(model).items()
-        if (adapter := adapter_of(name)) is None or adapter in stored.lora.names
-    }
+    weights = {name: weight for name, weight in sharded_weights(model).items() if is_stored(name, stored)}
     loaded = _load({"model": weights}, checkpoint, named.partition("=")[0])
     fill_weights(model, loaded["model"])
 

@@ -15,7 +15,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-from spikingbrain_train.architecture.lora import adapter_of
+from spikingbrain_train.architecture.linear_transforms import may_begin_anew
 from spikingbrain_train.checkpoint.optimizer_pieces import optimizer_state_to_save
 from spikingbrain_train.checkpoint.optimizer_state import load_state, state_to_load
 from spikingbrain_train.config.model import ModelConfig
@@ -166,7 +166,7 @@ def sharded_weights(model: PipelineStage) -> dict[str, Any]:
 def fill_weights(model: PipelineStage, weights: dict[str, torch.Tensor]) -> None:
     """Give a model what was read for :func:`sharded_weights`; adapters that were not stay as they are."""
     missing, unexpected = model.load_state_dict(weights, strict=False)
-    missing = [name for name in missing if not name.endswith("_extra_state") and adapter_of(name) is None]
+    missing = [name for name in missing if not name.endswith("_extra_state") and not may_begin_anew(name)]
     assert not missing and not unexpected, f"weights do not fit the model: {missing} {unexpected}"
 
 

@@ -1,4 +1,4 @@
-"""Low-rank adapters beside frozen projections (LoRA, arXiv 2106.09685), by the names that peft has for them."""
+"""Low-rank adapters beside frozen projections (LoRA, arXiv 2106.09685), named as peft names them."""
 
 from __future__ import annotations
 
@@ -26,14 +26,19 @@ class LoraTarget(str, Enum):
     """A matrix that an adapter stands beside, as Hugging Face models call its linear."""
 
     q_proj = "q_proj"
+    """Queries of every mixer that has attention's projections, softmax or linear."""
     k_proj = "k_proj"
+    """Keys of the same."""
     v_proj = "v_proj"
+    """Values of the same."""
     o_proj = "o_proj"
-    """The output projection of every mixer."""
+    """Output projection of the same."""
     gate_proj = "gate_proj"
-    """Of dense feed-forwards, routed and shared experts, as the two below."""
+    """Gate of dense feed-forwards, routed and shared experts."""
     up_proj = "up_proj"
+    """What the gate multiplies, of the same."""
     down_proj = "down_proj"
+    """Second matrix of the same."""
 
 
 @dataclass
@@ -71,8 +76,8 @@ class LoraConfig:
             number = len(getattr(self, setting_name))
             require(
                 number == 1 or number == len(self.names),
-                f"{prefix}{setting_name} has {number} numbers for {len(self.names)} adapters; give one for all"
-                f" of {prefix}names, or one for each",
+                f"{prefix}{setting_name} has {number} numbers for {len(self.names)} adapters; give one for "
+                f"all of {prefix}names, or one for each",
             )
         require(
             not self.names or bool(self.target_modules),

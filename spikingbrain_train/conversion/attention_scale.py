@@ -17,12 +17,12 @@ from spikingbrain_train.architecture.layers import layers
 from spikingbrain_train.architecture.rotary import softmax_scale
 from spikingbrain_train.config.model import ActivationFunc
 from spikingbrain_train.config.rope_scaling import RopeType
-from spikingbrain_train.ops.seeds import generator
 from spikingbrain_train.conversion.source import Source
 from spikingbrain_train.conversion.vocabulary import draw_tokens
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.ops.gated_activation import gated_relu
 from spikingbrain_train.ops.rotary import scaled_frequencies
+from spikingbrain_train.ops.seeds import generator
 
 SEQUENCES, LENGTH = 4, 64
 

@@ -24,10 +24,10 @@ from spikingbrain_train.config.conversion import ConversionConfig, UpcyclingForm
 from spikingbrain_train.config.enum_tables import entry_of
 from spikingbrain_train.conversion.attention_scale import AttentionScale
 from spikingbrain_train.conversion.mapping import Parameter
-from spikingbrain_train.ops.seeds import generator
 from spikingbrain_train.conversion.source import Source
 from spikingbrain_train.conversion.vocabulary import draw_tokens
 from spikingbrain_train.errors import ConfigurationError
+from spikingbrain_train.ops.seeds import generator
 
 TIE_BREAKING_STD = 1e-7
 """Router of exactly upcycled experts. Zeros would send every token to the expert that wins ties; this

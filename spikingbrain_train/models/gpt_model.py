@@ -14,6 +14,7 @@ from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
+from spikingbrain_train.architecture.linear_transforms import freezes_base
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ContextParallelConfig, KernelConfig
@@ -138,7 +139,7 @@ class HybridGPTModel(GPTModel):
         Under sequence parallelism a share of them.
         """
         embeddings = self.embedding(tokens, None)
-        if torch.is_grad_enabled() and self.model_config.lora.names and not embeddings.requires_grad:
+        if torch.is_grad_enabled() and freezes_base(self.model_config) and not embeddings.requires_grad:
             # Where the embedding is frozen: layers that are computed again need an input with a gradient.
             embeddings.requires_grad_()
         if self.model_config.num_sink_tokens > 0:

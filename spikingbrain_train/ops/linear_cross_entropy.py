@@ -242,7 +242,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     grad_weight += part
         if needs_grad:
             if ctx.needs_input_grad[1]:
-                grad_weight = torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype)
+                grad_weight = (
+                    torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype)
+                )
             ctx.save_for_backward(grad_hidden, grad_weight)
         total = cross_entropy @ loss_weights.to(loss_dtype)
         if distillation is not None:

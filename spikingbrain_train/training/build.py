@@ -19,8 +19,8 @@ from spikingbrain_train.models.transformer_config import transformer_config
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.runtime.accelerator import Accelerator
 from spikingbrain_train.storage.checkpoint_folder import latest_checkpoint
-from spikingbrain_train.training.adapters import begin_adapters
 from spikingbrain_train.training.current_weights import gather_before_reading
+from spikingbrain_train.training.frozen_base import begin_new_weights
 
 
 def kernels_of(config: RunConfig, accelerator: Accelerator) -> KernelConfig:
@@ -39,7 +39,7 @@ def build_student(
     """
     checkpoint = config.checkpoint.load
     model = _build(config.model, config, kernels, groups, initialize=checkpoint is None)
-    begin_adapters(model, config.seed)
+    begin_new_weights(model, config.seed)
     if checkpoint is not None and not resuming:
         load_weights(checkpoint, "checkpoint.load", model)
     return model

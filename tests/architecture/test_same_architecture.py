@@ -193,6 +193,8 @@ def _other(value: Any) -> Any:
         return RopeType.linear
     if isinstance(value, GateEncoding):
         return GateEncoding.each_matrix
+    if isinstance(value, list) and value and isinstance(value[0], float):
+        return [value[0] + 1]
     assert value == []
     return [Projection.qkv]
 

@@ -29,6 +29,8 @@ def other(value: Any) -> Any:
         return value + 1
     if isinstance(value, str):
         return f"{value}-other"
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], (int, float)):
+        return [other(value[0])]
     if isinstance(value, list):
         return [*value[1:], *value[:1]] if len(value) > 1 else [*value, "other"]
     return 3

@@ -12,6 +12,7 @@ import pytest
 from spikingbrain_train.architecture.rotary import SETTINGS_OF_TYPES
 from spikingbrain_train.config.blend import blend
 from spikingbrain_train.config.linear_transforms import Projection, QuantizationConfig, SpikingConfig
+from spikingbrain_train.config.lora import LoraConfig
 from spikingbrain_train.config.mamba import MambaConfig
 from spikingbrain_train.config.model import (
     ActivationFunc,
@@ -101,6 +102,8 @@ def test_a_changed_setting_is_free_said_or_refused_as_stands_beside_it(run: RunC
             run.model = dataclasses.replace(run.model, rope_scaling=RopeScalingConfig(kind, factor=8.0))
     if name == "model.fatrelu_threshold":
         run.model = dataclasses.replace(run.model, activation_func=ActivationFunc.fatrelu)
+    if name.startswith("model.lora.") and name != "model.lora.names":
+        run.model = dataclasses.replace(run.model, lora=LoraConfig(names=["one", "two"]))
     stored = StoredRun(save(run), run, record_of(run, world_size=1))
     before = leaves(run)[name]
     if name in ("parallel.data_parallel_size", "parallel.expert_tensor_parallel_size"):

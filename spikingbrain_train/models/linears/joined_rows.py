@@ -36,8 +36,7 @@ class JoinedRows:
         """What a weight gives, [..., rows], of what each of its matrices gives, [..., rows of the matrix]."""
         unit = self._unit(sum(each.shape[-1] for each in outputs))
         blocks = [
-            each.unflatten(-1, (-1, unit * share))
-            for each, share in zip(outputs, self.shares, strict=True)
+            each.unflatten(-1, (-1, unit * share)) for each, share in zip(outputs, self.shares, strict=True)
         ]
         return torch.cat(blocks, dim=-1).flatten(-2)
 

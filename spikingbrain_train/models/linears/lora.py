@@ -77,9 +77,7 @@ class LoraAdapters(LinearTransform):
         rank, row_parallel = self._settings.rank(name), self._linear.row_parallel
         shapes = {"A": (rank, weight.shape[1]), "B": (rows, rank)}
         for letter, shape in shapes.items():
-            parameter: Any = torch.nn.Parameter(
-                torch.zeros(shape, dtype=weight.dtype, device=weight.device)
-            )
+            parameter: Any = torch.nn.Parameter(torch.zeros(shape, dtype=weight.dtype, device=weight.device))
             is_split = (letter == "A") == row_parallel
             axis = (1 if row_parallel else 0) if is_split else None
             if axis is not None:

@@ -145,7 +145,14 @@ class ParallelLinears:
             }
 
         rows_of = rows_of or rows_of_projection(projection)
-        key = (linear_class, projection, rows_of, row_parallel, weight_split_axis, *(kind.name for kind in kinds))
+        key = (
+            linear_class,
+            projection,
+            rows_of,
+            row_parallel,
+            weight_split_axis,
+            *(kind.name for kind in kinds),
+        )
         if key not in self._made:
             self._made[key] = transformed(
                 linear_class,

@@ -14,4 +14,4 @@ class ContinualPretrainingKind(TokenLossKind):
 
     def describe(self, config: RunConfig) -> str:
         """What is learnt."""
-        return f"{self.name}: all parameters learn to predict the next token"
+        return f"{self.name}: {self.learners(config.model)} learn to predict the next token"

@@ -29,7 +29,7 @@ class DistillationKind(TokenLossKind):
         stage = config.stage
         share, cache = stage.distillation.share, stage.distillation.cache
         source = f"the logits of {stage.teacher}" if cache is None else f"the teacher's logits in {cache}"
-        text = f"{self.name}: all parameters learn from {source}"
+        text = f"{self.name}: {self.learners(config.model)} learn from {source}"
         return text if share == 1 else f"{text} ({share:.0%} of the loss) and to predict the next token"
 
     def reason_for_teacher(self, stage: StageConfig) -> str | None:

@@ -20,7 +20,7 @@ class SupervisedFineTuningKind(TokenLossKind):
 
     def describe(self, config: RunConfig) -> str:
         """What is learnt."""
-        return f"{self.name}: all parameters learn the answers of conversations"
+        return f"{self.name}: {self.learners(config.model)} learn the answers of conversations"
 
     def all_settings(self, stage: StageConfig) -> set[str]:
         """How examples are read."""

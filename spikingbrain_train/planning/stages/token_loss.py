@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from spikingbrain_train.architecture.linear_transforms import LINEAR_TRANSFORMS, freezes_base
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.require import require
@@ -9,13 +10,13 @@ from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.config.setting import leaves
 from spikingbrain_train.config.stage import StageConfig
 from spikingbrain_train.planning.activations import activation_bytes
-from spikingbrain_train.planning.adapters import frozen_flops_per_token, stage_adapters, trained_adapters
 from spikingbrain_train.planning.costs import (
     forward_flops_per_token,
     stage_parameters,
     stage_routed_expert_parameters,
     total_parameters,
 )
+from spikingbrain_train.planning.frozen_base import frozen_flops_per_token, stage_trained, trained_in_all
 from spikingbrain_train.planning.stages.kind import StageKind
 
 
@@ -45,16 +46,21 @@ class TokenLossKind(StageKind):
     ) -> None:
         """It has none."""
 
+    def learners(self, model: ModelConfig) -> str:
+        """What learns, for :meth:`describe`."""
+        alone = [kind.name for kind in LINEAR_TRANSFORMS if kind.freezes_base(model)]
+        return f"the weights of model.{alone[0]}" if alone else "all parameters"
+
     def trainable_parameters(self, config: RunConfig, pipeline_stage: int) -> tuple[int, int]:
         """All of them, or of a model with adapters those."""
-        if config.model.lora.names:
-            return stage_adapters(config.model, config.parallel, pipeline_stage)
+        if freezes_base(config.model):
+            return stage_trained(config.model, config.parallel, pipeline_stage)
         experts = stage_routed_expert_parameters(config.model, config.parallel, pipeline_stage)
         return experts, stage_parameters(config.model, config.parallel, pipeline_stage) - experts
 
     def trainable_parameters_in_all(self, model: ModelConfig) -> int:
         """All of them, or of a model with adapters those."""
-        return trained_adapters(model) if model.lora.names else total_parameters(model)
+        return trained_in_all(model) if freezes_base(model) else total_parameters(model)
 
     def flops_per_token(self, config: RunConfig) -> float:
         """Forward and backward: 3 x forward, about 6 N plus attention.
@@ -63,7 +69,7 @@ class TokenLossKind(StageKind):
         """
         model, seq_length = config.model, config.stage.seq_length
         flops = 3 * forward_flops_per_token(model, seq_length)
-        return flops - frozen_flops_per_token(model, seq_length) if model.lora.names else flops
+        return flops - frozen_flops_per_token(model, seq_length) if freezes_base(model) else flops
 
     def activation_bytes(self, config: RunConfig, pipeline_stage: int, micro_batches: int) -> float:
         """Those of the whole model under 1F1B."""

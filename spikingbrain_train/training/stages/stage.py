@@ -17,8 +17,8 @@ from spikingbrain_train.planning.stages.registry import kind_of
 from spikingbrain_train.reporting.progress import Shown
 from spikingbrain_train.training.build import build_teacher
 from spikingbrain_train.training.console import Console
-from spikingbrain_train.training.adapters import train_adapters_only
 from spikingbrain_train.training.data_check import ShowActivity
+from spikingbrain_train.training.frozen_base import freeze_base
 from spikingbrain_train.training.stages.data import PackedText, StageData
 from spikingbrain_train.training.stages.losses import StepLosses
 
@@ -68,8 +68,7 @@ class Stage(ABC):
 
         Where the model has adapters, that is everything else, and those that are not to be trained.
         """
-        if model.model_config.lora.names:
-            train_adapters_only(model)
+        freeze_base(model)
 
     def prepare(
         self, model: HybridGPTModel, batches: Iterator[MicroBatch], num_microbatches: int, console: Console
