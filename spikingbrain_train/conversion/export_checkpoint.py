@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ import torch
 from spikingbrain_train.architecture.linear_transforms import with_plain_weights
 from spikingbrain_train.architecture.model_checks import check_model
 from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
+from spikingbrain_train.config.import_path import object_at
 from spikingbrain_train.conversion.account import Use, save_checksums
 from spikingbrain_train.conversion.code_references import left_out, references
 from spikingbrain_train.conversion.companion_files import find_companion_files
 from spikingbrain_train.conversion.export_code import from_outside
 from spikingbrain_train.conversion.export_code_check import check_code
-from spikingbrain_train.conversion.export_parts import ExportParts
+from spikingbrain_train.conversion.export_parts import ExportParts, Layout
 from spikingbrain_train.conversion.export_pieces import Piece, export_pieces
 from spikingbrain_train.conversion.formats.outside_kinds import kinds_of
 from spikingbrain_train.conversion.formats.registry import format_of_model
@@ -120,7 +122,13 @@ def export_checkpoint(
     report.notes += [*hf_format.notes_on_export(model), *notes_on_schedules(model, folder)]
     for piece in pieces:
         report.count(piece.group, piece.origin, piece.numel)
-    layout = SafetensorsFolder(specs, max_shard_size)
+    layout: Layout = SafetensorsFolder(specs, max_shard_size)
+    header = None
+    if hf_format.file_writer is not None:
+        lay_out = object_at(f"{hf_format.file_writer}:layout")
+        layout, notes = lay_out(pieces, specs, hf_format, model, hf_source)
+        header = sha256(layout.header).hexdigest()
+        report.notes += notes
     parts = ExportParts(reader, pieces, layout, allow_damaged_weights=allow_damaged_weights)
     key = work_key(
         "export",
@@ -132,6 +140,7 @@ def export_checkpoint(
         allow_damaged_weights,
         parts.sizes,
         code,
+        *([] if header is None else [header]),
     )
     work = Work.plan(
         parts,

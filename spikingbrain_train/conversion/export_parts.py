@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -12,10 +13,22 @@ from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
 from spikingbrain_train.conversion.account import Account, Use
 from spikingbrain_train.conversion.export_pieces import Piece
 from spikingbrain_train.conversion.parts import PART_BYTES, Advance, Parts, Record
-from spikingbrain_train.conversion.safetensors_io import SafetensorsFolder
+from spikingbrain_train.conversion.safetensors_io import TensorPlace
 from spikingbrain_train.conversion.weight_values import ALLOW_DAMAGED_WEIGHTS, Inspection, inspected
 from spikingbrain_train.errors import CheckpointError
 from spikingbrain_train.storage.file_blocks import BLOCK_BYTES, sync_and_forget
+
+
+class Layout(Protocol):
+    """Where the tensors of an export lie: files that several processes can write, in any order."""
+
+    places: dict[str, TensorPlace]
+
+    def begin(self, folder: Path) -> None:
+        """Make the files, in their full size; what a killed call wrote into them stays."""
+
+    def write(self, folder: Path, name: str, blocks: Iterable[Block]) -> int:
+        """Write the values of a tensor, read them back, and return the CRC-32 of their bytes."""
 
 
 class ExportParts(Parts):
@@ -32,7 +45,7 @@ class ExportParts(Parts):
         self,
         reader: MegatronCheckpointReader,
         pieces: list[Piece],
-        layout: SafetensorsFolder,
+        layout: Layout,
         *,
         allow_damaged_weights: bool,
     ) -> None:

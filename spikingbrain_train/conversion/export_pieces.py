@@ -13,6 +13,7 @@ from torch import Tensor
 from spikingbrain_train.architecture.weights import Shape
 from spikingbrain_train.checkpoint.saved_tensor import Block
 from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
+from spikingbrain_train.config.import_path import object_at
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.conversion.formats.hf_format import HfFormat, Zeros
 from spikingbrain_train.conversion.layout_check import check_split
@@ -38,8 +39,9 @@ class Piece:
     """Whether the parameter's values are in another piece too."""
     dtype: torch.dtype | None = None
     """Number format of its tensors; None has the parameter's, or what was asked for."""
-    encode: Callable[[Tensor], Tensor] | None = None
-    """What makes its tensors of those of the parameter, where they are codes or scales; None copies them."""
+    encoders: tuple[Callable[[Tensor], Tensor], ...] = ()
+    """What makes its tensors of those of the parameter, or of each expert of it, where they are codes, scales
+    or in another order: one for each, or one for all; none copies them."""
 
     @property
     def numel(self) -> int:
@@ -54,7 +56,7 @@ class Piece:
     @property
     def comes_in_blocks(self) -> bool:
         """Whether no tensor of it is in memory whole."""
-        return not self.is_zero and self.encode is None and self.parameter.is_stacked
+        return not self.is_zero and not self.encoders and self.parameter.is_stacked
 
     def tensors(self, reader: MegatronCheckpointReader) -> Iterator[tuple[str, Iterable[Block]]]:
         """Name and blocks of rows of each tensor, in the stored number format (zeros: float32).
@@ -103,8 +105,9 @@ class Piece:
         stored = reader.read_region(self.parameter.name, offset, shape if expert is None else (1, *shape[1:]))
         parts = self.parameter.separate(stored)
         check_split(self.parameter, stored, parts)
-        if self.encode is not None:
-            parts = [self.encode(part) for part in parts]
+        if self.encoders:
+            encoders = self.encoders * (len(parts) // len(self.encoders))
+            parts = [encode(part) for encode, part in zip(encoders, parts, strict=True)]
         yield from ((name, [Block(part)]) for name, part in zip(names, parts, strict=True))
 
 
@@ -150,11 +153,13 @@ def _pieces(
 ) -> list[Piece]:
     """A parameter as it is, or codes and scales of it; or both it and scales."""
     group = parameter.weight.group
+    if hf_format.file_writer is not None:
+        return object_at(f"{hf_format.file_writer}:pieces")(parameter, shapes, hf_format, model)
     if hf_format.packs_ternary(parameter.weight, model):
         packed: dict[str, Shape] = {name: (rows // 4, inputs) for name, (rows, inputs) in shapes.items()}
         of_matrices: dict[str, Shape] = dict.fromkeys(hf_format.scale_names(list(shapes)), (1,))
         return [
-            Piece(parameter, packed, group, "rounded to ternary", dtype=torch.uint8, encode=_packed),
+            Piece(parameter, packed, group, "rounded to ternary", dtype=torch.uint8, encoders=(_packed,)),
             Piece(
                 parameter,
                 of_matrices,
@@ -162,7 +167,7 @@ def _pieces(
                 "mean magnitude of each matrix",
                 is_repeated=True,
                 dtype=torch.float32,
-                encode=_reciprocal_scale,
+                encoders=(_reciprocal_scale,),
             ),
         ]
     size = hf_format.int8_group(parameter.weight, model)
@@ -180,11 +185,11 @@ def _pieces(
         "largest weight of each group",
         is_repeated=True,
         dtype=None if keeps_weights else torch.bfloat16,
-        encode=partial(_int8_scales, size, is_column=keeps_weights),
+        encoders=(partial(_int8_scales, size, is_column=keeps_weights),),
     )
     if keeps_weights:
         return [Piece(parameter, shapes, group, "copied"), of_scales]
     codes = Piece(
-        parameter, shapes, group, "rounded to INT8", dtype=torch.int8, encode=partial(_int8_codes, size)
+        parameter, shapes, group, "rounded to INT8", dtype=torch.int8, encoders=(partial(_int8_codes, size),)
     )
     return [codes, of_scales]

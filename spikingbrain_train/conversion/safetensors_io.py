@@ -278,19 +278,30 @@ class SafetensorsFolder:
         Raises:
             CheckpointError: they are not.
         """
-        place = self.places[name]
-        crc32, written = 0, 0
-        with VerifiedFile(folder / place.file, place.offset) as file:
-            for block in blocks:
-                values = block.values
-                if (values.dtype, values.shape[1:]) != (place.spec.dtype, place.spec.shape[1:]):
-                    raise RuntimeError(f"{name} of {values.dtype} {values.shape} is written for {place.spec}")
-                crc32 = combined(crc32, block.checksum(), values.nbytes)
-                file.write(bytes_of(values).numpy().data, name)
-                written += values.nbytes
-        if written != place.spec.nbytes:
-            raise RuntimeError(f"{name} was written with {written} bytes for {place.spec}")
-        return crc32
+        return write_blocks(folder, self.places[name], blocks)
+
+
+def write_blocks(folder: Path, place: TensorPlace, blocks: Iterable[Block]) -> int:
+    """Write all of a tensor, some rows after the other, to its place in a file; they are read back.
+
+    Returns:
+        CRC-32 of its bytes.
+
+    Raises:
+        CheckpointError: what is read back is something else.
+    """
+    name, crc32, written = place.spec.name, 0, 0
+    with VerifiedFile(folder / place.file, place.offset) as file:
+        for block in blocks:
+            values = block.values
+            if (values.dtype, values.shape[1:]) != (place.spec.dtype, place.spec.shape[1:]):
+                raise RuntimeError(f"{name} of {values.dtype} {values.shape} is written for {place.spec}")
+            crc32 = combined(crc32, block.checksum(), values.nbytes)
+            file.write(bytes_of(values).numpy().data, name)
+            written += values.nbytes
+    if written != place.spec.nbytes:
+        raise RuntimeError(f"{name} was written with {written} bytes for {place.spec}")
+    return crc32
 
 
 class SafetensorsWriter:

@@ -64,6 +64,9 @@ class HfFormat(ABC):
     """Whether parameters cannot be read back from it: it is written where somebody asks for it alone."""
     keeps_weights_beside_scales: bool = False
     """Whether INT8 weights stand beside their scales as the floats that they are made of."""
+    file_writer: str | None = None
+    """Module that writes it where it is no folder of safetensors: its ``pieces`` say what a parameter is stored
+    as, its ``layout`` where that lies."""
     names: Mapping[str, str]
     """Role of a tensor -> its name, with ``{layer}`` where there is one in every layer."""
 

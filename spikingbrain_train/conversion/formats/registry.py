@@ -10,6 +10,7 @@ from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.conversion.formats.bitnet import BITNET
 from spikingbrain_train.conversion.formats.config_keys import ConfigKeys
 from spikingbrain_train.conversion.formats.dense import LLAMA, MISTRAL, QWEN2, QWEN3
+from spikingbrain_train.conversion.formats.gguf import GGUF, GGUF_Q2_0
 from spikingbrain_train.conversion.formats.gla_swa import GLA_SWA
 from spikingbrain_train.conversion.formats.hf_format import HfFormat
 from spikingbrain_train.conversion.formats.mamba import FALCON_MAMBA, MAMBA
@@ -24,10 +25,10 @@ from spikingbrain_train.errors import CheckpointError, ConfigurationError
 
 FORMATS: list[HfFormat] = [
     *(LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, MAMBA, FALCON_MAMBA),
-    *(SPARSE_LLAMA, GLA_SWA, SPIKINGBRAIN, W8ASPIKE, BITNET),
+    *(SPARSE_LLAMA, GLA_SWA, SPIKINGBRAIN, W8ASPIKE, BITNET, GGUF, GGUF_Q2_0),
 ]
 """In the order in which an export tries them: what transformers has, what others read, then our own, then the
-form with stored scales and the packed one, which is asked for. A plugin appends its own."""
+form with stored scales, the packed one and llama.cpp's, which are asked for. A plugin appends its own."""
 
 
 def names_of_formats() -> list[str]:
@@ -48,13 +49,14 @@ def format_of_config(values: dict[str, Any], path: Path) -> HfFormat:
     if is_spikingbrain2(values):
         raise SpikingBrain2.read(values, path).refusal(path)
     # The first of an architecture; tensors alone tell the other (conversion/hf_config.py).
-    by_architecture = {known.architecture: known for known in reversed(FORMATS)}
+    read = [known for known in FORMATS if not known.is_for_inference]
+    by_architecture = {known.architecture: known for known in reversed(read)}
     architectures = values.get("architectures") or [
         known.architecture
         for known in by_architecture.values()
         if known.model_type == values.get("model_type")
     ]
-    names = ", ".join(dict.fromkeys(known.architecture for known in FORMATS))
+    names = ", ".join(dict.fromkeys(known.architecture for known in read))
     if (
         not isinstance(architectures, list)
         or len(architectures) != 1
