@@ -37,7 +37,7 @@ def ternary_blocks(weight: Tensor, kind: BlockType) -> Tensor:
         CheckpointError: float16 has no eleven bits for the scale.
     """
     scale = ternary_scales(magnitude_sum(weight), weight.numel(), weight.dtype)
-    half = scale.to(torch.float16)
+    half = scale.to(torch.float16).reshape(1)
     smallest, largest = torch.finfo(torch.float16).tiny, torch.finfo(torch.float16).max
     if not smallest <= float(scale) <= largest:
         raise CheckpointError(

@@ -145,7 +145,7 @@ class GgufFormat(HfFormat):
 
     def is_ternary(self, weight: Weight, model: ModelConfig) -> bool:
         """Whether training multiplied by ternary numbers in the place of a parameter."""
-        return weight.projection in model.ternary.projections and len(weight.shape) == 2
+        return weight.projection is not None and weight.projection[0] in model.ternary.projections
 
     def block_type(self, weight: Weight, model: ModelConfig) -> BlockType | None:
         """How a parameter's matrices are stored; None keeps them as floats."""

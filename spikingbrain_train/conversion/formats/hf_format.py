@@ -65,7 +65,7 @@ class HfFormat(ABC):
     keeps_weights_beside_scales: bool = False
     """Whether INT8 weights stand beside their scales as the floats that they are made of."""
     file_writer: str | None = None
-    """Module that writes it where it is no folder of safetensors: its ``pieces`` say what a parameter is stored
+    """Module that writes it where it is no folder of safetensors: ``pieces`` say what a parameter is stored
     as, its ``layout`` where that lies."""
     names: Mapping[str, str]
     """Role of a tensor -> its name, with ``{layer}`` where there is one in every layer."""
