@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import pairwise
 from typing import Any
 
 from omegaconf import MISSING
@@ -23,6 +24,7 @@ from spikingbrain_train.config.setting import (
     said,
     setting,
 )
+from spikingbrain_train.config.shown import shown
 from spikingbrain_train.config.stage import StageConfig
 
 _BETA = "be at least 0 and below 1, e.g. 0.95"
@@ -163,9 +165,48 @@ class OptimizerConfig:
     """Steps of the final decay where lr_decay_style is WSD; a tenth of stage.train_iters is usual."""
     lr_wsd_decay_style: WSDDecayStyle = setting(WSDDecayStyle.minus_sqrt, resume=SAID)
     """Shape of the final decay where lr_decay_style is WSD."""
+    phase_starts: list[float] = setting(default_factory=list, above=0, below=1, resume=SAID)
+    """Shares of stage.train_iters after which a further phase of training begins, each above the one before,
+    e.g. [0.5]; empty is one phase. The rate goes on along its shape, times a factor (the two phases of BitNet
+    b1.58, arXiv 2504.12285: optimizer=bitnet_two_phase)."""
+    phase_lr_mults: list[float] = setting(default_factory=list, above=0, resume=SAID)
+    """Multiplier of every learning rate, min_lr included, in each of the phases of phase_starts."""
+    phase_weight_decays: list[float] = setting(default_factory=list, minimum=0, resume=SAID)
+    """Weight decay in each of the phases of phase_starts; empty keeps weight_decay in all."""
+
+    def later_phase(self, step: int, train_iters: int) -> tuple[float, float] | None:
+        """Multiplier of learning rates and weight decay; None in the first phase, which has the settings'.
+
+        Args:
+            step: counted from 1.
+            train_iters: steps of the stage.
+        """
+        begun = sum(step > share * train_iters for share in self.phase_starts)
+        if not begun:
+            return None
+        decays = self.phase_weight_decays or [self.weight_decay] * begun
+        return self.phase_lr_mults[begun - 1], decays[begun - 1]
 
     def check(self, prefix: str) -> None:
-        """The rates fall, and a final decay belongs to a style that has one. Raises ConfigurationError."""
+        """The rates fall, a final decay belongs to a style that has one, and phases follow each other.
+
+        Raises ConfigurationError.
+        """
+        starts, mults, decays = self.phase_starts, self.phase_lr_mults, self.phase_weight_decays
+        require(
+            all(before < start for before, start in pairwise(starts)),
+            f"{prefix}phase_starts={shown(starts)} must rise from phase to phase",
+        )
+        require(
+            len(mults) == len(starts),
+            f"{prefix}phase_starts names {len(starts)} phases and {prefix}phase_lr_mults {len(mults)}; give "
+            f"every phase its multiplier (1 keeps the rate)",
+        )
+        require(
+            len(decays) in (0, len(starts)),
+            f"{prefix}phase_starts names {len(starts)} phases and {prefix}phase_weight_decays {len(decays)}; "
+            f"give every phase its weight decay, or none",
+        )
         style, decay = self.lr_decay_style, self.lr_wsd_decay_iters
         require(
             style is LRDecayStyle.constant or self.min_lr <= self.lr,

@@ -126,8 +126,8 @@ def export_checkpoint(
     header = None
     if hf_format.file_writer is not None:
         lay_out = object_at(f"{hf_format.file_writer}:layout")
-        layout, notes = lay_out(pieces, specs, hf_format, model, hf_source)
-        header = sha256(layout.header).hexdigest()
+        file, notes = lay_out(pieces, specs, hf_format, model, hf_source)
+        layout, header = file, sha256(file.header).hexdigest()
         report.notes += notes
     parts = ExportParts(reader, pieces, layout, allow_damaged_weights=allow_damaged_weights)
     key = work_key(

@@ -179,13 +179,43 @@ def _prepare_torch_adamw(optimizer: MegatronOptimizer) -> None:
                 }
 
 
+class PhasedScheduler(OptimizerParamScheduler):
+    """megatron-core's schedule, with another multiplier and weight decay in each later phase.
+
+    Both follow from the step alone, so that a resumed run has them without a state of their own.
+
+    Args:
+        later_phase: multiplier of all rates and weight decay at a step, counted from 1; None in the first.
+    """
+
+    def __init__(
+        self, *arguments: Any, later_phase: Callable[[int], tuple[float, float] | None], **settings: Any
+    ) -> None:
+        self.later_phase = later_phase  # before the rest, which asks for the first rate
+        super().__init__(*arguments, **settings)
+
+    def get_lr(self, param_group: dict) -> float:
+        """The rate of a group of parameters."""
+        phase, rate = self.later_phase(self.num_steps), super().get_lr(param_group)
+        return rate if phase is None else phase[0] * rate
+
+    def get_wd(self, param_group: dict | None = None) -> float:
+        """Weight decay, before a group's own multiplier."""
+        phase = self.later_phase(self.num_steps)
+        return super().get_wd(param_group) if phase is None else phase[1]
+
+
 def build_scheduler(
     optimizer: OptimizerConfig, train_iters: int, built: MegatronOptimizer
 ) -> OptimizerParamScheduler:
-    """The learning rate after each step: linear warm-up, then the decay to ``min_lr`` at the last step."""
+    """The learning rate after each step: linear warm-up, then the decay to ``min_lr`` at the last step.
+
+    In later phases it is multiplied, and weight decay is another.
+    """
     steps = max(train_iters, optimizer.lr_warmup_iters + 1)  # none train in a stage of no steps
-    return OptimizerParamScheduler(
+    return PhasedScheduler(
         built,
+        later_phase=lambda step: optimizer.later_phase(step, train_iters),
         init_lr=0.0,
         max_lr=optimizer.lr,
         min_lr=_last_lr(optimizer),

@@ -287,6 +287,22 @@ REFUSED: list[tuple[dict[str, Any], int, list[str]]] = [
         ["optimizer.lr_wsd_decay_iters=95", "at most 90"],
     ),
     ({"optimizer.lr_wsd_decay_iters": 10}, 1, ["optimizer.lr_wsd_decay_iters=10", "adamw_wsd"]),
+    ({"optimizer.phase_starts": [0.5]}, 1, ["names 1 phases and optimizer.phase_lr_mults 0", "multiplier"]),
+    (
+        {"optimizer.phase_starts": [0.5, 0.25], "optimizer.phase_lr_mults": [1.0, 1.0]},
+        1,
+        ["optimizer.phase_starts=[0.5,0.25]", "must rise"],
+    ),
+    (
+        {
+            "optimizer.phase_starts": [0.5],
+            "optimizer.phase_lr_mults": [1.0],
+            "optimizer.phase_weight_decays": [0.1, 0.0],
+        },
+        1,
+        ["optimizer.phase_weight_decays 2", "or none"],
+    ),
+    ({"optimizer.phase_starts": [1.5], "optimizer.phase_lr_mults": [1.0]}, 1, ["phase_starts", "below 1"]),
     # the rest
     ({"checkpoint.save_interval": 0}, 1, ["checkpoint.save_interval=0", "at least 1"]),
     ({"checkpoint.keep_last": 0}, 1, ["checkpoint.keep_last=0", "at least 1"]),

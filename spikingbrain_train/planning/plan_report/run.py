@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from spikingbrain_train.architecture.layers import feed_forwards_of, has_experts, layers
 from spikingbrain_train.architecture.linear_transforms import transforms_of
+from spikingbrain_train.config.run import OptimizerConfig
 from spikingbrain_train.config.run_record import RunRecord, TokenHistory
 from spikingbrain_train.config.stage import StageConfig
 from spikingbrain_train.planning.costs import active_parameters, new_parameters, total_parameters
@@ -64,6 +65,7 @@ def _rows(plan: Plan, history: TokenHistory) -> list[tuple[str, str]]:
             f"micro-batches of {stage.micro_batch_size}{bubble}",
         ),
         ("length", f"{_steps(stage)}, {quantity(plan.total_tokens)} tokens"),
+        *(("phases", text) for text in _phases(config.optimizer, stage.train_iters)),
         ("tokens", f"at the end {describe_end(history, plan.total_tokens)}"),
         (
             "compute",
@@ -78,6 +80,17 @@ def _rows(plan: Plan, history: TokenHistory) -> list[tuple[str, str]]:
 
 def _steps(stage: StageConfig) -> str:
     return f"{stage.train_iters:,} steps" if stage.train_iters else "no steps, the closed-form start alone"
+
+
+def _phases(optimizer: OptimizerConfig, train_iters: int) -> list[str]:
+    """What later phases of training change; nothing where there is one."""
+    words = []
+    for share in optimizer.phase_starts:
+        first = int(share * train_iters) + 1
+        phase = optimizer.later_phase(first, train_iters)
+        if phase is not None:
+            words.append(f"from step {first:,} learning rates times {phase[0]:g}, weight decay {phase[1]:g}")
+    return ["; ".join(words)] if words else []
 
 
 def _model_facts(plan: Plan) -> list[str]:
