@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from spikingbrain_train.architecture.layers import model_weights
 from spikingbrain_train.config.linear_transforms import (
     Int8InputsConfig,
     Projection,
@@ -89,9 +90,7 @@ def test_transformers_reads_the_same_model_from_a_file_of_floats(
         import_checkpoint(tmp_path / "out", tmp_path / "again")
 
 
-def test_ternary_matrices_are_held_with_their_codes_in_at_most_a_quarter_of_bfloat16(
-    ranks: RankPool, tmp_path: Path
-) -> None:
+def test_ternary_matrices_are_held_with_their_codes(ranks: RankPool, tmp_path: Path) -> None:
     saved(ranks, TERNARY, tmp_path / "megatron")
     report = export_checkpoint(tmp_path / "megatron", tmp_path / "out", format_name="gguf")
     export_checkpoint(tmp_path / "megatron", tmp_path / "floats", format_name="gguf", float_weights=True)
@@ -116,6 +115,18 @@ def test_ternary_matrices_are_held_with_their_codes_in_at_most_a_quarter_of_bflo
     notes = " ".join(report.notes)
     assert "ffn_down: ternary numbers as TQ2_0, 2.0625 bits a weight" in notes
     assert "attn_q, attn_k, attn_v, attn_output, ffn_gate, ffn_up: ternary numbers as Q4_0, 4.5 bits" in notes
+
+
+@pytest.mark.parametrize(("format_name", "share"), [("gguf", 0.25), ("gguf_q2_0", 0.14)])
+def test_smollm2s_projections_take_at_most_a_quarter_of_bfloat16(format_name: str, share: float) -> None:
+    sizes = {"num_layers": 30, "hidden_size": 576, "ffn_hidden_size": 1536, "vocab_size": 49152}
+    heads = {"num_attention_heads": 9, "num_query_groups": 3, "kv_channels": 64}
+    model = replace(LLAMA, ternary=TernaryConfig(LINEARS), **sizes, **heads)
+    hf_format: Any = format_of_model(model, format_name)
+    kinds = [(weight.numel, hf_format.block_type(weight, model)) for _, weight in model_weights(model)]
+    ternary = [(numel, kind) for numel, kind in kinds if kind is not None]
+    assert sum(numel for numel, _ in ternary) == 30 * 3_538_944
+    assert sum(numel * kind.bits for numel, kind in ternary) <= share * 16 * 30 * 3_538_944
 
 
 def _q2_0(blocks: Tensor) -> Tensor:
@@ -240,6 +251,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     So one token is far above the others, and greedy texts are no matter of the last bit.
     """
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is built from its source package")
     folder = tmp_path_factory.mktemp("trained")
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": TOKENS}
@@ -332,7 +344,6 @@ def test_llama_cpp_computes_the_same_from_floats(model: ModelConfig, ranks: Rank
 
 @pytest.mark.parametrize("format_name", ["gguf", "gguf_q2_0"])
 def test_llama_cpp_writes_the_same_tokens(format_name: str, trained: Path, tmp_path: Path) -> None:
-    pytest.importorskip("llama_cpp", reason="llama-cpp-python is built from its source package")
     export_checkpoint(trained / "megatron", tmp_path / "out", format_name=format_name)
     export_checkpoint(trained / "megatron", tmp_path / "llama", format_name="llama", float_weights=True)
     text = counting(torch.tensor([5]), 40)
