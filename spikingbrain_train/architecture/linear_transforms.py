@@ -210,6 +210,16 @@ def freezes_base(model: ModelConfig) -> bool:
     return any(kind.freezes_base(model) for kind in LINEAR_TRANSFORMS)
 
 
+def base_of(model: ModelConfig) -> tuple[ModelConfig, list[str]]:
+    """The network without what transforms train beside it, and a note on each that is left out."""
+    notes, sections = [], {}
+    for kind in LINEAR_TRANSFORMS:
+        if kind.freezes_base(model):
+            sections[kind.name] = type(kind.own_settings(model))()
+            notes.append(f"the base alone is written, without its {kind.describe(model)}")
+    return replace(model, **sections), notes
+
+
 def trains(model: ModelConfig, weight: str) -> bool:
     """Whether a weight, by its name, trains in a stage that trains all of a model."""
     owner = _owner(weight)

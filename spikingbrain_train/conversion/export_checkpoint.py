@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from spikingbrain_train.architecture.linear_transforms import with_plain_weights
+from spikingbrain_train.architecture.linear_transforms import base_of, with_plain_weights
 from spikingbrain_train.architecture.model_checks import check_model
 from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
 from spikingbrain_train.config.import_path import object_at
@@ -89,13 +89,14 @@ def export_checkpoint(
     model = read_model(folder)
     check_model(model)
     model = at_its_iteration(model, folder)
+    reader = MegatronCheckpointReader(folder, once=True)
+    stored = check_tensors(reader, model)
+    model, notes_on_base = base_of(model)
     if float_weights:
         model = with_plain_weights(model)
     hf_source = folder / HF_SOURCE_FOLDER
     source_config = load_config_json(hf_source) if (hf_source / CONFIG_FILE).is_file() else None
     hf_format = format_of_model(model, format_name, source_config)
-    reader = MegatronCheckpointReader(folder, once=True)
-    stored = check_tensors(reader, model)
 
     def specs_of(piece: Piece) -> list[TensorSpec]:
         number_format = piece.dtype or dtype or stored[piece.parameter.name]
@@ -115,6 +116,7 @@ def export_checkpoint(
         dry_run=dry_run,
         bytes=sum(spec.nbytes for spec in specs),
     )
+    report.notes += notes_on_base
     report.notes += [
         f"the model {kind.words}, for which the format has no setting; the export computes without them"
         for kind in hf_format.leaves_out(model)

@@ -1,0 +1,88 @@
+"""Arguments of ``spikingbrain-bricks attach`` and ``detach``, understood before torch is imported."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from spikingbrain_train.config.plugins import add_plugins_argument
+from spikingbrain_train.errors import ConfigurationError
+
+
+def add_attach(commands: Any) -> None:
+    """Add it to the subcommands of ``spikingbrain-bricks``."""
+    parser = commands.add_parser(
+        "attach", help="a checkpoint with adapters of peft folders beside its weights"
+    )
+    _add_folders(parser)
+    parser.add_argument(
+        "--adapters", type=Path, nargs="+", required=True, metavar="DIR", help="folders that peft saved"
+    )
+    parser.add_argument(
+        "--names", nargs="+", required=True, metavar="NAME", help="what each is called in model.lora.names"
+    )
+    parser.set_defaults(prepare=_prepare_attach)
+
+
+def add_detach(commands: Any) -> None:
+    """Add it to the subcommands of ``spikingbrain-bricks``."""
+    parser = commands.add_parser("detach", help="an adapter of a checkpoint as a folder of peft")
+    _add_folders(parser)
+    parser.add_argument("--name", required=True, help="of the adapter, one of model.lora.names")
+    parser.add_argument("--base", metavar="DIR", help="folder of the base's export, which peft shall load")
+    parser.set_defaults(prepare=_prepare_detach)
+
+
+def _add_folders(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, metavar="DIR", help="Megatron checkpoint, or a run's folder"
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to be made")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier result in --output")
+    add_plugins_argument(parser)
+    parser.set_defaults(parallel=[])
+
+
+def _check_no_settings(arguments: argparse.Namespace) -> None:
+    if arguments.parallel:
+        raise ConfigurationError(
+            f"{arguments.command} reads and writes files in one process; leave {arguments.parallel[0]} out"
+        )
+
+
+def _prepare_attach(arguments: argparse.Namespace) -> Callable[[], None]:
+    _check_no_settings(arguments)
+
+    def run() -> None:
+        from spikingbrain_train.bricks.adapters import attach
+
+        model = attach(
+            arguments.checkpoint,
+            arguments.adapters,
+            arguments.names,
+            arguments.output,
+            overwrite=arguments.overwrite,
+        )
+        print(f"{arguments.output}: adapters {', '.join(model.lora.names)}")
+
+    return run
+
+
+def _prepare_detach(arguments: argparse.Namespace) -> Callable[[], None]:
+    _check_no_settings(arguments)
+
+    def run() -> None:
+        from spikingbrain_train.bricks.adapters import detach
+
+        detach(
+            arguments.checkpoint,
+            arguments.name,
+            arguments.output,
+            base=arguments.base,
+            overwrite=arguments.overwrite,
+        )
+        print(f"{arguments.output}: adapter {arguments.name}")
+
+    return run
