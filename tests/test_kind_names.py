@@ -50,6 +50,8 @@ OWN_FILES: dict[str, tuple[str, ...]] = {
     "lora": (
         "architecture/lora.py",
         "models/linears/lora.py",
+        "bricks/adapters.py",
+        "bricks/peft_folder.py",
     ),
 }
 """Description and torch modules of each kind; a folder ends in a slash."""

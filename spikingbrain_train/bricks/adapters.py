@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from spikingbrain_train.architecture.model_checks import check_model
 from spikingbrain_train.bricks.peft_folder import (
     CONFIG,
@@ -85,7 +87,7 @@ def attach(
     model = replace(stored, lora=lora)
     check_model(model)
     source = _source(folder)
-    new = {}
+    new: dict[str, Tensor] = {}
     for each, name in zip(read, names, strict=True):
         new |= stored_tensors(each, model, name, source)
     reader = MegatronCheckpointReader(folder, once=True)

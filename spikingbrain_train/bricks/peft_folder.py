@@ -1,8 +1,9 @@
 """Adapters in peft's form: ``adapter_config.json`` and ``adapter_model.safetensors``, written and read.
 
-Tensors are called as peft calls them beside an export of the base: ``base_model.model.<linear>.lora_A.weight``
-[rank, inputs] and ``lora_B.weight`` [outputs, rank]. They are what the checkpoint holds, bit for bit: factors of
-q, k and v, and of gate and up projection, lie apart there, too. Routed experts are one linear each.
+Tensors are called as peft calls them beside an export of the base:
+``base_model.model.<linear>.lora_A.weight`` [rank, inputs] and ``lora_B.weight`` [outputs, rank]. They are
+what the checkpoint holds, bit for bit: factors of q, k and v, and of gate and up projection, lie apart there,
+too. Routed experts are one linear each.
 """
 
 from __future__ import annotations
@@ -136,7 +137,8 @@ def read_peft_folder(folder: Path) -> PeftAdapter:
         tensors = load_file(folder / TENSORS)
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{folder} is no folder of a peft adapter ({first_line(error)}); name one with {CONFIG} and {TENSORS}"
+            f"{folder} is no folder of a peft adapter ({first_line(error)}); name one with "
+            f"{CONFIG} and {TENSORS}"
         ) from None
     except Exception as error:  # safetensors has an error of its own
         raise CheckpointError(f"{folder / TENSORS} is damaged ({first_line(error)}); copy it again") from None
@@ -178,7 +180,8 @@ def stored_tensors(adapter: PeftAdapter, model: ModelConfig, name: str, source: 
                 "is missing" if tensor is None else f"has shape {list(tensor.shape)} instead of {list(shape)}"
             )
             raise CheckpointError(
-                f"{adapter.folder} is an adapter of another model: {factor.peft} {has}; name an adapter of this base"
+                f"{adapter.folder} is an adapter of another model: {factor.peft} {has}; name "
+                f"an adapter of this base"
             )
         left.discard(factor.peft)
         if factor.expert is None:

@@ -29,6 +29,7 @@ BASES = {
     "llama": ("llama", ConversionConfig(mixers=["full"]), None),
     "qwen2": ("qwen2", ConversionConfig(mixers=["full"]), None),
     "published form": ("qwen2", ConversionConfig(mixers=["gla", "swa"], sliding_window=7), "gla_swa"),
+    "experts": ("qwen3_moe", ConversionConfig(mixers=["gla", "full"]), None),
     "own format": ("qwen3", ConversionConfig(mixers=["gla", "full"]), None),
 }
 TARGETS = ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
