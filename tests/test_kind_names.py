@@ -51,6 +51,7 @@ OWN_FILES: dict[str, tuple[str, ...]] = {
         "architecture/lora.py",
         "models/linears/lora.py",
         "bricks/adapters.py",
+        "bricks/adapters_command_line.py",
         "bricks/peft_folder.py",
     ),
 }
