@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 QUANTIZATION_FILE = "quantization_w8aspike.py"
+_ZEROS = "zeros_sparsellama.py"
 _SHARED = (
     *(f"{name}_gla_swa.py" for name in ("mixers", "spikes", "decoder", "ops", "rotary", "cache", "layout")),
     QUANTIZATION_FILE,
@@ -60,6 +61,8 @@ SPIKINGBRAIN_CODE = Code(
         "kinds_spikingbrain.py",
         "linears_spikingbrain.py",
         "mixer_settings_spikingbrain.py",
+        "gated_mlp_spikingbrain.py",
+        _ZEROS,
         "configuration_gla_swa.py",
         *_SHARED,
     ),
@@ -72,7 +75,7 @@ SPARSE_LLAMA_CODE = Code(
         "AutoConfig": "configuration_sparsellama.SparseLlamaConfig",
         "AutoModelForCausalLM": "modeling_sparsellama.SparseLlamaForCausalLM",
     },
-    ("configuration_sparsellama.py", "modeling_sparsellama.py"),
+    ("configuration_sparsellama.py", "modeling_sparsellama.py", _ZEROS),
 )
 """Of Llama models with FATReLU."""
 

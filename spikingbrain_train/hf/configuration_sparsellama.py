@@ -9,9 +9,13 @@ from transformers import LlamaConfig
 
 
 class SparseLlamaConfig(LlamaConfig):
-    """Llama's, and with `hidden_act` "fatrelu" its threshold under the key `hidden_act_param`."""
+    """Llama's, and with `hidden_act` "fatrelu" its threshold under the key `hidden_act_param`.
+
+    `skip_zeros` says whether few tokens on a CPU are computed without the weights that meet zeros.
+    """
 
     model_type = "sparsellama"
+    skip_zeros = True
 
 
 # save_pretrained then copies this file and names it in config.json, also in a folder saved after training.

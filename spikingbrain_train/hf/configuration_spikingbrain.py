@@ -19,6 +19,8 @@ class SpikingBrainConfig(PretrainedConfig):
             intermediate_size, hidden_act, rms_norm_eps, max_position_embeddings, initializer_range,
             attention_dropout, tie_word_embeddings: as in Llama and Qwen3; hidden_act may be "fatrelu".
         hidden_act_param: threshold of "fatrelu": x where it is at least that, else 0.
+        skip_zeros: whether feed-forwards whose gate has zeros compute few tokens on a CPU without the weights
+            that meet them (zeros_sparsellama.py).
         attention_bias: whether q, k and v projections have a bias (Qwen2).
         output_bias: whether output projections of mixers have a bias (Llama and Qwen3 with their
             attention_bias).
@@ -54,6 +56,7 @@ class SpikingBrainConfig(PretrainedConfig):
     """
 
     model_type = "spikingbrain"
+    skip_zeros = True
     keys_to_ignore_at_inference = ["past_key_values"]
     # transformers 5 turns this name into a property over `rope_parameters`.
     rope_scaling = None

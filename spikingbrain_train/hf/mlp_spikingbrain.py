@@ -5,18 +5,15 @@ Part of the modelling code of a checkpoint.
 
 from __future__ import annotations
 
-from .activation_spikingbrain import activation_of
 from .configuration_spikingbrain import SpikingBrainConfig
+from .gated_mlp_spikingbrain import SpikingBrainMLP
 from .kinds_spikingbrain import FEED_FORWARDS, FeedForward
-from .mixers_gla_swa import GLAswaMLP
-from .spikes_gla_swa import encoders_of
 
 
-def _mlp(config: SpikingBrainConfig) -> GLAswaMLP:
-    sizes = (config.hidden_size, config.intermediate_size, activation_of(config))
-    return GLAswaMLP(*sizes, encoders_of(config.spiking), config.mlp_bias)
+def _mlp(config: SpikingBrainConfig) -> SpikingBrainMLP:
+    return SpikingBrainMLP(config, config.intermediate_size, config.mlp_bias)
 
 
 FEED_FORWARDS.register(FeedForward("mlp", _mlp))
 
-__all__ = ["GLAswaMLP"]
+__all__ = ["SpikingBrainMLP"]

@@ -38,6 +38,7 @@ from .configuration_gla_swa import GLAswaConfig  # noqa: F401
 from .configuration_spikingbrain import SpikingBrainConfig
 from .counts_w8aspike import encoded_input  # noqa: F401
 from .decoder_gla_swa import RecurrentForCausalLM, RecurrentModel, RecurrentPreTrainedModel
+from .gated_mlp_spikingbrain import SpikingBrainMLP as GatedMLP  # noqa: F401
 from .gdn_spikingbrain import GatedDeltaRule  # noqa: F401
 from .int8_inputs_spikingbrain import Int8Inputs  # noqa: F401
 from .kernels_w8aspike import kernels  # noqa: F401
@@ -48,7 +49,7 @@ from .linears_spikingbrain import transform_linears
 from .mamba_spikingbrain import SpikingBrainMamba  # noqa: F401
 from .mixer_settings_spikingbrain import mixer_settings  # noqa: F401
 from .mixers_gla_swa import GLAswaRMSNorm
-from .mlp_spikingbrain import GLAswaMLP  # noqa: F401
+from .mlp_spikingbrain import SpikingBrainMLP  # noqa: F401
 from .moe_spikingbrain import SpikingBrainMoE  # noqa: F401
 from .no_mlp_spikingbrain import nothing  # noqa: F401
 from .ops_gla_swa import gated_linear_attention  # noqa: F401
@@ -59,6 +60,7 @@ from .softmax_attention_spikingbrain import GLAswaSoftmaxAttention  # noqa: F401
 from .spikes_gla_swa import encoders_of  # noqa: F401
 from .stored_scales_w8aspike import add_stored_scales  # noqa: F401
 from .ternary_spikingbrain import TernaryWeights  # noqa: F401
+from .zeros_sparsellama import FATReLU  # noqa: F401
 
 
 def _mixers(config: SpikingBrainConfig) -> list[Mixer]:

@@ -11,11 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .activation_spikingbrain import activation_of
 from .configuration_spikingbrain import SpikingBrainConfig
+from .gated_mlp_spikingbrain import SpikingBrainMLP
 from .kinds_spikingbrain import FEED_FORWARDS, FeedForward, with_defaults
-from .mixers_gla_swa import GLAswaMLP
-from .spikes_gla_swa import encoders_of
 
 _KEY = "moe"
 _DEFAULTS: dict[str, Any] = {
@@ -65,11 +63,11 @@ class SpikingBrainMoE(nn.Module):
 
     def __init__(self, config: SpikingBrainConfig) -> None:
         super().__init__()
-        moe, encoder = _settings(config), encoders_of(config.spiking)
+        moe = _settings(config)
         width = moe["moe_intermediate_size"] or config.intermediate_size
 
-        def expert(width: int) -> GLAswaMLP:
-            return GLAswaMLP(config.hidden_size, width, activation_of(config), encoder)
+        def expert(width: int) -> SpikingBrainMLP:
+            return SpikingBrainMLP(config, width)
 
         self.router = SpikingBrainRouter(
             config.hidden_size, moe["num_experts"], moe["num_experts_per_tok"], moe["norm_topk_prob"]
