@@ -93,6 +93,7 @@ ALLOWED = {
     ("config/earlier_releases.py", "spiking"): "a section that earlier releases wrote otherwise",
     ("evaluation/generation.py", "sliding_window"): "of a cache layer of transformers",
     ("spike_analysis/command_line.py", "spiking"): "what analyses that kind starts its analysis",
+    ("bricks/command_line.py", "lora"): "lists the subcommands, those of adapters among them",
     ("spiking/codings.py", "ternary"): "a coding of counts as trains of spikes",
     ("conversion/window_convention.py", "sliding_window"): "a key of config.json",
 }
