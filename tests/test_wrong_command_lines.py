@@ -117,6 +117,7 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     ((*CHOOSE, "--model", "nowhere"), "--model nowhere is not a folder"),
     ((*CHOOSE, "--model", "whole"), "num_attention_heads is missing"),
     (GENERATE, "model holds no weights in safetensors"),
+    ((*GENERATE, "--prefill-chunk", "0"), "--prefill-chunk is 0; give at least 1, or leave it out"),
     (("generate", "--model", "nowhere", "--prompt", "x"), "nowhere is not a folder"),
     (("generate", "--model", "whole", "--prompt", ""), "--prompt is empty"),
     (("convert_checkpoint", "import", "--hf", "nowhere", "--output", "out"), "nowhere is not a folder"),

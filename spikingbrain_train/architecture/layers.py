@@ -98,6 +98,12 @@ def mixers_of(model: ModelConfig) -> list[MixerKind]:
     return list(dict.fromkeys(kind for layer in layers(model) for kind in layer.mixers))
 
 
+def rotary_limit(model: ModelConfig) -> int | None:
+    """Tokens that rotary positions are declared for; None where no mixer turns anything by them."""
+    is_turned = any("rotary_base" in kind.settings(model) for kind in mixers_of(model))
+    return model.max_position_embeddings if is_turned else None
+
+
 def feed_forwards_of(model: ModelConfig) -> list[FeedForwardKind]:
     """Every kind of feed-forward that a layer of ``model`` has, each once."""
     return list(dict.fromkeys(layer.feed_forward for layer in layers(model)))

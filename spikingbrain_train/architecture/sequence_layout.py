@@ -47,6 +47,9 @@ class SequenceLayout:
     sequence_seeds: tuple[str, ...] | None = field(default=None, compare=False)
     """What random numbers of every row are drawn from in training, the same on every rank that holds a part
     of it, whatever the topology and however often a layer is computed."""
+    piece: range | None = None
+    """Text positions that alone are here, of a text that is read piece by piece on one context-parallel rank;
+    None: all of the slice."""
 
     qkv_format = "sbhd"  # megatron-core looks at this field of what travels as ``packed_seq_params``
     cp_group = None
@@ -69,12 +72,19 @@ class SequenceLayout:
                 raise ValueError(f"cu_seqlens {bounds} must rise from 0 to {self.text_length}")
 
     @classmethod
-    def of_token(cls, position: int) -> SequenceLayout:
-        """One token of text alone, the newest of a text that is read token by token.
+    def of_piece(cls, piece: range, text_length: int, num_sink_tokens: int) -> SequenceLayout:
+        """Some tokens of a text that is read piece by piece.
 
-        It stands where it would if every token had a rank of its own.
+        Args:
+            piece: their positions.
+            text_length: of the whole text, as far as it is known.
+            num_sink_tokens: in front of the whole text; those of the first piece.
         """
-        return cls(position + 1, context_parallel_rank=position, context_parallel_size=position + 1)
+        return cls(text_length, 0 if piece.start else num_sink_tokens, piece=piece)
+
+    def of_piece_alone(self) -> SequenceLayout:
+        """The same for whom a piece is all that there is."""
+        return self if self.piece is None else replace(self, text_length=len(self.piece), piece=None)
 
     def without_sinks(self) -> SequenceLayout:
         """The same for a model that has none: what stands in front is padding, so that rows correspond."""
@@ -83,6 +93,8 @@ class SequenceLayout:
     @property
     def slice_length(self) -> int:
         """Tokens that every rank holds, sinks included."""
+        if self.piece is not None:
+            return self.num_sink_tokens + len(self.piece)
         return (self.num_sink_tokens + self.text_length) // self.context_parallel_size
 
     @property
@@ -106,6 +118,8 @@ class SequenceLayout:
 
     def text_range(self, rank: int | None = None) -> range:
         """Text positions that ``rank`` (default: this one) holds."""
+        if self.piece is not None:
+            return self.piece
         rank = self.context_parallel_rank if rank is None else rank
         start = rank * self.slice_length - self.num_sink_tokens
         return range(max(0, start), start + self.slice_length)

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
+from spikingbrain_train.architecture.layers import rotary_limit
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.evaluation.chat_prompts import ChatPrompt
 from spikingbrain_train.evaluation.checkpoint_model import CheckpointModel
 from spikingbrain_train.evaluation.generation import Generation, TimedStreamer
-from spikingbrain_train.evaluation.sampling import Sampling
+from spikingbrain_train.evaluation.sampling import AUTOMATIC_PIECE, Sampling, check_prompt_length
 from spikingbrain_train.evaluation.text_tokenizer import TextTokenizer
 from spikingbrain_train.models.incremental_decoding import IncrementalDecoder, mixers_without_step
 from spikingbrain_train.models.mixers.decoding import CacheSize
@@ -32,6 +33,7 @@ class CheckpointGenerator:
         """Names of the kinds that read their whole input again for every token."""
         self._decoder = IncrementalDecoder(opened.model)
         self._groups = opened.groups
+        self._positions = rotary_limit(opened.request.model)
         self._vocab_size = opened.request.model.vocab_size
         self._tokenizer = tokenizer
         stages = self._groups.pipeline_model_parallel_size
@@ -49,7 +51,8 @@ class CheckpointGenerator:
             show: called on the main process with pieces of text, the prompt first.
 
         Raises:
-            ConfigurationError: the prompt has no token, or one that the model does not know.
+            ConfigurationError: the prompt has no token, one that the model does not know, or more of them
+                than it has positions.
         """
         ends = self._tokenizer.end_tokens
         if isinstance(prompt, ChatPrompt):
@@ -63,13 +66,15 @@ class CheckpointGenerator:
                 f"the tokenizer {self._tokenizer.path} gives --prompt the id {max(ids)}, but the model knows "
                 f"{self._vocab_size}; name the tokenizer of its data with --tokenizer"
             )
+        check_prompt_length(len(ids), self._positions)
+        piece_length = self._piece_length(len(ids), sampling)
         torch.manual_seed(sampling.seed)
         streamer = TimedStreamer(self._tokenizer, show if self._groups.is_main_process else lambda text: None)
         streamer.put(torch.tensor(ids))
         self._decoder.begin()
         given, read = len(ids), torch.tensor([ids], device=self._groups.device)
         while len(ids) - given < sampling.max_new_tokens:
-            token = self._choose(self._decoder.read(read), sampling)
+            token = self._choose(self._decoder.read(read, piece_length), sampling)
             ids.append(int(token))
             streamer.put(token.cpu())
             if ids[-1] in ends:
@@ -83,6 +88,17 @@ class CheckpointGenerator:
             cache=self._cache_size(),
             text=self._tokenizer.decode(ids, skip_special_tokens=True),
         )
+
+    def _piece_length(self, num_tokens: int, sampling: Sampling) -> int | None:
+        """Tokens of the prompt that are read at a time; None: all."""
+        if sampling.prefill_chunk is None and not self.mixers_without_step:
+            return AUTOMATIC_PIECE
+        if sampling.prefill_chunk is not None and self.mixers_without_step and num_tokens > 1:
+            raise ConfigurationError(
+                f"--prefill-chunk reads a prompt in pieces, but {', '.join(self.mixers_without_step)} has no "
+                "decoding step and would read all before it again for every piece; leave it out"
+            )
+        return sampling.prefill_chunk
 
     def _choose(self, logits_BV: Tensor | None, sampling: Sampling) -> Tensor:
         """The next token [1], the same on every rank."""

@@ -27,7 +27,7 @@ from spikingbrain_train.evaluation.model_folder import (
     check_output_file,
 )
 from spikingbrain_train.evaluation.output import show_text, write_result
-from spikingbrain_train.evaluation.sampling import Sampling
+from spikingbrain_train.evaluation.sampling import AUTOMATIC_PIECE, Sampling
 from spikingbrain_train.reporting.activity import activity
 
 if TYPE_CHECKING:
@@ -49,6 +49,9 @@ examples:
 
   # what a user says to a chat model; the answer ends where the tokenizer's chat template ends it
   spikingbrain-generate --model outputs/smollm2/sft --chat --prompt "What is a spike?"
+
+  # a prompt of any length, read 1024 tokens at a time
+  spikingbrain-generate --model outputs/smollm2/cpt --prompt "$(cat book.txt)" --prefill-chunk 1024
 
   # an exported hybrid, whose folder brings its own modelling code
   spikingbrain-generate --model outputs/smollm2/export --prompt "The for statement" --trust-remote-code
@@ -82,6 +85,13 @@ def generate_parser() -> argparse.ArgumentParser:
         metavar="P",
         help="choose among the likeliest tokens that together have probability P (default: %(default)s)",
     )
+    parser.add_argument(
+        "--prefill-chunk",
+        type=int,
+        metavar="N",
+        help="tokens of the prompt that are read at a time, so that memory is for so many whatever the "
+        f"prompt's length (default: {AUTOMATIC_PIECE} where a prompt is longer)",
+    )
     parser.add_argument("--seed", type=int, default=1234, help="of the sampling (default: %(default)s)")
     return parser
 
@@ -97,6 +107,7 @@ def _prepare_generation(arguments: argparse.Namespace) -> Callable[[], None]:
         temperature=arguments.temperature,
         top_p=arguments.top_p,
         seed=arguments.seed,
+        prefill_chunk=arguments.prefill_chunk,
     )
     check_chat_options(arguments)
     if not all(arguments.prompt):

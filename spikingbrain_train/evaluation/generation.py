@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
+from spikingbrain_train.config.require import require
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.evaluation.chat_prompts import ChatPrompt
-from spikingbrain_train.evaluation.sampling import Sampling
+from spikingbrain_train.evaluation.sampling import AUTOMATIC_PIECE, Sampling, check_prompt_length
 from spikingbrain_train.models.mixers.decoding import CacheSize
 
 
@@ -77,7 +78,8 @@ def generate_text(
         show: called with pieces of text, the prompt first.
 
     Raises:
-        ConfigurationError: the prompt has no token.
+        ConfigurationError: the prompt has no token or more than the model has positions, or cannot be read in
+            pieces.
     """
     ends: frozenset[int] = frozenset()
     if isinstance(prompt, ChatPrompt):
@@ -85,13 +87,18 @@ def generate_text(
         inputs = tokenizer(prompt.text, return_tensors="pt", add_special_tokens=False).to(model.device)
     else:
         inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    if inputs["input_ids"].shape[1] == 0:
+    num_tokens = inputs["input_ids"].shape[1]
+    if num_tokens == 0:
         raise ConfigurationError("--prompt is empty; give at least one word to go on from")
+    check_prompt_length(num_tokens, _rotary_limit(model))
+    piece_length = _piece_length(model, sampling)
     torch.manual_seed(sampling.seed)
     streamer = TimedStreamer(tokenizer, show)
     # Replaced, not passed: generate() fills what a passed config leaves open with the model's own sampling
     # settings.
     model.generation_config = _generation_config(model, tokenizer, sampling, ends)
+    if piece_length is not None and num_tokens > piece_length:
+        model.generation_config.prefill_chunk_size = piece_length
     output: Any = model.generate(
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
@@ -106,6 +113,37 @@ def generate_text(
         cache=cache_size(output.past_key_values),
         text=str(tokenizer.decode(output.sequences[0], skip_special_tokens=True)),
     )
+
+
+def _rotary_limit(model: PreTrainedModel) -> int | None:
+    """Tokens that rotary positions are declared for; None where the model knows no such number."""
+    if _is_ours(model) and not any(getattr(module, "reads_rotary", False) for module in model.modules()):
+        return None
+    return getattr(model.config, "max_position_embeddings", None)
+
+
+def _is_ours(model: PreTrainedModel) -> bool:
+    """Whether it brings the code of an export, which reads on from its cache by any number of tokens."""
+    return hasattr(model, "cache_class") and hasattr(model.config, "rotary_positions")
+
+
+def _piece_length(model: PreTrainedModel, sampling: Sampling) -> int | None:
+    """Tokens of a prompt that are read at a time; None: all."""
+    if not _is_ours(model):
+        require(
+            sampling.prefill_chunk is None or not getattr(model, "_is_stateful", False),
+            f"--prefill-chunk reads a prompt in pieces, which transformers' {type(model).__name__} cannot; "
+            "leave it out, or import the folder with spikingbrain-convert",
+        )
+        return sampling.prefill_chunk
+    if model.config.rotary_positions().depends_on_length:
+        require(
+            sampling.prefill_chunk is None,
+            "--prefill-chunk reads a prompt in pieces, but this model's rotary positions depend on the "
+            "length of the whole; leave it out, or give the Megatron checkpoint",
+        )
+        return None
+    return sampling.prefill_chunk or AUTOMATIC_PIECE
 
 
 def _generation_config(

@@ -1,4 +1,4 @@
-"""What a user chooses about generated text. Checked before torch is there."""
+"""What a user chooses about generated text, and what a prompt's length says to it. There is no torch here."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from spikingbrain_train.errors import ConfigurationError
 
+AUTOMATIC_PIECE = 2048
+"""Tokens of a long prompt that are read at a time where nobody says otherwise: more makes nothing faster."""
 _MOST_TOKENS, _SEEDS = 2**31, 2**32
 
 
@@ -19,6 +21,8 @@ class Sampling:
     top_p: float = 0.95
     """Choose among the likeliest tokens whose probabilities sum to this."""
     seed: int = 1234
+    prefill_chunk: int | None = None
+    """Tokens of a prompt that are read at a time; None chooses by the prompt and the model."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -31,5 +35,24 @@ class Sampling:
             raise ConfigurationError(f"--top-p is {self.top_p}; give a number above 0 and up to 1")
         if self.max_new_tokens >= _MOST_TOKENS:
             raise ConfigurationError(f"--max-new-tokens is {self.max_new_tokens}; give less than 2**31")
+        if self.prefill_chunk is not None and self.prefill_chunk < 1:
+            raise ConfigurationError(
+                f"--prefill-chunk is {self.prefill_chunk}; give at least 1, or leave it out"
+            )
         if not 0 <= self.seed < _SEEDS:
             raise ConfigurationError(f"--seed is {self.seed}; give a number from 0 up to below 2**32")
+
+
+def check_prompt_length(num_tokens: int, declared: int | None) -> None:
+    """Refuse a prompt that is longer than the positions of its model.
+
+    Args:
+        num_tokens: of the prompt.
+        declared: positions that the model turns queries and keys by; None: it knows none.
+    """
+    if declared is not None and num_tokens > declared:
+        raise ConfigurationError(
+            f"--prompt has {num_tokens} tokens, but the model's rotary positions are declared up to "
+            f"{declared} (max_position_embeddings); shorten it, or extend the model's context by training at "
+            "that length"
+        )

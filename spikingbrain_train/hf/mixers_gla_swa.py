@@ -184,7 +184,7 @@ class GLAswaLinearAttention(GLAswaAttention):
         self.gate = gate
         self.gate_logit_normalizer = gate_logit_normalizer
         self.feature_map = torch.sigmoid if feature_map == "sigmoid" else F.relu
-        self.rotary = rotary
+        self.reads_rotary = rotary
         self.gate_spikes = settings.encoder("gate", 0)
         if gate == "fixed":
             self.log_decay: Tensor
@@ -216,7 +216,7 @@ class GLAswaLinearAttention(GLAswaAttention):
         q, k, v = self.project(x_BTD)
         log_gate = self.log_gate(x_BTD, k)
         q, k = self.feature_map(q), self.feature_map(k)
-        if self.rotary:
+        if self.reads_rotary:
             q, k = (apply_rotary(x.transpose(1, 2), *rotary).transpose(1, 2) for x in (q, k))
         valid_BT = layout.valid_new(x_BTD.shape[1])
         if valid_BT is not None:
@@ -295,6 +295,7 @@ class GLAswaSoftmaxAttention(GLAswaAttention):
         self.attention_dropout = dropout
         self.int8_keys_and_values = False
         self.query_spikes = settings.encoder("queries", 0)
+        self.reads_rotary = True
 
     def forward(
         self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], layout: TokenLayout, cache: Any

@@ -1,4 +1,4 @@
-"""A model that reads a text token by token: every layer's mixer remembers what it has seen.
+"""A model that reads a text piece by piece: every layer's mixer remembers what it has seen.
 
 See :mod:`~spikingbrain_train.models.mixers.decoding` for what a mixer does. All else in a layer works on each
 token alone.
@@ -41,6 +41,9 @@ class IncrementalDecoder:
     All ranks of the model call it together with the same tokens. Tensor, pipeline and expert parallelism
     work; context and sequence parallelism do not, because one token cannot be split.
 
+    A long beginning may be read in pieces. What a layer computes with takes memory for one piece then, and
+    what remains between them are recurrent states, windows, and keys and values of full attention.
+
     Args:
         model: this rank's pipeline stage. It is put into evaluation mode, and is good for decoding alone
             until :meth:`release`.
@@ -69,24 +72,28 @@ class IncrementalDecoder:
         self._mixers = []
 
     @torch.no_grad()
-    def read(self, tokens_BT: Tensor) -> Tensor | None:
+    def read(self, tokens_BT: Tensor, piece_length: int | None = None) -> Tensor | None:
         """Read on.
 
         Args:
-            tokens_BT: [B, T] int64: the beginning of a text, at least one token, then one token at a time.
+            tokens_BT: [B, T] int64: the beginning of a text, or what follows on what was read; at least one
+                token.
+            piece_length: tokens that are read at a time; None: all.
 
         Returns:
             Logits of the token that follows, [B, vocab_size] float32, on every rank of the last pipeline
             stage; None elsewhere.
         """
-        length = tokens_BT.shape[1]
-        if self._num_tokens == 0:
-            layout = SequenceLayout(length, self.model.model_config.num_sink_tokens)
-        else:
-            assert length == 1, "after its beginning a text is read token by token"
-            layout = SequenceLayout.of_token(self._num_tokens)
-        self._num_tokens += length
+        end = self._num_tokens + tokens_BT.shape[1]
+        logits_BV = None
+        for piece_BT in tokens_BT.split(piece_length or tokens_BT.shape[1], dim=1):
+            piece = range(self._num_tokens, self._num_tokens + piece_BT.shape[1])
+            sinks = self.model.model_config.num_sink_tokens
+            logits_BV = self._read_piece(piece_BT, SequenceLayout.of_piece(piece, end, sinks))
+            self._num_tokens = piece.stop
+        return logits_BV
 
+    def _read_piece(self, tokens_BT: Tensor, layout: SequenceLayout) -> Tensor | None:
         def forward_step(_iterator: object, stage: HybridGPTModel):
             output = stage(tokens_BT, layout=layout, return_hidden_states=True)
             return output, partial(_last_logits, stage)
@@ -135,7 +142,10 @@ class _RememberingMixer(torch.nn.Module):
     ) -> tuple[Tensor, None]:
         if self.state is None:
             output, self.state = decoding.begin_decoding(
-                self.mixer, hidden_states, rotary_pos_emb=rotary_pos_emb, layout=packed_seq_params
+                self.mixer,
+                hidden_states,
+                rotary_pos_emb=rotary_pos_emb,
+                layout=packed_seq_params.of_piece_alone(),
             )
         else:
             output = decoding.decode(self.mixer, hidden_states, self.state, rotary_pos_emb=rotary_pos_emb)

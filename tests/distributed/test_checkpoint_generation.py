@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from spikingbrain_train.config.conversion import ConversionConfig
 from spikingbrain_train.conversion.export_checkpoint import export_checkpoint
+from spikingbrain_train.conversion.import_checkpoint import import_checkpoint
 from tests.distributed.pool import RankPool
-from tests.small_source import MODEL_VOCAB_SIZE
+from tests.small_source import MODEL_VOCAB_SIZE, save_small_source
 
 PROMPT = "The for statement"
 
@@ -46,6 +48,48 @@ def test_text_is_that_of_the_exported_folder(
     for name in ("text", "prompt_tokens", "new_tokens"):
         assert ours[name] == theirs[name]
     assert ours["cache"]["recurrent"] == theirs["cache"]["recurrent"] > 0
+
+
+LONG = " ".join([PROMPT, "has a body"] * 3)
+
+
+def test_a_prompt_read_in_pieces_is_continued_as_one_read_at_once(
+    ranks: RankPool, text_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Here and in the export; below windows of 7 tokens and above them."""
+    export_checkpoint(text_checkpoint, tmp_path / "export")
+    arguments = ("--prompt", LONG, *GREEDY)
+    (whole,) = texts(ranks, tmp_path, "--model", text_checkpoint, *arguments)
+    for piece in (5, 11):
+        pieces = (*arguments, "--prefill-chunk", piece)
+        assert whole["prompt_tokens"] > 2 * piece
+        (ours,) = texts(ranks, tmp_path, "--model", text_checkpoint, *pieces)
+        exported = ("--model", tmp_path / "export", "--trust-remote-code")
+        (theirs,) = texts(ranks, tmp_path, *exported, *pieces)
+        assert ours["text"] == theirs["text"] == whole["text"]
+
+
+def test_a_prompt_beyond_the_declared_positions_is_one_sentence(
+    ranks: RankPool, text_checkpoint: Path, tmp_path: Path
+) -> None:
+    export_checkpoint(text_checkpoint, tmp_path / "export")
+    positions = json.loads((tmp_path / "export" / "config.json").read_text())["max_position_embeddings"]
+    prompt = " ".join([PROMPT] * positions)
+    for model in ([text_checkpoint], [tmp_path / "export", "--trust-remote-code"]):
+        (found,) = ranks.run(_refusal, "--model", *map(str, model), "--prompt", prompt, world_size=1)
+        assert f"tokens, but the model's rotary positions are declared up to {positions}" in found
+
+
+def test_mamba_reads_on_beyond_the_declared_positions(ranks: RankPool, tmp_path: Path) -> None:
+    recipe = ConversionConfig(mixers=["mamba"])
+    import_checkpoint(save_small_source(tmp_path / "source"), tmp_path / "checkpoint", recipe)
+    export_checkpoint(tmp_path / "checkpoint", tmp_path / "export")
+    positions = json.loads((tmp_path / "export" / "config.json").read_text())["max_position_embeddings"]
+    arguments = ("--prompt", " ".join([LONG] * 10), *GREEDY)
+    (ours,) = texts(ranks, tmp_path, "--model", tmp_path / "checkpoint", *arguments)
+    exported = ("--model", tmp_path / "export", "--trust-remote-code")
+    (theirs,) = texts(ranks, tmp_path, *exported, *arguments, "--prefill-chunk", 99)
+    assert ours["prompt_tokens"] > positions and ours["text"] == theirs["text"]
 
 
 @pytest.mark.slow

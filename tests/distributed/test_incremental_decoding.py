@@ -1,4 +1,4 @@
-"""A text read token by token gives, at every position, the logits of reading it at once.
+"""A text read piece by piece or token by token gives, at every position, the logits of reading it at once.
 
 All in float32, to 2e-5 of the largest logit: a recurrence adds its terms in another order than the chunked
 form, a softmax over the keys of a window in another than the blocked one (at most 1e-6, measured), and the
@@ -17,6 +17,7 @@ from torch import Tensor
 from spikingbrain_train.architecture.feed_forwards import FEED_FORWARDS
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ParallelConfig
+from spikingbrain_train.config.rope_scaling import RopeScalingConfig, RopeType
 from spikingbrain_train.models.mixers.decoding import CacheSize, decodes_by_step
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from tests.distributed.gradients import CASES, model_of_known_weights
@@ -94,6 +95,81 @@ def assert_same_logits(
 def test_every_position_has_the_logits_of_the_whole_text(case: str, ranks: RankPool) -> None:
     one = {"one rank": (1, ParallelConfig())}
     assert_same_logits(ranks, CASES[case].model, one, PROMPT, CASES[case].dtype)
+
+
+def _in_pieces(
+    groups: ProcessGroups,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    lengths: list[int],
+    dtype: torch.dtype,
+) -> dict[int, Tensor]:
+    """Logits [2, vocabulary] behind a beginning in pieces, more tokens at once, and single ones."""
+    from spikingbrain_train.models.incremental_decoding import IncrementalDecoder
+
+    decoder = IncrementalDecoder(model_of_known_weights(groups, model, parallel, dtype))
+    found = {}
+    for length in lengths:
+        decoder.begin()
+        for first, end in ((0, 80), (80, 87), (87, 88), (88, 89), (89, TEXT)):
+            logits = decoder.read(text()[:, first:end], length)
+            if logits is not None:
+                found[length * 1000 + end] = logits
+    return found
+
+
+def assert_same_in_pieces(
+    ranks: RankPool,
+    model: ModelConfig,
+    lengths: list[int],
+    topology: tuple[int, ParallelConfig] = (1, ParallelConfig()),
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Pieces of each of ``lengths`` give the logits of reading all at once."""
+    (expected,) = ranks.run(_at_once, model, dtype, world_size=1, parallel=ParallelConfig())
+    size, parallel = topology
+    results = ranks.run(_in_pieces, model, parallel, lengths, dtype, world_size=size, parallel=parallel)
+    found = [logits for logits in results if logits]
+    assert len(found) == size // parallel.pipeline_model_parallel_size
+    for of_rank in found:
+        assert len(of_rank) == 5 * len(lengths)
+        for key, logits in of_rank.items():
+            off = (logits - expected[:, key % 1000 - 1]).abs().max() / expected.abs().max()
+            assert off < TOLERANCE, f"pieces of {key // 1000}, token {key % 1000}: off by {off:.1e}"
+
+
+@pytest.mark.parametrize(
+    "case", [name for name, case in CASES.items() if "packed" not in name and not case.l1_factor]
+)
+def test_a_prompt_is_read_in_pieces_as_it_is_at_once(case: str, ranks: RankPool) -> None:
+    # Shorter and longer than windows of 21 and convolutions of 4 tokens, and rests of other lengths.
+    assert_same_in_pieces(ranks, CASES[case].model, [3, 17, 64], dtype=CASES[case].dtype)
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_ranks_read_pieces_together(topology: str, ranks: RankPool) -> None:
+    assert_same_in_pieces(ranks, CASES["76B-like"].model, [17], TOPOLOGIES[topology])
+
+
+@pytest.mark.parametrize("rope_type", [RopeType.dynamic, RopeType.longrope])
+def test_rotary_angles_of_pieces_are_those_of_the_whole_prompt(rope_type: RopeType, ranks: RankPool) -> None:
+    """Where they depend on its length, which the first piece does not show."""
+    scaling = RopeScalingConfig(rope_type=rope_type, factor=4.0, original_max_position_embeddings=16)
+    if rope_type is RopeType.longrope:
+        scaling = replace(scaling, short_factor=[1.0] * 4, long_factor=[2.0] * 4)
+    model = replace(CASES["sliding window"].model, mixers=["swa", "full"], rope_scaling=scaling)
+    (expected,) = ranks.run(_at_once, model, torch.float32, world_size=1, parallel=ParallelConfig())
+    (found,) = ranks.run(_prompt_in_pieces, model, world_size=1, parallel=ParallelConfig())
+    assert (found - expected[:, -1]).abs().max() / expected.abs().max() < TOLERANCE
+
+
+def _prompt_in_pieces(groups: ProcessGroups, model: ModelConfig) -> Tensor:
+    from spikingbrain_train.models.incremental_decoding import IncrementalDecoder
+
+    decoder = IncrementalDecoder(model_of_known_weights(groups, model, ParallelConfig()))
+    logits = decoder.read(text(), 13)
+    assert logits is not None
+    return logits
 
 
 def test_a_prompt_may_be_one_token_or_longer_than_every_window(ranks: RankPool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,28 @@ def test_cache_of_a_mamba_of_transformers_does_not_grow() -> None:
         caches = [model(torch.ones(1, n, dtype=torch.long), use_cache=True).cache_params for n in (4, 9)]
     # Of 2 layers of 32 channels four inputs of the convolution and a state of four, in float32.
     assert [cache_size(cache) for cache in caches] == 2 * [CacheSize(recurrent=2 * 32 * (4 + 4) * 4)]
+
+
+def test_recurrent_models_of_transformers_are_not_read_in_pieces(source: Path) -> None:
+    """Their classes read on from a cache by one token at a time."""
+    sizes = {"vocab_size": MODEL_VOCAB_SIZE, "hidden_size": 16, "num_hidden_layers": 1}
+    model = MambaForCausalLM(MambaConfig(**sizes)).eval()
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    pieces = replace(GREEDY, prefill_chunk=2)
+    with pytest.raises(ConfigurationError, match="in pieces, which transformers' MambaForCausalLM cannot"):
+        generate_text(model, tokenizer, PROMPT, pieces, lambda text: None)
+
+
+def test_angles_that_depend_on_the_whole_prompt_need_it_at_once(
+    source: Path, hybrid: GLAswaForCausalLM
+) -> None:
+    scaling = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e6}
+    config = type(hybrid.config)(**{**hybrid.config.to_dict(), "rope_parameters": scaling})
+    model = GLAswaForCausalLM(config).eval()
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    generate_text(model, tokenizer, PROMPT, GREEDY, lambda text: None)
+    with pytest.raises(ConfigurationError, match="rotary positions depend on the length of the whole"):
+        generate_text(model, tokenizer, PROMPT, replace(GREEDY, prefill_chunk=2), lambda text: None)
 
 
 def test_limit_of_the_windows_is_known_before_it_is_reached(hybrid: GLAswaForCausalLM) -> None:

@@ -81,7 +81,9 @@ def test_every_document_is_turned_by_its_own_whole_length(name: str) -> None:
         both = [torch.cat(alone), torch.cat(alone[::-1])]
         expected = torch.stack([x[6 * rank : 6 * rank + 6, 0] for x in both], dim=1)
         torch.testing.assert_close(rotary(layout), expected, rtol=0, atol=0)
-    torch.testing.assert_close(rotary(SequenceLayout.of_token(8)), alone[1][8:], rtol=0, atol=0)
+    torch.testing.assert_close(
+        rotary(SequenceLayout.of_piece(range(8, 9), 9, 0)), alone[1][8:], rtol=0, atol=0
+    )
     assert (alone[0][1] != alone[1][1]).any()
 
 

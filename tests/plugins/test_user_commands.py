@@ -231,6 +231,8 @@ def test_a_checkpoint_of_theirs_is_measured_and_writes_text(place: Workplace, co
     told = place.command(*write, "--plugins", MODULES)
     assert "note: fixed_decay has no decoding step: its layers read the whole text again" in told
     assert "4 written" in told and "growing with every token" in told
+    pieces = place.command(*write, "--plugins", MODULES, "--prefill-chunk", "2", fails=True)
+    assert "in pieces, but fixed_decay has no decoding step" in pieces
 
 
 def test_a_run_that_does_not_name_their_package_is_told_to(place: Workplace, conversion: str) -> None:

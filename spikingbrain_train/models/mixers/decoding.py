@@ -1,7 +1,8 @@
-"""Text token by token: what a mixer remembers between tokens, and how it reads the next one.
+"""Text piece by piece: what a mixer remembers between pieces, and how it reads the next one.
 
-A mixer that has :class:`DecodesByStep`'s two methods is asked for them. Any other reads its whole input again
-for every token, which gives the same output and takes time and memory that grow with the text.
+Pieces are single tokens where text is generated, and many tokens where a long prompt is read. A mixer that
+has :class:`DecodesByStep`'s two methods is asked for them. Any other reads its whole input again for every
+piece, which gives the same output and takes time and memory that grow with the text.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class DecodingState(ABC):
 
 @runtime_checkable
 class DecodesByStep(Protocol):
-    """A mixer that reads a text once and then every new token by itself.
+    """A mixer that reads a text once, and whatever follows by itself.
 
     No sequence or context parallelism and no documents: a rank has whole sequences. Tensor-parallel ranks
     keep the states of their own heads, as they have their own heads in :meth:`forward`.
@@ -84,15 +85,15 @@ class DecodesByStep(Protocol):
         ...
 
     def decode(self, hidden_states: Tensor, state: DecodingState, *, rotary_pos_emb: Tensor | None) -> Tensor:
-        """Read one more token and bring the state up to it.
+        """Read one or more tokens and bring the state up to them.
 
         Args:
-            hidden_states: [1, B, hidden_size] normed input.
+            hidden_states: [T, B, hidden_size] normed input.
             state: of :meth:`begin_decoding`; changed in place.
-            rotary_pos_emb: [1, 1, 1, kv_channels] rotary angles at the token's position.
+            rotary_pos_emb: [T, 1, 1, kv_channels] rotary angles at the tokens' positions.
 
         Returns:
-            [1, B, hidden_size]: what :meth:`forward` gives for the last token of the whole text.
+            [T, B, hidden_size]: what :meth:`forward` gives for the last tokens of the whole text.
         """
         ...
 
@@ -145,7 +146,7 @@ def decode(
         assert isinstance(mixer, DecodesByStep)
         return mixer.decode(hidden_states, state, rotary_pos_emb=rotary_pos_emb)
     state.append(hidden_states, rotary_pos_emb)
-    return _forward(mixer, state)[-1:]
+    return _forward(mixer, state)[-len(hidden_states) :]
 
 
 def _forward(mixer: torch.nn.Module, inputs: _InputsSoFar) -> Tensor:

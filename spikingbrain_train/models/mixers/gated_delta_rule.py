@@ -251,13 +251,23 @@ class GatedDeltaRule(RecurrentAttention):
         self, hidden_states: Tensor, state: RecurrentState, *, rotary_pos_emb: Tensor | None
     ) -> Tensor:
         """See :class:`~spikingbrain_train.models.mixers.decoding.DecodesByStep`."""
-        mixed_B1C = self._projected(hidden_states)
+        mixed_BTC = self._projected(hidden_states)
         if self.conv1d is not None:
             assert state.inputs_BSC is not None
-            mixed_B1C, state.inputs_BSC = self.conv1d.step(mixed_B1C, state.inputs_BSC)
-        q_BHK, k_BGK, v_BGV, log_gate_BG, beta_BG = (
-            x.squeeze(1) for x in self._op_inputs(mixed_B1C, hidden_states)
-        )
+            mixed_BTC, state.inputs_BSC = self.conv1d.read_on(mixed_BTC, state.inputs_BSC)
+        inputs = self._op_inputs(mixed_BTC, hidden_states)
+        if len(hidden_states) > 1:
+            o_BTHV, state_BGKV = gated_delta_rule(
+                *inputs,
+                scale=self.scale,
+                initial_state=state.state_BGKV,
+                output_final_state=True,
+                backend=self.backend,
+            )
+            assert state_BGKV is not None
+            state.state_BGKV = state_BGKV
+            return self.linear_proj(self.normed_and_gated(o_BTHV, hidden_states))[0]
+        q_BHK, k_BGK, v_BGV, log_gate_BG, beta_BG = (x.squeeze(1) for x in inputs)
         o_BHV, state.state_BGKV = gated_delta_rule_step(
             q_BHK, k_BGK, v_BGV, log_gate_BG, beta_BG, state.state_BGKV, scale=self.scale
         )

@@ -313,6 +313,17 @@ class GatedLinearAttention(SetInClosedForm, RecurrentAttention):
     ) -> Tensor:
         """See :class:`~spikingbrain_train.models.mixers.decoding.DecodesByStep`."""
         inputs = self._op_inputs(hidden_states, None, rotary_pos_emb)
+        if len(hidden_states) > 1:
+            o_BTHV, state_BGKV = gated_linear_attention(
+                *inputs,
+                scale=self.scale,
+                initial_state=state.state_BGKV,
+                output_final_state=True,
+                backend=self.backend,
+            )
+            assert state_BGKV is not None
+            state.state_BGKV = state_BGKV
+            return self.linear_proj(self.normed_and_gated(o_BTHV, hidden_states))[0]
         q_BHK, k_BGK, v_BGV, log_gate_BGK = (x.squeeze(1) for x in inputs)
         o_BHV, state.state_BGKV = gated_linear_attention_step(
             q_BHK, k_BGK, v_BGV, log_gate_BGK, state.state_BGKV, scale=self.scale

@@ -281,10 +281,26 @@ class MambaMixer(MegatronModule):
         assert inputs_BSD is not None
         x_BTD = F.silu(x_BTD)
         dt_BTD, A_DN, B_BTN, C_BTN = self._scan_inputs(x_BTD)
+        state.inputs_BSD = inputs_BSD.clone()
+        if len(hidden_states) > 1:
+            y_BTD, state_BDN = selective_scan(
+                x_BTD,
+                dt_BTD,
+                A_DN,
+                B_BTN,
+                C_BTN,
+                D=self.D,
+                initial_state=state.state_BDN,
+                output_final_state=True,
+                backend=self.backend,
+            )
+            assert state_BDN is not None
+            state.state_BDN = state_BDN
+            return self._output(y_BTD, z_BTD)
         x_BD, dt_BD, B_BN, C_BN = (each.squeeze(1) for each in (x_BTD, dt_BTD, B_BTN, C_BTN))
         y_BD, state_BDN = selective_scan_step(x_BD, dt_BD, A_DN, B_BN, C_BN, state.state_BDN)
         y_BD = torch.addcmul(y_BD, x_BD, self.D)
-        state.inputs_BSD, state.state_BDN = inputs_BSD.clone(), state_BDN
+        state.state_BDN = state_BDN
         return self._output(y_BD.unsqueeze(1), z_BTD)
 
 

@@ -53,9 +53,9 @@ class ShortConvolution(torch.nn.Module):
         text = x_BTD[:, layout.local_sink_tokens :]
         return torch.nn.functional.pad(text, (0, 0, before, 0))[:, text.shape[1] :].clone()
 
-    def step(self, x_B1D: Tensor, inputs_BSD: Tensor) -> tuple[Tensor, Tensor]:
-        """One more token, and the last inputs with it."""
-        y, inputs = causal_convolution(x_B1D, self.weight, initial_state=inputs_BSD, output_final_state=True)
+    def read_on(self, x_BTD: Tensor, inputs_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        """The next tokens behind the last inputs, and the last inputs with them."""
+        y, inputs = causal_convolution(x_BTD, self.weight, initial_state=inputs_BSD, output_final_state=True)
         assert inputs is not None
         return y, inputs.clone()
 

@@ -27,7 +27,7 @@ from spikingbrain_train.models.linears.linear_transform import HasTransforms, Sh
 from spikingbrain_train.models.linears.spikes import Spikes
 from spikingbrain_train.models.mixers.key_values import KeyValues
 from spikingbrain_train.ops.int8_groups import int8_vectors
-from spikingbrain_train.ops.softmax_attention import bidirectional_attention
+from spikingbrain_train.ops.softmax_attention import bidirectional_attention, softmax_attention
 from spikingbrain_train.parallel.context_parallel.attention_distances import attention_distances
 from spikingbrain_train.parallel.context_parallel.softmax_attention import context_parallel_softmax_attention
 
@@ -170,7 +170,17 @@ class SoftmaxAttention(HasTransforms, SelfAttention):
 
     def decode(self, hidden_states: Tensor, state: KeyValues, *, rotary_pos_emb: Tensor | None) -> Tensor:
         """See :class:`~spikingbrain_train.models.mixers.decoding.DecodesByStep`."""
-        q_B1HK, k_B1GK, v_B1GK = self._op_inputs(hidden_states, rotary_pos_emb)
-        # What is held is what the token sees: no mask is left to apply.
-        o_B1HK = bidirectional_attention(q_B1HK, *state.append(k_B1GK, v_B1GK), scale=self.scale)
-        return self.linear_proj(o_B1HK.transpose(0, 1).flatten(2))[0]
+        q_BTHK, k_BTGK, v_BTGK = self._op_inputs(hidden_states, rotary_pos_emb)
+        if q_BTHK.shape[1] == 1:
+            # What is held is what the token sees: no mask is left to apply.
+            o_BTHK = bidirectional_attention(q_BTHK, *state.append(k_BTGK, v_BTGK), scale=self.scale)
+        else:
+            o_BTHK = softmax_attention(
+                q_BTHK,
+                *state.extend(k_BTGK, v_BTGK),
+                window=self.window,
+                num_sink_tokens=state.num_sink_tokens,
+                scale=self.scale,
+                backend=self.backend,
+            )
+        return self.linear_proj(o_BTHK.transpose(0, 1).flatten(2))[0]
