@@ -51,6 +51,7 @@ PREPROCESS = ("preprocess_data", "--input", "text.txt", "--tokenizer", "model", 
 CHOOSE = ("choose_layers", "--model", "model", "--data", "text", "--output", "out")
 SPARSITY = ("analyze_sparsity", "--model", "whole", "--text", "text.txt")
 NEURONS = ("bricks", "neurons", "--model", "whole", "--text", "text.txt")
+ABILITIES = ("bricks", "abilities", "--model", "whole", "--texts")
 ANALYZE = ("analyze_spikes", "--model", "whole", "--text", "text.txt")
 DEMO = ("demo", "--output", "out", "--model", "model")
 BATCH = ("stage.seq_length=64", "stage.train_iters=1", "stage.global_batch_size=1", "dry_run=true")
@@ -112,6 +113,11 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     ((*SPARSITY, "--output", "file"), "--output=file"),
     ((*NEURONS, "--mask", "50", "100"), "--mask has 100; give percent of at least 0 and below 100"),
     ((*NEURONS, "--output", "file"), "--output=file"),
+    ((*ABILITIES, "a=text.txt"), "--texts names one ability, and neurons are told apart by two or more"),
+    ((*ABILITIES, "a=text.txt", "text.txt"), "--texts has 'text.txt'; write each as name=file"),
+    ((*ABILITIES, "a=text.txt", "a=b.txt"), "--texts names a twice; give each ability one file"),
+    ((*ABILITIES, "a=text.txt", "b=text.txt", "--windows", "3"), "--windows is 3; give an even number"),
+    ((*ABILITIES, "a=text.txt", "b=text.txt", "--prune", "0"), "--prune is 0; give percent above 0"),
     (CHOOSE, "model holds no weights in safetensors"),
     ((*CHOOSE, "--tokens", "0"), "--tokens is 0"),
     ((*CHOOSE, "--model", "nowhere"), "--model nowhere is not a folder"),

@@ -21,7 +21,7 @@ from spikingbrain_train.architecture.linear_transforms import keeps_its_input
 from spikingbrain_train.architecture.sizes import FP32, bytes_per_element
 from spikingbrain_train.architecture.weights import Copies, Split, Weight
 from spikingbrain_train.config.enum_tables import entry_of
-from spikingbrain_train.config.model import ActivationFunc, ModelConfig
+from spikingbrain_train.config.model import ActivationFunc, ModelConfig, RouterWeights
 from spikingbrain_train.config.parallel import ParallelConfig, Recompute
 from spikingbrain_train.config.require import divisors, either, require
 from spikingbrain_train.config.run import RunConfig
@@ -111,7 +111,11 @@ class MixtureOfExpertsKind(FeedForwardKind):
     def weights(self, model: ModelConfig) -> tuple[Weight, ...]:
         """Router (E h), routed experts (E times 3 f h), shared experts as one feed-forward."""
         moe, width = model.moe, expert_width(model)
-        of_routed = 1.0 if moe.norm_topk_prob else moe.router_topk / moe.num_experts
+        weights = {
+            RouterWeights.softmax: 1.0 if moe.norm_topk_prob else moe.router_topk / moe.num_experts,
+            RouterWeights.ones: float(moe.router_topk),
+        }
+        of_routed = entry_of(moe.router_weights, weights, "the weights of experts")
         outputs = moe.num_shared_experts + of_routed
         router = Weight(
             "router.weight",
@@ -189,6 +193,7 @@ class MixtureOfExpertsKind(FeedForwardKind):
             "moe_shared_expert_intermediate_size": moe.num_shared_experts * width or None,
             "moe_router_topk": moe.router_topk,
             "norm_topk_prob": moe.norm_topk_prob,
+            "router_weights": moe.router_weights,
             "moe_router_pre_softmax": True,
             "moe_router_dtype": "fp32",
             "moe_router_load_balancing_type": "seq_aux_loss",

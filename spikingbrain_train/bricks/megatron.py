@@ -84,7 +84,8 @@ def _feed_forwards(
                 path = _numbered(path, collection.ep.rank() * len(layer.mlp.experts.local_experts))
             group = collection.expt_tp if is_routed else collection.tp
             part = Part(layer.layer_number - 1, path, (group.rank(),))
-            yield FeedForward(part, module.linear_fc2, _norms(module.linear_fc2), group, copies)
+            norms = _norms(module.linear_fc2)
+            yield FeedForward(part, module.linear_fc2, norms, group, module.linear_fc1, copies)
 
 
 def _numbered(path: str, first: int) -> str:

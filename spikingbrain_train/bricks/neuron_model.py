@@ -35,6 +35,8 @@ class FeedForward:
     """[F] float32: norm of each channel's column of the down projection."""
     group: ProcessGroup | None = None
     """Ranks that hold the other channels; None where this one holds all."""
+    into: torch.nn.Module | None = None
+    """Its gate projection, joined with the up projection or not, which reads the feed-forward's input."""
     copies: int = 1
     """How often each token goes through, on all ranks together."""
 

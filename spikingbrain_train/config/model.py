@@ -220,6 +220,16 @@ class ParallelHybridConfig:
     computed as in evaluations."""
 
 
+class RouterWeights(str, Enum):
+    """What the output of a routed expert is weighted by."""
+
+    softmax = "softmax"
+    """Its probability among all experts."""
+    ones = "ones"
+    """1: the chosen experts add up, as the parts of a feed-forward do that was cut into experts (MoEfication,
+    arXiv 2110.01786). Gradients reach the router as if it were the probability (straight-through)."""
+
+
 @dataclass
 class MoEConfig:
     """Mixture-of-experts layers: softmax router, top-k routed experts, shared experts that see all tokens."""
@@ -230,6 +240,9 @@ class MoEConfig:
     """Routed experts that each token is sent to."""
     norm_topk_prob: bool = setting(False, resume=FUNCTION)
     """Whether the probabilities of a token's experts are made to add up to 1 (Qwen3-MoE)."""
+    router_weights: RouterWeights = setting(RouterWeights.softmax, resume=FUNCTION)
+    """What the outputs of a token's experts are weighted by: their probabilities, or ones where experts are
+    parts of one feed-forward (docs/bricks.md)."""
     num_shared_experts: int = setting(1, minimum=0, resume=WEIGHTS)
     """Experts of every token, computed as one feed-forward of num_shared_experts * moe_ffn_hidden_size."""
     moe_ffn_hidden_size: int | None = setting(None, minimum=1, resume=WEIGHTS)
@@ -260,6 +273,11 @@ class MoEConfig:
             self.capacity_factor is not None or not self.pad_to_capacity,
             f"{prefix}pad_to_capacity=true needs {prefix}capacity_factor, the length to pad to, e.g. 1.25; "
             f"without one set it to false",
+        )
+        require(
+            self.router_weights is RouterWeights.softmax or not self.norm_topk_prob,
+            f"{prefix}norm_topk_prob=true makes probabilities add up to 1, but {prefix}router_weights="
+            f"{self.router_weights.value} weighs by none; set one of them back",
         )
         most = self.num_experts / self.router_topk
         require(

@@ -20,6 +20,7 @@ _DEFAULTS: dict[str, Any] = {
     "num_experts": 16,
     "num_experts_per_tok": 1,
     "norm_topk_prob": False,
+    "router_weights": "softmax",
     "num_shared_experts": 1,
     "moe_intermediate_size": None,
 }
@@ -37,14 +38,18 @@ def _check(config: SpikingBrainConfig) -> None:
             f"num_experts_per_tok {settings['num_experts_per_tok']} of {_KEY} is above num_experts "
             f"{settings['num_experts']}."
         )
+    if settings["router_weights"] not in ("softmax", "ones"):
+        raise ValueError(
+            f"router_weights {settings['router_weights']!r} of {_KEY} is neither softmax nor ones."
+        )
 
 
 class SpikingBrainRouter(nn.Module):
     """Chooses the experts of every token, in float32."""
 
-    def __init__(self, hidden_size: int, num_experts: int, num_chosen: int, norm: bool) -> None:
+    def __init__(self, hidden_size: int, num_experts: int, num_chosen: int, norm: bool, weights: str) -> None:
         super().__init__()
-        self.norm = norm
+        self.norm, self.weights = norm, weights
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
         self.num_chosen = num_chosen
 
@@ -52,9 +57,12 @@ class SpikingBrainRouter(nn.Module):
         nn.init.normal_(self.weight, mean=0.0, std=std)
 
     def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
-        """Probabilities [N, k] of the k likeliest experts, and their indices."""
+        """Weights [N, k] of the k likeliest experts, and their indices."""
         scores_NE = F.linear(x_ND.float(), self.weight.float()).softmax(-1)
         probs_NK, experts_NK = scores_NE.topk(self.num_chosen, dim=-1)
+        if self.weights == "ones":
+            # Exactly 1, with the gradient of the probability.
+            probs_NK = 1 + (probs_NK - probs_NK.detach())
         return probs_NK / probs_NK.sum(-1, keepdim=True) if self.norm else probs_NK, experts_NK
 
 
@@ -70,7 +78,11 @@ class SpikingBrainMoE(nn.Module):
             return SpikingBrainMLP(config, width)
 
         self.router = SpikingBrainRouter(
-            config.hidden_size, moe["num_experts"], moe["num_experts_per_tok"], moe["norm_topk_prob"]
+            config.hidden_size,
+            moe["num_experts"],
+            moe["num_experts_per_tok"],
+            moe["norm_topk_prob"],
+            moe["router_weights"],
         )
         self.experts = nn.ModuleList(expert(width) for _ in range(moe["num_experts"]))
         shared = moe["num_shared_experts"]

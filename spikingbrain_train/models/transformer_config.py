@@ -10,7 +10,7 @@ from megatron.core.transformer import TransformerConfig
 
 from spikingbrain_train.architecture.layers import layers
 from spikingbrain_train.config.enum_tables import entry_of
-from spikingbrain_train.config.model import ActivationFunc, ModelConfig
+from spikingbrain_train.config.model import ActivationFunc, ModelConfig, RouterWeights
 from spikingbrain_train.config.parallel import ParallelConfig, Recompute
 from spikingbrain_train.config.run import Precision
 from spikingbrain_train.runtime.bf16 import PARAMS_DTYPE
@@ -24,6 +24,8 @@ class HybridTransformerConfig(TransformerConfig):
     """Activation recomputation; those levels that our modules carry out themselves read it."""
     norm_topk_prob: bool = False
     """Whether routers make the probabilities of a token's experts add up to 1."""
+    router_weights: RouterWeights = RouterWeights.softmax
+    """What the outputs of a token's experts are weighted by."""
     gated_activation: ActivationFunc = ActivationFunc.silu
     """Of dense feed-forwards and experts, which read this; ``activation_func`` is that of a SwiGLU."""
     fatrelu_threshold: float = 0.0

@@ -17,38 +17,18 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from spikingbrain_train.bricks.neuron_records import Histogram
-from spikingbrain_train.config.conversion import ConversionConfig
-from spikingbrain_train.config.model import MoEConfig
-from spikingbrain_train.conversion.export_checkpoint import export_checkpoint
-from spikingbrain_train.conversion.import_checkpoint import import_checkpoint
+from tests.bricks.models import bricks, save_models
 from tests.distributed.pool import RankPool
-from tests.small_source import save_small_source
 
 TOKENS, LENGTH, WIDTH = 64, 32, 48
 MASKED = (0, 30, 50, 90)
 
 
-def bricks(*arguments: str) -> None:
-    """The command, on every rank of a pool."""
-    from spikingbrain_train.bricks.command_line import bricks
-
-    bricks([*arguments, "--device", "cpu", "--dtype", "float32"])
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dense ``source``, a hybrid with ``experts``, the ``export`` of that, and a ``text.txt``."""
+    """See :func:`tests.bricks.models.save_models`."""
     folder = tmp_path_factory.mktemp("bricks")
-    source = save_small_source(folder / "source")
-    recipe = ConversionConfig(
-        mixers=["gla", "swa"],
-        sliding_window=7,
-        feed_forwards=["dense", "moe"],
-        moe=MoEConfig(num_experts=4, router_topk=2, num_shared_experts=1),
-    )
-    import_checkpoint(source, folder / "experts", recipe)
-    export_checkpoint(folder / "experts", folder / "export")
-    (folder / "text.txt").write_text(topics["assignment"])
+    save_models(folder)
     return folder
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from spikingbrain_train.config.model import ModelConfig, MoEConfig
+from spikingbrain_train.config.model import ModelConfig, MoEConfig, RouterWeights
 from spikingbrain_train.config.parallel import ParallelConfig, ParallelLinearBackend
 from spikingbrain_train.config.rope_scaling import RopeScalingConfig, RopeType
 from tests.distributed.gradients import CASES, LENGTH, Case, Shard, assemble, loss_and_gradients
@@ -52,6 +52,11 @@ MODELS: Mapping[str, ModelConfig] = {
         feed_forwards=["moe"],
         moe=MoEConfig(num_experts=4, router_topk=2, norm_topk_prob=True, num_shared_experts=0),
     ),
+    "experts that count whole": replace(
+        _SOFTMAX,
+        feed_forwards=["moe"],
+        moe=MoEConfig(num_experts=4, router_topk=2, router_weights=RouterWeights.ones, num_shared_experts=0),
+    ),
     **{f"rotary {kind.value}": replace(_SOFTMAX, rope_scaling=each) for kind, each in SCALINGS.items()},
     "rotary dynamic, documents": replace(_SOFTMAX, rope_scaling=SCALINGS[RopeType.dynamic]),
 }
@@ -60,6 +65,7 @@ PLACES: Mapping[str, tuple[str, ...]] = {
         *("TP 2", "TP 2 + sequence parallel", "PP 2", "CP 2, all-gather and halo"),
         "TP 2 + sequence parallel x CP 2",
     ),
+    "experts that count whole": ("TP 2 + sequence parallel", "PP 2 x EP 2", "EP 2 x CP 2"),
     "experts that add up to 1": ("TP 2 + sequence parallel", "EP 2", "PP 2 x EP 2", "EP 2 x CP 2"),
 }
 """Where each is tried; rotary kinds where sequences or layers are split."""

@@ -57,6 +57,7 @@ RULES = (
     Rule("spikingbrain-analyze-spikes ", Way.SHORT),
     Rule("spikingbrain-analyze-sparsity ", Way.SHORT),
     Rule("spikingbrain-bricks neurons ", Way.SHORT),
+    Rule("spikingbrain-bricks abilities ", Way.SHORT),
     Rule("spikingbrain-export ", Way.AS_IT_IS),
     Rule("spikingbrain-health-check ", Way.AS_IT_IS),
     Rule("spikingbrain-plot ", Way.NOT_RUN, "its runs are no page's; tests/reporting draws such", PICTURES),

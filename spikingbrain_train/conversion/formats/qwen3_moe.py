@@ -7,7 +7,7 @@ from typing import Any
 
 from spikingbrain_train.architecture.layers import layers
 from spikingbrain_train.architecture.weights import Weight
-from spikingbrain_train.config.model import ModelConfig, MoEConfig
+from spikingbrain_train.config.model import ModelConfig, MoEConfig, RouterWeights
 from spikingbrain_train.conversion.formats.config_keys import ConfigKeys
 from spikingbrain_train.conversion.formats.dense import NAMES, DenseFormat
 from spikingbrain_train.conversion.formats.gla_swa import shortest_pattern
@@ -40,6 +40,8 @@ class Qwen3MoeFormat(DenseFormat):
             parts.append("layers without experts alone")
         if not parts and model.moe.num_shared_experts:
             parts.append("shared experts")
+        if not parts and model.moe.router_weights is not RouterWeights.softmax:
+            parts.append("experts that are not weighted by their probabilities")
         return parts
 
     def _feed_forwards(self, model: ModelConfig) -> list[str]:

@@ -22,6 +22,7 @@ from spikingbrain_train.config.model import (
     GateKind,
     ModelConfig,
     MoEConfig,
+    RouterWeights,
 )
 from spikingbrain_train.conversion.export_code import code_with_kinds
 from spikingbrain_train.conversion.formats.config_keys import OWN_KEYS, ConfigKeys
@@ -193,6 +194,7 @@ class SpikingBrainFormat(LlamaLikeFormat):
                 "num_experts": moe.num_experts,
                 "num_experts_per_tok": moe.router_topk,
                 "norm_topk_prob": moe.norm_topk_prob,
+                "router_weights": moe.router_weights.value,
                 "num_shared_experts": moe.num_shared_experts,
                 "moe_intermediate_size": moe.moe_ffn_hidden_size,
             },
@@ -263,10 +265,14 @@ def _read_linear_attention(keys: ConfigKeys) -> GatedLinearAttentionConfig:
 
 def _read_experts(keys: ConfigKeys) -> MoEConfig:
     width = keys.values.get("moe_intermediate_size")
+    weights, known = keys.values.get("router_weights", "softmax"), [each.value for each in RouterWeights]
+    if weights not in known:
+        raise keys.refuse("router_weights", f"must be one of {', '.join(known)}")
     return MoEConfig(
         num_experts=keys.integer("num_experts", 16),
         router_topk=keys.integer("num_experts_per_tok", 1),
         norm_topk_prob=keys.boolean("norm_topk_prob", False),
+        router_weights=RouterWeights(weights),
         num_shared_experts=keys.integer("num_shared_experts", 1, minimum=0),
         moe_ffn_hidden_size=None if width is None else keys.integer("moe_intermediate_size"),
     )

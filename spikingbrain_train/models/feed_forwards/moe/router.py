@@ -11,6 +11,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, apply_
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
+from spikingbrain_train.config.model import RouterWeights
 from spikingbrain_train.config.parallel import Recompute
 from spikingbrain_train.models.feed_forwards.routing import RouterStatistics
 from spikingbrain_train.models.transformer_config import HybridTransformerConfig
@@ -21,7 +22,8 @@ class SequenceBalancedRouter(TopKRouter):
 
     A token's probabilities are the softmax over all experts in float32; its experts are the top k of them and
     their outputs are weighted by those probabilities as they are: with a zero router every weight is
-    1 / num_experts. With ``norm_topk_prob`` they are made to add up to 1.
+    1 / num_experts. With ``norm_topk_prob`` they are made to add up to 1; with
+    ``router_weights=ones`` every weight is 1, and has the gradient of the probability.
 
     Losses (weights ``moe_aux_loss_coeff`` and ``moe_z_loss_coeff``; Fedus et al., arXiv 2101.03961, eq. 4;
     Zoph et al., arXiv 2202.08906, eq. 5). For one sequence of T routed tokens, sinks included::
@@ -104,6 +106,9 @@ class SequenceBalancedRouter(TopKRouter):
         probs, routing_map = (scores_TBE * map_TBE).flatten(0, 1), map_TBE.flatten(0, 1)
         if self.config.norm_topk_prob:
             probs = probs / probs.sum(-1, keepdim=True)
+        if self.config.router_weights is RouterWeights.ones:
+            # Exactly 1 or 0, with the gradient of the probability: x - x is 0.
+            probs = routing_map + (probs - probs.detach())
         if self.config.moe_expert_capacity_factor is not None:
             probs, routing_map = apply_router_token_dropping(
                 probs,
