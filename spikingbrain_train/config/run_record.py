@@ -20,6 +20,7 @@ from spikingbrain_train.storage.index_format import DOMAINS_SUFFIX, read_header
 from spikingbrain_train.storage.loss_mask_format import LOSS_MASK_SUFFIX, has_loss_mask
 
 if TYPE_CHECKING:
+    from spikingbrain_train.config.batch_size import BatchSizes
     from spikingbrain_train.config.run import RunConfig
 
 RUN_RECORD_FILE = "run_record.json"
@@ -87,9 +88,9 @@ class SamplesRead:
     samples: int = 0
     """Sequences that they have read."""
 
-    def at(self, iteration: int, global_batch_size: int) -> int:
+    def at(self, iteration: int, batch_sizes: BatchSizes) -> int:
         """Sequences read by the end of a later ``iteration``."""
-        return self.samples + max(iteration - self.iteration, 0) * global_batch_size
+        return batch_sizes.read_by(iteration - self.iteration, self.samples)
 
 
 @dataclass(frozen=True)

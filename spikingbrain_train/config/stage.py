@@ -9,6 +9,7 @@ from itertools import pairwise
 
 from omegaconf import MISSING
 
+from spikingbrain_train.config.batch_size import BatchSizeRampConfig, BatchSizes
 from spikingbrain_train.config.require import require
 from spikingbrain_train.config.setting import ONLY_AT_THE_START, OTHER_ORDER, SAID, refused, said, setting
 from spikingbrain_train.config.shown import shown
@@ -195,6 +196,8 @@ class StageConfig:
     )
     """Sequences of one optimizer step over all ranks; what micro-batches do not hold at once is
     accumulated."""
+    batch_size_ramp: BatchSizeRampConfig = field(default_factory=BatchSizeRampConfig)
+    """Smaller steps at the beginning."""
     teacher: str | None = setting(None, resume=SAID)
     """Megatron checkpoint folder of the dense source, which align and distill stages learn from."""
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)
@@ -219,7 +222,14 @@ class StageConfig:
     @property
     def samples(self) -> int:
         """Sequences that the whole stage reads."""
-        return (self.train_iters or self.calibration_steps) * self.global_batch_size
+        if self.train_iters == 0:
+            return self.calibration_steps * self.global_batch_size
+        return self.batch_sizes.read_by(self.train_iters)
+
+    @property
+    def batch_sizes(self) -> BatchSizes:
+        """Sequences of every step."""
+        return BatchSizes.of(self.batch_size_ramp, self.global_batch_size)
 
     @property
     def tokens(self) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from spikingbrain_train.config.derivation import DERIVATION_FILE, Derivation, read_derivation
 from spikingbrain_train.config.load import load_run_config
+from spikingbrain_train.config.run_record import SamplesRead, read_record
 from spikingbrain_train.config.stage import StageConfig
 from spikingbrain_train.conversion.report import REPORT_FILE
 from spikingbrain_train.errors import ConfigurationError, SpikingBrainError
@@ -112,7 +113,9 @@ def _trained(checkpoint: Path) -> tuple[Step, Path | None]:
     except SpikingBrainError:
         return Step(str(checkpoint), f"trained, by a run whose {RUN_CONFIG_FILE} cannot be read"), None
     iterations, stage = iteration_of(checkpoint), run.stage
-    tokens = iterations * stage.global_batch_size * stage.seq_length
+    record = read_record(checkpoint)
+    counted_from = SamplesRead() if record is None else record.counted_from
+    tokens = counted_from.at(iterations, stage.batch_sizes) * stage.seq_length
     did = f"stage {stage.kind}: {iterations:,} iterations, {quantity(tokens)} tokens"
     load = loaded_checkpoint(checkpoint, run)
     if load is None:

@@ -44,6 +44,7 @@ def check_stage(stage: StageConfig, model: ModelConfig, parallel: ParallelConfig
         f"stage.global_batch_size={stage.global_batch_size} is not divisible by stage.micro_batch_size="
         f"{stage.micro_batch_size} x {replicas} data-parallel replicas = {step}; use {nearest}",
     )
+    _check_ramp(stage, step)
     kind.check(stage)
     require(
         stage.train_iters > 0 or kind.starts_in_closed_form(stage),
@@ -55,6 +56,31 @@ def check_stage(stage: StageConfig, model: ModelConfig, parallel: ParallelConfig
         f"{kind.reason_for_teacher(stage)} learns from the dense source, but stage.teacher is null; "
         f"set stage.teacher=<folder of a checkpoint converted with conversion dense>",
     )
+
+
+def _check_ramp(stage: StageConfig, step: int) -> None:
+    """Every size of a ramp divides over the ranks, and it leads to the global batch."""
+    ramp, last = stage.batch_size_ramp, stage.global_batch_size
+    if ramp.start is None:
+        return
+    increment = ramp.increment or ramp.start
+    name = "increment" if ramp.increment is not None else "start"
+    require(
+        ramp.start < last,
+        f"stage.batch_size_ramp.start={ramp.start} must be below stage.global_batch_size={last}, to which it "
+        f"leads; set it to null for none",
+    )
+    require(
+        (last - ramp.start) % increment == 0,
+        f"stage.batch_size_ramp does not lead from start={ramp.start} to stage.global_batch_size={last} in "
+        f"steps of stage.batch_size_ramp.{name}={increment}; give a divisor of {last - ramp.start}",
+    )
+    for setting, value in (("start", ramp.start), (name, increment)):
+        require(
+            value % step == 0,
+            f"stage.batch_size_ramp.{setting}={value} is not divisible by stage.micro_batch_size x "
+            f"data-parallel replicas = {step}; use {either(multiples_around(value, step))}",
+        )
 
 
 def check_optimizer(optimizer: OptimizerConfig, train_iters: int) -> None:

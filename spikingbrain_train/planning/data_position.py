@@ -24,4 +24,4 @@ def position_of(config: RunConfig) -> SamplesRead:
 def samples_of(config: RunConfig) -> int:
     """Sequences that the whole stage reads, those before a resume included. Raises CheckpointError."""
     position, stage = position_of(config), config.stage
-    return position.at(stage.train_iters, stage.global_batch_size) if position.iteration else stage.samples
+    return position.at(stage.train_iters, stage.batch_sizes) if position.iteration else stage.samples

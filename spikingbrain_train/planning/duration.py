@@ -58,7 +58,8 @@ def duration_of(plan: Plan) -> Duration | None:
     seconds = plan.tokens_per_step / (per_rank * plan.world_size)
     # Pipeline stages start one after the other.
     start = plan.start_flops / (speed.tflops * 1e12 * plan.world_size) * len(plan.stages)
-    hours = (start + seconds * plan.config.stage.train_iters) / 3600
+    steps = plan.total_tokens / plan.tokens_per_step if plan.config.stage.train_iters else 0
+    hours = (start + seconds * steps) / 3600
     return Duration(speed, seconds, hours, hours * plan.world_size, per_rank)
 
 

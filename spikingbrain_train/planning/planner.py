@@ -137,8 +137,8 @@ class Plan:
     @property
     def total_flops(self) -> float:
         """FLOPs of the whole stage."""
-        steps = self.config.stage.train_iters
-        return self.start_flops + self.flops_per_token * self.tokens_per_step * steps
+        tokens = self.total_tokens if self.config.stage.train_iters else 0
+        return self.start_flops + self.flops_per_token * tokens
 
     @property
     def pipeline_bubble(self) -> float:

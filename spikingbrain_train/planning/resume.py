@@ -53,7 +53,7 @@ class StoredRun:
     def consumed_samples(self) -> int:
         """Sequences that its steps have read."""
         counted_from = SamplesRead() if self.record is None else self.record.counted_from
-        return counted_from.at(self.iteration, self.config.stage.global_batch_size)
+        return counted_from.at(self.iteration, self.config.stage.batch_sizes)
 
     @property
     def world_size(self) -> int:

@@ -80,7 +80,7 @@ def history_with(folder: Path, most: int = _MOST) -> TokenHistory:
         stage = run.stage
         steps = iteration_of(checkpoint) or (0 if stage.train_iters else stage.calibration_steps)
         counted_from = SamplesRead() if record is None else record.counted_from
-        tokens = counted_from.at(steps, stage.global_batch_size) * stage.seq_length
+        tokens = counted_from.at(steps, stage.batch_sizes) * stage.seq_length
     except (SpikingBrainError, ValueError):
         return _ends_at(folder)
     before = None if record is None else record.history

@@ -48,14 +48,15 @@ def shares_of(config: RunConfig, groups: ProcessGroups, consumed: int, losses: S
         losses: of this rank.
     """
     stage = config.stage
-    end = consumed + stage.global_batch_size
+    size = stage.batch_sizes.at(consumed)
+    end = consumed + size
     sampler = DataParallelBatchSampler(
         end,
         consumed,
         stage.micro_batch_size,
         groups.data_parallel_rank,
         groups.data_parallel_size,
-        stage.global_batch_size,
+        size,
     )
     samples = [index for batch in islice(sampler, len(sampler)) for index in batch if index is not None]
     is_finite = bool(losses.sums.isfinite().all())

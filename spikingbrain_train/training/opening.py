@@ -162,6 +162,8 @@ def _length(config: RunConfig) -> str:
     if _tokens(config) != stage.tokens:  # steps before this start had another global batch
         from_here = f", those behind step {position_of(config).iteration:,}"
     each = f"{stage.global_batch_size:,} sequences of {length}"
+    if ramp := stage.batch_sizes.describe():
+        each += f" (at first {ramp})"
     return f"{stage.train_iters:,} steps{from_here} of {each}, {tokens}"
 
 

@@ -235,6 +235,13 @@ def build_scheduler(
     )
 
 
+def scale_learning_rates(optimizer: MegatronOptimizer, factor: float) -> None:
+    """Multiply the rates that the schedule has just set, as a smaller step asks for."""
+    if factor != 1.0:
+        for group in optimizer.param_groups:
+            group["lr"] *= factor
+
+
 def learning_rate_at(step: int, optimizer: OptimizerConfig, train_iters: int) -> float:
     """The rate of the ``step``-th optimizer step, counted from 1, of parameters that the source had, too."""
     nothing: Any = SimpleNamespace(param_groups=[])

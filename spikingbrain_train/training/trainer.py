@@ -54,6 +54,7 @@ from spikingbrain_train.training.optimizer import (
     build_optimizer,
     build_scheduler,
     reported_learning_rate,
+    scale_learning_rates,
     update_weights,
 )
 from spikingbrain_train.training.parameter_norm import parameter_norm
@@ -204,30 +205,34 @@ class Trainer:
         """One iteration. Nothing in it waits for the device behind the update."""
         state, grad_norm = self.state, None
         self.callbacks.step_begin()
+        samples = self.next_batch_size
         losses = self.compute_gradients(batches)
         state.scheduler.step(increment=1)
+        scale_learning_rates(state.optimizer, self.config.stage.batch_sizes.lr_factor(state.consumed_samples))
         try:
             grad_norm = update_weights(state.optimizer, partial(self.callbacks.agree, losses))
         except SkipUpdate as skipped:
             self.callbacks.update_skipped(skipped)
         state.iteration += 1
-        state.consumed_samples += self.config.stage.global_batch_size
+        state.consumed_samples += samples
         is_due = self.is_last_step or state.iteration % self.config.logging.log_interval == 0
         if is_due and grad_norm is not None:
-            self._report_step(losses, grad_norm)
+            self._report_step(losses, grad_norm, samples)
         self.callbacks.step_end()
 
     def compute_gradients(self, batches: Iterator[MicroBatch]) -> StepLosses:
         """Forward and backward pass over the micro-batches of one step; the gradients begin at zero."""
         self.model.zero_grad_buffer()
         self.state.optimizer.zero_grad()
-        return self.stage.forward_backward(self.model, batches, self._num_microbatches)
+        return self.stage.forward_backward(self.model, batches, self._micro_batches_of(self.next_batch_size))
 
-    def _report_step(self, losses: StepLosses, grad_norm: float) -> None:
+    def _report_step(self, losses: StepLosses, grad_norm: float, batch_size: int) -> None:
         report = Report(self.state.iteration, losses.reduced(), shown=dict(self.stage.shown))
         rate = reported_learning_rate(self.state.optimizer)
         report.add("train/learning_rate", rate, Shown("lr", "{:.2e}"))
         report.add("train/grad_norm", grad_norm, Shown("grad norm", "{:.3f}"))
+        if self.config.stage.batch_size_ramp.start is not None:
+            report.add("train/global_batch_size", batch_size, Shown("batch", "{:,.0f}"))
         self.state.gather_updated_weights()
         report.add("train/parameter_norm", parameter_norm(self.state.model, self.groups).item())
         self.callbacks.report_due(report)
@@ -236,7 +241,8 @@ class Trainer:
     def _prepare(self) -> None:
         """Let the stage set what it can in closed form, and the optimizer's fp32 weights follow."""
         batches = self.data.train_batches(consumed_samples=0)
-        metrics = self.stage.prepare(self.state.model, batches, self._num_microbatches, self.console)
+        num_microbatches = self._micro_batches_of(self.config.stage.global_batch_size)
+        metrics = self.stage.prepare(self.state.model, batches, num_microbatches, self.console)
         self.state.optimizer.reload_model_params()
         if metrics:
             self.report(Report(0, metrics))
@@ -254,10 +260,13 @@ class Trainer:
             self.callbacks.end(error)
 
     @property
-    def _num_microbatches(self) -> int:
-        """Micro-batches of a global batch on this rank."""
-        stage = self.config.stage
-        return stage.global_batch_size // (stage.micro_batch_size * self.groups.data_parallel_size)
+    def next_batch_size(self) -> int:
+        """Sequences that the next step reads, over all ranks."""
+        return self.config.stage.batch_sizes.at(self.state.consumed_samples)
+
+    def _micro_batches_of(self, batch_size: int) -> int:
+        """Micro-batches on this rank of a step of so many sequences."""
+        return batch_size // (self.config.stage.micro_batch_size * self.groups.data_parallel_size)
 
     @property
     def is_last_step(self) -> bool:

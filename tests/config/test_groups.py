@@ -71,6 +71,8 @@ def test_every_choice_makes_a_plan(group, choice):
         overrides += ["model.activation_func=relu", "model.max_position_embeddings=4096"]
     if choice == "adamw_wsd":
         overrides.append("optimizer.lr_wsd_decay_iters=100")
+    if choice == "falcon_mamba_wsd":
+        overrides += ["stage.train_iters=1000", "optimizer.lr_wsd_decay_iters=100"]
     dry_run(*overrides)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from spikingbrain_train.config.batch_size import BatchSizeRampConfig
 from spikingbrain_train.config.linear_transforms import (
     Int8InputsConfig,
     Projection,
@@ -143,6 +144,7 @@ def runs(
 
     zeros = config("zeros", hybrid_checkpoint, model=replace(MODEL, activation_func=ActivationFunc.relu))
     zeros.stage.sparsity = SparsityConfig([0.1], [2])
+    zeros.stage.batch_size_ramp = BatchSizeRampConfig(start=2, samples=2)
 
     all_found: dict[str, Reported] = {}
     all_printed = ""

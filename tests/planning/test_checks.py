@@ -58,6 +58,7 @@ def test_a_valid_run_is_accepted_at_every_world_size_that_fits():
 
 
 TP, PP = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"
+RAMP = "stage.batch_size_ramp"
 CP, EP = "parallel.context_parallel_size", "parallel.expert_model_parallel_size"
 ETP, SP = "parallel.expert_tensor_parallel_size", "parallel.sequence_parallel"
 LINEAR_CP = "parallel.context_parallel.gated_linear_attention"
@@ -228,6 +229,24 @@ REFUSED: list[tuple[dict[str, Any], int, list[str]]] = [
         ["stage.global_batch_size=2", "stage.micro_batch_size=4", "use 4"],
     ),
     ({"stage.micro_batch_size": 0}, 1, ["stage.micro_batch_size=0", "at least 1"]),
+    # smaller steps first
+    (
+        {f"{RAMP}.start": 8, f"{RAMP}.samples": 9, "stage.global_batch_size": 8},
+        1,
+        [f"{RAMP}.start=8", "below stage.global_batch_size=8"],
+    ),
+    (
+        {f"{RAMP}.start": 4, f"{RAMP}.increment": 8, f"{RAMP}.samples": 9, "stage.global_batch_size": 16},
+        1,
+        [f"{RAMP}.increment=8", "a divisor of 12"],
+    ),
+    (
+        {f"{RAMP}.start": 3, f"{RAMP}.samples": 9, "stage.global_batch_size": 12},
+        2,
+        [f"{RAMP}.start=3", "replicas = 2", "2 or 4"],
+    ),
+    ({f"{RAMP}.start": 2}, 1, [f"{RAMP}.start=2 needs {RAMP}.samples"]),
+    ({f"{RAMP}.samples": 2}, 1, [f"{RAMP}.start=null has no ramp", "or neither"]),
     ({"stage.train_iters": 0}, 1, ["stage.train_iters=0", "at least 1"]),
     # teachers
     ({"stage.kind": "align"}, 1, ["stage.kind=align", "stage.teacher is null"]),

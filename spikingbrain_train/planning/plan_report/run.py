@@ -64,6 +64,7 @@ def _rows(plan: Plan, history: TokenHistory) -> list[tuple[str, str]]:
             f"{stage.seq_length}{sinks} = {plan.data_parallel_size} replicas x {plan.micro_batches} "
             f"micro-batches of {stage.micro_batch_size}{bubble}",
         ),
+        *((("", f"smaller ones at first: {ramp}"),) if (ramp := stage.batch_sizes.describe()) else ()),
         ("length", f"{_steps(stage)}, {quantity(plan.total_tokens)} tokens"),
         *(("phases", text) for text in _phases(config.optimizer, stage.train_iters)),
         ("tokens", f"at the end {describe_end(history, plan.total_tokens)}"),

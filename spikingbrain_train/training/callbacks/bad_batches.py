@@ -221,7 +221,7 @@ class BadBatches(Callback):
         path = write_bad_batch(run.config, run.groups, run.data, shares, what)
         first, last = (
             run.state.consumed_samples,
-            run.state.consumed_samples + run.config.stage.global_batch_size,
+            run.state.consumed_samples + run.next_batch_size,
         )
         where = named(not_finite_on(shares))
         text = (

@@ -66,6 +66,11 @@ class Run(Protocol):
         ...
 
     @property
+    def next_batch_size(self) -> int:
+        """Sequences that the next step reads, over all ranks."""
+        ...
+
+    @property
     def is_last_step(self) -> bool:
         """Whether the stage's last step is done."""
         ...

@@ -27,7 +27,7 @@ class Closing(Callback):
 
     def start(self) -> None:
         self._began = time.monotonic()
-        self._first = self.run.state.iteration
+        self._first, self._samples = self.run.state.iteration, self.run.state.consumed_samples
         self._speeds: list[float] = []
         self._in_steps = 0.0
         self._reported = self._first
@@ -36,7 +36,7 @@ class Closing(Callback):
 
     def log(self, report: Report) -> None:
         if report.seconds_per_iteration:
-            self._speeds.append(self._tokens_per_step / report.seconds_per_iteration)
+            self._speeds.append(report.metrics["train/tokens_per_second"])
             self._in_steps += report.seconds_per_iteration * (report.iteration - self._reported)
             self._reported = report.iteration
 
@@ -50,14 +50,10 @@ class Closing(Callback):
             run.console.rows([*self._results(), ("checkpoint", str(self._checkpoint))])
             run.console.rows([*self._next()], wrapped=False)
 
-    @property
-    def _tokens_per_step(self) -> int:
-        return self.run.config.stage.global_batch_size * self.run.config.stage.seq_length
-
     def _results(self) -> Iterator[tuple[str, str]]:
         run = self.run
         steps = run.state.iteration - self._first
-        tokens = steps * self._tokens_per_step
+        tokens = (run.state.consumed_samples - self._samples) * run.config.stage.seq_length
         # The first step builds and tunes kernels, for minutes on a GPU: the median does not ask about it.
         speed = f", {median(self._speeds):,.0f} tokens/s (median of its reports)" if self._speeds else ""
         seconds = time.monotonic() - self._began

@@ -61,8 +61,7 @@ class Speed(Callback):
     def step_begin(self) -> None:
         if self._timer is None:
             self._timer = ThroughputTimer()
-        stage = self.run.config.stage
-        self._timer.step(stage.global_batch_size * stage.seq_length)
+        self._timer.step(self.run.next_batch_size * self.run.config.stage.seq_length)
 
     def report_due(self, report: Report) -> None:
         assert self._timer is not None

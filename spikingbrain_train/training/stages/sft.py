@@ -48,6 +48,7 @@ class SupervisedFineTuning(TokenLossStage):
         """Gradients are divided by the tokens with loss: multiply sums over all tokens by their share."""
         tokens = torch.stack([micro_batch.loss_mask.sum(dtype=torch.float64) for micro_batch in batch]).sum()
         torch.distributed.all_reduce(tokens, group=self.groups.collection.dp_cp)
-        share = tokens / (self.stage.global_batch_size * self.stage.seq_length)
+        sequences = len(batch) * self.stage.micro_batch_size * self.groups.data_parallel_size
+        share = tokens / (sequences * self.stage.seq_length)
         for each in auxiliary:
             each.scale_auxiliary_loss(share)
