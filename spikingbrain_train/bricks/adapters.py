@@ -1,15 +1,16 @@
-"""Adapters onto a checkpoint, and out of it as folders of peft."""
+"""Adapters onto a checkpoint, into its weights, and out of it as folders of peft."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from spikingbrain_train.architecture.lora import ROLES
 from spikingbrain_train.architecture.model_checks import check_model
 from spikingbrain_train.bricks.peft_folder import (
     CONFIG,
@@ -23,7 +24,7 @@ from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
 from spikingbrain_train.config.load import save_config
 from spikingbrain_train.config.lora import LoraConfig, LoraTarget
 from spikingbrain_train.config.model import ModelConfig
-from spikingbrain_train.conversion.mapping import model_parameters
+from spikingbrain_train.conversion.mapping import Parameter, model_parameters
 from spikingbrain_train.conversion.megatron_source import check_tensors, read_model
 from spikingbrain_train.conversion.output_folder import check_output_folder, complete_folder
 from spikingbrain_train.errors import CheckpointError, ConfigurationError
@@ -90,28 +91,70 @@ def attach(
     new: dict[str, Tensor] = {}
     for each, name in zip(read, names, strict=True):
         new |= stored_tensors(each, model, name, source)
-    reader = MegatronCheckpointReader(folder, once=True)
+    reader = MegatronCheckpointReader(folder)
     check_tensors(reader, stored)
-    check_output_folder(
-        output,
-        source=folder,
-        overwrite=overwrite,
-        marker=f"{iteration_folder('', 0)}/{MODEL_CONFIG_FILE}",
-        needed_bytes=reader.nbytes,
-        dry_run=False,
-    )
-    with complete_folder(output, progress=False) as temporary:
-        target = iteration_folder(temporary, 0)
-        target.mkdir()
-        if (folder / HF_SOURCE_FOLDER).is_dir():
-            shutil.copytree(folder / HF_SOURCE_FOLDER, target / HF_SOURCE_FOLDER, symlinks=True)
-        save_config(model, target / MODEL_CONFIG_FILE)
-        with MegatronCheckpointWriter(target) as writer:
-            for parameter in model_parameters(model):
-                value = new.get(parameter.name)
-                value = reader.read(parameter.name) if value is None else value
-                writer.write_chunk(parameter.name, value.shape, (0,) * value.dim(), value)
-        (temporary / LATEST_ITERATION_FILE).write_text("0", encoding="utf-8")
+
+    def value(parameter: Parameter) -> Tensor:
+        return new[parameter.name] if parameter.name in new else reader.read(parameter.name)
+
+    _write(output, folder, model, value, reader.nbytes, overwrite=overwrite)
+    return model
+
+
+def merge(
+    checkpoint: Path, output: Path, names: Sequence[str] = (), *, overwrite: bool = False
+) -> ModelConfig:
+    """Write a checkpoint of weights alone, at iteration 0, in whose matrices adapters are added up.
+
+    ``W + sum of weight * alpha / rank * B A``, in float32, in the number format of W.
+
+    Args:
+        checkpoint: as of :func:`attach`.
+        output: folder to be made.
+        names: of the adapters; empty merges all of them. The others stay beside the weights.
+        overwrite: replace an earlier result.
+
+    Returns:
+        The network as it is then.
+
+    Raises:
+        ConfigurationError: the checkpoint has no such adapter.
+        CheckpointError: it cannot be read.
+    """
+    folder = resolve_checkpoint(checkpoint)
+    stored = read_model(folder)
+    lora = stored.lora
+    merged = [*names] or lora.names
+    unknown = [name for name in merged if name not in lora.names] or ([] if merged else ["(all)"])
+    if unknown:
+        has = ", ".join(lora.names) or "none"
+        raise ConfigurationError(f"--names {unknown[0]} is no adapter of {checkpoint}, which has {has}")
+    model = replace(stored, lora=lora.only([name for name in lora.names if name not in merged]))
+    reader = MegatronCheckpointReader(folder)
+    check_tensors(reader, stored)
+
+    def value(parameter: Parameter) -> Tensor:
+        weight = reader.read(parameter.name)
+        places = {ROLES[role]: place for place, role in enumerate(parameter.roles) if role in ROLES}
+        prefix = f"{parameter.name.removesuffix('weight')}lora."
+        present = [
+            (place, name, f"{prefix}{target.value}.{name}")
+            for target, place in places.items()
+            for name in merged
+            if f"{prefix}{target.value}.{name}_A" in reader.tensors
+        ]
+        if not present:
+            return weight
+        parts = parameter.separate(weight.float())
+        for place, name, factor in present:
+            a, b = (reader.read(f"{factor}_{letter}").float() for letter in "AB")
+            added = lora.scaling(name) * (b @ a)
+            for expert, of_expert in enumerate(added if parameter.is_routed else [added]):
+                position = expert * len(parameter.roles) + place
+                parts[position] = parts[position] + of_expert
+        return parameter.join(parts).to(weight.dtype)
+
+    _write(output, folder, model, value, reader.nbytes, overwrite=overwrite)
     return model
 
 
@@ -146,6 +189,37 @@ def detach(
     )
     with complete_folder(output, progress=False) as temporary:
         write_peft_folder(temporary, model, name, tensors, base)
+
+
+def _write(
+    output: Path,
+    folder: Path,
+    model: ModelConfig,
+    value: Callable[[Parameter], Tensor],
+    nbytes: int,
+    *,
+    overwrite: bool,
+) -> None:
+    """A checkpoint of ``model``, parameter after parameter, with the small files of the one in ``folder``."""
+    check_output_folder(
+        output,
+        source=folder,
+        overwrite=overwrite,
+        marker=f"{iteration_folder('', 0)}/{MODEL_CONFIG_FILE}",
+        needed_bytes=nbytes,
+        dry_run=False,
+    )
+    with complete_folder(output, progress=False) as temporary:
+        target = iteration_folder(temporary, 0)
+        target.mkdir()
+        if (folder / HF_SOURCE_FOLDER).is_dir():
+            shutil.copytree(folder / HF_SOURCE_FOLDER, target / HF_SOURCE_FOLDER, symlinks=True)
+        save_config(model, target / MODEL_CONFIG_FILE)
+        with MegatronCheckpointWriter(target) as writer:
+            for parameter in model_parameters(model):
+                tensor = value(parameter)
+                writer.write_chunk(parameter.name, tensor.shape, (0,) * tensor.dim(), tensor)
+        (temporary / LATEST_ITERATION_FILE).write_text("0", encoding="utf-8")
 
 
 def _source(folder: Path) -> dict[str, Any] | None:

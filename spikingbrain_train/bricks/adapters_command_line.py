@@ -1,4 +1,4 @@
-"""Arguments of ``spikingbrain-bricks attach`` and ``detach``, understood before torch is imported."""
+"""Arguments of the adapters' subcommands of ``spikingbrain-bricks``, understood before torch is imported."""
 
 from __future__ import annotations
 
@@ -24,6 +24,16 @@ def add_attach(commands: Any) -> None:
         "--names", nargs="+", required=True, metavar="NAME", help="what each is called in model.lora.names"
     )
     parser.set_defaults(prepare=_prepare_attach)
+
+
+def add_merge(commands: Any) -> None:
+    """Add it to the subcommands of ``spikingbrain-bricks``."""
+    parser = commands.add_parser("merge", help="a checkpoint with adapters added up into its weights")
+    _add_folders(parser)
+    parser.add_argument(
+        "--names", nargs="+", default=[], metavar="NAME", help="which adapters (default: all of them)"
+    )
+    parser.set_defaults(prepare=_prepare_merge)
 
 
 def add_detach(commands: Any) -> None:
@@ -66,6 +76,20 @@ def _prepare_attach(arguments: argparse.Namespace) -> Callable[[], None]:
             overwrite=arguments.overwrite,
         )
         print(f"{arguments.output}: adapters {', '.join(model.lora.names)}")
+
+    return run
+
+
+def _prepare_merge(arguments: argparse.Namespace) -> Callable[[], None]:
+    _check_no_settings(arguments)
+
+    def run() -> None:
+        from spikingbrain_train.bricks.adapters import merge
+
+        model = merge(arguments.checkpoint, arguments.output, arguments.names, overwrite=arguments.overwrite)
+        print(
+            f"{arguments.output}: adapters left beside the weights: {', '.join(model.lora.names) or 'none'}"
+        )
 
     return run
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from spikingbrain_train.bricks.adapters import attach, detach
+from spikingbrain_train.bricks.adapters import attach, detach, merge
 from spikingbrain_train.config.conversion import ConversionConfig
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.conversion.export_checkpoint import export_checkpoint
@@ -78,6 +78,9 @@ def test_an_adapter_of_peft_computes_the_same_here_and_comes_back_bit_for_bit(
     with torch.no_grad():
         assert torch.equal(again(TOKENS).logits, expected)
 
+    merge(tmp_path / "attached", tmp_path / "merged")
+    (merged,) = ranks.run(megatron_logits, tmp_path / "merged", world_size=1, parallel=ParallelConfig())
+    assert (merged - logits).abs().max() <= 1e-5 * logits.abs().max()
     report = export_checkpoint(tmp_path / "attached", tmp_path / "exported", format_name=hf_format)
     assert any("the base alone is written, without its adapters code" in note for note in report.notes)
     files = sorted(path.name for path in (tmp_path / "base").glob("*.safetensors"))
