@@ -161,9 +161,7 @@ def test_module_computes_the_delta_rule(ranks: RankPool, settings: dict[str, Any
         assert_close(gradient, leaves[name].grad, 1e-4)
 
 
-def test_module_computes_the_layer_of_transformers(
-    ranks: RankPool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_module_computes_the_layer_of_transformers(ranks: RankPool, monkeypatch: pytest.MonkeyPatch) -> None:
     try:
         modeling = importlib.import_module("transformers.models.qwen3_next.modeling_qwen3_next")
     except ImportError:
