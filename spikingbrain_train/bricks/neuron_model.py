@@ -2,7 +2,7 @@
 
 A neuron is a channel inside a feed-forward: its activation is ``act(gate) * up``, what the down projection
 reads, and its output is the activation times its column of the down projection (configurable foundation
-models, arXiv 2409.02877, section 5).
+models, arXiv 2409.02877).
 """
 
 from __future__ import annotations

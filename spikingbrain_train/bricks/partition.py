@@ -1,6 +1,6 @@
 """Neurons of a feed-forward as bricks of equal size: by their rows, by what works together, or at random.
 
-MoEfication (arXiv 2110.01786, section 3.1) splits a feed-forward into experts of equally many neurons: by
+MoEfication (arXiv 2110.01786) splits a feed-forward into experts of equally many neurons: by
 balanced k-means on the rows of its first matrix ("parameter clustering"), by a balanced partition of the
 graph of neurons that work at the same tokens ("co-activation"), or at random, for comparison.
 """
@@ -55,7 +55,7 @@ def coactive_bricks(norms: Tensor, number: int, seed: int) -> Tensor:
     """Balanced parts of the graph of co-activation.
 
     The weight between two neurons is how much they work at the same tokens, the product of their output norms
-    summed over tokens (MoEfication, eq. 3, with norms for values). Neurons are placed by the graph's first
+    summed over tokens (as in MoEfication, with norms for values). Neurons are placed by the graph's first
     eigenvectors, normalised as for spectral clustering, and those places are clustered into equal parts.
 
     Args:

@@ -1,6 +1,6 @@
 """Which bricks a token is sent to: by what they would give, by centres, or by a router that was fitted.
 
-MoEfication (arXiv 2110.01786, section 3.2): ground truth, similarity to the centre of an expert's rows, and a
+MoEfication (arXiv 2110.01786): ground truth, similarity to the centre of an expert's rows, and a
 router trained to predict the ground truth. The one that is stored is a linear of the feed-forward's input, as
 routers of mixtures of experts are.
 """
