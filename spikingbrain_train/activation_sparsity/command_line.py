@@ -131,7 +131,7 @@ def _analyze_folder(arguments: argparse.Namespace) -> None:
 
 def _analyze_checkpoint(request: CheckpointRequest, tokenizer: Path, arguments: argparse.Namespace) -> None:
     activation = request.model.activation_func
-    if activation is ActivationFunc.silu:
+    if activation not in (ActivationFunc.relu, ActivationFunc.fatrelu):
         raise CheckpointError(nothing_is_zero(str(request.checkpoint), activation.value))
     with ranks_for_reading(request, arguments, "which would count") as groups:
         from spikingbrain_train.activation_sparsity.megatron import MegatronGates

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 
 def nothing_is_zero(name: str, activation: str) -> str:
-    """The sentence for models whose gates have no zeros."""
+    """The sentence for models whose gates have no zeros, or none that a threshold decides."""
     return (
-        f"{name} has nothing that is zero: its gates go through {activation}, not relu or fatrelu; convert "
+        f"{name} has no zeros to count: its gates go through {activation}, not relu or fatrelu; convert "
         "the dense source with --conversion prosparse (activation_func=relu), train it, and name that"
     )

@@ -75,6 +75,8 @@ class ActivationFunc(str, Enum):
     fatrelu = "fatrelu"
     """x where it is at least model.fatrelu_threshold, else 0 (Kurtz et al., ICML 2020; ProSparse, arXiv
     2402.13516, section 3.2)."""
+    relu2 = "relu2"
+    """max(0, x) squared (So et al., arXiv 2109.08668; BitNet b1.58 2B4T, arXiv 2504.12285)."""
 
 
 @dataclass
@@ -298,7 +300,7 @@ class DecoderConfig:
     ffn_hidden_size: int = setting(MISSING, minimum=1, resume=WEIGHTS)
     """Width of the dense feed-forward, and of an expert where moe.moe_ffn_hidden_size is null."""
     activation_func: ActivationFunc = setting(ActivationFunc.silu, resume=FUNCTION)
-    """What the gate of dense feed-forwards and of experts goes through; relu and fatrelu make most of their
+    """What the gate of dense feed-forwards and of experts goes through; all but silu make most of their
     channels zero (docs/prosparse.md)."""
     fatrelu_threshold: float = setting(0.01, minimum=0, resume=FUNCTION)
     """Smallest gate that fatrelu lets through (ProSparse: 0.01)."""

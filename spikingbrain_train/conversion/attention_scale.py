@@ -128,5 +128,7 @@ class AttentionScale:
         model = self.source.model
         if model.activation_func is ActivationFunc.silu:
             return silu(gate) * up
-        has_threshold = model.activation_func is ActivationFunc.fatrelu
-        return gated_relu(torch.cat([gate, up], dim=-1), model.fatrelu_threshold if has_threshold else 0.0)
+        func = model.activation_func
+        threshold = model.fatrelu_threshold if func is ActivationFunc.fatrelu else 0.0
+        gate_up = torch.cat([gate, up], dim=-1)
+        return gated_relu(gate_up, threshold, squared=func is ActivationFunc.relu2)

@@ -27,6 +27,7 @@ def check_sparsity(stage: StageConfig, model: ModelConfig) -> None:
     require(
         model.activation_func is not ActivationFunc.silu,
         f"stage.sparsity.l1_factors={shown(factors)} pulls what is inside feed-forwards to zero, where only "
-        f"relu and fatrelu get, but model.activation_func={model.activation_func.value}; convert the source "
-        f"with activation_func=relu, or set stage.sparsity.l1_factors=[] stage.sparsity.l1_end_steps=[]",
+        f"relu, fatrelu and relu2 get, but model.activation_func={model.activation_func.value}; convert the "
+        f"source with activation_func=relu, or set stage.sparsity.l1_factors=[] "
+        f"stage.sparsity.l1_end_steps=[]",
     )

@@ -186,5 +186,5 @@ def test_a_model_of_swiglus_is_told_that_it_has_no_zeros(
     for model, activation in (("source", "SiLUActivation"), ("silu", "silu")):
         with pytest.raises(SystemExit):
             analyze("--model", str(folder / model), "--text", str(folder / "text.txt"), "--seq-length", "32")
-        sentence = f"has nothing that is zero: its gates go through {activation}, not relu"
+        sentence = f"has no zeros to count: its gates go through {activation}, not relu"
         assert sentence in capsys.readouterr().err.replace("\n", " ")

@@ -61,14 +61,20 @@ def check_difference(found: torch.Tensor, expected: torch.Tensor, other: torch.T
     assert (other - expected).abs().max() > 0.1  # the activation shows
 
 
-@pytest.mark.parametrize("family", ["llama", "biased_llama", "mistral", "qwen2", "qwen3", "qwen3_moe"])
+@pytest.mark.parametrize(
+    ("family", "activation"),
+    [
+        *((family, "relu") for family in ("llama", "biased_llama", "mistral", "qwen2", "qwen3", "qwen3_moe")),
+        *((family, "relu2") for family in ("llama", "qwen3_moe")),
+    ],
+)
 def test_a_source_with_relu_computes_what_transformers_computes_and_goes_back_as_it_came(
-    ranks: RankPool, hf_checkpoint: HFCheckpoint, tmp_path: Path, family: str
+    ranks: RankPool, hf_checkpoint: HFCheckpoint, tmp_path: Path, family: str, activation: str
 ) -> None:
-    source, model = hf_checkpoint(family, hidden_act="relu")
+    source, model = hf_checkpoint(family, hidden_act=activation)
     report = import_checkpoint(source, tmp_path / "megatron")
-    assert stored(tmp_path / "megatron").activation_func is ActivationFunc.relu
-    assert "relu" in report.layers
+    assert stored(tmp_path / "megatron").activation_func is ActivationFunc(activation)
+    assert activation in report.layers
     (found,) = ranks.run(megatron_logits, tmp_path / "megatron", world_size=1, parallel=ONE_RANK)
     check_difference(found, logits_of(model), logits_of(with_activation(source, "silu")))
     export_checkpoint(tmp_path / "megatron", tmp_path / "again")
@@ -144,16 +150,22 @@ def test_fatrelu_is_exported_with_code_for_it_and_comes_back(
     assert json.loads((tmp_path / "twice/config.json").read_text()) == config
 
 
+@pytest.mark.parametrize("activation", ["relu", "relu2"])
 def test_a_recipe_that_names_no_activation_keeps_the_sources(
-    hf_checkpoint: HFCheckpoint, tmp_path: Path
+    ranks: RankPool, hf_checkpoint: HFCheckpoint, tmp_path: Path, activation: str
 ) -> None:
     """Hybrids are exported in this project's own format, whose code and config say so."""
-    source, _ = hf_checkpoint("qwen2", hidden_act="relu")
+    source, _ = hf_checkpoint("qwen2", hidden_act=activation)
     import_checkpoint(source, tmp_path / "hybrid", ConversionConfig(mixers=["gla", "swa"]))
-    assert stored(tmp_path / "hybrid").activation_func is ActivationFunc.relu
+    assert stored(tmp_path / "hybrid").activation_func is ActivationFunc(activation)
     export_checkpoint(tmp_path / "hybrid", tmp_path / "export")
     config = json.loads((tmp_path / "export/config.json").read_text())
-    assert (config["model_type"], config["hidden_act"]) == ("spikingbrain", "relu")
+    assert (config["model_type"], config["hidden_act"]) == ("spikingbrain", activation)
+    (found,) = ranks.run(megatron_logits, tmp_path / "hybrid", world_size=1, parallel=ONE_RANK)
+    exported = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "export", trust_remote_code=True, dtype=torch.float32
+    )
+    assert (logits_of(exported) - found).abs().max() <= TOLERANCE
     with pytest.raises(CheckpointError, match=r"gla_swa cannot hold .*activation_func=relu"):
         export_checkpoint(tmp_path / "hybrid", tmp_path / "no", format_name="gla_swa")
 

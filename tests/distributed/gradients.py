@@ -156,7 +156,9 @@ CASES: Mapping[str, Case] = {
             moe=MoEConfig(num_experts=4, router_topk=2, num_shared_experts=2),
         )
     ),
-    "ReLU": Case(replace(_7B, mixers=["full"], activation_func=ActivationFunc.relu, add_mlp_bias=True)),
+    "squared ReLU": Case(
+        replace(_7B, mixers=["full"], activation_func=ActivationFunc.relu2, add_mlp_bias=True)
+    ),
     "ReLU, L1": Case(
         replace(_7B, mixers=["full"], activation_func=ActivationFunc.relu, num_sink_tokens=6), l1_factor=5.0
     ),

@@ -20,11 +20,15 @@ def _gate_up(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
 
 
+@pytest.mark.parametrize("squared", [False, True])
 @pytest.mark.parametrize("threshold", [0.0, 0.01, 0.8])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_product_and_gradient_are_those_of_plain_operations(shape: tuple[int, ...], threshold: float) -> None:
+def test_product_and_gradient_are_those_of_plain_operations(
+    shape: tuple[int, ...], threshold: float, squared: bool
+) -> None:
     ours, theirs = _gate_up(*shape), _gate_up(*shape)
-    found, expected = gated_relu(ours, threshold), naive_gated_relu(theirs, threshold)
+    found = gated_relu(ours, threshold, squared=squared)
+    expected = naive_gated_relu(theirs, threshold, squared=squared)
     grad = _gate_up(*found.shape, seed=1).detach()
     found.backward(grad)
     expected.backward(grad)
@@ -48,8 +52,19 @@ def test_what_is_not_a_number_stays_so(place: int, threshold: float) -> None:
     assert gated_relu(gate_up, threshold).isnan().all()
 
 
-def test_autograd_keeps_the_input_alone() -> None:
+@pytest.mark.parametrize("squared", [False, True])
+def test_an_l1_loss_adds_its_gradient(squared: bool) -> None:
+    ours, theirs = _gate_up(6, 10), _gate_up(6, 10)
+    gated_relu(ours, 0.1, 0.3, squared=squared).square().sum().backward()
+    product = naive_gated_relu(theirs, 0.1, squared=squared)
+    (product.square().sum() + 0.3 * product.abs().sum()).backward()
+    assert ours.grad is not None and theirs.grad is not None
+    assert torch.allclose(ours.grad, theirs.grad, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("squared", [False, True])
+def test_autograd_keeps_the_input_alone(squared: bool) -> None:
     gate_up, kept = torch.randn(64, 256, requires_grad=True) * 1, list[int]()
     with kept_bytes(torch.nn.Identity(), kept):
-        gated_relu(gate_up)
+        gated_relu(gate_up, squared=squared)
     assert kept == [gate_up.nbytes]

@@ -37,7 +37,11 @@ class LlamaLikeFormat(HfFormat):
     """Whether there are as many query groups as heads where config.json names none; else it must."""
     norm_key: str = "rms_norm_eps"
     """Key of the norms' epsilon."""
-    activations: Mapping[ActivationFunc, str] = {ActivationFunc.silu: "silu", ActivationFunc.relu: "relu"}
+    activations: Mapping[ActivationFunc, str] = {
+        ActivationFunc.silu: "silu",
+        ActivationFunc.relu: "relu",
+        ActivationFunc.relu2: "relu2",
+    }
     """What ``hidden_act`` calls those that its modelling code computes."""
 
     def read(self, keys: ConfigKeys, window_convention: WindowConvention | None = None) -> ModelConfig:

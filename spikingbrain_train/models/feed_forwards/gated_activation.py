@@ -23,7 +23,7 @@ from spikingbrain_train.ops.gated_activation import gated_relu
 
 
 class GatedActivation(MegatronModule):
-    """``relu(gate) * up`` or ``fatrelu(gate) * up``, with an L1 loss on it and counts of its zeros.
+    """``relu(gate) * up``, with a threshold or squared, with an L1 loss on it and counts of its zeros.
 
     The loss of a token is ``l1_factor`` times the mean magnitude of the ``channels`` products that it has in
     the layer; losses of layers add up (ProSparse, arXiv 2402.13516, section 3.2; that the norm is a mean over
@@ -47,6 +47,7 @@ class GatedActivation(MegatronModule):
         assert config.gated_activation is not ActivationFunc.silu, "a SwiGLU is megatron-core's"
         has_threshold = config.gated_activation is ActivationFunc.fatrelu
         self.threshold = config.fatrelu_threshold if has_threshold else 0.0
+        self.squared = config.gated_activation is ActivationFunc.relu2
         self.channels = channels
         self.l1_factor = 0.0
         """Weight of the loss; set before every step that has one."""
@@ -59,12 +60,12 @@ class GatedActivation(MegatronModule):
     def forward(self, gate_up: Tensor) -> Tensor:
         """[..., 2 f] -> [..., f]; recomputation runs it twice, and only the second time with gradients."""
         if not (self.training and torch.is_grad_enabled()):
-            return gated_relu(gate_up, self.threshold)
+            return gated_relu(gate_up, self.threshold, squared=self.squared)
         penalty: float | Tensor | None = None
         if self.l1_factor:
             penalty = self.l1_factor / self.channels
             penalty = penalty if self._loss_scale is None else penalty * self._loss_scale
-        product = gated_relu(gate_up, self.threshold, penalty)
+        product = gated_relu(gate_up, self.threshold, penalty, squared=self.squared)
         with torch.no_grad():
             if penalty is not None:
                 wide = torch.promote_types(product.dtype, torch.float32)

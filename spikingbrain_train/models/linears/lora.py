@@ -63,7 +63,7 @@ class LoraAdapters(LinearTransform):
         parts = [weight] if linear.joined is None else list(linear.joined.parts(weight))
         rows = [part.numel() // weight.shape[1] for part in parts]
         self._rows = dict(zip(TARGETS[linear.projection], rows, strict=True))
-        linear.lora = torch.nn.Module()
+        linear.add_module("lora", torch.nn.Module())
         for target, number in self._rows.items():
             if target in self._settings.target_modules:
                 factors = torch.nn.Module()
