@@ -45,14 +45,38 @@ def add_detach(commands: Any) -> None:
     parser.set_defaults(prepare=_prepare_detach)
 
 
+def add_compose(commands: Any) -> None:
+    """Add it to the subcommands of ``spikingbrain-bricks``."""
+    parser = commands.add_parser("compose", help="several adapters of peft folders as one, by a weighted sum")
+    parser.add_argument(
+        "--adapters", type=Path, nargs="+", required=True, metavar="DIR", help="folders that peft saved"
+    )
+    parser.add_argument(
+        "--weights", type=float, nargs="+", required=True, metavar="W", help="of each adapter in the sum"
+    )
+    parser.add_argument(
+        "--rank",
+        type=int,
+        metavar="N",
+        help="of the result, cut by a singular value decomposition, which says what it costs (default: the "
+        "ranks together, where the sum is exact)",
+    )
+    _add_output(parser)
+    parser.set_defaults(prepare=_prepare_compose, parallel=[])
+
+
 def _add_folders(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", type=Path, required=True, metavar="DIR", help="Megatron checkpoint, or a run's folder"
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to be made")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier result in --output")
+    _add_output(parser)
     add_plugins_argument(parser)
     parser.set_defaults(parallel=[])
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to be made")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier result in --output")
 
 
 def _check_no_settings(arguments: argparse.Namespace) -> None:
@@ -108,5 +132,24 @@ def _prepare_detach(arguments: argparse.Namespace) -> Callable[[], None]:
             overwrite=arguments.overwrite,
         )
         print(f"{arguments.output}: adapter {arguments.name}")
+
+    return run
+
+
+def _prepare_compose(arguments: argparse.Namespace) -> Callable[[], None]:
+    _check_no_settings(arguments)
+
+    def run() -> None:
+        from spikingbrain_train.bricks.compose import compose
+
+        rank, lost = compose(
+            arguments.adapters,
+            arguments.weights,
+            arguments.output,
+            rank=arguments.rank,
+            overwrite=arguments.overwrite,
+        )
+        how = "exact" if arguments.rank is None else f"{lost:.2%} of the norm of the sum is cut off"
+        print(f"{arguments.output}: one adapter of rank {rank}, {how}")
 
     return run

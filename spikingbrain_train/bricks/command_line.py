@@ -6,7 +6,12 @@ import argparse
 from collections.abc import Callable, Sequence
 
 from spikingbrain_train.bricks.abilities_command_line import add_abilities
-from spikingbrain_train.bricks.adapters_command_line import add_attach, add_detach, add_merge
+from spikingbrain_train.bricks.adapters_command_line import (
+    add_attach,
+    add_compose,
+    add_detach,
+    add_merge,
+)
 from spikingbrain_train.bricks.moefy_command_line import add_moefy
 from spikingbrain_train.bricks.neurons_command_line import add_neurons
 from spikingbrain_train.config.command_line import called_as
@@ -31,7 +36,7 @@ def bricks_parser() -> argparse.ArgumentParser:
         epilog=f"Each subcommand explains itself: {called_as()} neurons --help",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (add_neurons, add_abilities, add_moefy, add_attach, add_merge, add_detach):
+    for add in (add_neurons, add_abilities, add_moefy, add_attach, add_merge, add_detach, add_compose):
         add(commands)
     return parser
 

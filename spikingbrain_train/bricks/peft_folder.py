@@ -9,7 +9,7 @@ too. Routed experts are one linear each.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,8 @@ class PeftAdapter:
     tensors: dict[str, Tensor]
     """By peft's names."""
     folder: Path
+    base: str | None
+    """What it calls its base."""
 
 
 def factors(model: ModelConfig, name: str, source: dict[str, Any] | None = None) -> Iterator[Factor]:
@@ -106,14 +108,36 @@ def write_peft_folder(
 ) -> None:
     """Write one adapter. ``base`` is what peft shall call the base: the folder of its export."""
     lora = model.lora
+    write_peft_files(
+        folder,
+        tensors,
+        rank=lora.rank(name),
+        alpha=lora.alpha(name),
+        targets=lora.target_modules,
+        dropout=lora.dropout,
+        base=base,
+    )
+
+
+def write_peft_files(
+    folder: Path,
+    tensors: dict[str, Tensor],
+    *,
+    rank: int,
+    alpha: float,
+    targets: Sequence[LoraTarget],
+    dropout: float = 0.0,
+    base: str | None,
+) -> None:
+    """The two files of an adapter; ``tensors`` by peft's names."""
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
-        "r": lora.rank(name),
-        "lora_alpha": lora.alpha(name),
-        "lora_dropout": lora.dropout,
-        "target_modules": [target.value for target in lora.target_modules],
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": dropout,
+        "target_modules": [target.value for target in targets],
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -160,7 +184,8 @@ def read_peft_folder(folder: Path) -> PeftAdapter:
     if not isinstance(rank, int) or rank < 1:
         raise CheckpointError(f"{path} has rank r={rank!r}; a rank is at least 1")
     targets = [target for target in LoraTarget if target.value in found]
-    return PeftAdapter(rank, float(config.get("lora_alpha", rank)), targets, tensors, folder)
+    base = config.get("base_model_name_or_path")
+    return PeftAdapter(rank, float(config.get("lora_alpha", rank)), targets, tensors, folder, base)
 
 
 def stored_tensors(adapter: PeftAdapter, model: ModelConfig, name: str, source: Any) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from spikingbrain_train.bricks.adapters import attach, detach, merge
+from spikingbrain_train.bricks.compose import compose
 from spikingbrain_train.config.conversion import ConversionConfig
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.conversion.export_checkpoint import export_checkpoint
@@ -123,6 +124,59 @@ def test_two_adapters_at_once_are_the_sum_that_peft_computes(
         expected = adapted.eval()(TOKENS).logits
     (logits,) = ranks.run(megatron_logits, tmp_path / "both", world_size=1, parallel=ParallelConfig())
     assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("rank", [None, 3], ids=["exact", "cut"])
+def test_a_composed_adapter_is_the_one_that_peft_composes(
+    rank: int | None,
+    hf_checkpoint: HFCheckpoint,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    source, _ = hf_checkpoint("llama")
+    targets = {"one": TARGETS, "two": [*TARGETS[:3], "k_proj"]}  # neither stands beside all of the other's
+    for name, own in (("one", 2), ("two", 3)):
+        adapter_of(source, tmp_path / name, own, TARGETS if rank else targets[name])
+    found, lost = compose([tmp_path / "one", tmp_path / "two"], [0.7, -0.4], tmp_path / "both", rank=rank)
+    assert found == (rank or 5) and (lost == 0.0 if rank is None else 0.1 < lost < 0.9)
+
+    def adapted(*folders: str) -> peft.PeftModel:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+        both = peft.PeftModel.from_pretrained(model, tmp_path / folders[0], adapter_name=folders[0])
+        for each in folders[1:]:
+            both.load_adapter(tmp_path / each, adapter_name=each)
+        return both.eval()
+
+    theirs = adapted("one", "two")
+    if rank is None:
+        for each, weight in (("one", 0.7), ("two", -0.4)):
+            for module in theirs.modules():
+                if isinstance(module, peft.tuners.lora.LoraLayer) and each in module.scaling:
+                    module.scaling[each] *= weight
+        theirs.base_model.set_adapter(["one", "two"])
+    else:
+        theirs.add_weighted_adapter(["one", "two"], [0.7, -0.4], "sum", combination_type="svd", svd_rank=rank)
+        theirs.set_adapter("sum")
+    with torch.no_grad():
+        expected, logits = theirs(TOKENS).logits, adapted("both")(TOKENS).logits
+    assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_what_cannot_be_composed_is_refused(
+    hf_checkpoint: HFCheckpoint,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    source, _ = hf_checkpoint("llama")
+    other, _ = hf_checkpoint("llama", folder="other", intermediate_size=64)
+    adapter_of(source, tmp_path / "one", 2)
+    adapter_of(other, tmp_path / "two", 2)
+    both = [tmp_path / "one", tmp_path / "two"]
+    with pytest.raises(CheckpointError, match="two is an adapter of another model than .*one: beside"):
+        compose(both, [1, 1], tmp_path / "out")
+    with pytest.raises(ConfigurationError, match="--weights has 1 numbers for 2 adapters"):
+        compose(both, [1], tmp_path / "out")
+    with pytest.raises(ConfigurationError, match="--rank 5 must be from 1 to 4"):
+        compose(both, [1, 1], tmp_path / "out", rank=5)
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_no_adapter_of_the_model_is_refused(

@@ -51,8 +51,8 @@ _76B = CASES["76B-like"].model
 MODELS: dict[str, ModelConfig] = {
     name: case.model
     for name, case in CASES.items()
-    # The same models in evaluation are left out.
-    if not case.packed and not case.l1_factor and "drop-out" not in name
+    # The same models in evaluation are left out, and adapters, which are no part of an export.
+    if not case.packed and not case.l1_factor and "drop-out" not in name and not case.model.lora.names
 } | {
     "Mamba, norms and biases, sinks": CASES["Mamba, norms and biases, sinks, packed documents"].model,
     # Experts, both matrices of the gate and the output gate read spikes; scaled rotary positions.
