@@ -113,7 +113,7 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     ((*SPARSITY, "--output", "file"), "--output=file"),
     ((*NEURONS, "--mask", "50", "100"), "--mask has 100; give percent of at least 0 and below 100"),
     ((*NEURONS, "--output", "file"), "--output=file"),
-    ((*ABILITIES, "a=text.txt"), "--texts names one ability, and neurons are told apart by two or more"),
+    ((*ABILITIES, "a=text.txt"), "--texts names one ability, and only two or more can be told apart"),
     ((*ABILITIES, "a=text.txt", "text.txt"), "--texts has 'text.txt'; write each as name=file"),
     ((*ABILITIES, "a=text.txt", "a=b.txt"), "--texts names a twice; give each ability one file"),
     ((*ABILITIES, "a=text.txt", "b=text.txt", "--windows", "3"), "--windows is 3; give an even number"),

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from spikingbrain_train.bricks.named_texts import named_texts
 from spikingbrain_train.bricks.output_files import ABILITIES_NEURONS, ABILITIES_NUMBERS, ABILITIES_PICTURE
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.evaluation.checkpoint_request import CheckpointRequest
@@ -82,31 +83,8 @@ def add_abilities(commands: Any) -> None:
     parser.set_defaults(prepare=_prepare, data=None)
 
 
-def texts_of(words: list[str]) -> dict[str, str]:
-    """Ability -> file, of ``--texts``.
-
-    Raises:
-        ConfigurationError: fewer than two, a name twice, or a word that is no ``name=file``.
-    """
-    found: dict[str, str] = {}
-    for word in words:
-        name, between, file = word.partition("=")
-        if not (name and between and file):
-            raise ConfigurationError(f"--texts has {word!r}; write each as name=file, e.g. code=code.jsonl")
-        if name in found:
-            raise ConfigurationError(
-                f"--texts names {name} twice; give each ability one file, folder or glob"
-            )
-        found[name] = file
-    if len(found) < 2:
-        raise ConfigurationError(
-            "--texts names one ability, and neurons are told apart by two or more; add name=file"
-        )
-    return found
-
-
 def _prepare(arguments: argparse.Namespace) -> Callable[[], None]:
-    arguments.texts = texts_of(arguments.texts)
+    arguments.texts = named_texts("--texts", arguments.texts, "ability")
     check_text_options(arguments)
     if arguments.windows < 2 or arguments.windows % 2:
         raise ConfigurationError(

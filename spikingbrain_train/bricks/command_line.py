@@ -14,6 +14,7 @@ from spikingbrain_train.bricks.adapters_command_line import (
 )
 from spikingbrain_train.bricks.moefy_command_line import add_moefy
 from spikingbrain_train.bricks.neurons_command_line import add_neurons
+from spikingbrain_train.bricks.route_command_line import add_route
 from spikingbrain_train.config.command_line import called_as
 from spikingbrain_train.evaluation.inference_command_line import Elsewhere, run_inference
 
@@ -36,7 +37,16 @@ def bricks_parser() -> argparse.ArgumentParser:
         epilog=f"Each subcommand explains itself: {called_as()} neurons --help",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (add_neurons, add_abilities, add_moefy, add_attach, add_merge, add_detach, add_compose):
+    for add in (
+        add_neurons,
+        add_abilities,
+        add_moefy,
+        add_attach,
+        add_merge,
+        add_detach,
+        add_compose,
+        add_route,
+    ):
         add(commands)
     return parser
 
