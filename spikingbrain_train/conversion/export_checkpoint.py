@@ -88,15 +88,15 @@ def export_checkpoint(
     folder = resolve_checkpoint(checkpoint)
     model = read_model(folder)
     check_model(model)
-    model = at_its_iteration(model, folder)
-    reader = MegatronCheckpointReader(folder, once=True)
-    stored = check_tensors(reader, model)
-    model, notes_on_base = base_of(model)
+    whole = at_its_iteration(model, folder)
+    model, notes_on_base = base_of(whole)
     if float_weights:
         model = with_plain_weights(model)
     hf_source = folder / HF_SOURCE_FOLDER
     source_config = load_config_json(hf_source) if (hf_source / CONFIG_FILE).is_file() else None
     hf_format = format_of_model(model, format_name, source_config)
+    reader = MegatronCheckpointReader(folder, once=True)
+    stored = check_tensors(reader, whole)
 
     def specs_of(piece: Piece) -> list[TensorSpec]:
         number_format = piece.dtype or dtype or stored[piece.parameter.name]
