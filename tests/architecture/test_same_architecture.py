@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from enum import Enum
 from typing import Any
 
 import pytest
@@ -13,10 +14,8 @@ from spikingbrain_train.architecture.same_architecture import (
     roles,
     settings_in_use,
 )
-from spikingbrain_train.config.linear_transforms import GateEncoding, Projection, SpikingConfig
+from spikingbrain_train.config.linear_transforms import Projection, SpikingConfig
 from spikingbrain_train.config.model import (
-    ActivationFunc,
-    DeltaRuleActivation,
     FeatureMap,
     GatedLinearAttentionConfig,
     GateKind,
@@ -183,16 +182,8 @@ def _other(value: Any) -> Any:
         return value * 2
     if value is None:
         return 1.5
-    if isinstance(value, ActivationFunc):
-        return ActivationFunc.relu
-    if isinstance(value, DeltaRuleActivation):
-        return DeltaRuleActivation.silu
-    if isinstance(value, FeatureMap):
-        return FeatureMap.sigmoid
-    if isinstance(value, RopeType):
-        return RopeType.linear
-    if isinstance(value, GateEncoding):
-        return GateEncoding.each_matrix
+    if isinstance(value, Enum):
+        return next(each for each in type(value) if each is not value)
     if isinstance(value, list) and value and isinstance(value[0], float):
         return [value[0] + 1]
     assert value == []
