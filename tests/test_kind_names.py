@@ -22,15 +22,17 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "spikingbrain_train"
 
 SOFTMAX = ("architecture/softmax_attention.py", "models/mixers/softmax_attention.py")
+MOEFY = ("bricks/moefy.py", "bricks/moefy_command_line.py")
 OWN_FILES: dict[str, tuple[str, ...]] = {
     "full": SOFTMAX,
     "swa": SOFTMAX,
     "gla": ("architecture/gated_linear_attention.py", "models/mixers/gated_linear_attention.py"),
     "gdn": ("architecture/gated_delta_rule.py", "models/mixers/gated_delta_rule.py"),
     "mamba": ("architecture/mamba.py", "models/mixers/mamba.py"),
-    "dense": ("architecture/dense.py", "models/feed_forwards/dense.py"),
+    # spikingbrain-bricks moefy makes one of the other.
+    "dense": ("architecture/dense.py", "models/feed_forwards/dense.py", *MOEFY),
     "no_mlp": ("architecture/no_mlp.py",),
-    "moe": ("architecture/moe.py", "models/feed_forwards/moe/"),
+    "moe": ("architecture/moe.py", "models/feed_forwards/moe/", *MOEFY),
     "spiking": (
         "architecture/spikes.py",
         "models/linears/spikes.py",
@@ -52,6 +54,7 @@ OWN_FILES: dict[str, tuple[str, ...]] = {
         "models/linears/lora.py",
         "bricks/adapters.py",
         "bricks/adapters_command_line.py",
+        "bricks/compose.py",
         "bricks/peft_folder.py",
     ),
 }
@@ -94,6 +97,8 @@ ALLOWED = {
     ("evaluation/generation.py", "sliding_window"): "of a cache layer of transformers",
     ("spike_analysis/command_line.py", "spiking"): "what analyses that kind starts its analysis",
     ("bricks/command_line.py", "lora"): "lists the subcommands, those of adapters among them",
+    ("bricks/command_line.py", "moe"): "lists the subcommands, moefy among them",
+    ("bricks/command_line.py", "dense"): "lists the subcommands, moefy among them",
     ("spiking/codings.py", "ternary"): "a coding of counts as trains of spikes",
     ("conversion/window_convention.py", "sliding_window"): "a key of config.json",
 }

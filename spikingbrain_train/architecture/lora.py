@@ -108,15 +108,8 @@ class LoraKind(LinearTransformKind):
         return tuple(found)
 
     def check(self, model: ModelConfig, stage: StageConfig, present: Collection[str]) -> None:
-        lora = model.lora
-        if not lora.names:
-            return
-        require(
-            stage.kind != "align",
-            "model.lora.names has adapters, but stage.kind=align trains mixers; train adapters with "
-            "stage.kind=cpt, distill or sft, or set model.lora.names=[]",
-        )
-        check_places(model)
+        if model.lora.names:
+            check_places(model)
 
     def describe(self, model: ModelConfig) -> str:
         lora = model.lora

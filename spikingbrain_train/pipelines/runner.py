@@ -153,19 +153,22 @@ def call(
         for process in running:
             process.send_signal(number)
 
+    def note(number: int, _frame: FrameType | None) -> None:
+        asked.append(signal.Signals(number))  # the terminal has sent it to the command, too
+
     # Before the command starts: a signal in between would leave it behind, alone.
     before = {number: signal.signal(number, pass_on) for number in _PASSED_ON}
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, note)
     try:
+        early = [*asked]
         with subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=_end_with_parent()) as process:
             for number in asked:
-                process.send_signal(number)
+                if number in _PASSED_ON or number in early:
+                    process.send_signal(number)
             running.append(process)
             begun(process.pid)
-            while process.returncode is None:
-                try:
-                    process.wait()
-                except KeyboardInterrupt:
-                    asked.append(signal.SIGINT)
+            process.wait()
         return process.returncode, asked[0] if asked else None
     finally:
         for number, handler in before.items():

@@ -5,6 +5,7 @@ Every error is one ConfigurationError that names the setting and says what would
 
 from __future__ import annotations
 
+from spikingbrain_train.architecture.linear_transforms import LINEAR_TRANSFORMS
 from spikingbrain_train.architecture.model_checks import check_linear_transforms, check_mixers
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import (
@@ -46,6 +47,12 @@ def check_stage(stage: StageConfig, model: ModelConfig, parallel: ParallelConfig
     )
     _check_ramp(stage, step)
     kind.check(stage)
+    for transform in LINEAR_TRANSFORMS:
+        require(
+            not (kind.trains_mixers and transform.freezes_base(model)),
+            f"stage.kind={stage.kind} trains mixers, but the model {transform.words}, beside which nothing "
+            f"else trains; choose another stage, or take model.{transform.name} out",
+        )
     require(
         stage.train_iters > 0 or kind.starts_in_closed_form(stage),
         f"stage.train_iters={stage.train_iters} leaves stage.kind={stage.kind} nothing to do; give at least "

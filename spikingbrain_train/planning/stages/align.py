@@ -32,6 +32,7 @@ class AlignmentKind(StageKind):
     name = "align"
     trained_by = "spikingbrain_train.training.stages.alignment:Alignment"
     reads_source = True
+    trains_mixers = True
 
     next_stage = "stage=distill stage.teacher=..."
 

@@ -24,6 +24,8 @@ class StageKind(ABC):
     """Where its class, a training.stages.stage.Stage, is imported from: ``package.module:Class``."""
     reads_source: ClassVar[bool] = False
     """Whether mixers of the model run on hidden states of the dense source, where sinks are padding."""
+    trains_mixers: ClassVar[bool] = False
+    """Whether swapped mixers train and nothing else, whatever the model would have trained."""
     reads_examples: ClassVar[bool] = False
     """Whether its data are examples with a loss mask, packed whole and kept apart, and not text."""
 
