@@ -13,6 +13,7 @@ from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.evaluation.checkpoint_request import CheckpointRequest
 from spikingbrain_train.evaluation.inference_command_line import add_inference_options
 from spikingbrain_train.evaluation.reading_command_line import (
+    add_window_options,
     check_text_options,
     open_folder,
     ranks_for_reading,
@@ -67,18 +68,11 @@ def add_abilities(commands: Any) -> None:
         metavar="PERCENT",
         help="neurons of every feed-forward that are an ability's and are left out (default: %(default)g)",
     )
-    parser.add_argument(
-        "--text-key", default="text", metavar="KEY", help="field of a JSON document (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--windows",
-        type=int,
-        default=8,
-        metavar="N",
-        help="windows of each text, half of them to score neurons on (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--seq-length", type=int, default=256, metavar="N", help="tokens of a window (default: %(default)s)"
+    add_window_options(
+        parser,
+        windows=8,
+        seq_length=256,
+        of_windows="windows of each text, half of them to score neurons on",
     )
     parser.set_defaults(prepare=_prepare, data=None)
 

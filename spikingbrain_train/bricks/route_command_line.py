@@ -9,6 +9,7 @@ from typing import Any
 from spikingbrain_train.bricks.named_texts import named_texts
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.evaluation.inference_command_line import add_inference_options, check_model_files
+from spikingbrain_train.evaluation.reading_command_line import add_window_options
 from spikingbrain_train.evaluation.window_checks import check_windows
 
 _DESCRIPTION = """\
@@ -48,22 +49,12 @@ def add_route(commands: Any) -> None:
     )
     parser.add_argument("--prompt", nargs="*", default=[], metavar="TEXT", help="texts to choose a brick for")
     parser.add_argument("--prompts", metavar="FILE", help="or the documents of a file")
-    parser.add_argument(
-        "--text-key", default="text", metavar="KEY", help="field of a JSON document (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--windows",
-        type=int,
-        default=8,
-        metavar="N",
-        help="windows of each brick's text, half of them held out (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--seq-length",
-        type=int,
-        default=128,
-        metavar="N",
-        help="tokens of a window, and the most that is read of a prompt (default: %(default)s)",
+    add_window_options(
+        parser,
+        windows=8,
+        seq_length=128,
+        of_windows="windows of each brick's text, half of them held out",
+        of_length="tokens of a window, and the most that is read of a prompt",
     )
     parser.set_defaults(prepare=_prepare)
 

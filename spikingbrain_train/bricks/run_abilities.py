@@ -31,7 +31,12 @@ def run(model: NeuronModel, arguments: argparse.Namespace) -> None:
     with activity("opening the texts", shown=language_model.is_main_process):
         for name, file in arguments.texts.items():
             windows = windows_of_text(
-                [file], arguments.text_key, language_model.tokenizer, arguments.windows, arguments.seq_length
+                [file],
+                arguments.text_key,
+                language_model.tokenizer,
+                arguments.windows,
+                arguments.seq_length,
+                "--texts",
             )
             texts[name] = (windows[:half], windows[half:])
     found, neurons = measure_abilities(model, texts, arguments.prune / 100)

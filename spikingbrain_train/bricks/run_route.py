@@ -30,7 +30,9 @@ def run(arguments: argparse.Namespace) -> None:
     half, length = arguments.windows // 2, arguments.seq_length
     learnt, held_out = {}, {}
     for name, file in arguments.bricks.items():
-        windows = windows_of_text([file], arguments.text_key, tokenizer, arguments.windows, length)
+        windows = windows_of_text(
+            [file], arguments.text_key, tokenizer, arguments.windows, length, "--bricks"
+        )
         with activity(f"reading samples of {name}"):
             embedded = embed(model, [window[:length] for window in windows])
         learnt[name], held_out[name] = embedded[:half], embedded[half:]

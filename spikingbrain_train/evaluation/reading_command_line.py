@@ -44,14 +44,26 @@ def add_text_options(parser: argparse.ArgumentParser) -> None:
     text.add_argument(
         "--data", nargs="+", metavar="PREFIX", help="or held-out indexed datasets, without .bin/.idx"
     )
+    add_window_options(parser, windows=4, seq_length=512)
+
+
+def add_window_options(
+    parser: argparse.ArgumentParser,
+    *,
+    windows: int,
+    seq_length: int,
+    of_windows: str = "windows to read",
+    of_length: str = "tokens of a window",
+) -> None:
+    """How text is cut into windows; the numbers are defaults, the words what ``--help`` calls them."""
     parser.add_argument(
         "--text-key", default="text", metavar="KEY", help="field of a JSON document (default: %(default)s)"
     )
     parser.add_argument(
-        "--windows", type=int, default=4, metavar="N", help="windows to read (default: %(default)s)"
+        "--windows", type=int, default=windows, metavar="N", help=f"{of_windows} (default: %(default)s)"
     )
     parser.add_argument(
-        "--seq-length", type=int, default=512, metavar="N", help="tokens of a window (default: %(default)s)"
+        "--seq-length", type=int, default=seq_length, metavar="N", help=f"{of_length} (default: %(default)s)"
     )
 
 

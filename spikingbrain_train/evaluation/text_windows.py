@@ -34,7 +34,12 @@ def cross_entropy_of(language_model: LanguageModel, windows: Sequence[Sequence[i
 
 
 def windows_of_text(
-    inputs: Sequence[str], text_key: str, tokenizer: TextTokenizer, windows: int, seq_length: int
+    inputs: Sequence[str],
+    text_key: str,
+    tokenizer: TextTokenizer,
+    windows: int,
+    seq_length: int,
+    flag: str = "--text",
 ) -> list[list[int]]:
     """The first tokens of some documents, one behind the other, an end token between them.
 
@@ -44,6 +49,7 @@ def windows_of_text(
         tokenizer: of the model.
         windows: to read.
         seq_length: tokens that a window reads.
+        flag: that names the inputs, for errors.
 
     Returns:
         ``windows`` lists of seq_length + 1 ids, whose last is predicted only.
@@ -60,7 +66,7 @@ def windows_of_text(
             if len(tokens) >= wanted:
                 return _cut(tokens, windows, seq_length)
     raise DataError(
-        f"--text {' '.join(inputs)} holds {len(tokens)} tokens, and {windows} windows of {seq_length} take "
+        f"{flag} {' '.join(inputs)} holds {len(tokens)} tokens, and {windows} windows of {seq_length} take "
         f"{wanted}; name more text, or give fewer --windows or a shorter --seq-length"
     )
 

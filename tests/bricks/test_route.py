@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,17 @@ def test_prompts_and_held_out_texts_find_their_bricks(
     with torch.no_grad():
         states = model(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1]
     torch.testing.assert_close(embed(model, [ids])[0], states[0].mean(0))
+
+
+def test_a_text_that_is_too_short_is_named_with_its_flag(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "short.txt").write_text("too short")
+    words = ["route", "--model", str(folder / "source"), "--device", "cpu", "--dtype", "float32", "--bricks"]
+    with pytest.raises(SystemExit):
+        bricks([*words, f"a={folder / 'short.txt'}", f"b={folder / 'numbers.txt'}"])
+    sentence = rf"--bricks {folder}/short\.txt holds \d+ tokens, and 8 windows of 128 take"
+    assert re.search(sentence, capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(

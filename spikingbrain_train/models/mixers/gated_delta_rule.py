@@ -237,13 +237,8 @@ class GatedDeltaRule(RecurrentAttention):
         if self.conv1d is not None:
             inputs = self.conv1d.last_inputs(mixed_BTC, layout)
             mixed_BTC = self.conv1d(mixed_BTC, layout, None)
-        o_BTHV, state_BGKV = gated_delta_rule(
-            *self._op_inputs(mixed_BTC, hidden_states),
-            scale=self.scale,
-            output_final_state=True,
-            backend=self.backend,
-        )
-        assert state_BGKV is not None
+        op_inputs = self._op_inputs(mixed_BTC, hidden_states)
+        o_BTHV, state_BGKV = self.read(gated_delta_rule, gated_delta_rule_step, op_inputs)
         output, _ = self.linear_proj(self.normed_and_gated(o_BTHV, hidden_states))
         return output, RecurrentState(state_BGKV, inputs)
 
@@ -255,20 +250,6 @@ class GatedDeltaRule(RecurrentAttention):
         if self.conv1d is not None:
             assert state.inputs_BSC is not None
             mixed_BTC, state.inputs_BSC = self.conv1d.read_on(mixed_BTC, state.inputs_BSC)
-        inputs = self._op_inputs(mixed_BTC, hidden_states)
-        if len(hidden_states) > 1:
-            o_BTHV, state_BGKV = gated_delta_rule(
-                *inputs,
-                scale=self.scale,
-                initial_state=state.state_BGKV,
-                output_final_state=True,
-                backend=self.backend,
-            )
-            assert state_BGKV is not None
-            state.state_BGKV = state_BGKV
-            return self.linear_proj(self.normed_and_gated(o_BTHV, hidden_states))[0]
-        q_BHK, k_BGK, v_BGV, log_gate_BG, beta_BG = (x.squeeze(1) for x in inputs)
-        o_BHV, state.state_BGKV = gated_delta_rule_step(
-            q_BHK, k_BGK, v_BGV, log_gate_BG, beta_BG, state.state_BGKV, scale=self.scale
-        )
-        return self.linear_proj(self.normed_and_gated(o_BHV.unsqueeze(1), hidden_states))[0]
+        op_inputs = self._op_inputs(mixed_BTC, hidden_states)
+        o_BTHV, state.state_BGKV = self.read(gated_delta_rule, gated_delta_rule_step, op_inputs, state)
+        return self.linear_proj(self.normed_and_gated(o_BTHV, hidden_states))[0]

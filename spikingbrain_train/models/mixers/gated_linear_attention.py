@@ -301,10 +301,7 @@ class GatedLinearAttention(SetInClosedForm, RecurrentAttention):
     ) -> tuple[Tensor, RecurrentState]:
         """See :class:`~spikingbrain_train.models.mixers.decoding.DecodesByStep`."""
         inputs = self._op_inputs(hidden_states, layout, rotary_pos_emb)
-        o_BTHV, state_BGKV = gated_linear_attention(
-            *inputs, scale=self.scale, output_final_state=True, backend=self.backend
-        )
-        assert state_BGKV is not None
+        o_BTHV, state_BGKV = self.read(gated_linear_attention, gated_linear_attention_step, inputs)
         output, _ = self.linear_proj(self.normed_and_gated(o_BTHV, hidden_states))
         return output, RecurrentState(state_BGKV)
 
@@ -313,22 +310,10 @@ class GatedLinearAttention(SetInClosedForm, RecurrentAttention):
     ) -> Tensor:
         """See :class:`~spikingbrain_train.models.mixers.decoding.DecodesByStep`."""
         inputs = self._op_inputs(hidden_states, None, rotary_pos_emb)
-        if len(hidden_states) > 1:
-            o_BTHV, state_BGKV = gated_linear_attention(
-                *inputs,
-                scale=self.scale,
-                initial_state=state.state_BGKV,
-                output_final_state=True,
-                backend=self.backend,
-            )
-            assert state_BGKV is not None
-            state.state_BGKV = state_BGKV
-            return self.linear_proj(self.normed_and_gated(o_BTHV, hidden_states))[0]
-        q_BHK, k_BGK, v_BGV, log_gate_BGK = (x.squeeze(1) for x in inputs)
-        o_BHV, state.state_BGKV = gated_linear_attention_step(
-            q_BHK, k_BGK, v_BGV, log_gate_BGK, state.state_BGKV, scale=self.scale
+        o_BTHV, state.state_BGKV = self.read(
+            gated_linear_attention, gated_linear_attention_step, inputs, state
         )
-        return self.linear_proj(self.normed_and_gated(o_BHV.unsqueeze(1), hidden_states))[0]
+        return self.linear_proj(self.normed_and_gated(o_BTHV, hidden_states))[0]
 
 
 _LOG_GATES = {

@@ -8,7 +8,7 @@ Shape letters: T time, B batch, H query heads of this tensor-parallel rank, V va
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
 
 import torch
@@ -105,6 +105,37 @@ class RecurrentAttention(SelfAttention):
         for parameter in built.parameters():
             parameter.is_new_parameter = True
         return built
+
+    def read(
+        self,
+        op: Callable[..., tuple[Tensor, Tensor | None]],
+        step: Callable[..., tuple[Tensor, Tensor]],
+        inputs: Sequence[Tensor],
+        state: RecurrentState | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Run the recurrence over the beginning of a text, or on from what is left of it.
+
+        Args:
+            op: over any number of tokens.
+            step: over one, which is faster where there is one to read behind others.
+            inputs: of both [B, T, heads or groups, ...].
+            state: behind the text so far; None: this is its beginning.
+
+        Returns:
+            Outputs [B, T, H, V] and the state behind them [B, G, K, V].
+        """
+        if state is not None and inputs[0].shape[1] == 1:
+            o_BHV, state_BGKV = step(*(x.squeeze(1) for x in inputs), state.state_BGKV, scale=self.scale)
+            return o_BHV.unsqueeze(1), state_BGKV
+        o_BTHV, final_BGKV = op(
+            *inputs,
+            scale=self.scale,
+            initial_state=None if state is None else state.state_BGKV,
+            output_final_state=True,
+            backend=self.backend,
+        )
+        assert final_BGKV is not None
+        return o_BTHV, final_BGKV
 
     def normed_and_gated(self, o_BTHV: Tensor, hidden_states: Tensor) -> Tensor:
         """What the output projection sees.
