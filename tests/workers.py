@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
+import tempfile
 from collections import Counter
 from typing import Any
 
@@ -27,6 +29,16 @@ def pytest_configure(config: pytest.Config) -> None:
     """Let a worker have the width that a file has, as pytest's own process: xdist gives it 80 columns."""
     if hasattr(config, "workerinput"):
         os.environ.pop("COLUMNS", None)
+    _keep_code_of_exports_apart(config)
+
+
+def _keep_code_of_exports_apart(config: pytest.Config) -> None:
+    """Have transformers copy it to a folder of this process, to import it from there.
+
+    Of two workers that load exports of one name, one would import what the other has written half.
+    """
+    folder = os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="code-of-exports-")
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 def pytest_collection_finish() -> None:

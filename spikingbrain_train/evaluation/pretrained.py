@@ -6,13 +6,14 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from spikingbrain_train.data.quiet_transformers import quiet_transformers
 from spikingbrain_train.data.tokenizer_folder import first_line, read_tokenizer_folder
 from spikingbrain_train.data.tokenizers import tokenizer_files
 from spikingbrain_train.errors import CheckpointError, DataError
 from spikingbrain_train.evaluation.folder_checks import check_folder, keep_to_local_kernels
+from spikingbrain_train.evaluation.folder_code import load_config_and_code
 
 
 def load_causal_lm(
@@ -38,9 +39,7 @@ def load_causal_lm(
     dtype_name = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
     try:
         with quiet_transformers():
-            config = AutoConfig.from_pretrained(
-                str(folder), local_files_only=True, trust_remote_code=trust_remote_code
-            )
+            config = load_config_and_code(folder, trust_remote_code=trust_remote_code)
             keep_to_local_kernels(config)
             model, loading = AutoModelForCausalLM.from_pretrained(
                 str(folder),

@@ -78,7 +78,7 @@ def test_a_rise_is_half_a_sine() -> None:
         ),
         (
             "model=tiny_hybrid stage.sparsity.l1_factors=[0.1] stage.sparsity.l1_end_steps=[5]",
-            r"only relu and fatrelu get, but model\.activation_func=silu",
+            r"only relu, fatrelu and relu2 get, but model\.activation_func=silu",
         ),
         (
             f"{RELU} model.activation_func=fatrelu model.fatrelu_threshold=-1",
