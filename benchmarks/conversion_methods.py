@@ -14,9 +14,11 @@ CALIBRATION_TOKENS = 16384
 
 @dataclass(frozen=True)
 class Conversion:
-    """Which layers are linear, and what stands in front of the text."""
+    """Which layers change, what they become, and what stands in front of the text."""
 
     name: str
+    mixer: str = "gla"
+    """What those layers become."""
     chosen: bool = False
     """Those that cost the least (spikingbrain-choose-layers); else every second one, from the first on."""
     sinks: int = 0
@@ -24,6 +26,7 @@ class Conversion:
 
 
 EVEN = Conversion("even")
+EVEN_DELTA = Conversion("even_gdn", mixer="gdn")
 EVEN_SINK = Conversion("even_sink", sinks=1)
 CHOSEN = Conversion("chosen", chosen=True)
 CHOSEN_SINK = Conversion("chosen_sink", chosen=True, sinks=1)
@@ -108,6 +111,12 @@ NO_ALIGNMENT = replace(
     about="KL from the closed-form start on, no steps of alignment",
     stages=(START_ONLY, PURE_KL),
 )
+DELTA = replace(
+    NO_ALIGNMENT,
+    name="gdn",
+    about="start's, with the gated delta rule in the place of gated linear attention",
+    conversion=EVEN_DELTA,
+)
 REFIT = replace(
     TODAY,
     name="refit",
@@ -123,4 +132,6 @@ ALL = Method(
     (START_ON_STUDENT, PURE_KL),
 )
 
-METHODS = {method.name: method for method in (PLAIN, TODAY, KL, NO_ALIGNMENT, REFIT, LAYERS, SINK, ALL)}
+METHODS = {
+    method.name: method for method in (PLAIN, TODAY, KL, NO_ALIGNMENT, DELTA, REFIT, LAYERS, SINK, ALL)
+}

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.conversion_methods import METHODS  # noqa: E402
 from benchmarks.conversion_report import draw, results_table  # noqa: E402
-from benchmarks.conversion_runs import Bench  # noqa: E402
+from benchmarks.conversion_runs import EVALUATIONS, HELD_OUT_CHARACTERS, Bench  # noqa: E402
 from benchmarks.project_commands import OutOfTimeError  # noqa: E402
 from spikingbrain_train.config.command_line import user_errors  # noqa: E402
 from spikingbrain_train.storage.durable_files import write_text_durably  # noqa: E402
@@ -51,6 +51,12 @@ def parser() -> argparse.ArgumentParser:
         "--tokens", nargs="+", type=tokens, default=[250_000], help="of all stages, e.g. 250k 1M"
     )
     flags.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    flags.add_argument(
+        "--held-out", type=int, default=HELD_OUT_CHARACTERS, help="characters of each text to measure on"
+    )
+    flags.add_argument(
+        "--evaluations", type=int, default=EVALUATIONS, help=f"of a stage (default {EVALUATIONS})"
+    )
     flags.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     flags.add_argument("--minutes", type=float, help="stop after that many; the next call goes on")
     flags.add_argument("--report", action="store_true", help="run nothing")
@@ -66,7 +72,16 @@ def main() -> None:
     """Run what is missing, then show what is there."""
     flags = parser().parse_args()
     deadline = None if flags.minutes is None else time.monotonic() + 60 * flags.minutes
-    bench = Bench(flags.output, flags.model, flags.train, flags.valid, flags.device, deadline)
+    bench = Bench(
+        flags.output,
+        flags.model,
+        flags.train,
+        flags.valid,
+        flags.device,
+        deadline,
+        held_out_characters=flags.held_out,
+        evaluations=flags.evaluations,
+    )
     with user_errors():
         if not flags.report:
             try:

@@ -21,8 +21,10 @@ from spikingbrain_train.reporting.metrics import read_metrics
 WINDOW, SEQ_LENGTH = 512, 2048
 _CHOICE_TOKENS = 8192
 """That layers are chosen on; not trained on, and of none of the texts that methods are measured on."""
-_HELD_OUT_CHARACTERS = 48_000
+HELD_OUT_CHARACTERS = 48_000
 """Of each text: about 12k tokens, six windows."""
+EVALUATIONS = 4
+"""Of a stage."""
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,21 @@ class Bench:
         valid: held-out text of the same kinds.
         device: cpu or cuda.
         deadline: ``time.monotonic()`` at which to stop; None goes on to the end.
+        held_out_characters: of each text that methods are measured on.
+        evaluations: of a stage.
     """
 
     def __init__(
-        self, output: Path, model: Path, train: Path, valid: Path, device: str, deadline: float | None
+        self,
+        output: Path,
+        model: Path,
+        train: Path,
+        valid: Path,
+        device: str,
+        deadline: float | None,
+        *,
+        held_out_characters: int = HELD_OUT_CHARACTERS,
+        evaluations: int = EVALUATIONS,
     ) -> None:
         self.output = output
         self.model = model
@@ -59,6 +72,8 @@ class Bench:
         self.valid_text = valid
         self.device = device
         self.size = SIZES[device]
+        self.held_out_characters = held_out_characters
+        self.evaluations = evaluations
         self.commands = ProjectCommands(deadline)
         self.tokens_per_step = self.size.sequences * SEQ_LENGTH
         self.valid = {name: output / "data" / name for name in ("docs", *KINDS)}
@@ -72,7 +87,7 @@ class Bench:
             text = data / f"{name}.jsonl"
             if not text.is_file():
                 documents = KINDS[name]() if name in KINDS else json_lines(self.valid_text)
-                write_sample(documents, text, _HELD_OUT_CHARACTERS)
+                write_sample(documents, text, self.held_out_characters)
             self._tokenize(text, prefix)
         if not (self.output / "dense").is_dir():
             self.commands.run("convert", "import", "--hf", self.model, "--output", self.output / "dense")
@@ -154,7 +169,7 @@ class Bench:
     ) -> None:
         learns = [] if stage.kind == "cpt" else [f"stage.teacher={self.output / 'dense'}"]
         valid = ",".join(str(prefix) for prefix in self.valid.values())
-        evaluations = 1 if stage.share == 0 else 4
+        evaluations = 1 if stage.share == 0 else self.evaluations
         self.commands.run(
             "train",
             f"stage={stage.kind}",
@@ -191,7 +206,7 @@ class Bench:
         """Words of spikingbrain-convert import."""
         recipe = [f"sliding_window={WINDOW}", f"num_sink_tokens={conversion.sinks}"]
         if not conversion.chosen:
-            return ["--conversion", "spikingbrain_7b", "mixers=[gla,swa]", *recipe]
+            return ["--conversion", "spikingbrain_7b", f"mixers=[{conversion.mixer},swa]", *recipe]
         choice = self.output / "choice" / conversion.name
         if not (choice / "conversion.yaml").is_file():
             data = self.output / "data"
