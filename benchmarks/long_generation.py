@@ -218,6 +218,8 @@ def main() -> None:
             held.append(measure_prefill(mixer, tuple(args.prompts), args))
         if args.full:
             measure_prefill("full", tuple(args.full), args)
+    if not held:
+        return
     print(f"\n{'within' if all(held) else 'NOT within'} the bounds: memory {MEMORY_BOUND} x, time per token")
     print(f"{TIME_BOUND} x, peak {PEAK_BOUND} x, for {' and '.join(args.mixers)}")
 

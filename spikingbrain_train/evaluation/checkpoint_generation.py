@@ -14,7 +14,7 @@ from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.evaluation.chat_prompts import ChatPrompt
 from spikingbrain_train.evaluation.checkpoint_model import CheckpointModel
 from spikingbrain_train.evaluation.generation import Generation, TimedStreamer
-from spikingbrain_train.evaluation.sampling import AUTOMATIC_PIECE, Sampling, check_prompt_length
+from spikingbrain_train.evaluation.sampling import Sampling, check_prompt_length, piece_length
 from spikingbrain_train.evaluation.text_tokenizer import TextTokenizer
 from spikingbrain_train.models.incremental_decoding import IncrementalDecoder, mixers_without_step
 from spikingbrain_train.models.mixers.decoding import CacheSize
@@ -67,14 +67,16 @@ class CheckpointGenerator:
                 f"{self._vocab_size}; name the tokenizer of its data with --tokenizer"
             )
         check_prompt_length(len(ids), self._positions)
-        piece_length = self._piece_length(len(ids), sampling)
+        # One token is no prompt to cut, whatever its mixers are.
+        asked = sampling.prefill_chunk if len(ids) > 1 else None
+        of_piece = piece_length(asked, self.mixers_without_step)
         torch.manual_seed(sampling.seed)
         streamer = TimedStreamer(self._tokenizer, show if self._groups.is_main_process else lambda text: None)
         streamer.put(torch.tensor(ids))
         self._decoder.begin()
         given, read = len(ids), torch.tensor([ids], device=self._groups.device)
         while len(ids) - given < sampling.max_new_tokens:
-            token = self._choose(self._decoder.read(read, piece_length), sampling)
+            token = self._choose(self._decoder.read(read, of_piece), sampling)
             ids.append(int(token))
             streamer.put(token.cpu())
             if ids[-1] in ends:
@@ -88,17 +90,6 @@ class CheckpointGenerator:
             cache=self._cache_size(),
             text=self._tokenizer.decode(ids, skip_special_tokens=True),
         )
-
-    def _piece_length(self, num_tokens: int, sampling: Sampling) -> int | None:
-        """Tokens of the prompt that are read at a time; None: all."""
-        if sampling.prefill_chunk is None and not self.mixers_without_step:
-            return AUTOMATIC_PIECE
-        if sampling.prefill_chunk is not None and self.mixers_without_step and num_tokens > 1:
-            raise ConfigurationError(
-                f"--prefill-chunk reads a prompt in pieces, but {', '.join(self.mixers_without_step)} has no "
-                "decoding step and would read all before it again for every piece; leave it out"
-            )
-        return sampling.prefill_chunk
 
     def _choose(self, logits_BV: Tensor | None, sampling: Sampling) -> Tensor:
         """The next token [1], the same on every rank."""

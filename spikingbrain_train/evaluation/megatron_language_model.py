@@ -13,6 +13,7 @@ from torch import Tensor
 
 from spikingbrain_train.architecture.rotary import depends_on_length
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
+from spikingbrain_train.config.require import require
 from spikingbrain_train.evaluation.language_model import (
     Answer,
     LanguageModel,
@@ -20,10 +21,11 @@ from spikingbrain_train.evaluation.language_model import (
     padded_tokens,
     until_end,
 )
+from spikingbrain_train.evaluation.sampling import piece_length
 from spikingbrain_train.evaluation.score_batches import BatchGroup, Row, ScoreRequest, batch_groups
 from spikingbrain_train.evaluation.text_tokenizer import TextTokenizer
 from spikingbrain_train.models.gpt_model import HybridGPTModel
-from spikingbrain_train.models.incremental_decoding import IncrementalDecoder
+from spikingbrain_train.models.incremental_decoding import IncrementalDecoder, mixers_without_step
 from spikingbrain_train.models.output_head import vocab_parallel_logits
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 
@@ -45,6 +47,8 @@ class MegatronLanguageModel(LanguageModel):
         groups: process groups.
         tokenizer: of its text.
         tokens_per_batch: that a rank reads at a time; None chooses by the device.
+        prefill_chunk: tokens of a prompt that :meth:`generate` reads at a time; None chooses. Memory for a
+            longer prompt does not grow with it, but for keys and values of full attention.
         show: shows what runs; None shows it on standard error of the main process.
     """
 
@@ -55,6 +59,7 @@ class MegatronLanguageModel(LanguageModel):
         tokenizer: TextTokenizer,
         *,
         tokens_per_batch: int | None = None,
+        prefill_chunk: int | None = None,
         show: ShowActivity | None = None,
     ) -> None:
         super().__init__(
@@ -66,6 +71,10 @@ class MegatronLanguageModel(LanguageModel):
         )
         self.model = model
         self.groups = groups
+        self._asked_piece = prefill_chunk
+        self._piece_length = piece_length(
+            prefill_chunk, mixers_without_step(model.model_config, model.kernels), name="prefill_chunk"
+        )
         self._tokens_per_batch = tokens_per_batch or (
             _TOKENS_ON_GPU if groups.accelerator.is_gpu else _TOKENS_ON_CPU
         )
@@ -85,12 +94,21 @@ class MegatronLanguageModel(LanguageModel):
         """See :class:`~.language_model.LanguageModel`.
 
         Where a sequence is split over ranks (context and sequence parallelism) nothing is remembered, because
-        one token cannot be split: every token reads its whole text again.
+        one token cannot be split: every token reads its whole text again, each rank its share. Elsewhere
+        prompts are read in pieces, each rank of a pipeline or tensor-parallel group all of them.
+
+        Raises:
+            ConfigurationError: ``prefill_chunk`` was given and sequences are split over ranks.
         """
         self._check_ids(prompts)
         config = self.model.config
         with torch.no_grad(), self._evaluating():
             if config.context_parallel_size > 1 or config.sequence_parallel:
+                require(
+                    self._asked_piece is None,
+                    "prefill_chunk reads prompts in pieces, which ranks that split sequences cannot; leave "
+                    "it out, or read with context_parallel_size=1 and sequence_parallel=false",
+                )
                 return self._generate_by_reading_again(prompts, max_new_tokens, end_tokens, what)
             return self._generate_by_step(prompts, max_new_tokens, end_tokens, what)
 
@@ -201,7 +219,7 @@ class MegatronLanguageModel(LanguageModel):
                         ended[len(batch) :] = True
                         slots = [row.slots[0] for row in batch]
                         for step in range(max_new_tokens):
-                            token_B = self._likeliest(decoder.read(read), group.rows)
+                            token_B = self._likeliest(decoder.read(read, self._piece_length), group.rows)
                             found[slots, step] = token_B[: len(batch)]
                             read = token_B.unsqueeze(1)
                             for end in end_tokens:

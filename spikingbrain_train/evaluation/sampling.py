@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from spikingbrain_train.errors import ConfigurationError
@@ -35,12 +36,34 @@ class Sampling:
             raise ConfigurationError(f"--top-p is {self.top_p}; give a number above 0 and up to 1")
         if self.max_new_tokens >= _MOST_TOKENS:
             raise ConfigurationError(f"--max-new-tokens is {self.max_new_tokens}; give less than 2**31")
-        if self.prefill_chunk is not None and self.prefill_chunk < 1:
-            raise ConfigurationError(
-                f"--prefill-chunk is {self.prefill_chunk}; give at least 1, or leave it out"
-            )
+        piece_length(self.prefill_chunk, ())
         if not 0 <= self.seed < _SEEDS:
             raise ConfigurationError(f"--seed is {self.seed}; give a number from 0 up to below 2**32")
+
+
+def piece_length(
+    asked: int | None, mixers_without_step: Sequence[str], *, name: str = "--prefill-chunk"
+) -> int | None:
+    """Tokens of a prompt that a Megatron checkpoint's model reads at a time; None: all.
+
+    Args:
+        asked: by the user; None chooses.
+        mixers_without_step: kinds of the model that read their whole input again for every piece.
+        name: what the user calls it, for the sentence.
+
+    Raises:
+        ConfigurationError: pieces are asked of a model that gains nothing by them.
+    """
+    if asked is None:
+        return None if mixers_without_step else AUTOMATIC_PIECE
+    if asked < 1:
+        raise ConfigurationError(f"{name} is {asked}; give at least 1, or leave it out")
+    if mixers_without_step:
+        raise ConfigurationError(
+            f"{name} reads a prompt in pieces, but {', '.join(mixers_without_step)} has no "
+            "decoding step and would read all before it again for every piece; leave it out"
+        )
+    return asked
 
 
 def check_prompt_length(num_tokens: int, declared: int | None) -> None:

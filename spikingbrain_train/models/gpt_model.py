@@ -87,6 +87,7 @@ class HybridGPTModel(GPTModel):
             scatter_embedding_sequence_parallel=False,  # sinks join before the sequence is split
         )
         self.model_config = model
+        self.kernels = kernels
         self.rotary_pos_emb = RotaryPositions(model, on_cpu=config.use_cpu_initialization)
         if pre_process and model.num_sink_tokens > 0:
             self.sink_embedding = SinkEmbedding(model.num_sink_tokens, config)

@@ -6,18 +6,25 @@ In float32: 1e-5 nats against transformers, and between topologies, whose sums r
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 from spikingbrain_train.conversion.export_checkpoint import export_checkpoint
+from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.evaluation.language_model import Score
 from spikingbrain_train.evaluation.pretrained import load_causal_lm
 from tests.distributed.pool import RankPool
 from tests.evaluation.plain_scores import plain_continuation, plain_log_probs, some_requests
 from tests.small_source import MODEL_VOCAB_SIZE
+
+if TYPE_CHECKING:
+    from spikingbrain_train.evaluation.megatron_language_model import MegatronLanguageModel
 
 REQUESTS = some_requests(MODEL_VOCAB_SIZE)
 PROMPTS = [list(request.context) for request in REQUESTS[4:20:4]] + [[5], [6]]
@@ -36,7 +43,9 @@ TOPOLOGIES: dict[str, tuple[int, list[str]]] = {
 EXPERTS = ("TP 2 + sequence parallel", "PP 2", "DP 2", "EP 2", "CP 2")
 
 
-def _answers(checkpoint: Path, settings: list[str]) -> tuple[list[Score], list[list[int]], list[float]]:
+@contextmanager
+def _opened(checkpoint: Path, settings: list[str]) -> Iterator[Callable[..., MegatronLanguageModel]]:
+    """Makes language models of a checkpoint, on this rank."""
     from spikingbrain_train.evaluation.checkpoint_model import checkpoint_model
     from spikingbrain_train.evaluation.checkpoint_request import for_reading, request_checkpoint
     from spikingbrain_train.evaluation.megatron_language_model import MegatronLanguageModel
@@ -47,10 +56,14 @@ def _answers(checkpoint: Path, settings: list[str]) -> tuple[list[Score], list[l
         request_checkpoint(checkpoint, settings=settings, device="cpu", dtype="float32", world_size=size)
     )
     assert request.tokenizer is not None
+    tokenizer = TextTokenizer(request.tokenizer)
     with checkpoint_model(request) as opened:
-        model = MegatronLanguageModel(
-            opened.model, opened.groups, TextTokenizer(request.tokenizer), tokens_per_batch=128
-        )
+        yield partial(MegatronLanguageModel, opened.model, opened.groups, tokenizer)
+
+
+def _answers(checkpoint: Path, settings: list[str]) -> tuple[list[Score], list[list[int]], list[float]]:
+    with _opened(checkpoint, settings) as open_model:
+        model = open_model(tokens_per_batch=128)
         scores = model.score(REQUESTS)
         generated = model.generate(PROMPTS, NEW_TOKENS)
         end = {generated[0][1]}
@@ -61,6 +74,46 @@ def _answers(checkpoint: Path, settings: list[str]) -> tuple[list[Score], list[l
 
 def _until(ids: list[int], end: set[int]) -> list[int]:
     return next((ids[: at + 1] for at, token in enumerate(ids) if token in end), ids)
+
+
+def _written_in_pieces(checkpoint: Path, settings: list[str]) -> tuple[list[int], list[list[list[int]]]]:
+    """Most tokens that a layer was given at once, and continuations, for pieces of 2, 3 and as it chooses."""
+    longest, written = [], []
+    with _opened(checkpoint, settings) as open_model:
+        for piece in (2, 3, None):
+            model, seen = open_model(prefill_chunk=piece), []
+            hook = model.model.decoder.layers[0].register_forward_pre_hook(
+                lambda _, __, kwargs, seen=seen: seen.append(len(kwargs["hidden_states"])), with_kwargs=True
+            )
+            written.append(model.generate(PROMPTS, NEW_TOKENS))
+            hook.remove()
+            longest.append(max(seen))
+    return longest, written
+
+
+@pytest.mark.parametrize("topology", ["one rank", "TP 2", "PP 2", "DP 2"])
+def test_prompts_in_pieces_are_continued_as_prompts_at_once(
+    topology: str, ranks: RankPool, text_checkpoint: Path
+) -> None:
+    ((_, generated, _),) = ranks.run(_answers, text_checkpoint, [], world_size=1)
+    size, settings = TOPOLOGIES.get(topology, (1, []))
+    for longest, written in ranks.run(_written_in_pieces, text_checkpoint, settings, world_size=size):
+        assert written == [generated] * 3
+        assert longest[:2] == [2, 3] and longest[2] > 3
+
+
+def test_pieces_of_what_cannot_read_on_are_one_sentence(ranks: RankPool, text_checkpoint: Path) -> None:
+    settings = ["context_parallel_size=2"]
+    found = ranks.run(_refusal_of_pieces, text_checkpoint, settings, 4, world_size=2)
+    assert all("prefill_chunk reads prompts in pieces, which ranks that split" in each for each in found)
+    (found,) = ranks.run(_refusal_of_pieces, text_checkpoint, [], 0, world_size=1)
+    assert found == "prefill_chunk is 0; give at least 1, or leave it out"
+
+
+def _refusal_of_pieces(checkpoint: Path, settings: list[str], piece: int) -> str:
+    with _opened(checkpoint, settings) as open_model, pytest.raises(ConfigurationError) as error:
+        open_model(prefill_chunk=piece).generate(PROMPTS, NEW_TOKENS)
+    return str(error.value)
 
 
 def test_a_checkpoint_says_what_plain_forward_passes_of_its_export_say(
