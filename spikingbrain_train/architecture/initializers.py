@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 
 OPEN_GATE = 1.2784645427610738
 """Where swish(x) = x sigmoid(x) is 1: bias of an output gate that begins as if it were not there."""
@@ -55,6 +56,30 @@ class OfRecipe:
     name: str
 
 
+class ScanPart(Enum):
+    """Weights of a selective scan that attention has something for (conversion/scan_start.py)."""
+
+    input_weight = "values, and a gate"
+    input_bias = "biases of values, and an open gate"
+    scan_weight = "keys and queries as functions of values"
+    output_weight = "the source's output projection"
+    output_bias = "the source's output bias"
+
+
+@dataclass(frozen=True)
+class ScanOfAttention:
+    """A part of a selective scan, made of the source's attention in its layer."""
+
+    part: ScanPart
+    channels: int
+    state_size: int
+    output_scale: float
+    misfit: str | None
+    """Why the channels do not fit the source's heads, in a sentence; None where they do."""
+    otherwise: Normal | Constant
+    """What attention does not give, and how it begins where the source's layer has no attention."""
+
+
 @dataclass(frozen=True)
 class LightningDecays:
     """Logarithms of the decays of Lightning attention's heads, layer by layer."""
@@ -71,5 +96,13 @@ class LightningDecays:
 
 
 Initializer = (
-    Normal | Uniform | Constant | Values | LightningDecays | AttentionSize | EmbeddingRows | OfRecipe
+    Normal
+    | Uniform
+    | Constant
+    | Values
+    | ScanOfAttention
+    | LightningDecays
+    | AttentionSize
+    | EmbeddingRows
+    | OfRecipe
 )

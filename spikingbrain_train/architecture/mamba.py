@@ -10,11 +10,12 @@ from functools import lru_cache
 from typing import Any
 
 from spikingbrain_train.architecture.backends.selective_scan import SELECTIVE_SCAN, SelectiveScanCall
-from spikingbrain_train.architecture.initializers import Constant, Normal, Values
+from spikingbrain_train.architecture.initializers import Constant, Initializer, Normal, ScanOfAttention, ScanPart, Values
 from spikingbrain_train.architecture.mixers import MIXERS, MixerKind
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.architecture.sizes import FP32, bytes_per_element, rank_tokens, torch_name
 from spikingbrain_train.architecture.weights import Split, Weight
+from spikingbrain_train.config.mamba import MambaStart
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import AcceleratorKind, ParallelConfig
 from spikingbrain_train.config.require import divisors, either, require
@@ -53,8 +54,56 @@ def initial_decay_logs(model: ModelConfig) -> tuple[float, ...]:
     return tuple(math.log(state) for state in range(1, model.mamba.state_size + 1))
 
 
+class _Starts:
+    """How weights begin in a conversion: made of attention, or as in Mamba."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        self.model = model
+        self.from_attention = model.mamba.init is MambaStart.attention
+
+    def of_attention(self, part: ScanPart, otherwise: Normal | Constant) -> Initializer:
+        """A weight that attention has something for."""
+        if not self.from_attention:
+            return otherwise
+        mamba, misfit = self.model.mamba, self._misfit()
+        D, scale = channels(self.model), mamba.init_output_scale
+        return ScanOfAttention(part, D, mamba.state_size, scale, misfit, otherwise)
+
+    def _misfit(self) -> str | None:
+        """What is said where there is an attention to begin from: models that have been Mamba's do not ask."""
+        model = self.model
+        size = model.num_attention_heads * model.kv_channels
+        copies, rest = divmod(channels(model), size)
+        if rest == 0 and (copies == 1 or copies % 2 == 0):
+            return None
+        return (
+            f"model.mamba.init=attention gives each of the {size} values of query heads a channel, or pairs of "
+            f"them, which model.mamba.intermediate_size={channels(model)} does not allow; set it to {size} or "
+            f"{2 * size}, or model.mamba.init=random"
+        )
+
+    def convolution(self) -> Initializer:
+        """It lets values through; else with the deviation of torch's uniform start within W^-1/2."""
+        width = self.model.mamba.conv_kernel
+        if not self.from_attention:
+            return Normal((3 * width) ** -0.5)
+        return Values((0.0,) * (width - 1) + (1.0,), "1 for the token itself, 0 for those before")
+
+    def steps(self) -> Initializer:
+        """Biases of the step sizes: the whole range in every head, the same for the channels of a value."""
+        mamba, width = self.model.mamba, self.model.kv_channels
+        copies, rest = divmod(channels(self.model), self.model.num_attention_heads * width)
+        words = f"steps {mamba.time_step_min:g} to {mamba.time_step_max:g} over channels"
+        if not self.from_attention or rest:
+            return Values(
+                initial_step_biases(channels(self.model), mamba.time_step_min, mamba.time_step_max), words
+            )
+        of_head = initial_step_biases(width, mamba.time_step_min, mamba.time_step_max)
+        return Values(tuple(bias for bias in of_head for _ in range(copies)), f"{words} of each head")
+
+
 class MambaKind(MixerKind):
-    """A convolution and a selective scan of every channel, gated; all its weights are new to attention."""
+    """A convolution and a selective scan of every channel, gated; attention has other weights."""
 
     name = "mamba"
     words = "Mamba layers"
@@ -87,6 +136,8 @@ class MambaKind(MixerKind):
 
     def settings(self, model: ModelConfig) -> set[str]:
         without = set() if model.mamba.bc_dt_norm else {"mamba.mixer_rms_eps"}
+        if model.mamba.init is MambaStart.random:
+            without.add("mamba.init_output_scale")
         return self.all_settings(model) - without
 
     def values_of_nulls(self, model: ModelConfig) -> dict[str, Any]:
@@ -104,13 +155,14 @@ class MambaKind(MixerKind):
         mamba, hidden = model.mamba, model.hidden_size
         D, N, R, W = channels(model), mamba.state_size, time_step_rank(model), mamba.conv_kernel
         std = model.init_method_std
+        starts = _Starts(model)
         input_bias = Weight(
             "in_proj.bias",
             ("mamba_in_bias",),
             ((2 * D,),),
             "Mamba input",
             layout="interleaved_halves",
-            init=Constant(0.0),
+            init=starts.of_attention(ScanPart.input_bias, Constant(0.0)),
         )
         conv_bias = Weight("conv1d.bias", ("mamba_conv_bias",), ((D,),), "Mamba scan", init=Constant(0.0))
         output_bias = Weight(
@@ -119,9 +171,8 @@ class MambaKind(MixerKind):
             ((hidden,),),
             "Mamba output",
             Split.none,
-            init=Constant(0.0),
+            init=starts.of_attention(ScanPart.output_bias, Constant(0.0)),
         )
-        steps = initial_step_biases(D, mamba.time_step_min, mamba.time_step_max)
         return (
             Weight(
                 "in_proj.weight",
@@ -129,21 +180,26 @@ class MambaKind(MixerKind):
                 ((2 * D, hidden),),
                 "Mamba input",
                 layout="interleaved_halves",
-                init=Normal(std),
+                init=starts.of_attention(ScanPart.input_weight, Normal(std)),
                 reads_input=True,
                 projection=("qkv", 0),
             ),
             *((input_bias,) if mamba.use_bias else ()),
             Weight(
-                # The deviation of torch's uniform start, between -1 / sqrt(W) and 1 / sqrt(W).
                 "conv1d.weight",
                 ("mamba_conv_weight",),
                 ((D, 1, W),),
                 "Mamba scan",
-                init=Normal((3 * W) ** -0.5),
+                init=starts.convolution(),
             ),
             *((conv_bias,) if mamba.use_conv_bias else ()),
-            Weight("x_proj.weight", ("mamba_x_weight",), ((R + 2 * N, D),), "Mamba scan", init=Normal(std)),
+            Weight(
+                "x_proj.weight",
+                ("mamba_x_weight",),
+                ((R + 2 * N, D),),
+                "Mamba scan",
+                init=starts.of_attention(ScanPart.scan_weight, Normal(std)),
+            ),
             Weight(
                 # The deviation of Mamba's uniform start, between -1 / sqrt(R) and 1 / sqrt(R).
                 "dt_proj.weight",
@@ -157,7 +213,7 @@ class MambaKind(MixerKind):
                 ("mamba_dt_bias",),
                 ((D,),),
                 "Mamba scan",
-                init=Values(steps, f"steps {mamba.time_step_min:g} to {mamba.time_step_max:g} over channels"),
+                init=starts.steps(),
             ),
             Weight(
                 "A_log",
@@ -172,7 +228,9 @@ class MambaKind(MixerKind):
                 ("mamba_out_weight",),
                 ((hidden, D),),
                 "Mamba output",
-                init=Normal(std / (2 * model.num_layers) ** 0.5),
+                init=starts.of_attention(
+                    ScanPart.output_weight, Normal(std / (2 * model.num_layers) ** 0.5)
+                ),
                 projection=("attention_output", 0),
             ),
             *((output_bias,) if mamba.use_bias else ()),

@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 
 from spikingbrain_train.config.require import require
 from spikingbrain_train.config.setting import FUNCTION, START, WEIGHTS, setting
+
+
+class MambaStart(str, Enum):
+    """What the weights of converted layers are made of."""
+
+    attention = "attention"
+    """Values, keys, queries and output projection of the source."""
+    random = "random"
+    """Nothing of it: as a Mamba model begins."""
 
 
 @dataclass
@@ -32,6 +42,12 @@ class MambaConfig:
     """Step size that the first channel starts with for an input of zeros."""
     time_step_max: float = setting(0.1, above=0, resume=START)
     """The same of the last channel; those between lie on a geometric sequence."""
+
+    init: MambaStart = setting(MambaStart.attention, resume=START)
+    """How layers begin that take the place of attention in a conversion (docs/mamba.md)."""
+    init_output_scale: float = setting(0.1, above=0, resume=START)
+    """With ``init: attention``: factor of the source's output projection at first, because a scan with one B
+    and one C gives more than attention does and seldom the same."""
 
     def check(self, prefix: str) -> None:
         """The first channel's step is the smallest. Raises ConfigurationError."""

@@ -17,6 +17,7 @@ from spikingbrain_train.architecture.initializers import (
     LightningDecays,
     Normal,
     OfRecipe,
+    ScanOfAttention,
     Uniform,
     Values,
 )
@@ -24,7 +25,9 @@ from spikingbrain_train.config.conversion import ConversionConfig, UpcyclingForm
 from spikingbrain_train.config.enum_tables import entry_of
 from spikingbrain_train.conversion.attention_scale import AttentionScale
 from spikingbrain_train.conversion.mapping import Parameter
+from spikingbrain_train.conversion.scan_start import ScanStart
 from spikingbrain_train.conversion.source import Source
+from spikingbrain_train.conversion.transforms import transform_of
 from spikingbrain_train.conversion.vocabulary import draw_tokens
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.ops.seeds import generator
@@ -68,6 +71,7 @@ class NewParameters:
             AttentionSize: self._attention_size,
             EmbeddingRows: self._embedding_rows,
             OfRecipe: self._of_recipe,
+            ScanOfAttention: self._scan_of_attention,
         }
 
     def describe(self, parameter: Parameter) -> str:
@@ -92,7 +96,13 @@ class NewParameters:
                 f"{parameter.name} is initialized by {type(init).__name__}, which conversion/new_parameters "
                 f"does not know; known are {', '.join(known.__name__ for known in self._by_class)}"
             )
+        if isinstance(init, ScanOfAttention) and not self._has_attention(parameter):
+            init = init.otherwise
         return self._by_class[type(init)](init)
+
+    def _has_attention(self, parameter: Parameter) -> bool:
+        roles = ("q_weight", "k_weight", "v_weight", "o_weight")
+        return all(self.source.has_role(role, parameter.layer) for role in roles)
 
     def _noise(self, parameter: Parameter) -> Tensor:
         return torch.empty(parameter.shape).normal_(generator=generator(self.conversion.seed, parameter.name))
@@ -141,6 +151,19 @@ class NewParameters:
             return self.source.read("embedding")[tokens].float()
 
         return InitialValues("rows of the embedding, frequent tokens preferred", choose)
+
+    def _scan_of_attention(self, init: ScanOfAttention) -> InitialValues:
+        if init.misfit is not None:
+            raise ConfigurationError(init.misfit)
+
+        def make(parameter: Parameter) -> Tensor:
+            assert parameter.layer is not None
+            start = ScanStart(self.source, parameter.layer, init.channels, init.state_size)
+            drawn = self._by_class[type(init.otherwise)](init.otherwise).values(parameter).expand(parameter.shape)
+            made = start.of(init.part, drawn.float(), init.output_scale)
+            return transform_of(parameter.weight).fuse([made], parameter.model)
+
+        return InitialValues(init.part.value, make)
 
     def _of_recipe(self, init: OfRecipe) -> InitialValues:
         upcycling = self.conversion.upcycling

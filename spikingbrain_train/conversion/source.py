@@ -138,6 +138,10 @@ class Source:
         left = [own for name, own in self._whole.items() if name not in taken]
         return unused + [name for own in left for name in own.tensors(self.hf_format)]
 
+    def has_role(self, role: str, layer: int | None = None) -> bool:
+        """Whether exactly one of its tensors is that."""
+        return (role, layer) in self._names
+
     def name(self, role: str, layer: int | None = None) -> str:
         """Name of the tensor with ``role`` in ``layer``."""
         return self._names[role, layer]

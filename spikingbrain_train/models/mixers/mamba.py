@@ -13,6 +13,7 @@ convolution, R rank of the step sizes.
 
 from __future__ import annotations
 
+import math
 from copy import copy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -39,6 +40,7 @@ from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.config.linear_transforms import Projection
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import SelectiveScanBackend
+from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.models.layer_build import LayerBuild
 from spikingbrain_train.models.linears.joined_rows import one_matrix
 from spikingbrain_train.models.mixers.decoding import CacheSize, DecodingState
@@ -208,7 +210,16 @@ class MambaMixer(MegatronModule):
             Output of the same shape, a bias included, and None.
         """
         assert attention_mask is None, "the scan is causal by construction; pass attention_mask=None"
-        layout, cp_group = packed_seq_params, self.pg_collection.cp
+        return self.out_proj(self.normed_heads(hidden_states, packed_seq_params))[0], None
+
+    @property
+    def linear_proj(self) -> torch.nn.Module:
+        """The output projection, as attention calls it."""
+        return self.out_proj
+
+    def normed_heads(self, hidden_states: Tensor, layout: SequenceLayout | None = None) -> Tensor:
+        """See :class:`~spikingbrain_train.models.mixers.alignable.HasNormedHeads`; there is no norm here."""
+        cp_group = self.pg_collection.cp
         x_BTD, z_BTD = self._inputs(hidden_states)
         x_BTD = context_parallel_causal_convolution(
             x_BTD,
@@ -223,7 +234,29 @@ class MambaMixer(MegatronModule):
         y_BTD = context_parallel_selective_scan(
             x_BTD, *of_scan, self.D, layout=layout, cp_group=cp_group, backend=self.backend
         )
-        return self._output(y_BTD, z_BTD), None
+        return self._gated(y_BTD, z_BTD)
+
+    @torch.no_grad()
+    def set_half_lives(self, half_life_H: Tensor) -> None:
+        """See :class:`~spikingbrain_train.models.mixers.alignable.TakesHalfLives`.
+
+        A head's channels keep the ratios of their step sizes; the geometric mean over them of the half-lives
+        of their slowest states is the head's, where the input adds nothing to the step.
+        """
+        heads = len(half_life_H)
+        if self.channels % heads:
+            raise ConfigurationError(
+                f"stage.alignment.decay_start=attention_distance sets the channels of {heads} query heads, and "
+                f"model.mamba gives each rank {self.channels} channels; set stage.alignment.decay_start="
+                "as_converted"
+            )
+        bias, decay_DN = self.dt_proj.bias, self.A_log.double().exp()
+        step_HD = F.softplus(bias.double()).view(heads, -1)
+        found_HD = math.log(2) / (step_HD * decay_DN.min(-1).values.view(heads, -1))
+        ratio_H = found_HD.log().mean(-1).exp() / half_life_H.double()
+        wanted_HD = step_HD * ratio_H.unsqueeze(-1)
+        # softplus(b) = step is solved by b = step + log(1 - exp(-step)).
+        bias.copy_((wanted_HD + torch.log(-torch.expm1(-wanted_HD))).flatten())
 
     def _inputs(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """x and z [B, T, D] over the whole slice."""
@@ -247,9 +280,13 @@ class MambaMixer(MegatronModule):
     def _norm(self, x: Tensor) -> Tensor:
         return F.rms_norm(x.float(), x.shape[-1:], eps=self.settings.mixer_rms_eps).to(x.dtype)
 
+    def _gated(self, y_BTD: Tensor, z_BTD: Tensor) -> Tensor:
+        """What the output projection sees [T, B, D]."""
+        return (y_BTD * F.silu(z_BTD)).transpose(0, 1)
+
     def _output(self, y_BTD: Tensor, z_BTD: Tensor) -> Tensor:
         """[T, B, hidden_size] from the scan and the gate."""
-        return self.out_proj((y_BTD * F.silu(z_BTD)).transpose(0, 1))[0]
+        return self.out_proj(self._gated(y_BTD, z_BTD))[0]
 
     def begin_decoding(
         self, hidden_states: Tensor, *, rotary_pos_emb: Tensor | None, layout: SequenceLayout
