@@ -1,4 +1,4 @@
-"""An align stage starts layers of the gated delta rule in closed form, alike on every topology."""
+"""An align stage starts layers of the gated delta rule, and of Mamba, in closed form, alike on every topology."""
 
 from __future__ import annotations
 
@@ -28,14 +28,21 @@ SPLITS = {
 }
 
 
+PARAMETERS = {
+    "gdn": ("dt_bias", "linear_proj.weight"),
+    "mamba": ("dt_proj.bias", "out_proj.weight"),
+}
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("mixer", PARAMETERS)
 def test_half_lives_and_projections_are_fitted_to_the_source(
-    ranks: RankPool, tmp_path: Path, text: Path
+    mixer: str, ranks: RankPool, tmp_path: Path, text: Path
 ) -> None:
     """Weights of all topologies to 1e-3 of the largest: a fit solves a system that enlarges rounding."""
     source, one = save_small_source(tmp_path / "source"), ParallelConfig()
     import_checkpoint(source, tmp_path / "dense")
-    import_checkpoint(source, tmp_path / "hybrid", ConversionConfig(mixers=["gdn"]))
+    import_checkpoint(source, tmp_path / "hybrid", ConversionConfig(mixers=[mixer]))
 
     def config(name: str, steps: int, tokens: int, parallel: ParallelConfig) -> RunConfig:
         run = run_config(
@@ -57,14 +64,17 @@ def test_half_lives_and_projections_are_fitted_to_the_source(
     assert losses[2 * 4 * 32] < 0.9 * losses[0]
 
     name = "decoder.layers.0.self_attention."
-    converted = MegatronCheckpointReader(tmp_path / "hybrid" / "iter_0000000").read(name + "dt_bias")
+    converted = MegatronCheckpointReader(tmp_path / "hybrid" / "iter_0000000").read(name + PARAMETERS[mixer][0])
     fitted = {}
     for topology, (size, parallel) in SPLITS.items():
         run = config(topology.replace(" ", "_"), 0, 2 * 4 * 32, parallel)
         ranks.run(train, run, world_size=size, parallel=parallel)
         reader = MegatronCheckpointReader(Path(run.output_dir) / "checkpoints" / "iter_0000000")
-        fitted[topology] = [reader.read(name + each) for each in ("dt_bias", "linear_proj.weight")]
+        fitted[topology] = [reader.read(name + each) for each in PARAMETERS[mixer]]
     half_lives = torch.log(torch.tensor(2.0)) / torch.nn.functional.softplus(fitted["one rank"][0])
+    # Channels of a scan spread around that of their head.
+    groups = read_stored_model(tmp_path / "hybrid" / "iter_0000000").num_query_groups
+    half_lives = half_lives.view(groups, -1).log().mean(-1).exp()
     assert not torch.allclose(fitted["one rank"][0], converted, atol=0.1)
     assert (half_lives > 0.1).all() and (half_lives < 64).all(), "as far as texts of 32 tokens reach"
     for weights in fitted.values():
