@@ -28,7 +28,7 @@ from spikingbrain_train.config.require import divisors, either, require
 from spikingbrain_train.config.run import RunConfig
 
 _CHUNK_TOKENS = 64  # of fla's kernels, and of ops/gated_delta_rule/chunk.py
-_SEGMENT_ELEMENTS = 1 << 20  # ops/gated_delta_rule/chunk.py keeps a state per so many of its widest operand
+_SEGMENT_ELEMENTS = 1 << 18  # ops/gated_delta_rule/chunk.py keeps a state per so many of its widest operand
 
 
 def query_groups(model: ModelConfig) -> int:

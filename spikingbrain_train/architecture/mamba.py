@@ -10,7 +10,14 @@ from functools import lru_cache
 from typing import Any
 
 from spikingbrain_train.architecture.backends.selective_scan import SELECTIVE_SCAN, SelectiveScanCall
-from spikingbrain_train.architecture.initializers import Constant, Initializer, Normal, ScanOfAttention, ScanPart, Values
+from spikingbrain_train.architecture.initializers import (
+    Constant,
+    Initializer,
+    Normal,
+    ScanOfAttention,
+    ScanPart,
+    Values,
+)
 from spikingbrain_train.architecture.mixers import MIXERS, MixerKind
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.architecture.sizes import FP32, bytes_per_element, rank_tokens, torch_name
@@ -70,16 +77,16 @@ class _Starts:
         return ScanOfAttention(part, D, mamba.state_size, scale, misfit, otherwise)
 
     def _misfit(self) -> str | None:
-        """What is said where there is an attention to begin from: models that have been Mamba's do not ask."""
+        """What is said where there is an attention to begin from."""
         model = self.model
         size = model.num_attention_heads * model.kv_channels
         copies, rest = divmod(channels(model), size)
         if rest == 0 and (copies == 1 or copies % 2 == 0):
             return None
         return (
-            f"model.mamba.init=attention gives each of the {size} values of query heads a channel, or pairs of "
-            f"them, which model.mamba.intermediate_size={channels(model)} does not allow; set it to {size} or "
-            f"{2 * size}, or model.mamba.init=random"
+            f"model.mamba.init=attention gives each of the {size} values of query heads a channel, or pairs "
+            f"of them, which model.mamba.intermediate_size={channels(model)} does not allow; set it to "
+            f"{size} or {2 * size}, or model.mamba.init=random"
         )
 
     def convolution(self) -> Initializer:
@@ -228,9 +235,7 @@ class MambaKind(MixerKind):
                 ("mamba_out_weight",),
                 ((hidden, D),),
                 "Mamba output",
-                init=starts.of_attention(
-                    ScanPart.output_weight, Normal(std / (2 * model.num_layers) ** 0.5)
-                ),
+                init=starts.of_attention(ScanPart.output_weight, Normal(std / (2 * model.num_layers) ** 0.5)),
                 projection=("attention_output", 0),
             ),
             *((output_bias,) if mamba.use_bias else ()),

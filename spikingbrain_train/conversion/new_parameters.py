@@ -159,7 +159,9 @@ class NewParameters:
         def make(parameter: Parameter) -> Tensor:
             assert parameter.layer is not None
             start = ScanStart(self.source, parameter.layer, init.channels, init.state_size)
-            drawn = self._by_class[type(init.otherwise)](init.otherwise).values(parameter).expand(parameter.shape)
+            drawn = (
+                self._by_class[type(init.otherwise)](init.otherwise).values(parameter).expand(parameter.shape)
+            )
             made = start.of(init.part, drawn.float(), init.output_scale)
             return transform_of(parameter.weight).fuse([made], parameter.model)
 

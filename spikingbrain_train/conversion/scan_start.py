@@ -5,7 +5,8 @@ values are, B the keys, C the queries, and the output projection stays. There ev
 its own, made of the layer's input. Mamba-1 has one B and one C for all channels, made of x. So here
 
 - the channels of x are the values of the query heads, side by side, each value v as the pair v and -v where
-  there is room for it: behind x stands a SiLU, and silu(v) - silu(-v) = v (one alone counts twice, which is v for small v);
+  there is room for it: behind x stands a SiLU, and silu(v) - silu(-v) = v (one alone counts twice, which is v
+  for small v);
 - B and C are those of the rank-N bilinear form nearest to the mean over heads of the scores q k^T, keys and
   queries written as linear functions of the values, by least squares over inputs of unit covariance;
 - the output projection has the source's columns, with the signs of the pairs, times a factor;

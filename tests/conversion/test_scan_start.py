@@ -115,5 +115,7 @@ def test_channels_that_do_not_fit_the_heads_are_one_sentence(
     source, model = hf_checkpoint("llama")
     heads, _, width = sizes(model)
     for channels in (heads * width + 8, 3 * heads * width):
-        with pytest.raises(ConfigurationError, match=f"intermediate_size={channels} does not allow; set it to"):
+        with pytest.raises(
+            ConfigurationError, match=f"intermediate_size={channels} does not allow; set it to"
+        ):
             weights(source, tmp_path / "out", MambaConfig(intermediate_size=channels))

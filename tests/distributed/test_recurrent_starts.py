@@ -1,4 +1,4 @@
-"""An align stage starts layers of the gated delta rule, and of Mamba, in closed form, alike on every topology."""
+"""An align stage starts recurrent layers, gdn and mamba, in closed form, alike on every topology."""
 
 from __future__ import annotations
 
@@ -64,7 +64,9 @@ def test_half_lives_and_projections_are_fitted_to_the_source(
     assert losses[2 * 4 * 32] < 0.9 * losses[0]
 
     name = "decoder.layers.0.self_attention."
-    converted = MegatronCheckpointReader(tmp_path / "hybrid" / "iter_0000000").read(name + PARAMETERS[mixer][0])
+    converted = MegatronCheckpointReader(tmp_path / "hybrid" / "iter_0000000").read(
+        name + PARAMETERS[mixer][0]
+    )
     fitted = {}
     for topology, (size, parallel) in SPLITS.items():
         run = config(topology.replace(" ", "_"), 0, 2 * 4 * 32, parallel)

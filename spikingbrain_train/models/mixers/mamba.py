@@ -246,9 +246,9 @@ class MambaMixer(MegatronModule):
         heads = len(half_life_H)
         if self.channels % heads:
             raise ConfigurationError(
-                f"stage.alignment.decay_start=attention_distance sets the channels of {heads} query heads, and "
-                f"model.mamba gives each rank {self.channels} channels; set stage.alignment.decay_start="
-                "as_converted"
+                f"stage.alignment.decay_start=attention_distance sets the channels of {heads} query heads, "
+                f"of which {self.channels} channels of model.mamba are no multiple; set "
+                "stage.alignment.decay_start=as_converted"
             )
         bias, decay_DN = self.dt_proj.bias, self.A_log.double().exp()
         step_HD = F.softplus(bias.double()).view(heads, -1)

@@ -29,13 +29,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from spikingbrain_train.ops.gated_delta_rule.unit_lower import solve_unit_lower
 from spikingbrain_train.ops.ordered_sums import cumulative_sum
 
 _CHUNK = 64
 _SHORTEST_CHUNK = 8
 # Segments of this many elements of one operand (T * B * heads * width): what autograd keeps of one segment in
-# the backward pass stays at some ten times 4 MiB, whatever the length of the text.
-_SEGMENT_ELEMENTS = 1 << 20
+# the backward pass stays at some ten times 1 MiB, whatever the length of the text, and in the caches.
+_SEGMENT_ELEMENTS = 1 << 18
 
 
 def chunk_gated_delta_rule(
@@ -135,12 +136,15 @@ def _segment(
     chunk = min(_CHUNK, max(_SHORTEST_CHUNK, 1 << (T - 1).bit_length()))
     k, v = (_chunked(x, chunk, dtype) for x in (k_BTGK, v_BTGV))
     log_gate, beta = (_chunked(x.unsqueeze(-1), chunk, dtype).squeeze(-1) for x in (log_gate_BTG, beta_BTG))
-    decay_NBGCC = _decays(log_gate)
+    decay_NBGCC = _Decays.apply(log_gate)
     from_start_NBGC1 = cumulative_sum(log_gate, -1).exp().unsqueeze(-1)
 
-    A = (k @ k.transpose(-1, -2) * decay_NBGCC * beta.unsqueeze(-1)).tril(-1)
-    right = torch.cat((v, k * from_start_NBGC1), dim=-1) * beta.unsqueeze(-1)
-    u, w = torch.linalg.solve_triangular(A, right, upper=False, unitriangular=True).split([V, K], dim=-1)
+    beta_NBGC1 = beta.unsqueeze(-1)
+    written = k * beta_NBGC1
+    # What stands on the diagonal is left out there.
+    A = written @ k.transpose(-1, -2) * decay_NBGCC
+    right = torch.cat((v * beta_NBGC1, written * from_start_NBGC1), dim=-1)
+    u, w = solve_unit_lower(A, right).split([V, K], dim=-1)
 
     k_to_end_NBGKC = (k * decay_NBGCC[..., -1, :, None]).transpose(-1, -2)
     whole_NBG11 = from_start_NBGC1[..., -1:, :]
@@ -165,16 +169,33 @@ def _segment(
 
 
 def _chunked(x_BTGD: Tensor, chunk: int, dtype: torch.dtype) -> Tensor:
-    """[N, B, G, C, D], padded to whole chunks with zeros: tokens that neither write nor fade."""
+    """[N, B, G, C, D] in this order, padded to whole chunks with zeros: tokens that neither write nor fade."""
     padding = -x_BTGD.shape[1] % chunk
     x = F.pad(x_BTGD.to(dtype), (0, 0, 0, 0, 0, padding)) if padding else x_BTGD.to(dtype)
-    return x.unflatten(1, (-1, chunk)).permute(1, 0, 3, 2, 4)
+    return x.unflatten(1, (-1, chunk)).permute(1, 0, 3, 2, 4).contiguous()
 
 
-def _decays(log_gate_NBGC: Tensor) -> Tensor:
-    """D [N, B, G, C, C]: how much of what token j wrote is left at token i, 0 before it is written."""
-    C = log_gate_NBGC.shape[-1]
-    causal = torch.ones(C, C, dtype=torch.bool, device=log_gate_NBGC.device).tril()
-    # Down a column of token j only the gates behind j are summed.
-    behind = log_gate_NBGC.unsqueeze(-1).masked_fill(~causal.tril(-1), 0.0)
-    return cumulative_sum(behind, -2).masked_fill(~causal, float("-inf")).exp()
+class _Decays(torch.autograd.Function):
+    """D [N, B, G, C, C]: how much of what token j wrote is left at token i, 0 before it is written.
+
+    Its own backward pass keeps D alone and goes over it twice; autograd goes over six tensors of that size.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, log_gate_NBGC: Tensor) -> Tensor:
+        C = log_gate_NBGC.shape[-1]
+        before = torch.ones(C, C, dtype=torch.bool, device=log_gate_NBGC.device).triu(1)
+        # Down a column of token j only the gates behind j are summed.
+        behind = log_gate_NBGC.unsqueeze(-1).masked_fill(~before.t(), 0.0)
+        decay_NBGCC = cumulative_sum(behind, -2).exp_().masked_fill_(before, 0.0)
+        ctx.save_for_backward(decay_NBGCC)
+        return decay_NBGCC
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NBGCC: Tensor) -> Tensor:
+        (decay_NBGCC,) = ctx.saved_tensors
+        # Gate m stands in the sums of rows i >= m and columns j < m. Nothing is subtracted: what a strong
+        # gate leaves is far below what stands on the diagonal.
+        up_to_column = cumulative_sum(grad_NBGCC * decay_NBGCC, -1)
+        return F.pad(up_to_column.tril_(-1).sum(-2)[..., :-1], (1, 0))
