@@ -169,7 +169,7 @@ def _segment(
 
 
 def _chunked(x_BTGD: Tensor, chunk: int, dtype: torch.dtype) -> Tensor:
-    """[N, B, G, C, D] in this order, padded to whole chunks with zeros: tokens that neither write nor fade."""
+    """[N, B, G, C, D] in this order, padded to whole chunks with zeros, which neither write nor fade."""
     padding = -x_BTGD.shape[1] % chunk
     x = F.pad(x_BTGD.to(dtype), (0, 0, 0, 0, 0, padding)) if padding else x_BTGD.to(dtype)
     return x.unflatten(1, (-1, chunk)).permute(1, 0, 3, 2, 4).contiguous()
