@@ -23,6 +23,7 @@ PACKAGE = ROOT / "spikingbrain_train"
 
 SOFTMAX = ("architecture/softmax_attention.py", "models/mixers/softmax_attention.py")
 MOEFY = ("bricks/moefy.py", "bricks/moefy_command_line.py")
+GROW = ("bricks/grow.py", "bricks/grow_command_line.py")
 OWN_FILES: dict[str, tuple[str, ...]] = {
     "full": SOFTMAX,
     "swa": SOFTMAX,
@@ -32,7 +33,7 @@ OWN_FILES: dict[str, tuple[str, ...]] = {
     # spikingbrain-bricks moefy makes one of the other.
     "dense": ("architecture/dense.py", "models/feed_forwards/dense.py", *MOEFY),
     "no_mlp": ("architecture/no_mlp.py",),
-    "moe": ("architecture/moe.py", "models/feed_forwards/moe/", *MOEFY),
+    "moe": ("architecture/moe.py", "models/feed_forwards/moe/", *MOEFY, *GROW),
     "spiking": (
         "architecture/spikes.py",
         "models/linears/spikes.py",

@@ -16,7 +16,7 @@ from spikingbrain_train.architecture.feed_forwards import (
     describe_activation,
     gated_weights,
 )
-from spikingbrain_train.architecture.initializers import OfRecipe
+from spikingbrain_train.architecture.initializers import Constant, Normal, OfRecipe
 from spikingbrain_train.architecture.linear_transforms import keeps_its_input
 from spikingbrain_train.architecture.sizes import FP32, bytes_per_element
 from spikingbrain_train.architecture.weights import Copies, Split, Weight
@@ -25,6 +25,8 @@ from spikingbrain_train.config.model import ActivationFunc, ModelConfig, RouterW
 from spikingbrain_train.config.parallel import ParallelConfig, Recompute
 from spikingbrain_train.config.require import divisors, either, require
 from spikingbrain_train.config.run import RunConfig
+
+_DECAY = "moe.router_bias_decay_iters"
 
 
 def expert_width(model: ModelConfig) -> int:
@@ -45,6 +47,24 @@ def _experts_of_a_token(model: ModelConfig) -> float:
     return moe.router_topk * (moe.capacity_factor if moe.pad_to_capacity else min(1.0, moe.capacity_factor))
 
 
+def _router_weights(model: ModelConfig) -> tuple[Weight, ...]:
+    """Every rank holds them whole."""
+    moe, hidden = model.moe, model.moe.router_hidden_size
+    common: dict[str, Any] = {"group": "router", "split": Split.none}
+    reads = hidden or model.hidden_size
+    last = OfRecipe("router")
+    found = [Weight("router.weight", ("router",), ((moe.num_experts, reads),), init=last, **common)]
+    if hidden is not None:
+        first, shape = Normal(model.hidden_size**-0.5), (hidden, model.hidden_size)
+        found.append(Weight("router.hidden_weight", ("router_hidden",), (shape,), init=first, **common))
+    if moe.router_bias:
+        zeros, shape_1 = Constant(0.0), (moe.num_experts,)
+        found.append(
+            Weight("router.bias", ("router_bias",), (shape_1,), init=zeros, is_trained=False, **common)
+        )
+    return tuple(found)
+
+
 class MixtureOfExpertsKind(FeedForwardKind):
     """Softmax router, top-k of the routed experts, and shared experts that see all tokens."""
 
@@ -53,7 +73,11 @@ class MixtureOfExpertsKind(FeedForwardKind):
     spec = "spikingbrain_train.models.feed_forwards.moe.spec:spec"
     routes_tokens = True
     export_module = "spikingbrain_train.hf.moe_spikingbrain"
-    tensor_names = {"router": "router.weight"}
+    tensor_names = {
+        "router": "router.weight",
+        "router_hidden": "router.hidden_weight",
+        "router_bias": "router.bias",
+    }
     hf_layers = {"qwen3_moe": "moe", "spikingbrain": "moe"}
 
     def check(self, model: ModelConfig) -> None:
@@ -103,13 +127,17 @@ class MixtureOfExpertsKind(FeedForwardKind):
         return {f"moe.{name}" for name in vars(model.moe)} | ACTIVATION_SETTINGS
 
     def settings(self, model: ModelConfig) -> set[str]:
-        return self.all_settings(model) - ACTIVATION_SETTINGS | activation_settings(model)
+        unread = ACTIVATION_SETTINGS if model.moe.router_bias else ACTIVATION_SETTINGS | {_DECAY}
+        return self.all_settings(model) - unread | activation_settings(model)
 
     def values_of_nulls(self, model: ModelConfig) -> dict[str, Any]:
         return {"moe.moe_ffn_hidden_size": expert_width(model)}
 
     def weights(self, model: ModelConfig) -> tuple[Weight, ...]:
-        """Router (E h), routed experts (E times 3 f h), shared experts as one feed-forward."""
+        """Router (E h), routed experts (E times 3 f h), shared experts as one feed-forward.
+
+        A router with a hidden layer of r channels has r h and E r, one with biases E more.
+        """
         moe, width = model.moe, expert_width(model)
         weights = {
             RouterWeights.softmax: 1.0 if moe.norm_topk_prob else moe.router_topk / moe.num_experts,
@@ -117,14 +145,7 @@ class MixtureOfExpertsKind(FeedForwardKind):
         }
         of_routed = entry_of(moe.router_weights, weights, "the weights of experts")
         outputs = moe.num_shared_experts + of_routed
-        router = Weight(
-            "router.weight",
-            ("router",),
-            ((moe.num_experts, model.hidden_size),),
-            "router",
-            Split.none,
-            init=OfRecipe("router"),
-        )
+        routers = _router_weights(model)
         routed = tuple(
             replace(
                 weight.below("experts.experts."),
@@ -143,7 +164,7 @@ class MixtureOfExpertsKind(FeedForwardKind):
             )
             for axis, weight in enumerate(gated_weights(model, width))
         )
-        return (router, *routed, *(shared if moe.num_shared_experts else ()))
+        return (*routers, *routed, *(shared if moe.num_shared_experts else ()))
 
     def activations(self, config: RunConfig) -> Activations:
         """Experts are taken to be evenly loaded."""
@@ -152,7 +173,8 @@ class MixtureOfExpertsKind(FeedForwardKind):
         moe, width = model.moe, expert_width(model)
         experts_of_a_token = _experts_of_a_token(model)
         # Tensor-parallel ranks route a share of the tokens each; the experts' tensor ranks gather them.
-        router = 3 * moe.num_experts * FP32 / tensor  # logits, probabilities and their choice
+        # Logits, probabilities and their choice, and what a hidden layer gives.
+        router = (3 * moe.num_experts + (moe.router_hidden_size or 0)) * FP32 / tensor
         row = model.hidden_size * element / tensor
         dispatched = experts_of_a_token * row * parallel.expert_tensor_size  # what the experts read
         activation = (experts_of_a_token + moe.num_shared_experts) * width * element / tensor
@@ -194,6 +216,9 @@ class MixtureOfExpertsKind(FeedForwardKind):
             "moe_router_topk": moe.router_topk,
             "norm_topk_prob": moe.norm_topk_prob,
             "router_weights": moe.router_weights,
+            "router_hidden_size": moe.router_hidden_size,
+            "router_bias": moe.router_bias,
+            "router_bias_decay_iters": moe.router_bias_decay_iters,
             "moe_router_pre_softmax": True,
             "moe_router_dtype": "fp32",
             "moe_router_load_balancing_type": "seq_aux_loss",

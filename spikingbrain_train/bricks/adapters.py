@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,21 +18,15 @@ from spikingbrain_train.bricks.peft_folder import (
     stored_tensors,
     write_peft_folder,
 )
-from spikingbrain_train.checkpoint.data_files import MegatronCheckpointWriter
+from spikingbrain_train.bricks.written_checkpoint import write_checkpoint
 from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
-from spikingbrain_train.config.load import save_config
 from spikingbrain_train.config.lora import LoraConfig, LoraTarget
 from spikingbrain_train.config.model import ModelConfig
-from spikingbrain_train.conversion.mapping import Parameter, model_parameters
+from spikingbrain_train.conversion.mapping import Parameter
 from spikingbrain_train.conversion.megatron_source import check_tensors, read_model
 from spikingbrain_train.conversion.output_folder import check_output_folder, complete_folder
 from spikingbrain_train.errors import CheckpointError, ConfigurationError
-from spikingbrain_train.storage.checkpoint_folder import (
-    HF_SOURCE_FOLDER,
-    LATEST_ITERATION_FILE,
-    MODEL_CONFIG_FILE,
-    iteration_folder,
-)
+from spikingbrain_train.storage.checkpoint_folder import HF_SOURCE_FOLDER
 from spikingbrain_train.storage.checkpoint_paths import resolve_checkpoint
 from spikingbrain_train.storage.hf_config_file import CONFIG_FILE, load_config_json
 
@@ -97,7 +90,7 @@ def attach(
     def value(parameter: Parameter) -> Tensor:
         return new[parameter.name] if parameter.name in new else reader.read(parameter.name)
 
-    _write(output, folder, model, value, reader.nbytes, overwrite=overwrite)
+    write_checkpoint(output, folder, model, value, reader.nbytes, overwrite=overwrite)
     return model
 
 
@@ -154,7 +147,7 @@ def merge(
                 parts[position] = parts[position] + of_expert
         return parameter.join(parts).to(weight.dtype)
 
-    _write(output, folder, model, value, reader.nbytes, overwrite=overwrite)
+    write_checkpoint(output, folder, model, value, reader.nbytes, overwrite=overwrite)
     return model
 
 
@@ -189,37 +182,6 @@ def detach(
     )
     with complete_folder(output, progress=False) as temporary:
         write_peft_folder(temporary, model, name, tensors, base)
-
-
-def _write(
-    output: Path,
-    folder: Path,
-    model: ModelConfig,
-    value: Callable[[Parameter], Tensor],
-    nbytes: int,
-    *,
-    overwrite: bool,
-) -> None:
-    """A checkpoint of ``model``, parameter after parameter, with the small files of the one in ``folder``."""
-    check_output_folder(
-        output,
-        source=folder,
-        overwrite=overwrite,
-        marker=f"{iteration_folder('', 0)}/{MODEL_CONFIG_FILE}",
-        needed_bytes=nbytes,
-        dry_run=False,
-    )
-    with complete_folder(output, progress=False) as temporary:
-        target = iteration_folder(temporary, 0)
-        target.mkdir()
-        if (folder / HF_SOURCE_FOLDER).is_dir():
-            shutil.copytree(folder / HF_SOURCE_FOLDER, target / HF_SOURCE_FOLDER, symlinks=True)
-        save_config(model, target / MODEL_CONFIG_FILE)
-        with MegatronCheckpointWriter(target) as writer:
-            for parameter in model_parameters(model):
-                tensor = value(parameter)
-                writer.write_chunk(parameter.name, tensor.shape, (0,) * tensor.dim(), tensor)
-        (temporary / LATEST_ITERATION_FILE).write_text("0", encoding="utf-8")
 
 
 def _source(folder: Path) -> dict[str, Any] | None:

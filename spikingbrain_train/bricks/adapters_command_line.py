@@ -7,8 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from spikingbrain_train.config.plugins import add_plugins_argument
-from spikingbrain_train.errors import ConfigurationError
+from spikingbrain_train.bricks.checkpoint_flags import add_folders, add_output, check_no_settings
 
 
 def add_attach(commands: Any) -> None:
@@ -16,7 +15,7 @@ def add_attach(commands: Any) -> None:
     parser = commands.add_parser(
         "attach", help="a checkpoint with adapters of peft folders beside its weights"
     )
-    _add_folders(parser)
+    add_folders(parser)
     parser.add_argument(
         "--adapters", type=Path, nargs="+", required=True, metavar="DIR", help="folders that peft saved"
     )
@@ -29,7 +28,7 @@ def add_attach(commands: Any) -> None:
 def add_merge(commands: Any) -> None:
     """Add it to the subcommands of ``spikingbrain-bricks``."""
     parser = commands.add_parser("merge", help="a checkpoint with adapters added up into its weights")
-    _add_folders(parser)
+    add_folders(parser)
     parser.add_argument(
         "--names", nargs="+", default=[], metavar="NAME", help="which adapters (default: all of them)"
     )
@@ -39,7 +38,7 @@ def add_merge(commands: Any) -> None:
 def add_detach(commands: Any) -> None:
     """Add it to the subcommands of ``spikingbrain-bricks``."""
     parser = commands.add_parser("detach", help="an adapter of a checkpoint as a folder of peft")
-    _add_folders(parser)
+    add_folders(parser)
     parser.add_argument("--name", required=True, help="of the adapter, one of model.lora.names")
     parser.add_argument("--base", metavar="DIR", help="folder of the base's export, which peft shall load")
     parser.set_defaults(prepare=_prepare_detach)
@@ -61,33 +60,12 @@ def add_compose(commands: Any) -> None:
         help="of the result, cut by a singular value decomposition, which says what it costs (default: the "
         "ranks together, where the sum is exact)",
     )
-    _add_output(parser)
+    add_output(parser)
     parser.set_defaults(prepare=_prepare_compose, parallel=[])
 
 
-def _add_folders(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--checkpoint", type=Path, required=True, metavar="DIR", help="Megatron checkpoint, or a run's folder"
-    )
-    _add_output(parser)
-    add_plugins_argument(parser)
-    parser.set_defaults(parallel=[])
-
-
-def _add_output(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to be made")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier result in --output")
-
-
-def _check_no_settings(arguments: argparse.Namespace) -> None:
-    if arguments.parallel:
-        raise ConfigurationError(
-            f"{arguments.command} reads and writes files in one process; leave {arguments.parallel[0]} out"
-        )
-
-
 def _prepare_attach(arguments: argparse.Namespace) -> Callable[[], None]:
-    _check_no_settings(arguments)
+    check_no_settings(arguments)
 
     def run() -> None:
         from spikingbrain_train.bricks.adapters import attach
@@ -105,7 +83,7 @@ def _prepare_attach(arguments: argparse.Namespace) -> Callable[[], None]:
 
 
 def _prepare_merge(arguments: argparse.Namespace) -> Callable[[], None]:
-    _check_no_settings(arguments)
+    check_no_settings(arguments)
 
     def run() -> None:
         from spikingbrain_train.bricks.adapters import merge
@@ -119,7 +97,7 @@ def _prepare_merge(arguments: argparse.Namespace) -> Callable[[], None]:
 
 
 def _prepare_detach(arguments: argparse.Namespace) -> Callable[[], None]:
-    _check_no_settings(arguments)
+    check_no_settings(arguments)
 
     def run() -> None:
         from spikingbrain_train.bricks.adapters import detach
@@ -137,7 +115,7 @@ def _prepare_detach(arguments: argparse.Namespace) -> Callable[[], None]:
 
 
 def _prepare_compose(arguments: argparse.Namespace) -> Callable[[], None]:
-    _check_no_settings(arguments)
+    check_no_settings(arguments)
 
     def run() -> None:
         from spikingbrain_train.bricks.compose import compose

@@ -12,6 +12,7 @@ from spikingbrain_train.bricks.adapters_command_line import (
     add_detach,
     add_merge,
 )
+from spikingbrain_train.bricks.grow_command_line import add_grow
 from spikingbrain_train.bricks.moefy_command_line import add_moefy
 from spikingbrain_train.bricks.neurons_command_line import add_neurons
 from spikingbrain_train.bricks.route_command_line import add_route
@@ -46,6 +47,7 @@ def bricks_parser() -> argparse.ArgumentParser:
         add_detach,
         add_compose,
         add_route,
+        add_grow,
     ):
         add(commands)
     return parser

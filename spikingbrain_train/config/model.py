@@ -245,6 +245,15 @@ class MoEConfig:
     router_weights: RouterWeights = setting(RouterWeights.softmax, resume=FUNCTION)
     """What the outputs of a token's experts are weighted by: their probabilities, or ones where experts are
     parts of one feed-forward (docs/bricks.md)."""
+    router_hidden_size: int | None = setting(None, minimum=1, resume=WEIGHTS)
+    """Width of a hidden layer of tanh in routers, which have two matrices then, as MoEfication's (arXiv
+    2110.01786); null has linear routers."""
+    router_bias: bool = setting(False, resume=WEIGHTS)
+    """Whether logits have a bias of each expert, which no gradient changes: spikingbrain-bricks grow keeps
+    new experts out by it (docs/bricks.md)."""
+    router_bias_decay_iters: int = setting(0, minimum=0, resume=TRAINING)
+    """Steps of a stage over which those biases go to zero, linearly, which lets new experts in; 0 leaves
+    them."""
     num_shared_experts: int = setting(1, minimum=0, resume=WEIGHTS)
     """Experts of every token, computed as one feed-forward of num_shared_experts * moe_ffn_hidden_size."""
     moe_ffn_hidden_size: int | None = setting(None, minimum=1, resume=WEIGHTS)

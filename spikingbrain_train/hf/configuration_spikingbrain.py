@@ -39,7 +39,8 @@ class SpikingBrainConfig(PretrainedConfig):
         moe: `num_experts`, `num_experts_per_tok`, `num_shared_experts` (one SwiGLU of so many widths, for
             all tokens), `moe_intermediate_size` (of one expert; None: intermediate_size). Probabilities are
             the softmax over all experts, made to add up to 1 for the chosen ones if `norm_topk_prob`, and
-            weights of the chosen ones are 1 instead if `router_weights` is "ones".
+            weights of the chosen ones are 1 instead if `router_weights` is "ones". The router has a hidden
+            layer of tanh if `router_hidden_size` is a number, and a bias of each expert if `router_bias`.
         kinds: settings of other kinds, by the kind's name.
         linear_transforms: what is done to inputs and weights of linears, as linears_spikingbrain.py has it.
         num_sink_tokens: learnable tokens in front of every text, seen by all of it.

@@ -21,6 +21,8 @@ _DEFAULTS: dict[str, Any] = {
     "num_experts_per_tok": 1,
     "norm_topk_prob": False,
     "router_weights": "softmax",
+    "router_hidden_size": None,
+    "router_bias": False,
     "num_shared_experts": 1,
     "moe_intermediate_size": None,
 }
@@ -47,18 +49,31 @@ def _check(config: SpikingBrainConfig) -> None:
 class SpikingBrainRouter(nn.Module):
     """Chooses the experts of every token, in float32."""
 
-    def __init__(self, hidden_size: int, num_experts: int, num_chosen: int, norm: bool, weights: str) -> None:
+    def __init__(self, hidden_size: int, moe: dict[str, Any]) -> None:
         super().__init__()
-        self.norm, self.weights = norm, weights
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size))
-        self.num_chosen = num_chosen
+        self.norm, self.weights = moe["norm_topk_prob"], moe["router_weights"]
+        self.num_chosen = moe["num_experts_per_tok"]
+        number, inside = moe["num_experts"], moe["router_hidden_size"]
+        self.weight = nn.Parameter(torch.empty(number, inside or hidden_size))
+        self.hidden_weight = nn.Parameter(torch.empty(inside, hidden_size)) if inside else None
+        self.bias = nn.Parameter(torch.zeros(number), requires_grad=False) if moe["router_bias"] else None
 
     def initialize(self, std: float) -> None:
         nn.init.normal_(self.weight, mean=0.0, std=std)
+        if self.hidden_weight is not None:
+            nn.init.normal_(self.hidden_weight, mean=0.0, std=std)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Weights [N, k] of the k likeliest experts, and their indices."""
-        scores_NE = F.linear(x_ND.float(), self.weight.float()).softmax(-1)
+        inside = x_ND.float()
+        if self.hidden_weight is not None:
+            inside = F.linear(inside, self.hidden_weight.float()).tanh()
+        logits_NE = F.linear(inside, self.weight.float())
+        if self.bias is not None:
+            logits_NE = logits_NE + self.bias.float()
+        scores_NE = logits_NE.softmax(-1)
         probs_NK, experts_NK = scores_NE.topk(self.num_chosen, dim=-1)
         if self.weights == "ones":
             # Exactly 1, with the gradient of the probability.
@@ -77,13 +92,7 @@ class SpikingBrainMoE(nn.Module):
         def expert(width: int) -> SpikingBrainMLP:
             return SpikingBrainMLP(config, width)
 
-        self.router = SpikingBrainRouter(
-            config.hidden_size,
-            moe["num_experts"],
-            moe["num_experts_per_tok"],
-            moe["norm_topk_prob"],
-            moe["router_weights"],
-        )
+        self.router = SpikingBrainRouter(config.hidden_size, moe)
         self.experts = nn.ModuleList(expert(width) for _ in range(moe["num_experts"]))
         shared = moe["num_shared_experts"]
         self.shared_experts = expert(shared * width) if shared else None

@@ -26,6 +26,12 @@ class HybridTransformerConfig(TransformerConfig):
     """Whether routers make the probabilities of a token's experts add up to 1."""
     router_weights: RouterWeights = RouterWeights.softmax
     """What the outputs of a token's experts are weighted by."""
+    router_hidden_size: int | None = None
+    """Width of the hidden layer of routers; None where they are linear."""
+    router_bias: bool = False
+    """Whether the logits of experts have biases."""
+    router_bias_decay_iters: int = 0
+    """Steps over which these go to zero."""
     gated_activation: ActivationFunc = ActivationFunc.silu
     """Of dense feed-forwards and experts, which read this; ``activation_func`` is that of a SwiGLU."""
     fatrelu_threshold: float = 0.0

@@ -57,6 +57,11 @@ MODELS: Mapping[str, ModelConfig] = {
         feed_forwards=["moe"],
         moe=MoEConfig(num_experts=4, router_topk=2, router_weights=RouterWeights.ones, num_shared_experts=0),
     ),
+    "experts by a router with a hidden layer and biases": replace(
+        _SOFTMAX,
+        feed_forwards=["moe"],
+        moe=MoEConfig(num_experts=4, router_topk=2, router_hidden_size=6, router_bias=True),
+    ),
     **{f"rotary {kind.value}": replace(_SOFTMAX, rope_scaling=each) for kind, each in SCALINGS.items()},
     "rotary dynamic, documents": replace(_SOFTMAX, rope_scaling=SCALINGS[RopeType.dynamic]),
 }
@@ -66,6 +71,7 @@ PLACES: Mapping[str, tuple[str, ...]] = {
         "TP 2 + sequence parallel x CP 2",
     ),
     "experts that count whole": ("TP 2 + sequence parallel", "PP 2 x EP 2", "EP 2 x CP 2"),
+    "experts by a router with a hidden layer and biases": ("TP 2 + sequence parallel", "PP 2 x EP 2"),
     "experts that add up to 1": ("TP 2 + sequence parallel", "EP 2", "PP 2 x EP 2", "EP 2 x CP 2"),
 }
 """Where each is tried; rotary kinds where sequences or layers are split."""

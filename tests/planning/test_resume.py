@@ -102,6 +102,8 @@ def test_a_changed_setting_is_free_said_or_refused_as_stands_beside_it(run: RunC
             run.model = dataclasses.replace(run.model, rope_scaling=RopeScalingConfig(kind, factor=8.0))
     if name == "model.fatrelu_threshold":
         run.model = dataclasses.replace(run.model, activation_func=ActivationFunc.fatrelu)
+    if name == "model.moe.router_bias_decay_iters":
+        run.model = dataclasses.replace(run.model, moe=dataclasses.replace(run.model.moe, router_bias=True))
     if name.startswith("model.lora.") and name != "model.lora.names":
         run.model = dataclasses.replace(run.model, lora=LoraConfig(names=["one", "two"]))
     stored = StoredRun(save(run), run, record_of(run, world_size=1))

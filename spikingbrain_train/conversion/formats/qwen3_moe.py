@@ -42,6 +42,10 @@ class Qwen3MoeFormat(DenseFormat):
             parts.append("shared experts")
         if not parts and model.moe.router_weights is not RouterWeights.softmax:
             parts.append("experts that are not weighted by their probabilities")
+        if not parts and model.moe.router_hidden_size is not None:
+            parts.append("routers with a hidden layer")
+        if not parts and model.moe.router_bias:
+            parts.append("routers with biases")
         return parts
 
     def _feed_forwards(self, model: ModelConfig) -> list[str]:

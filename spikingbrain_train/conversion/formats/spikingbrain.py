@@ -195,6 +195,8 @@ class SpikingBrainFormat(LlamaLikeFormat):
                 "num_experts_per_tok": moe.router_topk,
                 "norm_topk_prob": moe.norm_topk_prob,
                 "router_weights": moe.router_weights.value,
+                "router_hidden_size": moe.router_hidden_size,
+                "router_bias": moe.router_bias,
                 "num_shared_experts": moe.num_shared_experts,
                 "moe_intermediate_size": moe.moe_ffn_hidden_size,
             },
@@ -268,7 +270,10 @@ def _read_experts(keys: ConfigKeys) -> MoEConfig:
     weights, known = keys.values.get("router_weights", "softmax"), [each.value for each in RouterWeights]
     if weights not in known:
         raise keys.refuse("router_weights", f"must be one of {', '.join(known)}")
+    hidden = keys.values.get("router_hidden_size")
     return MoEConfig(
+        router_hidden_size=None if hidden is None else keys.integer("router_hidden_size"),
+        router_bias=keys.boolean("router_bias", False),
         num_experts=keys.integer("num_experts", 16),
         router_topk=keys.integer("num_experts_per_tok", 1),
         norm_topk_prob=keys.boolean("norm_topk_prob", False),

@@ -40,6 +40,8 @@ def read_training_settings(keys: ConfigKeys, model: ModelConfig) -> None:
             raise keys.refuse(name, f"is no setting of training; there are {', '.join(_names())}")
         if isinstance(defaults[name], bool):
             value = keys.boolean(name, False)
+        elif isinstance(defaults[name], int):
+            value = keys.integer(name, minimum=0)
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
             value = float(value)
         elif value is not None or defaults[name] is not None:

@@ -51,6 +51,15 @@ class CountsTokens(Protocol):
 
 
 @runtime_checkable
+class FollowsSteps(Protocol):
+    """A router of which something stored changes from step to step by itself."""
+
+    def step_done(self, step: int) -> None:
+        """The step, counted from 1 in its stage, has updated the weights."""
+        ...
+
+
+@runtime_checkable
 class HasAuxiliaryLoss(Protocol):
     """A router or an activation that adds losses of its own to what is optimised."""
 

@@ -90,7 +90,12 @@ def loops_over_tokens_and_experts(
         return weights[f"{prefix}.linear_fc2.weight"] @ (silu(gate) * up)
 
     tokens = [(t, b) for t in range(length) for b in range(batch)]
-    logits = {token: weights["router.weight"] @ hidden[token] for token in tokens}
+
+    def inside(x: Tensor) -> Tensor:
+        return (weights["router.hidden_weight"] @ x).tanh() if moe.router_hidden_size else x
+
+    bias = layer.router.bias if moe.router_bias else torch.zeros(EXPERTS)
+    logits = {token: weights["router.weight"] @ inside(hidden[token]) + bias for token in tokens}
     probs = {token: logits[token].exp() / logits[token].exp().sum() for token in tokens}
     chosen = {
         token: sorted(range(EXPERTS), key=lambda e, p=probs[token]: -float(p[e]))[:top_k] for token in tokens

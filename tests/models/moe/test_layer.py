@@ -23,6 +23,8 @@ CASES = {
     "top-2, no shared expert, strong losses": MoEConfig(
         router_topk=2, num_shared_experts=0, aux_loss_coeff=0.7, z_loss_coeff=0.3
     ),
+    "top-2 by a router with a hidden layer": MoEConfig(router_topk=2, router_hidden_size=6, z_loss_coeff=0.3),
+    "top-2 by a router with biases": MoEConfig(router_topk=2, router_bias=True, z_loss_coeff=0.3),
     "top-1, dropping": MoEConfig(capacity_factor=0.75),
     "top-2, dropping": MoEConfig(router_topk=2, capacity_factor=0.6, num_shared_experts=0),
     "top-1, dropping and padding": MoEConfig(capacity_factor=0.75, pad_to_capacity=True),
@@ -32,6 +34,8 @@ CASES = {
 
 def _errors(groups: ProcessGroups, moe: MoEConfig) -> tuple[dict[str, float], float]:
     layer = build_layer(groups, moe, ParallelConfig())
+    if moe.router_bias:
+        layer.router.bias.copy_(torch.tensor([0.5, -1.0, 0.0, 2.0]))
     hidden, direction = inputs()
     output, grads = gradients(layer, hidden, direction)
     expected_output, expected = loops_over_tokens_and_experts(layer, moe, hidden, direction)

@@ -22,7 +22,9 @@ class SequenceBalancedRouter(TopKRouter):
 
     A token's probabilities are the softmax over all experts in float32; its experts are the top k of them and
     their outputs are weighted by those probabilities as they are: with a zero router every weight is
-    1 / num_experts. With ``norm_topk_prob`` they are made to add up to 1; with
+    1 / num_experts. Logits are ``W x``, or ``W tanh(H x)`` of a router with a hidden layer
+    (``router_hidden_size``; MoEfication, arXiv 2110.01786), plus a bias of each expert that no gradient
+    changes (``router_bias``). With ``norm_topk_prob`` they are made to add up to 1; with
     ``router_weights=ones`` every weight is 1, and has the gradient of the probability.
 
     Losses (weights ``moe_aux_loss_coeff`` and ``moe_z_loss_coeff``; Fedus et al., arXiv 2101.03961, eq. 4;
@@ -52,10 +54,44 @@ class SequenceBalancedRouter(TopKRouter):
         **kwargs: Any,  # 0.19 adds some
     ) -> None:
         super().__init__(config=config, pg_collection=pg_collection, **kwargs)
-        self.weight.is_new_parameter = True
+        self._add_weights()
+        for weight in self.parameters(recurse=False):
+            weight.is_new_parameter = True
         size = self.num_experts + RouterStatistics.NUM_SCALARS
         self.register_buffer("statistics_sums", torch.zeros(size, dtype=torch.float64), persistent=False)
         self._loss_scale: Tensor | None = None
+
+    def _add_weights(self) -> None:
+        """The hidden layer and biases, for those routers that have them."""
+        hidden_size: int | None = self.config.router_hidden_size
+        self.hidden_weight: torch.nn.Parameter | None = None
+        if hidden_size is not None:
+            self.weight = self._parameter(self.num_experts, hidden_size)
+            self.hidden_weight = self._parameter(hidden_size, self.config.hidden_size)
+        if self.config.router_bias:
+            del self.bias  # megatron-core's, which is None
+            # float32 in every precision: it moves by small steps.
+            zeros = torch.zeros(self.num_experts, dtype=torch.float32, device=self.weight.device)
+            self.register_buffer("bias", zeros)
+
+    def _parameter(self, rows: int, columns: int) -> torch.nn.Parameter:
+        """As megatron-core makes the weight of a router: on every rank, whole."""
+        values = torch.empty(rows, columns, dtype=torch.float32, device=self.weight.device)
+        if self.config.perform_initialization:
+            self.config.init_method(values)
+        parameter = torch.nn.Parameter(values.to(self.config.params_dtype))
+        parameter.sequence_parallel = self.config.sequence_parallel  # type: ignore[attr-defined]
+        return parameter
+
+    def step_done(self, step: int) -> None:
+        """Biases go to zero in equal steps, the last of which is ``router_bias_decay_iters``.
+
+        Args:
+            step: that is done, counted from 1.
+        """
+        left = self.config.router_bias_decay_iters - step
+        if self.bias is not None and left >= 0:
+            self.bias.mul_(left / (left + 1))
 
     def scale_auxiliary_loss(self, scale: Tensor) -> None:
         """Weigh both losses by ``scale``, [], from the next forward pass on."""
@@ -96,7 +132,11 @@ class SequenceBalancedRouter(TopKRouter):
 
     def gating(self, input: Tensor) -> Tensor:
         """Logits [T, B, num_experts] float32, whatever the dtype of input and weight."""
-        return _Float32Linear.apply(input, self.weight)
+        inside: Tensor = input
+        if self.hidden_weight is not None:
+            inside = torch.tanh(_Float32Linear.apply(input, self.hidden_weight))
+        logits: Tensor = _Float32Linear.apply(inside, self.weight)
+        return logits if self.bias is None else logits + self.bias
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Choose experts from logits [T, B, num_experts]; see :meth:`forward`."""
