@@ -16,13 +16,22 @@ from torch import Tensor
 
 from spikingbrain_train.bricks.moefy_parts import MoefyParts
 from spikingbrain_train.bricks.neuron_model import NeuronModel
+from spikingbrain_train.bricks.output_files import MOEFY_NUMBERS, MOEFY_PICTURE
 from spikingbrain_train.bricks.partition import clustered_bricks, coactive_bricks, random_bricks
-from spikingbrain_train.bricks.routers import Recording, Routed, centre_router, fitted_router
+from spikingbrain_train.bricks.routers import (
+    Recording,
+    Routed,
+    Router,
+    centre_router,
+    fitted_router,
+    random_router,
+)
+from spikingbrain_train.bricks.trained_router import trained_router
 from spikingbrain_train.checkpoint.data_files import complete_checkpoint
 from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
 from spikingbrain_train.config.derivation import DERIVATION_FILE, Derivation
 from spikingbrain_train.config.load import save_config
-from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.config.model import ModelConfig, MoEConfig
 from spikingbrain_train.conversion.lineage import lineage
 from spikingbrain_train.conversion.parts import one_thread, stored_chunks
 from spikingbrain_train.conversion.work import Work
@@ -31,6 +40,7 @@ from spikingbrain_train.evaluation.output import write_result
 from spikingbrain_train.evaluation.text_windows import cross_entropy_of, windows_asked_for
 from spikingbrain_train.planning.token_history import history_with
 from spikingbrain_train.reporting.activity import activity
+from spikingbrain_train.reporting.plots.routers_picture import RoutersPicture, draw_routers
 from spikingbrain_train.reporting.tables import table
 from spikingbrain_train.storage.checkpoint_folder import (
     HF_SOURCE_FOLDER,
@@ -39,9 +49,8 @@ from spikingbrain_train.storage.checkpoint_folder import (
     iteration_folder,
 )
 
-NUMBERS_FILE = "moefy.json"
-
 _Layers = dict[int, Tensor]
+_Routers = dict[int, Router]
 
 
 def run(model: NeuronModel, checkpoint: Path, target: ModelConfig, arguments: argparse.Namespace) -> None:
@@ -60,7 +69,13 @@ def run(model: NeuronModel, checkpoint: Path, target: ModelConfig, arguments: ar
         with Recording(model) as recording:
             cross_entropy_of(language_model, windows[:half], "recording")
         parts = _partitions(model, recording, number, arguments)
-        routers = {name: _routers(model, recording, bricks, number) for name, bricks in parts.items()}
+        routers = {
+            name: _routers(model, recording, bricks, number, arguments) for name, bricks in parts.items()
+        }
+        if arguments.router == "mlp":
+            own = parts[arguments.partition]
+            trained = _trained(model, recording, own, target.moe, arguments.seed)
+            routers[arguments.partition] = {"mlp": trained, **routers[arguments.partition]}
     measured = _measured(model, windows[half:], parts, routers, number, arguments)
     bricks = parts[arguments.partition]
     written = _write(checkpoint, target, bricks, routers[arguments.partition][arguments.router], arguments)
@@ -74,7 +89,9 @@ def run(model: NeuronModel, checkpoint: Path, target: ModelConfig, arguments: ar
         "seq_length": arguments.seq_length,
         "rows": measured,
     }
-    write_result(arguments.output / NUMBERS_FILE, result)
+    write_result(arguments.output / MOEFY_NUMBERS, result)
+    if len({row["k"] for row in measured}) > 2:  # of one there is no curve
+        draw_routers(_picture(measured, number), arguments.output / MOEFY_PICTURE)
     print("\n".join(_lines(measured, number)))
     print(f"\nwrote {written / 1e6:,.1f} MB to {arguments.output}")
 
@@ -107,13 +124,33 @@ def _partitions(
 
 
 def _routers(
-    model: NeuronModel, recording: Recording, bricks: Mapping[int, Tensor], number: int
-) -> dict[str, _Layers]:
-    found: dict[str, _Layers] = {"fitted": {}, "centres": {}}
+    model: NeuronModel,
+    recording: Recording,
+    bricks: Mapping[int, Tensor],
+    number: int,
+    arguments: argparse.Namespace,
+) -> dict[str, _Routers]:
+    found: dict[str, _Routers] = {"fitted": {}, "centres": {}, "random": {}}
     for layer, rows in _gate_rows(model).items():
         inputs, norms = torch.cat(recording.inputs[layer]), torch.cat(recording.norms[layer])
         found["fitted"][layer] = fitted_router(inputs, norms, bricks[layer], number)
         found["centres"][layer] = centre_router(rows[: len(rows) // 2], bricks[layer], number)
+        found["random"][layer] = random_router(rows.shape[1], number, 1000 * arguments.seed + layer)
+    return found
+
+
+def _trained(
+    model: NeuronModel, recording: Recording, bricks: Mapping[int, Tensor], moe: MoEConfig, seed: int
+) -> _Routers:
+    """Those with a hidden layer."""
+    found: _Routers = {}
+    assert moe.router_hidden_size is not None
+    with activity("training routers", len(model.feed_forwards), "layers") as done:
+        for each in done.over(model.feed_forwards):
+            layer = each.part.layer
+            inputs, norms = torch.cat(recording.inputs[layer]), torch.cat(recording.norms[layer])
+            size = (moe.num_experts, moe.router_hidden_size)
+            found[layer] = trained_router(inputs, norms, bricks[layer], *size, 1000 * seed + layer)
     return found
 
 
@@ -121,7 +158,7 @@ def _measured(
     model: NeuronModel,
     windows: Sequence[Sequence[int]],
     parts: Mapping[str, _Layers],
-    routers: Mapping[str, Mapping[str, _Layers]],
+    routers: Mapping[str, Mapping[str, _Routers]],
     number: int,
     arguments: argparse.Namespace,
 ) -> list[dict[str, Any]]:
@@ -148,14 +185,16 @@ def _measured(
 
 
 def _write(
-    checkpoint: Path, target: ModelConfig, bricks: _Layers, router: _Layers, arguments: argparse.Namespace
+    checkpoint: Path, target: ModelConfig, bricks: _Layers, router: _Routers, arguments: argparse.Namespace
 ) -> int:
     """The checkpoint, by parts; a call that was killed is gone on with. Returns its bytes."""
     reader = MegatronCheckpointReader(checkpoint)
     parts = MoefyParts(reader, target, bricks, router)
     values = hashlib.sha256()
     for layer in sorted(bricks):
-        values.update(bricks[layer].numpy().tobytes() + router[layer].numpy().tobytes())
+        values.update(bricks[layer].numpy().tobytes())
+        for matrix in (router[layer].weight, router[layer].hidden):
+            values.update(b"" if matrix is None else matrix.numpy().tobytes())
     key = work_key("moefy", source_files(reader.paths), target, values.hexdigest(), parts.sizes)
     work = Work.plan(
         parts,
@@ -190,6 +229,15 @@ def _write(
         ).write(folder)
         (workspace.new / LATEST_ITERATION_FILE).write_text("0", encoding="utf-8")
     return sum(parts.sizes)
+
+
+def _picture(rows: Sequence[Mapping[str, Any]], number: int) -> RoutersPicture:
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for row in rows[1:]:
+        cut = "" if row["partition"] != "random" else " (cut at random)"
+        point = (100 * row["k"] / number, row["cross_entropy"])
+        curves.setdefault(f"{row['router']}{cut}", []).append(point)
+    return RoutersPicture(curves, rows[0]["cross_entropy"])
 
 
 def _lines(rows: Sequence[Mapping[str, Any]], number: int) -> list[str]:

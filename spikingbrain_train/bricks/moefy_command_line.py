@@ -28,7 +28,7 @@ from spikingbrain_train.storage.checkpoint_folder import LATEST_ITERATION_FILE
 from spikingbrain_train.storage.checkpoint_paths import resolve_checkpoint
 
 PARTITIONS = ("clusters", "coactivation", "random")
-ROUTERS = ("fitted", "centres")
+ROUTERS = ("fitted", "mlp", "centres")
 
 _DESCRIPTION = """\
 Cut the dense feed-forwards of a Megatron checkpoint into experts of equally many neurons (MoEfication,
@@ -45,7 +45,8 @@ examples:
       --output outputs/moe
   spikingbrain-train stage=cpt model=from_checkpoint checkpoint.load=outputs/moe ...
 
-In --output beside the checkpoint: moefy.json, what was measured.
+In --output beside the checkpoint: moefy.json, what was measured, and moefy.png where that is more than one
+number of experts.
 """
 
 
@@ -81,8 +82,14 @@ def add_moefy(commands: Any) -> None:
         "--router",
         choices=ROUTERS,
         default="fitted",
-        help="fitted to what experts give on the text, or the centres of their gate rows (default: "
-        "%(default)s)",
+        help="a linear fitted to what experts give on the text, one with a hidden layer trained to the same "
+        "(mlp), or the centres of their gate rows (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--router-hidden-size",
+        type=int,
+        metavar="N",
+        help="channels of the hidden layer of --router mlp (default: the hidden size of the model)",
     )
     parser.add_argument(
         "--measure",
@@ -97,8 +104,10 @@ def add_moefy(commands: Any) -> None:
     parser.set_defaults(prepare=_prepare)
 
 
-def moefied(model: ModelConfig, experts: int, topk: int) -> ModelConfig:
-    """The architecture of the result.
+def moefied(
+    model: ModelConfig, experts: int, topk: int, router_hidden_size: int | None = None
+) -> ModelConfig:
+    """The architecture of the result, whose routers are linear where they have no hidden size.
 
     Raises:
         ConfigurationError: the model is not dense, or cannot be cut so.
@@ -121,6 +130,7 @@ def moefied(model: ModelConfig, experts: int, topk: int) -> ModelConfig:
         num_experts=experts,
         router_topk=topk,
         router_weights=RouterWeights.ones,
+        router_hidden_size=router_hidden_size,
         num_shared_experts=0,
         moe_ffn_hidden_size=width // experts,
         # Experts are parts of one function: even loads are no aim, and nothing may pull routers away from it.
@@ -149,7 +159,7 @@ def _prepare(arguments: argparse.Namespace) -> Callable[[], None]:
             "spikingbrain-convert import first"
         )
     checkpoint = resolve_checkpoint(arguments.model, "--model")
-    moefied(read_stored_model(checkpoint), arguments.experts, arguments.topk)
+    _target(read_stored_model(checkpoint), arguments)
     for k in arguments.measure or ():
         if not 1 <= k <= arguments.experts:
             raise ConfigurationError(
@@ -157,6 +167,21 @@ def _prepare(arguments: argparse.Namespace) -> Callable[[], None]:
             )
     check_output(arguments, checkpoint, LATEST_ITERATION_FILE)
     return reading_of(arguments, _no_folder, _cut)
+
+
+def _target(model: ModelConfig, arguments: argparse.Namespace) -> ModelConfig:
+    """Raises ConfigurationError."""
+    hidden = arguments.router_hidden_size
+    if hidden is not None and arguments.router != "mlp":
+        raise ConfigurationError(
+            f"--router-hidden-size {hidden} is of --router mlp, but --router is {arguments.router}; leave it "
+            "out, or choose mlp"
+        )
+    if hidden is not None and hidden < 1:
+        raise ConfigurationError(f"--router-hidden-size is {hidden}; give at least 1 channel")
+    if arguments.router == "mlp":
+        hidden = hidden or model.hidden_size
+    return moefied(model, arguments.experts, arguments.topk, hidden)
 
 
 def _no_folder(_: argparse.Namespace) -> None:
@@ -170,5 +195,5 @@ def _cut(request: CheckpointRequest, tokenizer: Path, arguments: argparse.Namesp
         from spikingbrain_train.evaluation.text_tokenizer import TextTokenizer
 
         model = megatron_neurons(request, groups, TextTokenizer(tokenizer), arguments.seq_length)
-        target = moefied(request.model, arguments.experts, arguments.topk)
+        target = _target(request.model, arguments)
         run(model, request.checkpoint, target, arguments)

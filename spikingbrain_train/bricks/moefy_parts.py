@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from spikingbrain_train.bricks.routers import Router
 from spikingbrain_train.checkpoint.data_files import DataFileWriter, StoredChunk, data_file_name
 from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
 from spikingbrain_train.config.model import ModelConfig
@@ -29,7 +30,7 @@ class MoefyParts(Parts):
         reader: the dense checkpoint.
         target: the result's architecture.
         bricks: layer -> [F] int64, the expert of each neuron.
-        routers: layer -> [experts, h] float32.
+        routers: by layer, float32.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class MoefyParts(Parts):
         reader: MegatronCheckpointReader,
         target: ModelConfig,
         bricks: Mapping[int, Tensor],
-        routers: Mapping[int, Tensor],
+        routers: Mapping[int, Router],
     ) -> None:
         self.reader, self.target = reader, target
         self.bricks, self.routers = dict(bricks), dict(routers)
@@ -79,8 +80,10 @@ class MoefyParts(Parts):
         source = self._source_of(parameter)
         if source is None:
             assert parameter.layer is not None
-            router = self.routers[parameter.layer].to(self._dtype(parameter))
-            yield (0, 0), router.contiguous()
+            router = self.routers[parameter.layer]
+            weight = router.weight if parameter.roles == ("router",) else router.hidden
+            assert weight is not None
+            yield (0, 0), weight.to(self._dtype(parameter)).contiguous()
             return
         whole = self.reader.read(source)
         if not parameter.is_routed:
@@ -98,7 +101,7 @@ class MoefyParts(Parts):
 
     def _source_of(self, parameter: Parameter) -> str | None:
         """The dense parameter that it is made of; None for routers."""
-        if parameter.roles == ("router",):
+        if parameter.roles in (("router",), ("router_hidden",)):
             return None
         if parameter.is_routed:
             return parameter.name.replace(".mlp.experts.experts.", ".mlp.")

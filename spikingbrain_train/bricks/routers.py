@@ -1,14 +1,15 @@
 """Which bricks a token is sent to: by what they would give, by centres, or by a router that was fitted.
 
 MoEfication (arXiv 2110.01786): ground truth, similarity to the centre of an expert's rows, and a
-router trained to predict the ground truth. The one that is stored is a linear of the feed-forward's input, as
-routers of mixtures of experts are.
+router trained to predict the ground truth, a linear one in closed form here and one with a hidden layer in
+:mod:`.trained_router`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,25 @@ from spikingbrain_train.bricks.neuron_model import FeedForward, NeuronModel
 
 _RIDGE = 0.1
 """Of the fit, times the mean square of an input channel."""
+
+
+@dataclass(frozen=True)
+class Router:
+    """Logits ``W x``, or ``W tanh(H x)``, of which the largest are chosen.
+
+    Attributes:
+        weight: [number, h], or [number, r] behind a hidden layer.
+        hidden: [r, h].
+    """
+
+    weight: Tensor
+    hidden: Tensor | None = None
+
+    def scores(self, x: Tensor) -> Tensor:
+        """[N, number] of inputs [N, h]."""
+        if self.hidden is not None:
+            x = torch.tanh(x @ self.hidden.to(x.device).T)
+        return x @ self.weight.to(x.device).T
 
 
 def brick_norms(norms: Tensor, bricks: Tensor, number: int) -> Tensor:
@@ -35,13 +55,18 @@ def brick_norms(norms: Tensor, bricks: Tensor, number: int) -> Tensor:
     return squares.index_add_(-1, bricks.to(norms.device), norms.square()).sqrt()
 
 
-def centre_router(gate: Tensor, bricks: Tensor, number: int) -> Tensor:
-    """[number, h]: mean of each brick's rows of the gate projection [F, h]."""
+def centre_router(gate: Tensor, bricks: Tensor, number: int) -> Router:
+    """Mean of each brick's rows of the gate projection [F, h]."""
     sums = torch.zeros(number, gate.shape[1]).index_add_(0, bricks, gate.float())
-    return sums / (len(bricks) // number)
+    return Router(sums / (len(bricks) // number))
 
 
-def fitted_router(inputs: Tensor, norms: Tensor, bricks: Tensor, number: int) -> Tensor:
+def random_router(hidden_size: int, number: int, seed: int) -> Router:
+    """One that knows nothing, for comparison: normal numbers."""
+    return Router(torch.randn(number, hidden_size, generator=torch.Generator().manual_seed(seed)))
+
+
+def fitted_router(inputs: Tensor, norms: Tensor, bricks: Tensor, number: int) -> Router:
     """Linear of the input that predicts which bricks give most, by ridge regression in closed form.
 
     What is predicted is a brick's share of what all bricks give at the token; of that only the order counts.
@@ -51,16 +76,13 @@ def fitted_router(inputs: Tensor, norms: Tensor, bricks: Tensor, number: int) ->
         norms: [N, F] output norms.
         bricks: [F] int64.
         number: of bricks.
-
-    Returns:
-        [number, h] float32.
     """
     x = inputs.double()
     given = brick_norms(norms.double(), bricks, number)
     shares = given / given.sum(-1, keepdim=True).clamp_min(1e-30) * number - 1
     products = x.T @ x
     ridge = _RIDGE * products.diagonal().mean() * torch.eye(len(products), dtype=torch.float64)
-    return torch.linalg.solve(products + ridge, x.T @ shares).T.float().contiguous()
+    return Router(torch.linalg.solve(products + ridge, x.T @ shares).T.float().contiguous())
 
 
 class Recording:
@@ -123,7 +145,7 @@ class Routed:
         bricks: layer -> [F] int64.
         number: of bricks.
         topk: bricks of a token.
-        routers: layer -> [number, h]; None routes by what bricks would give (oracle).
+        routers: by layer; None routes by what bricks would give (oracle).
     """
 
     def __init__(
@@ -132,7 +154,7 @@ class Routed:
         bricks: Mapping[int, Tensor],
         number: int,
         topk: int,
-        routers: Mapping[int, Tensor] | None,
+        routers: Mapping[int, Router] | None,
     ) -> None:
         self._model, self._bricks, self._number, self._topk = model, bricks, number, topk
         self._routers, self._stack = routers, ExitStack()
@@ -153,7 +175,7 @@ class Routed:
             norms = feed_forward.output_norms(inside).reshape(-1, inside.shape[-1])
             scores = brick_norms(norms, bricks, self._number)
         else:
-            scores = self._inputs[layer][0] @ self._routers[layer].to(inside.device).T
+            scores = self._routers[layer].scores(self._inputs[layer][0])
         chosen = torch.zeros_like(scores, dtype=torch.bool)
         chosen.scatter_(-1, scores.topk(self._topk, dim=-1).indices, True)
         return inside.masked_fill(~chosen[:, bricks].view_as(inside), 0)

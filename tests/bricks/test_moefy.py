@@ -13,6 +13,7 @@ import torch
 
 from spikingbrain_train.bricks.partition import clustered_bricks, coactive_bricks, random_bricks
 from spikingbrain_train.bricks.routers import brick_norms, fitted_router
+from spikingbrain_train.bricks.trained_router import trained_router
 from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
 from spikingbrain_train.config.conversion import ConversionConfig
 from spikingbrain_train.config.load import load_model_config
@@ -105,6 +106,20 @@ def test_an_export_computes_the_same(
     assert models[0].router_weights == models[1].router_weights and models[0].router_topk == 4
 
 
+def test_a_router_with_a_hidden_layer_is_written_and_exported(ranks: RankPool, folder: Path) -> None:
+    """And what a curve needs of every number of experts is measured and drawn."""
+    more = ("--router", "mlp", "--router-hidden-size", "24", "--measure", "2", "4", "8")
+    found = entropies(cut(ranks, folder, "mlp", *more))
+    assert {k for _, _, k in found} == {2, 4, 8, EXPERTS}
+    names = {router for partition, router, _ in found if partition == "clusters"}
+    assert names == {"oracle", "mlp", "fitted", "centres", "random"}
+    assert (folder / "mlp" / "moefy.png").read_bytes().startswith(b"\x89PNG")
+    expected = found["clusters", "mlp", 4]
+    assert evaluated(ranks, folder, "mlp") == pytest.approx(expected, abs=1e-5)
+    export_checkpoint(folder / "mlp", folder / "export_mlp")
+    assert evaluated(ranks, folder, "export_mlp") == pytest.approx(expected, abs=1e-5)
+
+
 def test_other_cuts_and_routers_are_written_too(ranks: RankPool, folder: Path) -> None:
     found = entropies(cut(ranks, folder, "coactive", "--partition", "coactivation", "--router", "centres"))
     expected = found["coactivation", "centres", 4]
@@ -117,6 +132,10 @@ def test_other_cuts_and_routers_are_written_too(ranks: RankPool, folder: Path) -
         (("--experts", "7", "--topk", "2"), "--experts 7 does not divide the feed-forward's 48 neurons"),
         (("--experts", "12", "--topk", "13"), "--topk 13 must be 1 to 12, the number of --experts"),
         (("--experts", "12", "--topk", "2", "--measure", "13"), "--measure has 13; give 1 to 12"),
+        (
+            ("--experts", "12", "--topk", "2", "--router-hidden-size", "4"),
+            "--router-hidden-size 4 is of --router mlp, but --router is fitted",
+        ),
         (("--experts", "12", "--topk", "2", "--windows", "3"), "--windows is 3; give an even number"),
     ],
 )
@@ -162,10 +181,30 @@ def test_a_fitted_router_finds_experts_that_depend_on_the_input() -> None:
     x = torch.randn(600, 8, generator=generator)
     parts = torch.arange(16) // 4
     norms = x[:, parts].exp()
-    router = fitted_router(x[:400], norms[:400], parts, 4)
     best = brick_norms(norms[400:], parts, 4).argmax(-1)
-    hits = float(((x[400:] @ router.T).argmax(-1) == best).double().mean())
-    assert hits > 0.8  # 0.25 by chance
+    for router in (
+        fitted_router(x[:400], norms[:400], parts, 4),
+        trained_router(x[:400], norms[:400], parts, 4, hidden_size=16, seed=0),
+    ):
+        hits = float((router.scores(x[400:]).argmax(-1) == best).double().mean())
+        assert hits > 0.8  # 0.25 by chance
+
+
+def test_a_trained_router_finds_what_no_linear_can() -> None:
+    """Four bricks, each of which gives most where one input channel is neither small nor large."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(5000, 4, generator=generator)
+    gives = (4 * x * (-x.square()).exp()).exp()
+    parts = torch.arange(16) // 4
+    norms, best = gives[:, parts], gives[4000:].argmax(-1)
+    trained = trained_router(x[:4000], norms[:4000], parts, 4, hidden_size=32, seed=0)
+    hits = [
+        float((router.scores(x[4000:]).argmax(-1) == best).double().mean())
+        for router in (trained, fitted_router(x[:4000], norms[:4000], parts, 4))
+    ]
+    assert hits[0] > hits[1] + 0.08
+    again = trained_router(x[:4000], norms[:4000], parts, 4, hidden_size=32, seed=0)
+    assert torch.equal(again.weight, trained.weight)
 
 
 def test_a_run_starts_from_it_and_its_routers_learn(
