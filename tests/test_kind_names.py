@@ -57,6 +57,8 @@ OWN_FILES: dict[str, tuple[str, ...]] = {
         "bricks/adapters_command_line.py",
         "bricks/compose.py",
         "bricks/peft_folder.py",
+        "bricks/update_command_line.py",
+        "bricks/changed_weights.py",
     ),
 }
 """Description and torch modules of each kind; a folder ends in a slash."""

@@ -16,6 +16,7 @@ from spikingbrain_train.bricks.grow_command_line import add_grow
 from spikingbrain_train.bricks.moefy_command_line import add_moefy
 from spikingbrain_train.bricks.neurons_command_line import add_neurons
 from spikingbrain_train.bricks.route_command_line import add_route
+from spikingbrain_train.bricks.update_command_line import add_update
 from spikingbrain_train.config.command_line import called_as
 from spikingbrain_train.evaluation.inference_command_line import Elsewhere, run_inference
 
@@ -48,6 +49,7 @@ def bricks_parser() -> argparse.ArgumentParser:
         add_compose,
         add_route,
         add_grow,
+        add_update,
     ):
         add(commands)
     return parser

@@ -1,0 +1,106 @@
+"""spikingbrain-bricks update: one adapter of two is trained, all else stays bit for bit, runs go on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from spikingbrain_train.architecture.lora import adapter_of
+from spikingbrain_train.bricks.changed_weights import check_only_adapter_changed
+from spikingbrain_train.bricks.command_line import bricks
+from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
+from spikingbrain_train.config.lora import LoraConfig
+from spikingbrain_train.config.parallel import ParallelConfig
+from spikingbrain_train.errors import CheckpointError
+from spikingbrain_train.storage.checkpoint_folder import latest_checkpoint
+from tests.distributed import small_runs
+from tests.distributed.pool import RankPool
+
+NAMES = ["code", "other"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_runs.write_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def adapted(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
+    """Checkpoints of a run with two adapters, one step behind its beginning."""
+    output = tmp_path_factory.mktemp("update") / "adapted"
+    base = small_runs.run_config(output.with_name("base"), text)
+    base.stage = replace(base.stage, train_iters=1)
+    ranks.run(small_runs.train, base, world_size=1, parallel=ParallelConfig())
+    model = replace(small_runs.MODEL, lora=LoraConfig(names=NAMES, ranks=[2]))
+    load = small_runs.checkpoint_config(output.with_name("base") / "checkpoints")
+    config = small_runs.run_config(output, text, model=model, checkpoint=load)
+    config.stage = replace(config.stage, train_iters=1)
+    ranks.run(small_runs.train, config, world_size=1, parallel=ParallelConfig())
+    return output
+
+
+def update(adapted: Path, output: Path, *words: str, adapter: str = "other") -> None:
+    bricks(["update", "--checkpoint", str(adapted), "--adapter", adapter, "--output", str(output), *words])
+
+
+def settings(text: Path, iters: int) -> list[str]:
+    return [
+        *("stage=cpt", f"data.train=[{text}]", f"stage.train_iters={iters}", "stage.seq_length=32"),
+        *("stage.global_batch_size=4", "precision=fp32", "cluster=cpu", "logging.tensorboard=false"),
+    ]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    reader = MegatronCheckpointReader(latest_checkpoint(folder / "checkpoints", "folder"))
+    held = (name for name in reader.tensors if name.startswith(("decoder.", "embedding.")))
+    return {name: reader.read(name) for name in held}
+
+
+@pytest.mark.slow
+def test_one_adapter_changes_and_the_same_command_goes_on(
+    adapted: Path, text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    update(adapted, tmp_path / "updated", *settings(text, 1))
+    assert "adapter other is trained; the other" in capfd.readouterr().out
+    before, after = weights(adapted), weights(tmp_path / "updated")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if adapter_of(name) == "other"}
+    update(adapted, tmp_path / "updated", *settings(text, 2))
+    newest = latest_checkpoint(tmp_path / "updated" / "checkpoints", "folder")
+    assert newest.name == "iter_0000002"
+    with pytest.raises(CheckpointError, match="which adapter code does not own"):
+        check_only_adapter_changed(adapted, tmp_path / "updated", "code")
+
+
+def test_a_dry_run_prints_the_command(
+    adapted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    update(adapted, tmp_path / "x", "--dry-run", "--ranks", "2", "stage.train_iters=3")
+    line = capsys.readouterr().out.strip()
+    assert line.startswith("spikingbrain-train --nproc-per-node 2 model=from_checkpoint checkpoint.load=")
+    assert "model.lora.trained=[other]" in line and line.endswith("stage.train_iters=3")
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("adapter", "words", "sentence"),
+    [
+        ("third", (), "--adapter third is no adapter of"),
+        ("code", ("--ranks", "0"), "--ranks is 0; give at least 1"),
+        ("code", ("output_dir=y",), "update sets output_dir itself; leave output_dir=y out"),
+    ],
+)
+def test_what_cannot_be_updated_is_refused_in_one_sentence(
+    adapter: str,
+    words: tuple[str, ...],
+    sentence: str,
+    adapted: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        update(adapted, tmp_path / "x", *words, adapter=adapter)
+    assert sentence in capsys.readouterr().err.replace("\n", " ")
