@@ -48,7 +48,9 @@ def _figure(picture: RoutersPicture) -> Any:
             linewidth=1.6,
             label=name,
         )
-    panel.axhline(picture.cross_entropy, color=FAINT, linewidth=1.0, linestyle=(0, (5, 2)), label="dense")
+    panel.axhline(
+        picture.cross_entropy, color=FAINT, linewidth=1.0, linestyle=(0, (5, 2)), label="the dense model"
+    )
     panel.set_xlabel("neurons that a token uses, %")
     panel.set_ylabel("nats per token")
     panel.set_title("Experts that a dense feed-forward is cut into", loc="left", fontweight="bold", color=INK)
