@@ -39,12 +39,15 @@ class DenseKind(FeedForwardKind):
     def weights(self, model: ModelConfig) -> tuple[Weight, ...]:
         width = model.ffn_hidden_size
         into, out = gated_weights(model, width)
+        norm = Weight("linear_fc2.sub_norm.weight", ("ffn_sub_norm",), ((width,),), "norms")
+        norms = (norm,) if model.ffn_sub_norm else ()
         if not model.add_mlp_bias:
-            return into, out
+            return (into, *norms, out)
         biases = ("mlp_gate_bias", "mlp_up_bias")
         return (
             into,
             Weight("linear_fc1.bias", biases, ((width,),) * 2, "feed-forward"),
+            *norms,
             out,
             Weight(
                 "linear_fc2.bias", ("mlp_down_bias",), ((model.hidden_size,),), "feed-forward", Split.none
@@ -52,16 +55,18 @@ class DenseKind(FeedForwardKind):
         )
 
     def activations(self, config: RunConfig) -> Activations:
-        """Gate, up and their product."""
+        """Gate, up and their product, also normed where it is."""
         element, tensor = bytes_per_element(config.precision), config.parallel.tensor_model_parallel_size
-        kept = 3 * config.model.ffn_hidden_size * element / tensor
+        tensors = 3 + config.model.ffn_sub_norm
+        kept = tensors * config.model.ffn_hidden_size * element / tensor
         again = config.parallel.recompute in (Recompute.moe_feed_forward, Recompute.moe_layer)
         return Activations(0.0, kept) if again else Activations(kept)
 
     def working(self, config: RunConfig) -> float:
         """Gradients of gate, up and their product, where the product itself is no longer needed."""
         element, tensor = bytes_per_element(config.precision), config.parallel.tensor_model_parallel_size
-        return 2 * config.model.ffn_hidden_size * element / tensor
+        done_with = 1 + config.model.ffn_sub_norm
+        return (3 - done_with) * config.model.ffn_hidden_size * element / tensor
 
 
 DENSE = FEED_FORWARDS.register(DenseKind())

@@ -198,6 +198,8 @@ class GatedDeltaRuleKind(MixerKind):
             kept += (heads + groups) * (width + FP32)
         if gdn.output_gate:
             kept += 3 * heads * width  # the gate before and after its silu, and the heads that it multiplies
+        if model.attn_sub_norm:
+            kept += heads * width  # what it makes of them
         return kept + self._op_bytes(config)
 
     @staticmethod

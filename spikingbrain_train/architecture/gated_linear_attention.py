@@ -321,6 +321,8 @@ class GatedLinearAttentionKind(MixerKind):
                 ) * width  # the fused projection, of which keys before theirs are a view
         if model.gla.output_gate:
             kept += 3 * heads * width  # the gate before and after its swish, and the heads that it multiplies
+        if model.attn_sub_norm:
+            kept += heads * width  # what it makes of them
         if model.gla.rotary:
             # Features before they are turned, where the op keeps its inputs as they are; cosines and sines.
             kept += (heads if repeats_groups(config) else heads + groups) * width + 4 * width

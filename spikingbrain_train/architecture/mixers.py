@@ -112,7 +112,11 @@ def attention_weights(
         width * heads for heads in (model.num_attention_heads, *2 * (model.num_query_groups,))
     )
     rows = (of_the_source[0], *2 * (width * (num_query_groups or model.num_query_groups),))
-    biases, norms, output_bias = [], [], []
+    biases, norms, output_bias, sub_norm = [], [], [], []
+    if model.attn_sub_norm:
+        sub_norm = [
+            Weight("linear_proj.sub_norm.weight", ("attn_sub_norm",), ((of_the_source[0],),), "norms")
+        ]
     if model.add_output_bias:
         output_bias = [Weight("linear_proj.bias", ("o_bias",), ((hidden,),), f"{group} output", Split.none)]
     if model.add_qkv_bias:
@@ -151,6 +155,7 @@ def attention_weights(
         ),
         *biases,
         *norms,
+        *sub_norm,
         Weight(
             "linear_proj.weight",
             ("o_weight",),

@@ -86,6 +86,11 @@ class MixtureOfExpertsKind(FeedForwardKind):
             "model.feed_forwards has mixture-of-experts layers, but model.add_mlp_bias=true: experts have no "
             "biases; keep dense feed-forwards in every layer",
         )
+        require(
+            not model.ffn_sub_norm,
+            "model.feed_forwards has mixture-of-experts layers, but model.ffn_sub_norm=true: experts have no "
+            "norms; keep dense feed-forwards in every layer",
+        )
 
     def check_split(self, model: ModelConfig, parallel: ParallelConfig) -> None:
         tensor, experts = parallel.tensor_model_parallel_size, model.moe.num_experts

@@ -29,7 +29,7 @@ def roles() -> dict[str, Role]:
 _SIZES = (
     *("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"),
     *("kv_channels", "vocab_size", "add_qkv_bias", "add_output_bias", "add_mlp_bias"),
-    *("qk_layernorm", "share_embeddings_and_output_weights"),
+    *("qk_layernorm", "attn_sub_norm", "ffn_sub_norm", "share_embeddings_and_output_weights"),
 )
 """What a dense source and a model converted from it agree in."""
 

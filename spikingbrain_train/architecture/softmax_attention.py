@@ -122,8 +122,9 @@ class SoftmaxAttentionKind(MixerKind):
         if model.qk_layernorm:
             kept += heads  # queries before their norm
         kept += 4  # cosines and sines in the activations' dtype, of queries and of keys
-        if keeps_its_input(model, "attention_output") and not model.num_sink_tokens:
-            kept += heads  # the output, transformed
+        is_copied = keeps_its_input(model, "attention_output") and not model.num_sink_tokens
+        if is_copied or model.attn_sub_norm:
+            kept += heads  # the output, normed or transformed
         return kept * width + heads * FP32  # one sum of exponentials a head
 
 

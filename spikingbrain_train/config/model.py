@@ -337,6 +337,12 @@ class DecoderConfig:
     """Whether the projections of dense feed-forwards have biases (Llama with mlp_bias)."""
     qk_layernorm: bool = setting(False, resume=WEIGHTS)
     """Whether q and k are RMS-normalised per head (Qwen3)."""
+    attn_sub_norm: bool = setting(False, resume=WEIGHTS)
+    """Whether an RMSNorm over all heads stands in front of the output projection of attention, linear or not
+    (BitNet b1.58 2B4T)."""
+    ffn_sub_norm: bool = setting(False, resume=WEIGHTS)
+    """Whether an RMSNorm over the intermediate width stands in front of the down projection of dense
+    feed-forwards (BitNet b1.58 2B4T)."""
     share_embeddings_and_output_weights: bool = setting(False, resume=WEIGHTS)
     """Whether the output projection is the embedding matrix ("tied")."""
     init_method_std: float = setting(0.02, minimum=0, resume=START)

@@ -97,7 +97,10 @@ class AttentionScale:
             q_BHTK, k_BHTK, v_BHTK, is_causal=True, scale=softmax_scale(model)
         )
         bias = "o_bias" if model.add_output_bias else None
-        return self._project(o_BHTK.transpose(1, 2).flatten(2), "o_weight", layer, bias)
+        o_BTD = o_BHTK.transpose(1, 2).flatten(2)
+        if model.attn_sub_norm:
+            o_BTD = self._norm(o_BTD, "attn_sub_norm", layer)
+        return self._project(o_BTD, "o_weight", layer, bias)
 
     def _rotate(self, x_BHTK: Tensor) -> Tensor:
         """Rotary positions. Llama-3's scaling is left out: it slows down turns longer than these tokens."""
@@ -122,7 +125,10 @@ class AttentionScale:
         )
         gate_BTF = self._project(x_BTD, "mlp_gate_weight", layer, gate)
         up_BTF = self._project(x_BTD, "mlp_up_weight", layer, up)
-        return self._project(self._product(gate_BTF, up_BTF), "mlp_down_weight", layer, down)
+        product_BTF = self._product(gate_BTF, up_BTF)
+        if self.source.model.ffn_sub_norm:
+            product_BTF = self._norm(product_BTF, "ffn_sub_norm", layer)
+        return self._project(product_BTF, "mlp_down_weight", layer, down)
 
     def _product(self, gate: Tensor, up: Tensor) -> Tensor:
         model = self.source.model

@@ -233,6 +233,8 @@ def _model_rows(model: ModelConfig) -> Iterator[tuple[str, str]]:
         for name, on in (
             ("q/k/v bias", model.add_qkv_bias),
             ("q/k norm", model.qk_layernorm),
+            ("norm of attention outputs", model.attn_sub_norm),
+            ("norm of feed-forward products", model.ffn_sub_norm),
             (f"{model.num_sink_tokens} sink tokens", model.num_sink_tokens),
             *((kind.describe(model), True) for kind in transforms_of(model)),
         )

@@ -25,6 +25,8 @@ class SpikingBrainConfig(PretrainedConfig):
         output_bias: whether output projections of mixers have a bias (Llama and Qwen3 with their
             attention_bias).
         mlp_bias: whether the projections of SwiGLUs have biases; experts have none.
+        attn_sub_norm, ffn_sub_norm: whether an RMSNorm stands in front of the output projections of
+            attention, and of the down projections of SwiGLUs (BitNet b1.58, arXiv 2504.12285).
         qk_norm: RMSNorm over head_dim on queries and keys of every mixer (Qwen3).
         mixers: the mixers of each layer, a list of kinds ("linear_attention", "sliding_attention",
             "full_attention" and those that other files beside this one bring) that read the same input. Of
@@ -82,6 +84,8 @@ class SpikingBrainConfig(PretrainedConfig):
         output_bias: bool = False,
         mlp_bias: bool = False,
         qk_norm: bool = False,
+        attn_sub_norm: bool = False,
+        ffn_sub_norm: bool = False,
         mixers: list[list[str]] | None = None,
         feed_forwards: list[str] | None = None,
         sliding_window: int = 4096,
@@ -119,6 +123,8 @@ class SpikingBrainConfig(PretrainedConfig):
         self.output_bias = output_bias
         self.mlp_bias = mlp_bias
         self.qk_norm = qk_norm
+        self.attn_sub_norm = attn_sub_norm
+        self.ffn_sub_norm = ffn_sub_norm
         alternating = [["linear_attention"], ["sliding_attention"]]
         self.mixers = [alternating[i % 2] for i in range(num_hidden_layers)] if mixers is None else mixers
         self.feed_forwards = ["mlp"] * num_hidden_layers if feed_forwards is None else feed_forwards

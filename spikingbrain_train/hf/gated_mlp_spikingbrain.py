@@ -17,11 +17,15 @@ from .zeros_sparsellama import sparse_mlp
 class SpikingBrainMLP(GLAswaMLP):
     """Gate, up and down projection; where it has zeros, few tokens on a CPU are computed without them."""
 
-    def __init__(self, config: SpikingBrainConfig, width: int, bias: bool = False) -> None:
+    def __init__(
+        self, config: SpikingBrainConfig, width: int, bias: bool = False, sub_norm: bool = False
+    ) -> None:
         encoder = encoders_of(config.spiking)
-        super().__init__(config.hidden_size, width, activation_of(config), encoder, bias)
-        # Spikes stand between the activation and the down projection, which reads what they make of it.
-        self.skip_zeros = config.skip_zeros and config.spiking is None
+        eps = config.rms_norm_eps if sub_norm else None
+        super().__init__(config.hidden_size, width, activation_of(config), encoder, bias, eps)
+        # Spikes and norms stand between the activation and the down projection, which reads what they make
+        # of it.
+        self.skip_zeros = config.skip_zeros and config.spiking is None and not sub_norm
 
     def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """[..., hidden_size] to the same; `weight` [..., 1] is what the output counts, None is 1."""

@@ -31,6 +31,7 @@ def mixer_settings(
         cache_idx=place.cache_idx,
         bias="trained" if config.attention_bias else "none",
         output_bias=config.output_bias,
+        output_norm=config.attn_sub_norm,
         qk_norm=config.qk_norm or qk_norm,
         encoder=encoders_of(config.spiking),
     )

@@ -44,7 +44,10 @@ class GLAswaRMSNorm(nn.Module):
 
 
 class GLAswaMLP(nn.Module):
-    """Gate, up and down projection: a SwiGLU where the activation is silu."""
+    """Gate, up and down projection: a SwiGLU where the activation is silu.
+
+    With `sub_norm_eps` an RMSNorm stands in front of the down projection.
+    """
 
     def __init__(
         self,
@@ -53,11 +56,13 @@ class GLAswaMLP(nn.Module):
         activation: str | nn.Module,
         encoder: MakeEncoder = no_encoder,
         bias: bool = False,
+        sub_norm_eps: float | None = None,
     ) -> None:
         super().__init__()
         self.mlp_fc1_spikes = encoder("mlp_fc1", 0)
         self.gate_proj = nn.Linear(hidden_size, width, bias=bias)
         self.up_proj = nn.Linear(hidden_size, width, bias=bias)
+        self.ffn_sub_norm = nn.Identity() if sub_norm_eps is None else GLAswaRMSNorm(width, sub_norm_eps)
         self.mlp_fc2_spikes = encoder("mlp_fc2", 0)
         self.down_proj = nn.Linear(width, hidden_size, bias=bias)
         self.act_fn = ACT2FN[activation] if isinstance(activation, str) else activation
@@ -66,7 +71,7 @@ class GLAswaMLP(nn.Module):
         """[..., hidden_size] to the same; `weight` [..., 1] is what the output counts, None is 1."""
         x = self.mlp_fc1_spikes(x)
         gate, up = joint_outputs((self.gate_proj, self.up_proj), x)
-        inside = self.act_fn(gate) * up
+        inside = self.ffn_sub_norm(self.act_fn(gate) * up)
         if weight is not None:
             inside = (inside * weight).to(x.dtype)
         return self.down_proj(self.mlp_fc2_spikes(inside))
@@ -108,6 +113,8 @@ class MixerSettings:
     """Of q, k and v projections: "trained", "zeros" (stored, but not trained) or "none"."""
     output_bias: bool = False
     """Of the output projection."""
+    output_norm: bool = False
+    """RMSNorm over all heads in front of the output projection."""
     qk_norm: bool = False
     """RMSNorm over head_dim on queries and keys, before rotary positions and features."""
     encoder: MakeEncoder = no_encoder
@@ -129,6 +136,7 @@ class GLAswaAttention(nn.Module):
         self.q_proj = _input_projection(settings.bias, hidden, q_size)
         self.k_proj = _input_projection(settings.bias, hidden, kv_size)
         self.v_proj = _input_projection(settings.bias, hidden, kv_size)
+        self.attn_sub_norm = GLAswaRMSNorm(q_size, eps) if settings.output_norm else nn.Identity()
         self.attention_output_spikes = settings.encoder("attention_output", 0)
         self.o_proj = nn.Linear(q_size, hidden, bias=settings.output_bias)
         self.q_norm = GLAswaRMSNorm(self.head_dim, eps) if settings.qk_norm else nn.Identity()
@@ -143,7 +151,7 @@ class GLAswaAttention(nn.Module):
 
     def output(self, o_BTD: Tensor) -> Tensor:
         """What the layer adds to its input, [B, T, hidden_size]."""
-        return self.o_proj(self.attention_output_spikes(o_BTD))
+        return self.o_proj(self.attention_output_spikes(self.attn_sub_norm(o_BTD)))
 
 
 def _input_projection(bias: str, in_features: int, out_features: int) -> nn.Linear:

@@ -11,7 +11,7 @@ from .kinds_spikingbrain import FEED_FORWARDS, FeedForward
 
 
 def _mlp(config: SpikingBrainConfig) -> SpikingBrainMLP:
-    return SpikingBrainMLP(config, config.intermediate_size, config.mlp_bias)
+    return SpikingBrainMLP(config, config.intermediate_size, config.mlp_bias, config.ffn_sub_norm)
 
 
 FEED_FORWARDS.register(FeedForward("mlp", _mlp))

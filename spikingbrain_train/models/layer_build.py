@@ -48,7 +48,11 @@ def attention_submodules(build: LayerBuild) -> SelfAttentionSubmodules:
     return SelfAttentionSubmodules(
         linear_qkv=build.linears.column(Projection.qkv),
         core_attention=IdentityOp,  # our mixers compute what is between the projections themselves
-        linear_proj=build.linears.row(Projection.attention_output, bias=build.model.add_output_bias),
+        linear_proj=build.linears.row(
+            Projection.attention_output,
+            bias=build.model.add_output_bias,
+            sub_norm=build.model.attn_sub_norm,
+        ),
         q_layernorm=qk_norm,
         k_layernorm=qk_norm,
     )
@@ -58,5 +62,7 @@ def mlp_submodules(build: LayerBuild) -> MLPSubmodules:
     """Projections of any feed-forward that is an MLP of megatron-core, experts among them."""
     return MLPSubmodules(
         linear_fc1=build.linears.column(Projection.mlp_fc1, bias=build.model.add_mlp_bias),
-        linear_fc2=build.linears.row(Projection.mlp_fc2, bias=build.model.add_mlp_bias),
+        linear_fc2=build.linears.row(
+            Projection.mlp_fc2, bias=build.model.add_mlp_bias, sub_norm=build.model.ffn_sub_norm
+        ),
     )

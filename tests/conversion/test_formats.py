@@ -53,6 +53,8 @@ TIED_GATE = replace(DENSE.gla, gate=GateKind.tied, feature_map=FeatureMap.sigmoi
         ({"mixers": ["swa", "full"], "add_qkv_bias": True}, QWEN2),
         ({"add_qkv_bias": True, "add_output_bias": True, "add_mlp_bias": True}, LLAMA),
         ({"mixers": ["gla", "swa"], "add_mlp_bias": True}, SPIKINGBRAIN),
+        ({"attn_sub_norm": True}, SPIKINGBRAIN),
+        ({"mixers": ["gla", "swa"], "ffn_sub_norm": True}, SPIKINGBRAIN),
         ({"gla": TIED_GATE}, LLAMA),  # no layer has that gate
         ({"spiking": SpikingConfig(k=2.0)}, LLAMA),
         ({"spiking": SPIKES, "mixers": ["gla", "swa"]}, GLA_SWA),

@@ -54,6 +54,7 @@ MODELS: dict[str, ModelConfig] = {
     # The same models in evaluation are left out, and adapters, which are no part of an export.
     if not case.packed and not case.l1_factor and "drop-out" not in name and not case.model.lora.names
 } | {
+    "sub-norms, squared ReLU": CASES["sub-norms, squared ReLU"].model,
     "Mamba, norms and biases, sinks": CASES["Mamba, norms and biases, sinks, packed documents"].model,
     # Experts, both matrices of the gate and the output gate read spikes; scaled rotary positions.
     "76B-like, spiking, tied embeddings": replace(

@@ -159,6 +159,29 @@ CASES: Mapping[str, Case] = {
     "squared ReLU": Case(
         replace(_7B, mixers=["full"], activation_func=ActivationFunc.relu2, add_mlp_bias=True)
     ),
+    "sub-norms, squared ReLU": Case(
+        replace(
+            _7B,
+            mixers=["full", ["gla", "swa"]],
+            activation_func=ActivationFunc.relu2,
+            attn_sub_norm=True,
+            ffn_sub_norm=True,
+            num_sink_tokens=6,
+        ),
+        packed=True,
+    ),
+    "sub-norms, ternary weights, INT8 inputs": Case(
+        replace(
+            _7B,
+            mixers=["gdn", "full"],
+            attn_sub_norm=True,
+            ffn_sub_norm=True,
+            add_output_bias=True,
+            int8_inputs=Int8InputsConfig([each for each in Projection if each is not Projection.gate]),
+            ternary=TernaryConfig([each for each in Projection if each is not Projection.gate]),
+        ),
+        dtype=torch.float64,
+    ),
     "ReLU, L1": Case(
         replace(_7B, mixers=["full"], activation_func=ActivationFunc.relu, num_sink_tokens=6), l1_factor=5.0
     ),

@@ -126,6 +126,12 @@ CASES = {
     "window": Case(DENSE),
     "window, fp32": Case(DENSE, Precision.fp32),
     "window, q and k norms": Case(replace(DENSE, qk_layernorm=True)),
+    "window, sub-norms": Case(replace(DENSE, attn_sub_norm=True, ffn_sub_norm=True)),
+    "window, sub-norms, spiking, fp32": Case(
+        replace(DENSE, attn_sub_norm=True, ffn_sub_norm=True, spiking=SPIKES), Precision.fp32
+    ),
+    "GLA, sub-norms": Case(replace(GLA, attn_sub_norm=True, ffn_sub_norm=True)),
+    "delta rule, sub-norms": Case(replace(DELTA, attn_sub_norm=True, ffn_sub_norm=True)),
     "window, sinks": Case(replace(DENSE, num_sink_tokens=32)),
     "ReLU": Case(replace(DENSE, activation_func=ActivationFunc.relu)),
     "FATReLU, fp32": Case(replace(DENSE, activation_func=ActivationFunc.fatrelu), Precision.fp32),

@@ -110,6 +110,8 @@ class DenseFormat(LlamaLikeFormat):
             parts.append("biases of output projections")
         if model.add_mlp_bias and not self.mlp_bias:
             parts.append("biases of feed-forwards")
+        if model.attn_sub_norm or model.ffn_sub_norm:
+            parts.append("sub-norms")
         kinds = {} if parts else dict.fromkeys(self.layer_types(model))
         if self.windows is Windows.nowhere and _WINDOW in kinds:
             parts.append("sliding-window layers")

@@ -93,6 +93,8 @@ class GatedLinearSlidingWindowFormat(LlamaLikeFormat):
             parts.append("biases of output projections")
         if model.add_mlp_bias:
             parts.append("biases of feed-forwards")
+        if model.attn_sub_norm or model.ffn_sub_norm:
+            parts.append("sub-norms")
         if model.quantization.stored_scales:
             parts.append("stored scales of INT8 weights")
         if self._has_linear_layers(model):

@@ -59,12 +59,14 @@ _IN_LAYERS: Mapping[str, str] = {
     "v_bias": "v_proj.bias",
     "q_norm": "q_norm.weight",
     "k_norm": "k_norm.weight",
+    "attn_sub_norm": "attn_sub_norm.weight",
     "o_weight": "o_proj.weight",
     "o_bias": "o_proj.bias",
     "branch_weights": "branch_weights",
     "mlp_norm": "post_attention_layernorm.weight",
     "mlp_gate_weight": "gate_proj.weight",
     "mlp_up_weight": "up_proj.weight",
+    "ffn_sub_norm": "ffn_sub_norm.weight",
     "mlp_down_weight": "down_proj.weight",
     "mlp_gate_bias": "gate_proj.bias",
     "mlp_up_bias": "up_proj.bias",
@@ -152,6 +154,8 @@ class SpikingBrainFormat(LlamaLikeFormat):
         model.add_output_bias = keys.boolean("output_bias", False)
         model.add_mlp_bias = keys.boolean("mlp_bias", False)
         model.qk_layernorm = keys.boolean("qk_norm", False)
+        model.attn_sub_norm = keys.boolean("attn_sub_norm", False)
+        model.ffn_sub_norm = keys.boolean("ffn_sub_norm", False)
         model.num_sink_tokens = keys.integer("num_sink_tokens", 0, minimum=0)
         model.sliding_window = keys.integer("sliding_window", 4096)
         mixers = [[self.mixer_of(name) for name in names] for names in _lists(keys, "mixers", model, list)]
@@ -177,6 +181,8 @@ class SpikingBrainFormat(LlamaLikeFormat):
             "output_bias": model.add_output_bias,
             "mlp_bias": model.add_mlp_bias,
             "qk_norm": model.qk_layernorm,
+            "attn_sub_norm": model.attn_sub_norm,
+            "ffn_sub_norm": model.ffn_sub_norm,
             "mixers": [[kind.hf_layers[self.kinds] for kind in layer.mixers] for layer in layers(model)],
             "feed_forwards": [layer.feed_forward.hf_layers[self.kinds] for layer in layers(model)],
             "sliding_window": model.sliding_window,

@@ -16,6 +16,7 @@ from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ParallelLinearBackend
 from spikingbrain_train.models.linears.joined_rows import RowsOf, rows_of_projection
 from spikingbrain_train.models.linears.linear_transform import LinearTransform
+from spikingbrain_train.models.linears.sub_norm import with_sub_norm
 from spikingbrain_train.models.linears.transformed_linear import transformed
 
 
@@ -65,11 +66,20 @@ class ParallelLinears:
         column = self._biased(column) if bias else column
         return self.transformed(projection, column, weight_split_axis=0, rows_of=rows_of)
 
-    def row(self, projection: Projection, *, bias: bool = False) -> type:
-        """A linear whose input is split over tensor-parallel ranks; ``bias`` as for :meth:`column`."""
+    def row(self, projection: Projection, *, bias: bool = False, sub_norm: bool = False) -> type:
+        """A linear whose input is split over tensor-parallel ranks; ``bias`` as for :meth:`column`.
+
+        With ``sub_norm`` it reads its input through an RMSNorm of its own.
+        """
         _, row = self._classes()
         row = self._biased(row) if bias else row
-        return self.transformed(projection, row, row_parallel=True, weight_split_axis=1)
+        row = self.transformed(projection, row, row_parallel=True, weight_split_axis=1)
+        if sub_norm:
+            key = ("sub_norm", row)
+            if key not in self._made:
+                self._made[key] = with_sub_norm(row)
+            row = self._made[key]
+        return row
 
     def _biased(self, linear_class: Any) -> type:
         def __init__(self: Any, *args: Any, **kwargs: Any) -> None:

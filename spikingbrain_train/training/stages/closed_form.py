@@ -31,6 +31,7 @@ from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.config.stage import AlignmentConfig, AlignmentInputs, DecayStart
 from spikingbrain_train.data.loader import MicroBatch
 from spikingbrain_train.models.gpt_model import HybridGPTModel
+from spikingbrain_train.models.linears.sub_norm import first_reader, read_by
 from spikingbrain_train.models.mixers.alignable import (
     BalancesKeys,
     HasNormedHeads,
@@ -168,7 +169,7 @@ class ClosedFormStart:
         attention = theirs.self_attention
         with (
             _inputs_of(attention) as normed,
-            _inputs_of(attention.linear_proj) as heads,
+            _inputs_of(first_reader(attention.linear_proj)) as heads,
             _outputs_of(attention) as attended,
         ):
             after = self._through(theirs, self.teacher, each.teacher, each.batch.layout.without_sinks())
@@ -197,7 +198,8 @@ class ClosedFormStart:
             return 0.0
         fit = self._fit_of(mixer.linear_proj)
         for normed, each, lesson in zip(inputs, held, seen, strict=True):
-            fit.add(mixer.normed_heads(normed, each.layout), lesson.attended, each.rows)
+            heads = read_by(mixer.linear_proj, mixer.normed_heads(normed, each.layout))
+            fit.add(heads, lesson.attended, each.rows)
         return fit.solve(settings.calibration_ridge, "stage.alignment.calibration_ridge")
 
     def _set_half_lives(
