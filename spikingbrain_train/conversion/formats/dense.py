@@ -30,11 +30,13 @@ NAMES: Mapping[str, str] = {
     "v_bias": "model.layers.{layer}.self_attn.v_proj.bias",
     "q_norm": "model.layers.{layer}.self_attn.q_norm.weight",
     "k_norm": "model.layers.{layer}.self_attn.k_norm.weight",
+    "attn_sub_norm": "model.layers.{layer}.self_attn.attn_sub_norm.weight",
     "o_weight": "model.layers.{layer}.self_attn.o_proj.weight",
     "o_bias": "model.layers.{layer}.self_attn.o_proj.bias",
     "mlp_norm": "model.layers.{layer}.post_attention_layernorm.weight",
     "mlp_gate_weight": "model.layers.{layer}.mlp.gate_proj.weight",
     "mlp_up_weight": "model.layers.{layer}.mlp.up_proj.weight",
+    "ffn_sub_norm": "model.layers.{layer}.mlp.ffn_sub_norm.weight",
     "mlp_down_weight": "model.layers.{layer}.mlp.down_proj.weight",
     "mlp_gate_bias": "model.layers.{layer}.mlp.gate_proj.bias",
     "mlp_up_bias": "model.layers.{layer}.mlp.up_proj.bias",
@@ -84,6 +86,7 @@ class DenseFormat(LlamaLikeFormat):
         windows: Windows = Windows.nowhere,
         attention_bias: bool = False,
         mlp_bias: bool = False,
+        sub_norms: bool = False,
     ) -> None:
         self.architecture = architecture
         self.model_type = model_type
@@ -96,6 +99,8 @@ class DenseFormat(LlamaLikeFormat):
         """Whether its ``attention_bias`` gives q, k, v and output projections biases."""
         self.mlp_bias = mlp_bias
         """Whether its ``mlp_bias`` gives feed-forwards biases."""
+        self.sub_norms = sub_norms
+        """Whether norms stand in front of output and down projections."""
 
     def unsupported(self, model: ModelConfig) -> list[str]:
         parts = super().unsupported(model)
@@ -110,8 +115,12 @@ class DenseFormat(LlamaLikeFormat):
             parts.append("biases of output projections")
         if model.add_mlp_bias and not self.mlp_bias:
             parts.append("biases of feed-forwards")
-        if model.attn_sub_norm or model.ffn_sub_norm:
-            parts.append("sub-norms")
+        for name, is_there in (
+            ("norms in front of output projections", model.attn_sub_norm),
+            ("norms in front of down projections", model.ffn_sub_norm),
+        ):
+            if is_there != self.sub_norms:
+                parts.append(name if is_there else f"layers without {name}")
         kinds = {} if parts else dict.fromkeys(self.layer_types(model))
         if self.windows is Windows.nowhere and _WINDOW in kinds:
             parts.append("sliding-window layers")
@@ -137,6 +146,7 @@ class DenseFormat(LlamaLikeFormat):
         if keys.boolean("attention_bias", False):
             model.add_qkv_bias = model.add_output_bias = True
         model.add_mlp_bias = keys.boolean("mlp_bias", False)
+        model.attn_sub_norm = model.ffn_sub_norm = self.sub_norms
 
     def _read_layer_types(self, keys: ConfigKeys, num_layers: int) -> list[str]:
         """The kind of mixer of every layer, as the class in transformers decides. Raises CheckpointError."""

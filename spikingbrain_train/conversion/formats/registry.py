@@ -8,6 +8,7 @@ from typing import Any
 
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.conversion.formats.bitnet import BITNET
+from spikingbrain_train.conversion.formats.bitnet_masters import BITNET_MASTERS
 from spikingbrain_train.conversion.formats.config_keys import ConfigKeys
 from spikingbrain_train.conversion.formats.dense import LLAMA, MISTRAL, QWEN2, QWEN3
 from spikingbrain_train.conversion.formats.gguf import GGUF, GGUF_Q2_0
@@ -24,7 +25,7 @@ from spikingbrain_train.conversion.window_convention import WindowConvention
 from spikingbrain_train.errors import CheckpointError, ConfigurationError
 
 FORMATS: list[HfFormat] = [
-    *(LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, MAMBA, FALCON_MAMBA),
+    *(LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, MAMBA, FALCON_MAMBA, BITNET_MASTERS),
     *(SPARSE_LLAMA, GLA_SWA, SPIKINGBRAIN, W8ASPIKE, BITNET, GGUF, GGUF_Q2_0),
 ]
 """In the order in which an export tries them: what transformers has, what others read, then our own, then the

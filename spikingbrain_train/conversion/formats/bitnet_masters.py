@@ -1,0 +1,104 @@
+"""BitNetForCausalLM of transformers: sub-norms, squared ReLU, and floats that ternary weights are made of.
+
+``quantization_config`` of the class ``autobitlinear`` in the mode ``online`` rounds weights to ternary and
+inputs to INT8 numbers in every forward pass (arXiv 2504.12285, section 2). Without that key the same class
+multiplies by the floats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from spikingbrain_train.architecture.linear_transforms import LinearTransformKind, transforms_of
+from spikingbrain_train.config.linear_transforms import Int8InputsConfig, Projection, TernaryConfig
+from spikingbrain_train.config.model import ActivationFunc, ModelConfig
+from spikingbrain_train.conversion.formats.config_keys import ConfigKeys
+from spikingbrain_train.conversion.formats.dense import DenseFormat
+from spikingbrain_train.conversion.window_convention import WindowConvention
+from spikingbrain_train.storage.hf_config_file import CONFIG_FILE
+
+_QUANTIZATION = "quantization_config"
+_ONLINE = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"}
+_OUTPUT = "lm_head"
+_LINEARS = [each for each in Projection if each is not Projection.gate]
+
+
+class BitNetMastersFormat(DenseFormat):
+    """Every linear of a layer rounded in the forward pass, or none."""
+
+    name = "bitnet_masters"
+    holds = "dense models with the sub-norms of BitNet b1.58 2B4T"
+    rope_theta = 500000.0
+    activations: Mapping[ActivationFunc, str] = {  # its class's own first
+        each: each.value for each in (ActivationFunc.relu2, ActivationFunc.silu, ActivationFunc.relu)
+    }
+
+    def read(self, keys: ConfigKeys, window_convention: WindowConvention | None = None) -> ModelConfig:
+        model = super().read(ConfigKeys({self.norm_key: 1e-5, **keys.values}, keys.path), window_convention)
+        if keys.values.get(_QUANTIZATION) is not None:
+            model.ternary, model.int8_inputs = TernaryConfig(list(_LINEARS)), Int8InputsConfig(list(_LINEARS))
+        return model
+
+    def refuse(self, keys: ConfigKeys) -> None:
+        others = {key: value for key, value in keys.values.items() if key != _QUANTIZATION}
+        super().refuse(ConfigKeys(others, keys.path))
+        heads, hidden = keys.integer("num_attention_heads"), keys.integer("hidden_size")
+        if heads * keys.integer("head_dim", hidden // heads) != hidden:
+            raise keys.refuse(
+                "head_dim",
+                f"times num_attention_heads must be hidden_size = {hidden}, the width of attn_sub_norm",
+            )
+        said = keys.values.get(_QUANTIZATION)
+        if said is None:
+            return
+        if not isinstance(said, dict) or any(said.get(key) != value for key, value in _ONLINE.items()):
+            raise keys.refuse(
+                _QUANTIZATION,
+                "is read with linear_class autobitlinear and quantization_mode online, beside the weights "
+                "that ternary numbers are made of; import the unquantised checkpoint",
+            )
+        if said.get("use_rms_norm") or said.get("modules_to_not_convert") not in (None, [_OUTPUT]):
+            raise keys.refuse(
+                _QUANTIZATION,
+                f"is read without use_rms_norm, and with modules_to_not_convert null or {_OUTPUT} alone",
+            )
+
+    def unsupported(self, model: ModelConfig) -> list[str]:
+        parts = super().unsupported(model)
+        if model.kv_channels * model.num_attention_heads != model.hidden_size:
+            parts.append("heads that together are not as wide as hidden_size")
+        return parts
+
+    def leaves_out(self, model: ModelConfig) -> list[LinearTransformKind]:
+        return [] if _is_rounded(model) else super().leaves_out(model)
+
+    def describes(self, source: dict[str, Any], model: ModelConfig) -> bool:
+        described = self.read(ConfigKeys(source, Path(CONFIG_FILE)))
+        return super().describes({**source, _QUANTIZATION: None}, model) and _is_rounded(
+            model
+        ) == _is_rounded(described)
+
+    def config(self, model: ModelConfig, source: dict[str, Any] | None, dtype: str) -> dict[str, Any]:
+        config = super().config(model, source, dtype)
+        if not _is_rounded(model):
+            config.pop(_QUANTIZATION, None)
+        elif config.get(_QUANTIZATION) is None:
+            config[_QUANTIZATION] = dict(_ONLINE)
+        return config
+
+    def notes_on_export(self, model: ModelConfig) -> list[str]:
+        if not _is_rounded(model):
+            return []
+        return ["transformers rounds weights and inputs in every forward pass; it needs accelerate installed"]
+
+
+def _is_rounded(model: ModelConfig) -> bool:
+    """Whether every linear of a layer has ternary weights and INT8 inputs, and nothing else is done."""
+    linears = set(_LINEARS)
+    both = set(model.ternary.projections) == set(model.int8_inputs.projections) == linears
+    return both and len(transforms_of(model)) == 2
+
+
+BITNET_MASTERS = BitNetMastersFormat("BitNetForCausalLM", "bitnet", attention_bias=True, sub_norms=True)
