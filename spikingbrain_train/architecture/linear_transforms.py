@@ -19,6 +19,7 @@ from spikingbrain_train.architecture.weights import Weight
 from spikingbrain_train.config.linear_transforms import Projection
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.require import require
+from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.config.stage import StageConfig
 from spikingbrain_train.errors import ConfigurationError
 
@@ -85,6 +86,13 @@ class LinearTransformKind(Kind):
     def stored_beside(self, model: ModelConfig, weight: Weight) -> tuple[Weight, ...]:
         """Descriptions of that for one weight of a layer."""
         return ()
+
+    def activation_bytes(self, config: RunConfig, weight: Weight) -> float:
+        """Bytes per token that it keeps for the backward pass beside one weight of a layer, on one rank.
+
+        Copies of inputs and weights are no part of it: see ``changes_input`` and ``changes_weight``.
+        """
+        return 0.0
 
     def owns(self, weight: str) -> bool:
         """Whether a weight, by its name, is one of those that it stores beside others and trains."""

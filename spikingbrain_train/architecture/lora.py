@@ -12,11 +12,13 @@ from dataclasses import replace
 from spikingbrain_train.architecture.initializers import Constant, Uniform
 from spikingbrain_train.architecture.layers import alike, layers
 from spikingbrain_train.architecture.linear_transforms import LINEAR_TRANSFORMS, LinearTransformKind
+from spikingbrain_train.architecture.sizes import bytes_per_element
 from spikingbrain_train.architecture.weights import Split, Weight
 from spikingbrain_train.config.linear_transforms import Projection
 from spikingbrain_train.config.lora import LoraTarget
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.require import require
+from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.config.stage import StageConfig
 from spikingbrain_train.errors import CheckpointError
 
@@ -39,6 +41,8 @@ TARGETS: dict[str, tuple[LoraTarget, ...]] = {
 }
 """The matrices that lie in a projection, in order."""
 
+_MASK = 1
+"""Byte of a channel that dropout keeps or hides."""
 _BY_COLUMNS = (Projection.attention_output, Projection.mlp_fc2)
 _MATRIX = re.compile(r"(?:^|.*\.)lora\.(?P<target>\w+)\.(?P<name>[A-Za-z0-9-]+)_(?P<letter>[AB])")
 
@@ -93,6 +97,28 @@ class LoraKind(LinearTransformKind):
         # Order, weights and what trains are free: an adapter is known by its name.
         known = replace(lora, names=stored.lora.names, ranks=stored.lora.ranks, trained=[])
         return replace(model, lora=known if set(lora.names) == set(stored.lora.names) else lora)
+
+    def activation_bytes(self, config: RunConfig, weight: Weight) -> float:
+        """``A x`` of each adapter as B reads it, and with dropout the input that A reads, with a mask.
+
+        Ranks have ``A x`` of a column-parallel linear for all tokens, that of a row-parallel one for their
+        share of the sequence under sequence parallelism.
+        """
+        parallel, element = config.parallel, bytes_per_element(config.precision)
+        tensor = parallel.tensor_model_parallel_size
+        share = tensor if parallel.sequence_parallel else 1
+        total = 0.0
+        for factor in self.stored_beside(config.model, weight):
+            if not factor.name.endswith("_A"):
+                continue
+            # Of routed experts those that a token meets; their tensor ranks have all of their tokens.
+            met = factor.active[0] if factor.copies is not None else 1
+            is_row_parallel = factor.by_columns
+            rank, inputs = factor.shapes[0]
+            total += met * rank * element / (share if is_row_parallel and factor.copies is None else 1)
+            if config.model.lora.dropout:
+                total += met * inputs * (element + _MASK) / (tensor if is_row_parallel else share)
+        return total
 
     def stored_beside(self, model: ModelConfig, weight: Weight) -> tuple[Weight, ...]:
         """A [rank, inputs] and B [outputs, rank] of each matrix in a weight and each adapter."""

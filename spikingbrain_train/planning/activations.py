@@ -12,7 +12,11 @@ from collections.abc import Iterable
 
 from spikingbrain_train.architecture.feed_forwards import Activations
 from spikingbrain_train.architecture.layers import Layer, alike
-from spikingbrain_train.architecture.linear_transforms import keeps_its_input, keeps_its_weight
+from spikingbrain_train.architecture.linear_transforms import (
+    LINEAR_TRANSFORMS,
+    keeps_its_input,
+    keeps_its_weight,
+)
 from spikingbrain_train.architecture.sizes import FP32, bytes_per_element, rank_tokens, row_bytes
 from spikingbrain_train.architecture.weights import Weight
 from spikingbrain_train.config.parallel import Recompute
@@ -60,15 +64,30 @@ def layer_weight_copies(config: RunConfig, layer: Layer) -> Activations:
     return Activations(mixer + feed_forward)
 
 
+def layer_transforms(config: RunConfig, layer: Layer) -> Activations:
+    """What linear transforms keep beside the weights of a layer, per token: adapters."""
+
+    def kept(weights: Iterable[Weight]) -> float:
+        return sum(kind.activation_bytes(config, each) for each in weights for kind in LINEAR_TRANSFORMS)
+
+    mixer = kept(layer.mixer_weights(config.model))
+    feed_forward = kept(layer.feed_forward_weights(config.model))
+    if config.parallel.recompute in (Recompute.moe_feed_forward, Recompute.moe_layer):
+        return Activations(mixer, feed_forward)
+    return Activations(mixer + feed_forward)
+
+
 def layer_activations(config: RunConfig, layer: Layer) -> Activations:
     """A whole layer: residuals and norms, the mixer, the feed-forward."""
     row, ffn = row_bytes(config), layer.feed_forward.activations(config)
     # The residual in front of mixer and feed-forward, and what either norm makes of it.
     rows = 4 if layer.feed_forward.is_there else 2
-    kept = rows * row + mixer_activations(config, layer) + ffn.kept
+    beside = layer_transforms(config, layer)
+    kept = rows * row + mixer_activations(config, layer) + ffn.kept + beside.kept
+    recomputed = ffn.recomputed + beside.recomputed
     if config.parallel.recompute is Recompute.full:
-        return Activations(row, kept + ffn.recomputed)
-    return Activations(kept, ffn.recomputed)
+        return Activations(row, kept + recomputed)
+    return Activations(kept, recomputed)
 
 
 def layer_working(config: RunConfig, layer: Layer) -> float:

@@ -15,11 +15,13 @@ import torch
 from safetensors.torch import load_file
 
 from spikingbrain_train.config.linear_transforms import Projection, QuantizationConfig, SpikingConfig
+from spikingbrain_train.config.lora import LoraConfig
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.config.stage import DistillationConfig
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.reporting.metrics import read_metrics
+from tests.distributed.adapted import assert_only_adapters_changed
 from tests.distributed.pool import RankFailure, RankPool
 from tests.distributed.small_runs import MODEL, MODEL_76B, checkpoint_config, run_config, train
 
@@ -159,6 +161,18 @@ def test_any_ranks_write_the_same_cache_and_only_what_is_missing(
         assert written == [killed.name] and not list(folder.glob(".samples_*"))
         with pytest.raises(RankFailure, match=r"keeps 64 tokens and 64 drawn ones, not 64 and 7"):
             ranks.run(_write, config, folder, 7, world_size=2, parallel=parallel)
+
+
+def test_adapters_alone_learn_from_a_teacher(
+    ranks: RankPool, tmp_path: Path, text: Path, teacher: Path, hybrid_76b_checkpoint: Path
+) -> None:
+    config = _config(tmp_path, text, hybrid_76b_checkpoint, teacher)
+    config.model = replace(config.model, lora=LoraConfig(names=["code"], ranks=[2]))
+    config.optimizer.lr = 1e-2
+    ranks.run(train, config, world_size=1, parallel=ONE)
+    losses = [point["train/kl_divergence"] for point in read_metrics(tmp_path)]
+    assert losses[-1] < losses[0]
+    assert_only_adapters_changed(hybrid_76b_checkpoint, tmp_path / "checkpoints")
 
 
 def test_a_float_teacher_teaches_int8_weights_and_spikes(

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from spikingbrain_train.config.linear_transforms import Projection, QuantizationConfig
+from spikingbrain_train.config.lora import LoraConfig
 from spikingbrain_train.config.model import ActivationFunc
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import RunConfig
@@ -27,6 +28,7 @@ from spikingbrain_train.data.packed_examples import PackedExamples
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.reporting.metrics import read_metrics
 from spikingbrain_train.training.callbacks.callback import Callback
+from tests.distributed.adapted import assert_only_adapters_changed
 from tests.distributed.pool import RankPool
 from tests.distributed.small_runs import MODEL, MODEL_76B, ByteTokenizer, checkpoint_config, run_config, train
 from tests.distributed.test_bad_batches import _train as _train_with_bad_batches
@@ -246,6 +248,21 @@ def test_a_run_that_was_interrupted_ends_bit_for_bit_the_same(
     _interrupt_after(shutil.copytree(folder, tmp_path / "run"), 2)
     (rest,) = ranks.run(train, config, world_size=1, parallel=ONE_RANK)
     assert rest == expected[2:]
+
+
+def test_adapters_alone_learn_answers(
+    ranks: RankPool, tmp_path: Path, chats: str, hybrid_checkpoint: Path
+) -> None:
+    """The same on two tensor-parallel ranks, at 1e-5 of four steps of AdamW."""
+    model = replace(MODEL, lora=LoraConfig(names=["chat"], ranks=[2]))
+    found = []
+    for name, size in (("one", 1), ("two", 2)):
+        parallel = TOPOLOGIES["TP 2"] if size == 2 else ONE_RANK
+        config = _config(tmp_path / name, chats, hybrid_checkpoint, parallel, model)
+        found.append(ranks.run(train, config, world_size=size, parallel=parallel)[0])
+        assert_only_adapters_changed(hybrid_checkpoint, tmp_path / name / "checkpoints")
+    assert found[0][-1][0] < found[0][0][0]
+    torch.testing.assert_close(torch.tensor(found[1]), torch.tensor(found[0]), rtol=1e-5, atol=0)
 
 
 def test_weights_anneal_to_int8_numbers(

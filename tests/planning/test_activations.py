@@ -21,6 +21,7 @@ from torch import Tensor
 from spikingbrain_train.architecture.layers import layers
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.config.linear_transforms import Projection, QuantizationConfig, SpikingConfig
+from spikingbrain_train.config.lora import LoraConfig
 from spikingbrain_train.config.mamba import MambaConfig
 from spikingbrain_train.config.model import (
     ActivationFunc,
@@ -79,6 +80,7 @@ EXPERTS = replace(
     DENSE, feed_forwards=["moe"], moe=MoEConfig(num_experts=4, router_topk=1, num_shared_experts=1)
 )
 SPIKES = SpikingConfig(projections=list(Projection))
+ADAPTERS = LoraConfig(names=["one", "two"], ranks=[32])
 OPTIONS = GatedLinearAttentionConfig(qk_norm=True, rotary=True, num_query_groups=4, output_gate=True)
 DELTA = replace(DENSE, mixers=["gdn"])
 DELTA_OPTIONS = GatedDeltaRuleConfig(
@@ -174,6 +176,10 @@ CASES = {
         replace(DENSE, qk_layernorm=True, quantization=QuantizationConfig(keys_and_values=True))
     ),
     "window, spiking": Case(replace(DENSE, spiking=SPIKES)),
+    "window, adapters": Case(replace(DENSE, lora=ADAPTERS)),
+    "window, adapters, fp32": Case(replace(DENSE, lora=ADAPTERS), Precision.fp32),
+    "GLA, adapters": Case(replace(GLA, lora=ADAPTERS)),
+    "experts, adapters": Case(replace(EXPERTS, moe=replace(EXPERTS.moe, router_topk=2), lora=ADAPTERS)),
     "GLA, fixed decay": Case(replace(GLA, gla=GatedLinearAttentionConfig(gate=GateKind.fixed))),
     "GLA, fixed decay, fla": Case(
         replace(GLA, gla=GatedLinearAttentionConfig(gate=GateKind.fixed)), fla=True
@@ -297,6 +303,15 @@ def kept(ranks: RankPool) -> dict[str, list[float]]:
 @pytest.mark.parametrize("name", CASES)
 def test_a_layer_keeps_what_is_planned(name: str, kept: dict[str, list[float]]) -> None:
     _assert_close(kept[name], _planned(CASES[name], 1))
+
+
+def test_dropout_of_adapters_keeps_what_is_planned(ranks: RankPool) -> None:
+    """Planned is the mask of GPUs, a byte a channel; torch's on a CPU has the activations' number format."""
+    case = Case(replace(DENSE, lora=replace(ADAPTERS, dropout=0.1)))
+    ((measured,),) = ranks.run(_kept_by_layers, [case], world_size=1, parallel=ParallelConfig())
+    channels = 2 * (5 * 256 + 512 + 640)  # q, k, v, gate, up; o; down: of two adapters
+    (planned,) = _planned(case, 1)
+    _assert_close(measured, [planned + channels * (2 - 1)])
 
 
 @pytest.mark.parametrize("method", METHODS)
