@@ -74,7 +74,11 @@ class ParallelConfig:
     tensor_model_parallel_size: int = setting(1, minimum=1, resume=SAID)
     """Ranks over which heads, feed-forward columns and the vocabulary are split."""
     pipeline_model_parallel_size: int = setting(1, minimum=1, resume=SAID)
-    """Pipeline stages; num_layers must be divisible by it."""
+    """Pipeline stages, each with as many layers as the others unless pipeline_model_parallel_layout says
+    otherwise."""
+    pipeline_model_parallel_layout: list[int] | None = setting(None, minimum=1, resume=SAID)
+    """Layers of each pipeline stage, the first one's first, e.g. [6,8,8,6] for 28: the first stage has the
+    embedding besides, the last one the vocabulary projection and the loss. Null spreads layers evenly."""
     context_parallel_size: int = setting(1, minimum=1, resume=SAID)
     """Ranks over which every sequence is split in contiguous slices."""
     expert_model_parallel_size: int = setting(1, minimum=1, resume=SAID)

@@ -209,6 +209,8 @@ def reshard_checkpoint(
 def describe_layout(parallel: ParallelConfig, model: ModelConfig) -> str:
     """Degrees in a few words: ``TP 2 x PP 2``, with ``x EP 4`` where there are experts."""
     words = f"TP {parallel.tensor_model_parallel_size} x PP {parallel.pipeline_model_parallel_size}"
+    if parallel.pipeline_model_parallel_layout is not None:
+        words += f" ({' + '.join(str(number) for number in parallel.pipeline_model_parallel_layout)} layers)"
     if not has_experts(model):
         return words
     words += f" x EP {parallel.expert_model_parallel_size}"

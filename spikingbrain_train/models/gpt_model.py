@@ -12,6 +12,8 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.transformer_block import get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
 from spikingbrain_train.architecture.linear_transforms import freezes_base
@@ -71,12 +73,12 @@ class HybridGPTModel(GPTModel):
         pre_process: bool = True,
         post_process: bool = True,
     ) -> None:
-        layers_per_stage = config.num_layers // config.pipeline_model_parallel_size
-        first_layer = parallel_state.get_pipeline_model_parallel_rank() * layers_per_stage
         super().__init__(
             config=config,
             transformer_layer_spec=block_spec(
-                layer_build(model, kernels, context_parallel), first_layer, layers_per_stage
+                layer_build(model, kernels, context_parallel),
+                get_transformer_layer_offset(config),
+                get_num_layers_to_build(config),
             ),
             vocab_size=model.padded_vocab_size(config.tensor_model_parallel_size),
             max_sequence_length=model.max_position_embeddings,

@@ -78,6 +78,7 @@ def transformer_config(
         use_cpu_initialization=on_cpu,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        pipeline_model_parallel_layout=_pipeline_layout(parallel),
         context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         params_dtype=dtype,
@@ -95,6 +96,16 @@ def transformer_config(
         **entry_of(parallel.recompute, _RECOMPUTE, "megatron-core's settings of recomputation"),
         **_feed_forwards(model, parallel),
     )
+
+
+def _pipeline_layout(parallel: ParallelConfig) -> list[list[str]] | None:
+    """What each pipeline stage holds, in megatron-core's words; None leaves even stages to it."""
+    if parallel.pipeline_model_parallel_layout is None:
+        return None
+    stages = [["decoder"] * number for number in parallel.pipeline_model_parallel_layout]
+    stages[0].insert(0, "embedding")
+    stages[-1].append("loss")
+    return stages
 
 
 _RECOMPUTE: dict[Recompute, dict[str, Any]] = {

@@ -52,8 +52,15 @@ def new_parameters(model: ModelConfig) -> int:
 
 def stage_layers(model: ModelConfig, parallel: ParallelConfig, stage: int) -> range:
     """The decoder layers (0-based) of pipeline stage ``stage``."""
-    number = model.num_layers // parallel.pipeline_model_parallel_size
-    return range(stage * number, (stage + 1) * number)
+    numbers = layers_per_stage(model, parallel)
+    first = sum(numbers[:stage])
+    return range(first, first + numbers[stage])
+
+
+def layers_per_stage(model: ModelConfig, parallel: ParallelConfig) -> list[int]:
+    """How many decoder layers each pipeline stage has, in a layout that fits the model."""
+    stages = parallel.pipeline_model_parallel_size
+    return parallel.pipeline_model_parallel_layout or [model.num_layers // stages] * stages
 
 
 def layers_of_stage(model: ModelConfig, parallel: ParallelConfig, stage: int) -> list[Layer]:

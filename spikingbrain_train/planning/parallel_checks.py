@@ -73,7 +73,7 @@ def how_to_start(ranks: int, environment: Mapping[str, str] | None = None) -> st
 
 def check_split(model: ModelConfig, parallel: ParallelConfig) -> None:
     """The network against the degrees that split it. Raises ConfigurationError."""
-    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    tensor = parallel.tensor_model_parallel_size
     shared = gcd(model.num_attention_heads, model.num_query_groups, model.ffn_hidden_size)
     for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
         size = getattr(model, name)
@@ -82,17 +82,37 @@ def check_split(model: ModelConfig, parallel: ParallelConfig) -> None:
             f"parallel.tensor_model_parallel_size={tensor} does not divide model.{name}={size}; "
             f"valid for this model are {either(divisors(shared))}",
         )
-    require(
-        model.num_layers % pipeline == 0,
-        f"parallel.pipeline_model_parallel_size={pipeline} does not divide "
-        f"model.num_layers={model.num_layers}; valid are {either(divisors(model.num_layers))}",
-    )
+    _check_pipeline_layout(model, parallel)
     if not has_experts(model):
         _check_nothing_for_experts(parallel)
     for feed_forward in feed_forwards_of(model):
         feed_forward.check_split(model, parallel)
     for mixer in mixers_of(model):
         mixer.check_split(model, parallel)
+
+
+def _check_pipeline_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
+    stages, layout = parallel.pipeline_model_parallel_size, parallel.pipeline_model_parallel_layout
+    setting = "parallel.pipeline_model_parallel_layout"
+    if layout is None:
+        require(
+            model.num_layers % stages == 0,
+            f"parallel.pipeline_model_parallel_size={stages} does not divide model.num_layers="
+            f"{model.num_layers}; valid are {either(divisors(model.num_layers))}, or any up to "
+            f"{model.num_layers} with the layers of each stage in {setting}",
+        )
+        return
+    shown = f"{setting}=[{','.join(str(number) for number in layout)}]"
+    require(
+        len(layout) == stages,
+        f"{shown} has the layers of {len(layout)} stages, but parallel.pipeline_model_parallel_size is "
+        f"{stages}; give one number a stage, or null for even stages",
+    )
+    require(
+        sum(layout) == model.num_layers,
+        f"{shown} has {sum(layout)} layers in all, but model.num_layers is {model.num_layers}; give numbers "
+        "that add up to it, or null for even stages",
+    )
 
 
 def _check_nothing_for_experts(parallel: ParallelConfig) -> None:

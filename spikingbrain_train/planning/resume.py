@@ -25,6 +25,7 @@ from spikingbrain_train.config.run_record import (
 from spikingbrain_train.config.setting import OTHER_ORDER, OnChange, Role, decisions, leaves
 from spikingbrain_train.config.shown import shown
 from spikingbrain_train.errors import CheckpointError
+from spikingbrain_train.planning.costs import layers_per_stage
 from spikingbrain_train.planning.sound_checkpoint import newest_sound
 from spikingbrain_train.storage.checkpoint_folder import (
     CHECKPOINT_FOLDER,
@@ -104,12 +105,13 @@ def nothing_left(config: RunConfig, stored: StoredRun) -> str | None:
     )
 
 
-def topology(config: RunConfig, world_size: int) -> dict[str, int]:
-    """The degrees of parallelism of ``world_size`` ranks, with those that nulls stand for."""
+def topology(config: RunConfig, world_size: int) -> dict[str, Any]:
+    """How ``world_size`` ranks share the work, with the values that nulls stand for."""
     parallel = config.parallel
     degrees = {
         "parallel.tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "parallel.pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "parallel.pipeline_model_parallel_layout": layers_per_stage(config.model, parallel),
         "parallel.context_parallel_size": parallel.context_parallel_size,
         "parallel.data_parallel_size": world_size // parallel.model_parallel_size,
     }

@@ -181,6 +181,10 @@ TOPOLOGIES: dict[str, tuple[int, ParallelConfig]] = {
     "TP 2": (2, ParallelConfig(tensor_model_parallel_size=2)),
     "TP 2 + sequence parallel": (2, ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)),
     "PP 2": (2, ParallelConfig(pipeline_model_parallel_size=2)),
+    "PP 2, uneven": (
+        2,
+        ParallelConfig(pipeline_model_parallel_size=2, pipeline_model_parallel_layout=[3, 1]),
+    ),
     "DP 2": (2, ParallelConfig()),
     "DP 2, distributed optimizer": (2, ParallelConfig(use_distributed_optimizer=True)),
     "EP 2": (2, ParallelConfig(expert_model_parallel_size=2)),

@@ -211,6 +211,23 @@ def test_a_run_saved_at_tp2_pp2_resumes_at_dp2(
     assert [loss for loss, _ in resumed] == pytest.approx([loss for loss, _ in uninterrupted[3:]], rel=1e-4)
 
 
+def test_a_run_saved_by_even_stages_resumes_by_uneven_ones(
+    ranks: RankPool, tmp_path: Path, text: Path, hybrid_checkpoint: Path
+) -> None:
+    even = ParallelConfig(pipeline_model_parallel_size=2, use_distributed_optimizer=True)
+    uneven = replace(even, pipeline_model_parallel_layout=[1, 3])
+    config = run_config(
+        tmp_path, text, parallel=even, checkpoint=checkpoint_config(hybrid_checkpoint, save_interval=3)
+    )
+    config.stage = replace(config.stage, train_iters=6, micro_batch_size=2)
+    uninterrupted, *_ = ranks.run(train, config, world_size=2, parallel=even)
+    _interrupt_after(tmp_path, 3)
+
+    resumed, *_ = ranks.run(train, replace(config, parallel=uneven), world_size=2, parallel=uneven)
+
+    assert [loss for loss, _ in resumed] == pytest.approx([loss for loss, _ in uninterrupted[3:]], rel=1e-5)
+
+
 def test_a_run_that_is_done_resumes_to_nothing(
     ranks: RankPool, tmp_path: Path, text: Path, hybrid_checkpoint: Path
 ) -> None:

@@ -49,6 +49,7 @@ CASES += [
     (kind, name) for kind in ("packed", "76B") for name in ("TP 2 + sequence parallel x CP 2", "PP 2 x CP 2")
 ]
 CASES += [(kind, "PP 2 x CP 2") for kind in ("76B align", "76B distill")]
+CASES += [(kind, "PP 2, uneven") for kind in ("76B align", "distill")]
 CASES += [
     ("align on its own inputs", name)
     for name in ("TP 2 + sequence parallel", "PP 2 x CP 2", "DP 2, distributed optimizer")

@@ -58,6 +58,7 @@ def test_a_valid_run_is_accepted_at_every_world_size_that_fits():
 
 
 TP, PP = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"
+LAYOUT = "parallel.pipeline_model_parallel_layout"
 RAMP = "stage.batch_size_ramp"
 CP, EP = "parallel.context_parallel_size", "parallel.expert_model_parallel_size"
 ETP, SP = "parallel.expert_tensor_parallel_size", "parallel.sequence_parallel"
@@ -81,7 +82,11 @@ REFUSED: list[tuple[dict[str, Any], int, list[str]]] = [
     ({TP: 8}, 8, [f"{TP}=8", "model.num_query_groups=4", "1, 2 or 4"]),
     ({TP: 3}, 3, [f"{TP}=3", "model.num_attention_heads=8", "1, 2 or 4"]),
     ({TP: 4, "model.ffn_hidden_size": 130}, 4, [f"{TP}=4", "model.ffn_hidden_size=130", "1 or 2"]),
-    ({PP: 3}, 3, [f"{PP}=3", "model.num_layers=8", "1, 2, 4 or 8"]),
+    ({PP: 3}, 3, [f"{PP}=3", "model.num_layers=8", "1, 2, 4 or 8", f"each stage in {LAYOUT}"]),
+    ({PP: 3, LAYOUT: [4, 4]}, 3, [f"{LAYOUT}=[4,4]", "2 stages", f"{PP} is 3", "null for even"]),
+    ({LAYOUT: [4, 4]}, 1, [f"{LAYOUT}=[4,4]", "2 stages", f"{PP} is 1"]),
+    ({PP: 3, LAYOUT: [3, 3, 3]}, 3, [f"{LAYOUT}=[3,3,3]", "9 layers", "model.num_layers is 8"]),
+    ({PP: 3, LAYOUT: [0, 4, 4]}, 3, [LAYOUT, "at least 1"]),
     ({"parallel.sequence_parallel": True}, 1, ["parallel.sequence_parallel", TP, "2 or more"]),
     ({"parallel.overlap_param_gather": True}, 2, ["parallel.use_distributed_optimizer=true"]),
     (

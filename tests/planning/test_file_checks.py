@@ -257,8 +257,16 @@ class TestTeacher:
             tmp_path / "half",
             dataclasses.replace(HYBRID, mixers=["full", "full", "gla", "swa"]),
         )
-        with pytest.raises(ConfigurationError, match="layers 2 to 3 have the teacher's mixers; valid are 1$"):
+        with pytest.raises(
+            ConfigurationError, match="layers 2 to 3 have the teacher's mixers; even stages can be 1$"
+        ):
             check_run_config(run, world_size=2)
+        run.parallel.pipeline_model_parallel_layout = [3, 1]
+        with pytest.raises(ConfigurationError, match=r"layout=\[3,1\] leaves .* layer 3 has the teacher's"):
+            check_run_config(run, world_size=2)
+        run.parallel.pipeline_model_parallel_layout = [1, 3]
+        check_run_config(run, world_size=2)
+        run.parallel.pipeline_model_parallel_layout = None
         run.model.mixers = ["swa", "gla", "full", "swa"]
         check_run_config(run, world_size=2)
 

@@ -376,6 +376,15 @@ class TestMemory:
         first, second, third, _ = (stage.memory.activations - passing for stage in stages)
         assert first == pytest.approx(2 * third) and second == pytest.approx(1.5 * third)
 
+    def test_stages_are_as_long_as_the_layout_has_them(self) -> None:
+        layout = ParallelConfig(pipeline_model_parallel_size=3, pipeline_model_parallel_layout=[1, 2, 1])
+        same = dataclasses.replace(LLAMA, mixers=["swa"])
+        first, second, third = plan_run(run_of(same, layout), 3).stages
+        assert (first.layers, second.layers, third.layers) == (range(1), range(1, 3), range(3, 4))
+        even = ParallelConfig(pipeline_model_parallel_size=4)
+        ends = [stage.parameters for stage in plan_run(run_of(same, even), 4).stages]
+        assert [first.parameters, second.parameters, third.parameters] == [ends[0], 2 * ends[1], ends[3]]
+
     def test_a_slice_of_the_sequence_takes_its_share_of_the_activations(self) -> None:
         # Without a vocabulary to speak of, whose gradient is as large on any slice.
         model = dataclasses.replace(SPIKINGBRAIN_76B_LIKE, vocab_size=1, make_vocab_size_divisible_by=1)

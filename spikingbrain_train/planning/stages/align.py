@@ -22,6 +22,7 @@ from spikingbrain_train.planning.costs import (
     mixer_core_flops,
     mixer_parameters,
     mixer_projections,
+    stage_layers,
 )
 from spikingbrain_train.planning.stages.kind import StageKind
 
@@ -193,7 +194,7 @@ def _check_every_stage_aligns(model: ModelConfig, teacher: ModelConfig, parallel
     megatron-core can neither step nor save an optimizer of nothing.
 
     Args:
-        model: the network that is aligned; its layers are divisible by the pipeline degree.
+        model: the network that is aligned, whose layers the pipeline's stages share.
         teacher: its teacher, of as many layers.
         parallel: degrees that split it.
 
@@ -203,16 +204,23 @@ def _check_every_stage_aligns(model: ModelConfig, teacher: ModelConfig, parallel
     pairs = zip(layers(model), layers(teacher), strict=True)
     trained = [mine.mixers != theirs.mixers for mine, theirs in pairs]
 
-    def idle(degree: int) -> list[range]:
-        size = len(trained) // degree
-        stages = [range(first, first + size) for first in range(0, len(trained), size)]
+    def idle(split: ParallelConfig) -> list[range]:
+        stages = (stage_layers(model, split, each) for each in range(split.pipeline_model_parallel_size))
         return [stage for stage in stages if not any(trained[layer] for layer in stage)]
 
-    pipeline = parallel.pipeline_model_parallel_size
-    for stage in idle(pipeline)[:1]:
-        fitting = [degree for degree in divisors(len(trained)) if not idle(degree)]
+    def evenly(degree: int) -> ParallelConfig:
+        return ParallelConfig(pipeline_model_parallel_size=degree)
+
+    pipeline, layout = parallel.pipeline_model_parallel_size, parallel.pipeline_model_parallel_layout
+    setting = f"size={pipeline}" if layout is None else f"layout=[{','.join(map(str, layout))}]"
+    for stage in idle(parallel)[:1]:
+        fitting = [degree for degree in divisors(len(trained)) if not idle(evenly(degree))]
         raise ConfigurationError(
-            f"parallel.pipeline_model_parallel_size={pipeline} leaves a pipeline stage nothing to train in "
-            f"stage.kind=align: layers {stage.start} to {stage.stop - 1} have the teacher's mixers; "
-            f"valid are {either(fitting)}"
+            f"parallel.pipeline_model_parallel_{setting} leaves a pipeline stage nothing to train in "
+            f"stage.kind=align: {_layers(stage)} the teacher's mixers; even stages can be {either(fitting)}"
         )
+
+
+def _layers(stage: range) -> str:
+    last = stage.stop - 1
+    return f"layer {last} has" if len(stage) == 1 else f"layers {stage.start} to {last} have"
