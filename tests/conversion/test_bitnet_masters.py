@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from spikingbrain_train.config.conversion import ConversionConfig
 from spikingbrain_train.config.load import load_model_config
 from spikingbrain_train.config.model import ActivationFunc
 from spikingbrain_train.config.parallel import ParallelConfig
@@ -21,7 +22,7 @@ from spikingbrain_train.conversion.export_checkpoint import export_checkpoint
 from spikingbrain_train.conversion.formats.config_keys import ConfigKeys
 from spikingbrain_train.conversion.formats.registry import format_of_config, parse_hf_config
 from spikingbrain_train.conversion.import_checkpoint import import_checkpoint
-from spikingbrain_train.errors import CheckpointError
+from spikingbrain_train.errors import CheckpointError, ConfigurationError
 from tests.conversion.hf_models import SIZES, all_tensors, randomise
 from tests.conversion.megatron_models import TOKENS, megatron_logits
 from tests.distributed.pool import RankPool
@@ -118,3 +119,9 @@ def test_what_its_class_has_by_default_is_read_where_config_json_is_silent() -> 
     model, theirs = hf_format.read(ConfigKeys(values, Path("config.json"))), bitnet.BitNetConfig(**SIZES)
     assert (model.norm_epsilon, model.rotary_base) == (theirs.rms_norm_eps, 500000.0)
     assert model.activation_func.value == theirs.hidden_act
+
+
+def test_no_experts_are_made_of_feed_forwards_with_norms(tmp_path: Path) -> None:
+    recipe = ConversionConfig(mixers=["full"], feed_forwards=["moe"])
+    with pytest.raises(ConfigurationError, match=r"ffn_sub_norm=true: experts have no norms"):
+        import_checkpoint(source(tmp_path / "source"), tmp_path / "megatron", recipe)
