@@ -95,3 +95,14 @@ def threshold_of(activation: torch.nn.Module) -> float | None:
         return 0.0
     # Of the modelling code that an export carries: a class of its own in every folder.
     return float(activation.threshold) if type(activation).__name__ == "FATReLU" else None  # type: ignore[arg-type]
+
+
+def check_zeros(model: torch.nn.Module, name: str) -> None:
+    """That every gate's activation makes zeros of what is negative: relu, fatrelu, relu2.
+
+    Raises:
+        CheckpointError: one does not.
+    """
+    for _, module in gated_modules(model):
+        if float(module.act_fn(torch.tensor(-1.0))) != 0:
+            raise CheckpointError(nothing_is_zero(name, type(module.act_fn).__name__))

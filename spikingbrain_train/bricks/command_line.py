@@ -15,6 +15,7 @@ from spikingbrain_train.bricks.adapters_command_line import (
 from spikingbrain_train.bricks.grow_command_line import add_grow
 from spikingbrain_train.bricks.moefy_command_line import add_moefy
 from spikingbrain_train.bricks.neurons_command_line import add_neurons
+from spikingbrain_train.bricks.predictors_command_line import add_predictors
 from spikingbrain_train.bricks.route_command_line import add_route
 from spikingbrain_train.bricks.update_command_line import add_update
 from spikingbrain_train.config.command_line import called_as
@@ -42,6 +43,7 @@ def bricks_parser() -> argparse.ArgumentParser:
     for add in (
         add_neurons,
         add_abilities,
+        add_predictors,
         add_moefy,
         add_attach,
         add_merge,

@@ -23,7 +23,12 @@ def hugging_face_neurons(model: PreTrainedModel, tokenizer: TextTokenizer, name:
         CheckpointError: it has no such modules.
     """
     found = [
-        FeedForward(part, module.down_proj, module.down_proj.weight.detach().float().norm(dim=0))
+        FeedForward(
+            part,
+            module.down_proj,
+            module.down_proj.weight.detach().float().norm(dim=0),
+            into=module.gate_proj,
+        )
         for part, module in gated_modules(model)
     ]
     if not found:

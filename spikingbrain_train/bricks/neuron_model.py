@@ -22,6 +22,10 @@ from spikingbrain_train.evaluation.language_model import LanguageModel
 Change = Callable[["FeedForward", Tensor], "Tensor | None"]
 """From a feed-forward and its activations [..., F] to what the down projection reads; None leaves them."""
 
+ChangeByInput = Callable[["FeedForward", Tensor, Tensor], "Tensor | None"]
+"""The same, which is also given what the feed-forward reads at these tokens, [N, h], before its
+activations."""
+
 
 @dataclass(frozen=True, eq=False)
 class FeedForward:
@@ -40,6 +44,17 @@ class FeedForward:
     copies: int = 1
     """How often each token goes through, on all ranks together."""
 
+    @property
+    def neurons(self) -> int:
+        """Channels on all ranks together."""
+        return len(self.norms) * (1 if self.group is None else self.group.size())
+
+    @property
+    def width(self) -> int:
+        """Numbers of a token that it reads."""
+        weight: Tensor = getattr(self.down, "weight")  # noqa: B009  (torch's own __getattr__ has no type)
+        return weight.shape[0]
+
     def output_norms(self, inside: Tensor) -> Tensor:
         """[..., F] activations to the norm of what each neuron adds, float32."""
         return inside.float().abs() * self.norms
@@ -48,9 +63,23 @@ class FeedForward:
         """[..., F] of this rank to [..., all channels], in their order."""
         if self.group is None or self.group.size() == 1 or not values.numel():
             return values
+        return torch.cat(self._of_the_group(values), -1)
+
+    def all_tokens(self, x: Tensor, tokens: int) -> Tensor:
+        """[n, h] of its input here to [tokens, h]: sequence-parallel ranks each read a slice of them."""
+        return x if len(x) == tokens else torch.cat(self._of_the_group(x))
+
+    def own_channels(self, values: Tensor) -> Tensor:
+        """[..., all channels] to those [..., F] that this rank holds."""
+        if self.group is None or self.group.size() == 1:
+            return values
+        return values.chunk(self.group.size(), -1)[self.group.rank()]
+
+    def _of_the_group(self, values: Tensor) -> list[Tensor]:
+        assert self.group is not None
         parts = [torch.empty_like(values) for _ in range(self.group.size())]
         torch.distributed.all_gather(parts, values.contiguous(), group=self.group)
-        return torch.cat(parts, -1)
+        return parts
 
 
 class NeuronModel:
@@ -85,6 +114,28 @@ class NeuronModel:
         with ExitStack() as stack:
             for each in self.feed_forwards:
                 stack.callback(each.down.register_forward_pre_hook(_hook(each, change)).remove)
+            yield
+
+    @contextmanager
+    def changed_by_inputs(self, change: ChangeByInput) -> Iterator[None]:
+        """The same with a change that also sees what each feed-forward reads."""
+        last: dict[Part, Tensor] = {}
+
+        def keep(part: Part) -> Any:
+            def look(_: torch.nn.Module, inputs: tuple[Any, ...]) -> None:
+                last[part] = inputs[0].reshape(-1, inputs[0].shape[-1])
+
+            return look
+
+        def look(feed_forward: FeedForward, inside: Tensor) -> Tensor | None:
+            tokens = inside.numel() // inside.shape[-1]
+            return change(feed_forward, feed_forward.all_tokens(last.pop(feed_forward.part), tokens), inside)
+
+        with ExitStack() as stack:
+            for each in self.feed_forwards:
+                assert each.into is not None
+                stack.callback(each.into.register_forward_pre_hook(keep(each.part)).remove)
+            stack.enter_context(self.changed(look))
             yield
 
 
