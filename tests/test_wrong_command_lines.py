@@ -51,6 +51,7 @@ PREPROCESS = ("preprocess_data", "--input", "text.txt", "--tokenizer", "model", 
 CHOOSE = ("choose_layers", "--model", "model", "--data", "text", "--output", "out")
 SPARSITY = ("analyze_sparsity", "--model", "whole", "--text", "text.txt")
 NEURONS = ("bricks", "neurons", "--model", "whole", "--text", "text.txt")
+PREDICTORS = ("bricks", "predictors", "--model", "whole", "--text", "text.txt")
 ABILITIES = ("bricks", "abilities", "--model", "whole", "--texts")
 ANALYZE = ("analyze_spikes", "--model", "whole", "--text", "text.txt")
 DEMO = ("demo", "--output", "out", "--model", "model")
@@ -113,6 +114,10 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     ((*SPARSITY, "--output", "file"), "--output=file"),
     ((*NEURONS, "--mask", "50", "100"), "--mask has 100; give percent of at least 0 and below 100"),
     ((*NEURONS, "--output", "file"), "--output=file"),
+    ((*PREDICTORS, "--held-out", "39"), "--held-out is 39 of 40 windows; give at least 1, and at least 2"),
+    ((*PREDICTORS, "--hidden", "0"), "--hidden is 0; give at least 1"),
+    ((*PREDICTORS, "--recall", "1.5"), "--recall has 1.5; give shares above 0 and at most 1"),
+    ((*PREDICTORS, "--output", "file"), "--output=file"),
     ((*ABILITIES, "a=text.txt"), "--texts names one ability, and only two or more can be told apart"),
     ((*ABILITIES, "a=text.txt", "text.txt"), "--texts has 'text.txt'; write each as name=file"),
     ((*ABILITIES, "a=text.txt", "a=b.txt"), "--texts names a twice; give each ability one file"),

@@ -63,23 +63,15 @@ class FeedForward:
         """[..., F] of this rank to [..., all channels], in their order."""
         if self.group is None or self.group.size() == 1 or not values.numel():
             return values
-        return torch.cat(self._of_the_group(values), -1)
-
-    def all_tokens(self, x: Tensor, tokens: int) -> Tensor:
-        """[n, h] of its input here to [tokens, h]: sequence-parallel ranks each read a slice of them."""
-        return x if len(x) == tokens else torch.cat(self._of_the_group(x))
+        parts = [torch.empty_like(values) for _ in range(self.group.size())]
+        torch.distributed.all_gather(parts, values.contiguous(), group=self.group)
+        return torch.cat(parts, -1)
 
     def own_channels(self, values: Tensor) -> Tensor:
         """[..., all channels] to those [..., F] that this rank holds."""
         if self.group is None or self.group.size() == 1:
             return values
         return values.chunk(self.group.size(), -1)[self.group.rank()]
-
-    def _of_the_group(self, values: Tensor) -> list[Tensor]:
-        assert self.group is not None
-        parts = [torch.empty_like(values) for _ in range(self.group.size())]
-        torch.distributed.all_gather(parts, values.contiguous(), group=self.group)
-        return parts
 
 
 class NeuronModel:
@@ -118,7 +110,10 @@ class NeuronModel:
 
     @contextmanager
     def changed_by_inputs(self, change: ChangeByInput) -> Iterator[None]:
-        """The same with a change that also sees what each feed-forward reads."""
+        """The same with a change that also sees what each feed-forward reads.
+
+        Without sequence parallelism, as checkpoints are opened to read where no ranks share a text.
+        """
         last: dict[Part, Tensor] = {}
 
         def keep(part: Part) -> Any:
@@ -128,8 +123,7 @@ class NeuronModel:
             return look
 
         def look(feed_forward: FeedForward, inside: Tensor) -> Tensor | None:
-            tokens = inside.numel() // inside.shape[-1]
-            return change(feed_forward, feed_forward.all_tokens(last.pop(feed_forward.part), tokens), inside)
+            return change(feed_forward, last.pop(feed_forward.part), inside)
 
         with ExitStack() as stack:
             for each in self.feed_forwards:

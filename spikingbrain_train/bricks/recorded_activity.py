@@ -46,8 +46,10 @@ def record_activity(
             return
         active = feed_forward.all_channels((inside_NF != 0).to(torch.uint8))
         into = parts.setdefault(feed_forward.part, _Parts())
-        into.inputs.append(x.detach().cpu())
-        into.active.append(packed(active.bool()).cpu())
+        # Of an expert's tokens, those that one rank has sent come first, then the same ones from the next.
+        once = len(x) // feed_forward.copies
+        into.inputs.append(x[:once].detach().cpu())
+        into.active.append(packed(active[:once].bool()).cpu())
 
     with model.changed_by_inputs(keep):
         cross_entropy = cross_entropy_of(model.language_model, windows, what)

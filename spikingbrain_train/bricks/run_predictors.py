@@ -69,7 +69,7 @@ def run(model: NeuronModel, arguments: argparse.Namespace) -> None:
             sum(row["predictor_parameters"] for row in ordered),
             sum(row["parameters"] for row in ordered),
         ),
-        tokens=tuple(arguments.seq_length * each for each in (len(learnt) - kept, kept, len(held_out))),  # type: ignore[arg-type]
+        tokens=tuple(arguments.seq_length * each for each in (len(learnt) - kept, kept, len(held_out))),
         trained_cross_entropy=(cross_entropy * (len(learnt) - kept) + back_cross_entropy * kept)
         / len(learnt),
         cross_entropy=whole,
@@ -134,9 +134,9 @@ def _readings(
     for number, recall in enumerate(recalls):
         cutoffs.append((recall, {part: each.cutoffs[number] for part, each in fitted.items()}))
     readings = []
-    for recall, of_parts in cutoffs:
+    for asked_for, of_parts in cutoffs:
         predicted = Predicted(fitted, of_parts)
-        asked = "a probability of one half" if recall is None else f"a recall of {recall:g}"
+        asked = "a probability of one half" if asked_for is None else f"a recall of {asked_for:g}"
         with model.changed_by_inputs(predicted):
             what = f"reading with predicted neurons, {asked}"
             cross_entropy = cross_entropy_of(model.language_model, windows, what)
@@ -144,7 +144,7 @@ def _readings(
         for of_rank in model.gathered(predicted.hits):
             for part, hits in of_rank.items():
                 layers.setdefault(part.layer, Hits()).add(hits)
-        readings.append(PredictedReading(recall, cross_entropy, dict(sorted(layers.items()))))
+        readings.append(PredictedReading(asked_for, cross_entropy, dict(sorted(layers.items()))))
     return readings
 
 

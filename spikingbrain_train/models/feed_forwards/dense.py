@@ -57,7 +57,8 @@ class GatedMLP(MLP):
         is_plain = (
             type(self.linear_fc1) is ColumnParallelLinear and type(self.linear_fc2) is RowParallelLinear
         )
-        return is_plain and not self.activation_func.squared and not self.activation_func._forward_hooks
+        is_watched = self.activation_func._forward_hooks or self.linear_fc2._forward_pre_hooks
+        return is_plain and not self.activation_func.squared and not is_watched
 
     def _without_zeros(self, x_ND: Tensor) -> Tensor | None:
         gate_FD, up_FD = self.linear_fc1.weight.chunk(2)
