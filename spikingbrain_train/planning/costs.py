@@ -127,9 +127,19 @@ def forward_flops_per_token(model: ModelConfig, seq_length: int, *, output_layer
     over the text. The embedding lookup is free, and neither vocabulary padding nor padding to an expert's
     capacity counts. ``output_layer=False`` stops at the final norm.
     """
+    flops = sum(
+        number * layer_forward_flops(model, layer, seq_length) for layer, number in alike(layers(model))
+    )
+    return flops + (output_forward_flops(model) if output_layer else 0.0)
+
+
+def layer_forward_flops(model: ModelConfig, layer: Layer, seq_length: int) -> float:
+    """The share of one layer in :func:`forward_flops_per_token`."""
     tokens = 1 + model.num_sink_tokens / seq_length
-    flops = 0.0
-    for layer, number in alike(layers(model)):
-        matrices = sum(weight.matrix_numel for weight in layer.weights(model))
-        flops += number * (2.0 * matrices * tokens + mixer_core_flops(model, layer, seq_length))
-    return flops + (2.0 * model.vocab_size * model.hidden_size if output_layer else 0.0)
+    matrices = sum(weight.matrix_numel for weight in layer.weights(model))
+    return 2.0 * matrices * tokens + mixer_core_flops(model, layer, seq_length)
+
+
+def output_forward_flops(model: ModelConfig) -> float:
+    """The share of the vocabulary projection in :func:`forward_flops_per_token`."""
+    return 2.0 * model.vocab_size * model.hidden_size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import replace
 
 from spikingbrain_train.architecture.layers import feed_forwards_of, has_experts, layers
 from spikingbrain_train.architecture.linear_transforms import transforms_of
@@ -11,12 +12,16 @@ from spikingbrain_train.config.run import OptimizerConfig
 from spikingbrain_train.config.run_record import RunRecord, TokenHistory
 from spikingbrain_train.config.stage import StageConfig
 from spikingbrain_train.planning.costs import active_parameters, new_parameters, total_parameters
+from spikingbrain_train.planning.pipeline_balance import PipelineBalance, pipeline_balance
 from spikingbrain_train.planning.plan_report.section import Section
-from spikingbrain_train.planning.planner import Plan
+from spikingbrain_train.planning.planner import Plan, plan_run
 from spikingbrain_train.planning.stages.registry import kind_of
 from spikingbrain_train.planning.token_history import describe_end, history_of
 from spikingbrain_train.reporting.quantities import quantity, size
 from spikingbrain_train.reporting.tables import facts
+
+_LEAST_GAIN = 0.01
+"""Share of a step's arithmetic that is worth a line."""
 
 
 def run_section(plan: Plan) -> Section:
@@ -24,6 +29,7 @@ def run_section(plan: Plan) -> Section:
     model, stage = plan.config.model, plan.config.stage
     history = history_of(plan.config)
     record = RunRecord(plan.world_size, [], history)
+    balance = _balance(plan)
     values = {
         "kind": stage.kind,
         "precision": plan.config.precision.value,
@@ -34,6 +40,8 @@ def run_section(plan: Plan) -> Section:
         "data_parallel_size": plan.data_parallel_size,
         "micro_batches": plan.micro_batches,
         "pipeline_bubble": plan.pipeline_bubble,
+        "stage_flops_per_token": None if balance is None else balance.stages,
+        "balanced_pipeline_layout": None if balance is None else balance.layout,
         "steps": stage.train_iters,
         "tokens_per_step": plan.tokens_per_step,
         "tokens": plan.total_tokens,
@@ -64,6 +72,7 @@ def _rows(plan: Plan, history: TokenHistory) -> list[tuple[str, str]]:
             f"{stage.seq_length}{sinks} = {plan.data_parallel_size} replicas x {plan.micro_batches} "
             f"micro-batches of {stage.micro_batch_size}{bubble}",
         ),
+        *((("", words),) if (words := _stages(plan)) else ()),
         *((("", f"smaller ones at first: {ramp}"),) if (ramp := stage.batch_sizes.describe()) else ()),
         ("length", f"{_steps(stage)}, {quantity(plan.total_tokens)} tokens"),
         *(("phases", text) for text in _phases(config.optimizer, stage.train_iters)),
@@ -77,6 +86,30 @@ def _rows(plan: Plan, history: TokenHistory) -> list[tuple[str, str]]:
             f"{size(plan.checkpoint_bytes)}, every {config.checkpoint.save_interval} steps and at the end",
         ),
     ]
+
+
+def _balance(plan: Plan) -> PipelineBalance | None:
+    """None where there is one stage, or a teacher runs beside the model."""
+    config = plan.config
+    if len(plan.stages) == 1 or kind_of(config.stage).needs_teacher(config.stage):
+        return None
+    return pipeline_balance(config.model, config.parallel, config.stage.seq_length)
+
+
+def _stages(plan: Plan) -> str:
+    """How unequal pipeline stages are, and what would be better."""
+    balance = _balance(plan)
+    if balance is None or balance.gain < _LEAST_GAIN:
+        return ""
+    shares = " ".join(f"{share:.2f}" for share in balance.shares)
+    layout = ",".join(str(number) for number in balance.layout)
+    parallel = replace(plan.config.parallel, pipeline_model_parallel_layout=balance.layout)
+    fullest = plan_run(replace(plan.config, parallel=parallel), plan.world_size).fullest
+    return (
+        f"pipeline stages wait for the longest: {shares} of the mean; "
+        f"parallel.pipeline_model_parallel_layout=[{layout}] saves {balance.gain:.0%} of a step's work; "
+        f"its fullest rank has {size(fullest.memory.total)} instead of {size(plan.fullest.memory.total)}"
+    )
 
 
 def _steps(stage: StageConfig) -> str:
