@@ -128,8 +128,9 @@ def _packed(weight: Tensor) -> Tensor:
     return pack_ternary(ternary_codes(weight, _ternary_scale(weight)))
 
 
-def _reciprocal_scale(weight: Tensor) -> Tensor:
-    return _ternary_scale(weight).reciprocal().reshape(1)
+def _stored_scale(weight: Tensor, *, is_reciprocal: bool) -> Tensor:
+    scale = _ternary_scale(weight).reshape(1)
+    return scale.reciprocal() if is_reciprocal else scale
 
 
 def export_pieces(model: ModelConfig, hf_format: HfFormat) -> list[Piece]:
@@ -167,7 +168,7 @@ def _pieces(
                 "mean magnitude of each matrix",
                 is_repeated=True,
                 dtype=torch.float32,
-                encoders=(_reciprocal_scale,),
+                encoders=(partial(_stored_scale, is_reciprocal=hf_format.divides_by_ternary_scales),),
             ),
         ]
     size = hf_format.int8_group(parameter.weight, model)

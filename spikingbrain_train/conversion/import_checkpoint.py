@@ -29,9 +29,9 @@ from spikingbrain_train.conversion.account import Account, Use, save_checksums
 from spikingbrain_train.conversion.companion_files import find_companion_files
 from spikingbrain_train.conversion.hf_config import read_hf_config
 from spikingbrain_train.conversion.import_parts import Converter, ImportParts, Planned
+from spikingbrain_train.conversion.packed_ternary import open_tensors
 from spikingbrain_train.conversion.parts import damage_in, stored_chunks
 from spikingbrain_train.conversion.report import ConversionReport, describe_layers
-from spikingbrain_train.conversion.safetensors_io import SafetensorsReader
 from spikingbrain_train.conversion.source import Source
 from spikingbrain_train.conversion.source_check import check_source
 from spikingbrain_train.conversion.weight_values import describe_damage
@@ -95,7 +95,7 @@ def import_checkpoint(
         check_fields(conversion)
     target = _target(source, conversion, hf_folder)
     check_model(target)
-    reader = SafetensorsReader(hf_folder)
+    reader = open_tensors(hf_folder, hf_format)
     left_out = check_source(reader, hf_format, source)
     recipe = conversion or ConversionConfig()  # without one the source is copied, and none of it is used
     tensors = Source(reader, hf_format, source, allow_damaged_weights=allow_damaged_weights)

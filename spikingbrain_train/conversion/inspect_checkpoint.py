@@ -29,9 +29,9 @@ from spikingbrain_train.conversion.inspect_spikingbrain2 import (
 )
 from spikingbrain_train.conversion.lineage import Step, lineage
 from spikingbrain_train.conversion.megatron_source import check_tensors, read_model
+from spikingbrain_train.conversion.packed_ternary import open_tensors
 from spikingbrain_train.conversion.report import describe_layers
 from spikingbrain_train.conversion.reshard import describe_origin
-from spikingbrain_train.conversion.safetensors_io import SafetensorsReader
 from spikingbrain_train.planning.token_history import describe_all, history_with
 from spikingbrain_train.reporting.tables import facts, table, terminal_width
 from spikingbrain_train.storage.checkpoint_folder import HF_SOURCE_FOLDER
@@ -162,7 +162,7 @@ def inspect_checkpoint(folder: Path) -> Inspection | SpikingBrain2Inspection:
 
 def _inspect_hf(folder: Path) -> Inspection:
     hf_format, model = read_hf_config(folder)
-    reader = SafetensorsReader(folder)
+    reader = open_tensors(folder, hf_format)
     return Inspection(
         str(folder),
         f"Hugging Face checkpoint, {hf_format.architecture}",

@@ -6,7 +6,7 @@ Neither ever holds more than the tensor at hand, so memory does not grow with th
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from io import FileIO
 from math import prod
@@ -57,6 +57,9 @@ class SafetensorsReader:
         CheckpointError: no safetensors, a shard is missing or truncated, the index contradicts the shards, or
             a tensor has another dtype than float32, float16 or bfloat16.
     """
+
+    dtypes: Mapping[str, torch.dtype] = DTYPES
+    """Those that tensors may have, by what headers call them."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -133,13 +136,13 @@ class SafetensorsReader:
                         raise CheckpointError(
                             f"{name} is in both {self._files[name]} and {path}; keep one of them"
                         )
-                    if code not in DTYPES:
+                    if code not in self.dtypes:
                         raise CheckpointError(
                             f"{path}: {name} has dtype {code}; supported are {', '.join(DTYPES)}: save the "
                             "model in one of them, or import the unquantised checkpoint"
                         )
                     self._files[name] = path
-                    self.specs[name] = TensorSpec(name, shape, DTYPES[code])
+                    self.specs[name] = TensorSpec(name, shape, self.dtypes[code])
             self._begins |= _begins_of_values(path)  # safe_open has checked what it says
         except FileNotFoundError:
             raise CheckpointError(f"{path} is missing; copy the whole folder from its source") from None

@@ -89,6 +89,52 @@ def unpack_ternary(packed: Tensor) -> Tensor:
     return digits.flatten(0, 1).to(torch.int8) - 1
 
 
+def ternary_parameters(codes: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """Weights that are rounded to just these numbers: undo :func:`ternary_codes` and :func:`ternary_scales`.
+
+    A matrix of codes times their scale has a smaller mean magnitude than the scale, because of its zeros. The
+    codes here are times ``scale * numel / nonzero``, which lies between two neighbours in ``dtype``: as many
+    of them, from the first row on, have the larger one as the mean needs, and the first three zeros the rest.
+
+    Args:
+        codes: [O, I] of -1, 0 and 1, any dtype.
+        scale: the mean magnitude.
+        dtype: of the weights.
+
+    Returns:
+        [O, I] ``dtype``. Whether scale and codes come back exactly is the caller's to look at: float16 may be
+        too narrow, and less than 1/64 of nonzero codes too few for bfloat16.
+    """
+    in_rows = (codes != 0).sum(1).cumsum(0)
+    nonzero, total = int(in_rows[-1]), scale * codes.numel()
+    if nonzero == 0:
+        return codes.to(dtype)
+    low = _not_above(total / nonzero, dtype)
+    high = torch.nextafter(low, torch.full_like(low, torch.inf))
+    step = (high.double() - low.double()).item()
+    rest = max(total - nonzero * low.double().item(), 0.0)
+    larger = min(int(rest / step), nonzero)
+    weight = codes.to(dtype) * low
+    row = int(torch.searchsorted(in_rows, larger, right=True))
+    weight[:row] = codes[:row].to(dtype) * high
+    if row < len(codes):
+        before = int(in_rows[row - 1]) if row else 0
+        columns = codes[row].nonzero().flatten()[: larger - before]
+        weight[row, columns] = codes[row, columns].to(dtype) * high
+    rest -= larger * step
+    for index in (codes == 0).flatten().nonzero().flatten()[:3]:  # each has what rounds off before it
+        value = _not_above(rest, dtype)
+        weight.view(-1)[index] = value
+        rest -= value.item()
+    return weight
+
+
+def _not_above(exact: float, dtype: torch.dtype) -> Tensor:
+    """[] the largest number of a format that is not above a number that is not negative."""
+    nearest = torch.tensor(exact, dtype=torch.float64).to(dtype)
+    return nearest if nearest.item() <= exact else torch.nextafter(nearest, torch.zeros_like(nearest))
+
+
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, scales: Tensor) -> Tensor:

@@ -19,7 +19,13 @@ from spikingbrain_train.ops.int8_tokens import (
     int8_token_rounding,
     largest_magnitudes,
 )
-from spikingbrain_train.ops.ternary import magnitude_sum, ternary_codes, ternary_rounding, ternary_scales
+from spikingbrain_train.ops.ternary import (
+    magnitude_sum,
+    ternary_codes,
+    ternary_parameters,
+    ternary_rounding,
+    ternary_scales,
+)
 
 SHAPES = [(1, 1), (7, 5), (64, 96), (33, 577)]
 TOLERANCE = 2e-6
@@ -43,6 +49,23 @@ def ours(weight: Tensor) -> Tensor:
 
 def inputs(x: Tensor) -> Tensor:
     return int8_token_rounding(x, codes_per_unit(largest_magnitudes(x)))
+
+
+@pytest.mark.parametrize("nonzero", [0.05, 0.4, 0.7, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_parameters_are_found_whose_codes_and_scale_are_those_asked_for(
+    dtype: torch.dtype, nonzero: float
+) -> None:
+    generator = torch.Generator().manual_seed(int(100 * nonzero))
+    for shape in SHAPES[1:]:
+        codes = torch.randn(shape, generator=generator).sign()
+        codes = codes * (torch.rand(shape, generator=generator) < nonzero)
+        codes[0, 0] = 1.0
+        scale = torch.rand((), generator=generator).to(dtype if nonzero == 1.0 else torch.float32).float()
+        weight = ternary_parameters(codes.to(torch.int8), scale.item(), dtype)
+        assert weight.dtype is dtype and weight.shape == shape
+        assert torch.equal(scale_of(weight), scale)
+        assert torch.equal(ternary_codes(weight, scale), codes)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -19,8 +19,10 @@ from spikingbrain_train.conversion.formats.dense import DenseFormat
 from spikingbrain_train.conversion.window_convention import WindowConvention
 from spikingbrain_train.storage.hf_config_file import CONFIG_FILE
 
-_QUANTIZATION = "quantization_config"
-_ONLINE = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"}
+QUANTIZATION = "quantization_config"
+ONLINE = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"}
+OFFLINE = ONLINE | {"quantization_mode": "offline"}
+"""That of packed weights, in conversion/formats/bitnet_packed.py."""
 _OUTPUT = "lm_head"
 _LINEARS = [each for each in Projection if each is not Projection.gate]
 
@@ -30,19 +32,24 @@ class BitNetMastersFormat(DenseFormat):
 
     name = "bitnet_masters"
     holds = "dense models with the sub-norms of BitNet b1.58 2B4T"
+    quantization: dict[str, str] = ONLINE
+    """What ``quantization_config`` says of models whose linears are rounded."""
     rope_theta = 500000.0
     activations: Mapping[ActivationFunc, str] = {  # its class's own first
         each: each.value for each in (ActivationFunc.relu2, ActivationFunc.silu, ActivationFunc.relu)
     }
 
+    def reads(self, values: dict[str, Any]) -> bool:
+        return not is_packed(values)
+
     def read(self, keys: ConfigKeys, window_convention: WindowConvention | None = None) -> ModelConfig:
         model = super().read(ConfigKeys({self.norm_key: 1e-5, **keys.values}, keys.path), window_convention)
-        if keys.values.get(_QUANTIZATION) is not None:
+        if keys.values.get(QUANTIZATION) is not None:
             model.ternary, model.int8_inputs = TernaryConfig(list(_LINEARS)), Int8InputsConfig(list(_LINEARS))
         return model
 
     def refuse(self, keys: ConfigKeys) -> None:
-        others = {key: value for key, value in keys.values.items() if key != _QUANTIZATION}
+        others = {key: value for key, value in keys.values.items() if key != QUANTIZATION}
         super().refuse(ConfigKeys(others, keys.path))
         heads, hidden = keys.integer("num_attention_heads"), keys.integer("hidden_size")
         if heads * keys.integer("head_dim", hidden // heads) != hidden:
@@ -50,18 +57,19 @@ class BitNetMastersFormat(DenseFormat):
                 "head_dim",
                 f"times num_attention_heads must be hidden_size = {hidden}, the width of attn_sub_norm",
             )
-        said = keys.values.get(_QUANTIZATION)
+        said = keys.values.get(QUANTIZATION)
         if said is None:
             return
-        if not isinstance(said, dict) or any(said.get(key) != value for key, value in _ONLINE.items()):
+        if not _says(said, self.quantization):
             raise keys.refuse(
-                _QUANTIZATION,
-                "is read with linear_class autobitlinear and quantization_mode online, beside the weights "
-                "that ternary numbers are made of; import the unquantised checkpoint",
+                QUANTIZATION,
+                "is read with linear_class autobitlinear, in quantization_mode online beside the weights "
+                "that ternary numbers are made of, offline beside packed ones; import the unquantised "
+                "checkpoint",
             )
         if said.get("use_rms_norm") or said.get("modules_to_not_convert") not in (None, [_OUTPUT]):
             raise keys.refuse(
-                _QUANTIZATION,
+                QUANTIZATION,
                 f"is read without use_rms_norm, and with modules_to_not_convert null or {_OUTPUT} alone",
             )
 
@@ -72,33 +80,45 @@ class BitNetMastersFormat(DenseFormat):
         return parts
 
     def leaves_out(self, model: ModelConfig) -> list[LinearTransformKind]:
-        return [] if _is_rounded(model) else super().leaves_out(model)
+        return [] if is_rounded(model) else super().leaves_out(model)
 
     def describes(self, source: dict[str, Any], model: ModelConfig) -> bool:
         described = self.read(ConfigKeys(source, Path(CONFIG_FILE)))
-        return super().describes({**source, _QUANTIZATION: None}, model) and _is_rounded(
-            model
-        ) == _is_rounded(described)
+        return super().describes({**source, QUANTIZATION: None}, model) and is_rounded(model) == is_rounded(
+            described
+        )
 
     def config(self, model: ModelConfig, source: dict[str, Any] | None, dtype: str) -> dict[str, Any]:
+        if source is not None and source.get(QUANTIZATION) is not None:
+            # A source may have been of the other mode, and says all else alike.
+            source = {**source, QUANTIZATION: source[QUANTIZATION] | self.quantization}
         config = super().config(model, source, dtype)
-        if not _is_rounded(model):
-            config.pop(_QUANTIZATION, None)
-        elif config.get(_QUANTIZATION) is None:
-            config[_QUANTIZATION] = dict(_ONLINE)
+        if not is_rounded(model):
+            config.pop(QUANTIZATION, None)
+        elif config.get(QUANTIZATION) is None:
+            config[QUANTIZATION] = dict(self.quantization)
         return config
 
     def notes_on_export(self, model: ModelConfig) -> list[str]:
-        if not _is_rounded(model):
+        if not is_rounded(model):
             return []
         return ["transformers rounds weights and inputs in every forward pass; it needs accelerate installed"]
 
 
-def _is_rounded(model: ModelConfig) -> bool:
+def is_rounded(model: ModelConfig) -> bool:
     """Whether every linear of a layer has ternary weights and INT8 inputs, and nothing else is done."""
     linears = set(_LINEARS)
     both = set(model.ternary.projections) == set(model.int8_inputs.projections) == linears
     return both and len(transforms_of(model)) == 2
+
+
+def is_packed(values: dict[str, Any]) -> bool:
+    """Whether the ``quantization_config`` of a config.json says that its weights are packed."""
+    return _says(values.get(QUANTIZATION), OFFLINE)
+
+
+def _says(said: object, asked: Mapping[str, str]) -> bool:
+    return isinstance(said, dict) and all(said.get(key) == value for key, value in asked.items())
 
 
 BITNET_MASTERS = BitNetMastersFormat("BitNetForCausalLM", "bitnet", attention_bias=True, sub_norms=True)

@@ -61,7 +61,11 @@ class HfFormat(ABC):
     holds: str
     """What it holds, for sentences: ``dense models``."""
     is_for_inference: bool = False
-    """Whether parameters cannot be read back from it: it is written where somebody asks for it alone."""
+    """Whether it does not hold the parameters themselves: it is written where somebody asks for it alone."""
+    divides_by_ternary_scales: bool = True
+    """Whether the scale stored beside packed ternary weights is the reciprocal of what they are times."""
+    unpacks_ternary: bool = False
+    """Whether packed ternary weights become parameters where it is read: conversion/packed_ternary.py."""
     keeps_weights_beside_scales: bool = False
     """Whether INT8 weights stand beside their scales as the floats that they are made of."""
     file_writer: str | None = None
@@ -81,6 +85,10 @@ class HfFormat(ABC):
         Raises:
             CheckpointError: it is malformed, or describes something that this model does not compute.
         """
+
+    def reads(self, values: dict[str, Any]) -> bool:
+        """Whether it is what a config.json of its architecture is read as; the first that says so is."""
+        return not self.is_for_inference
 
     @abstractmethod
     def config(self, model: ModelConfig, source: dict[str, Any] | None, dtype: str) -> dict[str, Any]:

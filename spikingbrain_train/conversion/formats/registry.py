@@ -9,6 +9,7 @@ from typing import Any
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.conversion.formats.bitnet import BITNET
 from spikingbrain_train.conversion.formats.bitnet_masters import BITNET_MASTERS
+from spikingbrain_train.conversion.formats.bitnet_packed import BITNET_PACKED
 from spikingbrain_train.conversion.formats.config_keys import ConfigKeys
 from spikingbrain_train.conversion.formats.dense import LLAMA, MISTRAL, QWEN2, QWEN3
 from spikingbrain_train.conversion.formats.gguf import GGUF, GGUF_Q2_0
@@ -26,10 +27,10 @@ from spikingbrain_train.errors import CheckpointError, ConfigurationError
 
 FORMATS: list[HfFormat] = [
     *(LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, MAMBA, FALCON_MAMBA, BITNET_MASTERS),
-    *(SPARSE_LLAMA, GLA_SWA, SPIKINGBRAIN, W8ASPIKE, BITNET, GGUF, GGUF_Q2_0),
+    *(SPARSE_LLAMA, GLA_SWA, SPIKINGBRAIN, W8ASPIKE, BITNET, BITNET_PACKED, GGUF, GGUF_Q2_0),
 ]
 """In the order in which an export tries them: what transformers has, what others read, then our own, then the
-form with stored scales, the packed one and llama.cpp's, which are asked for. A plugin appends its own."""
+form with stored scales, the packed ones and llama.cpp's, which are asked for. A plugin appends its own."""
 
 
 def names_of_formats() -> list[str]:
@@ -50,7 +51,7 @@ def format_of_config(values: dict[str, Any], path: Path) -> HfFormat:
     if is_spikingbrain2(values):
         raise SpikingBrain2.read(values, path).refusal(path)
     # The first of an architecture; tensors alone tell the other (conversion/hf_config.py).
-    read = [known for known in FORMATS if not known.is_for_inference]
+    read = [known for known in FORMATS if known.reads(values)]
     by_architecture = {known.architecture: known for known in reversed(read)}
     architectures = values.get("architectures") or [
         known.architecture

@@ -1,0 +1,122 @@
+"""Folders of packed ternary weights, read as parameters whose rounding they are.
+
+``<linear>.weight`` [out / 4, in] uint8 holds four ternary numbers a byte (:func:`~.pack_ternary`), and
+``<linear>.weight_scale`` [1] their scale or its reciprocal. What reads a folder sees ``<linear>.weight``
+[out, in] of floats alone, which the linear transform ``ternary`` rounds to just those numbers and that scale.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from spikingbrain_train.conversion.formats.hf_format import HfFormat
+from spikingbrain_train.conversion.safetensors_io import DTYPES, SafetensorsReader, TensorSpec
+from spikingbrain_train.errors import CheckpointError
+from spikingbrain_train.ops.ternary import (
+    magnitude_sum,
+    ternary_codes,
+    ternary_parameters,
+    ternary_scales,
+    unpack_ternary,
+)
+
+_LINEAR = "_proj.weight"
+"""How the weights of all linears of a layer end."""
+
+
+def open_tensors(folder: Path, hf_format: HfFormat) -> SafetensorsReader:
+    """The tensors of a folder of a known format as parameters are made of them. Raises CheckpointError."""
+    return PackedTernaryReader(folder, hf_format) if hf_format.unpacks_ternary else SafetensorsReader(folder)
+
+
+class PackedTernaryReader(SafetensorsReader):
+    """The tensors of a folder whose linears are packed, unpacked.
+
+    Attributes:
+        dtype: of unpacked weights: what holds all tensors of the folder that are not packed.
+
+    Raises:
+        CheckpointError: as its base; or a linear is not packed, or has no scale.
+    """
+
+    dtypes = DTYPES | {"U8": torch.uint8}
+
+    def __init__(self, folder: Path, hf_format: HfFormat):
+        super().__init__(folder)
+        self._divides = hf_format.divides_by_ternary_scales
+        self._stored_nbytes = super().nbytes
+        self._scales: dict[str, str] = {}
+        """Name of a packed weight -> that of its scale."""
+        for name, spec in self.specs.items():
+            if spec.dtype is torch.uint8:
+                (self._scales[name],) = hf_format.scale_names([name])
+            elif name.endswith(_LINEAR):
+                raise CheckpointError(
+                    f"{self.file_of(name)}: {name} is not packed, although config.json has "
+                    f"quantization_mode offline; take both from the same model"
+                )
+        for name, scale in self._scales.items():
+            if scale not in self.specs or self.specs[scale].shape not in ((), (1,)):
+                raise CheckpointError(
+                    f"{self.file_of(name)}: {name} is packed, but there is no {scale} of one number beside "
+                    f"it; copy the folder again from its source"
+                )
+        scales = set(self._scales.values())
+        others = [spec.dtype for n, spec in self.specs.items() if n not in self._scales and n not in scales]
+        self.dtype = functools.reduce(torch.promote_types, others or [torch.float32])
+        for name, scale in self._scales.items():
+            rows, *inputs = self.specs[name].shape
+            self.specs[name] = TensorSpec(name, (4 * rows, *inputs), self.dtype)
+            del self.specs[scale]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors as they are stored."""
+        return self._stored_nbytes
+
+    def blocks(self, name: str, rows: tuple[int, int] | None = None) -> Iterator[Tensor]:
+        """As its base; an unpacked weight is one block."""
+        if name in self._scales:
+            yield self.read(name, rows)
+        else:
+            yield from super().blocks(name, rows)
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """As its base; of an unpacked weight all is made, whatever rows are asked for.
+
+        Raises:
+            CheckpointError: it cannot be read, or there are no weights that are rounded to it.
+        """
+        if name not in self._scales:
+            return super().read(name, rows)
+        weight = self._unpacked(name, super().read(name), super().read(self._scales[name]))
+        return weight if rows is None else weight[rows[0] : rows[1]]
+
+    def _unpacked(self, name: str, packed: Tensor, stored: Tensor) -> Tensor:
+        codes = unpack_ternary(packed)
+        if codes.amax() > 1:
+            raise CheckpointError(
+                f"{self.file_of(name)}: {name} holds other numbers than -1, 0 and 1, four in a byte; copy "
+                f"the file again from its source"
+            )
+        scale = stored.float().reshape(())
+        scale = scale.reciprocal() if self._divides else scale
+        if not torch.isfinite(scale) or scale < ternary_scales(torch.zeros(()), 1, torch.float32):
+            raise CheckpointError(
+                f"{self.file_of(name)}: {self._scales[name]} is {stored.item():g}, but ternary weights here "
+                f"have a scale of at least 1e-5; import the unquantised checkpoint"
+            )
+        weight = ternary_parameters(codes, scale.item(), self.dtype)
+        again = ternary_scales(magnitude_sum(weight), weight.numel(), weight.dtype)
+        has_numbers = bool(codes.any())  # a matrix of zeros is 0 at any scale, and refused elsewhere
+        if has_numbers and not (again == scale and torch.equal(ternary_codes(weight, again), codes.float())):
+            raise CheckpointError(
+                f"{self.file_of(name)}: no parameters of {str(self.dtype).removeprefix('torch.')} are "
+                f"rounded to {name} times its scale exactly; save the folder's embedding and norms in float32"
+            )
+        return weight
