@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from spikingbrain_train.activation_sparsity.result_files import NUMBERS_FILE, PICTURE_FILE
 from spikingbrain_train.activation_sparsity.zero_checks import nothing_is_zero
 from spikingbrain_train.config.model import ActivationFunc
 from spikingbrain_train.errors import CheckpointError, ConfigurationError
@@ -21,8 +22,6 @@ from spikingbrain_train.evaluation.reading_command_line import (
 )
 from spikingbrain_train.planning.file_checks import check_output_folder
 
-NUMBERS_FILE, PICTURE_FILE = "sparsity.json", "sparsity.png"
-"""What lies in --output."""
 _THRESHOLDS = (0.0, 0.005, 0.01, 0.02, 0.05, 0.1)
 _LOSS_BUDGET = 0.01
 
@@ -89,13 +88,18 @@ def analyze_sparsity(arguments: Sequence[str] | None = None, *, elsewhere: Elsew
 
 def _prepare(arguments: argparse.Namespace) -> Callable[[], None]:
     check_text_options(arguments)
-    _check_thresholds(arguments)
+    check_thresholds(arguments)
     if arguments.output is not None:
         check_output_folder(arguments.output, "--output")
     return reading_of(arguments, _analyze_folder, _analyze_checkpoint)
 
 
-def _check_thresholds(arguments: argparse.Namespace) -> None:
+def check_thresholds(arguments: argparse.Namespace) -> None:
+    """Refuse thresholds and budgets that do not fit; a budget that nobody gave becomes the usual one.
+
+    Raises:
+        ConfigurationError: naming the flag.
+    """
     thresholds = arguments.thresholds
     for each in thresholds:
         if not 0 <= each < math.inf:

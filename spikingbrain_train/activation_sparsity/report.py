@@ -10,6 +10,7 @@ from typing import Any
 
 from spikingbrain_train.activation_sparsity.analysis import Fit, Reading
 from spikingbrain_train.activation_sparsity.gate_records import GateRecords, LayerCounts
+from spikingbrain_train.activation_sparsity.result_files import FITTED
 from spikingbrain_train.reporting.tables import table
 
 _BIN = 10
@@ -78,6 +79,7 @@ class SparsityReport:
                 }
                 for each in self.curve
             ],
+            FITTED: None if self.fit is None else self.fit.threshold,
             "fit": None if self.fit is None else {**asdict(self.fit), "commands": self.commands()},
         }
 

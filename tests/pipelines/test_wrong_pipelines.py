@@ -200,6 +200,6 @@ def test_the_command_says_it_with_exit_code_2_without_torch(workplace: Path) -> 
     assert (done.returncode, done.stdout) == (2, "False\n")
     assert done.stderr == (
         "error: test.yaml, step export: kind names exprt, which is no kind of step; did you mean export? "
-        "known are analyze_spikes, choose_layers, command, convert, evaluate, export, generate, preprocess, "
-        "train; name the package of another in plugins: [package.module]\n"
+        "known are analyze_sparsity, analyze_spikes, choose_layers, command, convert, evaluate, export, "
+        "generate, preprocess, train; name the package of another in plugins: [package.module]\n"
     )

@@ -13,6 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from spikingbrain_train.config.conversion import ConversionConfig
+from spikingbrain_train.config.model import ActivationFunc
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.layer_choice.request import RECIPE_FILE, RESULT_FILE
 from spikingbrain_train.pipelines.kinds.kind import Context, StepKind, dataset, given_ranks, stamp
@@ -31,6 +33,11 @@ class Result:
     proof: list[Path]
     reads: dict[str, str] = field(default_factory=dict)
     fingerprint: str = ""
+    assumed: dict[str, Any] = field(default_factory=dict)
+    """As those of :class:`Step`, with ``values``."""
+    values: Path | None = None
+    activation_func: ActivationFunc | None = None
+    """As that of :class:`Step`."""
 
 
 class Tool(StepKind):
@@ -59,6 +66,13 @@ class Tool(StepKind):
         """Settings that a step need not give here, although the tool wants them."""
         return {}
 
+    def check_arguments(self, arguments: argparse.Namespace) -> None:
+        """What the tool refuses of flags that its parser takes, and would say when its turn comes only.
+
+        Raises:
+            ConfigurationError: naming the flag.
+        """
+
     def launcher(self, context: Context, given: Mapping[str, Any]) -> list[str]:
         """Flags in front of the tool's own that its parser does not know."""
         return []
@@ -74,9 +88,7 @@ class Tool(StepKind):
         settings = {**given, **{k: v for k, v in self.defaults(context).items() if given.get(k) is None}}
         arguments = self._arguments(settings)
         if all(context.is_known(argument) for argument in arguments):
-            refusal = _refusal(self.parser(), arguments)
-            if refusal is not None:
-                raise ConfigurationError(refusal)
+            self.check_arguments(_parsed(self.parser(), arguments))
         result = self.result(context, settings)
         given_files = [path for path in result.reads.values() if context.maker(path) is None]
         return Step(
@@ -88,6 +100,9 @@ class Tool(StepKind):
             proof=result.proof,
             reads=result.reads,
             fingerprint=result.fingerprint + stamp(given_files),
+            assumed=result.assumed,
+            values=result.values,
+            activation_func=result.activation_func,
         )
 
     def _arguments(self, given: Mapping[str, Any]) -> list[str]:
@@ -127,42 +142,41 @@ def _flags(tool: type[Tool]) -> dict[str, argparse.Action]:
     return flags
 
 
-def _refusal(parser: argparse.ArgumentParser, arguments: list[str]) -> str | None:
-    """What the parser says against the arguments, None for nothing."""
+def _parsed(parser: argparse.ArgumentParser, arguments: list[str]) -> argparse.Namespace:
+    """The arguments as the tool will have them. Raises ConfigurationError with what the parser says."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            parser.parse_args(arguments)
+            return parser.parse_args(arguments)
     except SystemExit:
-        return said.getvalue().strip().rpartition("error: ")[2]
-    return None
+        raise ConfigurationError(said.getvalue().strip().rpartition("error: ")[2]) from None
 
 
 def _text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _words(value: Any) -> list[str]:
+def words(value: Any) -> list[str]:
     """One value, or a list of them, as texts."""
     return [str(item) for item in (value if isinstance(value, list) else [value])]
 
 
-def _files(setting: str, value: Any) -> dict[str, str]:
+def files(setting: str, value: Any) -> dict[str, str]:
     """Those of a list of texts that are files, by their settings."""
     from spikingbrain_train.data.documents import PYDOC_TOPICS
 
-    texts = enumerate(_words(value or []))
+    texts = enumerate(words(value or []))
     return {f"{setting}[{number}]": path for number, path in texts if path != PYDOC_TOPICS}
 
 
-class _WritesFolder(Tool):
+class WritesFolder(Tool):
     """A tool whose output is a folder, named after the step where nothing else is said."""
 
     def defaults(self, context: Context) -> dict[str, Any]:
         return {"output": str(context.output / context.name)}
 
 
-class _OnRanks(Tool):
+class OnRanks(Tool):
     """A tool that ``nproc_per_node`` starts on that many ranks, over which ``parallel`` spreads a model."""
 
     def settings(self) -> Mapping[str, bool]:
@@ -198,7 +212,7 @@ class Preprocess(Tool):
             parts = {"train": prefix, "valid": prefix}
         ends = (".bin", ".idx", ".json", LOSS_MASK_SUFFIX, DOMAINS_SUFFIX)  # the last two of some texts only
         made = sorted({Path(f"{part}{end}") for part in parts.values() for end in ends})
-        reads = _files("input", given["input"])
+        reads = files("input", given["input"])
         return Result(
             outputs=parts,
             makes=made,
@@ -207,7 +221,7 @@ class Preprocess(Tool):
         )
 
 
-class ChooseLayers(_OnRanks, _WritesFolder):
+class ChooseLayers(OnRanks, WritesFolder):
     """spikingbrain-choose-layers.
 
     Outputs: ``conversion``, the recipe that a ``convert`` step takes, and ``result``, a JSON file.
@@ -225,10 +239,10 @@ class ChooseLayers(_OnRanks, _WritesFolder):
     def result(self, context: Context, given: Mapping[str, Any]) -> Result:
         output = Path(str(given["output"]))
         recipe, numbers = output / RECIPE_FILE, output / RESULT_FILE
-        reads = {"model": str(given["model"]), **dataset("data", _words(given["data"]))}
+        reads = {"model": str(given["model"]), **dataset("data", words(given["data"]))}
         if given.get("aligned") is not None:
             reads["aligned"] = str(given["aligned"])
-        reads |= dataset("calibration_data", _words(given.get("calibration_data") or []))
+        reads |= dataset("calibration_data", words(given.get("calibration_data") or []))
         return Result(
             outputs={"conversion": str(recipe), "result": str(numbers)},
             makes=[output],
@@ -237,7 +251,7 @@ class ChooseLayers(_OnRanks, _WritesFolder):
         )
 
 
-class Convert(_WritesFolder):
+class Convert(WritesFolder):
     """``spikingbrain-convert import``. Output: ``checkpoint``, a folder that spikingbrain-train loads."""
 
     name = "convert"
@@ -254,17 +268,19 @@ class Convert(_WritesFolder):
         reads = {"hf": str(given["hf"])}
         if context.maker(str(conversion)) is not None:
             reads["conversion"] = str(conversion)
+        recipe = _recipe(context, given)
         return Result(
             outputs={"checkpoint": str(output)},
             makes=[output],
             proof=[output / LATEST_ITERATION_FILE],
             reads=reads,
-            fingerprint=_recipe(context, given),
+            fingerprint="" if recipe is None else json.dumps(asdict(recipe), default=str),
+            activation_func=None if recipe is None else recipe.activation_func,
         )
 
 
-def _recipe(context: Context, given: Mapping[str, Any]) -> str:
-    """The conversion that is asked for, checked, as text; the source says nothing of itself yet.
+def _recipe(context: Context, given: Mapping[str, Any]) -> ConversionConfig | None:
+    """The conversion that is asked for, checked; the source says nothing of itself yet.
 
     One that another step writes is checked by the command.
     """
@@ -272,19 +288,19 @@ def _recipe(context: Context, given: Mapping[str, Any]) -> str:
     if given.get("conversion") is None:
         if overrides:
             raise ConfigurationError(f"{overrides[0]} changes a recipe, but none is given; add conversion")
-        return ""
+        return None
     written = context.maker(str(given["conversion"])) is not None
     if written or not context.is_known([given["conversion"], *overrides]):
-        return ""
+        return None
     from spikingbrain_train.config.load import load_conversion
     from spikingbrain_train.config.setting import check_fields
 
     recipe = load_conversion(str(given["conversion"]), overrides)
     check_fields(recipe)
-    return json.dumps(asdict(recipe), default=str)
+    return recipe
 
 
-class Export(_WritesFolder):
+class Export(WritesFolder):
     """spikingbrain-export. Output: ``model``, a Hugging Face folder."""
 
     name = "export"
@@ -306,7 +322,7 @@ class Export(_WritesFolder):
         )
 
 
-class _Measures(_OnRanks):
+class _Measures(OnRanks):
     """A tool that reads a model of either form and writes one JSON file. Output: ``result``."""
 
     def defaults(self, context: Context) -> dict[str, Any]:
@@ -332,7 +348,7 @@ class Evaluate(_Measures):
     def result(self, context: Context, given: Mapping[str, Any]) -> Result:
         result = super().result(context, given)
         data = given.get("data")
-        return replace(result, reads={**result.reads, **dataset("data", _words(data) if data else [])})
+        return replace(result, reads={**result.reads, **dataset("data", words(data) if data else [])})
 
 
 class Generate(_Measures):
@@ -346,32 +362,3 @@ class Generate(_Measures):
         from spikingbrain_train.evaluation.generate_command_line import generate_parser
 
         return generate_parser()
-
-
-class AnalyzeSpikes(_OnRanks, _WritesFolder):
-    """spikingbrain-analyze-spikes. Outputs: ``result``, a JSON file, and ``page``, an HTML file."""
-
-    name = "analyze_spikes"
-    title = "count spikes in front of the projections"
-    command = ("analyze-spikes",)
-
-    def parser(self) -> argparse.ArgumentParser:
-        from spikingbrain_train.spike_analysis.command_line import analyze_spikes_parser
-
-        return analyze_spikes_parser()
-
-    def result(self, context: Context, given: Mapping[str, Any]) -> Result:
-        from spikingbrain_train.spike_analysis.command_line import NUMBERS_FILE, PAGE_FILE
-
-        output = Path(str(given["output"]))
-        numbers, page = output / NUMBERS_FILE, output / PAGE_FILE
-        return Result(
-            outputs={"result": str(numbers), "page": str(page)},
-            makes=[output],
-            proof=[numbers, page],
-            reads={
-                "model": str(given["model"]),
-                **_files("text", given.get("text")),
-                **dataset("data", _words(given.get("data") or [])),
-            },
-        )

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from spikingbrain_train.config.blend import check_blend, prefixes_of
 from spikingbrain_train.config.compose import compose_run
 from spikingbrain_train.config.load import to_run_config
+from spikingbrain_train.config.model import ActivationFunc
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.errors import CheckpointError, ConfigurationError
 from spikingbrain_train.pipelines.kinds.kind import Context, StepKind, dataset, given_ranks, stamp
@@ -129,25 +131,40 @@ def _config_of(context: Context, words: list[str], run: DictConfig) -> RunConfig
         if maker is None:
             raise
     # The model that the stage reads is not made yet: a small one stands for it.
-    longest = _longest_sequence(context, maker)
-    stand_in = ["model=tiny_hybrid", f"model.max_position_embeddings={longest}"]
+    made = _Made.of(context, maker)
+    stand_in = ["model=tiny_hybrid", f"model.max_position_embeddings={made.longest_sequence}"]
+    if made.activation_func is not None:
+        stand_in.append(f"model.activation_func={made.activation_func.value}")
+    elif run.stage.sparsity.l1_factors:  # nobody knows it yet: not refused before the model is there
+        stand_in.append(f"model.activation_func={ActivationFunc.relu.value}")
     settings = [word for word in words if word.partition("=")[0] != "model"]
     return to_run_config(compose_run([*stand_in, *settings, "dry_run=true"]))
 
 
-def _longest_sequence(context: Context, maker: Step | None) -> int:
-    """The max_position_embeddings of the Hugging Face folder that a checkpoint goes back to."""
-    while maker is not None and "hf" not in maker.reads:
-        load = maker.reads.get("checkpoint.load")
-        maker = None if load is None else context.maker(load)
-    if maker is None:
-        return _NO_LIMIT
-    try:
-        config = json.loads((Path(maker.reads["hf"]) / "config.json").read_text(encoding="utf-8"))
-        longest = config["max_position_embeddings"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return _NO_LIMIT
-    return longest if type(longest) is int and longest > 0 else _NO_LIMIT
+@dataclass(frozen=True)
+class _Made:
+    """What is known of a checkpoint before its step has run."""
+
+    longest_sequence: int = _NO_LIMIT
+    activation_func: ActivationFunc | None = None
+
+    @classmethod
+    def of(cls, context: Context, maker: Step | None) -> _Made:
+        """Of the Hugging Face folder that it goes back to, and of the recipe that converts it."""
+        while maker is not None and "hf" not in maker.reads:
+            load = maker.reads.get("checkpoint.load")
+            maker = None if load is None else context.maker(load)
+        if maker is None:
+            return cls()
+        try:
+            config = json.loads((Path(maker.reads["hf"]) / "config.json").read_text(encoding="utf-8"))
+            longest, source = config.get("max_position_embeddings"), config.get("hidden_act")
+        except (OSError, ValueError, AttributeError):
+            return cls(activation_func=maker.activation_func)
+        activation = maker.activation_func
+        if activation is None and source in [func.value for func in ActivationFunc]:
+            activation = ActivationFunc(source)
+        return cls(longest if type(longest) is int and longest > 0 else _NO_LIMIT, activation)
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
