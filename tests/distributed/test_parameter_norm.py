@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,7 @@ def test_the_norm_of_all_weights_is_the_same_in_every_topology(
         ParallelConfig(pipeline_model_parallel_size=2),
         ParallelConfig(expert_model_parallel_size=2),
     ):
-        found = ranks.run(_norms, config, world_size=2, parallel=topology)
+        found = ranks.run(_norms, replace(config, parallel=topology), world_size=2, parallel=topology)
         assert [each for each, _ in found] == pytest.approx([own, own], rel=1e-6), topology
 
 

@@ -116,7 +116,8 @@ def _listen(
 
 
 def _run(ranks: RankPool, config: RunConfig, factors: dict[int, float], **parallel: int) -> list[Any]:
-    return ranks.run(_listen, config, factors, world_size=4, parallel=ParallelConfig(**parallel))
+    config.parallel = ParallelConfig(**parallel)
+    return ranks.run(_listen, config, factors, world_size=4, parallel=config.parallel)
 
 
 @pytest.fixture
