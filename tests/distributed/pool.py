@@ -187,7 +187,10 @@ class RankPool:
             title, worker = f"rank {rank} of {world_size}", self._ranks[rank]
             if rank in reports:
                 if failure := reports[rank].failure:
-                    raised.append(f"{title} failed:\n{failure}")
+                    # A command's sentence is what it printed, not what it raised.
+                    is_exit = failure.rstrip().rpartition("\n")[2].startswith("SystemExit")
+                    said = _tail(worker.log) if is_exit else ""
+                    raised.append(f"{title} failed:\n{failure}{said}")
                 continue
             worker.process.join(0.5)
             if worker.process.exitcode is not None:
