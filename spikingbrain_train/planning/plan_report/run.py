@@ -52,10 +52,10 @@ def run_section(plan: Plan) -> Section:
         "flops": plan.total_flops,
         "checkpoint_bytes": plan.checkpoint_bytes,
     }
-    return Section("run", values, lambda width: facts(_rows(plan, history), width))
+    return Section("run", values, lambda width: facts(_rows(plan, history, balance), width))
 
 
-def _rows(plan: Plan, history: TokenHistory) -> list[tuple[str, str]]:
+def _rows(plan: Plan, history: TokenHistory, balance: PipelineBalance | None) -> list[tuple[str, str]]:
     stage, model, config = plan.config.stage, plan.config.model, plan.config
     learns = "" if not kind_of(stage).needs_teacher(stage) else f", learning from {stage.teacher}"
     bubble = f", pipeline bubble {plan.pipeline_bubble:.1%}" if len(plan.stages) > 1 else ""
@@ -72,7 +72,7 @@ def _rows(plan: Plan, history: TokenHistory) -> list[tuple[str, str]]:
             f"{stage.seq_length}{sinks} = {plan.data_parallel_size} replicas x {plan.micro_batches} "
             f"micro-batches of {stage.micro_batch_size}{bubble}",
         ),
-        *((("", words),) if (words := _stages(plan)) else ()),
+        *((("", words),) if (words := _stages(plan, balance)) else ()),
         *((("", f"smaller ones at first: {ramp}"),) if (ramp := stage.batch_sizes.describe()) else ()),
         ("length", f"{_steps(stage)}, {quantity(plan.total_tokens)} tokens"),
         *(("phases", text) for text in _phases(config.optimizer, stage.train_iters)),
@@ -96,9 +96,8 @@ def _balance(plan: Plan) -> PipelineBalance | None:
     return pipeline_balance(config.model, config.parallel, config.stage.seq_length)
 
 
-def _stages(plan: Plan) -> str:
+def _stages(plan: Plan, balance: PipelineBalance | None) -> str:
     """How unequal pipeline stages are, and what would be better."""
-    balance = _balance(plan)
     if balance is None or balance.gain < _LEAST_GAIN:
         return ""
     shares = " ".join(f"{share:.2f}" for share in balance.shares)
