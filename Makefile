@@ -50,6 +50,10 @@ test: environment ## Run the whole test suite, a process a core (PYTEST_ARGS="-n
 test-fast: environment ## Run the tests that take seconds
 	@$(call pytest,-n auto -m "not slow")
 
+.PHONY: kernels
+kernels: environment ## Create or refresh .venv-kernels: Triton, with which the tests interpret fla's kernels on the CPU
+	@scripts/setup_kernels.sh $(call quoted,VENV)
+
 .PHONY: test-matrix
 test-matrix: ## Run the suite on every supported Python and megatron-core that this machine can install
 	@OMP_NUM_THREADS=$(call quoted,OMP_NUM_THREADS) PYTEST_ARGS=$(call quoted,PYTEST_ARGS) scripts/test_matrix.sh
@@ -80,5 +84,5 @@ settings: environment ## Write docs/settings.md anew, every setting of runs and 
 
 .PHONY: clean
 clean: ## Remove the environment and caches; outputs/ stays
-	rm -rf -- $(call quoted,VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info build
+	rm -rf -- $(call quoted,VENV) $(call quoted,VENV)-kernels .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info build
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -217,7 +217,7 @@ def gated_linear_attention_by_kernel(
         q_BTHK,
         k.to(q_BTHK.dtype),
         v,
-        log_gate,
+        log_gate.clamp(min=-100.0),  # it sums them: exp(-100) is nothing, and -inf would give NaN
         scale=1.0,
         initial_state=state,
         output_final_state=True,

@@ -122,6 +122,17 @@ def test_kernel_form_repeats_groups_and_returns_one_state_a_group() -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
 
 
+def test_the_kernel_gets_gates_that_it_can_sum() -> None:
+    def kernel(q: Tensor, k: Tensor, v: Tensor, g: Tensor, **options: object) -> object:
+        assert g.isfinite().all()
+        return recurrence(q, k, v, g, options["initial_state"])
+
+    q, k, v, log_gate, state = (x.detach() for x in random_inputs(33, "learned", torch.float32))
+    log_gate[:, ::5] = -torch.inf
+    actual = ops.gated_linear_attention_by_kernel(kernel, q, k, v, log_gate, state)
+    torch.testing.assert_close(actual, recurrence(q, k, v, log_gate, state), rtol=0, atol=1e-5)
+
+
 def test_kernel_of_the_installed_library_takes_the_arguments_used() -> None:
     parameters = inspect.signature(flash_linear_attention().chunk_gla).parameters
     assert list(parameters)[:4] == ["q", "k", "v", "g"]
