@@ -14,13 +14,13 @@ from spikingbrain_train.errors import CheckpointError, ConfigurationError
 from spikingbrain_train.evaluation.checkpoint_request import CheckpointRequest
 from spikingbrain_train.evaluation.inference_command_line import Elsewhere, inference_parser, run_inference
 from spikingbrain_train.evaluation.reading_command_line import (
+    add_output_folder,
     add_text_options,
-    check_text_options,
+    check_reading,
     open_folder,
     ranks_for_reading,
     reading_of,
 )
-from spikingbrain_train.planning.file_checks import check_output_folder
 
 _THRESHOLDS = (0.0, 0.005, 0.01, 0.02, 0.05, 0.1)
 _LOSS_BUDGET = 0.01
@@ -50,12 +50,7 @@ In --output: sparsity.json (every number) and sparsity.png.
 def analyze_sparsity_parser() -> argparse.ArgumentParser:
     """The flags of spikingbrain-analyze-sparsity."""
     parser = inference_parser(_DESCRIPTION, _EXAMPLES, output_file=False)
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="DIR",
-        help=f"folder for {NUMBERS_FILE} and {PICTURE_FILE} (default: tables only)",
-    )
+    add_output_folder(parser, NUMBERS_FILE, PICTURE_FILE)
     add_text_options(parser)
     parser.add_argument(
         "--thresholds",
@@ -87,10 +82,8 @@ def analyze_sparsity(arguments: Sequence[str] | None = None, *, elsewhere: Elsew
 
 
 def _prepare(arguments: argparse.Namespace) -> Callable[[], None]:
-    check_text_options(arguments)
+    check_reading(arguments)
     check_thresholds(arguments)
-    if arguments.output is not None:
-        check_output_folder(arguments.output, "--output")
     return reading_of(arguments, _analyze_folder, _analyze_checkpoint)
 
 

@@ -8,18 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from spikingbrain_train.bricks.named_texts import named_texts
+from spikingbrain_train.bricks.open_neurons import neurons_of_checkpoint, neurons_of_folder
 from spikingbrain_train.bricks.output_files import ABILITIES_NEURONS, ABILITIES_NUMBERS, ABILITIES_PICTURE
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.evaluation.checkpoint_request import CheckpointRequest
 from spikingbrain_train.evaluation.inference_command_line import add_inference_options
 from spikingbrain_train.evaluation.reading_command_line import (
+    add_output_folder,
     add_window_options,
-    check_text_options,
-    open_folder,
-    ranks_for_reading,
+    check_reading,
     reading_of,
 )
-from spikingbrain_train.planning.file_checks import check_output_folder
 
 _DESCRIPTION = """\
 Which neurons the abilities of a model rest on, each ability given by a text of its kind: neurons are scored
@@ -47,12 +46,7 @@ def add_abilities(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_inference_options(parser, output_file=False)
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="DIR",
-        help=f"folder for {ABILITIES_NUMBERS}, {ABILITIES_NEURONS}, {ABILITIES_PICTURE} (else tables only)",
-    )
+    add_output_folder(parser, ABILITIES_NUMBERS, ABILITIES_NEURONS, ABILITIES_PICTURE)
     parser.add_argument(
         "--texts",
         nargs="+",
@@ -79,36 +73,27 @@ def add_abilities(commands: Any) -> None:
 
 def _prepare(arguments: argparse.Namespace) -> Callable[[], None]:
     arguments.texts = named_texts("--texts", arguments.texts, "ability")
-    check_text_options(arguments)
+    check_reading(arguments)
     if arguments.windows < 2 or arguments.windows % 2:
         raise ConfigurationError(
             f"--windows is {arguments.windows}; give an even number, half to score on and half to read"
         )
     if not 0 < arguments.prune < 100:
         raise ConfigurationError(f"--prune is {arguments.prune:g}; give percent above 0 and below 100")
-    if arguments.output is not None:
-        check_output_folder(arguments.output, "--output")
     return reading_of(arguments, _read_folder, _read_checkpoint)
 
 
 def _read_folder(arguments: argparse.Namespace) -> None:
-    model, tokenizer = open_folder(arguments)
-    from spikingbrain_train.bricks.hugging_face import hugging_face_neurons
+    neurons = neurons_of_folder(arguments)
     from spikingbrain_train.bricks.run_abilities import run
 
-    run(hugging_face_neurons(model, tokenizer, str(arguments.model)), arguments)
+    run(neurons, arguments)
 
 
 def _read_checkpoint(request: CheckpointRequest, tokenizer: Path, arguments: argparse.Namespace) -> None:
-    with ranks_for_reading(request, arguments, "which would count") as groups:
-        if groups.data_parallel_size * groups.context_parallel_size > 1:
-            raise ConfigurationError(
-                f"abilities looks at windows one by one, but {groups.world_size} ranks would read "
-                f"{groups.data_parallel_size} at once, each split over {groups.context_parallel_size}; start "
-                "as many ranks as tensor x pipeline parallelism takes"
-            )
-        from spikingbrain_train.bricks.megatron import megatron_neurons
+    with neurons_of_checkpoint(
+        request, tokenizer, arguments, every_window="abilities looks at windows one by one"
+    ) as neurons:
         from spikingbrain_train.bricks.run_abilities import run
-        from spikingbrain_train.evaluation.text_tokenizer import TextTokenizer
 
-        run(megatron_neurons(request, groups, TextTokenizer(tokenizer), arguments.seq_length), arguments)
+        run(neurons, arguments)

@@ -11,6 +11,7 @@ from typing import Any
 from spikingbrain_train.architecture.layers import layers
 from spikingbrain_train.architecture.model_checks import check_model
 from spikingbrain_train.architecture.stored_model import read_stored_model
+from spikingbrain_train.bricks.open_neurons import neurons_of_checkpoint
 from spikingbrain_train.config.model import ModelConfig, MoEConfig, RouterWeights
 from spikingbrain_train.config.require import divisors, either
 from spikingbrain_train.conversion.flags import check_output
@@ -21,7 +22,6 @@ from spikingbrain_train.evaluation.model_folder import is_megatron_checkpoint
 from spikingbrain_train.evaluation.reading_command_line import (
     add_text_options,
     check_text_options,
-    ranks_for_reading,
     reading_of,
 )
 from spikingbrain_train.storage.checkpoint_folder import LATEST_ITERATION_FILE
@@ -189,11 +189,7 @@ def _no_folder(_: argparse.Namespace) -> None:
 
 
 def _cut(request: CheckpointRequest, tokenizer: Path, arguments: argparse.Namespace) -> None:
-    with ranks_for_reading(request, arguments, "which would count") as groups:
-        from spikingbrain_train.bricks.megatron import megatron_neurons
+    with neurons_of_checkpoint(request, tokenizer, arguments) as neurons:
         from spikingbrain_train.bricks.moefy import run
-        from spikingbrain_train.evaluation.text_tokenizer import TextTokenizer
 
-        model = megatron_neurons(request, groups, TextTokenizer(tokenizer), arguments.seq_length)
-        target = _target(request.model, arguments)
-        run(model, request.checkpoint, target, arguments)
+        run(neurons, request.checkpoint, _target(request.model, arguments), arguments)

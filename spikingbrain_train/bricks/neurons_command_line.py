@@ -7,18 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from spikingbrain_train.bricks.open_neurons import neurons_of_checkpoint, neurons_of_folder
 from spikingbrain_train.bricks.output_files import NEURONS_MEANS, NEURONS_NUMBERS, NEURONS_PICTURE
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.evaluation.checkpoint_request import CheckpointRequest
 from spikingbrain_train.evaluation.inference_command_line import add_inference_options
 from spikingbrain_train.evaluation.reading_command_line import (
+    add_output_folder,
     add_text_options,
-    check_text_options,
-    open_folder,
-    ranks_for_reading,
+    check_reading,
     reading_of,
 )
-from spikingbrain_train.planning.file_checks import check_output_folder
 
 _MASKED = (0.0, 30.0, 50.0, 70.0, 80.0, 90.0)
 
@@ -51,12 +50,7 @@ def add_neurons(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_inference_options(parser, output_file=False)
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="DIR",
-        help=f"folder for {NEURONS_NUMBERS}, {NEURONS_MEANS} and {NEURONS_PICTURE} (default: tables only)",
-    )
+    add_output_folder(parser, NEURONS_NUMBERS, NEURONS_MEANS, NEURONS_PICTURE)
     add_text_options(parser)
     parser.add_argument(
         "--mask",
@@ -71,27 +65,22 @@ def add_neurons(commands: Any) -> None:
 
 
 def _prepare(arguments: argparse.Namespace) -> Callable[[], None]:
-    check_text_options(arguments)
+    check_reading(arguments)
     for percent in arguments.mask:
         if not 0 <= percent < 100:
             raise ConfigurationError(f"--mask has {percent:g}; give percent of at least 0 and below 100")
-    if arguments.output is not None:
-        check_output_folder(arguments.output, "--output")
     return reading_of(arguments, _read_folder, _read_checkpoint)
 
 
 def _read_folder(arguments: argparse.Namespace) -> None:
-    model, tokenizer = open_folder(arguments)
-    from spikingbrain_train.bricks.hugging_face import hugging_face_neurons
+    neurons = neurons_of_folder(arguments)
     from spikingbrain_train.bricks.run_neurons import run
 
-    run(hugging_face_neurons(model, tokenizer, str(arguments.model)), arguments)
+    run(neurons, arguments)
 
 
 def _read_checkpoint(request: CheckpointRequest, tokenizer: Path, arguments: argparse.Namespace) -> None:
-    with ranks_for_reading(request, arguments, "which would count") as groups:
-        from spikingbrain_train.bricks.megatron import megatron_neurons
+    with neurons_of_checkpoint(request, tokenizer, arguments) as neurons:
         from spikingbrain_train.bricks.run_neurons import run
-        from spikingbrain_train.evaluation.text_tokenizer import TextTokenizer
 
-        run(megatron_neurons(request, groups, TextTokenizer(tokenizer), arguments.seq_length), arguments)
+        run(neurons, arguments)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from spikingbrain_train.activation_sparsity.zero_checks import nothing_is_zero
+from spikingbrain_train.bricks.open_neurons import neurons_of_checkpoint
 from spikingbrain_train.bricks.output_files import (
     PREDICTORS_NUMBERS,
     PREDICTORS_PICTURE,
@@ -18,13 +19,12 @@ from spikingbrain_train.errors import CheckpointError, ConfigurationError
 from spikingbrain_train.evaluation.checkpoint_request import CheckpointRequest
 from spikingbrain_train.evaluation.inference_command_line import add_inference_options
 from spikingbrain_train.evaluation.reading_command_line import (
+    add_output_folder,
     add_text_options,
-    check_text_options,
+    check_reading,
     open_folder,
-    ranks_for_reading,
     reading_of,
 )
-from spikingbrain_train.planning.file_checks import check_output_folder
 
 _WINDOWS, _HELD_OUT, _EPOCHS = 40, 8, 20
 _RECALLS = (0.9, 0.95, 0.99)
@@ -63,13 +63,7 @@ def add_predictors(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_inference_options(parser, output_file=False)
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="DIR",
-        help=f"folder for {PREDICTORS_NUMBERS}, {PREDICTORS_WEIGHTS} and {PREDICTORS_PICTURE} (default: "
-        "tables only)",
-    )
+    add_output_folder(parser, PREDICTORS_NUMBERS, PREDICTORS_WEIGHTS, PREDICTORS_PICTURE)
     add_text_options(parser)
     parser.set_defaults(windows=_WINDOWS)
     parser.add_argument(
@@ -110,7 +104,7 @@ def add_predictors(commands: Any) -> None:
 
 
 def _prepare(arguments: argparse.Namespace) -> Callable[[], None]:
-    check_text_options(arguments)
+    check_reading(arguments)
     if arguments.held_out < 1 or arguments.windows - arguments.held_out < 2:
         raise ConfigurationError(
             f"--held-out is {arguments.held_out} of {arguments.windows} windows; give at least 1, and at "
@@ -124,8 +118,6 @@ def _prepare(arguments: argparse.Namespace) -> Callable[[], None]:
         if not 0 < each <= 1:
             raise ConfigurationError(f"--recall has {each:g}; give shares above 0 and at most 1")
     arguments.recall = sorted(set(arguments.recall))
-    if arguments.output is not None:
-        check_output_folder(arguments.output, "--output")
     return reading_of(arguments, _read_folder, _read_checkpoint)
 
 
@@ -144,15 +136,8 @@ def _read_checkpoint(request: CheckpointRequest, tokenizer: Path, arguments: arg
     activation = request.model.activation_func
     if activation is ActivationFunc.silu:
         raise CheckpointError(nothing_is_zero(str(request.checkpoint), activation.value))
-    with ranks_for_reading(request, arguments, "which would count") as groups:
-        if groups.data_parallel_size * groups.context_parallel_size > 1:
-            raise ConfigurationError(
-                f"a predictor learns from all windows, but {groups.world_size} ranks would read "
-                f"{groups.data_parallel_size} at once, each split over {groups.context_parallel_size}; start "
-                "as many ranks as tensor x pipeline parallelism takes"
-            )
-        from spikingbrain_train.bricks.megatron import megatron_neurons
+    because = "a predictor learns from all windows"
+    with neurons_of_checkpoint(request, tokenizer, arguments, every_window=because) as neurons:
         from spikingbrain_train.bricks.run_predictors import run
-        from spikingbrain_train.evaluation.text_tokenizer import TextTokenizer
 
-        run(megatron_neurons(request, groups, TextTokenizer(tokenizer), arguments.seq_length), arguments)
+        run(neurons, arguments)

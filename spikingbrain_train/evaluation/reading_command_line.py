@@ -21,7 +21,7 @@ from spikingbrain_train.evaluation.checkpoint_request import (
 )
 from spikingbrain_train.evaluation.inference_command_line import check_model_files, load_model
 from spikingbrain_train.evaluation.window_checks import check_windows
-from spikingbrain_train.planning.file_checks import check_prefix
+from spikingbrain_train.planning.file_checks import check_output_folder, check_prefix
 from spikingbrain_train.planning.parallel_checks import check_sequence_split
 from spikingbrain_train.reporting.activity import activity
 
@@ -45,6 +45,16 @@ def add_text_options(parser: argparse.ArgumentParser) -> None:
         "--data", nargs="+", metavar="PREFIX", help="or held-out indexed datasets, without .bin/.idx"
     )
     add_window_options(parser, windows=4, seq_length=512)
+
+
+def add_output_folder(parser: argparse.ArgumentParser, *files: str) -> None:
+    """``--output``, a folder for files of these names: without it a command prints its tables alone."""
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help=f"folder for {', '.join(files[:-1])} and {files[-1]} (default: tables only)",
+    )
 
 
 def add_window_options(
@@ -74,6 +84,17 @@ def check_text_options(arguments: argparse.Namespace) -> None:
         ConfigurationError: as :func:`~.window_checks.check_windows`.
     """
     check_windows(arguments.windows, arguments.seq_length)
+
+
+def check_reading(arguments: argparse.Namespace) -> None:
+    """Refuse what :func:`add_text_options` and :func:`add_output_folder` were told and cannot be.
+
+    Raises:
+        ConfigurationError: naming the flag.
+    """
+    check_text_options(arguments)
+    if arguments.output is not None:
+        check_output_folder(arguments.output, "--output")
 
 
 def reading_of(

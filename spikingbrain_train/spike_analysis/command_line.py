@@ -10,13 +10,13 @@ from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.evaluation.checkpoint_request import CheckpointRequest
 from spikingbrain_train.evaluation.inference_command_line import Elsewhere, inference_parser, run_inference
 from spikingbrain_train.evaluation.reading_command_line import (
+    add_output_folder,
     add_text_options,
-    check_text_options,
+    check_reading,
     open_folder,
     ranks_for_reading,
     reading_of,
 )
-from spikingbrain_train.planning.file_checks import check_output_folder
 from spikingbrain_train.spike_analysis.published import PUBLISHED
 from spikingbrain_train.spiking.energy import EnergyModel
 
@@ -53,12 +53,7 @@ In --output: spikes.json (every number, all histograms) and spikes.html (one fil
 def analyze_spikes_parser() -> argparse.ArgumentParser:
     """The flags of spikingbrain-analyze-spikes."""
     parser = inference_parser(_DESCRIPTION, _EXAMPLES, output_file=False)
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="DIR",
-        help=f"folder for {NUMBERS_FILE} and {PAGE_FILE} (default: tables only)",
-    )
+    add_output_folder(parser, NUMBERS_FILE, PAGE_FILE)
     add_text_options(parser)
     parser.add_argument(
         "--k",
@@ -113,7 +108,7 @@ def analyze_spikes(arguments: Sequence[str] | None = None, *, elsewhere: Elsewhe
 
 
 def _prepare(arguments: argparse.Namespace) -> Callable[[], None]:
-    check_text_options(arguments)
+    check_reading(arguments)
     if not 1 <= arguments.window <= 32:
         raise ConfigurationError(f"--window is {arguments.window}; give 1 to 32 steps")
     for flag, values in (("--k", [arguments.k]), ("--sweep", arguments.sweep)):
@@ -123,8 +118,6 @@ def _prepare(arguments: argparse.Namespace) -> Callable[[], None]:
     arguments.energy = EnergyModel(
         arguments.energy_fp16_mac, arguments.energy_int8_mac, arguments.energy_int8_add
     )
-    if arguments.output is not None:
-        check_output_folder(arguments.output, "--output")
     return reading_of(arguments, _analyze_folder, _analyze_checkpoint)
 
 
