@@ -21,7 +21,7 @@ from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.config.schema import check_lists, explain, unknown_setting, unknown_settings
 from spikingbrain_train.config.sections import structured, with_sections
 from spikingbrain_train.config.setting import check_fields
-from spikingbrain_train.config.yaml_files import conf_folder, read_composed, read_yaml
+from spikingbrain_train.config.yaml_files import conf_folder, read_composed, read_yaml, yaml_of
 from spikingbrain_train.errors import CheckpointError, ConfigurationError
 from spikingbrain_train.storage.durable_files import write_text_durably
 
@@ -146,8 +146,7 @@ def save_config(config: RunConfig | ModelConfig | ConversionConfig, path: str | 
 
     The file appears whole or not at all, also after a power loss.
     """
-    # Of plain values: OmegaConf takes twice as long over dataclasses, and every checkpoint holds two configs.
-    write_text_durably(Path(path), OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
+    write_text_durably(Path(path), yaml_of(asdict(config)))
 
 
 def load_conversion(name_or_path: str, overrides: list[str] | None = None) -> ConversionConfig:

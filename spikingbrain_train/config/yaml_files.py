@@ -6,8 +6,9 @@ every file comes on top of those before it, and the file itself where ``_self_``
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -41,6 +42,53 @@ def read_yaml(path: Path) -> DictConfig:
     if not isinstance(values, DictConfig):
         raise ConfigurationError(f"{path} must hold name: value lines")
     return values
+
+
+class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
+    """libyaml's where PyYAML has it."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """A list that two settings share is written twice, without names like ``&id001``."""
+        return True
+
+
+def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, style="'" if _reads_otherwise(text) else None
+    )
+
+
+def _reads_otherwise(text: str) -> bool:
+    """Whether OmegaConf would read the text as a number or a truth value: ``1e5``, ``yes``."""
+    if text.lower() in {"y", "yes", "n", "no", "on", "off", "true", "false"}:
+        return True
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
+def yaml_of(settings: dict[str, Any]) -> str:
+    """What ``OmegaConf.to_yaml`` makes of plain values and enums, in a tenth of its time.
+
+    A checkpoint holds two configs, which rank 0 writes while the others wait.
+    """
+    plain = _plain(settings)
+    return yaml.dump(plain, Dumper=_Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, dict):
+        return {_plain(name): _plain(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return value
 
 
 def read_composed(path: Path, group: str, inside: tuple[Path, ...] = ()) -> DictConfig:

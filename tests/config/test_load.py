@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 
 import pytest
 from omegaconf import OmegaConf
@@ -32,6 +33,7 @@ from spikingbrain_train.config.parallel import (
 from spikingbrain_train.config.rope_scaling import RopeScalingConfig, RopeType
 from spikingbrain_train.config.run import Precision, RunConfig, WandbMode
 from spikingbrain_train.config.stage import StageConfig
+from spikingbrain_train.config.yaml_files import yaml_of
 from spikingbrain_train.errors import CheckpointError, ConfigurationError
 from tests.config.small_model import small_model
 
@@ -55,11 +57,22 @@ RUN = RunConfig(
     precision=Precision.fp32,
 )
 RUN.logging.wandb = WandbMode.offline
+ODD_TEXTS = [
+    *("", " a ", "yes", "Off", "y", "TRUE", "null", "~", "1", "-1", "1e5", "1_000", "0x1f", ".5", "nan"),
+    *("inf", "1:30", "2026-11-28", "a: b", "# a", "a #b", "- a", "'", '"', "a\nb", "ü", "日本", "%", "@a"),
+    *("*", "&x", "1.0a", "x" * 200 + " " + "y" * 50, "C:\\a", "\t", "!tag", "{a}", "[a]", "?", "|", ">"),
+]
 
 
 def test_a_model_survives_the_way_through_yaml(tmp_path):
     save_config(MODEL, tmp_path / "model_config.yaml")
     assert load_model_config(tmp_path / "model_config.yaml") == MODEL
+
+
+@pytest.mark.parametrize("values", [dataclasses.asdict(RUN), {"1": ODD_TEXTS, "off": {}, "empty": []}])
+def test_configs_are_written_as_omegaconf_writes_them(values):
+    assert yaml_of(values) == OmegaConf.to_yaml(OmegaConf.create(values))
+    assert OmegaConf.to_container(OmegaConf.create(yaml_of({"texts": ODD_TEXTS})))["texts"] == ODD_TEXTS
 
 
 def test_a_run_survives_the_way_through_yaml(tmp_path):
@@ -116,11 +129,11 @@ def test_saving_leaves_one_whole_file_or_the_old_one(tmp_path, monkeypatch):
     path = tmp_path / "model_config.yaml"
     path.write_text("old")
 
-    def full(config):
+    def full(descriptor):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(OSError):
-        patch.setattr(OmegaConf, "to_yaml", full)
+        patch.setattr(os, "fsync", full)
         save_config(MODEL, path)
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
     assert path.read_text() == "old"
