@@ -51,6 +51,7 @@ _LOG_LINES = 25
 # the process groups of its world, two threads and some sockets a group; a rank is replaced before that
 # slows it down.
 _MAX_THREADS = 250
+_SHOWS_STACKS = signal.SIGUSR2  # SIGUSR1 is held back by a run in training, which is asked to stop by it
 _READY = "ready"
 
 
@@ -243,7 +244,7 @@ def _says_ready(connection: Connection) -> bool:
 
 def _where_it_hangs(worker: _Rank) -> str:
     if worker.process.pid is not None:
-        os.kill(worker.process.pid, signal.SIGUSR1)  # makes the worker write its stacks to its log
+        os.kill(worker.process.pid, _SHOWS_STACKS)  # in the worker's log
         time.sleep(0.5)
     return _tail(worker.log)
 
@@ -270,7 +271,7 @@ def _serve(connection: Connection, log: str) -> None:
     output = open(log, "a", buffering=1)  # noqa: SIM115  (open for as long as the process lives)
     os.dup2(output.fileno(), 1)
     os.dup2(output.fileno(), 2)
-    faulthandler.register(signal.SIGUSR1, file=output, all_threads=True)
+    faulthandler.register(_SHOWS_STACKS, file=output, all_threads=True)
     import torch
 
     torch.set_num_threads(1)
