@@ -113,7 +113,7 @@ def write_text(folder: Path, lines: int | None = None) -> Path:
 
 
 def run_config(output_dir: Path, data: Path, *, model: ModelConfig = MODEL, **changes: Any) -> RunConfig:
-    """Ten fp32 steps of four sequences of 32 tokens; ``changes`` replace fields of RunConfig."""
+    """Ten fp32 steps of four sequences of 32 tokens, evaluations of eight; ``changes`` replace fields."""
     config = RunConfig(
         model=model,
         cluster=ClusterConfig(peak_tflops=0.1),
@@ -124,7 +124,7 @@ def run_config(output_dir: Path, data: Path, *, model: ModelConfig = MODEL, **ch
             lr=1e-2, lr_warmup_iters=2, clip_grad=0.5, new_parameter_lr_mult=3.0, adam_eps=1e-6
         ),
         stage=StageConfig(train_iters=10, seq_length=32, global_batch_size=4, micro_batch_size=1),
-        logging=LoggingConfig(log_interval=1, tensorboard=False),
+        logging=LoggingConfig(log_interval=1, eval_iters=2, tensorboard=False),
         output_dir=str(output_dir),
         precision=Precision.fp32,
     )

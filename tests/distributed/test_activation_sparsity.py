@@ -128,6 +128,7 @@ def _config(folder: Path, text: Path, load: Path, sparsity: SparsityConfig, **ch
         folder, text, model=RELU, checkpoint=checkpoint_config(load, save_interval=2), **changes
     )
     config.stage.sparsity = sparsity
+    config.stage.micro_batch_size = 2  # fewer of gloo's slow collectives
     return config
 
 

@@ -206,7 +206,7 @@ def test_one_batch_in_a_hundred_that_is_bad_costs_nothing_that_shows(
         config = run_config(tmp_path / name, text, model=model)
         config.data.valid = [str(text)]
         config.stage = replace(config.stage, train_iters=100, global_batch_size=2)
-        config.logging.log_interval = 50
+        config.logging.log_interval, config.logging.eval_iters = 50, 16
         ranks.run(_train, config, spoilt, world_size=2, parallel=ParallelConfig())
         ends[name] = read_metrics(tmp_path / name)[-1]["valid/cross_entropy"]
     [line] = _lines(tmp_path / "bad")

@@ -69,7 +69,7 @@ def test_the_number_is_that_of_the_runs_own_evaluation(
     form: str, ranks: RankPool, tmp_path: Path, text: Path
 ) -> None:
     """Of two datasets, the first windows of them, with the documents of a window kept apart as in the run."""
-    short = small_runs.write_text(tmp_path, lines=20)
+    short = small_runs.write_text(tmp_path, lines=7)
     model = small_runs.MODEL if form == "7B" else small_runs.MODEL_76B
     run = tmp_path / "run"
     logged = train(
@@ -79,14 +79,14 @@ def test_the_number_is_that_of_the_runs_own_evaluation(
         model,
         data__reset_at_documents=True,
         data__valid=[str(short), str(text)],
-        logging__eval_iters=60,
+        logging__eval_iters=20,
     )
-    arguments = ("--data", short, text, "--seq-length", 32, "--max-windows", 60)
+    arguments = ("--data", short, text, "--seq-length", 32, "--max-windows", 20)
     for folder in (run, run / "checkpoints", run / "checkpoints" / "iter_0000002"):
         found = measure(ranks, tmp_path, "--model", folder, *arguments)
         assert found["cross_entropy"] == logged["valid/cross_entropy"]
     (event,) = read_events(run)
-    assert found["windows"] == 60 and len(found["held_out"]) == 2
+    assert found["windows"] == 20 and len(found["held_out"]) == 2
     for name, dataset in found["held_out"].items():
         assert dataset.pop("cross_entropy") == logged[f"valid/cross_entropy/{name}"]
     assert found["held_out"] == event["run"]["held_out"]
@@ -116,6 +116,24 @@ def test_spikes_on_their_way_are_as_coarse_as_in_the_run(ranks: RankPool, tmp_pa
         assert found["cross_entropy"] == points[iteration]["valid/cross_entropy"]
 
 
+def _windows(checkpoint: Path, text: Path) -> tuple[Any, ...]:
+    # 28 and the sinks of the 76B form divide over slices and tensor-parallel ranks, as do 28 without.
+    return "--model", checkpoint, "--data", text, "--seq-length", 28, "--max-windows", 9
+
+
+@pytest.fixture(scope="module")
+def of_one_rank(
+    ranks: RankPool,
+    tmp_path_factory: pytest.TempPathFactory,
+    text: Path,
+    hybrid_checkpoint: Path,
+    hybrid_76b_checkpoint: Path,
+) -> dict[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("one_rank")
+    checkpoints = (hybrid_checkpoint, hybrid_76b_checkpoint)
+    return {checkpoint: measure(ranks, folder, *_windows(checkpoint, text)) for checkpoint in checkpoints}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_every_topology_gives_the_number_of_one_rank(
@@ -125,14 +143,13 @@ def test_every_topology_gives_the_number_of_one_rank(
     text: Path,
     hybrid_checkpoint: Path,
     hybrid_76b_checkpoint: Path,
+    of_one_rank: dict[Path, dict[str, Any]],
 ) -> None:
     size, settings = TOPOLOGIES[topology]
     checkpoints = [hybrid_checkpoint] if topology != "EP 2" else []
     checkpoints += [hybrid_76b_checkpoint] if topology in EXPERTS else []
     for checkpoint in checkpoints:
-        # 28 and the sinks of the 76B form divide over slices and tensor-parallel ranks, as do 28 without.
-        arguments = ("--model", checkpoint, "--data", text, "--seq-length", 28, "--max-windows", 9)
-        one = measure(ranks, tmp_path, *arguments)
+        arguments, one = _windows(checkpoint, text), of_one_rank[checkpoint]
         parallel = ["--parallel", *settings] if settings else []
         several = measure(ranks, tmp_path, *arguments, *parallel, world_size=size)
         assert several["cross_entropy"] == pytest.approx(one["cross_entropy"], rel=1e-6)

@@ -28,7 +28,7 @@ from spikingbrain_train.reporting.metrics import read_events, read_metrics
 from spikingbrain_train.training.callbacks.callback import Callback
 from spikingbrain_train.training.report import Report
 from tests.distributed.pool import RankPool
-from tests.distributed.small_runs import MODEL, MODEL_76B, checkpoint_config, run_config
+from tests.distributed.small_runs import MODEL, MODEL_76B, checkpoint_config, run_config, write_text
 from tests.docs.pages import fenced, prose
 
 PAGE = "docs/metrics.md"
@@ -115,12 +115,15 @@ def runs(
     dense_checkpoint: Path,
 ) -> Runs:
     folder = tmp_path_factory.mktemp("runs")
+    short = str(
+        write_text(folder, lines=6)
+    )  # of the eight windows of an evaluation, four are of a second one
 
     def config(name: str, load: Path, **changes: object) -> RunConfig:
         run = run_config(folder / name, text, checkpoint=checkpoint_config(load), **changes)
         run.stage = replace(run.stage, train_iters=2, teacher=str(dense_checkpoint))
         run.optimizer.lr_warmup_iters = 0
-        run.logging = LoggingConfig(log_interval=1, eval_iters=64, tensorboard=True)
+        run.logging = LoggingConfig(log_interval=1, eval_iters=2, tensorboard=True)
         run.data = DataConfig(train=[str(text)], valid=[str(text)], source_tokens=1e6)
         return run
 
@@ -134,7 +137,7 @@ def runs(
     spiking = config("spiking", hybrid_checkpoint, model=spiking_model)
     spiking.stage.kind = "distill"
     spiking.stage.distillation = DistillationConfig(weight=0.5)
-    spiking.data.valid = [str(text), str(text)]
+    spiking.data.valid = [short, short]
     moe = MoEConfig(num_experts=4, router_topk=1, num_shared_experts=1, capacity_factor=1.0)
     in_experts = [Projection.mlp_fc1, Projection.mlp_fc2]
     bitnet = replace(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +61,11 @@ def _opened(checkpoint: Path, settings: list[str]) -> Iterator[Callable[..., Meg
         yield partial(MegatronLanguageModel, opened.model, opened.groups, tokenizer)
 
 
-def _answers(checkpoint: Path, settings: list[str]) -> tuple[list[Score], list[list[int]], list[float]]:
+Answers = tuple[list[Score], list[list[int]], list[float]]
+"""Of REQUESTS, continuations of PROMPTS, and sums of probabilities that are 1."""
+
+
+def _answers(checkpoint: Path, settings: list[str]) -> Answers:
     with _opened(checkpoint, settings) as open_model:
         model = open_model(tokens_per_batch=128)
         scores = model.score(REQUESTS)
@@ -91,11 +95,23 @@ def _written_in_pieces(checkpoint: Path, settings: list[str]) -> tuple[list[int]
     return longest, written
 
 
+@pytest.fixture(scope="module")
+def of_one_rank(ranks: RankPool) -> Callable[[Path], Answers]:
+    """What one rank says of a checkpoint."""
+
+    @cache
+    def answers(checkpoint: Path) -> Answers:
+        (found,) = ranks.run(_answers, checkpoint, [], world_size=1)
+        return found
+
+    return answers
+
+
 @pytest.mark.parametrize("topology", ["one rank", "TP 2", "PP 2", "DP 2"])
 def test_prompts_in_pieces_are_continued_as_prompts_at_once(
-    topology: str, ranks: RankPool, text_checkpoint: Path
+    topology: str, ranks: RankPool, text_checkpoint: Path, of_one_rank: Callable[[Path], Answers]
 ) -> None:
-    ((_, generated, _),) = ranks.run(_answers, text_checkpoint, [], world_size=1)
+    _, generated, _ = of_one_rank(text_checkpoint)
     size, settings = TOPOLOGIES.get(topology, (1, []))
     for longest, written in ranks.run(_written_in_pieces, text_checkpoint, settings, world_size=size):
         assert written == [generated] * 3
@@ -117,13 +133,13 @@ def _refusal_of_pieces(checkpoint: Path, settings: list[str], piece: int) -> str
 
 
 def test_a_checkpoint_says_what_plain_forward_passes_of_its_export_say(
-    ranks: RankPool, text_checkpoint: Path, tmp_path: Path
+    text_checkpoint: Path, tmp_path: Path, of_one_rank: Callable[[Path], Answers]
 ) -> None:
     export_checkpoint(text_checkpoint, tmp_path / "export")
     plain: Any = load_causal_lm(
         tmp_path / "export", trust_remote_code=True, dtype=torch.float32, device=torch.device("cpu")
     )
-    ((scores, generated, _),) = ranks.run(_answers, text_checkpoint, [], world_size=1)
+    scores, generated, _ = of_one_rank(text_checkpoint)
     for request, score in zip(REQUESTS, scores, strict=True):
         expected = plain_log_probs(plain, request)
         targets = torch.tensor(list(request.continuation), dtype=torch.long)
@@ -136,11 +152,15 @@ def test_a_checkpoint_says_what_plain_forward_passes_of_its_export_say(
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["7B", "76B"])
 def test_every_topology_says_what_one_rank_says(
-    form: str, ranks: RankPool, text_checkpoint: Path, text_checkpoint_76b: Path
+    form: str,
+    ranks: RankPool,
+    text_checkpoint: Path,
+    text_checkpoint_76b: Path,
+    of_one_rank: Callable[[Path], Answers],
 ) -> None:
     """The experts of the 76B form have a capacity, which a reading leaves out."""
     checkpoint = text_checkpoint if form == "7B" else text_checkpoint_76b
-    ((scores, generated, sums),) = ranks.run(_answers, checkpoint, [], world_size=1)
+    scores, generated, sums = of_one_rank(checkpoint)
     for name in sorted(set(TOPOLOGIES) - {"EP 2"}) if form == "7B" else EXPERTS:
         size, settings = TOPOLOGIES[name]
         for found, written, summed in ranks.run(_answers, checkpoint, settings, world_size=size):

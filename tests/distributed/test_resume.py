@@ -62,7 +62,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(
         precision=precision,
         checkpoint=checkpoint_config(hybrid_checkpoint, save_interval=3),
     )
-    config.stage = replace(config.stage, train_iters=5)
+    config.stage = replace(config.stage, train_iters=5, micro_batch_size=2)
     uninterrupted = ranks.run(train, config, world_size=world_size, parallel=parallel)
     points = read_metrics(tmp_path)
     _interrupt_after(tmp_path, 3)
@@ -156,7 +156,7 @@ def test_overlapped_gathering_trains_and_saves_as_gathering_at_once_does(
     losses, saved = [], []
     for name, parallel in {"at_once": at_once, "overlapped": overlapped}.items():
         config = run_config(tmp_path / name, text, model=model, parallel=parallel, precision=precision)
-        config.stage = replace(config.stage, train_iters=4, micro_batch_size=2)
+        config.stage = replace(config.stage, train_iters=3, micro_batch_size=2)
         losses.append(
             ranks.run(_train_with_buckets_of_one_parameter, config, world_size=2, parallel=parallel)
         )

@@ -215,6 +215,8 @@ def test_all_ranks_stop_after_the_same_step_and_the_resumed_losses_are_bit_ident
         run_config(tmp_path / name, text, parallel=parallel, checkpoint=checkpoint_config(hybrid_checkpoint))
         for name in ("whole", "parts")
     )
+    for config in (whole, parts):
+        config.stage.train_iters, config.stage.micro_batch_size = 5, 2
     uninterrupted = ranks.run(train, whole, world_size=2, parallel=parallel)
 
     stopped = ranks.run(_train_and_interrupt, parts, rank, 3, number, world_size=2, parallel=parallel)
