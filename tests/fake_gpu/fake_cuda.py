@@ -107,6 +107,14 @@ _PRODUCTS = {"aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm"}
 _COPIES = {"aten::_to_copy", "aten::copy_"}
 
 
+def _counts_a_mask(name: str, args: Sequence[Any]) -> bool:
+    """Whether an operator needs to know how many elements of a mask are true; one value for all does not."""
+    if name not in ("aten::index", "aten::index_put_", "aten::index_put", "aten::_index_put_impl_"):
+        return False
+    has_mask = any(getattr(each, "dtype", None) == torch.bool for each in args[1])
+    return has_mask and (len(args) < 3 or args[2].numel() > 1)
+
+
 class Watch(TorchDispatchMode):
     """Writes into ``findings`` what operators are called with.
 
@@ -136,10 +144,8 @@ class Watch(TorchDispatchMode):
             if name in _WAITS:
                 self.findings.waits[f"{name.partition('::')[2]} {place()}"] += 1
                 return self._known(name, on_gpu[0], args)
-            if name.startswith("aten::index") and any(
-                getattr(each, "dtype", None) == torch.bool for each in tree_leaves(args[1:2])
-            ):
-                self.findings.waits[f"mask {place()}"] += 1  # its true elements are counted
+            if _counts_a_mask(name, args):
+                self.findings.waits[f"mask {place()}"] += 1
             if name == "aten::_to_copy" and str(kwargs.get("device", "meta")) == "cpu":
                 self.findings.waits[f"to the CPU {place()}"] += 1
                 return self.value_of(on_gpu[0]).to(kwargs.get("dtype") or on_gpu[0].dtype)

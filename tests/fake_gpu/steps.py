@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from spikingbrain_train.architecture.layers import dense_source
+from spikingbrain_train.architecture.layers import dense_source, layers
 from spikingbrain_train.config.compose import compose_run
 from spikingbrain_train.config.load import to_run_config
 from spikingbrain_train.config.parallel import AcceleratorKind
@@ -57,12 +57,19 @@ def composed(run: str, *more: str) -> RunConfig:
 
 
 def shortened(config: RunConfig) -> RunConfig:
-    """As many layers a pipeline stage as show every kind of layer; all other sizes stay as they are."""
+    """Pipeline stages of as few layers as have every mixer and feed-forward; all other sizes stay."""
     model, stages = config.model, config.parallel.pipeline_model_parallel_size
-    has_experts = any(name == "moe" for name in model.feed_forwards)
-    shortest = max(len(model.mixers), 7 if has_experts else 2)  # the first experts are in the fourth layer
-    layers = stages * min(shortest, model.num_layers // stages)
-    return replace(config, model=replace(model, num_layers=layers))
+    kinds = layers(model)
+    mixers = list(dict.fromkeys(tuple(kind.name for kind in layer.mixers) for layer in kinds))
+    feed_forwards = list(dict.fromkeys(layer.feed_forward.name for layer in kinds))
+    number = stages * max(len(mixers), len(feed_forwards))
+    model = replace(
+        model,
+        num_layers=number,
+        mixers=[list(mixers[i % len(mixers)]) for i in range(number)],
+        feed_forwards=[feed_forwards[i % len(feed_forwards)] for i in range(number)],
+    )
+    return replace(config, model=model)
 
 
 def step(config: RunConfig, last: bool) -> dict[str, Any]:
@@ -182,6 +189,7 @@ def batches(config: RunConfig) -> list[Any]:
             if config.data.reset_at_documents
             else None,
             "datasets": None,
+            "sequence_seeds": tuple(f"1/{row}" for row in range(shape[0])),
         }
         for _ in range(MICRO_BATCHES)
     ]
