@@ -26,8 +26,10 @@ from spikingbrain_train.runtime.checkpoint_metadata import ONE_KEY_PER_LAYER
 class PipelineStage(Protocol):
     """What is asked of a model: megatron-core's MegatronModule has all but its config."""
 
-    model_config: ModelConfig
-    """Of the whole model."""
+    @property
+    def model_config(self) -> ModelConfig:
+        """Of the whole model."""
+        ...
 
     def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """This rank's weights."""

@@ -78,7 +78,14 @@ class ParallelConfig:
     otherwise."""
     pipeline_model_parallel_layout: list[int] | None = setting(None, minimum=1, resume=SAID)
     """Layers of each pipeline stage, the first one's first, e.g. [6,8,8,6] for 28: the first stage has the
-    embedding besides, the last one the vocabulary projection and the loss. Null spreads layers evenly."""
+    embedding besides, the last one the vocabulary projection and the loss. With virtual stages layers of each
+    of those, in the order of the model. Null spreads layers evenly."""
+    virtual_pipeline_model_parallel_size: int | None = setting(None, minimum=2, resume=SAID)
+    """Virtual stages of every pipeline rank (interleaved 1F1B, arXiv 2104.04473, section 2.2): the model is
+    cut into so many times as many stages as there are ranks, and each rank takes every
+    pipeline_model_parallel_size-th of them. The pipeline's bubble shrinks by this factor; ranks send so many
+    times as much to each other and keep more activations. The micro-batches of a step must be a multiple of
+    pipeline_model_parallel_size. Null: one stage a rank."""
     context_parallel_size: int = setting(1, minimum=1, resume=SAID)
     """Ranks over which every sequence is split in contiguous slices."""
     expert_model_parallel_size: int = setting(1, minimum=1, resume=SAID)
@@ -110,6 +117,12 @@ class ParallelConfig:
             f"{prefix}sequence_parallel=true splits the sequence over tensor-parallel ranks, but "
             f"{prefix}tensor_model_parallel_size is 1; set it to false, or the tensor degree to 2 or more",
         )
+        require(
+            self.virtual_pipeline_model_parallel_size is None or self.pipeline_model_parallel_size > 1,
+            f"{prefix}virtual_pipeline_model_parallel_size={self.virtual_pipeline_model_parallel_size} gives "
+            f"each pipeline rank several stages, but {prefix}pipeline_model_parallel_size is 1; set it to "
+            "null, or the pipeline degree to 2 or more",
+        )
         for needed in ("use_distributed_optimizer", "overlap_grad_reduce"):
             require(
                 getattr(self, needed) or not self.overlap_param_gather,
@@ -122,6 +135,11 @@ class ParallelConfig:
         return (
             self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
         )
+
+    @property
+    def virtual_stages(self) -> int:
+        """Stages of the model on every pipeline rank."""
+        return self.virtual_pipeline_model_parallel_size or 1
 
     @property
     def expert_tensor_size(self) -> int:
@@ -255,15 +273,6 @@ class ClusterConfig:
     peak_tflops: float | None = setting(None, above=0, resume=FREE)
     """Peak TFLOP/s of one rank for MFU, in the precision of the run and without sparsity. Null takes what
     a GPU is sold for in bf16 or measures a matrix product at start-up, and leaves a plan without hours."""
-    gpus_per_node: int = setting(8, minimum=1, resume=FREE)
-    """Devices of a node, for the search of a layout: ranks that lie in one node exchange over
-    intra_node_gb_per_s."""
-    intra_node_gb_per_s: float | None = setting(None, above=0, resume=FREE)
-    """What a device can send to the others of its node, in gigabytes (1e9 bytes) a second and direction, for
-    the search of a layout; null leaves its communication unknown."""
-    inter_node_gb_per_s: float | None = setting(None, above=0, resume=FREE)
-    """A device's share of what its node can send to others, in gigabytes (1e9 bytes) a second and direction,
-    for the search of a layout."""
     mfu: float | None = setting(None, above=0, maximum=1, resume=FREE)
     """Model FLOP/s utilisation (0 to 1) at which a plan reckons hours. Pipeline bubble, recomputation and
     communication are in it. Null takes what was measured (cluster.measured_in), else what SpikingBrain's

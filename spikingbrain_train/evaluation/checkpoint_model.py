@@ -12,7 +12,7 @@ from spikingbrain_train.checkpoint.loading import load_weights_of
 from spikingbrain_train.config.parallel import KernelConfig
 from spikingbrain_train.config.run import Precision
 from spikingbrain_train.evaluation.checkpoint_request import CheckpointRequest
-from spikingbrain_train.models.gpt_model import HybridGPTModel, build_model
+from spikingbrain_train.models.gpt_model import HybridGPTModel, ModelChunks, build_model
 from spikingbrain_train.models.kernels import resolve_kernels
 from spikingbrain_train.models.linears.whole_model import set_attributes
 from spikingbrain_train.models.transformer_config import transformer_config
@@ -32,7 +32,7 @@ _SEED = 1234
 class CheckpointModel:
     """What was built on this rank."""
 
-    model: HybridGPTModel
+    model: HybridGPTModel | ModelChunks
     """Its pipeline stage, in evaluation mode and without gradients."""
     request: CheckpointRequest
     """With the precision settled."""
@@ -96,7 +96,9 @@ def _settled(precision: Precision, groups: ProcessGroups) -> Precision:
     return agreed_choice(groups).precision if precision is Precision.auto else precision
 
 
-def _build(request: CheckpointRequest, kernels: KernelConfig, groups: ProcessGroups) -> HybridGPTModel:
+def _build(
+    request: CheckpointRequest, kernels: KernelConfig, groups: ProcessGroups
+) -> HybridGPTModel | ModelChunks:
     from spikingbrain_train.runtime.checkpoint_metadata import read_metadata
 
     model, parallel = request.model, request.parallel

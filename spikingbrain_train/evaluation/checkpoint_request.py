@@ -103,6 +103,12 @@ def parallel_of(settings: Sequence[str]) -> ParallelConfig:
     require(len(layouts) < 2, f"--parallel names {len(layouts)} layouts ({', '.join(layouts)}); name one")
     parallel = cast(ParallelConfig, OmegaConf.to_object(compose_run(overrides).parallel))
     check_fields(parallel, "parallel.")
+    require(
+        parallel.virtual_pipeline_model_parallel_size is None,
+        f"--parallel virtual_pipeline_model_parallel_size={parallel.virtual_pipeline_model_parallel_size} "
+        "shortens the wait between forward and backward passes, and reading a checkpoint has no such passes; "
+        "leave it out, whatever trained the checkpoint",
+    )
     return parallel
 
 

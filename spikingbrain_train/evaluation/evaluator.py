@@ -10,7 +10,7 @@ from typing import Protocol
 
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.data.loader import MicroBatch
-from spikingbrain_train.models.gpt_model import HybridGPTModel
+from spikingbrain_train.models.gpt_model import HybridGPTModel, ModelChunks
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.reporting.activity import Activity
 from spikingbrain_train.reporting.progress import Shown
@@ -50,7 +50,7 @@ class HeldOutData(Protocol):
 class EvaluatedRun:
     """What an evaluator looks at."""
 
-    model: HybridGPTModel
+    model: HybridGPTModel | ModelChunks
     """This rank's pipeline stage, in the topology of training; leave it in the mode it is in."""
     config: RunConfig
     groups: ProcessGroups

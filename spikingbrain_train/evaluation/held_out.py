@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from spikingbrain_train.data.loader import MicroBatch
 from spikingbrain_train.evaluation.evaluator import EvaluatedRun, Evaluator
-from spikingbrain_train.models.gpt_model import HybridGPTModel
+from spikingbrain_train.models.gpt_model import HybridGPTModel, ModelChunks
+from spikingbrain_train.parallel.forward_passes import pass_forward
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.reporting.progress import Shown
 
@@ -59,7 +59,7 @@ class HeldOutLosses:
 
 
 def held_out_cross_entropy(
-    model: HybridGPTModel,
+    model: HybridGPTModel | ModelChunks,
     batches: Iterator[MicroBatch],
     num_batches: int,
     *,
@@ -71,7 +71,7 @@ def held_out_cross_entropy(
     """Mean cross entropy over every unmasked token.
 
     Args:
-        model: this rank's pipeline stage.
+        model: this rank's pipeline stage, or its virtual ones.
         batches: this data-parallel rank's micro-batches, on its device.
         num_batches: how many to take; the same on every rank.
         seq_length: tokens of text of a sequence.
@@ -100,14 +100,13 @@ def held_out_cross_entropy(
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        reports = get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=batches,
-            model=[model],
-            num_microbatches=num_batches,
+        reports = pass_forward(
+            model.chunks,
+            forward_step,
+            batches,
+            num_batches,
             seq_length=seq_length + num_sink_tokens,
             micro_batch_size=micro_batch_size,
-            forward_only=True,
         )
     model.train(was_training)
     size = 2 + 2 * num_datasets * several

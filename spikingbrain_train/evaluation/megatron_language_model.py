@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
 
@@ -24,9 +23,10 @@ from spikingbrain_train.evaluation.language_model import (
 from spikingbrain_train.evaluation.sampling import piece_length
 from spikingbrain_train.evaluation.score_batches import BatchGroup, Row, ScoreRequest, batch_groups
 from spikingbrain_train.evaluation.text_tokenizer import TextTokenizer
-from spikingbrain_train.models.gpt_model import HybridGPTModel
+from spikingbrain_train.models.gpt_model import HybridGPTModel, ModelChunks
 from spikingbrain_train.models.incremental_decoding import IncrementalDecoder, mixers_without_step
 from spikingbrain_train.models.output_head import vocab_parallel_logits
+from spikingbrain_train.parallel.forward_passes import pass_forward
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 
 _TOKENS_ON_CPU, _TOKENS_ON_GPU = 2048, 16384
@@ -54,7 +54,7 @@ class MegatronLanguageModel(LanguageModel):
 
     def __init__(
         self,
-        model: HybridGPTModel,
+        model: HybridGPTModel | ModelChunks,
         groups: ProcessGroups,
         tokenizer: TextTokenizer,
         *,
@@ -158,14 +158,13 @@ class MegatronLanguageModel(LanguageModel):
             hidden = stage(tokens.to(self._device), layout=layout, return_hidden_states=True)
             return hidden, partial(self._put, batch, layout, answers, answer)
 
-        get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=batches,
-            model=[self.model],
-            num_microbatches=count,
+        pass_forward(
+            self.model.chunks,
+            forward_step,
+            batches,
+            count,
             seq_length=group.length + layout.num_sink_tokens,
             micro_batch_size=group.rows,
-            forward_only=True,
             collect_non_loss_data=True,
         )
 

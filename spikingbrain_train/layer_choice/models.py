@@ -73,13 +73,18 @@ def open_models(
         kept_mixer: the mixer of layers that stay, which takes the source's weights.
         groups: of the ranks.
     """
-    swapped = open_checkpoint(candidates, groups).model
-    teacher = open_checkpoint(source, groups).model
+    swapped, teacher = (_open(each, groups) for each in (candidates, source))
     # Its windows are those of the conversion, its weights are the source's; sinks come from the candidates.
     model = replace(candidates.model, mixers=[kept_mixer], num_sink_tokens=0)
-    kept = open_checkpoint(replace(source, model=model, run=None), groups).model
+    kept = _open(replace(source, model=model, run=None), groups)
     _share(kept, teacher)
     return Models(teacher, kept, swapped)
+
+
+def _open(request: CheckpointRequest, groups: ProcessGroups) -> HybridGPTModel:
+    model = open_checkpoint(request, groups).model
+    assert isinstance(model, HybridGPTModel), "pipeline stages are refused, virtual ones among them"
+    return model
 
 
 def start_in_closed_form(models: Models, text: Text, groups: ProcessGroups, progress: Activity) -> None:

@@ -5,15 +5,19 @@ The loss is over the unpadded vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, cast
+
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import scatter_to_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
 from torch import Tensor
 
 from spikingbrain_train.architecture.linear_transforms import freezes_base
@@ -61,6 +65,7 @@ class HybridGPTModel(GPTModel):
         context_parallel: how mixers work on split sequences.
         pre_process: this stage embeds tokens.
         post_process: this stage computes logits and losses.
+        vp_stage: number of this stage among the virtual ones of its rank; None where there are none.
     """
 
     def __init__(
@@ -72,13 +77,14 @@ class HybridGPTModel(GPTModel):
         *,
         pre_process: bool = True,
         post_process: bool = True,
+        vp_stage: int | None = None,
     ) -> None:
         super().__init__(
             config=config,
             transformer_layer_spec=block_spec(
                 layer_build(model, kernels, context_parallel),
-                get_transformer_layer_offset(config),
-                get_num_layers_to_build(config),
+                get_transformer_layer_offset(config, vp_stage),
+                get_num_layers_to_build(config, vp_stage),
             ),
             vocab_size=model.padded_vocab_size(config.tensor_model_parallel_size),
             max_sequence_length=model.max_position_embeddings,
@@ -87,6 +93,7 @@ class HybridGPTModel(GPTModel):
             share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
             position_embedding_type="rope",
             scatter_embedding_sequence_parallel=False,  # sinks join before the sequence is split
+            vp_stage=vp_stage,
         )
         self.model_config = model
         self.kernels = kernels
@@ -94,6 +101,16 @@ class HybridGPTModel(GPTModel):
         if pre_process and model.num_sink_tokens > 0:
             self.sink_embedding = SinkEmbedding(model.num_sink_tokens, config)
         self._stop_at_hidden_states = False
+
+    @property
+    def chunks(self) -> list[HybridGPTModel]:
+        """This stage as a list: see :class:`ModelChunks`."""
+        return [self]
+
+    @property
+    def layers(self) -> list[TransformerLayer]:
+        """The decoder layers of this stage."""
+        return list(self.decoder.layers)
 
     def forward(
         self,
@@ -191,25 +208,94 @@ class HybridGPTModel(GPTModel):
         )
 
 
+class ModelChunks(torch.nn.ModuleList):
+    """The virtual pipeline stages of a rank, with stages of other ranks in between.
+
+    It has what a :class:`HybridGPTModel` has but for a forward pass, which megatron-core's interleaved
+    schedule makes through one chunk after the other. Names of weights begin with the number of their chunk;
+    in a checkpoint they are those of the whole model.
+    """
+
+    def __init__(self, chunks: Sequence[HybridGPTModel]) -> None:
+        super().__init__(chunks)
+
+    @property
+    def chunks(self) -> list[HybridGPTModel]:
+        """In the order of the model: the first rank's first one embeds, the last rank's last has the loss."""
+        return [cast(HybridGPTModel, chunk) for chunk in self]
+
+    @property
+    def layers(self) -> list[TransformerLayer]:
+        """The decoder layers of this rank."""
+        return [layer for chunk in self.chunks for layer in chunk.layers]
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """Of the whole model."""
+        return self.chunks[0].model_config
+
+    @property
+    def config(self) -> TransformerConfig:
+        """megatron-core's view of it, which all chunks share."""
+        return self.chunks[0].config
+
+    @property
+    def kernels(self) -> KernelConfig:
+        """Resolved kernel choices."""
+        return self.chunks[0].kernels
+
+    @property
+    def pg_collection(self) -> ProcessGroupCollection:
+        """megatron-core's process groups."""
+        return self.chunks[0].pg_collection
+
+    @property
+    def rotary_pos_emb(self) -> RotaryPositions:
+        """The same of all chunks."""
+        return self.chunks[0].rotary_pos_emb
+
+    def output_weight(self) -> Tensor:
+        """See :meth:`HybridGPTModel.output_weight`; on the last rank."""
+        return self.chunks[-1].output_weight()
+
+    def sharded_state_dict(self, *, metadata: dict[str, Any]) -> dict[str, Any]:
+        """Name -> its share of a tensor of the checkpoint, of all chunks."""
+        return {
+            f"{number}.{name}": share
+            for number, chunk in enumerate(self.chunks)
+            for name, share in chunk.sharded_state_dict(metadata=dict(metadata)).items()
+        }
+
+
 def build_model(
     model: ModelConfig,
     config: TransformerConfig,
     kernels: KernelConfig,
     device: torch.device,
     context_parallel: ContextParallelConfig | None = None,
-) -> HybridGPTModel:
-    """Build this rank's pipeline stage on ``device``. Process groups must be initialised."""
+) -> HybridGPTModel | ModelChunks:
+    """Build this rank's pipeline stage, or its virtual ones, on ``device``.
+
+    Process groups must be initialised.
+    """
+    virtual = config.virtual_pipeline_model_parallel_size
+    stages: list[int | None] = [None] if virtual is None else list(range(virtual))
     with torch.device(device):
-        built = HybridGPTModel(
-            model,
-            config,
-            kernels,
-            context_parallel,
-            pre_process=parallel_state.is_pipeline_first_stage(),
-            post_process=parallel_state.is_pipeline_last_stage(),
-        ).to(device)
-    _mark_split_weights(built)
-    return built
+        chunks = [
+            HybridGPTModel(
+                model,
+                config,
+                kernels,
+                context_parallel,
+                pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+                post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+                vp_stage=stage,
+            ).to(device)
+            for stage in stages
+        ]
+    for chunk in chunks:
+        _mark_split_weights(chunk)
+    return chunks[0] if virtual is None else ModelChunks(chunks)
 
 
 def _mark_split_weights(model: HybridGPTModel) -> None:

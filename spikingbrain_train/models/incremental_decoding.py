@@ -6,21 +6,22 @@ token alone.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 
 import torch
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from spikingbrain_train.architecture.layers import mixers_of
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import KernelConfig
-from spikingbrain_train.models.gpt_model import HybridGPTModel
+from spikingbrain_train.models.gpt_model import HybridGPTModel, ModelChunks
 from spikingbrain_train.models.layer_specs import layer_build
 from spikingbrain_train.models.mixers import decoding
 from spikingbrain_train.models.mixers.decoding import CacheSize, DecodingState, decodes_by_step
 from spikingbrain_train.models.output_head import vocab_parallel_logits
+from spikingbrain_train.parallel.forward_passes import pass_forward
 
 
 def mixers_without_step(model: ModelConfig, kernels: KernelConfig) -> list[str]:
@@ -49,13 +50,13 @@ class IncrementalDecoder:
             until :meth:`release`.
     """
 
-    def __init__(self, model: HybridGPTModel) -> None:
+    def __init__(self, model: HybridGPTModel | ModelChunks) -> None:
         config = model.config
         assert config.context_parallel_size == 1 and not config.sequence_parallel, "a token cannot be split"
         self.model = model.eval()
         self._num_tokens = 0
         self._mixers = []
-        for layer in model.decoder.layers:
+        for layer in model.layers:
             layer.self_attention = _RememberingMixer(layer.self_attention)
             self._mixers.append(layer.self_attention)
 
@@ -67,7 +68,7 @@ class IncrementalDecoder:
 
     def release(self) -> None:
         """Leave the model as it was, but for its mode. Nothing can be read afterwards."""
-        for layer in self.model.decoder.layers:
+        for layer in self.model.layers:
             layer.self_attention = layer.self_attention.mixer
         self._mixers = []
 
@@ -94,18 +95,18 @@ class IncrementalDecoder:
         return logits_BV
 
     def _read_piece(self, tokens_BT: Tensor, layout: SequenceLayout) -> Tensor | None:
-        def forward_step(_iterator: object, stage: HybridGPTModel):
+        def forward_step(iterator: Iterator[None], stage: HybridGPTModel):
+            next(iterator)
             output = stage(tokens_BT, layout=layout, return_hidden_states=True)
             return output, partial(_last_logits, stage)
 
-        results = get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=None,
-            model=[self.model],
-            num_microbatches=1,
+        results = pass_forward(
+            self.model.chunks,
+            forward_step,
+            iter([None]),
+            1,
             seq_length=layout.slice_length,
             micro_batch_size=tokens_BT.shape[0],
-            forward_only=True,
             collect_non_loss_data=True,
         )
         return results[0] if results else None

@@ -78,7 +78,12 @@ def transformer_config(
         use_cpu_initialization=on_cpu,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         pipeline_model_parallel_layout=_pipeline_layout(parallel),
+        # Of two pipeline ranks each is the other's next and last one: with virtual stages it sends
+        # activations and gradients to it at once, which one batch of sends could not tell apart.
+        overlap_p2p_comm=parallel.virtual_stages > 1,
+        batch_p2p_comm=parallel.virtual_stages == 1,
         context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         params_dtype=dtype,
@@ -99,7 +104,7 @@ def transformer_config(
 
 
 def _pipeline_layout(parallel: ParallelConfig) -> list[list[str]] | None:
-    """What each pipeline stage holds, in megatron-core's words; None leaves even stages to it."""
+    """What each (virtual) pipeline stage holds, in megatron-core's words; None leaves even stages to it."""
     if parallel.pipeline_model_parallel_layout is None:
         return None
     stages = [["decoder"] * number for number in parallel.pipeline_model_parallel_layout]

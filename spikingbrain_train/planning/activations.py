@@ -12,6 +12,7 @@ from collections.abc import Iterable
 
 from spikingbrain_train.architecture.feed_forwards import Activations
 from spikingbrain_train.architecture.layers import Layer, alike
+from spikingbrain_train.architecture.layers import layers as all_layers
 from spikingbrain_train.architecture.linear_transforms import (
     LINEAR_TRANSFORMS,
     keeps_its_input,
@@ -21,7 +22,8 @@ from spikingbrain_train.architecture.sizes import FP32, bytes_per_element, rank_
 from spikingbrain_train.architecture.weights import Weight
 from spikingbrain_train.config.parallel import Recompute
 from spikingbrain_train.config.run import RunConfig
-from spikingbrain_train.planning.costs import layers_of_stage
+from spikingbrain_train.planning.costs import layers_of_stage, virtual_stage_layers
+from spikingbrain_train.planning.in_flight import most_in_flight
 
 _LOSS_CHUNK_BYTES = 1 << 30  # the fused output projection and loss hold at most so many logits (on a GPU)
 
@@ -100,26 +102,35 @@ def layer_working(config: RunConfig, layer: Layer) -> float:
 
 
 def activation_bytes(config: RunConfig, stage: int, micro_batches: int) -> float:
-    """Activations on a rank of pipeline stage ``stage`` that trains all of its layers, under 1F1B."""
+    """Activations on a rank of pipeline stage ``stage`` that trains all its layers, (interleaved) 1F1B."""
     model, parallel = config.model, config.parallel
     tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     element, tokens = bytes_per_element(config.precision), rank_tokens(config)
-    layers = list(alike(layers_of_stage(model, parallel, stage)))
-    kinds = [layer_activations(config, layer) for layer, _ in layers]
-    in_flight = min(stages - stage, micro_batches)
-    # The last layer's output goes to the next stage, or is what the final norm keeps.
-    kept = row_bytes(config) + model.kv_channels * FP32  # and rotary angles
-    kept += sum(number * kind.kept for kind, (_, number) in zip(kinds, layers, strict=True))
-    passing = max(
-        kind.recomputed + layer_working(config, layer) for kind, (layer, _) in zip(kinds, layers, strict=True)
+    described = all_layers(model)
+    kept = [
+        _kept(config, [described[layer] for layer in layers])
+        for layers in virtual_stage_layers(model, parallel, stage)
+    ]
+    total = most_in_flight(kept, stage, stages, micro_batches)
+    here = [layer for layer, _ in alike(layers_of_stage(model, parallel, stage))]
+    total += tokens * max(
+        layer_activations(config, layer).recomputed + layer_working(config, layer) for layer in here
     )
-    total = tokens * (in_flight * kept + passing)
-    copies = [(layer_weight_copies(config, layer), number) for layer, number in layers]
-    total += in_flight * sum(number * copy.kept for copy, number in copies)
-    total += max(copy.recomputed for copy, _ in copies)
+    total += max(layer_weight_copies(config, layer).recomputed for layer in here)
     if stage == stages - 1:
         rows = model.padded_vocab_size(tensor) / tensor
         # The logits of one chunk, which become their gradient; the gradients of projection and hidden states.
         total += min(tokens * rows * element, _LOSS_CHUNK_BYTES)
         total += (rows + tokens) * model.hidden_size * element
     return total
+
+
+def _kept(config: RunConfig, layers: Iterable[Layer]) -> float:
+    """Bytes that the layers of one (virtual) stage keep of one micro-batch."""
+    # The last layer's output goes to the next stage, or is what the final norm keeps.
+    row = row_bytes(config) + config.model.kv_channels * FP32  # and rotary angles
+    copies = 0.0
+    for layer, number in alike(layers):
+        row += number * layer_activations(config, layer).kept
+        copies += number * layer_weight_copies(config, layer).kept
+    return rank_tokens(config) * row + copies

@@ -18,6 +18,7 @@ from spikingbrain_train.config.stage import StageConfig
 from spikingbrain_train.planning.file_checks import check_files, check_train
 from spikingbrain_train.planning.kernel_calls import check_kernels
 from spikingbrain_train.planning.parallel_checks import (
+    check_micro_batches,
     check_sequence_split,
     check_split,
     check_world_size,
@@ -46,6 +47,7 @@ def check_stage(stage: StageConfig, model: ModelConfig, parallel: ParallelConfig
         f"{stage.micro_batch_size} x {replicas} data-parallel replicas = {step}; use {nearest}",
     )
     _check_ramp(stage, step)
+    check_micro_batches(stage, parallel, replicas)
     kind.check(stage)
     for transform in LINEAR_TRANSFORMS:
         require(

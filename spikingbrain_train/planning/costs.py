@@ -50,16 +50,25 @@ def new_parameters(model: ModelConfig) -> int:
     return _over_all(model, lambda weight: weight.numel if weight.is_new else 0)
 
 
-def stage_layers(model: ModelConfig, parallel: ParallelConfig, stage: int) -> range:
-    """The decoder layers (0-based) of pipeline stage ``stage``."""
-    numbers = layers_per_stage(model, parallel)
-    first = sum(numbers[:stage])
-    return range(first, first + numbers[stage])
+def virtual_stage_layers(model: ModelConfig, parallel: ParallelConfig, stage: int) -> list[range]:
+    """The decoder layers (0-based) of each virtual stage of the ranks of pipeline stage ``stage``.
+
+    There is one where a rank has no virtual stages.
+    """
+    numbers, pipeline = layers_per_stage(model, parallel), parallel.pipeline_model_parallel_size
+    mine = range(stage, len(numbers), pipeline)
+    firsts = [sum(numbers[:each]) for each in mine]
+    return [range(first, first + numbers[each]) for each, first in zip(mine, firsts, strict=True)]
+
+
+def stage_layers(model: ModelConfig, parallel: ParallelConfig, stage: int) -> list[int]:
+    """The decoder layers (0-based) of the ranks of pipeline stage ``stage``, in order."""
+    return [layer for layers in virtual_stage_layers(model, parallel, stage) for layer in layers]
 
 
 def layers_per_stage(model: ModelConfig, parallel: ParallelConfig) -> list[int]:
-    """How many decoder layers each pipeline stage has, in a layout that fits the model."""
-    stages = parallel.pipeline_model_parallel_size
+    """How many decoder layers each (virtual) stage has in the order of the model; the layout fits it."""
+    stages = parallel.pipeline_model_parallel_size * parallel.virtual_stages
     return parallel.pipeline_model_parallel_layout or [model.num_layers // stages] * stages
 
 
@@ -86,17 +95,11 @@ def stage_parameters(model: ModelConfig, parallel: ParallelConfig, stage: int) -
     last. A tied output projection is the embedding where both are on one stage, and a copy of it where they
     are not.
     """
-    inside = sum(
+    tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    parameters = sum(
         number * _on_rank(layer.weights(model), parallel)
         for layer, number in alike(layers_of_stage(model, parallel, stage))
     )
-    return inside + parameters_around(model, parallel, stage)
-
-
-def parameters_around(model: ModelConfig, parallel: ParallelConfig, stage: int) -> int:
-    """Those of :func:`stage_parameters` that are in no layer."""
-    tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    parameters = 0
     vocabulary = model.padded_vocab_size(tensor) // tensor * model.hidden_size
 
     def around(weights: Iterable[Weight]) -> int:

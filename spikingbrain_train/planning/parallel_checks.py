@@ -14,6 +14,7 @@ from spikingbrain_train.config.parallel import (
     Recompute,
 )
 from spikingbrain_train.config.require import divisors, either, multiples_around, require
+from spikingbrain_train.config.stage import StageConfig
 
 
 def check_world_size(parallel: ParallelConfig, world_size: int) -> None:
@@ -92,27 +93,78 @@ def check_split(model: ModelConfig, parallel: ParallelConfig) -> None:
 
 
 def _check_pipeline_layout(model: ModelConfig, parallel: ParallelConfig) -> None:
-    stages, layout = parallel.pipeline_model_parallel_size, parallel.pipeline_model_parallel_layout
-    setting = "parallel.pipeline_model_parallel_layout"
-    if layout is None:
+    ranks, layout = parallel.pipeline_model_parallel_size, parallel.pipeline_model_parallel_layout
+    virtual, setting = parallel.virtual_stages, "parallel.pipeline_model_parallel_layout"
+    stages = ranks * virtual
+    if virtual > 1:
+        _check_virtual_stages(model, parallel)
+    elif layout is None:
         require(
             model.num_layers % stages == 0,
             f"parallel.pipeline_model_parallel_size={stages} does not divide model.num_layers="
             f"{model.num_layers}; valid are {either(divisors(model.num_layers))}, or any up to "
             f"{model.num_layers} with the layers of each stage in {setting}",
         )
+    if layout is None:
         return
     shown = f"{setting}=[{','.join(str(number) for number in layout)}]"
+    words = f"parallel.pipeline_model_parallel_size is {ranks}"
+    if virtual > 1:
+        words += f" with {virtual} virtual stages a rank, {stages} in all"
     require(
         len(layout) == stages,
-        f"{shown} has the layers of {len(layout)} stages, but parallel.pipeline_model_parallel_size is "
-        f"{stages}; give one number a stage, or null for even stages",
+        f"{shown} has the layers of {len(layout)} stages, but {words}; give one number a stage, or null for "
+        "even stages",
     )
     require(
         sum(layout) == model.num_layers,
         f"{shown} has {sum(layout)} layers in all, but model.num_layers is {model.num_layers}; give numbers "
         "that add up to it, or null for even stages",
     )
+
+
+def _check_virtual_stages(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Layers divide over the virtual stages of even ones. Raises ConfigurationError."""
+    ranks, virtual = parallel.pipeline_model_parallel_size, parallel.virtual_stages
+    valid = [
+        number
+        for number in divisors(model.num_layers)
+        if number > 1 and model.num_layers % (number * ranks) == 0
+    ]
+    others = f"valid are {either(valid)} and null" if valid else "set it to null"
+    require(
+        parallel.pipeline_model_parallel_layout is not None or model.num_layers % (ranks * virtual) == 0,
+        f"parallel.virtual_pipeline_model_parallel_size={virtual} on parallel.pipeline_model_parallel_size="
+        f"{ranks} ranks are {ranks * virtual} stages, which do not divide model.num_layers="
+        f"{model.num_layers}; {others}, or give the layers of each in "
+        "parallel.pipeline_model_parallel_layout",
+    )
+
+
+def check_micro_batches(stage: StageConfig, parallel: ParallelConfig, replicas: int) -> None:
+    """Micro-batches of every step against virtual stages: ranks take them in groups of so many as they are.
+
+    Raises:
+        ConfigurationError: a group would not be full (megatron-core's interleaved schedule asks for it).
+    """
+    if parallel.virtual_stages == 1:
+        return
+    ranks, each = parallel.pipeline_model_parallel_size, stage.micro_batch_size * replicas
+    ramp = stage.batch_size_ramp
+    sizes = {"stage.global_batch_size": stage.global_batch_size}
+    if ramp.start is not None:
+        sizes["stage.batch_size_ramp.start"] = ramp.start
+        if ramp.increment is not None:
+            sizes["stage.batch_size_ramp.increment"] = ramp.increment
+    for setting, size in sizes.items():
+        require(
+            size % (each * ranks) == 0,
+            f"{setting}={size} gives each of {replicas} replicas {size // each} micro-batches of "
+            f"stage.micro_batch_size={stage.micro_batch_size}, but with "
+            f"parallel.virtual_pipeline_model_parallel_size={parallel.virtual_stages} their number must be a "
+            f"multiple of parallel.pipeline_model_parallel_size={ranks}; use "
+            f"{setting}={either(multiples_around(size, each * ranks))}",
+        )
 
 
 def _check_nothing_for_experts(parallel: ParallelConfig) -> None:

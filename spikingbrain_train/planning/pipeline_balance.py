@@ -1,6 +1,7 @@
 """How evenly pipeline stages share the arithmetic, and the layout that shares it best. Without torch.
 
-Under 1F1B every stage waits for the longest one, micro-batch after micro-batch.
+Under 1F1B every stage waits for the longest one, micro-batch after micro-batch; with virtual stages those
+that the ranks pass through at the same time wait for each other.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ from spikingbrain_train.planning.costs import layer_forward_flops, layers_per_st
 
 @dataclass(frozen=True)
 class PipelineBalance:
-    """The forward FLOPs of pipeline stages, per token of text. A backward pass has twice as many."""
+    """Forward FLOPs of (virtual) pipeline stages, per token of text. A backward pass has twice as many."""
 
     stages: list[float]
     layout: list[int]
     """Layers of each stage in the layout whose longest stage is the shortest."""
     best: list[float]
     """FLOPs of each stage in that layout."""
+    ranks: int
+    """Of the pipeline; as many stages, one on each, are passed through at a time."""
 
     @property
     def shares(self) -> list[float]:
@@ -35,7 +38,11 @@ class PipelineBalance:
     @property
     def gain(self) -> float:
         """Share of a step's arithmetic that the best layout would save."""
-        return 1 - max(self.best) / max(self.stages)
+        return 1 - self._waited_for(self.best) / self._waited_for(self.stages)
+
+    def _waited_for(self, stages: Sequence[float]) -> float:
+        """The longest of the stages that ranks pass through at a time, one after the other."""
+        return sum(max(stages[first : first + self.ranks]) for first in range(0, len(stages), self.ranks))
 
 
 def pipeline_balance(model: ModelConfig, parallel: ParallelConfig, seq_length: int) -> PipelineBalance:
@@ -48,14 +55,15 @@ def pipeline_balance(model: ModelConfig, parallel: ParallelConfig, seq_length: i
     """
     work = [layer_forward_flops(model, layer, seq_length) for layer in layers(model)]
     output = output_forward_flops(model)
-    best = balanced_layout(work, parallel.pipeline_model_parallel_size, output)
+    ranks = parallel.pipeline_model_parallel_size
+    best = balanced_layout(work, ranks * parallel.virtual_stages, output)
 
     def of_stages(layout: Sequence[int]) -> list[float]:
         ends = list(accumulate(layout))
         stages = [sum(work[end - number : end]) for number, end in zip(layout, ends, strict=True)]
         return [*stages[:-1], stages[-1] + output]
 
-    return PipelineBalance(of_stages(layers_per_stage(model, parallel)), best, of_stages(best))
+    return PipelineBalance(of_stages(layers_per_stage(model, parallel)), best, of_stages(best), ranks)
 
 
 def balanced_layout(work: Sequence[float], stages: int, last: float) -> list[int]:

@@ -22,9 +22,9 @@ from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.planning.costs import (
     layers_of_stage,
-    stage_layers,
     stage_parameters,
     total_parameters,
+    virtual_stage_layers,
 )
 from spikingbrain_train.planning.data_position import samples_of
 from spikingbrain_train.planning.memory import (
@@ -71,18 +71,22 @@ def launched_world_size(config: RunConfig) -> int:
     return int(launched)
 
 
-def pipeline_bubble(stages: int, micro_batches: int) -> float:
-    """Share of a step that 1F1B leaves a rank idle: (p - 1) / (m + p - 1)."""
-    return (stages - 1) / (micro_batches + stages - 1)
+def pipeline_bubble(stages: int, micro_batches: int, virtual_stages: int = 1) -> float:
+    """Share of a step that 1F1B leaves a rank idle: (p - 1) / (v m + p - 1), with v virtual stages a rank.
+
+    The bubble takes p - 1 times forward and backward of one (virtual) stage (arXiv 2104.04473, section 2.2).
+    """
+    return (stages - 1) / (virtual_stages * micro_batches + stages - 1)
 
 
 @dataclass(frozen=True)
 class StagePlan:
     """One pipeline stage, as each of its ranks sees it."""
 
-    layers: range
+    virtual_stages: list[range]
+    """Layers of each of its virtual stages; of one that is no virtual one, all."""
     kinds: list[Layer]
-    """What each of them is."""
+    """What each of its layers is, in order."""
     parameters: int
     """Parameters on one rank."""
     memory: MemoryEstimate
@@ -91,7 +95,7 @@ class StagePlan:
 def _plan_stage(config: RunConfig, stage: int, world_size: int, micro_batches: int) -> StagePlan:
     model = config.model
     return StagePlan(
-        layers=stage_layers(model, config.parallel, stage),
+        virtual_stages=virtual_stage_layers(model, config.parallel, stage),
         kinds=layers_of_stage(model, config.parallel, stage),
         parameters=stage_parameters(model, config.parallel, stage),
         memory=estimate_memory(config, stage, world_size, micro_batches),
@@ -143,7 +147,7 @@ class Plan:
     @property
     def pipeline_bubble(self) -> float:
         """Share of a step that the pipeline leaves a rank idle."""
-        return pipeline_bubble(len(self.stages), self.micro_batches)
+        return pipeline_bubble(len(self.stages), self.micro_batches, self.config.parallel.virtual_stages)
 
     @property
     def fullest(self) -> StagePlan:

@@ -111,6 +111,7 @@ def topology(config: RunConfig, world_size: int) -> dict[str, Any]:
     degrees = {
         "parallel.tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "parallel.pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "parallel.virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size,
         "parallel.pipeline_model_parallel_layout": layers_per_stage(config.model, parallel),
         "parallel.context_parallel_size": parallel.context_parallel_size,
         "parallel.data_parallel_size": world_size // parallel.model_parallel_size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -13,7 +14,7 @@ from spikingbrain_train.checkpoint.loading import load_weights
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import KernelConfig, ParallelConfig
 from spikingbrain_train.config.run import RunConfig
-from spikingbrain_train.models.gpt_model import HybridGPTModel, build_model
+from spikingbrain_train.models.gpt_model import HybridGPTModel, ModelChunks, build_model
 from spikingbrain_train.models.kernels import resolve_kernels
 from spikingbrain_train.models.transformer_config import transformer_config
 from spikingbrain_train.parallel.process_groups import ProcessGroups
@@ -21,6 +22,7 @@ from spikingbrain_train.runtime.accelerator import Accelerator
 from spikingbrain_train.storage.checkpoint_folder import latest_checkpoint
 from spikingbrain_train.training.current_weights import gather_before_reading
 from spikingbrain_train.training.frozen_base import begin_new_weights
+from spikingbrain_train.training.parallel_chunks import ParallelChunks
 
 
 def kernels_of(config: RunConfig, accelerator: Accelerator) -> KernelConfig:
@@ -32,7 +34,7 @@ def kernels_of(config: RunConfig, accelerator: Accelerator) -> KernelConfig:
 
 def build_student(
     config: RunConfig, kernels: KernelConfig, groups: ProcessGroups, *, resuming: bool = False
-) -> HybridGPTModel:
+) -> HybridGPTModel | ModelChunks:
     """The model that trains, from ``checkpoint.load`` or from random weights.
 
     Where ``resuming``, its weights are the checkpoint's of the run, which are read later.
@@ -45,7 +47,9 @@ def build_student(
     return model
 
 
-def build_teacher(config: RunConfig, kernels: KernelConfig, groups: ProcessGroups) -> HybridGPTModel:
+def build_teacher(
+    config: RunConfig, kernels: KernelConfig, groups: ProcessGroups
+) -> HybridGPTModel | ModelChunks:
     """The frozen dense source from ``stage.teacher``, in the same topology and precision."""
     assert config.stage.teacher is not None  # planning.checks asks for it where a stage needs it
     checkpoint = latest_checkpoint(config.stage.teacher, "stage.teacher")
@@ -57,7 +61,7 @@ def build_teacher(config: RunConfig, kernels: KernelConfig, groups: ProcessGroup
 
 def _build(
     model: ModelConfig, config: RunConfig, kernels: KernelConfig, groups: ProcessGroups, *, initialize: bool
-) -> HybridGPTModel:
+) -> HybridGPTModel | ModelChunks:
     megatron_config = transformer_config(
         model,
         config.parallel,
@@ -68,7 +72,9 @@ def _build(
     return build_model(model, megatron_config, kernels, groups.device, config.parallel.context_parallel)
 
 
-def wrap_data_parallel(model: HybridGPTModel, parallel: ParallelConfig) -> DistributedDataParallel:
+def wrap_data_parallel(
+    model: HybridGPTModel | ModelChunks, parallel: ParallelConfig
+) -> DistributedDataParallel | ParallelChunks:
     """megatron-core's data parallelism: fp32 gradients, summed over replicas and divided by tokens later."""
     model.config.calculate_per_token_loss = True
     model.config.finalize_model_grads_func = finalize_model_grads
@@ -78,17 +84,25 @@ def wrap_data_parallel(model: HybridGPTModel, parallel: ParallelConfig) -> Distr
         overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
     )
-    wrapped = DistributedDataParallel(model.config, ddp_config, model)
+    wrapped = [
+        # Those behind the first chunk hide their communication behind the others' work as a whole.
+        DistributedDataParallel(model.config, ddp_config, chunk, disable_bucketing=number > 0)
+        for number, chunk in enumerate(model.chunks)
+    ]
     if parallel.overlap_grad_reduce:
-        model.config.no_sync_func = wrapped.no_sync
+        no_sync = [chunk.no_sync for chunk in wrapped]
+        model.config.no_sync_func = no_sync if len(wrapped) > 1 else no_sync[0]
     if parallel.overlap_param_gather:
-        model.config.param_sync_func = wrapped.start_param_sync
-        gather_before_reading(wrapped)
-    wrapped.broadcast_params()
-    return wrapped
+        start = [chunk.start_param_sync for chunk in wrapped]
+        model.config.param_sync_func = start if len(wrapped) > 1 else start[0]
+        for chunk in wrapped:
+            gather_before_reading(chunk)
+    for chunk in wrapped:
+        chunk.broadcast_params()
+    return wrapped[0] if isinstance(model, HybridGPTModel) else ParallelChunks(model, wrapped)
 
 
-def describe_parameters(model: HybridGPTModel) -> str:
+def describe_parameters(model: torch.nn.Module) -> str:
     """How many parameters the first rank has, all and those that train: for run_details.txt."""
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)

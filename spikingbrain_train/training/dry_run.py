@@ -105,7 +105,9 @@ class RankShare:
             )
             for layer in self.layers
         ]
-        for (mixer, feed_forward, *parameters), numbers in alike(keys, self.layers[0].layer).items():
+        for (mixer, feed_forward, *parameters), numbers in alike(
+            keys, (layer.layer for layer in self.layers)
+        ).items():
             cells = [mixer, feed_forward, *(f"{number:,}" for number in parameters)]
             rows += layer_rows(numbers, cells)
         return rows
@@ -180,7 +182,7 @@ def build_share(plan: Plan) -> RankShare:
         kernels = resolve_kernels(KernelConfig(), host)
         model = build_model(config.model, megatron_config, kernels, torch.device("meta"))
     stage = plan.stages[group_ranks["pipeline"]]
-    pairs = zip(model.decoder.layers, stage.kinds, strict=True)
+    pairs = zip(model.layers, stage.kinds, strict=True)
     built = [_describe(layer, kind, config) for layer, kind in pairs]
     share = RankShare(plan, rank, group_ranks, _count(model), built, _other_precision(plan))
     if share.parameters != stage.parameters:

@@ -8,18 +8,18 @@ from spikingbrain_train.architecture.initializers import Uniform
 from spikingbrain_train.architecture.layers import model_weights
 from spikingbrain_train.architecture.linear_transforms import freezes_base, may_begin_anew, trains
 from spikingbrain_train.checkpoint.sharded_state import sharded_weights
-from spikingbrain_train.models.gpt_model import HybridGPTModel
+from spikingbrain_train.models.gpt_model import HybridGPTModel, ModelChunks
 from spikingbrain_train.ops.seeds import generator
 
 
 @torch.no_grad()
-def begin_new_weights(model: HybridGPTModel, seed: int) -> None:
+def begin_new_weights(model: HybridGPTModel | ModelChunks, seed: int) -> None:
     """Fill what a checkpoint of the base need not have, as its description says.
 
     The numbers depend on the seed and the parameter's name alone, not on how ranks share it.
 
     Args:
-        model: this rank's stage.
+        model: this rank's stages.
         seed: of the run.
     """
     new = {
@@ -44,7 +44,7 @@ def begin_new_weights(model: HybridGPTModel, seed: int) -> None:
         shard.data.copy_(whole[place].view(shard.local_shape))
 
 
-def freeze_base(model: HybridGPTModel) -> None:
+def freeze_base(model: HybridGPTModel | ModelChunks) -> None:
     """Switch off all gradients but those of what trains, where a transform freezes the rest."""
     if freezes_base(model.model_config):
         for name, parameter in model.named_parameters():

@@ -20,13 +20,17 @@ from spikingbrain_train.architecture.layers import layers, swapped_layers
 from spikingbrain_train.checkpoint.optimizer_state import chain_of
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import LRDecayStyle, OptimizerConfig, Precision
-from spikingbrain_train.models.gpt_model import HybridGPTModel
+from spikingbrain_train.models.gpt_model import HybridGPTModel, ModelChunks
 from spikingbrain_train.runtime.bf16 import PARAMS_DTYPE
 from spikingbrain_train.runtime.optimizer_patches import checked_gradient_norm, keep_step_when_loading
+from spikingbrain_train.training.parallel_chunks import ParallelChunks, parallel_chunks
 
 
 def build_optimizer(
-    optimizer: OptimizerConfig, parallel: ParallelConfig, precision: Precision, model: DistributedDataParallel
+    optimizer: OptimizerConfig,
+    parallel: ParallelConfig,
+    precision: Precision,
+    model: DistributedDataParallel | ParallelChunks,
 ) -> MegatronOptimizer:
     """AdamW over the model's trainable parameters, with fp32 main weights under bf16.
 
@@ -56,7 +60,9 @@ def build_optimizer(
         ParamKey(predicate=ParamPredicate("no weight decay", _has_no_decay)): ParamGroupOverride(wd_mult=0.0),
     }
     overrides |= _rates(optimizer, _in_swapped_mixers(model))
-    built = get_megatron_optimizer(config, [model], config_overrides=overrides, use_gloo_process_groups=False)
+    built = get_megatron_optimizer(
+        config, parallel_chunks(model), config_overrides=overrides, use_gloo_process_groups=False
+    )
     _prepare_torch_adamw(built)
     return built
 
@@ -65,13 +71,13 @@ def _has_no_decay(parameter: torch.nn.Parameter) -> bool:
     return getattr(parameter, "no_weight_decay", False)
 
 
-def _in_swapped_mixers(model: DistributedDataParallel) -> set[int]:
+def _in_swapped_mixers(model: DistributedDataParallel | ParallelChunks) -> set[int]:
     """``id`` of this rank's parameters of mixers that replaced attention."""
-    network: HybridGPTModel = model.module
+    network: HybridGPTModel | ModelChunks = model.module
     of_the_decoder = layers(network.model_config)
     return {
         id(parameter)
-        for layer in network.decoder.layers
+        for layer in network.layers
         if swapped_layers([of_the_decoder[layer.layer_number - 1]])
         for parameter in layer.self_attention.parameters()
     }

@@ -5,23 +5,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spikingbrain_train.models.gpt_model import HybridGPTModel
+from spikingbrain_train.models.gpt_model import HybridGPTModel, ModelChunks
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 
 
-def parameter_norm(model: HybridGPTModel, groups: ProcessGroups) -> Tensor:
+def parameter_norm(model: HybridGPTModel | ModelChunks, groups: ProcessGroups) -> Tensor:
     """L2 norm over all ranks. A collective of all of them; the host does not wait.
 
     Args:
-        model: this rank's pipeline stage, its weights as of the last update.
+        model: this rank's pipeline stages, their weights as of the last update.
         groups: process groups.
 
     Returns:
         [] float64 on the device, the same on every rank.
     """
     held: dict[float, list[Tensor]] = {}
+    copied = [_copied_embedding(chunk) for chunk in model.chunks]
     for parameter in model.parameters():
-        if parameter is not _copied_embedding(model):
+        if not any(parameter is copy for copy in copied):
             held.setdefault(_share(parameter, groups), []).append(parameter.detach())
     total = torch.zeros((), dtype=torch.float64, device=groups.device)
     for share, tensors in held.items():

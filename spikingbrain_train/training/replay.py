@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from spikingbrain_train.parallel.process_groups import ProcessGroups
@@ -32,14 +31,14 @@ class Computed:
     """Whether its own sums are."""
 
     @classmethod
-    def of(cls, losses: StepLosses, model: DistributedDataParallel) -> Computed:
+    def of(cls, losses: StepLosses, model: torch.nn.Module) -> Computed:
         """Read it where it lies; the host waits."""
         sums = losses.sums
         bits = sums.view(torch.int64).tolist()
         return cls(tuple(bits), _checksum(model), bool(sums.isfinite().all()))
 
 
-def _checksum(model: DistributedDataParallel) -> int:
+def _checksum(model: torch.nn.Module) -> int:
     total: Tensor | None = None
     for parameter in model.parameters():
         gradient = getattr(parameter, "main_grad", None)

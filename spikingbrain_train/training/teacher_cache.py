@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from safetensors.numpy import save_file
 from torch import Tensor
 
@@ -19,11 +18,12 @@ from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.data.gpt_dataset import TrainDataset, build_datasets
 from spikingbrain_train.data.loader import MicroBatch, collate, local_micro_batch
 from spikingbrain_train.data.tokenizers import load_tokenizer
-from spikingbrain_train.models.gpt_model import HybridGPTModel
+from spikingbrain_train.models.gpt_model import HybridGPTModel, ModelChunks
 from spikingbrain_train.models.output_head import gather_hidden_states, valid_vocab_rows
 from spikingbrain_train.ops.kept_tokens import VocabularyShare, kept_tokens
 from spikingbrain_train.parallel.agreed_precision import agree_on_precision
 from spikingbrain_train.parallel.agreement import locked_output_dir, on_main_process
+from spikingbrain_train.parallel.forward_passes import pass_forward
 from spikingbrain_train.parallel.process_groups import ProcessGroups, destroy, initialize
 from spikingbrain_train.planning.teacher_cache_request import CacheRequest, missing_shards, open_cache
 from spikingbrain_train.reporting.activity import Activity, activity, format_duration
@@ -118,7 +118,7 @@ class _Writer:
 
     config: RunConfig
     groups: ProcessGroups
-    teacher: HybridGPTModel
+    teacher: HybridGPTModel | ModelChunks
     dataset: TrainDataset
     layout: CacheLayout
 
@@ -130,14 +130,13 @@ class _Writer:
         batches[-1] += [samples[-1]] * (size - len(batches[-1]))
         kept: list[tuple[Tensor, Tensor, Tensor]] = []
         read = (self._batch(indices, progress) for indices in batches)
-        get_forward_backward_func()(
-            forward_step_func=partial(self._forward_step, kept),
-            data_iterator=zip(batches, read, strict=True),
-            model=[self.teacher],
-            num_microbatches=len(batches),
+        pass_forward(
+            self.teacher.chunks,
+            partial(self._forward_step, kept),
+            zip(batches, read, strict=True),
+            len(batches),
             seq_length=self.layout.seq_length,
             micro_batch_size=size,
-            forward_only=True,
         )
         if not kept or self.groups.tensor_model_parallel_rank > 0:
             return

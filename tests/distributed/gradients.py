@@ -332,7 +332,7 @@ def loss_and_gradients(
             context_parallel_rank=groups.context_parallel_rank,
             context_parallel_size=groups.context_parallel_size,
         )
-        for whole in _whole_batches(case, text, groups.data_parallel_rank, groups.data_parallel_size)
+        for whole in whole_batches(case, text, groups.data_parallel_rank, groups.data_parallel_size)
     )
     losses = step.forward_backward(wrapped, batches, SEQUENCES // (MICRO_BATCH * groups.data_parallel_size))
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
@@ -346,7 +346,7 @@ def loss_and_gradients(
     return losses.reduced()["train/loss"], shards
 
 
-def _whole_batches(case: Case, text: int, rank: int, size: int) -> Iterator[Any]:
+def whole_batches(case: Case, text: int, rank: int, size: int) -> Iterator[Any]:
     """Every data-parallel rank's sequences, the same ones in total for every topology."""
     generator = torch.Generator().manual_seed(7)
     tokens = torch.randint(0, case.model.vocab_size, (SEQUENCES, text + 1), generator=generator)

@@ -185,6 +185,22 @@ TOPOLOGIES: dict[str, tuple[int, ParallelConfig]] = {
         2,
         ParallelConfig(pipeline_model_parallel_size=2, pipeline_model_parallel_layout=[3, 1]),
     ),
+    "PP 2 of 2 virtual stages": (
+        2,
+        ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
+    ),
+    "TP 2 + sequence parallel x PP 2 of 2 virtual stages, overlapped distributed optimizer": (
+        4,
+        ParallelConfig(
+            tensor_model_parallel_size=2,
+            sequence_parallel=True,
+            pipeline_model_parallel_size=2,
+            virtual_pipeline_model_parallel_size=2,
+            use_distributed_optimizer=True,
+            overlap_grad_reduce=True,
+            overlap_param_gather=True,
+        ),
+    ),
     "DP 2": (2, ParallelConfig()),
     "DP 2, distributed optimizer": (2, ParallelConfig(use_distributed_optimizer=True)),
     "EP 2": (2, ParallelConfig(expert_model_parallel_size=2)),

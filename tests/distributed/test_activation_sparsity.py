@@ -26,9 +26,9 @@ from tests.distributed.gradients import (
     Case,
     Shard,
     _shards,
-    _whole_batches,
     assemble,
     model_of_known_weights,
+    whole_batches,
 )
 from tests.distributed.pool import RankPool
 from tests.distributed.small_runs import MODEL, checkpoint_config, run_config, train
@@ -83,7 +83,7 @@ def _written_out(groups: ProcessGroups, case: Case) -> tuple[float, list[Shard]]
         activation.register_forward_hook(write_out)
     total, tokens, routers = torch.zeros(()), 0.0, 0.0
     text = LENGTH - case.model.num_sink_tokens
-    for whole in _whole_batches(case, text, 0, 1):
+    for whole in whole_batches(case, text, 0, 1):
         batch = local_micro_batch(
             whole,
             groups.device,

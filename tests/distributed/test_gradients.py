@@ -7,6 +7,7 @@ All in float32. Tolerance 1e-5 of a tensor's largest gradient: splitting a sum o
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -37,6 +38,9 @@ TOPOLOGIES: dict[str, ParallelConfig] = {
     "TP 2": ParallelConfig(tensor_model_parallel_size=2),
     "TP 2 + sequence parallel": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
     "PP 2": ParallelConfig(pipeline_model_parallel_size=2),
+    "PP 2 of 2 virtual stages": ParallelConfig(
+        pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2
+    ),
     "EP 2": ParallelConfig(expert_model_parallel_size=2),
     "CP 2, all-gather and halo": ParallelConfig(context_parallel_size=2, context_parallel=ALLGATHER_HALO),
     "CP 2, all-scan and Ulysses": ParallelConfig(context_parallel_size=2, context_parallel=ALLSCAN_ULYSSES),
@@ -63,7 +67,9 @@ def world_size(parallel: ParallelConfig) -> int:
 
 
 def fits(case: str, parallel: ParallelConfig) -> bool:
-    """Experts under tensor parallelism need sequence parallelism; EP needs experts."""
+    """Experts under tensor parallelism need sequence parallelism; EP needs experts, stages layers."""
+    if CASES[case].model.num_layers % (parallel.pipeline_model_parallel_size * parallel.virtual_stages):
+        return False
     has_experts = "moe" in CASES[case].model.feed_forwards
     if parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
         return not has_experts
@@ -140,3 +146,15 @@ def results(ranks: RankPool) -> Results:
 @pytest.mark.parametrize(("topology", "case"), PAIRS, ids=[f"{case}: {topology}" for topology, case in PAIRS])
 def test_loss_and_every_gradient_equal_those_of_one_rank(topology: str, case: str, results: Results) -> None:
     assert_equal(results(topology, case), results(None, case))
+
+
+def test_uneven_virtual_stages_compute_what_one_rank_does(ranks: RankPool) -> None:
+    model = replace(CASES["76B-like, packed documents"].model, num_layers=5)
+    case = Case(replace(model, share_embeddings_and_output_weights=True), packed=True)
+    uneven = ParallelConfig(
+        pipeline_model_parallel_size=2,
+        virtual_pipeline_model_parallel_size=2,
+        pipeline_model_parallel_layout=[1, 2, 1, 1],
+    )
+
+    assert_equal(result(ranks, case, uneven), result(ranks, case, ParallelConfig()))

@@ -46,6 +46,15 @@ LAYOUTS = {
         ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2),
         Precision.fp32,
     ),
+    "PP 2 of 2 virtual stages, distributed optimizer, bf16": (
+        2,
+        ParallelConfig(
+            pipeline_model_parallel_size=2,
+            virtual_pipeline_model_parallel_size=2,
+            use_distributed_optimizer=True,
+        ),
+        Precision.bf16,
+    ),
     "DP 2, distributed optimizer, bf16": (2, ParallelConfig(use_distributed_optimizer=True), Precision.bf16),
 }
 
@@ -211,19 +220,32 @@ def test_a_run_saved_at_tp2_pp2_resumes_at_dp2(
     assert [loss for loss, _ in resumed] == pytest.approx([loss for loss, _ in uninterrupted[3:]], rel=1e-4)
 
 
-def test_a_run_saved_by_even_stages_resumes_by_uneven_ones(
-    ranks: RankPool, tmp_path: Path, text: Path, hybrid_checkpoint: Path
+_EVEN = ParallelConfig(pipeline_model_parallel_size=2, use_distributed_optimizer=True)
+_UNEVEN = replace(_EVEN, pipeline_model_parallel_layout=[1, 3])
+_VIRTUAL = replace(_EVEN, virtual_pipeline_model_parallel_size=2)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(_EVEN, _UNEVEN), (_EVEN, _VIRTUAL), (_VIRTUAL, _EVEN)],
+    ids=["uneven ones", "virtual ones", "even ones, from virtual ones"],
+)
+def test_a_run_saved_by_pipeline_stages_resumes_by(
+    before: ParallelConfig,
+    after: ParallelConfig,
+    ranks: RankPool,
+    tmp_path: Path,
+    text: Path,
+    hybrid_checkpoint: Path,
 ) -> None:
-    even = ParallelConfig(pipeline_model_parallel_size=2, use_distributed_optimizer=True)
-    uneven = replace(even, pipeline_model_parallel_layout=[1, 3])
     config = run_config(
-        tmp_path, text, parallel=even, checkpoint=checkpoint_config(hybrid_checkpoint, save_interval=3)
+        tmp_path, text, parallel=before, checkpoint=checkpoint_config(hybrid_checkpoint, save_interval=3)
     )
     config.stage = replace(config.stage, train_iters=6, micro_batch_size=2)
-    uninterrupted, *_ = ranks.run(train, config, world_size=2, parallel=even)
+    uninterrupted, *_ = ranks.run(train, config, world_size=2, parallel=before)
     _interrupt_after(tmp_path, 3)
 
-    resumed, *_ = ranks.run(train, replace(config, parallel=uneven), world_size=2, parallel=uneven)
+    resumed, *_ = ranks.run(train, replace(config, parallel=after), world_size=2, parallel=after)
 
     assert [loss for loss, _ in resumed] == pytest.approx([loss for loss, _ in uninterrupted[3:]], rel=1e-5)
 

@@ -59,6 +59,7 @@ def test_a_valid_run_is_accepted_at_every_world_size_that_fits():
 
 TP, PP = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"
 LAYOUT = "parallel.pipeline_model_parallel_layout"
+VPP = "parallel.virtual_pipeline_model_parallel_size"
 RAMP = "stage.batch_size_ramp"
 CP, EP = "parallel.context_parallel_size", "parallel.expert_model_parallel_size"
 ETP, SP = "parallel.expert_tensor_parallel_size", "parallel.sequence_parallel"
@@ -87,6 +88,25 @@ REFUSED: list[tuple[dict[str, Any], int, list[str]]] = [
     ({LAYOUT: [4, 4]}, 1, [f"{LAYOUT}=[4,4]", "2 stages", f"{PP} is 1"]),
     ({PP: 3, LAYOUT: [3, 3, 3]}, 3, [f"{LAYOUT}=[3,3,3]", "9 layers", "model.num_layers is 8"]),
     ({PP: 3, LAYOUT: [0, 4, 4]}, 3, [LAYOUT, "at least 1"]),
+    ({VPP: 2}, 1, [f"{VPP}=2", f"{PP} is 1", "set it to null"]),
+    ({PP: 2, VPP: 1}, 2, [VPP, "at least 2"]),
+    ({PP: 2, VPP: 3}, 2, [f"{VPP}=3", "6 stages", "model.num_layers=8", "valid are 2 or 4 and null"]),
+    (
+        {PP: 2, VPP: 2, LAYOUT: [4, 4]},
+        2,
+        [f"{LAYOUT}=[4,4]", "2 virtual stages a rank, 4 in all"],
+    ),
+    (
+        {PP: 2, VPP: 2, "stage.global_batch_size": 3, "stage.micro_batch_size": 1},
+        2,
+        ["stage.global_batch_size=3", "3 micro-batches", f"multiple of {PP}=2", "2 or 4"],
+    ),
+    (
+        {PP: 2, VPP: 2, "stage.micro_batch_size": 1, "stage.global_batch_size": 8, f"{RAMP}.start": 5}
+        | {f"{RAMP}.increment": 3, f"{RAMP}.samples": 40},
+        2,
+        [f"{RAMP}.start=5", f"multiple of {PP}=2", "4 or 6"],
+    ),
     ({"parallel.sequence_parallel": True}, 1, ["parallel.sequence_parallel", TP, "2 or more"]),
     ({"parallel.overlap_param_gather": True}, 2, ["parallel.use_distributed_optimizer=true"]),
     (

@@ -41,6 +41,7 @@ from spikingbrain_train.planning.costs import (
     stage_routed_expert_parameters,
     total_parameters,
 )
+from spikingbrain_train.planning.in_flight import most_in_flight
 from spikingbrain_train.planning.planner import (
     Plan,
     check_disk_space,
@@ -325,8 +326,42 @@ def test_quantities_of_a_step() -> None:
     assert plan.tokens_per_step == 24 * 64
     assert plan.total_tokens == 24 * 64 * 100
     assert plan.pipeline_bubble == 1 / 5
-    assert [stage.layers for stage in plan.stages] == [range(0, 2), range(2, 4)]
+    assert [stage.virtual_stages for stage in plan.stages] == [[range(0, 2)], [range(2, 4)]]
     assert [layer.mixer_name for layer in plan.stages[1].kinds] == ["full", "gla"]
+
+
+def test_virtual_stages_take_turns_and_shrink_the_bubble() -> None:
+    parallel = ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
+    plan = plan_run(run_of(LLAMA, parallel, global_batch_size=8), world_size=2)
+    assert plan.pipeline_bubble == 1 / (2 * 8 + 1)
+    first, second = plan.stages
+    assert first.virtual_stages == [range(0, 1), range(2, 3)]
+    assert second.virtual_stages == [range(1, 2), range(3, 4)]
+    whole = plan_run(run_of(LLAMA, global_batch_size=8), world_size=1).stages[0].parameters
+    copied = LLAMA.padded_vocab_size(1) * LLAMA.hidden_size * LLAMA.share_embeddings_and_output_weights
+    assert first.parameters + second.parameters == whole + copied
+
+
+@pytest.mark.parametrize("kept", [[1.0], [1.0, 1.0], [3.0, 1.0, 2.0]])
+@pytest.mark.parametrize("micro_batches", [4, 8, 40])
+def test_what_is_in_flight_is_what_the_schedule_holds(kept: list[float], micro_batches: int) -> None:
+    """Against megatron-core's own table of its schedule and number of passes ahead."""
+    from megatron.core.pipeline_parallel.schedules import get_schedule_table
+
+    ranks = 4
+    for rank in range(ranks):
+        found = most_in_flight(kept, rank, ranks, micro_batches)
+        if len(kept) == 1:
+            assert found == min(ranks - rank, micro_batches)
+            continue
+        table = [chunk for _, chunk in get_schedule_table(micro_batches, len(kept), ranks)]
+        ahead = min((ranks - rank - 1) * 2 + (len(kept) - 1) * ranks, len(table))
+        held, most = sum(kept[chunk] for chunk in table[:ahead]), 0.0
+        for step, chunk in enumerate(table[ahead:]):
+            held += kept[chunk]
+            most = max(most, held)
+            held -= kept[len(kept) - 1 - table[step]]
+        assert found == max(most, held)
 
 
 class TestMemory:
@@ -380,7 +415,8 @@ class TestMemory:
         layout = ParallelConfig(pipeline_model_parallel_size=3, pipeline_model_parallel_layout=[1, 2, 1])
         same = dataclasses.replace(LLAMA, mixers=["swa"])
         first, second, third = plan_run(run_of(same, layout), 3).stages
-        assert (first.layers, second.layers, third.layers) == (range(1), range(1, 3), range(3, 4))
+        of_stages = [stage.virtual_stages for stage in (first, second, third)]
+        assert of_stages == [[range(1)], [range(1, 3)], [range(3, 4)]]
         even = ParallelConfig(pipeline_model_parallel_size=4)
         ends = [stage.parameters for stage in plan_run(run_of(same, even), 4).stages]
         assert [first.parameters, second.parameters, third.parameters] == [ends[0], 2 * ends[1], ends[3]]

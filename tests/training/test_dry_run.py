@@ -8,6 +8,7 @@ import resource
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from itertools import chain
 
 import pytest
 
@@ -40,6 +41,7 @@ TOPOLOGIES = [
         32,
     ),
     (ParallelConfig(context_parallel_size=3, expert_model_parallel_size=2), 12),
+    (ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2), 2),
 ]
 
 
@@ -77,7 +79,7 @@ def test_every_experiment_is_built_at_its_true_size(process, choice, cluster, mo
         share, seconds, peak = process.submit(_build, plan, rank).result()
         assert seconds < SECONDS and peak < PEAK_BYTES
         stage = plan.stages[rank * stages // plan.world_size]
-        assert [layer.layer for layer in share.layers] == list(stage.layers)
+        assert [layer.layer for layer in share.layers] == list(chain.from_iterable(stage.virtual_stages))
         assert [layer.kind for layer in share.layers] == stage.kinds
         assert share.parameters == stage.parameters and share.memory == stage.memory
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable, Iterable, Sequence
 from typing import TypeVar
 
@@ -16,10 +17,10 @@ Key = TypeVar("Key", bound=Hashable)
 _WIDEST_SPANS = 40
 
 
-def alike(keys: Iterable[Key], first: int = 0) -> dict[Key, list[int]]:
-    """Which layers are the same: what they are -> their numbers, counted from ``first``."""
+def alike(keys: Iterable[Key], numbers: Iterable[int] | None = None) -> dict[Key, list[int]]:
+    """Which layers are the same: what they are -> their ``numbers``, by default from 0 on."""
     found: dict[Key, list[int]] = {}
-    for number, key in enumerate(keys, start=first):
+    for number, key in zip(itertools.count() if numbers is None else numbers, keys, strict=False):
         found.setdefault(key, []).append(number)
     return found
 

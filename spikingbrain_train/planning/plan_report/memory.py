@@ -12,7 +12,7 @@ from spikingbrain_train.planning.plan_report.section import Section
 from spikingbrain_train.planning.planner import Plan, StagePlan
 from spikingbrain_train.planning.remedies import Remedy, remedies, together
 from spikingbrain_train.planning.stages.registry import kind_of
-from spikingbrain_train.reporting.tables import packed, table
+from spikingbrain_train.reporting.tables import packed, spans, table
 
 _MOST_REMEDIES = 5
 _WIDEST_SETTINGS = 56
@@ -52,7 +52,8 @@ def memory_section(plan: Plan) -> Section:
 def _values(index: int, stage: StagePlan, device: DeviceMemory | None) -> dict[str, Any]:
     return {
         "stage": index,
-        "layers": [stage.layers.start, stage.layers.stop - 1],
+        "layers": [stage.virtual_stages[0].start, stage.virtual_stages[-1].stop - 1],
+        "virtual_stages": [[layers.start, layers.stop - 1] for layers in stage.virtual_stages],
         "parameters": stage.parameters,
         **{f"{name}_bytes": value for name, value in vars(stage.memory).items()},
         "total_bytes": stage.memory.total,
@@ -92,13 +93,17 @@ def _table(plan: Plan, device: DeviceMemory | None, unit: int) -> list[str]:
         cells = [f"{stage.parameters:,}", *(f"{part / unit:.2f}" for part in [*parts, memory.total])]
         cells += [] if device is None else [_verdict(memory.total, device, unit)]
         if cells == same:  # stages that are alike are one row
-            rows[-1][:2] = [f"{first}-{index}", f"{plan.stages[first].layers.start}-{stage.layers.stop - 1}"]
+            rows[-1][:2] = [f"{first}-{index}", _layers(plan.stages[first], stage)]
             continue
         first, same = index, cells
-        last = stage.layers.stop - 1
-        numbers = f"{stage.layers.start}-{last}" if last > stage.layers.start else str(last)
-        rows.append([str(index), numbers, *cells])
+        rows.append([str(index), _layers(stage, stage), *cells])
     return table(rows, left=2)
+
+
+def _layers(first: StagePlan, last: StagePlan) -> str:
+    """Of pipeline stages from ``first`` to ``last``: ``0-3``, or with virtual stages ``0-1, 4-5``."""
+    pairs = zip(first.virtual_stages, last.virtual_stages, strict=True)
+    return ", ".join(spans(range(begin.start, end.stop)) for begin, end in pairs)
 
 
 def _verdict(needed: float, device: DeviceMemory, unit: int) -> str:

@@ -5,6 +5,8 @@ This project's own: SpikingBrain's report (arXiv 2509.05276) trains all paramete
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from spikingbrain_train.architecture.layers import Layer, alike, dense_source, layers, swapped_layers
 from spikingbrain_train.architecture.same_architecture import check_same_sizes
 from spikingbrain_train.architecture.sizes import FP32, bytes_per_element, rank_tokens, row_bytes
@@ -23,8 +25,10 @@ from spikingbrain_train.planning.costs import (
     mixer_parameters,
     mixer_projections,
     stage_layers,
+    virtual_stage_layers,
 )
 from spikingbrain_train.planning.stages.kind import StageKind
+from spikingbrain_train.reporting.tables import spans
 
 
 class AlignmentKind(StageKind):
@@ -184,7 +188,12 @@ class AlignmentKind(StageKind):
         swapped = swapped_layers(here)
         waiting = 0.0
         if config.stage.alignment.inputs is AlignmentInputs.student:
-            waiting = len(swapped) * rank_tokens(config) * row_bytes(config)
+            described = layers(model)
+            most = max(
+                len(swapped_layers([described[layer] for layer in together]))
+                for together in virtual_stage_layers(model, config.parallel, pipeline_stage)
+            )
+            waiting = most * rank_tokens(config) * row_bytes(config)
         return waiting + max((kept(layer) for layer, _ in alike(swapped)), default=0.0)
 
 
@@ -204,7 +213,7 @@ def _check_every_stage_aligns(model: ModelConfig, teacher: ModelConfig, parallel
     pairs = zip(layers(model), layers(teacher), strict=True)
     trained = [mine.mixers != theirs.mixers for mine, theirs in pairs]
 
-    def idle(split: ParallelConfig) -> list[range]:
+    def idle(split: ParallelConfig) -> list[list[int]]:
         stages = (stage_layers(model, split, each) for each in range(split.pipeline_model_parallel_size))
         return [stage for stage in stages if not any(trained[layer] for layer in stage)]
 
@@ -221,6 +230,9 @@ def _check_every_stage_aligns(model: ModelConfig, teacher: ModelConfig, parallel
         )
 
 
-def _layers(stage: range) -> str:
-    last = stage.stop - 1
-    return f"layer {last} has" if len(stage) == 1 else f"layers {stage.start} to {last} have"
+def _layers(stage: Sequence[int]) -> str:
+    if len(stage) == 1:
+        return f"layer {stage[0]} has"
+    if stage[-1] - stage[0] == len(stage) - 1:
+        return f"layers {stage[0]} to {stage[-1]} have"
+    return f"layers {spans(stage)} have"

@@ -51,12 +51,35 @@ class DistillationKind(TokenLossKind):
     def check_teacher(
         self, model: ModelConfig, teacher: ModelConfig, parallel: ParallelConfig, setting: str
     ) -> None:
-        """Logits are comparable over one vocabulary only. Raises CheckpointError."""
+        """Logits are comparable over one vocabulary only, and pipeline ranks hold layers of both models.
+
+        Raises:
+            CheckpointError: the vocabularies differ.
+            ConfigurationError: the teacher does not fit the pipeline.
+        """
         if teacher.vocab_size != model.vocab_size:
             raise CheckpointError(
                 f"{setting} has a vocabulary of {teacher.vocab_size}, but model.vocab_size="
                 f"{model.vocab_size}; distillation needs a teacher with the same tokenizer"
             )
+        stages = parallel.pipeline_model_parallel_size * parallel.virtual_stages
+        if parallel.pipeline_model_parallel_layout is None:
+            fits, needs = teacher.num_layers % stages == 0, f"a multiple of {stages}"
+        else:
+            fits, needs = teacher.num_layers == model.num_layers, f"the model's {model.num_layers}"
+        require(
+            fits,
+            f"{setting} has {teacher.num_layers} layers, but pipeline stages hold layers of both models, so "
+            f"there must be {needs} of them; choose other parallel.pipeline_model_parallel_* settings, or "
+            "distil from a cache of its logits (stage.distillation.cache)",
+        )
+        require(
+            parallel.virtual_stages == 1 or teacher.hidden_size == model.hidden_size,
+            f"{setting} has hidden size {teacher.hidden_size} and the model {model.hidden_size}, which "
+            "megatron-core's interleaved schedule cannot send side by side; set "
+            "parallel.virtual_pipeline_model_parallel_size to null, or distil from a cache of its logits "
+            "(stage.distillation.cache)",
+        )
 
     def check_files(self, config: RunConfig, samples: range) -> None:
         """The cache is of this run's samples, and has them. Raises DataError, CheckpointError."""

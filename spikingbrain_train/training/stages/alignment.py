@@ -17,10 +17,10 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.utils import unwrap_model
 from torch import Tensor
@@ -30,14 +30,16 @@ from spikingbrain_train.architecture.layers import layers
 from spikingbrain_train.config.stage import AlignmentInputs, StageConfig
 from spikingbrain_train.data.loader import MicroBatch
 from spikingbrain_train.errors import ConfigurationError
-from spikingbrain_train.models.gpt_model import HybridGPTModel
+from spikingbrain_train.models.gpt_model import HybridGPTModel, ModelChunks
 from spikingbrain_train.models.mixers.parallel_hybrid import ParallelHybrid
+from spikingbrain_train.parallel.forward_passes import pass_forward
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.training.console import Console
+from spikingbrain_train.training.parallel_chunks import ParallelChunks, parallel_chunks
 from spikingbrain_train.training.stages.closed_form import ClosedFormStart
 from spikingbrain_train.training.stages.compared_rows import compared_rows, share_of_rows
-from spikingbrain_train.training.stages.distillation import widen
 from spikingbrain_train.training.stages.losses import StepLosses
+from spikingbrain_train.training.stages.side_by_side import SideBySide
 from spikingbrain_train.training.stages.stage import Stage
 
 
@@ -54,17 +56,21 @@ class Alignment(Stage):
         teacher: the frozen dense source in the same topology; it is needed.
     """
 
-    teacher: HybridGPTModel
+    teacher: HybridGPTModel | ModelChunks
 
     def __init__(
-        self, stage: StageConfig, groups: ProcessGroups, teacher: HybridGPTModel | None = None
+        self,
+        stage: StageConfig,
+        groups: ProcessGroups,
+        teacher: HybridGPTModel | ModelChunks | None = None,
     ) -> None:
         assert teacher is not None, "alignment learns from a teacher"
         super().__init__(stage, groups, teacher)
+        self._both = SideBySide(teacher, groups, stage.micro_batch_size)
         self._compared: Tensor | None = None
         """Rows of the micro-batch on its way whose errors count; None for all."""
 
-    def replaced_layers(self, student: HybridGPTModel) -> list[int]:
+    def replaced_layers(self, student: HybridGPTModel | ModelChunks) -> list[int]:
         """0-based indices, over the whole decoder, of layers whose mixer is not the teacher's.
 
         Raises:
@@ -87,14 +93,18 @@ class Alignment(Stage):
             )
         return replaced
 
-    def freeze(self, model: HybridGPTModel) -> None:
+    def freeze(self, model: HybridGPTModel | ModelChunks) -> None:
         """Leave gradients on in the replaced mixers only."""
         model.requires_grad_(False)
         for mixer in self._replaced_mixers(model):
             mixer.requires_grad_(True)
 
     def prepare(
-        self, model: HybridGPTModel, batches: Iterator[MicroBatch], num_microbatches: int, console: Console
+        self,
+        model: HybridGPTModel | ModelChunks,
+        batches: Iterator[MicroBatch],
+        num_microbatches: int,
+        console: Console,
     ) -> dict[str, float]:
         """Set in closed form what the replaced mixers offer: decays, balanced keys, output projections.
 
@@ -117,26 +127,29 @@ class Alignment(Stage):
         return metrics
 
     def forward_backward(
-        self, model: DistributedDataParallel, batches: Iterator[MicroBatch], num_microbatches: int
+        self,
+        model: DistributedDataParallel | ParallelChunks,
+        batches: Iterator[MicroBatch],
+        num_microbatches: int,
     ) -> StepLosses:
         """Accumulate gradients of the mean relative error over the global batch."""
-        student: HybridGPTModel = model.module
+        student: HybridGPTModel | ModelChunks = model.module
         replaced = self.replaced_layers(student)
         scale = 1.0 / (num_microbatches * len(replaced))
         errors = torch.zeros(student.config.num_layers, dtype=torch.float64, device=self.groups.device)
         if self.stage.alignment.inputs is AlignmentInputs.student:
-            self._run_both(model, batches, num_microbatches, errors, scale)
+            self._run_both(parallel_chunks(model), batches, num_microbatches, errors, scale)
         else:
             hooks = {
                 mixer: partial(self._align_layer, mixer, errors, scale)
                 for mixer in self._replaced_mixers(student)
             }
-            self._run_teacher(model, batches, num_microbatches, hooks)
+            self._run_teacher(parallel_chunks(model), batches, num_microbatches, hooks)
         # Gradients are sums over data- and context-parallel ranks; dividing by the number of replicas makes
         # them those of the mean. Each replica counts once, on its first context-parallel rank.
         counts = self.groups.context_parallel_rank == 0
         replicas = torch.tensor(int(counts), dtype=torch.int, device=self.groups.device)
-        finalize_model_grads([model], replicas)
+        finalize_model_grads(parallel_chunks(model), replicas)
         return StepLosses(errors, partial(self._metrics, replaced, scale))
 
     def _metrics(self, replaced: list[int], scale: float, errors: Tensor) -> dict[str, Tensor]:
@@ -151,16 +164,14 @@ class Alignment(Stage):
             **{f"align/error/layer_{layer}": of_layers[layer] for layer in replaced},
         }
 
-    def _replaced_mixers(self, student: HybridGPTModel) -> list[SelfAttention | ParallelHybrid]:
-        """The mixers of this pipeline stage that stand where the teacher has attention."""
+    def _replaced_mixers(self, student: HybridGPTModel | ModelChunks) -> list[SelfAttention | ParallelHybrid]:
+        """The mixers of this pipeline rank that stand where the teacher has attention."""
         replaced = set(self.replaced_layers(student))
-        return [
-            layer.self_attention for layer in student.decoder.layers if layer.layer_number - 1 in replaced
-        ]
+        return [layer.self_attention for layer in student.layers if layer.layer_number - 1 in replaced]
 
     def _run_teacher(
         self,
-        model: torch.nn.Module,
+        chunks: Sequence[torch.nn.Module],
         batches: Iterator[MicroBatch],
         num_microbatches: int,
         hooks: Mapping[SelfAttention | ParallelHybrid, Callable],
@@ -170,33 +181,34 @@ class Alignment(Stage):
         ``hooks`` are called with what its attention at their mixer's layer got and gave, as PyTorch's forward
         hooks with keyword arguments are.
         """
-        attention = {layer.layer_number: layer.self_attention for layer in self.teacher.decoder.layers}
+        attention = {layer.layer_number: layer.self_attention for layer in self.teacher.layers}
         handles = [
             attention[mixer.layer_number].register_forward_hook(hook, with_kwargs=True)
             for mixer, hook in hooks.items()
         ]
-        self._go_forward(self._forward_step, model, batches, num_microbatches, handles)
+        self._go_forward(
+            self._forward_step,
+            chunks,
+            batches,
+            num_microbatches,
+            handles,
+            micro_batch_size=self.stage.micro_batch_size,
+        )
 
     def _go_forward(
         self,
         step: Callable,
-        model: torch.nn.Module,
+        chunks: Sequence[torch.nn.Module],
         batches: Iterator[MicroBatch],
         num_microbatches: int,
         hooks: Sequence[RemovableHandle],
-        **more: object,
+        **more: Any,
     ) -> None:
         """Forward passes over megatron-core's schedules; ``hooks`` are taken off at the end."""
+        sinks = unwrap_model(chunks[0]).model_config.num_sink_tokens
         try:
-            get_forward_backward_func()(
-                forward_step_func=step,
-                data_iterator=batches,
-                model=[model],
-                num_microbatches=num_microbatches,
-                seq_length=self.stage.seq_length + unwrap_model(model).model_config.num_sink_tokens,
-                micro_batch_size=self.stage.micro_batch_size,
-                forward_only=True,
-                **more,
+            pass_forward(
+                chunks, step, batches, num_microbatches, seq_length=self.stage.seq_length + sinks, **more
             )
         finally:
             for hook in hooks:
@@ -204,12 +216,12 @@ class Alignment(Stage):
 
     def _forward_step(self, batches: Iterator[MicroBatch], model: torch.nn.Module):
         batch = next(batches)
-        if not self.teacher.pre_process:
-            self.teacher.set_input_tensor(unwrap_model(model).decoder.input_tensor)
+        student: HybridGPTModel = unwrap_model(model)
+        teacher = self._both.teacher_of(student)
+        if not teacher.pre_process:
+            teacher.set_input_tensor(student.decoder.input_tensor)
         with torch.no_grad():
-            hidden = self.teacher(
-                batch.tokens, layout=batch.layout.without_sinks(), return_hidden_states=True
-            )
+            hidden = teacher(batch.tokens, layout=batch.layout.without_sinks(), return_hidden_states=True)
         return hidden, _no_loss
 
     def _align_layer(
@@ -255,7 +267,7 @@ class Alignment(Stage):
 
     def _run_both(
         self,
-        model: DistributedDataParallel,
+        chunks: Sequence[DistributedDataParallel],
         batches: Iterator[MicroBatch],
         num_microbatches: int,
         errors: Tensor,
@@ -267,8 +279,7 @@ class Alignment(Stage):
         gave on its own. Nothing travels backwards: gradients are on inside the mixers alone. Between
         pipeline stages both hidden states travel side by side.
         """
-        student: HybridGPTModel = model.module
-        attention = {layer.layer_number: layer.self_attention for layer in self.teacher.decoder.layers}
+        attention = {layer.layer_number: layer.self_attention for layer in self.teacher.layers}
         targets: dict[int, Tensor] = {}
 
         def remember(number: int, _: torch.nn.Module, __: tuple, output: tuple) -> None:
@@ -284,31 +295,25 @@ class Alignment(Stage):
             return output[0].detach(), *output[1:]
 
         handles = []
-        for mixer in self._replaced_mixers(student):
+        for mixer in (mixer for chunk in chunks for mixer in self._replaced_mixers(chunk.module)):
             number = mixer.layer_number
             handles.append(attention[number].register_forward_hook(partial(remember, number)))
             handles += [mixer.register_forward_pre_hook(begin), mixer.register_forward_hook(learn)]
-        more = {}
-        if self.groups.pipeline_model_parallel_size > 1:
-            more["adjust_tensor_shapes_fn"] = partial(widen, self.teacher.config.hidden_size)
-        self._go_forward(self._step_of_both, model, batches, num_microbatches, handles, **more)
+        arguments = self._both.schedule_arguments()
+        self._go_forward(self._step_of_both, chunks, batches, num_microbatches, handles, **arguments)
 
     def _step_of_both(self, batches: Iterator[MicroBatch], model: torch.nn.Module):
         batch = next(batches)
         student: HybridGPTModel = unwrap_model(model)
-        if not student.pre_process:
-            ours, theirs = student.decoder.input_tensor.chunk(2, dim=-1)
-            student.set_input_tensor(ours.contiguous())
-            self.teacher.set_input_tensor(theirs.contiguous())
+        self._both.give(student)
         self._compared = share_of_rows(
             compared_rows(batch), self.groups, sequence_parallel=student.config.sequence_parallel
         )
         with torch.no_grad():
-            theirs = self.teacher(
-                batch.tokens, layout=batch.layout.without_sinks(), return_hidden_states=True
-            )
+            teacher = self._both.teacher_of(student)
+            theirs = teacher(batch.tokens, layout=batch.layout.without_sinks(), return_hidden_states=True)
             ours = student(batch.tokens, layout=batch.layout, return_hidden_states=True)
-        return torch.cat((ours, theirs), dim=-1), _no_loss
+        return self._both.join(ours, theirs), _no_loss
 
 
 def _no_loss(output: Tensor) -> tuple[Tensor, Tensor, None]:

@@ -30,7 +30,7 @@ from torch import Tensor
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.config.stage import AlignmentConfig, AlignmentInputs, DecayStart
 from spikingbrain_train.data.loader import MicroBatch
-from spikingbrain_train.models.gpt_model import HybridGPTModel
+from spikingbrain_train.models.gpt_model import HybridGPTModel, ModelChunks
 from spikingbrain_train.models.linears.sub_norm import first_reader, read_by
 from spikingbrain_train.models.mixers.alignable import (
     BalancesKeys,
@@ -82,7 +82,7 @@ class ClosedFormStart:
     """Sets the replaced mixers of a pipeline stage.
 
     Args:
-        student: this rank's pipeline stage.
+        student: this rank's pipeline stage, or its virtual ones.
         teacher: the dense source's.
         replaced: 0-based indices, over the whole decoder, of the layers to set.
         settings: what is set.
@@ -92,8 +92,8 @@ class ClosedFormStart:
 
     def __init__(
         self,
-        student: HybridGPTModel,
-        teacher: HybridGPTModel,
+        student: HybridGPTModel | ModelChunks,
+        teacher: HybridGPTModel | ModelChunks,
         replaced: Iterable[int],
         settings: AlignmentConfig,
         groups: ProcessGroups,
@@ -126,22 +126,34 @@ class ClosedFormStart:
         count = self.student.config.num_layers
         errors, drifts = torch.zeros(2, count, dtype=torch.float64, device=self.groups.device).unbind()
         with _evaluating(self.student):
-            held = [self._enter(batch) for batch in batches]
-            for mine, theirs in zip(self.student.decoder.layers, self.teacher.decoder.layers, strict=True):
-                index = mine.layer_number - 1
-                seen = [self._teach(theirs, each) for each in held]
-                if index in self.replaced:
-                    errors[index] = self._set(mine, theirs, held, seen)
-                elif self.settings.fit_source_projections:
-                    self._fit_attention(mine, held, seen)
-                if self.settings.fit_source_projections:
-                    self._fit_feed_forward(mine, held, seen)
-                self._go_through(mine, held, seen)
-                if self.own_inputs and index in self.replaced:
-                    drifts[index] = self._drift(held)
-                progress.advance(self.groups.pipeline_model_parallel_size)
-            self._leave(held)
+            kept = list(batches)
+            for chunk, student in enumerate(self.student.chunks):
+                held = [self._enter(chunk, batch) for batch in kept]
+                for mine, theirs in zip(student.layers, self.teacher.chunks[chunk].layers, strict=True):
+                    index = mine.layer_number - 1
+                    errors[index] = self._set_layer(mine, theirs, held)
+                    if self.own_inputs and index in self.replaced:
+                        drifts[index] = self._drift(held)
+                    progress.advance(self.groups.pipeline_model_parallel_size)
+                self._leave(chunk, held)
         return self._metrics(errors, drifts)
+
+    def _set_layer(self, mine: TransformerLayer, theirs: TransformerLayer, held: list[Held]) -> float:
+        """Set what of a layer is to be set, and bring the hidden states behind it.
+
+        Returns:
+            The error of its mixer's fit, 0 where it has none.
+        """
+        seen = [self._teach(theirs, each) for each in held]
+        error = 0.0
+        if mine.layer_number - 1 in self.replaced:
+            error = self._set(mine, theirs, held, seen)
+        elif self.settings.fit_source_projections:
+            self._fit_attention(mine, held, seen)
+        if self.settings.fit_source_projections:
+            self._fit_feed_forward(mine, held, seen)
+        self._go_through(mine, held, seen)
+        return error
 
     def describe(self, tokens: int, metrics: Mapping[str, float], seconds: float) -> str:
         """A line for the user about what :meth:`run` has done.
@@ -271,7 +283,11 @@ class ClosedFormStart:
                 each.student = each.teacher
 
     def _through(
-        self, layer: TransformerLayer, model: HybridGPTModel, hidden_states: Tensor, layout: SequenceLayout
+        self,
+        layer: TransformerLayer,
+        model: HybridGPTModel | ModelChunks,
+        hidden_states: Tensor,
+        layout: SequenceLayout,
     ) -> Tensor:
         arguments: dict[str, Any] = {
             "attention_mask": None,
@@ -281,13 +297,14 @@ class ClosedFormStart:
         output, _ = layer(hidden_states=hidden_states, **arguments)
         return output
 
-    def _enter(self, batch: MicroBatch) -> Held:
-        """The hidden states in front of this pipeline stage's first layer."""
+    def _enter(self, chunk: int, batch: MicroBatch) -> Held:
+        """The hidden states in front of the first layer of a (virtual) pipeline stage."""
         source_layout = batch.layout.without_sinks()
         rest = (batch.layout if self.own_inputs else source_layout, compared_rows(batch))
-        if self.groups.is_pipeline_first_stage:
-            teacher = self.teacher.embed(batch.tokens, source_layout)
-            student = self.student.embed(batch.tokens, batch.layout) if self.own_inputs else teacher
+        if chunk == 0 and self.groups.is_pipeline_first_stage:
+            teacher = student = self.teacher.chunks[0].embed(batch.tokens, source_layout)
+            if self.own_inputs:
+                student = self.student.chunks[0].embed(batch.tokens, batch.layout)
             return Held(batch, teacher, student, *rest)
         config = self.teacher.config
         length = batch.layout.slice_length
@@ -301,16 +318,16 @@ class ClosedFormStart:
         torch.distributed.recv(received, self._neighbour(-1), group=self.groups.collection.pp)
         return Held(batch, received[0], received[-1], *rest)
 
-    def _leave(self, held: list[Held]) -> None:
-        """Hand the hidden states to the next pipeline stage."""
-        if self.groups.is_pipeline_last_stage:
+    def _leave(self, chunk: int, held: list[Held]) -> None:
+        """Hand the hidden states to the next (virtual) pipeline stage."""
+        if chunk == len(self.student.chunks) - 1 and self.groups.is_pipeline_last_stage:
             return
         for each in held:
             streams = [each.teacher, each.student] if self.own_inputs else [each.teacher]
             torch.distributed.send(torch.stack(streams), self._neighbour(1), group=self.groups.collection.pp)
 
     def _neighbour(self, step: int) -> int:
-        rank = self.groups.pipeline_model_parallel_rank + step
+        rank = (self.groups.pipeline_model_parallel_rank + step) % self.groups.pipeline_model_parallel_size
         return torch.distributed.get_global_rank(self.groups.collection.pp, rank)
 
     def _drift(self, held: list[Held]) -> Tensor:

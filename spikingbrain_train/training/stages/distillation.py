@@ -7,7 +7,6 @@ stage.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,13 +16,14 @@ from torch import Tensor
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.config.stage import StageConfig
 from spikingbrain_train.data.loader import MicroBatch
-from spikingbrain_train.models.gpt_model import HybridGPTModel
+from spikingbrain_train.models.gpt_model import HybridGPTModel, ModelChunks
 from spikingbrain_train.models.output_head import gather_hidden_states, vocab_parallel_linear_cross_entropy
 from spikingbrain_train.ops.linear_cross_entropy import Distillation, KeptDistillation, TokenLosses
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.reporting.progress import Shown
 from spikingbrain_train.training.data_check import ShowActivity
 from spikingbrain_train.training.stages.data import CachedText, StageData
+from spikingbrain_train.training.stages.side_by_side import SideBySide
 from spikingbrain_train.training.stages.token_loss import TokenLossStage
 
 
@@ -41,10 +41,14 @@ class LogitDistillation(TokenLossStage):
     """
 
     def __init__(
-        self, stage: StageConfig, groups: ProcessGroups, teacher: HybridGPTModel | None = None
+        self,
+        stage: StageConfig,
+        groups: ProcessGroups,
+        teacher: HybridGPTModel | ModelChunks | None = None,
     ) -> None:
         assert (teacher is None) == (stage.distillation.cache is not None)
         super().__init__(stage, groups, teacher)
+        self._both = None if teacher is None else SideBySide(teacher, groups, stage.micro_batch_size)
 
     @classmethod
     def open_data(cls, config: RunConfig, groups: ProcessGroups, activity: ShowActivity) -> StageData:
@@ -63,10 +67,8 @@ class LogitDistillation(TokenLossStage):
         }
 
     def schedule_arguments(self) -> dict[str, Any]:
-        """Tensors between pipeline stages are wider by the teacher's hidden size."""
-        if self.teacher is None or self.groups.pipeline_model_parallel_size == 1:
-            return {}
-        return {"adjust_tensor_shapes_fn": partial(widen, self.teacher.config.hidden_size)}
+        """Tensors between pipeline stages hold the teacher's hidden states, too."""
+        return super().schedule_arguments() if self._both is None else self._both.schedule_arguments()
 
     def optimised(self, cross_entropy: Tensor, kl_divergence: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Both by their shares; see :class:`Distillation`."""
@@ -80,21 +82,18 @@ class LogitDistillation(TokenLossStage):
     ) -> Tensor | tuple[Tensor, TokenLosses]:
         """Teacher and student side by side, or the student alone."""
         student: HybridGPTModel = model.module
-        if self.teacher is None:
+        if self._both is None:
             hidden = model(batch.tokens, layout=batch.layout, return_hidden_states=True)
             return self._losses(student, hidden, batch, None) if student.post_process else hidden
-        if not student.pre_process:
-            both = student.decoder.input_tensor
-            width = student.config.hidden_size
-            student.set_input_tensor(both[..., :width].contiguous())
-            self.teacher.set_input_tensor(both[..., width:].detach().contiguous())
+        self._both.give(student)
+        teacher = self._both.teacher_of(student)
         with torch.no_grad():
             # Without sinks of its own, the teacher carries as many rows of padding: one shape for both.
             beside = batch.layout.without_sinks()
-            teacher_hidden = self.teacher(batch.tokens, layout=beside, return_hidden_states=True)
+            teacher_hidden = teacher(batch.tokens, layout=beside, return_hidden_states=True)
         student_hidden = model(batch.tokens, layout=batch.layout, return_hidden_states=True)
         if not student.post_process:
-            return torch.cat([student_hidden, teacher_hidden], dim=-1)
+            return self._both.join(student_hidden, teacher_hidden)
         return self._losses(student, student_hidden, batch, teacher_hidden)
 
     def _losses(
@@ -132,11 +131,3 @@ class LogitDistillation(TokenLossStage):
             distillation=distillation,
             **split,
         )
-
-
-def widen(extra: int, receive: list[tuple], send: list[tuple]) -> tuple[list[tuple], list[tuple]]:
-    """Shapes between pipeline stages, ``extra`` wider so that the teacher's hidden states fit beside."""
-    return (
-        [(*shape[:-1], shape[-1] + extra) for shape in receive],
-        [(*shape[:-1], shape[-1] + extra) for shape in send],
-    )

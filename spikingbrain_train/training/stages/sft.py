@@ -13,6 +13,7 @@ from spikingbrain_train.data.loader import MicroBatch
 from spikingbrain_train.models.feed_forwards.routing import HasAuxiliaryLoss
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.training.data_check import ShowActivity
+from spikingbrain_train.training.parallel_chunks import ParallelChunks
 from spikingbrain_train.training.stages.data import PackedAnswers, StageData
 from spikingbrain_train.training.stages.losses import StepLosses
 from spikingbrain_train.training.stages.token_loss import TokenLossStage
@@ -35,7 +36,10 @@ class SupervisedFineTuning(TokenLossStage):
         return PackedAnswers(config, groups, activity)
 
     def forward_backward(
-        self, model: DistributedDataParallel, batches: Iterator[MicroBatch], num_microbatches: int
+        self,
+        model: DistributedDataParallel | ParallelChunks,
+        batches: Iterator[MicroBatch],
+        num_microbatches: int,
     ) -> StepLosses:
         """Accumulate gradients of the mean loss over the global batch's tokens with loss."""
         if (auxiliary := self.find_auxiliary_losses(model)) is not None:

@@ -11,7 +11,7 @@ from spikingbrain_train.config.parallel import KernelConfig
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.config.stage import StageConfig
 from spikingbrain_train.data.loader import MicroBatch
-from spikingbrain_train.models.gpt_model import HybridGPTModel
+from spikingbrain_train.models.gpt_model import HybridGPTModel, ModelChunks
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.planning.stages.registry import kind_of
 from spikingbrain_train.reporting.progress import Shown
@@ -19,6 +19,7 @@ from spikingbrain_train.training.build import build_teacher
 from spikingbrain_train.training.console import Console
 from spikingbrain_train.training.data_check import ShowActivity
 from spikingbrain_train.training.frozen_base import freeze_base
+from spikingbrain_train.training.parallel_chunks import ParallelChunks
 from spikingbrain_train.training.stages.data import PackedText, StageData
 from spikingbrain_train.training.stages.losses import StepLosses
 
@@ -34,10 +35,13 @@ class Stage(ABC):
         teacher: the frozen dense source in the same topology; None where the stage learns from none.
     """
 
-    teacher: HybridGPTModel | None
+    teacher: HybridGPTModel | ModelChunks | None
 
     def __init__(
-        self, stage: StageConfig, groups: ProcessGroups, teacher: HybridGPTModel | None = None
+        self,
+        stage: StageConfig,
+        groups: ProcessGroups,
+        teacher: HybridGPTModel | ModelChunks | None = None,
     ) -> None:
         self.stage = stage
         self.groups = groups
@@ -63,7 +67,7 @@ class Stage(ABC):
         """
         return PackedText(config, groups, activity)
 
-    def freeze(self, model: HybridGPTModel) -> None:
+    def freeze(self, model: HybridGPTModel | ModelChunks) -> None:
         """Switch off gradients of what the stage does not train; called before gradient buffers are made.
 
         Where the model has adapters, that is everything else, and those that are not to be trained.
@@ -71,7 +75,11 @@ class Stage(ABC):
         freeze_base(model)
 
     def prepare(
-        self, model: HybridGPTModel, batches: Iterator[MicroBatch], num_microbatches: int, console: Console
+        self,
+        model: HybridGPTModel | ModelChunks,
+        batches: Iterator[MicroBatch],
+        num_microbatches: int,
+        console: Console,
     ) -> dict[str, float]:
         """Set in closed form what needs no gradient, on the first batches.
 
@@ -79,7 +87,7 @@ class Stage(ABC):
         checkpoint.
 
         Args:
-            model: this rank's pipeline stage.
+            model: this rank's pipeline stage, or its virtual ones (``model.chunks``).
             batches: training batches from the first one on.
             num_microbatches: micro-batches of a global batch on this rank.
             console: for what is going on, and a line about what was done.
@@ -91,9 +99,17 @@ class Stage(ABC):
 
     @abstractmethod
     def forward_backward(
-        self, model: DistributedDataParallel, batches: Iterator[MicroBatch], num_microbatches: int
+        self,
+        model: DistributedDataParallel | ParallelChunks,
+        batches: Iterator[MicroBatch],
+        num_microbatches: int,
     ) -> StepLosses:
         """Accumulate and reduce the gradients of one global batch.
+
+        Args:
+            model: this rank's pipeline stage; with virtual stages all of them (``parallel_chunks(model)``).
+            batches: this rank's micro-batches.
+            num_microbatches: of the global batch.
 
         Returns:
             Its losses, ``train/loss`` among them, not yet reduced.

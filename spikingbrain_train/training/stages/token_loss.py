@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from spikingbrain_train.architecture.layers import has_experts
@@ -20,10 +19,12 @@ from spikingbrain_train.config.stage import StageConfig
 from spikingbrain_train.data.loader import MicroBatch
 from spikingbrain_train.models.feed_forwards.gated_activation import GatedActivation
 from spikingbrain_train.models.feed_forwards.routing import HasAuxiliaryLoss
-from spikingbrain_train.models.gpt_model import HybridGPTModel
+from spikingbrain_train.models.gpt_model import HybridGPTModel, ModelChunks
 from spikingbrain_train.ops.linear_cross_entropy import TokenLosses
+from spikingbrain_train.parallel.forward_passes import iterators_of_chunks
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.reporting.progress import Shown
+from spikingbrain_train.training.parallel_chunks import ParallelChunks, parallel_chunks
 from spikingbrain_train.training.stages.losses import StepLosses
 from spikingbrain_train.training.stages.stage import LOSS, Stage
 
@@ -31,11 +32,11 @@ L1_LOSS = GatedActivation.auxiliary_metric
 
 
 class TokenLossStage(Stage):
-    """Trains on a loss of every token that the batch's mask counts, over megatron-core's schedules (1F1B).
+    """Trains on a loss of every token that the batch's mask counts, over megatron-core's schedules.
 
-    As it stands the loss is the next token's cross entropy; a subclass with other data overrides
-    :meth:`open_data`, one with another loss :meth:`forward` and :meth:`optimised`. Losses of routers and of
-    activations come on top.
+    Those are 1F1B, with virtual stages interleaved. As it stands the loss is the next token's cross entropy;
+    a subclass with other data overrides :meth:`open_data`, one with another loss :meth:`forward` and
+    :meth:`optimised`. Losses of routers and of activations come on top.
 
     Args:
         stage: sequence length, batch sizes.
@@ -44,7 +45,10 @@ class TokenLossStage(Stage):
     """
 
     def __init__(
-        self, stage: StageConfig, groups: ProcessGroups, teacher: HybridGPTModel | None = None
+        self,
+        stage: StageConfig,
+        groups: ProcessGroups,
+        teacher: HybridGPTModel | ModelChunks | None = None,
     ) -> None:
         super().__init__(stage, groups, teacher)
         self._auxiliary: list[HasAuxiliaryLoss] | None = None
@@ -53,7 +57,7 @@ class TokenLossStage(Stage):
     def forward(
         self, model: DistributedDataParallel, batch: MicroBatch
     ) -> Tensor | tuple[Tensor, TokenLosses]:
-        """One micro-batch through this pipeline stage.
+        """One micro-batch through this (virtual) pipeline stage.
 
         Returns:
             What goes to the next pipeline stage; on the last one the sum of losses, [], and those of tokens.
@@ -70,23 +74,25 @@ class TokenLossStage(Stage):
         return cross_entropy, {}
 
     def schedule_arguments(self) -> dict[str, Any]:
-        """What else megatron-core's schedule is told."""
-        return {}
+        """What megatron-core's schedule is told of the tensors between stages."""
+        return {"micro_batch_size": self.stage.micro_batch_size}
 
     def forward_backward(
-        self, model: DistributedDataParallel, batches: Iterator[MicroBatch], num_microbatches: int
+        self,
+        model: DistributedDataParallel | ParallelChunks,
+        batches: Iterator[MicroBatch],
+        num_microbatches: int,
     ) -> StepLosses:
         """Accumulate gradients of the mean loss over the global batch's unmasked tokens."""
-        network = unwrap_model(model).model_config
+        network, chunks = model.module.model_config, parallel_chunks(model)
         self.find_auxiliary_losses(model)
         before = self._auxiliary_losses()
         reports = get_forward_backward_func()(
             forward_step_func=self._forward_step,
-            data_iterator=batches,
-            model=[model],
+            data_iterator=iterators_of_chunks(batches, num_microbatches, len(chunks)),
+            model=chunks,
             num_microbatches=num_microbatches,
             seq_length=self.stage.seq_length + network.num_sink_tokens,
-            micro_batch_size=self.stage.micro_batch_size,
             forward_only=False,
             **self.schedule_arguments(),
         )
@@ -94,13 +100,15 @@ class TokenLossStage(Stage):
         auxiliary = self._auxiliary_losses() - before
         return StepLosses(sums, partial(self._metrics, auxiliary), weight=sums[0])
 
-    def find_auxiliary_losses(self, model: DistributedDataParallel) -> list[HasAuxiliaryLoss] | None:
-        """What adds losses in this pipeline stage; None where nothing in the whole model does.
+    def find_auxiliary_losses(
+        self, model: DistributedDataParallel | ParallelChunks
+    ) -> list[HasAuxiliaryLoss] | None:
+        """What adds losses on this pipeline rank; None where nothing in the whole model does.
 
         Which is decided by settings alone: ranks add up the losses of all.
         """
         has_l1 = bool(self.stage.sparsity.l1_factors)
-        if self._auxiliary is None and (has_l1 or has_experts(unwrap_model(model).model_config)):
+        if self._auxiliary is None and (has_l1 or has_experts(model.module.model_config)):
             self._auxiliary = [each for each in model.modules() if isinstance(each, HasAuxiliaryLoss)]
             self._reported_alone = [L1_LOSS] if has_l1 else []
         return self._auxiliary
