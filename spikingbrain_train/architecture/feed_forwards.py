@@ -59,6 +59,10 @@ class FeedForwardKind(SubmoduleKind):
         """
         return 0.0
 
+    def dispatched_bytes(self, config: RunConfig) -> float:
+        """Bytes per token that are sent to experts, and come back; 0 where no token is routed."""
+        return 0.0
+
     def megatron_settings(
         self, model: ModelConfig, parallel: ParallelConfig, layers: Sequence[bool]
     ) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from spikingbrain_train.architecture.backends.gated_delta_rule import GATED_DELTA_RULE, DeltaRuleCall
+from spikingbrain_train.architecture.context_traffic import ContextTraffic, state_traffic
 from spikingbrain_train.architecture.initializers import OPEN_GATE, Constant, Normal, Values
 from spikingbrain_train.architecture.mixers import MIXERS, MixerKind, attention_weights
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
@@ -227,6 +228,11 @@ class GatedDeltaRuleKind(MixerKind):
         if is_whole:
             kept += groups * width  # values of whole sequences
         return kept + state * max(heads, groups) * model.kv_channels / _SEGMENT_ELEMENTS
+
+    def context_traffic(self, config: RunConfig) -> ContextTraffic:
+        """A slice maps the state before it by a matrix a group; gates of a head are single numbers."""
+        width = config.model.kv_channels
+        return state_traffic(config, query_groups(config.model), transition=width * width)
 
     def input_projections(self, model: ModelConfig) -> tuple[str, ...]:
         return ("qkv", "gate", "gate", *(("gate",) if model.gdn.output_gate else ()))

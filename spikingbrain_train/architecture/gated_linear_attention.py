@@ -8,6 +8,7 @@ from spikingbrain_train.architecture.backends.gated_linear_attention import (
     GATED_LINEAR_ATTENTION,
     LinearAttentionCall,
 )
+from spikingbrain_train.architecture.context_traffic import ContextTraffic, state_traffic
 from spikingbrain_train.architecture.initializers import (
     OPEN_GATE,
     Constant,
@@ -327,6 +328,9 @@ class GatedLinearAttentionKind(MixerKind):
             # Features before they are turned, where the op keeps its inputs as they are; cosines and sines.
             kept += (heads if repeats_groups(config) else heads + groups) * width + 4 * width
         return kept + linear_attention_bytes(config, query_groups(model))
+
+    def context_traffic(self, config: RunConfig) -> ContextTraffic:
+        return state_traffic(config, query_groups(config.model), transition=config.model.kv_channels)
 
     def input_projections(self, model: ModelConfig) -> tuple[str, ...]:
         gates = model.gla.gate.has_parameters + model.gla.output_gate

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from spikingbrain_train.architecture.backends.backend import Backends
+from spikingbrain_train.architecture.context_traffic import ContextTraffic
 from spikingbrain_train.architecture.initializers import Constant
 from spikingbrain_train.architecture.registry import Registry
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
@@ -69,6 +70,14 @@ class MixerKind(SubmoduleKind):
     @abstractmethod
     def activation_bytes(self, config: RunConfig) -> float:
         """Bytes per token that it keeps for its backward pass on one rank, its normed input left out."""
+
+    def context_traffic(self, config: RunConfig) -> ContextTraffic | None:
+        """What context-parallel ranks send each other in a layer of it; None where a kind does not say.
+
+        Called where ``parallel.context_parallel_size`` is above 1. The search of a layout tries no context
+        parallelism with a kind that does not say.
+        """
+        return None
 
     def input_projections(self, model: ModelConfig) -> tuple[str, ...]:
         """The projections that read the layer's normed input, as ``Projection`` names them."""

@@ -209,6 +209,14 @@ class MixtureOfExpertsKind(FeedForwardKind):
         experts = _experts_of_a_token(model) + model.moe.num_shared_experts
         return 2 * experts * expert_width(model) * bytes_per_element(config.precision) / tensor
 
+    def dispatched_bytes(self, config: RunConfig) -> float:
+        """A hidden state for each expert that the token is sent to, or that has room for it.
+
+        Tensor-parallel ranks route a share of the tokens each.
+        """
+        row = config.model.hidden_size * bytes_per_element(config.precision)
+        return _experts_of_a_token(config.model) * row / config.parallel.tensor_model_parallel_size
+
     def megatron_settings(
         self, model: ModelConfig, parallel: ParallelConfig, layers: Sequence[bool]
     ) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from spikingbrain_train.architecture.backends.softmax_attention import (
     SOFTMAX_ATTENTION,
     SoftmaxAttentionCall,
 )
+from spikingbrain_train.architecture.context_traffic import ContextTraffic, halo_traffic, ulysses_traffic
 from spikingbrain_train.architecture.linear_transforms import keeps_its_input
 from spikingbrain_train.architecture.mixers import MIXERS, MixerKind, attention_weights
 from spikingbrain_train.architecture.rotary import all_rotary_settings, check_rotary, rotary_settings
@@ -126,6 +127,12 @@ class SoftmaxAttentionKind(MixerKind):
         if is_copied or model.attn_sub_norm:
             kept += heads  # the output, normed or transformed
         return kept * width + heads * FP32  # one sum of exponentials a head
+
+    def context_traffic(self, config: RunConfig) -> ContextTraffic:
+        window = self.window(config.model)
+        if window is None or self.uses_ulysses(config.parallel):
+            return ulysses_traffic(config, per_group=2)
+        return halo_traffic(config, window)
 
 
 class SlidingWindowAttentionKind(SoftmaxAttentionKind):

@@ -21,6 +21,12 @@ def _health_check() -> argparse.ArgumentParser:
     return health_check_parser()
 
 
+def _plan_parallel() -> argparse.ArgumentParser:
+    from spikingbrain_train.planning.layouts.command_line import plan_parallel_parser
+
+    return plan_parallel_parser()
+
+
 def _preprocess() -> argparse.ArgumentParser:
     from spikingbrain_train.data.command_line import preprocess_parser
 
@@ -119,6 +125,7 @@ def _completion() -> argparse.ArgumentParser:
 
 PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "health-check": _health_check,
+    "plan-parallel": _plan_parallel,
     "cache-teacher": _cache_teacher,
     "preprocess": _preprocess,
     "convert": _convert,

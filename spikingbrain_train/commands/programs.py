@@ -25,6 +25,14 @@ def plan() -> None:
 
 
 @program
+def plan_parallel() -> None:
+    """Search the layout of a run."""
+    from spikingbrain_train.planning.layouts.command_line import plan_parallel
+
+    plan_parallel()
+
+
+@program
 def health_check() -> None:
     """See whether the hosts of a run are fit for it."""
     from spikingbrain_train.commands.health_check import health_check

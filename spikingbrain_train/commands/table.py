@@ -36,6 +36,12 @@ COMMANDS = (
     Command("train", "train one stage of a model", programs.train, "train.py"),
     Command("plan", "what a run would take: layers, parameters, memory", programs.plan, "tools/plan.py"),
     Command(
+        "plan-parallel",
+        "search the layout in which a model trains fastest on a cluster",
+        programs.plan_parallel,
+        "tools/plan_parallel.py",
+    ),
+    Command(
         "health-check",
         "see whether the hosts of a run are fit for it",
         programs.health_check,

@@ -273,6 +273,15 @@ class ClusterConfig:
     peak_tflops: float | None = setting(None, above=0, resume=FREE)
     """Peak TFLOP/s of one rank for MFU, in the precision of the run and without sparsity. Null takes what
     a GPU is sold for in bf16 or measures a matrix product at start-up, and leaves a plan without hours."""
+    gpus_per_node: int = setting(8, minimum=1, resume=FREE)
+    """Devices of a node, for the search of a layout: ranks that lie in one node exchange over
+    intra_node_gb_per_s."""
+    intra_node_gb_per_s: float | None = setting(None, above=0, resume=FREE)
+    """What a device can send to the others of its node, in gigabytes (1e9 bytes) a second and direction, for
+    the search of a layout; null leaves its communication unknown."""
+    inter_node_gb_per_s: float | None = setting(None, above=0, resume=FREE)
+    """A device's share of what its node can send to others, in gigabytes (1e9 bytes) a second and direction,
+    for the search of a layout."""
     mfu: float | None = setting(None, above=0, maximum=1, resume=FREE)
     """Model FLOP/s utilisation (0 to 1) at which a plan reckons hours. Pipeline bubble, recomputation and
     communication are in it. Null takes what was measured (cluster.measured_in), else what SpikingBrain's

@@ -95,11 +95,17 @@ def stage_parameters(model: ModelConfig, parallel: ParallelConfig, stage: int) -
     last. A tied output projection is the embedding where both are on one stage, and a copy of it where they
     are not.
     """
-    tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    parameters = sum(
+    inside = sum(
         number * _on_rank(layer.weights(model), parallel)
         for layer, number in alike(layers_of_stage(model, parallel, stage))
     )
+    return inside + parameters_around(model, parallel, stage)
+
+
+def parameters_around(model: ModelConfig, parallel: ParallelConfig, stage: int) -> int:
+    """Those of :func:`stage_parameters` that are in no layer."""
+    tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    parameters = 0
     vocabulary = model.padded_vocab_size(tensor) // tensor * model.hidden_size
 
     def around(weights: Iterable[Weight]) -> int:

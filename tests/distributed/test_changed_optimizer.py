@@ -130,7 +130,7 @@ def test_weights_of_swapped_mixers_have_their_rate_on_top_of_that_of_new_ones(
     world_size: int, parallel: ParallelConfig, ranks: RankPool, tmp_path: Path, text: Path
 ) -> None:
     def config(optimizer: OptimizerConfig, steps: int) -> RunConfig:
-        stage = StageConfig(train_iters=steps, seq_length=32, global_batch_size=4)
+        stage = StageConfig(train_iters=steps, seq_length=32, global_batch_size=4, micro_batch_size=2)
         return run_config(tmp_path, text, parallel=parallel, optimizer=optimizer, stage=stage)
 
     first = replace(BEFORE, new_parameter_lr_mult=3.0, mixer_lr_mult=2.0)
@@ -180,7 +180,7 @@ def test_changed_settings_take_effect_from_the_first_resumed_step(
         after = replace(after, clip_grad=0.0)
 
     def config(name: str, optimizer: OptimizerConfig, steps: int) -> RunConfig:
-        stage = StageConfig(train_iters=steps, seq_length=32, global_batch_size=4)
+        stage = StageConfig(train_iters=steps, seq_length=32, global_batch_size=4, micro_batch_size=2)
         return run_config(
             tmp_path / name,
             text,

@@ -248,7 +248,7 @@ def test_a_stage_without_steps_leaves_its_closed_form_start_alone(
             tmp_path / (name or str(steps)), text, checkpoint=checkpoint_config(hybrid_checkpoint)
         )
         run.stage.kind, run.stage.train_iters, run.stage.teacher = "align", steps, str(dense_checkpoint)
-        run.stage.alignment.calibration_tokens = 2 * 4 * 32
+        run.stage.alignment.calibration_tokens, run.stage.micro_batch_size = 2 * 4 * 32, 2
         run.parallel, run.optimizer = parallel, OptimizerConfig(lr=1e-30, weight_decay=0.0)
         run.data.valid, run.logging.eval_interval = [str(text)], 10
         return run

@@ -55,7 +55,7 @@ def test_a_resumed_run_is_that_which_nobody_interrupted_to_the_last_bit(
     config = run_config(tmp_path, text, model=MODEL_76B, parallel=parallel)
     config.numerics.deterministic = True
     config.callbacks = [f"{__name__}.SpoilsASample"]
-    config.stage.train_iters, config.checkpoint.save_interval = 5, 3
+    config.stage.train_iters, config.stage.micro_batch_size, config.checkpoint.save_interval = 5, 2, 3
     assert ranks.run(_run, config, world_size=2, parallel=None) == [True, True]
     whole = [point["train/loss"] for point in read_metrics(tmp_path) if "train/loss" in point]
     checkpoints = tmp_path / "checkpoints"

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +14,22 @@ from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.reporting.metrics import read_metrics
 from tests.distributed.pool import RankFailure, RankPool
 from tests.distributed.small_runs import run_config, train
+from tests.programs import Programs
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 OURS = "tests.training.callbacks.count_steps"
 
 
-def _train(folder: Path, text: Path, *arguments: str) -> str:
+def _train(programs: Programs, folder: Path, text: Path, *arguments: str) -> str:
     settings = [
         *("model=tiny_hybrid", "model.vocab_size=130", "cluster=cpu", "precision=fp32", "parallel=single"),
         *(f"data.train=[{text}]", f"data.valid=[{text}]", "logging.eval_iters=1", "stage.seq_length=32"),
         *(f"output_dir={folder}", "stage.global_batch_size=2", "logging.log_interval=2"),
         *("logging.tensorboard=false", "cluster.peak_tflops=1", "checkpoint.save_interval=2"),
     ]
-    result = subprocess.run(
-        [sys.executable, str(REPOSITORY / "train.py"), *settings, *arguments],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+    result = programs.run(["train.py", *settings, *arguments], REPOSITORY, said_in=folder.parent)
+    assert result.code == 0, result.said
+    return result.output
 
 
 STEP = ["step_begin", "vote", "agreed on 0", "before_update"]
@@ -49,10 +41,11 @@ NAMED = (
 
 @pytest.mark.slow
 def test_a_callback_of_another_package_hangs_on_a_whole_run_and_its_state_goes_on(
-    tmp_path: Path, text: Path
+    programs: Programs, tmp_path: Path, text: Path
 ) -> None:
-    _train(tmp_path, text, "stage.train_iters=2", *NAMED)
-    first = json.loads((tmp_path / "counted_0.json").read_text())
+    run = tmp_path / "run"
+    _train(programs, run, text, "stage.train_iters=2", *NAMED)
+    first = json.loads((run / "counted_0.json").read_text())
     assert first["steps"] == 102
     evaluated = ["before_evaluation", "after_evaluation"]
     assert first["called"] == [
@@ -62,11 +55,11 @@ def test_a_callback_of_another_package_hangs_on_a_whole_run_and_its_state_goes_o
         *("before_save", "after_snapshot", "after_save of iter_0000002"),
     ]
 
-    output = _train(tmp_path, text, "stage.train_iters=4", *NAMED)
-    second = json.loads((tmp_path / "counted_0.json").read_text())
+    output = _train(programs, run, text, "stage.train_iters=4", *NAMED)
+    second = json.loads((run / "counted_0.json").read_text())
     assert "changed     since the checkpoint: stage.train_iters 2 -> 4" in output
     assert second["steps"] == 104 and second["called"][0] == "start at 2"
-    points = read_metrics(tmp_path)
+    points = read_metrics(run)
     losses = [point["train/loss"] for point in points if "train/loss" in point]
     assert second["loss"] == pytest.approx(sum(losses), rel=1e-6) and len(losses) == 2
     assert [point["count/steps"] for point in points if "train/loss" in point] == [102, 104]
@@ -74,7 +67,7 @@ def test_a_callback_of_another_package_hangs_on_a_whole_run_and_its_state_goes_o
     assert [point["own/iteration"] for point in evaluations] == [0, 2, 4]
     assert all(point["own/value"] == 2.5 for point in evaluations)
 
-    output = _train(tmp_path, text, "stage.train_iters=5")
+    output = _train(programs, run, text, "stage.train_iters=5")
     assert f"state of {OURS}.CountSteps is left out" in output and "callbacks [" in output
 
 

@@ -63,6 +63,7 @@ RULES = (
     Rule("spikingbrain-plot ", Way.NOT_RUN, "its runs are no page's; tests/reporting draws such", PICTURES),
     Rule("spikingbrain-plot ", Way.AS_IT_IS),
     Rule("spikingbrain-plan ", Way.AS_IT_IS),
+    Rule("spikingbrain-plan-parallel ", Way.AS_IT_IS),
     Rule(r"spikingbrain-train .*(--help|dry_run=true|--cfg)", Way.AS_IT_IS),
     Rule("spikingbrain-train --multirun ", Way.DRY),
     Rule("spikingbrain-train --config ", Way.AS_IT_IS),

@@ -1,0 +1,114 @@
+"""What each layer of a model computes and sends, worked out once for many layouts. Without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from spikingbrain_train.architecture.context_traffic import NO_TRAFFIC, ContextTraffic
+from spikingbrain_train.architecture.layers import Layer, layers
+from spikingbrain_train.architecture.weights import Split
+from spikingbrain_train.config.parallel import ParallelConfig, Recompute
+from spikingbrain_train.config.run import RunConfig
+from spikingbrain_train.planning.costs import (
+    layer_forward_flops,
+    output_forward_flops,
+    parameters_around,
+)
+
+_OF_EXPERTS = (Split.experts, Split.whole_experts)
+
+
+@dataclass(frozen=True)
+class LayerWork:
+    """A layer's forward FLOPs per token of text, over all ranks."""
+
+    forward_flops: float
+    feed_forward_flops: float
+    """The share of its feed-forward."""
+    has_feed_forward: bool
+    routes_tokens: bool
+
+    def recomputed_flops(self, recompute: Recompute) -> float:
+        """What the backward pass computes again; routers and activation functions are nothing beside it."""
+        if recompute is Recompute.full:
+            return self.forward_flops
+        if recompute in (Recompute.moe_feed_forward, Recompute.moe_layer):
+            return self.feed_forward_flops
+        return 0.0
+
+
+class ModelWork:
+    """The layers of a run's model; what depends on a layout is remembered by the degrees that it depends on.
+
+    Args:
+        config: the run; its model, precision, sequence length and context-parallel methods count, its degrees
+            do not.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        model, length = config.model, config.stage.seq_length
+        self.config = config
+        self.layers = layers(model)
+        self.output_flops = output_forward_flops(model)
+        self.of_layers = {layer: self._work(layer, length) for layer in set(self.layers)}
+        self.parameters_of = cache(self._parameters_of)
+        self.parameters_around = cache(self._parameters_around)
+        self.parameters_between = cache(self._parameters_between)
+        self.known_seconds: dict[Hashable, Any] = {}
+        """What planning/step_time.py has reckoned of the layers, which stages and sharding do not change."""
+
+    def _work(self, layer: Layer, length: int) -> LayerWork:
+        model = self.config.model
+        matrices = sum(weight.matrix_numel for weight in layer.feed_forward_weights(model))
+        return LayerWork(
+            layer_forward_flops(model, layer, length),
+            2.0 * matrices * (1 + model.num_sink_tokens / length),
+            layer.feed_forward.is_there,
+            layer.feed_forward.routes_tokens,
+        )
+
+    def _parameters_of(self, layer: Layer, tensor: int, expert: int, expert_tensor: int) -> tuple[int, int]:
+        """Parameters of a layer on a rank: (of routed experts, all others)."""
+        parallel = ParallelConfig(
+            tensor_model_parallel_size=tensor,
+            expert_model_parallel_size=expert,
+            expert_tensor_parallel_size=expert_tensor,
+        )
+        experts, others = 0, 0
+        for weight in layer.weights(self.config.model):
+            if weight.split in _OF_EXPERTS:
+                experts += weight.numel_on_rank(parallel)
+            else:
+                others += weight.numel_on_rank(parallel)
+        return experts, others
+
+    def _parameters_between(
+        self, start: int, end: int, tensor: int, expert: int, expert_tensor: int
+    ) -> tuple[int, int]:
+        """Those of the layers ``start`` to ``end``, the last one not among them."""
+        found = [self.parameters_of(each, tensor, expert, expert_tensor) for each in self.layers[start:end]]
+        return sum(experts for experts, _ in found), sum(others for _, others in found)
+
+    def _parameters_around(self, tensor: int, stages: int, stage: int) -> int:
+        """Parameters of a rank that are in no layer: embedding, sinks, final norm, output projection."""
+        parallel = ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=stages)
+        return parameters_around(self.config.model, parallel, stage)
+
+
+def context_traffic(config: RunConfig, layer: Layer) -> ContextTraffic | None:
+    """What a rank sends in the mixers of a layer for one micro-batch; None where a mixer does not say."""
+    if config.parallel.context_parallel_size == 1:
+        return NO_TRAFFIC
+    found = [kind.context_traffic(config) for kind in layer.mixers]
+    known = [each for each in found if each is not None]
+    if len(known) < len(found):
+        return None
+    # Branches that send all-to-all beside ones that send along a ring are counted as all-to-all.
+    return ContextTraffic(
+        sum(each.forward for each in known),
+        sum(each.backward for each in known),
+        any(each.all_to_all for each in known),
+    )

@@ -1,0 +1,72 @@
+"""One layout: the settings that the search varies, and how they become a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from spikingbrain_train.config.parallel import ParallelConfig, Recompute
+from spikingbrain_train.config.run import RunConfig
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the search varies. All else of a run stays as it is."""
+
+    tensor: int
+    pipeline: int
+    context: int
+    expert: int
+    stages: tuple[int, ...] | None
+    """Layers of each pipeline stage; None for even ones."""
+    sequence_parallel: bool
+    distributed_optimizer: bool
+    recompute: Recompute
+    micro_batch_size: int
+
+    @property
+    def degrees(self) -> tuple[int, ...]:
+        """Over how many ranks what is split."""
+        return self.tensor, self.pipeline, self.context, self.expert
+
+    @property
+    def split(self) -> tuple[Any, ...]:
+        """What decides how weights and optimizer state lie; recomputation and micro-batches are the rest."""
+        return (*self.degrees, self.stages, self.sequence_parallel, self.distributed_optimizer)
+
+    def parallel(self, base: ParallelConfig, world_size: int) -> ParallelConfig:
+        """The section ``parallel`` with it; how mixers split a sequence stays as in ``base``.
+
+        Gradients are always reduced while the backward pass runs. Weights are gathered while the forward pass
+        runs where there is one stage: as all layouts of conf/parallel have it.
+        """
+        return replace(
+            base,
+            tensor_model_parallel_size=self.tensor,
+            pipeline_model_parallel_size=self.pipeline,
+            pipeline_model_parallel_layout=None if self.stages is None else list(self.stages),
+            context_parallel_size=self.context,
+            expert_model_parallel_size=self.expert,
+            sequence_parallel=self.sequence_parallel,
+            data_parallel_size=self.replicas(world_size),
+            use_distributed_optimizer=self.distributed_optimizer,
+            overlap_grad_reduce=world_size > self.tensor * self.pipeline,
+            overlap_param_gather=self.distributed_optimizer and self.pipeline == 1,
+            recompute=self.recompute,
+        )
+
+    def replicas(self, world_size: int) -> int:
+        """Data-parallel size."""
+        return world_size // (self.tensor * self.pipeline * self.context)
+
+    def run(self, base: RunConfig, world_size: int) -> RunConfig:
+        """The run with it."""
+        stage = replace(base.stage, micro_batch_size=self.micro_batch_size)
+        return replace(base, parallel=self.parallel(base.parallel, world_size), stage=stage)
+
+    def describe(self, world_size: int) -> str:
+        """``DP 8 x PP 4 x EP 8`` and so on, degrees of one left out."""
+        degrees = [("DP", self.replicas(world_size)), ("TP", self.tensor), ("CP", self.context)]
+        degrees.append(("PP", self.pipeline))
+        words = " x ".join(f"{name} {degree}" for name, degree in degrees if degree > 1) or "one GPU"
+        return f"{words}, EP {self.expert}" if self.expert > 1 else words

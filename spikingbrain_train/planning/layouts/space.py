@@ -1,0 +1,157 @@
+"""The layouts that are worth a try, and the sentences of those that cannot work. Without torch.
+
+What is never better is left out: without sequence parallelism or, in one stage, the distributed optimizer
+ranks hold more and send as much, and tensor-parallel ranks in several nodes wait for slow links in every
+layer. ``everything=True`` keeps the first two, so that a test can hold the search to it. Of unequal pipeline
+stages those whose longest is the shortest are tried, beside even ones.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+from spikingbrain_train.architecture.layers import feed_forwards_of, has_experts
+from spikingbrain_train.config.parallel import ParallelConfig, Recompute
+from spikingbrain_train.config.require import divisors
+from spikingbrain_train.config.run import RunConfig
+from spikingbrain_train.errors import ConfigurationError
+from spikingbrain_train.planning.checks import check_stage
+from spikingbrain_train.planning.layer_work import ModelWork
+from spikingbrain_train.planning.layouts.layout import Layout
+from spikingbrain_train.planning.parallel_checks import check_split, check_world_size
+from spikingbrain_train.planning.pipeline_balance import balanced_layout
+
+SHORTEST_SLICE = 1024
+"""Tokens of a context-parallel rank: shorter slices leave its matrices few rows, and the model of the time
+does not know what that costs."""
+LARGEST_MICRO_BATCH = 8
+
+
+@dataclass
+class Rejections:
+    """Why layouts were left aside, in groups: how many share a reason, and one of their sentences."""
+
+    number: dict[str, int] = field(default_factory=dict)
+    example: dict[str, str] = field(default_factory=dict)
+
+    def add(self, group: str, sentence: str, number: int = 1) -> None:
+        """``number`` more for a reason."""
+        self.number[group] = self.number.get(group, 0) + number
+        self.example.setdefault(group, sentence)
+
+    def refused(self, error: ConfigurationError) -> None:
+        """A split that a run would refuse; sentences that differ in numbers alone are one reason."""
+        sentence = str(error)
+        self.add(re.sub(r"\d+", "N", re.split(r"[;,]", sentence)[0]), sentence)
+
+
+def layouts(
+    config: RunConfig,
+    world_size: int,
+    work: ModelWork,
+    rejections: Rejections,
+    *,
+    everything: bool = False,
+) -> Iterator[Layout]:
+    """Layouts that a run accepts, whatever memory they take.
+
+    Args:
+        config: the run; its parallel degrees and its micro-batch size do not count.
+        world_size: GPUs.
+        work: of its model.
+        rejections: takes the reasons of what cannot work.
+        everything: also what is never better.
+    """
+    variants = _Variants(config, work)
+    for split in _splits(config, world_size, everything=everything):
+        try:
+            _check(config, world_size, split)
+        except ConfigurationError as error:
+            if split.sequence_parallel and not everything:  # the length may divide without it
+                split = replace(split, sequence_parallel=False)
+                try:
+                    _check(config, world_size, split)
+                except ConfigurationError:
+                    rejections.refused(error)
+                    continue
+            else:
+                rejections.refused(error)
+                continue
+        yield from variants.of(split, world_size)
+
+
+def _splits(config: RunConfig, world_size: int, *, everything: bool) -> Iterator[Layout]:
+    """Every way to split model and sequences, without stages of unequal length and without recomputation."""
+    experts = max(kind.num_experts(config.model) for kind in feed_forwards_of(config.model))
+    longest = max(1, config.stage.seq_length // SHORTEST_SLICE)
+    for tensor in divisors(world_size):
+        if tensor > config.cluster.gpus_per_node:
+            break
+        for context in (n for n in divisors(world_size // tensor) if n <= longest):
+            for pipeline in divisors(world_size // (tensor * context)):
+                if pipeline > config.model.num_layers:
+                    break
+                sharded = world_size // pipeline > tensor
+                for expert in divisors(experts) if experts else [1]:
+                    base = Layout(
+                        tensor, pipeline, context, expert, None, tensor > 1, sharded, Recompute.none, 1
+                    )
+                    yield base
+                    if everything and tensor > 1:
+                        yield replace(base, sequence_parallel=False)
+                    # Stages gather their weights while nobody computes, which unsharded ones need not.
+                    if sharded and (everything or pipeline > 1):
+                        yield replace(base, distributed_optimizer=False)
+                    if everything and sharded and tensor > 1:
+                        yield replace(base, distributed_optimizer=False, sequence_parallel=False)
+
+
+def _check(config: RunConfig, world_size: int, split: Layout) -> None:
+    """What a run would refuse of a split with micro-batches of one. Raises ConfigurationError."""
+    run = split.run(config, world_size)
+    check_world_size(run.parallel, world_size)
+    # A number of stages that does not divide the layers gets unequal ones.
+    check_split(run.model, _one_stage(run.parallel))
+    check_stage(run.stage, run.model, run.parallel, world_size)
+
+
+def _one_stage(parallel: ParallelConfig) -> ParallelConfig:
+    return replace(parallel, pipeline_model_parallel_size=1, data_parallel_size=None)
+
+
+class _Variants:
+    """What can be varied of a split: stages of unequal length, recomputation, micro-batches."""
+
+    def __init__(self, config: RunConfig, work: ModelWork) -> None:
+        self._config, self._work = config, work
+        self._levels = list(Recompute) if has_experts(config.model) else [Recompute.none, Recompute.full]
+        self._balanced: dict[tuple[int, Recompute], tuple[int, ...]] = {}
+
+    def of(self, split: Layout, world_size: int) -> Iterator[Layout]:
+        """All of them."""
+        sequences = self._config.stage.global_batch_size // split.replicas(world_size)
+        sizes = [size for size in divisors(sequences) if size <= LARGEST_MICRO_BATCH]
+        for recompute in self._levels:
+            for stages in self._stages(split.pipeline, recompute):
+                for size in sizes:
+                    yield replace(split, recompute=recompute, stages=stages, micro_batch_size=size)
+
+    def _stages(self, pipeline: int, recompute: Recompute) -> list[tuple[int, ...] | None]:
+        """Even stages where there are such, and those whose longest one is the shortest."""
+        number = self._config.model.num_layers
+        even = (number // pipeline,) * pipeline if number % pipeline == 0 else None
+        best = self._best(pipeline, recompute)
+        return [*([None] if even is not None else []), *([best] if best != even else [])]
+
+    def _best(self, pipeline: int, recompute: Recompute) -> tuple[int, ...]:
+        if (pipeline, recompute) not in self._balanced:
+            of_layers = {
+                layer: 3 * each.forward_flops + each.recomputed_flops(recompute)
+                for layer, each in self._work.of_layers.items()
+            }
+            flops = [of_layers[layer] for layer in self._work.layers]
+            found = balanced_layout(flops, pipeline, 3 * self._work.output_flops)
+            self._balanced[pipeline, recompute] = tuple(found)
+        return self._balanced[pipeline, recompute]

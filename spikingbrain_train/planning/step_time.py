@@ -1,0 +1,275 @@
+"""How long a step takes in a layout: arithmetic, bubble, communication. Without torch.
+
+The model (letters: m micro-batches of a step, p pipeline stages, t tensor-, c context-parallel ranks):
+
+- **Arithmetic.** Model FLOPs of a rank's share over ``EFFICIENCY`` x peak. A backward pass is twice the
+  forward pass; what is computed again comes on top (arXiv 2104.04473, appendix; arXiv 2205.05198 for
+  selective recomputation).
+- **Pipeline.** 1F1B: the first micro-batch goes through all stages, the others follow at the pace of the
+  longest one. T = sum_s t_s + (m - 1) max_s t_s, which is (m + p - 1) t for equal stages (arXiv 2104.04473,
+  section 2.2: a bubble of (p - 1) / m of the ideal time). That is what the schedule takes where stages are
+  equal or one is longer, and at most a few percent too much where they are uneven otherwise. Hidden states
+  between stages are sent while nobody computes.
+- **Tensor parallelism.** Two all-reduces of the hidden states a layer in each direction, of 2 (t - 1) / t
+  times their bytes (arXiv 2104.04473, section 3.2); sequence parallelism sends the same as all-gather and
+  reduce-scatter (arXiv 2205.05198, section 4.2.2), and its second all-gather hides behind the weights'
+  gradient. None of it is hidden otherwise.
+- **Context parallelism.** What each kind of mixer says (architecture/context_traffic.py), not hidden. Slices
+  are taken to cost the same.
+- **Expert parallelism.** Two all-to-alls of what is routed, in each direction, not hidden; experts are taken
+  to be evenly loaded. SpikingBrain (arXiv 2509.05276, section 4) lays its 76B out so.
+- **Data parallelism.** fp32 gradients are reduce-scattered and weights all-gathered (ZeRO-1, arXiv
+  1910.02054), or gradients all-reduced. Reducing hides behind the backward pass of the last micro-batch with
+  overlap_grad_reduce, gathering behind the forward pass of the first one with overlap_param_gather; what is
+  left over counts.
+
+Left out: the optimizer's arithmetic, latency, stragglers, checkpoints, evaluations. MFU counts the model's
+own FLOPs, forward and backward, windows and causality in them, and no recomputation
+(``StageKind.flops_per_token``); SpikingBrain's report does not say its formula.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from spikingbrain_train.architecture.layers import Layer
+from spikingbrain_train.architecture.sizes import FP32, bytes_per_element, rank_tokens
+from spikingbrain_train.config.parallel import Recompute
+from spikingbrain_train.config.run import RunConfig
+from spikingbrain_train.errors import ConfigurationError
+from spikingbrain_train.planning.costs import layers_per_stage
+from spikingbrain_train.planning.layer_work import ModelWork, context_traffic
+from spikingbrain_train.planning.topology import Group, Network
+
+EFFICIENCY = 0.37
+"""Share of a device's peak that the arithmetic of a rank reaches, bubble, recomputation and communication
+aside.
+
+Calibrated on one run alone: the 1.5B hybrid at 8k on one H200 without recomputation, 35,500 to 36,900 tokens
+a second (benchmarks/training_step.md): 36,200 x 10.08 GFLOP are 36.9 % of 989.4 TFLOP/s."""
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step. All but ``seconds`` are means over the ranks, which add up to it."""
+
+    seconds: float
+    arithmetic: float
+    """The model's own, forward and backward."""
+    recomputation: float
+    communication: float
+    """What is not hidden behind arithmetic."""
+    bubble: float
+    """Waiting for other pipeline stages: at the beginning, at the end, and for longer ones."""
+    mfu: float
+
+    @property
+    def bubble_share(self) -> float:
+        return self.bubble / self.seconds
+
+    @property
+    def communication_share(self) -> float:
+        return self.communication / self.seconds
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """Seconds of a pipeline stage for one micro-batch."""
+
+    arithmetic: float
+    recomputation: float
+    communication: float
+    data_parallel: float
+    """Seconds of the step that exchanging gradients and weights adds."""
+
+    @property
+    def seconds(self) -> float:
+        return self.arithmetic + self.recomputation + self.communication
+
+
+@dataclass(frozen=True)
+class _LayerSeconds:
+    forward: float
+    recomputed: float
+    communication: float
+
+
+def step_time(
+    work: ModelWork, config: RunConfig, world_size: int, network: Network, efficiency: float = EFFICIENCY
+) -> StepTime:
+    """The time of a step of a checked run that trains all of its parameters on a token loss.
+
+    Args:
+        work: of the run's model.
+        config: the run, with the layout.
+        world_size: ranks.
+        network: of the cluster.
+        efficiency: share of the peak that arithmetic reaches.
+
+    Raises:
+        ConfigurationError: no peak is stated, or a mixer does not say what context-parallel ranks exchange.
+    """
+    peak = peak_flops(config)
+    parallel, stage = config.parallel, config.stage
+    replicas = world_size // parallel.model_parallel_size
+    micro_batches = stage.global_batch_size // (stage.micro_batch_size * replicas)
+    speed = peak * efficiency
+    of_layers = _seconds_of_layers(work, config, network, speed)
+    stages = _stages(work, config, world_size, of_layers, network, speed)
+    longest = max(each.seconds for each in stages)
+    pipeline = sum(each.seconds for each in stages) + (micro_batches - 1) * longest
+    seconds = pipeline + max(each.data_parallel for each in stages)
+
+    def mean(values: Sequence[float]) -> float:
+        return sum(values) / len(stages)
+
+    arithmetic = micro_batches * mean([each.arithmetic for each in stages])
+    recomputation = micro_batches * mean([each.recomputation for each in stages])
+    communication = micro_batches * mean([each.communication for each in stages])
+    communication += seconds - pipeline
+    return StepTime(
+        seconds=seconds,
+        arithmetic=arithmetic,
+        recomputation=recomputation,
+        communication=communication,
+        bubble=max(0.0, seconds - arithmetic - recomputation - communication),
+        mfu=arithmetic * efficiency / seconds,
+    )
+
+
+def peak_flops(config: RunConfig) -> float:
+    """FLOP/s that a device is sold for. Raises ConfigurationError where the cluster states none."""
+    if config.cluster.peak_tflops is None:
+        raise ConfigurationError(
+            "cluster.peak_tflops is null, so the time of a step is not known; set it, or "
+            "choose cluster=a800, "
+            "h100, h200 or c550, which state it"
+        )
+    return config.cluster.peak_tflops * 1e12
+
+
+def _seconds_of_layers(
+    work: ModelWork, config: RunConfig, network: Network, speed: float
+) -> dict[Layer, _LayerSeconds]:
+    """Of each layer on a rank, remembered: thousands of layouts share them."""
+    parallel = config.parallel
+    key = (
+        *(parallel.tensor_model_parallel_size, parallel.context_parallel_size),
+        *(parallel.expert_model_parallel_size, parallel.expert_tensor_size, parallel.sequence_parallel),
+        *(parallel.recompute, config.stage.micro_batch_size, network, speed),
+    )
+    if key not in work.known_seconds:
+        work.known_seconds[key] = {
+            layer: _layer_seconds(work, config, layer, network, speed) for layer in work.of_layers
+        }
+    return work.known_seconds[key]
+
+
+def _layer_seconds(
+    work: ModelWork, config: RunConfig, layer: Layer, network: Network, speed: float
+) -> _LayerSeconds:
+    parallel, of_layer = config.parallel, work.of_layers[layer]
+    tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    text = config.stage.micro_batch_size * config.stage.seq_length / context
+    forward = of_layer.forward_flops * text / tensor / speed
+    recomputed = of_layer.recomputed_flops(parallel.recompute) * text / tensor / speed
+    tokens = rank_tokens(config)
+    hidden = tokens * config.model.hidden_size * bytes_per_element(config.precision)
+    parts = 2 if of_layer.has_feed_forward else 1
+    tensor_group = Group(tensor, 1)
+    one_all_reduce = network.ring_seconds(tensor_group, 2 * hidden * (tensor - 1) / tensor)
+    expert_group = Group(parallel.expert_model_parallel_size, parallel.expert_tensor_size)
+    away = 1 - 1 / parallel.expert_model_parallel_size
+    dispatched = layer.feed_forward.dispatched_bytes(config) * tokens * away
+    one_all_to_all = network.all_to_all_seconds(expert_group, dispatched)
+    traffic = context_traffic(config, layer)
+    if traffic is None:
+        raise ConfigurationError(
+            f"parallel.context_parallel_size={context}: what context-parallel ranks exchange in "
+            f"{layer.mixer_name} layers is not known, and so not how long that takes; set it to 1"
+        )
+    context_group = Group(context, tensor)
+    send = network.all_to_all_seconds if traffic.all_to_all else network.ring_seconds
+    # What is computed again communicates again: a whole layer, or the expert layer alone.
+    passes = 3 if parallel.recompute is Recompute.full else 2
+    expert_passes = 3 if parallel.recompute in (Recompute.full, Recompute.moe_layer) else 2
+    forward_again = traffic.forward * (passes - 1)
+    communication = (
+        passes * parts * one_all_reduce
+        + expert_passes * 2 * one_all_to_all
+        + send(context_group, forward_again + traffic.backward)
+    )
+    return _LayerSeconds(forward, recomputed, communication)
+
+
+def _stages(
+    work: ModelWork,
+    config: RunConfig,
+    world_size: int,
+    of_layers: dict[Layer, _LayerSeconds],
+    network: Network,
+    speed: float,
+) -> list[_Stage]:
+    model, parallel = config.model, config.parallel
+    tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    stages = parallel.pipeline_model_parallel_size
+    text = config.stage.micro_batch_size * config.stage.seq_length / context
+    output = work.output_flops * text / tensor / speed
+    shared = tensor if parallel.sequence_parallel else 1
+    message = rank_tokens(config) * model.hidden_size * bytes_per_element(config.precision) / shared
+    hop = network.send_seconds(world_size // stages, message)
+    ends = list(accumulate(layers_per_stage(model, parallel)))
+    found = []
+    for stage, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        seconds = [of_layers[layer] for layer in work.layers[start:end]]
+        forward = sum(each.forward for each in seconds) + (output if stage == stages - 1 else 0.0)
+        neighbours = (stage > 0) + (stage < stages - 1)
+        found.append(
+            _Stage(
+                arithmetic=3 * forward,
+                recomputation=sum(each.recomputed for each in seconds),
+                # To and from each neighbour once in a micro-batch; receiving is part of its sending.
+                communication=sum(each.communication for each in seconds) + neighbours * hop,
+                data_parallel=_data_parallel_seconds(
+                    work, config, world_size, stage, range(start, end), network, forward
+                ),
+            )
+        )
+    return found
+
+
+def _data_parallel_seconds(
+    work: ModelWork,
+    config: RunConfig,
+    world_size: int,
+    stage: int,
+    layers: range,
+    network: Network,
+    forward: float,
+) -> float:
+    """What exchanging gradients and weights adds to a step, behind what hides it."""
+    parallel = config.parallel
+    tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    expert, expert_tensor = parallel.expert_model_parallel_size, parallel.expert_tensor_size
+    experts, inside = work.parameters_between(layers.start, layers.stop, tensor, expert, expert_tensor)
+    others = inside + work.parameters_around(tensor, stages, stage)
+    stage_ranks = world_size // stages
+    groups = (
+        (others, Group(stage_ranks // tensor, tensor)),
+        (experts, Group(stage_ranks // (expert * expert_tensor), expert * expert_tensor)),
+    )
+    reduced = gathered = 0.0
+    for parameters, group in groups:
+        passed_on = parameters * (group.size - 1) / group.size
+        if parallel.use_distributed_optimizer:
+            reduced += network.ring_seconds(group, passed_on * FP32)
+            gathered += network.ring_seconds(group, passed_on * bytes_per_element(config.precision))
+        else:
+            reduced += network.ring_seconds(group, 2 * passed_on * FP32)
+    if parallel.overlap_grad_reduce:
+        reduced = max(0.0, reduced - 2 * forward)
+    if parallel.overlap_param_gather:
+        gathered = max(0.0, gathered - forward)
+    return reduced + gathered

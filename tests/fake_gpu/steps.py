@@ -1,0 +1,222 @@
+"""One training step of a run of conf/ on the rank of a GPU that computes nothing: see fake_cuda.py.
+
+A process of its own, in which no patch for CPUs is in force:
+
+    python -m tests.fake_gpu.steps RUN ...
+
+For each run and rank a line of JSON: what the step did that a GPU would not like.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from typing import Any
+from unittest import mock
+
+os.environ["TORCHDYNAMO_DISABLE"] = (
+    "1"  # megatron-core compiles small functions on GPUs; here they run as they stand
+)
+
+import torch
+from torch import Tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from spikingbrain_train.architecture.layers import dense_source, layers
+from spikingbrain_train.config.compose import compose_run
+from spikingbrain_train.config.load import to_run_config
+from spikingbrain_train.config.parallel import AcceleratorKind
+from spikingbrain_train.config.run import RunConfig
+from spikingbrain_train.config.yaml_files import conf_folder
+from spikingbrain_train.data.loader import local_micro_batch
+from spikingbrain_train.parallel import process_groups
+from spikingbrain_train.planning.planner import smallest_stage
+from spikingbrain_train.planning.stages.registry import kind_of
+from spikingbrain_train.runtime import patches
+from spikingbrain_train.runtime.accelerator import Accelerator
+from spikingbrain_train.runtime.patches import PATCHES
+from tests.fake_gpu import kernels
+from tests.fake_gpu.fake_cuda import Findings, fake_cuda
+
+MICRO_BATCHES = 2
+
+
+def composed(run: str, *more: str) -> RunConfig:
+    """A run of conf/, on CUDA; a bare model gets a stage, and what takes its model from a file a preset."""
+    group, _, name = run.partition("=")
+    overrides = [run, "output_dir=unused", "precision=bf16", "cluster=nvidia", *more]
+    if group == "model":
+        overrides += ["stage.train_iters=1", "stage.seq_length=8192", "stage.global_batch_size=8"]
+    elif "override /model" not in (conf_folder() / group / f"{name}.yaml").read_text():
+        overrides.append("model=smollm2_135m_hybrid")
+    return to_run_config(compose_run(overrides))
+
+
+def shortened(config: RunConfig) -> RunConfig:
+    """Pipeline stages of as few layers as have every mixer and feed-forward; all other sizes stay."""
+    model, stages = config.model, config.parallel.pipeline_model_parallel_size
+    kinds = layers(model)
+    mixers = list(dict.fromkeys(tuple(kind.name for kind in layer.mixers) for layer in kinds))
+    feed_forwards = list(dict.fromkeys(layer.feed_forward.name for layer in kinds))
+    number = stages * max(len(mixers), len(feed_forwards))
+    model = replace(
+        model,
+        num_layers=number,
+        mixers=[list(mixers[i % len(mixers)]) for i in range(number)],
+        feed_forwards=[feed_forwards[i % len(feed_forwards)] for i in range(number)],
+    )
+    return replace(config, model=model)
+
+
+def step(config: RunConfig, last: bool) -> dict[str, Any]:
+    """Build, forward, backward, update and describe for a checkpoint, on the first or the last rank."""
+    parallel = config.parallel
+    # As few replicas as shard the optimizer's state.
+    of_stage = smallest_stage(parallel)
+    if of_stage == parallel.tensor_model_parallel_size * parallel.context_parallel_size:
+        of_stage *= 2
+    world = parallel.pipeline_model_parallel_size * of_stage
+    config = replace(config, parallel=replace(parallel, data_parallel_size=None))
+    rank = world - 1 if last else 0
+    launched = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    os.environ |= {name: str(value) for name, value in launched.items()} | {
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "1",
+    }
+    packages = {name: "1.0" for name in kernels.PACKAGES}
+    accelerator = Accelerator(AcceleratorKind.cuda, "a GPU that computes nothing", 8, packages)
+
+    def join(launch: Any, accelerator: Any, timeout: Any) -> None:
+        torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+
+    with (
+        fake_cuda(partial(value_of, config), partial(selected_by, config)) as findings,
+        kernels.installed(),
+        mock.patch.object(process_groups, "_join_world", join),
+    ):
+        groups = process_groups.initialize(config.parallel, accelerator, seed=1)
+        try:
+            return _step(config, groups, accelerator, findings)
+        finally:
+            process_groups.destroy()
+
+
+def value_of(config: RunConfig, x: Tensor) -> Tensor:
+    """Ones; False; and as many tokens for every expert, where x counts those."""
+    if x.dtype == torch.bool:
+        return torch.zeros(x.shape, dtype=x.dtype, device="cpu")
+    parallel, experts = config.parallel, config.model.moe.num_experts
+    ranks, tensor = parallel.expert_model_parallel_size, parallel.expert_tensor_size
+    value = 1
+    if not x.is_floating_point() and x.dim() > 0:
+        of_rank = config.stage.micro_batch_size * (config.stage.seq_length + config.model.num_sink_tokens)
+        of_rank //= parallel.context_parallel_size
+        if parallel.sequence_parallel:
+            of_rank //= parallel.tensor_model_parallel_size
+        chosen = of_rank * config.model.moe.router_topk
+        if x.shape == (ranks,) and ranks > 1:  # sent to, or got from, a rank
+            value = chosen // ranks
+        elif x.dim() == 1:  # got by an expert
+            value = chosen // experts * ranks * tensor
+        else:  # got by an expert from a rank
+            value = chosen // experts
+    return torch.full(x.shape, value, dtype=x.dtype, device="cpu")
+
+
+def selected_by(config: RunConfig, mask: Tensor) -> int:
+    """Masks say which tokens an expert gets: [experts, tokens]."""
+    assert mask.dim() == 2, f"how many elements of a mask {list(mask.shape)} are true is not known"
+    return mask.shape[1] * config.model.moe.router_topk
+
+
+def _step(config: RunConfig, groups: Any, accelerator: Accelerator, findings: Findings) -> dict[str, Any]:
+    from spikingbrain_train.checkpoint.sharded_state import state_to_save
+    from spikingbrain_train.training import build
+    from spikingbrain_train.training.build import kernels_of, wrap_data_parallel
+    from spikingbrain_train.training.optimizer import build_optimizer, build_scheduler, update_weights
+    from spikingbrain_train.training.stages.build import stage_class
+    from spikingbrain_train.training.training_state import TrainingState
+
+    config = replace(config, checkpoint=replace(config.checkpoint, load=None))
+    chosen = kernels_of(config, accelerator)
+    teacher = None
+    if kind_of(config.stage).needs_teacher(config.stage):
+        source = dense_source(config.model)
+        teacher = build._build(source, config, chosen, groups, initialize=True).requires_grad_(False).eval()
+    stage = stage_class(config.stage)(config.stage, groups, teacher)
+    student = build.build_student(config, chosen, groups)
+    stage.freeze(student)
+    model = wrap_data_parallel(student, config.parallel)
+    optimizer = build_optimizer(config.optimizer, config.parallel, config.precision, model)
+    scheduler = build_scheduler(config.optimizer, config.stage.train_iters, optimizer)
+    stray = [name for name, each in [*model.named_parameters(), *model.named_buffers()] if not each.is_cuda]
+    state = TrainingState(model, optimizer, scheduler, callbacks=NoCallbacks())
+    whole = batches(config)
+    findings.clear()
+    model.zero_grad_buffer()
+    optimizer.zero_grad()
+    stage.forward_backward(model, (local(each, config, groups) for each in whole), MICRO_BATCHES)
+    scheduler.step(increment=1)
+    update_weights(optimizer, lambda norm: None)
+    found = {name: dict(counter) for name, counter in vars(findings).items()}
+    saved = state_to_save(state, groups)
+    for_cpu = [each.name for each in PATCHES if AcceleratorKind.cuda not in each.platforms]
+    return {
+        "off the GPU": stray,
+        "patches for CPUs": [name for name in for_cpu if name in patches._applied],
+        "saved": len(saved["model"]),
+        **found,
+    }
+
+
+class NoCallbacks:
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+
+def batches(config: RunConfig) -> list[Any]:
+    shape = (config.stage.micro_batch_size, config.stage.seq_length)
+    return [
+        {
+            "tokens": torch.zeros(shape, dtype=torch.int64, device="cpu"),
+            "labels": torch.zeros(shape, dtype=torch.int64, device="cpu"),
+            "loss_mask": torch.ones(shape, device="cpu"),
+            "cu_seqlens": ((0, shape[1] // 3, shape[1]),) * shape[0]
+            if config.data.reset_at_documents
+            else None,
+            "datasets": None,
+            "sequence_seeds": tuple(f"1/{row}" for row in range(shape[0])),
+        }
+        for _ in range(MICRO_BATCHES)
+    ]
+
+
+def local(whole: Any, config: RunConfig, groups: Any) -> Any:
+    return local_micro_batch(
+        whole,
+        groups.device,
+        num_sink_tokens=config.model.num_sink_tokens,
+        context_parallel_rank=groups.context_parallel_rank,
+        context_parallel_size=groups.context_parallel_size,
+    )
+
+
+def main(runs: list[str]) -> None:
+    for run in runs:
+        name, *more = run.split()
+        config = shortened(composed(name, *more))
+        parallel = config.parallel
+        ranks = parallel.pipeline_model_parallel_size * parallel.context_parallel_size
+        for last in (False, True) if ranks > 1 else (False,):
+            began = time.perf_counter()
+            found = step(config, last)
+            found["seconds"] = round(time.perf_counter() - began, 2)
+            print(json.dumps([f"{run}, {'last' if last else 'first'} rank", found]), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
