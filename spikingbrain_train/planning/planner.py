@@ -91,6 +91,11 @@ class StagePlan:
     """Parameters on one rank."""
     memory: MemoryEstimate
 
+    @property
+    def layers(self) -> list[int]:
+        """All its layers, in order."""
+        return [layer for layers in self.virtual_stages for layer in layers]
+
 
 def _plan_stage(config: RunConfig, stage: int, world_size: int, micro_batches: int) -> StagePlan:
     model = config.model

@@ -38,12 +38,13 @@ class Layout:
         """The section ``parallel`` with it; how mixers split a sequence stays as in ``base``.
 
         Gradients are always reduced while the backward pass runs. Weights are gathered while the forward pass
-        runs where there is one stage: as all layouts of conf/parallel have it.
+        runs where there is one stage: as all layouts of conf/parallel have it. No virtual stages are tried.
         """
         return replace(
             base,
             tensor_model_parallel_size=self.tensor,
             pipeline_model_parallel_size=self.pipeline,
+            virtual_pipeline_model_parallel_size=None,
             pipeline_model_parallel_layout=None if self.stages is None else list(self.stages),
             context_parallel_size=self.context,
             expert_model_parallel_size=self.expert,

@@ -141,7 +141,7 @@ def _stages(found: Found) -> str:
     if found.layout.pipeline == 1:
         return "-"
     if found.layout.stages is None:
-        return f"even, {found.plan.stages[0].layers.stop}"
+        return f"even, {len(found.plan.stages[0].layers)}"
     stages = found.layout.stages
     return ",".join(map(str, stages)) if len(stages) <= 4 else f"{stages[0]},{stages[1]}..{stages[-1]}"
 
