@@ -195,6 +195,10 @@ def detect(requested: AcceleratorKind | str = AcceleratorKind.auto) -> Accelerat
     except ValueError:
         kinds = ", ".join(kind.value for kind in AcceleratorKind)
         raise PlatformError(f"cluster.accelerator={requested} is unknown; choose one of {kinds}.") from None
+    if requested is not AcceleratorKind.cpu and torch.backends.cuda.is_built():
+        # Megatron's overlap of tensor- and context-parallel communication with products needs kernels to
+        # start in the order in which they were queued. CUDA reads it when it starts: asking for a GPU does.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     packages = MappingProxyType(installed_packages())
     if requested is AcceleratorKind.cpu or (
         requested is AcceleratorKind.auto and not torch.cuda.is_available()

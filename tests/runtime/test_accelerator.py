@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import resource
 import sys
 from collections.abc import Iterator
@@ -78,6 +79,27 @@ def test_gpu_platforms_are_told_apart(
             PlatformError, match=f"cluster.accelerator={other}.*choose cluster.accelerator={kind}"
         ):
             detect(other)
+
+
+def test_kernels_start_as_queued_unless_somebody_chose_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def name_of(index: int) -> str:
+        seen.append(os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS"))
+        return "NVIDIA H200"
+
+    with gpu(monkeypatch, "NVIDIA H200") as patch:
+        patch.setattr(torch.cuda, "get_device_name", name_of)
+        patch.setattr(torch.backends.cuda, "is_built", lambda: True)
+        for before in ("", "8"):
+            patch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", before)
+            if not before:
+                del os.environ["CUDA_DEVICE_MAX_CONNECTIONS"]
+            detect("cuda")
+        assert seen == ["1", "8"]
+        del os.environ["CUDA_DEVICE_MAX_CONNECTIONS"]
+        detect("cpu")
+        assert "CUDA_DEVICE_MAX_CONNECTIONS" not in os.environ
 
 
 def test_rank_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
