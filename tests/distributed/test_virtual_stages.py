@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from spikingbrain_train.config.parallel import ParallelConfig
+from spikingbrain_train.errors import ConfigurationError
+from spikingbrain_train.evaluation.checkpoint_request import parallel_of
 from tests.distributed.gradients import (
     CASES,
     LENGTH,
@@ -67,3 +69,8 @@ def test_a_text_is_read_token_by_token(ranks: RankPool) -> None:
     first, last = ranks.run(_decoded, VIRTUAL, world_size=2, parallel=VIRTUAL)
     assert first is None
     torch.testing.assert_close(last, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
+def test_commands_that_read_a_checkpoint_want_no_virtual_stages() -> None:
+    with pytest.raises(ConfigurationError, match="reading a checkpoint has no such passes; leave it out"):
+        parallel_of(["pp2", "virtual_pipeline_model_parallel_size=2"])

@@ -250,6 +250,26 @@ class TestTeacher:
         sentence = refusal(run, CheckpointError)
         assert "vocabulary of 256" in sentence and "model.vocab_size=512" in sentence
 
+    def test_virtual_stages_send_a_teacher_as_wide_as_the_model_alone(self, run, tmp_path):
+        run.stage.kind = "distill"
+        run.stage.teacher = write_checkpoint(tmp_path / "wide", dataclasses.replace(DENSE, hidden_size=128))
+        run.parallel.pipeline_model_parallel_size = 2
+        check_run_config(run, world_size=2)
+        run.parallel.virtual_pipeline_model_parallel_size = 2
+        run.stage.global_batch_size = 2
+        with pytest.raises(ConfigurationError, match=r"hidden size 128 .* side by side; set .* to null"):
+            check_run_config(run, world_size=2)
+
+    def test_a_teacher_has_layers_for_every_pipeline_stage(self, run, tmp_path):
+        run.stage.kind = "distill"
+        run.stage.teacher = write_checkpoint(tmp_path / "deep", dataclasses.replace(DENSE, num_layers=6))
+        run.parallel.pipeline_model_parallel_size = 2
+        check_run_config(run, world_size=2)
+        run.parallel.virtual_pipeline_model_parallel_size = 2
+        run.stage.global_batch_size = 2
+        with pytest.raises(ConfigurationError, match="has 6 layers, .* number must be a multiple of 4;"):
+            check_run_config(run, world_size=2)
+
     def test_a_pipeline_stage_that_would_align_nothing_is_refused(self, run, tmp_path):
         run.stage.kind = "align"
         run.parallel.pipeline_model_parallel_size = 2

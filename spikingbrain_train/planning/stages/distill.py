@@ -70,7 +70,7 @@ class DistillationKind(TokenLossKind):
         require(
             fits,
             f"{setting} has {teacher.num_layers} layers, but pipeline stages hold layers of both models, so "
-            f"there must be {needs} of them; choose other parallel.pipeline_model_parallel_* settings, or "
+            f"their number must be {needs}; choose other parallel.pipeline_model_parallel_* settings, or "
             "distil from a cache of its logits (stage.distillation.cache)",
         )
         require(
