@@ -14,10 +14,8 @@ from spikingbrain_train.checkpoint.finite_state import first_not_finite_of_run
 from spikingbrain_train.checkpoint.sharded_state import (
     PipelineStage,
     RunState,
-    fill_learnt_state,
     fill_state,
     fill_weights,
-    learnt_state_to_fill,
     sharded_weights,
     state_to_fill,
 )
@@ -116,8 +114,8 @@ def take_back(checkpoint: Path, state: RunState, config: RunConfig, groups: Proc
     Raises:
         DamagedCheckpointError: it is not what was saved; ``state`` may be filled in part.
     """
-    loaded = _load(learnt_state_to_fill(state), checkpoint, "output_dir", config.checkpoint.verification)
-    fill_learnt_state(state, loaded)
+    loaded = _load(state.learnt_to_fill(), checkpoint, "output_dir", config.checkpoint.verification)
+    state.fill_learnt(loaded)
     _require_finite(state, checkpoint, groups)
 
 

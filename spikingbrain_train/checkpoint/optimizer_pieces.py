@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -29,9 +29,10 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from spikingbrain_train.checkpoint.optimizer_state import chain_of
+from spikingbrain_train.errors import CheckpointError
 from spikingbrain_train.runtime.optimizer_patches import stored_by
 
-_PREFIX = "optimizer.state"  # as megatron-core names them
+OPTIMIZER_PREFIX = "optimizer.state"  # as megatron-core names them
 _STEP = "step"  # of every parameter the same: stored with the groups
 _ADAMS = ("param", "exp_avg", "exp_avg_sq")
 
@@ -58,7 +59,7 @@ def optimizer_state_to_save(
 
 def _pieces(optimizer: DistributedOptimizer, weights: dict[str, Any]) -> dict[int, dict[str, Any]]:
     """Number of a parameter -> name of a state -> the boxes of it that this rank holds."""
-    stored = {id(each.data): each for each in nested_values(weights) if _is_sharded(each)}
+    stored = {id(each.data): each for each in nested_values(weights) if is_sharded(each)}
     own = {
         id(parameter): (parameter, place["param"])
         for of_buffer in optimizer.gbuf_ranges
@@ -70,21 +71,24 @@ def _pieces(optimizer: DistributedOptimizer, weights: dict[str, Any]) -> dict[in
     numbers = (parameter for buffer in optimizer.buffers for parameter in buffer.param_index_map)
     for number, parameter in enumerate(numbers):
         sharded = stored[id(parameter)]
-        parts = _unfolded(sharded)
+        parts = unfolded(sharded)
         tensors: dict[str, torch.Tensor] = {}
         begin = 0
         if id(parameter) in own:
             tensors = optimizer._get_main_param_and_optimizer_states(parameter)
             begin = own[id(parameter)][1].start
-        if not all(_is_part(each.data, parameter) for each in parts):
+        if not all(is_part(each.data, parameter) for each in parts):
             if whole := _gathered(sharded, parameter, tensors, begin, optimizer):
                 state[number] = whole
         elif tensors:
+            stored_parts = [StoredPart.of(part, parameter) for part in parts]
             state[number] = {
                 name: [
-                    piece
-                    for part in parts
-                    for piece in _boxes(part, parameter, tensor, begin, f"{_PREFIX}.{name}", optimizer)
+                    box
+                    for part in stored_parts
+                    for box, _ in boxes_of(
+                        part, tensor.detach().reshape(-1), begin, f"{OPTIMIZER_PREFIX}.{name}."
+                    )
                 ]
                 for name, tensor in tensors.items()
                 if name != _STEP
@@ -92,18 +96,19 @@ def _pieces(optimizer: DistributedOptimizer, weights: dict[str, Any]) -> dict[in
     return state
 
 
-def _is_sharded(value: Any) -> bool:
+def is_sharded(value: Any) -> bool:
+    """Whether it is a tensor of the checkpoint, or several."""
     return isinstance(value, (ShardedTensor, ShardedTensorFactory))
 
 
-def _unfolded(sharded: ShardedTensor | ShardedTensorFactory) -> list[ShardedTensor]:
+def unfolded(sharded: ShardedTensor | ShardedTensorFactory) -> list[ShardedTensor]:
     """A parameter that is stored as several tensors (gate and up projection) as those."""
     if isinstance(sharded, ShardedTensor):
         return [sharded]
     return [each for each in nested_values({"": sharded.build()}) if isinstance(each, ShardedTensor)]
 
 
-def _is_part(data: torch.Tensor, parameter: torch.Tensor) -> bool:
+def is_part(data: torch.Tensor, parameter: torch.Tensor) -> bool:
     """Whether it shows elements of the parameter, and is no copy of them."""
     return data.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
 
@@ -129,49 +134,67 @@ def _gathered(
         # As whole numbers, of which all but one rank's are zero: no bit changes, not even that of -0.
         torch.distributed.all_reduce(whole.view(torch.int32), group=optimizer.data_parallel_group)
         if optimizer.data_parallel_group.rank() == 0:
-            key = f"{_PREFIX}.{name}.{sharded.key}"
+            key = f"{OPTIMIZER_PREFIX}.{name}.{sharded.key}"
             found[name] = replace(sharded, key=key, data=whole.view(parameter.shape))
     return found
 
 
-def _boxes(
-    stored: ShardedTensor,
-    parameter: torch.Tensor,
-    values: torch.Tensor,
-    begin: int,
-    prefix: str,
-    optimizer: DistributedOptimizer,
-) -> Iterator[ShardedTensor]:
-    """The boxes of a stored tensor that this rank's values fill.
+@dataclass(frozen=True)
+class StoredPart:
+    """A tensor of the checkpoint that is a range of a parameter's elements."""
+
+    sharded: ShardedTensor
+    """How it is stored; without data."""
+    first: int
+    """Number of its first element among the parameter's."""
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, sharded: ShardedTensor, parameter: torch.Tensor) -> StoredPart:
+        """A part of a parameter that is whole on this rank."""
+        data = sharded.data
+        if not is_part(data, parameter) or not data.is_contiguous():
+            raise CheckpointError(
+                f"{sharded.key} is stored across the order of its elements, as experts of grouped_gemm are; "
+                "set cluster.kernels.experts=sequential, or transformer_engine where that is installed"
+            )
+        first = (data.data_ptr() - parameter.data_ptr()) // parameter.element_size()
+        return cls(replace(sharded, data=None), first, tuple(data.shape))
+
+
+def boxes_of(
+    stored: StoredPart, values: torch.Tensor, begin: int, prefix: str
+) -> Iterator[tuple[ShardedTensor, torch.Tensor]]:
+    """The boxes of a stored tensor that a range of a parameter's elements fills, and the values of each.
 
     Args:
         stored: the parameter, or a part of it.
-        parameter: on this rank, whole.
-        values: [elements] of its state, those that this rank holds.
+        values: [elements] of this rank, which no other data-parallel rank has.
         begin: number of the first of them among the parameter's elements.
         prefix: of the key.
-        optimizer: whose ranks share the parameter.
     """
-    data = stored.data
-    assert data.is_contiguous(), f"{stored.key} is stored across the order of its elements"
-    assert stored.replica_id[-1] == optimizer.data_parallel_group.rank(), stored
-    first = (data.data_ptr() - parameter.data_ptr()) // parameter.element_size()
-    low, high = max(begin, first), min(begin + values.numel(), first + data.numel())
-    flat = values.detach().reshape(-1)
-    axes = stored.prepend_axis_num  # of the checkpoint, where a layer is one of several
-    for offset, shape, at in boxes_of_range(data.shape, low - first, high - first):
-        box = flat[first + at - begin :][: prod(shape)].view(*(1,) * axes, *shape)
-        yield ShardedTensor(
-            key=f"{prefix}.{stored.key}",
-            data=box,
-            dtype=box.dtype,
-            local_shape=tuple(box.shape),
-            global_shape=stored.global_shape,
-            global_offset=tuple(
-                whole + part for whole, part in zip(stored.global_offset, (0,) * axes + offset, strict=True)
+    sharded = stored.sharded
+    low = max(begin, stored.first)
+    high = min(begin + values.numel(), stored.first + prod(stored.shape))
+    axes = sharded.prepend_axis_num  # of the checkpoint, where a layer is one of several
+    for offset, shape, at in boxes_of_range(stored.shape, low - stored.first, high - stored.first):
+        flat = values[stored.first + at - begin :][: prod(shape)]
+        box = flat.view(*(1,) * axes, *shape)
+        yield (
+            ShardedTensor(
+                key=f"{prefix}{sharded.key}",
+                data=box,
+                dtype=box.dtype,
+                local_shape=tuple(box.shape),
+                global_shape=sharded.global_shape,
+                global_offset=tuple(
+                    whole + part
+                    for whole, part in zip(sharded.global_offset, (0,) * axes + offset, strict=True)
+                ),
+                axis_fragmentations=None,
+                replica_id=(*sharded.replica_id[:-1], 0),
             ),
-            axis_fragmentations=None,
-            replica_id=(*stored.replica_id[:-1], 0),  # no data-parallel rank has the same
+            flat,
         )
 
 

@@ -63,12 +63,16 @@ class HasState(Protocol):
 class RunState(Protocol):
     """What changes while a run trains."""
 
-    optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     iteration: int
     """Optimizer steps done."""
     consumed_samples: int
     """Sequences read from the training data so far."""
+
+    @property
+    def optimizer(self) -> MegatronOptimizer:
+        """Or what looks like one; see checkpoint/optimizer_state.py."""
+        ...
 
     @property
     def callbacks(self) -> HasState:
@@ -82,6 +86,18 @@ class RunState(Protocol):
 
     def gather_updated_weights(self) -> None:
         """Bring every weight on every rank up to the last optimizer step; a collective."""
+        ...
+
+    def learnt_to_save(self) -> dict[str, Any]:
+        """``model`` and ``optimizer`` as sharded tensors, from where they lie; nothing is copied."""
+        ...
+
+    def learnt_to_fill(self) -> dict[str, Any]:
+        """What to read of both for :meth:`fill_learnt`."""
+        ...
+
+    def fill_learnt(self, loaded: dict[str, Any]) -> None:
+        """Take up what was read; all else stays as it is."""
         ...
 
 
@@ -100,9 +116,7 @@ def _sharding() -> dict[str, Any]:
 
 def state_to_save(state: RunState, groups: ProcessGroups) -> dict[str, Any]:
     """All of a run, from where it lies: nothing is copied."""
-    weights = sharded_weights(state.model)
-    optimizer = optimizer_state_to_save(state.optimizer, weights, _sharding())
-    sharded = _with_the_rest(state, weights, optimizer) | {"generators": _generators(groups)}
+    sharded = {**state.learnt_to_save(), **_the_rest(state), "generators": _generators(groups)}
     if of_callbacks := state.callbacks.state_dict():
         sharded["callbacks"] = of_callbacks
     return sharded
@@ -116,29 +130,32 @@ def state_to_fill(state: RunState, groups: ProcessGroups, *, same_topology: bool
         groups: process groups.
         same_topology: whether this rank takes the place of one that wrote it, and can have its generators.
     """
-    weights = sharded_weights(state.model)
-    sharded = _with_the_rest(state, weights, state_to_load(state.optimizer, weights, _sharding()))
+    sharded = {**state.learnt_to_fill(), **_the_rest(state)}
     if same_topology:
         sharded["generators"] = _generators(groups)
     return sharded
 
 
-def learnt_state_to_fill(state: RunState) -> dict[str, Any]:
-    """What to read of a run's weights and optimizer, for :func:`fill_learnt_state`."""
-    weights = sharded_weights(state.model)
-    return {"model": weights, "optimizer": state_to_load(state.optimizer, weights, _sharding())}
+def megatron_state_to_save(model: PipelineStage, optimizer: MegatronOptimizer) -> dict[str, Any]:
+    """A model and megatron-core's optimizer of it, from where they lie."""
+    weights = sharded_weights(model)
+    return {"model": weights, "optimizer": optimizer_state_to_save(optimizer, weights, _sharding())}
 
 
-def fill_learnt_state(state: RunState, loaded: dict[str, Any]) -> None:
-    """Give a run the weights and the optimizer state that were read; all else stays as it is."""
-    fill_weights(state.model, loaded["model"])
-    load_state(state.optimizer, loaded["optimizer"])
+def megatron_state_to_fill(model: PipelineStage, optimizer: MegatronOptimizer) -> dict[str, Any]:
+    """What to read of both, for :func:`fill_megatron_state`."""
+    weights = sharded_weights(model)
+    return {"model": weights, "optimizer": state_to_load(optimizer, weights, _sharding())}
 
 
-def _with_the_rest(state: RunState, weights: dict[str, Any], optimizer: dict[Any, Any]) -> dict[str, Any]:
+def fill_megatron_state(model: PipelineStage, optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:
+    """Give both what was read."""
+    fill_weights(model, loaded["model"])
+    load_state(optimizer, loaded["optimizer"])
+
+
+def _the_rest(state: RunState) -> dict[str, Any]:
     return {
-        "model": weights,
-        "optimizer": optimizer,
         "scheduler": state.scheduler.state_dict(),
         "iteration": state.iteration,
         "consumed_samples": state.consumed_samples,
@@ -147,7 +164,7 @@ def _with_the_rest(state: RunState, weights: dict[str, Any], optimizer: dict[Any
 
 def fill_state(state: RunState, loaded: dict[str, Any], groups: ProcessGroups) -> None:
     """Give a run what was read for :func:`state_to_fill`."""
-    fill_learnt_state(state, loaded)
+    state.fill_learnt(loaded)
     state.scheduler.load_state_dict(loaded["scheduler"])
     state.iteration = loaded["iteration"]
     state.consumed_samples = loaded["consumed_samples"]

@@ -8,6 +8,9 @@ from enum import Enum
 from spikingbrain_train.config.require import require
 from spikingbrain_train.config.setting import FREE, SAID, refused, setting
 
+REDUCE_BUCKET = 200_000_000
+"""Gradients that DeepSpeed reduces at a time, in elements; the buffer for them is made at once."""
+
 _LONGEST_TIMEOUT = 7 * 24 * 60  # minutes
 
 
@@ -67,6 +70,25 @@ class ContextParallelConfig:
     have none is padded with a head of zeros. false refuses such layouts."""
 
 
+class EngineKind(str, Enum):
+    """Who reduces gradients, shards state and updates weights."""
+
+    megatron = "megatron"
+    """megatron-core's data parallelism and optimizer: every topology."""
+    deepspeed = "deepspeed"
+    """DeepSpeed's ZeRO over data- and context-parallel ranks; see docs/engines.md."""
+
+
+@dataclass
+class ZeroConfig:
+    """DeepSpeed's ZeRO (arXiv 1910.02054); read by parallel.engine=deepspeed."""
+
+    stage: int = setting(2, minimum=1, maximum=2, resume=SAID)
+    """What every rank holds a share of only: 1 optimizer state and fp32 weights, 2 gradients, too."""
+    offload_optimizer: bool = setting(False, resume=SAID)
+    """Keep that share of the optimizer state and of the fp32 weights in host memory, and update there."""
+
+
 @dataclass
 class ParallelConfig:
     """Parallel degrees. Data parallelism takes what tensor x pipeline x context leave of the world."""
@@ -99,9 +121,14 @@ class ParallelConfig:
     data_parallel_size: int | None = setting(None, minimum=1, resume=SAID)
     """Expected replicas. Null takes world size / (tensor x pipeline x context); a number is checked against
     it."""
+    engine: EngineKind = setting(EngineKind.megatron, resume=SAID)
+    """Who reduces gradients, shards state and updates weights. A run may go on with another one."""
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
+    """What engine=deepspeed shards, and where it keeps it."""
     use_distributed_optimizer: bool = setting(False, resume=refused("its optimizer state has another form"))
     """Shard optimizer state and fp32 main weights over data-parallel ranks. Gradients are reduce-scattered,
-    but every rank keeps the whole fp32 buffer of them: ZeRO-1 in memory, not ZeRO-2."""
+    but every rank keeps the whole fp32 buffer of them: ZeRO-1 in memory, not ZeRO-2. With engine=deepspeed,
+    which shards anyway, it says only which of megatron-core's two forms checkpoints have."""
     overlap_grad_reduce: bool = setting(False, resume=FREE)
     """Reduce gradients while the backward pass still runs."""
     overlap_param_gather: bool = setting(False, resume=FREE)

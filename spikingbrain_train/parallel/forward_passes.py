@@ -34,7 +34,7 @@ def iterators_of_chunks(batches: Iterable[Any], num_microbatches: int, num_chunk
 
 
 def pass_forward(
-    chunks: Sequence[torch.nn.Module],
+    chunks: Sequence[Any],
     forward_step: Callable[[Iterator[Any], Any], tuple[Tensor, Callable[..., Any]]],
     batches: Iterable[Any],
     num_microbatches: int,

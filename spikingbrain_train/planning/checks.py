@@ -15,6 +15,7 @@ from spikingbrain_train.config.require import either, multiples_around, require
 from spikingbrain_train.config.run import LRDecayStyle, OptimizerConfig, RunConfig
 from spikingbrain_train.config.setting import check_fields
 from spikingbrain_train.config.stage import StageConfig
+from spikingbrain_train.planning.engine_checks import check_engine
 from spikingbrain_train.planning.file_checks import check_files, check_train
 from spikingbrain_train.planning.kernel_calls import check_kernels
 from spikingbrain_train.planning.parallel_checks import (
@@ -139,6 +140,7 @@ def check_run_config(config: RunConfig, world_size: int) -> StoredRun | None:
     check_sparsity(config.stage, config.model)
     check_optimizer(config.optimizer, config.stage.train_iters)
     check_kernels(config)
+    check_engine(config)
     if not config.dry_run:
         return check_files(config)
     require(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from spikingbrain_train.architecture.layers import dense_source
 from spikingbrain_train.architecture.sizes import FP32, bytes_per_element
+from spikingbrain_train.config.parallel import REDUCE_BUCKET, EngineKind
 from spikingbrain_train.config.run import Precision, RunConfig
 from spikingbrain_train.planning.costs import stage_parameters
 from spikingbrain_train.planning.stages.registry import kind_of
@@ -23,9 +24,10 @@ class MemoryEstimate:
     weights: float
     """Weights of the model in the run's precision."""
     gradients: float
-    """fp32 gradient buffers of the trainable parameters."""
+    """fp32 gradient buffers of the trainable parameters; with ZeRO 2 a share of them and a bucket."""
     optimizer: float
-    """Two fp32 moments and, under bf16, fp32 main weights; a share of them with the distributed optimizer."""
+    """Two fp32 moments and, under bf16, fp32 main weights; a share of them with the distributed optimizer
+    or ZeRO, which keeps main weights of fp32 runs, too, and none of it here where it is offloaded."""
     activations: float
     """Kept for the backward pass, for the micro-batches in flight; what the backward pass of one layer holds
     beside that; and the output projection's logits."""
@@ -46,15 +48,33 @@ def _optimizer_share(config: RunConfig, stage: int, world_size: int) -> float:
     """Parameters whose optimizer state a rank keeps.
 
     The distributed optimizer shards over the ranks that hold the same parameters: data x context ranks, and
-    for routed experts those of the stage's ranks that expert parallelism leaves.
+    for routed experts those of the stage's ranks that expert parallelism leaves. So does DeepSpeed's ZeRO.
     """
     parallel = config.parallel
     experts, others = kind_of(config.stage).trainable_parameters(config, stage)
+    if parallel.engine is EngineKind.deepspeed:
+        return (experts + others) / world_size
     if not parallel.use_distributed_optimizer:
         return experts + others
     stage_ranks = world_size // parallel.pipeline_model_parallel_size
     expert_copies = stage_ranks // (parallel.expert_model_parallel_size * parallel.expert_tensor_size)
     return experts / expert_copies + others / (stage_ranks // parallel.tensor_model_parallel_size)
+
+
+def _of_zero(config: RunConfig, stage: int, world_size: int) -> tuple[float, float]:
+    """Bytes of optimizer state and of gradients under DeepSpeed, which keeps main weights in fp32 runs, too.
+
+    ZeRO 2 keeps fp32 sums of a share, and a bucket of gradients on their way. What is offloaded is not on the
+    device; its plan counts the host's memory nowhere.
+    """
+    zero = config.parallel.zero
+    share = _optimizer_share(config, stage, world_size)
+    whole = sum(kind_of(config.stage).trainable_parameters(config, stage))
+    state = 0.0 if zero.offload_optimizer else share * 3 * FP32
+    if zero.stage == 1:
+        return state, whole * FP32
+    bucket = min(whole, REDUCE_BUCKET) * bytes_per_element(config.precision)
+    return state, bucket + (0.0 if zero.offload_optimizer else share * FP32)
 
 
 def estimate_memory(config: RunConfig, stage: int, world_size: int, micro_batches: int) -> MemoryEstimate:
@@ -69,11 +89,15 @@ def estimate_memory(config: RunConfig, stage: int, world_size: int, micro_batche
     model, parallel, element = config.model, config.parallel, bytes_per_element(config.precision)
     kind = kind_of(config.stage)
     has_teacher = kind.needs_teacher(config.stage)
+    optimizer = _optimizer_share(config, stage, world_size) * optimizer_bytes(config.precision)
+    gradients: float = sum(kind.trainable_parameters(config, stage)) * FP32
+    if parallel.engine is EngineKind.deepspeed:
+        optimizer, gradients = _of_zero(config, stage, world_size)
     teacher = stage_parameters(dense_source(model), parallel, stage) if has_teacher else 0
     return MemoryEstimate(
         weights=stage_parameters(model, parallel, stage) * element,
-        gradients=sum(kind.trainable_parameters(config, stage)) * FP32,
-        optimizer=_optimizer_share(config, stage, world_size) * optimizer_bytes(config.precision),
+        gradients=gradients,
+        optimizer=optimizer,
         activations=kind.activation_bytes(config, stage, micro_batches),
         teacher=teacher * element,
     )

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from spikingbrain_train.config.parallel import Recompute
+from spikingbrain_train.config.parallel import EngineKind, Recompute
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.errors import SpikingBrainError
 from spikingbrain_train.planning.checks import check_run_config
@@ -84,7 +84,7 @@ def _ideas(plan: Plan) -> Iterator[dict[str, Any]]:
     parallel, stage = plan.config.parallel, plan.config.stage
     for level in list(Recompute)[list(Recompute).index(parallel.recompute) + 1 :]:
         yield {"parallel.recompute": level}
-    if not parallel.use_distributed_optimizer:
+    if not parallel.use_distributed_optimizer and parallel.engine is EngineKind.megatron:
         yield {"parallel.use_distributed_optimizer": True}
     size = stage.micro_batch_size // 2
     while size >= 1:

@@ -21,6 +21,7 @@ from spikingbrain_train.architecture.same_architecture import settings_in_use
 from spikingbrain_train.architecture.stored_model import read_stored_model
 from spikingbrain_train.config.model import ActivationFunc, DecoderConfig, ModelConfig
 from spikingbrain_train.config.numerics import OnBadBatch
+from spikingbrain_train.config.parallel import EngineKind
 from spikingbrain_train.config.run import LRDecayStyle, RunConfig, WandbMode
 from spikingbrain_train.config.sections import with_sections
 from spikingbrain_train.config.setting import leaves
@@ -110,6 +111,11 @@ _NEEDS = (
         ("parallel.context_parallel.",),
         lambda run: run.parallel.context_parallel_size > 1,
         lambda run: "parallel.context_parallel_size is 1, so sequences are not split",
+    ),
+    _Needs(
+        ("parallel.zero.",),
+        lambda run: run.parallel.engine is EngineKind.deepspeed,
+        lambda run: f"it is DeepSpeed's, and parallel.engine is {run.parallel.engine.value}",
     ),
     _Needs(
         ("cluster.kernels.experts",),

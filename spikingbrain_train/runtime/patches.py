@@ -12,6 +12,7 @@ from importlib.metadata import version
 from spikingbrain_train.config.parallel import AcceleratorKind
 from spikingbrain_train.runtime import (
     collective_waits,
+    deepspeed,
     gloo_polling,
     megatron_cpu,
     megatron_jit,
@@ -34,6 +35,7 @@ PATCHES: tuple[Patch, ...] = (
     *optimizer_patches.PATCHES,
     *collective_waits.PATCHES,
     *meta_device.PATCHES,
+    *deepspeed.PATCHES,
 )
 """In the order in which they are applied."""
 

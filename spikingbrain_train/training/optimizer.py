@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -65,6 +66,37 @@ def build_optimizer(
     )
     _prepare_torch_adamw(built)
     return built
+
+
+def adamw_for_zero(
+    optimizer: OptimizerConfig, parallel: ParallelConfig, precision: Precision, model: Any
+) -> torch.optim.AdamW:
+    """Torch's AdamW over the parameter groups of :func:`build_optimizer`, without state and main weights.
+
+    Args:
+        optimizer, parallel, precision: settings.
+        model: wrapped; its parameters are whole.
+    """
+    plain = replace(parallel, use_distributed_optimizer=False, overlap_param_gather=False)
+    built = build_optimizer(optimizer, plain, Precision.fp32, model)
+    (part,) = chain_of(built)  # experts have one of their own only where they are spread over ranks
+    groups = [{**group, "fused": True, "foreach": False} for group in part.optimizer.param_groups]
+    return torch.optim.AdamW(groups)
+
+
+def begin_adamw_state(inner: torch.optim.AdamW, parameters: Iterable[torch.Tensor]) -> None:
+    """Give parameters the state of torch's AdamW before its first step.
+
+    Args:
+        inner: the optimizer.
+        parameters: which it updates.
+    """
+    for parameter in parameters:
+        inner.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
 
 
 def _has_no_decay(parameter: torch.nn.Parameter) -> bool:
@@ -177,12 +209,7 @@ def _prepare_torch_adamw(optimizer: MegatronOptimizer) -> None:
             keep_step_when_loading(part)
         for group in inner.param_groups:
             group["fused"], group["foreach"] = True, False
-            for parameter in group["params"]:
-                inner.state[parameter] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
+            begin_adamw_state(inner, group["params"])
 
 
 class PhasedScheduler(OptimizerParamScheduler):

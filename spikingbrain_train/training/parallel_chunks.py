@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
 from spikingbrain_train.models.gpt_model import ModelChunks
+from spikingbrain_train.training.engines.engine import TrainedModel
 
 
 class ParallelChunks(torch.nn.ModuleList):
@@ -37,8 +38,9 @@ class ParallelChunks(torch.nn.ModuleList):
             chunk.zero_grad_buffer()
 
 
-def parallel_chunks(model: DistributedDataParallel | ParallelChunks) -> list[DistributedDataParallel]:
-    """What megatron-core's schedules and optimizers take: a list of chunks, in the order of the model."""
-    if isinstance(model, ParallelChunks):
-        return [cast(DistributedDataParallel, chunk) for chunk in model]
-    return [model]
+def parallel_chunks(model: TrainedModel) -> list[Any]:
+    """What megatron-core's schedules and optimizers take: a list of chunks, in the order of the model.
+
+    Each is a :class:`~spikingbrain_train.training.engines.engine.TrainedChunk`.
+    """
+    return list(model) if isinstance(model, ParallelChunks) else [model]

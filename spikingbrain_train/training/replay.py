@@ -6,7 +6,7 @@ same). What does not is the hardware's, or comes of sums whose order changes fro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,20 +31,18 @@ class Computed:
     """Whether its own sums are."""
 
     @classmethod
-    def of(cls, losses: StepLosses, model: torch.nn.Module) -> Computed:
+    def of(cls, losses: StepLosses, gradients: Iterable[Tensor]) -> Computed:
         """Read it where it lies; the host waits."""
         sums = losses.sums
         bits = sums.view(torch.int64).tolist()
-        return cls(tuple(bits), _checksum(model), bool(sums.isfinite().all()))
+        return cls(tuple(bits), _checksum(gradients), bool(sums.isfinite().all()))
 
 
-def _checksum(model: torch.nn.Module) -> int:
+def _checksum(gradients: Iterable[Tensor]) -> int:
     total: Tensor | None = None
-    for parameter in model.parameters():
-        gradient = getattr(parameter, "main_grad", None)
-        if gradient is not None:
-            bits = gradient.flatten().view(_INTEGER[gradient.element_size()]).sum(dtype=torch.int64)
-            total = bits if total is None else total * 31 + bits  # whole numbers wrap around
+    for gradient in gradients:
+        bits = gradient.flatten().view(_INTEGER[gradient.element_size()]).sum(dtype=torch.int64)
+        total = bits if total is None else total * 31 + bits  # whole numbers wrap around
     return 0 if total is None else int(total)
 
 

@@ -14,7 +14,6 @@ from functools import partial
 
 import torch
 
-from spikingbrain_train.checkpoint.optimizer_state import begin_state
 from spikingbrain_train.checkpoint.run_checkpoints import RunCheckpoints
 from spikingbrain_train.config.command_line import START_AGAIN
 from spikingbrain_train.config.run import RunConfig
@@ -41,21 +40,19 @@ from spikingbrain_train.training.build import (
     build_student,
     describe_parameters,
     kernels_of,
-    wrap_data_parallel,
 )
 from spikingbrain_train.training.callbacks.callback import Callback, SkipUpdate
 from spikingbrain_train.training.callbacks.callbacks import Callbacks
 from spikingbrain_train.training.callbacks.defaults import callbacks_of, check_named_classes
 from spikingbrain_train.training.console import Console
 from spikingbrain_train.training.data_waits import DataWaits
+from spikingbrain_train.training.engines.build import build_engine
 from spikingbrain_train.training.kernels import choose_kernels
 from spikingbrain_train.training.opening import opening
 from spikingbrain_train.training.optimizer import (
-    build_optimizer,
     build_scheduler,
     reported_learning_rate,
     scale_learning_rates,
-    update_weights,
 )
 from spikingbrain_train.training.parameter_norm import parameter_norm
 from spikingbrain_train.training.report import Report
@@ -160,10 +157,10 @@ class Trainer:
         self.stage.freeze(student)
         details = [*details, accelerator.describe(), groups.describe(), patches.describe(accelerator)]
         details += [chosen.describe(), describe_parameters(student)]
-        self.model = wrap_data_parallel(student, config.parallel)
-        optimizer = build_optimizer(config.optimizer, config.parallel, config.precision, self.model)
-        scheduler = build_scheduler(config.optimizer, config.stage.train_iters, optimizer)
-        self.state = TrainingState(self.model, optimizer, scheduler, self.callbacks)
+        self.engine = build_engine(config, student, groups)
+        self.model = self.engine.model
+        scheduler = build_scheduler(config.optimizer, config.stage.train_iters, self.engine.optimizer)
+        self.state = TrainingState(self.engine, scheduler, self.callbacks)
         if resuming:
             with self.activity("loading the checkpoint"):
                 stored = self.checkpoints.resume(self.state)
@@ -191,7 +188,7 @@ class Trainer:
             if self.beginning.is_start:
                 self._prepare()
                 if self.is_last_step:  # a stage without steps
-                    begin_state(self.state.optimizer)
+                    self.engine.begin_state()
                     self.callbacks.step_end()
             batches = self.data_waits.over(self.data.train_batches(self.state.consumed_samples))
             while not self.is_last_step and self.stop_reason is None:
@@ -210,7 +207,7 @@ class Trainer:
         state.scheduler.step(increment=1)
         scale_learning_rates(state.optimizer, self.config.stage.batch_sizes.lr_factor(state.consumed_samples))
         try:
-            grad_norm = update_weights(state.optimizer, partial(self.callbacks.agree, losses))
+            grad_norm = self.engine.update_weights(partial(self.callbacks.agree, losses))
         except SkipUpdate as skipped:
             self.callbacks.update_skipped(skipped)
         state.iteration += 1
@@ -222,8 +219,7 @@ class Trainer:
 
     def compute_gradients(self, batches: Iterator[MicroBatch]) -> StepLosses:
         """Forward and backward pass over the micro-batches of one step; the gradients begin at zero."""
-        self.model.zero_grad_buffer()
-        self.state.optimizer.zero_grad()
+        self.engine.begin_gradients()
         return self.stage.forward_backward(self.model, batches, self._micro_batches_of(self.next_batch_size))
 
     def _report_step(self, losses: StepLosses, grad_norm: float, batch_size: int) -> None:
@@ -242,8 +238,9 @@ class Trainer:
         """Let the stage set what it can in closed form, and the optimizer's fp32 weights follow."""
         batches = self.data.train_batches(consumed_samples=0)
         num_microbatches = self._micro_batches_of(self.config.stage.global_batch_size)
-        metrics = self.stage.prepare(self.state.model, batches, num_microbatches, self.console)
-        self.state.optimizer.reload_model_params()
+        with self.engine.whole_weights():
+            metrics = self.stage.prepare(self.state.model, batches, num_microbatches, self.console)
+        self.engine.follow_weights()
         if metrics:
             self.report(Report(0, metrics))
 

@@ -74,9 +74,11 @@ class _Stage:
 
 
 def _state(groups: ProcessGroups, iteration: int) -> Any:
+    stage = _Stage(_rows(groups, iteration), groups)
     return SimpleNamespace(
-        model=_Stage(_rows(groups, iteration), groups),
-        optimizer=SimpleNamespace(chained_optimizers=[], sharded_state_dict=lambda *_, **__: {}),
+        model=stage,
+        learnt_to_save=lambda: {"model": stage.sharded_state_dict(metadata={}), "optimizer": {}},
+        optimizer=SimpleNamespace(chained_optimizers=[]),
         callbacks=SimpleNamespace(state_dict=dict),
         scheduler=SimpleNamespace(state_dict=lambda: {"num_steps": iteration}),
         iteration=iteration,

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from spikingbrain_train.architecture.layers import feed_forwards_of, has_experts, layers
 from spikingbrain_train.architecture.linear_transforms import transforms_of
+from spikingbrain_train.config.parallel import EngineKind
 from spikingbrain_train.config.run import OptimizerConfig
 from spikingbrain_train.config.run_record import RunRecord, TokenHistory
 from spikingbrain_train.config.stage import StageConfig
@@ -164,6 +165,9 @@ def _rank_facts(plan: Plan) -> str:
         )
     switches = ["sequence_parallel", "use_distributed_optimizer", "overlap_grad_reduce"]
     chosen = [name for name in [*switches, "overlap_param_gather"] if getattr(parallel, name)]
+    if parallel.engine is EngineKind.deepspeed:
+        offloaded = ", optimizer in host memory" if parallel.zero.offload_optimizer else ""
+        parts.append(f"DeepSpeed ZeRO {parallel.zero.stage}{offloaded}")
     parts.append(", ".join([*chosen, f"recompute {parallel.recompute.name}"]))
     return f"{plan.world_size} = " + "; ".join(parts)
 

@@ -15,7 +15,6 @@ from spikingbrain_train.training.bad_batch_file import Share, not_finite_on, sha
 from spikingbrain_train.training.callbacks.callback import Callback, SkipUpdate
 from spikingbrain_train.training.callbacks.finite_checks import advice
 from spikingbrain_train.training.generators import Generators
-from spikingbrain_train.training.optimizer import gradient_norm
 from spikingbrain_train.training.replay import Computed, Verdict, compare, named
 from spikingbrain_train.training.running_median import RunningMedian
 from spikingbrain_train.training.stages.losses import FINE, NOT_FINITE
@@ -194,13 +193,13 @@ class BadBatches(Callback):
 
     def _replay(self, losses: StepLosses) -> Verdict:
         run = self.run
-        first = Computed.of(losses, run.state.data_parallel)
+        first = Computed.of(losses, run.state.engine.gradients())
         assert self._generators is not None
         self._generators.restore(run.groups)
         with run.activity("computing a bad batch once more"):
             again = run.compute_gradients(run.data.train_batches(run.state.consumed_samples))
-        second = Computed.of(again, run.state.data_parallel)
-        again.grad_norm = gradient_norm(run.state.optimizer)
+        second = Computed.of(again, run.state.engine.gradients())
+        again.grad_norm = run.state.engine.gradient_norm()
         standing = self._standing(again)
         torch.distributed.all_reduce(standing, op=torch.distributed.ReduceOp.MAX)
         is_bad = int(standing) != FINE

@@ -20,9 +20,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.transformer.attention import SelfAttention
-from megatron.core.utils import unwrap_model
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
@@ -35,7 +34,8 @@ from spikingbrain_train.models.mixers.parallel_hybrid import ParallelHybrid
 from spikingbrain_train.parallel.forward_passes import pass_forward
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.training.console import Console
-from spikingbrain_train.training.parallel_chunks import ParallelChunks, parallel_chunks
+from spikingbrain_train.training.engines.engine import TrainedChunk, TrainedModel
+from spikingbrain_train.training.parallel_chunks import parallel_chunks
 from spikingbrain_train.training.stages.closed_form import ClosedFormStart
 from spikingbrain_train.training.stages.compared_rows import compared_rows, share_of_rows
 from spikingbrain_train.training.stages.losses import StepLosses
@@ -127,10 +127,7 @@ class Alignment(Stage):
         return metrics
 
     def forward_backward(
-        self,
-        model: DistributedDataParallel | ParallelChunks,
-        batches: Iterator[MicroBatch],
-        num_microbatches: int,
+        self, model: TrainedModel, batches: Iterator[MicroBatch], num_microbatches: int
     ) -> StepLosses:
         """Accumulate gradients of the mean relative error over the global batch."""
         student: HybridGPTModel | ModelChunks = model.module
@@ -171,7 +168,7 @@ class Alignment(Stage):
 
     def _run_teacher(
         self,
-        chunks: Sequence[torch.nn.Module],
+        chunks: Sequence[TrainedChunk | HybridGPTModel],
         batches: Iterator[MicroBatch],
         num_microbatches: int,
         hooks: Mapping[SelfAttention | ParallelHybrid, Callable],
@@ -198,14 +195,14 @@ class Alignment(Stage):
     def _go_forward(
         self,
         step: Callable,
-        chunks: Sequence[torch.nn.Module],
+        chunks: Sequence[TrainedChunk | HybridGPTModel],
         batches: Iterator[MicroBatch],
         num_microbatches: int,
         hooks: Sequence[RemovableHandle],
         **more: Any,
     ) -> None:
         """Forward passes over megatron-core's schedules; ``hooks`` are taken off at the end."""
-        sinks = unwrap_model(chunks[0]).model_config.num_sink_tokens
+        sinks = _network(chunks[0]).model_config.num_sink_tokens
         try:
             pass_forward(
                 chunks, step, batches, num_microbatches, seq_length=self.stage.seq_length + sinks, **more
@@ -214,9 +211,9 @@ class Alignment(Stage):
             for hook in hooks:
                 hook.remove()
 
-    def _forward_step(self, batches: Iterator[MicroBatch], model: torch.nn.Module):
+    def _forward_step(self, batches: Iterator[MicroBatch], model: TrainedChunk | HybridGPTModel):
         batch = next(batches)
-        student: HybridGPTModel = unwrap_model(model)
+        student = _network(model)
         teacher = self._both.teacher_of(student)
         if not teacher.pre_process:
             teacher.set_input_tensor(student.decoder.input_tensor)
@@ -267,7 +264,7 @@ class Alignment(Stage):
 
     def _run_both(
         self,
-        chunks: Sequence[DistributedDataParallel],
+        chunks: Sequence[TrainedChunk],
         batches: Iterator[MicroBatch],
         num_microbatches: int,
         errors: Tensor,
@@ -302,9 +299,9 @@ class Alignment(Stage):
         arguments = self._both.schedule_arguments()
         self._go_forward(self._step_of_both, chunks, batches, num_microbatches, handles, **arguments)
 
-    def _step_of_both(self, batches: Iterator[MicroBatch], model: torch.nn.Module):
+    def _step_of_both(self, batches: Iterator[MicroBatch], model: TrainedChunk):
         batch = next(batches)
-        student: HybridGPTModel = unwrap_model(model)
+        student = model.module
         self._both.give(student)
         self._compared = share_of_rows(
             compared_rows(batch), self.groups, sequence_parallel=student.config.sequence_parallel
@@ -314,6 +311,11 @@ class Alignment(Stage):
             theirs = teacher(batch.tokens, layout=batch.layout.without_sinks(), return_hidden_states=True)
             ours = student(batch.tokens, layout=batch.layout, return_hidden_states=True)
         return self._both.join(ours, theirs), _no_loss
+
+
+def _network(model: TrainedChunk | HybridGPTModel) -> HybridGPTModel:
+    """The model itself: before the first step there is no engine around it."""
+    return model if isinstance(model, HybridGPTModel) else model.module
 
 
 def _no_loss(output: Tensor) -> tuple[Tensor, Tensor, None]:

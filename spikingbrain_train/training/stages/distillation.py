@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
 from spikingbrain_train.config.run import RunConfig
@@ -22,6 +21,7 @@ from spikingbrain_train.ops.linear_cross_entropy import Distillation, KeptDistil
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.reporting.progress import Shown
 from spikingbrain_train.training.data_check import ShowActivity
+from spikingbrain_train.training.engines.engine import TrainedChunk
 from spikingbrain_train.training.stages.data import CachedText, StageData
 from spikingbrain_train.training.stages.side_by_side import SideBySide
 from spikingbrain_train.training.stages.token_loss import TokenLossStage
@@ -77,11 +77,9 @@ class LogitDistillation(TokenLossStage):
         loss = (1 - weight) * cross_entropy + weight * softened
         return loss, {"train/kl_divergence": kl_divergence}
 
-    def forward(
-        self, model: DistributedDataParallel, batch: MicroBatch
-    ) -> Tensor | tuple[Tensor, TokenLosses]:
+    def forward(self, model: TrainedChunk, batch: MicroBatch) -> Tensor | tuple[Tensor, TokenLosses]:
         """Teacher and student side by side, or the student alone."""
-        student: HybridGPTModel = model.module
+        student = model.module
         if self._both is None:
             hidden = model(batch.tokens, layout=batch.layout, return_hidden_states=True)
             return self._losses(student, hidden, batch, None) if student.post_process else hidden

@@ -6,14 +6,13 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
 
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.data.loader import MicroBatch
 from spikingbrain_train.models.feed_forwards.routing import HasAuxiliaryLoss
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.training.data_check import ShowActivity
-from spikingbrain_train.training.parallel_chunks import ParallelChunks
+from spikingbrain_train.training.engines.engine import TrainedModel
 from spikingbrain_train.training.stages.data import PackedAnswers, StageData
 from spikingbrain_train.training.stages.losses import StepLosses
 from spikingbrain_train.training.stages.token_loss import TokenLossStage
@@ -36,10 +35,7 @@ class SupervisedFineTuning(TokenLossStage):
         return PackedAnswers(config, groups, activity)
 
     def forward_backward(
-        self,
-        model: DistributedDataParallel | ParallelChunks,
-        batches: Iterator[MicroBatch],
-        num_microbatches: int,
+        self, model: TrainedModel, batches: Iterator[MicroBatch], num_microbatches: int
     ) -> StepLosses:
         """Accumulate gradients of the mean loss over the global batch's tokens with loss."""
         if (auxiliary := self.find_auxiliary_losses(model)) is not None:

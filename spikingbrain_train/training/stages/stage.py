@@ -5,8 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 
-from megatron.core.distributed import DistributedDataParallel
-
 from spikingbrain_train.config.parallel import KernelConfig
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.config.stage import StageConfig
@@ -18,8 +16,8 @@ from spikingbrain_train.reporting.progress import Shown
 from spikingbrain_train.training.build import build_teacher
 from spikingbrain_train.training.console import Console
 from spikingbrain_train.training.data_check import ShowActivity
+from spikingbrain_train.training.engines.engine import TrainedModel
 from spikingbrain_train.training.frozen_base import freeze_base
-from spikingbrain_train.training.parallel_chunks import ParallelChunks
 from spikingbrain_train.training.stages.data import PackedText, StageData
 from spikingbrain_train.training.stages.losses import StepLosses
 
@@ -99,10 +97,7 @@ class Stage(ABC):
 
     @abstractmethod
     def forward_backward(
-        self,
-        model: DistributedDataParallel | ParallelChunks,
-        batches: Iterator[MicroBatch],
-        num_microbatches: int,
+        self, model: TrainedModel, batches: Iterator[MicroBatch], num_microbatches: int
     ) -> StepLosses:
         """Accumulate and reduce the gradients of one global batch.
 

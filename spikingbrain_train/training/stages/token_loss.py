@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -24,7 +23,8 @@ from spikingbrain_train.ops.linear_cross_entropy import TokenLosses
 from spikingbrain_train.parallel.forward_passes import iterators_of_chunks
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.reporting.progress import Shown
-from spikingbrain_train.training.parallel_chunks import ParallelChunks, parallel_chunks
+from spikingbrain_train.training.engines.engine import TrainedChunk, TrainedModel
+from spikingbrain_train.training.parallel_chunks import parallel_chunks
 from spikingbrain_train.training.stages.losses import StepLosses
 from spikingbrain_train.training.stages.stage import LOSS, Stage
 
@@ -54,9 +54,7 @@ class TokenLossStage(Stage):
         self._auxiliary: list[HasAuxiliaryLoss] | None = None
         self._reported_alone: list[str] = []
 
-    def forward(
-        self, model: DistributedDataParallel, batch: MicroBatch
-    ) -> Tensor | tuple[Tensor, TokenLosses]:
+    def forward(self, model: TrainedChunk, batch: MicroBatch) -> Tensor | tuple[Tensor, TokenLosses]:
         """One micro-batch through this (virtual) pipeline stage.
 
         Returns:
@@ -78,10 +76,7 @@ class TokenLossStage(Stage):
         return {"micro_batch_size": self.stage.micro_batch_size}
 
     def forward_backward(
-        self,
-        model: DistributedDataParallel | ParallelChunks,
-        batches: Iterator[MicroBatch],
-        num_microbatches: int,
+        self, model: TrainedModel, batches: Iterator[MicroBatch], num_microbatches: int
     ) -> StepLosses:
         """Accumulate gradients of the mean loss over the global batch's unmasked tokens."""
         network, chunks = model.module.model_config, parallel_chunks(model)
@@ -100,9 +95,7 @@ class TokenLossStage(Stage):
         auxiliary = self._auxiliary_losses() - before
         return StepLosses(sums, partial(self._metrics, auxiliary), weight=sums[0])
 
-    def find_auxiliary_losses(
-        self, model: DistributedDataParallel | ParallelChunks
-    ) -> list[HasAuxiliaryLoss] | None:
+    def find_auxiliary_losses(self, model: TrainedModel) -> list[HasAuxiliaryLoss] | None:
         """What adds losses on this pipeline rank; None where nothing in the whole model does.
 
         Which is decided by settings alone: ranks add up the losses of all.
@@ -153,7 +146,7 @@ class TokenLossStage(Stage):
             parts = {**parts, **dict(zip(self._reported_alone, means[1:].unbind(), strict=True))}
         return {"train/loss": loss, "train/cross_entropy": mean, **parts}
 
-    def _forward_step(self, batches: Iterator[MicroBatch], model: DistributedDataParallel):
+    def _forward_step(self, batches: Iterator[MicroBatch], model: TrainedChunk):
         batch = next(batches)
         return self.forward(model, batch), partial(self._loss, batch.loss_mask)
 

@@ -1,0 +1,64 @@
+"""What the engine of a run cannot do, said before torch is imported."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from spikingbrain_train.architecture.layers import has_experts
+from spikingbrain_train.config.parallel import EngineKind, ParallelConfig
+from spikingbrain_train.config.require import require
+from spikingbrain_train.config.run import Precision, RunConfig
+
+_DEEPSPEED = "parallel.engine=deepspeed"
+
+
+def check_engine(config: RunConfig) -> None:
+    """DeepSpeed shards over data- and context-parallel ranks alone. Raises ConfigurationError."""
+    parallel = config.parallel
+    if parallel.engine is not EngineKind.deepspeed:
+        return
+    _check_degrees(parallel)
+    check_zero_precision(config)
+    require(
+        not parallel.overlap_param_gather,
+        f"{_DEEPSPEED} gathers weights at the end of every update; set parallel.overlap_param_gather=false",
+    )
+    require(
+        not config.checkpoint.memory_interval,
+        f"{_DEEPSPEED} keeps no checkpoints in the memory of other hosts; set checkpoint.memory_interval=0 "
+        "(checkpoint.async_save=true lets checkpoints on the disk be written beside the training)",
+    )
+    require(
+        not has_experts(config.model),
+        f"{_DEEPSPEED} trains no mixture of experts, whose optimizer state megatron-core keeps apart "
+        "from others; set parallel.engine=megatron",
+    )
+    require(
+        config.dry_run or find_spec("deepspeed") is not None,
+        f"{_DEEPSPEED} needs the package deepspeed, which is not installed; run pip install "
+        "'spikingbrain-train[deepspeed]', or set parallel.engine=megatron",
+    )
+
+
+def check_zero_precision(config: RunConfig) -> None:
+    """Asked again where ``precision=auto`` has been settled. Raises ConfigurationError."""
+    require(
+        config.parallel.zero.stage != 1 or config.precision is not Precision.bf16,
+        f"{_DEEPSPEED} cannot do parallel.zero.stage=1 in bf16, for which DeepSpeed has another kind of "
+        "optimizer; set parallel.zero.stage=2, or precision=fp32",
+    )
+
+
+def _check_degrees(parallel: ParallelConfig) -> None:
+    degrees = {
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": parallel.expert_tensor_size,
+    }
+    for name, degree in degrees.items():
+        require(
+            degree == 1,
+            f"{_DEEPSPEED} spreads a run over data- and context-parallel ranks alone, but "
+            f"parallel.{name}={degree}; set it to 1, or parallel.engine=megatron",
+        )

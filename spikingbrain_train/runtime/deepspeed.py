@@ -1,0 +1,58 @@
+"""DeepSpeed inside a world that is already joined: on the right platform, quietly, compiling nothing."""
+
+from __future__ import annotations
+
+import logging
+import os
+from importlib import import_module
+from typing import Any
+
+from spikingbrain_train.runtime.accelerator import Accelerator
+from spikingbrain_train.runtime.patch import ON_CPU, Moment, Patch
+
+_PLATFORM = "DS_ACCELERATOR"
+
+
+def import_deepspeed(accelerator: Accelerator) -> Any:
+    """The package, using the process group that this rank has joined.
+
+    It decides on its platform when it is imported: on a machine with a GPU it would take that for a CPU run.
+
+    Args:
+        accelerator: platform of this process.
+    """
+    os.environ.setdefault(_PLATFORM, "cuda" if accelerator.is_gpu else "cpu")
+    import deepspeed
+    from deepspeed.comm import comm
+    from deepspeed.utils import groups, logger
+
+    logger.setLevel(logging.WARNING)
+    if comm.cdb is not None:  # of a world that this process was in before
+        comm.cdb = None
+        groups._release_process_group_references(group=None)
+    if not accelerator.is_gpu:
+        compile_no_shared_memory_op()
+    deepspeed.init_distributed(
+        dist_backend=accelerator.collective_backend, auto_mpi_discovery=False, verbose=False
+    )
+    return deepspeed
+
+
+def compile_no_shared_memory_op() -> None:
+    """Have CPU ranks talk over torch's gloo alone."""
+    # As an attribute of deepspeed.comm that name is the library torch itself.
+    backend: Any = import_module("deepspeed.comm.torch")
+    backend.build_shm_op = lambda: None
+
+
+PATCHES = (
+    Patch(
+        name="compile_no_shared_memory_op",
+        changes="deepspeed.comm.torch.build_shm_op gives none",
+        reason="where a compiler and AVX-512 are there, each CPU rank would compile an extension in C++ for "
+        "minutes at its start, and sum in another order with it",
+        apply=compile_no_shared_memory_op,
+        platforms=ON_CPU,
+        moment=Moment.using,
+    ),
+)
