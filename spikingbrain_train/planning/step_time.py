@@ -143,9 +143,8 @@ def peak_flops(config: RunConfig) -> float:
     """FLOP/s that a device is sold for. Raises ConfigurationError where the cluster states none."""
     if config.cluster.peak_tflops is None:
         raise ConfigurationError(
-            "cluster.peak_tflops is null, so the time of a step is not known; set it, or "
-            "choose cluster=a800, "
-            "h100, h200 or c550, which state it"
+            "cluster.peak_tflops is null, so the time of a step is not known; set it, or choose "
+            "cluster=a800, h100, h200 or c550, which state it"
         )
     return config.cluster.peak_tflops * 1e12
 
