@@ -116,6 +116,7 @@ EXPERIMENTS = {
     "spikingbrain_7b_8k parallel=dp4_tp2": ((4, 2, 1, 1, 1), 8192, 100),
     "spikingbrain_7b_32k parallel=dp4_tp2": ((4, 2, 1, 1, 1), 32768, 25),
     "spikingbrain_7b_128k parallel=cp4_tp2": ((1, 2, 1, 4, 1), 131072, 25),
+    "spikingbrain_7b_128k parallel=dp32_cp8_zero2": ((32, 1, 1, 8, 1), 131072, 25),
     "spikingbrain_7b_128k parallel=dp32_cp8_halo": ((32, 1, 1, 8, 1), 131072, 25),
     "spikingbrain_76b_32k parallel=dp32_cp4_ep8_pp4": ((32, 1, 4, 4, 8), 32768, 30),
     "spikingbrain_76b_128k parallel=dp16_cp8_ep8_pp4": ((16, 1, 4, 8, 8), 131072, 30),
