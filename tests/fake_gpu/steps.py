@@ -136,8 +136,9 @@ def selected_by(config: RunConfig, mask: Tensor) -> int:
 def _step(config: RunConfig, groups: Any, accelerator: Accelerator, findings: Findings) -> dict[str, Any]:
     from spikingbrain_train.checkpoint.sharded_state import state_to_save
     from spikingbrain_train.training import build
-    from spikingbrain_train.training.build import kernels_of, wrap_data_parallel
-    from spikingbrain_train.training.optimizer import build_optimizer, build_scheduler, update_weights
+    from spikingbrain_train.training.build import kernels_of
+    from spikingbrain_train.training.engines.build import build_engine
+    from spikingbrain_train.training.optimizer import build_scheduler
     from spikingbrain_train.training.stages.build import stage_class
     from spikingbrain_train.training.training_state import TrainingState
 
@@ -150,18 +151,17 @@ def _step(config: RunConfig, groups: Any, accelerator: Accelerator, findings: Fi
     stage = stage_class(config.stage)(config.stage, groups, teacher)
     student = build.build_student(config, chosen, groups)
     stage.freeze(student)
-    model = wrap_data_parallel(student, config.parallel)
-    optimizer = build_optimizer(config.optimizer, config.parallel, config.precision, model)
-    scheduler = build_scheduler(config.optimizer, config.stage.train_iters, optimizer)
+    engine = build_engine(config, student, groups)
+    model = engine.model
+    scheduler = build_scheduler(config.optimizer, config.stage.train_iters, engine.optimizer)
     stray = [name for name, each in [*model.named_parameters(), *model.named_buffers()] if not each.is_cuda]
-    state = TrainingState(model, optimizer, scheduler, callbacks=NoCallbacks())
+    state = TrainingState(engine, scheduler, callbacks=NoCallbacks())
     whole = batches(config)
     findings.clear()
-    model.zero_grad_buffer()
-    optimizer.zero_grad()
+    engine.begin_gradients()
     stage.forward_backward(model, (local(each, config, groups) for each in whole), MICRO_BATCHES)
     scheduler.step(increment=1)
-    update_weights(optimizer, lambda norm: None)
+    engine.update_weights(lambda norm: None)
     found = {name: dict(counter) for name, counter in vars(findings).items()}
     saved = state_to_save(state, groups)
     for_cpu = [each.name for each in PATCHES if AcceleratorKind.cuda not in each.platforms]
