@@ -18,8 +18,8 @@ from tests.distributed.small_runs import MODEL
 
 def replaced(model: ModelConfig) -> list[int]:
     student: Any = SimpleNamespace(model_config=model)
-    teacher: Any = SimpleNamespace(model_config=dense_source(model))
-    groups: Any = None
+    teacher: Any = SimpleNamespace(model_config=dense_source(model), chunks=["its only stage"])
+    groups: Any = SimpleNamespace(pipeline_model_parallel_size=1)
     return Alignment(StageConfig(kind="align"), groups, teacher).replaced_layers(student)
 
 
