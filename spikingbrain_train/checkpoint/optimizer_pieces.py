@@ -77,7 +77,7 @@ def _pieces(optimizer: DistributedOptimizer, weights: dict[str, Any]) -> dict[in
         if id(parameter) in own:
             tensors = optimizer._get_main_param_and_optimizer_states(parameter)
             begin = own[id(parameter)][1].start
-        if not all(is_part(each.data, parameter) for each in parts):
+        if not all(_is_part(each.data, parameter) for each in parts):
             if whole := _gathered(sharded, parameter, tensors, begin, optimizer):
                 state[number] = whole
         elif tensors:
@@ -108,7 +108,7 @@ def unfolded(sharded: ShardedTensor | ShardedTensorFactory) -> list[ShardedTenso
     return [each for each in nested_values({"": sharded.build()}) if isinstance(each, ShardedTensor)]
 
 
-def is_part(data: torch.Tensor, parameter: torch.Tensor) -> bool:
+def _is_part(data: torch.Tensor, parameter: torch.Tensor) -> bool:
     """Whether it shows elements of the parameter, and is no copy of them."""
     return data.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()
 
@@ -153,7 +153,7 @@ class StoredPart:
     def of(cls, sharded: ShardedTensor, parameter: torch.Tensor) -> StoredPart:
         """A part of a parameter that is whole on this rank."""
         data = sharded.data
-        if not is_part(data, parameter) or not data.is_contiguous():
+        if not _is_part(data, parameter) or not data.is_contiguous():
             raise CheckpointError(
                 f"{sharded.key} is stored across the order of its elements, as experts of grouped_gemm are; "
                 "set cluster.kernels.experts=sequential, or transformer_engine where that is installed"

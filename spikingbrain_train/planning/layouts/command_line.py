@@ -90,9 +90,8 @@ def plan_parallel_parser() -> argparse.ArgumentParser:
         type=float,
         default=EFFICIENCY,
         metavar="X",
-        help="share of the peak that arithmetic reaches on one GPU: the MFU of a run of yours "
-        "on one GPU without "
-        "recomputation (default: %(default)s)",
+        help="share of the peak that arithmetic reaches on one GPU: the MFU of a run of yours on one GPU "
+        "without recomputation (default: %(default)s)",
     )
     parser.add_argument(
         "--choose",

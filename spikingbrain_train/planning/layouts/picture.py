@@ -8,7 +8,7 @@ from typing import Any
 
 from spikingbrain_train.planning.layouts.search import Search
 from spikingbrain_train.planning.memory import GIB
-from spikingbrain_train.reporting.plots.picture import save_figure
+from spikingbrain_train.reporting.plots.picture import dress, save_figure
 from spikingbrain_train.reporting.plots.style import FAINT, GRID, INK, SMALL_SIZE, WIDTH, line_style
 
 _PARTS = (
@@ -29,7 +29,7 @@ def save_search_picture(searches: Sequence[Search], destination: Path) -> None:
     if len(searches) == 1:
         save_figure(lambda: draw_layouts(searches[0]), destination, "--plot")
     else:
-        save_figure(lambda: draw_scaling({"": searches}), destination, "--plot")
+        save_figure(lambda: draw_scaling(searches), destination, "--plot")
 
 
 def draw_layouts(search: Search) -> Any:
@@ -77,30 +77,28 @@ def draw_layouts(search: Search) -> Any:
     return figure
 
 
-def draw_scaling(curves: dict[str, Sequence[Search]]) -> Any:
+def draw_scaling(searches: Sequence[Search]) -> Any:
     """Tokens a second beside what they would be without loss, and MFU, over GPUs. A matplotlib Figure.
 
     Args:
-        curves: a name -> the searches on more and more GPUs.
+        searches: of one model on more and more GPUs.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter, PercentFormatter
 
     figure = Figure(figsize=(WIDTH, 3.6), layout="constrained", facecolor="white")
     speed, share = figure.subplots(1, 2)
-    for number, (name, searches) in enumerate(curves.items()):
-        gpus = [each.world_size for each in searches]
-        tokens = [each.found[0].tokens_per_second_per_gpu * each.world_size for each in searches]
-        style = line_style(number)
-        speed.plot(gpus, tokens, marker=style.marker, **style.keywords(), label=name or "predicted")
-        ideal = [tokens[0] * each / gpus[0] for each in gpus]
-        speed.plot(gpus, ideal, color=FAINT, linewidth=0.8, linestyle=(0, (1, 2)))
-        share.plot(
-            gpus, [each.found[0].time.mfu for each in searches], marker=style.marker, **style.keywords()
-        )
+    gpus = [each.world_size for each in searches]
+    tokens = [each.found[0].tokens_per_second_per_gpu * each.world_size for each in searches]
+    mfu = [each.found[0].time.mfu for each in searches]
+    style = line_style(0)
+    speed.plot(gpus, tokens, marker=style.marker, **style.keywords())
+    ideal = [tokens[0] * each / gpus[0] for each in gpus]
+    speed.plot(gpus, ideal, color=FAINT, linewidth=0.8, linestyle=(0, (1, 2)))
+    share.plot(gpus, mfu, marker=style.marker, **style.keywords())
     for axis in (speed, share):
         axis.set_xscale("log", base=2)
-        marks = sorted({each.world_size for searches in curves.values() for each in searches})
+        marks = sorted(set(gpus))
         axis.set_xticks(marks, [f"{mark:,}" for mark in marks], rotation=45, ha="right")
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set_xlabel("GPUs")
@@ -109,14 +107,10 @@ def draw_scaling(curves: dict[str, Sequence[Search]]) -> Any:
     speed.set_title("predicted tokens a second (dotted: no loss)", loc="left", color=INK)
     share.set_title("predicted MFU", loc="left", color=INK)
     share.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    share.set_ylim(0, 1.1 * max(each.found[0].time.mfu for searches in curves.values() for each in searches))
-    if len(curves) > 1:
-        figure.legend(loc="outside lower center", ncols=len(curves), frameon=False, fontsize=SMALL_SIZE)
+    share.set_ylim(0, 1.1 * max(mfu))
     return figure
 
 
 def _clean(axis: Any) -> None:
-    axis.grid(color=GRID, linewidth=0.6)
-    axis.set_axisbelow(True)
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
+    dress(axis)
+    axis.grid(axis="x", color=GRID, linewidth=0.7)

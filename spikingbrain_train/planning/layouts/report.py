@@ -63,11 +63,9 @@ def nothing_fits(found: Search, enough: int | None) -> ConfigurationError:
     needed = smallest.bytes / (1 - MARGIN) / GIB
     more = f"--gpus {enough}, on which one fits" if enough else "many more GPUs, a shorter sequence"
     return ConfigurationError(
-        f"no layout of this model fits into {found.device.bytes / GIB:.1f} GiB on --gpus "
-        f"{gpus}: the one that "
-        f"takes least, {_described(smallest, gpus)}, needs {smallest.bytes / GIB:.1f} GiB "
-        "a GPU and so one of "
-        f"{needed:.0f} GiB or more; take {more}, or larger GPUs"
+        f"no layout of this model fits into {found.device.bytes / GIB:.1f} GiB on --gpus {gpus}: the one "
+        f"that takes least, {_described(smallest, gpus)}, needs {smallest.bytes / GIB:.1f} GiB a GPU and so "
+        f"one of {needed:.0f} GiB or more; take {more}, or larger GPUs"
     )
 
 
@@ -86,15 +84,13 @@ def _head(search: Search, efficiency: float, *, with_gpus: bool) -> list[tuple[s
         (
             "cluster",
             f"{gpus}{cluster.gpus_per_node} a node, {search.device.bytes / GIB:.1f} GiB, "
-            f"{cluster.peak_tflops:g} "
-            f"TFLOP/s; a GPU sends {cluster.intra_node_gb_per_s:g} GB/s inside its node and "
-            f"{cluster.inter_node_gb_per_s:g} to others",
+            f"{cluster.peak_tflops:g} TFLOP/s; a GPU sends {cluster.intra_node_gb_per_s:g} GB/s inside its "
+            f"node and {cluster.inter_node_gb_per_s:g} to others",
         ),
         (
             "assumed",
-            f"arithmetic at {efficiency:.0%} of the peak (--efficiency: your own); MFU counts "
-            "the model's FLOPs "
-            "without recomputation",
+            f"arithmetic at {efficiency:.0%} of the peak (--efficiency: your own); MFU counts the model's "
+            "FLOPs without recomputation",
         ),
     ]
 
@@ -168,9 +164,8 @@ def _scaling(searches: Sequence[Search]) -> list[str]:
 
 def _set_aside(search: Search, width: int) -> list[str]:
     lines = [
-        f"{search.tried:,} layouts work. Set aside: {search.slower:,} that are slower "
-        "than those listed, or slower "
-        "forms of them, and"
+        f"{search.tried:,} layouts work. Set aside: {search.slower:,} that are slower than those listed, "
+        "or slower forms of them, and"
     ]
     lines += [f"- {reason}" for reason in _reasons(search)[:_MOST_REASONS]]
     wrapped = []

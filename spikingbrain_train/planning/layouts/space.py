@@ -9,7 +9,7 @@ stages those whose longest is the shortest are tried, beside even ones.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from spikingbrain_train.architecture.layers import feed_forwards_of, has_experts
@@ -66,20 +66,11 @@ def layouts(
     """
     variants = _Variants(config, work)
     for split in _splits(config, world_size, everything=everything):
-        try:
-            _check(config, world_size, split)
-        except ConfigurationError as error:
-            if split.sequence_parallel and not everything:  # the length may divide without it
-                split = replace(split, sequence_parallel=False)
-                try:
-                    _check(config, world_size, split)
-                except ConfigurationError:
-                    rejections.refused(error)
-                    continue
-            else:
-                rejections.refused(error)
-                continue
-        yield from variants.of(split, world_size)
+        forms = [split]
+        if split.sequence_parallel and not everything:  # the length may divide without it
+            forms.append(replace(split, sequence_parallel=False))
+        if accepted := _first_accepted(config, world_size, forms, rejections):
+            yield from variants.of(accepted, world_size)
 
 
 def _splits(config: RunConfig, world_size: int, *, everything: bool) -> Iterator[Layout]:
@@ -106,6 +97,22 @@ def _splits(config: RunConfig, world_size: int, *, everything: bool) -> Iterator
                         yield replace(base, distributed_optimizer=False)
                     if everything and sharded and tensor > 1:
                         yield replace(base, distributed_optimizer=False, sequence_parallel=False)
+
+
+def _first_accepted(
+    config: RunConfig, world_size: int, forms: Sequence[Layout], rejections: Rejections
+) -> Layout | None:
+    """Of the forms of a split; where a run would refuse all of them, the first one's sentence is kept."""
+    refusals = []
+    for form in forms:
+        try:
+            _check(config, world_size, form)
+        except ConfigurationError as error:
+            refusals.append(error)
+        else:
+            return form
+    rejections.refused(refusals[0])
+    return None
 
 
 def _check(config: RunConfig, world_size: int, split: Layout) -> None:

@@ -36,11 +36,10 @@ def write_layout(found: Found, path: Path) -> None:
     stage, time = config.stage, found.time
     fullest = found.plan.fullest.memory.total / GIB
     head = (
-        f"# {found.layout.describe(world_size)} on {world_size} GPUs, as "
-        "spikingbrain-plan-parallel chose it.\n"
+        f"# {found.layout.describe(world_size)} on {world_size} GPUs, as spikingbrain-plan-parallel "
+        "chose it.\n"
         f"# For {stage.global_batch_size} sequences of {stage.seq_length} tokens a step, "
-        "stage.micro_batch_size="
-        f"{stage.micro_batch_size}.\n"
+        f"stage.micro_batch_size={stage.micro_batch_size}.\n"
         f"# Predicted: {fullest:.1f} GiB on the fullest GPU, {time.seconds:.3g} s a step, "
         f"an MFU of {time.mfu:.1%}.\n"
     )
