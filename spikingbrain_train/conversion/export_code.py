@@ -4,11 +4,16 @@ A kind names its file (:attr:`~spikingbrain_train.architecture.kind.Kind.export_
 :mod:`spikingbrain_train.hf` or of a plugin. transformers copies the files that a folder's modelling file
 imports, releases before 5 none that only those import. So that file names all of them: what lies in the
 package imports the package's own kinds, and an export's those of its model.
+
+transformers 5 takes the first model class that it has seen for a configuration class, and the code of two
+folders of one name gives one configuration class where its file is the same. So that file ends with a digest
+of the others.
 """
 
 from __future__ import annotations
 
 import ast
+import hashlib
 import importlib.util
 import re
 import sys
@@ -25,12 +30,13 @@ _ALLOWED = frozenset({"torch", "transformers", *sys.stdlib_module_names})
 _FILE = re.compile(r"[A-Za-z_]\w*")
 
 
-def code_with_kinds(code: Code, kinds: Iterable[Kind]) -> dict[str, str]:
+def code_of_export(code: Code, kinds: Iterable[Kind] = ()) -> dict[str, str]:
     """Every file of an export by its name.
 
     Args:
         code: of the format; its modelling file imports those of the package's kinds.
-        kinds: that the model is made of. Those without a file of their own are in the shared ones.
+        kinds: that the model is made of and that the format adds files for. Those without a file of their own
+            are in the shared ones.
 
     Raises:
         ConfigurationError: the file of a kind is not there, is no Python, has a name that is taken, or
@@ -45,6 +51,8 @@ def code_with_kinds(code: Code, kinds: Iterable[Kind]) -> dict[str, str]:
     modelling = next(name for name in own if name.startswith("modeling"))
     kinds_of_package = {path.name for path in package.glob("*.py")} - set(own)
     texts[modelling] = _importing(texts[modelling], kinds_of_package, added)
+    configuration = code.auto_map["AutoConfig"].split(".")[0] + ".py"
+    texts[configuration] += f"\n# Digest of all code of this folder: {_digest(texts)}\n"
     return texts
 
 
@@ -52,6 +60,11 @@ def from_outside(kinds: Iterable[Kind]) -> list[str]:
     """Names of those whose file lies outside this package."""
     root = __name__.partition(".")[0]
     return [kind.name for kind in kinds if kind.export_module and kind.export_module.split(".")[0] != root]
+
+
+def _digest(texts: dict[str, str]) -> str:
+    named = "".join(f"{name}\n{hashlib.sha256(texts[name].encode()).hexdigest()}\n" for name in sorted(texts))
+    return hashlib.sha256(named.encode()).hexdigest()[:16]
 
 
 def _file_of(kind: Kind) -> Path:

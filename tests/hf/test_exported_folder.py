@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from spikingbrain_train.architecture.feed_forwards import FEED_FORWARDS
 from spikingbrain_train.architecture.mixers import MIXERS
-from spikingbrain_train.conversion.export_code import code_with_kinds
+from spikingbrain_train.conversion.export_code import code_of_export
 from spikingbrain_train.hf import GLA_SWA_CODE, SPIKINGBRAIN_CODE, Code
 from spikingbrain_train.hf.configuration_gla_swa import GLAswaConfig
 from spikingbrain_train.hf.modeling_gla_swa import GLAswaForCausalLM
@@ -137,7 +137,7 @@ def test_folder_loads_computes_generates_and_trains_on_its_own(
 def test_the_modelling_file_names_every_other_file(code: Code, kinds: list[str]) -> None:
     """transformers 4.5x puts no others where it imports the code from."""
     found = [registry[name] for name in kinds for registry in (MIXERS, FEED_FORWARDS) if name in registry]
-    texts = code_with_kinds(code, found)
+    texts = code_of_export(code, found)
     (own,) = (name for name in texts if name.startswith("modeling"))
     imported = re.findall(r"^from \.(\w+) import", texts[own], re.MULTILINE)
     assert sorted([*imported, own.removesuffix(".py")]) == sorted(name.removesuffix(".py") for name in texts)

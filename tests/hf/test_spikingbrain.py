@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from spikingbrain_train.architecture.feed_forwards import FEED_FORWARDS
 from spikingbrain_train.architecture.mixers import MIXERS
-from spikingbrain_train.conversion.export_code import code_with_kinds
+from spikingbrain_train.conversion.export_code import code_of_export
 from spikingbrain_train.hf import SPIKINGBRAIN_CODE
 from spikingbrain_train.hf.configuration_spikingbrain import SpikingBrainConfig
 from spikingbrain_train.hf.kinds_spikingbrain import MIXERS as MODEL_MIXERS
@@ -199,16 +200,37 @@ def test_lora_attaches_by_the_ordinary_names(model: SpikingBrainForCausalLM) -> 
     adapted.merge_and_unload().generate(text, max_new_tokens=3, do_sample=False, pad_token_id=0)
 
 
+def export(model: SpikingBrainForCausalLM, folder: Path, *, feed_forwards: list[str]) -> None:
+    """What the exporter does: tensors, config with auto_map, the code of the model's kinds."""
+    model.config.architectures = SPIKINGBRAIN_CODE.architectures
+    model.config.auto_map = SPIKINGBRAIN_CODE.auto_map
+    model.save_pretrained(folder)
+    kinds = [MIXERS["gla"], MIXERS["swa"], *(FEED_FORWARDS[name] for name in feed_forwards)]
+    for name, text in code_of_export(SPIKINGBRAIN_CODE, kinds).items():
+        (folder / name).write_text(text)
+
+
 @pytest.mark.slow
 def test_folder_loads_computes_generates_and_trains_on_its_own(tmp_path: Path) -> None:
     model = random_model(spiking=SPIKES, tie_word_embeddings=True)
-    model.config.architectures = SPIKINGBRAIN_CODE.architectures
-    model.config.auto_map = SPIKINGBRAIN_CODE.auto_map
-    model.save_pretrained(tmp_path / "export")
-    kinds = [MIXERS["gla"], MIXERS["swa"], FEED_FORWARDS["dense"], FEED_FORWARDS["moe"]]
-    for name, text in code_with_kinds(SPIKINGBRAIN_CODE, kinds).items():
-        (tmp_path / "export" / name).write_text(text)
+    export(model, tmp_path / "export", feed_forwards=["dense", "moe"])
     check_that_a_folder_stands_alone(model, tmp_path / "export", SPIKINGBRAIN_CODE, tmp_path)
+
+
+def test_folders_of_one_name_are_loaded_each_with_its_own_code(tmp_path: Path) -> None:
+    """transformers keeps the model class of the first one, for each class of configurations."""
+    feed_forwards = {"dense": ["mlp"] * 3, "experts": ["moe"] * 3}
+    for folder, listed in feed_forwards.items():
+        model = random_model(feed_forwards=listed)
+        kinds = ["dense" if name == "mlp" else name for name in dict.fromkeys(listed)]
+        export(model, tmp_path / folder / "of_one_name", feed_forwards=kinds)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            tmp_path / folder / "of_one_name", trust_remote_code=True, dtype=torch.float32
+        )
+        with torch.no_grad():
+            torch.testing.assert_close(
+                loaded.eval()(tokens(1, 9)).logits, model(tokens(1, 9)).logits, rtol=0, atol=1e-6
+            )
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from spikingbrain_train.config.model import (
     GateKind,
     ModelConfig,
 )
+from spikingbrain_train.conversion.export_code import code_of_export
 from spikingbrain_train.conversion.formats.config_keys import OWN_KEYS, ConfigKeys
 from spikingbrain_train.conversion.formats.hf_format import Completion, Zeros
 from spikingbrain_train.conversion.formats.llama_like import LlamaLikeFormat
@@ -258,7 +259,7 @@ class GatedLinearSlidingWindowFormat(LlamaLikeFormat):
                 )
 
     def code_files(self, model: ModelConfig) -> dict[str, str]:
-        return {path.name: path.read_text(encoding="utf-8") for path in GLA_SWA_CODE.files}
+        return code_of_export(GLA_SWA_CODE)
 
     def notes_on_export(self, model: ModelConfig) -> list[str]:
         lacks = self.published_class_lacks(model)

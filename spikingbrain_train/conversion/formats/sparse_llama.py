@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from spikingbrain_train.config.model import ActivationFunc, ModelConfig
+from spikingbrain_train.conversion.export_code import code_of_export
 from spikingbrain_train.conversion.formats.config_keys import OWN_KEYS
 from spikingbrain_train.conversion.formats.dense import DenseFormat
 from spikingbrain_train.hf import SPARSE_LLAMA_CODE
@@ -36,7 +37,7 @@ class SparseLlamaFormat(DenseFormat):
         }
 
     def code_files(self, model: ModelConfig) -> dict[str, str]:
-        return {path.name: path.read_text(encoding="utf-8") for path in SPARSE_LLAMA_CODE.files}
+        return code_of_export(SPARSE_LLAMA_CODE)
 
     def notes_on_export(self, model: ModelConfig) -> list[str]:
         return [

@@ -24,7 +24,7 @@ from spikingbrain_train.config.model import (
     MoEConfig,
     RouterWeights,
 )
-from spikingbrain_train.conversion.export_code import code_with_kinds
+from spikingbrain_train.conversion.export_code import code_of_export
 from spikingbrain_train.conversion.formats.config_keys import OWN_KEYS, ConfigKeys
 from spikingbrain_train.conversion.formats.gla_swa import shortest_pattern
 from spikingbrain_train.conversion.formats.llama_like import LlamaLikeFormat
@@ -220,7 +220,7 @@ class SpikingBrainFormat(LlamaLikeFormat):
         return {OWN_KEYS: own, "dtype": dtype, "torch_dtype": dtype}
 
     def code_files(self, model: ModelConfig) -> dict[str, str]:
-        return code_with_kinds(SPIKINGBRAIN_CODE, kinds_of(model))
+        return code_of_export(SPIKINGBRAIN_CODE, kinds_of(model))
 
     def notes_on_export(self, model: ModelConfig) -> list[str]:
         return [
