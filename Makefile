@@ -82,6 +82,10 @@ architecture: environment ## Draw the picture of rooms and arrows in ARCHITECTUR
 settings: environment ## Write docs/settings.md anew, every setting of runs and recipes
 	@$(call program,python) scripts/document_settings.py
 
+.PHONY: docs
+docs: environment ## Build the pages as a site, outputs/docs/README.html; a link that leads nowhere is an error
+	@$(call program,python) -m sphinx -W --keep-going -q -b html -c docs/site . outputs/docs
+
 .PHONY: clean
 clean: ## Remove the environment and caches; outputs/ stays
 	rm -rf -- $(call quoted,VENV) $(call quoted,VENV)-kernels .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info build

@@ -34,7 +34,7 @@ def test_help_lists_every_target() -> None:
     assert {"demo", "test", "lint", "typecheck"} <= targets
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "test-fast", "lint", "typecheck", "format"])
+@pytest.mark.parametrize("target", ["demo", "test", "test-fast", "lint", "typecheck", "format", "docs"])
 def test_target_makes_its_environment_first(target: str) -> None:
     first, *rest = planned(target, "VENV=elsewhere", "PYTHON=python3.12").splitlines()
     assert first == 'PYTHON="python3.12" scripts/setup_environment.sh "elsewhere"'

@@ -83,7 +83,7 @@ def test_first_working_interpreter_is_taken_and_its_tested_versions(machine: Mac
     assert result.returncode == 0, result.stderr
     assert "python3 (Python 3.11)" in result.stdout
     assert (
-        f"--constraint {ROOT}/constraints/py311.txt --editable .[dev,demo,deepspeed,evaluation,gigatoken]"
+        f"--constraint {ROOT}/constraints/py311.txt --editable .[dev,demo,deepspeed,evaluation,gigatoken,docs]"
         in machine.pip_calls()[-1]
     )
 
