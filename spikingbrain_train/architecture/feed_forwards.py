@@ -11,7 +11,7 @@ from spikingbrain_train.architecture.registry import Registry
 from spikingbrain_train.architecture.submodule_kind import SubmoduleKind
 from spikingbrain_train.architecture.weights import Weight
 from spikingbrain_train.config.model import ActivationFunc, ModelConfig
-from spikingbrain_train.config.parallel import ParallelConfig
+from spikingbrain_train.config.parallel import ParallelConfig, Recompute
 from spikingbrain_train.config.run import RunConfig
 
 
@@ -58,6 +58,20 @@ class FeedForwardKind(SubmoduleKind):
         0 where a kind does not say.
         """
         return 0.0
+
+    def computes_again(self, config: RunConfig, weight: Weight) -> bool:
+        """Whether what the linear of a weight keeps is made anew in the backward pass.
+
+        Whole layers that are computed again (``parallel.recompute=full``) are not its matter.
+        """
+        return config.parallel.recompute in (Recompute.moe_feed_forward, Recompute.moe_layer)
+
+    def most_kept_by_experts(self, config: RunConfig) -> float | None:
+        """Bytes of a micro-batch on one rank that routed experts keep at most, however tokens are routed.
+
+        Beside what they read, which every token brings along. None where nothing bounds it.
+        """
+        return None
 
     def dispatched_bytes(self, config: RunConfig) -> float:
         """Bytes per token that are sent to experts, and come back; 0 where no token is routed."""

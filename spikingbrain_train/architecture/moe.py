@@ -18,7 +18,7 @@ from spikingbrain_train.architecture.feed_forwards import (
 )
 from spikingbrain_train.architecture.initializers import Constant, Normal, OfRecipe
 from spikingbrain_train.architecture.linear_transforms import keeps_its_input
-from spikingbrain_train.architecture.sizes import FP32, bytes_per_element
+from spikingbrain_train.architecture.sizes import FP32, bytes_per_element, rank_tokens
 from spikingbrain_train.architecture.weights import Copies, Split, Weight
 from spikingbrain_train.config.enum_tables import entry_of
 from spikingbrain_train.config.model import ActivationFunc, ModelConfig, RouterWeights
@@ -182,15 +182,14 @@ class MixtureOfExpertsKind(FeedForwardKind):
         router = (3 * moe.num_experts + (moe.router_hidden_size or 0)) * FP32 / tensor
         row = model.hidden_size * element / tensor
         dispatched = experts_of_a_token * row * parallel.expert_tensor_size  # what the experts read
-        activation = (experts_of_a_token + moe.num_shared_experts) * width * element / tensor
+        routed = experts_of_a_token * width * element / tensor
+        activation = routed + moe.num_shared_experts * width * element / tensor
         matrices = 2 * activation  # gate and up
         encoded = 0.0
         if moe.num_shared_experts and keeps_its_input(model, "mlp_fc1"):
             encoded = row if parallel.sequence_parallel else row * tensor  # what the shared expert reads
         # Weights of tokens are part of a fused SwiGLU; elsewhere they multiply what is kept for that.
-        weighted = 0.0
-        if model.activation_func is not ActivationFunc.silu:
-            weighted = experts_of_a_token * width * element / tensor
+        weighted = 0.0 if model.activation_func is ActivationFunc.silu else routed
         everything = router + dispatched + activation + weighted + matrices + encoded
         has_copy = keeps_its_input(model, "mlp_fc2")  # what fc2 keeps is not the activation
         levels = {
@@ -201,7 +200,33 @@ class MixtureOfExpertsKind(FeedForwardKind):
             Recompute.moe_layer: everything,
         }
         recomputed = entry_of(parallel.recompute, levels, "the activations of experts")
+        if self._experts_are_busy(config):  # gate, up and product, of which a level frees some anyway
+            first_level = parallel.recompute is Recompute.moe_activation
+            recomputed += 3 * routed + weighted
+            recomputed -= weighted + (0.0 if has_copy else routed) if first_level else 0.0
         return Activations(everything - recomputed, recomputed)
+
+    def computes_again(self, config: RunConfig, weight: Weight) -> bool:
+        is_routed = weight.copies is not None and weight.copies.routed
+        return super().computes_again(config, weight) or (is_routed and self._experts_are_busy(config))
+
+    def _experts_are_busy(self, config: RunConfig) -> bool:
+        """Whether evenly loaded experts have more tokens than those that keep their activations."""
+        most, parallel = config.parallel.most_expert_tokens, config.parallel
+        ranks = parallel.expert_model_parallel_size * parallel.expert_tensor_size
+        sent = rank_tokens(config) / parallel.tensor_model_parallel_size * ranks
+        of_an_expert = sent * _experts_of_a_token(config.model) / config.model.moe.num_experts
+        return most is not None and of_an_expert > most
+
+    def most_kept_by_experts(self, config: RunConfig) -> float | None:
+        model, most = config.model, config.parallel.most_expert_tokens
+        if most is None:
+            return None
+        # Gate, up and product, the latter also weighted where no fused SwiGLU does that.
+        tensors = 3 if model.activation_func is ActivationFunc.silu else 4
+        channels = expert_width(model) / config.parallel.expert_tensor_size
+        experts = model.moe.num_experts // config.parallel.expert_model_parallel_size
+        return experts * most * tensors * channels * bytes_per_element(config.precision)
 
     def working(self, config: RunConfig) -> float:
         """As a dense one, of routed and shared experts; evenly loaded, and all at once."""

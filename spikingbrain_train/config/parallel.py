@@ -136,6 +136,10 @@ class ParallelConfig:
     recompute: Recompute = setting(Recompute.none, resume=FREE)
     """Which activations are computed again in the backward pass instead of being kept: more work, less
     memory."""
+    recompute_expert_tokens: int | None = setting(None, minimum=1, resume=FREE)
+    """An expert that gets more tokens than this of one micro-batch, from all ranks that send to it, keeps its
+    input alone and computes the rest again, whatever its neighbours do (SpikingBrain, arXiv 2509.05276,
+    section 4.1): what experts keep of an unbalanced step has a bound. Null: only what `recompute` says."""
 
     def check(self, prefix: str) -> None:
         """What splits or overlaps something has that something. Raises ConfigurationError."""
@@ -167,6 +171,12 @@ class ParallelConfig:
     def virtual_stages(self) -> int:
         """Stages of the model on every pipeline rank."""
         return self.virtual_pipeline_model_parallel_size or 1
+
+    @property
+    def most_expert_tokens(self) -> int | None:
+        """Tokens of an expert that keeps its activations; None where ``recompute`` alone says which do."""
+        levels = (Recompute.none, Recompute.moe_activation)
+        return self.recompute_expert_tokens if self.recompute in levels else None
 
     @property
     def expert_tensor_size(self) -> int:

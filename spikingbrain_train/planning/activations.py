@@ -58,25 +58,30 @@ def weight_copies(config: RunConfig, weights: Iterable[Weight]) -> int:
 def layer_weight_copies(config: RunConfig, layer: Layer) -> Activations:
     """Transformed weights of a layer: bytes on a rank for every micro-batch, not for every token."""
     mixer = weight_copies(config, layer.mixer_weights(config.model))
-    feed_forward = weight_copies(config, layer.feed_forward_weights(config.model))
+    kept, again = (weight_copies(config, weights) for weights in _feed_forward_weights(config, layer))
     if config.parallel.recompute is Recompute.full:
-        return Activations(0, mixer + feed_forward)
-    if config.parallel.recompute in (Recompute.moe_feed_forward, Recompute.moe_layer):
-        return Activations(mixer, feed_forward)
-    return Activations(mixer + feed_forward)
+        return Activations(0, mixer + kept + again)
+    return Activations(mixer + kept, again)
 
 
 def layer_transforms(config: RunConfig, layer: Layer) -> Activations:
     """What linear transforms keep beside the weights of a layer, per token: adapters."""
 
-    def kept(weights: Iterable[Weight]) -> float:
+    def bytes_of(weights: Iterable[Weight]) -> float:
         return sum(kind.activation_bytes(config, each) for each in weights for kind in LINEAR_TRANSFORMS)
 
-    mixer = kept(layer.mixer_weights(config.model))
-    feed_forward = kept(layer.feed_forward_weights(config.model))
-    if config.parallel.recompute in (Recompute.moe_feed_forward, Recompute.moe_layer):
-        return Activations(mixer, feed_forward)
-    return Activations(mixer + feed_forward)
+    mixer = bytes_of(layer.mixer_weights(config.model))
+    kept, again = (bytes_of(weights) for weights in _feed_forward_weights(config, layer))
+    return Activations(mixer + kept, again)
+
+
+def _feed_forward_weights(config: RunConfig, layer: Layer) -> tuple[list[Weight], list[Weight]]:
+    """Those of a layer whose linears keep what they made, and those whose linears make it again."""
+    kept: list[Weight] = []
+    again: list[Weight] = []
+    for weight in layer.feed_forward_weights(config.model):
+        (again if layer.feed_forward.computes_again(config, weight) else kept).append(weight)
+    return kept, again
 
 
 def layer_activations(config: RunConfig, layer: Layer) -> Activations:

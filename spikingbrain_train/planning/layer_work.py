@@ -98,6 +98,14 @@ class ModelWork:
         return parameters_around(self.config.model, parallel, stage)
 
 
+def recomputed_feed_forward_flops(config: RunConfig, layer: Layer) -> float:
+    """Per token of text, over all ranks: those of the matrices whose linears compute again."""
+    model, feed_forward = config.model, layer.feed_forward
+    weights = layer.feed_forward_weights(model)
+    matrices = sum(each.matrix_numel for each in weights if feed_forward.computes_again(config, each))
+    return 2.0 * matrices * (1 + model.num_sink_tokens / config.stage.seq_length)
+
+
 def context_traffic(config: RunConfig, layer: Layer) -> ContextTraffic | None:
     """What a rank sends in the mixers of a layer for one micro-batch; None where a mixer does not say."""
     if config.parallel.context_parallel_size == 1:

@@ -185,6 +185,11 @@ def _check_nothing_for_experts(parallel: ParallelConfig) -> None:
         f"parallel.recompute={parallel.recompute.name} recomputes parts of mixture-of-experts layers, "
         f"{reason}; choose none or full",
     )
+    require(
+        parallel.recompute_expert_tokens is None,
+        f"parallel.recompute_expert_tokens={parallel.recompute_expert_tokens} is for experts, {reason}; "
+        f"set it to null",
+    )
 
 
 def check_sequence_split(seq_length: int, model: ModelConfig, parallel: ParallelConfig) -> None:

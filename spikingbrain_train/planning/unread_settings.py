@@ -113,6 +113,11 @@ _NEEDS = (
         lambda run: "parallel.context_parallel_size is 1, so sequences are not split",
     ),
     _Needs(
+        ("parallel.recompute_expert_tokens",),
+        lambda run: run.parallel.most_expert_tokens is not None,
+        lambda run: f"parallel.recompute={run.parallel.recompute.name} computes every expert again",
+    ),
+    _Needs(
         ("parallel.zero.",),
         lambda run: run.parallel.engine is EngineKind.deepspeed,
         lambda run: f"it is DeepSpeed's, and parallel.engine is {run.parallel.engine.value}",

@@ -62,6 +62,15 @@ TOPOLOGIES: dict[str, tuple[int, ParallelConfig]] = {
     ),
     "one rank, full recomputation": (1, ParallelConfig(recompute=Recompute.full)),
     "EP 2, recomputed activations": (2, replace(EXPERT_PARALLEL, recompute=Recompute.moe_activation)),
+    "EP 2, overlapped, busy experts recomputed": (
+        2,
+        replace(
+            EXPERT_PARALLEL,
+            use_distributed_optimizer=True,
+            overlap_grad_reduce=True,
+            recompute_expert_tokens=16,
+        ),
+    ),
     "EP 2, recomputed experts": (2, replace(EXPERT_PARALLEL, recompute=Recompute.moe_feed_forward)),
 }
 

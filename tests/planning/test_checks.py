@@ -143,6 +143,11 @@ REFUSED: list[tuple[dict[str, Any], int, list[str]]] = [
         1,
         ["parallel.recompute=moe_layer", "no moe layer", "none or full"],
     ),
+    (
+        {"parallel.recompute_expert_tokens": 512},
+        1,
+        ["parallel.recompute_expert_tokens=512", "no moe layer", "set it to null"],
+    ),
     # sequences over the ranks
     ({CP: 4, "stage.seq_length": 62}, 4, ["stage.seq_length=62", f"{CP}=4", "60 or 64"]),
     (

@@ -87,6 +87,17 @@ def test_a_plan_that_does_not_fit_says_by_how_much_and_what_would_help():
     assert any("parallel.recompute=moe_feed_forward" in row and "55.08" in row for row in rows)
 
 
+def test_a_plan_says_what_unbalanced_experts_keep_at_most():
+    plan = plan_of(
+        "experiment=spikingbrain_76b_8k parallel.recompute=none parallel.recompute_expert_tokens=4096"
+    )
+    # 2 of 16 experts on each of 8 expert ranks: gate, up and product of 18944 channels in bf16.
+    most = 2 * 4096 * 3 * 18944 * 2
+    words = " ".join(render(plan, 120).split())
+    assert f"keep at most {most / 2**20:.1f} MiB of a micro-batch: those with more than 4,096 tokens" in words
+    assert as_values(plan)["memory"]["most_kept_by_experts_bytes"] == most
+
+
 def test_a_tight_plan_is_called_tight():
     plan = plan_of("experiment=spikingbrain_7b_8k cluster=c550 cluster.memory_gib=24")
     text = render(plan, 120)

@@ -439,6 +439,21 @@ class TestMemory:
         assert totals == sorted(totals, reverse=True) and len(set(totals)) == len(levels)
         assert self.total(run_of(deep, ParallelConfig(recompute=Recompute.full))) < totals[-1]
 
+    def test_busy_experts_compute_again_what_evenly_loaded_ones_keep(self) -> None:
+        """Text and sinks; with two expert-parallel ranks twice as many are sent to each expert."""
+        deep = dataclasses.replace(SPIKINGBRAIN_76B_LIKE, num_layers=32)
+
+        def total(most: int | None, **changes: object) -> float:
+            return self.total(run_of(deep, ParallelConfig(recompute_expert_tokens=most, **changes)))
+
+        tokens = -(-(64 + deep.num_sink_tokens) * deep.moe.router_topk // deep.moe.num_experts)
+        assert total(tokens) == total(None) > total(tokens - 1)
+        assert total(tokens, expert_model_parallel_size=2) < total(None, expert_model_parallel_size=2)
+        again = {"recompute": Recompute.moe_activation}
+        assert total(tokens - 1, **again) < min(total(None, **again), total(tokens - 1))
+        for level in (Recompute.moe_feed_forward, Recompute.moe_layer, Recompute.full):
+            assert total(1, recompute=level) == total(None, recompute=level)
+
     def test_experts_are_sharded_over_the_ranks_that_hold_the_same_ones(self) -> None:
         parallel = ParallelConfig(
             context_parallel_size=2, expert_model_parallel_size=4, use_distributed_optimizer=True

@@ -58,6 +58,11 @@ def notes(*overrides: str) -> list[str]:
         ),
         (f"{DENSE} optimizer.mixer_lr_mult=10", "mixer_lr_mult=10", "the mixer of a dense source"),
         (f"{DENSE} model.fatrelu_threshold=0.1", "fatrelu_threshold=0.1", "model.activation_func is silu"),
+        (
+            "model=tiny_76b parallel.recompute=full parallel.recompute_expert_tokens=9",
+            "recompute_expert_tokens=9",
+            "computes every expert again",
+        ),
         (f"{DENSE} cluster.kernels.experts=sequential", "kernels.experts=sequential", "no experts"),
     ],
 )

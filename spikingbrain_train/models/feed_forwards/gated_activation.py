@@ -53,6 +53,8 @@ class GatedActivation(MegatronModule):
         """Weight of the loss; set before every step that has one."""
         self.is_counting = False
         """Whether zeros are counted: in steps that are reported."""
+        self.is_repeated = False
+        """Whether what runs has been counted before: recomputation with gradients in both passes."""
         self._loss_scale: Tensor | None = None
         self.register_buffer("sums", torch.zeros((), dtype=torch.float64), persistent=False)
         self.register_buffer("counts", torch.zeros(2, dtype=torch.int64), persistent=False)
@@ -66,6 +68,8 @@ class GatedActivation(MegatronModule):
             penalty = self.l1_factor / self.channels
             penalty = penalty if self._loss_scale is None else penalty * self._loss_scale
         product = gated_relu(gate_up, self.threshold, penalty, squared=self.squared)
+        if self.is_repeated:
+            return product
         with torch.no_grad():
             if penalty is not None:
                 wide = torch.promote_types(product.dtype, torch.float32)

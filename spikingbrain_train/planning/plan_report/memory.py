@@ -5,13 +5,14 @@ from __future__ import annotations
 import textwrap
 from typing import Any
 
-from spikingbrain_train.architecture.layers import has_experts
+from spikingbrain_train.architecture.layers import feed_forwards_of, has_experts
 from spikingbrain_train.planning.fit import MARGIN, DeviceMemory, Fit, device_memory
 from spikingbrain_train.planning.memory import GIB
 from spikingbrain_train.planning.plan_report.section import Section
 from spikingbrain_train.planning.planner import Plan, StagePlan
 from spikingbrain_train.planning.remedies import Remedy, remedies, together
 from spikingbrain_train.planning.stages.registry import kind_of
+from spikingbrain_train.reporting.quantities import size
 from spikingbrain_train.reporting.tables import packed, spans, table
 
 _MOST_REMEDIES = 5
@@ -32,6 +33,7 @@ def memory_section(plan: Plan) -> Section:
         "device_bytes": None if device is None else device.bytes,
         "margin_bytes": None if device is None else MARGIN * device.bytes,
         "fit": None if device is None else device.fit(plan.fullest.memory.total).value,
+        "most_kept_by_experts_bytes": _most_kept_by_experts(plan),
         "remedies": [_remedy_values(remedy, device) for remedy in found if device is not None],
         "together": None if combined is None or device is None else _remedy_values(combined, device),
     }
@@ -123,14 +125,26 @@ def _alike(plan: Plan) -> str:
         text += ". "
     if has_experts(plan.config.model):
         text += "Experts are taken to be evenly loaded; where they are not, some ranks need more. "
+    if (most := _most_kept_by_experts(plan)) is not None:
+        tokens = plan.config.parallel.recompute_expert_tokens
+        text += (
+            f"Beside what they read, the experts of a layer keep at most {size(most)} of a micro-batch: "
+            f"those with more than {tokens:,} tokens compute the rest again. "
+        )
     return text + "Workspaces, communication buffers and fragmentation come on top."
 
 
+def _most_kept_by_experts(plan: Plan) -> float | None:
+    """Bytes of a micro-batch and layer on one rank; None where their tokens set no bound."""
+    found = [kind.most_kept_by_experts(plan.config) for kind in feed_forwards_of(plan.config.model)]
+    return max((bound for bound in found if bound is not None), default=None)
+
+
 def _margin(device: DeviceMemory) -> str:
-    size = device.bytes / GIB
+    gib = device.bytes / GIB
     return (
-        f"Of {size:.1f} GiB a rank ({device.source}) {MARGIN:.0%}, {MARGIN * size:.1f} GiB, are for these: "
-        f"up to {(1 - MARGIN) * size:.1f} GiB fit, up to {size:.1f} GiB are tight, more does not fit."
+        f"Of {gib:.1f} GiB a rank ({device.source}) {MARGIN:.0%}, {MARGIN * gib:.1f} GiB, are for these: "
+        f"up to {(1 - MARGIN) * gib:.1f} GiB fit, up to {gib:.1f} GiB are tight, more does not fit."
     )
 
 

@@ -6,8 +6,9 @@ other (any platform), Transformer Engine's grouped GEMM, and the grouped_gemm pa
 
 Levels (SpikingBrain, arXiv 2509.05276, section 4.1). ``moe_activation`` keeps the output of the first
 projection and computes the activation again; ``moe_feed_forward`` keeps only an expert's input. The router,
-computed again in both, is in router.py beside this file; the shared expert's part of the second level, dense
-feed-forwards and whole layers are megatron-core's ``recompute_modules`` (see transformer_config). Where the
+computed again in both, is in router.py beside this file, and what is computed again because many tokens came
+in busy_experts.py; the shared expert's part of the second level, dense feed-forwards and whole layers are
+megatron-core's ``recompute_modules`` (see transformer_config). Where the
 second projection reads spikes, it keeps them, so that the first level frees nothing but the router's part.
 """
 
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from spikingbrain_train.config.parallel import Recompute
 from spikingbrain_train.models.feed_forwards.gated_activation import with_activation
+from spikingbrain_train.models.feed_forwards.moe.busy_experts import Grouped, computed_again, in_two_groups
 from spikingbrain_train.models.transformer_config import HybridTransformerConfig
 from spikingbrain_train.runtime.megatron_versions import HAS_GROUPED_MLP
 
@@ -64,6 +66,8 @@ class _RoutedExperts(torch.nn.Module):
     """What all forms of routed experts have in common; stands before megatron-core's class."""
 
     config: HybridTransformerConfig
+    activation_recompute: bool = False
+    """Of grouped experts: megatron-core's own word for the first level."""
 
     def forward(
         self, hidden: Tensor, tokens_per_expert: Tensor, probs: Tensor
@@ -77,7 +81,21 @@ class _RoutedExperts(torch.nn.Module):
         """
         if self.config.recompute is Recompute.moe_feed_forward and self.training:
             return tensor_parallel.checkpoint(super().forward, False, hidden, tokens_per_expert, probs)
-        return super().forward(hidden, tokens_per_expert, probs)
+        most_tokens = self.config.most_expert_tokens
+        if most_tokens is None or not self.training:
+            return super().forward(hidden, tokens_per_expert, probs)
+        again = partial(self._wholly_again, super().forward)
+        return in_two_groups(super().forward, again, hidden, tokens_per_expert, probs, most_tokens), None
+
+    def _wholly_again(self, grouped: Grouped, hidden: Tensor, sizes: Tensor, probs: Tensor) -> Tensor:
+        def whole(hidden: Tensor, probs: Tensor) -> Tensor:
+            level, self.activation_recompute = self.activation_recompute, False  # it would be done twice
+            try:
+                return grouped(hidden, sizes, probs)[0]
+            finally:
+                self.activation_recompute = level
+
+        return computed_again(self, whole, hidden, probs)
 
     def _mark_parameters(self) -> None:
         """Hand the weights to megatron-core's expert data-parallel groups and expert optimizer.
@@ -121,11 +139,22 @@ class SequentialExperts(_RoutedExperts, SequentialMLP):
         self, hidden: Tensor, tokens_per_expert: Tensor, probs: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """See :class:`_RoutedExperts`."""
-        if self.config.recompute is not Recompute.moe_activation or not self.training:
+        level, most_tokens = self.config.recompute, self.config.most_expert_tokens
+        by_itself = level is Recompute.moe_activation or most_tokens is not None
+        if not by_itself or not self.training:
             return super().forward(hidden, tokens_per_expert, probs)
         sizes = tokens_per_expert.tolist()
         inputs = zip(self.local_experts, hidden.split(sizes), probs.split(sizes), strict=True)
-        return torch.cat([_forward_with_recomputed_activation(*each) for each in inputs]), None
+        return torch.cat([self._one_expert(*each) for each in inputs]), None
+
+    def _one_expert(self, expert: MLP, hidden: Tensor, probs: Tensor) -> Tensor:
+        most_tokens = self.config.most_expert_tokens
+        if most_tokens is not None and len(hidden) > most_tokens:
+            return computed_again(expert, lambda *inputs: expert(*inputs)[0], hidden, probs)
+        if self.config.recompute is Recompute.moe_activation:
+            return _forward_with_recomputed_activation(expert, hidden, probs)
+        output: Tensor = expert(hidden, probs)[0]
+        return output
 
 
 class TEGroupedExperts(_RoutedExperts, TEGroupedMLP):
