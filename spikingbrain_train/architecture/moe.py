@@ -105,6 +105,11 @@ class MixtureOfExpertsKind(FeedForwardKind):
             f"parallel.expert_model_parallel_size={parallel.expert_model_parallel_size} does not divide "
             f"model.moe.num_experts={experts}; valid are {either(divisors(experts))}",
         )
+        require(
+            parallel.replicate_expert_load is None or not model.moe.pad_to_capacity,
+            f"parallel.replicate_expert_load={parallel.replicate_expert_load} evens out what experts get, "
+            f"but model.moe.pad_to_capacity=true gives all of them as much; set one of them back",
+        )
         width, expert_tensor = expert_width(model), parallel.expert_tensor_size
         name = "ffn_hidden_size" if model.moe.moe_ffn_hidden_size is None else "moe.moe_ffn_hidden_size"
         require(

@@ -114,6 +114,10 @@ class ParallelConfig:
     """Ranks over which the routed experts are spread; taken from the data- and context-parallel ranks."""
     expert_tensor_parallel_size: int | None = setting(None, minimum=1, resume=SAID)
     """Ranks over which every routed expert is split; null takes tensor_model_parallel_size."""
+    replicate_expert_load: float | None = setting(None, minimum=1, resume=FREE)
+    """An expert that gets more tokens of a micro-batch than this times the mean of the experts is copied to
+    all expert-parallel ranks for it, each of which computes its own tokens, so that the load of ranks evens
+    out (SpikingBrain, arXiv 2509.05276, section 4.1). Null copies none."""
     context_parallel: ContextParallelConfig = field(default_factory=ContextParallelConfig)
     """Communication of each kind of mixer under context parallelism."""
     sequence_parallel: bool = setting(False, resume=SAID)
@@ -154,6 +158,23 @@ class ParallelConfig:
             f"each pipeline rank several stages, but {prefix}pipeline_model_parallel_size is 1; set it to "
             "null, or the pipeline degree to 2 or more",
         )
+        if self.replicate_expert_load is not None:
+            copies = f"{prefix}replicate_expert_load={self.replicate_expert_load:g} copies experts"
+            require(
+                self.expert_model_parallel_size > 1,
+                f"{copies} to expert-parallel ranks, but {prefix}expert_model_parallel_size is 1; set it to "
+                f"null, or the degree to 2 or more",
+            )
+            require(
+                self.expert_tensor_size == 1,
+                f"{copies} that are whole, but expert tensor parallelism splits each over "
+                f"{self.expert_tensor_size} ranks; set {prefix}expert_tensor_parallel_size=1, or it to null",
+            )
+            require(
+                not self.overlap_param_gather,
+                f"{copies} ahead of the layer that {prefix}overlap_param_gather=true gathers weights for; "
+                f"set the latter to false, or the former to null",
+            )
         for needed in ("use_distributed_optimizer", "overlap_grad_reduce"):
             require(
                 getattr(self, needed) or not self.overlap_param_gather,

@@ -82,7 +82,10 @@ class HybridGPTModel(GPTModel):
         super().__init__(
             config=config,
             transformer_layer_spec=block_spec(
-                layer_build(model, kernels, context_parallel),
+                layer_build(
+                    *(model, kernels, context_parallel),
+                    replicates_experts=getattr(config, "replicate_expert_load", None) is not None,
+                ),
                 get_transformer_layer_offset(config, vp_stage),
                 get_num_layers_to_build(config, vp_stage),
             ),

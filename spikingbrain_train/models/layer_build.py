@@ -32,6 +32,8 @@ class LayerBuild:
     """How mixers work on split sequences."""
     linears: ParallelLinears
     """Classes of the projections."""
+    replicates_experts: bool = False
+    """Whether experts with many tokens are computed on all expert-parallel ranks."""
 
     def mixer(self, kind: MixerKind) -> ModuleSpec:
         """The spec that a kind of mixer makes. Raises ConfigurationError where its module is not there."""

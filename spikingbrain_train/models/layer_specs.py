@@ -17,7 +17,11 @@ from spikingbrain_train.models.rms_norm import RMSNorm
 
 
 def layer_build(
-    model: ModelConfig, kernels: KernelConfig, context_parallel: ContextParallelConfig | None = None
+    model: ModelConfig,
+    kernels: KernelConfig,
+    context_parallel: ContextParallelConfig | None = None,
+    *,
+    replicates_experts: bool = False,
 ) -> LayerBuild:
     """What the specs of a model's layers are made from.
 
@@ -25,9 +29,11 @@ def layer_build(
         model: architecture of the whole decoder.
         kernels: choices with linears and experts resolved.
         context_parallel: how mixers work on split sequences; None takes the defaults.
+        replicates_experts: whether those with many tokens are computed on all expert-parallel ranks.
     """
     linears = ParallelLinears(kernels.parallel_linear, model)
-    return LayerBuild(model, kernels, context_parallel or ContextParallelConfig(), linears)
+    methods = context_parallel or ContextParallelConfig()
+    return LayerBuild(model, kernels, methods, linears, replicates_experts)
 
 
 def layer_spec(layer: Layer, build: LayerBuild) -> ModuleSpec:

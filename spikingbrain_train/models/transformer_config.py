@@ -24,6 +24,8 @@ class HybridTransformerConfig(TransformerConfig):
     """Activation recomputation; those levels that our modules carry out themselves read it."""
     most_expert_tokens: int | None = None
     """Tokens of an expert above which all of it is computed again; None: no number is too many."""
+    replicate_expert_load: float | None = None
+    """Multiple of the mean load above which an expert is computed on all expert-parallel ranks."""
     norm_topk_prob: bool = False
     """Whether routers make the probabilities of a token's experts add up to 1."""
     router_weights: RouterWeights = RouterWeights.softmax
@@ -98,6 +100,7 @@ def transformer_config(
         persist_layer_norm=False,
         deterministic_mode=torch.are_deterministic_algorithms_enabled(),
         recompute=parallel.recompute,
+        replicate_expert_load=parallel.replicate_expert_load,
         most_expert_tokens=parallel.most_expert_tokens,
         gated_activation=model.activation_func,
         fatrelu_threshold=model.fatrelu_threshold,

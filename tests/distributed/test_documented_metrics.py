@@ -143,7 +143,8 @@ def runs(
     bitnet = replace(
         MODEL_76B, moe=moe, int8_inputs=Int8InputsConfig(in_experts), ternary=TernaryConfig(in_experts)
     )
-    experts = config("experts", hybrid_76b_checkpoint, model=bitnet)
+    spread = ParallelConfig(expert_model_parallel_size=2, replicate_expert_load=1.0)
+    experts = config("experts", hybrid_76b_checkpoint, model=bitnet, parallel=spread)
 
     zeros = config("zeros", hybrid_checkpoint, model=replace(MODEL, activation_func=ActivationFunc.relu))
     zeros.stage.sparsity = SparsityConfig([0.1], [2])
@@ -152,7 +153,8 @@ def runs(
     all_found: dict[str, Reported] = {}
     all_printed = ""
     for each in (align, spiking, experts, zeros):
-        ((found, printed),) = ranks.run(_listen, each, world_size=1, parallel=ParallelConfig())
+        size = each.parallel.expert_model_parallel_size
+        (found, printed), *_ = ranks.run(_listen, each, world_size=size, parallel=each.parallel)
         all_printed += printed
         for name, reported in found.items():
             known = all_found.setdefault(name, Reported())

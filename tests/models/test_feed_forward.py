@@ -100,6 +100,12 @@ def test_spikes_inside_experts_without_linear_layers_are_refused() -> None:
         moe.spec(FEED_FORWARDS["moe"], layer_build(replace(MODEL, spiking=spiking), kernels))
 
 
+def test_copies_of_experts_that_share_a_product_are_refused() -> None:
+    kernels = replace(KERNELS, experts=ExpertBackend.transformer_engine)
+    with pytest.raises(ConfigurationError, match=r"replicate_expert_load .* choose sequential"):
+        moe.spec(FEED_FORWARDS["moe"], layer_build(MODEL, kernels, replicates_experts=True))
+
+
 def test_grouped_gemm_computes_swiglus_only() -> None:
     build = layer_build(
         replace(MODEL, activation_func=ActivationFunc.relu),

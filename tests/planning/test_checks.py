@@ -148,6 +148,39 @@ REFUSED: list[tuple[dict[str, Any], int, list[str]]] = [
         1,
         ["parallel.recompute_expert_tokens=512", "no moe layer", "set it to null"],
     ),
+    (
+        MOE | {"parallel.replicate_expert_load": 2.0},
+        1,
+        ["parallel.replicate_expert_load=2 ", f"{EP} is 1", "set it to null"],
+    ),
+    (
+        MOE | {"parallel.replicate_expert_load": 2.0, EP: 2, TP: 2, SP: True},
+        4,
+        ["parallel.replicate_expert_load=2 ", "splits each over 2 ranks", f"{ETP}=1"],
+    ),
+    (
+        MOE
+        | {
+            "parallel.replicate_expert_load": 2.0,
+            EP: 2,
+            "parallel.use_distributed_optimizer": True,
+            "parallel.overlap_grad_reduce": True,
+            "parallel.overlap_param_gather": True,
+        },
+        2,
+        ["parallel.replicate_expert_load=2 ", "parallel.overlap_param_gather=true"],
+    ),
+    (
+        MOE
+        | {
+            "parallel.replicate_expert_load": 2.0,
+            EP: 2,
+            "model.moe.capacity_factor": 1.25,
+            "model.moe.pad_to_capacity": True,
+        },
+        2,
+        ["parallel.replicate_expert_load=2.0", "model.moe.pad_to_capacity=true"],
+    ),
     # sequences over the ranks
     ({CP: 4, "stage.seq_length": 62}, 4, ["stage.seq_length=62", f"{CP}=4", "60 or 64"]),
     (

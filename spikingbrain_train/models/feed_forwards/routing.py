@@ -51,6 +51,18 @@ class CountsTokens(Protocol):
 
 
 @runtime_checkable
+class CountsRankLoad(Protocol):
+    """A layer of experts that counts how its tokens are spread over expert-parallel ranks.
+
+    Attributes:
+        load_sums: [5] float64, sums over micro-batches: tokens of the busiest rank if every expert were
+            computed by its owner, and as they are computed; tokens of a mean rank; copies; micro-batches.
+    """
+
+    load_sums: Tensor
+
+
+@runtime_checkable
 class FollowsSteps(Protocol):
     """A router of which something stored changes from step to step by itself."""
 

@@ -27,6 +27,7 @@ from spikingbrain_train.training.callbacks.metrics_file import MetricsFile
 from spikingbrain_train.training.callbacks.milestones import Milestones
 from spikingbrain_train.training.callbacks.outside import check_callbacks, outside_callbacks
 from spikingbrain_train.training.callbacks.progress_lines import ProgressLines
+from spikingbrain_train.training.callbacks.replicated_experts import ReplicatedExpertsReport
 from spikingbrain_train.training.callbacks.router_schedule import RouterSchedule
 from spikingbrain_train.training.callbacks.slow_ranks import SlowRanks
 from spikingbrain_train.training.callbacks.speed import Speed
@@ -64,6 +65,7 @@ def callbacks_of(config: RunConfig, more: Sequence[Callback] = ()) -> list[Callb
         LinearTransformSchedules(),
         LinearTransformStatistics(),
         ExpertLoadReport(),
+        ReplicatedExpertsReport(),
         RouterSchedule(),
         ActivationSparsity(),
         StartUp(),

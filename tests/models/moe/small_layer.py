@@ -48,7 +48,9 @@ def build_layer(groups: ProcessGroups, moe: MoEConfig, parallel: ParallelConfig)
     model = model_config(moe)
     kernels = resolve_kernels(KernelConfig(), groups.accelerator)
     config = transformer_config(model, parallel, Precision.fp32, on_cpu=True)
-    spec: Any = spec_of_experts(FEED_FORWARDS["moe"], layer_build(model, kernels))
+    copies = parallel.replicate_expert_load is not None
+    build = layer_build(model, kernels, replicates_experts=copies)
+    spec: Any = spec_of_experts(FEED_FORWARDS["moe"], build)
     if isinstance(spec, ModuleSpec):
         layer = spec.module(config=config, submodules=spec.submodules, pg_collection=groups.collection)
     else:

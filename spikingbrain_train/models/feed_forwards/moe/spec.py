@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partialmethod
 from typing import Any
 
 from megatron.core.transformer.mlp import MLPSubmodules
@@ -21,6 +22,7 @@ from spikingbrain_train.models.feed_forwards.moe.experts import (
     SharedExperts,
     TEGroupedExperts,
 )
+from spikingbrain_train.models.feed_forwards.moe.replicated_experts import ReplicatingMoELayer
 from spikingbrain_train.models.feed_forwards.moe.router import SequenceBalancedRouter
 from spikingbrain_train.models.feed_forwards.submodule import (
     BUILDERS_INSTEAD_OF_SPECS,
@@ -36,12 +38,25 @@ def spec(_kind: FeedForwardKind, build: LayerBuild) -> Submodule:
     Raises:
         ConfigurationError: inputs or weights of experts are to be transformed that have no linear layers.
     """
+    backend = build.kernels.experts
+    require(
+        not build.replicates_experts or backend is ExpertBackend.sequential,
+        f"parallel.replicate_expert_load copies experts that are modules, but cluster.kernels.experts="
+        f"{backend.value} computes all of a rank in one product; choose sequential, or set the former "
+        f"to null",
+    )
     submodules = MoESubmodules(
         experts=_routed_experts(build),
         shared_experts=submodule(SharedExperts, gated_submodules(build, active_channels(build.model))),
         router=SequenceBalancedRouter,
     )
-    return submodule(MoELayer, submodules)
+    if not build.replicates_experts:
+        return submodule(MoELayer, submodules)
+    if BUILDERS_INSTEAD_OF_SPECS:
+        return submodule(ReplicatingMoELayer, submodules)
+    # megatron-core 0.16 warns of a ModuleSpec of a class that it does not know.
+    init = partialmethod(ReplicatingMoELayer.__init__, submodules=submodules)
+    return type("ReplicatingMoELayer", (ReplicatingMoELayer,), {"__init__": init})
 
 
 def _routed_experts(build: LayerBuild) -> Submodule:
