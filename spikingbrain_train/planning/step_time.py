@@ -1,15 +1,17 @@
 """How long a step takes in a layout: arithmetic, bubble, communication. Without torch.
 
-The model (letters: m micro-batches of a step, p pipeline stages, t tensor-, c context-parallel ranks):
+The model (letters: m micro-batches of a step, p pipeline ranks, v stages of each, t tensor-, c
+context-parallel ranks):
 
 - **Arithmetic.** Model FLOPs of a rank's share over ``EFFICIENCY`` x peak. A backward pass is twice the
   forward pass; what is computed again comes on top (arXiv 2104.04473, appendix; arXiv 2205.05198 for
   selective recomputation).
-- **Pipeline.** 1F1B: the first micro-batch goes through all stages, the others follow at the pace of the
-  longest one. T = sum_s t_s + (m - 1) max_s t_s, which is (m + p - 1) t for equal stages (arXiv 2104.04473,
-  section 2.2: a bubble of (p - 1) / m of the ideal time). That is what the schedule takes where stages are
-  equal or one is longer, and at most a few percent too much where they are uneven otherwise. Hidden states
-  between stages are sent while nobody computes.
+- **Pipeline.** 1F1B: the first micro-batch goes through all ranks, the others follow at the pace of the
+  longest stage; with virtual stages (interleaved 1F1B) in v rounds, each at the pace of its longest one.
+  T = m sum_j max_r t_jr + sum_r t_1r - max_r t_1r for stage t_jr of rank r in round j, which is
+  (v m + p - 1) t for equal stages (arXiv 2104.04473, section 2.2: a bubble of (p - 1) / (v m) of the ideal
+  time). That is what the schedule takes where stages are equal or one is longer, and at most a few percent
+  more or less where they are uneven otherwise. Hidden states between stages are sent while nobody computes.
 - **Tensor parallelism.** Two all-reduces of the hidden states a layer in each direction, of 2 (t - 1) / t
   times their bytes (arXiv 2104.04473, section 3.2); sequence parallelism sends the same as all-gather and
   reduce-scatter (arXiv 2205.05198, section 4.2.2), and its second all-gather hides behind the weights'
@@ -32,7 +34,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from spikingbrain_train.architecture.layers import Layer
 from spikingbrain_train.architecture.sizes import FP32, bytes_per_element, rank_tokens
@@ -76,13 +78,16 @@ class StepTime:
 
 @dataclass(frozen=True)
 class _Stage:
-    """Seconds of a pipeline stage for one micro-batch."""
+    """Seconds of a (virtual) pipeline stage for one micro-batch."""
 
-    arithmetic: float
+    forward: float
+    """Arithmetic of the forward pass."""
     recomputation: float
     communication: float
-    data_parallel: float
-    """Seconds of the step that exchanging gradients and weights adds."""
+
+    @property
+    def arithmetic(self) -> float:
+        return 3 * self.forward
 
     @property
     def seconds(self) -> float:
@@ -91,9 +96,25 @@ class _Stage:
 
 @dataclass(frozen=True)
 class _LayerSeconds:
+    """Of one layer, or of several, for one micro-batch."""
+
     forward: float
     recomputed: float
     communication: float
+
+    def __add__(self, other: _LayerSeconds) -> _LayerSeconds:
+        return _LayerSeconds(
+            self.forward + other.forward,
+            self.recomputed + other.recomputed,
+            self.communication + other.communication,
+        )
+
+    def __sub__(self, other: _LayerSeconds) -> _LayerSeconds:
+        return _LayerSeconds(
+            self.forward - other.forward,
+            self.recomputed - other.recomputed,
+            self.communication - other.communication,
+        )
 
 
 def step_time(
@@ -117,13 +138,23 @@ def step_time(
     micro_batches = stage.global_batch_size // (stage.micro_batch_size * replicas)
     speed = peak * efficiency
     of_layers = _seconds_of_layers(work, config, network, speed)
-    stages = _stages(work, config, world_size, of_layers, network, speed)
-    longest = max(each.seconds for each in stages)
-    pipeline = sum(each.seconds for each in stages) + (micro_batches - 1) * longest
-    seconds = pipeline + max(each.data_parallel for each in stages)
+    ends = [0, *accumulate(layers_per_stage(config.model, parallel))]
+    stages = _stages(work, config, world_size, ends, of_layers, network, speed)
+    ranks = parallel.pipeline_model_parallel_size
+    of_stages = [each.seconds for each in stages]
+    rounds = [of_stages[first : first + ranks] for first in range(0, len(stages), ranks)]
+    paces = [max(together) for together in rounds]
+    pipeline = micro_batches * sum(paces) + sum(rounds[0]) - paces[0]
+    layers = list(pairwise(ends))
+    seconds = pipeline + max(
+        _data_parallel_seconds(
+            work, config, world_size, rank, layers[rank::ranks], network, stages[rank::ranks]
+        )
+        for rank in range(ranks)
+    )
 
     def mean(values: Sequence[float]) -> float:
-        return sum(values) / len(stages)
+        return sum(values) / ranks
 
     arithmetic = micro_batches * mean([each.arithmetic for each in stages])
     recomputation = micro_batches * mean([each.recomputation for each in stages])
@@ -151,8 +182,8 @@ def peak_flops(config: RunConfig) -> float:
 
 def _seconds_of_layers(
     work: ModelWork, config: RunConfig, network: Network, speed: float
-) -> dict[Layer, _LayerSeconds]:
-    """Of each layer on a rank, remembered: thousands of layouts share them."""
+) -> list[_LayerSeconds]:
+    """Of the first 0, 1, 2 ... layers on a rank, remembered: thousands of layouts share them."""
     parallel = config.parallel
     key = (
         *(parallel.tensor_model_parallel_size, parallel.context_parallel_size),
@@ -160,9 +191,9 @@ def _seconds_of_layers(
         *(parallel.recompute, config.stage.micro_batch_size, network, speed),
     )
     if key not in work.known_seconds:
-        work.known_seconds[key] = {
-            layer: _layer_seconds(work, config, layer, network, speed) for layer in work.of_layers
-        }
+        each = {layer: _layer_seconds(work, config, layer, network, speed) for layer in work.of_layers}
+        of_layers = (each[layer] for layer in work.layers)
+        work.known_seconds[key] = list(accumulate(of_layers, initial=_LayerSeconds(0.0, 0.0, 0.0)))
     return work.known_seconds[key]
 
 
@@ -209,33 +240,31 @@ def _stages(
     work: ModelWork,
     config: RunConfig,
     world_size: int,
-    of_layers: dict[Layer, _LayerSeconds],
+    ends: Sequence[int],
+    of_layers: list[_LayerSeconds],
     network: Network,
     speed: float,
 ) -> list[_Stage]:
-    model, parallel = config.model, config.parallel
+    parallel = config.parallel
     tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
-    stages = parallel.pipeline_model_parallel_size
+    ranks = parallel.pipeline_model_parallel_size
     text = config.stage.micro_batch_size * config.stage.seq_length / context
     output = work.output_flops * text / tensor / speed
     shared = tensor if parallel.sequence_parallel else 1
-    message = rank_tokens(config) * model.hidden_size * bytes_per_element(config.precision) / shared
-    hop = network.send_seconds(world_size // stages, message)
-    ends = list(accumulate(layers_per_stage(model, parallel)))
+    message = rank_tokens(config) * config.model.hidden_size * bytes_per_element(config.precision) / shared
+    stages = len(ends) - 1
+    # From each stage to the next one: the rank behind, or from the last rank back to the first.
+    distances = [world_size // ranks * (1 if stage % ranks else ranks - 1) for stage in range(1, stages)]
+    hops = [0.0, *(network.send_seconds(distance, message) for distance in distances), 0.0]
     found = []
-    for stage, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
-        seconds = [of_layers[layer] for layer in work.layers[start:end]]
-        forward = sum(each.forward for each in seconds) + (output if stage == stages - 1 else 0.0)
-        neighbours = (stage > 0) + (stage < stages - 1)
+    for stage, (start, end) in enumerate(pairwise(ends)):
+        layers = of_layers[end] - of_layers[start]
         found.append(
             _Stage(
-                arithmetic=3 * forward,
-                recomputation=sum(each.recomputed for each in seconds),
+                forward=layers.forward + (output if stage == stages - 1 else 0.0),
+                recomputation=layers.recomputed,
                 # To and from each neighbour once in a micro-batch; receiving is part of its sending.
-                communication=sum(each.communication for each in seconds) + neighbours * hop,
-                data_parallel=_data_parallel_seconds(
-                    work, config, world_size, stage, range(start, end), network, forward
-                ),
+                communication=layers.communication + hops[stage] + hops[stage + 1],
             )
         )
     return found
@@ -245,28 +274,36 @@ def _data_parallel_seconds(
     work: ModelWork,
     config: RunConfig,
     world_size: int,
-    stage: int,
-    layers: range,
+    pipeline_rank: int,
+    layers: Sequence[tuple[int, int]],
     network: Network,
-    forward: float,
+    stages: Sequence[_Stage],
 ) -> float:
-    """What exchanging gradients and weights adds to a step, behind what hides it."""
+    """What exchanging gradients and weights adds to a step of a rank, behind what hides it.
+
+    Args:
+        layers: of each of its stages, from one to another.
+    """
     parallel = config.parallel
-    tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    tensor, ranks = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     expert, expert_tensor = parallel.expert_model_parallel_size, parallel.expert_tensor_size
-    experts, inside = work.parameters_between(layers.start, layers.stop, tensor, expert, expert_tensor)
-    others = inside + work.parameters_around(tensor, stages, stage)
-    stage_ranks = world_size // stages
+    experts, others = 0, work.parameters_around(tensor, ranks, pipeline_rank)
+    for start, end in layers:
+        found = work.parameters_between(start, end, tensor, expert, expert_tensor)
+        experts, others = experts + found[0], others + found[1]
+    forward = sum(each.forward for each in stages)
+    stage_ranks = world_size // ranks
     groups = (
         (others, Group(stage_ranks // tensor, tensor)),
         (experts, Group(stage_ranks // (expert * expert_tensor), expert * expert_tensor)),
     )
     reduced = gathered = 0.0
+    width = bytes_per_element(config.precision)
     for parameters, group in groups:
         passed_on = parameters * (group.size - 1) / group.size
         if parallel.use_distributed_optimizer:
             reduced += network.ring_seconds(group, passed_on * FP32)
-            gathered += network.ring_seconds(group, passed_on * bytes_per_element(config.precision))
+            gathered += network.ring_seconds(group, passed_on * width)
         else:
             reduced += network.ring_seconds(group, 2 * passed_on * FP32)
     if parallel.overlap_grad_reduce:

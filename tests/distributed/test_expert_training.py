@@ -46,6 +46,15 @@ TOPOLOGIES: dict[str, tuple[int, ParallelConfig]] = {
         replace(EXPERT_PARALLEL, use_distributed_optimizer=True),
     ),
     "PP 2 x EP 2": (4, replace(EXPERT_PARALLEL, pipeline_model_parallel_size=2)),
+    "PP 2 of 2 virtual stages x EP 2, full recomputation": (
+        4,
+        replace(
+            EXPERT_PARALLEL,
+            pipeline_model_parallel_size=2,
+            virtual_pipeline_model_parallel_size=2,
+            recompute=Recompute.full,
+        ),
+    ),
     "EP 2 over CP 2": (2, replace(EXPERT_PARALLEL, context_parallel_size=2)),
     "TP 2 + sequence parallel, EP 2 of whole experts": (
         2,

@@ -119,6 +119,9 @@ def _config(
 TOPOLOGIES = {
     "TP 2": ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
     "PP 2": ParallelConfig(pipeline_model_parallel_size=2),
+    "PP 2 of 2 virtual stages": ParallelConfig(
+        pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2
+    ),
     "CP 2": ParallelConfig(context_parallel_size=2),
     "DP 2": ParallelConfig(use_distributed_optimizer=True),
     "EP 2": ParallelConfig(expert_model_parallel_size=2),

@@ -83,10 +83,12 @@ def by_brute_force(config: RunConfig, experts: int) -> dict[tuple[int, ...], flo
     for tensor, pipeline, context, expert in degrees:
         if GPUS % (tensor * pipeline * context) or GPUS // pipeline % (expert * tensor):
             continue
-        options = itertools.product((False, True), (False, True), Recompute, (1, 2, 4, 8), (0, 1))
-        for sequence, sharded, recompute, size, number in options:
-            stages = sorted(stages_to_try(work, pipeline, recompute))[0 if number else -1]
-            layout = Layout(tensor, pipeline, context, expert, stages, sequence, sharded, recompute, size)
+        virtual = range(1, 4 // pipeline + 1) if pipeline > 1 else [1]
+        options = itertools.product((False, True), (False, True), Recompute, (1, 2, 4, 8), virtual, (0, 1))
+        for sequence, sharded, recompute, size, of_a_rank, number in options:
+            stages = sorted(stages_to_try(work, pipeline * of_a_rank, recompute))[0 if number else -1]
+            split = (tensor, pipeline, context, expert, stages, sequence, sharded)
+            layout = Layout(*split, recompute, size, of_a_rank)
             run = replace(layout.run(config, GPUS), dry_run=True)
             if run.stage.global_batch_size % (size * layout.replicas(GPUS)):
                 continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from functools import cache
 
@@ -95,45 +96,86 @@ def test_without_tensor_ranks_recomputation_and_links_a_bubble_is_that_of_equal_
     assert time.communication_share == pytest.approx(0, abs=1e-9)
 
 
-def simulated(forward: list[float], micro_batches: int) -> float:
-    """Seconds of 1F1B with backward passes of twice the forward pass, event by event."""
+def order_of(rank: int, ranks: int, virtual: int, micro_batches: int) -> list[tuple[bool, int, int]]:
+    """What a rank computes one after the other: whether backward, the stage, the micro-batch.
+
+    1F1B, or with virtual stages the interleaved schedule (arXiv 2104.04473, figure 4).
+    """
+    forward = [
+        (number, first + each)
+        for first in range(0, micro_batches, ranks)
+        for number in range(virtual)
+        for each in range(min(ranks, micro_batches - first))
+    ]
+    backward = [(True, (virtual - 1 - number) * ranks + rank, micro_batch) for number, micro_batch in forward]
+    forwards = [(False, number * ranks + rank, micro_batch) for number, micro_batch in forward]
+    ahead = ranks - rank - 1 if virtual == 1 else (ranks - rank - 1) * 2 + (virtual - 1) * ranks
+    ahead = min(ahead, len(forwards))
+    pairs = zip(forwards[ahead:], backward, strict=False)
+    return [*forwards[:ahead], *itertools.chain(*pairs), *backward[len(forwards) - ahead :]]
+
+
+def simulated(forward: list[float], ranks: int, micro_batches: int) -> float:
+    """Seconds of a step of (virtual) stages, with backward passes of twice the forward pass, event by event."""
     stages = len(forward)
-    orders = []
-    for stage in range(stages):
-        ahead = min(stages - stage - 1, micro_batches)
-        order = [(False, number) for number in range(ahead)]
-        for number in range(micro_batches - ahead):
-            order += [(False, ahead + number), (True, number)]
-        orders.append(order + [(True, number) for number in range(micro_batches - ahead, micro_batches)])
+    orders = [order_of(rank, ranks, stages // ranks, micro_batches) for rank in range(ranks)]
     done: dict[tuple[bool, int, int], float] = {}
-    free, at = [0.0] * stages, [0] * stages
+    free, at = [0.0] * ranks, [0] * ranks
     while any(position < len(order) for position, order in zip(at, orders, strict=True)):
-        for stage, order in enumerate(orders):
-            while at[stage] < len(order):
-                backward, number = order[at[stage]]
+        for rank, order in enumerate(orders):
+            while at[rank] < len(order):
+                backward, stage, number = order[at[rank]]
                 neighbour = stage + 1 if backward else stage - 1
                 if 0 <= neighbour < stages and (backward, neighbour, number) not in done:
                     break
-                begin = max(free[stage], done.get((backward, neighbour, number), 0.0))
-                free[stage] = begin + forward[stage] * (2 if backward else 1)
-                done[backward, stage, number] = free[stage]
-                at[stage] += 1
+                begin = max(free[rank], done.get((backward, neighbour, number), 0.0))
+                free[rank] = begin + forward[stage] * (2 if backward else 1)
+                done[backward, stage, number] = free[rank]
+                at[rank] += 1
     return max(free)
 
 
-@pytest.mark.parametrize("layout", [None, [7, 8, 8, 5], [6, 8, 8, 6]])
-def test_a_pipeline_takes_as_long_as_a_simulated_one(layout: list[int] | None) -> None:
+@pytest.mark.parametrize(
+    ("virtual", "layout"),
+    [
+        (1, None),
+        (1, [7, 8, 8, 5]),
+        (1, [6, 8, 8, 6]),
+        (7, None),
+        (2, [4, 4, 4, 4, 3, 3, 3, 3]),
+        (2, [4, 4, 4, 3, 4, 4, 3, 2]),
+        (3, [2, 2, 2, 2, 3, 3, 2, 2, 3, 3, 2, 2]),
+    ],
+)
+def test_a_pipeline_takes_as_long_as_a_simulated_one(virtual: int, layout: list[int] | None) -> None:
     config = run_of("model=qwen2_5_7b", "cluster=h100", "stage.global_batch_size=32")
-    parallel = ParallelConfig(pipeline_model_parallel_size=4, pipeline_model_parallel_layout=layout)
+    parallel = ParallelConfig(
+        pipeline_model_parallel_size=4,
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+        pipeline_model_parallel_layout=layout,
+    )
     config = replace(config, parallel=parallel)
     work = ModelWork(config)
     seconds_per_flop = config.stage.seq_length / (989.4e12 * 0.37)
     a_layer = work.of_layers[work.layers[0]].forward_flops * seconds_per_flop
-    forward = [number * a_layer for number in layout or [7] * 4]
+    forward = [number * a_layer for number in layout or [28 // 4 // virtual] * 4 * virtual]
     forward[-1] += work.output_flops * seconds_per_flop
-    exact = simulated(forward, 32)
-    # Exact where stages are equal or one is longer; a few percent too much where they are uneven otherwise.
-    assert 1 - 1e-6 <= time_of(config, 4, Network(8, 1e30, 1e30)).seconds / exact <= 1.03
+    exact = simulated(forward, 4, 32)
+    # Exact where stages are equal or one is longer; a few percent off where they are uneven otherwise.
+    assert 0.99 <= time_of(config, 4, Network(8, 1e30, 1e30)).seconds / exact <= 1.05
+    if virtual == 1:
+        assert time_of(config, 4, Network(8, 1e30, 1e30)).seconds >= exact * (1 - 1e-6)
+
+
+def test_equal_virtual_stages_take_as_long_as_simulated_ones() -> None:
+    config = run_of("model=qwen2_5_7b", "cluster=h100", "stage.global_batch_size=16")
+    model = replace(config.model, vocab_size=1)
+    parallel = ParallelConfig(pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=7)
+    time = time_of(replace(config, model=model, parallel=parallel), 4, Network(8, 1e30, 1e30))
+    assert time.seconds == pytest.approx(
+        time.arithmetic / 16 / 7 / 3 * simulated([1.0] * 28, 4, 16), rel=1e-3
+    )
+    assert time.bubble_share == pytest.approx(3 / (7 * 16 + 3), rel=1e-3)
 
 
 def test_parameters_of_stages_are_those_of_plans(seven_b: RunConfig) -> None:

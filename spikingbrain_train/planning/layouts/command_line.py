@@ -25,7 +25,7 @@ from spikingbrain_train.reporting.tables import terminal_width
 
 _DESCRIPTION = """\
 Search the layout in which a model trains fastest on a cluster and fits: data, tensor, pipeline, context and
-expert parallelism, the sharded optimizer, stages of unequal length, recomputation, micro-batches. It lists
+expert parallelism, the sharded optimizer, unequal and virtual stages, recomputation, micro-batches. It lists
 the best with memory, time of a step, MFU, bubble and communication, and says why others were set aside.
 """
 

@@ -18,11 +18,13 @@ class Layout:
     context: int
     expert: int
     stages: tuple[int, ...] | None
-    """Layers of each pipeline stage; None for even ones."""
+    """Layers of each pipeline stage, virtual ones in the order of the model; None for even ones."""
     sequence_parallel: bool
     distributed_optimizer: bool
     recompute: Recompute
     micro_batch_size: int
+    virtual_stages: int = 1
+    """Pipeline stages of each rank, which an interleaved pipeline passes through in turn."""
 
     @property
     def degrees(self) -> tuple[int, ...]:
@@ -32,19 +34,20 @@ class Layout:
     @property
     def split(self) -> tuple[Any, ...]:
         """What decides how weights and optimizer state lie; recomputation and micro-batches are the rest."""
-        return (*self.degrees, self.stages, self.sequence_parallel, self.distributed_optimizer)
+        stages = (self.virtual_stages, self.stages)
+        return (*self.degrees, *stages, self.sequence_parallel, self.distributed_optimizer)
 
     def parallel(self, base: ParallelConfig, world_size: int) -> ParallelConfig:
         """The section ``parallel`` with it; how mixers split a sequence stays as in ``base``.
 
         Gradients are always reduced while the backward pass runs. Weights are gathered while the forward pass
-        runs where there is one stage: as all layouts of conf/parallel have it. No virtual stages are tried.
+        runs where there is one stage: as all layouts of conf/parallel have it.
         """
         return replace(
             base,
             tensor_model_parallel_size=self.tensor,
             pipeline_model_parallel_size=self.pipeline,
-            virtual_pipeline_model_parallel_size=None,
+            virtual_pipeline_model_parallel_size=self.virtual_stages if self.virtual_stages > 1 else None,
             pipeline_model_parallel_layout=None if self.stages is None else list(self.stages),
             context_parallel_size=self.context,
             expert_model_parallel_size=self.expert,
@@ -66,8 +69,9 @@ class Layout:
         return replace(base, parallel=self.parallel(base.parallel, world_size), stage=stage)
 
     def describe(self, world_size: int) -> str:
-        """``DP 8 x PP 4 x EP 8`` and so on, degrees of one left out."""
+        """``DP 8 x PP 4, VPP 2, EP 8`` and so on, degrees of one left out."""
         degrees = [("DP", self.replicas(world_size)), ("TP", self.tensor), ("CP", self.context)]
         degrees.append(("PP", self.pipeline))
         words = " x ".join(f"{name} {degree}" for name, degree in degrees if degree > 1) or "one GPU"
-        return f"{words}, EP {self.expert}" if self.expert > 1 else words
+        inside = (("VPP", self.virtual_stages), ("EP", self.expert))
+        return ", ".join([words, *(f"{name} {degree}" for name, degree in inside if degree > 1)])

@@ -137,7 +137,7 @@ def _stages(found: Found) -> str:
     if found.layout.pipeline == 1:
         return "-"
     if found.layout.stages is None:
-        return f"even, {len(found.plan.stages[0].layers)}"
+        return f"even, {len(found.plan.stages[0].virtual_stages[0])}"
     stages = found.layout.stages
     return ",".join(map(str, stages)) if len(stages) <= 4 else f"{stages[0]},{stages[1]}..{stages[-1]}"
 
@@ -193,6 +193,7 @@ def _values(found: Found) -> dict[str, Any]:
         "context": layout.context,
         "expert": layout.expert,
         "data": layout.replicas(found.plan.world_size),
+        "virtual_stages": layout.virtual_stages,
         "layers_of_stages": [len(stage.layers) for stage in stages],
         "sequence_parallel": layout.sequence_parallel,
         "use_distributed_optimizer": layout.distributed_optimizer,

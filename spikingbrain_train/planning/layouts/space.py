@@ -27,6 +27,10 @@ SHORTEST_SLICE = 1024
 """Tokens of a context-parallel rank: shorter slices leave its matrices few rows, and the model of the time
 does not know what that costs."""
 LARGEST_MICRO_BATCH = 8
+VIRTUAL_STAGES = (2, 4, 8)
+"""Of a rank, beside those that share the layers out evenly. More stages send hidden states more often."""
+LEAST_BUBBLE = 0.01
+"""Share of a step's ideal time: a smaller bubble is not worth virtual stages."""
 
 
 @dataclass
@@ -129,7 +133,7 @@ def _one_stage(parallel: ParallelConfig) -> ParallelConfig:
 
 
 class _Variants:
-    """What can be varied of a split: stages of unequal length, recomputation, micro-batches."""
+    """What can be varied of a split: virtual stages, unequal ones, recomputation, micro-batches."""
 
     def __init__(self, config: RunConfig, work: ModelWork) -> None:
         self._config, self._work = config, work
@@ -141,24 +145,47 @@ class _Variants:
         sequences = self._config.stage.global_batch_size // split.replicas(world_size)
         sizes = [size for size in divisors(sequences) if size <= LARGEST_MICRO_BATCH]
         for recompute in self._levels:
-            for stages in self._stages(split.pipeline, recompute):
-                for size in sizes:
-                    yield replace(split, recompute=recompute, stages=stages, micro_batch_size=size)
+            for virtual in self._virtual_stages(split.pipeline):
+                for stages in self._stages(split.pipeline * virtual, recompute):
+                    for size in sizes:
+                        if virtual > 1 and not _interleaves(split.pipeline, sequences // size):
+                            continue
+                        yield replace(
+                            split,
+                            recompute=recompute,
+                            virtual_stages=virtual,
+                            stages=stages,
+                            micro_batch_size=size,
+                        )
 
-    def _stages(self, pipeline: int, recompute: Recompute) -> list[tuple[int, ...] | None]:
+    def _virtual_stages(self, pipeline: int) -> list[int]:
+        """How many stages a rank may have."""
+        if pipeline == 1:
+            return [1]
+        number = self._config.model.num_layers
+        even = (each for each in divisors(number) if number % (each * pipeline) == 0)
+        few = {each for each in (*VIRTUAL_STAGES, *even) if each * pipeline <= number}
+        return sorted({1, *(each for each in few if each <= VIRTUAL_STAGES[-1])})
+
+    def _stages(self, stages: int, recompute: Recompute) -> list[tuple[int, ...] | None]:
         """Even stages where there are such, and those whose longest one is the shortest."""
         number = self._config.model.num_layers
-        even = (number // pipeline,) * pipeline if number % pipeline == 0 else None
-        best = self._best(pipeline, recompute)
+        even = (number // stages,) * stages if number % stages == 0 else None
+        best = self._best(stages, recompute)
         return [*([None] if even is not None else []), *([best] if best != even else [])]
 
-    def _best(self, pipeline: int, recompute: Recompute) -> tuple[int, ...]:
-        if (pipeline, recompute) not in self._balanced:
+    def _best(self, stages: int, recompute: Recompute) -> tuple[int, ...]:
+        if (stages, recompute) not in self._balanced:
             of_layers = {
                 layer: 3 * each.forward_flops + each.recomputed_flops(recompute)
                 for layer, each in self._work.of_layers.items()
             }
             flops = [of_layers[layer] for layer in self._work.layers]
-            found = balanced_layout(flops, pipeline, 3 * self._work.output_flops)
-            self._balanced[pipeline, recompute] = tuple(found)
-        return self._balanced[pipeline, recompute]
+            found = balanced_layout(flops, stages, 3 * self._work.output_flops)
+            self._balanced[stages, recompute] = tuple(found)
+        return self._balanced[stages, recompute]
+
+
+def _interleaves(pipeline: int, micro_batches: int) -> bool:
+    """Whether virtual stages work, whose ranks take as many micro-batches at a time as they are, and gain."""
+    return micro_batches % pipeline == 0 and (pipeline - 1) / micro_batches >= LEAST_BUBBLE
