@@ -116,7 +116,7 @@ def order_of(rank: int, ranks: int, virtual: int, micro_batches: int) -> list[tu
 
 
 def simulated(forward: list[float], ranks: int, micro_batches: int) -> float:
-    """Seconds of a step of (virtual) stages, with backward passes of twice the forward pass, event by event."""
+    """Seconds of a step of (virtual) stages, backward passes of twice the forward pass, event by event."""
     stages = len(forward)
     orders = [order_of(rank, ranks, stages // ranks, micro_batches) for rank in range(ranks)]
     done: dict[tuple[bool, int, int], float] = {}
