@@ -6,8 +6,9 @@ that the run will make.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from spikingbrain_train.architecture.backends.releases import untested
 from spikingbrain_train.architecture.backends.tables import TABLES
 from spikingbrain_train.architecture.mixers import MIXERS
 from spikingbrain_train.config.parallel import KernelConfig
@@ -27,14 +28,23 @@ class KernelChoices:
     """Setting of ``cluster.kernels`` -> backend -> the mixers that it computes, in words."""
     set_aside: dict[str, str]
     """Packages that are installed but cannot be used, and why."""
+    untested: dict[str, str] = field(default_factory=dict)
+    """Packages that can be used in a release that nobody has looked at: which, and what was looked at."""
 
     def rows(self, *, on_gpu: bool) -> list[tuple[str, str]]:
         """For the user: a GPU has several for a call, and a package may be installed in vain."""
         rows = [("kernels", self._chosen())] if on_gpu else []
-        return rows + [
-            ("not used", f"{package}, which is installed: it {failure}")
-            for package, failure in self.set_aside.items()
-        ]
+        return (
+            rows
+            + [
+                ("not used", f"{package}, which is installed: it {failure}")
+                for package, failure in self.set_aside.items()
+            ]
+            + [
+                ("warning", f"{package} {why}; if a kernel fails, install one of those")
+                for package, why in self.untested.items()
+            ]
+        )
 
     def _chosen(self) -> str:
         chosen = {table.setting: getattr(self.kernels, table.setting).value for table in TABLES.values()}
@@ -89,7 +99,12 @@ def choose_kernels(config: RunConfig, kernels: KernelConfig, accelerator: Accele
         and accelerator.has(package)
         and (failure := machine.package_failure(package)) is not None
     }
-    return KernelChoices(kernels, mixers, set_aside)
+    usable = {
+        package: version
+        for package, version in accelerator.packages.items()
+        if accelerator.has(package) and package not in set_aside
+    }
+    return KernelChoices(kernels, mixers, set_aside, untested(usable))
 
 
 def _describe(choices: dict[str, list[str]]) -> str:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from spikingbrain_train.architecture.backends.backend import Backend, Backends
 from spikingbrain_train.architecture.backends.gated_linear_attention import GATED_LINEAR_ATTENTION
+from spikingbrain_train.architecture.backends.releases import RELEASES
 from spikingbrain_train.architecture.backends.softmax_attention import SoftmaxAttentionCall
 from spikingbrain_train.architecture.layers import dense_source, mixers_of
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
@@ -102,7 +103,8 @@ def kernels_of_machine(
         lambda name: "transformer_engine" in packages if name.endswith("GroupedLinear") else real(name),
     )
     number = 0 if kind is AcceleratorKind.cpu else 8
-    return Accelerator(kind, "a device", number, dict.fromkeys(packages, "1.0"))
+    versions = {name: RELEASES[name].versions[-1] if name in RELEASES else "1.0" for name in packages}
+    return Accelerator(kind, "a device", number, versions)
 
 
 @pytest.fixture(params=PLATFORMS, ids=lambda place: "+".join([place[0].value, *sorted(place[1])]))
@@ -313,6 +315,9 @@ def test_the_76b_trains_on_nvidia_with_flash_attn_installed(monkeypatch: pytest.
     assert broken.rows(on_gpu=False) == [
         ("not used", "flash_attn, which is installed: it was built for another torch")
     ]
+    newer = replace(machine, packages={**machine.packages, "flash_attn": "99.1"})
+    (_, (word, warning)) = start(config, newer).rows(on_gpu=True)
+    assert word == "warning" and warning.startswith("flash_attn 99.1 is newer than the releases that")
     choices = start(replace(config, precision=Precision.fp32), machine)
     assert choices.mixers["softmax_attention"] == {"sdpa": ["full"], "flex": ["swa"]}
 

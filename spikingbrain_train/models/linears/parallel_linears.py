@@ -1,4 +1,7 @@
-"""Which class stands behind each projection: megatron-core's or Transformer Engine's, and what it does."""
+"""Which class stands behind each projection: megatron-core's or Transformer Engine's, and what it does.
+
+Releases of Transformer Engine that megatron-core's calls were held to: architecture/backends/releases.py.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """The gated delta rule by the Triton kernels of flash-linear-attention, for GPUs.
 
-They are in ``fla.ops.gated_delta_rule``.
+They are in ``fla.ops.gated_delta_rule``. Releases that the call was written against: ``fla`` in
+architecture/backends/releases.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Gated linear attention by the Triton kernels of flash-linear-attention (``fla.ops.gla``), for GPUs."""
+"""Gated linear attention by the Triton kernels of flash-linear-attention (``fla.ops.gla``), for GPUs.
+
+Releases that the call was written against: ``fla`` in architecture/backends/releases.py.
+"""
 
 from __future__ import annotations
 

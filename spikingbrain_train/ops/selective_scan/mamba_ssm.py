@@ -1,4 +1,7 @@
-"""The selective scan by the CUDA kernel of the package mamba_ssm (``selective_scan_fn``)."""
+"""The selective scan by the CUDA kernel of the package mamba_ssm (``selective_scan_fn``).
+
+Releases that the call was written against: ``mamba_ssm`` in architecture/backends/releases.py.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Causal and sliding-window attention by the flash-attn package (GPUs)."""
+"""Causal and sliding-window attention by the flash-attn package (GPUs).
+
+Releases that the calls were written against: ``flash_attn`` in architecture/backends/releases.py.
+"""
 
 from __future__ import annotations
 
