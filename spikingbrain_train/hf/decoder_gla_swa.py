@@ -32,7 +32,8 @@ from .rotary_gla_swa import text_lengths
 from .stored_scales_w8aspike import add_stored_scales
 
 # What collators and transformers pass that changes nothing here, and what goes to the loss.
-_IDLE_KEYWORDS = ("max_length_q", "max_length_k", "max_seqlen", "cache_position")
+# generate() of transformers 5 hands the tokenizer that it looks for stop strings with to the model, too.
+_IDLE_KEYWORDS = ("max_length_q", "max_length_k", "max_seqlen", "cache_position", "tokenizer")
 _LOSS_KEYWORDS = ("num_items_in_batch", "ignore_index", "shift_labels")
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import tokenizers
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerFast
 
 from spikingbrain_train.hf.cache_gla_swa import GLAswaCache
 from spikingbrain_train.hf.modeling_gla_swa import GLAswaForCausalLM
@@ -70,6 +71,19 @@ def test_greedy_generation_equals_rereading(random_model: Callable) -> None:
     model = random_model()
     ids = random_ids(2, 33)
     assert torch.equal(model.generate(ids, max_new_tokens=25, **GREEDY), greedy_by_rereading(model, ids, 25))
+
+
+def test_generation_ends_behind_a_stop_string(random_model: Callable) -> None:
+    """transformers 5 hands the tokenizer on to the model, which has no use for it."""
+    model, ids = random_model(), random_ids(1, 33)
+    characters = tokenizers.Tokenizer(tokenizers.models.BPE({chr(33 + id): id for id in range(97)}, []))
+    characters.decoder = tokenizers.decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=characters)
+    whole = model.generate(ids, max_new_tokens=12, **GREEDY)
+    fifth = whole[0, 33 + 4]
+    end = 33 + whole[0, 33:].tolist().index(fifth) + 1
+    stop = {"stop_strings": [chr(33 + int(fifth))], "tokenizer": tokenizer}
+    assert torch.equal(model.generate(ids, max_new_tokens=12, **stop, **GREEDY), whole[:, :end])
 
 
 def test_sampling_and_beam_search_do_not_depend_on_the_cache(random_model: Callable) -> None:
