@@ -82,6 +82,6 @@ pip_install() {
         fail "the installation into $venv failed (pip's message is above); the next call tries again"
 }
 pip_install 'pip>=23.1' # older ones cannot install this project in editable form
-pip_install --constraint "$constraints" --editable '.[dev,demo,deepspeed,evaluation,gigatoken,docs]'
+pip_install --constraint "$constraints" --editable '.[dev,demo,deepspeed,evaluation,gigatoken,docs,serve]'
 fingerprint "$version" >"$stamp"
 printf 'Ready: %s\n' "$venv"

@@ -69,6 +69,12 @@ def _generate() -> argparse.ArgumentParser:
     return generate_parser()
 
 
+def _serve() -> argparse.ArgumentParser:
+    from spikingbrain_train.evaluation.serve_command_line import serve_parser
+
+    return serve_parser()
+
+
 def _analyze_spikes() -> argparse.ArgumentParser:
     from spikingbrain_train.spike_analysis.command_line import analyze_spikes_parser
 
@@ -134,6 +140,7 @@ PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "quantize": _quantize,
     "evaluate": _evaluate,
     "generate": _generate,
+    "serve": _serve,
     "analyze-spikes": _analyze_spikes,
     "analyze-sparsity": _analyze_sparsity,
     "bricks": _bricks,

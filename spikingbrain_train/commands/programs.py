@@ -136,6 +136,14 @@ def generate() -> None:
 
 
 @program
+def serve() -> None:
+    """Answer OpenAI-compatible requests."""
+    from spikingbrain_train.evaluation.serve_command_line import serve
+
+    serve()
+
+
+@program
 def plot() -> None:
     """Draw runs."""
     from spikingbrain_train.reporting.command_line import plot

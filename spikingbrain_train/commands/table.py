@@ -76,6 +76,9 @@ COMMANDS = (
     Command("evaluate", "held-out cross entropy of a model", programs.evaluate, "tools/evaluate.py"),
     Command("generate", "continue a prompt with a model", programs.generate, "tools/generate.py"),
     Command(
+        "serve", "answer OpenAI-compatible requests with a model folder", programs.serve, "tools/serve.py"
+    ),
+    Command(
         "analyze-spikes",
         "count and price the spikes of a model on text",
         programs.analyze_spikes,

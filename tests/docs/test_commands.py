@@ -59,6 +59,8 @@ RULES = (
     Rule("spikingbrain-bricks neurons ", Way.SHORT),
     Rule("spikingbrain-bricks abilities ", Way.SHORT),
     Rule("spikingbrain-export ", Way.AS_IT_IS),
+    Rule("spikingbrain-serve ", Way.NOT_RUN, "waits; tests/evaluation/test_chat_server.py starts one"),
+    Rule("curl ", Way.NOT_RUN, "tests/evaluation/test_chat_server.py sends the same requests"),
     Rule("spikingbrain-health-check ", Way.AS_IT_IS),
     Rule("spikingbrain-plot ", Way.NOT_RUN, "its runs are no page's; tests/reporting draws such", PICTURES),
     Rule("spikingbrain-plot ", Way.AS_IT_IS),

@@ -82,7 +82,7 @@ def test_first_working_interpreter_is_taken_and_its_tested_versions(machine: Mac
     result = machine.setup()
     assert result.returncode == 0, result.stderr
     assert "python3 (Python 3.11)" in result.stdout
-    extras = "[dev,demo,deepspeed,evaluation,gigatoken,docs]"
+    extras = "[dev,demo,deepspeed,evaluation,gigatoken,docs,serve]"
     installed = f"--constraint {ROOT}/constraints/py311.txt --editable .{extras}"
     assert installed in machine.pip_calls()[-1]
 
