@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from spikingbrain_train.architecture.context_traffic import NO_TRAFFIC, ContextTraffic
 from spikingbrain_train.architecture.layers import Layer, layers
-from spikingbrain_train.architecture.weights import Split
+from spikingbrain_train.architecture.weights import Split, Weight
 from spikingbrain_train.config.parallel import ParallelConfig, Recompute
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.planning.costs import (
@@ -62,10 +62,9 @@ class ModelWork:
 
     def _work(self, layer: Layer, length: int) -> LayerWork:
         model = self.config.model
-        matrices = sum(weight.matrix_numel for weight in layer.feed_forward_weights(model))
         return LayerWork(
             layer_forward_flops(model, layer, length),
-            2.0 * matrices * (1 + model.num_sink_tokens / length),
+            _matrix_flops(self.config, layer.feed_forward_weights(model)),
             layer.feed_forward.is_there,
             layer.feed_forward.routes_tokens,
         )
@@ -100,10 +99,15 @@ class ModelWork:
 
 def recomputed_feed_forward_flops(config: RunConfig, layer: Layer) -> float:
     """Per token of text, over all ranks: those of the matrices whose linears compute again."""
-    model, feed_forward = config.model, layer.feed_forward
-    weights = layer.feed_forward_weights(model)
-    matrices = sum(each.matrix_numel for each in weights if feed_forward.computes_again(config, each))
-    return 2.0 * matrices * (1 + model.num_sink_tokens / config.stage.seq_length)
+    feed_forward = layer.feed_forward
+    weights = layer.feed_forward_weights(config.model)
+    return _matrix_flops(config, (each for each in weights if feed_forward.computes_again(config, each)))
+
+
+def _matrix_flops(config: RunConfig, weights: Iterable[Weight]) -> float:
+    """Forward, per token of text, over all ranks; sink tokens go through them as well."""
+    matrices = sum(weight.matrix_numel for weight in weights)
+    return 2.0 * matrices * (1 + config.model.num_sink_tokens / config.stage.seq_length)
 
 
 def context_traffic(config: RunConfig, layer: Layer) -> ContextTraffic | None:
