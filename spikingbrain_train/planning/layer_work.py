@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from spikingbrain_train.architecture.context_traffic import NO_TRAFFIC, ContextTraffic
 from spikingbrain_train.architecture.layers import Layer, layers
-from spikingbrain_train.architecture.weights import Split, Weight
+from spikingbrain_train.architecture.weights import Split
 from spikingbrain_train.config.parallel import ParallelConfig, Recompute
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.planning.costs import (
@@ -26,18 +26,8 @@ class LayerWork:
     """A layer's forward FLOPs per token of text, over all ranks."""
 
     forward_flops: float
-    feed_forward_flops: float
-    """The share of its feed-forward."""
     has_feed_forward: bool
     routes_tokens: bool
-
-    def recomputed_flops(self, recompute: Recompute) -> float:
-        """What the backward pass computes again; routers and activation functions are nothing beside it."""
-        if recompute is Recompute.full:
-            return self.forward_flops
-        if recompute in (Recompute.moe_feed_forward, Recompute.moe_layer):
-            return self.feed_forward_flops
-        return 0.0
 
 
 class ModelWork:
@@ -64,7 +54,6 @@ class ModelWork:
         model = self.config.model
         return LayerWork(
             layer_forward_flops(model, layer, length),
-            _matrix_flops(self.config, layer.feed_forward_weights(model)),
             layer.feed_forward.is_there,
             layer.feed_forward.routes_tokens,
         )
@@ -97,17 +86,17 @@ class ModelWork:
         return parameters_around(self.config.model, parallel, stage)
 
 
-def recomputed_feed_forward_flops(config: RunConfig, layer: Layer) -> float:
-    """Per token of text, over all ranks: those of the matrices whose linears compute again."""
-    feed_forward = layer.feed_forward
-    weights = layer.feed_forward_weights(config.model)
-    return _matrix_flops(config, (each for each in weights if feed_forward.computes_again(config, each)))
+def recomputed_flops(config: RunConfig, layer: Layer) -> float:
+    """What the backward pass computes again, per token of text, over all ranks.
 
-
-def _matrix_flops(config: RunConfig, weights: Iterable[Weight]) -> float:
-    """Forward, per token of text, over all ranks; sink tokens go through them as well."""
-    matrices = sum(weight.matrix_numel for weight in weights)
-    return 2.0 * matrices * (1 + config.model.num_sink_tokens / config.stage.seq_length)
+    Routers and activation functions are nothing beside matrices, through which sink tokens go as well.
+    """
+    model, length = config.model, config.stage.seq_length
+    if config.parallel.recompute is Recompute.full:
+        return layer_forward_flops(model, layer, length)
+    feed_forward, weights = layer.feed_forward, layer.feed_forward_weights(model)
+    again = sum(each.matrix_numel for each in weights if feed_forward.computes_again(config, each))
+    return 2.0 * again * (1 + model.num_sink_tokens / length)
 
 
 def context_traffic(config: RunConfig, layer: Layer) -> ContextTraffic | None:

@@ -42,7 +42,7 @@ from spikingbrain_train.config.parallel import Recompute
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.planning.costs import layers_per_stage
-from spikingbrain_train.planning.layer_work import ModelWork, context_traffic, recomputed_feed_forward_flops
+from spikingbrain_train.planning.layer_work import ModelWork, context_traffic, recomputed_flops
 from spikingbrain_train.planning.topology import Group, Network
 
 EFFICIENCY = 0.37
@@ -204,9 +204,7 @@ def _layer_seconds(
     tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     text = config.stage.micro_batch_size * config.stage.seq_length / context
     forward = of_layer.forward_flops * text / tensor / speed
-    again = of_layer.recomputed_flops(parallel.recompute)
-    again = max(again, recomputed_feed_forward_flops(config, layer))  # experts that get many tokens
-    recomputed = again * text / tensor / speed
+    recomputed = recomputed_flops(config, layer) * text / tensor / speed
     tokens = rank_tokens(config)
     hidden = tokens * config.model.hidden_size * bytes_per_element(config.precision)
     parts = 2 if of_layer.has_feed_forward else 1

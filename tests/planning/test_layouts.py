@@ -18,7 +18,7 @@ from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.errors import SpikingBrainError
 from spikingbrain_train.planning.checks import check_run_config
 from spikingbrain_train.planning.fit import Fit, device_memory
-from spikingbrain_train.planning.layer_work import ModelWork
+from spikingbrain_train.planning.layer_work import ModelWork, recomputed_flops
 from spikingbrain_train.planning.layouts.command_line import plan_parallel
 from spikingbrain_train.planning.layouts.layout import Layout
 from spikingbrain_train.planning.layouts.search import Search, check_search, search
@@ -58,10 +58,9 @@ def compositions(total: int, parts: int) -> list[tuple[int, ...]]:
 
 def stages_to_try(work: ModelWork, pipeline: int, recompute: Recompute) -> set[tuple[int, ...]]:
     """Even stages, and those whose longest, then whose longest behind the first ..., is shortest."""
-    flops = []
-    for layer in work.layers:
-        each = work.of_layers[layer]
-        flops.append(3 * each.forward_flops + each.recomputed_flops(recompute))
+    parallel = replace(work.config.parallel, recompute=recompute)
+    run = replace(work.config, parallel=parallel)
+    flops = [3 * work.of_layers[layer].forward_flops + recomputed_flops(run, layer) for layer in work.layers]
 
     def longest(stages: tuple[int, ...]) -> tuple[float, ...]:
         bounds = (0, *itertools.accumulate(stages))

@@ -18,7 +18,7 @@ from spikingbrain_train.config.require import divisors
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.planning.checks import check_stage
-from spikingbrain_train.planning.layer_work import ModelWork
+from spikingbrain_train.planning.layer_work import ModelWork, recomputed_flops
 from spikingbrain_train.planning.layouts.layout import Layout
 from spikingbrain_train.planning.parallel_checks import check_split, check_world_size
 from spikingbrain_train.planning.pipeline_balance import balanced_layout
@@ -138,15 +138,16 @@ class _Variants:
     def __init__(self, config: RunConfig, work: ModelWork) -> None:
         self._config, self._work = config, work
         self._levels = list(Recompute) if has_experts(config.model) else [Recompute.none, Recompute.full]
-        self._balanced: dict[tuple[int, Recompute], tuple[int, ...]] = {}
+        self._balanced: dict[tuple[int, tuple[float, ...]], tuple[int, ...]] = {}
 
     def of(self, split: Layout, world_size: int) -> Iterator[Layout]:
         """All of them."""
         sequences = self._config.stage.global_batch_size // split.replicas(world_size)
         sizes = [size for size in divisors(sequences) if size <= LARGEST_MICRO_BATCH]
         for recompute in self._levels:
+            flops = self._flops(replace(split, recompute=recompute).run(self._config, world_size))
             for virtual in self._virtual_stages(split.pipeline):
-                for stages in self._stages(split.pipeline * virtual, recompute):
+                for stages in self._stages(split.pipeline * virtual, flops):
                     for size in sizes:
                         if virtual > 1 and not _interleaves(split.pipeline, sequences // size):
                             continue
@@ -167,23 +168,23 @@ class _Variants:
         few = {each for each in (*VIRTUAL_STAGES, *even) if each * pipeline <= number}
         return sorted({1, *(each for each in few if each <= VIRTUAL_STAGES[-1])})
 
-    def _stages(self, stages: int, recompute: Recompute) -> list[tuple[int, ...] | None]:
+    def _flops(self, run: RunConfig) -> tuple[float, ...]:
+        """Of each layer, per token of text: forward, backward and what the backward pass computes again."""
+        of_layers = {
+            layer: 3 * each.forward_flops + recomputed_flops(run, layer)
+            for layer, each in self._work.of_layers.items()
+        }
+        return tuple(of_layers[layer] for layer in self._work.layers)
+
+    def _stages(self, stages: int, flops: tuple[float, ...]) -> list[tuple[int, ...] | None]:
         """Even stages where there are such, and those whose longest one is the shortest."""
         number = self._config.model.num_layers
         even = (number // stages,) * stages if number % stages == 0 else None
-        best = self._best(stages, recompute)
-        return [*([None] if even is not None else []), *([best] if best != even else [])]
-
-    def _best(self, stages: int, recompute: Recompute) -> tuple[int, ...]:
-        if (stages, recompute) not in self._balanced:
-            of_layers = {
-                layer: 3 * each.forward_flops + each.recomputed_flops(recompute)
-                for layer, each in self._work.of_layers.items()
-            }
-            flops = [of_layers[layer] for layer in self._work.layers]
+        if (stages, flops) not in self._balanced:
             found = balanced_layout(flops, stages, 3 * self._work.output_flops)
-            self._balanced[stages, recompute] = tuple(found)
-        return self._balanced[stages, recompute]
+            self._balanced[stages, flops] = tuple(found)
+        best = self._balanced[stages, flops]
+        return [*([None] if even is not None else []), *([best] if best != even else [])]
 
 
 def _interleaves(pipeline: int, micro_batches: int) -> bool:
