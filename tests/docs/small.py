@@ -45,6 +45,19 @@ LONGEST = {8192: 64, 32768: 96, 131072: 128}
 """Sequences of up to so many tokens -> tokens here."""
 
 
+_MODULE = re.compile(r"# (my_package/\w+\.py)\n")
+_SETTINGS = re.compile(r"(?:# @package \w+\n)?# (my_conf/\w+/\w+\.yaml)\n")
+
+
+def write_files(page: str, folder: Path) -> None:
+    """The blocks of a page that begin with the path of a file: Python's, and settings in YAML."""
+    for pattern, language in ((_MODULE, "python"), (_SETTINGS, "yaml")):
+        for _, block in fenced(page, language):
+            if found := pattern.match(block):
+                (folder / found[1]).parent.mkdir(parents=True, exist_ok=True)
+                (folder / found[1]).write_text(block)
+
+
 class Workplace:
     """A folder that looks like a checkout with models and text in it, and what has been done there."""
 
@@ -58,13 +71,6 @@ class Workplace:
         for model, family in MODELS.items():
             made = programs.run([str(ROOT / "tests/docs/tiny_models.py"), family, model], folder)
             assert made.code == 0, made.said
-
-    def write_modules(self, page: str) -> None:
-        """The Python blocks of a page that begin with the path of a file."""
-        for _, block in fenced(page, "python"):
-            if found := re.match(r"# (my_package/\w+\.py)\n", block):
-                (self.folder / found[1]).parent.mkdir(exist_ok=True)
-                (self.folder / found[1]).write_text(block)
 
     def run(self, words: list[str], ranks: int = 1) -> Finished:
         """Run a program of this project: ``spikingbrain-<command> ...``, ``-m <module> ...`` or a script.

@@ -14,7 +14,7 @@ import pytest
 
 from spikingbrain_train.errors import SpikingBrainError
 from tests.docs.pages import PAGES, Command, commands, fenced
-from tests.docs.small import Workplace, installed, launched, parses, shortened
+from tests.docs.small import Workplace, installed, launched, parses, shortened, write_files
 from tests.programs import Finished, Programs
 
 
@@ -72,6 +72,12 @@ RULES = (
     Rule("spikingbrain-train --nproc-per-node ", Way.PLANNED, pages=f"{README}|{METRICS}"),
     Rule(r"spikingbrain-train .*stage\.distillation\.cache=", Way.PLANNED),
     Rule("spikingbrain-train ", Way.TRAINED),
+    Rule(
+        "sbatch --test-only|squeue |tail |scancel ",
+        Way.NOT_RUN,
+        "ask Slurm itself; tests/slurm/test_first_run_page.py runs them on one",
+        GUIDES,
+    ),
     Rule("sbatch ", Way.PLANNED, pages=README),
     Rule("sbatch ", Way.TRAINED, pages=GUIDES),
     Rule("spikingbrain-pipeline (dry-run|status) ", Way.AS_IT_IS),
@@ -141,7 +147,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory, programs: Programs) -> W
 
 def follow(page: str, place: Workplace) -> list[str]:
     """Do with every command of a page what its rule says; what failed, with what it said."""
-    place.write_modules(page)
+    write_files(page, place.folder)
     failures = []
     for command in commands(page):
         rule = rule_for(command)

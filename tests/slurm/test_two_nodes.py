@@ -16,14 +16,12 @@ import pytest
 from spikingbrain_train.reporting.metrics import METRICS_FILE, read_metrics
 from spikingbrain_train.storage.checkpoint_folder import CHECKPOINT_FOLDER, latest_iteration
 from tests.slurm.cluster import Cluster, Job, processes_with, wait_until
+from tests.slurm.small_settings import SAVE_INTERVAL, small_settings
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 40
-PACE = 0.25
-"""Seconds of a step at least: time for Slurm to act in the middle of a run, on a fast machine too."""
-SAVE_INTERVAL = 5
 
 
 class Run:
@@ -51,22 +49,7 @@ class Run:
             "HEALTH_CHECK": "yes" if health_check else "no",
             **({} if entry is None else {"ENTRY": str(entry)}),
         }
-        pace = f"{{seconds: {PACE}, until: '{self.hurry}'}}"
-        settings = (
-            *(
-                "model=tiny_hybrid",
-                "model.vocab_size=130",
-                "stage=cpt",
-                "parallel=single",
-                f"data.train=[{text}]",
-            ),
-            *(f"stage.train_iters={steps}", "stage.seq_length=64", "stage.global_batch_size=2"),
-            *("stage.micro_batch_size=1", "logging.log_interval=1", "logging.tensorboard=false"),
-            f"callbacks=[{{path: tests.slurm.pace.Pace, settings: {pace}}}]",
-            *("precision=fp32", f"checkpoint.save_interval={SAVE_INTERVAL}", "checkpoint.keep_last=2"),
-            *("cluster=cpu", "cluster.peak_tflops=0.1", f"output_dir={self.output}"),
-            *further,
-        )
+        settings = (*small_settings(text, self.output, self.hurry, steps), *further)
         options = ("--nodes=2", "--cpus-per-task=1", "--time=60:00", f"--output={folder}/job.log")
         if with_gpus:
             job = ("--gpus-per-node=1", "scripts/slurm/nvidia.sbatch", *settings)
