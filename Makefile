@@ -59,9 +59,10 @@ test-matrix: ## Run the suite on every supported Python and megatron-core that t
 	@OMP_NUM_THREADS=$(call quoted,OMP_NUM_THREADS) PYTEST_ARGS=$(call quoted,PYTEST_ARGS) scripts/test_matrix.sh
 
 .PHONY: lint
-lint: environment ## Check style (ruff's rules and formatting), and that ARCHITECTURE.md and docs/settings.md are of today
+lint: environment ## Check style (ruff's rules and formatting, hadolint's), and that ARCHITECTURE.md and docs/settings.md are of today
 	@$(call program,ruff) check $(CHECKED)
 	@$(call program,ruff) format --check $(CHECKED)
+	@$(call program,hadolint) $(wildcard docker/*.Dockerfile)
 	@$(call program,python) scripts/draw_architecture.py --check
 	@$(call program,python) scripts/document_settings.py --check
 

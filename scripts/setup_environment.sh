@@ -4,6 +4,8 @@
 #   scripts/setup_environment.sh [FOLDER]      FOLDER defaults to .venv
 #
 # PYTHON chooses the interpreter (3.10 to 3.12); without it the first suitable one is taken.
+# SYSTEM_TORCH=yes keeps the torch that this interpreter has already, as in the images of NVIDIA and MetaX: the environment
+# sees all that is installed there, and only what is missing gets the tested versions.
 # pip's own variables apply: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu gets torch without CUDA libraries.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -49,11 +51,38 @@ find_python() {
     fail "no working Python 3.10, 3.11 or 3.12 found; install one or set PYTHON=/path/to/python"
 }
 
+# Prints the tested versions but for packages that the system's interpreter has, and the version of its torch.
+versions_beside_the_systems() {
+    "$1" -c 'import re, sys
+from importlib.metadata import distributions
+
+def plain(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+paths = [path for path in sys.path if path and not path.startswith(sys.prefix + "/")]
+installed = {plain(found.metadata["Name"]): found.version for found in distributions(path=paths)}
+if "torch" not in installed:
+    sys.exit(1)
+for line in open(sys.argv[1]):
+    name = re.match(r"[\w.-]+", line)
+    if name is None or plain(name[0]) not in installed:
+        print(line, end="")
+print("torch==" + installed["torch"])' "$2"
+}
+
 # The environment is current while its interpreter and everything that decides its contents are the same.
 fingerprint() {
-    printf 'python %s\n' "$1"
+    printf 'python %s%s\n' "$1" "${system_torch:+, its own torch}"
     cat "$root/pyproject.toml" "$root/constraints/py${1/./}.txt" "${BASH_SOURCE[0]}" | cksum
 }
+
+system_torch=
+options=(--clear)
+case ${SYSTEM_TORCH:-no} in
+no) ;;
+yes) system_torch=yes options+=(--system-site-packages) ;;
+*) fail "SYSTEM_TORCH=$SYSTEM_TORCH is neither yes nor no" ;;
+esac
 
 if [ -n "${PYTHON:-}" ] || [ ! -x "$venv/bin/python" ]; then
     python=$(find_python)
@@ -74,14 +103,20 @@ fi
 rm -f "$stamp" # a failed install must not look finished
 if [ "$(supported_version "$venv/bin/python" || true)" != "$version" ]; then
     printf 'Creating %s with %s (Python %s)\n' "$venv" "$python" "$version"
-    "$python" -m venv --clear "$venv" || fail "could not create $venv with $python"
+    "$python" -m venv "${options[@]}" "$venv" || fail "could not create $venv with $python"
 fi
 printf 'Installing the versions of %s; this takes some minutes the first time\n' "${constraints#"$root"/}"
 pip_install() {
     (cd "$root" && "$venv/bin/python" -m pip install -qq --disable-pip-version-check "$@") ||
         fail "the installation into $venv failed (pip's message is above); the next call tries again"
 }
+used=$constraints
+if [ -n "$system_torch" ]; then
+    used=$venv/constraints.txt
+    versions_beside_the_systems "$venv/bin/python" "$constraints" >"$used" ||
+        fail "SYSTEM_TORCH=yes, but $python has no torch; set PYTHON to the interpreter that has it, or unset SYSTEM_TORCH"
+fi
 pip_install 'pip>=23.1' # older ones cannot install this project in editable form
-pip_install --constraint "$constraints" --editable '.[dev,demo,deepspeed,evaluation,gigatoken,docs,serve]'
+pip_install --constraint "$used" --editable '.[dev,demo,deepspeed,evaluation,gigatoken,docs,serve]'
 fingerprint "$version" >"$stamp"
 printf 'Ready: %s\n' "$venv"

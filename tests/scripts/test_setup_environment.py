@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,10 @@ INTERPRETER = """#!/usr/bin/env bash
 case $* in
 *version_info*) case @VERSION@ in 3.10|3.11|3.12) echo @VERSION@ ;; *) exit 1 ;; esac ;;
 *ensurepip*) exit @NO_VENV@ ;;
-"-m venv "*) mkdir -p "$4/bin"; cp "$0" "$4/bin/python" ;;
+"-m venv "*)
+    folder=${*: -1}; mkdir -p "$folder/bin"; cp "$0" "$folder/bin/python"
+    printf '%s\\n' "$*" >> "$PIP_LOG" ;;
+*importlib.metadata*) exec "$PYTHON_OF_TESTS" "$@" ;;
 "-m pip "*) printf '%s\\n' "$*" >> "$PIP_LOG"; exit "${PIP_EXIT:-0}" ;;
 esac
 """
@@ -44,6 +48,7 @@ class Machine:
             "PATH": str(self.programs),
             "HOME": str(folder),
             "PIP_LOG": str(self.pip_log),
+            "PYTHON_OF_TESTS": sys.executable,
         }
 
     def add(self, name: str, version: str = "", *, has_venv: bool = True, text: str = INTERPRETER) -> None:
@@ -146,3 +151,39 @@ def test_changed_requirements_are_installed(machine: Machine) -> None:
     (machine.venv / ".installed").write_text("of an older pyproject.toml\n")
     assert machine.setup().returncode == 0
     assert len(machine.pip_calls()) > calls
+
+
+def system_packages(folder: Path, **versions: str) -> dict[str, str]:
+    """What has an interpreter find packages outside of its environment: names and versions."""
+    for name, version in versions.items():
+        described = folder / f"{name}-{version}.dist-info"
+        described.mkdir(parents=True)
+        (described / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    return {"PYTHONPATH": str(folder), "SYSTEM_TORCH": "yes"}
+
+
+def test_the_torch_of_an_image_stays_and_what_is_missing_gets_the_tested_versions(
+    machine: Machine, tmp_path: Path
+) -> None:
+    machine.add("python3.11", "3.11")
+    image = system_packages(tmp_path / "image", torch="2.10.0a0+b4e4ee81d3.nv25.12", huggingface_hub="1.0")
+    assert machine.setup(**image).returncode == 0
+    assert machine.pip_calls()[0] == f"-m venv --clear --system-site-packages {machine.venv}"
+    assert f"--constraint {machine.venv}/constraints.txt --editable" in machine.pip_calls()[-1]
+    kept = (machine.venv / "constraints.txt").read_text().splitlines()
+    tested = (ROOT / "constraints/py311.txt").read_text().splitlines()
+    assert kept[-1] == "torch==2.10.0a0+b4e4ee81d3.nv25.12"
+    left_out = [line for line in tested if line not in kept]
+    assert sorted(line.partition("==")[0] for line in left_out) == ["huggingface_hub", "torch"]
+    calls = machine.pip_calls()
+    assert machine.setup(**image).returncode == 0 and machine.pip_calls() == calls, (
+        "the next call does nothing"
+    )
+
+
+def test_an_image_without_torch_and_a_word_that_is_no_answer_are_one_sentence(
+    machine: Machine, tmp_path: Path
+) -> None:
+    machine.add("python3.11", "3.11")
+    assert_one_sentence(machine.setup(**system_packages(tmp_path / "image")), "SYSTEM_TORCH=yes", "no torch")
+    assert_one_sentence(machine.setup(SYSTEM_TORCH="1"), "SYSTEM_TORCH=1", "yes nor no")
