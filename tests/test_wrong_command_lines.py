@@ -54,6 +54,7 @@ NEURONS = ("bricks", "neurons", "--model", "whole", "--text", "text.txt")
 PREDICTORS = ("bricks", "predictors", "--model", "whole", "--text", "text.txt")
 ABILITIES = ("bricks", "abilities", "--model", "whole", "--texts")
 ANALYZE = ("analyze_spikes", "--model", "whole", "--text", "text.txt")
+PROFILE = ("profile_step", "--output", "out")
 DEMO = ("demo", "--output", "out", "--model", "model")
 BATCH = ("stage.seq_length=64", "stage.train_iters=1", "stage.global_batch_size=1", "dry_run=true")
 NUMBERS = ("-1", "0", "nan", "1e999", "many", "", "[1]", "99999999999999999999999")
@@ -238,6 +239,18 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     ),
     *(((*EXPORT, "--max-shard-size", value), "") for value in NUMBERS),
     *(((*IMPORT, "--conversion", "dense", f"seed={value}"), "") for value in NUMBERS if value != "0"),
+    *(
+        ((*PROFILE, flag, value, "seed=1"), "")
+        for flag in ("--steps", "--warm-up")
+        for value in NUMBERS
+        if value != "0"
+    ),
+    ((*PROFILE, "--steps", "0", "seed=1"), "--steps is 0; give 1 to 100"),
+    ((*PROFILE, "--ranks", "1", "seed=1"), "--ranks 1: give all, or numbers from 0 to 0"),
+    ((*PROFILE, "--ranks", "first", "seed=1"), "--ranks first: give all, or numbers"),
+    (("profile_step", "--output", "file", "seed=1"), "--output=file cannot be a folder"),
+    ((*PROFILE, "model=tiny_hybrid", "data.train=[nowhere]", *BATCH[:3]), "nowhere"),
+    (PROFILE, ""),
     # flags
     *(((tool, "--nothing"), "") for tool in ("evaluate", "generate", "export", "preprocess_data", "demo")),
     *(((tool,), "") for tool in ("evaluate", "generate", "export", "convert_checkpoint", "plot_metrics")),

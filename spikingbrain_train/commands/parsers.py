@@ -15,6 +15,12 @@ def _cache_teacher() -> argparse.ArgumentParser:
     return cache_teacher_parser()
 
 
+def _profile_step() -> argparse.ArgumentParser:
+    from spikingbrain_train.training.profiling.command_line import profile_step_parser
+
+    return profile_step_parser()
+
+
 def _health_check() -> argparse.ArgumentParser:
     from spikingbrain_train.health.command_line import health_check_parser
 
@@ -133,6 +139,7 @@ PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "health-check": _health_check,
     "plan-parallel": _plan_parallel,
     "cache-teacher": _cache_teacher,
+    "profile-step": _profile_step,
     "preprocess": _preprocess,
     "convert": _convert,
     "choose-layers": _choose_layers,

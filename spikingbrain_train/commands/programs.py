@@ -50,6 +50,15 @@ def cache_teacher() -> None:
 
 
 @program
+def profile_step() -> None:
+    """Say what a training step's time goes to."""
+    from spikingbrain_train.commands.inference import here_or_on_ranks
+    from spikingbrain_train.training.profiling.command_line import profile_step
+
+    here_or_on_ranks("profile-step", profile_step)
+
+
+@program
 def preprocess() -> None:
     """Tokenize text."""
     from spikingbrain_train.data.command_line import preprocess_data

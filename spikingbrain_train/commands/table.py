@@ -53,6 +53,12 @@ COMMANDS = (
         programs.cache_teacher,
         "tools/cache_teacher.py",
     ),
+    Command(
+        "profile-step",
+        "what the time of a training step goes to, by part",
+        programs.profile_step,
+        "tools/profile_step.py",
+    ),
     Command("preprocess", "tokenize text for training", programs.preprocess, "tools/preprocess_data.py"),
     Command(
         "convert",

@@ -115,6 +115,7 @@ class Trainer:
         more_callbacks: beside our own and those that the config names.
         details: what run_details.txt begins with.
         start_times: of this process so far; None where its start is that of the trainer.
+        console_type: what says things to the user; tools that are no run say less.
     """
 
     def __init__(
@@ -125,12 +126,13 @@ class Trainer:
         *,
         details: Sequence[str] = (),
         start_times: StartTimes | None = None,
+        console_type: type[Console] = Console,
     ) -> None:
         self.config = config
         self.groups = groups
         self.stop_reason: str | None = None
         self.data_waits = DataWaits()
-        self.console = Console(
+        self.console = console_type(
             config.stage.train_iters,
             config.output_dir,
             is_main_process=groups.is_main_process,

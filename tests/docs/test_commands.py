@@ -50,6 +50,7 @@ RULES = (
         Way.NOT_RUN,
         "is of a run's own lengths, which are shorter here; tests/distributed writes caches",
     ),
+    Rule("spikingbrain-profile-step ", Way.AS_IT_IS),
     Rule("spikingbrain-convert ", Way.AS_IT_IS),
     Rule("spikingbrain-choose-layers ", Way.SHORT),
     Rule("spikingbrain-evaluate ", Way.SHORT),

@@ -1,0 +1,1 @@
+"""What a training step's time goes to: ``spikingbrain-profile-step``."""
