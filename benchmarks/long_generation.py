@@ -101,12 +101,12 @@ def _serve(parent: Connection, model: ModelConfig, tokens: int, piece: int) -> N
     decoder.read(ids[:, : min(64, piece)])  # what is made on first use is there
     decoder.begin()
     gc.collect()
-    before, start = _status("VmRSS"), time.process_time()
+    before, start = resident("VmRSS"), time.process_time()
     logits = decoder.read(ids, piece)
     seconds = time.process_time() - start
     size = decoder.cache_size()
     cache = (size.recurrent + size.windowed + size.unbounded) / 1024
-    parent.send(Read(seconds, before, _status("VmHWM"), _status("VmRSS"), cache))
+    parent.send(Read(seconds, before, resident("VmHWM"), resident("VmRSS"), cache))
     assert logits is not None
     while steps := parent.recv():
         start = time.process_time()
@@ -129,8 +129,8 @@ def _decoder(model: ModelConfig) -> IncrementalDecoder:
     return IncrementalDecoder(build_model(model, config, kernels, groups.device).requires_grad_(False))
 
 
-def _status(name: str) -> float:
-    """MiB of this process, as Linux counts them."""
+def resident(name: str) -> float:
+    """MiB of this process, as Linux counts them: VmRSS now, VmHWM at the highest point."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(name)).split()[1]) / 1024
 
