@@ -10,13 +10,18 @@ from torch import Tensor
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
 from spikingbrain_train.architecture.layers import rotary_limit
+from spikingbrain_train.config.require import require
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.evaluation.chat_prompts import ChatPrompt
 from spikingbrain_train.evaluation.checkpoint_model import CheckpointModel
 from spikingbrain_train.evaluation.generation import Generation, TimedStreamer
 from spikingbrain_train.evaluation.sampling import Sampling, check_prompt_length, piece_length
 from spikingbrain_train.evaluation.text_tokenizer import TextTokenizer
-from spikingbrain_train.models.incremental_decoding import IncrementalDecoder, mixers_without_step
+from spikingbrain_train.models.incremental_decoding import (
+    IncrementalDecoder,
+    mixers_without_slices,
+    mixers_without_step,
+)
 from spikingbrain_train.models.mixers.decoding import CacheSize
 
 
@@ -26,11 +31,22 @@ class CheckpointGenerator:
     Args:
         opened: a checkpoint that was asked for with :func:`~.checkpoint_request.for_decoding`.
         tokenizer: of its text.
+
+    Raises:
+        ConfigurationError: context-parallel ranks, and a mixer that does not decode in slices.
     """
 
     def __init__(self, opened: CheckpointModel, tokenizer: TextTokenizer) -> None:
         self.mixers_without_step = mixers_without_step(opened.request.model, opened.kernels)
         """Names of the kinds that read their whole input again for every token."""
+        slices = opened.request.parallel.context_parallel_size
+        without_slices = mixers_without_slices(opened.request.model, opened.kernels) if slices > 1 else []
+        require(
+            not without_slices,
+            f"parallel.context_parallel_size={slices} splits a prompt into slices, but "
+            f"{', '.join(without_slices)} reads whole texts alone; set it to 1 and spread the model over "
+            "tensor, pipeline or expert ranks",
+        )
         self._decoder = IncrementalDecoder(opened.model)
         self._groups = opened.groups
         self._positions = rotary_limit(opened.request.model)

@@ -200,19 +200,13 @@ def for_reading(request: CheckpointRequest) -> CheckpointRequest:
 def for_decoding(request: CheckpointRequest, world_size: int) -> CheckpointRequest:
     """The same, as it reads a text token by token.
 
-    Sequence parallelism is left out: it splits a sequence, and one token cannot be split. Experts drop no
-    token.
+    Sequence parallelism is left out: it splits a sequence, and one token cannot be split. Context-parallel
+    ranks read a prompt together, and what follows each by itself. Experts drop no token.
 
     Raises:
         ConfigurationError: degrees that decoding cannot use.
     """
     parallel = request.parallel
-    require(
-        parallel.context_parallel_size == 1,
-        f"parallel.context_parallel_size={parallel.context_parallel_size} splits sequences, but text is "
-        f"generated one token at a time; set it to 1 and spread the model over tensor, pipeline or expert "
-        f"ranks",
-    )
     replicas = world_size // parallel.model_parallel_size
     require(
         replicas in (1, parallel.expert_model_parallel_size),
@@ -221,4 +215,4 @@ def for_decoding(request: CheckpointRequest, world_size: int) -> CheckpointReque
         f"ranks, and all would write the same text; start {parallel.model_parallel_size}, or raise "
         f"parallel.tensor_model_parallel_size or parallel.pipeline_model_parallel_size",
     )
-    return for_reading(request)
+    return for_reading(replace(request, parallel=replace(parallel, sequence_parallel=False)))

@@ -90,7 +90,8 @@ def generate_parser() -> argparse.ArgumentParser:
         type=int,
         metavar="N",
         help="tokens of the prompt that are read at a time, so that memory is for so many whatever the "
-        f"prompt's length (default: {AUTOMATIC_PIECE} where a prompt is longer)",
+        "prompt's length; context-parallel ranks read so many each "
+        f"(default: {AUTOMATIC_PIECE} where a prompt is longer)",
     )
     parser.add_argument("--seed", type=int, default=1234, help="of the sampling (default: %(default)s)")
     return parser

@@ -24,7 +24,11 @@ from spikingbrain_train.evaluation.sampling import piece_length
 from spikingbrain_train.evaluation.score_batches import BatchGroup, Row, ScoreRequest, batch_groups
 from spikingbrain_train.evaluation.text_tokenizer import TextTokenizer
 from spikingbrain_train.models.gpt_model import HybridGPTModel, ModelChunks
-from spikingbrain_train.models.incremental_decoding import IncrementalDecoder, mixers_without_step
+from spikingbrain_train.models.incremental_decoding import (
+    IncrementalDecoder,
+    mixers_without_slices,
+    mixers_without_step,
+)
 from spikingbrain_train.models.output_head import vocab_parallel_logits
 from spikingbrain_train.parallel.forward_passes import pass_forward
 from spikingbrain_train.parallel.process_groups import ProcessGroups
@@ -47,8 +51,8 @@ class MegatronLanguageModel(LanguageModel):
         groups: process groups.
         tokenizer: of its text.
         tokens_per_batch: that a rank reads at a time; None chooses by the device.
-        prefill_chunk: tokens of a prompt that :meth:`generate` reads at a time; None chooses. Memory for a
-            longer prompt does not grow with it, but for keys and values of full attention.
+        prefill_chunk: tokens of a prompt that a rank reads at a time in :meth:`generate`; None chooses.
+            Memory for a longer prompt does not grow with it, but for keys and values of full attention.
         show: shows what runs; None shows it on standard error of the main process.
     """
 
@@ -75,6 +79,7 @@ class MegatronLanguageModel(LanguageModel):
         self._piece_length = piece_length(
             prefill_chunk, mixers_without_step(model.model_config, model.kernels), name="prefill_chunk"
         )
+        self._without_slices = mixers_without_slices(model.model_config, model.kernels)
         self._tokens_per_batch = tokens_per_batch or (
             _TOKENS_ON_GPU if groups.accelerator.is_gpu else _TOKENS_ON_CPU
         )
@@ -93,21 +98,24 @@ class MegatronLanguageModel(LanguageModel):
     ) -> list[list[int]]:
         """See :class:`~.language_model.LanguageModel`.
 
-        Where a sequence is split over ranks (context and sequence parallelism) nothing is remembered, because
-        one token cannot be split: every token reads its whole text again, each rank its share. Elsewhere
-        prompts are read in pieces, each rank of a pipeline or tensor-parallel group all of them.
+        Prompts are read in pieces, of which context-parallel ranks read a slice each, and every rank of a
+        pipeline or tensor-parallel group all. Under sequence parallelism, and where a mixer does not decode
+        in slices, nothing is remembered, because one token cannot be split: every token reads its whole text
+        again, each rank its share.
 
         Raises:
-            ConfigurationError: ``prefill_chunk`` was given and sequences are split over ranks.
+            ConfigurationError: ``prefill_chunk`` was given and every token reads its text again.
         """
         self._check_ids(prompts)
         config = self.model.config
         with torch.no_grad(), self._evaluating():
-            if config.context_parallel_size > 1 or config.sequence_parallel:
+            if config.sequence_parallel or config.context_parallel_size > 1 and self._without_slices:
                 require(
                     self._asked_piece is None,
-                    "prefill_chunk reads prompts in pieces, which ranks that split sequences cannot; leave "
-                    "it out, or read with context_parallel_size=1 and sequence_parallel=false",
+                    "prefill_chunk reads prompts in pieces, which ranks that split one token's text "
+                    "(sequence_parallel, or context_parallel_size with a mixer that does not decode in "
+                    "slices) cannot; leave it out, or read with context_parallel_size=1 and "
+                    "sequence_parallel=false",
                 )
                 return self._generate_by_reading_again(prompts, max_new_tokens, end_tokens, what)
             return self._generate_by_step(prompts, max_new_tokens, end_tokens, what)
@@ -229,21 +237,26 @@ class MegatronLanguageModel(LanguageModel):
                             progress.advance()
         finally:
             decoder.release()
+        if self.groups.context_parallel_rank:
+            found.zero_()  # context-parallel ranks have all written the same
         torch.distributed.all_reduce(found, group=self.groups.collection.dp_cp)
         return [until_end(ids, end_tokens) for ids in found.tolist()]
 
     def _likeliest(self, logits_BV: Tensor | None, num_rows: int) -> Tensor:
-        """[B] int64: the token that the last pipeline stage chooses, on all stages."""
-        stages = self.groups.pipeline_model_parallel_size
+        """[B] int64: the tokens that one rank chooses, on all that hold this model.
+
+        Context-parallel ranks compute the same, but by themselves, and a kernel that adds in no fixed order
+        could have them go on with different texts.
+        """
+        stages, collection = self.groups.pipeline_model_parallel_size, self.groups.collection
         if logits_BV is None:
             token_B = torch.zeros(num_rows, dtype=torch.long, device=self._device)
         else:
             token_B = logits_BV.argmax(-1)
+            if self.groups.context_parallel_size > 1:
+                _broadcast(token_B, 0, collection.cp)
         if stages > 1:
-            pipeline = self.groups.collection.pp
-            torch.distributed.broadcast(
-                token_B, src=torch.distributed.get_global_rank(pipeline, stages - 1), group=pipeline
-            )
+            _broadcast(token_B, stages - 1, collection.pp)
         return token_B
 
     def _all_ranks(self, ended_B: Tensor) -> bool:
@@ -280,3 +293,8 @@ class MegatronLanguageModel(LanguageModel):
 
 def _argmax(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
     return logits_NV.argmax(-1, keepdim=True).float()
+
+
+def _broadcast(x: Tensor, rank: int, group: torch.distributed.ProcessGroup) -> None:
+    """From ``rank`` of the group."""
+    torch.distributed.broadcast(x, src=torch.distributed.get_global_rank(group, rank), group=group)

@@ -249,20 +249,25 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
 
         Its own compiles the model, which a growing cache is not for, and counts padding in positions.
         """
-        cache, mask = model_kwargs["past_key_values"], model_kwargs.get("attention_mask")
-        mask = torch.ones_like(input_ids) if mask is None else mask
-        position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+        cache, mask = model_kwargs["past_key_values"], _padding_in(model_kwargs.get("attention_mask"))
+        position_ids = None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)
         last = input_ids.shape[1] - 1
         for start in range(cache.num_tokens, last, generation_config.prefill_chunk_size):
             stop = min(start + generation_config.prefill_chunk_size, last)
             self(
                 input_ids[:, start:stop],
-                attention_mask=mask[:, :stop],
-                position_ids=position_ids[:, start:stop],
+                attention_mask=None if mask is None else mask[:, :stop],
+                position_ids=None if position_ids is None else position_ids[:, start:stop],
                 past_key_values=cache,
                 logits_to_keep=1,
             )
         return model_kwargs | {"cache_position": torch.tensor([last], device=input_ids.device)}
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
+        """Without padding none: the cache knows them, and those of a very long prompt are memory."""
+        if _padding_in(model_kwargs.get("attention_mask")) is None:
+            return None
+        return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.model.get_input_embeddings()
@@ -337,6 +342,11 @@ class RecurrentForCausalLM(RecurrentPreTrainedModel, GenerationMixin):
         )
         return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()
+
+
+def _padding_in(attention_mask: Tensor | None) -> Tensor | None:
+    """The mask, if it hides a token (or holds numbers that are refused later)."""
+    return None if attention_mask is None or bool((attention_mask == 1).all()) else attention_mask
 
 
 def _known_keywords(keywords: dict, known: tuple[str, ...]) -> dict:

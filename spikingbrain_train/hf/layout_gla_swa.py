@@ -107,7 +107,8 @@ def valid_tokens(attention_mask: Tensor | None, batch_size: int, num_tokens: int
             "one entry for every token, those in the cache included."
         )
     valid_BS = attention_mask.bool()
-    if not torch.equal(valid_BS.to(attention_mask.dtype), attention_mask):
+    # Compared as they are: a copy in int64 would be the largest tensor of a piece of a very long prompt.
+    if not bool((valid_BS == attention_mask).all()):
         raise ValueError(
             "attention_mask holds other numbers than 0 and 1: pass the number of each token's document as "
             "seq_idx."

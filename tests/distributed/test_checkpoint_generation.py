@@ -94,7 +94,9 @@ def test_mamba_reads_on_beyond_the_declared_positions(ranks: RankPool, tmp_path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("size", "settings"), [(2, ["tp2"]), (2, ["pp2"]), (4, ["tp2_pp2"])], ids=["TP 2", "PP 2", "TP 2 x PP 2"]
+    ("size", "settings"),
+    [(2, ["tp2"]), (2, ["pp2"]), (4, ["tp2_pp2"]), (2, ["context_parallel_size=2"])],
+    ids=["TP 2", "PP 2", "TP 2 x PP 2", "CP 2"],
 )
 def test_ranks_write_what_one_writes(
     size: int, settings: list[str], ranks: RankPool, text_checkpoint: Path, tmp_path: Path
@@ -147,7 +149,6 @@ def test_text_ends_at_the_token_that_the_source_names(
     ("size", "settings", "sentence"),
     [
         (2, [], "2 ranks are 2 copies of a model"),
-        (2, ["cp2"], "parallel.context_parallel_size=2 splits sequences, but text is generated one token"),
         (3, ["tp2"], "the world size 3 is not divisible"),
         (1, ["tensor_model_parallel_size=two"], "tensor_model_parallel_size"),
         (1, ["tp9"], "parallel=tp9 does not exist"),

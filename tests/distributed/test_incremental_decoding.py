@@ -33,6 +33,7 @@ TOPOLOGIES: dict[str, tuple[int, ParallelConfig]] = {
     "PP 2": (2, ParallelConfig(pipeline_model_parallel_size=2)),
     "EP 2": (2, ParallelConfig(expert_model_parallel_size=2)),
     "TP 2 x PP 2": (4, ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)),
+    "PP 2 x CP 2": (4, ParallelConfig(pipeline_model_parallel_size=2, context_parallel_size=2)),
 }
 
 

@@ -107,7 +107,7 @@ def of_one_rank(ranks: RankPool) -> Callable[[Path], Answers]:
     return answers
 
 
-@pytest.mark.parametrize("topology", ["one rank", "TP 2", "PP 2", "DP 2"])
+@pytest.mark.parametrize("topology", ["one rank", "TP 2", "PP 2", "DP 2", "CP 2"])
 def test_prompts_in_pieces_are_continued_as_prompts_at_once(
     topology: str, ranks: RankPool, text_checkpoint: Path, of_one_rank: Callable[[Path], Answers]
 ) -> None:
@@ -119,8 +119,8 @@ def test_prompts_in_pieces_are_continued_as_prompts_at_once(
 
 
 def test_pieces_of_what_cannot_read_on_are_one_sentence(ranks: RankPool, text_checkpoint: Path) -> None:
-    settings = ["context_parallel_size=2"]
-    found = ranks.run(_refusal_of_pieces, text_checkpoint, settings, 4, world_size=2)
+    size, settings = TOPOLOGIES["TP 2 + sequence parallel x CP 2"]
+    found = ranks.run(_refusal_of_pieces, text_checkpoint, settings, 4, world_size=size)
     assert all("prefill_chunk reads prompts in pieces, which ranks that split" in each for each in found)
     (found,) = ranks.run(_refusal_of_pieces, text_checkpoint, [], 0, world_size=1)
     assert found == "prefill_chunk is 0; give at least 1, or leave it out"

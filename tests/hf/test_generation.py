@@ -12,6 +12,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerFast
 
 from spikingbrain_train.hf.cache_gla_swa import GLAswaCache
 from spikingbrain_train.hf.modeling_gla_swa import GLAswaForCausalLM
+from tests.planning.live_bytes import LiveBytes
 
 GREEDY = {"do_sample": False, "pad_token_id": 0}
 
@@ -245,6 +246,29 @@ def test_a_prompt_may_be_prefilled_in_chunks(random_model: Callable, chunk_size:
     assert torch.equal(actual, expected)
     config = GenerationConfig(max_new_tokens=9, prefill_chunk_size=chunk_size, **GREEDY)
     assert torch.equal(model.generate(ids, config, attention_mask=mask), expected)
+
+
+@pytest.mark.parametrize("masked", [True, False], ids=["mask of ones", "no mask"])
+def test_a_piece_of_a_prompt_takes_the_memory_that_it_takes_of_a_short_one(
+    random_model: Callable, masked: bool
+) -> None:
+    """To the byte: positions or masks of a prompt, kept beside its pieces, would be counted here."""
+    model = random_model()
+
+    def live_at_pieces(num_tokens: int) -> list[int]:
+        found: list[int] = []
+        handle = model.model.register_forward_pre_hook(lambda *_: found.append(memory.live))
+        with LiveBytes() as memory:
+            ids = random_ids(1, num_tokens)
+            mask = torch.ones_like(ids) if masked else None
+            given = memory.live
+            model.generate(ids, attention_mask=mask, prefill_chunk_size=32, max_new_tokens=1, **GREEDY)
+        handle.remove()
+        return [live - given for live in found]
+
+    short, long = live_at_pieces(4 * 32), live_at_pieces(16 * 32)
+    assert len(short) == 4 and len(long) == 16
+    assert long[3] == long[-1] == short[3] > 0
 
 
 def test_a_prefill_that_cannot_be_is_refused(random_model: Callable) -> None:

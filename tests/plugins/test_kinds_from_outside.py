@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from spikingbrain_train.config.parallel import (
 )
 from spikingbrain_train.config.run import Precision
 from spikingbrain_train.config.sections import with_sections
+from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from tests.distributed.gradients import Case
 from tests.distributed.pool import RankPool
@@ -96,6 +98,27 @@ def _mixers_without_step(groups: ProcessGroups, network: ModelConfig) -> list[st
     from spikingbrain_train.models.kernels import resolve_kernels
 
     return mixers_without_step(network, resolve_kernels(KernelConfig(), groups.accelerator))
+
+
+def test_ranks_do_not_share_a_prompt_where_a_mixer_has_whole_texts_alone(ranks: RankPool) -> None:
+    (sentence,) = ranks.run(_refusal_of_slices, model(), world_size=1, parallel=ParallelConfig())
+    assert sentence.startswith(
+        "parallel.context_parallel_size=2 splits a prompt into slices, but fixed_decay "
+    )
+
+
+def _refusal_of_slices(groups: ProcessGroups, network: ModelConfig) -> str:
+    from spikingbrain_train.evaluation.checkpoint_generation import CheckpointGenerator
+    from spikingbrain_train.models.kernels import resolve_kernels
+
+    request = SimpleNamespace(model=network, parallel=ParallelConfig(context_parallel_size=2))
+    opened: Any = SimpleNamespace(
+        request=request, kernels=resolve_kernels(KernelConfig(), groups.accelerator)
+    )
+    nothing: Any = None
+    with pytest.raises(ConfigurationError) as error:
+        CheckpointGenerator(opened, nothing)
+    return str(error.value)
 
 
 def test_spikes_in_front_of_its_projections_are_those_of_one_rank(ranks: RankPool) -> None:

@@ -7,12 +7,14 @@ piece, which gives the same output and takes time and memory that grow with the 
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 
@@ -65,8 +67,12 @@ class DecodingState(ABC):
 class DecodesByStep(Protocol):
     """A mixer that reads a text once, and whatever follows by itself.
 
-    No sequence or context parallelism and no documents: a rank has whole sequences. Tensor-parallel ranks
-    keep the states of their own heads, as they have their own heads in :meth:`forward`.
+    No sequence parallelism and no documents. Tensor-parallel ranks keep the states of their own heads, as
+    they have their own heads in :meth:`forward`.
+
+    A class whose :meth:`decode` also has a parameter ``cp_group`` (ProcessGroup or None) reads slices: with a
+    group the tokens are this rank's slice of a piece that its ranks read together. Every rank has the state
+    of the whole text so far, and has it again behind the piece.
     """
 
     def begin_decoding(
@@ -77,7 +83,7 @@ class DecodesByStep(Protocol):
         Args:
             hidden_states: [T, B, hidden_size] normed input, ``layout.num_sink_tokens`` sinks first.
             rotary_pos_emb: [T, 1, 1, kv_channels] rotary angles.
-            layout: one document a row, all of it here.
+            layout: one document a row, all of it here, on every context-parallel rank.
 
         Returns:
             What :meth:`forward` gives for it, with a bias added if it has one, and the state behind it.
@@ -110,6 +116,14 @@ def decodes_by_step(mixer_class: type) -> bool:
     return not any(name in vars(each) for each in classes[:step] for name in ("forward", "normed_heads"))
 
 
+def decodes_in_slices(mixer_class: type) -> bool:
+    """Whether its decoding step takes the slices of context-parallel ranks: it has a ``cp_group``."""
+    if not decodes_by_step(mixer_class):
+        return False
+    decode: Any = vars(next(each for each in mixer_class.__mro__ if "decode" in vars(each)))["decode"]
+    return "cp_group" in inspect.signature(decode).parameters
+
+
 class _InputsSoFar(DecodingState):
     """All that a mixer without a step has been given."""
 
@@ -139,9 +153,19 @@ def begin_decoding(
 
 
 def decode(
-    mixer: torch.nn.Module, hidden_states: Tensor, state: DecodingState, *, rotary_pos_emb: Tensor | None
+    mixer: torch.nn.Module,
+    hidden_states: Tensor,
+    state: DecodingState,
+    *,
+    rotary_pos_emb: Tensor | None,
+    cp_group: ProcessGroup | None = None,
 ) -> Tensor:
-    """:meth:`DecodesByStep.decode` of any mixer."""
+    """:meth:`DecodesByStep.decode` of any mixer; with ``cp_group`` of one that decodes in slices."""
+    if cp_group is not None:
+        assert decodes_in_slices(type(mixer)), f"{type(mixer).__name__} has whole texts alone"
+        sliced: Any = mixer
+        output: Tensor = sliced.decode(hidden_states, state, rotary_pos_emb=rotary_pos_emb, cp_group=cp_group)
+        return output
     if not isinstance(state, _InputsSoFar):
         assert isinstance(mixer, DecodesByStep)
         return mixer.decode(hidden_states, state, rotary_pos_emb=rotary_pos_emb)

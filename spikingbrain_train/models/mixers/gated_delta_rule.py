@@ -30,6 +30,7 @@ from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from spikingbrain_train.architecture.mixers import MixerKind
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
@@ -40,7 +41,11 @@ from spikingbrain_train.models.layer_build import LayerBuild, attention_submodul
 from spikingbrain_train.models.mixers.recurrent_attention import RecurrentAttention, RecurrentState
 from spikingbrain_train.models.mixers.short_convolution import ShortConvolution
 from spikingbrain_train.models.split_parameters import sharded_first_axes
-from spikingbrain_train.ops.gated_delta_rule import gated_delta_rule, gated_delta_rule_step
+from spikingbrain_train.ops.gated_delta_rule import (
+    gated_delta_rule,
+    gated_delta_rule_end_state,
+    gated_delta_rule_step,
+)
 from spikingbrain_train.ops.l2_norm import l2_norm
 from spikingbrain_train.parallel.context_parallel.delta_rule import context_parallel_delta_rule
 
@@ -243,13 +248,25 @@ class GatedDeltaRule(RecurrentAttention):
         return output, RecurrentState(state_BGKV, inputs)
 
     def decode(
-        self, hidden_states: Tensor, state: RecurrentState, *, rotary_pos_emb: Tensor | None
+        self,
+        hidden_states: Tensor,
+        state: RecurrentState,
+        *,
+        rotary_pos_emb: Tensor | None,
+        cp_group: ProcessGroup | None = None,
     ) -> Tensor:
         """See :class:`~spikingbrain_train.models.mixers.decoding.DecodesByStep`."""
         mixed_BTC = self._projected(hidden_states)
         if self.conv1d is not None:
             assert state.inputs_BSC is not None
-            mixed_BTC, state.inputs_BSC = self.conv1d.read_on(mixed_BTC, state.inputs_BSC)
+            mixed_BTC, state.inputs_BSC = self.conv1d.read_on(mixed_BTC, state.inputs_BSC, cp_group)
         op_inputs = self._op_inputs(mixed_BTC, hidden_states)
-        o_BTHV, state.state_BGKV = self.read(gated_delta_rule, gated_delta_rule_step, op_inputs, state)
+        o_BTHV, state.state_BGKV = self.read(
+            gated_delta_rule,
+            gated_delta_rule_step,
+            op_inputs,
+            state,
+            end_state=gated_delta_rule_end_state,
+            cp_group=cp_group,
+        )
         return self.linear_proj(self.normed_and_gated(o_BTHV, hidden_states))[0]

@@ -34,6 +34,7 @@ from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from spikingbrain_train.architecture.initializers import LightningDecays
 from spikingbrain_train.architecture.mixers import MixerKind
@@ -47,7 +48,10 @@ from spikingbrain_train.models.mixers.gated_linear_start import SetInClosedForm
 from spikingbrain_train.models.mixers.head_norm import SharedHeadNorm
 from spikingbrain_train.models.mixers.recurrent_attention import RecurrentAttention, RecurrentState
 from spikingbrain_train.models.rotary import RotaryPositions
-from spikingbrain_train.ops.gated_linear_attention import gated_linear_attention
+from spikingbrain_train.ops.gated_linear_attention import (
+    gated_linear_attention,
+    gated_linear_attention_end_state,
+)
 from spikingbrain_train.ops.gated_linear_attention.naive import gated_linear_attention_step
 from spikingbrain_train.parallel.context_parallel.linear_attention import context_parallel_linear_attention
 
@@ -306,12 +310,22 @@ class GatedLinearAttention(SetInClosedForm, RecurrentAttention):
         return output, RecurrentState(state_BGKV)
 
     def decode(
-        self, hidden_states: Tensor, state: RecurrentState, *, rotary_pos_emb: Tensor | None
+        self,
+        hidden_states: Tensor,
+        state: RecurrentState,
+        *,
+        rotary_pos_emb: Tensor | None,
+        cp_group: ProcessGroup | None = None,
     ) -> Tensor:
         """See :class:`~spikingbrain_train.models.mixers.decoding.DecodesByStep`."""
         inputs = self._op_inputs(hidden_states, None, rotary_pos_emb)
         o_BTHV, state.state_BGKV = self.read(
-            gated_linear_attention, gated_linear_attention_step, inputs, state
+            gated_linear_attention,
+            gated_linear_attention_step,
+            inputs,
+            state,
+            end_state=gated_linear_attention_end_state,
+            cp_group=cp_group,
         )
         return self.linear_proj(self.normed_and_gated(o_BTHV, hidden_states))[0]
 

@@ -27,6 +27,7 @@ from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
 from spikingbrain_train.architecture.mamba import (
@@ -49,7 +50,15 @@ from spikingbrain_train.ops.selective_scan import selective_scan, selective_scan
 from spikingbrain_train.parallel.context_parallel.causal_convolution import (
     context_parallel_causal_convolution,
 )
-from spikingbrain_train.parallel.context_parallel.selective_scan import context_parallel_selective_scan
+from spikingbrain_train.parallel.context_parallel.reading_on import (
+    from_last_rank,
+    inputs_before_slice,
+    state_before_slice,
+)
+from spikingbrain_train.parallel.context_parallel.selective_scan import (
+    context_parallel_selective_scan,
+    selective_scan_end_state,
+)
 
 
 @dataclass
@@ -305,8 +314,17 @@ class MambaMixer(MegatronModule):
         # A copy: the last inputs are a view of all of them.
         return self._output(y_BTD, z_BTD), MambaState(inputs_BSD.clone(), state_BDN)
 
-    def decode(self, hidden_states: Tensor, state: MambaState, *, rotary_pos_emb: Tensor | None) -> Tensor:
+    def decode(
+        self,
+        hidden_states: Tensor,
+        state: MambaState,
+        *,
+        rotary_pos_emb: Tensor | None,
+        cp_group: ProcessGroup | None = None,
+    ) -> Tensor:
         """See :class:`~spikingbrain_train.models.mixers.decoding.DecodesByStep`."""
+        if cp_group is not None:
+            return self._decode_slice(hidden_states, state, cp_group)
         x_BTD, z_BTD = self._inputs(hidden_states)
         x_BTD, inputs_BSD = causal_convolution(
             x_BTD,
@@ -339,6 +357,28 @@ class MambaMixer(MegatronModule):
         y_BD = torch.addcmul(y_BD, x_BD, self.D)
         state.state_BDN = state_BDN
         return self._output(y_BD.unsqueeze(1), z_BTD)
+
+    def _decode_slice(self, hidden_states: Tensor, state: MambaState, cp_group: ProcessGroup) -> Tensor:
+        x_BTD, z_BTD = self._inputs(hidden_states)
+        before_BSD, state.inputs_BSD = inputs_before_slice(x_BTD, state.inputs_BSD, cp_group)
+        x_BTD, _ = causal_convolution(
+            x_BTD, self.conv1d.weight.squeeze(1), self.conv1d.bias, initial_state=before_BSD
+        )
+        x_BTD = F.silu(x_BTD)
+        of_scan = self._scan_inputs(x_BTD)
+        local, decay_BDN = selective_scan_end_state(x_BTD, *of_scan, backend=self.backend)
+        before_BDN1 = state_before_slice(state.state_BDN.unsqueeze(-1), local, decay_BDN, cp_group)
+        y_BTD, state_BDN = selective_scan(
+            x_BTD,
+            *of_scan,
+            D=self.D,
+            initial_state=before_BDN1.squeeze(-1),
+            output_final_state=True,
+            backend=self.backend,
+        )
+        assert state_BDN is not None
+        state.state_BDN = from_last_rank(state_BDN, cp_group)
+        return self._output(y_BTD, z_BTD)
 
 
 class _ScanInputs(NamedTuple):

@@ -29,6 +29,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import MegatronModule, TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from spikingbrain_train.architecture.branches import (
     branch_names,
@@ -146,12 +147,21 @@ class ParallelHybrid(MegatronModule):
             [state for _, state in begun]
         )
 
-    def decode(self, hidden_states: Tensor, state: BranchStates, *, rotary_pos_emb: Tensor | None) -> Tensor:
+    def decode(
+        self,
+        hidden_states: Tensor,
+        state: BranchStates,
+        *,
+        rotary_pos_emb: Tensor | None,
+        cp_group: ProcessGroup | None = None,
+    ) -> Tensor:
         """See :class:`~spikingbrain_train.models.mixers.decoding.DecodesByStep`."""
         pairs = zip(self._branches(), state.states, strict=True)
         return self._weighted_sum(
             [
-                decoding.decode(branch, hidden_states, of_branch, rotary_pos_emb=rotary_pos_emb)
+                decoding.decode(
+                    branch, hidden_states, of_branch, rotary_pos_emb=rotary_pos_emb, cp_group=cp_group
+                )
                 for branch, of_branch in pairs
             ]
         )

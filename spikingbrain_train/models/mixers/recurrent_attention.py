@@ -17,11 +17,13 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from spikingbrain_train.architecture.initializers import OPEN_GATE
 from spikingbrain_train.config.parallel import LinearAttentionBackend, LinearAttentionContextParallel
 from spikingbrain_train.models.mixers.decoding import CacheSize, DecodingState
 from spikingbrain_train.models.mixers.head_norm import HeadNorm
+from spikingbrain_train.parallel.context_parallel.reading_on import from_last_rank, state_before_slice
 
 
 class RecurrentAttention(SelfAttention):
@@ -112,6 +114,9 @@ class RecurrentAttention(SelfAttention):
         step: Callable[..., tuple[Tensor, Tensor]],
         inputs: Sequence[Tensor],
         state: RecurrentState | None = None,
+        *,
+        end_state: Callable[..., tuple[Tensor, Tensor]] | None = None,
+        cp_group: ProcessGroup | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Run the recurrence over the beginning of a text, or on from what is left of it.
 
@@ -120,19 +125,27 @@ class RecurrentAttention(SelfAttention):
             step: over one, which is faster where there is one to read behind others.
             inputs: of both [B, T, heads or groups, ...].
             state: behind the text so far; None: this is its beginning.
+            end_state: of all inputs but the queries, what ``state_passing`` sends of a slice.
+            cp_group: ranks that have a slice of the tokens each; None: all are here. Needs ``end_state``.
 
         Returns:
             Outputs [B, T, H, V] and the state behind them [B, G, K, V].
         """
+        if cp_group is not None:
+            assert state is not None and end_state is not None
+            before_BGKV = state_before_slice(state.state_BGKV, *end_state(*inputs[1:]), cp_group)
+            o_BTHV, final_BGKV = self._read_all(op, inputs, before_BGKV)
+            return o_BTHV, from_last_rank(final_BGKV, cp_group)
         if state is not None and inputs[0].shape[1] == 1:
             o_BHV, state_BGKV = step(*(x.squeeze(1) for x in inputs), state.state_BGKV, scale=self.scale)
             return o_BHV.unsqueeze(1), state_BGKV
+        return self._read_all(op, inputs, None if state is None else state.state_BGKV)
+
+    def _read_all(
+        self, op: Callable[..., tuple[Tensor, Tensor | None]], inputs: Sequence[Tensor], state: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         o_BTHV, final_BGKV = op(
-            *inputs,
-            scale=self.scale,
-            initial_state=None if state is None else state.state_BGKV,
-            output_final_state=True,
-            backend=self.backend,
+            *inputs, scale=self.scale, initial_state=state, output_final_state=True, backend=self.backend
         )
         assert final_BGKV is not None
         return o_BTHV, final_BGKV

@@ -19,6 +19,7 @@ from spikingbrain_train.ops.causal_convolution import causal_convolution
 from spikingbrain_train.parallel.context_parallel.causal_convolution import (
     context_parallel_causal_convolution,
 )
+from spikingbrain_train.parallel.context_parallel.reading_on import inputs_before_slice
 
 
 class ShortConvolution(torch.nn.Module):
@@ -53,8 +54,16 @@ class ShortConvolution(torch.nn.Module):
         text = x_BTD[:, layout.local_sink_tokens :]
         return torch.nn.functional.pad(text, (0, 0, before, 0))[:, text.shape[1] :].clone()
 
-    def read_on(self, x_BTD: Tensor, inputs_BSD: Tensor) -> tuple[Tensor, Tensor]:
-        """The next tokens behind the last inputs, and the last inputs with them."""
+    def read_on(
+        self, x_BTD: Tensor, inputs_BSD: Tensor, cp_group: ProcessGroup | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The next tokens behind the last inputs, and the last inputs with them.
+
+        With ``cp_group`` they are this rank's slice of a piece, and the last inputs are those of the piece.
+        """
+        if cp_group is not None:
+            before, behind = inputs_before_slice(x_BTD, inputs_BSD, cp_group)
+            return causal_convolution(x_BTD, self.weight, initial_state=before)[0], behind
         y, inputs = causal_convolution(x_BTD, self.weight, initial_state=inputs_BSD, output_final_state=True)
         assert inputs is not None
         return y, inputs.clone()

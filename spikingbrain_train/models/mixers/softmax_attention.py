@@ -16,6 +16,7 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from spikingbrain_train.architecture.rotary import softmax_scale
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
@@ -29,6 +30,7 @@ from spikingbrain_train.models.mixers.key_values import KeyValues
 from spikingbrain_train.ops.int8_groups import int8_vectors
 from spikingbrain_train.ops.softmax_attention import bidirectional_attention, softmax_attention
 from spikingbrain_train.parallel.context_parallel.attention_distances import attention_distances
+from spikingbrain_train.parallel.context_parallel.communication import all_slices
 from spikingbrain_train.parallel.context_parallel.softmax_attention import context_parallel_softmax_attention
 
 
@@ -115,7 +117,7 @@ class SoftmaxAttention(HasTransforms, SelfAttention):
         """
         assert attention_mask is None, "masks are built in; pass attention_mask=None"
         q_BTHK, k_BTGK, v_BTGK = self._op_inputs(hidden_states, rotary_pos_emb)
-        o_BTHK = self._attend(q_BTHK, k_BTGK, v_BTGK, packed_seq_params)
+        o_BTHK = self._attend(q_BTHK, k_BTGK, v_BTGK, packed_seq_params, self.pg_collection.cp)
         return self.linear_proj(o_BTHK.transpose(0, 1).flatten(2))
 
     def _op_inputs(self, hidden_states: Tensor, rotary_pos_emb: Tensor | None) -> tuple[Tensor, ...]:
@@ -131,7 +133,12 @@ class SoftmaxAttention(HasTransforms, SelfAttention):
         return tuple(x.transpose(0, 1) for x in (q_TBHK, k_TBGK, v_TBGK))
 
     def _attend(
-        self, q_BTHK: Tensor, k_BTGK: Tensor, v_BTGK: Tensor, layout: SequenceLayout | None
+        self,
+        q_BTHK: Tensor,
+        k_BTGK: Tensor,
+        v_BTGK: Tensor,
+        layout: SequenceLayout | None,
+        cp_group: ProcessGroup | None,
     ) -> Tensor:
         return context_parallel_softmax_attention(
             q_BTHK,
@@ -139,7 +146,7 @@ class SoftmaxAttention(HasTransforms, SelfAttention):
             v_BTGK,
             window=self.window,
             layout=layout,
-            cp_group=self.pg_collection.cp,
+            cp_group=cp_group,
             method=self.context_parallel,
             scale=self.scale,
             backend=self.backend,
@@ -164,20 +171,35 @@ class SoftmaxAttention(HasTransforms, SelfAttention):
     ) -> tuple[Tensor, KeyValues]:
         """See :class:`~spikingbrain_train.models.mixers.decoding.DecodesByStep`."""
         q_BTHK, k_BTGK, v_BTGK = self._op_inputs(hidden_states, rotary_pos_emb)
-        o_BTHK = self._attend(q_BTHK, k_BTGK, v_BTGK, layout)
+        o_BTHK = self._attend(q_BTHK, k_BTGK, v_BTGK, layout, None)
         state = KeyValues(k_BTGK, v_BTGK, num_sink_tokens=layout.num_sink_tokens, window=self.window)
         return self.linear_proj(o_BTHK.transpose(0, 1).flatten(2))[0], state
 
-    def decode(self, hidden_states: Tensor, state: KeyValues, *, rotary_pos_emb: Tensor | None) -> Tensor:
+    def decode(
+        self,
+        hidden_states: Tensor,
+        state: KeyValues,
+        *,
+        rotary_pos_emb: Tensor | None,
+        cp_group: ProcessGroup | None = None,
+    ) -> Tensor:
         """See :class:`~spikingbrain_train.models.mixers.decoding.DecodesByStep`."""
         q_BTHK, k_BTGK, v_BTGK = self._op_inputs(hidden_states, rotary_pos_emb)
-        if q_BTHK.shape[1] == 1:
+        if cp_group is None and q_BTHK.shape[1] == 1:
             # What is held is what the token sees: no mask is left to apply.
             o_BTHK = bidirectional_attention(q_BTHK, *state.append(k_BTGK, v_BTGK), scale=self.scale)
         else:
+            behind = 0
+            if cp_group is not None:
+                # Every rank sees, and keeps, the keys and values of the whole piece.
+                behind = (cp_group.size() - 1 - cp_group.rank()) * k_BTGK.shape[1]
+                k_BTGK, v_BTGK = all_slices(k_BTGK, cp_group), all_slices(v_BTGK, cp_group)
+            k_BSGK, v_BSGK = state.extend(k_BTGK, v_BTGK)
+            end = k_BSGK.shape[1] - behind
             o_BTHK = softmax_attention(
                 q_BTHK,
-                *state.extend(k_BTGK, v_BTGK),
+                k_BSGK[:, :end],
+                v_BSGK[:, :end],
                 window=self.window,
                 num_sink_tokens=state.num_sink_tokens,
                 scale=self.scale,

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
+from spikingbrain_train.parallel.context_parallel.communication import all_slices
 
 _CHUNK_ELEMENTS = 1 << 24
 """Scores that exist at a time: 64 MiB in float32."""
@@ -41,7 +42,7 @@ def attention_distances(
     assert layout.num_sink_tokens == 0 or layout.sinks_are_padding, "distances are measured without sinks"
     q_BTHK = q_BTHK[:, layout.local_sink_tokens :]
     B, T, H, K = q_BTHK.shape
-    keys = _all_keys(k_BTGK, cp_group)[:, layout.num_sink_tokens :].float()
+    keys = all_slices(k_BTGK, cp_group)[:, layout.num_sink_tokens :].float()
     S, G = keys.shape[1:3]
     first = layout.text_range().start
     position_S = torch.arange(S, device=q_BTHK.device)
@@ -66,15 +67,6 @@ def attention_distances(
         mean_BGRC = (weights_BGRCS * distance_CS).sum(-1) / total_BGRC.clamp_min(1e-9)
         sums += mean_BGRC.double().sum((0, 3)).flatten()
     return sums
-
-
-def _all_keys(k_BTGK: Tensor, cp_group: ProcessGroup) -> Tensor:
-    """Keys of the whole sequence: slices are contiguous and of one length."""
-    if cp_group.size() == 1:
-        return k_BTGK
-    slices = [torch.empty_like(k_BTGK, memory_format=torch.contiguous_format) for _ in range(cp_group.size())]
-    torch.distributed.all_gather(slices, k_BTGK.contiguous(), group=cp_group)
-    return torch.cat(slices, dim=1)
 
 
 def _document_starts(layout: SequenceLayout, row: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Differentiable communication that several kinds of mixer share."""
+"""Communication that several kinds of mixer share."""
 
 from __future__ import annotations
 
@@ -51,3 +51,17 @@ def broadcast_from_first_rank(x: Tensor, group: torch.distributed.ProcessGroup |
         # The ranks need not agree on whether x has a gradient; all of them must enter the reduction.
         x = x.detach().requires_grad_()
     return _BroadcastFromFirstRank.apply(x, group)
+
+
+def all_slices(x: Tensor, group: torch.distributed.ProcessGroup) -> Tensor:
+    """The slices of all ranks one behind the other, along the second axis. Not differentiable.
+
+    Args:
+        x: [B, T, ...], of the same shape on every rank.
+        group: context-parallel ranks in the order of their slices.
+    """
+    if group.size() == 1:
+        return x
+    slices = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group.size())]
+    torch.distributed.all_gather(slices, x.contiguous(), group=group)
+    return torch.cat(slices, dim=1)

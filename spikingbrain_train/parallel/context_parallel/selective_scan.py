@@ -74,10 +74,7 @@ def context_parallel_selective_scan(
 
     def end_state(inputs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         x, dt, B, C = inputs
-        _, state = selective_scan(x, dt, A_DN, B, C, output_final_state=True, backend=backend)
-        assert state is not None
-        decay_BDN = (dt.to(state.dtype).sum(1).unsqueeze(-1) * A_DN.to(state.dtype)).exp()
-        return state.unsqueeze(-1), decay_BDN
+        return selective_scan_end_state(x, dt, A_DN, B, C, backend=backend)
 
     y_BTD1 = context_parallel_recurrence(
         Recurrence(outputs, end_state),
@@ -88,3 +85,16 @@ def context_parallel_selective_scan(
         method=LinearAttentionContextParallel.allgather,
     )
     return y_BTD1.squeeze(-1)
+
+
+def selective_scan_end_state(
+    x_BTD: Tensor, dt_BTD: Tensor, A_DN: Tensor, B_BTN: Tensor, C_BTN: Tensor, *, backend: str
+) -> tuple[Tensor, Tensor]:
+    """What ``state_passing`` sends of a slice: the state behind it from zero [B, D, N, 1] and its decay.
+
+    Arguments are those of :func:`context_parallel_selective_scan`; the decay is [B, D, N].
+    """
+    _, state = selective_scan(x_BTD, dt_BTD, A_DN, B_BTN, C_BTN, output_final_state=True, backend=backend)
+    assert state is not None
+    decay_BDN = (dt_BTD.to(state.dtype).sum(1).unsqueeze(-1) * A_DN.to(state.dtype)).exp()
+    return state.unsqueeze(-1), decay_BDN
