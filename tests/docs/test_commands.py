@@ -93,6 +93,7 @@ RULES = (
         "lm_eval ", Way.NOT_RUN, "fetches questions; tests/distributed/test_multiple_choice.py has local ones"
     ),
     Rule("hf download ", Way.NOT_RUN, "fetches a model; a tiny one stands in its place"),
+    Rule("pip install |vllm serve ", Way.NOT_RUN, "tests/vllm_plugin has vLLM answer where it is installed"),
     Rule("docker ", Way.NOT_RUN, "has no daemon; tests/docker carries out the steps of the CPU's image"),
     Rule("make ", Way.NOT_RUN, "tests/test_habits.py and tests/scripts/test_makefile.py hold its targets"),
     Rule("git clone |cd |source |bash .ci/run", Way.NOT_RUN, "of the reader's shell"),

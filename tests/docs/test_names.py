@@ -41,6 +41,7 @@ ELSEWHERE = {
     "--batch": "of scancel",
     "--build-arg": "of docker",
     "--cpus-per-task": "of sbatch",
+    "--enforce-eager": "of vLLM",
     "--gpus-per-node": "of sbatch",
     "--max-restarts": "of torchrun",
     "--model_args": "of lm-evaluation-harness",
