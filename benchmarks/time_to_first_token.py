@@ -6,8 +6,9 @@ The source is a folder of transformers, random Llama weights if none is given: s
 hybrid is what spikingbrain-convert makes of it and spikingbrain-export writes. Each reads random tokens up to
 its first new one with transformers' generate: the hybrid in pieces, as spikingbrain-generate reads a long
 prompt, the dense model at once, where torch's attention needs no mask and is at its fastest. Every reading
-has a process of its own with one thread. Times are CPU time, which other work on the machine weighs on less,
-and medians of rounds in turn; memory is what Linux counts (VmHWM, above VmRSS in front of the prompt).
+has a process of its own with one thread. Times are CPU time, the least of rounds in turn, because other work
+on the machine only adds to it; memory is what Linux counts (VmHWM, above VmRSS in front of the prompt), the
+most of the rounds.
 
 What is measured is fitted, the hybrid by a T, the dense model by a T + b T^2, and drawn up to 4M tokens.
 """
@@ -17,7 +18,6 @@ from __future__ import annotations
 import argparse
 import gc
 import multiprocessing
-import statistics
 import sys
 import tempfile
 import time
@@ -166,13 +166,11 @@ def at(coefficients: Sequence[float], tokens: float) -> float:
 def report(found: Mapping[str, Mapping[int, Sequence[Reading]]], picture: Path | None) -> bool:
     """Tables, fits and a picture; whether the bounds are held."""
     seconds = {
-        name: {
-            tokens: statistics.median(r.cpu_seconds for r in readings) for tokens, readings in rows.items()
-        }
+        name: {tokens: min(r.cpu_seconds for r in readings) for tokens, readings in rows.items()}
         for name, rows in found.items()
     }
     memory = {
-        name: {tokens: statistics.median(r.above for r in readings) for tokens, readings in rows.items()}
+        name: {tokens: max(r.above for r in readings) for tokens, readings in rows.items()}
         for name, rows in found.items()
     }
     rows = [["tokens", "hybrid", "a token", "memory", "dense", "a token", "memory", "dense / hybrid"]]
@@ -192,7 +190,7 @@ def report(found: Mapping[str, Mapping[int, Sequence[Reading]]], picture: Path |
         cells.append(f"{seconds[DENSE][tokens] / seconds[HYBRID][tokens]:.2f} x" if both else "-")
         rows.append(cells)
     print("\n".join(table(rows, left=1)))
-    held = _growth(seconds) and _memory_growth(memory[HYBRID])
+    held = [_growth(seconds), _memory_growth(memory[HYBRID])]
     fits = {HYBRID: fit(seconds[HYBRID], [1])}
     if seconds[DENSE]:
         fits[DENSE] = fit(seconds[DENSE], [1, 2])
@@ -203,9 +201,12 @@ def report(found: Mapping[str, Mapping[int, Sequence[Reading]]], picture: Path |
             f"{name}: seconds = {' + '.join(terms).replace('T^1', 'T')}, at most {100 * off:.0f} % off what "
             f"was measured; at {FARTHEST} tokens {at(coefficients, FARTHEST):.4g} s"
         )
+    if DENSE in fits:
+        ratio = at(fits[DENSE], FARTHEST) / at(fits[HYBRID], FARTHEST)
+        print(f"at {FARTHEST} tokens, by these fits, the dense model takes {ratio:.0f} x the hybrid's time")
     if picture is not None:
         draw(seconds, fits, picture)
-    return held
+    return all(held)
 
 
 def _growth(seconds: Mapping[str, Mapping[int, float]]) -> bool:
