@@ -36,8 +36,9 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_greedy_tokens_are_those_of_generate(form: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("form", "ranks"), zip(FORMS, (1, 2), strict=True))
+def test_greedy_tokens_are_those_of_generate(form: str, ranks: int, tmp_path: Path) -> None:
+    """On one rank, and on two that share the heads."""
     torch.manual_seed(0)
     config = GLAswaConfig(
         vocab_size=384,
@@ -66,8 +67,13 @@ def test_greedy_tokens_are_those_of_generate(form: str, tmp_path: Path) -> None:
     answers = tmp_path / "answers.json"
     program = ROOT / "tests/vllm_plugin/tokens.py"
     done = subprocess.run(
-        [PYTHON, program, tmp_path / "export", tmp_path / "prompts.json", answers],
-        env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")},
+        [PYTHON, program, tmp_path / "export", tmp_path / "prompts.json", answers, str(ranks)],
+        env={
+            **os.environ,
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # ranks may share cores
+            "HF_MODULES_CACHE": str(tmp_path / "modules"),
+        },
         cwd=tmp_path,
         capture_output=True,
         text=True,

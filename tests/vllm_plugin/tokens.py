@@ -1,4 +1,4 @@
-"""A program for an environment with vLLM: greedy tokens of an export. tokens.py FOLDER PROMPTS OUTPUT"""
+"""A program for an environment with vLLM, greedy tokens of an export: FOLDER PROMPTS OUTPUT RANKS"""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 
-def main(folder: str, prompts: Path, output: Path) -> None:
+def main(folder: str, prompts: Path, output: Path, ranks: int) -> None:
     """Answer all prompts, four at a time, and write what was answered and what vLLM knows of the model."""
     from vllm import LLM, ModelRegistry, SamplingParams
 
@@ -15,6 +15,7 @@ def main(folder: str, prompts: Path, output: Path) -> None:
         folder,
         trust_remote_code=True,
         dtype="float32",
+        tensor_parallel_size=ranks,
         skip_tokenizer_init=True,
         enforce_eager=True,
         max_model_len=256,
@@ -34,4 +35,4 @@ def main(folder: str, prompts: Path, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
+    main(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]))
