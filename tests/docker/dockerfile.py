@@ -7,6 +7,7 @@ in for than the files of docker/ use.
 from __future__ import annotations
 
 import fnmatch
+import os
 import re
 import shlex
 import shutil
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+_OF_THIS_RUN = ("PYTEST", "MAKE", "MFLAGS", "PYTHON", "VENV", "VIRTUAL_ENV")
 FILES = sorted(path.name for path in (ROOT / "docker").glob("*.Dockerfile"))
 
 
@@ -125,6 +127,8 @@ def in_copy(folder: Path, *command: str, seconds: float = 300) -> subprocess.Com
     """Run a command in a copy of this machine's root; ``folder`` is an empty one."""
     return subprocess.run(
         ["unshare", "--mount", "bash", "-c", OVERLAY, "overlay", str(folder), *command],
+        # What this run of the tests and its make were told is nothing of an image's.
+        env={name: os.environ[name] for name in os.environ if not name.startswith(_OF_THIS_RUN)},
         capture_output=True,
         text=True,
         timeout=seconds,
