@@ -15,18 +15,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 
 from spikingbrain_train.checkpoint.saved_tensor import Block, TensorStream, append_tensor, frame_of
 from spikingbrain_train.runtime.checkpoint_metadata import (
@@ -40,6 +32,10 @@ from spikingbrain_train.runtime.checkpoint_metadata import (
 from spikingbrain_train.storage.checkpoint_manifest import Parts, checksums, write_manifest
 from spikingbrain_train.storage.crc32 import combined
 from spikingbrain_train.storage.file_blocks import VerifiedFile, sync_and_forget
+
+if TYPE_CHECKING:  # it takes a second to import: not before a checkpoint is completed
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import Metadata
 
 _FILE_BYTES = 5 * 1024**3  # a data file is closed when it has grown beyond this
 
@@ -244,6 +240,9 @@ def complete_checkpoint(
         objects: all else in them.
         iteration: optimizer steps that the weights have seen; None leaves ``common.pt`` as it lies there.
     """
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
+
     metadata = Metadata(state_dict_metadata={}, storage_data={})
     ranges: dict[str, Parts] = {}
     for chunk in chunks:
@@ -323,6 +322,13 @@ def add_chunk(
     stored: _StorageInfo,
 ) -> None:
     """Enter a part of the tensor ``name``, of shape ``size``, that has been written where ``stored`` says."""
+    from torch.distributed.checkpoint.metadata import (
+        ChunkStorageMetadata,
+        MetadataIndex,
+        TensorProperties,
+        TensorStorageMetadata,
+    )
+
     entry = metadata.state_dict_metadata.get(name)
     if entry is None:
         properties = TensorProperties(dtype=dtype)

@@ -10,16 +10,11 @@ from dataclasses import dataclass
 from io import FileIO
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from isal import isal_zlib
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    MetadataIndex,
-    TensorStorageMetadata,
-)
 
 from spikingbrain_train.checkpoint.saved_tensor import (
     LARGE,
@@ -38,6 +33,14 @@ from spikingbrain_train.runtime.checkpoint_metadata import (
 from spikingbrain_train.storage.checkpoint_manifest import read_manifest
 from spikingbrain_train.storage.crc32 import combined
 from spikingbrain_train.storage.file_blocks import BLOCK_BYTES, forget, read_exactly
+
+if TYPE_CHECKING:  # it takes a second to import: not before a checkpoint is read
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import (
+        ChunkStorageMetadata,
+        MetadataIndex,
+        TensorStorageMetadata,
+    )
 
 
 class MegatronCheckpointReader:
@@ -65,6 +68,8 @@ class MegatronCheckpointReader:
         if self._manifest is not None:
             self._manifest.check_sizes()
             self._manifest.check_file(METADATA_FILE)
+        from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
         metadata = read_metadata(folder)
         self._storage: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
         self.tensors: dict[str, TensorStorageMetadata] = {
@@ -172,6 +177,8 @@ class MegatronCheckpointReader:
         Raises:
             CheckpointError: its file is damaged.
         """
+        from torch.distributed.checkpoint.metadata import MetadataIndex
+
         stored = self._storage.get(MetadataIndex(name))
         if stored is None:
             raise CheckpointError(f"{self.folder} does not say where {name} lies; copy the folder again")
@@ -254,6 +261,8 @@ class MegatronCheckpointReader:
 
     def _info(self, name: str, chunk: ChunkStorageMetadata) -> _StorageInfo:
         """Where a chunk lies."""
+        from torch.distributed.checkpoint.metadata import MetadataIndex
+
         stored = self._storage.get(MetadataIndex(name, chunk.offsets))
         if stored is None:
             raise CheckpointError(

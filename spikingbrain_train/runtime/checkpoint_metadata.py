@@ -5,13 +5,17 @@ from __future__ import annotations
 import enum
 import pickle
 from collections.abc import Mapping
+from functools import cache
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata
 
 from spikingbrain_train.errors import CheckpointError
+
+if TYPE_CHECKING:  # it takes a second to import: not before a checkpoint is read
+    from torch.distributed.checkpoint.metadata import Metadata
 
 METADATA_FILE = ".metadata"
 COMMON_STATE_FILE = "common.pt"
@@ -25,28 +29,34 @@ ONE_KEY_PER_LAYER: Mapping[str, bool] = {"non_homogeneous_layers": True}
 """How a model must build its sharded state dict to have the keys of our checkpoints."""
 
 _DCP = "torch.distributed.checkpoint."
-_PERMITTED_GLOBALS = {
-    ("torch", "Size"): torch.Size,
-    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
-    **{
-        (_DCP + module, name): getattr(__import__(_DCP + module, fromlist=[name]), name)
-        for module, names in {
-            "metadata": (
-                "Metadata",
-                "MetadataIndex",
-                "StorageMeta",
-                "TensorStorageMetadata",
-                "BytesStorageMetadata",
-                "ChunkStorageMetadata",
-                "TensorProperties",
-                "_MEM_FORMAT_ENCODING",
-            ),
-            "filesystem": ("_StorageInfo", "_StoragePrefix"),
-            "planner": ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"),
-        }.items()
-        for name in names
-    },
+_PERMITTED = {
+    "metadata": (
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorStorageMetadata",
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "TensorProperties",
+        "_MEM_FORMAT_ENCODING",
+    ),
+    "filesystem": ("_StorageInfo", "_StoragePrefix"),
+    "planner": ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData"),
 }
+"""Module of torch.distributed.checkpoint -> its classes of which ``.metadata`` may consist."""
+
+
+@cache
+def _permitted_globals() -> dict[tuple[str, str], Any]:
+    return {
+        ("torch", "Size"): torch.Size,
+        ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
+        **{
+            (_DCP + module, name): getattr(import_module(_DCP + module), name)
+            for module, names in _PERMITTED.items()
+            for name in names
+        },
+    }
 
 
 def _member(kind: Any, name: Any) -> enum.Enum:
@@ -61,8 +71,8 @@ class _MetadataUnpickler(pickle.Unpickler):
     """Unpickles the classes of which ``.metadata`` consists and nothing else: no code of the file runs."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _PERMITTED_GLOBALS:
-            return _PERMITTED_GLOBALS[(module, name)]
+        if (module, name) in (permitted := _permitted_globals()):
+            return permitted[(module, name)]
         if (module, name) == ("builtins", "getattr"):
             return _member
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
@@ -76,6 +86,8 @@ def read_metadata(folder: Path) -> Metadata:
     Raises:
         CheckpointError: the file is missing, damaged or refers to anything but checkpoint metadata.
     """
+    from torch.distributed.checkpoint.metadata import Metadata
+
     path = folder / METADATA_FILE
     try:
         with path.open("rb") as file:

@@ -128,3 +128,32 @@ def test_nothing_slow_is_imported(endings: list[tuple[int, list[str], str]], num
     code, slow, said = endings[number]
     assert code == LINES[number][1], said
     assert slow == []
+
+
+def test_a_dry_run_of_an_import_leaves_checkpoint_files_alone(tmp_path: Path) -> None:
+    """torch.distributed.checkpoint, a second and more, is imported by what reads or writes checkpoints."""
+    from tests.small_source import save_small_source
+
+    words = ["import", "--dry-run", "--hf", str(save_small_source(tmp_path / "source")), "--output", "x"]
+    program = f"""
+import json, sys
+from spikingbrain_train.commands.main import main
+
+sys.argv = ["__main__.py", "convert", *{words!r}]
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+heavy = ("torch.distributed.checkpoint", "torch.distributed.tensor", "megatron", "transformers")
+print(json.dumps([name for name in ("torch", *heavy) if name in sys.modules]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == ["torch"]
