@@ -1,7 +1,8 @@
 """How a dense model becomes a hybrid: the methods that benchmarks/conversion_quality.py compares.
 
 Each is made of settings only, so that a user can do the same. ``today`` is the recipe that this project began
-with; the methods behind it change one thing each, and ``all`` changes everything.
+with; the methods behind it change one thing each, ``all`` changes everything, and ``muon`` the optimizer of
+``all`` alone.
 """
 
 from __future__ import annotations
@@ -131,7 +132,13 @@ ALL = Method(
     CHOSEN_SINK,
     (START_ON_STUDENT, PURE_KL),
 )
+MUON = replace(
+    ALL,
+    name="muon",
+    about="all's, with Muon for the matrices of hidden layers, at the same rates",
+    stages=(START_ON_STUDENT, replace(PURE_KL, settings=("optimizer.kind=muon", *PURE_KL.settings))),
+)
 
 METHODS = {
-    method.name: method for method in (PLAIN, TODAY, KL, NO_ALIGNMENT, DELTA, REFIT, LAYERS, SINK, ALL)
+    method.name: method for method in (PLAIN, TODAY, KL, NO_ALIGNMENT, DELTA, REFIT, LAYERS, SINK, ALL, MUON)
 }

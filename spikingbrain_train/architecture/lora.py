@@ -43,7 +43,6 @@ TARGETS: dict[str, tuple[LoraTarget, ...]] = {
 
 _MASK = 1
 """Byte of a channel that dropout keeps or hides."""
-_BY_COLUMNS = (Projection.attention_output, Projection.mlp_fc2)
 _MATRIX = re.compile(r"(?:^|.*\.)lora\.(?P<target>\w+)\.(?P<name>[A-Za-z0-9-]+)_(?P<letter>[AB])")
 
 
@@ -124,7 +123,7 @@ class LoraKind(LinearTransformKind):
         """A [rank, inputs] and B [outputs, rank] of each matrix in a weight and each adapter."""
         if weight.projection is None or not self.applies(model, *weight.projection):
             return ()
-        by_columns = weight.projection[0] in _BY_COLUMNS
+        by_columns = weight.split_axis == 1
         found = []
         for role, target in targets_in(weight.projection[0], weight.roles):
             if target in model.lora.target_modules:

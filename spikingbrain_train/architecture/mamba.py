@@ -190,6 +190,7 @@ class MambaKind(MixerKind):
                 init=starts.of_attention(ScanPart.input_weight, Normal(std)),
                 reads_input=True,
                 projection=("qkv", 0),
+                stacked_matrices=2,
             ),
             *((input_bias,) if mamba.use_bias else ()),
             Weight(

@@ -11,9 +11,12 @@ from enum import Enum
 from math import prod
 
 from spikingbrain_train.architecture.initializers import Initializer
+from spikingbrain_train.config.linear_transforms import Projection
 from spikingbrain_train.config.parallel import ParallelConfig
 
 Shape = tuple[int, ...]
+
+_BY_COLUMNS = (Projection.attention_output.value, Projection.mlp_fc2.value)
 
 ONE_RANK = ParallelConfig()
 """The layout in which one rank holds the whole model."""
@@ -63,7 +66,7 @@ class Weight:
     split: Split = Split.tensor
     """How ranks share it."""
     layout: str = "rows"
-    """How the tensors lie in it: an entry of conversion/transforms.py."""
+    """How the tensors lie in it: an entry of models/fused_tensors.py."""
     source_shapes: tuple[Shape, ...] | None = None
     """Shapes of the same tensors in a dense source, where they may have fewer heads, which are then copied;
     None where they are ``shapes``."""
@@ -80,6 +83,8 @@ class Weight:
     projection: tuple[str, int] | None = None
     """What it projects, as ``Projection`` calls it, and its position among the matrices of that
     projection; None where no linear transform is applied to it."""
+    stacked_matrices: int = 1
+    """Matrices that each of the tensors holds one above the other: x and z of Mamba's input projection."""
     by_columns: bool = False
     """Whether it is split by columns though it is no projection (see planning/shards.py)."""
     pads_vocabulary: bool = False
@@ -117,6 +122,25 @@ class Weight:
         """Elements of a matrix that one token is multiplied by: two FLOPs each; 0 for norms and biases."""
         is_matrix = len(self.shapes[0]) == 2 and not self.pads_vocabulary
         return self.active_numel if is_matrix else 0
+
+    @property
+    def is_hidden_matrix(self) -> bool:
+        """Whether it is a matrix of a hidden layer, or several fused, which Muon updates: a projection."""
+        return self.projection is not None and self.is_trained and len(self.shapes[0]) == 2
+
+    @property
+    def split_axis(self) -> int:
+        """The axis of a matrix along which ranks split it.
+
+        1 of a mixer's output projection and of a feed-forward's second matrix, else 0.
+        """
+        of_projection = self.projection is not None and self.projection[0] in _BY_COLUMNS
+        return 1 if (of_projection or self.by_columns) and len(self.shapes[0]) > 1 else 0
+
+    @property
+    def is_split_by_segments(self) -> bool:
+        """Whether ranks split each tensor that lies in it for itself: gate and up projection."""
+        return self.split_axis == 0 and self.layout == "rows" and len(self.shapes) > 1
 
     def numel_on_rank(self, parallel: ParallelConfig) -> int:
         """Elements on one rank that holds a part of it."""

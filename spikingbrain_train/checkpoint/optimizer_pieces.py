@@ -17,7 +17,7 @@ gathered for itself, and the first data-parallel rank writes it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -57,16 +57,49 @@ def optimizer_state_to_save(
     return sharded
 
 
+@contextmanager
+def own_parameters_to_fill(optimizer: MegatronOptimizer) -> Iterator[None]:
+    """Within, what is read for a distributed optimizer are the parameters of which this rank holds elements.
+
+    Each whole, and the states that it has: the moments of AdamW, or the momentum of Muon.
+
+    Args:
+        optimizer: whose state is there.
+    """
+    with ExitStack() as stack:
+        for part in chain_of(optimizer):
+            if isinstance(part, DistributedOptimizer):
+                stack.enter_context(stored_by(part, _wholes_to_fill))
+        yield
+
+
+def _wholes_to_fill(optimizer: DistributedOptimizer, weights: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """Number of a parameter -> name of a state -> all of it, in memory of its own."""
+    stored = {id(each.data): each for each in nested_values(weights) if is_sharded(each)}
+    begins = {id(parameter): begin for parameter, begin in _own_parts(optimizer)}
+    numbers = (parameter for buffer in optimizer.buffers for parameter in buffer.param_index_map)
+    state: dict[int, dict[str, Any]] = {}
+    for number, parameter in enumerate(numbers):
+        if id(parameter) not in begins:
+            continue
+        # The rank of its first elements reads it in the eyes of megatron-core, others read copies.
+        copy = 0 if begins[id(parameter)] == 0 else optimizer.data_parallel_group.rank()
+        sharded = stored[id(parameter)]
+        sharded = replace(sharded, replica_id=(*sharded.replica_id[:-1], copy))
+        state[number] = {}
+        for name in optimizer._get_main_param_and_optimizer_states(parameter):
+            if name != _STEP:
+                values = torch.empty(parameter.shape, dtype=torch.float32)
+                key = f"{OPTIMIZER_PREFIX}.{name}.{sharded.key}"
+                as_floats = {} if isinstance(sharded, ShardedTensorFactory) else {"dtype": values.dtype}
+                state[number][name] = replace(sharded, key=key, data=values, **as_floats)
+    return state
+
+
 def _pieces(optimizer: DistributedOptimizer, weights: dict[str, Any]) -> dict[int, dict[str, Any]]:
     """Number of a parameter -> name of a state -> the boxes of it that this rank holds."""
     stored = {id(each.data): each for each in nested_values(weights) if is_sharded(each)}
-    own = {
-        id(parameter): (parameter, place["param"])
-        for of_buffer in optimizer.gbuf_ranges
-        for buckets in of_buffer.values()
-        for bucket in buckets
-        for parameter, place in bucket["param_map"].items()
-    }
+    begins = {id(parameter): begin for parameter, begin in _own_parts(optimizer)}
     state: dict[int, dict[str, Any]] = {}
     numbers = (parameter for buffer in optimizer.buffers for parameter in buffer.param_index_map)
     for number, parameter in enumerate(numbers):
@@ -74,9 +107,9 @@ def _pieces(optimizer: DistributedOptimizer, weights: dict[str, Any]) -> dict[in
         parts = unfolded(sharded)
         tensors: dict[str, torch.Tensor] = {}
         begin = 0
-        if id(parameter) in own:
+        if id(parameter) in begins:
             tensors = optimizer._get_main_param_and_optimizer_states(parameter)
-            begin = own[id(parameter)][1].start
+            begin = begins[id(parameter)]
         if not all(_is_part(each.data, parameter) for each in parts):
             if whole := _gathered(sharded, parameter, tensors, begin, optimizer):
                 state[number] = whole
@@ -94,6 +127,15 @@ def _pieces(optimizer: DistributedOptimizer, weights: dict[str, Any]) -> dict[in
                 if name != _STEP
             }
     return state
+
+
+def _own_parts(optimizer: DistributedOptimizer) -> Iterator[tuple[torch.nn.Parameter, int]]:
+    """Parameters of which this rank holds elements, and the number of the first of those."""
+    for of_buffer in optimizer.gbuf_ranges:
+        for buckets in of_buffer.values():
+            for bucket in buckets:
+                for parameter, place in bucket["param_map"].items():
+                    yield parameter, place["param"].start
 
 
 def is_sharded(value: Any) -> bool:

@@ -16,7 +16,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from spikingbrain_train.architecture.linear_transforms import may_begin_anew
-from spikingbrain_train.checkpoint.optimizer_pieces import optimizer_state_to_save
+from spikingbrain_train.checkpoint.optimizer_pieces import optimizer_state_to_save, own_parameters_to_fill
 from spikingbrain_train.checkpoint.optimizer_state import load_state, state_to_load
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.parallel.process_groups import ProcessGroups
@@ -145,7 +145,8 @@ def megatron_state_to_save(model: PipelineStage, optimizer: MegatronOptimizer) -
 def megatron_state_to_fill(model: PipelineStage, optimizer: MegatronOptimizer) -> dict[str, Any]:
     """What to read of both, for :func:`fill_megatron_state`."""
     weights = sharded_weights(model)
-    return {"model": weights, "optimizer": state_to_load(optimizer, weights, _sharding())}
+    with own_parameters_to_fill(optimizer):
+        return {"model": weights, "optimizer": state_to_load(optimizer, weights, _sharding())}
 
 
 def fill_megatron_state(model: PipelineStage, optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:

@@ -134,10 +134,25 @@ class WSDDecayStyle(str, Enum):
     """As 1 - sqrt(t), for t from 0 to 1: fast at first."""
 
 
+class OptimizerKind(str, Enum):
+    """What updates the weights."""
+
+    adamw = "adamw"
+    """AdamW (arXiv 1711.05101) for all parameters."""
+    muon = "muon"
+    """Muon for the projections of mixers and feed-forwards, AdamW for all else: embeddings, output layer,
+    norms, biases, routers, convolutions, and what says how states decay."""
+
+
 @dataclass
 class OptimizerConfig:
-    """AdamW and its schedule. Chosen here: SpikingBrain's report gives no such numbers for its stages."""
+    """The optimizer and its schedule.
 
+    Chosen here: SpikingBrain's report gives no such numbers for its stages.
+    """
+
+    kind: OptimizerKind = setting(OptimizerKind.adamw, resume=refused("its state has other moments"))
+    """What updates the weights; optimizer=muon_cosine chooses Muon."""
     lr: float = setting(5e-4, above=0, resume=SAID)
     """Peak learning rate, e.g. 2e-5 for a 7B."""
     min_lr: float = setting(0.0, minimum=0, resume=SAID)
@@ -155,6 +170,19 @@ class OptimizerConfig:
     """Decay of Adam's second moment, the mean of squared gradients."""
     adam_eps: float = setting(1e-8, above=0, resume=SAID)
     """Term added to the denominator of Adam's update."""
+    muon_momentum: float = setting(0.95, minimum=0, below=1, must=_BETA, resume=SAID)
+    """Decay of Muon's momentum, the mean of gradients."""
+    muon_use_nesterov: bool = setting(True, resume=SAID)
+    """Whether Muon adds the gradient to the momentum once more before it orthogonalizes them."""
+    muon_num_ns_steps: int = setting(5, minimum=1, resume=SAID)
+    """Iterations of Newton-Schulz, which make a matrix orthogonal."""
+    muon_extra_scale_factor: float = setting(0.2, above=0, resume=SAID)
+    """Root mean square of Muon's updates at a rate of 1. An orthogonal matrix of m x n is multiplied by this
+    times sqrt(max(m, n)); 0.2 is about what AdamW's updates have, so that both take the same rate and weight
+    decay (arXiv 2502.16982, section 2.2)."""
+    muon_precision: Precision = setting(Precision.auto, resume=SAID)
+    """Number format of the products of Newton-Schulz; auto is that of the run: bf16, as published, where the
+    hardware multiplies it."""
     clip_grad: float = setting(1.0, minimum=0, resume=SAID)
     """Global gradient norm above which gradients are scaled down; 0 turns clipping off."""
     lr_decay_style: LRDecayStyle = setting(LRDecayStyle.cosine, resume=SAID)

@@ -7,8 +7,8 @@ from torch import Tensor
 from spikingbrain_train.checkpoint.saved_tensor import bytes_of
 from spikingbrain_train.conversion.mapping import Parameter
 from spikingbrain_train.conversion.safetensors_io import same_bytes
-from spikingbrain_train.conversion.transforms import transform_of
 from spikingbrain_train.errors import CheckpointError
+from spikingbrain_train.models.fused_tensors import transform_of
 
 
 def is_same(tensor: Tensor, other: Tensor) -> bool:

@@ -24,7 +24,7 @@ from spikingbrain_train.architecture.layers import model_weights
 from spikingbrain_train.architecture.weights import Copies, Shape, Weight
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.conversion.formats.hf_format import HfFormat
-from spikingbrain_train.conversion.transforms import copy_heads, transform_of
+from spikingbrain_train.models.fused_tensors import copy_heads, transform_of
 
 
 @dataclass(frozen=True)

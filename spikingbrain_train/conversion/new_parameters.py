@@ -27,9 +27,9 @@ from spikingbrain_train.conversion.attention_scale import AttentionScale
 from spikingbrain_train.conversion.mapping import Parameter
 from spikingbrain_train.conversion.scan_start import ScanStart
 from spikingbrain_train.conversion.source import Source
-from spikingbrain_train.conversion.transforms import transform_of
 from spikingbrain_train.conversion.vocabulary import draw_tokens
 from spikingbrain_train.errors import ConfigurationError
+from spikingbrain_train.models.fused_tensors import transform_of
 from spikingbrain_train.ops.seeds import generator
 
 TIE_BREAKING_STD = 1e-7

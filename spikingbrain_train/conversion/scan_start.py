@@ -26,7 +26,7 @@ from torch import Tensor
 from spikingbrain_train.architecture.initializers import OPEN_GATE, ScanPart
 from spikingbrain_train.architecture.rotary import softmax_scale
 from spikingbrain_train.conversion.source import Source
-from spikingbrain_train.conversion.transforms import copy_heads
+from spikingbrain_train.models.fused_tensors import copy_heads
 
 _RIDGE = 1e-4
 """Of the least squares, in units of the mean variance of a value."""

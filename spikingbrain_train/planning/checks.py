@@ -5,14 +5,14 @@ Every error is one ConfigurationError that names the setting and says what would
 
 from __future__ import annotations
 
-from spikingbrain_train.architecture.linear_transforms import LINEAR_TRANSFORMS
+from spikingbrain_train.architecture.linear_transforms import LINEAR_TRANSFORMS, freezes_base
 from spikingbrain_train.architecture.model_checks import check_linear_transforms, check_mixers
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import (
     ParallelConfig,
 )
 from spikingbrain_train.config.require import either, multiples_around, require
-from spikingbrain_train.config.run import LRDecayStyle, OptimizerConfig, RunConfig
+from spikingbrain_train.config.run import LRDecayStyle, OptimizerConfig, OptimizerKind, RunConfig
 from spikingbrain_train.config.setting import check_fields
 from spikingbrain_train.config.stage import StageConfig
 from spikingbrain_train.planning.engine_checks import check_engine
@@ -116,6 +116,14 @@ def check_optimizer(optimizer: OptimizerConfig, train_iters: int) -> None:
         )
 
 
+def check_matrices_train(config: RunConfig) -> None:
+    """Muon has something to update. Raises ConfigurationError."""
+    require(
+        config.optimizer.kind is not OptimizerKind.muon or not freezes_base(config.model),
+        "optimizer.kind=muon updates projections, which adapters freeze; set optimizer.kind=adamw",
+    )
+
+
 def check_run_config(config: RunConfig, world_size: int) -> StoredRun | None:
     """Refuse a run that cannot work, before torch is imported and any process group forms.
 
@@ -139,6 +147,7 @@ def check_run_config(config: RunConfig, world_size: int) -> StoredRun | None:
     check_stage(config.stage, config.model, config.parallel, world_size)
     check_sparsity(config.stage, config.model)
     check_optimizer(config.optimizer, config.stage.train_iters)
+    check_matrices_train(config)
     check_kernels(config)
     check_engine(config)
     if not config.dry_run:

@@ -50,6 +50,17 @@ def new_parameters(model: ModelConfig) -> int:
     return _over_all(model, lambda weight: weight.numel if weight.is_new else 0)
 
 
+def hidden_matrix_parameters(weights: Iterable[Weight], parallel: ParallelConfig) -> tuple[int, int]:
+    """Parameters on one rank that are matrices of hidden layers: (of routed experts, all others)."""
+    experts, others = 0, 0
+    for weight in weights:
+        if weight.is_hidden_matrix and weight.split in (Split.experts, Split.whole_experts):
+            experts += weight.numel_on_rank(parallel)
+        elif weight.is_hidden_matrix:
+            others += weight.numel_on_rank(parallel)
+    return experts, others
+
+
 def virtual_stage_layers(model: ModelConfig, parallel: ParallelConfig, stage: int) -> list[range]:
     """The decoder layers (0-based) of each virtual stage of the ranks of pipeline stage ``stage``.
 

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from spikingbrain_train.architecture.layers import has_experts
 from spikingbrain_train.config.parallel import EngineKind, ParallelConfig
 from spikingbrain_train.config.require import require
-from spikingbrain_train.config.run import Precision, RunConfig
+from spikingbrain_train.config.run import OptimizerKind, Precision, RunConfig
 
 _DEEPSPEED = "parallel.engine=deepspeed"
 
@@ -32,6 +32,11 @@ def check_engine(config: RunConfig) -> None:
         not has_experts(config.model),
         f"{_DEEPSPEED} trains no mixture of experts, whose optimizer state megatron-core keeps apart "
         "from others; set parallel.engine=megatron",
+    )
+    require(
+        config.optimizer.kind is OptimizerKind.adamw,
+        f"{_DEEPSPEED} cuts parameters into flat parts, and optimizer.kind={config.optimizer.kind.value} "
+        "updates whole matrices; set parallel.engine=megatron, or optimizer.kind=adamw",
     )
     require(
         config.dry_run or find_spec("deepspeed") is not None,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from spikingbrain_train.architecture.layers import dense_source
 from spikingbrain_train.architecture.sizes import FP32, bytes_per_element
 from spikingbrain_train.config.parallel import REDUCE_BUCKET, EngineKind
-from spikingbrain_train.config.run import Precision, RunConfig
+from spikingbrain_train.config.run import OptimizerKind, Precision, RunConfig
 from spikingbrain_train.planning.costs import stage_parameters
 from spikingbrain_train.planning.stages.registry import kind_of
 
@@ -26,8 +26,9 @@ class MemoryEstimate:
     gradients: float
     """fp32 gradient buffers of the trainable parameters; with ZeRO 2 a share of them and a bucket."""
     optimizer: float
-    """Two fp32 moments and, under bf16, fp32 main weights; a share of them with the distributed optimizer
-    or ZeRO, which keeps main weights of fp32 runs, too, and none of it here where it is offloaded."""
+    """Two fp32 moments, or Muon's momentum, and, under bf16, fp32 main weights; a share of them with the
+    distributed optimizer or ZeRO, which keeps main weights of fp32 runs, too, and none of it here where it is
+    offloaded."""
     activations: float
     """Kept for the backward pass, for the micro-batches in flight; what the backward pass of one layer holds
     beside that; and the output projection's logits."""
@@ -40,18 +41,18 @@ class MemoryEstimate:
 
 
 def optimizer_bytes(precision: Precision) -> int:
-    """Bytes of optimizer state per trainable parameter."""
+    """Bytes of AdamW's state per trainable parameter; Muon has a moment less."""
     return {Precision.bf16: 3 * FP32, Precision.fp32: 2 * FP32}[precision]
 
 
-def _optimizer_share(config: RunConfig, stage: int, world_size: int) -> float:
-    """Parameters whose optimizer state a rank keeps.
+def _share(config: RunConfig, parameters: tuple[int, int], world_size: int) -> float:
+    """Of (routed experts, other) parameters of a rank those whose optimizer state it keeps.
 
     The distributed optimizer shards over the ranks that hold the same parameters: data x context ranks, and
     for routed experts those of the stage's ranks that expert parallelism leaves. So does DeepSpeed's ZeRO.
     """
     parallel = config.parallel
-    experts, others = kind_of(config.stage).trainable_parameters(config, stage)
+    experts, others = parameters
     if parallel.engine is EngineKind.deepspeed:
         return (experts + others) / world_size
     if not parallel.use_distributed_optimizer:
@@ -68,8 +69,8 @@ def _of_zero(config: RunConfig, stage: int, world_size: int) -> tuple[float, flo
     device; its plan counts the host's memory nowhere.
     """
     zero = config.parallel.zero
-    share = _optimizer_share(config, stage, world_size)
-    whole = sum(kind_of(config.stage).trainable_parameters(config, stage))
+    trainable = kind_of(config.stage).trainable_parameters(config, stage)
+    share, whole = _share(config, trainable, world_size), sum(trainable)
     state = 0.0 if zero.offload_optimizer else share * 3 * FP32
     if zero.stage == 1:
         return state, whole * FP32
@@ -89,8 +90,11 @@ def estimate_memory(config: RunConfig, stage: int, world_size: int, micro_batche
     model, parallel, element = config.model, config.parallel, bytes_per_element(config.precision)
     kind = kind_of(config.stage)
     has_teacher = kind.needs_teacher(config.stage)
-    optimizer = _optimizer_share(config, stage, world_size) * optimizer_bytes(config.precision)
-    gradients: float = sum(kind.trainable_parameters(config, stage)) * FP32
+    trainable = kind.trainable_parameters(config, stage)
+    optimizer = _share(config, trainable, world_size) * optimizer_bytes(config.precision)
+    if config.optimizer.kind is OptimizerKind.muon:
+        optimizer -= _share(config, kind.trainable_matrices(config, stage), world_size) * FP32
+    gradients: float = sum(trainable) * FP32
     if parallel.engine is EngineKind.deepspeed:
         optimizer, gradients = _of_zero(config, stage, world_size)
     teacher = stage_parameters(dense_source(model), parallel, stage) if has_teacher else 0

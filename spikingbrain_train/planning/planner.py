@@ -16,9 +16,10 @@ from pathlib import Path
 from spikingbrain_train.architecture.layers import (
     Layer,
 )
-from spikingbrain_train.architecture.sizes import bytes_per_element
+from spikingbrain_train.architecture.sizes import FP32, bytes_per_element
+from spikingbrain_train.architecture.weights import ONE_RANK
 from spikingbrain_train.config.parallel import ParallelConfig
-from spikingbrain_train.config.run import RunConfig
+from spikingbrain_train.config.run import OptimizerKind, RunConfig
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.planning.costs import (
     layers_of_stage,
@@ -162,9 +163,11 @@ class Plan:
     @property
     def checkpoint_bytes(self) -> int:
         """Size of one checkpoint: weights and optimizer state."""
-        model, precision = self.config.model, self.config.precision
-        trainable = kind_of(self.config.stage).trainable_parameters_in_all(model)
-        return total_parameters(model) * bytes_per_element(precision) + trainable * optimizer_bytes(precision)
+        model, precision, kind = self.config.model, self.config.precision, kind_of(self.config.stage)
+        state = kind.trainable_parameters_in_all(model) * optimizer_bytes(precision)
+        if self.config.optimizer.kind is OptimizerKind.muon:
+            state -= sum(kind.trainable_matrices(replace(self.config, parallel=ONE_RANK), 0)) * FP32
+        return total_parameters(model) * bytes_per_element(precision) + state
 
 
 def plan_run(config: RunConfig, world_size: int) -> Plan:

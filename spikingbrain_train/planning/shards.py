@@ -13,13 +13,10 @@ from dataclasses import dataclass
 
 from spikingbrain_train.architecture.layers import embedding_weights, layers, output_weights
 from spikingbrain_train.architecture.weights import Shape, Split, Weight
-from spikingbrain_train.config.linear_transforms import Projection
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.planning.costs import stage_layers
 from spikingbrain_train.planning.planner import smallest_stage
-
-_BY_COLUMNS = (Projection.attention_output.value, Projection.mlp_fc2.value)
 
 
 @dataclass(frozen=True)
@@ -94,9 +91,7 @@ def _shards(weight: Weight, size: Shape, parallel: ParallelConfig, first_rank: i
 
 def _parts(weight: Weight, size: Shape, number: int) -> Iterator[tuple[int, tuple[Shape, Shape]]]:
     """Each of the ``number`` ranks with offset and shape of what it holds."""
-    of_projection = weight.projection is not None and weight.projection[0] in _BY_COLUMNS
-    by_columns = of_projection or weight.by_columns
-    axis = 1 if by_columns and len(size) > 1 else 0
+    axis = weight.split_axis
     start = 0
     for length in _segments(weight, size, axis):
         part = length // number
@@ -109,7 +104,7 @@ def _parts(weight: Weight, size: Shape, number: int) -> Iterator[tuple[int, tupl
 
 def _segments(weight: Weight, size: Shape, axis: int) -> list[int]:
     """Rows of each matrix that lies in it and is split for itself."""
-    if axis != 0 or weight.layout != "rows" or len(weight.shapes) == 1:
+    if not weight.is_split_by_segments:
         return [size[axis]]
     rows = [shape[0] for shape in weight.shapes]
     return [row * size[0] // sum(rows) for row in rows]  # experts side by side: each matrix of all of them

@@ -22,7 +22,7 @@ from spikingbrain_train.architecture.stored_model import read_stored_model
 from spikingbrain_train.config.model import ActivationFunc, DecoderConfig, ModelConfig
 from spikingbrain_train.config.numerics import OnBadBatch
 from spikingbrain_train.config.parallel import EngineKind
-from spikingbrain_train.config.run import LRDecayStyle, RunConfig, WandbMode
+from spikingbrain_train.config.run import LRDecayStyle, OptimizerKind, RunConfig, WandbMode
 from spikingbrain_train.config.sections import with_sections
 from spikingbrain_train.config.setting import leaves
 from spikingbrain_train.config.shown import shown
@@ -65,6 +65,14 @@ _NEEDS = (
             f"it shapes the decay of optimizer.lr_decay_style=WSD, and the style is "
             f"{run.optimizer.lr_decay_style.name}"
         ),
+    ),
+    _Needs(
+        (
+            *("optimizer.muon_momentum", "optimizer.muon_use_nesterov", "optimizer.muon_num_ns_steps"),
+            *("optimizer.muon_extra_scale_factor", "optimizer.muon_precision"),
+        ),
+        lambda run: run.optimizer.kind is OptimizerKind.muon,
+        lambda run: f"optimizer.kind is {run.optimizer.kind.value}; choose optimizer=muon_cosine",
     ),
     _Needs(
         ("logging.eval_interval", "logging.eval_iters"),

@@ -65,7 +65,7 @@ def stored_by(
     optimizer: DistributedOptimizer,
     state: Callable[[DistributedOptimizer, dict[str, Any]], dict[int, dict[str, Any]]],
 ) -> Iterator[None]:
-    """Within, ``state`` says what a ``fully_reshardable`` checkpoint stores of the optimizer.
+    """Within, ``state`` says what a ``fully_reshardable`` checkpoint stores or reads of the optimizer.
 
     Args:
         optimizer: of this rank.
@@ -74,7 +74,6 @@ def stored_by(
     """
 
     def own_state(weights: dict[str, Any], is_loading: bool, metadata: dict[str, Any]) -> dict[int, Any]:
-        assert not is_loading
         return state(optimizer, weights)
 
     optimizer.sharded_param_state_fully_reshardable = own_state
@@ -102,9 +101,11 @@ PATCHES = (
     ),
     Patch(
         name="stored_by",
-        changes="DistributedOptimizer.sharded_param_state_fully_reshardable of the optimizer, for a save",
+        changes="DistributedOptimizer.sharded_param_state_fully_reshardable of the optimizer, for a save or "
+        "a load",
         reason="every rank would gather the whole state while steps stand still, 12 bytes a parameter, and "
-        "what lies behind the padding of a bucket would be stored too late by it",
+        "what lies behind the padding of a bucket would be stored too late by it; and every rank would read "
+        "AdamW's moments of all parameters, also of those that have none or lie on others",
         apply=stored_by,
         moment=Moment.using,
     ),

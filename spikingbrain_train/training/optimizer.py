@@ -1,4 +1,4 @@
-"""AdamW and its schedule, as megatron-core builds them from our settings."""
+"""AdamW, or Muon beside it, and the schedule, as megatron-core builds them from our settings."""
 
 from __future__ import annotations
 
@@ -20,10 +20,12 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, Par
 from spikingbrain_train.architecture.layers import layers, swapped_layers
 from spikingbrain_train.checkpoint.optimizer_state import chain_of
 from spikingbrain_train.config.parallel import ParallelConfig
-from spikingbrain_train.config.run import LRDecayStyle, OptimizerConfig, Precision
+from spikingbrain_train.config.run import LRDecayStyle, OptimizerConfig, OptimizerKind, Precision
 from spikingbrain_train.models.gpt_model import HybridGPTModel, ModelChunks
 from spikingbrain_train.runtime.bf16 import PARAMS_DTYPE
 from spikingbrain_train.runtime.optimizer_patches import checked_gradient_norm, keep_step_when_loading
+from spikingbrain_train.training.hidden_matrices import hidden_matrices
+from spikingbrain_train.training.muon import MuonWithAdamW, use_muon
 from spikingbrain_train.training.parallel_chunks import ParallelChunks, parallel_chunks
 
 
@@ -33,12 +35,15 @@ def build_optimizer(
     precision: Precision,
     model: DistributedDataParallel | ParallelChunks,
 ) -> MegatronOptimizer:
-    """AdamW over the model's trainable parameters, with fp32 main weights under bf16.
+    """AdamW over the model's trainable parameters, with fp32 main weights under bf16, or Muon for matrices.
 
     Parameter groups: norms, biases, branch weights and what is marked ``no_weight_decay`` have no weight
     decay; parameters marked ``is_new_parameter`` (those the dense source does not have) learn at
     ``lr * new_parameter_lr_mult``, those of mixers that replaced attention at ``lr * mixer_lr_mult``, and
-    what is both at ``lr`` times either.
+    what is both at ``lr`` times either. Muon takes the rates and the weight decay of the same groups.
+
+    Raises:
+        ConfigurationError: Muon does not find the matrices of a layer.
     """
     config = MegatronOptimizerConfig(
         optimizer="adam",
@@ -64,6 +69,12 @@ def build_optimizer(
     built = get_megatron_optimizer(
         config, parallel_chunks(model), config_overrides=overrides, use_gloo_process_groups=False
     )
+    if optimizer.kind is OptimizerKind.muon:
+        matrices = {id(parameter): matrix for parameter, matrix in hidden_matrices(model.module)}
+        asked = precision if optimizer.muon_precision is Precision.auto else optimizer.muon_precision
+        for part in chain_of(built):
+            if part.optimizer is not None:
+                use_muon(part, matrices, optimizer, PARAMS_DTYPE[asked])
     _prepare_torch_adamw(built)
     return built
 
@@ -209,7 +220,10 @@ def _prepare_torch_adamw(optimizer: MegatronOptimizer) -> None:
             keep_step_when_loading(part)
         for group in inner.param_groups:
             group["fused"], group["foreach"] = True, False
-            begin_adamw_state(inner, group["params"])
+            parameters = group["params"]
+            if isinstance(inner, MuonWithAdamW):
+                inner.begin_momentum(parameters)
+            begin_adamw_state(inner, [each for each in parameters if each not in inner.state])
 
 
 class PhasedScheduler(OptimizerParamScheduler):

@@ -15,8 +15,8 @@ from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.conversion.formats.dense import LLAMA
 from spikingbrain_train.conversion.formats.gla_swa import GLA_SWA
 from spikingbrain_train.conversion.mapping import Parameter, model_parameters
-from spikingbrain_train.conversion.transforms import Transform
 from spikingbrain_train.errors import CheckpointError, ConfigurationError
+from spikingbrain_train.models.fused_tensors import Transform
 
 
 def small_model(**changes: object) -> ModelConfig:

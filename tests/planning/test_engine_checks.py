@@ -31,6 +31,7 @@ DEEPSPEED = "model=tiny_hybrid parallel.engine=deepspeed"
         ("precision=bf16 parallel.zero.stage=1", "set parallel.zero.stage=2, or precision=fp32"),
         ("checkpoint.memory_interval=5", "set checkpoint.memory_interval=0"),
         ("model=tiny_76b", "trains no mixture of experts"),
+        ("optimizer=muon_cosine", "updates whole matrices; set parallel.engine=megatron"),
     ],
 )
 def test_what_deepspeed_cannot_do_is_refused_with_the_setting_to_change(settings: str, said: str) -> None:

@@ -26,7 +26,7 @@ from spikingbrain_train.config.model import (
     MoEConfig,
 )
 from spikingbrain_train.config.parallel import KernelConfig, ParallelConfig, Recompute
-from spikingbrain_train.config.run import Precision, RunConfig
+from spikingbrain_train.config.run import OptimizerConfig, OptimizerKind, Precision, RunConfig
 from spikingbrain_train.config.stage import StageConfig
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.models.kernels import resolve_kernels
@@ -377,6 +377,17 @@ class TestMemory:
         single = dataclasses.replace(run_of(LLAMA), precision=Precision.fp32)
         (stage,) = plan_run(single, 1).stages
         assert (stage.memory.weights, stage.memory.optimizer) == (4 * parameters, 8 * parameters)
+
+    def test_muon_keeps_one_number_less_of_each_element_of_a_matrix(self) -> None:
+        """tests/training/test_muon.py holds the state that is built to the plan."""
+        run = run_of(dataclasses.replace(LLAMA, mixers=["full"]))
+        muon = dataclasses.replace(run, optimizer=OptimizerConfig(kind=OptimizerKind.muon))
+        (adamw_stage,), (stage,) = plan_run(run, 1).stages, plan_run(muon, 1).stages
+        hidden, width = LLAMA.hidden_size, LLAMA.ffn_hidden_size
+        heads = LLAMA.kv_channels * (2 * LLAMA.num_attention_heads + 2 * LLAMA.num_query_groups)
+        matrices = LLAMA.num_layers * hidden * (heads + 3 * width)
+        assert adamw_stage.memory.optimizer - stage.memory.optimizer == 4 * matrices
+        assert plan_run(run, 1).checkpoint_bytes - plan_run(muon, 1).checkpoint_bytes == 4 * matrices
 
     def test_the_distributed_optimizer_is_shared_by_the_replicas(self) -> None:
         sharded = ParallelConfig(use_distributed_optimizer=True)

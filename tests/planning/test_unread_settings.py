@@ -47,6 +47,7 @@ def notes(*overrides: str) -> list[str]:
         ),
         (f"{DENSE} stage.teacher=dense", "stage.teacher=dense", "learns from no teacher"),
         (f"{DENSE} optimizer.lr_wsd_decay_style=cosine", "lr_wsd_decay_style=cosine", "the style is cosine"),
+        (f"{DENSE} optimizer.muon_momentum=0.9", "muon_momentum=0.9", "choose optimizer=muon_cosine"),
         (f"{DENSE} numerics.spike_window=99", "spike_window=99", "set numerics.spike_factor or"),
         (f"{DENSE} numerics.on_bad_batch=stop numerics.replay=false", "replay=false", "ends the run at once"),
         (f"{DENSE} logging.eval_interval=5 data.train=[a]", "logging.eval_interval=5", "data.valid"),

@@ -20,6 +20,7 @@ from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.planning.activations import mixer_activations, weight_copies
 from spikingbrain_train.planning.costs import (
     forward_flops_per_token,
+    hidden_matrix_parameters,
     layers_of_stage,
     mixer_core_flops,
     mixer_parameters,
@@ -102,6 +103,14 @@ class AlignmentKind(StageKind):
         here = layers_of_stage(config.model, config.parallel, pipeline_stage)
         return 0, sum(
             number * mixer_parameters(config.model, layer, config.parallel)
+            for layer, number in alike(swapped_layers(here))
+        )
+
+    def trainable_matrices(self, config: RunConfig, pipeline_stage: int) -> tuple[int, int]:
+        """Those of the swapped mixers."""
+        here = layers_of_stage(config.model, config.parallel, pipeline_stage)
+        return 0, sum(
+            number * sum(hidden_matrix_parameters(layer.mixer_weights(config.model), config.parallel))
             for layer, number in alike(swapped_layers(here))
         )
 

@@ -109,6 +109,13 @@ class StageKind(ABC):
     def trainable_parameters(self, config: RunConfig, pipeline_stage: int) -> tuple[int, int]:
         """Parameters with a gradient on a rank of ``pipeline_stage``, as (routed experts, all others)."""
 
+    def trainable_matrices(self, config: RunConfig, pipeline_stage: int) -> tuple[int, int]:
+        """Those of them that are matrices of hidden layers, of which Muon keeps a momentum and no moments.
+
+        A kind that does not say so is planned as if it had none.
+        """
+        return 0, 0
+
     @abstractmethod
     def trainable_parameters_in_all(self, model: ModelConfig) -> int:
         """Distinct parameters with a gradient, whose optimizer state a checkpoint holds."""

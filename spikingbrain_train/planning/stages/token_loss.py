@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from spikingbrain_train.architecture.layers import alike
 from spikingbrain_train.architecture.linear_transforms import LINEAR_TRANSFORMS, freezes_base
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ParallelConfig
@@ -12,6 +13,8 @@ from spikingbrain_train.config.stage import StageConfig
 from spikingbrain_train.planning.activations import activation_bytes
 from spikingbrain_train.planning.costs import (
     forward_flops_per_token,
+    hidden_matrix_parameters,
+    layers_of_stage,
     stage_parameters,
     stage_routed_expert_parameters,
     total_parameters,
@@ -57,6 +60,16 @@ class TokenLossKind(StageKind):
             return stage_trained(config.model, config.parallel, pipeline_stage)
         experts = stage_routed_expert_parameters(config.model, config.parallel, pipeline_stage)
         return experts, stage_parameters(config.model, config.parallel, pipeline_stage) - experts
+
+    def trainable_matrices(self, config: RunConfig, pipeline_stage: int) -> tuple[int, int]:
+        """All of them; of a model with adapters none, whose matrices are frozen."""
+        if freezes_base(config.model):
+            return 0, 0
+        experts, others = 0, 0
+        for layer, number in alike(layers_of_stage(config.model, config.parallel, pipeline_stage)):
+            found = hidden_matrix_parameters(layer.weights(config.model), config.parallel)
+            experts, others = experts + number * found[0], others + number * found[1]
+        return experts, others
 
     def trainable_parameters_in_all(self, model: ModelConfig) -> int:
         """All of them, or of a model with adapters those."""

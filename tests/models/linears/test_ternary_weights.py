@@ -24,7 +24,7 @@ from spikingbrain_train.config.linear_transforms import (
 )
 from spikingbrain_train.config.model import ModelConfig, MoEConfig
 from spikingbrain_train.config.parallel import ParallelConfig
-from spikingbrain_train.conversion.transforms import transform_of
+from spikingbrain_train.models.fused_tensors import transform_of
 from spikingbrain_train.models.linears.int8_inputs import Int8Inputs
 from spikingbrain_train.models.linears.joined_rows import JoinedRows, rows_of_projection
 from spikingbrain_train.models.linears.ternary_weights import TernaryCounts, TernaryWeights

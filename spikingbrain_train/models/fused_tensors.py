@@ -107,6 +107,6 @@ def transform_of(weight: Weight) -> Transform:
     if not isinstance(found, Transform):
         raise ConfigurationError(
             f"{weight.name} has the layout {weight.layout}, which is a {type(found).__name__}; name a "
-            f"Transform of spikingbrain_train.conversion.transforms"
+            f"Transform of spikingbrain_train.models.fused_tensors"
         )
     return found
