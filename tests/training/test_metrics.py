@@ -235,7 +235,7 @@ def test_tensorboard_has_the_config_and_what_changed_as_text(tmp_path: Path) -> 
     assert texts("run/started") == [(0, "weights: random")]
     assert texts("run/resumed") == [(10, "weights: random")]
     assert [step for step, _ in texts("run/config")] == [0, 10]
-    assert "    optimizer:\n      lr: 0.0005\n" in texts("run/config")[0][1]
+    assert "    optimizer:\n      kind: adamw\n      lr: 0.0005\n" in texts("run/config")[0][1]
 
 
 def test_line_cut_by_a_crash_is_dropped_on_resume(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

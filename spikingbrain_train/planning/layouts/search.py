@@ -120,7 +120,7 @@ def search(
     assert device is not None  # check_search
     network, rejections = Network.of(config.cluster), Rejections()
     timed: list[tuple[float, int, Layout, StepTime]] = []
-    with activity("reckoning the time of layouts", unit="layouts") as progress:
+    with activity("reckoning the time of", unit="layouts") as progress:
         for layout in layouts(config, world_size, work, rejections, everything=everything):
             progress.advance()
             try:
@@ -136,7 +136,7 @@ def search(
     found: list[Found] = []
     listed: set[tuple[int, ...]] = set()
     looked = slower_forms = 0
-    with activity("asking the fastest for their memory", len(timed), "layouts") as progress:
+    with activity("asking for the memory of", len(timed), "layouts") as progress:
         for _, _, layout, time in timed:
             looked += 1
             progress.advance()

@@ -85,12 +85,9 @@ def summarize(events: Iterable[Any], *, on_gpu: bool) -> StepSummary:
                 found.background += event.self_cpu_time_total / 1e6
             continue
         seconds = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
-        if seconds == 0.0 and not event.flops:
+        if (seconds == 0.0 and not event.flops) or not _is_within(event, steps):
             continue
         explained += seconds
-        if not _is_within(event, steps):
-            explained -= seconds
-            continue
         entry = found.parts.setdefault(part or REST, Part())
         if backward:
             entry.backward += seconds
