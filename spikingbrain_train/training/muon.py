@@ -213,12 +213,10 @@ def _updated(part: Any) -> Iterator[tuple[Tensor, torch.nn.Parameter]]:
         for parameter, (group, order) in part.model_param_group_index_map.items():
             yield part.optimizer.param_groups[group]["params"][order], parameter
         return
+    groups = getattr(part, "fp32_from_float16_groups", ()), getattr(part, "float16_groups", ())
     main = {
         id(own): parameter
-        for groups, of_groups in (
-            (getattr(part, "fp32_from_float16_groups", ()), getattr(part, "float16_groups", ())),
-        )
-        for owns, parameters in zip(groups, of_groups, strict=True)
+        for owns, parameters in zip(*groups, strict=True)
         for own, parameter in zip(owns, parameters, strict=True)
     }
     for group in part.optimizer.param_groups:
