@@ -84,7 +84,14 @@ yes) system_torch=yes options+=(--system-site-packages) ;;
 *) fail "SYSTEM_TORCH=$SYSTEM_TORCH is neither yes nor no" ;;
 esac
 
-if [ -n "${PYTHON:-}" ] || [ ! -x "$venv/bin/python" ]; then
+# An environment that sees its interpreter's packages cannot become one that doesn't, nor the other way round.
+is_of_that_kind() {
+    local sees=false
+    [ -z "$system_torch" ] || sees=true
+    [ -x "$venv/bin/python" ] && grep -qsx "include-system-site-packages = $sees" "$venv/pyvenv.cfg"
+}
+
+if [ -n "${PYTHON:-}" ] || ! is_of_that_kind; then
     python=$(find_python)
 else
     python=$venv/bin/python
@@ -101,7 +108,7 @@ if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$(fingerprint "$version")" ]; then
 fi
 
 rm -f "$stamp" # a failed install must not look finished
-if [ "$(supported_version "$venv/bin/python" || true)" != "$version" ]; then
+if ! is_of_that_kind || [ "$(supported_version "$venv/bin/python" || true)" != "$version" ]; then
     printf 'Creating %s with %s (Python %s)\n' "$venv" "$python" "$version"
     "$python" -m venv "${options[@]}" "$venv" || fail "could not create $venv with $python"
 fi

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TOOLS = ("bash", "cat", "chmod", "cksum", "cp", "dirname", "mkdir", "rm")
+TOOLS = ("bash", "cat", "chmod", "cksum", "cp", "dirname", "grep", "mkdir", "rm")
 
 # Answers the questions that the script asks an interpreter; `-m venv` copies it, `-m pip` records its
 # arguments.
@@ -22,6 +22,8 @@ case $* in
 *ensurepip*) exit @NO_VENV@ ;;
 "-m venv "*)
     folder=${*: -1}; mkdir -p "$folder/bin"; cp "$0" "$folder/bin/python"
+    sees=false; case $* in *--system-site-packages*) sees=true ;; esac
+    printf 'include-system-site-packages = %s\\n' "$sees" > "$folder/pyvenv.cfg"
     printf '%s\\n' "$*" >> "$PIP_LOG" ;;
 *importlib.metadata*) exec "$PYTHON_OF_TESTS" "$@" ;;
 "-m pip "*) printf '%s\\n' "$*" >> "$PIP_LOG"; exit "${PIP_EXIT:-0}" ;;
@@ -179,6 +181,20 @@ def test_the_torch_of_an_image_stays_and_what_is_missing_gets_the_tested_version
     assert machine.setup(**image).returncode == 0 and machine.pip_calls() == calls, (
         "the next call does nothing"
     )
+
+
+def test_an_environment_that_stands_is_made_anew_where_it_shall_see_the_torch_of_its_interpreter(
+    machine: Machine, tmp_path: Path
+) -> None:
+    machine.add("python3.11", "3.11")
+    machine.setup()
+    image = system_packages(tmp_path / "image", torch="2.10.0")
+    made = len(machine.pip_calls())
+    assert machine.setup(**image).returncode == 0
+    assert machine.pip_calls()[made] == f"-m venv --clear --system-site-packages {machine.venv}"
+    made = len(machine.pip_calls())
+    assert machine.setup().returncode == 0
+    assert machine.pip_calls()[made] == f"-m venv --clear {machine.venv}", "and back again"
 
 
 def test_an_image_without_torch_and_a_word_that_is_no_answer_are_one_sentence(
