@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from spikingbrain_train.architecture.layers import has_experts
 from spikingbrain_train.config.parallel import EngineKind, ParallelConfig
 from spikingbrain_train.config.require import require
-from spikingbrain_train.config.run import OptimizerKind, Precision, RunConfig
+from spikingbrain_train.config.run import OptimizerKind, RunConfig
 
 _DEEPSPEED = "parallel.engine=deepspeed"
 
@@ -18,7 +18,6 @@ def check_engine(config: RunConfig) -> None:
     if parallel.engine is not EngineKind.deepspeed:
         return
     _check_degrees(parallel)
-    check_zero_precision(config)
     require(
         not parallel.overlap_param_gather,
         f"{_DEEPSPEED} gathers weights at the end of every update; set parallel.overlap_param_gather=false",
@@ -42,15 +41,6 @@ def check_engine(config: RunConfig) -> None:
         config.dry_run or find_spec("deepspeed") is not None,
         f"{_DEEPSPEED} needs the package deepspeed, which is not installed; run pip install "
         "'spikingbrain-train[deepspeed]', or set parallel.engine=megatron",
-    )
-
-
-def check_zero_precision(config: RunConfig) -> None:
-    """Asked again where ``precision=auto`` has been settled. Raises ConfigurationError."""
-    require(
-        config.parallel.zero.stage != 1 or config.precision is not Precision.bf16,
-        f"{_DEEPSPEED} cannot do parallel.zero.stage=1 in bf16, for which DeepSpeed has another kind of "
-        "optimizer; set parallel.zero.stage=2, or precision=fp32",
     )
 
 

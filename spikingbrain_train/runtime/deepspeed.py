@@ -32,6 +32,7 @@ def import_deepspeed(accelerator: Accelerator) -> Any:
         groups._release_process_group_references(group=None)
     if not accelerator.is_gpu:
         compile_no_shared_memory_op()
+    one_optimizer_for_all_precisions()
     deepspeed.init_distributed(
         dist_backend=accelerator.collective_backend, auto_mpi_discovery=False, verbose=False
     )
@@ -45,6 +46,12 @@ def compile_no_shared_memory_op() -> None:
     backend.build_shm_op = lambda: None
 
 
+def one_optimizer_for_all_precisions() -> None:
+    """Have ZeRO 1 in bf16 be the optimizer of ZeRO 1 in fp32 and of ZeRO 2."""
+    engine: Any = import_module("deepspeed.runtime.engine")
+    engine.DeepSpeedEngine._do_optimizer_sanity_check = lambda self, optimizer: engine.ZERO_OPTIMIZATION
+
+
 PATCHES = (
     Patch(
         name="compile_no_shared_memory_op",
@@ -53,6 +60,14 @@ PATCHES = (
         "minutes at its start, and sum in another order with it",
         apply=compile_no_shared_memory_op,
         platforms=ON_CPU,
+        moment=Moment.using,
+    ),
+    Patch(
+        name="one_optimizer_for_all_precisions",
+        changes="DeepSpeedEngine's choice of an optimizer gives that of ZeRO 1 and 2",
+        reason="for ZeRO 1 in bf16 with fp32 gradients it would take its BF16_Optimizer, which cuts, clips "
+        "and reduces otherwise; ZeRO 1 and 2's own has fp32 main weights and gradients in bf16, too",
+        apply=one_optimizer_for_all_precisions,
         moment=Moment.using,
     ),
 )

@@ -28,7 +28,6 @@ DEEPSPEED = "model=tiny_hybrid parallel.engine=deepspeed"
             "parallel.use_distributed_optimizer=true",
             "set parallel.overlap_param_gather=false",
         ),
-        ("precision=bf16 parallel.zero.stage=1", "set parallel.zero.stage=2, or precision=fp32"),
         ("checkpoint.memory_interval=5", "set checkpoint.memory_interval=0"),
         ("model=tiny_76b", "trains no mixture of experts"),
         ("optimizer=muon_cosine", "updates whole matrices; set parallel.engine=megatron"),

@@ -22,7 +22,6 @@ from spikingbrain_train.config.parallel import REDUCE_BUCKET
 from spikingbrain_train.config.run import Precision, RunConfig
 from spikingbrain_train.models.gpt_model import HybridGPTModel
 from spikingbrain_train.parallel.process_groups import ProcessGroups
-from spikingbrain_train.planning.engine_checks import check_zero_precision
 from spikingbrain_train.runtime.deepspeed import import_deepspeed
 from spikingbrain_train.training.engines.engine import Engine
 from spikingbrain_train.training.engines.zero_model import ZeroModel
@@ -74,7 +73,6 @@ class DeepSpeedEngine(Engine):
     """
 
     def __init__(self, config: RunConfig, model: HybridGPTModel, groups: ProcessGroups) -> None:
-        check_zero_precision(config)
         deepspeed = import_deepspeed(groups.accelerator)
         self._world_size = groups.world_size
         self._stage = config.parallel.zero.stage
