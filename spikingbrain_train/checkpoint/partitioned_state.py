@@ -29,6 +29,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 _MAIN_PLAIN, _MAIN_DISTRIBUTED = "fp32_param", "param"  # as megatron-core's two forms name main weights
 _PIECES = "pieces"
 _STEP = "step"
+_OF_EXPERTS = "is_expert_parallel"  # megatron-core's word in groups of parameters
 
 
 @dataclass(frozen=True)
@@ -88,19 +89,27 @@ class PartitionedState:
         """Torch's, whose tensors are looked through for NaN and copied before they are written."""
         return self._inner
 
-    def to_save(self) -> dict[str, Any]:
+    def to_save(self) -> dict[Any, Any]:
         """The optimizer's part of a checkpoint, from where it lies."""
         groups, step = self._inner.state_dict()["param_groups"], self._step()
+        of_experts = [group for group in groups if group[_OF_EXPERTS]]
+        forms = [self._form([group for group in groups if not group[_OF_EXPERTS]], step)]
+        if of_experts:  # have an optimizer of their own in megatron-core
+            forms.append(self._form(of_experts, step))
+        forms[0][_PIECES] = {number: box for number, (box, _) in enumerate(self._boxes())}
+        return dict(enumerate(forms)) if of_experts else forms[0]
+
+    def _form(self, groups: list[dict[str, Any]], step: Tensor) -> dict[str, Any]:
+        """One of megatron-core's optimizers, less its tensors."""
         if self._is_distributed_form:
             groups = [{**group, _STEP: int(step)} for group in groups]
         inner: dict[str, Any] = {"param_groups": groups}
         if not self._is_distributed_form:
             inner["state"] = {"common_step": step} if step > 0 else {}  # as megatron-core has it
-        boxes = {number: box for number, (box, _) in enumerate(self._boxes())}
         whole: dict[str, Any] = {"optimizer": inner} if self._is_wrapped else inner
         if self._is_distributed_form:
             whole["param_state_sharding_type"] = "fully_reshardable"  # as tensors of whole parameters
-        return {**whole, _PIECES: boxes}
+        return whole
 
     def to_fill(self) -> dict[str, Any]:
         """What to read of a checkpoint, into memory of its own."""
@@ -111,14 +120,16 @@ class PartitionedState:
             }
         }
 
-    def fill(self, loaded: dict[str, Any]) -> None:
+    def fill(self, loaded: dict[Any, Any]) -> None:
         """Take up what was read, and the number of steps."""
         with torch.no_grad():
             for number, (_, values) in enumerate(self._boxes()):
                 values.copy_(loaded[_PIECES][number].reshape(-1))
-            inner = loaded.get("optimizer", loaded)
-            steps = [group[_STEP] for group in inner["param_groups"] if group.get(_STEP) is not None]
-            steps.append(inner.get("state", {}).get("common_step", 0))
+            steps = [0]
+            for form in [loaded] if 0 not in loaded else [loaded[0], loaded[1]]:
+                inner = form.get("optimizer", form)
+                steps += [group[_STEP] for group in inner["param_groups"] if group.get(_STEP) is not None]
+                steps.append(inner.get("state", {}).get("common_step", 0))
             for state in self._inner.state.values():
                 state[_STEP].fill_(float(max(steps)))
 

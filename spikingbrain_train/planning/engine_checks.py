@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from spikingbrain_train.architecture.layers import has_experts
 from spikingbrain_train.config.parallel import EngineKind, ParallelConfig
 from spikingbrain_train.config.require import require
 from spikingbrain_train.config.run import OptimizerKind, RunConfig
@@ -26,11 +25,6 @@ def check_engine(config: RunConfig) -> None:
         not config.checkpoint.memory_interval,
         f"{_DEEPSPEED} keeps no checkpoints in the memory of other hosts; set checkpoint.memory_interval=0 "
         "(checkpoint.async_save=true lets checkpoints on the disk be written beside the training)",
-    )
-    require(
-        not has_experts(config.model),
-        f"{_DEEPSPEED} trains no mixture of experts, whose optimizer state megatron-core keeps apart "
-        "from others; set parallel.engine=megatron",
     )
     require(
         config.optimizer.kind is OptimizerKind.adamw,

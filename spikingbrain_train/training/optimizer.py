@@ -90,8 +90,8 @@ def adamw_for_zero(
     """
     plain = replace(parallel, use_distributed_optimizer=False, overlap_param_gather=False)
     built = build_optimizer(optimizer, plain, Precision.fp32, model)
-    (part,) = chain_of(built)  # experts have one of their own only where they are spread over ranks
-    groups = [{**group, "fused": True, "foreach": False} for group in part.optimizer.param_groups]
+    groups = [group for part in chain_of(built) if part.optimizer for group in part.optimizer.param_groups]
+    groups = [{**group, "fused": True, "foreach": False} for group in groups]
     return torch.optim.AdamW(groups)
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import EngineKind, ParallelConfig, ZeroConfig
-from spikingbrain_train.config.run import Precision, RunConfig
+from spikingbrain_train.config.run import CheckpointConfig, Precision, RunConfig
 from spikingbrain_train.config.stage import StageConfig
 from spikingbrain_train.storage.checkpoint_folder import LATEST_ITERATION_FILE, iteration_folder
 from tests.distributed.pool import RankPool
-from tests.distributed.small_runs import checkpoint_config, run_config, train
+from tests.distributed.small_runs import MODEL, MODEL_76B, checkpoint_config, run_config, train
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="the extra deepspeed is not installed"
@@ -73,16 +74,26 @@ def _interrupt_after(config: RunConfig, iteration: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("parallel", "precision"),
+    ("model", "parallel", "precision"),
     [
-        (ParallelConfig(zero=ZeroConfig(1)), Precision.bf16),
-        (ParallelConfig(zero=ZeroConfig(2)), Precision.bf16),
-        (ParallelConfig(zero=ZeroConfig(2), use_distributed_optimizer=True), Precision.fp32),
-        (ParallelConfig(zero=ZeroConfig(2, offload_optimizer=True), context_parallel_size=2), Precision.fp32),
+        (MODEL, ParallelConfig(zero=ZeroConfig(1)), Precision.bf16),
+        (MODEL, ParallelConfig(zero=ZeroConfig(2)), Precision.bf16),
+        (MODEL_76B, ParallelConfig(zero=ZeroConfig(2), use_distributed_optimizer=True), Precision.fp32),
+        (
+            MODEL,
+            ParallelConfig(zero=ZeroConfig(2, offload_optimizer=True), context_parallel_size=2),
+            Precision.fp32,
+        ),
     ],
-    ids=["ZeRO 1, bf16", "ZeRO 2, bf16", "ZeRO 2, the other form of checkpoints", "ZeRO 2, CP 2, offloaded"],
+    ids=[
+        "ZeRO 1, bf16",
+        "ZeRO 2, bf16",
+        "ZeRO 2, experts, the other form of checkpoints",
+        "ZeRO 2, CP 2, offloaded",
+    ],
 )
 def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(
+    model: ModelConfig,
     parallel: ParallelConfig,
     precision: Precision,
     ranks: RankPool,
@@ -91,8 +102,14 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(
     hybrid_checkpoint: Path,
 ) -> None:
     parallel = _deepspeed(parallel)
-    checkpoint = checkpoint_config(hybrid_checkpoint, save_interval=2, async_save=precision is Precision.fp32)
-    config = run_config(tmp_path, text, parallel=parallel, precision=precision, checkpoint=checkpoint)
+    checkpoint = checkpoint_config(
+        hybrid_checkpoint if model is MODEL else None,
+        save_interval=2,
+        async_save=precision is Precision.fp32,
+    )
+    config = run_config(
+        tmp_path, text, model=model, parallel=parallel, precision=precision, checkpoint=checkpoint
+    )
     config.stage = replace(config.stage, train_iters=4)
     uninterrupted = ranks.run(train, config, world_size=2, parallel=parallel)
     _interrupt_after(config, 2)
@@ -126,6 +143,31 @@ def test_a_run_changes_its_engine_and_ranks_and_goes_on_with_its_moments(
         steps += found[0]
     losses, expected = [loss for loss, _ in steps], [loss for loss, _ in of_one_rank]
     assert losses == pytest.approx(expected, rel=TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_distributed_form", [False, True], ids=["plain form", "distributed form"])
+def test_experts_train_as_on_one_rank_and_go_on_with_either_engine(
+    is_distributed_form: bool, ranks: RankPool, tmp_path: Path, text: Path
+) -> None:
+    """Spread over expert-parallel ranks in between; experts that no token was sent to have gradients, too.
+
+    Some keep their activations and others compute them again, each rank as many as its tokens ask for.
+    """
+    plain = ParallelConfig(use_distributed_optimizer=is_distributed_form)
+    config = run_config(tmp_path / "one", text, model=MODEL_76B, parallel=plain)
+    (expected,) = ranks.run(train, config, world_size=1, parallel=plain)
+    config = run_config(tmp_path / "two", text, model=MODEL_76B, checkpoint=CheckpointConfig(save_interval=1))
+    steps = []
+    for parallel, until in (
+        (_deepspeed(replace(plain, zero=ZeroConfig(1), recompute_expert_tokens=4)), 4),
+        (replace(plain, expert_model_parallel_size=2), 3),
+        (_deepspeed(replace(plain, context_parallel_size=2)), 3),
+    ):
+        config.parallel = parallel
+        steps += ranks.run(train, config, until, world_size=2, parallel=parallel)[0]
+    assert [loss for loss, _ in steps] == pytest.approx([loss for loss, _ in expected], rel=TOLERANCE)
+    assert [norm for _, norm in steps] == pytest.approx([norm for _, norm in expected], rel=1e-3)
 
 
 def _of_stage(name: str, folder: Path, text: Path, teacher: Path, student: Path) -> RunConfig:

@@ -29,7 +29,6 @@ DEEPSPEED = "model=tiny_hybrid parallel.engine=deepspeed"
             "set parallel.overlap_param_gather=false",
         ),
         ("checkpoint.memory_interval=5", "set checkpoint.memory_interval=0"),
-        ("model=tiny_76b", "trains no mixture of experts"),
         ("optimizer=muon_cosine", "updates whole matrices; set parallel.engine=megatron"),
     ],
 )

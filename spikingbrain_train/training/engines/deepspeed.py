@@ -81,6 +81,10 @@ class DeepSpeedEngine(Engine):
         self.model = ZeroModel(model, self._finish_gradients)
         trainable = sum(each.numel() for each in model.parameters() if each.requires_grad)
         inner = adamw_for_zero(config.optimizer, config.parallel, config.precision, self.model)
+        for parameter in model.parameters():
+            # megatron-core's mark of experts, here whole as all else. DeepSpeed would take it for its own
+            # and look for expert-parallel groups that it had made.
+            parameter.allreduce = True
         _, self._zero, _, _ = deepspeed.initialize(
             model=model, optimizer=inner, config=zero_settings(config, trainable), dist_init_required=False
         )
