@@ -3,8 +3,9 @@ attention does not.
 
 One optimizer step (forward, backward, clipping, AdamW; batch 1, random weights) of the same trainer with the
 published pattern [gla, swa] and with full attention in every layer, at growing lengths, turn by turn in one
-run. CPU time over all threads, which other work on the machine disturbs least; wall time on a GPU. The
-vocabulary is cut: the output projection costs the same at every length and would only hide the growth.
+run; in bf16 where the machine multiplies it, else in fp32. CPU time over all threads, which other work on the
+machine disturbs least; wall time on a GPU. The vocabulary is cut: the output projection costs the same at
+every length and would only hide the growth.
 
 Where there is a GPU, this also measures MFU of a 7B-shaped stack:
   python benchmarks/sequence_length.py --device cuda --model spikingbrain_7b --layers 4 --repeats 5
@@ -24,6 +25,8 @@ from benchmarks.training_contenders import OURS, ContenderProcess, Measured, Set
 from benchmarks.training_step import named_model, step_flops  # noqa: E402
 from spikingbrain_train.config.command_line import user_errors  # noqa: E402
 from spikingbrain_train.config.model import ModelConfig  # noqa: E402
+from spikingbrain_train.runtime.accelerator import detect  # noqa: E402
+from spikingbrain_train.runtime.bf16 import choose_precision  # noqa: E402
 
 BOUND = 1.25
 VOCAB_SIZE = 8192
@@ -32,7 +35,16 @@ VOCAB_SIZE = 8192
 def best_step(model: ModelConfig, tokens: int, args: argparse.Namespace) -> tuple[float, float]:
     """Seconds of the best of ``args.repeats`` steps, after a warm-up, and the peak TFLOP/s of a product."""
     clock = "wall" if args.device == "cuda" else "cpu"
-    setting = Setting(model, None, None, None, tokens, args.threads, args.device)
+    setting = Setting(
+        model,
+        hf_folder=None,
+        megatron_folder=None,
+        weights=None,
+        seq_length=tokens,
+        threads=args.threads,
+        device=args.device,
+        precision=choose_precision(detect(args.device)).precision,
+    )
     with ContenderProcess(OURS, setting) as process:
         process.step()
         peak = process.peak_tflops(clock)

@@ -45,7 +45,8 @@ class Setting:
     seq_length: int
     threads: int
     device: str
-    precision: Precision = Precision.bf16
+    precision: Precision
+    """Of our trainer, and of the product whose peak MFU is a share of."""
 
 
 @dataclass(frozen=True)
@@ -153,8 +154,10 @@ def _adamw(parameters: list[torch.nn.Parameter]) -> torch.optim.AdamW:
     return torch.optim.AdamW(parameters, lr=5e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
 
 
-class TransformersAutocast:
-    """transformers with float32 weights under bf16 autocast, torch's clipping and fused AdamW."""
+class TransformersFP32:
+    """transformers with float32 weights and products, torch's clipping and fused AdamW."""
+
+    autocasts = False
 
     def __init__(self, setting: Setting) -> None:
         torch.set_num_threads(setting.threads)
@@ -165,12 +168,18 @@ class TransformersAutocast:
 
     def step(self, tokens: torch.Tensor) -> float:
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self.device, torch.bfloat16):
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.autocasts):
             loss = self.model(input_ids=tokens[:, :-1], labels=tokens[:, :-1], use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         return loss.item()
+
+
+class TransformersAutocast(TransformersFP32):
+    """The same, its products in bf16."""
+
+    autocasts = True
 
 
 class TransformersBF16:
@@ -199,9 +208,16 @@ class TransformersBF16:
 
 
 OURS = "hybrid (ours)"
-PEERS = {"autocast": "transformers, autocast", "bf16": "transformers, bf16"}
+PEERS = {
+    "fp32": "transformers, fp32",
+    "autocast": "transformers, autocast",
+    "bf16": "transformers, bf16",
+}
+PEERS_OF = {Precision.fp32: ("fp32",), Precision.bf16: ("autocast", "bf16")}
+"""The ways in which a user of transformers trains in a precision."""
 CONTENDERS: dict[str, Callable[[Setting], Contender]] = {
     OURS: Ours,
+    PEERS["fp32"]: TransformersFP32,
     PEERS["autocast"]: TransformersAutocast,
     PEERS["bf16"]: TransformersBF16,
 }
@@ -262,7 +278,7 @@ def _serve(pipe: Connection, name: str, setting: Setting) -> None:
         except EOFError:
             return
         if command.startswith("peak"):
-            pipe.send(_peak_by_cpu_time() if command.endswith("cpu") else _peak(setting))
+            pipe.send(_peak_by_cpu_time(setting) if command.endswith("cpu") else _peak(setting))
             continue
         tokens = next(batches)
         wall, cpu = time.perf_counter(), time.process_time()
@@ -293,8 +309,10 @@ def _peak(setting: Setting) -> float:
     return math.nan if peak is None else peak
 
 
-def _peak_by_cpu_time() -> float:
-    a, b = (torch.randn(2048, 2048).bfloat16() for _ in range(2))
+def _peak_by_cpu_time(setting: Setting) -> float:
+    from spikingbrain_train.runtime.bf16 import PARAMS_DTYPE
+
+    a, b = (torch.randn(2048, 2048).to(PARAMS_DTYPE[setting.precision]) for _ in range(2))
     times = []
     for _ in range(10):
         begin = time.process_time()
