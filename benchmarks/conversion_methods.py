@@ -1,8 +1,8 @@
 """How a dense model becomes a hybrid: the methods that benchmarks/conversion_quality.py compares.
 
 Each is made of settings only, so that a user can do the same. ``today`` is the recipe that this project began
-with; the methods behind it change one thing each, ``all`` changes everything, and ``muon`` the optimizer of
-``all`` alone.
+with; the methods behind it change one thing each, ``all`` changes everything, ``muon`` the optimizer of
+``all`` alone, and ``small`` its lengths and rates.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 
 CALIBRATION_TOKENS = 16384
 """Read by the closed-form start; they count."""
+SEQ_LENGTH = 2048
+"""Of what is measured, and of what is trained on where a stage does not say otherwise."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,15 @@ class Stage:
         kind: ``stage.kind``.
         share: of the tokens behind the calibration; 0 is a closed-form start that trains nothing.
         settings: of spikingbrain-train, in its words.
+        calibration_tokens: that a closed-form start reads.
+        seq_length: of the sequences that it trains on.
     """
 
     kind: str
     share: float
     settings: tuple[str, ...]
+    calibration_tokens: int = CALIBRATION_TOKENS
+    seq_length: int = SEQ_LENGTH
 
 
 @dataclass(frozen=True)
@@ -87,9 +93,9 @@ _STUDENT_INPUTS = (
 )
 
 
-def _start_only(*settings: str) -> Stage:
-    tokens = f"stage.alignment.calibration_tokens={CALIBRATION_TOKENS}"
-    return Stage("align", 0.0, (tokens, *settings))
+def _start_only(*settings: str, tokens: int = CALIBRATION_TOKENS) -> Stage:
+    words = (f"stage.alignment.calibration_tokens={tokens}", *settings)
+    return Stage("align", 0.0, words, calibration_tokens=tokens)
 
 
 PLAIN = Method(
@@ -138,7 +144,21 @@ MUON = replace(
     about="all's, with Muon for the matrices of hidden layers, at the same rates",
     stages=(START_ON_STUDENT, replace(PURE_KL, settings=("optimizer.kind=muon", *PURE_KL.settings))),
 )
+_GENTLE_KL = Stage(
+    "distill",
+    1.0,
+    ("optimizer.lr=3e-5", "optimizer.min_lr=3e-6", "optimizer.mixer_lr_mult=5", "optimizer.lr_warmup_iters=2")
+    + _COSINE,
+    seq_length=1024,
+)
+SMALL = replace(
+    ALL,
+    name="small",
+    about="all's below 100k tokens: twice as many for the start, then shorter sequences at a lower rate",
+    stages=(_start_only(*_STUDENT_INPUTS, tokens=2 * CALIBRATION_TOKENS), _GENTLE_KL),
+)
 
 METHODS = {
-    method.name: method for method in (PLAIN, TODAY, KL, NO_ALIGNMENT, DELTA, REFIT, LAYERS, SINK, ALL, MUON)
+    method.name: method
+    for method in (PLAIN, TODAY, KL, NO_ALIGNMENT, DELTA, REFIT, LAYERS, SINK, ALL, MUON, SMALL)
 }

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.conversion_methods import CALIBRATION_TOKENS, Conversion, Method, Stage
+from benchmarks.conversion_methods import CALIBRATION_TOKENS, SEQ_LENGTH, Conversion, Method, Stage
 from benchmarks.conversion_texts import KINDS, json_lines, write_sample
 from benchmarks.project_commands import ProjectCommands
 from spikingbrain_train.reporting.metrics import read_metrics
 
-WINDOW, SEQ_LENGTH = 512, 2048
+WINDOW = 512
 _CHOICE_TOKENS = 8192
 """That layers are chosen on; not trained on, and of none of the texts that methods are measured on."""
 HELD_OUT_CHARACTERS = 48_000
@@ -75,7 +75,6 @@ class Bench:
         self.held_out_characters = held_out_characters
         self.evaluations = evaluations
         self.commands = ProjectCommands(deadline)
-        self.tokens_per_step = self.size.sequences * SEQ_LENGTH
         self.valid = {name: output / "data" / name for name in ("docs", *KINDS)}
 
     def prepare(self, conversions: Collection[Conversion]) -> None:
@@ -96,21 +95,11 @@ class Bench:
             if not folder.is_dir():
                 words = ["convert", "import", "--hf", self.model, "--output", folder]
                 self.commands.run(*words, *self._swaps(conversion))
-        for name, prefix in self.valid.items():
-            report = self.output / "dense_cross_entropy" / f"{name}.json"
-            if not report.is_file():
-                report.parent.mkdir(exist_ok=True)
-                words = ["evaluate", "--model", self.output / "dense", "--data", prefix, "--output", report]
-                self.commands.run(*words, "--seq-length", SEQ_LENGTH)
+        self.dense()
 
     def dense(self) -> dict[str, float]:
         """Cross entropy of the dense source on each text."""
-        return {
-            name: json.loads((self.output / "dense_cross_entropy" / f"{name}.json").read_text())[
-                "cross_entropy"
-            ]
-            for name in self.valid
-        }
+        return self._cross_entropy(self.output / "dense", self.output / "dense_cross_entropy")
 
     def run(self, method: Method, tokens: int, seed: int) -> dict[str, Any]:
         """Take a method through all of its stages, or read what it gave.
@@ -132,14 +121,16 @@ class Bench:
         folder.mkdir(parents=True, exist_ok=True)
         checkpoint, before, curve, seconds = self.output / method.conversion.name, 0, [], 0.0
         for stage, steps in self._steps(method, tokens):
-            run = folder / stage.kind
+            run, a_step = folder / stage.kind, self.size.sequences * stage.seq_length
             began = time.monotonic()
-            read, is_start = steps * self.tokens_per_step, stage.share == 0
-            self._train(method, stage, 0 if is_start else steps, checkpoint, run, seed)
+            read = steps * a_step or stage.calibration_tokens
+            self._train(stage, steps, checkpoint, run, seed)
             seconds += time.monotonic() - began
-            curve += list(self._curve(run, before + read if is_start else before))
+            curve += list(self._curve(run, before if steps else before + read, a_step))
             before += read
             checkpoint = run / "checkpoints"
+            if stage.seq_length != SEQ_LENGTH:
+                curve.append([before, self._cross_entropy(checkpoint, run / "cross_entropy")])
         done = {
             "method": method.name,
             "tokens": tokens,
@@ -156,19 +147,20 @@ class Bench:
         return done
 
     def _steps(self, method: Method, tokens: int) -> Iterator[tuple[Stage, int]]:
-        """Steps' worth of tokens of each stage; a start reads its own without a step."""
-        starts = [stage for stage in method.stages if stage.share == 0]
-        left = tokens - CALIBRATION_TOKENS * len(starts)
+        """Steps of each stage; a start reads its tokens without one."""
+        left = tokens - sum(stage.calibration_tokens for stage in method.stages if stage.share == 0)
         for stage in method.stages:
-            wanted = CALIBRATION_TOKENS if stage.share == 0 else left * stage.share
-            if wanted >= 1:
-                yield stage, max(1, round(wanted / self.tokens_per_step))
+            wanted = left * stage.share
+            if stage.share == 0:
+                yield stage, 0
+            elif wanted >= 1:
+                yield stage, max(1, round(wanted / (self.size.sequences * stage.seq_length)))
 
-    def _train(
-        self, method: Method, stage: Stage, steps: int, checkpoint: Path, run: Path, seed: int
-    ) -> None:
+    def _train(self, stage: Stage, steps: int, checkpoint: Path, run: Path, seed: int) -> None:
         learns = [] if stage.kind == "cpt" else [f"stage.teacher={self.output / 'dense'}"]
-        valid = ",".join(str(prefix) for prefix in self.valid.values())
+        # Other lengths than those of the table are measured behind the stage, at the table's.
+        is_measured = stage.seq_length == SEQ_LENGTH
+        valid = ",".join(str(prefix) for prefix in self.valid.values() if is_measured)
         evaluations = 1 if stage.share == 0 else self.evaluations
         self.commands.run(
             "train",
@@ -179,28 +171,40 @@ class Bench:
             f"checkpoint.save_interval={max(1, steps // 4)}",
             "checkpoint.keep_last=1",
             f"stage.train_iters={steps}",
-            f"stage.seq_length={SEQ_LENGTH}",
+            f"stage.seq_length={stage.seq_length}",
             f"stage.micro_batch_size={self.size.micro_batch}",
             f"stage.global_batch_size={self.size.sequences}",
             f"optimizer.lr_warmup_iters={min(10, steps // 4)}",
             *stage.settings,
             f"data.train=[{self.output / 'data' / 'train_train'}]",
             f"data.valid=[{valid}]",
-            f"logging.eval_interval={max(1, steps // evaluations)}",
+            f"logging.eval_interval={max(1, steps // evaluations) if is_measured else 0}",
             f"logging.eval_iters={10**6}",
             "logging.tensorboard=false",
             f"seed={seed}",
             f"output_dir={run}",
         )
 
-    def _curve(self, run: Path, before: int) -> Iterator[list[Any]]:
+    def _cross_entropy(self, model: Path, reports: Path) -> dict[str, float]:
+        """Of a checkpoint on each text; what is in the folder of reports is not measured again."""
+        reports.mkdir(exist_ok=True)
+        found = {}
+        for name, prefix in self.valid.items():
+            report = reports / f"{name}.json"
+            if not report.is_file():
+                words = ["evaluate", "--model", model, "--data", prefix, "--output", report]
+                self.commands.run(*words, "--seq-length", SEQ_LENGTH)
+            found[name] = json.loads(report.read_text())["cross_entropy"]
+        return found
+
+    def _curve(self, run: Path, before: int, a_step: int) -> Iterator[list[Any]]:
         for point in read_metrics(run):
             if "valid/cross_entropy" in point:
                 prefix = "valid/cross_entropy/"
                 of_texts = {
                     key.removeprefix(prefix): value for key, value in point.items() if key.startswith(prefix)
                 }
-                yield [before + point["iteration"] * self.tokens_per_step, of_texts]
+                yield [before + point["iteration"] * a_step, of_texts]
 
     def _swaps(self, conversion: Conversion) -> list[object]:
         """Words of spikingbrain-convert import."""
