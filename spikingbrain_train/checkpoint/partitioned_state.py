@@ -47,13 +47,26 @@ class Piece:
     """Where they begin in it."""
 
 
+def stored_parts(weights: dict[str, Any]) -> dict[int, list[StoredPart]]:
+    """``id`` of a parameter -> the tensors of a checkpoint that it is stored as.
+
+    Args:
+        weights: the model's sharded state, its parameters whole.
+    """
+    return {
+        id(each.data): [StoredPart.of(part, each.data) for part in unfolded(each)]
+        for each in nested_values(weights)
+        if is_sharded(each) and isinstance(each.data, torch.nn.Parameter)
+    }
+
+
 class PartitionedState:
     """Torch's AdamW over flat tensors, as schedule and checkpoints see an optimizer.
 
     Args:
         inner: torch's optimizer; its state is there.
         pieces: what this rank holds.
-        weights: the model's sharded state, made while its parameters were whole.
+        stored: how parameters are stored, from :func:`stored_parts`.
         keeps_main_weights: whether the model's own weights are not fp32.
         is_distributed_form: which of megatron-core's forms checkpoints have.
     """
@@ -62,18 +75,14 @@ class PartitionedState:
         self,
         inner: torch.optim.Optimizer,
         pieces: Sequence[Piece],
-        weights: dict[str, Any],
+        stored: dict[int, list[StoredPart]],
         *,
         keeps_main_weights: bool,
         is_distributed_form: bool,
     ) -> None:
         self._inner = inner
         self._pieces = pieces
-        self._stored = {
-            id(each.data): [StoredPart.of(part, each.data) for part in unfolded(each)]
-            for each in nested_values(weights)
-            if is_sharded(each) and isinstance(each.data, torch.nn.Parameter)
-        }
+        self._stored = stored
         self._is_distributed_form = is_distributed_form
         main = _MAIN_DISTRIBUTED if is_distributed_form else _MAIN_PLAIN
         self._names = {main, *_MOMENTS} if keeps_main_weights or is_distributed_form else set(_MOMENTS)

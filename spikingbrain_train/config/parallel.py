@@ -11,6 +11,9 @@ from spikingbrain_train.config.setting import FREE, SAID, refused, setting
 REDUCE_BUCKET = 200_000_000
 """Gradients that DeepSpeed reduces at a time, in elements; the buffer for them is made at once."""
 
+WEIGHTS_STAGE = 3
+"""The stage of ZeRO that shards the weights that ranks compute with."""
+
 _LONGEST_TIMEOUT = 7 * 24 * 60  # minutes
 
 
@@ -83,8 +86,9 @@ class EngineKind(str, Enum):
 class ZeroConfig:
     """DeepSpeed's ZeRO (arXiv 1910.02054); read by parallel.engine=deepspeed."""
 
-    stage: int = setting(2, minimum=1, maximum=2, resume=SAID)
-    """What every rank holds a share of only: 1 optimizer state and fp32 weights, 2 gradients, too."""
+    stage: int = setting(2, minimum=1, maximum=WEIGHTS_STAGE, resume=SAID)
+    """What every rank holds a share of only: 1 optimizer state and fp32 weights, 2 gradients, too, 3 also the
+    weights that it computes with, which ranks gather layer by layer."""
     offload_optimizer: bool = setting(False, resume=SAID)
     """Keep that share of the optimizer state and of the fp32 weights in host memory, and update there."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from spikingbrain_train.config.parallel import EngineKind, ParallelConfig
+from spikingbrain_train.config.parallel import WEIGHTS_STAGE, EngineKind, ParallelConfig
 from spikingbrain_train.config.require import require
 from spikingbrain_train.config.run import OptimizerKind, RunConfig
 
@@ -30,6 +30,12 @@ def check_engine(config: RunConfig) -> None:
         config.optimizer.kind is OptimizerKind.adamw,
         f"{_DEEPSPEED} cuts parameters into flat parts, and optimizer.kind={config.optimizer.kind.value} "
         "updates whole matrices; set parallel.engine=megatron, or optimizer.kind=adamw",
+    )
+    require(
+        parallel.zero.stage < WEIGHTS_STAGE or parallel.recompute_expert_tokens is None,
+        f"{_DEEPSPEED} with parallel.zero.stage=3 gathers weights whenever a module computes, on all ranks "
+        "together, and experts of parallel.recompute_expert_tokens do so on some of them; set that to null, "
+        "or parallel.zero.stage=2",
     )
     require(
         config.dry_run or find_spec("deepspeed") is not None,

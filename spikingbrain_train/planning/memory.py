@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from spikingbrain_train.architecture.layers import dense_source
 from spikingbrain_train.architecture.sizes import FP32, bytes_per_element
-from spikingbrain_train.config.parallel import REDUCE_BUCKET, EngineKind
+from spikingbrain_train.config.parallel import REDUCE_BUCKET, WEIGHTS_STAGE, EngineKind
 from spikingbrain_train.config.run import OptimizerKind, Precision, RunConfig
 from spikingbrain_train.planning.costs import stage_parameters
 from spikingbrain_train.planning.stages.registry import kind_of
@@ -22,7 +22,7 @@ class MemoryEstimate:
     """Bytes on one rank."""
 
     weights: float
-    """Weights of the model in the run's precision."""
+    """Weights of the model in the run's precision; with ZeRO 3 a share of them and what is gathered."""
     gradients: float
     """fp32 gradient buffers of the trainable parameters; with ZeRO 2 a share of them and a bucket."""
     optimizer: float
@@ -65,8 +65,9 @@ def _share(config: RunConfig, parameters: tuple[int, int], world_size: int) -> f
 def _of_zero(config: RunConfig, stage: int, world_size: int) -> tuple[float, float]:
     """Bytes of optimizer state and of gradients under DeepSpeed, which keeps main weights in fp32 runs, too.
 
-    ZeRO 2 keeps fp32 sums of a share, and a bucket of gradients on their way. What is offloaded is not on the
-    device; its plan counts the host's memory nowhere.
+    ZeRO 2 keeps fp32 sums of a share, and a bucket of gradients on their way; ZeRO 3's is of fp32 and
+    copied once, part by part of the ranks.
+    What is offloaded is not on the device; its plan counts the host's memory nowhere.
     """
     zero = config.parallel.zero
     trainable = kind_of(config.stage).trainable_parameters(config, stage)
@@ -74,7 +75,8 @@ def _of_zero(config: RunConfig, stage: int, world_size: int) -> tuple[float, flo
     state = 0.0 if zero.offload_optimizer else share * 3 * FP32
     if zero.stage == 1:
         return state, whole * FP32
-    bucket = min(whole, REDUCE_BUCKET) * bytes_per_element(config.precision)
+    per_gradient = 2 * FP32 if zero.stage == WEIGHTS_STAGE else bytes_per_element(config.precision)
+    bucket = min(whole, REDUCE_BUCKET) * per_gradient
     return state, bucket + (0.0 if zero.offload_optimizer else share * FP32)
 
 
@@ -98,8 +100,12 @@ def estimate_memory(config: RunConfig, stage: int, world_size: int, micro_batche
     if parallel.engine is EngineKind.deepspeed:
         optimizer, gradients = _of_zero(config, stage, world_size)
     teacher = stage_parameters(dense_source(model), parallel, stage) if has_teacher else 0
+    weights: float = stage_parameters(model, parallel, stage)
+    if parallel.engine is EngineKind.deepspeed and parallel.zero.stage == WEIGHTS_STAGE:
+        output = model.padded_vocab_size(1) * model.hidden_size  # stays gathered, others are in passing
+        weights = weights / world_size + min(weights, output + REDUCE_BUCKET)
     return MemoryEstimate(
-        weights=stage_parameters(model, parallel, stage) * element,
+        weights=weights * element,
         gradients=gradients,
         optimizer=optimizer,
         activations=kind.activation_bytes(config, stage, micro_batches),

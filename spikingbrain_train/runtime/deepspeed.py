@@ -30,6 +30,7 @@ def import_deepspeed(accelerator: Accelerator) -> Any:
     if comm.cdb is not None:  # of a world that this process was in before
         comm.cdb = None
         groups._release_process_group_references(group=None)
+        _number_anew()
     if not accelerator.is_gpu:
         compile_no_shared_memory_op()
     one_optimizer_for_all_precisions()
@@ -37,6 +38,18 @@ def import_deepspeed(accelerator: Accelerator) -> Any:
         dist_backend=accelerator.collective_backend, auto_mpi_discovery=False, verbose=False
     )
     return deepspeed
+
+
+def _number_anew() -> None:
+    """Let ZeRO 3 number modules and parameters from 0 on, as ranks do that were in no world before.
+
+    It compares the numbers of modules between ranks, and counts on for ever.
+    """
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    (numbers,) = DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__
+    numbers[0] = Init.param_id = 0
 
 
 def compile_no_shared_memory_op() -> None:

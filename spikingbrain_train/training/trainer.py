@@ -54,7 +54,6 @@ from spikingbrain_train.training.optimizer import (
     reported_learning_rate,
     scale_learning_rates,
 )
-from spikingbrain_train.training.parameter_norm import parameter_norm
 from spikingbrain_train.training.report import Report
 from spikingbrain_train.training.run_details import heading
 from spikingbrain_train.training.stages.build import stage_class
@@ -232,7 +231,7 @@ class Trainer:
         if self.config.stage.batch_size_ramp.start is not None:
             report.add("train/global_batch_size", batch_size, Shown("batch", "{:,.0f}"))
         self.state.gather_updated_weights()
-        report.add("train/parameter_norm", parameter_norm(self.state.model, self.groups).item())
+        report.add("train/parameter_norm", self.engine.parameter_norm(self.groups).item())
         self.callbacks.report_due(report)
         self.report(report)
 

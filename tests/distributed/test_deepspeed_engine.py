@@ -29,6 +29,10 @@ ON_TWO_RANKS = {
     "ZeRO 2, DP 2, offloaded": ParallelConfig(zero=ZeroConfig(2, offload_optimizer=True)),
     "ZeRO 1, CP 2": ParallelConfig(zero=ZeroConfig(1), context_parallel_size=2),
     "ZeRO 2, CP 2": ParallelConfig(zero=ZeroConfig(2), context_parallel_size=2),
+    "ZeRO 3, DP 2": ParallelConfig(zero=ZeroConfig(3)),
+    "ZeRO 3, CP 2, offloaded": ParallelConfig(
+        zero=ZeroConfig(3, offload_optimizer=True), context_parallel_size=2
+    ),
 }
 
 
@@ -84,12 +88,20 @@ def _interrupt_after(config: RunConfig, iteration: int) -> None:
             ParallelConfig(zero=ZeroConfig(2, offload_optimizer=True), context_parallel_size=2),
             Precision.fp32,
         ),
+        (MODEL, ParallelConfig(zero=ZeroConfig(3)), Precision.bf16),
+        (
+            MODEL_76B,
+            ParallelConfig(zero=ZeroConfig(3), use_distributed_optimizer=True, context_parallel_size=2),
+            Precision.fp32,
+        ),
     ],
     ids=[
         "ZeRO 1, bf16",
         "ZeRO 2, bf16",
         "ZeRO 2, experts, the other form of checkpoints",
         "ZeRO 2, CP 2, offloaded",
+        "ZeRO 3, bf16",
+        "ZeRO 3, CP 2, experts, the other form of checkpoints",
     ],
 )
 def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(
@@ -134,7 +146,7 @@ def test_a_run_changes_its_engine_and_ranks_and_goes_on_with_its_moments(
     steps = []
     for parallel, world_size, until in (
         (megatron, 1, 3),
-        (_deepspeed(replace(megatron, zero=ZeroConfig(2))), 2, 3),
+        (_deepspeed(replace(megatron, zero=ZeroConfig(3))), 2, 3),
         (_deepspeed(replace(megatron, zero=ZeroConfig(1), context_parallel_size=2)), 2, 2),
         (megatron, 2, 2),
     ):
@@ -177,9 +189,11 @@ def _of_stage(name: str, folder: Path, text: Path, teacher: Path, student: Path)
     return run_config(folder, text, stage=stage, checkpoint=checkpoint_config(student))
 
 
+@pytest.mark.parametrize("zero", [2, 3])
 @pytest.mark.parametrize("stage", ["align", "distill"])
 def test_stages_that_learn_from_a_teacher_have_the_losses_of_one_rank(
     stage: str,
+    zero: int,
     ranks: RankPool,
     tmp_path: Path,
     text: Path,
@@ -188,7 +202,7 @@ def test_stages_that_learn_from_a_teacher_have_the_losses_of_one_rank(
 ) -> None:
     config = _of_stage(stage, tmp_path / "one", text, dense_checkpoint, hybrid_checkpoint)
     (expected,) = ranks.run(train, config, world_size=1, parallel=config.parallel)
-    parallel = _deepspeed(ParallelConfig(zero=ZeroConfig(2), context_parallel_size=2))
+    parallel = _deepspeed(ParallelConfig(zero=ZeroConfig(zero), context_parallel_size=2))
     config = replace(config, output_dir=str(tmp_path / "two"), parallel=parallel)
     found, _ = ranks.run(train, config, world_size=2, parallel=parallel)
     # The divergence of two models of random weights, 1e-5, is the difference of numbers near 5: what fp32
@@ -211,6 +225,7 @@ def test_ten_steps_in_bf16_have_the_losses_of_the_megatron_engine(
         ("megatron", 1, ParallelConfig()),
         ("ZeRO 1", 2, _deepspeed(ParallelConfig(zero=ZeroConfig(1)))),
         ("ZeRO 2", 2, _deepspeed(ParallelConfig(zero=ZeroConfig(2)))),
+        ("ZeRO 3", 2, _deepspeed(ParallelConfig(zero=ZeroConfig(3)))),
     ):
         config = run_config(tmp_path / name, text, parallel=parallel, precision=Precision.bf16)
         found.append(ranks.run(train, config, world_size=world_size, parallel=parallel)[0])

@@ -28,6 +28,10 @@ DEEPSPEED = "model=tiny_hybrid parallel.engine=deepspeed"
             "parallel.use_distributed_optimizer=true",
             "set parallel.overlap_param_gather=false",
         ),
+        (
+            "model=tiny_76b parallel.zero.stage=3 parallel.recompute_expert_tokens=9",
+            "set that to null, or parallel.zero.stage=2",
+        ),
         ("checkpoint.memory_interval=5", "set checkpoint.memory_interval=0"),
         ("optimizer=muon_cosine", "updates whole matrices; set parallel.engine=megatron"),
     ],
@@ -58,12 +62,14 @@ def test_its_settings_have_no_effect_with_the_other_engine() -> None:
         ("parallel.zero.stage=1", 1.0, 3 / 4),
         ("parallel.zero.stage=2", 1.0 + 1 / 4, 3 / 4),  # a bucket as large as the model, and the share
         ("parallel.zero.stage=2 parallel.zero.offload_optimizer=true", 1.0, 0.0),
+        ("parallel.zero.stage=3", 2.0 + 1 / 4, 3 / 4),  # the bucket and its copy
+        ("parallel.zero.stage=3 parallel.zero.offload_optimizer=true", 2.0, 0.0),
     ],
 )
 def test_a_plan_counts_what_a_rank_keeps(zero: str, gradients: float, state: float) -> None:
-    """In units of fp32 numbers a parameter, on four ranks."""
+    """In units of fp32 numbers a parameter, on four ranks; of ZeRO 3 all weights are gathered at a time."""
     plan = plan_of(f"{DEEPSPEED} precision=fp32 parallel.data_parallel_size=4", zero)
     memory = plan.fullest.memory
-    parameters = memory.weights / FP32
+    parameters = memory.weights / FP32 / (1 + 1 / 4 if "stage=3" in zero else 1)
     assert memory.gradients == pytest.approx(gradients * FP32 * parameters)
     assert memory.optimizer == pytest.approx(state * FP32 * parameters)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from spikingbrain_train.config.parallel import EngineKind
+from spikingbrain_train.config.parallel import WEIGHTS_STAGE, EngineKind
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.models.gpt_model import HybridGPTModel, ModelChunks
 from spikingbrain_train.parallel.process_groups import ProcessGroups
@@ -21,7 +21,10 @@ def build_engine(config: RunConfig, model: HybridGPTModel | ModelChunks, groups:
     if config.parallel.engine is EngineKind.deepspeed:
         # It imports DeepSpeed's helpers, an optional package.
         from spikingbrain_train.training.engines.deepspeed import DeepSpeedEngine
+        from spikingbrain_train.training.engines.zero_three import ZeroThreeEngine
 
         assert isinstance(model, HybridGPTModel)  # without a pipeline there are no virtual stages
+        if config.parallel.zero.stage == WEIGHTS_STAGE:
+            return ZeroThreeEngine(config, model, groups)
         return DeepSpeedEngine(config, model, groups)
     return MegatronEngine(config, model)

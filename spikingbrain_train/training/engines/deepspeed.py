@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spikingbrain_train.checkpoint.partitioned_state import PartitionedState
+from spikingbrain_train.checkpoint.optimizer_pieces import StoredPart
+from spikingbrain_train.checkpoint.partitioned_state import PartitionedState, Piece, stored_parts
 from spikingbrain_train.checkpoint.sharded_state import fill_weights, sharded_weights
-from spikingbrain_train.config.parallel import REDUCE_BUCKET
+from spikingbrain_train.config.parallel import REDUCE_BUCKET, WEIGHTS_STAGE
 from spikingbrain_train.config.run import Precision, RunConfig
 from spikingbrain_train.models.gpt_model import HybridGPTModel
 from spikingbrain_train.parallel.process_groups import ProcessGroups
@@ -55,6 +56,14 @@ def zero_settings(config: RunConfig, trainable: int) -> dict[str, Any]:
             "reduce_bucket_size": min(trainable, REDUCE_BUCKET),
         },
     }
+    if zero.stage == WEIGHTS_STAGE:
+        at_once = min(trainable, REDUCE_BUCKET)
+        settings["zero_optimization"] |= {
+            "stage3_param_persistence_threshold": 0,  # every weight is spread
+            "stage3_max_live_parameters": at_once * 3 // 4,
+            "stage3_max_reuse_distance": at_once * 3 // 4,
+            "stage3_prefetch_bucket_size": at_once // 4,
+        }
     if zero.offload_optimizer:
         settings["zero_optimization"]["offload_optimizer"] = {
             "device": "cpu",
@@ -78,6 +87,9 @@ class DeepSpeedEngine(Engine):
         self._stage = config.parallel.zero.stage
         self._is_offloaded = config.parallel.zero.offload_optimizer
         weights = sharded_weights(model)
+        stored = stored_parts(weights)
+        self._before_partitioning(model, weights, stored, groups.rank)
+        del weights  # which may hold views of parameters that are to be cut
         self.model = ZeroModel(model, self._finish_gradients)
         trainable = sum(each.numel() for each in model.parameters() if each.requires_grad)
         inner = adamw_for_zero(config.optimizer, config.parallel, config.precision, self.model)
@@ -89,14 +101,32 @@ class DeepSpeedEngine(Engine):
             model=model, optimizer=inner, config=zero_settings(config, trainable), dist_init_required=False
         )
         self._zero.register_grad_acc_post_hook(self._begin_backward)
-        begin_adamw_state(inner, self._zero.single_partition_of_fp32_groups)
+        begin_adamw_state(inner, self._main_weights())
+        self._show_main_weights()
         self.optimizer = PartitionedState(
             inner,
-            partitions_of(self._zero, groups.rank),
-            weights,
+            self._pieces(groups),
+            stored,
             keeps_main_weights=config.precision is Precision.bf16,
             is_distributed_form=config.parallel.use_distributed_optimizer,
         )
+
+    def _before_partitioning(
+        self, model: HybridGPTModel, weights: dict[str, Any], stored: dict[int, list[StoredPart]], rank: int
+    ) -> None:
+        """Here they lie on every rank whole, as ZeRO 1 and 2 leave them."""
+
+    def _main_weights(self) -> list[Tensor]:
+        """[elements] fp32 each, which this rank updates."""
+        main: list[Tensor] = self._zero.single_partition_of_fp32_groups
+        return main
+
+    def _pieces(self, groups: ProcessGroups) -> list[Piece]:
+        """What of which parameter lies in them."""
+        return partitions_of(self._zero, groups.rank)
+
+    def _show_main_weights(self) -> None:
+        """Have AdamW's groups name them, which ZeRO 1 and 2 always do."""
 
     def begin_gradients(self) -> None:
         """Drop what an update that was left out has not used, too."""

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from spikingbrain_train.models.gpt_model import HybridGPTModel, ModelChunks
+from spikingbrain_train.parallel.process_groups import ProcessGroups
+from spikingbrain_train.training.parameter_norm import parameter_norm
 
 
 class TrainedChunk(Protocol):
@@ -111,6 +113,10 @@ class Engine(ABC):
     @abstractmethod
     def gather_updated_weights(self) -> None:
         """Bring every weight on every rank up to the last update."""
+
+    def parameter_norm(self, groups: ProcessGroups) -> Tensor:
+        """[] float64 L2 norm of all weights as of the last update, the same on every rank."""
+        return parameter_norm(self.model.module, groups)
 
     def whole_weights(self) -> AbstractContextManager[None]:
         """Within, every weight lies on every rank as a whole, and what is written to it counts."""
