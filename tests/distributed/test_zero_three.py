@@ -79,6 +79,8 @@ class Held:
     """Within the last."""
     gathered: int = 0
     """Most elements of weights at a time, whenever a projection computed."""
+    norm: float = 0.0
+    """Of all weights at the end, as reports have it."""
 
 
 class _Probe(Callback):
@@ -115,6 +117,7 @@ def _measure(groups: ProcessGroups, config: RunConfig, bucket: int) -> Held:
                 module.register_forward_hook(count)
                 next(module.parameters()).register_hook(count)
         trainer.train()
+        probe.held.norm = trainer.engine.parameter_norm(groups).item()
     return probe.held
 
 
@@ -140,6 +143,7 @@ def test_every_rank_keeps_its_share_as_planned(
     )
     for of_two, held in zip(found[2], found[3], strict=True):
         assert of_two.gathered == parameters
+        assert held.norm == pytest.approx(of_two.norm, rel=TOLERANCE)
         # A module is gathered, however large, once what was gathered before has reached the bound.
         assert held.gathered <= bucket + output + largest < parameters / 4
         # Between two steps only the output projection is whole, and there is one bucket.
