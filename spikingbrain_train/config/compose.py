@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import hydra
-from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig
@@ -18,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from spikingbrain_train.config.asked import Asked
 from spikingbrain_train.config.groups import groups
-from spikingbrain_train.config.model_from_checkpoint import register_model_from_checkpoint
+from spikingbrain_train.config.model_from_checkpoint import register_model_from_checkpoint, store_once
 from spikingbrain_train.config.plugins import load_plugins, plugins_of_command_line
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.config.schema import explain, setting_types
@@ -31,8 +30,11 @@ _OWN_FLAGS = "--config run_config.yaml, --help[=topic], --cfg job, --resolve, --
 
 
 def register_schema() -> None:
-    """Tell Hydra what conf/config.yaml refers to: RunConfig as ``run_schema``, and the stored model."""
-    ConfigStore.instance().store(name="run_schema", node=structured(with_sections(RunConfig)))
+    """Tell Hydra what conf/config.yaml refers to: RunConfig as ``run_schema``, and the stored model.
+
+    Calling it again changes nothing unless plugins have added sections.
+    """
+    store_once("run_schema", structured(with_sections(RunConfig)))
     register_model_from_checkpoint()
 
 
