@@ -194,7 +194,10 @@ def _serve(imported: Sequence[str]) -> None:
 
 
 def _warm_up() -> None:
-    """Let Hydra, OmegaConf and the config's classes gather what they keep between two compositions."""
+    """Let Hydra, OmegaConf and the config's classes gather what they keep between two compositions.
+
+    And measure what a run reckons its MFU against, which takes each of its ranks more than a second.
+    """
     from spikingbrain_train.config.compose import compose_run
     from spikingbrain_train.config.load import to_run_config
 
@@ -202,7 +205,10 @@ def _warm_up() -> None:
     if "torch" in sys.modules:
         import torch
 
+        from spikingbrain_train.training.throughput import measure_peak_tflops
+
         torch.set_num_threads(1)
+        measure_peak_tflops("cpu", torch.float32)
 
 
 def _kill(child: int, folder: Path, text: str, delay: float) -> None:

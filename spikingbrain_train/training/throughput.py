@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,6 +14,8 @@ _TRIES = 10
 _LONGEST_SEARCH = 3.0
 _LOWEST_PEAK = 1e-3
 """TFLOP/s below which a peak is none: one core of a ten years old processor does thirty times that."""
+_peaks: dict[Hashable, float] = {}
+"""What this process has measured, by device, dtype and torch's settings."""
 
 
 @dataclass(frozen=True)
@@ -102,12 +104,20 @@ def measure_peak_tflops(device: torch.device | str, dtype: torch.dtype) -> float
     The product uses the threads (CPU) and the matmul precision (TF32 or not) that torch is set to. It grows
     until one takes long enough to time or is 8192 wide, and the best of many counts, spread over a second
     and more of them where they still get better, because anything else on the machine only makes a product
-    slower.
+    slower. A process measures once: the peak is the machine's and not a run's.
 
     Returns:
         None where the result cannot be a peak (below a GFLOP/s): the machine is too busy to tell.
     """
     device = torch.device(device)
+    what = (device, dtype, torch.get_num_threads(), torch.get_float32_matmul_precision())
+    peak = _peaks.get(what) or _measured_peak_tflops(device, dtype)
+    if peak < _LOWEST_PEAK:
+        return None
+    return _peaks.setdefault(what, peak)
+
+
+def _measured_peak_tflops(device: torch.device, dtype: torch.dtype) -> float:
     size = _SMALLEST_PRODUCT
     with torch.no_grad():
         while True:
@@ -119,8 +129,7 @@ def measure_peak_tflops(device: torch.device | str, dtype: torch.dtype) -> float
                 break
             size *= 2
         fastest = _fastest(lambda: _seconds_of_product(a, b))
-    tflops = 2 * size**3 / fastest / 1e12
-    return tflops if tflops >= _LOWEST_PEAK else None
+    return 2 * size**3 / fastest / 1e12
 
 
 def _fastest(timed: Callable[[], float], clock: Callable[[], float] = time.perf_counter) -> float:

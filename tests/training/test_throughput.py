@@ -75,6 +75,13 @@ def test_mfu_reproduces_the_published_figure() -> None:
     assert mfu == pytest.approx(0.234, rel=1e-3)
 
 
+@pytest.fixture
+def nothing_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process that has not asked for the peak yet."""
+    monkeypatch.setattr(throughput, "_peaks", {})
+
+
+@pytest.mark.usefixtures("nothing_measured")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_measured_peak_agrees_with_a_product_timed_by_hand(dtype: torch.dtype) -> None:
     size = 1024 if dtype is torch.float32 else 256  # some CPUs take seconds for a large product in bf16
@@ -118,7 +125,23 @@ def test_slow_products_are_not_tried_for_long() -> None:
     assert machine.now <= 6
 
 
-def test_a_peak_that_cannot_be_one_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(throughput, "_seconds_of_product", lambda a, b: 10.0)
+@pytest.mark.usefixtures("nothing_measured")
+def test_a_peak_that_cannot_be_one_is_not_known_and_the_next_call_tries_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(throughput, "_fastest", lambda timed: timed())
+    monkeypatch.setattr(throughput, "_seconds_of_product", lambda a, b: 10.0)
     assert measure_peak_tflops("cpu", torch.float32) is None
+    monkeypatch.setattr(throughput, "_seconds_of_product", lambda a, b: 0.1)
+    assert measure_peak_tflops("cpu", torch.float32) == pytest.approx(2 * 512**3 / 0.1 / 1e12)
+
+
+@pytest.mark.usefixtures("nothing_measured")
+def test_a_process_measures_a_dtype_once_for_its_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    peaks = iter([1.0, 2.0, 3.0])
+    monkeypatch.setattr(throughput, "_measured_peak_tflops", lambda device, dtype: next(peaks))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    assert [measure_peak_tflops("cpu", torch.float32) for _ in range(2)] == [1.0, 1.0]
+    assert measure_peak_tflops("cpu", torch.bfloat16) == 2.0
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert measure_peak_tflops("cpu", torch.float32) == 3.0

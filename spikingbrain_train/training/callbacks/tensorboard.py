@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
+from spikingbrain_train.config.yaml_files import yaml_of
 from spikingbrain_train.training.beginning import Beginning
 from spikingbrain_train.training.callbacks.callback import Callback
 from spikingbrain_train.training.report import Report
@@ -44,7 +44,7 @@ class TensorBoard(Callback):
         # Markdown: two blanks and a line break end a line, four blanks in front keep text as it is.
         lines = "  \n".join(f"{name}: {text}" for name, text in beginning.rows)
         self._writer.add_text(f"run/{beginning.name}", lines, beginning.iteration)
-        config = OmegaConf.to_yaml(OmegaConf.structured(self.run.config)).replace("\n", "\n    ")
+        config = yaml_of(asdict(self.run.config)).replace("\n", "\n    ")
         self._writer.add_text("run/config", f"    {config}", beginning.iteration)
 
     def end(self, error: BaseException | None) -> None:
