@@ -123,6 +123,12 @@ def average_checkpoints(
     """
     started = time.monotonic()
     members = [open_weights(path, "--checkpoints") for path in checkpoints]
+    for member in members:
+        if isinstance(member, HfWeights) and member.is_packed:
+            raise CheckpointError(
+                f"{member.folder} holds packed ternary weights, and an average of -1, 0 and 1 is none of "
+                "them; average the checkpoints that such folders were exported from, and export the result"
+            )
     first, last = members[0], members[-1]
     models = [_model_of(member) for member in members]
     for member, model in zip(members[1:], models[1:], strict=True):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from spikingbrain_train.conversion.stored_weights import (
+    HfWeights,
     MegatronWeights,
     Stored,
     StoredWeights,
@@ -150,6 +151,11 @@ def diff_checkpoints(
     notes = []
     if not with_training and any(isinstance(each, MegatronWeights) and each.has_training for each in opened):
         notes.append("only weights are compared; --training adds optimizer and other state of training")
+    if any(isinstance(each, HfWeights) and each.is_packed for each in opened):
+        notes.append(
+            "packed ternary weights are numbers times their scale; beside them a Megatron checkpoint's "
+            "parameters are what they are rounded to"
+        )
     total = sum(
         torch.Size(stored.shape).numel() for name, stored in first.tensors.items() if name in second.tensors
     )

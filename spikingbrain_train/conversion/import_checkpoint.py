@@ -95,7 +95,7 @@ def import_checkpoint(
         check_fields(conversion)
     target = _target(source, conversion, hf_folder)
     check_model(target)
-    reader = open_tensors(hf_folder, hf_format)
+    reader = open_tensors(hf_folder, hf_format, source)
     left_out = check_source(reader, hf_format, source)
     recipe = conversion or ConversionConfig()  # without one the source is copied, and none of it is used
     tensors = Source(reader, hf_format, source, allow_damaged_weights=allow_damaged_weights)

@@ -162,7 +162,7 @@ def inspect_checkpoint(folder: Path) -> Inspection | SpikingBrain2Inspection:
 
 def _inspect_hf(folder: Path) -> Inspection:
     hf_format, model = read_hf_config(folder)
-    reader = open_tensors(folder, hf_format)
+    reader = open_tensors(folder, hf_format, model)
     return Inspection(
         str(folder),
         f"Hugging Face checkpoint, {hf_format.architecture}",

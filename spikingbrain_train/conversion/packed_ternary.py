@@ -1,8 +1,9 @@
-"""Folders of packed ternary weights, read as parameters whose rounding they are.
+"""Folders of packed ternary weights, read as what these stand for or as parameters whose rounding they are.
 
 ``<linear>.weight`` [out / 4, in] uint8 holds four ternary numbers a byte (:func:`~.pack_ternary`), and
 ``<linear>.weight_scale`` [1] their scale or its reciprocal. What reads a folder sees ``<linear>.weight``
-[out, in] of floats alone, which the linear transform ``ternary`` rounds to just those numbers and that scale.
+[out, in] of floats alone: the numbers times their scale (:class:`PackedReader`), or, where parameters are
+made of them, what the linear transform ``ternary`` rounds to just those numbers and that scale.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.conversion.formats.hf_format import HfFormat
+from spikingbrain_train.conversion.mapping import model_parameters
 from spikingbrain_train.conversion.safetensors_io import DTYPES, SafetensorsReader, TensorSpec
 from spikingbrain_train.errors import CheckpointError
 from spikingbrain_train.ops.ternary import (
@@ -25,23 +28,32 @@ from spikingbrain_train.ops.ternary import (
     unpack_ternary,
 )
 
-_LINEAR = "_proj.weight"
-"""How the weights of all linears of a layer end."""
+
+def open_tensors(folder: Path, hf_format: HfFormat, model: ModelConfig) -> SafetensorsReader:
+    """The tensors of a folder of a known format as parameters are made of them. Raises CheckpointError.
+
+    Args:
+        folder: Hugging Face folder.
+        hf_format: its format.
+        model: what its config.json describes.
+    """
+    if not hf_format.unpacks_ternary:
+        return SafetensorsReader(folder)
+    return PackedTernaryReader(folder, hf_format, model)
 
 
-def open_tensors(folder: Path, hf_format: HfFormat) -> SafetensorsReader:
-    """The tensors of a folder of a known format as parameters are made of them. Raises CheckpointError."""
-    return PackedTernaryReader(folder, hf_format) if hf_format.unpacks_ternary else SafetensorsReader(folder)
-
-
-class PackedTernaryReader(SafetensorsReader):
-    """The tensors of a folder whose linears are packed, unpacked.
+class PackedReader(SafetensorsReader):
+    """The tensors of a folder whose linears, or some of them, are packed; each number times its scale.
 
     Attributes:
-        dtype: of unpacked weights: what holds all tensors of the folder that are not packed.
+        dtype: of unpacked weights.
+
+    Args:
+        folder: Hugging Face folder.
+        hf_format: its format.
 
     Raises:
-        CheckpointError: as its base; or a linear is not packed, or has no scale.
+        CheckpointError: as its base; or a linear has no scale.
     """
 
     dtypes = DTYPES | {"U8": torch.uint8}
@@ -55,11 +67,6 @@ class PackedTernaryReader(SafetensorsReader):
         for name, spec in self.specs.items():
             if spec.dtype is torch.uint8:
                 (self._scales[name],) = hf_format.scale_names([name])
-            elif name.endswith(_LINEAR):
-                raise CheckpointError(
-                    f"{self.file_of(name)}: {name} is not packed, although config.json has "
-                    f"quantization_mode offline; take both from the same model"
-                )
         for name, scale in self._scales.items():
             if scale not in self.specs or self.specs[scale].shape not in ((), (1,)):
                 raise CheckpointError(
@@ -68,7 +75,7 @@ class PackedTernaryReader(SafetensorsReader):
                 )
         scales = set(self._scales.values())
         others = [spec.dtype for n, spec in self.specs.items() if n not in self._scales and n not in scales]
-        self.dtype = functools.reduce(torch.promote_types, others or [torch.float32])
+        self.dtype = self._dtype_beside(others)
         for name, scale in self._scales.items():
             rows, *inputs = self.specs[name].shape
             self.specs[name] = TensorSpec(name, (4 * rows, *inputs), self.dtype)
@@ -90,27 +97,63 @@ class PackedTernaryReader(SafetensorsReader):
         """As its base; of an unpacked weight all is made, whatever rows are asked for.
 
         Raises:
-            CheckpointError: it cannot be read, or there are no weights that are rounded to it.
+            CheckpointError: it cannot be read, or is not what it is to be made of.
         """
         if name not in self._scales:
             return super().read(name, rows)
-        weight = self._unpacked(name, super().read(name), super().read(self._scales[name]))
-        return weight if rows is None else weight[rows[0] : rows[1]]
-
-    def _unpacked(self, name: str, packed: Tensor, stored: Tensor) -> Tensor:
-        codes = unpack_ternary(packed)
+        codes = unpack_ternary(super().read(name))
         if codes.amax() > 1:
             raise CheckpointError(
                 f"{self.file_of(name)}: {name} holds other numbers than -1, 0 and 1, four in a byte; copy "
                 f"the file again from its source"
             )
-        scale = stored.float().reshape(())
-        scale = scale.reciprocal() if self._divides else scale
+        stored = super().read(self._scales[name]).float().reshape(())
+        scale = stored.reciprocal() if self._divides else stored
         if not torch.isfinite(scale) or scale < ternary_scales(torch.zeros(()), 1, torch.float32):
             raise CheckpointError(
                 f"{self.file_of(name)}: {self._scales[name]} is {stored.item():g}, but ternary weights here "
                 f"have a scale of at least 1e-5; import the unquantised checkpoint"
             )
+        weight = self._made(name, codes, scale)
+        return weight if rows is None else weight[rows[0] : rows[1]]
+
+    def _dtype_beside(self, others: list[torch.dtype]) -> torch.dtype:
+        """Of unpacked weights, given those of all other tensors."""
+        return torch.float32
+
+    def _made(self, name: str, codes: Tensor, scale: Tensor) -> Tensor:
+        """[O, I] of the numbers [O, I] int8 and their scale [] float32."""
+        return codes * scale
+
+
+class PackedTernaryReader(PackedReader):
+    """The same as parameters, whose rounding the numbers are; in what holds all tensors that are not packed.
+
+    Args:
+        folder: Hugging Face folder.
+        hf_format: its format.
+        model: what its config.json describes.
+
+    Raises:
+        CheckpointError: as its base; or a linear is not packed.
+    """
+
+    def __init__(self, folder: Path, hf_format: HfFormat, model: ModelConfig):
+        super().__init__(folder, hf_format)
+        for parameter in model_parameters(model):
+            if not hf_format.packs_ternary(parameter.weight, model):
+                continue
+            for name in parameter.tensors(hf_format):
+                if name in self.specs and name not in self._scales:
+                    raise CheckpointError(
+                        f"{self.file_of(name)}: {name} is not packed, although config.json says that it is; "
+                        f"take both from the same model"
+                    )
+
+    def _dtype_beside(self, others: list[torch.dtype]) -> torch.dtype:
+        return functools.reduce(torch.promote_types, others or [torch.float32])
+
+    def _made(self, name: str, codes: Tensor, scale: Tensor) -> Tensor:
         weight = ternary_parameters(codes, scale.item(), self.dtype)
         again = ternary_scales(magnitude_sum(weight), weight.numel(), weight.dtype)
         has_numbers = bool(codes.any())  # a matrix of zeros is 0 at any scale, and refused elsewhere

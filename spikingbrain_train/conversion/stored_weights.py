@@ -16,11 +16,14 @@ from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.setting import Role
 from spikingbrain_train.config.shown import shown
 from spikingbrain_train.conversion.formats.hf_format import HfFormat
+from spikingbrain_train.conversion.formats.registry import packed_format
 from spikingbrain_train.conversion.hf_config import read_hf_config
 from spikingbrain_train.conversion.mapping import Parameter, model_parameters
 from spikingbrain_train.conversion.megatron_source import check_tensors, read_model
+from spikingbrain_train.conversion.packed_ternary import PackedReader
 from spikingbrain_train.conversion.safetensors_io import SafetensorsReader
 from spikingbrain_train.errors import CheckpointError
+from spikingbrain_train.ops.ternary import magnitude_sum, ternary_rounding, ternary_scales
 from spikingbrain_train.storage.checkpoint_paths import resolve_checkpoint
 from spikingbrain_train.storage.hf_config_file import CONFIG_FILE, load_config_json
 
@@ -131,7 +134,10 @@ class MegatronWeights(StoredWeights):
 
 
 class HfWeights(StoredWeights):
-    """Tensors of a safetensors folder, whatever model it is of.
+    """Tensors of a safetensors folder, whatever model it is of; packed ternary weights times their scale.
+
+    Attributes:
+        is_packed: whether it has such.
 
     Raises:
         CheckpointError: it is incomplete or damaged.
@@ -141,7 +147,9 @@ class HfWeights(StoredWeights):
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._reader = SafetensorsReader(folder)
+        packed = packed_format(load_config_json(folder))
+        self.is_packed = packed is not None
+        self._reader = SafetensorsReader(folder) if packed is None else PackedReader(folder, packed)
         self.tensors = {name: Stored(spec.shape, spec.dtype) for name, spec in self._reader.specs.items()}
 
     def read(self, name: str) -> Tensor:
@@ -155,6 +163,8 @@ class HfWeights(StoredWeights):
 class AsHuggingFace(StoredWeights):
     """A Megatron checkpoint under the names of a Hugging Face format, as far as that has names for it.
 
+    What the format packs as ternary numbers is these, times their scale.
+
     Args:
         megatron: the checkpoint.
         hf_format: whose names; a parameter that it has none for keeps its own.
@@ -166,6 +176,7 @@ class AsHuggingFace(StoredWeights):
         self.folder = megatron.folder
         self._megatron = megatron
         self._of: dict[str, tuple[Parameter, int]] = {}
+        self._packed: set[str] = set()
         self._split: tuple[str, list[Tensor]] | None = None
         self.tensors = {}
         for parameter in megatron.parameters:
@@ -175,8 +186,11 @@ class AsHuggingFace(StoredWeights):
             except CheckpointError:  # it has no place in the format
                 self.tensors[parameter.name] = Stored(parameter.shape, dtype)
                 continue
+            is_packed = hf_format.packs_ternary(parameter.weight, megatron.model)
             for position, (name, shape) in enumerate(tensors.items()):
-                self.tensors[name] = Stored(shape, dtype)
+                self.tensors[name] = Stored(shape, torch.float32 if is_packed else dtype)
+                if is_packed:
+                    self._packed.add(name)
                 self._of[name] = (parameter, position)
 
     def read(self, name: str) -> Tensor:
@@ -186,7 +200,11 @@ class AsHuggingFace(StoredWeights):
         if self._split is None or self._split[0] != parameter.name:
             self._split = None
             self._split = (parameter.name, parameter.separate(self._megatron.read(parameter.name)))
-        return self._split[1][position]
+        part = self._split[1][position]
+        if name not in self._packed:
+            return part
+        wide = part.float()
+        return ternary_rounding(wide, ternary_scales(magnitude_sum(part), part.numel(), wide.dtype))
 
     def settings(self) -> dict[str, str]:
         return self._megatron.settings()

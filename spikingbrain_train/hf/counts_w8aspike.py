@@ -128,11 +128,30 @@ class Counts:
         return torch.stack([*digits, counts])
 
 
-_LARGEST = {"int8": LARGEST, "int16": LARGEST_16_BIT}
+_LARGEST = {"int8": LARGEST, "int16": LARGEST_16_BIT, "int8_tokens": LARGEST}
+
+
+def int8_token_codes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """INT8 numbers as BitNet b1.58 rounds inputs to them (arXiv 2402.17764, section 2), without a gradient.
+
+    Args:
+        x: [..., I].
+
+    Returns:
+        Numbers of a unit [..., 1], 127 / max |x| of a token, and the whole numbers [..., I]; float32 (float64
+        for float64 inputs).
+    """
+    exact = torch.float64 if x.dtype == torch.float64 else torch.float32
+    largest = x.detach().abs().amax(-1, keepdim=True).to(exact)
+    per_unit = LARGEST / largest.clamp(min=1e-5)
+    return per_unit, (x.detach().to(exact) * per_unit).round_().clamp_(-LARGEST, LARGEST)
 
 
 def whole_numbers(x: Tensor, activation: str, k: float) -> tuple[Tensor, Tensor]:
     """The unit [M, 1] of every row of x [M, I], and its whole numbers [M, I], both float32."""
+    if activation == "int8_tokens":
+        per_unit, codes = int8_token_codes(x.float())
+        return per_unit.reciprocal(), codes
     wide = x.float()
     if activation == "spikes":
         # In float64 where the input is not narrower than float32, as in spikes_gla_swa.py.
@@ -201,4 +220,4 @@ def encoded_input(x: Tensor, activation: str, k: float) -> Tensor:
     return x + (encoded - x).detach() if torch.is_grad_enabled() and x.requires_grad else encoded
 
 
-__all__ = ["Counts", "encoded_input"]
+__all__ = ["Counts", "encoded_input", "int8_token_codes"]

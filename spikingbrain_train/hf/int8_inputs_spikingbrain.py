@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .counts_w8aspike import int8_token_codes
 from .kinds_spikingbrain import LINEAR_TRANSFORMS, Transform
 from .linears_spikingbrain import LinearTransform
 
@@ -16,11 +17,10 @@ from .linears_spikingbrain import LinearTransform
 class Int8Inputs(LinearTransform):
     """round(x / scale) times scale = max |x| / 127 of a token; straight-through."""
 
+    whole_numbers = "int8_tokens"
+
     def input(self, x: Tensor) -> Tensor:
-        exact = torch.float64 if x.dtype == torch.float64 else torch.float32
-        largest = x.detach().abs().amax(-1, keepdim=True).to(exact)
-        per_unit = 127 / largest.clamp(min=1e-5)
-        codes = (x.detach().to(exact) * per_unit).round().clamp(-127, 127)
+        per_unit, codes = int8_token_codes(x)
         rounded = (codes / per_unit).to(x.dtype)
         return x + (rounded - x).detach() if torch.is_grad_enabled() else rounded
 

@@ -78,6 +78,8 @@ class Transform:
     """Of a configuration and the linear that it is for: a `LinearTransform`."""
     check: Callable[[Any], None] = _nothing
     """As of a mixer."""
+    pack: Callable[[Any], nn.Module] | None = None
+    """Of a `TransformedLinear`: what stands in its place where weights are stored as this kind makes them."""
 
 
 Kind = TypeVar("Kind", Mixer, FeedForward, Transform)

@@ -8,12 +8,13 @@ they are applied,
 
 with the linears (by their last name, or the last two) that the kind of this name transforms in mixers and
 feed-forwards of each kind; those in one list were one matrix while the model was trained. Spikes stand in
-front of projections and come before.
+front of projections and come before. An entry with "packed": true says that the weights of its linears are
+stored as what the kind makes of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -29,6 +30,10 @@ class LinearTransform(nn.Module):
         config: of the model.
         linear: that it is for.
     """
+
+    whole_numbers: str | None = None
+    """What counts_w8aspike.py calls the whole numbers times one number a token that its `input` gives; None
+    where these are others."""
 
     def __init__(self, config: Any, linear: nn.Linear) -> None:
         super().__init__()
@@ -85,15 +90,24 @@ def transform_linears(part: nn.Module, name: str, config: Any) -> None:
         config: of the model.
 
     Raises:
-        ValueError: a kind that no file here has, or linears of one matrix that are not side by side.
+        ValueError: a kind that no file here has or that stores no weights packed, or linears of one matrix
+            that are not side by side.
     """
+    packed: list[tuple[str, Callable[[Any], nn.Module]]] = []
     for entry in config.linear_transforms:
         kind = LINEAR_TRANSFORMS[entry["name"]]
+        if entry.get("packed") and kind.pack is None:
+            raise ValueError(f"linear_transforms has {kind.name} packed, which stores no weights so.")
         for names in entry["linears"].get(name, ()):
             for prefix in _owners(part, names[0]):
                 whole = [_transformed(part, prefix + each) for each in names]
                 for linear in whole:
                     linear.add(kind.name, kind.make(config, linear), whole)
+                if entry.get("packed") and kind.pack is not None:
+                    packed += [(prefix + each, kind.pack) for each in names]
+    for linear_name, pack in packed:  # with all that is done to their inputs
+        owner, _, last = linear_name.rpartition(".")
+        setattr(part.get_submodule(owner), last, pack(part.get_submodule(linear_name)))
 
 
 def _owners(part: nn.Module, name: str) -> list[str]:

@@ -8,6 +8,8 @@ one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -22,12 +24,12 @@ class PackedWeight:
     """INT8 codes and their scales, packed when they are first multiplied.
 
     Args:
-        codes_OI: int8.
+        codes_OI: int8, or what gives them where they are not to be kept.
         scale_ON: of groups of inputs, of any floating point dtype.
     """
 
-    def __init__(self, codes_OI: Tensor, scale_ON: Tensor) -> None:
-        self._codes_OI = codes_OI
+    def __init__(self, codes_OI: Tensor | Callable[[], Tensor], scale_ON: Tensor) -> None:
+        self._codes_OI = (lambda: codes_OI) if isinstance(codes_OI, Tensor) else codes_OI
         self._scale_NO = scale_ON.detach().float().t().contiguous()
         self._few: _FewTokens | None = None
         self._many: _ManyTokens | None = None
@@ -36,7 +38,7 @@ class PackedWeight:
         """[M, O] in `dtype`: the input that counts stand for, times the weight, plus the bias."""
         if counts.is_few:
             if self._few is None:
-                self._few = _FewTokens(self._codes_OI, self._scale_NO, kernels()[0])
+                self._few = _FewTokens(self._codes_OI(), self._scale_NO, kernels()[0])
             return _finished(self._few.product(counts), counts.unit, bias_O).to(dtype)
         if self._many is None:
             self._many = _ManyTokens(self._codes_OI, self._scale_NO, kernels()[1])
@@ -93,9 +95,9 @@ def _groups_together(num_groups: int, inputs: int, at_once: int | None) -> int:
 class _ManyTokens:
     """Group after group is added to a block of the output, which is then finished."""
 
-    def __init__(self, codes_OI: Tensor, scale_NO: Tensor, kernel: Kernel) -> None:
-        self._kernel, self._codes_OI, self._scale_NO = kernel, codes_OI, scale_NO
-        self._blocks = []
+    def __init__(self, codes: Callable[[], Tensor], scale_NO: Tensor, kernel: Kernel) -> None:
+        self._kernel, self._codes_OI, self._scale_NO = kernel, codes, scale_NO
+        self._blocks, codes_OI = [], codes()
         for outputs in _slices(len(codes_OI), _BLOCK_OUTPUTS):
             groups = codes_OI[outputs].chunk(len(scale_NO), dim=1)
             packed = [
@@ -106,7 +108,7 @@ class _ManyTokens:
     def product(self, counts: Counts, bias_O: Tensor | None, dtype: torch.dtype) -> Tensor:
         """[M, O] in `dtype`."""
         digits_NDMS = counts.by_group(len(self._scale_NO))
-        made = torch.empty(len(counts.unit), len(self._codes_OI), dtype=dtype)
+        made = torch.empty(len(counts.unit), self._scale_NO.shape[1], dtype=dtype)
         rest_MR, beyond_RO = counts.rest, None
         if rest_MR is not None:
             beyond_RO = self._float_weight(counts.columns)
@@ -128,8 +130,9 @@ class _ManyTokens:
 
     def _float_weight(self, columns_R: Tensor) -> Tensor:
         """[R, O] float32: what the codes of some inputs stand for."""
-        width = self._codes_OI.shape[1] // len(self._scale_NO)
-        return self._codes_OI[:, columns_R].t().float() * self._scale_NO[columns_R // width]
+        codes_OI = self._codes_OI()
+        width = codes_OI.shape[1] // len(self._scale_NO)
+        return codes_OI[:, columns_R].t().float() * self._scale_NO[columns_R // width]
 
 
 def _slices(length: int, step: int) -> list[slice]:

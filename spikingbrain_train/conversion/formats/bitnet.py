@@ -9,34 +9,30 @@ from __future__ import annotations
 
 from typing import Any
 
-from spikingbrain_train.architecture.layers import model_weights
-from spikingbrain_train.architecture.linear_transforms import LinearTransformKind
 from spikingbrain_train.architecture.weights import Weight
 from spikingbrain_train.config.linear_transforms import Projection
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.conversion.formats.dense import DenseFormat
+from spikingbrain_train.conversion.formats.packed_weights import PackedWeightsFormat
 
 _LINEARS = {Projection.qkv, Projection.attention_output, Projection.mlp_fc1, Projection.mlp_fc2}
 """All that a layer has; transformers takes every linear but the output layer for one of ternary weights."""
 
 
-class PackedTernaryFormat(DenseFormat):
+_SAID = {"quant_method": "bitnet", "linear_class": "bitlinear", "quantization_mode": "offline"}
+
+
+class PackedTernaryFormat(PackedWeightsFormat, DenseFormat):
     """LlamaForCausalLM with ``quantization_config``."""
 
     name = "bitnet"
     holds = "Llama-like models of ternary weights and INT8 inputs, packed"
-    is_for_inference = True
 
     def unsupported(self, model: ModelConfig) -> list[str]:
         """All but ternary weights and INT8 inputs of every linear, which is what its classes compute."""
         parts = super().unsupported(model)
         if parts:
             return parts
-        narrow = any(
-            rows % 4
-            for _, weight in model_weights(model)
-            for rows, *_ in (weight.shapes if weight.projection is not None else ())
-        )
         names = ", ".join(each.name for each in Projection if each in _LINEARS)
         others = bool(model.quantization.projections or model.spiking.projections or model.spiking.queries)
         found = [
@@ -44,30 +40,24 @@ class PackedTernaryFormat(DenseFormat):
             (f"other inputs than INT8 ones of {names}", set(model.int8_inputs.projections) != _LINEARS),
             ("spikes or INT8 weights", others),
             ("INT8 keys and values", model.quantization.keys_and_values),
-            ("matrices of a number of rows that 4 does not divide", narrow),
         ]
-        return [words for words, is_so in found if is_so]
+        return [words for words, is_so in found if is_so] + self.no_bytes(model)
 
-    def leaves_out(self, model: ModelConfig) -> list[LinearTransformKind]:
-        return []  # what it does not compute, it does not hold
+    def is_packed(self, values: dict[str, Any]) -> bool:
+        said = values.get("quantization_config")
+        return isinstance(said, dict) and all(said.get(key) == value for key, value in _SAID.items())
 
     def packs_ternary(self, weight: Weight, model: ModelConfig) -> bool:
         return weight.projection is not None
 
     def keys_for_readers(self, model: ModelConfig, source: dict[str, Any], dtype: str) -> dict[str, Any]:
-        settings = {
-            "quant_method": "bitnet",
-            "linear_class": "bitlinear",
-            "quantization_mode": "offline",
-            "modules_to_not_convert": ["lm_head"],
-        }
+        settings = _SAID | {"modules_to_not_convert": ["lm_head"]}
         return super().keys_for_readers(model, source, dtype) | {"quantization_config": settings}
 
     def notes_on_export(self, model: ModelConfig) -> list[str]:
         return [
-            "the folder holds ternary weights, four in a byte, and not the parameters that they are made of: "
-            "keep the checkpoint to train on; transformers loads it with accelerate installed, in float32 to "
-            "the same numbers"
+            self.note_on_size(model),
+            "transformers loads it with accelerate installed, in float32 to the same numbers",
         ]
 
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from spikingbrain_train.architecture.layers import model_weights
-from spikingbrain_train.architecture.linear_transforms import LinearTransformKind
 from spikingbrain_train.architecture.weights import Weight
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.conversion.formats.bitnet_masters import (
@@ -21,20 +19,23 @@ from spikingbrain_train.conversion.formats.bitnet_masters import (
     is_rounded,
 )
 from spikingbrain_train.conversion.formats.config_keys import ConfigKeys
+from spikingbrain_train.conversion.formats.packed_weights import NOTE_ON_PARAMETERS, PackedWeightsFormat
 from spikingbrain_train.conversion.window_convention import WindowConvention
 
 
-class BitNetPackedFormat(BitNetMastersFormat):
+class BitNetPackedFormat(PackedWeightsFormat, BitNetMastersFormat):
     """Every linear of a layer is packed."""
 
     name = "bitnet_packed"
     holds = "dense models with the sub-norms of BitNet b1.58 2B4T, packed"
-    is_for_inference = True
     quantization = OFFLINE
     divides_by_ternary_scales = False
     unpacks_ternary = True
 
     def reads(self, values: dict[str, Any]) -> bool:
+        return self.is_packed(values)
+
+    def is_packed(self, values: dict[str, Any]) -> bool:
         return is_packed(values)
 
     def refuse(self, keys: ConfigKeys) -> None:
@@ -51,30 +52,21 @@ class BitNetPackedFormat(BitNetMastersFormat):
         parts = super().unsupported(model)
         if parts:
             return parts
-        narrow = any(
-            rows % 4
-            for _, weight in model_weights(model)
-            for rows, *_ in (weight.shapes if weight.projection is not None else ())
-        )
         found = [
             ("linears without ternary weights and INT8 inputs, or with anything else", not is_rounded(model)),
             ("INT8 keys and values", model.quantization.keys_and_values),
             ("biases, which its class multiplies by the scale of the weights", model.add_output_bias),
-            ("matrices of a number of rows that 4 does not divide", narrow),
         ]
-        return [words for words, is_so in found if is_so]
-
-    def leaves_out(self, model: ModelConfig) -> list[LinearTransformKind]:
-        return []  # what it does not compute, it does not hold
+        return [words for words, is_so in found if is_so] + self.no_bytes(model)
 
     def packs_ternary(self, weight: Weight, model: ModelConfig) -> bool:
         return weight.projection is not None
 
     def notes_on_export(self, model: ModelConfig) -> list[str]:
         return [
-            "the folder holds ternary weights, four in a byte, and not the parameters that they are made of: "
-            "keep the checkpoint to train on; transformers loads it with accelerate installed, in the number "
-            "format of the folder: in one of float32 (--dtype float32) it computes the same numbers"
+            self.note_on_size(model),
+            "transformers loads it with accelerate installed, in the number format of the folder: in one of "
+            "float32 (--dtype float32) it computes the same numbers",
         ]
 
     def notes_on_import(
@@ -82,8 +74,7 @@ class BitNetPackedFormat(BitNetMastersFormat):
     ) -> list[str]:
         return [
             *super().notes_on_import(folder, config, model, chosen),
-            "packed ternary weights became parameters that are rounded to just these numbers and scales; "
-            "those that they were made of in training are not in the folder",
+            NOTE_ON_PARAMETERS,
         ]
 
 

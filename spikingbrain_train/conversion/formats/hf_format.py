@@ -90,6 +90,10 @@ class HfFormat(ABC):
         """Whether it is what a config.json of its architecture is read as; the first that says so is."""
         return not self.is_for_inference
 
+    def is_packed(self, values: dict[str, Any]) -> bool:
+        """Whether a config.json says that weights of its folder are packed as this format packs them."""
+        return False
+
     @abstractmethod
     def config(self, model: ModelConfig, source: dict[str, Any] | None, dtype: str) -> dict[str, Any]:
         """config.json of an export.

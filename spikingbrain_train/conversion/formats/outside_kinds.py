@@ -25,6 +25,8 @@ from spikingbrain_train.conversion.formats.config_keys import ConfigKeys
 from spikingbrain_train.errors import CheckpointError, ConfigurationError
 
 KINDS_KEY, TRANSFORMS_KEY = "kinds", "linear_transforms"
+PACKED_KEY = "packed"
+"""Of an entry of ``linear_transforms`` whose linears store what the kind makes of their weights."""
 
 NamesOf = Callable[[Weight, int | None, ModelConfig], list[str]]
 """Names of the tensors that a weight of a layer is made of."""
@@ -48,6 +50,13 @@ def how_to_bring_code(kinds: Iterable[Kind]) -> str:
         f"name the file that computes {'it' if len(classes) == 1 else 'each'} in exports in export_module of "
         f"{' and '.join(classes)} (CONTRIBUTING.md, Code for exports)"
     )
+
+
+def packed_transforms(values: dict[str, Any]) -> list[str]:
+    """Names of the linear transforms that a config.json has packed; what is malformed has none."""
+    listed = values.get(TRANSFORMS_KEY)
+    entries = [each for each in listed if isinstance(each, dict)] if isinstance(listed, list) else []
+    return [str(entry.get("name")) for entry in entries if entry.get(PACKED_KEY)]
 
 
 def _layers_of(model: ModelConfig) -> list[Any]:

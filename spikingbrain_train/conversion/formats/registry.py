@@ -20,6 +20,7 @@ from spikingbrain_train.conversion.formats.outside_kinds import how_to_bring_cod
 from spikingbrain_train.conversion.formats.qwen3_moe import QWEN3_MOE
 from spikingbrain_train.conversion.formats.sparse_llama import SPARSE_LLAMA
 from spikingbrain_train.conversion.formats.spikingbrain import SPIKINGBRAIN
+from spikingbrain_train.conversion.formats.spikingbrain_packed import SPIKINGBRAIN_PACKED
 from spikingbrain_train.conversion.formats.sse_swa_moba import SpikingBrain2, is_spikingbrain2
 from spikingbrain_train.conversion.formats.w8aspike import W8ASPIKE
 from spikingbrain_train.conversion.window_convention import WindowConvention
@@ -27,7 +28,17 @@ from spikingbrain_train.errors import CheckpointError, ConfigurationError
 
 FORMATS: list[HfFormat] = [
     *(LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, MAMBA, FALCON_MAMBA, BITNET_MASTERS),
-    *(SPARSE_LLAMA, GLA_SWA, SPIKINGBRAIN, W8ASPIKE, BITNET, BITNET_PACKED, GGUF, GGUF_Q2_0),
+    *(
+        SPARSE_LLAMA,
+        GLA_SWA,
+        SPIKINGBRAIN,
+        W8ASPIKE,
+        SPIKINGBRAIN_PACKED,
+        BITNET,
+        BITNET_PACKED,
+        GGUF,
+        GGUF_Q2_0,
+    ),
 ]
 """In the order in which an export tries them: what transformers has, what others read, then our own, then the
 form with stored scales, the packed ones and llama.cpp's, which are asked for. A plugin appends its own."""
@@ -72,6 +83,11 @@ def format_of_config(values: dict[str, Any], path: Path) -> HfFormat:
             f"{path}: architecture {architectures[0]} is not supported; supported are {names}"
         )
     return by_architecture[architectures[0]]
+
+
+def packed_format(values: dict[str, Any]) -> HfFormat | None:
+    """The format whose packed ternary weights lie beside a config.json; None where none do."""
+    return next((known for known in FORMATS if known.is_packed(values)), None)
 
 
 def parse_hf_config(

@@ -32,6 +32,7 @@ from spikingbrain_train.conversion.formats.outside_kinds import (
     kind_keys,
     kinds_of,
     linear_names,
+    packed_transforms,
     read_kinds,
 )
 from spikingbrain_train.conversion.formats.quantization import int8_group, quantization_keys
@@ -87,6 +88,9 @@ class SpikingBrainFormat(LlamaLikeFormat):
     holds = "models of gla, swa and full layers, of experts, branches, sinks and kinds with code of their own"
     names = NAMES
     activations = {func: func.value for func in ActivationFunc}
+
+    def reads(self, values: dict[str, Any]) -> bool:
+        return not packed_transforms(values)
 
     def unsupported(self, model: ModelConfig) -> list[str]:
         """Kinds of layers that are not in its code; all else it holds."""

@@ -10,25 +10,26 @@ from __future__ import annotations
 from torch import Tensor
 
 from spikingbrain_train.config.model import ModelConfig
-from spikingbrain_train.models.linears.linear_transform import LinearTransform, Shard
+from spikingbrain_train.models.linears.annealed import AnnealedTransform
+from spikingbrain_train.models.linears.linear_transform import Shard
 from spikingbrain_train.ops.int8_tokens import codes_per_unit, int8_token_rounding, largest_magnitudes
 from spikingbrain_train.reporting.progress import Shown
 
 
-class Int8Inputs(LinearTransform):
+class Int8Inputs(AnnealedTransform):
     """The input as INT8 numbers hold it.
 
-    Attributes:
-        share: how far the input has gone there: 0 is the input itself, 1 what INT8 numbers hold.
+    Args:
+        model: has no settings of it beside where it is applied.
     """
 
     shown = {"share": Shown("int8 inputs", "{:.0%}")}
 
     def __init__(self, model: ModelConfig) -> None:
-        self.share = 1.0
+        pass
 
     def input(self, x: Tensor, shard: Shard) -> Tensor:
         """``x + share * (rounded - x)``."""
         per_unit = codes_per_unit(shard.max(largest_magnitudes(x)))
         rounded = int8_token_rounding(x, per_unit)
-        return rounded if self.share == 1.0 else x + self.share * (rounded - x).detach()
+        return self.faded(x, rounded)

@@ -9,26 +9,22 @@ beside a weight (:mod:`.stored_scales`) do not follow it, and whole numbers are 
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from spikingbrain_train.config.model import ModelConfig
-from spikingbrain_train.models.linears.linear_transform import LinearTransform, Shard, TransformStatistics
+from spikingbrain_train.models.linears.annealed import AnnealedTransform, WeightErrors
+from spikingbrain_train.models.linears.linear_transform import Shard
 from spikingbrain_train.models.linears.stored_scales import LinearWithScales
 from spikingbrain_train.ops.int8_groups import group_scales, group_width, int8_rounding, scales_of
 from spikingbrain_train.reporting.progress import Shown
 
 
-class Int8Weights(LinearTransform):
+class Int8Weights(AnnealedTransform):
     """The weight as INT8 numbers hold it.
 
     Args:
         model: whose ``quantization.group_size`` says how many neighbours share a scale.
-
-    Attributes:
-        share: how far the weight has gone there: 0 is the parameter itself, 1 what INT8 numbers hold.
     """
 
     statistics: WeightErrors | None = None
@@ -36,7 +32,6 @@ class Int8Weights(LinearTransform):
 
     def __init__(self, model: ModelConfig) -> None:
         self.group_size = model.quantization.group_size
-        self.share = 1.0
         self._linear: LinearWithScales | None = None
 
     def attach(self, linear: torch.nn.Module) -> None:
@@ -52,9 +47,7 @@ class Int8Weights(LinearTransform):
             rounded = int8_rounding(weight, scales, bounded=False)
         if self.statistics is not None and shard.counts_here:
             self.statistics.add(weight, rounded)
-        if self.share == 1.0:
-            return rounded
-        return weight + self.share * (rounded - weight).detach()
+        return self.faded(weight, rounded)
 
     @classmethod
     def new_statistics(cls, device: torch.device) -> WeightErrors:
@@ -72,30 +65,3 @@ def _rounded(weight: Tensor, group_size: int, shard: Shard) -> Tensor:
     largest = weight.new_zeros(weight.shape[0], columns * parts // width)
     largest.scatter_reduce_(1, group_I.expand_as(weight), weight.detach().abs(), "amax")
     return int8_rounding(weight, scales_of(shard.max(largest))[:, group_I])
-
-
-class WeightErrors(TransformStatistics):
-    """How far rounded weights are from the parameters: sums of squares of both, float64.
-
-    Args:
-        device: where they are kept.
-    """
-
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        self._sums = torch.zeros(2, dtype=torch.float64, device=device)
-
-    @property
-    def counts(self) -> Tensor:
-        """[2]: squares of what rounding changes, and of the weights."""
-        return self._sums
-
-    @torch.no_grad()
-    def add(self, weight: Tensor, rounded: Tensor) -> None:
-        """Count a weight. Any shape and dtype."""
-        norms = [torch.linalg.vector_norm(x, dtype=torch.float64) for x in (rounded - weight, weight)]
-        self._sums += torch.stack(norms).square()
-
-    def metrics(self) -> dict[str, float]:
-        """The root of their ratio, NaN before anything was counted."""
-        errors, weights = self._sums.tolist()
-        return {"weight_error": math.sqrt(errors / weights) if weights else math.nan}

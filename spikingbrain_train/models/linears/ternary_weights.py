@@ -14,16 +14,17 @@ import torch
 from torch import Tensor
 
 from spikingbrain_train.config.model import ModelConfig
-from spikingbrain_train.models.linears.linear_transform import LinearTransform, Shard, TransformStatistics
+from spikingbrain_train.models.linears.annealed import AnnealedTransform, WeightErrors
+from spikingbrain_train.models.linears.linear_transform import Shard
 from spikingbrain_train.ops.ternary import magnitude_sum, ternary_rounding, ternary_scales
 from spikingbrain_train.reporting.progress import Shown
 
 
-class TernaryWeights(LinearTransform):
+class TernaryWeights(AnnealedTransform):
     """The weight as ternary numbers hold it.
 
-    Attributes:
-        share: how far the weight has gone there: 0 is the parameter itself, 1 what ternary numbers hold.
+    Args:
+        model: has no settings of it beside where it is applied.
     """
 
     statistics: TernaryCounts | None = None
@@ -33,14 +34,14 @@ class TernaryWeights(LinearTransform):
     }
 
     def __init__(self, model: ModelConfig) -> None:
-        self.share = 1.0
+        pass
 
     def weight(self, weight: Tensor, shard: Shard) -> Tensor:
         """``weight + share * (rounded - weight)``."""
         rounded = ternary_rounding(weight, row_scales(weight, shard))
         if self.statistics is not None and shard.counts_here:
             self.statistics.add(weight, rounded)
-        return rounded if self.share == 1.0 else weight + self.share * (rounded - weight).detach()
+        return self.faded(weight, rounded)
 
     @classmethod
     def new_statistics(cls, device: torch.device) -> TernaryCounts:
@@ -67,33 +68,19 @@ def row_scales(weight: Tensor, shard: Shard) -> Tensor:
     return scales[joined.matrix_of_rows(len(weight), weight.device)].unsqueeze(1)
 
 
-class TernaryCounts(TransformStatistics):
-    """How many ternary weights are zero, and how far they are from the parameters.
+class TernaryCounts(WeightErrors):
+    """How many ternary weights are zero, and how far they are from the parameters."""
 
-    Args:
-        device: where they are kept.
-    """
-
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
-
-    @property
-    def counts(self) -> Tensor:
-        """[4] float64: zeros, weights, squares of what rounding changes, squares of the weights."""
-        return self._sums
+    size = 4
 
     @torch.no_grad()
     def add(self, weight: Tensor, rounded: Tensor) -> None:
         """Count a weight. Any shape and dtype."""
-        norms = [torch.linalg.vector_norm(x, dtype=torch.float64) for x in (rounded - weight, weight)]
+        super().add(weight, rounded)
         zeros = (rounded == 0).sum(dtype=torch.float64)
-        numel = zeros.new_tensor(weight.numel())
-        self._sums += torch.stack([zeros, numel, *(norm.square() for norm in norms)])
+        self._sums[2:] += torch.stack([zeros, zeros.new_tensor(weight.numel())])
 
     def metrics(self) -> dict[str, float]:
         """Shares; NaN before anything was counted."""
-        zeros, weights, errors, squares = self._sums.tolist()
-        return {
-            "zeros": zeros / weights if weights else math.nan,
-            "weight_error": math.sqrt(errors / squares) if squares else math.nan,
-        }
+        zeros, weights = self._sums[2:].tolist()
+        return {"zeros": zeros / weights if weights else math.nan, **super().metrics()}
