@@ -29,7 +29,8 @@ def pytest_configure(config: pytest.Config) -> None:
     """Let a worker have the width that a file has, as pytest's own process: xdist gives it 80 columns."""
     if hasattr(config, "workerinput"):
         os.environ.pop("COLUMNS", None)
-    gc.disable()  # what is imported and collected is no garbage; looking for some takes a fifth of the time
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):  # it collects tests
+        gc.disable()  # what is imported and collected is no garbage; looking for some takes a fifth of it
     _keep_code_of_exports_apart(config)
 
 
