@@ -132,7 +132,7 @@ def run_config(output_dir: Path, data: Path, *, model: ModelConfig = MODEL, **ch
 
 
 def train(
-    groups: ProcessGroups, config: RunConfig, stop_after: int | None = None
+    groups: ProcessGroups, config: RunConfig, stop_after: int | None = None, saves_at_end: bool = True
 ) -> list[tuple[float, float]]:
     """Train and return (loss, gradient norm) of every step since the last resume, the same on every rank.
 
@@ -140,12 +140,33 @@ def train(
         groups: of the ranks.
         config: the run.
         stop_after: the step after which the run is asked to stop; None lets it end by itself.
+        saves_at_end: whether its last step is saved, which takes as long as several steps; a run that is only
+            compared with another does without.
     """
     from spikingbrain_train.training.trainer import Trainer
 
     remember = Remember(stop_after)
-    Trainer(config, groups, [remember]).train()
+    trainer = Trainer(config, groups, [remember])
+    if not saves_at_end:
+        _leave_out_the_last_checkpoint(trainer)
+    trainer.train()
     return remember.steps
+
+
+def train_and_not_save(
+    groups: ProcessGroups, config: RunConfig, stop_after: int | None = None
+) -> list[tuple[float, float]]:
+    """:func:`train` of a run that is only compared: its last step is not saved."""
+    return train(groups, config, stop_after, saves_at_end=False)
+
+
+def _leave_out_the_last_checkpoint(trainer: Any) -> None:
+    """Save where ``checkpoint.save_interval`` says so and not at the end."""
+    from spikingbrain_train.training.callbacks.checkpointing import Checkpointing
+
+    (checkpointing,) = (each for each in trainer.callbacks if isinstance(each, Checkpointing))
+    save = checkpointing._save
+    checkpointing._save = lambda ends: None if ends else save(ends)  # type: ignore[method-assign]
 
 
 def behind_gradients(trainer: Any, action: Callable[[], None]) -> None:

@@ -19,7 +19,7 @@ from spikingbrain_train.config.parallel import ParallelConfig, Recompute
 from spikingbrain_train.config.run import Precision, RunConfig
 from spikingbrain_train.reporting.metrics import read_metrics
 from tests.distributed.pool import RankPool
-from tests.distributed.small_runs import MODEL_76B, checkpoint_config, run_config, train
+from tests.distributed.small_runs import MODEL_76B, checkpoint_config, run_config, train, train_and_not_save
 from tests.distributed.test_resume import _interrupt_after
 
 TOLERANCE = 1e-5
@@ -113,7 +113,7 @@ def one_rank(
 ) -> Run:
     folder = tmp_path_factory.mktemp("one_rank")
     config = _config(folder, text, hybrid_76b_checkpoint, ParallelConfig())
-    (steps,) = ranks.run(train, config, world_size=1, parallel=ParallelConfig())
+    (steps,) = ranks.run(train_and_not_save, config, world_size=1, parallel=ParallelConfig())
     return steps, _router_points(folder)
 
 
@@ -133,7 +133,7 @@ def test_losses_gradient_norms_and_router_metrics_equal_those_of_one_rank(
     config.stage.micro_batch_size = 2 if world_size == 2 else 1  # fewer of gloo's slow collectives
     expected_steps, expected_points = one_rank
 
-    for steps in ranks.run(train, config, STEPS, world_size=world_size, parallel=parallel):
+    for steps in ranks.run(train_and_not_save, config, STEPS, world_size=world_size, parallel=parallel):
         assert [loss for loss, _ in steps] == pytest.approx(
             [loss for loss, _ in expected_steps[:STEPS]], rel=TOLERANCE
         )
@@ -166,7 +166,7 @@ def test_the_balancing_loss_balances(
 ) -> None:
     config = _config(tmp_path, text, hybrid_76b_checkpoint, ParallelConfig())
     config.model = replace(MODEL, moe=replace(MODEL.moe, aux_loss_coeff=0.0, z_loss_coeff=0.0))
-    ranks.run(train, config, world_size=1, parallel=ParallelConfig())
+    ranks.run(train_and_not_save, config, world_size=1, parallel=ParallelConfig())
 
     assert one_rank[1][-1]["moe/aux_loss"] < _router_points(tmp_path)[-1]["moe/aux_loss"]
 
@@ -179,11 +179,11 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(
     config = _config(tmp_path, text, hybrid_76b_checkpoint, parallel, save_interval=3)
     config.precision = precision
     config.stage.train_iters = 5
-    uninterrupted = ranks.run(train, config, world_size=2, parallel=parallel)
+    uninterrupted = ranks.run(train_and_not_save, config, world_size=2, parallel=parallel)
     points = _router_points(tmp_path)
     _interrupt_after(tmp_path, 3)
 
-    resumed = ranks.run(train, config, world_size=2, parallel=parallel)
+    resumed = ranks.run(train_and_not_save, config, world_size=2, parallel=parallel)
 
     assert resumed == [steps[3:] for steps in uninterrupted]
     assert _router_points(tmp_path) == points
@@ -229,7 +229,7 @@ def test_a_run_saved_at_ep2_resumes_elsewhere(
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
 
     config = _config(tmp_path, text, hybrid_76b_checkpoint, parallel)
-    resumed, *_ = ranks.run(train, config, STEPS, world_size=world_size, parallel=parallel)
+    resumed, *_ = ranks.run(train_and_not_save, config, STEPS, world_size=world_size, parallel=parallel)
 
     # Weights, moments and schedule came along: the losses are those of a run that never stopped.
     expected = [loss for loss, _ in one_rank[0][3 : 3 + STEPS]]

@@ -20,7 +20,14 @@ from spikingbrain_train.config.run import OptimizerConfig, OptimizerKind, Precis
 from spikingbrain_train.config.stage import StageConfig
 from spikingbrain_train.storage.checkpoint_folder import latest_checkpoint
 from tests.distributed.pool import RankPool
-from tests.distributed.small_runs import MODEL, MODEL_76B, checkpoint_config, run_config, train
+from tests.distributed.small_runs import (
+    MODEL,
+    MODEL_76B,
+    checkpoint_config,
+    run_config,
+    train,
+    train_and_not_save,
+)
 
 TOLERANCE = 1e-5
 STEPS = 4
@@ -183,7 +190,7 @@ def _resumed(
     """A run that stops after two steps and goes on."""
     ranks.run(train, config, 2, world_size=world_size, parallel=config.parallel)
     config.parallel = changed
-    return ranks.run(train, config, world_size=changed_size, parallel=changed)
+    return ranks.run(train_and_not_save, config, world_size=changed_size, parallel=changed)
 
 
 @pytest.mark.parametrize("case", RESUMED)
@@ -194,7 +201,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(
     configs = [starts[model].config(tmp_path / name, parallel, 2) for name in ("whole", "resumed")]
     for config in configs:
         config.precision, config.optimizer.muon_precision = precision, Precision.auto
-    whole = ranks.run(train, configs[0], world_size=world_size, parallel=parallel)
+    whole = ranks.run(train_and_not_save, configs[0], world_size=world_size, parallel=parallel)
     resumed = _resumed(ranks, configs[1], world_size, parallel, world_size)
     assert [len(steps) for steps in resumed] == [2] * world_size
     assert resumed == [steps[2:] for steps in whole]

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
 from spikingbrain_train.config.model import ModelConfig
-from spikingbrain_train.config.parallel import ParallelConfig
+from spikingbrain_train.config.parallel import ParallelConfig, Recompute
 from spikingbrain_train.config.run import Precision, RunConfig, WandbMode
 from spikingbrain_train.config.yaml_files import conf_folder
 from spikingbrain_train.errors import CheckpointError
@@ -26,7 +26,14 @@ from spikingbrain_train.storage.checkpoint_folder import (
 )
 from spikingbrain_train.training.callbacks.weights_and_biases import WANDB_RUN_ID_FILE, WeightsAndBiases
 from tests.distributed.pool import RankFailure, RankPool
-from tests.distributed.small_runs import MODEL, MODEL_76B, checkpoint_config, run_config, train
+from tests.distributed.small_runs import (
+    MODEL,
+    MODEL_76B,
+    checkpoint_config,
+    run_config,
+    train,
+    train_and_not_save,
+)
 
 
 def _interrupt_after(output_dir: Path, iteration: int) -> None:
@@ -72,11 +79,11 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(
         checkpoint=checkpoint_config(hybrid_checkpoint, save_interval=3),
     )
     config.stage = replace(config.stage, train_iters=5, micro_batch_size=2)
-    uninterrupted = ranks.run(train, config, world_size=world_size, parallel=parallel)
+    uninterrupted = ranks.run(train_and_not_save, config, world_size=world_size, parallel=parallel)
     points = read_metrics(tmp_path)
     _interrupt_after(tmp_path, 3)
 
-    resumed = ranks.run(train, config, world_size=world_size, parallel=parallel)
+    resumed = ranks.run(train_and_not_save, config, world_size=world_size, parallel=parallel)
 
     assert [len(steps) for steps in resumed] == [2] * world_size
     assert resumed == [steps[3:] for steps in uninterrupted]
@@ -99,12 +106,21 @@ def _shrunk(name: str) -> tuple[int, ParallelConfig]:
     return parallel.model_parallel_size * parallel.data_parallel_size, parallel
 
 
-def _layouts_of_experiments() -> dict[str, tuple[int, ParallelConfig]]:
-    """Number of ranks and small form of every layout in conf/parallel that is for experiments or many GPUs;
-    one of those that become the same."""
-    names = {layout.stem for layout in (conf_folder() / "parallel").glob("dp*.yaml")}
-    small = {repr(_shrunk(name)): name for name in sorted(names)}
-    return {name: _shrunk(name) for name in small.values()}
+def _layouts_of_experiments() -> dict[str, tuple[int, list[ParallelConfig]]]:
+    """Number of ranks and small forms of every layout in conf/parallel that is for experiments or many GPUs.
+
+    Those that differ in what is computed again only, which may change no bit, are forms of one: a run goes on
+    in the other.
+    """
+    found: dict[str, tuple[str, int, list[ParallelConfig]]] = {}
+    for name in sorted(layout.stem for layout in (conf_folder() / "parallel").glob("dp*.yaml")):
+        world_size, parallel = _shrunk(name)
+        key = repr(replace(parallel, recompute=Recompute.none))
+        first, _, forms = found.setdefault(key, (name, world_size, []))
+        if parallel not in forms:
+            forms.append(parallel)
+            found[key] = (first if len(forms) == 1 else f"{first}, {name}", world_size, forms)
+    return {name: (world_size, forms) for name, world_size, forms in found.values()}
 
 
 LAYOUTS_OF_EXPERIMENTS = _layouts_of_experiments()
@@ -119,7 +135,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_in_the_experiments_layouts(
     hybrid_checkpoint: Path,
     hybrid_76b_checkpoint: Path,
 ) -> None:
-    world_size, parallel = LAYOUTS_OF_EXPERIMENTS[layout]
+    world_size, (parallel, *others) = LAYOUTS_OF_EXPERIMENTS[layout]
     has_experts = parallel.expert_model_parallel_size > 1
     config = run_config(
         tmp_path,
@@ -132,13 +148,14 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_in_the_experiments_layouts(
         ),
     )
     config.stage = replace(config.stage, train_iters=4, micro_batch_size=2)
-    uninterrupted = ranks.run(train, config, world_size=world_size, parallel=parallel)
-    _interrupt_after(tmp_path, 2)
+    uninterrupted = ranks.run(train_and_not_save, config, world_size=world_size, parallel=parallel)
 
-    resumed = ranks.run(train, config, world_size=world_size, parallel=parallel)
+    for then in others or [parallel]:
+        config.parallel = then
+        resumed = ranks.run(train_and_not_save, config, world_size=world_size, parallel=then)
 
-    assert [len(steps) for steps in resumed] == [2] * world_size
-    assert resumed == [steps[2:] for steps in uninterrupted]
+        assert [len(steps) for steps in resumed] == [2] * world_size
+        assert resumed == [steps[2:] for steps in uninterrupted]
 
 
 def _train_with_buckets_of_one_parameter(groups, config: RunConfig) -> list[tuple[float, float]]:
@@ -210,11 +227,13 @@ def test_a_run_saved_at_tp2_pp2_resumes_at_dp2(
         tmp_path, text, parallel=split, checkpoint=checkpoint_config(hybrid_checkpoint, save_interval=3)
     )
     config.stage = replace(config.stage, train_iters=6, micro_batch_size=2)
-    uninterrupted, *_ = ranks.run(train, config, world_size=4, parallel=split)
+    uninterrupted, *_ = ranks.run(train_and_not_save, config, world_size=4, parallel=split)
     _interrupt_after(tmp_path, 3)
     replicas = ParallelConfig(use_distributed_optimizer=distributed_optimizer)
 
-    resumed, *_ = ranks.run(train, replace(config, parallel=replicas), world_size=2, parallel=replicas)
+    resumed, *_ = ranks.run(
+        train_and_not_save, replace(config, parallel=replicas), world_size=2, parallel=replicas
+    )
 
     # Other sums, other rounding: the issue's bound is 1e-4, what is seen is below 1e-5.
     assert [loss for loss, _ in resumed] == pytest.approx([loss for loss, _ in uninterrupted[3:]], rel=1e-4)
@@ -242,10 +261,10 @@ def test_a_run_saved_by_pipeline_stages_resumes_by(
         tmp_path, text, parallel=before, checkpoint=checkpoint_config(hybrid_checkpoint, save_interval=3)
     )
     config.stage = replace(config.stage, train_iters=6, micro_batch_size=2)
-    uninterrupted, *_ = ranks.run(train, config, world_size=2, parallel=before)
+    uninterrupted, *_ = ranks.run(train_and_not_save, config, world_size=2, parallel=before)
     _interrupt_after(tmp_path, 3)
 
-    resumed, *_ = ranks.run(train, replace(config, parallel=after), world_size=2, parallel=after)
+    resumed, *_ = ranks.run(train_and_not_save, replace(config, parallel=after), world_size=2, parallel=after)
 
     assert [loss for loss, _ in resumed] == pytest.approx([loss for loss, _ in uninterrupted[3:]], rel=1e-5)
 

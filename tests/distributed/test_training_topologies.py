@@ -29,7 +29,7 @@ from tests.distributed.small_runs import (
     TOPOLOGIES,
     checkpoint_config,
     run_config,
-    train,
+    train_and_not_save,
 )
 
 TOLERANCE = 1e-5
@@ -110,7 +110,7 @@ def one_rank(
     for kind in KINDS:
         folder = tmp_path_factory.mktemp("run")
         config = _config(kind, folder, text, checkpoints, ParallelConfig())
-        (steps,) = ranks.run(train, config, world_size=1, parallel=ParallelConfig())
+        (steps,) = ranks.run(train_and_not_save, config, world_size=1, parallel=ParallelConfig())
         results[kind] = OneRank(steps, _reported_losses(folder))
     return results
 
@@ -146,7 +146,7 @@ def test_losses_and_gradient_norms_equal_those_of_one_rank(
     world_size, parallel = TOPOLOGIES[name]
     config = _config(kind, tmp_path, text, checkpoints, parallel)
 
-    results = ranks.run(train, config, STEPS, world_size=world_size, parallel=parallel)
+    results = ranks.run(train_and_not_save, config, STEPS, world_size=world_size, parallel=parallel)
 
     for steps in results:
         assert len(steps) == STEPS
@@ -217,7 +217,7 @@ def test_micro_batches_and_recomputation_do_not_change_the_numbers(
         tmp_path, text, parallel=parallel, stage=stage, checkpoint=checkpoint_config(hybrid_checkpoint)
     )
 
-    (steps,) = ranks.run(train, config, STEPS, world_size=1, parallel=parallel)
+    (steps,) = ranks.run(train_and_not_save, config, STEPS, world_size=1, parallel=parallel)
 
     assert len(steps) == STEPS
     assert [loss for loss, _ in steps] == pytest.approx(
