@@ -92,12 +92,18 @@ class Launch:
         variables: Mapping[str, str] | None = None,
     ) -> None:
         self.output, self.log, self.ranks = output, log, ranks
-        launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}"]
-        launcher += meeting
-        with log.open("a") as file:
-            self.process = subprocess.Popen(
-                [sys.executable, *launcher, str(REPOSITORY / "train.py"), *arguments],
-                env={**_shell(), "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **(variables or {})},
+        launcher = [f"--nproc-per-node={ranks}", f"--max-restarts={restarts}", *meeting]
+        variables = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **(variables or {})}
+        log.touch()
+        self.process = self._start(
+            [*launcher, str(REPOSITORY / "train.py"), *arguments], {**_shell(), **variables}
+        )
+
+    def _start(self, words: Sequence[str], variables: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        with self.log.open("a") as file:
+            return subprocess.Popen(
+                [sys.executable, "-m", "torch.distributed.run", *words],
+                env=variables,
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,

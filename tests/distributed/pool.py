@@ -43,6 +43,8 @@ from typing import Any
 from spikingbrain_train.config.parallel import ParallelConfig
 
 SEED = 1234
+PRELOADED = ("spikingbrain_train.training.trainer", "torch._dynamo")
+"""Torch's optimizers import its compiler, for a second, when the first one is made."""
 _START_SECONDS = 240.0  # importing torch and megatron-core on a busy machine
 _GRACE_SECONDS = 3.0  # how long the other ranks may still report once one has failed
 _LOG_LINES = 25
@@ -148,8 +150,7 @@ class RankPool:
     def _start_missing(self, world_size: int) -> None:
         # One process imports the slow packages once and forks every rank from there, replacements too.
         context = multiprocessing.get_context("forkserver")
-        # torch's optimizers import its compiler, for a second, when the first one is made.
-        context.set_forkserver_preload(["spikingbrain_train.training.trainer", "torch._dynamo"])
+        context.set_forkserver_preload([*PRELOADED])
         started = []
         while len(self._ranks) < world_size:
             ours, theirs = context.Pipe()

@@ -8,9 +8,9 @@ import pytest
 
 from spikingbrain_train.config.compose import compose_run
 from spikingbrain_train.config.load import to_run_config
+from tests.distributed.forked_launch import ForkedLaunch
 from tests.distributed.interrupted_runs import (
     Blow,
-    Launch,
     Moment,
     differences,
     kill_ranks,
@@ -49,7 +49,7 @@ def test_ranks_that_are_killed_in_a_save_and_in_a_step_end_as_if_nothing_had_hap
         for name in ("killed", "whole")
     }
     blows = [Blow(Moment.save, 4, rank=1, delay=0.0), Blow(Moment.step, 9, rank=0, delay=0.02)]
-    with Launch(tmp_path / "killed", tmp_path / "log", 2, words["killed"], restarts=2) as launch:
+    with ForkedLaunch(tmp_path / "killed", tmp_path / "log", 2, words["killed"], restarts=2) as launch:
         hits = kill_ranks(launch, blows, lambda _: None)
         assert len(hits) == 2 and not launch.wait_for(lambda: False)
         assert launch.process.returncode == 0, launch.tail()

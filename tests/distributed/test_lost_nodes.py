@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from spikingbrain_train.reporting.metrics import read_events
-from tests.distributed.interrupted_runs import Launch, settings
+from tests.distributed.forked_launch import ForkedLaunch
+from tests.distributed.interrupted_runs import settings
 
 
 @pytest.mark.slow
@@ -23,7 +24,7 @@ def test_a_new_node_takes_the_place_of_a_lost_one_and_without_the_first_the_othe
         tmp_path / "run", text, steps=100000, save_interval=2, more=["cluster.timeout_minutes=0.5"]
     )
 
-    def node(number: int) -> Launch:
+    def node(number: int) -> ForkedLaunch:
         meeting = [
             *("--nnodes=2", "--rdzv-backend=c10d", "--rdzv-id=run", f"--rdzv-endpoint=127.0.0.1:{port}"),
             # An agent whose store is gone looks for it no longer than that.
@@ -32,7 +33,7 @@ def test_a_new_node_takes_the_place_of_a_lost_one_and_without_the_first_the_othe
         log = tmp_path / f"log_{number}"
         # Else the agent that stays hands its first store on to no one who comes later (torch 2.13).
         anew = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-        return Launch(tmp_path / "run", log, 1, words, restarts=2, meeting=meeting, variables=anew)
+        return ForkedLaunch(tmp_path / "run", log, 1, words, restarts=2, meeting=meeting, variables=anew)
 
     with node(0) as first, node(1) as second:
         assert first.wait_for(lambda: first.iteration() >= 3), first.tail()

@@ -25,7 +25,8 @@ from spikingbrain_train.parallel.last_signs import Sign, stack_of
 from spikingbrain_train.parallel.process_groups import ProcessGroups, initialize
 from spikingbrain_train.runtime.accelerator import detect
 from spikingbrain_train.storage.checkpoint_folder import latest_iteration
-from tests.distributed.interrupted_runs import Launch, settings
+from tests.distributed.forked_launch import ForkedLaunch
+from tests.distributed.interrupted_runs import settings
 from tests.distributed.pool import RankPool
 
 TIMEOUT_SECONDS = 15.0
@@ -225,7 +226,7 @@ def test_a_stopped_rank_of_four_is_named_with_its_stack_and_the_run_ends_soon(
     output = tmp_path / "run"
     timeout = f"cluster.timeout_minutes={TIMEOUT_SECONDS / 60}"
     words = settings(output, text, steps=100000, save_interval=100000, more=[timeout])
-    with Launch(output, tmp_path / "log", 4, words) as launch:
+    with ForkedLaunch(output, tmp_path / "log", 4, words) as launch:
         assert launch.wait_for(lambda: launch.iteration() >= 3), launch.tail()
         stopped = launch.pids()[2]
         os.kill(stopped, signal.SIGSTOP)
@@ -253,7 +254,7 @@ def test_ranks_that_torchrun_restarts_go_on_from_memory(tmp_path: Path, text: Pa
     kept = ["checkpoint.memory_interval=3", f"checkpoint.memory_folder={memory}"]
     kept.append("cluster.timeout_minutes=0.5")  # how long one that lost another looks for it follows from it
     words = settings(output, text, steps=30, save_interval=1000, more=kept)
-    with Launch(output, tmp_path / "log", 2, words, restarts=1) as launch:
+    with ForkedLaunch(output, tmp_path / "log", 2, words, restarts=1) as launch:
         assert launch.wait_for(lambda: launch.iteration() >= 8), launch.tail()
         assert latest_iteration(output / "checkpoints") is None
         os.kill(launch.pids()[1], signal.SIGKILL)
