@@ -1,8 +1,8 @@
 """torchrun and its ranks, forked from the process that has imported what is slow (tests/distributed/pool.py).
 
 The agent is torchrun's own, with its rendezvous, restarts and signals, and every rank is a process that
-``train.py`` begins in; only the interpreter's start and seconds of imports a process are left out. Real starts
-are those of tests/distributed/test_stop_signals.py, tests/commands/test_ranks.py and tests/slurm.
+``train.py`` begins in; only the start of an interpreter and its imports are left out. Real starts are those
+of tests/distributed/test_stop_signals.py, tests/commands/test_ranks.py and tests/slurm.
 """
 
 from __future__ import annotations
