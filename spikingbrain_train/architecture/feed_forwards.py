@@ -73,6 +73,13 @@ class FeedForwardKind(SubmoduleKind):
         """
         return None
 
+    def copies_of_experts(self, config: RunConfig) -> tuple[int, float] | None:
+        """Busy experts of a layer that may stand on every rank at once, and bytes of a copy.
+
+        None where none are copied.
+        """
+        return None
+
     def dispatched_bytes(self, config: RunConfig) -> float:
         """Bytes per token that are sent to experts, and come back; 0 where no token is routed."""
         return 0.0

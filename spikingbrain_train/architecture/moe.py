@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from math import gcd
+from math import ceil, gcd
 from typing import Any
 
 from spikingbrain_train.architecture.feed_forwards import (
@@ -232,6 +232,14 @@ class MixtureOfExpertsKind(FeedForwardKind):
         channels = expert_width(model) / config.parallel.expert_tensor_size
         experts = model.moe.num_experts // config.parallel.expert_model_parallel_size
         return experts * most * tensors * channels * bytes_per_element(config.precision)
+
+    def copies_of_experts(self, config: RunConfig) -> tuple[int, float] | None:
+        model, load = config.model, config.parallel.replicate_expert_load
+        if load is None:
+            return None
+        # Each of them gets more than `load` times the mean, and all of them no more than all tokens.
+        most = ceil(model.moe.num_experts / load) - 1
+        return most, 3 * model.hidden_size * expert_width(model) * bytes_per_element(config.precision)
 
     def working(self, config: RunConfig) -> float:
         """As a dense one, of routed and shared experts; evenly loaded, and all at once."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
 from spikingbrain_train.planning import fit
+from spikingbrain_train.planning.costs import total_parameters
 from spikingbrain_train.planning.plan_report import report
 from spikingbrain_train.planning.plan_report.cluster import expected_kernels
 from spikingbrain_train.planning.plan_report.report import as_values, render
@@ -96,6 +98,27 @@ def test_a_plan_says_what_unbalanced_experts_keep_at_most():
     words = " ".join(render(plan, 120).split())
     assert f"keep at most {most / 2**20:.1f} MiB of a micro-batch: those with more than 4,096 tokens" in words
     assert as_values(plan)["memory"]["most_kept_by_experts_bytes"] == most
+
+
+@pytest.mark.parametrize(
+    ("recompute", "kept"),
+    [("none", "for every layer and micro-batch on its way"), ("full", "while that layer is computed")],
+)
+def test_a_plan_says_what_copies_of_busy_experts_take(recompute: str, kept: str):
+    plan = plan_of(
+        f"experiment=spikingbrain_76b_8k parallel.recompute={recompute} parallel.replicate_expert_load=2.5"
+    )
+    copies = as_values(plan)["memory"]["copies_of_experts"]
+    # 6 of 16 experts above 2.5 times the mean have more than 15 of 16 means; 7 would have more than all.
+    assert copies["most"] == 6
+    model = plan.config.model
+    one_more = replace(model, moe=replace(model.moe, num_experts=model.moe.num_experts + 1))
+    layers = model.layer_feed_forwards().count("moe")
+    an_expert = (total_parameters(one_more) - total_parameters(model)) / layers - model.hidden_size  # router
+    assert copies["bytes"] == 2 * an_expert
+    words = " ".join(render(plan, 120).split())
+    taken = f"{copies['bytes'] / 2**20:.1f} MiB a copied expert on each rank"
+    assert f"{taken}, at most 6 in a layer, {kept}" in words
 
 
 def test_a_tight_plan_is_called_tight():

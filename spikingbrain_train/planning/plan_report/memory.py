@@ -6,6 +6,7 @@ import textwrap
 from typing import Any
 
 from spikingbrain_train.architecture.layers import feed_forwards_of, has_experts
+from spikingbrain_train.config.parallel import Recompute
 from spikingbrain_train.planning.fit import MARGIN, DeviceMemory, Fit, device_memory
 from spikingbrain_train.planning.memory import GIB
 from spikingbrain_train.planning.plan_report.section import Section
@@ -34,6 +35,7 @@ def memory_section(plan: Plan) -> Section:
         "margin_bytes": None if device is None else MARGIN * device.bytes,
         "fit": None if device is None else device.fit(plan.fullest.memory.total).value,
         "most_kept_by_experts_bytes": _most_kept_by_experts(plan),
+        "copies_of_experts": _copies_of_experts(plan),
         "remedies": [_remedy_values(remedy, device) for remedy in found if device is not None],
         "together": None if combined is None or device is None else _remedy_values(combined, device),
     }
@@ -131,6 +133,14 @@ def _alike(plan: Plan) -> str:
             f"Beside what they read, the experts of a layer keep at most {size(most)} of a micro-batch: "
             f"those with more than {tokens:,} tokens compute the rest again. "
         )
+    if (copies := _copies_of_experts(plan)) is not None:
+        parallel = plan.config.parallel
+        is_kept = parallel.recompute not in (Recompute.full, Recompute.moe_layer)
+        how_long = "for every layer and micro-batch on its way" if is_kept else "while that layer is computed"
+        text += (
+            f"parallel.replicate_expert_load={parallel.replicate_expert_load:g} adds {size(copies['bytes'])} "
+            f"a copied expert on each rank, at most {copies['most']} in a layer, {how_long}. "
+        )
     return text + "Workspaces, communication buffers and fragmentation come on top."
 
 
@@ -138,6 +148,13 @@ def _most_kept_by_experts(plan: Plan) -> float | None:
     """Bytes of a micro-batch and layer on one rank; None where their tokens set no bound."""
     found = [kind.most_kept_by_experts(plan.config) for kind in feed_forwards_of(plan.config.model)]
     return max((bound for bound in found if bound is not None), default=None)
+
+
+def _copies_of_experts(plan: Plan) -> dict[str, float] | None:
+    """Of busy experts in one layer: the most that are copied at once, and bytes of one on each rank."""
+    found = [kind.copies_of_experts(plan.config) for kind in feed_forwards_of(plan.config.model)]
+    most = max((copies for copies in found if copies is not None), default=None)
+    return None if most is None else {"most": most[0], "bytes": most[1]}
 
 
 def _margin(device: DeviceMemory) -> str:
