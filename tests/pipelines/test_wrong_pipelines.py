@@ -161,12 +161,8 @@ def test_a_wrong_pipeline_is_one_sentence(workplace: Path, old: str, new: str, s
         plan()
     said = str(refusal.value)
     assert "test.yaml" in said and sentence in said and "\n" not in said
-    assert sorted(path.name for path in workplace.iterdir()) == [
-        "model",
-        "spoilt.py",
-        "test.yaml",
-        "text.bin",
-    ]
+    files = {path.name for path in workplace.iterdir()} - {"__pycache__"}  # of a plugin, by Python
+    assert files == {"model", "spoilt.py", "test.yaml", "text.bin"}
 
 
 @pytest.mark.parametrize(
