@@ -145,6 +145,29 @@ def test_settings_choices_and_flags_exist(page: str) -> None:
     assert not wrong
 
 
+def examples() -> Iterator[str]:
+    """The command lines that every --help shows."""
+    for path in sorted((ROOT / "spikingbrain_train").rglob("*command_line.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and "examples:\n" in node.value:
+                lines = node.value.partition("examples:\n")[2].replace("\\\n", " ").splitlines()
+                yield from (line.strip() for line in lines if line.startswith("  spikingbrain-"))
+
+
+def test_the_examples_of_helps_name_what_exists() -> None:
+    found = list(examples())
+    assert len(found) > 30
+    wrong = [
+        f"{line}: {reason}"
+        for line in found
+        for reason in wrong_names(line)
+        # NAME=FILE of texts and NAME=VALUE of pipelines have names of the user's.
+        if not line.startswith(("spikingbrain-bricks", "spikingbrain-pipeline"))
+        or " no setting " not in reason
+    ]
+    assert not wrong
+
+
 def test_all_that_is_somebody_elses_is_named() -> None:
     named = {word.partition("=")[0] for page in PAGES for code in inline(page) for word in words(code)}
     assert set(ELSEWHERE) <= named, f"no page names {', '.join(sorted(set(ELSEWHERE) - named))} any more"

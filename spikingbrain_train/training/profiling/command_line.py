@@ -32,7 +32,7 @@ Nothing is trained: weights, checkpoints and the run's own output_dir stay as th
 _EXAMPLES = """\
 examples:
   # a small hybrid at the length that you will train
-  spikingbrain-profile-step --output profiles/tiny model=hybrid_tiny stage.seq_length=2048 \\
+  spikingbrain-profile-step --output profiles/tiny model=tiny_hybrid stage.seq_length=2048 \\
       'data.train=[data/web_train]'
 
   # a layout on four ranks: the table has the mean and the slowest rank; then one rank of them alone
