@@ -29,7 +29,7 @@ from spikingbrain_train.conversion.inspect_checkpoint import inspect_checkpoint
 from spikingbrain_train.errors import CheckpointError
 from tests.conversion.hf_models import SIZES, all_tensors, randomise
 from tests.conversion.megatron_models import TOKENS, megatron_logits
-from tests.conversion.test_own_format import NEW_TOKENS, TEXT, prompts, save_and_compute
+from tests.conversion.test_own_format import TEXT, check_greedy_text, save_and_compute
 from tests.distributed.gradients import CASES
 from tests.distributed.pool import RankPool
 
@@ -147,17 +147,7 @@ def test_transformers_loads_two_bits_a_weight_and_writes_the_same_tokens(
     with torch.no_grad():
         logits = theirs(TEXT).logits
     assert logits.std() > 0.1 and (logits - expected.logits).abs().max() <= TOLERANCE
-    for prompt, text in zip(prompts(), expected.generated, strict=True):
-        ids = prompt.unsqueeze(0)
-        found = theirs.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=NEW_TOKENS,
-            do_sample=False,
-            pad_token_id=0,
-            eos_token_id=None,
-        )
-        assert torch.equal(found[0, len(prompt) :], text)
+    check_greedy_text(theirs, expected)
 
     tensors = all_tensors(target)
     packed = sum(tensor.nbytes for tensor in tensors.values() if tensor.dtype is torch.uint8)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -129,6 +129,21 @@ def save_and_compute(
         generated.append(torch.cat(texts, dim=1)[0])
     vocabulary = model.vocab_size
     return Expected(logits[..., :vocabulary], packed[..., :vocabulary], generated)
+
+
+def check_greedy_text(model: Any, expected: Expected) -> None:
+    """Behind every prompt a model of transformers writes what the Megatron model has written."""
+    for prompt, text in zip(prompts(), expected.generated, strict=True):
+        ids = prompt.unsqueeze(0)
+        found = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=None,
+        )
+        assert torch.equal(found[0, len(prompt) :], text)
 
 
 def check(model: SpikingBrainForCausalLM | GLAswaForCausalLM, expected: Expected) -> None:

@@ -41,7 +41,7 @@ from spikingbrain_train.ops.ternary import (
     unpack_ternary,
 )
 from tests.conversion.hf_models import all_tensors
-from tests.conversion.test_own_format import NEW_TOKENS, TEXT, TOLERANCE, check, prompts, save_and_compute
+from tests.conversion.test_own_format import TEXT, TOLERANCE, check, check_greedy_text, save_and_compute
 from tests.distributed.gradients import CASES
 from tests.distributed.pool import RankPool
 
@@ -84,17 +84,7 @@ def test_logits_and_tokens_are_those_of_training(exported: Exported) -> None:
     theirs, expected = loaded(exported.folder), exported.expected
     assert packed_linears(theirs)
     check(theirs, expected)
-    for prompt, text in zip(prompts(), expected.generated, strict=True):
-        ids = prompt.unsqueeze(0)
-        found = theirs.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=NEW_TOKENS,
-            do_sample=False,
-            pad_token_id=0,
-            eos_token_id=None,
-        )
-        assert torch.equal(found[0, len(prompt) :], text)
+    check_greedy_text(theirs, expected)
 
 
 def test_the_folder_computes_with_the_code_that_it_carries(exported: Exported) -> None:
