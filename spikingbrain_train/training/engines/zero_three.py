@@ -125,7 +125,7 @@ class ZeroThreeEngine(DeepSpeedEngine):
         for parameter in self.model.parameters():
             share = share_of(parameter, groups.rank)
             if share is not None:
-                total += share.flat[: share.stop - share.start].double().square().sum()
+                total += share.flat.double().square().sum()
         torch.distributed.all_reduce(total)
         return total.sqrt()
 

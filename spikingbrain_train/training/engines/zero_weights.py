@@ -73,7 +73,7 @@ class PartitionedWeights:
             if piece is None:
                 continue
             for part in parts:
-                yield from boxes_of(part, piece.flat[: piece.stop - piece.start], piece.start, "")
+                yield from boxes_of(part, piece.flat, piece.start, "")
 
 
 def share_of(parameter: Any, rank: int) -> Piece | None:
@@ -86,4 +86,4 @@ def share_of(parameter: Any, rank: int) -> Piece | None:
     stop = min(start + size, whole)
     if start >= stop:
         return None
-    return Piece(parameter, start, stop, parameter.ds_tensor.detach(), 0)
+    return Piece(parameter, start, stop, parameter.ds_tensor.detach()[: stop - start], 0)
