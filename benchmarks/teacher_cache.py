@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from spikingbrain_train.config.command_line import user_errors
 from spikingbrain_train.config.compose import compose_run
 from spikingbrain_train.config.load import to_run_config
 from spikingbrain_train.config.run import RunConfig
@@ -68,6 +69,7 @@ def train(groups: ProcessGroups, config: RunConfig, folder: Path) -> tuple[list[
     return clock.seconds, points
 
 
+@user_errors()
 def main() -> None:
     """Measure, and print the table as JSON."""
     parser = argparse.ArgumentParser(

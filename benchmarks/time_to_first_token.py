@@ -31,6 +31,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.long_generation import resident  # noqa: E402
+from spikingbrain_train.config.command_line import user_errors  # noqa: E402
 from spikingbrain_train.reporting.tables import table  # noqa: E402
 
 GROWTH_BOUND, MEMORY_BOUND = 1.2, 1.2
@@ -320,7 +321,7 @@ def main() -> None:
     )
     parser.add_argument("--picture", type=Path, help="where to draw it (.png, .svg, .pdf)")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as work:
+    with user_errors(), tempfile.TemporaryDirectory() as work:
         folders = make_folders(args, Path(work))
         found = measure(folders, {HYBRID: args.lengths, DENSE: args.dense_lengths}, args)
         held = report(found, args.picture)

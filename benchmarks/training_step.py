@@ -30,8 +30,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from hydra import compose, initialize_config_dir  # noqa: E402
-
 from benchmarks.training_contenders import (  # noqa: E402
     OURS,
     PEERS,
@@ -42,12 +40,11 @@ from benchmarks.training_contenders import (  # noqa: E402
 )
 from spikingbrain_train.architecture.layers import dense_source  # noqa: E402
 from spikingbrain_train.config.command_line import user_errors  # noqa: E402
-from spikingbrain_train.config.compose import register_schema  # noqa: E402
+from spikingbrain_train.config.compose import check_choice, compose_run  # noqa: E402
 from spikingbrain_train.config.conversion import ConversionConfig  # noqa: E402
 from spikingbrain_train.config.load import to_run_config  # noqa: E402
 from spikingbrain_train.config.model import ModelConfig  # noqa: E402
 from spikingbrain_train.config.run import Precision  # noqa: E402
-from spikingbrain_train.config.yaml_files import conf_folder  # noqa: E402
 from spikingbrain_train.errors import ConfigurationError, PlatformError  # noqa: E402
 from spikingbrain_train.planning.costs import forward_flops_per_token  # noqa: E402
 from spikingbrain_train.runtime.accelerator import detect  # noqa: E402
@@ -58,11 +55,13 @@ LOSS_STEPS = 5
 
 
 def named_model(name: str) -> ModelConfig:
-    """The model that conf/model/NAME.yaml describes."""
-    register_schema()
-    with initialize_config_dir(str(conf_folder()), version_base=None):
-        overrides = [f"model={name}", "stage=cpt", "output_dir=unused"]
-        return to_run_config(compose("config", overrides)).model
+    """The model that conf/model/NAME.yaml describes.
+
+    Raises:
+        ConfigurationError: there is none; names --model and the choices.
+    """
+    check_choice("--model", name, "model", but=["from_checkpoint"])
+    return to_run_config(compose_run([f"model={name}", "stage=cpt", "output_dir=unused"])).model
 
 
 def converted_model(hf_folder: Path, output: Path) -> ModelConfig:

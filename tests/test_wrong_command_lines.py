@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -306,6 +307,28 @@ def test_a_wrong_command_line_is_one_sentence_without_torch(endings, number: int
     assert "error: " in sentence and words in sentence
     assert not usage or usage[0].startswith("usage: "), "more than a sentence"
     assert not torch, "torch was imported first"
+
+
+@pytest.mark.parametrize("benchmark", ["training_step", "sequence_length", "live_spike_metrics"])
+@pytest.mark.parametrize(
+    ("model", "hint"),
+    [("tiny_hybird", "; did you mean tiny_hybrid?"), ("outputs/x", ";"), ("tiny,hybrid", "")],
+)
+def test_a_benchmark_says_which_models_there_are(
+    benchmark: str,
+    model: str,
+    hint: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", [benchmark, "--model", model])
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # else they set it for whatever runs here next
+    with pytest.raises(SystemExit) as end:
+        import_module(f"benchmarks.{benchmark}").main()
+    said = capsys.readouterr().err
+    assert end.value.code == 2
+    assert said.startswith(f"error: --model {model} is no choice of conf/model{hint}")
+    assert "choose one of hybrid_1b, " in said and "from_checkpoint" not in said and said.count("\n") == 1
 
 
 def test_there_are_a_hundred_of_them() -> None:

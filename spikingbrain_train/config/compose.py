@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from spikingbrain_train.config.asked import Asked
-from spikingbrain_train.config.groups import groups
+from spikingbrain_train.config.groups import choices_of, groups
 from spikingbrain_train.config.model_from_checkpoint import register_model_from_checkpoint, store_once
 from spikingbrain_train.config.plugins import load_plugins, plugins_of_command_line
 from spikingbrain_train.config.run import RunConfig
@@ -51,9 +51,10 @@ def explain_composition(error: BaseException) -> SpikingBrainError | None:
             f"brackets, commas, spaces or $, e.g. 'data.train=[a,b]'"
         )
     if isinstance(error, MissingConfigException):
-        group, _, choice = (error.missing_cfg_file or "").rpartition("/")
+        # A choice that is a path has slashes of its own.
+        group, _, choice = (error.missing_cfg_file or "").partition("/")
         choices = list(groups().get(group, {}))
-        if group:
+        if choices:
             hint = _did_you_mean(choice, choices) or ";"
             return ConfigurationError(
                 f"{group}={choice} does not exist{hint} {group} is one of {', '.join(choices)}"
@@ -90,6 +91,28 @@ def _raised_in(error: BaseException, package: str) -> bool:
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).split(".")[0] == package
+
+
+def check_choice(flag: str, name: str, group: str, *, but: Sequence[str] = (), also: str = "") -> None:
+    """A name that a flag of a tool takes, and not an override, is a choice of a group.
+
+    Args:
+        flag: of the tool, for the sentence.
+        name: behind it.
+        group: a folder of conf/.
+        but: choices that the tool can do nothing with.
+        also: what else the flag takes, for the sentence.
+
+    Raises:
+        ConfigurationError: naming the flag and the choices.
+    """
+    known = [choice for choice in choices_of(group) if choice not in but]
+    if name not in known:
+        hint = _did_you_mean(name, known) or ";"
+        more = f", or {also}" if also else ""
+        raise ConfigurationError(
+            f"{flag} {name} is no choice of conf/{group}{hint} choose one of {', '.join(known)}{more}"
+        )
 
 
 def check_choices(arguments: Sequence[str]) -> None:

@@ -95,7 +95,10 @@ def test_a_setting_that_no_model_has_is_named(folder: str) -> None:
         composed(f"checkpoint.load={folder}", "model.rwkv.state=3")
 
 
-def test_the_choices_of_the_group_are_the_files() -> None:
+@pytest.mark.parametrize("choice", ["small", "outputs/small", "a/b/c"])
+def test_the_choices_of_the_group_are_the_files(choice: str) -> None:
     with pytest.raises(ConfigurationError) as refusal:
-        composed("model=small")
-    assert str(refusal.value).endswith(f"model is one of {', '.join(groups()['model'])}")
+        composed(f"model={choice}")
+    sentence = str(refusal.value)
+    assert sentence.startswith(f"model={choice} does not exist")
+    assert sentence.endswith(f"model is one of {', '.join(groups()['model'])}")

@@ -216,7 +216,12 @@ def test_a_checkpoint_folder_is_a_model(tmp_path: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--cluster", "b200", "--gpus", "8"], "cluster=b200 does not exist; did you mean h200? "),
+        (
+            ["--cluster", "b200", "--gpus", "8"],
+            "--cluster b200 is no choice of conf/cluster; did you mean h200?",
+        ),
+        (["--model", "outputs/hybird", "--gpus", "8"], "or the folder of a checkpoint"),
+        (["--cluster", "b200", "--gpus", "8", "hydra.searchpath=[]"], "cluster=b200 does not exist; did you"),
         (["--cluster", "nvidia", "--gpus", "8"], "cluster.peak_tflops is null"),
         (
             ["--cluster", "h100", "--gpus", "12"],

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from spikingbrain_train.config.command_line import command_parser, user_errors
-from spikingbrain_train.config.compose import compose_run
+from spikingbrain_train.config.compose import check_choice, compose_run
 from spikingbrain_train.config.load import to_run_config
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.errors import ConfigurationError
@@ -182,14 +182,19 @@ def _settings(parsed: argparse.Namespace, batch: int | None) -> list[str]:
         name = word.partition("=")[0]
         if name == "stage.micro_batch_size" or (name.startswith("parallel.") and not name.startswith(_KEPT)):
             raise ConfigurationError(f"{name} is what is searched; leave {word} out")
+    # Folders of hydra.searchpath may have choices of their own.
+    all_in_conf = not any(word.partition("=")[0] == "hydra.searchpath" for word in settings)
     if parsed.model is not None:
         folder = Path(parsed.model)
-        settings += (
-            ["model=from_checkpoint", f"checkpoint.load={folder}"]
-            if folder.is_dir()
-            else [f"model={parsed.model}"]
-        )
+        if folder.is_dir():
+            settings += ["model=from_checkpoint", f"checkpoint.load={folder}"]
+        else:
+            if all_in_conf:
+                check_choice("--model", parsed.model, "model", also="the folder of a checkpoint")
+            settings.append(f"model={parsed.model}")
     if parsed.cluster is not None:
+        if all_in_conf:
+            check_choice("--cluster", parsed.cluster, "cluster")
         settings.append(f"cluster={parsed.cluster}")
     if parsed.seq_length is not None:
         settings.append(f"stage.seq_length={parsed.seq_length}")
