@@ -43,7 +43,7 @@ demo: environment ## Dense model to exported hybrid on real text (MODEL=folder D
 	@$(call program,python) tools/demo.py --output $(call quoted,OUTPUT) $(if $(MODEL),--model $(call quoted,MODEL)) $(if $(DATA),--data $(call quoted,DATA))$(if $(BUDGET), --budget $(call quoted,BUDGET))
 
 .PHONY: test
-test: environment ## Run the whole test suite, a process a core (PYTEST_ARGS="-n 0": in one)
+test: environment ## Run the whole test suite, three processes for two cores (PYTEST_ARGS="-n 0": in one)
 	@$(call pytest,-n auto)
 
 .PHONY: test-fast

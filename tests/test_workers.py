@@ -26,14 +26,16 @@ def _config(*, named: bool = False, capture: str = "fd", **options: Any) -> Any:
     ("cores", "memory", "expected"),
     [
         (1, 64 * GIB, 0),
-        (2, 16 * GIB, 2),
+        (2, 16 * GIB, 3),
+        (2, 8 * GIB, 2),
+        (4, 64 * GIB, 6),
         (8, 64 * GIB, 8),
         (64, 512 * GIB, 8),
         (8, 7 * GIB, 2),
         (8, 4 * GIB, 0),
     ],
 )
-def test_the_whole_suite_takes_a_process_a_core_where_memory_allows_it(
+def test_the_whole_suite_takes_three_processes_for_two_cores_where_memory_allows_it(
     monkeypatch: pytest.MonkeyPatch, cores: int, memory: int, expected: int
 ) -> None:
     monkeypatch.setattr(workers, "available_cores", lambda: cores)

@@ -1,7 +1,8 @@
 """How the whole suite is spread over processes: pytest-xdist's, which `make test` asks for with `-n auto`.
 
 A worker takes whole files, so that what a file prepares is prepared once. Long files come first: begun last,
-one of them would keep a core busy while the others have nothing left to do.
+one of them would keep a core busy while the others have nothing left to do. There are more workers than
+cores: for about a third of the time ranks of small models wait for each other, for Slurm and for launchers.
 """
 
 from __future__ import annotations
@@ -52,14 +53,15 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Workers of `-n auto`: one a core where memory allows it.
+    """Workers of `-n auto`: three for two cores where memory allows it.
 
     None on a single core, for tests that are named, and where output is not captured: such tests start at
     once in pytest's own process and can be watched.
     """
     if is_part_of_the_suite(config) or config.option.capture == "no":
         return 0
-    workers = min(available_cores(), (memory_limit() or 0) // MEMORY_OF_A_WORKER, MOST_WORKERS)
+    cores = available_cores()
+    workers = min(cores + cores // 2, (memory_limit() or 0) // MEMORY_OF_A_WORKER, MOST_WORKERS)
     return workers if workers > 1 else 0
 
 
