@@ -7,6 +7,7 @@ Here are the registry, what applies its entries, and the line of the log that na
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.metadata import version
 
 from spikingbrain_train.config.parallel import AcceleratorKind
@@ -42,8 +43,9 @@ PATCHES: tuple[Patch, ...] = (
 _applied: list[str] = []
 
 
+@cache
 def installed_versions() -> dict[str, str]:
-    """Versions of what is patched."""
+    """Versions of what is patched, read once a process: a package's metadata is a long text."""
     return {distribution: version(distribution) for distribution in ("torch", "megatron-core")}
 
 
