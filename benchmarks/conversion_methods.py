@@ -2,7 +2,7 @@
 
 Each is made of settings only, so that a user can do the same. ``today`` is the recipe that this project began
 with; the methods behind it change one thing each, ``all`` changes everything, ``muon`` the optimizer of
-``all`` alone, and ``small`` its lengths and rates.
+``all`` alone, and ``small`` its lengths, its rates and what its layers are chosen on.
 """
 
 from __future__ import annotations
@@ -16,23 +16,39 @@ SEQ_LENGTH = 2048
 
 
 @dataclass(frozen=True)
+class Choice:
+    """What spikingbrain-choose-layers reads to find the layers that cost the least."""
+
+    tokens: int = 8192
+    """That every swap is measured on; of documents that are trained on by no method."""
+    calibration_tokens: int = CALIBRATION_TOKENS
+    """That the swapped layers are started on."""
+
+
+@dataclass(frozen=True)
 class Conversion:
     """Which layers change, what they become, and what stands in front of the text."""
 
     name: str
     mixer: str = "gla"
     """What those layers become."""
-    chosen: bool = False
-    """Those that cost the least (spikingbrain-choose-layers); else every second one, from the first on."""
+    choice: Choice | None = None
+    """How layers are chosen; None takes every second one, from the first on."""
     sinks: int = 0
     """Learnable tokens that all windows see, as in SpikingBrain-76B (arXiv 2509.05276, section 2.2)."""
+
+    @property
+    def tokens_read(self) -> int:
+        """Of training text, before any stage; they count."""
+        return self.choice.tokens + self.choice.calibration_tokens if self.choice else 0
 
 
 EVEN = Conversion("even")
 EVEN_DELTA = Conversion("even_gdn", mixer="gdn")
 EVEN_SINK = Conversion("even_sink", sinks=1)
-CHOSEN = Conversion("chosen", chosen=True)
-CHOSEN_SINK = Conversion("chosen_sink", chosen=True, sinks=1)
+CHOSEN = Conversion("chosen", choice=Choice())
+CHOSEN_SINK = Conversion("chosen_sink", choice=Choice(), sinks=1)
+CHEAPLY_CHOSEN_SINK = Conversion("cheaply_chosen_sink", choice=Choice(2048, 8192), sinks=1)
 
 
 @dataclass(frozen=True)
@@ -41,16 +57,14 @@ class Stage:
 
     Attributes:
         kind: ``stage.kind``.
-        share: of the tokens behind the calibration; 0 is a closed-form start that trains nothing.
+        share: of the tokens behind what is read without a step; 0 is a closed-form start that trains nothing.
         settings: of spikingbrain-train, in its words.
-        calibration_tokens: that a closed-form start reads.
         seq_length: of the sequences that it trains on.
     """
 
     kind: str
     share: float
     settings: tuple[str, ...]
-    calibration_tokens: int = CALIBRATION_TOKENS
     seq_length: int = SEQ_LENGTH
 
 
@@ -93,9 +107,8 @@ _STUDENT_INPUTS = (
 )
 
 
-def _start_only(*settings: str, tokens: int = CALIBRATION_TOKENS) -> Stage:
-    words = (f"stage.alignment.calibration_tokens={tokens}", *settings)
-    return Stage("align", 0.0, words, calibration_tokens=tokens)
+def _start_only(*settings: str) -> Stage:
+    return Stage("align", 0.0, (f"stage.alignment.calibration_tokens={CALIBRATION_TOKENS}", *settings))
 
 
 PLAIN = Method(
@@ -154,8 +167,9 @@ _GENTLE_KL = Stage(
 SMALL = replace(
     ALL,
     name="small",
-    about="all's below 100k tokens: twice as many for the start, then shorter sequences at a lower rate",
-    stages=(_start_only(*_STUDENT_INPUTS, tokens=2 * CALIBRATION_TOKENS), _GENTLE_KL),
+    about="all's below 100k tokens: layers chosen on fewer, then shorter sequences at a lower rate",
+    conversion=CHEAPLY_CHOSEN_SINK,
+    stages=(START_ON_STUDENT, _GENTLE_KL),
 )
 
 METHODS = {

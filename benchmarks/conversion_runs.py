@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.conversion_methods import CALIBRATION_TOKENS, SEQ_LENGTH, Conversion, Method, Stage
-from benchmarks.conversion_texts import KINDS, json_lines, write_sample
+from benchmarks.conversion_texts import KINDS, check_unseen, json_lines, write_sample
 from benchmarks.project_commands import ProjectCommands
 from spikingbrain_train.reporting.metrics import read_metrics
 
 WINDOW = 512
-_CHOICE_TOKENS = 8192
-"""That layers are chosen on; not trained on, and of none of the texts that methods are measured on."""
+_TOKENS_FOR_CHOICES = 16384
+"""Kept apart for choices of layers; not trained on, and of none of the texts that methods are measured on."""
 HELD_OUT_CHARACTERS = 48_000
 """Of each text: about 12k tokens, six windows."""
 EVALUATIONS = 4
@@ -81,12 +81,15 @@ class Bench:
         """Whatever runs share: tokens, checkpoints, the dense source's numbers."""
         data = self.output / "data"
         data.mkdir(parents=True, exist_ok=True)
-        self._tokenize(self.train_text, data / "train", "--valid-tokens", 2 * _CHOICE_TOKENS)
+        self._tokenize(self.train_text, data / "train", "--valid-tokens", _TOKENS_FOR_CHOICES)
         for name, prefix in self.valid.items():
             text = data / f"{name}.jsonl"
             if not text.is_file():
                 documents = KINDS[name]() if name in KINDS else json_lines(self.valid_text)
-                write_sample(documents, text, self.held_out_characters)
+                written = text.with_name(f".{name}.jsonl")
+                write_sample(documents, written, self.held_out_characters)
+                check_unseen(name, json_lines(written), json_lines(self.train_text))
+                written.replace(text)
             self._tokenize(text, prefix)
         if not (self.output / "dense").is_dir():
             self.commands.run("convert", "import", "--hf", self.model, "--output", self.output / "dense")
@@ -105,7 +108,7 @@ class Bench:
         """Take a method through all of its stages, or read what it gave.
 
         Args:
-            tokens: of all stages, calibration included.
+            tokens: that it reads in all, to choose layers and to calibrate included.
             seed: of the order of the text, and of new weights.
 
         Returns:
@@ -119,11 +122,12 @@ class Bench:
         if result.is_file():
             return json.loads(result.read_text())
         folder.mkdir(parents=True, exist_ok=True)
-        checkpoint, before, curve, seconds = self.output / method.conversion.name, 0, [], 0.0
-        for stage, steps in self._steps(method, tokens):
+        checkpoint, before = self.output / method.conversion.name, method.conversion.tokens_read
+        curve, seconds = [], 0.0
+        for stage, steps in self.steps(method, tokens):
             run, a_step = folder / stage.kind, self.size.sequences * stage.seq_length
             began = time.monotonic()
-            read = steps * a_step or stage.calibration_tokens
+            read = steps * a_step or CALIBRATION_TOKENS
             self._train(stage, steps, checkpoint, run, seed)
             seconds += time.monotonic() - began
             curve += list(self._curve(run, before if steps else before + read, a_step))
@@ -146,9 +150,10 @@ class Bench:
                 subprocess.run(["rm", "-r", "--", str(weights)], check=True)
         return done
 
-    def _steps(self, method: Method, tokens: int) -> Iterator[tuple[Stage, int]]:
+    def steps(self, method: Method, tokens: int) -> Iterator[tuple[Stage, int]]:
         """Steps of each stage; a start reads its tokens without one."""
-        left = tokens - sum(stage.calibration_tokens for stage in method.stages if stage.share == 0)
+        starts = sum(stage.share == 0 for stage in method.stages)
+        left = tokens - method.conversion.tokens_read - starts * CALIBRATION_TOKENS
         for stage in method.stages:
             wanted = left * stage.share
             if stage.share == 0:
@@ -209,14 +214,15 @@ class Bench:
     def _swaps(self, conversion: Conversion) -> list[object]:
         """Words of spikingbrain-convert import."""
         recipe = [f"sliding_window={WINDOW}", f"num_sink_tokens={conversion.sinks}"]
-        if not conversion.chosen:
+        if conversion.choice is None:
             return ["--conversion", "spikingbrain_7b", f"mixers=[{conversion.mixer},swa]", *recipe]
         choice = self.output / "choice" / conversion.name
         if not (choice / "conversion.yaml").is_file():
             data = self.output / "data"
             words: list[object] = ["choose-layers", "--model", self.model, "--output", choice]
-            words += ["--data", data / "train_valid", "--tokens", _CHOICE_TOKENS, "--seq-length", SEQ_LENGTH]
-            words += ["--calibration-data", data / "train_train", "--calibration-tokens", CALIBRATION_TOKENS]
+            words += ["--data", data / "train_valid", "--tokens", conversion.choice.tokens]
+            words += ["--seq-length", SEQ_LENGTH, "--calibration-data", data / "train_train"]
+            words += ["--calibration-tokens", conversion.choice.calibration_tokens]
             self.commands.run(*words, *recipe)
         return ["--conversion", choice / "conversion.yaml"]
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import re
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from pydoc_data.topics import topics
 
+import numpy as np
 import zstandard
 
 from spikingbrain_train.errors import DataError
@@ -22,6 +23,11 @@ from spikingbrain_train.errors import DataError
 DOCUMENT_CHARACTERS = 8000
 """Longer documents are cut there, so that a small set has many."""
 _SEED = 0
+_NGRAM = 13
+"""Words in a row that two texts rarely share by chance (GPT-3, arXiv 2005.14165, appendix C)."""
+_WORD = re.compile(r"\w+")
+MOST_KNOWN = 0.1
+"""Share of a text's n-grams that may occur in the text to train on; manuals of one project share a few."""
 
 
 def _debian(package: str, folder: str, suffixes: tuple[str, ...]) -> Iterator[str]:
@@ -53,9 +59,8 @@ def _debian(package: str, folder: str, suffixes: tuple[str, ...]) -> Iterator[st
 KINDS: dict[str, Callable[[], Iterator[str]]] = {
     "essays": lambda: _debian("anarchism", "usr/share/doc/anarchism/markdown", (".md",)),
     "git": lambda: _debian("git-doc", "usr/share/doc/git-doc", (".txt",)),
-    "topics": lambda: iter(topics[key] for key in sorted(topics)),
 }
-"""Essays, the manual of another project, Python's topics."""
+"""Essays, and the manual of another project than those that are trained on."""
 
 
 def json_lines(path: Path) -> Iterator[str]:
@@ -78,3 +83,35 @@ def write_sample(documents: Iterable[str], path: Path, characters: int) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text("".join(json.dumps({"text": text}) + "\n" for text in chosen), encoding="utf-8")
     temporary.replace(path)
+
+
+def check_unseen(name: str, documents: Iterable[str], trained: Iterable[str]) -> float:
+    """The share of a text's n-grams of words that occur in the text to train on.
+
+    Raises:
+        DataError: it is more than a tenth.
+    """
+    numbers: dict[str, int] = {}
+    known = np.unique(np.concatenate([_ngrams(document, numbers) for document in documents]))
+    found = np.zeros(len(known), bool)
+    for document in trained:
+        ngrams = _ngrams(document, numbers)
+        places = np.searchsorted(known, ngrams).clip(max=len(known) - 1)
+        found[places[known[places] == ngrams]] = True
+    share = float(found.mean())
+    if share > MOST_KNOWN:
+        raise DataError(
+            f"{share:.0%} of the runs of {_NGRAM} words of the text {name} occur in the text to train on; "
+            "measure on another one"
+        )
+    return share
+
+
+def _ngrams(document: str, numbers: dict[str, int]) -> np.ndarray:
+    """A hash of each n-gram: [N] uint64. ``numbers`` gives every word one, and learns new ones."""
+    found = [numbers.setdefault(word, len(numbers)) for word in _WORD.findall(document.lower())]
+    words = np.array(found, dtype=np.uint64)
+    hashes = np.zeros(max(0, len(words) - _NGRAM + 1), np.uint64)
+    for place in range(_NGRAM):  # wraps around, as is wanted
+        hashes = hashes * np.uint64(1099511628211) + words[place : len(hashes) + place] + np.uint64(1)
+    return hashes
