@@ -1,4 +1,4 @@
-"""torchrun and its ranks, forked from the process that has imported what is slow (tests/distributed/pool.py).
+"""torchrun, its ranks and single runs, forked from the process that has imported what is slow (pool.py).
 
 The agent is torchrun's own, with its rendezvous, restarts and signals, and every rank is a process that
 ``train.py`` begins in; only the start of an interpreter and its imports are left out. Real starts are those
@@ -40,6 +40,12 @@ class ForkedLaunch(Launch):
             if _lives(int(file.name)):
                 found[int(file.read_text())] = int(file.name)
         return found
+
+
+def start_alone(words: Sequence[str], variables: Mapping[str, str], log: Path) -> Fork:
+    """``python <words>`` without a launcher; what it says is added to a file."""
+    log.touch()
+    return Fork(_alone, [*words], dict(variables), log)
 
 
 class Fork:
@@ -97,13 +103,24 @@ def _launch(words: list[str], variables: dict[str, str], log: Path, ranks: Path)
 
 def _rank(words: list[str], variables: dict[str, str], log: Path, ranks: Path) -> None:
     """Be a rank."""
-    import torch
-
     _begin(variables, log)
     _show("RANK", "MASTER_PORT")
     written = ranks / f".{os.getpid()}"
     written.write_text(variables["RANK"])
     written.rename(ranks / str(os.getpid()))
+    _become(words)
+
+
+def _alone(words: list[str], variables: dict[str, str], log: Path) -> None:
+    """Be a process without others."""
+    _begin(variables, log)
+    _become(words)
+
+
+def _become(words: list[str]) -> None:
+    """Be the script."""
+    import torch
+
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # as where a program begins; loaders ask
     sys.argv = list(words)

@@ -26,6 +26,7 @@ from spikingbrain_train.reporting.metrics import METRICS_FILE, read_metrics
 from spikingbrain_train.storage.checkpoint_folder import latest_iteration
 from spikingbrain_train.training.callbacks.callback import Callback
 from spikingbrain_train.training.callbacks.stop_signals import STOPPING, StopSignals
+from tests.distributed.forked_launch import Fork, start_alone
 from tests.distributed.pool import RankPool
 from tests.distributed.small_runs import Remember, checkpoint_config, run_config, train
 
@@ -238,8 +239,9 @@ def _settings(folder: Path, text: Path) -> list[str]:
     ]
 
 
-def _start(folder: Path, text: Path, *launcher: str) -> subprocess.Popen[str]:
+def _start_torchrun(folder: Path, text: Path) -> subprocess.Popen[str]:
     arguments = _settings(folder, text)
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
     return subprocess.Popen(
         [sys.executable, *launcher, str(REPOSITORY / "train.py"), *arguments],
         cwd=folder,
@@ -251,12 +253,12 @@ def _start(folder: Path, text: Path, *launcher: str) -> subprocess.Popen[str]:
     )
 
 
-def _wait_for_steps(process: subprocess.Popen[str], folder: Path) -> None:
+def _wait_for_steps(process: subprocess.Popen[str] | Fork, folder: Path, log: Path | None = None) -> None:
     metrics, deadline = folder / "run" / METRICS_FILE, time.monotonic() + 200
     while not metrics.exists() or metrics.read_text().count("train/loss") < 3:
         if process.poll() is not None or time.monotonic() > deadline:
             process.kill()
-            raise AssertionError(process.communicate()[0])
+            raise AssertionError(process.communicate()[0] if log is None else log.read_text())
         time.sleep(0.1)
 
 
@@ -273,10 +275,16 @@ def _end(process: subprocess.Popen[str]) -> str:
 def test_a_process_that_is_asked_to_stop_saves_and_says_start_again(
     number: signal.Signals, tmp_path: Path, text: Path
 ) -> None:
-    process = _start(tmp_path, text)
-    _wait_for_steps(process, tmp_path)
-    process.send_signal(number)
-    output = _end(process)
+    variables = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    log = tmp_path / "log"
+    process = start_alone([str(REPOSITORY / "train.py"), *_settings(tmp_path, text)], variables, log)
+    try:
+        _wait_for_steps(process, tmp_path, log)
+        os.kill(process.pid, number)
+        process.wait(120)
+    finally:
+        process.kill()
+    output = log.read_text()
     assert process.returncode == START_AGAIN, output
     assert f"{number.name}: stopped at iteration" in output and "Traceback" not in output
     last = json.loads((tmp_path / "run" / METRICS_FILE).read_text().splitlines()[-1])
@@ -285,7 +293,7 @@ def test_a_process_that_is_asked_to_stop_saves_and_says_start_again(
 
 @pytest.mark.slow
 def test_torchrun_hands_its_signal_on_and_every_rank_ends_with_the_code(tmp_path: Path, text: Path) -> None:
-    process = _start(tmp_path, text, "-m", "torch.distributed.run", "--nproc-per-node", "2")
+    process = _start_torchrun(tmp_path, text)
     _wait_for_steps(process, tmp_path)
     process.send_signal(signal.SIGTERM)
     output = _end(process)
