@@ -37,6 +37,7 @@ from spikingbrain_train.config.model import (
 from spikingbrain_train.config.parallel import KernelConfig, ParallelConfig
 from spikingbrain_train.config.run import Precision
 from spikingbrain_train.config.stage import SparsityConfig, StageConfig
+from tests.distributed.pool import shares_its_world
 
 if TYPE_CHECKING:
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
@@ -292,6 +293,7 @@ def model_of_known_weights(
     return built
 
 
+@shares_its_world
 def loss_and_gradients(
     groups: ProcessGroups,
     case: Case,

@@ -15,7 +15,8 @@ A distributed test is one module-level function that runs on every rank::
 
 Importing torch and megatron-core takes seconds, so the processes live as long as the test session: a world
 of n ranks is the first n of them, with process groups of its own that are formed before the function runs and
-left after it. Each rank has one torch thread. Use the ``ranks`` fixture of tests/conftest.py.
+left after it, or taken over by the next one (:func:`shares_its_world`). Each rank has one torch thread. Use
+the ``ranks`` fixture of tests/conftest.py.
 """
 
 from __future__ import annotations
@@ -38,9 +39,14 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spikingbrain_train.config.parallel import ParallelConfig
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
+
+    from spikingbrain_train.parallel.process_groups import ProcessGroups
 
 SEED = 1234
 PRELOADED = ("spikingbrain_train.training.trainer", "torch._dynamo")
@@ -55,6 +61,7 @@ _LOG_LINES = 25
 _MAX_THREADS = 250
 _SHOWS_STACKS = signal.SIGUSR2  # SIGUSR1 is held back by a run in training, which is asked to stop by it
 _READY = "ready"
+_LEAVE = "leave"
 
 
 class RankFailure(AssertionError):
@@ -68,6 +75,26 @@ class _Rank:
     log: Path
 
 
+def shares_its_world(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark a function that leaves its groups as it has found them, and nothing under way, unless it raises.
+
+    The next such function on as many ranks with the same parallel degrees takes them over: to form them and
+    leave them takes four ranks as long as a step or two. Generators are seeded anew all the same.
+    """
+    vars(function)["shares_its_world"] = True
+    return function
+
+
+@dataclass(frozen=True)
+class _World:
+    """Ranks that are in groups."""
+
+    size: int
+    degrees: tuple[int | None, ...]
+    timeout: float
+    """Seconds, of its collectives."""
+
+
 @dataclass(frozen=True)
 class _Job:
     """One call of a test function, as it travels to the workers."""
@@ -78,6 +105,10 @@ class _Job:
     arguments: bytes
     parallel: ParallelConfig | None
     timeout: float
+    takes_over: bool
+    """Whether the rank is in its groups already."""
+    stays: bool
+    """Whether it stays in them."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +127,9 @@ class RankPool:
 
     def __init__(self) -> None:
         self._ranks: list[_Rank] = []
+        self._world: _World | None = None
+        """What the last function has left to the next one."""
+        self._store: TCPStore | None = None
         self._logs = tempfile.TemporaryDirectory(prefix="rank-pool-")
 
     def run(
@@ -122,14 +156,22 @@ class RankPool:
         """
         from torch.distributed import TCPStore
 
+        world = None
+        if parallel is not None and hasattr(function, "shares_its_world"):
+            world = _World(world_size, _degrees(parallel), timeout)
+        takes_over = world is not None and world == self._world
+        if not takes_over:
+            self._leave_world()
+            # The pool plays torchrun's agent and hosts the store, so no rank has to win a race for a port.
+            # Each world needs a fresh one: keys of the last would send ranks to addresses that are gone.
+            self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._start_missing(world_size)
-        # The pool plays torchrun's agent and hosts the store, so no rank has to win a race for a port. Each
-        # world needs a fresh one: keys of the last world would send ranks to addresses that are gone.
-        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        job = _make_job(function, arguments, parallel, timeout)
+        assert self._store is not None
+        job = _make_job(function, arguments, parallel, timeout, takes_over, stays=world is not None)
         for rank in range(world_size):
-            environment = _launcher_environment(rank, world_size, store.port)
+            environment = _launcher_environment(rank, world_size, self._store.port)
             self._ranks[rank].connection.send((job, environment))
+        self._world = None  # until all have done it
         reports = self._collect(world_size, timeout)
         problems = self._problems(reports, world_size, timeout)
         if problems:
@@ -139,6 +181,8 @@ class RankPool:
         if max(reports[rank].threads for rank in range(world_size)) > _MAX_THREADS:
             self._stop(self._ranks[:world_size])
             del self._ranks[:world_size]
+        else:
+            self._world = world
         return [pickle.loads(reports[rank].result or b"") for rank in range(world_size)]
 
     def close(self) -> None:
@@ -146,6 +190,16 @@ class RankPool:
         self._stop(self._ranks)
         self._ranks.clear()
         self._logs.cleanup()
+
+    def _leave_world(self) -> None:
+        """Have the ranks leave the groups that they are still in."""
+        if self._world is not None:
+            ranks = self._ranks[: self._world.size]
+            self._world = None
+            for rank in ranks:
+                rank.connection.send(_LEAVE)
+            for rank in ranks:
+                assert _says_ready(rank.connection), "a rank has not left its groups"
 
     def _start_missing(self, world_size: int) -> None:
         # One process imports the slow packages once and forks every rank from there, replacements too.
@@ -213,15 +267,40 @@ class RankPool:
             rank.process.join()
 
 
+def _degrees(parallel: ParallelConfig) -> tuple[int | None, ...]:
+    """What groups depend on."""
+    return (
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.virtual_pipeline_model_parallel_size,
+        parallel.context_parallel_size,
+        parallel.expert_model_parallel_size,
+        parallel.expert_tensor_parallel_size,
+        parallel.data_parallel_size,
+    )
+
+
 def _make_job(
-    function: Callable[..., Any], arguments: tuple[Any, ...], parallel: ParallelConfig | None, timeout: float
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    parallel: ParallelConfig | None,
+    timeout: float,
+    takes_over: bool,
+    stays: bool,
 ) -> _Job:
     module = sys.modules[function.__module__]
     assert module.__file__ is not None and function.__qualname__ == function.__name__, (
         f"{function.__qualname__} must be defined at the top level of a test module"
     )
     return _Job(
-        module.__name__, module.__file__, function.__name__, pickle.dumps(arguments), parallel, timeout
+        module.__name__,
+        module.__file__,
+        function.__name__,
+        pickle.dumps(arguments),
+        parallel,
+        timeout,
+        takes_over,
+        stays,
     )
 
 
@@ -278,16 +357,23 @@ def _serve(connection: Connection, log: str) -> None:
     torch.set_num_threads(1)
     gc.freeze()  # what is imported stays: collections after each job look at what the job left only
     connection.send(_READY)
+    kept: list[ProcessGroups] = []
     while True:
         try:
-            job, environment = connection.recv()
+            received = connection.recv()
         except (EOFError, OSError):
             return
-        report = _run(job, environment)
+        if received == _LEAVE:
+            kept.clear()
+            _clean_up(kept)
+            connection.send(_READY)
+            continue
+        report = _run(*received, kept)
         connection.send(replace(report, threads=len(os.listdir("/proc/self/task"))))
 
 
-def _run(job: _Job, environment: dict[str, str]) -> _Report:
+def _run(job: _Job, environment: dict[str, str], kept: list[ProcessGroups]) -> _Report:
+    """Do a job; ``kept`` holds the groups that this rank is in between two of them."""
     from spikingbrain_train.parallel import process_groups
     from spikingbrain_train.runtime.accelerator import detect
 
@@ -297,16 +383,44 @@ def _run(job: _Job, environment: dict[str, str]) -> _Report:
             arguments = pickle.loads(job.arguments)
             if job.parallel is None:
                 return _Report(pickle.dumps(function(*arguments)))
-            groups = process_groups.initialize(
-                job.parallel, detect("cpu"), seed=SEED, timeout_minutes=job.timeout / 60
-            )
-            return _Report(pickle.dumps(function(groups, *arguments)))
+            if job.takes_over:
+                (groups,) = kept
+                _begin_as_if_formed(job.parallel)
+            else:
+                groups = process_groups.initialize(
+                    job.parallel, detect("cpu"), seed=SEED, timeout_minutes=job.timeout / 60
+                )
+            result = pickle.dumps(function(groups, *arguments))
+            kept[:] = [groups] if job.stays else []
+            return _Report(result)
     except BaseException:
+        kept.clear()
         return _Report(None, traceback.format_exc())
     finally:
+        _clean_up(kept)
+
+
+def _begin_as_if_formed(parallel: ParallelConfig) -> None:
+    """What else :func:`process_groups.initialize` sets, and a function may have changed."""
+    import torch
+    from megatron.core import parallel_state
+
+    from spikingbrain_train.parallel import process_groups
+
+    torch.set_num_threads(1)
+    first = None if parallel.virtual_pipeline_model_parallel_size is None else 0
+    parallel_state.set_virtual_pipeline_model_parallel_rank(first)
+    process_groups._seed(SEED)
+
+
+def _clean_up(kept: list[ProcessGroups]) -> None:
+    """Leave all groups but those that are kept, and let go of models."""
+    from spikingbrain_train.parallel import process_groups
+
+    if not kept:
         process_groups.destroy()
-        _forget_loss_scale()
-        gc.collect()  # models are cyclic garbage that holds process groups, with their threads and sockets
+    _forget_loss_scale()
+    gc.collect()  # models are cyclic garbage that holds process groups, with their threads and sockets
 
 
 def _forget_loss_scale() -> None:

@@ -39,6 +39,7 @@ from spikingbrain_train.config.stage import StageConfig
 from spikingbrain_train.data.indexed import IndexedDatasetWriter
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.training.callbacks.callback import Callback
+from tests.distributed.pool import shares_its_world
 
 if TYPE_CHECKING:
     from spikingbrain_train.training.stages.losses import StepLosses
@@ -131,6 +132,7 @@ def run_config(output_dir: Path, data: Path, *, model: ModelConfig = MODEL, **ch
     return replace(config, **changes)
 
 
+@shares_its_world
 def train(
     groups: ProcessGroups, config: RunConfig, stop_after: int | None = None, saves_at_end: bool = True
 ) -> list[tuple[float, float]]:
@@ -153,6 +155,7 @@ def train(
     return remember.steps
 
 
+@shares_its_world
 def train_and_not_save(
     groups: ProcessGroups, config: RunConfig, stop_after: int | None = None
 ) -> list[tuple[float, float]]:

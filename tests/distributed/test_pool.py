@@ -13,7 +13,7 @@ from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.parallel import process_groups
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.runtime.accelerator import detect
-from tests.distributed.pool import RankFailure, RankPool
+from tests.distributed.pool import RankFailure, RankPool, shares_its_world
 
 
 def _sum_of_ranks(groups: ProcessGroups, scale: float) -> tuple[int, float]:
@@ -26,6 +26,11 @@ def _raise_on_last_rank(groups: ProcessGroups) -> None:
     if groups.rank == groups.world_size - 1:
         raise ValueError("this rank has no luck")
     torch.distributed.barrier()
+
+
+@shares_its_world
+def _raise_and_share(groups: ProcessGroups) -> None:
+    _raise_on_last_rank(groups)
 
 
 def _die(groups: ProcessGroups) -> None:
@@ -64,6 +69,38 @@ def test_processes_are_reused(ranks: RankPool) -> None:
         _sum_of_ranks, 1.0, world_size=2, parallel=ParallelConfig(tensor_model_parallel_size=2)
     )
     assert [pid for pid, _ in first] == [pid for pid, _ in second]
+
+
+@shares_its_world
+def _meeting_and_draw(groups: ProcessGroups) -> tuple[str, int, float]:
+    total = torch.ones(1)
+    torch.distributed.all_reduce(total, group=groups.collection.tp)
+    return os.environ["MASTER_PORT"], int(total.item()), torch.rand(1).item()
+
+
+def test_functions_that_share_their_world_take_it_over_in_the_same_topology_alone(ranks: RankPool) -> None:
+    split = ParallelConfig(tensor_model_parallel_size=2)
+
+    def met(world_size: int, parallel: ParallelConfig) -> tuple[str, int, float]:
+        first, *others = ranks.run(_meeting_and_draw, world_size=world_size, parallel=parallel)
+        assert {(port, total) for port, total, _ in others} <= {first[:2]}
+        return first
+
+    first, second = met(2, split), met(2, split)
+    assert first == second  # where they meet, and what the generators draw
+    assert met(2, ParallelConfig())[:2] != first[:2]
+    assert met(1, ParallelConfig())[1] == 1
+    four = met(4, split)
+    assert four[1] == 2 and four == met(4, split)
+    ranks.run(_sum_of_ranks, 1.0, world_size=2, parallel=split)  # shares none
+    assert met(2, split)[0] not in (first[0], four[0])
+
+
+def test_a_world_is_not_taken_over_from_a_function_that_has_failed(ranks: RankPool) -> None:
+    ranks.run(_meeting_and_draw, world_size=2, parallel=ParallelConfig())
+    with pytest.raises(RankFailure, match="this rank has no luck"):
+        ranks.run(_raise_and_share, world_size=2, parallel=ParallelConfig())
+    assert len(ranks.run(_meeting_and_draw, world_size=2, parallel=ParallelConfig())) == 2
 
 
 def test_tensors_travel_both_ways(ranks: RankPool) -> None:
