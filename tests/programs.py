@@ -196,7 +196,8 @@ def _serve(imported: Sequence[str]) -> None:
 def _warm_up() -> None:
     """Let Hydra, OmegaConf and the config's classes gather what they keep between two compositions.
 
-    And measure what a run reckons its MFU against, which takes each of its ranks more than a second.
+    And measure what a run reckons its MFU against, which takes each of its ranks one to three seconds, in the
+    formats that runs take: bf16 where nothing says which and this processor multiplies it.
     """
     from spikingbrain_train.config.compose import compose_run
     from spikingbrain_train.config.load import to_run_config
@@ -205,10 +206,13 @@ def _warm_up() -> None:
     if "torch" in sys.modules:
         import torch
 
+        from spikingbrain_train.runtime.accelerator import detect
+        from spikingbrain_train.runtime.bf16 import PARAMS_DTYPE, choose_precision
         from spikingbrain_train.training.throughput import measure_peak_tflops
 
         torch.set_num_threads(1)
-        measure_peak_tflops("cpu", torch.float32)
+        for dtype in {torch.float32, PARAMS_DTYPE[choose_precision(detect("cpu")).precision]}:
+            measure_peak_tflops("cpu", dtype)
 
 
 def _kill(child: int, folder: Path, text: str, delay: float) -> None:
