@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import wraps
+from typing import Any, TypeVar
 
 from spikingbrain_train.architecture.branches import branch_weights, in_order
 from spikingbrain_train.architecture.feed_forwards import FEED_FORWARDS, FeedForwardKind
@@ -14,6 +18,43 @@ from spikingbrain_train.architecture.mixers import MIXERS, MixerKind
 from spikingbrain_train.architecture.weights import Split, Weight
 from spikingbrain_train.config.linear_transforms import Projection
 from spikingbrain_train.config.model import ModelConfig
+
+_Listed = TypeVar("_Listed")
+_of_models: ContextVar[dict[Hashable, tuple[ModelConfig, Any]] | None] = ContextVar("of_models", default=None)
+
+
+@contextmanager
+def unchanged_models() -> Iterator[None]:
+    """Until the end of the block no model is changed in place: its layers and their weights are listed once.
+
+    A search of layouts asks for the same lists tens of thousands of times, which would be most of its time.
+    """
+    if _of_models.get() is not None:
+        yield  # inside another one
+        return
+    token = _of_models.set({})
+    try:
+        yield
+    finally:
+        _of_models.reset(token)
+
+
+def _listed_once(make: Callable[..., _Listed]) -> Callable[..., _Listed]:
+    """``make``, whose last argument is a model, for each model once within :func:`unchanged_models`."""
+
+    @wraps(make)
+    def of_model(*arguments: Any) -> _Listed:
+        known = _of_models.get()
+        if known is None:
+            return make(*arguments)
+        *others, model = arguments
+        key = (make, *others, id(model))
+        if key not in known:
+            known[key] = model, make(*arguments)  # who holds the model keeps its id from another one
+        listed: _Listed = known[key][1]
+        return listed
+
+    return of_model
 
 
 @dataclass(frozen=True)
@@ -40,14 +81,17 @@ class Layer:
         """What decides the mixers' parameters."""
         return tuple(kind.family for kind in self.mixers)
 
+    @_listed_once
     def mixer_weights(self, model: ModelConfig) -> tuple[Weight, ...]:
         """Parameters of the mixer or its branches, below ``self_attention.``."""
         return tuple(weight.below("self_attention.") for weight in branch_weights(model, self.mixers))
 
+    @_listed_once
     def feed_forward_weights(self, model: ModelConfig) -> tuple[Weight, ...]:
         """Parameters of the feed-forward, below ``mlp.``."""
         return tuple(weight.below("mlp.") for weight in self.feed_forward.weights(model))
 
+    @_listed_once
     def weights(self, model: ModelConfig) -> tuple[Weight, ...]:
         """All parameters of the layer, in the order of the forward pass."""
         found = (
@@ -74,6 +118,11 @@ def layers(model: ModelConfig) -> list[Layer]:
     Raises:
         ConfigurationError: a kind is not known.
     """
+    return list(_layers(model))
+
+
+@_listed_once
+def _layers(model: ModelConfig) -> tuple[Layer, ...]:
     known: dict[tuple[Sequence[str], str], Layer] = {}
     found = []
     for branches, feed_forward in zip(model.layer_mixers(), model.layer_feed_forwards(), strict=True):
@@ -82,7 +131,7 @@ def layers(model: ModelConfig) -> list[Layer]:
             kinds = in_order([MIXERS[name] for name in branches])
             known[key] = Layer(kinds, FEED_FORWARDS[feed_forward])
         found.append(known[key])
-    return found
+    return tuple(found)
 
 
 def alike(among: Iterable[Layer]) -> Iterator[tuple[Layer, int]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 from math import prod
 
 from spikingbrain_train.architecture.initializers import Initializer
@@ -95,7 +96,7 @@ class Weight:
         """Whether a dense source does not have it."""
         return self.init is not None
 
-    @property
+    @cached_property
     def shape(self) -> Shape:
         """Shape over all ranks, without vocabulary padding; [experts, rows, columns] of routed experts."""
         stacked = [sum(shape[0] for shape in self.shapes), *self.shapes[0][1:]]
@@ -106,7 +107,7 @@ class Weight:
         stacked[self.copies.channel_axis] *= self.copies.number
         return tuple(stacked)
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """Elements over all ranks."""
         return prod(self.shape)
@@ -144,13 +145,15 @@ class Weight:
 
     def numel_on_rank(self, parallel: ParallelConfig) -> int:
         """Elements on one rank that holds a part of it."""
-        parts = {
-            Split.none: 1,
-            Split.tensor: parallel.tensor_model_parallel_size,
-            Split.experts: parallel.expert_model_parallel_size * parallel.expert_tensor_size,
-            Split.whole_experts: parallel.expert_model_parallel_size,
-        }
-        return self.numel // parts[self.split]
+        if self.split is Split.none:
+            return self.numel
+        if self.split is Split.tensor:
+            return self.numel // parallel.tensor_model_parallel_size
+        experts = parallel.expert_model_parallel_size
+        if self.split is Split.experts:
+            return self.numel // (experts * parallel.expert_tensor_size)
+        assert self.split is Split.whole_experts
+        return self.numel // experts
 
     def below(self, prefix: str) -> Weight:
         """The same weight with ``prefix`` in front of its name."""

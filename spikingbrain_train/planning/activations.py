@@ -112,30 +112,24 @@ def activation_bytes(config: RunConfig, stage: int, micro_batches: int) -> float
     tensor, stages = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     element, tokens = bytes_per_element(config.precision), rank_tokens(config)
     described = all_layers(model)
-    kept = [
-        _kept(config, [described[layer] for layer in layers])
-        for layers in virtual_stage_layers(model, parallel, stage)
-    ]
+    here = list(dict.fromkeys(layers_of_stage(model, parallel, stage)))
+    activations = {layer: layer_activations(config, layer) for layer in here}
+    copies = {layer: layer_weight_copies(config, layer) for layer in here}
+    kept = []
+    for numbers in virtual_stage_layers(model, parallel, stage):
+        # The last layer's output goes to the next stage, or is what the final norm keeps.
+        row = row_bytes(config) + model.kv_channels * FP32  # and rotary angles
+        of_weights = 0.0
+        for layer, number in alike(described[each] for each in numbers):
+            row += number * activations[layer].kept
+            of_weights += number * copies[layer].kept
+        kept.append(tokens * row + of_weights)
     total = most_in_flight(kept, stage, stages, micro_batches)
-    here = [layer for layer, _ in alike(layers_of_stage(model, parallel, stage))]
-    total += tokens * max(
-        layer_activations(config, layer).recomputed + layer_working(config, layer) for layer in here
-    )
-    total += max(layer_weight_copies(config, layer).recomputed for layer in here)
+    total += tokens * max(activations[layer].recomputed + layer_working(config, layer) for layer in here)
+    total += max(copies[layer].recomputed for layer in here)
     if stage == stages - 1:
         rows = model.padded_vocab_size(tensor) / tensor
         # The logits of one chunk, which become their gradient; the gradients of projection and hidden states.
         total += min(tokens * rows * element, _LOSS_CHUNK_BYTES)
         total += (rows + tokens) * model.hidden_size * element
     return total
-
-
-def _kept(config: RunConfig, layers: Iterable[Layer]) -> float:
-    """Bytes that the layers of one (virtual) stage keep of one micro-batch."""
-    # The last layer's output goes to the next stage, or is what the final norm keeps.
-    row = row_bytes(config) + config.model.kv_channels * FP32  # and rotary angles
-    copies = 0.0
-    for layer, number in alike(layers):
-        row += number * layer_activations(config, layer).kept
-        copies += number * layer_weight_copies(config, layer).kept
-    return rank_tokens(config) * row + copies

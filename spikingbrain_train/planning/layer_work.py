@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cache
+from itertools import accumulate
 from typing import Any
 
 from spikingbrain_train.architecture.context_traffic import NO_TRAFFIC, ContextTraffic
@@ -46,7 +47,7 @@ class ModelWork:
         self.of_layers = {layer: self._work(layer, length) for layer in set(self.layers)}
         self.parameters_of = cache(self._parameters_of)
         self.parameters_around = cache(self._parameters_around)
-        self.parameters_between = cache(self._parameters_between)
+        self.parameters_until = cache(self._parameters_until)
         self.known_seconds: dict[Hashable, Any] = {}
         """What planning/step_time.py has reckoned of the layers, which stages and sharding do not change."""
 
@@ -73,12 +74,11 @@ class ModelWork:
                 others += weight.numel_on_rank(parallel)
         return experts, others
 
-    def _parameters_between(
-        self, start: int, end: int, tensor: int, expert: int, expert_tensor: int
-    ) -> tuple[int, int]:
-        """Those of the layers ``start`` to ``end``, the last one not among them."""
-        found = [self.parameters_of(each, tensor, expert, expert_tensor) for each in self.layers[start:end]]
-        return sum(experts for experts, _ in found), sum(others for _, others in found)
+    def _parameters_until(self, tensor: int, expert: int, expert_tensor: int) -> tuple[list[int], list[int]]:
+        """Those of the first 0, 1, 2 ... layers: (of routed experts, all others)."""
+        each = [self.parameters_of(layer, tensor, expert, expert_tensor) for layer in self.layers]
+        experts, others = zip(*each, strict=True)
+        return list(accumulate(experts, initial=0)), list(accumulate(others, initial=0))
 
     def _parameters_around(self, tensor: int, stages: int, stage: int) -> int:
         """Parameters of a rank that are in no layer: embedding, sinks, final norm, output projection."""

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from spikingbrain_train.architecture.layers import unchanged_models
 from spikingbrain_train.config.parallel import EngineKind, Recompute
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.errors import SpikingBrainError
@@ -43,6 +44,7 @@ def _value(value: Any) -> str:
     return value.name if isinstance(value, Recompute) else str(value)
 
 
+@unchanged_models()
 def remedies(plan: Plan, device: DeviceMemory) -> list[Remedy]:
     """Changes of one idea each, the one that leaves the fullest rank the least first.
 
@@ -60,6 +62,7 @@ def remedies(plan: Plan, device: DeviceMemory) -> list[Remedy]:
     return sorted(best.values(), key=lambda remedy: remedy.needed)
 
 
+@unchanged_models()
 def together(found: list[Remedy], device: DeviceMemory) -> Remedy | None:
     """The remedies that save most, one on top of the other until all ranks fit; None where they never do.
 

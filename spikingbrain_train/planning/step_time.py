@@ -33,12 +33,12 @@ own FLOPs, forward and backward, windows and causality in them, and no recomputa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import accumulate, pairwise
 
 from spikingbrain_train.architecture.layers import Layer
 from spikingbrain_train.architecture.sizes import FP32, bytes_per_element, rank_tokens
-from spikingbrain_train.config.parallel import Recompute
+from spikingbrain_train.config.parallel import ParallelConfig, Recompute
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.planning.costs import layers_per_stage
@@ -77,44 +77,22 @@ class StepTime:
 
 
 @dataclass(frozen=True)
-class _Stage:
-    """Seconds of a (virtual) pipeline stage for one micro-batch."""
+class _LayerSeconds:
+    """Of one layer for one micro-batch."""
 
     forward: float
     """Arithmetic of the forward pass."""
-    recomputation: float
-    communication: float
-
-    @property
-    def arithmetic(self) -> float:
-        return 3 * self.forward
-
-    @property
-    def seconds(self) -> float:
-        return self.arithmetic + self.recomputation + self.communication
-
-
-@dataclass(frozen=True)
-class _LayerSeconds:
-    """Of one layer, or of several, for one micro-batch."""
-
-    forward: float
     recomputed: float
     communication: float
 
-    def __add__(self, other: _LayerSeconds) -> _LayerSeconds:
-        return _LayerSeconds(
-            self.forward + other.forward,
-            self.recomputed + other.recomputed,
-            self.communication + other.communication,
-        )
 
-    def __sub__(self, other: _LayerSeconds) -> _LayerSeconds:
-        return _LayerSeconds(
-            self.forward - other.forward,
-            self.recomputed - other.recomputed,
-            self.communication - other.communication,
-        )
+@dataclass(frozen=True)
+class _Seconds:
+    """Of the first 0, 1, 2 ... layers, or of each (virtual) pipeline stage, for one micro-batch."""
+
+    forward: list[float]
+    recomputed: list[float]
+    communication: list[float]
 
 
 def step_time(
@@ -141,24 +119,24 @@ def step_time(
     ends = [0, *accumulate(layers_per_stage(config.model, parallel))]
     stages = _stages(work, config, world_size, ends, of_layers, network, speed)
     ranks = parallel.pipeline_model_parallel_size
-    of_stages = [each.seconds for each in stages]
-    rounds = [of_stages[first : first + ranks] for first in range(0, len(stages), ranks)]
+    arithmetic_of = [3 * forward for forward in stages.forward]
+    parts = zip(arithmetic_of, stages.recomputed, stages.communication, strict=True)
+    of_stages = [arithmetic + recomputed + sent for arithmetic, recomputed, sent in parts]
+    rounds = [of_stages[first : first + ranks] for first in range(0, len(of_stages), ranks)]
     paces = [max(together) for together in rounds]
     pipeline = micro_batches * sum(paces) + sum(rounds[0]) - paces[0]
-    layers = list(pairwise(ends))
+    exchanges = _exchanges(work, config, world_size, ends, network)
     seconds = pipeline + max(
-        _data_parallel_seconds(
-            work, config, world_size, rank, layers[rank::ranks], network, stages[rank::ranks]
-        )
-        for rank in range(ranks)
+        _not_hidden(parallel, exchange, sum(stages.forward[rank::ranks]))
+        for rank, exchange in enumerate(exchanges)
     )
 
     def mean(values: Sequence[float]) -> float:
         return sum(values) / ranks
 
-    arithmetic = micro_batches * mean([each.arithmetic for each in stages])
-    recomputation = micro_batches * mean([each.recomputation for each in stages])
-    communication = micro_batches * mean([each.communication for each in stages])
+    arithmetic = micro_batches * mean(arithmetic_of)
+    recomputation = micro_batches * mean(stages.recomputed)
+    communication = micro_batches * mean(stages.communication)
     communication += seconds - pipeline
     return StepTime(
         seconds=seconds,
@@ -168,6 +146,26 @@ def step_time(
         bubble=max(0.0, seconds - arithmetic - recomputation - communication),
         mfu=arithmetic * efficiency / seconds,
     )
+
+
+def least_time(
+    work: ModelWork, config: RunConfig, world_size: int, network: Network, efficiency: float = EFFICIENCY
+) -> float:
+    """Seconds that :func:`step_time` is not below: as if no rank waited for another, nor for its weights.
+
+    Arguments and errors are those of :func:`step_time`; it looks at no stage and at no rank.
+    """
+    parallel, stage = config.parallel, config.stage
+    speed = peak_flops(config) * efficiency
+    of_layers = _seconds_of_layers(work, config, network, speed)
+    text = stage.micro_batch_size * stage.seq_length / parallel.context_parallel_size
+    output = work.output_flops * text / parallel.tensor_model_parallel_size / speed
+    a_micro_batch = 3 * (of_layers.forward[-1] + output) + of_layers.recomputed[-1]
+    a_micro_batch += of_layers.communication[-1]
+    replicas = world_size // parallel.model_parallel_size
+    micro_batches = stage.global_batch_size // (stage.micro_batch_size * replicas)
+    # Sums in another order may differ in their last digits.
+    return (1 - 1e-9) * micro_batches * a_micro_batch / parallel.pipeline_model_parallel_size
 
 
 def peak_flops(config: RunConfig) -> float:
@@ -180,9 +178,7 @@ def peak_flops(config: RunConfig) -> float:
     return config.cluster.peak_tflops * 1e12
 
 
-def _seconds_of_layers(
-    work: ModelWork, config: RunConfig, network: Network, speed: float
-) -> list[_LayerSeconds]:
+def _seconds_of_layers(work: ModelWork, config: RunConfig, network: Network, speed: float) -> _Seconds:
     """Of the first 0, 1, 2 ... layers on a rank, remembered: thousands of layouts share them."""
     parallel = config.parallel
     key = (
@@ -192,9 +188,14 @@ def _seconds_of_layers(
     )
     if key not in work.known_seconds:
         each = {layer: _layer_seconds(work, config, layer, network, speed) for layer in work.of_layers}
-        of_layers = (each[layer] for layer in work.layers)
-        work.known_seconds[key] = list(accumulate(of_layers, initial=_LayerSeconds(0.0, 0.0, 0.0)))
-    return work.known_seconds[key]
+        work.known_seconds[key] = _Seconds(
+            *(
+                list(accumulate((getattr(each[layer], part.name) for layer in work.layers), initial=0.0))
+                for part in fields(_LayerSeconds)
+            )
+        )
+    found: _Seconds = work.known_seconds[key]
+    return found
 
 
 def _layer_seconds(
@@ -239,10 +240,10 @@ def _stages(
     config: RunConfig,
     world_size: int,
     ends: Sequence[int],
-    of_layers: list[_LayerSeconds],
+    of_layers: _Seconds,
     network: Network,
     speed: float,
-) -> list[_Stage]:
+) -> _Seconds:
     parallel = config.parallel
     tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     ranks = parallel.pipeline_model_parallel_size
@@ -252,58 +253,72 @@ def _stages(
     message = rank_tokens(config) * config.model.hidden_size * bytes_per_element(config.precision) / shared
     stages = len(ends) - 1
     # From each stage to the next one: the rank behind, or from the last rank back to the first.
-    distances = [world_size // ranks * (1 if stage % ranks else ranks - 1) for stage in range(1, stages)]
-    hops = [0.0, *(network.send_seconds(distance, message) for distance in distances), 0.0]
-    found = []
-    for stage, (start, end) in enumerate(pairwise(ends)):
-        layers = of_layers[end] - of_layers[start]
-        found.append(
-            _Stage(
-                forward=layers.forward + (output if stage == stages - 1 else 0.0),
-                recomputation=layers.recomputed,
-                # To and from each neighbour once in a micro-batch; receiving is part of its sending.
-                communication=layers.communication + hops[stage] + hops[stage + 1],
-            )
-        )
-    return found
+    ahead = network.send_seconds(world_size // ranks, message)
+    back = network.send_seconds(world_size // ranks * (ranks - 1), message)
+    hops = [0.0, *(ahead if stage % ranks else back for stage in range(1, stages)), 0.0]
+    forward = _differences(of_layers.forward, ends)
+    forward[-1] += output
+    sent = zip(_differences(of_layers.communication, ends), pairwise(hops), strict=True)
+    # To and from each neighbour once in a micro-batch; receiving is part of its sending.
+    communication = [inside + before + behind for inside, (before, behind) in sent]
+    return _Seconds(forward, _differences(of_layers.recomputed, ends), communication)
 
 
-def _data_parallel_seconds(
-    work: ModelWork,
-    config: RunConfig,
-    world_size: int,
-    pipeline_rank: int,
-    layers: Sequence[tuple[int, int]],
-    network: Network,
-    stages: Sequence[_Stage],
-) -> float:
-    """What exchanging gradients and weights adds to a step of a rank, behind what hides it.
+def _differences(until: Sequence[float], ends: Sequence[int]) -> list[float]:
+    """Of each stage, of what there is until each layer."""
+    return [until[end] - until[start] for start, end in pairwise(ends)]
 
-    Args:
-        layers: of each of its stages, from one to another.
+
+def _exchanges(
+    work: ModelWork, config: RunConfig, world_size: int, ends: Sequence[int], network: Network
+) -> list[tuple[float, float]]:
+    """Of each pipeline rank the seconds of reducing gradients and of gathering weights once a step.
+
+    Remembered: layouts that differ in recomputation and micro-batches share them.
     """
     parallel = config.parallel
     tensor, ranks = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     expert, expert_tensor = parallel.expert_model_parallel_size, parallel.expert_tensor_size
-    experts, others = 0, work.parameters_around(tensor, ranks, pipeline_rank)
-    for start, end in layers:
-        found = work.parameters_between(start, end, tensor, expert, expert_tensor)
-        experts, others = experts + found[0], others + found[1]
-    forward = sum(each.forward for each in stages)
-    stage_ranks = world_size // ranks
+    sharded = parallel.use_distributed_optimizer
+    key = (tensor, ranks, expert, expert_tensor, sharded, world_size, network, tuple(ends))
+    if key in work.known_seconds:
+        known: list[tuple[float, float]] = work.known_seconds[key]
+        return known
+    stage_ranks, width = world_size // ranks, bytes_per_element(config.precision)
     groups = (
-        (others, Group(stage_ranks // tensor, tensor)),
-        (experts, Group(stage_ranks // (expert * expert_tensor), expert * expert_tensor)),
+        Group(stage_ranks // tensor, tensor),
+        Group(stage_ranks // (expert * expert_tensor), expert * expert_tensor),
     )
-    reduced = gathered = 0.0
-    width = bytes_per_element(config.precision)
-    for parameters, group in groups:
-        passed_on = parameters * (group.size - 1) / group.size
-        if parallel.use_distributed_optimizer:
-            reduced += network.ring_seconds(group, passed_on * FP32)
-            gathered += network.ring_seconds(group, passed_on * width)
-        else:
-            reduced += network.ring_seconds(group, 2 * passed_on * FP32)
+    of_experts, of_others = work.parameters_until(tensor, expert, expert_tensor)
+    layers = list(pairwise(ends))
+    found = []
+    for rank in range(ranks):
+        mine = layers[rank::ranks]
+        experts = sum(of_experts[end] - of_experts[start] for start, end in mine)
+        others = sum(of_others[end] - of_others[start] for start, end in mine)
+        others += work.parameters_around(tensor, ranks, rank)
+        reduced = gathered = 0.0
+        for parameters, group in zip((others, experts), groups, strict=True):
+            passed_on = parameters * (group.size - 1) / group.size
+            if sharded:
+                reduced += network.ring_seconds(group, passed_on * FP32)
+                gathered += network.ring_seconds(group, passed_on * width)
+            else:
+                reduced += network.ring_seconds(group, 2 * passed_on * FP32)
+        found.append((reduced, gathered))
+    work.known_seconds[key] = found
+    return found
+
+
+def _not_hidden(parallel: ParallelConfig, exchange: tuple[float, float], forward: float) -> float:
+    """What exchanging gradients and weights adds to a step of a rank, behind what hides it.
+
+    Args:
+        parallel: degrees, and what overlaps.
+        exchange: seconds of reducing and of gathering.
+        forward: seconds of its forward pass for one micro-batch, of all its stages.
+    """
+    reduced, gathered = exchange
     if parallel.overlap_grad_reduce:
         reduced = max(0.0, reduced - 2 * forward)
     if parallel.overlap_param_gather:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from spikingbrain_train.architecture.branches import branch_names, in_order, initial_branch_weights
 from spikingbrain_train.architecture.feed_forwards import FEED_FORWARDS
-from spikingbrain_train.architecture.layers import Layer, model_weights
+from spikingbrain_train.architecture.layers import Layer, layers, model_weights, unchanged_models
 from spikingbrain_train.architecture.mixers import MIXERS
 from spikingbrain_train.architecture.model_checks import check_kinds
 from spikingbrain_train.architecture.weights import ONE_RANK, Copies, Split, Weight
@@ -53,6 +54,17 @@ def test_a_weight_is_counted_over_all_ranks_on_one_and_per_token() -> None:
 def test_shared_experts_lie_side_by_side() -> None:
     down = Weight("fc2", ("down",), ((4, 6),), "", copies=Copies(3, routed=False, channel_axis=1))
     assert down.shape == (4, 18)
+
+
+def test_of_models_that_do_not_change_weights_are_listed_once() -> None:
+    narrow = model("tiny_hybrid")
+    wide = replace(narrow, ffn_hidden_size=2 * narrow.ffn_hidden_size)
+    with unchanged_models():
+        listed = {id(each): layers(each)[0].weights(each) for each in (narrow, wide)}
+        assert all(layers(each)[0].weights(each) is listed[id(each)] for each in (narrow, wide))
+    assert listed[id(narrow)] == layers(narrow)[0].weights(narrow) != listed[id(wide)]
+    narrow.ffn_hidden_size *= 2  # behind the block models may change again
+    assert layers(narrow)[0].weights(narrow) == listed[id(wide)]
 
 
 @pytest.mark.parametrize("choice", ["tiny_hybrid", "tiny_76b", "spikingbrain_76b"])

@@ -5,12 +5,15 @@ from __future__ import annotations
 import itertools
 import json
 import shlex
+from collections import Counter
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from spikingbrain_train.architecture.layers import layers as layers_of
 from spikingbrain_train.config.compose import compose_run
 from spikingbrain_train.config.load import to_run_config
 from spikingbrain_train.config.parallel import Recompute
@@ -22,8 +25,9 @@ from spikingbrain_train.planning.layer_work import ModelWork, recomputed_flops
 from spikingbrain_train.planning.layouts.command_line import plan_parallel
 from spikingbrain_train.planning.layouts.layout import Layout
 from spikingbrain_train.planning.layouts.search import Search, check_search, search
+from spikingbrain_train.planning.layouts.space import Rejections, layouts
 from spikingbrain_train.planning.planner import plan_run
-from spikingbrain_train.planning.step_time import EFFICIENCY, step_time
+from spikingbrain_train.planning.step_time import EFFICIENCY, least_time, step_time
 from spikingbrain_train.planning.topology import Network
 from tests.planning.test_memory_of_a_step import SPREAD
 
@@ -116,6 +120,42 @@ def test_the_search_finds_what_brute_force_finds(model: str, memory_gib: float) 
     assert seconds == sorted(seconds)
     everything = search(config, GPUS, 1000, EFFICIENCY, everything=True)
     assert [each.time.seconds for each in everything.found] == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("model", ["tiny_hybrid", "tiny_76b"])
+def test_weights_are_listed_once_and_not_for_every_layout(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Listing them was most of a search. Each different layer asks its kinds once."""
+    config = small(model, 0.05)
+    asked: Counter[str] = Counter()
+    kinds = {kind for layer in layers_of(config.model) for kind in (*layer.mixers, layer.feed_forward)}
+    for kind, of_kind in {type(kind): type(kind).weights for kind in kinds}.items():
+
+        def weights(self: Any, *given: Any, listed: Any = of_kind, **named: Any) -> Any:
+            asked[self.name] += 1
+            return listed(self, *given, **named)
+
+        monkeypatch.setattr(kind, "weights", weights)
+    found = search(config, GPUS, 3, EFFICIENCY)
+    assert found.tried > 50 and asked.keys() == {kind.name for kind in kinds}
+    different = set(layers_of(config.model))
+    assert asked == {
+        kind.name: sum(kind in (*layer.mixers, layer.feed_forward) for layer in different) for kind in kinds
+    }
+
+
+@pytest.mark.parametrize("model", ["tiny_hybrid", "tiny_76b"])
+def test_no_layout_takes_less_than_the_bound_by_which_it_is_looked_at(model: str) -> None:
+    config = small(model, 0.05)
+    work, network = ModelWork(config), Network.of(config.cluster)
+    for gpus in (1, GPUS):
+        for layout in layouts(config, gpus, work, Rejections(), everything=True):
+            run = layout.run(config, gpus)
+            least, time = least_time(work, run, gpus, network), step_time(work, run, gpus, network)
+            assert least <= time.seconds
+            if gpus == 1:  # which waits for none and exchanges nothing
+                assert least == pytest.approx(time.seconds, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", SPREAD)

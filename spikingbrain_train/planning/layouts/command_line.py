@@ -161,9 +161,10 @@ def _searches(parsed: argparse.Namespace) -> list[Search]:
     if len(batches) == 1:
         batches = batches * len(parsed.gpus)
     work: ModelWork | None = None
+    configs = {batch: check_search(_config(_settings(parsed, batch))) for batch in dict.fromkeys(batches)}
     searches = []
     for gpus, batch in zip(parsed.gpus, batches, strict=True):
-        config = check_search(_config(_settings(parsed, batch)))
+        config = configs[batch]
         _check_nodes(config, gpus)
         work = work or ModelWork(config)
         found = search(config, gpus, parsed.top if len(parsed.gpus) == 1 else 1, parsed.efficiency, work)

@@ -1,7 +1,8 @@
-"""The fastest layouts that fit: times of all, then memory from the fastest on. Without torch.
+"""The fastest layouts that fit: bounds of all times, then times and memory in their order. Without torch.
 
-A time is some arithmetic, the memory of a run its whole plan, so the search reckons all times first and asks
-for memory in their order until it has as many as were asked for. It asks what plans and dry runs ask: the
+A time is some arithmetic, the memory of a run its whole plan, so the search asks for memory in the order of
+times until it has as many as were asked for. A time is reckoned when what it is at least
+(``step_time.least_time``) makes it the next one. It asks what plans and dry runs ask: the
 checks of a run (planning/checks.py), the estimate of every stage (planning/memory.py) and the margin of a
 device (planning/fit.py). Recomputing more and smaller micro-batches never take more memory, so one layout
 that does not fit tells of others.
@@ -9,8 +10,11 @@ that does not fit tells of others.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from heapq import heapify, heappop, heappush
 
+from spikingbrain_train.architecture.layers import unchanged_models
 from spikingbrain_train.architecture.linear_transforms import freezes_base
 from spikingbrain_train.config.parallel import Recompute
 from spikingbrain_train.config.run import RunConfig
@@ -18,13 +22,13 @@ from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.planning.checks import check_run_config
 from spikingbrain_train.planning.fit import DeviceMemory, Fit, device_memory
 from spikingbrain_train.planning.layer_work import ModelWork
-from spikingbrain_train.planning.layouts.layout import Layout
+from spikingbrain_train.planning.layouts.layout import Layout, Runs
 from spikingbrain_train.planning.layouts.space import Rejections, layouts
 from spikingbrain_train.planning.memory import GIB, estimate_memory
 from spikingbrain_train.planning.planner import Plan, plan_run
 from spikingbrain_train.planning.precision import expected_precision
 from spikingbrain_train.planning.stages.registry import kind_of
-from spikingbrain_train.planning.step_time import StepTime, peak_flops, step_time
+from spikingbrain_train.planning.step_time import StepTime, least_time, peak_flops, step_time
 from spikingbrain_train.planning.topology import Network
 from spikingbrain_train.reporting.activity import activity
 
@@ -115,29 +119,31 @@ def search(
         work: of its model, from an earlier search with the same model and length.
         everything: try what is never better, too.
     """
-    work = ModelWork(config) if work is None else work
+    with unchanged_models():
+        work = ModelWork(config) if work is None else work
+        return _search(config, world_size, top, efficiency, work, everything=everything)
+
+
+def _search(
+    config: RunConfig, world_size: int, top: int, efficiency: float, work: ModelWork, *, everything: bool
+) -> Search:
     device = device_memory(config.cluster, world_size)
     assert device is not None  # check_search
-    network, rejections = Network.of(config.cluster), Rejections()
-    timed: list[tuple[float, int, Layout, StepTime]] = []
+    runs = Runs(config, world_size)
+    times, rejections = _Times(work, runs, world_size, Network.of(config.cluster), efficiency), Rejections()
     with activity("reckoning the time of", unit="layouts") as progress:
         for layout in layouts(config, world_size, work, rejections, everything=everything):
             progress.advance()
             try:
-                time = step_time(work, layout.run(config, world_size), world_size, network, efficiency)
+                times.add(layout)
             except ConfigurationError as error:
                 rejections.refused(error)
-                continue
-            # Of layouts that are equally fast the one with the fewest degrees.
-            degrees = layout.tensor * layout.context + layout.pipeline + layout.expert
-            timed.append((round(time.seconds, 6), degrees, layout, time))
-    timed.sort(key=lambda each: each[:2])
-    memory = _Memory(config, world_size, device)
+    memory = _Memory(runs, world_size, device)
     found: list[Found] = []
     listed: set[tuple[int, ...]] = set()
     looked = slower_forms = 0
-    with activity("asking for the memory of", len(timed), "layouts") as progress:
-        for _, _, layout, time in timed:
+    with activity("asking for the memory of", times.number, "layouts") as progress:
+        for layout, time in times.fastest_first():
             looked += 1
             progress.advance()
             if layout.degrees in listed:
@@ -145,7 +151,7 @@ def search(
                 continue
             if memory.refuses(layout, rejections):
                 continue
-            run = replace(layout.run(config, world_size), dry_run=True, dry_run_rank=0)
+            run = replace(runs.of(layout), dry_run=True, dry_run_rank=0)
             try:
                 check_run_config(run, world_size)
             except ConfigurationError as error:
@@ -155,16 +161,47 @@ def search(
             listed.add(layout.degrees)
             if len(found) == top:
                 break
-    slower = len(timed) - looked + slower_forms
+    slower = times.number - looked + slower_forms
     smallest = None if found else memory.smallest
-    return Search(config, world_size, device, found, len(timed), slower, rejections, smallest)
+    return Search(config, world_size, device, found, times.number, slower, rejections, smallest)
+
+
+class _Times:
+    """Layouts by the time of a step, which is reckoned of those alone that may be the next."""
+
+    def __init__(
+        self, work: ModelWork, runs: Runs, world_size: int, network: Network, efficiency: float
+    ) -> None:
+        self._work, self._runs = work, runs
+        self._cluster = world_size, network, efficiency
+        self.number = 0
+        """Layouts that were added."""
+        self._waiting: list[tuple[float, int, int, Layout, StepTime | None]] = []
+
+    def add(self, layout: Layout) -> None:
+        """Raises ConfigurationError where its time cannot be known."""
+        least = least_time(self._work, self._runs.of(layout), *self._cluster)
+        self._waiting.append((round(least, 6), 0, self.number, layout, None))
+        self.number += 1
+
+    def fastest_first(self) -> Iterator[tuple[Layout, StepTime]]:
+        """All of them with their times; of those that are equally fast the one with the fewest degrees."""
+        heapify(self._waiting)
+        while self._waiting:
+            _, _, number, layout, time = heappop(self._waiting)
+            if time is not None:
+                yield layout, time
+                continue
+            time = step_time(self._work, self._runs.of(layout), *self._cluster)
+            degrees = layout.tensor * layout.context + layout.pipeline + layout.expert
+            heappush(self._waiting, (round(time.seconds, 6), degrees, number, layout, time))
 
 
 class _Memory:
     """Whether layouts fit, asked as seldom as can be."""
 
-    def __init__(self, config: RunConfig, world_size: int, device: DeviceMemory) -> None:
-        self._config, self._world_size, self._device = config, world_size, device
+    def __init__(self, runs: Runs, world_size: int, device: DeviceMemory) -> None:
+        self._runs, self._world_size, self._device = runs, world_size, device
         self._too_large: dict[tuple[object, ...], list[tuple[int, int]]] = {}
         self._probed: set[tuple[object, ...]] = set()
         self.smallest: Smallest | None = None
@@ -207,7 +244,7 @@ class _Memory:
 
     def _needed(self, layout: Layout) -> float:
         """Bytes on the fullest rank."""
-        run = layout.run(self._config, self._world_size)
+        run = self._runs.of(layout)
         sequences = run.stage.global_batch_size // layout.replicas(self._world_size)
         return max(
             estimate_memory(run, stage, self._world_size, sequences // layout.micro_batch_size).total

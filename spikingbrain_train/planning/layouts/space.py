@@ -151,12 +151,17 @@ class _Variants:
                     for size in sizes:
                         if virtual > 1 and not _interleaves(split.pipeline, sequences // size):
                             continue
-                        yield replace(
-                            split,
-                            recompute=recompute,
-                            virtual_stages=virtual,
-                            stages=stages,
-                            micro_batch_size=size,
+                        yield Layout(  # replace() takes three times as long
+                            split.tensor,
+                            split.pipeline,
+                            split.context,
+                            split.expert,
+                            stages,
+                            split.sequence_parallel,
+                            split.distributed_optimizer,
+                            recompute,
+                            size,
+                            virtual,
                         )
 
     def _virtual_stages(self, pipeline: int) -> list[int]:
