@@ -108,6 +108,8 @@ class Case:
     """Of weights and activations. What rounds activations to INT8 numbers takes float64: of some 50,000
     values one lies so near a boundary that the order of a float32 sum decides, and a gradient with it at
     1e-4."""
+    micro_batch: int = MICRO_BATCH
+    """Sequences of a micro-batch."""
 
 
 CASES: Mapping[str, Case] = {
@@ -317,7 +319,7 @@ def loss_and_gradients(
     text = LENGTH - case.model.num_sink_tokens
     stage = StageConfig(
         seq_length=text,
-        micro_batch_size=MICRO_BATCH,
+        micro_batch_size=case.micro_batch,
         global_batch_size=SEQUENCES,
         train_iters=1,
         sparsity=SparsityConfig([case.l1_factor], [1]) if case.l1_factor else SparsityConfig(),
@@ -336,7 +338,9 @@ def loss_and_gradients(
         )
         for whole in whole_batches(case, text, groups.data_parallel_rank, groups.data_parallel_size)
     )
-    losses = step.forward_backward(wrapped, batches, SEQUENCES // (MICRO_BATCH * groups.data_parallel_size))
+    losses = step.forward_backward(
+        wrapped, batches, SEQUENCES // (case.micro_batch * groups.data_parallel_size)
+    )
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     for name, parameter in model.named_parameters():
         if name not in frozen:
@@ -355,15 +359,15 @@ def whole_batches(case: Case, text: int, rank: int, size: int) -> Iterator[Any]:
     mask = (torch.rand(SEQUENCES, text, generator=generator) > 0.1).to(case.dtype)
     # Documents of one token, of more than two slices, and bounds at the edges of slices.
     bounds = ((0, 1, 30, text), (0, 10, 26, 42, text), (0, text - 1, text), (0, 5, 6, 7, 50, text))
-    for first in range(rank * MICRO_BATCH, SEQUENCES, size * MICRO_BATCH):
-        rows = slice(first, first + MICRO_BATCH)
+    for first in range(rank * case.micro_batch, SEQUENCES, size * case.micro_batch):
+        rows = slice(first, first + case.micro_batch)
         yield {
             "tokens": tokens[rows, :-1],
             "labels": tokens[rows, 1:],
             "loss_mask": mask[rows],
             "cu_seqlens": bounds[rows] if case.packed else None,
             "datasets": None,
-            "sequence_seeds": tuple(f"26/{number}" for number in range(first, first + MICRO_BATCH)),
+            "sequence_seeds": tuple(f"26/{number}" for number in range(first, first + case.micro_batch)),
         }
 
 

@@ -107,6 +107,8 @@ ON_FOUR_RANKS = (
     "parallel hybrid, drop-out of softmax branches",
     "softmax branches only, three branches",
     "MoE",
+    "sub-norms, squared ReLU",
+    "ReLU, experts, L1",
     "spiking",
     "ternary weights, INT8 inputs",
     "ternary experts, INT8 inputs, spikes",
@@ -170,13 +172,48 @@ def test_loss_and_every_gradient_equal_those_of_one_rank(topology: str, case: st
     assert_equal(results(topology, case), results(None, case))
 
 
-def test_uneven_virtual_stages_compute_what_one_rank_does(ranks: RankPool) -> None:
-    model = replace(CASES["76B-like, packed documents"].model, num_layers=5)
-    case = Case(replace(model, share_embeddings_and_output_weights=True), packed=True)
-    uneven = ParallelConfig(
-        pipeline_model_parallel_size=2,
-        virtual_pipeline_model_parallel_size=2,
-        pipeline_model_parallel_layout=[1, 2, 1, 1],
-    )
+PIPELINES: dict[str, tuple[int, ParallelConfig]] = {
+    "PP 2 of 2 uneven virtual stages": (
+        5,
+        ParallelConfig(
+            pipeline_model_parallel_size=2,
+            virtual_pipeline_model_parallel_size=2,
+            pipeline_model_parallel_layout=[1, 2, 1, 1],
+        ),
+    ),
+    "PP 2 of 2 virtual stages x CP 2": (
+        4,
+        ParallelConfig(
+            pipeline_model_parallel_size=2,
+            virtual_pipeline_model_parallel_size=2,
+            context_parallel_size=2,
+            context_parallel=ALLGATHER_HALO,
+        ),
+    ),
+    "PP 4": (4, ParallelConfig(pipeline_model_parallel_size=4)),
+    "PP 4, uneven": (
+        6,
+        ParallelConfig(pipeline_model_parallel_size=4, pipeline_model_parallel_layout=[1, 2, 2, 1]),
+    ),
+    "PP 4 of 2 virtual stages": (
+        8,
+        ParallelConfig(pipeline_model_parallel_size=4, virtual_pipeline_model_parallel_size=2),
+    ),
+}
+"""Number of layers and topology. Two stages have one neighbour each; those in the middle of four have two."""
 
-    assert_equal(result(ranks, case, uneven), result(ranks, case, ParallelConfig()))
+
+OF_PIPELINES = [("76B-like, packed documents", topology) for topology in PIPELINES]
+OF_PIPELINES += [("7B-like, packed documents", topology) for topology in ("PP 4", "PP 4, uneven")]
+
+
+@pytest.mark.parametrize(
+    ("case", "topology"), OF_PIPELINES, ids=[f"{case}: {topology}" for case, topology in OF_PIPELINES]
+)
+def test_pipelines_compute_what_one_rank_does(case: str, topology: str, ranks: RankPool) -> None:
+    num_layers, parallel = PIPELINES[topology]
+    model = replace(CASES[case].model, num_layers=num_layers, share_embeddings_and_output_weights=True)
+    # Four micro-batches: the fewest that make four stages go forward and backward in turn.
+    of_pipeline = Case(model, packed=True, micro_batch=1)
+
+    assert_equal(result(ranks, of_pipeline, parallel), result(ranks, of_pipeline, ParallelConfig()))
