@@ -209,6 +209,7 @@ TOPOLOGIES: dict[str, tuple[int, ParallelConfig]] = {
         2,
         ParallelConfig(pipeline_model_parallel_size=2, pipeline_model_parallel_layout=[3, 1]),
     ),
+    "PP 4": (4, ParallelConfig(pipeline_model_parallel_size=4)),
     "PP 2 of 2 virtual stages": (
         2,
         ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),

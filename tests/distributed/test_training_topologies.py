@@ -50,6 +50,7 @@ CASES += [
 ]
 CASES += [(kind, "PP 2 x CP 2") for kind in ("76B align", "76B distill")]
 CASES += [(kind, "PP 2, uneven") for kind in ("76B align", "distill")]
+CASES += [(kind, "PP 4") for kind in ("76B align", "76B distill")]
 VIRTUAL = "PP 2 of 2 virtual stages"
 CASES += [(kind, VIRTUAL) for kind in ("align", "distill", "76B", "76B align on its own inputs")]
 CASES += [
