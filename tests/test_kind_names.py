@@ -23,6 +23,7 @@ PACKAGE = ROOT / "spikingbrain_train"
 
 SOFTMAX = ("architecture/softmax_attention.py", "models/mixers/softmax_attention.py")
 MOEFY = ("bricks/moefy.py", "bricks/moefy_command_line.py")
+UPDATE = ("bricks/update_command_line.py", "bricks/changed_weights.py")
 GROW = ("bricks/grow.py", "bricks/grow_command_line.py")
 OWN_FILES: dict[str, tuple[str, ...]] = {
     "full": SOFTMAX,
@@ -33,7 +34,7 @@ OWN_FILES: dict[str, tuple[str, ...]] = {
     # spikingbrain-bricks moefy makes one of the other.
     "dense": ("architecture/dense.py", "models/feed_forwards/dense.py", *MOEFY),
     "no_mlp": ("architecture/no_mlp.py",),
-    "moe": ("architecture/moe.py", "models/feed_forwards/moe/", *MOEFY, *GROW),
+    "moe": ("architecture/moe.py", "models/feed_forwards/moe/", *MOEFY, *GROW, *UPDATE),
     "spiking": (
         "architecture/spikes.py",
         "models/linears/spikes.py",
@@ -57,8 +58,7 @@ OWN_FILES: dict[str, tuple[str, ...]] = {
         "bricks/adapters_command_line.py",
         "bricks/compose.py",
         "bricks/peft_folder.py",
-        "bricks/update_command_line.py",
-        "bricks/changed_weights.py",
+        *UPDATE,
     ),
 }
 """Description and torch modules of each kind; a folder ends in a slash."""

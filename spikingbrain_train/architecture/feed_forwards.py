@@ -108,6 +108,10 @@ class FeedForwardKind(SubmoduleKind):
         """Experts of a layer that tokens are routed to."""
         return 0
 
+    def trained_experts(self, model: ModelConfig) -> tuple[int, ...]:
+        """Experts of its layers, by number, beside which nothing in the model trains; none where all does."""
+        return ()
+
     def drops_tokens(self, model: ModelConfig) -> bool:
         """Whether an expert takes no more than a number of tokens, and leaves the rest out."""
         return False

@@ -17,7 +17,7 @@ from spikingbrain_train.architecture.feed_forwards import (
     gated_weights,
 )
 from spikingbrain_train.architecture.initializers import Constant, Normal, OfRecipe
-from spikingbrain_train.architecture.linear_transforms import keeps_its_input
+from spikingbrain_train.architecture.linear_transforms import freezes_base, keeps_its_input
 from spikingbrain_train.architecture.sizes import FP32, bytes_per_element, rank_tokens
 from spikingbrain_train.architecture.weights import Copies, Split, Weight
 from spikingbrain_train.config.enum_tables import entry_of
@@ -92,6 +92,12 @@ class MixtureOfExpertsKind(FeedForwardKind):
             "norms; keep dense feed-forwards in every layer",
         )
 
+        require(
+            not model.moe.trained or not freezes_base(model),
+            "model.moe.trained lists experts that train alone, and so do the adapters of the model; set it "
+            "to [], or merge the adapters first with spikingbrain-bricks merge",
+        )
+
     def check_split(self, model: ModelConfig, parallel: ParallelConfig) -> None:
         tensor, experts = parallel.tensor_model_parallel_size, model.moe.num_experts
         require(
@@ -109,6 +115,11 @@ class MixtureOfExpertsKind(FeedForwardKind):
             parallel.replicate_expert_load is None or not model.moe.pad_to_capacity,
             f"parallel.replicate_expert_load={parallel.replicate_expert_load} evens out what experts get, "
             f"but model.moe.pad_to_capacity=true gives all of them as much; set one of them back",
+        )
+        require(
+            parallel.replicate_expert_load is None or not model.moe.trained,
+            f"parallel.replicate_expert_load={parallel.replicate_expert_load} copies experts to ranks whose "
+            f"own stay as they are under model.moe.trained; set the former to null, or the latter to []",
         )
         width, expert_tensor = expert_width(model), parallel.expert_tensor_size
         name = "ffn_hidden_size" if model.moe.moe_ffn_hidden_size is None else "moe.moe_ffn_hidden_size"
@@ -287,6 +298,9 @@ class MixtureOfExpertsKind(FeedForwardKind):
 
     def num_experts(self, model: ModelConfig) -> int:
         return model.moe.num_experts
+
+    def trained_experts(self, model: ModelConfig) -> tuple[int, ...]:
+        return tuple(sorted(model.moe.trained))
 
     def drops_tokens(self, model: ModelConfig) -> bool:
         return model.moe.capacity_factor is not None

@@ -1,4 +1,4 @@
-"""``spikingbrain-bricks update``: one adapter of a checkpoint is trained again, and nothing else changes."""
+"""``spikingbrain-bricks update``: an adapter or some experts are trained again, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -10,25 +10,32 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from spikingbrain_train.architecture.layers import feed_forwards_of
+from spikingbrain_train.architecture.moe import MOE
 from spikingbrain_train.architecture.stored_model import read_stored_model
+from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.plugins import add_plugins_argument
+from spikingbrain_train.config.require import require
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.storage.checkpoint_folder import CHECKPOINT_FOLDER
 from spikingbrain_train.storage.checkpoint_paths import resolve_checkpoint
 
 _DESCRIPTION = """\
-Train one adapter of a checkpoint again, beside the others and the base, which stay as they are bit for bit: a
-run of spikingbrain-train with the settings that this takes, and a look at its result. Settings of the run
-(stage, data, optimizer) are given as there. The same command goes on with a run that was stopped.
+Train one adapter of a checkpoint again, or some experts of every layer that has experts, beside all else,
+which stays as it is bit for bit: a run of spikingbrain-train with the settings that this takes, and a look at
+its result. Settings of the run (stage, data, optimizer) are given as there. The same command goes on with a
+run that was stopped.
 """
 
 _EXAMPLES = """\
 examples:
   spikingbrain-bricks update --checkpoint outputs/adapted --adapter code --output outputs/updated \\
       stage=cpt stage.train_iters=200 'data.train=[data/code]'
+  spikingbrain-bricks update --checkpoint outputs/moe --experts 3,7 --output outputs/updated \\
+      stage=cpt stage.train_iters=200 'data.train=[data/code]'
 """
 
-_OWN = ("model", "model.lora.trained", "checkpoint.load", "output_dir")
+_OWN = ("model", "model.lora.trained", "model.moe.trained", "checkpoint.load", "output_dir")
 """Settings that the command itself makes."""
 
 
@@ -36,7 +43,7 @@ def add_update(commands: Any) -> None:
     """Add it to the subcommands of ``spikingbrain-bricks``."""
     parser = commands.add_parser(
         "update",
-        help="train one adapter again while all else stays",
+        help="train one adapter, or some experts, again while all else stays",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -44,7 +51,11 @@ def add_update(commands: Any) -> None:
     parser.add_argument(
         "--checkpoint", type=Path, required=True, metavar="DIR", help="Megatron checkpoint, or a run's folder"
     )
-    parser.add_argument("--adapter", required=True, metavar="NAME", help="one of model.lora.names")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--adapter", metavar="NAME", help="one of model.lora.names")
+    what.add_argument(
+        "--experts", metavar="N,N", help="their numbers in every layer of experts, counted from 0"
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="output_dir of the run")
     parser.add_argument(
         "--ranks", type=int, default=1, metavar="N", help="processes that train (default: %(default)s)"
@@ -61,7 +72,7 @@ def training_command(arguments: argparse.Namespace) -> list[str]:
     """The words that train.
 
     Raises:
-        ConfigurationError: the checkpoint has no such adapter, or a setting is the command's own.
+        ConfigurationError: the checkpoint has no such adapter or experts, or a setting is the command's own.
         CheckpointError: it cannot be read.
     """
     if arguments.world_size > 1:
@@ -71,12 +82,7 @@ def training_command(arguments: argparse.Namespace) -> list[str]:
     if arguments.ranks < 1:
         raise ConfigurationError(f"--ranks is {arguments.ranks}; give at least 1")
     checkpoint = resolve_checkpoint(arguments.checkpoint, "--checkpoint")
-    names = read_stored_model(checkpoint).lora.names
-    if arguments.adapter not in names:
-        has = ", ".join(names) or "none"
-        raise ConfigurationError(
-            f"--adapter {arguments.adapter} is no adapter of {arguments.checkpoint}, which has {has}"
-        )
+    trained = _trained(arguments, read_stored_model(checkpoint))
     settings = [*arguments.settings, *arguments.parallel]  # where a command line looks like a layout's
     for word in settings:
         if (name := word.lstrip("+").partition("=")[0]) in _OWN:
@@ -87,11 +93,50 @@ def training_command(arguments: argparse.Namespace) -> list[str]:
         *(("--nproc-per-node", str(arguments.ranks)) if arguments.ranks > 1 else ()),
         "model=from_checkpoint",
         f"checkpoint.load={_checkpoints(arguments.checkpoint)}",
-        f"model.lora.trained=[{arguments.adapter}]",
+        trained,
         f"output_dir={arguments.output}",
         *plugins,
         *settings,
     ]
+
+
+def _trained(arguments: argparse.Namespace, stored: ModelConfig) -> str:
+    """The setting that says what trains. Raises ConfigurationError where the checkpoint lacks it."""
+    if arguments.experts is not None:
+        return f"model.moe.trained=[{','.join(map(str, _experts(arguments, stored)))}]"
+    names = stored.lora.names
+    if arguments.adapter not in names:
+        has = ", ".join(names) or "none"
+        raise ConfigurationError(
+            f"--adapter {arguments.adapter} is no adapter of {arguments.checkpoint}, which has {has}"
+        )
+    return f"model.lora.trained=[{arguments.adapter}]"
+
+
+def _experts(arguments: argparse.Namespace, stored: ModelConfig) -> list[int]:
+    """Numbers of the experts that are to train. Raises ConfigurationError where the checkpoint lacks one."""
+    words = arguments.experts.split(",")
+    require(
+        all(word.isdecimal() for word in words),
+        f"--experts {arguments.experts} is no list of numbers; give them with commas between, e.g. 3,7",
+    )
+    require(
+        MOE in feed_forwards_of(stored),
+        f"--experts {arguments.experts} names experts, but {arguments.checkpoint} has no layers of experts; "
+        "cut its feed-forwards with spikingbrain-bricks moefy, or upcycle them with spikingbrain-convert",
+    )
+    numbers = sorted({int(word) for word in words})
+    require(
+        numbers[-1] < stored.moe.num_experts,
+        f"--experts {arguments.experts} names expert {numbers[-1]}, but those of {arguments.checkpoint} are "
+        f"0 to {stored.moe.num_experts - 1}; name some of those",
+    )
+    require(
+        not stored.lora.names,
+        f"{arguments.checkpoint} has adapters ({', '.join(stored.lora.names)}), beside which no experts "
+        "train; merge them first with spikingbrain-bricks merge",
+    )
+    return numbers
 
 
 def _checkpoints(folder: Path) -> Path:
@@ -108,14 +153,21 @@ def _prepare(arguments: argparse.Namespace) -> Callable[[], None]:
             print(shlex.join(["spikingbrain-train", *command[4:]]))
             return
         _train(command)
-        from spikingbrain_train.bricks.changed_weights import check_only_adapter_changed
+        from spikingbrain_train.bricks.changed_weights import (
+            check_only_adapter_changed,
+            check_only_experts_changed,
+        )
 
         result = arguments.output / CHECKPOINT_FOLDER
-        same = check_only_adapter_changed(arguments.checkpoint, result, arguments.adapter)
-        print(
-            f"{result}: adapter {arguments.adapter} is trained; the other {same} weights are the same bit "
-            "for bit"
-        )
+        if arguments.experts is None:
+            what = f"adapter {arguments.adapter} is"
+            same = check_only_adapter_changed(arguments.checkpoint, result, arguments.adapter)
+        else:
+            stored = read_stored_model(resolve_checkpoint(arguments.checkpoint, "--checkpoint"))
+            numbers = _experts(arguments, stored)
+            what = f"experts {', '.join(map(str, numbers))} are"
+            same = check_only_experts_changed(arguments.checkpoint, result, numbers)
+        print(f"{result}: {what} trained; the other {same} weights are the same bit for bit")
 
     return run
 

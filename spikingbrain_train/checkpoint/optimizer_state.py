@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
+STEPS = "steps"
+"""Key of the state of AdamW on a rank without parameters (see :func:`count_steps`)."""
 _MAIN_PARAMS = "fp32_from_fp16_params"
 _MAIN_PARAMS_BY_POSITION = "main_params_by_position"
 
@@ -27,6 +29,20 @@ def _parts(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> list[tuple[An
     """Each optimizer of a chain with its part of ``state``."""
     chain = chain_of(optimizer)
     return [(chain[0], state)] if len(chain) == 1 else [(part, state[n]) for n, part in enumerate(chain)]
+
+
+def count_steps(inner: torch.optim.AdamW) -> None:
+    """Have torch's AdamW of a rank without parameters know how many steps it has taken.
+
+    AdamW counts in the state of its parameters, and a checkpoint takes the number of the first rank, which
+    may have none: no experts in its layers, or none that train.
+    """
+    inner.state[STEPS] = {"step": torch.zeros((), dtype=torch.float32)}
+
+    def count(*_: Any) -> None:
+        inner.state[STEPS]["step"] += 1
+
+    inner.register_step_post_hook(count)
 
 
 def begin_state(optimizer: MegatronOptimizer) -> None:
@@ -87,6 +103,10 @@ def load_state(optimizer: MegatronOptimizer, loaded: dict[Any, Any]) -> None:
         stored["param_groups"] = [{**group, "step": max(steps)} if steps else group for group in own]
         if isinstance(part.optimizer, torch.optim.Adam) and not steps:
             stored["state"].setdefault("common_step", torch.tensor(0.0))  # megatron-core stores none above 0
+        if "state" in stored:  # beside tensors, it came from a rank that may have had parameters or not
+            stored["state"].pop(STEPS, None)
+            if STEPS in part.optimizer.state:
+                stored["state"][STEPS] = {}
         if hasattr(part, "fp32_from_float16_groups"):
             by_position = state.pop(_MAIN_PARAMS_BY_POSITION, {})
             state[_MAIN_PARAMS] = [

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spikingbrain_train.checkpoint.optimizer_state import begin_state, chain_of
+from spikingbrain_train.checkpoint.optimizer_state import STEPS, begin_state, chain_of
 from spikingbrain_train.checkpoint.sharded_state import RunState, generator_states, restore_generators
 from spikingbrain_train.errors import CheckpointError, first_line
 from spikingbrain_train.parallel.process_groups import ProcessGroups
@@ -116,6 +116,8 @@ def _learnt(state: RunState) -> dict[str, Tensor]:
     }
     live = {value.untyped_storage().data_ptr() for value in found.values()}
     for number, part in enumerate(_parts(state)):
+        if STEPS in part.optimizer.state:
+            found[f"optimizer.{number}.{STEPS}"] = part.optimizer.state[STEPS][_STEP]
         for n, group in enumerate(part.optimizer.param_groups):
             for m, parameter in enumerate(group["params"]):
                 key = f"optimizer.{number}.{n}.{m}."

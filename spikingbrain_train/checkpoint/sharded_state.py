@@ -16,6 +16,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
 from spikingbrain_train.architecture.linear_transforms import may_begin_anew
+from spikingbrain_train.checkpoint.expert_state import weights_with_state
 from spikingbrain_train.checkpoint.optimizer_pieces import optimizer_state_to_save, own_parameters_to_fill
 from spikingbrain_train.checkpoint.optimizer_state import load_state, state_to_load
 from spikingbrain_train.config.model import ModelConfig
@@ -139,14 +140,16 @@ def state_to_fill(state: RunState, groups: ProcessGroups, *, same_topology: bool
 def megatron_state_to_save(model: PipelineStage, optimizer: MegatronOptimizer) -> dict[str, Any]:
     """A model and megatron-core's optimizer of it, from where they lie."""
     weights = sharded_weights(model)
-    return {"model": weights, "optimizer": optimizer_state_to_save(optimizer, weights, _sharding())}
+    places = weights_with_state(weights, model.model_config)
+    return {"model": weights, "optimizer": optimizer_state_to_save(optimizer, places, _sharding())}
 
 
 def megatron_state_to_fill(model: PipelineStage, optimizer: MegatronOptimizer) -> dict[str, Any]:
     """What to read of both, for :func:`fill_megatron_state`."""
     weights = sharded_weights(model)
+    places = weights_with_state(weights, model.model_config)
     with own_parameters_to_fill(optimizer):
-        return {"model": weights, "optimizer": state_to_load(optimizer, weights, _sharding())}
+        return {"model": weights, "optimizer": state_to_load(optimizer, places, _sharding())}
 
 
 def fill_megatron_state(model: PipelineStage, optimizer: MegatronOptimizer, loaded: dict[str, Any]) -> None:

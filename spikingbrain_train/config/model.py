@@ -21,11 +21,21 @@ from spikingbrain_train.config.lora import LoraConfig
 from spikingbrain_train.config.mamba import MambaConfig
 from spikingbrain_train.config.require import divisors, either, require
 from spikingbrain_train.config.rope_scaling import RopeScalingConfig
-from spikingbrain_train.config.setting import FUNCTION, START, TRAINING, WEIGHTS, setting
+from spikingbrain_train.config.setting import (
+    FUNCTION,
+    START,
+    TRAINING,
+    WEIGHTS,
+    OnChange,
+    Resuming,
+    Role,
+    setting,
+)
 from spikingbrain_train.config.shown import shown
 
 _MOST_LAYERS = 1000
 """As many as the deepest published transformer has; beyond, a typing error would keep the planner busy."""
+_TRAINED = Resuming(OnChange.refused, "its optimizer holds other experts", Role.training)
 
 
 class FeatureMap(str, Enum):
@@ -264,6 +274,9 @@ class MoEConfig:
     z_loss_coeff: float = setting(1.0e-3, minimum=0, resume=TRAINING)
     """Weight of the router z-loss, the mean squared log-sum-exp of its logits, which the report does not
     mention."""
+    trained: list[int] = setting(default_factory=list, minimum=0, resume=_TRAINED)
+    """Experts that train while all else stays as it is, router and other layers too, by their number in every
+    layer of experts; empty trains the whole model (docs/bricks.md)."""
     capacity_factor: float | None = setting(None, above=0, resume=TRAINING)
     """Tokens that an expert takes at most, in multiples of tokens * router_topk / num_experts; what is beyond
     is dropped. Null drops nothing."""
@@ -289,6 +302,14 @@ class MoEConfig:
             self.router_weights is RouterWeights.softmax or not self.norm_topk_prob,
             f"{prefix}norm_topk_prob=true makes probabilities add up to 1, but {prefix}router_weights="
             f"{self.router_weights.value} weighs by none; set one of them back",
+        )
+        twice = sorted({each for each in self.trained if self.trained.count(each) > 1})
+        require(not twice, f"{prefix}trained lists {', '.join(map(str, twice))} more than once")
+        unknown = [each for each in self.trained if each >= self.num_experts]
+        require(
+            not unknown,
+            f"{prefix}trained lists {', '.join(map(str, unknown))}, but the experts are 0 to "
+            f"{self.num_experts - 1}; list some of those",
         )
         most = self.num_experts / self.router_topk
         require(
@@ -466,6 +487,11 @@ class ModelConfig(LayersConfig, DecoderConfig):
                 f"list at most one a layer",
             )
         DecoderConfig.check(self, prefix)
+        require(
+            not self.moe.trained or "moe" in self.feed_forwards,
+            f"{prefix}moe.trained lists experts that train alone, but {prefix}feed_forwards has no layers of "
+            f"experts (moe); set it to []",
+        )
 
     def layer_mixers(self) -> list[tuple[str, ...]]:
         """Names of the mixers of every layer, in order: one, or those of its branches."""

@@ -20,8 +20,8 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
 from torch import Tensor
 
-from spikingbrain_train.architecture.linear_transforms import freezes_base
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
+from spikingbrain_train.architecture.trained_weights import trains_in_part
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ContextParallelConfig, KernelConfig
 from spikingbrain_train.models.layer_specs import block_spec, layer_build
@@ -162,7 +162,7 @@ class HybridGPTModel(GPTModel):
         Under sequence parallelism a share of them.
         """
         embeddings = self.embedding(tokens, None)
-        if torch.is_grad_enabled() and freezes_base(self.model_config) and not embeddings.requires_grad:
+        if torch.is_grad_enabled() and trains_in_part(self.model_config) and not embeddings.requires_grad:
             # Where the embedding is frozen: layers that are computed again need an input with a gradient.
             embeddings.requires_grad_()
         if self.model_config.num_sink_tokens > 0:

@@ -5,8 +5,10 @@ Every error is one ConfigurationError that names the setting and says what would
 
 from __future__ import annotations
 
-from spikingbrain_train.architecture.linear_transforms import LINEAR_TRANSFORMS, freezes_base
+from spikingbrain_train.architecture.layers import feed_forwards_of
+from spikingbrain_train.architecture.linear_transforms import LINEAR_TRANSFORMS
 from spikingbrain_train.architecture.model_checks import check_linear_transforms, check_mixers
+from spikingbrain_train.architecture.trained_weights import trains_in_part, what_trains
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import (
     ParallelConfig,
@@ -55,6 +57,12 @@ def check_stage(stage: StageConfig, model: ModelConfig, parallel: ParallelConfig
             not (kind.trains_mixers and transform.freezes_base(model)),
             f"stage.kind={stage.kind} trains mixers, but the model {transform.words}, beside which nothing "
             f"else trains; choose another stage, or take model.{transform.name} out",
+        )
+    for feed_forward in feed_forwards_of(model):
+        require(
+            not (kind.trains_mixers and feed_forward.trained_experts(model)),
+            f"stage.kind={stage.kind} trains mixers, but model.{feed_forward.name}.trained has some experts "
+            f"train alone; choose another stage, or set it to []",
         )
     require(
         stage.train_iters > 0 or kind.starts_in_closed_form(stage),
@@ -119,8 +127,9 @@ def check_optimizer(optimizer: OptimizerConfig, train_iters: int) -> None:
 def check_matrices_train(config: RunConfig) -> None:
     """Muon has something to update. Raises ConfigurationError."""
     require(
-        config.optimizer.kind is not OptimizerKind.muon or not freezes_base(config.model),
-        "optimizer.kind=muon updates projections, which adapters freeze; set optimizer.kind=adamw",
+        config.optimizer.kind is not OptimizerKind.muon or not trains_in_part(config.model),
+        f"optimizer.kind=muon updates projections of all layers, but {what_trains(config.model)} train "
+        f"alone; set optimizer.kind=adamw",
     )
 
 

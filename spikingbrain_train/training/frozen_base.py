@@ -1,4 +1,4 @@
-"""Models of which a linear transform trains its own weights alone (adapters): how these begin."""
+"""Models of which a part trains alone, adapters or some experts: how adapters begin, what is frozen."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import torch
 
 from spikingbrain_train.architecture.initializers import Uniform
 from spikingbrain_train.architecture.layers import model_weights
-from spikingbrain_train.architecture.linear_transforms import freezes_base, may_begin_anew, trains
+from spikingbrain_train.architecture.linear_transforms import may_begin_anew, trains
+from spikingbrain_train.architecture.trained_weights import trained_experts, trains_in_part
 from spikingbrain_train.checkpoint.sharded_state import sharded_weights
+from spikingbrain_train.models.feed_forwards.routing import HoldsExperts
 from spikingbrain_train.models.gpt_model import HybridGPTModel, ModelChunks
 from spikingbrain_train.ops.seeds import generator
 
@@ -45,7 +47,17 @@ def begin_new_weights(model: HybridGPTModel | ModelChunks, seed: int) -> None:
 
 
 def freeze_base(model: HybridGPTModel | ModelChunks) -> None:
-    """Switch off all gradients but those of what trains, where a transform freezes the rest."""
-    if freezes_base(model.model_config):
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(trains(model.model_config, name))
+    """Switch off all gradients but those of what trains, where the rest is frozen.
+
+    Raises ConfigurationError where experts that train and others lie in one parameter.
+    """
+    config = model.model_config
+    if not trains_in_part(config):
+        return
+    experts = trained_experts(config)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not experts and trains(config, name))
+    for module in model.modules() if experts else ():
+        if isinstance(module, HoldsExperts):
+            for weight in module.weights_of_experts(experts):
+                weight.requires_grad_(True)

@@ -18,7 +18,7 @@ from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 
 from spikingbrain_train.architecture.layers import layers, swapped_layers
-from spikingbrain_train.checkpoint.optimizer_state import chain_of
+from spikingbrain_train.checkpoint.optimizer_state import chain_of, count_steps
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import LRDecayStyle, OptimizerConfig, OptimizerKind, Precision
 from spikingbrain_train.models.gpt_model import HybridGPTModel, ModelChunks
@@ -69,6 +69,7 @@ def build_optimizer(
     built = get_megatron_optimizer(
         config, parallel_chunks(model), config_overrides=overrides, use_gloo_process_groups=False
     )
+    _leave_out_stubs(built)
     if optimizer.kind is OptimizerKind.muon:
         matrices = {id(parameter): matrix for parameter, matrix in hidden_matrices(model.module)}
         asked = precision if optimizer.muon_precision is Precision.auto else optimizer.muon_precision
@@ -224,6 +225,17 @@ def _prepare_torch_adamw(optimizer: MegatronOptimizer) -> None:
             if isinstance(inner, MuonWithAdamW):
                 inner.begin_momentum(parameters)
             begin_adamw_state(inner, [each for each in parameters if each not in inner.state])
+        if not inner.state:
+            count_steps(inner)
+
+
+def _leave_out_stubs(optimizer: MegatronOptimizer) -> None:
+    """Take those without parameter groups out of a chain: that of all but experts where only these train.
+
+    Groups are the same on every rank, whichever parameters it has.
+    """
+    if isinstance(optimizer, ChainedOptimizer):
+        optimizer.chained_optimizers = [each for each in optimizer.chained_optimizers if each.optimizer]
 
 
 class PhasedScheduler(OptimizerParamScheduler):

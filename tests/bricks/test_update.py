@@ -1,4 +1,4 @@
-"""spikingbrain-bricks update: one adapter of two is trained, all else stays bit for bit, runs go on."""
+"""spikingbrain-bricks update: an adapter or some experts train, all else stays bit for bit, runs go on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from spikingbrain_train.architecture.lora import adapter_of
-from spikingbrain_train.bricks.changed_weights import check_only_adapter_changed
+from spikingbrain_train.bricks.changed_weights import check_only_adapter_changed, check_only_experts_changed
 from spikingbrain_train.bricks.command_line import bricks
 from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
 from spikingbrain_train.config.lora import LoraConfig
@@ -42,8 +42,24 @@ def adapted(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory, text: Pat
     return output
 
 
+@pytest.fixture(scope="module")
+def mixture(ranks: RankPool, tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
+    """Checkpoints of a run with four experts in every second layer, whose routers have biases."""
+    output = tmp_path_factory.mktemp("update") / "mixture"
+    moe = replace(small_runs.MODEL_76B.moe, router_bias=True, router_bias_decay_iters=2)
+    config = small_runs.run_config(output, text, model=replace(small_runs.MODEL_76B, moe=moe))
+    config.stage = replace(config.stage, train_iters=1)
+    config.optimizer.lr_warmup_iters = 0
+    ranks.run(small_runs.train, config, world_size=1, parallel=ParallelConfig())
+    return output
+
+
 def update(adapted: Path, output: Path, *words: str, adapter: str = "other") -> None:
     bricks(["update", "--checkpoint", str(adapted), "--adapter", adapter, "--output", str(output), *words])
+
+
+def update_experts(mixture: Path, experts: str, output: Path, *words: str) -> None:
+    bricks(["update", "--checkpoint", str(mixture), "--experts", experts, "--output", str(output), *words])
 
 
 def settings(text: Path, iters: int) -> list[str]:
@@ -75,6 +91,25 @@ def test_one_adapter_changes_and_the_same_command_goes_on(
         check_only_adapter_changed(adapted, tmp_path / "updated", "code")
 
 
+@pytest.mark.slow
+def test_some_experts_change_and_the_same_command_goes_on(
+    mixture: Path, text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    layout = ["--ranks", "2", "parallel.expert_model_parallel_size=2"]
+    update_experts(mixture, "3,0", tmp_path / "updated", *layout, *settings(text, 1))
+    assert "experts 0, 3 are trained; the other" in capfd.readouterr().out
+    before, after = weights(mixture), weights(tmp_path / "updated")
+    for name, value in after.items():
+        is_routed = "experts.experts" in name
+        for row in range(4) if is_routed else [...]:
+            assert torch.equal(value[row], before[name][row]) is not (is_routed and row in (0, 3)), name
+    update_experts(mixture, "3,0", tmp_path / "updated", *layout, *settings(text, 2))
+    newest = latest_checkpoint(tmp_path / "updated" / "checkpoints", "folder")
+    assert newest.name == "iter_0000002"
+    with pytest.raises(CheckpointError, match="which experts 3 do not own"):
+        check_only_experts_changed(mixture, tmp_path / "updated", [3])
+
+
 def test_a_dry_run_prints_the_command(
     adapted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -83,6 +118,36 @@ def test_a_dry_run_prints_the_command(
     assert line.startswith("spikingbrain-train --nproc-per-node 2 model=from_checkpoint checkpoint.load=")
     assert "model.lora.trained=[other]" in line and line.endswith("stage.train_iters=3")
     assert not (tmp_path / "x").exists()
+
+
+def test_a_dry_run_prints_the_command_for_experts(
+    mixture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    update_experts(mixture, "3,1", tmp_path / "x", "--dry-run")
+    assert "model.moe.trained=[1,3]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("folder", "experts", "words", "sentence"),
+    [
+        ("mixture", "4", (), "--experts 4 names expert 4, but those of"),
+        ("mixture", "1;2", (), "--experts 1;2 is no list of numbers"),
+        ("mixture", "1", ("model.moe.trained=[2]",), "update sets model.moe.trained itself"),
+        ("adapted", "1", (), "has no layers of experts; cut its feed-forwards"),
+    ],
+)
+def test_experts_that_are_not_there_are_refused_in_one_sentence(
+    folder: str,
+    experts: str,
+    words: tuple[str, ...],
+    sentence: str,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        update_experts(request.getfixturevalue(folder), experts, tmp_path / "x", *words)
+    assert sentence in capsys.readouterr().err.replace("\n", " ")
 
 
 @pytest.mark.parametrize(

@@ -399,10 +399,10 @@ def _values(shard: ShardedTensor) -> Tensor:
         whole = 0.7 + 0.2 * whole
     else:
         whole = 0.15 * whole
-    return whole[_place(shard.global_offset, shard.local_shape, shard.global_shape)].view(shard.local_shape)
+    return whole[place_of(shard.global_offset, shard.local_shape, shard.global_shape)].view(shard.local_shape)
 
 
-def _place(
+def place_of(
     offset: tuple[int, ...], local_shape: tuple[int, ...], global_shape: tuple[int, ...]
 ) -> tuple[slice, ...]:
     shape = (1,) * (len(global_shape) - len(local_shape)) + tuple(local_shape)
@@ -414,7 +414,7 @@ def assemble(ranks: list[list[Shard]]) -> dict[str, Tensor]:
     whole: dict[str, Tensor] = {}
     for shard in (shard for shards in ranks for shard in shards):
         target = whole.setdefault(shard.key, torch.full(shard.global_shape, float("nan")))
-        place = target[_place(shard.global_offset, tuple(shard.value.shape), shard.global_shape)]
+        place = target[place_of(shard.global_offset, tuple(shard.value.shape), shard.global_shape)]
         value = shard.value.view(place.shape)
         known = ~place.isnan()
         scale = value.abs().max().clamp_min(1e-30)

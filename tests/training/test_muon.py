@@ -197,5 +197,7 @@ def test_adapters_leave_it_nothing_to_update() -> None:
     config = to_run_config(
         compose_run(["model=tiny_hybrid", "optimizer=muon_cosine", "model.lora.names=[a]", "dry_run=true"])
     )
-    with pytest.raises(ConfigurationError, match="adapters freeze; set optimizer.kind=adamw"):
+    with pytest.raises(
+        ConfigurationError, match="weights of model.lora train alone; set optimizer.kind=adamw"
+    ):
         check_matrices_train(config)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from torch import Tensor
+from torch.nn import Parameter
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,18 @@ class CountsRankLoad(Protocol):
     """
 
     load_sums: Tensor
+
+
+@runtime_checkable
+class HoldsExperts(Protocol):
+    """The experts of a layer that this rank has."""
+
+    def weights_of_experts(self, numbers: Collection[int]) -> Iterator[Parameter]:
+        """The weights of those of some experts, by their number over all ranks, that are here.
+
+        Raises ConfigurationError where an expert has no parameters of its own.
+        """
+        ...
 
 
 @runtime_checkable

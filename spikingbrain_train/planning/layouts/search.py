@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from heapq import heapify, heappop, heappush
 
 from spikingbrain_train.architecture.layers import unchanged_models
-from spikingbrain_train.architecture.linear_transforms import freezes_base
+from spikingbrain_train.architecture.trained_weights import trains_in_part
 from spikingbrain_train.config.parallel import Recompute
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.errors import ConfigurationError
@@ -84,11 +84,11 @@ def check_search(config: RunConfig) -> RunConfig:
             memory, peak or links.
     """
     kind, stage = kind_of(config.stage), config.stage
-    if kind.needs_teacher(stage) or kind.trains_mixers or freezes_base(config.model):
-        why = "with adapters beside frozen weights" if freezes_base(config.model) else "with a teacher"
+    if kind.needs_teacher(stage) or kind.trains_mixers or trains_in_part(config.model):
+        why = "with frozen weights" if trains_in_part(config.model) else "with a teacher"
         raise ConfigurationError(
-            f"stage.kind={stage.kind} {why} is none whose time is known; search with stage=cpt and without "
-            "adapters, and ask spikingbrain-plan whether the layout fits this stage"
+            f"stage.kind={stage.kind} {why} is none whose time is known; search with stage=cpt, without "
+            "adapters and for all experts, and ask spikingbrain-plan whether the layout fits this stage"
         )
     peak_flops(config)
     Network.of(config.cluster)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from spikingbrain_train.architecture.layers import alike
-from spikingbrain_train.architecture.linear_transforms import LINEAR_TRANSFORMS, freezes_base
+from spikingbrain_train.architecture.trained_weights import trains_in_part, what_trains
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.require import require
@@ -51,19 +51,18 @@ class TokenLossKind(StageKind):
 
     def learners(self, model: ModelConfig) -> str:
         """What learns, for :meth:`describe`."""
-        alone = [kind.name for kind in LINEAR_TRANSFORMS if kind.freezes_base(model)]
-        return f"the weights of model.{alone[0]}" if alone else "all parameters"
+        return what_trains(model)
 
     def trainable_parameters(self, config: RunConfig, pipeline_stage: int) -> tuple[int, int]:
-        """All of them, or of a model with adapters those."""
-        if freezes_base(config.model):
+        """All of them, or those beside which the others are frozen."""
+        if trains_in_part(config.model):
             return stage_trained(config.model, config.parallel, pipeline_stage)
         experts = stage_routed_expert_parameters(config.model, config.parallel, pipeline_stage)
         return experts, stage_parameters(config.model, config.parallel, pipeline_stage) - experts
 
     def trainable_matrices(self, config: RunConfig, pipeline_stage: int) -> tuple[int, int]:
-        """All of them; of a model with adapters none, whose matrices are frozen."""
-        if freezes_base(config.model):
+        """All of them; none where most are frozen, which Muon refuses."""
+        if trains_in_part(config.model):
             return 0, 0
         experts, others = 0, 0
         for layer, number in alike(layers_of_stage(config.model, config.parallel, pipeline_stage)):
@@ -72,17 +71,17 @@ class TokenLossKind(StageKind):
         return experts, others
 
     def trainable_parameters_in_all(self, model: ModelConfig) -> int:
-        """All of them, or of a model with adapters those."""
-        return trained_in_all(model) if freezes_base(model) else total_parameters(model)
+        """All of them, or those beside which the others are frozen."""
+        return trained_in_all(model) if trains_in_part(model) else total_parameters(model)
 
     def flops_per_token(self, config: RunConfig) -> float:
         """Forward and backward: 3 x forward, about 6 N plus attention.
 
-        Frozen matrices beside adapters have no gradient of their own: 4 N.
+        Frozen matrices have no gradient of their own: 4 N.
         """
         model, seq_length = config.model, config.stage.seq_length
         flops = 3 * forward_flops_per_token(model, seq_length)
-        return flops - frozen_flops_per_token(model, seq_length) if freezes_base(model) else flops
+        return flops - frozen_flops_per_token(model, seq_length) if trains_in_part(model) else flops
 
     def activation_bytes(self, config: RunConfig, pipeline_stage: int, micro_batches: int) -> float:
         """Those of the whole model under 1F1B."""

@@ -68,7 +68,7 @@ class Stage(ABC):
     def freeze(self, model: HybridGPTModel | ModelChunks) -> None:
         """Switch off gradients of what the stage does not train; called before gradient buffers are made.
 
-        Where the model has adapters, that is everything else, and those that are not to be trained.
+        Where adapters or some experts train alone, that is everything else.
         """
         freeze_base(model)
 

@@ -14,6 +14,7 @@ second projection reads spikes, it keeps them, so that the first level frees not
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -28,8 +29,10 @@ from megatron.core.transformer.moe import experts as megatron_experts
 from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from spikingbrain_train.config.parallel import Recompute
+from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.models.feed_forwards.gated_activation import with_activation
 from spikingbrain_train.models.feed_forwards.moe.busy_experts import Grouped, computed_again, in_two_groups
 from spikingbrain_train.models.transformer_config import HybridTransformerConfig
@@ -66,6 +69,8 @@ class _RoutedExperts(torch.nn.Module):
     """What all forms of routed experts have in common; stands before megatron-core's class."""
 
     config: HybridTransformerConfig
+    ep_group: ProcessGroup
+    num_local_experts: int
     activation_recompute: bool = False
     """Of grouped experts: megatron-core's own word for the first level."""
 
@@ -96,6 +101,17 @@ class _RoutedExperts(torch.nn.Module):
                 self.activation_recompute = level
 
         return computed_again(self, whole, hidden, probs)
+
+    def weights_of_experts(self, numbers: Collection[int]) -> Iterator[torch.nn.Parameter]:
+        """See :class:`~spikingbrain_train.models.feed_forwards.routing.HoldsExperts`."""
+        first = self.ep_group.rank() * self.num_local_experts
+        for local in range(self.num_local_experts):
+            if first + local in numbers:
+                yield from self._weights_of(local)
+
+    def _weights_of(self, expert: int) -> Iterable[torch.nn.Parameter]:
+        """The weights of one expert of this rank, counted from 0."""
+        raise NotImplementedError
 
     def _mark_parameters(self) -> None:
         """Hand the weights to megatron-core's expert data-parallel groups and expert optimizer.
@@ -135,6 +151,9 @@ class SequentialExperts(_RoutedExperts, SequentialMLP):
             self.num_local_experts = num_local_experts
         self._mark_parameters()
 
+    def _weights_of(self, expert: int) -> Iterable[torch.nn.Parameter]:
+        return self.local_experts[expert].parameters()
+
     def forward(
         self, hidden: Tensor, tokens_per_expert: Tensor, probs: Tensor
     ) -> tuple[Tensor, Tensor | None]:
@@ -167,6 +186,9 @@ class TEGroupedExperts(_RoutedExperts, TEGroupedMLP):
         self.activation_recompute = self.config.recompute is Recompute.moe_activation
         self._mark_parameters()
 
+    def _weights_of(self, expert: int) -> Iterable[torch.nn.Parameter]:
+        return [getattr(linear, f"weight{expert}") for linear in (self.linear_fc1, self.linear_fc2)]
+
 
 if HAS_GROUPED_MLP:
 
@@ -184,6 +206,12 @@ if HAS_GROUPED_MLP:
                 # megatron-core marks split weights while it fills them; the gradient norm asks for the mark.
                 for weight, dim in ((self.weight1, 1), (self.weight2, 0)):
                     set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=dim, stride=1)
+
+        def _weights_of(self, expert: int) -> Iterable[torch.nn.Parameter]:
+            raise ConfigurationError(
+                "model.moe.trained trains some experts alone, but cluster.kernels.experts=grouped_gemm has "
+                "all of a rank in one parameter; choose sequential, or transformer_engine where it is there"
+            )
 
 
 class SharedExperts(SharedExpertMLP):
