@@ -7,6 +7,7 @@ tokens, the contenders in turns in one process, best of the repeats, timed by CU
   already repeated to heads
 - a window of 4096 and full attention: our op with backend auto, against flash_attn_func where flash-attn is
   installed, and torch's SDPA over the whole sequence
+- the feed-forward's second product: the linear that a model here is built of, against cuBLAS by F.linear
 
 Before that, outputs and gradients of every kernel that our ops can choose here are held to the naive forms in
 float64: windows, sinks, packed documents, initial states. fla tunes its kernels for minutes when it meets a
@@ -20,8 +21,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +33,14 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.training_contenders import SEED, Setting  # noqa: E402
+from benchmarks.training_step import named_model  # noqa: E402
 from spikingbrain_train.config.command_line import user_errors  # noqa: E402
+from spikingbrain_train.config.run import Precision  # noqa: E402
 from spikingbrain_train.errors import PlatformError  # noqa: E402
 from spikingbrain_train.ops.gated_linear_attention import gated_linear_attention  # noqa: E402
 from spikingbrain_train.ops.softmax_attention import softmax_attention  # noqa: E402
+from spikingbrain_train.runtime.accelerator import detect  # noqa: E402
 from spikingbrain_train.runtime.packages import has_package  # noqa: E402
 
 H, G, D = 28, 4, 128
@@ -83,6 +89,58 @@ def softmax_attention_contenders(T: int, window: int | None) -> Contenders:
     return contenders
 
 
+@cache
+def _feed_forward_linear(model: str, device: str) -> torch.nn.Module:
+    """The second linear of a layer's feed-forward, as the trainer builds it for this machine."""
+    from spikingbrain_train.models.kernels import resolve_kernels
+    from spikingbrain_train.parallel.process_groups import initialize
+    from spikingbrain_train.training.build import build_student
+
+    accelerator = detect(device)
+    config = Setting(
+        model=replace(named_model(model), num_layers=1, vocab_size=1024),
+        hf_folder=None,
+        megatron_folder=None,
+        weights=None,
+        seq_length=1024,
+        threads=1,
+        device=device,
+        precision=Precision.bf16,
+    ).run_config
+    groups = initialize(config.parallel, accelerator, seed=SEED)
+    kernels = resolve_kernels(
+        config.cluster.kernels, accelerator, model=config.model, precision=config.precision
+    )
+    return build_student(config, kernels, groups).get_submodule("decoder.layers.0.mlp.linear_fc2")
+
+
+def feed_forward_product(T: int, model: str = "spikingbrain_7b", device: str = "cuda") -> Contenders:
+    """The linear behind a feed-forward's activation, and cuBLAS on the same numbers.
+
+    Args:
+        T: tokens.
+        model: a name of conf/model.
+        device: ``cuda``; ``cpu`` compares with what torch multiplies by there.
+    """
+    linear = _feed_forward_linear(model, device)
+    weight = linear.get_parameter("weight")
+    x = torch.randn(T, 1, weight.shape[1], device=device, dtype=weight.dtype)
+
+    def ours(x: Tensor, weight: Tensor) -> Tensor:
+        return torch.func.functional_call(linear, {"weight": weight}, (x,))[0]
+
+    return {OURS: (ours, [x, weight]), "cuBLAS, F.linear": (F.linear, [x, weight])}
+
+
+CASES: dict[str, Callable[[int], Contenders]] = {
+    "gated linear attention": linear_attention,
+    f"window {WINDOW}": partial(softmax_attention_contenders, window=WINDOW),
+    "full attention": partial(softmax_attention_contenders, window=None),
+    "feed-forward product": feed_forward_product,
+}
+"""What is timed, with what could have been called instead."""
+
+
 def relative_error(
     function: Callable[..., Tensor], naive: Callable[..., Tensor], inputs: list[Tensor]
 ) -> float:
@@ -100,21 +158,25 @@ def relative_error(
     return max(float(error) for error in errors)
 
 
-def check_against_naive() -> None:
-    """Print the error of every kernel in bfloat16 on 2048 tokens; rounding the output alone is 2e-3."""
+def errors_against_naive() -> Iterator[dict[str, str]]:
+    """The error of every kernel in bfloat16 on 2048 tokens; rounding the output alone is 2e-3.
+
+    Returns:
+        ``kernel``, ``case`` and ``error``, the largest relative one of output and gradients.
+    """
     torch.manual_seed(0)
     heads, groups, T, bounds = 12, 2, 2048, [0, 700, 701, 2048]
     q, k, v = leaf(1, T, heads, D), leaf(1, T, groups, D), leaf(1, T, groups, D)
-    print("| kernel | case | largest relative error of output and gradients |")
-    print("|---|---|---|")
 
-    def row(case: str, op: Callable[..., Tensor], inputs: list[Tensor], backend: str, **options: Any) -> None:
+    def row(
+        case: str, op: Callable[..., Tensor], inputs: list[Tensor], backend: str, **options: Any
+    ) -> dict[str, str]:
         run, naive = (partial(op, backend=name, **options) for name in (backend, "naive"))
         try:
             error = f"{relative_error(run, naive, inputs):.1e}"
         except (ValueError, PlatformError) as refusal:
             error = f"refused: {str(refusal)[:70]}"
-        print(f"| {backend} | {case} | {error} |", flush=True)
+        return {"kernel": backend, "case": case, "error": error}
 
     documents = {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds}
     for window, sinks, packed in itertools.product((None, WINDOW // 8), (0, 128), (False, True)):
@@ -122,7 +184,7 @@ def check_against_naive() -> None:
         case = f"window {window}, {sinks} sinks" + (", documents" if packed else "")
         for backend in ("flash_attn", "flex", "sdpa", "blocked"):
             options = {"window": window, "num_sink_tokens": sinks, **(documents if packed else {})}
-            row(case, softmax_attention, [q, *keys], backend, **options)
+            yield row(case, softmax_attention, [q, *keys], backend, **options)
 
     def linear(*inputs: Tensor, backend: str, **options: Any) -> Tensor:
         state = inputs[4] if len(inputs) > 4 else None
@@ -131,9 +193,9 @@ def check_against_naive() -> None:
     log_gate = F.logsigmoid(torch.randn(1, T, groups, D, device="cuda")) / 4
     states = torch.randn(len(bounds) - 1, groups, D, D, device="cuda")
     for backend in ("chunk", "fla"):
-        row("gated linear attention", linear, [q, k, v, log_gate], backend)
+        yield row("gated linear attention", linear, [q, k, v, log_gate], backend)
     for backend in ("chunk", "fla"):
-        row(
+        yield row(
             "gated linear attention, documents",
             linear,
             [q, k, v, log_gate, states],
@@ -154,16 +216,47 @@ def milliseconds(function: Callable[..., Tensor], inputs: list[Tensor]) -> float
     return start.elapsed_time(end)
 
 
-def compare(op: str, T: int, contenders: Contenders, repeats: int) -> None:
-    """Print one row a contender."""
+def compare(op: str, T: int, repeats: int) -> list[dict[str, Any]]:
+    """A row a contender of one of :data:`CASES`.
+
+    Returns:
+        ``op``, ``tokens``, ``contender``, ``ms`` of the best turn (None where memory did not suffice) and
+        ``against_ours``, how many times as long as ours it took.
+    """
+    contenders = CASES[op](T)
     best = dict.fromkeys(contenders, float("inf"))
+    failed = set()
     for turn in range(repeats + 2):
         for name, (function, inputs) in contenders.items():
-            time = milliseconds(function, inputs)
+            if name in failed:
+                continue
+            try:
+                time = milliseconds(function, inputs)
+            except torch.OutOfMemoryError:
+                failed.add(name)
+                continue
             if turn > 1:  # kernels are compiled and tuned first
                 best[name] = min(best[name], time)
-    for name, time in best.items():
-        print(f"| {op} | {T} | {name} | {time:.2f} ms | {time / best[OURS]:.2f} x |", flush=True)
+    times = {name: None if name in failed else time for name, time in best.items()}
+    ours = times[OURS]
+    return [
+        {
+            "op": op,
+            "tokens": T,
+            "contender": name,
+            "ms": time,
+            "against_ours": None if time is None or ours is None else time / ours,
+        }
+        for name, time in times.items()
+    ]
+
+
+def require_gpu_and_fla() -> None:
+    """Raises :class:`PlatformError` where these kernels cannot run."""
+    if not torch.cuda.is_available():
+        raise PlatformError("this benchmark compares GPU kernels, but torch sees no GPU here")
+    if not has_package("fla"):
+        raise PlatformError("the comparison needs flash-linear-attention: pip install flash-linear-attention")
 
 
 def main() -> None:
@@ -178,23 +271,25 @@ def main() -> None:
     )
     args = parser.parse_args()
     with user_errors():
-        if not torch.cuda.is_available():
-            raise PlatformError("this benchmark compares GPU kernels, but torch sees no GPU here")
-        if not has_package("fla"):
-            raise PlatformError(
-                "the comparison needs flash-linear-attention: pip install flash-linear-attention"
-            )
+        require_gpu_and_fla()
         print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-        check_against_naive()
+        print("| kernel | case | largest relative error of output and gradients |\n|---|---|---|")
+        for row in errors_against_naive():
+            print("| {kernel} | {case} | {error} |".format(**row), flush=True)
         if args.check_only:
             return
         print("\nForward and backward in bfloat16")
-        print("| op | tokens | contender | time | time against ours |")
-        print("|---|---|---|---|---|")
-        for T in args.seq_lengths:
-            compare("gated linear attention", T, linear_attention(T), args.repeats)
-            compare(f"window {WINDOW}", T, softmax_attention_contenders(T, WINDOW), args.repeats)
-            compare("full attention", T, softmax_attention_contenders(T, None), args.repeats)
+        print("| op | tokens | contender | time | time against ours |\n|---|---|---|---|---|")
+        for T, op in itertools.product(args.seq_lengths, CASES):
+            for row in compare(op, T, args.repeats):
+                print(timing_row(row), flush=True)
+
+
+def timing_row(row: dict[str, Any]) -> str:
+    """A row of :func:`compare` in a Markdown table."""
+    time = "out of memory" if row["ms"] is None else f"{row['ms']:.2f} ms"
+    ratio = "" if row["against_ours"] is None else f"{row['against_ours']:.2f} x"
+    return f"| {row['op']} | {row['tokens']} | {row['contender']} | {time} | {ratio} |"
 
 
 if __name__ == "__main__":

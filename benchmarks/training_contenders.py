@@ -19,9 +19,11 @@ from typing import Any, Protocol
 
 import torch
 
+from benchmarks.project_commands import OutOfTimeError
 from spikingbrain_train.architecture.layers import dense_source
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.config.parallel import ParallelConfig, Recompute
 from spikingbrain_train.config.run import CheckpointConfig, Precision, RunConfig
 from spikingbrain_train.config.stage import StageConfig
 from spikingbrain_train.data.loader import MicroBatch
@@ -47,6 +49,24 @@ class Setting:
     device: str
     precision: Precision
     """Of our trainer, and of the product whose peak MFU is a share of."""
+    recompute: Recompute = Recompute.none
+    """Of our trainer."""
+
+    @property
+    def run_config(self) -> RunConfig:
+        """The run whose steps ours takes, and whose memory a plan estimates."""
+        return RunConfig(
+            model=self.model,
+            stage=StageConfig(
+                train_iters=1, seq_length=self.seq_length, micro_batch_size=1, global_batch_size=1
+            ),
+            parallel=ParallelConfig(recompute=self.recompute),
+            checkpoint=CheckpointConfig(
+                load=None if self.megatron_folder is None else str(self.megatron_folder)
+            ),
+            precision=self.precision,
+            output_dir="unused",
+        )
 
 
 @dataclass(frozen=True)
@@ -83,14 +103,7 @@ class Ours:
         from spikingbrain_train.training.stages.pretraining import ContinualPretraining
 
         accelerator = detect(setting.device)
-        load = None if setting.megatron_folder is None else str(setting.megatron_folder)
-        self.config = RunConfig(
-            model=setting.model,
-            stage=StageConfig(train_iters=1, seq_length=setting.seq_length, global_batch_size=1),
-            checkpoint=CheckpointConfig(load=load),
-            precision=setting.precision,
-            output_dir="unused",
-        )
+        self.config = setting.run_config
         groups = initialize(self.config.parallel, accelerator, seed=SEED)
         torch.set_num_threads(setting.threads)
         kernels = resolve_kernels(
@@ -223,15 +236,25 @@ CONTENDERS: dict[str, Callable[[Setting], Contender]] = {
 }
 
 
+class ContenderOutOfMemoryError(Exception):
+    """A GPU has too little memory for a contender."""
+
+
 class ContenderProcess:
     """A contender in its own process. Use as a context manager: leaving it ends the process.
 
     Args:
         name: one of :data:`CONTENDERS`.
         setting: what it trains.
+        deadline: ``time.monotonic()`` at which it is ended, whatever it does; None waits.
+
+    Raises:
+        OutOfTimeError: here and of its methods, at the deadline.
+        ContenderOutOfMemoryError: likewise, when the GPU's memory does not suffice.
     """
 
-    def __init__(self, name: str, setting: Setting) -> None:
+    def __init__(self, name: str, setting: Setting, deadline: float | None = None) -> None:
+        self._deadline = deadline
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, name, setting), daemon=True)
@@ -257,17 +280,32 @@ class ContenderProcess:
         return self._answer()
 
     def _answer(self) -> Any:
+        left = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+        if not self._pipe.poll(left):
+            self._process.kill()
+            self._process.join()
+            raise OutOfTimeError
         try:
-            return self._pipe.recv()
+            answer = self._pipe.recv()
         except EOFError:
             self._process.join()
             raise SystemExit(
                 f"error: a contender ended with exit code {self._process.exitcode} (-9 often means that "
                 "memory ran out: lower --layers or --seq-lengths)"
             ) from None
+        if isinstance(answer, ContenderOutOfMemoryError):
+            raise answer
+        return answer
 
 
 def _serve(pipe: Connection, name: str, setting: Setting) -> None:
+    try:
+        _take_steps(pipe, name, setting)
+    except torch.OutOfMemoryError as error:
+        pipe.send(ContenderOutOfMemoryError(str(error).partition(". ")[0]))
+
+
+def _take_steps(pipe: Connection, name: str, setting: Setting) -> None:
     contender = CONTENDERS[name](setting)
     accelerator = detect(setting.device)
     batches = _batches(setting)
