@@ -178,8 +178,9 @@ def compose_from_command_line(further: Sequence[str] = ()) -> DictConfig | None:
     asked, given = Asked.of([*sys.argv[1:], *further])
     for argument in given:
         flag, equals, value = argument.lstrip("-").partition("=")
-        known = dict(setting_types(with_sections(RunConfig)))
-        if argument.startswith("--") and equals and flag.split(".")[0] in known:
+        if not argument.startswith("--") or not equals:
+            continue
+        if flag.split(".")[0] in dict(setting_types(with_sections(RunConfig))):
             raise ConfigurationError(
                 f"settings are written without dashes: {flag}={value}; flags are {_OWN_FLAGS}"
             )

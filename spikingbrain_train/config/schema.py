@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import re
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from enum import Enum
 from typing import Any
 
@@ -28,9 +29,19 @@ Schema = type[Any]
 """A dataclass that describes a config, such as RunConfig."""
 
 
+def _annotations(schema: Schema) -> dict[str, Any]:
+    """Types of a dataclass's fields: text that is evaluated once, of hundreds of times that a start asks."""
+    return _evaluated(typing.cast(Hashable, schema))
+
+
+@functools.cache
+def _evaluated(schema: Hashable) -> dict[str, Any]:
+    return typing.get_type_hints(schema)
+
+
 def setting_types(schema: Schema, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every setting below ``schema`` as (dotted name, annotated type), groups of settings included."""
-    annotations = typing.get_type_hints(schema)
+    annotations = _annotations(schema)
     for field in dataclasses.fields(schema):
         name = f"{prefix}{field.name}"
         yield name, annotations[field.name]
@@ -165,7 +176,7 @@ def check_lists(config: Any, prefix: str = "") -> None:
     Raises:
         ConfigurationError: naming the setting and the index.
     """
-    annotations = typing.get_type_hints(type(config))
+    annotations = _annotations(type(config))
     for field in dataclasses.fields(config):
         name, value = f"{prefix}{field.name}", getattr(config, field.name)
         if dataclasses.is_dataclass(value):
