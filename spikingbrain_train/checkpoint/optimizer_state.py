@@ -31,7 +31,7 @@ def _parts(optimizer: MegatronOptimizer, state: dict[Any, Any]) -> list[tuple[An
     return [(chain[0], state)] if len(chain) == 1 else [(part, state[n]) for n, part in enumerate(chain)]
 
 
-def count_steps(inner: torch.optim.AdamW) -> None:
+def count_steps(inner: Any) -> None:
     """Have torch's AdamW of a rank without parameters know how many steps it has taken.
 
     AdamW counts in the state of its parameters, and a checkpoint takes the number of the first rank, which
