@@ -11,6 +11,7 @@ from spikingbrain_train.architecture.feed_forwards import (
     describe_activation,
     gated_weights,
 )
+from spikingbrain_train.architecture.initializers import NearestSubNorm
 from spikingbrain_train.architecture.sizes import bytes_per_element
 from spikingbrain_train.architecture.weights import Split, Weight
 from spikingbrain_train.config.model import ModelConfig
@@ -39,7 +40,9 @@ class DenseKind(FeedForwardKind):
     def weights(self, model: ModelConfig) -> tuple[Weight, ...]:
         width = model.ffn_hidden_size
         into, out = gated_weights(model, width)
-        norm = Weight("linear_fc2.sub_norm.weight", ("ffn_sub_norm",), ((width,),), "norms")
+        norm = Weight(
+            "linear_fc2.sub_norm.weight", ("ffn_sub_norm",), ((width,),), "norms", init=NearestSubNorm()
+        )
         norms = (norm,) if model.ffn_sub_norm else ()
         if not model.add_mlp_bias:
             return (into, *norms, out)

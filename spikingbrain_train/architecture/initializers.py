@@ -45,6 +45,11 @@ class AttentionSize:
 
 
 @dataclass(frozen=True)
+class NearestSubNorm:
+    """The size (root mean square) of what the source's projection reads, for the norm in front of it."""
+
+
+@dataclass(frozen=True)
 class EmbeddingRows:
     """Rows of the source's embedding, frequent tokens preferred."""
 
@@ -103,6 +108,7 @@ Initializer = (
     | ScanOfAttention
     | LightningDecays
     | AttentionSize
+    | NearestSubNorm
     | EmbeddingRows
     | OfRecipe
 )

@@ -8,7 +8,7 @@ from typing import Any
 
 from spikingbrain_train.architecture.backends.backend import Backends
 from spikingbrain_train.architecture.context_traffic import ContextTraffic
-from spikingbrain_train.architecture.initializers import Constant
+from spikingbrain_train.architecture.initializers import Constant, NearestSubNorm
 from spikingbrain_train.architecture.registry import Registry
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.architecture.submodule_kind import SubmoduleKind
@@ -123,8 +123,11 @@ def attention_weights(
     rows = (of_the_source[0], *2 * (width * (num_query_groups or model.num_query_groups),))
     biases, norms, output_bias, sub_norm = [], [], [], []
     if model.attn_sub_norm:
+        shape = (of_the_source[0],)
         sub_norm = [
-            Weight("linear_proj.sub_norm.weight", ("attn_sub_norm",), ((of_the_source[0],),), "norms")
+            Weight(
+                "linear_proj.sub_norm.weight", ("attn_sub_norm",), (shape,), "norms", init=NearestSubNorm()
+            )
         ]
     if model.add_output_bias:
         output_bias = [Weight("linear_proj.bias", ("o_bias",), ((hidden,),), f"{group} output", Split.none)]

@@ -46,6 +46,11 @@ class ConversionConfig(LayersConfig):
     keeps it. relu is the first step of ProSparse (docs/prosparse.md)."""
     fatrelu_threshold: float | None = setting(None, minimum=0)
     """Smallest gate that fatrelu lets through; null keeps the source's, or takes 0.01."""
+    attn_sub_norm: bool | None = setting(None)
+    """True puts an RMSNorm in front of the output projection of attention (BitNet b1.58 2B4T), which begins
+    so that the function changes least (docs/bitnet.md); null keeps what the source has."""
+    ffn_sub_norm: bool | None = setting(None)
+    """The same in front of the down projection of dense feed-forwards."""
     upcycling: UpcyclingConfig = field(default_factory=UpcyclingConfig)
     """Start of the experts and routers."""
     seed: int = setting(1234, minimum=0, below=2**32, must=f"be at least 0 and below 2**32 = {2**32}")

@@ -81,12 +81,12 @@ def with_layers(source: ModelConfig, recipe: ConversionConfig) -> ModelConfig:
     sizes = {field.name: getattr(source, field.name) for field in dataclasses.fields(DecoderConfig)}
     layers = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(LayersConfig)}
     own = {name: section_of(recipe, name) for name in _sections}
-    activation = {
+    asked = {
         name: value
-        for name in ("activation_func", "fatrelu_threshold")
+        for name in ("activation_func", "fatrelu_threshold", "attn_sub_norm", "ffn_sub_norm")
         if (value := getattr(recipe, name)) is not None
     }
-    return with_sections(ModelConfig)(**deepcopy(sizes | layers | own | activation))
+    return with_sections(ModelConfig)(**deepcopy(sizes | layers | own | asked))
 
 
 @functools.cache

@@ -1,10 +1,11 @@
-"""How large the source's attention outputs are, layer by layer, estimated without data.
+"""How large what the source computes is, layer by layer, estimated without data.
 
 A parallel hybrid layer normalises the output of each branch (SpikingBrain, arXiv 2509.05276, eq. 6), and the
 weight of that norm has to give back the size that the source's residual stream expects. Matrix norms miss it
 by factors of 2 to 10, different in every layer, because attention averages over tokens. A few hundred tokens
 that run through the source's layers find it; drawn from the vocabulary they serve nearly as well as real text
-(docs/parallel_hybrid.md has the comparison).
+(docs/parallel_hybrid.md has the comparison). New sub-norms begin at sizes of the same tokens, too
+(sub_norm_start.py).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from spikingbrain_train.architecture.rotary import softmax_scale
 from spikingbrain_train.config.model import ActivationFunc
 from spikingbrain_train.config.rope_scaling import RopeType
 from spikingbrain_train.conversion.source import Source
+from spikingbrain_train.conversion.sub_norm_start import nearest_size
 from spikingbrain_train.conversion.vocabulary import draw_tokens
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.ops.gated_activation import gated_relu
@@ -44,6 +46,7 @@ class AttentionScale:
         """Of the layers so far. Set from outside, to those of an earlier call with the same source and seed,
         they are not computed again."""
         self._hidden_BTD: Tensor | None = None
+        self._sub_norms: dict[tuple[str, int], Tensor] = {}
 
     def of_layer(self, layer: int) -> float:
         """Geometric mean over tokens of the root mean square of one layer's attention output.
@@ -53,6 +56,20 @@ class AttentionScale:
         while len(self.scales) <= layer:
             self.scales.append(self._next_layer(len(self.scales)))
         return self.scales[layer]
+
+    @torch.no_grad()
+    def sub_norm(self, role: str, layer: int) -> Tensor:
+        """[]: the weight with which a norm in front of a projection changes what it reads least.
+
+        Args:
+            role: ``attn_sub_norm`` or ``ffn_sub_norm``, which the source has not.
+            layer: of the source.
+        """
+        if (role, layer) not in self._sub_norms:
+            self.of_layer(layer)
+        if (role, layer) not in self._sub_norms:  # the feed-forward of the last layer so far
+            self._feed_forward(layer)
+        return self._sub_norms[role, layer]
 
     @torch.no_grad()
     def _next_layer(self, layer: int) -> float:
@@ -98,6 +115,7 @@ class AttentionScale:
         )
         bias = "o_bias" if model.add_output_bias else None
         o_BTD = o_BHTK.transpose(1, 2).flatten(2)
+        self._sub_norms["attn_sub_norm", layer] = nearest_size(o_BTD, model.norm_epsilon)
         if model.attn_sub_norm:
             o_BTD = self._norm(o_BTD, "attn_sub_norm", layer)
         return self._project(o_BTD, "o_weight", layer, bias)
@@ -116,8 +134,9 @@ class AttentionScale:
         assert self._hidden_BTD is not None
         if layers(self.source.model)[layer].feed_forward.routes_tokens:
             raise ConfigurationError(
-                "layers of several branches begin at the size of the source's attention, which is measured "
-                "through dense feed-forwards, and this source has experts; give each layer one mixer"
+                "layers of several branches and new sub-norms begin at sizes that the source has, which are "
+                "measured through dense feed-forwards, and this source has experts; give each layer one "
+                "mixer, and leave attn_sub_norm at null"
             )
         x_BTD = self._norm(self._hidden_BTD, "mlp_norm", layer)
         gate, up, down = (
@@ -126,6 +145,8 @@ class AttentionScale:
         gate_BTF = self._project(x_BTD, "mlp_gate_weight", layer, gate)
         up_BTF = self._project(x_BTD, "mlp_up_weight", layer, up)
         product_BTF = self._product(gate_BTF, up_BTF)
+        epsilon = self.source.model.norm_epsilon
+        self._sub_norms["ffn_sub_norm", layer] = nearest_size(product_BTF, epsilon)
         if self.source.model.ffn_sub_norm:
             product_BTF = self._norm(product_BTF, "ffn_sub_norm", layer)
         return self._project(product_BTF, "mlp_down_weight", layer, down)

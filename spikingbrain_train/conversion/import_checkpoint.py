@@ -125,6 +125,7 @@ def import_checkpoint(
             f"first {source.num_layers}; {name}=[...] chooses others"
         )
     report.notes += hf_notes + _notes_on_windows(source, target) + _notes_on_activation(source, target)
+    report.notes += _notes_on_sub_norms(source, target)
     report.notes += _notes(target, recipe, drawn=report.new_parameters > 0)
     companions = find_companion_files(hf_folder)
     report.notes += companions.left_behind
@@ -184,17 +185,23 @@ def _measure_attention(
     converter: Converter, plan: list[Planned], journal: Journal, *, progress: bool
 ) -> None:
     """Run the source's layers once, for all parts, where new parameters depend on them."""
-    measured = converter.measures_attention(plan)
+    norms = converter.measures_sub_norms(plan)
+    measured = [*converter.measures_attention(plan), *(layer for layer, _ in norms)]
     if not measured:
         return
     scale = converter.new.attention_scale
-    if (known := journal.entries.get(_ATTENTION)) is not None:
+    known = journal.entries.get(_ATTENTION)
+    if known is not None and not norms:
         scale.scales = list(known)
         return
     with activity("running the source's layers", max(measured) + 1, "layers", shown=progress) as done:
         for layer in done.over(range(max(measured) + 1)):
             scale.of_layer(layer)
-    journal.add(_ATTENTION, scale.scales)
+            for number, role in norms:
+                if number == layer:
+                    scale.sub_norm(role, layer)
+    if known is None:
+        journal.add(_ATTENTION, scale.scales)
 
 
 def _target(source: ModelConfig, conversion: ConversionConfig | None, hf_folder: Path) -> ModelConfig:
@@ -214,6 +221,12 @@ def _target(source: ModelConfig, conversion: ConversionConfig | None, hf_folder:
         conversion = replace(conversion, **{name: getattr(source, name) for name in kept})
     for name in _too_long(conversion, source):
         conversion = replace(conversion, **{name: getattr(conversion, name)[: source.num_layers]})
+    for name in ("attn_sub_norm", "ffn_sub_norm"):
+        if getattr(source, name) and getattr(conversion, name) is False:
+            raise ConfigurationError(
+                f"{name}=false would take norms out of {hf_folder} that its projections were trained behind; "
+                f"leave {name} at null"
+            )
     target = with_layers(source, conversion)
     for has, wants in zip(layers(source), layers(target), strict=True):
         if has.feed_forward is not wants.feed_forward:
@@ -284,6 +297,18 @@ def _notes_on_activation(source: ModelConfig, target: ModelConfig) -> list[str]:
     return [
         f"feed-forwards compute {now.value} where the source's compute {before.value}: their weights are the "
         f"source's, and the model has to be trained to be as good again"
+    ]
+
+
+def _notes_on_sub_norms(source: ModelConfig, target: ModelConfig) -> list[str]:
+    """Where projections read normed inputs that read their inputs themselves in the source."""
+    names = ("attn_sub_norm", "ffn_sub_norm")
+    new = [name for name in names if getattr(target, name) and not getattr(source, name)]
+    if not new:
+        return []
+    return [
+        f"the source has no {' and no '.join(new)}: norms begin at the size of what its "
+        f"projections read, but a token's own is gone behind them, and the model has to be trained"
     ]
 
 

@@ -10,7 +10,7 @@ import torch
 from isal import isal_zlib
 from torch import Tensor
 
-from spikingbrain_train.architecture.initializers import AttentionSize
+from spikingbrain_train.architecture.initializers import AttentionSize, NearestSubNorm
 from spikingbrain_train.architecture.weights import Shape
 from spikingbrain_train.checkpoint.data_files import DataFileWriter, StoredChunk, data_file_name
 from spikingbrain_train.checkpoint.saved_tensor import bytes_of
@@ -202,6 +202,16 @@ class Converter:
             for planned in plan
             if not planned.in_source
             and isinstance(planned.parameter.weight.init, AttentionSize)
+            and planned.parameter.layer is not None
+        ]
+
+    def measures_sub_norms(self, plan: list[Planned]) -> list[tuple[int, str]]:
+        """Layers and roles of norms that start at sizes of the source."""
+        return [
+            (planned.parameter.layer, planned.parameter.roles[0])
+            for planned in plan
+            if not planned.in_source
+            and isinstance(planned.parameter.weight.init, NearestSubNorm)
             and planned.parameter.layer is not None
         ]
 

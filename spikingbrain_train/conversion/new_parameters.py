@@ -15,6 +15,7 @@ from spikingbrain_train.architecture.initializers import (
     EmbeddingRows,
     Initializer,
     LightningDecays,
+    NearestSubNorm,
     Normal,
     OfRecipe,
     ScanOfAttention,
@@ -69,6 +70,7 @@ class NewParameters:
             Values: self._values,
             LightningDecays: self._lightning_decays,
             AttentionSize: self._attention_size,
+            NearestSubNorm: self._nearest_sub_norm,
             EmbeddingRows: self._embedding_rows,
             OfRecipe: self._of_recipe,
             ScanOfAttention: self._scan_of_attention,
@@ -142,6 +144,14 @@ class NewParameters:
             return torch.tensor(self.attention_scale.of_layer(parameter.layer))
 
         return InitialValues("size of the source's attention output, layer by layer", measure)
+
+    def _nearest_sub_norm(self, init: NearestSubNorm) -> InitialValues:
+        def measure(parameter: Parameter) -> Tensor:
+            assert parameter.layer is not None
+            (role,) = parameter.roles
+            return self.attention_scale.sub_norm(role, parameter.layer)
+
+        return InitialValues("size of what the source's projection reads, layer by layer", measure)
 
     def _embedding_rows(self, init: EmbeddingRows) -> InitialValues:
         def choose(parameter: Parameter) -> Tensor:
