@@ -102,11 +102,11 @@ class PartitionedState:
         """The optimizer's part of a checkpoint, from where it lies."""
         groups, step = self._inner.state_dict()["param_groups"], self._step()
         of_experts = [group for group in groups if group[_OF_EXPERTS]]
-        forms = [self._form([group for group in groups if not group[_OF_EXPERTS]], step)]
-        if of_experts:  # have an optimizer of their own in megatron-core
-            forms.append(self._form(of_experts, step))
+        others = [group for group in groups if not group[_OF_EXPERTS]]
+        # Experts have an optimizer of their own in megatron-core.
+        forms = [self._form(found, step) for found in (others, of_experts) if found]
         forms[0][_PIECES] = {number: box for number, (box, _) in enumerate(self._boxes())}
-        return dict(enumerate(forms)) if of_experts else forms[0]
+        return dict(enumerate(forms)) if len(forms) > 1 else forms[0]
 
     def _form(self, groups: list[dict[str, Any]], step: Tensor) -> dict[str, Any]:
         """One of megatron-core's optimizers, less its tensors."""

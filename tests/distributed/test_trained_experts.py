@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
 from spikingbrain_train.config.lora import LoraConfig
 from spikingbrain_train.config.model import MoEConfig
-from spikingbrain_train.config.parallel import ParallelConfig, Recompute
+from spikingbrain_train.config.parallel import EngineKind, ParallelConfig, Recompute, ZeroConfig
 from spikingbrain_train.config.run import OptimizerKind, RunConfig
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.planning.checks import check_run_config
@@ -179,6 +180,28 @@ def test_a_run_goes_on_bit_for_bit(
     (checkpoints / LATEST_ITERATION_FILE).write_text("2\n")
     resumed = ranks.run(train, config, world_size=size, parallel=parallel)
     assert resumed == [steps[2:] for steps in whole]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
+@pytest.mark.parametrize("zero", [2, 3])
+def test_deepspeed_trains_as_one_rank_and_megatron_goes_on_with_its_moments(
+    zero: int,
+    trained: tuple[Path, list[tuple[float, float]]],
+    ranks: RankPool,
+    tmp_path: Path,
+    text: Path,
+    hybrid_76b_checkpoint: Path,
+) -> None:
+    parallel = ParallelConfig(engine=EngineKind.deepspeed, zero=ZeroConfig(zero))
+    config = of_run(tmp_path, text, hybrid_76b_checkpoint, parallel)
+    steps, _ = ranks.run(train, config, world_size=2, parallel=parallel)
+    expected = torch.tensor(trained[1])
+    torch.testing.assert_close(torch.tensor(steps)[:, 0], expected[:, 0], rtol=TOLERANCE, atol=0)
+    checkpoints = tmp_path / "checkpoints"
+    shutil.rmtree(iteration_folder(checkpoints, 4))
+    (checkpoints / LATEST_ITERATION_FILE).write_text("2\n")
+    (resumed,) = ranks.run(train, replace(config, parallel=ONE), world_size=1, parallel=ONE)
+    torch.testing.assert_close(torch.tensor(resumed)[:, 0], expected[2:, 0], rtol=TOLERANCE, atol=0)
 
 
 def test_a_plan_counts_the_experts_of_the_rank_that_has_most() -> None:

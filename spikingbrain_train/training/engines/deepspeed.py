@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spikingbrain_train.checkpoint.expert_state import weights_with_state
 from spikingbrain_train.checkpoint.optimizer_pieces import StoredPart
 from spikingbrain_train.checkpoint.partitioned_state import PartitionedState, Piece, stored_parts
 from spikingbrain_train.checkpoint.sharded_state import fill_weights, sharded_weights
@@ -88,6 +89,7 @@ class DeepSpeedEngine(Engine):
         self._is_offloaded = config.parallel.zero.offload_optimizer
         weights = sharded_weights(model)
         stored = stored_parts(weights)
+        with_state = stored_parts(weights_with_state(weights, model.model_config))
         self._before_partitioning(model, weights, stored, groups.rank)
         del weights  # which may hold views of parameters that are to be cut
         self.model = ZeroModel(model, self._finish_gradients)
@@ -106,7 +108,7 @@ class DeepSpeedEngine(Engine):
         self.optimizer = PartitionedState(
             inner,
             self._pieces(groups),
-            stored,
+            with_state,
             keeps_main_weights=config.precision is Precision.bf16,
             is_distributed_form=config.parallel.use_distributed_optimizer,
         )
