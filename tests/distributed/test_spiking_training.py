@@ -22,7 +22,14 @@ from spikingbrain_train.config.stage import SpikeAnnealingConfig
 from spikingbrain_train.reporting.metrics import read_metrics
 from spikingbrain_train.storage.checkpoint_folder import LATEST_ITERATION_FILE, iteration_folder
 from tests.distributed.pool import RankPool
-from tests.distributed.small_runs import MODEL, TOPOLOGIES, checkpoint_config, run_config, train
+from tests.distributed.small_runs import (
+    MODEL,
+    TOPOLOGIES,
+    checkpoint_config,
+    run_config,
+    train,
+    train_and_not_save,
+)
 
 STATISTICS = ("spiking/sparsity", "spiking/share_up_to_7", "spiking/mean_spikes")
 SPIKING = replace(MODEL, spiking=SpikingConfig(projections=list(Projection), k=3.0))
@@ -59,7 +66,7 @@ def test_a_resumed_annealing_repeats_the_uninterrupted_one_bit_for_bit(
     shutil.rmtree(iteration_folder(checkpoints, 10))
     (checkpoints / LATEST_ITERATION_FILE).write_text("6\n")
 
-    resumed = ranks.run(train, config, world_size=world_size, parallel=parallel)
+    resumed = ranks.run(train_and_not_save, config, world_size=world_size, parallel=parallel)
 
     assert resumed == [steps[6:] for steps in uninterrupted]
     names = ("train/loss", "spiking/k", "spiking/sparsity", "spiking/share_up_to_7", "valid/cross_entropy")
@@ -72,7 +79,7 @@ def test_k_and_the_spikes_are_reported(
     ranks: RankPool, tmp_path: Path, text: Path, hybrid_checkpoint: Path
 ) -> None:
     config = _config(tmp_path, text, hybrid_checkpoint, ParallelConfig())
-    ranks.run(train, config, world_size=1, parallel=ParallelConfig())
+    ranks.run(train_and_not_save, config, world_size=1, parallel=ParallelConfig())
     points = read_metrics(tmp_path)
     steps = [point["spiking/k"] for point in points if "train/loss" in point]
     assert steps == pytest.approx([48 * 0.5 ** (step / 2) for step in range(8)] + [3.0, 3.0])
@@ -105,7 +112,7 @@ def _first_step(
     config = _config(folder, text, load, parallel)
     config.stage = replace(config.stage, train_iters=1, spike_annealing=SpikeAnnealingConfig())
     config.optimizer.lr_warmup_iters = 0
-    (step,), *_ = ranks.run(train, config, world_size=world_size, parallel=parallel)
+    (step,), *_ = ranks.run(train_and_not_save, config, world_size=world_size, parallel=parallel)
     return step, read_metrics(folder)[0]
 
 

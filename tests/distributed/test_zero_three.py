@@ -20,7 +20,7 @@ from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.planning.planner import plan_run
 from spikingbrain_train.training.callbacks.callback import Callback
 from tests.distributed.pool import RankPool
-from tests.distributed.small_runs import MODEL, run_config, train
+from tests.distributed.small_runs import MODEL, run_config, train_and_not_save
 from tests.planning.live_bytes import LiveBytes
 
 pytestmark = [
@@ -62,9 +62,9 @@ def test_losses_are_those_of_one_rank(name: str, ranks: RankPool, tmp_path: Path
     model, parallel = MODELS[name]
     config = run_config(tmp_path / "one", text, model=model)
     config.stage = replace(config.stage, train_iters=4)
-    (expected,) = ranks.run(train, config, world_size=1, parallel=config.parallel)
+    (expected,) = ranks.run(train_and_not_save, config, world_size=1, parallel=config.parallel)
     config = replace(config, parallel=parallel, output_dir=str(tmp_path / "two"))
-    found, _ = ranks.run(train, config, world_size=2, parallel=parallel)
+    found, _ = ranks.run(train_and_not_save, config, world_size=2, parallel=parallel)
     assert [loss for loss, _ in found] == pytest.approx([loss for loss, _ in expected], rel=TOLERANCE)
     assert [norm for _, norm in found] == pytest.approx([norm for _, norm in expected], rel=1e-3)
 
