@@ -2,7 +2,7 @@
 
 A worker takes whole files, so that what a file prepares is prepared once. Long files come first: begun last,
 one of them would keep a core busy while the others have nothing left to do. There are more workers than
-cores: for about a third of the time ranks of small models wait for each other, for Slurm and for launchers.
+cores: ranks of small models wait for each other, and tests wait for Slurm and for launchers.
 """
 
 from __future__ import annotations
