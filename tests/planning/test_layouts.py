@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from spikingbrain_train.architecture.layers import layers as layers_of
+from spikingbrain_train.architecture.layers import unchanged_models
 from spikingbrain_train.config.compose import compose_run
 from spikingbrain_train.config.load import to_run_config
 from spikingbrain_train.config.parallel import Recompute
@@ -76,6 +77,7 @@ def stages_to_try(work: ModelWork, pipeline: int, recompute: Recompute) -> set[t
     return {min(compositions(4, pipeline), key=longest), (4 // pipeline,) * pipeline}
 
 
+@unchanged_models()
 def by_brute_force(config: RunConfig, experts: int) -> dict[tuple[int, ...], float]:
     """Every setting that a run accepts and that fits: the shortest step of each split."""
     network, work = Network.of(config.cluster), ModelWork(config)
