@@ -328,7 +328,7 @@ def test_a_benchmark_says_which_models_there_are(
     said = capsys.readouterr().err
     assert end.value.code == 2
     assert said.startswith(f"error: --model {model} is no choice of conf/model{hint}")
-    assert "choose one of hybrid_1b, " in said and "from_checkpoint" not in said and said.count("\n") == 1
+    assert "choose one of bitnet_2b4t, " in said and "from_checkpoint" not in said and said.count("\n") == 1
 
 
 def test_there_are_a_hundred_of_them() -> None:

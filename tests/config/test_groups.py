@@ -89,9 +89,12 @@ def test_an_experiment_wins_over_the_groups_and_the_command_line_over_both():
         # Counted by transformers over the published models' configs.
         ("smollm2_135m", 134_515_008),
         ("qwen2_5_7b", 7_615_616_512),
+        ("mamba_130m", 129_135_360),
+        ("falcon_mamba_7b", 7_272_665_088),
+        ("bitnet_2b4t", 2_412_820_480),
     ],
 )
-def test_dense_sizes_are_the_published_ones(choice, parameters):
+def test_sizes_are_the_published_ones(choice, parameters):
     assert total_parameters(dry_run(f"model={choice}").model) == parameters
 
 
@@ -144,6 +147,33 @@ def test_published_topologies_make_a_plan_on_both_platforms(choice, cluster):
     c550 = device_memory(dry_run("model=tiny_hybrid", "cluster=c550").cluster, 1)
     assert c550 is not None and c550.bytes == 64 * 2**30
     assert c550.fit(plan.fullest.memory.total) is Fit.fits
+
+
+@pytest.mark.parametrize(
+    ("choice", "replicas", "seq_length", "billions"),
+    [
+        ("falcon_mamba_7b", 128, 2048, 145.7),  # the first stage; the ramp has 128 sequences at first
+        ("mamba_130m", None, 2048, 2.517),  # arXiv 2312.00752, appendix E.2: 4800 steps of 0.5M tokens
+        ("bitnet_2b4t", 64, 4096, 4000),  # arXiv 2504.12285
+    ],
+)
+def test_training_from_nothing_reads_the_published_tokens_and_fits(choice, replicas, seq_length, billions):
+    config = dry_run(f"experiment={choice}", "cluster=h100")
+    plan = plan_run(config, launched_world_size(config))
+    assert (config.parallel.data_parallel_size, config.stage.seq_length) == (replicas, seq_length)
+    assert plan.total_tokens == pytest.approx(billions * 1e9, rel=1e-3)
+    memory = device_memory(config.cluster, 1)
+    assert memory is not None and memory.fit(plan.fullest.memory.total) is Fit.fits
+
+
+def test_falcon_mamba_decays_over_the_published_share_of_its_steps():
+    config = dry_run("experiment=falcon_mamba_7b")
+    share = config.optimizer.lr_wsd_decay_iters / config.stage.train_iters
+    assert share == pytest.approx(500 / 5500, rel=0.02)
+    assert config.optimizer.lr / config.optimizer.min_lr == 256
+    ramp = config.stage.batch_size_ramp
+    assert (ramp.start, config.stage.global_batch_size) == (128, 2048)
+    assert ramp.samples * config.stage.seq_length == pytest.approx(50e9, rel=1e-6)
 
 
 def _topologies(page):
@@ -258,3 +288,15 @@ def test_hybrid_models_are_their_dense_source_in_the_published_pattern():
         source, model = dry_run(f"model={dense}").model, dry_run(f"model={hybrid}").model
         source.mixers, source.sliding_window, source.gla = recipe.mixers, recipe.sliding_window, recipe.gla
         assert model == source
+
+
+@pytest.mark.parametrize(
+    ("name", "mixers"), [("gdn", ["gdn", "swa"]), ("mamba", ["mamba", "swa"]), ("bitnet", ["full"])]
+)
+def test_recipes_of_other_systems_change_what_they_are_named_after(name, mixers):
+    recipe = load_conversion(name)
+    assert recipe.mixers == mixers
+    linears = ["qkv", "attention_output", "mlp_fc1", "mlp_fc2"] if name == "bitnet" else []
+    for transform in (recipe.ternary, recipe.int8_inputs):
+        assert [projection.name for projection in transform.projections] == linears
+    assert recipe.mamba.use_bias is (name == "mamba")

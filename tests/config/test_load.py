@@ -219,7 +219,7 @@ class TestConversion:
         [
             (
                 "defaults: [nowhere]",
-                ["defaults name nowhere", "dense, prosparse, spiking", "/layers/spiking"],
+                ["defaults name nowhere", "dense, gdn, mamba, prosparse, spiking", "/layers/spiking"],
             ),
             ("defaults: [/layers/nowhere@_here_]", ["defaults name /layers/nowhere@_here_"]),
             ("defaults: [{model: tiny}]", ["defaults name {'model': 'tiny'}"]),
@@ -243,7 +243,7 @@ class TestConversion:
                 [],
                 [
                     "no conversion spikingbrain",
-                    "dense, prosparse, spikingbrain_76b, spikingbrain_76b_exact, spikingbrain_7b",
+                    "bitnet, dense, gdn, mamba, prosparse, spikingbrain_76b, spikingbrain_76b_exact",
                 ],
             ),
             ("dense", ["window=3"], ["window is not a setting", "sliding_window"]),

@@ -26,6 +26,8 @@ ROOT = Path(__file__).parents[2]
 RUNS = [
     *("model=tiny_hybrid", "model=tiny_76b", "model=hybrid_1b", "model=qwen2_5_7b", "model=smollm2_135m"),
     *("experiment=smollm2_align", "experiment=smollm2_cpt"),
+    *("experiment=mamba_130m", "experiment=falcon_mamba_7b", "experiment=bitnet_2b4t"),
+    "model=smollm2_135m_hybrid model.mixers=[gdn,swa]",
     *(f"experiment=spikingbrain_7b_{name}" for name in ("8k", "32k", "128k", "align", "distill")),
     *(f"experiment=spikingbrain_76b_{name}" for name in ("8k", "32k", "128k", "align", "distill")),
     "model=spikingbrain_7b parallel=tp2_pp2",
@@ -87,7 +89,7 @@ def steps() -> dict[str, Any]:
         pytest.skip("the tables here are of megatron-core 0.16.1 and torch 2.13")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", "-m", "tests.fake_gpu.steps", *RUNS]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=340)
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(json.loads(line) for line in done.stdout.splitlines())
 

@@ -42,9 +42,11 @@ class JoinedRows:
 
     def matrix_of_rows(self, rows: int, device: torch.device) -> Tensor:
         """[rows] int64: to which of the matrices each row of a weight belongs."""
-        unit, matrices = self._unit(rows), len(self.shares)
-        repeats = torch.tensor([unit * share for share in self.shares], device=device)
-        block = torch.arange(matrices, device=device).repeat_interleave(repeats)
+        unit = self._unit(rows)
+        # Filled there: numbers that are copied to a GPU, or that sizes are read from, would be waited for.
+        block = torch.cat(
+            [torch.full((unit * share,), matrix, device=device) for matrix, share in enumerate(self.shares)]
+        )
         return block.repeat(rows // len(block))
 
     def _unit(self, rows: int) -> int:

@@ -61,7 +61,10 @@ def row_scales(weight: Tensor, shard: Shard) -> Tensor:
     joined = shard.joined
     parts = (weight,) if joined is None else joined.parts(weight)
     magnitudes = shard.sum(torch.stack([magnitude_sum(part) for part in parts]))
-    numel = torch.tensor([part.numel() * shard.parts for part in parts], device=weight.device)
+    # Filled where the weight is: a copy to a GPU would be waited for, in every linear.
+    numel = torch.stack(
+        [weight.new_full((), part.numel() * shard.parts, dtype=torch.int64) for part in parts]
+    )
     scales = ternary_scales(magnitudes, numel, weight.dtype)
     if joined is None:
         return scales[0]
