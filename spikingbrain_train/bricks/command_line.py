@@ -17,6 +17,7 @@ from spikingbrain_train.bricks.moefy_command_line import add_moefy
 from spikingbrain_train.bricks.neurons_command_line import add_neurons
 from spikingbrain_train.bricks.predictors_command_line import add_predictors
 from spikingbrain_train.bricks.route_command_line import add_route
+from spikingbrain_train.bricks.train_command_line import add_train
 from spikingbrain_train.bricks.update_command_line import add_update
 from spikingbrain_train.config.command_line import called_as
 from spikingbrain_train.evaluation.inference_command_line import Elsewhere, run_inference
@@ -45,6 +46,7 @@ def bricks_parser() -> argparse.ArgumentParser:
         add_abilities,
         add_predictors,
         add_moefy,
+        add_train,
         add_attach,
         add_merge,
         add_detach,

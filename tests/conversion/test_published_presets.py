@@ -1,4 +1,4 @@
-"""Presets of published models are what an import of their config.json gives, as large as transformers' own."""
+"""Presets of published models are what an import of their config.json gives, as large as transformers'."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""spikingbrain-bricks update: an adapter or some experts train, all else stays bit for bit, runs go on."""
+"""spikingbrain-bricks train and update: a part trains, all else stays bit for bit, runs go on."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from spikingbrain_train.architecture.lora import adapter_of
+from spikingbrain_train.architecture.stored_model import read_stored_model
 from spikingbrain_train.bricks.changed_weights import check_only_adapter_changed, check_only_experts_changed
 from spikingbrain_train.bricks.command_line import bricks
 from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
@@ -60,6 +61,10 @@ def update(adapted: Path, output: Path, *words: str, adapter: str = "other") -> 
 
 def update_experts(mixture: Path, experts: str, output: Path, *words: str) -> None:
     bricks(["update", "--checkpoint", str(mixture), "--experts", experts, "--output", str(output), *words])
+
+
+def train(checkpoint: Path, output: Path, *words: str, adapter: str = "third") -> None:
+    bricks(["train", "--checkpoint", str(checkpoint), "--adapter", adapter, "--output", str(output), *words])
 
 
 def settings(text: Path, iters: int) -> list[str]:
@@ -168,4 +173,65 @@ def test_what_cannot_be_updated_is_refused_in_one_sentence(
 ) -> None:
     with pytest.raises(SystemExit):
         update(adapted, tmp_path / "x", *words, adapter=adapter)
+    assert sentence in capsys.readouterr().err.replace("\n", " ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("beside", ["adapted", "base"])
+def test_a_new_adapter_changes_nothing_else_and_the_same_command_goes_on(
+    beside: str, adapted: Path, text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint, trained = adapted.with_name(beside), tmp_path / "trained"
+    own = ["--rank", "3", "--alpha", "6"]
+    train(checkpoint, trained, *own, *settings(text, 1))
+    assert "adapter third is trained; the other" in capfd.readouterr().out
+    before, after = weights(checkpoint), weights(trained)
+    new = {name for name in after if adapter_of(name) == "third"}
+    assert new == after.keys() - before.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(after[name].abs().max() > 0 for name in new)
+    newest = latest_checkpoint(trained / "checkpoints", "folder")
+    lora = read_stored_model(newest).lora
+    names = NAMES if beside == "adapted" else []
+    assert lora.names == [*names, "third"]
+    assert [lora.rank(name) for name in lora.names] == [*(2 for _ in names), 3]
+    assert (lora.alpha("third"), lora.trained) == (6.0, ["third"])
+    train(checkpoint, trained, *own, *settings(text, 2))
+    assert latest_checkpoint(trained / "checkpoints", "folder").name == "iter_0000002"
+
+
+def test_a_dry_run_of_a_new_adapter_keeps_what_the_others_have(
+    adapted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(adapted, tmp_path / "x", "--dry-run", "--rank", "4", "stage.train_iters=3")
+    line = capsys.readouterr().out.strip()
+    assert "'model.lora.names=[code,other,third]' 'model.lora.ranks=[2,2,4]'" in line
+    assert "'model.lora.trained=[third]'" in line and line.endswith("stage.train_iters=3")
+    train(adapted.with_name("base"), tmp_path / "x", "--dry-run", "--target-modules", "q_proj,v_proj")
+    line = capsys.readouterr().out
+    assert "'model.lora.names=[third]' " in line and "'model.lora.target_modules=[q_proj,v_proj]'" in line
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("--adapter", "code"), "--adapter code is an adapter of"),
+        (("--adapter", "a.b"), "model.lora.names has 'a.b'"),
+        (("--rank", "0"), "--rank is 0 and --alpha 16; give a rank of at least 1"),
+        (("--alpha", "-1"), "--rank is 8 and --alpha -1; give a rank"),
+        (("--target-modules", "qkv"), "--target-modules has qkv, which is none of q_proj,"),
+        (("--target-modules", "q_proj"), "--target-modules q_proj are others than those of code, other in"),
+        (("model.lora.ranks=[3]",), "train sets model.lora.ranks itself; leave model.lora.ranks=[3] out"),
+    ],
+)
+def test_a_new_adapter_that_does_not_fit_is_refused_in_one_sentence(
+    words: tuple[str, ...],
+    sentence: str,
+    adapted: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        train(adapted, tmp_path / "x", *words)
     assert sentence in capsys.readouterr().err.replace("\n", " ")
