@@ -27,6 +27,8 @@ from spikingbrain_train.config.parallel import AcceleratorKind
 from spikingbrain_train.errors import PlatformError
 from spikingbrain_train.runtime import packages as installed
 
+CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
+
 # Module name -> names of the distributions that may provide it, in order of preference.
 OPTIONAL_PACKAGES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -198,7 +200,7 @@ def detect(requested: AcceleratorKind | str = AcceleratorKind.auto) -> Accelerat
     if requested is not AcceleratorKind.cpu and torch.backends.cuda.is_built():
         # Megatron's overlap of tensor- and context-parallel communication with products needs kernels to
         # start in the order in which they were queued. CUDA reads it when it starts: asking for a GPU does.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        os.environ.setdefault(CONNECTIONS, "1")
     packages = MappingProxyType(installed_packages())
     if requested is AcceleratorKind.cpu or (
         requested is AcceleratorKind.auto and not torch.cuda.is_available()

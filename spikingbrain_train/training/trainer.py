@@ -35,6 +35,7 @@ from spikingbrain_train.runtime import patches
 from spikingbrain_train.runtime.accelerator import detect
 from spikingbrain_train.runtime.bf16 import PARAMS_DTYPE, slow_format_warning
 from spikingbrain_train.runtime.deterministic import deterministic_algorithms
+from spikingbrain_train.runtime.kernel_order import kernel_order_warning
 from spikingbrain_train.training.beginning import facts_of, resumed, started
 from spikingbrain_train.training.build import (
     build_student,
@@ -89,8 +90,9 @@ def _run(config: RunConfig) -> None:
             if groups.is_main_process:
                 slow = slow_format_warning(f"precision={choice.precision.value}", dtype, accelerator)
                 large = memory_warning(settled, groups.world_size, accelerator.memory_bytes())
+                order = kernel_order_warning(settled.parallel, accelerator)
                 data = [f"warning: {warning}" for warning in plan_data(settled).warnings()]
-                for warning in filter(None, (slow, large, *data)):
+                for warning in filter(None, (slow, large, order, *data)):
                     print(warning, flush=True)
             with locked_output_dir(config.output_dir, groups):
                 trainer = Trainer(settled, groups, details=[heading(), choice.describe()], start_times=times)
