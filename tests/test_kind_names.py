@@ -23,7 +23,7 @@ PACKAGE = ROOT / "spikingbrain_train"
 
 SOFTMAX = ("architecture/softmax_attention.py", "models/mixers/softmax_attention.py")
 MOEFY = ("bricks/moefy.py", "bricks/moefy_command_line.py")
-UPDATE = ("bricks/update_command_line.py", "bricks/changed_weights.py")
+UPDATE = ("bricks/partial_run.py", "bricks/update_command_line.py", "bricks/changed_weights.py")
 GROW = ("bricks/grow.py", "bricks/grow_command_line.py")
 OWN_FILES: dict[str, tuple[str, ...]] = {
     "full": SOFTMAX,
@@ -58,6 +58,7 @@ OWN_FILES: dict[str, tuple[str, ...]] = {
         "bricks/adapters_command_line.py",
         "bricks/compose.py",
         "bricks/peft_folder.py",
+        "bricks/train_command_line.py",
         *UPDATE,
     ),
 }
