@@ -23,7 +23,7 @@ PACKAGE = ROOT / "spikingbrain_train"
 
 SOFTMAX = ("architecture/softmax_attention.py", "models/mixers/softmax_attention.py")
 MOEFY = ("bricks/moefy.py", "bricks/moefy_command_line.py")
-UPDATE = ("bricks/partial_run.py", "bricks/update_command_line.py", "bricks/changed_weights.py")
+UPDATE = ("bricks/update_command_line.py", "bricks/changed_weights.py")
 GROW = ("bricks/grow.py", "bricks/grow_command_line.py")
 OWN_FILES: dict[str, tuple[str, ...]] = {
     "full": SOFTMAX,
@@ -103,6 +103,8 @@ ALLOWED = {
     ("bricks/command_line.py", "lora"): "lists the subcommands, those of adapters among them",
     ("bricks/command_line.py", "moe"): "lists the subcommands, moefy among them",
     ("bricks/command_line.py", "dense"): "lists the subcommands, moefy among them",
+    ("bricks/partial_run.py", "lora"): "trains adapters or experts, and nothing else",
+    ("bricks/partial_run.py", "moe"): "trains adapters or experts, and nothing else",
     ("spiking/codings.py", "ternary"): "a coding of counts as trains of spikes",
     ("conversion/window_convention.py", "sliding_window"): "a key of config.json",
 }
