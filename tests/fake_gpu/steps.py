@@ -9,13 +9,16 @@ For each run and rank a line of JSON: what the step did that a GPU would not lik
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 os.environ["TORCHDYNAMO_DISABLE"] = (
@@ -27,6 +30,7 @@ from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from spikingbrain_train.architecture.layers import dense_source, layers
+from spikingbrain_train.config.batch_size import BatchSizeRampConfig
 from spikingbrain_train.config.compose import compose_run
 from spikingbrain_train.config.load import to_run_config
 from spikingbrain_train.config.parallel import AcceleratorKind
@@ -41,6 +45,9 @@ from spikingbrain_train.runtime.accelerator import Accelerator
 from spikingbrain_train.runtime.patches import PATCHES
 from tests.fake_gpu import kernels
 from tests.fake_gpu.fake_cuda import Findings, fake_cuda
+
+if TYPE_CHECKING:
+    from spikingbrain_train.training.trainer import Trainer
 
 MICRO_BATCHES = 2
 
@@ -62,7 +69,7 @@ def shortened(config: RunConfig) -> RunConfig:
     kinds = layers(model)
     mixers = list(dict.fromkeys(tuple(kind.name for kind in layer.mixers) for layer in kinds))
     feed_forwards = list(dict.fromkeys(layer.feed_forward.name for layer in kinds))
-    number = stages * max(len(mixers), len(feed_forwards))
+    number = stages * config.parallel.virtual_stages * max(len(mixers), len(feed_forwards))
     model = replace(
         model,
         num_layers=number,
@@ -106,9 +113,11 @@ def step(config: RunConfig, last: bool) -> dict[str, Any]:
 
 
 def value_of(config: RunConfig, x: Tensor) -> Tensor:
-    """Ones; False; and as many tokens for every expert, where x counts those."""
+    """Ones; False; the votes of a good step; as many tokens for every expert, where x counts those."""
     if x.dtype == torch.bool:
         return torch.zeros(x.shape, dtype=x.dtype, device="cpu")
+    if x.dtype == torch.int32 and x.dim() == 1:
+        return torch.tensor(good_votes(config), dtype=x.dtype, device="cpu")
     parallel, experts = config.parallel, config.model.moe.num_experts
     ranks, tensor = parallel.expert_model_parallel_size, parallel.expert_tensor_size
     value = 1
@@ -127,6 +136,17 @@ def value_of(config: RunConfig, x: Tensor) -> Tensor:
     return torch.full(x.shape, value, dtype=x.dtype, device="cpu")
 
 
+def good_votes(config: RunConfig) -> list[int]:
+    """What all ranks agree on of a step that is fine, in a run that nobody asks to stop."""
+    from spikingbrain_train.training.callbacks.bad_batches import BadBatches
+    from spikingbrain_train.training.callbacks.callback import Callback
+    from spikingbrain_train.training.callbacks.defaults import callbacks_of
+    from spikingbrain_train.training.stages.losses import FINE
+
+    voters = [each for each in callbacks_of(config) if type(each).vote is not Callback.vote]
+    return [FINE if isinstance(each, BadBatches) else 0 for each in voters]
+
+
 def selected_by(config: RunConfig, mask: Tensor) -> int:
     """Masks say which tokens an expert gets: [experts, tokens]."""
     assert mask.dim() == 2, f"how many elements of a mask {list(mask.shape)} are true is not known"
@@ -135,47 +155,78 @@ def selected_by(config: RunConfig, mask: Tensor) -> int:
 
 def _step(config: RunConfig, groups: Any, accelerator: Accelerator, findings: Findings) -> dict[str, Any]:
     from spikingbrain_train.checkpoint.sharded_state import state_to_save
-    from spikingbrain_train.training import build
-    from spikingbrain_train.training.build import kernels_of
-    from spikingbrain_train.training.engines.build import build_engine
-    from spikingbrain_train.training.optimizer import build_scheduler
-    from spikingbrain_train.training.stages.build import stage_class
-    from spikingbrain_train.training.training_state import TrainingState
 
-    config = replace(config, checkpoint=replace(config.checkpoint, load=None))
-    chosen = kernels_of(config, accelerator)
-    teacher = None
-    if kind_of(config.stage).needs_teacher(config.stage):
-        source = dense_source(config.model)
-        teacher = build._build(source, config, chosen, groups, initialize=True).requires_grad_(False).eval()
-    stage = stage_class(config.stage)(config.stage, groups, teacher)
-    student = build.build_student(config, chosen, groups)
-    stage.freeze(student)
-    engine = build_engine(config, student, groups)
-    model = engine.model
-    scheduler = build_scheduler(config.optimizer, config.stage.train_iters, engine.optimizer)
-    stray = [name for name, each in [*model.named_parameters(), *model.named_buffers()] if not each.is_cuda]
-    state = TrainingState(engine, scheduler, callbacks=NoCallbacks())
-    whole = batches(config)
-    findings.clear()
-    engine.begin_gradients()
-    stage.forward_backward(model, (local(each, config, groups) for each in whole), MICRO_BATCHES)
-    scheduler.step(increment=1)
-    engine.update_weights(lambda norm: None)
-    found = {name: dict(counter) for name, counter in vars(findings).items()}
-    saved = state_to_save(state, groups)
+    size = MICRO_BATCHES * config.stage.micro_batch_size * groups.data_parallel_size
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        config = replace(
+            config,
+            checkpoint=replace(config.checkpoint, load=None),
+            # One step of many, between two reports and behind a ramp of the batch size.
+            stage=replace(
+                config.stage, train_iters=1000, global_batch_size=size, batch_size_ramp=BatchSizeRampConfig()
+            ),
+            logging=replace(config.logging, log_interval=1000, tensorboard=False),
+            cluster=replace(config.cluster, peak_tflops=1.0),  # else it is measured
+            output_dir=folder,
+        )
+        trainer = trainer_of(config, groups, accelerator)
+        model = trainer.model
+        whole = batches(config)
+        trainer.callbacks.start()
+        findings.clear()
+        trainer._step(local(each, config, groups) for each in whole)
+        found = {name: dict(counter) for name, counter in vars(findings).items()}
+        trainer.callbacks.end(None)
+        saved = state_to_save(trainer.state, groups)
+    assert trainer.state.iteration == 1 and trainer.stop_reason is None
+    named = [*model.named_parameters(), *model.named_buffers()]
     for_cpu = [each.name for each in PATCHES if AcceleratorKind.cuda not in each.platforms]
     return {
-        "off the GPU": stray,
+        "off the GPU": [name for name, each in named if not each.is_cuda],
         "patches for CPUs": [name for name in for_cpu if name in patches._applied],
         "saved": len(saved["model"]),
         **found,
     }
 
 
-class NoCallbacks:
-    def state_dict(self) -> dict[str, Any]:
-        return {}
+def trainer_of(config: RunConfig, groups: Any, accelerator: Accelerator) -> Trainer:
+    """A run's trainer with its callbacks, whose weights and batches are of no file."""
+    from spikingbrain_train.checkpoint.run_checkpoints import RunCheckpoints
+    from spikingbrain_train.training import build
+    from spikingbrain_train.training.beginning import facts_of, started
+    from spikingbrain_train.training.build import kernels_of
+    from spikingbrain_train.training.callbacks.callbacks import Callbacks
+    from spikingbrain_train.training.callbacks.defaults import callbacks_of
+    from spikingbrain_train.training.console import Console
+    from spikingbrain_train.training.data_waits import DataWaits
+    from spikingbrain_train.training.engines.build import build_engine
+    from spikingbrain_train.training.optimizer import build_scheduler
+    from spikingbrain_train.training.stages.build import stage_class
+    from spikingbrain_train.training.trainer import Trainer
+    from spikingbrain_train.training.training_state import TrainingState
+
+    trainer = Trainer.__new__(Trainer)  # its __init__ opens data, and the checkpoint of a teacher
+    trainer.config, trainer.groups, trainer.stop_reason = config, groups, None
+    trainer.data_waits, trainer.data = DataWaits(), SimpleNamespace(held_out=None)  # type: ignore[assignment]
+    trainer.console = Console(
+        config.stage.train_iters, config.output_dir, is_main_process=groups.is_main_process
+    )
+    trainer.checkpoints = RunCheckpoints(config, groups, trainer.say)
+    trainer.callbacks = Callbacks(callbacks_of(config), trainer)
+    chosen = kernels_of(config, accelerator)
+    teacher = None
+    if kind_of(config.stage).needs_teacher(config.stage):
+        source = dense_source(config.model)
+        teacher = build._build(source, config, chosen, groups, initialize=True).requires_grad_(False).eval()
+    trainer.stage = stage_class(config.stage)(config.stage, groups, teacher)
+    student = build.build_student(config, chosen, groups)
+    trainer.stage.freeze(student)
+    trainer.engine = build_engine(config, student, groups)
+    trainer.model = trainer.engine.model
+    scheduler = build_scheduler(config.optimizer, config.stage.train_iters, trainer.engine.optimizer)
+    trainer.state = TrainingState(trainer.engine, scheduler, trainer.callbacks)
+    trainer.beginning = started(config, facts_of(config, groups.world_size, None))
+    return trainer
 
 
 def batches(config: RunConfig) -> list[Any]:

@@ -159,7 +159,9 @@ class Callbacks(Callback):
 
 
 def _as_vote(vote: int | Tensor, device: torch.device) -> Tensor:
-    return torch.as_tensor(vote, device=device).to(torch.int).reshape(())
+    if isinstance(vote, Tensor):
+        return vote.to(device, torch.int).reshape(())
+    return torch.full((), vote, dtype=torch.int, device=device)  # a copy from the host would be waited for
 
 
 def _first_foreign(value: Any) -> Any:
