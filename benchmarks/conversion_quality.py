@@ -1,5 +1,5 @@
-"""Claim: a hybrid within 0.40 nats of its dense source after 250k tokens, 0.25 after 1M, on text of kinds
-that no stage has seen; at least 20 x fewer tokens than plain continual pretraining to come within 0.5.
+"""Claim: a hybrid within 0.40 nats of its dense source after 250k tokens, 0.25 after 1M, on text that no
+stage has seen; at least 20 x fewer tokens than plain continual pretraining to come within 0.5.
 
 SmolLM2-135M, half of its layers gated linear attention, the others windows of 512; sequences of 2048. Methods
 (benchmarks/conversion_methods.py) side by side at equal tokens, several seeds. All of it is commands that

@@ -94,7 +94,7 @@ def _figure(results: Sequence[Mapping[str, Any]], dense: Mapping[str, float]) ->
     panel.set_yticks(_TICKS, [f"{tick:g}" for tick in _TICKS])
     panel.set_ylim(min(_TICKS), max(_TICKS))
     panel.yaxis.set_minor_formatter(NullFormatter())
-    panel.set_xlabel("tokens, alignment and calibration included")
+    panel.set_xlabel("tokens read, those for the choice of layers included")
     panel.set_ylabel("nats above the dense source, unseen text")
     for formatted in (panel.xaxis.set_major_formatter, panel.xaxis.set_minor_formatter):
         formatted(lambda value, _: count_text(value) if f"{value:e}"[0] in "125" else "")
