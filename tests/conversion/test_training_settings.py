@@ -12,7 +12,10 @@ import pytest
 
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.conversion.formats.config_keys import ConfigKeys
-from spikingbrain_train.conversion.formats.training_settings import read_training_settings
+from spikingbrain_train.conversion.formats.training_settings import (
+    read_training_settings,
+    training_settings,
+)
 from spikingbrain_train.errors import CheckpointError
 
 
@@ -32,3 +35,13 @@ def test_what_no_run_could_say_is_refused(values: dict[str, Any], sentence: str)
     model = ModelConfig(num_layers=1, hidden_size=8, ffn_hidden_size=8, num_attention_heads=1)
     with pytest.raises(CheckpointError, match=r"folder/config\.json: " + sentence):
         read_training_settings(ConfigKeys(values, Path("folder/config.json")), model)
+
+
+def test_which_experts_a_run_trains_is_not_what_others_are_given() -> None:
+    model = ModelConfig(num_layers=1, hidden_size=8, ffn_hidden_size=8, num_attention_heads=1)
+    model.feed_forwards, model.moe.num_experts, model.moe.trained = ["moe"], 4, [1]
+    written = training_settings(model)
+    assert "moe.aux_loss_coeff" in written and "moe.trained" not in written
+    back = ModelConfig(num_layers=1, hidden_size=8, ffn_hidden_size=8, num_attention_heads=1)
+    read_training_settings(ConfigKeys(written, Path("folder/config.json")), back)
+    assert back.moe.trained == []

@@ -1,7 +1,8 @@
 """Settings of training in config.json: no modelling code reads them, and the way back gives them again.
 
 Losses of routers, the capacity of experts, drop-out of branches: whatever a model's layers have and
-:class:`~spikingbrain_train.config.setting.Role` calls training.
+:class:`~spikingbrain_train.config.setting.Role` calls training. Which parts of it one run trains, a list, is that
+run's alone.
 """
 
 from __future__ import annotations
@@ -56,4 +57,9 @@ def read_training_settings(keys: ConfigKeys, model: ModelConfig) -> None:
 
 
 def _names() -> list[str]:
-    return [name for name, role in roles().items() if role is Role.training and name.startswith(_SECTIONS)]
+    defaults = leaves(ModelConfig())
+    return [
+        name
+        for name, role in roles().items()
+        if role is Role.training and name.startswith(_SECTIONS) and not isinstance(defaults[name], list)
+    ]
