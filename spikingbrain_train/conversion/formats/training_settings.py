@@ -1,8 +1,8 @@
 """Settings of training in config.json: no modelling code reads them, and the way back gives them again.
 
 Losses of routers, the capacity of experts, drop-out of branches: whatever a model's layers have and
-:class:`~spikingbrain_train.config.setting.Role` calls training. Which parts of it one run trains, a list, is that
-run's alone.
+:class:`~spikingbrain_train.config.setting.Role` calls training. Which parts of it a run trains, a list, is
+that run's alone.
 """
 
 from __future__ import annotations
