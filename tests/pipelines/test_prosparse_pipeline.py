@@ -31,6 +31,8 @@ L1 = '"stage.sparsity.l1_factors=[0, 0.05, 0.2]", "stage.sparsity.l1_end_steps=[
 TINY = (
     *(f"seq_length={LENGTH}", f"windows={WINDOWS}", f"loss_budget={BUDGET}"),
     *("valid_tokens=1024", "lr=1e-2", "min_lr=1e-3", "steps.text.workers=1"),
+    # Not in what this CPU multiplies: numbers are held to those of float32.
+    *("steps.evaluate_export.dtype=float32", "steps.sparsity.dtype=float32"),
     f"train=[stage.train_iters=6, stage.seq_length={LENGTH}, stage.global_batch_size=2, {L1}, "
     "logging.log_interval=1]",
 )
