@@ -32,7 +32,7 @@ TINY = (
     *(f"seq_length={LENGTH}", f"windows={WINDOWS}", f"loss_budget={BUDGET}"),
     *("valid_tokens=1024", "lr=1e-2", "min_lr=1e-3", "steps.text.workers=1"),
     # Not in what this CPU multiplies: numbers are held to those of float32.
-    *("steps.evaluate_export.dtype=float32", "steps.sparsity.dtype=float32"),
+    *(f"steps.{step}.dtype=float32" for step in ("evaluate_relu", "evaluate_export", "sparsity")),
     f"train=[stage.train_iters=6, stage.seq_length={LENGTH}, stage.global_batch_size=2, {L1}, "
     "logging.log_interval=1]",
 )
