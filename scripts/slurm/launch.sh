@@ -82,6 +82,9 @@ yes) export RANK_LOG_DIR=$log_dir/ranks ;;
 *) fail "RANK_LOGS=$RANK_LOGS is neither yes nor no" ;;
 esac
 
+# Where torch's flight recorder writes, if it does: a node's /tmp, its own choice, may be gone with the job.
+export TORCH_NCCL_DEBUG_INFO_TEMP_FILE=${TORCH_NCCL_DEBUG_INFO_TEMP_FILE:-$log_dir/nccl_trace_rank_}
+
 cd "$root"
 mkdir -p "$log_dir" || fail "$log_dir cannot be created; set LOG_DIR to a folder that every node can write"
 printf 'job %s, start %d: %d nodes x %d ranks, rendezvous %s:%s\nlogs: %s/node*.log\nrun: %s\n' \

@@ -58,6 +58,16 @@ def test_every_variable_has_its_reason_and_what_is_set_already_stays(path: Path,
             assert seen[name] == own[name], f"{path.name} overrides the user's {name}"
 
 
+def test_the_page_of_gpu_settings_has_each_variable_of_nvidia_with_its_value() -> None:
+    page = (SLURM.parents[1] / "docs/gpu_settings.md").read_text()
+    values = _sourced(SLURM / "env/nvidia.env", {})
+    exported = _exports(SLURM / "env/nvidia.env").keys() - {"CONTAINER_ARGS"}
+    assert len(exported) >= 6
+    for name in sorted(exported):
+        row = next(line for line in page.splitlines() if line.startswith("| `") and f"`{name}`" in line)
+        assert values[name] in row, f"docs/gpu_settings.md: {name} is {values[name]} there"
+
+
 def test_there_are_variables_for_each_cluster_that_has_a_batch_script() -> None:
     assert {path.stem for path in FILES} == {path.stem for path in SLURM.glob("*.sbatch")} - {"step"}
 

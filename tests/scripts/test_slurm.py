@@ -100,6 +100,17 @@ def test_batch_script_chooses_its_cluster_first(
     assert variable in allocation.called("env0")
 
 
+def test_what_ranks_were_waiting_in_lies_beside_the_logs_of_the_job(allocation: Allocation) -> None:
+    """torch's flight recorder, which writes it when a collective of NCCL is late."""
+    variable = "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"
+    assert allocation.run(script="nvidia.sbatch").returncode == 0
+    seen = allocation.called("env1")
+    assert f"{variable}={allocation.log_dir}/nccl_trace_rank_" in seen
+    assert "TORCH_NCCL_TRACE_BUFFER_SIZE=2000" in seen and "TORCH_NCCL_DUMP_ON_TIMEOUT=1" in seen
+    allocation.run(script="nvidia.sbatch", **{variable: "/scratch/trace_"})
+    assert f"{variable}=/scratch/trace_" in allocation.called("env1")
+
+
 @pytest.mark.parametrize(
     ("variables", "seconds"),
     [
