@@ -57,7 +57,7 @@ examples:
 
   # multiple choice on local files, and how much of it is a liking for a letter
   spikingbrain-evaluate --model outputs/smollm2/cpt --tasks mmlu,arc_challenge,piqa --task-data data/tasks \\
-      --permutations --output tasks.json
+      --permutations --output tasks.json --plot tasks.png
 
   # what it finds again in long texts, as a table and a picture
   spikingbrain-evaluate --model outputs/smollm2/cpt --probes passkey,needle,associative_recall \\
@@ -105,7 +105,7 @@ def evaluate_parser() -> argparse.ArgumentParser:
     add_probe_options(parser)
     add_teacher_options(parser)
     parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="also draw probes and comparison: .png, .svg or .pdf"
+        "--plot", type=Path, metavar="FILE", help="also draw tasks, probes and comparison: .png, .svg or .pdf"
     )
     return parser
 
@@ -148,9 +148,9 @@ def _prepare_evaluation(arguments: argparse.Namespace) -> Callable[[], None]:
 def _check_picture(arguments: argparse.Namespace) -> None:
     if arguments.plot is None:
         return
-    if not any(each.is_drawn for each in arguments.measurements):
+    if not arguments.measurements:
         raise ConfigurationError(
-            f"--plot {arguments.plot} would be empty; name what it draws with --probes or --teacher"
+            f"--plot {arguments.plot} would be empty; name what it draws with --tasks, --probes or --teacher"
         )
     format_of(arguments.plot, "--plot")
     check_output_file(arguments.plot, "--plot")

@@ -30,13 +30,7 @@ class Part:
 
 
 class Measurement(ABC):
-    """Made of the command line, without torch. All ranks call its methods together.
-
-    Attributes:
-        is_drawn: whether a picture shows something of it.
-    """
-
-    is_drawn = True
+    """Made of the command line, without torch. All ranks call its methods together."""
 
     def prepare(self, groups: ProcessGroups | None) -> None:  # noqa: B027  (most need nothing)
         """Do what has to be done before the model is in memory.

@@ -80,8 +80,6 @@ def tasks_of(arguments: argparse.Namespace) -> TaskMeasurement | None:
 class TaskMeasurement(Measurement):
     """The part ``tasks`` of a report."""
 
-    is_drawn = False
-
     def __init__(self, plan: TaskPlan) -> None:
         self.plan = plan
 

@@ -10,10 +10,11 @@ from spikingbrain_train.evaluation.checkpoint_model import joined_ranks
 from spikingbrain_train.evaluation.checkpoint_request import CheckpointRequest, request_checkpoint
 from spikingbrain_train.layer_choice.measurements import Measurements
 from spikingbrain_train.layer_choice.meter import SwapMeter
-from spikingbrain_train.layer_choice.models import Text, open_models, share_weights, start_in_closed_form
+from spikingbrain_train.layer_choice.models import open_models, share_weights, start_in_closed_form
 from spikingbrain_train.layer_choice.report import finish_choice
 from spikingbrain_train.layer_choice.request import ChoiceRequest
 from spikingbrain_train.layer_choice.search import search
+from spikingbrain_train.layer_choice.text import Text, stretches_of
 from spikingbrain_train.reporting.activity import activity
 
 
@@ -35,6 +36,13 @@ def choose(request: ChoiceRequest, world_size: int) -> str | None:
             check_same_tokenizer(prefix, made_with)
     with joined_ranks(source) as groups:
         show = partial(activity, shown=groups.is_main_process)
+        measured, calibration = stretches_of(
+            request.data,
+            request.tokens,
+            [] if request.aligned else request.calibration_data,
+            request.calibration_tokens,
+            request.seq_length,
+        )
         models = open_models(source, candidates, request.pair.kept, groups)
         text = partial(
             Text,
@@ -43,12 +51,11 @@ def choose(request: ChoiceRequest, world_size: int) -> str | None:
             num_sink_tokens=candidates.model.num_sink_tokens,
         )
         if request.aligned is None:
-            calibration = text(request.calibration_data, request.calibration_tokens)
             what = f"setting the new mixers on {request.calibration_tokens:,} tokens"
             with show(what, request.num_layers, "layers") as progress:
-                start_in_closed_form(models, calibration, groups, progress)
+                start_in_closed_form(models, text(calibration), groups, progress)
         share_weights(models)
-        batches = text(request.data, request.tokens).batches(groups, source.model.vocab_size)
+        batches = text(measured).batches(groups, source.model.vocab_size)
         meter = SwapMeter(models.teacher, models.kept, models.swapped, batches, groups)
         choice = search(
             meter,

@@ -49,14 +49,15 @@ _DEFAULT_RECIPE = "spikingbrain_7b"
 
 _DESCRIPTION = """\
 Choose the layers of a hybrid that keep softmax attention: swap one layer at a time into the dense source,
-measure KL(source || model) on held-out text, and swap those that cost least. Nothing is trained: the new
-mixers begin as an align stage sets them in closed form, or come from an aligned checkpoint (--aligned).
+measure KL(source || model) on text that the new mixers have not seen, and swap those that cost least. Nothing
+is trained: the new mixers begin as an align stage sets them in closed form, or come from an aligned
+checkpoint (--aligned).
 """
 
 _EXAMPLES = """\
 examples:
   # half of the layers, the others with windows of 512 tokens
-  spikingbrain-choose-layers --model models/SmolLM2-135M-Instruct --data data/text_valid \\
+  spikingbrain-choose-layers --model models/SmolLM2-135M-Instruct --data data/text_train \\
       --calibration-data data/text_train --output outputs/layers sliding_window=512
 
   # then convert with the recipe that it has written
@@ -64,11 +65,11 @@ examples:
       --conversion outputs/layers/conversion.yaml
 
   # after alignment: of a checkpoint in which all candidates are swapped
-  spikingbrain-choose-layers --model outputs/dense --aligned outputs/align_all --data data/text_valid \\
+  spikingbrain-choose-layers --model outputs/dense --aligned outputs/align_all --data data/other_valid \\
       --output outputs/layers --swap 15 --keep 0,29
 
   # one layer after the other, the rest measured again behind each choice: swaps add up
-  spikingbrain-choose-layers --model outputs/dense --aligned outputs/align_all --data data/text_valid \\
+  spikingbrain-choose-layers --model outputs/dense --aligned outputs/align_all --data data/other_valid \\
       --output outputs/layers --greedy
 
 In --output: conversion.yaml (the recipe), layers.json (all numbers; "mixers" is the list), layers.png, and
@@ -98,7 +99,8 @@ def choose_layers_parser() -> argparse.ArgumentParser:
         nargs="+",
         required=True,
         metavar="PREFIX",
-        help="held-out indexed datasets, without .bin/.idx, to measure on",
+        help="indexed datasets, without .bin/.idx, to measure on: text that nothing was trained on, and best "
+        "not that which the hybrid is judged by later",
     )
     parser.add_argument(
         "--tokens",
@@ -112,7 +114,8 @@ def choose_layers_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="PREFIX",
-        help="training datasets for the closed-form start; not what is measured on",
+        help="training datasets for the closed-form start; of one that --data names, too, the windows behind "
+        "those that are measured on",
     )
     parser.add_argument(
         "--calibration-tokens",

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from spikingbrain_train.config.stage import AlignmentConfig, AlignmentInputs, StageConfig
-from spikingbrain_train.data.held_out import open_held_out
-from spikingbrain_train.data.loader import MicroBatch
 from spikingbrain_train.evaluation.checkpoint_model import open_checkpoint
 from spikingbrain_train.evaluation.checkpoint_request import CheckpointRequest
-from spikingbrain_train.evaluation.held_out_windows import HeldOutWindows
+from spikingbrain_train.layer_choice.text import Text
 from spikingbrain_train.models.gpt_model import HybridGPTModel
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.reporting.activity import Activity
@@ -27,39 +24,6 @@ class Models:
     teacher: HybridGPTModel
     kept: HybridGPTModel
     swapped: HybridGPTModel
-
-
-@dataclass(frozen=True)
-class Text:
-    """Tokens to read."""
-
-    prefixes: Sequence[str]
-    tokens: int
-    """At least so many, in whole windows; about as many of each dataset, and no more than there are."""
-    seq_length: int
-    micro_batch_size: int
-    num_sink_tokens: int
-    """In front of a window, of the model that is measured; padding for the dense source."""
-
-    def batches(self, groups: ProcessGroups, vocab_size: int) -> list[MicroBatch]:
-        """This rank's micro-batches, kept in memory.
-
-        Raises:
-            DataError: the datasets are damaged, or of another vocabulary.
-        """
-        windows = -(-self.tokens // (self.seq_length * len(self.prefixes)))
-        found: list[MicroBatch] = []
-        for prefix in self.prefixes:
-            dataset = open_held_out([prefix], self.seq_length, windows, vocab_size)
-            held_out = HeldOutWindows(
-                dataset,
-                [prefix],
-                groups,
-                micro_batch_size=self.micro_batch_size,
-                num_sink_tokens=self.num_sink_tokens,
-            )
-            found += held_out.batches()
-        return found
 
 
 def open_models(

@@ -72,7 +72,16 @@ class ChoiceRequest:
         }
 
     def _fit(self) -> dict[str, Any]:
-        return {"calibration_data": self.calibration_data, "calibration_tokens": self.calibration_tokens}
+        found: dict[str, Any] = {
+            "calibration_data": self.calibration_data,
+            "calibration_tokens": self.calibration_tokens,
+        }
+        fitted = {Path(prefix).resolve() for prefix in self.calibration_data}
+        if any(
+            Path(prefix).resolve() in fitted for prefix in self.data
+        ):  # earlier releases set the mixers on what they measured on
+            found["mixers set on"] = "windows behind those that are measured on"
+        return found
 
     def measured_recipe(self, mixers: Sequence[Any]) -> ConversionConfig:
         """The recipe as it is measured: the feed-forwards as the source has them."""

@@ -20,8 +20,8 @@ from spikingbrain_train.reporting.plots.views import Options
 
 _DESCRIPTION = """\
 Draw what runs have written into their metrics.jsonl: one run, the stages of one model end to end, or runs
-beside each other. Or draw what spikingbrain-evaluate has written (files, not folders): what probes found by
-length and depth, and how a student and its teacher part.
+beside each other. Or draw what spikingbrain-evaluate has written (files, not folders): scores of multiple
+choice with their errors, what probes found by length and depth, and how a student and its teacher part.
 
 Runs of which each starts from a checkpoint of another are laid end to end, in that order whatever the order
 of the arguments; all others are refused unless --compare draws them on one axis from 0. Thin dashed lines are
@@ -42,7 +42,7 @@ examples:
   # three rates on one axis, over hours
   spikingbrain-plot --compare outputs/lr_1e-4 outputs/lr_3e-4 outputs/lr_1e-3 --x hours --output rates.svg
 
-  # probes and generation of two models beside each other
+  # multiple choice, probes and generation of two models beside each other
   spikingbrain-plot cpt.json distill.json --output evaluations.png
 
   # chosen panels, and a metric by its name

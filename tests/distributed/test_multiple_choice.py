@@ -114,7 +114,10 @@ def test_scores_are_those_of_lm_evals_own_command_line_on_the_export(
 
     words = ["--model", str(text_checkpoint), "--tasks", TASKS, "--task-data", str(task_data)]
     ours_file = tmp_path / "ours.json"
+    picture = tmp_path / "ours.png"
+    words += ["--plot", str(picture)]
     ranks.run(_evaluate, *words, "--parallel", "tp2", "--output", str(ours_file), world_size=2)
+    assert picture.read_bytes().startswith(b"\x89PNG")
     ours = json.loads(ours_file.read_text())["tasks"]
     for name, (asked, subject) in names.items():
         mine = ours[asked.name]["subjects"][subject] if subject else ours[asked.name]

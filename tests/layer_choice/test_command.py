@@ -12,16 +12,20 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from spikingbrain_train.config.conversion import ConversionConfig
 from spikingbrain_train.config.load import load_conversion
 from spikingbrain_train.conversion.import_checkpoint import import_checkpoint
+from spikingbrain_train.data.gpt_dataset import HeldOutSamples
 from spikingbrain_train.data.preprocess import PreprocessOptions, preprocess
+from spikingbrain_train.errors import DataError
 from spikingbrain_train.layer_choice.measurements import MEASUREMENTS_FILE
+from spikingbrain_train.layer_choice.text import Stretch, stretches_of, windows_of
 from tests.distributed.pool import RankPool
 from tests.programs import Programs
-from tests.small_source import save_small_source
+from tests.small_source import MODEL_VOCAB_SIZE, save_small_source
 
 FACTORS = (0.03, 1.0, 1e-6, 0.03)
 """Of the attention's output projection in each layer."""
@@ -97,6 +101,37 @@ def test_the_layer_that_does_not_matter_is_swapped_and_the_one_that_does_stays(
     assert found["chosen"]["kl_divergence"] == measured[DOES_NOT] < found["evenly_spaced"]["kl_divergence"]
     assert (tmp_path / "one/layers.png").stat().st_size > 1000
     assert not (tmp_path / "one/work").exists()
+
+
+def test_what_is_measured_on_is_not_what_mixers_are_set_on(source: Path, text: Path) -> None:
+    """Of a dataset that both flags name: 320 tokens to measure on, then 100 to set mixers on."""
+    measured, calibration = stretches_of([str(text)], 320, [str(text)], 100, 32)
+    assert (measured, calibration) == ([Stretch(str(text), 0, 10)], [Stretch(str(text), 10, 4)])
+    read = [window for stretch in (*measured, *calibration) for window in tokens_of(stretch)]
+    straight = tokens_of(Stretch(str(text), 0, 14))
+    assert torch.equal(torch.stack(read), torch.stack(straight)) and len(read) == 14
+
+    # Where both ask for more than there is, each has a half; another spelling is the same dataset.
+    windows = len(tokens_of(Stretch(str(text), 0, 10**6)))
+    spelled = f"{text.parent}/../{text.parent.name}/{text.name}"
+    (measured_half,), (calibration_half,) = stretches_of([str(text)], 10**6, [spelled], 10**6, 32)
+    assert len(tokens_of(measured_half)) == windows // 2
+    assert len(tokens_of(calibration_half)) == windows - windows // 2
+    apart = stretches_of([str(text)], 320, ["other"], 100, 32)
+    assert apart == ([Stretch(str(text), 0, 10)], [Stretch("other", 0, 4)])
+    with pytest.raises(DataError, match="has too few tokens for two windows of 100000"):
+        stretches_of([str(text)], 320, [str(text)], 100, 100_000)
+
+
+def tokens_of(stretch: Stretch) -> list[torch.Tensor]:
+    """Of every window of 32."""
+    samples = windows_of(stretch, 32, MODEL_VOCAB_SIZE)
+    assert sum(samples.predicted_tokens()) == sum(int(each["loss_mask"].sum()) for each in all_of(samples))
+    return [sample["tokens"] for sample in all_of(samples)]
+
+
+def all_of(samples: HeldOutSamples) -> list[Any]:
+    return [samples[index] for index in range(len(samples))]
 
 
 def test_the_recipe_makes_the_model_that_was_measured(

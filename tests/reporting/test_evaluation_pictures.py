@@ -31,6 +31,70 @@ def report(share: float = 0.5) -> dict[str, Any]:
     }
 
 
+def choices(accuracy: float = 0.5, **more: Any) -> dict[str, Any]:
+    """Two tasks: one asked in four orders, one with scores of two kinds."""
+    shared = {"num_fewshot": 0, "shortened_prompts": 0}
+    letters = {"A": 0.7, "B": 0.1, "C": 0.1, "D": 0.1}
+    permutations = {
+        "accuracy": [0.5, 0.25, 0.5, 0.25],
+        **{"right_under_all": 0.125, "right_under_some": 0.5, "consistency": 0.25, "letters": letters},
+    }
+    mmlu = {"questions": 8, "accuracy": accuracy, "stderr": 0.2, "chance": 0.25, "permutations": permutations}
+    norm = {"acc_norm": 0.6, "acc_norm_stderr": 0.05}
+    piqa = {"questions": 1838, "accuracy": 0.7, "stderr": 0.01, "chance": 0.5, **norm}
+    return {"model": "a model", "tasks": {"mmlu": {**shared, **mmlu}, "piqa": {**shared, **piqa}}, **more}
+
+
+def drawn_scores(panel: Any) -> dict[str, list[Any]]:
+    """Score and both ends of its error bar, of each task and kind."""
+    found: dict[str, list[Any]] = {}
+    for container in panel.containers:
+        points, _, (bars,) = container.lines
+        ends = [(segment[0][0], segment[1][0]) for segment in bars.get_segments()]
+        found[container.get_label()] = [
+            (pytest.approx(x), pytest.approx(low), pytest.approx(high))
+            for x, (low, high) in zip(points.get_xdata(), ends, strict=True)
+        ]
+    return found
+
+
+def test_scores_stand_with_their_errors_beside_guessing() -> None:
+    scores, orders, letters = _figure([Report.of(choices(), "a model")]).axes
+    assert drawn_scores(scores) == {
+        "accuracy": [(50, 30, 70), (70, 69, 71)],
+        "acc_norm": [(60, 55, 65)],
+    }
+    guessing = [line for line in scores.get_lines() if line.get_linestyle() == "--"]
+    assert [list(line.get_xdata()) for line in guessing] == [[25, 25], [50, 50]]
+    assert "guessing" in [text.get_text() for text in scores.get_legend().get_texts()]
+    assert [label.get_text() for label in scores.get_yticklabels()] == ["mmlu\n(8)", "piqa\n(1,838)"]
+    widths = [bar.get_width() for bar in orders.patches]
+    assert widths == pytest.approx([12.5, 50, 37.5])  # right in all orders, in some, in none
+    assert [text.get_text() for text in letters.texts] == ["70", "10", "10", "10"]
+    assert [label.get_text() for label in letters.get_yticklabels()] == ["mmlu"]
+
+
+def test_tasks_without_four_orders_errors_or_a_second_score_are_drawn(tmp_path: Path) -> None:
+    bare = {"winogrande": {"questions": 1, "accuracy": 1.0, "chance": 0.5}}
+    (panel,) = _figure([Report.of({"tasks": bare}, "a model")]).axes
+    assert drawn_scores(panel) == {"accuracy": [(100, 100, 100)]}
+    assert Report.of({"tasks": bare}, "m").describe() == "m: winogrande 100.0 % (guessing 50.0 %)"
+
+
+def test_scores_of_two_models_share_the_rows_of_their_tasks() -> None:
+    other = choices(0.75)
+    del other["tasks"]["piqa"]
+    with_probes = choices(**{key: value for key, value in report().items() if key != "model"})
+    panels = _figure([Report.of(with_probes, "one"), Report.of(other, "other")]).axes
+    assert drawn_scores(panels[0])["1: accuracy"][0] == (50, 30, 70)
+    assert drawn_scores(panels[0])["2: accuracy"] == [(75, 55, 95)]
+    looks = {(each.lines[0].get_color(), each.lines[0].get_marker()) for each in panels[0].containers}
+    assert len(looks) == 2
+    assert [label.get_text() for label in panels[1].get_yticklabels()] == ["1: mmlu", "2: mmlu"]
+    titles = [panel.get_title(loc="left") for panel in panels]
+    assert titles[3:5] == ["1: passkey", "1: variable tracking"] and len(titles) == 7
+
+
 def test_tables_and_curves_show_what_was_found() -> None:
     passkey, tracking, agreement, kl = _figure([Report.of(report(), "a model")]).axes
     assert [text.get_text() for text in passkey.texts] == ["25", "75", "50", "25", "75", "50"]
@@ -73,7 +137,9 @@ def test_the_command_draws_files_of_evaluations(tmp_path: Path, capsys: pytest.C
         ("{", "is no report of an evaluation"),
         ("[1]", "is no report of an evaluation"),
         ('{"probes": {"results": {"passkey": 3}}}', "is no report of an evaluation"),
-        ('{"cross_entropy": 3.0}', "holds neither probes nor a comparison with a teacher"),
+        ('{"tasks": [1]}', "is no report of an evaluation"),
+        ('{"tasks": {"piqa": {"questions": 3}}}', "is no report of an evaluation"),
+        ('{"cross_entropy": 3.0}', "holds neither multiple choice nor probes nor a comparison"),
     ],
 )
 def test_a_file_that_is_no_report_is_one_sentence(text: str, said: str, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from spikingbrain_train.config.command_line import user_errors
 from spikingbrain_train.errors import DataError
+from spikingbrain_train.layer_choice.request import RESULT_FILE
 from spikingbrain_train.pipelines.state import State, StepRecord
 from spikingbrain_train.pipelines.steps import printable
 from spikingbrain_train.reporting.activity import format_duration
@@ -174,7 +175,7 @@ def write_report(
         options=Options(dense=DenseLine.read(str(output / "evaluate_dense.json"))),
     )
     machine = _machine()
-    held_out = f"{dense['tokens']:,} tokens in windows of {dense['seq_length']}"
+    held_out = f"{dense['tokens']:,} tokens in windows of {dense['seq_length']}{_chosen_on(output)}"
     content = {
         "model": str(model),
         "data": list(data),
@@ -218,6 +219,19 @@ def write_report(
         table = f"{lengths}\n\n{table}"
     write_text_durably(output / TABLE, f"{table}\n")
     return table
+
+
+def _chosen_on(output: Path) -> str:
+    """What layers were chosen on; nothing where they were not chosen."""
+    result = output / "choose" / RESULT_FILE
+    if not result.is_file():
+        return ""
+    settings = _read_json(result)["settings"]
+    return (
+        f"; layers were chosen on {settings['tokens']:,} others, of the training text"
+        if settings["data"] == [str(output / "data" / "text_train")]
+        else f"; layers were chosen on {settings['tokens']:,} tokens of {', '.join(settings['data'])}"
+    )
 
 
 def _speed(tokens_per_second: float) -> str:

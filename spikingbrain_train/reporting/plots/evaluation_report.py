@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from spikingbrain_train.errors import DataError
+from spikingbrain_train.reporting.plots.choice_scores import TaskScore, task_scores
 
 ALL = "all"
 """The column of all depths together."""
@@ -34,15 +35,18 @@ class Report:
     probes: Sequence[ProbeTable] = ()
     by_position: Mapping[str, Sequence[float]] | None = None
     """Of the comparison with a teacher; None without one."""
+    tasks: Sequence[TaskScore] = ()
+    """Of multiple choice."""
 
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to draw."""
-        return not self.probes and self.by_position is None
+        return not self.probes and not self.tasks and self.by_position is None
 
     def describe(self) -> str:
-        """A line for a terminal: what was found over all depths at the longest length."""
-        parts = [
+        """A line for a terminal: tasks, and what was found over all depths at the longest length."""
+        parts = [task.describe() for task in self.tasks]
+        parts += [
             f"{each.name} {100 * each.shares[-1][-1]:.0f} % at {each.lengths[-1]}" for each in self.probes
         ]
         if self.by_position is not None:
@@ -63,6 +67,7 @@ class Report:
                 _table(probe, lengths)
                 for probe, lengths in report.get("probes", {}).get("results", {}).items()
             ]
+            tasks = task_scores(report.get("tasks", {}))
             teacher = report.get("against_teacher")
             by_position = (
                 None
@@ -75,7 +80,7 @@ class Report:
             raise DataError(
                 f"{name} is no report of an evaluation; name a file that spikingbrain-evaluate --output wrote"
             ) from error
-        return cls(name, probes, by_position)
+        return cls(name, probes, by_position, tasks)
 
     @classmethod
     def read(cls, path: Path) -> Report:
@@ -88,8 +93,8 @@ class Report:
             ) from error
         if found.is_empty:
             raise DataError(
-                f"{path} holds neither probes nor a comparison with a teacher, which pictures are made of; "
-                "evaluate with --probes or --teacher"
+                f"{path} holds neither multiple choice nor probes nor a comparison with a teacher, which "
+                "pictures are made of; evaluate with --tasks, --probes or --teacher"
             )
         return found
 

@@ -72,6 +72,7 @@ def test_table_holds_what_was_measured(workplace: Path, first_run: str) -> None:
     for label, value in measured.items():
         assert value is not None
         assert any(label in line and f"{value:.3f}" in line for line in first_run.splitlines()), label
+    assert "; layers were chosen on 2,048 others, of the training text" in first_run
 
 
 @pytest.mark.slow

@@ -13,6 +13,8 @@ import pytest
 
 from spikingbrain_train.config.compose import compose_run
 from spikingbrain_train.errors import ConfigurationError, DataError
+from spikingbrain_train.evaluation.command_line import evaluate_parser
+from spikingbrain_train.layer_choice.command_line import choose_layers_parser
 from spikingbrain_train.pipelines.demo.command_line import demo
 from spikingbrain_train.pipelines.demo.report import Row, read_stage, render_table
 from tests.pipelines.demo.planned import planned
@@ -39,6 +41,22 @@ class TestCommands:
         for name in ("evaluate_dense", "evaluate_export"):
             command = " ".join(steps[name].command)
             assert "--seq-length 96 --max-windows 20" in command
+
+    def test_layers_are_chosen_on_other_text_than_the_table_is_measured_on(self, tmp_path: Path) -> None:
+        steps = planned(tmp_path)
+
+        def data(name: str) -> list[str]:
+            parsed = (choose_layers_parser() if name == "choose" else evaluate_parser()).parse_known_args(
+                steps[name].command
+            )[0]
+            return [*parsed.data, *getattr(parsed, "calibration_data", [])]
+
+        chosen_on = set(data("choose"))
+        measured_on = {*data("evaluate_dense"), *data("evaluate_export")}
+        for stage in ("align", "cpt"):
+            measured_on |= set(compose_run(steps[stage].command[4:]).data.valid)
+        assert measured_on == {str(tmp_path / "out/data/text_valid")}
+        assert chosen_on == {str(tmp_path / "out/data/text_train")}
 
     def test_stages_on_different_windows_are_refused(self, tmp_path: Path) -> None:
         with pytest.raises(ConfigurationError, match="evaluated on different text"):
