@@ -47,6 +47,9 @@ class LinearTransformKind(Kind):
     Empty where it may stand beside any other."""
     changes_input: bool = False
     """Whether linears multiply another tensor than they are given, which the backward pass then needs."""
+    in_front: bool = False
+    """Whether what it makes of an input is what travels to the linear, so that adapters beside the weight
+    read it, too: spikes. What is done to an input inside the linear they do not see."""
     changes_weight: bool = False
     """Whether linears multiply by another tensor than their parameter, which the backward pass then needs."""
 

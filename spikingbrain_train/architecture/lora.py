@@ -30,6 +30,8 @@ ROLES = {
     "mlp_gate_weight": LoraTarget.gate_proj,
     "mlp_up_weight": LoraTarget.up_proj,
     "mlp_down_weight": LoraTarget.down_proj,
+    "mamba_in_weight": LoraTarget.in_proj,
+    "mamba_out_weight": LoraTarget.out_proj,
 }
 """Role of a matrix -> what adapters call it."""
 
@@ -39,7 +41,13 @@ TARGETS: dict[str, tuple[LoraTarget, ...]] = {
     Projection.mlp_fc1: (LoraTarget.gate_proj, LoraTarget.up_proj),
     Projection.mlp_fc2: (LoraTarget.down_proj,),
 }
-"""The matrices that lie in a projection, in order."""
+"""The matrices that lie in a projection of attention or a feed-forward, in order."""
+
+_OTHERS: dict[str, tuple[LoraTarget, ...]] = {
+    Projection.qkv: (LoraTarget.in_proj,),
+    Projection.attention_output: (LoraTarget.out_proj,),
+}
+"""Those that lie in it in other layers."""
 
 _MASK = 1
 """Byte of a channel that dropout keeps or hides."""
@@ -54,7 +62,20 @@ def adapter_of(weight: str) -> str | None:
 
 def targets_in(projection: str, roles: Collection[str]) -> list[tuple[str, LoraTarget]]:
     """Role and target of each matrix of a weight that adapters can stand beside."""
-    return [(role, ROLES[role]) for role in roles if ROLES.get(role) in TARGETS.get(projection, ())]
+    possible = (*TARGETS.get(projection, ()), *_OTHERS.get(projection, ()))
+    return [(role, ROLES[role]) for role in roles if ROLES.get(role) in possible]
+
+
+def targets_of_linear(projection: str, roles: Collection[str]) -> tuple[LoraTarget, ...]:
+    """What adapters call the matrices of a linear, in order.
+
+    Args:
+        projection: what the linear projects.
+        roles: what its matrices are; empty are those of attention and feed-forwards.
+    """
+    if not roles:
+        return TARGETS[projection]
+    return tuple(target for _, target in targets_in(projection, roles))
 
 
 class LoraKind(LinearTransformKind):
@@ -68,7 +89,7 @@ class LoraKind(LinearTransformKind):
         if not model.lora.names:
             return ()
         asked = set(model.lora.target_modules)
-        return [projection for projection, targets in TARGETS.items() if asked & set(targets)]
+        return [each for each in TARGETS if asked & {*TARGETS[each], *_OTHERS.get(each, ())}]
 
     def settings(self, model: ModelConfig) -> set[str]:
         return self.all_settings(model) if model.lora.names else {"lora.names"}
@@ -100,6 +121,9 @@ class LoraKind(LinearTransformKind):
     def activation_bytes(self, config: RunConfig, weight: Weight) -> float:
         """``A x`` of each adapter as B reads it, and with dropout the input that A reads, with a mask.
 
+        Where the linear itself keeps a rounded input, the one that is not is kept beside it, once for all
+        adapters; of attention_output that is too much where softmax attention keeps its output anyway.
+
         Ranks have ``A x`` of a column-parallel linear for all tokens, that of a row-parallel one for their
         share of the sequence under sequence parallelism.
         """
@@ -107,6 +131,10 @@ class LoraKind(LinearTransformKind):
         tensor = parallel.tensor_model_parallel_size
         share = tensor if parallel.sequence_parallel else 1
         total = 0.0
+        reads_another = weight.projection is not None and any(
+            kind.changes_input and not kind.in_front and kind.applies(config.model, *weight.projection)
+            for kind in LINEAR_TRANSFORMS
+        )
         for factor in self.stored_beside(config.model, weight):
             if not factor.name.endswith("_A"):
                 continue
@@ -117,6 +145,9 @@ class LoraKind(LinearTransformKind):
             total += met * rank * element / (share if is_row_parallel and factor.copies is None else 1)
             if config.model.lora.dropout:
                 total += met * inputs * (element + _MASK) / (tensor if is_row_parallel else share)
+            elif reads_another:
+                total += met * inputs * element / (tensor if is_row_parallel else share)
+                reads_another = False
         return total
 
     def stored_beside(self, model: ModelConfig, weight: Weight) -> tuple[Weight, ...]:
@@ -145,7 +176,7 @@ class LoraKind(LinearTransformKind):
 
 
 def check_places(model: ModelConfig) -> None:
-    """Every target is in some layer, and nothing else is done to its projection.
+    """Every target is in some layer, and layers that have one have its neighbours, too.
 
     Raises ConfigurationError.
     """
@@ -159,24 +190,38 @@ def check_places(model: ModelConfig) -> None:
             there |= found
             asked = set(TARGETS.get(projection, ())) & set(model.lora.target_modules)
             require(
-                not asked - found,
+                not asked - found or not found & set(TARGETS[projection]),
                 f"model.lora.target_modules lists {', '.join(sorted(t.value for t in asked))}, but layers "
                 f"{layer.mixer_name} have another matrix in their place ({weight.name}); adapters stand "
-                f"beside attention's projections and feed-forwards alone, so take it out of the list",
+                f"beside attention's projections and feed-forwards of gate, up and down projection, so take "
+                f"it out of the list",
             )
     missing = [target.value for target in model.lora.target_modules if target not in there]
     require(
         not missing,
         f"model.lora.target_modules lists {', '.join(missing)}, which no layer has; take it out of the list",
     )
+
+
+def check_merge(model: ModelConfig) -> None:
+    """No target has its input or weight changed by what an adapter in the weight would not pass unchanged.
+
+    Behind spikes the sum is one matrix, ``(W + B A) s``. What rounds W rounds ``W + B A`` to something else,
+    and beside an input that is rounded inside the linear the adapter reads the one that is not.
+
+    Raises ConfigurationError.
+    """
+    asked = set(model.lora.target_modules)
     for kind in LINEAR_TRANSFORMS:
-        for projection in kind.projections(model) if kind is not LORA else ():
-            asked = set(TARGETS.get(projection, ())) & set(model.lora.target_modules)
+        if kind is LORA or not (kind.changes_weight or (kind.changes_input and not kind.in_front)):
+            continue
+        for projection in kind.projections(model):
+            found = asked & {*TARGETS.get(projection, ()), *_OTHERS.get(projection, ())}
             require(
-                not asked,
-                f"model.lora.target_modules lists {', '.join(sorted(t.value for t in asked))}, but "
-                f"model.{kind.name}.projections has {Projection(projection).name}: an adapter could not be "
-                f"merged into what that makes of the projection; take it out of one of the lists",
+                not found,
+                f"adapters beside {', '.join(sorted(target.value for target in found))} cannot be merged: "
+                f"model.{kind.name}.projections has {Projection(projection).name}, so a weight with an "
+                f"adapter in it is another function than both apart; keep the adapter beside the weights",
             )
 
 
@@ -202,6 +247,8 @@ def _factors(
     whole = Split.whole_experts if routed else Split.none
     prefix = f"{weight.name.removesuffix('weight')}lora.{target.value}.{name}"
     common = {"group": "adapters", "copies": weight.copies if routed else None, "active": weight.active}
+    # Of several matrices in one weight each has rows of its own here; one keeps the order of the weight's.
+    layout = weight.layout if len(weight.roles) == 1 else "rows"
     roles = (f"lora_{target.value}_{name}_A",), (f"lora_{target.value}_{name}_B",)
     a = Weight(
         f"{prefix}_A",
@@ -218,6 +265,7 @@ def _factors(
         ((rows, rank),),
         split=whole if by_columns else weight.split,
         init=Constant(0.0),
+        layout=layout,
         **common,  # type: ignore[arg-type]
     )
     return [a, b]

@@ -26,6 +26,7 @@ class SpikesKind(LinearTransformKind):
     words = "encodes activations as spikes"
     quantizes = "inputs"
     changes_input = True
+    in_front = True
     hf_formats = ("gla_swa", "spikingbrain")
 
     def projections(self, model: ModelConfig) -> Collection[str]:

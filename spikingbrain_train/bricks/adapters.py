@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from spikingbrain_train.architecture.lora import ROLES
+from spikingbrain_train.architecture.lora import ROLES, check_merge
 from spikingbrain_train.architecture.model_checks import check_model
 from spikingbrain_train.bricks.peft_folder import (
     CONFIG,
@@ -111,7 +111,8 @@ def merge(
         The network as it is then.
 
     Raises:
-        ConfigurationError: the checkpoint has no such adapter.
+        ConfigurationError: the checkpoint has no such adapter, or its projections are rounded, so that the
+            result would compute something else.
         CheckpointError: it cannot be read.
     """
     folder = resolve_checkpoint(checkpoint)
@@ -122,6 +123,7 @@ def merge(
     if unknown:
         has = ", ".join(lora.names) or "none"
         raise ConfigurationError(f"--names {unknown[0]} is no adapter of {checkpoint}, which has {has}")
+    check_merge(stored)
     model = replace(stored, lora=lora.only([name for name in lora.names if name not in merged]))
     reader = MegatronCheckpointReader(folder)
     check_tensors(reader, stored)
@@ -142,6 +144,8 @@ def merge(
         for place, name, factor in present:
             a, b = (reader.read(f"{factor}_{letter}").float() for letter in "AB")
             added = lora.scaling(name) * (b @ a)
+            if len(parameter.roles) == 1 and not parameter.is_routed:  # rows in the order of the weight's
+                (added,) = parameter.separate(added)
             for expert, of_expert in enumerate(added if parameter.is_routed else [added]):
                 position = expert * len(parameter.roles) + place
                 parts[position] = parts[position] + of_expert
@@ -175,8 +179,7 @@ def detach(
     reader = MegatronCheckpointReader(folder, once=False)
     tensors = {}
     for factor in factors(model, name, _source(folder)):
-        value = reader.read(factor.weight.name)
-        tensors[factor.peft] = (value if factor.expert is None else value[factor.expert]).clone()
+        tensors[factor.peft] = factor.exported(reader.read(factor.weight.name))
     check_output_folder(
         output, source=folder, overwrite=overwrite, marker=CONFIG, needed_bytes=0, dry_run=False
     )

@@ -3,7 +3,7 @@
 Tensors are called as peft calls them beside an export of the base:
 ``base_model.model.<linear>.lora_A.weight`` [rank, inputs] and ``lora_B.weight`` [outputs, rank]. They are
 what the checkpoint holds, bit for bit: factors of q, k and v, and of gate and up projection, lie apart there,
-too. Routed experts are one linear each.
+too. Routed experts are one linear each, and rows of B are in the order of the weight's.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from spikingbrain_train.architecture.weights import Weight
 from spikingbrain_train.config.lora import LoraConfig, LoraTarget
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.conversion.formats.registry import format_of_model
+from spikingbrain_train.conversion.mapping import Parameter
 from spikingbrain_train.errors import CheckpointError, first_line
 
 CONFIG = "adapter_config.json"
@@ -55,6 +56,12 @@ class Factor:
     """The parameter here, under its whole name."""
     expert: int | None
     """Which of the routed experts that the parameter holds; None where it holds none."""
+    parameter: Parameter
+    """The same as conversions have it."""
+
+    def exported(self, value: Tensor) -> Tensor:
+        """The tensor of the folder, of the whole parameter here."""
+        return (self.parameter.separate(value)[0] if self.expert is None else value[self.expert]).clone()
 
 
 @dataclass(frozen=True)
@@ -100,7 +107,12 @@ def factors(model: ModelConfig, name: str, source: dict[str, Any] | None = None)
                 for expert in range(whole.shape[0]) if routed else (None,):
                     of_expert = linear if expert is None else linear.format(expert=expert)
                     letter = "AB"[position % 2]
-                    yield Factor(f"base_model.model.{of_expert}.lora_{letter}.weight", whole, expert)
+                    yield Factor(
+                        f"base_model.model.{of_expert}.lora_{letter}.weight",
+                        whole,
+                        expert,
+                        Parameter(whole, number, model),
+                    )
 
 
 def write_peft_folder(
@@ -210,7 +222,7 @@ def stored_tensors(adapter: PeftAdapter, model: ModelConfig, name: str, source: 
             )
         left.discard(factor.peft)
         if factor.expert is None:
-            found[factor.weight.name] = tensor
+            found[factor.weight.name] = factor.parameter.join([tensor])
         else:
             whole = found.setdefault(factor.weight.name, torch.empty(factor.weight.shape, dtype=tensor.dtype))
             whole[factor.expert] = tensor

@@ -54,8 +54,8 @@ def add_train(commands: Any) -> None:
     parser.add_argument(
         "--target-modules",
         metavar="NAME,NAME",
-        help="matrices that it stands beside (default: those of the checkpoint's adapters, else all of "
-        f"{_joined(LoraTarget)})",
+        help="matrices that it stands beside (default: those of the checkpoint's adapters, else "
+        f"{_joined(fresh.target_modules)})",
     )
 
 
@@ -95,7 +95,7 @@ def _trained(arguments: argparse.Namespace, model: ModelConfig) -> TrainedPart:
 
 def _targets(said: str | None, stored: LoraConfig) -> list[LoraTarget]:
     if said is None:
-        return list(stored.target_modules) if stored.names else list(LoraTarget)
+        return list(stored.target_modules) if stored.names else LoraConfig().target_modules
     unknown = [word for word in said.split(",") if word not in LoraTarget.__members__]
     if unknown:
         raise ConfigurationError(

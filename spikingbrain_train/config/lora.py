@@ -39,6 +39,15 @@ class LoraTarget(str, Enum):
     """What the gate multiplies, of the same."""
     down_proj = "down_proj"
     """Second matrix of the same."""
+    in_proj = "in_proj"
+    """Input projection of Mamba layers, x and z."""
+    out_proj = "out_proj"
+    """Output projection of the same."""
+
+
+_IN_MAMBA = (LoraTarget.in_proj, LoraTarget.out_proj)
+ATTENTION_AND_FEED_FORWARD = [each for each in LoraTarget if each not in _IN_MAMBA]
+"""What adapters stand beside if nothing else is said."""
 
 
 @dataclass
@@ -54,8 +63,10 @@ class LoraConfig:
     """What alpha / rank scales B A with: one for all adapters, or one for each of names."""
     weights: list[float] = setting(default_factory=lambda: [1.0], resume=FUNCTION)
     """Weight of each adapter in the sum: one for all of them, or one for each of names; 0 switches it off."""
-    target_modules: list[LoraTarget] = setting(default_factory=lambda: list(LoraTarget), resume=WEIGHTS)
-    """Matrices that have adapters, in every layer."""
+    target_modules: list[LoraTarget] = setting(
+        default_factory=lambda: list(ATTENTION_AND_FEED_FORWARD), resume=WEIGHTS
+    )
+    """Matrices that have adapters, in every layer that has them."""
     trained: list[str] = setting(default_factory=list, resume=_TRAINED)
     """Which of names train; empty is all of them."""
     dropout: float = setting(0.0, minimum=0, below=1, resume=TRAINING)

@@ -243,6 +243,27 @@ CASES: Mapping[str, Case] = {
         ),
         packed=True,
     ),
+    "adapters beside Mamba and in it": Case(
+        replace(
+            _MAMBA,
+            mixers=["mamba", ["mamba", "full"]],
+            mamba=replace(_MAMBA.mamba, bc_dt_norm=True, use_bias=True),
+            lora=LoraConfig(names=["one", "two"], ranks=[2, 3], target_modules=list(LoraTarget)),
+        ),
+        packed=True,
+    ),
+    "adapters beside ternary weights, INT8 inputs, spikes": Case(
+        replace(
+            _7B,
+            mixers=["mamba", "full"],
+            mamba=_MAMBA.mamba,
+            spiking=SpikingConfig([Projection.attention_output, Projection.mlp_fc2], k=3.0),
+            int8_inputs=Int8InputsConfig([Projection.qkv, Projection.mlp_fc1]),
+            ternary=TernaryConfig([each for each in Projection if each is not Projection.gate]),
+            lora=LoraConfig(names=["one"], ranks=[3], target_modules=list(LoraTarget)),
+        ),
+        dtype=torch.float64,
+    ),
     "adapters of experts, one frozen": Case(
         replace(
             _7B,

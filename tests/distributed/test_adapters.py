@@ -11,7 +11,6 @@ import torch
 
 from spikingbrain_train.architecture.lora import adapter_of
 from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
-from spikingbrain_train.config.linear_transforms import Projection
 from spikingbrain_train.config.lora import LoraConfig, LoraTarget
 from spikingbrain_train.config.parallel import ParallelConfig, Recompute
 from spikingbrain_train.errors import CheckpointError, ConfigurationError
@@ -185,14 +184,15 @@ def test_settings_that_make_no_adapters_are_refused(name: str, tmp_path: Path, t
         check_run_config(run_config(tmp_path, text, model=replace(MODEL, lora=lora)), 1)
 
 
-def test_what_transforms_change_and_layers_lack_has_no_adapters(tmp_path: Path, text: Path) -> None:
-    spiking = replace(ADAPTED)
-    spiking.spiking = replace(spiking.spiking, projections=[Projection.qkv])
-    with pytest.raises(ConfigurationError, match=r"but model.spiking.projections has qkv"):
-        check_run_config(run_config(tmp_path, text, model=spiking), 1)
-    mamba = replace(ADAPTED, mixers=["mamba", "full"])
-    with pytest.raises(ConfigurationError, match="layers mamba have another matrix in their place"):
+def test_adapters_of_nothing_are_refused(tmp_path: Path, text: Path) -> None:
+    hybrid = replace(ADAPTED, mixers=["mamba", "full"])
+    check_run_config(run_config(tmp_path, text, model=hybrid), 1)
+    mamba = replace(ADAPTED, mixers=["mamba"])
+    with pytest.raises(ConfigurationError, match="lists q_proj, k_proj, v_proj, o_proj, which no layer has"):
         check_run_config(run_config(tmp_path, text, model=mamba), 1)
+    without_mamba = replace(ADAPTED, lora=replace(ADAPTED.lora, target_modules=[LoraTarget.in_proj]))
+    with pytest.raises(ConfigurationError, match="lists in_proj, which no layer has"):
+        check_run_config(run_config(tmp_path, text, model=without_mamba), 1)
     without = replace(ADAPTED, mixers=["full"], feed_forwards=["no_mlp"])
     with pytest.raises(ConfigurationError, match="lists gate_proj, up_proj, down_proj, which no layer has"):
         check_run_config(run_config(tmp_path, text, model=without), 1)

@@ -113,6 +113,8 @@ ON_FOUR_RANKS = (
     "ternary weights, INT8 inputs",
     "ternary experts, INT8 inputs, spikes",
     "adapters",
+    "adapters beside Mamba and in it",
+    "adapters beside ternary weights, INT8 inputs, spikes",
     "adapters of experts, one frozen",
     "7B-like, packed documents",
     "76B-like",

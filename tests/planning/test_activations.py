@@ -20,8 +20,13 @@ from torch import Tensor
 
 from spikingbrain_train.architecture.layers import layers
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
-from spikingbrain_train.config.linear_transforms import Projection, QuantizationConfig, SpikingConfig
-from spikingbrain_train.config.lora import LoraConfig
+from spikingbrain_train.config.linear_transforms import (
+    Int8InputsConfig,
+    Projection,
+    QuantizationConfig,
+    SpikingConfig,
+)
+from spikingbrain_train.config.lora import LoraConfig, LoraTarget
 from spikingbrain_train.config.mamba import MambaConfig
 from spikingbrain_train.config.model import (
     ActivationFunc,
@@ -80,7 +85,9 @@ EXPERTS = replace(
     DENSE, feed_forwards=["moe"], moe=MoEConfig(num_experts=4, router_topk=1, num_shared_experts=1)
 )
 SPIKES = SpikingConfig(projections=list(Projection))
+ROUNDED = Int8InputsConfig([Projection.qkv, Projection.mlp_fc1, Projection.mlp_fc2])
 ADAPTERS = LoraConfig(names=["one", "two"], ranks=[32])
+IN_MAMBA = [LoraTarget.in_proj, LoraTarget.out_proj]
 OPTIONS = GatedLinearAttentionConfig(qk_norm=True, rotary=True, num_query_groups=4, output_gate=True)
 DELTA = replace(DENSE, mixers=["gdn"])
 DELTA_OPTIONS = GatedDeltaRuleConfig(
@@ -179,6 +186,12 @@ CASES = {
     "window, adapters": Case(replace(DENSE, lora=ADAPTERS)),
     "window, adapters, fp32": Case(replace(DENSE, lora=ADAPTERS), Precision.fp32),
     "GLA, adapters": Case(replace(GLA, lora=ADAPTERS)),
+    "window, spiking, adapters": Case(replace(DENSE, spiking=SPIKES, lora=ADAPTERS)),
+    "window, INT8 inputs, adapters": Case(replace(DENSE, int8_inputs=ROUNDED, lora=ADAPTERS)),
+    "window, INT8 inputs, adapters, fp32": Case(
+        replace(DENSE, int8_inputs=ROUNDED, lora=ADAPTERS), Precision.fp32
+    ),
+    "Mamba, adapters": Case(replace(MAMBA, lora=replace(ADAPTERS, target_modules=IN_MAMBA))),
     "experts, adapters": Case(replace(EXPERTS, moe=replace(EXPERTS.moe, router_topk=2), lora=ADAPTERS)),
     "GLA, fixed decay": Case(replace(GLA, gla=GatedLinearAttentionConfig(gate=GateKind.fixed))),
     "GLA, fixed decay, fla": Case(

@@ -156,7 +156,8 @@ class LinearTransform:
 
         Args:
             output: what the weight made of the input, summed over ranks as the linear does it.
-            x: the input as it came, before any transform.
+            x: the input as it came to the linear: spikes, if it reads some, and else what no transform has
+                changed.
 
         Returns:
             The same shape and dtype as ``output``, with gradients to both.

@@ -32,7 +32,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor
 from torch.nn.functional import dropout, linear
 
-from spikingbrain_train.architecture.lora import TARGETS
+from spikingbrain_train.architecture.lora import targets_of_linear
 from spikingbrain_train.config.lora import LoraTarget
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.errors import ConfigurationError
@@ -52,17 +52,20 @@ class LoraAdapters(LinearTransform):
 
     def attach(self, linear: Any) -> None:
         """Give a linear A and B of every matrix in it and adapter: ``lora.q_proj.<adapter>_A``."""
+        self._linear, self._rows = linear, dict[LoraTarget, int]()
+        targets = targets_of_linear(linear.projection, linear.roles)
+        if not set(targets) & set(self._settings.target_modules):
+            return
         if getattr(linear, "weight", None) is None:
             raise ConfigurationError(
                 "model.lora.names has adapters in experts, but cluster.kernels.experts multiplies all of "
                 "them at once; set cluster.kernels.experts=sequential"
             )
-        self._linear = linear
         self._group = linear.tensor_parallel_group()
         weight = linear.weight
         parts = [weight] if linear.joined is None else list(linear.joined.parts(weight))
         rows = [part.numel() // weight.shape[1] for part in parts]
-        self._rows = dict(zip(TARGETS[linear.projection], rows, strict=True))
+        self._rows = dict(zip(targets, rows, strict=True))
         linear.add_module("lora", torch.nn.Module())
         for target, number in self._rows.items():
             if target in self._settings.target_modules:
@@ -83,6 +86,7 @@ class LoraAdapters(LinearTransform):
             if axis is not None:
                 set_tensor_model_parallel_attributes(parameter, True, axis, 1)
             parameter.allreduce = getattr(weight, "allreduce", True)
+            parameter.is_new_parameter = False
             parameter.sequence_parallel = axis is None and self._linear.splits_sequence
             factors.register_parameter(f"{name}_{letter}", parameter)
             self._linear.split_axes[f"lora.{target.value}.{name}_{letter}"] = axis
@@ -90,7 +94,7 @@ class LoraAdapters(LinearTransform):
     def output(self, output: Tensor, x: Tensor) -> Tensor:
         """``output`` and what the adapters make of ``x``."""
         active = [name for name, weight in self.weights.items() if weight != 0]
-        if not active:
+        if not active or not self._rows:
             return output
         pairs = [
             (target, name)

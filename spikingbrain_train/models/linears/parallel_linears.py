@@ -59,24 +59,39 @@ class ParallelLinears:
         assert self.backend is not ParallelLinearBackend.auto, f"unresolved backend {self.backend}"
         self._classes()
 
-    def column(self, projection: Projection, *, bias: bool = False, rows_of: RowsOf | None = None) -> type:
+    def column(
+        self,
+        projection: Projection,
+        *,
+        bias: bool = False,
+        rows_of: RowsOf | None = None,
+        roles: tuple[str, ...] = (),
+    ) -> type:
         """A linear whose output is split over tensor-parallel ranks; its input is whole.
 
         With ``bias`` it has and adds one, whatever megatron-core's ``add_bias_linear`` says of all linears.
-        ``rows_of`` is :meth:`transformed`'s.
+        ``rows_of`` and ``roles`` are :meth:`transformed`'s.
         """
         column, _ = self._classes()
         column = self._biased(column) if bias else column
-        return self.transformed(projection, column, weight_split_axis=0, rows_of=rows_of)
+        return self.transformed(projection, column, weight_split_axis=0, rows_of=rows_of, roles=roles)
 
-    def row(self, projection: Projection, *, bias: bool = False, sub_norm: bool = False) -> type:
-        """A linear whose input is split over tensor-parallel ranks; ``bias`` as for :meth:`column`.
+    def row(
+        self,
+        projection: Projection,
+        *,
+        bias: bool = False,
+        sub_norm: bool = False,
+        roles: tuple[str, ...] = (),
+    ) -> type:
+        """A linear whose input is split over tensor-parallel ranks.
 
-        With ``sub_norm`` it reads its input through an RMSNorm of its own.
+        ``bias`` and ``roles`` as for :meth:`column`. With ``sub_norm`` it reads its input through an RMSNorm
+        of its own.
         """
         _, row = self._classes()
         row = self._biased(row) if bias else row
-        row = self.transformed(projection, row, row_parallel=True, weight_split_axis=1)
+        row = self.transformed(projection, row, row_parallel=True, weight_split_axis=1, roles=roles)
         if sub_norm:
             key = ("sub_norm", row)
             if key not in self._made:
@@ -129,6 +144,7 @@ class ParallelLinears:
         weight_split_axis: int | None = None,
         matrix: int = 0,
         rows_of: RowsOf | None = None,
+        roles: tuple[str, ...] = (),
     ) -> type:
         """``linear_class`` itself, or its subclass that applies what the model asks for there.
 
@@ -140,6 +156,8 @@ class ParallelLinears:
             matrix: its position where several linears, one behind the other, make up the projection.
             rows_of: the matrices whose rows lie in its weight; None has megatron-core's q, k and v, and gate
                 and up projection.
+            roles: what the matrices in its weight are, as the description of the weight has them; () are
+                those of attention and feed-forwards.
         """
         model = self.model
         if model is None:
@@ -162,6 +180,7 @@ class ParallelLinears:
             linear_class,
             projection,
             rows_of,
+            roles,
             row_parallel,
             weight_split_axis,
             *(kind.name for kind in kinds),
@@ -174,5 +193,7 @@ class ParallelLinears:
                 row_parallel=row_parallel,
                 weight_split_axis=weight_split_axis,
                 projection=projection,
+                roles=roles,
+                in_front=frozenset(kind.name for kind in kinds if kind.in_front),
             )
         return self._made[key]

@@ -47,6 +47,9 @@ class TransformedLinear(HasTransforms, torch.nn.Module):
         row_parallel: the input is split over tensor-parallel ranks.
         weight_split_axis: the axis of the weight that is; None where every rank holds all of it.
         projection: what the linear projects, as :class:`Projection` calls it.
+        roles: what the matrices in its weight are, as its description has them; () are those of attention
+            and feed-forwards.
+        in_front: the transforms whose input is what travels to the linear, by the names of their kinds.
         joined: the matrices whose rows lie in the weight, where there are several.
         is_of_expert: it is part of a routed expert.
         splits_sequence: column-parallel inputs and row-parallel outputs are a share of the sequence.
@@ -59,6 +62,8 @@ class TransformedLinear(HasTransforms, torch.nn.Module):
     row_parallel: bool
     weight_split_axis: int | None
     projection: str
+    roles: tuple[str, ...]
+    in_front: frozenset[str]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -87,8 +92,10 @@ class TransformedLinear(HasTransforms, torch.nn.Module):
             kwargs: as well.
         """
         given = input_
-        for transform in self.transforms.values():
+        for name, transform in self.transforms.items():
             input_ = transform.input(input_, self.input_shard)
+            if name in self.in_front:
+                given = input_
         with self.transformed_weights():
             result = super().forward(input_, *args, **kwargs)
         for transform in self._of_output:
@@ -157,6 +164,8 @@ def transformed(
     row_parallel: bool = False,
     weight_split_axis: int | None = None,
     projection: str = "",
+    roles: tuple[str, ...] = (),
+    in_front: frozenset[str] = frozenset(),
 ) -> type:
     """A subclass of a linear class that transforms its input and weight.
 
@@ -169,9 +178,13 @@ def transformed(
         row_parallel: the input is split over tensor-parallel ranks.
         weight_split_axis: the axis of the weight that is.
         projection: what the linear projects.
+        roles: what the matrices in its weight are, where they are not attention's or a feed-forward's.
+        in_front: names of the transforms whose input is what travels to the linear.
     """
     attributes = {
         "projection": projection,
+        "roles": roles,
+        "in_front": in_front,
         "make_transforms": staticmethod(make_transforms),
         "rows_of": staticmethod(rows_of),
         "row_parallel": row_parallel,

@@ -76,8 +76,8 @@ def spec(_kind: MixerKind, build: LayerBuild) -> ModuleSpec:
         module=MambaMixer,
         params={"model": build.model, "backend": build.kernels.selective_scan},
         submodules=MambaSubmodules(
-            in_proj=linears.column(Projection.qkv, bias=bias, rows_of=one_matrix),
-            out_proj=linears.row(Projection.attention_output, bias=bias),
+            in_proj=linears.column(Projection.qkv, bias=bias, rows_of=one_matrix, roles=("mamba_in_weight",)),
+            out_proj=linears.row(Projection.attention_output, bias=bias, roles=("mamba_out_weight",)),
         ),
     )
 
@@ -180,7 +180,8 @@ class MambaMixer(MegatronModule):
         for parameter in (self.A_log, self.D):
             parameter.no_weight_decay = True  # type: ignore[attr-defined]
         for parameter in self.parameters():
-            parameter.is_new_parameter = True
+            # What a linear holds beside its weight has said by itself what it is.
+            parameter.is_new_parameter = getattr(parameter, "is_new_parameter", True)
 
     def _of_channels(self) -> dict[str, Tensor]:
         """Parameters split over tensor-parallel ranks that are no linear's."""
