@@ -282,8 +282,8 @@ def main() -> None:
                 for seed in flags.seeds:
                     for name in flags.variants:
                         ablations.run(VARIANTS[name], flags.tokens, flags.lr, seed)
-            except OutOfTimeError:
-                print(f"the {flags.minutes:g} minutes are over; the same command goes on")
+            except OutOfTimeError as stop:
+                print(stop)
         results = [json.loads(path.read_text()) for path in sorted(flags.output.glob("runs/*/result.json"))]
         print("\n".join(report(results)))
         write_text_durably(flags.output / "ablations.json", json.dumps(results, indent=1) + "\n")

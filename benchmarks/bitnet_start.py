@@ -184,8 +184,8 @@ def main() -> None:
                 for rate in flags.lr:
                     for row in ROWS:
                         runs.run(row, flags.tokens, rate)
-            except OutOfTimeError:
-                print(f"the {flags.minutes:g} minutes are over; the same command goes on")
+            except OutOfTimeError as stop:
+                print(stop)
         results = [json.loads(path.read_text()) for path in sorted(flags.output.glob("runs/*/result.json"))]
         dense = flags.output / "dense.json"
         entropy = json.loads(dense.read_text())["cross_entropy"] if dense.is_file() else None

@@ -91,8 +91,8 @@ def main() -> None:
                     for seed in flags.seeds:
                         for method in methods:
                             bench.run(method, budget, seed)
-            except OutOfTimeError:
-                print(f"the {flags.minutes:g} minutes are over; the same command goes on")
+            except OutOfTimeError as stop:
+                print(stop)
         results = finished(flags.output)
         if results:
             print("\n".join(results_table(results, bench.dense())))

@@ -17,7 +17,10 @@ _ASKED_TO_STOP = 75
 
 
 class OutOfTimeError(Exception):
-    """The minutes of this call are over; the next call goes on."""
+    """The minutes of this call are over, or somebody has stopped it; the next call goes on."""
+
+    def __init__(self, why: str = "the minutes are over") -> None:
+        super().__init__(f"{why}; the same command goes on")
 
 
 class FailedCommandError(SpikingBrainError):
@@ -63,7 +66,7 @@ class ProjectCommands:
             process.wait()
             raise
         if code == _ASKED_TO_STOP:
-            raise OutOfTimeError
+            raise OutOfTimeError("the training was asked to stop, and has saved")
         if code:
             raise FailedCommandError(
                 f"spikingbrain-{words[0]} ended with exit code {code}; see what it says above"

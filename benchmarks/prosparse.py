@@ -237,8 +237,8 @@ def main() -> None:
                 runs.prepare(flags.train, flags.valid)
                 for row in (*ROWS, *(DISTILLED if flags.distill else ())):
                     runs.run(row, flags.tokens, flags.lr)
-            except OutOfTimeError:
-                print(f"the {flags.minutes:g} minutes are over; the same command goes on")
+            except OutOfTimeError as stop:
+                print(stop)
         results = [json.loads(path.read_text()) for path in sorted(flags.output.glob("runs/*/result.json"))]
         print("\n".join(report(results)))
 
