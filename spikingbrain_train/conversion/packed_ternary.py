@@ -108,7 +108,7 @@ class PackedReader(SafetensorsReader):
                 f"the file again from its source"
             )
         stored = super().read(self._scales[name]).float().reshape(())
-        scale = stored.reciprocal() if self._divides else stored
+        scale = _scale_behind(stored) if self._divides else stored
         if not torch.isfinite(scale) or scale < ternary_scales(torch.zeros(()), 1, torch.float32):
             raise CheckpointError(
                 f"{self.file_of(name)}: {self._scales[name]} is {stored.item():g}, but ternary weights here "
@@ -124,6 +124,13 @@ class PackedReader(SafetensorsReader):
     def _made(self, name: str, codes: Tensor, scale: Tensor) -> Tensor:
         """[O, I] of the numbers [O, I] int8 and their scale [] float32."""
         return codes * scale
+
+
+def _scale_behind(stored: Tensor) -> Tensor:
+    """The scale [] whose reciprocal, rounded to float32, is stored; the nearest one where none is."""
+    nearest = stored.reciprocal()
+    neighbours = [torch.nextafter(nearest, nearest.new_tensor(end)) for end in (0.0, torch.inf)]
+    return next((each for each in (nearest, *neighbours) if each.reciprocal() == stored), nearest)
 
 
 class PackedTernaryReader(PackedReader):

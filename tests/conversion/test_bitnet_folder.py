@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from spikingbrain_train.architecture.layers import model_weights
 from spikingbrain_train.config.linear_transforms import (
@@ -24,18 +24,23 @@ from spikingbrain_train.config.linear_transforms import (
     SpikingConfig,
     TernaryConfig,
 )
+from spikingbrain_train.config.load import load_model_config
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.conversion.export_checkpoint import export_checkpoint
-from spikingbrain_train.conversion.formats.registry import format_of_model
+from spikingbrain_train.conversion.formats.registry import format_of_model, parse_hf_config
 from spikingbrain_train.conversion.import_checkpoint import import_checkpoint
 from spikingbrain_train.errors import CheckpointError
 from spikingbrain_train.ops.ternary import magnitude_sum, ternary_codes, ternary_scales, unpack_ternary
+from tests.conversion.hf_models import SIZES, randomise
+from tests.conversion.megatron_models import TOKENS, megatron_logits
 from tests.conversion.test_own_format import TEXT, TOLERANCE, check_greedy_text, save_and_compute
 from tests.distributed.gradients import CASES
 from tests.distributed.pool import RankPool
 
 LINEARS = [each for each in Projection if each is not Projection.gate]
+MARGIN = 5e-5
+"""In steps of INT8 numbers: 127 times some 4e-7 by which float32 activations differ."""
 LLAMA = replace(
     CASES["full attention"].model,
     add_qkv_bias=False,
@@ -80,8 +85,108 @@ def test_transformers_loads_two_bits_a_weight_and_writes_the_same_tokens(
     packed = sum(tensor.nbytes for tensor in tensors.values() if tensor.dtype is torch.uint8)
     projections = sum(weight.numel for _, weight in model_weights(model) if weight.projection is not None)
     assert 4 * packed == projections
-    with pytest.raises(CheckpointError, match="quantization_config.* import the unquantised checkpoint"):
-        import_checkpoint(folder, tmp_path / "again")
+
+    report = import_checkpoint(folder, tmp_path / "back")
+    assert any("not in the folder" in note for note in report.notes)
+    export_checkpoint(tmp_path / "back", tmp_path / "again", format_name="bitnet")
+    again = load_file(tmp_path / "again/model.safetensors")
+    assert again.keys() == tensors.keys() and all(torch.equal(again[each], tensors[each]) for each in again)
+
+
+def published(folder: Path, dtype: torch.dtype, said: dict[str, Any], **changes: Any) -> Path:
+    """A small random Llama, packed by transformers' own function, with the reciprocals of its scales."""
+    packing: Any = pytest.importorskip("transformers.integrations.bitnet")
+    model = LlamaForCausalLM(LlamaConfig(**{**SIZES, "num_hidden_layers": 2, **changes}))
+    randomise(model)
+    model.to(dtype).save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [each for each in tensors if each.endswith("_proj.weight")]:
+        scale = 1.0 / tensors[name].float().abs().mean()
+        tensors[name] = packing.pack_weights((tensors[name].float() * scale).round().clamp(-1, 1))
+        tensors[f"{name}_scale"] = scale.reshape(1).to(dtype)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": said}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def logits_and_clear_tokens(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [B, T, vocabulary] of TOKENS, and which tokens [B, T] can be compared.
+
+    No INT8 input of these, nor of a token before, lies within MARGIN of a half, where the order of a float32
+    sum decides which number it becomes.
+    """
+    is_clear = torch.ones(TOKENS.shape, dtype=torch.bool)
+
+    def look(module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        (x,) = inputs
+        number = x.double() * 127 / x.double().abs().amax(-1, keepdim=True)
+        is_clear.logical_and_((number - number.floor() - 0.5).abs().amin(-1) > MARGIN)
+
+    for module in model.modules():
+        if type(module).__name__ == "BitLinear":
+            module.register_forward_pre_hook(look)
+    with torch.no_grad():
+        logits: torch.Tensor = model(TOKENS).logits
+    return logits, is_clear.long().cummin(1).values.bool()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "said", "changes"),
+    [
+        (torch.float32, {"linear_class": "bitlinear", "quantization_mode": "offline"}, {}),
+        # As folders were written before there were several classes.
+        (torch.bfloat16, {"modules_to_not_convert": None}, {"tie_word_embeddings": True}),
+        (torch.float32, {"modules_to_not_convert": ["lm_head"]}, {"attention_bias": True, "mlp_bias": True}),
+    ],
+    ids=["float32", "bfloat16, older", "biases"],
+)
+def test_a_folder_of_the_class_bitlinear_becomes_parameters_that_are_rounded_to_it(
+    dtype: torch.dtype, said: dict[str, Any], changes: dict[str, Any], ranks: RankPool, tmp_path: Path
+) -> None:
+    folder = published(tmp_path / "published", dtype, {"quant_method": "bitnet"} | said, **changes)
+    theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    assert type(theirs.model.layers[0].mlp.down_proj).__name__ == "BitLinear"
+    theirs = torch.nn.Module.float(theirs)  # it leaves tensors beside packed ones in the folder's format
+    expected, is_clear = logits_and_clear_tokens(theirs)
+    import_checkpoint(folder, tmp_path / "megatron")
+    model = load_model_config(tmp_path / "megatron/iter_0000000/model_config.yaml")
+    assert set(model.ternary.projections) == set(model.int8_inputs.projections) == set(LINEARS)
+    (found,) = ranks.run(megatron_logits, tmp_path / "megatron", world_size=1, parallel=ParallelConfig())
+    assert expected.std() > 0.1 and is_clear.sum() >= 5
+    assert (found - expected)[is_clear].abs().max() <= TOLERANCE
+
+    export_checkpoint(tmp_path / "megatron", tmp_path / "again", format_name="bitnet")
+    ours, given = (load_file(each / "model.safetensors") for each in (tmp_path / "again", folder))
+    assert ours.keys() == given.keys()
+    for name, value in given.items():
+        if name.endswith("_scale"):  # float32 has not the reciprocal's reciprocal of every number
+            torch.testing.assert_close(ours[name], value.float(), rtol=2**-23, atol=0)
+        else:
+            assert ours[name].dtype is value.dtype and torch.equal(ours[name], value), name
+    was, now = (json.loads((each / "config.json").read_text()) for each in (folder, tmp_path / "again"))
+    assert now == was
+
+    # What is not packed says nothing of packing, and transformers reads it.
+    export_checkpoint(tmp_path / "megatron", tmp_path / "floats", format_name="llama", float_weights=True)
+    assert "quantization_config" not in json.loads((tmp_path / "floats/config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ({"use_rms_norm": True}, "without use_rms_norm"),
+        ({"modules_to_not_convert": ["model.layers.0.mlp.up_proj"]}, "null or lm_head alone"),
+        ({"quant_method": "gptq"}, "import the unquantised checkpoint"),
+        ({"linear_class": "autobitlinear"}, "import the unquantised checkpoint"),
+    ],
+)
+def test_other_quantisations_of_a_llama_are_refused(said: dict[str, Any], words: str) -> None:
+    values = {**SIZES, "architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    with pytest.raises(CheckpointError, match=words):
+        parse_hf_config(
+            values | {"quantization_config": {"quant_method": "bitnet"} | said}, Path("config.json")
+        )
 
 
 def test_what_is_packed_is_what_the_own_format_computes_with(ranks: RankPool, tmp_path: Path) -> None:

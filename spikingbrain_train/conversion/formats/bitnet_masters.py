@@ -32,6 +32,7 @@ class BitNetMastersFormat(DenseFormat):
 
     name = "bitnet_masters"
     holds = "dense models with the sub-norms of BitNet b1.58 2B4T"
+    unread = ()
     quantization: dict[str, str] = ONLINE
     """What ``quantization_config`` says of models whose linears are rounded."""
     rope_theta = 500000.0
@@ -67,11 +68,7 @@ class BitNetMastersFormat(DenseFormat):
                 "that ternary numbers are made of, offline beside packed ones; import the unquantised "
                 "checkpoint",
             )
-        if said.get("use_rms_norm") or said.get("modules_to_not_convert") not in (None, [_OUTPUT]):
-            raise keys.refuse(
-                QUANTIZATION,
-                f"is read without use_rms_norm, and with modules_to_not_convert null or {_OUTPUT} alone",
-            )
+        check_linears(keys)
 
     def unsupported(self, model: ModelConfig) -> list[str]:
         parts = super().unsupported(model)
@@ -110,6 +107,16 @@ def is_rounded(model: ModelConfig) -> bool:
     linears = set(_LINEARS)
     both = set(model.ternary.projections) == set(model.int8_inputs.projections) == linears
     return both and len(transforms_of(model)) == 2
+
+
+def check_linears(keys: ConfigKeys) -> None:
+    """Every linear of a layer is converted, and has no norm of its own. Raises CheckpointError."""
+    said = keys.values[QUANTIZATION]
+    if said.get("use_rms_norm") or said.get("modules_to_not_convert") not in (None, [_OUTPUT]):
+        raise keys.refuse(
+            QUANTIZATION,
+            f"is read without use_rms_norm, and with modules_to_not_convert null or {_OUTPUT} alone",
+        )
 
 
 def is_packed(values: dict[str, Any]) -> bool:

@@ -5,7 +5,7 @@ They differ in biases, norms and windows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,7 @@ class DenseFormat(LlamaLikeFormat):
     kinds = "llama"
     holds = "dense models"
     names = NAMES
+    unread: Collection[str] = ("quantization_config",)
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from spikingbrain_train.architecture.layers import feed_forwards_of
@@ -37,6 +37,9 @@ class LlamaLikeFormat(HfFormat):
     """Whether there are as many query groups as heads where config.json names none; else it must."""
     norm_key: str = "rms_norm_eps"
     """Key of the norms' epsilon."""
+    unread: Collection[str] = ()
+    """Keys of a source's config.json that an export does not take over: what says of its tensors that they
+    are packed."""
     activations: Mapping[ActivationFunc, str] = {
         ActivationFunc.silu: "silu",
         ActivationFunc.relu: "relu",
@@ -120,7 +123,7 @@ class LlamaLikeFormat(HfFormat):
 
         A model of another family takes token ids and dropout from it.
         """
-        source = source or {}
+        source = {key: value for key, value in (source or {}).items() if key not in self.unread}
         if source.get("architectures") != [self.architecture]:
             config = {key: source[key] for key in _KEPT if key in source}
             config.update(self.keys(model, {}))

@@ -63,6 +63,7 @@ def format_of_config(values: dict[str, Any], path: Path) -> HfFormat:
         raise SpikingBrain2.read(values, path).refusal(path)
     # The first of an architecture; tensors alone tell the other (conversion/hf_config.py).
     read = [known for known in FORMATS if known.reads(values)]
+    read.sort(key=lambda known: not known.is_packed(values))  # what says that it is packed is read as that
     by_architecture = {known.architecture: known for known in reversed(read)}
     architectures = values.get("architectures") or [
         known.architecture
