@@ -78,6 +78,10 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     ((*EVALUATE, "--probe-samples", "3"), "--probe-samples is read with --probes only"),
     ((*EVALUATE, "--plot", "x.png"), "--plot x.png would be empty"),
     (("evaluate", "--model", "whole", "--probes", "needle", "--plot", "x.gif"), "ends in none of .png"),
+    (
+        ("evaluate", "--model", "whole", "--probes", "needle", "--plot", "x.png", "--output", "./x.png"),
+        "--plot and --output both name x.png",
+    ),
     (("evaluate", "--model", "whole", "--teacher", "whole"), "--teacher whole needs prompts"),
     ((*EVALUATE, "--teacher-prompts", "3"), "--teacher-prompts is read with --teacher only"),
     ((*EVALUATE, "--teacher", "nowhere"), "--teacher nowhere is not a folder"),
@@ -133,6 +137,7 @@ WRONG: list[tuple[tuple[str, ...], str]] = [
     ((*GENERATE, "--prefill-chunk", "0"), "--prefill-chunk is 0; give at least 1, or leave it out"),
     (("generate", "--model", "nowhere", "--prompt", "x"), "nowhere is not a folder"),
     (("generate", "--model", "whole", "--prompt", ""), "--prompt is empty"),
+    (("generate", "--model", "whole", "--prompt", "\udcff"), "--prompt holds bytes that are no UTF-8"),
     (("convert_checkpoint", "import", "--hf", "nowhere", "--output", "out"), "nowhere is not a folder"),
     (("convert_checkpoint", "import", "--hf", "file", "--output", "out"), "file"),
     (("convert_checkpoint", "import", "--hf", "broken", "--output", "out"), "cannot be read as JSON"),

@@ -13,6 +13,8 @@ from spikingbrain_train.errors import DataError
 CHAT_KEYS = ("messages", "conversations")
 """Fields that usually hold a conversation."""
 
+_PARTS = "a template that knows no parts wants a content that is text"
+
 _ROLES = {"human": "user", "gpt": "assistant"}
 """What the roles of ``{"from": ..., "value": ...}`` messages (ShareGPT) are called in templates; others are
 called the same."""
@@ -74,8 +76,9 @@ class ChatTemplate:
         Raises:
             ValueError: the template refuses them.
         """
+        has_parts = any(isinstance(message.get("content"), (list, dict)) for message in messages)
         try:
-            return self.tokenizer.apply_chat_template(
+            applied = self.tokenizer.apply_chat_template(
                 list(messages),
                 **({"tools": tools} if tools else {}),
                 tokenize=tokenize,
@@ -83,7 +86,17 @@ class ChatTemplate:
                 **options,
             )
         except Exception as error:  # whatever jinja2 and the template raise
-            raise ValueError(f"the chat template refuses it: {first_line(error)}") from error
+            hint = f"; {_PARTS}" if has_parts else ""
+            raise ValueError(f"the chat template refuses it: {first_line(error)}{hint}") from error
+        if has_parts and isinstance(applied, str):
+            for number, message in enumerate(messages, start=1):
+                content = message.get("content")
+                if isinstance(content, (list, dict)) and content and str(content) in applied:
+                    raise ValueError(
+                        f"the chat template writes the content of message {number} with its brackets and "
+                        f"quotes; {_PARTS}"
+                    )
+        return applied
 
 
 @lru_cache(maxsize=1)
@@ -95,7 +108,8 @@ def chat_template(folder: str) -> ChatTemplate:
 def read_message(message: Any) -> Mapping[str, Any]:
     """A message of ``role`` and ``content``, whichever way it is written. Raises ValueError."""
     if isinstance(message, dict) and "role" in message and "content" in message:
-        return message
+        # A template would write None where a call of tools has null for its text.
+        return message if message["content"] is not None else {**message, "content": ""}
     if isinstance(message, dict) and "from" in message and "value" in message:
         return {"role": _ROLES.get(message["from"], message["from"]), "content": message["value"]}
     raise ValueError("a message has neither role and content nor from and value")

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from spikingbrain_train.data.chat import ChatTemplate, chat_template
-from spikingbrain_train.data.conversations import Conversation, read_conversation, texts_of
+from spikingbrain_train.data.conversations import Conversation, functions_of, read_conversation, texts_of
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _THINK = re.compile(r"</?think>")
@@ -81,10 +81,10 @@ class ChatExamples:
         """
         conversation = read_conversation(value, record, self._template.source(record.get("tools") or None))
         whole = self._rendered(conversation.messages, conversation.tools)
-        self._check_all_said(whole)
+        self._check_all_said(whole, conversation.tools)
         loss = np.zeros(len(whole.token_ids), dtype=bool)
         apart, ids = [], list(whole.token_ids)
-        for number in conversation.answers:
+        for number in conversation.learnt:
             try:
                 start, end = self._answer(whole, conversation, number)
             except _RenderedInAnotherWay:
@@ -109,6 +109,7 @@ class ChatExamples:
 
     def _rendered(self, messages: Sequence[Mapping[str, Any]], tools: Any) -> _Rendered:
         text = self._template.apply(messages, tools)
+        text.encode()  # half of a surrogate pair is no text, which the tokenizer does not say
         encoded = self._backend.encode(text, add_special_tokens=False)
         generated = None
         if _GENERATION.search(self._template.source(tools)):
@@ -136,9 +137,9 @@ class ChatExamples:
             start, end = self._by_blocks(rendered, conversation, number)
         bounds = np.append(rendered.starts, len(rendered.text))
         said = rendered.text[bounds[start] : bounds[end]]
-        for text in (
-            piece for each in texts_of(conversation.messages[number]) for piece in _THINK.split(each)
-        ):
+        message = conversation.messages[number]
+        texts = [piece for each in texts_of(message) for piece in _THINK.split(each)]
+        for text in (*texts, *functions_of(message.get("tool_calls"))):
             if _squeezed(text) not in _squeezed(said):
                 raise _RenderedInAnotherWay(
                     f"the chat template leaves out part of the answer in message {number + 1}: {_ADVICE}"
@@ -197,9 +198,15 @@ class ChatExamples:
             "would teach the model to stop: put the end-of-sequence token behind answers in chat_template"
         )
 
-    def _check_all_said(self, whole: _Rendered) -> None:
-        """Users and systems are heard: a template that knows no such role drops them without a word."""
+    def _check_all_said(self, whole: _Rendered, tools: Any) -> None:
+        """Users, systems and tools are heard: a template that knows no such drops them without a word."""
         text = _squeezed(whole.text)
+        for name in functions_of(tools):
+            if _squeezed(name) not in text:
+                raise ValueError(
+                    f"the chat template leaves out the function {name!r} of its tools: give a tokenizer "
+                    "whose template shows tools, or records without"
+                )
         for number, message in enumerate(whole.messages, start=1):
             if message["role"] in ("system", "developer", "user"):
                 for each in texts_of(message):

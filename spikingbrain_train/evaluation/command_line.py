@@ -153,6 +153,10 @@ def _check_picture(arguments: argparse.Namespace) -> None:
             f"--plot {arguments.plot} would be empty; name what it draws with --tasks, --probes or --teacher"
         )
     format_of(arguments.plot, "--plot")
+    if arguments.output is not None and arguments.plot.resolve() == arguments.output.resolve():
+        raise ConfigurationError(
+            f"--plot and --output both name {arguments.plot}; give the picture a file of its own"
+        )
     check_output_file(arguments.plot, "--plot")
 
 

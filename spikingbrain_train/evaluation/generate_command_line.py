@@ -113,6 +113,11 @@ def _prepare_generation(arguments: argparse.Namespace) -> Callable[[], None]:
     check_chat_options(arguments)
     if not all(arguments.prompt):
         raise ConfigurationError("--prompt is empty; give at least one word to go on from")
+    for flag, text in (*(("--prompt", text) for text in arguments.prompt), ("--system", arguments.system)):
+        try:
+            (text or "").encode()
+        except UnicodeEncodeError:
+            raise ConfigurationError(f"{flag} holds bytes that are no UTF-8; convert the text") from None
     check_output_file(arguments.output, "--output")
     if check_model_files(arguments):
         return checkpoint_commands.prepare_generation(arguments, sampling)

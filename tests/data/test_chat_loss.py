@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from spikingbrain_train.data.chat import ChatTemplate
 from spikingbrain_train.data.chat_loss import ChatExamples, Example
+from spikingbrain_train.data.raw_document import RawDocument
+from spikingbrain_train.errors import DataError
 
 HEADER = "<|im_start|>{{ message.role }}\n"
 PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -53,6 +56,9 @@ CHAT = [
     {"role": "user", "content": "And two?"},
     {"role": "assistant", "content": "Deux."},
 ]
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+TEXT = {"type": "text", "text": "Part."}
 
 Make = Callable[[str], ChatExamples]
 
@@ -162,6 +168,36 @@ def test_tools_and_their_calls_stand_where_the_template_puts_them(make: Make) ->
     assert learnt(examples, example).startswith('<tool_call>{"name": "add"')
 
 
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_half_of_a_surrogate_pair_in_a_conversation_is_named_with_its_line(make: Make, role: str) -> None:
+    chat = [{**each, "content": "\ud800"} if each["role"] == role else each for each in CHAT]
+    line = RawDocument("chats.jsonl:3", json.dumps({"messages": chat}).encode(), True, 0)
+    with pytest.raises(DataError, match="^chats.jsonl:3: the text contains an unpaired surrogate"):
+        line.examples("messages", make(CHATML).examples)
+
+
+def test_an_answer_with_the_weight_0_bears_no_loss_and_stays_in_the_text(make: Make) -> None:
+    for template in (CHATML, MARKED):
+        examples = make(template)
+        chat = [*CHAT[1:2], {**CHAT[2], "weight": 0}, CHAT[3], {**CHAT[4], "weight": 1}]
+        example = only(examples, chat, system=CHAT[0]["content"])
+        assert example.token_ids == only(examples, CHAT).token_ids
+        assert learnt(examples, example) == "Deux.<|im_end|>"
+
+
+def test_tools_that_a_template_does_not_show_are_refused(make: Make) -> None:
+    with pytest.raises(ValueError, match="leaves out the function 'add' of its tools"):
+        make(CHATML).examples(CHAT, {"tools": [{"type": "function", "function": {"name": "add"}}]})
+
+
+def test_parts_of_a_content_are_read_by_a_template_that_knows_them(make: Make) -> None:
+    parts = "{% if message.content is string %}{{ message.content }}{% else %}{{ message.content[0].text }}"
+    parts += "{% endif %}"
+    examples = make(CHATML.replace("{{ message.content }}", parts))
+    chat = [CHAT[1], {"role": "assistant", "content": [TEXT]}]
+    assert learnt(examples, only(examples, chat)) == "Part.<|im_end|>"
+
+
 @pytest.mark.parametrize(
     ("template", "messages", "reason"),
     [
@@ -196,6 +232,27 @@ def test_tools_and_their_calls_stand_where_the_template_puts_them(make: Make) ->
             CHATML.replace("{{ message.content }}<|im_end|>", "{{ message.content }}"),
             CHAT,
             "the token behind",
+        ),
+        (
+            CHATML,
+            [CHAT[1], {"role": "assistant", "content": "x", "weight": 0.5}],
+            "message 2 has the weight 0.5",
+        ),
+        (CHATML, [CHAT[1], {**CHAT[4], "weight": 0}], "every answer of the assistant has the weight 0"),
+        (
+            CHATML,
+            [CHAT[1], {"role": "assistant", "content": "", "tool_calls": [CALL]}, CHAT[3], CHAT[4]],
+            "the chat template leaves out part of the answer in message 2",
+        ),
+        (
+            CHATML,
+            [CHAT[1], {"role": "assistant", "content": [TEXT]}],
+            "writes the content of message 2 with its",
+        ),
+        (
+            CHATML.replace("{{ message.content }}", "{{ '' + message.content }}"),
+            [{"role": "user", "content": [TEXT]}, CHAT[4]],
+            "a template that knows no parts wants a content that is text",
         ),
     ],
 )

@@ -1,4 +1,8 @@
-"""The small pipeline: every stage of the road on a tiny model, undisturbed and killed at random."""
+"""The small pipeline: every stage of the road on a tiny model, undisturbed, killed at random, and with
+a layout of each stage's own.
+
+In float32; 1e-5 relative between layouts.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader, load
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from spikingbrain_train.reporting.metrics import read_metrics
 from tests.pipelines.planned import steps_of
 from tests.programs import Programs
 from tests.small_source import END, save_small_source
@@ -22,6 +27,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 STAGES = ("align", "distill", "cpt_8k", "cpt_32k", "cpt_128k", "sft1", "sft2", "sft3")
 ITERATIONS = 2
+LEARNT = (
+    "train/loss",
+    "train/cross_entropy",
+    "train/kl_divergence",
+    "valid/",
+    "alignment/",
+)
+"""Losses; norms of gradients, which AdamW's first steps amplify, are 1.1e-5 apart."""
 EXPORT = "out/export/model.safetensors"
 KILLS = 5
 TEMPLATE = (
@@ -34,9 +47,13 @@ ARGUMENTS = (
     *("model=source", "text=[text.jsonl]", "chats=[chats.jsonl]", "output=out"),
     *(f"iterations={ITERATIONS}", "short=32", "long=48", "longest=64"),
     *("steps.text.workers=1", "steps.conversations.workers=1"),  # others would import all anew
-    *("steps.text.valid_tokens=512", "steps.generate.max_new_tokens=4"),
+    *("steps.text.valid_tokens=512", "steps.generate.max_new_tokens=4", "steps.generate.temperature=0"),
     *(f"steps.{stage}.settings.checkpoint.save_interval=1" for stage in STAGES),
+    *(f"steps.{stage}.settings.precision=fp32" for stage in STAGES),
+    *("steps.evaluate_export.dtype=float32", "steps.generate.dtype=float32", "steps.spikes.dtype=float32"),
 )
+LAYOUTS = dict(zip(STAGES, ("tp2", "pp2", "tp2_sp", "cp2", "dp_zero1", "pp2", "cp2", "tp2"), strict=True))
+"""Every two neighbours differ, so that each stage reshards what the one before has written."""
 PIPELINE = ("-m", "spikingbrain_train", "pipeline", "run", "small", *ARGUMENTS)
 
 
@@ -135,3 +152,38 @@ def test_killed_at_random_five_times_it_ends_with_the_same_weights(
     assert found.keys() == expected.keys() and len({name.split()[0] for name in found}) == len(STAGES) + 1
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
     assert not list((folder / "out").rglob("*.incomplete"))
+
+
+def test_each_stage_in_a_layout_of_its_own_learns_what_one_rank_learns(
+    undisturbed: Undisturbed, programs: Programs, tmp_path: Path
+) -> None:
+    folder = prepare(tmp_path)
+    words = [f"steps.{stage}.nproc_per_node=2" for stage in STAGES]
+    words += [f"steps.{stage}.settings.parallel={layout}" for stage, layout in LAYOUTS.items()]
+    for tool, layout in (("generate", "pp2"), ("spikes", "tp2")):
+        words += [f"steps.{tool}.nproc_per_node=2", f"steps.{tool}.parallel=[{layout}]"]
+    run = programs.run((*PIPELINE, *words), folder)
+    assert run.code == 0, run.said[-3000:]
+
+    compared = 0
+    for stage in STAGES:
+        expected, found = (read_metrics(each / f"out/{stage}") for each in (undisturbed.folder, folder))
+        assert len(found) == len(expected)
+        for point, other in zip(expected, found, strict=True):
+            for name in {name for name in point if name.startswith(LEARNT)}:
+                assert other[name] == pytest.approx(point[name], rel=1e-5), f"{stage}: {name}"
+                compared += 1
+    print(compared, "numbers compared")
+    assert compared > 8 * 2 * ITERATIONS
+
+    def results(name: str, *keys: str) -> list[object]:
+        found = [json.loads((each / f"out/{name}.json").read_text()) for each in (undisturbed.folder, folder)]
+        for key in keys:
+            found = [each[key] for each in found]
+        return found
+
+    for keys in (("evaluate_export", "cross_entropy"), ("spikes/spikes", "cross_entropy", "without_spikes")):
+        one, two = results(*keys)
+        assert two == pytest.approx(one, rel=1e-5), keys
+    one, two = results("generate", "text")
+    assert two == one

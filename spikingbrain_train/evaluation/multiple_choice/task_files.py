@@ -103,7 +103,7 @@ def _lines(task: str, path: Path) -> list[tuple[int, dict[str, Any]]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(
                 f"{task}: {path} line {number} is no JSON ({error}); write one question a line"
             ) from None
@@ -127,7 +127,27 @@ def _text(row: Mapping[str, Any], name: str) -> str:
     value = _field(row, name)
     if not isinstance(value, str):
         raise ValueError(f"has {value!r} in the field {name!r}; give a text")
-    return value
+    return _spelt(value, name)
+
+
+def _spelt(text: str, name: str) -> str:
+    """A text that UTF-8 can spell: JSON can also hold half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"has an unpaired surrogate in the field {name!r}; repair the text") from None
+    return text
+
+
+def _option(row: Mapping[str, Any], name: str) -> str:
+    """An option whose own text is scored, not a letter in front of it."""
+    return _not_empty(_text(row, name), name)
+
+
+def _not_empty(text: str, name: str) -> str:
+    if not text.strip():
+        raise ValueError(f"has an empty option in the field {name!r}; give its text, or remove the question")
+    return text
 
 
 def _texts(row: Mapping[str, Any], name: str, number: int | None = None) -> list[str]:
@@ -136,7 +156,7 @@ def _texts(row: Mapping[str, Any], name: str, number: int | None = None) -> list
     fits = isinstance(value, list) and value and all(isinstance(each, str) for each in value)
     if not fits or number not in (None, len(value)):
         raise ValueError(f"has {value!r} in the field {name!r}; give a list of {count}texts")
-    return list(value)
+    return [_spelt(each, name) for each in value]
 
 
 def _index(row: Mapping[str, Any], name: str, number: int) -> int:
@@ -185,21 +205,29 @@ def _arc(row: Mapping[str, Any]) -> Question:
         raise ValueError(
             "has no question with choices; give 'question', 'choices' {text, label}, 'answerKey'"
         )
+    _spelt(question, "question")
     labels, texts = _texts(choices, "label"), _texts(choices, "text")
     right = _text(row, "answerKey")
+    if len(texts) < 2 or len(set(labels)) < len(labels):
+        raise ValueError(f"has the labels {labels}; give at least two options, each with a label of its own")
+    for text in texts:
+        _not_empty(text, "choices")
     if len(labels) != len(texts) or right not in labels:
         raise ValueError(f"has the answerKey {right!r}, which is none of the labels {labels}; correct it")
     return {"question": question, "choices": {"text": texts, "label": labels}, "answerKey": right}
 
 
 def _hellaswag(row: Mapping[str, Any]) -> Question:
-    endings = _texts(row, "endings", 4)
+    endings = [_not_empty(text, "endings") for text in _texts(row, "endings", 4)]
     texts = {name: _text(row, name) for name in ("activity_label", "ctx_a", "ctx_b")}
     return {**texts, "endings": endings, "label": str(_index(row, "label", 4))}
 
 
 def _winogrande(row: Mapping[str, Any]) -> Question:
-    texts = {name: _text(row, name) for name in ("sentence", "option1", "option2")}
+    texts = {
+        "sentence": _text(row, "sentence"),
+        **{name: _option(row, name) for name in ("option1", "option2")},
+    }
     answer = str(_field(row, "answer"))
     if "_" not in texts["sentence"]:
         raise ValueError("has no _ in the field 'sentence', where an option belongs; correct it")
@@ -209,7 +237,7 @@ def _winogrande(row: Mapping[str, Any]) -> Question:
 
 
 def _piqa(row: Mapping[str, Any]) -> Question:
-    texts = {name: _text(row, name) for name in ("goal", "sol1", "sol2")}
+    texts = {"goal": _text(row, "goal"), **{name: _option(row, name) for name in ("sol1", "sol2")}}
     return {**texts, "label": _index(row, "label", 2)}
 
 

@@ -70,9 +70,41 @@ WRONG: list[tuple[str, dict[str, Any] | str | None, str]] = [
     ("arc_challenge/test", {"question": "x"}, "line 2 has no question with choices"),
     (
         "arc_challenge/test",
-        {"question": "x", "choices": {"text": ["a"], "label": ["1"]}, "answerKey": "2"},
+        {"question": "x", "choices": {"text": ["a", "b"], "label": ["1", "3"]}, "answerKey": "2"},
         "answerKey '2', which is none",
     ),
+    (
+        "arc_challenge/test",
+        {"question": "x", "choices": {"text": ["a"], "label": ["1"]}, "answerKey": "1"},
+        "has the labels ['1']; give at least two options, each with a label of its own",
+    ),
+    (
+        "arc_challenge/test",
+        {"question": "x", "choices": {"text": ["a", "b"], "label": ["1", "1"]}, "answerKey": "1"},
+        "has the labels ['1', '1']; give at least two options, each with a label of its own",
+    ),
+    *(
+        (
+            name,
+            {**ROWS[name][0], field: empty},
+            f"line 2 has an empty option in the field '{field}'; give its",
+        )
+        for name, field, empty in (
+            ("piqa/validation", "sol2", " "),
+            ("winogrande/validation", "option1", ""),
+            ("hellaswag/validation", "endings", ["a", "b", "", "d"]),
+            ("arc_challenge/test", "choices", {"text": ["", "b"], "label": ["A", "B"]}),
+        )
+    ),
+    *(
+        (name, {**ROWS[name][0], field: half}, f"line 2 has an unpaired surrogate in the field '{field}'")
+        for name, field, half in (
+            ("piqa/validation", "goal", "\ud800"),
+            ("mmlu/test/anatomy", "choices", ["\udfff", "b", "c", "d"]),
+            ("arc_challenge/test", "question", "\ud800"),
+        )
+    ),
+    ("piqa/validation", "[" * 100_000, "piqa: {path} line 2 is no JSON"),
     (
         "winogrande/validation",
         {"sentence": "x", "option1": "a", "option2": "b", "answer": "1"},
