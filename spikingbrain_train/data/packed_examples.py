@@ -59,7 +59,7 @@ class PackedExamples:
         self.prefix, self.seq_length, self.seed = prefix, seq_length, seed
         self.fitting = fitting_examples(read_loss_positions(prefix), seq_length, long)
         if not self.fitting.read:
-            raise nothing_fits(prefix, seq_length)
+            raise nothing_fits(prefix, seq_length, long)
         self._lengths = np.asarray(self.fitting.lengths, dtype=np.int64)
         self._sequence_of, self.windows_per_epoch = np.arange(self.fitting.read), self.fitting.read
         if not alone:

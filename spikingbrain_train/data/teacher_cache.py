@@ -6,16 +6,21 @@ What a folder holds is said in :mod:`~spikingbrain_train.storage.teacher_cache`,
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from spikingbrain_train.data.gpt_dataset import Sample, Samples
 from spikingbrain_train.errors import DataError
+from spikingbrain_train.storage.durable_files import replaced_durably
 from spikingbrain_train.storage.teacher_cache import (
+    CHECKSUMS,
     IDS,
     LOG_PROBABILITIES,
     TAIL,
@@ -34,6 +39,30 @@ class KeptTokens(NamedTuple):
     """float32 that add up to 1."""
     log_probabilities: torch.Tensor
     """float32."""
+
+
+def write_shard(path: Path, ids: np.ndarray, log_probabilities: np.ndarray, tail: np.ndarray) -> None:
+    """Write the file of some samples, with a checksum of each; it appears whole.
+
+    Args:
+        path: of the file.
+        ids: [samples, tokens, kept] uint16 or int32.
+        log_probabilities: the same shape, float16.
+        tail: [samples, tokens] float32.
+    """
+    tensors = {IDS: ids, LOG_PROBABILITIES: log_probabilities, TAIL: tail}
+    sums = "".join(_checksum(rows) for rows in zip(*tensors.values(), strict=True))
+    with replaced_durably(path) as temporary:
+        whole = {name: np.ascontiguousarray(each) for name, each in tensors.items()}
+        save_file(whole, temporary, metadata={CHECKSUMS: sums})
+
+
+def _checksum(rows: Sequence[np.ndarray]) -> str:
+    """8 hexadecimal digits over the arrays, one behind the other."""
+    found = 0
+    for row in rows:
+        found = zlib.crc32(row.tobytes(), found)
+    return f"{found:08x}"
 
 
 class CachedTeacher:
@@ -65,8 +94,14 @@ class CachedTeacher:
             ids, values, tail = (
                 file.get_slice(name)[row : row + 1][0] for name in (IDS, LOG_PROBABILITIES, TAIL)
             )
+            sums = (file.metadata() or {}).get(CHECKSUMS)
         except (OSError, SafetensorError) as error:
             raise DataError(f"cannot read sample {index} of {path}: {error}") from error
+        if sums is not None and sums[8 * row : 8 * row + 8] != _checksum((ids, values, tail)):
+            raise DataError(
+                f"sample {index} of {path} is damaged; remove the file and let spikingbrain-cache-teacher "
+                "write it again"
+            )
         return self._with_shares(ids, values.astype(np.float32), tail)
 
     def _with_shares(self, ids: np.ndarray, values: np.ndarray, tail: np.ndarray) -> KeptTokens:

@@ -222,7 +222,7 @@ def _packed(config: RunConfig, prefix: str) -> ExamplesPlan:
     length = config.stage.seq_length
     fitting = fitting_examples(read_loss_positions(prefix), length, config.stage.sft.long_examples)
     if not fitting.read:
-        raise nothing_fits(prefix, length)
+        raise nothing_fits(prefix, length, config.stage.sft.long_examples)
     sequences = pack(fitting.lengths, length).sequences
     filled = fill(fitting.lengths, sequences, length)
     return ExamplesPlan(sequences, filled, fitting.read, fitting.truncated, fitting.dropped)

@@ -60,8 +60,13 @@ def fitting_examples(positions: LossPositions, seq_length: int, long: LongExampl
     return FittingExamples(lengths, truncated, dropped)
 
 
-def nothing_fits(prefix: str, seq_length: int) -> DataError:
+def nothing_fits(prefix: str, seq_length: int, long: LongExamples) -> DataError:
     """The error of a dataset of which no example can be read."""
+    if long is LongExamples.truncate:
+        return DataError(
+            f"none of the examples of {prefix} has a token with loss in its first "
+            f"stage.seq_length={seq_length}: raise it"
+        )
     return DataError(
         f"none of the examples of {prefix} fits into stage.seq_length={seq_length}: raise it, or keep the "
         "beginnings of longer ones with stage.sft.long_examples=truncate"

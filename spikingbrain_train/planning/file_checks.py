@@ -97,7 +97,7 @@ def check_examples(config: RunConfig) -> None:
     for prefix in (*config.data.train_prefixes, *config.data.valid):
         positions = read_loss_positions(prefix)
         if not fitting_examples(positions, stage.seq_length, stage.sft.long_examples).read:
-            raise nothing_fits(prefix, stage.seq_length)
+            raise nothing_fits(prefix, stage.seq_length, stage.sft.long_examples)
 
 
 def check_output_folder(folder: str | Path, setting: str = "output_dir") -> None:

@@ -33,7 +33,9 @@ from spikingbrain_train.storage.checkpoint_folder import latest_checkpoint
 from spikingbrain_train.storage.teacher_cache import (
     CACHE_FILE,
     CacheLayout,
+    check_shard,
     read_cache_file,
+    shard_path,
     shards_of,
     write_cache_file,
 )
@@ -107,10 +109,20 @@ def open_cache(request: CacheRequest) -> None:
 
 
 def missing_shards(request: CacheRequest) -> list[range]:
-    """The samples of the files that are still to be written; one of a shorter run is written anew."""
+    """The samples of the files that are still to be written; one of a shorter run, or cut short, is anew."""
     there = shards_of(request.folder)
     shards = request.layout.shards(request.samples)
-    return [shard for shard in shards if len(there.get(shard.start, ())) < len(shard)]
+    return [shard for shard in shards if not _is_written(request, shard, there.get(shard.start))]
+
+
+def _is_written(request: CacheRequest, shard: range, found: range | None) -> bool:
+    if found is None or len(found) < len(shard):
+        return False
+    try:
+        check_shard(shard_path(request.folder, found), request.layout, found)
+    except DataError:
+        return False
+    return True
 
 
 def request_cache(config: RunConfig, folder: Path, *, top: int, drawn: int, world_size: int) -> CacheRequest:

@@ -22,6 +22,9 @@ from spikingbrain_train.storage.durable_files import write_text_durably
 CACHE_FILE = "teacher_cache.json"
 IDS, LOG_PROBABILITIES, TAIL = "ids", "log_probabilities", "tail"
 """Tensors of a file: ids and log_probabilities [samples, tokens, kept], tail [samples, tokens]."""
+CHECKSUMS = "crc32"
+"""In a file's metadata, of each sample: 8 hexadecimal digits over its rows of the three tensors, in this
+order. Files of earlier releases are without."""
 
 _VERSION = 1
 _SHARD = re.compile(r"samples_(\d{9})_(\d{9})\.safetensors")

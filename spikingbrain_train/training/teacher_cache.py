@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.numpy import save_file
 from torch import Tensor
 
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.data.gpt_dataset import TrainDataset, build_datasets
 from spikingbrain_train.data.loader import MicroBatch, collate, local_micro_batch
+from spikingbrain_train.data.teacher_cache import write_shard
 from spikingbrain_train.data.tokenizers import load_tokenizer
 from spikingbrain_train.models.gpt_model import HybridGPTModel, ModelChunks
 from spikingbrain_train.models.output_head import gather_hidden_states, valid_vocab_rows
@@ -29,11 +29,7 @@ from spikingbrain_train.planning.teacher_cache_request import CacheRequest, miss
 from spikingbrain_train.reporting.activity import Activity, activity, format_duration
 from spikingbrain_train.runtime.accelerator import detect
 from spikingbrain_train.runtime.bf16 import PARAMS_DTYPE
-from spikingbrain_train.storage.durable_files import replaced_durably
 from spikingbrain_train.storage.teacher_cache import (
-    IDS,
-    LOG_PROBABILITIES,
-    TAIL,
     CacheLayout,
     remove_leftovers,
     shard_path,
@@ -147,9 +143,7 @@ class _Writer:
         )
         before = shards_of(folder).get(samples.start)
         path = shard_path(folder, samples)
-        with replaced_durably(path) as temporary:
-            tensors = {IDS: ids.astype(_NUMPY[self.layout.ids_dtype]), LOG_PROBABILITIES: values, TAIL: tail}
-            save_file({name: np.ascontiguousarray(each) for name, each in tensors.items()}, temporary)
+        write_shard(path, ids.astype(_NUMPY[self.layout.ids_dtype]), values, tail)
         if before is not None and before != samples:  # of a shorter run
             shard_path(folder, before).unlink(missing_ok=True)
 

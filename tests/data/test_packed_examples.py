@@ -12,7 +12,7 @@ from spikingbrain_train.config.stage import LongExamples, StageConfig
 from spikingbrain_train.data.packed_examples import PackedExamples, build_examples, open_valid_examples
 from spikingbrain_train.errors import DataError
 from spikingbrain_train.planning.data_plan import plan_data
-from spikingbrain_train.planning.example_packing import fill, pack
+from spikingbrain_train.planning.example_packing import fill, nothing_fits, pack
 from spikingbrain_train.planning.file_checks import check_examples
 from tests.data.test_loss_mask import write_examples
 
@@ -133,6 +133,7 @@ def test_plan_and_start_up_know_what_training_reads(tmp_path: Path) -> None:
     for refuse in (check_examples, lambda config: build_examples(config.data, 1, 40, long=DROP)):
         with pytest.raises(DataError, match="none of the examples of .* fits into stage.seq_length=1"):
             refuse(config)
+    assert str(nothing_fits(small, 1, TRUNCATE)).endswith("loss in its first stage.seq_length=1: raise it")
     Path(f"{small}.loss_mask").unlink()
     config.stage.seq_length = LENGTH
     for refuse in (check_examples, lambda config: build_examples(config.data, LENGTH, 40)):

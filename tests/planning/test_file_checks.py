@@ -250,6 +250,16 @@ class TestTeacher:
         sentence = refusal(run, CheckpointError)
         assert "vocabulary of 256" in sentence and "model.vocab_size=512" in sentence
 
+    def test_distillation_from_what_the_run_starts_from_has_nothing_to_teach(self, run, tmp_path):
+        run.stage.kind = "distill"
+        run.stage.teacher = run.checkpoint.load = write_checkpoint(tmp_path / "hybrid", HYBRID)
+        assert "would learn what it says already" in refusal(run, ConfigurationError)
+        run.stage.distillation.weight = 0.5  # holds next-token loss back
+        check_run_config(run, world_size=1)
+        run.stage.distillation.weight = None
+        run.stage.teacher = write_checkpoint(tmp_path / "other", HYBRID)
+        check_run_config(run, world_size=1)
+
     def test_virtual_stages_send_a_teacher_as_wide_as_the_model_alone(self, run, tmp_path):
         run.stage.kind = "distill"
         run.stage.teacher = write_checkpoint(tmp_path / "wide", dataclasses.replace(DENSE, hidden_size=128))

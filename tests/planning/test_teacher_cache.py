@@ -16,7 +16,7 @@ from spikingbrain_train.config.stage import DistillationConfig, StageConfig
 from spikingbrain_train.errors import DataError, SpikingBrainError
 from spikingbrain_train.planning.checks import check_run_config
 from spikingbrain_train.planning.planner import plan_run
-from spikingbrain_train.planning.teacher_cache_request import open_cache, request_cache
+from spikingbrain_train.planning.teacher_cache_request import missing_shards, open_cache, request_cache
 from spikingbrain_train.storage.teacher_cache import CACHE_FILE, shard_path
 from tests.config.small_dataset import write_dataset
 from tests.config.small_model import small_model, write_checkpoint
@@ -127,6 +127,9 @@ def test_a_cache_is_gone_on_with_as_it_began(run: RunConfig, tmp_path: Path) -> 
     request = request_cache(run, folder, top=3, drawn=2, world_size=1)
     assert request.layout.shard_samples == 5
     assert dict(request.describe(1))["left"].startswith("0 files")
+    second = shard_path(folder, range(5, 10))
+    second.write_bytes(second.read_bytes()[:-1])  # cut short: written anew
+    assert missing_shards(request) == [range(5, 10)]
     with pytest.raises(DataError, match="keeps 3 tokens and 2 drawn ones, not 4 and 2"):
         request_cache(run, folder, top=4, drawn=2, world_size=1)
 

@@ -6,6 +6,7 @@ The stage is this project's own; SpikingBrain's report (arXiv 2509.05276) has no
 from __future__ import annotations
 
 from spikingbrain_train.architecture.layers import dense_source
+from spikingbrain_train.architecture.stored_model import read_stored_model
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.require import require
@@ -16,6 +17,7 @@ from spikingbrain_train.errors import CheckpointError
 from spikingbrain_train.planning.costs import forward_flops_per_token
 from spikingbrain_train.planning.stages.token_loss import TokenLossKind
 from spikingbrain_train.planning.teacher_cache import check_cache
+from spikingbrain_train.storage.checkpoint_folder import latest_checkpoint
 
 
 class DistillationKind(TokenLossKind):
@@ -82,8 +84,22 @@ class DistillationKind(TokenLossKind):
         )
 
     def check_files(self, config: RunConfig, samples: range) -> None:
-        """The cache is of this run's samples, and has them. Raises DataError, CheckpointError."""
+        """The cache is of this run's samples, and has them; the teacher is not what the run starts from.
+
+        Raises:
+            ConfigurationError, DataError, CheckpointError: otherwise.
+        """
         check_cache(config, samples)
+        load, teacher = config.checkpoint.load, config.stage.teacher
+        if load is None or teacher is None or not self.needs_teacher(config.stage):
+            return
+        both = [latest_checkpoint(load, "checkpoint.load"), latest_checkpoint(teacher, "stage.teacher")]
+        is_same = both[0].resolve() == both[1].resolve() and read_stored_model(both[1]) == config.model
+        require(
+            not is_same or config.stage.distillation.share < 1,
+            f"stage.teacher={teacher} is what checkpoint.load names, too, so that the model would learn what "
+            "it says already; name the dense source (converted with conversion dense)",
+        )
 
     def flops_per_token(self, config: RunConfig) -> float:
         """The teacher's forward on top of the student's training, unless its logits are read from a cache."""
