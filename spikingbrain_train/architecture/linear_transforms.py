@@ -137,6 +137,14 @@ class LinearTransformKind(Kind):
         """
         return {}
 
+    def choices(self, model: ModelConfig) -> Collection[str]:
+        """Parts of it, by name, of which one can be chosen for a text: adapters."""
+        return ()
+
+    def choosing(self, model: ModelConfig, choice: str) -> Mapping[str, Any]:
+        """Attributes of its transforms with which one of :meth:`choices` works alone."""
+        return {}
+
     def ahead_of(self, model: ModelConfig, stage: StageConfig, iteration: int) -> str:
         """How an export after ``iteration`` steps is ahead of training, as a sentence; "" if it is not."""
         return ""
@@ -191,6 +199,11 @@ def keeps_its_weight(model: ModelConfig, projection: str, matrix: int) -> bool:
 def in_experts(model: ModelConfig) -> tuple[str, ...]:
     """What each kind has linears inside experts do: see :meth:`LinearTransformKind.in_experts`."""
     return tuple(words for kind in LINEAR_TRANSFORMS if (words := kind.in_experts(model)) is not None)
+
+
+def choices_of(model: ModelConfig) -> list[str]:
+    """What a network has beside its weights, by name, of which one can be chosen for a text."""
+    return [choice for kind in transforms_of(model) for choice in kind.choices(model)]
 
 
 def stored_beside(model: ModelConfig, weight: Weight) -> Iterator[Weight]:

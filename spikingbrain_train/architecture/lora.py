@@ -6,8 +6,9 @@ The same function in exports is peft's: an adapter is written as a folder of its
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
+from typing import Any
 
 from spikingbrain_train.architecture.initializers import Constant, Uniform
 from spikingbrain_train.architecture.layers import alike, layers
@@ -117,6 +118,14 @@ class LoraKind(LinearTransformKind):
         # Order, weights and what trains are free: an adapter is known by its name.
         known = replace(lora, names=stored.lora.names, ranks=stored.lora.ranks, trained=[])
         return replace(model, lora=known if set(lora.names) == set(stored.lora.names) else lora)
+
+    def choices(self, model: ModelConfig) -> Collection[str]:
+        """Adapters that are not switched off."""
+        return [name for name in model.lora.names if model.lora.weight(name) != 0]
+
+    def choosing(self, model: ModelConfig, choice: str) -> Mapping[str, Any]:
+        """The weight of the chosen one is that which it has beside the others."""
+        return {"weights": {n: model.lora.weight(n) if n == choice else 0.0 for n in model.lora.names}}
 
     def activation_bytes(self, config: RunConfig, weight: Weight) -> float:
         """``A x`` of each adapter as B reads it, and with dropout the input that A reads, with a mask.

@@ -21,6 +21,7 @@ from spikingbrain_train.evaluation.checkpoint_request import (
 )
 from spikingbrain_train.evaluation.measurement import Part, finish_report
 from spikingbrain_train.evaluation.output import show_text, write_result
+from spikingbrain_train.evaluation.routed_prompts import check_choices
 from spikingbrain_train.evaluation.sampling import Sampling
 from spikingbrain_train.planning.parallel_checks import check_sequence_split
 from spikingbrain_train.reporting.activity import activity
@@ -49,6 +50,8 @@ def prepare_evaluation(arguments: argparse.Namespace) -> Callable[[], None]:
 def prepare_generation(arguments: argparse.Namespace, sampling: Sampling) -> Callable[[], None]:
     """What continues prompts with the checkpoint that ``--model`` names; see :func:`prepare_evaluation`."""
     request = for_decoding(_request(arguments), arguments.world_size)
+    if arguments.routed is not None:
+        check_choices(arguments.routed, request.model, arguments.choices, arguments.model)
     return partial(_generate, request, _require_tokenizer(arguments, request), arguments, sampling)
 
 
@@ -166,11 +169,13 @@ def _generate(
                 f"{', '.join(generator.mixers_without_step)} has no decoding step: its layers read the whole "
                 "text again for every token"
             )
-        for prompt in prompts:
+        for prompt, choice in zip(prompts, arguments.choices, strict=True):
+            if choice is not None:
+                opened.choose(choice)
             generation = generator.generate(prompt, sampling, show_text)
             if opened.groups.is_main_process:
-                print(generation.describe())
-            generations.append(asdict(generation))
+                print(generation.describe() + ("" if choice is None else f"; with {choice}"))
+            generations.append(asdict(generation) | ({} if choice is None else {"chosen": choice}))
         if opened.groups.is_main_process and arguments.output is not None:
             write_result(arguments.output, generations if len(generations) > 1 else generations[0])
 

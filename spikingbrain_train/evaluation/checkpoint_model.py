@@ -44,6 +44,12 @@ class CheckpointModel:
         """Number format of weights and activations, by torch's name."""
         return str(PARAMS_DTYPE[self.request.precision]).removeprefix("torch.")
 
+    def choose(self, choice: str) -> None:
+        """Compute from here on with one of the adapters that stand beside the weights, the others off."""
+        for kind in transforms_of(self.request.model):
+            if choice in kind.choices(self.request.model):
+                set_attributes(self.model, kind.name, kind.choosing(self.request.model, choice))
+
 
 @contextmanager
 def checkpoint_model(request: CheckpointRequest) -> Iterator[CheckpointModel]:

@@ -27,6 +27,7 @@ from spikingbrain_train.evaluation.model_folder import (
     check_output_file,
 )
 from spikingbrain_train.evaluation.output import show_text, write_result
+from spikingbrain_train.evaluation.routed_prompts import add_routed_option, take_prompts
 from spikingbrain_train.evaluation.sampling import AUTOMATIC_PIECE, Sampling
 from spikingbrain_train.reporting.activity import activity
 
@@ -56,6 +57,9 @@ examples:
   # an exported hybrid, whose folder brings its own modelling code
   spikingbrain-generate --model outputs/smollm2/export --prompt "The for statement" --trust-remote-code
 
+  # each prompt with the adapter that was chosen for it
+  spikingbrain-generate --model outputs/attached --routed choices.json
+
   # a checkpoint over two devices
   spikingbrain-generate --nproc-per-node 2 --model outputs/big --prompt "The for statement" --parallel pp2
 """
@@ -64,13 +68,14 @@ examples:
 def generate_parser() -> argparse.ArgumentParser:
     """The flags of spikingbrain-generate."""
     parser = inference_parser(_DESCRIPTION, _EXAMPLES)
-    parser.add_argument(
+    prompts = parser.add_mutually_exclusive_group(required=True)
+    prompts.add_argument(
         "--prompt",
         action="append",
-        required=True,
         metavar="TEXT",
         help="text to go on from; give it again for another text",
     )
+    add_routed_option(prompts)
     add_chat_options(parser)
     parser.add_argument(
         "--max-new-tokens", type=int, default=128, metavar="N", help="tokens to add (default: %(default)s)"
@@ -111,6 +116,7 @@ def _prepare_generation(arguments: argparse.Namespace) -> Callable[[], None]:
         prefill_chunk=arguments.prefill_chunk,
     )
     check_chat_options(arguments)
+    arguments.choices = take_prompts(arguments)
     if not all(arguments.prompt):
         raise ConfigurationError("--prompt is empty; give at least one word to go on from")
     for flag, text in (*(("--prompt", text) for text in arguments.prompt), ("--system", arguments.system)):
@@ -121,6 +127,12 @@ def _prepare_generation(arguments: argparse.Namespace) -> Callable[[], None]:
     check_output_file(arguments.output, "--output")
     if check_model_files(arguments):
         return checkpoint_commands.prepare_generation(arguments, sampling)
+    if arguments.routed is not None:
+        raise ConfigurationError(
+            f"--routed computes each prompt with its own adapter of a Megatron checkpoint, and --model "
+            f"{arguments.model} is a Hugging Face folder; name the checkpoint that spikingbrain-bricks "
+            "attach or train has made"
+        )
     return partial(_generate, arguments, sampling)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -34,11 +35,11 @@ def transform_class(kind: LinearTransformKind) -> type[LinearTransform]:
     return object_of_kind(kind.transform, f"linear transform {kind.name}")
 
 
-def set_attributes(module: torch.nn.Module, name: str, values: Mapping[str, float]) -> None:
-    """Set what a kind's schedule says on all its transforms in a module."""
+def set_attributes(module: torch.nn.Module, name: str, values: Mapping[str, Any]) -> None:
+    """Set what a kind's schedule, or a choice among its parts, says on all its transforms in a module."""
     for transform in transforms_in(module, name):
         for attribute, value in values.items():
-            assert hasattr(transform, attribute), f"{name} has a schedule of {attribute}, which it has not"
+            assert hasattr(transform, attribute), f"{name} has no {attribute} to be set"
             setattr(transform, attribute, value)
 
 
