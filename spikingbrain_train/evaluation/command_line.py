@@ -115,21 +115,48 @@ def evaluate(arguments: Sequence[str] | None = None, *, elsewhere: Elsewhere | N
     run_inference(evaluate_parser(), _prepare_evaluation, arguments, elsewhere)
 
 
-def _prepare_evaluation(arguments: argparse.Namespace) -> Callable[[], None]:
+def check_evaluation_options(arguments: argparse.Namespace) -> None:
+    """What is wrong with the flags, as far as files that are here tell.
+
+    Raises:
+        SpikingBrainError: naming the flag.
+    """
+    _check_numbers(arguments)
+    asked = [arguments.tasks, arguments.probes, arguments.teacher]
+    if arguments.task_data is None or arguments.task_data.is_dir():
+        tasks_of(arguments)
+    if arguments.probe_text is None or arguments.probe_text.is_file():
+        probes_of(arguments)
+    if arguments.teacher is None:
+        teacher_of(arguments)
+    is_measured = any(each is not None for each in asked)
+    _check_picture(arguments, is_measured)
+    _check_something(arguments, is_measured)
+
+
+def _check_numbers(arguments: argparse.Namespace) -> None:
     for name in ("seq_length", "max_windows", "micro_batch_size"):
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise ConfigurationError(f"--{name.replace('_', '-')} is {value}; give at least 1")
         if value is not None and value >= 2**31:
             raise ConfigurationError(f"--{name.replace('_', '-')} is {value}; give less than 2**31")
-    asked = (tasks_of(arguments), probes_of(arguments), teacher_of(arguments))
-    arguments.measurements = [each for each in asked if each is not None]
-    _check_picture(arguments)
-    if not arguments.data and not arguments.measurements:
+
+
+def _check_something(arguments: argparse.Namespace, is_measured: bool) -> None:
+    if not arguments.data and not is_measured:
         raise ConfigurationError(
             "there is nothing to measure; name held-out datasets with --data, tasks with --tasks, or probes "
             "with --probes"
         )
+
+
+def _prepare_evaluation(arguments: argparse.Namespace) -> Callable[[], None]:
+    _check_numbers(arguments)
+    asked = (tasks_of(arguments), probes_of(arguments), teacher_of(arguments))
+    arguments.measurements = [each for each in asked if each is not None]
+    _check_picture(arguments, bool(arguments.measurements))
+    _check_something(arguments, bool(arguments.measurements))
     check_output_file(arguments.output, "--output")
     is_checkpoint = check_model_files(arguments)
     for prefix in arguments.data:
@@ -145,10 +172,10 @@ def _prepare_evaluation(arguments: argparse.Namespace) -> Callable[[], None]:
     return partial(_evaluate, arguments)
 
 
-def _check_picture(arguments: argparse.Namespace) -> None:
+def _check_picture(arguments: argparse.Namespace, is_measured: bool) -> None:
     if arguments.plot is None:
         return
-    if not arguments.measurements:
+    if not is_measured:
         raise ConfigurationError(
             f"--plot {arguments.plot} would be empty; name what it draws with --tasks, --probes or --teacher"
         )

@@ -10,9 +10,13 @@ from pathlib import Path
 import pytest
 
 from spikingbrain_train.config.compose import compose_run, groups
+from spikingbrain_train.errors import SpikingBrainError
 from spikingbrain_train.pipelines.command_line import pipelines
 from spikingbrain_train.pipelines.kinds import STEP_KINDS, Context, StepKind
 from spikingbrain_train.pipelines.kinds.train import hydra_value
+from spikingbrain_train.pipelines.pipeline_file import load_pipeline
+from spikingbrain_train.pipelines.plan import plan_pipeline
+from tests.evaluation.multiple_choice.small_tasks import write_tasks
 from tests.pipelines.planned import steps_of
 
 ROOT = Path(__file__).parents[2]
@@ -226,3 +230,74 @@ def test_everything_of_an_earlier_preprocessing_is_cleared_away(tmp_path: Path) 
     )
     made = {path.name for path in steps_of(str(file))["data"].makes}
     assert made == {f"text{end}" for end in (".bin", ".idx", ".json", ".loss_mask", ".domains.npy")}
+
+
+EVALUATION = """\
+output: out
+steps:
+  tasks:
+    kind: evaluate
+    model: model
+    tokenizer: tokenizer
+    tasks: piqa
+    task_data: tasks
+    plot: ${output}/tasks.png
+  beside:
+    kind: evaluate
+    model: model
+    data: [text]
+    teacher: teacher
+    probes: needle_text
+    probe_text: hay.txt
+"""
+
+
+def test_an_evaluation_is_done_anew_when_any_file_that_it_reads_has_changed(tmp_path: Path) -> None:
+    (tmp_path / "evaluate.yaml").write_text(EVALUATION)
+    for folder in ("model", "tokenizer", "teacher"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_text("{}")
+    (tmp_path / "hay.txt").write_text("hay")
+    (tmp_path / "text.bin").write_text("tokens")
+    piqa = write_tasks(tmp_path / "tasks") / "piqa/validation.jsonl"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        steps = steps_of("evaluate.yaml")
+        assert steps["tasks"].outputs == {"result": "out/tasks.json", "picture": "out/tasks.png"}
+        assert Path("out/tasks.png") in steps["tasks"].makes and Path("out/tasks.png") in steps["tasks"].proof
+        read = {"tasks": ("tokenizer/config.json", piqa), "beside": ("teacher/config.json", "hay.txt")}
+        for name, files in read.items():
+            for file in files:
+                before = steps_of("evaluate.yaml")
+                with Path(file).open("a") as opened:
+                    opened.write("\n")
+                after = steps_of("evaluate.yaml")
+                changed = {step for step in before if before[step].key != after[step].key}
+                assert changed == {name}, file
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "sentence"),
+    [
+        ("tasks: piqa", "tasks: piqua", "step tasks: --tasks names 'piqua', which is none of"),
+        ("task_data: tasks", "limit: 3", "step tasks: --tasks reads local files; name the folder"),
+        ("task_data: tasks", "task_data: nowhere", r"step tasks \(task_data\): nowhere does not exist"),
+        ("teacher: teacher", "teacher: nowhere", r"step beside \(teacher\): nowhere does not exist"),
+        ("probes: needle_text", "probes: nedle", "step beside: --probes names nedle, which is no probe"),
+        ("tasks.png", "tasks.gif", "step tasks: --plot out/tasks.gif ends in none of .png"),
+        ("tasks.png", "tasks.json", "step tasks: --plot out/tasks.json ends in none of .png"),
+        ("data: [text]", "seq_length: 0", "step beside: --seq-length is 0; give at least 1"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_is_refused_before_anything_runs(
+    right: str, wrong: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("evaluate.yaml").write_text(EVALUATION.replace(right, wrong))
+    for folder in ("model", "tokenizer", "teacher"):
+        Path(folder).mkdir()
+    Path("hay.txt").write_text("hay")
+    Path("text.bin").write_text("tokens")
+    write_tasks(Path("tasks"))
+    with pytest.raises(SpikingBrainError, match=sentence):
+        plan_pipeline(load_pipeline("evaluate.yaml"), lambda _: False)

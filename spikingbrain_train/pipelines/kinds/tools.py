@@ -325,20 +325,25 @@ class Export(WritesFolder):
 class _Measures(OnRanks):
     """A tool that reads a model of either form and writes one JSON file. Output: ``result``."""
 
+    further: tuple[str, ...] = ("tokenizer",)
+    """Settings that name further files or folders which it reads."""
+
     def defaults(self, context: Context) -> dict[str, Any]:
         return {"output": str(context.output / f"{context.name}.json")}
 
     def result(self, context: Context, given: Mapping[str, Any]) -> Result:
         output = Path(str(given["output"]))
-        return Result({"result": str(output)}, [output], [output], {"model": str(given["model"])})
+        reads = {name: str(given[name]) for name in ("model", *self.further) if given.get(name) is not None}
+        return Result({"result": str(output)}, [output], [output], reads)
 
 
 class Evaluate(_Measures):
-    """spikingbrain-evaluate. Output: ``result``, a JSON file."""
+    """spikingbrain-evaluate. Outputs: ``result``, a JSON file, and with ``plot`` that file as ``picture``."""
 
     name = "evaluate"
     title = "measure held-out cross entropy"
     command = ("evaluate",)
+    further = ("tokenizer", "task_data", "teacher", "probe_text")
 
     def parser(self) -> argparse.ArgumentParser:
         from spikingbrain_train.evaluation.command_line import evaluate_parser
@@ -347,8 +352,17 @@ class Evaluate(_Measures):
 
     def result(self, context: Context, given: Mapping[str, Any]) -> Result:
         result = super().result(context, given)
-        data = given.get("data")
+        data, picture = given.get("data"), given.get("plot")
+        if picture is not None:
+            result.outputs["picture"] = str(picture)
+            result.makes.append(Path(str(picture)))
+            result.proof.append(Path(str(picture)))
         return replace(result, reads={**result.reads, **dataset("data", words(data) if data else [])})
+
+    def check_arguments(self, arguments: argparse.Namespace) -> None:
+        from spikingbrain_train.evaluation.command_line import check_evaluation_options
+
+        check_evaluation_options(arguments)
 
 
 class Generate(_Measures):

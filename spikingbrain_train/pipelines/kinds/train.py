@@ -66,6 +66,8 @@ class Train(StepKind):
         named = {
             "checkpoint.load": run.checkpoint.load,
             "stage.teacher": run.stage.teacher,
+            "stage.distillation.cache": run.stage.distillation.cache,
+            "data.tokenizer": run.data.tokenizer,
             **dataset("data.train", _prefixes(run.data.train)),
             **dataset("data.valid", run.data.valid),
         }
