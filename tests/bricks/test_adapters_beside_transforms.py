@@ -25,7 +25,7 @@ from spikingbrain_train.config.linear_transforms import (
     TernaryConfig,
 )
 from spikingbrain_train.config.lora import LoraConfig
-from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.config.model import ActivationFunc, ModelConfig
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.conversion.export_checkpoint import export_checkpoint
 from spikingbrain_train.errors import ConfigurationError
@@ -64,6 +64,19 @@ MODELS: dict[str, tuple[ModelConfig, list[str]]] = {
         ),
         ATTENTION,
     ),
+    # An export that transformers' own class reads, whose linears are AutoBitLinear.
+    "BitNet of transformers": (
+        replace(
+            DENSE,
+            attn_sub_norm=True,
+            ffn_sub_norm=True,
+            add_qkv_bias=False,
+            activation_func=ActivationFunc.relu2,
+            ternary=TernaryConfig(LINEARS),
+            int8_inputs=Int8InputsConfig(LINEARS),
+        ),
+        ATTENTION,
+    ),
 }
 MERGED = ("beside Mamba layers", "in Mamba layers and beside them", "spikes", "spikes, Mamba")
 
@@ -79,7 +92,8 @@ def logits_of(groups: ProcessGroups, folder: Path) -> torch.Tensor:
 def of_peft(base: Path, adapter: Path) -> torch.Tensor:
     """Logits of peft's model, in float64."""
     model = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=True)
-    adapted = peft.PeftModel.from_pretrained(model, adapter).double().eval()
+    # Quantised models forbid their own double().
+    adapted = torch.nn.Module.double(peft.PeftModel.from_pretrained(model, adapter)).eval()
     with torch.no_grad():
         logits: torch.Tensor = adapted(TOKENS).logits
     return logits

@@ -11,12 +11,14 @@ import torch
 
 from spikingbrain_train.architecture.lora import adapter_of
 from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
+from spikingbrain_train.config.linear_transforms import Projection, SpikingConfig, TernaryConfig
 from spikingbrain_train.config.lora import LoraConfig, LoraTarget
 from spikingbrain_train.config.parallel import ParallelConfig, Recompute
 from spikingbrain_train.errors import CheckpointError, ConfigurationError
 from spikingbrain_train.planning.checks import check_run_config
 from spikingbrain_train.planning.stages.registry import kind_of
 from spikingbrain_train.storage.checkpoint_folder import LATEST_ITERATION_FILE, iteration_folder
+from tests.distributed.adapted import assert_only_adapters_changed
 from tests.distributed.pool import RankFailure, RankPool
 from tests.distributed.small_runs import MODEL, MODEL_76B, checkpoint_config, run_config, train
 
@@ -145,6 +147,37 @@ def test_one_of_several_trains_while_the_others_stay(
     assert after.keys() - new == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert all(after[name].abs().max() > 0 for name in new)
+
+
+def test_adapters_beside_mamba_spikes_and_ternary_weights_train_alone(
+    ranks: RankPool, tmp_path: Path, text: Path
+) -> None:
+    model = replace(
+        MODEL,
+        mixers=["mamba", "swa"],
+        spiking=SpikingConfig([Projection.mlp_fc2]),
+        ternary=TernaryConfig([Projection.mlp_fc1]),
+    )
+    base = run_config(tmp_path / "base", text, model=model)
+    base.stage = replace(base.stage, train_iters=1)
+    ranks.run(train, base, world_size=1, parallel=ONE)
+    start = tmp_path / "base" / "checkpoints"
+    lora = LoraConfig(names=["code"], ranks=[2], target_modules=list(LoraTarget))
+    world_size, parallel = LAYOUTS["TP 2 + sequence parallel x DP 2, distributed optimizer"]
+    steps = []
+    for layout, world in ((ONE, 1), (parallel, world_size)):
+        output = tmp_path / f"{world}_ranks"
+        config = run_config(
+            output,
+            text,
+            model=replace(model, lora=lora),
+            parallel=layout,
+            checkpoint=checkpoint_config(start),
+        )
+        config.stage = replace(config.stage, train_iters=3)
+        steps.append(ranks.run(train, config, world_size=world, parallel=layout)[0])
+        assert_only_adapters_changed(start, output / "checkpoints")
+    torch.testing.assert_close(torch.tensor(steps[1]), torch.tensor(steps[0]), rtol=TOLERANCE, atol=0)
 
 
 def test_an_adapter_of_another_rank_and_a_forgotten_one_are_refused(
