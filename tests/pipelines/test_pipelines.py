@@ -265,7 +265,10 @@ def test_an_evaluation_is_done_anew_when_any_file_that_it_reads_has_changed(tmp_
         steps = steps_of("evaluate.yaml")
         assert steps["tasks"].outputs == {"result": "out/tasks.json", "picture": "out/tasks.png"}
         assert Path("out/tasks.png") in steps["tasks"].makes and Path("out/tasks.png") in steps["tasks"].proof
-        read = {"tasks": ("tokenizer/config.json", piqa), "beside": ("teacher/config.json", "hay.txt")}
+        read: dict[str, tuple[str | Path, ...]] = {
+            "tasks": ("tokenizer/config.json", piqa),
+            "beside": ("teacher/config.json", "hay.txt"),
+        }
         for name, files in read.items():
             for file in files:
                 before = steps_of("evaluate.yaml")
