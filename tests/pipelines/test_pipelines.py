@@ -289,6 +289,17 @@ def test_an_evaluation_is_done_anew_when_any_file_that_it_reads_has_changed(tmp_
         ("probes: needle_text", "probes: nedle", "step beside: --probes names nedle, which is no probe"),
         ("tasks.png", "tasks.gif", "step tasks: --plot out/tasks.gif ends in none of .png"),
         ("tasks.png", "tasks.json", "step tasks: --plot out/tasks.json ends in none of .png"),
+        (
+            "data: [text]",
+            "nproc_per_node: 3\n    parallel: [pp2]",
+            "step beside: the world size 3 is not divisible by parallel.tensor_model_parallel_size=1 x",
+        ),
+        ("data: [text]", "parallel: [tp2]", "step beside: the world size 1 is not divisible by"),
+        (
+            "data: [text]",
+            "nproc_per_node: 2\n    parallel: [tp22]",
+            "step beside: parallel=tp22 does not exist",
+        ),
         ("data: [text]", "seq_length: 0", "step beside: --seq-length is 0; give at least 1"),
     ],
 )

@@ -184,6 +184,12 @@ class OnRanks(Tool):
 
     def launcher(self, context: Context, given: Mapping[str, Any]) -> list[str]:
         ranks = given_ranks(context, given)
+        layout = words(given.get("parallel") or [])
+        if layout and all(context.is_known(word) for word in layout):
+            from spikingbrain_train.evaluation.checkpoint_request import parallel_of
+            from spikingbrain_train.planning.parallel_checks import check_world_size
+
+            check_world_size(parallel_of(layout), ranks or 1)
         return [] if ranks is None else ["--nproc-per-node", str(ranks)]
 
 
