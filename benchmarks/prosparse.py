@@ -2,12 +2,12 @@
 
 At equal tokens, from one dense source with SwiGLUs: a control that keeps them, ReLU alone, ReLU with the
 staged L1 loss, and a threshold (FATReLU) fitted to that on text of its own. Of each the share of zeros and
-the held-out cross entropy. ``--distill`` adds ReLU, L1 and threshold once more, learning from the
-dense source instead of from the next token. All of it is commands that users type; it is resumable, and runs
-in pieces:
+the held-out cross entropy. ``--distill`` adds ReLU, L1 and threshold once more: projections fitted in closed
+form to the dense source (docs/prosparse.md), whose tokens count, then learning from its logits instead of
+from the next token. All of it is commands that users type; it is resumable, and runs in pieces:
 
   python benchmarks/prosparse.py --output outputs/prosparse --model models/SmolLM2-135M-Instruct \\
-      --train docs_train.jsonl.zst --valid docs_valid.jsonl.zst --tokens 8192 --distill --minutes 60
+      --train docs_train.jsonl.zst --valid docs_valid.jsonl.zst --tokens 24k --distill --minutes 60
 
 With --report a table of what is there.
 """
@@ -38,6 +38,8 @@ _HELD_OUT_CHARACTERS, _TRAIN_CHARACTERS = 60_000, 4_000_000
 _WINDOWS = {"fit": 4, "measure": 16}
 """Of text to fit a threshold on, which is read some ten times, and of text to measure on."""
 _LOSS_BUDGET = 0.01
+_FIT_TOKENS, _FIT_RIDGE = 8192, 0.3
+"""Of the closed form: what it reads, and its pull towards the source's projections."""
 _RELU = ("activation_func=relu",)
 
 
@@ -48,7 +50,7 @@ class Row:
     Attributes:
         name: in tables.
         recipe: of spikingbrain-convert import, in its words.
-        kind: of the stage.
+        kind: of the stage; ``distill`` begins with the fit in closed form.
         rate: how many times ``--lr`` its learning rate is: weights that have to move far get more.
         has_l1: whether it has the staged loss, and so is given a threshold afterwards.
     """
@@ -66,8 +68,8 @@ ROWS = (
     Row("relu-l1", _RELU, "cpt", 3, True),
 )
 DISTILLED = (
-    Row("distill-relu", _RELU, "distill", 3, False),
-    Row("distill-relu-l1", _RELU, "distill", 3, True),
+    Row("distill-relu", _RELU, "distill", 1, False),
+    Row("distill-relu-l1", _RELU, "distill", 1, True),
 )
 
 
@@ -125,7 +127,11 @@ class ProSparseRuns:
         if not (folder / "converted").is_dir():
             words = ("convert", "import", "--hf", self.model, "--output", folder / "converted")
             self.commands.run(*words, "--conversion", "dense", *row.recipe)
-        self._train(row, folder, tokens // SEQ_LENGTH, learning_rate * row.rate)
+        start, left = folder / "converted", tokens
+        if row.kind == "distill":
+            self._fit(folder)
+            start, left = folder / "start" / "checkpoints", tokens - _FIT_TOKENS
+        self._train(row, folder, start, left // SEQ_LENGTH, learning_rate * row.rate)
         done: dict[str, Any] = {"row": row.name, "tokens": tokens}
         if row.recipe:
             thresholds: tuple[object, ...] = (0,)
@@ -144,10 +150,32 @@ class ProSparseRuns:
             self.commands.run(*words, *windows, "--output", measured)
             done |= {"cross_entropy": json.loads(measured.read_text())["cross_entropy"], "sparsity": 0.0}
         write_text_durably(result, json.dumps(done) + "\n")
-        shutil.rmtree(folder / "converted")
+        for weights in (folder / "converted", folder / "start"):
+            shutil.rmtree(weights, ignore_errors=True)
         return done
 
-    def _train(self, row: Row, folder: Path, steps: int, rate: float) -> None:
+    def _fit(self, folder: Path) -> None:
+        """Fit projections to what the dense source's layers give; no step is taken."""
+        self.commands.run(
+            "train",
+            "stage=align",
+            "cluster=cpu",
+            f"stage.teacher={self.output / 'dense'}",
+            f"checkpoint.load={folder / 'converted'}",
+            "stage.train_iters=0",
+            "stage.seq_length=512",
+            "stage.micro_batch_size=1",
+            "stage.global_batch_size=1",
+            f"stage.alignment.calibration_tokens={_FIT_TOKENS}",
+            "stage.alignment.calibration_inputs=student",
+            "stage.alignment.fit_source_projections=true",
+            f"stage.alignment.source_projection_ridge={_FIT_RIDGE}",
+            f"data.train=[{self.data / 'train'}]",
+            "logging.tensorboard=false",
+            f"output_dir={folder / 'start'}",
+        )
+
+    def _train(self, row: Row, folder: Path, start: Path, steps: int, rate: float) -> None:
         """A stage of one sequence a step; nothing is done again that is done."""
         teacher = [f"stage.teacher={self.output / 'dense'}"] if row.kind == "distill" else []
         loss = []
@@ -160,10 +188,9 @@ class ProSparseRuns:
             "train",
             f"stage={row.kind}",
             "cluster=cpu",
-            "precision=fp32",
             *teacher,
             *loss,
-            f"checkpoint.load={folder / 'converted'}",
+            f"checkpoint.load={start}",
             "checkpoint.keep_last=1",
             f"checkpoint.save_interval={steps}",
             f"stage.train_iters={steps}",
@@ -217,7 +244,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--model", type=Path, required=True, help="Hugging Face folder of the dense source")
     flags.add_argument("--tokens", type=tokens_of, default=8192, help="that every row is trained on")
     flags.add_argument(
-        "--lr", type=float, default=1e-4, help="of the control; three times that of the others"
+        "--lr", type=float, default=1e-4, help="three times that where ReLU learns without a fit"
     )
     flags.add_argument("--l1-factor", type=float, default=2.0, help="the largest of the L1 loss")
     flags.add_argument("--distill", action="store_true", help="also learn from the dense source")

@@ -144,7 +144,7 @@ def check_teacher(config: RunConfig) -> None:
     if stage.teacher is None or not kind.needs_teacher(stage):
         return
     teacher = read_stored_model(latest_checkpoint(stage.teacher, "stage.teacher"))
-    kind.check_teacher(model, teacher, config.parallel, f"stage.teacher={stage.teacher}")
+    kind.check_teacher(stage, model, teacher, config.parallel, f"stage.teacher={stage.teacher}")
 
 
 def check_own_checkpoints(config: RunConfig) -> None:

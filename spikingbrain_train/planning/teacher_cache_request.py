@@ -159,7 +159,7 @@ def request_cache(config: RunConfig, folder: Path, *, top: int, drawn: int, worl
         require(number >= 1, f"--{name} is {number}; give at least 1")
     check_world_size(parallel, world_size)
     model = read_stored_model(latest_checkpoint(str(teacher), "stage.teacher"))
-    kind.check_teacher(config.model, model, parallel, f"stage.teacher={teacher}")
+    kind.check_teacher(stage, config.model, model, parallel, f"stage.teacher={teacher}")
     require(top < model.vocab_size, f"--top-k is {top}; give less than the vocabulary of {model.vocab_size}")
     require(
         stage.seq_length <= model.max_position_embeddings,

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 from spikingbrain_train.config.model import (
+    ActivationFunc,
     FeatureMap,
     GatedLinearAttentionConfig,
     GateKind,
 )
 from spikingbrain_train.config.run import DataConfig, Resume, RunConfig
-from spikingbrain_train.config.stage import StageConfig
+from spikingbrain_train.config.stage import AlignmentConfig, AlignmentInputs, StageConfig
 from spikingbrain_train.data.gpt_dataset import build_datasets
 from spikingbrain_train.errors import CheckpointError, ConfigurationError, DataError
 from spikingbrain_train.planning.checks import check_run_config
@@ -238,6 +239,20 @@ class TestTeacher:
         run.stage.kind = "align"
         run.stage.teacher = write_checkpoint(tmp_path / "hybrid", HYBRID)
         assert "nothing to learn" in refusal(run, ConfigurationError)
+
+    def test_feed_forwards_alone_are_fitted_and_not_trained(self, run, tmp_path):
+        run.stage.kind, run.stage.alignment = "align", AlignmentConfig(calibration_tokens=64)
+        run.stage.teacher = write_checkpoint(tmp_path / "dense", DENSE)
+        run.model = dataclasses.replace(DENSE, activation_func=ActivationFunc.relu)
+        sentence = refusal(run, ConfigurationError)
+        assert "other feed-forwards (model.activation_func=relu instead of silu)" in sentence
+        assert "set stage.train_iters=0 stage.alignment.fit_source_projections=true" in sentence
+        run.stage.train_iters = 0
+        run.stage.alignment.fit_source_projections = True
+        run.stage.alignment.calibration_inputs = AlignmentInputs.student
+        check_run_config(run, world_size=1)
+        run.model.feed_forwards = ["dense", "moe"]
+        assert "only dense ones can be fitted to its" in refusal(run, ConfigurationError)
 
     def test_alignment_needs_a_teacher_of_the_same_shape(self, run, tmp_path):
         run.stage.kind = "align"

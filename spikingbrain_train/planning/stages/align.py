@@ -1,5 +1,8 @@
 """Alignment: mixers that replaced attention learn, layer by layer, to reproduce it; all else is frozen.
 
+Of a network whose feed-forwards alone are other ones (ReLU in the place of SiLU) projections are fitted in
+closed form, and nothing is trained.
+
 This project's own: SpikingBrain's report (arXiv 2509.05276) trains all parameters from the first step on.
 """
 
@@ -10,6 +13,7 @@ from collections.abc import Sequence
 from spikingbrain_train.architecture.layers import Layer, alike, dense_source, layers, swapped_layers
 from spikingbrain_train.architecture.same_architecture import check_same_sizes
 from spikingbrain_train.architecture.sizes import FP32, bytes_per_element, rank_tokens, row_bytes
+from spikingbrain_train.architecture.weights import Weight
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.require import divisors, either, require
@@ -23,13 +27,15 @@ from spikingbrain_train.planning.costs import (
     hidden_matrix_parameters,
     layers_of_stage,
     mixer_core_flops,
-    mixer_parameters,
     mixer_projections,
     stage_layers,
     virtual_stage_layers,
 )
 from spikingbrain_train.planning.stages.kind import StageKind
 from spikingbrain_train.reporting.tables import spans
+
+FITTED_ROLES = ("mlp_down_weight",)
+"""Of a dense feed-forward, what is fitted."""
 
 
 class AlignmentKind(StageKind):
@@ -45,6 +51,11 @@ class AlignmentKind(StageKind):
     def describe(self, config: RunConfig) -> str:
         """Which mixers learn what from whom."""
         swapped, number = len(swapped_layers(layers(config.model))), config.model.num_layers
+        if not swapped:
+            return (
+                f"{self.name}: projections of {number} layers are fitted in closed form to what those of "
+                f"{config.stage.teacher} give"
+            )
         return (
             f"{self.name}: the mixers of {swapped} of {number} layers learn to reproduce the attention of "
             f"{config.stage.teacher}"
@@ -78,20 +89,43 @@ class AlignmentKind(StageKind):
         return stage.alignment.calibration_tokens > 0
 
     def check_teacher(
-        self, model: ModelConfig, teacher: ModelConfig, parallel: ParallelConfig, setting: str
+        self,
+        stage: StageConfig,
+        model: ModelConfig,
+        teacher: ModelConfig,
+        parallel: ParallelConfig,
+        setting: str,
     ) -> None:
         """The same network but for its mixers, one of which every pipeline stage has to train.
+
+        Where its feed-forwards alone are others, their projections are fitted and nothing is trained.
 
         Raises:
             ConfigurationError, CheckpointError: see :class:`StageKind`.
         """
         check_same_sizes(teacher, model, setting)
-        if [layer.mixers for layer in layers(teacher)] == [layer.mixers for layer in layers(model)]:
+        if [layer.mixers for layer in layers(teacher)] != [layer.mixers for layer in layers(model)]:
+            _check_every_stage_aligns(model, teacher, parallel)
+            return
+        if model.activation_func is teacher.activation_func:
             raise ConfigurationError(
                 f"{setting} has the same mixers as the model, so stage.kind={self.name} has nothing to "
                 f"learn; name the dense source as stage.teacher"
             )
-        _check_every_stage_aligns(model, teacher, parallel)
+        require(
+            stage.train_iters == 0 and stage.alignment.fit_source_projections,
+            f"{setting} has the model's mixers and other feed-forwards (model.activation_func="
+            f"{model.activation_func.value} instead of {teacher.activation_func.value}), which stage.kind="
+            f"{self.name} can fit and not train; set stage.train_iters=0 stage.alignment."
+            "fit_source_projections=true stage.alignment.calibration_inputs=student, and train in a stage "
+            "behind it",
+        )
+        others = [number for number, layer in enumerate(layers(model)) if not _trained(model, layer)]
+        if others:
+            raise ConfigurationError(
+                f"{setting} has the model's mixers, and of other feed-forwards only dense ones can be fitted "
+                f"to its: {_layers_have(others)} none; train with stage.kind=distill"
+            )
 
     def check_plan(self, model: ModelConfig, parallel: ParallelConfig) -> None:
         """Every pipeline stage has a mixer to train if the teacher is dense. Raises ConfigurationError."""
@@ -99,25 +133,29 @@ class AlignmentKind(StageKind):
             _check_every_stage_aligns(model, dense_source(model), parallel)
 
     def trainable_parameters(self, config: RunConfig, pipeline_stage: int) -> tuple[int, int]:
-        """Those of the swapped mixers."""
+        """Those of the swapped mixers; where none is, those that are fitted in feed-forwards."""
         here = layers_of_stage(config.model, config.parallel, pipeline_stage)
         return 0, sum(
-            number * mixer_parameters(config.model, layer, config.parallel)
-            for layer, number in alike(swapped_layers(here))
+            number * weight.numel_on_rank(config.parallel)
+            for layer, number in alike(here)
+            for weight in _trained(config.model, layer)
         )
 
     def trainable_matrices(self, config: RunConfig, pipeline_stage: int) -> tuple[int, int]:
-        """Those of the swapped mixers."""
+        """Of the same."""
         here = layers_of_stage(config.model, config.parallel, pipeline_stage)
         return 0, sum(
-            number * sum(hidden_matrix_parameters(layer.mixer_weights(config.model), config.parallel))
-            for layer, number in alike(swapped_layers(here))
+            number * sum(hidden_matrix_parameters(_trained(config.model, layer), config.parallel))
+            for layer, number in alike(here)
         )
 
     def trainable_parameters_in_all(self, model: ModelConfig) -> int:
-        """Those of the swapped mixers."""
-        swapped = alike(swapped_layers(layers(model)))
-        return sum(number * mixer_parameters(model, layer) for layer, number in swapped)
+        """Of the same."""
+        return sum(
+            number * weight.numel
+            for layer, number in alike(layers(model))
+            for weight in _trained(model, layer)
+        )
 
     def flops_per_token(self, config: RunConfig) -> float:
         """The teacher's forward up to its last hidden states, and forward and backward of each swapped mixer.
@@ -206,6 +244,15 @@ class AlignmentKind(StageKind):
         return waiting + max((kept(layer) for layer, _ in alike(swapped)), default=0.0)
 
 
+def _trained(model: ModelConfig, layer: Layer) -> Sequence[Weight]:
+    """The weights of a layer that have gradients."""
+    if swapped_layers(layers(model)):
+        return () if layer.has_the_sources_mixer else layer.mixer_weights(model)
+    if not layer.feed_forward.is_of_the_source:
+        return ()
+    return [weight for weight in layer.feed_forward_weights(model) if weight.roles == FITTED_ROLES]
+
+
 def _check_every_stage_aligns(model: ModelConfig, teacher: ModelConfig, parallel: ParallelConfig) -> None:
     """Every pipeline stage has a mixer to train.
 
@@ -235,11 +282,12 @@ def _check_every_stage_aligns(model: ModelConfig, teacher: ModelConfig, parallel
         fitting = [degree for degree in divisors(len(trained)) if not idle(evenly(degree))]
         raise ConfigurationError(
             f"parallel.pipeline_model_parallel_{setting} leaves a pipeline stage nothing to train in "
-            f"stage.kind=align: {_layers(stage)} the teacher's mixers; even stages can be {either(fitting)}"
+            f"stage.kind=align: {_layers_have(stage)} the teacher's mixers; even stages can be "
+            f"{either(fitting)}"
         )
 
 
-def _layers(stage: Sequence[int]) -> str:
+def _layers_have(stage: Sequence[int]) -> str:
     if len(stage) == 1:
         return f"layer {stage[0]} has"
     if stage[-1] - stage[0] == len(stage) - 1:

@@ -51,7 +51,12 @@ class DistillationKind(TokenLossKind):
         )
 
     def check_teacher(
-        self, model: ModelConfig, teacher: ModelConfig, parallel: ParallelConfig, setting: str
+        self,
+        stage: StageConfig,
+        model: ModelConfig,
+        teacher: ModelConfig,
+        parallel: ParallelConfig,
+        setting: str,
     ) -> None:
         """Logits are comparable over one vocabulary only, and pipeline ranks hold layers of both models.
 

@@ -70,11 +70,17 @@ class StageKind(ABC):
 
     @abstractmethod
     def check_teacher(
-        self, model: ModelConfig, teacher: ModelConfig, parallel: ParallelConfig, setting: str
+        self,
+        stage: StageConfig,
+        model: ModelConfig,
+        teacher: ModelConfig,
+        parallel: ParallelConfig,
+        setting: str,
     ) -> None:
         """Whether ``teacher`` can teach ``model``; called where the stage needs one.
 
         Args:
+            stage: the stage of the run.
             model: the network that trains.
             teacher: the network of ``stage.teacher``.
             parallel: degrees that split both.

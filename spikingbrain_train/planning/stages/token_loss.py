@@ -45,7 +45,12 @@ class TokenLossKind(StageKind):
         )
 
     def check_teacher(
-        self, model: ModelConfig, teacher: ModelConfig, parallel: ParallelConfig, setting: str
+        self,
+        stage: StageConfig,
+        model: ModelConfig,
+        teacher: ModelConfig,
+        parallel: ParallelConfig,
+        setting: str,
     ) -> None:
         """It has none."""
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
@@ -73,6 +74,8 @@ class Alignment(Stage):
     def replaced_layers(self, student: HybridGPTModel | ModelChunks) -> list[int]:
         """0-based indices, over the whole decoder, of layers whose mixer is not the teacher's.
 
+        There is none where feed-forwards alone are other ones, which the start in closed form sets.
+
         Raises:
             ConfigurationError: no layer differs, or the two models differ in more than their mixers' kinds.
         """
@@ -85,7 +88,7 @@ class Alignment(Stage):
             )
         pairs = zip(layers(ours), layers(theirs), strict=True)
         replaced = [number for number, (mine, other) in enumerate(pairs) if mine.mixers != other.mixers]
-        if not replaced:
+        if not replaced and ours.activation_func is theirs.activation_func:
             raise ConfigurationError(
                 "stage.kind=align has nothing to train: every layer of the model has the teacher's mixer; "
                 "convert the source with spikingbrain-convert import --conversion spikingbrain_7b "
@@ -94,10 +97,14 @@ class Alignment(Stage):
         return replaced
 
     def freeze(self, model: HybridGPTModel | ModelChunks) -> None:
-        """Leave gradients on in the replaced mixers only."""
+        """Leave gradients on in the replaced mixers only; where none is, in what is fitted."""
         model.requires_grad_(False)
         for mixer in self._replaced_mixers(model):
             mixer.requires_grad_(True)
+        if not self.replaced_layers(model):  # an optimizer needs something
+            for layer in model.layers:
+                if isinstance(layer.mlp, MLP):
+                    layer.mlp.linear_fc2.requires_grad_(True)
 
     def prepare(
         self,
@@ -119,8 +126,9 @@ class Alignment(Stage):
         replaced = self.replaced_layers(model)
         quarter = -(-steps // 4) * num_microbatches
         start = ClosedFormStart(model, self.teacher, replaced, settings, self.groups, quarter=quarter)
+        what = "the new mixers" if replaced else "projections"
         with console.activity(
-            "starting the new mixers in closed form", model.config.num_layers, "layers"
+            f"starting {what} in closed form", model.config.num_layers, "layers"
         ) as progress:
             metrics = start.run(itertools.islice(batches, steps * num_microbatches), progress)
         console.say(start.describe(steps * tokens_per_step, metrics, time.monotonic() - began))

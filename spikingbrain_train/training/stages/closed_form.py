@@ -103,6 +103,8 @@ class ClosedFormStart:
         self.student = student
         self.teacher = teacher
         self.replaced = set(replaced)
+        self.followed = self.replaced or set(range(student.config.num_layers))
+        """Layers behind which the drift of the student's hidden states is reported."""
         self.settings = settings
         self.groups = groups
         self.quarter = quarter
@@ -132,7 +134,7 @@ class ClosedFormStart:
                 for mine, theirs in zip(student.layers, self.teacher.chunks[chunk].layers, strict=True):
                     index = mine.layer_number - 1
                     errors[index] = self._set_layer(mine, theirs, held)
-                    if self.own_inputs and index in self.replaced:
+                    if self.own_inputs and index in self.followed:
                         drifts[index] = self._drift(held)
                     progress.advance(self.groups.pipeline_model_parallel_size)
                 self._leave(chunk, held)
@@ -164,6 +166,9 @@ class ClosedFormStart:
             seconds: that it took.
         """
         whose = "the student's own" if self.own_inputs else "the dense source's"
+        if not self.replaced:
+            fitted = f"start: projections of all layers fitted in closed form on {tokens:,} tokens"
+            return f"{fitted} ({format_duration(seconds)})"
         done = [f"{len(self.replaced)} mixers set in closed form on {tokens:,} tokens"]
         if self.settings.decay_start is DecayStart.attention_distance:
             done.append("decays from the dense source's attention distances")
@@ -356,7 +361,7 @@ class ClosedFormStart:
             metrics |= {f"align/start/error/layer_{layer}": errors[layer].item() for layer in fitted}
         if self.own_inputs:
             metrics |= {
-                f"align/start/drift/layer_{layer}": drifts[layer].item() for layer in sorted(self.replaced)
+                f"align/start/drift/layer_{layer}": drifts[layer].item() for layer in sorted(self.followed)
             }
         return metrics
 
