@@ -131,7 +131,7 @@ class Workplace:
             "parallel.data_parallel_size": "null",
             "parallel.expert_model_parallel_size": min(2, parallel.expert_model_parallel_size),
             "parallel.use_distributed_optimizer": str(parallel.use_distributed_optimizer).lower(),
-            "stage.train_iters": 2 * self._runs[config.output_dir],
+            "stage.train_iters": 2 * self._runs[config.output_dir] if stage.train_iters else 0,
             "stage.seq_length": length + config.model.num_sink_tokens,  # text is left beside them
             "stage.micro_batch_size": 1,
             "stage.global_batch_size": 2,

@@ -37,6 +37,7 @@ ELSEWHERE = {
     "SYSTEM_TORCH": "of scripts/setup_environment.sh",
     "USER_ID": "a build argument of docker/",
     "VENV": "of make",
+    "iterations": "a variable of conf/pipeline/small.yaml",
     "name": "stands for a setting",
     "pretrained": "of lm-evaluation-harness",
     "trust_remote_code": "of transformers",
