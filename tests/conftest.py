@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -26,6 +27,11 @@ from tests.workers import (  # noqa: F401
 # MKL reads it at the first product of a process: deterministic runs in processes that have run other tests
 # need it.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+# Where transformers copies the code of exports, to import it from there: a folder of this process. Of two
+# workers that load exports of one name, one would import what the other has written half. transformers reads
+# it when it is imported, which a conftest.py below does before pytest is configured if one of its files is
+# named: ranks, forked later, would have another folder, behind that one on the path that they are given.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="code-of-exports-")
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import os
 import shutil
-import tempfile
 from collections import Counter
 from typing import Any
 
@@ -32,15 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.pop("COLUMNS", None)
     if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):  # it collects tests
         gc.disable()  # what is imported and collected is no garbage; looking for some takes a fifth of it
-    _keep_code_of_exports_apart(config)
-
-
-def _keep_code_of_exports_apart(config: pytest.Config) -> None:
-    """Have transformers copy it to a folder of this process, to import it from there.
-
-    Of two workers that load exports of one name, one would import what the other has written half.
-    """
-    folder = os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="code-of-exports-")
+    folder = os.environ["HF_MODULES_CACHE"]  # of this process, made by tests/conftest.py
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 

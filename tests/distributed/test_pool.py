@@ -103,6 +103,19 @@ def test_a_world_is_not_taken_over_from_a_function_that_has_failed(ranks: RankPo
     assert len(ranks.run(_meeting_and_draw, world_size=2, parallel=ParallelConfig())) == 2
 
 
+def _folder_of_code(groups: ProcessGroups) -> str:
+    from transformers.dynamic_module_utils import HF_MODULES_CACHE
+
+    return HF_MODULES_CACHE
+
+
+def test_ranks_take_code_of_exports_from_the_folder_of_this_process(ranks: RankPool) -> None:
+    from transformers.dynamic_module_utils import HF_MODULES_CACHE
+
+    found = ranks.run(_folder_of_code, world_size=1, parallel=ParallelConfig())
+    assert found == [HF_MODULES_CACHE] == [os.environ["HF_MODULES_CACHE"]]
+
+
 def test_tensors_travel_both_ways(ranks: RankPool) -> None:
     results = ranks.run(_return_what_came, torch.arange(3), world_size=2, parallel=ParallelConfig())
     assert torch.equal(results[1], torch.tensor([1, 2, 3]))
