@@ -256,6 +256,8 @@ def fake_cuda(
                 if hasattr(module, name):
                     stack.enter_context(mock.patch.object(module, name, replacement))
         stack.enter_context(mock.patch.object(torch.distributed, "batch_isend_irecv", _exchange))
+        # Computing again asks for the module of the device that its tensors are on.
+        stack.enter_context(mock.patch.object(torch, "meta", torch.cuda, create=True))
         stack.enter_context(Names())
         stack.enter_context(Watch(findings, value_of, selected_by))
         yield findings

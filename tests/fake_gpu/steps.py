@@ -33,7 +33,6 @@ from spikingbrain_train.architecture.layers import dense_source, layers
 from spikingbrain_train.config.batch_size import BatchSizeRampConfig
 from spikingbrain_train.config.compose import compose_run
 from spikingbrain_train.config.load import to_run_config
-from spikingbrain_train.config.parallel import AcceleratorKind
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.config.yaml_files import conf_folder
 from spikingbrain_train.data.loader import local_micro_batch
@@ -55,7 +54,9 @@ MICRO_BATCHES = 2
 def composed(run: str, *more: str) -> RunConfig:
     """A run of conf/, on CUDA; a bare model gets a stage, and what takes its model from a file a preset."""
     group, _, name = run.partition("=")
-    overrides = [run, "output_dir=unused", "precision=bf16", "cluster=nvidia", *more]
+    overrides = [run, "output_dir=unused", "precision=bf16", *more]
+    if not any(each.startswith("cluster=") for each in more):
+        overrides.append("cluster=nvidia")
     if group == "model":
         overrides += ["stage.train_iters=1", "stage.seq_length=8192", "stage.global_batch_size=8"]
     elif "override /model" not in (conf_folder() / group / f"{name}.yaml").read_text():
@@ -95,7 +96,8 @@ def step(config: RunConfig, last: bool) -> dict[str, Any]:
         "MASTER_PORT": "1",
     }
     packages = {name: "1.0" for name in kernels.PACKAGES}
-    accelerator = Accelerator(AcceleratorKind.cuda, "a GPU that computes nothing", 8, packages)
+    kind = config.cluster.accelerator
+    accelerator = Accelerator(kind, "a GPU that computes nothing", 8, packages)
 
     def join(launch: Any, accelerator: Any, timeout: Any) -> None:
         torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
@@ -180,7 +182,7 @@ def _step(config: RunConfig, groups: Any, accelerator: Accelerator, findings: Fi
         saved = state_to_save(trainer.state, groups)
     assert trainer.state.iteration == 1 and trainer.stop_reason is None
     named = [*model.named_parameters(), *model.named_buffers()]
-    for_cpu = [each.name for each in PATCHES if AcceleratorKind.cuda not in each.platforms]
+    for_cpu = [each.name for each in PATCHES if accelerator.kind not in each.platforms]
     return {
         "off the GPU": [name for name, each in named if not each.is_cuda],
         "patches for CPUs": [name for name in for_cpu if name in patches._applied],

@@ -55,6 +55,10 @@ RUNS = [
     *layouts(),
     "model=spikingbrain_76b parallel=pp2 parallel.virtual_pipeline_model_parallel_size=2",
     "model=spikingbrain_7b parallel=dp_zero1 optimizer=muon_cosine",
+    "model=tiny_76b parallel.recompute_expert_tokens=1000",
+    "model=spikingbrain_76b parallel=dp32_ep8_pp4 parallel.recompute_expert_tokens=1000",
+    "model=tiny_76b cluster=metax",
+    "model=spikingbrain_7b parallel=dp_zero1 cluster=c550",
 ]
 
 WAITS = {
