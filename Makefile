@@ -54,6 +54,10 @@ test-fast: environment ## Run the tests that take seconds
 kernels: environment ## Create or refresh .venv-kernels: Triton, with which the tests interpret fla's kernels on the CPU
 	@scripts/setup_kernels.sh $(call quoted,VENV)
 
+.PHONY: llama-cpp
+llama-cpp: environment ## Build .venv-llama-cpp: llama.cpp, which the tests give GGUF files to; they build it otherwise
+	@scripts/setup_llama_cpp.sh $(call quoted,VENV)
+
 .PHONY: vllm
 vllm: environment ## Create or refresh .venv-vllm: vLLM for CPUs and its plug-in, which tests/vllm_plugin run there
 	@$(call program,python) -m venv $(call quoted,VENV)-vllm
@@ -94,5 +98,5 @@ docs: environment ## Build the pages as a site, outputs/docs/README.html; a link
 
 .PHONY: clean
 clean: ## Remove the environment and caches; outputs/ stays
-	rm -rf -- $(call quoted,VENV) $(call quoted,VENV)-kernels $(call quoted,VENV)-vllm .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info build
+	rm -rf -- $(call quoted,VENV) $(call quoted,VENV)-kernels $(call quoted,VENV)-vllm $(call quoted,VENV)-llama-cpp* .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info build
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -246,12 +246,11 @@ def test_a_model_that_llama_cpp_would_compute_otherwise_is_refused(
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(llama_cpp: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of ternary weights and INT8 inputs that has learnt to count in sevens.
 
     So one token is far above the others, and greedy texts are no matter of the last bit.
     """
-    pytest.importorskip("llama_cpp", reason="llama-cpp-python is built from its source package")
     folder = tmp_path_factory.mktemp("trained")
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": TOKENS}
@@ -311,9 +310,8 @@ def rounding_as_llama_cpp(folder: Path) -> Any:
     return network
 
 
-def read_by_llama_cpp(folder: Path) -> Any:
-    """The client, computing on one thread with float32 keys and values; skips where it is not installed."""
-    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is built from its source package")
+def read_by(llama_cpp: Any, folder: Path) -> Any:
+    """The client, computing on one thread with float32 keys and values."""
     return llama_cpp.Llama(
         str(folder / "model.gguf"),
         **{"n_ctx": 256, "n_threads": 1, "logits_all": True, "verbose": False},
@@ -331,19 +329,29 @@ def logits_of(llm: Any, text: Tensor) -> Tensor:
 SCALED = RopeScalingConfig(rope_type=RopeType.linear, factor=2.0)
 
 
+needs_llama_cpp = pytest.mark.timeout(1800)  # it may have to be built, beside other tests
+
+
+@pytest.mark.slow
+@needs_llama_cpp
 @pytest.mark.parametrize(
     "model", [*MODELS.values(), replace(LLAMA, rope_scaling=SCALED)], ids=[*MODELS, "positions scaled"]
 )
-def test_llama_cpp_computes_the_same_from_floats(model: ModelConfig, ranks: RankPool, tmp_path: Path) -> None:
-    pytest.importorskip("llama_cpp", reason="llama-cpp-python is built from its source package")
+def test_llama_cpp_computes_the_same_from_floats(
+    model: ModelConfig, llama_cpp: Any, ranks: RankPool, tmp_path: Path
+) -> None:
     expected = saved(ranks, model, tmp_path / "megatron")
     export_checkpoint(tmp_path / "megatron", tmp_path / "out", format_name="gguf")
-    logits = logits_of(read_by_llama_cpp(tmp_path / "out"), TEXT[0])
+    logits = logits_of(read_by(llama_cpp, tmp_path / "out"), TEXT[0])
     assert (logits - expected.logits[0]).abs().max() <= TOLERANCE
 
 
+@pytest.mark.slow
+@needs_llama_cpp
 @pytest.mark.parametrize("format_name", ["gguf", "gguf_q2_0"])
-def test_llama_cpp_writes_the_same_tokens(format_name: str, trained: Path, tmp_path: Path) -> None:
+def test_llama_cpp_writes_the_same_tokens(
+    format_name: str, llama_cpp: Any, trained: Path, tmp_path: Path
+) -> None:
     export_checkpoint(trained / "megatron", tmp_path / "out", format_name=format_name)
     export_checkpoint(trained / "megatron", tmp_path / "llama", format_name="llama", float_weights=True)
     text = counting(torch.tensor([5]), 40)
@@ -351,7 +359,7 @@ def test_llama_cpp_writes_the_same_tokens(format_name: str, trained: Path, tmp_p
     ours: Any = SpikingBrainForCausalLM.from_pretrained(trained / "after", dtype=torch.float32).eval()
     with torch.no_grad():
         expected, as_it_rounds = ours(text).logits, rounding_as_llama_cpp(tmp_path / "llama")(text).logits
-    llm = read_by_llama_cpp(tmp_path / "out")
+    llm = read_by(llama_cpp, tmp_path / "out")
     logits = logits_of(llm, text[0])
     assert logits.std() > 1
     # Where an input lies between two INT8 numbers a sum's last bit decides: noise of 1e-6 makes 0.02.
