@@ -15,7 +15,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.cpu_clock import add_clock, clock_of  # noqa: E402
 from benchmarks.gated_linear_attention import make_inputs, make_tied_inputs, seconds  # noqa: E402
 from benchmarks.recurrent_ops import delta_rule_inputs, scan_inputs  # noqa: E402
 from spikingbrain_train.ops.causal_convolution import causal_convolution  # noqa: E402
@@ -209,22 +209,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--threads", type=int, default=2, help="intra-op threads (default 2)")
+    add_clock(parser)
     parser.add_argument("--repeats", type=int, default=5, help="turns (default 5)")
-    parser.add_argument(
-        "--clock",
-        choices=["wall", "cpu"],
-        default="wall",
-        help="cpu with --threads 1 suits a machine that others use",
-    )
     parser.add_argument(
         "--ops", nargs="+", choices=list(OPS), default=list(OPS), metavar="OP", help=", ".join(OPS)
     )
     parser.add_argument("--no-avx2", action="store_true", help="all instructions of this CPU alone")
     parser.add_argument("--json", action="store_true", help="seconds of all instructions alone, as JSON")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    clock = time.perf_counter if arguments.clock == "wall" else time.process_time
+    clock = clock_of(arguments)
     accelerator = detect("cpu")
     chosen = choose_precision(accelerator).precision.value
     mine: dict[str, Any] = {"chosen": chosen, "seconds": measure(arguments.ops, arguments.repeats, clock)}

@@ -11,7 +11,6 @@ import argparse
 import importlib.util
 import runpy
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.cpu_clock import add_clock, clock_of  # noqa: E402
 from spikingbrain_train.ops.gated_linear_attention import gated_linear_attention  # noqa: E402
 from spikingbrain_train.ops.softmax_attention import softmax_attention  # noqa: E402
 
@@ -87,7 +87,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--threads", type=int, default=2, help="intra-op threads (default 2)")
+    add_clock(parser)
     parser.add_argument("--repeats", type=int, default=10, help="turns of the fast contenders (default 10)")
     parser.add_argument(
         "--naive-repeats", type=int, default=2, help="turns of the naive recurrence (default 2)"
@@ -95,15 +95,8 @@ def main() -> None:
     parser.add_argument(
         "--longest", type=int, default=16384, help="longest sequence in bfloat16 (default 16384)"
     )
-    parser.add_argument(
-        "--clock",
-        choices=["wall", "cpu"],
-        default="wall",
-        help="cpu with --threads 1 suits a machine that others use",
-    )
     args = parser.parse_args()
-    clock = time.perf_counter if args.clock == "wall" else time.process_time
-    torch.set_num_threads(args.threads)
+    clock = clock_of(args)
     torch.manual_seed(0)
     naive = naive_recurrent_gla()
 

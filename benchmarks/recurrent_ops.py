@@ -16,7 +16,6 @@ import importlib.util
 import inspect
 import runpy
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.cpu_clock import add_clock, clock_of  # noqa: E402
 from benchmarks.gated_linear_attention import fastest, print_row  # noqa: E402
 from spikingbrain_train.ops.gated_delta_rule import gated_delta_rule  # noqa: E402
 from spikingbrain_train.ops.l2_norm import l2_norm  # noqa: E402
@@ -118,17 +118,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--threads", type=int, default=2, help="intra-op threads (default 2)")
+    add_clock(parser)
     parser.add_argument("--repeats", type=int, default=5, help="turns (default 5)")
-    parser.add_argument(
-        "--clock",
-        choices=["wall", "cpu"],
-        default="wall",
-        help="cpu with --threads 1 suits a machine that others use",
-    )
     args = parser.parse_args()
-    clock = time.perf_counter if args.clock == "wall" else time.process_time
-    torch.set_num_threads(args.threads)
+    clock = clock_of(args)
     torch.manual_seed(0)
     models = (line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line)
     machine = next(models, ": an unnamed CPU").split(":")[1].strip()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.cpu_clock import add_clock, clock_of  # noqa: E402
 from spikingbrain_train.ops.softmax_attention import softmax_attention  # noqa: E402
 
 
@@ -35,22 +35,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--threads", type=int, default=2, help="intra-op threads (default 2)")
+    add_clock(parser)
     parser.add_argument(
         "--repeats", type=int, default=5, help="turns at T 2048; fewer for longer ones (default 5)"
     )
     parser.add_argument("--window", type=int, default=4096, help="window of the sliding form (default 4096)")
     parser.add_argument("--longest", type=int, default=16384, help="longest sequence (default 16384)")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
-    parser.add_argument(
-        "--clock",
-        choices=["wall", "cpu"],
-        default="wall",
-        help="cpu with --threads 1 suits a machine that others use",
-    )
     args = parser.parse_args()
-    clock = time.perf_counter if args.clock == "wall" else time.process_time
-    torch.set_num_threads(args.threads)
+    clock = clock_of(args)
     torch.manual_seed(0)
     contenders = {
         f"window {args.window}": partial(softmax_attention, window=args.window, backend="blocked"),
