@@ -96,7 +96,7 @@ def test_a_fitted_threshold_takes_the_place_of_the_assumed_one(workplace: Path) 
         (["loss_budget=-0.1"], "step fit: --loss-budget is -0.1; give nats per token of at least 0"),
         (["steps.fit.fit_threshold=false"], "step fit: --loss-budget is read with --fit-threshold only"),
         (["steps.fit.thresholds=[0.1, 0]"], "step fit: --thresholds are to rise; give --thresholds 0 0.1"),
-        (["windows=0"], "step fit: --windows"),
+        (["windows=0"], "step evaluate_dense: --max-windows is 0; give at least 1"),
         (
             ["steps.relu.conversion=dense"],
             "step sparsify: stage.sparsity.l1_factors=[0,0.005,0.05,0.05,0.2,0.2] pulls what is inside",

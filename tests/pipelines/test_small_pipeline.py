@@ -34,7 +34,7 @@ LEARNT = (
     "valid/",
     "alignment/",
 )
-"""Losses; norms of gradients, which AdamW's first steps amplify, are 1.1e-5 apart."""
+"""Losses; norms of gradients are further apart."""
 EXPORT = "out/export/model.safetensors"
 KILLS = 5
 TEMPLATE = (
@@ -50,6 +50,8 @@ ARGUMENTS = (
     *("steps.text.valid_tokens=512", "steps.generate.max_new_tokens=4", "steps.generate.temperature=0"),
     *(f"steps.{stage}.settings.checkpoint.save_interval=1" for stage in STAGES),
     *(f"steps.{stage}.settings.precision=fp32" for stage in STAGES),
+    # AdamW turns a gradient that is all rounding into a full step: kept out of what layouts are compared by.
+    *(f"steps.{stage}.settings.optimizer.adam_eps=1e-5" for stage in STAGES),
     *("steps.evaluate_export.dtype=float32", "steps.generate.dtype=float32", "steps.spikes.dtype=float32"),
 )
 LAYOUTS = dict(zip(STAGES, ("tp2", "pp2", "tp2_sp", "cp2", "dp_zero1", "pp2", "cp2", "tp2"), strict=True))
@@ -165,15 +167,15 @@ def test_each_stage_in_a_layout_of_its_own_learns_what_one_rank_learns(
     run = programs.run((*PIPELINE, *words), folder)
     assert run.code == 0, run.said[-3000:]
 
-    compared = 0
+    compared, worst = 0, 0.0
     for stage in STAGES:
         expected, found = (read_metrics(each / f"out/{stage}") for each in (undisturbed.folder, folder))
         assert len(found) == len(expected)
         for point, other in zip(expected, found, strict=True):
             for name in {name for name in point if name.startswith(LEARNT)}:
                 assert other[name] == pytest.approx(point[name], rel=1e-5), f"{stage}: {name}"
-                compared += 1
-    print(compared, "numbers compared")
+                compared, worst = compared + 1, max(worst, abs(other[name] / point[name] - 1))
+    print(compared, f"numbers compared, at most {worst:.1e} apart")
     assert compared > 8 * 2 * ITERATIONS
 
     def results(name: str, *keys: str) -> list[object]:
