@@ -63,8 +63,13 @@ def adapter_of(weight: str) -> str | None:
 
 def targets_in(projection: str, roles: Collection[str]) -> list[tuple[str, LoraTarget]]:
     """Role and target of each matrix of a weight that adapters can stand beside."""
-    possible = (*TARGETS.get(projection, ()), *_OTHERS.get(projection, ()))
+    possible = _possible(projection)
     return [(role, ROLES[role]) for role in roles if ROLES.get(role) in possible]
+
+
+def _possible(projection: str) -> set[LoraTarget]:
+    """What can be adapted in a projection, in whichever layer."""
+    return {*TARGETS.get(projection, ()), *_OTHERS.get(projection, ())}
 
 
 def targets_of_linear(projection: str, roles: Collection[str]) -> tuple[LoraTarget, ...]:
@@ -90,7 +95,7 @@ class LoraKind(LinearTransformKind):
         if not model.lora.names:
             return ()
         asked = set(model.lora.target_modules)
-        return [each for each in TARGETS if asked & {*TARGETS[each], *_OTHERS.get(each, ())}]
+        return [each for each in TARGETS if asked & _possible(each)]
 
     def settings(self, model: ModelConfig) -> set[str]:
         return self.all_settings(model) if model.lora.names else {"lora.names"}
@@ -225,7 +230,7 @@ def check_merge(model: ModelConfig) -> None:
         if kind is LORA or not (kind.changes_weight or (kind.changes_input and not kind.in_front)):
             continue
         for projection in kind.projections(model):
-            found = asked & {*TARGETS.get(projection, ()), *_OTHERS.get(projection, ())}
+            found = asked & _possible(projection)
             require(
                 not found,
                 f"adapters beside {', '.join(sorted(target.value for target in found))} cannot be merged: "

@@ -20,9 +20,8 @@ from spikingbrain_train.data.indexed import check_same_tokenizer, open_indexed_d
 from spikingbrain_train.data.loss_mask import LossMask
 from spikingbrain_train.data.token_file import document_starts
 from spikingbrain_train.data.tokenizers import Tokenizer
-from spikingbrain_train.planning.example_packing import fill, fitting_examples, nothing_fits, pack
+from spikingbrain_train.planning.example_packing import fill, fitting_examples, pack
 from spikingbrain_train.planning.file_checks import check_train
-from spikingbrain_train.storage.loss_mask_format import read_loss_positions
 
 logger = logging.getLogger(__name__)
 
@@ -57,9 +56,7 @@ class PackedExamples:
         self._loss = LossMask(self._tokens)
         self._starts = document_starts(self._tokens)
         self.prefix, self.seq_length, self.seed = prefix, seq_length, seed
-        self.fitting = fitting_examples(read_loss_positions(prefix), seq_length, long)
-        if not self.fitting.read:
-            raise nothing_fits(prefix, seq_length, long)
+        self.fitting = fitting_examples(prefix, seq_length, long)
         self._lengths = np.asarray(self.fitting.lengths, dtype=np.int64)
         self._sequence_of, self.windows_per_epoch = np.arange(self.fitting.read), self.fitting.read
         if not alone:

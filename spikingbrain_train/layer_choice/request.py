@@ -76,10 +76,9 @@ class ChoiceRequest:
             "calibration_data": self.calibration_data,
             "calibration_tokens": self.calibration_tokens,
         }
+        measured = {Path(prefix).resolve() for prefix in self.data}
         fitted = {Path(prefix).resolve() for prefix in self.calibration_data}
-        if any(
-            Path(prefix).resolve() in fitted for prefix in self.data
-        ):  # earlier releases set the mixers on what they measured on
+        if measured & fitted:  # earlier releases set the mixers on what they measured on
             found["mixers set on"] = "windows behind those that are measured on"
         return found
 

@@ -13,11 +13,11 @@ from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.config.run_record import blend_shares
 from spikingbrain_train.errors import DataError
 from spikingbrain_train.planning.data_position import samples_of
-from spikingbrain_train.planning.example_packing import fill, fitting_examples, nothing_fits, pack
+from spikingbrain_train.planning.example_packing import fill, fitting_examples, pack
 from spikingbrain_train.planning.file_checks import check_prefix
 from spikingbrain_train.planning.stages.registry import kind_of
 from spikingbrain_train.storage.index_format import DatasetSize, dataset_size
-from spikingbrain_train.storage.loss_mask_format import has_loss_mask, read_loss_positions
+from spikingbrain_train.storage.loss_mask_format import has_loss_mask
 
 AS_GOOD_AS_FRESH, WORTH_LITTLE = 4, 16
 """Epochs up to which repeated tokens are nearly as good as fresh ones, and beyond which they add little.
@@ -220,9 +220,7 @@ def _measured(config: RunConfig, setting: str, prefix: str) -> _Measured:
 
 def _packed(config: RunConfig, prefix: str) -> ExamplesPlan:
     length = config.stage.seq_length
-    fitting = fitting_examples(read_loss_positions(prefix), length, config.stage.sft.long_examples)
-    if not fitting.read:
-        raise nothing_fits(prefix, length, config.stage.sft.long_examples)
+    fitting = fitting_examples(prefix, length, config.stage.sft.long_examples)
     sequences = pack(fitting.lengths, length).sequences
     filled = fill(fitting.lengths, sequences, length)
     return ExamplesPlan(sequences, filled, fitting.read, fitting.truncated, fitting.dropped)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from spikingbrain_train.config.stage import LongExamples
 from spikingbrain_train.errors import DataError
-from spikingbrain_train.storage.loss_mask_format import LossPositions
+from spikingbrain_train.storage.loss_mask_format import read_loss_positions
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,18 @@ class FittingExamples:
         return sum(self.lengths)
 
 
-def fitting_examples(positions: LossPositions, seq_length: int, long: LongExamples) -> FittingExamples:
+def fitting_examples(prefix: str, seq_length: int, long: LongExamples) -> FittingExamples:
     """Cut off or leave out what is longer than a sequence.
 
     Args:
-        positions: first and last token with loss of each example.
+        prefix: of a dataset with a mask of its loss.
         seq_length: tokens of a sequence.
         long: what becomes of longer examples.
+
+    Raises:
+        DataError: nothing is left, or the mask is missing or damaged.
     """
+    positions = read_loss_positions(prefix)
     lengths, truncated, dropped = list(positions.last), 0, 0
     for number, length in enumerate(lengths):
         if length <= seq_length:
@@ -57,7 +61,10 @@ def fitting_examples(positions: LossPositions, seq_length: int, long: LongExampl
         else:
             lengths[number] = 0
             dropped += 1
-    return FittingExamples(lengths, truncated, dropped)
+    found = FittingExamples(lengths, truncated, dropped)
+    if not found.read:
+        raise nothing_fits(prefix, seq_length, long)
+    return found
 
 
 def nothing_fits(prefix: str, seq_length: int, long: LongExamples) -> DataError:

@@ -12,7 +12,7 @@ from spikingbrain_train.architecture.stored_model import read_stored_model
 from spikingbrain_train.config.run import DataConfig, Resume, RunConfig
 from spikingbrain_train.errors import CheckpointError, ConfigurationError, DataError
 from spikingbrain_train.planning.data_position import samples_of
-from spikingbrain_train.planning.example_packing import fitting_examples, nothing_fits
+from spikingbrain_train.planning.example_packing import fitting_examples
 from spikingbrain_train.planning.resume import (
     StoredRun,
     check_settings,
@@ -26,7 +26,6 @@ from spikingbrain_train.storage.checkpoint_folder import (
     iterations,
     latest_checkpoint,
 )
-from spikingbrain_train.storage.loss_mask_format import read_loss_positions
 from spikingbrain_train.storage.memory_folder import RUN_ID_FILE
 from spikingbrain_train.storage.run_lock import check_not_in_use
 
@@ -95,9 +94,7 @@ def check_examples(config: RunConfig) -> None:
     if not kind_of(stage).reads_examples:
         return
     for prefix in (*config.data.train_prefixes, *config.data.valid):
-        positions = read_loss_positions(prefix)
-        if not fitting_examples(positions, stage.seq_length, stage.sft.long_examples).read:
-            raise nothing_fits(prefix, stage.seq_length, stage.sft.long_examples)
+        fitting_examples(prefix, stage.seq_length, stage.sft.long_examples)
 
 
 def check_output_folder(folder: str | Path, setting: str = "output_dir") -> None:

@@ -99,16 +99,21 @@ def of_peft(base: Path, adapter: Path) -> torch.Tensor:
     return logits
 
 
+def attach_to_saved(name: str, ranks: RankPool, folder: Path) -> None:
+    """A model of ``MODELS`` as ``megatron`` and ``base``, and ``peft``'s adapter ``attached`` to it."""
+    model, targets = MODELS[name]
+    ranks.run(save_and_compute, model, model, folder / "megatron", world_size=1, parallel=ParallelConfig())
+    export_checkpoint(folder / "megatron", folder / "base")
+    adapter_of(folder / "base", folder / "peft", 3, targets)
+    attach(folder / "megatron", [folder / "peft"], ["code"], folder / "attached")
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_an_adapter_of_peft_computes_the_same_beside_it_and_comes_back_bit_for_bit(
     name: str, ranks: RankPool, tmp_path: Path
 ) -> None:
-    model, targets = MODELS[name]
-    ranks.run(save_and_compute, model, model, tmp_path / "megatron", world_size=1, parallel=ParallelConfig())
-    export_checkpoint(tmp_path / "megatron", tmp_path / "base")
-    adapter_of(tmp_path / "base", tmp_path / "peft", 3, targets)
+    attach_to_saved(name, ranks, tmp_path)
     expected = of_peft(tmp_path / "base", tmp_path / "peft")
-    attach(tmp_path / "megatron", [tmp_path / "peft"], ["code"], tmp_path / "attached")
     (logits,) = ranks.run(logits_of, tmp_path / "attached", world_size=1, parallel=ParallelConfig())
     assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
     (of_base,) = ranks.run(logits_of, tmp_path / "megatron", world_size=1, parallel=ParallelConfig())
@@ -126,13 +131,9 @@ def test_an_adapter_of_peft_computes_the_same_beside_it_and_comes_back_bit_for_b
 def test_adapters_behind_spikes_and_in_mamba_are_merged_as_peft_merges(
     name: str, ranks: RankPool, tmp_path: Path
 ) -> None:
-    model, targets = MODELS[name]
-    ranks.run(save_and_compute, model, model, tmp_path / "megatron", world_size=1, parallel=ParallelConfig())
-    export_checkpoint(tmp_path / "megatron", tmp_path / "base")
-    adapter_of(tmp_path / "base", tmp_path / "peft", 3, targets)
-    attach(tmp_path / "megatron", [tmp_path / "peft"], ["code"], tmp_path / "attached")
+    attach_to_saved(name, ranks, tmp_path)
     merge(tmp_path / "attached", tmp_path / "merged")
-    if not model.spiking.projections:  # whose counts show that weights are rounded once more
+    if not MODELS[name][0].spiking.projections:  # whose counts show that weights are rounded once more
         expected = of_peft(tmp_path / "base", tmp_path / "peft")
         (logits,) = ranks.run(logits_of, tmp_path / "merged", world_size=1, parallel=ParallelConfig())
         assert (logits - expected).abs().max() <= 2e-5 * expected.abs().max()

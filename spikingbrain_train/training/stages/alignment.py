@@ -104,7 +104,7 @@ class Alignment(Stage):
         if not self.replaced_layers(model):  # an optimizer needs something
             for layer in model.layers:
                 if isinstance(layer.mlp, MLP):
-                    layer.mlp.linear_fc2.requires_grad_(True)
+                    layer.mlp.linear_fc2.weight.requires_grad_(True)
 
     def prepare(
         self,
