@@ -11,6 +11,7 @@ import faulthandler
 import gc
 import os
 import threading
+import time
 from typing import Any
 
 import psutil
@@ -63,9 +64,13 @@ def _is_worker(config: pytest.Config) -> bool:
 def _end_what_is_left() -> list[str]:
     """Kill processes that this one started. Returns what they and its threads are."""
     gc.collect()  # what only a reference cycle keeps is not left over
+    end = time.monotonic() + _GRACE_SECONDS
     processes = [process for process in _children() if not _is_service(process)]
     _, processes = psutil.wait_procs(processes, timeout=_GRACE_SECONDS)
     threads = [thread for thread in threading.enumerate() if _holds_up_the_end(thread)]
+    for thread in threads:  # those of a pool that was collected above have just been told to end
+        thread.join(max(end - time.monotonic(), 0.0))
+    threads = [thread for thread in threads if thread.is_alive()]
     left = [f"thread {thread.name!r}" for thread in threads]
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):

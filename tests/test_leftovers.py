@@ -14,7 +14,7 @@ from tests import leftovers
 from tests.leftovers import pytest_sessionfinish, pytest_terminal_summary
 from tests.leftovers import pytest_testnodedown, pytest_unconfigure
 
-leftovers._GRACE_SECONDS = 0.2
+leftovers._GRACE_SECONDS = {grace}
 leftovers.EXIT_SECONDS = 5
 """
 _TESTS = {
@@ -70,9 +70,24 @@ def test_what_a_worker_leaves_running_is_named_by_the_process_that_has_the_termi
     assert {"process": "sleep 600", "thread": "thread 'sleeper'", "nothing": ""}[what] in output, output
 
 
-def _run(folder: Path, test: str, *options: str) -> tuple[str, int]:
+def test_a_thread_of_a_pool_that_has_just_been_told_to_end_is_not_left_over(tmp_path: Path) -> None:
+    output, code = _run(
+        tmp_path,
+        """
+        import time
+        from concurrent.futures import ThreadPoolExecutor
+        pool = ThreadPoolExecutor(1)
+        pool.submit(time.sleep, 2)
+        pool.shutdown(wait=False)
+        """,
+        grace=30,
+    )
+    assert "1 passed" in output and code == 0, output
+
+
+def _run(folder: Path, test: str, *options: str, grace: float = 0.2) -> tuple[str, int]:
     """What pytest prints about one test, and its exit code."""
-    (folder / "conftest.py").write_text(_CONFTEST)
+    (folder / "conftest.py").write_text(_CONFTEST.format(grace=grace))
     (folder / "pytest.ini").write_text("[pytest]\n")
     (folder / "test_it.py").write_text(f"def test_it():\n        pass\n{test}")
     root = Path(__file__).parents[1]
