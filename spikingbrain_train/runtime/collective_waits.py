@@ -58,6 +58,8 @@ def marked_collectives(mark: Callable[[], Callable[[], None]], *, on_stream: boo
 
 def _mark(back: ExitStack, owner: Any, name: str, mark: Callable[[], Callable[[], None]]) -> None:
     whole, thread = getattr(owner, name), threading.get_ident()
+    # Not `whole`: what torch's classes have there becomes a method of their objects, and that does not.
+    own = vars(owner).get(name)
 
     def marked(*arguments: Any, **options: Any) -> Any:
         if threading.get_ident() != thread:  # copies to other hosts, beside the steps
@@ -69,7 +71,10 @@ def _mark(back: ExitStack, owner: Any, name: str, mark: Callable[[], Callable[[]
             end()
 
     setattr(owner, name, marked)
-    back.callback(setattr, owner, name, whole)
+    if own is None:
+        back.callback(delattr, owner, name)
+    else:
+        back.callback(setattr, owner, name, own)
 
 
 PATCHES = (

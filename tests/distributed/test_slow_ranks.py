@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from spikingbrain_train.config.run import LoggingConfig, RunConfig
 from spikingbrain_train.config.stage import StageConfig
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.reporting.metrics import read_metrics
+from spikingbrain_train.runtime.collective_waits import marked_collectives
 from spikingbrain_train.storage.checkpoint_folder import latest_iteration
 from spikingbrain_train.training.alert import Alert
 from spikingbrain_train.training.callbacks.callback import Callback
@@ -158,6 +160,24 @@ def test_a_rank_is_compared_with_the_others_of_its_stage_alone() -> None:
     ]
     factors = [round(each.factor, 2) for each in beside_peers(times)]
     assert factors == [0.87, 0.87, 1.3, 0.89, 1.25, 0.89, 1.0]  # the last has no peers
+
+
+def _sums_within_and_behind_marks(groups: ProcessGroups) -> tuple[list[float], int]:
+    """An all-reduce within the marks that GPUs need, and one behind them."""
+    marked, sums = [], []
+    for within in (True, False):
+        marks = marked_collectives(lambda: lambda: marked.append(1), on_stream=True)
+        with marks if within else nullcontext():
+            number = torch.ones(1)
+            torch.distributed.all_reduce(number)
+            sums.append(number.item())
+    return sums, len(marked)
+
+
+def test_collectives_are_what_they_were_behind_steps_that_a_gpu_has_timed(ranks: RankPool) -> None:
+    for sums, marked in ranks.run(_sums_within_and_behind_marks, world_size=2, parallel=ParallelConfig()):
+        assert sums == [2.0, 2.0]
+        assert marked  # in the first alone: there is none to count behind it
 
 
 def test_without_a_factor_nothing_is_timed(ranks: RankPool, config: RunConfig) -> None:
