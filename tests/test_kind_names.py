@@ -50,6 +50,7 @@ OWN_FILES: dict[str, tuple[str, ...]] = {
         "quantization/",
     ),
     "int8_inputs": ("architecture/int8_inputs.py", "models/linears/int8_inputs.py"),
+    "q8_inputs": ("architecture/q8_inputs.py", "models/linears/q8_inputs.py"),
     "ternary": ("architecture/ternary.py", "models/linears/ternary_weights.py"),
     "lora": (
         "architecture/lora.py",
@@ -79,6 +80,7 @@ SETTINGS = {
     "spiking": "spiking",
     "quantization": "quantization",
     "int8_inputs": "int8_inputs",
+    "q8_inputs": "q8_inputs",
     "ternary": "ternary",
     "lora": "lora",
 }

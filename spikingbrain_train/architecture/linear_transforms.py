@@ -18,6 +18,7 @@ from spikingbrain_train.architecture.registry import Registry
 from spikingbrain_train.architecture.weights import Weight
 from spikingbrain_train.config.linear_transforms import Projection
 from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.require import require
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.config.stage import StageConfig
@@ -129,6 +130,9 @@ class LinearTransformKind(Kind):
             present: projections that the layers have.
         """
 
+    def check_split(self, model: ModelConfig, parallel: ParallelConfig) -> None:
+        """Whether it can be done to what a rank has of a tensor, or an input. Raises ConfigurationError."""
+
     def schedule(self, model: ModelConfig, stage: StageConfig, iteration: int) -> Mapping[str, float]:
         """Attributes of its transforms in the step after ``iteration`` finished ones, and in evaluations.
 
@@ -172,6 +176,7 @@ LINEAR_TRANSFORMS: Registry[LinearTransformKind] = Registry(
     built_in=(
         "spikingbrain_train.architecture.spikes",
         "spikingbrain_train.architecture.int8_inputs",
+        "spikingbrain_train.architecture.q8_inputs",
         "spikingbrain_train.architecture.quantization",
         "spikingbrain_train.architecture.ternary",
         "spikingbrain_train.architecture.lora",

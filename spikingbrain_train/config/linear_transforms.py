@@ -132,6 +132,22 @@ class Int8InputsConfig:
 
 
 @dataclass
+class Q8InputsConfig:
+    """Inputs of projections as llama.cpp's CPU products round them: INT8 blocks (Q8_K and Q8_0 of ggml).
+
+    For models that are to run there. An alternative to spikes and to INT8 inputs with a scale for each token.
+    """
+
+    projections: list[Projection] = setting(default_factory=list, resume=FUNCTION)
+    """Which projections read whole numbers from -127 to 127 times a scale of 256 neighbouring inputs, where
+    256 divides their number, else of 32; empty is a model without."""
+
+    def check(self, prefix: str) -> None:
+        """Each projection is listed once. Raises ConfigurationError."""
+        _check_listed_once(self.projections, prefix)
+
+
+@dataclass
 class TernaryConfig:
     """Weights of -1, 0 and 1 times a scale, as BitNet b1.58 has them (arXiv 2402.17764, eq. 1-3).
 

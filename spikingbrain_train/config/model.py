@@ -13,6 +13,7 @@ from omegaconf import MISSING
 from spikingbrain_train.config.enum_tables import entry_of
 from spikingbrain_train.config.linear_transforms import (
     Int8InputsConfig,
+    Q8InputsConfig,
     QuantizationConfig,
     SpikingConfig,
     TernaryConfig,
@@ -416,6 +417,8 @@ class LayersConfig:
     """INT8 weights, keys and values."""
     int8_inputs: Int8InputsConfig = field(default_factory=Int8InputsConfig)
     """INT8 inputs of projections."""
+    q8_inputs: Q8InputsConfig = field(default_factory=Q8InputsConfig)
+    """INT8 inputs of projections in llama.cpp's blocks."""
     ternary: TernaryConfig = field(default_factory=TernaryConfig)
     """Ternary weights."""
     lora: LoraConfig = field(default_factory=LoraConfig)

@@ -132,8 +132,8 @@ class QuantizationAnnealingConfig:
     """
 
     anneal_iters: int = setting(0, minimum=0, resume=SAID)
-    """Steps until all projections of model.quantization, model.int8_inputs and model.ternary have quantised
-    weights and inputs; 0 begins there."""
+    """Steps until all projections of model.quantization, model.int8_inputs, model.q8_inputs and model.ternary
+    have quantised weights and inputs; 0 begins there."""
 
 
 @dataclass

@@ -23,12 +23,18 @@ def turned(tensor: Tensor, heads: int) -> Tensor:
     return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).reshape(tensor.shape)
 
 
-def ternary_blocks(weight: Tensor, kind: BlockType) -> Tensor:
+def ternary_scale(weight: Tensor) -> Tensor:
+    """[1] the scale that training has of a matrix [O, I] of parameters."""
+    return ternary_scales(magnitude_sum(weight), weight.numel(), weight.dtype).reshape(1)
+
+
+def ternary_blocks(weight: Tensor, kind: BlockType, has_scale_beside: bool = False) -> Tensor:
     """The ternary numbers that training made of a matrix, as blocks.
 
     Args:
         weight: [O, I] of parameters; a block's size divides I.
         kind: of the blocks.
+        has_scale_beside: the blocks' own scales are 1.
 
     Returns:
         [O, I / S * bytes of a block] uint8.
@@ -36,10 +42,10 @@ def ternary_blocks(weight: Tensor, kind: BlockType) -> Tensor:
     Raises:
         CheckpointError: float16 has no eleven bits for the scale.
     """
-    scale = ternary_scales(magnitude_sum(weight), weight.numel(), weight.dtype)
-    half = scale.to(torch.float16).reshape(1)
+    scale = ternary_scale(weight)
+    half = (torch.ones_like(scale) if has_scale_beside else scale).to(torch.float16)
     smallest, largest = torch.finfo(torch.float16).tiny, torch.finfo(torch.float16).max
-    if not smallest <= float(scale) <= largest:
+    if not has_scale_beside and not smallest <= float(scale) <= largest:
         raise CheckpointError(
             f"a ternary matrix has scale {float(scale):.2g}, which the float16 scales of GGUF hold with few "
             "bits or none; export in another format"

@@ -20,7 +20,7 @@ from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.rope_scaling import RopeType
 from spikingbrain_train.conversion.export_pieces import Piece
 from spikingbrain_train.conversion.formats.gguf import GgufFormat
-from spikingbrain_train.conversion.gguf_blocks import ternary_blocks, turned
+from spikingbrain_train.conversion.gguf_blocks import ternary_blocks, ternary_scale, turned
 from spikingbrain_train.conversion.gguf_tokenizer import add_tokenizer
 from spikingbrain_train.conversion.mapping import Parameter
 from spikingbrain_train.conversion.safetensors_io import TensorPlace, TensorSpec, write_blocks
@@ -38,30 +38,41 @@ def pieces(
 ) -> list[Piece]:
     """A parameter's tensors as llama.cpp wants them.
 
-    Queries and keys have their rows reordered, ternary matrices are blocks, vectors float32.
+    Queries and keys have their rows reordered, ternary matrices are blocks, some with a scale beside them,
+    vectors float32.
     """
     weight = parameter.weight
-    kind = hf_format.block_type(weight, model)
+    kind, has_scale = hf_format.block_type(weight, model), hf_format.has_scale_beside(weight, model)
     encoders = []
     for role in weight.roles:
         steps: list[Callable[[Tensor], Tensor]] = []
         if (heads := hf_format.turned_heads(role, model)) is not None:
             steps.append(partial(turned, heads=heads))
         if kind is not None:
-            steps.append(partial(ternary_blocks, kind=kind))
+            steps.append(partial(ternary_blocks, kind=kind, has_scale_beside=has_scale))
         encoders.append(partial(_all, steps))
     if kind is not None:
         stored = {name: (rows, inputs // kind.size * kind.nbytes) for name, (rows, inputs) in shapes.items()}
-        return [
-            Piece(
-                parameter,
-                dict(stored),
-                weight.group,
-                f"rounded to ternary ({kind.name})",
-                dtype=torch.uint8,
-                encoders=tuple(encoders),
-            )
-        ]
+        blocks = Piece(
+            parameter,
+            dict(stored),
+            weight.group,
+            f"rounded to ternary ({kind.name})",
+            dtype=torch.uint8,
+            encoders=tuple(encoders),
+        )
+        if not has_scale:
+            return [blocks]
+        scales = Piece(
+            parameter,
+            dict.fromkeys(hf_format.scale_names(list(shapes)), (1,)),
+            "scales of ternary weights",
+            "mean magnitude of each matrix",
+            is_repeated=True,
+            dtype=torch.float32,
+            encoders=(ternary_scale,),
+        )
+        return [blocks, scales]
     is_vector = all(len(shape) == 1 for shape in shapes.values())
     reordered = any(hf_format.turned_heads(role, model) is not None for role in weight.roles)
     return [
@@ -138,7 +149,9 @@ def layout(
     import gguf
 
     kinds = {
-        name: hf_format.block_type(piece.parameter.weight, model) for piece in pieces for name in piece.shapes
+        name: hf_format.block_type(piece.parameter.weight, model) if piece.dtype is torch.uint8 else None
+        for piece in pieces
+        for name in piece.shapes
     }
     writer = gguf.GGUFWriter(None, hf_format.gguf_architecture(model))
     sizes: dict[int, int] = {}

@@ -54,6 +54,7 @@ from .moe_spikingbrain import SpikingBrainMoE  # noqa: F401
 from .no_mlp_spikingbrain import nothing  # noqa: F401
 from .ops_gla_swa import gated_linear_attention  # noqa: F401
 from .products_w8aspike import PackedWeight  # noqa: F401
+from .q8_inputs_spikingbrain import Q8Inputs  # noqa: F401
 from .quantization_w8aspike import quantize_modules  # noqa: F401
 from .rotary_gla_swa import RotaryPositions  # noqa: F401
 from .softmax_attention_spikingbrain import GLAswaSoftmaxAttention  # noqa: F401

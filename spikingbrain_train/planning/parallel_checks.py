@@ -8,6 +8,7 @@ from math import gcd
 
 from spikingbrain_train.architecture.feed_forwards import FEED_FORWARDS
 from spikingbrain_train.architecture.layers import feed_forwards_of, has_experts, mixers_of
+from spikingbrain_train.architecture.linear_transforms import transforms_of
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import (
     ParallelConfig,
@@ -90,6 +91,8 @@ def check_split(model: ModelConfig, parallel: ParallelConfig) -> None:
         feed_forward.check_split(model, parallel)
     for mixer in mixers_of(model):
         mixer.check_split(model, parallel)
+    for transform in transforms_of(model):
+        transform.check_split(model, parallel)
 
 
 def _check_pipeline_layout(model: ModelConfig, parallel: ParallelConfig) -> None:

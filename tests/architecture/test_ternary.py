@@ -13,20 +13,24 @@ from spikingbrain_train.architecture.linear_transforms import (
     without_transforms,
 )
 from spikingbrain_train.architecture.model_checks import check_linear_transforms
+from spikingbrain_train.architecture.q8_inputs import Q8_INPUTS
 from spikingbrain_train.architecture.ternary import TERNARY_WEIGHTS
 from spikingbrain_train.config.compose import compose_run
 from spikingbrain_train.config.linear_transforms import (
     Int8InputsConfig,
     Projection,
+    Q8InputsConfig,
     QuantizationConfig,
     SpikingConfig,
     TernaryConfig,
 )
 from spikingbrain_train.config.load import to_run_config
-from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.config.model import ModelConfig, MoEConfig
+from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.setting import check_fields
 from spikingbrain_train.config.stage import QuantizationAnnealingConfig, StageConfig
 from spikingbrain_train.errors import ConfigurationError
+from spikingbrain_train.planning.parallel_checks import check_split
 
 EVERYWHERE = list(Projection)
 SIZES = {
@@ -54,6 +58,7 @@ def check(of: ModelConfig, anneal_iters: int = 0) -> None:
     stage = StageConfig(train_iters=100, quantization_annealing=QuantizationAnnealingConfig(anneal_iters))
     check_fields(of.ternary, "model.ternary.")
     check_fields(of.int8_inputs, "model.int8_inputs.")
+    check_fields(of.q8_inputs, "model.q8_inputs.")
     check_linear_transforms(of, stage)
 
 
@@ -89,6 +94,38 @@ def test_a_projection_has_one_kind_of_weights_and_of_inputs() -> None:
         check(model(spiking=SpikingConfig([Projection.qkv])))
 
 
+def in_blocks(*projections: Projection, **others: Any) -> ModelConfig:
+    sizes = SIZES | {"hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 4, "kv_channels": 24}
+    settings = sizes | {"ffn_hidden_size": 512, "mixers": ("full",), "ternary": [], "int8_inputs": []}
+    return model(**settings | others, q8_inputs=Q8InputsConfig(list(projections)))
+
+
+def test_blocks_of_inputs_are_whole_in_a_projection_and_on_a_rank() -> None:
+    fc2 = Projection.mlp_fc2
+    check(in_blocks(Projection.qkv, Projection.attention_output, fc2), anneal_iters=1)
+    with pytest.raises(ConfigurationError, match="lists qkv, which reads 48 inputs, but blocks of 32 do not"):
+        check(in_blocks(Projection.qkv, hidden_size=48))
+    with pytest.raises(ConfigurationError, match="model.int8_inputs.projections and model.q8_inputs.proj.*"):
+        check(in_blocks(fc2, int8_inputs=[fc2]))
+    tensor = [ParallelConfig(tensor_model_parallel_size=ranks) for ranks in (1, 2, 4)]
+    for parallel in tensor[:2]:
+        check_split(in_blocks(Projection.qkv, Projection.mlp_fc1, fc2), parallel)
+    with pytest.raises(
+        ConfigurationError,
+        match="size=4 gives a rank 128 of the 512 inputs of mlp_fc2, which are no whole blocks of 256, "
+        "as model.q8_inputs.projections asks for; valid is 1 or 2, or take mlp_fc2 out",
+    ):
+        check_split(in_blocks(fc2), tensor[2])
+    with pytest.raises(ConfigurationError, match="a rank 48 of the 96 inputs of attention_output"):
+        check_split(in_blocks(Projection.attention_output), tensor[1])
+    experts = {"feed_forwards": ["moe"], "moe": MoEConfig(num_experts=2, moe_ffn_hidden_size=96)}
+    split = ParallelConfig(
+        tensor_model_parallel_size=2, sequence_parallel=True, expert_tensor_parallel_size=2
+    )
+    with pytest.raises(ConfigurationError, match="parallel.expert_tensor_parallel_size=2 gives a rank 48 of"):
+        check_split(in_blocks(fc2, **experts), split)
+
+
 def test_annealing_ends_within_the_stage_and_needs_something_to_anneal() -> None:
     with pytest.raises(ConfigurationError, match="must be at most stage.train_iters=100"):
         check(model(), anneal_iters=101)
@@ -96,7 +133,7 @@ def test_annealing_ends_within_the_stage_and_needs_something_to_anneal() -> None
         check(model(ternary=[], int8_inputs=[]), anneal_iters=1)
 
 
-@pytest.mark.parametrize("kind", [TERNARY_WEIGHTS, INT8_INPUTS])
+@pytest.mark.parametrize("kind", [TERNARY_WEIGHTS, INT8_INPUTS, Q8_INPUTS])
 def test_the_share_rises_on_a_line_and_an_export_in_between_says_so(kind: Any) -> None:
     stage = StageConfig(quantization_annealing=QuantizationAnnealingConfig(4))
     shares = [kind.schedule(model(), stage, iteration)["share"] for iteration in range(6)]

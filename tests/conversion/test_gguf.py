@@ -1,8 +1,9 @@
 """GGUF files: transformers, the package gguf and llama.cpp find the Megatron model in them.
 
 Bounds. Floats: logits 2e-4 in float32, as in test_own_format.py. Ternary matrices: codes exactly, scales to
-half a unit of float16's eleventh bit (2^-11). llama.cpp rounds inputs of ternary products to INT8 with a
-scale for 32 or 256 of them, where the model has one a token: see the test of it.
+half a unit of float16's eleventh bit (2^-11), or exactly beside the blocks. llama.cpp rounds inputs of
+ternary products to INT8 with a scale for 32 or 256 of them, where a model has one a token unless it was
+trained for llama.cpp: see the tests of both.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from spikingbrain_train.architecture.layers import model_weights
 from spikingbrain_train.config.linear_transforms import (
     Int8InputsConfig,
     Projection,
+    Q8InputsConfig,
     QuantizationConfig,
     SpikingConfig,
     TernaryConfig,
@@ -127,6 +129,35 @@ def test_smollm2s_projections_take_at_most_a_quarter_of_bfloat16(format_name: st
     ternary = [(numel, kind) for numel, kind in kinds if kind is not None]
     assert sum(numel for numel, _ in ternary) == 30 * 3_538_944
     assert sum(numel * kind.bits for numel, kind in ternary) <= share * 16 * 30 * 3_538_944
+
+
+@pytest.mark.parametrize("name", ["Llama", "Qwen2", "Qwen3"])
+def test_scales_stand_beside_matrices_whose_llama_cpp_reads_them(
+    name: str, ranks: RankPool, tmp_path: Path
+) -> None:
+    # All as TQ2_0: the package reads no Q2_0.
+    sizes = {"hidden_size": 256, "ffn_hidden_size": 256, "kv_channels": 128}
+    model = replace(MODELS[name], ternary=TernaryConfig(LINEARS), **sizes)
+    saved(ranks, model, tmp_path / "megatron")
+    report = export_checkpoint(tmp_path / "megatron", tmp_path / "out", format_name="gguf_q2_0")
+    export_checkpoint(tmp_path / "megatron", tmp_path / "floats", format_name="gguf", float_weights=True)
+    files = [gguf.GGUFReader(tmp_path / folder / "model.gguf") for folder in ("out", "floats")]
+    found, floats = ({each.name: torch.tensor(each.data) for each in file.tensors} for file in files)
+    rounded = 0
+    for tensor, data in floats.items():
+        if data.ndim != 2 or not tensor.startswith("blk."):
+            continue
+        scale = ternary_scales(magnitude_sum(data), data.numel(), data.dtype)
+        beside = found.pop(tensor.replace(".weight", ".scale"), None)
+        held = found[tensor].unflatten(-1, (-1, 66))[..., 64:].contiguous().view(torch.float16)
+        if name == "Qwen2" and "ffn" in tensor:
+            assert beside is None and (held == scale.half()).all()
+            rounded += 1
+        else:
+            assert torch.equal(beside, scale.reshape(1)) and (held == 1).all()
+    assert found.keys() == floats.keys()
+    assert rounded == (3 * model.num_layers if name == "Qwen2" else 0)
+    assert any("rounded to float16" in note for note in report.notes) == (name == "Qwen2")
 
 
 def _q2_0(blocks: Tensor) -> Tensor:
@@ -247,11 +278,21 @@ def test_a_model_that_llama_cpp_would_compute_otherwise_is_refused(
 
 @pytest.fixture(scope="module")
 def trained(llama_cpp: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of ternary weights and INT8 inputs that has learnt to count in sevens.
+    """INT8 inputs with a scale a token."""
+    return _counting_model(tmp_path_factory.mktemp("trained"), int8_inputs=Int8InputsConfig(LINEARS))
+
+
+@pytest.fixture(scope="module")
+def trained_for_it(llama_cpp: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """INT8 inputs in llama.cpp's blocks."""
+    return _counting_model(tmp_path_factory.mktemp("trained_for_it"), q8_inputs=Q8InputsConfig(LINEARS))
+
+
+def _counting_model(folder: Path, **inputs: Any) -> Path:
+    """A checkpoint of ternary weights that has learnt to count in sevens.
 
     So one token is far above the others, and greedy texts are no matter of the last bit.
     """
-    folder = tmp_path_factory.mktemp("trained")
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": TOKENS}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
@@ -259,7 +300,7 @@ def trained(llama_cpp: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     import_checkpoint(folder / "hf", folder / "start")
     (path,) = (folder / "start").glob("iter_*/" + MODEL_CONFIG_FILE)
     model = load_model_config(path)
-    save_config(replace(model, ternary=TernaryConfig(LINEARS), int8_inputs=Int8InputsConfig(LINEARS)), path)
+    save_config(replace(model, ternary=TernaryConfig(LINEARS), **inputs), path)
     export_checkpoint(folder / "start", folder / "own", format_name="spikingbrain")
     network: Any = SpikingBrainForCausalLM.from_pretrained(folder / "own", dtype=torch.float32).train()
     optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
@@ -297,14 +338,15 @@ def _as_llama_cpp(x: Tensor, size: int) -> Tensor:
 
 
 @torch.no_grad()
-def rounding_as_llama_cpp(folder: Path) -> Any:
+def rounding_as_llama_cpp(folder: Path, format_name: str) -> Any:
     """transformers' Llama of what the GGUF file holds, inputs of its linears rounded as llama.cpp does."""
     network: Any = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     for module in network.model.layers.modules():
         if isinstance(module, torch.nn.Linear):
             weight = module.weight
             scale = ternary_scales(magnitude_sum(weight), weight.numel(), weight.dtype)
-            module.weight.copy_(ternary_codes(weight, scale) * scale.half().float())
+            held = scale if format_name == "gguf_q2_0" else scale.half().float()
+            module.weight.copy_(ternary_codes(weight, scale) * held)
             size = 256 if weight.shape[1] % 256 == 0 else 32
             module.register_forward_pre_hook(lambda _, inputs, size=size: (_as_llama_cpp(inputs[0], size),))
     return network
@@ -358,7 +400,8 @@ def test_llama_cpp_writes_the_same_tokens(
     text[:, 20:] = torch.randint(0, TOKENS, (20,), generator=torch.Generator().manual_seed(1))
     ours: Any = SpikingBrainForCausalLM.from_pretrained(trained / "after", dtype=torch.float32).eval()
     with torch.no_grad():
-        expected, as_it_rounds = ours(text).logits, rounding_as_llama_cpp(tmp_path / "llama")(text).logits
+        expected = ours(text).logits
+        as_it_rounds = rounding_as_llama_cpp(tmp_path / "llama", format_name)(text).logits
     llm = read_by(llama_cpp, tmp_path / "out")
     logits = logits_of(llm, text[0])
     assert logits.std() > 1
@@ -367,19 +410,49 @@ def test_llama_cpp_writes_the_same_tokens(
     # What another scale for each 32 or 256 inputs makes of them, instead of one for each token.
     assert (logits - expected).abs().max() <= 0.1
     for prompt in (text[:, :20], text[:, 12:30]):
-        llm.reset()
-        llm.eval(prompt[0].tolist())
-        found: list[int] = []
-        for _ in range(NEW_TOKENS):
-            found.append(int(llm.scores[llm.n_tokens - 1].argmax()))
-            llm.eval(found[-1:])
-        written = ours.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=NEW_TOKENS,
-            do_sample=False,
-            pad_token_id=0,
-            eos_token_id=None,
-        )
-        assert found == written[0, prompt.shape[1] :].tolist()
+        found = greedy_tokens(llm, prompt[0])
+        assert found == written_by(ours, prompt)
     assert found[:3] == counting(prompt[0, -1:], 4)[0, 1:].tolist()
+
+
+def greedy_tokens(llm: Any, prompt: Tensor) -> list[int]:
+    """NEW_TOKENS ids behind a prompt of [tokens] ids."""
+    llm.reset()
+    llm.eval(prompt.tolist())
+    found: list[int] = []
+    for _ in range(NEW_TOKENS):
+        found.append(int(llm.scores[llm.n_tokens - 1].argmax()))
+        llm.eval(found[-1:])
+    return found
+
+
+def written_by(network: Any, prompt: Tensor) -> list[int]:
+    """The same by transformers, behind [1, tokens] ids."""
+    settings = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    mask = torch.ones_like(prompt)
+    written = network.generate(prompt, attention_mask=mask, max_new_tokens=NEW_TOKENS, **settings)
+    tokens: list[int] = written[0, prompt.shape[1] :].tolist()
+    return tokens
+
+
+@pytest.mark.slow
+@needs_llama_cpp
+@pytest.mark.parametrize(("format_name", "bound"), [("gguf", 0.02), ("gguf_q2_0", TOLERANCE)])
+def test_llama_cpp_computes_what_a_model_with_its_blocks_was_trained_with(
+    format_name: str, bound: float, llama_cpp: Any, trained_for_it: Path, tmp_path: Path
+) -> None:
+    report = export_checkpoint(trained_for_it / "megatron", tmp_path / "out", format_name=format_name)
+    assert any("as training did" in note for note in report.notes)
+    ours: Any = SpikingBrainForCausalLM.from_pretrained(trained_for_it / "after", dtype=torch.float32).eval()
+    texts = torch.randint(0, TOKENS, (6, 40), generator=torch.Generator().manual_seed(1))
+    texts[:, :20] = counting(texts[:, 0], 20)
+    with torch.no_grad():
+        expected = ours(texts).logits
+    llm = read_by(llama_cpp, tmp_path / "out")
+    off = torch.stack([logits_of(llm, text) for text in texts]).sub_(expected).abs()
+    # Where an input lies between two INT8 numbers a sum's last bit decides: 0.03 makes one of these.
+    assert expected.std() > 1 and off.max() <= 0.05
+    assert off.quantile(0.9) <= bound
+    for text in texts[:, :20]:
+        found = greedy_tokens(llm, text)
+        assert found == written_by(ours, text.unsqueeze(0))

@@ -18,6 +18,7 @@ from torch import Tensor
 from spikingbrain_train.config.linear_transforms import (
     Int8InputsConfig,
     Projection,
+    Q8InputsConfig,
     SpikingConfig,
     TernaryConfig,
 )
@@ -217,6 +218,19 @@ CASES: Mapping[str, Case] = {
             mixers=["gla", "full"],
             int8_inputs=Int8InputsConfig(list(Projection)),
             ternary=TernaryConfig(list(Projection)),
+        ),
+        dtype=torch.float64,
+    ),
+    "ternary weights, INT8 inputs in llama.cpp's blocks": Case(
+        replace(
+            _7B,
+            mixers=["full"],
+            hidden_size=64,
+            kv_channels=16,
+            ffn_hidden_size=512,  # two blocks of 256, one a rank
+            int8_inputs=Int8InputsConfig([Projection.attention_output]),
+            q8_inputs=Q8InputsConfig([Projection.qkv, Projection.mlp_fc1, Projection.mlp_fc2]),
+            ternary=TernaryConfig([each for each in Projection if each is not Projection.gate]),
         ),
         dtype=torch.float64,
     ),

@@ -15,6 +15,7 @@ from spikingbrain_train.config.batch_size import BatchSizeRampConfig
 from spikingbrain_train.config.linear_transforms import (
     Int8InputsConfig,
     Projection,
+    Q8InputsConfig,
     QuantizationConfig,
     SpikingConfig,
     TernaryConfig,
@@ -141,7 +142,11 @@ def runs(
     moe = MoEConfig(num_experts=4, router_topk=1, num_shared_experts=1, capacity_factor=1.0)
     in_experts = [Projection.mlp_fc1, Projection.mlp_fc2]
     bitnet = replace(
-        MODEL_76B, moe=moe, int8_inputs=Int8InputsConfig(in_experts), ternary=TernaryConfig(in_experts)
+        MODEL_76B,
+        moe=moe,
+        int8_inputs=Int8InputsConfig(in_experts),
+        q8_inputs=Q8InputsConfig([Projection.qkv]),
+        ternary=TernaryConfig(in_experts),
     )
     spread = ParallelConfig(expert_model_parallel_size=2, replicate_expert_load=1.0)
     experts = config("experts", hybrid_76b_checkpoint, model=bitnet, parallel=spread)

@@ -1,8 +1,10 @@
 """GGUF, the files that llama.cpp runs: dense models, their ternary weights in blocks of few bits.
 
 llama.cpp has no ternary type of one scale a matrix. Its types cut a row of inputs into blocks, each with a
-float16 scale, so that codes of -1, 0 and 1 are held exactly and the scale is rounded once, to eleven bits. It
-rounds inputs itself, to INT8 numbers with a scale for every 32 or 256 inputs, whatever they were in training.
+float16 scale, so that codes of -1, 0 and 1 are held exactly and the scale is rounded once, to eleven bits;
+recent releases also read a float32 scale beside a matrix, whose blocks then have 1. It rounds inputs itself,
+to INT8 numbers with a scale for every 32 or 256 inputs, whatever they were in training: the linear transform
+``q8_inputs`` trains with these.
 """
 
 from __future__ import annotations
@@ -85,6 +87,7 @@ class GgufFormat(HfFormat):
         name: what ``--format`` calls it.
         types: of ternary weights; each matrix gets the first whose blocks divide its inputs.
         readers: what runs it, for the report.
+        scales_beside: whether these multiply by a float32 scale beside each matrix, so that none is rounded.
     """
 
     architecture = "GGUF"
@@ -95,10 +98,13 @@ class GgufFormat(HfFormat):
     is_for_inference = True
     file_writer = "spikingbrain_train.conversion.gguf_file"
 
-    def __init__(self, name: str, types: tuple[BlockType, ...], readers: str) -> None:
+    def __init__(
+        self, name: str, types: tuple[BlockType, ...], readers: str, scales_beside: bool = False
+    ) -> None:
         self.name = name
         self.types = types
         self.readers = readers
+        self.scales_beside = scales_beside
 
     def read(self, keys: ConfigKeys, window_convention: WindowConvention | None = None) -> ModelConfig:
         raise CheckpointError(f"{keys.path} describes a GGUF file; import the checkpoint it was made of")
@@ -153,6 +159,18 @@ class GgufFormat(HfFormat):
             return None
         return next(each for each in self.types if weight.shapes[0][-1] % each.size == 0)
 
+    def has_scale_beside(self, weight: Weight, model: ModelConfig) -> bool:
+        """Whether the blocks of a ternary parameter have scale 1, and its matrices a float32 one beside them.
+
+        llama.cpp's architecture ``qwen2`` does not read those of feed-forwards.
+        """
+        if not (self.scales_beside and self.is_ternary(weight, model)):
+            return False
+        return self.gguf_architecture(model) != "qwen2" or not weight.roles[0].startswith("mlp_")
+
+    def scale_names(self, names: list[str]) -> list[str]:
+        return [f"{name.removesuffix('.weight')}.scale" for name in names]
+
     def turned_heads(self, role: str, model: ModelConfig) -> int | None:
         """How many heads a tensor has whose rows are reordered for llama.cpp; None leaves them.
 
@@ -182,16 +200,23 @@ class GgufFormat(HfFormat):
                 f"{', '.join(names)}: ternary numbers as {kind.name}, {kind.bits:g} bits a weight, as its "
                 f"blocks of {kind.size} divide {inputs} inputs{why}"
             )
+        ternary, blocks = set(model.ternary.projections), set(model.q8_inputs.projections)
+        tokens = set(model.int8_inputs.projections)
         if used:
             per = " or ".join(str(size) for size in dict.fromkeys(kind.input_block for kind in used))
-            has_int8 = set(model.ternary.projections) <= set(model.int8_inputs.projections)
-            trained = "a scale a token" if has_int8 else "floats"
-            notes.append(
-                f"llama.cpp multiplies ternary weights by INT8 inputs with a scale for every {per} of them, "
-                f"where training had {trained}; scales of weights are rounded to float16. Logits differ by "
-                "that"
-            )
-        elif model.int8_inputs.projections:
+            multiplies = f"llama.cpp multiplies ternary weights by INT8 inputs with a scale for every {per}"
+            if ternary <= blocks:
+                notes.append(f"{multiplies} of them, as training did")
+            else:
+                trained = "a scale a token" if ternary <= tokens else "others, of some projections or all"
+                notes.append(
+                    f"{multiplies} of them, where training had {trained}, and logits differ by that; a model "
+                    "for llama.cpp is trained with model.q8_inputs"
+                )
+            ternary_weights = [weight for _, weight in model_weights(model) if self.is_ternary(weight, model)]
+            if not all(self.has_scale_beside(weight, model) for weight in ternary_weights):
+                notes.append("scales of ternary weights are rounded to float16, and logits differ by that")
+        if (blocks | tokens) - ternary:
             notes.append("llama.cpp multiplies float weights by float inputs, where training had INT8 ones")
         notes.append(
             f"model.gguf is for {self.readers}; parameters cannot be read back from it: keep the "
@@ -201,4 +226,9 @@ class GgufFormat(HfFormat):
 
 
 GGUF = GgufFormat("gguf", (TQ2_0, Q4_0), "llama.cpp")
-GGUF_Q2_0 = GgufFormat("gguf_q2_0", (TQ2_0, Q2_0, Q4_0), "releases of llama.cpp that have the type Q2_0")
+GGUF_Q2_0 = GgufFormat(
+    "gguf_q2_0",
+    (TQ2_0, Q2_0, Q4_0),
+    "releases of llama.cpp that have the type Q2_0 and read scales beside matrices",
+    scales_beside=True,
+)
