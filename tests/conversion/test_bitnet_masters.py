@@ -93,7 +93,10 @@ def test_logits_are_those_of_transformers_and_the_folder_comes_back_bit_for_bit(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"quantization_config": {"quant_method": "bitnet"}}, "import the unquantised checkpoint"),
+        (
+            {"quantization_config": ONLINE | {"linear_class": "bitlinear"}},
+            "import the unquantised checkpoint",
+        ),
         ({"quantization_config": ONLINE | {"use_rms_norm": True}}, "without use_rms_norm"),
         (
             {"quantization_config": ONLINE | {"modules_to_not_convert": []}},

@@ -29,6 +29,7 @@ from spikingbrain_train.conversion.inspect_checkpoint import inspect_checkpoint
 from spikingbrain_train.errors import CheckpointError
 from tests.conversion.hf_models import SIZES, all_tensors, randomise
 from tests.conversion.megatron_models import TOKENS, megatron_logits
+from tests.conversion.test_bitnet_folder import logits_and_clear_tokens
 from tests.conversion.test_own_format import TEXT, check_greedy_text, save_and_compute
 from tests.distributed.gradients import CASES
 from tests.distributed.pool import RankPool
@@ -38,6 +39,7 @@ packing: Any = pytest.importorskip("transformers.integrations.bitnet")
 
 TOLERANCE = 2e-4
 PUBLISHED = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline"}
+BITLINEAR = PUBLISHED | {"linear_class": "bitlinear"}
 LINEARS = [each for each in Projection if each is not Projection.gate]
 MODEL = replace(
     CASES["full attention"].model,
@@ -58,8 +60,13 @@ def eager() -> Iterator[None]:
     torch.compiler.set_stance("default")
 
 
-def published(folder: Path, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Path:
-    """A small random checkpoint in the published layout, packed by transformers' function."""
+def published(
+    folder: Path, dtype: torch.dtype = torch.bfloat16, said: dict[str, Any] = PUBLISHED, **changes: Any
+) -> Path:
+    """A small random checkpoint in the published layout, packed by transformers' function.
+
+    Scales that the class ``bitlinear`` divides by are reciprocals.
+    """
     model = bitnet.BitNetForCausalLM(bitnet.BitNetConfig(**{**SIZES, **changes}))
     randomise(model)
     model.to(dtype).save_pretrained(folder)
@@ -69,9 +76,10 @@ def published(folder: Path, dtype: torch.dtype = torch.bfloat16, **changes: Any)
         if name.endswith("_proj.weight"):
             scale = value.float().abs().mean()
             tensors[name] = packing.pack_weights((value.float() / scale).round().clamp(-1, 1))
-            tensors[f"{name}_scale"] = scale.reshape(1).to(dtype)
+            stored = scale if said is PUBLISHED else 1.0 / scale
+            tensors[f"{name}_scale"] = stored.reshape(1).to(dtype)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    change_config(folder, quantization_config=PUBLISHED)
+    change_config(folder, quantization_config=said)
     return folder
 
 
@@ -133,6 +141,46 @@ def test_a_published_folder_becomes_parameters_that_are_rounded_to_it(
     online: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "masters", dtype=torch.float32).eval()
     with torch.no_grad():
         assert (online(TOKENS).logits - expected).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("dtype", "said", "changes"),
+    [
+        (torch.float32, BITLINEAR, {"attention_bias": True}),
+        (torch.bfloat16, {"quant_method": "bitnet"}, {"tie_word_embeddings": True}),
+    ],
+    ids=["float32, biases", "bfloat16, no class named"],
+)
+def test_a_folder_of_the_class_bitlinear_becomes_parameters_that_are_rounded_to_it(
+    dtype: torch.dtype, said: dict[str, Any], changes: dict[str, Any], ranks: RankPool, tmp_path: Path
+) -> None:
+    folder = published(tmp_path / "published", dtype, said, num_hidden_layers=2, **changes)
+    theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    assert type(theirs).__name__ == "BitNetForCausalLM"
+    assert type(theirs.model.layers[0].mlp.down_proj).__name__ == "BitLinear"
+    expected, is_clear = logits_and_clear_tokens(torch.nn.Module.float(theirs))
+    import_checkpoint(folder, tmp_path / "megatron")
+    model = load_model_config(tmp_path / "megatron/iter_0000000/model_config.yaml")
+    assert set(model.ternary.projections) == set(model.int8_inputs.projections) == set(LINEARS)
+    assert model.attn_sub_norm and model.ffn_sub_norm and model.activation_func is ActivationFunc.relu2
+    arguments = (megatron_logits, tmp_path / "megatron")
+    (found,) = ranks.run(*arguments, world_size=1, parallel=ParallelConfig())
+    assert expected.std() > 0.1 and is_clear.sum() >= 5
+    assert (found - expected)[is_clear].abs().max() <= TOLERANCE
+
+    export_checkpoint(tmp_path / "megatron", tmp_path / "again", format_name="bitnet_bitlinear")
+    ours, given = all_tensors(tmp_path / "again"), all_tensors(folder)
+    assert ours.keys() == given.keys()
+    for name, value in given.items():
+        if name.endswith("_scale"):  # float32 has not the reciprocal's reciprocal of every number
+            torch.testing.assert_close(ours[name], value.float(), rtol=2**-23, atol=0)
+        else:
+            assert ours[name].dtype is value.dtype and torch.equal(ours[name], value), name
+    was, now = (json.loads((each / "config.json").read_text()) for each in (folder, tmp_path / "again"))
+    assert now == was | {"quantization_config": BITLINEAR | said}
+    if model.add_output_bias:
+        with pytest.raises(CheckpointError, match="cannot hold .*biases"):
+            export_checkpoint(tmp_path / "megatron", tmp_path / "other", format_name="bitnet_packed")
 
 
 def test_transformers_loads_two_bits_a_weight_and_writes_the_same_tokens(
@@ -201,7 +249,8 @@ def test_a_damaged_folder_is_refused(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"quantization_config": PUBLISHED | {"linear_class": "bitlinear"}}, "import the unquantised"),
+        ({"quantization_config": BITLINEAR | {"quantization_mode": "online"}}, "import the unquantised"),
+        ({"quantization_config": BITLINEAR | {"use_rms_norm": True}}, "without use_rms_norm"),
         ({"quantization_config": PUBLISHED | {"use_rms_norm": True}}, "without use_rms_norm"),
         ({"quantization_config": PUBLISHED | {"modules_to_not_convert": ["x"]}}, "null or lm_head alone"),
         ({"attention_bias": True}, "multiplies biases by weight_scale as well"),

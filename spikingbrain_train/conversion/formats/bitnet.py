@@ -15,7 +15,7 @@ from typing import Any
 from spikingbrain_train.architecture.weights import Weight
 from spikingbrain_train.config.linear_transforms import Int8InputsConfig, Projection, TernaryConfig
 from spikingbrain_train.config.model import ModelConfig
-from spikingbrain_train.conversion.formats.bitnet_masters import QUANTIZATION, check_linears
+from spikingbrain_train.conversion.formats.bitnet_masters import BITLINEAR, QUANTIZATION, check_linears, says
 from spikingbrain_train.conversion.formats.config_keys import ConfigKeys
 from spikingbrain_train.conversion.formats.dense import DenseFormat
 from spikingbrain_train.conversion.formats.packed_weights import NOTE_ON_PARAMETERS, PackedWeightsFormat
@@ -23,11 +23,6 @@ from spikingbrain_train.conversion.window_convention import WindowConvention
 
 _LINEARS = {Projection.qkv, Projection.attention_output, Projection.mlp_fc1, Projection.mlp_fc2}
 """All that a layer has; transformers takes every linear but the output layer for one of ternary weights."""
-
-
-_DEFAULTS = {"linear_class": "bitlinear", "quantization_mode": "offline"}
-"""What transformers takes ``quantization_config`` to say where it is silent, as older folders are."""
-_SAID = {"quant_method": "bitnet"} | _DEFAULTS
 
 
 class PackedTernaryFormat(PackedWeightsFormat, DenseFormat):
@@ -69,14 +64,13 @@ class PackedTernaryFormat(PackedWeightsFormat, DenseFormat):
         return [words for words, is_so in found if is_so] + self.no_bytes(model)
 
     def is_packed(self, values: dict[str, Any]) -> bool:
-        said = values.get(QUANTIZATION)
-        return isinstance(said, dict) and _SAID.items() <= (_DEFAULTS | said).items()
+        return says(values, BITLINEAR)
 
     def packs_ternary(self, weight: Weight, model: ModelConfig) -> bool:
         return weight.projection is not None
 
     def keys_for_readers(self, model: ModelConfig, source: dict[str, Any], dtype: str) -> dict[str, Any]:
-        settings = _SAID | {"modules_to_not_convert": ["lm_head"]}
+        settings = BITLINEAR | {"modules_to_not_convert": ["lm_head"]}
         said = source[QUANTIZATION] if self.is_packed(source) else settings
         return super().keys_for_readers(model, source, dtype) | {QUANTIZATION: said}
 

@@ -22,7 +22,10 @@ from spikingbrain_train.storage.hf_config_file import CONFIG_FILE
 QUANTIZATION = "quantization_config"
 ONLINE = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "online"}
 OFFLINE = ONLINE | {"quantization_mode": "offline"}
-"""That of packed weights, in conversion/formats/bitnet_packed.py."""
+BITLINEAR = OFFLINE | {"linear_class": "bitlinear"}
+"""Those of packed weights: here in conversion/formats/bitnet_packed.py, of a Llama in bitnet.py."""
+_DEFAULTS = {"linear_class": "bitlinear", "quantization_mode": "offline"}
+"""What transformers takes ``quantization_config`` to say where it is silent, as older folders are."""
 _OUTPUT = "lm_head"
 _LINEARS = [each for each in Projection if each is not Projection.gate]
 
@@ -41,7 +44,7 @@ class BitNetMastersFormat(DenseFormat):
     }
 
     def reads(self, values: dict[str, Any]) -> bool:
-        return not is_packed(values)
+        return not (says(values, OFFLINE) or says(values, BITLINEAR))
 
     def read(self, keys: ConfigKeys, window_convention: WindowConvention | None = None) -> ModelConfig:
         model = super().read(ConfigKeys({self.norm_key: 1e-5, **keys.values}, keys.path), window_convention)
@@ -61,12 +64,12 @@ class BitNetMastersFormat(DenseFormat):
         said = keys.values.get(QUANTIZATION)
         if said is None:
             return
-        if not _says(said, self.quantization):
+        if not says(keys.values, self.quantization):
             raise keys.refuse(
                 QUANTIZATION,
-                "is read with linear_class autobitlinear, in quantization_mode online beside the weights "
-                "that ternary numbers are made of, offline beside packed ones; import the unquantised "
-                "checkpoint",
+                "is read in quantization_mode online with linear_class autobitlinear beside the weights that "
+                "ternary numbers are made of, offline with either class beside packed ones; import the "
+                "unquantised checkpoint",
             )
         check_linears(keys)
 
@@ -119,13 +122,10 @@ def check_linears(keys: ConfigKeys) -> None:
         )
 
 
-def is_packed(values: dict[str, Any]) -> bool:
-    """Whether the ``quantization_config`` of a config.json says that its weights are packed."""
-    return _says(values.get(QUANTIZATION), OFFLINE)
-
-
-def _says(said: object, asked: Mapping[str, str]) -> bool:
-    return isinstance(said, dict) and all(said.get(key) == value for key, value in asked.items())
+def says(values: dict[str, Any], asked: Mapping[str, str]) -> bool:
+    """Whether the ``quantization_config`` of a config.json says what is asked for."""
+    said = values.get(QUANTIZATION)
+    return isinstance(said, dict) and asked.items() <= (_DEFAULTS | said).items()
 
 
 BITNET_MASTERS = BitNetMastersFormat("BitNetForCausalLM", "bitnet", attention_bias=True, sub_norms=True)

@@ -9,7 +9,7 @@ from typing import Any
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.conversion.formats.bitnet import BITNET
 from spikingbrain_train.conversion.formats.bitnet_masters import BITNET_MASTERS
-from spikingbrain_train.conversion.formats.bitnet_packed import BITNET_PACKED
+from spikingbrain_train.conversion.formats.bitnet_packed import BITNET_BITLINEAR, BITNET_PACKED
 from spikingbrain_train.conversion.formats.config_keys import ConfigKeys
 from spikingbrain_train.conversion.formats.dense import LLAMA, MISTRAL, QWEN2, QWEN3
 from spikingbrain_train.conversion.formats.gguf import GGUF, GGUF_Q2_0
@@ -36,6 +36,7 @@ FORMATS: list[HfFormat] = [
         SPIKINGBRAIN_PACKED,
         BITNET,
         BITNET_PACKED,
+        BITNET_BITLINEAR,
         GGUF,
         GGUF_Q2_0,
     ),
