@@ -145,8 +145,8 @@ class LinearTransformKind(Kind):
         """Parts of it, by name, of which one can be chosen for a text: adapters."""
         return ()
 
-    def choosing(self, model: ModelConfig, choice: str) -> Mapping[str, Any]:
-        """Attributes of its transforms with which one of :meth:`choices` works alone."""
+    def choosing(self, model: ModelConfig, choice: str | None) -> Mapping[str, Any]:
+        """Attributes of its transforms with which one of :meth:`choices` works alone, or with None none."""
         return {}
 
     def ahead_of(self, model: ModelConfig, stage: StageConfig, iteration: int) -> str:

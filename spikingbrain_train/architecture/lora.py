@@ -128,7 +128,7 @@ class LoraKind(LinearTransformKind):
         """Adapters that are not switched off."""
         return [name for name in model.lora.names if model.lora.weight(name) != 0]
 
-    def choosing(self, model: ModelConfig, choice: str) -> Mapping[str, Any]:
+    def choosing(self, model: ModelConfig, choice: str | None) -> Mapping[str, Any]:
         """The weight of the chosen one is that which it has beside the others."""
         return {"weights": {n: model.lora.weight(n) if n == choice else 0.0 for n in model.lora.names}}
 

@@ -92,8 +92,9 @@ def run(model: NeuronModel, checkpoint: Path, target: ModelConfig, arguments: ar
     write_result(arguments.output / MOEFY_NUMBERS, result)
     if len({row["k"] for row in measured}) > 2:  # of one there is no curve
         draw_routers(_picture(measured, number), arguments.output / MOEFY_PICTURE)
-    print("\n".join(_lines(measured, number)))
-    print(f"\nwrote {written / 1e6:,.1f} MB to {arguments.output}")
+    if measured:
+        print("\n".join([*_lines(measured, number), ""]))
+    print(f"wrote {written / 1e6:,.1f} MB to {arguments.output}")
 
 
 def _gate_rows(model: NeuronModel) -> _Layers:
@@ -171,8 +172,11 @@ def _measured(
             cross_entropy = cross_entropy_of(model.language_model, windows, what)
         rows.append({"partition": partition, "router": router, "k": k, "cross_entropy": cross_entropy})
 
+    counts = [arguments.topk] if arguments.measure is None else sorted(set(arguments.measure))
+    if not counts:
+        return []
     measure("dense", "none", number, nullcontext())
-    for k in sorted(set(arguments.measure or [arguments.topk])):
+    for k in counts:
         own = arguments.partition
         measure(own, "oracle", k, Routed(model, parts[own], number, k, None))
         for name, router in routers[own].items():

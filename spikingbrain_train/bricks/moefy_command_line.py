@@ -96,7 +96,8 @@ def add_moefy(commands: Any) -> None:
         type=int,
         nargs="*",
         metavar="K",
-        help="numbers of experts to measure cross entropy with (default: that of --topk)",
+        help="numbers of experts to measure cross entropy with (default: that of --topk; without a number "
+        "nothing is measured)",
     )
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="of first centres and random cuts (default: 0)"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spikingbrain_train.architecture.linear_transforms import choices_of
 from spikingbrain_train.errors import ConfigurationError, DataError
 from spikingbrain_train.evaluation.chat_prompts import ChatPrompt
 from spikingbrain_train.evaluation.checkpoint_request import (
@@ -21,7 +22,7 @@ from spikingbrain_train.evaluation.checkpoint_request import (
 )
 from spikingbrain_train.evaluation.measurement import Part, finish_report
 from spikingbrain_train.evaluation.output import show_text, write_result
-from spikingbrain_train.evaluation.routed_prompts import check_choices
+from spikingbrain_train.evaluation.routed_prompts import check_choices, routed_prompts
 from spikingbrain_train.evaluation.sampling import Sampling
 from spikingbrain_train.planning.parallel_checks import check_sequence_split
 from spikingbrain_train.reporting.activity import activity
@@ -44,6 +45,8 @@ def prepare_evaluation(arguments: argparse.Namespace) -> Callable[[], None]:
         _check_windows(arguments.seq_length, request)
     if arguments.measurements:
         _require_tokenizer(arguments, request)
+    if arguments.routed is not None:
+        _check_choices(arguments, routed_prompts(arguments.routed)[1], request)
     return partial(_evaluate, request, arguments)
 
 
@@ -51,8 +54,18 @@ def prepare_generation(arguments: argparse.Namespace, sampling: Sampling) -> Cal
     """What continues prompts with the checkpoint that ``--model`` names; see :func:`prepare_evaluation`."""
     request = for_decoding(_request(arguments), arguments.world_size)
     if arguments.routed is not None:
-        check_choices(arguments.routed, request.model, arguments.choices, arguments.model)
+        _check_choices(arguments, arguments.choices, request)
     return partial(_generate, request, _require_tokenizer(arguments, request), arguments, sampling)
+
+
+def _check_choices(arguments: argparse.Namespace, choices: Sequence[str], request: CheckpointRequest) -> None:
+    if arguments.adapters is not None:
+        raise ConfigurationError(
+            f"--adapters stand beside a Hugging Face folder, but {arguments.model} is a Megatron checkpoint, "
+            "which has its own; leave it out, or attach them with spikingbrain-bricks attach"
+        )
+    where = f"the adapters of {arguments.model}"
+    check_choices(arguments.routed, choices, choices_of(request.model), where)
 
 
 def _require_tokenizer(arguments: argparse.Namespace, request: CheckpointRequest) -> Path:

@@ -14,7 +14,7 @@ from spikingbrain_train.config.run import Precision
 from spikingbrain_train.evaluation.checkpoint_request import CheckpointRequest
 from spikingbrain_train.models.gpt_model import HybridGPTModel, ModelChunks, build_model
 from spikingbrain_train.models.kernels import resolve_kernels
-from spikingbrain_train.models.linears.whole_model import set_attributes
+from spikingbrain_train.models.linears.whole_model import choose, set_attributes
 from spikingbrain_train.models.transformer_config import transformer_config
 from spikingbrain_train.parallel.agreed_precision import agreed_choice
 from spikingbrain_train.parallel.process_groups import ProcessGroups, destroy, initialize
@@ -46,9 +46,7 @@ class CheckpointModel:
 
     def choose(self, choice: str) -> None:
         """Compute from here on with one of the adapters that stand beside the weights, the others off."""
-        for kind in transforms_of(self.request.model):
-            if choice in kind.choices(self.request.model):
-                set_attributes(self.model, kind.name, kind.choosing(self.request.model, choice))
+        choose(self.model, self.request.model, choice)
 
 
 @contextmanager

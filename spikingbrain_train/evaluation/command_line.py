@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.evaluation import checkpoint_commands
+from spikingbrain_train.evaluation.folder_adapters import (
+    FolderAdapters,
+    add_adapters_option,
+    check_adapters_option,
+    routed_folders,
+)
 from spikingbrain_train.evaluation.inference_command_line import (
     Elsewhere,
     check_model_files,
@@ -22,6 +28,8 @@ from spikingbrain_train.evaluation.model_folder import (
     check_output_file,
 )
 from spikingbrain_train.evaluation.probe_options import add_probe_options, probes_of
+from spikingbrain_train.evaluation.routed_prompts import add_routed_option, routed_prompts
+from spikingbrain_train.evaluation.routed_texts import routed_of
 from spikingbrain_train.evaluation.task_options import add_task_options, tasks_of
 from spikingbrain_train.evaluation.teacher_options import add_teacher_options, teacher_of
 from spikingbrain_train.planning.file_checks import check_prefix
@@ -35,7 +43,8 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """\
 Measure the held-out cross entropy and perplexity (--data), multiple-choice tasks (--tasks), what is found
-again in long texts (--probes) and how far generated text is from that of the dense source (--teacher).
+again in long texts (--probes), how far generated text is from that of the dense source (--teacher), and texts
+that each have an adapter of their own (--routed).
 
 The model is a Hugging Face folder (a dense source, or what spikingbrain-export wrote) or a Megatron
 checkpoint of any form (what spikingbrain-convert or a run wrote, in whatever topology). The windows are those
@@ -66,6 +75,9 @@ examples:
   # whether it writes what its dense source writes
   spikingbrain-evaluate --model outputs/smollm2/cpt --data outputs/smollm2/data/text_valid \\
       --teacher models/SmolLM2-135M-Instruct --output teacher.json --plot teacher.png
+
+  # texts for which spikingbrain-bricks route has chosen adapters of the checkpoint
+  spikingbrain-evaluate --model outputs/attached --routed choices.json --output routed.json
 
   # an exported hybrid, whose folder brings its own modelling code
   spikingbrain-evaluate --model outputs/smollm2/export --data outputs/smollm2/data/text_valid \\
@@ -104,6 +116,12 @@ def evaluate_parser() -> argparse.ArgumentParser:
     add_task_options(parser)
     add_probe_options(parser)
     add_teacher_options(parser)
+    routed = parser.add_argument_group(
+        "adapters chosen for each text",
+        "cross entropy with the adapter that was chosen, with the best of those that were, and without any",
+    )
+    add_routed_option(routed, "measure")
+    add_adapters_option(routed)
     parser.add_argument(
         "--plot", type=Path, metavar="FILE", help="also draw tasks, probes and comparison: .png, .svg or .pdf"
     )
@@ -129,9 +147,12 @@ def check_evaluation_options(arguments: argparse.Namespace) -> None:
         probes_of(arguments)
     if arguments.teacher is None:
         teacher_of(arguments)
-    is_measured = any(each is not None for each in asked)
-    _check_picture(arguments, is_measured)
-    _check_something(arguments, is_measured)
+    check_adapters_option(arguments)
+    if arguments.routed is None or arguments.routed.is_file():
+        routed_of(arguments)
+    is_drawn = any(each is not None for each in asked)
+    _check_picture(arguments, is_drawn)
+    _check_something(arguments, is_drawn or arguments.routed is not None)
 
 
 def _check_numbers(arguments: argparse.Namespace) -> None:
@@ -146,16 +167,18 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
 def _check_something(arguments: argparse.Namespace, is_measured: bool) -> None:
     if not arguments.data and not is_measured:
         raise ConfigurationError(
-            "there is nothing to measure; name held-out datasets with --data, tasks with --tasks, or probes "
-            "with --probes"
+            "there is nothing to measure; name held-out datasets with --data, tasks with --tasks, probes "
+            "with --probes, or routed texts with --routed"
         )
 
 
 def _prepare_evaluation(arguments: argparse.Namespace) -> Callable[[], None]:
     _check_numbers(arguments)
-    asked = (tasks_of(arguments), probes_of(arguments), teacher_of(arguments))
-    arguments.measurements = [each for each in asked if each is not None]
-    _check_picture(arguments, bool(arguments.measurements))
+    drawn = [tasks_of(arguments), probes_of(arguments), teacher_of(arguments)]
+    # Adapters last: the others measure the model as it is.
+    arguments.measurements = [each for each in (*drawn, routed_of(arguments)) if each is not None]
+    check_adapters_option(arguments)
+    _check_picture(arguments, any(each is not None for each in drawn))
     _check_something(arguments, bool(arguments.measurements))
     check_output_file(arguments.output, "--output")
     is_checkpoint = check_model_files(arguments)
@@ -169,7 +192,8 @@ def _prepare_evaluation(arguments: argparse.Namespace) -> Callable[[], None]:
                 f"--{name.replace('_', '-')} is for Megatron checkpoints, but {arguments.model} is a Hugging "
                 "Face folder; leave it out"
             )
-    return partial(_evaluate, arguments)
+    choices = [] if arguments.routed is None else routed_prompts(arguments.routed)[1]
+    return partial(_evaluate, arguments, routed_folders(arguments, choices))
 
 
 def _check_picture(arguments: argparse.Namespace, is_measured: bool) -> None:
@@ -187,7 +211,7 @@ def _check_picture(arguments: argparse.Namespace, is_measured: bool) -> None:
     check_output_file(arguments.plot, "--plot")
 
 
-def _evaluate(arguments: argparse.Namespace) -> None:
+def _evaluate(arguments: argparse.Namespace, folders: Mapping[str, Path]) -> None:
     for measurement in arguments.measurements:
         measurement.prepare(None)
     model = load_model(arguments)
@@ -206,7 +230,10 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         from spikingbrain_train.evaluation.text_tokenizer import TextTokenizer
 
         tokenizer = TextTokenizer(arguments.tokenizer or arguments.model)
-        asked = HuggingFaceLanguageModel(model, tokenizer)
+        adapters = FolderAdapters(model, folders) if folders else None
+        if adapters is not None:
+            adapters.choose(None)  # until texts come that one was chosen for
+        asked = HuggingFaceLanguageModel(model, tokenizer, adapters=adapters)
         parts = [measurement.measure(asked) for measurement in arguments.measurements]
     finish_report(numbers, parts, output=arguments.output, picture=arguments.plot)
 

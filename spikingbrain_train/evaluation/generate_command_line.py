@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from spikingbrain_train.errors import ConfigurationError
@@ -15,6 +16,12 @@ from spikingbrain_train.evaluation.chat_prompts import (
     add_chat_options,
     chat_prompt,
     check_chat_options,
+)
+from spikingbrain_train.evaluation.folder_adapters import (
+    FolderAdapters,
+    add_adapters_option,
+    check_adapters_option,
+    routed_folders,
 )
 from spikingbrain_train.evaluation.inference_command_line import (
     Elsewhere,
@@ -60,6 +67,10 @@ examples:
   # each prompt with the adapter that was chosen for it
   spikingbrain-generate --model outputs/attached --routed choices.json
 
+  # the same with adapters beside a Hugging Face folder
+  spikingbrain-generate --model models/base --routed choices.json \\
+      --adapters code=adapters/code math=adapters/math
+
   # a checkpoint over two devices
   spikingbrain-generate --nproc-per-node 2 --model outputs/big --prompt "The for statement" --parallel pp2
 """
@@ -75,7 +86,8 @@ def generate_parser() -> argparse.ArgumentParser:
         metavar="TEXT",
         help="text to go on from; give it again for another text",
     )
-    add_routed_option(prompts)
+    add_routed_option(prompts, "or")
+    add_adapters_option(parser)
     add_chat_options(parser)
     parser.add_argument(
         "--max-new-tokens", type=int, default=128, metavar="N", help="tokens to add (default: %(default)s)"
@@ -125,32 +137,31 @@ def _prepare_generation(arguments: argparse.Namespace) -> Callable[[], None]:
         except UnicodeEncodeError:
             raise ConfigurationError(f"{flag} holds bytes that are no UTF-8; convert the text") from None
     check_output_file(arguments.output, "--output")
+    check_adapters_option(arguments)
     if check_model_files(arguments):
         return checkpoint_commands.prepare_generation(arguments, sampling)
-    if arguments.routed is not None:
-        raise ConfigurationError(
-            f"--routed computes each prompt with its own adapter of a Megatron checkpoint, and --model "
-            f"{arguments.model} is a Hugging Face folder; name the checkpoint that spikingbrain-bricks "
-            "attach or train has made"
-        )
-    return partial(_generate, arguments, sampling)
+    folders = routed_folders(arguments, arguments.choices)
+    return partial(_generate, arguments, folders, sampling)
 
 
-def _generate(arguments: argparse.Namespace, sampling: Sampling) -> None:
+def _generate(arguments: argparse.Namespace, folders: Mapping[str, Path], sampling: Sampling) -> None:
     with activity("importing torch and transformers"):
         from spikingbrain_train.evaluation.generation import generate_text
         from spikingbrain_train.evaluation.pretrained import load_text_tokenizer
 
     model = load_model(arguments)
+    adapters = FolderAdapters(model, folders) if folders else None
     tokenizer = load_text_tokenizer(arguments.tokenizer or arguments.model)
     generations = []
     prompts: list[str | ChatPrompt] = list(arguments.prompt)
     if arguments.chat:
         path = arguments.tokenizer or arguments.model
         prompts = [chat_prompt(tokenizer, path, prompt, arguments.system) for prompt in arguments.prompt]
-    for prompt in prompts:
+    for prompt, choice in zip(prompts, arguments.choices, strict=True):
+        if adapters is not None:
+            adapters.choose(choice)
         generation = generate_text(model, tokenizer, prompt, sampling, show_text)
-        print(generation.describe())
-        generations.append(asdict(generation))
+        print(generation.describe() + ("" if choice is None else f"; with {choice}"))
+        generations.append(asdict(generation) | ({} if choice is None else {"chosen": choice}))
     if arguments.output is not None:
         write_result(arguments.output, generations if len(generations) > 1 else generations[0])

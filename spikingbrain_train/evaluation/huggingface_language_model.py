@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from spikingbrain_train.evaluation.folder_adapters import FolderAdapters
 from spikingbrain_train.evaluation.language_model import (
     Answer,
     LanguageModel,
@@ -33,6 +34,7 @@ class HuggingFaceLanguageModel(LanguageModel):
         tokenizer: of its text.
         tokens_per_batch: that are read at a time; None chooses by the device.
         show: shows what runs; None shows it on standard error.
+        adapters: beside its weights, of which :meth:`choose` takes one.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class HuggingFaceLanguageModel(LanguageModel):
         *,
         tokens_per_batch: int | None = None,
         show: ShowActivity | None = None,
+        adapters: FolderAdapters | None = None,
     ) -> None:
         config = model.config
         super().__init__(
@@ -51,6 +54,7 @@ class HuggingFaceLanguageModel(LanguageModel):
             show=show,
         )
         self.model = model
+        self._adapters = adapters
         self._logits = PositionLogits(model)
         self._tokens_per_batch = tokens_per_batch or (
             _TOKENS_ON_CPU if model.device.type == "cpu" else _TOKENS_ON_GPU
@@ -59,6 +63,12 @@ class HuggingFaceLanguageModel(LanguageModel):
     @property
     def _device(self) -> torch.device:
         return self.model.device
+
+    def choose(self, choice: str | None) -> None:
+        if self._adapters is None:
+            super().choose(choice)
+        else:
+            self._adapters.choose(choice)
 
     def _read(self, rows: Sequence[Row], answers: Tensor, answer: Answer, what: str) -> None:
         with self.activity(what, len(rows), "texts") as progress:

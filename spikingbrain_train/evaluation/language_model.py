@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spikingbrain_train.errors import DataError
+from spikingbrain_train.errors import ConfigurationError, DataError
 from spikingbrain_train.evaluation.score_batches import Row, ScoreRequest, rows_of
 from spikingbrain_train.evaluation.text_tokenizer import TextTokenizer
 from spikingbrain_train.reporting.activity import Activity, activity
@@ -129,6 +129,17 @@ class LanguageModel(ABC):
                 ``max_new_tokens``.
             what: named beside the progress.
         """
+
+    def choose(self, choice: str | None) -> None:
+        """Compute from here on with one of the adapters beside the weights, the others off.
+
+        Args:
+            choice: by name; None switches all of them off.
+
+        Raises:
+            ConfigurationError: there are none of which one could be chosen.
+        """
+        raise ConfigurationError("the model has no adapters of which one could be chosen for a text")
 
     @abstractmethod
     def _read(self, rows: Sequence[Row], answers: Tensor, answer: Answer, what: str) -> None:

@@ -29,6 +29,7 @@ from spikingbrain_train.models.incremental_decoding import (
     mixers_without_slices,
     mixers_without_step,
 )
+from spikingbrain_train.models.linears.whole_model import choose
 from spikingbrain_train.models.output_head import vocab_parallel_logits
 from spikingbrain_train.parallel.forward_passes import pass_forward
 from spikingbrain_train.parallel.process_groups import ProcessGroups
@@ -119,6 +120,9 @@ class MegatronLanguageModel(LanguageModel):
                 )
                 return self._generate_by_reading_again(prompts, max_new_tokens, end_tokens, what)
             return self._generate_by_step(prompts, max_new_tokens, end_tokens, what)
+
+    def choose(self, choice: str | None) -> None:
+        choose(self.model, self.model.model_config, choice)
 
     def _read(self, rows: Sequence[Row], answers: Tensor, answer: Answer, what: str) -> None:
         groups = self._batch_groups(rows)

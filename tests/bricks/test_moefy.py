@@ -83,6 +83,11 @@ def of_some(ranks: RankPool, folder: Path) -> dict[tuple[str, str, int], float]:
     return entropies(cut(ranks, folder, "some", "--measure", "2", "4"))
 
 
+def test_nothing_is_measured_where_no_number_of_experts_is_asked_for(ranks: RankPool, folder: Path) -> None:
+    assert cut(ranks, folder, "unmeasured", "--router", "centres", "--measure")["rows"] == []
+    assert evaluated(ranks, folder, "unmeasured") > 0
+
+
 def test_what_is_written_computes_what_was_measured(
     ranks: RankPool, folder: Path, of_some: dict[tuple[str, str, int], float]
 ) -> None:

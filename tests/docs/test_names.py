@@ -165,8 +165,8 @@ def test_the_examples_of_helps_name_what_exists() -> None:
         f"{line}: {reason}"
         for line in found
         for reason in wrong_names(line)
-        # NAME=FILE of texts and NAME=VALUE of pipelines have names of the user's.
-        if not line.startswith(("spikingbrain-bricks", "spikingbrain-pipeline"))
+        # NAME=FILE of texts, NAME=DIR of adapters and NAME=VALUE of pipelines have names of the user's.
+        if not (line.startswith(("spikingbrain-bricks", "spikingbrain-pipeline")) or " --adapters " in line)
         or " no setting " not in reason
     ]
     assert not wrong

@@ -43,6 +43,19 @@ def set_attributes(module: torch.nn.Module, name: str, values: Mapping[str, Any]
             setattr(transform, attribute, value)
 
 
+def choose(module: torch.nn.Module, model: ModelConfig, choice: str | None) -> None:
+    """Compute from here on with one of the adapters that stand beside the weights, the others off.
+
+    Args:
+        module: this rank's part of the model.
+        model: the network.
+        choice: by name; None switches all of them off.
+    """
+    for kind in transforms_of(model):
+        if choice is None or choice in kind.choices(model):
+            set_attributes(module, kind.name, kind.choosing(model, choice))
+
+
 @contextmanager
 def collect_statistics(
     module: torch.nn.Module, model: ModelConfig, device: torch.device, tokens: int | None = None

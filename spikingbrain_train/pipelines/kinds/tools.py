@@ -349,7 +349,7 @@ class Evaluate(_Measures):
     name = "evaluate"
     title = "measure held-out cross entropy"
     command = ("evaluate",)
-    further = ("tokenizer", "task_data", "teacher", "probe_text")
+    further = ("tokenizer", "task_data", "teacher", "probe_text", "routed")
 
     def parser(self) -> argparse.ArgumentParser:
         from spikingbrain_train.evaluation.command_line import evaluate_parser
@@ -377,6 +377,7 @@ class Generate(_Measures):
     name = "generate"
     title = "generate text"
     command = ("generate",)
+    further = ("tokenizer", "routed")
 
     def parser(self) -> argparse.ArgumentParser:
         from spikingbrain_train.evaluation.generate_command_line import generate_parser
