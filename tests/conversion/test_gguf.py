@@ -60,6 +60,7 @@ MODELS = {
     "Qwen2": QWEN2,
     "Qwen3": replace(LLAMA, qk_layernorm=True, kv_channels=128),  # transformers reads no other width of it
 }
+SUB_NORMS = replace(LLAMA, share_embeddings_and_output_weights=True, attn_sub_norm=True, ffn_sub_norm=True)
 TERNARY = replace(
     LLAMA,
     hidden_size=64,
@@ -250,6 +251,9 @@ def test_how_text_is_cut_has_llama_cpps_name_or_none(state: dict[str, Any], name
     assert pre_tokenizer_name(state) == name
 
 
+WITH_NORMS = dict.fromkeys(("share_embeddings_and_output_weights", "attn_sub_norm", "ffn_sub_norm"), True)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -257,7 +261,21 @@ def test_how_text_is_cut_has_llama_cpps_name_or_none(state: dict[str, Any], name
         ({"mixers": ["swa"]}, "sliding-window layers"),
         ({"spiking": SpikingConfig([Projection.mlp_fc2])}, "spikes"),
         ({"quantization": QuantizationConfig([Projection.mlp_fc2])}, "INT8 weights"),
-        ({"activation_func": ActivationFunc.relu}, "feed-forwards with model.activation_func=relu"),
+        ({"activation_func": ActivationFunc.relu}, "feed-forwards with model.activation_func=relu;"),
+        ({"attn_sub_norm": True}, "norms in front of output projections"),
+        (
+            {**WITH_NORMS, "activation_func": ActivationFunc.relu2},
+            "model.activation_func=relu2, where llama.cpp's architecture of sub-norms computes SiLU;",
+        ),
+        (
+            {**WITH_NORMS, "share_embeddings_and_output_weights": False},
+            "an output layer of its own beside sub-norms, where llama.cpp takes the embedding;",
+        ),
+        (
+            {**WITH_NORMS, "add_qkv_bias": True, "add_output_bias": True},
+            "biases of attention beside sub-norms, which llama.cpp does not read;",
+        ),
+        ({**WITH_NORMS, "kv_channels": 16}, "heads that together are not as wide as hidden_size"),
         (
             {"rope_scaling": RopeScalingConfig(rope_type=RopeType.yarn, factor=2.0)},
             "rotary scaling of type yarn",
@@ -377,7 +395,9 @@ needs_llama_cpp = pytest.mark.timeout(1800)  # it may have to be built, beside o
 @pytest.mark.slow
 @needs_llama_cpp
 @pytest.mark.parametrize(
-    "model", [*MODELS.values(), replace(LLAMA, rope_scaling=SCALED)], ids=[*MODELS, "positions scaled"]
+    "model",
+    [*MODELS.values(), replace(LLAMA, rope_scaling=SCALED), SUB_NORMS],
+    ids=[*MODELS, "positions scaled", "sub-norms"],
 )
 def test_llama_cpp_computes_the_same_from_floats(
     model: ModelConfig, llama_cpp: Any, ranks: RankPool, tmp_path: Path
@@ -386,6 +406,19 @@ def test_llama_cpp_computes_the_same_from_floats(
     export_checkpoint(tmp_path / "megatron", tmp_path / "out", format_name="gguf")
     logits = logits_of(read_by(llama_cpp, tmp_path / "out"), TEXT[0])
     assert (logits - expected.logits[0]).abs().max() <= TOLERANCE
+
+
+@pytest.mark.slow
+@needs_llama_cpp
+def test_llama_cpp_computes_the_same_from_ternary_weights_behind_sub_norms(
+    llama_cpp: Any, ranks: RankPool, tmp_path: Path
+) -> None:
+    sizes = {"hidden_size": 64, "kv_channels": 16, "ffn_hidden_size": 256}
+    transforms = {"ternary": TernaryConfig(LINEARS), "q8_inputs": Q8InputsConfig(LINEARS)}
+    expected = saved(ranks, replace(SUB_NORMS, **sizes, **transforms), tmp_path / "megatron")
+    export_checkpoint(tmp_path / "megatron", tmp_path / "out", format_name="gguf_q2_0")
+    off = (logits_of(read_by(llama_cpp, tmp_path / "out"), TEXT[0]) - expected.logits[0]).abs()
+    assert off.max() <= TOLERANCE
 
 
 @pytest.mark.slow

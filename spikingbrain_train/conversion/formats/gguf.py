@@ -18,6 +18,7 @@ from spikingbrain_train.architecture.linear_transforms import LinearTransformKin
 from spikingbrain_train.architecture.weights import Weight
 from spikingbrain_train.config.model import ActivationFunc, ModelConfig
 from spikingbrain_train.config.rope_scaling import RopeType
+from spikingbrain_train.conversion.formats.bitnet_masters import BITNET_MASTERS
 from spikingbrain_train.conversion.formats.config_keys import ConfigKeys
 from spikingbrain_train.conversion.formats.dense import LLAMA, QWEN2, QWEN3, DenseFormat
 from spikingbrain_train.conversion.formats.hf_format import HfFormat
@@ -61,11 +62,13 @@ NAMES: Mapping[str, str] = {
     "v_bias": _BLOCK + "attn_v.bias",
     "q_norm": _BLOCK + "attn_q_norm.weight",
     "k_norm": _BLOCK + "attn_k_norm.weight",
+    "attn_sub_norm": _BLOCK + "attn_sub_norm.weight",
     "o_weight": _BLOCK + "attn_output.weight",
     "o_bias": _BLOCK + "attn_output.bias",
     "mlp_norm": _BLOCK + "ffn_norm.weight",
     "mlp_gate_weight": _BLOCK + "ffn_gate.weight",
     "mlp_up_weight": _BLOCK + "ffn_up.weight",
+    "ffn_sub_norm": _BLOCK + "ffn_sub_norm.weight",
     "mlp_down_weight": _BLOCK + "ffn_down.weight",
     "mlp_gate_bias": _BLOCK + "ffn_gate.bias",
     "mlp_up_bias": _BLOCK + "ffn_up.bias",
@@ -75,7 +78,12 @@ NAMES: Mapping[str, str] = {
 }
 """Role -> name, as llama.cpp looks for it."""
 
-_FAMILIES: dict[str, DenseFormat] = {"llama": LLAMA, "qwen2": QWEN2, "qwen3": QWEN3}
+_FAMILIES: dict[str, DenseFormat] = {
+    "llama": LLAMA,
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+    "bitnet": BITNET_MASTERS,
+}
 """``general.architecture`` -> the same model in transformers."""
 _ROPE_TYPES = (RopeType.default, RopeType.linear)
 
@@ -118,7 +126,12 @@ class GgufFormat(HfFormat):
         return _FAMILIES[self.gguf_architecture(model)].config(model, source, dtype)
 
     def unsupported(self, model: ModelConfig) -> list[str]:
-        """What llama.cpp's three dense architectures do not compute, or no type of a file holds."""
+        """What llama.cpp's four dense architectures do not compute, or no type of a file holds.
+
+        Its ``bitnet``, the one with sub-norms, is that of the first BitNet b1.58 models: it computes SiLU
+        whatever a file says, reads no biases, and takes the embedding for the output layer
+        (src/models/bitnet.cpp).
+        """
         parts = min((family.unsupported(model) for family in _FAMILIES.values()), key=len)
         if parts:
             return parts
@@ -130,13 +143,23 @@ class GgufFormat(HfFormat):
             for shape in weight.shapes
             if shape[-1] % smallest.size
         )
+        has_norms = self.gguf_architecture(model) == "bitnet"
+        other = ", where llama.cpp's architecture of sub-norms computes SiLU" if has_norms else ""
         rope = model.rope_scaling.rope_type
         widths = " and ".join(map(str, narrow))
         found = [
             ("sliding-window layers", any("sliding" in kind for kind in LLAMA.layer_types(model))),
             (
-                f"feed-forwards with model.activation_func={model.activation_func.value}",
+                f"feed-forwards with model.activation_func={model.activation_func.value}{other}",
                 model.activation_func is not ActivationFunc.silu,
+            ),
+            (
+                "an output layer of its own beside sub-norms, where llama.cpp takes the embedding",
+                has_norms and not model.share_embeddings_and_output_weights,
+            ),
+            (
+                "biases of attention beside sub-norms, which llama.cpp does not read",
+                has_norms and (model.add_qkv_bias or model.add_output_bias),
             ),
             (f"rotary scaling of type {rope.value}", rope not in _ROPE_TYPES),
             ("spikes", bool(model.spiking.projections or model.spiking.queries)),
