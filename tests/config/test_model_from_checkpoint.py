@@ -24,6 +24,7 @@ def unlike_the_defaults() -> ModelConfig:
     model.spiking.projections = [Projection.qkv]
     model.quantization.projections = [Projection.qkv]
     model.ternary.projections = model.int8_inputs.projections = [Projection.mlp_fc1]
+    model.q8_inputs.projections = [Projection.mlp_fc2]
     model.moe.trained = [0]
     model.rope_scaling.short_factor, model.rope_scaling.long_factor = [1.0, 2.0], [3.0, 4.0]
     for name, default in leaves(ModelConfig()).items():
