@@ -30,7 +30,7 @@ MOST_KNOWN = 0.1
 """Share of a text's n-grams that may occur in the text to train on; manuals of one project share a few."""
 
 
-def _debian(package: str, folder: str, suffixes: tuple[str, ...]) -> Iterator[str]:
+def debian_texts(package: str, folder: str, suffixes: tuple[str, ...]) -> Iterator[str]:
     """The text files of a Debian package.
 
     Raises:
@@ -57,8 +57,8 @@ def _debian(package: str, folder: str, suffixes: tuple[str, ...]) -> Iterator[st
 
 
 KINDS: dict[str, Callable[[], Iterator[str]]] = {
-    "essays": lambda: _debian("anarchism", "usr/share/doc/anarchism/markdown", (".md",)),
-    "git": lambda: _debian("git-doc", "usr/share/doc/git-doc", (".txt",)),
+    "essays": lambda: debian_texts("anarchism", "usr/share/doc/anarchism/markdown", (".md",)),
+    "git": lambda: debian_texts("git-doc", "usr/share/doc/git-doc", (".txt",)),
 }
 """Essays, and the manual of another project than those that are trained on."""
 

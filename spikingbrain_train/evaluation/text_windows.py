@@ -74,7 +74,9 @@ def windows_of_text(
 def windows_of_data(
     prefixes: Sequence[str], tokenizer: Path, vocab_size: int, windows: int, seq_length: int
 ) -> list[list[int]]:
-    """The first windows of indexed datasets, those that spikingbrain-evaluate measures.
+    """The first full windows of indexed datasets, of those that spikingbrain-evaluate measures.
+
+    What is left at the end of a dataset fills no window, and its padding is no text.
 
     Raises:
         DataError: the datasets are damaged, of another tokenizer, too short, or examples with a loss mask.
@@ -92,14 +94,20 @@ def windows_of_data(
     made_with = load_tokenizer(tokenizer)
     for prefix in prefixes:
         check_same_tokenizer(prefix, made_with)
-    dataset = open_held_out(prefixes, seq_length, windows, vocab_size)
-    if len(dataset) < windows:
+    dataset = open_held_out(prefixes, seq_length, vocab_size=vocab_size)
+    found: list[list[int]] = []
+    for index in range(len(dataset)):
+        if len(found) == windows:
+            break
+        sample = dataset[index]
+        if bool((sample["loss_mask"] > 0).all()):
+            found.append([*sample["tokens"].tolist(), int(sample["labels"][-1])])
+    if len(found) < windows:
         raise DataError(
-            f"--data {' '.join(prefixes)} holds {len(dataset)} windows of {seq_length} tokens, not "
+            f"--data {' '.join(prefixes)} holds {len(found)} windows of {seq_length} tokens, not "
             f"{windows}; give fewer --windows or a shorter --seq-length"
         )
-    samples = (dataset[index] for index in range(windows))
-    return [[*sample["tokens"].tolist(), int(sample["labels"][-1])] for sample in samples]
+    return found
 
 
 def _cut(tokens: list[int], windows: int, seq_length: int) -> list[list[int]]:
