@@ -71,7 +71,7 @@ def unpacked(active: Tensor, channels: int) -> Tensor:
     return bits.ne(0).flatten(1)[:, :channels]
 
 
-_BITS = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8)
+_BITS = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device="cpu")
 
 
 @dataclass(frozen=True)

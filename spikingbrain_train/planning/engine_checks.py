@@ -22,6 +22,11 @@ def check_engine(config: RunConfig) -> None:
         f"{_DEEPSPEED} gathers weights at the end of every update; set parallel.overlap_param_gather=false",
     )
     require(
+        parallel.zero.stage > 1 or not parallel.overlap_grad_reduce,
+        f"{_DEEPSPEED} with parallel.zero.stage=1 reduces gradients behind the last backward pass; set "
+        "parallel.overlap_grad_reduce=false, or parallel.zero.stage=2",
+    )
+    require(
         not config.checkpoint.memory_interval,
         f"{_DEEPSPEED} keeps no checkpoints in the memory of other hosts; set checkpoint.memory_interval=0 "
         "(checkpoint.async_save=true lets checkpoints on the disk be written beside the training)",

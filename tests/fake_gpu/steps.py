@@ -4,7 +4,8 @@ A process of its own, in which no patch for CPUs is in force:
 
     python -m tests.fake_gpu.steps RUN ...
 
-For each run and rank a line of JSON: what the step did that a GPU would not like.
+For each run and rank a line of JSON: what the step did that a GPU would not like. Behind a run that ends in
+" reported" comes a second step, which is reported, with an evaluation.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -24,6 +28,8 @@ from unittest import mock
 os.environ["TORCHDYNAMO_DISABLE"] = (
     "1"  # megatron-core compiles small functions on GPUs; here they run as they stand
 )
+
+os.environ["DS_ACCELERATOR"] = "cuda"  # DeepSpeed asks when it is imported, which transformers does, too
 
 import torch
 from torch import Tensor
@@ -33,7 +39,9 @@ from spikingbrain_train.architecture.layers import dense_source, layers
 from spikingbrain_train.config.batch_size import BatchSizeRampConfig
 from spikingbrain_train.config.compose import compose_run
 from spikingbrain_train.config.load import to_run_config
+from spikingbrain_train.config.parallel import EngineKind
 from spikingbrain_train.config.run import RunConfig
+from spikingbrain_train.config.run_record import RunRecord
 from spikingbrain_train.config.yaml_files import conf_folder
 from spikingbrain_train.data.loader import local_micro_batch
 from spikingbrain_train.parallel import process_groups
@@ -42,13 +50,18 @@ from spikingbrain_train.planning.stages.registry import kind_of
 from spikingbrain_train.runtime import patches
 from spikingbrain_train.runtime.accelerator import Accelerator
 from spikingbrain_train.runtime.patches import PATCHES
+from tests.evaluation.multiple_choice.small_tasks import write_tasks
 from tests.fake_gpu import kernels
-from tests.fake_gpu.fake_cuda import Findings, fake_cuda
+from tests.fake_gpu.fake_cuda import Findings, fake_cuda, place
+from tests.small_source import save_small_source
 
 if TYPE_CHECKING:
     from spikingbrain_train.training.trainer import Trainer
 
 MICRO_BATCHES = 2
+REPORTED = " reported"
+FOLDER = "FOLDER"
+"""In a run: a folder with a tokenizer and multiple choice."""
 
 
 def composed(run: str, *more: str) -> RunConfig:
@@ -80,7 +93,7 @@ def shortened(config: RunConfig) -> RunConfig:
     return replace(config, model=model)
 
 
-def step(config: RunConfig, last: bool) -> dict[str, Any]:
+def step(config: RunConfig, last: bool, *, is_reported: bool) -> dict[str, Any]:
     """Build, forward, backward, update and describe for a checkpoint, on the first or the last rank."""
     parallel = config.parallel
     # As few replicas as shard the optimizer's state.
@@ -106,18 +119,31 @@ def step(config: RunConfig, last: bool) -> dict[str, Any]:
         fake_cuda(partial(value_of, config), partial(selected_by, config)) as findings,
         kernels.installed(),
         mock.patch.object(process_groups, "_join_world", join),
+        agreeing_ranks(config),
     ):
         groups = process_groups.initialize(config.parallel, accelerator, seed=1)
         try:
-            return _step(config, groups, accelerator, findings)
+            return _step(config, groups, accelerator, findings, is_reported=is_reported)
         finally:
             process_groups.destroy()
 
 
+@contextlib.contextmanager
+def agreeing_ranks(config: RunConfig) -> Iterator[None]:
+    """DeepSpeed's ZeRO 3 compares the order of modules in a run's first steps with that of other ranks."""
+    if config.parallel.engine is not EngineKind.deepspeed:
+        yield
+        return
+    coordinator = import_module("deepspeed.runtime.zero.partitioned_param_coordinator")
+    with mock.patch.object(coordinator, "assert_ints_same_as_other_ranks", lambda numbers: None):
+        yield
+
+
 def value_of(config: RunConfig, x: Tensor) -> Tensor:
-    """Ones; False; the votes of a good step; as many tokens for every expert, where x counts those."""
-    if x.dtype == torch.bool:
-        return torch.zeros(x.shape, dtype=x.dtype, device="cpu")
+    """Ones; False, also as a byte, but for what was counted; the votes of a good step; as many tokens for
+    every expert, where x counts those."""
+    if x.dtype in (torch.bool, torch.uint8):
+        return torch.full(x.shape, "/callbacks/" in place(), dtype=x.dtype, device="cpu")
     if x.dtype == torch.int32 and x.dim() == 1:
         return torch.tensor(good_votes(config), dtype=x.dtype, device="cpu")
     parallel, experts = config.parallel, config.model.moe.num_experts
@@ -129,6 +155,8 @@ def value_of(config: RunConfig, x: Tensor) -> Tensor:
         if parallel.sequence_parallel:
             of_rank //= parallel.tensor_model_parallel_size
         chosen = of_rank * config.model.moe.router_topk
+        if x.shape == (1,) and parallel.replicate_expert_load is not None:
+            return torch.zeros(x.shape, dtype=x.dtype, device="cpu")  # the first expert is replicated
         if x.shape == (ranks,) and ranks > 1:  # sent to, or got from, a rank
             value = chosen // ranks
         elif x.dim() == 1:  # got by an expert
@@ -150,12 +178,18 @@ def good_votes(config: RunConfig) -> list[int]:
 
 
 def selected_by(config: RunConfig, mask: Tensor) -> int:
-    """Masks say which tokens an expert gets: [experts, tokens]."""
-    assert mask.dim() == 2, f"how many elements of a mask {list(mask.shape)} are true is not known"
-    return mask.shape[1] * config.model.moe.router_topk
+    """Masks say which tokens experts get, [experts, tokens], which one gets, [tokens], or which of them are
+    replicated, [experts]: one."""
+    experts = config.model.moe.num_experts
+    assert mask.dim() <= 2, f"how many elements of a mask {list(mask.shape)} are true is not known"
+    if mask.shape == (experts,):
+        return 1
+    return mask.shape[-1] * config.model.moe.router_topk // (experts if mask.dim() == 1 else 1)
 
 
-def _step(config: RunConfig, groups: Any, accelerator: Accelerator, findings: Findings) -> dict[str, Any]:
+def _step(
+    config: RunConfig, groups: Any, accelerator: Accelerator, findings: Findings, *, is_reported: bool
+) -> dict[str, Any]:
     from spikingbrain_train.checkpoint.sharded_state import state_to_save
 
     size = MICRO_BATCHES * config.stage.micro_batch_size * groups.data_parallel_size
@@ -177,10 +211,14 @@ def _step(config: RunConfig, groups: Any, accelerator: Accelerator, findings: Fi
         trainer.callbacks.start()
         findings.clear()
         trainer._step(local(each, config, groups) for each in whole)
-        found = {name: dict(counter) for name, counter in vars(findings).items()}
+        found: dict[str, Any] = dict(findings.as_dict())
+        if is_reported:
+            findings.clear()
+            _report(trainer, whole)
+            found["report"] = findings.as_dict()
         trainer.callbacks.end(None)
         saved = state_to_save(trainer.state, groups)
-    assert trainer.state.iteration == 1 and trainer.stop_reason is None
+    assert trainer.state.iteration == 1 + is_reported and trainer.stop_reason is None
     named = [*model.named_parameters(), *model.named_buffers()]
     for_cpu = [each.name for each in PATCHES if accelerator.kind not in each.platforms]
     return {
@@ -189,6 +227,21 @@ def _step(config: RunConfig, groups: Any, accelerator: Accelerator, findings: Fi
         "saved": len(saved["model"]),
         **found,
     }
+
+
+def _report(trainer: Trainer, whole: list[Any]) -> None:
+    """Another step, which is reported, and the evaluation behind it on held-out batches."""
+    config, groups = trainer.config, trainer.groups
+    logging = replace(config.logging, log_interval=1, eval_interval=1)
+    trainer.config = replace(config, logging=logging)
+    trainer.data = SimpleNamespace(  # type: ignore[assignment]
+        held_out=SimpleNamespace(
+            datasets=[],
+            num_batches=len(whole),
+            batches=lambda: (local(each, config, groups) for each in whole),
+        )
+    )
+    trainer._step(local(each, config, groups) for each in whole)
 
 
 def trainer_of(config: RunConfig, groups: Any, accelerator: Accelerator) -> Trainer:
@@ -227,6 +280,7 @@ def trainer_of(config: RunConfig, groups: Any, accelerator: Accelerator) -> Trai
     trainer.model = trainer.engine.model
     scheduler = build_scheduler(config.optimizer, config.stage.train_iters, trainer.engine.optimizer)
     trainer.state = TrainingState(trainer.engine, scheduler, trainer.callbacks)
+    trainer.record = RunRecord(groups.world_size, [])
     trainer.beginning = started(config, facts_of(config, groups.world_size, None))
     return trainer
 
@@ -259,14 +313,23 @@ def local(whole: Any, config: RunConfig, groups: Any) -> Any:
 
 
 def main(runs: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        if any(FOLDER in run for run in runs):
+            import_module("transformers.modeling_utils")  # which looks for packages that are only played here
+            save_small_source(Path(folder))
+            write_tasks(Path(folder))
+        _main(runs, folder)
+
+
+def _main(runs: list[str], folder: str) -> None:
     for run in runs:
-        name, *more = run.split()
+        name, *more = run.removesuffix(REPORTED).replace(FOLDER, folder).split()
         config = shortened(composed(name, *more))
         parallel = config.parallel
         ranks = parallel.pipeline_model_parallel_size * parallel.context_parallel_size
         for last in (False, True) if ranks > 1 else (False,):
             began = time.perf_counter()
-            found = step(config, last)
+            found = step(config, last, is_reported=run.endswith(REPORTED))
             found["seconds"] = round(time.perf_counter() - began, 2)
             print(json.dumps([f"{run}, {'last' if last else 'first'} rank", found]), flush=True)
 

@@ -32,6 +32,7 @@ DEEPSPEED = "model=tiny_hybrid parallel.engine=deepspeed"
             "model=tiny_76b parallel.zero.stage=3 parallel.recompute_expert_tokens=9",
             "set that to null, or parallel.zero.stage=2",
         ),
+        ("parallel.zero.stage=1 parallel.overlap_grad_reduce=true", "set parallel.overlap_grad_reduce=false"),
         ("checkpoint.memory_interval=5", "set checkpoint.memory_interval=0"),
         ("optimizer=muon_cosine", "updates whole matrices; set parallel.engine=megatron"),
     ],

@@ -16,7 +16,8 @@ from spikingbrain_train.spiking.codings import MAX_BITS, BitwiseBidirectional
 NUM_BINS = 1024
 """Bins of the histogram: |s_int| = 0, 1, ..., NUM_BINS - 2, and everything above in the last."""
 
-_MAGNITUDES = torch.arange(NUM_BINS)
+# Said, because this file may be imported while a model is built on a GPU.
+_MAGNITUDES = torch.arange(NUM_BINS, device="cpu")
 _CODING = BitwiseBidirectional()
 
 
