@@ -157,4 +157,9 @@ def _job(varied: tuple[str, ...], words: tuple[str, ...], ranks: Ranks | None, e
         size = launched_world_size(config) if elsewhere or ranks is not None else 1
     config.dry_run = False
     check_run_config(config, size)
+    if config.callbacks or config.logging.evaluators:
+        # It imports torch, as most classes that are named do.
+        from spikingbrain_train.training.callbacks.defaults import check_named_classes
+
+        check_named_classes(config)
     return Job(varied, words, folder)

@@ -144,6 +144,10 @@ def test_a_dry_run_lists_the_jobs(run, tmp_path: Path, capsys, program) -> None:
             "--nproc-per-node does not go with --submit",
         ),
         (["seed=1,2", "output_dir=???"], "output_dir is missing"),
+        (
+            ["seed=1,2", "callbacks=[no.such]"],
+            "job 1 of 2 (seed=1): callbacks names no.such, which cannot be",
+        ),
     ],
 )
 def test_what_cannot_run_is_refused_before_any_job_starts(

@@ -126,6 +126,22 @@ WRONG = [
         "when_changed: never\nsteps:",
         ": when_changed=never does not fit; it takes set_aside or remove",
     ),
+    (
+        "model: tiny_hybrid",
+        "model: tiny_hybrid\n      logging.evaluators: [spikingbrain_train.evaluation.held_out.HeldOut]",
+        ", step cpt: logging.evaluators names spikingbrain_train.evaluation.held_out.HeldOut, which cannot",
+    ),
+    (
+        "model: tiny_hybrid",
+        "model: tiny_hybrid\n      logging.evaluators: [{path: "
+        "spikingbrain_train.evaluation.probes.evaluator.LongContextProbes, settings: {length: 1k}}]",
+        ", step cpt: logging.evaluators: the settings of spikingbrain_train.evaluation.probes.evaluator.Lon",
+    ),
+    (
+        "model: tiny_hybrid",
+        "model: tiny_hybrid\n      callbacks: [no.such.Callback]",
+        ", step cpt: callbacks names no.such.Callback, which cannot be imported: No module",
+    ),
     ("steps:", "plugins: [no.such]\nsteps:", ": plugins names no.such, which cannot be imported: No module"),
     ("steps:", "plugins: [spoilt]\nsteps:", ": plugins names spoilt, which cannot be imported: "),
     ("steps:", "plugins: no.such\nsteps:", ": plugins must be a list of modules"),

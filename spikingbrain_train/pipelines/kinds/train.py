@@ -116,10 +116,16 @@ def check_run(context: Context, words: list[str], run: DictConfig, ranks: int | 
         ranks: how many there will be; None takes as many as the layout needs.
 
     Raises:
-        SpikingBrainError: settings that contradict each other, or do not fit the ranks.
+        SpikingBrainError: settings that contradict each other, or do not fit the ranks, or name classes that
+            are not there.
     """
     config = _config_of(context, words, run)
     check_run_config(config, launched_world_size(config) if ranks is None else ranks)
+    if config.callbacks or config.logging.evaluators:
+        # It imports torch, as most classes that are named do.
+        from spikingbrain_train.training.callbacks.defaults import check_named_classes
+
+        check_named_classes(config, lambda path: context.maker(path) is not None)
 
 
 def _config_of(context: Context, words: list[str], run: DictConfig) -> RunConfig:
