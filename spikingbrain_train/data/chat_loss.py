@@ -10,6 +10,7 @@ in the form in which the model writes it.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,9 +20,17 @@ from typing import Any
 import numpy as np
 
 from spikingbrain_train.data.chat import ChatTemplate, chat_template
-from spikingbrain_train.data.conversations import Conversation, functions_of, read_conversation, texts_of
+from spikingbrain_train.data.conversations import (
+    ASSISTANT,
+    Conversation,
+    functions_of,
+    read_conversation,
+    texts_of,
+)
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_MARK = "7c1e0d52b9"
+"""In the place of a message's text, to see whether a template writes it."""
 _THINK = re.compile(r"</?think>")
 _ADVICE = (
     "give a tokenizer whose template keeps its answers as they are, or put {% generation %} and "
@@ -207,13 +216,29 @@ class ChatExamples:
                     f"the chat template leaves out the function {name!r} of its tools: give a tokenizer "
                     "whose template shows tools, or records without"
                 )
-        for number, message in enumerate(whole.messages, start=1):
-            if message["role"] in ("system", "developer", "user"):
-                for each in texts_of(message):
-                    if _squeezed(each) not in text:
-                        raise ValueError(
-                            f"the chat template leaves out message {number} ({message['role']}) or part of it"
-                        )
+        for number, message in enumerate(whole.messages):
+            role = message["role"]
+            if role == ASSISTANT:
+                continue
+            is_asked = role in ("system", "developer", "user")
+            forms = _as_written if is_asked else _as_written_or_quoted
+            is_said = all(any(form in text for form in forms(each)) for each in texts_of(message))
+            if not is_said or not (is_asked or self._shows(whole.messages, number, tools)):
+                hint = "" if is_asked else ": give a tokenizer whose template shows what tools have answered"
+                raise ValueError(
+                    f"the chat template leaves out message {number + 1} ({role}) or part of it{hint}"
+                )
+
+    def _shows(self, messages: Sequence[Mapping[str, Any]], number: int, tools: Any) -> bool:
+        """Whether the template writes that message: what a tool has answered, an answer often repeats."""
+        if not isinstance(messages[number].get("content"), str) or not texts_of(messages[number]):
+            return True
+        marked = [*messages]
+        marked[number] = {**messages[number], "content": _MARK}
+        try:
+            return _MARK in self._template.apply(marked, tools)
+        except ValueError:  # a template that reads what tools answer; the text has been found
+            return True
 
 
 class _RenderedInAnotherWay(ValueError):
@@ -231,6 +256,16 @@ def _length_of_header(said: str, message: Mapping[str, Any], number: int) -> int
             f"behind its header: {_ADVICE}"
         )
     return at if said[:at].strip() else 0
+
+
+def _as_written(text: str) -> tuple[str, ...]:
+    return (_squeezed(text),)
+
+
+def _as_written_or_quoted(text: str) -> tuple[str, ...]:
+    """Also as JSON: some templates, Llama 3.1's among them, write so what tools have answered."""
+    quoted = (json.dumps(text, ensure_ascii=ascii_alone)[1:-1] for ascii_alone in (False, True))
+    return (_squeezed(text), *map(_squeezed, quoted))
 
 
 def _squeezed(text: str) -> str:

@@ -190,6 +190,34 @@ def test_tools_that_a_template_does_not_show_are_refused(make: Make) -> None:
         make(CHATML).examples(CHAT, {"tools": [{"type": "function", "function": {"name": "add"}}]})
 
 
+def with_tool(result: str, answer: str) -> list[dict[str, Any]]:
+    call = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    return [CHAT[1], call, {"role": "tool", "content": result}, {"role": "assistant", "content": answer}]
+
+
+@pytest.mark.parametrize(
+    ("result", "answer"), [("17 cats", "Many."), ("2", "It is 2.")], ids=["other", "repeated"]
+)
+def test_what_a_tool_answered_and_the_template_drops_is_refused_with_its_line(
+    make: Make, result: str, answer: str
+) -> None:
+    """Also where the answer repeats it, so that it stands in the text nevertheless."""
+    deaf = make(TOOLS.replace("in messages %}", "in messages if message.role != 'tool' %}", 1))
+    line = RawDocument("c.jsonl:3", json.dumps({"messages": with_tool(result, answer)}).encode(), True, 0)
+    said = r"^c.jsonl:3: .*the chat template leaves out message 3 \(tool\) or part of it: give a tokenizer"
+    with pytest.raises(DataError, match=said):
+        line.examples("messages", deaf.examples)
+    assert line.examples("messages", make(TOOLS).examples)
+
+
+def test_what_a_tool_answered_may_be_quoted_by_the_template(make: Make) -> None:
+    """As Llama 3.1's does, which writes it as JSON."""
+    content = "{{ message.content | tojson if message.role == 'tool' else message.content }}"
+    examples = make(TOOLS.replace("{{ message.content }}", content))
+    text = only(examples, with_tool('a "quoted" 脑\nline', "Two.")).text
+    assert 'a \\"quoted\\" 脑\\nline' in text
+
+
 def test_parts_of_a_content_are_read_by_a_template_that_knows_them(make: Make) -> None:
     parts = "{% if message.content is string %}{{ message.content }}{% else %}{{ message.content[0].text }}"
     parts += "{% endif %}"
