@@ -30,7 +30,7 @@ from spikingbrain_train.planning.layouts.space import Rejections, layouts
 from spikingbrain_train.planning.planner import plan_run
 from spikingbrain_train.planning.step_time import EFFICIENCY, least_time, step_time
 from spikingbrain_train.planning.topology import Network
-from tests.planning.test_memory_of_a_step import SPREAD
+from tests.planning.test_memory_of_a_step import RANKS, SPREAD
 
 GPUS = 4
 
@@ -162,8 +162,9 @@ def test_no_layout_takes_less_than_the_bound_by_which_it_is_looked_at(model: str
 
 @pytest.mark.parametrize("name", SPREAD)
 def test_memory_is_that_of_the_plans_which_real_runs_are_held_to(name: str) -> None:
-    """test_memory_of_a_step.py counts what two ranks allocate in each of these, within 10 % of plans."""
+    """test_memory_of_a_step.py counts what ranks allocate in each of these, within 10 % of plans."""
     model, parallel = SPREAD[name]
+    stages, number = parallel.pipeline_model_parallel_layout, RANKS.get(name, 2)
     config = replace(run_of("model=tiny_hybrid", "cluster=a800"), model=model)
     stage = replace(config.stage, seq_length=512 - model.num_sink_tokens, global_batch_size=2)
     layout = Layout(
@@ -171,15 +172,16 @@ def test_memory_is_that_of_the_plans_which_real_runs_are_held_to(name: str) -> N
         parallel.pipeline_model_parallel_size,
         parallel.context_parallel_size,
         parallel.expert_model_parallel_size,
-        None,
+        None if stages is None else tuple(stages),
         parallel.sequence_parallel,
         parallel.use_distributed_optimizer,
         parallel.recompute,
         1,
+        parallel.virtual_stages,
     )
     config = replace(config, stage=stage)
-    searched = plan_run(layout.run(config, 2), 2)
-    measured = plan_run(replace(config, parallel=parallel), 2)
+    searched = plan_run(layout.run(config, number), number)
+    measured = plan_run(replace(config, parallel=parallel), number)
     assert [each.memory for each in searched.stages] == [each.memory for each in measured.stages]
 
 

@@ -36,6 +36,7 @@ SMALL = {"num_layers": 2, "vocab_size": 130, "make_vocab_size_divisible_by": 2}
 WINDOW, LINEAR, TWO, MIXTURE = (replace(model, **SMALL) for model in (DENSE, GLA, TWO_BRANCHES, EXPERTS))
 # Where a rank holds half of the layers, or trains little of them, two are little beside batches and counters.
 DEEP_WINDOW, DEEP_LINEAR = (replace(model, num_layers=4) for model in (WINDOW, LINEAR))
+DEEPER_WINDOW = replace(WINDOW, num_layers=8)
 SHARDED = ParallelConfig(use_distributed_optimizer=True)
 CASES = {
     "window": (WINDOW, Precision.bf16, ParallelConfig()),
@@ -53,7 +54,22 @@ SPREAD = {
     "pipeline": (DEEP_WINDOW, ParallelConfig(pipeline_model_parallel_size=2)),
     "context": (TWO, ParallelConfig(context_parallel_size=2)),
     "tensor": (DEEP_WINDOW, ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)),
+    "uneven pipeline": (
+        DEEPER_WINDOW,
+        ParallelConfig(pipeline_model_parallel_size=2, pipeline_model_parallel_layout=[5, 3]),
+    ),
+    "virtual stages": (
+        DEEPER_WINDOW,
+        ParallelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2),
+    ),
+    "tensor and pipeline": (
+        DEEPER_WINDOW,
+        ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True, pipeline_model_parallel_size=2),
+    ),
+    "context, sharded optimizer": (TWO, replace(SHARDED, context_parallel_size=2)),
 }
+RANKS = {"tensor and pipeline": 4, "context, sharded optimizer": 4}
+"""Of those that need more than two."""
 
 
 @dataclass
@@ -143,7 +159,8 @@ def test_one_rank_takes_what_is_planned(name: str, ranks: RankPool, text: Path, 
 def test_every_rank_takes_what_is_planned(name: str, ranks: RankPool, text: Path, tmp_path: Path) -> None:
     model, parallel = SPREAD[name]
     config = _config(tmp_path, text, model, Precision.bf16, parallel)
-    _assert_near(config, ranks.run(_measure, config, world_size=2, parallel=parallel, timeout=120))
+    number = RANKS.get(name, 2)
+    _assert_near(config, ranks.run(_measure, config, world_size=number, parallel=parallel, timeout=120))
 
 
 @pytest.fixture(scope="module")
