@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -113,28 +114,31 @@ class _Processes:
         self.executor = ProcessPoolExecutor(
             workers - 1, context, initializer=_start, initargs=(parts, workspace, folder, self.shared)
         )
+        self.workers = workers
         self.thread = ThreadPoolExecutor(1)
 
     def run(
         self, tasks: list[tuple[int, Record | None]], done: Activity
     ) -> Iterator[tuple[int, Record | None]]:
         said = self.shared.bytes.value
+        waiting, given = deque(tasks), set[_Result]()
+        own: _Result | None = None
         try:
-            given = [(self.executor.submit(_work, *task), task) for task in tasks]
-            pending = {future for future, _ in given}
-            own: _Result | None = None
-            while pending:
-                while given and (own is None or own.done()):
-                    future, task = given.pop()
-                    if future.cancel():  # no worker has begun it
-                        own = self.thread.submit(self._do_here, *task)
-                        pending = pending - {future} | {own}
-                ended, pending = wait(pending, timeout=_POLL_SECONDS, return_when=FIRST_COMPLETED)
+            while waiting or given or own:
+                if waiting and own is None:
+                    own = self.thread.submit(self._do_here, *waiting.pop())
+                # Never more than it begins at once: a pool of which a process was killed does not end the
+                # others where one of its tasks had been cancelled (CPython 3.11).
+                while waiting and len(given) < self.workers:
+                    given.add(self.executor.submit(_work, *waiting.popleft()))
+                ended, _ = wait(given | ({own} if own else set()), _POLL_SECONDS, FIRST_COMPLETED)
                 now = self.shared.bytes.value
                 done.advance(now - said)
                 said = now
                 for future in ended:
                     yield future.result()
+                given -= ended
+                own = None if own in ended else own
         except BrokenProcessPool as error:
             raise StoppedEarly(
                 "a process of the conversion was killed, probably for want of memory; run the same command "

@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -234,19 +235,21 @@ def test_the_number_of_processes_does_not_show(hf_checkpoint: HFCheckpoint, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("workers", [2, 3])
 def test_a_worker_that_is_killed_is_said_and_gone_on_from(
-    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
     output = tmp_path / "out/result"
     run = part_workers._Processes.run
+    processes: list[BaseProcess] = []
 
     def killing(
         self: part_workers._Processes, *arguments: object
     ) -> Iterator[tuple[int, parts.Record | None]]:
         for result in run(self, *arguments):  # type: ignore[arg-type]
             yield result
-            for process in list(self.executor._processes.values()):
-                os.kill(process.pid, signal.SIGKILL)
+            processes[:] = list(self.executor._processes.values())
+            processes[0].kill()
             time.sleep(0.2)
 
     with monkeypatch.context() as patch:
@@ -254,7 +257,8 @@ def test_a_worker_that_is_killed_is_said_and_gone_on_from(
         with pytest.raises(
             StoppedEarly, match="was killed, probably for want of memory; run the same command"
         ):
-            import_checkpoint(sources["import"], output, HYBRID, workers=2)
+            import_checkpoint(sources["import"], output, HYBRID, workers=workers)
+    assert len(processes) == workers - 1 and not any(process.is_alive() for process in processes)
     assert list(output.parent.iterdir()) and not output.exists()
     import_checkpoint(sources["import"], output, HYBRID)
     assert [path.name for path in output.parent.iterdir()] == ["result"]
