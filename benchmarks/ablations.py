@@ -20,7 +20,6 @@ import argparse
 import json
 import shutil
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -32,8 +31,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.conversion_methods import CALIBRATION_TOKENS, START_ON_STUDENT  # noqa: E402
 from benchmarks.conversion_quality import tokens as tokens_of  # noqa: E402
-from benchmarks.conversion_texts import json_lines, write_sample  # noqa: E402
-from benchmarks.project_commands import OutOfTimeError, ProjectCommands  # noqa: E402
+from benchmarks.conversion_texts import sample_once  # noqa: E402
+from benchmarks.project_commands import (  # noqa: E402
+    OutOfTimeError,
+    ProjectCommands,
+    add_piece_options,
+)
 from spikingbrain_train.config.command_line import user_errors  # noqa: E402
 from spikingbrain_train.reporting.tables import table  # noqa: E402
 from spikingbrain_train.storage.durable_files import write_text_durably  # noqa: E402
@@ -114,15 +117,9 @@ class Ablations:
             ("train", train, _TRAIN_CHARACTERS),
             ("valid", valid, _HELD_OUT_CHARACTERS),
         ):
-            sample = self.data / f"{name}.jsonl"
-            if not sample.is_file():
-                write_sample(json_lines(text), sample, characters)
-            if not (self.data / f"{name}.idx").is_file():
-                words = ("preprocess", "--input", sample, "--tokenizer", self.model)
-                self.commands.run(*words, "--output-prefix", self.data / name)
-        if not (self.output / "dense").is_dir():
-            words = ("convert", "import", "--hf", self.model, "--output", self.output / "dense")
-            self.commands.run(*words)
+            sample_once(text, self.data / f"{name}.jsonl", characters)
+        self.commands.tokenize(self.data, ("train", "valid"), self.model)
+        self.commands.import_dense(self.model, self.output / "dense")
 
     def run(self, variant: Variant, tokens: int, learning_rate: float, seed: int) -> dict[str, Any]:
         """Swap a variant into the source and train it on, or read what that gave.
@@ -265,16 +262,14 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--tokens", type=tokens_of, default=65_536, help="that every variant is trained on")
     flags.add_argument("--lr", type=float, default=1e-4, help="learning rate of that")
     flags.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    flags.add_argument("--minutes", type=float, help="stop after that many; the next call goes on")
-    flags.add_argument("--report", action="store_true", help="run nothing")
+    add_piece_options(flags)
     return flags
 
 
 def main() -> None:
     """Run what is missing, then show what is there."""
     flags = parser().parse_args()
-    deadline = None if flags.minutes is None else time.monotonic() + 60 * flags.minutes
-    ablations = Ablations(flags.output, flags.model, ProjectCommands(deadline))
+    ablations = Ablations(flags.output, flags.model, ProjectCommands.within(flags.minutes))
     with user_errors():
         if not flags.report:
             try:

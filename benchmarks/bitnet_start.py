@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +25,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.conversion_quality import tokens as tokens_of  # noqa: E402
-from benchmarks.conversion_texts import json_lines, write_sample  # noqa: E402
-from benchmarks.project_commands import OutOfTimeError, ProjectCommands  # noqa: E402
+from benchmarks.conversion_texts import sample_once  # noqa: E402
+from benchmarks.project_commands import (  # noqa: E402
+    OutOfTimeError,
+    ProjectCommands,
+    add_piece_options,
+    one_sequence_a_step,
+)
 from spikingbrain_train.config.command_line import user_errors  # noqa: E402
 from spikingbrain_train.reporting.tables import table  # noqa: E402
 from spikingbrain_train.storage.durable_files import write_text_durably  # noqa: E402
@@ -72,15 +76,9 @@ class StartRuns:
         """Texts, and the dense source as a checkpoint."""
         self.data.mkdir(parents=True, exist_ok=True)
         for name, text in (("train", train), ("valid", valid)):
-            sample = self.data / f"{name}.jsonl"
-            if not sample.is_file():
-                write_sample(json_lines(text), sample, _CHARACTERS[name])
-            if not (self.data / f"{name}.idx").is_file():
-                words = ("preprocess", "--input", sample, "--tokenizer", self.model)
-                self.commands.run(*words, "--output-prefix", self.data / name)
-        if not (self.output / "dense").is_dir():
-            words = ("convert", "import", "--hf", self.model, "--output", self.output / "dense")
-            self.commands.run(*words, "--conversion", "dense")
+            sample_once(text, self.data / f"{name}.jsonl", _CHARACTERS[name])
+        self.commands.tokenize(self.data, ("train", "valid"), self.model)
+        self.commands.import_dense(self.model, self.output / "dense")
 
     def dense_cross_entropy(self) -> float:
         """Of the source, which was trained on none of this, in nats."""
@@ -110,25 +108,12 @@ class StartRuns:
         self.commands.run(
             "train",
             "stage=cpt",
-            "cluster=cpu",
+            *one_sequence_a_step(steps, SEQ_LENGTH, rate, steps // 8, self.data / "train"),
             "precision=fp32",
             f"model.ternary.projections={_PROJECTIONS}",
             f"model.int8_inputs.projections={_PROJECTIONS}",
             f"stage.quantization_annealing.anneal_iters={anneal_iters}",
             f"checkpoint.load={self.output / 'dense'}",
-            "checkpoint.keep_last=1",
-            f"checkpoint.save_interval={steps}",
-            f"stage.train_iters={steps}",
-            f"stage.seq_length={SEQ_LENGTH}",
-            "stage.micro_batch_size=1",
-            "stage.global_batch_size=1",
-            f"optimizer.lr={rate}",
-            f"optimizer.min_lr={rate / 10}",
-            f"optimizer.lr_warmup_iters={steps // 8}",
-            "optimizer.weight_decay=0",
-            f"data.train=[{self.data / 'train'}]",
-            "logging.tensorboard=false",
-            "logging.log_interval=1",
             f"output_dir={folder}",
         )
 
@@ -166,16 +151,14 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--model", type=Path, required=True, help="Hugging Face folder of the dense source")
     flags.add_argument("--tokens", type=tokens_of, default=8192, help="that every row is trained on")
     flags.add_argument("--lr", type=float, nargs="+", default=[3e-4, 1e-3], help="rates, each for every row")
-    flags.add_argument("--minutes", type=float, help="stop after that many; the next call goes on")
-    flags.add_argument("--report", action="store_true", help="run nothing")
+    add_piece_options(flags)
     return flags
 
 
 def main() -> None:
     """Run what is missing, then show what is there."""
     flags = parser().parse_args()
-    deadline = None if flags.minutes is None else time.monotonic() + 60 * flags.minutes
-    runs = StartRuns(flags.output, flags.model, ProjectCommands(deadline))
+    runs = StartRuns(flags.output, flags.model, ProjectCommands.within(flags.minutes))
     with user_errors():
         if not flags.report:
             try:

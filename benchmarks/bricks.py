@@ -17,14 +17,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.bricks_report import report  # noqa: E402
 from benchmarks.bricks_runs import BrickRuns, Sizes, found  # noqa: E402
-from benchmarks.project_commands import OutOfTimeError, ProjectCommands  # noqa: E402
+from benchmarks.project_commands import (  # noqa: E402
+    OutOfTimeError,
+    ProjectCommands,
+    add_piece_options,
+)
 from spikingbrain_train.config.command_line import user_errors  # noqa: E402
 from spikingbrain_train.storage.durable_files import write_text_durably  # noqa: E402
 
@@ -52,17 +55,15 @@ def parser() -> argparse.ArgumentParser:
         "--predictor-windows", type=int, default=sizes.predictor_windows, help="that predictors learn from"
     )
     flags.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="to read in")
-    flags.add_argument("--minutes", type=float, help="stop after that many; the next call goes on")
-    flags.add_argument("--report", action="store_true", help="run nothing")
+    add_piece_options(flags)
     return flags
 
 
 def main() -> None:
     """Run what is missing, then show what is there."""
     flags = parser().parse_args()
-    deadline = None if flags.minutes is None else time.monotonic() + 60 * flags.minutes
     sizes = Sizes(flags.windows, flags.ability_windows, flags.predictor_windows, flags.steps)
-    commands = ProjectCommands(deadline)
+    commands = ProjectCommands.within(flags.minutes)
     runs = BrickRuns(flags.output, flags.model, flags.relu, commands, sizes, flags.dtype)
     with user_errors():
         if not flags.report:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.bricks_texts import ABILITIES, write_ability
-from benchmarks.conversion_texts import json_lines, write_sample
-from benchmarks.project_commands import ProjectCommands
+from benchmarks.conversion_texts import sample_once
+from benchmarks.project_commands import ProjectCommands, one_sequence_a_step
 from spikingbrain_train.storage.durable_files import write_text_durably
 
 SEQ_LENGTH = 512
@@ -96,9 +96,7 @@ class BrickRuns:
             ("docs_train", train, _TRAIN_CHARACTERS),
             ("docs", valid, _HELD_OUT_CHARACTERS),
         ):
-            sample = self.data / f"{name}.jsonl"
-            if not sample.is_file():
-                write_sample(json_lines(text), sample, characters)
+            sample_once(text, self.data / f"{name}.jsonl", characters)
         fit = self.data / "docs_fit.jsonl"
         if not fit.is_file():  # documents of the training text that nothing is trained on
             lines = (self.data / "docs_train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
@@ -112,12 +110,8 @@ class BrickRuns:
             lines = (self.data / f"{name}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
             write_text_durably(self.data / f"{name}_kind.jsonl", "".join(_first(lines, _KIND_CHARACTERS)))
         kinds = [f"{name}_kind" for name in (*ADAPTED, *BESIDE)]
-        for name in ("docs", "docs_fit", "docs_train", *kinds, *trained):
-            if not (self.data / f"{name}.idx").is_file():
-                words = ("preprocess", "--input", self.data / f"{name}.jsonl", "--tokenizer", self.model)
-                self.commands.run(*words, "--output-prefix", self.data / name)
-        if not self.dense.is_dir():
-            self.commands.run("convert", "import", "--hf", self.model, "--output", self.dense)
+        self.commands.tokenize(self.data, ("docs", "docs_fit", "docs_train", *kinds, *trained), self.model)
+        self.commands.import_dense(self.model, self.dense)
 
     def neurons(self) -> None:
         """Cross entropy without the weakest neurons of every token."""
@@ -230,22 +224,7 @@ class BrickRuns:
     def _steps(self, data: str, rate: float) -> tuple[str, ...]:
         """Settings of a training, of one window a step."""
         steps = self.sizes.steps
-        return (
-            "cluster=cpu",
-            "checkpoint.keep_last=1",
-            f"checkpoint.save_interval={steps}",
-            f"stage.train_iters={steps}",
-            f"stage.seq_length={SEQ_LENGTH}",
-            "stage.micro_batch_size=1",
-            "stage.global_batch_size=1",
-            f"optimizer.lr={rate}",
-            f"optimizer.min_lr={rate / 10}",
-            f"optimizer.lr_warmup_iters={min(4, steps // 4)}",
-            "optimizer.weight_decay=0",
-            f"data.train=[{self.data / data}]",
-            "logging.tensorboard=false",
-            "logging.log_interval=1",
-        )
+        return one_sequence_a_step(steps, SEQ_LENGTH, rate, min(4, steps // 4), self.data / data)
 
     def _adapter(self, work: Path, name: str) -> dict[str, Any]:
         """Train it, measure it, merge it and measure that; its folder of peft stays."""

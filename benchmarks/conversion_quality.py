@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.conversion_methods import METHODS  # noqa: E402
 from benchmarks.conversion_report import draw, results_table  # noqa: E402
 from benchmarks.conversion_runs import EVALUATIONS, HELD_OUT_CHARACTERS, Bench  # noqa: E402
-from benchmarks.project_commands import OutOfTimeError  # noqa: E402
+from benchmarks.project_commands import OutOfTimeError, add_piece_options  # noqa: E402
 from spikingbrain_train.config.command_line import user_errors  # noqa: E402
 from spikingbrain_train.storage.durable_files import write_text_durably  # noqa: E402
 
@@ -58,8 +58,7 @@ def parser() -> argparse.ArgumentParser:
         "--evaluations", type=int, default=EVALUATIONS, help=f"of a stage (default {EVALUATIONS})"
     )
     flags.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    flags.add_argument("--minutes", type=float, help="stop after that many; the next call goes on")
-    flags.add_argument("--report", action="store_true", help="run nothing")
+    add_piece_options(flags)
     return flags
 
 

@@ -91,8 +91,7 @@ class Bench:
                 check_unseen(name, json_lines(written), json_lines(self.train_text))
                 written.replace(text)
             self._tokenize(text, prefix)
-        if not (self.output / "dense").is_dir():
-            self.commands.run("convert", "import", "--hf", self.model, "--output", self.output / "dense")
+        self.commands.import_dense(self.model, self.output / "dense")
         for conversion in sorted(conversions, key=lambda each: each.name):
             folder = self.output / conversion.name
             if not folder.is_dir():

@@ -70,6 +70,12 @@ def json_lines(path: Path) -> Iterator[str]:
             yield json.loads(line)["text"]
 
 
+def sample_once(text: Path, path: Path, characters: int) -> None:
+    """:func:`write_sample` of a file of JSON lines, unless it is there."""
+    if not path.is_file():
+        write_sample(json_lines(text), path, characters)
+
+
 def write_sample(documents: Iterable[str], path: Path, characters: int) -> None:
     """Write some documents as JSON lines, about ``characters`` of them in all, always the same ones."""
     kept = [text[:DOCUMENT_CHARACTERS] for text in documents if len(text) > 1000]

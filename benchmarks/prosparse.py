@@ -18,7 +18,6 @@ import argparse
 import json
 import shutil
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +26,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.conversion_quality import tokens as tokens_of  # noqa: E402
-from benchmarks.conversion_texts import json_lines, write_sample  # noqa: E402
-from benchmarks.project_commands import OutOfTimeError, ProjectCommands  # noqa: E402
+from benchmarks.conversion_texts import sample_once  # noqa: E402
+from benchmarks.project_commands import (  # noqa: E402
+    OutOfTimeError,
+    ProjectCommands,
+    add_piece_options,
+    one_sequence_a_step,
+)
 from spikingbrain_train.config.command_line import user_errors  # noqa: E402
 from spikingbrain_train.reporting.tables import table  # noqa: E402
 from spikingbrain_train.storage.durable_files import write_text_durably  # noqa: E402
@@ -94,21 +98,14 @@ class ProSparseRuns:
             ("train", train, _TRAIN_CHARACTERS),
             ("valid", valid, _HELD_OUT_CHARACTERS),
         ):
-            sample = self.data / f"{name}.jsonl"
-            if not sample.is_file():
-                write_sample(json_lines(text), sample, characters)
+            sample_once(text, self.data / f"{name}.jsonl", characters)
         fit = self.data / "fit.jsonl"
         if not fit.is_file():  # two halves of one sample: no document is in both
             lines = (self.data / "valid.jsonl").read_text().splitlines(keepends=True)
             write_text_durably(fit, "".join(lines[: len(lines) // 2]))
             write_text_durably(self.data / "measure.jsonl", "".join(lines[len(lines) // 2 :]))
-        for name in ("train", "fit", "measure"):
-            if not (self.data / f"{name}.idx").is_file():
-                words = ("preprocess", "--input", self.data / f"{name}.jsonl", "--tokenizer", self.model)
-                self.commands.run(*words, "--output-prefix", self.data / name)
-        if not (self.output / "dense").is_dir():
-            words = ("convert", "import", "--hf", self.model, "--output", self.output / "dense")
-            self.commands.run(*words)
+        self.commands.tokenize(self.data, ("train", "fit", "measure"), self.model)
+        self.commands.import_dense(self.model, self.output / "dense")
 
     def run(self, row: Row, tokens: int, learning_rate: float) -> dict[str, Any]:
         """Train and measure a row, or read what that gave.
@@ -187,23 +184,10 @@ class ProSparseRuns:
         self.commands.run(
             "train",
             f"stage={row.kind}",
-            "cluster=cpu",
+            *one_sequence_a_step(steps, SEQ_LENGTH, rate, min(4, steps // 4), self.data / "train"),
             *teacher,
             *loss,
             f"checkpoint.load={start}",
-            "checkpoint.keep_last=1",
-            f"checkpoint.save_interval={steps}",
-            f"stage.train_iters={steps}",
-            f"stage.seq_length={SEQ_LENGTH}",
-            "stage.micro_batch_size=1",
-            "stage.global_batch_size=1",
-            f"optimizer.lr={rate}",
-            f"optimizer.min_lr={rate / 10}",
-            f"optimizer.lr_warmup_iters={min(4, steps // 4)}",
-            "optimizer.weight_decay=0",
-            f"data.train=[{self.data / 'train'}]",
-            "logging.tensorboard=false",
-            "logging.log_interval=1",
             f"output_dir={folder / 'train'}",
         )
 
@@ -248,16 +232,14 @@ def parser() -> argparse.ArgumentParser:
     )
     flags.add_argument("--l1-factor", type=float, default=2.0, help="the largest of the L1 loss")
     flags.add_argument("--distill", action="store_true", help="also learn from the dense source")
-    flags.add_argument("--minutes", type=float, help="stop after that many; the next call goes on")
-    flags.add_argument("--report", action="store_true", help="run nothing")
+    add_piece_options(flags)
     return flags
 
 
 def main() -> None:
     """Run what is missing, then show what is there."""
     flags = parser().parse_args()
-    deadline = None if flags.minutes is None else time.monotonic() + 60 * flags.minutes
-    runs = ProSparseRuns(flags.output, flags.model, ProjectCommands(deadline), flags.l1_factor)
+    runs = ProSparseRuns(flags.output, flags.model, ProjectCommands.within(flags.minutes), flags.l1_factor)
     with user_errors():
         if not flags.report:
             try:

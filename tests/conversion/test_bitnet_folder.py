@@ -110,6 +110,16 @@ def published(folder: Path, dtype: torch.dtype, said: dict[str, Any], **changes:
     return folder
 
 
+def assert_same_packed(ours: dict[str, torch.Tensor], given: dict[str, torch.Tensor]) -> None:
+    """Bit for bit, but for scales: float32 has not the reciprocal's reciprocal of every number."""
+    assert ours.keys() == given.keys()
+    for name, value in given.items():
+        if name.endswith("_scale"):
+            torch.testing.assert_close(ours[name], value.float(), rtol=2**-23, atol=0)
+        else:
+            assert ours[name].dtype is value.dtype and torch.equal(ours[name], value), name
+
+
 def logits_and_clear_tokens(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits [B, T, vocabulary] of TOKENS, and which tokens [B, T] can be compared.
 
@@ -158,12 +168,7 @@ def test_a_folder_of_the_class_bitlinear_becomes_parameters_that_are_rounded_to_
 
     export_checkpoint(tmp_path / "megatron", tmp_path / "again", format_name="bitnet")
     ours, given = (load_file(each / "model.safetensors") for each in (tmp_path / "again", folder))
-    assert ours.keys() == given.keys()
-    for name, value in given.items():
-        if name.endswith("_scale"):  # float32 has not the reciprocal's reciprocal of every number
-            torch.testing.assert_close(ours[name], value.float(), rtol=2**-23, atol=0)
-        else:
-            assert ours[name].dtype is value.dtype and torch.equal(ours[name], value), name
+    assert_same_packed(ours, given)
     was, now = (json.loads((each / "config.json").read_text()) for each in (folder, tmp_path / "again"))
     assert now == was
 
