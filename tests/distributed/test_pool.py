@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.parallel import process_groups
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.runtime.accelerator import detect
+from tests.distributed import pool
 from tests.distributed.pool import RankFailure, RankPool, shares_its_world
 
 
@@ -56,6 +58,14 @@ def _return_what_came(groups: ProcessGroups, tensor: torch.Tensor) -> torch.Tens
     return tensor + groups.rank
 
 
+@pytest.fixture(scope="module")
+def young_ranks() -> Iterator[RankPool]:
+    """Of these tests alone: the ranks of the session may be replaced after any job, for their threads."""
+    ranks = RankPool()
+    yield ranks
+    ranks.close()
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_function_runs_on_every_rank_and_results_come_back_in_order(ranks: RankPool, world_size: int) -> None:
     results = ranks.run(_sum_of_ranks, 10.0, world_size=world_size, parallel=ParallelConfig())
@@ -63,12 +73,24 @@ def test_function_runs_on_every_rank_and_results_come_back_in_order(ranks: RankP
     assert len({pid for pid, _ in results}) == world_size
 
 
-def test_processes_are_reused(ranks: RankPool) -> None:
-    first = ranks.run(_sum_of_ranks, 1.0, world_size=2, parallel=ParallelConfig())
-    second = ranks.run(
-        _sum_of_ranks, 1.0, world_size=2, parallel=ParallelConfig(tensor_model_parallel_size=2)
-    )
-    assert [pid for pid, _ in first] == [pid for pid, _ in second]
+def _processes(ranks: RankPool, parallel: ParallelConfig) -> set[int]:
+    return {pid for pid, _ in ranks.run(_sum_of_ranks, 1.0, world_size=2, parallel=parallel)}
+
+
+def test_processes_are_reused(young_ranks: RankPool) -> None:
+    first = _processes(young_ranks, ParallelConfig())
+    assert first == _processes(young_ranks, ParallelConfig(tensor_model_parallel_size=2))
+
+
+def test_processes_that_have_gathered_many_threads_are_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = RankPool()
+    try:
+        first = _processes(ranks, ParallelConfig())
+        monkeypatch.setattr(pool, "_MAX_THREADS", 1)
+        assert first == _processes(ranks, ParallelConfig())  # found out behind the job
+        assert not first & _processes(ranks, ParallelConfig())
+    finally:
+        ranks.close()
 
 
 @shares_its_world
@@ -78,11 +100,13 @@ def _meeting_and_draw(groups: ProcessGroups) -> tuple[str, int, float]:
     return os.environ["MASTER_PORT"], int(total.item()), torch.rand(1).item()
 
 
-def test_functions_that_share_their_world_take_it_over_in_the_same_topology_alone(ranks: RankPool) -> None:
+def test_functions_that_share_their_world_take_it_over_in_the_same_topology_alone(
+    young_ranks: RankPool,
+) -> None:
     split = ParallelConfig(tensor_model_parallel_size=2)
 
     def met(world_size: int, parallel: ParallelConfig) -> tuple[str, int, float]:
-        first, *others = ranks.run(_meeting_and_draw, world_size=world_size, parallel=parallel)
+        first, *others = young_ranks.run(_meeting_and_draw, world_size=world_size, parallel=parallel)
         assert {(port, total) for port, total, _ in others} <= {first[:2]}
         return first
 
@@ -92,7 +116,7 @@ def test_functions_that_share_their_world_take_it_over_in_the_same_topology_alon
     assert met(1, ParallelConfig())[1] == 1
     four = met(4, split)
     assert four[1] == 2 and four == met(4, split)
-    ranks.run(_sum_of_ranks, 1.0, world_size=2, parallel=split)  # shares none
+    young_ranks.run(_sum_of_ranks, 1.0, world_size=2, parallel=split)  # shares none
     assert met(2, split)[0] not in (first[0], four[0])
 
 
