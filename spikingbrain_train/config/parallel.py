@@ -14,6 +14,10 @@ REDUCE_BUCKET = 200_000_000
 WEIGHTS_STAGE = 3
 """The stage of ZeRO that shards the weights that ranks compute with."""
 
+KEPT_WEIGHTS = 0.75
+"""What ranks under ZeRO 3 keep gathered for a module that needs it again, in buckets; the rest of one is
+gathered ahead."""
+
 _LONGEST_TIMEOUT = 7 * 24 * 60  # minutes
 
 

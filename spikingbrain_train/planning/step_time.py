@@ -24,6 +24,11 @@ context-parallel ranks):
   1910.02054), or gradients all-reduced. Reducing hides behind the backward pass of the last micro-batch with
   overlap_grad_reduce, gathering behind the forward pass of the first one with overlap_param_gather; what is
   left over counts.
+- **DeepSpeed's ZeRO** (what its collectives were counted to send). Stages 1 and 2 all-reduce fp32 gradients,
+  once a step and once a micro-batch, and all-gather weights behind the update. Stage 3 reduce-scatters
+  gradients of every micro-batch and gathers weights for its forward pass and again for its backward pass, but
+  for the last ones, which are kept; recomputation gathers them once more where a layer is larger than what is
+  kept. With overlap_grad_reduce what a pass sends hides behind that pass, but for stage 1.
 
 Left out: the optimizer's arithmetic, latency, stragglers, checkpoints, evaluations. MFU counts the model's
 own FLOPs, forward and backward, windows and causality in them, and no recomputation
@@ -38,7 +43,14 @@ from itertools import accumulate, pairwise
 
 from spikingbrain_train.architecture.layers import Layer
 from spikingbrain_train.architecture.sizes import FP32, bytes_per_element, rank_tokens
-from spikingbrain_train.config.parallel import ParallelConfig, Recompute
+from spikingbrain_train.config.parallel import (
+    KEPT_WEIGHTS,
+    REDUCE_BUCKET,
+    WEIGHTS_STAGE,
+    EngineKind,
+    ParallelConfig,
+    Recompute,
+)
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.planning.costs import layers_per_stage
@@ -125,11 +137,14 @@ def step_time(
     rounds = [of_stages[first : first + ranks] for first in range(0, len(of_stages), ranks)]
     paces = [max(together) for together in rounds]
     pipeline = micro_batches * sum(paces) + sum(rounds[0]) - paces[0]
-    exchanges = _exchanges(work, config, world_size, ends, network)
-    seconds = pipeline + max(
-        _not_hidden(parallel, exchange, sum(stages.forward[rank::ranks]))
-        for rank, exchange in enumerate(exchanges)
-    )
+    if parallel.engine is EngineKind.deepspeed:
+        exchanged = _zero_not_hidden(work, config, world_size, network, stages, micro_batches)
+    else:
+        exchanged = max(
+            _not_hidden(parallel, exchange, sum(stages.forward[rank::ranks]))
+            for rank, exchange in enumerate(_exchanges(work, config, world_size, ends, network))
+        )
+    seconds = pipeline + exchanged
 
     def mean(values: Sequence[float]) -> float:
         return sum(values) / ranks
@@ -137,7 +152,7 @@ def step_time(
     arithmetic = micro_batches * mean(arithmetic_of)
     recomputation = micro_batches * mean(stages.recomputed)
     communication = micro_batches * mean(stages.communication)
-    communication += seconds - pipeline
+    communication += exchanged
     return StepTime(
         seconds=seconds,
         arithmetic=arithmetic,
@@ -324,3 +339,61 @@ def _not_hidden(parallel: ParallelConfig, exchange: tuple[float, float], forward
     if parallel.overlap_param_gather:
         gathered = max(0.0, gathered - forward)
     return reduced + gathered
+
+
+@dataclass(frozen=True)
+class ZeroTraffic:
+    """Bytes that a rank passes on along a ring, in a step under DeepSpeed's ZeRO."""
+
+    forward: float = 0.0
+    """In the forward pass of a micro-batch."""
+    backward: float = 0.0
+    """In its backward pass."""
+    gradients: float = 0.0
+    """Once, behind all backward passes."""
+    weights: float = 0.0
+    """Once, behind the update."""
+
+
+def zero_traffic(work: ModelWork, config: RunConfig, world_size: int) -> ZeroTraffic:
+    """What ZeRO sends between ``world_size`` ranks that all train the whole model."""
+    parallel, width = config.parallel, bytes_per_element(config.precision)
+    passed_on = (world_size - 1) / world_size
+    of_layers = [sum(work.parameters_of(layer, 1, 1, 1)) for layer in work.layers]
+    whole = sum(of_layers) + work.parameters_around(1, 1, 0)
+    gradients, weights = whole * FP32 * passed_on, whole * width * passed_on
+    if parallel.zero.stage == 1:
+        return ZeroTraffic(gradients=2 * gradients, weights=weights)
+    if parallel.zero.stage < WEIGHTS_STAGE:
+        return ZeroTraffic(backward=2 * gradients, weights=weights)
+    # The output projection is gathered behind an update and stays.
+    output = config.model.padded_vocab_size(1) * config.model.hidden_size
+    kept = min(whole, REDUCE_BUCKET) * KEPT_WEIGHTS
+    again = max(0.0, whole - output - kept)
+    if parallel.recompute is Recompute.full:
+        again += sum(max(0.0, each - kept) for each in of_layers)
+    return ZeroTraffic(
+        forward=(whole - output) * width * passed_on,
+        backward=again * width * passed_on + gradients,
+        weights=output * width * passed_on,
+    )
+
+
+def _zero_not_hidden(
+    work: ModelWork,
+    config: RunConfig,
+    world_size: int,
+    network: Network,
+    stages: _Seconds,
+    micro_batches: int,
+) -> float:
+    """What ZeRO's exchanges add to a step, behind what hides them."""
+    group, traffic = Group(world_size, 1), zero_traffic(work, config, world_size)
+    (forward,), (recomputed,) = stages.forward, stages.recomputed
+    passes = (traffic.forward, forward), (traffic.backward, 2 * forward + recomputed)
+    hides = config.parallel.overlap_grad_reduce
+    a_micro_batch = sum(
+        max(0.0, network.ring_seconds(group, sent) - (seconds if hides else 0.0)) for sent, seconds in passes
+    )
+    once = network.ring_seconds(group, traffic.gradients) + network.ring_seconds(group, traffic.weights)
+    return micro_batches * a_micro_batch + once

@@ -6,6 +6,7 @@ import itertools
 import json
 import shlex
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -17,7 +18,7 @@ from spikingbrain_train.architecture.layers import layers as layers_of
 from spikingbrain_train.architecture.layers import unchanged_models
 from spikingbrain_train.config.compose import compose_run
 from spikingbrain_train.config.load import to_run_config
-from spikingbrain_train.config.parallel import Recompute
+from spikingbrain_train.config.parallel import EngineKind, Recompute
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.errors import SpikingBrainError
 from spikingbrain_train.planning.checks import check_run_config
@@ -78,7 +79,7 @@ def stages_to_try(work: ModelWork, pipeline: int, recompute: Recompute) -> set[t
 
 
 @unchanged_models()
-def by_brute_force(config: RunConfig, experts: int) -> dict[tuple[int, ...], float]:
+def by_brute_force(config: RunConfig, experts: int, zero: Sequence[int] = ()) -> dict[tuple[int, ...], float]:
     """Every setting that a run accepts and that fits: the shortest step of each split."""
     network, work = Network.of(config.cluster), ModelWork(config)
     device = device_memory(config.cluster, GPUS)
@@ -89,11 +90,14 @@ def by_brute_force(config: RunConfig, experts: int) -> dict[tuple[int, ...], flo
         if GPUS % (tensor * pipeline * context) or GPUS // pipeline % (expert * tensor):
             continue
         virtual = range(1, 4 // pipeline + 1) if pipeline > 1 else [1]
-        options = itertools.product((False, True), (False, True), Recompute, (1, 2, 4, 8), virtual, (0, 1))
-        for sequence, sharded, recompute, size, of_a_rank, number in options:
+        engines = (0, *zero) if tensor == pipeline == expert == 1 else (0,)
+        options = itertools.product(
+            (False, True), (False, True), Recompute, (1, 2, 4, 8), virtual, (0, 1), engines
+        )
+        for sequence, sharded, recompute, size, of_a_rank, number, stage in options:
             stages = sorted(stages_to_try(work, pipeline * of_a_rank, recompute))[0 if number else -1]
             split = (tensor, pipeline, context, expert, stages, sequence, sharded)
-            layout = Layout(*split, recompute, size, of_a_rank)
+            layout = Layout(*split, recompute, size, of_a_rank, stage)
             run = replace(layout.run(config, GPUS), dry_run=True)
             if run.stage.global_batch_size % (size * layout.replicas(GPUS)):
                 continue
@@ -124,6 +128,24 @@ def test_the_search_finds_what_brute_force_finds(model: str, memory_gib: float) 
     assert [each.time.seconds for each in everything.found] == pytest.approx(seconds)
 
 
+def test_the_search_finds_what_brute_force_finds_with_the_stages_of_zero(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where weights and their state are most of what ranks hold, and a bucket is a part of a layer."""
+    for module in ("memory", "step_time"):
+        monkeypatch.setattr(f"spikingbrain_train.planning.{module}.REDUCE_BUCKET", 1_000_000)
+    config = small("tiny_hybrid", 0.2)
+    config = replace(
+        config, model=replace(config.model, hidden_size=512, ffn_hidden_size=2048, vocab_size=512)
+    )
+    found = search(config, GPUS, 1000, EFFICIENCY, engines=list(EngineKind))
+    expected = by_brute_force(config, experts=0, zero=(1, 2, 3))
+    assert {each.layout.degrees: each.time.seconds for each in found.found} == pytest.approx(expected)
+    assert {each.layout.zero for each in found.found} == {0, 3}
+    alone = search(config, GPUS, 1000, EFFICIENCY, engines=[EngineKind.deepspeed])
+    assert alone.found and all(each.layout.zero for each in alone.found)
+
+
 @pytest.mark.parametrize("model", ["tiny_hybrid", "tiny_76b"])
 def test_weights_are_listed_once_and_not_for_every_layout(
     model: str, monkeypatch: pytest.MonkeyPatch
@@ -152,7 +174,7 @@ def test_no_layout_takes_less_than_the_bound_by_which_it_is_looked_at(model: str
     config = small(model, 0.05)
     work, network = ModelWork(config), Network.of(config.cluster)
     for gpus in (1, GPUS):
-        for layout in layouts(config, gpus, work, Rejections(), everything=True):
+        for layout in layouts(config, gpus, work, Rejections(), list(EngineKind), everything=True):
             run = layout.run(config, gpus)
             least, time = least_time(work, run, gpus, network), step_time(work, run, gpus, network)
             assert least <= time.seconds

@@ -12,6 +12,7 @@ from pathlib import Path
 from spikingbrain_train.config.command_line import command_parser, user_errors
 from spikingbrain_train.config.compose import check_choice, compose_run
 from spikingbrain_train.config.load import to_run_config
+from spikingbrain_train.config.parallel import EngineKind
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.planning.layer_work import ModelWork
@@ -84,6 +85,15 @@ def plan_parallel_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--top", type=int, default=5, metavar="K", help="layouts to list (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--engines",
+        nargs="+",
+        default=[EngineKind.megatron.value],
+        choices=[each.value for each in EngineKind],
+        metavar="NAME",
+        help="megatron, deepspeed or both, of which deepspeed tries ZeRO 2 and 3 over data- and "
+        "context-parallel ranks (default: megatron)",
     )
     parser.add_argument(
         "--efficiency",
@@ -162,14 +172,16 @@ def _searches(parsed: argparse.Namespace) -> list[Search]:
         batches = batches * len(parsed.gpus)
     work: ModelWork | None = None
     configs = {batch: check_search(_config(_settings(parsed, batch))) for batch in dict.fromkeys(batches)}
+    engines = [EngineKind(name) for name in parsed.engines]
     searches = []
     for gpus, batch in zip(parsed.gpus, batches, strict=True):
         config = configs[batch]
         _check_nodes(config, gpus)
         work = work or ModelWork(config)
-        found = search(config, gpus, parsed.top if len(parsed.gpus) == 1 else 1, parsed.efficiency, work)
+        top = parsed.top if len(parsed.gpus) == 1 else 1
+        found = search(config, gpus, top, parsed.efficiency, work, engines)
         if not found.found:
-            raise nothing_fits(found, _enough(config, gpus, work, parsed.efficiency))
+            raise nothing_fits(found, _enough(config, gpus, work, parsed.efficiency, engines))
         searches.append(found)
     return searches
 
@@ -217,13 +229,15 @@ def _check_nodes(config: RunConfig, gpus: int) -> None:
         )
 
 
-def _enough(config: RunConfig, gpus: int, work: ModelWork, efficiency: float) -> int | None:
+def _enough(
+    config: RunConfig, gpus: int, work: ModelWork, efficiency: float, engines: Sequence[EngineKind]
+) -> int | None:
     """The number of GPUs, doubled again and again, on which a layout fits."""
     for _ in range(_MORE_GPUS):
         gpus *= 2
         if gpus > config.stage.global_batch_size * config.stage.seq_length:
             return None
-        if search(config, gpus, 1, efficiency, work).found:
+        if search(config, gpus, 1, efficiency, work, engines).found:
             return gpus
     return None
 

@@ -6,7 +6,7 @@ from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
-from spikingbrain_train.config.parallel import ParallelConfig, Recompute
+from spikingbrain_train.config.parallel import EngineKind, ParallelConfig, Recompute
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.config.stage import StageConfig
 
@@ -27,6 +27,8 @@ class Layout:
     micro_batch_size: int
     virtual_stages: int = 1
     """Pipeline stages of each rank, which an interleaved pipeline passes through in turn."""
+    zero: int = 0
+    """Stage of DeepSpeed's ZeRO; 0 for megatron-core's engine."""
 
     @property
     def degrees(self) -> tuple[int, ...]:
@@ -34,10 +36,15 @@ class Layout:
         return self.tensor, self.pipeline, self.context, self.expert
 
     @property
+    def is_data_and_context_alone(self) -> bool:
+        """Whether every rank has all layers, heads and experts: what DeepSpeed's engine asks for."""
+        return self.tensor == self.pipeline == self.expert == 1
+
+    @property
     def split(self) -> tuple[Any, ...]:
         """What decides how weights and optimizer state lie; recomputation and micro-batches are the rest."""
         stages = (self.virtual_stages, self.stages)
-        return (*self.degrees, *stages, self.sequence_parallel, self.distributed_optimizer)
+        return (*self.degrees, *stages, self.sequence_parallel, self.distributed_optimizer, self.zero)
 
     def is_laid_out_as(self, other: Layout) -> bool:
         """Whether nothing but micro-batches differs."""
@@ -61,8 +68,10 @@ class Layout:
             data_parallel_size=self.replicas(world_size),
             use_distributed_optimizer=self.distributed_optimizer,
             overlap_grad_reduce=world_size > self.tensor * self.pipeline,
-            overlap_param_gather=self.distributed_optimizer and self.pipeline == 1,
+            overlap_param_gather=self.distributed_optimizer and self.pipeline == 1 and not self.zero,
             recompute=self.recompute,
+            engine=EngineKind.deepspeed if self.zero else EngineKind.megatron,
+            zero=replace(base.zero, stage=self.zero) if self.zero else base.zero,
         )
 
     def replicas(self, world_size: int) -> int:
@@ -74,12 +83,13 @@ class Layout:
         return Runs(base, world_size).of(self)
 
     def describe(self, world_size: int) -> str:
-        """``DP 8 x PP 4, VPP 2, EP 8`` and so on, degrees of one left out."""
+        """``DP 8 x PP 4, VPP 2, EP 8`` or ``DP 8, ZeRO 3`` and so on, degrees of one left out."""
         degrees = [("DP", self.replicas(world_size)), ("TP", self.tensor), ("CP", self.context)]
         degrees.append(("PP", self.pipeline))
         words = " x ".join(f"{name} {degree}" for name, degree in degrees if degree > 1) or "one GPU"
         inside = (("VPP", self.virtual_stages), ("EP", self.expert))
-        return ", ".join([words, *(f"{name} {degree}" for name, degree in inside if degree > 1)])
+        words = ", ".join([words, *(f"{name} {degree}" for name, degree in inside if degree > 1)])
+        return f"{words}, ZeRO {self.zero}" if self.zero else words
 
 
 class Runs:

@@ -197,6 +197,7 @@ def _values(found: Found) -> dict[str, Any]:
         "layers_of_stages": [len(stage.layers) for stage in stages],
         "sequence_parallel": layout.sequence_parallel,
         "use_distributed_optimizer": layout.distributed_optimizer,
+        "zero_stage": layout.zero or None,
         "recompute": layout.recompute.name,
         "micro_batch_size": layout.micro_batch_size,
         "bytes": found.plan.fullest.memory.total,

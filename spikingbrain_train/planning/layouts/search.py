@@ -10,13 +10,13 @@ that does not fit tells of others.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from heapq import heapify, heappop, heappush
 
 from spikingbrain_train.architecture.layers import unchanged_models
 from spikingbrain_train.architecture.trained_weights import trains_in_part
-from spikingbrain_train.config.parallel import Recompute
+from spikingbrain_train.config.parallel import EngineKind, Recompute
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.planning.checks import check_run_config
@@ -106,6 +106,7 @@ def search(
     top: int,
     efficiency: float,
     work: ModelWork | None = None,
+    engines: Sequence[EngineKind] = (EngineKind.megatron,),
     *,
     everything: bool = False,
 ) -> Search:
@@ -117,22 +118,30 @@ def search(
         top: how many.
         efficiency: share of the peak that arithmetic reaches.
         work: of its model, from an earlier search with the same model and length.
+        engines: that may train.
         everything: try what is never better, too.
     """
     with unchanged_models():
         work = ModelWork(config) if work is None else work
-        return _search(config, world_size, top, efficiency, work, everything=everything)
+        return _search(config, world_size, top, efficiency, work, engines, everything=everything)
 
 
 def _search(
-    config: RunConfig, world_size: int, top: int, efficiency: float, work: ModelWork, *, everything: bool
+    config: RunConfig,
+    world_size: int,
+    top: int,
+    efficiency: float,
+    work: ModelWork,
+    engines: Sequence[EngineKind],
+    *,
+    everything: bool,
 ) -> Search:
     device = device_memory(config.cluster, world_size)
     assert device is not None  # check_search
     runs = Runs(config, world_size)
     times, rejections = _Times(work, runs, world_size, Network.of(config.cluster), efficiency), Rejections()
     with activity("reckoning the time of", unit="layouts") as progress:
-        for layout in layouts(config, world_size, work, rejections, everything=everything):
+        for layout in layouts(config, world_size, work, rejections, engines, everything=everything):
             progress.advance()
             try:
                 times.add(layout)

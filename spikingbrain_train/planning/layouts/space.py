@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from spikingbrain_train.architecture.layers import feed_forwards_of, has_experts
-from spikingbrain_train.config.parallel import ParallelConfig, Recompute
+from spikingbrain_train.config.parallel import EngineKind, ParallelConfig, Recompute
 from spikingbrain_train.config.require import divisors
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.errors import ConfigurationError
@@ -27,6 +27,8 @@ SHORTEST_SLICE = 1024
 """Tokens of a context-parallel rank: shorter slices leave its matrices few rows, and the model of the time
 does not know what that costs."""
 LARGEST_MICRO_BATCH = 8
+ZERO_STAGES = (2, 3)
+"""Of DeepSpeed; its first one holds what megatron-core's distributed optimizer does and hides less."""
 VIRTUAL_STAGES = (2, 4, 8)
 """Of a rank, beside those that share the layers out evenly. More stages send hidden states more often."""
 LEAST_BUBBLE = 0.01
@@ -56,6 +58,7 @@ def layouts(
     world_size: int,
     work: ModelWork,
     rejections: Rejections,
+    engines: Sequence[EngineKind] = (EngineKind.megatron,),
     *,
     everything: bool = False,
 ) -> Iterator[Layout]:
@@ -66,10 +69,11 @@ def layouts(
         world_size: GPUs.
         work: of its model.
         rejections: takes the reasons of what cannot work.
+        engines: that may train.
         everything: also what is never better.
     """
     variants = _Variants(config, work)
-    for split in _splits(config, world_size, everything=everything):
+    for split in _splits(config, world_size, engines, everything=everything):
         forms = [split]
         if split.sequence_parallel and not everything:  # the length may divide without it
             forms.append(replace(split, sequence_parallel=False))
@@ -77,7 +81,9 @@ def layouts(
             yield from variants.of(accepted, world_size)
 
 
-def _splits(config: RunConfig, world_size: int, *, everything: bool) -> Iterator[Layout]:
+def _splits(
+    config: RunConfig, world_size: int, engines: Sequence[EngineKind], *, everything: bool
+) -> Iterator[Layout]:
     """Every way to split model and sequences, without stages of unequal length and without recomputation."""
     experts = max(kind.num_experts(config.model) for kind in feed_forwards_of(config.model))
     longest = max(1, config.stage.seq_length // SHORTEST_SLICE)
@@ -93,6 +99,10 @@ def _splits(config: RunConfig, world_size: int, *, everything: bool) -> Iterator
                     base = Layout(
                         tensor, pipeline, context, expert, None, tensor > 1, sharded, Recompute.none, 1
                     )
+                    if EngineKind.deepspeed in engines and sharded and base.is_data_and_context_alone:
+                        yield from (replace(base, zero=stage) for stage in ZERO_STAGES)
+                    if EngineKind.megatron not in engines:
+                        continue
                     yield base
                     if everything and tensor > 1:
                         yield replace(base, sequence_parallel=False)
@@ -162,6 +172,7 @@ class _Variants:
                             recompute,
                             size,
                             virtual,
+                            split.zero,
                         )
 
     def _virtual_stages(self, pipeline: int) -> list[int]:

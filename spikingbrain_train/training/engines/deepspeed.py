@@ -20,7 +20,7 @@ from spikingbrain_train.checkpoint.expert_state import weights_with_state
 from spikingbrain_train.checkpoint.optimizer_pieces import StoredPart
 from spikingbrain_train.checkpoint.partitioned_state import PartitionedState, Piece, stored_parts
 from spikingbrain_train.checkpoint.sharded_state import fill_weights, sharded_weights
-from spikingbrain_train.config.parallel import REDUCE_BUCKET, WEIGHTS_STAGE
+from spikingbrain_train.config.parallel import KEPT_WEIGHTS, REDUCE_BUCKET, WEIGHTS_STAGE
 from spikingbrain_train.config.run import Precision, RunConfig
 from spikingbrain_train.models.gpt_model import HybridGPTModel
 from spikingbrain_train.parallel.process_groups import ProcessGroups
@@ -61,9 +61,9 @@ def zero_settings(config: RunConfig, trainable: int) -> dict[str, Any]:
         at_once = min(trainable, REDUCE_BUCKET)
         settings["zero_optimization"] |= {
             "stage3_param_persistence_threshold": 0,  # every weight is spread
-            "stage3_max_live_parameters": at_once * 3 // 4,
-            "stage3_max_reuse_distance": at_once * 3 // 4,
-            "stage3_prefetch_bucket_size": at_once // 4,
+            "stage3_max_live_parameters": int(at_once * KEPT_WEIGHTS),
+            "stage3_max_reuse_distance": int(at_once * KEPT_WEIGHTS),
+            "stage3_prefetch_bucket_size": int(at_once * (1 - KEPT_WEIGHTS)),
         }
     if zero.offload_optimizer:
         settings["zero_optimization"]["offload_optimizer"] = {
