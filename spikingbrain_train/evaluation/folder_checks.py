@@ -47,8 +47,8 @@ def check_folder(folder: Path, trust_remote_code: bool) -> None:
             "only code in the folder itself is run: copy it there and name it without --"
         )
     for key in _QUANTISERS:
-        is_ours = key == _QUANTISERS[0] and is_w8aspike(config)
-        checked = {**config, key: None} if is_ours else config
+        is_local = key == _QUANTISERS[0] and (is_w8aspike(config) or is_bitnet(config))
+        checked = {**config, key: None} if is_local else config
         if any(value is not None for value in _values_of(key, checked)):
             raise CheckpointError(
                 f"{folder / CONFIG_FILE} has a {key}, whose method may fetch code to run; use the "
@@ -68,6 +68,12 @@ def is_w8aspike(config: dict[str, Any]) -> bool:
     """Whether config.json asks for INT8 weights and spikes of an export's own code, which fetches nothing."""
     asked = config.get("quantization_config")
     return isinstance(asked, dict) and asked.get("quant_method") == QUANT_METHOD and "auto_map" in config
+
+
+def is_bitnet(config: dict[str, Any]) -> bool:
+    """Whether config.json asks for transformers' own ternary linears, which fetch nothing."""
+    asked = config.get("quantization_config")
+    return isinstance(asked, dict) and asked.get("quant_method") == "bitnet"
 
 
 def keep_to_local_kernels(config: PretrainedConfig) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from spikingbrain_train.config.model import ActivationFunc
+from spikingbrain_train.config.conversion import ConversionConfig
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.storage.checkpoint_folder import CHECKPOINT_FOLDER, latest_iteration
 
@@ -41,8 +41,8 @@ class Step:
     """What the result depends on besides the command and the steps it needs."""
     reads: Mapping[str, str] = field(default_factory=dict)
     """Setting -> file or folder that must exist before the pipeline starts, unless a step makes it."""
-    activation_func: ActivationFunc | None = None
-    """Inside the feed-forwards of the checkpoint that it makes, where its settings say so."""
+    recipe: ConversionConfig | None = None
+    """Of the checkpoint that it converts, where that is known before it runs."""
     train_iters: int | None = None
     """For training: the iteration whose checkpoint completes the step. An interrupted one goes on by
     itself."""

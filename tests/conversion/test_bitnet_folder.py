@@ -31,6 +31,7 @@ from spikingbrain_train.conversion.export_checkpoint import export_checkpoint
 from spikingbrain_train.conversion.formats.registry import format_of_model, parse_hf_config
 from spikingbrain_train.conversion.import_checkpoint import import_checkpoint
 from spikingbrain_train.errors import CheckpointError
+from spikingbrain_train.evaluation.pretrained import load_causal_lm
 from spikingbrain_train.ops.ternary import magnitude_sum, ternary_codes, ternary_scales, unpack_ternary
 from tests.conversion.hf_models import SIZES, randomise
 from tests.conversion.megatron_models import TOKENS, megatron_logits
@@ -85,6 +86,12 @@ def test_transformers_loads_two_bits_a_weight_and_writes_the_same_tokens(
     packed = sum(tensor.nbytes for tensor in tensors.values() if tensor.dtype is torch.uint8)
     projections = sum(weight.numel for _, weight in model_weights(model) if weight.projection is not None)
     assert 4 * packed == projections
+
+    # As commands do, which run no code of folders without leave.
+    to: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu")}
+    ours: Any = load_causal_lm(folder, trust_remote_code=False, **to)
+    with torch.no_grad():
+        assert torch.equal(ours(TEXT).logits, logits)
 
     report = import_checkpoint(folder, tmp_path / "back")
     assert any("not in the folder" in note for note in report.notes)

@@ -107,6 +107,7 @@ def test_kernels_of_a_part_of_a_config_are_left_out(caplog: pytest.LogCaptureFix
             "has a quantization_config, .* use the unquantised",
         ),
         ({"text_config": {"quantization_config": {}}}, "has a quantization_config"),
+        ({"text_config": {"quantization_config": {"quant_method": "bitnet"}}}, "has a quantization_config"),
         ({"compression_config": {"x": 1}}, "has a compression_config"),
         (
             {"auto_map": {"AutoConfig": "owner/repo--code.Config"}},

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from spikingbrain_train.config.conversion import ConversionConfig
-from spikingbrain_train.config.model import ActivationFunc
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.layer_choice.request import RECIPE_FILE, RESULT_FILE
 from spikingbrain_train.pipelines.kinds.kind import Context, StepKind, dataset, given_ranks, stamp
@@ -36,7 +35,7 @@ class Result:
     assumed: dict[str, Any] = field(default_factory=dict)
     """As those of :class:`Step`, with ``values``."""
     values: Path | None = None
-    activation_func: ActivationFunc | None = None
+    recipe: ConversionConfig | None = None
     """As that of :class:`Step`."""
 
 
@@ -102,7 +101,7 @@ class Tool(StepKind):
             fingerprint=result.fingerprint + stamp(given_files),
             assumed=result.assumed,
             values=result.values,
-            activation_func=result.activation_func,
+            recipe=result.recipe,
         )
 
     def _arguments(self, given: Mapping[str, Any]) -> list[str]:
@@ -281,7 +280,7 @@ class Convert(WritesFolder):
             proof=[output / LATEST_ITERATION_FILE],
             reads=reads,
             fingerprint="" if recipe is None else json.dumps(asdict(recipe), default=str),
-            activation_func=None if recipe is None else recipe.activation_func,
+            recipe=recipe,
         )
 
 

@@ -12,8 +12,11 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from spikingbrain_train.architecture.linear_transforms import LINEAR_TRANSFORMS
 from spikingbrain_train.config.blend import check_blend, prefixes_of
 from spikingbrain_train.config.compose import compose_run
+from spikingbrain_train.config.conversion import ConversionConfig
+from spikingbrain_train.config.linear_transforms import Projection
 from spikingbrain_train.config.load import to_run_config
 from spikingbrain_train.config.model import ActivationFunc
 from spikingbrain_train.config.run import RunConfig
@@ -145,6 +148,10 @@ def _config_of(context: Context, words: list[str], run: DictConfig) -> RunConfig
         stand_in.append(f"model.activation_func={made.activation_func.value}")
     elif run.stage.sparsity.l1_factors:  # nobody knows it yet: not refused before the model is there
         stand_in.append(f"model.activation_func={ActivationFunc.relu.value}")
+    if made.recipe is not None:
+        stand_in += _quantized(made.recipe)
+    elif run.stage.quantization_annealing.anneal_iters:  # nor this
+        stand_in.append(f"model.ternary.projections=[{Projection.mlp_fc1.value}]")
     settings = [word for word in words if word.partition("=")[0] != "model"]
     return to_run_config(compose_run([*stand_in, *settings, "dry_run=true"]))
 
@@ -155,6 +162,7 @@ class _Made:
 
     longest_sequence: int = _NO_LIMIT
     activation_func: ActivationFunc | None = None
+    recipe: ConversionConfig | None = None
 
     @classmethod
     def of(cls, context: Context, maker: Step | None) -> _Made:
@@ -164,15 +172,25 @@ class _Made:
             maker = None if load is None else context.maker(load)
         if maker is None:
             return cls()
+        recipe = maker.recipe
+        activation = None if recipe is None else recipe.activation_func
         try:
             config = json.loads((Path(maker.reads["hf"]) / "config.json").read_text(encoding="utf-8"))
             longest, source = config.get("max_position_embeddings"), config.get("hidden_act")
         except (OSError, ValueError, AttributeError):
-            return cls(activation_func=maker.activation_func)
-        activation = maker.activation_func
+            return cls(activation_func=activation, recipe=recipe)
         if activation is None and source in [func.value for func in ActivationFunc]:
             activation = ActivationFunc(source)
-        return cls(longest if type(longest) is int and longest > 0 else _NO_LIMIT, activation)
+        return cls(longest if type(longest) is int and longest > 0 else _NO_LIMIT, activation, recipe)
+
+
+def _quantized(recipe: ConversionConfig) -> list[str]:
+    """Settings of a run: what the recipe rounds, weights or inputs, and in which projections."""
+    return [
+        f"model.{kind.name}.projections={hydra_value([each.value for each in named])}"
+        for kind in LINEAR_TRANSFORMS
+        if kind.quantizes and (named := getattr(getattr(recipe, kind.name, None), "projections", []))
+    ]
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
