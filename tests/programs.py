@@ -3,7 +3,8 @@
 Importing torch, megatron-core and transformers takes ten seconds, and composing the first config one;
 hundreds of tests start a command. Run as a program, this file imports them once, then reads one job a line
 from standard input. Every rank of a job is a fork with arguments, folder, environment and exit code of its
-own; none sees what another left. What a pipeline starts is forked in its turn.
+own; none sees what another left. What a pipeline starts is forked in its turn, and so are the ranks of
+``--nproc-per-node``: their agent is torchrun's own, with its rendezvous.
 
 What is to be tested of a start itself (its signals, its launcher) needs a process of its own.
 """
@@ -271,6 +272,11 @@ def _become(words: list[str], folder: Path, environment: Mapping[str, str]) -> N
     os.environ.update(environment)
     sys.path[1:1] = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
     signal.alarm(SECONDS)
+    if "--nproc-per-node" in words:
+        from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
+        subprocess_handler.SubprocessHandler._popen = _fork_rank  # type: ignore[assignment, method-assign]
+        warnings.filterwarnings("ignore", message=".*multi-threaded, use of fork")  # by the agent's thread
     if "spikingbrain_train.pipelines.runner" in sys.modules:
         sys.modules["spikingbrain_train.pipelines.runner"].call = _call  # type: ignore[attr-defined]
     warnings.filterwarnings("ignore", module="runpy")  # it sees that the module has been imported
@@ -293,6 +299,37 @@ def _call(command: Sequence[str], begun: Callable[[int], None] = lambda pid: Non
         _end_as(words, Path.cwd(), {})
     begun(child)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), None
+
+
+class _Fork:
+    """A process that was forked, with what torchrun's agent asks of ``subprocess.Popen``."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if ended else None
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        deadline = time.monotonic() + (SECONDS if timeout is None else timeout)
+        while (code := self.poll()) is None:
+            if time.monotonic() >= deadline:
+                raise subprocess.TimeoutExpired("a fork", timeout or SECONDS)
+            time.sleep(0.01)
+        return code
+
+
+def _fork_rank(_: object, command: Sequence[str], environment: Mapping[str, str]) -> _Fork:
+    """As torchrun's agent starts ``python -u -m <module> <words>``, in a session of its own."""
+    child = os.fork()
+    if child == 0:
+        os.setsid()
+        _end_as([*command[command.index("-m") :]], Path.cwd(), environment)
+    return _Fork(child)
 
 
 if __name__ == "__main__":
