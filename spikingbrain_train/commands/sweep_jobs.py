@@ -25,6 +25,7 @@ from spikingbrain_train.errors import ConfigurationError, SpikingBrainError
 from spikingbrain_train.pipelines.kinds.train import hydra_value
 from spikingbrain_train.planning.checks import check_run_config
 from spikingbrain_train.planning.planner import launched_world_size
+from spikingbrain_train.training.callbacks.named import check_named_classes
 
 _OUTPUT = "output_dir"
 _LONGEST_NAME = 120
@@ -157,9 +158,5 @@ def _job(varied: tuple[str, ...], words: tuple[str, ...], ranks: Ranks | None, e
         size = launched_world_size(config) if elsewhere or ranks is not None else 1
     config.dry_run = False
     check_run_config(config, size)
-    if config.callbacks or config.logging.evaluators:
-        # It imports torch, as most classes that are named do.
-        from spikingbrain_train.training.callbacks.defaults import check_named_classes
-
-        check_named_classes(config)
+    check_named_classes(config)
     return Job(varied, words, folder)

@@ -90,7 +90,7 @@ def checked_run(launched: ranks.Ranks | None, further: Sequence[str] = ()) -> Pl
     from spikingbrain_train.planning.checks import check_run_config
     from spikingbrain_train.planning.planner import launched_world_size, plan_run
     from spikingbrain_train.planning.resume import nothing_left
-    from spikingbrain_train.training.callbacks.outside import check_callbacks
+    from spikingbrain_train.training.callbacks.named import check_named_classes
 
     composed = compose_from_command_line(further)
     if composed is None:  # --help, --cfg job and the like
@@ -100,7 +100,7 @@ def checked_run(launched: ranks.Ranks | None, further: Sequence[str] = ()) -> Pl
         # Where torchrun counts devices, the ranks that the layout needs are as good a guess as any.
         world_size = launched_world_size(config if counted else replace(config, dry_run=True))
     stored = check_run_config(config, world_size)
-    check_callbacks(config)
+    check_named_classes(config)
     if stored is not None and (done := nothing_left(config, stored)):
         if _speaks():
             print(done, flush=True)

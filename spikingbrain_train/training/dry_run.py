@@ -32,7 +32,7 @@ from spikingbrain_train.runtime import megatron_versions, patches
 from spikingbrain_train.runtime.accelerator import detect
 from spikingbrain_train.runtime.bf16 import choose_precision
 from spikingbrain_train.runtime.meta_device import without_all_reduce
-from spikingbrain_train.training.callbacks.defaults import check_named_classes
+from spikingbrain_train.training.callbacks.named import check_named_classes
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,8 @@ from spikingbrain_train.training.build import (
 )
 from spikingbrain_train.training.callbacks.callback import Callback, SkipUpdate
 from spikingbrain_train.training.callbacks.callbacks import Callbacks
-from spikingbrain_train.training.callbacks.defaults import callbacks_of, check_named_classes
+from spikingbrain_train.training.callbacks.defaults import callbacks_of
+from spikingbrain_train.training.callbacks.named import check_named_classes
 from spikingbrain_train.training.console import Console
 from spikingbrain_train.training.data_waits import DataWaits
 from spikingbrain_train.training.engines.build import build_engine

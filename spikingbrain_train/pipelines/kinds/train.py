@@ -26,6 +26,7 @@ from spikingbrain_train.pipelines.steps import Step, own_command
 from spikingbrain_train.planning.checks import check_run_config
 from spikingbrain_train.planning.planner import launched_world_size
 from spikingbrain_train.storage.checkpoint_folder import CHECKPOINT_FOLDER
+from spikingbrain_train.training.callbacks.named import check_named_classes
 
 _NO_LIMIT = 2**30
 
@@ -124,11 +125,7 @@ def check_run(context: Context, words: list[str], run: DictConfig, ranks: int | 
     """
     config = _config_of(context, words, run)
     check_run_config(config, launched_world_size(config) if ranks is None else ranks)
-    if config.callbacks or config.logging.evaluators:
-        # It imports torch, as most classes that are named do.
-        from spikingbrain_train.training.callbacks.defaults import check_named_classes
-
-        check_named_classes(config, lambda path: context.maker(path) is not None)
+    check_named_classes(config, lambda path: context.maker(path) is not None)
 
 
 def _config_of(context: Context, words: list[str], run: DictConfig) -> RunConfig:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from spikingbrain_train.config.named_class import NamedClass, named_classes
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.evaluation.evaluator import Evaluator
 from spikingbrain_train.evaluation.held_out import HeldOutCrossEntropy
@@ -25,7 +24,8 @@ from spikingbrain_train.training.callbacks.linear_transforms import (
 from spikingbrain_train.training.callbacks.memory_checkpointing import MemoryCheckpointing
 from spikingbrain_train.training.callbacks.metrics_file import MetricsFile
 from spikingbrain_train.training.callbacks.milestones import Milestones
-from spikingbrain_train.training.callbacks.outside import check_callbacks, outside_callbacks
+from spikingbrain_train.training.callbacks.named import named_evaluators
+from spikingbrain_train.training.callbacks.outside import outside_callbacks
 from spikingbrain_train.training.callbacks.progress_lines import ProgressLines
 from spikingbrain_train.training.callbacks.replicated_experts import ReplicatedExpertsReport
 from spikingbrain_train.training.callbacks.router_schedule import RouterSchedule
@@ -36,24 +36,6 @@ from spikingbrain_train.training.callbacks.stop_signals import StopSignals
 from spikingbrain_train.training.callbacks.tensorboard import TensorBoard
 from spikingbrain_train.training.callbacks.wall_time import WallTimeLimit
 from spikingbrain_train.training.callbacks.weights_and_biases import WeightsAndBiases
-
-
-def check_named_classes(config: RunConfig, is_made_later: Callable[[str], bool] = lambda path: False) -> None:
-    """What the config names by import path is there and is what it has to be.
-
-    Args:
-        config: the run.
-        is_made_later: whether a path that an evaluator is given is not there yet, but will be.
-
-    Raises:
-        ConfigurationError: ``callbacks`` or ``logging.evaluators`` names something that is none.
-    """
-    check_callbacks(config)
-    for named in _named_evaluators(config):
-        if any(isinstance(each, str) and is_made_later(each) for each in named.settings.values()):
-            named.load(Evaluator)  # type: ignore[type-abstract]
-        else:
-            named.make(Evaluator)  # type: ignore[type-abstract]
 
 
 def callbacks_of(config: RunConfig, more: Sequence[Callback] = ()) -> list[Callback]:
@@ -96,8 +78,4 @@ def callbacks_of(config: RunConfig, more: Sequence[Callback] = ()) -> list[Callb
 
 
 def _evaluators(config: RunConfig) -> list[Evaluator]:
-    return [each.make(Evaluator) for each in _named_evaluators(config)]  # type: ignore[type-abstract]
-
-
-def _named_evaluators(config: RunConfig) -> list[NamedClass]:
-    return named_classes("logging.evaluators", config.logging.evaluators)
+    return [each.make(Evaluator) for each in named_evaluators(config)]  # type: ignore[type-abstract]

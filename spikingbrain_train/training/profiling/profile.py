@@ -24,8 +24,8 @@ from spikingbrain_train.runtime.accelerator import detect
 from spikingbrain_train.runtime.bf16 import PARAMS_DTYPE
 from spikingbrain_train.storage.durable_files import replaced_durably
 from spikingbrain_train.training.callbacks.callbacks import Callbacks
-from spikingbrain_train.training.callbacks.defaults import check_named_classes
 from spikingbrain_train.training.callbacks.linear_transforms import LinearTransformSchedules
+from spikingbrain_train.training.callbacks.named import check_named_classes
 from spikingbrain_train.training.callbacks.router_schedule import RouterSchedule
 from spikingbrain_train.training.console import Console
 from spikingbrain_train.training.profiling.parts import loaded, ranges_of
