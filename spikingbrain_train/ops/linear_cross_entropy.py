@@ -32,6 +32,9 @@ Reduction = Callable[[Tensor], Tensor]
 _CHUNK_BYTES = {"cpu": 1 << 28, "gpu": 1 << 30}
 # Elements of one block: a few rows in the cache of a core, or enough to fill a GPU.
 _BLOCK_ELEMENTS = {"cpu": 1 << 19, "gpu": 1 << 25}
+# Elements of the weight's gradient that one product makes where products are added up: on CPU few enough that
+# they are added before they leave the cache.
+_SUMMED_ELEMENTS = {"cpu": 1 << 21, "gpu": 1 << 30}
 
 
 def _local(x: Tensor) -> Tensor:
@@ -185,6 +188,17 @@ def _blocks(logits: Tensor, vocabulary: _Vocabulary) -> Iterator[slice]:
     return _spans(len(logits), -(-logits.numel() // size))
 
 
+def _sum_products_(total: Tensor, logits: Tensor, hidden: Tensor, *, is_first: bool) -> None:
+    """Add ``logits.T @ hidden`` [V, D] to the total, or begin it, some rows after the other."""
+    size = _SUMMED_ELEMENTS["cpu" if total.device.type == "cpu" else "gpu"]
+    for rows in _spans(len(total), -(-total.numel() // size)):
+        part = logits[:, rows].t() @ hidden
+        if is_first:
+            total[rows] = part
+        else:
+            total[rows] += part
+
+
 def _exp_(x: Tensor) -> Tensor:
     """exp in place; torch's exp2 is vectorised on CPU, where its float32 exp is several times slower."""
     return x.mul_(math.log2(math.e)).exp2_()
@@ -234,12 +248,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(logits, weight, out=grad_hidden[chunk])
                 if not ctx.needs_input_grad[1]:  # a frozen projection
                     continue
-                part = logits.t() @ hidden[chunk]
                 # One product is as exact as its dtype allows; sums of several are kept in float32.
+                if len(chunks) == 1:
+                    grad_weight = logits.t() @ hidden[chunk]
+                    continue
                 if grad_weight is None:
-                    grad_weight = part if len(chunks) == 1 else part.to(loss_dtype)
-                else:
-                    grad_weight += part
+                    grad_weight = torch.empty_like(weight, dtype=loss_dtype)
+                _sum_products_(grad_weight, logits, hidden[chunk], is_first=chunk.start == 0)
         if needs_grad:
             if ctx.needs_input_grad[1]:
                 grad_weight = (

@@ -76,11 +76,12 @@ def problem() -> Problem:
 
 @pytest.fixture(params=["one block", "blocks of 5 rows", "chunks of 16 tokens", "chunks and blocks"])
 def cut(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cut the tokens in chunks and the chunks in blocks, neither of which divides what it cuts."""
+    """Cut tokens in chunks, chunks in blocks, the weight's gradient in rows; none divides what it cuts."""
     if "chunks" in request.param:
         monkeypatch.setitem(module._CHUNK_BYTES, "cpu", 16 * V * 8)
     if "blocks" in request.param:
         monkeypatch.setitem(module._BLOCK_ELEMENTS, "cpu", 5 * V)
+        monkeypatch.setitem(module._SUMMED_ELEMENTS, "cpu", 10 * D)
 
 
 def expected(

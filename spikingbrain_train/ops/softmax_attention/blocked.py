@@ -17,6 +17,7 @@ tile, S keys that a tile may see; U keys in all, with padding.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -140,7 +141,8 @@ class _Tile:
             visible[:, -C:].tril_()
             visible[:, left].triu_(first_visible - text)
             visible[:, padding] = False
-            scores_RCS.masked_fill_(~visible, value)
+            # One sum for all heads: filling where a mask says so is not vectorised on CPU.
+            scores_RCS += torch.zeros_like(visible, dtype=scores_RCS.dtype).masked_fill_(~visible, value)
         return scores_RCS
 
 
@@ -190,6 +192,9 @@ class _Sequences:
         self.dtype = q.dtype
         self.sum_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         self.scale = scale
+        # torch's exp2 takes half the time of its exp in float32. In bfloat16 it saves less, and queries would
+        # lose digits that a scale of, say, 1/8 leaves as they are.
+        self.is_base_2 = q.dtype != torch.bfloat16
         self.layout = _KeyLayout.of(self.T, k.shape[1] - num_sink_tokens, window, num_sink_tokens)
         tile = _tile_length(self.R, self.T)
         padded_T = _aligned(self.T)
@@ -216,6 +221,18 @@ class _Sequences:
         else:
             torch.mul(x, factor, out=target)
         return out
+
+    def scaled_queries(self, tile: _Tile) -> Tensor:
+        """Queries of a tile as :meth:`rows`, whose scores are exponents of :meth:`power_`."""
+        return self.rows(self.q, tile, self.scale * (math.log2(math.e) if self.is_base_2 else 1.0))
+
+    def power_(self, scores: Tensor) -> Tensor:
+        """e to the power of scaled scores, in place: what they are exponents of."""
+        return scores.exp2_() if self.is_base_2 else scores.exp_()
+
+    def logarithm(self, sums: Tensor) -> Tensor:
+        """The inverse."""
+        return sums.log2() if self.is_base_2 else sums.log()
 
     def row_values(self, x_BTGR: Tensor, tile: _Tile) -> Tensor:
         """One number a query of a tile, [R, C], zero for padding."""
@@ -267,13 +284,14 @@ def _guess_maximum(sequences: _Sequences, tile: _Tile, q_RCK: Tensor) -> Tensor:
 
 
 def _tile_forward(sequences: _Sequences, tile: _Tile) -> tuple[Tensor, Tensor]:
-    """Output [R, C, V] and log-sum-exp [R, C] of one tile."""
-    q = sequences.rows(sequences.q, tile, sequences.scale)
+    """Output [R, C, V] and log-sum-exp [R, C] of one tile, the latter in units of its scores."""
+    q = sequences.scaled_queries(tile)
     k, v = tile.columns(sequences.k_and_ones), tile.columns(sequences.v)
     maximum = _guess_maximum(sequences, tile, q)
 
     def unnormalised() -> tuple[Tensor, Tensor]:
-        p = tile.mask_(_products(_subtract_in_product_(q, maximum), k, sequences.scratch).exp_(), 0.0)
+        scores = _products(_subtract_in_product_(q, maximum), k, sequences.scratch)
+        p = tile.mask_(sequences.power_(scores), 0.0)
         return p, _row_sums(p, sequences.sum_dtype)
 
     p, sums = unnormalised()
@@ -282,7 +300,7 @@ def _tile_forward(sequences: _Sequences, tile: _Tile) -> tuple[Tensor, Tensor]:
         maximum = maximum + scores.amax(-1).to(maximum.dtype)
         p, sums = unnormalised()
     o = torch.mm(p.flatten(0, 1), v).view(*p.shape[:2], -1)
-    return o / sums.unsqueeze(-1), maximum + sums.log()
+    return o / sums.unsqueeze(-1), maximum + sequences.logarithm(sums)
 
 
 class _BlockedSlidingWindowAttention(torch.autograd.Function):
@@ -341,14 +359,17 @@ def _tile_backward(
     scratch: Tensor,
 ) -> None:
     """Write the tile's part of grad_q and add its parts of grad_k and grad_v."""
-    q = sequences.rows(sequences.q, tile, sequences.scale)
+    q = sequences.scaled_queries(tile)
     grad_o = sequences.rows(grad_o_BTGRV, tile)
     # Copies without the extra columns, before these are filled, transposed for the gradients of k and v.
     q_KX, grad_o_VX = (x[..., :-2].flatten(0, 1).t().contiguous() for x in (q, grad_o))
+    if sequences.is_base_2:
+        q_KX.mul_(math.log(2))
     _subtract_in_product_(q, sequences.row_values(log_sum_exp_BTGR, tile))
     _subtract_in_product_(grad_o, sequences.row_values(means_BTGR, tile))
 
-    p = tile.mask_(_products(q, tile.columns(sequences.k_and_ones), sequences.scratch).exp_(), 0.0)
+    scores = _products(q, tile.columns(sequences.k_and_ones), sequences.scratch)
+    p = tile.mask_(sequences.power_(scores), 0.0)
     grad_p = _products(grad_o, tile.columns(sequences.v_and_ones), scratch)
     grad_scores = grad_p.mul_(p).flatten(0, 1)
     tile.add_columns_(grad_v_BGVU, torch.mm(grad_o_VX, p.flatten(0, 1)))
