@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import os
 
+import hydra
 import pytest
 from omegaconf import OmegaConf
 
+from spikingbrain_train.config.compose import compose_run
 from spikingbrain_train.config.conversion import ConversionConfig
 from spikingbrain_train.config.linear_transforms import GateEncoding, Projection, SpikingConfig
 from spikingbrain_train.config.load import (
@@ -33,7 +35,7 @@ from spikingbrain_train.config.parallel import (
 from spikingbrain_train.config.rope_scaling import RopeScalingConfig, RopeType
 from spikingbrain_train.config.run import Precision, RunConfig, WandbMode
 from spikingbrain_train.config.stage import StageConfig
-from spikingbrain_train.config.yaml_files import yaml_of
+from spikingbrain_train.config.yaml_files import conf_folder, yaml_of
 from spikingbrain_train.errors import CheckpointError, ConfigurationError
 from tests.config.small_model import small_model
 
@@ -279,3 +281,12 @@ def test_a_renamed_kernel_is_refused_with_its_name(name, old):
     composed.cluster.kernels[name] = old
     with pytest.raises(ConfigurationError, match=rf"kernels\.{name}={old} .*{old} is called naive now"):
         to_run_config(composed)
+
+
+@pytest.mark.parametrize("more", [(), ("hydra.searchpath=[]",), ("~hydra/launcher",)])
+def test_what_hydra_composes_for_itself_is_no_part_of_a_run(more):
+    """Left out, which is faster, it leaves what Hydra composes with it."""
+    overrides = ["model=tiny_hybrid", "output_dir=anywhere", *more]
+    composed = compose_run(overrides)
+    with hydra.initialize_config_dir(config_dir=str(conf_folder()), version_base="1.3"):
+        assert composed == hydra.compose("config", overrides=overrides)
