@@ -2,8 +2,9 @@
 
 Two exports of one checkpoint, in this project's own format and as GGUF: greedy texts behind three prompts by
 the first, in float32 on a CPU, and what llama.cpp would choose at every place of these texts. Beside it how
-often the first would choose otherwise itself with noise of 1e-7 (relative) in its embedding, the size of
-float32's own rounding, and how far the logits of both tokens are from each other where they differ:
+often the first would choose otherwise itself: where it reads the text at once instead of a token at a time
+behind kept keys and values, and with noise of 1e-7 (relative) in its embedding, the size of float32's own
+rounding; and how far the logits of both tokens are from each other where they differ:
 
   spikingbrain-export --checkpoint RUN --output OWN --format spikingbrain --dtype float32
   spikingbrain-export --checkpoint RUN --output GGUF --format gguf_q2_0 --dtype float32
@@ -68,7 +69,7 @@ def by_llama_cpp(llm: Any, ids: Tensor) -> Tensor:
 @torch.no_grad()
 def measure(own: Path, gguf: Path) -> None:
     """Print the counts of each prompt, and every token that differs."""
-    tokenizer = AutoTokenizer.from_pretrained(own)
+    tokenizer = AutoTokenizer.from_pretrained(own, trust_remote_code=True)
     settings: Any = {"dtype": torch.float32, "trust_remote_code": True}
     network = rounded_once(AutoModelForCausalLM.from_pretrained(own, **settings).eval())
     llm = client().Llama(
@@ -78,7 +79,7 @@ def measure(own: Path, gguf: Path) -> None:
     embedding = network.get_input_embeddings().weight
     plain = embedding.clone()
     noise = 1 + NOISE * torch.randn(embedding.shape, generator=torch.Generator().manual_seed(0))
-    counts = [0, 0]
+    counts = [0, 0, 0]
     for text in PROMPTS:
         prompt = tokenizer(text, return_tensors="pt").input_ids
         ids = greedy(network, prompt)
@@ -89,7 +90,8 @@ def measure(own: Path, gguf: Path) -> None:
         embedding.copy_(plain)
         theirs = by_llama_cpp(llm, ids[0])[start:-1]
         print(f"{text!r}, logits of standard deviation {ours.std():.2f}")
-        for number, (name, logits) in enumerate((("llama.cpp", theirs), ("with noise", noisy))):
+        several = (("llama.cpp", theirs), ("at once", ours), ("with noise", noisy))
+        for number, (name, logits) in enumerate(several):
             differ = logits.argmax(-1) != written
             counts[number] += NEW_TOKENS - int(differ.sum())
             off = (logits - ours).abs()
@@ -103,7 +105,10 @@ def measure(own: Path, gguf: Path) -> None:
                 print(f"    token {place}: the other one {gaps[0]:.1e} ahead there, {gaps[1]:.1e} here")
         sys.stdout.flush()
     total = NEW_TOKENS * len(PROMPTS)
-    print(f"llama.cpp chooses {counts[0]} of {total} tokens as we do; we with noise {counts[1]}")
+    print(
+        f"llama.cpp chooses {counts[0]} of {total} tokens as we do; we, reading at once, {counts[1]}, "
+        f"and with noise {counts[2]}"
+    )
 
 
 def main() -> None:
