@@ -339,6 +339,8 @@ class _Measures(OnRanks):
     def result(self, context: Context, given: Mapping[str, Any]) -> Result:
         output = Path(str(given["output"]))
         reads = {name: str(given[name]) for name in ("model", *self.further) if given.get(name) is not None}
+        adapters = enumerate(words(given.get("adapters") or []))  # each is NAME=DIR
+        reads |= {f"adapters[{n}]": word.partition("=")[2] for n, word in adapters if "=" in word}
         return Result({"result": str(output)}, [output], [output], reads)
 
 
