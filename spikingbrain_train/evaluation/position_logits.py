@@ -29,7 +29,9 @@ class PositionLogits:
         self._vocab_size = int(model.config.vocab_size)
         probe = torch.arange(8, device=model.device).remainder(self._vocab_size).unsqueeze(0)
         logits = model(input_ids=probe, use_cache=False).logits
-        self._by_head = self._head is not None and torch.equal(self._head(self._hidden(probe)), logits)
+        self._by_head = self._head is not None and torch.equal(
+            self._by_output_embedding(self._hidden(probe)).float(), logits.float()
+        )
 
     def __call__(
         self, tokens_BT: Tensor, rows_N: Tensor, positions_N: Tensor
@@ -48,8 +50,14 @@ class PositionLogits:
         size = max(1, LOGIT_BYTES // (4 * self._vocab_size))
         for first in range(0, len(rows_N), size):
             chunk = slice(first, first + size)
-            logits = self._head(of_positions[chunk]) if self._by_head else of_positions[chunk]
-            yield chunk, logits.float()
+            part = of_positions[chunk]
+            yield chunk, (self._by_output_embedding(part) if self._by_head else part).float()
+
+    def _by_output_embedding(self, hidden: Tensor) -> Tensor:
+        assert self._head is not None
+        # Decoders of Mamba return float32, whatever number format their weights have (residual_in_fp32).
+        logits: Tensor = self._head(hidden.to(self._head.weight.dtype))
+        return logits
 
     def _hidden(self, tokens_BT: Tensor) -> Tensor:
         return self._model.base_model(input_ids=tokens_BT, use_cache=False).last_hidden_state

@@ -11,7 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    FalconMambaConfig,
+    FalconMambaForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    PreTrainedModel,
+)
 
 from spikingbrain_train.data.gpt_dataset import ValidDataset, open_valid_dataset
 from spikingbrain_train.data.preprocess import preprocess
@@ -93,6 +100,16 @@ def test_model_that_changes_its_logits_is_measured_with_them(dataset: ValidDatas
     model = Gemma2ForCausalLM(config).eval()
     expected, _ = loss_by_transformers(model, dataset)
     assert measure_perplexity(model, dataset).cross_entropy == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_decoder_in_float32_before_weights_in_bfloat16_is_measured(dataset: ValidDataset) -> None:
+    """Falcon-Mamba's: its residuals stay in float32. Sums of the same bfloat16 logits in another order."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "state_size": 8, "num_hidden_layers": 2}
+    config = FalconMambaConfig(vocab_size=MODEL_VOCAB_SIZE, **sizes)
+    model = FalconMambaForCausalLM(config).to(torch.bfloat16).eval()
+    expected, _ = loss_by_transformers(model, dataset)
+    assert measure_perplexity(model, dataset).cross_entropy == pytest.approx(expected, rel=1e-4)
 
 
 def test_command_line_prints_and_writes_the_numbers(
