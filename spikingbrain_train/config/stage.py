@@ -137,6 +137,23 @@ class QuantizationAnnealingConfig:
 
 
 @dataclass
+class SubNormAnnealingConfig:
+    """Sub-norms that a dense source lacks come in over the first steps, on a straight line.
+
+    Projections read ``x + share * (norm(x) - x)``: at a share of 0 the source's own input. This project's
+    own; BitNet Distillation (arXiv 2510.13998) puts them in at once.
+    """
+
+    anneal_iters: int = setting(0, minimum=0, resume=SAID)
+    """Steps until the projections behind model.attn_sub_norm and model.ffn_sub_norm read what the norms make
+    of their inputs, and nothing else; 0 begins there."""
+
+    def share(self, iteration: int) -> float:
+        """How far the norms have come in after that many finished steps: 0 to 1."""
+        return min(1.0, iteration / self.anneal_iters) if self.anneal_iters else 1.0
+
+
+@dataclass
 class SparsityConfig:
     """An L1 loss that makes products inside feed-forwards zero, in stages (ProSparse, arXiv 2402.13516)."""
 
@@ -210,6 +227,8 @@ class StageConfig:
     """Schedule of the spike threshold."""
     quantization_annealing: QuantizationAnnealingConfig = field(default_factory=QuantizationAnnealingConfig)
     """Schedule of INT8 weights, INT8 inputs and ternary weights."""
+    sub_norm_annealing: SubNormAnnealingConfig = field(default_factory=SubNormAnnealingConfig)
+    """Schedule of sub-norms."""
     sparsity: SparsityConfig = field(default_factory=SparsityConfig)
     """Schedule of an L1 loss on what is inside feed-forwards."""
 

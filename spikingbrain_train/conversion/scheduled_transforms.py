@@ -49,13 +49,21 @@ def notes_on_schedules(model: ModelConfig, checkpoint: Path) -> list[str]:
     stage = _stage_of(model, checkpoint)
     if stage is None:
         return []
-    notes = [kind.ahead_of(model, stage, iteration_of(checkpoint)) for kind in transforms_of(model)]
+    iteration = iteration_of(checkpoint)
+    notes = [kind.ahead_of(model, stage, iteration) for kind in transforms_of(model)]
+    if (share := stage.sub_norm_annealing.share(iteration)) < 1.0:
+        notes.append(
+            f"the checkpoint lies within stage.sub_norm_annealing, after {iteration} of "
+            f"{stage.sub_norm_annealing.anneal_iters} steps: its sub-norms had come in by {share:.0%}, and "
+            f"the export has whole ones"
+        )
     return [note for note in notes if note]
 
 
 def _stage_of(model: ModelConfig, checkpoint: Path) -> StageConfig | None:
-    """Of the run that wrote a checkpoint of a model with transforms; None if no run did."""
+    """Of the run that wrote a checkpoint of a model with anything on a schedule; None if no run did."""
     stored_run = checkpoint / RUN_CONFIG_FILE
-    if not transforms_of(model) or not is_iteration_folder(checkpoint) or not stored_run.is_file():
+    has_schedules = bool(transforms_of(model)) or model.attn_sub_norm or model.ffn_sub_norm
+    if not has_schedules or not is_iteration_folder(checkpoint) or not stored_run.is_file():
         return None
     return load_run_config(stored_run).stage

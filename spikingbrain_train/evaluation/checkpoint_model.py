@@ -14,6 +14,7 @@ from spikingbrain_train.config.run import Precision
 from spikingbrain_train.evaluation.checkpoint_request import CheckpointRequest
 from spikingbrain_train.models.gpt_model import HybridGPTModel, ModelChunks, build_model
 from spikingbrain_train.models.kernels import resolve_kernels
+from spikingbrain_train.models.linears.sub_norm import set_share
 from spikingbrain_train.models.linears.whole_model import choose, set_attributes
 from spikingbrain_train.models.transformer_config import transformer_config
 from spikingbrain_train.parallel.agreed_precision import agreed_choice
@@ -117,8 +118,10 @@ def _build(
     built = build_model(model, config, kernels, groups.device, parallel.context_parallel)
     load_weights_of(request.checkpoint, f"{request.flag}={request.named}", built)
     if request.run is not None and request.iteration is not None:
-        # Spikes that still grow coarser are what they were in the run's own evaluation at this step.
+        # Spikes that still grow coarser, and norms that still come in, are what they were in the run's own
+        # evaluation at this step.
         for kind in transforms_of(model):
             values = kind.schedule(model, request.run.stage, request.iteration)
             set_attributes(built, kind.name, values)
+        set_share(built, request.run.stage.sub_norm_annealing.share(request.iteration))
     return built.requires_grad_(False).eval()

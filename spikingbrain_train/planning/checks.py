@@ -76,6 +76,22 @@ def check_stage(stage: StageConfig, model: ModelConfig, parallel: ParallelConfig
     )
 
 
+def _check_sub_norm_annealing(stage: StageConfig, model: ModelConfig) -> None:
+    """There are norms to come in, and they have by the end of the stage."""
+    anneal_iters = stage.sub_norm_annealing.anneal_iters
+    require(
+        anneal_iters == 0 or model.attn_sub_norm or model.ffn_sub_norm,
+        f"stage.sub_norm_annealing.anneal_iters={anneal_iters} fades sub-norms in, but model.attn_sub_norm "
+        f"and model.ffn_sub_norm are false; convert the source with attn_sub_norm=true ffn_sub_norm=true, or "
+        f"set it to 0",
+    )
+    require(
+        anneal_iters <= stage.train_iters,
+        f"stage.sub_norm_annealing.anneal_iters={anneal_iters} must be at most "
+        f"stage.train_iters={stage.train_iters}, so that the norms are whole within the stage",
+    )
+
+
 def _check_ramp(stage: StageConfig, step: int) -> None:
     """Every size of a ramp divides over the ranks, and it leads to the global batch."""
     ramp, last = stage.batch_size_ramp, stage.global_batch_size
@@ -155,6 +171,7 @@ def check_run_config(config: RunConfig, world_size: int) -> StoredRun | None:
     check_linear_transforms(config.model, config.stage)
     check_stage(config.stage, config.model, config.parallel, world_size)
     check_sparsity(config.stage, config.model)
+    _check_sub_norm_annealing(config.stage, config.model)
     check_optimizer(config.optimizer, config.stage.train_iters)
     check_matrices_train(config)
     check_kernels(config)

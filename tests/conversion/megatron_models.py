@@ -57,10 +57,17 @@ def _sharded_weights(model: HybridGPTModel) -> dict[str, Any]:
     return {name: value for name, value in sharded.items() if not name.endswith("_extra_state")}
 
 
-def megatron_logits(groups: ProcessGroups, folder: Path) -> torch.Tensor | None:
+def megatron_logits(
+    groups: ProcessGroups, folder: Path, sub_norm_share: float | None = None
+) -> torch.Tensor | None:
     """[B, T, vocab_size] logits of TOKENS without padding, the same on every rank of the last pipeline stage
-    (tensor-parallel ranks gather theirs); None on stages before it."""
+    (tensor-parallel ranks gather theirs); None on stages before it. With sub-norms that have come in so
+    far."""
+    from spikingbrain_train.models.linears.sub_norm import set_share
+
     model = load_megatron_model(groups, folder)
+    if sub_norm_share is not None:
+        set_share(model, sub_norm_share)
     return _logits(groups, model)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -95,6 +96,30 @@ def test_tensor_parallel_ranks_read_what_one_does(
     parallel = ParallelConfig(tensor_model_parallel_size=size)
     several = ranks.run(megatron_logits, tmp_path / "megatron", world_size=size, parallel=parallel)
     assert all((each - one).abs().max() <= 1e-5 * one.abs().max() for each in several)
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [ONE, ParallelConfig(tensor_model_parallel_size=2), ParallelConfig(pipeline_model_parallel_size=2)],
+    ids=["one rank", "TP 2", "PP 2"],
+)
+def test_norms_that_have_not_come_in_yet_leave_the_source_bit_for_bit(
+    ranks: RankPool, hf_checkpoint: HFCheckpoint, tmp_path: Path, parallel: ParallelConfig
+) -> None:
+    """What `stage.sub_norm_annealing` begins with, and what it ends with."""
+    folder, _ = hf_checkpoint()
+    import_checkpoint(folder, tmp_path / "dense", ConversionConfig(mixers=["full"]))
+    import_checkpoint(folder, tmp_path / "megatron", RECIPE)
+
+    def logits(name: str, share: float | None) -> torch.Tensor:
+        where: dict[str, Any] = {"world_size": parallel.model_parallel_size, "parallel": parallel}
+        found: torch.Tensor = ranks.run(megatron_logits, tmp_path / name, share, **where)[-1]
+        return found
+
+    dense, whole = logits("dense", None), logits("megatron", None)
+    assert torch.equal(logits("megatron", 0.0), dense) and torch.equal(logits("megatron", 1.0), whole)
+    half = logits("megatron", 0.5)
+    assert all((half - other).abs().max() > 1e-2 for other in (dense, whole))
 
 
 def test_one_of_them_alone_under_new_mixers(hf_checkpoint: HFCheckpoint, tmp_path: Path) -> None:

@@ -109,6 +109,8 @@ class Case:
     """Of weights and activations. What rounds activations to INT8 numbers takes float64: of some 50,000
     values one lies so near a boundary that the order of a float32 sum decides, and a gradient with it at
     1e-4."""
+    sub_norm_share: float = 1.0
+    """How far sub-norms have come in."""
     micro_batch: int = MICRO_BATCH
     """Sequences of a micro-batch."""
 
@@ -173,6 +175,7 @@ CASES: Mapping[str, Case] = {
             num_sink_tokens=6,
         ),
         packed=True,
+        sub_norm_share=0.4,
     ),
     "sub-norms, ternary weights, INT8 inputs": Case(
         replace(
@@ -343,6 +346,7 @@ def loss_and_gradients(
     """
     from spikingbrain_train.data.loader import local_micro_batch
     from spikingbrain_train.models.feed_forwards.gated_activation import activations_in
+    from spikingbrain_train.models.linears.sub_norm import set_share
     from spikingbrain_train.training.build import wrap_data_parallel
     from spikingbrain_train.training.stages.pretraining import ContinualPretraining
 
@@ -351,6 +355,7 @@ def loss_and_gradients(
         change_weights(model)
     for activation in activations_in(model):
         activation.l1_factor = case.l1_factor
+    set_share(model, case.sub_norm_share)
     text = LENGTH - case.model.num_sink_tokens
     stage = StageConfig(
         seq_length=text,

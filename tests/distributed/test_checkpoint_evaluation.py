@@ -16,7 +16,7 @@ import pytest
 from spikingbrain_train.config.linear_transforms import Projection, SpikingConfig
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ParallelConfig
-from spikingbrain_train.config.stage import SpikeAnnealingConfig
+from spikingbrain_train.config.stage import SpikeAnnealingConfig, SubNormAnnealingConfig
 from spikingbrain_train.reporting.metrics import read_events, read_metrics
 from tests.distributed import small_runs
 from tests.distributed.pool import RankPool
@@ -109,6 +109,28 @@ def test_spikes_on_their_way_are_as_coarse_as_in_the_run(ranks: RankPool, tmp_pa
     )
     points = [p for p in read_metrics(tmp_path / "run") if "valid/cross_entropy" in p]
     assert points[-1] == logged and points[-2]["spiking/k"] > points[-1]["spiking/k"] == 2.0
+    for iteration in (1, 2):
+        folder = tmp_path / f"run/checkpoints/iter_{iteration:07d}"
+        arguments = ("--model", folder, "--data", text, "--seq-length", 32, "--max-windows", 4)
+        found = measure(ranks, tmp_path, *arguments)
+        assert found["cross_entropy"] == points[iteration]["valid/cross_entropy"]
+
+
+def test_norms_on_their_way_have_come_in_as_far_as_in_the_run(
+    ranks: RankPool, tmp_path: Path, text: Path
+) -> None:
+    train(
+        ranks,
+        tmp_path / "run",
+        text,
+        replace(small_runs.MODEL, attn_sub_norm=True, ffn_sub_norm=True),
+        stage__sub_norm_annealing=SubNormAnnealingConfig(anneal_iters=2),
+        checkpoint__save_interval=1,
+        logging__eval_interval=1,
+        logging__eval_iters=4,
+    )
+    points = [p for p in read_metrics(tmp_path / "run") if "valid/cross_entropy" in p]
+    assert [point["sub_norms/share"] for point in points] == [0.0, 0.5, 1.0]
     for iteration in (1, 2):
         folder = tmp_path / f"run/checkpoints/iter_{iteration:07d}"
         arguments = ("--model", folder, "--data", text, "--seq-length", 32, "--max-windows", 4)

@@ -36,7 +36,10 @@ FOR_LLAMA_CPP = (
     f'recipe=["int8_inputs.projections=[]", "{Q8_INPUTS}"]',
     *("gguf=gguf_q2_0", "packed=spikingbrain_packed"),
 )
-SUB_NORMS = ("recipe=[attn_sub_norm=true, ffn_sub_norm=true]", "packed=bitnet_packed")
+SUB_NORMS = (
+    *("recipe=[attn_sub_norm=true, ffn_sub_norm=true]", "packed=bitnet_packed"),
+    "train=[stage.sub_norm_annealing.anneal_iters=300]",
+)
 RUN = ("-m", "spikingbrain_train", "pipeline", "run", "bitnet", *GIVEN, *TINY)
 
 
@@ -63,6 +66,7 @@ def test_each_variation_of_its_head_is_planned(workplace: None, further: tuple[s
     ("arguments", "sentence"),
     [
         ([BOTH_EMPTY], "step cpt: stage.quantization_annealing.anneal_iters=500 anneals quantised weights"),
+        ([SUB_NORMS[-1]], "step cpt: stage.sub_norm_annealing.anneal_iters=300 fades sub-norms in, but"),
         (["packed=bitnett"], "step packed: argument --format: invalid choice: 'bitnett'"),
         (["gguf=bf16"], "step gguf: argument --format: invalid choice: 'bf16'"),
         (['recipe=["ternary.projections=[lm_head]"]'], "step ternary: ternary.projections[0]=lm_head"),

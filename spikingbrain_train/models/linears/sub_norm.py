@@ -32,6 +32,8 @@ class SplitRMSNorm(torch.nn.Module):
     def __init__(self, config: TransformerConfig, width: int, tp_group: ProcessGroup) -> None:
         super().__init__()
         self.eps = config.layernorm_epsilon
+        self.share = 1.0
+        """How far it has come in: at 0 what it is given passes as it is. Set by a schedule."""
         self.tp_group = tp_group
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
         self.weight = torch.nn.Parameter(torch.ones(width, dtype=config.params_dtype, device=device))
@@ -40,7 +42,9 @@ class SplitRMSNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] to the same."""
-        return rms_norm(x, self.weight, self.eps, self.tp_group)
+        normed = rms_norm(x, self.weight, self.eps, self.tp_group)
+        # Not of less at a share of 0: ranks and pipeline stages send the same in every step.
+        return normed if self.share == 1.0 else x + self.share * (normed - x)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> Any:
         """Where this rank's part lies, as megatron-core asks for it."""
@@ -79,6 +83,13 @@ def with_sub_norm(linear_class: Any) -> type:
 def _normed(linear: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     x, *others = inputs
     return (linear.sub_norm(x), *others)
+
+
+def set_share(module: torch.nn.Module, share: float) -> None:
+    """Let all sub-norms in a module have come in that far, 0 to 1."""
+    for each in module.modules():
+        if isinstance(each, SplitRMSNorm):
+            each.share = share
 
 
 def first_reader(linear: torch.nn.Module) -> torch.nn.Module:

@@ -146,9 +146,12 @@ def _config_of(context: Context, words: list[str], run: DictConfig) -> RunConfig
     elif run.stage.sparsity.l1_factors:  # nobody knows it yet: not refused before the model is there
         stand_in.append(f"model.activation_func={ActivationFunc.relu.value}")
     if made.recipe is not None:
-        stand_in += _quantized(made.recipe)
-    elif run.stage.quantization_annealing.anneal_iters:  # nor this
-        stand_in.append(f"model.ternary.projections=[{Projection.mlp_fc1.value}]")
+        stand_in += _faded_in(made.recipe)
+    else:  # nor this
+        if run.stage.quantization_annealing.anneal_iters:
+            stand_in.append(f"model.ternary.projections=[{Projection.mlp_fc1.value}]")
+        if run.stage.sub_norm_annealing.anneal_iters:
+            stand_in.append("model.ffn_sub_norm=true")
     settings = [word for word in words if word.partition("=")[0] != "model"]
     return to_run_config(compose_run([*stand_in, *settings, "dry_run=true"]))
 
@@ -181,9 +184,13 @@ class _Made:
         return cls(longest if type(longest) is int and longest > 0 else _NO_LIMIT, activation, recipe)
 
 
-def _quantized(recipe: ConversionConfig) -> list[str]:
-    """Settings of a run: what the recipe rounds, weights or inputs, and in which projections."""
-    return [
+def _faded_in(recipe: ConversionConfig) -> list[str]:
+    """Settings of a run: what of the recipe comes in over the steps of a stage.
+
+    Sub-norms; what it rounds, weights or inputs, and in which projections.
+    """
+    norms = {"attn_sub_norm": recipe.attn_sub_norm, "ffn_sub_norm": recipe.ffn_sub_norm}
+    return [f"model.{name}=true" for name, is_asked in norms.items() if is_asked] + [
         f"model.{kind.name}.projections={hydra_value([each.value for each in named])}"
         for kind in LINEAR_TRANSFORMS
         if kind.quantizes and (named := getattr(getattr(recipe, kind.name, None), "projections", []))

@@ -33,6 +33,7 @@ from spikingbrain_train.training.callbacks.slow_ranks import SlowRanks
 from spikingbrain_train.training.callbacks.speed import Speed
 from spikingbrain_train.training.callbacks.start_up import StartUp
 from spikingbrain_train.training.callbacks.stop_signals import StopSignals
+from spikingbrain_train.training.callbacks.sub_norm_schedule import SubNormSchedule
 from spikingbrain_train.training.callbacks.tensorboard import TensorBoard
 from spikingbrain_train.training.callbacks.wall_time import WallTimeLimit
 from spikingbrain_train.training.callbacks.weights_and_biases import WeightsAndBiases
@@ -61,6 +62,7 @@ def callbacks_of(config: RunConfig, more: Sequence[Callback] = ()) -> list[Callb
         ExpertLoadReport(),
         ReplicatedExpertsReport(),
         RouterSchedule(),
+        SubNormSchedule(),
         ActivationSparsity(),
         StartUp(),
         Speed(),

@@ -27,6 +27,7 @@ from spikingbrain_train.training.callbacks.callbacks import Callbacks
 from spikingbrain_train.training.callbacks.linear_transforms import LinearTransformSchedules
 from spikingbrain_train.training.callbacks.named import check_named_classes
 from spikingbrain_train.training.callbacks.router_schedule import RouterSchedule
+from spikingbrain_train.training.callbacks.sub_norm_schedule import SubNormSchedule
 from spikingbrain_train.training.console import Console
 from spikingbrain_train.training.profiling.parts import loaded, ranges_of
 from spikingbrain_train.training.profiling.report import Profile, write_profile
@@ -123,7 +124,7 @@ def _profiled(
     config: RunConfig, request: Request, groups: ProcessGroups, ranks: Sequence[int]
 ) -> StepSummary | None:
     trainer = Trainer(config, groups, console_type=QuietConsole)
-    schedules = Callbacks([LinearTransformSchedules(), RouterSchedule()], trainer)
+    schedules = Callbacks([LinearTransformSchedules(), RouterSchedule(), SubNormSchedule()], trainer)
     schedules.start()
     on_gpu, here = groups.accelerator.is_gpu, groups.rank in ranks
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
