@@ -12,6 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from spikingbrain_train.architecture.annealed_quantization import AnnealedQuantizationKind
 from spikingbrain_train.architecture.linear_transforms import LINEAR_TRANSFORMS
 from spikingbrain_train.config.blend import check_blend, prefixes_of
 from spikingbrain_train.config.compose import compose_run
@@ -149,7 +150,8 @@ def _config_of(context: Context, words: list[str], run: DictConfig) -> RunConfig
         stand_in += _faded_in(made.recipe)
     else:  # nor this
         if run.stage.quantization_annealing.anneal_iters:
-            stand_in.append(f"model.ternary.projections=[{Projection.mlp_fc1.value}]")
+            kind = next(each for each in LINEAR_TRANSFORMS if isinstance(each, AnnealedQuantizationKind))
+            stand_in.append(f"model.{kind.name}.projections=[{Projection.mlp_fc1.value}]")
         if run.stage.sub_norm_annealing.anneal_iters:
             stand_in.append("model.ffn_sub_norm=true")
     settings = [word for word in words if word.partition("=")[0] != "model"]
@@ -193,7 +195,8 @@ def _faded_in(recipe: ConversionConfig) -> list[str]:
     return [f"model.{name}=true" for name, is_asked in norms.items() if is_asked] + [
         f"model.{kind.name}.projections={hydra_value([each.value for each in named])}"
         for kind in LINEAR_TRANSFORMS
-        if kind.quantizes and (named := getattr(getattr(recipe, kind.name, None), "projections", []))
+        if isinstance(kind, AnnealedQuantizationKind)
+        and (named := getattr(getattr(recipe, kind.name, None), "projections", []))
     ]
 
 
