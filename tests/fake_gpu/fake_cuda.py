@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 GPU = torch.device("cuda", 0)
 
@@ -112,6 +112,15 @@ _PRODUCTS = {"aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm"}
 _COPIES = {"aten::_to_copy", "aten::copy_"}
 
 
+def _tensors_in(arguments: Iterable[Any]) -> Iterator[Tensor]:
+    """An operator's: tensors, and lists of them. Torch's search of a tree takes as long as an operator."""
+    for each in arguments:
+        if isinstance(each, Tensor):
+            yield each
+        elif isinstance(each, list | tuple):
+            yield from _tensors_in(each)
+
+
 def _counts_a_mask(name: str, args: Sequence[Any]) -> bool:
     """Whether an operator needs to know how many elements of a mask are true; one value for all does not."""
     if name not in ("aten::index", "aten::index_put_", "aten::index_put", "aten::_index_put_impl_"):
@@ -141,7 +150,7 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name
-        tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        tensors = [*_tensors_in(args), *_tensors_in(kwargs.values())]
         on_gpu = [each for each in tensors if each.is_meta]
         # Numbers that are tensors without dimensions may be on the CPU: kernels take them by value.
         on_cpu = [each for each in tensors if not each.is_meta and each.dim() > 0]
