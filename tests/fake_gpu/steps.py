@@ -5,7 +5,7 @@ A process of its own, in which no patch for CPUs is in force:
     python -m tests.fake_gpu.steps RUN ...
 
 For each run and rank a line of JSON: what the step did that a GPU would not like. Behind a run that ends in
-" reported" comes a second step, which is reported, with an evaluation.
+" reported" comes a second step, which is reported, with an evaluation, and the plan of a save.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ import os
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from pydoc_data.topics import topics
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -32,8 +34,10 @@ os.environ["TORCHDYNAMO_DISABLE"] = (
 
 os.environ["DS_ACCELERATOR"] = "cuda"  # DeepSpeed asks when it is imported, which transformers does, too
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.remote_device import _remote_device
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from spikingbrain_train.architecture.layers import dense_source, layers
@@ -53,7 +57,7 @@ from spikingbrain_train.runtime.accelerator import Accelerator
 from spikingbrain_train.runtime.patches import PATCHES
 from tests.evaluation.multiple_choice.small_tasks import write_tasks
 from tests.fake_gpu import kernels
-from tests.fake_gpu.fake_cuda import Findings, fake_cuda, place
+from tests.fake_gpu.fake_cuda import GPU, Findings, fake_cuda, place
 from tests.small_source import save_small_source
 
 if TYPE_CHECKING:
@@ -62,7 +66,7 @@ if TYPE_CHECKING:
 MICRO_BATCHES = 2
 REPORTED = " reported"
 FOLDER = "FOLDER"
-"""In a run: a folder with a tokenizer and multiple choice."""
+"""In a run: a folder with a tokenizer, multiple choice and held-out text."""
 
 
 def composed(run: str, *more: str) -> RunConfig:
@@ -122,6 +126,7 @@ def step(config: RunConfig, last: bool, *, is_reported: bool) -> dict[str, Any]:
         mock.patch.object(process_groups, "_join_world", join),
         agreeing_ranks(config),
         few_chunks(),
+        built_teachers(config),
     ):
         groups = process_groups.initialize(config.parallel, accelerator, seed=1)
         try:
@@ -154,17 +159,45 @@ def few_chunks() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def built_teachers(config: RunConfig) -> Iterator[None]:
+    """The checkpoint of a teacher that an evaluator reads is of no file: the run's dense source is built."""
+    from spikingbrain_train.evaluation.against_teacher import evaluator, recording
+
+    def build(_: object, groups: Any) -> SimpleNamespace:
+        return SimpleNamespace(model=dense_teacher(config, groups))
+
+    with (
+        mock.patch.object(evaluator, "is_megatron_checkpoint", lambda folder, flag: True),
+        mock.patch.object(evaluator, "request_in_run", lambda folder, config, flag: None),
+        mock.patch.object(evaluator, "for_reading", lambda request: request),
+        mock.patch.object(recording, "open_checkpoint", build),
+    ):
+        yield
+
+
+def dense_teacher(config: RunConfig, groups: Any) -> Any:
+    from spikingbrain_train.training import build
+
+    chosen = build.kernels_of(config, groups.accelerator)
+    teacher = build._build(dense_source(config.model), config, chosen, groups, initialize=True)
+    return teacher.requires_grad_(False).eval()
+
+
 def value_of(config: RunConfig, x: Tensor) -> Tensor:
-    """Ones; False, also as a byte, but for what was counted; the votes of a good step; as many tokens for
-    every expert, where x counts those."""
+    """Ones, tokens that are written among them; False, also as a byte, but for what was counted or is finite;
+    the votes of a good step, and no failure; as many tokens for every expert, where x counts those."""
     if x.dtype in (torch.bool, torch.uint8):
-        return torch.full(x.shape, "/callbacks/" in place(), dtype=x.dtype, device="cpu")
+        true = ("/callbacks/", "ops/finite.py:first_not_finite")
+        return torch.full(x.shape, any(each in place() for each in true), dtype=x.dtype, device="cpu")
+    if "/agreement.py:agreed_failure" in place():
+        return torch.zeros(x.shape, dtype=x.dtype, device="cpu")  # no rank has failed
     if x.dtype == torch.int32 and x.dim() == 1:
         return torch.tensor(good_votes(config), dtype=x.dtype, device="cpu")
     parallel, experts = config.parallel, config.model.moe.num_experts
     ranks, tensor = parallel.expert_model_parallel_size, parallel.expert_tensor_size
     value = 1
-    if not x.is_floating_point() and x.dim() > 0:
+    if not x.is_floating_point() and x.dim() > 0 and "/evaluation/" not in place():  # that asks for tokens
         of_rank = config.stage.micro_batch_size * (config.stage.seq_length + config.model.num_sink_tokens)
         of_rank //= parallel.context_parallel_size
         if parallel.sequence_parallel:
@@ -223,16 +256,22 @@ def _step(
         trainer = trainer_of(config, groups, accelerator)
         model = trainer.model
         whole = batches(config)
+        findings.clear()
         trainer.callbacks.start()
+        started = findings.as_dict()  # with evaluations of what it starts from
         findings.clear()
         trainer._step(local(each, config, groups) for each in whole)
         found: dict[str, Any] = dict(findings.as_dict())
         if is_reported:
             findings.clear()
             _report(trainer, whole)
-            found["report"] = findings.as_dict()
+            found["report"] = {name: started[name] | later for name, later in findings.as_dict().items()}
         trainer.callbacks.end(None)
+        findings.clear()
         saved = state_to_save(trainer.state, groups)
+        if is_reported:
+            found["pieces"] = _planned(trainer, saved)
+            found["save"] = findings.as_dict()
     assert trainer.state.iteration == 1 + is_reported and trainer.stop_reason is None
     named = [*model.named_parameters(), *model.named_buffers()]
     for_cpu = [each.name for each in PATCHES if accelerator.kind not in each.platforms]
@@ -242,6 +281,26 @@ def _step(
         "saved": len(saved["model"]),
         **found,
     }
+
+
+def _planned(trainer: Trainer, saved: dict[str, Any]) -> dict[str, int]:
+    """What a save does until ranks tell each other of it: all is looked through for NaN, and this rank's part
+    of the plan is made. How many pieces of tensors and of other values that has."""
+    from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+    from megatron.core.dist_checkpointing.strategies import torch as torch_dist
+
+    from spikingbrain_train.checkpoint.finite_state import first_not_finite_of_run
+
+    state = trainer.state
+    state.gather_updated_weights()
+    assert first_not_finite_of_run(state.model, state.optimizer, trainer.groups) is None
+    sharded, _ = save_preprocess(saved, validate_access_integrity=False)
+    sharded, *_ = torch_dist._replace_state_dict_keys_with_sharded_keys(sharded, True)
+    planner = torch_dist.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+    with mock.patch.object(_remote_device, "device", lambda place: GPU):  # of a shard, read from its name
+        planner.set_up_planner(torch_dist.mcore_to_pyt_state_dict(sharded, False))
+        items = planner.create_local_plan().items
+    return dict(Counter("values" if each.tensor_data is None else "tensors" for each in items))
 
 
 def _report(trainer: Trainer, whole: list[Any]) -> None:
@@ -284,10 +343,7 @@ def trainer_of(config: RunConfig, groups: Any, accelerator: Accelerator) -> Trai
     trainer.checkpoints = RunCheckpoints(config, groups, trainer.say)
     trainer.callbacks = Callbacks(callbacks_of(config), trainer)
     chosen = kernels_of(config, accelerator)
-    teacher = None
-    if kind_of(config.stage).needs_teacher(config.stage):
-        source = dense_source(config.model)
-        teacher = build._build(source, config, chosen, groups, initialize=True).requires_grad_(False).eval()
+    teacher = dense_teacher(config, groups) if kind_of(config.stage).needs_teacher(config.stage) else None
     trainer.stage = stage_class(config.stage)(config.stage, groups, teacher)
     student = build.build_student(config, chosen, groups)
     trainer.stage.freeze(student)
@@ -333,7 +389,21 @@ def main(runs: list[str]) -> None:
             import_module("transformers.modeling_utils")  # which looks for packages that are only played here
             save_small_source(Path(folder))
             write_tasks(Path(folder))
+            write_text(Path(folder))
         _main(runs, folder)
+
+
+def write_text(folder: Path) -> None:
+    """Held-out text for prompts, ``text``."""
+    from spikingbrain_train.data.indexed import IndexedDatasetWriter
+    from spikingbrain_train.data.tokenizers import load_tokenizer
+
+    (folder / "staging").mkdir()
+    tokenizer = load_tokenizer(folder)
+    writer = IndexedDatasetWriter(folder / "text", tokenizer, folder / "staging")
+    writer.add_document(np.asarray(tokenizer.encode(topics["lambda"]), dtype=writer.dtype), text_bytes=1)
+    writer.finish()
+    writer.publish()
 
 
 def _main(runs: list[str], folder: str) -> None:

@@ -1,8 +1,8 @@
 """A training step of every model and topology of conf/ on a GPU that computes nothing: see fake_cuda.py.
 
 Real widths and lengths, a few layers; the trainer's step with all callbacks of a run, over two micro-batches,
-and what a checkpoint would hold; of some runs a second step, which is reported, and an evaluation. What costs
-a GPU time is in the tables here, each with its reason; all else fails.
+and what a checkpoint would hold; of some runs a second step, which is reported, an evaluation, and the plan
+of a save. What costs a GPU time is in the tables here, each with its reason; all else fails.
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ EVALUATORS = ",".join(
         "settings:{lengths:256,samples:1,depths:50}}",
         "{path:spikingbrain_train.evaluation.multiple_choice.evaluator.MultipleChoice,"
         "settings:{tasks:piqa,task_data:FOLDER}}",
+        "{path:spikingbrain_train.evaluation.against_teacher.evaluator.AgainstTeacher,"
+        "settings:{teacher:FOLDER,prompts:2,prompt_tokens:16,new_tokens:4}}",
     )
 )
 ZERO = "model=spikingbrain_7b parallel=dp32_cp8_zero2 parallel.zero"
@@ -68,11 +70,11 @@ REPORTED = [
     f"model=tiny_hybrid model.quantization.projections={SPIKES} model.int8_inputs.projections=[qkv,mlp_fc1]",
     "model=tiny_hybrid model.activation_func=relu stage.sparsity.l1_factors=[0.001] "
     "stage.sparsity.l1_end_steps=[10]",
-    f"model=tiny_hybrid data.tokenizer=FOLDER logging.evaluators=[{EVALUATORS}]",
+    f"model=tiny_hybrid data.tokenizer=FOLDER data.valid=[FOLDER/text] logging.evaluators=[{EVALUATORS}]",
     "model=spikingbrain_76b parallel=pp2 parallel.virtual_pipeline_model_parallel_size=2",
     "model=spikingbrain_7b parallel=dp32_cp8_zero2",
 ]
-"""Runs of which a step is reported, too, and evaluated behind."""
+"""Runs of which a step is reported, too, and evaluated behind, and a save is planned."""
 
 RUNS = [
     *(run for run in (*MODELS, *layouts()) if run not in REPORTED),
@@ -153,6 +155,20 @@ REPORT_WAITS = {
     ),
     "to the CPU spikingbrain_train/evaluation/held_out.py:held_out_cross_entropy": "once an evaluation",
     "to the CPU spikingbrain_train/evaluation/language_model.py:score": "once a batch of questions",
+    "to the CPU spikingbrain_train/evaluation/megatron_language_model.py:_generate_by_step": (
+        "texts, once they are written"
+    ),
+    "_local_scalar_dense spikingbrain_train/evaluation/megatron_language_model.py:_all_ranks": (
+        "whether all texts have ended, once a token"
+    ),
+    **{
+        f"to the CPU spikingbrain_train/evaluation/against_teacher/{path}": "once a text of the teacher"
+        for path in (
+            "teacher_record.py:record_teacher",
+            "comparison.py:compare",
+            "comparison.py:_kl_divergence",
+        )
+    },
 }
 """The same in a step that is reported, and in the evaluation behind it."""
 
@@ -172,6 +188,15 @@ ON_CPU = {
 REPORT_ON_CPU = {
     "spikingbrain_train/evaluation/language_model.py:padded_tokens": "questions become batches",
     "spikingbrain_train/evaluation/megatron_language_model.py:forward_step": "on their way to the GPU",
+    "spikingbrain_train/evaluation/megatron_language_model.py:_generate_by_step": "the same, of prompts",
+    **{
+        f"spikingbrain_train/evaluation/against_teacher/{path}": "what is kept of the teacher is compared"
+        for path in (
+            "teacher_record.py:mass_of_others",
+            "comparison.py:compare",
+            "comparison.py:_kl_divergence",
+        )
+    },
     **{
         f"spikingbrain_train/{path}": "what was counted becomes metrics"
         for path in (
@@ -188,6 +213,24 @@ REPORT_ON_CPU = {
     },
 }
 """The same in a step that is reported, and in the evaluation behind it."""
+
+SAVE_WAITS = {
+    "_local_scalar_dense spikingbrain_train/ops/finite.py:first_not_finite": "whether all is finite, once",
+    "_local_scalar_dense spikingbrain_train/parallel/agreement.py:agreed_failure": "on all ranks",
+    "_local_scalar_dense megatron/optimizer/optimizer.py:_extract_common_per_param_step": (
+        "the step of AdamW, which torch keeps a parameter, with megatron-core's optimizer"
+    ),
+    "_local_scalar_dense megatron/optimizer/optimizer.py:sharded_state_dict": "the same",
+    "_local_scalar_dense megatron/optimizer/distrib_optimizer.py:<listcomp>": "the same, of its shards",
+    "to the CPU spikingbrain_train/checkpoint/partitioned_state.py:_step": "the same, of DeepSpeed's, once",
+}
+"""Where a save waits for the GPU until ranks tell each other what they write."""
+
+SAVE_ON_CPU = {
+    "spikingbrain_train/checkpoint/sharded_state.py:<dictcomp>": "states of random generators",
+    "megatron/dist_checkpointing/strategies/torch.py:_mcore_to_dcp_compatible_tensor": "the same",
+}
+"""Where the CPU computes then."""
 
 OFFLOADED = {
     **{
@@ -223,6 +266,9 @@ OFFLOADED = {
 WIDE = {
     "spikingbrain_train/models/feed_forwards/moe/router.py:forward": "routers compute in float32",
     "spikingbrain_train/models/feed_forwards/moe/router.py:backward": "the same",
+    "spikingbrain_train/ops/gated_linear_attention/naive.py:gated_linear_attention_step": (
+        "states of texts that are written"
+    ),
     "spikingbrain_train/ops/gated_linear_attention/end_state.py:gated_linear_attention_end_state": (
         "states that travel between context-parallel ranks"
     ),
@@ -265,6 +311,10 @@ def test_a_step_stays_on_the_gpu_and_waits_only_where_it_has_to(run: str, steps:
         assert not _unexplained(found, is_offloaded="offload_optimizer" in run), name
         if run.endswith(" reported"):
             assert not _unexplained(found["report"], is_report=True), name
+            save = found["save"]
+            assert not save["mixed"] and not save["products"], name
+            assert set(save["waits"]) <= set(SAVE_WAITS) and places(save["on_cpu"]) <= set(SAVE_ON_CPU), name
+            assert found["pieces"]["tensors"] > 0, name
         assert found["saved"] > 0
 
 
@@ -298,11 +348,14 @@ def test_every_reason_is_of_a_wait_that_there_is(steps: dict[str, Any]) -> None:
     assert set(ON_CPU) == on_cpu
     assert set(REPORT_WAITS) == {each for found in reports for each in found["waits"]} - waits
     assert set(REPORT_ON_CPU) == {each for found in reports for each in places(found["on_cpu"])} - on_cpu
+    saves = [found["save"] for found in plain if "save" in found]
+    assert set(SAVE_WAITS) == {each for found in saves for each in found["waits"]}
+    assert set(SAVE_ON_CPU) == {each for found in saves for each in places(found["on_cpu"])}
     assert set(OFFLOADED) == {
         *(each for found in host.values() for each in places(set(found["waits"]) - waits)),
         *(each for found in host.values() for each in places(found["on_cpu"]) - on_cpu),
     }
-    assert set(WIDE) == {place for found in steps.values() for place in places(wide(found))}
+    assert set(WIDE) == {place for found in (*steps.values(), *reports) for place in places(wide(found))}
     (tokens, _), (votes, _) = ((name, why) for name, why in WAITS.items() if "once a step" in why)
     for name, found in steps.items():
         assert found["waits"][votes] == 1
