@@ -27,7 +27,7 @@ from spikingbrain_train.config.yaml_files import conf_folder
 from spikingbrain_train.errors import ConfigurationError, SpikingBrainError
 
 _OWN_FLAGS = "--config run_config.yaml, --help[=topic], --cfg job, --resolve, --info, --hydra-help"
-# Files of Hydra's own about what no run uses, which take a sixth of the time to compose one.
+# Files of Hydra's own about what no run uses, which take an eighth of the time to compose one.
 _UNUSED = tuple(f"~hydra/{group}" for group in ("launcher", "sweeper", "help", "hydra_help", "output"))
 
 
