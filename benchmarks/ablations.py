@@ -1,12 +1,12 @@
 """Claim: the report's ablations hold in small (SpikingBrain, arXiv 2509.05276, tables 12 and 13).
 
 What each element costs, at equal tokens: full attention, windows, linear attention and their hybrid (table
-12, with single-needle recall within the window and beyond it), then hybrid (H), experts (M) and spikes (S) in
-all combinations (table 13). Lengths are an eighth of the published ones: windows of 512 and 16 tokens,
-sequences of 1024, needles at 512 and 1024. Every variant is swapped into the same dense source and trained
-with next-token loss. Where attention was swapped a sink token stands in front, and linear attention begins
-with its closed-form start, whose tokens count (docs/recipe.md). All of it is commands that users type; it is
-resumable, and runs in pieces:
+12, with single-needle recall within the window and beyond it, and how likely the answer is), then hybrid (H),
+experts (M) and spikes (S) in all combinations (table 13). Lengths are an eighth of the published ones:
+windows of 512 and 16 tokens, sequences of 1024, needles at 512 and 1024. Every variant is swapped into the
+same dense source and trained with next-token loss. Where attention was swapped a sink token stands in front,
+and linear attention begins with its closed-form start, whose tokens count (docs/recipe.md). All of it is
+commands that users type; it is resumable, and runs in pieces:
 
   python benchmarks/ablations.py --output outputs/ablations --model models/SmolLM2-135M-Instruct \\
       --train docs_train.jsonl.zst --valid docs_valid.jsonl.zst --seeds 1 2 3 --minutes 60
@@ -43,7 +43,7 @@ from spikingbrain_train.storage.durable_files import write_text_durably  # noqa:
 
 SEQ_LENGTH, WINDOW, SHORT_WINDOW = 1024, 512, 16
 NEEDLES = ("512", "1024")
-_NEEDLES_OF_A_DEPTH = 4
+_NEEDLES_OF_A_DEPTH = 1
 _HELD_OUT_CHARACTERS, _TRAIN_CHARACTERS = 100_000, 20_000_000
 _SINK = "num_sink_tokens=1"
 _HYBRID = ("mixers=[gla,swa]", f"sliding_window={WINDOW}", _SINK)
@@ -131,8 +131,9 @@ class Ablations:
             seed: of the order of the text, and of new weights.
 
         Returns:
-            ``cross_entropy`` in nats of the held-out text, and ``recall`` for each length, empty outside
-            table 12.
+            ``cross_entropy`` in nats of the held-out text, and for each length, empty outside table 12,
+            ``recall``, the share of needles that generated text contains (as RULER counts), and
+            ``answer_nats``, what a token of the answer costs.
 
         Raises:
             OutOfTimeError: go on with another call.
@@ -158,7 +159,7 @@ class Ablations:
             words += ["--seq-length", SEQ_LENGTH, "--output", measured]
             if variant.name in _PROBED:
                 words += ["--probes", "needle", "--probe-lengths", ",".join(NEEDLES)]
-                words += ["--probe-samples", _NEEDLES_OF_A_DEPTH]
+                words += ["--probe-samples", _NEEDLES_OF_A_DEPTH, "--probe-scoring", "both"]
             self.commands.run(*words)
         found = json.loads(measured.read_text())
         needles = found["probes"]["results"]["needle"] if variant.name in _PROBED else {}
@@ -167,7 +168,8 @@ class Ablations:
             "tokens": tokens,
             "seed": seed,
             "cross_entropy": found["cross_entropy"],
-            "recall": {length: needle["accuracy"] for length, needle in needles.items()},
+            "recall": {length: needle["generated_accuracy"] for length, needle in needles.items()},
+            "answer_nats": {length: needle["nats_per_token"] for length, needle in needles.items()},
         }
         write_text_durably(result, json.dumps(done) + "\n")
         for weights in (folder / "converted", folder / "start", folder / "cpt"):
@@ -198,56 +200,92 @@ class Ablations:
         )
 
 
+@dataclass(frozen=True)
+class _Column:
+    """What was measured of every variant of a table.
+
+    Attributes:
+        name: in tables.
+        key: of a result.
+        length: of its needles; None where it has none.
+        published: the columns of ``Variant.published`` whose order it is held to.
+        is_loss: whether less is better.
+    """
+
+    name: str
+    key: str
+    length: str | None
+    published: tuple[int, ...]
+    is_loss: bool
+
+    def values(self, runs: Sequence[dict[str, Any]]) -> list[float]:
+        """Of the runs in which it was measured."""
+        if self.length is None:
+            return [run[self.key] for run in runs]
+        return [run[self.key][self.length] for run in runs if run.get(self.key)]
+
+
+_CROSS_ENTROPY = _Column("cross entropy", "cross_entropy", None, (0, 1), is_loss=True)
+_RECALL = [_Column(f"recall at {name}", "recall", name, (2 + at,), False) for at, name in enumerate(NEEDLES)]
+_ANSWERS = [
+    _Column(f"nats at {name}", "answer_nats", name, (2 + at,), is_loss=True)
+    for at, name in enumerate(NEEDLES)
+]
+_PUBLISHED = ("HellaSwag", "MMLU", "recall at 4k", "recall at 8k")
+_TIE = 0.5
+"""Points; the report's pairs that are closer are no order."""
+
+
 def report(results: Sequence[dict[str, Any]]) -> list[str]:
     """Both tables, and how many of the published orders hold."""
     seeds: dict[str, list[dict[str, Any]]] = {}
     for result in results:
         seeds.setdefault(result["variant"], []).append(result)
+    tables = (
+        ("table 12", MIXERS, [_CROSS_ENTROPY, *_RECALL, *_ANSWERS]),
+        ("table 13", ELEMENTS, [_CROSS_ENTROPY]),
+    )
     lines: list[str] = []
-    for title, variants, with_recall in (("table 12", MIXERS, True), ("table 13", ELEMENTS, False)):
+    for title, variants, columns in tables:
         shown = [variant for variant in variants if variant.name in seeds]
-        names = ["cross entropy", *(f"recall at {length}" for length in NEEDLES if with_recall)]
-        rows = [[title, *names, "published", "seeds"]]
-        ours: dict[str, list[float]] = {}
+        rows = [[title, *(column.name for column in columns), "published", "seeds"]]
         for variant in shown:
             runs = seeds[variant.name]
-            measured = [[run["cross_entropy"] for run in runs]]
-            measured += [[run["recall"][length] for run in runs] for length in NEEDLES if with_recall]
-            ours[variant.name] = [mean(values) for values in measured]
             published = " / ".join("-" if value is None else f"{value:g}" for value in variant.published)
-            rows.append([variant.name, *(_spread(values) for values in measured), published, str(len(runs))])
+            rows.append(
+                [variant.name, *(_spread(each.values(runs)) for each in columns), published, str(len(runs))]
+            )
         lines += [*table(rows, left=1), ""]
-        lines += [f"{_orders(shown, ours, 0, column)}" for column in (0, 1)]
-        if with_recall:
-            lines += [_orders(shown, ours, 1 + number, 2 + number) for number in range(len(NEEDLES))]
+        for column in columns:
+            ours = {variant.name: column.values(seeds[variant.name]) for variant in shown}
+            lines += [_orders(shown, ours, column, number) for number in column.published]
         lines.append("")
     return lines
 
 
-_COLUMNS = ("HellaSwag", "MMLU", "recall at 4k", "recall at 8k")
-_TIE = 0.5
-"""Points; the report's pairs that are closer are no order."""
-
-
-def _orders(shown: Sequence[Variant], ours: dict[str, list[float]], measured: int, published: int) -> str:
+def _orders(shown: Sequence[Variant], ours: dict[str, list[float]], column: _Column, published: int) -> str:
     """A sentence: of how many pairs that the report orders the order is the same here."""
-    known = [variant for variant in shown if variant.published[published] is not None]
+    known = [each for each in shown if each.published[published] is not None and ours[each.name]]
     ordered, other = 0, []
     for one, two in combinations(known, 2):
         above = (one.published[published] or 0.0) - (two.published[published] or 0.0)
         if abs(above) < _TIE:
             continue
         better, worse = (one, two) if above > 0 else (two, one)
-        gain = ours[better.name][measured] - ours[worse.name][measured]
+        gain = mean(ours[better.name]) - mean(ours[worse.name])
         ordered += 1
-        if (gain >= 0) if measured == 0 else (gain <= 0):
+        if (gain >= 0) if column.is_loss else (gain <= 0):
             other.append(f"{better.name} over {worse.name}")
-    holds = f"{ordered - len(other)} of {ordered} pairs as published by {_COLUMNS[published]}"
+    holds = (
+        f"{column.name}: {ordered - len(other)} of {ordered} pairs as published by {_PUBLISHED[published]}"
+    )
     return f"{holds}; not: {', '.join(other)}" if other else holds
 
 
 def _spread(values: Sequence[float]) -> str:
     """Mean of the seeds, and their standard deviation where there are several."""
+    if not values:
+        return "-"
     return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
 
