@@ -72,12 +72,17 @@ def to_run_config(composed: DictConfig) -> RunConfig:
 def _load(path: str | Path, schema: type[Config]) -> Config:
     """Read a config, or copy what was read last time where neither the file nor the schema is another."""
     try:
-        found = Path(path).stat()
+        state = state_of(path)
     except OSError:
         return _read(path, schema)
-    state = (found.st_ino, found.st_mtime_ns, found.st_size)
     classes: tuple[Any, ...] = (schema, with_sections(schema))
     return deepcopy(_read_once(str(path), state, classes))
+
+
+def state_of(path: str | Path) -> tuple[int, int, int]:
+    """What tells a file from one that lay or lies at the same path. Raises OSError where there is none."""
+    found = Path(path).stat()
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 # A start asks many times, of plan, checks, weights, data and log, and one reading takes a tenth of a second.

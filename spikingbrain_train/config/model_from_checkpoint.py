@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Hashable
 from enum import Enum
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, cast
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from spikingbrain_train.config.load import load_model_config
+from spikingbrain_train.config.load import load_model_config, state_of
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.sections import with_sections
 from spikingbrain_train.config.setting import leaves
@@ -28,10 +29,20 @@ _stored: dict[tuple[str | None, str], DictConfig] = {}
 """What Hydra has been told last, by group and name."""
 
 
-@lru_cache(maxsize=8)
 def _settings(folder: str) -> dict[str, Any]:
     """Every setting of the model in a checkpoint folder, by dotted name."""
-    return leaves(load_model_config(latest_checkpoint(folder, "checkpoint.load") / MODEL_CONFIG_FILE))
+    path = latest_checkpoint(folder, "checkpoint.load") / MODEL_CONFIG_FILE
+    try:
+        state = state_of(path)
+    except OSError:  # which reading it puts into a sentence
+        return leaves(load_model_config(path))
+    return _settings_once(path, state)
+
+
+# Hydra asks for each of them by itself.
+@lru_cache(maxsize=8)
+def _settings_once(path: Path, state: Hashable) -> dict[str, Any]:
+    return leaves(load_model_config(path))
 
 
 def _resolve(folder: str | None, setting: str) -> Any:

@@ -49,6 +49,20 @@ def test_every_setting_comes_from_the_checkpoint(folder: str) -> None:
         assert leaves(model)[name] != default, name
 
 
+def test_a_checkpoint_that_takes_the_place_of_another_one_is_read_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one process: another folder at the same relative path, and one that is not there any more."""
+    monkeypatch.chdir(tmp_path)
+    for layers in (2, 4):
+        folder = Path(write_checkpoint(tmp_path / str(layers), small_model(num_layers=layers), iteration=3))
+        folder.rename("hybrid")
+        assert composed("checkpoint.load=hybrid").model.num_layers == layers
+        Path("hybrid").rename(f"gone_{layers}")
+    with pytest.raises(CheckpointError):
+        composed("checkpoint.load=hybrid")
+
+
 def test_single_settings_of_the_command_line_come_on_top(folder: str) -> None:
     model = composed(
         f"checkpoint.load={folder}",

@@ -23,7 +23,7 @@ from spikingbrain_train.config.linear_transforms import (
 from spikingbrain_train.config.model import ActivationFunc, MoEConfig
 from spikingbrain_train.config.parallel import ParallelConfig
 from spikingbrain_train.config.run import DataConfig, LoggingConfig, RunConfig
-from spikingbrain_train.config.stage import DistillationConfig, SparsityConfig
+from spikingbrain_train.config.stage import DistillationConfig, SparsityConfig, SubNormAnnealingConfig
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.reporting.metrics import read_events, read_metrics
 from spikingbrain_train.training.callbacks.callback import Callback
@@ -120,7 +120,7 @@ def runs(
         write_text(folder, lines=6)
     )  # of the eight windows of an evaluation, four are of a second one
 
-    def config(name: str, load: Path, **changes: object) -> RunConfig:
+    def config(name: str, load: Path | None, **changes: object) -> RunConfig:
         run = run_config(folder / name, text, checkpoint=checkpoint_config(load), **changes)
         run.stage = replace(run.stage, train_iters=2, teacher=str(dense_checkpoint))
         run.optimizer.lr_warmup_iters = 0
@@ -155,9 +155,12 @@ def runs(
     zeros.stage.sparsity = SparsityConfig([0.1], [2])
     zeros.stage.batch_size_ramp = BatchSizeRampConfig(start=2, samples=2)
 
+    norms = config("norms", None, model=replace(MODEL, ffn_sub_norm=True))
+    norms.stage.sub_norm_annealing = SubNormAnnealingConfig(2)
+
     all_found: dict[str, Reported] = {}
     all_printed = ""
-    for each in (align, spiking, experts, zeros):
+    for each in (align, spiking, experts, zeros, norms):
         size = each.parallel.expert_model_parallel_size
         (found, printed), *_ = ranks.run(_listen, each, world_size=size, parallel=each.parallel)
         all_printed += printed
