@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 
@@ -24,6 +25,9 @@ from tests.workers import (  # noqa: F401
     pytest_xdist_make_scheduler,
 )
 
+# Shells let what they start in the background ignore Ctrl-C, and what tests interrupt would inherit it.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # MKL reads it at the first product of a process: deterministic runs in processes that have run other tests
 # need it.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
