@@ -46,8 +46,7 @@ class AnnealedQuantizationKind(LinearTransformKind):
 
     def schedule(self, model: ModelConfig, stage: StageConfig, iteration: int) -> Mapping[str, float]:
         """How far weights or inputs have gone to what they become: on a straight line to 1."""
-        anneal_iters = stage.quantization_annealing.anneal_iters
-        return {"share": min(1.0, iteration / anneal_iters) if anneal_iters else 1.0}
+        return {"share": stage.quantization_annealing.share(iteration)}
 
     def ahead_of(self, model: ModelConfig, stage: StageConfig, iteration: int) -> str:
         share = self.schedule(model, stage, iteration)["share"]

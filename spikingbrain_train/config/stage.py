@@ -124,8 +124,18 @@ class SpikeAnnealingConfig:
     """Steps until k has reached model.spiking.k; needs init_k."""
 
 
+class _StraightLine:
+    """A schedule from nothing to all over the first ``anneal_iters`` steps."""
+
+    anneal_iters: int
+
+    def share(self, iteration: int) -> float:
+        """How far it has come after that many finished steps: 0 to 1."""
+        return min(1.0, iteration / self.anneal_iters) if self.anneal_iters else 1.0
+
+
 @dataclass
-class QuantizationAnnealingConfig:
+class QuantizationAnnealingConfig(_StraightLine):
     """Weights and inputs go to their quantised values over the first steps, on a straight line.
 
     INT8 weights, INT8 inputs and ternary weights alike; spikes have a schedule of their own.
@@ -137,7 +147,7 @@ class QuantizationAnnealingConfig:
 
 
 @dataclass
-class SubNormAnnealingConfig:
+class SubNormAnnealingConfig(_StraightLine):
     """Sub-norms that a dense source lacks come in over the first steps, on a straight line.
 
     Projections read ``x + share * (norm(x) - x)``: at a share of 0 the source's own input. This project's
@@ -147,10 +157,6 @@ class SubNormAnnealingConfig:
     anneal_iters: int = setting(0, minimum=0, resume=SAID)
     """Steps until the projections behind model.attn_sub_norm and model.ffn_sub_norm read what the norms make
     of their inputs, and nothing else; 0 begins there."""
-
-    def share(self, iteration: int) -> float:
-        """How far the norms have come in after that many finished steps: 0 to 1."""
-        return min(1.0, iteration / self.anneal_iters) if self.anneal_iters else 1.0
 
 
 @dataclass

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
@@ -18,6 +16,7 @@ from spikingbrain_train.evaluation.text_windows import windows_of_data
 from spikingbrain_train.ops.ternary import unpack_ternary
 from spikingbrain_train.reporting.metrics import read_metrics
 from tests.pipelines.planned import steps_of
+from tests.pipelines.tiny_runs import read, run_to_its_end
 from tests.programs import Programs
 from tests.small_source import MODEL_VOCAB_SIZE, save_small_llama
 
@@ -43,17 +42,8 @@ SUB_NORMS = (
 RUN = ("-m", "spikingbrain_train", "pipeline", "run", "bitnet", *GIVEN, *TINY)
 
 
-@pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What planning looks for: a source's settings, and tokens."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "source").mkdir()
-    (tmp_path / "source/config.json").write_text('{"hidden_act": "silu", "max_position_embeddings": 8192}')
-    (tmp_path / "text.jsonl").touch()
-
-
 @pytest.mark.parametrize("further", [(), FOR_LLAMA_CPP, SUB_NORMS], ids=["plain", "llama.cpp", "sub-norms"])
-def test_each_variation_of_its_head_is_planned(workplace: None, further: tuple[str, ...]) -> None:
+def test_each_variation_of_its_head_is_planned(workplace: Path, further: tuple[str, ...]) -> None:
     steps = steps_of("bitnet", *GIVEN, *further)
     assert steps["cpt"].train_iters == 1000 and steps["cpt"].recipe is None
     recipe = steps["ternary"].recipe
@@ -74,7 +64,7 @@ def test_each_variation_of_its_head_is_planned(workplace: None, further: tuple[s
     ],
 )
 def test_what_would_be_refused_later_is_refused_before(
-    workplace: None, arguments: list[str], sentence: str
+    workplace: Path, arguments: list[str], sentence: str
 ) -> None:
     with pytest.raises(SpikingBrainError) as refusal:
         steps_of("bitnet", *GIVEN, *arguments)
@@ -82,7 +72,7 @@ def test_what_would_be_refused_later_is_refused_before(
 
 
 def test_a_fade_without_rounded_projections_is_refused_only_where_the_recipe_is_known(
-    workplace: None,
+    workplace: Path,
 ) -> None:
     """A source that is copied as it is may have ternary weights itself."""
     copied = ("steps.ternary.conversion=null", "steps.ternary.overrides=[]")
@@ -94,17 +84,8 @@ def done(programs: Programs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a pipeline that has run to its end."""
     folder = tmp_path_factory.mktemp("bitnet")
     save_small_llama(folder / "source")
-    documents = [json.dumps({"text": topics[name]}) for name in sorted(topics)[:12]]
-    (folder / "text.jsonl").write_text("\n".join(documents))
-    run = programs.run(RUN, folder)
-    assert run.code == 0 and "all 8 steps are done" in run.said, run.said[-3000:]
+    run_to_its_end(programs, "bitnet", (*GIVEN, *TINY), folder, steps=8)
     return folder
-
-
-def read(path: Path) -> dict[str, Any]:
-    found = json.loads(path.read_text())
-    assert isinstance(found, dict)
-    return found
 
 
 @pytest.mark.slow

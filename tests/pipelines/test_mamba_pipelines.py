@@ -5,9 +5,7 @@ Cross entropies of a checkpoint and of its export are within 1e-4: logits are wi
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
@@ -20,6 +18,7 @@ from spikingbrain_train.errors import SpikingBrainError
 from spikingbrain_train.evaluation.text_windows import windows_of_data
 from spikingbrain_train.reporting.metrics import read_metrics
 from tests.pipelines.planned import steps_of
+from tests.pipelines.tiny_runs import read, run_to_its_end
 from tests.programs import Programs
 from tests.small_source import MODEL_VOCAB_SIZE, save_small_source, save_small_tokenizer
 
@@ -41,19 +40,9 @@ TINY = {
         *("warmup_iters=2", "decay_iters=2"),
     ),
 }
-STEPS_OF = {"mamba": 10, "falcon_mamba": 7}
 
 
-@pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What planning looks for: a source's settings, and tokens."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "source").mkdir()
-    (tmp_path / "source/config.json").write_text('{"hidden_act": "silu", "max_position_embeddings": 8192}')
-    (tmp_path / "text.jsonl").touch()
-
-
-def test_both_are_planned(workplace: None) -> None:
+def test_both_are_planned(workplace: Path) -> None:
     from_attention, goes_on = (steps_of(name, *GIVEN) for name in TINY)
     assert from_attention["align"].train_iters == 80
     assert from_attention["distill"].train_iters == goes_on["cpt"].train_iters == 1000
@@ -71,22 +60,15 @@ def test_both_are_planned(workplace: None) -> None:
     ],
 )
 def test_what_would_be_refused_later_is_refused_before(
-    workplace: None, name: str, arguments: list[str], sentence: str
+    workplace: Path, name: str, arguments: list[str], sentence: str
 ) -> None:
     with pytest.raises(SpikingBrainError) as refusal:
         steps_of(name, *GIVEN, *arguments)
     assert sentence in str(refusal.value) and "\n" not in str(refusal.value)
 
 
-def run_to_its_end(name: str, programs: Programs, folder: Path) -> None:
-    documents = [json.dumps({"text": topics[each]}) for each in sorted(topics)[:12]]
-    (folder / "text.jsonl").write_text("\n".join(documents))
-    run = programs.run(("-m", "spikingbrain_train", "pipeline", "run", name, *GIVEN, *TINY[name]), folder)
-    assert run.code == 0 and f"all {STEPS_OF[name]} steps are done" in run.said, run.said[-3000:]
-
-
 def entropy(folder: Path, step: str) -> float:
-    return float(json.loads((folder / f"out/{step}.json").read_text())["cross_entropy"])
+    return float(read(folder / f"out/{step}.json")["cross_entropy"])
 
 
 @torch.no_grad()
@@ -103,8 +85,8 @@ def entropy_by_transformers(folder: Path, **how: Any) -> float:
 @pytest.mark.timeout(600)
 def test_a_dense_model_becomes_a_hybrid_that_transformers_reads(programs: Programs, tmp_path: Path) -> None:
     save_small_source(tmp_path / "source")
-    run_to_its_end("mamba", programs, tmp_path)
-    config = json.loads((tmp_path / "out/export/config.json").read_text())
+    run_to_its_end(programs, "mamba", (*GIVEN, *TINY["mamba"]), tmp_path, steps=10)
+    config = read(tmp_path / "out/export/config.json")
     assert config["model_type"] == "spikingbrain"
     assert any("A_log" in name for name in tensors(tmp_path))
     found = entropy_by_transformers(tmp_path, trust_remote_code=True)
@@ -129,9 +111,9 @@ def test_a_falcon_mamba_goes_on_and_stays_one(programs: Programs, tmp_path: Path
     sizes = {"hidden_size": 32, "intermediate_size": 64, "state_size": 8, "num_hidden_layers": 2}
     config = FalconMambaConfig(vocab_size=MODEL_VOCAB_SIZE, bos_token_id=0, eos_token_id=0, **sizes)
     FalconMambaForCausalLM(config).save_pretrained(source)
-    run_to_its_end("falcon_mamba", programs, tmp_path)
+    run_to_its_end(programs, "falcon_mamba", (*GIVEN, *TINY["falcon_mamba"]), tmp_path, steps=7)
 
-    was, now = (json.loads((each / "config.json").read_text()) for each in (source, tmp_path / "out/export"))
+    was, now = (read(each / "config.json") for each in (source, tmp_path / "out/export"))
     assert now["architectures"] == was["architectures"] == ["FalconMambaForCausalLM"]
     assert "auto_map" not in now
     assert tensors(tmp_path).keys() == load_file(source / "model.safetensors").keys()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from pydoc_data.topics import topics
-from typing import Any
 
 import pytest
 import torch
@@ -19,6 +17,7 @@ from spikingbrain_train.pipelines.pipeline_file import load_pipeline
 from spikingbrain_train.pipelines.plan import plan_pipeline
 from spikingbrain_train.pipelines.steps import Step
 from tests.pipelines.planned import steps_of
+from tests.pipelines.tiny_runs import read, run_to_its_end
 from tests.programs import Programs
 from tests.small_source import MODEL_VOCAB_SIZE, save_small_source
 
@@ -57,15 +56,11 @@ steps:
 
 
 @pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What planning looks for: a source's settings, and tokens."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "source").mkdir()
-    (tmp_path / "source/config.json").write_text('{"hidden_act": "silu", "max_position_embeddings": 8192}')
-    (tmp_path / "text.bin").touch()
-    (tmp_path / "text.jsonl").touch()
-    (tmp_path / "next.yaml").write_text(NEXT_STAGE)
-    return tmp_path
+def workplace(workplace: Path) -> Path:
+    """And tokens, and a stage that follows."""
+    (workplace / "text.bin").touch()
+    (workplace / "next.yaml").write_text(NEXT_STAGE)
+    return workplace
 
 
 @pytest.mark.parametrize(("stage", "iterations"), [("prosparse_7b", 16500), ("prosparse_minicpm_1b", 35000)])
@@ -124,17 +119,8 @@ def done(programs: Programs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a pipeline that has run to its end."""
     folder = tmp_path_factory.mktemp("prosparse")
     save_small_source(folder / "source")
-    documents = [json.dumps({"text": topics[name]}) for name in sorted(topics)[:12]]
-    (folder / "text.jsonl").write_text("\n".join(documents))
-    run = programs.run(("-m", "spikingbrain_train", "pipeline", "run", "prosparse", *GIVEN, *TINY), folder)
-    assert run.code == 0 and "all 11 steps are done" in run.said, run.said[-3000:]
+    run_to_its_end(programs, "prosparse", (*GIVEN, *TINY), folder, steps=11)
     return folder
-
-
-def read(path: Path) -> dict[str, Any]:
-    found = json.loads(path.read_text())
-    assert isinstance(found, dict)
-    return found
 
 
 @pytest.mark.slow

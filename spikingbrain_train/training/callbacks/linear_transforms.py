@@ -11,29 +11,15 @@ from spikingbrain_train.architecture.linear_transforms import LinearTransformKin
 from spikingbrain_train.models.linears.linear_transform import TransformStatistics
 from spikingbrain_train.models.linears.whole_model import collect_statistics, set_attributes, transform_class
 from spikingbrain_train.training.callbacks.callback import Callback, SkipUpdate
+from spikingbrain_train.training.callbacks.schedule import Schedule
 from spikingbrain_train.training.report import Report
 
 
-class LinearTransformSchedules(Callback):
-    """Sets what each kind's schedule says for every step and evaluation, and reports it: ``spiking/k``."""
+class LinearTransformSchedules(Schedule):
+    """What each kind's schedule says: ``spiking/k``."""
 
     def __init__(self) -> None:
         self._values: dict[str, Mapping[str, float]] = {}
-
-    def start(self) -> None:
-        self._set()
-
-    def step_begin(self) -> None:
-        self._set()
-
-    def before_evaluation(self) -> None:
-        self._set()
-
-    def report_due(self, report: Report) -> None:
-        self._add_to(report)
-
-    def after_evaluation(self, report: Report) -> None:
-        self._add_to(report)
 
     def _set(self) -> None:
         config, state = self.run.config, self.run.state

@@ -3,30 +3,12 @@
 from __future__ import annotations
 
 from spikingbrain_train.models.linears.sub_norm import set_share
-from spikingbrain_train.training.callbacks.callback import Callback
+from spikingbrain_train.training.callbacks.schedule import Schedule
 from spikingbrain_train.training.report import Report
 
 
-class SubNormSchedule(Callback):
-    """Sets what ``stage.sub_norm_annealing`` says for every step and evaluation, and reports it.
-
-    It follows from the step alone: a run that goes on has it as it was.
-    """
-
-    def start(self) -> None:
-        self._set()
-
-    def step_begin(self) -> None:
-        self._set()
-
-    def before_evaluation(self) -> None:
-        self._set()
-
-    def report_due(self, report: Report) -> None:
-        self._add_to(report)
-
-    def after_evaluation(self, report: Report) -> None:
-        self._add_to(report)
+class SubNormSchedule(Schedule):
+    """What ``stage.sub_norm_annealing`` says: ``sub_norms/share``."""
 
     def _set(self) -> None:
         annealing = self.run.config.stage.sub_norm_annealing
