@@ -155,6 +155,16 @@ class Weight:
         assert self.split is Split.whole_experts
         return self.numel // experts
 
+    def matrix_on_rank(self, parallel: ParallelConfig) -> tuple[int, int]:
+        """Rows and columns of a matrix on one rank; of one expert, if it is experts'."""
+        sizes = list(self.shape[-2:])
+        ranks = {
+            Split.tensor: parallel.tensor_model_parallel_size,
+            Split.experts: parallel.expert_tensor_size,
+        }
+        sizes[self.split_axis] //= ranks.get(self.split, 1)
+        return sizes[0], sizes[1]
+
     def below(self, prefix: str) -> Weight:
         """The same weight with ``prefix`` in front of its name."""
         # dataclasses.replace takes ten times as long, and a plan with its remedies asks for 10,000 of them.

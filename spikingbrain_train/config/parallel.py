@@ -339,6 +339,9 @@ class ClusterConfig:
     peak_tflops: float | None = setting(None, above=0, resume=FREE)
     """Peak TFLOP/s of one rank for MFU, in the precision of the run and without sparsity. Null takes what
     a GPU is sold for in bf16 or measures a matrix product at start-up, and leaves a plan without hours."""
+    fp8_peak_tflops: float | None = setting(None, minimum=0, resume=FREE)
+    """Peak TFLOP/s of one rank for products of FP8 numbers, without sparsity; 0 says that its GPUs have none.
+    Read by plans of runs with fp8.format alone: MFU stays relative to peak_tflops."""
     gpus_per_node: int = setting(8, minimum=1, resume=FREE)
     """Devices of a node, for the search of a layout: ranks that lie in one node exchange over
     intra_node_gb_per_s."""

@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from spikingbrain_train.config.blend import check_blend, prefixes_of, weights_of
+from spikingbrain_train.config.fp8 import Fp8Config
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.named_class import named_classes
 from spikingbrain_train.config.numerics import NumericsConfig
@@ -395,6 +396,8 @@ class RunConfig:
     """Loading and saving."""
     numerics: NumericsConfig = field(default_factory=NumericsConfig)
     """NaN, infinity and spikes of the loss."""
+    fp8: Fp8Config = field(default_factory=Fp8Config)
+    """FP8 products of linears."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     """Progress lines, metrics and evaluations."""
     plugins: list[str] = setting(default_factory=list, resume=FREE)

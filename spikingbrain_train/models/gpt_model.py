@@ -88,6 +88,7 @@ class HybridGPTModel(GPTModel):
                 ),
                 get_transformer_layer_offset(config, vp_stage),
                 get_num_layers_to_build(config, vp_stage),
+                getattr(config, "fp8_linears", None),
             ),
             vocab_size=model.padded_vocab_size(config.tensor_model_parallel_size),
             max_sequence_length=model.max_position_embeddings,

@@ -25,6 +25,7 @@ def resolve_kernels(
     *,
     model: ModelConfig | None = None,
     precision: Precision = Precision.bf16,
+    in_fp8: bool = False,
 ) -> KernelConfig:
     """Replace ``auto`` of linears and experts by the best backend here.
 
@@ -36,6 +37,7 @@ def resolve_kernels(
         model: whose linears may transform their inputs and weights, which not every backend can; None is a
             model of plain ones.
         precision: of weights and activations, of which not every backend takes all.
+        in_fp8: whether linears multiply in FP8.
 
     Raises:
         PlatformError: a backend is asked for by name whose package, release or GPU is missing.
@@ -49,7 +51,7 @@ def resolve_kernels(
             kernels.parallel_linear.value, LinearsCall(accelerator.kind), machine, _PREFIX
         )
         activation = ActivationFunc.silu if model is None else model.activation_func
-        call = ExpertsCall(linear, transforms, precision, activation)
+        call = ExpertsCall(linear, transforms, precision, activation, in_fp8)
         experts = EXPERTS.choose(kernels.experts.value, call, machine, _PREFIX)
     except ValueError as error:
         raise ConfigurationError(str(error)) from error

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from spikingbrain_train.architecture.layers import Layer, layers
+from spikingbrain_train.config.fp8 import Fp8Config
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ContextParallelConfig, KernelConfig
 from spikingbrain_train.models.layer_build import LayerBuild
@@ -61,16 +64,23 @@ def layer_spec(layer: Layer, build: LayerBuild) -> ModuleSpec:
     )
 
 
-def block_spec(build: LayerBuild, first_layer: int, num_layers: int) -> TransformerBlockSubmodules:
+def block_spec(
+    build: LayerBuild, first_layer: int, num_layers: int, fp8: Fp8Config | None = None
+) -> TransformerBlockSubmodules:
     """The layers of one pipeline stage.
 
     Args:
         build: what specs are made from.
         first_layer: 0-based index of the stage's first layer.
         num_layers: layers of the stage.
+        fp8: what linears multiply while they train, in the layers that it says; None: the weights' format.
     """
-    of_the_stage = layers(build.model)[first_layer : first_layer + num_layers]
+    of_the_stage = list(enumerate(layers(build.model)))[first_layer : first_layer + num_layers]
+    builds = {False: build, True: replace(build, linears=replace(build.linears, fp8=fp8))}
+    in_fp8 = [fp8 is not None and fp8.in_layer(number, build.model.num_layers) for number, _ in of_the_stage]
     return TransformerBlockSubmodules(
-        layer_specs=[layer_spec(layer, build) for layer in of_the_stage],
+        layer_specs=[
+            layer_spec(layer, builds[is_fp8]) for (_, layer), is_fp8 in zip(of_the_stage, in_fp8, strict=True)
+        ],
         layer_norm=RMSNorm,
     )

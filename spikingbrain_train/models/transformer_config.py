@@ -10,6 +10,7 @@ from megatron.core.transformer import TransformerConfig
 
 from spikingbrain_train.architecture.layers import layers
 from spikingbrain_train.config.enum_tables import entry_of
+from spikingbrain_train.config.fp8 import Fp8Config
 from spikingbrain_train.config.model import ActivationFunc, ModelConfig, RouterWeights
 from spikingbrain_train.config.parallel import ParallelConfig, Recompute
 from spikingbrain_train.config.run import Precision
@@ -40,6 +41,9 @@ class HybridTransformerConfig(TransformerConfig):
     """Of dense feed-forwards and experts, which read this; ``activation_func`` is that of a SwiGLU."""
     fatrelu_threshold: float = 0.0
     """Of ``gated_activation=fatrelu``."""
+    fp8_linears: Fp8Config | None = None
+    """What linears multiply while they train; megatron-core's own ``fp8``, which says it of whole layers,
+    stays off."""
 
 
 def transformer_config(
@@ -49,6 +53,7 @@ def transformer_config(
     *,
     on_cpu: bool,
     initialize: bool = True,
+    fp8: Fp8Config | None = None,
 ) -> HybridTransformerConfig:
     """Describe the decoder to megatron-core.
 
@@ -58,7 +63,9 @@ def transformer_config(
         precision: number format of weights and activations.
         on_cpu: weights are created on the CPU, with values that do not depend on tensor_model_parallel_size.
         initialize: fill the weights; False when a checkpoint is about to be loaded.
+        fp8: what linears multiply while they train; None multiplies in that format.
     """
+    is_fp8 = fp8 is not None and fp8.format is not None
     dtype = PARAMS_DTYPE[precision]
     return HybridTransformerConfig(
         num_layers=model.num_layers,
@@ -104,6 +111,10 @@ def transformer_config(
         most_expert_tokens=parallel.most_expert_tokens,
         gated_activation=model.activation_func,
         fatrelu_threshold=model.fatrelu_threshold,
+        fp8_linears=fp8 if is_fp8 else None,
+        # Else Transformer Engine would multiply by the FP8 weights of the first micro-batch ever: it learns
+        # from megatron-core's ``fp8`` alone that a new step has begun.
+        disable_parameter_transpose_cache=is_fp8,
         **entry_of(parallel.recompute, _RECOMPUTE, "megatron-core's settings of recomputation"),
         **_feed_forwards(model, parallel),
     )

@@ -19,6 +19,7 @@ from spikingbrain_train.config.setting import check_fields
 from spikingbrain_train.config.stage import StageConfig
 from spikingbrain_train.planning.engine_checks import check_engine
 from spikingbrain_train.planning.file_checks import check_files, check_train
+from spikingbrain_train.planning.fp8_checks import check_fp8
 from spikingbrain_train.planning.kernel_calls import check_kernels
 from spikingbrain_train.planning.parallel_checks import (
     check_micro_batches,
@@ -176,6 +177,7 @@ def check_run_config(config: RunConfig, world_size: int) -> StoredRun | None:
     check_matrices_train(config)
     check_kernels(config)
     check_engine(config)
+    check_fp8(config)
     if not config.dry_run:
         return check_files(config)
     require(

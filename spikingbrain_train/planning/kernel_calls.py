@@ -63,7 +63,13 @@ def _layouts(config: RunConfig, num_sink_tokens: int, are_padding: bool) -> Iter
 def experts_call(config: RunConfig, parallel_linear: str) -> ExpertsCall:
     """What decides who multiplies the routed experts of a run, on linears of this backend."""
     model = config.model
-    return ExpertsCall(parallel_linear, in_experts(model), config.precision, model.activation_func)
+    return ExpertsCall(
+        parallel_linear,
+        in_experts(model),
+        config.precision,
+        model.activation_func,
+        in_fp8=config.fp8.format is not None,
+    )
 
 
 def check_kernels(config: RunConfig) -> None:

@@ -131,6 +131,11 @@ _NEEDS = (
         lambda run: f"it is DeepSpeed's, and parallel.engine is {run.parallel.engine.value}",
     ),
     _Needs(
+        ("fp8.recipe", "fp8.num_layers_at_start_in_bf16", "fp8.num_layers_at_end_in_bf16"),
+        lambda run: run.fp8.format is not None,
+        lambda run: "fp8.format is null, so linears multiply in the format of the weights",
+    ),
+    _Needs(
         ("cluster.kernels.experts",),
         lambda run: has_experts(run.model),
         lambda run: "the model has no experts",

@@ -11,6 +11,7 @@ from megatron.core.distributed import (
 
 from spikingbrain_train.architecture.stored_model import read_stored_model
 from spikingbrain_train.checkpoint.loading import load_weights
+from spikingbrain_train.config.fp8 import Fp8Config
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import KernelConfig, ParallelConfig
 from spikingbrain_train.config.run import RunConfig
@@ -19,6 +20,7 @@ from spikingbrain_train.models.kernels import resolve_kernels
 from spikingbrain_train.models.transformer_config import transformer_config
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.runtime.accelerator import Accelerator
+from spikingbrain_train.runtime.fp8 import require_fp8
 from spikingbrain_train.storage.checkpoint_folder import latest_checkpoint
 from spikingbrain_train.training.current_weights import gather_before_reading
 from spikingbrain_train.training.frozen_base import begin_new_weights
@@ -28,7 +30,11 @@ from spikingbrain_train.training.parallel_chunks import ParallelChunks
 def kernels_of(config: RunConfig, accelerator: Accelerator) -> KernelConfig:
     """The backends of a run's modules, each ``auto`` settled."""
     return resolve_kernels(
-        config.cluster.kernels, accelerator, model=config.model, precision=config.precision
+        config.cluster.kernels,
+        accelerator,
+        model=config.model,
+        precision=config.precision,
+        in_fp8=config.fp8.format is not None,
     )
 
 
@@ -38,9 +44,13 @@ def build_student(
     """The model that trains, from ``checkpoint.load`` or from random weights.
 
     Where ``resuming``, its weights are the checkpoint's of the run, which are read later.
+
+    Raises:
+        PlatformError: the run multiplies in FP8, which this machine does not.
     """
+    require_fp8(config.fp8, kernels, groups.accelerator)
     checkpoint = config.checkpoint.load
-    model = _build(config.model, config, kernels, groups, initialize=checkpoint is None)
+    model = _build(config.model, config, kernels, groups, initialize=checkpoint is None, fp8=config.fp8)
     begin_new_weights(model, config.seed)
     if checkpoint is not None and not resuming:
         load_weights(checkpoint, "checkpoint.load", model)
@@ -50,7 +60,7 @@ def build_student(
 def build_teacher(
     config: RunConfig, kernels: KernelConfig, groups: ProcessGroups
 ) -> HybridGPTModel | ModelChunks:
-    """The frozen dense source from ``stage.teacher``, in the same topology and precision."""
+    """The frozen dense source from ``stage.teacher``, in the same topology and precision, without FP8."""
     assert config.stage.teacher is not None  # planning.checks asks for it where a stage needs it
     checkpoint = latest_checkpoint(config.stage.teacher, "stage.teacher")
     model = read_stored_model(checkpoint)
@@ -60,7 +70,13 @@ def build_teacher(
 
 
 def _build(
-    model: ModelConfig, config: RunConfig, kernels: KernelConfig, groups: ProcessGroups, *, initialize: bool
+    model: ModelConfig,
+    config: RunConfig,
+    kernels: KernelConfig,
+    groups: ProcessGroups,
+    *,
+    initialize: bool,
+    fp8: Fp8Config | None = None,
 ) -> HybridGPTModel | ModelChunks:
     megatron_config = transformer_config(
         model,
@@ -68,6 +84,7 @@ def _build(
         config.precision,
         on_cpu=not groups.accelerator.is_gpu,
         initialize=initialize,
+        fp8=fp8,
     )
     return build_model(model, megatron_config, kernels, groups.device, config.parallel.context_parallel)
 

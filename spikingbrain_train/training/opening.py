@@ -56,6 +56,7 @@ def opening(
         ("length", _length(config)),
         *_all_tokens(config, record),
         ("ranks", _ranks(config, groups)),
+        *_fp8(config, groups),
         ("output", _output(config)),
         ("watch", _watch(config)),
     ]
@@ -192,6 +193,15 @@ def _ranks(config: RunConfig, groups: ProcessGroups) -> str:
     experts = groups.expert_model_parallel_size
     over = f", experts over {experts}" if experts > 1 else ""
     return f"{size:,} = {layout}{over}, on {device}, {precision}"
+
+
+def _fp8(config: RunConfig, groups: ProcessGroups) -> Iterator[Row]:
+    if config.fp8.format is None:
+        return
+    text = config.fp8.describe(config.model.num_layers)
+    if not groups.accelerator.is_gpu:
+        text += "; on CPUs a simulation: the numbers of FP8, more slowly than those of bf16"
+    yield "fp8", f"{text}; evaluations in bf16"
 
 
 def _output(config: RunConfig) -> str:

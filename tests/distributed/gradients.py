@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from spikingbrain_train.config.fp8 import Fp8Config, Fp8Format, Fp8Recipe
 from spikingbrain_train.config.linear_transforms import (
     Int8InputsConfig,
     Projection,
@@ -113,6 +114,9 @@ class Case:
     """How far sub-norms have come in."""
     micro_batch: int = MICRO_BATCH
     """Sequences of a micro-batch."""
+    fp8: Fp8Config | None = None
+    """What linears multiply. With scales that are powers of 2 it hardly matters whose they are: below the
+    normal numbers of e4m3, 2**-15 of the largest one of a block, a rounding moves 2**-19 of that one."""
 
 
 CASES: Mapping[str, Case] = {
@@ -295,6 +299,16 @@ CASES: Mapping[str, Case] = {
             ),
         ),
     ),
+    "FP8 in blocks of 128": Case(
+        replace(_7B, mixers=["gla", "full"]),
+        dtype=torch.float64,
+        fp8=Fp8Config(Fp8Format.hybrid, Fp8Recipe.blockwise),
+    ),
+    "FP8 in blocks of 32, experts, first layer in another format": Case(
+        replace(_76B, mixers=[["gla", "swa"], "gdn"], num_sink_tokens=0, feed_forwards=["moe"]),
+        dtype=torch.float64,
+        fp8=Fp8Config(Fp8Format.hybrid, Fp8Recipe.mxfp8, num_layers_at_start_in_bf16=1),
+    ),
     "7B-like, packed documents": Case(replace(_7B, num_layers=4, qk_layernorm=True), packed=True),
     "76B-like": Case(replace(_76B, num_layers=4)),
     "76B-like, packed documents": Case(replace(_76B, num_layers=4), packed=True),
@@ -316,13 +330,14 @@ def model_of_known_weights(
     model: ModelConfig,
     parallel: ParallelConfig,
     dtype: torch.dtype = torch.float32,
+    fp8: Fp8Config | None = None,
 ) -> HybridGPTModel:
     """This rank's stage of a model in one number format, with the same weights in every topology."""
     from spikingbrain_train.models.gpt_model import build_model
     from spikingbrain_train.models.kernels import resolve_kernels
     from spikingbrain_train.models.transformer_config import transformer_config
 
-    config = transformer_config(model, parallel, Precision.fp32, on_cpu=True)
+    config = transformer_config(model, parallel, Precision.fp32, on_cpu=True, fp8=fp8)
     config.params_dtype = config.pipeline_dtype = dtype
     kernels = resolve_kernels(KernelConfig(), groups.accelerator)
     built = build_model(model, config, kernels, groups.device, parallel.context_parallel)
@@ -350,7 +365,7 @@ def loss_and_gradients(
     from spikingbrain_train.training.build import wrap_data_parallel
     from spikingbrain_train.training.stages.pretraining import ContinualPretraining
 
-    model = model_of_known_weights(groups, case.model, parallel, case.dtype)
+    model = model_of_known_weights(groups, case.model, parallel, case.dtype, case.fp8)
     with torch.no_grad():
         change_weights(model)
     for activation in activations_in(model):

@@ -116,6 +116,7 @@ ON_FOUR_RANKS = (
     "adapters beside Mamba and in it",
     "adapters beside ternary weights, INT8 inputs, spikes",
     "adapters of experts, one frozen",
+    "FP8 in blocks of 32, experts, first layer in another format",
     "7B-like, packed documents",
     "76B-like",
     "76B-like, packed documents",

@@ -43,6 +43,8 @@ class ExpertsCall:
     precision: Precision = Precision.bf16
     activation: ActivationFunc = ActivationFunc.silu
     """Of the experts' gates."""
+    in_fp8: bool = False
+    """Whether they are multiplied in FP8."""
 
 
 def _transformer_engine_limit(call: ExpertsCall) -> str | None:
@@ -60,6 +62,8 @@ def _transformer_engine_limit_here(call: ExpertsCall, machine: Machine) -> str |
 def _grouped_gemm_limit(call: ExpertsCall) -> str | None:
     if call.precision is Precision.fp32:
         return "multiplies bfloat16 only, but precision=fp32"
+    if call.in_fp8:
+        return "multiplies bfloat16 only, but fp8.format asks for FP8"
     if call.activation is not ActivationFunc.silu:
         return f"cannot compute model.activation_func={call.activation.value}"
     return f"cannot {call.transforms[0]}" if call.transforms else None

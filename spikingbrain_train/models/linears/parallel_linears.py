@@ -11,12 +11,15 @@ from typing import Any
 
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
+from spikingbrain_train.architecture.fp8 import FP8_PROJECTIONS
 from spikingbrain_train.architecture.linear_transforms import LINEAR_TRANSFORMS, transforms_of
 from spikingbrain_train.config.enum_tables import entry_of
+from spikingbrain_train.config.fp8 import Fp8Config
 from spikingbrain_train.config.import_path import object_of_kind
 from spikingbrain_train.config.linear_transforms import Projection
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ParallelLinearBackend
+from spikingbrain_train.models.linears.fp8 import in_fp8
 from spikingbrain_train.models.linears.joined_rows import RowsOf, rows_of_projection
 from spikingbrain_train.models.linears.linear_transform import LinearTransform
 from spikingbrain_train.models.linears.sub_norm import with_sub_norm
@@ -49,15 +52,17 @@ class ParallelLinears:
     Args:
         backend: who provides the classes; resolved, not ``auto``.
         model: says which transforms are applied to which projections; None has plain linears.
+        fp8: number formats and scales of products (architecture/fp8.py); None: the format of the weights.
     """
 
     backend: ParallelLinearBackend
     model: ModelConfig | None = None
+    fp8: Fp8Config | None = None
     _made: dict[Any, type] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         assert self.backend is not ParallelLinearBackend.auto, f"unresolved backend {self.backend}"
-        self._classes()
+        self._classes(Projection.qkv)
 
     def column(
         self,
@@ -72,7 +77,7 @@ class ParallelLinears:
         With ``bias`` it has and adds one, whatever megatron-core's ``add_bias_linear`` says of all linears.
         ``rows_of`` and ``roles`` are :meth:`transformed`'s.
         """
-        column, _ = self._classes()
+        column, _ = self._classes(projection)
         column = self._biased(column) if bias else column
         return self.transformed(projection, column, weight_split_axis=0, rows_of=rows_of, roles=roles)
 
@@ -89,7 +94,7 @@ class ParallelLinears:
         ``bias`` and ``roles`` as for :meth:`column`. With ``sub_norm`` it reads its input through an RMSNorm
         of its own.
         """
-        _, row = self._classes()
+        _, row = self._classes(projection)
         row = self._biased(row) if bias else row
         row = self.transformed(projection, row, row_parallel=True, weight_split_axis=1, roles=roles)
         if sub_norm:
@@ -116,24 +121,31 @@ class ParallelLinears:
             self._made[key] = make(linear_class, self.model, projection, split_axis)
         return self._made[key]
 
-    def _classes(self) -> tuple[type, type]:
-        return entry_of(self.backend, _COLUMN_AND_ROW, "the classes of linears")()
+    def _classes(self, projection: Projection) -> tuple[type, type]:
+        column, row = entry_of(self.backend, _COLUMN_AND_ROW, "the classes of linears")()
+        return self._multiplying(projection, column), self._multiplying(projection, row)
+
+    def _multiplying(self, projection: Projection, linear_class: type) -> type:
+        """The class itself, or what multiplies in FP8 in its place."""
+        if self.fp8 is None or projection not in FP8_PROJECTIONS:
+            return linear_class
+        return in_fp8(linear_class, self.fp8, self.backend)
 
     def grouped_column(self, projection: Projection) -> type:
         """:meth:`column` for all experts of a rank in one grouped GEMM (Transformer Engine only)."""
         assert self.backend is ParallelLinearBackend.transformer_engine, "grouped linears are TE's"
         from megatron.core.extensions.transformer_engine import TEColumnParallelGroupedLinear
 
-        return self.transformed(projection, TEColumnParallelGroupedLinear, weight_split_axis=0)
+        linear_class = self._multiplying(projection, TEColumnParallelGroupedLinear)
+        return self.transformed(projection, linear_class, weight_split_axis=0)
 
     def grouped_row(self, projection: Projection) -> type:
         """:meth:`row` for all experts of a rank in one grouped GEMM (Transformer Engine only)."""
         assert self.backend is ParallelLinearBackend.transformer_engine, "grouped linears are TE's"
         from megatron.core.extensions.transformer_engine import TERowParallelGroupedLinear
 
-        return self.transformed(
-            projection, TERowParallelGroupedLinear, row_parallel=True, weight_split_axis=1
-        )
+        linear_class = self._multiplying(projection, TERowParallelGroupedLinear)
+        return self.transformed(projection, linear_class, row_parallel=True, weight_split_axis=1)
 
     def transformed(
         self,

@@ -34,6 +34,7 @@ def run_section(plan: Plan) -> Section:
     values = {
         "kind": stage.kind,
         "precision": plan.config.precision.value,
+        "fp8": None if plan.config.fp8.format is None else plan.config.fp8.describe(model.num_layers),
         "parameters": total_parameters(model),
         "active_parameters": active_parameters(model),
         "new_parameters": new_parameters(model),
@@ -65,6 +66,7 @@ def _rows(plan: Plan, history: TokenHistory, balance: PipelineBalance | None) ->
     return [
         ("stage", f"{stage.kind} in {config.precision.name}{learns}"),
         *chosen,
+        *((("fp8", config.fp8.describe(model.num_layers)),) if config.fp8.format is not None else ()),
         *(("model" if index == 0 else "", text) for index, text in enumerate(_model_facts(plan))),
         ("ranks", _rank_facts(plan)),
         (
