@@ -26,22 +26,31 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from spikingbrain_train.architecture.backends.fp8 import RECIPES, RECIPES_MODULE  # noqa: E402
 from spikingbrain_train.architecture.backends.releases import RELEASES  # noqa: E402
 
 RECORD = ROOT / "tests" / "gpu_libraries" / "signatures.json"
 
-# What adapters call: a function of a module, or a method of its class.
+# What adapters call: a function or class of a module, or a method of its class. Behind a bar another name,
+# which is called where the first one is not there.
 FUNCTIONS: Mapping[str, tuple[str, ...]] = {
     "flash_attn": ("flash_attn:flash_attn_func", "flash_attn:flash_attn_varlen_func"),
     "fla": ("fla.ops.gla:chunk_gla", "fla.ops.gated_delta_rule:chunk_gated_delta_rule"),
     "mamba_ssm": ("mamba_ssm.ops.selective_scan_interface:selective_scan_fn",),
-    "transformer_engine": tuple(
-        f"transformer_engine.pytorch:{name}.{method}"
-        for name in ("Linear", "GroupedLinear")
-        for method in ("__init__", "forward")
+    "transformer_engine": (
+        *(
+            f"transformer_engine.pytorch:{name}.{method}"
+            for name in ("Linear", "GroupedLinear")
+            for method in ("__init__", "forward")
+        ),
+        "transformer_engine.pytorch:autocast|fp8_autocast",
+        *(f"{RECIPES_MODULE}:{needs.recipe_class}" for needs in RECIPES.values()),
     ),
     "grouped_gemm": ("grouped_gemm.ops:gmm",),
 }
+
+# What later releases have.
+NOT_IN_ALL = frozenset(f"{RECIPES_MODULE}:{needs.recipe_class}" for needs in RECIPES.values())
 
 # Source archives that would compile when pip asks for their name.
 _NO_BUILD = {"FLASH_ATTENTION_SKIP_CUDA_BUILD": "TRUE", "MAMBA_SKIP_CUDA_BUILD": "TRUE"}
@@ -59,7 +68,10 @@ class Sources:
         return cls(dict(_python_files(path, package)))
 
     def find(self, name: str) -> tuple[str, ast.FunctionDef]:
-        """``package.module:function`` or ``package.module:Class.method``: its file and its definition.
+        """``package.module:function``, ``package.module:Class.method`` or ``package.module:Class``.
+
+        Returns:
+            Its file and its definition, of a class that of its ``__init__`` without ``self``.
 
         Raises:
             LookupError: the module does not have it.
@@ -77,6 +89,8 @@ class Sources:
             if not methods:
                 raise LookupError(f"{wanted} of {path} has no {method} of its own")
             definition = methods[-1]
+        if isinstance(definition, ast.ClassDef):
+            definition = _constructor(definition)
         if not isinstance(definition, ast.FunctionDef):
             raise LookupError(f"{name} is no function in {path}")
         return path, definition
@@ -105,6 +119,22 @@ class Sources:
                     if (found := self._definition(source, original, seen)) is not None:
                         return found
         return None
+
+
+def _constructor(definition: ast.ClassDef) -> ast.FunctionDef:
+    """What a class is called with: its ``__init__`` without ``self``, or the fields of a dataclass."""
+    for each in definition.body:
+        if isinstance(each, ast.FunctionDef) and each.name == "__init__":
+            del each.args.args[0]
+            return each
+    fields = [each for each in definition.body if isinstance(each, ast.AnnAssign)]
+    names = [
+        ast.unparse(each.target) + (f"={ast.unparse(each.value)}" if each.value is not None else "")
+        for each in fields
+    ]
+    made = ast.parse(f"def __init__({', '.join(names)}): ...").body[0]
+    assert isinstance(made, ast.FunctionDef)
+    return made
 
 
 def _python_files(path: Path, package: str) -> Iterator[tuple[str, str]]:
@@ -178,18 +208,29 @@ def download(source: str, folder: Path) -> Path:
     return unpacked[0]
 
 
-def read_release(source: str, package: str) -> dict[str, dict[str, str]]:
+def read_release(source: str, package: str) -> dict[str, dict[str, str] | None]:
     """Function -> its file and parameters in a published release."""
     with tempfile.TemporaryDirectory() as folder:
         return record_of(Sources.of(download(source, Path(folder)), package), package)
 
 
-def record_of(sources: Sources, package: str) -> dict[str, dict[str, str]]:
-    """Function -> its file and parameters."""
-    found = {}
+def record_of(sources: Sources, package: str) -> dict[str, dict[str, str] | None]:
+    """Function -> its file and parameters; None where a release does not have it that has others like it."""
+    found: dict[str, dict[str, str] | None] = {}
     for name in FUNCTIONS[package]:
-        path, definition = sources.find(name)
-        found[name] = {"file": path, "parameters": parameters(definition)}
+        module, _, attributes = name.partition(":")
+        found[name] = None
+        for attribute in attributes.split("|"):
+            try:
+                path, definition = sources.find(f"{module}:{attribute}")
+            except LookupError:
+                if name not in NOT_IN_ALL and attribute == attributes.split("|")[-1]:
+                    raise
+                continue
+            found[name] = {"file": path, "parameters": parameters(definition)}
+            if "|" in attributes:
+                found[name] = {"name": attribute, **(found[name] or {})}
+            break
     return found
 
 

@@ -13,27 +13,43 @@ import inspect
 import json
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor
 
-from scripts.record_signatures import FUNCTIONS, RECORD, Sources, parameters, record_of, signature
+from scripts.record_signatures import (
+    FUNCTIONS,
+    NOT_IN_ALL,
+    RECORD,
+    Sources,
+    parameters,
+    record_of,
+    signature,
+)
+from spikingbrain_train.architecture.backends.fp8 import RECIPES, RECIPES_MODULE
 from spikingbrain_train.architecture.backends.releases import RELEASES, Releases, untested
 from spikingbrain_train.architecture.backends.tables import TABLES
+from spikingbrain_train.config.fp8 import Fp8Format, Fp8Recipe
 from spikingbrain_train.hf import gdn_spikingbrain, ops_gla_swa
 from spikingbrain_train.ops.gated_delta_rule.flash_linear_attention import fla_gated_delta_rule
 from spikingbrain_train.ops.gated_linear_attention.flash_linear_attention import fla_gated_linear_attention
 from spikingbrain_train.ops.selective_scan.mamba_ssm import mamba_ssm_selective_scan
 from spikingbrain_train.ops.softmax_attention.documents import Documents
 from spikingbrain_train.ops.softmax_attention.flash import flash_attn_softmax_attention
+from spikingbrain_train.runtime.fp8 import fp8_autocast
 from spikingbrain_train.runtime.megatron_versions import HAS_GROUPED_MLP
 
-RECORDED: dict[str, dict[str, dict[str, str]]] = json.loads(RECORD.read_text(encoding="utf-8"))
+RECORDED: dict[str, dict[str, Any]] = json.loads(RECORD.read_text(encoding="utf-8"))
 SOURCES = [(source, package) for package, releases in RELEASES.items() for source in releases.sources]
+
+AUTOCAST = "transformer_engine.pytorch:autocast|fp8_autocast"
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional arguments and those by name."""
@@ -62,6 +78,28 @@ def test_installed_release_reads_as_it_was_recorded() -> None:
 
 def function(a: int, b: float = 1.0, *rest: int, c: int, d: str = "x", **more: int) -> None:
     """Has every kind of parameter."""
+
+
+@dataclass
+class Recorded:
+    """Has fields, of which some are no parameters."""
+
+    a: int = 1
+    b = 2
+    c: str = "x"
+
+    def method(self) -> None:
+        """No parameter either."""
+
+
+def test_a_class_is_called_with_its_fields_or_what_it_says_itself(tmp_path: Path) -> None:
+    package = tmp_path / "library"
+    package.mkdir()
+    text = inspect.getsource(Recorded) + "\nclass Own:\n    def __init__(self, d, e=1): ...\n"
+    package.joinpath("__init__.py").write_text(text)
+    for name, expected in (("Recorded", ["a", "c"]), ("Own", ["d", "e"])):
+        _, definition = Sources.of(tmp_path, "library").find(f"library:{name}")
+        assert list(signature(parameters(definition)).parameters) == expected
 
 
 def test_a_signature_is_read_as_python_has_it(tmp_path: Path) -> None:
@@ -186,9 +224,41 @@ def test_our_calls_fit_every_release(source: str, package: str, our_calls: dict[
     if package == "grouped_gemm" and not HAS_GROUPED_MLP:
         pytest.skip("this megatron-core does not call grouped_gemm")
     for name, recorded in RECORDED[source].items():
+        if name == AUTOCAST or name in NOT_IN_ALL:
+            continue  # see test_fp8_is_asked_for_as_every_release_takes_it
         assert our_calls[name], f"nothing of ours calls {name}"
         for args, kwargs in our_calls[name]:
             signature(recorded["parameters"]).bind(*args, **kwargs)
+
+
+@pytest.mark.parametrize("recipe", Fp8Recipe)
+@pytest.mark.parametrize("number_format", Fp8Format)
+@pytest.mark.parametrize("source", RELEASES["transformer_engine"].sources)
+def test_fp8_is_asked_for_as_every_release_takes_it(
+    source: str, number_format: Fp8Format, recipe: Fp8Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded, needs = RECORDED[source], RECIPES[recipe]
+    in_release = recorded[f"{RECIPES_MODULE}:{needs.recipe_class}"]
+    is_there = Version(source.partition("==")[2]) >= Version(needs.release)
+    assert (in_release is not None) == is_there
+    if in_release is None:
+        return
+    made, entered = Kept(lambda **_: "the recipe"), Kept(lambda **_: nullcontext())
+    put(f"{RECIPES_MODULE}:{needs.recipe_class}", made, monkeypatch)
+    put(f"{RECIPES_MODULE}:Format", SimpleNamespace(E4M3="E4M3", HYBRID="HYBRID"), monkeypatch)
+    put(f"transformer_engine.pytorch:{recorded[AUTOCAST]['name']}", entered, monkeypatch)
+    autocast = fp8_autocast(number_format, recipe)
+    for _ in range(2):
+        with autocast():
+            pass
+    (made_with,) = made.calls
+    assert signature(in_release["parameters"]).bind(*made_with[0], **made_with[1])
+    assert made_with == ((), {"fp8_format": number_format.name.upper()})
+    assert len(entered.calls) == 2
+    for args, kwargs in entered.calls:
+        bound = signature(recorded[AUTOCAST]["parameters"]).bind(*args, **kwargs).arguments
+        assert bound.pop("enabled") is True
+        assert list(bound.values()) == ["the recipe"]
 
 
 def test_a_call_that_does_not_fit_is_found() -> None:
