@@ -52,6 +52,7 @@ class GatedDeltaRuleKind(MixerKind):
     """Keeps attention's projections; new are the gate, beta and the output norm, and what options add."""
 
     name = "gdn"
+    keeps_its_output = False
     words = "gated delta rule layers"
     spec = "spikingbrain_train.models.mixers.gated_delta_rule:spec"
     family = "delta"

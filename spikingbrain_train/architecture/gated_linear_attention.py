@@ -196,6 +196,7 @@ class GatedLinearAttentionKind(MixerKind):
     """Both forms: ReLU features with a low-rank gate (7B), sigmoid features with a tied one (76B)."""
 
     name = "gla"
+    keeps_its_output = False
     words = "gated linear attention layers"
     spec = "spikingbrain_train.models.mixers.gated_linear_attention:spec"
     family = "linear"

@@ -113,6 +113,7 @@ class MambaKind(MixerKind):
     """A convolution and a selective scan of every channel, gated; attention has other weights."""
 
     name = "mamba"
+    keeps_its_output = False
     words = "Mamba layers"
     spec = "spikingbrain_train.models.mixers.mamba:spec"
     backends = SELECTIVE_SCAN

@@ -25,6 +25,8 @@ class MixerKind(SubmoduleKind):
     several, too. Where a class names none, it is its name."""
     leads: bool = False
     """Whether it begins close to the source's attention, so that branches of it lead a layer of several."""
+    keeps_its_output: bool = True
+    """Whether its backward pass needs what its output projection reads; plans of FP8 count it then."""
     backends: Backends[Any] | None = None
     """Who can compute its op; None where there is no choice. What ``cluster.kernels`` has no setting for is
     chosen as under ``auto``."""

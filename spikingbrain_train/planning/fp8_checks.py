@@ -102,9 +102,8 @@ def _check_sizes(config: RunConfig, asked: str) -> None:
     model, parallel, fp8 = config.model, config.parallel, config.fp8
     multiple, otherwise = RECIPES[fp8.recipe].multiple, "set fp8.format=null (CPUs take any: cluster=cpu)"
     asked += f" with fp8.recipe={fp8.recipe.value}"
-    for number, layer in enumerate(layers(model)):
-        if not fp8.in_layer(number, model.num_layers):
-            continue
+    inside = (layer for number, layer in enumerate(layers(model)) if fp8.in_layer(number, model.num_layers))
+    for layer in dict.fromkeys(inside):
         for weight in fp8_weights((*layer.mixer_weights(model), *layer.feed_forward_weights(model))):
             rows, columns = weight.matrix_on_rank(parallel)
             require(

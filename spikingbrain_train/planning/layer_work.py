@@ -9,8 +9,10 @@ from itertools import accumulate
 from typing import Any
 
 from spikingbrain_train.architecture.context_traffic import NO_TRAFFIC, ContextTraffic
+from spikingbrain_train.architecture.fp8 import fp8_weights
 from spikingbrain_train.architecture.layers import Layer, layers
 from spikingbrain_train.architecture.weights import Split
+from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ParallelConfig, Recompute
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.planning.costs import (
@@ -29,6 +31,8 @@ class LayerWork:
     forward_flops: float
     has_feed_forward: bool
     routes_tokens: bool
+    fp8_share: float
+    """Of these FLOPs, in products that are FP8 ones where a run asks for it."""
 
 
 class ModelWork:
@@ -53,10 +57,12 @@ class ModelWork:
 
     def _work(self, layer: Layer, length: int) -> LayerWork:
         model = self.config.model
+        flops = layer_forward_flops(model, layer, length)
         return LayerWork(
-            layer_forward_flops(model, layer, length),
+            flops,
             layer.feed_forward.is_there,
             layer.feed_forward.routes_tokens,
+            fp8_flops(model, layer, length) / flops,
         )
 
     def _parameters_of(self, layer: Layer, tensor: int, expert: int, expert_tensor: int) -> tuple[int, int]:
@@ -84,6 +90,12 @@ class ModelWork:
         """Parameters of a rank that are in no layer: embedding, sinks, final norm, output projection."""
         parallel = ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=stages)
         return parameters_around(self.config.model, parallel, stage)
+
+
+def fp8_flops(model: ModelConfig, layer: Layer, length: int) -> float:
+    """Forward FLOPs per token of text, over all ranks, in products that can be FP8 ones."""
+    weights = fp8_weights((*layer.mixer_weights(model), *layer.feed_forward_weights(model)))
+    return 2.0 * sum(each.matrix_numel for each in weights) * (1 + model.num_sink_tokens / length)
 
 
 def recomputed_flops(config: RunConfig, layer: Layer) -> float:

@@ -6,6 +6,10 @@ context-parallel ranks):
 - **Arithmetic.** Model FLOPs of a rank's share over ``EFFICIENCY`` x peak. A backward pass is twice the
   forward pass; what is computed again comes on top (arXiv 2104.04473, appendix; arXiv 2205.05198 for
   selective recomputation).
+  Products of FP8 numbers (``fp8.format``) save what their peak is higher for of the time that they take in
+  bf16, which is taken to be their FLOPs over ``PRODUCT_EFFICIENCY`` x peak; the rest of a step, which is why
+  EFFICIENCY is lower, stays. That FP8 products come as near to their peak is not measured; rounding their
+  operands is left out.
 - **Pipeline.** 1F1B: the first micro-batch goes through all ranks, the others follow at the pace of the
   longest stage; with virtual stages (interleaved 1F1B) in v rounds, each at the pace of its longest one.
   T = m sum_j max_r t_jr + sum_r t_1r - max_r t_1r for stage t_jr of rank r in round j, which is
@@ -65,6 +69,12 @@ Calibrated on one run alone: the 1.5B hybrid at 8k on one H200 without recomputa
 a second (benchmarks/training_step.md): 36,200 x 10.08 GFLOP are 36.9 % of 989.4 TFLOP/s."""
 
 
+PRODUCT_EFFICIENCY = 0.79
+"""Share of a device's peak that a large product by itself reaches in bf16.
+
+784 of 989.4 TFLOP/s, measured at the start of a run on one H200 (benchmarks/training_step.md)."""
+
+
 @dataclass(frozen=True)
 class StepTime:
     """Seconds of one optimizer step. All but ``seconds`` are means over the ranks, which add up to it."""
@@ -96,6 +106,8 @@ class _LayerSeconds:
     """Arithmetic of the forward pass."""
     recomputed: float
     communication: float
+    at_peak_tflops: float
+    """The forward pass again, as if nothing were multiplied in FP8: what MFU counts."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +117,7 @@ class _Seconds:
     forward: list[float]
     recomputed: list[float]
     communication: list[float]
+    at_peak_tflops: list[float]
 
 
 def step_time(
@@ -159,7 +172,7 @@ def step_time(
         recomputation=recomputation,
         communication=communication,
         bubble=max(0.0, seconds - arithmetic - recomputation - communication),
-        mfu=arithmetic * efficiency / seconds,
+        mfu=micro_batches * 3 * mean(stages.at_peak_tflops) * efficiency / seconds,
     )
 
 
@@ -193,6 +206,20 @@ def peak_flops(config: RunConfig) -> float:
     return config.cluster.peak_tflops * 1e12
 
 
+def fp8_saving(config: RunConfig, speed: float) -> float:
+    """Share of the time reckoned for a linear that FP8 saves; 0 where the cluster states no peak of it.
+
+    Args:
+        config: the run.
+        speed: FLOP/s that all arithmetic of a rank is reckoned with.
+    """
+    peak, fp8_peak = peak_flops(config), config.cluster.fp8_peak_tflops
+    if not fp8_peak:
+        return 0.0
+    of_products = speed / max(speed, PRODUCT_EFFICIENCY * peak)
+    return of_products * max(0.0, 1 - peak / (fp8_peak * 1e12))
+
+
 def _seconds_of_layers(work: ModelWork, config: RunConfig, network: Network, speed: float) -> _Seconds:
     """Of the first 0, 1, 2 ... layers on a rank, remembered: thousands of layouts share them."""
     parallel = config.parallel
@@ -202,10 +229,14 @@ def _seconds_of_layers(work: ModelWork, config: RunConfig, network: Network, spe
         *(parallel.recompute, config.stage.micro_batch_size, network, speed),
     )
     if key not in work.known_seconds:
-        each = {layer: _layer_seconds(work, config, layer, network, speed) for layer in work.of_layers}
+        number = len(work.layers)
+        ordered = [(layer, config.fp8.in_layer(index, number)) for index, layer in enumerate(work.layers)]
+        each = {
+            key: _layer_seconds(work, config, key[0], network, speed, in_fp8=key[1]) for key in set(ordered)
+        }
         work.known_seconds[key] = _Seconds(
             *(
-                list(accumulate((getattr(each[layer], part.name) for layer in work.layers), initial=0.0))
+                list(accumulate((getattr(each[key], part.name) for key in ordered), initial=0.0))
                 for part in fields(_LayerSeconds)
             )
         )
@@ -214,13 +245,17 @@ def _seconds_of_layers(work: ModelWork, config: RunConfig, network: Network, spe
 
 
 def _layer_seconds(
-    work: ModelWork, config: RunConfig, layer: Layer, network: Network, speed: float
+    work: ModelWork, config: RunConfig, layer: Layer, network: Network, speed: float, *, in_fp8: bool
 ) -> _LayerSeconds:
     parallel, of_layer = config.parallel, work.of_layers[layer]
     tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     text = config.stage.micro_batch_size * config.stage.seq_length / context
     forward = of_layer.forward_flops * text / tensor / speed
     recomputed = recomputed_flops(config, layer) * text / tensor / speed
+    at_peak_tflops, saved = forward, fp8_saving(config, speed) if in_fp8 else 0.0
+    forward *= 1 - saved * of_layer.fp8_share
+    # What is computed again is the whole layer, or linears of its feed-forward.
+    recomputed *= 1 - saved * (of_layer.fp8_share if parallel.recompute is Recompute.full else 1.0)
     tokens = rank_tokens(config)
     hidden = tokens * config.model.hidden_size * bytes_per_element(config.precision)
     parts = 2 if of_layer.has_feed_forward else 1
@@ -247,7 +282,7 @@ def _layer_seconds(
         + expert_passes * 2 * one_all_to_all
         + send(context_group, forward_again + traffic.backward)
     )
-    return _LayerSeconds(forward, recomputed, communication)
+    return _LayerSeconds(forward, recomputed, communication, at_peak_tflops)
 
 
 def _stages(
@@ -273,10 +308,12 @@ def _stages(
     hops = [0.0, *(ahead if stage % ranks else back for stage in range(1, stages)), 0.0]
     forward = _differences(of_layers.forward, ends)
     forward[-1] += output
+    at_peak_tflops = _differences(of_layers.at_peak_tflops, ends)
+    at_peak_tflops[-1] += output
     sent = zip(_differences(of_layers.communication, ends), pairwise(hops), strict=True)
     # To and from each neighbour once in a micro-batch; receiving is part of its sending.
     communication = [inside + before + behind for inside, (before, behind) in sent]
-    return _Seconds(forward, _differences(of_layers.recomputed, ends), communication)
+    return _Seconds(forward, _differences(of_layers.recomputed, ends), communication, at_peak_tflops)
 
 
 def _differences(until: Sequence[float], ends: Sequence[int]) -> list[float]:

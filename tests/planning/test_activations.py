@@ -20,6 +20,7 @@ from torch import Tensor
 
 from spikingbrain_train.architecture.layers import layers
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
+from spikingbrain_train.config.fp8 import Fp8Config, Fp8Format
 from spikingbrain_train.config.linear_transforms import (
     Int8InputsConfig,
     Projection,
@@ -53,7 +54,12 @@ from spikingbrain_train.config.run import Precision, RunConfig
 from spikingbrain_train.config.stage import StageConfig
 from spikingbrain_train.models.kernels import resolve_kernels
 from spikingbrain_train.parallel.process_groups import ProcessGroups
-from spikingbrain_train.planning.activations import activation_bytes, layer_activations, layer_working
+from spikingbrain_train.planning.activations import (
+    activation_bytes,
+    layer_activations,
+    layer_weight_copies,
+    layer_working,
+)
 from spikingbrain_train.runtime.accelerator import detect
 from tests.distributed.pool import RankPool
 from tests.models.kept_bytes import kept_bytes
@@ -93,6 +99,7 @@ DELTA = replace(DENSE, mixers=["gdn"])
 DELTA_OPTIONS = GatedDeltaRuleConfig(
     num_query_groups=8, short_convolution=4, activation=DeltaRuleActivation.silu, output_gate=True
 )
+FP8 = Fp8Config(Fp8Format.hybrid)
 METHODS = {
     "all-gather and halo": ContextParallelConfig(),
     "all-scan and halo": ContextParallelConfig(LinearAttentionContextParallel.allscan),
@@ -111,6 +118,7 @@ class Case:
     recompute: Recompute = Recompute.none
     fla: bool = False
     context: ContextParallelConfig = field(default_factory=ContextParallelConfig)
+    fp8: Fp8Config = field(default_factory=Fp8Config)
 
     def config(self, ranks: int = 1) -> RunConfig:
         linear = LinearAttentionBackend.fla if self.fla else LinearAttentionBackend.chunk
@@ -124,6 +132,7 @@ class Case:
                 kernels=KernelConfig(gated_linear_attention=linear, gated_delta_rule=linear),
             ),
             precision=self.precision,
+            fp8=self.fp8,
             stage=StageConfig(
                 seq_length=LENGTH - self.model.num_sink_tokens, global_batch_size=1, train_iters=1
             ),
@@ -193,6 +202,15 @@ CASES = {
     ),
     "Mamba, adapters": Case(replace(MAMBA, lora=replace(ADAPTERS, target_modules=IN_MAMBA))),
     "experts, adapters": Case(replace(EXPERTS, moe=replace(EXPERTS.moe, router_topk=2), lora=ADAPTERS)),
+    "window, FP8": Case(DENSE, fp8=FP8),
+    "GLA, low-rank gate, FP8": Case(GLA, fp8=FP8),
+    "GLA, options, fla, FP8": Case(replace(GLA, gla=OPTIONS), fla=True, fp8=FP8),
+    "delta rule, fla, FP8": Case(DELTA, fla=True, fp8=FP8),
+    "Mamba, FP8": Case(MAMBA, fp8=FP8),
+    "two branches, fla, FP8": Case(TWO_BRANCHES, fla=True, fp8=FP8),
+    "experts, top-2, FP8": Case(replace(EXPERTS, moe=replace(EXPERTS.moe, router_topk=2)), fp8=FP8),
+    "window, adapters, FP8": Case(replace(DENSE, lora=ADAPTERS), fp8=FP8),
+    "window, sub-norms, FP8": Case(replace(DENSE, attn_sub_norm=True, ffn_sub_norm=True), fp8=FP8),
     "GLA, fixed decay": Case(replace(GLA, gla=GatedLinearAttentionConfig(gate=GateKind.fixed))),
     "GLA, fixed decay, fla": Case(
         replace(GLA, gla=GatedLinearAttentionConfig(gate=GateKind.fixed)), fla=True
@@ -272,7 +290,7 @@ def _model(groups: ProcessGroups, case: Case) -> Any:
     from spikingbrain_train.models.transformer_config import transformer_config
 
     run = case.config(groups.collection.cp.size())
-    config = transformer_config(run.model, run.parallel, run.precision, on_cpu=True)
+    config = transformer_config(run.model, run.parallel, run.precision, on_cpu=True, fp8=run.fp8)
     config.bias_activation_fusion = True  # as on GPUs
     kernels = resolve_kernels(KernelConfig(), detect("cpu"))
     return build_model(run.model, config, kernels, groups.device, run.parallel.context_parallel).train()
@@ -299,7 +317,13 @@ def _kept_by_layers(groups: ProcessGroups, cases: list[Case]) -> list[list[float
 
 def _planned(case: Case, ranks: int) -> list[float]:
     config = case.config(ranks)
-    return [layer_activations(config, layer).kept for layer in layers(case.model)]
+    if case.fp8.format is None:
+        return [layer_activations(config, layer).kept for layer in layers(case.model)]
+    return [
+        layer_activations(config, layer, in_fp8=True).kept
+        + layer_weight_copies(config, layer, in_fp8=True).kept / LENGTH
+        for layer in layers(case.model)
+    ]
 
 
 def _assert_close(measured: list[float], planned: list[float]) -> None:

@@ -27,7 +27,7 @@ from spikingbrain_train.planning.costs import stage_parameters
 from spikingbrain_train.planning.duration import REPORTED_MFU
 from spikingbrain_train.planning.layer_work import ModelWork
 from spikingbrain_train.planning.planner import plan_run
-from spikingbrain_train.planning.step_time import StepTime, step_time
+from spikingbrain_train.planning.step_time import PRODUCT_EFFICIENCY, StepTime, step_time
 from spikingbrain_train.planning.topology import LINK_EFFICIENCY, Group, Network
 
 PUBLISHED_BOUND = 0.20
@@ -84,6 +84,29 @@ def test_parts_add_up_and_mfu_is_arithmetic_over_peak(seven_b: RunConfig) -> Non
     plan = plan_run(seven_b, 32)
     achieved = plan.flops_per_token * plan.tokens_per_step / time.seconds / 32
     assert time.mfu == pytest.approx(achieved / 295e12)
+
+
+def test_fp8_takes_what_its_peak_says_of_the_linears_alone() -> None:
+    settings = ("model=qwen2_5_7b", "cluster=h100", "stage.seq_length=8192", "stage.global_batch_size=4")
+    settings = (*settings, "cluster.fp8_peak_tflops=1978.8")
+    plain, fp8 = time_of(run_of(*settings), 1), time_of(run_of(*settings, "fp8.format=hybrid"), 1)
+    model = run_of(*settings).model
+    # By hand: q, k, v, o, gate, up and down of 28 layers; not the vocabulary, not attention.
+    width = model.num_attention_heads * model.kv_channels
+    rows = width + 2 * model.num_query_groups * model.kv_channels
+    matrices = rows * model.hidden_size + width * model.hidden_size
+    matrices += 3 * model.hidden_size * model.ffn_hidden_size
+    linears = 3 * 2 * 28 * matrices * 4 * 8192 / (989.4e12 * PRODUCT_EFFICIENCY)
+    assert fp8.arithmetic == pytest.approx(plain.arithmetic - linears / 2)
+    # MFU counts the model's FLOPs against the peak of bf16, whatever they were computed in.
+    assert fp8.mfu * fp8.seconds == pytest.approx(plain.mfu * plain.seconds)
+    half = time_of(run_of(*settings, "fp8.format=hybrid", "fp8.num_layers_at_end_in_bf16=14"), 1)
+    assert half.arithmetic == pytest.approx((plain.arithmetic + fp8.arithmetic) / 2)
+    again = "parallel.recompute=full"
+    recomputed = time_of(run_of(*settings, "fp8.format=hybrid", again), 1).recomputation
+    assert recomputed == pytest.approx(time_of(run_of(*settings, again), 1).recomputation - linears / 3 / 2)
+    unknown = run_of(*settings, "fp8.format=hybrid", "cluster.fp8_peak_tflops=null")
+    assert time_of(unknown, 1).arithmetic == plain.arithmetic
 
 
 def test_without_tensor_ranks_recomputation_and_links_a_bubble_is_that_of_equal_stages() -> None:

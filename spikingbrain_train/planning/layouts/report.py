@@ -6,10 +6,12 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.planning.fit import MARGIN
 from spikingbrain_train.planning.layouts.search import Found, Search, Smallest
 from spikingbrain_train.planning.memory import GIB
+from spikingbrain_train.planning.step_time import fp8_saving, peak_flops
 from spikingbrain_train.reporting.quantities import quantity
 from spikingbrain_train.reporting.tables import facts, table
 
@@ -74,6 +76,19 @@ def _described(smallest: Smallest, gpus: int) -> str:
     return f"{layout.describe(gpus)} with parallel.recompute={layout.recompute.name}"
 
 
+def _fp8(config: RunConfig, efficiency: float) -> list[tuple[str, str]]:
+    """What is reckoned of FP8, which no run of this project has measured."""
+    if config.fp8.format is None:
+        return []
+    text = config.fp8.describe(config.model.num_layers)
+    if config.cluster.fp8_peak_tflops is None:
+        return [
+            ("fp8", f"{text}; its peak is not stated (cluster.fp8_peak_tflops), and counted as that of bf16")
+        ]
+    saved = fp8_saving(config, peak_flops(config) * efficiency)
+    return [("fp8", f"{text}, which are reckoned to take {saved:.0%} less time for it; not measured")]
+
+
 def _head(search: Search, efficiency: float, *, with_gpus: bool) -> list[tuple[str, str]]:
     config = search.config
     stage, cluster = config.stage, config.cluster
@@ -81,6 +96,7 @@ def _head(search: Search, efficiency: float, *, with_gpus: bool) -> list[tuple[s
     gpus = f"{search.world_size} GPUs, " if with_gpus else ""
     return [
         ("run", f"{batch}{stage.seq_length:,} tokens, {config.precision.value}"),
+        *_fp8(config, efficiency),
         (
             "cluster",
             f"{gpus}{cluster.gpus_per_node} a node, {search.device.bytes / GIB:.1f} GiB, "

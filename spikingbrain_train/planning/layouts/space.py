@@ -18,6 +18,7 @@ from spikingbrain_train.config.require import divisors
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.planning.checks import check_stage
+from spikingbrain_train.planning.fp8_checks import check_fp8
 from spikingbrain_train.planning.layer_work import ModelWork, recomputed_flops
 from spikingbrain_train.planning.layouts.layout import Layout
 from spikingbrain_train.planning.parallel_checks import check_split, check_world_size
@@ -136,6 +137,7 @@ def _check(config: RunConfig, world_size: int, split: Layout) -> None:
     # A number of stages that does not divide the layers gets unequal ones.
     check_split(run.model, _one_stage(run.parallel))
     check_stage(run.stage, run.model, run.parallel, world_size)
+    check_fp8(run)
 
 
 def _one_stage(parallel: ParallelConfig) -> ParallelConfig:
