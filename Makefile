@@ -54,6 +54,10 @@ test-fast: environment ## Run the tests that take seconds
 kernels: environment ## Create or refresh .venv-kernels: Triton, with which the tests interpret fla's kernels on the CPU
 	@scripts/setup_kernels.sh $(call quoted,VENV)
 
+.PHONY: cuda-build
+cuda-build: environment ## Create or refresh .venv-cuda: torch's CUDA build, with which steps are taken on a GPU that computes nothing (5 GB)
+	@scripts/setup_cuda_build.sh $(call quoted,VENV)
+
 .PHONY: llama-cpp
 llama-cpp: environment ## Build .venv-llama-cpp: llama.cpp, which the tests give GGUF files to; they build it otherwise
 	@scripts/setup_llama_cpp.sh $(call quoted,VENV)

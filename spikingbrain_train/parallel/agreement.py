@@ -50,7 +50,7 @@ def agreed_failure(failure: Failure | None, groups: ProcessGroups) -> Failure | 
     Returns:
         The failure with its rank, in a world of more than one.
     """
-    failed = torch.tensor([failure is not None], dtype=torch.int, device=groups.device)
+    failed = torch.full((1,), int(failure is not None), dtype=torch.int, device=groups.device)
     torch.distributed.all_reduce(failed, op=torch.distributed.ReduceOp.MAX)
     if not failed.item():
         return None
@@ -79,7 +79,7 @@ def on_main_process(action: Callable[[], object], groups: ProcessGroups) -> None
             action()
         except (SpikingBrainError, OSError) as error:
             failure = error
-    failed = torch.tensor([failure is not None], dtype=torch.int, device=groups.device)
+    failed = torch.full((1,), int(failure is not None), dtype=torch.int, device=groups.device)
     torch.distributed.broadcast(failed, src=0)
     if failed.item():
         failures = [failure]

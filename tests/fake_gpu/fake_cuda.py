@@ -34,7 +34,8 @@ class Findings:
     mixed: Counter[str] = field(default_factory=Counter)
     """Operators with tensors of the GPU and of the CPU. CUDA refuses most, and is slow with the rest."""
     waits: Counter[str] = field(default_factory=Counter)
-    """The CPU waits for the GPU: ``item``, ``bool``, ``tolist``, ``nonzero``, masks, copies to the CPU."""
+    """The CPU waits for the GPU: ``item``, ``bool``, ``tolist``, ``nonzero``, masks, copies to the CPU, and
+    to the GPU where they are not ``non_blocking`` or begin as a list."""
     on_cpu: Counter[str] = field(default_factory=Counter)
     """Operators that compute on the CPU."""
     products: Counter[str] = field(default_factory=Counter)
@@ -60,7 +61,7 @@ def place() -> str:
     return "elsewhere"
 
 
-def _is_gpu(device: Any) -> bool:
+def is_gpu(device: Any) -> bool:
     if isinstance(device, str):
         return device.startswith("cuda")
     return isinstance(device, torch.device) and device.type == "cuda"
@@ -71,8 +72,27 @@ _DEVICE = torch.Tensor.device.__get__  # type: ignore[attr-defined]
 _IS_CUDA = torch.Tensor.is_cuda.__get__  # type: ignore[attr-defined]
 
 
+class HostMemory(TorchFunctionMode):
+    """What torch's functions do with memory of the host, without a driver that could pin it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.is_pinned:
+            return False
+        if func is torch.Tensor.pin_memory:
+            return args[0]
+        if func is torch.Tensor.record_stream:
+            return None
+        if func is torch.tensor:  # of a list of tensors: each is waited for
+            args = (tree_map_only(Tensor, lambda each: each.item(), args[0]), *args[1:])
+        return func(*args, **(kwargs or {}))
+
+
 class Names(TorchFunctionMode):
     """ "cuda" is the meta device, and the meta device is "cuda:0"."""
+
+    def __init__(self, findings: Findings) -> None:
+        super().__init__()
+        self.findings = findings
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -85,18 +105,18 @@ class Names(TorchFunctionMode):
             return args[0].is_meta
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             return func(*args).replace("torch.meta", "torch.cuda")
-        if func is torch.Tensor.is_pinned:
-            return False
-        if func is torch.Tensor.pin_memory:
-            return args[0]
-        if func is torch.Tensor.record_stream:
-            return None
-        if _is_gpu(kwargs.get("device")) or type(kwargs.get("device")) is int:
+        if is_gpu(kwargs.get("device")) or type(kwargs.get("device")) is int:
             kwargs["device"] = "meta"
-        if func is torch.tensor:  # of a list of tensors: each is waited for
-            args = (tree_map_only(Tensor, lambda each: each.item(), args[0]), *args[1:])
-        args = tuple("meta" if _is_gpu(each) else each for each in args)
-        return func(*args, **kwargs)
+        args = tuple("meta" if is_gpu(each) else each for each in args)
+        made = func(*args, **kwargs)
+        # On a GPU these make a tensor of the CPU and copy it; on the meta device no operator tells of it.
+        if func in _OF_NUMBERS and made.is_meta and not any(isinstance(each, Tensor) for each in args[-1:]):
+            self.findings.waits[f"{_TO_GPU} {place()}"] += 1
+        return made
+
+
+_TO_GPU = "to the GPU"
+_OF_NUMBERS = (torch.tensor, torch.as_tensor, torch.Tensor.new_tensor)
 
 
 # What waits for a value of the GPU by its nature.
@@ -129,6 +149,10 @@ def _counts_a_mask(name: str, args: Sequence[Any]) -> bool:
     return has_mask and (len(args) < 3 or args[2].numel() > 1)
 
 
+def _is_on_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu"
+
+
 class Watch(TorchDispatchMode):
     """Writes into ``findings`` what operators are called with.
 
@@ -151,27 +175,31 @@ class Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         name = func._schema.name
         tensors = [*_tensors_in(args), *_tensors_in(kwargs.values())]
-        on_gpu = [each for each in tensors if each.is_meta]
+        on_gpu = [each for each in tensors if not _is_on_cpu(each)]
         # Numbers that are tensors without dimensions may be on the CPU: kernels take them by value.
-        on_cpu = [each for each in tensors if not each.is_meta and each.dim() > 0]
+        on_cpu = [each for each in tensors if _is_on_cpu(each) and each.dim() > 0]
         if on_gpu:
             if name in _WAITS:
                 self.findings.waits[f"{name.partition('::')[2]} {place()}"] += 1
                 return self._known(name, on_gpu[0], args)
             if _counts_a_mask(name, args):
                 self.findings.waits[f"mask {place()}"] += 1
-            if name == "aten::_to_copy" and str(kwargs.get("device", "meta")) == "cpu":
+            if name == "aten::_to_copy" and str(kwargs.get("device")) == "cpu":
                 self.findings.waits[f"to the CPU {place()}"] += 1
                 return self.value_of(on_gpu[0]).to(kwargs.get("dtype") or on_gpu[0].dtype)
-            if name == "aten::copy_" and not args[0].is_meta:
+            if name == "aten::copy_" and _is_on_cpu(args[0]):
                 self.findings.waits[f"to the CPU {place()}"] += 1
                 return args[0].copy_(self.value_of(args[1]))
+            if name == "aten::copy_" and _is_on_cpu(args[1]) and not (args[2:] or (False,))[0]:
+                self.findings.waits[f"{_TO_GPU} {place()}"] += 1
             if on_cpu and name not in _COPIES:
                 self.findings.mixed[f"{name.partition('::')[2]} {place()}"] += 1
             if name in _PRODUCTS:
                 self.findings.products[f"{on_gpu[0].dtype} {place()}".removeprefix("torch.")] += 1
             if name == "aten::_fused_adamw_":
                 return None
+        elif name == "aten::_to_copy" and self.leaves_the_cpu(kwargs):
+            self.findings.waits[f"{_TO_GPU} {place()}"] += 1
         if name.startswith("c10d::") and name.endswith("coalesced_"):
             # Of these torch has no form for the meta device. They return what is waited for alone, and a
             # group that talks to nobody asks nothing of its tensors.
@@ -179,7 +207,15 @@ class Watch(TorchDispatchMode):
             return func(*args, **kwargs)
         if on_cpu and not on_gpu:
             self.findings.on_cpu[f"{name.partition('::')[2]} {place()}"] += 1
+        return self.computed(func, args, kwargs)
+
+    def computed(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The result of an operator of which a record has been made."""
         return func(*args, **kwargs)
+
+    def leaves_the_cpu(self, copied: dict[str, Any]) -> bool:
+        device = copied.get("device")
+        return device is not None and device.type != "cpu" and not copied.get("non_blocking")
 
     def _known(self, name: str, x: Tensor, args: Any) -> Any:
         if name == "aten::_local_scalar_dense":
@@ -212,7 +248,7 @@ class Stream:
 def _exchange(operations: Sequence[Any]) -> list[Stream]:
     """torch.distributed.batch_isend_irecv, which looks for the group of a device by its name."""
     for each in operations:
-        assert each.tensor.is_meta and each.tensor.is_contiguous(), (
+        assert each.tensor.is_cuda and each.tensor.is_contiguous(), (
             "NCCL sends what lies in one piece on the GPU"
         )
     return [Stream() for _ in operations]
@@ -262,25 +298,47 @@ def _cuda_functions() -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def fake_cuda(
-    value_of: Callable[[Tensor], Tensor], selected_by: Callable[[Tensor], int]
-) -> Iterator[Findings]:
-    """Code within takes the paths of a GPU; for what it is given see :class:`Watch`."""
-    findings, run_backward = Findings(), torch.autograd._engine_run_backward  # type: ignore[attr-defined]
-
-    def backward(*args: Any, **kwargs: Any) -> Any:
-        with Names():  # which torch switches off around its own function that was called: backward itself
-            return run_backward(*args, **kwargs)
-
+def played_functions() -> Iterator[None]:
+    """torch.cuda's functions, and what of torch.distributed looks for a GPU behind them."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(torch.autograd, "_engine_run_backward", backward))
         for name, replacement in _cuda_functions().items():
             for module in (torch.cuda, torch.cuda.random, torch.cuda.nvtx):
                 if hasattr(module, name):
                     stack.enter_context(mock.patch.object(module, name, replacement))
         stack.enter_context(mock.patch.object(torch.distributed, "batch_isend_irecv", _exchange))
+        yield
+
+
+@contextlib.contextmanager
+def functions_changed(*modes: TorchFunctionMode) -> Iterator[None]:
+    """Within ``modes``, in backward passes, too: torch leaves them while a function of its own runs, and
+    backward is one."""
+    run_backward = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
+
+    def backward(*args: Any, **kwargs: Any) -> Any:
+        with contextlib.ExitStack() as stack:
+            for mode in modes:
+                stack.enter_context(mode)
+            return run_backward(*args, **kwargs)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(torch.autograd, "_engine_run_backward", backward))
+        for mode in modes:
+            stack.enter_context(mode)
+        yield
+
+
+@contextlib.contextmanager
+def fake_cuda(
+    value_of: Callable[[Tensor], Tensor], selected_by: Callable[[Tensor], int]
+) -> Iterator[Findings]:
+    """Code within takes the paths of a GPU; for what it is given see :class:`Watch`."""
+    findings = Findings()
+    with (
+        played_functions(),
         # Computing again asks for the module of the device that its tensors are on.
-        stack.enter_context(mock.patch.object(torch, "meta", torch.cuda, create=True))
-        stack.enter_context(Names())
-        stack.enter_context(Watch(findings, value_of, selected_by))
+        mock.patch.object(torch, "meta", torch.cuda, create=True),
+        functions_changed(Names(findings), HostMemory()),
+        Watch(findings, value_of, selected_by),
+    ):
         yield findings

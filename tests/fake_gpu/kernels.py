@@ -23,7 +23,7 @@ PACKAGES = ("triton", "fla", "flash_attn", "mamba_ssm")
 
 def _on_gpu(**tensors: Tensor | None) -> None:
     for name, x in tensors.items():
-        assert x is None or x.is_meta, f"{name} is on the CPU"
+        assert x is None or x.is_cuda, f"{name} is on the CPU"
 
 
 def _touch(like: Tensor, *inputs: Tensor | None) -> Tensor:

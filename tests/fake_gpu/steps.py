@@ -57,6 +57,7 @@ from spikingbrain_train.runtime.accelerator import Accelerator
 from spikingbrain_train.runtime.patches import PATCHES
 from tests.evaluation.multiple_choice.small_tasks import write_tasks
 from tests.fake_gpu import kernels
+from tests.fake_gpu.cuda_build import cuda_build
 from tests.fake_gpu.fake_cuda import GPU, Findings, fake_cuda, place
 from tests.small_source import save_small_source
 
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
 
 MICRO_BATCHES = 2
 REPORTED = " reported"
+gpu_that_computes_nothing = fake_cuda if torch.version.cuda is None else cuda_build
 FOLDER = "FOLDER"
 """In a run: a folder with a tokenizer, multiple choice and held-out text."""
 
@@ -121,7 +123,7 @@ def step(config: RunConfig, last: bool, *, is_reported: bool) -> dict[str, Any]:
         torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
 
     with (
-        fake_cuda(partial(value_of, config), partial(selected_by, config)) as findings,
+        gpu_that_computes_nothing(partial(value_of, config), partial(selected_by, config)) as findings,
         kernels.installed(),
         mock.patch.object(process_groups, "_join_world", join),
         agreeing_ranks(config),

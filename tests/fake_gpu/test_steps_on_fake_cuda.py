@@ -11,7 +11,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -101,6 +101,11 @@ WAITS = {
     "_local_scalar_dense megatron/utils.py:local_multi_tensor_l2_norm": (
         "the norm of each gradient, where neither Transformer Engine nor Apex is installed"
     ),
+    "to the GPU megatron/utils.py:local_multi_tensor_l2_norm": "the norm of those, made on the CPU",
+    "to the GPU deepspeed/runtime/zero/stage3.py:get_grad_norm_direct": "ZeRO 3's norm, made on the CPU",
+    "to the GPU deepspeed/runtime/utils.py:mask_nan_or_inf_with_val_inplace": (
+        "a number in its place: DeepSpeed's look at gradients"
+    ),
     "to the CPU megatron/transformer/moe/moe_utils.py:maybe_move_tensor_to_cpu": (
         "how many tokens each expert gets: the sizes of all-to-all and of the experts' products"
     ),
@@ -155,6 +160,12 @@ REPORT_WAITS = {
     ),
     "to the CPU spikingbrain_train/evaluation/held_out.py:held_out_cross_entropy": "once an evaluation",
     "to the CPU spikingbrain_train/evaluation/language_model.py:score": "once a batch of questions",
+    "to the GPU spikingbrain_train/evaluation/megatron_language_model.py:forward_step": "the questions",
+    "to the GPU spikingbrain_train/evaluation/megatron_language_model.py:_put": "where their answers are",
+    "to the GPU spikingbrain_train/evaluation/megatron_language_model.py:_generate_by_step": "prompts, once",
+    "to the GPU spikingbrain_train/evaluation/against_teacher/comparison.py:_kl_divergence": (
+        "what is kept of the teacher"
+    ),
     "to the CPU spikingbrain_train/evaluation/megatron_language_model.py:_generate_by_step": (
         "texts, once they are written"
     ),
@@ -174,8 +185,8 @@ REPORT_WAITS = {
 
 ON_CPU = {
     "spikingbrain_train/data/loader.py:<genexpr>": "batches are cut on the CPU and copied from pinned memory",
+    "spikingbrain_train/ops/host_numbers.py:on_device": "numbers of the host, copied from pinned memory",
     "spikingbrain_train/ops/softmax_attention/flex.py:_seen_text": "what queries see, once for each layout",
-    "spikingbrain_train/ops/softmax_attention/flex.py:<genexpr>": "the same, on their way to the GPU",
     "megatron/transformer/moe/moe_utils.py:maybe_move_tensor_to_cpu": "numbers of tokens",
     "megatron/transformer/moe/token_dispatcher.py:dispatch_postprocess": "numbers of tokens",
     "megatron/transformer/moe/token_dispatcher.py:combine_preprocess": "numbers of tokens",
@@ -239,6 +250,7 @@ OFFLOADED = {
             "stage_1_and_2.py:copy_grads_in_partition",
             "stage_1_and_2.py:update_offload_overflow_tracker",
             "stage_1_and_2.py:complete_grad_norm_calculation_for_cpu_offload",
+            "stage_1_and_2.py:has_overflow",
             "stage3.py:partition_grads",
             "stage3.py:_offload_grad_partition_at_boundary",
             "stage3.py:_finalize_offload_gradient_accumulation",
@@ -281,18 +293,33 @@ WIDE = {
 """Where matrices of float32 are multiplied, and why."""
 
 
-@pytest.fixture(scope="module")
-def steps() -> dict[str, Any]:
-    """What the steps of all runs did, by run and rank, from one process without patches for CPUs."""
+def taken_steps(
+    runs: Sequence[str], *, torch_folder: Path | None = None, timeout: float = 570
+) -> dict[str, Any]:
+    """What the steps of runs did, by run and rank, from one process without patches for CPUs.
+
+    Args:
+        runs: as in RUNS.
+        torch_folder: torch's CUDA build, as scripts/setup_cuda_build.sh leaves it; None has this torch.
+        timeout: in seconds.
+    """
     if version("megatron-core") != "0.16.1" or torch.__version__ < "2.13":
         pytest.skip("the tables here are of megatron-core 0.16.1 and torch 2.13")
     if find_spec("deepspeed") is None:
         pytest.skip("the extra deepspeed is not installed")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", "-m", "tests.fake_gpu.steps", *RUNS]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=570)
+    if torch_folder is not None:
+        environment["PYTHONPATH"] = f"{torch_folder}:{ROOT}"
+        environment["LD_PRELOAD"] = str(torch_folder / "libcuda.so.1")
+    command = [sys.executable, "-W", "ignore", "-m", "tests.fake_gpu.steps", *runs]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(json.loads(line) for line in done.stdout.splitlines())
+
+
+@pytest.fixture(scope="module")
+def steps() -> dict[str, Any]:
+    return taken_steps(RUNS)
 
 
 def places(found: Iterable[str]) -> set[str]:
@@ -303,6 +330,11 @@ def places(found: Iterable[str]) -> set[str]:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("run", RUNS)
 def test_a_step_stays_on_the_gpu_and_waits_only_where_it_has_to(run: str, steps: dict[str, Any]) -> None:
+    check_run(run, steps)
+
+
+def check_run(run: str, steps: dict[str, Any]) -> None:
+    """What the steps of a run did is in the tables."""
     of_run = {name: found for name, found in steps.items() if name.startswith(f"{run}, ")}
     assert of_run
     for name, found in of_run.items():

@@ -43,6 +43,7 @@ from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.models.layer_build import LayerBuild
 from spikingbrain_train.models.mixers import decoding
 from spikingbrain_train.models.rms_norm import RMSNorm
+from spikingbrain_train.ops.host_numbers import on_device
 
 
 @dataclass
@@ -133,7 +134,7 @@ class ParallelHybrid(MegatronModule):
         assert seeds is not None, "drop-out of branches draws from the layout's sequence_seeds"
         kept = [random.Random(f"{seed}/{self.layer_number}").random() >= self.dropout for seed in seeds]
         weights = self.branch_weights
-        return torch.tensor(kept, dtype=weights.dtype, device=weights.device).unsqueeze(1)
+        return on_device(kept, weights.device, weights.dtype).unsqueeze(1)
 
     def begin_decoding(
         self, hidden_states: Tensor, *, rotary_pos_emb: Tensor | None, layout: SequenceLayout

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from spikingbrain_train.ops.gated_linear_attention.flash_linear_attention import on_device, summable
+from spikingbrain_train.ops.gated_linear_attention.flash_linear_attention import bounds_on_device, summable
 from spikingbrain_train.ops.grouped_states import run_by_heads
 
 
@@ -39,5 +39,5 @@ def fla_gated_delta_rule(
         initial_state_BGKV,
         scale=scale,
         output_final_state=output_final_state,
-        cu_seqlens=None if cu_seqlens is None else on_device(cu_seqlens, q_BTHK.device),
+        cu_seqlens=None if cu_seqlens is None else bounds_on_device(cu_seqlens, q_BTHK.device),
     )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from spikingbrain_train.ops.grouped_states import run_by_heads
+from spikingbrain_train.ops.host_numbers import on_device
 
 # exp(-100) is below the smallest normal float32: such a gate has forgotten everything. fla takes differences
 # of summed log gates, so -inf would give NaN, and sums of far stronger ones leave no digits for weak ones.
@@ -40,9 +41,9 @@ def summable(log_gate: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def on_device(cu_seqlens: tuple[int, ...], device: torch.device) -> Tensor:
+def bounds_on_device(cu_seqlens: tuple[int, ...], device: torch.device) -> Tensor:
     """The same tensor for the same documents: fla prepares its chunk indices once and not in every layer."""
-    return torch.tensor(cu_seqlens, dtype=torch.int64, device=device)
+    return on_device(cu_seqlens, device, torch.int64)
 
 
 def fla_gated_linear_attention(
@@ -70,5 +71,5 @@ def fla_gated_linear_attention(
         initial_state_BGKV,
         scale=scale,
         output_final_state=output_final_state,
-        cu_seqlens=None if cu_seqlens is None else on_device(cu_seqlens, q_BTHK.device),
+        cu_seqlens=None if cu_seqlens is None else bounds_on_device(cu_seqlens, q_BTHK.device),
     )

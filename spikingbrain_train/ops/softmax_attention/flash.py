@@ -6,10 +6,12 @@ Releases that the calls were written against: ``flash_attn`` in architecture/bac
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from spikingbrain_train.ops.host_numbers import on_device
 from spikingbrain_train.ops.softmax_attention.documents import Documents
 
 
@@ -65,6 +67,6 @@ def _sinks_before_every_document(x_BTGD: Tensor, documents: Documents, num_sink_
     return torch.cat([piece for part in parts for piece in (sinks, part)], dim=1)
 
 
-@lru_cache(maxsize=32)  # asked for by every layer of a micro-batch; each copy to a GPU waits for it
+@lru_cache(maxsize=32)  # asked for by every layer of a micro-batch
 def _bounds_on_device(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+    return on_device([0, *accumulate(lengths)], device, torch.int32)

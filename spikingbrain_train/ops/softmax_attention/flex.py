@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spikingbrain_train.ops.host_numbers import on_device
 from spikingbrain_train.ops.softmax_attention.documents import Documents
 
 _BLOCK = 128
@@ -64,7 +65,7 @@ def block_mask(visibility: Visibility, device: torch.device) -> Any:
     from torch.nn.attention.flex_attention import BlockMask
 
     N, Tk = visibility.num_sink_tokens, visibility.Tk
-    first, last = (x.to(device) for x in _seen_text(visibility))
+    first, last = (on_device(x, device, torch.int64) for x in _seen_text(visibility))
     starts = torch.arange(0, visibility.Tq, _BLOCK, device=device)
     ends = (starts + _BLOCK).clamp(max=visibility.Tq) - 1
     blocks = torch.arange(0, N + Tk, _BLOCK, device=device)

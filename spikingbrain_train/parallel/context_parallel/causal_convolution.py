@@ -15,6 +15,7 @@ from torch import Tensor
 
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.ops.causal_convolution import causal_convolution
+from spikingbrain_train.ops.host_numbers import on_device
 from spikingbrain_train.parallel.context_parallel.arguments import checked_group
 from spikingbrain_train.parallel.context_parallel.communication import broadcast_from_first_rank
 from spikingbrain_train.parallel.context_parallel.halo_exchange import halo_exchange
@@ -62,7 +63,7 @@ def context_parallel_causal_convolution(
     # All of both, needed or not: other ranks wait for the gradients of what they sent.
     known = torch.cat((sink_inputs, halo), dim=1).flatten(0, 1)
     known = torch.cat((torch.zeros_like(known[:1]), known))
-    states = known.index_select(0, torch.tensor(index, dtype=torch.int64, device=known.device))
+    states = known.index_select(0, on_device(index, known.device, torch.int64))
     states = states.view(len(lengths), before, x_BTD.shape[2])
     if len(lengths) == rows:
         return causal_convolution(x_BTD, weight_DW, bias_D, initial_state=states)[0]

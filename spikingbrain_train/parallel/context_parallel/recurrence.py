@@ -20,6 +20,7 @@ from torch import Tensor
 
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.config.parallel import LinearAttentionContextParallel
+from spikingbrain_train.ops.host_numbers import on_device
 from spikingbrain_train.parallel.context_parallel.arguments import checked_group
 from spikingbrain_train.parallel.context_parallel.communication import broadcast_from_first_rank
 from spikingbrain_train.parallel.context_parallel.state_passing import advance, start_state_passing
@@ -216,7 +217,7 @@ def _initial_states(
         for row, segments in enumerate(rows)
         for segment in segments
     ]
-    return torch.cat((zero, *states.values())).index_select(0, torch.tensor(index, device=zero.device))
+    return torch.cat((zero, *states.values())).index_select(0, on_device(index, zero.device, torch.int64))
 
 
 def _add_previous(
@@ -236,6 +237,6 @@ def _add_previous(
     previous = recurrence.reading(q, reached, state_in_BGKV)
     if min(continued) < reach:
         beyond = torch.arange(reach) >= torch.tensor(continued).unsqueeze(1)
-        previous = previous.masked_fill(beyond.to(previous.device)[..., None, None], 0.0)
+        previous = previous.masked_fill(on_device(beyond, previous.device, torch.bool)[..., None, None], 0.0)
     o = o + previous
     return o if split[1] == 0 else torch.cat((o, o_BTHV.split(split, dim=1)[1]), dim=1)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from spikingbrain_train.ops.host_numbers import on_device
 from spikingbrain_train.planning.launch import Launch, available_cores
 from spikingbrain_train.training.alert import Alert
 from spikingbrain_train.training.callbacks.callback import Callback
@@ -126,7 +127,7 @@ class SlowRanks(Callback):
             median(each.computing for each in self._window),
             median(each.waiting for each in self._window),
         ]
-        mine = torch.tensor(own, dtype=torch.float64, device=groups.device)
+        mine = on_device(own, groups.device, torch.float64)
         every = torch.zeros(groups.world_size, len(own), dtype=torch.float64, device=groups.device)
         every[groups.rank] = mine
         torch.distributed.all_reduce(every)

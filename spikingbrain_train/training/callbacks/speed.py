@@ -87,7 +87,7 @@ class Speed(Callback):
 
     def _longest_data_wait(self) -> float:
         groups = self.run.groups
-        waited = torch.tensor(self.run.data_waits.take(), dtype=torch.float64, device=groups.device)
+        waited = torch.full((), self.run.data_waits.take(), dtype=torch.float64, device=groups.device)
         torch.distributed.all_reduce(waited, op=torch.distributed.ReduceOp.MAX)
         return waited.item()
 

@@ -153,7 +153,7 @@ class Alignment(Stage):
         # Gradients are sums over data- and context-parallel ranks; dividing by the number of replicas makes
         # them those of the mean. Each replica counts once, on its first context-parallel rank.
         counts = self.groups.context_parallel_rank == 0
-        replicas = torch.tensor(int(counts), dtype=torch.int, device=self.groups.device)
+        replicas = torch.full((), int(counts), dtype=torch.int, device=self.groups.device)
         finalize_model_grads(parallel_chunks(model), replicas)
         return StepLosses(errors, partial(self._metrics, replaced, scale))
 

@@ -183,7 +183,7 @@ class SequenceBalancedRouter(TopKRouter):
 
     def _count(self, map_TBE: Tensor, kept: Tensor, aux_loss: Tensor, z_loss: Tensor) -> None:
         assignments_E = map_TBE.sum((0, 1))
-        tokens = assignments_E.new_tensor(map_TBE[..., 0].numel())
+        tokens = assignments_E.new_full((), map_TBE[..., 0].numel())
         scalars = torch.stack([x.double() for x in (assignments_E.sum() - kept, tokens, aux_loss, z_loss)])
         self.statistics_sums += torch.cat((assignments_E.double(), scalars))
 
