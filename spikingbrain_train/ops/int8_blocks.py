@@ -46,7 +46,7 @@ def int8_block_codes(x: Tensor, size: int) -> tuple[Tensor, Tensor]:
     blocks = x.detach().to(exact).unflatten(-1, (-1, size))
     largest = blocks.abs().amax(-1, keepdim=True)
     # A Python number over a tensor is that times a reciprocal in torch: rounded twice.
-    per_unit = largest.new_tensor(LARGEST_CODE) / largest.clamp(min=_SMALLEST_MAXIMUM)
+    per_unit = largest.new_full((), LARGEST_CODE) / largest.clamp(min=_SMALLEST_MAXIMUM)
     codes = (blocks * per_unit).round_().clamp_(-LARGEST_CODE, LARGEST_CODE)
     if size != _HALF_SCALES:
         return codes, per_unit.reciprocal()

@@ -81,7 +81,7 @@ class TernaryCounts(WeightErrors):
         """Count a weight. Any shape and dtype."""
         super().add(weight, rounded)
         zeros = (rounded == 0).sum(dtype=torch.float64)
-        self._sums[2:] += torch.stack([zeros, zeros.new_tensor(weight.numel())])
+        self._sums[2:] += torch.stack([zeros, zeros.new_full((), weight.numel())])
 
     def metrics(self) -> dict[str, float]:
         """Shares; NaN before anything was counted."""

@@ -230,7 +230,7 @@ class ClosedFormStart:
             layout = each.batch.layout.without_sinks()
             rotary = self.teacher.rotary_pos_emb(layout)
             of_heads = attention.attention_distances(lesson.normed, rotary_pos_emb=rotary, layout=layout)
-            sums.append(torch.cat([of_heads, of_heads.new_tensor([each.batch.tokens.numel()])]))
+            sums.append(torch.cat([of_heads, of_heads.new_full((1,), each.batch.tokens.numel())]))
         total = torch.stack(sums).sum(0)
         torch.distributed.all_reduce(total, group=self.groups.collection.dp_cp)
         mixer.set_half_lives((total[:-1] / total[-1]).clamp_min(1.0))
@@ -345,7 +345,7 @@ class ClosedFormStart:
                 each.rows, self.groups, sequence_parallel=self.student.config.sequence_parallel
             )
             relative = relative if rows is None else relative[rows]
-            sums += torch.stack([relative.sum(dtype=torch.float64), sums.new_tensor(relative.numel())])
+            sums += torch.stack([relative.sum(dtype=torch.float64), sums.new_full((), relative.numel())])
         torch.distributed.all_reduce(sums, group=self.groups.collection.dp_cp)
         if self.student.config.sequence_parallel:
             torch.distributed.all_reduce(sums, group=self.groups.collection.tp)

@@ -25,6 +25,7 @@ from spikingbrain_train.config.parallel import Recompute
 from spikingbrain_train.models.feed_forwards.moe.busy_experts import computed_again
 from spikingbrain_train.models.feed_forwards.moe.experts import SequentialExperts
 from spikingbrain_train.models.transformer_config import HybridTransformerConfig
+from spikingbrain_train.ops.host_numbers import on_device
 
 
 class _Dispatcher(MoEAlltoAllTokenDispatcher):
@@ -93,8 +94,7 @@ class ReplicatingMoELayer(MoELayer):
                 (self._computed_here(expert, tokens, probs, routing_map) for expert in chosen),
                 torch.zeros_like(tokens),
             ).view_as(hidden_states)
-            routing_map = routing_map.clone()
-            routing_map[:, chosen] = False
+            routing_map = routing_map.index_fill(1, on_device(chosen, routing_map.device, torch.int64), False)
         return super().preprocess(hidden_states, probs, routing_map)
 
     def postprocess(self, output: Tensor, shared_expert_output: Tensor | None) -> Tensor:
