@@ -11,6 +11,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from spikingbrain_train.checkpoint.optimizer_state import chain_of
 from spikingbrain_train.ops.finite import first_not_finite
 from spikingbrain_train.parallel.agreement import first_failure
+from spikingbrain_train.parallel.own_part import own_part
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 
 
@@ -29,7 +30,7 @@ def first_not_finite_of_run(model: Any, optimizer: MegatronOptimizer, groups: Pr
 
 def _state(model: torch.nn.Module, optimizer: MegatronOptimizer) -> Iterator[tuple[str, torch.Tensor]]:
     for name, parameter in model.named_parameters():
-        yield name, parameter
+        yield name, own_part(parameter)
     for part in chain_of(optimizer):
         for group in part.optimizer.param_groups:
             for parameter in group["params"]:

@@ -11,6 +11,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from torch.utils import _pytree as pytree
 
 from spikingbrain_train.checkpoint.optimizer_state import chain_of
+from spikingbrain_train.parallel.own_part import own_part
 
 
 class HostCopies:
@@ -62,7 +63,7 @@ class HostCopies:
         return copy.copy_(tensor.detach())
 
     def _storages(self) -> set[int]:
-        tensors = [*self._model.parameters(), *self._model.buffers()]
+        tensors = [*map(own_part, self._model.parameters()), *self._model.buffers()]
         for part in chain_of(self._optimizer):
             tensors += [parameter for group in part.optimizer.param_groups for parameter in group["params"]]
             tensors += pytree.tree_leaves(dict(part.optimizer.state))

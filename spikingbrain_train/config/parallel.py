@@ -84,6 +84,17 @@ class EngineKind(str, Enum):
     """megatron-core's data parallelism and optimizer: every topology."""
     deepspeed = "deepspeed"
     """DeepSpeed's ZeRO over data- and context-parallel ranks; see docs/engines.md."""
+    fsdp = "fsdp"
+    """torch's FSDP2 over data- and context-parallel ranks, also beside tensor parallelism."""
+
+
+@dataclass
+class FsdpConfig:
+    """torch's fully sharded data parallelism (FSDP2); read by parallel.engine=fsdp."""
+
+    reshard_after_forward: bool = setting(True, resume=FREE)
+    """Free a layer's gathered weights behind its forward pass and gather them again for its backward pass, as
+    ZeRO 3 does. false keeps them from one to the other: ranks gather half as much, and hold all weights."""
 
 
 @dataclass
@@ -137,10 +148,12 @@ class ParallelConfig:
     """Who reduces gradients, shards state and updates weights. A run may go on with another one."""
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     """What engine=deepspeed shards, and where it keeps it."""
+    fsdp: FsdpConfig = field(default_factory=FsdpConfig)
+    """How long engine=fsdp keeps what it gathers."""
     use_distributed_optimizer: bool = setting(False, resume=refused("its optimizer state has another form"))
     """Shard optimizer state and fp32 main weights over data-parallel ranks. Gradients are reduce-scattered,
-    but every rank keeps the whole fp32 buffer of them: ZeRO-1 in memory, not ZeRO-2. With engine=deepspeed,
-    which shards anyway, it says only which of megatron-core's two forms checkpoints have."""
+    but every rank keeps the whole fp32 buffer of them: ZeRO-1 in memory, not ZeRO-2. With engine=deepspeed or
+    fsdp, which shard anyway, it says only which of megatron-core's two forms checkpoints have."""
     overlap_grad_reduce: bool = setting(False, resume=FREE)
     """Reduce gradients while the backward pass still runs."""
     overlap_param_gather: bool = setting(False, resume=FREE)

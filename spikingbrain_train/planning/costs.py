@@ -35,6 +35,11 @@ def mixer_parameters(model: ModelConfig, layer: Layer, parallel: ParallelConfig 
     return _on_rank(layer.mixer_weights(model), parallel)
 
 
+def layer_parameters(model: ModelConfig, layer: Layer, parallel: ParallelConfig = ONE_RANK) -> int:
+    """Parameters of a layer on one rank."""
+    return _on_rank(layer.weights(model), parallel)
+
+
 def total_parameters(model: ModelConfig) -> int:
     """Distinct parameters without vocabulary padding, as a Hugging Face checkpoint counts them."""
     return _over_all(model, lambda weight: weight.numel)

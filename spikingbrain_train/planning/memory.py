@@ -7,11 +7,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from spikingbrain_train.architecture.layers import dense_source
+from spikingbrain_train.architecture.layers import dense_source, layers, swapped_layers
 from spikingbrain_train.architecture.sizes import FP32, bytes_per_element
 from spikingbrain_train.config.parallel import REDUCE_BUCKET, WEIGHTS_STAGE, EngineKind
 from spikingbrain_train.config.run import OptimizerKind, Precision, RunConfig
-from spikingbrain_train.planning.costs import stage_parameters
+from spikingbrain_train.planning.costs import (
+    layer_parameters,
+    mixer_parameters,
+    parameters_around,
+    stage_parameters,
+)
 from spikingbrain_train.planning.stages.registry import kind_of
 
 GIB = 2**30
@@ -80,6 +85,53 @@ def _of_zero(config: RunConfig, stage: int, world_size: int) -> tuple[float, flo
     return state, bucket + (0.0 if zero.offload_optimizer else share * FP32)
 
 
+@dataclass(frozen=True)
+class _Units:
+    """Parameters that a rank under FSDP gathers and reduces together."""
+
+    whole: float
+    """Of the model, what no unit has."""
+    around: float
+    """Of the unit around the layers, which is gathered as long as any layer is."""
+    largest: float
+    """Of the largest other one."""
+
+
+def _units(config: RunConfig) -> _Units:
+    """An align stage trains each mixer by itself: these are units, and all else is whole."""
+    model, parallel = config.model, config.parallel
+    kind = kind_of(config.stage)
+    if kind.trains_mixers:
+        trained = sum(kind.trainable_parameters(config, 0))
+        swapped = swapped_layers(layers(model))
+        mixers = [mixer_parameters(model, layer, parallel) for layer in swapped]
+        return _Units(stage_parameters(model, parallel, 0) - trained, 0, max(mixers, default=trained))
+    largest = max(layer_parameters(model, layer, parallel) for layer in layers(model))
+    return _Units(0, parameters_around(model, parallel, 0), largest)
+
+
+def _of_fsdp(config: RunConfig, world_size: int) -> tuple[float, float, float]:
+    """Bytes of weights, gradients and optimizer state under FSDP.
+
+    Of weights a share, in fp32 where they train, and what is gathered: the unit around the layers and two
+    layers, or all. Of gradients a share in fp32, those of the unit around the layers, which wait for the end
+    of the backward pass, and those of a layer on their way, in fp32, too.
+    """
+    model, parallel, element = config.model, config.parallel, bytes_per_element(config.precision)
+    units = _units(config)
+    trained = sum(kind_of(config.stage).trainable_parameters(config, 0))
+    parameters = stage_parameters(model, parallel, 0)
+    ranks = world_size // parallel.tensor_model_parallel_size
+    gathered = units.around + 2 * units.largest
+    if not parallel.fsdp.reshard_after_forward:
+        gathered = parameters - units.whole
+    frozen = parameters - units.whole - trained
+    weights = (units.whole + frozen / ranks + gathered) * element
+    main = trained * FP32 / ranks
+    on_their_way = units.around * element + units.largest * (element + FP32)
+    return weights + main, trained * FP32 / ranks + on_their_way, 2 * trained * FP32 / ranks
+
+
 def estimate_memory(config: RunConfig, stage: int, world_size: int, micro_batches: int) -> MemoryEstimate:
     """What a rank of pipeline stage ``stage`` holds while it trains.
 
@@ -101,7 +153,10 @@ def estimate_memory(config: RunConfig, stage: int, world_size: int, micro_batche
         optimizer, gradients = _of_zero(config, stage, world_size)
     teacher = stage_parameters(dense_source(model), parallel, stage) if has_teacher else 0
     weights: float = stage_parameters(model, parallel, stage)
-    if parallel.engine is EngineKind.deepspeed and parallel.zero.stage == WEIGHTS_STAGE:
+    if parallel.engine is EngineKind.fsdp:
+        of_weights, gradients, optimizer = _of_fsdp(config, world_size)
+        weights = of_weights / element
+    elif parallel.engine is EngineKind.deepspeed and parallel.zero.stage == WEIGHTS_STAGE:
         output = model.padded_vocab_size(1) * model.hidden_size  # stays gathered, others are in passing
         weights = weights / world_size + min(weights, output + REDUCE_BUCKET)
     return MemoryEstimate(

@@ -33,6 +33,9 @@ context-parallel ranks):
   gradients of every micro-batch and gathers weights for its forward pass and again for its backward pass, but
   for the last ones, which are kept; recomputation gathers them once more where a layer is larger than what is
   kept. With overlap_grad_reduce what a pass sends hides behind that pass, but for stage 1.
+- **FSDP** (counted, too). In every micro-batch weights are gathered for the forward pass, those of layers
+  again for the backward pass unless they are kept, and fp32 gradients reduce-scattered, over the data- and
+  context-parallel ranks of a tensor-parallel rank. What a pass sends hides behind that pass.
 
 Left out: the optimizer's arithmetic, latency, stragglers, checkpoints, evaluations. MFU counts the model's
 own FLOPs, forward and backward, windows and causality in them, and no recomputation
@@ -150,8 +153,8 @@ def step_time(
     rounds = [of_stages[first : first + ranks] for first in range(0, len(of_stages), ranks)]
     paces = [max(together) for together in rounds]
     pipeline = micro_batches * sum(paces) + sum(rounds[0]) - paces[0]
-    if parallel.engine is EngineKind.deepspeed:
-        exchanged = _zero_not_hidden(work, config, world_size, network, stages, micro_batches)
+    if parallel.engine is not EngineKind.megatron:
+        exchanged = _sharded_not_hidden(work, config, world_size, network, stages, micro_batches)
     else:
         exchanged = max(
             _not_hidden(parallel, exchange, sum(stages.forward[rank::ranks]))
@@ -379,8 +382,8 @@ def _not_hidden(parallel: ParallelConfig, exchange: tuple[float, float], forward
 
 
 @dataclass(frozen=True)
-class ZeroTraffic:
-    """Bytes that a rank passes on along a ring, in a step under DeepSpeed's ZeRO."""
+class ShardedTraffic:
+    """Bytes that a rank passes on along a ring, in a step under DeepSpeed's ZeRO or FSDP."""
 
     forward: float = 0.0
     """In the forward pass of a micro-batch."""
@@ -392,7 +395,7 @@ class ZeroTraffic:
     """Once, behind the update."""
 
 
-def zero_traffic(work: ModelWork, config: RunConfig, world_size: int) -> ZeroTraffic:
+def _zero_traffic(work: ModelWork, config: RunConfig, world_size: int) -> ShardedTraffic:
     """What ZeRO sends between ``world_size`` ranks that all train the whole model."""
     parallel, width = config.parallel, bytes_per_element(config.precision)
     passed_on = (world_size - 1) / world_size
@@ -400,23 +403,42 @@ def zero_traffic(work: ModelWork, config: RunConfig, world_size: int) -> ZeroTra
     whole = sum(of_layers) + work.parameters_around(1, 1, 0)
     gradients, weights = whole * FP32 * passed_on, whole * width * passed_on
     if parallel.zero.stage == 1:
-        return ZeroTraffic(gradients=2 * gradients, weights=weights)
+        return ShardedTraffic(gradients=2 * gradients, weights=weights)
     if parallel.zero.stage < WEIGHTS_STAGE:
-        return ZeroTraffic(backward=2 * gradients, weights=weights)
+        return ShardedTraffic(backward=2 * gradients, weights=weights)
     # The output projection is gathered behind an update and stays.
     output = config.model.padded_vocab_size(1) * config.model.hidden_size
     kept = min(whole, REDUCE_BUCKET) * KEPT_WEIGHTS
     again = max(0.0, whole - output - kept)
     if parallel.recompute is Recompute.full:
         again += sum(max(0.0, each - kept) for each in of_layers)
-    return ZeroTraffic(
+    return ShardedTraffic(
         forward=(whole - output) * width * passed_on,
         backward=again * width * passed_on + gradients,
         weights=output * width * passed_on,
     )
 
 
-def _zero_not_hidden(
+def _fsdp_traffic(work: ModelWork, config: RunConfig, ranks: int) -> ShardedTraffic:
+    """What FSDP sends between the ranks that hold parts of the same weights."""
+    parallel, width = config.parallel, bytes_per_element(config.precision)
+    tensor, passed_on = parallel.tensor_model_parallel_size, (ranks - 1) / ranks
+    inside = sum(sum(work.parameters_of(layer, tensor, 1, tensor)) for layer in work.layers)
+    whole = inside + work.parameters_around(tensor, 1, 0)
+    again = inside if parallel.fsdp.reshard_after_forward else 0
+    return ShardedTraffic(
+        forward=whole * width * passed_on, backward=(again * width + whole * FP32) * passed_on
+    )
+
+
+def sharded_traffic(work: ModelWork, config: RunConfig, world_size: int) -> ShardedTraffic:
+    """What the engine of a run sends, DeepSpeed's or FSDP, if it trains the whole model."""
+    if config.parallel.engine is EngineKind.deepspeed:
+        return _zero_traffic(work, config, world_size)
+    return _fsdp_traffic(work, config, world_size // config.parallel.tensor_model_parallel_size)
+
+
+def _sharded_not_hidden(
     work: ModelWork,
     config: RunConfig,
     world_size: int,
@@ -424,11 +446,13 @@ def _zero_not_hidden(
     stages: _Seconds,
     micro_batches: int,
 ) -> float:
-    """What ZeRO's exchanges add to a step, behind what hides them."""
-    group, traffic = Group(world_size, 1), zero_traffic(work, config, world_size)
+    """What exchanges of weights and gradients add to a step, behind what hides them."""
+    parallel, traffic = config.parallel, sharded_traffic(work, config, world_size)
+    tensor = parallel.tensor_model_parallel_size
+    group = Group(world_size // tensor, tensor)
     (forward,), (recomputed,) = stages.forward, stages.recomputed
     passes = (traffic.forward, forward), (traffic.backward, 2 * forward + recomputed)
-    hides = config.parallel.overlap_grad_reduce
+    hides = parallel.overlap_grad_reduce or parallel.engine is EngineKind.fsdp
     a_micro_batch = sum(
         max(0.0, network.ring_seconds(group, sent) - (seconds if hides else 0.0)) for sent, seconds in passes
     )

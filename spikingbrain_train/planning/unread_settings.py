@@ -136,6 +136,16 @@ _NEEDS = (
         lambda run: "fp8.format is null, so linears multiply in the format of the weights",
     ),
     _Needs(
+        ("parallel.fsdp.",),
+        lambda run: run.parallel.engine is EngineKind.fsdp,
+        lambda run: f"it is FSDP's, and parallel.engine is {run.parallel.engine.value}",
+    ),
+    _Needs(
+        ("parallel.overlap_grad_reduce",),
+        lambda run: run.parallel.engine is not EngineKind.fsdp,
+        lambda run: "parallel.engine=fsdp always reduces gradients while the backward pass still runs",
+    ),
+    _Needs(
         ("cluster.kernels.experts",),
         lambda run: has_experts(run.model),
         lambda run: "the model has no experts",

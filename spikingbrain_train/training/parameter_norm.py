@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -19,14 +21,27 @@ def parameter_norm(model: HybridGPTModel | ModelChunks, groups: ProcessGroups) -
     Returns:
         [] float64 on the device, the same on every rank.
     """
-    held: dict[float, list[Tensor]] = {}
     copied = [_copied_embedding(chunk) for chunk in model.chunks]
-    for parameter in model.parameters():
-        if not any(parameter is copy for copy in copied):
-            held.setdefault(_share(parameter, groups), []).append(parameter.detach())
+    counted = (each for each in model.parameters() if not any(each is copy for copy in copied))
+    return norm_of_shares(((share_of_rank(each, groups), each.detach()) for each in counted), groups)
+
+
+def norm_of_shares(tensors: Iterable[tuple[float, Tensor]], groups: ProcessGroups) -> Tensor:
+    """L2 norm over all ranks of what each holds; a collective of all of them.
+
+    Args:
+        tensors: of this rank, each with one over the ranks that hold the same numbers.
+        groups: process groups.
+
+    Returns:
+        [] float64 on the device, the same on every rank.
+    """
+    held: dict[float, list[Tensor]] = {}
+    for share, tensor in tensors:
+        held.setdefault(share, []).append(tensor)
     total = torch.zeros((), dtype=torch.float64, device=groups.device)
-    for share, tensors in held.items():
-        norms = torch.stack([norm.double() for norm in torch._foreach_norm(tensors, dtype=torch.float32)])
+    for share, alike in held.items():
+        norms = torch.stack([norm.double() for norm in torch._foreach_norm(alike, dtype=torch.float32)])
         total += share * norms.square().sum()
     torch.distributed.all_reduce(total)
     return total.sqrt()
@@ -39,7 +54,7 @@ def _copied_embedding(model: HybridGPTModel) -> Tensor | None:
     return None
 
 
-def _share(parameter: torch.nn.Parameter, groups: ProcessGroups) -> float:
+def share_of_rank(parameter: torch.nn.Parameter, groups: ProcessGroups) -> float:
     """One over the ranks that hold the same numbers, as megatron-core marks parameters."""
     distinct = groups.pipeline_model_parallel_size
     is_split = getattr(parameter, "tensor_model_parallel", False)

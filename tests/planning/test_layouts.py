@@ -79,7 +79,9 @@ def stages_to_try(work: ModelWork, pipeline: int, recompute: Recompute) -> set[t
 
 
 @unchanged_models()
-def by_brute_force(config: RunConfig, experts: int, zero: Sequence[int] = ()) -> dict[tuple[int, ...], float]:
+def by_brute_force(
+    config: RunConfig, experts: int, zero: Sequence[int] = (), fsdp: Sequence[int] = ()
+) -> dict[tuple[int, ...], float]:
     """Every setting that a run accepts and that fits: the shortest step of each split."""
     network, work = Network.of(config.cluster), ModelWork(config)
     device = device_memory(config.cluster, GPUS)
@@ -90,14 +92,18 @@ def by_brute_force(config: RunConfig, experts: int, zero: Sequence[int] = ()) ->
         if GPUS % (tensor * pipeline * context) or GPUS // pipeline % (expert * tensor):
             continue
         virtual = range(1, 4 // pipeline + 1) if pipeline > 1 else [1]
-        engines = (0, *zero) if tensor == pipeline == expert == 1 else (0,)
+        engines: list[dict[str, int]] = [{}]
+        if pipeline == expert == 1:
+            engines += [{"fsdp": each} for each in fsdp]
+        if tensor == pipeline == expert == 1:
+            engines += [{"zero": each} for each in zero]
         options = itertools.product(
             (False, True), (False, True), Recompute, (1, 2, 4, 8), virtual, (0, 1), engines
         )
-        for sequence, sharded, recompute, size, of_a_rank, number, stage in options:
+        for sequence, sharded, recompute, size, of_a_rank, number, engine in options:
             stages = sorted(stages_to_try(work, pipeline * of_a_rank, recompute))[0 if number else -1]
             split = (tensor, pipeline, context, expert, stages, sequence, sharded)
-            layout = Layout(*split, recompute, size, of_a_rank, stage)
+            layout = Layout(*split, recompute, size, of_a_rank, **engine)
             run = replace(layout.run(config, GPUS), dry_run=True)
             if run.stage.global_batch_size % (size * layout.replicas(GPUS)):
                 continue
@@ -128,7 +134,7 @@ def test_the_search_finds_what_brute_force_finds(model: str, memory_gib: float) 
     assert [each.time.seconds for each in everything.found] == pytest.approx(seconds)
 
 
-def test_the_search_finds_what_brute_force_finds_with_the_stages_of_zero(
+def test_the_search_finds_what_brute_force_finds_with_every_engine(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Where weights and their state are most of what ranks hold, and a bucket is a part of a layer."""
@@ -139,11 +145,12 @@ def test_the_search_finds_what_brute_force_finds_with_the_stages_of_zero(
         config, model=replace(config.model, hidden_size=512, ffn_hidden_size=2048, vocab_size=512)
     )
     found = search(config, GPUS, 1000, EFFICIENCY, engines=list(EngineKind))
-    expected = by_brute_force(config, experts=0, zero=(1, 2, 3))
+    expected = by_brute_force(config, experts=0, zero=(1, 2, 3), fsdp=(2, 3))
     assert {each.layout.degrees: each.time.seconds for each in found.found} == pytest.approx(expected)
-    assert {each.layout.zero for each in found.found} == {0, 3}
-    alone = search(config, GPUS, 1000, EFFICIENCY, engines=[EngineKind.deepspeed])
-    assert alone.found and all(each.layout.zero for each in alone.found)
+    assert {each.layout.engine for each in found.found} == {EngineKind.megatron, EngineKind.fsdp}
+    for engine in (EngineKind.deepspeed, EngineKind.fsdp):
+        alone = search(config, GPUS, 1000, EFFICIENCY, engines=[engine])
+        assert alone.found and all(each.layout.engine is engine for each in alone.found)
 
 
 @pytest.mark.parametrize("model", ["tiny_hybrid", "tiny_76b"])

@@ -92,8 +92,8 @@ def plan_parallel_parser() -> argparse.ArgumentParser:
         default=[EngineKind.megatron.value],
         choices=[each.value for each in EngineKind],
         metavar="NAME",
-        help="megatron, deepspeed or both, of which deepspeed tries ZeRO 2 and 3 over data- and "
-        "context-parallel ranks (default: megatron)",
+        help="one or several of megatron, deepspeed (ZeRO 2 and 3 over data- and context-parallel ranks) and "
+        "fsdp (beside tensor-parallel ranks, too); default: megatron",
     )
     parser.add_argument(
         "--efficiency",

@@ -6,7 +6,7 @@ from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
-from spikingbrain_train.config.parallel import EngineKind, ParallelConfig, Recompute
+from spikingbrain_train.config.parallel import WEIGHTS_STAGE, EngineKind, ParallelConfig, Recompute
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.config.stage import StageConfig
 
@@ -28,7 +28,10 @@ class Layout:
     virtual_stages: int = 1
     """Pipeline stages of each rank, which an interleaved pipeline passes through in turn."""
     zero: int = 0
-    """Stage of DeepSpeed's ZeRO; 0 for megatron-core's engine."""
+    """Stage of DeepSpeed's ZeRO; 0 for other engines."""
+    fsdp: int = 0
+    """The stage of ZeRO that FSDP shards as: 3 gathers weights again for the backward pass, 2 keeps them; 0
+    for other engines."""
 
     @property
     def degrees(self) -> tuple[int, ...]:
@@ -41,10 +44,18 @@ class Layout:
         return self.tensor == self.pipeline == self.expert == 1
 
     @property
+    def engine(self) -> EngineKind:
+        """Who shards."""
+        if self.fsdp:
+            return EngineKind.fsdp
+        return EngineKind.deepspeed if self.zero else EngineKind.megatron
+
+    @property
     def split(self) -> tuple[Any, ...]:
         """What decides how weights and optimizer state lie; recomputation and micro-batches are the rest."""
         stages = (self.virtual_stages, self.stages)
-        return (*self.degrees, *stages, self.sequence_parallel, self.distributed_optimizer, self.zero)
+        shards = self.distributed_optimizer, self.zero, self.fsdp
+        return (*self.degrees, *stages, self.sequence_parallel, *shards)
 
     def is_laid_out_as(self, other: Layout) -> bool:
         """Whether nothing but micro-batches differs."""
@@ -68,10 +79,15 @@ class Layout:
             data_parallel_size=self.replicas(world_size),
             use_distributed_optimizer=self.distributed_optimizer,
             overlap_grad_reduce=world_size > self.tensor * self.pipeline,
-            overlap_param_gather=self.distributed_optimizer and self.pipeline == 1 and not self.zero,
+            overlap_param_gather=self.distributed_optimizer
+            and self.pipeline == 1
+            and self.engine is EngineKind.megatron,
             recompute=self.recompute,
-            engine=EngineKind.deepspeed if self.zero else EngineKind.megatron,
+            engine=self.engine,
             zero=replace(base.zero, stage=self.zero) if self.zero else base.zero,
+            fsdp=replace(base.fsdp, reshard_after_forward=self.fsdp == WEIGHTS_STAGE)
+            if self.fsdp
+            else base.fsdp,
         )
 
     def replicas(self, world_size: int) -> int:
@@ -83,12 +99,14 @@ class Layout:
         return Runs(base, world_size).of(self)
 
     def describe(self, world_size: int) -> str:
-        """``DP 8 x PP 4, VPP 2, EP 8`` or ``DP 8, ZeRO 3`` and so on, degrees of one left out."""
+        """``DP 8 x PP 4, VPP 2, EP 8`` or ``DP 4 x TP 2, FSDP`` and so on, degrees of one left out."""
         degrees = [("DP", self.replicas(world_size)), ("TP", self.tensor), ("CP", self.context)]
         degrees.append(("PP", self.pipeline))
         words = " x ".join(f"{name} {degree}" for name, degree in degrees if degree > 1) or "one GPU"
         inside = (("VPP", self.virtual_stages), ("EP", self.expert))
         words = ", ".join([words, *(f"{name} {degree}" for name, degree in inside if degree > 1)])
+        if self.fsdp:
+            return f"{words}, FSDP" if self.fsdp == WEIGHTS_STAGE else f"{words}, FSDP that keeps weights"
         return f"{words}, ZeRO {self.zero}" if self.zero else words
 
 

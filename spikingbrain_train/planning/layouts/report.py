@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+from spikingbrain_train.config.parallel import WEIGHTS_STAGE
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.planning.fit import MARGIN
@@ -213,7 +214,9 @@ def _values(found: Found) -> dict[str, Any]:
         "layers_of_stages": [len(stage.layers) for stage in stages],
         "sequence_parallel": layout.sequence_parallel,
         "use_distributed_optimizer": layout.distributed_optimizer,
+        "engine": layout.engine.name,
         "zero_stage": layout.zero or None,
+        "reshard_after_forward": layout.fsdp == WEIGHTS_STAGE if layout.fsdp else None,
         "recompute": layout.recompute.name,
         "micro_batch_size": layout.micro_batch_size,
         "bytes": found.plan.fullest.memory.total,

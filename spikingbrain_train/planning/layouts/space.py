@@ -29,7 +29,8 @@ SHORTEST_SLICE = 1024
 does not know what that costs."""
 LARGEST_MICRO_BATCH = 8
 ZERO_STAGES = (2, 3)
-"""Of DeepSpeed; its first one holds what megatron-core's distributed optimizer does and hides less."""
+"""Of DeepSpeed, and of FSDP what corresponds to them; DeepSpeed's first one holds what megatron-core's
+distributed optimizer does and hides less."""
 VIRTUAL_STAGES = (2, 4, 8)
 """Of a rank, beside those that share the layers out evenly. More stages send hidden states more often."""
 LEAST_BUBBLE = 0.01
@@ -102,6 +103,11 @@ def _splits(
                     )
                     if EngineKind.deepspeed in engines and sharded and base.is_data_and_context_alone:
                         yield from (replace(base, zero=stage) for stage in ZERO_STAGES)
+                    if EngineKind.fsdp in engines and sharded and pipeline == expert == 1:
+                        of_fsdp = [replace(base, fsdp=stage) for stage in ZERO_STAGES]
+                        yield from of_fsdp
+                        if everything and tensor > 1:
+                            yield from (replace(each, sequence_parallel=False) for each in of_fsdp)
                     if EngineKind.megatron not in engines:
                         continue
                     yield base
@@ -175,6 +181,7 @@ class _Variants:
                             size,
                             virtual,
                             split.zero,
+                            split.fsdp,
                         )
 
     def _virtual_stages(self, pipeline: int) -> list[int]:

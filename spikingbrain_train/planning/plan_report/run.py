@@ -170,6 +170,8 @@ def _rank_facts(plan: Plan) -> str:
     if parallel.engine is EngineKind.deepspeed:
         offloaded = ", optimizer in host memory" if parallel.zero.offload_optimizer else ""
         parts.append(f"DeepSpeed ZeRO {parallel.zero.stage}{offloaded}")
+    if parallel.engine is EngineKind.fsdp:
+        parts.append("FSDP" if parallel.fsdp.reshard_after_forward else "FSDP that keeps gathered weights")
     parts.append(", ".join([*chosen, f"recompute {parallel.recompute.name}"]))
     return f"{plan.world_size} = " + "; ".join(parts)
 

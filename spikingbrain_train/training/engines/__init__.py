@@ -1,1 +1,1 @@
-"""Who shards, reduces and updates: megatron-core's data parallelism and optimizer, or DeepSpeed's ZeRO."""
+"""Who shards, reduces and updates: megatron-core, DeepSpeed's ZeRO, or torch's FSDP2."""

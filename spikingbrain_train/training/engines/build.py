@@ -27,4 +27,10 @@ def build_engine(config: RunConfig, model: HybridGPTModel | ModelChunks, groups:
         if config.parallel.zero.stage == WEIGHTS_STAGE:
             return ZeroThreeEngine(config, model, groups)
         return DeepSpeedEngine(config, model, groups)
+    if config.parallel.engine is EngineKind.fsdp:
+        # Its imports of torch take a second, and older releases lack some.
+        from spikingbrain_train.training.engines.fsdp import FsdpEngine
+
+        assert isinstance(model, HybridGPTModel)
+        return FsdpEngine(config, model, groups)
     return MegatronEngine(config, model)

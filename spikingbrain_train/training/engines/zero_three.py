@@ -47,7 +47,11 @@ class ZeroThreeEngine(DeepSpeedEngine):
     def _before_partitioning(
         self, model: HybridGPTModel, weights: dict[str, Any], stored: dict[int, list[StoredPart]], rank: int
     ) -> None:
-        self._weights = PartitionedWeights(model, weights, stored, rank)
+        parameters = dict(model.named_parameters())
+        dtype = model.config.params_dtype
+        self._weights = PartitionedWeights(
+            model, weights, stored, dtype, lambda name: share_of(parameters[name], rank)
+        )
 
     def _main_weights(self) -> list[Any]:
         main: list[Any] = self._zero.fp32_partitioned_groups_flat

@@ -1,40 +1,37 @@
-"""ZeRO 3 gathers the weights that a module needs in every kind of model, and no rank keeps the others."""
+"""ZeRO 3 and FSDP gather what modules need in every kind of model, and no rank keeps the other weights."""
 
 from __future__ import annotations
 
 import gc
-import importlib.util
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
+from spikingbrain_train.architecture.layers import layers
 from spikingbrain_train.architecture.sizes import FP32
 from spikingbrain_train.config.linear_transforms import Projection, TernaryConfig
 from spikingbrain_train.config.lora import LoraConfig
 from spikingbrain_train.config.mamba import MambaConfig
 from spikingbrain_train.config.model import GatedDeltaRuleConfig, ModelConfig
-from spikingbrain_train.config.parallel import EngineKind, ParallelConfig, Recompute, ZeroConfig
+from spikingbrain_train.config.parallel import EngineKind, FsdpConfig, ParallelConfig, Recompute
 from spikingbrain_train.config.run import Precision, RunConfig
 from spikingbrain_train.parallel.process_groups import ProcessGroups
+from spikingbrain_train.planning.costs import layer_parameters, parameters_around, stage_parameters
 from spikingbrain_train.planning.planner import plan_run
 from spikingbrain_train.training.callbacks.callback import Callback
 from tests.distributed.pool import RankPool
+from tests.distributed.sharding_engines import FSDP, case, fsdp, zero
 from tests.distributed.small_runs import MODEL, run_config, train_and_not_save
 from tests.planning.live_bytes import LiveBytes
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        importlib.util.find_spec("deepspeed") is None, reason="the extra deepspeed is not installed"
-    ),
-]
+pytestmark = pytest.mark.slow
 
 TOLERANCE = 1e-5
-"""Of a loss, as in test_deepspeed_engine.py: another order of fp32 sums of gradients."""
-ZERO_3 = ParallelConfig(engine=EngineKind.deepspeed, zero=ZeroConfig(3))
+"""Of a loss, as in test_sharding_engines.py: another order of fp32 sums of gradients."""
+ENGINES = {"ZeRO 3": zero(3), "FSDP": FSDP}
 
-MODELS: dict[str, tuple[ModelConfig, ParallelConfig]] = {
+MODELS: dict[str, tuple[ModelConfig, Recompute]] = {
     "branches of gated delta rule and Mamba, sinks, sub-norms, an output projection of its own": (
         replace(
             MODEL,
@@ -46,20 +43,32 @@ MODELS: dict[str, tuple[ModelConfig, ParallelConfig]] = {
             ffn_sub_norm=True,
             share_embeddings_and_output_weights=False,
         ),
-        ZERO_3,
+        Recompute.none,
     ),
     "ternary weights": (
         replace(MODEL, ternary=TernaryConfig([each for each in Projection if each is not Projection.gate])),
-        ZERO_3,
+        Recompute.none,
     ),
-    "adapters of a frozen model": (replace(MODEL, lora=LoraConfig(names=["code"], ranks=[2])), ZERO_3),
-    "layers computed again": (MODEL, replace(ZERO_3, recompute=Recompute.full)),
+    "adapters of a frozen model": (
+        replace(MODEL, lora=LoraConfig(names=["code"], ranks=[2])),
+        Recompute.none,
+    ),
+    "adapters of a frozen model whose layers are computed again": (
+        replace(MODEL, lora=LoraConfig(names=["code"], ranks=[2])),
+        Recompute.full,
+    ),
+    "layers computed again": (MODEL, Recompute.full),
+    "feed-forwards computed again": (MODEL, Recompute.moe_layer),
 }
 
 
+@pytest.mark.parametrize("engine", [case(name, engine=each.engine) for name, each in ENGINES.items()])
 @pytest.mark.parametrize("name", MODELS)
-def test_losses_are_those_of_one_rank(name: str, ranks: RankPool, tmp_path: Path, text: Path) -> None:
-    model, parallel = MODELS[name]
+def test_losses_are_those_of_one_rank(
+    name: str, engine: str, ranks: RankPool, tmp_path: Path, text: Path
+) -> None:
+    model, recompute = MODELS[name]
+    parallel = replace(ENGINES[engine], recompute=recompute)
     config = run_config(tmp_path / "one", text, model=model)
     config.stage = replace(config.stage, train_iters=4)
     (expected,) = ranks.run(train_and_not_save, config, world_size=1, parallel=config.parallel)
@@ -98,18 +107,19 @@ class _Probe(Callback):
 
 
 def _measure(groups: ProcessGroups, config: RunConfig, bucket: int) -> Held:
-    from spikingbrain_train.training.engines import deepspeed
+    from spikingbrain_train.parallel.own_part import own_part
     from spikingbrain_train.training.trainer import Trainer
 
     memory = LiveBytes()
     probe = _Probe(memory)
     with pytest.MonkeyPatch.context() as patch, memory:
-        patch.setattr(deepspeed, "REDUCE_BUCKET", bucket)
+        if config.parallel.engine is EngineKind.deepspeed:
+            patch.setattr("spikingbrain_train.training.engines.deepspeed.REDUCE_BUCKET", bucket)
         trainer = Trainer(config, groups, [probe])
         model = trainer.state.model
 
         def count(*_: object) -> None:
-            whole = sum(parameter.data.numel() for parameter in model.parameters())
+            whole = sum(own_part(parameter).numel() for parameter in model.parameters())
             probe.held.gathered = max(probe.held.gathered, whole)
 
         for name, module in model.named_modules():
@@ -121,25 +131,29 @@ def _measure(groups: ProcessGroups, config: RunConfig, bucket: int) -> Held:
     return probe.held
 
 
+WIDE = replace(MODEL, num_layers=8, hidden_size=128, ffn_hidden_size=384, kv_channels=32)
+"""Wide, for short sequences: most of the memory is that of weights."""
+
+
+@pytest.mark.parametrize("engine", [case("ZeRO 3", engine=EngineKind.deepspeed)])
 def test_every_rank_keeps_its_share_as_planned(
-    ranks: RankPool, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+    engine: str, ranks: RankPool, tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On four ranks, in a wide model of short sequences, with buckets of a layer."""
-    model = replace(MODEL, num_layers=8, hidden_size=128, ffn_hidden_size=384, kv_channels=32)
+    """On four ranks, with buckets of a layer."""
     bucket = 200_000
     monkeypatch.setattr("spikingbrain_train.planning.memory.REDUCE_BUCKET", bucket)
     found, plans = {}, {}
     for stage in (2, 3):
-        parallel = replace(ZERO_3, zero=ZeroConfig(stage))
-        config = run_config(tmp_path / str(stage), text, model=model, parallel=parallel)
+        parallel = zero(stage)
+        config = run_config(tmp_path / str(stage), text, model=WIDE, parallel=parallel)
         config.stage = replace(config.stage, train_iters=3)
         assert config.precision is Precision.fp32
         found[stage] = ranks.run(_measure, config, bucket, world_size=4, parallel=parallel)
         plans[stage] = plan_run(config, 4).fullest.memory
     plan, parameters = plans[3], plans[2].weights / FP32
     output, largest = (
-        model.padded_vocab_size(1) * model.hidden_size,
-        2 * model.ffn_hidden_size * model.hidden_size,
+        WIDE.padded_vocab_size(1) * WIDE.hidden_size,
+        2 * WIDE.ffn_hidden_size * WIDE.hidden_size,
     )
     for of_two, held in zip(found[2], found[3], strict=True):
         assert of_two.gathered == parameters
@@ -151,3 +165,43 @@ def test_every_rank_keeps_its_share_as_planned(
         assert held.static == pytest.approx(static, rel=0.025)
         assert plan.total == pytest.approx(held.peak, rel=0.1)
         assert held.static < 0.85 * of_two.static and held.peak < 0.95 * of_two.peak
+
+
+@pytest.mark.parametrize("precision", [Precision.fp32, Precision.bf16])
+@pytest.mark.parametrize(
+    ("world_size", "parallel"),
+    [
+        case(4, FSDP, engine=EngineKind.fsdp, name="DP 4"),
+        case(4, fsdp(tensor_model_parallel_size=2), engine=EngineKind.fsdp, name="TP 2 x DP 2"),
+        case(
+            4,
+            fsdp(fsdp=FsdpConfig(reshard_after_forward=False)),
+            engine=EngineKind.fsdp,
+            name="DP 4, weights kept",
+        ),
+    ],
+)
+def test_every_rank_of_fsdp_keeps_its_share_as_planned(
+    world_size: int,
+    parallel: ParallelConfig,
+    precision: Precision,
+    ranks: RankPool,
+    tmp_path: Path,
+    text: Path,
+) -> None:
+    """State is a share of 16 bytes a parameter in either precision, and nothing whole lies beside it."""
+    config = run_config(tmp_path, text, model=WIDE, parallel=parallel, precision=precision)
+    config.stage = replace(config.stage, train_iters=3)
+    found = ranks.run(_measure, config, 0, world_size=world_size, parallel=parallel)
+    plan = plan_run(config, world_size).fullest.memory
+    parameters = stage_parameters(WIDE, parallel, 0)
+    share = parameters * parallel.tensor_model_parallel_size / world_size
+    gathered = parameters_around(WIDE, parallel, 0)
+    gathered += 2 * max(layer_parameters(WIDE, layer, parallel) for layer in layers(WIDE))
+    for held in found:
+        assert held.static == pytest.approx(4 * FP32 * share, rel=0.01)
+        assert plan.total == pytest.approx(held.peak, rel=0.1)
+        if parallel.fsdp.reshard_after_forward:
+            assert held.gathered <= share + gathered < 0.8 * parameters
+        else:
+            assert held.gathered == parameters

@@ -1,8 +1,7 @@
-"""What ZeRO's collectives send in a real step is what the search of a layout reckons with."""
+"""What collectives of ZeRO and FSDP send in a real step is what the search of a layout reckons with."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,26 +9,25 @@ from typing import Any
 
 import pytest
 
-from spikingbrain_train.config.parallel import EngineKind, ParallelConfig, Recompute, ZeroConfig
+from spikingbrain_train.config.parallel import EngineKind, FsdpConfig, ParallelConfig, Recompute
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.planning.layer_work import ModelWork
-from spikingbrain_train.planning.step_time import zero_traffic
+from spikingbrain_train.planning.step_time import sharded_traffic
 from spikingbrain_train.training.callbacks.callback import Callback
 from tests.distributed.pool import RankPool
+from tests.distributed.sharding_engines import case, fsdp, zero
 from tests.distributed.small_runs import MODEL, run_config
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        importlib.util.find_spec("deepspeed") is None, reason="the extra deepspeed is not installed"
-    ),
-]
+pytestmark = pytest.mark.slow
 
 RANKS = 2
 BUCKET = 4_000
 """Elements; a layer of the model has twice as many, so that ZeRO 3 keeps but a part of it."""
-PASSED_ON = {"all_reduce": 2.0, "all_gather_into_tensor": 1.0, "reduce_scatter_tensor": 1.0}
+PASSED_ON = {
+    **{"all_reduce": 2.0, "all_gather_into_tensor": 1.0, "reduce_scatter_tensor": 1.0},
+    **{"all_gather_single": 1.0, "reduce_scatter_single": 1.0},  # as recent releases of torch call them
+}
 """Times (ranks - 1) / ranks of the whole tensor: what a rank passes on along a ring."""
 _SCALARS = 1_000
 """Bytes; norms and agreements between ranks are smaller, and no part of what is reckoned with."""
@@ -43,7 +41,9 @@ class _Sent(Callback):
 
         self.by = dict.fromkeys(PASSED_ON, 0.0)
         for name in PASSED_ON:
-            patch.setattr(torch.distributed, name, self._counting(name, getattr(torch.distributed, name)))
+            if hasattr(torch.distributed, name):
+                function = getattr(torch.distributed, name)
+                patch.setattr(torch.distributed, name, self._counting(name, function))
 
     def _counting(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         from torch import Tensor
@@ -62,36 +62,41 @@ class _Sent(Callback):
 
 
 def _count(groups: ProcessGroups, config: RunConfig) -> dict[str, float]:
-    from spikingbrain_train.training.engines import deepspeed
     from spikingbrain_train.training.trainer import Trainer
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(deepspeed, "REDUCE_BUCKET", BUCKET)
+        if config.parallel.engine is EngineKind.deepspeed:
+            patch.setattr("spikingbrain_train.training.engines.deepspeed.REDUCE_BUCKET", BUCKET)
         sent = _Sent(patch)
         Trainer(config, groups, [sent]).train()
     return sent.by
 
 
 @pytest.mark.parametrize(
-    ("stage", "recompute", "apart"),
+    ("parallel", "apart"),
     [
-        (1, Recompute.none, 0.001),
-        (2, Recompute.none, 0.001),
-        # Which weights are kept depends on where modules end.
-        (3, Recompute.none, 0.03),
-        (3, Recompute.full, 0.07),
+        case(parallel, apart, engine=parallel.engine, name=name)
+        for name, parallel, apart in (
+            ("ZeRO 1", zero(1), 0.001),
+            ("ZeRO 2", zero(2), 0.001),
+            # Which weights are kept depends on where modules end.
+            ("ZeRO 3", zero(3), 0.03),
+            ("ZeRO 3, layers computed again", zero(3, recompute=Recompute.full), 0.07),
+            # What it cuts into parts of equal size are rows, of which some matrices have an odd number.
+            ("FSDP", fsdp(), 0.001),
+            ("FSDP, layers computed again", fsdp(recompute=Recompute.full), 0.001),
+            ("FSDP, weights kept", fsdp(fsdp=FsdpConfig(reshard_after_forward=False)), 0.001),
+        )
     ],
 )
 def test_bytes_of_a_step_are_those_that_are_planned(
-    stage: int,
-    recompute: Recompute,
+    parallel: ParallelConfig,
     apart: float,
     ranks: RankPool,
     tmp_path: Path,
     text: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    parallel = ParallelConfig(engine=EngineKind.deepspeed, zero=ZeroConfig(stage), recompute=recompute)
     config = run_config(tmp_path, text, model=MODEL, parallel=parallel)
     config.stage = replace(config.stage, train_iters=2)
     micro_batches = config.stage.global_batch_size // config.stage.micro_batch_size // RANKS
@@ -99,7 +104,8 @@ def test_bytes_of_a_step_are_those_that_are_planned(
     first, second = ranks.run(_count, config, world_size=RANKS, parallel=parallel)
     assert first == second
     monkeypatch.setattr("spikingbrain_train.planning.step_time.REDUCE_BUCKET", BUCKET)
-    planned = zero_traffic(ModelWork(config), config, RANKS)
+    planned = sharded_traffic(ModelWork(config), config, RANKS)
     of_a_step = micro_batches * (planned.forward + planned.backward) + planned.gradients + planned.weights
     assert sum(first.values()) == pytest.approx(of_a_step, rel=apart)
-    assert (first["reduce_scatter_tensor"] > 0) == (stage == 3)
+    sums_parts = parallel.engine is EngineKind.fsdp or parallel.zero.stage == 3
+    assert (first["reduce_scatter_tensor"] + first["reduce_scatter_single"] > 0) == sums_parts
