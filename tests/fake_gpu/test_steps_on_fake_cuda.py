@@ -61,6 +61,7 @@ EVALUATORS = ",".join(
         "settings:{teacher:FOLDER,prompts:2,prompt_tokens:16,new_tokens:4}}",
     )
 )
+FSDP = "parallel.engine=fsdp parallel.overlap_param_gather=false"
 ZERO = "model=spikingbrain_7b parallel=dp32_cp8_zero2 parallel.zero"
 
 REPORTED = [
@@ -73,6 +74,8 @@ REPORTED = [
     f"model=tiny_hybrid data.tokenizer=FOLDER data.valid=[FOLDER/text] logging.evaluators=[{EVALUATORS}]",
     "model=spikingbrain_76b parallel=pp2 parallel.virtual_pipeline_model_parallel_size=2",
     "model=spikingbrain_7b parallel=dp32_cp8_zero2",
+    f"model=spikingbrain_7b parallel=dp4_tp2 {FSDP}",
+    f"experiment=spikingbrain_7b_align {FSDP}",
 ]
 """Runs of which a step is reported, too, and evaluated behind, and a save is planned."""
 
@@ -81,6 +84,7 @@ RUNS = [
     *(f"{run} reported" for run in REPORTED),
     f"{ZERO}.stage=1 parallel.overlap_grad_reduce=false",
     "model=tiny_hybrid parallel.engine=deepspeed parallel.zero.offload_optimizer=true",
+    f"model=tiny_76b {FSDP} parallel.fsdp.reshard_after_forward=false parallel.recompute_expert_tokens=1000",
     "model=spikingbrain_7b parallel=dp_zero1 optimizer=muon_cosine",
     "model=tiny_76b parallel.recompute_expert_tokens=1000",
     "model=spikingbrain_76b parallel=dp32_ep8_pp4 parallel.recompute_expert_tokens=1000",
@@ -117,6 +121,9 @@ WAITS = {
     ),
     "_local_scalar_dense spikingbrain_train/training/engines/deepspeed.py:gradient_norm": (
         "the gradient norm under ZeRO 1 and 2, which callbacks see before anything is updated"
+    ),
+    "_local_scalar_dense spikingbrain_train/training/engines/fsdp.py:gradient_norm": (
+        "the norm, once: the update clips by it without a look of its own"
     ),
     "_local_scalar_dense spikingbrain_train/training/engines/zero_three.py:gradient_norm": (
         "the same under ZeRO 3"

@@ -60,7 +60,7 @@ class FsdpModel(ZeroModel):
 
     def scale_gradients(self, scaling_factor: float | Tensor) -> None:
         """Multiply the sum of gradients over ranks."""
-        torch._foreach_mul_(self._gradients(), float(scaling_factor))
+        torch._foreach_mul_(self._gradients(), scaling_factor)
 
 
 @dataclass(frozen=True)
