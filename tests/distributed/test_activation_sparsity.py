@@ -31,6 +31,7 @@ from tests.distributed.gradients import (
     whole_batches,
 )
 from tests.distributed.pool import RankPool
+from tests.distributed.sharding_engines import case, fsdp
 from tests.distributed.small_runs import MODEL, checkpoint_config, run_config, train
 from tests.distributed.test_gradients import assert_equal, result
 from tests.distributed.test_resume import _interrupt_after
@@ -53,6 +54,7 @@ TOPOLOGIES: dict[str, tuple[int, ParallelConfig]] = {
     "PP 2": (2, ParallelConfig(pipeline_model_parallel_size=2)),
     "CP 2": (2, ParallelConfig(context_parallel_size=2)),
     "DP 2, distributed optimizer": (2, ParallelConfig(use_distributed_optimizer=True)),
+    "DP 2, FSDP": (2, fsdp()),
 }
 
 
@@ -146,7 +148,7 @@ def one_rank(
     return folder, steps
 
 
-@pytest.mark.parametrize("name", TOPOLOGIES)
+@pytest.mark.parametrize("name", [case(name, engine=each.engine) for name, (_, each) in TOPOLOGIES.items()])
 def test_losses_and_metrics_equal_those_of_one_rank(
     name: str, ranks: RankPool, tmp_path: Path, text: Path, hybrid_checkpoint: Path, one_rank: Any
 ) -> None:

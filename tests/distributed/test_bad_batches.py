@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from spikingbrain_train.config.model import ModelConfig
-from spikingbrain_train.config.parallel import ParallelConfig
+from spikingbrain_train.config.parallel import EngineKind, ParallelConfig
 from spikingbrain_train.config.run import Precision, RunConfig
 from spikingbrain_train.errors import NumericalError
 from spikingbrain_train.parallel.process_groups import ProcessGroups
@@ -25,6 +25,7 @@ from spikingbrain_train.reporting.metrics import read_metrics
 from spikingbrain_train.storage.checkpoint_folder import iterations
 from spikingbrain_train.training.callbacks.callback import Callback, SkipUpdate
 from tests.distributed.pool import RankPool
+from tests.distributed.sharding_engines import case, fsdp
 from tests.distributed.small_runs import MODEL, MODEL_76B, behind_gradients, checkpoint_config, run_config
 
 NAN = float("nan")
@@ -39,10 +40,13 @@ class _Watch(Callback):
         self.losses: dict[int, float] = {}
 
     def _state(self) -> float:
+        from spikingbrain_train.checkpoint.optimizer_state import chain_of
+        from spikingbrain_train.parallel.own_part import own_part
+
         state = self.run.state
         state.gather_updated_weights()
-        found = [parameter.detach().double().sum() for parameter in state.model.parameters()]
-        for part in state.optimizer.chained_optimizers:
+        found = [own_part(parameter).double().sum() for parameter in state.model.parameters()]
+        for part in chain_of(state.optimizer):
             for of_parameter in part.optimizer.state.values():
                 found += [of_parameter[name].double().sum() for name in ("exp_avg", "exp_avg_sq", "step")]
         return float(sum(found))
@@ -88,8 +92,7 @@ def _spoil_gradient(trainer: Any, groups: ProcessGroups, steps: tuple[int, ...])
         if trainer.state.iteration + 1 in left:
             left.remove(trainer.state.iteration + 1)
             if groups.rank == groups.world_size - 1:
-                trained = next(each for each in trainer.model.parameters() if each.requires_grad)
-                trained.main_grad.view(-1)[0] = NAN
+                next(trainer.engine.gradients()).view(-1)[0] = NAN
 
     behind_gradients(trainer, spoil)
 
@@ -131,8 +134,9 @@ OVERLAPPED = ParallelConfig(
         (OVERLAPPED, MODEL, 1),
         (ParallelConfig(pipeline_model_parallel_size=2), MODEL, 1),
         (ParallelConfig(expert_model_parallel_size=2), MODEL_76B, 1),
+        case(fsdp(), MODEL_76B, 1, engine=EngineKind.fsdp),
     ],
-    ids=["DP 2, overlapped distributed optimizer", "PP 2", "EP 2"],
+    ids=["DP 2, overlapped distributed optimizer", "PP 2", "EP 2", "FSDP, DP 2"],
 )
 def test_a_bad_batch_changes_nothing_and_its_samples_are_written_down(
     parallel: ParallelConfig,
@@ -174,8 +178,12 @@ def test_a_bad_batch_changes_nothing_and_its_samples_are_written_down(
 
 @pytest.mark.parametrize(
     ("kind", "parallel"),
-    [("align", ParallelConfig(pipeline_model_parallel_size=2)), ("distill", ParallelConfig())],
-    ids=["align, PP 2", "distill, DP 2"],
+    [
+        ("align", ParallelConfig(pipeline_model_parallel_size=2)),
+        ("distill", ParallelConfig()),
+        case("align", fsdp(), engine=EngineKind.fsdp),
+    ],
+    ids=["align, PP 2", "distill, DP 2", "align, FSDP"],
 )
 def test_so_it_is_in_stages_that_learn_from_a_teacher(
     kind: str,

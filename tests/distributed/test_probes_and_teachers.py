@@ -21,6 +21,7 @@ from spikingbrain_train.reporting.metrics import read_metrics
 from spikingbrain_train.storage.checkpoint_paths import resolve_checkpoint
 from tests.distributed import small_runs
 from tests.distributed.pool import RankPool
+from tests.distributed.sharding_engines import case, fsdp
 from tests.distributed.test_checkpoint_evaluation import evaluate
 
 PROBES = ["--probes", "passkey,associative_recall", "--probe-lengths", "500", "--probe-samples", "1"]
@@ -127,14 +128,20 @@ def test_a_teacher_without_experts_reads_on_the_ranks_of_its_students_experts(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        case(each, engine=each.engine, name=name)
+        for name, each in {"TP 2": ParallelConfig(tensor_model_parallel_size=2), "FSDP": fsdp()}.items()
+    ],
+)
 def test_a_run_reports_them_between_its_steps_and_takes_the_steps_of_one_without(
-    ranks: RankPool, text_checkpoint: Path, held_out: str, tmp_path: Path
+    parallel: ParallelConfig, ranks: RankPool, text_checkpoint: Path, held_out: str, tmp_path: Path
 ) -> None:
-    """Under tensor parallelism, with two teachers that are the same model."""
+    """With two teachers that are the same model; texts are written token by token."""
     probes, teacher = "spikingbrain_train.evaluation.probes", "spikingbrain_train.evaluation.against_teacher"
     source = text_checkpoint.parent / "source"
     import_checkpoint(source, tmp_path / "dense", ConversionConfig(mixers=["full"] * 4))
-    parallel = ParallelConfig(tensor_model_parallel_size=2)
     of_probes = {"probes": "passkey,associative_recall", "lengths": "500", "depths": "50", "samples": 1}
     small = {"prompts": 2, "prompt_tokens": 8, "new_tokens": 3}
     found = {}

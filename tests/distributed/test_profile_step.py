@@ -7,7 +7,6 @@ that); numbers of FLOPs are integers and compared as such.
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,11 +14,12 @@ from typing import Any
 
 import pytest
 
-from spikingbrain_train.config.parallel import EngineKind, ParallelConfig, Recompute
+from spikingbrain_train.config.parallel import ParallelConfig, Recompute
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.config.stage import StageConfig
 from tests.distributed import small_runs
 from tests.distributed.pool import RankPool
+from tests.distributed.sharding_engines import case, fsdp, zero
 
 SEQUENCES, LENGTH = 4, 32
 STAGE = StageConfig(train_iters=10, seq_length=LENGTH, global_batch_size=SEQUENCES, micro_batch_size=1)
@@ -237,11 +237,10 @@ def test_stages_with_a_teacher(
     assert sum(part["product_flops"] for part in seen.values["parts"]) == seen.counted_flops
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="the extra deepspeed is not installed"
+@pytest.mark.parametrize(
+    "parallel", [case(each, engine=each.engine, name=each.engine.name) for each in (zero(2), fsdp())]
 )
-def test_under_deepspeed(ranks: RankPool, tmp_path: Path, text: Path) -> None:
-    parallel = ParallelConfig(engine=EngineKind.deepspeed)
+def test_under_other_engines(parallel: ParallelConfig, ranks: RankPool, tmp_path: Path, text: Path) -> None:
     config = small_runs.run_config(tmp_path / "run", text, stage=STAGE, parallel=parallel)
     first, _ = ranks.run(profiled, config, tmp_path / "profile", world_size=2, parallel=parallel)
     assert first.values is not None

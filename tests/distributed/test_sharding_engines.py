@@ -114,6 +114,8 @@ def _interrupt_after(config: RunConfig, iteration: int) -> None:
                 *("FSDP, CP 2, experts, the other form of checkpoints", MODEL_76B, 2),
                 *(fsdp(use_distributed_optimizer=True, context_parallel_size=2), Precision.fp32),
             ),
+            # Weights of two branches, of which half of the ranks have none.
+            ("FSDP, DP 4, branches", MODEL_76B, 4, fsdp(), Precision.fp32),
             (
                 *("FSDP, TP 2 x DP 2, experts", MODEL_76B, 4),
                 *(fsdp(tensor_model_parallel_size=2, sequence_parallel=True), Precision.bf16),

@@ -16,12 +16,13 @@ from typing import Any
 import pytest
 
 from spikingbrain_train.config.linear_transforms import Projection, SpikingConfig
-from spikingbrain_train.config.parallel import ParallelConfig
+from spikingbrain_train.config.parallel import EngineKind, ParallelConfig
 from spikingbrain_train.config.run import DataConfig, LoggingConfig, RunConfig
 from spikingbrain_train.config.stage import SpikeAnnealingConfig
 from spikingbrain_train.reporting.metrics import read_metrics
 from spikingbrain_train.storage.checkpoint_folder import LATEST_ITERATION_FILE, iteration_folder
 from tests.distributed.pool import RankPool
+from tests.distributed.sharding_engines import case, fsdp
 from tests.distributed.small_runs import (
     MODEL,
     TOPOLOGIES,
@@ -124,11 +125,22 @@ def of_one_rank(
     return _first_step(ranks, folder, text, hybrid_checkpoint, ParallelConfig(), 1)
 
 
-@pytest.mark.parametrize("name", ["TP 2", "TP 2 + sequence parallel", "PP 2", "DP 2", "TP 2 x PP 2"])
+WITH_FSDP = {
+    "TP 2 + sequence parallel x DP 2, FSDP": (4, fsdp(tensor_model_parallel_size=2, sequence_parallel=True))
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("TP 2", "TP 2 + sequence parallel", "PP 2", "DP 2", "TP 2 x PP 2"),
+        case("TP 2 + sequence parallel x DP 2, FSDP", engine=EngineKind.fsdp),
+    ],
+)
 def test_the_first_step_and_evaluation_equal_those_of_one_rank(
     name: str, ranks: RankPool, tmp_path: Path, text: Path, hybrid_checkpoint: Path, of_one_rank: FirstStep
 ) -> None:
-    world_size, parallel = TOPOLOGIES[name]
+    world_size, parallel = {**TOPOLOGIES, **WITH_FSDP}[name]
     step, found = _first_step(ranks, tmp_path, text, hybrid_checkpoint, parallel, world_size)
     expected_step, expected = of_one_rank
     assert step[0] == pytest.approx(expected_step[0], rel=1e-5)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
 from spikingbrain_train.config.lora import LoraConfig
 from spikingbrain_train.config.model import MoEConfig
-from spikingbrain_train.config.parallel import EngineKind, ParallelConfig, Recompute, ZeroConfig
+from spikingbrain_train.config.parallel import ParallelConfig, Recompute
 from spikingbrain_train.config.run import OptimizerKind, RunConfig
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.planning.checks import check_run_config
@@ -22,6 +21,7 @@ from spikingbrain_train.planning.stages.registry import kind_of
 from spikingbrain_train.storage.checkpoint_folder import LATEST_ITERATION_FILE, iteration_folder
 from tests.distributed.gradients import CASES, Case, assemble, loss_and_gradients, place_of
 from tests.distributed.pool import RankPool
+from tests.distributed.sharding_engines import case, fsdp, zero
 from tests.distributed.small_runs import MODEL_76B, checkpoint_config, run_config, train
 from tests.distributed.test_gradients import TOLERANCE, TOPOLOGIES, world_size
 
@@ -182,17 +182,21 @@ def test_a_run_goes_on_bit_for_bit(
     assert resumed == [steps[2:] for steps in whole]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
-@pytest.mark.parametrize("zero", [2, 3])
-def test_deepspeed_trains_as_one_rank_and_megatron_goes_on_with_its_moments(
-    zero: int,
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        case(each, engine=each.engine, name=name)
+        for name, each in {"ZeRO 2": zero(2), "ZeRO 3": zero(3), "FSDP": fsdp()}.items()
+    ],
+)
+def test_other_engines_train_as_one_rank_and_megatron_goes_on_with_their_moments(
+    parallel: ParallelConfig,
     trained: tuple[Path, list[tuple[float, float]]],
     ranks: RankPool,
     tmp_path: Path,
     text: Path,
     hybrid_76b_checkpoint: Path,
 ) -> None:
-    parallel = ParallelConfig(engine=EngineKind.deepspeed, zero=ZeroConfig(zero))
     config = of_run(tmp_path, text, hybrid_76b_checkpoint, parallel)
     steps, _ = ranks.run(train, config, world_size=2, parallel=parallel)
     expected = torch.tensor(trained[1])
