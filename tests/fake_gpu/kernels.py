@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from spikingbrain_train.runtime import packages
+from tests.fake_gpu import engine
 
 PACKAGES = ("triton", "fla", "flash_attn", "mamba_ssm")
 
@@ -141,8 +142,8 @@ _MODULES = {
 
 
 @contextlib.contextmanager
-def installed() -> Iterator[None]:
-    """These packages are here, and no other optional one."""
+def installed(*, with_engine: bool = False) -> Iterator[None]:
+    """These packages are here, and no other optional one but for Transformer Engine, if asked for."""
     from spikingbrain_train.ops.softmax_attention import flex
 
     modules = {}
@@ -151,12 +152,14 @@ def installed() -> Iterator[None]:
         vars(modules[name]).update(functions)
 
     def failure(name: str) -> str | None:
-        return None if name in PACKAGES else "is not installed"
+        is_here = name in PACKAGES or (with_engine and name == "transformer_engine")
+        return None if is_here else "is not installed"
 
     sys.modules.update(modules)  # and not mock.patch.dict, which would forget what is imported within
     with (
         mock.patch.object(packages, "package_failure", failure),
         mock.patch.object(flex, "_compiled_flex_attention", lambda: flex_attention),
+        engine.installed() if with_engine else contextlib.nullcontext(),
     ):
         yield
     for name in modules:

@@ -56,7 +56,7 @@ from spikingbrain_train.runtime import patches
 from spikingbrain_train.runtime.accelerator import Accelerator
 from spikingbrain_train.runtime.patches import PATCHES
 from tests.evaluation.multiple_choice.small_tasks import write_tasks
-from tests.fake_gpu import kernels
+from tests.fake_gpu import engine, kernels
 from tests.fake_gpu.cuda_build import cuda_build
 from tests.fake_gpu.fake_cuda import GPU, Findings, fake_cuda, place
 from tests.small_source import save_small_source
@@ -116,6 +116,9 @@ def step(config: RunConfig, last: bool, *, is_reported: bool) -> dict[str, Any]:
         "MASTER_PORT": "1",
     }
     packages = {name: "1.0" for name in kernels.PACKAGES}
+    in_fp8 = config.fp8.format is not None
+    if in_fp8:
+        packages["transformer_engine"] = engine.RELEASE
     kind = config.cluster.accelerator
     accelerator = Accelerator(kind, "a GPU that computes nothing", 8, packages)
 
@@ -124,7 +127,7 @@ def step(config: RunConfig, last: bool, *, is_reported: bool) -> dict[str, Any]:
 
     with (
         gpu_that_computes_nothing(partial(value_of, config), partial(selected_by, config)) as findings,
-        kernels.installed(),
+        kernels.installed(with_engine=in_fp8),
         mock.patch.object(process_groups, "_join_world", join),
         agreeing_ranks(config),
         placed_parts(config),
@@ -133,7 +136,8 @@ def step(config: RunConfig, last: bool, *, is_reported: bool) -> dict[str, Any]:
     ):
         groups = process_groups.initialize(config.parallel, accelerator, seed=1)
         try:
-            return _step(config, groups, accelerator, findings, is_reported=is_reported)
+            found = _step(config, groups, accelerator, findings, is_reported=is_reported)
+            return found | {"engine": sorted(map(list, set(engine.PRODUCTS)), key=str)} if in_fp8 else found
         finally:
             process_groups.destroy()
 

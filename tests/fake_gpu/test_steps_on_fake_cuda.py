@@ -79,6 +79,15 @@ REPORTED = [
 ]
 """Runs of which a step is reported, too, and evaluated behind, and a save is planned."""
 
+FP8 = {
+    "model=tiny_76b parallel=ep2 model.num_sink_tokens=16 fp8.format=hybrid": "Float8CurrentScaling",
+    "model=tiny_hybrid parallel=tp2_sp data.tokenizer=FOLDER data.valid=[FOLDER/text] fp8.format=e4m3 "
+    "fp8.recipe=blockwise fp8.num_layers_at_start_in_bf16=1 reported": "Float8BlockScaling",
+    "experiment=spikingbrain_7b_8k parallel.recompute=full fp8.format=hybrid": "Float8CurrentScaling",
+    "model=spikingbrain_7b parallel=dp32_cp8_zero2 fp8.format=hybrid": "Float8CurrentScaling",
+}
+"""Runs whose linears are Transformer Engine's (engine.py), and the recipe that they are to multiply with."""
+
 RUNS = [
     *(run for run in (*MODELS, *layouts()) if run not in REPORTED),
     *(f"{run} reported" for run in REPORTED),
@@ -90,6 +99,7 @@ RUNS = [
     "model=spikingbrain_76b parallel=dp32_ep8_pp4 parallel.recompute_expert_tokens=1000",
     "model=tiny_76b cluster=metax",
     "model=spikingbrain_7b parallel=dp_zero1 cluster=c550",
+    *FP8,
     # The last ones: torch.nn.functional.linear is DeepSpeed's own behind the first of them.
     f"{ZERO}.stage=3 reported",
     "model=tiny_hybrid parallel.engine=deepspeed parallel.zero.offload_optimizer=true parallel.zero.stage=3",
@@ -355,6 +365,19 @@ def check_run(run: str, steps: dict[str, Any]) -> None:
             assert set(save["waits"]) <= set(SAVE_WAITS) and places(save["on_cpu"]) <= set(SAVE_ON_CPU), name
             assert found["pieces"]["tensors"] > 0, name
         assert found["saved"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("run", FP8)
+def test_linears_multiply_in_fp8_with_the_recipe_that_is_asked_for(run: str, steps: dict[str, Any]) -> None:
+    """Of every layer but for those in bf16; tests/fake_gpu/engine.py says what a product has to be."""
+    for name, found in steps.items():
+        if name.startswith(f"{run}, "):
+            recipes = {recipe for recipe, _, _ in found["engine"]}
+            assert recipes == ({FP8[run], None} if "in_bf16" in run else {FP8[run]}), name
+            shapes = {tuple(weight) for recipe, _, weight in found["engine"] if recipe is not None}
+            assert len(shapes) >= 3, "q, k and v, output, and both of a feed-forward"
 
 
 def _unexplained(found: dict[str, Any], *, is_offloaded: bool = False, is_report: bool = False) -> set[str]:

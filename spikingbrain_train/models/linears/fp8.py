@@ -68,6 +68,14 @@ class Fp8Linear(torch.nn.Module):
     autocast: Callable[[], AbstractContextManager[Any]]
     multiple: int
 
+    def get_extra_state(self) -> Tensor:
+        """What FP8 carries from step to step: nothing. (Earlier releases wait for the GPU to say so.)"""
+        return torch.empty(0, dtype=torch.uint8)
+
+    def _split_extra_state(self, state: Tensor) -> list[Tensor]:
+        """The same of each expert; megatron-core's looks for more where linears have multiplied in FP8."""
+        return [state] * self.num_gemms  # type: ignore[operator]
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The linear's own forward pass.
 
