@@ -386,7 +386,10 @@ def _unexplained(found: dict[str, Any], *, is_offloaded: bool = False, is_report
     if is_report:
         waits, on_cpu = waits | set(REPORT_WAITS), on_cpu | set(REPORT_ON_CPU)
     unknown = {*found["mixed"], *(set(found["waits"]) - waits)}
-    computed = places(found["on_cpu"]) - on_cpu
+    # A list on its way to the GPU is a tensor of the CPU first; torch's CUDA build tells of that, too.
+    computed = (
+        places(found["on_cpu"]) - on_cpu - places(each for each in waits if each.startswith("to the GPU"))
+    )
     if is_offloaded:
         unknown = {each for each in unknown if each.split(" ")[-1] not in OFFLOADED}
         computed -= set(OFFLOADED)
