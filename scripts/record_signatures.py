@@ -45,12 +45,23 @@ FUNCTIONS: Mapping[str, tuple[str, ...]] = {
         ),
         "transformer_engine.pytorch:autocast|fp8_autocast",
         *(f"{RECIPES_MODULE}:{needs.recipe_class}" for needs in RECIPES.values()),
+        *(
+            f"transformer_engine.pytorch.permutation:moe_{name}"
+            for name in (
+                *("permute", "permute_with_probs", "unpermute"),
+                *("sort_chunks_by_index", "sort_chunks_by_index_with_probs"),
+            )
+        ),
+        "transformer_engine.pytorch.attention.rope:apply_rotary_pos_emb",
     ),
     "grouped_gemm": ("grouped_gemm.ops:gmm",),
 }
 
 # What later releases have.
 NOT_IN_ALL = frozenset(f"{RECIPES_MODULE}:{needs.recipe_class}" for needs in RECIPES.values())
+
+# What we set on objects of theirs, which each call has to read anew.
+SWITCHES = ("fuse_wgrad_accumulation",)
 
 # Source archives that would compile when pip asks for their name.
 _NO_BUILD = {"FLASH_ATTENTION_SKIP_CUDA_BUILD": "TRUE", "MAMBA_SKIP_CUDA_BUILD": "TRUE"}
@@ -70,6 +81,8 @@ class Sources:
     def find(self, name: str) -> tuple[str, ast.FunctionDef]:
         """``package.module:function``, ``package.module:Class.method`` or ``package.module:Class``.
 
+        Where there is no such module, what is in the one above it: releases before had it there.
+
         Returns:
             Its file and its definition, of a class that of its ``__init__`` without ``self``.
 
@@ -78,6 +91,8 @@ class Sources:
         """
         module, _, attribute = name.partition(":")
         wanted, _, method = attribute.partition(".")
+        if not self._path(module):
+            module = module.rpartition(".")[0]
         found = self._definition(module, wanted, set())
         if found is None:
             raise LookupError(f"{module} has no {wanted}")
@@ -95,13 +110,16 @@ class Sources:
             raise LookupError(f"{name} is no function in {path}")
         return path, definition
 
+    def _path(self, module: str) -> str | None:
+        base = module.replace(".", "/")
+        return next((path for path in (f"{base}/__init__.py", f"{base}.py") if path in self._files), None)
+
     def _definition(self, module: str, name: str, seen: set[str]) -> tuple[str, ast.stmt] | None:
         """Where a module's name is defined: in its file, or along ``from`` imports of its package."""
         if f"{module}:{name}" in seen:
             return None
         seen.add(f"{module}:{name}")
-        base = module.replace(".", "/")
-        path = next((path for path in (f"{base}/__init__.py", f"{base}.py") if path in self._files), None)
+        path = self._path(module)
         if path is None:
             return None
         tree = ast.parse(self._files[path], path)
@@ -165,6 +183,12 @@ def parameters(definition: ast.FunctionDef) -> str:
     return ast.unparse(arguments)
 
 
+def switches_in(definition: ast.FunctionDef) -> list[str]:
+    """Those of ``SWITCHES`` that a method reads of its object."""
+    read = {ast.unparse(node) for node in ast.walk(definition) if isinstance(node, ast.Attribute)}
+    return [name for name in SWITCHES if f"self.{name}" in read]
+
+
 def signature(text: str) -> inspect.Signature:
     """What :func:`parameters` wrote, to bind calls to. Defaults are left as ``...``."""
     arguments = ast.parse(f"def function({text}): ...").body[0].args  # type: ignore[attr-defined]
@@ -209,13 +233,13 @@ def download(source: str, folder: Path) -> Path:
 
 
 def read_release(source: str, package: str) -> dict[str, dict[str, str] | None]:
-    """Function -> its file and parameters in a published release."""
+    """Function -> its file, parameters and (of ``forward``) switches in a published release."""
     with tempfile.TemporaryDirectory() as folder:
         return record_of(Sources.of(download(source, Path(folder)), package), package)
 
 
 def record_of(sources: Sources, package: str) -> dict[str, dict[str, str] | None]:
-    """Function -> its file and parameters; None where a release does not have it that has others like it."""
+    """As :func:`read_release`; None where a release does not have it that has others like it."""
     found: dict[str, dict[str, str] | None] = {}
     for name in FUNCTIONS[package]:
         module, _, attributes = name.partition(":")
@@ -227,9 +251,12 @@ def record_of(sources: Sources, package: str) -> dict[str, dict[str, str] | None
                 if name not in NOT_IN_ALL and attribute == attributes.split("|")[-1]:
                     raise
                 continue
-            found[name] = {"file": path, "parameters": parameters(definition)}
+            entry = {"file": path, "parameters": parameters(definition)}
             if "|" in attributes:
-                found[name] = {"name": attribute, **(found[name] or {})}
+                entry = {"name": attribute, **entry}
+            if name.endswith(".forward"):
+                entry["reads"] = ", ".join(switches_in(definition))
+            found[name] = entry
             break
     return found
 

@@ -307,6 +307,42 @@ class ExpertBackend(str, Enum):
     """One expert after the other, with the classes of parallel_linear."""
 
 
+class WeightGradientBackend(str, Enum):
+    """Who adds the weight gradients of linears to those of earlier micro-batches."""
+
+    auto = "auto"
+    """The library of parallel_linear where it can, else autograd."""
+    transformer_engine = "transformer_engine"
+    """Transformer Engine's linears, within the product (GPU); needs them as parallel_linear."""
+    apex = "apex"
+    """Apex's kernel, within the product of megatron-core's linears (GPU)."""
+    autograd = "autograd"
+    """A product in the precision of the weights, and an addition behind it."""
+
+
+class TokenPermutationBackend(str, Enum):
+    """Who sorts the tokens of a mixture-of-experts layer by their experts, and back."""
+
+    auto = "auto"
+    """Transformer Engine on GPUs where it is installed, else megatron."""
+    transformer_engine = "transformer_engine"
+    """Transformer Engine's kernels (GPU), which the CPU does not wait for."""
+    megatron = "megatron"
+    """megatron-core's operations of torch."""
+
+
+class RotaryBackend(str, Enum):
+    """Who turns queries and keys by their positions."""
+
+    auto = "auto"
+    """Transformer Engine on GPUs where it is installed and all rows of a batch have the same positions, else
+    megatron."""
+    transformer_engine = "transformer_engine"
+    """Transformer Engine's kernel (GPU): one pass, angles in float32."""
+    megatron = "megatron"
+    """megatron-core's operations of torch, with sines and cosines in the precision of the run."""
+
+
 @dataclass
 class KernelConfig:
     """Which library does the heavy work.
@@ -327,6 +363,14 @@ class KernelConfig:
     """Who multiplies the routed experts."""
     selective_scan: SelectiveScanBackend = setting(SelectiveScanBackend.auto, resume=SAID)
     """Who computes Mamba's selective scan."""
+    weight_gradients: WeightGradientBackend = setting(WeightGradientBackend.auto, resume=SAID)
+    """Who adds weight gradients of linears up over micro-batches, in float32. Within the product none in bf16
+    is written and rounded. Linears whose weight is transformed, or is read elsewhere, too, leave it to
+    autograd."""
+    token_permutation: TokenPermutationBackend = setting(TokenPermutationBackend.auto, resume=SAID)
+    """Who sorts tokens by the experts that they are routed to."""
+    rotary: RotaryBackend = setting(RotaryBackend.auto, resume=SAID)
+    """Who turns queries and keys by rotary positions."""
 
 
 @dataclass

@@ -23,7 +23,11 @@ from torch import Tensor
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.architecture.trained_weights import trains_in_part
 from spikingbrain_train.config.model import ModelConfig
-from spikingbrain_train.config.parallel import ContextParallelConfig, KernelConfig
+from spikingbrain_train.config.parallel import (
+    ContextParallelConfig,
+    KernelConfig,
+    TokenPermutationBackend,
+)
 from spikingbrain_train.models.layer_specs import block_spec, layer_build
 from spikingbrain_train.models.output_head import vocab_parallel_linear_cross_entropy
 from spikingbrain_train.models.rotary import RotaryPositions
@@ -282,6 +286,7 @@ def build_model(
 
     Process groups must be initialised.
     """
+    config.moe_permute_fusion = kernels.token_permutation is TokenPermutationBackend.transformer_engine
     virtual = config.virtual_pipeline_model_parallel_size
     stages: list[int | None] = [None] if virtual is None else list(range(virtual))
     with torch.device(device):

@@ -10,13 +10,41 @@ it was turned then, as in transformers' cached generation.
 from __future__ import annotations
 
 import torch
+from megatron.core.extensions import transformer_engine
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
+from spikingbrain_train.architecture.backends.rotary import ROTARY, RotaryCall
 from spikingbrain_train.architecture.rotary import depends_on_length
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.config.model import ModelConfig
+from spikingbrain_train.config.parallel import RotaryBackend
 from spikingbrain_train.ops.rotary import scaled_frequencies
+from spikingbrain_train.runtime.packages import machine_of
+
+
+def turned(
+    x_TBHK: Tensor, angles: Tensor, config: TransformerConfig, backend: RotaryBackend = RotaryBackend.auto
+) -> Tensor:
+    """Queries or keys turned by their positions.
+
+    Args:
+        x_TBHK: [T, B, heads or groups, kv_channels], of any strides.
+        angles: [T, 1 or B, 1, kv_channels] float32, from :class:`RotaryPositions`.
+        config: of the layer.
+        backend: of whom ``auto`` takes the best that is here and can.
+
+    Raises:
+        ValueError: the backend asked for cannot do this.
+        PlatformError: the backend asked for needs a package or a GPU that is missing.
+    """
+    call = RotaryCall(rows_differ=angles.shape[1] > 1)
+    if ROTARY.choose(backend.value, call, machine_of(x_TBHK.device.type)) == "transformer_engine":
+        found: Tensor = transformer_engine.fused_apply_rotary_pos_emb(x_TBHK, angles)
+        return found
+    return apply_rotary_pos_emb(x_TBHK, angles, config)
 
 
 class RotaryPositions(RotaryEmbedding):

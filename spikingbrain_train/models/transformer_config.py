@@ -100,10 +100,11 @@ def transformer_config(
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=precision is Precision.bf16,
-        # These fusions live in Apex or Transformer Engine.
+        # Switched on linear by linear (models/weight_gradients.py), not in all that megatron-core builds.
         gradient_accumulation_fusion=False,
-        apply_rope_fusion=False,
+        # Of megatron-core's own attention, which no mixer calls.
         masked_softmax_fusion=False,
+        apply_rope_fusion=False,
         persist_layer_norm=False,
         deterministic_mode=torch.are_deterministic_algorithms_enabled(),
         recompute=parallel.recompute,

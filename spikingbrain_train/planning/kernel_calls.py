@@ -11,8 +11,11 @@ from typing import Any
 
 from spikingbrain_train.architecture.backends.backend import AUTO
 from spikingbrain_train.architecture.backends.linears import ExpertsCall
+from spikingbrain_train.architecture.backends.rotary import RotaryCall
 from spikingbrain_train.architecture.backends.tables import TABLES
-from spikingbrain_train.architecture.layers import dense_source, mixers_of
+from spikingbrain_train.architecture.backends.token_permutation import TokenPermutationCall
+from spikingbrain_train.architecture.backends.weight_gradients import WeightGradientsCall
+from spikingbrain_train.architecture.layers import dense_source, mixers_of, rotary_limit
 from spikingbrain_train.architecture.linear_transforms import in_experts
 from spikingbrain_train.architecture.mixers import MixerKind
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
@@ -72,6 +75,28 @@ def experts_call(config: RunConfig, parallel_linear: str) -> ExpertsCall:
     )
 
 
+def rotary_calls(config: RunConfig) -> Iterator[tuple[str, RotaryCall]]:
+    """What the mixers of all ranks will ask of who turns queries and keys, each call once, and in words."""
+    if all(rotary_limit(network) is None for _, network, _, _ in _networks(config)):
+        return
+    yield "texts", RotaryCall(rows_differ=False)
+    apart = config.data.reset_at_documents or kind_of(config.stage).reads_examples
+    if apart and config.stage.micro_batch_size > 1:
+        yield "rows of documents", RotaryCall(rows_differ=True)
+
+
+def weight_gradients_call(
+    config: RunConfig, parallel_linear: str, platform: AcceleratorKind
+) -> WeightGradientsCall:
+    """What decides who adds weight gradients of a run, on linears of this backend."""
+    return WeightGradientsCall(parallel_linear, platform, config.parallel.engine)
+
+
+def token_permutation_call(config: RunConfig, platform: AcceleratorKind) -> TokenPermutationCall:
+    """What decides who sorts the tokens of a run by experts."""
+    return TokenPermutationCall(platform, config.parallel.replicate_expert_load is not None)
+
+
 def check_kernels(config: RunConfig) -> None:
     """Kernels that are asked for by name against what the network needs of them, and the platform.
 
@@ -80,7 +105,11 @@ def check_kernels(config: RunConfig) -> None:
     """
     kernels = config.cluster.kernels
     calls = [(kind.backends, call) for _, kind, call in mixer_calls(config) if kind.backends is not None]
-    calls.append((TABLES["experts"], experts_call(config, kernels.parallel_linear.value)))
+    calls += [(TABLES["rotary"], call) for _, call in rotary_calls(config)]
+    linear, platform = kernels.parallel_linear.value, config.cluster.accelerator
+    calls.append((TABLES["experts"], experts_call(config, linear)))
+    calls.append((TABLES["weight_gradients"], weight_gradients_call(config, linear, platform)))
+    calls.append((TABLES["token_permutation"], token_permutation_call(config, platform)))
     for table, call in calls:
         name = asked_for(kernels, table.setting)
         limit = table.limit(name, call)

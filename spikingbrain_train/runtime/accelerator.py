@@ -44,7 +44,7 @@ OPTIONAL_PACKAGES: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 
 # These import on a CPU-only machine but their kernels run on GPUs alone.
-GPU_ONLY_PACKAGES = frozenset({"apex"}).union(
+GPU_ONLY_PACKAGES = frozenset(
     backend.package for table in TABLES.values() for backend in table if backend.gpu and backend.package
 )
 

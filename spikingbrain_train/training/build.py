@@ -18,6 +18,7 @@ from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.models.gpt_model import HybridGPTModel, ModelChunks, build_model
 from spikingbrain_train.models.kernels import resolve_kernels
 from spikingbrain_train.models.transformer_config import transformer_config
+from spikingbrain_train.models.weight_gradients import add_within_products
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.runtime.accelerator import Accelerator
 from spikingbrain_train.runtime.fp8 import require_fp8
@@ -35,6 +36,7 @@ def kernels_of(config: RunConfig, accelerator: Accelerator) -> KernelConfig:
         model=config.model,
         precision=config.precision,
         in_fp8=config.fp8.format is not None,
+        parallel=config.parallel,
     )
 
 
@@ -116,6 +118,7 @@ def wrap_data_parallel(
             gather_before_reading(chunk)
     for chunk in wrapped:
         chunk.broadcast_params()
+    add_within_products(model)
     return wrapped[0] if isinstance(model, HybridGPTModel) else ParallelChunks(model, wrapped)
 
 

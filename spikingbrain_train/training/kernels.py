@@ -9,12 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from spikingbrain_train.architecture.backends.releases import untested
+from spikingbrain_train.architecture.backends.rotary import ROTARY
 from spikingbrain_train.architecture.backends.tables import TABLES
 from spikingbrain_train.architecture.mixers import MIXERS
 from spikingbrain_train.config.parallel import KernelConfig
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.errors import ConfigurationError
-from spikingbrain_train.planning.kernel_calls import asked_for, mixer_calls
+from spikingbrain_train.planning.kernel_calls import asked_for, mixer_calls, rotary_calls
 from spikingbrain_train.runtime.accelerator import Accelerator
 
 
@@ -86,6 +87,10 @@ def choose_kernels(config: RunConfig, kernels: KernelConfig, accelerator: Accele
             computed = mixers.setdefault(setting, {}).setdefault(name, [])
             if what not in computed:
                 computed.append(what)
+        turned = mixers.setdefault(ROTARY.setting, {})
+        for what, turn in rotary_calls(config):
+            name = ROTARY.choose(kernels.rotary.value, turn, machine, "cluster.kernels.")
+            turned.setdefault(name, []).append(what)
     except ValueError as error:
         raise ConfigurationError(str(error)) from error
     for kind in MIXERS:

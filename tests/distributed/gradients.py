@@ -411,7 +411,9 @@ def whole_batches(case: Case, text: int, rank: int, size: int) -> Iterator[Any]:
     """Every data-parallel rank's sequences, the same ones in total for every topology."""
     generator = torch.Generator().manual_seed(7)
     tokens = torch.randint(0, case.model.vocab_size, (SEQUENCES, text + 1), generator=generator)
-    mask = (torch.rand(SEQUENCES, text, generator=generator) > 0.1).to(case.dtype)
+    mask = (torch.rand(SEQUENCES, text, generator=generator) > 0.1).to(
+        torch.promote_types(case.dtype, torch.float32)
+    )
     # Documents of one token, of more than two slices, and bounds at the edges of slices.
     bounds = ((0, 1, 30, text), (0, 10, 26, 42, text), (0, text - 1, text), (0, 5, 6, 7, 50, text))
     for first in range(rank * case.micro_batch, SEQUENCES, size * case.micro_batch):

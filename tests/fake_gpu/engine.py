@@ -23,6 +23,8 @@ RECIPE_CLASSES = ("Float8CurrentScaling", "Float8BlockScaling", "MXFP8BlockScali
 
 PRODUCTS: list[tuple[str | None, tuple[int, ...], tuple[int, int]]] = []
 """Of every forward product the recipe it is made with, the shape of its input, and that of its weight."""
+ADDED: list[tuple[int, int]] = []
+"""Of every product that added its weight's gradient to ``main_grad`` the shape of that."""
 _ENTERED: list[Any] = []
 
 
@@ -50,7 +52,7 @@ class Recipe:
         self.fp8_format = fp8_format
 
 
-def _product(x: Tensor, weight: Tensor) -> Tensor:
+def _product(x: Tensor, weight: Tensor, adds_gradient: bool) -> Tensor:
     """x W^T of two dimensions, of sizes that FP8 has where it is asked for (assert_dim_for_fp8_exec)."""
     assert x.is_meta and weight.is_meta and x.dtype == weight.dtype == torch.bfloat16
     recipe = _ENTERED[-1] if _ENTERED else None
@@ -59,7 +61,28 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
         for size in (*x.shape, *weight.shape):
             assert size % multiple == 0, f"{list(x.shape)} x {list(weight.shape)} in FP8"
     PRODUCTS.append((None if recipe is None else type(recipe).__name__, tuple(x.shape), tuple(weight.shape)))
+    if adds_gradient and torch.is_grad_enabled() and weight.requires_grad:
+        product: Tensor = _AddsGradient.apply(x, weight)
+        return product
     return x @ weight.t()
+
+
+class _AddsGradient(torch.autograd.Function):
+    """x W^T whose weight's gradient is added to ``main_grad``; what is returned instead has no meaning."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        assert weight.main_grad.shape == weight.shape and weight.main_grad.dtype == torch.float32
+        ctx.save_for_backward(x, weight)
+        return x @ weight.t()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        assert weight.grad_added_to_main_grad in (False, True)
+        weight.grad_added_to_main_grad = True
+        ADDED.append(tuple(weight.shape))
+        return grad @ weight, torch.empty_like(weight)
 
 
 class _Module(torch.nn.Module):
@@ -74,7 +97,10 @@ class _Module(torch.nn.Module):
 
     fp8 = False
     fp8_meta = {"fp8_checkpoint": False}
-    fp8_calibration = use_bias = False
+    fp8_calibration = use_bias = fuse_wgrad_accumulation = False
+
+    def _multiplied(self, x: Tensor, weight: Tensor) -> Tensor:
+        return _product(x, weight, self.fuse_wgrad_accumulation)
 
     def _begin(self, is_first_microbatch: bool | None) -> None:
         self.fp8 = bool(_ENTERED) and _ENTERED[-1] is not None
@@ -93,6 +119,7 @@ class Linear(_Module):
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, **kwargs: Any) -> None:
         super().__init__()
+        self.fuse_wgrad_accumulation = kwargs["fuse_wgrad_accumulation"]
         self.mode, size = kwargs["parallel_mode"], kwargs["tp_size"]
         self.group, self.shares = kwargs["tp_group"], kwargs["sequence_parallel"] and size > 1
         out_features //= size if self.mode == "column" else 1
@@ -115,7 +142,7 @@ class Linear(_Module):
             x = mappings.gather_from_sequence_parallel_region(x, group=self.group)
         elif self.mode == "column" and self.size > 1:
             x = mappings.copy_to_tensor_model_parallel_region(x, group=self.group)
-        y = _product(x.reshape(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], -1)
+        y = self._multiplied(x.reshape(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], -1)
         if self.mode == "row" and self.shares:
             y = mappings.reduce_scatter_to_sequence_parallel_region(y, group=self.group)
         elif self.mode == "row" and self.size > 1:
@@ -132,6 +159,7 @@ class GroupedLinear(_Module):
         self, num_gemms: int, in_features: int, out_features: int, bias: bool = True, **kwargs: Any
     ) -> None:
         super().__init__()
+        self.fuse_wgrad_accumulation = kwargs["fuse_wgrad_accumulation"]
         assert not bias and kwargs["tp_size"] == 1, "not played here"
         self.num_gemms = num_gemms
         for number in range(num_gemms):
@@ -143,7 +171,7 @@ class GroupedLinear(_Module):
         assert len(m_splits) == self.num_gemms and sum(m_splits) == len(inp)
         weights = [getattr(self, f"weight{number}") for number in range(self.num_gemms)]
         parts = zip(inp.split(m_splits), weights, strict=True)
-        return torch.cat([_product(x, weight) for x, weight in parts])
+        return torch.cat([self._multiplied(x, weight) for x, weight in parts])
 
 
 class _Anything(ModuleType):
@@ -191,6 +219,7 @@ def installed() -> Iterator[None]:
     modules = _modules()
     sys.modules.update(modules)
     PRODUCTS.clear()
+    ADDED.clear()
     with (
         mock.patch.object(utils, "get_te_version", lambda: Version(RELEASE)),
         mock.patch.object(torch.version, "cuda", "12.9"),

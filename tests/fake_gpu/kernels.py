@@ -8,14 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from types import ModuleType
 from typing import Any
 from unittest import mock
 
 import torch
+from megatron.core.extensions import transformer_engine
+from megatron.core.optimizer import clip_grads
+from megatron.core.tensor_parallel import layers
+from megatron.core.transformer.moe import moe_utils
 from torch import Tensor
 
+from spikingbrain_train.config.parallel import KernelConfig
 from spikingbrain_train.runtime import packages
 from tests.fake_gpu import engine
 
@@ -133,6 +138,68 @@ def selective_scan_fn(
     return _touch(u, delta, A, B, C), state
 
 
+def wgrad_gemm_accum_fp32(input: Tensor, d_output: Tensor, d_weight: Tensor) -> None:
+    """Apex's fused_weight_gradient_mlp_cuda: reads rows that lie one behind the other."""
+    _on_gpu(input=input, d_output=d_output, d_weight=d_weight)
+    assert input.dtype == d_output.dtype and d_weight.dtype == torch.float32
+    assert input.is_contiguous() and d_output.is_contiguous() and d_weight.is_contiguous()
+    assert d_weight.shape == (d_output.shape[-1], input.shape[-1]) and len(input) == len(d_output)
+
+
+def multi_tensor_applier(op: Any, overflow: Tensor, lists: list[list[Tensor]], *settings: Any) -> Any:
+    """Transformer Engine's and Apex's: one kernel over all tensors."""
+    tensors = [each for each in lists[0] if each is not None]
+    _on_gpu(overflow=overflow, **{f"tensor {number}": each for number, each in enumerate(tensors)})
+    assert all(each.dtype == torch.float32 for each in tensors)
+    return overflow.new_ones(1, dtype=torch.float32), None
+
+
+def apply_rotary_pos_emb(t: Tensor, freqs: Tensor) -> Tensor:
+    """transformer_engine.pytorch.attention.rope.apply_rotary_pos_emb, fused."""
+    _on_gpu(t=t, freqs=freqs)
+    assert freqs.dtype == torch.float32 and freqs.shape == (len(t), 1, 1, t.shape[3])
+    return _touch(torch.empty_like(t), t)
+
+
+def permute_with_probs(
+    inp: Tensor, probs: Tensor, routing_map: Tensor, num_out_tokens: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """transformer_engine.pytorch.permutation.moe_permute_with_probs."""
+    _on_gpu(inp=inp, probs=probs, routing_map=routing_map)
+    assert probs.shape == routing_map.shape and len(inp) == len(routing_map) and int(num_out_tokens) > 0
+    copies = inp.new_empty(int(num_out_tokens), inp.shape[1])
+    row_id_map = routing_map.new_empty(len(inp), 2 * routing_map.shape[1] + 1, dtype=torch.int32)
+    return _touch(copies, inp), _touch(probs.new_empty(len(copies)), probs), row_id_map
+
+
+def unpermute(
+    inp: Tensor, row_id_map: Tensor, merging_probs: None = None, restore_shape: Any = None
+) -> Tensor:
+    """transformer_engine.pytorch.permutation.moe_unpermute."""
+    _on_gpu(inp=inp, row_id_map=row_id_map)
+    assert merging_probs is None and row_id_map.dtype == torch.int32 and len(row_id_map) == restore_shape[0]
+    return _touch(inp.new_empty(restore_shape), inp)
+
+
+def sort_chunks_by_index(inp: Tensor, split_sizes: Tensor, sorted_index: Tensor) -> Tensor:
+    """transformer_engine.pytorch.permutation.moe_sort_chunks_by_index."""
+    _on_gpu(inp=inp, split_sizes=split_sizes, sorted_index=sorted_index)
+    assert split_sizes.shape == sorted_index.shape
+    return _touch(torch.empty_like(inp), inp)
+
+
+def sort_chunks_by_index_with_probs(
+    inp: Tensor, probs: Tensor, split_sizes: Tensor, sorted_index: Tensor
+) -> tuple[Tensor, Tensor]:
+    """transformer_engine.pytorch.permutation.moe_sort_chunks_by_index_with_probs."""
+    _on_gpu(probs=probs)
+    assert probs.shape == inp.shape[:1]
+    return sort_chunks_by_index(inp, split_sizes, sorted_index), _touch(torch.empty_like(probs), probs)
+
+
+_PERMUTATIONS = (permute_with_probs, unpermute, sort_chunks_by_index, sort_chunks_by_index_with_probs)
+_FUSED = {f"fused_{each.__name__}": each for each in _PERMUTATIONS}
+
 _MODULES = {
     "fla.ops.gla": {"chunk_gla": chunk_gla},
     "fla.ops.gated_delta_rule": {"chunk_gated_delta_rule": chunk_gated_delta_rule},
@@ -141,9 +208,29 @@ _MODULES = {
 }
 
 
+def packages_of(kernels: KernelConfig) -> tuple[str, ...]:
+    """What is installed for a run: these, and libraries that it asks for by name."""
+    chosen = {each.value for each in vars(kernels).values()}
+    return (*PACKAGES, *(name for name in ("apex", "transformer_engine") if name in chosen))
+
+
+def _found_by_megatron(names: Collection[str]) -> Iterator[Any]:
+    """What megatron-core imports of Apex and Transformer Engine where it can."""
+    if "apex" in names:
+        own = sys.modules[__name__]
+        yield mock.patch.object(layers, "fused_weight_gradient_mlp_cuda", own, create=True)
+    if "transformer_engine" in names:
+        yield mock.patch.multiple(moe_utils, create=True, HAVE_TE=True, **_FUSED)
+        turn = {"fused_apply_rotary_pos_emb": apply_rotary_pos_emb}
+        yield mock.patch.multiple(transformer_engine, create=True, **turn)
+    if {"apex", "transformer_engine"} & set(names):
+        yield mock.patch.object(packages, "defines", lambda name: True)
+        yield mock.patch.object(clip_grads, "multi_tensor_applier", multi_tensor_applier)
+
+
 @contextlib.contextmanager
-def installed(*, with_engine: bool = False) -> Iterator[None]:
-    """These packages are here, and no other optional one but for Transformer Engine, if asked for."""
+def installed(names: Collection[str] = PACKAGES, *, with_engine: bool = False) -> Iterator[None]:
+    """These packages are here, and no other optional one; Transformer Engine's linears, if asked for."""
     from spikingbrain_train.ops.softmax_attention import flex
 
     modules = {}
@@ -152,15 +239,17 @@ def installed(*, with_engine: bool = False) -> Iterator[None]:
         vars(modules[name]).update(functions)
 
     def failure(name: str) -> str | None:
-        is_here = name in PACKAGES or (with_engine and name == "transformer_engine")
-        return None if is_here else "is not installed"
+        return None if name in names else "is not installed"
 
     sys.modules.update(modules)  # and not mock.patch.dict, which would forget what is imported within
-    with (
-        mock.patch.object(packages, "package_failure", failure),
-        mock.patch.object(flex, "_compiled_flex_attention", lambda: flex_attention),
-        engine.installed() if with_engine else contextlib.nullcontext(),
-    ):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(packages, "package_failure", failure))
+        stack.enter_context(mock.patch.object(flex, "_compiled_flex_attention", lambda: flex_attention))
+        if with_engine:
+            stack.enter_context(engine.installed())
+        else:
+            for patch in _found_by_megatron(names):
+                stack.enter_context(patch)
         yield
     for name in modules:
         del sys.modules[name]

@@ -115,7 +115,7 @@ def step(config: RunConfig, last: bool, *, is_reported: bool) -> dict[str, Any]:
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": "1",
     }
-    packages = {name: "1.0" for name in kernels.PACKAGES}
+    packages = {name: "1.0" for name in kernels.packages_of(config.cluster.kernels)}
     in_fp8 = config.fp8.format is not None
     if in_fp8:
         packages["transformer_engine"] = engine.RELEASE
@@ -127,7 +127,7 @@ def step(config: RunConfig, last: bool, *, is_reported: bool) -> dict[str, Any]:
 
     with (
         gpu_that_computes_nothing(partial(value_of, config), partial(selected_by, config)) as findings,
-        kernels.installed(with_engine=in_fp8),
+        kernels.installed(packages, with_engine=in_fp8),
         mock.patch.object(process_groups, "_join_world", join),
         agreeing_ranks(config),
         placed_parts(config),
@@ -137,7 +137,10 @@ def step(config: RunConfig, last: bool, *, is_reported: bool) -> dict[str, Any]:
         groups = process_groups.initialize(config.parallel, accelerator, seed=1)
         try:
             found = _step(config, groups, accelerator, findings, is_reported=is_reported)
-            return found | {"engine": sorted(map(list, set(engine.PRODUCTS)), key=str)} if in_fp8 else found
+            if in_fp8:
+                found["engine"] = sorted(map(list, set(engine.PRODUCTS)), key=str)
+                found["added"] = sorted(set(engine.ADDED))
+            return found
         finally:
             process_groups.destroy()
 

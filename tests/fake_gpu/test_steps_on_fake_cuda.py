@@ -88,6 +88,19 @@ FP8 = {
 }
 """Runs whose linears are Transformer Engine's (engine.py), and the recipe that they are to multiply with."""
 
+FUSED = (
+    "cluster.kernels.parallel_linear=megatron cluster.kernels.weight_gradients=apex "
+    "cluster.kernels.token_permutation=transformer_engine"
+)
+FUSED_RUNS = [
+    "model=tiny_76b",
+    "experiment=mamba_130m",
+    "experiment=spikingbrain_7b_align",
+    "model=spikingbrain_76b parallel=pp2 parallel.virtual_pipeline_model_parallel_size=2",
+    "experiment=spikingbrain_76b_distill",
+]
+"""Runs that are stepped without and with what megatron-core takes of Apex and Transformer Engine."""
+
 RUNS = [
     *(run for run in (*MODELS, *layouts()) if run not in REPORTED),
     *(f"{run} reported" for run in REPORTED),
@@ -97,6 +110,7 @@ RUNS = [
     "model=spikingbrain_7b parallel=dp_zero1 optimizer=muon_cosine",
     "model=tiny_76b parallel.recompute_expert_tokens=1000",
     "model=spikingbrain_76b parallel=dp32_ep8_pp4 parallel.recompute_expert_tokens=1000",
+    *(f"{run} {FUSED}" for run in FUSED_RUNS),
     "model=tiny_76b cluster=metax",
     "model=spikingbrain_7b parallel=dp_zero1 cluster=c550",
     *FP8,
@@ -378,6 +392,9 @@ def test_linears_multiply_in_fp8_with_the_recipe_that_is_asked_for(run: str, ste
             assert recipes == ({FP8[run], None} if "in_bf16" in run else {FP8[run]}), name
             shapes = {tuple(weight) for recipe, _, weight in found["engine"] if recipe is not None}
             assert len(shapes) >= 3, "q, k and v, output, and both of a feed-forward"
+            # Each adds its weight's gradient to megatron-core's sum, which DeepSpeed does not have.
+            weights = {tuple(weight) for _, _, weight in found["engine"]}
+            assert {tuple(each) for each in found["added"]} == (set() if "zero" in run else weights), name
 
 
 def _unexplained(found: dict[str, Any], *, is_offloaded: bool = False, is_report: bool = False) -> set[str]:
@@ -425,6 +442,33 @@ def test_every_reason_is_of_a_wait_that_there_is(steps: dict[str, Any]) -> None:
     for name, found in steps.items():
         assert found["waits"][votes] == 1
         assert found["waits"][tokens] == (2 if "virtual" in name else 1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("run", FUSED_RUNS)
+def test_fused_kernels_multiply_and_wait_less(run: str, steps: dict[str, Any]) -> None:
+    plain = {
+        name: found for name, found in steps.items() if name.startswith((f"{run}, ", f"{run} reported,"))
+    }
+    assert plain
+    norm, each = "get_grad_norm_fp32", "local_multi_tensor_l2_norm"
+    in_linears = "bfloat16 megatron/tensor_parallel/layers.py:backward"
+    for name, before in plain.items():
+        rank = name.rpartition(", ")[2]
+        after = steps[f"{run} {FUSED}, {rank}"]
+        products = before["products"][in_linears], after["products"][in_linears]
+        assert products[1] < products[0], name
+        if "align" not in run and "mamba" not in run:  # every linear trains, and all were plain ones
+            assert products[1] == products[0] / 2, name
+        waits, fewer = before["waits"], after["waits"]
+        assert not any(word in wait for wait in fewer for word in ("permute", each))
+        assert any(norm in wait for wait in fewer) and any(each in wait for wait in waits)
+        for wait in fewer:
+            assert fewer[wait] <= waits[wait], wait
+        if "76b" in run:
+            moves = "to the CPU megatron/transformer/moe/moe_utils.py:maybe_move_tensor_to_cpu"
+            assert fewer[moves] < waits[moves] and any("permute" in wait for wait in waits)
 
 
 def ones(x: Tensor) -> Tensor:

@@ -62,7 +62,8 @@ def test_every_release_and_function_is_recorded() -> None:
 
 def test_every_library_that_a_backend_calls_has_releases() -> None:
     called = {backend.package for table in TABLES.values() for backend in table if backend.package}
-    assert called - {"triton"} == set(RELEASES)  # of Triton torch's own flex attention makes the calls
+    # Of Triton torch's own flex attention makes the calls; Apex is published nowhere, and its kernel is C++.
+    assert called - {"triton", "apex"} == set(RELEASES)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("fla") is None, reason="fla-core is not installed")
@@ -200,6 +201,12 @@ def our_calls() -> dict[str, list[Call]]:
             # The object itself comes first in what was recorded.
             name = f"transformer_engine.pytorch:{theirs}.{method}"
             calls[name] = [((None, *args), kwargs) for args, kwargs in made]
+    for name in FUNCTIONS["transformer_engine"]:
+        if ".permutation:moe_" in name:
+            theirs = name.replace("transformer_engine.pytorch.permutation:moe_", "fused_")
+            calls[name] = calls_in("transformer/moe/moe_utils.py", None, (theirs,))
+    turn = "transformer_engine.pytorch.attention.rope:apply_rotary_pos_emb"
+    calls[turn] = calls_in("extensions/transformer_engine.py", None, ("apply_rotary_pos_emb",))
     return calls
 
 
@@ -227,8 +234,23 @@ def test_our_calls_fit_every_release(source: str, package: str, our_calls: dict[
         if name == AUTOCAST or name in NOT_IN_ALL:
             continue  # see test_fp8_is_asked_for_as_every_release_takes_it
         assert our_calls[name], f"nothing of ours calls {name}"
+        taken = signature(recorded["parameters"])
         for args, kwargs in our_calls[name]:
-            signature(recorded["parameters"]).bind(*args, **kwargs)
+            if name.endswith(":apply_rotary_pos_emb") and "interleaved" not in taken.parameters:
+                # megatron-core says it to Transformer Engine from 2.3 on.
+                kwargs = {key: value for key, value in kwargs.items() if key != "interleaved"}
+            taken.bind(*args, **kwargs)
+
+
+def test_transformer_engines_linears_read_in_every_call_who_adds_weight_gradients() -> None:
+    read = {
+        (source, name): recorded["reads"]
+        for source, functions in RECORDED.items()
+        for name, recorded in functions.items()
+        if recorded is not None and "reads" in recorded
+    }
+    assert len(read) == 2 * len(RELEASES["transformer_engine"].sources)
+    assert set(read.values()) == {"fuse_wgrad_accumulation"}
 
 
 @pytest.mark.parametrize("recipe", Fp8Recipe)

@@ -12,11 +12,16 @@ from spikingbrain_train.config.linear_transforms import Projection, SpikingConfi
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import (
     AcceleratorKind,
+    EngineKind,
     ExpertBackend,
     KernelConfig,
     LinearAttentionBackend,
+    ParallelConfig,
     ParallelLinearBackend,
+    RotaryBackend,
     SoftmaxAttentionBackend,
+    TokenPermutationBackend,
+    WeightGradientBackend,
 )
 from spikingbrain_train.config.run import Precision
 from spikingbrain_train.errors import ConfigurationError, PlatformError
@@ -25,7 +30,7 @@ from spikingbrain_train.runtime import packages
 from spikingbrain_train.runtime.accelerator import Accelerator
 
 EVERYTHING = {"fla": "0.6", "flash_attn": "2.7", "transformer_engine": "2.0", "triton": "3.2"}
-CAN_BE_CALLED = {*EVERYTHING, "grouped_gemm"}
+CAN_BE_CALLED = {*EVERYTHING, "grouped_gemm", "apex"}
 
 
 @pytest.fixture(autouse=True)
@@ -125,6 +130,10 @@ GPU_CHOICES = [
     ("parallel_linear", ParallelLinearBackend.transformer_engine),
     ("experts", ExpertBackend.transformer_engine),
     ("experts", ExpertBackend.grouped_gemm),
+    ("weight_gradients", WeightGradientBackend.apex),
+    ("weight_gradients", WeightGradientBackend.transformer_engine),
+    ("token_permutation", TokenPermutationBackend.transformer_engine),
+    ("rotary", RotaryBackend.transformer_engine),
 ]
 
 
@@ -169,6 +178,81 @@ def test_an_old_transformer_engine_without_grouped_linears_is_used_for_what_it_h
         resolve_kernels(KernelConfig(experts=ExpertBackend.transformer_engine), on_nvidia)
     with_both = machine(AcceleratorKind.cuda, {"transformer_engine": "1.7", "grouped_gemm": "1.1"})
     assert resolve_kernels(KernelConfig(), with_both).experts is ExpertBackend.grouped_gemm
+
+
+@pytest.mark.parametrize(
+    ("kind", "packages", "expected"),
+    [
+        (AcceleratorKind.cpu, EVERYTHING | {"apex": "0.1"}, ("autograd", "megatron")),
+        (AcceleratorKind.cuda, {}, ("autograd", "megatron")),
+        (AcceleratorKind.cuda, {"apex": "0.1"}, ("apex", "megatron")),
+        (AcceleratorKind.cuda, EVERYTHING, ("transformer_engine", "transformer_engine")),
+        (AcceleratorKind.cuda, EVERYTHING | {"apex": "0.1"}, ("transformer_engine", "transformer_engine")),
+        (AcceleratorKind.metax, EVERYTHING | {"apex": "0.1"}, ("autograd", "megatron")),
+    ],
+    ids=["cpu", "bare GPU", "Apex alone", "Transformer Engine", "both", "MetaX"],
+)
+def test_gradients_follow_the_linears_and_tokens_the_packages(
+    kind: AcceleratorKind, packages: dict[str, str], expected: tuple[str, str]
+) -> None:
+    resolved = resolve_kernels(KernelConfig(), machine(kind, packages))
+    assert (resolved.weight_gradients.value, resolved.token_permutation.value) == expected
+
+
+def test_apex_without_its_kernel_and_an_old_transformer_engine_are_passed_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu = machine(AcceleratorKind.cuda, {"apex": "0.1", "transformer_engine": "2.0"})
+    without(monkeypatch, "fused_weight_gradient_mlp_cuda", "fused_permute_with_probs")
+    own = KernelConfig(parallel_linear=ParallelLinearBackend.megatron)
+    resolved = resolve_kernels(own, gpu)
+    assert resolved.weight_gradients is WeightGradientBackend.autograd
+    assert resolved.token_permutation is TokenPermutationBackend.megatron
+    for setting, choice, words in (
+        ("weight_gradients", WeightGradientBackend.apex, "needs Apex built with its CUDA extensions"),
+        (
+            "token_permutation",
+            TokenPermutationBackend.transformer_engine,
+            r"Transformer Engine 2\.1 or later",
+        ),
+    ):
+        chosen = KernelConfig(parallel_linear=ParallelLinearBackend.megatron, **{setting: choice})
+        with pytest.raises(PlatformError, match=words):
+            resolve_kernels(chosen, gpu)
+
+
+def test_rotary_positions_choose_call_by_call_on_nvidia_alone() -> None:
+    for kind in AcceleratorKind:
+        if kind is not AcceleratorKind.auto:
+            expected = RotaryBackend.auto if kind is AcceleratorKind.cuda else RotaryBackend.megatron
+            assert resolve_kernels(KernelConfig(), machine(kind, EVERYTHING)).rotary is expected
+
+
+def test_what_weight_gradients_are_added_to_is_of_megatron_cores_engine() -> None:
+    gpu = machine(AcceleratorKind.cuda, EVERYTHING | {"apex": "0.1"})
+    deepspeed = ParallelConfig(engine=EngineKind.deepspeed)
+    resolved = resolve_kernels(KernelConfig(), gpu, parallel=deepspeed)
+    assert resolved.weight_gradients is WeightGradientBackend.autograd
+    for choice in (WeightGradientBackend.apex, WeightGradientBackend.transformer_engine):
+        linears = "megatron" if choice is WeightGradientBackend.apex else "transformer_engine"
+        chosen = KernelConfig(weight_gradients=choice, parallel_linear=ParallelLinearBackend(linears))
+        assert resolve_kernels(chosen, gpu).weight_gradients is choice
+        with pytest.raises(ConfigurationError, match=r"but parallel\.engine is deepspeed; choose auto"):
+            resolve_kernels(chosen, gpu, parallel=deepspeed)
+        other = "megatron" if linears == "transformer_engine" else "transformer_engine"
+        mixed = KernelConfig(weight_gradients=choice, parallel_linear=ParallelLinearBackend(other))
+        with pytest.raises(ConfigurationError, match=f"parallel_linear={linears}, which is {other}"):
+            resolve_kernels(mixed, gpu)
+
+
+def test_tokens_of_replicated_experts_are_left_out_by_megatron_core() -> None:
+    gpu = machine(AcceleratorKind.cuda, EVERYTHING)
+    replicating = ParallelConfig(expert_model_parallel_size=2, replicate_expert_load=2.0)
+    resolved = resolve_kernels(KernelConfig(), gpu, parallel=replicating)
+    assert resolved.token_permutation is TokenPermutationBackend.megatron
+    asked = KernelConfig(token_permutation=TokenPermutationBackend.transformer_engine)
+    with pytest.raises(ConfigurationError, match=r"as parallel\.replicate_expert_load may; choose auto"):
+        resolve_kernels(asked, gpu, parallel=replicating)
 
 
 def test_auto_passes_over_a_package_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:

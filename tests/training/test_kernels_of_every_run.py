@@ -56,7 +56,7 @@ from spikingbrain_train.runtime import packages as installed
 from spikingbrain_train.runtime.accelerator import Accelerator
 from spikingbrain_train.training.kernels import KernelChoices, choose_kernels
 
-GPU_PACKAGES = ("flash_attn", "fla", "transformer_engine", "grouped_gemm")
+GPU_PACKAGES = ("flash_attn", "fla", "transformer_engine", "grouped_gemm", "apex")
 PACKAGE_SETS = [frozenset(), frozenset({"triton"})]
 PACKAGE_SETS += [frozenset({"triton", package}) for package in GPU_PACKAGES]
 PACKAGE_SETS += [frozenset({"triton", *GPU_PACKAGES})]
@@ -98,11 +98,18 @@ def kernels_of_machine(
         installed, "package_failure", lambda name: None if name in packages else "is not installed"
     )
     real = installed.defines
-    monkeypatch.setattr(
-        installed,
-        "defines",
-        lambda name: "transformer_engine" in packages if name.endswith("GroupedLinear") else real(name),
-    )
+    parts = {"GroupedLinear": "transformer_engine", "mlp_cuda": "apex", "permute": "transformer_engine"}
+    parts |= {
+        "rotary_pos_emb": "transformer_engine",
+        "sort_chunks_by_index": "transformer_engine",
+        "_with_probs": "transformer_engine",
+    }
+
+    def defines(name: str) -> bool:
+        brings = [package for end, package in parts.items() if name.endswith(end)]
+        return brings[0] in packages if brings else real(name)
+
+    monkeypatch.setattr(installed, "defines", defines)
     for name in ("TEColumnParallelLinear", "TERowParallelLinear"):
         if not isinstance(getattr(te_linears, name), type):  # of megatron-core without Transformer Engine
             monkeypatch.setattr(te_linears, name, type(name, (torch.nn.Module,), {}))
@@ -229,7 +236,13 @@ def recorded(run: str) -> list[tuple[RunConfig, set[SoftmaxAttentionCall]]]:
 def start(config: RunConfig, machine: Accelerator) -> KernelChoices:
     """What the start-up makes of a run, from the config alone and on its machine."""
     check_kernels(config)
-    kernels = resolve_kernels(config.cluster.kernels, machine, model=config.model, precision=config.precision)
+    kernels = resolve_kernels(
+        config.cluster.kernels,
+        machine,
+        model=config.model,
+        precision=config.precision,
+        parallel=config.parallel,
+    )
     return choose_kernels(config, kernels, machine)
 
 
@@ -311,7 +324,8 @@ def test_the_76b_trains_on_nvidia_with_flash_attn_installed(monkeypatch: pytest.
     assert choices.describe() == (
         "kernels: gated linear attention fla, softmax attention flash_attn (full) and flex (swa), gated "
         "delta rule in no layer, selective scan in no layer, parallel linears transformer_engine, experts "
-        "transformer_engine"
+        "transformer_engine, weight gradients transformer_engine, token permutation transformer_engine, "
+        "rotary transformer_engine"
     )
     (row,) = choices.rows(on_gpu=True)
     assert row == ("kernels", choices.describe().removeprefix("kernels: "))

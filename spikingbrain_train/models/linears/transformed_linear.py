@@ -12,8 +12,8 @@ Several transforms of one linear are applied in order. What each of them is told
 A transformed weight takes the parameter's place under its name while the plain linear's forward pass runs, so
 that any class that reads ``self.weight`` multiplies by it. The parameter itself stays where it is: its name,
 ``sharded_state_dict``, checkpoints, and the buffers in which data parallelism and the optimizer keep its
-gradient (``main_grad``) are the plain linear's. Its gradient arrives through autograd; accumulating it inside
-the matrix product, which would pass the transform by, is switched off in such linears.
+gradient (``main_grad``) are the plain linear's. Its gradient arrives through autograd; adding it up inside
+the matrix product would pass the transform by (:mod:`spikingbrain_train.models.weight_gradients`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ from spikingbrain_train.models.linears.linear_transform import HasTransforms, Li
 from spikingbrain_train.models.split_parameters import sharded_axes
 
 _WEIGHT = re.compile(r"weight\d*")  # grouped linears number theirs
-_ACCUMULATES_INSIDE = ("gradient_accumulation_fusion", "fuse_wgrad_accumulation")
 
 
 class TransformedLinear(HasTransforms, torch.nn.Module):
@@ -79,9 +78,6 @@ class TransformedLinear(HasTransforms, torch.nn.Module):
             transform.attach(self)
         self._of_weight = [each for each in self.transforms.values() if each.changes_weight()]
         self._of_output = [each for each in self.transforms.values() if each.changes_output()]
-        for setting in _ACCUMULATES_INSIDE if self._of_weight else ():
-            if hasattr(self, setting):
-                setattr(self, setting, False)
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The linear's own forward pass on what the transforms make of its input and weight.
@@ -102,6 +98,11 @@ class TransformedLinear(HasTransforms, torch.nn.Module):
             output, *bias = result
             result = (transform.output(output, given), *bias)
         return result
+
+    @property
+    def transforms_weight(self) -> bool:
+        """Whether it multiplies by something else than its parameter."""
+        return bool(self._of_weight)
 
     @contextmanager
     def transformed_weights(self) -> Iterator[None]:

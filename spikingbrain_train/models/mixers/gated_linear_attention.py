@@ -26,7 +26,6 @@ width.
 from __future__ import annotations
 
 import torch
-from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer import TransformerConfig
@@ -42,12 +41,16 @@ from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.config.enum_tables import entry_of
 from spikingbrain_train.config.linear_transforms import Projection
 from spikingbrain_train.config.model import FeatureMap, GatedLinearAttentionConfig, GateKind, ModelConfig
-from spikingbrain_train.config.parallel import LinearAttentionBackend, LinearAttentionContextParallel
+from spikingbrain_train.config.parallel import (
+    LinearAttentionBackend,
+    LinearAttentionContextParallel,
+    RotaryBackend,
+)
 from spikingbrain_train.models.layer_build import LayerBuild, attention_submodules
 from spikingbrain_train.models.mixers.gated_linear_start import SetInClosedForm
 from spikingbrain_train.models.mixers.head_norm import SharedHeadNorm
 from spikingbrain_train.models.mixers.recurrent_attention import RecurrentAttention, RecurrentState
-from spikingbrain_train.models.rotary import RotaryPositions
+from spikingbrain_train.models.rotary import RotaryPositions, turned
 from spikingbrain_train.ops.gated_linear_attention import (
     gated_linear_attention,
     gated_linear_attention_end_state,
@@ -66,6 +69,7 @@ def spec(_kind: MixerKind, build: LayerBuild) -> ModuleSpec:
             "attn_mask_type": AttnMaskType.causal,
             "gla": build.model.gla,
             "backend": build.kernels.gated_linear_attention,
+            "rotary": build.kernels.rotary,
             "context_parallel": build.context_parallel.gated_linear_attention,
             "rotary_of": build.model if build.model.gla.rotary else None,
             **_gate_projections(build),
@@ -130,6 +134,7 @@ class GatedLinearAttention(SetInClosedForm, RecurrentAttention):
         *,
         gla: GatedLinearAttentionConfig,
         backend: LinearAttentionBackend,
+        rotary: RotaryBackend = RotaryBackend.auto,
         context_parallel: LinearAttentionContextParallel,
         rotary_of: ModelConfig | None = None,
         gate_down_proj: type = LowRankDownProjection,
@@ -157,7 +162,7 @@ class GatedLinearAttention(SetInClosedForm, RecurrentAttention):
         self.features = entry_of(gla.feature_map, _FEATURES, "the features of linear attention")
         self.gate = gla.gate
         self.gate_logit_normalizer = gla.gate_logit_normalizer
-        self.rotary_positions = None
+        self.rotary_positions, self.rotary_backend = None, rotary
         if rotary_of is not None:
             self.rotary_positions = RotaryPositions(rotary_of, on_cpu=config.use_cpu_initialization)
         self.has_qk_norm = config.qk_layernorm or gla.qk_norm
@@ -296,8 +301,8 @@ class GatedLinearAttention(SetInClosedForm, RecurrentAttention):
         if self.rotary_positions is not None:
             if rotary_pos_emb is None:
                 rotary_pos_emb = self.rotary_positions(layout or SequenceLayout(len(q_TBHK)))
-            q_TBHK = apply_rotary_pos_emb(q_TBHK, rotary_pos_emb, self.config)
-            k_TBGK = apply_rotary_pos_emb(k_TBGK, rotary_pos_emb, self.config)
+            q_TBHK = turned(q_TBHK, rotary_pos_emb, self.config, self.rotary_backend)
+            k_TBGK = turned(k_TBGK, rotary_pos_emb, self.config, self.rotary_backend)
         return tuple(x.transpose(0, 1) for x in (q_TBHK, k_TBGK, v_TBGV, log_gate_TBGK))
 
     def begin_decoding(

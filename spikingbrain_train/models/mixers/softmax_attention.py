@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from copy import copy
 
-from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -22,11 +21,16 @@ from spikingbrain_train.architecture.rotary import softmax_scale
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.architecture.softmax_attention import SoftmaxAttentionKind
 from spikingbrain_train.architecture.spikes import SPIKES
-from spikingbrain_train.config.parallel import SlidingWindowContextParallel, SoftmaxAttentionBackend
+from spikingbrain_train.config.parallel import (
+    RotaryBackend,
+    SlidingWindowContextParallel,
+    SoftmaxAttentionBackend,
+)
 from spikingbrain_train.models.layer_build import LayerBuild, attention_submodules
 from spikingbrain_train.models.linears.linear_transform import HasTransforms, Shard
 from spikingbrain_train.models.linears.spikes import Spikes
 from spikingbrain_train.models.mixers.key_values import KeyValues
+from spikingbrain_train.models.rotary import turned
 from spikingbrain_train.ops.int8_groups import int8_vectors
 from spikingbrain_train.ops.softmax_attention import bidirectional_attention, softmax_attention
 from spikingbrain_train.parallel.context_parallel.attention_distances import attention_distances
@@ -43,6 +47,7 @@ def spec(kind: SoftmaxAttentionKind, build: LayerBuild) -> ModuleSpec:
             "window": kind.window(build.model),
             "scale": softmax_scale(build.model),
             "backend": build.kernels.softmax_attention,
+            "rotary": build.kernels.rotary,
             "context_parallel": build.context_parallel.sliding_window_attention,
             "int8_keys_and_values": build.model.quantization.keys_and_values,
             "query_spikes": Spikes(build.model) if build.model.spiking.queries else None,
@@ -58,6 +63,7 @@ class SoftmaxAttention(HasTransforms, SelfAttention):
         window: keys (the current one included) that a query sees; None for all before it.
         scale: what scores are multiplied by.
         backend: kernel choice, see :class:`~spikingbrain_train.config.parallel.SoftmaxAttentionBackend`.
+        rotary: who turns queries and keys by their positions.
         context_parallel: how keys of other context-parallel ranks are seen. Full attention always uses
             Ulysses, whatever is given here.
         int8_keys_and_values: attend to what INT8 numbers hold of keys and values, token by token and head by
@@ -78,6 +84,7 @@ class SoftmaxAttention(HasTransforms, SelfAttention):
         window: int | None,
         scale: float,
         backend: SoftmaxAttentionBackend,
+        rotary: RotaryBackend = RotaryBackend.auto,
         context_parallel: SlidingWindowContextParallel,
         int8_keys_and_values: bool = False,
         query_spikes: Spikes | None = None,
@@ -88,7 +95,7 @@ class SoftmaxAttention(HasTransforms, SelfAttention):
         )
         self.window = window
         self.scale = scale
-        self.backend = backend.value
+        self.backend, self.rotary_backend = backend.value, rotary
         self.context_parallel = context_parallel if window is not None else None
         self.int8_keys_and_values = int8_keys_and_values
         self.transforms = {} if query_spikes is None else {SPIKES.name: copy(query_spikes)}
@@ -124,8 +131,8 @@ class SoftmaxAttention(HasTransforms, SelfAttention):
         """Rotated queries and keys, and values: [B, T, heads or groups, dim] over the whole slice."""
         q_TBHK, k_TBGK, v_TBGK = self.get_query_key_value_tensors(hidden_states)
         if rotary_pos_emb is not None:
-            q_TBHK = apply_rotary_pos_emb(q_TBHK, rotary_pos_emb, self.config)
-            k_TBGK = apply_rotary_pos_emb(k_TBGK, rotary_pos_emb, self.config)
+            q_TBHK = turned(q_TBHK, rotary_pos_emb, self.config, self.rotary_backend)
+            k_TBGK = turned(k_TBGK, rotary_pos_emb, self.config, self.rotary_backend)
         for transform in self.transforms.values():
             q_TBHK = transform.input(q_TBHK, Shard(self.pg_collection.tp, axis=None, is_copy=False))
         if self.int8_keys_and_values:

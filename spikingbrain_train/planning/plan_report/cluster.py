@@ -6,12 +6,22 @@ from typing import Any
 
 from spikingbrain_train.architecture.backends.backend import AUTO
 from spikingbrain_train.architecture.backends.linears import EXPERTS, PARALLEL_LINEAR, LinearsCall
+from spikingbrain_train.architecture.backends.rotary import ROTARY, on_platform
 from spikingbrain_train.architecture.backends.tables import TABLES
+from spikingbrain_train.architecture.backends.token_permutation import TOKEN_PERMUTATION
+from spikingbrain_train.architecture.backends.weight_gradients import WEIGHT_GRADIENTS
 from spikingbrain_train.architecture.layers import has_experts
 from spikingbrain_train.config.parallel import AcceleratorKind, ClusterConfig
 from spikingbrain_train.config.run import Precision
 from spikingbrain_train.planning.fit import Fit, device_memory, expects_gpu
-from spikingbrain_train.planning.kernel_calls import asked_for, experts_call, mixer_calls
+from spikingbrain_train.planning.kernel_calls import (
+    asked_for,
+    experts_call,
+    mixer_calls,
+    rotary_calls,
+    token_permutation_call,
+    weight_gradients_call,
+)
 from spikingbrain_train.planning.memory import GIB
 from spikingbrain_train.planning.plan_report.section import Section
 from spikingbrain_train.planning.planner import Plan
@@ -82,7 +92,7 @@ def expected_kernels(plan: Plan) -> dict[str, dict[str, list[str]]]:
         Setting of ``cluster.kernels`` -> backend -> what it computes, in words; none for linears and experts.
     """
     cluster = plan.config.cluster
-    on_gpu = expects_gpu(cluster)
+    on_gpu, platform = expects_gpu(cluster), _platform(cluster)
     found: dict[str, dict[str, list[str]]] = {}
     for what, kind, call in mixer_calls(plan.config):
         if kind.backends is None:
@@ -93,12 +103,22 @@ def expected_kernels(plan: Plan) -> dict[str, dict[str, list[str]]]:
         if what not in computed:
             computed.append(what)
     linear = PARALLEL_LINEAR.expected(
-        cluster.kernels.parallel_linear.value, LinearsCall(_platform(cluster)), on_gpu=on_gpu
+        cluster.kernels.parallel_linear.value, LinearsCall(platform), on_gpu=on_gpu
     )
     found["parallel_linear"] = {linear: []}
+    gradients = weight_gradients_call(plan.config, linear, platform)
+    name = WEIGHT_GRADIENTS.expected(cluster.kernels.weight_gradients.value, gradients, on_gpu=on_gpu)
+    found["weight_gradients"] = {name: []}
     if has_experts(plan.config.model):
         call = experts_call(plan.config, linear)
         found["experts"] = {EXPERTS.expected(cluster.kernels.experts.value, call, on_gpu=on_gpu): []}
+        permutation = token_permutation_call(plan.config, platform)
+        name = TOKEN_PERMUTATION.expected(cluster.kernels.token_permutation.value, permutation, on_gpu=on_gpu)
+        found["token_permutation"] = {name: []}
+    rotary = on_platform(cluster.kernels.rotary, platform)
+    for what, turn in rotary_calls(plan.config):
+        name = ROTARY.expected(rotary.value, turn, on_gpu=on_gpu)
+        found.setdefault("rotary", {}).setdefault(name, []).append(what)
     order = [*TABLES, *found]
     return dict(sorted(found.items(), key=lambda choice: order.index(choice[0])))
 

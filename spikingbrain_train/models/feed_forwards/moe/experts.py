@@ -184,6 +184,9 @@ class TEGroupedExperts(_RoutedExperts, TEGroupedMLP):
     ) -> None:
         super().__init__(num_local_experts, with_activation(config), *args, **kwargs)
         self.activation_recompute = self.config.recompute is Recompute.moe_activation
+        # They multiply twice in a micro-batch, and Transformer Engine's first product of a step overwrites
+        # the gradient of the second, which comes before it (models/weight_gradients.py).
+        self.weights_have_other_uses = self.config.most_expert_tokens is not None
         self._mark_parameters()
 
     def _weights_of(self, expert: int) -> Iterable[torch.nn.Parameter]:

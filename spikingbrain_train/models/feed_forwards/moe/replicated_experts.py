@@ -61,6 +61,8 @@ class ReplicatingMoELayer(MoELayer):
     config: HybridTransformerConfig
     experts: SequentialExperts
     load_sums: Tensor
+    weights_have_other_uses = True
+    """Experts' weights are sent to other ranks: see :mod:`spikingbrain_train.models.weight_gradients`."""
 
     def __init__(
         self,
