@@ -16,6 +16,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 STEPS = "steps"
 """Key of the state of AdamW on a rank without parameters (see :func:`count_steps`)."""
+_COMMON_STEP = "common_step"
 _MAIN_PARAMS = "fp32_from_fp16_params"
 _MAIN_PARAMS_BY_POSITION = "main_params_by_position"
 
@@ -64,6 +65,13 @@ def _inner(state: dict[str, Any]) -> dict[str, Any]:
     return inner
 
 
+def _steps(stored: dict[str, Any]) -> int:
+    """How many an optimizer has taken: its groups or its state say it, if it has taken any."""
+    # Transformer Engine's does not count in empty groups.
+    in_groups = [group["step"] for group in stored["param_groups"] if group.get("step") is not None]
+    return int(max(in_groups, default=stored.get("state", {}).get(_COMMON_STEP, 0)))
+
+
 def state_to_load(
     optimizer: MegatronOptimizer, weights: dict[str, Any], metadata: dict[str, Any]
 ) -> dict[Any, Any]:
@@ -98,11 +106,18 @@ def load_state(optimizer: MegatronOptimizer, loaded: dict[Any, Any]) -> None:
     """
     for part, state in _parts(optimizer, loaded):
         stored, own = _inner(state), part.optimizer.state_dict()["param_groups"]
-        # Some optimizers count steps in their groups (Transformer Engine's not in empty ones).
-        steps = [group["step"] for group in stored["param_groups"] if group.get("step") is not None]
-        stored["param_groups"] = [{**group, "step": max(steps)} if steps else group for group in own]
-        if isinstance(part.optimizer, torch.optim.Adam) and not steps:
-            stored["state"].setdefault("common_step", torch.tensor(0.0))  # megatron-core stores none above 0
+        steps = _steps(stored)
+        # Transformer Engine's and Apex's AdamW count in their groups, torch's for every parameter; of the
+        # latter's in the distributed optimizer megatron-core stores it in groups, too.
+        counts_in_groups = not isinstance(part.optimizer, torch.optim.Adam)
+        in_groups = counts_in_groups or "state" not in stored
+        stored["param_groups"] = [
+            {**group, "step": steps} if in_groups or "step" in group else group for group in own
+        ]
+        if counts_in_groups:
+            stored.get("state", {}).pop(_COMMON_STEP, None)
+        elif "state" in stored:
+            stored["state"][_COMMON_STEP] = torch.tensor(float(steps))
         if "state" in stored:  # beside tensors, it came from a rank that may have had parameters or not
             stored["state"].pop(STEPS, None)
             if STEPS in part.optimizer.state:
