@@ -14,7 +14,8 @@ missing:
 Pieces: errors of kernels against the naive forms; kernels beside fla, flash-attn, SDPA and cuBLAS
 (gpu_ops.py) at 8k, 32k and 128k; the demo, and its losses on the GPU against those on the CPU (bound 1e-2);
 tokens/s, MFU and peak memory of training steps (training_contenders.py) of 135M, 1B and four layers of the
-7B, beside the planner's estimate, and at 8k beside transformers.
+7B, beside the planner's estimate, and at 8k beside transformers; linears and steps of the 7B's width in FP8
+(gpu_fp8.py), where the GPU and Transformer Engine have it.
 """
 
 from __future__ import annotations

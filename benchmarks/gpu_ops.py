@@ -216,14 +216,16 @@ def milliseconds(function: Callable[..., Tensor], inputs: list[Tensor]) -> float
     return start.elapsed_time(end)
 
 
-def compare(op: str, T: int, repeats: int) -> list[dict[str, Any]]:
-    """A row a contender of one of :data:`CASES`.
+def compare(
+    op: str, T: int, repeats: int, cases: dict[str, Callable[[int], Contenders]] | None = None
+) -> list[dict[str, Any]]:
+    """A row a contender of one of ``cases``, by default :data:`CASES`.
 
     Returns:
         ``op``, ``tokens``, ``contender``, ``ms`` of the best turn (None where memory did not suffice) and
         ``against_ours``, how many times as long as ours it took.
     """
-    contenders = CASES[op](T)
+    contenders = (cases or CASES)[op](T)
     best = dict.fromkeys(contenders, float("inf"))
     failed = set()
     for turn in range(repeats + 2):

@@ -22,6 +22,7 @@ from benchmarks.project_commands import FailedCommandError, OutOfTimeError, Proj
 from benchmarks.training_contenders import OURS, PEERS, ContenderOutOfMemoryError, ContenderProcess, Setting
 from benchmarks.training_step import LOSS_BOUND, step_flops
 from spikingbrain_train.config.compose import compose_run
+from spikingbrain_train.config.fp8 import Fp8Recipe
 from spikingbrain_train.config.load import to_run_config
 from spikingbrain_train.config.parallel import Recompute
 from spikingbrain_train.config.run import Precision, RunConfig
@@ -134,6 +135,13 @@ def _times(op: str, tokens: int) -> Iterator[Row]:
     yield from compare(op, tokens, REPEATS)
 
 
+def _fp8_times(op: str, tokens: int) -> Iterator[Row]:
+    from benchmarks.gpu_fp8 import CASES
+    from benchmarks.gpu_ops import compare
+
+    yield from compare(op, tokens, REPEATS, CASES)
+
+
 @dataclass(frozen=True)
 class KernelErrors:
     """Every kernel against the naive forms in float64."""
@@ -183,6 +191,32 @@ class KernelTimes:
 
 
 @dataclass(frozen=True)
+class Fp8Products:
+    """The linears of a layer in FP8 beside themselves in bf16 and cuBLAS."""
+
+    name: str
+    tokens: int
+
+    @property
+    def cells(self) -> list[str]:
+        from benchmarks.gpu_fp8 import CASES
+
+        return list(CASES)
+
+    def describe(self, memory: DeviceMemory | None) -> Iterator[str]:
+        yield (
+            f"forward and backward of linears as wide as the 7B's over {self.tokens} tokens, in FP8 with "
+            f"each recipe of the GPU and in bf16; needs Transformer Engine: {', '.join(self.cells)}"
+        )
+
+    def measure(self, cell: str, loan: Loan, keep: Keep) -> None:
+        rows: list[Row] = []
+        for row in _rows_of(_fp8_times, (cell, self.tokens), loan):
+            rows.append(row)
+            keep({"times": rows})
+
+
+@dataclass(frozen=True)
 class TrainingSteps:
     """Tokens/s, MFU and peak memory of a training step, beside transformers where there is time for it."""
 
@@ -193,6 +227,8 @@ class TrainingSteps:
     layers: int | None = None
     """Of a stack that is cut; None takes all."""
     peers: tuple[str, ...] = ()
+    fp8: Fp8Recipe | None = None
+    """Of ours; None multiplies in bf16."""
 
     @property
     def cells(self) -> list[str]:
@@ -206,6 +242,7 @@ class TrainingSteps:
         words += [f"parallel.recompute={self.recompute.value}", "output_dir=unused", "stage.train_iters=1"]
         words += [f"model.max_position_embeddings={max(LENGTHS.values())}"]
         words += [] if self.layers is None else [f"model.num_layers={self.layers}"]
+        words += [] if self.fp8 is None else ["fp8.format=hybrid", f"fp8.recipe={self.fp8.value}"]
         return words
 
     @cached_property
@@ -232,6 +269,7 @@ class TrainingSteps:
             device="cuda",
             precision=Precision.bf16,
             recompute=self.recompute,
+            fp8=self.config.fp8,
         )
 
     @property
@@ -249,7 +287,7 @@ class TrainingSteps:
     def measure(self, cell: str, loan: Loan, keep: Keep) -> None:
         setting = replace(self.setting, device=loan.device)
         row: Row = {
-            "model": self.model,
+            "model": self.model if self.fp8 is None else f"{self.model} in FP8, {self.fp8.value}",
             "layers": self.config.model.num_layers,
             "tokens": self.tokens,
             "recompute": self.recompute.value,
@@ -353,12 +391,21 @@ def _training_steps() -> Iterator[TrainingSteps]:
             yield TrainingSteps(f"step-{label}-{length}", model, tokens, recompute, layers, contend)
 
 
+def _fp8() -> Iterator[Piece]:
+    """What FP8 is worth, by itself and in a step, whose bf16 twin is step-7b-8k."""
+    yield Fp8Products("fp8-8k", LENGTHS["8k"])
+    for recipe in (Fp8Recipe.tensorwise, Fp8Recipe.blockwise):
+        name = f"step-7b-8k-fp8-{recipe.value}"
+        yield TrainingSteps(name, "spikingbrain_7b", LENGTHS["8k"], layers=4, fp8=recipe)
+
+
 def _all() -> Iterator[Piece]:
     yield KernelErrors()
     for label, tokens in LENGTHS.items():
         yield KernelTimes(f"kernels-{label}", tokens)
     yield DemoLosses()
     yield from _training_steps()
+    yield from _fp8()
 
 
 PIECES: dict[str, Piece] = {piece.name: piece for piece in _all()}

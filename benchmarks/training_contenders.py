@@ -12,7 +12,7 @@ import math
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +22,7 @@ import torch
 from benchmarks.project_commands import OutOfTimeError
 from spikingbrain_train.architecture.layers import dense_source
 from spikingbrain_train.architecture.sequence_layout import SequenceLayout
+from spikingbrain_train.config.fp8 import Fp8Config
 from spikingbrain_train.config.model import ModelConfig
 from spikingbrain_train.config.parallel import ParallelConfig, Recompute
 from spikingbrain_train.config.run import CheckpointConfig, Precision, RunConfig
@@ -51,6 +52,8 @@ class Setting:
     """Of our trainer, and of the product whose peak MFU is a share of."""
     recompute: Recompute = Recompute.none
     """Of our trainer."""
+    fp8: Fp8Config = field(default_factory=Fp8Config)
+    """Of our trainer."""
 
     @property
     def run_config(self) -> RunConfig:
@@ -65,6 +68,7 @@ class Setting:
                 load=None if self.megatron_folder is None else str(self.megatron_folder)
             ),
             precision=self.precision,
+            fp8=self.fp8,
             output_dir="unused",
         )
 
@@ -111,6 +115,7 @@ class Ours:
             accelerator,
             model=setting.model,
             precision=setting.precision,
+            in_fp8=setting.fp8.format is not None,
         )
         student = build_student(self.config, kernels, groups)
         if setting.weights is not None:

@@ -180,7 +180,8 @@ def fill_state(state: RunState, loaded: dict[str, Any], groups: ProcessGroups) -
 def sharded_weights(model: PipelineStage) -> dict[str, Any]:
     """The weights, which in a checkpoint are tensors only.
 
-    The ``_extra_state`` objects of Transformer Engine's FP8 recipes, which we do not use, are left out.
+    Transformer Engine's ``_extra_state`` is left out: it is what FP8 with delayed scales carries from step to
+    step, and none of our recipes has any (``config/fp8.py``).
     """
     sharded = model.sharded_state_dict(metadata=_sharding())
     return {name: value for name, value in sharded.items() if not name.endswith("_extra_state")}

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_pieces
+from benchmarks import gpu, gpu_fp8, gpu_ops, gpu_pieces
 from benchmarks.gpu_ops import feed_forward_product
 from benchmarks.gpu_pieces import PIECES, Keep, Loan, Results, Row, TrainingSteps, run_piece, stated_memory
 from benchmarks.gpu_report import report
 from benchmarks.project_commands import OutOfTimeError
 from benchmarks.training_contenders import OURS
-from spikingbrain_train.errors import ConfigurationError
+from spikingbrain_train.config.fp8 import Fp8Config, Fp8Format, Fp8Recipe
+from spikingbrain_train.errors import ConfigurationError, PlatformError
 from spikingbrain_train.parallel.process_groups import destroy
 from spikingbrain_train.planning.fit import DeviceMemory
 from spikingbrain_train.planning.planner import plan_run
@@ -137,6 +138,48 @@ def test_the_product_of_a_feed_forward_is_that_of_torch() -> None:
         destroy()
     for ours, theirs in zip(*outputs, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_linears_in_fp8_are_timed_on_the_same_numbers_as_in_bf16() -> None:
+    try:
+        contenders = gpu_fp8.products(16, "down", "tiny_hybrid", "cpu")
+        outputs = {}
+        for name, (function, inputs) in contenders.items():
+            leaves = [x.detach().requires_grad_() for x in inputs]
+            o = function(*leaves)
+            outputs[name] = [o, *torch.autograd.grad(o, leaves, torch.ones_like(o))]
+    finally:
+        gpu_fp8._layer.cache_clear()
+        gpu_fp8._groups.cache_clear()
+        destroy()
+    assert list(outputs) == [gpu_ops.OURS, "bf16", "cuBLAS, F.linear"]
+    for fp8, plain, theirs in zip(*outputs.values(), strict=True):
+        torch.testing.assert_close(plain, theirs)
+        error = (fp8.float() - theirs.float()).norm() / theirs.float().norm()
+        assert 1e-3 < error < 0.1, "no FP8 product"
+
+
+def test_steps_in_fp8_are_those_of_their_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    piece = PIECES["step-7b-8k-fp8-blockwise"]
+    assert isinstance(piece, TrainingSteps)
+    assert (
+        piece.setting.run_config.fp8 == piece.config.fp8 == Fp8Config(Fp8Format.hybrid, Fp8Recipe.blockwise)
+    )
+    tiny = TrainingSteps("step-tiny", "tiny_hybrid", 64, fp8=Fp8Recipe.tensorwise)
+    monkeypatch.setattr(gpu_pieces, "STEPS", 1)
+    monkeypatch.setitem(PIECES, "step-tiny", tiny)
+    assert run_piece(tiny, Loan(tmp_path, LATER, device="cpu"), MACHINE)
+    assert "| tiny_hybrid in FP8, tensorwise |" in report(tmp_path)
+
+
+def test_a_gpu_without_fp8_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A800")
+    with pytest.raises(PlatformError, match="NVIDIA A800 has no FP8 products"):
+        gpu_fp8.recipes("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.version, "cuda", "12.9")
+    assert gpu_fp8.recipes("cuda") == [Fp8Recipe.tensorwise, Fp8Recipe.blockwise]
 
 
 def test_without_a_gpu_one_sentence_names_the_dry_run(
