@@ -110,12 +110,13 @@ def _units(config: RunConfig) -> _Units:
     return _Units(0, parameters_around(model, parallel, 0), largest)
 
 
-def _of_fsdp(config: RunConfig, world_size: int) -> tuple[float, float, float]:
+def _of_fsdp(config: RunConfig, world_size: int, activations: float) -> tuple[float, float, float]:
     """Bytes of weights, gradients and optimizer state under FSDP.
 
     Of weights a share, in fp32 where they train, and what is gathered: the unit around the layers and two
     layers, or all. Of gradients a share in fp32, those of the unit around the layers, which wait for the end
-    of the backward pass, and those of a layer on their way, in fp32, too.
+    of the backward pass, and those of a layer on their way, in fp32, too; or those of that unit on their way,
+    where that is more than the activations that are gone by then.
     """
     model, parallel, element = config.model, config.parallel, bytes_per_element(config.precision)
     units = _units(config)
@@ -129,6 +130,7 @@ def _of_fsdp(config: RunConfig, world_size: int) -> tuple[float, float, float]:
     weights = (units.whole + frozen / ranks + gathered) * element
     main = trained * FP32 / ranks
     on_their_way = units.around * element + units.largest * (element + FP32)
+    on_their_way = max(on_their_way, units.around * (element + FP32) - activations)
     return weights + main, trained * FP32 / ranks + on_their_way, 2 * trained * FP32 / ranks
 
 
@@ -153,8 +155,9 @@ def estimate_memory(config: RunConfig, stage: int, world_size: int, micro_batche
         optimizer, gradients = _of_zero(config, stage, world_size)
     teacher = stage_parameters(dense_source(model), parallel, stage) if has_teacher else 0
     weights: float = stage_parameters(model, parallel, stage)
+    activations = kind.activation_bytes(config, stage, micro_batches)
     if parallel.engine is EngineKind.fsdp:
-        of_weights, gradients, optimizer = _of_fsdp(config, world_size)
+        of_weights, gradients, optimizer = _of_fsdp(config, world_size, activations)
         weights = of_weights / element
     elif parallel.engine is EngineKind.deepspeed and parallel.zero.stage == WEIGHTS_STAGE:
         output = model.padded_vocab_size(1) * model.hidden_size  # stays gathered, others are in passing
@@ -163,6 +166,6 @@ def estimate_memory(config: RunConfig, stage: int, world_size: int, micro_batche
         weights=weights * element,
         gradients=gradients,
         optimizer=optimizer,
-        activations=kind.activation_bytes(config, stage, micro_batches),
+        activations=activations,
         teacher=teacher * element,
     )

@@ -5,10 +5,11 @@ from __future__ import annotations
 import gc
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from spikingbrain_train.architecture.layers import layers
+from spikingbrain_train.architecture.layers import dense_source, layers
 from spikingbrain_train.architecture.sizes import FP32
 from spikingbrain_train.config.linear_transforms import Projection, TernaryConfig
 from spikingbrain_train.config.lora import LoraConfig
@@ -19,10 +20,11 @@ from spikingbrain_train.config.run import Precision, RunConfig
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.planning.costs import layer_parameters, parameters_around, stage_parameters
 from spikingbrain_train.planning.planner import plan_run
+from spikingbrain_train.planning.stages.registry import kind_of
 from spikingbrain_train.training.callbacks.callback import Callback
 from tests.distributed.pool import RankPool
 from tests.distributed.sharding_engines import FSDP, case, fsdp, zero
-from tests.distributed.small_runs import MODEL, run_config, train_and_not_save
+from tests.distributed.small_runs import MODEL, run_config, train, train_and_not_save
 from tests.planning.live_bytes import LiveBytes
 
 pytestmark = pytest.mark.slow
@@ -122,10 +124,14 @@ def _measure(groups: ProcessGroups, config: RunConfig, bucket: int) -> Held:
             whole = sum(own_part(parameter).numel() for parameter in model.parameters())
             probe.held.gathered = max(probe.held.gathered, whole)
 
+        def count_both_ways(_: object, __: object, output: Any) -> None:
+            count()
+            if output[0].requires_grad:
+                output[0].register_hook(count)
+
         for name, module in model.named_modules():
             if name.endswith(("linear_qkv", "linear_fc1", "linear_fc2")):
-                module.register_forward_hook(count)
-                next(module.parameters()).register_hook(count)
+                module.register_forward_hook(count_both_ways)
         trainer.train()
         probe.held.norm = trainer.engine.parameter_norm(groups).item()
     return probe.held
@@ -205,3 +211,25 @@ def test_every_rank_of_fsdp_keeps_its_share_as_planned(
             assert held.gathered <= share + gathered < 0.8 * parameters
         else:
             assert held.gathered == parameters
+
+
+def test_an_align_stage_under_fsdp_keeps_a_share_of_the_mixers_that_train(
+    ranks: RankPool, tmp_path: Path, text: Path
+) -> None:
+    """Whatever is frozen is whole on every rank, in bf16, and the teacher beside it."""
+    teacher = run_config(tmp_path / "teacher", text, model=dense_source(WIDE), precision=Precision.bf16)
+    teacher.stage = replace(teacher.stage, train_iters=1)
+    teacher.optimizer.lr_warmup_iters = 0
+    ranks.run(train, teacher, world_size=1, parallel=teacher.parallel)
+    config = run_config(tmp_path / "align", text, model=WIDE, parallel=FSDP, precision=Precision.bf16)
+    config.stage = replace(
+        config.stage, kind="align", train_iters=3, teacher=str(tmp_path / "teacher" / "checkpoints")
+    )
+    config.stage.alignment = replace(config.stage.alignment, calibration_tokens=0)
+    found = ranks.run(_measure, config, 0, world_size=4, parallel=FSDP)
+    plan = plan_run(config, 4).fullest.memory
+    trained = sum(kind_of(config.stage).trainable_parameters(config, 0))
+    frozen = stage_parameters(WIDE, FSDP, 0) - trained
+    for held in found:
+        assert held.static == pytest.approx(2 * frozen + 4 * FP32 * trained / 4 + plan.teacher, rel=0.01)
+        assert plan.total == pytest.approx(held.peak, rel=0.1)
