@@ -95,6 +95,10 @@ def transformer_config(
         # activations and gradients to it at once, which one batch of sends could not tell apart.
         overlap_p2p_comm=parallel.virtual_stages > 1,
         batch_p2p_comm=parallel.virtual_stages == 1,
+        # What was sent to the next stage has had its use; its graph is kept. With virtual stages a send may
+        # still read it.
+        deallocate_pipeline_outputs=parallel.pipeline_model_parallel_size > 1
+        and parallel.virtual_stages == 1,
         context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         params_dtype=dtype,

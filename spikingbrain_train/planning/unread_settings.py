@@ -146,7 +146,7 @@ _NEEDS = (
         lambda run: "parallel.engine=fsdp always reduces gradients while the backward pass still runs",
     ),
     _Needs(
-        ("cluster.kernels.experts",),
+        ("cluster.kernels.experts", "cluster.kernels.token_permutation"),
         lambda run: has_experts(run.model),
         lambda run: "the model has no experts",
     ),
