@@ -20,11 +20,12 @@ import pytest
 import torch
 
 from spikingbrain_train.config.fp8 import Fp8Config, Fp8Format, Fp8Recipe
-from spikingbrain_train.config.parallel import EngineKind, ParallelConfig, Recompute, ZeroConfig
+from spikingbrain_train.config.parallel import ParallelConfig, Recompute
 from spikingbrain_train.config.run import Precision, RunConfig
 from spikingbrain_train.storage.checkpoint_folder import LATEST_ITERATION_FILE, iteration_folder
 from tests.distributed.gradients import CASES, Case, assemble, loss_and_gradients
 from tests.distributed.pool import RankPool
+from tests.distributed.sharding_engines import case, fsdp, zero
 from tests.distributed.small_runs import (
     MODEL_76B,
     TOPOLOGIES,
@@ -72,12 +73,12 @@ def of_one_rank(
 LAYOUTS = {
     **{name: TOPOLOGIES[name] for name in ("DP 2, distributed optimizer", "PP 2, uneven")},
     "PP 2 of 2 virtual stages": TOPOLOGIES["PP 2 of 2 virtual stages"],
-    "FSDP 2": (2, ParallelConfig(engine=EngineKind.fsdp)),
-    "ZeRO 2": (2, ParallelConfig(engine=EngineKind.deepspeed, zero=ZeroConfig(stage=2))),
+    "FSDP": (2, fsdp()),
+    "ZeRO 2": (2, zero(2)),
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [case(name, engine=each.engine) for name, (_, each) in LAYOUTS.items()])
 def test_ranks_that_round_whole_tensors_give_the_numbers_of_one_rank(
     layout: str,
     ranks: RankPool,
@@ -87,8 +88,6 @@ def test_ranks_that_round_whole_tensors_give_the_numbers_of_one_rank(
     of_one_rank: dict[str, Steps],
 ) -> None:
     world_size, parallel = LAYOUTS[layout]
-    if parallel.engine is EngineKind.deepspeed:
-        pytest.importorskip("deepspeed")
     config = config_of(tmp_path, text, hybrid_checkpoint, fp8=FP8, parallel=parallel)
     found = run(ranks, config, world_size)
     assert largest_difference(found, of_one_rank["fp8"]) < 1e-5

@@ -73,6 +73,7 @@ def test_losses_are_those_of_one_rank(
     parallel = replace(ENGINES[engine], recompute=recompute)
     config = run_config(tmp_path / "one", text, model=model)
     config.stage = replace(config.stage, train_iters=4)
+    config.optimizer = replace(config.optimizer, mixer_lr_mult=2.0)  # beside a rate of new parameters
     (expected,) = ranks.run(train_and_not_save, config, world_size=1, parallel=config.parallel)
     config = replace(config, parallel=parallel, output_dir=str(tmp_path / "two"))
     found, _ = ranks.run(train_and_not_save, config, world_size=2, parallel=parallel)
