@@ -16,7 +16,7 @@ from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.planning.costs import total_parameters
 from spikingbrain_train.planning.data_plan import plan_data
 from spikingbrain_train.planning.data_position import position_of, samples_of
-from spikingbrain_train.planning.plan_report.run import counts
+from spikingbrain_train.planning.plan_report.run import counts, engine_facts
 from spikingbrain_train.planning.stages.registry import kind_of
 from spikingbrain_train.planning.token_history import describe_end
 from spikingbrain_train.reporting.metrics import METRICS_FILE
@@ -191,8 +191,9 @@ def _ranks(config: RunConfig, groups: ProcessGroups) -> str:
     }
     layout = " x ".join(f"{degree} {name}" for name, degree in degrees.items() if degree > 1)
     experts = groups.expert_model_parallel_size
-    over = f", experts over {experts}" if experts > 1 else ""
-    return f"{size:,} = {layout}{over}, on {device}, {precision}"
+    over = [f"experts over {experts}"] if experts > 1 else []
+    words = [f"{size:,} = {layout}", *over, *engine_facts(config.parallel), f"on {device}", precision]
+    return ", ".join(words)
 
 
 def _fp8(config: RunConfig, groups: ProcessGroups) -> Iterator[Row]:

@@ -19,11 +19,13 @@ from spikingbrain_train.config.run import LRDecayStyle, OptimizerConfig, Precisi
 from spikingbrain_train.config.run_record import fingerprint
 from spikingbrain_train.config.stage import StageConfig
 from spikingbrain_train.parallel.process_groups import ProcessGroups
+from spikingbrain_train.planning.plan_report.run import engine_facts
 from spikingbrain_train.planning.resume import run_to_resume
 from spikingbrain_train.planning.token_history import history_with
 from spikingbrain_train.reporting.metrics import read_events, read_metrics
 from spikingbrain_train.storage.checkpoint_folder import iteration_folder
 from tests.distributed.pool import RankPool
+from tests.distributed.sharding_engines import case, fsdp, zero
 from tests.distributed.small_runs import MODEL, MODEL_76B, checkpoint_config, run_config, train
 
 ONE = ParallelConfig()
@@ -64,6 +66,18 @@ def test_a_start_says_which_weights_it_has_and_what_is_fresh(
     assert _saying(lines, "weights") == (
         f"weights of {hybrid_checkpoint} at iteration 1; optimizer, schedule and data order start anew"
     )
+
+
+@pytest.mark.parametrize("parallel", [case(each, engine=each.engine) for each in (zero(2), fsdp())])
+def test_the_first_lines_say_who_shards(
+    parallel: ParallelConfig, ranks: RankPool, tmp_path: Path, text: Path
+) -> None:
+    config = replace(
+        _config(tmp_path / "run", text, 1, OptimizerConfig(lr_warmup_iters=0)), parallel=parallel
+    )
+    lines, _ = ranks.run(_lines, config, world_size=2, parallel=parallel)
+    (engine,) = engine_facts(parallel)
+    assert _saying(lines, "ranks").startswith(f"ranks 2 = 2 data, {engine}, on ")
 
 
 def test_the_first_lines_say_what_is_trained_and_the_last_ones_what_came_out(

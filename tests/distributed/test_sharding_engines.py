@@ -349,3 +349,29 @@ def test_steps_in_bf16_have_the_losses_of_the_megatron_engine(
     steps, _ = ranks.run(train_and_not_save, config, STEPS, world_size=2, parallel=parallel)
     assert [loss for loss, _ in steps] == pytest.approx([loss for loss, _ in in_bf16], rel=TOLERANCE)
     assert [norm for _, norm in steps] == pytest.approx([norm for _, norm in in_bf16], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "parallel"),
+    [
+        case(2, fsdp(context_parallel_size=2), engine=EngineKind.fsdp, name="FSDP, CP 2"),
+        case(
+            *(4, fsdp(tensor_model_parallel_size=2, sequence_parallel=True)),
+            engine=EngineKind.fsdp,
+            name="FSDP, TP 2 + sequence parallel x DP 2",
+        ),
+    ],
+)
+def test_steps_in_bf16_have_the_losses_of_the_megatron_engine_in_the_same_layout(
+    world_size: int, parallel: ParallelConfig, ranks: RankPool, tmp_path: Path, text: Path
+) -> None:
+    """Ranks that share a sequence or a layer round partial sums to bf16, which one rank does not."""
+    found = []
+    for layout in (replace(parallel, engine=EngineKind.megatron), parallel):
+        folder = tmp_path / layout.engine.name
+        config = run_config(folder, text, parallel=layout, precision=Precision.bf16)
+        run = ranks.run(train_and_not_save, config, STEPS, world_size=world_size, parallel=layout)
+        found.append(run[0])
+    expected, steps = found
+    assert [loss for loss, _ in steps] == pytest.approx([loss for loss, _ in expected], rel=TOLERANCE)
+    assert [norm for _, norm in steps] == pytest.approx([norm for _, norm in expected], rel=1e-3)

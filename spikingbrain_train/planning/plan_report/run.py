@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from spikingbrain_train.architecture.layers import feed_forwards_of, has_experts, layers
 from spikingbrain_train.architecture.linear_transforms import transforms_of
-from spikingbrain_train.config.parallel import EngineKind
+from spikingbrain_train.config.parallel import EngineKind, ParallelConfig
 from spikingbrain_train.config.run import OptimizerConfig
 from spikingbrain_train.config.run_record import RunRecord, TokenHistory
 from spikingbrain_train.config.stage import StageConfig
@@ -167,13 +167,19 @@ def _rank_facts(plan: Plan) -> str:
         )
     switches = ["sequence_parallel", "use_distributed_optimizer", "overlap_grad_reduce"]
     chosen = [name for name in [*switches, "overlap_param_gather"] if getattr(parallel, name)]
-    if parallel.engine is EngineKind.deepspeed:
-        offloaded = ", optimizer in host memory" if parallel.zero.offload_optimizer else ""
-        parts.append(f"DeepSpeed ZeRO {parallel.zero.stage}{offloaded}")
-    if parallel.engine is EngineKind.fsdp:
-        parts.append("FSDP" if parallel.fsdp.reshard_after_forward else "FSDP that keeps gathered weights")
+    parts += engine_facts(parallel)
     parts.append(", ".join([*chosen, f"recompute {parallel.recompute.name}"]))
     return f"{plan.world_size} = " + "; ".join(parts)
+
+
+def engine_facts(parallel: ParallelConfig) -> list[str]:
+    """Who shards what, one line; none where megatron-core does."""
+    if parallel.engine is EngineKind.deepspeed:
+        offloaded = ", optimizer in host memory" if parallel.zero.offload_optimizer else ""
+        return [f"DeepSpeed ZeRO {parallel.zero.stage}{offloaded}"]
+    if parallel.engine is EngineKind.fsdp:
+        return ["FSDP" if parallel.fsdp.reshard_after_forward else "FSDP that keeps gathered weights"]
+    return []
 
 
 def counts(names: Iterable[str]) -> str:
