@@ -57,11 +57,32 @@ def add_within_products(model: HybridGPTModel | ModelChunks) -> list[str]:
     return found
 
 
+def describe(model: HybridGPTModel | ModelChunks) -> list[str]:
+    """How many trained weights have their gradients added so: a line for run_details.txt, if any may."""
+    switch = entry_of(model.kernels.weight_gradients, _SWITCH, "who adds weight gradients")
+    if switch is None:
+        return []
+    trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    added = sum(
+        weight.numel()
+        for chunk in model.chunks
+        for _, linear in _linears(chunk)
+        if getattr(linear, switch, False)
+        for weight in _weights(linear)
+    )
+    return [f"of rank 0's trainable parameters {added:,} of {trained:,} have gradients added within products"]
+
+
+def _weights(linear: torch.nn.Module) -> list[torch.nn.Parameter]:
+    found = [weight for name, weight in linear._parameters.items() if _WEIGHT.fullmatch(name)]
+    return [weight for weight in found if weight is not None]
+
+
 def _linears(module: torch.nn.Module, prefix: str = "") -> Iterator[tuple[str, torch.nn.Module]]:
     """Modules with a weight, but for those whose weights have other uses."""
     if getattr(module, "weights_have_other_uses", False):
         return
-    if any(_WEIGHT.fullmatch(name) for name in module._parameters):
+    if _weights(module):
         yield prefix, module
     for name, child in module.named_children():
         yield from _linears(child, f"{prefix}.{name}" if prefix else name)
@@ -70,8 +91,6 @@ def _linears(module: torch.nn.Module, prefix: str = "") -> Iterator[tuple[str, t
 def _is_plain(linear: torch.nn.Module) -> bool:
     if isinstance(linear, TransformedLinear) and linear.transforms_weight:
         return False
-    weights = [weight for name, weight in linear._parameters.items() if _WEIGHT.fullmatch(name)]
     return all(
-        weight is not None and weight.requires_grad and getattr(weight, "main_grad", None) is not None
-        for weight in weights
+        weight.requires_grad and getattr(weight, "main_grad", None) is not None for weight in _weights(linear)
     )

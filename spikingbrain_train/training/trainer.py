@@ -19,6 +19,7 @@ from spikingbrain_train.config.command_line import START_AGAIN
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.config.run_record import SamplesRead, record_of
 from spikingbrain_train.data.loader import MicroBatch
+from spikingbrain_train.models.weight_gradients import describe as describe_weight_gradients
 from spikingbrain_train.parallel.agreed_precision import agree_on_precision
 from spikingbrain_train.parallel.agreement import locked_output_dir
 from spikingbrain_train.parallel.heartbeats import Heartbeats
@@ -162,6 +163,7 @@ class Trainer:
         details = [*details, accelerator.describe(), groups.describe(), patches.describe(accelerator)]
         details += [chosen.describe(), describe_parameters(student)]
         self.engine = build_engine(config, student, groups)
+        details += describe_weight_gradients(student)
         self.model = self.engine.model
         scheduler = build_scheduler(config.optimizer, config.stage.train_iters, self.engine.optimizer)
         self.state = TrainingState(self.engine, scheduler, self.callbacks)

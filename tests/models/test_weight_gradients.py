@@ -26,7 +26,6 @@ from spikingbrain_train.config.parallel import (
     WeightGradientBackend,
 )
 from spikingbrain_train.config.run import OptimizerConfig, Precision
-from spikingbrain_train.models.linears.linear_transform import HasTransforms
 from tests.distributed.gradients import (
     CASES,
     SEQUENCES,
@@ -224,11 +223,12 @@ def test_replicas_take_the_same_steps(parallel: ParallelConfig, ranks: RankPool)
             assert (fused_weights[name] - weight).abs().max() <= TOLERANCE * weight.abs().max(), name
 
 
-def built(groups: ProcessGroups, backend: WeightGradientBackend) -> list[str]:
-    """Linears with Transformer Engine's switch, in a model whose classes have it, that it is turned in."""
+def built(groups: ProcessGroups, backend: WeightGradientBackend) -> tuple[list[str], list[str]]:
+    """Linears with Transformer Engine's switch, in a model whose classes have it, that it is turned in; and
+    what run_details.txt says."""
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
-    from spikingbrain_train.models.weight_gradients import add_within_products
+    from spikingbrain_train.models.weight_gradients import add_within_products, describe
     from spikingbrain_train.training.build import wrap_data_parallel
 
     case = CASES["76B-like"]
@@ -240,15 +240,19 @@ def built(groups: ProcessGroups, backend: WeightGradientBackend) -> list[str]:
     model.kernels = KernelConfig(weight_gradients=backend)
     assert add_within_products(model) == [], "no weight has a main_grad yet"
     wrap_data_parallel(model, ONE)
-    return [
-        name
-        for name, module in model.named_modules()
-        if getattr(module, "fuse_wgrad_accumulation", False) and not isinstance(module, HasTransforms)
+    names = [
+        name for name, module in model.named_modules() if getattr(module, "fuse_wgrad_accumulation", False)
     ]
+    matrices = sum(module.weight.numel() for name, module in model.named_modules() if name in names)
+    assert all(f" {matrices:,} of " in line for line in describe(model))
+    return names, describe(model)
 
 
 def test_transformer_engine_is_told_by_its_own_switch(ranks: RankPool) -> None:
     te, none = WeightGradientBackend.transformer_engine, WeightGradientBackend.autograd
-    ((names,), (others,)) = (ranks.run(built, backend, world_size=1, parallel=ONE) for backend in (te, none))
+    (((names, said),), ((others, nothing),)) = (
+        ranks.run(built, backend, world_size=1, parallel=ONE) for backend in (te, none)
+    )
     assert not others and len([name for name in names if "local_experts" in name]) == 2 * 2 * 4
     assert "output_layer" not in names and "decoder.layers.0.mlp.linear_fc1" in names
+    assert len(said) == 1 and not nothing
