@@ -54,7 +54,7 @@ class Recipe:
 
 def _product(x: Tensor, weight: Tensor, adds_gradient: bool) -> Tensor:
     """x W^T of two dimensions, of sizes that FP8 has where it is asked for (assert_dim_for_fp8_exec)."""
-    assert x.is_meta and weight.is_meta and x.dtype == weight.dtype == torch.bfloat16
+    assert x.is_cuda and weight.is_cuda and x.dtype == weight.dtype == torch.bfloat16
     recipe = _ENTERED[-1] if _ENTERED else None
     if recipe is not None:
         multiple = 32 if type(recipe).__name__ == "MXFP8BlockScaling" else 16
