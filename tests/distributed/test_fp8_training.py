@@ -22,6 +22,8 @@ import torch
 from spikingbrain_train.config.fp8 import Fp8Config, Fp8Format, Fp8Recipe
 from spikingbrain_train.config.parallel import ParallelConfig, Recompute
 from spikingbrain_train.config.run import Precision, RunConfig
+from spikingbrain_train.config.stage import DistillationConfig
+from spikingbrain_train.reporting.metrics import read_metrics
 from spikingbrain_train.storage.checkpoint_folder import LATEST_ITERATION_FILE, iteration_folder
 from tests.distributed.gradients import CASES, Case, assemble, loss_and_gradients
 from tests.distributed.pool import RankPool
@@ -184,3 +186,39 @@ def test_a_resumed_run_in_fp8_repeats_the_uninterrupted_one_bit_for_bit(
     resumed = ranks.run(train_and_not_save, config, world_size=2, parallel=parallel)
     assert resumed == [steps[3:] for steps in uninterrupted]
     assert [len(steps) for steps in resumed] == [2, 2]
+
+
+@pytest.mark.parametrize("kind", ["align", "distill"])
+def test_students_of_a_teacher_train_in_fp8(
+    kind: str, ranks: RankPool, tmp_path: Path, text: Path, hybrid_checkpoint: Path, dense_checkpoint: Path
+) -> None:
+    """The teacher does not: what the student learns from is the same."""
+    found = {}
+    for name, fp8 in (("plain", Fp8Config()), ("one", FP8), ("stages", FP8)):
+        world_size, parallel = TOPOLOGIES["PP 2"] if name == "stages" else (1, ParallelConfig())
+        config = config_of(tmp_path / name, text, hybrid_checkpoint, fp8=fp8, parallel=parallel)
+        # With the text's own loss: a student so close to its teacher has one of rounding alone.
+        distillation = DistillationConfig(weight=0.6, temperature=2.0)
+        config.stage = replace(
+            config.stage, kind=kind, teacher=str(dense_checkpoint), distillation=distillation
+        )
+        found[name] = run(ranks, config, world_size)
+    assert largest_difference(found["stages"], found["one"]) < 1e-5
+    assert found["one"] != found["plain"]
+    assert abs(found["one"][0][0] / found["plain"][0][0] - 1) < 0.01
+
+
+def test_evaluations_are_those_of_the_weights_without_fp8(
+    ranks: RankPool, tmp_path: Path, text: Path, hybrid_checkpoint: Path
+) -> None:
+    """As the checkpoint will be measured, and its export computes: at the start bit for bit."""
+    held_out = []
+    for fp8 in (Fp8Config(), FP8):
+        folder = tmp_path / str(fp8.format)
+        config = config_of(folder, text, hybrid_checkpoint, fp8=fp8)
+        config.data.valid = [str(text)]
+        run(ranks, config)
+        name = "valid/cross_entropy"
+        held_out.append([point[name] for point in read_metrics(folder) if name in point])
+    (first, last), (first_in_fp8, last_in_fp8) = held_out
+    assert first == first_in_fp8 and last != last_in_fp8
