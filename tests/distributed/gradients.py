@@ -304,6 +304,11 @@ CASES: Mapping[str, Case] = {
         dtype=torch.float64,
         fp8=Fp8Config(Fp8Format.hybrid, Fp8Recipe.blockwise),
     ),
+    "FP8 in blocks of 128, adapters": Case(
+        replace(_7B, mixers=["gla", "full"], lora=LoraConfig(names=["one"], ranks=[3])),
+        dtype=torch.float64,
+        fp8=Fp8Config(Fp8Format.e4m3, Fp8Recipe.blockwise),
+    ),
     "FP8 in blocks of 32, experts, first layer in another format": Case(
         replace(_76B, mixers=[["gla", "swa"], "gdn"], num_sink_tokens=0, feed_forwards=["moe"]),
         dtype=torch.float64,
