@@ -17,11 +17,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from spikingbrain_train.config.parallel import ParallelConfig
+from spikingbrain_train.config.parallel import EngineKind, ParallelConfig
 from spikingbrain_train.config.run import OptimizerKind, Precision, RunConfig
 from spikingbrain_train.reporting.metrics import read_metrics
 from spikingbrain_train.storage.checkpoint_folder import iteration_folder
 from tests.distributed.pool import RankPool
+from tests.distributed.sharding_engines import case, fsdp, zero
 from tests.distributed.small_runs import checkpoint_config, run_config, train_and_not_save
 
 if TYPE_CHECKING:
@@ -101,7 +102,8 @@ def train(groups: ProcessGroups, config: RunConfig, fused: bool) -> list[tuple[f
     FusedAdam.updates = 0
     with found_by_megatron():
         steps: list[tuple[float, float]] = train_and_not_save(groups, config)
-    assert (FusedAdam.updates > 0) == (config.optimizer.kind is OptimizerKind.adamw)
+    is_adamw = config.optimizer.kind is OptimizerKind.adamw
+    assert (FusedAdam.updates > 0) == (is_adamw and config.parallel.engine is EngineKind.megatron)
     return steps
 
 
@@ -151,3 +153,24 @@ def test_a_run_goes_on_with_either_update(
             assert found == pytest.approx(expected, rel=tolerance)
     for found, expected in zip(whole[True], whole[False], strict=True):
         assert found == pytest.approx(expected, rel=tolerance)
+
+
+@pytest.mark.parametrize(
+    "parallel",
+    [
+        case(zero(2), engine=EngineKind.deepspeed, name="ZeRO 2"),
+        case(fsdp(), engine=EngineKind.fsdp, name="FSDP"),
+    ],
+)
+def test_engines_that_shard_update_by_torch_alone(
+    parallel: ParallelConfig, ranks: RankPool, tmp_path: Path, text: Path, hybrid_checkpoint: Path
+) -> None:
+    config = run_config(
+        tmp_path, text, parallel=parallel, checkpoint=checkpoint_config(hybrid_checkpoint, save_interval=9)
+    )
+    config.stage = replace(config.stage, train_iters=2, micro_batch_size=2)
+    found = []
+    for fused in (False, True):
+        config.output_dir = str(tmp_path / str(fused))
+        found += ranks.run(train, config, fused, world_size=2, parallel=parallel)
+    assert len(found[0]) == 2 and all(steps == found[0] for steps in found)
