@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
@@ -18,10 +19,7 @@ class Fp8Format(str, Enum):
 
 
 class Fp8Recipe(str, Enum):
-    """What shares a scale. All scales are those of the numbers at hand, so that nothing is carried on.
-
-    Megatron's ``delayed`` takes the largest magnitudes of steps before, which checkpoints here do not have.
-    """
+    """What shares a scale. All scales are those of the numbers at hand, so that nothing is carried on."""
 
     tensorwise = "tensorwise"
     """A whole tensor of a micro-batch on a rank: scale = largest number of the format / max |x|."""
@@ -31,6 +29,13 @@ class Fp8Recipe(str, Enum):
     mxfp8 = "mxfp8"
     """32 neighbours along the sum of a product; scales are powers of 2 (OCP's MX formats, arXiv 2310.10537).
     On GPUs: Blackwell."""
+
+
+NO_RECIPES: Mapping[str, str] = {
+    "delayed": "delayed scales come of steps before, which checkpoints do not have, so that a resumed run "
+    "would be another one; tensorwise takes those of the tensors at hand"
+}
+"""What Megatron has beside them -> why it is not here."""
 
 
 @dataclass

@@ -8,7 +8,7 @@ import functools
 import re
 import types
 import typing
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from enum import Enum
 from typing import Any
 
@@ -22,6 +22,7 @@ from omegaconf.errors import (
 )
 
 from spikingbrain_train.config.earlier_releases import MOVED_SETTINGS, RENAMED_VALUES
+from spikingbrain_train.config.fp8 import NO_RECIPES, Fp8Recipe
 from spikingbrain_train.config.linear_transforms import NO_PROJECTIONS, Projection
 from spikingbrain_train.errors import ConfigurationError, SpikingBrainError
 
@@ -105,6 +106,10 @@ def unknown_setting(name: str, schema: Schema, *, may_be_a_plugins: bool = False
     return ConfigurationError(f"{name} is not a setting{hint or ';'} {valid}")
 
 
+_MISTAKEN: dict[Any, Mapping[str, str]] = {Projection: NO_PROJECTIONS, Fp8Recipe: NO_RECIPES}
+"""What somebody may take for a value of a setting -> why it is none."""
+
+
 def _wrong_value(name: str, message: str, schema: Schema) -> ConfigurationError:
     """The error for a value of the wrong kind; ``message`` is OmegaConf's."""
     settings = dict(setting_types(schema))
@@ -120,8 +125,8 @@ def _wrong_value(name: str, message: str, schema: Schema) -> ConfigurationError:
     if isinstance(annotation, type) and issubclass(annotation, Enum):
         near = difflib.get_close_matches(found, [member.name for member in annotation], n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        if annotation is Projection and found in NO_PROJECTIONS:
-            hint = f"; {NO_PROJECTIONS[found]}"
+        if found in _MISTAKEN.get(annotation, {}):
+            hint = f"; {_MISTAKEN[annotation][found]}"
         if found in RENAMED_VALUES.get(name, {}):
             hint = f"; {found} is called {RENAMED_VALUES[name][found]} now"
     shown = f"{name}={found}" if found else name

@@ -76,6 +76,11 @@ def test_what_cannot_be_is_refused_with_what_to_change(what: str) -> None:
     assert sentence in str(error.value)
 
 
+def test_delayed_scales_are_refused_with_the_reason() -> None:
+    with pytest.raises(ConfigurationError, match="delayed scales come of steps before, which checkpoints"):
+        config_of("model=tiny_hybrid", "fp8.recipe=delayed")
+
+
 @pytest.mark.parametrize("recipe", ["tensorwise", "blockwise", "mxfp8"])
 @pytest.mark.parametrize("number_format", ["e4m3", "hybrid"])
 def test_every_format_and_recipe_is_taken(number_format: str, recipe: str) -> None:
