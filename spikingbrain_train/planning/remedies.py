@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from enum import Enum
 from typing import Any
 
 from spikingbrain_train.architecture.layers import unchanged_models
@@ -41,7 +42,7 @@ class Remedy:
 def _value(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    return value.name if isinstance(value, Recompute) else str(value)
+    return value.name if isinstance(value, Enum) else str(value)
 
 
 @unchanged_models()
@@ -89,6 +90,9 @@ def _ideas(plan: Plan) -> Iterator[dict[str, Any]]:
         yield {"parallel.recompute": level}
     if not parallel.use_distributed_optimizer and parallel.engine is EngineKind.megatron:
         yield {"parallel.use_distributed_optimizer": True}
+    if parallel.engine is EngineKind.megatron and plan.world_size > parallel.tensor_model_parallel_size:
+        ahead = {"parallel.overlap_param_gather": False} if parallel.overlap_param_gather else {}
+        yield {"parallel.engine": EngineKind.fsdp, **ahead}
     size = stage.micro_batch_size // 2
     while size >= 1:
         yield {"stage.micro_batch_size": size}

@@ -116,3 +116,14 @@ class TestRealRun:
         found = {tuple(remedy.arguments()): remedy for remedy in remedies(plan, DeviceMemory(30 * GIB, ""))}
         saved = plan.fullest.memory.total - found[("parallel.use_distributed_optimizer=true",)].needed
         assert saved == plan.fullest.parameters * 12 * 7 / 8
+
+    def test_fsdp_is_a_remedy_where_ranks_hold_the_same_layers(self):
+        """With what it needs beside it, and not where a pipeline splits the model."""
+        config = plan_of("experiment=spikingbrain_7b_128k cluster=c550").config
+        plan = plan_run(config, 256)
+        found = {tuple(remedy.arguments()): remedy for remedy in remedies(plan, DeviceMemory(30 * GIB, ""))}
+        remedy = found["parallel.engine=fsdp", "parallel.overlap_param_gather=false"]
+        assert remedy.needed < 0.5 * plan.fullest.memory.total
+        piped = plan_of("experiment=spikingbrain_7b_8k cluster=c550", "parallel=dp8_pp4")
+        arguments = [each.arguments() for each in remedies(piped, DeviceMemory(10 * GIB, ""))]
+        assert arguments and not any("parallel.engine=fsdp" in each for each in arguments)

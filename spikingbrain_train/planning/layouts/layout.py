@@ -78,7 +78,8 @@ class Layout:
             sequence_parallel=self.sequence_parallel,
             data_parallel_size=self.replicas(world_size),
             use_distributed_optimizer=self.distributed_optimizer,
-            overlap_grad_reduce=world_size > self.tensor * self.pipeline,
+            overlap_grad_reduce=self.engine is not EngineKind.fsdp
+            and world_size > self.tensor * self.pipeline,
             overlap_param_gather=self.distributed_optimizer
             and self.pipeline == 1
             and self.engine is EngineKind.megatron,
