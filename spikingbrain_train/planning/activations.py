@@ -26,6 +26,7 @@ from spikingbrain_train.config.parallel import Recompute
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.planning.costs import layers_of_stage, virtual_stage_layers
 from spikingbrain_train.planning.in_flight import most_in_flight
+from spikingbrain_train.planning.launch import expects_gpu
 
 _LOSS_CHUNK_BYTES = 1 << 30  # the fused output projection and loss hold at most so many logits (on a GPU)
 
@@ -60,12 +61,14 @@ def weight_copies(config: RunConfig, weights: Iterable[Weight]) -> int:
 def layer_weight_copies(config: RunConfig, layer: Layer, *, in_fp8: bool = False) -> Activations:
     """Transformed or FP8 weights of a layer: bytes on a rank for every micro-batch, not for every token.
 
-    Of FP8 weights one copy, as it is multiplied in the backward pass.
+    Of FP8 weights one copy, as it is multiplied in the backward pass; Transformer Engine keeps that of the
+    forward pass as well.
     """
+    copies = 2 if expects_gpu(config.cluster) else 1
 
     def bytes_of(weights: Iterable[Weight]) -> int:
-        inside = fp8_weights(weights) if in_fp8 else []
-        return weight_copies(config, weights) + sum(each.numel_on_rank(config.parallel) for each in inside)
+        inside = sum(each.numel_on_rank(config.parallel) for each in fp8_weights(weights)) if in_fp8 else 0
+        return weight_copies(config, weights) + copies * inside
 
     mixer = bytes_of(layer.mixer_weights(config.model))
     kept, again = (bytes_of(weights) for weights in _feed_forward_weights(config, layer))

@@ -8,7 +8,7 @@ from statistics import median
 
 from spikingbrain_train.config.parallel import AcceleratorKind
 from spikingbrain_train.errors import DataError
-from spikingbrain_train.planning.fit import expects_gpu
+from spikingbrain_train.planning.launch import expects_gpu
 from spikingbrain_train.planning.planner import Plan, pipeline_bubble
 from spikingbrain_train.reporting.metrics import METRICS_FILE, read_metrics
 

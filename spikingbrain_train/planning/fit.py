@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from spikingbrain_train.config.parallel import AcceleratorKind, ClusterConfig
-from spikingbrain_train.planning.launch import has_gpu_device, memory_limit
+from spikingbrain_train.config.parallel import ClusterConfig
+from spikingbrain_train.planning.launch import expects_gpu, memory_limit
 from spikingbrain_train.planning.memory import GIB
 from spikingbrain_train.reporting.quantities import size
 
@@ -42,13 +42,6 @@ class DeviceMemory:
         if needed > self.bytes:
             return Fit.too_large
         return Fit.fits if needed <= (1 - MARGIN) * self.bytes else Fit.tight
-
-
-def expects_gpu(cluster: ClusterConfig) -> bool:
-    """Whether the run will be on GPUs, as far as config and machine tell without torch."""
-    if cluster.accelerator is AcceleratorKind.auto:
-        return has_gpu_device()
-    return cluster.accelerator is not AcceleratorKind.cpu
 
 
 def device_memory(cluster: ClusterConfig, world_size: int) -> DeviceMemory | None:

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from spikingbrain_train.config.parallel import AcceleratorKind, ClusterConfig
 from spikingbrain_train.errors import PlatformError
 
 _NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -170,3 +171,10 @@ def has_gpu_device(root: Path = Path("/"), environment: Mapping[str, str] | None
     if visible.strip() == "" or visible.strip().startswith("-1"):
         return False
     return any(any((root / "dev").glob(name)) for name in ("nvidia[0-9]*", "mxcd*", "dxg"))
+
+
+def expects_gpu(cluster: ClusterConfig) -> bool:
+    """Whether the run will be on GPUs, as far as config and machine tell without torch."""
+    if cluster.accelerator is AcceleratorKind.auto:
+        return has_gpu_device()
+    return cluster.accelerator is not AcceleratorKind.cpu

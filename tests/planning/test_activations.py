@@ -342,6 +342,21 @@ def test_a_layer_keeps_what_is_planned(name: str, kept: dict[str, list[float]]) 
     _assert_close(kept[name], _planned(CASES[name], 1))
 
 
+def test_fp8_weights_are_kept_as_transformer_engine_keeps_them() -> None:
+    """On GPUs for the forward and for the backward pass; of layers in FP8, for each micro-batch in flight."""
+    of_a_layer = 768 * 256 + 512 * 256 + 3 * 640 * 256
+    kept = {}
+    for accelerator in (AcceleratorKind.cpu, AcceleratorKind.cuda):
+        for at_the_end in (0, 1):
+            fp8 = Fp8Config(Fp8Format.hybrid, num_layers_at_end_in_bf16=at_the_end)
+            config = Case(replace(DENSE, num_layers=4), fp8=fp8).config()
+            config.cluster = replace(config.cluster, accelerator=accelerator)
+            kept[accelerator, at_the_end] = activation_bytes(config, 0, 1)
+    for at_the_end in (0, 1):
+        more = kept[AcceleratorKind.cuda, at_the_end] - kept[AcceleratorKind.cpu, at_the_end]
+        assert more == (4 - at_the_end) * of_a_layer
+
+
 def test_dropout_of_adapters_keeps_what_is_planned(ranks: RankPool) -> None:
     """Planned is the mask of GPUs, a byte a channel; torch's on a CPU has the activations' number format."""
     case = Case(replace(DENSE, lora=replace(ADAPTERS, dropout=0.1)))

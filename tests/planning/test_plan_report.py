@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from spikingbrain_train.planning import fit
+from spikingbrain_train.planning import launch
 from spikingbrain_train.planning.costs import total_parameters
 from spikingbrain_train.planning.plan_report import report
 from spikingbrain_train.planning.plan_report.cluster import expected_kernels
@@ -75,7 +75,7 @@ def test_kernels_that_cannot_do_a_call_are_not_expected():
 
 @pytest.mark.parametrize(("seen", "words"), [(True, "NVIDIA GPUs"), (False, "CPUs, collectives over gloo")])
 def test_auto_says_what_this_machine_shows(seen, words, monkeypatch):
-    monkeypatch.setattr(fit, "has_gpu_device", lambda: seen)
+    monkeypatch.setattr(launch, "has_gpu_device", lambda: seen)
     text = render(plan_of("model=tiny_hybrid cluster=auto"), 120)
     assert f"auto: {words}" in text and ("a GPU" if seen else "no GPU") in text
 

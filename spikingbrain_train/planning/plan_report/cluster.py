@@ -13,7 +13,7 @@ from spikingbrain_train.architecture.backends.weight_gradients import WEIGHT_GRA
 from spikingbrain_train.architecture.layers import has_experts
 from spikingbrain_train.config.parallel import AcceleratorKind, ClusterConfig
 from spikingbrain_train.config.run import Precision
-from spikingbrain_train.planning.fit import Fit, device_memory, expects_gpu
+from spikingbrain_train.planning.fit import Fit, device_memory
 from spikingbrain_train.planning.kernel_calls import (
     asked_for,
     experts_call,
@@ -22,6 +22,7 @@ from spikingbrain_train.planning.kernel_calls import (
     token_permutation_call,
     weight_gradients_call,
 )
+from spikingbrain_train.planning.launch import expects_gpu
 from spikingbrain_train.planning.memory import GIB
 from spikingbrain_train.planning.plan_report.section import Section
 from spikingbrain_train.planning.planner import Plan

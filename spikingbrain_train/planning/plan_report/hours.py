@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from spikingbrain_train.planning.duration import Duration, duration_of
-from spikingbrain_train.planning.fit import expects_gpu
+from spikingbrain_train.planning.launch import expects_gpu
 from spikingbrain_train.planning.plan_report.section import Section
 from spikingbrain_train.planning.planner import Plan
 from spikingbrain_train.reporting.quantities import hours
