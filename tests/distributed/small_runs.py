@@ -38,6 +38,7 @@ from spikingbrain_train.config.run import (
 from spikingbrain_train.config.stage import StageConfig
 from spikingbrain_train.data.indexed import IndexedDatasetWriter
 from spikingbrain_train.parallel.process_groups import ProcessGroups
+from spikingbrain_train.reporting.metrics import read_metrics
 from spikingbrain_train.training.callbacks.callback import Callback
 from tests.distributed.pool import shares_its_world
 
@@ -199,6 +200,11 @@ class Remember(Callback):
         self.steps.append((self._loss, grad_norm))
         if len(self.steps) == self._stop_after:
             self.run.stop("enough has been seen")
+
+
+def values_of(metric: str, run: Path) -> list[float]:
+    """What a run reported of a metric, point after point."""
+    return [point[metric] for point in read_metrics(run) if metric in point]
 
 
 TOPOLOGIES: dict[str, tuple[int, ParallelConfig]] = {

@@ -11,7 +11,7 @@ from spikingbrain_train.architecture.sequence_layout import SequenceLayout
 from spikingbrain_train.architecture.stored_model import read_stored_model
 from spikingbrain_train.checkpoint.streaming import MegatronCheckpointReader
 from spikingbrain_train.config.conversion import ConversionConfig
-from spikingbrain_train.config.parallel import ParallelConfig
+from spikingbrain_train.config.parallel import EngineKind, ParallelConfig
 from spikingbrain_train.config.run import OptimizerConfig, RunConfig
 from spikingbrain_train.config.run_record import StageTokens
 from spikingbrain_train.conversion.import_checkpoint import import_checkpoint
@@ -20,6 +20,7 @@ from spikingbrain_train.planning.resume import nothing_left, run_to_resume
 from spikingbrain_train.planning.token_history import history_with
 from spikingbrain_train.reporting.metrics import read_metrics
 from tests.distributed.pool import RankPool
+from tests.distributed.sharding_engines import case, fsdp
 from tests.distributed.small_runs import MODEL, checkpoint_config, run_config, train
 from tests.distributed.test_calibration import gla_mixer
 from tests.small_source import save_small_source
@@ -230,6 +231,7 @@ def _held_out(run: Path) -> list[float]:
     [
         pytest.param(1, ParallelConfig(), id="one rank"),
         pytest.param(2, ParallelConfig(use_distributed_optimizer=True), id="DP 2, distributed optimizer"),
+        case(2, fsdp(), engine=EngineKind.fsdp, name="DP 2, FSDP"),
     ],
 )
 def test_a_stage_without_steps_leaves_its_closed_form_start_alone(

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from spikingbrain_train.config.model import ActivationFunc
-from spikingbrain_train.config.parallel import ParallelConfig
+from spikingbrain_train.config.parallel import EngineKind, ParallelConfig
 from spikingbrain_train.config.stage import AlignmentConfig, AlignmentInputs
 from spikingbrain_train.reporting.metrics import read_metrics
 from tests.distributed.pool import RankPool
+from tests.distributed.sharding_engines import case, fsdp
 from tests.distributed.small_runs import DENSE, TOPOLOGIES, checkpoint_config, run_config, train_and_not_save
 
 TOLERANCE = 1e-5
@@ -59,10 +60,15 @@ def test_a_fit_brings_hidden_states_back_to_the_sources(
 
 
 @pytest.mark.parametrize(
-    "name", ["TP 2 + sequence parallel x CP 2", "PP 2 x CP 2", "DP 2, distributed optimizer"]
+    "name",
+    [
+        *("TP 2 + sequence parallel x CP 2", "PP 2 x CP 2", "DP 2, distributed optimizer"),
+        case("TP 2 x DP 2, FSDP", engine=EngineKind.fsdp),
+    ],
 )
 def test_the_fit_is_the_same_on_every_topology(
     ranks: RankPool, tmp_path: Path, text: Path, dense_checkpoint: Path, on_one_rank: list[float], name: str
 ) -> None:
-    found = drifts(ranks, tmp_path, text, dense_checkpoint, *TOPOLOGIES[name])
+    layouts = {**TOPOLOGIES, "TP 2 x DP 2, FSDP": (4, fsdp(tensor_model_parallel_size=2))}
+    found = drifts(ranks, tmp_path, text, dense_checkpoint, *layouts[name])
     assert found == pytest.approx(on_one_rank, rel=TOLERANCE)

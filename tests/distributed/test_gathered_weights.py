@@ -24,7 +24,7 @@ from spikingbrain_train.planning.stages.registry import kind_of
 from spikingbrain_train.training.callbacks.callback import Callback
 from tests.distributed.pool import RankPool
 from tests.distributed.sharding_engines import FSDP, case, fsdp, zero
-from tests.distributed.small_runs import MODEL, run_config, train, train_and_not_save
+from tests.distributed.small_runs import MODEL, run_config, train, train_and_not_save, values_of
 from tests.planning.live_bytes import LiveBytes
 
 pytestmark = pytest.mark.slow
@@ -77,6 +77,8 @@ def test_losses_are_those_of_one_rank(
     (expected,) = ranks.run(train_and_not_save, config, world_size=1, parallel=config.parallel)
     config = replace(config, parallel=parallel, output_dir=str(tmp_path / "two"))
     found, _ = ranks.run(train_and_not_save, config, world_size=2, parallel=parallel)
+    norms = [values_of("train/parameter_norm", tmp_path / folder) for folder in ("one", "two")]
+    assert len(norms[0]) == 4 and norms[1] == pytest.approx(norms[0], rel=TOLERANCE)
     assert [loss for loss, _ in found] == pytest.approx([loss for loss, _ in expected], rel=TOLERANCE)
     assert [norm for _, norm in found] == pytest.approx([norm for _, norm in expected], rel=1e-3)
 

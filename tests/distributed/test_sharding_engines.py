@@ -23,6 +23,7 @@ from tests.distributed.small_runs import (
     run_config,
     train,
     train_and_not_save,
+    values_of,
 )
 
 # What another order of fp32 sums makes of a loss, as between megatron-core's own topologies.
@@ -373,5 +374,7 @@ def test_steps_in_bf16_have_the_losses_of_the_megatron_engine_in_the_same_layout
         run = ranks.run(train_and_not_save, config, STEPS, world_size=world_size, parallel=layout)
         found.append(run[0])
     expected, steps = found
+    norms = [values_of("train/parameter_norm", tmp_path / name) for name in ("megatron", "fsdp")]
+    assert len(norms[0]) == STEPS and norms[1] == pytest.approx(norms[0], rel=TOLERANCE)
     assert [loss for loss, _ in steps] == pytest.approx([loss for loss, _ in expected], rel=TOLERANCE)
     assert [norm for _, norm in steps] == pytest.approx([norm for _, norm in expected], rel=1e-3)
