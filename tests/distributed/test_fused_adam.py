@@ -45,8 +45,9 @@ class FusedAdam(torch.optim.Optimizer):
         *,
         bias_correction: bool = True,
         adam_w_mode: bool = True,
+        capturable: bool = False,
     ) -> None:
-        assert not amsgrad and adam_w_mode
+        assert not amsgrad and adam_w_mode and not capturable
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**defaults, "bias_correction": bias_correction})
 
