@@ -319,6 +319,7 @@ WIDE = {
         "queries of sinks; torch's SDPA has no fused form on the meta device"
     ),
     "megatron/pipeline_parallel/schedules.py:backward_step": "gradients of these",
+    "megatron/pipeline_parallel/schedules.py:custom_backward": "the same where stages free what they sent",
     "megatron/tensor_parallel/random.py:backward": "gradients of these in layers that are computed again",
 }
 """Where matrices of float32 are multiplied, and why."""
