@@ -196,9 +196,11 @@ class ParallelConfig:
                 f"{copies} ahead of the layer that {prefix}overlap_param_gather=true gathers weights for; "
                 f"set the latter to false, or the former to null",
             )
+        # Other engines gather in ways of their own, and planning/engine_checks.py says so.
+        gathers_ahead = self.overlap_param_gather and self.engine is EngineKind.megatron
         for needed in ("use_distributed_optimizer", "overlap_grad_reduce"):
             require(
-                getattr(self, needed) or not self.overlap_param_gather,
+                getattr(self, needed) or not gathers_ahead,
                 f"{prefix}overlap_param_gather=true needs {prefix}{needed}=true",
             )
 

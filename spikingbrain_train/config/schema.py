@@ -122,11 +122,13 @@ def _wrong_value(name: str, message: str, schema: Schema) -> ConfigurationError:
     found = next((group for group in quoted.groups() if group), "") if quoted else ""
     found = "null" if found == "Optional" else found
     hint = ""
-    if isinstance(annotation, type) and issubclass(annotation, Enum):
-        near = difflib.get_close_matches(found, [member.name for member in annotation], n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        if found in _MISTAKEN.get(annotation, {}):
-            hint = f"; {_MISTAKEN[annotation][found]}"
+    kind = without_none(annotation)[0]
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        named = {member.name.lower(): member.name for member in kind}
+        near = difflib.get_close_matches(found.lower(), named, n=1)
+        hint = f"; did you mean {named[near[0]]}?" if near else ""
+        if found in _MISTAKEN.get(kind, {}):
+            hint = f"; {_MISTAKEN[kind][found]}"
         if found in RENAMED_VALUES.get(name, {}):
             hint = f"; {found} is called {RENAMED_VALUES[name][found]} now"
     shown = f"{name}={found}" if found else name

@@ -6,6 +6,7 @@ import torch
 
 from spikingbrain_train.config.run import Precision, RunConfig
 from spikingbrain_train.parallel.process_groups import ProcessGroups
+from spikingbrain_train.planning.fp8_checks import check_precision_of_fp8
 from spikingbrain_train.planning.precision import PrecisionChoice, expected_precision, settled_precision
 from spikingbrain_train.runtime.bf16 import choose_precision
 
@@ -26,7 +27,14 @@ def agree_on_precision(config: RunConfig, groups: ProcessGroups) -> PrecisionCho
 
     Raises:
         CheckpointError: a checkpoint of this run is damaged.
+        ConfigurationError: the run multiplies in FP8, which stands beside bf16, and a rank lacks that.
     """
+    choice = _agreed_or_settled(config, groups)
+    check_precision_of_fp8(config, choice)
+    return choice
+
+
+def _agreed_or_settled(config: RunConfig, groups: ProcessGroups) -> PrecisionChoice:
     settled = settled_precision(config)
     if settled is not None:
         return settled

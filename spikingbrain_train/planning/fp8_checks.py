@@ -23,7 +23,9 @@ from spikingbrain_train.config.parallel import (
 )
 from spikingbrain_train.config.require import either, multiples_around, require
 from spikingbrain_train.config.run import Precision, RunConfig
-from spikingbrain_train.planning.precision import expected_precision
+from spikingbrain_train.errors import ConfigurationError
+from spikingbrain_train.planning.precision import PrecisionChoice, expected_precision
+from spikingbrain_train.planning.resume import run_to_resume
 
 _GPUS = (AcceleratorKind.cuda, AcceleratorKind.metax)
 
@@ -38,12 +40,7 @@ def check_fp8(config: RunConfig) -> None:
     if fp8.format is None:
         return
     asked = f"fp8.format={fp8.format.value}"
-    choice = expected_precision(config)
-    require(
-        choice.precision is Precision.bf16,
-        f"{asked} rounds what bf16 weights and activations hold, but {choice.describe()}; set "
-        f"precision=bf16, or fp8.format=null",
-    )
+    check_precision_of_fp8(config, expected_precision(config))
     _check_layers(fp8, config.model, asked)
     _check_machine(config, asked)
     _check_transforms(config.model, asked)
@@ -54,6 +51,32 @@ def check_fp8(config: RunConfig) -> None:
     )
     if config.cluster.accelerator is not AcceleratorKind.cpu:
         _check_sizes(config, asked)
+
+
+def check_precision_of_fp8(config: RunConfig, choice: PrecisionChoice) -> None:
+    """FP8 stands beside bf16.
+
+    Args:
+        config: a run.
+        choice: what its precision is, or is expected to be.
+
+    Raises:
+        ConfigurationError: it multiplies in FP8, and its precision is another.
+        CheckpointError: a checkpoint of this run is damaged.
+    """
+    if config.fp8.format is None or choice.precision is Precision.bf16:
+        return
+    stored = run_to_resume(config)
+    remedy = "set precision=bf16, or fp8.format=null"
+    if stored is not None and stored.config.precision is not Precision.bf16:  # and a run keeps its own
+        remedy = (
+            f"set fp8.format=null, or start a new run from its weights with another output_dir, "
+            f"checkpoint.load={stored.checkpoint.parent} and precision=bf16"
+        )
+    raise ConfigurationError(
+        f"fp8.format={config.fp8.format.value} rounds what bf16 weights and activations hold, but "
+        f"{choice.describe()}; {remedy}"
+    )
 
 
 def _check_layers(fp8: Fp8Config, model: ModelConfig, asked: str) -> None:

@@ -122,6 +122,8 @@ def test_a_dry_run_plans_for_the_ranks_that_were_started(train, tmp_path):
         (["--help", "model=tiny_hybird"], ["did you mean tiny_hybrid?"]),
         (["optimizer.lrr=1"], ["optimizer.lrr", "did you mean optimizer.lr?"]),
         (["+optimizer.lrr=1", "model=tiny_hybrid"], ["optimizer.lrr", "did you mean optimizer.lr?"]),
+        (["parallel.engine=FSDP"], ["parallel.engine=FSDP does not fit", "did you mean fsdp?"]),
+        (["fp8.format=hybird"], ["takes one of e4m3, hybrid, or null; did you mean hybrid?"]),
         (["train_iters=3"], ["train_iters", "did you mean stage.train_iters?"]),
         (["modell=tiny_hybrid"], ["modell", "did you mean model?"]),
         (["model=tiny_hybird"], ["model=tiny_hybird", "did you mean tiny_hybrid?", "qwen2_5_7b"]),

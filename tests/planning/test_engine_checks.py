@@ -29,6 +29,7 @@ FSDP = "model=tiny_hybrid parallel.engine=fsdp"
             "parallel.use_distributed_optimizer=true",
             "set parallel.overlap_param_gather=false",
         ),
+        ("parallel.overlap_param_gather=true", "set parallel.overlap_param_gather=false"),
         (
             "model=tiny_76b parallel.zero.stage=3 parallel.recompute_expert_tokens=9",
             "set that to null, or parallel.zero.stage=2",
@@ -59,6 +60,7 @@ def test_what_deepspeed_cannot_do_is_refused_with_the_setting_to_change(settings
             "parallel.use_distributed_optimizer=true",
             "set parallel.overlap_param_gather=false",
         ),
+        ("parallel.overlap_param_gather=true", "set parallel.overlap_param_gather=false"),
         ("checkpoint.memory_interval=5", "set checkpoint.memory_interval=0"),
         ("optimizer=muon_cosine", "updates whole matrices; set parallel.engine=megatron"),
     ],

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
 from spikingbrain_train.config.compose import compose_run
 from spikingbrain_train.config.load import to_run_config
-from spikingbrain_train.config.run import RunConfig
+from spikingbrain_train.config.run import Precision, RunConfig
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.planning.checks import check_run_config
 from spikingbrain_train.planning.planner import launched_world_size
+from tests.planning.test_precision import store_run
 
 
 def config_of(*settings: str) -> RunConfig:
@@ -74,6 +76,18 @@ def test_what_cannot_be_is_refused_with_what_to_change(what: str) -> None:
     with pytest.raises(ConfigurationError) as error:
         check_run_config(config, config.parallel.model_parallel_size)
     assert sentence in str(error.value)
+
+
+def test_a_run_that_keeps_its_fp32_is_not_told_to_take_bf16(tmp_path: Path) -> None:
+    store_run(tmp_path, Precision.fp32)
+    for asked in ("auto", "fp32"):
+        config = config_of("model=tiny_hybrid", f"output_dir={tmp_path}", f"precision={asked}")
+        with pytest.raises(ConfigurationError) as error:
+            check_run_config(config, 1)
+        assert f"another output_dir, checkpoint.load={tmp_path}/checkpoints and precision=bf16" in str(
+            error.value
+        )
+        assert "set precision" not in str(error.value)
 
 
 def test_delayed_scales_are_refused_with_the_reason() -> None:

@@ -20,7 +20,7 @@ from spikingbrain_train.config.compose import compose_run
 from spikingbrain_train.config.load import to_run_config
 from spikingbrain_train.config.parallel import EngineKind, Recompute
 from spikingbrain_train.config.run import RunConfig
-from spikingbrain_train.errors import SpikingBrainError
+from spikingbrain_train.errors import ConfigurationError, SpikingBrainError
 from spikingbrain_train.planning.checks import check_run_config
 from spikingbrain_train.planning.fit import Fit, device_memory
 from spikingbrain_train.planning.layer_work import ModelWork, recomputed_flops
@@ -321,6 +321,18 @@ def test_a_checkpoint_folder_is_a_model(tmp_path: Path, capsys: pytest.CaptureFi
             ["--cluster", "h100", "--gpus", "1", "cluster.memory_gib=0.02"],
             "needs 0.0 GiB a GPU and so one of",
         ),
+        (
+            ["--cluster", "h100", "--gpus", "8", "--engines", "fsdp", "optimizer=muon_cosine"],
+            "no layout works on --gpus 8: 12 x e.g. parallel.engine=fsdp cuts parameters into parts",
+        ),
+        (
+            ["--cluster", "h100", "--gpus", "8", "--engines", "deepspeed", "checkpoint.memory_interval=5"],
+            "e.g. parallel.engine=deepspeed keeps no checkpoints in the memory",
+        ),
+        (
+            ["--cluster", "h100", "--gpus", "1", "--engines", "fsdp"],
+            "no layout works on --gpus 1: DeepSpeed and FSDP shard over several GPUs",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence(
@@ -331,6 +343,19 @@ def test_bad_input_is_one_sentence(
     said = capsys.readouterr().err
     assert end.value.code == 2
     assert said.splitlines()[-1].startswith("error: ") and sentence in said
+
+
+def test_layouts_that_fit_and_are_refused_are_no_question_of_memory(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise ConfigurationError("a.setting=1 is refused")
+
+    monkeypatch.setattr("spikingbrain_train.planning.layouts.search.check_run_config", refuse)
+    with pytest.raises(SystemExit):
+        plan_parallel([*TINY, "--cluster", "h100", "--gpus", "8"])
+    said = capsys.readouterr().err
+    assert "no layout works on --gpus 8" in said and "e.g. a.setting=1 is refused" in said
 
 
 def test_a_model_that_fits_nowhere_says_what_would_be_needed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,15 +12,17 @@ import pytest
 import torch
 
 from spikingbrain_train.config.compose import compose_run
+from spikingbrain_train.config.fp8 import Fp8Config, Fp8Format
 from spikingbrain_train.config.load import save_config, to_run_config
 from spikingbrain_train.config.parallel import AcceleratorKind, ParallelConfig
 from spikingbrain_train.config.run import Precision, Resume, RunConfig
-from spikingbrain_train.errors import CheckpointError
+from spikingbrain_train.errors import CheckpointError, ConfigurationError
 from spikingbrain_train.parallel import agreed_precision
 from spikingbrain_train.parallel.process_groups import ProcessGroups
 from spikingbrain_train.planning import precision
 from spikingbrain_train.planning.plan_report.report import render
 from spikingbrain_train.planning.planner import plan_run
+from spikingbrain_train.planning.precision import PrecisionChoice
 from spikingbrain_train.runtime import bf16
 from spikingbrain_train.runtime.accelerator import Accelerator, detect
 from spikingbrain_train.storage.checkpoint_folder import (
@@ -232,6 +234,22 @@ def test_ranks_agree_on_what_all_of_them_multiply(
 ) -> None:
     for found, sentence in ranks.run(_agreed, able, world_size=2, parallel=ParallelConfig()):
         assert found == value and reason in sentence
+
+
+def _refused_in_fp8(groups: ProcessGroups) -> str:
+    config = replace(run_config(), fp8=Fp8Config(Fp8Format.hybrid))
+    able = PrecisionChoice(Precision.bf16 if groups.rank == 0 else Precision.fp32)
+    with (
+        mock.patch.object(agreed_precision, "choose_precision", return_value=able),
+        pytest.raises(ConfigurationError) as error,
+    ):
+        agreed_precision.agree_on_precision(config, groups)
+    return str(error.value)
+
+
+def test_fp8_is_refused_on_every_rank_where_one_of_them_lacks_bf16(ranks: RankPool) -> None:
+    for sentence in ranks.run(_refused_in_fp8, world_size=2, parallel=ParallelConfig()):
+        assert "fp8.format=hybrid rounds what bf16" in sentence and "1 of 2 ranks have no fast" in sentence
 
 
 def test_this_machine_is_detected() -> None:

@@ -10,7 +10,7 @@ from spikingbrain_train.config.parallel import WEIGHTS_STAGE
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.planning.fit import MARGIN
-from spikingbrain_train.planning.layouts.search import Found, Search, Smallest
+from spikingbrain_train.planning.layouts.search import MEMORY, Found, Search, Smallest
 from spikingbrain_train.planning.memory import GIB
 from spikingbrain_train.planning.step_time import fp8_saving, peak_flops
 from spikingbrain_train.reporting.quantities import quantity
@@ -61,8 +61,9 @@ def nothing_fits(found: Search, enough: int | None) -> ConfigurationError:
     """
     gpus, smallest = found.world_size, found.smallest
     if smallest is None:
-        reasons = "; ".join(_reasons(found)[:1]) or "no degrees divide them"
-        return ConfigurationError(f"no layout works on --gpus {gpus}: {reasons}")
+        reasons = _reasons(found, besides=MEMORY)
+        why = reasons[0] if reasons else "DeepSpeed and FSDP shard over several GPUs; add --engines megatron"
+        return ConfigurationError(f"no layout works on --gpus {gpus}: {why}")
     needed = smallest.bytes / (1 - MARGIN) / GIB
     more = f"--gpus {enough}, on which one fits" if enough else "many more GPUs, a shorter sequence"
     return ConfigurationError(
@@ -192,9 +193,9 @@ def _set_aside(search: Search, width: int) -> list[str]:
     return wrapped if len(lines) > 1 else [line.replace(", and", "") for line in wrapped]
 
 
-def _reasons(search: Search) -> list[str]:
-    """A sentence a reason, the most frequent first."""
-    numbers = search.rejections.number
+def _reasons(search: Search, besides: str | None = None) -> list[str]:
+    """A sentence a reason, the most frequent first; ``besides`` is a group that is left out."""
+    numbers = {group: n for group, n in search.rejections.number.items() if group != besides}
     return [
         f"{numbers[group]:,} x e.g. {search.rejections.example[group]}"
         for group in sorted(numbers, key=lambda group: -numbers[group])

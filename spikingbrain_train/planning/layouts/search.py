@@ -73,7 +73,7 @@ class Search:
     """Of these, what is slower than those found, and was asked no further."""
     rejections: Rejections
     smallest: Smallest | None
-    """Where nothing fits; None where nothing can work."""
+    """Where nothing fits; None where nothing can work, whatever memory there is."""
 
 
 def check_search(config: RunConfig) -> RunConfig:
@@ -171,7 +171,9 @@ def _search(
             if len(found) == top:
                 break
     slower = times.number - looked + slower_forms
-    smallest = None if found else memory.smallest
+    smallest = memory.smallest
+    if found or (smallest is not None and device.fit(smallest.bytes) is Fit.fits):
+        smallest = None
     return Search(config, world_size, device, found, times.number, slower, rejections, smallest)
 
 
@@ -220,7 +222,7 @@ class _Memory:
         known = self._too_large.setdefault(layout.split, [])
         level, size = _LEVELS.index(layout.recompute), layout.micro_batch_size
         if any(level <= other and size >= larger for other, larger in known):
-            rejections.add(_MEMORY, "")
+            rejections.add(MEMORY, "")
             return True
         if layout.split not in self._probed:
             # The least that the split can take tells of all that it can.
@@ -244,7 +246,7 @@ class _Memory:
         if fit is Fit.fits:
             return False
         rejections.add(
-            _MEMORY,
+            MEMORY,
             f"{layout.describe(self._world_size)} with parallel.recompute={layout.recompute.name} and "
             f"micro-batches of {layout.micro_batch_size} takes {needed / GIB:.1f} GiB of "
             f"{self._device.bytes / GIB:.1f} a GPU, which is {_WORDS[fit]}",
@@ -261,5 +263,6 @@ class _Memory:
         )
 
 
-_MEMORY = "memory"
+MEMORY = "memory"
+"""The group of rejections that are one of memory."""
 _WORDS = {Fit.tight: "more than the nine tenths that may be planned", Fit.too_large: "too much"}

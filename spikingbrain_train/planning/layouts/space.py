@@ -18,6 +18,7 @@ from spikingbrain_train.config.require import divisors
 from spikingbrain_train.config.run import RunConfig
 from spikingbrain_train.errors import ConfigurationError
 from spikingbrain_train.planning.checks import check_stage
+from spikingbrain_train.planning.engine_checks import check_engine
 from spikingbrain_train.planning.fp8_checks import check_fp8
 from spikingbrain_train.planning.layer_work import ModelWork, recomputed_flops
 from spikingbrain_train.planning.layouts.layout import Layout
@@ -144,6 +145,7 @@ def _check(config: RunConfig, world_size: int, split: Layout) -> None:
     check_split(run.model, _one_stage(run.parallel))
     check_stage(run.stage, run.model, run.parallel, world_size)
     check_fp8(run)
+    check_engine(replace(run, dry_run=True))
 
 
 def _one_stage(parallel: ParallelConfig) -> ParallelConfig:
