@@ -12,22 +12,16 @@ Transformer Engine.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.gpu_ops import OURS, Contenders
-from benchmarks.training_contenders import SEED, Setting
-from benchmarks.training_step import named_model
+from benchmarks.gpu_ops import OURS, Contenders, built_layer
 from spikingbrain_train.architecture.backends.fp8 import RECIPES
-from spikingbrain_train.config.fp8 import Fp8Config, Fp8Format, Fp8Recipe
-from spikingbrain_train.config.run import Precision
+from spikingbrain_train.config.fp8 import Fp8Recipe
 from spikingbrain_train.errors import PlatformError
-from spikingbrain_train.parallel.process_groups import ProcessGroups, initialize
-from spikingbrain_train.runtime.accelerator import detect
 
 LINEARS = {
     "q, k and v": "self_attention.linear_qkv",
@@ -36,36 +30,6 @@ LINEARS = {
     "down": "mlp.linear_fc2",
 }
 """Of a layer; what the model calls them."""
-
-
-@cache
-def _groups(device: str) -> ProcessGroups:
-    setting = _setting("tiny_hybrid", device, None)
-    return initialize(setting.run_config.parallel, detect(device), seed=SEED)
-
-
-def _setting(model: str, device: str, recipe: Fp8Recipe | None) -> Setting:
-    return Setting(
-        model=replace(named_model(model), num_layers=1, vocab_size=1024),
-        hf_folder=None,
-        megatron_folder=None,
-        weights=None,
-        seq_length=1024,
-        threads=1,
-        device=device,
-        precision=Precision.bf16,
-        fp8=Fp8Config() if recipe is None else Fp8Config(Fp8Format.hybrid, recipe),
-    )
-
-
-@cache
-def _layer(model: str, device: str, recipe: Fp8Recipe | None) -> torch.nn.Module:
-    """A layer as a run builds it; without a recipe in bf16."""
-    from spikingbrain_train.training.build import build_student, kernels_of
-
-    config, groups = _setting(model, device, recipe).run_config, _groups(device)
-    student = build_student(config, kernels_of(config, groups.accelerator), groups)
-    return student.get_submodule("decoder.layers.0").train()
 
 
 def recipes(device: str) -> list[Fp8Recipe]:
@@ -98,7 +62,7 @@ def products(T: int, linear: str, model: str = "spikingbrain_7b", device: str = 
         **{f"FP8, {each.value}": each for each in others},
         "bf16": None,
     }.items():
-        module = _layer(model, device, recipe).get_submodule(LINEARS[linear])
+        module = built_layer(model, device, recipe).get_submodule(LINEARS[linear])
         if not found:
             weight = module.get_parameter("weight").detach()
             x = torch.randn(T, 1, weight.shape[1], device=device, dtype=weight.dtype)

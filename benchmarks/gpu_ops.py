@@ -36,10 +36,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.training_contenders import SEED, Setting  # noqa: E402
 from benchmarks.training_step import named_model  # noqa: E402
 from spikingbrain_train.config.command_line import user_errors  # noqa: E402
+from spikingbrain_train.config.fp8 import Fp8Config, Fp8Format, Fp8Recipe  # noqa: E402
+from spikingbrain_train.config.parallel import ParallelConfig  # noqa: E402
 from spikingbrain_train.config.run import Precision  # noqa: E402
 from spikingbrain_train.errors import PlatformError  # noqa: E402
 from spikingbrain_train.ops.gated_linear_attention import gated_linear_attention  # noqa: E402
 from spikingbrain_train.ops.softmax_attention import softmax_attention  # noqa: E402
+from spikingbrain_train.parallel.process_groups import ProcessGroups, initialize  # noqa: E402
 from spikingbrain_train.runtime.accelerator import detect  # noqa: E402
 from spikingbrain_train.runtime.packages import has_package  # noqa: E402
 
@@ -90,13 +93,21 @@ def softmax_attention_contenders(T: int, window: int | None) -> Contenders:
 
 
 @cache
-def _feed_forward_linear(model: str, device: str) -> torch.nn.Module:
-    """The second linear of a layer's feed-forward, as the trainer builds it for this machine."""
-    from spikingbrain_train.models.kernels import resolve_kernels
-    from spikingbrain_train.parallel.process_groups import initialize
-    from spikingbrain_train.training.build import build_student
+def _groups(device: str) -> ProcessGroups:
+    return initialize(ParallelConfig(), detect(device), seed=SEED)
 
-    accelerator = detect(device)
+
+@cache
+def built_layer(model: str, device: str, recipe: Fp8Recipe | None = None) -> torch.nn.Module:
+    """The first layer of a model as the trainer builds it for this machine, in training.
+
+    Args:
+        model: a name of conf/model.
+        device: ``cuda`` or ``cpu``.
+        recipe: its linears multiply in FP8 with it; None has them in bf16.
+    """
+    from spikingbrain_train.training.build import build_student, kernels_of
+
     config = Setting(
         model=replace(named_model(model), num_layers=1, vocab_size=1024),
         hf_folder=None,
@@ -106,12 +117,11 @@ def _feed_forward_linear(model: str, device: str) -> torch.nn.Module:
         threads=1,
         device=device,
         precision=Precision.bf16,
+        fp8=Fp8Config() if recipe is None else Fp8Config(Fp8Format.hybrid, recipe),
     ).run_config
-    groups = initialize(config.parallel, accelerator, seed=SEED)
-    kernels = resolve_kernels(
-        config.cluster.kernels, accelerator, model=config.model, precision=config.precision
-    )
-    return build_student(config, kernels, groups).get_submodule("decoder.layers.0.mlp.linear_fc2")
+    groups = _groups(device)
+    student = build_student(config, kernels_of(config, groups.accelerator), groups)
+    return student.get_submodule("decoder.layers.0").train()
 
 
 def feed_forward_product(T: int, model: str = "spikingbrain_7b", device: str = "cuda") -> Contenders:
@@ -122,7 +132,7 @@ def feed_forward_product(T: int, model: str = "spikingbrain_7b", device: str = "
         model: a name of conf/model.
         device: ``cuda``; ``cpu`` compares with what torch multiplies by there.
     """
-    linear = _feed_forward_linear(model, device)
+    linear = built_layer(model, device).get_submodule("mlp.linear_fc2")
     weight = linear.get_parameter("weight")
     x = torch.randn(T, 1, weight.shape[1], device=device, dtype=weight.dtype)
 

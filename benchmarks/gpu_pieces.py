@@ -121,6 +121,16 @@ def _send_rows(pipe: Connection, function: Callable[..., Iterator[Row]], argumen
     pipe.send(None)
 
 
+def _keep_rows(
+    name: str, function: Callable[..., Iterator[Row]], arguments: tuple[Any, ...], loan: Loan, keep: Keep
+) -> None:
+    """Keep under ``name`` what a process of its own has found, row by row."""
+    rows: list[Row] = []
+    for row in _rows_of(function, arguments, loan):
+        rows.append(row)
+        keep({name: rows})
+
+
 def _errors() -> Iterator[Row]:
     from benchmarks.gpu_ops import errors_against_naive, require_gpu_and_fla
 
@@ -156,10 +166,7 @@ class KernelErrors:
         yield "outputs and gradients of every kernel against the naive forms, bf16, 2048 tokens"
 
     def measure(self, cell: str, loan: Loan, keep: Keep) -> None:
-        rows: list[Row] = []
-        for row in _rows_of(_errors, (), loan):
-            rows.append(row)
-            keep({"errors": rows})
+        _keep_rows("errors", _errors, (), loan, keep)
 
 
 @dataclass(frozen=True)
@@ -184,10 +191,7 @@ class KernelTimes:
         )
 
     def measure(self, cell: str, loan: Loan, keep: Keep) -> None:
-        rows: list[Row] = []
-        for row in _rows_of(_times, (cell, self.tokens), loan):
-            rows.append(row)
-            keep({"times": rows})
+        _keep_rows("times", _times, (cell, self.tokens), loan, keep)
 
 
 @dataclass(frozen=True)
@@ -210,10 +214,7 @@ class Fp8Products:
         )
 
     def measure(self, cell: str, loan: Loan, keep: Keep) -> None:
-        rows: list[Row] = []
-        for row in _rows_of(_fp8_times, (cell, self.tokens), loan):
-            rows.append(row)
-            keep({"times": rows})
+        _keep_rows("times", _fp8_times, (cell, self.tokens), loan, keep)
 
 
 @dataclass(frozen=True)
