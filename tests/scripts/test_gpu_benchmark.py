@@ -126,6 +126,13 @@ def test_a_report_has_tables_of_what_is_measured_alone(tmp_path: Path) -> None:
     assert "| out of memory (x) |" in text and "| 150.0 GiB |" in text
 
 
+def forget_layers() -> None:
+    """And the groups that they were built in."""
+    gpu_ops.built_layer.cache_clear()
+    gpu_ops._groups.cache_clear()
+    destroy()
+
+
 def test_the_product_of_a_feed_forward_is_that_of_torch() -> None:
     try:
         contenders = feed_forward_product(16, "tiny_hybrid", "cpu")
@@ -135,7 +142,7 @@ def test_the_product_of_a_feed_forward_is_that_of_torch() -> None:
             o = function(*leaves)
             outputs.append([o, *torch.autograd.grad(o, leaves, torch.ones_like(o))])
     finally:
-        destroy()
+        forget_layers()
     for ours, theirs in zip(*outputs, strict=True):
         torch.testing.assert_close(ours, theirs)
 
@@ -149,9 +156,7 @@ def test_linears_in_fp8_are_timed_on_the_same_numbers_as_in_bf16() -> None:
             o = function(*leaves)
             outputs[name] = [o, *torch.autograd.grad(o, leaves, torch.ones_like(o))]
     finally:
-        gpu_fp8._layer.cache_clear()
-        gpu_fp8._groups.cache_clear()
-        destroy()
+        forget_layers()
     assert list(outputs) == [gpu_ops.OURS, "bf16", "cuBLAS, F.linear"]
     for fp8, plain, theirs in zip(*outputs.values(), strict=True):
         torch.testing.assert_close(plain, theirs)
