@@ -100,12 +100,28 @@ def _check_machine(config: RunConfig, asked: str) -> None:
         f"{asked} needs GPUs that multiply FP8 numbers, but cluster.fp8_peak_tflops=0 says that these do not "
         f"(A100 and A800 have no such products); set fp8.format=null, or choose another cluster",
     )
+    _check_recipe(config, asked)
     linears = cluster.kernels.parallel_linear
     require(
         cluster.accelerator not in _GPUS
         or linears in (ParallelLinearBackend.auto, ParallelLinearBackend.transformer_engine),
         f"{asked} needs Transformer Engine's linears on GPUs, but cluster.kernels.parallel_linear="
         f"{linears.value}; choose transformer_engine or auto, or set fp8.format=null",
+    )
+
+
+def _check_recipe(config: RunConfig, asked: str) -> None:
+    """Against GPUs whose compute capability the cluster states."""
+    stated, recipe = config.cluster.compute_capability, config.fp8.recipe
+    if stated is None or config.cluster.accelerator is AcceleratorKind.cpu:
+        return
+    major, minor = (int(part) for part in f"{stated:.1f}".split("."))
+    others = [other.value for other, its in RECIPES.items() if its.has((major, minor))]
+    instead = f"choose fp8.recipe={' or '.join(others)}, or set" if others else "set"
+    require(
+        RECIPES[recipe].has((major, minor)),
+        f"{asked} with fp8.recipe={recipe.value} needs {RECIPES[recipe].gpus}, but "
+        f"cluster.compute_capability={stated:.1f}; {instead} fp8.format=null, or choose another cluster",
     )
 
 

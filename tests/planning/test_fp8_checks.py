@@ -24,6 +24,16 @@ REFUSED: dict[str, tuple[Sequence[str], str]] = {
     "fp32": (["precision=fp32"], "precision=fp32; set precision=bf16, or fp8.format=null"),
     "MetaX": (["cluster=c550"], "needs NVIDIA GPUs, but cluster.accelerator=metax"),
     "A800": (["cluster=a800"], "cluster.fp8_peak_tflops=0 says that these do not"),
+    "a recipe of newer GPUs": (
+        ["cluster=h100", "fp8.recipe=mxfp8"],
+        "needs a GPU of compute capability 10.0 to 11 (Blackwell of data centres), but "
+        "cluster.compute_capability=9.0; choose fp8.recipe=tensorwise or blockwise, or set fp8.format=null",
+    ),
+    "GPUs before Ada": (
+        ["cluster=nvidia", "cluster.compute_capability=8.6"],
+        "needs a GPU of compute capability 8.9 or later (Ada, Hopper), but cluster.compute_capability=8.6; "
+        "set fp8.format=null",
+    ),
     "megatron-core's linears on a GPU": (
         ["cluster=h100", "cluster.kernels.parallel_linear=megatron"],
         "needs Transformer Engine's linears on GPUs, but cluster.kernels.parallel_linear=megatron",
@@ -37,7 +47,7 @@ REFUSED: dict[str, tuple[Sequence[str], str]] = {
         "multiplies matrices whose sides are multiples of 16, but mlp.linear_fc2.weight is 64 x 184",
     ),
     "a width on a rank": (
-        ["cluster=h100", "model.ffn_hidden_size=160", "parallel=tp2", "fp8.recipe=mxfp8"],
+        ["cluster=nvidia", "model.ffn_hidden_size=160", "parallel=tp2", "fp8.recipe=mxfp8"],
         "mlp.linear_fc2.weight is 64 x 80 on a rank",
     ),
     "tokens": (
@@ -98,7 +108,7 @@ def test_delayed_scales_are_refused_with_the_reason() -> None:
 @pytest.mark.parametrize("recipe", ["tensorwise", "blockwise", "mxfp8"])
 @pytest.mark.parametrize("number_format", ["e4m3", "hybrid"])
 def test_every_format_and_recipe_is_taken(number_format: str, recipe: str) -> None:
-    for cluster in ("cpu", "h100", "auto"):
+    for cluster in ("cpu", "nvidia" if recipe == "mxfp8" else "h100", "auto"):
         settings = ("model=tiny_hybrid", f"cluster={cluster}", f"fp8.recipe={recipe}")
         check_run_config(config_of(*settings, f"fp8.format={number_format}"), 1)
 

@@ -37,6 +37,10 @@ class RecipeNeeds:
     multiple: int = 16
     """What divides the widths of a product and its tokens, as megatron-core's get_fp8_align_size says."""
 
+    def has(self, capability: Capability) -> bool:
+        """Whether GPUs of this compute capability have it."""
+        return capability >= self.capability and (self.below is None or capability < self.below)
+
     def missing(self, capability: Capability, cuda: str | None) -> str | None:
         """What a GPU or its torch lacks, in words behind "needs"; None if nothing.
 
@@ -44,7 +48,7 @@ class RecipeNeeds:
             capability: of the GPU.
             cuda: what torch is built for, ``12.8``.
         """
-        if capability < self.capability or (self.below is not None and capability >= self.below):
+        if not self.has(capability):
             return f"{self.gpus}, and this GPU has compute capability {_dotted(capability)}"
         release = tuple(int(part) for part in (cuda or "0").split(".")[:2])
         if release < self.cuda:
