@@ -10,6 +10,7 @@ from spikingbrain_train.architecture.layers import dense_source, layers, swapped
 from spikingbrain_train.errors import ConfigurationError, DataError
 from spikingbrain_train.planning.costs import forward_flops_per_token
 from spikingbrain_train.planning.duration import TFLOPS_METRIC, duration_of, speed_of
+from spikingbrain_train.planning.plan_report.report import render
 from spikingbrain_train.reporting.metrics import METRICS_FILE
 from tests.planning.runs import plan_of
 
@@ -38,6 +39,13 @@ def test_hours_are_flops_over_what_all_ranks_get_done():
     assert duration.seconds_per_step == pytest.approx(duration.hours * 3600 / 23842)
     assert duration.tokens_per_second_per_rank == pytest.approx(50e12 / plan.flops_per_token)
     assert (duration.speed.kind, duration.speed.mfu) == ("stated", 0.5)
+
+
+def test_an_assumed_time_of_a_run_in_fp8_says_that_it_is_one_of_bf16():
+    stated = "cluster.mfu=0.3"
+    for settings, said in (("", False), ("fp8.format=hybrid", True), (f"fp8.format=hybrid {stated}", False)):
+        text = render(plan_of(EXPERIMENT, f"cluster=h100 {settings}"))
+        assert ("what fp8.format saves is not in it" in " ".join(text.split())) is said
 
 
 def test_the_reported_run_takes_as_long_as_reported():

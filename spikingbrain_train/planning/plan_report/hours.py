@@ -44,6 +44,10 @@ def _describe(plan: Plan, duration: Duration | None) -> str:
     )
     waits = "Pipeline bubble, recomputation" if len(plan.stages) > 1 else "Recomputation"
     text += f"{waits} and communication are in it, evaluations and checkpoints are not."
+    if speed.kind == "assumed" and plan.config.fp8.format is not None:
+        text += (
+            " That was in bf16: what fp8.format saves is not in it (spikingbrain-plan-parallel reckons it)."
+        )
     if speed.kind == "assumed":
         text += " Your own: cluster.mfu=..., or cluster.measured_in=<output_dir> of a run that measured it."
     return text
