@@ -401,7 +401,7 @@ class ClusterConfig:
     fp8_peak_tflops: float | None = setting(None, minimum=0, resume=FREE)
     """Peak TFLOP/s of one rank for products of FP8 numbers, without sparsity; 0 says that its GPUs have none.
     Read by plans of runs with fp8.format alone: MFU stays relative to peak_tflops."""
-    compute_capability: float | None = setting(None, above=0, resume=FREE)
+    compute_capability: float | None = setting(None, above=0, maximum=20, resume=FREE)
     """Of its NVIDIA GPUs: 9.0 is Hopper. Read with fp8.format, some of whose recipes need newer GPUs; null
     leaves that to the start of a run, which asks its GPU."""
     gpus_per_node: int = setting(8, minimum=1, resume=FREE)

@@ -34,6 +34,10 @@ REFUSED: dict[str, tuple[Sequence[str], str]] = {
         "needs a GPU of compute capability 8.9 or later (Ada, Hopper), but cluster.compute_capability=8.6; "
         "set fp8.format=null",
     ),
+    "a capability as compilers write it": (
+        ["cluster=nvidia", "cluster.compute_capability=90"],
+        "cluster.compute_capability=90.0 must be",
+    ),
     "megatron-core's linears on a GPU": (
         ["cluster=h100", "cluster.kernels.parallel_linear=megatron"],
         "needs Transformer Engine's linears on GPUs, but cluster.kernels.parallel_linear=megatron",
