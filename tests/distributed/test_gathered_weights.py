@@ -176,22 +176,19 @@ def test_every_rank_keeps_its_share_as_planned(
         assert held.static < 0.85 * of_two.static and held.peak < 0.95 * of_two.peak
 
 
-@pytest.mark.parametrize("precision", [Precision.fp32, Precision.bf16])
 @pytest.mark.parametrize(
-    ("world_size", "parallel"),
+    ("parallel", "precision"),
     [
-        case(4, FSDP, engine=EngineKind.fsdp, name="DP 4"),
-        case(4, fsdp(tensor_model_parallel_size=2), engine=EngineKind.fsdp, name="TP 2 x DP 2"),
-        case(
-            4,
-            fsdp(fsdp=FsdpConfig(reshard_after_forward=False)),
-            engine=EngineKind.fsdp,
-            name="DP 4, weights kept",
-        ),
+        case(parallel, precision, engine=EngineKind.fsdp, name=f"{name}, {precision.name}")
+        for name, parallel, precision in (
+            ("DP 4", FSDP, Precision.fp32),
+            ("DP 4", FSDP, Precision.bf16),
+            ("TP 2 x DP 2", fsdp(tensor_model_parallel_size=2), Precision.bf16),
+            ("DP 4, weights kept", fsdp(fsdp=FsdpConfig(reshard_after_forward=False)), Precision.bf16),
+        )
     ],
 )
 def test_every_rank_of_fsdp_keeps_its_share_as_planned(
-    world_size: int,
     parallel: ParallelConfig,
     precision: Precision,
     ranks: RankPool,
@@ -201,10 +198,10 @@ def test_every_rank_of_fsdp_keeps_its_share_as_planned(
     """State is a share of 16 bytes a parameter in either precision, and nothing whole lies beside it."""
     config = run_config(tmp_path, text, model=WIDE, parallel=parallel, precision=precision)
     config.stage = replace(config.stage, train_iters=3)
-    found = ranks.run(_measure, config, 0, world_size=world_size, parallel=parallel)
-    plan = plan_run(config, world_size).fullest.memory
+    found = ranks.run(_measure, config, 0, world_size=4, parallel=parallel)
+    plan = plan_run(config, 4).fullest.memory
     parameters = stage_parameters(WIDE, parallel, 0)
-    share = parameters * parallel.tensor_model_parallel_size / world_size
+    share = parameters * parallel.tensor_model_parallel_size / 4
     gathered = parameters_around(WIDE, parallel, 0)
     gathered += 2 * max(layer_parameters(WIDE, layer, parallel) for layer in layers(WIDE))
     for held in found:

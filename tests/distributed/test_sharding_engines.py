@@ -44,7 +44,6 @@ LAYOUTS: dict[str, tuple[int, ParallelConfig]] = {
         2,
         fsdp(context_parallel_size=2, fsdp=FsdpConfig(reshard_after_forward=False)),
     ),
-    "FSDP, TP 2": (2, fsdp(tensor_model_parallel_size=2)),
     "FSDP, TP 2 + sequence parallel x DP 2": (
         4,
         fsdp(tensor_model_parallel_size=2, sequence_parallel=True),
@@ -111,15 +110,12 @@ def _interrupt_after(config: RunConfig, iteration: int) -> None:
                 *(zero(3, use_distributed_optimizer=True, context_parallel_size=2), Precision.fp32),
             ),
             ("FSDP, bf16", MODEL, 2, fsdp(), Precision.bf16),
-            (
-                *("FSDP, CP 2, experts, the other form of checkpoints", MODEL_76B, 2),
-                *(fsdp(use_distributed_optimizer=True, context_parallel_size=2), Precision.fp32),
-            ),
             # Weights of two branches, of which half of the ranks have none.
             ("FSDP, DP 4, branches", MODEL_76B, 4, fsdp(), Precision.fp32),
             (
-                *("FSDP, TP 2 x DP 2, experts", MODEL_76B, 4),
-                *(fsdp(tensor_model_parallel_size=2, sequence_parallel=True), Precision.bf16),
+                *("FSDP, TP 2 x DP 2, experts, the other form of checkpoints", MODEL_76B, 4),
+                fsdp(tensor_model_parallel_size=2, sequence_parallel=True, use_distributed_optimizer=True),
+                Precision.bf16,
             ),
         )
     ],
@@ -170,12 +166,20 @@ CHAINS: dict[str, list[tuple[ParallelConfig, int, int]]] = {
 """Layout and ranks of a run, and for how many steps it has them, ten in all."""
 
 
-@pytest.mark.parametrize("is_distributed_form", [False, True], ids=["plain form", "distributed form"])
 @pytest.mark.parametrize(
-    "chain",
+    ("chain", "is_distributed_form"),
     [
-        pytest.param(name, marks=needs(*{each.engine for each, _, _ in chain}))
-        for name, chain in CHAINS.items()
+        pytest.param(
+            *(name, is_distributed_form),
+            marks=needs(*{each.engine for each, _, _ in CHAINS[name]}),
+            id=f"{name}, {'distributed' if is_distributed_form else 'plain'} form",
+        )
+        for name, is_distributed_form in (
+            ("DeepSpeed", True),
+            ("FSDP", False),
+            ("FSDP", True),
+            ("both", False),
+        )
     ],
 )
 def test_a_run_changes_its_engine_and_ranks_and_goes_on_with_its_moments(
@@ -199,19 +203,18 @@ def test_a_run_changes_its_engine_and_ranks_and_goes_on_with_its_moments(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("is_distributed_form", [False, True], ids=["plain form", "distributed form"])
 @pytest.mark.parametrize(
-    ("first", "last"),
+    ("first", "last", "is_distributed_form"),
     [
         case(
-            *(zero(1, recompute_expert_tokens=4), zero(2, context_parallel_size=2)),
+            *(zero(1, recompute_expert_tokens=4), zero(2, context_parallel_size=2), False),
             engine=EngineKind.deepspeed,
-            name="ZeRO 1, 2",
+            name="ZeRO 1, 2, plain form",
         ),
         case(
-            *(fsdp(recompute_expert_tokens=4), fsdp(context_parallel_size=2)),
+            *(fsdp(recompute_expert_tokens=4), fsdp(context_parallel_size=2), True),
             engine=EngineKind.fsdp,
-            name="FSDP",
+            name="FSDP, distributed form",
         ),
     ],
 )

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from spikingbrain_train.config.compose import groups
+from spikingbrain_train.config.parallel import AcceleratorKind
 from spikingbrain_train.planning import fit
 from spikingbrain_train.planning.fit import MARGIN, DeviceMemory, Fit, device_memory
 from spikingbrain_train.planning.memory import GIB
@@ -39,7 +40,7 @@ def test_memory_is_stated_or_this_machines_or_unknown(monkeypatch):
     cpu = dataclasses.replace(stated, memory_gib=None)
     assert device_memory(cpu, 4).bytes == 4 * GIB and "shared by 4 ranks" in device_memory(cpu, 4).source
     for gpu in ("cuda", "metax"):
-        assert device_memory(dataclasses.replace(cpu, accelerator=fit.AcceleratorKind(gpu)), 1) is None
+        assert device_memory(dataclasses.replace(cpu, accelerator=AcceleratorKind(gpu)), 1) is None
 
 
 def test_presets_of_gpus_state_memory_and_peak():

@@ -189,7 +189,7 @@ def grouped(groups: ProcessGroups, parallel: ParallelConfig) -> tuple[list[Tenso
         def __init__(self, num_gemms: int, *, config: Any, is_expert: bool) -> None:
             super().__init__()
             self.tp_group, self._tp_group = None, tp
-            self.fuse_wgrad_accumulation = True
+            self.fuse_wgrad_accumulation = config.gradient_accumulation_fusion
             for index, whole in enumerate(mlp_tensors()[:2]):
                 part = whole.reshape(64, 24).chunk(tp.size())[tp.rank()]
                 self.register_parameter(f"weight{index}", torch.nn.Parameter(part.clone()))

@@ -1,4 +1,4 @@
-"""Backends of the sum of weight gradients over micro-batches (models/linears/weight_gradients.py)."""
+"""Backends of the sum of weight gradients over micro-batches (models/weight_gradients.py)."""
 
 from __future__ import annotations
 
