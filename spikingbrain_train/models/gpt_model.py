@@ -31,6 +31,7 @@ from spikingbrain_train.config.parallel import (
 from spikingbrain_train.models.layer_specs import block_spec, layer_build
 from spikingbrain_train.models.output_head import vocab_parallel_linear_cross_entropy
 from spikingbrain_train.models.rotary import RotaryPositions
+from spikingbrain_train.models.transformer_config import HybridTransformerConfig
 from spikingbrain_train.ops.linear_cross_entropy import TokenLosses
 
 
@@ -75,7 +76,7 @@ class HybridGPTModel(GPTModel):
     def __init__(
         self,
         model: ModelConfig,
-        config: TransformerConfig,
+        config: HybridTransformerConfig,
         kernels: KernelConfig,
         context_parallel: ContextParallelConfig | None = None,
         *,
@@ -88,11 +89,11 @@ class HybridGPTModel(GPTModel):
             transformer_layer_spec=block_spec(
                 layer_build(
                     *(model, kernels, context_parallel),
-                    replicates_experts=getattr(config, "replicate_expert_load", None) is not None,
+                    replicates_experts=config.replicate_expert_load is not None,
                 ),
                 get_transformer_layer_offset(config, vp_stage),
                 get_num_layers_to_build(config, vp_stage),
-                getattr(config, "fp8_linears", None),
+                config.fp8_linears,
             ),
             vocab_size=model.padded_vocab_size(config.tensor_model_parallel_size),
             max_sequence_length=model.max_position_embeddings,
@@ -277,7 +278,7 @@ class ModelChunks(torch.nn.ModuleList):
 
 def build_model(
     model: ModelConfig,
-    config: TransformerConfig,
+    config: HybridTransformerConfig,
     kernels: KernelConfig,
     device: torch.device,
     context_parallel: ContextParallelConfig | None = None,

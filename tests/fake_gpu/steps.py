@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -129,8 +129,7 @@ def step(config: RunConfig, last: bool, *, is_reported: bool) -> dict[str, Any]:
         gpu_that_computes_nothing(partial(value_of, config), partial(selected_by, config)) as findings,
         kernels.installed(packages, with_engine=in_fp8),
         mock.patch.object(process_groups, "_join_world", join),
-        agreeing_ranks(config),
-        placed_parts(config),
+        comparing_engine(config),
         few_chunks(),
         built_teachers(config),
     ):
@@ -145,26 +144,29 @@ def step(config: RunConfig, last: bool, *, is_reported: bool) -> dict[str, Any]:
             process_groups.destroy()
 
 
-@contextlib.contextmanager
-def agreeing_ranks(config: RunConfig) -> Iterator[None]:
-    """DeepSpeed's ZeRO 3 compares the order of modules in a run's first steps with that of other ranks."""
-    if config.parallel.engine is not EngineKind.deepspeed:
-        yield
-        return
-    coordinator = import_module("deepspeed.runtime.zero.partitioned_param_coordinator")
-    with mock.patch.object(coordinator, "assert_ints_same_as_other_ranks", lambda numbers: None):
-        yield
+_COMPARED: dict[EngineKind, tuple[str, str, Callable[[Any], Any]]] = {
+    # ZeRO 3: the order of modules in a run's first steps with that of other ranks.
+    EngineKind.deepspeed: (
+        "deepspeed.runtime.zero.partitioned_param_coordinator",
+        "assert_ints_same_as_other_ranks",
+        lambda numbers: None,
+    ),
+    # FSDP2: the device that it makes of a mesh's name and a number with those of parameters.
+    EngineKind.fsdp: (
+        "torch.distributed.fsdp._fully_shard._fully_shard",
+        "_get_device_from_mesh",
+        lambda mesh: GPU,
+    ),
+}
+"""What an engine compares, and what it finds where it looks: module, function, its result."""
 
 
-@contextlib.contextmanager
-def placed_parts(config: RunConfig) -> Iterator[None]:
-    """FSDP2 compares the device that it makes of a mesh's name and a number with those of parameters."""
-    if config.parallel.engine is not EngineKind.fsdp:
-        yield
-        return
-    sharding = import_module("torch.distributed.fsdp._fully_shard._fully_shard")
-    with mock.patch.object(sharding, "_get_device_from_mesh", lambda mesh: GPU):
-        yield
+def comparing_engine(config: RunConfig) -> contextlib.AbstractContextManager[Any]:
+    """The run's engine finds what it would on GPUs that compute."""
+    if config.parallel.engine not in _COMPARED:
+        return contextlib.nullcontext()
+    module, name, found = _COMPARED[config.parallel.engine]
+    return mock.patch.object(import_module(module), name, found)
 
 
 @contextlib.contextmanager
